@@ -1,0 +1,110 @@
+"""The console script `dpsr`: finds a command's module, parses its flags, runs it, turns its errors into a status.
+
+A command is a module with
+
+    USAGE: str                                            what `--help` prints above the flags
+    define_flags(values: absl.flags.FlagValues) -> None
+    run(values, arguments: list[str]) -> int | None       the exit status; None is 0
+
+and, if it passes unknown flags on to another program, `PASS_UNKNOWN_FLAGS = True`: they arrive in `arguments`. An
+exception with an integer attribute `status` is the user's to mend: it is printed as one line and gives the exit status
+(1 failed, 2 bad usage). Modules are imported only when their command runs, so `dpsr query` never imports TensorFlow.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from absl import flags
+
+# Command -> (module, one line for `dpsr --help`), in the order of the work.
+COMMANDS = {
+    "demo": ("dpsr_tf.demo", "runs the whole path once, from raw log to answered query"),
+    "generate": ("dpsr_tf.data.generate", "writes a synthetic shop and its click log"),
+    "ingest": ("dpsr_tf.data.ingest", "turns raw tables into a store"),
+    "train": ("dpsr_tf.training.train", "trains the two towers on a store"),
+    "index": ("dpsr_export.index", "embeds all items and builds the FAISS index"),
+    "export": ("dpsr_export.export", "fuses query tower and index into a servable"),
+    "serve": ("dpsr_serving.model_server", "starts the model server on a servable"),
+    "proxy": ("dpsr_serving.proxy.command", "starts the proxy in front of model servers"),
+    "query": ("dpsr_serving.query", "asks a server or proxy and shows the items"),
+    "evaluate": ("dpsr_tf.evaluation.evaluate", "measures retrieval on human judgments"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `dpsr COMMAND ...`; `argv` leaves the program's name out. Returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("help", "--help", "-h"):
+        print(_overview())
+        return 0 if arguments else 2
+    name = arguments[0]
+    if name not in COMMANDS:
+        return _fail("dpsr", f"no command '{name}', expected one of: {', '.join(COMMANDS)}", 2)
+    # TensorFlow's C++ side logs through these at import; users should see our progress, not that.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        module = importlib.import_module(COMMANDS[name][0])
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0].startswith("dpsr_"):
+            raise
+        extra = "faiss-cpu" if error.name == "faiss" else "train"
+        return _fail(f"dpsr {name}", f"needs the package '{error.name}'; run: pip install 'dpsr[{extra}]'", 1)
+    return run_command(f"dpsr {name}", module, arguments[1:])
+
+
+def run_command(name: str, module: ModuleType, arguments: Sequence[str]) -> int:
+    """Parses `arguments` with the flags of the command `module`, runs it, and returns the exit status."""
+    # Flags of one command only: the global `flags.FLAGS` would mix those of all modules that happen to be loaded.
+    values = flags.FlagValues()
+    flags.DEFINE_boolean("help", False, "prints this text", flag_values=values)
+    module.define_flags(values)
+    try:
+        rest = values([name, *arguments], known_only=getattr(module, "PASS_UNKNOWN_FLAGS", False))[1:]
+        if values["help"].value:
+            print(_help(module.USAGE, values))
+            return 0
+        values.validate_all_flags()
+    except flags.Error as error:
+        return _fail(name, f"{error}; see `{name} --help`", 2)
+    try:
+        return module.run(values, list(rest)) or 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has what it wanted. Python must not fail once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        status = getattr(error, "status", None)
+        if not isinstance(status, int):
+            raise
+        return _fail(name, str(error), status)
+
+
+def _fail(name: str, message: str, status: int) -> int:
+    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _overview() -> str:
+    lines = ["Usage: dpsr COMMAND [flags]", "", "Deep personalized and semantic retrieval for e-commerce search.", ""]
+    lines += [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join([*lines, "", "`dpsr COMMAND --help` lists a command's flags."])
+
+
+def _help(usage: str, values: flags.FlagValues) -> str:
+    lines = [usage.strip(), "", "Flags:"]
+    for name in sorted(values):
+        flag = values[name]
+        default = "" if flag.default in (None, False, "", []) else f" (default {flag.default})"
+        lines.append(f"  --{'[no]' if flag.boolean else ''}{name}: {flag.help}{default}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

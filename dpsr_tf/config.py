@@ -1,0 +1,175 @@
+"""The one YAML file that drives train, index and export, read into typed dataclasses.
+
+A field's metadata gives its help text and range; an unknown key, a wrong type or a value out of range is an error that
+names the key, the value, and what is allowed. The config is saved with every checkpoint and servable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from dpsr_tf.errors import UsageError
+
+T = TypeVar("T")
+
+
+def option(
+    default: Any,
+    help: str,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A dataclass field with its help text and allowed values (bounds included; for a tuple they hold for each)."""
+    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: default.copy(), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The two towers (DPSR section 4.1)."""
+
+    token_dim: int = option(64, "width of the embedding table that query and item text share", 1, 4096)
+    hidden: tuple[int, ...] = option((), "widths of each tower's ReLU layers, from text to embedding", 1, 65536)
+    embedding_dim: int = option(64, "d, the length of query and item embeddings", 1, 4096)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation (sections 4.3 and 4.4). Where the paper gives a number, it is the default."""
+
+    steps: int = option(10_000, "training steps in all", 1)
+    batch_size: int = option(64, "b, positive pairs a step", 2, 1 << 16)
+    num_title_queries: int = option(0, "pairs of a batch whose query is a piece of a random item's text", 0, 1 << 16)
+    learning_rate: float = option(0.01, "AdaGrad's learning rate", 1e-8, 100)
+    margin: float = option(0.1, "delta of the hinge loss", 0, 2)
+    num_random_negatives: int = option(64, "random negatives a step, shared by the batch (4.4.1)", 0, 1 << 16)
+    mixing_ratio: float = option(0.5, "alpha, the share of random negatives in the loss (4.4.3)", 0, 1)
+    num_supervised_negatives: int = option(0, "places of the random set for labelled negatives (4.5)", 0, 1 << 16)
+    seed: int = option(1, "of initial weights, shuffle and negatives", 0, 2**31 - 1)
+    checkpoint_steps: int = option(2_000, "steps between checkpoints", 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexConfig:
+    """The FAISS index over all item embeddings."""
+
+    factory: str = option("Flat", "FAISS index factory string; Flat is exact")
+    parameters: str = option("", "search parameters in FAISS's words, for example nprobe=32")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServingConfig:
+    """The servable."""
+
+    k: int = option(100, "items that signature serving_default returns for a query", 1, 10_000)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All of it; one section a stage."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    index: IndexConfig = dataclasses.field(default_factory=IndexConfig)
+    serving: ServingConfig = dataclasses.field(default_factory=ServingConfig)
+
+
+def load_config(path: str | Path) -> Config:
+    """Reads a config file. Raises UsageError (no file, no YAML, or a key or value that is not allowed)."""
+    return from_dict(Config, read_yaml(path), str(path))
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Writes every key, defaults too, so that a checkpoint says what it was trained with."""
+    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UsageError if there is none."""
+    try:
+        data = yaml.safe_load(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file, expected a YAML file") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid YAML: {error}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: holds a {type(data).__name__}, expected `key: value` lines")
+    return data
+
+
+def to_dict(value: Any) -> Any:
+    """A dataclass as plain dicts and lists, for YAML and JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def from_dict(cls: type[T], data: Any, where: str) -> T:
+    """Builds the dataclass `cls` from a mapping. `where` stands before each error: the file, then the section.
+
+    Raises UsageError that names the key, the value, and what is allowed.
+    """
+    if not isinstance(data, dict):
+        raise UsageError(f"{where}: is {data!r}, expected a section of `key: value` lines")
+    types = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in data:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), list(fields), 1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UsageError(f"{where}: unknown key '{key}', expected one of {', '.join(fields)}{hint}")
+    values = {}
+    for name, field in fields.items():
+        if name in data:
+            values[name] = _convert(data[name], types[name], field.metadata, f"{where}: {name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UsageError(f"{where}: key '{name}' is missing{_help_of(field.metadata)}")
+    return cls(**values)
+
+
+def _convert(value: Any, kind: Any, metadata: Any, where: str) -> Any:
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):  # optional
+        if value is None:
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        return _convert(value, kind, metadata, where)
+    if dataclasses.is_dataclass(kind):
+        return from_dict(kind, value, where)  # type: ignore[arg-type]
+    if origin is tuple:
+        element = typing.get_args(kind)[0]
+        items = value if isinstance(value, list) else [value]
+        return tuple(_convert(item, element, metadata, where) for item in items)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise UsageError(f"{where} is {value!r}, expected {_name(kind)}{_help_of(metadata)}")
+    low, high, choices = metadata.get("minimum"), metadata.get("maximum"), metadata.get("choices")
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        bounds = f"{low:g} or more" if high is None else f"{low:g} to {high:g}"
+        raise UsageError(f"{where} is {value!r}, expected {bounds}{_help_of(metadata)}")
+    if choices and value not in choices:
+        raise UsageError(f"{where} is {value!r}, expected one of {', '.join(choices)}")
+    return value
+
+
+def _name(kind: Any) -> str:
+    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[kind]
+
+
+def _help_of(metadata: Any) -> str:
+    return f" ({metadata['help']})" if metadata.get("help") else ""

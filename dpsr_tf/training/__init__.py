@@ -1,0 +1,1 @@
+"""The Estimator pipeline: store and config into checkpoints."""

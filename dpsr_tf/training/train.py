@@ -1,0 +1,97 @@
+"""`dpsr train`: a store and a config into checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+
+import tensorflow as tf
+import yaml
+from absl import flags
+
+from dpsr_tf.config import Config, from_dict, read_yaml
+from dpsr_tf.data.dataset import examples_dataset, training_input
+from dpsr_tf.data.store import Store
+from dpsr_tf.errors import CommandError, UsageError
+from dpsr_tf.training.estimator import ProgressBar, model_fn, run_config
+from dpsr_tf.training.model_directory import ModelDirectory
+
+USAGE = """
+Usage: dpsr train --store=STORE --out=MODEL [--config=FILE] [--set=KEY=VALUE ...]
+
+Trains query tower and item tower on a store. A model that is there already goes on where its last checkpoint left off.
+"""
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Flags of `dpsr train`."""
+    flags.DEFINE_string("store", None, "directory of the store", flag_values=values)
+    flags.DEFINE_string("out", None, "directory of the model, made by this command", flag_values=values)
+    flags.DEFINE_string("config", None, "config file (YAML); the paper's values if left out", flag_values=values)
+    flags.DEFINE_boolean("overwrite", False, "starts anew if a model is there", flag_values=values)
+    flags.DEFINE_multi_string("set", [], "a value over the file's, for example train.steps=500", flag_values=values)
+
+
+def run(values: flags.FlagValues, arguments: list[str]) -> None:
+    """Runs `dpsr train`."""
+    if arguments:
+        raise UsageError(f"unexpected argument '{arguments[0]}'; see `dpsr train --help`")
+    for name in ("store", "out"):
+        if values[name].value is None:
+            raise UsageError(f"--{name} is missing; see `dpsr train --help`")
+    config = config_from_flags(values.config, values.set)
+    store = Store(values.store)
+    if values.overwrite and (Path(values.out) / "config.yaml").is_file():
+        shutil.rmtree(values.out)
+    train(store, config, values.out)
+
+
+def config_from_flags(path: str | None, assignments: list[str]) -> Config:
+    """The config of a file with `section.key=value` assignments over it. Raises UsageError."""
+    data = read_yaml(path) if path else {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        section, dot, name = key.partition(".")
+        if not equals or not dot:
+            raise UsageError(f"--set={assignment}: expected section.key=value, for example train.steps=500")
+        data.setdefault(section, {})[name] = yaml.safe_load(value)
+    return from_dict(Config, data, path or "--set")
+
+
+def train(store: Store, config: Config, model_dir: str | Path) -> ModelDirectory:
+    """Trains until the global step is `config.train.steps`; goes on from the last checkpoint if there is one.
+
+    Raises:
+        CommandError: the model directory holds another model, or the loss is no number any more.
+    """
+    # Estimator warns at each call that it is deprecated; the pin on TensorFlow 2.15 is our answer.
+    tf.compat.v1.logging.set_verbosity(tf.compat.v1.logging.ERROR)
+    warnings.filterwarnings("ignore", module="tensorflow")
+    model = ModelDirectory.create_or_resume(model_dir, config, store)
+    first_step = _global_step(model.path)
+    estimator = tf.estimator.Estimator(
+        model_fn,
+        config=run_config(str(model.path), config),
+        params={"config": config, "num_ids": store.vocabulary.num_ids},
+    )
+    try:
+        estimator.train(
+            lambda: training_input(examples_dataset(store, config.train, first_step=first_step)).prefetch(2),
+            hooks=[ProgressBar(config.train.steps, config.train.batch_size)],
+            max_steps=config.train.steps,
+        )
+    except tf.estimator.NanLossDuringTrainingError:
+        raise CommandError(
+            f"the loss is no number any more after step {_global_step(model.path)} (the last checkpoint); "
+            f"lower train.learning_rate, now {config.train.learning_rate:g}"
+        ) from None
+    except (tf.errors.DataLossError, tf.errors.FailedPreconditionError, tf.errors.NotFoundError) as error:
+        raise CommandError(error.message.splitlines()[0]) from None
+    print(f"model {model.path}: step {_global_step(model.path):,}, {store.vocabulary.num_ids:,} token embeddings")
+    return model
+
+
+def _global_step(model_dir: Path) -> int:
+    checkpoint = tf.train.latest_checkpoint(str(model_dir))
+    return int(tf.train.load_variable(checkpoint, "global_step")) if checkpoint else 0

@@ -1,0 +1,266 @@
+// Runs against the FAISS library that FAISS_LIBRARY names; DPSR_WRONG_VERSION_FAISS names one of another version.
+#include "export/faiss_search/faiss_library.h"
+
+#include <dlfcn.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <iterator>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "gtest/gtest.h"
+
+namespace dpsr {
+namespace {
+
+constexpr int kDim = 8;
+constexpr int64_t kVectors = 300;
+
+std::string Environment(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
+std::vector<float> RandomVectors(int64_t n, int seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> x(n * kDim);
+  for (float& value : x) value = normal(random);
+  return x;
+}
+
+// Writes an index of `vectors` (trained by FAISS only where it needs no training) with functions that the binding
+// itself has no use for.
+void WriteIndex(const FaissLibrary& library, const std::string& path, const std::vector<float>& vectors,
+                FaissMetric metric) {
+  void* handle = dlopen(library.path().c_str(), RTLD_NOW | RTLD_LOCAL);
+  ASSERT_NE(handle, nullptr);
+  const auto create = reinterpret_cast<void* (*)(int, const char*, FaissMetric, bool)>(
+      dlsym(handle, "_ZN5faiss13index_factoryEiPKcNS_10MetricTypeEb"));
+  const auto add = reinterpret_cast<void (*)(void*, int64_t, const float*)>(
+      dlsym(handle, "_ZN5faiss14IndexFlatCodes3addElPKf"));
+  const auto write = reinterpret_cast<void (*)(const void*, const char*, int)>(
+      dlsym(handle, "_ZN5faiss11write_indexEPKNS_5IndexEPKci"));
+  ASSERT_TRUE(create != nullptr && add != nullptr && write != nullptr);
+  void* index = create(kDim, "Flat", metric, true);
+  add(index, static_cast<int64_t>(vectors.size()) / kDim, vectors.data());
+  write(index, path.c_str(), 0);  // the index itself is left to the end of the test program
+}
+
+class FaissIndexTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    const Status status = FaissLibrary::Get(&library_);
+    ASSERT_TRUE(status.ok()) << status.message();
+    path_ = testing::TempDir() + "faiss_library_test_" + std::to_string(getpid()) + ".faiss";
+    vectors_ = RandomVectors(kVectors, 1);
+    WriteIndex(*library_, path_, vectors_, FaissMetric::kInnerProduct);
+  }
+  void TearDown() override { std::remove(path_.c_str()); }
+
+  std::unique_ptr<FaissIndex> Read(bool mmap = true) {
+    std::unique_ptr<FaissIndex> index;
+    const Status status = FaissIndex::Read(*library_, path_, mmap, &index);
+    EXPECT_TRUE(status.ok()) << status.message();
+    return index;
+  }
+
+  // The labels [n, k] of an exact search by inner product.
+  std::vector<int64_t> Exact(const std::vector<float>& queries, int64_t k) const {
+    std::vector<int64_t> labels;
+    for (size_t query = 0; query < queries.size(); query += kDim) {
+      std::vector<float> scores(kVectors);
+      for (int64_t i = 0; i < kVectors; ++i) {
+        scores[i] = std::inner_product(&vectors_[i * kDim], &vectors_[i * kDim] + kDim, &queries[query], 0.0f);
+      }
+      std::vector<int64_t> order(kVectors);
+      std::iota(order.begin(), order.end(), 0);
+      std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return scores[a] > scores[b]; });
+      labels.insert(labels.end(), order.begin(), order.begin() + k);
+    }
+    return labels;
+  }
+
+  const FaissLibrary* library_ = nullptr;
+  std::string path_;
+  std::vector<float> vectors_;
+};
+
+TEST(FaissLibraryTest, LoadsOnceFromTheEnvironment) {
+  const FaissLibrary* first = nullptr;
+  const FaissLibrary* second = nullptr;
+  const Status status = FaissLibrary::Get(&first);
+  ASSERT_TRUE(status.ok()) << status.message();
+  ASSERT_TRUE(FaissLibrary::Get(&second).ok());
+  EXPECT_EQ(first, second);
+  EXPECT_EQ(first->path(), Environment("FAISS_LIBRARY"));
+}
+
+TEST(FaissLibraryTest, RefusesAnotherVersion) {
+  const std::string path = Environment("DPSR_WRONG_VERSION_FAISS");
+  std::unique_ptr<FaissLibrary> library;
+  const Status status = FaissLibrary::Load(path, &library);
+  EXPECT_EQ(status.code(), StatusCode::kFailedPrecondition);
+  EXPECT_EQ(library, nullptr);
+  for (const std::string& part : std::vector<std::string>{path, "9.8.7", "1.15.1 is needed", "install"}) {
+    EXPECT_NE(status.message().find(part), std::string::npos) << part << " in " << status.message();
+  }
+}
+
+TEST(FaissLibraryTest, RefusesWhatIsNoFaiss) {
+  std::unique_ptr<FaissLibrary> library;
+  const Status missing = FaissLibrary::Load("/no/such/libfaiss.so", &library);
+  EXPECT_EQ(missing.code(), StatusCode::kFailedPrecondition);
+  EXPECT_NE(missing.message().find("/no/such/libfaiss.so"), std::string::npos) << missing.message();
+  const Status other = FaissLibrary::Load("libm.so.6", &library);
+  EXPECT_EQ(other.code(), StatusCode::kFailedPrecondition);
+  EXPECT_NE(other.message().find("does not export"), std::string::npos) << other.message();
+  EXPECT_EQ(library, nullptr);
+}
+
+TEST(FaissMetricNameTest, NamesAll) {
+  EXPECT_EQ(FaissMetricName(FaissMetric::kInnerProduct), "inner product");
+  EXPECT_EQ(FaissMetricName(FaissMetric::kL2), "L2");
+  EXPECT_EQ(FaissMetricName(static_cast<FaissMetric>(4)), "faiss::MetricType(4)");
+}
+
+TEST_F(FaissIndexTest, ReadsTheFields) {
+  for (const bool mmap : {false, true}) {
+    const std::unique_ptr<FaissIndex> index = Read(mmap);
+    ASSERT_NE(index, nullptr);
+    EXPECT_EQ(index->d(), kDim);
+    EXPECT_EQ(index->ntotal(), kVectors);
+    EXPECT_TRUE(index->is_trained());
+    EXPECT_EQ(index->metric(), FaissMetric::kInnerProduct);
+  }
+  WriteIndex(*library_, path_, vectors_, FaissMetric::kL2);
+  EXPECT_EQ(Read()->metric(), FaissMetric::kL2);
+}
+
+TEST_F(FaissIndexTest, SearchesExactly) {
+  constexpr int64_t kQueries = 5;
+  constexpr int64_t kResults = 20;
+  const std::vector<float> queries = RandomVectors(kQueries, 2);
+  for (const bool mmap : {false, true}) {
+    const std::unique_ptr<FaissIndex> index = Read(mmap);
+    ASSERT_NE(index, nullptr);
+    for (const int nthreads : {1, 2}) {
+      std::vector<float> distances(kQueries * kResults);
+      std::vector<int64_t> labels(kQueries * kResults);
+      const Status status =
+          index->Search(kQueries, queries.data(), kResults, distances.data(), labels.data(), nthreads);
+      ASSERT_TRUE(status.ok()) << status.message();
+      EXPECT_EQ(labels, Exact(queries, kResults));
+    }
+  }
+}
+
+TEST_F(FaissIndexTest, PadsBeyondNtotal) {
+  const std::unique_ptr<FaissIndex> index = Read();
+  ASSERT_NE(index, nullptr);
+  const std::vector<float> query = RandomVectors(1, 3);
+  std::vector<float> distances(kVectors + 2);
+  std::vector<int64_t> labels(kVectors + 2);
+  ASSERT_TRUE(index->Search(1, query.data(), kVectors + 2, distances.data(), labels.data()).ok());
+  EXPECT_GE(labels[kVectors - 1], 0);
+  EXPECT_EQ(labels[kVectors], -1);
+  EXPECT_EQ(labels[kVectors + 1], -1);
+}
+
+TEST_F(FaissIndexTest, RefusesBadSearchSizes) {
+  const std::unique_ptr<FaissIndex> index = Read();
+  ASSERT_NE(index, nullptr);
+  const std::vector<float> query = RandomVectors(1, 3);
+  float distance;
+  int64_t label;
+  EXPECT_EQ(index->Search(-1, query.data(), 1, &distance, &label).code(), StatusCode::kInvalidArgument);
+  EXPECT_EQ(index->Search(1, query.data(), 0, &distance, &label).code(), StatusCode::kInvalidArgument);
+  EXPECT_EQ(index->Search(1, query.data(), 1, &distance, &label, 0).code(), StatusCode::kInvalidArgument);
+  EXPECT_TRUE(index->Search(0, query.data(), 1, &distance, &label).ok());
+}
+
+TEST_F(FaissIndexTest, SetParametersReportsWhatFaissDoesNotKnow) {
+  const std::unique_ptr<FaissIndex> index = Read();
+  ASSERT_NE(index, nullptr);
+  EXPECT_TRUE(index->SetParameters("").ok());
+  EXPECT_TRUE(index->SetParameters("verbose=0").ok());
+  for (const std::string parameters : {"nprobe=32", "no_such_parameter=1", "nonsense"}) {
+    const Status status = index->SetParameters(parameters);
+    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument) << parameters;
+    EXPECT_NE(status.message().find(parameters), std::string::npos) << status.message();
+  }
+}
+
+TEST_F(FaissIndexTest, MissingFileIsNotFound) {
+  std::unique_ptr<FaissIndex> index;
+  const Status status = FaissIndex::Read(*library_, path_ + ".missing", true, &index);
+  EXPECT_EQ(status.code(), StatusCode::kNotFound);
+  EXPECT_NE(status.message().find(path_ + ".missing"), std::string::npos) << status.message();
+  EXPECT_EQ(FaissIndex::Read(*library_, testing::TempDir(), true, &index).code(), StatusCode::kDataLoss);
+}
+
+TEST_F(FaissIndexTest, EveryTruncationIsDataLoss) {
+  std::ifstream whole_file(path_, std::ios::binary);
+  const std::string whole((std::istreambuf_iterator<char>(whole_file)), std::istreambuf_iterator<char>());
+  ASSERT_GT(whole.size(), kVectors * kDim * sizeof(float));
+  for (size_t size = 0; size < whole.size(); size += size < 128 ? 1 : 997) {
+    std::ofstream(path_, std::ios::binary | std::ios::trunc) << whole.substr(0, size);
+    for (const bool mmap : {false, true}) {
+      std::unique_ptr<FaissIndex> index;
+      const Status status = FaissIndex::Read(*library_, path_, mmap, &index);
+      ASSERT_EQ(status.code(), StatusCode::kDataLoss) << size << " of " << whole.size() << " bytes";
+      EXPECT_NE(status.message().find(path_), std::string::npos) << status.message();
+    }
+  }
+}
+
+TEST_F(FaissIndexTest, ThreadsSearchOneIndex) {
+  constexpr int64_t kQueries = 64;
+  constexpr int64_t kResults = 10;
+  const std::unique_ptr<FaissIndex> index = Read();
+  ASSERT_NE(index, nullptr);
+  const std::vector<float> queries = RandomVectors(kQueries, 4);
+  const std::vector<int64_t> expected = Exact(queries, kResults);
+  std::vector<std::vector<int64_t>> labels(8, std::vector<int64_t>(kQueries * kResults));
+  std::vector<std::thread> threads;
+  for (std::vector<int64_t>& own : labels) {
+    threads.emplace_back([&index, &queries, &own] {
+      std::vector<float> distances(kResults);
+      for (int64_t i = 0; i < kQueries; ++i) {
+        const Status status = index->Search(1, &queries[i * kDim], kResults, distances.data(), &own[i * kResults]);
+        EXPECT_TRUE(status.ok()) << status.message();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const std::vector<int64_t>& own : labels) EXPECT_EQ(own, expected);
+}
+
+TEST_F(FaissIndexTest, LeavesTheOpenMpSettingOfTheCallerAlone) {
+  void* handle = dlopen(library_->path().c_str(), RTLD_NOW | RTLD_LOCAL);
+  ASSERT_NE(handle, nullptr);
+  const auto set_threads = reinterpret_cast<void (*)(int)>(dlsym(handle, "omp_set_num_threads"));
+  const auto threads = reinterpret_cast<int (*)()>(dlsym(handle, "omp_get_max_threads"));
+  ASSERT_TRUE(set_threads != nullptr && threads != nullptr);
+  const std::unique_ptr<FaissIndex> index = Read();
+  ASSERT_NE(index, nullptr);
+  set_threads(3);
+  const std::vector<float> query = RandomVectors(1, 3);
+  float distance;
+  int64_t label;
+  ASSERT_TRUE(index->Search(1, query.data(), 1, &distance, &label).ok());
+  EXPECT_EQ(threads(), 3);
+}
+
+}  // namespace
+}  // namespace dpsr

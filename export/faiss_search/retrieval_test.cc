@@ -1,0 +1,279 @@
+#include "export/faiss_search/retrieval.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <numeric>
+#include <random>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "gtest/gtest.h"
+
+namespace dpsr {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+using Hit = std::pair<int64_t, float>;  // position, score
+
+struct Result {
+  Status status;
+  std::vector<int64_t> ids;
+  std::vector<float> scores;
+  std::vector<int32_t> heads;
+};
+
+// Retrieves with a search whose answers are given: query [h] of dim 1 holds 1 + the index into `hits`, and each answer
+// is cut or padded to k.
+Result Retrieve(const std::vector<int64_t>& item_ids, const std::vector<std::vector<Hit>>& hits, int64_t k,
+                std::vector<float> query = {}) {
+  const HeadSearch search = [&hits](const float* head, int64_t wanted, float* scores, int64_t* labels) {
+    const std::vector<Hit>& found = hits[static_cast<size_t>(*head) - 1];
+    for (int64_t i = 0; i < wanted; ++i) {
+      const bool present = i < static_cast<int64_t>(found.size());
+      labels[i] = present ? found[i].first : -1;
+      scores[i] = present ? found[i].second : -std::numeric_limits<float>::max();
+    }
+    return Status();
+  };
+  if (query.empty()) {
+    query.resize(hits.size());
+    std::iota(query.begin(), query.end(), 1.0f);
+  }
+  Retriever retriever(Span<const int64_t>(item_ids.data(), item_ids.size()), search);
+  Result result;
+  result.ids.resize(k, 12345);
+  result.scores.resize(k, 12345);
+  result.heads.resize(k, 12345);
+  result.status = retriever.Retrieve(query.data(), static_cast<int64_t>(query.size()), 1, k, result.ids.data(),
+                                     result.scores.data(), result.heads.data());
+  return result;
+}
+
+void ExpectEmpty(const Result& result) {
+  EXPECT_TRUE(result.status.ok()) << result.status.message();
+  for (size_t i = 0; i < result.ids.size(); ++i) {
+    EXPECT_EQ(result.ids[i], -1);
+    EXPECT_EQ(result.scores[i], -kInfinity);
+    EXPECT_EQ(result.heads[i], -1);
+  }
+}
+
+TEST(RetrieverTest, MapsPositionsToItemIds) {
+  const Result result = Retrieve({70, 80, 90}, {{{2, 3.0f}, {0, 2.0f}, {1, 1.0f}}}, 3);
+  ASSERT_TRUE(result.status.ok()) << result.status.message();
+  EXPECT_EQ(result.ids, (std::vector<int64_t>{90, 70, 80}));
+  EXPECT_EQ(result.scores, (std::vector<float>{3, 2, 1}));
+  EXPECT_EQ(result.heads, (std::vector<int32_t>{0, 0, 0}));
+}
+
+TEST(RetrieverTest, OrdersTiesOfOneHeadByAscendingId) {
+  const Result result = Retrieve({9, 8, 7, 6}, {{{3, 2.0f}, {0, 1.0f}, {2, 1.0f}, {1, 1.0f}}}, 4);
+  EXPECT_EQ(result.ids, (std::vector<int64_t>{6, 7, 8, 9}));
+  EXPECT_EQ(result.scores, (std::vector<float>{2, 1, 1, 1}));
+}
+
+TEST(RetrieverTest, SortsASearchThatIsOutOfOrder) {
+  const Result result = Retrieve({10, 11, 12}, {{{0, 1.0f}, {1, 3.0f}, {2, 2.0f}}}, 3);
+  EXPECT_EQ(result.ids, (std::vector<int64_t>{11, 12, 10}));
+}
+
+TEST(RetrieverTest, UnitesHeadsByLargestScore) {
+  const Result result = Retrieve({10, 11, 12, 13},
+                                 {{{0, 5.0f}, {1, 4.0f}, {2, 1.0f}}, {{1, 6.0f}, {3, 4.5f}, {0, 0.5f}}}, 3);
+  EXPECT_EQ(result.ids, (std::vector<int64_t>{11, 10, 13}));
+  EXPECT_EQ(result.scores, (std::vector<float>{6, 5, 4.5f}));
+  EXPECT_EQ(result.heads, (std::vector<int32_t>{1, 0, 1}));
+}
+
+TEST(RetrieverTest, GivesTheLowestOfTheHeadsThatTie) {
+  const Result result = Retrieve({10, 11}, {{{0, 1.0f}, {1, 2.0f}}, {{1, 2.0f}, {0, 3.0f}}, {{0, 3.0f}, {1, 2.0f}}}, 2);
+  EXPECT_EQ(result.ids, (std::vector<int64_t>{10, 11}));
+  EXPECT_EQ(result.heads, (std::vector<int32_t>{1, 0}));
+}
+
+TEST(RetrieverTest, OrdersTiesAcrossHeadsByAscendingId) {
+  const Result result = Retrieve({30, 20, 10}, {{{0, 1.0f}}, {{1, 1.0f}}, {{2, 1.0f}}}, 3);
+  EXPECT_EQ(result.ids, (std::vector<int64_t>{10, 20, 30}));
+  EXPECT_EQ(result.heads, (std::vector<int32_t>{2, 1, 0}));
+}
+
+TEST(RetrieverTest, CutsTheUnionAtK) {
+  const Result result = Retrieve({10, 11, 12, 13}, {{{0, 4.0f}, {1, 3.0f}}, {{2, 2.0f}, {3, 1.0f}}}, 2);
+  EXPECT_EQ(result.ids, (std::vector<int64_t>{10, 11}));
+}
+
+TEST(RetrieverTest, PadsMissingResults) {
+  const Result result = Retrieve({10, 11, 12}, {{{1, 2.0f}, {-1, -kInfinity}}, {{1, 3.0f}}}, 5);
+  EXPECT_EQ(result.ids, (std::vector<int64_t>{11, -1, -1, -1, -1}));
+  EXPECT_EQ(result.scores, (std::vector<float>{3, -kInfinity, -kInfinity, -kInfinity, -kInfinity}));
+  EXPECT_EQ(result.heads, (std::vector<int32_t>{1, -1, -1, -1, -1}));
+}
+
+TEST(RetrieverTest, JoinsPositionsOfOneItem) {
+  const Result result = Retrieve({10, 10, 11}, {{{1, 3.0f}, {2, 2.0f}, {0, 1.0f}}}, 3);
+  EXPECT_EQ(result.ids, (std::vector<int64_t>{10, 11, -1}));
+  EXPECT_EQ(result.scores[0], 3.0f);
+}
+
+TEST(RetrieverTest, DropsNanScoresAndKeepsInfiniteOnes) {
+  const Result result = Retrieve({10, 11, 12, 13}, {{{0, kNan}, {1, 1.0f}, {2, kInfinity}, {3, kNan}}}, 4);
+  EXPECT_EQ(result.ids, (std::vector<int64_t>{12, 11, -1, -1}));
+  EXPECT_EQ(result.scores[0], kInfinity);
+}
+
+TEST(RetrieverTest, QueryThatIsNotFiniteRetrievesNothing) {
+  const std::vector<std::vector<Hit>> hits = {{{0, 1.0f}}};
+  for (const float bad : {kNan, kInfinity, -kInfinity}) {
+    ExpectEmpty(Retrieve({10}, hits, 2, {bad}));
+    ExpectEmpty(Retrieve({10}, hits, 2, {1.0f, bad}));
+  }
+}
+
+TEST(RetrieverTest, HeadOfZerosRetrievesNothing) {
+  const std::vector<std::vector<Hit>> hits = {{{0, 1.0f}}};
+  ExpectEmpty(Retrieve({10}, hits, 2, {0.0f, -0.0f}));
+  const Result second = Retrieve({10}, hits, 1, {0.0f, 1.0f});
+  EXPECT_EQ(second.ids, (std::vector<int64_t>{10}));
+  EXPECT_EQ(second.heads, (std::vector<int32_t>{1}));
+}
+
+TEST(RetrieverTest, EmptyIndexIsNotSearched) {
+  const HeadSearch never = [](const float*, int64_t, float*, int64_t*) {
+    return MakeStatus(StatusCode::kInternal, "searched");
+  };
+  Retriever retriever(Span<const int64_t>(), never);
+  const float query = 1;
+  Result result{{}, {0, 0}, {0, 0}, {0, 0}};
+  result.status = retriever.Retrieve(&query, 1, 1, 2, result.ids.data(), result.scores.data(), result.heads.data());
+  ExpectEmpty(result);
+}
+
+TEST(RetrieverTest, AsksForNoMoreThanThereIs) {
+  int64_t asked = 0;
+  const HeadSearch search = [&asked](const float*, int64_t k, float* scores, int64_t* labels) {
+    asked = k;
+    std::fill(scores, scores + k, 0.0f);
+    std::fill(labels, labels + k, -1);
+    return Status();
+  };
+  const std::vector<int64_t> item_ids = {1, 2, 3};
+  Retriever retriever(Span<const int64_t>(item_ids.data(), item_ids.size()), search);
+  const float query = 1;
+  std::vector<int64_t> ids(8);
+  std::vector<float> scores(8);
+  std::vector<int32_t> heads(8);
+  for (const int64_t k : {2, 3, 8}) {
+    ASSERT_TRUE(retriever.Retrieve(&query, 1, 1, k, ids.data(), scores.data(), heads.data()).ok());
+    EXPECT_EQ(asked, std::min<int64_t>(k, 3));
+  }
+}
+
+TEST(RetrieverTest, PositionsOutsideTheTableAreDataLoss) {
+  for (const int64_t position : {int64_t{2}, int64_t{-2}, std::numeric_limits<int64_t>::max()}) {
+    const Result result = Retrieve({10, 11}, {{{position, 1.0f}}}, 1);
+    EXPECT_EQ(result.status.code(), StatusCode::kDataLoss);
+    EXPECT_NE(result.status.message().find(StrCat("position ", position)), std::string::npos);
+  }
+}
+
+TEST(RetrieverTest, PassesErrorsOfTheSearchOn) {
+  const std::vector<int64_t> item_ids = {1};
+  Retriever retriever(Span<const int64_t>(item_ids.data(), 1), [](const float*, int64_t, float*, int64_t*) {
+    return MakeStatus(StatusCode::kInternal, "search failed");
+  });
+  const float query = 1;
+  int64_t id;
+  float score;
+  int32_t head;
+  const Status status = retriever.Retrieve(&query, 1, 1, 1, &id, &score, &head);
+  EXPECT_EQ(status.code(), StatusCode::kInternal);
+  EXPECT_EQ(status.message(), "search failed");
+}
+
+TEST(RetrieverTest, RefusesSizesOutOfRange) {
+  const std::vector<int64_t> item_ids = {1};
+  Retriever retriever(Span<const int64_t>(item_ids.data(), 1),
+                      [](const float*, int64_t, float*, int64_t*) { return Status(); });
+  const std::vector<float> query(kMaxHeads + 1, 1.0f);
+  int64_t id = 0;
+  float score = 0;
+  int32_t head = 0;
+  const auto code = [&](int64_t heads, int64_t dim, int64_t k) {
+    return retriever.Retrieve(query.data(), heads, dim, k, &id, &score, &head).code();
+  };
+  EXPECT_EQ(code(0, 1, 1), StatusCode::kInvalidArgument);
+  EXPECT_EQ(code(kMaxHeads + 1, 1, 1), StatusCode::kInvalidArgument);
+  EXPECT_EQ(code(1, 0, 1), StatusCode::kInvalidArgument);
+  EXPECT_EQ(code(1, 1, 0), StatusCode::kInvalidArgument);
+  EXPECT_EQ(code(1, 1, -1), StatusCode::kInvalidArgument);
+  EXPECT_EQ(code(1, 1, kMaxResults + 1), StatusCode::kInvalidArgument);
+  EXPECT_EQ(id, 0);
+}
+
+// The rule, written down in the plainest way: best score and lowest head of each id, sorted by score and id.
+Result Reference(const std::vector<int64_t>& item_ids, const std::vector<std::vector<Hit>>& hits, int64_t k) {
+  std::map<int64_t, std::pair<float, int32_t>> best;
+  for (size_t head = 0; head < hits.size(); ++head) {
+    const int64_t wanted = std::min<int64_t>({k, static_cast<int64_t>(item_ids.size()),
+                                              static_cast<int64_t>(hits[head].size())});
+    for (int64_t i = 0; i < wanted; ++i) {
+      const auto [position, score] = hits[head][i];
+      const auto [entry, is_new] = best.emplace(item_ids[position], std::make_pair(score, static_cast<int32_t>(head)));
+      if (!is_new && score > entry->second.first) entry->second = {score, static_cast<int32_t>(head)};
+    }
+  }
+  std::vector<std::tuple<float, int64_t, int32_t>> order;
+  for (const auto& [id, found] : best) order.emplace_back(-found.first, id, found.second);
+  std::sort(order.begin(), order.end());
+  Result result;
+  for (int64_t i = 0; i < k; ++i) {
+    const bool present = i < static_cast<int64_t>(order.size());
+    result.scores.push_back(present ? -std::get<0>(order[i]) : kNoScore);
+    result.ids.push_back(present ? std::get<1>(order[i]) : kNoItem);
+    result.heads.push_back(present ? std::get<2>(order[i]) : kNoHead);
+  }
+  return result;
+}
+
+TEST(RetrieverTest, EqualsTheReferenceOnRandomResults) {
+  std::mt19937 random(20);
+  for (int round = 0; round < 500; ++round) {
+    const int64_t ntotal = 1 + random() % 60;
+    const int64_t k = 1 + random() % 80;
+    std::vector<int64_t> item_ids(ntotal);
+    for (int64_t& id : item_ids) id = random() % 50 * (round % 2 == 0 ? 1 : int64_t{1} << 40);
+    std::vector<std::vector<Hit>> hits(1 + random() % 4);
+    for (std::vector<Hit>& head : hits) {
+      std::vector<int64_t> positions(ntotal);
+      std::iota(positions.begin(), positions.end(), 0);
+      std::shuffle(positions.begin(), positions.end(), random);
+      positions.resize(random() % (std::min(k, ntotal) + 1));
+      for (const int64_t position : positions) head.emplace_back(position, static_cast<float>(random() % 8) - 4);
+    }
+    const Result expected = Reference(item_ids, hits, k);
+    const Result result = Retrieve(item_ids, hits, k);
+    ASSERT_TRUE(result.status.ok()) << result.status.message();
+    ASSERT_EQ(result.ids, expected.ids) << "round " << round;
+    ASSERT_EQ(result.scores, expected.scores) << "round " << round;
+    ASSERT_EQ(result.heads, expected.heads) << "round " << round;
+  }
+}
+
+TEST(CheckItemIdsTest, RefusesNegativeIds) {
+  const std::vector<int64_t> good = {0, 5, 5, std::numeric_limits<int64_t>::max()};
+  EXPECT_TRUE(CheckItemIds(Span<const int64_t>(good.data(), good.size())).ok());
+  EXPECT_TRUE(CheckItemIds(Span<const int64_t>()).ok());
+  const std::vector<int64_t> bad = {4, -1};
+  const Status status = CheckItemIds(Span<const int64_t>(bad.data(), bad.size()));
+  EXPECT_EQ(status.code(), StatusCode::kFailedPrecondition);
+  EXPECT_NE(status.message().find("position 1 is -1"), std::string::npos) << status.message();
+}
+
+}  // namespace
+}  // namespace dpsr

@@ -1,0 +1,36 @@
+// The server's own log: one line to standard error per event of the server (never per request), flushed at once.
+#ifndef DPSR_SERVING_MODEL_SERVER_LOG_H_
+#define DPSR_SERVING_MODEL_SERVER_LOG_H_
+
+#include <cstdio>
+#include <ctime>
+#include <string>
+
+#include "tokenizer_cc/status.h"
+
+namespace dpsr::serving {
+
+// Do not call; see LogInfo and LogWarning.
+inline void LogLine(char severity, const std::string& message) {
+  const std::time_t now = std::time(nullptr);
+  std::tm local{};
+  localtime_r(&now, &local);
+  char stamp[32];
+  std::strftime(stamp, sizeof(stamp), "%Y-%m-%d %H:%M:%S", &local);
+  // One call, so that lines of several threads do not mix; stderr is unbuffered.
+  std::fprintf(stderr, "%c %s model_server: %s\n", severity, stamp, message.c_str());
+}
+
+template <typename... Args>
+void LogInfo(const Args&... args) {
+  LogLine('I', StrCat(args...));
+}
+
+template <typename... Args>
+void LogWarning(const Args&... args) {
+  LogLine('W', StrCat(args...));
+}
+
+}  // namespace dpsr::serving
+
+#endif  // DPSR_SERVING_MODEL_SERVER_LOG_H_

@@ -1,0 +1,46 @@
+// The command line of the model server: TensorFlow Serving's flags, by its names, defaults and syntax `--name=value`.
+#ifndef DPSR_SERVING_MODEL_SERVER_SERVER_OPTIONS_H_
+#define DPSR_SERVING_MODEL_SERVER_SERVER_OPTIONS_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "tokenizer_cc/status.h"
+
+namespace dpsr::serving {
+
+struct ServerOptions {
+  std::string host = "127.0.0.1";
+  int32_t port = 8500;  // 0: the system picks a free one
+  std::string model_name = "default";
+  std::string model_base_path;
+  std::vector<std::string> op_libraries;
+  int64_t file_system_poll_wait_seconds = 1;  // 0: poll once; negative: never
+  int32_t tensorflow_session_parallelism = 0;
+  int32_t tensorflow_intra_op_parallelism = 0;
+  int32_t tensorflow_inter_op_parallelism = 0;
+  std::vector<std::string> saved_model_tags = {"serve"};
+  int32_t grpc_max_threads = 0;  // 0: four times the number of CPUs
+  bool enable_serialization_as_tensor_content = false;
+  bool version = false;
+  bool help = false;
+};
+
+// Reads argv[1..argc) into `options`. Arguments that are no flag of this server go to `unknown` and are otherwise
+// ignored, as TensorFlow Serving does, so that its start scripts work unchanged. A value that does not fit its flag is
+// kInvalidArgument with flag, value and what is allowed.
+Status ParseServerOptions(int argc, const char* const* argv, ServerOptions* options, std::vector<std::string>* unknown);
+
+// Checks what concerns several flags at once, or the model; kInvalidArgument says why the server cannot start.
+Status ValidateServerOptions(const ServerOptions& options);
+
+// One line a flag: name, default and meaning.
+std::string ServerOptionsHelp();
+
+// `host:port` as gRPC expects it; an IPv6 host is put into brackets.
+std::string ServerAddress(const std::string& host, int port);
+
+}  // namespace dpsr::serving
+
+#endif  // DPSR_SERVING_MODEL_SERVER_SERVER_OPTIONS_H_

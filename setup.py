@@ -1,0 +1,53 @@
+"""Builds the wheel and the editable install; the native parts come from CMake (see CMakeLists.txt)."""
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+# Folder that holds a Python package -> where its sources lie. Import names are folder names, nothing is remapped.
+PACKAGE_ROOTS = {"dpsr_tf": ".", "dpsr_tokenizer": "tokenizer_cc", "dpsr_export": "export", "dpsr_serving": "serving"}
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake and Ninja. In place: outputs land in the source tree. Else: installed below `build_lib`."""
+
+    def run(self) -> None:
+        """Builds every native part; there is one CMake project, not one an extension."""
+        wheels = [importlib.util.find_spec(name) for name in ("tensorflow", "tensorflow_serving", "pybind11")]
+        if None in wheels:
+            raise SystemExit(
+                "setup.py: the native parts need tensorflow, tensorflow-serving-api and pybind11 in this environment; "
+                "run `make setup`, or build with pip, which fetches them"
+            )
+        # One build folder an environment: compile flags hold the path of its TensorFlow, and a build in pip's
+        # isolated environment must not throw away the objects of the developer's.
+        environment = "\n".join([sys.executable] + [str(spec.origin) for spec in wheels if spec is not None])
+        build = ROOT / "build" / f"cmake-{hashlib.sha256(environment.encode()).hexdigest()[:8]}"
+        if not (build / "build.ninja").exists():
+            self._call("cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}")
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
+        self._call("cmake", "--build", build, "--parallel", jobs)
+        if not self.inplace:
+            self._call("cmake", "--install", build, "--prefix", Path(self.build_lib).resolve(), "--strip")
+
+    @staticmethod
+    def _call(*command: object) -> None:
+        subprocess.run([str(part) for part in command], check=True)
+
+
+setup(
+    packages=[
+        package for name, root in PACKAGE_ROOTS.items() for package in find_packages(root, include=[name, f"{name}.*"])
+    ],
+    package_dir={name: os.path.normpath(f"{root}/{name}") for name, root in PACKAGE_ROOTS.items()},
+    package_data={"": ["py.typed", "*.pyi"]},
+    ext_modules=[Extension("dpsr_tokenizer._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,182 @@
+"""A tiny shop as real files, the command line run in this process, and the real evaluation data where it is present."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import dataclasses
+import gzip
+import io
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import yaml
+from dpsr_tf import cli
+from dpsr_tf.data.store import Store
+
+Rows = list[dict[str, Any]]
+
+# Item ids in no order, so that an id is never mistaken for a row; texts that one format or another could spoil.
+_ITEMS: Rows = [
+    {"item_id": 30, "title": "Red running shoes", "brand": "Acme", "color": "red"},
+    {"item_id": 10, "title": '3/4" hex bolt, "zinc"', "brand": "Bolts & Co", "color": None},
+    {"item_id": 70, "title": "红色 跑鞋 43码", "brand": "阿克梅", "color": "red"},
+    {"item_id": 50, "title": "007", "brand": None, "color": "blue"},
+    {"item_id": 20, "title": "Blue suède shoes", "brand": "Acme", "color": "blue"},
+    {"item_id": 90, "title": "", "brand": None, "color": ""},
+    {"item_id": 2**40, "title": "NA", "brand": "N/A", "color": "null"},
+]
+_USERS: Rows = [
+    {"user_id": 5, "gender": "f", "age": 30},
+    {"user_id": 3, "gender": "m", "age": 30},
+    {"user_id": 8, "gender": None, "age": 7},
+]
+_LOG: Rows = [
+    {"query": "red shoes", "item_id": 30, "user_id": 5, "weight": 1.5, "label": 2},
+    {"query": "red shoes", "item_id": 20, "user_id": 3, "weight": 1.0, "label": 1},
+    {"query": "红鞋", "item_id": 70, "user_id": 8, "weight": 2.25, "label": 2},
+    {"query": " red shoes ", "item_id": 30, "user_id": 3, "weight": 0.5, "label": 2},
+    {"query": 'bolt 3/4"', "item_id": 10, "user_id": -1, "weight": 1.0, "label": 2},
+    {"query": "100", "item_id": 50, "user_id": 5, "weight": 1.0, "label": 2},
+    {"query": "red shoes", "item_id": 70, "user_id": 5, "weight": 1.0, "label": 0},
+    {"query": "红鞋", "item_id": 50, "user_id": 5, "weight": 1.0, "label": 0},
+    {"query": "never liked", "item_id": 90, "user_id": 5, "weight": 1.0, "label": 0},
+    {"query": "so so", "item_id": 90, "user_id": 5, "weight": 1.0, "label": 1},
+    {"query": "red shoes", "item_id": 30, "user_id": 5, "weight": 1.5, "label": 2},
+]
+_SCHEMA: dict[str, Any] = {
+    "items": {"files": "items.*", "id": "item_id", "text": ["title", "brand"]},
+    "users": {"files": "users.*", "id": "user_id", "features": ["gender", "age"]},
+    "interactions": {
+        "files": "log.*",
+        "query": "query",
+        "item": "item_id",
+        "user": "user_id",
+        "weight": "weight",
+        "label": "label",
+        "positive_from": 2,
+        "negative_to": 0,
+    },
+    "vocabulary": {"num_oov_buckets": 16},
+}
+
+
+@dataclasses.dataclass
+class Shop:
+    """Tables as lists of rows, to be changed by a test, then written and ingested."""
+
+    path: Path
+    items: Rows = dataclasses.field(default_factory=lambda: copy.deepcopy(_ITEMS))
+    users: Rows = dataclasses.field(default_factory=lambda: copy.deepcopy(_USERS))
+    log: Rows = dataclasses.field(default_factory=lambda: copy.deepcopy(_LOG))
+    schema: dict[str, Any] = dataclasses.field(default_factory=lambda: copy.deepcopy(_SCHEMA))
+
+    def write(self, suffix: str = ".tsv") -> Shop:
+        """Writes items, users and log as files with this suffix, and schema.yaml."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name in ("items", "users", "log"):
+            (self.path / f"{name}{suffix}").write_bytes(encode_table(getattr(self, name), suffix))
+        (self.path / "schema.yaml").write_text(yaml.safe_dump(self.schema, allow_unicode=True))
+        return self
+
+    def flags(self, out: Path) -> list[str]:
+        """The arguments of the command that ingests it into `out`."""
+        return ["ingest", f"--schema={self.path / 'schema.yaml'}", f"--out={out}"]
+
+
+def encode_table(rows: Rows, suffix: str) -> bytes:
+    """The rows as a file of this kind. TSV is unquoted, CSV quoted where needed, None is empty in both."""
+    kind, compressed = suffix.removesuffix(".gz"), suffix.endswith(".gz")
+    if kind == ".parquet":
+        sink = io.BytesIO()
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), sink)
+        data = sink.getvalue()
+    elif kind == ".jsonl":
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    else:
+        table = [list(rows[0]), *(["" if value is None else value for value in row.values()] for row in rows)]
+        text = io.StringIO()
+        if kind == ".csv":
+            csv.writer(text, lineterminator="\n").writerows(table)
+        else:
+            text.writelines("\t".join(map(str, row)) + "\n" for row in table)
+        data = text.getvalue().encode()
+    return gzip.compress(data) if compressed else data
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a command left: exit status, stdout, and the error lines of stderr (progress bars left out)."""
+
+    status: int
+    out: str
+    errors: list[str]
+
+    def fails(self, status: int, *fragments: str) -> None:
+        """Asserts this status and exactly one line on stderr that holds every fragment."""
+        assert self.status == status, (self.status, self.errors)
+        assert len(self.errors) == 1, self.errors
+        for fragment in fragments:
+            assert fragment in self.errors[0], (fragment, self.errors[0])
+
+    def succeeds(self) -> Outcome:
+        """Asserts status 0 and no error."""
+        assert (self.status, self.errors) == (0, []), (self.status, self.errors)
+        return self
+
+
+@pytest.fixture
+def dpsr(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Runs `dpsr ARGUMENTS...` in this process."""
+
+    def run(*arguments: str) -> Outcome:
+        capfd.readouterr()
+        status = cli.main(list(arguments))
+        out, err = capfd.readouterr()
+        # A progress bar overwrites its line; its text ends with a unit and a closing bracket.
+        lines = [line.strip() for line in re.split(r"[\r\n]", err)]
+        return Outcome(status, out, [line for line in lines if line and not re.search(r"\d+%\||\d+it \[", line)])
+
+    return run
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Shop:
+    """The tiny shop, not written yet."""
+    return Shop(tmp_path / "shop")
+
+
+@pytest.fixture
+def store(shop: Shop, tmp_path: Path, dpsr: Callable[..., Outcome]) -> Store:
+    """A store of the tiny shop."""
+    dpsr(*shop.write().flags(tmp_path / "store")).succeeds()
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def tree() -> Callable[[Path], dict[str, bytes | None]]:
+    """Every path below a directory, hidden ones too, with its bytes (None for a directory)."""
+
+    def read(root: Path) -> dict[str, bytes | None]:
+        return {
+            str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")
+        }
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def homedepot() -> Path:
+    """The Home Depot files: $DPSR_HOMEDEPOT, or shared/data/homedepot beside the checkout; skips where there are none."""
+    beside = Path(__file__).parents[3] / "shared" / "data" / "homedepot"
+    path = Path(os.environ.get("DPSR_HOMEDEPOT", beside))
+    if not (path / "products.tsv").is_file():
+        pytest.skip(f"no Home Depot files at {path}")
+    return path

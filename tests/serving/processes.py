@@ -1,0 +1,107 @@
+"""Child processes and models of the serving tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import dpsr_serving
+
+
+def child_environment(**extra: str) -> dict[str, str]:
+    """The environment of a child process that imports dpsr_serving from where this process does."""
+    root = str(Path(dpsr_serving.__file__).parents[1])
+    inherited = os.environ.get("PYTHONPATH", "")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, inherited])), **extra}
+
+
+def command_line(module: str, *arguments: str) -> list[str]:
+    """Runs `module`'s main in a process of its own, as the dispatcher does."""
+    name = "dpsr " + module.rpartition(".")[2]
+    code = f"import sys; from {module} import main; sys.exit(main([{name!r}, *sys.argv[1:]]))"
+    return [sys.executable, "-c", code, *arguments]
+
+
+def run_command(module: str, *arguments: str, **extra_environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command_line(module, *arguments),
+        env=child_environment(**extra_environment),
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        timeout=60,
+    )
+
+
+class ProxyProcess:
+    """`dpsr proxy` on a free port."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            command_line("dpsr_serving.proxy", "--port=0", *arguments),
+            env=child_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line.startswith("proxy ready on "):
+            self.process.kill()
+            raise AssertionError(f"the proxy said {line!r}, {self.process.communicate()[1]!r}")
+        self.target = line.removeprefix("proxy ready on ").strip()
+
+    def stop(self) -> int:
+        """Ends the proxy without draining and returns its exit status."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+        return self.process.returncode
+
+
+def save_search_model(version_dir: Path, base: int, with_keys: bool = False) -> None:
+    """Saves a model that answers like a search servable, by a rule that tests can compute.
+
+    A query of n bytes finds items base, base + 1, ... base + n - 1 (cut at k, 3 in `serving_default`) with scores
+    1, 1/2, 1/3, ... and heads 0, 1, 0, 1, ...; what remains up to k is padding. `slow` keeps a thread busy for `work`
+    rounds of some microseconds.
+    """
+    import tensorflow as tf
+
+    def answer(query: tf.Tensor, k: tf.Tensor) -> dict[str, tf.Tensor]:
+        rank = tf.range(k)[tf.newaxis, :]
+        found = rank < tf.strings.length(query)[:, tf.newaxis]
+        rank = tf.broadcast_to(rank, tf.shape(found))
+        ids = tf.where(found, tf.cast(rank, tf.int64) + base, tf.constant(-1, tf.int64))
+        outputs = {
+            "item_ids": ids,
+            "scores": tf.where(found, 1.0 / tf.cast(rank + 1, tf.float32), -float("inf")),
+            "heads": tf.where(found, rank % 2, -1),
+        }
+        if with_keys:
+            outputs["item_keys"] = tf.where(found, tf.strings.join(["sku-", tf.strings.as_string(ids)]), "")
+        return outputs
+
+    class Model(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "query")])
+        def serve(self, query: tf.Tensor) -> dict[str, tf.Tensor]:
+            return answer(query, tf.constant(3))
+
+        @tf.function(
+            input_signature=[tf.TensorSpec([None], tf.string, "query"), tf.TensorSpec([], tf.int32, "k")],
+        )
+        def search(self, query: tf.Tensor, k: tf.Tensor) -> dict[str, tf.Tensor]:
+            return answer(query, k)
+
+        @tf.function(input_signature=[tf.TensorSpec([], tf.int32, "work")])
+        def slow(self, work: tf.Tensor) -> dict[str, tf.Tensor]:
+            done, total = tf.constant(0), tf.constant(0.5)
+            while done < work:
+                done, total = done + 1, tf.math.sin(total + 1.0)
+            return {"total": total}
+
+    model = Model()
+    signatures = {"serving_default": model.serve, "search": model.search, "slow": model.slow}
+    tf.saved_model.save(model, str(version_dir), signatures=signatures)

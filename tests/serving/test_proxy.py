@@ -1,0 +1,596 @@
+"""The proxy as its own process, between real clients, real model servers and recording gRPC backends."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from dpsr_serving import apis
+from dpsr_serving.client import SearchClient, ServingError
+from dpsr_serving.command import UsageError
+from dpsr_serving.model_server import ModelServer
+from dpsr_serving.proxy import routing
+from dpsr_serving.proxy.config import ProxyConfig, parse_config
+from dpsr_serving.tensors import make_tensor, to_numpy
+from processes import ProxyProcess, child_environment, run_command
+
+StartProxy = Callable[..., ProxyProcess]
+
+
+class RecordingBackend:
+    """A gRPC server of raw bytes, for what no model server can be made to do or would not let one see."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, bytes, dict[str, Any], float | None]] = []
+        self.entered = threading.Semaphore(0)
+        self.answer: Callable[[bytes, Any], bytes] = lambda request, context: request
+        self._server = grpc.server(futures.ThreadPoolExecutor(8), options=apis.GRPC_OPTIONS)
+        backend = self
+
+        class Handlers(grpc.GenericRpcHandler):
+            def service(self, details: Any) -> Any:
+                def handle(request: bytes, context: Any) -> bytes:
+                    metadata = dict(context.invocation_metadata())
+                    backend.calls.append((details.method, request, metadata, context.time_remaining()))
+                    backend.entered.release()
+                    return backend.answer(request, context)
+
+                return grpc.unary_unary_rpc_method_handler(handle)
+
+        self._server.add_generic_rpc_handlers((Handlers(),))
+        self.target = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._server.start()
+
+    def stop(self) -> None:
+        self._server.stop(0).wait()
+
+
+@pytest.fixture
+def start_backend() -> Iterator[Callable[[], RecordingBackend]]:
+    started: list[RecordingBackend] = []
+
+    def start() -> RecordingBackend:
+        started.append(RecordingBackend())
+        return started[-1]
+
+    yield start
+    for backend in started:
+        backend.stop()
+
+
+def call(target: str, method: str, request: bytes, timeout: float | None = 20, metadata: Any = ()) -> Any:
+    """Sends raw bytes; returns (code, details, response, initial metadata, trailing metadata) whatever the status."""
+    with grpc.insecure_channel(target, options=apis.CHANNEL_OPTIONS) as channel:
+        done = channel.unary_unary(method).future(request, timeout=timeout, metadata=metadata)
+        code = done.code()
+        response = done.result() if code is grpc.StatusCode.OK else None
+        return code, done.details(), response, tuple(done.initial_metadata()), tuple(done.trailing_metadata())
+
+
+def predict(model: str | None, signature: str = "serving_default", **inputs: Any) -> bytes:
+    request = apis.PredictRequest()
+    if model is not None:
+        request.model_spec.name = model
+        request.model_spec.signature_name = signature
+    for name, value in inputs.items():
+        request.inputs[name].CopyFrom(make_tensor(value))
+    return bytes(request.SerializeToString())
+
+
+def write_config(path: Path, servers: dict[str, ModelServer]) -> Path:
+    lines = [f"  {name}: {{backends: ['{server.target}']}}" for name, server in servers.items()]
+    path.write_text("models:\n" + "\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def proxy(servers: dict[str, ModelServer], tmp_path: Path, start_proxy: StartProxy) -> ProxyProcess:
+    """A proxy before the servers of both models, each on its own backend."""
+    return start_proxy(f"--config={write_config(tmp_path / 'proxy.yaml', servers)}")
+
+
+# Before real model servers
+
+
+def test_routes_each_model_to_the_server_that_holds_it(proxy: ProxyProcess) -> None:
+    for model, base in (("shop", 100), ("keyed", 200)):
+        with SearchClient(proxy.target, model) as client:
+            (result,) = client.search("ab")
+            assert result.item_ids.tolist() == [base, base + 1]
+            (status,) = client.model_status()
+            assert status.state == "AVAILABLE"
+
+
+def test_answers_equal_those_of_the_server_for_every_method(
+    proxy: ProxyProcess, servers: dict[str, ModelServer]
+) -> None:
+    spec = apis.GetModelStatusRequest()
+    spec.model_spec.name = "shop"
+    name_only = spec.SerializeToString()
+    old = apis.PredictRequest.FromString(predict("shop", query=["a"]))
+    old.model_spec.version.value = 6
+    multi = apis.MultiInferenceRequest()
+    multi.tasks.add().model_spec.name = "shop"
+    requests = [
+        (apis.PREDICT, predict("shop", query=["a", "abcd", ""])),
+        (apis.PREDICT, predict("shop", "search", query=["abc"], k=np.int32(2))),
+        (apis.PREDICT, predict("shop", "nowhere", query=["a"])),
+        (apis.PREDICT, predict("shop", wrong=["a"])),
+        (apis.PREDICT, predict("shop", query=np.zeros(3, np.float32))),
+        (apis.PREDICT, old.SerializeToString()),
+        (apis.PREDICT, predict(None, query=["a"])),
+        (apis.PREDICT, predict("", query=["a"])),
+        ("/tensorflow.serving.PredictionService/MultiInference", multi.SerializeToString()),
+        *(
+            (method, name_only)
+            for method in apis.METHODS
+            if method.endswith(("Classify", "Regress", "GetModelMetadata", "GetModelStatus"))
+        ),
+    ]
+    codes = set()
+    for method, request in requests:
+        through = call(proxy.target, method, request)
+        direct = call(servers["shop"].target, method, request)
+        assert through[:2] == direct[:2], method
+        if direct[2] is not None:  # map fields have no order on the wire: compare what they mean
+            response_type = apis.PredictResponse if method == apis.PREDICT else apis.GetModelStatusResponse
+            assert response_type.FromString(through[2]) == response_type.FromString(direct[2])
+        codes.add(direct[0])
+    assert {grpc.StatusCode.OK, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT} <= codes
+
+
+def test_stock_client_of_tensorflow_serving_works_unchanged(proxy: ProxyProcess) -> None:
+    import tensorflow as tf
+    from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name = "shop"
+    request.inputs["query"].CopyFrom(tf.make_tensor_proto(["ab"]))
+    with grpc.insecure_channel(proxy.target) as channel:
+        response = prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict(request, timeout=20)
+    assert tf.make_ndarray(response.outputs["item_ids"]).tolist() == [[100, 101, -1]]
+
+
+def test_many_clients_at_once_each_get_their_own_answer(proxy: ProxyProcess) -> None:
+    def ask(worker: int) -> None:
+        model, base = (("shop", 100), ("keyed", 200))[worker % 2]
+        with SearchClient(proxy.target, model) as client:
+            for round_number in range(20):
+                n = 1 + (worker + round_number) % 9
+                for result in client.search(["x" * n, "y"], k=10):
+                    assert result.item_ids.tolist() == list(range(base, base + n))
+                    n = 1
+
+    with futures.ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(ask, worker) for worker in range(8)]:
+            done.result()
+
+
+def test_answers_and_requests_far_above_grpcs_default_size(proxy: ProxyProcess) -> None:
+    k = 500_000
+    with SearchClient(proxy.target, "shop", timeout_s=60) as client:
+        (result,) = client.search("x" * 6_000_000, k)  # the answer: 500,000 x (8 + 4 + 4) bytes or more
+    assert np.array_equal(result.item_ids, np.arange(100, 100 + k))
+
+
+def test_deadline_ends_a_slow_request(proxy: ProxyProcess) -> None:
+    code = call(proxy.target, apis.PREDICT, predict("shop", "slow", work=np.int32(2_000_000)), timeout=0.3)[0]
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    with SearchClient(proxy.target, "shop") as client:
+        assert len(client.search("ab")[0]) == 2
+
+
+def test_unknown_model_is_not_found_in_tensorflow_servings_words(proxy: ProxyProcess) -> None:
+    versioned = apis.PredictRequest.FromString(predict("nowhere", query=["a"]))
+    versioned.model_spec.version.value = 7
+    status = apis.GetModelStatusRequest()
+    status.model_spec.name = "nowhere"
+    for method, request, words in (
+        (apis.PREDICT, predict("nowhere", query=["a"]), "Servable not found for request: Latest(nowhere)"),
+        (apis.PREDICT, versioned.SerializeToString(), "Servable not found for request: Specific(nowhere, 7)"),
+        (apis.GET_MODEL_STATUS, status.SerializeToString(), "Could not find any versions of model nowhere"),
+    ):
+        code, details, *_ = call(proxy.target, method, request)
+        assert (code, details) == (grpc.StatusCode.NOT_FOUND, words)
+    with SearchClient(proxy.target, "nowhere") as client, pytest.raises(ServingError) as raised:
+        client.search("a")
+    assert proxy.target in str(raised.value) and "'nowhere'" in str(raised.value)
+
+
+def test_default_backends_take_all_other_models(
+    servers: dict[str, ModelServer], start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    config = tmp_path / "proxy.yaml"
+    config.write_text(
+        f"models:\n  keyed:\n    backends: ['{servers['keyed'].target}']\n"
+        f"default: {{backends: ['{servers['shop'].target}']}}\n"
+    )
+    proxy = start_proxy(f"--config={config}")
+    for model, base in (("shop", 100), ("keyed", 200)):
+        with SearchClient(proxy.target, model) as client:
+            assert client.search("a")[0].item_ids.tolist() == [base]
+    # Unknown to the default server too: the answer is the server's.
+    code, details, *_ = call(proxy.target, apis.PREDICT, predict("nowhere", query=["a"]))
+    assert code is grpc.StatusCode.NOT_FOUND and "nowhere" in details
+
+
+def test_killed_backend_is_unavailable_by_name_and_others_go_on(
+    model_paths: dict[str, Path], servers: dict[str, ModelServer], start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    from dpsr_serving.model_server import start_model_server
+
+    with start_model_server(model_paths["keyed"], "keyed", op_libraries=()) as doomed:
+        config = write_config(tmp_path / "proxy.yaml", {"keyed": doomed, "shop": servers["shop"]})
+        proxy = start_proxy(f"--config={config}")
+        with SearchClient(proxy.target, "keyed") as keyed, SearchClient(proxy.target, "shop") as shop:
+            assert len(keyed.search("ab")[0]) == 2
+            doomed.process.kill()
+            doomed.process.wait()
+            with pytest.raises(ServingError) as raised:
+                keyed.search("ab")
+            assert raised.value.code is grpc.StatusCode.UNAVAILABLE
+            assert "model 'keyed'" in raised.value.details and doomed.target in raised.value.details
+            assert len(shop.search("ab")[0]) == 2
+
+
+# Before recording backends
+
+
+def test_passes_bytes_metadata_and_deadline_on(
+    start_backend: Callable[[], RecordingBackend], start_proxy: StartProxy
+) -> None:
+    backend = start_backend()
+    answer = b"\x00 not even a message \xff"
+
+    def reply(request: bytes, context: Any) -> bytes:
+        context.send_initial_metadata((("served-by", "b1"),))
+        context.set_trailing_metadata((("cost", "3"), ("trace-bin", b"\x00\xff")))
+        return answer
+
+    backend.answer = reply
+    proxy = start_proxy(f"--backend={backend.target}")
+    request = predict("m", query=["a", b"\xff\x00"]) + b"\x9a\x3f\x03new"  # field 1011, unknown to this version
+    sent = (("user-id", "42"), ("blob-bin", b"\x01\x00\xfe"))
+    code, _, response, initial, trailing = call(proxy.target, apis.PREDICT, request, timeout=20, metadata=sent)
+    assert (code, response) == (grpc.StatusCode.OK, answer)
+    assert ("served-by", "b1") in initial
+    assert set(trailing) == {("cost", "3"), ("trace-bin", b"\x00\xff")}
+    ((method, seen, metadata, remaining),) = backend.calls
+    assert (method, seen) == (apis.PREDICT, request)
+    assert metadata.items() >= dict(sent).items()
+    assert remaining is not None and 0 < remaining < 30  # gRPC rounds a deadline up on each hop
+    call(proxy.target, apis.PREDICT, request, timeout=None)
+    unlimited = backend.calls[1][3]
+    assert unlimited is None or unlimited > 1e9
+
+
+@pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
+def test_passes_errors_back_unchanged(
+    shared_error_proxy: tuple[RecordingBackend, ProxyProcess], code: grpc.StatusCode
+) -> None:
+    backend, proxy = shared_error_proxy
+
+    def refuse(request: bytes, context: Any) -> bytes:
+        context.set_trailing_metadata((("retry-after", "1"),))
+        context.abort(code, "words of the server: é\n100 %")
+        raise AssertionError("abort raises")
+
+    backend.answer = refuse
+    got = call(proxy.target, apis.PREDICT, predict("m"))
+    assert (got[0], got[1], got[4]) == (code, "words of the server: é\n100 %", (("retry-after", "1"),))
+
+
+@pytest.fixture(scope="module")
+def shared_error_proxy() -> Iterator[tuple[RecordingBackend, ProxyProcess]]:
+    backend = RecordingBackend()
+    proxy = ProxyProcess(f"--backend={backend.target}")
+    yield backend, proxy
+    proxy.stop()
+    backend.stop()
+
+
+def test_passes_cancellation_on(start_backend: Callable[[], RecordingBackend], start_proxy: StartProxy) -> None:
+    backend = start_backend()
+    cancelled = threading.Event()
+
+    def wait(request: bytes, context: Any) -> bytes:
+        context.add_callback(cancelled.set)
+        cancelled.wait(20)
+        return b""
+
+    backend.answer = wait
+    proxy = start_proxy(f"--backend={backend.target}")
+    with grpc.insecure_channel(proxy.target) as channel:
+        pending = channel.unary_unary(apis.PREDICT).future(predict("m"), timeout=60)
+        assert backend.entered.acquire(timeout=20)
+        pending.cancel()
+        assert cancelled.wait(20)
+    proxy.process.terminate()
+    assert proxy.process.communicate(timeout=20)[1] == ""  # nothing to log: clients do that
+
+
+def test_least_outstanding_backend_gets_the_next_request(
+    start_backend: Callable[[], RecordingBackend], start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    backends = [start_backend(), start_backend()]
+    release = threading.Event()
+
+    def hold(request: bytes, context: Any) -> bytes:
+        if b"hold" in request:
+            release.wait(20)
+        return request
+
+    for backend in backends:
+        backend.answer = hold
+    config = tmp_path / "proxy.yaml"
+    config.write_text(f"models: {{m: {{backends: {[backend.target for backend in backends]}}}}}")
+    proxy = start_proxy(f"--config={config}")
+    with grpc.insecure_channel(proxy.target) as channel:
+        method = channel.unary_unary(apis.PREDICT)
+        pending = method.future(predict("m", query=["hold"]), timeout=20)
+        busy = next(backend for backend in backends * 10_000 if backend.entered.acquire(timeout=0.01))
+        for _ in range(5):
+            method(predict("m", query=["quick"]), timeout=20)
+        release.set()
+        pending.result()
+        assert len(busy.calls) == 1
+        for _ in range(4):  # idle ones take turns
+            method(predict("m", query=["quick"]), timeout=20)
+    assert [len(backend.calls) for backend in backends] in ([3, 7], [7, 3])
+
+
+def test_broken_requests_are_refused(start_backend: Callable[[], RecordingBackend], start_proxy: StartProxy) -> None:
+    backend = start_backend()
+    proxy = start_proxy(f"--backend={backend.target}")
+    for request, words in (
+        (b"", "Missing ModelSpec"),
+        (predict(None, query=["a"]), "Missing ModelSpec"),
+        (b"\x0a\x00", "ModelSpec has no name specified."),
+        (b"\x0a\x05ab", f"cannot decode the request of {apis.PREDICT}"),
+        (b"\x0a\x03\x0a\x01\xff", f"cannot decode the request of {apis.PREDICT}"),  # a name that is not UTF-8
+        (b"\xff" * 40, f"cannot decode the request of {apis.PREDICT}"),
+    ):
+        code, details, *_ = call(proxy.target, apis.PREDICT, request)
+        assert code is grpc.StatusCode.INVALID_ARGUMENT and details.startswith(words), request
+    assert call(proxy.target, "/tensorflow.serving.PredictionService/Other", b"")[0] is grpc.StatusCode.UNIMPLEMENTED
+    assert backend.calls == []
+
+
+def test_reload_config_goes_to_a_sole_backend_only(
+    start_backend: Callable[[], RecordingBackend], start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    method = "/tensorflow.serving.ModelService/HandleReloadConfigRequest"
+    backends = [start_backend(), start_backend()]
+    config = tmp_path / "proxy.yaml"
+    config.write_text(f"default: {{backends: {[backend.target for backend in backends]}}}")
+    code, details, *_ = call(start_proxy(f"--config={config}").target, method, b"\x0a\x00")
+    assert code is grpc.StatusCode.FAILED_PRECONDITION and "2 backends" in details
+    assert [backend.calls for backend in backends] == [[], []]
+    assert call(start_proxy(f"--backend={backends[0].target}").target, method, b"\x0a\x00")[2] == b"\x0a\x00"
+
+
+def test_sigterm_drains(start_backend: Callable[[], RecordingBackend], start_proxy: StartProxy) -> None:
+    backend = start_backend()
+    release = threading.Event()
+
+    def hold(request: bytes, context: Any) -> bytes:
+        release.wait(20)
+        return b"late"
+
+    backend.answer = hold
+    proxy = start_proxy(f"--backend={backend.target}")
+    with grpc.insecure_channel(proxy.target) as channel:
+        pending = channel.unary_unary(apis.PREDICT).future(predict("m"), timeout=60)
+        assert backend.entered.acquire(timeout=20)
+        proxy.process.terminate()
+        # It stops listening while the first call is still in flight.
+        while call(proxy.target, apis.PREDICT, b"")[0] is not grpc.StatusCode.UNAVAILABLE:
+            pass
+        assert not pending.done() and proxy.process.poll() is None
+        release.set()
+        assert pending.result() == b"late"
+    assert proxy.process.wait(20) == 0
+
+
+def test_drain_ends_with_its_time(start_backend: Callable[[], RecordingBackend], start_proxy: StartProxy) -> None:
+    backend = start_backend()
+    release = threading.Event()
+
+    def hold(request: bytes, context: Any) -> bytes:
+        release.wait(20)
+        return b"too late"
+
+    backend.answer = hold
+    proxy = start_proxy(f"--backend={backend.target}", "--drain_s=0.1")
+    with grpc.insecure_channel(proxy.target) as channel:
+        pending = channel.unary_unary(apis.PREDICT).future(predict("m"), timeout=60)
+        assert backend.entered.acquire(timeout=20)
+        proxy.process.terminate()
+        assert pending.code() is not grpc.StatusCode.OK
+    assert proxy.process.wait(20) == 0
+    assert proxy.process.communicate()[1] == ""
+    release.set()
+
+
+# The command
+
+
+def test_port_in_use_is_one_clear_line(start_backend: Callable[[], RecordingBackend], start_proxy: StartProxy) -> None:
+    backend = start_backend().target
+    taken = start_proxy(f"--backend={backend}").target.rpartition(":")[2]
+    result = run_command("dpsr_serving.proxy", f"--backend={backend}", f"--port={taken}")
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith(f"dpsr proxy: error: cannot listen on 127.0.0.1:{taken}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_bad_usage_is_one_clear_line(tmp_path: Path) -> None:
+    config = tmp_path / "proxy.yaml"
+    config.write_text("modles: {}")
+    for arguments, words in (
+        ((), "either --config or --backend"),
+        (("--config=a", "--backend=b:1"), "either --config or --backend"),
+        (("--backend=b:1", "stray"), "'stray'"),
+        (("--backend=b:1", "--potr=1"), "potr"),
+        (("--backend=b:1", "--port=70000"), "70000"),
+        (("--backend=nowhere",), "--backend: got 'nowhere', expected host:port"),
+        ((f"--config={tmp_path / 'missing.yaml'}",), "missing.yaml"),
+        ((f"--config={config}",), f"{config}: the configuration: unknown key 'modles', allowed: models, default"),
+    ):
+        result = run_command("dpsr_serving.proxy", *arguments)
+        assert result.returncode == 2, arguments
+        assert result.stderr.startswith("dpsr proxy: error: ") and result.stderr.count("\n") == 1
+        assert words in result.stderr
+
+
+def test_help() -> None:
+    result = run_command("dpsr_serving.proxy", "--help")
+    assert result.returncode == 0 and "--backend" in result.stdout and result.stderr == ""
+
+
+def test_config() -> None:
+    config = parse_config(
+        """
+        models:
+          a: {backends: ["h1:1", "[::1]:8500"]}
+          "7": {backends: [h2.example:2]}
+        default: {backends: [h3:3]}
+        """
+    )
+    assert config == ProxyConfig({"a": ("h1:1", "[::1]:8500"), "7": ("h2.example:2",)}, ("h3:3",))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no backend at all"),
+        ("models: {}", "no backend at all"),
+        ("[1, 2]", "the configuration: got [1, 2], expected a mapping with the keys models, default"),
+        ("{", "not valid YAML"),
+        ("models: [a]", "models: got ['a'], expected a mapping"),
+        ("models: {7: {backends: [h:1]}}", "models: got the name 7, expected a string"),
+        ("models: {m: {backend: [h:1]}}", "models.m: unknown key 'backend', allowed: backends"),
+        ("models: {m: [h:1]}", "models.m: got"),
+        ("models: {m: {backends: []}}", "models.m.backends: got [], expected a list of at least one host:port"),
+        ("models: {m: {}}", "models.m.backends: got None"),
+        ("models: {m: {backends: h:1}}", "models.m.backends: got 'h:1'"),
+        ("models: {m: {backends: [h]}}", "models.m.backends[0]: got 'h', expected host:port"),
+        ("models: {m: {backends: [h:1, 'h:0']}}", "models.m.backends[1]: got 'h:0'"),
+        ("models: {m: {backends: ['h:65536']}}", "models.m.backends[0]: got 'h:65536'"),
+        ("models: {m: {backends: ['::1:80']}}", "models.m.backends[0]: got '::1:80'"),
+        ("models: {m: {backends: ['h:1', 'h:1']}}", "each address once"),
+        ("models: {m: {backends: ['h:1']}, m: {backends: ['h:2']}}", "key 'm' is given twice"),
+        ("default: {backends: [80]}", "default.backends[0]: got 80"),
+    ],
+)
+def test_bad_config_names_key_value_and_what_is_allowed(text: str, words: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        parse_config(text)
+    assert words in str(raised.value)
+
+
+# Routing
+
+
+class _Loaded:
+    def __init__(self, outstanding: int) -> None:
+        self.outstanding = outstanding
+
+
+def test_least_outstanding_takes_the_fewest_and_turns_among_equals() -> None:
+    backends = [_Loaded(n) for n in (2, 1, 3, 1)]
+    chosen = [backends.index(routing.least_outstanding(backends, turn)) for turn in range(8)]
+    assert set(chosen) == {1, 3}
+    idle = [_Loaded(0) for _ in range(3)]
+    assert [idle.index(routing.least_outstanding(idle, turn)) for turn in range(6)] == [0, 1, 2, 0, 1, 2]
+
+
+def test_model_spec_is_read_as_protobuf_reads_it() -> None:
+    path = routing.model_spec_path(apis.METHODS[apis.PREDICT])
+    assert path == (1,)
+    first, second = apis.PredictRequest(), apis.PredictRequest()
+    first.model_spec.name = "a"
+    first.model_spec.version.value = 5
+    first.inputs["x"].CopyFrom(make_tensor(["\x0a\x03\x0a\x01q"]))  # a tensor that looks like a model spec
+    second.model_spec.name = "b"
+    parts = [first.SerializeToString(), second.SerializeToString()]
+    noise = b"\xa0\x06\x01" + b"\xa5\x06" + b"1234" + b"\xa1\x06" + b"12345678"  # fields 100 of the other wire types
+    for message in (parts[0], b"".join(parts), noise.join(parts) + noise):
+        assert routing.read_model_spec(message, path) == apis.PredictRequest.FromString(message).model_spec
+    assert routing.read_model_spec(noise, path) is None
+
+
+def test_multi_inference_goes_by_its_first_task() -> None:
+    path = routing.model_spec_path(apis.METHODS["/tensorflow.serving.PredictionService/MultiInference"])
+    assert path == (1, 1)
+    request = apis.MultiInferenceRequest()
+    assert routing.read_model_spec(request.SerializeToString(), path) is None
+    for name in ("a", "b"):
+        request.tasks.add().model_spec.name = name
+    assert routing.read_model_spec(request.SerializeToString(), path).name == "a"
+
+
+def test_every_cut_of_a_request_is_refused_or_read() -> None:
+    request = predict("model", query=["text"] * 3)
+    whole = routing.read_model_spec(request, (1,))
+    refused = 0
+    for end in range(len(request)):
+        try:
+            spec = routing.read_model_spec(request[:end], (1,))
+        except ValueError:
+            refused += 1
+        else:
+            assert spec is None or spec == whole
+    assert refused > len(request) // 2
+
+
+def test_imports_neither_tensorflow_nor_our_other_packages_nor_numpy() -> None:
+    code = (
+        "import sys, dpsr_serving.proxy, dpsr_serving.proxy.server\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=child_environment(), capture_output=True, text=True, check=True, timeout=60
+    )
+    loaded = set(eval(result.stdout))
+    assert {"dpsr_serving", "grpc"} <= loaded
+    assert not loaded & {"tensorflow", "tensorflow_serving", "numpy", "dpsr_tf", "dpsr_export", "dpsr_tokenizer"}
+
+
+def test_two_proxies_do_not_share_a_port_silently(start_proxy: StartProxy) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = run_command("dpsr_serving.proxy", "--backend=127.0.0.1:1", f"--port={port}")
+    assert result.returncode == 1 and f"127.0.0.1:{port}" in result.stderr
+
+
+def test_ipv6(start_backend: Callable[[], RecordingBackend], start_proxy: StartProxy) -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    proxy = start_proxy(f"--backend={start_backend().target}", "--host=::1")
+    assert proxy.target.startswith("[::1]:")
+    assert call(proxy.target, apis.PREDICT, predict("m"))[0] is grpc.StatusCode.OK
+
+
+def test_tensors_pass_undecoded(start_backend: Callable[[], RecordingBackend], start_proxy: StartProxy) -> None:
+    # A tensor that no server would take: the proxy does not look at it.
+    request = apis.PredictRequest.FromString(predict("m", query=["a"]))
+    request.inputs["query"].tensor_shape.dim[0].size = 1 << 40
+    backend = start_backend()
+    response = call(start_proxy(f"--backend={backend.target}").target, apis.PREDICT, request.SerializeToString())[2]
+    with pytest.raises(ValueError):
+        to_numpy(apis.PredictRequest.FromString(response).inputs["query"])

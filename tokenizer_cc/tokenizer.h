@@ -1,0 +1,91 @@
+// Text to tokens: the one tokenizer of data preparation, training and serving (DPSR paper, section 5.1.1).
+//
+// Text is UTF-8. It is normalised with NFKC and case folding, ignorable code points removed (Unicode's NFKC_Casefold),
+// so that full-width and half-width forms, ligatures and upper case all become one form. Then:
+//
+// * Separators are everything that is no letter, mark or number: white space (U+3000 too), punctuation, symbols, emoji,
+//   control bytes (NUL too), unassigned and private code points, and each byte that is no part of valid UTF-8.
+// * A word is a run of letters, non-spacing and spacing marks, and numbers of any script but those below: "red",
+//   "straße" as "strasse", "100ml", "3". It gives
+//     word unigram      red
+//     word bigram       red shoes    neighbouring words joined by one space; words with unspaced text between them
+//                                    are no neighbours
+//     letter trigrams   ##re #red #ed#    the trigrams over the code points of "#red#", each with a leading '#'. '#' is
+//                                    a separator, so a trigram never equals a word. Words of digits only have none.
+// * Unspaced text is a run of code points of a script that is written without spaces: Han (every block), Hiragana,
+//   Katakana, Bopomofo, Thai, Lao, Khmer, Myanmar. (Hangul is written with spaces: words.) It gives
+//     character unigrams  手 机     a character is a code point
+//     character bigrams   手机
+//   A run ends where the kind changes: "iPhone手机" is the word iphone and the run 手机. A mark belongs to the run before
+//   it, and is a separator where there is none.
+//
+// Tokens come in the order of the text: a word, its bigram with the word before it, its trigrams; a character, its
+// bigram with the character before it. Every token is valid UTF-8. Any bytes are valid input.
+#ifndef DPSR_TOKENIZER_CC_TOKENIZER_H_
+#define DPSR_TOKENIZER_CC_TOKENIZER_H_
+
+#include <string>
+#include <string_view>
+#include <type_traits>
+
+#include "tokenizer_cc/status.h"
+
+namespace dpsr {
+
+// Which kinds of tokens a Tokenizer emits.
+struct TokenizerConfig {
+  bool word_unigrams = true;
+  bool word_bigrams = false;
+  bool letter_trigrams = true;
+  bool char_unigrams = true;
+  bool char_bigrams = true;
+
+  bool operator==(const TokenizerConfig& other) const;
+  bool operator!=(const TokenizerConfig& other) const { return !(*this == other); }
+
+  // One `key=value` a line; equal configs give equal text. The first line is the version of the rules above:
+  //
+  //   tokenizer_version=1
+  //   word_unigrams=1
+  //   ...
+  std::string Serialize() const;
+
+  // Reads what Serialize wrote: every key once, in any order after the version.
+  // Errors: InvalidArgument (malformed line, unknown, repeated or missing key, value not 0 or 1); FailedPrecondition
+  // (another tokenizer version: its tokens would differ from those of this build).
+  static Status Parse(std::string_view text, TokenizerConfig* config);
+};
+
+// A reference to a callable of signature void(std::string_view); lives no longer than the callable.
+class TokenSink {
+ public:
+  template <typename Callable, typename = std::enable_if_t<!std::is_same_v<std::decay_t<Callable>, TokenSink>>>
+  TokenSink(Callable&& callable)  // NOLINT: implicit, so that a lambda can be passed
+      : object_(const_cast<void*>(static_cast<const void*>(&callable))),
+        call_([](void* object, std::string_view token) {
+          (*static_cast<std::remove_reference_t<Callable>*>(object))(token);
+        }) {}
+  void operator()(std::string_view token) const { call_(object_, token); }
+
+ private:
+  void* object_;
+  void (*call_)(void*, std::string_view);
+};
+
+// Immutable and thread-safe.
+class Tokenizer {
+ public:
+  explicit Tokenizer(const TokenizerConfig& config = {}) : config_(config) {}
+  const TokenizerConfig& config() const { return config_; }
+
+  // Calls sink(token) for each token of `text`. The view is valid during the call only. Memory: some bytes for each
+  // byte of the text; time: linear in it.
+  void Tokenize(std::string_view text, TokenSink sink) const;
+
+ private:
+  TokenizerConfig config_;
+};
+
+}  // namespace dpsr
+
+#endif  // DPSR_TOKENIZER_CC_TOKENIZER_H_

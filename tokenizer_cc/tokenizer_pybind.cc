@@ -1,0 +1,493 @@
+// The Python module dpsr_tokenizer._native: adapts the core, adds nothing. Its types are in _native.pyi.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "tokenizer_cc/packed_file.h"
+#include "tokenizer_cc/status.h"
+#include "tokenizer_cc/tokenizer.h"
+#include "tokenizer_cc/vocabulary.h"
+
+namespace py = pybind11;
+
+namespace dpsr {
+namespace {
+
+PyObject* format_error = nullptr;  // dpsr_tokenizer.FormatError, owned by the module
+
+PyObject* ExceptionType(StatusCode code) {
+  switch (code) {
+    case StatusCode::kInvalidArgument:
+      return PyExc_ValueError;
+    case StatusCode::kNotFound:
+      return PyExc_FileNotFoundError;
+    case StatusCode::kDataLoss:
+    case StatusCode::kFailedPrecondition:
+      return format_error;
+    case StatusCode::kOk:
+    case StatusCode::kResourceExhausted:
+    case StatusCode::kInternal:
+      break;
+  }
+  return PyExc_OSError;
+}
+
+// The text of files and paths need not be UTF-8; a message must be.
+py::str ToStr(std::string_view text) {
+  PyObject* str = PyUnicode_DecodeUTF8(text.data(), static_cast<py::ssize_t>(text.size()), "replace");
+  if (str == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::str>(str);
+}
+
+void RaiseIfError(const Status& status) {
+  if (status.ok()) return;
+  PyErr_SetObject(ExceptionType(status.code()), ToStr(status.message()).ptr());
+  throw py::error_already_set();
+}
+
+// Runs `function` without the GIL; raises when it fails.
+template <typename Function>
+void RunReleased(Function function) {
+  Status status;
+  {
+    const py::gil_scoped_release release;
+    status = function();
+  }
+  RaiseIfError(status);
+}
+
+bool IsText(py::handle object) { return PyUnicode_Check(object.ptr()) || PyBytes_Check(object.ptr()); }
+
+// Texts that can be read without the GIL.
+class Texts {
+ public:
+  // Takes a str or bytes. Raises TypeError for anything else.
+  void Add(py::handle text) {
+    char* data = nullptr;
+    Py_ssize_t size = 0;
+    if (PyUnicode_Check(text.ptr())) {
+      if (const char* utf8 = PyUnicode_AsUTF8AndSize(text.ptr(), &size)) {
+        views_.emplace_back(utf8, static_cast<size_t>(size));
+        owners_.push_back(py::reinterpret_borrow<py::object>(text));
+        return;
+      }
+      // Lone surrogates have no UTF-8: each becomes three invalid bytes, which separate tokens.
+      PyErr_Clear();
+      PyObject* encoded = PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogatepass");
+      if (encoded == nullptr) throw py::error_already_set();
+      owners_.push_back(py::reinterpret_steal<py::object>(encoded));
+    } else if (PyBytes_Check(text.ptr())) {
+      owners_.push_back(py::reinterpret_borrow<py::object>(text));
+    } else {
+      throw py::type_error(StrCat("got a text of type ", Py_TYPE(text.ptr())->tp_name, ", expected str or bytes"));
+    }
+    if (PyBytes_AsStringAndSize(owners_.back().ptr(), &data, &size) != 0) throw py::error_already_set();
+    views_.emplace_back(data, static_cast<size_t>(size));
+  }
+
+  void Clear() {
+    views_.clear();
+    owners_.clear();
+  }
+  const std::vector<std::string_view>& views() const { return views_; }
+
+ private:
+  std::vector<std::string_view> views_;
+  std::vector<py::object> owners_;
+};
+
+// Hands a vector's memory to an array.
+template <typename T>
+py::array_t<T> ToArray(std::vector<T> values) {
+  auto owner = std::make_unique<std::vector<T>>(std::move(values));
+  T* data = owner->data();
+  const auto size = static_cast<py::ssize_t>(owner->size());
+  py::capsule capsule(owner.get(), [](void* vector) { delete static_cast<std::vector<T>*>(vector); });
+  owner.release();
+  return py::array_t<T>(size, data, capsule);
+}
+
+// --- Tokenizer ---
+
+TokenizerConfig MakeConfig(bool word_unigrams, bool word_bigrams, bool letter_trigrams, bool char_unigrams,
+                           bool char_bigrams) {
+  TokenizerConfig config;
+  config.word_unigrams = word_unigrams;
+  config.word_bigrams = word_bigrams;
+  config.letter_trigrams = letter_trigrams;
+  config.char_unigrams = char_unigrams;
+  config.char_bigrams = char_bigrams;
+  return config;
+}
+
+TokenizerConfig ParseConfig(const std::string& text) {
+  TokenizerConfig config;
+  RaiseIfError(TokenizerConfig::Parse(text, &config));
+  return config;
+}
+
+std::string ConfigRepr(const TokenizerConfig& config) {
+  const auto text = [](bool value) { return value ? "True" : "False"; };
+  return StrCat("TokenizerConfig(word_unigrams=", text(config.word_unigrams),
+                ", word_bigrams=", text(config.word_bigrams), ", letter_trigrams=", text(config.letter_trigrams),
+                ", char_unigrams=", text(config.char_unigrams), ", char_bigrams=", text(config.char_bigrams), ")");
+}
+
+py::list Tokenize(const Tokenizer& tokenizer, py::handle text) {
+  Texts texts;
+  texts.Add(text);
+  std::string bytes;
+  std::vector<size_t> ends;
+  RunReleased([&] {
+    tokenizer.Tokenize(texts.views()[0], [&](std::string_view token) {
+      bytes += token;
+      ends.push_back(bytes.size());
+    });
+    return Status();
+  });
+  py::list tokens(ends.size());
+  for (size_t i = 0, begin = 0; i < ends.size(); begin = ends[i++]) {
+    tokens[i] = ToStr(std::string_view(bytes).substr(begin, ends[i] - begin));
+  }
+  return tokens;
+}
+
+// --- Vocabulary ---
+
+// A VocabularyBuilder that threads may share.
+class SharedBuilder {
+ public:
+  explicit SharedBuilder(const TokenizerConfig& config) : builder_(config) {}
+
+  TokenizerConfig config() const { return builder_.config(); }
+
+  size_t size() const {
+    const py::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return builder_.num_tokens();
+  }
+
+  void Add(const py::object& text) {
+    constexpr size_t kTextsAtATime = 4096;
+    Texts texts;
+    if (IsText(text)) {
+      texts.Add(text);
+      Count(&texts);
+      return;
+    }
+    for (py::handle each : py::iter(text)) {
+      texts.Add(each);
+      if (texts.views().size() == kTextsAtATime) Count(&texts);
+    }
+    Count(&texts);
+  }
+
+  void Write(const std::filesystem::path& path, int64_t min_count, std::optional<int64_t> max_size,
+             int64_t num_oov_buckets) const {
+    RunReleased([&] {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      return builder_.Write(path, min_count, max_size.value_or(Vocabulary::kMaxIds), num_oov_buckets);
+    });
+  }
+
+ private:
+  void Count(Texts* texts) {
+    RunReleased([&] {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (std::string_view text : texts->views()) builder_.Add(text);
+      return Status();
+    });
+    texts->Clear();
+  }
+
+  mutable std::mutex mutex_;
+  VocabularyBuilder builder_;
+};
+
+std::unique_ptr<Vocabulary> OpenVocabulary(const std::filesystem::path& path, bool verify) {
+  std::unique_ptr<Vocabulary> vocabulary;
+  RunReleased([&] { return Vocabulary::Open(path, verify, &vocabulary); });
+  return vocabulary;
+}
+
+// `id` as one that Token() and Count() know. Raises IndexError.
+int32_t CheckedId(const Vocabulary& vocabulary, int64_t id) {
+  if (id < 0 || id >= vocabulary.size()) {
+    throw py::index_error(StrCat(vocabulary.path(), ": id ", id, ", expected at least 0 and below the ",
+                                 vocabulary.size(), " tokens"));
+  }
+  return static_cast<int32_t>(id);
+}
+
+py::array_t<int32_t> Encode(const Vocabulary& vocabulary, py::handle text) {
+  Texts texts;
+  texts.Add(text);
+  std::vector<int32_t> ids;
+  RunReleased([&] {
+    vocabulary.Encode(texts.views()[0], &ids);
+    return Status();
+  });
+  return ToArray(std::move(ids));
+}
+
+py::tuple EncodeBatch(const Vocabulary& vocabulary, const py::object& sequence) {
+  if (IsText(sequence)) throw py::type_error("got one text, expected a sequence of str or bytes; use encode()");
+  Texts texts;
+  for (py::handle text : py::iter(sequence)) texts.Add(text);
+  std::vector<int32_t> values;
+  std::vector<int64_t> row_splits = {0};
+  RunReleased([&] {
+    row_splits.reserve(texts.views().size() + 1);
+    for (std::string_view text : texts.views()) {
+      vocabulary.Encode(text, &values);
+      row_splits.push_back(static_cast<int64_t>(values.size()));
+    }
+    return Status();
+  });
+  return py::make_tuple(ToArray(std::move(values)), ToArray(std::move(row_splits)));
+}
+
+// --- Packed files ---
+
+struct NumpyType {
+  DataType dtype;
+  char kind;  // as numpy.dtype.kind
+  py::ssize_t itemsize;
+};
+
+constexpr NumpyType kNumpyTypes[] = {
+    {DataType::kUint8, 'u', 1},   {DataType::kInt8, 'i', 1},   {DataType::kInt32, 'i', 4}, {DataType::kInt64, 'i', 8},
+    {DataType::kFloat32, 'f', 4}, {DataType::kUint32, 'u', 4}, {DataType::kUint64, 'u', 8}};
+
+// A PackedFileWriter that threads may share, and that knows which section it is appending to.
+class SharedWriter {
+ public:
+  SharedWriter(const std::filesystem::path& path, const std::string& kind)
+      : path_(path), writer_(std::make_unique<PackedFileWriter>(path_, kind)) {
+    RaiseIfError(writer_->Open());
+  }
+
+  void Add(const std::string& name, const py::array& values) {
+    DataType dtype;
+    const py::array array = ToContiguous(name, values, &dtype);
+    const void* data = array.data();
+    const auto bytes = static_cast<size_t>(array.nbytes());
+    RunReleased([&]() -> Status {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      DPSR_RETURN_IF_ERROR(CheckOpen());
+      DPSR_RETURN_IF_ERROR(writer_->Add(name, dtype, data, bytes));
+      streaming_.clear();
+      return Status();
+    });
+  }
+
+  void Append(const std::string& name, const py::array& values) {
+    DataType dtype;
+    const py::array array = ToContiguous(name, values, &dtype);
+    const void* data = array.data();
+    const auto bytes = static_cast<size_t>(array.nbytes());
+    RunReleased([&]() -> Status {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      DPSR_RETURN_IF_ERROR(CheckOpen());
+      if (streaming_ != name) {
+        DPSR_RETURN_IF_ERROR(writer_->Begin(name, dtype));
+        streaming_ = name;
+        streaming_dtype_ = dtype;
+      } else if (dtype != streaming_dtype_) {
+        return MakeStatus(StatusCode::kInvalidArgument, path_, ": section \"", name, "\" was begun as ",
+                          DataTypeName(streaming_dtype_), ", got ", DataTypeName(dtype));
+      }
+      return writer_->Append(data, bytes);
+    });
+  }
+
+  // Finishes the file, or drops it. Does nothing when that is done already.
+  void Close(bool commit) {
+    RunReleased([&]() -> Status {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const std::unique_ptr<PackedFileWriter> writer = std::move(writer_);
+      return writer == nullptr || !commit ? Status() : writer->Finish();
+    });
+  }
+
+ private:
+  Status CheckOpen() const {
+    if (writer_ != nullptr) return Status();
+    return MakeStatus(StatusCode::kInvalidArgument, path_, ": the file is closed");
+  }
+
+  // `values` in one piece of memory, and its type.
+  py::array ToContiguous(const std::string& name, const py::array& values, DataType* dtype) const {
+    if (values.ndim() != 1) {
+      throw py::value_error(StrCat(path_, ": section \"", name, "\" has ", values.ndim(),
+                                   " dimensions, expected 1; use array.reshape(-1)"));
+    }
+    for (const NumpyType& type : kNumpyTypes) {
+      if (values.dtype().kind() != type.kind || values.itemsize() != type.itemsize) continue;
+      if (values.dtype().byteorder() == '>') break;
+      *dtype = type.dtype;
+      return py::array::ensure(values, py::array::c_style);
+    }
+    throw py::value_error(StrCat(path_, ": section \"", name, "\" has dtype ",
+                                 std::string(py::str(values.dtype())),
+                                 ", expected uint8, int8, int32, int64, float32, uint32 or uint64 (little endian)"));
+  }
+
+  const std::string path_;
+  std::mutex mutex_;
+  std::unique_ptr<PackedFileWriter> writer_;  // null once closed
+  std::string streaming_;                     // the section that Append() continues
+  DataType streaming_dtype_ = DataType::kUint8;
+};
+
+std::unique_ptr<PackedFile> OpenPackedFile(const std::filesystem::path& path, const std::string& kind, bool verify) {
+  std::unique_ptr<PackedFile> file;
+  RunReleased([&] { return PackedFile::Open(path, kind, verify, &file); });
+  return file;
+}
+
+// A read-only array over the memory of a section, which keeps the file's Python object alive; None if there is none.
+py::object GetSection(const py::object& self, const std::string& name) {
+  const PackedFile::Section* section = self.cast<const PackedFile&>().Find(name);
+  if (section == nullptr) return py::none();
+  for (const NumpyType& type : kNumpyTypes) {
+    if (type.dtype != section->dtype) continue;
+    py::array array(py::dtype(StrCat('<', type.kind, type.itemsize)), {static_cast<py::ssize_t>(section->count)},
+                    {type.itemsize}, section->data, self);
+    array.attr("setflags")(py::arg("write") = false);
+    return array;
+  }
+  throw py::value_error(StrCat("section \"", name, "\" has a dtype without a NumPy counterpart"));
+}
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "The C++ core of dpsr_tokenizer. Import dpsr_tokenizer, not this.";
+  py::options options;
+  options.disable_function_signatures();
+
+  format_error = PyErr_NewExceptionWithDoc(
+      "dpsr_tokenizer.FormatError",
+      "A file that is corrupt, truncated, of another version or of another kind. The message names the file.",
+      PyExc_ValueError, nullptr);
+  if (format_error == nullptr) throw py::error_already_set();
+  m.attr("FormatError") = py::reinterpret_borrow<py::object>(format_error);
+
+  py::class_<TokenizerConfig>(m, "TokenizerConfig", R"(Which kinds of tokens a text becomes. Immutable.
+
+    word_unigrams:   words of alphabetic scripts: "red"
+    word_bigrams:    neighbouring words: "red shoes"
+    letter_trigrams: the '#'-marked letter trigrams of a word: "##re", "#red", "#ed#"
+    char_unigrams:   characters of scripts written without spaces: "手"
+    char_bigrams:    neighbouring characters of such scripts: "手机"
+
+>>> TokenizerConfig(letter_trigrams=False) == TokenizerConfig()
+False)")
+      .def(py::init(&MakeConfig), py::kw_only(), py::arg("word_unigrams") = true, py::arg("word_bigrams") = false,
+           py::arg("letter_trigrams") = true, py::arg("char_unigrams") = true, py::arg("char_bigrams") = true)
+      .def_readonly("word_unigrams", &TokenizerConfig::word_unigrams)
+      .def_readonly("word_bigrams", &TokenizerConfig::word_bigrams)
+      .def_readonly("letter_trigrams", &TokenizerConfig::letter_trigrams)
+      .def_readonly("char_unigrams", &TokenizerConfig::char_unigrams)
+      .def_readonly("char_bigrams", &TokenizerConfig::char_bigrams)
+      .def("serialize", &TokenizerConfig::Serialize, "One key=value a line; equal configs give equal text.")
+      .def_static("parse", &ParseConfig, py::arg("text"),
+                  "What serialize() wrote. Raises ValueError (unknown, repeated or missing key, bad value) and\n"
+                  "FormatError (the text of another version of the tokenizer).")
+      .def("__eq__", [](const TokenizerConfig& a, const TokenizerConfig& b) { return a == b; }, py::is_operator())
+      .def("__hash__", [](const TokenizerConfig& config) { return py::hash(py::str(config.Serialize())); })
+      .def("__repr__", &ConfigRepr)
+      .def(py::pickle([](const TokenizerConfig& config) { return config.Serialize(); }, &ParseConfig));
+
+  py::class_<Tokenizer>(m, "Tokenizer", R"(Text to tokens (DPSR paper, section 5.1.1). Immutable, thread-safe.
+
+The rules are in tokenizer_cc/tokenizer.h: NFKC and case folding, then words with '#'-marked letter trigrams for
+alphabetic scripts, characters and character bigrams for scripts written without spaces.
+
+>>> Tokenizer().tokenize("Red 手机")
+['red', '##re', '#red', '#ed#', '手', '机', '手机'])")
+      .def(py::init<const TokenizerConfig&>(), py::arg("config") = TokenizerConfig())
+      .def_property_readonly("config", [](const Tokenizer& tokenizer) { return tokenizer.config(); })
+      .def("tokenize", &Tokenize, py::arg("text"),
+           "The tokens of a str or of UTF-8 bytes, in the order of the text. Bytes that are no UTF-8, and lone\n"
+           "surrogates of a str, separate tokens.");
+
+  py::class_<SharedBuilder>(m, "VocabularyBuilder", R"(Counts the tokens of a corpus and writes a vocabulary.
+
+len() is the number of distinct tokens so far.)")
+      .def(py::init<const TokenizerConfig&>(), py::arg("config") = TokenizerConfig())
+      .def_property_readonly("config", &SharedBuilder::config)
+      .def("__len__", &SharedBuilder::size)
+      .def("add", &SharedBuilder::Add, py::arg("text"), "Counts the tokens of a text or of each text of an iterable.")
+      .def("write", &SharedBuilder::Write, py::arg("path"), py::kw_only(), py::arg("min_count") = 1,
+           py::arg("max_size") = py::none(), py::arg("num_oov_buckets") = 0,
+           R"(Writes the tokens counted at least `min_count` times, at most the `max_size` most frequent.
+
+Ids go by descending count, ties by the bytes of the token. All other tokens share `num_oov_buckets` hash buckets after
+them; with 0 they are dropped. Raises ValueError for bad limits or an empty vocabulary, OSError when
+it cannot write.)");
+
+  py::class_<Vocabulary>(m, "Vocabulary", R"(A vocabulary file, memory-mapped: tokens to ids. Immutable, thread-safe.
+
+len() is the number of tokens; ids [len, num_ids) are the hash buckets of unknown tokens. `verify` computes the
+checksums of the whole file. Raises FileNotFoundError and FormatError.)")
+      .def(py::init(&OpenVocabulary), py::arg("path"), py::kw_only(), py::arg("verify") = true)
+      .def_property_readonly("path", [](const Vocabulary& vocabulary) { return ToStr(vocabulary.path()); },
+                             "The path that it was opened with.")
+      .def_property_readonly("config", [](const Vocabulary& vocabulary) { return vocabulary.config(); },
+                             "The TokenizerConfig that it was counted with and encodes with.")
+      .def_property_readonly("fingerprint", &Vocabulary::fingerprint,
+                             "64 bits that identify the content, to check that two places use the same vocabulary.")
+      .def_property_readonly("num_oov_buckets", &Vocabulary::num_oov_buckets)
+      .def_property_readonly("num_ids", &Vocabulary::num_ids, "len + num_oov_buckets: rows of an embedding table.")
+      .def("__len__", &Vocabulary::size)
+      .def("token", [](const Vocabulary& v, int64_t id) { return ToStr(v.Token(CheckedId(v, id))); }, py::arg("id"),
+           "The token of an id in [0, len). Raises IndexError.")
+      .def("count", [](const Vocabulary& v, int64_t id) { return v.Count(CheckedId(v, id)); }, py::arg("id"),
+           "How often the token was counted. Raises IndexError.")
+      .def("encode", &Encode, py::arg("text"), "The ids of the tokens of a text, int32 [num_tokens].")
+      .def("encode_batch", &EncodeBatch, py::arg("texts"),
+           "The ids of many texts as values int32 [total] and row_splits int64 [num_texts + 1]: text i has\n"
+           "values[row_splits[i]:row_splits[i + 1]].");
+
+  py::class_<SharedWriter>(m, "PackedFileWriter", R"(Writes a packed file: named one-dimensional arrays.
+
+    with PackedFileWriter("items.dpsr", "items") as file:
+        file.add("id", ids)
+
+The file takes its name when the block ends well; after an exception there is none, and what was there before stays.)")
+      .def(py::init<const std::filesystem::path&, const std::string&>(), py::arg("path"), py::arg("kind"))
+      .def("__enter__", [](py::object self) { return self; })
+      .def("__exit__", [](SharedWriter& writer, const py::object& type, const py::object&,
+                          const py::object&) { writer.Close(type.is_none()); })
+      .def("add", &SharedWriter::Add, py::arg("name"), py::arg("values"),
+           "Adds a section: [n] uint8, int8, int32, int64, float32, uint32 or uint64. Raises ValueError and OSError.")
+      .def("append", &SharedWriter::Append, py::arg("name"), py::arg("values"),
+           "Begins a section, or continues it when it is the last one begun by append().");
+
+  py::class_<PackedFile>(m, "PackedFile")
+      .def(py::init(&OpenPackedFile), py::arg("path"), py::arg("kind"), py::arg("verify"))
+      .def_property_readonly("path", [](const PackedFile& file) { return ToStr(file.path()); })
+      .def_property_readonly("kind", [](const PackedFile& file) { return ToStr(file.kind()); })
+      .def_property_readonly("fingerprint", &PackedFile::fingerprint)
+      .def("names",
+           [](const PackedFile& file) {
+             py::list names;
+             for (const PackedFile::Section& section : file.sections()) names.append(ToStr(section.name));
+             return names;
+           })
+      .def("get", &GetSection, py::arg("name"));
+}
+
+}  // namespace
+}  // namespace dpsr

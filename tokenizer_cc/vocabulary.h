@@ -1,0 +1,122 @@
+// Tokens and their ids. A vocabulary is counted over a corpus once, written as a packed file that carries the tokenizer
+// configuration it was counted with, and opened wherever text becomes ids: the file alone decides which ids a text has.
+//
+//   VocabularyBuilder builder{TokenizerConfig()};
+//   for (const std::string& text : corpus) builder.Add(text);
+//   DPSR_RETURN_IF_ERROR(builder.Write("vocabulary.dpsr", /*min_count=*/2, /*max_size=*/1000000,
+//                                      /*num_oov_buckets=*/64));
+//
+//   std::unique_ptr<Vocabulary> vocabulary;
+//   DPSR_RETURN_IF_ERROR(Vocabulary::Open("vocabulary.dpsr", /*verify=*/true, &vocabulary));
+//   std::vector<int32_t> ids;
+//   vocabulary->Encode("red running shoes", &ids);
+//
+// Ids: [0, size) are the tokens of the file, by descending count, ties by ascending bytes. [size, size +
+// num_oov_buckets) are the hash buckets of all other tokens. With no buckets unknown tokens have no id and are dropped.
+//
+// The file is a packed file of kind "vocabulary" with the sections
+//
+//   meta           int64 [2]          version of this layout (1), num_oov_buckets
+//   config         uint8 [n]          TokenizerConfig::Serialize()
+//   token_bytes    uint8 [n]          the tokens, one after another, in the order of their ids
+//   token_offsets  uint64 [size + 1]  where each begins in token_bytes, and where the last ends
+//   counts         int64 [size]       how often each was counted
+//   hash_table     uint64 [2^n]       open addressing, linear probing from slot xxh3(token) mod 2^n: 0 is an empty
+//                                     slot, otherwise (high half of the hash) << 32 | id + 1
+#ifndef DPSR_TOKENIZER_CC_VOCABULARY_H_
+#define DPSR_TOKENIZER_CC_VOCABULARY_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "tokenizer_cc/packed_file.h"
+#include "tokenizer_cc/status.h"
+#include "tokenizer_cc/tokenizer.h"
+
+namespace dpsr {
+
+// Counts tokens. Not thread-safe. Memory: the distinct tokens and some 50 bytes each.
+class VocabularyBuilder {
+ public:
+  explicit VocabularyBuilder(const TokenizerConfig& config) : tokenizer_(config) {}
+
+  const TokenizerConfig& config() const { return tokenizer_.config(); }
+  // Counts every token of `text`.
+  void Add(std::string_view text);
+  // Distinct tokens so far.
+  size_t num_tokens() const { return entries_.size(); }
+
+  // Writes the tokens counted at least `min_count` times, at most the `max_size` most frequent of them.
+  // Errors: InvalidArgument (min_count < 1, max_size < 0, num_oov_buckets < 0, more than 2^31 - 1 ids, or no id at all)
+  // and what PackedFileWriter says.
+  Status Write(const std::string& path, int64_t min_count, int64_t max_size, int64_t num_oov_buckets) const;
+
+ private:
+  struct Entry {
+    uint64_t hash;
+    uint64_t offset;  // in bytes_
+    uint64_t size;
+    int64_t count;
+  };
+
+  void Count(std::string_view token);
+  void Grow();
+  std::string_view TokenOf(const Entry& entry) const {
+    return std::string_view(bytes_).substr(entry.offset, entry.size);
+  }
+
+  Tokenizer tokenizer_;
+  std::string bytes_;           // of the distinct tokens, in the order of entries_
+  std::vector<Entry> entries_;  // in the order of their first occurrence
+  std::vector<uint64_t> slots_;  // open addressing, power of two: index into entries_ + 1, or 0
+};
+
+// An open vocabulary, memory-mapped. Immutable and thread-safe.
+class Vocabulary {
+ public:
+  static constexpr char kKind[] = "vocabulary";
+  static constexpr int64_t kMaxIds = std::numeric_limits<int32_t>::max();
+
+  // Opens `path`. Nothing is built: apart from the checksums (`verify`), the time does not depend on the size.
+  // Errors: those of PackedFile::Open, and DataLoss or FailedPrecondition when it holds no vocabulary that this build
+  // reads.
+  static Status Open(const std::string& path, bool verify, std::unique_ptr<Vocabulary>* vocabulary);
+
+  const std::string& path() const { return file_->path(); }
+  const TokenizerConfig& config() const { return tokenizer_.config(); }
+  // Identifies the content: what is trained with one vocabulary must not be served with another.
+  uint64_t fingerprint() const { return file_->fingerprint(); }
+  int32_t size() const { return size_; }
+  int32_t num_oov_buckets() const { return num_oov_buckets_; }
+  int32_t num_ids() const { return size_ + num_oov_buckets_; }
+
+  // Id of `token`, or -1 when it is unknown and there are no buckets.
+  int32_t Lookup(std::string_view token) const;
+  // The token of an id in [0, size()); empty for any other id. The view lives as long as the vocabulary.
+  std::string_view Token(int32_t id) const;
+  // How often the token was counted; 0 for an id outside [0, size()).
+  int64_t Count(int32_t id) const;
+  // Appends the ids of the tokens of `text` to `ids`, in the order of the tokens.
+  void Encode(std::string_view text, std::vector<int32_t>* ids) const;
+
+ private:
+  Vocabulary() = default;
+
+  std::unique_ptr<PackedFile> file_;
+  Tokenizer tokenizer_;
+  int32_t size_ = 0;
+  int32_t num_oov_buckets_ = 0;
+  Span<const uint8_t> token_bytes_;
+  Span<const uint64_t> token_offsets_;
+  Span<const int64_t> counts_;
+  Span<const uint64_t> hash_table_;
+};
+
+}  // namespace dpsr
+
+#endif  // DPSR_TOKENIZER_CC_VOCABULARY_H_
