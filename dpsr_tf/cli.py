@@ -14,6 +14,7 @@ exception with an integer attribute `status` is the user's to mend: it is printe
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -45,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = arguments[0]
     if name not in COMMANDS:
         return _fail("dpsr", f"no command '{name}', expected one of: {', '.join(COMMANDS)}", 2)
-    # TensorFlow's C++ side logs through these at import; users should see our progress, not that.
+    # Users should see our progress, not TensorFlow's start-up lines and Estimator's deprecation warnings.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
     try:
         module = importlib.import_module(COMMANDS[name][0])
     except ModuleNotFoundError as error:

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #define XXH_INLINE_ALL
@@ -166,6 +167,28 @@ TEST_F(PackedFileTest, LyingFileStaysInBounds) {
       }
     }
   }
+}
+
+TEST_F(PackedFileTest, TableThatIsNotCanonicalIsRefused) {
+  WriteSmall();
+  const std::string bytes = ReadBytes();
+  const size_t table = bytes.size() - 3 * 64;
+  // Offset in the table, and what to write there.
+  const std::pair<size_t, char> edits[] = {{0, '\0'}, {10, 'x'}, {32, 8}, {36, 1}, {40, 65}, {48, 23}, {48, 0}, {64, 0}};
+  for (const auto& [offset, value] : edits) {
+    std::string edited = bytes;
+    edited[table + offset] = value;
+    Seal(&edited);
+    WriteBytes(edited);
+    const Status status = Open();
+    EXPECT_EQ(status.code(), StatusCode::kDataLoss) << offset;
+    EXPECT_TRUE(Contains(status.message(), offset == 48 ? "the file is corrupt" : "of the section table")) << offset;
+  }
+  std::string twice = bytes;
+  twice.replace(table + 64, 32, bytes, table, 32);
+  Seal(&twice);
+  WriteBytes(twice);
+  EXPECT_TRUE(Contains(Open().message(), "entry 1 of the section table (\"ids\""));
 }
 
 TEST_F(PackedFileTest, NamesAndTypesAreChecked) {

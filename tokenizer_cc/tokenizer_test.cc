@@ -96,7 +96,11 @@ TEST(TokenizerTest, UnspacedScriptsAreCharacters) {
   EXPECT_EQ(Tokenize("手 机"), (Tokens{"手", "机"})) << "no bigram across a separator";
   EXPECT_EQ(Tokenize("ひカ"), (Tokens{"ひ", "カ", "ひカ"}));
   EXPECT_EQ(Tokenize("กข"), (Tokens{"ก", "ข", "กข"}));
-  for (const char* character : {"㐀", "𠀀", "𰀀", "\U000323B0", "〇", "々", "ー", "ຂ", "ក", "က", "ㄅ", "\u2E80"}) {
+  // One of each block, the first and last of Han; U+323B0 is not yet assigned in Unicode 15.
+  for (const char* character :
+       {"\u0E01", "\u0E82", "\u1000", "\u1780", "\u2E80", "\u3005", "\u3007", "\u3021", "\u3031", "\u303C", "\u3041",
+        "\u30FC", "\u3105", "\u31A0", "\u31F0", "\u3400", "\u4DBF", "\u4E00", "\u9FFF", "\uA9E0", "\uAA60", "\uFA0E",
+        "\U0001B000", "\U00020000", "\U0002A6D6", "\U00030000", "\U000323B0"}) {
     EXPECT_EQ(Tokenize(character), (Tokens{character}));
   }
   EXPECT_EQ(Tokenize("カ・カ"), (Tokens{"カ", "カ"})) << "the middle dot separates";

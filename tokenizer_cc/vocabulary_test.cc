@@ -9,6 +9,9 @@
 #include <utility>
 #include <vector>
 
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
 #include "tokenizer_cc/test_util.h"
 
 namespace dpsr {
@@ -247,6 +250,15 @@ TEST_F(LyingVocabularyTest, OffsetsOutsideGiveNoToken) {
   ASSERT_TRUE(IsOk(WriteAndOpenLie()));
   EXPECT_EQ(vocabulary_->Token(0), "");
   EXPECT_EQ(vocabulary_->Token(1), "");
+}
+
+TEST_F(LyingVocabularyTest, SlotsOfNoTokenAreSkipped) {
+  // Token() is empty for ids that do not exist: the empty string must not find them.
+  const uint64_t tag = XXH3_64bits("", 0) >> 32 << 32;
+  hash_table_ = {tag | 3, tag | 100, tag | UINT32_MAX, tag | 0x80000000};
+  meta_ = {1, 0};
+  ASSERT_TRUE(IsOk(WriteAndOpenLie()));
+  EXPECT_EQ(vocabulary_->Lookup(""), -1);
 }
 
 TEST_F(LyingVocabularyTest, LookupEndsInAFullTable) {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from pathlib import Path
 
 import tensorflow as tf
@@ -65,9 +64,6 @@ def train(store: Store, config: Config, model_dir: str | Path) -> ModelDirectory
     Raises:
         CommandError: the model directory holds another model, or the loss is no number any more.
     """
-    # Estimator warns at each call that it is deprecated; the pin on TensorFlow 2.15 is our answer.
-    tf.compat.v1.logging.set_verbosity(tf.compat.v1.logging.ERROR)
-    warnings.filterwarnings("ignore", module="tensorflow")
     model = ModelDirectory.create_or_resume(model_dir, config, store)
     first_step = _global_step(model.path)
     estimator = tf.estimator.Estimator(

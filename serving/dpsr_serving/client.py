@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsr_serving import apis
+from dpsr_serving.errors import CommandError
 from dpsr_serving.tensors import make_tensor, to_numpy
 
 Query = str | bytes
@@ -56,8 +57,8 @@ class ModelVersion:
     error: str
 
 
-class ServingError(Exception):
-    """The server did not answer, or not with results.
+class ServingError(CommandError):
+    """The server did not answer, or not with results. A command that lets it pass ends with status 1.
 
     Attributes:
         code: the gRPC status code.

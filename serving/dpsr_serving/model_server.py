@@ -14,16 +14,18 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from absl import flags
 
-from dpsr_serving import command
-from dpsr_serving.command import CommandError, UsageError, join_address
+from dpsr_serving.addresses import join_address
+from dpsr_serving.errors import CommandError, UsageError
 
 BINARY = Path(__file__).parent / "bin" / "dpsr_model_server"
 OP_LIBRARY_GROUP = "dpsr.op_libraries"
 
-_USAGE = f"""
+PASS_UNKNOWN_FLAGS = True
+USAGE = f"""
 Usage: dpsr serve --model_base_path=DIR [--model_name=NAME] [--host=127.0.0.1] [--port=8500] [--flag=value ...]
 
 Serves the SavedModel versions in DIR (its children named by numbers) over TensorFlow Serving's gRPC API.
@@ -44,9 +46,8 @@ if os.getppid() == int(sys.argv[1]):
 """
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs the command; `argv[0]` is its name. Becomes the model server, or returns 1 (failed) or 2 (bad usage)."""
-    values = command.new_flags()
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_string("model_base_path", None, "Directory with the model's versions.", flag_values=values)
     flags.DEFINE_string("model_name", "default", "Name that requests call the model by.", flag_values=values)
     flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all.", flag_values=values)
@@ -59,10 +60,14 @@ def main(argv: Sequence[str]) -> int:
         f"Libraries of custom ops; by default those that installed packages register ({OP_LIBRARY_GROUP}).",
         flag_values=values,
     )
-    return command.run(argv, values, _USAGE, lambda arguments: _serve(arguments, values), known_only=True)
 
 
-def _serve(arguments: list[str], values: flags.FlagValues) -> int:
+def run(values: flags.FlagValues, arguments: list[str]) -> NoReturn:
+    """Becomes the model server; `arguments` are further flags of it.
+
+    Raises:
+        CommandError: the server cannot start; UsageError for the flags.
+    """
     if not values.model_base_path:
         raise UsageError("no model to serve; give the directory of its versions with --model_base_path=DIR")
     server = _server_command(

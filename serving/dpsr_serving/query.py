@@ -6,16 +6,16 @@ import gzip
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from dpsr_serving import command
-from dpsr_serving.command import CommandError, UsageError
+from dpsr_serving.errors import CommandError, UsageError
 
-_USAGE = """
+USAGE = """
 Usage: dpsr query --target=host:port --model=NAME [--k=10] [--titles=PATH] [--json] "text" ...
 
 Searches for each text and prints rank, score, item id and, with --titles, the item's title.
@@ -24,9 +24,8 @@ A text that starts with a dash goes after a lone `--`.
 _TITLES_IN_SERVABLE = "assets.extra/item_titles.tsv.gz"
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs the command; `argv[0]` is its name. Returns the exit status: 0 ok, 1 failed, 2 bad usage."""
-    values = command.new_flags()
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_string("target", "127.0.0.1:8500", "Address of a model server or proxy.", flag_values=values)
     flags.DEFINE_string("model", "default", "Name of the model.", flag_values=values)
     flags.DEFINE_integer(
@@ -40,12 +39,16 @@ def main(argv: Sequence[str]) -> int:
     )
     flags.DEFINE_float("timeout_s", 10.0, "Seconds to wait for an answer.", lower_bound=0.001, flag_values=values)
     flags.DEFINE_boolean("json", False, "Prints one JSON object a query instead of tables.", flag_values=values)
-    return command.run(argv, values, _USAGE, lambda texts: _query(texts, values))
 
 
-def _query(texts: list[str], values: flags.FlagValues) -> None:
+def run(values: flags.FlagValues, texts: list[str]) -> None:
+    """Searches for each text and prints what it finds.
+
+    Raises:
+        CommandError: the server gave no results, or the titles cannot be read; UsageError for the flags.
+    """
     # Here, not at the top: gRPC is slow to import, and `--help` does without.
-    from dpsr_serving.client import SearchClient, ServingError
+    from dpsr_serving.client import SearchClient
 
     if not texts:
         raise UsageError('nothing to search for; give at least one text: dpsr query --model=NAME "red shoes"')
@@ -54,10 +57,7 @@ def _query(texts: list[str], values: flags.FlagValues) -> None:
     # The bytes as typed: a command line need not be valid UTF-8, and the tokenizer copes with any bytes.
     queries = [os.fsencode(text) for text in texts]
     with SearchClient(values.target, values.model, values.timeout_s) as client:
-        try:
-            results = client.search(queries, values.k)
-        except ServingError as error:
-            raise CommandError(str(error)) from error
+        results = client.search(queries, values.k)
     titles = {}
     if values.titles is not None:
         titles = read_titles(Path(values.titles), (item_id for result in results for item_id in result.item_ids))
@@ -93,7 +93,7 @@ def read_titles(path: Path, item_ids: Iterable[int]) -> dict[int, str]:
                     titles[int(item_id)] = title
     except FileNotFoundError:
         raise CommandError(f"{path}: no such file; --titles takes a titles file or a servable version") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise CommandError(f"{path}: cannot read titles: {error}") from error
     return titles
 

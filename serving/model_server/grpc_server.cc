@@ -128,7 +128,9 @@ class GrpcServerImpl final : public GrpcServer {
 
   int port() const override { return port_; }
 
-  void Shutdown(std::chrono::milliseconds drain) override { server_->Shutdown(std::chrono::system_clock::now() + drain); }
+  void Shutdown(std::chrono::milliseconds drain) override {
+    server_->Shutdown(std::chrono::system_clock::now() + drain);
+  }
 
  private:
   // The server is destroyed first, when no call is left; the workers last.

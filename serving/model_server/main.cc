@@ -110,9 +110,8 @@ int Serve(const ServerOptions& options, const sigset_t& signals) {
   ModelManager models(ManagerOptions(options));
   std::unique_ptr<GrpcServer> server;
   // Listens before it loads, so that a port in use shows at once and clients can watch the state of the models.
-  const Status listening = GrpcServer::Start(options.host, options.port,
-                                             options.grpc_max_threads > 0 ? options.grpc_max_threads : 4 * cpus, &models,
-                                             &server);
+  const int num_threads = options.grpc_max_threads > 0 ? options.grpc_max_threads : 4 * cpus;
+  const Status listening = GrpcServer::Start(options.host, options.port, num_threads, &models, &server);
   if (!listening.ok()) return FailToStart(listening.message());
   models.Start();
 
@@ -160,7 +159,8 @@ int Main(int argc, char** argv) {
     return 0;
   }
   if (options.version) {
-    std::printf("dpsr_model_server, built for TensorFlow %s\nTensorFlow Library: %s\n", TF_VERSION_STRING, TF_Version());
+    std::printf("dpsr_model_server, built for TensorFlow %s\n", TF_VERSION_STRING);
+    std::printf("TensorFlow Library: %s\n", TF_Version());
     return 0;
   }
   const Status valid = ValidateServerOptions(options);

@@ -95,7 +95,9 @@ tensorflow::Status ModelManager::GetStatus(const ModelSpec& spec, GetModelStatus
     const auto model = models_.find(spec.name());
     if (model != models_.end()) {
       for (const auto& [version, error] : model->second.ended) states[version] = {ModelVersionStatus::END, error};
-      for (const auto& [version, entry] : model->second.versions) states[version] = {ApiState(entry.state), entry.error};
+      for (const auto& [version, entry] : model->second.versions) {
+        states[version] = {ApiState(entry.state), entry.error};
+      }
     }
   }
   if (spec.has_version()) {
@@ -129,7 +131,9 @@ void ModelManager::Run() {
     for (auto& [name, model] : models_) {
       while (!stopping_) {
         std::vector<VersionSnapshot> snapshot;
-        for (const auto& [number, version] : model.versions) snapshot.push_back({number, version.state, version.aspired});
+        for (const auto& [number, version] : model.versions) {
+          snapshot.push_back({number, version.state, version.aspired});
+        }
         const std::optional<VersionAction> action = NextVersionAction(snapshot);
         if (!action) break;
         Version* version = &model.versions.at(action->version);

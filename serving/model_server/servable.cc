@@ -41,8 +41,8 @@ constexpr size_t kSmallResponseBytes = kMaxResponseBytes / 16;
 
 tensorflow::Status TooLarge() {
   return absl::ResourceExhaustedError(StrCat("the answer is larger than ", kMaxResponseBytes,
-                                             " bytes, the most that a message holds; ask for less, or for fewer outputs "
-                                             "with output_filter"));
+                                             " bytes, the most that a message holds; ask for less, or for fewer "
+                                             "outputs with output_filter"));
 }
 
 tensorflow::Status InvalidArgument(const std::string& message) { return absl::InvalidArgumentError(message); }
@@ -85,7 +85,9 @@ std::vector<Endpoint> SortedEndpoints(const google::protobuf::Map<std::string, T
 tensorflow::Status ParseTensor(const std::string& alias, const TensorProto& proto, Tensor* tensor) {
   const std::string error = "tensor parsing error: " + alias;
   // Handles to resources and arbitrary C++ objects have no business in a request.
-  if (proto.dtype() == tensorflow::DT_RESOURCE || proto.dtype() == tensorflow::DT_VARIANT) return InvalidArgument(error);
+  if (proto.dtype() == tensorflow::DT_RESOURCE || proto.dtype() == tensorflow::DT_VARIANT) {
+    return InvalidArgument(error);
+  }
   // Refuses negative and unknown dimensions, too many of them, and products beyond int64.
   tensorflow::TensorShape shape;
   if (!tensorflow::TensorShape::BuildTensorShape(proto.tensor_shape(), &shape).ok()) return InvalidArgument(error);
@@ -160,8 +162,8 @@ tensorflow::Status ExplainLoadError(const tensorflow::Status& status, const std:
     const size_t op_begin = begin + marker.size();
     const std::string op = message.substr(op_begin, message.find('\'', op_begin) - op_begin);
     return absl::NotFoundError(StrCat("model ", name, " version ", version, " needs the op ", op,
-                                      ", which this server does not have; start it with the library that holds the op: "
-                                      "--op_library=/path/to/library.so (",
+                                      ", which this server does not have; start it with the library that holds the "
+                                      "op: --op_library=/path/to/library.so (",
                                       message, ")"));
   }
   return status;
@@ -178,8 +180,8 @@ tensorflow::Status Servable::Load(const ServableOptions& options, const std::str
                                   const std::string& path, std::unique_ptr<Servable>* servable) {
   std::unique_ptr<Servable> loaded(new Servable(options, name, version));
   try {  // an op library may throw, and a SavedModel may claim more memory than there is
-    const tensorflow::Status status = tensorflow::LoadSavedModel(options.session_options, tensorflow::RunOptions(), path,
-                                                                 options.tags, &loaded->bundle_);
+    const tensorflow::Status status =
+        tensorflow::LoadSavedModel(options.session_options, {}, path, options.tags, &loaded->bundle_);
     if (!status.ok()) return ExplainLoadError(status, name, version);
   } catch (const std::exception& error) {
     return absl::InternalError(StrCat("the load of ", path, " threw an exception: ", error.what()));

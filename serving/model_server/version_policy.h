@@ -45,8 +45,8 @@ std::set<int64_t> AspiredVersions(const std::map<int64_t, std::string>& existing
 
 // The next step towards serving the aspired versions, or none. Availability comes first: a version that is no longer
 // aspired is unloaded, lowest first, only where that leaves the model answering (an aspired version is ready), or where
-// nothing is aspired at all, or where another un-aspired version is ready too. Otherwise the highest new aspired version
-// is loaded. So a change from 1 to 2 loads 2 before it unloads 1, and a broken 2 leaves 1 serving.
+// nothing is aspired at all, or where another un-aspired version is ready too. Otherwise the highest new aspired
+// version is loaded. So a change from 1 to 2 loads 2 before it unloads 1, and a broken 2 leaves 1 serving.
 std::optional<VersionAction> NextVersionAction(const std::vector<VersionSnapshot>& versions);
 
 }  // namespace dpsr::serving

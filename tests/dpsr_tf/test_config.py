@@ -184,7 +184,6 @@ def test_errors_carry_the_help_of_the_key(tmp_path):
         ("train: [steps]", "train: is ['steps'], expected a section"),
         ("- train", "holds a list, expected `key: value` lines"),
         ("just words", "holds a str, expected `key: value` lines"),
-        ("5", "holds a int, expected `key: value` lines"),
     ],
 )
 def test_what_is_no_mapping(tmp_path, text, fragment):

@@ -9,24 +9,24 @@ from pathlib import Path
 
 import dpsr_serving
 
+import dpsr_tf
+
 
 def child_environment(**extra: str) -> dict[str, str]:
-    """The environment of a child process that imports dpsr_serving from where this process does."""
-    root = str(Path(dpsr_serving.__file__).parents[1])
+    """The environment of a child process that imports our packages from where this process does."""
+    roots = [str(Path(package.__file__).parents[1]) for package in (dpsr_serving, dpsr_tf)]
     inherited = os.environ.get("PYTHONPATH", "")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, inherited])), **extra}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [*roots, inherited])), **extra}
 
 
-def command_line(module: str, *arguments: str) -> list[str]:
-    """Runs `module`'s main in a process of its own, as the dispatcher does."""
-    name = "dpsr " + module.rpartition(".")[2]
-    code = f"import sys; from {module} import main; sys.exit(main([{name!r}, *sys.argv[1:]]))"
-    return [sys.executable, "-c", code, *arguments]
+def command_line(*arguments: str) -> list[str]:
+    """The command line of `dpsr` with these arguments."""
+    return [sys.executable, "-m", "dpsr_tf.cli", *arguments]
 
 
-def run_command(module: str, *arguments: str, **extra_environment: str) -> subprocess.CompletedProcess[str]:
+def run_command(*arguments: str, **extra_environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command_line(module, *arguments),
+        command_line(*arguments),
         env=child_environment(**extra_environment),
         capture_output=True,
         text=True,
@@ -40,7 +40,7 @@ class ProxyProcess:
 
     def __init__(self, *arguments: str) -> None:
         self.process = subprocess.Popen(
-            command_line("dpsr_serving.proxy", "--port=0", *arguments),
+            command_line("proxy", "--port=0", *arguments),
             env=child_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -290,7 +290,7 @@ def test_imports_neither_tensorflow_nor_our_other_packages() -> None:
 
 
 def query(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return run_command("dpsr_serving.query", *arguments, **environment)
+    return run_command("query", *arguments, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +345,10 @@ def test_query_failures_are_one_line(servers: dict[str, ModelServer], tmp_path: 
     untabbed.write_bytes(gzip.compress(b"100 title\n"))
     cut = tmp_path / "cut.tsv.gz"
     cut.write_bytes(gzip.compress(b"100\ttitle\n" * 1000)[:-12])
+    damaged = tmp_path / "damaged.tsv.gz"
+    damaged.write_bytes(gzip.compress(b"100\ttitle\n")[:10] + b"\xff" * 20)
     for status, arguments, words in (
+        (1, (target, "--model=shop", f"--titles={damaged}", "a"), "cannot read titles"),
         (2, (target,), "nothing to search for"),
         (2, (target, "--model=", "a"), "must not be empty"),
         (2, (target, "--k=0", "a"), "k=0"),

@@ -464,6 +464,7 @@ def test_new_versions_are_swapped_in_under_load_without_a_failure(
         latest = [0] * 4
 
         def load(client: int) -> None:
+            # The option gives each client a connection of its own.
             with grpc.insecure_channel(f"127.0.0.1:{running.port}", [("dpsr.client", client)]) as channel:
                 stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
                 while not stop.is_set():

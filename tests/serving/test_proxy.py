@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from dpsr_serving import apis
 from dpsr_serving.client import SearchClient, ServingError
-from dpsr_serving.command import UsageError
+from dpsr_serving.errors import UsageError
 from dpsr_serving.model_server import ModelServer
 from dpsr_serving.proxy import routing
 from dpsr_serving.proxy.config import ProxyConfig, parse_config
@@ -427,7 +427,7 @@ def test_drain_ends_with_its_time(start_backend: Callable[[], RecordingBackend],
 def test_port_in_use_is_one_clear_line(start_backend: Callable[[], RecordingBackend], start_proxy: StartProxy) -> None:
     backend = start_backend().target
     taken = start_proxy(f"--backend={backend}").target.rpartition(":")[2]
-    result = run_command("dpsr_serving.proxy", f"--backend={backend}", f"--port={taken}")
+    result = run_command("proxy", f"--backend={backend}", f"--port={taken}")
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr.startswith(f"dpsr proxy: error: cannot listen on 127.0.0.1:{taken}")
     assert result.stderr.count("\n") == 1
@@ -446,14 +446,14 @@ def test_bad_usage_is_one_clear_line(tmp_path: Path) -> None:
         ((f"--config={tmp_path / 'missing.yaml'}",), "missing.yaml"),
         ((f"--config={config}",), f"{config}: the configuration: unknown key 'modles', allowed: models, default"),
     ):
-        result = run_command("dpsr_serving.proxy", *arguments)
+        result = run_command("proxy", *arguments)
         assert result.returncode == 2, arguments
         assert result.stderr.startswith("dpsr proxy: error: ") and result.stderr.count("\n") == 1
         assert words in result.stderr
 
 
 def test_help() -> None:
-    result = run_command("dpsr_serving.proxy", "--help")
+    result = run_command("proxy", "--help")
     assert result.returncode == 0 and "--backend" in result.stdout and result.stderr == ""
 
 
@@ -571,7 +571,7 @@ def test_two_proxies_do_not_share_a_port_silently(start_proxy: StartProxy) -> No
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        result = run_command("dpsr_serving.proxy", "--backend=127.0.0.1:1", f"--port={port}")
+        result = run_command("proxy", "--backend=127.0.0.1:1", f"--port={port}")
     assert result.returncode == 1 and f"127.0.0.1:{port}" in result.stderr
 
 

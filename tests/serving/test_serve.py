@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from dpsr_serving import model_server
 from dpsr_serving.client import SearchClient
-from dpsr_serving.command import CommandError
+from dpsr_serving.errors import CommandError
 from dpsr_serving.model_server import registered_op_libraries, start_model_server
 from processes import child_environment, command_line, run_command
 
@@ -36,7 +36,7 @@ def alive(pid: int) -> bool:
 def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`dpsr serve --port=0` as a process, and the target that it announces."""
     with subprocess.Popen(
-        command_line("dpsr_serving.model_server", "--port=0", *arguments),
+        command_line("serve", "--port=0", *arguments),
         env=child_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -87,14 +87,14 @@ def test_failures_are_one_line(tmp_path: Path, model_paths: dict[str, Path]) -> 
         (1, (f"--model_base_path={shop / '7'}",), "give its parent"),
         (1, (f"--model_base_path={shop}", "--op_library=nowhere.so"), "no such file"),
     ):
-        result = run_command("dpsr_serving.model_server", *arguments)
+        result = run_command("serve", *arguments)
         assert result.returncode == status, (arguments, result)
-        assert result.stderr.startswith("dpsr model_server: error: ") and result.stderr.count("\n") == 1
+        assert result.stderr.startswith("dpsr serve: error: ") and result.stderr.count("\n") == 1
         assert words in result.stderr
 
 
 def test_help() -> None:
-    result = run_command("dpsr_serving.model_server", "--help")
+    result = run_command("serve", "--help")
     assert result.returncode == 0 and "--model_base_path" in result.stdout and result.stderr == ""
 
 

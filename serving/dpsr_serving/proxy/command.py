@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
-from dpsr_serving import command
-from dpsr_serving.command import CommandError, UsageError
-from dpsr_serving.proxy.config import ProxyConfig, check_address, load_config
+from dpsr_serving.addresses import check_address
+from dpsr_serving.errors import CommandError, UsageError
+from dpsr_serving.proxy.config import ProxyConfig, load_config
 
-_USAGE = """
+USAGE = """
 Usage: dpsr proxy --config=proxy.yaml [--host=127.0.0.1] [--port=8600]
        dpsr proxy --backend=host:port [--host=127.0.0.1] [--port=8600]
 
@@ -28,9 +27,8 @@ SIGTERM drains: no new calls, those in flight may end. A second one ends at once
 """
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs the command; `argv[0]` is its name. Returns the exit status: 0 ok, 1 failed, 2 bad usage."""
-    values = command.new_flags()
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_string("config", None, "YAML file with the backends of each model.", flag_values=values)
     flags.DEFINE_string("backend", None, "host:port of the one server that holds all models.", flag_values=values)
     flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all.", flag_values=values)
@@ -40,10 +38,14 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_float(
         "drain_s", 30.0, "Seconds that calls in flight may take after SIGTERM.", lower_bound=0, flag_values=values
     )
-    return command.run(argv, values, _USAGE, lambda arguments: _proxy(arguments, values))
 
 
-def _proxy(arguments: list[str], values: flags.FlagValues) -> None:
+def run(values: flags.FlagValues, arguments: list[str]) -> None:
+    """Serves until SIGTERM or SIGINT.
+
+    Raises:
+        CommandError: it cannot listen; UsageError for flags and configuration.
+    """
     if arguments:
         raise UsageError(f"unexpected argument {arguments[0]!r}")
     if (values.config is None) == (values.backend is None):

@@ -8,16 +8,14 @@ default: {backends: ["10.0.0.3:8500"]}     # every other model; without it they 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dpsr_serving.command import UsageError
-
-_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
+from dpsr_serving.addresses import check_address
+from dpsr_serving.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +57,6 @@ def parse_config(text: str) -> ProxyConfig:
     if not routes and not default:
         raise UsageError("no backend at all; give models, default, or both")
     return ProxyConfig(routes, default)
-
-
-def check_address(key: str, value: Any) -> str:
-    """Returns `value` where it is "host:port", else raises UsageError that names `key`."""
-    match = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
-    if match is None or not 0 < int(match[2]) < 65536:
-        raise UsageError(f"{key}: got {value!r}, expected host:port with a port from 1 to 65535")
-    return str(value)
 
 
 def _route(key: str, value: Any) -> tuple[str, ...]:

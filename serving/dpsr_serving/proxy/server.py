@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from dpsr_serving import apis
-from dpsr_serving.command import join_address
+from dpsr_serving.addresses import join_address
 from dpsr_serving.proxy import routing
 from dpsr_serving.proxy.config import ProxyConfig
 

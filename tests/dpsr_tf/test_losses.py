@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from dpsr_tf.models.losses import hinge_loss, negative_weights
+
+
+def random_mask(b, r, seed=0, allowed=0.7):
+    """A mask as the dataset makes it: a query's own positive is never its negative."""
+    mask = np.random.default_rng(seed).random((b, b + r)) < allowed
+    mask[:, :b] &= ~np.eye(b, dtype=bool)
+    return mask
+
+
+def expected_weights(mask, alpha):
+    """Section 4.4.3 query by query."""
+    b = len(mask)
+    weights = np.zeros(mask.shape)
+    for i, row in enumerate(mask):
+        batch, shared = np.flatnonzero(row[:b]), b + np.flatnonzero(row[b:])
+        shares = [(batch, 1 - alpha), (shared, alpha)]
+        shares = [(group, share) for group, share in shares if len(group)]
+        total = sum(share for _, share in shares)
+        for group, share in shares:
+            if total:
+                weights[i, group] = len(batch) + len(shared)
+                weights[i, group] *= share / total / len(group)
+    return weights
+
+
+def expected_loss(positive, scores, weights, margin, example_weights):
+    total = 0.0
+    for i in range(len(positive)):
+        for j in range(scores.shape[1]):
+            total += example_weights[i] * weights[i, j] * max(0.0, margin - positive[i] + scores[i, j])
+    return total / len(positive)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize(("b", "r"), [(1, 1), (2, 0), (2, 3), (8, 16), (16, 1)])
+@pytest.mark.parametrize("allowed", [0.2, 0.7, 1.0])
+def test_negative_weights_equal_the_definition(b, r, alpha, allowed):
+    mask = random_mask(b, r, seed=b + r, allowed=allowed)
+    weights = negative_weights(tf.constant(mask), alpha).numpy()
+    assert weights.dtype == np.float32 and weights.shape == mask.shape
+    np.testing.assert_allclose(weights, expected_weights(mask, alpha), rtol=1e-6)
+    assert not weights[~mask].any(), "exactly zero where the mask is False"
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 0.8])
+def test_weights_share_the_number_of_negatives(alpha):
+    b, r = 8, 20
+    mask = random_mask(b, r)
+    weights = negative_weights(tf.constant(mask), alpha).numpy()
+    count = mask.sum(axis=1)
+    np.testing.assert_allclose(weights.sum(axis=1), count, rtol=1e-6)
+    np.testing.assert_allclose(weights[:, b:].sum(axis=1), alpha * count, rtol=1e-6)
+
+
+def test_alpha_0_and_1_are_exact():
+    b, r = 6, 10
+    mask = random_mask(b, r)
+    batch_only = negative_weights(tf.constant(mask), 0.0).numpy()
+    assert not batch_only[:, b:].any()
+    np.testing.assert_array_equal(batch_only[:, :b] > 0, mask[:, :b])
+    random_only = negative_weights(tf.constant(mask), 1.0).numpy()
+    assert not random_only[:, :b].any()
+    np.testing.assert_array_equal(random_only[:, b:] > 0, mask[:, b:])
+
+
+def test_all_allowed_and_evenly_mixed_is_the_plain_sum():
+    """b - 1 in-batch and as many random negatives at alpha 1/2: each counts once."""
+    b = 5
+    mask = np.ones((b, 2 * b - 1), bool)
+    mask[:, :b] &= ~np.eye(b, dtype=bool)
+    np.testing.assert_allclose(negative_weights(tf.constant(mask), 0.5), mask.astype(float), rtol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.25, 0.5, 0.75])
+def test_an_empty_group_gives_its_share_to_the_other(alpha):
+    b, r = 3, 4
+    mask = random_mask(b, r, allowed=1.0)
+    mask[0, b:] = False
+    mask[1, :b] = False
+    weights = negative_weights(tf.constant(mask), alpha).numpy()
+    np.testing.assert_allclose(weights[0], mask[0], rtol=1e-6)
+    np.testing.assert_allclose(weights[1], mask[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("alpha", "b", "r"), [(0.5, 12, 12), (0.25, 16, 8), (0.9, 8, 24)])
+def test_weights_equal_count_mixing_in_expectation(alpha, b, r):
+    """The paper draws N negatives, a share alpha of them from the random set; the weights are the expected counts."""
+    mask = random_mask(b, r, seed=3)
+    weights = negative_weights(tf.constant(mask), alpha).numpy()
+    rng = np.random.default_rng(0)
+    for i in (0, b // 2, b - 1):
+        batch, shared = np.flatnonzero(mask[i, :b]), b + np.flatnonzero(mask[i, b:])
+        n, trials = int(mask[i].sum()), 20_000
+        random_draws = rng.binomial(n, alpha, trials).sum()
+        counts = np.bincount(rng.choice(shared, random_draws), minlength=b + r).astype(float)
+        counts += np.bincount(rng.choice(batch, n * trials - random_draws), minlength=b + r)
+        mean = counts / trials
+        # A mean of `trials` counts of about w each: five standard errors.
+        np.testing.assert_allclose(mean, weights[i], atol=5 * np.sqrt(weights[i].max() / trials))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_hinge_loss_equals_numpy(seed):
+    rng = np.random.default_rng(seed)
+    b, n, margin = 7, 19, 0.3
+    positive, scores = rng.uniform(-1, 1, b), rng.uniform(-1, 1, (b, n))
+    weights, example_weights = rng.uniform(0, 3, (b, n)), rng.uniform(0, 2, b)
+    arguments = [np.float32(x) for x in (positive, scores, weights)]
+    loss = hinge_loss(*arguments, margin, np.float32(example_weights))
+    assert loss.shape == () and loss.dtype == tf.float32
+    np.testing.assert_allclose(loss, expected_loss(positive, scores, weights, margin, example_weights), rtol=1e-5)
+
+
+def test_hinge_loss_by_hand():
+    positive, scores = tf.constant([0.9, 0.2]), tf.constant([[0.9, 0.85, 0.5], [0.2, 0.3, 0.05]])
+    weights = tf.constant([[0.0, 1.0, 1.0], [0.0, 2.0, 1.0]])
+    # Pair 1: 0.1 - 0.9 + 0.85 = 0.05 and nothing; pair 2: 2 x (0.1 - 0.2 + 0.3) and nothing.
+    loss = hinge_loss(positive, scores, weights, 0.1, tf.constant([1.0, 1.0]))
+    np.testing.assert_allclose(loss, (0.05 + 0.4) / 2, rtol=1e-5)
+    loss = hinge_loss(positive, scores, weights, 0.1, tf.constant([4.0, 0.0]))
+    np.testing.assert_allclose(loss, 4 * 0.05 / 2, rtol=1e-5, err_msg="example weights scale their pair")
+
+
+def test_a_separated_batch_has_no_loss_and_no_gradient():
+    positive, scores = tf.constant([0.9, 0.9]), tf.constant([[0.9, 0.1], [0.1, 0.9]])
+    weights = tf.constant([[0.0, 1.0], [1.0, 0.0]])
+    with tf.GradientTape() as tape:
+        tape.watch([positive, scores])
+        loss = hinge_loss(positive, scores, weights, 0.1, tf.ones(2))
+    assert loss == 0
+    for gradient in tape.gradient(loss, [positive, scores]):
+        assert not gradient.numpy().any()
+
+
+def test_gradients_equal_finite_differences():
+    rng = np.random.default_rng(5)
+    b, n = 4, 9
+    mask = random_mask(b, n - b, seed=5)
+    weights = tf.cast(negative_weights(tf.constant(mask), 0.4), tf.float64)
+    example_weights = tf.constant(rng.uniform(0.5, 2, b))
+    inputs = [rng.uniform(-1, 1, b), rng.uniform(-1, 1, (b, n))]
+
+    def loss(positive, scores):
+        return hinge_loss(positive, scores, weights, 0.1, example_weights)
+
+    assert np.abs(0.1 - inputs[0][:, None] + inputs[1]).min() > 1e-3, "no kink within a step of the difference"
+    with tf.GradientTape() as tape:
+        tensors = [tf.constant(x) for x in inputs]
+        tape.watch(tensors)
+        value = loss(*tensors)
+    assert value.dtype == tf.float64
+    step = 1e-6
+    for which, gradient in enumerate(tape.gradient(value, tensors)):
+        for index in np.ndindex(inputs[which].shape):
+            moved = [[x.copy() for x in inputs] for _ in range(2)]
+            moved[0][which][index] += step
+            moved[1][which][index] -= step
+            slope = (loss(*moved[0]) - loss(*moved[1])).numpy() / (2 * step)
+            assert gradient.numpy()[index] == pytest.approx(slope, abs=1e-7)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_masked_rows_give_no_loss_and_no_nan(alpha):
+    b, r = 3, 2
+    mask = random_mask(b, r, allowed=1.0)
+    mask[1] = False
+    scores = tf.Variable(np.random.default_rng(0).uniform(-1, 1, (b, b + r)).astype(np.float32))
+    with tf.GradientTape() as tape:
+        weights = negative_weights(tf.constant(mask), alpha)
+        loss = hinge_loss(tf.zeros(b), scores, weights, 0.1, tf.constant([0.0, 1.0, 0.0]))
+    assert not weights.numpy()[1].any() and loss.numpy() == 0
+    gradient = tape.gradient(loss, scores).numpy()
+    assert np.isfinite(gradient).all() and not gradient.any()
+    nothing = negative_weights(tf.zeros([b, b + r], tf.bool), alpha).numpy()
+    assert not nothing.any(), "no NaN from 0 / 0"
