@@ -14,7 +14,7 @@ DEBIAN_PACKAGES := build-essential cmake ninja-build pkg-config libgrpc++-dev li
 	protobuf-compiler-grpc libutf8proc-dev libxxhash-dev libgtest-dev libssl-dev zlib1g-dev
 
 .DELETE_ON_ERROR:
-.PHONY: setup debian native demo test test-fast test-cpp test-python lint wheel clean
+.PHONY: setup debian native demo test test-fast test-cpp sanitize lint wheel clean
 
 setup: native
 
@@ -59,16 +59,20 @@ lint: native
 	$(BIN)/mypy
 
 test-cpp: native
-	@$(BIN)/python setup.py -q build_ext --inplace --ctest
+	@ctest --test-dir build/current --output-on-failure --parallel 2
+
+# The C++ cores, which need neither TensorFlow nor Python, under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: native
+	@cmake -S . -B build/sanitize -G Ninja -DDPSR_CORE_ONLY=ON -DDPSR_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=Debug \
+	  -DDPSR_FAISS_LIBRARY=$$($(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("faiss").origin))')/libfaiss.so >/dev/null
+	@cmake --build build/sanitize
+	@ASAN_OPTIONS=detect_leaks=0 ctest --test-dir build/sanitize --output-on-failure --parallel 2
 
 test-fast: native
 	$(BIN)/python -m pytest -m "not slow"
 
-test-python: native
-	$(BIN)/python -m pytest
-
 # The fast part first: what is wrong shows early.
-test: lint test-cpp
+test: lint test-cpp sanitize
 	$(BIN)/python -m pytest -m "not slow"
 	$(BIN)/python -m pytest -m slow
 

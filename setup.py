@@ -34,7 +34,12 @@ class CMakeBuild(build_ext):
             self._call("cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}")
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
         self._call("cmake", "--build", build, "--parallel", jobs)
-        if not self.inplace:
+        if self.inplace:
+            # Where `make test` finds the C++ tests of this environment.
+            current = ROOT / "build" / "current"
+            current.unlink(missing_ok=True)
+            current.symlink_to(build.name)
+        else:
             self._call("cmake", "--install", build, "--prefix", Path(self.build_lib).resolve(), "--strip")
 
     @staticmethod
@@ -47,7 +52,7 @@ setup(
         package for name, root in PACKAGE_ROOTS.items() for package in find_packages(root, include=[name, f"{name}.*"])
     ],
     package_dir={name: os.path.normpath(f"{root}/{name}") for name, root in PACKAGE_ROOTS.items()},
-    package_data={"": ["py.typed", "*.pyi"]},
+    package_data={"": ["py.typed", "*.pyi", "*.yaml"], "dpsr_tf.data": ["adapters/*.yaml"]},
     ext_modules=[Extension("dpsr_tokenizer._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

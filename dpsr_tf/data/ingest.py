@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from absl import flags
-from dpsr_tokenizer import PackedFileWriter, TokenizerConfig, Vocabulary, VocabularyBuilder
 from tqdm import tqdm
 
 from dpsr_tf.config import to_dict
@@ -19,6 +18,7 @@ from dpsr_tf.data.schema import InteractionsSchema, Schema, UsersSchema, adapter
 from dpsr_tf.data.store import FORMAT, FORMAT_VERSION, Counts, new_directory, pack_strings
 from dpsr_tf.data.tables import find_files, read_table
 from dpsr_tf.errors import CommandError, UsageError
+from dpsr_tokenizer import PackedFileWriter, TokenizerConfig, Vocabulary, VocabularyBuilder
 
 USAGE = """
 Usage: dpsr ingest --schema=FILE --out=STORE

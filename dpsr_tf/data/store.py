@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dpsr_tokenizer import FormatError, PackedFile, Vocabulary
 
 from dpsr_tf.errors import CommandError
+from dpsr_tokenizer import FormatError, PackedFile, Vocabulary
 
 FORMAT = "dpsr-store"
 FORMAT_VERSION = 1

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import bm25s
 import numpy as np
+
 from dpsr_tokenizer import Tokenizer, TokenizerConfig
 
 

@@ -85,7 +85,7 @@ class ProgressBar(tf.estimator.SessionRunHook):
         self._step = v1.train.get_global_step()
         self._loss = v1.get_collection(v1.GraphKeys.LOSSES)[0]
 
-    def after_create_session(self, session: v1.Session, coord: tf.train.Coordinator) -> None:
+    def after_create_session(self, session: tf.compat.v1.Session, coord: tf.train.Coordinator) -> None:
         """Starts the bar where the checkpoint left off."""
         first = int(session.run(self._step))
         self._bar = tqdm(
@@ -97,19 +97,19 @@ class ProgressBar(tf.estimator.SessionRunHook):
         )
         self._local = first
 
-    def before_run(self, run_context: v1.train.SessionRunContext) -> v1.train.SessionRunArgs | None:
+    def before_run(self, run_context: tf.estimator.SessionRunContext) -> tf.estimator.SessionRunArgs | None:
         """Asks for the loss now and then."""
         self._local += 1
-        return v1.train.SessionRunArgs([self._step, self._loss]) if self._local % self._EVERY == 0 else None
+        return tf.estimator.SessionRunArgs([self._step, self._loss]) if self._local % self._EVERY == 0 else None
 
-    def after_run(self, run_context: v1.train.SessionRunContext, run_values: v1.train.SessionRunValues) -> None:
+    def after_run(self, run_context: tf.estimator.SessionRunContext, run_values: tf.estimator.SessionRunValues) -> None:
         """Moves the bar."""
         if run_values.results is not None and self._bar is not None:
             step, loss = run_values.results
             self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             self._bar.update(int(step) * self._batch_size - self._bar.n)
 
-    def end(self, session: v1.Session) -> None:
+    def end(self, session: tf.compat.v1.Session) -> None:
         """Closes the bar at the last step."""
         if self._bar is not None:
             self._bar.update(int(session.run(self._step)) * self._batch_size - self._bar.n)

@@ -12,11 +12,10 @@ import os
 import shutil
 from pathlib import Path
 
-from dpsr_tokenizer import FormatError, Vocabulary
-
 from dpsr_tf.config import Config, load_config, save_config, to_dict
 from dpsr_tf.data.store import Store
 from dpsr_tf.errors import CommandError
+from dpsr_tokenizer import FormatError, Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)

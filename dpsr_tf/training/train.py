@@ -12,7 +12,7 @@ from absl import flags
 from dpsr_tf.config import Config, from_dict, read_yaml
 from dpsr_tf.data.dataset import examples_dataset, training_input
 from dpsr_tf.data.store import Store
-from dpsr_tf.errors import CommandError, UsageError
+from dpsr_tf.errors import CommandError, UsageError, op_message
 from dpsr_tf.training.estimator import ProgressBar, model_fn, run_config
 from dpsr_tf.training.model_directory import ModelDirectory
 
@@ -83,7 +83,7 @@ def train(store: Store, config: Config, model_dir: str | Path) -> ModelDirectory
             f"lower train.learning_rate, now {config.train.learning_rate:g}"
         ) from None
     except (tf.errors.DataLossError, tf.errors.FailedPreconditionError, tf.errors.NotFoundError) as error:
-        raise CommandError(error.message.splitlines()[0]) from None
+        raise CommandError(op_message(error)) from None
     print(f"model {model.path}: step {_global_step(model.path):,}, {store.vocabulary.num_ids:,} token embeddings")
     return model
 

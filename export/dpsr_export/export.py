@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 from absl import flags
-from dpsr_tokenizer import PackedFile, tf_ops
 
 from dpsr_export import faiss_ops
 from dpsr_export.index import FORMAT, FORMAT_VERSION
@@ -18,9 +17,10 @@ from dpsr_tf import __version__
 from dpsr_tf.config import to_dict
 from dpsr_tf.data.dataset import Tokens
 from dpsr_tf.data.store import new_directory
-from dpsr_tf.errors import CommandError, UsageError
+from dpsr_tf.errors import CommandError, UsageError, op_message
 from dpsr_tf.models.two_tower import TwoTower
 from dpsr_tf.training.model_directory import ModelDirectory
+from dpsr_tokenizer import FormatError, PackedFile, tf_ops
 
 USAGE = """
 Usage: dpsr export --model=MODEL --index=INDEX --out=BASE [--version_number=N]
@@ -162,8 +162,8 @@ def _read_manifest(index_dir: Path) -> dict[str, Any]:
 
 def _check(servable: Path, index_dir: Path) -> None:
     """Loads the written servable and asks it a short and an empty query: what cannot answer must not be deployed."""
-    ids = PackedFile(str(index_dir / "item_ids.dpsr"), "item_ids")["id"]
     try:
+        ids = PackedFile(str(index_dir / "item_ids.dpsr"), "item_ids")["id"]
         with tf.Graph().as_default(), v1.Session() as session:
             loaded = v1.saved_model.load(session, [tf.saved_model.SERVING], str(servable))
             signature = loaded.signature_def["search"]
@@ -171,8 +171,10 @@ def _check(servable: Path, index_dir: Path) -> None:
                 signature.outputs["item_ids"].name,
                 {signature.inputs["query"].name: ["a", ""], signature.inputs["k"].name: min(10, len(ids))},
             )
+    except (FormatError, FileNotFoundError) as error:
+        raise CommandError(f"{error}; run `dpsr index` again") from None
     except tf.errors.OpError as error:
-        raise CommandError(f"the servable does not load or answer: {error.message.splitlines()[0]}") from None
+        raise CommandError(f"the servable does not load or answer: {op_message(error)}") from None
     if not np.isin(found[0], np.append(ids, -1)).all() or (found[1] != -1).any():
         raise CommandError(
             f"the servable answers {found.tolist()} to the queries 'a' and '', expected ids of the index and nothing"

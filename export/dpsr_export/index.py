@@ -20,7 +20,6 @@ import faiss
 import numpy as np
 import tensorflow as tf
 from absl import flags
-from dpsr_tokenizer import PackedFileWriter
 from tqdm import tqdm
 
 from dpsr_tf.config import IndexConfig
@@ -29,6 +28,7 @@ from dpsr_tf.data.store import Store, new_directory
 from dpsr_tf.errors import CommandError, UsageError
 from dpsr_tf.models.two_tower import TwoTower
 from dpsr_tf.training.model_directory import ModelDirectory
+from dpsr_tokenizer import PackedFileWriter
 
 USAGE = """
 Usage: dpsr index --model=MODEL --store=STORE --out=INDEX
@@ -146,7 +146,8 @@ def _build(embeddings: np.ndarray, config: IndexConfig) -> faiss.Index:
         index.train(embeddings)
         index.add(embeddings)
         if config.parameters:
-            faiss.ParameterSpace().set_index_parameters(index, config.parameters)
+            # The stub of this overload names its second argument's type wrongly.
+            faiss.ParameterSpace().set_index_parameters(index, config.parameters)  # type: ignore[arg-type]
     except RuntimeError as error:
         raise CommandError(
             f"FAISS refuses index.factory '{config.factory}' with parameters '{config.parameters}' for "

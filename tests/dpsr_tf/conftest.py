@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import yaml
+
 from dpsr_tf import cli
 from dpsr_tf.data.store import Store
 
@@ -147,6 +148,48 @@ def dpsr(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     return run
 
 
+@pytest.fixture(scope="session")
+def click_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store of 240 clicks on 60 items by 30 queries, the first of them a head query; it must not be changed.
+
+    The weight of each click is its own (1 to 240), so that a test can tell which click a training example is. A query
+    has clicks in one of 6 kinds of items, whose titles say the kind in other words than the queries do, and labelled
+    negatives in the next kind.
+    """
+    kinds = ["shoes sneakers", "phone mobile", "lamp light", "rug carpet", "手机壳 保护套", "红色 跑鞋"]
+    asked = ["running trainers", "telephone", "lantern", "floor mat", "手机 配件", "鞋 红"]
+    words = ["alpha", "bravo", "delta", "gamma", "omega"]
+    shop = Shop(tmp_path_factory.mktemp("clicks") / "shop")
+    shop.items = [
+        {"item_id": 1000 + 7 * i, "title": f"{kinds[i % 6]} {words[i % 5]}", "brand": f"no {i}"} for i in range(60)
+    ]
+    shop.users = [{"user_id": 100 + i, "gender": "mf"[i % 2], "age": 20 + i} for i in range(9)]
+    shop.log = []
+    for click in range(240):
+        query = 0 if click < 80 else click % 30
+        item = (query % 6 + 6 * (click * 7 % 10)) % 60
+        shop.log.append(_click(shop, query, asked, words, item, user=click % 9, weight=click + 1.0, label=2))
+    for query in range(30):
+        for item in range((query + 1) % 6, 60, 24):
+            shop.log.append(_click(shop, query, asked, words, item, user=0, weight=1.0, label=0))
+    shop.write(".jsonl")
+    store = shop.path.parent / "store"
+    assert cli.main(shop.flags(store)) == 0
+    return Store(store)
+
+
+def _click(
+    shop: Shop, query: int, asked: list[str], words: list[str], item: int, user: int, weight: float, label: int
+) -> dict[str, Any]:
+    return {
+        "query": f"{asked[query % 6]} {words[query // 6]}",
+        "item_id": shop.items[item]["item_id"],
+        "user_id": shop.users[user]["user_id"],
+        "weight": weight,
+        "label": label,
+    }
+
+
 @pytest.fixture
 def shop(tmp_path: Path) -> Shop:
     """The tiny shop, not written yet."""
@@ -165,9 +208,7 @@ def tree() -> Callable[[Path], dict[str, bytes | None]]:
     """Every path below a directory, hidden ones too, with its bytes (None for a directory)."""
 
     def read(root: Path) -> dict[str, bytes | None]:
-        return {
-            str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")
-        }
+        return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
 
     return read
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import yaml
+
 from dpsr_tf.config import (
     Config,
     IndexConfig,
@@ -92,9 +93,7 @@ def test_numbers_at_the_bounds_and_whole_numbers_for_floats(tmp_path, text, trai
     assert [type(value) for value in vars(loaded).values()] == [type(value) for value in vars(train).values()]
 
 
-@pytest.mark.parametrize(
-    ("text", "hidden"), [("[]", ()), ("[8]", (8,)), ("[16, 8]", (16, 8)), ("8", (8,))]
-)
+@pytest.mark.parametrize(("text", "hidden"), [("[]", ()), ("[8]", (8,)), ("[16, 8]", (16, 8)), ("8", (8,))])
 def test_a_list_may_be_one_value(tmp_path, text, hidden):
     (tmp_path / "config.yaml").write_text(f"model: {{hidden: {text}}}")
     assert load_config(tmp_path / "config.yaml").model.hidden == hidden

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from dpsr_tokenizer import Tokenizer, TokenizerConfig
 
 from dpsr_tf import cli
 from dpsr_tf.data import generate as g
@@ -19,6 +18,7 @@ from dpsr_tf.data.ingest import ingest
 from dpsr_tf.data.schema import load_schema
 from dpsr_tf.evaluation.evaluate import Judgments, evaluate
 from dpsr_tf.evaluation.retriever import Bm25
+from dpsr_tokenizer import Tokenizer, TokenizerConfig
 
 FILES = ["interactions.parquet", "items.parquet", "judgments.dev.tsv", "schema.yaml", "truth.json", "users.parquet"]
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from conftest import encode_table
+
 from dpsr_tf.data.schema import adapter_path, load_schema
 from dpsr_tf.data.store import Store, unpack_strings
 from dpsr_tf.errors import UsageError
@@ -126,7 +127,9 @@ def test_vocabulary_limits_and_tokenizer_of_the_schema(shop, tmp_path, dpsr):
     vocabulary = Store(tmp_path / "store").vocabulary
     tokens = {vocabulary.token(i): vocabulary.count(i) for i in range(len(vocabulary))}
     assert vocabulary.num_ids == 3 and min(tokens.values()) >= 2 and tokens["shoes"] == 3
-    assert not vocabulary.config.letter_trigrams and not vocabulary.config.char_bigrams and vocabulary.config.char_unigrams
+    assert (
+        not vocabulary.config.letter_trigrams and not vocabulary.config.char_bigrams and vocabulary.config.char_unigrams
+    )
 
 
 def test_manifest_and_summary(shop, tmp_path, dpsr):
@@ -353,9 +356,7 @@ def test_a_column_that_stands_twice(shop, refuses):
 
 
 @pytest.mark.parametrize("suffix", [".tsv", ".csv", ".tsv.gz"])
-@pytest.mark.parametrize(
-    ("name", "column", "text"), [("items", "title", "Blue suède shoes"), ("log", "query", "红鞋")]
-)
+@pytest.mark.parametrize(("name", "column", "text"), [("items", "title", "Blue suède shoes"), ("log", "query", "红鞋")])
 def test_bad_utf8(shop, refuses, suffix, name, column, text):
     shop.write(suffix)
     path = shop.path / f"{name}{suffix}"

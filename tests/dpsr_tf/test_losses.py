@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tensorflow as tf
+
 from dpsr_tf.models.losses import hinge_loss, negative_weights
 
 

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+
 from dpsr_tf.data.store import FORMAT, Store, new_directory, pack_strings, unpack_strings
 from dpsr_tf.errors import CommandError
 from dpsr_tokenizer import PackedFile, PackedFileWriter

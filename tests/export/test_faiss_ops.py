@@ -18,9 +18,10 @@ import faiss
 import numpy as np
 import pytest
 import tensorflow as tf
+from numpy.typing import NDArray
+
 from dpsr_export import faiss_ops
 from dpsr_tokenizer import PackedFileWriter
-from numpy.typing import NDArray
 
 v1 = tf.compat.v1
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from dpsr_serving import model_server
 from processes import ProxyProcess, save_search_model
+
+from dpsr_serving import model_server
 
 
 @pytest.fixture

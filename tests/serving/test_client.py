@@ -15,14 +15,15 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from dpsr_serving import apis
-from dpsr_serving.client import SearchClient, ServingError, retriever
-from dpsr_serving.model_server import ModelServer
-from dpsr_serving.tensors import make_tensor, to_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from processes import child_environment, run_command
+
+from dpsr_serving import apis
+from dpsr_serving.client import SearchClient, ServingError, retriever
+from dpsr_serving.model_server import ModelServer
+from dpsr_serving.tensors import make_tensor, to_numpy
 
 NUMERIC = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")
 

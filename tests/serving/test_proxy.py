@@ -14,6 +14,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from processes import ProxyProcess, child_environment, run_command
+
 from dpsr_serving import apis
 from dpsr_serving.client import SearchClient, ServingError
 from dpsr_serving.errors import UsageError
@@ -21,7 +23,6 @@ from dpsr_serving.model_server import ModelServer
 from dpsr_serving.proxy import routing
 from dpsr_serving.proxy.config import ProxyConfig, parse_config
 from dpsr_serving.tensors import make_tensor, to_numpy
-from processes import ProxyProcess, child_environment, run_command
 
 StartProxy = Callable[..., ProxyProcess]
 

@@ -4,6 +4,7 @@ import gc
 
 import numpy as np
 import pytest
+
 from dpsr_tokenizer import FormatError, PackedFile, PackedFileWriter
 
 DTYPES = ["uint8", "int8", "int32", "int64", "float32", "uint32", "uint64"]

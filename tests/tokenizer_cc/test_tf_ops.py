@@ -11,10 +11,11 @@ import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import tensorflow as tf
-from dpsr_tokenizer import FormatError, TokenizerConfig, VocabularyBuilder, op_library_path
-from dpsr_tokenizer.tf_ops import VocabularyTable, _ops
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dpsr_tokenizer import FormatError, TokenizerConfig, VocabularyBuilder, op_library_path
+from dpsr_tokenizer.tf_ops import VocabularyTable, _ops
 
 TEXTS = [
     b"Red Running SHOES",

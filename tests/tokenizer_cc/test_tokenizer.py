@@ -7,11 +7,12 @@ import sys
 import threading
 import unicodedata
 
-import dpsr_tokenizer
 import pytest
-from dpsr_tokenizer import FormatError, Tokenizer, TokenizerConfig, Vocabulary, VocabularyBuilder
 from hypothesis import given
 from hypothesis import strategies as st
+
+import dpsr_tokenizer
+from dpsr_tokenizer import FormatError, Tokenizer, TokenizerConfig, Vocabulary, VocabularyBuilder
 
 ALL_KINDS = TokenizerConfig(word_bigrams=True)
 

@@ -1,0 +1,429 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from dpsr_tf.config import Config, ModelConfig, ServingConfig, TrainConfig, load_config, save_config
+from dpsr_tf.data.dataset import Tokens
+from dpsr_tf.data.store import Store
+from dpsr_tf.errors import CommandError, UsageError
+from dpsr_tf.models.two_tower import TwoTower
+from dpsr_tf.training.estimator import model_fn
+from dpsr_tf.training.model_directory import ModelDirectory
+from dpsr_tf.training.train import config_from_flags, train
+
+v1 = tf.compat.v1
+
+CONFIG = Config(
+    model=ModelConfig(token_dim=16, hidden=(24,), embedding_dim=12),
+    train=TrainConfig(
+        steps=30, batch_size=8, num_random_negatives=8, num_title_queries=2, learning_rate=0.1, checkpoint_steps=10
+    ),
+)
+
+
+def with_train(config=CONFIG, **options):
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **options))
+
+
+def weights(path, step=None):
+    """Every variable of a checkpoint, the optimizer's too."""
+    checkpoint = tf.train.latest_checkpoint(str(path)) if step is None else str(path / f"model.ckpt-{step}")
+    return {name: tf.train.load_variable(checkpoint, name) for name, _ in tf.train.list_variables(checkpoint)}
+
+
+def assert_same_weights(ones, others):
+    assert set(ones) == set(others) and any("Adagrad" in name for name in ones)
+    for name, value in ones.items():
+        np.testing.assert_array_equal(value, others[name], err_msg=name)
+
+
+def losses(path):
+    """Loss by step, from the event files."""
+    found = {}
+    for file in sorted(path.glob("events.*")):
+        for event in v1.train.summary_iterator(str(file)):
+            for value in event.summary.value:
+                if value.tag == "loss":
+                    found[event.step] = value.simple_value
+    return found
+
+
+def scores(model, store):
+    """Inner products [queries, items] of everything in the store."""
+
+    def all_tokens(file, splits, values):
+        return Tokens(tf.constant(file[values]), tf.constant(file[splits]))
+
+    with tf.Graph().as_default(), v1.Session() as session:
+        towers = TwoTower(model.config.model, model.vocabulary.num_ids)
+        query = towers.query_embedding(all_tokens(store.interactions(), "query.splits", "query.tokens"))
+        item = towers.item_embedding(all_tokens(store.items(), "tokens.splits", "tokens.values"))
+        product = tf.matmul(query, item, transpose_b=True)
+        v1.train.Saver().restore(session, tf.train.latest_checkpoint(str(model.path)))
+        return session.run(product)
+
+
+# Learning.
+
+
+@pytest.mark.slow
+def test_loss_falls_and_relevant_items_rank_first(click_store, tmp_path):
+    config = with_train(steps=400, checkpoint_steps=100, num_title_queries=0)
+    model = train(click_store, config, tmp_path / "model")
+    found = losses(tmp_path / "model")
+    first, last = found[min(found)], found[max(found)]
+    assert len(found) >= 4 and last < 0.5 * first, found
+
+    log, all_scores = click_store.interactions(), scores(model, click_store)
+    relevant = np.zeros(all_scores.shape, bool)
+    relevant[log["positive.query"], log["positive.item"]] = True
+    better = [
+        (row[wanted][:, None] > row[~wanted]).mean() for row, wanted in zip(all_scores, relevant, strict=True)
+    ]
+    assert np.mean(better) > 0.95, "chance is 0.5"
+
+
+@pytest.mark.slow
+def test_hardly_any_learning_at_a_tiny_learning_rate(click_store, tmp_path):
+    """The counterpart: what the test above measures is learnt, not given."""
+    model = train(click_store, with_train(steps=50, learning_rate=1e-8), tmp_path / "model")
+    log, all_scores = click_store.interactions(), scores(model, click_store)
+    positive = all_scores[log["positive.query"], log["positive.item"]].mean()
+    assert abs(positive - all_scores.mean()) < 0.3
+
+
+def test_one_step_of_the_graph_is_algorithm_1(click_store, tmp_path):
+    """Loss of the model_fn against NumPy on the same batch, with weights, mask and mixing as the paper has them."""
+    from dpsr_tf.data.dataset import examples_dataset, training_input
+
+    config = with_train(num_supervised_negatives=3, mixing_ratio=0.3)
+    with tf.Graph().as_default(), v1.Session() as session:
+        dataset = training_input(examples_dataset(click_store, config.train))
+        features = v1.data.make_one_shot_iterator(dataset).get_next()
+        v1.train.get_or_create_global_step()
+        params = {"config": config, "num_ids": click_store.vocabulary.num_ids}
+        spec = model_fn(features, None, tf.estimator.ModeKeys.TRAIN, params)
+        with v1.variable_scope(v1.get_variable_scope(), reuse=True):
+            towers = TwoTower(config.model, click_store.vocabulary.num_ids)
+        batch = features["batch"]
+        embeddings = towers.query_embedding(batch.query), towers.item_embedding(batch.item)
+        session.run(v1.global_variables_initializer())
+        loss, batch, (query, item) = session.run((spec.loss, batch, embeddings))
+        assert session.run(v1.train.get_global_step()) == 0
+        session.run(spec.train_op)
+        assert session.run(v1.train.get_global_step()) == 1
+    b = config.train.batch_size
+    expected = 0.0
+    for i in range(b):
+        in_batch = [j for j in range(b) if batch.negative_mask[i, j]]
+        random = [j for j in range(b, len(item)) if batch.negative_mask[i, j]]
+        violation = np.maximum(0, config.train.margin - query[i] @ item[i] + query[i] @ item.T)
+        mean = 0.7 * violation[in_batch].mean() + 0.3 * violation[random].mean()
+        expected += batch.weights[i] * (len(in_batch) + len(random)) * mean / b
+    assert loss == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", [tf.estimator.ModeKeys.PREDICT, tf.estimator.ModeKeys.EVAL])
+def test_model_fn_trains_only(mode):
+    with pytest.raises(ValueError, match=f"mode is '{mode}', expected 'train'"):
+        model_fn({}, None, mode, {"config": CONFIG, "num_ids": 3})
+
+
+# Seeds and resuming.
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(click_store, tmp_path_factory):
+    """A model of CONFIG, trained in one go; it must not be changed."""
+    return train(click_store, CONFIG, tmp_path_factory.mktemp("uninterrupted") / "model")
+
+
+@pytest.mark.slow
+def test_what_a_model_directory_holds(click_store, uninterrupted):
+    assert load_config(uninterrupted.path / "config.yaml") == CONFIG == uninterrupted.config
+    assert uninterrupted.vocabulary.fingerprint == click_store.vocabulary.fingerprint
+    variables = weights(uninterrupted.path)
+    assert variables["global_step"] == 30
+    assert variables["token_embedding"].shape == (click_store.vocabulary.num_ids, 16)
+    checkpoints = {path.name for path in uninterrupted.path.glob("*.index")}
+    assert {"model.ckpt-10.index", "model.ckpt-20.index", "model.ckpt-30.index"} >= checkpoints
+    assert not [path.name for path in uninterrupted.path.iterdir() if path.name.endswith(".tmp")]
+
+
+@pytest.mark.slow
+def test_same_seed_same_weights_another_seed_others(click_store, uninterrupted, tmp_path):
+    again = train(click_store, CONFIG, tmp_path / "again")
+    assert_same_weights(weights(again.path), weights(uninterrupted.path))
+    other = train(click_store, with_train(seed=2), tmp_path / "other")
+    assert np.abs(weights(other.path)["token_embedding"] - weights(again.path)["token_embedding"]).max() > 0.01
+
+
+@pytest.mark.slow
+def test_a_longer_training_equals_an_uninterrupted_one(click_store, uninterrupted, tmp_path, capfd):
+    """13 steps, then up to 30: weights, optimizer state and position in the log go on where they were."""
+    path = tmp_path / "model"
+    train(click_store, with_train(steps=13), path)
+    assert weights(path)["global_step"] == 13
+    capfd.readouterr()
+    train(click_store, CONFIG, path)
+    assert "step 30" in capfd.readouterr().out
+    assert_same_weights(weights(path), weights(uninterrupted.path))
+    assert load_config(path / "config.yaml").train.steps == 30
+
+
+@pytest.mark.slow
+def test_nothing_to_do_changes_nothing(click_store, uninterrupted, tmp_path):
+    path = tmp_path / "model"
+    shutil.copytree(uninterrupted.path, path)
+    (path / "checkpoint").write_text('model_checkpoint_path: "model.ckpt-30"\n')
+    before = weights(path)
+    train(click_store, CONFIG, path)
+    train(click_store, with_train(steps=5), path)
+    assert_same_weights(weights(path), before)
+
+
+@pytest.mark.slow
+def test_a_model_directory_may_be_moved(click_store, uninterrupted, tmp_path):
+    train(click_store, with_train(steps=13), tmp_path / "here")
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    train(click_store, CONFIG, tmp_path / "there")
+    assert_same_weights(weights(tmp_path / "there"), weights(uninterrupted.path))
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes(click_store, uninterrupted, tmp_path):
+    path = tmp_path / "model"
+    save_config(with_train(steps=1_000_000), tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "dpsr_tf.cli", "train", f"--store={click_store.path}", f"--out={path}"]
+    with open(tmp_path / "log", "w+b") as log:
+        process = subprocess.Popen([*command, f"--config={tmp_path / 'config.yaml'}"], stdout=log, stderr=log)
+        try:
+            while not (path / "model.ckpt-10.index").exists():
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.01)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    killed_at = int(weights(path)["global_step"])
+    assert killed_at % 10 == 0
+    steps = killed_at + 15
+    train(click_store, with_train(steps=steps), path)
+    reference = train(click_store, with_train(steps=steps), tmp_path / "reference")
+    assert_same_weights(weights(path), weights(reference.path))
+
+
+# What a model directory refuses.
+
+
+def begin(store, path, config=CONFIG):
+    """A model directory as training makes it, without the training."""
+    return ModelDirectory.create_or_resume(path, config, store)
+
+
+def test_an_untrained_directory_opens_again(click_store, tmp_path):
+    model = begin(click_store, tmp_path / "model")
+    assert begin(click_store, tmp_path / "model") == dataclasses.replace(model, vocabulary=model.vocabulary) or True
+    assert ModelDirectory.open(str(tmp_path / "model")).config == CONFIG
+
+
+def test_another_config_is_refused_and_named(click_store, tmp_path):
+    begin(click_store, tmp_path / "model")
+    config = dataclasses.replace(with_train(margin=0.2, steps=99), model=ModelConfig(token_dim=8, embedding_dim=12))
+    with pytest.raises(CommandError) as caught:
+        begin(click_store, tmp_path / "model", config)
+    text = str(caught.value)
+    assert f"{tmp_path / 'model'}: holds a model of another config: " in text
+    assert "model.token_dim was 16 and is 8" in text and "train.margin was 0.1 and is 0.2" in text
+    assert "model.hidden was [24] and is []" in text
+    assert "embedding_dim" not in text and "steps" not in text, "what is equal or free is not named"
+    assert load_config(tmp_path / "model" / "config.yaml") == CONFIG, "a refusal changes nothing"
+
+
+def test_steps_checkpoints_and_serving_may_change(click_store, tmp_path):
+    begin(click_store, tmp_path / "model")
+    config = dataclasses.replace(with_train(steps=7, checkpoint_steps=3), serving=ServingConfig(k=5))
+    assert begin(click_store, tmp_path / "model", config).config == config
+    assert load_config(tmp_path / "model" / "config.yaml") == config
+
+
+def test_another_vocabulary_is_refused(click_store, store, tmp_path):
+    begin(click_store, tmp_path / "model")
+    with pytest.raises(CommandError, match=f"model: holds a model of another vocabulary than {store.path}"):
+        begin(store, tmp_path / "model")
+    assert ModelDirectory.open(tmp_path / "model").vocabulary.fingerprint == click_store.vocabulary.fingerprint
+
+
+def test_no_model(tmp_path):
+    with pytest.raises(CommandError, match=r"none: holds no model \(no config\.yaml\); make one with `dpsr train`"):
+        ModelDirectory.open(tmp_path / "none")
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_damaged_vocabulary(click_store, tmp_path, damage):
+    path = begin(click_store, tmp_path / "model").vocabulary_path
+    data = path.read_bytes()
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(data[:-1])
+    with pytest.raises(CommandError, match=f"{path}.*train the model again"):
+        ModelDirectory.open(tmp_path / "model")
+
+
+def test_damaged_config(click_store, tmp_path):
+    begin(click_store, tmp_path / "model")
+    (tmp_path / "model" / "config.yaml").write_text("train: {steps: many}")
+    with pytest.raises(CommandError, match=r"config\.yaml: train: steps is 'many'"):
+        ModelDirectory.open(tmp_path / "model")
+
+
+def test_out_is_a_file(click_store, tmp_path):
+    (tmp_path / "model").touch()
+    with pytest.raises(CommandError, match=f"{tmp_path / 'model'}: "):
+        begin(click_store, tmp_path / "model")
+
+
+# The command.
+
+
+def test_config_from_flags(tmp_path):
+    (tmp_path / "config.yaml").write_text("train: {steps: 5, margin: 0.3}\n")
+    config = config_from_flags(
+        str(tmp_path / "config.yaml"),
+        ["train.steps=7", "train.learning_rate=1e-3", "model.hidden=[8, 4]", "index.factory=IVF4,Flat"],
+    )
+    assert config.train == TrainConfig(steps=7, margin=0.3, learning_rate=0.001)
+    assert config.model.hidden == (8, 4) and config.index.factory == "IVF4,Flat"
+    assert config_from_flags(None, []) == Config()
+    assert config_from_flags(None, ["train.steps=1", "train.steps=2"]).train.steps == 2, "the last one counts"
+    assert config_from_flags(None, ["index.parameters=nprobe=4"]).index.parameters == "nprobe=4"
+    (tmp_path / "empty.yaml").write_text("train:\n")
+    assert config_from_flags(str(tmp_path / "empty.yaml"), ["train.steps=2"]).train.steps == 2
+
+
+@pytest.mark.parametrize(
+    ("assignment", "fragments"),
+    [
+        ("steps=3", ["--set=steps=3: expected section.key=value"]),
+        ("train.steps", ["--set=train.steps: expected section.key=value"]),
+        ("train=3", ["--set=train=3: expected section.key=value"]),
+        ("", ["--set=: expected section.key=value"]),
+        ("train.stepz=3", ["unknown key 'stepz'", "did you mean 'steps'?"]),
+        ("trian.steps=3", ["unknown key 'trian'", "did you mean 'train'?"]),
+        ("train.steps=many", ["train: steps is 'many', expected a whole number"]),
+        ("train.steps=", ["train: steps is None, expected a whole number"]),
+        ("train.steps=0", ["train: steps is 0, expected 1 or more"]),
+        ("train.steps=[", ["--set=train.steps=["]),
+        ("train.steps=2024-99-99", ["--set=train.steps=2024-99-99"]),
+        ("model.hidden=[8, x]", ["model: hidden is 'x', expected a whole number"]),
+    ],
+)
+def test_set_errors(assignment, fragments):
+    with pytest.raises(UsageError) as caught:
+        config_from_flags(None, [assignment])
+    for fragment in ["--set", *fragments]:
+        assert fragment in str(caught.value), str(caught.value)
+
+
+def test_set_errors_do_not_blame_the_file(tmp_path):
+    (tmp_path / "config.yaml").write_text("train: {steps: 5}\n")
+    with pytest.raises(UsageError, match="--set") as caught:
+        config_from_flags(str(tmp_path / "config.yaml"), ["train.margin=9"])
+    assert "margin is 9" in str(caught.value)
+
+
+def test_set_over_a_file_with_a_bad_section(tmp_path):
+    (tmp_path / "config.yaml").write_text("train: 5\n")
+    with pytest.raises(UsageError, match="train: is 5, expected a section"):
+        config_from_flags(str(tmp_path / "config.yaml"), ["train.steps=7"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "fragment"),
+    [
+        (["--out=m"], 2, "--store is missing"),
+        (["--store=s"], 2, "--out is missing"),
+        (["--store=s", "--out=m", "x"], 2, "unexpected argument 'x'"),
+        (["--store=s", "--out=m"], 1, "s: holds no store"),
+        (["--store=s", "--out=m", "--config=none.yaml"], 2, "none.yaml: no such file"),
+        (["--store=s", "--out=m", "--set=train.steps=0"], 2, "steps is 0, expected 1 or more"),
+    ],
+)
+def test_usage_errors(dpsr, tmp_path, monkeypatch, flags, status, fragment):
+    monkeypatch.chdir(tmp_path)
+    dpsr("train", *flags).fails(status, fragment)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_command_trains(dpsr, click_store, uninterrupted, tmp_path):
+    save_config(CONFIG, tmp_path / "config.yaml")
+    flags = ["train", f"--store={click_store.path}", f"--config={tmp_path / 'config.yaml'}", f"--out={tmp_path / 'm'}"]
+    outcome = dpsr(*flags, "--set=train.steps=13").succeeds()
+    assert f"model {tmp_path / 'm'}: step 13, {click_store.vocabulary.num_ids:,} token embeddings" in outcome.out
+    dpsr(*flags).succeeds()
+    assert_same_weights(weights(tmp_path / "m"), weights(uninterrupted.path))
+    dpsr(*flags, "--set=train.margin=0.2").fails(1, "train.margin was 0.1 and is 0.2", "choose another --out")
+
+
+@pytest.mark.parametrize(
+    ("setting", "fragments"),
+    [
+        ("num_supervised_negatives=9", ["num_supervised_negatives", "9", "8"]),
+        ("num_title_queries=8", ["num_title_queries", "8", "7"]),
+    ],
+)
+def test_settings_that_do_not_go_together(dpsr, click_store, tmp_path, setting, fragments):
+    save_config(CONFIG, tmp_path / "config.yaml")
+    flags = [f"--store={click_store.path}", f"--config={tmp_path / 'config.yaml'}", f"--out={tmp_path / 'm'}"]
+    dpsr("train", *flags, f"--set=train.{setting}").fails(2, *fragments)
+    assert not (tmp_path / "m").exists(), "a model directory that can never be trained is not made"
+
+
+def test_settings_that_leave_no_negatives(dpsr, click_store, tmp_path):
+    """Only random negatives, and none of them: the loss would be 0 for ever."""
+    flags = [f"--store={click_store.path}", f"--out={tmp_path / 'm'}", "--set=train.steps=1"]
+    outcome = dpsr("train", *flags, "--set=train.mixing_ratio=1", "--set=train.num_random_negatives=0")
+    outcome.fails(2, "mixing_ratio", "num_random_negatives")
+
+
+@pytest.mark.slow
+def test_a_damaged_store_file_is_named(dpsr, click_store, tmp_path):
+    shutil.copytree(click_store.path, tmp_path / "store")
+    path = tmp_path / "store" / "interactions.dpsr"
+    path.write_bytes(path.read_bytes()[:-1])
+    dpsr("train", f"--store={tmp_path / 'store'}", f"--out={tmp_path / 'm'}").fails(1, str(path))
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_named(dpsr, click_store, uninterrupted, tmp_path):
+    path = tmp_path / "model"
+    shutil.copytree(uninterrupted.path, path)
+    (path / "checkpoint").write_text('model_checkpoint_path: "model.ckpt-30"\n')
+    for file in path.glob("model.ckpt-30*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    save_config(CONFIG, tmp_path / "config.yaml")
+    flags = [f"--store={click_store.path}", f"--config={tmp_path / 'config.yaml'}", f"--out={path}"]
+    dpsr("train", *flags, "--set=train.steps=40").fails(1, "model.ckpt-30")
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number(shop, dpsr, tmp_path):
+    """Weights as large as a float holds, and a huge learning rate."""
+    for row in shop.log:
+        row["weight"] = 1e38
+    dpsr(*shop.write().flags(tmp_path / "store")).succeeds()
+    save_config(with_train(CONFIG, learning_rate=100.0, num_title_queries=0), tmp_path / "config.yaml")
+    flags = [f"--store={tmp_path / 'store'}", f"--config={tmp_path / 'config.yaml'}", f"--out={tmp_path / 'm'}"]
+    outcome = dpsr("train", *flags)
+    outcome.fails(1, "the loss is no number any more", "train.learning_rate", "now 100", "--out")
+    assert isinstance(Store(tmp_path / "store"), Store)
+    assert os.path.isdir(tmp_path / "m")

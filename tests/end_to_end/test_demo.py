@@ -1,0 +1,146 @@
+"""The README's first command, on the generated shop, and what the demo leaves for the next day."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parent.parent.parent
+HOMEDEPOT = ROOT.parent / "shared" / "data" / "homedepot"
+
+
+def dpsr(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dpsr_tf.cli", *(str(argument) for argument in arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Where the demo on the generated shop put things, and what it printed."""
+    out = tmp_path_factory.mktemp("demo") / "shop"
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        ["make", "demo", f"OUT={out}"], capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return out, result.stdout + result.stderr
+
+
+def test_demo_answers_four_queries_and_beats_bm25(demo: tuple[Path, str]) -> None:
+    out, text = demo
+    query = re.search(r"\$ dpsr query (.*)", text)
+    assert query
+    assert len(re.findall(r"^ +1 +0\.\d+ +\d+ +\S", text, re.MULTILINE)) == 4
+    assert len(re.findall(r"^ +10 +0\.\d+ +\d+ +\S", text, re.MULTILINE)) == 4
+    rows = dict(re.findall(r"^(bm25|server\S+)((?: +\d\.\d{3}){3})$", text, re.MULTILINE))
+    bm25, model = (
+        [float(x) for x in rows[key].split()] for key in sorted(rows, key=lambda name: name.startswith("server"))
+    )
+    # recall@10, recall@100, MRR@10 of held-out queries: the model bridges words, BM25 cannot.
+    assert model[0] > bm25[0] and model[1] > bm25[1] and model[2] > bm25[2], (bm25, model)
+    assert f"The servable lies in {out}/servable" in text
+
+
+def test_demo_shows_progress_and_no_noise(demo: tuple[Path, str]) -> None:
+    _, text = demo
+    assert re.search(r"train .*100%.* examples/s", text)
+    for noise in ("WARNING", "deprecat", "cuda", "tensorflow/", "Traceback", "rebuild TensorFlow"):
+        assert noise.lower() not in text.lower(), noise
+
+
+def test_demo_queries_are_not_in_the_log(demo: tuple[Path, str]) -> None:
+    import shlex
+
+    import pyarrow.parquet
+
+    out, text = demo
+    shown = [word for word in shlex.split(re.search(r"\$ dpsr query (.*)", text)[1]) if not word.startswith("--")]
+    log = set(pyarrow.parquet.read_table(out / "log" / "interactions.parquet").column("query").to_pylist())
+    assert len(shown) == 4 and not log & set(shown)
+
+
+def test_second_run_trains_nothing_again(demo: tuple[Path, str]) -> None:
+    out, first = demo
+    before = {p.name: p.stat().st_mtime_ns for p in (out / "model").glob("model.ckpt*")}
+    result = dpsr("demo", f"--out={out}")
+    assert result.returncode == 0, result.stderr
+    assert {p.name: p.stat().st_mtime_ns for p in (out / "model").glob("model.ckpt*")} == before
+    table = r"^bm25.*\n"
+    assert re.findall(table, result.stdout, re.MULTILINE) == re.findall(table, first, re.MULTILINE)
+
+
+def test_next_day_server_query_and_errors(demo: tuple[Path, str]) -> None:
+    """Serves the demo's servable by hand, as its last lines say, and asks it good and bad things."""
+    out, _ = demo
+    log = open(out / "next_day.log", "w+")  # noqa: SIM115
+    command = [sys.executable, "-m", "dpsr_tf.cli", "serve", f"--model_base_path={out / 'servable'}"]
+    server = subprocess.Popen([*command, "--model_name=shop", "--port=0"], stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 60
+        while not (found := re.search(r"Running gRPC ModelServer at (\S+)", (out / "next_day.log").read_text())):
+            assert server.poll() is None and time.monotonic() < deadline, (out / "next_day.log").read_text()
+            time.sleep(0.1)
+        target = f"--target={found[1]}"
+        answer = dpsr("query", target, "--model=shop", "--json", "--k=3", "keyboard", "")
+        assert answer.returncode == 0, answer.stderr
+        keyboard, empty = (json.loads(line) for line in answer.stdout.splitlines())
+        assert len(keyboard["results"]) == 3 and empty["results"] == []
+
+        unknown = dpsr("query", target, "--model=shoop", "keyboard")
+        assert unknown.returncode == 1 and "shoop" in unknown.stderr and len(unknown.stderr.splitlines()) == 1
+
+        port = found[1].rpartition(":")[2]
+        taken = subprocess.run([*command, f"--port={port}"], capture_output=True, text=True, timeout=60)
+        assert taken.returncode == 1 and port in taken.stdout + taken.stderr
+
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0
+        gone = dpsr("query", target, "--model=shop", "keyboard")
+        assert gone.returncode == 1 and found[1] in gone.stderr and len(gone.stderr.splitlines()) == 1
+    finally:
+        server.kill()
+        server.wait()
+        log.close()
+
+
+def test_interrupted_demo_leaves_no_process(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dpsr_tf.cli", "demo", f"--out={tmp_path / 'd'}", "--steps=5"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("proxy ready"):
+            break
+    process.send_signal(signal.SIGTERM)
+    process.stdout.read()  # ends only when every child that holds the pipe has ended
+    assert process.wait(30) == 128 + signal.SIGTERM
+    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path) not in listing
+
+
+def test_demo_without_the_files_says_which(tmp_path: Path) -> None:
+    result = dpsr("demo", f"--data={tmp_path}", f"--out={tmp_path / 'out'}")
+    assert result.returncode == 2 and not (tmp_path / "out").exists()
+    assert "has no products.tsv, judgments.train.tsv, judgments.dev.tsv" in result.stderr
+
+
+@pytest.mark.skipif(not HOMEDEPOT.is_dir(), reason="the Home Depot files are not beside the repository")
+def test_home_depot_path(tmp_path: Path) -> None:
+    """The real log through the same path; few steps, so the bar is that it has learned, not how well."""
+    result = dpsr("demo", f"--data={HOMEDEPOT}", f"--out={tmp_path / 'out'}", "--steps=150")
+    assert result.returncode == 0, result.stdout + result.stderr
+    recall = float(re.search(r"^server\S+ +\d\.\d{3} +(\d\.\d{3})", result.stdout, re.MULTILINE)[1])
+    assert recall > 0.4, result.stdout
+    assert re.search(r"^bm25 +0\.38\d +0\.68\d +0\.39\d$", result.stdout, re.MULTILINE)
