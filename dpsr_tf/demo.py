@@ -36,12 +36,12 @@ MODEL = "demo"
 # Found on the dev folds (docs/training.md): a margin and a learning rate above the paper's suit a run of minutes, and
 # pieces of titles as queries make up for a small log.
 _SHOP_CONFIG: dict[str, Any] = {
-    "train": {"steps": 600, "batch_size": 256, "num_title_queries": 64, "learning_rate": 0.1, "margin": 0.3},
+    "train": {"steps": 2000, "batch_size": 256, "num_title_queries": 64, "learning_rate": 0.1, "margin": 0.3},
 }
 _HOMEDEPOT_CONFIG: dict[str, Any] = {
     "model": {"token_dim": 128, "embedding_dim": 128},
     "train": {
-        "steps": 2000,
+        "steps": 3000,
         "batch_size": 1024,
         "num_title_queries": 512,
         "num_random_negatives": 512,

@@ -11,7 +11,7 @@ constexpr uint64_t kNegativeStream = 0x6e65676174697665ULL;
 constexpr uint64_t kTitleStream = 0x7469746c65717279ULL;
 // A title query has this many tokens of the title, and lacks every so manieth of them.
 constexpr uint64_t kShortestTitleQuery = 4;
-constexpr uint64_t kLongestTitleQuery = 40;
+constexpr uint64_t kLongestTitleQuery = 24;
 constexpr uint64_t kDropOneIn = 8;
 // A binary search costs about as much as this many hash lookups.
 constexpr size_t kLongList = 4;

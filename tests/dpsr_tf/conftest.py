@@ -215,7 +215,7 @@ def tree() -> Callable[[Path], dict[str, bytes | None]]:
 
 @pytest.fixture(scope="session")
 def homedepot() -> Path:
-    """The Home Depot files: $DPSR_HOMEDEPOT, or shared/data/homedepot beside the checkout; skips where there are none."""
+    """The Home Depot files: $DPSR_HOMEDEPOT, or ../shared/data/homedepot; skips where there are none."""
     beside = Path(__file__).parents[3] / "shared" / "data" / "homedepot"
     path = Path(os.environ.get("DPSR_HOMEDEPOT", beside))
     if not (path / "products.tsv").is_file():

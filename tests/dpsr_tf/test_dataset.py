@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import shutil
 
 import numpy as np
 import pytest
 import tensorflow as tf
+
 from dpsr_tf import ops
 from dpsr_tf.config import TrainConfig
 from dpsr_tf.data.dataset import Batch, examples_dataset, training_input
@@ -133,13 +135,17 @@ def test_user_features_come_in_the_order_asked_for(click_store):
 
 def test_every_click_once_an_epoch(click_store, tables):
     orders = []
-    stream = [click for batch in batches(examples_dataset(click_store, config(), num_epochs=3)) for click in tables.clicks(batch)]
+    stream = [
+        click
+        for batch in batches(examples_dataset(click_store, config(), num_epochs=3))
+        for click in tables.clicks(batch)
+    ]
     assert len(stream) == 3 * 240
     for epoch in range(3):
         orders.append(stream[epoch * 240 : (epoch + 1) * 240])
         assert sorted(orders[-1]) == list(range(240))
     assert len({tuple(order) for order in orders}) == 3, "shuffled anew each epoch"
-    neighbours = sum(b == a + 1 for order in orders for a, b in zip(order, order[1:], strict=False))
+    neighbours = sum(b == a + 1 for order in orders for a, b in itertools.pairwise(order))
     assert neighbours < 20, "a shuffle of the whole log, not of pieces"
 
 
@@ -176,7 +182,9 @@ def test_shards_are_disjoint_and_complete(click_store, tables, shards):
 
 
 def test_shards_draw_negatives_of_their_own(click_store):
-    one, other = (batches(examples_dataset(click_store, config(2, 50), shard_index=i, num_shards=2), 1)[0] for i in (0, 1))
+    one, other = (
+        batches(examples_dataset(click_store, config(2, 50), shard_index=i, num_shards=2), 1)[0] for i in (0, 1)
+    )
     assert (one.item_rows[2:] != other.item_rows[2:]).any()
 
 
@@ -408,8 +416,16 @@ def rewrite(path, kind, **changes):
         ("items", {"tokens__splits": np.array([0, 5], np.int64)}, "tokens.splits does not span"),
         ("items", {"tokens__splits": np.array([], np.int64)}, "tokens.splits does not span"),
         ("items", {"tokens__splits": np.zeros(8, np.int32)}, "tokens.splits"),
-        ("interactions", {"positive__item": np.array([0, 1, 2, 3, 4, 7], np.int32)}, "positive.item row 5 refers to row 7"),
-        ("interactions", {"positive__item": np.array([-1, 1, 2, 3, 4, 5], np.int32)}, "positive.item row 0 refers to row -1"),
+        (
+            "interactions",
+            {"positive__item": np.array([0, 1, 2, 3, 4, 7], np.int32)},
+            "positive.item row 5 refers to row 7",
+        ),
+        (
+            "interactions",
+            {"positive__item": np.array([-1, 1, 2, 3, 4, 5], np.int32)},
+            "positive.item row 0 refers to row -1",
+        ),
         ("interactions", {"positive__user": np.zeros(5, np.int32)}, "positive.user has 5 rows, expected 6"),
         ("interactions", {"negative__item": np.array([0, 1, 99], np.int32)}, "negative.item row 2 refers to row 99"),
         ("interactions", {"query__splits": np.array([0, 9, 3, 3, 3, 3], np.int64)}, "query.splits"),

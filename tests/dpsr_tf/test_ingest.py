@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import collections
 import gzip
+import itertools
 import random
 import re
 
@@ -23,7 +24,7 @@ def ragged(file, splits, values):
     """A ragged column as a list of lists."""
     bounds, flat = file[splits].tolist(), file[values].tolist()
     assert bounds[0] == 0 and bounds[-1] == len(flat)
-    return [flat[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+    return [flat[begin:end] for begin, end in itertools.pairwise(bounds)]
 
 
 # What a store holds, against plain Python.

@@ -167,7 +167,7 @@ def test_manifest_without_a_fingerprint(store):
 def test_manifest_is_a_directory(store):
     (store.path / "manifest.json").unlink()
     (store.path / "manifest.json").mkdir()
-    with pytest.raises(CommandError, match="manifest.json: cannot be read"):
+    with pytest.raises(CommandError, match=r"manifest\.json: cannot be read"):
         Store(store.path)
 
 
