@@ -6,7 +6,8 @@ A command is a module with
     define_flags(values: absl.flags.FlagValues) -> None
     run(values, arguments: list[str]) -> int | None       the exit status; None is 0
 
-and, if it passes unknown flags on to another program, `PASS_UNKNOWN_FLAGS = True`: they arrive in `arguments`. An
+and, where it needs them, `REQUIRED_FLAGS` (names), `TAKES_ARGUMENTS = True` (else one is an error), and
+`PASS_UNKNOWN_FLAGS = True` (flags for another program, which arrive in `arguments`). An
 exception with an integer attribute `status` is the user's to mend: it is printed as one line and gives the exit status
 (1 failed, 2 bad usage). Modules are imported only when their command runs, so `dpsr query` never imports TensorFlow.
 """
@@ -17,7 +18,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from absl import flags
@@ -41,14 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs `dpsr COMMAND ...`; `argv` leaves the program's name out. Returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("help", "--help", "-h"):
-        print(_overview())
-        return 0 if arguments else 2
+        return _guarded(lambda: print(_overview(), flush=True)) or (0 if arguments else 2)
     name = arguments[0]
     if name not in COMMANDS:
         return _fail("dpsr", f"no command '{name}', expected one of: {', '.join(COMMANDS)}", 2)
     # Users should see our progress, not TensorFlow's start-up lines and Estimator's deprecation warnings.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    logging.getLogger("tensorflow").setLevel(logging.CRITICAL)  # errors arrive as exceptions
     try:
         module = importlib.import_module(COMMANDS[name][0])
     except ModuleNotFoundError as error:
@@ -68,24 +68,35 @@ def run_command(name: str, module: ModuleType, arguments: Sequence[str]) -> int:
     try:
         rest = values([name, *arguments], known_only=getattr(module, "PASS_UNKNOWN_FLAGS", False))[1:]
         if values["help"].value:
-            print(_help(module.USAGE, values))
-            return 0
+            return _guarded(lambda: print(_help(module.USAGE, values), flush=True))
         values.validate_all_flags()
+        takes_arguments = any(getattr(module, name, False) for name in ("TAKES_ARGUMENTS", "PASS_UNKNOWN_FLAGS"))
+        if rest and not takes_arguments:
+            raise flags.Error(f"unexpected argument '{rest[0]}'")
+        for required in getattr(module, "REQUIRED_FLAGS", ()):
+            if values[required].value is None:
+                raise flags.Error(f"--{required} is missing ({values[required].help})")
     except flags.Error as error:
         return _fail(name, f"{error}; see `{name} --help`", 2)
     try:
-        return module.run(values, list(rest)) or 0
+        return _guarded(lambda: module.run(values, list(rest)))
+    except Exception as error:
+        status = getattr(error, "status", None)
+        if not isinstance(status, int):
+            raise
+        return _fail(name, str(error), status)
+
+
+def _guarded(body: Callable[[], int | None]) -> int:
+    """The exit status of `body`, also where the user or the reader of our output ends it."""
+    try:
+        return body() or 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         # The reader (`| head`) has what it wanted. Python must not fail once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
-        status = getattr(error, "status", None)
-        if not isinstance(status, int):
-            raise
-        return _fail(name, str(error), status)
 
 
 def _fail(name: str, message: str, status: int) -> int:

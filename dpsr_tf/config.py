@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
 import types
 import typing
 from pathlib import Path
@@ -54,9 +56,26 @@ class TrainConfig:
     margin: float = option(0.1, "delta of the hinge loss", 0, 2)
     num_random_negatives: int = option(64, "random negatives a step, shared by the batch (4.4.1)", 0, 1 << 16)
     mixing_ratio: float = option(0.5, "alpha, the share of random negatives in the loss (4.4.3)", 0, 1)
+    num_hard_negatives: int = option(0, "hardest negatives of a pair that count; 0: all, as in the paper", 0, 1 << 17)
     num_supervised_negatives: int = option(0, "places of the random set for labelled negatives (4.5)", 0, 1 << 16)
     seed: int = option(1, "of initial weights, shuffle and negatives", 0, 2**31 - 1)
     checkpoint_steps: int = option(2_000, "steps between checkpoints", 1)
+
+    def problem(self) -> str | None:
+        """What is wrong with values that are each allowed but do not go together."""
+        if self.num_title_queries >= self.batch_size:
+            return (
+                f"num_title_queries is {self.num_title_queries}, expected at most batch_size - 1, "
+                f"{self.batch_size - 1}: the others come from the log"
+            )
+        if self.num_supervised_negatives > self.num_random_negatives:
+            return (
+                f"num_supervised_negatives is {self.num_supervised_negatives}, expected at most num_random_negatives, "
+                f"{self.num_random_negatives}: they take places of the random ones"
+            )
+        if self.mixing_ratio == 1 and self.num_random_negatives == 0:
+            return "mixing_ratio is 1 and num_random_negatives 0, so no negative counts; raise one or lower the other"
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +121,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"{path}: no such file, expected a YAML file") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bad UTF-8, a date that does not exist
         raise UsageError(f"{path}: not valid YAML: {error}") from None
     if data is None:
         return {}
@@ -118,11 +137,19 @@ def to_dict(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def from_dict(cls: type[T], data: Any, where: str) -> T:
-    """Builds the dataclass `cls` from a mapping. `where` stands before each error: the file, then the section.
+def from_dict(cls: type[T], data: Any, where: str, check: bool = True) -> T:
+    """Builds the dataclass `cls` from a mapping.
 
-    Raises UsageError that names the key, the value, and what is allowed.
+    Args:
+        cls: the dataclass; its method `problem`, if it has one, says what is wrong with values that do not go together.
+        data: the mapping; None, an empty section, is one without keys.
+        where: stands before each error: the file, then the section.
+        check: asks `problem`.
+
+    Raises:
+        UsageError: names the key, the value, and what is allowed.
     """
+    data = {} if data is None else data
     if not isinstance(data, dict):
         raise UsageError(f"{where}: is {data!r}, expected a section of `key: value` lines")
     types = typing.get_type_hints(cls)
@@ -135,36 +162,62 @@ def from_dict(cls: type[T], data: Any, where: str) -> T:
     values = {}
     for name, field in fields.items():
         if name in data:
-            values[name] = _convert(data[name], types[name], field.metadata, f"{where}: {name}")
+            values[name] = _convert(data[name], types[name], field, f"{where}: {name}", check)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UsageError(f"{where}: key '{name}' is missing{_help_of(field.metadata)}")
-    return cls(**values)
+    result = cls(**values)
+    problem = getattr(result, "problem", lambda: None)() if check else None
+    if problem:
+        raise UsageError(f"{where}: {problem}")
+    return result
 
 
-def _convert(value: Any, kind: Any, metadata: Any, where: str) -> Any:
+def _convert(value: Any, kind: Any, field: Any, where: str, check: bool) -> Any:
+    metadata = field.metadata
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):  # optional
         if value is None:
             return None
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
-        return _convert(value, kind, metadata, where)
+        return _convert(value, kind, field, where, check)
     if dataclasses.is_dataclass(kind):
-        return from_dict(kind, value, where)  # type: ignore[arg-type]
+        return from_dict(kind, value, where, check)  # type: ignore[arg-type]
     if origin is tuple:
         element = typing.get_args(kind)[0]
         items = value if isinstance(value, list) else [value]
-        return tuple(_convert(item, element, metadata, where) for item in items)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        if not items and field.default is dataclasses.MISSING:
+            raise UsageError(f"{where} is [], expected at least one{_help_of(metadata)}")
+        return tuple(_convert(item, element, field, where, check) for item in items)
+    given = value
+    if kind is float:
+        value = _as_float(value)
     if type(value) is not kind:
         raise UsageError(f"{where} is {value!r}, expected {_name(kind)}{_help_of(metadata)}")
     low, high, choices = metadata.get("minimum"), metadata.get("maximum"), metadata.get("choices")
     if (low is not None and not value >= low) or (high is not None and not value <= high):
-        bounds = f"{low:g} or more" if high is None else f"{low:g} to {high:g}"
-        raise UsageError(f"{where} is {value!r}, expected {bounds}{_help_of(metadata)}")
+        bounds = f"{_shown(low)} or more" if high is None else f"{_shown(low)} to {_shown(high)}"
+        raise UsageError(
+            f"{where} is {given if value in (math.inf, -math.inf) else value!r}, expected {bounds}{_help_of(metadata)}"
+        )
     if choices and value not in choices:
         raise UsageError(f"{where} is {value!r}, expected one of {', '.join(choices)}")
     return value
+
+
+def _as_float(value: Any) -> Any:
+    """A number as float; anything else as it is."""
+    # YAML 1.1 takes 1e-3, which has no point, for a text.
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if is_number or (isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
+    return value
+
+
+def _shown(bound: float) -> str:
+    return f"{int(bound)}" if bound == int(bound) else f"{bound:g}"
 
 
 def _name(kind: Any) -> str:

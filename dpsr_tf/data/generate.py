@@ -76,6 +76,8 @@ class Parameters:
 
 _FLAGS = ("seed", "items", "users", "interactions")
 
+REQUIRED_FLAGS = ("out",)
+
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of `dpsr generate`."""
@@ -88,16 +90,12 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """Runs `dpsr generate`."""
-    if arguments:
-        raise UsageError(f"unexpected argument '{arguments[0]}'; see `dpsr generate --help`")
-    if values.out is None:
-        raise UsageError("--out is missing: the directory to make")
     for name in _FLAGS:
         low, high = (Parameters.__dataclass_fields__[name].metadata[bound] for bound in ("minimum", "maximum"))
         if not low <= values[name].value <= high:
             raise UsageError(f"--{name}={values[name].value}: expected {low:,} to {high:,}")
     parameters = Parameters(**{name: values[name].value for name in _FLAGS})
-    with new_directory(Path(values.out), values.overwrite) as out:
+    with new_directory(Path(values.out), values.overwrite, "shop", "truth.json") as out:
         counts = generate(parameters, out)
     print(
         f"shop {values.out}: {counts['items']:,} items, {counts['users']:,} users, {counts['interactions']:,} clicks "

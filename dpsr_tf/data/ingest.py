@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from dpsr_tf.config import to_dict
 from dpsr_tf.data.schema import InteractionsSchema, Schema, UsersSchema, adapter_path, load_schema
-from dpsr_tf.data.store import FORMAT, FORMAT_VERSION, Counts, new_directory, pack_strings
-from dpsr_tf.data.tables import find_files, read_table
+from dpsr_tf.data.store import FILES, FORMAT, FORMAT_VERSION, Counts, new_directory, pack_strings
+from dpsr_tf.data.tables import Table, find_files
 from dpsr_tf.errors import CommandError, UsageError
-from dpsr_tokenizer import PackedFileWriter, TokenizerConfig, Vocabulary, VocabularyBuilder
+from dpsr_tokenizer import PackedFile, PackedFileWriter, TokenizerConfig, Vocabulary, VocabularyBuilder
 
 USAGE = """
 Usage: dpsr ingest --schema=FILE --out=STORE
@@ -30,6 +30,8 @@ which columns are what; an adapter is a ready schema for a data set that is know
 
 # Rows a token step takes: large enough for speed, small enough for a moving progress bar.
 _CHUNK = 8192
+
+REQUIRED_FLAGS = ("out",)
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -44,18 +46,16 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """Runs `dpsr ingest`."""
-    if arguments:
-        raise UsageError(f"unexpected argument '{arguments[0]}'; see `dpsr ingest --help`")
     if (values.schema is None) == (values.adapter is None):
         raise UsageError("give either --schema=FILE or --adapter=NAME")
-    if values.out is None:
-        raise UsageError("--out is missing: the directory of the store to make")
     if values.adapter is not None and values.input is None:
         raise UsageError(f"--adapter={values.adapter} needs --input, the directory of the downloaded files")
+    if not 0 <= values.max_reject_fraction <= 1:
+        raise UsageError(f"--max_reject_fraction={values.max_reject_fraction:g}: expected a share, 0 to 1")
     schema_path = Path(values.schema) if values.schema else adapter_path(values.adapter)
     schema = load_schema(schema_path)
     base = Path(values.input) if values.input else schema_path.parent
-    with new_directory(Path(values.out), values.overwrite) as out:
+    with new_directory(Path(values.out), values.overwrite, "store", "manifest.json") as out:
         counts = ingest(schema, base, out, values.max_reject_fraction)
     print(
         f"store {values.out}: {counts.items:,} items, {counts.users:,} users, {counts.queries:,} queries, "
@@ -113,7 +113,7 @@ def ingest(schema: Schema, base: Path, out: Path, max_reject_fraction: float = 0
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "counts": dataclasses.asdict(counts),
-        "vocabulary_fingerprint": f"{vocabulary.fingerprint:016x}",
+        "fingerprints": {name: f"{PackedFile(str(out / name), verify=False).fingerprint:016x}" for name in FILES},
         "schema": to_dict(schema),
     }
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
@@ -133,21 +133,15 @@ class _Items:
         ids, texts, titles = [], [], []
         files = find_files(s.files, base)
         for path in files:
-            table = read_table(path, [*s.text, title], [s.id])
-            ids.append(_ids(table.column(s.id), path, s.id))
-            columns = [table.column(name) for name in s.text]
+            table = Table(path, [*s.text, title], [s.id])
+            ids.append(table.ids(s.id, minimum=0))  # -1 is what a servable pads with
+            columns = [table.text(name) for name in s.text]
             texts += pc.binary_join_element_wise(*columns, pa.scalar(" ", pa.large_string())).to_pylist()
-            titles += table.column(title).to_pylist()
+            titles += table.text(title).to_pylist()
         all_ids = np.concatenate(ids)
         if len(all_ids) == 0:
             raise CommandError(f"{files[0]}: has no row, expected at least one item")
-        unique, counts = np.unique(all_ids, return_counts=True)
-        if len(unique) != len(all_ids):
-            repeated = unique[counts > 1]
-            raise CommandError(
-                f"{files[0]}: column {s.id}: {len(repeated)} ids stand more than once, first {repeated[0]}; "
-                f"expected one row an item"
-            )
+        _check_distinct(all_ids, files[0], s.id, "an item")
         return _Items(all_ids, texts, titles)
 
 
@@ -155,23 +149,34 @@ def _read_users(schema: UsersSchema | None, base: Path) -> tuple[np.ndarray, dic
     """Ids int64 [users] and codes int32 [users] of each feature. Row 0 is the anonymous user, id -1, all codes 0."""
     if schema is None:
         return np.array([-1], np.int64), {}
-    ids, columns = [np.array([-1], np.int64)], []
-    for path in find_files(schema.files, base):
-        table = read_table(path, [], [schema.id, *schema.features])
-        ids.append(_ids(table.column(schema.id), path, schema.id))
-        columns.append(table.select(list(schema.features)))
+    ids = [np.array([-1], np.int64)]
+    values: dict[str, list[pa.ChunkedArray]] = {name: [] for name in schema.features}
+    files = find_files(schema.files, base)
+    for path in files:
+        table = Table(path, [], [schema.id, *schema.features])
+        ids.append(table.ids(schema.id, minimum=0))
+        for name in schema.features:
+            values[name].append(table.text(name))
     all_ids = np.concatenate(ids)
-    if len(np.unique(all_ids)) != len(all_ids):
-        raise CommandError(f"users: column {schema.id}: an id stands more than once, expected one row a user, none -1")
+    _check_distinct(all_ids, files[0], schema.id, "a user")
     features = {}
-    for name in schema.features:
-        values = pa.chunked_array([chunk for table in columns for chunk in table.column(name).chunks])
-        texts = pc.fill_null(pc.cast(values, pa.string()), "")
+    for name, tables in values.items():
+        texts = pa.chunked_array([chunk for table in tables for chunk in table.chunks], pa.large_string())
         # Code 0 is "unknown"; the others follow the order of the values' text, so the same table gives the same codes.
         known = sorted(value for value in set(texts.unique().to_pylist()) if value)
-        codes = pc.fill_null(pc.index_in(texts, pa.array(known, pa.string())), -1).to_numpy() + 1
+        codes = pc.fill_null(pc.index_in(texts, pa.array(known, pa.large_string())), -1).to_numpy() + 1
         features[name] = np.concatenate([[0], codes]).astype(np.int32)
     return all_ids, features
+
+
+def _check_distinct(ids: np.ndarray, path: Path, column: str, what: str) -> None:
+    unique, counts = np.unique(ids, return_counts=True)
+    if len(unique) != len(ids):
+        repeated = unique[counts > 1]
+        raise CommandError(
+            f"{path}: column {column}: {len(repeated):,} ids stand more than once, first {repeated[0]}; "
+            f"expected one row {what}"
+        )
 
 
 @dataclasses.dataclass
@@ -193,13 +198,14 @@ class _Log:
         rejected = {"item is not in the item table": 0, "user is not in the user table": 0, "query is empty": 0}
         files = find_files(s.files, base)
         for path in files:
-            table = read_table(path, [s.query], [s.item, *optional])
+            table = Table(path, [s.query], [s.item, *optional])
             rows = np.zeros(len(table), _Log._PAIR)
-            query = pc.utf8_trim_whitespace(table.column(s.query))
-            item = _rows_of(_ids(table.column(s.item), path, s.item), item_ids)
-            user = _rows_of(_ids(table.column(s.user), path, s.user), user_ids) if s.user else np.zeros(len(table), int)
-            label = _numbers(table, s.label, path, s.positive_from)
-            rows["item"], rows["user"], rows["weight"] = item, user, _numbers(table, s.weight, path, 1.0)
+            query = pc.utf8_trim_whitespace(table.text(s.query))
+            item = _rows_of(table.ids(s.item), item_ids)
+            user = _rows_of(table.ids(s.user), user_ids) if s.user else np.zeros(len(table), int)
+            label = table.numbers(s.label) if s.label else np.full(len(table), s.positive_from)
+            rows["item"], rows["user"] = item, user
+            rows["weight"] = table.numbers(s.weight, 0, float(np.finfo(np.float32).max)) if s.weight else 1
             filled = pc.not_equal(pc.utf8_length(query), 0).to_numpy(zero_copy_only=False)
             usable = (item >= 0) & (user >= 0) & filled
             for reason, bad in zip(rejected, (item < 0, user < 0, ~filled), strict=False):
@@ -209,12 +215,14 @@ class _Log:
             pairs.append(rows[usable])
             labels.append(label[usable])
         all_pairs, all_labels = np.concatenate(pairs), np.concatenate(labels)
+        reasons = "; ".join(f"{count:,} rows: {reason}" for reason, count in rejected.items() if count)
         if total - len(all_pairs) > max_reject_fraction * total:
-            reasons = "; ".join(f"{count:,} rows: {reason}" for reason, count in rejected.items() if count)
             raise CommandError(
                 f"{files[0]}: {total - len(all_pairs):,} of {total:,} interactions cannot be used ({reasons}), more "
                 f"than --max_reject_fraction={max_reject_fraction:g}; correct the tables or the schema"
             )
+        if reasons:
+            print(f"left out {total - len(all_pairs):,} of {total:,} interactions ({reasons})")
         if not (all_labels >= s.positive_from).any():
             what = f"no label in column {s.label} is {s.positive_from:g} or more" if s.label else "there is no row"
             raise CommandError(f"{files[0]}: no positive pair among {total:,} interactions: {what}; correct the schema")
@@ -243,36 +251,12 @@ class _Log:
                 file.add(f"{name}.{column}", np.ascontiguousarray(pairs[column]))
 
 
-def _ids(column: pa.ChunkedArray, path: Path, name: str) -> np.ndarray:
-    """An id column as int64 [rows]. Raises CommandError for what is no whole number."""
-    try:
-        ids = pc.cast(column, pa.int64())
-    except pa.ArrowInvalid as error:
-        raise CommandError(f"{path}: column {name} is no whole number: {error}; expected int64 ids") from None
-    if ids.null_count:
-        raise CommandError(f"{path}: column {name}: {ids.null_count} rows have no id, expected int64 ids")
-    return ids.to_numpy()
-
-
 def _rows_of(ids: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Where each id stands in `table`; -1 if nowhere."""
     order = np.argsort(table, kind="stable")
     position = np.minimum(np.searchsorted(table, ids, sorter=order), len(table) - 1)
     rows = order[position]
     return np.where(table[rows] == ids, rows, -1)
-
-
-def _numbers(table: pa.Table, name: str | None, path: Path, default: float) -> np.ndarray:
-    """A number column as float64 [rows]; all `default` if there is none. Raises CommandError for what is no number."""
-    if name is None:
-        return np.full(len(table), default)
-    try:
-        numbers = pc.cast(table.column(name), pa.float64())
-    except pa.ArrowInvalid as error:
-        raise CommandError(f"{path}: column {name} is no number: {error}; correct the schema") from None
-    if numbers.null_count or not np.isfinite(numbers.to_numpy()).all():
-        raise CommandError(f"{path}: column {name} has rows without a finite number; correct the table")
-    return numbers.to_numpy()
 
 
 def _chunks(label: str, texts: Sequence[str]) -> Iterator[Sequence[str]]:

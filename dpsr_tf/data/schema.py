@@ -91,6 +91,9 @@ class Schema:
     vocabulary: VocabularySchema = dataclasses.field(default_factory=VocabularySchema)
 
 
+# A section "feature.<name>" of a packed file has at most 31 bytes.
+_LONGEST_FEATURE = 31 - len("feature.")
+
 ADAPTERS = Path(__file__).parent / "adapters"
 
 
@@ -103,6 +106,17 @@ def load_schema(path: str | Path) -> Schema:
             f"{path}: interactions: negative_to is {log.negative_to:g} and positive_from {log.positive_from:g}, "
             f"expected negative_to below positive_from"
         )
+    if log.negative_to is not None and log.label is None:
+        raise UsageError(
+            f"{path}: interactions: negative_to is {log.negative_to:g}, but no label to compare is named; "
+            f"name its column, or leave negative_to out"
+        )
+    for name in schema.users.features if schema.users else ():
+        if len(name.encode()) > _LONGEST_FEATURE:
+            raise UsageError(
+                f"{path}: users: features is '{name}' of {len(name.encode())} bytes, "
+                f"expected at most {_LONGEST_FEATURE}; rename the column"
+            )
     if log.user is not None and schema.users is None:
         raise UsageError(
             f"{path}: interactions: user is '{log.user}', but there is no section users; add one or drop it"

@@ -6,6 +6,7 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
@@ -35,37 +36,104 @@ def find_files(patterns: Sequence[str], base: Path) -> list[Path]:
             raise UsageError(f"{path}: no such file; give --input, or correct `files` in the schema")
         found += matches
     for path in found:
-        if _suffix(path) not in _SUFFIXES:
-            raise UsageError(f"{path}: unknown kind of file, expected {', '.join(_SUFFIXES)} (with or without .gz)")
+        check_kind(path)
     return found
 
 
-def read_table(path: Path, texts: Sequence[str], others: Sequence[str]) -> pa.Table:
-    """Columns `texts` (as UTF-8 strings) and `others` (types as found) of one file.
+def check_kind(path: Path) -> None:
+    """Raises UsageError if `path` does not end as a table's file does."""
+    if _suffix(path) not in _SUFFIXES:
+        raise UsageError(f"{path}: unknown kind of file, expected {', '.join(_SUFFIXES)} (with or without .gz)")
 
-    Raises CommandError that names the file and what is wrong with it: empty, unreadable, a missing column, bad UTF-8.
-    """
-    columns = list(dict.fromkeys([*texts, *others]))
-    if path.stat().st_size == 0:
-        raise CommandError(f"{path}: is empty, expected a table with columns {', '.join(columns)}")
-    try:
-        table = _read(path, texts)
-    except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
-        raise CommandError(f"{path}: cannot be read as {_suffix(path)[1:]}: {error}") from None
-    missing = [column for column in columns if column not in table.column_names]
-    if missing:
-        raise CommandError(
-            f"{path}: has no column {', '.join(missing)}; its columns are {', '.join(table.column_names)}; "
-            f"correct the schema"
-        )
-    table = table.select(columns)
-    for text in texts:
-        index = table.column_names.index(text)
+
+class Table:
+    """Some columns of one file. Every method raises CommandError that names file and column, and what to mend."""
+
+    def __init__(self, path: Path, texts: Sequence[str], others: Sequence[str], mend: str = "correct the schema"):
+        """Reads a file.
+
+        Args:
+            path: the file; its ending says of what kind it is.
+            texts: columns of text, whatever they look like: a query may be "100".
+            others: columns of other values.
+            mend: what to do about a column that is missing or of another type than expected.
+
+        Raises:
+            CommandError: the file is empty or unreadable, a column is missing or stands twice, text is not UTF-8.
+        """
+        self.path, self._mend = path, mend
+        columns = list(dict.fromkeys([*texts, *others]))
+        if path.stat().st_size == 0:
+            raise CommandError(f"{path}: is empty, expected a table with columns {', '.join(columns)}")
         try:
-            table = table.set_column(index, text, _as_text(table.column(text)))
-        except pa.ArrowInvalid as error:
-            raise CommandError(f"{path}: column {text} is not UTF-8 text: {error}; convert the file to UTF-8") from None
-    return table
+            table = _read(path, texts)
+            names = table.column_names
+        except UnicodeDecodeError:
+            raise CommandError(f"{path}: a column's name is not UTF-8; convert the file to UTF-8") from None
+        except (pa.ArrowException, OSError) as error:
+            raise CommandError(f"{path}: cannot be read as {_suffix(path)[1:]}: {error}") from None
+        missing = [column for column in columns if column not in names]
+        if missing:
+            there = ", ".join(names)
+            raise CommandError(f"{path}: has no column {', '.join(missing)}; its columns are {there}; {mend}")
+        twice = [column for column in columns if names.count(column) > 1]
+        if twice:
+            raise CommandError(f"{path}: column {twice[0]} stands more than once; rename one of them")
+        self._table = table.select(columns)
+        for column in columns:
+            try:
+                self._table.column(column).validate(full=True)
+            except pa.ArrowInvalid as error:
+                raise self._not_text(column, error) from None
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self._table)
+
+    def text(self, name: str) -> pa.ChunkedArray:
+        """A column as large_string [rows]; null is the empty text."""
+        try:
+            return pc.fill_null(pc.cast(self._table.column(name), pa.large_string()), "")
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise self._not_text(name, error) from None
+
+    def ids(self, name: str, minimum: int = -(2**63)) -> np.ndarray:
+        """A column as int64 [rows], all `minimum` or more."""
+        try:
+            column = pc.cast(self._table.column(name), pa.int64())
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise self._error(name, f"is no whole number: {error}; expected int64 ids") from None
+        if column.null_count:
+            raise self._error(name, f"has {column.null_count:,} rows without an id, expected int64 ids")
+        ids = column.to_numpy()
+        if len(ids) and ids.min() < minimum:
+            raise self._error(name, f"has the id {ids.min()}, expected {minimum} or more")
+        return ids
+
+    def numbers(
+        self, name: str, low: float = -np.inf, high: float = np.inf, missing: float | None = None
+    ) -> np.ndarray:
+        """A column as float64 [rows], finite and from `low` to `high`; `missing` stands for null where it is given."""
+        try:
+            column = pc.cast(self._table.column(name), pa.float64())
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise self._error(name, f"is no number: {error}; {self._mend}") from None
+        numbers = pc.fill_null(column, float("nan")).to_numpy()
+        bad = ~np.isfinite(numbers)
+        if missing is not None:
+            bad &= pc.is_valid(column).to_numpy()
+        if bad.any():
+            raise self._error(name, f"has rows without a finite number, {int(bad.sum()):,} in all; {self._mend}")
+        outside = (numbers < low) | (numbers > high)
+        if outside.any():
+            raise self._error(name, f"has the number {numbers[outside][0]:g}, expected {low:g} to {high:g}")
+        return numbers if missing is None else np.where(np.isnan(numbers), missing, numbers)
+
+    def _not_text(self, name: str, error: Exception) -> CommandError:
+        return self._error(name, f"is not UTF-8 text: {error}; convert the file to UTF-8")
+
+    def _error(self, name: str, problem: str) -> CommandError:
+        return CommandError(f"{self.path}: column {name} {problem}")
 
 
 def _suffix(path: Path) -> str:
@@ -90,7 +158,3 @@ def _read(path: Path, texts: Sequence[str]) -> pa.Table:
             column_types={text: pa.binary() for text in texts}, strings_can_be_null=False
         ),
     )
-
-
-def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.fill_null(pc.cast(column, pa.large_string()), "")

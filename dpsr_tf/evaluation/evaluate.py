@@ -9,14 +9,12 @@ from pathlib import Path
 
 import ir_measures
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from absl import flags
 from ir_measures import RR, R
 from tqdm import tqdm
 
 from dpsr_tf.data.store import Store
-from dpsr_tf.data.tables import find_files, read_table
+from dpsr_tf.data.tables import Table, check_kind
 from dpsr_tf.errors import CommandError, UsageError
 from dpsr_tf.evaluation.retriever import Bm25, Retriever
 
@@ -31,6 +29,8 @@ the queries with at least one relevant item. An item that nobody judged counts a
 MEASURES = {"recall@10": R @ 10, "recall@100": R @ 100, "mrr@10": RR @ 10}
 _K = 100
 _BATCH = 64
+
+REQUIRED_FLAGS = ("judgments", "store")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -47,11 +47,6 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """Runs `dpsr evaluate`."""
-    if arguments:
-        raise UsageError(f"unexpected argument '{arguments[0]}'; see `dpsr evaluate --help`")
-    for name in ("judgments", "store"):
-        if values[name].value is None:
-            raise UsageError(f"--{name} is missing; see `dpsr evaluate --help`")
     if not values.system:
         raise UsageError("--system is missing, expected at least one of: bm25, server:HOST:PORT/MODEL")
     store = Store(values.store)
@@ -60,10 +55,12 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         Path(values.judgments), values.query_column, values.item_column, values.grade_column, values.relevant_from
     )
     judgments.check_items(item_ids)
-    rows = {}
-    for spec in values.system:
-        retriever = make_retriever(spec, store)
-        rows[spec] = evaluate(retriever, judgments, label=spec.partition(":")[0])
+    if values.json and not Path(values.json).parent.is_dir():
+        raise CommandError(f"--json={values.json}: there is no directory {Path(values.json).parent}; make it first")
+    retrievers = {spec: make_retriever(spec, store) for spec in values.system}
+    rows = {
+        spec: evaluate(retriever, judgments, label=spec.partition(":")[0]) for spec, retriever in retrievers.items()
+    }
     print(f"{values.judgments}: {len(judgments.queries):,} queries with a relevant item, {len(item_ids):,} items")
     print(format_table(rows))
     if values.json:
@@ -81,17 +78,16 @@ class Judgments:
     @staticmethod
     def read(path: Path, query: str, item: str, grade: str, relevant_from: float) -> Judgments:
         """Reads a table of judged pairs. Raises CommandError (unreadable, a missing column, nothing relevant)."""
-        table = read_table(find_files([str(path)], Path())[0], [query], [item, grade])
-        try:
-            grades = pc.cast(table.column(grade), pa.float64())
-            items = pc.cast(table.column(item), pa.int64())
-        except pa.ArrowInvalid as error:
-            raise CommandError(f"{path}: {error}; expected item ids in {item} and numbers in {grade}") from None
-        is_relevant = pc.fill_null(pc.greater_equal(grades, relevant_from), False)
+        if not path.is_file():
+            raise UsageError(
+                f"--judgments={path}: no such file" if not path.exists() else f"--judgments={path}: is no file"
+            )
+        check_kind(path)
+        table = Table(path, [query], [item, grade], "correct --query_column, --item_column or --grade_column")
+        is_relevant = table.numbers(grade, missing=-np.inf) >= relevant_from
+        queries = np.array(table.text(query).to_pylist(), object)[is_relevant]
         pairs: dict[str, list[int]] = {}
-        for text, item_id in zip(
-            table.column(query).filter(is_relevant).to_pylist(), items.filter(is_relevant).to_pylist(), strict=True
-        ):
+        for text, item_id in zip(queries, table.ids(item)[is_relevant].tolist(), strict=True):
             pairs.setdefault(text, []).append(item_id)
         if not pairs:
             raise CommandError(
@@ -115,7 +111,7 @@ class Judgments:
 def make_retriever(spec: str, store: Store) -> Retriever:
     """The system that `spec` names: `bm25`, or `server:HOST:PORT/MODEL`. Raises UsageError for another."""
     kind, _, rest = spec.partition(":")
-    if kind == "bm25":
+    if spec == "bm25":
         return Bm25(store.items()["id"], store.titles())
     if kind == "server":
         target, slash, model = rest.rpartition("/")

@@ -39,22 +39,28 @@ class Bm25:
         """`item_ids` int64 [items], `titles` one text an item, `k1` and `b` BM25's usual constants."""
         self._item_ids = np.asarray(item_ids)
         self._tokenizer = Tokenizer(TokenizerConfig(letter_trigrams=False))
-        self._index = bm25s.BM25(k1=k1, b=b, method="lucene", backend="numpy")
-        self._index.index([self._tokenizer.tokenize(title) for title in titles], show_progress=False)
+        tokens = [self._tokenizer.tokenize(title) for title in titles]
+        self._index = None
+        if any(tokens):  # bm25s refuses a corpus without words
+            self._index = bm25s.BM25(k1=k1, b=b, method="lucene", backend="numpy")
+            self._index.index(tokens, show_progress=False)
 
     def __call__(self, queries: Sequence[str], users: Sequence[int] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See Retriever; `users` is not used."""
         ids = np.full((len(queries), k), -1, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
+        if self._index is None:
+            return ids, scores
         for row, query in enumerate(queries):
             # A word that no title holds adds nothing; bm25s would refuse a query of such words only.
             tokens = [token for token in self._tokenizer.tokenize(query) if token in self._index.vocab_dict]
             if not tokens:
                 continue
             all_scores = self._index.get_scores(tokens)
-            best = np.argpartition(-all_scores, min(k, len(all_scores)) - 1)[:k]
-            best = best[all_scores[best] > 0]
-            best = best[np.lexsort((self._item_ids[best], -all_scores[best]))]
+            # Every item that ties with the k-th, so that ids decide which of them are in.
+            floor = np.partition(all_scores, -k)[-k] if k < len(all_scores) else 0
+            best = np.flatnonzero((all_scores >= floor) & (all_scores > 0))
+            best = best[np.lexsort((self._item_ids[best], -all_scores[best]))][:k]
             ids[row, : len(best)] = self._item_ids[best]
             scores[row, : len(best)] = all_scores[best]
         return ids, scores

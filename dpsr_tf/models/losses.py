@@ -10,7 +10,8 @@ def negative_weights(negative_mask: tf.Tensor, mixing_ratio: float) -> tf.Tensor
 
     A query's random negatives share `mixing_ratio`, its batch negatives the rest, each group evenly among the items
     that the mask allows, the whole multiplied by their number: as if that many negatives had been drawn, a share
-    alpha of them at random. A query whose one group is empty gives the whole weight to the other.
+    alpha of them at random. Where a query has none of one group, the whole weight goes to the other, unless alpha gives
+    that other one nothing: 0 and 1 are exact.
 
     Args:
         negative_mask: bool [b, b + r], True where item j may serve as a negative for query i; the first b items are
@@ -38,11 +39,17 @@ def negative_weights(negative_mask: tf.Tensor, mixing_ratio: float) -> tf.Tensor
 
 
 def hinge_loss(
-    positive_scores: tf.Tensor, scores: tf.Tensor, weights: tf.Tensor, margin: float, example_weights: tf.Tensor
+    positive_scores: tf.Tensor,
+    scores: tf.Tensor,
+    weights: tf.Tensor,
+    margin: float,
+    example_weights: tf.Tensor,
+    num_hard_negatives: int = 0,
 ) -> tf.Tensor:
     """For each positive pair the sum over its negatives of max(0, margin - positive + negative), averaged over b.
 
-    Section 4.3, the last formula.
+    Section 4.3, the last formula. The sum may be cut to each pair's hardest negatives, which the paper does not do:
+    with a small log most negatives are easy, and what tells two sizes of one product apart drowns in their number.
 
     Args:
         positive_scores: float32 [b].
@@ -50,9 +57,12 @@ def hinge_loss(
         weights: float32 [b, n], how much each item counts as a negative; zero where it does not.
         margin: delta.
         example_weights: float32 [b], of the positive pairs.
+        num_hard_negatives: how many negatives of each pair count, those with the largest terms; 0 is all.
 
     Returns:
         float32 [].
     """
-    violation = tf.nn.relu(margin - positive_scores[:, tf.newaxis] + scores)
-    return tf.reduce_mean(example_weights * tf.reduce_sum(weights * violation, axis=1))
+    terms = weights * tf.nn.relu(margin - positive_scores[:, tf.newaxis] + scores)
+    if num_hard_negatives:
+        terms = tf.math.top_k(terms, tf.minimum(num_hard_negatives, tf.shape(terms)[1]), sorted=False).values
+    return tf.reduce_mean(example_weights * tf.reduce_sum(terms, axis=1))

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <unordered_map>
+#include <utility>
 
 namespace dpsr {
 namespace {
@@ -30,10 +31,16 @@ Status BatchSampler::Validate(const BatchOptions& o) {
   DPSR_RETURN_IF_ERROR(AtLeast("num_epochs", o.num_epochs, 0));
   DPSR_RETURN_IF_ERROR(AtLeast("num_shards", o.num_shards, 1));
   // A mask larger than this is a mistake, and keeps the products below within 64 bits.
-  constexpr int64_t kMaxItems = 1 << 20;
+  constexpr int64_t kMaxItems = 1 << 20, kMaxEpochs = 1 << 24;
   if (o.batch_size > kMaxItems || o.num_shared_negatives > kMaxItems) {
     return MakeStatus(StatusCode::kInvalidArgument, "batch_size ", o.batch_size, " and num_shared_negatives ",
                       o.num_shared_negatives, ", expected at most ", kMaxItems, " each");
+  }
+  // Neither is a real training's; they keep steps times batch sizes within 64 bits.
+  for (auto [name, value] : {std::pair{"num_epochs", o.num_epochs}, {"num_shards", o.num_shards}}) {
+    if (value > kMaxEpochs) {
+      return MakeStatus(StatusCode::kInvalidArgument, name, " is ", value, ", expected at most ", kMaxEpochs);
+    }
   }
   if (o.num_title_queries < 0 || o.num_title_queries >= o.batch_size) {
     return MakeStatus(StatusCode::kInvalidArgument, "num_title_queries is ", o.num_title_queries,

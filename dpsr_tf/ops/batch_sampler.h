@@ -43,13 +43,15 @@ struct Batch {
 // Thread-safe. Refers to the store, which must outlive it.
 class BatchSampler {
  public:
+  static constexpr int64_t kMaxStep = int64_t{1} << 40;
+
   // Errors: InvalidArgument for options out of range (got and expected).
   static Status Validate(const BatchOptions& options);
   BatchSampler(const TrainingStore& store, const BatchOptions& options);
 
   // Batches that num_epochs give; the examples of a last partial batch are left out. Forever: -1.
   int64_t num_batches() const { return num_batches_; }
-  // Batch `step`, 0 <= step, and step < num_batches() unless that is -1.
+  // Batch `step`, 0 <= step <= kMaxStep, and step < num_batches() unless that is -1.
   void Sample(int64_t step, Batch* batch) const;
   // negative_mask[i * items + j] = 1 where item j of the batch may serve as a negative for query i: the query has no
   // click on it anywhere in the log, its own positive included. `mask` has query.size() * item.size() elements.

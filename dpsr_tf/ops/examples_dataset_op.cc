@@ -157,8 +157,14 @@ class ExamplesDataset : public data::DatasetBase {
       return writer->WriteScalar(full_name("step"), step_);
     }
     tensorflow::Status RestoreInternal(data::IteratorContext*, data::IteratorStateReader* reader) override {
+      int64_t step;
+      TF_RETURN_IF_ERROR(reader->ReadScalar(full_name("step"), &step));
+      if (step < 0 || step > BatchSampler::kMaxStep) {
+        return errors::DataLoss("the saved iterator is at step ", step, ", expected 0 to ", BatchSampler::kMaxStep);
+      }
       tensorflow::mutex_lock lock(mu_);
-      return reader->ReadScalar(full_name("step"), &step_);
+      step_ = step;
+      return tensorflow::OkStatus();
     }
 
    private:
@@ -242,7 +248,8 @@ class ExamplesDatasetOp : public data::DatasetOpKernel {
       OP_REQUIRES_OK(c, data::ParseScalarArgument<int64_t>(c, name, value));
     }
     OP_REQUIRES_OK(c, ToTensorFlow(BatchSampler::Validate(options)));
-    OP_REQUIRES(c, first_step >= 0, errors::InvalidArgument("first_step is ", first_step, ", expected 0 or more"));
+    OP_REQUIRES(c, first_step >= 0 && first_step <= BatchSampler::kMaxStep,
+                errors::InvalidArgument("first_step is ", first_step, ", expected 0 to ", BatchSampler::kMaxStep));
     std::unique_ptr<TrainingStore> store;
     OP_REQUIRES_OK(c, ToTensorFlow(TrainingStore::Open(paths, user_features_, &store)));
     *output = new ExamplesDataset(data::DatasetContext(c), std::move(paths), user_features_, options, first_step,

@@ -34,6 +34,21 @@ Status CheckRows(const PackedFile& file, const char* name, Span<const int32_t> r
   return Status();
 }
 
+// The rows of query q, as the splits say, have to be of query q and in the order of their items: the mask of clicked
+// items is looked up in them.
+Status CheckPositives(const PackedFile& file, const RaggedColumn& items, Span<const int32_t> query) {
+  for (int64_t q = 0; q < items.rows(); ++q) {
+    for (int64_t row = items.splits[q]; row < items.splits[q + 1]; ++row) {
+      if (query[row] != q || (row > items.splits[q] && items.values[row] < items.values[row - 1])) {
+        return MakeStatus(StatusCode::kDataLoss, file.path(), ": section positive.query row ", row, " is query ",
+                          query[row], " item ", items.values[row], ", expected query ", q,
+                          " and items in ascending order; ingest the log again");
+      }
+    }
+  }
+  return Status();
+}
+
 Status CheckLength(const PackedFile& file, const char* name, size_t got, size_t expected) {
   if (got == expected) return Status();
   return MakeStatus(StatusCode::kDataLoss, file.path(), ": section ", name, " has ", got, " rows, expected ", expected,
@@ -82,6 +97,7 @@ Status TrainingStore::Open(const Paths& paths, const std::vector<std::string>& u
   DPSR_RETURN_IF_ERROR(CheckRows(log, "positive.user", s->positive_user_, s->num_users(), "users"));
   DPSR_RETURN_IF_ERROR(CheckRows(log, "positive.item", s->positives_.values, s->num_items(), "items"));
   DPSR_RETURN_IF_ERROR(CheckRows(log, "negative.item", s->negatives_.values, s->num_items(), "items"));
+  DPSR_RETURN_IF_ERROR(CheckPositives(log, s->positives_, s->positive_query_));
   if (positives == 0 || s->num_items() == 0) {
     return MakeStatus(StatusCode::kFailedPrecondition, paths.interactions, ": ", positives, " positive interactions and ",
                       s->num_items(), " items; training needs at least one of each");

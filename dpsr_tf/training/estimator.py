@@ -44,6 +44,7 @@ def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[s
         negative_weights(batch.negative_mask, train.mixing_ratio),
         train.margin,
         batch.weights,
+        train.num_hard_negatives,
     )
     violations = tf.reduce_mean(
         tf.cast((scores > positive_scores[:, tf.newaxis] - train.margin) & batch.negative_mask, tf.float32)
@@ -110,7 +111,11 @@ class ProgressBar(tf.estimator.SessionRunHook):
             self._bar.update(int(step) * self._batch_size - self._bar.n)
 
     def end(self, session: tf.compat.v1.Session) -> None:
-        """Closes the bar at the last step."""
+        """Moves the bar to the last step."""
         if self._bar is not None:
             self._bar.update(int(session.run(self._step)) * self._batch_size - self._bar.n)
+
+    def close(self) -> None:
+        """Ends the bar's line; after a failure too, which hooks are not told of."""
+        if self._bar is not None:
             self._bar.close()

@@ -69,7 +69,10 @@ class ModelDirectory:
                 raise CommandError(
                     f"{path}: holds a model of another vocabulary than {store.path}'s; choose another --out"
                 )
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CommandError(f"{path}: cannot be made: {error.strerror}; choose another --out") from None
         # The config comes last: a directory without one is not yet a model.
         for name, write in (
             ("vocabulary.dpsr", lambda p: shutil.copyfile(store.vocabulary_path, p)),

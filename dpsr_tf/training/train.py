@@ -9,9 +9,9 @@ import tensorflow as tf
 import yaml
 from absl import flags
 
-from dpsr_tf.config import Config, from_dict, read_yaml
+from dpsr_tf.config import Config, from_dict, read_yaml, to_dict
 from dpsr_tf.data.dataset import examples_dataset, training_input
-from dpsr_tf.data.store import Store
+from dpsr_tf.data.store import Store, check_replaceable
 from dpsr_tf.errors import CommandError, UsageError, op_message
 from dpsr_tf.training.estimator import ProgressBar, model_fn, run_config
 from dpsr_tf.training.model_directory import ModelDirectory
@@ -21,6 +21,8 @@ Usage: dpsr train --store=STORE --out=MODEL [--config=FILE] [--set=KEY=VALUE ...
 
 Trains query tower and item tower on a store. A model that is there already goes on where its last checkpoint left off.
 """
+
+REQUIRED_FLAGS = ("store", "out")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -34,28 +36,31 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """Runs `dpsr train`."""
-    if arguments:
-        raise UsageError(f"unexpected argument '{arguments[0]}'; see `dpsr train --help`")
-    for name in ("store", "out"):
-        if values[name].value is None:
-            raise UsageError(f"--{name} is missing; see `dpsr train --help`")
     config = config_from_flags(values.config, values.set)
     store = Store(values.store)
-    if values.overwrite and (Path(values.out) / "config.yaml").is_file():
-        shutil.rmtree(values.out)
-    train(store, config, values.out)
+    out = Path(values.out)
+    if values.overwrite and out.exists():
+        check_replaceable(out, "model", "config.yaml")
+        shutil.rmtree(out)
+    train(store, config, out)
 
 
 def config_from_flags(path: str | None, assignments: list[str]) -> Config:
     """The config of a file with `section.key=value` assignments over it. Raises UsageError."""
-    data = read_yaml(path) if path else {}
+    data = to_dict(from_dict(Config, read_yaml(path), path, check=not assignments)) if path else {}
     for assignment in assignments:
-        key, equals, value = assignment.partition("=")
+        key, equals, text = assignment.partition("=")
         section, dot, name = key.partition(".")
         if not equals or not dot:
             raise UsageError(f"--set={assignment}: expected section.key=value, for example train.steps=500")
-        data.setdefault(section, {})[name] = yaml.safe_load(value)
-    return from_dict(Config, data, path or "--set")
+        try:
+            value = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError) as error:
+            raise UsageError(f"--set={assignment}: '{text}' is not valid YAML: {error}") from None
+        # Alone first: an error is then the assignment's, not the file's.
+        from_dict(Config, {section: {name: value}}, f"--set={assignment}", check=False)
+        data.setdefault(section, {})[name] = value
+    return from_dict(Config, data, " ".join(f"--set={assignment}" for assignment in assignments) or path or "")
 
 
 def train(store: Store, config: Config, model_dir: str | Path) -> ModelDirectory:
@@ -71,23 +76,34 @@ def train(store: Store, config: Config, model_dir: str | Path) -> ModelDirectory
         config=run_config(str(model.path), config),
         params={"config": config, "num_ids": store.vocabulary.num_ids},
     )
+    bar = ProgressBar(config.train.steps, config.train.batch_size)
     try:
         estimator.train(
             lambda: training_input(examples_dataset(store, config.train, first_step=first_step)).prefetch(2),
-            hooks=[ProgressBar(config.train.steps, config.train.batch_size)],
+            hooks=[bar],
             max_steps=config.train.steps,
         )
     except tf.estimator.NanLossDuringTrainingError:
         raise CommandError(
             f"the loss is no number any more after step {_global_step(model.path)} (the last checkpoint); "
-            f"lower train.learning_rate, now {config.train.learning_rate:g}"
+            f"lower train.learning_rate, now {config.train.learning_rate:g}, and start anew with another --out "
+            f"or --overwrite"
         ) from None
-    except (tf.errors.DataLossError, tf.errors.FailedPreconditionError, tf.errors.NotFoundError) as error:
+    except tf.errors.OpError as error:
         raise CommandError(op_message(error)) from None
+    finally:
+        bar.close()
     print(f"model {model.path}: step {_global_step(model.path):,}, {store.vocabulary.num_ids:,} token embeddings")
     return model
 
 
 def _global_step(model_dir: Path) -> int:
     checkpoint = tf.train.latest_checkpoint(str(model_dir))
-    return int(tf.train.load_variable(checkpoint, "global_step")) if checkpoint else 0
+    if checkpoint is None:
+        return 0
+    try:
+        return int(tf.train.load_variable(checkpoint, "global_step"))
+    except (tf.errors.OpError, ValueError) as error:
+        raise CommandError(
+            f"{checkpoint}: the checkpoint cannot be read: {op_message(error)}; start anew with --overwrite"
+        ) from None

@@ -16,8 +16,8 @@ from dpsr_export.index import FORMAT, FORMAT_VERSION
 from dpsr_tf import __version__
 from dpsr_tf.config import to_dict
 from dpsr_tf.data.dataset import Tokens
-from dpsr_tf.data.store import new_directory
-from dpsr_tf.errors import CommandError, UsageError, op_message
+from dpsr_tf.data.store import new_directory, read_manifest
+from dpsr_tf.errors import CommandError, op_message
 from dpsr_tf.models.two_tower import TwoTower
 from dpsr_tf.training.model_directory import ModelDirectory
 from dpsr_tokenizer import FormatError, PackedFile, tf_ops
@@ -31,6 +31,8 @@ index it carries. N is one more than the highest version there if left out. BASE
 
 v1 = tf.compat.v1
 
+REQUIRED_FLAGS = ("model", "index", "out")
+
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of `dpsr export`."""
@@ -42,16 +44,11 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """Runs `dpsr export`."""
-    if arguments:
-        raise UsageError(f"unexpected argument '{arguments[0]}'; see `dpsr export --help`")
-    for name in ("model", "index", "out"):
-        if values[name].value is None:
-            raise UsageError(f"--{name} is missing; see `dpsr export --help`")
     base = Path(values.out)
     version = values.version_number
     if version is None:
         version = 1 + max((int(p.name) for p in base.glob("*") if p.name.isdigit()), default=0)
-    with new_directory(base / str(version), overwrite=False) as out:
+    with new_directory(base / str(version)) as out:
         export(ModelDirectory.open(values.model), Path(values.index), out)
     print(f"servable {base / str(version)}: signatures serving_default, search, query_embedding, score")
 
@@ -62,7 +59,7 @@ def export(model: ModelDirectory, index_dir: Path, out: Path) -> None:
     Raises:
         CommandError: the index was made from another model or checkpoint, or the written servable does not answer.
     """
-    index = _read_manifest(index_dir)
+    index = read_manifest(index_dir / "index.json", FORMAT, FORMAT_VERSION, "dpsr index")
     checkpoint = model.path / index["checkpoint"]
     expected = {
         "vocabulary_fingerprint": f"{model.vocabulary.fingerprint:016x}",
@@ -145,19 +142,6 @@ def _write_saved_model(
                 main_op=v1.tables_initializer(),
             )
             builder.save()
-
-
-def _read_manifest(index_dir: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((index_dir / "index.json").read_text())
-    except FileNotFoundError:
-        raise CommandError(f"{index_dir}: holds no index (no index.json); make one with `dpsr index`") from None
-    except (OSError, ValueError) as error:
-        raise CommandError(f"{index_dir}/index.json: cannot be read: {error}; run `dpsr index` again") from None
-    got = (manifest.get("format"), manifest.get("version"))
-    if got != (FORMAT, FORMAT_VERSION):
-        raise CommandError(f"{index_dir}: is {got[0]} version {got[1]}, expected {FORMAT} version {FORMAT_VERSION}")
-    return manifest
 
 
 def _check(servable: Path, index_dir: Path) -> None:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from dpsr_tf.config import IndexConfig
 from dpsr_tf.data.dataset import Tokens
 from dpsr_tf.data.store import Store, new_directory
-from dpsr_tf.errors import CommandError, UsageError
+from dpsr_tf.errors import CommandError
 from dpsr_tf.models.two_tower import TwoTower
 from dpsr_tf.training.model_directory import ModelDirectory
 from dpsr_tokenizer import PackedFileWriter
@@ -45,6 +45,8 @@ _RECALL_QUERIES = 1000
 
 v1 = tf.compat.v1
 
+REQUIRED_FLAGS = ("model", "store", "out")
+
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of `dpsr index`."""
@@ -56,13 +58,8 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """Runs `dpsr index`."""
-    if arguments:
-        raise UsageError(f"unexpected argument '{arguments[0]}'; see `dpsr index --help`")
-    for name in ("model", "store", "out"):
-        if values[name].value is None:
-            raise UsageError(f"--{name} is missing; see `dpsr index --help`")
     model, store = ModelDirectory.open(values.model), Store(values.store)
-    with new_directory(Path(values.out), values.overwrite) as out:
+    with new_directory(Path(values.out), values.overwrite, "index", "index.json") as out:
         manifest = build_index(model, store, out)
     print(
         f"index {values.out}: {manifest['items']:,} items, {manifest['factory']}, "

@@ -21,6 +21,7 @@ Usage: dpsr query --target=host:port --model=NAME [--k=10] [--titles=PATH] [--js
 Searches for each text and prints rank, score, item id and, with --titles, the item's title.
 A text that starts with a dash goes after a lone `--`.
 """
+TAKES_ARGUMENTS = True
 _TITLES_IN_SERVABLE = "assets.extra/item_titles.tsv.gz"
 
 

@@ -82,7 +82,7 @@ def test_flag_values_that_do_not_parse(dpsr, arguments, fragment):
 
 
 def test_flags_of_one_command_do_not_leak_into_another(dpsr):
-    dpsr("ingest", "--schema=a", "--adapter=b").fails(2, "either --schema=FILE or --adapter=NAME")
+    dpsr("ingest", "--out=o", "--schema=a", "--adapter=b").fails(2, "either --schema=FILE or --adapter=NAME")
     dpsr("train", "--schema=a").fails(2, "Unknown command line flag 'schema'")
     dpsr("ingest", "--adapter=b").fails(2, "--out is missing")
 
@@ -145,7 +145,8 @@ def test_status_and_arguments():
         return 7 if arguments else None
 
     assert cli.run_command("dpsr x", command(run), ["--number=5"]) == 0
-    assert cli.run_command("dpsr x", command(run), ["a", "b"]) == 7
+    assert cli.run_command("dpsr x", command(run), ["a", "b"]) == 2
+    assert cli.run_command("dpsr x", command(run, TAKES_ARGUMENTS=True), ["a", "b"]) == 7
     assert cli.run_command("dpsr x", command(run), ["--other=1"]) == 2, "not run at all"
     passing = command(run, PASS_UNKNOWN_FLAGS=True)
     assert cli.run_command("dpsr x", passing, ["--other=1", "--number=4"]) == 7

@@ -165,7 +165,7 @@ def test_a_log_shorter_than_a_batch_repeats(click_store, tables):
     assert batches(examples_dataset(click_store, config(batch_size=500), num_epochs=2)) == []
 
 
-@pytest.mark.parametrize("shards", [1, 3, 7, 240])
+@pytest.mark.parametrize("shards", [1, 3, 7, 40])
 def test_shards_are_disjoint_and_complete(click_store, tables, shards):
     whole = [tables.clicks(b)[0] for b in batches(examples_dataset(click_store, config(1, 0), num_epochs=2))]
     for epoch in range(2):
@@ -352,7 +352,7 @@ def create(store, **changes):
         ({"num_shards": 2**63 - 1}, "num_shards is 9223372036854775807, expected "),
         ({"shard_index": -1}, "shard_index is -1, expected 0 to num_shards - 1, 0"),
         ({"shard_index": 3, "num_shards": 3}, "shard_index is 3, expected 0 to num_shards - 1, 2"),
-        ({"first_step": -1}, "first_step is -1, expected 0 or more"),
+        ({"first_step": -1}, "first_step is -1, expected 0 to"),
         ({"first_step": 2**62}, "first_step is 4611686018427387904, expected "),
     ],
 )

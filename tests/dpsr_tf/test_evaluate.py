@@ -151,9 +151,10 @@ def test_bm25_shapes_types_and_batches():
         ids, scores = retriever(QUERIES, None, k)
         assert ids.shape == scores.shape == (len(QUERIES), k)
         assert (ids.dtype, scores.dtype) == (np.int64, np.float32)
-        for query, row in zip(QUERIES, ids.tolist(), strict=True):
-            expected = [item for item, _ in bm25(query)][:k]
-            assert row == expected + [-1] * (k - len(expected))
+        for query, row, row_scores in zip(QUERIES, ids.tolist(), scores, strict=True):
+            expected = bm25(query, k1=1.2, b=0.75)[:k]
+            assert row == [item for item, _ in expected] + [-1] * (k - len(expected))
+            np.testing.assert_allclose(row_scores[: len(expected)], [score for _, score in expected], rtol=1e-5)
     assert retriever([], None, 3)[0].shape == (0, 3)
 
 

@@ -138,7 +138,7 @@ def test_manifest_and_summary(shop, tmp_path, dpsr):
     store = Store(tmp_path / "store")
     assert vars(store.counts) == {"users": 4, "items": 7, "queries": 5, "positives": 6, "negatives": 3}
     assert "7 items, 4 users, 5 queries, 6 positive pairs, 3 supervised negatives" in outcome.out
-    assert store.manifest["vocabulary_fingerprint"] == f"{store.vocabulary.fingerprint:016x}"
+    assert store.manifest["fingerprints"]["vocabulary.dpsr"] == f"{store.vocabulary.fingerprint:016x}"
     assert store.manifest["schema"]["items"]["text"] == ["title", "brand"]
     assert oct((tmp_path / "store").stat().st_mode)[-3:] == "755"
 
@@ -416,14 +416,14 @@ def test_bad_utf8_in_a_column_that_is_not_used(shop, tmp_path, dpsr):
     [
         ("items", "item_id", "A-1", ["items.jsonl: column item_id is no whole number", "A-1", "int64"]),
         ("items", "item_id", 1.5, ["items.jsonl: column item_id is no whole number", "1.5"]),
-        ("items", "item_id", None, ["items.jsonl: column item_id: 1 rows have no id"]),
+        ("items", "item_id", None, ["items.jsonl: column item_id has 1 rows without an id"]),
         ("items", "item_id", 2**63, ["items.jsonl: column item_id is no whole number"]),
         ("items", "item_id", {"a": 1}, ["items.jsonl: column item_id is no whole number"]),
         ("items", "item_id", -1, ["items.jsonl: column item_id", "-1"]),  # which pads the answers of a search
         ("items", "title", ["a", "b"], ["items.jsonl: column title", "text"]),
         ("users", "user_id", "x", ["users.jsonl: column user_id is no whole number"]),
         ("log", "item_id", "x", ["log.jsonl: column item_id is no whole number"]),
-        ("log", "user_id", None, ["log.jsonl: column user_id: 1 rows have no id"]),
+        ("log", "user_id", None, ["log.jsonl: column user_id has 1 rows without an id"]),
         ("log", "label", "good", ["log.jsonl: column label is no number", "good"]),
         ("log", "label", None, ["log.jsonl: column label has rows without a finite number"]),
         ("log", "label", {"a": 1}, ["log.jsonl: column label is no number"]),
@@ -590,8 +590,8 @@ def test_out_is_the_current_directory(shop, dpsr, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "fragment"),
     [
-        ([], "give either --schema=FILE or --adapter=NAME"),
-        (["--schema=a", "--adapter=homedepot"], "give either --schema=FILE or --adapter=NAME"),
+        (["--out=x"], "give either --schema=FILE or --adapter=NAME"),
+        (["--out=x", "--schema=a", "--adapter=homedepot"], "give either --schema=FILE or --adapter=NAME"),
         (["--schema=a"], "--out is missing"),
         (["--adapter=homedepot", "--out=x"], "--adapter=homedepot needs --input"),
         (["--adapter=nope", "--input=.", "--out=x"], "no adapter 'nope', expected one of: homedepot"),

@@ -180,3 +180,15 @@ def test_masked_rows_give_no_loss_and_no_nan(alpha):
     assert np.isfinite(gradient).all() and not gradient.any()
     nothing = negative_weights(tf.zeros([b, b + r], tf.bool), alpha).numpy()
     assert not nothing.any(), "no NaN from 0 / 0"
+
+
+@pytest.mark.parametrize("hard", [1, 3, 8, 100])
+def test_hard_negatives_are_the_largest_terms(hard):
+    rng = np.random.default_rng(hard)
+    scores, positive = rng.uniform(-1, 1, (5, 8)).astype(np.float32), rng.uniform(-1, 1, 5).astype(np.float32)
+    weights = rng.uniform(0, 2, (5, 8)).astype(np.float32) * (rng.random((5, 8)) < 0.7)
+    examples = rng.uniform(0.5, 2, 5).astype(np.float32)
+    terms = weights * np.maximum(0, 0.3 - positive[:, None] + scores)
+    expected = (examples * -np.sort(-terms, axis=1)[:, :hard].sum(axis=1)).mean()
+    loss = hinge_loss(positive, scores, weights, 0.3, examples, num_hard_negatives=hard)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)

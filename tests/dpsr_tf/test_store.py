@@ -94,7 +94,7 @@ def test_swapped_files(store):
 def test_a_file_without_a_section(store):
     with PackedFileWriter(store.path / "titles.dpsr", "titles") as file:
         file.add("other", np.zeros(1, np.int64))
-    with pytest.raises(CommandError, match=r"titles\.dpsr: .*title\.splits"):
+    with pytest.raises(CommandError, match=r"titles\.dpsr: is not the file this store was made with"):
         Store(store.path).titles()
 
 
@@ -148,8 +148,8 @@ def test_another_format(store):
         "7",
         '"text"',
         '{"format": "dpsr-store", "version": 1}',
-        '{"format": "dpsr-store", "version": 1, "counts": {"users": 1}, "vocabulary_fingerprint": "0"}',
-        '{"format": "dpsr-store", "version": 1, "counts": 5, "vocabulary_fingerprint": "0"}',
+        '{"format": "dpsr-store", "version": 1, "counts": {"users": 1}, "fingerprints": {}}',
+        '{"format": "dpsr-store", "version": 1, "counts": 5, "fingerprints": {}}',
     ],
 )
 def test_damaged_manifest(store, text):
@@ -159,7 +159,7 @@ def test_damaged_manifest(store, text):
 
 
 def test_manifest_without_a_fingerprint(store):
-    edit_manifest(store, vocabulary_fingerprint=None)
+    edit_manifest(store, fingerprints={})
     with pytest.raises(CommandError, match=f"{store.path}/manifest.json"):
         Store(store.path)
 

@@ -198,9 +198,7 @@ def test_versions_count_up_and_are_never_replaced(job: Job, tmp_path: Path, caps
     assert "41: exists already" in capsys.readouterr().err
 
 
-def test_index_refuses_a_store_of_another_vocabulary(
-    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_index_refuses_a_store_of_another_vocabulary(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for command in (
         ["generate", f"--out={tmp_path / 'shop'}", "--seed=2", "--items=400", "--users=20", "--interactions=2000"],
         ["ingest", f"--schema={tmp_path / 'shop' / 'schema.yaml'}", f"--out={tmp_path / 'store'}"],
