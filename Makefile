@@ -43,7 +43,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 # Points .venv at this checkout; the native parts are built by the next rule.
 $(VENV)/.installed: $(VENV)/.packages setup.py | debian
 	@echo "building the native parts and installing the packages in place"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
 # Ninja finds out by itself what has changed.

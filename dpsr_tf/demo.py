@@ -33,7 +33,7 @@ small generated shop, or, with --data, on the Home Depot product search files in
 
 MODEL = "demo"
 
-# Found on the dev folds (docs/training.md): a margin and a learning rate above the paper's suit a run of minutes, pieces
+# Found on the dev folds (docs/training.md): a margin and a learning rate above the paper's suit runs of minutes, pieces
 # of titles as queries make up for a small log, and the hardest negatives tell one size or colour from another.
 _SHOP_CONFIG: dict[str, Any] = {
     "train": {
