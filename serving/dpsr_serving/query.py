@@ -55,15 +55,18 @@ def run(values: flags.FlagValues, texts: list[str]) -> None:
         raise UsageError('nothing to search for; give at least one text: dpsr query --model=NAME "red shoes"')
     if not values.target or not values.model:
         raise UsageError("--target and --model must not be empty")
-    # The bytes as typed: a command line need not be valid UTF-8, and the tokenizer copes with any bytes.
-    queries = [os.fsencode(text) for text in texts]
+    for text in texts:
+        # A server copes with any bytes, but here they mean a terminal or a file in another encoding: say so.
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"the query {os.fsencode(text)!r} is not UTF-8 text; convert it to UTF-8") from None
     with SearchClient(values.target, values.model, values.timeout_s) as client:
-        results = client.search(queries, values.k)
+        results = client.search(texts, values.k)
     titles = {}
     if values.titles is not None:
         titles = read_titles(Path(values.titles), (item_id for result in results for item_id in result.item_ids))
-    for query, result in zip(queries, results, strict=True):
-        text = query.decode("utf-8", "replace")
+    for text, result in zip(texts, results, strict=True):
         rows = _rows(result, titles)
         if values.json:
             print(json.dumps({"query": text, "results": rows}, ensure_ascii=False))

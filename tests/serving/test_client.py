@@ -333,9 +333,8 @@ def test_query_prints_json(servers: dict[str, ModelServer], titles: Path) -> Non
 
 def test_query_that_is_not_utf8(servers: dict[str, ModelServer]) -> None:
     result = query(f"--target={servers['shop'].target}", "--model=shop", "--json", "--", "-a\udcff")
-    assert result.returncode == 0, result.stderr
-    answer = json.loads(result.stdout)
-    assert answer["query"] == "-a\ufffd" and len(answer["results"]) == 3
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == "dpsr query: error: the query b'-a\\xff' is not UTF-8 text; convert it to UTF-8\n"
 
 
 def test_query_failures_are_one_line(servers: dict[str, ModelServer], tmp_path: Path) -> None:
