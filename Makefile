@@ -11,7 +11,7 @@ DATA ?=
 OUT ?=
 
 DEBIAN_PACKAGES := build-essential cmake ninja-build pkg-config libgrpc++-dev libgrpc-dev protobuf-compiler \
-	protobuf-compiler-grpc libutf8proc-dev libxxhash-dev libgtest-dev libssl-dev zlib1g-dev
+	protobuf-compiler-grpc libutf8proc-dev libxxhash-dev libgtest-dev libssl-dev zlib1g-dev python3-dev python3-venv
 
 .DELETE_ON_ERROR:
 .PHONY: setup debian native demo test test-fast test-cpp sanitize lint wheel clean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -126,8 +128,15 @@ def test_interrupted_demo_leaves_no_process(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     process.stdout.read()  # ends only when every child that holds the pipe has ended
     assert process.wait(30) == 128 + signal.SIGTERM
-    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert str(tmp_path) not in listing
+    running = list(commands_running())
+    assert running and not [command for command in running if str(tmp_path).encode() in command]
+
+
+def commands_running() -> Iterator[bytes]:
+    """The command line of every process."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            yield path.read_bytes()
 
 
 def test_demo_without_the_files_says_which(tmp_path: Path) -> None:
