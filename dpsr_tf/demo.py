@@ -6,8 +6,10 @@ Every step is a process of its own, as in production; the server and the proxy t
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +22,11 @@ from typing import Any
 import yaml
 from absl import flags
 
+from dpsr_tf.config import load_config
 from dpsr_tf.data.store import Store, unpack_strings
 from dpsr_tf.errors import CommandError, UsageError
 from dpsr_tf.evaluation.evaluate import Judgments
+from dpsr_tf.training.model_directory import ModelDirectory
 
 USAGE = """
 Usage: dpsr demo [--data=DIR] [--out=DIR]
@@ -98,7 +102,9 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     if job.generate:
         _dpsr("generate", *job.generate, "--overwrite")
     _dpsr("ingest", *job.ingest, f"--out={store}", "--overwrite")
-    _dpsr("train", f"--store={store}", f"--config={out / 'config.yaml'}", f"--out={model}")
+    # A second demo trains nothing again, unless log or settings have changed since.
+    anew = ["--overwrite"] if _is_another(Path(model), out / "config.yaml", Store(store)) else []
+    _dpsr("train", f"--store={store}", f"--config={out / 'config.yaml'}", f"--out={model}", *anew)
     _dpsr("index", f"--model={model}", f"--store={store}", f"--out={index}", "--overwrite")
     _dpsr("export", f"--model={model}", f"--index={index}", f"--out={servable}")
     serve = ["serve", f"--model_base_path={servable}", f"--model_name={MODEL}", "--port=0"]
@@ -114,10 +120,23 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     print(
         f"""
 Done in {time.monotonic() - started:.0f} s. The servable lies in {servable}. To go on:
-  dpsr serve --model_base_path={servable} --model_name={MODEL}
-  dpsr query --model={MODEL} {titles} "your query"
+  {_program()} serve --model_base_path={servable} --model_name={MODEL}
+  {_program()} query --model={MODEL} {titles} "your query"
 Your own log: write a schema file and start with `dpsr ingest`; docs/data_format.md shows how."""
     )
+
+
+def _is_another(model: Path, config: Path, store: Store) -> bool:
+    """Whether the model that is there is not the one this demo trains."""
+    if not (model / "config.yaml").is_file():
+        return False
+    return ModelDirectory.open(model).difference(load_config(config), store) is not None
+
+
+def _program() -> str:
+    """How this shell finds the command: by its name where the environment is active, else by its path."""
+    program = Path(sys.executable).with_name("dpsr")
+    return "dpsr" if shutil.which("dpsr") == str(program) else os.path.relpath(program)
 
 
 def _shop(shop: Path) -> _Job:

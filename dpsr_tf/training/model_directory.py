@@ -43,32 +43,34 @@ class ModelDirectory:
             raise CommandError(f"{error}; train the model again") from None
         return ModelDirectory(directory, load_config(directory / "config.yaml"), vocabulary)
 
+    def difference(self, config: Config, store: Store) -> str | None:
+        """Why a training with `config` on `store` cannot go on with this model; None if it can.
+
+        A longer training, other checkpoint times, and index and serving settings need no new model.
+        """
+        free = {"steps": config.train.steps, "checkpoint_steps": config.train.checkpoint_steps}
+        same = dataclasses.replace(self.config, train=dataclasses.replace(self.config.train, **free))
+        before, now = _flat(same), _flat(config)
+        differing = [key for key in now if key.startswith(("model.", "train.")) and before[key] != now[key]]
+        if differing:
+            changes = ", ".join(f"{key} was {before[key]!r} and is {now[key]!r}" for key in differing)
+            return f"holds a model of another config: {changes}"
+        if self.vocabulary.fingerprint != store.vocabulary.fingerprint:
+            return f"holds a model of another vocabulary than that of {store.path}"
+        return None
+
     @staticmethod
     def create_or_resume(path: str | Path, config: Config, store: Store) -> ModelDirectory:
         """Makes a model directory for `config` and `store`, or opens one that has been begun with the same.
 
-        A longer training (`train.steps`) or other checkpoint times may be asked of a model that is there.
-
         Raises:
-            CommandError: a model of another config or vocabulary is there; the message names what differs.
+            CommandError: another model is there; the message names what differs.
         """
         directory = Path(path)
         if (directory / "config.yaml").is_file():
-            there = ModelDirectory.open(directory)
-            free = {"steps": config.train.steps, "checkpoint_steps": config.train.checkpoint_steps}
-            same = dataclasses.replace(there.config, train=dataclasses.replace(there.config.train, **free))
-            before, now = _flat(same), _flat(config)
-            # Index and serving settings may change without training anew.
-            differing = [key for key in now if key.startswith(("model.", "train.")) and before[key] != now[key]]
-            if differing:
-                changes = ", ".join(f"{key} was {before[key]!r} and is {now[key]!r}" for key in differing)
-                raise CommandError(
-                    f"{path}: holds a model of another config: {changes}; choose another --out, or give --overwrite"
-                )
-            if there.vocabulary.fingerprint != store.vocabulary.fingerprint:
-                raise CommandError(
-                    f"{path}: holds a model of another vocabulary than {store.path}'s; choose another --out"
-                )
+            difference = ModelDirectory.open(directory).difference(config, store)
+            if difference:
+                raise CommandError(f"{path}: {difference}; choose another --out, or give --overwrite")
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:

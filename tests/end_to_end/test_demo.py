@@ -50,6 +50,10 @@ def test_demo_answers_four_queries_and_beats_bm25(demo: tuple[Path, str]) -> Non
     # recall@10, recall@100, MRR@10 of held-out queries: the model bridges words, BM25 cannot.
     assert model[0] > bm25[0] and model[1] > bm25[1] and model[2] > bm25[2], (bm25, model)
     assert f"The servable lies in {out}/servable" in text
+    for command in ("serve", "query"):
+        to_go_on = re.search(rf"^  (\S*dpsr {command}) ", text, re.MULTILINE)
+        assert to_go_on
+        subprocess.run([*to_go_on[1].split(), "--help"], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
 def test_demo_shows_progress_and_no_noise(demo: tuple[Path, str]) -> None:
@@ -114,7 +118,7 @@ def test_next_day_server_query_and_errors(demo: tuple[Path, str]) -> None:
         log.close()
 
 
-def test_interrupted_demo_leaves_no_process(tmp_path: Path) -> None:
+def test_interrupted_demo_leaves_no_process_and_can_be_run_again(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "dpsr_tf.cli", "demo", f"--out={tmp_path / 'd'}", "--steps=5"],
         stdout=subprocess.PIPE,
@@ -130,6 +134,13 @@ def test_interrupted_demo_leaves_no_process(tmp_path: Path) -> None:
     assert process.wait(30) == 128 + signal.SIGTERM
     running = list(commands_running())
     assert running and not [command for command in running if str(tmp_path).encode() in command]
+
+    # Again, as if the project's settings had changed since: the model is trained anew.
+    config = tmp_path / "d" / "model" / "config.yaml"
+    config.write_text(config.read_text().replace("margin: 0.3", "margin: 0.25"))
+    again = dpsr("demo", f"--out={tmp_path / 'd'}", "--steps=5")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "--overwrite" in re.search(r"\$ dpsr train .*", again.stdout)[0]
 
 
 def commands_running() -> Iterator[bytes]:
