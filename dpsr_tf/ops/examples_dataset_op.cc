@@ -12,6 +12,7 @@
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/partial_tensor_shape.h"
 #include "tensorflow/core/framework/shape_inference.h"
+#include "tokenizer_cc/tf_status.h"
 
 namespace dpsr {
 namespace {
@@ -54,19 +55,6 @@ REGISTER_OP("DpsrExamplesDataset")
 
 // The components of an element, in order.
 enum Component { kQueryTokens, kQuerySplits, kItemTokens, kItemSplits, kItemRows, kUserFeatures, kWeights, kNegativeMask };
-
-tensorflow::Status ToTensorFlow(const Status& status) {
-  switch (status.code()) {
-    case StatusCode::kOk: return tensorflow::OkStatus();
-    case StatusCode::kInvalidArgument: return errors::InvalidArgument(status.message());
-    case StatusCode::kNotFound: return errors::NotFound(status.message());
-    case StatusCode::kDataLoss: return errors::DataLoss(status.message());
-    case StatusCode::kFailedPrecondition: return errors::FailedPrecondition(status.message());
-    case StatusCode::kResourceExhausted: return errors::ResourceExhausted(status.message());
-    case StatusCode::kInternal: break;
-  }
-  return errors::Internal(status.message());
-}
 
 class ExamplesDataset : public data::DatasetBase {
  public:

@@ -18,6 +18,7 @@
 #include "tensorflow/core/platform/errors.h"
 #include "tensorflow/core/platform/mutex.h"
 #include "tokenizer_cc/packed_file.h"
+#include "tokenizer_cc/tf_status.h"
 
 namespace dpsr {
 namespace {
@@ -48,26 +49,6 @@ constexpr int64_t kNanosecondsPerHead = 1000000;
 enum LoadInput { kLoadHandle, kLoadIndexFilename, kLoadItemIdsFilename };
 enum SearchInput { kSearchHandle, kSearchQueryEmbedding, kSearchK };
 enum SearchOutput { kSearchItemIds, kSearchScores, kSearchHeads };
-
-tensorflow::Status ToTensorFlow(const Status& status) {
-  switch (status.code()) {
-    case StatusCode::kOk:
-      return tensorflow::OkStatus();
-    case StatusCode::kInvalidArgument:
-      return errors::InvalidArgument(status.message());
-    case StatusCode::kNotFound:
-      return errors::NotFound(status.message());
-    case StatusCode::kDataLoss:
-      return errors::DataLoss(status.message());
-    case StatusCode::kFailedPrecondition:
-      return errors::FailedPrecondition(status.message());
-    case StatusCode::kResourceExhausted:
-      return errors::ResourceExhausted(status.message());
-    case StatusCode::kInternal:
-      break;
-  }
-  return errors::Internal(status.message());
-}
 
 tensorflow::Status CheckK(int64_t k) {
   if (k >= 1 && k <= kMaxResults) return tensorflow::OkStatus();
