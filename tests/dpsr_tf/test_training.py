@@ -258,7 +258,7 @@ def test_steps_checkpoints_and_serving_may_change(click_store, tmp_path):
 
 def test_another_vocabulary_is_refused(click_store, store, tmp_path):
     begin(click_store, tmp_path / "model")
-    with pytest.raises(CommandError, match=f"model: holds a model of another vocabulary than {store.path}"):
+    with pytest.raises(CommandError, match=f"model: holds a model of another vocabulary than that of {store.path}"):
         begin(store, tmp_path / "model")
     assert ModelDirectory.open(tmp_path / "model").vocabulary.fingerprint == click_store.vocabulary.fingerprint
 
