@@ -1,6 +1,9 @@
 # make setup   prepares .venv, Debian packages and the native parts
 # make demo    runs the main job (DATA=PATH: on the Home Depot files there)
 # make test    everything that CI checks, from nothing
+# make fuzz    the tokenizer's libFuzzer targets (FUZZ_RUNS=1000000 inputs each)
+# make bazel-test   the C++ cores and the op libraries, built and tested with Bazel
+# make bench-tokenizer   the tokenizer beside others (DATA=PATH: on multicpr_ecom/ and homedepot/ there)
 #
 # Each target does what it needs first, and nothing twice.
 
@@ -9,18 +12,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA ?=
 OUT ?=
+FUZZ_RUNS ?= 1000000
 
 DEBIAN_PACKAGES := build-essential cmake ninja-build pkg-config libgrpc++-dev libgrpc-dev protobuf-compiler \
 	protobuf-compiler-grpc libutf8proc-dev libxxhash-dev libgtest-dev libssl-dev zlib1g-dev python3-dev python3-venv
 
+FUZZ_TARGETS := tokenizer_fuzz tokenizer_config_fuzz vocabulary_fuzz
+
 .DELETE_ON_ERROR:
-.PHONY: setup debian native demo test test-fast test-cpp sanitize lint wheel clean
+.PHONY: setup debian native demo test test-fast test-cpp sanitize fuzz bazel-test bench-tokenizer build/offline.bazelrc lint wheel clean
 
 setup: native
 
-# Installs what is missing as root or through sudo; otherwise prints the one line to run, and stops.
-debian:
-	@missing=$$(for p in $(DEBIAN_PACKAGES); do \
+# $(call install_debian,PACKAGES) installs what is missing as root or through sudo; otherwise it prints the one line to
+# run, and stops.
+define install_debian
+	@missing=$$(for p in $(1); do \
 	  dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done | xargs); \
 	[ -z "$$missing" ] && exit 0; \
 	if [ $$(id -u) = 0 ]; then as_root=; elif sudo -n true 2>/dev/null; then as_root=sudo; else \
@@ -29,6 +36,10 @@ debian:
 	echo "installing Debian packages: $$missing"; \
 	$$as_root apt-get update -qq && \
 	$$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null
+endef
+
+debian:
+	$(call install_debian,$(DEBIAN_PACKAGES))
 
 # Exactly the versions of constraints.txt, so that a build of today is a build of tomorrow.
 $(VENV)/.packages: pyproject.toml constraints.txt
@@ -68,6 +79,30 @@ sanitize: native
 	@cmake --build build/sanitize
 	@ASAN_OPTIONS=detect_leaks=0 ctest --test-dir build/sanitize --output-on-failure --parallel 2
 
+# The tokenizer and its files under libFuzzer with both sanitizers, from the texts of the golden file. What is found stays
+# in build/fuzz/corpus; an input that fails is left in build/fuzz/.
+fuzz: native
+	$(call install_debian,clang-14 libclang-rt-14-dev)
+	@cmake -S . -B build/fuzz -G Ninja -DCMAKE_C_COMPILER=clang-14 -DCMAKE_CXX_COMPILER=clang++-14 -DDPSR_CORE_ONLY=ON \
+	  -DDPSR_FUZZ=ON -DDPSR_SANITIZE=address,undefined,fuzzer-no-link -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DDPSR_FAISS_LIBRARY=$$($(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("faiss").origin))')/libfaiss.so >/dev/null
+	@cmake --build build/fuzz --target $(FUZZ_TARGETS)
+	@$(BIN)/python tests/tokenizer_cc/golden.py build/fuzz/seeds
+	@for target in $(FUZZ_TARGETS); do \
+	  mkdir -p build/fuzz/corpus/$$target && echo "$$target: $(FUZZ_RUNS) runs" && \
+	  build/fuzz/tokenizer_cc/$$target -runs=$(FUZZ_RUNS) -seed=1 -timeout=10 -verbosity=0 -print_final_stats=1 \
+	    -artifact_prefix=build/fuzz/$$target- build/fuzz/corpus/$$target build/fuzz/seeds/$$target || exit 1; done
+
+build/offline.bazelrc: bazel/offline/bazelrc
+	@mkdir -p build
+	@sed 's|%workspace%|$(CURDIR)|' $< >$@
+
+# Debian's Bazel, without network, without a server that stays, and with all its files below build/.
+bazel-test: debian $(VENV)/.packages build/offline.bazelrc
+	$(call install_debian,bazel-bootstrap)
+	@/usr/bin/bazel --batch --output_user_root=$(CURDIR)/build/bazel --host_jvm_args=-Xmx1g \
+	  test --config=offline --repo_env=PYTHON_BIN_PATH=$(CURDIR)/$(BIN)/python --jobs=2 --noshow_progress //...
+
 test-fast: native
 	$(BIN)/python -m pytest -m "not slow"
 
@@ -75,6 +110,17 @@ test-fast: native
 test: lint test-cpp sanitize
 	$(BIN)/python -m pytest -m "not slow"
 	$(BIN)/python -m pytest -m slow
+
+# The peers that benchmarks compare with, beside what is there.
+$(VENV)/.bench: $(VENV)/.packages
+	@echo "installing what the benchmarks compare with"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+	  $$($(BIN)/python -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])')
+	@touch $@
+
+bench-tokenizer: native $(VENV)/.bench
+	@$(BIN)/python benchmarks/tokenizer.py --json $(if $(DATA),--data=$(DATA))
 
 wheel: native
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .

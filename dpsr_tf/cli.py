@@ -27,6 +27,7 @@ from absl import flags
 COMMANDS = {
     "demo": ("dpsr_tf.demo", "runs the whole path once, from raw log to answered query"),
     "generate": ("dpsr_tf.data.generate", "writes a synthetic shop and its click log"),
+    "tokenize": ("dpsr_tokenizer.command", "shows the tokens or ids that texts become"),
     "ingest": ("dpsr_tf.data.ingest", "turns raw tables into a store"),
     "train": ("dpsr_tf.training.train", "trains the two towers on a store"),
     "index": ("dpsr_export.index", "embeds all items and builds the FAISS index"),

@@ -4,10 +4,13 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <memory>
+#include <iterator>
 #include <vector>
+
+#include "tokenizer_cc/token_scanner.h"
 
 namespace dpsr {
 namespace {
@@ -21,16 +24,17 @@ struct Switch {
   bool TokenizerConfig::*value;
 };
 
-constexpr std::array<Switch, 5> kSwitches = {{
+constexpr std::array<Switch, 7> kSwitches = {{
     {"word_unigrams", &TokenizerConfig::word_unigrams},
     {"word_bigrams", &TokenizerConfig::word_bigrams},
     {"letter_trigrams", &TokenizerConfig::letter_trigrams},
     {"char_unigrams", &TokenizerConfig::char_unigrams},
     {"char_bigrams", &TokenizerConfig::char_bigrams},
+    {"number_parts", &TokenizerConfig::number_parts},
+    {"markers", &TokenizerConfig::markers},
 }};
 
-// kMark stands for the class of the code point before it.
-enum class CharClass : uint8_t { kSeparator, kLetter, kDigit, kUnspaced, kMark };
+constexpr utf8proc_int32_t kFractionSlash = 0x2044;  // what NFKC puts into ½; one with '/'
 
 struct Range {
   utf8proc_int32_t first;
@@ -68,31 +72,9 @@ bool IsUnspaced(utf8proc_int32_t c, bool is_word_category) {
   return range != std::end(kUnspacedRanges) && range->first <= c && (range->whole || is_word_category);
 }
 
-constexpr CharClass ClassifyAscii(unsigned char c) {
-  if ((c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z')) return CharClass::kLetter;
-  return c >= '0' && c <= '9' ? CharClass::kDigit : CharClass::kSeparator;
-}
-
-// Class and lower case of each ASCII byte.
-struct AsciiTables {
-  CharClass char_class[128];
-  char lower[128];
-};
-
-constexpr AsciiTables MakeAsciiTables() {
-  AsciiTables tables = {};
-  for (int c = 0; c < 128; ++c) {
-    tables.char_class[c] = ClassifyAscii(static_cast<unsigned char>(c));
-    tables.lower[c] = static_cast<char>(c >= 'A' && c <= 'Z' ? c - 'A' + 'a' : c);
-  }
-  return tables;
-}
-
-constexpr AsciiTables kAscii = MakeAsciiTables();
-
-CharClass Classify(utf8proc_int32_t c) {
-  if (c < 128) return kAscii.char_class[c];
-  if (c >= 0x4E00 && c <= 0x9FFF) return CharClass::kUnspaced;  // most of all Chinese text
+// By Unicode category; slow.
+CharClass ClassifyByCategory(utf8proc_int32_t c) {
+  if (c < 128) return ClassOf(kAscii.unit[c]);
   CharClass char_class = CharClass::kSeparator;
   switch (utf8proc_category(c)) {
     case UTF8PROC_CATEGORY_LU:
@@ -119,26 +101,6 @@ CharClass Classify(utf8proc_int32_t c) {
   return char_class;
 }
 
-bool IsAscii(std::string_view text) {
-  constexpr uint64_t kHighBits = 0x8080808080808080;
-  size_t i = 0;
-  for (; i + 8 <= text.size(); i += 8) {
-    uint64_t word;
-    std::memcpy(&word, text.data() + i, 8);
-    if ((word & kHighBits) != 0) return false;
-  }
-  for (; i < text.size(); ++i) {
-    if ((text[i] & 0x80) != 0) return false;
-  }
-  return true;
-}
-
-// Length of the UTF-8 sequence that begins with `lead`, a lead byte of valid UTF-8.
-size_t SequenceLength(char lead) {
-  const unsigned char c = static_cast<unsigned char>(lead);
-  return c < 0x80 ? 1 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : 4;
-}
-
 // Brings the marks of each run of marks into canonical order. (utf8proc_decompose does it by exchanging neighbours: a
 // text of nothing but marks would take quadratic time.)
 void OrderMarks(std::vector<utf8proc_int32_t>* text) {
@@ -160,192 +122,225 @@ void OrderMarks(std::vector<utf8proc_int32_t>* text) {
   }
 }
 
-// UTF-8 to code points in NFKC_Casefold form; each byte that is no part of valid UTF-8 becomes U+0000, a separator.
-std::vector<utf8proc_int32_t> Normalise(std::string_view text) {
-  constexpr auto kOptions = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE | UTF8PROC_COMPAT |
-                                                           UTF8PROC_CASEFOLD | UTF8PROC_IGNORE);
-  constexpr size_t kMaxExpansion = 32;  // of one code point; Unicode 15 has 18
-  std::vector<utf8proc_int32_t> out;
-  out.reserve(text.size() + kMaxExpansion);
-  const auto* bytes = reinterpret_cast<const utf8proc_uint8_t*>(text.data());
-  bool may_compose = false;
+constexpr auto kNormalForm = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE | UTF8PROC_COMPAT |
+                                                            UTF8PROC_CASEFOLD | UTF8PROC_IGNORE);
+constexpr size_t kMaxExpansion = 32;  // of one code point; Unicode 15 has 18
+
+// Appends what NFKC_Casefold makes of one code point before code points act on one another.
+void Decompose(utf8proc_int32_t c, std::vector<utf8proc_int32_t>* out) {
+  const size_t size = out->size();
+  out->resize(size + kMaxExpansion);
+  const utf8proc_ssize_t count = utf8proc_decompose_char(
+      c, out->data() + size, static_cast<utf8proc_ssize_t>(kMaxExpansion), kNormalForm, nullptr);
+  out->resize(size +
+              static_cast<size_t>(std::clamp<utf8proc_ssize_t>(count, 0, static_cast<utf8proc_ssize_t>(kMaxExpansion))));
+}
+
+// Orders and composes what Decompose gave.
+void Compose(std::vector<utf8proc_int32_t>* text) {
+  OrderMarks(text);
+  const utf8proc_ssize_t count =
+      utf8proc_normalize_utf32(text->data(), static_cast<utf8proc_ssize_t>(text->size()), kNormalForm);
+  text->resize(static_cast<size_t>(std::max<utf8proc_ssize_t>(count, 0)));
+}
+
+CharUnit MakeUnitOf(utf8proc_int32_t c) {
+  if (c == kFractionSlash) c = '/';
+  return MakeUnit(static_cast<uint32_t>(c), ClassifyByCategory(c));
+}
+
+// Whether c, which has combining class 0, may compose with what stands before it (vowel signs of Indic scripts, Hangul
+// vowels and finals): those are the later parts of a canonical decomposition.
+bool ComposesBackward(utf8proc_int32_t c) {
+  static const std::vector<utf8proc_int32_t>* const kParts = [] {
+    auto* parts = new std::vector<utf8proc_int32_t>;
+    for (utf8proc_int32_t composed = 0x80; composed < 0x110000; ++composed) {
+      const utf8proc_property_t* property = utf8proc_get_property(composed);
+      if (property->decomp_seqindex == UINT16_MAX || property->decomp_type != 0) continue;
+      utf8proc_int32_t decomposed[kMaxExpansion];
+      const auto count = utf8proc_decompose_char(composed, decomposed, static_cast<utf8proc_ssize_t>(kMaxExpansion),
+                                                 static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_DECOMPOSE),
+                                                 nullptr);
+      for (utf8proc_ssize_t i = 1; i < count; ++i) parts->push_back(decomposed[i]);
+    }
+    std::sort(parts->begin(), parts->end());
+    parts->erase(std::unique(parts->begin(), parts->end()), parts->end());
+    return parts;
+  }();
+  const bool is_hangul_vowel_or_final = c >= 0x1160 && c <= 0x11FF;
+  return is_hangul_vowel_or_final || std::binary_search(kParts->begin(), kParts->end(), c);
+}
+
+// What becomes of 256 code points, made when the first of them is met.
+//
+// A code point whose decomposition begins with one that has combining class 0 and composes with nothing before it is
+// independent: its normal form is the same in every text whose other code points are independent too.
+class Page {
+ public:
+  // Entries: kDependent; or kSequence | place in sequences << 8 | length; or the one unit that it becomes.
+  static constexpr uint32_t kDependent = 1u << 31;
+  static constexpr uint32_t kSequence = 1u << 30;
+
+  explicit Page(uint32_t index) {
+    std::vector<utf8proc_int32_t> form;
+    for (uint32_t i = 0; i < 256; ++i) {
+      const auto c = static_cast<utf8proc_int32_t>(index << 8 | i);
+      classes_[i] = c == kFractionSlash ? CharClass::kJoiner : ClassifyByCategory(c);
+      form.clear();
+      if (c >= 0xD800 && c <= 0xDFFF) continue;  // never decoded
+      Decompose(c, &form);
+      if (!form.empty() && (utf8proc_get_property(form[0])->combining_class != 0 || ComposesBackward(form[0]))) {
+        entries_[i] = kDependent;
+        continue;
+      }
+      Compose(&form);
+      if (form.size() == 1) {
+        entries_[i] = MakeUnitOf(form[0]);
+      } else {
+        entries_[i] = kSequence | static_cast<uint32_t>(sequences_.size()) << 8 | static_cast<uint32_t>(form.size());
+        for (utf8proc_int32_t each : form) sequences_.push_back(MakeUnitOf(each));
+      }
+    }
+  }
+
+  uint32_t entry(uint32_t code_point) const { return entries_[code_point & 0xFF]; }
+  CharClass char_class(uint32_t code_point) const { return classes_[code_point & 0xFF]; }
+  const CharUnit* sequence(uint32_t entry) const { return sequences_.data() + (entry >> 8 & 0x3FFFFF); }
+
+ private:
+  uint32_t entries_[256] = {};
+  CharClass classes_[256] = {};
+  std::vector<CharUnit> sequences_;
+};
+
+// The page of a code point. Pages live as long as the process.
+const Page& PageOf(uint32_t code_point) {
+  static std::atomic<const Page*> pages[0x110000 >> 8];
+  std::atomic<const Page*>& slot = pages[code_point >> 8];
+  const Page* page = slot.load(std::memory_order_acquire);
+  if (page != nullptr) return *page;
+  const Page* made = new Page(code_point >> 8);
+  if (slot.compare_exchange_strong(page, made, std::memory_order_acq_rel)) return *made;
+  delete made;  // another thread was first
+  return *page;
+}
+
+// Decodes the sequence at `i`, whose first byte is not ASCII, and moves i behind it; false where it is not valid.
+bool DecodeNext(const unsigned char* bytes, size_t size, size_t* i, uint32_t* code_point) {
+  const unsigned char* p = bytes + *i;
+  const size_t left = size - *i;
+  const auto continues = [p](size_t k) { return (p[k] & 0xC0) == 0x80; };
+  if (p[0] >= 0xE0 && p[0] < 0xF0) {
+    if (left < 3 || !continues(1) || !continues(2)) return false;
+    *code_point = (p[0] & 0x0Fu) << 12 | (p[1] & 0x3Fu) << 6 | (p[2] & 0x3Fu);
+    *i += 3;
+    if (*code_point >= 0x800 && (*code_point < 0xD800 || *code_point > 0xDFFF)) return true;
+    *i -= 3;
+    return false;
+  }
+  if (p[0] >= 0xC2 && p[0] < 0xE0) {
+    if (left < 2 || !continues(1)) return false;
+    *code_point = (p[0] & 0x1Fu) << 6 | (p[1] & 0x3Fu);
+    *i += 2;
+    return true;
+  }
+  if (p[0] < 0xF0 || p[0] > 0xF4 || left < 4 || !continues(1) || !continues(2) || !continues(3)) return false;
+  *code_point = (p[0] & 0x07u) << 18 | (p[1] & 0x3Fu) << 12 | (p[2] & 0x3Fu) << 6 | (p[3] & 0x3Fu);
+  if (*code_point < 0x10000 || *code_point > 0x10FFFF) return false;
+  *i += 4;
+  return true;
+}
+
+// Hands the tokens to a TokenSink as text.
+class SinkEmitter {
+ public:
+  explicit SinkEmitter(TokenSink sink) : sink_(sink) {}
+  void Token(std::string_view token) const { sink_(token); }
+  void AsciiTrigram(const char* token, uint32_t) const { sink_(std::string_view(token, 4)); }
+  void Character(uint32_t c) const {
+    char token[4];
+    sink_(std::string_view(token, EncodeUtf8(c, token)));
+  }
+  void CharacterPair(uint32_t first, uint32_t second) const {
+    char token[8];
+    const size_t length = EncodeUtf8(first, token);
+    sink_(std::string_view(token, length + EncodeUtf8(second, token + length)));
+  }
+
+ private:
+  const TokenSink sink_;
+};
+
+}  // namespace
+
+CharClass Classify(uint32_t code_point) {
+  return code_point < 128 ? ClassOf(kAscii.unit[code_point]) : PageOf(code_point).char_class(code_point);
+}
+
+bool NormaliseFast(std::string_view text, CharUnits* units, size_t* size) {
+  const auto* bytes = reinterpret_cast<const unsigned char*>(text.data());
+  units->Reserve(text.size(), 0);
+  CharUnit* out = units->data();
+  size_t count = 0;
+  size_t extra = 0;  // units beyond one for each byte, which Reserve made room for
   for (size_t i = 0; i < text.size();) {
     if (bytes[i] < 128) {
-      out.push_back(static_cast<unsigned char>(kAscii.lower[bytes[i++]]));
+      out[count++] = kAscii.unit[bytes[i++]];
       continue;
     }
+    uint32_t c = 0;
+    if (!DecodeNext(bytes, text.size(), &i, &c)) {
+      out[count++] = MakeUnit(0, CharClass::kSeparator);
+      ++i;
+      continue;
+    }
+    if (c >= 0x4E00 && c <= 0x9FFF) {  // most of all Chinese text
+      out[count++] = MakeUnit(c, CharClass::kUnspaced);
+      continue;
+    }
+    const Page& page = PageOf(c);
+    const uint32_t entry = page.entry(c);
+    if (entry < Page::kSequence) {
+      out[count++] = entry;
+      continue;
+    }
+    if ((entry & Page::kDependent) != 0) return false;
+    const size_t length = entry & 0xFF;
+    extra += length;
+    if (text.size() + extra > units->capacity()) {
+      units->Reserve(2 * (text.size() + extra), count);
+      out = units->data();
+    }
+    std::copy_n(page.sequence(entry), length, out + count);
+    count += length;
+  }
+  *size = count;
+  return true;
+}
+
+size_t NormaliseSlow(std::string_view text, CharUnits* units) {
+  std::vector<utf8proc_int32_t> normal;
+  normal.reserve(text.size() + kMaxExpansion);
+  const auto* bytes = reinterpret_cast<const utf8proc_uint8_t*>(text.data());
+  for (size_t i = 0; i < text.size();) {
     utf8proc_int32_t c;
     const utf8proc_ssize_t length = utf8proc_iterate(bytes + i, static_cast<utf8proc_ssize_t>(text.size() - i), &c);
     if (length <= 0) {
-      out.push_back(0);
+      normal.push_back(0);
       ++i;
       continue;
     }
     i += static_cast<size_t>(length);
-    if (c >= 0x4E00 && c <= 0x9FFF) {  // neither changes nor composes with anything
-      out.push_back(c);
-      continue;
-    }
-    may_compose = true;
-    const size_t size = out.size();
-    out.resize(size + kMaxExpansion);
-    const utf8proc_ssize_t count =
-        utf8proc_decompose_char(c, out.data() + size, static_cast<utf8proc_ssize_t>(kMaxExpansion), kOptions, nullptr);
-    out.resize(size + static_cast<size_t>(
-                          std::clamp<utf8proc_ssize_t>(count, 0, static_cast<utf8proc_ssize_t>(kMaxExpansion))));
+    Decompose(c, &normal);
   }
-  if (may_compose) {
-    OrderMarks(&out);
-    const utf8proc_ssize_t count =
-        utf8proc_normalize_utf32(out.data(), static_cast<utf8proc_ssize_t>(out.size()), kOptions);
-    out.resize(static_cast<size_t>(std::max<utf8proc_ssize_t>(count, 0)));
-  }
-  return out;
+  Compose(&normal);
+  units->Reserve(normal.size(), 0);
+  std::transform(normal.begin(), normal.end(), units->data(), [](utf8proc_int32_t c) -> CharUnit {
+    if (c == kFractionSlash) c = '/';
+    return MakeUnit(static_cast<uint32_t>(c), Classify(static_cast<uint32_t>(c)));
+  });
+  return normal.size();
 }
-
-// Turns runs into tokens. Runs lie in one buffer in which neighbouring words have exactly one space between them, so
-// that every unigram and bigram is a view of the buffer.
-class RunEmitter {
- public:
-  RunEmitter(const TokenizerConfig& config, TokenSink sink) : config_(config), sink_(sink) {}
-
-  // The word buffer[begin, end). `ascii`: it has only one-byte characters.
-  void Word(const char* buffer, size_t begin, size_t end, bool only_digits, bool ascii) {
-    const std::string_view word(buffer + begin, end - begin);
-    if (config_.word_unigrams) sink_(word);
-    if (config_.word_bigrams && has_previous_word_) {
-      sink_(std::string_view(buffer + previous_word_, end - previous_word_));
-    }
-    previous_word_ = begin;
-    has_previous_word_ = true;
-    if (!config_.letter_trigrams || only_digits) return;
-    if (ascii) {
-      AsciiTrigrams(word);
-    } else {
-      Trigrams(word);
-    }
-  }
-
-  // A run of unspaced text.
-  void Unspaced(std::string_view run) {
-    has_previous_word_ = false;
-    size_t previous = 0;
-    for (size_t i = 0; i < run.size();) {
-      const size_t length = SequenceLength(run[i]);
-      if (config_.char_unigrams) sink_(run.substr(i, length));
-      if (config_.char_bigrams && i > 0) sink_(run.substr(previous, i + length - previous));
-      previous = i;
-      i += length;
-    }
-  }
-
- private:
-  void AsciiTrigrams(std::string_view word) {
-    char token[4] = {'#', '#', word[0], '#'};
-    for (size_t i = 1; i < word.size(); ++i) {
-      token[3] = word[i];
-      sink_(std::string_view(token, 4));
-      token[1] = token[2];
-      token[2] = token[3];
-    }
-    token[3] = '#';
-    sink_(std::string_view(token, 4));
-  }
-
-  void Trigrams(std::string_view word) {
-    char token[1 + 3 * 4];
-    token[0] = '#';
-    size_t position = 0;
-    const auto next = [&]() -> std::string_view {
-      if (position >= word.size()) return "#";
-      const std::string_view character = word.substr(position, SequenceLength(word[position]));
-      position += character.size();
-      return character;
-    };
-    std::string_view first = "#";
-    std::string_view second = next();
-    bool more = true;
-    while (more) {
-      more = position < word.size();
-      const std::string_view third = next();
-      size_t size = 1;
-      for (std::string_view character : {first, second, third}) {
-        std::memcpy(token + size, character.data(), character.size());
-        size += character.size();
-      }
-      sink_(std::string_view(token, size));
-      first = second;
-      second = third;
-    }
-  }
-
-  const TokenizerConfig& config_;
-  const TokenSink sink_;
-  bool has_previous_word_ = false;
-  size_t previous_word_ = 0;
-};
-
-void TokenizeAscii(std::string_view text, RunEmitter* emitter) {
-  char small[512];
-  std::unique_ptr<char[]> large;
-  char* buffer = small;
-  if (text.size() > sizeof(small)) {
-    large.reset(new char[text.size()]);
-    buffer = large.get();
-  }
-  size_t size = 0;
-  for (size_t i = 0; i < text.size();) {
-    CharClass char_class = kAscii.char_class[static_cast<unsigned char>(text[i])];
-    if (char_class == CharClass::kSeparator) {
-      ++i;
-      continue;
-    }
-    if (size > 0) buffer[size++] = ' ';
-    const size_t begin = size;
-    bool only_digits = true;
-    do {
-      only_digits &= char_class == CharClass::kDigit;
-      buffer[size++] = kAscii.lower[static_cast<unsigned char>(text[i])];
-      if (++i == text.size()) break;
-      char_class = kAscii.char_class[static_cast<unsigned char>(text[i])];
-    } while (char_class != CharClass::kSeparator);
-    emitter->Word(buffer, begin, size, only_digits, /*ascii=*/true);
-  }
-}
-
-void TokenizeUnicode(std::string_view text, RunEmitter* emitter) {
-  const std::vector<utf8proc_int32_t> normal = Normalise(text);
-  std::string buffer;
-  buffer.reserve(text.size() + 16);
-  for (size_t i = 0; i < normal.size();) {
-    CharClass char_class = Classify(normal[i]);
-    if (char_class == CharClass::kSeparator || char_class == CharClass::kMark) {
-      ++i;
-      continue;
-    }
-    const bool unspaced = char_class == CharClass::kUnspaced;
-    if (!buffer.empty()) buffer += ' ';
-    const size_t begin = buffer.size();
-    const size_t first = i;
-    bool only_digits = true;
-    do {
-      only_digits &= char_class == CharClass::kDigit;
-      utf8proc_uint8_t utf8[4];
-      buffer.append(reinterpret_cast<const char*>(utf8),
-                    static_cast<size_t>(utf8proc_encode_char(normal[i], utf8)));
-      if (++i == normal.size()) break;
-      char_class = Classify(normal[i]);
-    } while (char_class != CharClass::kSeparator &&
-             (char_class == CharClass::kMark || (char_class == CharClass::kUnspaced) == unspaced));
-    if (unspaced) {
-      emitter->Unspaced(std::string_view(buffer).substr(begin));
-    } else {
-      emitter->Word(buffer.data(), begin, buffer.size(), only_digits, /*ascii=*/buffer.size() - begin == i - first);
-    }
-  }
-}
-
-}  // namespace
 
 bool TokenizerConfig::operator==(const TokenizerConfig& other) const {
   return std::all_of(kSwitches.begin(), kSwitches.end(),
@@ -403,12 +398,8 @@ Status TokenizerConfig::Parse(std::string_view text, TokenizerConfig* config) {
 }
 
 void Tokenizer::Tokenize(std::string_view text, TokenSink sink) const {
-  RunEmitter emitter(config_, sink);
-  if (IsAscii(text)) {
-    TokenizeAscii(text, &emitter);
-  } else {
-    TokenizeUnicode(text, &emitter);
-  }
+  SinkEmitter emitter(sink);
+  TokenScanner<SinkEmitter>(config_, &emitter).Scan(text);
 }
 
 }  // namespace dpsr

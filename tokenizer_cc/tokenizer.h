@@ -8,19 +8,26 @@
 // * A word is a run of letters, non-spacing and spacing marks, and numbers of any script but those below: "red",
 //   "straße" as "strasse", "100ml", "3". It gives
 //     word unigram      red
+//     number parts      12mm 12 mm   after the unigram of a word of letters and digits, the unigram of each longest
+//                                    stretch of one kind, so that "12mm" and "12 mm" share them
 //     word bigram       red shoes    neighbouring words joined by one space; words with unspaced text between them
 //                                    are no neighbours
 //     letter trigrams   ##re #red #ed#    the trigrams over the code points of "#red#", each with a leading '#'. '#' is
 //                                    a separator, so a trigram never equals a word. Words of digits only have none.
+//   A '.', ',' or '/' directly between two digits (category Nd) is part of the word, and a digit in the rules above:
+//   "3.5mm" (parts 3.5 and mm), "5/8", "1,5". A ',' before exactly three digits is a thousands separator and is dropped:
+//   "1,000" is 1000, "12,500.5" is 12500.5. ½ is "1/2".
 // * Unspaced text is a run of code points of a script that is written without spaces: Han (every block), Hiragana,
 //   Katakana, Bopomofo, Thai, Lao, Khmer, Myanmar. (Hangul is written with spaces: words.) It gives
 //     character unigrams  手 机     a character is a code point
 //     character bigrams   手机
 //   A run ends where the kind changes: "iPhone手机" is the word iphone and the run 手机. A mark belongs to the run before
 //   it, and is a separator where there is none.
+// * The markers <s> and </s> are the first and the last token of a text, also of an empty one. They take part in the
+//   bigrams: "<s> red", "shoes </s>", <s>手, 机</s>. '<' is a separator, so no word equals a marker.
 //
-// Tokens come in the order of the text: a word, its bigram with the word before it, its trigrams; a character, its
-// bigram with the character before it. Every token is valid UTF-8. Any bytes are valid input.
+// Tokens come in the order of the text: a word, its parts, its bigram with the word before it, its trigrams; a
+// character, its bigram with the character before it. Every token is valid UTF-8. Any bytes are valid input.
 #ifndef DPSR_TOKENIZER_CC_TOKENIZER_H_
 #define DPSR_TOKENIZER_CC_TOKENIZER_H_
 
@@ -39,6 +46,8 @@ struct TokenizerConfig {
   bool letter_trigrams = true;
   bool char_unigrams = true;
   bool char_bigrams = true;
+  bool number_parts = true;  // where word_unigrams is on too: they are unigrams
+  bool markers = false;
 
   bool operator==(const TokenizerConfig& other) const;
   bool operator!=(const TokenizerConfig& other) const { return !(*this == other); }

@@ -11,6 +11,9 @@
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/resource_mgr.h"
 #include "tensorflow/core/framework/shape_inference.h"
+#include "tensorflow/core/util/work_sharder.h"
+#include "tokenizer_cc/tf_status.h"
+#include "tokenizer_cc/tokenizer.h"
 #include "tokenizer_cc/vocabulary.h"
 
 namespace dpsr {
@@ -20,29 +23,6 @@ namespace tf = ::tensorflow;
 using ::tensorflow::shape_inference::DimensionHandle;
 using ::tensorflow::shape_inference::InferenceContext;
 using ::tensorflow::shape_inference::ShapeHandle;
-
-tf::Status ToTensorFlow(const Status& status) {
-  const auto code = [&status] {
-    switch (status.code()) {
-      case StatusCode::kOk:
-        return absl::StatusCode::kOk;
-      case StatusCode::kInvalidArgument:
-        return absl::StatusCode::kInvalidArgument;
-      case StatusCode::kNotFound:
-        return absl::StatusCode::kNotFound;
-      case StatusCode::kDataLoss:
-        return absl::StatusCode::kDataLoss;
-      case StatusCode::kFailedPrecondition:
-        return absl::StatusCode::kFailedPrecondition;
-      case StatusCode::kResourceExhausted:
-        return absl::StatusCode::kResourceExhausted;
-      case StatusCode::kInternal:
-        break;
-    }
-    return absl::StatusCode::kInternal;
-  };
-  return tf::Status(code(), status.message());
-}
 
 // What a handle stands for: no vocabulary until one is loaded, then the one loaded last.
 class VocabularyResource : public tf::ResourceBase {
@@ -91,6 +71,74 @@ class VocabularyLoadOp : public tf::OpKernel {
   }
 };
 
+// Values of a ragged tensor as they come from a block of rows.
+template <typename T>
+struct Block {
+  std::vector<T> values;
+  int64_t first_value = 0;  // where the block begins in the whole
+};
+
+// Fills the outputs 0 (values) and 1 (row_splits) with append(text, &values) for each text, in parallel where the batch
+// is worth it. `finish(block, output)` moves a block's values to where they belong.
+template <typename T, typename Append, typename Finish>
+void ComputeRagged(tf::OpKernelContext* context, const tf::Tensor& text, const Append& append, const Finish& finish) {
+  constexpr int64_t kBytesOfABlock = 1 << 14;
+  const auto texts = text.vec<tf::tstring>();
+  const int64_t num_texts = texts.size();
+  tf::Tensor* row_splits = nullptr;
+  OP_REQUIRES_OK(context, context->allocate_output(1, {num_texts + 1}, &row_splits));
+  auto splits = row_splits->vec<int64_t>();
+  splits(0) = 0;
+
+  // Blocks are cut by bytes, so that one long text among short ones does not hold up the others.
+  std::vector<int64_t> ends;
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < num_texts; ++i) {
+    bytes += static_cast<int64_t>(texts(i).size());
+    if (bytes >= kBytesOfABlock || i + 1 == num_texts) {
+      ends.push_back(i + 1);
+      bytes = 0;
+    }
+  }
+  const auto num_blocks = static_cast<int64_t>(ends.size());
+  std::vector<Block<T>> blocks(ends.size());
+  const auto for_each_block = [&](const auto& work) {
+    const auto run = [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) work(b, b == 0 ? 0 : ends[static_cast<size_t>(b) - 1]);
+    };
+    if (num_blocks <= 1) return run(0, num_blocks);
+    const auto& workers = *context->device()->tensorflow_cpu_worker_threads();
+    constexpr int64_t kCyclesOfABlock = kBytesOfABlock * 20;
+    tf::Shard(workers.num_threads, workers.workers, num_blocks, kCyclesOfABlock, run);
+  };
+
+  for_each_block([&](int64_t b, int64_t begin) {
+    std::vector<T>& values = blocks[static_cast<size_t>(b)].values;
+    for (int64_t i = begin; i < ends[static_cast<size_t>(b)]; ++i) {
+      append(std::string_view(texts(i).data(), texts(i).size()), &values);
+      splits(i + 1) = static_cast<int64_t>(values.size());  // within the block
+    }
+  });
+  int64_t total = 0;
+  for (Block<T>& block : blocks) {
+    block.first_value = total;
+    total += static_cast<int64_t>(block.values.size());
+  }
+  tf::Tensor* values = nullptr;
+  OP_REQUIRES_OK(context, context->allocate_output(0, {total}, &values));
+  for_each_block([&](int64_t b, int64_t begin) {
+    Block<T>& block = blocks[static_cast<size_t>(b)];
+    for (int64_t i = begin; i < ends[static_cast<size_t>(b)]; ++i) splits(i + 1) += block.first_value;
+    finish(&block, values);
+  });
+}
+
+tf::Status CheckText(const tf::Tensor& text) {
+  if (tf::TensorShapeUtils::IsVector(text.shape())) return tf::OkStatus();
+  return tf::errors::InvalidArgument("text has shape ", text.shape().DebugString(),
+                                     ", expected a vector: string [num_texts]");
+}
+
 class TokenizeOp : public tf::OpKernel {
  public:
   enum Input { kVocabulary, kText };
@@ -99,25 +147,15 @@ class TokenizeOp : public tf::OpKernel {
 
   void Compute(tf::OpKernelContext* context) override {
     const tf::Tensor& text = context->input(kText);
-    OP_REQUIRES(context, tf::TensorShapeUtils::IsVector(text.shape()),
-                tf::errors::InvalidArgument("text has shape ", text.shape().DebugString(),
-                                            ", expected a vector: string [num_texts]"));
+    OP_REQUIRES_OK(context, CheckText(text));
     std::shared_ptr<const Vocabulary> vocabulary;
     OP_REQUIRES_OK(context, FindVocabulary(context, &vocabulary));
-
-    const auto texts = text.vec<tf::tstring>();
-    tf::Tensor* row_splits = nullptr;
-    OP_REQUIRES_OK(context, context->allocate_output(kRowSplits, {texts.size() + 1}, &row_splits));
-    auto splits = row_splits->vec<int64_t>();
-    std::vector<int32_t> ids;
-    splits(0) = 0;
-    for (Eigen::Index i = 0; i < texts.size(); ++i) {
-      vocabulary->Encode(std::string_view(texts(i).data(), texts(i).size()), &ids);
-      splits(i + 1) = static_cast<int64_t>(ids.size());
-    }
-    tf::Tensor* values = nullptr;
-    OP_REQUIRES_OK(context, context->allocate_output(kValues, {static_cast<int64_t>(ids.size())}, &values));
-    std::copy(ids.begin(), ids.end(), values->vec<int32_t>().data());
+    ComputeRagged<int32_t>(
+        context, text,
+        [&](std::string_view each, std::vector<int32_t>* values) { vocabulary->Encode(each, values); },
+        [](Block<int32_t>* block, tf::Tensor* values) {
+          std::copy(block->values.begin(), block->values.end(), values->vec<int32_t>().data() + block->first_value);
+        });
   }
 
  private:
@@ -132,6 +170,49 @@ class TokenizeOp : public tf::OpKernel {
         "; run the initializer of the VocabularyTable (tf.compat.v1.tables_initializer()) first");
   }
 };
+
+class TokenizeStringsOp : public tf::OpKernel {
+ public:
+  enum Input { kText };
+  enum Output { kValues, kRowSplits };
+
+  explicit TokenizeStringsOp(tf::OpKernelConstruction* context) : tf::OpKernel(context) {
+    std::string text;
+    OP_REQUIRES_OK(context, context->GetAttr("config", &text));
+    TokenizerConfig config;
+    const Status parsed = TokenizerConfig::Parse(text, &config);
+    OP_REQUIRES(context, parsed.ok(), ToTensorFlow(parsed));
+    tokenizer_ = Tokenizer(config);
+  }
+
+  void Compute(tf::OpKernelContext* context) override {
+    const tf::Tensor& text = context->input(kText);
+    OP_REQUIRES_OK(context, CheckText(text));
+    ComputeRagged<tf::tstring>(
+        context, text,
+        [this](std::string_view each, std::vector<tf::tstring>* values) {
+          tokenizer_.Tokenize(each, [&](std::string_view token) { values->emplace_back(token.data(), token.size()); });
+        },
+        [](Block<tf::tstring>* block, tf::Tensor* values) {
+          std::move(block->values.begin(), block->values.end(),
+                    values->vec<tf::tstring>().data() + block->first_value);
+        });
+  }
+
+ private:
+  Tokenizer tokenizer_;
+};
+
+// Shapes of values and row_splits for a text [num_texts].
+tf::Status RaggedShapes(InferenceContext* context, int text_input) {
+  ShapeHandle text;
+  TF_RETURN_IF_ERROR(context->WithRank(context->input(text_input), 1, &text));
+  DimensionHandle num_splits;
+  TF_RETURN_IF_ERROR(context->Add(context->Dim(text, 0), 1, &num_splits));
+  context->set_output(0, context->Vector(InferenceContext::kUnknownDim));
+  context->set_output(1, context->Vector(num_splits));
+  return tf::OkStatus();
+}
 
 REGISTER_OP("DpsrVocabularyHandle")
     .Attr("container: string = ''")
@@ -164,14 +245,9 @@ REGISTER_OP("DpsrTokenize")
     .Output("values: int32")
     .Output("row_splits: int64")
     .SetShapeFn([](InferenceContext* context) {
-      ShapeHandle unused, text;
+      ShapeHandle unused;
       TF_RETURN_IF_ERROR(context->WithRank(context->input(TokenizeOp::kVocabulary), 0, &unused));
-      TF_RETURN_IF_ERROR(context->WithRank(context->input(TokenizeOp::kText), 1, &text));
-      DimensionHandle num_splits;
-      TF_RETURN_IF_ERROR(context->Add(context->Dim(text, 0), 1, &num_splits));
-      context->set_output(TokenizeOp::kValues, context->Vector(InferenceContext::kUnknownDim));
-      context->set_output(TokenizeOp::kRowSplits, context->Vector(num_splits));
-      return tf::OkStatus();
+      return RaggedShapes(context, TokenizeOp::kText);
     })
     .Doc(R"doc(
 The token ids of each text, ragged.
@@ -181,9 +257,25 @@ values: [num_ids] the ids of all texts, one text after another.
 row_splits: [num_texts + 1] text i has values[row_splits[i]:row_splits[i + 1]].
 )doc");
 
+REGISTER_OP("DpsrTokenizeStrings")
+    .Input("text: string")
+    .Output("values: string")
+    .Output("row_splits: int64")
+    .Attr("config: string")
+    .SetShapeFn([](InferenceContext* context) { return RaggedShapes(context, TokenizeStringsOp::kText); })
+    .Doc(R"doc(
+The tokens of each text, ragged.
+
+text: [num_texts] UTF-8; any bytes are valid.
+values: [num_tokens] the tokens of all texts, one text after another.
+row_splits: [num_texts + 1] text i has values[row_splits[i]:row_splits[i + 1]].
+config: TokenizerConfig.serialize().
+)doc");
+
 REGISTER_KERNEL_BUILDER(Name("DpsrVocabularyHandle").Device(tf::DEVICE_CPU), tf::ResourceHandleOp<VocabularyResource>);
 REGISTER_KERNEL_BUILDER(Name("DpsrVocabularyLoad").Device(tf::DEVICE_CPU), VocabularyLoadOp);
 REGISTER_KERNEL_BUILDER(Name("DpsrTokenize").Device(tf::DEVICE_CPU), TokenizeOp);
+REGISTER_KERNEL_BUILDER(Name("DpsrTokenizeStrings").Device(tf::DEVICE_CPU), TokenizeStringsOp);
 
 }  // namespace
 }  // namespace dpsr

@@ -96,6 +96,9 @@ class Texts {
     views_.emplace_back(data, static_cast<size_t>(size));
   }
 
+  // Takes a text whose bytes somebody else keeps.
+  void AddView(std::string_view text) { views_.push_back(text); }
+
   void Clear() {
     views_.clear();
     owners_.clear();
@@ -106,6 +109,121 @@ class Texts {
   std::vector<std::string_view> views_;
   std::vector<py::object> owners_;
 };
+
+// The Arrow C data interface; the layouts are its specification's.
+struct ArrowSchema {
+  const char* format;
+  const char* name;
+  const char* metadata;
+  int64_t flags;
+  int64_t n_children;
+  ArrowSchema** children;
+  ArrowSchema* dictionary;
+  void (*release)(ArrowSchema*);
+  void* private_data;
+};
+
+struct ArrowArray {
+  int64_t length;
+  int64_t null_count;
+  int64_t offset;
+  int64_t n_buffers;
+  int64_t n_children;
+  const void** buffers;
+  ArrowArray** children;
+  ArrowArray* dictionary;
+  void (*release)(ArrowArray*);
+  void* private_data;
+};
+
+struct ArrowArrayStream {
+  int (*get_schema)(ArrowArrayStream*, ArrowSchema* out);
+  int (*get_next)(ArrowArrayStream*, ArrowArray* out);
+  const char* (*get_last_error)(ArrowArrayStream*);
+  void (*release)(ArrowArrayStream*);
+  void* private_data;
+};
+
+// What is got from a stream and must be released.
+template <typename T>
+struct Released : T {
+  Released() : T() {}
+  ~Released() {
+    if (this->release != nullptr) this->release(this);
+  }
+  Released(const Released&) = delete;
+  Released& operator=(const Released&) = delete;
+};
+
+template <typename T>
+T* CapsulePointer(const py::handle& capsule, const char* name) {
+  void* pointer = PyCapsule_GetPointer(capsule.ptr(), name);
+  if (pointer == nullptr) throw py::error_already_set();
+  return static_cast<T*>(pointer);
+}
+
+constexpr size_t kTextsAtATime = 1 << 15;
+
+// Calls use(&texts) for the rows of an Arrow array with offsets of a type, some at a time; a null is an empty text.
+template <typename Offset, typename Use>
+void ForEachArrowBatch(const ArrowArray& array, const Use& use) {
+  const auto* valid = static_cast<const uint8_t*>(array.buffers[0]);
+  const auto* offsets = static_cast<const Offset*>(array.buffers[1]);
+  const auto* data = static_cast<const char*>(array.buffers[2]);
+  Texts texts;
+  for (int64_t row = array.offset; row < array.offset + array.length; ++row) {
+    const bool is_null = valid != nullptr && (valid[row / 8] >> (row % 8) & 1) == 0;
+    if (is_null || offsets[row] >= offsets[row + 1]) {
+      texts.AddView({});
+    } else {
+      texts.AddView({data + offsets[row], static_cast<size_t>(offsets[row + 1] - offsets[row])});
+    }
+    if (texts.views().size() == kTextsAtATime) use(&texts);
+  }
+  use(&texts);
+}
+
+template <typename Use>
+void UseArrow(const ArrowSchema& schema, const ArrowArray& array, const Use& use) {
+  const std::string_view format = schema.format;
+  if (schema.dictionary == nullptr && (format == "u" || format == "z")) return ForEachArrowBatch<int32_t>(array, use);
+  if (schema.dictionary == nullptr && (format == "U" || format == "Z")) return ForEachArrowBatch<int64_t>(array, use);
+  throw py::type_error(StrCat("got Arrow data of format \"", format,
+                              "\", expected string, large_string, binary or large_binary; cast the column"));
+}
+
+// Calls use(&texts) for the texts of an iterable or of Arrow data, some at a time, in order; use clears them.
+template <typename Use>
+void ForEachBatch(const py::object& object, const Use& use) {
+  if (py::hasattr(object, "__arrow_c_array__")) {
+    const py::tuple capsules = object.attr("__arrow_c_array__")();
+    return UseArrow(*CapsulePointer<ArrowSchema>(capsules[0], "arrow_schema"),
+                    *CapsulePointer<ArrowArray>(capsules[1], "arrow_array"), use);
+  }
+  if (py::hasattr(object, "__arrow_c_stream__")) {
+    const py::object capsule = object.attr("__arrow_c_stream__")();
+    auto* stream = CapsulePointer<ArrowArrayStream>(capsule, "arrow_array_stream");
+    const auto check = [stream](int error) {
+      if (error == 0) return;
+      const char* message = stream->get_last_error(stream);
+      throw py::value_error(StrCat("the Arrow stream fails: ", message == nullptr ? "no reason given" : message));
+    };
+    Released<ArrowSchema> schema;
+    check(stream->get_schema(stream, &schema));
+    for (;;) {
+      Released<ArrowArray> array;
+      check(stream->get_next(stream, &array));
+      if (array.release == nullptr) return;
+      UseArrow(schema, array, use);
+    }
+  }
+  Texts texts;
+  for (py::handle each : py::iter(object)) {
+    texts.Add(each);
+    if (texts.views().size() == kTextsAtATime) use(&texts);
+  }
+  use(&texts);
+}
 
 // Hands a vector's memory to an array.
 template <typename T>
@@ -121,13 +239,15 @@ py::array_t<T> ToArray(std::vector<T> values) {
 // --- Tokenizer ---
 
 TokenizerConfig MakeConfig(bool word_unigrams, bool word_bigrams, bool letter_trigrams, bool char_unigrams,
-                           bool char_bigrams) {
+                           bool char_bigrams, bool number_parts, bool markers) {
   TokenizerConfig config;
   config.word_unigrams = word_unigrams;
   config.word_bigrams = word_bigrams;
   config.letter_trigrams = letter_trigrams;
   config.char_unigrams = char_unigrams;
   config.char_bigrams = char_bigrams;
+  config.number_parts = number_parts;
+  config.markers = markers;
   return config;
 }
 
@@ -141,7 +261,8 @@ std::string ConfigRepr(const TokenizerConfig& config) {
   const auto text = [](bool value) { return value ? "True" : "False"; };
   return StrCat("TokenizerConfig(word_unigrams=", text(config.word_unigrams),
                 ", word_bigrams=", text(config.word_bigrams), ", letter_trigrams=", text(config.letter_trigrams),
-                ", char_unigrams=", text(config.char_unigrams), ", char_bigrams=", text(config.char_bigrams), ")");
+                ", char_unigrams=", text(config.char_unigrams), ", char_bigrams=", text(config.char_bigrams),
+                ", number_parts=", text(config.number_parts), ", markers=", text(config.markers), ")");
 }
 
 py::list Tokenize(const Tokenizer& tokenizer, py::handle text) {
@@ -168,28 +289,27 @@ py::list Tokenize(const Tokenizer& tokenizer, py::handle text) {
 // A VocabularyBuilder that threads may share.
 class SharedBuilder {
  public:
-  explicit SharedBuilder(const TokenizerConfig& config) : builder_(config) {}
+  SharedBuilder(const TokenizerConfig& config, int num_threads, int64_t max_memory_bytes,
+                const std::optional<std::filesystem::path>& temporary_directory)
+      : builder_(config, {num_threads, max_memory_bytes, temporary_directory.value_or("")}) {
+    RaiseIfError(builder_.status());
+  }
 
   TokenizerConfig config() const { return builder_.config(); }
 
-  size_t size() const {
-    const py::gil_scoped_release release;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return builder_.num_tokens();
+  int64_t size() const {
+    int64_t size = 0;
+    RunReleased([&] {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      return builder_.NumTokens(&size);
+    });
+    return size;
   }
 
   void Add(const py::object& text) {
-    constexpr size_t kTextsAtATime = 4096;
+    if (!IsText(text)) return ForEachBatch(text, [this](Texts* texts) { Count(texts); });
     Texts texts;
-    if (IsText(text)) {
-      texts.Add(text);
-      Count(&texts);
-      return;
-    }
-    for (py::handle each : py::iter(text)) {
-      texts.Add(each);
-      if (texts.views().size() == kTextsAtATime) Count(&texts);
-    }
+    texts.Add(text);
     Count(&texts);
   }
 
@@ -205,8 +325,7 @@ class SharedBuilder {
   void Count(Texts* texts) {
     RunReleased([&] {
       const std::lock_guard<std::mutex> lock(mutex_);
-      for (std::string_view text : texts->views()) builder_.Add(text);
-      return Status();
+      return builder_.Add({texts->views().data(), texts->views().size()});
     });
     texts->Clear();
   }
@@ -243,17 +362,17 @@ py::array_t<int32_t> Encode(const Vocabulary& vocabulary, py::handle text) {
 
 py::tuple EncodeBatch(const Vocabulary& vocabulary, const py::object& sequence) {
   if (IsText(sequence)) throw py::type_error("got one text, expected a sequence of str or bytes; use encode()");
-  Texts texts;
-  for (py::handle text : py::iter(sequence)) texts.Add(text);
   std::vector<int32_t> values;
   std::vector<int64_t> row_splits = {0};
-  RunReleased([&] {
-    row_splits.reserve(texts.views().size() + 1);
-    for (std::string_view text : texts.views()) {
-      vocabulary.Encode(text, &values);
-      row_splits.push_back(static_cast<int64_t>(values.size()));
-    }
-    return Status();
+  ForEachBatch(sequence, [&](Texts* texts) {
+    RunReleased([&] {
+      for (std::string_view text : texts->views()) {
+        vocabulary.Encode(text, &values);
+        row_splits.push_back(static_cast<int64_t>(values.size()));
+      }
+      return Status();
+    });
+    texts->Clear();
   });
   return py::make_tuple(ToArray(std::move(values)), ToArray(std::move(row_splits)));
 }
@@ -390,16 +509,21 @@ PYBIND11_MODULE(_native, m) {
     letter_trigrams: the '#'-marked letter trigrams of a word: "##re", "#red", "#ed#"
     char_unigrams:   characters of scripts written without spaces: "手"
     char_bigrams:    neighbouring characters of such scripts: "手机"
+    number_parts:    with word_unigrams, the parts of words of letters and digits: "12mm" gives "12" and "mm" too
+    markers:         "<s>" and "</s>" around each text
 
 >>> TokenizerConfig(letter_trigrams=False) == TokenizerConfig()
 False)")
       .def(py::init(&MakeConfig), py::kw_only(), py::arg("word_unigrams") = true, py::arg("word_bigrams") = false,
-           py::arg("letter_trigrams") = true, py::arg("char_unigrams") = true, py::arg("char_bigrams") = true)
+           py::arg("letter_trigrams") = true, py::arg("char_unigrams") = true, py::arg("char_bigrams") = true,
+           py::arg("number_parts") = true, py::arg("markers") = false)
       .def_readonly("word_unigrams", &TokenizerConfig::word_unigrams)
       .def_readonly("word_bigrams", &TokenizerConfig::word_bigrams)
       .def_readonly("letter_trigrams", &TokenizerConfig::letter_trigrams)
       .def_readonly("char_unigrams", &TokenizerConfig::char_unigrams)
       .def_readonly("char_bigrams", &TokenizerConfig::char_bigrams)
+      .def_readonly("number_parts", &TokenizerConfig::number_parts)
+      .def_readonly("markers", &TokenizerConfig::markers)
       .def("serialize", &TokenizerConfig::Serialize, "One key=value a line; equal configs give equal text.")
       .def_static("parse", &ParseConfig, py::arg("text"),
                   "What serialize() wrote. Raises ValueError (unknown, repeated or missing key, bad value) and\n"
@@ -424,11 +548,17 @@ alphabetic scripts, characters and character bigrams for scripts written without
 
   py::class_<SharedBuilder>(m, "VocabularyBuilder", R"(Counts the tokens of a corpus and writes a vocabulary.
 
-len() is the number of distinct tokens so far.)")
-      .def(py::init<const TokenizerConfig&>(), py::arg("config") = TokenizerConfig())
+Counts with `num_threads` threads (0: one for each core); more than `max_memory_bytes` of counts go to unnamed files in
+`temporary_directory` (the system's when left out) until write() merges them. Neither changes what is written.
+
+len() is the number of distinct tokens so far; it takes about as long as write().)")
+      .def(py::init<const TokenizerConfig&, int, int64_t, const std::optional<std::filesystem::path>&>(),
+           py::arg("config") = TokenizerConfig(), py::kw_only(), py::arg("num_threads") = 0,
+           py::arg("max_memory_bytes") = int64_t{1} << 30, py::arg("temporary_directory") = py::none())
       .def_property_readonly("config", &SharedBuilder::config)
       .def("__len__", &SharedBuilder::size)
-      .def("add", &SharedBuilder::Add, py::arg("text"), "Counts the tokens of a text or of each text of an iterable.")
+      .def("add", &SharedBuilder::Add, py::arg("text"), "Counts the tokens of a text, of each text of an iterable, or of an Arrow array, chunked array or stream of\n"
+           "strings or binary, which is read in place (null: no text).")
       .def("write", &SharedBuilder::Write, py::arg("path"), py::kw_only(), py::arg("min_count") = 1,
            py::arg("max_size") = py::none(), py::arg("num_oov_buckets") = 0,
            R"(Writes the tokens counted at least `min_count` times, at most the `max_size` most frequent.
@@ -457,7 +587,7 @@ checksums of the whole file. Raises FileNotFoundError and FormatError.)")
            "How often the token was counted. Raises IndexError.")
       .def("encode", &Encode, py::arg("text"), "The ids of the tokens of a text, int32 [num_tokens].")
       .def("encode_batch", &EncodeBatch, py::arg("texts"),
-           "The ids of many texts as values int32 [total] and row_splits int64 [num_texts + 1]: text i has\n"
+           "The ids of many texts, an iterable or Arrow data as for VocabularyBuilder.add, as values int32 [total] and row_splits int64 [num_texts + 1]: text i has\n"
            "values[row_splits[i]:row_splits[i + 1]].");
 
   py::class_<SharedWriter>(m, "PackedFileWriter", R"(Writes a packed file: named one-dimensional arrays.

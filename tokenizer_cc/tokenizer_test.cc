@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "tokenizer_cc/test_util.h"
+#include "tokenizer_cc/token_scanner.h"
 
 namespace dpsr {
 namespace {
@@ -53,12 +54,64 @@ TEST(TokenizerTest, SeparatorsSplitWords) {
   EXPECT_EQ(Words("a\uE000b\u0378c"), (Tokens{"a", "b", "c"})) << "private use, unassigned";
 }
 
-TEST(TokenizerTest, NumbersAndUnits) {
+TEST(TokenizerTest, NumbersHaveNoTrigrams) {
   EXPECT_EQ(Tokenize("2024"), (Tokens{"2024"}));
+  EXPECT_EQ(Tokenize("3.5 5/8 1,5"), (Tokens{"3.5", "5/8", "1,5"}));
   EXPECT_EQ(Tokenize("٢٣"), (Tokens{"٢٣"})) << "digits of any script";
-  EXPECT_EQ(Tokenize("4k"), (Tokens{"4k", "##4k", "#4k#"}));
-  EXPECT_EQ(Words("3.5mm"), (Tokens{"3", "5mm"}));
-  EXPECT_EQ(Words("１００ＭＬ ５寸"), (Tokens{"100ml", "5", "寸"}));
+  EXPECT_EQ(Tokenize("3\u0301"), (Tokens{"3\u0301", "##3\u0301", "#3\u0301#"})) << "a mark is no digit";
+}
+
+TEST(TokenizerTest, PartsOfWordsWithNumbers) {
+  EXPECT_EQ(Tokenize("4k"), (Tokens{"4k", "4", "k", "##4k", "#4k#"}));
+  EXPECT_EQ(Tokenize("3.5m"), (Tokens{"3.5m", "3.5", "m", "##3.", "#3.5", "#.5m", "#5m#"}));
+  EXPECT_EQ(Words("iPhone11Pro sc141"), (Tokens{"iphone11pro", "iphone", "11", "pro", "sc141", "sc", "141"}));
+  EXPECT_EQ(Words("１００ＭＬ ５寸"), (Tokens{"100ml", "100", "ml", "5", "寸"}));
+  EXPECT_EQ(Words("дом٢٣é4"), (Tokens{"дом٢٣é4", "дом", "٢٣", "é", "4"}));
+  EXPECT_EQ(Words("3\u0301x"), (Tokens{"3\u0301x", "3\u0301", "x"})) << "a mark belongs to what is before it";
+  EXPECT_EQ(Words("a1,000/2b"), (Tokens{"a1000/2b", "a", "1000/2", "b"}));
+  TokenizerConfig config;
+  config.word_bigrams = true;
+  EXPECT_EQ(Tokenize("x 2m", config), (Tokens{"x", "##x#", "2m", "2", "m", "x 2m", "##2m", "#2m#"}));
+  config.number_parts = false;
+  EXPECT_EQ(Tokenize("2m", config), (Tokens{"2m", "##2m", "#2m#"}));
+  config.number_parts = true;
+  config.word_unigrams = false;
+  EXPECT_EQ(Tokenize("2m", config), (Tokens{"##2m", "#2m#"})) << "parts are unigrams";
+}
+
+TEST(TokenizerTest, JoinersWithinNumbers) {
+  EXPECT_EQ(Words("1.2.3 2024/01/02"), (Tokens{"1.2.3", "2024/01/02"}));
+  EXPECT_EQ(Words("1. .5 1..2 1,,2 x.5 5.x a/b 1-2"),
+            (Tokens{"1", "5", "1", "2", "1", "2", "x", "5", "5", "x", "a", "b", "1", "2"}));
+  EXPECT_EQ(Words("１．５　½ 1\u20442"), (Tokens{"1.5", "1/2", "1/2"}));
+  EXPECT_EQ(Words("٣.٥ 3.๕"), (Tokens{"٣.٥", "3", "๕"})) << "Thai digits are characters";
+  EXPECT_EQ(Words("3\u0301.5"), (Tokens{"3\u0301", "5"}));
+}
+
+TEST(TokenizerTest, ThousandsSeparators) {
+  EXPECT_EQ(Words("1,000 12,500.5 1,234,567"), (Tokens{"1000", "12500.5", "1234567"}));
+  EXPECT_EQ(Words("1,00 1,0000 1,000,00 1,000.000"), (Tokens{"1,00", "1,0000", "1000,00", "1000.000"}));
+  EXPECT_EQ(Words("１，０００ 1,000mm 1,000,"), (Tokens{"1000", "1000mm", "1000", "mm", "1000"}));
+  EXPECT_EQ(Words("1,000手"), (Tokens{"1000", "手"}));
+}
+
+TEST(TokenizerTest, Markers) {
+  TokenizerConfig config;
+  config.markers = true;
+  config.letter_trigrams = false;
+  EXPECT_EQ(Tokenize("", config), (Tokens{"<s>", "</s>"}));
+  EXPECT_EQ(Tokenize("　!", config), (Tokens{"<s>", "</s>"}));
+  EXPECT_EQ(Tokenize("red shoes", config), (Tokens{"<s>", "red", "shoes", "</s>"}));
+  EXPECT_EQ(Tokenize("手机", config), (Tokens{"<s>", "手", "<s>手", "机", "手机", "机</s>", "</s>"}));
+  EXPECT_EQ(Tokenize("手", config), (Tokens{"<s>", "手", "<s>手", "手</s>", "</s>"}));
+  EXPECT_EQ(Tokenize("red手", config), (Tokens{"<s>", "red", "手", "手</s>", "</s>"}));
+  config.word_bigrams = true;
+  EXPECT_EQ(Tokenize("", config), (Tokens{"<s>", "</s>"})) << "no bigram of two markers";
+  EXPECT_EQ(Tokenize("Red shoes!", config),
+            (Tokens{"<s>", "red", "<s> red", "shoes", "red shoes", "shoes </s>", "</s>"}));
+  EXPECT_EQ(Tokenize("手 red", config), (Tokens{"<s>", "手", "<s>手", "red", "red </s>", "</s>"}));
+  EXPECT_EQ(Tokenize("été", config), (Tokens{"<s>", "été", "<s> été", "été </s>", "</s>"}));
+  EXPECT_EQ(Tokenize("<s>", config), (Tokens{"<s>", "s", "<s> s", "s </s>", "</s>"}));
 }
 
 TEST(TokenizerTest, NormalForms) {
@@ -69,7 +122,7 @@ TEST(TokenizerTest, NormalForms) {
   EXPECT_EQ(Words("ﬁne"), (Tokens{"fine"}));
   EXPECT_EQ(Words("Cafe\u0301"), Words("CAFÉ"));
   EXPECT_EQ(Words("CAFÉ"), (Tokens{"café"}));
-  EXPECT_EQ(Words("x²"), (Tokens{"x2"}));
+  EXPECT_EQ(Words("x²y"), (Tokens{"x2y", "x", "2", "y"}));
   EXPECT_EQ(Words("wi\u00ADfi\u200Bx\uFEFF"), (Tokens{"wifix"})) << "ignorable code points go";
   EXPECT_EQ(Words("\u2F00"), (Tokens{"一"})) << "Kangxi radical one";
   EXPECT_EQ(Words("\uF900"), (Tokens{"豈"})) << "compatibility ideograph";
@@ -131,7 +184,7 @@ TEST(TokenizerTest, WordBigrams) {
 }
 
 TEST(TokenizerTest, EveryKindHasItsSwitch) {
-  const TokenizerConfig none = {false, false, false, false, false};
+  const TokenizerConfig none = {false, false, false, false, false, false, false};
   EXPECT_EQ(Tokenize("ab cd 手机", none), Tokens{});
   TokenizerConfig config = none;
   config.word_unigrams = true;
@@ -148,6 +201,9 @@ TEST(TokenizerTest, EveryKindHasItsSwitch) {
   config = none;
   config.char_bigrams = true;
   EXPECT_EQ(Tokenize("ab cd 手机", config), (Tokens{"手机"}));
+  config = none;
+  config.markers = true;
+  EXPECT_EQ(Tokenize("ab cd 手机", config), (Tokens{"<s>", "</s>"}));
 }
 
 TEST(TokenizerTest, InvalidBytesSeparate) {
@@ -165,10 +221,73 @@ TEST(TokenizerTest, AsciiPathEqualsUnicodePath) {
   std::mt19937 random(1);
   TokenizerConfig config;
   config.word_bigrams = true;
-  for (int round = 0; round < 2000; ++round) {
+  constexpr std::string_view kNumbers = "0123456789.,/,,x";
+  for (int round = 0; round < 4000; ++round) {
     std::string text;
-    for (int i = 0; i < 40; ++i) text += static_cast<char>(random() % 3 == 0 ? random() % 128 : 'A' + random() % 58);
+    for (int i = 0; i < 40; ++i) {
+      text += round % 2 == 0        ? kNumbers[random() % kNumbers.size()]
+              : random() % 3 == 0 ? static_cast<char>(random() % 128)
+                                  : static_cast<char>('A' + random() % 58);
+    }
+    config.markers = round % 3 == 0;
     ASSERT_EQ(Tokenize(text, config), Tokenize(text + "　", config)) << text;
+  }
+}
+
+std::string ToUtf8(uint32_t c) {
+  char utf8[4];
+  return std::string(utf8, EncodeUtf8(c, utf8));
+}
+
+// The units of `text` by both ways to normalise it.
+void ExpectSameNormalForm(const std::string& text, bool must_be_fast) {
+  CharUnits fast, slow;
+  size_t fast_size = 0;
+  const bool is_fast = NormaliseFast(text, &fast, &fast_size);
+  EXPECT_TRUE(is_fast || !must_be_fast) << text;
+  if (!is_fast) return;
+  const size_t slow_size = NormaliseSlow(text, &slow);
+  ASSERT_EQ(std::vector<CharUnit>(fast.data(), fast.data() + fast_size),
+            std::vector<CharUnit>(slow.data(), slow.data() + slow_size))
+      << text;
+}
+
+TEST(NormaliseTest, EveryCodePointAlone) {
+  for (uint32_t c = 1; c < 0x110000; ++c) {
+    if (c < 0xD800 || c > 0xDFFF) ExpectSameNormalForm(ToUtf8(c), false);
+  }
+}
+
+TEST(NormaliseTest, UsualTextIsFast) {
+  ExpectSameNormalForm("Straße CAFÉ ½ ﬁne … 5″ 100℃ ™ дом ΣΊΣΥΦΟΣ 한국어 手机壳　ＡＢＣ ｱｲ ไทย 😀 \xFF \xE6\x89", true);
+}
+
+TEST(NormaliseTest, RandomTextFastAsSlow) {
+  std::mt19937 random(5);
+  // Where code points act on one another: accents, Hangul, Kana marks, Indic vowels, compatibility forms.
+  constexpr uint32_t kBlocks[][2] = {{0x0, 0x24F},     {0x300, 0x36F},   {0x370, 0x3FF},   {0x900, 0xDFF},
+                                     {0x1100, 0x11FF}, {0x1E00, 0x1FFF}, {0x2000, 0x21FF}, {0x3000, 0x33FF},
+                                     {0xAC00, 0xADFF}, {0xF900, 0xFFEF}, {0x11100, 0x114FF}, {0x1F000, 0x1FAFF}};
+  for (int round = 0; round < 200000; ++round) {
+    std::string text;
+    const size_t length = 1 + random() % 8;
+    for (size_t i = 0; i < length; ++i) {
+      const auto& block = kBlocks[random() % std::size(kBlocks)];
+      text += ToUtf8(random() % 8 == 0 ? random() % 0xD800 : block[0] + random() % (block[1] - block[0] + 1));
+      if (random() % 16 == 0) text += static_cast<char>(random());
+    }
+    ExpectSameNormalForm(text, false);
+  }
+}
+
+TEST(NormaliseTest, DecodesAsUtf8procDoes) {
+  std::mt19937 random(6);
+  constexpr unsigned char kBytes[] = {0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2,
+                                      0xDF, 0xE0, 0xED, 0xEF, 0xF0, 0xF4, 0xF5, 0xF8, 0xFF, 0xE6, 0x89};
+  for (int round = 0; round < 200000; ++round) {
+    std::string text;
+    for (int i = 0; i < 6; ++i) text += static_cast<char>(kBytes[random() % std::size(kBytes)]);
+    ExpectSameNormalForm(text, false);
   }
 }
 
@@ -230,17 +349,17 @@ TEST(TokenizerTest, ThreadsShareOne) {
 TEST(TokenizerConfigTest, TextForm) {
   EXPECT_EQ(TokenizerConfig().Serialize(),
             "tokenizer_version=1\nword_unigrams=1\nword_bigrams=0\nletter_trigrams=1\nchar_unigrams=1\n"
-            "char_bigrams=1\n");
+            "char_bigrams=1\nnumber_parts=1\nmarkers=0\n");
 }
 
 TEST(TokenizerConfigTest, RoundTripOfEveryConfig) {
-  for (int bits = 0; bits < 32; ++bits) {
+  for (int bits = 0; bits < 128; ++bits) {
     const TokenizerConfig config = {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0,
-                                    (bits & 16) != 0};
+                                    (bits & 16) != 0, (bits & 32) != 0, (bits & 64) != 0};
     TokenizerConfig parsed;
     ASSERT_TRUE(IsOk(TokenizerConfig::Parse(config.Serialize(), &parsed)));
     EXPECT_EQ(parsed, config);
-    EXPECT_EQ(config == TokenizerConfig(), bits == 29);
+    EXPECT_EQ(config == TokenizerConfig(), bits == 61);
   }
 }
 

@@ -2,7 +2,9 @@
 // configuration it was counted with, and opened wherever text becomes ids: the file alone decides which ids a text has.
 //
 //   VocabularyBuilder builder{TokenizerConfig()};
-//   for (const std::string& text : corpus) builder.Add(text);
+//   for (const std::vector<std::string_view>& batch : corpus) {
+//     DPSR_RETURN_IF_ERROR(builder.Add(Span<const std::string_view>(batch.data(), batch.size())));
+//   }
 //   DPSR_RETURN_IF_ERROR(builder.Write("vocabulary.dpsr", /*min_count=*/2, /*max_size=*/1000000,
 //                                      /*num_oov_buckets=*/64));
 //
@@ -40,45 +42,50 @@
 
 namespace dpsr {
 
-// Counts tokens. Not thread-safe. Memory: the distinct tokens and some 50 bytes each.
+// Counts tokens with several threads in bounded memory. The file that it writes does not depend on either. Not
+// thread-safe itself: one caller at a time.
 class VocabularyBuilder {
  public:
-  explicit VocabularyBuilder(const TokenizerConfig& config) : tokenizer_(config) {}
+  struct Options {
+    int num_threads = 0;  // 0: one for each core
+    // Tables larger than this go to temporary files as sorted runs, which Write merges. Some megabytes for each thread,
+    // and what Write keeps, come on top.
+    int64_t max_memory_bytes = int64_t{1} << 30;
+    // Where temporary files go; empty: the system's folder for them ($TMPDIR). They have no name there, so that they
+    // vanish with the process whatever becomes of it.
+    std::string temporary_directory;
+  };
 
-  const TokenizerConfig& config() const { return tokenizer_.config(); }
-  // Counts every token of `text`.
-  void Add(std::string_view text);
-  // Distinct tokens so far.
-  size_t num_tokens() const { return entries_.size(); }
+  explicit VocabularyBuilder(const TokenizerConfig& config);
+  VocabularyBuilder(const TokenizerConfig& config, const Options& options);
+  ~VocabularyBuilder();
+  VocabularyBuilder(VocabularyBuilder&& other) noexcept;
 
-  // Writes the tokens counted at least `min_count` times, at most the `max_size` most frequent of them.
-  // Errors: InvalidArgument (min_count < 1, max_size < 0, num_oov_buckets < 0, more than 2^31 - 1 ids, or no id at all)
-  // and what PackedFileWriter says.
+  const TokenizerConfig& config() const;
+  // The first error: InvalidArgument for bad options, else what Add met.
+  const Status& status() const;
+  // Counts every token of the texts; the threads share a batch of some hundred kilobytes or more.
+  // Errors: NotFound, ResourceExhausted, Internal (a temporary file cannot be written; nothing can be added any more).
+  Status Add(Span<const std::string_view> texts);
+  Status Add(std::string_view text) { return Add(Span<const std::string_view>(&text, 1)); }
+  // Distinct tokens so far. Takes about as long as Write.
+  Status NumTokens(int64_t* count) const;
+
+  // Writes the tokens counted at least `min_count` times, at most the `max_size` most frequent of them. May be called
+  // again, after more texts too.
+  // Errors: InvalidArgument (min_count < 1, max_size < 0, num_oov_buckets < 0, more than 2^31 - 1 ids, or no id at
+  // all), those of Add, and what PackedFileWriter says.
   Status Write(const std::string& path, int64_t min_count, int64_t max_size, int64_t num_oov_buckets) const;
 
  private:
-  struct Entry {
-    uint64_t hash;
-    uint64_t offset;  // in bytes_
-    uint64_t size;
-    int64_t count;
-  };
-
-  void Count(std::string_view token);
-  void Grow();
-  std::string_view TokenOf(const Entry& entry) const {
-    return std::string_view(bytes_).substr(entry.offset, entry.size);
-  }
-
-  Tokenizer tokenizer_;
-  std::string bytes_;           // of the distinct tokens, in the order of entries_
-  std::vector<Entry> entries_;  // in the order of their first occurrence
-  std::vector<uint64_t> slots_;  // open addressing, power of two: index into entries_ + 1, or 0
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
 };
 
 // An open vocabulary, memory-mapped. Immutable and thread-safe.
 class Vocabulary {
  public:
+  ~Vocabulary();
   static constexpr char kKind[] = "vocabulary";
   static constexpr int64_t kMaxIds = std::numeric_limits<int32_t>::max();
 
@@ -105,7 +112,11 @@ class Vocabulary {
   void Encode(std::string_view text, std::vector<int32_t>* ids) const;
 
  private:
-  Vocabulary() = default;
+  // Ids that Encode has found, so that it finds them again without hashing and comparing text.
+  struct Cache;
+  class IdEmitter;
+
+  Vocabulary();
 
   std::unique_ptr<PackedFile> file_;
   Tokenizer tokenizer_;
@@ -115,6 +126,7 @@ class Vocabulary {
   Span<const uint64_t> token_offsets_;
   Span<const int64_t> counts_;
   Span<const uint64_t> hash_table_;
+  std::unique_ptr<Cache> cache_;
 };
 
 }  // namespace dpsr

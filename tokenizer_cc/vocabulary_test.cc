@@ -19,15 +19,15 @@ namespace {
 
 constexpr int64_t kNoLimit = Vocabulary::kMaxIds;
 
-TokenizerConfig OnlyWords() { return {true, false, false, true, false}; }
+TokenizerConfig OnlyWords() { return {true, false, false, true, false, false, false}; }
 
 class VocabularyTest : public FileTest {
  protected:
   // "b" twice, "a" and "手" once, "c" three times.
   static VocabularyBuilder SmallBuilder() {
     VocabularyBuilder builder(OnlyWords());
-    builder.Add("b c a");
-    builder.Add("C c b手");
+    EXPECT_TRUE(IsOk(builder.Add("b c a")));
+    EXPECT_TRUE(IsOk(builder.Add("C c b手")));
     return builder;
   }
   Status Open(bool verify = true) { return Vocabulary::Open(path_, verify, &vocabulary_); }
@@ -117,9 +117,9 @@ TEST_F(VocabularyTest, BadArgumentsAreNamed) {
 
 TEST_F(VocabularyTest, ContentDecidesTheFile) {
   VocabularyBuilder builder(OnlyWords());
-  builder.Add("手 c");
-  builder.Add("c b");
-  builder.Add("b c a");
+  ASSERT_TRUE(IsOk(builder.Add("手 c")));
+  ASSERT_TRUE(IsOk(builder.Add("c b")));
+  ASSERT_TRUE(IsOk(builder.Add("b c a")));
   ASSERT_TRUE(IsOk(builder.Write(path_, 1, kNoLimit, 2)));
   const std::string bytes = ReadBytes();
   WriteAndOpen(SmallBuilder(), 1, kNoLimit, 2);
@@ -136,10 +136,12 @@ TEST_F(VocabularyTest, ManyTokensAgainstAMap) {
   const Tokenizer tokenizer;
   for (int i = 0; i < 20000; ++i) {
     const std::string text = StrCat("w", random() % 30000, " 手机", static_cast<char>('a' + random() % 26));
-    builder.Add(text);
+    ASSERT_TRUE(IsOk(builder.Add(text)));
     tokenizer.Tokenize(text, [&](std::string_view token) { ++counts[std::string(token)]; });
   }
-  EXPECT_EQ(builder.num_tokens(), counts.size());
+  int64_t num_tokens = 0;
+  ASSERT_TRUE(IsOk(builder.NumTokens(&num_tokens)));
+  EXPECT_EQ(static_cast<size_t>(num_tokens), counts.size());
   WriteAndOpen(builder, 1, kNoLimit, 0);
   ASSERT_EQ(static_cast<size_t>(vocabulary_->size()), counts.size());
   int64_t last = INT64_MAX;
@@ -151,6 +153,64 @@ TEST_F(VocabularyTest, ManyTokensAgainstAMap) {
     last = vocabulary_->Count(id);
   }
   EXPECT_EQ(vocabulary_->Lookup("no such token"), -1);
+}
+
+TEST_F(VocabularyTest, ThreadsAndMemoryDoNotChangeTheFile) {
+  std::mt19937 random(4);
+  std::vector<std::string> texts;
+  for (int i = 0; i < 30000; ++i) {
+    texts.push_back(StrCat("Red", random() % 5000, " shoes 手机壳 été𠀀𠀁 ", random() % 700));
+  }
+  texts.push_back(std::string(200000, 'x'));  // a token larger than any buffer
+  const std::vector<std::string_view> views(texts.begin(), texts.end());
+  const auto write = [&](const VocabularyBuilder::Options& options, int64_t max_size) {
+    VocabularyBuilder builder({true, true, true, true, true, true, true}, options);
+    const size_t half = views.size() / 2;
+    EXPECT_TRUE(IsOk(builder.Add({views.data(), half})));
+    EXPECT_TRUE(IsOk(builder.Write(path_, 1, max_size, 5))) << "does not disturb what follows";
+    EXPECT_TRUE(IsOk(builder.Add({views.data() + half, views.size() - half})));
+    EXPECT_TRUE(IsOk(builder.Write(path_, 2, max_size, 5)));
+    return ReadBytes();
+  };
+  for (int64_t max_size : {kNoLimit, int64_t{1000}}) {
+    const std::string expected = write({1, int64_t{1} << 40, directory_}, max_size);
+    for (int threads : {1, 2, 5}) {
+      for (int64_t memory : {int64_t{1}, int64_t{100000}, int64_t{1} << 40}) {
+        if (memory == 1 && threads > 1) continue;  // a run for each text takes its time
+        EXPECT_EQ(write({threads, memory, directory_}, max_size) == expected, true) << threads << " " << memory;
+      }
+    }
+  }
+  EXPECT_EQ(FilesInDirectory(), 1u) << "no temporary files";
+}
+
+TEST_F(VocabularyTest, BuilderOptionsAndFoldersAreChecked) {
+  EXPECT_TRUE(Contains(VocabularyBuilder({}, {-1, 1, ""}).status().message(), "num_threads is -1, expected 0 to 1024"));
+  EXPECT_TRUE(Contains(VocabularyBuilder({}, {1, 0, ""}).status().message(), "max_memory_bytes is 0, expected"));
+  VocabularyBuilder builder({}, {1, 1, directory_ + "/missing"});
+  const Status status = builder.Add("red");
+  EXPECT_EQ(status.code(), StatusCode::kNotFound);
+  EXPECT_TRUE(Contains(status.message(), "missing/dpsr_vocabulary"));
+  EXPECT_EQ(builder.Write(path_, 1, kNoLimit, 1).message(), status.message());
+}
+
+TEST_F(VocabularyTest, EncodeIsLookupOfTheTokens) {
+  // Encode finds ids by code points where it can, twice from the second time on.
+  VocabularyBuilder builder({true, true, true, true, true, true, true});
+  ASSERT_TRUE(IsOk(builder.Add("red shoe 12mm 3.5 手机壳 𠀀𠀁 été 手")));
+  for (int64_t buckets : {0, 7}) {
+    WriteAndOpen(builder, 1, kNoLimit, buckets);
+    const Tokenizer tokenizer(vocabulary_->config());
+    for (int round = 0; round < 2; ++round) {
+      for (std::string text : {"Red shoes 12mm", "12,500.5/3x red", "手机 机手𠀀𠀁𠀀 ét", "#re ##", ""}) {
+        std::vector<int32_t> expected;
+        tokenizer.Tokenize(text, [&](std::string_view token) {
+          if (const int32_t id = vocabulary_->Lookup(token); id >= 0) expected.push_back(id);
+        });
+        EXPECT_EQ(Encode(text), expected) << text;
+      }
+    }
+  }
 }
 
 TEST_F(VocabularyTest, OtherFilesAreRefused) {

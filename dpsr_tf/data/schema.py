@@ -69,6 +69,8 @@ class TokenizerSchema:
     letter_trigrams: bool = option(True, "#-marked letter trigrams of words")
     char_unigrams: bool = option(True, "characters of scripts written without spaces")
     char_bigrams: bool = option(True, "pairs of neighbouring characters of such scripts")
+    number_parts: bool = option(True, "the parts of words of letters and digits: 12mm as 12 and mm too")
+    markers: bool = option(False, "<s> and </s> around each text")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Retriever(Protocol):
 
 
 class Bm25:
-    """BM25 over the words and, for scripts without spaces, the characters and their bigrams of the titles.
+    """BM25 over whole words and, for scripts without spaces, the characters and their bigrams of the titles.
 
     Section 6.2.2 of the DPSR paper names it as the baseline. Tokens come from our tokenizer, scores from the library
     bm25s (Lucene's variant); an item that shares no token with the query is not retrieved.
@@ -38,7 +38,7 @@ class Bm25:
     def __init__(self, item_ids: np.ndarray, titles: Sequence[str], k1: float = 1.2, b: float = 0.75):
         """`item_ids` int64 [items], `titles` one text an item, `k1` and `b` BM25's usual constants."""
         self._item_ids = np.asarray(item_ids)
-        self._tokenizer = Tokenizer(TokenizerConfig(letter_trigrams=False))
+        self._tokenizer = Tokenizer(TokenizerConfig(letter_trigrams=False, number_parts=False))
         tokens = [self._tokenizer.tokenize(title) for title in titles]
         self._index = None
         if any(tokens):  # bm25s refuses a corpus without words

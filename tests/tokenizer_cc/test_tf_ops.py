@@ -14,8 +14,8 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpsr_tokenizer import FormatError, TokenizerConfig, VocabularyBuilder, op_library_path
-from dpsr_tokenizer.tf_ops import VocabularyTable, _ops
+from dpsr_tokenizer import FormatError, Tokenizer, TokenizerConfig, VocabularyBuilder, op_library_path
+from dpsr_tokenizer.tf_ops import VocabularyTable, _ops, tokenize_strings
 
 TEXTS = [
     b"Red Running SHOES",
@@ -316,6 +316,52 @@ def test_bad_shapes_fail_when_the_graph_is_built():
             _ops.dpsr_tokenize(handles, tf.compat.v1.placeholder(tf.string, [None]))
         with pytest.raises(ValueError, match="Shape must be rank 0"):
             _ops.dpsr_vocabulary_load(handle, tf.compat.v1.placeholder(tf.string, [1]))
+
+
+EVERY_KIND = TokenizerConfig(word_bigrams=True, markers=True)
+
+
+@pytest.mark.parametrize("config", [None, EVERY_KIND, TokenizerConfig(letter_trigrams=False, number_parts=False)])
+def test_tokenize_strings(config):
+    tokens = tokenize_strings(TEXTS, config)
+    assert tokens.dtype == tf.string and tokens.row_splits.dtype == tf.int64
+    tokenizer = Tokenizer(config or TokenizerConfig())
+    assert tokens.to_list() == [[token.encode() for token in tokenizer.tokenize(text)] for text in TEXTS]
+    assert tokenize_strings(tf.zeros([0], tf.string), config).to_list() == []
+
+
+def test_tokenize_strings_in_a_dataset():
+    dataset = tf.data.Dataset.from_tensor_slices(TEXTS).batch(2).map(lambda text: tokenize_strings(text, EVERY_KIND))
+    assert [row for batch in dataset for row in batch.to_list()] == tokenize_strings(TEXTS, EVERY_KIND).to_list()
+
+
+def test_tokenize_strings_shapes():
+    for num_texts, num_splits in ((3, 4), (None, None)):
+        with tf.Graph().as_default():
+            text = tf.compat.v1.placeholder(tf.string, [num_texts])
+            values, row_splits = _ops.dpsr_tokenize_strings(text, config=EVERY_KIND.serialize())
+            assert (values.shape.as_list(), row_splits.shape.as_list()) == ([None], [num_splits])
+            with pytest.raises(ValueError, match="Shape must be rank 1"):
+                tokenize_strings(tf.compat.v1.placeholder(tf.string, []))
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"text has shape \[1,2\], expected a vector"):
+        tokenize_strings([["a", "b"]])
+
+
+def test_tokenize_strings_needs_a_valid_config():
+    with pytest.raises(tf.errors.InvalidArgumentError, match="key word_unigrams is missing"):
+        _ops.dpsr_tokenize_strings(TEXTS, config="tokenizer_version=1\n")
+
+
+def test_large_batches_equal_small_ones(table):
+    # Enough bytes for many blocks, with a text larger than a block in between.
+    texts = [TEXTS[i % len(TEXTS)] + str(i).encode() for i in range(5000)]
+    texts[1234] = b"red shoes " * 5000
+    ids, tokens = table.tokenize(texts), tokenize_strings(texts)
+    values, row_splits = table.vocabulary.encode_batch(texts)
+    np.testing.assert_array_equal(ids.values, values)
+    np.testing.assert_array_equal(ids.row_splits, row_splits)
+    small = [row for begin in range(0, 5000, 50) for row in tokenize_strings(texts[begin : begin + 50]).to_list()]
+    assert tokens.to_list() == small
 
 
 def test_op_library_path():

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import doctest
 import pickle
+import re
 import subprocess
 import sys
 import threading
 import unicodedata
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,7 +71,7 @@ class TestTokenizer:
             token.encode()
             assert not any(
                 unicodedata.category(c) in ("Zs", "Cc", "Cs", "Po")
-                for c in token.lstrip("#").replace(" ", "").rstrip("#")
+                for c in re.sub("[ .,/]", "", token.strip("#"))  # numbers have . , / within
             )
 
     @given(st.binary())
@@ -78,14 +81,22 @@ class TestTokenizer:
 
     @given(st.text(st.characters(codec="utf-8")))
     def test_tokens_tokenize_to_themselves(self, text):
-        words = Tokenizer(TokenizerConfig(letter_trigrams=False, char_bigrams=False))
+        words = Tokenizer(TokenizerConfig(letter_trigrams=False, char_bigrams=False, number_parts=False))
         tokens = words.tokenize(text)
         assert words.tokenize(" ".join(tokens)) == [t for t in tokens if words.tokenize(t)]
 
     @given(st.text(st.characters(max_codepoint=127)))
     def test_ascii_is_what_it_looks_like(self, text):
-        words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
-        assert Tokenizer(TokenizerConfig(letter_trigrams=False)).tokenize(text) == words
+        numbers = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.lower())
+        words = re.findall(r"(?:[a-z0-9]|(?<=\d)[.,/](?=\d))+", numbers)
+        tokenizer = Tokenizer(TokenizerConfig(letter_trigrams=False, number_parts=False))
+        assert tokenizer.tokenize(text) == words
+        tokens = []
+        for word in words:
+            tokens += [word, *(re.findall(r"[a-z]+|[^a-z]+", word) if re.search("[a-z]", word) else [])]
+            if re.fullmatch("[a-z]+", word):
+                tokens.pop()
+        assert Tokenizer(TokenizerConfig(letter_trigrams=False)).tokenize(text) == tokens
 
 
 class TestTokenizerConfig:
@@ -155,6 +166,49 @@ class TestVocabulary:
         assert (tmp_path / "lists").read_bytes() == (tmp_path / "singles").read_bytes()
         assert (tmp_path / "lists").read_bytes() == (tmp_path / "generated").read_bytes()
         assert len(lists) == len(Vocabulary(tmp_path / "lists"))
+
+    @pytest.mark.parametrize("arrow_type", [pa.string(), pa.large_string(), pa.binary(), pa.large_binary()])
+    def test_arrow_equals_lists(self, tmp_path, arrow_type):
+        texts = [f"word{i % 97} 手机 12mm" for i in range(40_000)]
+        texts[3] = ""
+        array = pa.array(["not this", *texts, "nor this"], arrow_type)[1:-1]
+        with_null = pa.array([None if i == 3 else text for i, text in enumerate(texts)], arrow_type)
+        chunked = pa.chunked_array([array[:7], array[7:7], array[7:]])
+        vocabulary = write_vocabulary(tmp_path / "v", texts, TokenizerConfig(), num_oov_buckets=3)
+        expected = vocabulary.encode_batch(texts)
+        for same in (array, with_null, chunked):
+            write_vocabulary(tmp_path / "w", same, TokenizerConfig(), num_oov_buckets=3)
+            assert (tmp_path / "w").read_bytes() == (tmp_path / "v").read_bytes()
+            for got, want in zip(vocabulary.encode_batch(same), expected, strict=True):
+                np.testing.assert_array_equal(got, want)
+        assert vocabulary.encode_batch(pa.array([], arrow_type))[1].tolist() == [0]
+
+    def test_arrow_of_another_type_is_refused(self, tmp_path):
+        for other in (pa.array([1, 2]), pa.chunked_array([[1.5]]), pa.array(["a", "a"]).dictionary_encode()):
+            with pytest.raises(TypeError, match="expected string, large_string, binary or large_binary"):
+                VocabularyBuilder().add(other)
+
+    def test_threads_and_memory_do_not_change_the_file(self, tmp_path):
+        texts = [f"word{i} 手机{i % 50} {i}mm" for i in range(20_000)]
+        files = set()
+        for threads in (1, 2, 5):
+            for memory in (50_000, 2**30):
+                builder = VocabularyBuilder(
+                    num_threads=threads, max_memory_bytes=memory, temporary_directory=tmp_path / "."
+                )
+                builder.add(texts)
+                builder.write(tmp_path / "v", max_size=5000)
+                files.add((tmp_path / "v").read_bytes())
+        assert len(files) == 1 and [path.name for path in tmp_path.iterdir()] == ["v"]
+
+    def test_builder_options(self, tmp_path):
+        with pytest.raises(ValueError, match="num_threads is -1, expected 0 to 1024"):
+            VocabularyBuilder(num_threads=-1)
+        with pytest.raises(ValueError, match="max_memory_bytes is 0, expected at least 1"):
+            VocabularyBuilder(max_memory_bytes=0)
+        builder = VocabularyBuilder(max_memory_bytes=1, temporary_directory=tmp_path / "missing")
+        with pytest.raises(FileNotFoundError, match="cannot create a temporary file"):
+            builder.add("red")
 
     def test_builder_refuses_other_types(self):
         builder = VocabularyBuilder()

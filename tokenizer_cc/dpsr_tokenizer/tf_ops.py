@@ -8,9 +8,21 @@ from typing import Any
 
 import tensorflow as tf
 
-from dpsr_tokenizer import Vocabulary, op_library_path
+from dpsr_tokenizer import TokenizerConfig, Vocabulary, op_library_path
 
 _ops = tf.load_op_library(op_library_path())
+
+
+def tokenize_strings(text: Any, config: TokenizerConfig | None = None) -> tf.RaggedTensor:
+    """The tokens of `text`, string [num_texts], as string [num_texts, (num_tokens)]; needs no vocabulary.
+
+        tokenize_strings(["red 手"])  # [[b"red", b"##re", b"#red", b"#ed#", "手".encode()]]
+
+    `config` says which kinds of tokens; left out, the default ones. Raises InvalidArgumentError or ValueError when
+    `text` is no vector.
+    """
+    values, row_splits = _ops.dpsr_tokenize_strings(text, config=(config or TokenizerConfig()).serialize())
+    return tf.RaggedTensor.from_row_splits(values, row_splits, validate=False)
 
 
 class VocabularyTable(tf.saved_model.experimental.TrackableResource):

@@ -1,0 +1,36 @@
+"""Everything that DPSR builds against, found on this machine; nothing is downloaded.
+
+A workspace that depends on DPSR either calls dpsr_repositories() too, or defines some of these repositories itself
+beforehand: TensorFlow Serving, for one, would let @tensorflow_wheel//:framework be an alias of its own TensorFlow.
+"""
+
+load("//bazel:system.bzl", "system_repository")
+load("//bazel:wheels.bzl", "faiss_wheel", "tensorflow_wheel")
+
+def dpsr_repositories():
+    """Defines each of DPSR's external repositories that the workspace has not defined before."""
+    defined = native.existing_rules()
+    if "tensorflow_wheel" not in defined:
+        tensorflow_wheel(name = "tensorflow_wheel", version = "2.15.1")
+    if "faiss_wheel" not in defined:
+        faiss_wheel(name = "faiss_wheel")
+    if "utf8proc" not in defined:
+        system_repository(
+            name = "utf8proc",
+            archives = ["libutf8proc.a"],
+            debian_package = "libutf8proc-dev",
+            headers = ["utf8proc.h"],
+        )
+    if "xxhash" not in defined:
+        system_repository(
+            name = "xxhash",
+            debian_package = "libxxhash-dev",
+            headers = ["xxhash.h"],
+        )
+    if "googletest" not in defined:
+        system_repository(
+            name = "googletest",
+            archives = ["libgtest_main.a", "libgtest.a"],
+            debian_package = "libgtest-dev",
+            headers = ["gtest"],
+        )

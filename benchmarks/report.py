@@ -1,0 +1,128 @@
+"""What every benchmark shares: CPU time, measuring side by side, the hardware, the table and the JSON line.
+
+With `--json` a benchmark's last line is one object:
+
+    {"benchmark": "tokenizer", "schema": 1, "seed": 1, "hardware": {...},
+     "rows": [{"impl": "core", "workload": "homedepot", "metric": "rate", "value": 80.2, "unit": "MB/s", ...}],
+     "bars": {"ratio_to_best_comparable": 7.9}}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process, all its threads, and its children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def rates(
+    passes: Mapping[str, Callable[[], object]], units: float, repeat: int, min_seconds: float
+) -> dict[str, list[float]]:
+    """Units per second of CPU time of every pass, measured side by side: name -> `repeat` rates.
+
+    A pass does `units` of work. After one pass of each to warm up, all are measured in turn, `repeat` times, each time
+    for at least `min_seconds` of CPU time, so that a change of the machine's speed meets all alike. Every turn begins
+    with another one: none runs always behind the same.
+    """
+    for run in passes.values():
+        run()
+    names = list(passes)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(repeat):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            done = 0
+            start = cpu_seconds()
+            while (seconds := cpu_seconds() - start) < min_seconds or done == 0:
+                passes[name]()
+                done += 1
+            found[name].append(units * done / seconds)
+    return found
+
+
+def hardware(*packages: str) -> dict[str, Any]:
+    """The machine, and the versions of those of `packages` that are installed."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "versions": versions,
+    }
+
+
+@dataclasses.dataclass
+class Report:
+    """The figures of one run."""
+
+    benchmark: str
+    seed: int
+    hardware: dict[str, Any]
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    bars: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def add(self, impl: str, workload: str, metric: str, value: float, unit: str, **more: Any) -> None:
+        """Adds a row; `more` are fields of this benchmark alone."""
+        self.rows.append({"impl": impl, "workload": workload, "metric": metric, "value": value, "unit": unit, **more})
+
+    def add_samples(self, impl: str, workload: str, metric: str, samples: list[float], unit: str, **more: Any) -> None:
+        """Adds a row of the median, with the least and the greatest sample."""
+        spread = {"min": min(samples), "max": max(samples), "samples": len(samples)}
+        self.add(impl, workload, metric, statistics.median(samples), unit, **spread, **more)
+
+    def value(self, impl: str, workload: str, metric: str) -> float:
+        """The value of the row of that name. Raises KeyError when there is none."""
+        for row in self.rows:
+            if (row["impl"], row["workload"], row["metric"]) == (impl, workload, metric):
+                return float(row["value"])
+        raise KeyError(f"no row of {impl}, {workload}, {metric}")
+
+    def table(self) -> str:
+        """The rows and the bars for people."""
+        lines = [f"{self.hardware['cpu']}, {self.hardware['cores']} cores; seed {self.seed}", ""]
+        cells = [("workload", "implementation", "metric", "value", "unit", "least", "greatest", "note")]
+        for row in self.rows:
+            spread = [f"{row[key]:,.4g}" if key in row else "" for key in ("min", "max")]
+            head = (row["workload"], row["impl"], row["metric"], f"{row['value']:,.6g}", row["unit"])
+            cells.append((*head, *spread, row.get("note", "")))
+        widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+        numbers = {3, 5, 6}
+        for row in cells:
+            columns = zip(row, widths, strict=True)
+            lines.append(
+                "  ".join(f"{c:>{w}}" if i in numbers else f"{c:<{w}}" for i, (c, w) in enumerate(columns)).rstrip()
+            )
+        return "\n".join([*lines, "", *(f"{name} = {value:.3f}" for name, value in self.bars.items())])
+
+    def print(self, as_json: bool) -> None:
+        """Prints the table and, with `as_json`, the JSON object as the last line."""
+        print(self.table())
+        if as_json:
+            print(json.dumps({"benchmark": self.benchmark, "schema": SCHEMA, **dataclasses.asdict(self)}), flush=True)
