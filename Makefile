@@ -90,7 +90,7 @@ fuzz: native
 	@$(BIN)/python tests/tokenizer_cc/golden.py build/fuzz/seeds
 	@for target in $(FUZZ_TARGETS); do \
 	  mkdir -p build/fuzz/corpus/$$target && echo "$$target: $(FUZZ_RUNS) runs" && \
-	  build/fuzz/tokenizer_cc/$$target -runs=$(FUZZ_RUNS) -seed=1 -timeout=10 -verbosity=0 -print_final_stats=1 \
+	  build/fuzz/tokenizer_cc/$$target -runs=$(FUZZ_RUNS) -seed=1 -timeout=10 -verbosity=0 -print_funcs=0 -print_final_stats=1 \
 	    -artifact_prefix=build/fuzz/$$target- build/fuzz/corpus/$$target build/fuzz/seeds/$$target || exit 1; done
 
 build/offline.bazelrc: bazel/offline/bazelrc

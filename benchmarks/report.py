@@ -112,13 +112,14 @@ class Report:
             spread = [f"{row[key]:,.4g}" if key in row else "" for key in ("min", "max")]
             head = (row["workload"], row["impl"], row["metric"], f"{row['value']:,.6g}", row["unit"])
             cells.append((*head, *spread, row.get("note", "")))
-        widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+        widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
         numbers = {3, 5, 6}
-        for row in cells:
-            columns = zip(row, widths, strict=True)
-            lines.append(
-                "  ".join(f"{c:>{w}}" if i in numbers else f"{c:<{w}}" for i, (c, w) in enumerate(columns)).rstrip()
-            )
+        for line in cells:
+            aligned = [
+                f"{cell:>{width}}" if column in numbers else f"{cell:<{width}}"
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ]
+            lines.append("  ".join(aligned).rstrip())
         return "\n".join([*lines, "", *(f"{name} = {value:.3f}" for name, value in self.bars.items())])
 
     def print(self, as_json: bool) -> None:
