@@ -16,11 +16,13 @@ import os
 import platform
 import resource
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 SCHEMA = 1
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 def cpu_seconds() -> float:
@@ -30,8 +32,8 @@ def cpu_seconds() -> float:
 
 
 def rates(
-    passes: Mapping[str, Callable[[], object]], units: float, repeat: int, min_seconds: float
-) -> dict[str, list[float]]:
+    passes: Mapping[Key, Callable[[], object]], units: float, repeat: int, min_seconds: float
+) -> dict[Key, list[float]]:
     """Units per second of CPU time of every pass, measured side by side: name -> `repeat` rates.
 
     A pass does `units` of work. After one pass of each to warm up, all are measured in turn, `repeat` times, each time
@@ -41,7 +43,7 @@ def rates(
     for run in passes.values():
         run()
     names = list(passes)
-    found: dict[str, list[float]] = {name: [] for name in names}
+    found: dict[Key, list[float]] = {name: [] for name in names}
     for turn in range(repeat):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
