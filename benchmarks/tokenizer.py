@@ -181,7 +181,8 @@ def comparable(texts: list[str], folder: Path) -> dict[str, Implementation]:
     }
     try:
         import tensorflow_text
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        _left_out("tensorflow_text", error)
         return found
     ngrams = NgramTokens(tokens)
     # case_fold_utf8 is ICU's NFKC_Casefold.
@@ -194,6 +195,13 @@ def comparable(texts: list[str], folder: Path) -> dict[str, Implementation]:
     return found
 
 
+def _left_out(peer: str, error: ModuleNotFoundError) -> None:
+    """Says that a peer is not installed; one that is, but lacks something, is an error: its row would go missing."""
+    if error.name != peer:
+        raise error
+    print(f"left out: {peer} is not installed; `make bench-tokenizer` installs it", file=sys.stderr)
+
+
 def orientation(texts: list[str], folder: Path) -> dict[str, Implementation]:
     """Others, trained on `texts`; their results stay in the form in which they come, which costs them least."""
     note = "our default: with number_parts"
@@ -201,8 +209,8 @@ def orientation(texts: list[str], folder: Path) -> dict[str, Implementation]:
     found = {"core_default": _core(default, note)}
     try:
         from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-    except ModuleNotFoundError:
-        pass
+    except ModuleNotFoundError as error:
+        _left_out("tokenizers", error)
     else:
         kinds = {
             "hf_bert_words": (
@@ -221,8 +229,8 @@ def orientation(texts: list[str], folder: Path) -> dict[str, Implementation]:
             found[name] = Implementation(tokenizer.encode_batch_fast, list, note=note)
     try:
         import sentencepiece
-    except ModuleNotFoundError:
-        pass
+    except ModuleNotFoundError as error:
+        _left_out("sentencepiece", error)
     else:
         for kind in ("unigram", "bpe"):
             model_file = io.BytesIO()
