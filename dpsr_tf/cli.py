@@ -30,6 +30,7 @@ COMMANDS = {
     "tokenize": ("dpsr_tokenizer.command", "shows the tokens or ids that texts become"),
     "ingest": ("dpsr_tf.data.ingest", "turns raw tables into a store"),
     "train": ("dpsr_tf.training.train", "trains the two towers on a store"),
+    "launch": ("dpsr_tf.training.launch", "trains on a cluster of processes on this machine"),
     "index": ("dpsr_export.index", "embeds all items and builds the FAISS index"),
     "export": ("dpsr_export.export", "fuses query tower and index into a servable"),
     "serve": ("dpsr_serving.model_server", "starts the model server on a servable"),

@@ -7,6 +7,7 @@ names the key, the value, and what is allowed. The config is saved with every ch
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import math
 import re
@@ -38,11 +39,20 @@ def option(
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The two towers (DPSR section 4.1)."""
+    """The two towers (DPSR sections 4.1 to 4.3). Features are named as in the schema; "*" stands for all of them."""
 
-    token_dim: int = option(64, "width of the embedding table that query and item text share", 1, 4096)
-    hidden: tuple[int, ...] = option((), "widths of each tower's ReLU layers, from text to embedding", 1, 65536)
+    token_dim: int = option(64, "width of the embedding table of tokens, and of what each head's layers read", 1, 4096)
+    feature_dim: int = option(16, "width of the embedding of a categorical, number or multi feature", 1, 4096)
+    hidden: tuple[int, ...] = option((), "widths of the ReLU layers of a tower, and of each of its heads", 1, 65536)
     embedding_dim: int = option(64, "d, the length of query and item embeddings", 1, 4096)
+    num_heads: int = option(1, "m, embeddings of a query (4.2)", 1, 16)
+    temperature: float = option(0.1, "beta of the soft dot product over heads (equation 1); 0 is the largest", 0, 1e3)
+    share_text_table: bool = option(True, "query and item text share one embedding table")
+    item_features: tuple[str, ...] = option((), "features that enter the item tower beside the text")
+    user_features: tuple[str, ...] = option((), "profile features that enter the query tower (DPSR-p)")
+    history_length: int = option(0, "last items of the user that enter the query tower (DPSR-h)", 0, 1000)
+    query_history_length: int = option(0, "last queries of the user that enter the query tower (DPSR-h)", 0, 1000)
+    history_pooling: str = option("attention", "how a history becomes one vector", choices=("attention", "sum"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +63,17 @@ class TrainConfig:
     batch_size: int = option(64, "b, positive pairs a step", 2, 1 << 16)
     num_title_queries: int = option(0, "pairs of a batch whose query is a piece of a random item's text", 0, 1 << 16)
     learning_rate: float = option(0.01, "AdaGrad's learning rate", 1e-8, 100)
+    loss: str = option("hinge", "hinge (4.3) or softmax over the negatives", choices=("hinge", "softmax"))
     margin: float = option(0.1, "delta of the hinge loss", 0, 2)
+    softmax_temperature: float = option(0.07, "what the softmax loss divides scores by", 1e-3, 1e3)
+    log_q_correction: bool = option(False, "the softmax loss corrects for how often an item is a negative")
     num_random_negatives: int = option(64, "random negatives a step, shared by the batch (4.4.1)", 0, 1 << 16)
     mixing_ratio: float = option(0.5, "alpha, the share of random negatives in the loss (4.4.3)", 0, 1)
     num_hard_negatives: int = option(0, "hardest negatives of a pair that count; 0: all, as in the paper", 0, 1 << 17)
     num_supervised_negatives: int = option(0, "places of the random set for labelled negatives (4.5)", 0, 1 << 16)
+    num_own_negatives: int = option(0, "negatives that a pair has for itself alone", 0, 1024)
+    own_negatives: str = option("impressions", "what those are", choices=("impressions", "supervised", "both"))
+    own_negative_weight: float = option(1.0, "how much one of them counts in the loss", 0, 1e6)
     seed: int = option(1, "of initial weights, shuffle and negatives", 0, 2**31 - 1)
     checkpoint_steps: int = option(2_000, "steps between checkpoints", 1)
 
@@ -73,8 +89,12 @@ class TrainConfig:
                 f"num_supervised_negatives is {self.num_supervised_negatives}, expected at most num_random_negatives, "
                 f"{self.num_random_negatives}: they take places of the random ones"
             )
-        if self.mixing_ratio == 1 and self.num_random_negatives == 0:
+        if self.mixing_ratio == 1 and self.num_random_negatives == 0 and self.num_own_negatives == 0:
             return "mixing_ratio is 1 and num_random_negatives 0, so no negative counts; raise one or lower the other"
+        if self.num_hard_negatives and self.loss != "hinge":
+            return f"num_hard_negatives is {self.num_hard_negatives} and loss {self.loss}, but it goes with hinge only"
+        if self.log_q_correction and self.loss != "softmax":
+            return f"log_q_correction is on and loss {self.loss}, but it goes with softmax only"
         return None
 
 
@@ -134,7 +154,9 @@ def to_dict(value: Any) -> Any:
     """A dataclass as plain dicts and lists, for YAML and JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, dict):
+        return {key: to_dict(item) for key, item in value.items()}
+    return [to_dict(item) for item in value] if isinstance(value, tuple) else value
 
 
 def from_dict(cls: type[T], data: Any, where: str, check: bool = True) -> T:
@@ -142,6 +164,7 @@ def from_dict(cls: type[T], data: Any, where: str, check: bool = True) -> T:
 
     Args:
         cls: the dataclass; its method `problem`, if it has one, says what is wrong with values that do not go together.
+            Where it has a class variable SHORTHAND, a text stands for a mapping with that one key.
         data: the mapping; None, an empty section, is one without keys.
         where: stands before each error: the file, then the section.
         check: asks `problem`.
@@ -150,6 +173,9 @@ def from_dict(cls: type[T], data: Any, where: str, check: bool = True) -> T:
         UsageError: names the key, the value, and what is allowed.
     """
     data = {} if data is None else data
+    shorthand = getattr(cls, "SHORTHAND", None)
+    if shorthand is not None and isinstance(data, str):
+        data = {shorthand: data}
     if not isinstance(data, dict):
         raise UsageError(f"{where}: is {data!r}, expected a section of `key: value` lines")
     types = typing.get_type_hints(cls)
@@ -188,9 +214,16 @@ def _convert(value: Any, kind: Any, field: Any, where: str, check: bool) -> Any:
         if not items and field.default is dataclasses.MISSING:
             raise UsageError(f"{where} is [], expected at least one{_help_of(metadata)}")
         return tuple(_convert(item, element, field, where, check) for item in items)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UsageError(f"{where} is {value!r}, expected `key: value` lines{_help_of(metadata)}")
+        element = typing.get_args(kind)[1]
+        return {str(key): _convert(item, element, field, f"{where}: {key}", check) for key, item in value.items()}
     given = value
     if kind is float:
         value = _as_float(value)
+    if kind is str and isinstance(value, datetime.date):  # YAML's own reading of 2024-03-01
+        value = value.isoformat()
     if type(value) is not kind:
         raise UsageError(f"{where} is {value!r}, expected {_name(kind)}{_help_of(metadata)}")
     low, high, choices = metadata.get("minimum"), metadata.get("maximum"), metadata.get("choices")

@@ -23,7 +23,7 @@ import yaml
 from absl import flags
 
 from dpsr_tf.config import load_config
-from dpsr_tf.data.store import Store, unpack_strings
+from dpsr_tf.data.store import Store
 from dpsr_tf.errors import CommandError, UsageError
 from dpsr_tf.evaluation.evaluate import Judgments
 from dpsr_tf.training.model_directory import ModelDirectory
@@ -170,7 +170,7 @@ def _homedepot(data: Path) -> _Job:
 def _dev_queries(job: _Job, store: Store) -> list[str]:
     """The four queries with the most relevant items in the dev fold, none of them in the log."""
     judgments = Judgments.read(job.judgments, *job.columns, job.relevant_from)
-    log = {query.casefold() for query in unpack_strings(store.interactions(), "query_text")}
+    log = {query.casefold() for query in store.queries()}
     unseen = [
         (-len(items), query)
         for query, items in zip(judgments.queries, judgments.relevant, strict=True)

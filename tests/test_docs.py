@@ -25,7 +25,7 @@ def test_configuration_table_has_every_key_and_default() -> None:
 
 def test_schema_example_is_a_schema() -> None:
     text = (ROOT / "docs" / "data_format.md").read_text()
-    example = yaml.safe_load(re.search(r"```yaml\n(items:.*?)```", text, re.DOTALL)[1])
+    example = yaml.safe_load(re.search(r"```yaml\n(items:\n.*?)```", text, re.DOTALL)[1])
     schema = from_dict(Schema, example, "data_format.md")
     # It names every key there is.
     assert set(to_dict(schema)) == set(example)

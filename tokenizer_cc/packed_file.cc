@@ -332,18 +332,27 @@ Status PackedFile::Open(const std::string& path, std::string_view kind, bool ver
   if (!S_ISREG(stat_result.st_mode)) {
     return MakeStatus(StatusCode::kDataLoss, path, ": not a regular file, expected a packed file");
   }
-  const uint64_t size = static_cast<uint64_t>(stat_result.st_size);
+  const size_t size = static_cast<size_t>(stat_result.st_size);
+  if (size == 0) return OpenMemory(path, kind, verify, nullptr, nullptr, 0, file);  // which cannot be mapped
+  void* map = mmap(nullptr, size, PROT_READ, MAP_SHARED, fd.get(), 0);
+  if (map == MAP_FAILED) return SystemError(path, "map");
+  std::shared_ptr<const void> owner(map, [size](void* mapped) { munmap(mapped, size); });
+  return OpenMemory(path, kind, verify, std::move(owner), map, size, file);
+}
+
+Status PackedFile::OpenMemory(std::string path, std::string_view kind, bool verify, std::shared_ptr<const void> owner,
+                              const void* data, size_t size, std::unique_ptr<PackedFile>* file) {
+  if (reinterpret_cast<uintptr_t>(data) % sizeof(uint64_t) != 0) {
+    return MakeStatus(StatusCode::kInvalidArgument, path, ": its memory is not aligned to ", sizeof(uint64_t), " bytes");
+  }
   if (size < sizeof(Header)) {
     return MakeStatus(StatusCode::kDataLoss, path, ": not a packed file or truncated: ", size,
                       " bytes, expected at least ", sizeof(Header));
   }
   std::unique_ptr<PackedFile> opened(new PackedFile);
   opened->path_ = path;
-  void* map = mmap(nullptr, size, PROT_READ, MAP_SHARED, fd.get(), 0);
-  if (map == MAP_FAILED) return SystemError(path, "map");
-  opened->map_ = map;
-  opened->size_ = size;
-  const char* base = static_cast<const char*>(map);
+  opened->memory_ = std::move(owner);
+  const char* base = static_cast<const char*>(data);
 
   Header header;
   std::memcpy(&header, base, sizeof(header));
@@ -400,16 +409,9 @@ Status PackedFile::Open(const std::string& path, std::string_view kind, bool ver
     section.bytes = entry.bytes;
     section.count = entry.bytes / element;
     section.data = base + entry.offset;
-    if (verify) {
-      if (XXH3_64bits(section.data, section.bytes) != entry.checksum) {
-        return MakeStatus(StatusCode::kDataLoss, path, ": the checksum of section \"", section.name, "\" (byte ",
-                          entry.offset, ", ", entry.bytes, " bytes) is wrong; the file is corrupt");
-      }
-      if (std::memcmp(base + entry.offset + entry.bytes, kZeros, PaddingAfter(entry.bytes)) != 0) {
-        return MakeStatus(StatusCode::kDataLoss, path, ": the padding after section \"", section.name, "\" (byte ",
-                          entry.offset + entry.bytes, ") is not zero; the file is corrupt");
-      }
-    }
+    section.offset = entry.offset;
+    section.checksum = entry.checksum;
+    if (verify) DPSR_RETURN_IF_ERROR(opened->Verify(section));
     next = entry.offset + entry.bytes + PaddingAfter(entry.bytes);
     opened->sections_.push_back(std::move(section));
   }
@@ -421,15 +423,24 @@ Status PackedFile::Open(const std::string& path, std::string_view kind, bool ver
   return Status();
 }
 
-PackedFile::~PackedFile() {
-  if (map_ != nullptr) munmap(map_, size_);
-}
-
 const PackedFile::Section* PackedFile::Find(std::string_view name) const {
   for (const Section& section : sections_) {
     if (section.name == name) return &section;
   }
   return nullptr;
+}
+
+Status PackedFile::Verify(const Section& section) const {
+  if (XXH3_64bits(section.data, section.bytes) != section.checksum) {
+    return MakeStatus(StatusCode::kDataLoss, path_, ": the checksum of section \"", section.name, "\" (byte ",
+                      section.offset, ", ", section.bytes, " bytes) is wrong; the file is corrupt");
+  }
+  const char* end = static_cast<const char*>(section.data) + section.bytes;
+  if (std::memcmp(end, kZeros, PaddingAfter(section.bytes)) != 0) {
+    return MakeStatus(StatusCode::kDataLoss, path_, ": the padding after section \"", section.name, "\" (byte ",
+                      section.offset + section.bytes, ") is not zero; the file is corrupt");
+  }
+  return Status();
 }
 
 Status PackedFile::Lookup(std::string_view name, DataType dtype, const Section** section) const {

@@ -14,7 +14,8 @@
 // gives equal bytes.
 //
 // A file is written under a temporary name in the same directory and renamed by Finish(): a reader sees a whole file or
-// none. Open() checks magic, version, kind, sizes, the header and table checksums, and, with `verify`, the data.
+// none. Open() checks magic, version, kind, sizes, the header and table checksums, and, with `verify`, the data; a reader
+// that needs only some sections opens without and calls Verify() for those.
 // Replace a file that may be open by writing it anew, never in place: readers have it mapped.
 //
 //   PackedFileWriter writer("items.dpsr", "items");
@@ -120,13 +121,19 @@ class PackedFile {
     size_t count;  // elements
     size_t bytes;
     const void* data;
+    uint64_t offset;    // of the data in the file
+    uint64_t checksum;  // what it has to be, see Verify
   };
 
   // Maps `path`. `kind` empty accepts any. With `verify` the checksum of every section is computed (some 10 GB/s).
   // Errors: NotFound (no such file), DataLoss (not a packed file, truncated, checksum; names file, section, offset),
   // FailedPrecondition (another format version or another kind).
   static Status Open(const std::string& path, std::string_view kind, bool verify, std::unique_ptr<PackedFile>* file);
-  ~PackedFile();
+  // The same for a file whose `size` bytes are in memory already, as other file systems give it. `path` is what errors
+  // call it; `data` is aligned to 8 bytes, and stays as it is as long as `owner` lives. Errors besides those of Open:
+  // InvalidArgument for memory that is not aligned.
+  static Status OpenMemory(std::string path, std::string_view kind, bool verify, std::shared_ptr<const void> owner,
+                           const void* data, size_t size, std::unique_ptr<PackedFile>* file);
   PackedFile(const PackedFile&) = delete;
   PackedFile& operator=(const PackedFile&) = delete;
 
@@ -137,6 +144,8 @@ class PackedFile {
   uint64_t fingerprint() const { return fingerprint_; }
   // Null when there is no section of that name.
   const Section* Find(std::string_view name) const;
+  // Computes the checksum of one of sections(). DataLoss, with file and offset, when it or the padding is wrong.
+  Status Verify(const Section& section) const;
 
   // The section as a typed array. Errors: DataLoss when it is missing or has another dtype.
   template <typename T>
@@ -153,8 +162,7 @@ class PackedFile {
 
   std::string path_;
   std::string kind_;
-  void* map_ = nullptr;
-  size_t size_ = 0;
+  std::shared_ptr<const void> memory_;  // whose bytes the sections are
   uint64_t fingerprint_ = 0;
   std::vector<Section> sections_;
 };

@@ -169,6 +169,57 @@ TEST_F(PackedFileTest, LyingFileStaysInBounds) {
   }
 }
 
+TEST_F(PackedFileTest, OpensMemoryThatSomebodyElseHolds) {
+  WriteSmall();
+  const auto bytes = std::make_shared<std::vector<char>>();
+  {
+    const std::string read = ReadBytes();
+    bytes->assign(read.begin(), read.end());
+  }
+  ASSERT_EQ(reinterpret_cast<uintptr_t>(bytes->data()) % 8, 0u);
+  const auto open = [&](const char* data, size_t size) {
+    return PackedFile::OpenMemory("ram://small", "items", /*verify=*/true, bytes, data, size, &file_);
+  };
+  ASSERT_TRUE(IsOk(open(bytes->data(), bytes->size())));
+  EXPECT_EQ(file_->path(), "ram://small");
+  EXPECT_GT(bytes.use_count(), 1) << "held as long as the file lives";
+  Span<const int64_t> ids;
+  ASSERT_TRUE(IsOk(file_->Get("ids", &ids)));
+  EXPECT_EQ(ids[2], int64_t{1} << 40);
+  file_.reset();
+  EXPECT_EQ(bytes.use_count(), 1);
+
+  for (size_t size = 0; size < bytes->size(); ++size) {
+    const Status status = open(bytes->data(), size);
+    ASSERT_EQ(status.code(), StatusCode::kDataLoss) << size;
+    ASSERT_TRUE(Contains(status.message(), "ram://small"));
+  }
+  EXPECT_EQ(open(nullptr, 0).code(), StatusCode::kDataLoss);
+  EXPECT_EQ(open(bytes->data() + 4, bytes->size() - 4).code(), StatusCode::kInvalidArgument);
+}
+
+// A flip in a section is found when that section is verified, and by no other.
+TEST_F(PackedFileTest, SectionsAreVerifiedOneByOne) {
+  WriteSmall();
+  const std::string bytes = ReadBytes();
+  for (const auto& [offset, name] : {std::pair<size_t, const char*>{64, "ids"}, {87, "ids"}, {90, "ids"},
+                                     {128, "names"}, {132, "names"}, {140, "names"}}) {
+    std::string flipped = bytes;
+    flipped[offset] ^= 1;
+    WriteBytes(flipped);
+    ASSERT_TRUE(IsOk(Open(/*verify=*/false)));
+    for (const PackedFile::Section& section : file_->sections()) {
+      const Status status = file_->Verify(section);
+      ASSERT_EQ(status.ok(), section.name != name) << offset << ' ' << section.name;
+      if (!status.ok()) {
+        EXPECT_EQ(status.code(), StatusCode::kDataLoss);
+        EXPECT_TRUE(Contains(status.message(), path_));
+        EXPECT_TRUE(Contains(status.message(), StrCat("section \"", name, "\" (byte ")));
+      }
+    }
+  }
+}
+
 TEST_F(PackedFileTest, TableThatIsNotCanonicalIsRefused) {
   WriteSmall();
   const std::string bytes = ReadBytes();

@@ -1,24 +1,18 @@
-"""`dpsr generate`: a synthetic shop and its click log, with known truths.
+"""`dpsr generate`: a synthetic shop and its search log, with known truths.
 
-The world holds what DPSR (sections 1 and 6.3) sets out to solve, on a small scale: queries whose words stand in no
-title that they mean (semantic gap), words with two meanings, misspelt queries, accessories whose titles name another
-product, long tails of queries and items, and users whose profile decides what they click. It is made in this order,
-each step with a random stream of its own, so that a new phenomenon in one step leaves the others as they are:
-
-    lexicon (shop_lexicon.yaml) -> items -> queries -> users and clicks -> files
-
-What is relevant is decided by an item's attributes, never by its title: an item is relevant to a query if it is what
-one of the query's meanings asks for.
+It holds what DPSR (sections 1 and 6.3) sets out to solve: queries whose words stand in no title that they mean
+(semantic gap), words with two meanings, misspelt queries, accessories whose titles name another product, long tails of
+queries and items, and users whose profile and history decide what they click. docs/generated_shop.md says what is in
+which file.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,55 +20,69 @@ import pyarrow.parquet
 import yaml
 from absl import flags
 
-from dpsr_tf.config import from_dict, option, read_yaml, to_dict
+from dpsr_tf.config import from_dict, read_yaml, to_dict
+from dpsr_tf.data.schema import EVENT_TYPES
+from dpsr_tf.data.shop.judge import FOLDS, KINDS, judged, kinds, labels, purchases
+from dpsr_tf.data.shop.lexicon import GENDERS, POWERS
+from dpsr_tf.data.shop.log import START, Log, Rows
+from dpsr_tf.data.shop.world import NAMES, TASTE_WEIGHTS, Parameters, World, make_world, random_stream
 from dpsr_tf.data.store import new_directory
-from dpsr_tf.errors import UsageError
+from dpsr_tf.errors import CommandError, UsageError
 
 USAGE = """
-Usage: dpsr generate --out=DIR
+Usage: dpsr generate --out=DIR [--parameters=FILE] [--set=NAME=VALUE ...]
 
-Writes a synthetic shop, English and Chinese, and its click log into DIR: items.parquet, users.parquet,
-interactions.parquet, schema.yaml for `dpsr ingest`, judgments.dev.tsv for `dpsr evaluate` (queries that the log does
-not hold), and truth.json. The same flags give the same files, byte for byte.
+Writes a synthetic shop, English and Chinese, and its search log into DIR: items.parquet, users.parquet, interactions/,
+labels.parquet, schema.yaml for `dpsr ingest`, judgments.dev.tsv and judgments.test.tsv for `dpsr evaluate` (queries
+that the log does not hold), judgments.personal.tsv (purchases after the log's end), and what is true in truth.json and
+truth/. The same flags give the same files, byte for byte.
 """
 
-LEXICON = Path(__file__).parent / "shop_lexicon.yaml"
-GENDERS = ("female", "male")
-AGES = ("18-25", "26-35", "36-50", "51+")
-POWERS = ("low", "middle", "high")
-
-# First second of the log, 2024-01-01 UTC.
-_START = 1_704_067_200
+_FLAGS = ("seed", "items", "users", "interactions")
+_BATCHES_OF_A_PART = 16  # some 3 million rows
 # Ids are drawn from here up, so that none is a row number.
 _FIRST_ID, _LAST_ID = 10_000_000, 10_000_000_000
-# A brand's tier multiplies the price of what it sells: tier 0, 1, 2 divide by, keep, multiply by this.
-_TIER_FACTOR = 1.8
-# The shares of the judged queries' kinds.
-_KINDS = {"plain": 0.5, "gap": 0.3, "typo": 0.2}
 
-
-@dataclasses.dataclass(frozen=True)
-class Parameters:
-    """What a shop is made from. Fields without a flag set how hard it is; truth.json records all of them."""
-
-    seed: int = option(1, "of everything; another seed gives another shop", 0, 2**63 - 1)
-    items: int = option(3_000, "items of both languages", 200, 1_000_000)
-    users: int = option(500, "users of both languages", 10, 10_000_000)
-    interactions: int = option(30_000, "clicks of the log", 100, 20_000_000)
-    chinese_share: float = option(1 / 3, "share of items, users and clicks in the Chinese half", 0.1, 0.9)
-    days: int = option(60, "time that the log covers", 1, 3650)
-    popularity_exponent: float = option(0.8, "Zipf exponent of item popularity", 0, 2)
-    query_exponent: float = option(0.8, "Zipf exponent of query frequency", 0, 2)
-    activity_exponent: float = option(0.5, "Zipf exponent of user activity", 0, 2)
-    taste: float = option(1.0, "how much the profile decides a click; 0 is nothing", 0, 5)
-    noise_share: float = option(0.05, "share of clicks on any item of the shop, by popularity", 0, 1)
-    typo_share: float = option(0.04, "share of clicks whose query is misspelt", 0, 1)
-    held_out_share: float = option(0.1, "share of combinations that the log never asks for", 0, 0.5)
-    judged_queries: int = option(300, "queries in judgments.dev.tsv, at most", 10, 1_000_000)
-    max_judged_items: int = option(50, "relevant items listed for a query, at most", 1, 10_000)
-
-
-_FLAGS = ("seed", "items", "users", "interactions")
+SCHEMA: dict[str, Any] = {
+    "items": {
+        "files": "items.parquet",
+        "id": "item_id",
+        "text": "title",
+        "popularity": "sales",
+        "features": [
+            "brand",
+            "category",
+            "shop",
+            {
+                "column": "price",
+                "kind": "number",
+                "boundaries": [5, 10, 20, 40, 80, 150, 300, 600, 1200, 2500, 5000],
+            },
+            "in_stock",
+        ],
+    },
+    "users": {
+        "files": "users.parquet",
+        "id": "user_id",
+        "features": [
+            "gender",
+            {"column": "age", "kind": "number", "boundaries": [26, 36, 51]},
+            "purchase_power",
+            "city",
+        ],
+    },
+    "interactions": {
+        "files": "interactions",
+        "query": "query",
+        "item": "item_id",
+        "user": "user_id",
+        "type": "event",
+        "time": "time",
+        "session": "session",
+        "position": "position",
+    },
+    "vocabulary": {"min_count": 2},
+}
 
 REQUIRED_FLAGS = ("out",)
 
@@ -83,6 +91,8 @@ def define_flags(values: flags.FlagValues) -> None:
     """Flags of `dpsr generate`."""
     flags.DEFINE_string("out", None, "directory to make", flag_values=values)
     flags.DEFINE_boolean("overwrite", False, "replaces a directory that is there", flag_values=values)
+    flags.DEFINE_string("parameters", None, "YAML file of parameters; flags and --set win", flag_values=values)
+    flags.DEFINE_multi_string("set", [], "name=value of a parameter; repeatable", flag_values=values)
     for name in _FLAGS:
         field = Parameters.__dataclass_fields__[name]
         flags.DEFINE_integer(name, field.default, field.metadata["help"], flag_values=values)
@@ -90,436 +100,85 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """Runs `dpsr generate`."""
+    parameters = _parameters(values)
+    try:
+        with new_directory(Path(values.out), values.overwrite, "shop", "truth.json") as out:
+            counts = generate(parameters, out)
+    except OSError as error:
+        raise CommandError(f"{values.out}: cannot be written: {error}; nothing is left of it") from None
+    print(
+        f"shop {values.out}: {counts['items']:,} items, {counts['users']:,} users, {counts['interactions']:,} clicks "
+        f"({counts['rows']:,} rows) of {counts['queries']:,} queries, {counts['judged_queries']:,} other queries judged"
+    )
+
+
+def _parameters(values: flags.FlagValues) -> Parameters:
+    """File, then flags, then --set. Raises UsageError for what is not allowed."""
+    given: dict[str, Any] = {}
+    if values.parameters is not None:
+        given = read_yaml(values.parameters)
+        from_dict(Parameters, given, f"--parameters={values.parameters}", check=False)
     for name in _FLAGS:
         low, high = (Parameters.__dataclass_fields__[name].metadata[bound] for bound in ("minimum", "maximum"))
         if not low <= values[name].value <= high:
             raise UsageError(f"--{name}={values[name].value}: expected {low:,} to {high:,}")
-    parameters = Parameters(**{name: values[name].value for name in _FLAGS})
-    with new_directory(Path(values.out), values.overwrite, "shop", "truth.json") as out:
-        counts = generate(parameters, out)
-    print(
-        f"shop {values.out}: {counts['items']:,} items, {counts['users']:,} users, {counts['interactions']:,} clicks "
-        f"of {counts['queries']:,} queries, {counts['judged_queries']:,} other queries judged"
-    )
+        if values[name].present:
+            given[name] = values[name].value
+    for assignment in values["set"].value:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise UsageError(f"--set={assignment}: expected name=value, for example list_length=10")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UsageError(f"--set={assignment}: '{text}' is not a number") from None
+        from_dict(Parameters, {name: value}, f"--set={assignment}", check=False)
+        given[name] = value
+    return from_dict(Parameters, given, "parameters")
 
 
 def generate(parameters: Parameters, out: Path) -> dict[str, int]:
-    """Writes the shop's files into the directory `out`, which exists; returns the counts that truth.json holds."""
-    lexicon = load_lexicon()
-    english = 1 - parameters.chinese_share
-    shops = [Shop("en", lexicon.en, parameters, (0, english)), Shop("zh", lexicon.zh, parameters, (english, 1))]
-    rng = _rng(parameters, "ids")
-    item_ids = _random_ids(sum(len(shop.titles) for shop in shops), rng)
-    user_ids = _random_ids(sum(len(shop.user_class) for shop in shops), rng)
-    logs = [shop.clicks() for shop in shops]
-    log_texts = {text for log in logs for text in log.queries}
-    judged = [query for shop in shops for query in shop.judged(log_texts)]
-    judged = [judged[row] for row in _rng(parameters, "judged").permutation(len(judged))]
+    """Writes the shop's files into the directory `out`, which exists.
 
-    _write_items(shops, item_ids, out / "items.parquet")
-    _write_users(shops, user_ids, out / "users.parquet")
-    _write_clicks(shops, logs, item_ids, user_ids, out / "interactions.parquet")
-    _write_judgments(shops, judged, item_ids, parameters, out / "judgments.dev.tsv")
-    (out / "schema.yaml").write_text(yaml.safe_dump(_SCHEMA, sort_keys=False))
+    Memory goes with items, users and distinct queries, not with interactions.
 
-    counts = {
-        "items": len(item_ids),
-        "users": len(user_ids),
-        "interactions": sum(len(log.item) for log in logs),
-        "noise_interactions": sum(int(log.noise.sum()) for log in logs),
-        "queries": len(log_texts),
-        "judged_queries": len(judged),
-        **{f"judged_{kind}": sum(query.kind == kind for query in judged) for kind in _KINDS},
-    }
-    truth = {
-        "format": "dpsr-generated-shop",
-        "version": 1,
-        "parameters": to_dict(parameters),
-        "counts": counts,
-        "synonyms": {shop.name: shop.synonyms() for shop in shops},
-        "polysemous": {shop.name: shop.polysemous() for shop in shops},
-        "misleading": {shop.name: {t.word: t.fits for t in shop.types if t.fits} for shop in shops},
-    }
-    (out / "truth.json").write_text(json.dumps(truth, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    return counts
+    Returns:
+        The counts that truth.json holds.
 
-
-# The lexicon: the dataclasses say what shop_lexicon.yaml may hold.
-
-
-@dataclasses.dataclass(frozen=True)
-class Value:
-    """One value of an attribute, such as "black"."""
-
-    word: str
-    synonyms: tuple[str, ...] = ()
-    gender: str | None = option(None, "who likes it", choices=GENDERS)
-    age: str | None = option(None, "who likes it", choices=AGES)
-
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """A numeric attribute: the numbers from first to last, both included."""
-
-    first: int
-    last: int
-    step: int
-    format: str  # such as "{} inch"
-
-
-@dataclasses.dataclass(frozen=True)
-class Attribute:
-    """A property that each item of a type has: a list of values, or a range of numbers."""
-
-    name: str
-    values: tuple[Value, ...] = ()
-    range: Range | None = None
-
-    def all_values(self) -> tuple[Value, ...]:
-        """The values, in order."""
-        r = self.range
-        return (
-            self.values if r is None else tuple(Value(r.format.format(n)) for n in range(r.first, r.last + 1, r.step))
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class ItemType:
-    """A kind of product; see the head of shop_lexicon.yaml."""
-
-    word: str
-    price: float
-    attributes: tuple[str, ...]
-    synonyms: tuple[str, ...] = ()
-    fits: str | None = None
-    gender: str | None = option(None, "who likes it", choices=GENDERS)
-    age: str | None = option(None, "who likes it", choices=AGES)
-
-
-@dataclasses.dataclass(frozen=True)
-class Category:
-    """Types that the same brands make."""
-
-    name: str
-    brands: tuple[str, ...]
-    types: tuple[ItemType, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Language:
-    """All words of one language."""
-
-    separator: str
-    fillers: tuple[str, ...]
-    attributes: tuple[Attribute, ...]
-    categories: tuple[Category, ...]
-    homophones: tuple[str, ...] = ()  # two characters each: the right one, the wrong one
-
-
-@dataclasses.dataclass(frozen=True)
-class Lexicon:
-    """All words."""
-
-    en: Language
-    zh: Language
-
-
-def load_lexicon() -> Lexicon:
-    """The words of the shop."""
-    return from_dict(Lexicon, read_yaml(LEXICON), str(LEXICON))
-
-
-# The world.
-
-
-@dataclasses.dataclass(frozen=True)
-class Query:
-    """A query text with its truth."""
-
-    text: str
-    kind: str  # plain: all its words stand in the titles it means; gap: a synonym instead; typo: misspelt
-    rows: np.ndarray  # int64 [n], the relevant items, ascending
-    modifiers: int  # brand and attribute words beside the type: 0, 1, 2
-    held_out: bool  # the log never asks for this combination, whatever the words
-    shop: str  # name of the shop
-
-
-@dataclasses.dataclass(frozen=True)
-class Clicks:
-    """The log of one shop, one row a click, in no order."""
-
-    queries: list[str]
-    item: np.ndarray  # int64 [clicks], rows of items
-    user: np.ndarray  # int64 [clicks], rows of users
-    time: np.ndarray  # int64 [clicks], seconds since 1970
-    noise: np.ndarray  # bool [clicks], clicks on whatever is popular
-
-
-@dataclasses.dataclass(frozen=True)
-class _Meaning:
-    """What somebody can want: items of a type, of a brand, with a value of an attribute; each of them optional."""
-
-    type: ItemType | None
-    brand: str | None
-    value: Value | None
-    rows: np.ndarray
-
-    def phrasings(self, separator: str) -> Iterable[tuple[str, bool]]:
-        """Texts that ask for it, and whether a synonym makes them a gap query."""
-        types = [(self.type.word, False), *((s, True) for s in self.type.synonyms)] if self.type else [("", False)]
-        values = [(self.value.word, False), *((s, True) for s in self.value.synonyms)] if self.value else [("", False)]
-        for (value, value_gap), (noun, noun_gap) in itertools.product(values, types):
-            parts = [value, self.brand or "", noun]
-            if value.startswith("for "):
-                parts = [*parts[1:], value]
-            yield separator.join(part for part in parts if part), value_gap or noun_gap
-
-
-class Shop:
-    """One language's half of the world: items, what users like, queries with their relevant items.
-
-    Row r of `titles`, `item_type` int64, `brand` int64, `price` float64 and `popularity` float64 (sums to 1), and
-    column r of `pull` float64 [classes, items] (how strongly the item draws a user of the class), are item r. A class
-    is one combination of gender, age and power; `user_class` int64 [users] is each user's.
+    Raises:
+        UsageError: the parameters do not go together.
     """
-
-    def __init__(self, name: str, language: Language, parameters: Parameters, share: tuple[float, float]):
-        """`share` is the part of the world, as an interval of [0, 1], that this shop is."""
-        self.name = name
-        self.types = [t for category in language.categories for t in category.types]
-        self._language, self._parameters, self._share = language, parameters, share
-        self._category = [category for category in language.categories for _ in category.types]
-        self._brands = list(dict.fromkeys(brand for category in language.categories for brand in category.brands))
-        self._attributes = {attribute.name: attribute.all_values() for attribute in language.attributes}
-        self._make_items(_rng(parameters, f"{name}.items"))
-        self._make_users(_rng(parameters, f"{name}.users"))
-        self._make_queries(_rng(parameters, f"{name}.queries"))
-
-    def category(self, row: int) -> str:
-        """Category of an item."""
-        return self._category[self.item_type[row]].name
-
-    def brand_name(self, row: int) -> str:
-        """Brand of an item."""
-        return self._brands[self.brand[row]]
-
-    def synonyms(self) -> dict[str, list[str]]:
-        """Words of type and attribute, as they stand in titles, to those that stand in queries only."""
-        words: list[ItemType | Value] = [
-            *self.types,
-            *(value for values in self._attributes.values() for value in values),
-        ]
-        return {entry.word: list(entry.synonyms) for entry in words if entry.synonyms}
-
-    def polysemous(self) -> list[str]:
-        """Words that are a brand and a type."""
-        types = {t.word for t in self.types}
-        return [brand for brand in self._brands if brand in types]
-
-    def _count(self, total: int) -> int:
-        begin, end = self._share
-        return round(total * end) - round(total * begin)
-
-    def _make_items(self, rng: np.random.Generator) -> None:
-        n, types = self._count(self._parameters.items), len(self.types)
-        weights = rng.lognormal(0, 0.4, types)
-        self.item_type = rng.choice(types, n, p=weights / weights.sum())
-        # Brands that one category sells differ in price tier, and in how much they sell.
-        tier = np.arange(len(self._brands)) % 3
-        rng.shuffle(tier)
-        self.brand = np.zeros(n, np.int64)
-        self._value = {name: np.full(n, -1) for name in self._attributes}
-        for row_type, item_type in enumerate(self.types):
-            rows = np.flatnonzero(self.item_type == row_type)
-            brands = [self._brands.index(brand) for brand in self._category[row_type].brands]
-            weights = 1 / np.sqrt(1 + rng.permutation(len(brands)))
-            self.brand[rows] = rng.choice(brands, len(rows), p=weights / weights.sum())
-            for name in item_type.attributes:
-                self._value[name][rows] = rng.integers(0, len(self._attributes[name]), len(rows))
-        level = tier[self.brand] - 1 + rng.normal(0, 0.25, n)
-        base = np.array([t.price for t in self.types])[self.item_type]
-        self.price = np.round(base * _TIER_FACTOR**level, 2)
-        self.popularity = _zipf(n, self._parameters.popularity_exponent)[rng.permutation(n)]
-        self.pull = self.popularity * np.exp(self._parameters.taste * self._liking(level))
-        self.titles = [self._title(row, rng) for row in range(n)]
-
-    def _liking(self, level: np.ndarray) -> np.ndarray:
-        """What each class of users likes, float64 [classes, items]; 0 is neither likes nor dislikes."""
-        n = len(level)
-        gender, age = np.zeros((len(GENDERS), n)), np.zeros((len(AGES), n))
-
-        def add(who: ItemType | Value, rows: np.ndarray) -> None:
-            if who.gender is not None:
-                gender[:, rows] = np.array([[1.0] if g == who.gender else [-1.0] for g in GENDERS])
-            if who.age is not None:
-                age[:, rows] = np.array([[1.0] if a == who.age else [-0.5] for a in AGES])
-
-        # An attribute's word is nearer to the item than its type's: it comes last, and wins.
-        for row, item_type in enumerate(self.types):
-            add(item_type, np.flatnonzero(self.item_type == row))
-        for name, values in self._attributes.items():
-            for row, value in enumerate(values):
-                add(value, np.flatnonzero(self._value[name] == row))
-        power = -np.abs(level - (np.arange(len(POWERS)) - 1)[:, None])
-        return (gender[:, None, None] + age[None, :, None] + power[None, None]).reshape(-1, n)
-
-    def _title(self, row: int, rng: np.random.Generator) -> str:
-        """Brand, attributes and type in changing order; what an accessory fits; words that every shop adds."""
-        item_type = self.types[self.item_type[row]]
-        values = [self._attributes[name][self._value[name][row]].word for name in item_type.attributes]
-        middle = [*(values[i] for i in rng.permutation(len(values))), item_type.word]
-        if rng.random() < 0.3:
-            middle = [middle[-1], *middle[:-1]]
-        # Model numbers, so that few titles are alike.
-        parts = [self._brands[self.brand[row]], *middle, f"{'BCDFGHKMPRTVX'[rng.integers(13)]}{rng.integers(10, 1000)}"]
-        if item_type.fits is not None:
-            host = next(i for i, t in enumerate(self.types) if t.word == item_type.fits)
-            brands = self._category[host].brands
-            fits = "fits" if self._language.separator else "适用"
-            parts += [fits, brands[rng.integers(len(brands))], item_type.fits]
-        fillers = self._language.fillers
-        parts += [fillers[i] for i in rng.permutation(len(fillers))[: rng.integers(0, 3)]]
-        return " ".join(word if any(c.isdigit() for c in word) else word.title() for word in parts)
-
-    def _make_users(self, rng: np.random.Generator) -> None:
-        n = self._count(self._parameters.users)
-        self.user_class = rng.integers(0, len(GENDERS) * len(AGES) * len(POWERS), n)
-        self._activity = _zipf(n, self._parameters.activity_exponent)[rng.permutation(n)]
-
-    def profile(self, user: int) -> tuple[str, str, str]:
-        """Gender, age and power of a user."""
-        rest, power = divmod(int(self.user_class[user]), len(POWERS))
-        gender, age = divmod(rest, len(AGES))
-        return GENDERS[gender], AGES[age], POWERS[power]
-
-    def _meanings(self) -> Iterable[_Meaning]:
-        """Every combination that at least one item answers."""
-        # A word may be a value of several attributes: "red" of color and of ripeness.
-        by_word: dict[str, Value] = {}
-        has_word: dict[str, np.ndarray] = {}
-        for name, values in self._attributes.items():
-            for row, entry in enumerate(values):
-                by_word.setdefault(entry.word, entry)
-                mask = self._value[name] == row
-                has_word[entry.word] = has_word.get(entry.word, False) | mask
-        for row_type, item_type in [*enumerate(self.types), (-1, None)]:
-            of_type = np.flatnonzero(self.item_type == row_type) if item_type else np.arange(len(self.titles))
-            brands: list[str | None] = list(self._category[row_type].brands if item_type else self._brands)
-            for brand in [None, *brands] if item_type else brands:
-                of_brand = of_type if brand is None else of_type[self.brand[of_type] == self._brands.index(brand)]
-                for value in (None, *by_word.values()):
-                    rows = of_brand if value is None else of_brand[has_word[value.word][of_brand]]
-                    if len(rows):
-                        yield _Meaning(item_type, brand, value, rows)
-
-    def _make_queries(self, rng: np.random.Generator) -> None:
-        by_text: dict[str, list[tuple[_Meaning, bool]]] = {}
-        meanings = list(self._meanings())
-        phrasings = [list(meaning.phrasings(self._language.separator)) for meaning in meanings]
-        for meaning, texts in zip(meanings, phrasings, strict=True):
-            for text, gap in texts:
-                by_text.setdefault(text, []).append((meaning, gap))
-        self.queries: list[Query] = []
-        seen = set()
-        for meaning, texts in zip(meanings, phrasings, strict=True):
-            modifiers = (meaning.brand is not None) + (meaning.value is not None)
-            # What has a second meaning stays in the log: held out, its other meaning would give it away. So does the
-            # bare word, from which the model learns what it means.
-            can_hold_out = (
-                meaning.type is not None and modifiers > 0 and all(len(by_text[text]) == 1 for text, _ in texts)
-            )
-            held_out = bool(rng.random() < self._parameters.held_out_share) and can_hold_out
-            for text, _ in texts:
-                if text in seen:
-                    continue
-                seen.add(text)
-                senses = by_text[text]
-                kind = "gap" if all(gap for _, gap in senses) else "plain"
-                rows = np.unique(np.concatenate([sense.rows for sense, _ in senses]))
-                self.queries.append(Query(text, kind, rows, modifiers, held_out, self.name))
-        self._texts = seen
-        # Mostly, short queries are asked more often than long ones, and the shop's own words more than others.
-        rarity = [3.0 * query.modifiers + (query.kind == "gap") for query in self.queries]
-        rank = np.argsort(rng.gumbel(size=len(self.queries)) * 1.5 + rarity)
-        self._frequency = np.zeros(len(self.queries))
-        self._frequency[rank] = _zipf(len(rank), self._parameters.query_exponent)
-        self._frequency[[q.held_out for q in self.queries]] = 0
-        self._frequency /= self._frequency.sum()
-
-    def clicks(self) -> Clicks:
-        """The log: a query by its frequency, then a user and an item together, by activity, popularity and liking."""
-        rng = _rng(self._parameters, f"{self.name}.clicks")
-        n = self._count(self._parameters.interactions)
-        query = rng.choice(len(self.queries), n, p=self._frequency)
-        item, user_class = np.zeros(n, np.int64), np.zeros(n, np.int64)
-        activity = np.bincount(self.user_class, self._activity, minlength=len(self.pull))
-        order = np.argsort(query, kind="stable")
-        for clicks in np.split(order, np.flatnonzero(np.diff(query[order])) + 1):
-            rows = self.queries[query[clicks[0]]].rows
-            chance = np.cumsum(activity[:, None] * self.pull[:, rows])
-            drawn = np.searchsorted(chance, rng.random(len(clicks)) * chance[-1], side="right")
-            user_class[clicks], item[clicks] = drawn // len(rows), rows[drawn % len(rows)]
-        user = np.zeros(n, np.int64)
-        for row in np.unique(user_class):
-            users, clicks = np.flatnonzero(self.user_class == row), np.flatnonzero(user_class == row)
-            weights = self._activity[users]
-            user[clicks] = rng.choice(users, len(clicks), p=weights / weights.sum())
-        noise = rng.random(n) < self._parameters.noise_share
-        item[noise] = rng.choice(len(self.titles), int(noise.sum()), p=self.popularity)
-        texts = [self.queries[row].text for row in query]
-        for click in np.flatnonzero(rng.random(n) < self._parameters.typo_share):
-            texts[click] = self._misspelt(texts[click], rng) or texts[click]
-        time = _START + rng.integers(0, self._parameters.days * 86_400, n)
-        return Clicks(texts, item, user, time, noise)
-
-    def judged(self, log_texts: set[str]) -> list[Query]:
-        """Held-out queries of each kind, none of them in `log_texts`."""
-        rng = _rng(self._parameters, f"{self.name}.judged")
-        candidates = [query for query in self.queries if query.held_out]
-        candidates = [candidates[row] for row in rng.permutation(len(candidates))]
-        wanted = {kind: self._count(round(self._parameters.judged_queries * share)) for kind, share in _KINDS.items()}
-        judged = [
-            query
-            for kind in ("plain", "gap")
-            for query in [query for query in candidates if query.kind == kind][: wanted[kind]]
-        ]
-        # From the end, where the plain queries are not judged themselves (unless the shop is small).
-        for query in [query for query in reversed(candidates) if query.kind == "plain"][: wanted["typo"]]:
-            text = self._misspelt(query.text, rng)
-            if text is not None and text not in log_texts:
-                judged.append(dataclasses.replace(query, text=text, kind="typo"))
-        return judged
-
-    def _misspelt(self, text: str, rng: np.random.Generator) -> str | None:
-        """`text` with one slip of the keyboard; None where that gives nothing, or another query."""
-        if self._language.separator:
-            words = text.split(" ")
-            long = [i for i, word in enumerate(words) if len(word) >= 4 and word.isalpha()]
-            if not long:
-                return None
-            i = long[rng.integers(len(long))]
-            word, at = words[i], int(rng.integers(1, len(words[i]) - 1))
-            slips = [word[:at] + word[at + 1 :], word[:at] + word[at] + word[at:]]
-            slips.append(word[:at] + word[at + 1] + word[at] + word[at + 2 :])
-            words[i] = slips[rng.integers(len(slips))]
-            slip = " ".join(words)
-        else:
-            places = [(i, pair[1]) for pair in self._language.homophones for i, c in enumerate(text) if c == pair[0]]
-            if not places:
-                return None
-            i, wrong = places[rng.integers(len(places))]
-            slip = text[:i] + wrong + text[i + 1 :]
-        return None if slip in self._texts or slip == text else slip
-
-
-def _rng(parameters: Parameters, part: str) -> np.random.Generator:
-    return np.random.default_rng([parameters.seed, zlib.crc32(part.encode())])
-
-
-def _zipf(n: int, exponent: float) -> np.ndarray:
-    """1 / rank ** exponent of ranks 1 to n, float64 [n], divided by its sum."""
-    weights = np.arange(1, n + 1) ** -float(exponent)
-    return weights / weights.sum()
+    world = make_world(parameters)
+    rng = random_stream(parameters, "ids")
+    item_ids, user_ids = _random_ids(len(world.items), rng), _random_ids(len(world.users), rng)
+    _write(out / "items.parquet", _item_columns(world, item_ids))
+    _write(out / "users.parquet", _user_columns(world, user_ids))
+    log = Log(world)
+    (out / "interactions").mkdir()
+    _write_log(log, world, item_ids, user_ids, out / "interactions")
+    judged_kinds = {FOLDS[fold]: _write_judgments(world, fold, item_ids, out) for fold in (1, 2)}
+    _write_purchases(world, log, item_ids, user_ids, out / "judgments.personal.tsv")
+    (out / "schema.yaml").write_text(yaml.safe_dump(SCHEMA, sort_keys=False))
+    (out / "truth").mkdir()
+    _write_labels(world, item_ids, out)
+    _write_truth(world, log, item_ids, user_ids, out / "truth")
+    counts = {
+        "items": len(world.items),
+        "users": len(world.users),
+        "interactions": int(log.events[EVENT_TYPES.index("click")]),
+        "rows": int(log.events.sum()),
+        "sessions": log.sessions,
+        "requests": log.requests,
+        **{f"{name}s": int(n) for name, n in zip(EVENT_TYPES, log.events, strict=True)},
+        "stray_clicks": log.stray_clicks,
+        "queries": int((log.text_requests > 0).sum()),
+        "judged_queries": sum(len(found) for found in judged_kinds.values()),
+        **{f"judged_{fold}_{kind}": found.count(kind) for fold, found in judged_kinds.items() for kind in KINDS},
+    }
+    (out / "truth.json").write_text(
+        json.dumps(_truth(world, log, counts), ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+    )
+    return counts
 
 
 def _random_ids(n: int, rng: np.random.Generator) -> np.ndarray:
@@ -530,74 +189,224 @@ def _random_ids(n: int, rng: np.random.Generator) -> np.ndarray:
     return rng.permutation(ids)
 
 
-# The files.
-
-_PROFILE = ("gender", "age", "power")
-_SCHEMA = {
-    "items": {"files": ["items.parquet"], "id": "item_id", "text": ["title"]},
-    "users": {"files": ["users.parquet"], "id": "user_id", "features": list(_PROFILE)},
-    "interactions": {"files": ["interactions.parquet"], "query": "query", "item": "item_id", "user": "user_id"},
-    "vocabulary": {"min_count": 2},
-}
+def _write(path: Path, columns: dict[str, Any]) -> None:
+    """A table in the order of its first column: ids are random, so their order tells nothing."""
+    table = pa.table(columns)
+    pyarrow.parquet.write_table(table.take(np.argsort(columns[table.column_names[0]], kind="stable")), path)
 
 
-def _write_items(shops: list[Shop], ids: np.ndarray, path: Path) -> None:
-    rows = [(shop, row) for shop in shops for row in range(len(shop.titles))]
-    table = pa.table(
-        {
-            "item_id": ids,
-            "title": [shop.titles[row] for shop, row in rows],
-            "brand": [shop.brand_name(row) for shop, row in rows],
-            "category": [shop.category(row) for shop, row in rows],
-            "price": np.concatenate([shop.price for shop in shops]),
-        }
-    )
-    # Ids are random, so their order tells nothing.
-    pyarrow.parquet.write_table(table.take(np.argsort(ids)), path)
+def _names(codes: np.ndarray, names: Iterable[str]) -> pa.Array:
+    """Text of codes; null for -1."""
+    texts = pa.array(names, pa.string())
+    return texts.take(pa.array(codes, mask=np.asarray(codes) < 0))
 
 
-def _write_users(shops: list[Shop], ids: np.ndarray, path: Path) -> None:
-    profiles = [shop.profile(user) for shop in shops for user in range(len(shop.user_class))]
-    table = pa.table(
-        {"user_id": ids, **{name: [profile[i] for profile in profiles] for i, name in enumerate(_PROFILE)}}
-    )
-    pyarrow.parquet.write_table(table.take(np.argsort(ids)), path)
+def _item_columns(world: World, ids: np.ndarray) -> dict[str, Any]:
+    items, catalogue = world.items, world.catalogue
+    return {
+        "item_id": ids,
+        "title": pa.array(items.titles),
+        "brand": _names(items.brand, catalogue.brands),
+        "category": _names(items.category, (category.name for category in catalogue.categories)),
+        "shop": _names(items.shop, catalogue.shops),
+        "price": items.price,
+        "in_stock": items.in_stock,
+        "sales": items.sales,
+    }
 
 
-def _write_clicks(
-    shops: list[Shop], logs: list[Clicks], item_ids: np.ndarray, user_ids: np.ndarray, path: Path
-) -> None:
-    """In the order of time."""
-    first_item = np.cumsum([0] + [len(shop.titles) for shop in shops])
-    first_user = np.cumsum([0] + [len(shop.user_class) for shop in shops])
-    time = np.concatenate([log.time for log in logs])
-    table = pa.table(
-        {
-            "query": [text for log in logs for text in log.queries],
-            "item_id": item_ids[
-                np.concatenate([log.item + first for log, first in zip(logs, first_item, strict=False)])
-            ],
-            "user_id": user_ids[
-                np.concatenate([log.user + first for log, first in zip(logs, first_user, strict=False)])
-            ],
-            "time": time,
-        }
-    )
-    pyarrow.parquet.write_table(table.take(np.argsort(time, kind="stable")), path)
+def _user_columns(world: World, ids: np.ndarray) -> dict[str, Any]:
+    users, languages = world.users, world.catalogue.languages
+    first_city = np.array([0, len(languages[0].cities)])
+    return {
+        "user_id": ids,
+        "gender": _names(users.gender, GENDERS),
+        "age": users.age,
+        "purchase_power": _names(users.power, POWERS),
+        "city": _names(users.city + first_city[users.language], [*languages[0].cities, *languages[1].cities]),
+    }
 
 
-def _write_judgments(
-    shops: list[Shop], judged: list[Query], item_ids: np.ndarray, parameters: Parameters, path: Path
-) -> None:
-    """All relevant items of a query or, if they are too many, a random choice of them."""
-    rng = _rng(parameters, "judgments")
-    first_item = dict(
-        zip((shop.name for shop in shops), np.cumsum([0] + [len(shop.titles) for shop in shops]), strict=False)
-    )
-    lines = ["query\titem\tgrade\tkind\n"]
-    for query in judged:
-        rows = query.rows
-        if len(rows) > parameters.max_judged_items:
-            rows = rng.choice(rows, parameters.max_judged_items, replace=False)
-        lines += [f"{query.text}\t{i}\t1\t{query.kind}\n" for i in np.sort(item_ids[rows + first_item[query.shop]])]
+def _write_log(log: Log, world: World, item_ids: np.ndarray, user_ids: np.ndarray, out: Path) -> None:
+    texts, events = pa.array([*world.texts, *world.misspelt]), pa.array(EVENT_TYPES)
+
+    def table(rows: Rows) -> pa.Table:
+        return pa.table(
+            {
+                "query": texts.take(pa.array(rows.text)),
+                "user_id": user_ids[rows.user],
+                "item_id": item_ids[rows.item],
+                "event": events.take(pa.array(rows.event)),
+                "time": rows.time,
+                "session": rows.session,
+                "position": rows.position,
+            }
+        )
+
+    batches = log.batches()
+    for part in itertools.count():
+        first = next(batches, None)
+        if first is None:
+            return
+        batch = table(first)
+        with pyarrow.parquet.ParquetWriter(out / f"part-{part:05}.parquet", batch.schema) as writer:
+            writer.write_table(batch)
+            for rows in itertools.islice(batches, _BATCHES_OF_A_PART - 1):
+                writer.write_table(table(rows))
+
+
+def _write_judgments(world: World, fold: int, item_ids: np.ndarray, out: Path) -> list[str]:
+    """judgments.dev.tsv or judgments.test.tsv; returns the kind of each query in it."""
+    lines, found = ["query\titem\tgrade\tkind\n"], []
+    for judgment in judged(world, fold):
+        found.append(judgment.kind)
+        pairs = [(i, 3) for i in item_ids[judgment.relevant]] + [(i, 0) for i in item_ids[judgment.not_relevant]]
+        lines += [f"{judgment.query}\t{i}\t{grade}\t{judgment.kind}\n" for i, grade in sorted(pairs)]
+    (out / f"judgments.{FOLDS[fold]}.tsv").write_text("".join(lines), encoding="utf-8")
+    return found
+
+
+def _write_purchases(world: World, log: Log, item_ids: np.ndarray, user_ids: np.ndarray, path: Path) -> None:
+    bought, kind = purchases(world, log), kinds(world)
+    lines = ["query\tuser_id\titem\tgrade\tkind\ttime\n"]
+    for text, user, item, time in zip(bought.text, bought.user, bought.item, bought.time, strict=True):
+        lines.append(f"{world.texts[text]}\t{user_ids[user]}\t{item_ids[item]}\t3\t{kind[text]}\t{time}\n")
     path.write_text("".join(lines), encoding="utf-8")
+
+
+def _write_labels(world: World, item_ids: np.ndarray, out: Path) -> None:
+    text, item, given, true = labels(world)
+    query = pa.array(world.texts).take(pa.array(text))
+    for path, grade in ((out / "labels.parquet", given), (out / "truth" / "labels.parquet", true)):
+        pyarrow.parquet.write_table(pa.table({"query": query, "item": item_ids[item], "grade": grade}), path)
+
+
+def _write_truth(world: World, log: Log, item_ids: np.ndarray, user_ids: np.ndarray, out: Path) -> None:
+    catalogue, items, users = world.catalogue, world.items, world.users
+    words = [value.word for value in catalogue.words]
+    _write(
+        out / "items.parquet",
+        {
+            "item_id": item_ids,
+            "language": _names(items.language, NAMES),
+            "type": _names(items.type, (t.word for t in catalogue.types)),
+            "words": _lists(items.words, words),
+            "style": _names(items.style[:, 1], words),
+            "style_place": items.style[:, 0],
+            "category_place": catalogue.category_place[items.category],
+            "level": items.level,
+            "popularity": items.popularity,
+            "liking": _lists(items.liking),
+        },
+    )
+    _write(
+        out / "users.parquet",
+        {
+            "user_id": user_ids,
+            "language": _names(users.language, NAMES),
+            "profile": users.profile,
+            "activity": users.activity,
+            "categories": _lists(users.categories),
+            "brands": _lists(users.brands, catalogue.brands),
+            "shops": _lists(users.shops, catalogue.shops),
+            "styles": _lists(users.styles, words),
+        },
+    )
+    _write_query_truth(world, log, item_ids, out)
+
+
+def _write_query_truth(world: World, log: Log, item_ids: np.ndarray, out: Path) -> None:
+    catalogue, meaning = world.catalogue, world.meaning
+    _write(
+        out / "meanings.parquet",
+        {
+            "meaning": np.arange(len(meaning)),
+            "category": _names(meaning[:, 0], (category.name for category in catalogue.categories)),
+            "type": _names(meaning[:, 1], (t.word for t in catalogue.types)),
+            "brand": _names(meaning[:, 2], catalogue.brands),
+            "words": _lists(meaning[:, 3:], [value.word for value in catalogue.words]),
+            "fold": _names(world.fold, FOLDS),
+        },
+    )
+    splits = world.answer_splits[: len(meaning) + 1]
+    pairs = {
+        "meaning": np.repeat(np.arange(len(meaning)), np.diff(splits)),
+        "item_id": item_ids[world.answer_items[: splits[-1]]],
+    }
+    pyarrow.parquet.write_table(pa.table(pairs), out / "relevant.parquet")
+    segment = _names(_segments(log.text_requests), ("head", "torso", "tail"))
+    right, _ = world.text_rows()
+    n = len(world.texts)
+    queries = {
+        "query": world.texts,
+        "language": _names(world.text_language, NAMES),
+        "kind": kinds(world).tolist(),
+        "meanings": world.senses,
+        "fold": _names(world.text_fold, FOLDS),
+        "requests": log.text_requests[:n],
+        "segment": segment[:n],
+    }
+    pyarrow.parquet.write_table(pa.table(queries), out / "queries.parquet")
+    misspelt = {
+        "query": pa.array(world.misspelt, pa.string()),
+        "right": pa.array(world.texts).take(pa.array(right[n:])),
+        "requests": log.text_requests[n:],
+        "segment": segment[n:],
+    }
+    pyarrow.parquet.write_table(pa.table(misspelt), out / "misspellings.parquet")
+
+
+def _lists(values: np.ndarray, names: list[str] | None = None) -> pa.Array:
+    """A list a row of [rows, n] numbers, or the names of codes, where -1 is left out."""
+    if names is None:
+        splits = np.arange(len(values) + 1) * values.shape[1]
+        return pa.ListArray.from_arrays(pa.array(splits, pa.int32()), pa.array(values.ravel()))
+    there = values >= 0
+    splits = np.concatenate([[0], np.cumsum(there.sum(1))])
+    return pa.ListArray.from_arrays(pa.array(splits, pa.int32()), _names(values[there], names))
+
+
+def _segments(requests: np.ndarray) -> np.ndarray:
+    """0, 1, 2 for texts that make the first, second and last third of all requests, the most frequent first."""
+    order = np.argsort(-requests, kind="stable")
+    before = np.cumsum(requests[order]) - requests[order]
+    segments = np.empty(len(requests), np.int64)
+    segments[order] = np.minimum(before * 3 // max(int(requests.sum()), 1), 2)
+    segments[requests == 0] = 2
+    return segments
+
+
+def _truth(world: World, log: Log, counts: dict[str, int]) -> dict[str, Any]:
+    catalogue = world.catalogue
+    synonyms, polysemous, across = {}, {}, {}
+    for number, name in enumerate(NAMES):
+        types = [catalogue.types[code] for code in catalogue.types_of(number)]
+        codes = sorted({int(code) for mine in catalogue.attributes[number].values() for code in mine})
+        entries = [*types, *(catalogue.words[code] for code in codes)]
+        synonyms[name] = {entry.word: list(entry.synonyms) for entry in entries if entry.synonyms}
+        mine = np.flatnonzero(catalogue.category_language == number)
+        of_brand: dict[str, list[str]] = {}
+        for category in mine:
+            for code in catalogue.category_brands[category]:
+                of_brand.setdefault(catalogue.brands[code], []).append(catalogue.categories[category].name)
+        polysemous[name] = [brand for brand in of_brand if brand in {t.word for t in types}]
+        across[name] = {brand: found for brand, found in of_brand.items() if len(found) > 1}
+    return {
+        "format": "dpsr-generated-shop",
+        "version": 2,
+        "parameters": to_dict(world.parameters),
+        "counts": counts,
+        "log_begins": START,
+        "log_ends": log.end,
+        "propensities": [round(float(p), 6) for p in log.propensities],
+        "taste_weights": TASTE_WEIGHTS,
+        "categories": {
+            name: [c.name for c in language.categories]
+            for name, language in zip(NAMES, catalogue.languages, strict=True)
+        },
+        "styles": dict(zip(NAMES, catalogue.styles, strict=True)),
+        "synonyms": synonyms,
+        "polysemous": polysemous,
+        "brands_across_categories": across,
+        "misleading": {name: world.misleading(number) for number, name in enumerate(NAMES)},
+    }

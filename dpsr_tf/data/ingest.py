@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import bisect
+import collections
 import dataclasses
+import errno
+import heapq
+import importlib
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+import os
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,24 +29,29 @@ from absl import flags
 from tqdm import tqdm
 
 from dpsr_tf.config import to_dict
-from dpsr_tf.data.schema import InteractionsSchema, Schema, UsersSchema, adapter_path, load_schema
-from dpsr_tf.data.store import FILES, FORMAT, FORMAT_VERSION, Counts, new_directory, pack_strings
-from dpsr_tf.data.tables import Table, find_files
+from dpsr_tf.data.assemble import Assembler, ordered
+from dpsr_tf.data.encode import Encoded, IdIndex, encode_interactions, encode_items, encode_users
+from dpsr_tf.data.schema import ADAPTERS, Feature, Schema, adapter_path, load_schema
+from dpsr_tf.data.store import FORMAT, FORMAT_VERSION, Counts, file_names, manifest_checksum, new_directory
+from dpsr_tf.data.tables import Source, find_files, read_batches
 from dpsr_tf.errors import CommandError, UsageError
-from dpsr_tokenizer import PackedFile, PackedFileWriter, TokenizerConfig, Vocabulary, VocabularyBuilder
+from dpsr_tokenizer import PackedFile
 
 USAGE = """
 Usage: dpsr ingest --schema=FILE --out=STORE
        dpsr ingest --adapter=NAME --input=DIR --out=STORE
 
-Turns raw tables (Parquet, CSV, TSV, JSON lines; .gz too) into a store that `dpsr train` reads. The schema file says
-which columns are what; an adapter is a ready schema for a data set that is known by name (homedepot).
+Turns raw tables (Parquet, Arrow, CSV, TSV, JSON lines; .gz and .zst too) into a store that `dpsr train` reads. The
+schema file says which columns are what; an adapter is a ready schema for a data set that is known by name.
+Rows that cannot be used are left out and listed, with the reason, in a file beside the store.
 """
 
-# Rows a token step takes: large enough for speed, small enough for a moving progress bar.
-_CHUNK = 8192
-
 REQUIRED_FLAGS = ("out",)
+
+# Rows that are encoded at a time.
+_BATCH_ROWS = 1 << 16
+# So many rejects, and too large a share of the rows so far: the job is hopeless.
+_HOPELESS = 1_000_000
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -41,7 +61,17 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("input", None, "directory that the schema's files are relative to", flag_values=values)
     flags.DEFINE_string("out", None, "directory of the store, made by this command", flag_values=values)
     flags.DEFINE_boolean("overwrite", False, "replaces a store that is there", flag_values=values)
-    flags.DEFINE_float("max_reject_fraction", 0.01, "share of unusable rows that stops the job", flag_values=values)
+    flags.DEFINE_float(
+        "max_reject_fraction", 0.01, "share of unusable rows of a table that stops the job", flag_values=values
+    )
+    flags.DEFINE_string(
+        "rejects", None, "file for the unusable rows; OUT.rejects.jsonl if left out", flag_values=values
+    )
+    flags.DEFINE_integer("shards", 1, "interaction files; each has all interactions of its queries", flag_values=values)
+    flags.DEFINE_integer("threads", 0, "threads; 0 is one a core", flag_values=values)
+    flags.DEFINE_string(
+        "memory", "256MB", "for sorting and joining; what does not fit goes to disk beside --out", flag_values=values
+    )
 
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
@@ -52,231 +82,377 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         raise UsageError(f"--adapter={values.adapter} needs --input, the directory of the downloaded files")
     if not 0 <= values.max_reject_fraction <= 1:
         raise UsageError(f"--max_reject_fraction={values.max_reject_fraction:g}: expected a share, 0 to 1")
+    if not 1 <= values.shards <= 99_999:
+        raise UsageError(f"--shards={values.shards}: expected 1 to 99999")
+    if not 0 <= values.threads <= 1024:
+        raise UsageError(f"--threads={values.threads}: expected 0 to 1024")
+    memory = _memory(values.memory)
     schema_path = Path(values.schema) if values.schema else adapter_path(values.adapter)
     schema = load_schema(schema_path)
     base = Path(values.input) if values.input else schema_path.parent
-    with new_directory(Path(values.out), values.overwrite, "store", "manifest.json") as out:
-        counts = ingest(schema, base, out, values.max_reject_fraction)
+    out = Path(values.out)
+    rejects = Path(values.rejects) if values.rejects else out.resolve().with_name(f"{out.resolve().name}.rejects.jsonl")
+    with _terminable(), new_directory(out, values.overwrite, "store", "manifest.json") as temporary:
+        if values.adapter is not None:
+            base = _converted(values.adapter, base, temporary)
+        counts = ingest(
+            schema,
+            base,
+            temporary,
+            values.max_reject_fraction,
+            rejects=rejects,
+            shards=values.shards,
+            threads=values.threads,
+            memory=memory,
+        )
+        shutil.rmtree(temporary / _CONVERTED, ignore_errors=True)
     print(
         f"store {values.out}: {counts.items:,} items, {counts.users:,} users, {counts.queries:,} queries, "
-        f"{counts.positives:,} positive pairs, {counts.negatives:,} supervised negatives"
+        f"{counts.positives:,} positive pairs, {counts.negatives:,} supervised negatives, "
+        f"{counts.impressions:,} unclicked impressions, {counts.held_out:,} pairs held out"
     )
 
 
-def ingest(schema: Schema, base: Path, out: Path, max_reject_fraction: float = 0.01) -> Counts:
-    """Writes the files of a store into the directory `out`.
+def ingest(
+    schema: Schema,
+    base: Path,
+    out: Path,
+    max_reject_fraction: float = 0.01,
+    *,
+    rejects: Path | None = None,
+    shards: int = 1,
+    threads: int = 0,
+    memory: int = 256 * 10**6,
+    batch_rows: int = _BATCH_ROWS,
+) -> Counts:
+    """Writes the files of a store into the directory `out`, the manifest last.
+
+    The same rows give the same store, byte for byte, in whatever order and files they come and with whatever number of
+    threads, memory and batch size; but of two items or users with one id the first is kept.
 
     Args:
         schema: what the columns are.
         base: directory that the schema's files are relative to.
         out: an existing, empty directory.
-        max_reject_fraction: share of unusable interactions (unknown item or user, no query text, no label) that is
-            still accepted; they are left out.
+        max_reject_fraction: share of unusable rows, of items, of users and of interactions, that is still accepted;
+            they are left out.
+        rejects: file for the unusable rows, one JSON object a line (file, row from 1 on, table, reason, value), in the
+            order of the input; it is there only if there is one. OUT.rejects.jsonl if None.
+        shards: interaction files.
+        threads: how many work; 0 is one a core.
+        memory: bytes for sorting, joining and counting. The process takes this, some 300 MB for itself, and some 20
+            bytes for each item and user.
+        batch_rows: rows that are encoded at a time.
 
     Raises:
-        CommandError: a file cannot be read, or the rows give no store; the message names file and column.
+        CommandError: a file cannot be read, too many rows cannot be used, the rows give no store, or disk or memory
+            do not suffice; the message names file and column, or the flag.
     """
-    items = _Items.read(schema, base)
-    user_ids, user_features = _read_users(schema.users, base)
-    log = _Log.read(schema.interactions, base, items.ids, user_ids, max_reject_fraction)
-
-    tokenizer = TokenizerConfig(**dataclasses.asdict(schema.tokenizer))
-    builder = VocabularyBuilder(tokenizer)
-    for chunk in _chunks("count tokens", items.texts + log.queries):
-        builder.add(chunk)
-    limits = schema.vocabulary
-    builder.write(
-        str(out / "vocabulary.dpsr"),
-        min_count=limits.min_count,
-        max_size=limits.max_size,
-        num_oov_buckets=limits.num_oov_buckets,
-    )
-    vocabulary = Vocabulary(str(out / "vocabulary.dpsr"))
-
-    with PackedFileWriter(str(out / "users.dpsr"), "users") as users_file:
-        users_file.add("id", user_ids)
-        for name, codes in user_features.items():
-            users_file.add(f"feature.{name}", codes)
-    with PackedFileWriter(str(out / "items.dpsr"), "items") as items_file:
-        items_file.add("id", items.ids)
-        _add_tokens(items_file, "tokens.splits", "tokens.values", "encode items", items.texts, vocabulary)
-    with PackedFileWriter(str(out / "titles.dpsr"), "titles") as titles_file:
-        splits, data = pack_strings(items.titles)
-        titles_file.add("title.splits", splits)
-        titles_file.add("title.bytes", data)
-    with PackedFileWriter(str(out / "interactions.dpsr"), "interactions") as log_file:
-        _add_tokens(log_file, "query.splits", "query.tokens", "encode queries", log.queries, vocabulary)
-        log.write(log_file)
-
-    counts = Counts(len(user_ids), len(items.ids), len(log.queries), len(log.positive), len(log.negative))
-    manifest = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "counts": dataclasses.asdict(counts),
-        "fingerprints": {name: f"{PackedFile(str(out / name), verify=False).fingerprint:016x}" for name in FILES},
-        "schema": to_dict(schema),
+    threads = threads or os.cpu_count() or 1
+    files = {
+        "items": find_files(schema.items.files, base),
+        "users": find_files(schema.users.files, base) if schema.users else [],
+        "interactions": find_files(schema.interactions.files, base),
     }
-    (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    with (
+        _explained(out, memory),
+        _Rejects(rejects or out.with_name(f"{out.name}.rejects.jsonl"), max_reject_fraction) as rejected,
+    ):
+        with Assembler(schema, out, threads, memory) as store, ThreadPoolExecutor(threads) as pool:
+            reader = _Reader(store, pool, threads, batch_rows, rejected)
+            s, u, log = schema.items, schema.users, schema.interactions
+            columns = _columns([*s.text, s.title, s.id], [s.popularity], s.features)
+            text_items = _ids_are_text(files["items"], s.id, columns, max_reject_fraction)
+            reader.read("items", files["items"], *columns, lambda batch: encode_items(batch, s, text_items))
+            if len(store.ids("items")) == 0:
+                raise CommandError(f"{files['items'][0]}: has no row that can be used, expected at least one item")
+            text_users = False
+            if u is None:
+                store.close_table("users")
+            else:
+                columns = _columns([u.id], [], u.features)
+                text_users = _ids_are_text(files["users"], u.id, columns, max_reject_fraction)
+                reader.read("users", files["users"], *columns, lambda batch: encode_users(batch, u, text_users))
+            items, users = IdIndex(store.ids("items")), IdIndex(store.ids("users")) if log.user else None
+            columns = _columns(
+                [log.query, log.item, log.user, log.type, log.session],
+                [log.time, log.position, log.weight, log.label],
+                [],
+            )
+            reader.read(
+                "interactions",
+                files["interactions"],
+                *columns,
+                lambda batch: encode_interactions(batch, log, items, users, text_items, text_users),
+            )
+            counts, features = store.write(shards)
+        counts = dataclasses.replace(counts, rejected=rejected.total)
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "counts": dataclasses.asdict(counts),
+            "shards": shards,
+            "files": {
+                name: f"{PackedFile(out / name, verify=False).fingerprint:016x}" for name in file_names(schema, shards)
+            },
+            "features": {
+                table: [{key: value for key, value in feature.items() if value not in (None, [])} for feature in stored]
+                for table, stored in to_dict(features).items()
+            },
+            "schema": to_dict(schema),
+        }
+        manifest["checksum"] = manifest_checksum(manifest)
+        (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        rejected.report()
     return counts
 
 
-@dataclasses.dataclass
-class _Items:
-    ids: np.ndarray  # int64 [items]
-    texts: list[str]  # what the tower reads
-    titles: list[str]  # what people read
-
-    @staticmethod
-    def read(schema: Schema, base: Path) -> _Items:
-        s = schema.items
-        title = s.title or s.text[0]
-        ids, texts, titles = [], [], []
-        files = find_files(s.files, base)
-        for path in files:
-            table = Table(path, [*s.text, title], [s.id])
-            ids.append(table.ids(s.id, minimum=0))  # -1 is what a servable pads with
-            columns = [table.text(name) for name in s.text]
-            texts += pc.binary_join_element_wise(*columns, pa.scalar(" ", pa.large_string())).to_pylist()
-            titles += table.text(title).to_pylist()
-        all_ids = np.concatenate(ids)
-        if len(all_ids) == 0:
-            raise CommandError(f"{files[0]}: has no row, expected at least one item")
-        _check_distinct(all_ids, files[0], s.id, "an item")
-        return _Items(all_ids, texts, titles)
+# Reading.
 
 
-def _read_users(schema: UsersSchema | None, base: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Ids int64 [users] and codes int32 [users] of each feature. Row 0 is the anonymous user, id -1, all codes 0."""
-    if schema is None:
-        return np.array([-1], np.int64), {}
-    ids = [np.array([-1], np.int64)]
-    values: dict[str, list[pa.ChunkedArray]] = {name: [] for name in schema.features}
-    files = find_files(schema.files, base)
-    for path in files:
-        table = Table(path, [], [schema.id, *schema.features])
-        ids.append(table.ids(schema.id, minimum=0))
-        for name in schema.features:
-            values[name].append(table.text(name))
-    all_ids = np.concatenate(ids)
-    _check_distinct(all_ids, files[0], schema.id, "a user")
-    features = {}
-    for name, tables in values.items():
-        texts = pa.chunked_array([chunk for table in tables for chunk in table.chunks], pa.large_string())
-        # Code 0 is "unknown"; the others follow the order of the values' text, so the same table gives the same codes.
-        known = sorted(value for value in set(texts.unique().to_pylist()) if value)
-        codes = pc.fill_null(pc.index_in(texts, pa.array(known, pa.large_string())), -1).to_numpy() + 1
-        features[name] = np.concatenate([[0], codes]).astype(np.int32)
-    return all_ids, features
+class _Reader:
+    """Reads tables, encodes them on all threads, and hands rows to the assembler and to the rejects."""
+
+    def __init__(self, store: Assembler, pool: ThreadPoolExecutor, threads: int, batch_rows: int, rejects: _Rejects):
+        self._store, self._pool, self._threads = store, pool, threads
+        self._batch_rows, self._rejects = batch_rows, rejects
+
+    def read(
+        self,
+        table: str,
+        files: Sequence[Path],
+        texts: Sequence[str],
+        others: Sequence[str],
+        encode: Callable[[pa.RecordBatch], Encoded],
+    ) -> None:
+        """Reads all of a table. Raises CommandError where more rows cannot be used than are accepted."""
+        self._rejects.begin(table, files)
+        has_ids = table != "interactions"
+        starts: list[int] = []
+        sources: list[tuple[Path, int]] = []
+        count = 0
+
+        def encoded(source: Source) -> tuple[Source, Encoded]:
+            return source, encode(source.batch)
+
+        batches = read_batches(files, texts, others, self._batch_rows)
+        with tqdm(desc=f"{'read ' + table:<16}", unit=" rows", unit_scale=True) as bar:
+            for source, result in ordered(self._pool, encoded, batches, self._threads):
+                rows = source.batch.num_rows
+                bad = result.rejects["row"].to_numpy()
+                self._rejects.add(source, result.rejects)
+                numbers = np.delete(np.arange(count, count + rows), np.unique(bad)) if has_ids else None
+                self._store.add(table, result.rows, numbers)
+                starts.append(count)
+                sources.append((source.path, source.first_row - count))
+                count += rows
+                self._rejects.check(count, False)
+                bar.update(rows)
+        if has_ids:
+
+            def place(number: int) -> tuple[Path, int]:
+                path, offset = sources[bisect.bisect_right(starts, number) - 1]
+                return path, number + offset
+
+            numbers, values = self._store.close_table(table)
+            self._rejects.merge(
+                (*place(int(number)), f"{table[:-1]} id stands more than once", value)
+                for number, value in zip(numbers, values, strict=True)
+            )
+        self._rejects.check(count, True)
 
 
-def _check_distinct(ids: np.ndarray, path: Path, column: str, what: str) -> None:
-    unique, counts = np.unique(ids, return_counts=True)
-    if len(unique) != len(ids):
-        repeated = unique[counts > 1]
+def _columns(
+    texts: Sequence[str | None], others: Sequence[str | None], features: Sequence[Feature]
+) -> tuple[list[str], list[str]]:
+    """The columns of a table: those of text, and the others."""
+    texts = [*texts, *(feature.column for feature in features if feature.kind != "number")]
+    others = [*others, *(feature.column for feature in features if feature.kind == "number")]
+    distinct = list(dict.fromkeys(column for column in texts if column is not None))
+    return distinct, [column for column in dict.fromkeys(others) if column is not None and column not in distinct]
+
+
+def _ids_are_text(files: Sequence[Path], column: str, columns: tuple[list[str], list[str]], accepted: float) -> bool:
+    """Whether ids are text: more of them than may be rejected are no whole number as it is usually written."""
+    next(read_batches(files, *columns, 1), None)  # a file that lacks columns is refused with all their names
+    strange = total = 0
+    for source in read_batches(files, [column], []):
+        ids = source.batch[column]
+        total += len(ids) - ids.null_count
+        kind = ids.type
+        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            ids, kind = ids.cast(pa.large_binary()).view(pa.large_string()), pa.large_string()
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            whole = pc.match_substring_regex(ids, r"^\s*(0|-?[1-9][0-9]{0,18})\s*$")
+            strange += pc.sum(pc.invert(whole)).as_py() or 0
+    return strange > accepted * total
+
+
+# Rejects.
+
+
+class _Rejects:
+    """Writes the rows that cannot be used into a file, counts them, and says when they are too many."""
+
+    def __init__(self, path: Path, accepted: float):
+        self._path, self._accepted = path, accepted
+        self._file: IO[str] | None = None
+        self._table, self._begin = "", 0
+        self._places: dict[str, int] = {}
+        self._reasons: dict[str, collections.Counter[str]] = {}
+        self._examples: dict[tuple[str, str], str] = {}
+
+    def __enter__(self) -> _Rejects:
+        if self._path.is_file():
+            with open(self._path, errors="replace") as file:
+                if not file.readline().startswith('{"file": '):
+                    raise UsageError(f"--rejects={self._path}: is there and holds no rejects; choose another file")
+            self._path.unlink()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    @property
+    def total(self) -> int:
+        """Rejects of all tables."""
+        return sum(sum(reasons.values()) for reasons in self._reasons.values())
+
+    def begin(self, table: str, files: Sequence[Path]) -> None:
+        """What follows is of this table."""
+        self._table, self._places = table, {str(path): i for i, path in enumerate(files)}
+        self._begin = self._file.tell() if self._file else 0
+        self._reasons[table] = collections.Counter()
+
+    def add(self, source: Source, rejects: pa.RecordBatch) -> None:
+        """Takes what encode.py rejects of a batch: row int64, reason, value."""
+        rows, reasons, values = (rejects[name].to_pylist() for name in ("row", "reason", "value"))
+        for row, reason, value in zip(rows, reasons, values, strict=True):
+            self._count(source.path, source.first_row + row, reason, value)
+            self._write(self._line(source.path, source.first_row + row, reason, value))
+
+    def merge(self, rejects: Iterator[tuple[Path, int, str, str]]) -> None:
+        """Takes rejects (file, row from 0 on, reason, value) of the whole table, in its order."""
+        first = next(rejects, None)
+        if first is None:
+            return
+        lines = []
+        for path, row, reason, value in itertools.chain([first], rejects):
+            self._count(path, row, reason, value)
+            lines.append(self._line(path, row, reason, value))
+        before: list[str] = []
+        if self._file is not None:
+            self._file.close()
+            with open(self._path, encoding="utf-8") as file:
+                file.seek(self._begin)
+                before = file.readlines()
+            os.truncate(self._path, self._begin)
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+        for line in heapq.merge(before, lines, key=self._place):
+            self._write(line)
+
+    def check(self, rows: int, complete: bool) -> None:
+        """Raises CommandError if too many of the `rows` of this table so far, or in all, were rejected."""
+        reasons = self._reasons[self._table]
+        rejected = sum(reasons.values())
+        if self._file is not None:
+            self._file.flush()
+        if rejected <= self._accepted * rows or not (complete or rejected > _HOPELESS):
+            return
         raise CommandError(
-            f"{path}: column {column}: {len(repeated):,} ids stand more than once, first {repeated[0]}; "
-            f"expected one row {what}"
+            f"{next(iter(self._places))}: {rejected:,} of {rows:,} {self._table} cannot be used "
+            f"({self._summary(self._table)}), more than --max_reject_fraction={self._accepted:g}; "
+            f"all are listed in {self._path}; correct the tables or the schema"
         )
 
+    def report(self) -> None:
+        """Says what was left out."""
+        for table, reasons in self._reasons.items():
+            if reasons:
+                print(f"left out {sum(reasons.values()):,} {table} ({self._summary(table)}); see {self._path}")
 
-@dataclasses.dataclass
-class _Log:
-    """Distinct queries, and pairs that refer to them by row, sorted by (query, item)."""
+    def _summary(self, table: str) -> str:
+        return "; ".join(
+            f"{count:,} rows: {reason}, first {self._examples[table, reason]}"
+            for reason, count in self._reasons[table].items()
+        )
 
-    queries: list[str]
-    positive: np.ndarray  # rows of (query, user, item, weight)
-    negative: np.ndarray  # the same
+    def _count(self, path: Path, row: int, reason: str, value: str | None) -> None:
+        self._reasons[self._table][reason] += 1
+        self._examples.setdefault((self._table, reason), f"{path.name} row {row + 1}: {value!r}")
 
-    _PAIR = np.dtype([("query", np.int32), ("user", np.int32), ("item", np.int32), ("weight", np.float32)])
+    def _line(self, path: Path, row: int, reason: str, value: str | None) -> str:
+        line = {"file": str(path), "row": row + 1, "table": self._table, "reason": reason, "value": value}
+        return json.dumps(line, ensure_ascii=False) + "\n"
 
-    @staticmethod
-    def read(
-        s: InteractionsSchema, base: Path, item_ids: np.ndarray, user_ids: np.ndarray, max_reject_fraction: float
-    ) -> _Log:
-        optional = [name for name in (s.user, s.weight, s.label) if name is not None]
-        texts, pairs, labels, total = [], [], [], 0
-        rejected = {"item is not in the item table": 0, "user is not in the user table": 0, "query is empty": 0}
-        files = find_files(s.files, base)
-        for path in files:
-            table = Table(path, [s.query], [s.item, *optional])
-            rows = np.zeros(len(table), _Log._PAIR)
-            query = pc.utf8_trim_whitespace(table.text(s.query))
-            item = _rows_of(table.ids(s.item), item_ids)
-            user = _rows_of(table.ids(s.user), user_ids) if s.user else np.zeros(len(table), int)
-            label = table.numbers(s.label) if s.label else np.full(len(table), s.positive_from)
-            rows["item"], rows["user"] = item, user
-            rows["weight"] = table.numbers(s.weight, 0, float(np.finfo(np.float32).max)) if s.weight else 1
-            filled = pc.not_equal(pc.utf8_length(query), 0).to_numpy(zero_copy_only=False)
-            usable = (item >= 0) & (user >= 0) & filled
-            for reason, bad in zip(rejected, (item < 0, user < 0, ~filled), strict=False):
-                rejected[reason] += int(bad.sum())
-            total += len(table)
-            texts.append(query.filter(pa.array(usable)))
-            pairs.append(rows[usable])
-            labels.append(label[usable])
-        all_pairs, all_labels = np.concatenate(pairs), np.concatenate(labels)
-        reasons = "; ".join(f"{count:,} rows: {reason}" for reason, count in rejected.items() if count)
-        if total - len(all_pairs) > max_reject_fraction * total:
+    def _place(self, line: str) -> tuple[int, int]:
+        reject = json.loads(line)
+        return self._places[reject["file"]], reject["row"]
+
+    def _write(self, line: str) -> None:
+        if self._file is None:
+            try:
+                self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115
+            except OSError as error:
+                raise CommandError(f"--rejects={self._path}: cannot be written: {error.strerror}") from None
+        self._file.write(line)
+
+
+# The command's surroundings.
+
+_CONVERTED = "converted"
+
+
+def _converted(adapter: str, source: Path, out: Path) -> Path:
+    """Where the tables of an adapter's schema are: in `source`, or where its converter, if it has one, wrote them."""
+    if not (ADAPTERS / f"{adapter}.py").is_file():
+        return source
+    folder = out / _CONVERTED
+    folder.mkdir()
+    with _explained(out, 0):
+        importlib.import_module(f"dpsr_tf.data.adapters.{adapter}").convert(source, folder)
+    return folder
+
+
+def _memory(text: str) -> int:
+    """Bytes of "256MB". Raises UsageError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)", text)
+    units = {"K": 1, "M": 2, "G": 3, "T": 4}
+    size = int(float(match[1]) * (1024 if "i" in match[2] else 1000) ** units[match[2][0]]) if match else 0
+    if not 64 * 10**6 <= size < 2**60:
+        raise UsageError(f"--memory={text}: expected 64MB or more, as in 256MB or 4GB")
+    return size
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside, SIGTERM ends the command as Ctrl-C does: it cleans up."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _explained(out: Path, memory: int) -> Iterator[None]:
+    """Turns a full disk or too little memory into a CommandError."""
+    try:
+        yield
+    except (OSError, duckdb.Error) as error:  # a result that is read through Arrow fails with OSError
+        text = str(error)
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if (
+            getattr(error, "errno", None) in full
+            or any(os.strerror(number) in text for number in full)
+            or "max_temp_directory_size" in text
+        ):
             raise CommandError(
-                f"{files[0]}: {total - len(all_pairs):,} of {total:,} interactions cannot be used ({reasons}), more "
-                f"than --max_reject_fraction={max_reject_fraction:g}; correct the tables or the schema"
-            )
-        if reasons:
-            print(f"left out {total - len(all_pairs):,} of {total:,} interactions ({reasons})")
-        if not (all_labels >= s.positive_from).any():
-            what = f"no label in column {s.label} is {s.positive_from:g} or more" if s.label else "there is no row"
-            raise CommandError(f"{files[0]}: no positive pair among {total:,} interactions: {what}; correct the schema")
-        negative = all_labels <= s.negative_to if s.negative_to is not None else np.zeros(len(all_labels), bool)
-        used = (all_labels >= s.positive_from) | negative
-        dictionary = pa.chunked_array([c for t in texts for c in t.chunks], pa.large_string()).filter(pa.array(used))
-        encoded = dictionary.combine_chunks().dictionary_encode()
-        # Rows of queries follow the order of their text, so the same log in another order gives the same store.
-        words = encoded.dictionary.to_numpy(zero_copy_only=False)
-        order = np.argsort(words, kind="stable")
-        all_pairs, positive = all_pairs[used], ~negative[used]
-        all_pairs["query"] = np.argsort(order)[encoded.indices.to_numpy()]
-        rows = np.lexsort([all_pairs[name] for name in ("weight", "user", "item", "query")])
-        all_pairs, positive = all_pairs[rows], positive[rows]
-        return _Log(words[order].tolist(), all_pairs[positive], all_pairs[~positive])
-
-    def write(self, file: PackedFileWriter) -> None:
-        splits, data = pack_strings(self.queries)
-        file.add("query_text.splits", splits)
-        file.add("query_text.bytes", data)
-        for name, pairs in (("positive", self.positive), ("negative", self.negative)):
-            counts = np.bincount(pairs["query"], minlength=len(self.queries))
-            file.add(f"{name}.splits", np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
-            columns = ("query", "user", "item", "weight") if name == "positive" else ("item",)
-            for column in columns:
-                file.add(f"{name}.{column}", np.ascontiguousarray(pairs[column]))
-
-
-def _rows_of(ids: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Where each id stands in `table`; -1 if nowhere."""
-    order = np.argsort(table, kind="stable")
-    position = np.minimum(np.searchsorted(table, ids, sorter=order), len(table) - 1)
-    rows = order[position]
-    return np.where(table[rows] == ids, rows, -1)
-
-
-def _chunks(label: str, texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """`texts` in pieces, under a progress bar in rows a second."""
-    with tqdm(total=len(texts), desc=f"{label:<14}", unit=" rows", unit_scale=True) as bar:
-        for begin in range(0, len(texts), _CHUNK):
-            chunk = texts[begin : begin + _CHUNK]
-            yield chunk
-            bar.update(len(chunk))
-
-
-def _add_tokens(
-    file: PackedFileWriter, splits_name: str, values_name: str, label: str, texts: Sequence[str], vocabulary: Vocabulary
-) -> None:
-    """Writes the token ids of `texts` as row splits int64 [rows + 1] and values int32 [tokens]."""
-    lengths = []
-    for chunk in _chunks(label, texts):
-        values, splits = vocabulary.encode_batch(chunk)
-        file.append(values_name, values)
-        lengths.append(np.diff(splits))
-    total = np.zeros(len(texts) + 1, np.int64)
-    np.cumsum(np.concatenate(lengths), out=total[1:])
-    file.add(splits_name, total)
+                f"{out.parent}: the disk is full ({text.splitlines()[0]}); make room, or choose an --out elsewhere"
+            ) from None
+        if "Out of Memory Error" in text:
+            raise CommandError(
+                f"--memory={memory / 10**6:.0f}MB does not suffice ({text.splitlines()[0]}); give more"
+            ) from None
+        raise

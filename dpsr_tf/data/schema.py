@@ -15,49 +15,148 @@ docs/data_format.md describes every key.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 from dpsr_tf.config import from_dict, option, read_yaml
 from dpsr_tf.errors import UsageError
+
+FILES_HELP = "files, directories or globs, relative to the schema file or --input"
+KINDS = ("categorical", "number", "multi", "text")
+# What an interaction can be, in the order of the codes that a store holds.
+EVENT_TYPES = ("impression", "skip", "click", "cart", "order")
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """One feature of items or users; a bare column name is a categorical one."""
+
+    column: str = dataclasses.field(metadata={"help": "the column it is read from"})
+    name: str | None = option(None, "its name in config and store, at most 16 bytes; the column's if left out")
+    kind: str = option("categorical", "what the column holds", choices=KINDS)
+    boundaries: tuple[float, ...] = option((), "of kind number: ascending upper ends of the buckets, each excluded")
+    separator: str | None = option(None, "of kind multi: what stands between values; a list column needs none")
+    max_values: int = option(1_000_000, "values that get a code of their own, the most frequent ones", 1, 2**30)
+    vocabulary: str | None = option(None, "of kind text: one of `vocabularies`; that of the item text if left out")
+
+    SHORTHAND = "column"
+
+    @property
+    def key(self) -> str:
+        """The name in config and store."""
+        return self.name or self.column
+
+    def problem(self) -> str | None:
+        """What is wrong with values that are each allowed but do not go together."""
+        if len(self.key.encode()) > _LONGEST_FEATURE:
+            return f"name is '{self.key}', expected at most {_LONGEST_FEATURE} bytes; give another with `name`"
+        if (self.kind == "number") != bool(self.boundaries):
+            return (
+                f"boundaries is {list(self.boundaries)} and kind {self.kind}, but they go with kind number, and only so"
+            )
+        if any(low >= high for low, high in itertools.pairwise(self.boundaries)):
+            return f"boundaries is {list(self.boundaries)}, expected ascending numbers"
+        if self.separator is not None and self.kind != "multi":
+            return f"separator is {self.separator!r} and kind {self.kind}, but it goes with kind multi only"
+        if self.vocabulary is not None and self.kind != "text":
+            return f"vocabulary is {self.vocabulary} and kind {self.kind}, but it goes with kind text only"
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
 class ItemsSchema:
     """The item table: one row an item."""
 
-    files: tuple[str, ...] = dataclasses.field(
-        metadata={"help": "files, directories or globs, relative to the schema file or --input"}
-    )
-    id: str = dataclasses.field(metadata={"help": "column of the item id, int64, unique"})
+    files: tuple[str, ...] = dataclasses.field(metadata={"help": FILES_HELP})
+    id: str = dataclasses.field(metadata={"help": "column of the item id, unique: int64 from 0 on, or text"})
     text: tuple[str, ...] = dataclasses.field(metadata={"help": "columns whose text the item tower reads"})
     title: str | None = option(None, "column shown to people; the first text column if left out")
+    popularity: str | None = option(None, "column of a number, 0 or more; clicks in the log if left out")
+    features: tuple[Feature, ...] = option((), "brand, category, price, ...")
+
+    def problem(self) -> str | None:
+        """What is wrong with the whole."""
+        return _repeated(self.features)
 
 
 @dataclasses.dataclass(frozen=True)
 class UsersSchema:
     """The user table: one row a user."""
 
-    files: tuple[str, ...] = dataclasses.field(
-        metadata={"help": "files, directories or globs, relative to the schema file or --input"}
-    )
-    id: str = dataclasses.field(metadata={"help": "column of the user id, int64, unique"})
-    features: tuple[str, ...] = option((), "columns of categorical profile features")
+    files: tuple[str, ...] = dataclasses.field(metadata={"help": FILES_HELP})
+    id: str = dataclasses.field(metadata={"help": "column of the user id, unique: int64 from 0 on, or text"})
+    features: tuple[Feature, ...] = option((), "profile features")
+
+    def problem(self) -> str | None:
+        """What is wrong with the whole."""
+        return _repeated(self.features)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """What is kept from training, for `dpsr evaluate` and validation. Give one of the keys."""
+
+    after: str | None = option(None, "interactions from this time on: ISO 8601 (UTC), or a number in time_unit")
+    last_days: float | None = option(None, "interactions of the last so many days of the log", 0)
+    query_share: float | None = option(None, "all interactions of this share of the queries, by a hash", 0, 0.5)
+
+    def problem(self) -> str | None:
+        """What is wrong with the whole."""
+        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
+        return None if len(given) == 1 else f"{', '.join(given) or 'nothing'} is given, expected exactly one key"
 
 
 @dataclasses.dataclass(frozen=True)
 class InteractionsSchema:
-    """The interaction table: one row a click, an order, or a judgment."""
+    """The interaction table: one row an impression, a click, an order, or a judgment."""
 
-    files: tuple[str, ...] = dataclasses.field(
-        metadata={"help": "files, directories or globs, relative to the schema file or --input"}
-    )
+    files: tuple[str, ...] = dataclasses.field(metadata={"help": FILES_HELP})
     query: str = dataclasses.field(metadata={"help": "column of the query text"})
     item: str = dataclasses.field(metadata={"help": "column of the item id"})
-    user: str | None = option(None, "column of the user id; all rows anonymous if left out")
+    user: str | None = option(None, "column of the user id, empty or -1 is anonymous; all are if left out")
+    type: str | None = option(None, "column of the type; every row is a click if left out")
+    types: dict[str, str] = option({}, "what each value of that column means: impression, skip, click, cart, order")
+    positive_types: tuple[str, ...] = option(("click", "cart", "order"), "types that make a positive pair")
+    type_weights: dict[str, float] = option({}, "weight in the loss by type, times that of `weight`; 1 if left out")
+    time: str | None = option(None, "column of the time: a timestamp, ISO 8601 (UTC if it does not say), or a number")
+    time_unit: str = option("s", "of a number: since 1970, UTC", choices=("s", "ms", "us"))
+    session: str | None = option(None, "column of the session: its impressions and clicks of one query are one request")
+    position: str | None = option(None, "column of the rank at which the item was shown, 1 or more")
     weight: str | None = option(None, "column of the weight in the loss; 1 if left out")
-    label: str | None = option(None, "column of the label; every row is positive if left out")
+    label: str | None = option(None, "column of the label, of humans or graded; then it, not the type, decides")
     positive_from: float = option(1.0, "labels of this and above are positive pairs")
     negative_to: float | None = option(None, "labels of this and below are supervised negatives (section 4.5)")
+    held_out: HeldOut | None = option(None, "what is kept from training")
+
+    def problem(self) -> str | None:
+        """What is wrong with the whole."""
+        if self.negative_to is not None and self.negative_to >= self.positive_from:
+            return (
+                f"negative_to is {self.negative_to:g} and positive_from {self.positive_from:g}, "
+                f"expected negative_to below positive_from"
+            )
+        if self.negative_to is not None and self.label is None:
+            return (
+                f"negative_to is {self.negative_to:g}, but no label to compare is named; "
+                f"name its column, or leave negative_to out"
+            )
+        for key, names in (
+            ("types", self.types.values()),
+            ("positive_types", self.positive_types),
+            ("type_weights", self.type_weights),
+        ):
+            for name in names:
+                if name not in EVENT_TYPES:
+                    return f"{key} names '{name}', expected one of {', '.join(EVENT_TYPES)}"
+        for name, weight in self.type_weights.items():
+            if not 0 <= weight <= 1e6:
+                return f"type_weights: {name} is {weight:g}, expected 0 to 1000000"
+        if self.types and self.type is None:
+            return "types is given, but no column of the type is named; name it with `type`, or leave types out"
+        timed = self.held_out is not None and self.held_out.query_share is None
+        if timed and self.time is None:
+            return "held_out goes by time, but no column of the time is named; name it with `time`, or use query_share"
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +182,14 @@ class VocabularySchema:
 
 
 @dataclasses.dataclass(frozen=True)
+class FeatureVocabulary:
+    """Tokenizer and vocabulary of text features that do not share those of query and item text."""
+
+    tokenizer: TokenizerSchema = dataclasses.field(default_factory=TokenizerSchema)
+    vocabulary: VocabularySchema = dataclasses.field(default_factory=VocabularySchema)
+
+
+@dataclasses.dataclass(frozen=True)
 class Schema:
     """All of it."""
 
@@ -91,39 +198,44 @@ class Schema:
     users: UsersSchema | None = None
     tokenizer: TokenizerSchema = dataclasses.field(default_factory=TokenizerSchema)
     vocabulary: VocabularySchema = dataclasses.field(default_factory=VocabularySchema)
+    vocabularies: dict[str, FeatureVocabulary] = option({}, "further tokenizers and vocabularies, for text features")
+
+    def problem(self) -> str | None:
+        """What is wrong with the whole."""
+        for section, features in (("items", self.items.features), ("users", self.users.features if self.users else ())):
+            for feature in features:
+                if feature.vocabulary is not None and feature.vocabulary not in self.vocabularies:
+                    known = ", ".join(self.vocabularies) or "none"
+                    return (
+                        f"{section}: feature {feature.key} has vocabulary '{feature.vocabulary}', "
+                        f"expected one of `vocabularies`: {known}"
+                    )
+        for name in self.vocabularies:
+            if not name.isidentifier():
+                return f"vocabularies: '{name}' becomes part of a file's name, expected letters, digits and _"
+        if self.interactions.user is not None and self.users is None:
+            return (
+                f"interactions: user is '{self.interactions.user}', but there is no section users; "
+                f"add one or leave user out"
+            )
+        return None
 
 
-# A section "feature.<name>" of a packed file has at most 31 bytes.
-_LONGEST_FEATURE = 31 - len("feature.")
+def _repeated(features: tuple[Feature, ...]) -> str | None:
+    keys = [feature.key for feature in features]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    return f"features has {twice[0]} twice, expected each name once; give one another `name`" if twice else None
+
+
+# A section "feature.<name>.splits" of a packed file has at most 31 bytes.
+_LONGEST_FEATURE = 31 - len("feature.") - len(".splits")
 
 ADAPTERS = Path(__file__).parent / "adapters"
 
 
 def load_schema(path: str | Path) -> Schema:
     """Reads a schema file. Raises UsageError (no file, no YAML, or a key or value that is not allowed)."""
-    schema = from_dict(Schema, read_yaml(path), str(path))
-    log = schema.interactions
-    if log.negative_to is not None and log.negative_to >= log.positive_from:
-        raise UsageError(
-            f"{path}: interactions: negative_to is {log.negative_to:g} and positive_from {log.positive_from:g}, "
-            f"expected negative_to below positive_from"
-        )
-    if log.negative_to is not None and log.label is None:
-        raise UsageError(
-            f"{path}: interactions: negative_to is {log.negative_to:g}, but no label to compare is named; "
-            f"name its column, or leave negative_to out"
-        )
-    for name in schema.users.features if schema.users else ():
-        if len(name.encode()) > _LONGEST_FEATURE:
-            raise UsageError(
-                f"{path}: users: features is '{name}' of {len(name.encode())} bytes, "
-                f"expected at most {_LONGEST_FEATURE}; rename the column"
-            )
-    if log.user is not None and schema.users is None:
-        raise UsageError(
-            f"{path}: interactions: user is '{log.user}', but there is no section users; add one or drop it"
-        )
-    return schema
+    return from_dict(Schema, read_yaml(path), str(path))
 
 
 def adapter_path(name: str) -> Path:

@@ -1,11 +1,13 @@
 """A store: one directory with the three files of DPSR section 5.1.2 and what belongs to them.
 
-    manifest.json        format version, counts, fingerprints of the files, the schema
-    vocabulary.dpsr      tokens and the tokenizer's config (dpsr_tokenizer.Vocabulary)
-    users.dpsr           user features
-    items.dpsr           item ids and token ids
-    interactions.dpsr    distinct queries, positive pairs, supervised negatives
-    titles.dpsr          item titles for people; training never reads it
+    manifest.json             format version, counts, fingerprints of the files, features, the schema, a checksum
+    vocabulary.dpsr           tokens and the tokenizer's config (dpsr_tokenizer.Vocabulary)
+    vocabulary-NAME.dpsr      the same for text features that have one of their own
+    users.dpsr                user ids, features, and the events of each user
+    items.dpsr                item ids, popularity, token ids, features
+    interactions.dpsr         queries, positive pairs, impressions, supervised negatives; or one file a shard
+    held_out.dpsr             positive pairs kept from training, where the schema says so
+    titles.dpsr               item titles for people; training never reads it
 
 The layout of each file is documented in dpsr_tf/ops/training_store.h and docs/data_format.md.
 """
@@ -13,9 +15,12 @@ The layout of each file is documented in dpsr_tf/ops/training_store.h and docs/d
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -25,89 +30,182 @@ from typing import Any
 
 import numpy as np
 
-from dpsr_tf.errors import CommandError
+from dpsr_tf.config import from_dict
+from dpsr_tf.data.schema import Schema
+from dpsr_tf.errors import CommandError, UsageError
 from dpsr_tokenizer import FormatError, PackedFile, Vocabulary
 
 FORMAT = "dpsr-store"
-FORMAT_VERSION = 1
-FILES = ("vocabulary.dpsr", "users.dpsr", "items.dpsr", "interactions.dpsr", "titles.dpsr")
+FORMAT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
     """Rows of each table."""
 
-    users: int
+    users: int  # with the anonymous user, row 0
     items: int
     queries: int
     positives: int
+    impressions: int  # unclicked ones in requests with a positive
     negatives: int
+    events: int
+    held_out: int
+    rejected: int  # rows of all input tables that could not be used
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredFeature:
+    """What a store holds of one feature of the schema."""
+
+    name: str
+    kind: str
+    num_values: int | None = None  # the highest code; 0 is unknown, so an embedding has one row more. None: kind text
+    boundaries: tuple[float, ...] = ()  # of kind number
+    vocabulary: str | None = None  # of kind text; None: that of the item text
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """The features of both tables, in the order of the schema."""
+
+    items: tuple[StoredFeature, ...] = ()
+    users: tuple[StoredFeature, ...] = ()
 
 
 class Store:
-    """A store that has been opened and whose files have been checked against its manifest."""
+    """A store that has been opened and whose files have been checked against its manifest.
+
+    Attributes:
+        path: the directory.
+        manifest: what manifest.json holds.
+        counts: rows of each table.
+        schema: what it was made from.
+        features: what it holds of each feature.
+        vocabulary: of query and item text.
+        vocabularies: the others, by name.
+    """
 
     def __init__(self, path: str | Path):
         """Raises CommandError if there is no whole store of this version at `path`."""
         self.path = Path(path)
-        self.manifest = read_manifest(self.path / "manifest.json", FORMAT, FORMAT_VERSION, "dpsr ingest")
+        manifest_path = self.path / "manifest.json"
+        self.manifest = read_manifest(manifest_path, FORMAT, FORMAT_VERSION, "dpsr ingest")
+        if self.manifest.get("checksum") != manifest_checksum(self.manifest):
+            raise CommandError(f"{manifest_path}: its checksum differs, so it was changed; ingest the log again")
         try:
-            self.counts = Counts(**self.manifest["counts"])
-            fingerprints = {name: self.manifest["fingerprints"][name] for name in FILES}
-        except (KeyError, TypeError) as error:
+            self.counts = from_dict(Counts, self.manifest["counts"], "counts")
+            self.features = from_dict(Features, self.manifest["features"], "features")
+            self.schema = from_dict(Schema, self.manifest["schema"], "schema", check=False)
+            fingerprints = {name: self.manifest["files"][name] for name in file_names(self.schema, self._shards)}
+        except (KeyError, TypeError, UsageError) as error:
             raise CommandError(
-                f"{path}/manifest.json: counts or fingerprints are missing or malformed ({error}); ingest the log again"
+                f"{manifest_path}: counts, files, features or schema are missing or malformed ({error}); "
+                f"ingest the log again"
             ) from None
-        for name in FILES:
+        for name, fingerprint in fingerprints.items():
             # Header and table only; the data are checked when they are read.
-            found = f"{self._open(self.path / name, Path(name).stem, verify=False).fingerprint:016x}"
-            if found != fingerprints[name]:
+            found = f"{self._open(name, verify=False).fingerprint:016x}"
+            if found != fingerprint:
                 raise CommandError(
                     f"{self.path / name}: is not the file this store was made with (fingerprint {found}, the manifest "
-                    f"says {fingerprints[name]}); ingest the log again"
+                    f"says {fingerprint}); ingest the log again"
                 )
         try:
             self.vocabulary = Vocabulary(str(self.vocabulary_path))
+            self.vocabularies = {
+                name: Vocabulary(str(self.path / vocabulary_name(name))) for name in self.schema.vocabularies
+            }
         except (FormatError, FileNotFoundError) as error:
             raise CommandError(f"{error}; ingest the log again") from None
 
     @property
     def vocabulary_path(self) -> Path:
-        """The vocabulary file."""
-        return self.path / "vocabulary.dpsr"
+        """The vocabulary file of query and item text."""
+        return self.path / vocabulary_name()
 
     @property
     def users_path(self) -> Path:
-        """The user feature file."""
+        """The user file."""
         return self.path / "users.dpsr"
 
     @property
     def items_path(self) -> Path:
-        """The item feature file."""
+        """The item file."""
         return self.path / "items.dpsr"
 
     @property
-    def interactions_path(self) -> Path:
-        """The interaction file."""
-        return self.path / "interactions.dpsr"
-
-    def _open(self, path: Path, kind: str, verify: bool = True) -> PackedFile:
-        try:
-            return PackedFile(str(path), kind, verify)
-        except (FormatError, FileNotFoundError) as error:
-            raise CommandError(f"{error}; ingest the log again") from None
+    def interactions_paths(self) -> list[Path]:
+        """The interaction files, one a shard."""
+        return [self.path / name for name in interactions_names(self._shards)]
 
     def items(self) -> PackedFile:
-        """Sections `id` int64 [items], `tokens.splits` int64 [items + 1], `tokens.values` int32 [tokens]."""
-        return self._open(self.items_path, "items")
+        """Sections `id`, `id_index.*`, `popularity`, `tokens.*`, `feature.*`, `values.*`; with text ids `key.*`."""
+        return self._open("items.dpsr")
 
-    def interactions(self) -> PackedFile:
-        """Sections `query.*`, `positive.*`, `negative.*`; see dpsr_tf/ops/training_store.h."""
-        return self._open(self.interactions_path, "interactions")
+    def users(self) -> PackedFile:
+        """Row 0 is anonymous; sections `id`, `id_index.*`, `feature.*`, `values.*`, `event.*`, `key.*` (text ids)."""
+        return self._open("users.dpsr")
+
+    def interactions(self) -> list[PackedFile]:
+        """One file a shard, with sections `query.*`, `query_text.*`, `positive.*`, `impression.*`, `negative.*`."""
+        return [self._open(path.name) for path in self.interactions_paths]
+
+    def held_out(self) -> PackedFile | None:
+        """Sections `query` (global row), `user`, `item`, `time`, `type`; None where the schema holds nothing out."""
+        return self._open("held_out.dpsr") if self.schema.interactions.held_out else None
 
     def titles(self) -> list[str]:
         """Title of each item, in the order of the item file."""
-        return unpack_strings(self._open(self.path / "titles.dpsr", "titles"), "title")
+        return unpack_strings(self._open("titles.dpsr"), "title")
+
+    def queries(self) -> Iterator[str]:
+        """Text of each query, in the order of the global query row."""
+        for file in self.interactions():
+            yield from unpack_strings(file, "query_text")
+
+    def item_keys(self) -> list[str] | None:
+        """The shop's own text id of each item; None where its ids are numbers."""
+        items = self.items()
+        return unpack_strings(items, "key") if "key.splits" in items else None
+
+    @property
+    def _shards(self) -> int:
+        shards = self.manifest["shards"]
+        if not isinstance(shards, int):
+            raise TypeError(f"shards is {shards!r}")
+        return shards
+
+    def _open(self, name: str, verify: bool = True) -> PackedFile:
+        try:
+            return PackedFile(str(self.path / name), re.split("[-.]", name)[0], verify)
+        except (FormatError, OSError) as error:
+            raise CommandError(f"{error}; ingest the log again") from None
+
+
+def vocabulary_name(name: str | None = None) -> str:
+    """The file of a vocabulary of the schema; None is that of query and item text."""
+    return f"vocabulary-{name}.dpsr" if name else "vocabulary.dpsr"
+
+
+def interactions_names(shards: int) -> list[str]:
+    """The interaction files of a store."""
+    if shards == 1:
+        return ["interactions.dpsr"]
+    return [f"interactions-{shard:05}-of-{shards:05}.dpsr" for shard in range(shards)]
+
+
+def file_names(schema: Schema, shards: int) -> list[str]:
+    """All packed files of a store."""
+    held_out = ["held_out.dpsr"] if schema.interactions.held_out else []
+    vocabularies = [vocabulary_name(name) for name in (None, *schema.vocabularies)]
+    return [*vocabularies, "users.dpsr", "items.dpsr", *interactions_names(shards), *held_out, "titles.dpsr"]
+
+
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """SHA-256, in hex, of all of a manifest but its checksum."""
+    rest = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def pack_strings(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -137,13 +235,18 @@ def read_manifest(path: Path, format_name: str, version: int, made_by: str) -> d
         raise CommandError(f"{path}: holds a {type(manifest).__name__}, expected an object; run `{made_by}` again")
     got = (manifest.get("format"), manifest.get("version"))
     if got != (format_name, version):
-        raise CommandError(f"{path.parent}: is {got[0]} version {got[1]}, expected {format_name} version {version}")
+        raise CommandError(
+            f"{path.parent}: is {got[0]} version {got[1]}, expected {format_name} version {version}; "
+            f"run `{made_by}` again"
+        )
     return manifest
 
 
 @contextmanager
 def new_directory(path: Path, overwrite: bool = False, what: str = "", mark: str = "") -> Iterator[Path]:
     """A temporary directory beside `path` that takes its name when the block ends well, and vanishes when it does not.
+
+    What a killed process left there is removed first.
 
     Args:
         path: the directory to make.
@@ -154,24 +257,30 @@ def new_directory(path: Path, overwrite: bool = False, what: str = "", mark: str
     Raises:
         CommandError: `path` is there and may not be replaced, or cannot be made.
     """
+    given, path = path, path.resolve()
+    try:
+        _clean_up(path)
+    except OSError as error:
+        raise CommandError(f"{given}: what a killed run left beside it cannot be removed: {error}") from None
     if path.exists():
         if not overwrite:
             replace = ", or give --overwrite to replace it" if mark else ""
-            raise CommandError(f"{path}: exists already; choose another --out{replace}")
-        check_replaceable(path, what, mark)
-    path = path.resolve()
+            raise CommandError(f"{given}: exists already; choose another --out{replace}")
+        check_replaceable(given, what, mark)
     parents = [parent for parent in path.parents if not parent.exists()]
-    temporary = None
+    temporary, locks = None, []
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}{_UNFINISHED}", dir=path.parent))
+            locks.append(_lock(temporary))
         except OSError as error:
-            raise CommandError(f"{path}: cannot be made: {error.strerror}") from None
+            raise CommandError(f"{given}: cannot be made: {error.strerror}") from None
         yield temporary
         os.chmod(temporary, 0o755)  # mkdtemp makes it private
         if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}{_REPLACED}", dir=path.parent))
+            locks.append(_lock(old))
             os.rename(path, old / "old")
             os.rename(temporary, path)
             shutil.rmtree(old)
@@ -184,6 +293,42 @@ def new_directory(path: Path, overwrite: bool = False, what: str = "", mark: str
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
         raise
+    finally:
+        for lock in locks:
+            os.close(lock)
+
+
+# Endings of the names beside `path` of a directory being made, and of one being replaced; mkdtemp adds 8 characters.
+_UNFINISHED, _REPLACED = ".unfinished-", ".replaced-"
+
+
+def _lock(directory: Path) -> int:
+    """A descriptor that holds the directory's lock until it is closed. Raises OSError where another process has it."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _clean_up(path: Path) -> None:
+    """Removes what new_directory(path) left beside it when its process was killed."""
+    if not path.parent.is_dir():
+        return
+    names = re.compile(rf"\.{re.escape(path.name)}({re.escape(_UNFINISHED)}|{re.escape(_REPLACED)})\w{{8}}")
+    for left in [entry for entry in path.parent.iterdir() if names.fullmatch(entry.name)]:
+        try:
+            lock = _lock(left)
+        except OSError:
+            continue  # its process lives
+        try:
+            if _REPLACED in left.name and (left / "old").exists() and not path.exists():
+                os.rename(left / "old", path)  # killed between the two renames: what was there comes back
+            shutil.rmtree(left)
+        finally:
+            os.close(lock)
 
 
 def check_replaceable(path: Path, what: str, mark: str) -> None:

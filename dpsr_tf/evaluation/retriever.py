@@ -1,25 +1,45 @@
-"""What a retriever is, and the ones that need no model."""
+"""What a retriever is, the baselines that need no model, exact search over embeddings, and fusion."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import bm25s
 import numpy as np
+import scipy.sparse
 
 from dpsr_tokenizer import Tokenizer, TokenizerConfig
 
+# Queries whose scores of all items are in memory at once.
+_BATCH = 64
+
+
+class User(NamedTuple):
+    """Who asks, and when."""
+
+    id: int  # of the store; -1 is anonymous
+    time: int | None = None  # seconds since 1970: what the user does from then on is not known yet; None: all is known
+
 
 class Retriever(Protocol):
-    """Anything that finds items for queries: a baseline, a servable, a server."""
+    """Anything that finds items for queries: a baseline, a model, an index, a servable, a server.
 
-    def __call__(self, queries: Sequence[str], users: Sequence[int] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
+    Two attributes are optional. `personal = True` says that it makes use of users; others are given None.
+    `score(queries, users, items)`, with items int64 [n, m], returns the score of each of these pairs, float32 [n, m],
+    whether or not the item would be found; -1 among the items is padding and its score is ignored. Top-k among 1,024
+    items and AUC need it.
+    """
+
+    def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best items of each query.
 
         Args:
             queries: n texts.
-            users: n user ids, or None for anonymous users.
+            users: n users, or None for anonymous ones.
             k: items asked for.
 
         Returns:
@@ -28,39 +48,290 @@ class Retriever(Protocol):
         ...
 
 
-class Bm25:
-    """BM25 over whole words and, for scripts without spaces, the characters and their bigrams of the titles.
+def ask(
+    retriever: Retriever, queries: Sequence[str], users: Sequence[User] | None, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `retriever` answers, users left out where it makes no use of them. Raises ValueError for another shape."""
+    ids, scores = retriever(queries, users if is_personal(retriever) else None, k)
+    if ids.shape != (len(queries), k) or scores.shape != ids.shape:
+        raise ValueError(
+            f"the retriever returned ids {list(ids.shape)} and scores {list(scores.shape)}, "
+            f"expected both [{len(queries)}, {k}]"
+        )
+    return ids, scores
 
-    Section 6.2.2 of the DPSR paper names it as the baseline. Tokens come from our tokenizer, scores from the library
-    bm25s (Lucene's variant); an item that shares no token with the query is not retrieved.
+
+def is_personal(retriever: Retriever) -> bool:
+    """Whether it makes use of users."""
+    return bool(getattr(retriever, "personal", False))
+
+
+def best(ids: np.ndarray, scores: np.ndarray, k: int) -> np.ndarray:
+    """Positions of the k highest `scores` [n], ties by ascending id, also where k cuts through one; NaN comes last."""
+    if k < len(scores):
+        # Every item that ties with the k-th, so that ids decide which of them are in.
+        kept = np.flatnonzero(~(scores < -np.partition(-scores, k - 1)[k - 1]))
+    else:
+        kept = np.arange(len(scores))
+    return kept[np.lexsort((ids[kept], -scores[kept]))][:k]
+
+
+def is_repeat(ids: np.ndarray) -> np.ndarray:
+    """Whether the same id stands further left in its row: [n, k] bool of `ids` [n, k]."""
+    order = np.argsort(ids, axis=1, kind="stable")
+    ordered = np.take_along_axis(ids, order, axis=1)
+    repeat = np.zeros(ids.shape, bool)
+    np.put_along_axis(repeat, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+    return repeat
+
+
+def nothing(num_queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """An answer without items: ids -1 and scores -inf, [num_queries, k] each."""
+    return np.full((num_queries, k), -1, np.int64), np.full((num_queries, k), -np.inf, np.float32)
+
+
+class ItemRows:
+    """Rows of items by their id."""
+
+    def __init__(self, item_ids: np.ndarray):
+        """`item_ids` int64 [items], distinct."""
+        self._order = np.argsort(item_ids, kind="stable")
+        self._ids = np.asarray(item_ids)[self._order]
+
+    def __call__(self, ids: np.ndarray) -> np.ndarray:
+        """Rows int64 of the shape of `ids`; -1 where there is no such item."""
+        if not len(self._ids):
+            return np.full(ids.shape, -1, np.int64)
+        places = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
+        return np.where(self._ids[places] == ids, self._order[places], -1)
+
+
+Tokenize = Callable[[str], list[str]]
+
+
+def unigrams() -> Tokenize:
+    """Whole words and, for scripts without spaces, the characters and their bigrams."""
+    return Tokenizer(TokenizerConfig(letter_trigrams=False, number_parts=False)).tokenize
+
+
+def unigrams_and_bigrams() -> Tokenize:
+    """The same, and pairs of neighbouring words."""
+    return Tokenizer(TokenizerConfig(letter_trigrams=False, number_parts=False, word_bigrams=True)).tokenize
+
+
+def plain_words() -> Tokenize:
+    """Runs of ASCII letters and digits, lower-cased: what textbooks do, for figures that others can check."""
+    words = re.compile("[a-z0-9]+")
+    return lambda text: words.findall(text.lower())
+
+
+class Bm25:
+    """BM25 over the tokens of the titles: with unigrams, or with unigrams and bigrams, the baselines of section 6.2.2.
+
+    Tokens come from our tokenizer, the score of each token and title from the library bm25s (Lucene's variant); a
+    sparse product sums them, many queries at once. An item that shares no token with the query is not retrieved, and
+    its score is 0.
     """
 
-    def __init__(self, item_ids: np.ndarray, titles: Sequence[str], k1: float = 1.2, b: float = 0.75):
+    def __init__(
+        self,
+        item_ids: np.ndarray,
+        titles: Sequence[str],
+        k1: float = 1.2,
+        b: float = 0.75,
+        tokenize: Tokenize | None = None,
+    ):
         """`item_ids` int64 [items], `titles` one text an item, `k1` and `b` BM25's usual constants."""
         self._item_ids = np.asarray(item_ids)
-        self._tokenizer = Tokenizer(TokenizerConfig(letter_trigrams=False, number_parts=False))
-        tokens = [self._tokenizer.tokenize(title) for title in titles]
-        self._index = None
+        self._rows = ItemRows(self._item_ids)
+        self._tokenize = tokenize or unigrams()
+        self._vocabulary: dict[str, int] = {}
+        tokens = [self._tokenize(title) for title in titles]
         if any(tokens):  # bm25s refuses a corpus without words
-            self._index = bm25s.BM25(k1=k1, b=b, method="lucene", backend="numpy")
-            self._index.index(tokens, show_progress=False)
+            index = bm25s.BM25(k1=k1, b=b, method="lucene", backend="numpy")
+            index.index(tokens, show_progress=False)
+            self._vocabulary = index.vocab_dict
+            data, indices, indptr = (index.scores[name] for name in ("data", "indices", "indptr"))
+            # A row a token: bm25s keeps the transposed matrix by columns.
+            self._weights = scipy.sparse.csr_matrix((data, indices, indptr), (len(indptr) - 1, len(titles)))
 
-    def __call__(self, queries: Sequence[str], users: Sequence[int] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def _scores(self, queries: Sequence[str]) -> scipy.sparse.csr_matrix:
+        """Sum of the weights of each query's tokens [n, items], a token as often as the query has it, in its order."""
+        # A word that no title holds adds nothing.
+        known = [
+            [self._vocabulary[token] for token in self._tokenize(query) if token in self._vocabulary]
+            for query in queries
+        ]
+        splits = np.cumsum([0, *map(len, known)])
+        tokens = np.array([token for row in known for token in row], np.int64)
+        counts = scipy.sparse.csr_matrix(
+            (np.ones(len(tokens), np.float32), tokens, splits), (len(queries), self._weights.shape[0])
+        )
+        return counts @ self._weights
+
+    def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See Retriever; `users` is not used."""
-        ids = np.full((len(queries), k), -1, np.int64)
-        scores = np.full((len(queries), k), -np.inf, np.float32)
-        if self._index is None:
+        ids, scores = nothing(len(queries), k)
+        if not self._vocabulary:
             return ids, scores
-        for row, query in enumerate(queries):
-            # A word that no title holds adds nothing; bm25s would refuse a query of such words only.
-            tokens = [token for token in self._tokenizer.tokenize(query) if token in self._index.vocab_dict]
-            if not tokens:
-                continue
-            all_scores = self._index.get_scores(tokens)
-            # Every item that ties with the k-th, so that ids decide which of them are in.
-            floor = np.partition(all_scores, -k)[-k] if k < len(all_scores) else 0
-            best = np.flatnonzero((all_scores >= floor) & (all_scores > 0))
-            best = best[np.lexsort((self._item_ids[best], -all_scores[best]))][:k]
-            ids[row, : len(best)] = self._item_ids[best]
-            scores[row, : len(best)] = all_scores[best]
+        for begin in range(0, len(queries), _BATCH):
+            found = self._scores(queries[begin : begin + _BATCH])
+            for row in range(found.shape[0]):
+                part = slice(found.indptr[row], found.indptr[row + 1])
+                row_ids, row_scores = self._item_ids[found.indices[part]], found.data[part]
+                order = best(row_ids, row_scores, k)
+                ids[begin + row, : len(order)] = row_ids[order]
+                scores[begin + row, : len(order)] = row_scores[order]
         return ids, scores
+
+    def score(self, queries: Sequence[str], users: Sequence[User] | None, items: np.ndarray) -> np.ndarray:
+        """See Retriever."""
+        result = np.zeros(items.shape, np.float32)
+        if not self._vocabulary:
+            return result
+        rows = self._rows(items)
+        of_all = np.zeros(len(self._item_ids), np.float32)
+        for begin in range(0, len(queries), _BATCH):
+            found = self._scores(queries[begin : begin + _BATCH])
+            for row in range(found.shape[0]):
+                part = slice(found.indptr[row], found.indptr[row + 1])
+                of_all[found.indices[part]] = found.data[part]
+                result[begin + row] = np.where(rows[begin + row] >= 0, of_all[rows[begin + row]], 0)
+                of_all[found.indices[part]] = 0
+        return result
+
+
+class Random:
+    """Items by chance, the same for the same query."""
+
+    def __init__(self, item_ids: np.ndarray, seed: int = 1):
+        """`item_ids` int64 [items]."""
+        self._item_ids, self._seed = np.asarray(item_ids), seed
+
+    def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """See Retriever; every score is 0."""
+        ids, scores = nothing(len(queries), k)
+        found = min(k, len(self._item_ids))
+        for row, query in enumerate(queries):
+            words = np.frombuffer(hashlib.blake2b(query.encode("utf-8", "replace"), digest_size=8).digest(), np.uint32)
+            rng = np.random.default_rng([self._seed, *words])
+            ids[row, :found] = self._item_ids[rng.choice(len(self._item_ids), found, replace=False)]
+        scores[:, :found] = 0
+        return ids, scores
+
+    def score(self, queries: Sequence[str], users: Sequence[User] | None, items: np.ndarray) -> np.ndarray:
+        """0 for all: ties are resolved by chance, in expectation."""
+        return np.zeros(items.shape, np.float32)
+
+
+class Popularity:
+    """The same items for every query: the most popular, ties by ascending id."""
+
+    def __init__(self, item_ids: np.ndarray, popularity: np.ndarray):
+        """`item_ids` int64 [items], `popularity` float [items]."""
+        self._item_ids, self._popularity = np.asarray(item_ids), np.asarray(popularity, np.float32)
+        self._order = np.lexsort((self._item_ids, -self._popularity))
+        self._rows = ItemRows(self._item_ids)
+
+    def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """See Retriever; the score is the popularity."""
+        ids, scores = nothing(len(queries), k)
+        top = self._order[:k]
+        ids[:, : len(top)], scores[:, : len(top)] = self._item_ids[top], self._popularity[top]
+        return ids, scores
+
+    def score(self, queries: Sequence[str], users: Sequence[User] | None, items: np.ndarray) -> np.ndarray:
+        """See Retriever."""
+        rows = self._rows(items)
+        return np.where(rows >= 0, self._popularity[rows], 0).astype(np.float32)
+
+
+# Embeds queries: (queries [n], users [n] or None) -> float32 [n, heads, dim]; a row of zeros finds nothing.
+QueryEncoder = Callable[[Sequence[str], "Sequence[User] | None"], np.ndarray]
+
+
+class ExactSearch:
+    """The items with the largest inner products, every one of them computed.
+
+    With several heads an item's score is its largest inner product over them, as at serving time (end of section 4.3),
+    not the soft dot product of training.
+    """
+
+    def __init__(self, encode: QueryEncoder, item_ids: np.ndarray, item_embeddings: np.ndarray, personal: bool = False):
+        """`item_ids` int64 [items], `item_embeddings` float32 [items, dim]."""
+        self._encode = encode
+        self._item_ids, self._item_embeddings = np.asarray(item_ids), item_embeddings
+        self._rows = ItemRows(self._item_ids)
+        self.personal = personal
+
+    def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """See Retriever."""
+        ids, scores = nothing(len(queries), k)
+        for begin in range(0, len(queries), _BATCH):
+            heads = self._encode(queries[begin : begin + _BATCH], users[begin : begin + _BATCH] if users else None)
+            products = functools.reduce(
+                np.maximum, (heads[:, head] @ self._item_embeddings.T for head in range(heads.shape[1]))
+            )
+            for row in np.flatnonzero(heads.any(axis=(1, 2))):
+                order = best(self._item_ids, products[row], k)
+                ids[begin + row, : len(order)] = self._item_ids[order]
+                scores[begin + row, : len(order)] = products[row, order]
+        return ids, scores
+
+    def score(self, queries: Sequence[str], users: Sequence[User] | None, items: np.ndarray) -> np.ndarray:
+        """See Retriever."""
+        result = np.empty(items.shape, np.float32)
+        for begin in range(0, len(queries), _BATCH):
+            heads = self._encode(queries[begin : begin + _BATCH], users[begin : begin + _BATCH] if users else None)
+            embeddings = self._item_embeddings[self._rows(items[begin : begin + _BATCH])]
+            result[begin : begin + _BATCH] = np.matmul(embeddings, heads.transpose(0, 2, 1)).max(axis=2)
+        return result
+
+
+class Fusion:
+    """Several retrievers as one; each is asked for `depth` items, or k if that is more.
+
+    Reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009): an item's score is the sum over retrievers of
+    1 / (60 + rank). With weights: the weighted sum of its scores, each retriever's brought to 0 .. 1 over what it
+    returned for the query (all 1 where they are equal). A retriever that did not return the item adds nothing.
+    """
+
+    RANK_CONSTANT = 60
+
+    def __init__(self, parts: Sequence[Retriever], weights: Sequence[float] | None = None, depth: int = 1000):
+        """`weights`: one a part; None is reciprocal rank fusion."""
+        self._parts, self._weights, self._depth = parts, weights, depth
+        self.personal = any(is_personal(part) for part in parts)
+
+    def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """See Retriever."""
+        depth = max(k, self._depth)
+        all_ids, all_shares = [], []
+        for row, part in enumerate(self._parts):
+            found, part_scores = ask(part, queries, users, depth)
+            counts = (found >= 0) & ~is_repeat(found) & ~np.isnan(part_scores)
+            if self._weights is None:
+                share = np.broadcast_to(1 / (self.RANK_CONSTANT + 1 + np.arange(depth)), found.shape)
+            else:
+                share = self._weights[row] * _to_unit(part_scores, counts)
+            all_ids.append(np.where(counts, found, -1))
+            all_shares.append(share)
+        united, shares = np.concatenate(all_ids, axis=1), np.concatenate(all_shares, axis=1)
+        ids, scores = nothing(len(queries), k)
+        for row in range(len(queries)):
+            there = united[row] >= 0
+            items, which = np.unique(united[row][there], return_inverse=True)
+            # Sums in float32, so that sums of the same numbers in another order are ties.
+            sums = np.bincount(which, shares[row][there], len(items)).astype(np.float32)
+            order = best(items, sums, k)
+            ids[row, : len(order)], scores[row, : len(order)] = items[order], sums[order]
+        return ids, scores
+
+
+def _to_unit(scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Each row's scores where `counts`, brought to 0 .. 1."""
+    finite = np.clip(scores.astype(np.float64), -1e30, 1e30)
+    low = np.where(counts, finite, np.inf).min(axis=1, keepdims=True, initial=np.inf)
+    high = np.where(counts, finite, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
+    width = np.where(high > low, high - low, 1)
+    return np.where(high > low, (finite - np.where(counts.any(axis=1, keepdims=True), low, 0)) / width, 1)

@@ -1,8 +1,16 @@
-"""The loss of DPSR section 4.3 over the negatives of section 4.4."""
+"""The losses over the negatives of DPSR section 4.4: the hinge of section 4.3, and softmax.
+
+Their gradients are written out: TensorFlow's own keep a [b, n] matrix for nearly every operation.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import tensorflow as tf
+
+# Takes the gradient of a loss, gives those of the scores of the positives and of the negatives.
+Gradient = Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
 
 def negative_weights(negative_mask: tf.Tensor, mixing_ratio: float) -> tf.Tensor:
@@ -62,7 +70,84 @@ def hinge_loss(
     Returns:
         float32 [].
     """
-    terms = weights * tf.nn.relu(margin - positive_scores[:, tf.newaxis] + scores)
     if num_hard_negatives:
-        terms = tf.math.top_k(terms, tf.minimum(num_hard_negatives, tf.shape(terms)[1]), sorted=False).values
-    return tf.reduce_mean(example_weights * tf.reduce_sum(terms, axis=1))
+        terms = weights * tf.nn.relu(margin - positive_scores[:, tf.newaxis] + scores)
+        count = tf.minimum(num_hard_negatives, tf.shape(terms)[1])
+        hardest = tf.math.top_k(tf.stop_gradient(terms), count, sorted=False).indices
+        scores, weights = (tf.gather(matrix, hardest, batch_dims=1) for matrix in (scores, weights))
+    weights *= _shares(example_weights)[:, tf.newaxis]
+
+    @tf.custom_gradient
+    def loss(positive: tf.Tensor, negative: tf.Tensor) -> tuple[tf.Tensor, Gradient]:
+        violations = margin - positive[:, tf.newaxis] + negative
+        slopes = weights * tf.cast(violations > 0, weights.dtype)
+
+        def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            return -upstream * tf.reduce_sum(slopes, axis=1), upstream * slopes
+
+        return tf.reduce_sum(slopes * violations), gradient
+
+    return loss(positive_scores, scores)
+
+
+def softmax_loss(
+    positive_logits: tf.Tensor, logits: tf.Tensor, weights: tf.Tensor, example_weights: tf.Tensor
+) -> tf.Tensor:
+    """For each positive pair -log(exp(positive) / (exp(positive) + sum of weight * exp(negative))), averaged over b.
+
+    With unclicked impressions as the only negatives this is DSSM's loss; with the weights of `negative_weights` it is
+    sampled softmax. A pair without negatives adds nothing.
+
+    Args:
+        positive_logits: float [b], scores divided by the temperature, with `log_q` taken off where that is wanted.
+        logits: float [b, n], the same of every item with every query.
+        weights: float [b, n], how much each item counts as a negative; zero where it does not.
+        example_weights: float [b], of the positive pairs.
+
+    Returns:
+        float [].
+    """
+    shares = _shares(example_weights)
+
+    @tf.custom_gradient
+    def loss(positive: tf.Tensor, negative: tf.Tensor) -> tuple[tf.Tensor, Gradient]:
+        # What does not count must not decide what is subtracted before exp.
+        negative = tf.where(weights > 0, negative, negative.dtype.min)
+        top = tf.maximum(positive, tf.reduce_max(negative, axis=1))
+        terms = weights * tf.exp(negative - top[:, tf.newaxis])
+        positive_term = tf.exp(positive - top)
+        total = positive_term + tf.reduce_sum(terms, axis=1)
+
+        def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            scale = upstream * shares / total
+            return scale * (positive_term - total), scale[:, tf.newaxis] * terms
+
+        return tf.reduce_sum(shares * (tf.math.log(total) - positive + top)), gradient
+
+    return loss(positive_logits, logits)
+
+
+def log_q(shares: tf.Tensor, num_items: int, mixing_ratio: float, title_share: float = 0.0) -> tf.Tensor:
+    """Logarithm of how often an item is a negative; sampled softmax takes it off each logit.
+
+    A random negative is any item alike, one from the batch comes as often as it is a positive, and alpha mixes them
+    (section 4.4.3). Without the correction popular items are pushed away more than they deserve (Yi et al., RecSys
+    2019); a factor common to all items has no effect.
+
+    Args:
+        shares: float [n], share of the log's positive pairs that have this item.
+        num_items: items in all.
+        mixing_ratio: alpha.
+        title_share: share of the batch's pairs that have a random item under a piece of its text.
+
+    Returns:
+        float [n]. Never below a hundredth of what a random item has: an item that no negative can be has a number too.
+    """
+    in_batch = (1 - title_share) * shares + title_share / num_items
+    q = mixing_ratio / num_items + (1 - mixing_ratio) * in_batch
+    return tf.math.log(tf.maximum(q, tf.cast(0.01 / num_items, q.dtype)))
+
+
+def _shares(example_weights: tf.Tensor) -> tf.Tensor:
+    """Of each pair in the average over the batch."""
+    return example_weights / tf.cast(tf.size(example_weights), example_weights.dtype)

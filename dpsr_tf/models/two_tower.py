@@ -1,67 +1,303 @@
-"""The two towers (DPSR section 4.1): text in, unit vectors out, trained together and used apart."""
+"""The two towers (DPSR sections 4.1 to 4.3): features in, unit vectors out, trained together and used apart."""
 
 from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import tensorflow as tf
 
 from dpsr_tf.config import ModelConfig
 from dpsr_tf.data.dataset import Tokens
+from dpsr_tf.data.schema import EVENT_TYPES
+from dpsr_tf.models.embedding import EmbeddingTable
+from dpsr_tf.models.features import FIXED_KINDS, Feature, FeatureSpec, ItemFeatures, QueryFeatures
+
+if TYPE_CHECKING:
+    from dpsr_tf.data.dataset import Features
 
 v1 = tf.compat.v1
 
+T = TypeVar("T")
+
+
+class Table(Protocol):
+    """What the towers ask of an embedding table, however and wherever it is kept; models.embedding has ours."""
+
+    def bag(self, tokens: Tokens) -> tf.Tensor:
+        """Sum of the rows of each text's tokens, [texts, dim] float32; zero for a text without tokens."""
+
+    def lookup(self, codes: tf.Tensor) -> tf.Tensor:
+        """The row of each of `codes`, int32 [n]: [n, dim] float32."""
+
+
+# Makes the table of a name, a number of rows and a width.
+TableFactory = Callable[[str, int, int], Table]
+# Makes one vector a text, [texts, a fixed width] float32. It may make variables, and must share them between calls.
+TextEncoder = Callable[[Table, Tokens], tf.Tensor]
+
+
+def stock_table(name: str, num_rows: int, dim: int) -> EmbeddingTable:
+    """A table of stock ops: a graph that holds it needs no op library, and any optimizer trains it."""
+    return EmbeddingTable(name, num_rows, dim, implementation="stock")
+
+
+def bag_of_tokens(table: Table, tokens: Tokens) -> tf.Tensor:
+    """The text encoder of the paper: the sum of the tokens' embeddings."""
+    return table.bag(tokens)
+
 
 class TwoTower:
-    """Query tower and item tower over one shared embedding table.
+    """Query tower and item tower.
 
-    Each tower sums the embeddings of a text's tokens, sends the sum through its own ReLU layers and a last linear one,
-    and normalises to length 1. Variables are made on the first call and shared by all later ones of a graph; their
-    names (`token_embedding`, `query_tower/...`, `item_tower/...`) are what a checkpoint holds.
+    Each tower has an input layer, the concatenation of what it reads: text, features, and for the query tower the
+    user's history. The item tower sends it through ReLU layers and a last linear one; the query tower does so for each
+    of m heads, with layers of their own, after projecting it to m vectors (section 4.2; one head has nothing to
+    project). Embeddings are normalised to length 1.
+
+    Code 0 of a feature is the unknown value and adds nothing; so do an empty list and an empty history: an anonymous
+    user's query is embedded from its text.
+
+    Variables are made on the first call and shared by all later ones of a graph; their names (`token_embedding`,
+    `query_tower/...`, `item_tower/...`) are what a checkpoint holds.
+
+    Attributes:
+        config, features: as given.
+        tables: every embedding table by name.
+        norms: mean length of query and item embeddings before they were normalised, float32 [], of the last calls.
 
     Example:
-        tower = TwoTower(ModelConfig(embedding_dim=64), num_ids=vocabulary.num_ids)
-        scores = tf.matmul(tower.query_embedding(batch.query), tower.item_embedding(batch.item), transpose_b=True)
+        towers = TwoTower(ModelConfig(num_heads=2), FeatureSpec(num_tokens=vocabulary.num_ids))
+        query = towers.query_embedding(QueryFeatures(query_tokens))
+        scores = towers.scores(query, towers.item_embedding(ItemFeatures(item_tokens)))
     """
 
-    def __init__(self, config: ModelConfig, num_ids: int):
-        """`num_ids`: rows of the embedding table, Vocabulary.num_ids."""
-        self._config = config
-        with v1.variable_scope(v1.get_variable_scope(), reuse=v1.AUTO_REUSE):
-            bound = config.token_dim**-0.5
-            self.token_embedding = v1.get_variable(
-                "token_embedding",
-                [num_ids, config.token_dim],
-                initializer=v1.random_uniform_initializer(-bound, bound),
-                use_resource=True,
-            )
+    def __init__(
+        self,
+        config: ModelConfig,
+        features: FeatureSpec | int,
+        table: TableFactory = stock_table,
+        text_encoder: TextEncoder = bag_of_tokens,
+    ):
+        """Makes the tables.
 
-    def query_embedding(self, tokens: Tokens) -> tf.Tensor:
-        """Unit vectors [texts, embedding_dim] float32; zero for a text without tokens, which matches nothing."""
-        return self._tower("query_tower", tokens)
+        Args:
+            config: shape of the towers.
+            features: what they read, FeatureSpec.choose(config, ...); a number is FeatureSpec(num_tokens=number).
+            table: makes the embedding tables.
+            text_encoder: makes a vector of a text: query, item text, text features, past queries.
+        """
+        self.config = config
+        self.features = FeatureSpec(features) if isinstance(features, int) else features
+        self.tables: dict[str, Table] = {}
+        self.norms: dict[str, tf.Tensor] = {}
+        self._make_table, self._encode = table, text_encoder
+        for side, chosen in (("user", self.features.user), ("item", self.features.item)):
+            for text in (None, *(feature for feature in chosen if feature.kind == "text")):
+                self._text_table(side, text)
+            coded = sum(feature.num_ids for feature in chosen if feature.kind != "text")
+            if coded:
+                # One table for all features of a side: one lookup a batch instead of one a feature.
+                self._table(f"{side}_feature_embedding", coded, config.feature_dim)
 
-    def item_embedding(self, tokens: Tokens) -> tf.Tensor:
-        """Unit vectors [texts, embedding_dim] float32; zero for a text without tokens."""
-        return self._tower("item_tower", tokens)
+    def query_embedding(self, query: QueryFeatures | Tokens) -> tf.Tensor:
+        """Unit vectors [queries, heads, embedding_dim] float32; zero for a text without tokens, which matches nothing.
 
-    def _tower(self, name: str, tokens: Tokens) -> tf.Tensor:
-        x = self._sum_of_embeddings(tokens)
-        with v1.variable_scope(name, reuse=v1.AUTO_REUSE):
-            for i, width in enumerate(self._config.hidden):
-                x = tf.nn.relu(_dense(f"hidden_{i}", x, width))
-            x = _dense("embedding", x, self._config.embedding_dim)
-        has_tokens = tokens.row_splits[1:] > tokens.row_splits[:-1]
-        return tf.math.l2_normalize(x, axis=1, epsilon=1e-12) * tf.cast(has_tokens, x.dtype)[:, tf.newaxis]
+        `query` may be the bare text where the config names nothing else.
+        """
+        query = QueryFeatures(query) if isinstance(query, Tokens) else query
+        x = self._query_input(query)
+        heads = []
+        for head in range(self.config.num_heads):
+            with v1.variable_scope(f"query_tower/head_{head}", reuse=v1.AUTO_REUSE):
+                if self.config.num_heads == 1:
+                    heads.append(self._layers(x))
+                    continue
+                # All outputs of ReLU layers with random weights lie in one narrow cone. Heads that start in different
+                # cones start with one that wins for all queries, and the soft dot product never lets go of it.
+                projected = _dense("projection", x, self.config.token_dim)
+                heads.append(self._layers(projected, alike=True))
+        return self._normalised("query", tf.stack(heads, axis=1), query.text)
 
-    def _sum_of_embeddings(self, tokens: Tokens) -> tf.Tensor:
-        segments = tf.ragged.row_splits_to_segment_ids(tokens.row_splits)
-        rows = tf.gather(self.token_embedding, tokens.values)
-        total = tf.math.unsorted_segment_sum(rows, segments, tf.shape(tokens.row_splits)[0] - 1)
-        return tf.ensure_shape(total, [None, self._config.token_dim])
+    def item_embedding(self, item: ItemFeatures | Tokens) -> tf.Tensor:
+        """Unit vectors [items, embedding_dim] float32; zero for a text without tokens.
+
+        `item` may be the bare text where the config names nothing else.
+        """
+        item = ItemFeatures(item) if isinstance(item, Tokens) else item
+        x = self.item_vector(item)
+        with v1.variable_scope("item_tower", reuse=v1.AUTO_REUSE):
+            outputs = self._layers(x)
+        return tf.squeeze(self._normalised("item", tf.expand_dims(outputs, 1), item.text), axis=1)
+
+    def item_vector(self, item: ItemFeatures) -> tf.Tensor:
+        """The item tower's input layer, [items, width] float32; it also stands for an item in a user's history."""
+        text = self._encode(self._text_table("item"), item.text)
+        return tf.concat([text, *self._feature_vectors("item", self.features.item, item.features)], axis=1)
+
+    def scores(self, query: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
+        """Every query with every item: [b, m, d] and [n, d] to float32 [b, n], soft dot products (equation 1)."""
+        inner = [tf.matmul(head, items, transpose_b=True) for head in tf.unstack(query, axis=1)]
+        return soft_dot_product(inner, self.config.temperature)
+
+    def own_scores(self, query: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
+        """Every query with items of its own: [b, m, d] and [b, o, d] to float32 [b, o]."""
+        inner = tf.unstack(tf.matmul(query, items, transpose_b=True), axis=1)
+        return soft_dot_product(inner, self.config.temperature)
+
+    def pair_scores(self, query: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
+        """Query i with item i: [b, m, d] and [b, d] to float32 [b]."""
+        return soft_dot_product(tf.unstack(head_scores(query, items), axis=1), self.config.temperature)
+
+    def _query_input(self, query: QueryFeatures) -> tf.Tensor:
+        text = self._encode(self._text_table("user"), query.text)
+        parts = [text, *self._feature_vectors("user", self.features.user, query.user)]
+        if self.config.history_length:
+            history = _given(query.history, "history")
+            items = self.item_vector(ItemFeatures(_given(history.text, "text of the history"), history.features))
+            with v1.variable_scope("query_tower/history", reuse=v1.AUTO_REUSE):
+                items += _dense("type", tf.one_hot(history.types, len(EVENT_TYPES)), items.shape[1], bias=False)
+                parts.append(self._pooled(text, items, history.items.row_splits))
+        if self.config.query_history_length:
+            history = _given(query.history, "history")
+            queries = self._encode(self._text_table("user"), history.query)
+            with v1.variable_scope("query_tower/query_history", reuse=v1.AUTO_REUSE):
+                parts.append(self._pooled(text, queries, history.query_splits))
+        return tf.concat(parts, axis=1)
+
+    def _pooled(self, query: tf.Tensor, events: tf.Tensor, row_splits: tf.Tensor) -> tf.Tensor:
+        """One vector [b, width] a user of its `events` [h, width]; zero for a user without events."""
+        if self.config.history_pooling == "attention":
+            # A bias of the key would add the same to all events of a user, which the softmax does not see.
+            wanted = _dense("query", query, self.config.token_dim)
+            keys = _dense("key", events, self.config.token_dim, bias=False)
+            users = tf.ragged.row_splits_to_segment_ids(row_splits)
+            logits = tf.reduce_sum(tf.gather(wanted, users) * keys, axis=1) / math.sqrt(self.config.token_dim)
+            events *= tf.expand_dims(segment_softmax(logits, row_splits), 1)
+        return _segment_sum(events, row_splits)
+
+    def _feature_vectors(self, side: str, chosen: tuple[Feature, ...], given: Features | None) -> list[tf.Tensor]:
+        """The fixed features' vectors side by side, [rows, width]; then those of each list."""
+        if not chosen:
+            return []
+        given = _given(given, f"{side} features")
+        offsets, next_offset = {}, 0
+        for feature in chosen:
+            if feature.kind != "text":
+                offsets[feature.name] = next_offset
+                next_offset += feature.num_ids
+        vectors = []
+        fixed = [feature for feature in chosen if feature.kind in FIXED_KINDS]
+        if fixed:
+            rows = given.codes + tf.constant([offsets[feature.name] for feature in fixed], given.codes.dtype)
+            found = self.tables[f"{side}_feature_embedding"].lookup(tf.reshape(rows, [-1]))
+            known = tf.cast(tf.reshape(given.codes, [-1, 1]) > 0, found.dtype)
+            vectors.append(tf.reshape(found * known, [-1, len(fixed) * self.config.feature_dim]))
+        lists = [feature for feature in chosen if feature.kind not in FIXED_KINDS]
+        for feature, tokens in zip(lists, given.lists, strict=True):
+            if feature.kind == "text":
+                vectors.append(self._encode(self._text_table(side, feature), tokens))
+            else:
+                rows = Tokens(tokens.values + offsets[feature.name], tokens.row_splits)
+                vectors.append(self.tables[f"{side}_feature_embedding"].bag(rows))
+        return vectors
+
+    def _text_table(self, side: str, feature: Feature | None = None) -> Table:
+        """Of the query or item text, or of a text feature: one a vocabulary, and a side where they do not share."""
+        prefix = "" if self.config.share_text_table else {"user": "query_", "item": "item_"}[side]
+        if feature is None or feature.vocabulary is None:
+            return self._table(f"{prefix}token_embedding", self.features.num_tokens, self.config.token_dim)
+        return self._table(f"{prefix}token_embedding_{feature.vocabulary}", feature.num_ids, self.config.token_dim)
+
+    def _table(self, name: str, num_rows: int, dim: int) -> Table:
+        if name not in self.tables:
+            self.tables[name] = self._make_table(name, num_rows, dim)
+        return self.tables[name]
+
+    def _layers(self, x: tf.Tensor, alike: bool = False) -> tf.Tensor:
+        """ReLU layers and a linear one. Those made with `alike` start from the same weights as each other."""
+        seeds = range(len(self.config.hidden) + 1) if alike else [None] * (len(self.config.hidden) + 1)
+        for i, width in enumerate(self.config.hidden):
+            x = tf.nn.relu(_dense(f"hidden_{i}", x, width, seed=seeds[i]))
+        return _dense("embedding", x, self.config.embedding_dim, seed=seeds[-1])
+
+    def _normalised(self, tower: str, x: tf.Tensor, text: Tokens) -> tf.Tensor:
+        """`x` [texts, vectors, embedding_dim] at length 1; zero where the text has no tokens."""
+        self.norms[tower] = tf.reduce_mean(tf.norm(x, axis=2))
+        has_tokens = tf.cast(text.row_splits[1:] > text.row_splits[:-1], x.dtype)
+        return tf.math.l2_normalize(x, axis=2, epsilon=1e-12) * has_tokens[:, tf.newaxis, tf.newaxis]
 
 
-def _dense(name: str, x: tf.Tensor, width: int) -> tf.Tensor:
+def head_scores(query: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
+    """Inner products of each head of query i with item i: [b, m, d] and [b, d] to float32 [b, m]."""
+    return tf.reduce_sum(query * tf.expand_dims(items, 1), axis=2)
+
+
+def soft_dot_product(inner: Sequence[tf.Tensor], temperature: float) -> tf.Tensor:
+    """The score of section 4.3, equation 1: the sum over heads of softmax(inner / beta) * inner.
+
+    Args:
+        inner: of each head, its inner products with the items, floats of one shape.
+        temperature: beta. Below 1e-6 the score is the largest inner product, the limit.
+
+    Returns:
+        Floats of that shape.
+    """
+    if len(inner) == 1:
+        return inner[0]
+    if temperature < 1e-6:
+        return functools.reduce(tf.maximum, inner)
+
+    # By hand, gradient too, with a tensor a head: TensorFlow is slow at reducing over a short axis amid longer ones.
+    @tf.custom_gradient
+    def weighted_sum(*heads: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], list[tf.Tensor]]]:
+        top = functools.reduce(tf.maximum, heads)
+        terms = [tf.exp((head - top) / temperature) for head in heads]
+        total = tf.add_n(terms)
+        weights = [term / total for term in terms]
+        score = tf.add_n([weight * head for weight, head in zip(weights, heads, strict=True)])
+
+        def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
+            return [
+                upstream * (weight + weight * (head - score) / temperature)
+                for weight, head in zip(weights, heads, strict=True)
+            ]
+
+        return score, gradient
+
+    return weighted_sum(*inner)
+
+
+def segment_softmax(logits: tf.Tensor, row_splits: tf.Tensor) -> tf.Tensor:
+    """Softmax of logits[row_splits[i]:row_splits[i + 1]] for each i by itself, float [values], any of them empty."""
+    segments = tf.ragged.row_splits_to_segment_ids(row_splits)
+    count = tf.shape(row_splits, tf.int64)[0] - 1
+    top = tf.math.unsorted_segment_max(tf.stop_gradient(logits), segments, count)
+    weights = tf.exp(logits - tf.gather(top, segments))
+    return weights / tf.gather(tf.math.unsorted_segment_sum(weights, segments, count), segments)
+
+
+def _segment_sum(rows: tf.Tensor, row_splits: tf.Tensor) -> tf.Tensor:
+    segments = tf.ragged.row_splits_to_segment_ids(row_splits)
+    total = tf.math.unsorted_segment_sum(rows, segments, tf.shape(row_splits, tf.int64)[0] - 1)
+    return tf.ensure_shape(total, [None, rows.shape[1]])
+
+
+def _dense(name: str, x: tf.Tensor, width: int, bias: bool = True, seed: int | None = None) -> tf.Tensor:
     with v1.variable_scope(name, reuse=v1.AUTO_REUSE):
-        kernel = v1.get_variable(
-            "kernel", [x.shape[1], width], initializer=v1.glorot_uniform_initializer(), use_resource=True
+        initializer = v1.glorot_uniform_initializer(seed=seed)
+        kernel = v1.get_variable("kernel", [x.shape[1], width], initializer=initializer, use_resource=True)
+        y = tf.matmul(x, kernel)
+        if not bias:
+            return y
+        return tf.nn.bias_add(
+            y, v1.get_variable("bias", [width], initializer=v1.zeros_initializer(), use_resource=True)
         )
-        bias = v1.get_variable("bias", [width], initializer=v1.zeros_initializer(), use_resource=True)
-    return tf.nn.bias_add(tf.matmul(x, kernel), bias)
+
+
+def _given(value: T | None, name: str) -> T:
+    if value is None:
+        raise ValueError(f"the config asks for {name}, but None was given")
+    return value

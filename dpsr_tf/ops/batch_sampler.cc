@@ -1,7 +1,8 @@
 #include "dpsr_tf/ops/batch_sampler.h"
 
 #include <algorithm>
-#include <unordered_map>
+#include <cstring>
+#include <iterator>
 #include <utility>
 
 namespace dpsr {
@@ -10,16 +11,24 @@ namespace {
 // Keep the random numbers of one purpose apart from another's.
 constexpr uint64_t kNegativeStream = 0x6e65676174697665ULL;
 constexpr uint64_t kTitleStream = 0x7469746c65717279ULL;
+constexpr uint64_t kOwnStream = 0x6f776e2d6e656761ULL;
 // A title query has this many tokens of the title, and lacks every so manieth of them.
 constexpr uint64_t kShortestTitleQuery = 4;
 constexpr uint64_t kLongestTitleQuery = 24;
 constexpr uint64_t kDropOneIn = 8;
-// A binary search costs about as much as this many hash lookups.
-constexpr size_t kLongList = 4;
+// A binary search costs about as much as this many lookups in a PositionIndex.
+constexpr size_t kLongList = 16;
+// Examples between a prefetch and its use.
+constexpr size_t kAhead = 8;
 
 Status AtLeast(const char* name, int64_t value, int64_t minimum) {
   if (value >= minimum) return Status();
   return MakeStatus(StatusCode::kInvalidArgument, name, " is ", value, ", expected ", minimum, " or more");
+}
+
+Status AtMost(const char* name, int64_t value, int64_t maximum) {
+  if (value <= maximum) return Status();
+  return MakeStatus(StatusCode::kInvalidArgument, name, " is ", value, ", expected at most ", maximum);
 }
 
 }  // namespace
@@ -28,20 +37,27 @@ Status BatchSampler::Validate(const BatchOptions& o) {
   DPSR_RETURN_IF_ERROR(AtLeast("batch_size", o.batch_size, 1));
   DPSR_RETURN_IF_ERROR(AtLeast("num_shared_negatives", o.num_shared_negatives, 0));
   DPSR_RETURN_IF_ERROR(AtLeast("num_supervised_negatives", o.num_supervised_negatives, 0));
+  DPSR_RETURN_IF_ERROR(AtLeast("num_own_negatives", o.num_own_negatives, 0));
+  DPSR_RETURN_IF_ERROR(AtLeast("history_length", o.history_length, 0));
+  DPSR_RETURN_IF_ERROR(AtLeast("query_history_length", o.query_history_length, 0));
+  DPSR_RETURN_IF_ERROR(AtLeast("history_types", o.history_types, 0));
+  DPSR_RETURN_IF_ERROR(AtLeast("shuffle_buffer", o.shuffle_buffer, 1));
   DPSR_RETURN_IF_ERROR(AtLeast("num_epochs", o.num_epochs, 0));
   DPSR_RETURN_IF_ERROR(AtLeast("num_shards", o.num_shards, 1));
   // A mask larger than this is a mistake, and keeps the products below within 64 bits.
-  constexpr int64_t kMaxItems = 1 << 20, kMaxEpochs = 1 << 24;
+  constexpr int64_t kMaxItems = 1 << 20, kMaxEpochs = 1 << 24, kMaxOwn = 1 << 24;
   if (o.batch_size > kMaxItems || o.num_shared_negatives > kMaxItems) {
     return MakeStatus(StatusCode::kInvalidArgument, "batch_size ", o.batch_size, " and num_shared_negatives ",
                       o.num_shared_negatives, ", expected at most ", kMaxItems, " each");
   }
-  // Neither is a real training's; they keep steps times batch sizes within 64 bits.
-  for (auto [name, value] : {std::pair{"num_epochs", o.num_epochs}, {"num_shards", o.num_shards}}) {
-    if (value > kMaxEpochs) {
-      return MakeStatus(StatusCode::kInvalidArgument, name, " is ", value, ", expected at most ", kMaxEpochs);
-    }
-  }
+  DPSR_RETURN_IF_ERROR(AtMost("num_own_negatives", o.num_own_negatives, kMaxOwn / o.batch_size));
+  DPSR_RETURN_IF_ERROR(AtMost("history_length", o.history_length, kMaxItems));
+  DPSR_RETURN_IF_ERROR(AtMost("query_history_length", o.query_history_length, kMaxItems));
+  DPSR_RETURN_IF_ERROR(AtMost("history_types", o.history_types, (1 << kNumEventTypes) - 1));
+  // None is a real training's; they keep steps times batch sizes within 64 bits.
+  DPSR_RETURN_IF_ERROR(AtMost("shuffle_buffer", o.shuffle_buffer, int64_t{1} << 40));
+  DPSR_RETURN_IF_ERROR(AtMost("num_epochs", o.num_epochs, kMaxEpochs));
+  DPSR_RETURN_IF_ERROR(AtMost("num_shards", o.num_shards, kMaxEpochs));
   if (o.num_title_queries < 0 || o.num_title_queries >= o.batch_size) {
     return MakeStatus(StatusCode::kInvalidArgument, "num_title_queries is ", o.num_title_queries,
                       ", expected 0 to batch_size - 1, ", o.batch_size - 1, ": the others come from the log");
@@ -50,6 +66,10 @@ Status BatchSampler::Validate(const BatchOptions& o) {
     return MakeStatus(StatusCode::kInvalidArgument, "num_supervised_negatives is ", o.num_supervised_negatives,
                       ", expected at most num_shared_negatives, ", o.num_shared_negatives,
                       ": they take places of the shared set");
+  }
+  if (o.num_own_negatives > 0 && !o.own_impressions && !o.own_labels) {
+    return MakeStatus(StatusCode::kInvalidArgument, "num_own_negatives is ", o.num_own_negatives,
+                      ", expected a source for them: impressions, labels or both");
   }
   if (o.shard_index < 0 || o.shard_index >= o.num_shards) {
     return MakeStatus(StatusCode::kInvalidArgument, "shard_index is ", o.shard_index, ", expected 0 to num_shards - 1, ",
@@ -62,118 +82,265 @@ BatchSampler::BatchSampler(const TrainingStore& store, const BatchOptions& optio
     : store_(store),
       options_(options),
       log_batch_(options.batch_size - options.num_title_queries),
+      stride_(store.sharded_by_file() ? 1 : options.num_shards),
+      first_(store.sharded_by_file() ? 0 : options.shard_index),
       // A shard beyond the last interaction has nothing to give.
-      shard_size_(std::max<int64_t>(
-          0, (store.num_positives() - options.shard_index + options.num_shards - 1) / options.num_shards)),
+      shard_size_(std::max<int64_t>(0, (store.num_positives() - first_ + stride_ - 1) / stride_)),
       num_batches_(shard_size_ == 0          ? 0
                    : options.num_epochs == 0 ? -1
                                              : shard_size_ * options.num_epochs / log_batch_) {}
 
 void BatchSampler::Sample(int64_t step, Batch* batch) const {
-  batch->query.clear();
-  batch->query_tokens.clear();
-  batch->query_splits.assign(1, 0);
-  batch->user.clear();
-  batch->weight.clear();
-  batch->item.clear();
+  const size_t b = static_cast<size_t>(options_.batch_size);
+  batch->query.resize(b);
+  batch->user.resize(b);
+  batch->weight.resize(b);
+  batch->label.resize(b);
+  batch->type.resize(b);
+  batch->item.resize(b + options_.num_shared_negatives + b * options_.num_own_negatives);
   SampleLog(step, batch);
   SampleTitles(step, batch);
   SampleNegatives(step, batch);
+  SampleOwnNegatives(step, batch);
+  SampleHistories(batch);
 }
 
 void BatchSampler::SampleLog(int64_t step, Batch* batch) const {
   const uint64_t n = store_.num_positives();
-  int64_t epoch = -1;
-  Permutation shuffle(n, 0);
-  for (int64_t i = 0; i < log_batch_; ++i) {
-    const int64_t position = step * log_batch_ + i;
-    if (position / shard_size_ != epoch) {
-      epoch = position / shard_size_;
-      shuffle = Permutation(n, Mix64(options_.seed) ^ epoch);
+  const uint64_t window = std::max<int64_t>(1, (options_.shuffle_buffer + kShuffleBlock - 1) / kShuffleBlock);
+  const size_t count = static_cast<size_t>(log_batch_);
+  batch->rows.resize(count);
+  int64_t position = step * log_batch_;
+  for (size_t i = 0; i < count;) {
+    const int64_t epoch = position / shard_size_;
+    BlockShuffle shuffle(n, kShuffleBlock, window, Mix64(options_.seed) ^ epoch);
+    // Workers that share files read disjoint parts of one shuffle.
+    for (int64_t p = position % shard_size_; i < count && p < shard_size_; ++i, ++p, ++position) {
+      Batch::Row& r = batch->rows[i];
+      r.shard = &store_.ShardOfPositive(static_cast<int64_t>(shuffle(p * stride_ + first_)), &r.row);
+      __builtin_prefetch(&r.shard->query[r.row]);
+      __builtin_prefetch(&r.shard->user[r.row]);
+      __builtin_prefetch(&r.shard->positives.values[r.row]);
+      __builtin_prefetch(&r.shard->time[r.row]);
+      __builtin_prefetch(&r.shard->type[r.row]);
+      if (!r.shard->weight.empty()) __builtin_prefetch(&r.shard->weight[r.row]);
     }
-    // Workers read disjoint parts of one shuffle: shard s takes positions s, s + num_shards, ... of the epoch's order.
-    const uint64_t row = shuffle(position % shard_size_ * options_.num_shards + options_.shard_index);
-    const int32_t query = store_.positive_query()[row];
-    const Span<const int32_t> tokens = store_.query_tokens()[query];
-    batch->query.push_back(query);
-    batch->query_tokens.insert(batch->query_tokens.end(), tokens.begin(), tokens.end());
-    batch->query_splits.push_back(batch->query_tokens.size());
-    batch->user.push_back(store_.positive_user()[row]);
-    batch->weight.push_back(store_.positive_weight()[row]);
-    batch->item.push_back(store_.positive_item()[row]);
+  }
+  for (size_t i = 0; i < count; ++i) {
+    Batch::Row& r = batch->rows[i];
+    const InteractionsShard& shard = *r.shard;
+    batch->query[i] = static_cast<int32_t>(shard.first_query + shard.query[r.row]);
+    batch->user[i] = shard.user[r.row];
+    batch->item[i] = shard.positives.values[r.row];
+    batch->type[i] = shard.type[r.row];
+    batch->weight[i] = shard.weight.empty() ? 1 : shard.weight[r.row];
+    batch->label[i] = shard.label.empty() ? 1 : shard.label[r.row];
+    r.time = shard.time[r.row];
   }
 }
 
 void BatchSampler::SampleTitles(int64_t step, Batch* batch) const {
+  batch->title_tokens.clear();
+  batch->title_splits.assign(1, 0);
   RandomStream random = Random(step, kTitleStream);
-  for (int64_t i = 0; i < options_.num_title_queries; ++i) {
+  for (int64_t i = log_batch_; i < options_.batch_size; ++i) {
     const int32_t item = static_cast<int32_t>(random.Uniform(store_.num_items()));
-    const Span<const int32_t> text = store_.item_tokens()[item];
+    const Span<const int32_t> text = store_.items().text()[item];
     // Tokens stand in the order of the text, a word's n-grams beside it: a run of them is a piece of the title, and
     // the tokens dropped from it are missing words and typing errors.
     const uint64_t longest = std::min<uint64_t>(text.size(), kLongestTitleQuery);
     const uint64_t length = std::min<uint64_t>(longest, kShortestTitleQuery + random.Uniform(longest + 1));
     const uint64_t begin = random.Uniform(text.size() - length + 1);
     for (uint64_t t = begin; t < begin + length; ++t) {
-      if (random.Uniform(kDropOneIn) != 0) batch->query_tokens.push_back(text[t]);
+      if (random.Uniform(kDropOneIn) != 0) batch->title_tokens.push_back(text[t]);
     }
-    batch->query.push_back(Batch::kTitleQuery);
-    batch->query_splits.push_back(batch->query_tokens.size());
-    batch->user.push_back(0);
-    batch->weight.push_back(1);
-    batch->item.push_back(item);
+    batch->title_splits.push_back(static_cast<int64_t>(batch->title_tokens.size()));
+    batch->query[i] = Batch::kTitleQuery;
+    batch->user[i] = 0;
+    batch->weight[i] = 1;
+    batch->label[i] = 1;
+    batch->type[i] = kClick;
+    batch->item[i] = item;
   }
 }
 
 void BatchSampler::SampleNegatives(int64_t step, Batch* batch) const {
   RandomStream random = Random(step, kNegativeStream);
+  int32_t* out = batch->item.data() + options_.batch_size;
   for (int64_t i = 0; i < options_.num_shared_negatives; ++i) {
     if (i < options_.num_supervised_negatives) {
-      const Span<const int32_t> labelled = store_.negative_items()[batch->query[random.Uniform(log_batch_)]];
+      const Batch::Row& r = batch->rows[random.Uniform(log_batch_)];
+      const Span<const int32_t> labelled = r.shard->negatives[r.shard->query[r.row]];
       if (!labelled.empty()) {
-        batch->item.push_back(labelled[random.Uniform(labelled.size())]);
+        *out++ = labelled[random.Uniform(labelled.size())];
         continue;
       }
     }
-    batch->item.push_back(static_cast<int32_t>(random.Uniform(store_.num_items())));
+    *out++ = static_cast<int32_t>(random.Uniform(store_.num_items()));
   }
+}
+
+// Items shown with the pair stay its negatives when others clicked them for the same query: that this user did not is
+// what a personalised query tower learns from.
+void BatchSampler::SampleOwnNegatives(int64_t step, Batch* batch) const {
+  const size_t m = static_cast<size_t>(options_.num_own_negatives);
+  batch->own_negative_mask.assign(options_.batch_size * m, 0);
+  if (m == 0) return;
+  RandomStream random = Random(step, kOwnStream);
+  int32_t* out = batch->item.data() + options_.batch_size + options_.num_shared_negatives;
+  std::fill(out, out + options_.batch_size * m, 0);
+  std::vector<int32_t>& candidates = batch->candidates;
+  for (int64_t i = 0; i < log_batch_; ++i, out += m) {
+    const Batch::Row& r = batch->rows[i];
+    Span<const int32_t> shown, labelled;
+    if (options_.own_impressions && !r.shard->request.empty() && r.shard->request[r.row] >= 0) {
+      shown = r.shard->impressions[r.shard->request[r.row]];
+    }
+    if (options_.own_labels) labelled = r.shard->negatives[r.shard->query[r.row]];
+    candidates.clear();
+    std::set_union(shown.begin(), shown.end(), labelled.begin(), labelled.end(), std::back_inserter(candidates));
+    const size_t taken = std::min(m, candidates.size());
+    for (size_t j = 0; j < taken; ++j) {
+      std::swap(candidates[j], candidates[j + random.Uniform(candidates.size() - j)]);
+      out[j] = candidates[j];
+      batch->own_negative_mask[i * m + j] = 1;
+    }
+  }
+}
+
+void BatchSampler::SampleHistories(Batch* batch) const {
+  const size_t b = static_cast<size_t>(options_.batch_size), count = static_cast<size_t>(log_batch_);
+  batch->history_item.clear();
+  batch->history_type.clear();
+  batch->query_history.clear();
+  batch->history_splits.assign(b + 1, 0);
+  batch->query_history_splits.assign(b + 1, 0);
+  if (options_.history_length == 0 && options_.query_history_length == 0) return;
+  const int64_t* splits = store_.event_splits().data();
+  const uint32_t* times = store_.event_time().data();
+  for (size_t i = 0; i < count; ++i) {
+    if (i + 2 * kAhead < count) __builtin_prefetch(splits + batch->user[i + 2 * kAhead]);
+    if (i + kAhead < count) {
+      const int64_t next = splits[batch->user[i + kAhead]];
+      __builtin_prefetch(times + next);
+      __builtin_prefetch(store_.event_item().data() + next);
+      __builtin_prefetch(store_.event_type().data() + next);
+      if (options_.query_history_length > 0) __builtin_prefetch(store_.event_query().data() + next);
+    }
+    // Strictly before: neither the pair itself nor what happened at the same second is known when the query comes.
+    const int64_t begin = splits[batch->user[i]], all = splits[batch->user[i] + 1];
+    const int64_t end = std::lower_bound(times + begin, times + all, batch->rows[i].time) - times;
+    AppendHistory(begin, end, batch);
+    batch->history_splits[i + 1] = static_cast<int64_t>(batch->history_item.size());
+    AppendQueryHistory(begin, end, batch);
+    batch->query_history_splits[i + 1] = static_cast<int64_t>(batch->query_history.size());
+  }
+  // Title queries are nobody's.
+  for (size_t i = count; i < b; ++i) {
+    batch->history_splits[i + 1] = batch->history_splits[i];
+    batch->query_history_splits[i + 1] = batch->query_history_splits[i];
+  }
+}
+
+void BatchSampler::AppendHistory(int64_t begin, int64_t end, Batch* batch) const {
+  const int32_t* items = store_.event_item().data();
+  const uint8_t* types = store_.event_type().data();
+  int64_t first = end;
+  for (int64_t left = options_.history_length; left > 0 && first > begin;) {
+    if (options_.history_types == 0) {
+      first = std::max(begin, end - left);
+      break;
+    }
+    --first;
+    if (options_.history_types >> types[first] & 1) --left;
+  }
+  for (int64_t e = first; e < end; ++e) {
+    if (options_.history_types != 0 && (options_.history_types >> types[e] & 1) == 0) continue;
+    batch->history_item.push_back(items[e]);
+    batch->history_type.push_back(types[e]);
+  }
+}
+
+void BatchSampler::AppendQueryHistory(int64_t begin, int64_t end, Batch* batch) const {
+  const int32_t* queries = store_.event_query().data();
+  const size_t first = batch->query_history.size();
+  int64_t left = options_.query_history_length;
+  for (int64_t e = end; left > 0 && e > begin; --e) {
+    if (e < end && queries[e - 1] == queries[e]) continue;
+    batch->query_history.push_back(queries[e - 1]);
+    --left;
+  }
+  std::reverse(batch->query_history.begin() + first, batch->query_history.end());
 }
 
 RandomStream BatchSampler::Random(int64_t step, uint64_t purpose) const {
   return RandomStream(Mix64(Mix64(options_.seed) ^ purpose) ^ (step * options_.num_shards + options_.shard_index));
 }
 
-void BatchSampler::NegativeMask(const Batch& batch, bool* mask) const {
-  const size_t items = batch.item.size();
-  std::fill(mask, mask + batch.query.size() * items, true);
-  // Positions of each item in the batch, as chains: `first` by item, `next` by position.
-  std::unordered_map<int32_t, int32_t> first;
-  first.reserve(items);
-  std::vector<int32_t> next(items, -1);
-  for (size_t j = 0; j < items; ++j) {
-    auto [it, inserted] = first.emplace(batch.item[j], static_cast<int32_t>(j));
-    if (!inserted) {
-      next[j] = it->second;
-      it->second = static_cast<int32_t>(j);
+void BatchSampler::NegativeMask(Batch* batch, bool* mask) const {
+  const size_t b = batch->query.size(), columns = b + static_cast<size_t>(options_.num_shared_negatives);
+  const int32_t* items = batch->item.data();
+  batch->columns.Build(items, columns);
+  batch->queries.Build(batch->query.data(), b);
+  const size_t count = batch->rows.size();
+  const auto local_query = [batch](size_t i) { return batch->rows[i].shard->query[batch->rows[i].row]; };
+  batch->clicked.resize(count);
+  for (size_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) {
+      __builtin_prefetch(&batch->rows[i + kAhead].shard->positives.splits[local_query(i + kAhead)]);
     }
+    batch->clicked[i] = batch->rows[i].shard->ClickedItems(local_query(i));
   }
-  for (size_t i = 0; i < batch.query.size(); ++i) {
-    if (batch.query[i] == Batch::kTitleQuery) {
-      for (int32_t j = first.at(batch.item[i]); j >= 0; j = next[j]) mask[i * items + j] = false;
+  for (size_t i = 0; i < b; ++i) {
+    if (i + kAhead < count) {
+      const char* list = reinterpret_cast<const char*>(batch->clicked[i + kAhead].data());
+      for (int line = 0; line < 4; ++line) __builtin_prefetch(list + 64 * line);
+    }
+    bool* row = mask + i * columns;
+    const int32_t query = batch->query[i];
+    const auto leave_out = [row](size_t j) { row[j] = false; };
+    if (query == Batch::kTitleQuery) {
+      std::memset(row, true, columns);
+      batch->columns.ForEach(items[i], leave_out);
       continue;
     }
-    const Span<const int32_t> clicked = store_.clicked_items()[batch.query[i]];
-    if (clicked.size() > kLongList * items) {  // a head query: look the batch up in its clicks, not the other way round
-      for (size_t j = 0; j < items; ++j) {
-        if (std::binary_search(clicked.begin(), clicked.end(), batch.item[j])) mask[i * items + j] = false;
+    // Queries are as skewed as the log: a large batch has some of them many times.
+    const size_t same = batch->queries.First(query);
+    if (same < i) {
+      std::memcpy(row, mask + same * columns, columns);
+      continue;
+    }
+    std::memset(row, true, columns);
+    const Span<const int32_t> clicked = batch->clicked[i];
+    if (clicked.size() > kLongList * columns) {  // look the batch up in the clicks, not the other way round
+      for (size_t j = 0; j < columns; ++j) {
+        if (std::binary_search(clicked.begin(), clicked.end(), items[j])) row[j] = false;
       }
       continue;
     }
-    for (int32_t item : clicked) {
-      const auto it = first.find(item);
-      if (it == first.end()) continue;
-      for (int32_t j = it->second; j >= 0; j = next[j]) mask[i * items + j] = false;
-    }
+    batch->columns.ForEachOf(clicked, leave_out);
+  }
+}
+
+void PositionIndex::Build(const int32_t* values, size_t n) {
+  values_ = values;
+  const auto size = [n](size_t factor) {
+    size_t power = 16;
+    while (power < factor * n) power *= 2;
+    return power;
+  };
+  // At most a twelfth of the absent values is taken for one that may stand; a smaller table would be faster to read, but
+  // wrong more often.
+  stands_.assign(size(12), 0);
+  stands_mask_ = static_cast<uint32_t>(stands_.size() - 1);
+  first_.assign(size(2), -1);
+  first_mask_ = static_cast<uint32_t>(first_.size() - 1);
+  next_.resize(n);
+  for (size_t j = n; j-- > 0;) {  // backwards: chains ascend
+    const uint32_t hash = Hash(values[j]);
+    stands_[hash & stands_mask_] = 1;
+    next_[j] = first_[hash & first_mask_];
+    first_[hash & first_mask_] = static_cast<int32_t>(j);
   }
 }
 

@@ -1,10 +1,12 @@
 // Which examples make up training batch number n: Algorithm 1 of the DPSR paper, lines 3 and 4, as a pure function.
 //
 // A batch holds `batch_size` positive pairs: the last `num_title_queries` of them are a random item under a piece of its
-// own text (what a shop has when its log is small), the others come from one shuffle of the whole log an epoch. To these
-// it adds `num_shared_negatives` items that serve as negatives for every query of the batch (section 4.4.1): first up to
+// own text (what a shop has when its log is small), the others come from one shuffle of the log an epoch. To these it
+// adds `num_shared_negatives` items that serve as negatives for every query of the batch (section 4.4.1): first up to
 // `num_supervised_negatives` labelled negatives of the batch's own queries (section 4.5), the rest uniform over all
-// items. Since the batch depends only on (store, options, step), an iterator's whole state is its step.
+// items; and `num_own_negatives` items for each pair alone, which were shown with it and not clicked, or are labelled
+// negatives of its query. Each pair comes with the history of its user as of its own time. Since the batch depends only
+// on (store, options, step), an iterator's whole state is its step.
 #ifndef DPSR_DPSR_TF_OPS_BATCH_SAMPLER_H_
 #define DPSR_DPSR_TF_OPS_BATCH_SAMPLER_H_
 
@@ -22,51 +24,132 @@ struct BatchOptions {
   int64_t num_title_queries = 0;         // less than batch_size
   int64_t num_shared_negatives = 64;
   int64_t num_supervised_negatives = 0;  // at most num_shared_negatives
+  int64_t num_own_negatives = 0;
+  bool own_impressions = true;  // own negatives are unclicked impressions of the pair's request
+  bool own_labels = false;      // and labelled negatives of its query
+  int64_t history_length = 0;        // last events of the pair's user, before its time
+  int64_t query_history_length = 0;  // last queries, likewise; of consecutive equal ones one
+  int64_t history_types = 0;         // bit t: events of type t count as items of a history; 0: all do
+  int64_t shuffle_buffer = 1 << 22;  // positives that are shuffled among themselves; a log that fits, as a whole
   int64_t seed = 0;
   int64_t num_epochs = 0;  // 0: forever
   int64_t shard_index = 0;
   int64_t num_shards = 1;
 };
 
-// Rows of the store's tables, and what goes with them.
+// Where each of n values stands. Built again and again, it keeps its memory.
+class PositionIndex {
+ public:
+  // Refers to `values`.
+  void Build(const int32_t* values, size_t n);
+  // Calls found(j) for each j with values[j] == value, ascending.
+  template <typename Found>
+  void ForEach(int32_t value, Found found) const {
+    for (int32_t j = first_[Hash(value) & first_mask_]; j >= 0; j = next_[j]) {
+      if (values_[j] == value) found(static_cast<size_t>(j));
+    }
+  }
+  // The same for each of many values, most of which stand nowhere.
+  template <typename Found>
+  void ForEachOf(Span<const int32_t> values, Found found) const {
+    constexpr size_t kBlock = 4;  // values that cost one branch
+    const int32_t* value = values.begin();
+    for (; value + kBlock <= values.end(); value += kBlock) {
+      uint8_t any = 0;
+      for (size_t k = 0; k < kBlock; ++k) any |= stands_[Hash(value[k]) & stands_mask_];
+      if (any == 0) continue;
+      for (size_t k = 0; k < kBlock; ++k) {
+        if (stands_[Hash(value[k]) & stands_mask_]) ForEach(value[k], found);
+      }
+    }
+    for (; value != values.end(); ++value) ForEach(*value, found);
+  }
+  // The smallest such j; there is one.
+  size_t First(int32_t value) const {
+    int32_t j = first_[Hash(value) & first_mask_];
+    while (values_[j] != value) j = next_[j];
+    return static_cast<size_t>(j);
+  }
+
+ private:
+  static uint32_t Hash(int32_t value) {
+    return static_cast<uint32_t>(static_cast<uint32_t>(value) * 0x9e3779b97f4a7c15ULL >> 40);
+  }
+
+  const int32_t* values_ = nullptr;
+  std::vector<uint8_t> stands_;        // by hash: whether any of the values has it
+  std::vector<int32_t> first_, next_;  // chains of equal hash
+  uint32_t stands_mask_ = 0, first_mask_ = 0;
+};
+
+// Rows of the store's tables, and what goes with them. n = batch_size + num_shared_negatives +
+// batch_size * num_own_negatives. A batch that is filled again and again keeps its memory.
 struct Batch {
-  std::vector<int32_t> query;          // [batch_size], kTitleQuery where the query is a piece of the item's text
-  std::vector<int32_t> query_tokens;   // token ids of the queries, one after another
-  std::vector<int64_t> query_splits;   // [batch_size + 1], where each query's begin
+  std::vector<int32_t> query;  // [batch_size] global rows, kTitleQuery where the query is a piece of the item's text
+  std::vector<int32_t> title_tokens;  // token ids of the title queries, one after another
+  std::vector<int64_t> title_splits;  // [num_title_queries + 1]
   std::vector<int32_t> user;   // [batch_size]; row 0, the anonymous user, for title queries
   std::vector<float> weight;   // [batch_size]
-  std::vector<int32_t> item;   // [batch_size + num_shared_negatives]: the positives in order, then the shared negatives
+  std::vector<float> label;    // [batch_size]
+  std::vector<int32_t> type;   // [batch_size]
+  std::vector<int32_t> item;   // [n]: the positives in order, the shared negatives, the own ones of each pair
+  std::vector<uint8_t> own_negative_mask;  // [batch_size * num_own_negatives], 1 where it is there; the others are row 0
+  std::vector<int64_t> history_splits;        // [batch_size + 1], over
+  std::vector<int32_t> history_item;          // item rows, oldest first
+  std::vector<int32_t> history_type;
+  std::vector<int64_t> query_history_splits;  // [batch_size + 1], over
+  std::vector<int32_t> query_history;         // global query rows, oldest first
 
   static constexpr int32_t kTitleQuery = -1;
+
+  // Working memory of the sampler.
+  struct Row {
+    const InteractionsShard* shard;
+    int64_t row;
+    uint32_t time;
+  };
+  std::vector<Row> rows;
+  std::vector<int32_t> candidates;
+  std::vector<Span<const int32_t>> clicked;
+  PositionIndex columns, queries;
 };
 
 // Thread-safe. Refers to the store, which must outlive it.
 class BatchSampler {
  public:
   static constexpr int64_t kMaxStep = int64_t{1} << 40;
+  // Consecutive positives that are shuffled as one where the log does not fit the shuffle buffer.
+  static constexpr int64_t kShuffleBlock = 4096;
 
   // Errors: InvalidArgument for options out of range (got and expected).
   static Status Validate(const BatchOptions& options);
+  // The store was opened with what the options ask for: events, impressions, the same shard.
   BatchSampler(const TrainingStore& store, const BatchOptions& options);
 
   // Batches that num_epochs give; the examples of a last partial batch are left out. Forever: -1.
   int64_t num_batches() const { return num_batches_; }
   // Batch `step`, 0 <= step <= kMaxStep, and step < num_batches() unless that is -1.
   void Sample(int64_t step, Batch* batch) const;
-  // negative_mask[i * items + j] = 1 where item j of the batch may serve as a negative for query i: the query has no
-  // click on it anywhere in the log, its own positive included. `mask` has query.size() * item.size() elements.
-  void NegativeMask(const Batch& batch, bool* mask) const;
+  // mask[i * columns + j] = 1 where item j of the batch, j < columns = batch_size + num_shared_negatives, may serve as a
+  // negative for query i: the query has no click on it anywhere in the log, its own positive included. Uses the batch's
+  // working memory.
+  void NegativeMask(Batch* batch, bool* mask) const;
 
  private:
   void SampleLog(int64_t step, Batch* batch) const;
   void SampleTitles(int64_t step, Batch* batch) const;
   void SampleNegatives(int64_t step, Batch* batch) const;
+  void SampleOwnNegatives(int64_t step, Batch* batch) const;
+  void SampleHistories(Batch* batch) const;
+  void AppendHistory(int64_t begin, int64_t end, Batch* batch) const;
+  void AppendQueryHistory(int64_t begin, int64_t end, Batch* batch) const;
   RandomStream Random(int64_t step, uint64_t purpose) const;
 
   const TrainingStore& store_;
   const BatchOptions options_;
   const int64_t log_batch_;  // pairs of a batch that come from the log
-  int64_t shard_size_;   // positives of this shard an epoch
+  int64_t stride_, first_;   // this worker takes positions first_, first_ + stride_, ... of the shuffle
+  int64_t shard_size_;       // how many those are
   int64_t num_batches_;
 };
 

@@ -2,102 +2,209 @@
 
 #include <gtest/gtest.h>
 
-#include <filesystem>
+#include <algorithm>
+#include <cmath>
 #include <map>
+#include <memory>
 #include <numeric>
 #include <set>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "dpsr_tf/ops/permutation.h"
+#include "tokenizer_cc/test_util.h"
 
 namespace dpsr {
 namespace {
 
-using ::testing::TempDir;
+using Rows = std::vector<std::vector<int32_t>>;
 
-// A small store: query q has clicked items q, q + 1, ..., q + q % 4 (mod items), and, if q is even, two labelled
-// negatives. User of every row of query q: q % users, with features "age" = 10 + user and "sex" = user % 2.
-struct Shop {
-  static constexpr int kUsers = 3, kItems = 40, kQueries = 25;
-  std::vector<std::pair<int, int>> clicks;
+template <typename... Sections>
+void WriteFile(const std::string& path, const char* kind, const Sections&... sections) {
+  PackedFileWriter writer(path, kind);
+  ASSERT_TRUE(IsOk(writer.Open()));
+  (
+      [&] {
+        using T = typename Sections::second_type::value_type;
+        ASSERT_TRUE(IsOk(writer.Add(sections.first, DataTypeOf<T>::value, sections.second.data(),
+                                    sections.second.size() * sizeof(T))));
+      }(),
+      ...);
+  ASSERT_TRUE(IsOk(writer.Finish()));
+}
 
-  TrainingStore::Paths Write(const std::string& name, int broken_item = -1) {
-    const std::string base = TempDir() + "/" + name;
-    TrainingStore::Paths paths{base + "_users", base + "_items", base + "_interactions"};
-    std::vector<int64_t> user_ids(kUsers), item_ids(kItems), item_splits{0}, query_splits{0}, positive_splits{0},
-        negative_splits{0};
-    std::iota(user_ids.begin(), user_ids.end(), 100);
-    std::iota(item_ids.begin(), item_ids.end(), 1000);
-    std::vector<int32_t> age, sex, item_tokens, query_tokens, query, user, item, negative;
-    std::vector<float> weight;
-    for (int u = 0; u < kUsers; ++u) {
-      age.push_back(10 + u);
-      sex.push_back(u % 2);
-    }
-    for (int i = 0; i < kItems; ++i) {
-      for (int t = 0; t < i % 3; ++t) item_tokens.push_back(1000 * i + t);
-      item_splits.push_back(item_tokens.size());
-    }
-    for (int q = 0; q < kQueries; ++q) {
-      query_tokens.push_back(q);
-      query_splits.push_back(query_tokens.size());
-      std::set<int> clicked;
-      for (int i = q; i <= q + q % 4; ++i) clicked.insert(i % kItems);
-      for (int i : clicked) {
-        clicks.emplace_back(q, i);
-        query.push_back(q);
-        user.push_back(q % kUsers);
-        item.push_back(i);
-        weight.push_back(1 + q);
-      }
-      positive_splits.push_back(item.size());
-      if (q % 2 == 0) negative.insert(negative.end(), {(q + 20) % kItems, (q + 21) % kItems});
-      negative_splits.push_back(negative.size());
-    }
-    if (broken_item >= 0) item[3] = broken_item;
-    auto write = [](const std::string& path, const char* kind, auto... sections) {
-      PackedFileWriter writer(path, kind);
-      ASSERT_TRUE(writer.Open().ok());
-      (
-          [&] {
-            using T = typename decltype(sections.second)::value_type;
-            const Status status = writer.Add(sections.first, DataTypeOf<T>::value, sections.second.data(),
-                                             sections.second.size() * sizeof(T));
-            ASSERT_TRUE(status.ok()) << status.message();
-          }(),
-          ...);
-      ASSERT_TRUE(writer.Finish().ok());
-    };
-    write(paths.users, "users", std::pair("id", user_ids), std::pair("feature.age", age), std::pair("feature.sex", sex));
-    write(paths.items, "items", std::pair("id", item_ids), std::pair("tokens.splits", item_splits),
-          std::pair("tokens.values", item_tokens));
-    write(paths.interactions, "interactions", std::pair("query.splits", query_splits),
-          std::pair("query.tokens", query_tokens), std::pair("positive.splits", positive_splits),
-          std::pair("positive.query", query), std::pair("positive.user", user), std::pair("positive.item", item),
-          std::pair("positive.weight", weight), std::pair("negative.splits", negative_splits),
-          std::pair("negative.item", negative));
-    return paths;
+std::vector<int64_t> SplitsOf(const Rows& rows) {
+  std::vector<int64_t> splits{0};
+  for (const auto& row : rows) splits.push_back(splits.back() + static_cast<int64_t>(row.size()));
+  return splits;
+}
+
+std::vector<int32_t> ValuesOf(const Rows& rows) {
+  std::vector<int32_t> values;
+  for (const auto& row : rows) values.insert(values.end(), row.begin(), row.end());
+  return values;
+}
+
+struct Event {
+  uint32_t time;
+  int32_t query, item;
+  uint8_t type;
+  bool operator<(const Event& o) const {
+    return std::tie(time, query, item, type) < std::tie(o.time, o.query, o.item, o.type);
   }
 };
 
-class BatchSamplerTest : public ::testing::Test {
+// A small store. Query q has positives on items q, q + 1, ..., q + q % 4 (mod items), query 0 hundreds on a few; if q is
+// even it has two labelled negatives. User of every positive: (q + item) % users; weight: the number of the positive,
+// so that a test can tell it from a batch. Request of a positive: q, shows q % 3 items; none when q % 5 == 0. In `shards`
+// files, query q in file q % shards.
+struct Shop {
+  static constexpr int kUsers = 4, kItems = 40, kQueries = 25, kHeadPositives = 600;
+  struct Positive {
+    int query, item, user;  // query: global row
+    uint32_t time;
+    uint8_t type;
+  };
+  std::vector<Positive> positives;  // by weight - 1
+  std::set<std::pair<int, int>> clicked;
+  std::map<int, std::vector<int32_t>> shown, negatives;  // by global query row
+  std::vector<std::vector<Event>> events{kUsers};
+  TrainingStore::Options options;
+
+  explicit Shop(const std::string& directory, int shards = 1) {
+    options.users = directory + "/users.dpsr";
+    options.items = directory + "/items.dpsr";
+    options.user_features.fixed = {"sex", "age"};
+    options.item_features.lists = {"tags"};
+    options.events = true;
+    options.impressions = true;
+    RandomStream random(7);
+    int row = 0;
+    for (int f = 0; f < shards; ++f) {
+      options.interactions.push_back(StrCat(directory, "/interactions-", f, ".dpsr"));
+      Rows tokens, requests, labelled, items;
+      std::vector<int32_t> query, user, request;
+      std::vector<uint32_t> time;
+      std::vector<uint8_t> type;
+      std::vector<float> weight;
+      for (int q = f; q < kQueries; q += shards, ++row) {
+        std::vector<int32_t> own;
+        if (q == 0) {
+          for (int i = 0; i < kHeadPositives; ++i) own.push_back(i * 7 % 5);
+        }
+        for (int i = q; i <= q + q % 4; ++i) own.push_back(i % kItems);
+        std::sort(own.begin(), own.end());
+        tokens.push_back({q});
+        requests.emplace_back();
+        for (int i = 0; i < q % 3; ++i) requests.back().push_back(30 + i);
+        labelled.emplace_back();
+        if (q % 2 == 0) labelled.back() = {std::min((q + 20) % kItems, 31), std::min((q + 20) % kItems, 31) + 1};
+        shown[row] = q % 5 == 0 ? std::vector<int32_t>() : requests.back();
+        negatives[row] = labelled.back();
+        for (int32_t item : own) {
+          const int u = (q + item) % kUsers;
+          query.push_back(static_cast<int32_t>(tokens.size()) - 1);
+          user.push_back(u);
+          time.push_back(1000 + static_cast<uint32_t>(random.Uniform(50)));
+          type.push_back(static_cast<uint8_t>(2 + random.Uniform(3)));
+          request.push_back(q % 5 == 0 ? -1 : static_cast<int32_t>(requests.size()) - 1);
+          positives.push_back({row, item, u, time.back(), type.back()});
+          weight.push_back(static_cast<float>(positives.size()));
+          clicked.emplace(row, item);
+          if (u > 0) events[u].push_back({time.back(), row, item, type.back()});
+        }
+        items.push_back(own);
+      }
+      WriteFile(options.interactions.back(), "interactions", std::pair("query.splits", SplitsOf(tokens)),
+                std::pair("query.tokens", ValuesOf(tokens)), std::pair("positive.splits", SplitsOf(items)),
+                std::pair("positive.query", query), std::pair("positive.user", user),
+                std::pair("positive.item", ValuesOf(items)), std::pair("positive.time", time),
+                std::pair("positive.type", type), std::pair("positive.weight", weight),
+                std::pair("positive.request", request), std::pair("impression.splits", SplitsOf(requests)),
+                std::pair("impression.item", ValuesOf(requests)), std::pair("negative.splits", SplitsOf(labelled)),
+                std::pair("negative.item", ValuesOf(labelled)));
+    }
+    std::vector<int64_t> ids(kUsers), splits{0};
+    std::iota(ids.begin(), ids.end(), 99);
+    ids[0] = -1;
+    std::vector<uint32_t> time;
+    std::vector<int32_t> item, query, age, sex;
+    std::vector<uint8_t> type;
+    for (int u = 0; u < kUsers; ++u) {
+      age.push_back(u == 0 ? 0 : 10 + u);
+      sex.push_back(u % 2);
+      std::sort(events[u].begin(), events[u].end());
+      for (const Event& e : events[u]) {
+        time.push_back(e.time);
+        item.push_back(e.item);
+        query.push_back(e.query);
+        type.push_back(e.type);
+      }
+      splits.push_back(static_cast<int64_t>(time.size()));
+    }
+    WriteFile(options.users, "users", std::pair("id", ids), std::pair("feature.age", age), std::pair("feature.sex", sex),
+              std::pair("event.splits", splits), std::pair("event.time", time), std::pair("event.item", item),
+              std::pair("event.query", query), std::pair("event.type", type));
+    Rows text, tags;
+    for (int i = 0; i < kItems; ++i) {
+      text.emplace_back();
+      for (int t = 0; t < i % 3; ++t) text.back().push_back(1000 * i + t);
+      tags.push_back(std::vector<int32_t>(i % 2, i));
+    }
+    std::vector<int64_t> item_ids(kItems);
+    std::iota(item_ids.begin(), item_ids.end(), 1000);
+    WriteFile(options.items, "items", std::pair("id", item_ids), std::pair("tokens.splits", SplitsOf(text)),
+              std::pair("tokens.values", ValuesOf(text)), std::pair("feature.tags.splits", SplitsOf(tags)),
+              std::pair("feature.tags.values", ValuesOf(tags)));
+  }
+
+  Status Open(std::unique_ptr<TrainingStore>* store) const {
+    return TrainingStore::Open(options, TrainingStore::OpenLocalFile, store);
+  }
+  const Positive& Of(const Batch& batch, size_t i) const { return positives[static_cast<size_t>(batch.weight[i]) - 1]; }
+};
+
+class BatchSamplerTest : public FileTest {
  protected:
   void SetUp() override {
-    const Status status = TrainingStore::Open(shop_.Write(Name()), {"sex", "age"}, &store_);
-    ASSERT_TRUE(status.ok()) << status.message();
+    FileTest::SetUp();
+    Make(1);
   }
-  static std::string Name() { return ::testing::UnitTest::GetInstance()->current_test_info()->name(); }
-  std::vector<std::pair<int, int>> Pairs(const Batch& batch) {
-    std::vector<std::pair<int, int>> pairs;
-    for (size_t i = 0; i < batch.query.size(); ++i) pairs.emplace_back(batch.query[i], batch.item[i]);
-    return pairs;
+  void Make(int shards) {
+    shop_ = std::make_unique<Shop>(directory_, shards);
+    ASSERT_TRUE(IsOk(shop_->Open(&store_)));
+  }
+  // Weights of all examples that a worker gets, in order.
+  std::vector<int> Weights(const TrainingStore& store, BatchOptions options) {
+    options.batch_size = 1;
+    options.num_shared_negatives = 0;
+    if (options.num_epochs == 0) options.num_epochs = 1;
+    const BatchSampler sampler(store, options);
+    std::vector<int> weights;
+    Batch batch;
+    for (int64_t step = 0; step < sampler.num_batches(); ++step) {
+      sampler.Sample(step, &batch);
+      weights.push_back(static_cast<int>(batch.weight[0]));
+    }
+    return weights;
+  }
+  std::vector<int> All() const {
+    std::vector<int> all(shop_->positives.size());
+    std::iota(all.begin(), all.end(), 1);
+    return all;
   }
 
-  Shop shop_;
+  std::unique_ptr<Shop> shop_;
   std::unique_ptr<TrainingStore> store_;
 };
+
+template <typename T>
+std::vector<T> Sorted(std::vector<T> values) {
+  std::sort(values.begin(), values.end());
+  return values;
+}
 
 TEST(PermutationTest, IsABijectionForEverySize) {
   for (uint64_t n : {1, 2, 3, 4, 5, 63, 64, 65, 1000, 4097}) {
@@ -121,64 +228,194 @@ TEST(PermutationTest, EveryPositionIsReachedFromEveryPosition) {
   for (const auto& [cell, count] : counts) EXPECT_NEAR(count, 1000, 141) << cell.first << " -> " << cell.second;
 }
 
-TEST_F(BatchSamplerTest, AnEpochGivesEveryPositiveOnce) {
-  BatchOptions options;
-  options.batch_size = 1;
-  options.num_epochs = 1;
-  const BatchSampler sampler(*store_, options);
-  ASSERT_EQ(sampler.num_batches(), store_->num_positives());
-  std::multiset<std::pair<int, int>> seen;
-  Batch batch;
-  for (int64_t step = 0; step < sampler.num_batches(); ++step) {
-    sampler.Sample(step, &batch);
-    seen.insert(Pairs(batch)[0]);
+TEST(PermutationTest, InverseGoesBack) {
+  for (uint64_t n : {1, 2, 5, 16, 17, 1000}) {
+    const Permutation permutation(n, 5);
+    for (uint64_t i = 0; i < n; ++i) ASSERT_EQ(permutation.Inverse(permutation(i)), i) << n;
   }
-  EXPECT_EQ(seen, std::multiset(shop_.clicks.begin(), shop_.clicks.end()));
 }
 
-TEST_F(BatchSamplerTest, ShardsAreDisjointAndComplete) {
-  std::multiset<std::pair<int, int>> seen;
-  for (int shard = 0; shard < 4; ++shard) {
-    BatchOptions options;
-    options.batch_size = 1;
-    options.num_epochs = 1;
-    options.shard_index = shard;
-    options.num_shards = 4;
-    const BatchSampler sampler(*store_, options);
-    Batch batch;
-    for (int64_t step = 0; step < sampler.num_batches(); ++step) {
-      sampler.Sample(step, &batch);
-      seen.insert(Pairs(batch)[0]);
+TEST(BlockShuffleTest, IsABijectionForEverySizeAndWindow) {
+  for (uint64_t n : {1, 7, 8, 9, 63, 64, 65, 500, 1001}) {
+    for (uint64_t window : {1, 2, 3, 8, 1000}) {
+      for (uint64_t seed : {0, 1, 2, 3, 4, 5}) {
+        BlockShuffle shuffle(n, 8, window, seed);
+        std::set<uint64_t> seen;
+        for (uint64_t i = 0; i < n; ++i) seen.insert(shuffle(i));
+        ASSERT_EQ(seen.size(), n) << "window " << window << " seed " << seed;
+        ASSERT_EQ(*seen.rbegin(), n - 1);
+      }
     }
   }
-  EXPECT_EQ(seen, std::multiset(shop_.clicks.begin(), shop_.clicks.end()));
 }
 
-TEST_F(BatchSamplerTest, EpochsAndSeedsDifferAndRepeat) {
+TEST(BlockShuffleTest, OrderOfQuestionsDoesNotMatter) {
+  BlockShuffle forward(1001, 8, 4, 3), backward(1001, 8, 4, 3);
+  std::vector<uint64_t> rows;
+  for (uint64_t i = 0; i < 1001; ++i) rows.push_back(forward(i));
+  for (uint64_t i = 1001; i-- > 0;) ASSERT_EQ(backward(i), rows[i]);
+}
+
+TEST(BlockShuffleTest, TouchesAWindowOfBlocksAtATime) {
+  constexpr uint64_t kBlock = 16, kWindow = 4, kRows = 16 * 40 + 5;
+  BlockShuffle shuffle(kRows, kBlock, kWindow, 11);
+  std::set<uint64_t> touched;
+  size_t windows = 0;
+  for (uint64_t i = 0; i < kRows; ++i) {
+    touched.insert(shuffle(i) / kBlock);
+    // One window holds the short block, so windows end at 64, 128, ... or 11 rows earlier.
+    if (touched.size() > kWindow) {
+      EXPECT_TRUE(i % 64 == 0 || (i + 11) % 64 == 0) << i;
+      touched = {shuffle(i) / kBlock};
+      ++windows;
+    }
+  }
+  EXPECT_EQ(windows, 10u);
+}
+
+// Where each of 8 stretches of the file goes among 8 stretches of the epoch: for a log that fits the buffer each of the
+// 64 cells expects 2,048 / 64 = 32 rows. Chi-square of 49 degrees of freedom is below 100 but once in 50,000 orders.
+TEST(BlockShuffleTest, ALogThatFitsIsShuffledEvenly) {
+  double sum = 0;
+  for (uint64_t seed = 0; seed < 50; ++seed) {
+    BlockShuffle shuffle(2048, 16, 128, seed);
+    std::vector<int> cells(64);
+    for (uint64_t i = 0; i < 2048; ++i) ++cells[i / 256 * 8 + shuffle(i) / 256];
+    double chi_square = 0;
+    for (int cell : cells) chi_square += (cell - 32.0) * (cell - 32.0) / 32;
+    EXPECT_LT(chi_square, 100) << seed;
+    sum += chi_square;
+  }
+  EXPECT_NEAR(sum / 50, 49, 7) << "neither more nor less even than chance: five standard deviations of the mean";
+}
+
+// The same of the order of blocks, over seeds: block 0 goes to each of 32 windows of 2 equally often.
+TEST(BlockShuffleTest, BlocksGoToAnyWindow) {
+  std::vector<int> counts(32);
+  for (uint64_t seed = 0; seed < 3200; ++seed) {
+    BlockShuffle shuffle(64 * 4, 4, 2, seed);
+    for (uint64_t i = 0; i < 256; ++i) {
+      if (shuffle(i) == 0) ++counts[i / 8];
+    }
+  }
+  for (int count : counts) EXPECT_NEAR(count, 100, 50);
+}
+
+TEST_F(BatchSamplerTest, AnEpochGivesEveryPositiveOnce) {
+  for (int64_t buffer : {int64_t{1}, int64_t{1} << 20}) {
+    BatchOptions options;
+    options.shuffle_buffer = buffer;
+    options.num_epochs = 3;
+    const std::vector<int> weights = Weights(*store_, options);
+    const size_t n = shop_->positives.size();
+    ASSERT_EQ(weights.size(), 3 * n);
+    std::set<std::vector<int>> orders;
+    for (size_t epoch = 0; epoch < 3; ++epoch) {
+      const std::vector<int> order(weights.begin() + epoch * n, weights.begin() + (epoch + 1) * n);
+      EXPECT_EQ(Sorted(order), All());
+      orders.insert(order);
+    }
+    EXPECT_EQ(orders.size(), 3u) << "another order each epoch";
+  }
+}
+
+TEST_F(BatchSamplerTest, PositionsAreSharedWhereFilesAreFewerThanWorkers) {
+  Make(2);
+  const std::vector<int> whole = Weights(*store_, {});
+  std::vector<int> seen;
+  for (int worker = 0; worker < 3; ++worker) {
+    shop_->options.shard_index = worker;
+    shop_->options.num_shards = 3;
+    ASSERT_TRUE(IsOk(shop_->Open(&store_)));
+    BatchOptions options;
+    options.shard_index = worker;
+    options.num_shards = 3;
+    const std::vector<int> part = Weights(*store_, options);
+    for (size_t i = 0; i < part.size(); ++i) ASSERT_EQ(part[i], whole[3 * i + worker]);
+    seen.insert(seen.end(), part.begin(), part.end());
+  }
+  EXPECT_EQ(Sorted(seen), All());
+}
+
+TEST_F(BatchSamplerTest, FilesAreSharedWhereThereAreEnough) {
+  constexpr int kFiles = 5, kWorkers = 2;
+  Make(kFiles);
+  EXPECT_EQ(Sorted(Weights(*store_, {})), All());
+  std::vector<int> seen;
+  for (int worker = 0; worker < kWorkers; ++worker) {
+    shop_->options.shard_index = worker;
+    shop_->options.num_shards = kWorkers;
+    ASSERT_TRUE(IsOk(shop_->Open(&store_)));
+    BatchOptions options;
+    options.shard_index = worker;
+    options.num_shards = kWorkers;
+    for (int weight : Weights(*store_, options)) {
+      seen.push_back(weight);
+      int64_t local;
+      const int query = shop_->positives[weight - 1].query;
+      const InteractionsShard& shard = store_->ShardOfQuery(query, &local);
+      EXPECT_TRUE(shard.own);
+    }
+  }
+  EXPECT_EQ(Sorted(seen), All());
+}
+
+// What other workers read is damaged: it does not matter, but for the dictionaries of queries, which histories need.
+TEST_F(BatchSamplerTest, OnlyWhatAWorkerReadsIsVerified) {
+  Make(2);
+  shop_->options.num_shards = 2;
+  path_ = shop_->options.interactions[1];
+  std::unique_ptr<PackedFile> file;
+  ASSERT_TRUE(IsOk(PackedFile::Open(path_, "interactions", true, &file)));
+  const std::string bytes = ReadBytes();
+  for (const PackedFile::Section& section : file->sections()) {
+    if (section.bytes == 0) continue;
+    std::string flipped = bytes;
+    flipped[section.offset] ^= 4;
+    WriteBytes(flipped);
+    for (int worker = 0; worker < 2; ++worker) {
+      shop_->options.shard_index = worker;
+      const Status status = shop_->Open(&store_);
+      const bool reads = worker == 1 || section.name.rfind("query.", 0) == 0;
+      ASSERT_EQ(status.ok(), !reads) << section.name << ' ' << worker;
+      if (reads) {
+        EXPECT_TRUE(Contains(status.message(), StrCat(path_, ": the checksum of section \"", section.name, "\" (byte ")));
+      }
+    }
+  }
+}
+
+TEST_F(BatchSamplerTest, SeedsDifferAndRepeat) {
   BatchOptions options;
   options.batch_size = store_->num_positives();
   const BatchSampler sampler(*store_, options);
   EXPECT_EQ(sampler.num_batches(), -1);
-  Batch first, second, again;
+  Batch first, again;
   sampler.Sample(0, &first);
-  sampler.Sample(1, &second);
+  sampler.Sample(1, &again);
+  EXPECT_NE(first.item, again.item);
   sampler.Sample(0, &again);
   EXPECT_EQ(first.item, again.item);
-  EXPECT_NE(first.item, second.item);
   options.seed = 1;
   BatchSampler(*store_, options).Sample(0, &again);
   EXPECT_NE(first.item, again.item);
 }
 
-TEST_F(BatchSamplerTest, RowsOfAnExampleBelongTogether) {
+TEST_F(BatchSamplerTest, ColumnsOfAnExampleBelongTogether) {
+  Make(3);
   BatchOptions options;
   options.batch_size = 10;
   Batch batch;
-  BatchSampler(*store_, options).Sample(3, &batch);
-  for (int i = 0; i < 10; ++i) {
-    EXPECT_EQ(batch.user[i], batch.query[i] % Shop::kUsers);
-    EXPECT_EQ(batch.weight[i], 1 + batch.query[i]);
-    EXPECT_EQ(store_->user_features()[1][batch.user[i]], 10 + batch.user[i]);
+  for (int step = 0; step < 100; ++step) {
+    BatchSampler(*store_, options).Sample(step, &batch);
+    for (size_t i = 0; i < 10; ++i) {
+      const Shop::Positive& positive = shop_->Of(batch, i);
+      ASSERT_EQ(batch.query[i], positive.query);
+      ASSERT_EQ(batch.user[i], positive.user);
+      ASSERT_EQ(batch.item[i], positive.item);
+      ASSERT_EQ(batch.type[i], positive.type);
+      ASSERT_EQ(batch.label[i], 1);
+    }
   }
 }
 
@@ -189,13 +426,99 @@ TEST_F(BatchSamplerTest, SupervisedNegativesTakePlacesOfTheSharedSet) {
   options.num_supervised_negatives = 3;
   const BatchSampler sampler(*store_, options);
   Batch batch;
-  for (int step = 0; step < 50; ++step) {
+  for (int step = 0; step < 200; ++step) {
     sampler.Sample(step, &batch);
-    const int q = batch.query[0];
-    for (int i = 1; i <= 3 && q % 2 == 0; ++i) {
-      EXPECT_TRUE(batch.item[i] == (q + 20) % Shop::kItems || batch.item[i] == (q + 21) % Shop::kItems) << batch.item[i];
+    const std::vector<int32_t>& labelled = shop_->negatives[batch.query[0]];
+    for (int i = 1; i <= 3 && !labelled.empty(); ++i) {
+      ASSERT_EQ(std::count(labelled.begin(), labelled.end(), batch.item[i]), 1) << batch.item[i];
     }
   }
+}
+
+TEST_F(BatchSamplerTest, OwnNegativesAreDrawnWithoutReplacement) {
+  for (int source : {1, 2, 3}) {
+    for (int64_t m : {1, 2, 5}) {
+      BatchOptions options;
+      options.batch_size = 20;
+      options.num_title_queries = 3;
+      options.num_shared_negatives = 4;
+      options.num_own_negatives = m;
+      options.own_impressions = source & 1;
+      options.own_labels = source & 2;
+      const BatchSampler sampler(*store_, options);
+      Batch batch;
+      std::map<std::pair<int, int>, int> drawn;
+      for (int step = 0; step < 60; ++step) {
+        sampler.Sample(step, &batch);
+        ASSERT_EQ(batch.item.size(), 20 + 4 + 20 * m);
+        ASSERT_EQ(batch.own_negative_mask.size(), 20 * m);
+        for (size_t i = 0; i < 20; ++i) {
+          std::set<int32_t> expected, got;
+          if (i < 17) {
+            const int query = shop_->Of(batch, i).query;
+            if (source & 1) expected.insert(shop_->shown[query].begin(), shop_->shown[query].end());
+            if (source & 2) expected.insert(shop_->negatives[query].begin(), shop_->negatives[query].end());
+          }
+          for (int64_t j = 0; j < m; ++j) {
+            const int32_t item = batch.item[24 + i * m + j];
+            if (!batch.own_negative_mask[i * m + j]) {
+              ASSERT_EQ(item, 0);
+              continue;
+            }
+            ASSERT_TRUE(expected.count(item));
+            ASSERT_TRUE(got.insert(item).second) << "twice";
+            ++drawn[{shop_->Of(batch, i).query, item}];
+          }
+          ASSERT_EQ(got.size(), std::min(static_cast<size_t>(m), expected.size()));
+        }
+      }
+      for (const auto& [query, items] : shop_->negatives) {  // each candidate has its turn
+        if (source != 2 || query != 0) continue;
+        for (int32_t item : items) EXPECT_GT((drawn[{query, item}]), 100);
+      }
+    }
+  }
+}
+
+TEST_F(BatchSamplerTest, HistoryIsThatOfTheMoment) {
+  Make(2);
+  size_t cut = 0, whole = 0;
+  for (int64_t types : {0, 1 << 2, 1 << 3 | 1 << 4}) {
+    for (int64_t length : {0, 1, 3, 1000}) {
+      BatchOptions options;
+      options.batch_size = 50;
+      options.num_title_queries = 2;
+      options.history_length = length;
+      options.history_types = types;
+      options.query_history_length = length;
+      const BatchSampler sampler(*store_, options);
+      Batch batch;
+      for (int step = 0; step < 15; ++step) {
+        sampler.Sample(step, &batch);
+        for (size_t i = 0; i < 50; ++i) {
+          std::vector<std::pair<int32_t, int32_t>> items, got;
+          std::vector<int32_t> queries;
+          for (const Event& e : shop_->events[batch.user[i]]) {
+            if (i >= 48 || e.time >= shop_->Of(batch, i).time) continue;
+            if (types == 0 || (types >> e.type & 1)) items.emplace_back(e.item, e.type);
+            if (queries.empty() || queries.back() != e.query) queries.push_back(e.query);
+          }
+          ++(items.size() > static_cast<size_t>(length) ? cut : whole);
+          items.erase(items.begin(), items.end() - std::min<int64_t>(length, items.size()));
+          queries.erase(queries.begin(), queries.end() - std::min<int64_t>(length, queries.size()));
+          for (int64_t e = batch.history_splits[i]; e < batch.history_splits[i + 1]; ++e) {
+            got.emplace_back(batch.history_item[e], batch.history_type[e]);
+          }
+          ASSERT_EQ(got, items);
+          ASSERT_EQ(std::vector<int32_t>(batch.query_history.begin() + batch.query_history_splits[i],
+                                         batch.query_history.begin() + batch.query_history_splits[i + 1]),
+                    queries);
+        }
+      }
+    }
+  }
+  EXPECT_GT(cut, 500u);
+  EXPECT_GT(whole, 500u);
 }
 
 TEST_F(BatchSamplerTest, SharedNegativesAreUniform) {
@@ -214,24 +537,60 @@ TEST_F(BatchSamplerTest, SharedNegativesAreUniform) {
 }
 
 TEST_F(BatchSamplerTest, MaskLeavesOutEveryClickedItemOfTheQuery) {
-  const std::set<std::pair<int, int>> clicks(shop_.clicks.begin(), shop_.clicks.end());
+  Make(2);
+  int64_t local;
+  ASSERT_EQ(store_->ShardOfQuery(0, &local).ClickedItems(local).size(), 5u) << "a head query, each item once";
   for (int64_t shared : {0, 5, 60}) {  // few and many items beside the length of the click lists
     BatchOptions options;
     options.batch_size = shared == 0 ? 1 : 20;
     options.num_shared_negatives = shared;
+    options.num_title_queries = shared == 5 ? 4 : 0;
+    options.num_own_negatives = 2;
     const BatchSampler sampler(*store_, options);
-    for (int step = 0; step < 20; ++step) {
-      Batch batch;
+    Batch batch;
+    for (int step = 0; step < 40; ++step) {
       sampler.Sample(step, &batch);
-      const size_t items = batch.item.size();
-      std::unique_ptr<bool[]> mask(new bool[batch.query.size() * items]);
-      sampler.NegativeMask(batch, mask.get());
+      const size_t columns = batch.query.size() + shared;
+      const std::unique_ptr<bool[]> mask(new bool[batch.query.size() * columns]);
+      sampler.NegativeMask(&batch, mask.get());
       for (size_t i = 0; i < batch.query.size(); ++i) {
-        for (size_t j = 0; j < items; ++j) {
-          ASSERT_EQ(mask[i * items + j], clicks.count({batch.query[i], batch.item[j]}) == 0) << i << ' ' << j;
+        for (size_t j = 0; j < columns; ++j) {
+          const bool expected = batch.query[i] == Batch::kTitleQuery
+                                    ? batch.item[i] != batch.item[j]
+                                    : shop_->clicked.count({batch.query[i], batch.item[j]}) == 0;
+          ASSERT_EQ(mask[i * columns + j], expected) << i << ' ' << j;
         }
       }
     }
+  }
+}
+
+TEST(PositionIndexTest, FindsEachPositionInOrder) {
+  RandomStream random(1);
+  PositionIndex index;
+  for (size_t n : {1, 2, 15, 16, 17, 300, 5000}) {
+    std::vector<int32_t> values(n);
+    for (int32_t& value : values) value = static_cast<int32_t>(random.Uniform(n)) * 65536 - 1;
+    index.Build(values.data(), n);
+    for (size_t i = 0; i < n; ++i) {
+      std::vector<size_t> expected, got;
+      if (n <= 300) {
+        for (size_t j = 0; j < n; ++j) {
+          if (values[j] == values[i]) expected.push_back(j);
+        }
+        index.ForEach(values[i], [&](size_t j) { got.push_back(j); });
+        ASSERT_EQ(got, expected);
+      }
+      ASSERT_EQ(index.First(values[i]), static_cast<size_t>(std::find(values.begin(), values.end(), values[i]) - values.begin()));
+    }
+    index.ForEach(12345, [](size_t) { FAIL(); });
+    // Of many values, some of them there: as one by one.
+    std::vector<int32_t> asked;
+    for (size_t i = 0; i < 1003; ++i) asked.push_back(static_cast<int32_t>(random.Uniform(4 * n)) * 65536 - 1);
+    std::vector<size_t> one_by_one, at_once;
+    for (int32_t value : asked) index.ForEach(value, [&](size_t j) { one_by_one.push_back(j); });
+    index.ForEachOf({asked.data(), asked.size()}, [&](size_t j) { at_once.push_back(j); });
+    ASSERT_EQ(at_once, one_by_one);
   }
 }
 
@@ -248,29 +607,71 @@ TEST(BatchOptionsTest, OutOfRangeOptionsAreNamed) {
   EXPECT_NE(message([](auto& o) { o.batch_size = 1LL << 40; }).find("1099511627776"), std::string::npos);
   EXPECT_NE(message([](auto& o) { o.num_supervised_negatives = 65; }).find("at most num_shared_negatives, 64"),
             std::string::npos);
+  EXPECT_EQ(message([](auto& o) { o.num_own_negatives = -1; }), "num_own_negatives is -1, expected 0 or more");
+  EXPECT_EQ(message([](auto& o) { o.num_own_negatives = 1 << 20; }),
+            "num_own_negatives is 1048576, expected at most 262144");
+  EXPECT_EQ(message([](auto& o) { o.history_types = 32; }), "history_types is 32, expected at most 31");
+  EXPECT_EQ(message([](auto& o) { o.shuffle_buffer = 0; }), "shuffle_buffer is 0, expected 1 or more");
   EXPECT_NE(message([](auto& o) { o.shard_index = 1; }).find("expected 0 to num_shards - 1, 0"), std::string::npos);
 }
 
-TEST(TrainingStoreTest, RowsBeyondATableAreFoundAtOpen) {
-  std::unique_ptr<TrainingStore> store;
-  const Status status = TrainingStore::Open(Shop().Write("broken", /*broken_item=*/40), {}, &store);
-  EXPECT_EQ(status.code(), StatusCode::kDataLoss);
-  EXPECT_NE(status.message().find("positive.item row 3 refers to row 40 of 40 items"), std::string::npos)
-      << status.message();
-}
-
-TEST(TrainingStoreTest, UnknownUserFeatureIsNamed) {
-  std::unique_ptr<TrainingStore> store;
-  const Status status = TrainingStore::Open(Shop().Write("feature"), {"shoe_size"}, &store);
+TEST_F(BatchSamplerTest, UnknownFeaturesAreNamed) {
+  shop_->options.user_features.fixed = {"shoe_size"};
+  Status status = shop_->Open(&store_);
   EXPECT_EQ(status.code(), StatusCode::kNotFound);
-  EXPECT_NE(status.message().find("no user feature 'shoe_size'"), std::string::npos) << status.message();
+  EXPECT_TRUE(Contains(status.message(), "no user feature 'shoe_size'"));
+  shop_->options.user_features.fixed.clear();
+  shop_->options.history_features.fixed = {"tags"};  // which is a list
+  status = shop_->Open(&store_);
+  EXPECT_EQ(status.code(), StatusCode::kNotFound);
+  EXPECT_TRUE(Contains(status.message(), "no item feature 'tags'"));
 }
 
-TEST(TrainingStoreTest, FilesInTheWrongPlaceAreRefused) {
-  TrainingStore::Paths paths = Shop().Write("swapped");
-  std::swap(paths.users, paths.items);
-  std::unique_ptr<TrainingStore> store;
-  EXPECT_EQ(TrainingStore::Open(paths, {}, &store).code(), StatusCode::kFailedPrecondition);
+TEST_F(BatchSamplerTest, FilesInTheWrongPlaceAreRefused) {
+  std::swap(shop_->options.users, shop_->options.items);
+  EXPECT_EQ(shop_->Open(&store_).code(), StatusCode::kFailedPrecondition);
+  shop_->options.interactions.clear();
+  std::swap(shop_->options.users, shop_->options.items);
+  EXPECT_EQ(shop_->Open(&store_).code(), StatusCode::kInvalidArgument);
+}
+
+TEST(ItemTableTest, FindsEveryIdAndNoOther) {
+  for (int items : {0, 1, 2, 3, 8, 9, 1000}) {
+    const std::string path = StrCat(::testing::TempDir(), "item_table_", items);
+    int bits = 0;
+    while ((1 << bits) < items) ++bits;
+    std::vector<int64_t> ids, splits(items + 1);
+    Rows buckets(size_t{1} << bits);
+    for (int i = 0; i < items; ++i) {
+      ids.push_back((int64_t{i} * i * i) << 20);
+      buckets[bits == 0 ? 0 : Mix64(ids[i]) >> (64 - bits)].push_back(i);
+    }
+    const std::vector<int64_t> wide = SplitsOf(buckets);
+    std::vector<int32_t> bucket_splits(wide.begin(), wide.end()), rows = ValuesOf(buckets);
+    const auto open = [&](std::unique_ptr<ItemTable>* table) {
+      WriteFile(path, "items", std::pair("id", ids), std::pair("tokens.splits", splits),
+                std::pair("tokens.values", std::vector<int32_t>()), std::pair("id_index.splits", bucket_splits),
+                std::pair("id_index.rows", rows));
+      std::unique_ptr<PackedFile> file;
+      EXPECT_TRUE(IsOk(PackedFile::Open(path, "items", true, &file)));
+      return ItemTable::Open(std::move(file), {}, /*with_ids=*/true, table);
+    };
+    std::unique_ptr<ItemTable> table;
+    ASSERT_TRUE(IsOk(open(&table)));
+    for (int i = 0; i < items; ++i) {
+      ASSERT_EQ(table->Find(ids[i]), i);
+      ASSERT_EQ(table->Find(ids[i] + 1), -1);
+    }
+    ASSERT_EQ(table->Find(-1), -1);
+    if (items < 9) continue;
+    std::swap(rows[0], rows[1]);  // in another bucket, or not ascending
+    Status status = open(&table);
+    EXPECT_EQ(status.code(), StatusCode::kDataLoss);
+    EXPECT_TRUE(Contains(status.message(), "id_index.splits row "));
+    std::swap(rows[0], rows[1]);
+    bucket_splits.back() -= 1;
+    EXPECT_EQ(open(&table).code(), StatusCode::kDataLoss);
+  }
 }
 
 }  // namespace

@@ -1,47 +1,24 @@
 #include "dpsr_tf/ops/training_store.h"
 
 #include <limits>
+#include <tuple>
+#include <utility>
 
 namespace dpsr {
 namespace {
 
-Status ReadRagged(const PackedFile& file, const std::string& splits_name, const std::string& values_name,
-                  RaggedColumn* column) {
-  DPSR_RETURN_IF_ERROR(file.Get(splits_name, &column->splits));
-  DPSR_RETURN_IF_ERROR(file.Get(values_name, &column->values));
-  const Span<const int64_t>& splits = column->splits;
-  if (splits.empty() || splits[0] != 0 || splits[splits.size() - 1] != static_cast<int64_t>(column->values.size())) {
-    return MakeStatus(StatusCode::kDataLoss, file.path(), ": section ", splits_name, " does not span the ",
-                      column->values.size(), " values of ", values_name, "; ingest the log again");
-  }
-  for (size_t i = 1; i < splits.size(); ++i) {
-    if (splits[i] < splits[i - 1]) {
-      return MakeStatus(StatusCode::kDataLoss, file.path(), ": section ", splits_name, " falls from ", splits[i - 1],
-                        " to ", splits[i], " at row ", i, "; ingest the log again");
-    }
-  }
-  return Status();
-}
-
-Status CheckRows(const PackedFile& file, const char* name, Span<const int32_t> rows, int64_t table_size,
-                 const char* table) {
-  for (size_t i = 0; i < rows.size(); ++i) {
-    if (rows[i] < 0 || rows[i] >= table_size) {
-      return MakeStatus(StatusCode::kDataLoss, file.path(), ": section ", name, " row ", i, " refers to row ", rows[i],
-                        " of ", table_size, " ", table, "; the files of one store belong together, ingest the log again");
-    }
-  }
-  return Status();
-}
+// Fewer positives than this are looked through faster than they are looked up.
+constexpr int64_t kHeadPositives = 256;
 
 // The rows of query q, as the splits say, have to be of query q and in the order of their items: the mask of clicked
 // items is looked up in them.
-Status CheckPositives(const PackedFile& file, const RaggedColumn& items, Span<const int32_t> query) {
+Status CheckPositives(const SectionReader& reader, const InteractionsShard& shard) {
+  const RaggedColumn& items = shard.positives;
   for (int64_t q = 0; q < items.rows(); ++q) {
     for (int64_t row = items.splits[q]; row < items.splits[q + 1]; ++row) {
-      if (query[row] != q || (row > items.splits[q] && items.values[row] < items.values[row - 1])) {
-        return MakeStatus(StatusCode::kDataLoss, file.path(), ": section positive.query row ", row, " is query ",
-                          query[row], " item ", items.values[row], ", expected query ", q,
+      if (shard.query[row] != q || (row > items.splits[q] && items.values[row] < items.values[row - 1])) {
+        return MakeStatus(StatusCode::kDataLoss, reader.file().path(), ": section positive.query row ", row,
+                          " is query ", shard.query[row], " item ", items.values[row], ", expected query ", q,
                           " and items in ascending order; ingest the log again");
       }
     }
@@ -49,64 +26,160 @@ Status CheckPositives(const PackedFile& file, const RaggedColumn& items, Span<co
   return Status();
 }
 
-Status CheckLength(const PackedFile& file, const char* name, size_t got, size_t expected) {
-  if (got == expected) return Status();
-  return MakeStatus(StatusCode::kDataLoss, file.path(), ": section ", name, " has ", got, " rows, expected ", expected,
-                    "; ingest the log again");
+void FindHeads(InteractionsShard* shard) {
+  shard->head_splits.assign(1, 0);
+  for (int64_t q = 0; q < shard->positives.rows(); ++q) {
+    if (shard->positives.length(q) < kHeadPositives) continue;
+    const size_t begin = shard->head_items.size();
+    const Span<const int32_t> items = shard->positives[q];
+    std::unique_copy(items.begin(), items.end(), std::back_inserter(shard->head_items));
+    if (2 * (shard->head_items.size() - begin) > items.size()) {
+      shard->head_items.resize(begin);
+      continue;
+    }
+    shard->heads.push_back(static_cast<int32_t>(q));
+    shard->head_splits.push_back(static_cast<int64_t>(shard->head_items.size()));
+  }
+  shard->head_items.shrink_to_fit();
 }
 
 }  // namespace
 
-Status TrainingStore::Open(const Paths& paths, const std::vector<std::string>& user_features,
-                           std::unique_ptr<TrainingStore>* store) {
-  std::unique_ptr<TrainingStore> s(new TrainingStore);
-  DPSR_RETURN_IF_ERROR(PackedFile::Open(paths.users, "users", /*verify=*/true, &s->users_));
-  DPSR_RETURN_IF_ERROR(PackedFile::Open(paths.items, "items", /*verify=*/true, &s->items_));
-  DPSR_RETURN_IF_ERROR(PackedFile::Open(paths.interactions, "interactions", /*verify=*/true, &s->interactions_));
-
-  DPSR_RETURN_IF_ERROR(s->users_->Get("id", &s->user_ids_));
-  for (const std::string& name : user_features) {
-    if (s->users_->Find("feature." + name) == nullptr) {
-      return MakeStatus(StatusCode::kNotFound, paths.users, ": no user feature '", name,
-                        "'; name it in the schema's users.features and ingest again, or drop it from the config");
+Span<const int32_t> InteractionsShard::ClickedItems(int64_t local_query) const {
+  if (positives.length(local_query) >= kHeadPositives) {
+    const auto it = std::lower_bound(heads.begin(), heads.end(), local_query);
+    if (it != heads.end() && *it == local_query) {
+      const int64_t* split = &head_splits[static_cast<size_t>(it - heads.begin())];
+      return {head_items.data() + split[0], static_cast<size_t>(split[1] - split[0])};
     }
-    Span<const int32_t> codes;
-    DPSR_RETURN_IF_ERROR(s->users_->Get("feature." + name, &codes));
-    DPSR_RETURN_IF_ERROR(CheckLength(*s->users_, name.c_str(), codes.size(), s->user_ids_.size()));
-    s->user_features_.push_back(codes);
   }
+  return positives[local_query];
+}
 
-  DPSR_RETURN_IF_ERROR(ReadRagged(*s->items_, "tokens.splits", "tokens.values", &s->item_tokens_));
+Status TrainingStore::Open(const Options& options, const FileOpener& open, std::unique_ptr<TrainingStore>* store) {
+  std::unique_ptr<TrainingStore> s(new TrainingStore);
+  const size_t files = options.interactions.size();
+  if (files == 0) return MakeStatus(StatusCode::kInvalidArgument, "no interactions file is given, expected one or more");
+  DPSR_RETURN_IF_ERROR(open(options.users, "users", &s->users_));
+  std::unique_ptr<PackedFile> items;
+  DPSR_RETURN_IF_ERROR(open(options.items, "items", &items));
+  DPSR_RETURN_IF_ERROR(ItemTable::Open(std::move(items), options.item_features, /*with_ids=*/false, &s->items_));
+  DPSR_RETURN_IF_ERROR(SectionReader(s->items_->file())
+                           .Features(options.history_features, s->num_items(), "item", &s->history_features_));
+  const PackedFile::Section* users = s->users_->Find("id");
+  s->num_users_ = users == nullptr ? 0 : static_cast<int64_t>(users->count);
 
-  const PackedFile& log = *s->interactions_;
-  DPSR_RETURN_IF_ERROR(ReadRagged(log, "query.splits", "query.tokens", &s->query_tokens_));
-  DPSR_RETURN_IF_ERROR(ReadRagged(log, "positive.splits", "positive.item", &s->positives_));
-  DPSR_RETURN_IF_ERROR(ReadRagged(log, "negative.splits", "negative.item", &s->negatives_));
-  DPSR_RETURN_IF_ERROR(log.Get("positive.query", &s->positive_query_));
-  DPSR_RETURN_IF_ERROR(log.Get("positive.user", &s->positive_user_));
-  DPSR_RETURN_IF_ERROR(log.Get("positive.weight", &s->positive_weight_));
-
-  const size_t positives = s->positives_.values.size();
-  const size_t query_rows = s->query_tokens_.splits.size();
-  DPSR_RETURN_IF_ERROR(CheckLength(log, "positive.splits", s->positives_.splits.size(), query_rows));
-  DPSR_RETURN_IF_ERROR(CheckLength(log, "negative.splits", s->negatives_.splits.size(), query_rows));
-  DPSR_RETURN_IF_ERROR(CheckLength(log, "positive.query", s->positive_query_.size(), positives));
-  DPSR_RETURN_IF_ERROR(CheckLength(log, "positive.user", s->positive_user_.size(), positives));
-  DPSR_RETURN_IF_ERROR(CheckLength(log, "positive.weight", s->positive_weight_.size(), positives));
-  DPSR_RETURN_IF_ERROR(CheckRows(log, "positive.query", s->positive_query_, s->num_queries(), "queries"));
-  DPSR_RETURN_IF_ERROR(CheckRows(log, "positive.user", s->positive_user_, s->num_users(), "users"));
-  DPSR_RETURN_IF_ERROR(CheckRows(log, "positive.item", s->positives_.values, s->num_items(), "items"));
-  DPSR_RETURN_IF_ERROR(CheckRows(log, "negative.item", s->negatives_.values, s->num_items(), "items"));
-  DPSR_RETURN_IF_ERROR(CheckPositives(log, s->positives_, s->positive_query_));
+  s->sharded_by_file_ = static_cast<int64_t>(files) >= options.num_shards;
+  s->shards_.resize(files);
+  s->own_rows_.push_back(0);
+  int64_t positives = 0;
+  for (size_t f = 0; f < files; ++f) {
+    InteractionsShard& shard = s->shards_[f];
+    DPSR_RETURN_IF_ERROR(open(options.interactions[f], "interactions", &shard.file));
+    shard.own = !s->sharded_by_file_ || static_cast<int64_t>(f) % options.num_shards == options.shard_index;
+    shard.first_query = s->num_queries_;
+    s->first_queries_.push_back(shard.first_query);
+    DPSR_RETURN_IF_ERROR(s->OpenShard(options, &shard));
+    s->num_queries_ += shard.query_tokens.rows();
+    if (s->num_queries_ > std::numeric_limits<int32_t>::max()) {
+      return MakeStatus(StatusCode::kFailedPrecondition, shard.file->path(), ": ", s->num_queries_,
+                        " queries up to here, at most 2147483647 fit one store; split the log");
+    }
+    if (const PackedFile::Section* rows = shard.file->Find("positive.item")) positives += rows->count;
+    if (!shard.own) continue;
+    s->own_shards_.push_back(&shard);
+    s->own_rows_.push_back(s->own_rows_.back() + static_cast<int64_t>(shard.query.size()));
+  }
   if (positives == 0 || s->num_items() == 0) {
-    return MakeStatus(StatusCode::kFailedPrecondition, paths.interactions, ": ", positives, " positive interactions and ",
-                      s->num_items(), " items; training needs at least one of each");
+    return MakeStatus(StatusCode::kFailedPrecondition, options.interactions[0], ": ", positives,
+                      " positive interactions and ", s->num_items(), " items; training needs at least one of each");
   }
-  if (s->num_items() > std::numeric_limits<int32_t>::max()) {
-    return MakeStatus(StatusCode::kFailedPrecondition, paths.items, ": ", s->num_items(),
-                      " items, at most 2147483647 fit one store; split the corpus");
-  }
+  DPSR_RETURN_IF_ERROR(s->OpenUsers(options));
   *store = std::move(s);
+  return Status();
+}
+
+Status TrainingStore::OpenShard(const Options& options, InteractionsShard* shard) const {
+  const SectionReader reader(*shard->file);
+  DPSR_RETURN_IF_ERROR(
+      reader.Ragged("query.splits", "query.tokens", SectionReader::kAnyLength, &shard->query_tokens));
+  DPSR_RETURN_IF_ERROR(
+      reader.CheckRows("query.tokens", shard->query_tokens.values, int64_t{1} << 31, "tokens"));
+  if (!shard->own) return Status();
+
+  const int64_t queries = shard->query_tokens.rows();
+  DPSR_RETURN_IF_ERROR(reader.Ragged("positive.splits", "positive.item", queries, &shard->positives));
+  const int64_t positives = static_cast<int64_t>(shard->positives.values.size());
+  DPSR_RETURN_IF_ERROR(reader.Array("positive.query", positives, &shard->query));
+  DPSR_RETURN_IF_ERROR(reader.Array("positive.user", positives, &shard->user));
+  DPSR_RETURN_IF_ERROR(reader.Array("positive.time", positives, &shard->time));
+  DPSR_RETURN_IF_ERROR(reader.Array("positive.type", positives, &shard->type));
+  for (auto [name, column] : {std::pair{"positive.weight", &shard->weight}, {"positive.label", &shard->label}}) {
+    if (reader.Has(name)) DPSR_RETURN_IF_ERROR(reader.Array(name, positives, column));
+  }
+  DPSR_RETURN_IF_ERROR(reader.Ragged("negative.splits", "negative.item", queries, &shard->negatives));
+  DPSR_RETURN_IF_ERROR(reader.CheckRows("positive.user", shard->user, num_users_, "users"));
+  DPSR_RETURN_IF_ERROR(reader.CheckRows("positive.item", shard->positives.values, num_items(), "items"));
+  DPSR_RETURN_IF_ERROR(CheckPositives(reader, *shard));
+  DPSR_RETURN_IF_ERROR(reader.CheckTypes("positive.type", shard->type));
+  DPSR_RETURN_IF_ERROR(reader.CheckRows("negative.item", shard->negatives.values, num_items(), "items"));
+  DPSR_RETURN_IF_ERROR(reader.CheckAscending("negative.item", shard->negatives));
+  FindHeads(shard);
+
+  const bool has_impressions = reader.Has("positive.request");
+  if (options.impressions && !has_impressions) {
+    return MakeStatus(StatusCode::kFailedPrecondition, shard->file->path(),
+                      ": has no impressions to take negatives from; name the schema's type column with impression or "
+                      "skip among its types and ingest again, or take labelled negatives");
+  }
+  if (has_impressions && (options.impressions || options.impressions_if_any)) {
+    DPSR_RETURN_IF_ERROR(
+        reader.Ragged("impression.splits", "impression.item", SectionReader::kAnyLength, &shard->impressions));
+    DPSR_RETURN_IF_ERROR(reader.Array("positive.request", positives, &shard->request));
+    DPSR_RETURN_IF_ERROR(
+        reader.CheckRows("positive.request", shard->request, shard->impressions.rows(), "requests", -1));
+    DPSR_RETURN_IF_ERROR(reader.CheckRows("impression.item", shard->impressions.values, num_items(), "items"));
+    DPSR_RETURN_IF_ERROR(reader.CheckAscending("impression.item", shard->impressions));
+  }
+  return Status();
+}
+
+Status TrainingStore::OpenUsers(const Options& options) {
+  const SectionReader reader(*users_);
+  Span<const int64_t> ids;
+  DPSR_RETURN_IF_ERROR(reader.Array("id", num_users_, &ids));
+  DPSR_RETURN_IF_ERROR(reader.Features(options.user_features, num_users_, "user", &user_features_));
+  if (!options.events) return Status();
+  DPSR_RETURN_IF_ERROR(reader.Array("event.time", SectionReader::kAnyLength, &event_time_));
+  const int64_t events = static_cast<int64_t>(event_time_.size());
+  DPSR_RETURN_IF_ERROR(reader.Splits("event.splits", num_users_, events, &event_splits_));
+  DPSR_RETURN_IF_ERROR(reader.Array("event.item", events, &event_item_));
+  DPSR_RETURN_IF_ERROR(reader.Array("event.query", events, &event_query_));
+  DPSR_RETURN_IF_ERROR(reader.Array("event.type", events, &event_type_));
+  DPSR_RETURN_IF_ERROR(reader.CheckRows("event.item", event_item_, num_items(), "items"));
+  DPSR_RETURN_IF_ERROR(reader.CheckRows("event.query", event_query_, num_queries_, "queries"));
+  DPSR_RETURN_IF_ERROR(reader.CheckTypes("event.type", event_type_));
+  return CheckEvents(reader);
+}
+
+// Histories are cut by a binary search in the times; an anonymous user has none.
+Status TrainingStore::CheckEvents(const SectionReader& reader) const {
+  if (num_users_ > 0 && event_splits_[1] != 0) {
+    return MakeStatus(StatusCode::kDataLoss, reader.file().path(), ": section event.splits row 1 is ",
+                      event_splits_[1], ", expected 0: the anonymous user, row 0, has no events; ingest the log again");
+  }
+  const auto key = [this](int64_t e) {
+    return std::make_tuple(event_time_[e], event_query_[e], event_item_[e], event_type_[e]);
+  };
+  for (int64_t user = 0; user < num_users_; ++user) {
+    for (int64_t e = event_splits_[user] + 1; e < event_splits_[user + 1]; ++e) {
+      if (key(e) < key(e - 1)) {
+        return MakeStatus(StatusCode::kDataLoss, reader.file().path(), ": section event.time row ", e,
+                          " is before row ", e - 1, " of the same user (", event_time_[e], " after ", event_time_[e - 1],
+                          "), expected events in ascending order of time, query, item and type; ingest the log again");
+      }
+    }
+  }
   return Status();
 }
 

@@ -1,85 +1,156 @@
-// The three files of a store (DPSR section 5.1.2) as the trainer sees them: user features, item features, and the
-// interactions that refer to both by row. Nothing is copied: the files stay memory-mapped.
+// The files of a store (DPSR section 5.1.2) as the trainer sees them: user features and events, item features, and the
+// interactions that refer to both by row. Nothing is copied: the files stay memory-mapped. Sections in [brackets] are
+// only there when the store's schema declares what they hold; docs/data_format.md has all sections, dpsr_tf/ops/
+// item_table.h those of items.dpsr.
 //
-// users.dpsr (kind "users")
+// users.dpsr (kind "users"); row 0 is the anonymous user
 //   id               int64 [users]
-//   feature.<name>   int32 [users]            one section a profile feature, codes from 0
-// items.dpsr (kind "items")
-//   id               int64 [items]
-//   tokens.splits    int64 [items + 1]        row splits of
-//   tokens.values    int32 [tokens]           the token ids of the item's text
-// interactions.dpsr (kind "interactions")
+//   feature.<name>   int32 [users], or feature.<name>.splits int64 [users + 1] and feature.<name>.values int32
+//   event.splits     int64 [users + 1]        rows of each user's events, ascending by (time, query, item, type)
+//   event.time       uint32 [events]          seconds
+//   event.item       int32 [events]
+//   event.query      int32 [events]           global row: over the queries of all interactions files
+//   event.type       uint8 [events]
+// interactions*.dpsr (kind "interactions"), each with all that belongs to its queries
 //   query.splits     int64 [queries + 1]      row splits of
 //   query.tokens     int32 [tokens]           the token ids of each distinct query text
 //   positive.splits  int64 [queries + 1]      rows of each query: positives are sorted by (query, item)
-//   positive.query   int32 [positives]
-//   positive.user    int32 [positives]
-//   positive.item    int32 [positives]
-//   positive.weight  float32 [positives]
-//   negative.splits  int64 [queries + 1]      supervised negatives (section 4.5) of each query
-//   negative.item    int32 [negatives]
+//   positive.query, positive.user, positive.item  int32 [positives]
+//   positive.time    uint32 [positives]
+//   positive.type    uint8 [positives]
+//   [positive.weight, positive.label]  float32 [positives]
+//   [positive.request] int32 [positives]      -1 when nothing else was shown, otherwise a row of
+//   [impression.splits int64 [requests + 1]]  row splits of
+//   [impression.item int32]                   items shown in the request and not clicked, ascending
+//   negative.splits  int64 [queries + 1]      row splits of
+//   negative.item    int32                    supervised negatives (section 4.5) of each query, ascending
 #ifndef DPSR_DPSR_TF_OPS_TRAINING_STORE_H_
 #define DPSR_DPSR_TF_OPS_TRAINING_STORE_H_
 
+#include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "dpsr_tf/ops/columns.h"
+#include "dpsr_tf/ops/item_table.h"
 #include "tokenizer_cc/packed_file.h"
 #include "tokenizer_cc/status.h"
 
 namespace dpsr {
 
-// Rows of variable length: row i is values[splits[i]] up to values[splits[i + 1]].
-struct RaggedColumn {
-  Span<const int64_t> splits;
-  Span<const int32_t> values;
+// One interactions file. What is below `own` is there for a worker's own shards only.
+struct InteractionsShard {
+  std::unique_ptr<PackedFile> file;
+  int64_t first_query = 0;  // global row of its first query
+  RaggedColumn query_tokens;
+  bool own = false;
+  RaggedColumn positives;  // items of each query, ascending; an item clicked twice stands twice
+  Span<const int32_t> query, user, request;  // request: empty unless asked for
+  Span<const uint32_t> time;
+  Span<const uint8_t> type;
+  Span<const float> weight, label;  // empty: all 1
+  RaggedColumn impressions;         // of each request
+  RaggedColumn negatives;           // of each query
+  // Queries with many positives on few items, ascending, and those items, each once: a head query of a large log has
+  // 1,000 times as many positives as items. Takes at most 2 bytes a positive.
+  std::vector<int32_t> heads;
+  std::vector<int64_t> head_splits;
+  std::vector<int32_t> head_items;
 
-  int64_t rows() const { return static_cast<int64_t>(splits.size()) - 1; }
-  int64_t length(int64_t row) const { return splits[row + 1] - splits[row]; }
-  Span<const int32_t> operator[](int64_t row) const { return {values.data() + splits[row], size_t(length(row))}; }
+  // Items with a positive of the local query, ascending, perhaps repeated.
+  Span<const int32_t> ClickedItems(int64_t local_query) const;
 };
 
 // Immutable after Open, so thread-safe.
 class TrainingStore {
  public:
-  struct Paths {
-    std::string users, items, interactions;
+  using FileOpener = std::function<Status(const std::string& path, const char* kind, std::unique_ptr<PackedFile>*)>;
+
+  struct Options {
+    std::string users, items;
+    std::vector<std::string> interactions;
+    FeatureNames user_features, item_features;
+    FeatureNames history_features;  // of the items of histories
+    bool events = false;            // reads the users' events
+    bool impressions = false;       // reads unclicked impressions; FailedPrecondition when the store has none
+    bool impressions_if_any = false;  // the same without the error
+    // With at least as many files as workers, worker w owns files w, w + num_shards, ...; with fewer, every worker owns
+    // all of them and takes its part by position.
+    int64_t shard_index = 0;
+    int64_t num_shards = 1;
   };
 
-  // `user_features` names the profile features to read. Errors: those of PackedFile::Open; DataLoss when the files do
-  // not fit together (a row that refers beyond a table, splits that do not rise); NotFound for an unknown feature;
-  // FailedPrecondition when there is no positive interaction or no item.
-  static Status Open(const Paths& paths, const std::vector<std::string>& user_features,
-                     std::unique_ptr<TrainingStore>* store);
+  // Errors: those of `open` (by default PackedFile::Open); DataLoss when the files do not fit together (a row that
+  // refers beyond a table, splits that fall, rows in another order than the one above); NotFound for an unknown feature;
+  // FailedPrecondition when there is no positive interaction or no item; InvalidArgument for no interactions file.
+  static Status Open(const Options& options, const FileOpener& open, std::unique_ptr<TrainingStore>* store);
+  static Status OpenLocalFile(const std::string& path, const char* kind, std::unique_ptr<PackedFile>* file) {
+    return PackedFile::Open(path, kind, /*verify=*/false, file);
+  }
 
-  int64_t num_users() const { return static_cast<int64_t>(user_ids_.size()); }
-  int64_t num_items() const { return item_tokens_.rows(); }
-  int64_t num_queries() const { return query_tokens_.rows(); }
-  int64_t num_positives() const { return static_cast<int64_t>(positive_query_.size()); }
+  int64_t num_users() const { return num_users_; }
+  int64_t num_items() const { return items_->rows(); }
+  int64_t num_queries() const { return num_queries_; }
+  // Positives of the files that this worker owns, and whether those are its alone.
+  int64_t num_positives() const { return own_rows_.back(); }
+  bool sharded_by_file() const { return sharded_by_file_; }
 
-  const RaggedColumn& item_tokens() const { return item_tokens_; }
-  const RaggedColumn& query_tokens() const { return query_tokens_; }
-  // Items of the positives of each query, ascending; an item clicked twice stands twice.
-  const RaggedColumn& clicked_items() const { return positives_; }
-  const RaggedColumn& negative_items() const { return negatives_; }
-  Span<const int32_t> positive_query() const { return positive_query_; }
-  Span<const int32_t> positive_user() const { return positive_user_; }
-  Span<const int32_t> positive_item() const { return positives_.values; }
-  Span<const float> positive_weight() const { return positive_weight_; }
-  // One span a requested feature, indexed by user row.
-  const std::vector<Span<const int32_t>>& user_features() const { return user_features_; }
+  const ItemTable& items() const { return *items_; }
+  const FeatureColumns& history_features() const { return history_features_; }
+  const FeatureColumns& user_features() const { return user_features_; }
+
+  // A positive by its number among those owned; `row` is set to its row in the shard.
+  const InteractionsShard& ShardOfPositive(int64_t positive, int64_t* row) const {
+    const size_t s = Find(own_rows_, positive);
+    *row = positive - own_rows_[s];
+    return *own_shards_[s];
+  }
+  // A query by its global row; `local` is set to its row in the shard.
+  const InteractionsShard& ShardOfQuery(int64_t query, int64_t* local) const {
+    const size_t s = Find(first_queries_, query);
+    *local = query - first_queries_[s];
+    return shards_[s];
+  }
+  Span<const int32_t> query_tokens(int64_t query) const {
+    int64_t local;
+    const InteractionsShard& shard = ShardOfQuery(query, &local);
+    return shard.query_tokens[local];
+  }
+
+  // Events of each user; all empty unless Options::events.
+  Span<const int64_t> event_splits() const { return event_splits_; }
+  Span<const uint32_t> event_time() const { return event_time_; }
+  Span<const int32_t> event_item() const { return event_item_; }
+  Span<const int32_t> event_query() const { return event_query_; }
+  Span<const uint8_t> event_type() const { return event_type_; }
 
  private:
   TrainingStore() = default;
+  // The last of the ascending `begins` that is not beyond `row`; begins[0] is 0.
+  static size_t Find(const std::vector<int64_t>& begins, int64_t row) {
+    if (begins.size() <= 2) return begins.size() == 2 && row >= begins[1];
+    return static_cast<size_t>(std::upper_bound(begins.begin(), begins.end(), row) - begins.begin()) - 1;
+  }
+  Status OpenShard(const Options& options, InteractionsShard* shard) const;
+  Status OpenUsers(const Options& options);
+  Status CheckEvents(const SectionReader& reader) const;
 
-  std::unique_ptr<PackedFile> users_, items_, interactions_;
-  Span<const int64_t> user_ids_;
-  std::vector<Span<const int32_t>> user_features_;
-  RaggedColumn item_tokens_, query_tokens_, positives_, negatives_;
-  Span<const int32_t> positive_query_, positive_user_;
-  Span<const float> positive_weight_;
+  std::unique_ptr<PackedFile> users_;
+  std::unique_ptr<ItemTable> items_;
+  std::vector<InteractionsShard> shards_;
+  std::vector<const InteractionsShard*> own_shards_;
+  std::vector<int64_t> own_rows_;  // positives in own_shards_ before each, and in all
+  std::vector<int64_t> first_queries_;  // of each of shards_
+  bool sharded_by_file_ = false;
+  int64_t num_users_ = 0, num_queries_ = 0;
+  FeatureColumns user_features_, history_features_;
+  Span<const int64_t> event_splits_;
+  Span<const uint32_t> event_time_;
+  Span<const int32_t> event_item_, event_query_;
+  Span<const uint8_t> event_type_;
 };
 
 }  // namespace dpsr

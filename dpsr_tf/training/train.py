@@ -5,14 +5,17 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import tensorflow as tf
 import yaml
 from absl import flags
 
 from dpsr_tf.config import Config, from_dict, read_yaml, to_dict
-from dpsr_tf.data.dataset import examples_dataset, training_input
+from dpsr_tf.data.dataset import BatchOptions, examples_dataset, training_input
 from dpsr_tf.data.store import Store, check_replaceable
 from dpsr_tf.errors import CommandError, UsageError, op_message
+from dpsr_tf.models.features import FeatureSpec
+from dpsr_tf.training.cluster import Cluster
 from dpsr_tf.training.estimator import ProgressBar, model_fn, run_config
 from dpsr_tf.training.model_directory import ModelDirectory
 
@@ -37,12 +40,20 @@ def define_flags(values: flags.FlagValues) -> None:
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """Runs `dpsr train`."""
     config = config_from_flags(values.config, values.set)
+    cluster = Cluster.from_environment()
     store = Store(values.store)
     out = Path(values.out)
+    if cluster.task_type == "evaluator":
+        raise UsageError(
+            "TF_CONFIG: task: type is 'evaluator', but this training has no use for one; "
+            "`dpsr evaluate --system=model:DIR` measures a checkpoint"
+        )
+    if values.overwrite and not cluster.is_local:
+        raise UsageError("--overwrite and TF_CONFIG are given, but the tasks of a cluster share --out; remove it first")
     if values.overwrite and out.exists():
         check_replaceable(out, "model", "config.yaml")
         shutil.rmtree(out)
-    train(store, config, out)
+    train(store, config, out, cluster)
 
 
 def config_from_flags(path: str | None, assignments: list[str]) -> Config:
@@ -63,26 +74,48 @@ def config_from_flags(path: str | None, assignments: list[str]) -> Config:
     return from_dict(Config, data, " ".join(f"--set={assignment}" for assignment in assignments) or path or "")
 
 
-def train(store: Store, config: Config, model_dir: str | Path) -> ModelDirectory:
+def train(store: Store, config: Config, model_dir: str | Path, cluster: Cluster | None = None) -> ModelDirectory:
     """Trains until the global step is `config.train.steps`; goes on from the last checkpoint if there is one.
+
+    Args:
+        store: the log.
+        config: model and training.
+        model_dir: made if it is not there.
+        cluster: this process's part of a cluster, as TF_CONFIG says it; a process alone if left out. A parameter server
+            does not return.
 
     Raises:
         CommandError: the model directory holds another model, or the loss is no number any more.
+        UsageError: the config names features that the store does not have.
     """
+    cluster = cluster or Cluster()
     model = ModelDirectory.create_or_resume(model_dir, config, store)
-    first_step = _global_step(model.path)
     estimator = tf.estimator.Estimator(
         model_fn,
-        config=run_config(str(model.path), config),
-        params={"config": config, "num_ids": store.vocabulary.num_ids},
+        config=run_config(str(model.path), config, cluster),
+        params={"config": config, "features": model.features, "item_shares": _item_shares(store, config)},
     )
-    bar = ProgressBar(config.train.steps, config.train.batch_size)
-    try:
-        estimator.train(
-            lambda: training_input(examples_dataset(store, config.train, first_step=first_step)).prefetch(2),
-            hooks=[bar],
-            max_steps=config.train.steps,
+    bar = ProgressBar(config.train.steps, config.train.batch_size, shown=cluster.task_type == "chief")
+    options = batch_options(config, model.features)
+
+    def examples() -> tf.data.Dataset:
+        # Read when the session is made, or made again: a training that goes on does so at the batch where it was. Of
+        # several workers each takes about every num_workers-th step.
+        step = tf.compat.v1.train.get_global_step() // cluster.num_workers
+        dataset = examples_dataset(
+            store, options, shard_index=cluster.worker_index, num_shards=cluster.num_workers, first_step=step
         )
+        return training_input(dataset).prefetch(2)
+
+    try:
+        if cluster.is_local:
+            estimator.train(examples, hooks=[bar], max_steps=config.train.steps)
+        else:
+            tf.estimator.train_and_evaluate(
+                estimator,
+                tf.estimator.TrainSpec(examples, max_steps=config.train.steps, hooks=[bar]),
+                tf.estimator.EvalSpec(examples),  # of an evaluator, and there is none
+            )
     except tf.estimator.NanLossDuringTrainingError:
         raise CommandError(
             f"the loss is no number any more after step {_global_step(model.path)} (the last checkpoint); "
@@ -93,8 +126,34 @@ def train(store: Store, config: Config, model_dir: str | Path) -> ModelDirectory
         raise CommandError(op_message(error)) from None
     finally:
         bar.close()
-    print(f"model {model.path}: step {_global_step(model.path):,}, {store.vocabulary.num_ids:,} token embeddings")
+    if cluster.task_type == "chief":
+        print(f"model {model.path}: step {_global_step(model.path):,}, {store.vocabulary.num_ids:,} token embeddings")
     return model
+
+
+def batch_options(config: Config, features: FeatureSpec) -> BatchOptions:
+    """What the batches of a training hold: what its towers read."""
+    model = config.model
+    items = tuple(feature.name for feature in features.item)
+    return BatchOptions.from_config(
+        config.train,
+        user_features=tuple(feature.name for feature in features.user),
+        item_features=items,
+        history_length=model.history_length,
+        history_text=model.history_length > 0,
+        history_features=items if model.history_length else (),
+        query_history_length=model.query_history_length,
+    )
+
+
+def _item_shares(store: Store, config: Config) -> np.ndarray | None:
+    """Each item's share of the positive pairs, float32 [items]; None where the loss does not ask for it."""
+    if not config.train.log_q_correction:
+        return None
+    counts = np.zeros(store.counts.items)
+    for shard in store.interactions():
+        counts += np.bincount(shard["positive.item"], minlength=len(counts))
+    return (counts / counts.sum()).astype(np.float32)
 
 
 def _global_step(model_dir: Path) -> int:

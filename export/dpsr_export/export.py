@@ -112,7 +112,7 @@ def _write_saved_model(
             ragged = vocabulary.tokenize(text)
             return Tokens(ragged.values, ragged.row_splits)
 
-        query_embedding = towers.query_embedding(tokens(query))[:, tf.newaxis, :]  # [batch, heads, dim]
+        query_embedding = towers.query_embedding(tokens(query))  # [batch, heads, dim]
         item_embedding = towers.item_embedding(tokens(item_text))
 
         def found(count: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -125,7 +125,7 @@ def _write_saved_model(
             "query_embedding": ({"query": query}, {"query_embedding": query_embedding}),
             "score": (
                 {"query": query, "item_text": item_text},
-                {"score": tf.reduce_sum(query_embedding[:, 0, :] * item_embedding, axis=1)},
+                {"score": towers.pair_scores(query_embedding, item_embedding)},
             ),
         }
         with v1.Session() as session:

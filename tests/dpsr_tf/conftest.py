@@ -141,9 +141,9 @@ def dpsr(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         capfd.readouterr()
         status = cli.main(list(arguments))
         out, err = capfd.readouterr()
-        # A progress bar overwrites its line; its text ends with a unit and a closing bracket.
+        # A progress bar overwrites its line; its text ends with the time it took, in brackets.
         lines = [line.strip() for line in re.split(r"[\r\n]", err)]
-        return Outcome(status, out, [line for line in lines if line and not re.search(r"\d+%\||\d+it \[", line)])
+        return Outcome(status, out, [line for line in lines if line and not re.search(r"\[\d\d:\d\d[<,]", line)])
 
     return run
 

@@ -1,25 +1,49 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
-import shutil
+import threading
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from store_builder import SmallStore, random_store, write_file
 
 from dpsr_tf import ops
 from dpsr_tf.config import TrainConfig
-from dpsr_tf.data.dataset import Batch, examples_dataset, training_input
-from dpsr_tf.data.store import Store
-from dpsr_tf.errors import CommandError
-from dpsr_tokenizer import PackedFile, PackedFileWriter
+from dpsr_tf.data.dataset import (
+    Batch,
+    BatchOptions,
+    History,
+    Tokens,
+    examples_dataset,
+    training_input,
+)
+from dpsr_tf.data.item_table import ItemTable
+from dpsr_tf.data.schema import EVENT_TYPES
+from dpsr_tf.data.store import interactions_names
+from dpsr_tf.errors import UsageError
+from dpsr_tokenizer import FormatError, PackedFile
 
-FEATURES = ("age", "gender")
+USER_FEATURES = ("profile1", "interests", "profile0")
+ITEM_FEATURES = ("note", "code1", "tags", "code0")
+EVERYTHING = {
+    "num_title_queries": 2,
+    "num_supervised_negatives": 2,
+    "num_own_negatives": 3,
+    "own_negative_source": "both",
+    "user_features": USER_FEATURES,
+    "item_features": ITEM_FEATURES,
+    "history_length": 4,
+    "history_text": True,
+    "history_features": ("tags", "code0"),
+    "query_history_length": 3,
+}
 
 
-def config(batch_size=8, negatives=6, **options):
-    return TrainConfig(batch_size=batch_size, num_random_negatives=negatives, **options)
+def options(batch_size=8, negatives=6, **more):
+    return BatchOptions(batch_size=batch_size, num_random_negatives=negatives, **more)
 
 
 def batches(dataset, count=None):
@@ -27,10 +51,18 @@ def batches(dataset, count=None):
     return list((dataset if count is None else dataset.take(count)).as_numpy_iterator())
 
 
+def take(iterator, count):
+    return [tf.nest.map_structure(lambda t: t.numpy(), next(iterator)) for _ in range(count)]
+
+
 def texts(tokens):
     """Tokens of a batch as a list of lists."""
     assert tokens.row_splits[0] == 0 and tokens.row_splits[-1] == len(tokens.values)
-    return [piece.tolist() for piece in np.split(tokens.values, tokens.row_splits[1:-1])]
+    return split(tokens.values, tokens.row_splits)
+
+
+def split(values, splits):
+    return [piece.tolist() for piece in np.split(values, splits[1:-1])] if len(splits) > 1 else []
 
 
 def same(ones, others):
@@ -40,211 +72,327 @@ def same(ones, others):
         tf.nest.map_structure(np.testing.assert_array_equal, one, other)
 
 
-def differ(ones, others):
-    return any((one.item_rows != other.item_rows).any() for one, other in zip(ones, others, strict=True))
-
-
-class Tables:
-    """A store as NumPy and plain Python read it."""
+class Rows:
+    """A store as NumPy and plain Python read it; queries by global row."""
 
     def __init__(self, store):
-        items, self.log = store.items(), store.interactions()
-        users = PackedFile(store.users_path, "users")
-        self.items = self._rows(items, "tokens.splits", "tokens.values")
-        self.queries = self._rows(self.log, "query.splits", "query.tokens")
-        self.negatives = self._rows(self.log, "negative.splits", "negative.item")
-        self.features = np.stack([users[f"feature.{name}"] for name in FEATURES], axis=1)
+        self.items = PackedFile(store.path / "items.dpsr", "items")
+        self.users = PackedFile(store.path / "users.dpsr", "users")
+        self.item_text = self.lists(self.items, "tokens.splits", "tokens.values")
+        self.features = {"items": self._features(self.items), "users": self._features(self.users)}
+        self.queries, self.negatives = [], []
+        self.clicks = {}  # by weight, which is each click's own
         self.clicked = collections.defaultdict(set)
-        for query, item in zip(self.log["positive.query"].tolist(), self.log["positive.item"].tolist(), strict=True):
-            self.clicked[query].add(item)
-        # Each weight stands once, so it tells the click.
-        self.click_of = {weight: row for row, weight in enumerate(self.log["positive.weight"].tolist())}
-        self.num_clicks = len(self.log["positive.item"])
-        assert len(self.click_of) == self.num_clicks
+        self.shard_of = {}
+        for shard, name in enumerate(interactions_names(store.manifest["shards"])):
+            log = PackedFile(store.path / name, "interactions")
+            first = len(self.queries)
+            self.queries += self.lists(log, "query.splits", "query.tokens")
+            self.negatives += self.lists(log, "negative.splits", "negative.item")
+            shown = self.lists(log, "impression.splits", "impression.item")
+            requests = [shown[row] if row >= 0 else [] for row in log["positive.request"].tolist()]
+            columns = [log[f"positive.{name}"].tolist() for name in ("query", "user", "item", "time", "type", "label")]
+            for weight, request, *row in zip(log["positive.weight"].tolist(), requests, *columns, strict=True):
+                self.clicks[weight] = [first + row[0], *row[1:], request]
+                self.clicked[first + row[0]].add(row[2])
+                self.shard_of[weight] = shard
+        splits = self.users["event.splits"]
+        columns = [self.users[f"event.{name}"].tolist() for name in ("time", "item", "query", "type")]
+        events = list(zip(*columns, strict=True))
+        self.events = [events[a:b] for a, b in itertools.pairwise(splits)]
 
-    def clicks(self, batch, title_queries=0):
-        """Rows of the log that the batch's examples are, title queries left out."""
-        return [self.click_of[weight] for weight in batch.weights.tolist()[: len(batch.weights) - title_queries]]
+    def of(self, batch, title_queries=0):
+        """(query, user, item, time, type, label, request) of each example from the log."""
+        return [self.clicks[weight] for weight in batch.weights.tolist()[: len(batch.weights) - title_queries]]
+
+    def check_features(self, table, names, rows, features):
+        fixed = [name for name in names if f"feature.{name}" in getattr(self, table)]
+        expected = np.array([[self.features[table][name][row] for name in fixed] for row in rows], np.int32)
+        np.testing.assert_array_equal(features.codes, expected.reshape(len(rows), len(fixed)))
+        lists = [name for name in names if name not in fixed]
+        assert len(lists) == len(features.lists)
+        for name, column in zip(lists, features.lists, strict=True):
+            assert texts(column) == [self.features[table][name][row] for row in rows]
 
     @staticmethod
-    def _rows(file, splits, values):
-        return [piece.tolist() for piece in np.split(file[values], file[splits][1:-1])]
+    def lists(file, splits, values):
+        return split(file[values], file[splits])
+
+    def _features(self, file):
+        fixed = {name[8:]: file[name].tolist() for name in file if name.startswith("feature.") and "." not in name[8:]}
+        lists = [name[8:-7] for name in file if name.startswith("feature.") and name.endswith(".splits")]
+        return fixed | {name: self.lists(file, f"feature.{name}.splits", f"feature.{name}.values") for name in lists}
 
 
 @pytest.fixture(scope="module")
-def tables(click_store):
-    return Tables(click_store)
+def small(tmp_path_factory):
+    return random_store(tmp_path_factory.mktemp("dataset") / "store", seed=1, shards=3)
 
 
-def test_the_store_has_what_these_tests_need(tables):
-    assert tables.num_clicks == 240 and len(tables.items) == 60 and len(tables.queries) == 30
-    clicks = collections.Counter(tables.log["positive.query"].tolist())
-    assert max(clicks.values()) > 4 * 14, "a head query, longer than the batch many times over"
-    assert all(tables.negatives)
+@pytest.fixture(scope="module")
+def rows(small):
+    return Rows(small)
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    """A store that may be damaged."""
+    return random_store(tmp_path / "store", seed=2, num_positives=60, num_items=20, num_queries=10)
+
+
+def test_the_store_has_what_these_tests_need(rows):
+    assert len(rows.clicks) == 240 and len(rows.queries) == 30 and len(rows.item_text) == 60
+    assert {len(text) for text in rows.item_text} >= {0, 6}
+    assert rows.events[0] == [] and sum(click[1] == 0 for click in rows.clicks.values()) > 5
+    ties = sum(event[0] == click[3] for click in rows.clicks.values() for event in rows.events[click[1]])
+    assert ties > 300, "every click is an event at its own time, some are at another's"
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "negatives", "supervised"), [(8, 6, 0), (1, 0, 0), (2, 200, 0), (64, 64, 32), (5, 3, 3), (300, 1, 1)]
+    "chosen",
+    [
+        options(),
+        options(1, 0, num_own_negatives=1),
+        options(64, 64, **EVERYTHING),
+        options(300, 1, history_length=1000, query_history_length=1000, history_types=("cart", "order")),
+        options(5, 3, num_supervised_negatives=3, num_own_negatives=2, own_negative_source="labels"),
+        options(16, 200, item_features=("code1",), history_features=ITEM_FEATURES, history_length=2),
+    ],
+    ids=["plain", "one", "everything", "long", "labels", "wide"],
 )
-def test_batches_equal_a_numpy_reading_of_the_store(click_store, tables, batch_size, negatives, supervised):
-    options = config(batch_size, negatives, num_supervised_negatives=supervised)
-    seen_masks = set()
-    for batch in batches(examples_dataset(click_store, options, FEATURES), 12):
-        clicks = tables.clicks(batch)
-        queries = tables.log["positive.query"][clicks].tolist()
-        rows = batch.item_rows.tolist()
-        assert len(clicks) == batch_size and len(rows) == batch_size + negatives
-        assert rows[:batch_size] == tables.log["positive.item"][clicks].tolist()
-        assert texts(batch.query) == [tables.queries[query] for query in queries]
-        assert texts(batch.item) == [tables.items[row] for row in rows]
-        np.testing.assert_array_equal(batch.user_features, tables.features[tables.log["positive.user"][clicks]])
-        mask = [[row not in tables.clicked[query] for row in rows] for query in queries]
-        np.testing.assert_array_equal(batch.negative_mask, mask)
-        seen_masks.update(batch.negative_mask.ravel().tolist())
-        labelled = {item for query in queries for item in tables.negatives[query]}
-        assert labelled.issuperset(rows[batch_size : batch_size + supervised])
-    assert seen_masks == {True, False} or negatives == 0
+def test_batches_equal_a_numpy_reading_of_the_store(small, rows, chosen):
+    o, b = chosen, chosen.batch_size
+    shared = b + o.num_random_negatives
+    masks, own_masks, histories = set(), set(), set()
+    for batch in batches(examples_dataset(small, o), 12):
+        clicks = rows.of(batch, o.num_title_queries)
+        log = len(clicks)
+        queries, users, items, times, types, labels, requests = (list(column) for column in zip(*clicks, strict=True))
+        item_rows = batch.item_rows.tolist()
+        assert item_rows[:log] == items
+        assert batch.query_rows.tolist() == queries + [-1] * o.num_title_queries
+        assert texts(batch.query)[:log] == [rows.queries[query] for query in queries]
+        assert texts(batch.item) == [rows.item_text[row] for row in item_rows]
+        rows.check_features("items", o.item_features, item_rows, batch.item_features)
+        assert batch.user_rows.tolist() == users + [0] * o.num_title_queries
+        rows.check_features("users", o.user_features, batch.user_rows, batch.user_features)
+        assert batch.labels.tolist() == labels + [1] * o.num_title_queries
+        assert batch.types.tolist() == types + [EVENT_TYPES.index("click")] * o.num_title_queries
+
+        expected = [[row not in rows.clicked[query] for row in item_rows[:shared]] for query in queries]
+        expected += [[row != item_rows[i] for row in item_rows[:shared]] for i in range(log, b)]
+        np.testing.assert_array_equal(batch.negative_mask, expected)
+        masks.update(batch.negative_mask.ravel().tolist())
+        labelled = {item for query in queries for item in rows.negatives[query]}
+        if all(rows.negatives[query] for query in queries):
+            assert labelled.issuperset(item_rows[b : b + o.num_supervised_negatives])
+
+        m = o.num_own_negatives
+        for i in range(b):
+            known = set()
+            if i < log and o.own_negative_source != "labels":
+                known.update(requests[i])
+            if i < log and o.own_negative_source != "impressions":
+                known.update(rows.negatives[queries[i]])
+            own = item_rows[shared + i * m : shared + (i + 1) * m]
+            there = batch.own_negative_mask[i].tolist()
+            drawn = [item for item, ok in zip(own, there, strict=True) if ok]
+            assert len(set(drawn)) == len(drawn) == min(m, len(known)) and known.issuperset(drawn)
+            assert not any(item for item, ok in zip(own, there, strict=True) if not ok)
+            own_masks.update(there)
+
+        past_items, past_types = texts(batch.history.items), split(batch.history.types, batch.history.items.row_splits)
+        past_queries = split(np.array(texts(batch.history.query), object), batch.history.query_splits)
+        assert len(past_items) == len(past_queries) == b
+        kept = [EVENT_TYPES.index(name) for name in o.history_types or EVENT_TYPES]
+        for i in range(b):
+            before = [event for event in rows.events[users[i]] if event[0] < times[i]] if i < log else []
+            events = [event for event in before if event[3] in kept]
+            events = events[len(events) - min(len(events), o.history_length) :]
+            assert past_items[i] == [event[1] for event in events]
+            assert past_types[i] == [event[3] for event in events]
+            asked = [query for query, _ in itertools.groupby(event[2] for event in before)]
+            asked = asked[len(asked) - min(len(asked), o.query_history_length) :]
+            assert list(map(list, past_queries[i])) == [rows.queries[query] for query in asked]
+            histories.add(len(events))
+        history_rows = batch.history.items.values.tolist()
+        rows.check_features("items", o.history_features, history_rows, batch.history.features)
+        assert texts(batch.history.text) == [rows.item_text[row] for row in history_rows if o.history_text]
+    assert masks == {True, False} or o.num_random_negatives == 0
+    assert own_masks == ({True, False} if o.num_own_negatives else set())
+    assert len(histories) > min(2, o.history_length)
 
 
-def test_types_and_shapes(click_store):
-    dataset = examples_dataset(click_store, config(), FEATURES)
-    batch = batches(dataset, 1)[0]
-    assert isinstance(dataset.element_spec, Batch)
+@pytest.mark.parametrize("more", [{}, EVERYTHING], ids=["plain", "everything"])
+def test_types_and_shapes(small, more):
+    dataset = examples_dataset(small, options(**more))
 
     def check(spec, value):
-        assert spec.dtype == value.dtype and spec.shape.is_compatible_with(value.shape)
+        assert spec.dtype == value.dtype and spec.shape.is_compatible_with(value.shape), (spec, value)
 
-    tf.nest.map_structure(check, dataset.element_spec, batch)
-    shapes = tf.nest.map_structure(lambda spec: spec.shape.as_list(), dataset.element_spec)
-    assert shapes == Batch(([None], [9]), ([None], [15]), [14], [8, 2], [8], [8, 14])
+    assert isinstance(dataset.element_spec, Batch)
+    for batch in batches(dataset, 3):
+        assert isinstance(batch, Batch) and isinstance(batch.history, History) and isinstance(batch.query, Tokens)
+        tf.nest.map_structure(check, dataset.element_spec, batch)
     spec = training_input(dataset).element_spec
     assert set(spec) == {"batch"} and isinstance(spec["batch"], Batch)
+    shapes = tf.nest.map_structure(lambda tensor: tensor.shape.as_list(), dataset.element_spec)
+    if not more:
+        assert shapes == Batch(
+            query=([None], [9]),
+            query_rows=[8],
+            item=([None], [15]),
+            item_rows=[14],
+            item_features=([14, 0], ()),
+            user_rows=[8],
+            user_features=([8, 0], ()),
+            history=(([None], [9]), [None], ([None], [1]), ([None, 0], ()), [9], ([None], [None])),
+            weights=[8],
+            labels=[8],
+            types=[8],
+            negative_mask=[8, 14],
+            own_negative_mask=[8, 0],
+        )
+    else:
+        assert shapes.item_rows == [8 + 6 + 24] and shapes.own_negative_mask == [8, 3]
+        assert shapes.user_features.codes == [8, 2] and len(shapes.item_features.lists) == 2
 
 
-def test_no_user_feature_is_asked_for(click_store):
-    assert batches(examples_dataset(click_store, config()), 1)[0].user_features.shape == (8, 0)
+def test_options_of_a_config(small):
+    config = TrainConfig(
+        batch_size=16, num_random_negatives=4, num_own_negatives=2, own_negatives="supervised", num_title_queries=3
+    )
+    chosen = BatchOptions.from_config(config, history_length=5)
+    assert (chosen.batch_size, chosen.own_negative_source, chosen.history_length) == (16, "labels", 5)
+    assert batches(examples_dataset(small, chosen), 1)[0].item_rows.shape == (16 + 4 + 32,)
 
 
-def test_user_features_come_in_the_order_asked_for(click_store):
-    both = batches(examples_dataset(click_store, config(), ("age", "gender")), 3)
-    swapped = batches(examples_dataset(click_store, config(), ("gender", "age")), 3)
-    for one, other in zip(both, swapped, strict=True):
-        np.testing.assert_array_equal(one.user_features, other.user_features[:, ::-1])
-    assert len({tuple(row) for batch in both for row in batch.user_features.tolist()}) > 5
-
-
-def test_every_click_once_an_epoch(click_store, tables):
-    orders = []
-    stream = [
-        click
-        for batch in batches(examples_dataset(click_store, config(), num_epochs=3))
-        for click in tables.clicks(batch)
-    ]
-    assert len(stream) == 3 * 240
-    for epoch in range(3):
-        orders.append(stream[epoch * 240 : (epoch + 1) * 240])
-        assert sorted(orders[-1]) == list(range(240))
+@pytest.mark.parametrize("buffer", [1, 1 << 20])
+def test_every_click_once_an_epoch(small, buffer):
+    dataset = examples_dataset(small, options(shuffle_buffer=buffer), num_epochs=3)
+    stream = [weight for batch in batches(dataset) for weight in batch.weights.tolist()]
+    orders = [stream[epoch * 240 : (epoch + 1) * 240] for epoch in range(3)]
+    assert [sorted(order) for order in orders] == [list(range(1, 241))] * 3
     assert len({tuple(order) for order in orders}) == 3, "shuffled anew each epoch"
-    neighbours = sum(b == a + 1 for order in orders for a, b in itertools.pairwise(order))
-    assert neighbours < 20, "a shuffle of the whole log, not of pieces"
 
 
-def test_batches_cross_epochs_and_a_partial_one_is_left_out(click_store, tables):
-    dataset = examples_dataset(click_store, config(batch_size=7), num_epochs=2)
+def test_batches_cross_epochs_and_a_partial_one_is_left_out(small):
+    dataset = examples_dataset(small, options(7), num_epochs=2)
     assert dataset.cardinality() == 480 // 7
-    stream = [click for batch in batches(dataset) for click in tables.clicks(batch)]
+    stream = [weight for batch in batches(dataset) for weight in batch.weights.tolist()]
     assert len(stream) == 480 // 7 * 7
-    assert sorted(stream[:240]) == list(range(240))
+    assert sorted(stream[:240]) == list(range(1, 241))
     assert len(set(stream[240:])) == len(stream) - 240
 
 
-def test_a_log_shorter_than_a_batch_repeats(click_store, tables):
-    batch = batches(examples_dataset(click_store, config(batch_size=500)), 1)[0]
-    counts = collections.Counter(tables.clicks(batch))
+def test_a_log_shorter_than_a_batch_repeats(small):
+    counts = collections.Counter(batches(examples_dataset(small, options(500)), 1)[0].weights.tolist())
     assert len(counts) == 240 and set(counts.values()) == {2, 3}
-    assert batches(examples_dataset(click_store, config(batch_size=500), num_epochs=2)) == []
+    assert batches(examples_dataset(small, options(500), num_epochs=2)) == []
 
 
-@pytest.mark.parametrize("shards", [1, 3, 7, 40])
-def test_shards_are_disjoint_and_complete(click_store, tables, shards):
-    whole = [tables.clicks(b)[0] for b in batches(examples_dataset(click_store, config(1, 0), num_epochs=2))]
-    for epoch in range(2):
-        parts = []
-        for shard in range(shards):
-            dataset = examples_dataset(click_store, config(1, 0), num_epochs=2, shard_index=shard, num_shards=shards)
-            stream = [tables.clicks(batch)[0] for batch in batches(dataset)]
-            assert len(stream) == dataset.cardinality().numpy() and len(stream) % 2 == 0
-            half = len(stream) // 2
+@pytest.mark.parametrize("shards", [1, 2, 3, 4, 7, 40])
+def test_shards_are_disjoint_and_complete(small, rows, shards):
+    epochs = [], []
+    for shard in range(shards):
+        dataset = examples_dataset(small, options(1, 0), num_epochs=2, shard_index=shard, num_shards=shards)
+        stream = [batch.weights.tolist()[0] for batch in batches(dataset)]
+        half = len(stream) // 2
+        assert len(stream) == dataset.cardinality().numpy()
+        epochs[0].extend(stream[:half])
+        epochs[1].extend(stream[half:])
+        if shards <= 3:
+            assert {rows.shard_of[weight] % shards for weight in stream} == {shard}, "files of its own"
+        else:
             assert half in (240 // shards, 240 // shards + 1)
-            parts.append(stream[epoch * half : (epoch + 1) * half])
-        assert sorted(click for part in parts for click in part) == list(range(240))
-        assert [parts[i % shards][i // shards] for i in range(240)] == whole[epoch * 240 : (epoch + 1) * 240]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(1, 241))] * 2
 
 
-def test_shards_draw_negatives_of_their_own(click_store):
-    one, other = (
-        batches(examples_dataset(click_store, config(2, 50), shard_index=i, num_shards=2), 1)[0] for i in (0, 1)
-    )
-    assert (one.item_rows[2:] != other.item_rows[2:]).any()
+def test_a_worker_does_not_read_what_others_read(tmp_path):
+    store = random_store(tmp_path / "two", shards=2)
+    other = store.path / interactions_names(store.manifest["shards"])[1]
+    sections = dict(PackedFile(other, "interactions").items())
+    sections["positive.item"] = sections["positive.item"] + 10**6
+    write_file(other, "interactions", sections)
+    assert batches(examples_dataset(store, options(), num_shards=2), 1)
+    with pytest.raises(tf.errors.DataLossError, match=f"{other}: section positive.item row 0 refers to row 10"):
+        examples_dataset(store, options(), shard_index=1, num_shards=2)
 
 
-def test_a_shard_beyond_the_log_is_empty(click_store):
-    dataset = examples_dataset(click_store, config(1, 0), shard_index=240, num_shards=241)
-    assert batches(dataset) == [] and dataset.cardinality() == 0
+def test_seed_and_shard_draw_negatives_of_their_own(small):
+    def negatives(seed=1, **shard):
+        return np.stack(
+            [b.item_rows[8:] for b in batches(examples_dataset(small, options(8, 50, seed=seed), **shard), 9)]
+        )
+
+    first = negatives()
+    np.testing.assert_array_equal(first, negatives())
+    for other in (negatives(seed=2), negatives(shard_index=0, num_shards=9), first[::-1]):
+        assert (first != other).mean() > 0.8
 
 
-def test_seed(click_store):
-    def first(seed):
-        return batches(examples_dataset(click_store, config(seed=seed), FEATURES), 20)
-
-    same(first(1), first(1))
-    assert differ(first(1), first(2))
-    negatives = [np.concatenate([batch.item_rows[8:] for batch in first(seed)]) for seed in (1, 2)]
-    assert (negatives[0] != negatives[1]).mean() > 0.9
-
-
-def test_negatives_are_uniform_over_all_items(click_store):
-    rows = np.concatenate([b.item_rows[4:] for b in batches(examples_dataset(click_store, config(4, 300)), 200)])
-    counts = np.bincount(rows, minlength=60)
-    expected = len(rows) / 60
+def test_negatives_are_uniform_over_all_items(small):
+    drawn = np.concatenate([b.item_rows[4:] for b in batches(examples_dataset(small, options(4, 300)), 200)])
+    counts = np.bincount(drawn, minlength=60)
+    expected = len(drawn) / 60
     chi_square = ((counts - expected) ** 2 / expected).sum()
     assert 20 < chi_square < 120, "59 degrees of freedom: far outside only if not uniform, or not random"
 
 
-def test_negatives_change_with_the_step(click_store):
-    steps = batches(examples_dataset(click_store, config()), 50)
-    assert len({tuple(batch.item_rows[8:].tolist()) for batch in steps}) == 50
-
-
 @pytest.mark.parametrize("first_step", [0, 1, 29, 30, 75])
-def test_first_step_equals_skipping(click_store, first_step):
-    options = config(num_supervised_negatives=2, num_title_queries=3)
-    skipped = batches(examples_dataset(click_store, options, FEATURES).skip(first_step), 5)
-    same(batches(examples_dataset(click_store, options, FEATURES, first_step=first_step), 5), skipped)
+def test_first_step_equals_skipping(small, first_step):
+    skipped = batches(examples_dataset(small, options(**EVERYTHING)).skip(first_step), 5)
+    same(batches(examples_dataset(small, options(**EVERYTHING), first_step=first_step), 5), skipped)
 
 
-def test_first_step_beyond_the_end(click_store):
-    dataset = examples_dataset(click_store, config(), num_epochs=1, first_step=30)
+def test_first_step_beyond_the_end(small):
+    dataset = examples_dataset(small, options(), num_epochs=1, first_step=30)
     assert dataset.cardinality() == 0 and batches(dataset) == []
-    assert examples_dataset(click_store, config(), num_epochs=1, first_step=28).cardinality() == 2
-    assert examples_dataset(click_store, config()).cardinality() == tf.data.INFINITE_CARDINALITY
+    assert examples_dataset(small, options(), num_epochs=1, first_step=28).cardinality() == 2
+    assert examples_dataset(small, options()).cardinality() == tf.data.INFINITE_CARDINALITY
+
+
+# Ahead and in parallel.
+
+
+@pytest.mark.parametrize("calls", [1, 2, 7, 100])
+def test_parallel_assembly_changes_nothing(small, calls):
+    plain = batches(examples_dataset(small, options(**EVERYTHING), num_epochs=3))
+    parallel = examples_dataset(small, options(**EVERYTHING, num_parallel_calls=calls), num_epochs=3)
+    assert parallel.cardinality() == len(plain)
+    same(batches(parallel), plain)
+    same(batches(parallel.prefetch(2), 5), plain[:5])
+
+
+def test_iterators_that_are_left_leave_no_thread(small):
+    dataset = examples_dataset(small, options(256, 256, **EVERYTHING, num_parallel_calls=16))
+    next(iter(dataset))  # TensorFlow's own pools exist from now on
+    before = threading.active_count(), _threads()
+    for _ in range(30):
+        iterator = iter(dataset)
+        next(iterator)
+        del iterator  # while batches are being assembled
+    assert (threading.active_count(), _threads()) == before
+
+
+def _threads():
+    with open("/proc/self/status") as file:
+        return next(line for line in file if line.startswith("Threads:"))
 
 
 @pytest.mark.parametrize("prefetch", [0, 3])
 @pytest.mark.parametrize("num_epochs", [None, 1])
-def test_iterator_checkpoint_restores_mid_stream(click_store, tmp_path, prefetch, num_epochs):
-    def fresh():
-        dataset = examples_dataset(click_store, config(), FEATURES, num_epochs=num_epochs)
+@pytest.mark.parametrize("calls", [0, 4])
+def test_iterator_checkpoint_restores_mid_stream(small, tmp_path, prefetch, num_epochs, calls):
+    def new():
+        dataset = examples_dataset(small, options(num_own_negatives=1, num_parallel_calls=calls), num_epochs=num_epochs)
         return iter(dataset.prefetch(prefetch) if prefetch else dataset)
 
-    def take(iterator, count):
-        return [tf.nest.map_structure(lambda t: t.numpy(), next(iterator)) for _ in range(count)]
-
-    iterator = fresh()
+    iterator = new()
     take(iterator, 4)
     path = tf.train.Checkpoint(iterator=iterator).save(str(tmp_path / "checkpoint"))
     expected = take(iterator, 6)
-    restored = fresh()
+    restored = new()
     take(restored, 1)
     tf.train.Checkpoint(iterator=restored).restore(path).assert_consumed()
     same(take(restored, 6), expected)
@@ -252,28 +400,27 @@ def test_iterator_checkpoint_restores_mid_stream(click_store, tmp_path, prefetch
         assert len(list(restored)) == 30 - 10, "the end is where it was"
 
 
-def test_prefetch_and_parallel_readers_change_nothing(click_store):
-    plain = batches(examples_dataset(click_store, config()), 20)
-    same(batches(examples_dataset(click_store, config()).prefetch(4), 20), plain)
-    two = tf.data.Dataset.zip((examples_dataset(click_store, config()), examples_dataset(click_store, config())))
+def test_two_readers_in_one_pipeline(small):
+    two = tf.data.Dataset.zip((examples_dataset(small, options()), examples_dataset(small, options())))
     for one, other in two.take(5):
         same([one], [other])
 
 
-def test_inside_a_function_and_from_a_graph(click_store):
-    expected = batches(examples_dataset(click_store, config()), 3)
+def test_inside_a_function_and_from_a_graph(small):
+    chosen = options(**EVERYTHING, num_parallel_calls=2)
+    expected = batches(examples_dataset(small, chosen), 3)
 
     @tf.function
-    def rows():
-        total = tf.zeros([0, 14], tf.int32)
-        for batch in examples_dataset(click_store, config()).take(3):
-            tf.autograph.experimental.set_loop_options(shape_invariants=[(total, tf.TensorShape([None, 14]))])
+    def item_rows():
+        total = tf.zeros([0, 38], tf.int32)
+        for batch in examples_dataset(small, chosen).take(3):
+            tf.autograph.experimental.set_loop_options(shape_invariants=[(total, tf.TensorShape([None, 38]))])
             total = tf.concat([total, batch.item_rows[tf.newaxis]], axis=0)
         return total
 
-    np.testing.assert_array_equal(rows(), [batch.item_rows for batch in expected])
+    np.testing.assert_array_equal(item_rows(), [batch.item_rows for batch in expected])
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        batch = tf.compat.v1.data.make_one_shot_iterator(examples_dataset(click_store, config())).get_next()
+        batch = tf.compat.v1.data.make_one_shot_iterator(examples_dataset(small, chosen)).get_next()
         same([session.run(batch) for _ in range(3)], expected)
 
 
@@ -286,28 +433,106 @@ def is_piece(piece, text):
     return all(token in rest for token in piece)
 
 
-def test_title_queries(click_store, tables):
-    titles, options = 5, config(8, 6, num_title_queries=5)
+def test_title_queries(small, rows):
     items, lengths = set(), []
-    for batch in batches(examples_dataset(click_store, options, FEATURES), 40):
-        rows = batch.item_rows.tolist()
-        clicks = tables.clicks(batch, titles)
-        assert rows[:3] == tables.log["positive.item"][clicks].tolist()
+    for batch in batches(examples_dataset(small, options(num_title_queries=5)), 40):
         queries = texts(batch.query)
-        assert queries[:3] == [tables.queries[query] for query in tables.log["positive.query"][clicks].tolist()]
         for i in range(3, 8):
-            assert is_piece(queries[i], tables.items[rows[i]])
-            assert batch.negative_mask[i].tolist() == [row != rows[i] for row in rows]
-            items.add(rows[i])
-            lengths.append(len(queries[i]) / len(tables.items[rows[i]]))
-        assert (batch.weights[3:] == 1).all() and not batch.user_features[3:].any()
+            row = batch.item_rows[i]
+            assert is_piece(queries[i], rows.item_text[row])
+            items.add(row)
+            lengths.append(len(queries[i]) / max(1, len(rows.item_text[row])))
     assert len(items) > 50 and min(lengths) < 0.5 < max(lengths)
 
 
-def test_clicks_once_an_epoch_beside_title_queries(click_store, tables):
-    dataset = examples_dataset(click_store, config(8, 6, num_title_queries=5), num_epochs=1)
-    assert dataset.cardinality() == 80
-    assert sorted(click for batch in batches(dataset) for click in tables.clicks(batch, 5)) == list(range(240))
+# File systems.
+
+
+@pytest.mark.parametrize("scheme", ["ram", "file"])
+def test_stores_on_tensorflow_file_systems(small, tmp_path, scheme):
+    root = f"{scheme}://{'' if scheme == 'ram' else tmp_path}/copy"
+    tf.io.gfile.makedirs(root)
+    for path in small.path.iterdir():
+        tf.io.gfile.copy(str(path), f"{root}/{path.name}", overwrite=True)
+    copy = SmallStore(root, small.manifest)
+    chosen = options(**EVERYTHING)
+    same(batches(examples_dataset(copy, chosen), 5), batches(examples_dataset(small, chosen), 5))
+    with tf.io.gfile.GFile(f"{root}/items.dpsr", "rb") as file:
+        data = file.read()
+    for damaged, error in ((data[:-1], tf.errors.DataLossError), (b"", tf.errors.DataLossError)):
+        with tf.io.gfile.GFile(f"{root}/items.dpsr", "wb") as file:
+            file.write(damaged)
+        with pytest.raises(error, match=f"{root}/items.dpsr"):
+            examples_dataset(copy, chosen)
+    tf.io.gfile.remove(f"{root}/items.dpsr")
+    with pytest.raises(tf.errors.NotFoundError, match=f"{root}/items.dpsr"):
+        examples_dataset(copy, chosen)
+
+
+# The item table of serving.
+
+
+def test_item_table_equals_the_history_of_training(small, rows):
+    chosen = options(32, 0, history_length=10, history_text=True, history_features=ITEM_FEATURES)
+    lookup = ItemTable(str(small.path / "items.dpsr"), small.manifest, ITEM_FEATURES)
+    ids = rows.items["id"]
+    seen = set()
+    for batch in batches(examples_dataset(small, chosen), 10):
+        found = lookup(tf.constant(ids[batch.history.items.values]))
+        np.testing.assert_array_equal(found.rows, batch.history.items.values)
+        tf.nest.map_structure(np.testing.assert_array_equal, found.text, batch.history.text)
+        tf.nest.map_structure(np.testing.assert_array_equal, found.features, batch.history.features)
+        seen.update(found.rows.numpy().tolist())
+    assert len(seen) > 40
+
+
+def test_item_table_of_unknown_ids(small, rows):
+    lookup = ItemTable(str(small.path / "items.dpsr"), small.manifest, ITEM_FEATURES)
+    ids = rows.items["id"]
+    found = lookup(tf.constant([-1, ids[3], ids[3] + 1, 2**62, ids[59]]))
+    assert found.rows.numpy().tolist() == [-1, 3, -1, -1, 59]
+    assert texts(tf.nest.map_structure(lambda t: t.numpy(), found.text)) == [
+        [],
+        rows.item_text[3],
+        [],
+        [],
+        rows.item_text[59],
+    ]
+    assert not found.features.codes.numpy()[[0, 2, 3]].any() and found.features.codes.numpy()[[1, 4]].any()
+    assert all(np.diff(column.row_splits)[[0, 2, 3]].sum() == 0 for column in found.features.lists)
+    empty = lookup(tf.zeros([0], tf.int64))
+    assert empty.features.codes.shape == (0, 2) and empty.text.row_splits.numpy().tolist() == [0]
+    without = ItemTable(str(small.path / "items.dpsr"), small.manifest, (), text=False)(tf.constant(ids))
+    assert without.rows.numpy().tolist() == list(range(60)) and without.text.row_splits.numpy().tolist() == [0]
+
+
+def test_item_table_in_a_graph(small):
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        ids = tf.compat.v1.placeholder(tf.int64, [None])
+        path = tf.compat.v1.placeholder(tf.string, [])
+        found = ItemTable(path, small.manifest, ITEM_FEATURES)(ids)
+        assert [column.row_splits.shape.rank for column in found.features.lists] == [1, 1]
+        assert found.features.codes.shape.as_list() == [None, 2] and found.rows.shape.as_list() == [None]
+        good = str(small.path / "items.dpsr")
+        assert session.run(found.rows, {ids: [5], path: good}).tolist() == [-1]
+        with pytest.raises(tf.errors.NotFoundError, match="nowhere"):
+            session.run(found.rows, {ids: [5], path: "/nowhere/items.dpsr"})
+        assert session.run(found.rows, {ids: [], path: good}).tolist() == []
+        with pytest.raises(ValueError, match="Shape must be rank 1 but is rank 2"):
+            ItemTable(good, small.manifest)(tf.zeros([1, 1], tf.int64))
+
+
+def test_item_table_errors(small, fresh):
+    with pytest.raises(UsageError, match="no feature 'price' of items, expected some of code0, code1, tags, note"):
+        ItemTable(str(small.path / "items.dpsr"), small.manifest, ("price",))
+    path = fresh.path / "items.dpsr"
+    sections = dict(PackedFile(path, "items").items())
+    sections["id_index.rows"] = np.roll(sections["id_index.rows"], 1)
+    write_file(path, "items", sections)
+    with pytest.raises(tf.errors.DataLossError, match=f"{path}: section id_index.splits row .* is not the bucket"):
+        ItemTable(str(path), fresh.manifest)(tf.zeros([1], tf.int64))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="num_lists is 1, expected the number of names"):
+        ops.load().dpsr_item_features(items=str(path), ids=tf.zeros([1], tf.int64), num_lists=1)
 
 
 # Errors.
@@ -316,22 +541,33 @@ def test_clicks_once_an_epoch_beside_title_queries(click_store, tables):
 def create(store, **changes):
     """The op with these arguments instead of good ones."""
     arguments = {
-        "users": str(store.users_path),
-        "items": str(store.items_path),
-        "interactions": str(store.interactions_path),
+        "users": str(store.path / "users.dpsr"),
+        "items": str(store.path / "items.dpsr"),
+        "interactions": [str(store.path / name) for name in interactions_names(store.manifest["shards"])],
         "batch_size": 8,
         "num_title_queries": 0,
         "num_shared_negatives": 6,
         "num_supervised_negatives": 0,
+        "shuffle_buffer": 100,
         "seed": 1,
         "num_epochs": 0,
         "shard_index": 0,
         "num_shards": 1,
         "first_step": 0,
-        "user_features": [],
     }
-    assert set(changes) <= set(arguments)
-    return ops.load().dpsr_examples_dataset(**(arguments | changes))
+    attributes = {
+        "num_own_negatives": 1,
+        "own_negative_source": "impressions",
+        "user_fixed": ["profile0", "profile1"],
+        "user_lists": ["interests"],
+        "item_fixed": ["code0", "code1"],
+        "item_lists": ["tags", "note"],
+        "history_length": 2,
+        "history_types": 0,
+        "num_parallel_calls": 0,
+    }
+    assert set(changes) <= set(arguments | attributes)
+    return ops.load().dpsr_examples_dataset(**(arguments | attributes | changes))
 
 
 @pytest.mark.parametrize(
@@ -346,6 +582,14 @@ def create(store, **changes):
         ({"num_supervised_negatives": 7}, "num_supervised_negatives is 7, expected at most num_shared_negatives, 6"),
         ({"num_title_queries": -1}, "num_title_queries is -1, expected 0 to batch_size - 1, 7"),
         ({"num_title_queries": 8}, "num_title_queries is 8, expected 0 to batch_size - 1, 7"),
+        ({"num_own_negatives": -1}, "num_own_negatives is -1, expected 0 or more"),
+        ({"num_own_negatives": 2**40}, "num_own_negatives is 1099511627776, expected at most 2097152"),
+        ({"own_negative_source": "none"}, 'own_negative_source.*"none" is not in the list of allowed values'),
+        ({"history_length": -1}, "history_length is -1, expected 0 or more"),
+        ({"history_length": 2**40}, "history_length is 1099511627776, expected at most 1048576"),
+        ({"history_types": 32}, "history_types is 32, expected at most 31"),
+        ({"shuffle_buffer": 0}, "shuffle_buffer is 0, expected 1 or more"),
+        ({"num_parallel_calls": -1}, "num_parallel_calls is -1, expected 0 to 1024"),
         ({"num_epochs": -1}, "num_epochs is -1, expected 0 or more"),
         ({"num_epochs": 2**62}, "num_epochs is 4611686018427387904, expected "),
         ({"num_shards": 0}, "num_shards is 0, expected 1 or more"),
@@ -354,126 +598,172 @@ def create(store, **changes):
         ({"shard_index": 3, "num_shards": 3}, "shard_index is 3, expected 0 to num_shards - 1, 2"),
         ({"first_step": -1}, "first_step is -1, expected 0 to"),
         ({"first_step": 2**62}, "first_step is 4611686018427387904, expected "),
+        ({"interactions": tf.zeros([0], tf.string)}, "no interactions file is given"),
+        ({"batch_size": tf.constant([8], tf.int64)}, "scalar"),
     ],
 )
-def test_bad_arguments_name_got_and_expected(click_store, changes, message):
+def test_bad_arguments_name_got_and_expected(small, changes, message):
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
-        create(click_store, **changes)
+        create(small, **changes)
 
 
-def test_bad_arguments_in_a_graph_fail_when_it_runs(click_store):
+def test_bad_arguments_in_a_graph_fail_when_it_runs(small):
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        handle = create(click_store, batch_size=0)
+        handle = create(small, batch_size=0)
         with pytest.raises(tf.errors.InvalidArgumentError, match="batch_size is 0, expected 1 or more"):
             session.run(tf.raw_ops.DatasetCardinality(input_dataset=handle))
 
 
-@pytest.mark.parametrize("name", ["users", "items", "interactions"])
-def test_damaged_files_are_named(store, name):
-    path = getattr(store, f"{name}_path")
+def test_shape_function(small):
+    with tf.Graph().as_default():
+        assert create(small).shape == []
+        assert create(small, batch_size=tf.compat.v1.placeholder(tf.int64)).shape == []
+        for name in ("users", "items"):
+            with pytest.raises(ValueError, match="Shape must be rank 0 but is rank 1"):
+                create(small, **{name: ["a", "b"]})
+        with pytest.raises(ValueError, match="Shape must be rank 1 but is rank 0"):
+            create(small, interactions="a")
+        for name in ("batch_size", "num_shared_negatives", "shuffle_buffer", "seed", "shard_index", "first_step"):
+            with pytest.raises(ValueError, match="Shape must be rank 0 but is rank 1"):
+                create(small, **{name: [1]})
+
+
+def test_unknown_names(small, tmp_path):
+    with pytest.raises(UsageError, match="no feature 'income' of users, expected some of profile0, profile1, "):
+        examples_dataset(small, options(user_features=("profile0", "income")))
+    with pytest.raises(UsageError, match="history_types has 'view', expected some of impression, skip, click"):
+        examples_dataset(small, options(history_types=("view",)))
+    # The manifest knows one that the file has not.
+    with pytest.raises(tf.errors.NotFoundError, match=r"items\.dpsr: no item feature 'price'.*schema"):
+        create(small, item_fixed=["price"])
+    without = random_store(tmp_path / "store", with_impressions=False)
+    with pytest.raises(tf.errors.FailedPreconditionError, match="has no impressions to take negatives from"):
+        examples_dataset(without, options(num_own_negatives=1))
+    both = options(num_own_negatives=2, own_negative_source="both")
+    assert batches(examples_dataset(without, both), 1)[0].own_negative_mask.any()
+
+
+def test_files_in_the_wrong_place(fresh):
+    (fresh.path / "users.dpsr").rename(fresh.path / "users")
+    (fresh.path / "items.dpsr").rename(fresh.path / "users.dpsr")
+    with pytest.raises(tf.errors.FailedPreconditionError, match='kind "items", expected "users"'):
+        create(fresh)
+    (fresh.path / "users.dpsr").unlink()
+    with pytest.raises(tf.errors.NotFoundError, match=str(fresh.path / "users.dpsr")):
+        create(fresh)
+
+
+@pytest.mark.parametrize("name", ["users.dpsr", "items.dpsr", "interactions.dpsr"])
+def test_every_damage_is_detected_at_open_or_at_read(fresh, name):
+    """Flips of single bits and truncations anywhere: found by the op, or, in sections it does not read, by whoever
+    reads them."""
+    path = fresh.path / name
     data = path.read_bytes()
-    for damaged, error in (
-        (data[:-1], tf.errors.DataLossError),
-        (b"", tf.errors.DataLossError),
-        (data[: len(data) // 2] + b"\xff" + data[len(data) // 2 + 1 :], tf.errors.DataLossError),
-        (data[:8] + b"\2" + data[9:], (tf.errors.FailedPreconditionError, tf.errors.DataLossError)),
-    ):
-        path.write_bytes(damaged)
-        with pytest.raises(error, match=str(path)):
-            create(store)
-    shutil.copy(store.vocabulary_path, path)
-    with pytest.raises(tf.errors.FailedPreconditionError, match=f'{path}.*kind "vocabulary", expected "{name}"'):
-        create(store)
-    path.unlink()
-    with pytest.raises(tf.errors.NotFoundError, match=str(path)):
-        create(store)
+    rng = np.random.default_rng(3)
+    refused = 0
+    damages = [(int(at), int(bit)) for at, bit in np.c_[rng.integers(0, len(data), 1200), rng.integers(0, 8, 1200)]]
+    damages += [(int(size), None) for size in rng.integers(0, len(data), 200)]
+    for at, bit in damages:
+        if bit is None:
+            path.write_bytes(data[:at])
+        else:
+            path.write_bytes(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
+        with pytest.raises(FormatError, match=str(path)):
+            PackedFile(path, name.split(".")[0])
+        try:
+            create(fresh)
+        except (tf.errors.DataLossError, tf.errors.FailedPreconditionError) as error:
+            assert str(path) in error.message
+            refused += 1
+        else:
+            assert bit is not None and not _is_read(path, at)
+    assert refused > 1000
 
 
-def test_unknown_user_feature(click_store):
-    with pytest.raises(tf.errors.NotFoundError, match=r"users\.dpsr: no user feature 'income'.*schema"):
-        examples_dataset(click_store, config(), ("age", "income"))
+UNREAD = {
+    "items.dpsr": ("id", "id_index.", "popularity", "values."),
+    "users.dpsr": ("id_index.", "values."),
+    "interactions.dpsr": ("query_text.",),
+}
 
 
-def test_files_that_do_not_belong_together(click_store, store):
-    shutil.copy(click_store.interactions_path, store.interactions_path)
-    message = r"interactions\.dpsr: section positive\.\w+ row \d+ refers to row \d+ of \d+ (users|items)"
-    with pytest.raises(tf.errors.DataLossError, match=message):
-        create(store)
-
-
-def rewrite(path, kind, **changes):
-    """The file with these sections instead of its own."""
-    sections = {name: np.array(values) for name, values in PackedFile(path, kind).items()}
-    sections |= {name.replace("__", "."): values for name, values in changes.items()}
-    with PackedFileWriter(path, kind) as file:
-        for name, values in sections.items():
-            file.add(name, values)
+def _is_read(path, at):
+    """Whether byte `at` of the file belongs to a section that the op reads (its padding included)."""
+    begin = 64
+    for name, values in PackedFile(path, verify=False).items():
+        end = begin + -(-values.nbytes // 64) * 64
+        if begin <= at < end:
+            return not name.startswith(UNREAD[path.name])
+        begin = end
+    return True
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "message"),
+    ("name", "section", "change", "message"),
     [
-        ("items", {"tokens__splits": np.array([0, 5], np.int64)}, "tokens.splits does not span"),
-        ("items", {"tokens__splits": np.array([], np.int64)}, "tokens.splits does not span"),
-        ("items", {"tokens__splits": np.zeros(8, np.int32)}, "tokens.splits"),
-        (
-            "interactions",
-            {"positive__item": np.array([0, 1, 2, 3, 4, 7], np.int32)},
-            "positive.item row 5 refers to row 7",
-        ),
-        (
-            "interactions",
-            {"positive__item": np.array([-1, 1, 2, 3, 4, 5], np.int32)},
-            "positive.item row 0 refers to row -1",
-        ),
-        ("interactions", {"positive__user": np.zeros(5, np.int32)}, "positive.user has 5 rows, expected 6"),
-        ("interactions", {"negative__item": np.array([0, 1, 99], np.int32)}, "negative.item row 2 refers to row 99"),
-        ("interactions", {"query__splits": np.array([0, 9, 3, 3, 3, 3], np.int64)}, "query.splits"),
-        ("users", {"id": np.array([-1], np.int64)}, "positive.user row . refers to row"),
+        ("items", "tokens.splits", lambda a: np.array([0, 5], np.int64), "tokens.splits does not span"),
+        ("items", "tokens.splits", lambda a: a[:0], "tokens.splits does not span"),
+        ("items", "tokens.splits", lambda a: a.astype(np.int32), 'section "tokens.splits" is int32, expected int64'),
+        ("items", "tokens.values", lambda a: a - 2000, "tokens.values row 0 refers to row -"),
+        ("items", "feature.code0", lambda a: a[:-1], "feature.code0 has 19 rows, expected 20"),
+        ("items", "feature.code0", lambda a: a - 9, "feature.code0 row 0 is code -"),
+        ("items", "feature.code1", lambda a: a + 9, "feature.code1 row 0 is code .*, expected 0 to "),
+        ("items", "feature.tags.values", lambda a: a + 9, "feature.tags.values row 0 is code .*, expected 0 to 9"),
+        ("items", "feature.tags.splits", lambda a: a[:-1], "feature.tags.splits has 20 rows, expected 21"),
+        ("users", "feature.profile0", lambda a: a + 9, "feature.profile0 row 0 is code"),
+        ("users", "event.splits", lambda a: a[::-1].copy(), "event.splits does not span"),
+        ("users", "event.splits", lambda a: np.r_[a[0], a[2], a[2:]], "event.splits row 1 is .*anonymous"),
+        ("users", "event.time", lambda a: a[::-1].copy(), "event.time row .* is before row"),
+        ("users", "event.item", lambda a: a + 20, "event.item row 0 refers to row .* of 20 items"),
+        ("users", "event.query", lambda a: a + 10, "event.query row 0 refers to row .* of 10 queries"),
+        ("users", "event.type", lambda a: a + 3, "event.type row 0 is .*, expected the code of an interaction type"),
+        ("users", "event.type", lambda a: a[1:], "event.type has .* rows, expected"),
+        ("interactions", "query.splits", lambda a: np.r_[a[:2], a[-1:], a[3:]], "query.splits falls from"),
+        ("interactions", "query.tokens", lambda a: a - 2000, "query.tokens row 0 refers to row -"),
+        ("interactions", "positive.splits", lambda a: a[1:], "positive.splits has 10 rows, expected 11"),
+        ("interactions", "positive.query", lambda a: a[::-1].copy(), "positive.query row 0 is query"),
+        ("interactions", "positive.item", lambda a: a + 20, "positive.item row 0 refers to row .* of 20 items"),
+        ("interactions", "positive.item", lambda a: a[::-1].copy(), "expected query .* and items in ascending order"),
+        ("interactions", "positive.user", lambda a: a[:-1], "positive.user has 59 rows, expected 60"),
+        ("interactions", "positive.user", lambda a: a - 10, "positive.user row 0 refers to row -.* of 10 users"),
+        ("interactions", "positive.type", lambda a: a + 3, "positive.type row 0 is"),
+        ("interactions", "positive.weight", lambda a: a[1:], "positive.weight has 59 rows, expected 60"),
+        ("interactions", "positive.label", lambda a: a[1:], "positive.label has 59 rows, expected 60"),
+        ("interactions", "positive.request", lambda a: a - 1, "positive.request row .* refers to row -2 of"),
+        ("interactions", "positive.request", lambda a: a + 60, "positive.request row 0 refers to row"),
+        ("interactions", "impression.item", lambda a: a[::-1].copy(), "impression.item row .*expected ascending rows"),
+        ("interactions", "impression.item", lambda a: a + 20, "impression.item row 0 refers to row .* of 20 items"),
+        ("interactions", "negative.item", lambda a: a[::-1].copy(), "negative.item row .*expected ascending rows"),
+        ("interactions", "negative.item", lambda a: a + 99, "negative.item row 0 refers to row .* of 20 items"),
+        ("interactions", "negative.splits", lambda a: a * 2, "negative.splits does not span"),
     ],
 )
-def test_sections_that_do_not_fit(store, name, changes, message):
-    path = getattr(store, f"{name}_path")
-    rewrite(path, name, **changes)
-    with pytest.raises(tf.errors.DataLossError, match=message):
-        create(store)
+def test_sections_that_do_not_fit(fresh, name, section, change, message):
+    path = fresh.path / f"{name}.dpsr"
+    sections = dict(PackedFile(path, name).items())
+    sections[section] = change(sections[section])
+    write_file(path, name, sections)
+    with pytest.raises(tf.errors.DataLossError, match=f"{path}: .*{message}"):
+        create(fresh)
 
 
-def test_positives_that_are_not_those_of_their_query(store):
-    """The splits say whose rows they are, and so does positive.query: a mask from wrong rows would train on clicks."""
-    queries = store.interactions()["positive.query"][::-1].copy()
-    rewrite(store.interactions_path, "interactions", positive__query=queries)
-    with pytest.raises(tf.errors.DataLossError, match=r"positive\.query"):
-        create(store)
+@pytest.mark.parametrize(
+    ("name", "section"), [("items", "tokens.values"), ("users", "event.type"), ("interactions", "positive.time")]
+)
+def test_sections_that_are_missing(fresh, name, section):
+    path = fresh.path / f"{name}.dpsr"
+    sections = dict(PackedFile(path, name).items())
+    del sections[section]
+    write_file(path, name, sections)
+    with pytest.raises(tf.errors.DataLossError, match=f'{path}: has no section "{section}"'):
+        create(fresh)
 
 
-def test_tokens_beyond_the_vocabulary_are_refused(store):
-    values = store.items()["tokens.values"].copy()
-    values[3] = store.vocabulary.num_ids
-    rewrite(store.items_path, "items", tokens__values=values)
-    with pytest.raises((CommandError, tf.errors.DataLossError), match=r"items\.dpsr"):
-        batches(examples_dataset(Store(store.path), config()), 1)
-
-
-def test_shape_function(click_store):
-    with tf.Graph().as_default():
-        assert create(click_store).shape == []
-        unknown = tf.compat.v1.placeholder(tf.int64)
-        assert create(click_store, batch_size=unknown).shape == []
-        for name in ("users", "items", "interactions"):
-            with pytest.raises(ValueError, match="Shape must be rank 0 but is rank 1"):
-                create(click_store, **{name: ["a", "b"]})
-        for name in ("batch_size", "num_shared_negatives", "seed", "num_epochs", "shard_index", "first_step"):
-            with pytest.raises(ValueError, match="Shape must be rank 0 but is rank 1"):
-                create(click_store, **{name: [1]})
-
-
-def test_arguments_that_are_no_scalars(click_store):
-    with pytest.raises(tf.errors.InvalidArgumentError, match="scalar"):
-        create(click_store, batch_size=tf.constant([8], tf.int64))
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        size = tf.compat.v1.placeholder(tf.int64)
-        cardinality = tf.raw_ops.DatasetCardinality(input_dataset=create(click_store, batch_size=size))
-        with pytest.raises(tf.errors.InvalidArgumentError, match="scalar"):
-            session.run(cardinality, {size: [8]})
-        assert session.run(cardinality, {size: 8}) == -1
+def test_optional_sections(tmp_path):
+    store = random_store(tmp_path / "store", with_impressions=False)
+    path = store.path / "interactions.dpsr"
+    sections = dict(PackedFile(path, "interactions").items())
+    del sections["positive.weight"], sections["positive.label"]
+    write_file(path, "interactions", sections)
+    batch = batches(examples_dataset(store, dataclasses.replace(options(), history_length=3)), 1)[0]
+    assert (batch.weights == 1).all() and (batch.labels == 1).all()

@@ -3,8 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dpsr_tf.models.losses import hinge_loss, negative_weights
+from dpsr_tf.models.losses import hinge_loss, log_q, negative_weights, softmax_loss
 
 
 def random_mask(b, r, seed=0, allowed=0.7):
@@ -139,22 +141,13 @@ def test_a_separated_batch_has_no_loss_and_no_gradient():
         assert not gradient.numpy().any()
 
 
-def test_gradients_equal_finite_differences():
-    rng = np.random.default_rng(5)
-    b, n = 4, 9
-    mask = random_mask(b, n - b, seed=5)
-    weights = tf.cast(negative_weights(tf.constant(mask), 0.4), tf.float64)
-    example_weights = tf.constant(rng.uniform(0.5, 2, b))
-    inputs = [rng.uniform(-1, 1, b), rng.uniform(-1, 1, (b, n))]
-
-    def loss(positive, scores):
-        return hinge_loss(positive, scores, weights, 0.1, example_weights)
-
-    assert np.abs(0.1 - inputs[0][:, None] + inputs[1]).min() > 1e-3, "no kink within a step of the difference"
+def assert_gradients_equal_finite_differences(loss, *inputs):
+    """`loss` of float64 inputs against central differences of itself, element by element."""
     with tf.GradientTape() as tape:
         tensors = [tf.constant(x) for x in inputs]
         tape.watch(tensors)
-        value = loss(*tensors)
+        # Twice the loss: what comes from above must be handed down.
+        value = 2 * loss(*tensors)
     assert value.dtype == tf.float64
     step = 1e-6
     for which, gradient in enumerate(tape.gradient(value, tensors)):
@@ -162,8 +155,23 @@ def test_gradients_equal_finite_differences():
             moved = [[x.copy() for x in inputs] for _ in range(2)]
             moved[0][which][index] += step
             moved[1][which][index] -= step
-            slope = (loss(*moved[0]) - loss(*moved[1])).numpy() / (2 * step)
+            up, down = (loss(*map(tf.constant, ends)).numpy() for ends in moved)
+            slope = (up - down) / step
             assert gradient.numpy()[index] == pytest.approx(slope, abs=1e-7)
+
+
+@pytest.mark.parametrize("hard", [0, 1, 3])
+def test_hinge_gradients_equal_finite_differences(hard):
+    rng = np.random.default_rng(5)
+    b, n = 4, 9
+    mask = random_mask(b, n - b, seed=5)
+    weights = tf.cast(negative_weights(tf.constant(mask), 0.4), tf.float64)
+    example_weights = tf.constant(rng.uniform(0.5, 2, b))
+    inputs = rng.uniform(-1, 1, b), rng.uniform(-1, 1, (b, n))
+    assert np.abs(0.1 - inputs[0][:, None] + inputs[1]).min() > 1e-3, "no kink within a step of the difference"
+    assert_gradients_equal_finite_differences(
+        lambda positive, scores: hinge_loss(positive, scores, weights, 0.1, example_weights, hard), *inputs
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
@@ -192,3 +200,116 @@ def test_hard_negatives_are_the_largest_terms(hard):
     expected = (examples * -np.sort(-terms, axis=1)[:, :hard].sum(axis=1)).mean()
     loss = hinge_loss(positive, scores, weights, 0.3, examples, num_hard_negatives=hard)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_as_many_hard_negatives_as_asked_for_among_equals():
+    """One item twice in a batch has one score twice: it takes two places, not more than there are."""
+    scores, weights = tf.constant([[0.5, 0.5, 0.5, 0.1]]), tf.ones([1, 4])
+    loss = hinge_loss(tf.zeros(1), scores, weights, 0.1, tf.ones(1), num_hard_negatives=2)
+    np.testing.assert_allclose(loss, 1.2, rtol=1e-6)
+
+
+# Softmax.
+
+
+def expected_softmax(positive, logits, weights, example_weights):
+    total = 0.0
+    for i in range(len(positive)):
+        others = sum(w * np.exp(x) for w, x in zip(weights[i], logits[i], strict=True) if w > 0)
+        total -= example_weights[i] * np.log(np.exp(positive[i]) / (np.exp(positive[i]) + others))
+    return total / len(positive)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    b=st.integers(1, 5),
+    n=st.integers(1, 7),
+    allowed=st.sampled_from([0.0, 0.3, 1.0]),
+    scale=st.sampled_from([0.1, 5.0, 30.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_softmax_loss_equals_numpy(b, n, allowed, scale, seed):
+    rng = np.random.default_rng(seed)
+    positive, logits = rng.normal(scale=scale, size=b), rng.normal(scale=scale, size=(b, n))
+    weights = rng.uniform(0.1, 3, (b, n)) * (rng.random((b, n)) < allowed)
+    example_weights = rng.uniform(0, 2, b)
+    loss = softmax_loss(*map(tf.constant, (positive, logits, weights, example_weights)))
+    np.testing.assert_allclose(loss, expected_softmax(positive, logits, weights, example_weights), atol=1e-9)
+    assert loss.numpy() >= 0 and (allowed > 0 or loss.numpy() == 0), "a pair without negatives adds nothing"
+
+
+def test_softmax_gradients_equal_finite_differences():
+    rng = np.random.default_rng(7)
+    b, n = 4, 6
+    weights = tf.constant(rng.uniform(0, 3, (b, n)) * random_mask(b, n - b, seed=2))
+    example_weights = tf.constant(rng.uniform(0.5, 2, b))
+    assert_gradients_equal_finite_differences(
+        lambda positive, logits: softmax_loss(positive, logits, weights, example_weights),
+        rng.normal(size=b),
+        rng.normal(scale=2, size=(b, n)),
+    )
+
+
+def test_softmax_is_tensorflows_where_all_count_once():
+    rng = np.random.default_rng(0)
+    positive, logits = rng.normal(size=6), rng.normal(size=(6, 4))
+    together = np.concatenate([positive[:, None], logits], axis=1)
+    expected = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(np.zeros(6, np.int64), together))
+    loss = softmax_loss(*map(tf.constant, (positive, logits, np.ones((6, 4)), np.ones(6))))
+    np.testing.assert_allclose(loss, expected, rtol=1e-9)
+
+
+def test_softmax_of_large_logits_and_of_masked_ones_is_finite():
+    logits = tf.Variable([[1e4, -1e4, 3e38], [1e4, 0.0, 0.0]])
+    positive = tf.Variable([0.0, 1e4])
+    with tf.GradientTape() as tape:
+        loss = softmax_loss(positive, logits, tf.constant([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]), tf.ones(2))
+    np.testing.assert_allclose(loss, 1e4 / 2)
+    gradients = tape.gradient(loss, [positive, logits])
+    np.testing.assert_allclose(gradients[0], [-0.5, 0], atol=1e-7)
+    np.testing.assert_allclose(gradients[1], [[0.5, 0, 0], [0, 0, 0]], atol=1e-7)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("title_share", [0.0, 0.5])
+def test_log_q_is_how_often_an_item_is_drawn(alpha, title_share):
+    """Counted: negatives drawn as section 4.4.3 has it, with the shares of a small log."""
+    shares = np.array([0.5, 0.3, 0.15, 0.05])
+    rng, trials = np.random.default_rng(1), 400_000
+    uniform = (rng.random(trials) < alpha) | (rng.random(trials) < title_share)
+    drawn = np.where(uniform, rng.integers(0, 4, trials), rng.choice(4, trials, p=shares))
+    q = np.exp(log_q(tf.constant(shares), 4, alpha, title_share))
+    np.testing.assert_allclose(q.sum(), 1, rtol=1e-6)
+    np.testing.assert_allclose(q, np.bincount(drawn, minlength=4) / trials, atol=5e-3)
+
+
+def test_log_q_of_an_item_that_is_never_drawn_is_a_number():
+    np.testing.assert_allclose(log_q(tf.constant([0.0, 1.0]), 10, 0.0), np.log([0.001, 1.0]), rtol=1e-6)
+    assert log_q(tf.constant([0.0, 1.0]), 10, 0.0).dtype == tf.float32
+
+
+def test_log_q_makes_the_sum_over_drawn_negatives_that_over_all_items():
+    """What the correction is for: drawn with popularity, weighted with 1 / q, items stand for the whole catalogue."""
+    rng = np.random.default_rng(3)
+    logits, shares = rng.normal(size=20), rng.dirichlet(np.ones(20))
+    q = np.exp(log_q(tf.constant(shares), 20, 0.25).numpy())
+    drawn = rng.choice(20, 200_000, p=q / q.sum())
+    np.testing.assert_allclose((np.exp(logits - np.log(q))[drawn]).mean(), np.exp(logits).sum(), rtol=0.02)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    b=st.integers(1, 6),
+    r=st.integers(0, 6),
+    alpha=st.integers(0, 100).map(lambda percent: percent / 100),
+    allowed=st.floats(0, 1),
+    seed=st.integers(0, 2**16),
+)
+def test_weights_of_any_mask(b, r, alpha, allowed, seed):
+    mask = random_mask(b, r, seed, allowed)
+    weights = negative_weights(tf.constant(mask), alpha).numpy()
+    assert np.isfinite(weights).all() and (weights >= 0).all() and not weights[~mask].any()
+    np.testing.assert_allclose(weights, expected_weights(mask, alpha), rtol=1e-4, atol=1e-6)
+    # The whole weight of a query is its number of negatives, unless alpha gives its only group nothing.
+    if 0 < alpha < 1:
+        np.testing.assert_allclose(weights.sum(axis=1), mask.sum(axis=1), rtol=1e-4)

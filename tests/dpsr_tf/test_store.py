@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from dpsr_tf.data.store import FORMAT, Store, new_directory, pack_strings, unpack_strings
+from dpsr_tf.data.store import FORMAT, Store, manifest_checksum, new_directory, pack_strings, unpack_strings
 from dpsr_tf.errors import CommandError
 from dpsr_tokenizer import PackedFile, PackedFileWriter
 
@@ -14,21 +17,53 @@ from dpsr_tokenizer import PackedFile, PackedFileWriter
 def read_all(path):
     """Opens a store and reads everything that Python reads."""
     store = Store(path)
-    for file in (store.items(), store.interactions()):
+    for file in (store.items(), store.users(), *store.interactions(), store.held_out() or {}):
         for name in file:
             file[name].sum()
+    assert len(list(store.queries())) == store.counts.queries
     return store.titles()
 
 
 def edit_manifest(store, **changes):
+    """Changes keys of the manifest, or removes them (None), with a checksum that is right."""
     path = store.path / "manifest.json"
-    manifest = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in manifest.items() if value is not None}))
+    manifest = {key: value for key, value in (json.loads(path.read_text()) | changes).items() if value is not None}
+    path.write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
+
+
+@pytest.fixture
+def store(shop, tmp_path, dpsr):
+    """A store with every kind of file."""
+    for i, row in enumerate(shop.log):
+        row["time"] = 100 * (i + 1)
+    shop.schema["interactions"] |= {"time": "time", "held_out": {"after": "400"}}
+    shop.schema["vocabularies"] = {"words": {"tokenizer": {"letter_trigrams": False}}}
+    shop.schema["items"]["features"] = [{"column": "brand", "kind": "text", "vocabulary": "words"}, "color"]
+    dpsr(*shop.write().flags(tmp_path / "store"), "--shards=2").succeeds()
+    return Store(tmp_path / "store")
 
 
 def test_a_whole_store_opens(store):
     assert len(read_all(store.path)) == 7
     assert Store(str(store.path)).counts == store.counts
+    assert sorted(store.manifest["files"]) == sorted(FILES)
+    assert store.held_out()["item"].tolist() and len(store.interactions()) == 2
+    assert list(store.vocabularies) == ["words"] and not store.vocabularies["words"].config.letter_trigrams
+    text, color = store.features.items
+    assert (text.kind, text.vocabulary, text.num_values) == ("text", "words", None)
+    assert (color.name, color.kind, color.num_values) == ("color", "categorical", 2 + 1), "red, blue, null as a text"
+    assert store.schema.interactions.held_out.after == "400"
+
+
+def test_text_ids(shop, tmp_path, dpsr):
+    for row in [*shop.items, *shop.log]:
+        row["item_id"] = f"sku-{row['item_id']}"
+    dpsr(*shop.write().flags(tmp_path / "text")).succeeds()
+    store = Store(tmp_path / "text")
+    assert sorted(store.item_keys()) == sorted(row["item_id"] for row in shop.items)
+    titles = dict(zip(store.item_keys(), store.titles(), strict=True))
+    assert titles == {row["item_id"]: row["title"] for row in shop.items}
+    assert (np.diff(store.items()["id"]) > 0).all() and store.items()["id"][0] >= 0
 
 
 def test_it_may_be_moved(store, tmp_path):
@@ -44,7 +79,8 @@ def test_no_store(tmp_path):
         Store(tmp_path / "file")
 
 
-FILES = ["vocabulary.dpsr", "items.dpsr", "interactions.dpsr", "titles.dpsr"]
+FILES = ["vocabulary.dpsr", "vocabulary-words.dpsr", "users.dpsr", "items.dpsr", "held_out.dpsr", "titles.dpsr"]
+FILES += [f"interactions-0000{shard}-of-00002.dpsr" for shard in range(2)]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -83,7 +119,7 @@ def test_another_version_of_a_file_is_named(store, name):
 
 
 def test_swapped_files(store):
-    items, log = store.items_path, store.interactions_path
+    items, log = store.items_path, store.interactions_paths[0]
     items.rename(store.path / "swap")
     log.rename(items)
     (store.path / "swap").rename(log)
@@ -98,24 +134,25 @@ def test_a_file_without_a_section(store):
         Store(store.path).titles()
 
 
-@pytest.mark.parametrize("name", ["items.dpsr", "interactions.dpsr", "titles.dpsr", "users.dpsr"])
+@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("vocabulary")])
 def test_a_file_of_another_store(store, shop, tmp_path, dpsr, name):
     """Same vocabulary, same kind, other rows: only the manifest can know."""
-    shop.items.reverse()
-    shop.users.reverse()
-    shop.log = shop.log[:-1]
-    dpsr(*shop.write().flags(tmp_path / "other")).succeeds()
+    for rows in (shop.items, shop.users):
+        key = next(iter(rows[0]))
+        rows[0][key], rows[1][key] = rows[1][key], rows[0][key]
+    shop.log = [row | {"time": row["time"] + 1} for row in shop.log]
+    dpsr(*shop.write().flags(tmp_path / "other"), "--shards=2").succeeds()
     other = Store(tmp_path / "other")
     assert other.vocabulary.fingerprint == store.vocabulary.fingerprint
     shutil.copy(other.path / name, store.path / name)
     with pytest.raises(CommandError, match=str(store.path / name)):
         store = Store(store.path)
-        store.items(), store.interactions(), store.titles()
+        read_all(store.path)
 
 
 def test_swapped_vocabulary(store, shop, tmp_path, dpsr):
     shop.items[0]["title"] = "Something else"
-    dpsr(*shop.write().flags(tmp_path / "other")).succeeds()
+    dpsr(*shop.write().flags(tmp_path / "other"), "--shards=2").succeeds()
     other = Store(tmp_path / "other")
     shutil.copy(other.vocabulary_path, store.vocabulary_path)
     with pytest.raises(CommandError) as caught:
@@ -125,16 +162,18 @@ def test_swapped_vocabulary(store, shop, tmp_path, dpsr):
     assert f"{store.vocabulary.fingerprint:016x}" in str(caught.value)
 
 
-@pytest.mark.parametrize(("version", "got"), [(2, "2"), (0, "0"), ("1", "1"), (None, "None")])
+@pytest.mark.parametrize(("version", "got"), [(1, "1"), (3, "3"), ("2", "2"), (None, "None")])
 def test_another_version_of_the_store(store, version, got):
     edit_manifest(store, version=version)
-    with pytest.raises(CommandError, match=f"is {FORMAT} version {got}, expected {FORMAT} version 1"):
+    with pytest.raises(
+        CommandError, match=f"is {FORMAT} version {got}, expected {FORMAT} version 2; run `dpsr ingest`"
+    ):
         Store(store.path)
 
 
 def test_another_format(store):
     edit_manifest(store, format="tar")
-    with pytest.raises(CommandError, match=f"is tar version 1, expected {FORMAT} version 1"):
+    with pytest.raises(CommandError, match=f"is tar version 2, expected {FORMAT} version 2"):
         Store(store.path)
 
 
@@ -147,9 +186,8 @@ def test_another_format(store):
         "[]",
         "7",
         '"text"',
-        '{"format": "dpsr-store", "version": 1}',
-        '{"format": "dpsr-store", "version": 1, "counts": {"users": 1}, "fingerprints": {}}',
-        '{"format": "dpsr-store", "version": 1, "counts": 5, "fingerprints": {}}',
+        '{"format": "dpsr-store", "version": 2}',
+        '{"format": "dpsr-store", "version": 2, "counts": {"users": 1}, "files": {}}',
     ],
 )
 def test_damaged_manifest(store, text):
@@ -158,10 +196,38 @@ def test_damaged_manifest(store, text):
         Store(store.path)
 
 
-def test_manifest_without_a_fingerprint(store):
-    edit_manifest(store, fingerprints={})
-    with pytest.raises(CommandError, match=f"{store.path}/manifest.json"):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {}},
+        {"files": None},
+        {"counts": 5},
+        {"counts": {"users": 1}},
+        {"counts": None},
+        {"shards": None},
+        {"shards": "2"},
+        {"features": None},
+        {"features": {"items": [{"kind": "number"}]}},
+        {"schema": {}},
+        {"schema": None},
+    ],
+)
+def test_a_manifest_that_lacks_something(store, change):
+    """Even where its checksum is right: another program may have written it."""
+    edit_manifest(store, **change)
+    with pytest.raises(CommandError, match=f"{store.path}/manifest.json: .*; ingest the log again"):
         Store(store.path)
+
+
+def test_a_change_of_any_value_of_the_manifest_is_found(store):
+    path = store.path / "manifest.json"
+    text = path.read_text()
+    for place, letter in enumerate(text):
+        if letter.isalnum():
+            other = chr(ord(letter) ^ 1)
+            path.write_text(text[:place] + other + text[place + 1 :])
+            with pytest.raises(CommandError):
+                Store(store.path)
 
 
 def test_manifest_is_a_directory(store):
@@ -191,3 +257,37 @@ def test_new_directory_appears_whole_or_not_at_all(tmp_path):
         (temporary / "file").write_text("x")
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_killed_run_is_cleaned_up_and_a_living_one_is_not(tmp_path):
+    script = f"""
+import os, pathlib
+from dpsr_tf.data.store import new_directory
+with new_directory(pathlib.Path({str(tmp_path / "new")!r})) as temporary:
+    (temporary / "file").write_text("x")
+    print(flush=True)
+    input()
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"\n"
+    (theirs,) = tmp_path.iterdir()
+    with new_directory(tmp_path / "new"):
+        assert theirs.exists(), "its process lives"
+    assert sorted(tmp_path.iterdir()) == sorted([theirs, tmp_path / "new"])
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with new_directory(tmp_path / "other"):
+        assert theirs.exists(), "of another name"
+    (tmp_path / ".new.settings").mkdir()
+    with pytest.raises(CommandError, match="exists already"), new_directory(tmp_path / "new"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".new.settings", "new", "other"]
+
+
+def test_what_a_run_was_killed_while_replacing_comes_back(tmp_path):
+    (tmp_path / ".new.replaced-abcd1234" / "old").mkdir(parents=True)
+    (tmp_path / ".new.replaced-abcd1234" / "old" / "manifest.json").write_text("the old one")
+    with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "new", True, "store", "manifest.json"):
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert (tmp_path / "new" / "manifest.json").read_text() == "the old one"

@@ -66,7 +66,7 @@ def scores(model, store):
         towers = TwoTower(model.config.model, model.vocabulary.num_ids)
         query = towers.query_embedding(all_tokens(store.interactions(), "query.splits", "query.tokens"))
         item = towers.item_embedding(all_tokens(store.items(), "tokens.splits", "tokens.values"))
-        product = tf.matmul(query, item, transpose_b=True)
+        product = towers.scores(query, item)
         v1.train.Saver().restore(session, tf.train.latest_checkpoint(str(model.path)))
         return session.run(product)
 
@@ -110,7 +110,7 @@ def test_one_step_of_the_graph_is_algorithm_1(click_store, tmp_path):
         with v1.variable_scope(v1.get_variable_scope(), reuse=True):
             towers = TwoTower(config.model, click_store.vocabulary.num_ids)
         batch = features["batch"]
-        embeddings = towers.query_embedding(batch.query), towers.item_embedding(batch.item)
+        embeddings = towers.query_embedding(batch.query)[:, 0], towers.item_embedding(batch.item)
         session.run(v1.global_variables_initializer())
         loss, batch, (query, item) = session.run((spec.loss, batch, embeddings))
         assert session.run(v1.train.get_global_step()) == 0

@@ -66,7 +66,7 @@ def test_demo_queries_are_not_in_the_log(demo: tuple[Path, str]) -> None:
 
     out, text = demo
     shown = [word for word in shlex.split(re.search(r"\$ dpsr query (.*)", text)[1]) if not word.startswith("--")]
-    log = set(pyarrow.parquet.read_table(out / "log" / "interactions.parquet").column("query").to_pylist())
+    log = set(pyarrow.parquet.read_table(out / "log" / "interactions").column("query").to_pylist())
     assert len(shown) == 4 and not log & set(shown)
 
 

@@ -53,7 +53,7 @@ def query_embedding_of(job: Job, texts: list[str]) -> np.ndarray:
     model = ModelDirectory.open(job.model)
     with tf.Graph().as_default(), v1.Session() as session:
         tokens = Tokens(v1.placeholder(tf.int32, [None]), v1.placeholder(tf.int64, [None]))
-        embedding = TwoTower(model.config.model, model.vocabulary.num_ids).query_embedding(tokens)
+        embedding = TwoTower(model.config.model, model.vocabulary.num_ids).query_embedding(tokens)[:, 0]
         v1.train.Saver().restore(session, tf.train.latest_checkpoint(str(job.model)))
         values, splits = model.vocabulary.encode_batch(texts)
         return session.run(embedding, {tokens.values: values, tokens.row_splits: splits})

@@ -1,0 +1,136 @@
+"""How long it takes to measure systems: 2,000 queries against 54,667 and against a million items, on this machine.
+
+    python benchmarks/evaluation.py --json [--items=54667,1000000] [--quick]
+
+Titles are eight words each, of 200,000 words whose frequencies fall as their rank; a query is three words of one title,
+which is its relevant item, beside an item that is not. Embeddings are random. Of each system two times are measured:
+making it (for BM25, building its index), and measuring it: all figures that `dpsr evaluate` gives at its defaults, with
+recall@1000, intervals and all, but for latency. The fusion shares the indices of its parts. A run takes minutes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import report
+from absl import app, flags
+
+from dpsr_tf.evaluation.corpus import Corpus
+from dpsr_tf.evaluation.evaluate import Options, measure_all
+from dpsr_tf.evaluation.judgments import Judgments
+from dpsr_tf.evaluation.retriever import ExactSearch, Retriever
+from dpsr_tf.evaluation.systems import Systems
+
+DIM = 128
+TITLE_WORDS, QUERY_WORDS, VOCABULARY = 8, 3, 200_000
+
+
+def shop(num_items: int, num_queries: int, seed: int) -> tuple[Corpus, Judgments]:
+    """Items and judged queries as described above."""
+    rng = np.random.default_rng(seed)
+    frequencies = 1 / np.arange(1, VOCABULARY + 1)
+    words = rng.choice(VOCABULARY, (num_items, TITLE_WORDS), p=frequencies / frequencies.sum())
+    titles = [" ".join(f"w{word}" for word in row) for row in words.tolist()]
+    right = rng.choice(num_items, num_queries, replace=num_queries > num_items)
+    wrong = (right + 1) % num_items
+    queries = [" ".join(rng.permutation(titles[row].split())[:QUERY_WORDS]) for row in right]
+    return Corpus(np.arange(num_items), titles, rng.zipf(2, num_items).astype(np.float32)), Judgments(
+        Path("generated"),
+        queries,
+        right[:, np.newaxis].tolist(),
+        grades=[{yes: 1.0, no: 0.0} for yes, no in zip(right.tolist(), wrong.tolist(), strict=True)],
+    )
+
+
+def exact_search(corpus: Corpus, judgments: Judgments, seed: int) -> Retriever:
+    """Random unit vectors; a query's lies near that of its item."""
+    rng = np.random.default_rng(seed)
+    items = rng.standard_normal((len(corpus.item_ids), DIM), np.float32)
+    items /= np.linalg.norm(items, axis=1, keepdims=True)
+    row_of = {query: relevant[0] for query, relevant in zip(judgments.queries, judgments.relevant, strict=True)}
+
+    def encode(queries: Sequence[str], users: object) -> np.ndarray:
+        near = items[[row_of[query] for query in queries]]
+        return (near + 0.1 * rng.standard_normal(near.shape, np.float32))[:, np.newaxis]
+
+    return ExactSearch(encode, corpus.item_ids, items)
+
+
+def measure(result: report.Report, num_items: int, num_queries: int) -> str:
+    """Adds the rows of `num_queries` queries against `num_items` items; returns the workload's name."""
+    corpus, judgments = shop(num_items, num_queries, result.seed)
+    systems = Systems(corpus, result.seed)
+    makers: dict[str, Callable[[], Retriever]] = {
+        "bm25": lambda: systems.make("bm25"),
+        "bm25-bigrams": lambda: systems.make("bm25-bigrams"),
+        "exact search": lambda: exact_search(corpus, judgments, result.seed),
+        "rrf(bm25,bm25-bigrams)": lambda: systems.make("rrf(bm25,bm25-bigrams)"),
+        "popularity": lambda: systems.make("popularity"),
+    }
+    workload = f"{num_queries:,} x {num_items:,}"
+    options = Options((10, 100, 1000), result.seed, latency_queries=0)
+    for name, make in makers.items():
+        retriever = _timed(result, name, workload, "make", make)
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            work = functools.partial(measure_all, {name: retriever}, judgments, corpus, options)
+            figures = _timed(result, name, workload, "evaluate", work)
+        result.add(name, workload, "recall@100", figures["systems"][name]["recall@100"], "")
+    return workload
+
+
+def bars(result: report.Report, workload: str, num_items: int) -> dict[str, float]:
+    """Seconds to make and measure the slowest of the systems."""
+    found = {}
+    for time_of in ("wall", "cpu"):
+        totals: dict[str, float] = {}
+        for row in result.rows:
+            if row["workload"] == workload and row["metric"].endswith(f"_{time_of}"):
+                totals[row["impl"]] = totals.get(row["impl"], 0) + row["value"]
+        found[f"slowest_{time_of}_seconds_{num_items}_items"] = max(totals.values())
+    return found
+
+
+def _timed(result: report.Report, name: str, workload: str, metric: str, work: Callable[[], Any]) -> Any:
+    """What `work` returns; adds rows of its wall time and CPU time."""
+    wall, cpu = time.perf_counter(), report.cpu_seconds()
+    made = work()
+    result.add(name, workload, f"{metric}_wall", time.perf_counter() - wall, "s")
+    result.add(name, workload, f"{metric}_cpu", report.cpu_seconds() - cpu, "s")
+    return made
+
+
+def _define_flags() -> None:
+    flags.DEFINE_boolean("json", False, "prints one JSON object as the last line")
+    flags.DEFINE_list("items", ["54667", "1000000"], "corpora, numbers of items")
+    flags.DEFINE_integer("queries", 2000, "queries", lower_bound=1)
+    flags.DEFINE_integer("seed", 1, "of titles, queries and embeddings", lower_bound=0)
+    flags.DEFINE_boolean("quick", False, "50 queries against 2,000 items: shows that it works")
+
+
+def main(arguments: Sequence[str]) -> None:
+    values = flags.FLAGS
+    if arguments[1:]:
+        raise app.UsageError(f"unexpected argument '{arguments[1]}'")
+    if not all(text.isdecimal() and int(text) >= 1100 for text in values.items):
+        raise app.UsageError(f"--items={','.join(values.items)}: expected numbers of at least 1,100")
+    result = report.Report("evaluation", values.seed, report.hardware("dpsr", "numpy", "scipy", "bm25s", "ir-measures"))
+    sizes, queries = ([2000], 50) if values.quick else ([int(text) for text in values.items], values.queries)
+    for num_items in sizes:
+        workload = measure(result, num_items, queries)
+        result.bars |= bars(result, workload, num_items)
+    result.print(values.json)
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main)

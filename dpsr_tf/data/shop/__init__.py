@@ -1,0 +1,1 @@
+"""The generated shop: its words, its world, its log, its judgments."""

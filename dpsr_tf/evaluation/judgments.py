@@ -1,0 +1,254 @@
+"""Which items are right for which queries: tables of human judgments, and what a store held out of its log."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dpsr_tf.data.store import Store
+from dpsr_tf.data.tables import Table, check_kind
+from dpsr_tf.errors import CommandError, UsageError
+from dpsr_tf.evaluation.retriever import User
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgments:
+    """The queries that have a relevant item, n in all, and what is known of them.
+
+    A query asked by several users counts once for each of them.
+
+    Attributes:
+        path: where they come from, for messages.
+        queries: n texts.
+        relevant: n lists of item ids, ascending.
+        users: who asked each; None where nobody is named.
+        grades: grade of every judged item of each query, relevant or not; empty: each relevant item has grade 1.
+        slices: name of a slicing -> the values of each query, most often one.
+        unanswered: the queries without a relevant item: text, user, the items judged not relevant.
+        unknown_keys: text ids that the corpus does not have, by the number that stands for them here, -2 and below.
+    """
+
+    path: Path
+    queries: list[str]
+    relevant: list[list[int]]
+    users: list[User] | None = None
+    grades: list[dict[int, float]] = dataclasses.field(default_factory=list)
+    slices: dict[str, list[tuple[str, ...]]] = dataclasses.field(default_factory=dict)
+    unanswered: list[tuple[str, User | None, list[int]]] = dataclasses.field(default_factory=list)
+    unknown_keys: dict[int, str] = dataclasses.field(default_factory=dict)
+
+    @staticmethod
+    def read(
+        path: Path,
+        query: str,
+        item: str,
+        grade: str,
+        relevant_from: float,
+        user: str = "",
+        time: str = "",
+        slices: Sequence[str] = (),
+        item_keys: Mapping[str, int] | None = None,
+        user_keys: Mapping[str, int] | None = None,
+    ) -> Judgments:
+        """Reads a table of judged pairs. An item that is judged more than once has the highest of its grades.
+
+        Args:
+            path: TSV, CSV, Parquet or JSON lines.
+            query, item, grade: columns; "" as grade: every row is relevant, of grade 1.
+            relevant_from: grades of this and above are relevant; a missing grade is not.
+            user: column of the user's id, "" if there is none.
+            time: column of the time, seconds since 1970, "" if there is none. A query of a user is as of the first.
+            slices: columns to slice by; a query has the values of its relevant rows.
+            item_keys: item id of each text id, where the shop's ids are texts.
+            user_keys: the same of users; others are anonymous.
+
+        Raises:
+            UsageError: no such file. CommandError: unreadable, a missing column, nothing relevant.
+        """
+        _check_file(path, "--judgments")
+        texts: list[str] = [query, *slices]
+        others: list[str] = []
+        (others if item_keys is None else texts).append(item)
+        others += [name for name in (grade, time) if name]
+        if user:
+            (others if user_keys is None else texts).append(user)
+        table = Table(path, texts, others, "correct --query_column, --item_column, --grade_column or --slice")
+        grades = table.numbers(grade, missing=-np.inf) if grade else np.full(len(table), max(1.0, relevant_from))
+        columns = {name: table.text(name).to_pylist() for name in slices}
+        unknown: dict[str, int] = {}
+        if item_keys is None:
+            items = table.ids(item)
+        else:
+            items = np.array(
+                [
+                    item_keys[key] if key in item_keys else unknown.setdefault(key, -2 - len(unknown))
+                    for key in table.text(item).to_pylist()
+                ],
+                np.int64,
+            )
+        users = np.full(len(table), -1)
+        if user and user_keys is not None:
+            users = np.array([user_keys.get(key, -1) for key in table.text(user).to_pylist()], np.int64)
+        elif user:
+            users = table.ids(user, minimum=-1)
+        times = table.numbers(time, low=0) if time else np.zeros(len(table))
+        first: dict[tuple[str, int], int] = {}
+        of_query: dict[tuple[str, int], dict[int, float]] = {}
+        values: dict[tuple[str, int], dict[str, dict[str, None]]] = {}
+        rows = zip(table.text(query).to_pylist(), users.tolist(), items.tolist(), grades.tolist(), strict=True)
+        for row, (text, user_id, item_id, row_grade) in enumerate(rows):
+            first[text, user_id] = min(int(times[row]), first.get((text, user_id), 2**63))
+            judged = of_query.setdefault((text, user_id), {})
+            judged[item_id] = max(row_grade, judged.get(item_id, -np.inf))
+            if row_grade >= relevant_from:
+                for name, column in columns.items():
+                    values.setdefault((text, user_id), {}).setdefault(name, {})[column[row]] = None
+        relevant = {
+            asked: sorted(item_id for item_id, found in judged.items() if found >= relevant_from)
+            for asked, judged in of_query.items()
+        }
+        answered = [asked for asked, found in relevant.items() if found]
+        if not answered:
+            raise CommandError(
+                f"{path}: no grade in column {grade} is {relevant_from:g} or more, so no query has a relevant item; "
+                f"correct --grade_column or --relevant_from"
+            )
+        return Judgments(
+            path,
+            queries=[text for text, _ in answered],
+            relevant=[relevant[asked] for asked in answered],
+            users=[User(asked[1], first[asked] or None) for asked in answered] if user else None,
+            grades=[of_query[asked] for asked in answered],
+            slices={name: [tuple(values[asked][name]) for asked in answered] for name in columns},
+            unanswered=[
+                (asked[0], User(asked[1], first[asked] or None) if user else None, sorted(of_query[asked]))
+                for asked, found in relevant.items()
+                if not found
+            ],
+            unknown_keys={number: key for key, number in unknown.items()},
+        )
+
+    @staticmethod
+    def of_held_out(store: Store) -> Judgments:
+        """What the store held out of its log: every held-out item of a user's query is relevant.
+
+        A user is as of the first held-out interaction with the query, so that a retriever knows nothing of it.
+
+        Raises:
+            CommandError: the store holds nothing out.
+        """
+        file = store.held_out()
+        if file is None or not len(file["query"]):
+            raise CommandError(
+                f"{store.path}: holds no held-out interactions; give `held_out` in the schema and ingest the log "
+                f"again, or give --judgments"
+            )
+        query, user, item, time = (np.asarray(file[name], np.int64) for name in ("query", "user", "item", "time"))
+        order = np.lexsort((item, user, query))
+        query, user, item, time = query[order], user[order], item[order], time[order]
+        begins = np.flatnonzero(np.r_[True, (np.diff(query) != 0) | (np.diff(user) != 0)])
+        first = np.minimum.reduceat(time, begins)
+        texts, user_ids = list(store.queries()), store.users()["id"]
+        item_ids = store.items()["id"][item]
+        return Judgments(
+            store.path / "held_out.dpsr",
+            queries=[texts[row] for row in query[begins]],
+            relevant=[np.unique(ids).tolist() for ids in np.split(item_ids, begins[1:])],
+            users=[
+                User(user_id, seconds or None)
+                for user_id, seconds in zip(user_ids[user[begins]].tolist(), first.tolist(), strict=True)
+            ],
+        )
+
+    def check_items(self, item_ids: np.ndarray) -> None:
+        """Raises CommandError if a relevant item is not in the corpus."""
+        judged = np.unique(np.concatenate([np.array(ids) for ids in self.relevant]))
+        unknown = np.setdiff1d(judged, item_ids)
+        if len(unknown):
+            first = ", ".join(str(self.unknown_keys.get(i, i)) for i in unknown[:3].tolist())
+            raise CommandError(
+                f"{self.path}: {len(unknown):,} of {len(judged):,} relevant items are not in the store, first {first}; "
+                f"give the judgments of this corpus, or --skip_unknown to leave them out"
+            )
+
+    def only_known(self, item_ids: np.ndarray) -> tuple[Judgments, int]:
+        """Without the judgments of items that are not in the corpus, and how many those were."""
+        known = set(item_ids.tolist())
+        dropped = sum(item not in known for items in self._judged() for item in items)
+        relevant = [[item for item in items if item in known] for items in self.relevant]
+        if not any(relevant):
+            raise CommandError(f"{self.path}: no relevant item is in the store; give the judgments of this corpus")
+        kept = dataclasses.replace(
+            self,
+            relevant=relevant,
+            grades=[{item: grade for item, grade in grades.items() if item in known} for grades in self.grades],
+            unanswered=[(text, user, [i for i in items if i in known]) for text, user, items in self.unanswered],
+        )
+        return kept.take([row for row, items in enumerate(relevant) if items]), dropped
+
+    def _judged(self) -> list[list[int]]:
+        of_answered = [list(grades) for grades in self.grades] if self.grades else self.relevant
+        return [*of_answered, *(items for _, _, items in self.unanswered)]
+
+    def take(self, rows: Sequence[int]) -> Judgments:
+        """These queries only."""
+        return dataclasses.replace(
+            self,
+            queries=[self.queries[row] for row in rows],
+            relevant=[self.relevant[row] for row in rows],
+            users=[self.users[row] for row in rows] if self.users else None,
+            grades=[self.grades[row] for row in rows] if self.grades else [],
+            slices={name: [values[row] for row in rows] for name, values in self.slices.items()},
+        )
+
+    def sample(self, count: int, seed: int) -> Judgments:
+        """At most `count` of the queries, drawn by chance, in their order."""
+        if len(self.queries) <= count:
+            return self
+        rows = np.random.default_rng([seed, 0]).choice(len(self.queries), count, replace=False)
+        return self.take(np.sort(rows).tolist())
+
+    def with_queries(self, path: Path, key: str, ask: str, slices: Sequence[str]) -> Judgments:
+        """Joins a table with one row a query: the text that is asked in its place, values to slice by.
+
+        Args:
+            path: the table.
+            key: its column of the query as the judgments have it.
+            ask: its column of the text to ask; "" leaves the query as it is.
+            slices: its columns to slice by.
+
+        Raises:
+            UsageError: no such file. CommandError: unreadable, a missing column, a judged query that is not in it.
+        """
+        _check_file(path, "--queries")
+        table = Table(
+            path, [key, *([ask] if ask else []), *slices], [], "correct --key_column, --ask_column or --slice"
+        )
+        keys = table.text(key).to_pylist()
+        row_of = {text: row for row, text in enumerate(keys)}
+        asked_for = dict.fromkeys([*self.queries, *(text for text, _, _ in self.unanswered)])
+        unknown = [text for text in asked_for if text not in row_of]
+        if unknown:
+            first = ", ".join(repr(text) for text in unknown[:3])
+            raise CommandError(
+                f"{self.path}: {len(unknown):,} of {len(asked_for):,} queries are not in {path}, first {first}; "
+                f"give a table with a row for each of them, or correct --key_column"
+            )
+        texts = table.text(ask).to_pylist() if ask else keys
+        rows = [row_of[text] for text in self.queries]
+        columns = {name: table.text(name).to_pylist() for name in slices}
+        return dataclasses.replace(
+            self,
+            queries=[texts[row] for row in rows],
+            slices=self.slices | {name: [(column[row],) for row in rows] for name, column in columns.items()},
+            unanswered=[(texts[row_of[text]], user, items) for text, user, items in self.unanswered],
+        )
+
+
+def _check_file(path: Path, flag: str) -> None:
+    if not path.is_file():
+        raise UsageError(f"{flag}={path}: is no file" if path.exists() else f"{flag}={path}: no such file")
+    check_kind(path)

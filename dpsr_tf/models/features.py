@@ -1,0 +1,106 @@
+"""What the towers read: which features with how many values, and the tensors that carry them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from dpsr_tf.config import ModelConfig, option
+from dpsr_tf.errors import UsageError
+
+if TYPE_CHECKING:
+    from dpsr_tf.data.dataset import Batch, Features, History, Tokens
+
+FIXED_KINDS = ("categorical", "number")
+LIST_KINDS = ("multi", "text")
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """One feature that a tower reads, as the store codes it."""
+
+    name: str
+    kind: str = option("categorical", "what its codes are", choices=FIXED_KINDS + LIST_KINDS)
+    num_ids: int = option(1, "codes 0 to num_ids - 1; of kind text: ids of its vocabulary", 1)
+    vocabulary: str | None = option(None, "of kind text: its vocabulary; that of query and item text if left out")
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSpec:
+    """All that TwoTower must know of a store, in the order in which a batch holds it.
+
+    It is saved with a checkpoint (dpsr_tf.config.to_dict and from_dict), so that the towers can be built without the
+    store.
+    """
+
+    num_tokens: int = option(1, "ids of the vocabulary of query and item text", 1)
+    user: tuple[Feature, ...] = option((), "profile features that the query tower reads")
+    item: tuple[Feature, ...] = option((), "features that the item tower reads beside the text")
+
+    ALL: ClassVar[str] = "*"
+
+    @staticmethod
+    def choose(
+        config: ModelConfig, features: Mapping[str, Sequence[Mapping[str, Any]]], num_ids: Mapping[str | None, int]
+    ) -> FeatureSpec:
+        """The features that a config names, out of those that a store has.
+
+        Args:
+            config: names them in `user_features` and `item_features`.
+            features: `features` of a store's manifest.
+            num_ids: ids of each vocabulary of the store; None is that of query and item text.
+
+        Raises:
+            UsageError: the store has no feature of that name, or one is named twice.
+        """
+
+        def chosen(side: str, key: str, names: tuple[str, ...]) -> tuple[Feature, ...]:
+            known = {feature["name"]: feature for feature in features.get(side, ())}
+            names = tuple(known) if names == (FeatureSpec.ALL,) else names
+            for i, name in enumerate(names):
+                if name not in known:
+                    raise UsageError(
+                        f"model.{key} names '{name}', which the store's {side} do not have, "
+                        f"expected some of {', '.join(known) or 'none: its schema declares no features there'}"
+                    )
+                if name in names[:i]:
+                    raise UsageError(f"model.{key} names '{name}' twice, expected each feature once")
+            return tuple(_feature(known[name], num_ids) for name in names)
+
+        return FeatureSpec(
+            num_tokens=num_ids[None],
+            user=chosen("users", "user_features", config.user_features),
+            item=chosen("items", "item_features", config.item_features),
+        )
+
+
+def _feature(known: Mapping[str, Any], num_ids: Mapping[str | None, int]) -> Feature:
+    vocabulary = known.get("vocabulary")
+    ids = num_ids[vocabulary] if known["kind"] == "text" else known["num_values"] + 1
+    return Feature(known["name"], known["kind"], ids, vocabulary)
+
+
+class QueryFeatures(NamedTuple):
+    """What the query tower reads of b queries. What its config does not name may be None."""
+
+    text: Tokens  # b texts
+    user: Features | None = None  # of the b users, in the order of FeatureSpec.user
+    history: History | None = None
+
+    @staticmethod
+    def of(batch: Batch) -> QueryFeatures:
+        """Of a training batch."""
+        return QueryFeatures(batch.query, batch.user_features, batch.history)
+
+
+class ItemFeatures(NamedTuple):
+    """What the item tower reads of n items, and the query tower of an item of a history."""
+
+    text: Tokens  # n texts
+    features: Features | None = None  # of the n items, in the order of FeatureSpec.item
+
+    @staticmethod
+    def of(batch: Batch) -> ItemFeatures:
+        """Of a training batch: the positives, the shared negatives, each example's own negatives."""
+        return ItemFeatures(batch.item, batch.item_features)

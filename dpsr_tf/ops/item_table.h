@@ -1,0 +1,54 @@
+// The items of a store, by row or by id: what training reads of the items of a history, and what serving reads when a
+// caller sends a history as item ids.
+//
+// items.dpsr (kind "items"), rows in ascending order of id
+//   id               int64 [items]
+//   id_index.splits  int32 [2^k + 1], 2^k the smallest power of two >= items
+//   id_index.rows    int32 [items]            rows with Mix64(id) >> (64 - k) == bucket, ascending
+//   tokens.splits    int64 [items + 1]        row splits of
+//   tokens.values    int32 [tokens]           the token ids of the item's text
+//   feature.<name>   int32 [items]            codes from 0; or for lists
+//   feature.<name>.splits int64 [items + 1], feature.<name>.values int32
+#ifndef DPSR_DPSR_TF_OPS_ITEM_TABLE_H_
+#define DPSR_DPSR_TF_OPS_ITEM_TABLE_H_
+
+#include <cstdint>
+#include <memory>
+
+#include "dpsr_tf/ops/columns.h"
+#include "tokenizer_cc/packed_file.h"
+#include "tokenizer_cc/status.h"
+
+namespace dpsr {
+
+// Immutable after Open, so thread-safe.
+class ItemTable {
+ public:
+  // `with_ids` reads what Find needs. Errors: DataLoss for what is damaged or does not fit together, NotFound for a
+  // feature that the file does not have, FailedPrecondition for more than 2^31 - 1 items.
+  static Status Open(std::unique_ptr<PackedFile> file, const FeatureNames& features, bool with_ids,
+                     std::unique_ptr<ItemTable>* table);
+
+  const PackedFile& file() const { return *file_; }
+  int64_t rows() const { return text_.rows(); }
+  const RaggedColumn& text() const { return text_; }
+  const FeatureColumns& features() const { return features_; }
+  // The row of an id, -1 when there is none. Constant time; `with_ids` only.
+  int32_t Find(int64_t id) const;
+
+ private:
+  ItemTable() = default;
+  Status OpenIndex(const SectionReader& reader);
+  uint64_t Bucket(int64_t id) const;
+
+  std::unique_ptr<PackedFile> file_;
+  RaggedColumn text_;
+  FeatureColumns features_;
+  Span<const int64_t> ids_;
+  Span<const int32_t> bucket_splits_, bucket_rows_;
+  int bucket_bits_ = 0;
+};
+
+}  // namespace dpsr
+
+#endif  // DPSR_DPSR_TF_OPS_ITEM_TABLE_H_

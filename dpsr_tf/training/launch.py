@@ -1,0 +1,173 @@
+"""`dpsr launch`: a real training cluster on this machine, every process of it owned and watched (section 5.1.3).
+
+What a cluster manager does elsewhere: gives each process its TF_CONFIG, starts again those that were killed (training
+goes on: a worker picks up where the others are, a parameter server's variables come back from the last checkpoint),
+ends the parameter servers, which never end by themselves, once the work is done, and passes on the first failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import IO
+
+from absl import flags
+
+from dpsr_tf.errors import CommandError, UsageError
+
+USAGE = """
+Usage: dpsr launch --workers=N --ps=N [flags of dpsr train]
+
+Runs `dpsr train` as a cluster of processes on this machine: N workers (the first is the chief) and N parameter servers.
+A process that is killed is started again.
+"""
+
+PASS_UNKNOWN_FLAGS = True
+
+# Seconds a process has to end after SIGTERM.
+_GRACE = 15.0
+_POLL = 0.2
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Flags of `dpsr launch`."""
+    flags.DEFINE_integer("workers", 2, "training processes, the chief among them", 1, flag_values=values)
+    flags.DEFINE_integer("ps", 1, "parameter servers", 1, flag_values=values)
+    flags.DEFINE_integer("max_restarts", 10, "times that killed processes are started again", 0, flag_values=values)
+
+
+def run(values: flags.FlagValues, arguments: list[str]) -> int:
+    """Runs `dpsr launch`."""
+    if "TF_CONFIG" in os.environ:
+        raise UsageError(
+            "TF_CONFIG is set, but `dpsr launch` makes one for each process; unset it, or run `dpsr train`"
+        )
+    tasks = [("ps", i) for i in range(values.ps)] + [("chief", 0)]
+    tasks += [("worker", i) for i in range(values.workers - 1)]
+    with _ended_by_signals(), _Processes(tasks, arguments, values.max_restarts) as processes:
+        return processes.run()
+
+
+class _Processes:
+    """The cluster's processes. On leaving the block none of them is left."""
+
+    def __init__(self, tasks: list[tuple[str, int]], arguments: list[str], max_restarts: int):
+        self._arguments, self._restarts_left = arguments, max_restarts
+        ports = _free_ports(len(tasks))
+        self._cluster: dict[str, list[str]] = {}
+        for (kind, _), port in zip(tasks, ports, strict=True):
+            self._cluster.setdefault(kind, []).append(f"127.0.0.1:{port}")
+        self._tasks = tasks
+        self._running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
+        self._printers: list[threading.Thread] = []
+
+    def __enter__(self) -> _Processes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end(list(self._running))
+        for printer in self._printers:
+            printer.join()
+
+    def run(self) -> int:
+        """Until every worker is done (0), or one has failed (its status)."""
+        for task in self._tasks:
+            self._start(task)
+        while any(kind != "ps" for kind, _ in self._running):
+            time.sleep(_POLL)
+            for task in list(self._running):
+                status = self._running[task].poll()
+                if status is None:
+                    continue
+                del self._running[task]
+                if status == 0 and task[0] != "ps":
+                    continue
+                # A command that failed has said why, and would fail again; what was killed deserves another try.
+                if status > 0:
+                    raise CommandError(f"{_name(task)} ended with status {status}; its message stands above")
+                if self._restarts_left == 0:
+                    raise CommandError(f"{_name(task)} was ended by {_cause(status)}, and --max_restarts is used up")
+                self._restarts_left -= 1
+                print(f"launch: {_name(task)} was ended by {_cause(status)}, starting it again", flush=True)
+                self._start(task)
+        return 0
+
+    def _start(self, task: tuple[str, int]) -> None:
+        kind, index = task
+        config = {"cluster": self._cluster, "task": {"type": kind, "index": index}}
+        command = [sys.executable, "-m", "dpsr_tf.cli", "train", *self._arguments]
+        if (setpriv := shutil.which("setpriv")) is not None:  # a launcher that is killed takes its processes along
+            command = [setpriv, "--pdeathsig", "KILL", *command]
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "TF_CONFIG": json.dumps(config)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for us to pass on
+        )
+        self._running[task] = process
+        assert process.stdout is not None
+        printer = threading.Thread(target=_print_lines, args=(_name(task), process.stdout), daemon=True)
+        printer.start()
+        self._printers.append(printer)
+
+    def _end(self, tasks: list[tuple[str, int]]) -> None:
+        processes = [self._running.pop(task) for task in tasks]
+        for process in processes:
+            process.terminate()
+        deadline = time.monotonic() + _GRACE
+        for process in processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _print_lines(name: str, stream: IO[bytes]) -> None:
+    """Passes on what a process prints, a line at a time; of a progress bar only where it ends."""
+    for line in stream:
+        text = line.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
+        if text:
+            print(f"{name}: {text}", flush=True)
+
+
+def _name(task: tuple[str, int]) -> str:
+    return f"{task[0]} {task[1]}"
+
+
+def _cause(status: int) -> str:
+    return signal.Signals(-status).name if status < 0 else "itself"
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, found all at once so that they differ."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM leaves the block by an exception, so that its processes are ended."""
+
+    def leave(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

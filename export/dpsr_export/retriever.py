@@ -1,0 +1,122 @@
+"""Indices and servables as the callables that evaluation takes, in this process, without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import faiss
+import numpy as np
+import tensorflow as tf
+
+from dpsr_export import faiss_ops
+from dpsr_export.index import FORMAT, FORMAT_VERSION
+from dpsr_tf.data.store import Store, read_manifest
+from dpsr_tf.errors import CommandError, UsageError, op_message
+from dpsr_tf.evaluation.checkpoint import is_personal, query_encoder
+from dpsr_tf.evaluation.retriever import ExactSearch, Retriever, User, best, nothing
+from dpsr_tf.training.model_directory import ModelDirectory
+from dpsr_tokenizer import (
+    FormatError,
+    PackedFile,
+    tf_ops,  # noqa: F401 - its import loads the tokenizer's ops, which the servable's graph needs
+)
+
+v1 = tf.compat.v1
+
+_BATCH = 64
+
+
+def retriever(kind: str, directory: str, store: Store) -> Retriever:
+    """An index directory (`kind` "index") or a servable ("servable") as a retriever.
+
+    A servable's directory is that of one version, or the base path, whose highest version is taken; it is asked for
+    anonymous users. The query tower of an index reads the users of `store`. Only an index scores pairs: with the item
+    embeddings that lie beside it.
+
+    Raises:
+        CommandError: the directory holds none, or one that cannot be read.
+    """
+    if kind == "index":
+        return _Index(Path(directory), store)
+    if kind == "servable":
+        return _Servable(Path(directory))
+    raise UsageError(f"'{kind}' is neither index nor servable")
+
+
+class _Index:
+    """The query tower of the checkpoint that the index was made from, and FAISS."""
+
+    def __init__(self, directory: Path, store: Store):
+        manifest = read_manifest(directory / "index.json", FORMAT, FORMAT_VERSION, "dpsr index")
+        self._encode = query_encoder(manifest["model"], store, manifest["checkpoint"])
+        self.personal = is_personal(ModelDirectory.open(manifest["model"]).config.model)
+        try:
+            embeddings = PackedFile(str(directory / "item_embeddings.dpsr"), "item_embeddings")
+            self._item_ids = PackedFile(str(directory / "item_ids.dpsr"), "item_ids")["id"]
+            self._index = faiss.read_index(str(directory / "items.faiss"))
+            if manifest["parameters"]:
+                faiss.ParameterSpace().set_index_parameters(self._index, manifest["parameters"])
+        except (FormatError, FileNotFoundError, RuntimeError) as error:
+            raise CommandError(f"{str(error).splitlines()[-1]}; run `dpsr index` again") from None
+        vectors = embeddings["embedding"].reshape(-1, manifest["embedding_dim"])
+        self._exact = ExactSearch(self._encode, embeddings["id"], vectors)
+
+    def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """See Retriever: each head's k items, united, an item with its largest inner product."""
+        ids, scores = nothing(len(queries), k)
+        for begin in range(0, len(queries), _BATCH):
+            heads = self._encode(queries[begin : begin + _BATCH], users[begin : begin + _BATCH] if users else None)
+            batch, _, dim = heads.shape
+            products, rows = self._index.search(np.ascontiguousarray(heads.reshape(-1, dim)), k)
+            products, rows = products.reshape(batch, -1), rows.reshape(batch, -1)
+            there = (rows >= 0) & np.repeat(heads.any(axis=2), k, axis=1)
+            for row in range(batch):
+                found, which = np.unique(self._item_ids[rows[row][there[row]]], return_inverse=True)
+                largest = np.full(len(found), -np.inf, np.float32)
+                np.maximum.at(largest, which, products[row][there[row]])
+                order = best(found, largest, k)
+                ids[begin + row, : len(order)], scores[begin + row, : len(order)] = found[order], largest[order]
+        return ids, scores
+
+    def score(self, queries: Sequence[str], users: Sequence[User] | None, items: np.ndarray) -> np.ndarray:
+        """See Retriever; by the embeddings, not by what the index makes of them."""
+        return self._exact.score(queries, users, items)
+
+
+class _Servable:
+    """The signature `search` of a SavedModel."""
+
+    def __init__(self, directory: Path):
+        versions = [path for path in directory.glob("*") if path.name.isdigit() and (path / "saved_model.pb").is_file()]
+        path = directory if (directory / "saved_model.pb").is_file() else max(versions, key=_number, default=None)
+        if path is None:
+            raise CommandError(f"{directory}: holds no servable (no saved_model.pb); make one with `dpsr export`")
+        faiss_ops.load()
+        with tf.Graph().as_default() as graph:
+            self._session = v1.Session(graph=graph)
+            try:
+                loaded = v1.saved_model.load(self._session, [tf.saved_model.SERVING], str(path))
+            except tf.errors.OpError as error:
+                raise CommandError(f"{path}: does not load: {op_message(error)}; export the model again") from None
+        if "search" not in loaded.signature_def:
+            raise CommandError(f"{path}: has no signature search; is it a servable that `dpsr export` wrote?")
+        signature = loaded.signature_def["search"]
+        self._inputs, self._outputs = signature.inputs, signature.outputs
+
+    def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """See Retriever."""
+        ids, scores = nothing(len(queries), k)
+        for begin in range(0, len(queries), _BATCH):
+            batch = [query.encode() for query in queries[begin : begin + _BATCH]]
+            # An empty value means absent: an anonymous user, no filter.
+            feed = {info.name: np.zeros(0, tf.as_dtype(info.dtype).as_numpy_dtype) for info in self._inputs.values()}
+            feed |= {self._inputs["query"].name: batch, self._inputs["k"].name: k}
+            wanted = [self._outputs[name].name for name in ("item_ids", "scores")]
+            end = begin + len(batch)
+            ids[begin:end], scores[begin:end] = self._session.run(wanted, feed)
+        return ids, scores
+
+
+def _number(path: Path) -> int:
+    return int(path.name)
