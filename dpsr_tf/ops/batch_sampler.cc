@@ -324,23 +324,19 @@ void BatchSampler::NegativeMask(Batch* batch, bool* mask) const {
 
 void PositionIndex::Build(const int32_t* values, size_t n) {
   values_ = values;
-  const auto size = [n](size_t factor) {
-    size_t power = 16;
-    while (power < factor * n) power *= 2;
-    return power;
-  };
-  // At most a twelfth of the absent values is taken for one that may stand; a smaller table would be faster to read, but
-  // wrong more often.
-  stands_.assign(size(12), 0);
-  stands_mask_ = static_cast<uint32_t>(stands_.size() - 1);
-  first_.assign(size(2), -1);
-  first_mask_ = static_cast<uint32_t>(first_.size() - 1);
+  int log = 4;
+  while ((size_t{1} << log) < 2 * n) ++log;
+  first_shift_ = 32 - log;
+  bits_shift_ = std::max(0, 32 - log - 5);  // 64 bits a value: few absent ones get past them
+  first_.assign(size_t{1} << log, -1);
   next_.resize(n);
+  bits_.assign((size_t{1} << (32 - bits_shift_)) / 64, 0);
   for (size_t j = n; j-- > 0;) {  // backwards: chains ascend
     const uint32_t hash = Hash(values[j]);
-    stands_[hash & stands_mask_] = 1;
-    next_[j] = first_[hash & first_mask_];
-    first_[hash & first_mask_] = static_cast<int32_t>(j);
+    bits_[hash >> bits_shift_ >> 6] |= uint64_t{1} << (hash >> bits_shift_ & 63);
+    int32_t& first = first_[hash >> first_shift_];
+    next_[j] = first;
+    first = static_cast<int32_t>(j);
   }
 }
 

@@ -45,41 +45,44 @@ class PositionIndex {
   // Calls found(j) for each j with values[j] == value, ascending.
   template <typename Found>
   void ForEach(int32_t value, Found found) const {
-    for (int32_t j = first_[Hash(value) & first_mask_]; j >= 0; j = next_[j]) {
+    for (int32_t j = first_[Hash(value) >> first_shift_]; j >= 0; j = next_[j]) {
       if (values_[j] == value) found(static_cast<size_t>(j));
     }
   }
   // The same for each of many values, most of which stand nowhere.
   template <typename Found>
   void ForEachOf(Span<const int32_t> values, Found found) const {
-    constexpr size_t kBlock = 4;  // values that cost one branch
+    constexpr size_t kBlock = 8;  // values that cost one branch
     const int32_t* value = values.begin();
     for (; value + kBlock <= values.end(); value += kBlock) {
-      uint8_t any = 0;
-      for (size_t k = 0; k < kBlock; ++k) any |= stands_[Hash(value[k]) & stands_mask_];
-      if (any == 0) continue;
+      uint64_t any = 0;
+      for (size_t k = 0; k < kBlock; ++k) any |= MayStand(value[k]);
+      if ((any & 1) == 0) continue;
       for (size_t k = 0; k < kBlock; ++k) {
-        if (stands_[Hash(value[k]) & stands_mask_]) ForEach(value[k], found);
+        if (MayStand(value[k]) & 1) ForEach(value[k], found);
       }
     }
     for (; value != values.end(); ++value) ForEach(*value, found);
   }
   // The smallest such j; there is one.
   size_t First(int32_t value) const {
-    int32_t j = first_[Hash(value) & first_mask_];
+    int32_t j = first_[Hash(value) >> first_shift_];
     while (values_[j] != value) j = next_[j];
     return static_cast<size_t>(j);
   }
 
  private:
-  static uint32_t Hash(int32_t value) {
-    return static_cast<uint32_t>(static_cast<uint32_t>(value) * 0x9e3779b97f4a7c15ULL >> 40);
+  static uint32_t Hash(int32_t value) { return static_cast<uint32_t>(value) * 0x9e3779b1u; }
+  // Its lowest bit is 0 when the value stands nowhere.
+  uint64_t MayStand(int32_t value) const {
+    const uint32_t bit = Hash(value) >> bits_shift_;
+    return bits_[bit >> 6] >> (bit & 63);
   }
 
   const int32_t* values_ = nullptr;
-  std::vector<uint8_t> stands_;        // by hash: whether any of the values has it
+  std::vector<uint64_t> bits_;         // of the hashes of the values
   std::vector<int32_t> first_, next_;  // chains of equal hash
-  uint32_t stands_mask_ = 0, first_mask_ = 0;
+  int bits_shift_ = 0, first_shift_ = 0;
 };
 
 // Rows of the store's tables, and what goes with them. n = batch_size + num_shared_negatives +

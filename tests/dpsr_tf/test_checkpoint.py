@@ -12,7 +12,7 @@ from conftest import encode_table
 
 from dpsr_tf.config import Config, ModelConfig
 from dpsr_tf.data.store import Store
-from dpsr_tf.errors import CommandError, UsageError
+from dpsr_tf.errors import CommandError
 from dpsr_tf.evaluation.checkpoint import StoreTables, exact_search
 from dpsr_tf.evaluation.retriever import User, ask
 from dpsr_tf.models.two_tower import TwoTower
@@ -184,7 +184,7 @@ def test_models_that_cannot_be_asked(store, tmp_path):
     with pytest.raises(CommandError, match=r"model.ckpt-7 cannot be read, or is not of its config"):
         exact_search(model.path, store)
     (tmp_path / "model" / "config.yaml").write_text("model: {item_features: [weight]}\n")
-    with pytest.raises(UsageError, match="weight"):
+    with pytest.raises(CommandError, match="weight"):
         exact_search(model.path, store)
 
 
@@ -192,5 +192,5 @@ def test_a_store_of_another_vocabulary(shop, store, tmp_path, dpsr):
     model = make_model(tmp_path / "model", store, token_dim=8, embedding_dim=6)
     shop.items[0]["title"] = "Something else"
     dpsr(*shop.write().flags(tmp_path / "other")).succeeds()
-    with pytest.raises(CommandError, match="its vocabulary is not that of model"):
+    with pytest.raises(CommandError, match="holds a model of another vocabulary"):
         exact_search(model.path, Store(tmp_path / "other"))
