@@ -4,6 +4,7 @@
 # make fuzz    the tokenizer's libFuzzer targets (FUZZ_RUNS=1000000 inputs each)
 # make bazel-test   the C++ cores and the op libraries, built and tested with Bazel
 # make bench-tokenizer   the tokenizer beside others (DATA=PATH: on multicpr_ecom/ and homedepot/ there)
+# make bench-store   the store beside flat examples
 #
 # Each target does what it needs first, and nothing twice.
 
@@ -20,7 +21,7 @@ DEBIAN_PACKAGES := build-essential cmake ninja-build pkg-config libgrpc++-dev li
 FUZZ_TARGETS := tokenizer_fuzz tokenizer_config_fuzz vocabulary_fuzz
 
 .DELETE_ON_ERROR:
-.PHONY: setup debian native demo test test-fast test-cpp sanitize fuzz bazel-test bench-tokenizer build/offline.bazelrc lint wheel clean
+.PHONY: setup debian native demo test test-fast test-cpp sanitize fuzz bazel-test bench-tokenizer bench-store build/offline.bazelrc lint wheel clean
 
 setup: native
 
@@ -121,6 +122,9 @@ $(VENV)/.bench: $(VENV)/.packages
 
 bench-tokenizer: native $(VENV)/.bench
 	@$(BIN)/python benchmarks/tokenizer.py --json $(if $(DATA),--data=$(DATA))
+
+bench-store: native
+	@$(BIN)/python benchmarks/store.py --json
 
 wheel: native
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .

@@ -9,19 +9,21 @@ of all lengths up to the limit of 20 (their mean is a row). Each word is one tok
 
 It is ingested by `dpsr ingest`, and the same content is written as a flat TFRecord of tf.train.Example in the order of
 time, an example an interaction: token ids of query and title, codes of the ten features, the last 20 items before the
-interaction with their types, rows of query, user and item, weight, label, type; each under a short name. Bytes are
-those of the store's vocabulary, users, items and interactions (its dictionary of query text too) over those of the
-TFRecord.
+interaction with their types, token ids of the last 5 queries before it, rows of query, user and item, weight, label,
+type; each under a short name. Bytes are those of the store's vocabulary, users, items and interactions (its dictionary
+of query text too) over those of the TFRecord.
 
 The op and TFRecordDataset -> shuffle -> batch -> parse_example emit the same fields, shuffled, on one thread each, and
-are drained in C++. Each measurement is a process of its own; they take turns. A rate is the examples between a short
-and a long drain over the CPU time (user and system, whole process) between them: start-up and the first filling of
-buffers are in neither.
+are drained in C++; neither gives negatives or a mask. What training asks for beyond the flat examples, 64 shared
+negatives with their text and features and the mask of clicked items, has rows of its own. Each measurement is a process
+of its own; they take turns. A rate is the examples between a short and a long drain over the CPU time (user and system,
+whole process) between them: start-up and the first filling of buffers are in neither.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -44,7 +46,7 @@ import report
 import yaml
 from absl import app, flags
 
-HISTORY = 20
+HISTORY, QUERY_HISTORY = 20, 5
 TITLE_WORDS, QUERY_WORDS, WORDS = 30, 4, 50_000
 # Name -> distinct values: profile and item features, ten in all.
 USER_FEATURES = {"gender": 3, "age": 8, "level": 10, "city": 300, "device": 20}
@@ -54,6 +56,17 @@ TYPES = ("click", "cart", "order")
 CODEC = ("zstd", 3)
 SHUFFLE_BUFFER = 16_384
 BATCH_SIZES = (64, 1024)
+# What is read of the store: the fields of the flat examples, and a training batch.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "op": {"num_random_negatives": 0, "negative_mask": False},
+    "op_training": {"num_random_negatives": 64},
+}
+NOTES = {
+    "store": "each text once, as token ids; an interaction is rows, time, codes; histories: one event list a user",
+    "tfrecord": f"each example: two texts, 10 codes, {HISTORY} past items, tokens of {QUERY_HISTORY} past queries",
+    "op": "the flat example's fields; no negatives, no mask",
+    "op_training": "and 64 shared negatives with text and features, and the mask of clicked items",
+}
 
 
 class Sizes(NamedTuple):
@@ -247,29 +260,38 @@ def write_flat(store: Path, path: Path) -> float:
     files = {name: PackedFile(str(store / f"{name}.dpsr")) for name in ("users", "items", "interactions")}
     users = list(rows(files["users"], "user_row", None, USER_FEATURES))
     items = list(rows(files["items"], "item_row", ("title", "tokens.splits", "tokens.values"), ITEM_FEATURES))
-    queries = list(rows(files["interactions"], "query_row", ("query", "query.splits", "query.tokens"), ()))
-    positive = {
-        name: files["interactions"][f"positive.{name}"]
-        for name in ("query", "user", "item", "type", "time", "weight", "label")
+    log = files["interactions"]
+    queries = list(rows(log, "query_row", ("query", "query.splits", "query.tokens"), ()))
+    tokens = [part.tolist() for part in np.split(log["query.tokens"], log["query.splits"][1:-1])]
+    positive = {name: log[f"positive.{name}"] for name in ("user", "item", "type", "time")}
+    positive["query"] = np.repeat(np.arange(len(queries)), np.diff(log["positive.splits"]))
+    positive |= {
+        name: log[f"positive.{name}.values"][log[f"positive.{name}"]].astype(float) for name in ("weight", "label")
     }
-    event = {name: files["users"][f"event.{name}"] for name in ("splits", "time", "item", "type")}
+    event = {name: files["users"][f"event.{name}"] for name in ("splits", "time", "item", "type", "query")}
     first, last = histories(positive["user"], positive["time"], event["splits"], event["time"])
     types = [integers("type", [code]) for code in range(int(positive["type"].max()) + 1)]
     numbers = {
         name: {value: number(name, value) for value in np.unique(positive[name]).tolist()}
         for name in ("weight", "label")
     }
+    asked, *past = past_queries(positive["user"], last, event["splits"], event["query"])
     order = np.argsort(positive["time"], kind="stable")
     with tf.io.TFRecordWriter(str(path)) as writer:
         columns = [positive[name][order].tolist() for name in ("query", "user", "item", "type", "weight", "label")]
-        spans = [span[order].tolist() for span in (first, last)]
-        for query, user, item, kind, weight, label, begin, end in zip(*columns, *spans, strict=True):
+        spans = [span[order].tolist() for span in (first, last, *past)]
+        for query, user, item, kind, weight, label, begin, end, begin_query, end_query in zip(
+            *columns, *spans, strict=True
+        ):
+            past_tokens = [tokens[row] for row in asked[begin_query:end_query].tolist()]
             features = b"".join(
                 (
                     queries[query], users[user], items[item], types[kind],
                     numbers["weight"][weight], numbers["label"][label],
                     integers("history_item", event["item"][begin:end].tolist()),
                     integers("history_type", event["type"][begin:end].tolist()),
+                    integers("past_query", list(itertools.chain.from_iterable(past_tokens))),
+                    integers("past_lengths", [len(text) for text in past_tokens]),
                 )
             )  # fmt: skip
             # Field 1 of an Example is its Features.
@@ -287,6 +309,19 @@ def histories(
     return np.maximum(splits[user], last - HISTORY), last
 
 
+def past_queries(
+    user: np.ndarray, last: np.ndarray, splits: np.ndarray, event_query: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The queries of all events, of equal ones of a user one after the other only one; and first and last + 1 of those
+    that are the last QUERY_HISTORY ones of `user` before event `last`."""
+    new = np.ones(len(event_query), bool)
+    new[1:] = event_query[1:] != event_query[:-1]
+    new[splits[:-1][np.diff(splits) > 0]] = True
+    number = np.concatenate([[0], np.cumsum(new)])  # of different queries before each event
+    end = number[last]
+    return event_query[new], np.maximum(number[splits[user]], end - QUERY_HISTORY), end
+
+
 def _varint(value: int) -> bytes:
     encoded = bytearray()
     while value > 127:
@@ -299,19 +334,20 @@ def _varint(value: int) -> bytes:
 # Reading, in a process of its own.
 
 
-def op_dataset(store: Path, batch_size: int, seed: int) -> Any:
-    """What training reads, without negatives: the flat examples have none. The mask of the batch comes with it."""
+def op_dataset(store: Path, batch_size: int, seed: int, impl: str = "op") -> Any:
+    """The op with one of OPTIONS."""
     from dpsr_tf.data.dataset import BatchOptions, examples_dataset
     from dpsr_tf.data.store import Store
 
     options = BatchOptions(
         batch_size=batch_size,
-        num_random_negatives=0,
         seed=seed,
         user_features=tuple(USER_FEATURES),
         item_features=tuple(ITEM_FEATURES),
         history_length=HISTORY,
+        query_history_length=QUERY_HISTORY,
         shuffle_buffer=SHUFFLE_BUFFER,
+        **OPTIONS[impl],
     )
     return examples_dataset(Store(store), options)
 
@@ -327,6 +363,9 @@ def flat_dataset(path: Path, batch_size: int, seed: int) -> Any:
         name: tf.io.RaggedFeature(tf.int64, row_splits_dtype=tf.int64)
         for name in ("query", "title", "history_item", "history_type")
     }
+    spec["past_query"] = tf.io.RaggedFeature(
+        tf.int64, partitions=[tf.io.RaggedFeature.RowLengths("past_lengths")], row_splits_dtype=tf.int64
+    )
     dataset = tf.data.TFRecordDataset(str(path)).shuffle(SHUFFLE_BUFFER, seed=seed).repeat()
     return dataset.batch(batch_size, drop_remainder=True).map(lambda records: tf.io.parse_example(records, spec))
 
@@ -340,7 +379,10 @@ def drain(impl: str, path: Path, batch_size: int, examples: int, seed: int) -> d
     options = tf.data.Options()
     options.threading.private_threadpool_size = 1
     options.autotune.enabled = False
-    dataset = {"op": op_dataset, "tfrecord": flat_dataset}[impl](path, batch_size, seed).with_options(options)
+    if impl in OPTIONS:
+        dataset = op_dataset(path, batch_size, seed, impl).with_options(options)
+    else:
+        dataset = flat_dataset(path, batch_size, seed).with_options(options)
     batches = -(-examples // batch_size)
     seconds = []
     for count in (1, 1 + batches):
@@ -387,7 +429,7 @@ def measure(result: report.Report, sizes: Sizes, folder: Path, seed: int, repeat
     result.add("store", workload, "history_length", write_flat(store, flat), "items", note="mean, of 20 at most")
     files = {"store": store_files(store), "tfrecord": [flat]}
     for impl, paths in files.items():
-        result.add(impl, workload, "bytes", sum(path.stat().st_size for path in paths), "bytes")
+        result.add(impl, workload, "bytes", sum(path.stat().st_size for path in paths), "bytes", note=NOTES[impl])
         for path in paths[: None if impl == "store" else 0]:
             result.add(impl, workload, f"bytes_of_{path.stem}", path.stat().st_size, "bytes")
     say(f"compress by {CODEC[0]}")
@@ -398,16 +440,17 @@ def measure(result: report.Report, sizes: Sizes, folder: Path, seed: int, repeat
         result.add("store/tfrecord", workload, f"{metric}_ratio", ratio, "")
 
     for batch_size in BATCH_SIZES:
-        found: dict[str, list[float]] = {"op": [], "tfrecord": []}
+        found: dict[str, list[float]] = {impl: [] for impl in (*OPTIONS, "tfrecord")}
         for turn in range(repeat):
             say(f"read batches of {batch_size}, {turn + 1} of {repeat}")
             # Each begins a turn as often as the other.
             for impl in sorted(found, reverse=turn % 2 == 1):
-                examples = max(sizes.interactions, 1_000_000) // (1 if impl == "op" else 8)
-                path = store if impl == "op" else flat
+                examples = max(sizes.interactions, 1_000_000) // (1 if impl in OPTIONS else 8)
+                path = store if impl in OPTIONS else flat
                 found[impl].append(measured(impl, path, batch_size, examples, seed))
         for impl, samples in found.items():
-            result.add_samples(impl, workload, f"rate_b{batch_size}", samples, "examples/core-second")
+            note = NOTES.get(impl if impl in OPTIONS else "", "the same fields")
+            result.add_samples(impl, workload, f"rate_b{batch_size}", samples, "examples/core-second", note=note)
 
     say(f"a log {growth} times as long")
     larger = sizes._replace(interactions=growth * sizes.interactions)
@@ -456,7 +499,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("repeat", 5, "measurements of each rate", lower_bound=1)
     flags.DEFINE_integer("seed", 1, "of the log and of the shuffle", lower_bound=0)
     flags.DEFINE_boolean("quick", False, "a small log and one measurement: shows that it works")
-    flags.DEFINE_enum("drain", None, ["op", "tfrecord"], "used by the script itself: one measurement of --folder")
+    flags.DEFINE_enum("drain", None, [*OPTIONS, "tfrecord"], "used by the script itself: one measurement of --folder")
     flags.DEFINE_integer("batch_size", 64, "of --drain")
     flags.DEFINE_integer("examples", 0, "of --drain")
 

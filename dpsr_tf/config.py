@@ -99,11 +99,31 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """Recall on the interactions that the store held out, measured at checkpoints; the best one is kept aside."""
+
+    queries: int = option(0, "held-out queries, drawn by chance, that are asked; 0: no validation", 0, 10_000_000)
+    recall_at: int = option(100, "k of recall@k, over all items", 1, 10_000)
+    every: int = option(1, "checkpoints from one measurement to the next", 1)
+    patience: int = option(0, "measurements without a new best after which training stops; 0: it goes on", 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterConfig:
+    """How a model lies on several parameter servers (5.1.3). Checkpoints are the same whatever it says."""
+
+    placement: str = option("whole", "a table is on one ps, or its rows on all", choices=("whole", "rows"))
+    half_on_wire: bool = option(False, "dense weights and their gradients travel in 16 bits")
+
+
+@dataclasses.dataclass(frozen=True)
 class IndexConfig:
     """The FAISS index over all item embeddings."""
 
-    factory: str = option("Flat", "FAISS index factory string; Flat is exact")
-    parameters: str = option("", "search parameters in FAISS's words, for example nprobe=32")
+    factory: str = option("Flat", "FAISS index factory string; Flat is exact; auto chooses one")
+    parameters: str = option("", "search parameters, as nprobe=32; if empty, the cheapest that meet recall_target")
+    recall_target: float = option(0.95, "ann_recall@k to reach, with k of section serving", 0.01, 1)
+    memory: float = option(0.0, "for auto: GB (10^9 bytes) that the index may take; 0: any", 0, 1e6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +139,8 @@ class Config:
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
+    cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
     index: IndexConfig = dataclasses.field(default_factory=IndexConfig)
     serving: ServingConfig = dataclasses.field(default_factory=ServingConfig)
 

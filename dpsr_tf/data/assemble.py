@@ -343,8 +343,8 @@ class Assembler:
             self._create("unclicked", "SELECT 0 AS request, 0::INTEGER AS item_row LIMIT 0")
             self._create("requests", "SELECT 0::INTEGER AS query_row, 0 AS request LIMIT 0")
         optional = self._optional_columns()
-        columns = ["query_row", "user_row", "item_row", "type", "time", *(_SQL_NAMES.get(n, n) for n in optional)]
-        key = ["query_row", "item_row", "user_row", "time", "type", *columns[5:]]
+        columns = ["user_row", "item_row", "type", "time", *(_SQL_NAMES.get(n, n) for n in optional)]
+        key = ["query_row", "item_row", "user_row", "time", "type", *columns[4:]]
         source = "FROM pairs"
         if requests:
             columns.append("coalesce(request, -1)::INTEGER AS request_row")
@@ -377,7 +377,8 @@ class Assembler:
             rows=queries,
         )
         # Rows of queries go from shard to shard, and so do all others: each shard is a piece of every column.
-        names = ["query", "user", "item", "type", "time", *optional, *(["request"] if requests else [])]
+        names = ["user", "item", "type", "time", *optional, *(["request"] if requests else [])]
+        few = {name: self._few_values(name) for name in optional if name != "position"}
         first_query = 0
         for shard, name in enumerate(interactions_names(shards)):
             end_query = first_query + self._scalar(f"SELECT count(*) FROM queries WHERE shard = {shard}")
@@ -389,9 +390,15 @@ class Assembler:
                 tokens.copy(file, "query.splits", "query.tokens", first_query, end_query)
                 texts.copy(file, "query_text.splits", "query_text.bytes", first_query, end_query)
                 begin, end = _add_splits(file, "positive.splits", positive.splits, first_query, end_query)
-                first = {"query": first_query, "request": request[0]}
                 for column_name, column in zip(names, positive.columns, strict=True):
-                    column.copy(file, f"positive.{column_name}", begin, end, first.get(column_name, 0))
+                    section, values = f"positive.{column_name}", few.get(column_name)
+                    if values is not None:
+                        column.copy(file, section, begin, end, _code_of(values), np.uint8)
+                        file.add(f"{section}.values", values)
+                    elif column_name == "request":
+                        column.copy(file, section, begin, end, _less(request[0]))
+                    else:
+                        column.copy(file, section, begin, end)
                 if requests:
                     begin, end = _add_splits(file, "impression.splits", impression.splits, *request)
                     impression.columns[0].copy(file, "impression.item", begin, end)
@@ -404,6 +411,12 @@ class Assembler:
             "impressions": int(impression.splits[-1]),
             "negatives": int(negative.splits[-1]),
         }
+
+    def _few_values(self, column: str) -> np.ndarray | None:
+        """The values of a column of the positives, float32, ascending; None if a byte does not tell them apart."""
+        sql = f"SELECT DISTINCT {column} AS value FROM pairs WHERE role = {_POSITIVE} AND NOT held LIMIT {_BYTE + 1}"
+        values = self._arrays(sql)["value"]
+        return np.unique(values + np.float32(0)) if len(values) <= _BYTE else None  # zero is not two values
 
     def _request_key(self) -> list[str]:
         return ["query_row", "user_row", *(["session"] if self._schema.interactions.session else [])]
@@ -613,16 +626,17 @@ class _Table:
         stored = []
         for i, feature in enumerate(self._features):
             name, values = f"feature.{feature.key}", None
-            if feature.kind in ("categorical", "number"):
-                self._codes[i].copy(file, name)
-            elif feature.kind == "text":
+            if feature.kind == "text":
                 self._texts[i].copy(file, f"{name}.splits", f"{name}.values")
-            else:
+            elif feature.kind == "multi":
                 self._write_lists(file, i, name)
             if feature.kind == "number":
                 values = len(feature.boundaries) + 1
             elif feature.kind != "text":
                 values = self._write_values(file, i, f"values.{feature.key}")
+            if feature.kind in ("categorical", "number"):
+                assert values is not None
+                self._codes[i].copy(file, name, dtype=np.uint8 if values < _BYTE else np.int32)
             stored.append(StoredFeature(feature.key, feature.kind, values, feature.boundaries, feature.vocabulary))
         return tuple(stored)
 
@@ -661,19 +675,29 @@ class _Column:
         self._file.write(np.ascontiguousarray(values).data)
         self.rows += len(values)
 
-    def copy(self, file: PackedFileWriter, name: str, begin: int = 0, end: int | None = None, first: int = 0) -> None:
-        """Writes rows `begin` to `end` as a section, each less `first` (but -1 stays)."""
+    def copy(
+        self,
+        file: PackedFileWriter,
+        name: str,
+        begin: int = 0,
+        end: int | None = None,
+        change: Callable[[np.ndarray], np.ndarray] | None = None,
+        dtype: Any = None,
+    ) -> None:
+        """Writes rows `begin` to `end` as a section, of what `change` makes of them, as `dtype` if given."""
         self._file.flush()
+        dtype = np.dtype(dtype or self._dtype)
         end = self.rows if end is None else end
         if begin == end:
-            file.add(name, np.zeros(0, self._dtype))
+            file.add(name, np.zeros(0, dtype))
         for row in range(begin, end, _COPIED):
             count = min(_COPIED, end - row)
             values = np.fromfile(self._path, self._dtype, count, offset=row * self._dtype.itemsize)
-            file.append(name, np.where(values < 0, values, values - first).astype(self._dtype) if first else values)
+            file.append(name, (change(values) if change else values).astype(dtype, copy=False))
 
 
 _COPIED = 1 << 18
+_BYTE = 256  # values that a byte tells apart
 _numbers = itertools.count()
 
 
@@ -725,6 +749,16 @@ def _add_splits(
     return int(piece[0]), int(piece[-1])
 
 
+def _less(first: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Rows counted from `first` on; -1 stays."""
+    return lambda rows: np.where(rows < 0, rows, rows - first)
+
+
+def _code_of(values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Places in ascending `values`, which hold all that are asked for."""
+    return lambda numbers: np.searchsorted(values, numbers)
+
+
 def _floats(values: pa.Array, missing: float, dtype: Any = np.float32) -> np.ndarray:
     return pc.fill_null(values, pa.scalar(missing, values.type)).to_numpy(zero_copy_only=False).astype(dtype)
 
@@ -768,9 +802,8 @@ def has_weights(schema: InteractionsSchema) -> bool:
 
 
 def has_requests(schema: InteractionsSchema) -> bool:
-    """Whether the log tells which items were shown and not clicked."""
-    kinds = set(schema.types.values()) or set(EVENT_TYPES)
-    return schema.type is not None and bool(kinds & {"impression", "skip"})
+    """Whether the log may tell which items were shown and not clicked: `types` need not name what has its own name."""
+    return schema.type is not None
 
 
 def held_out_from(schema: InteractionsSchema, last_time: int) -> int:

@@ -77,7 +77,7 @@ class Batch(NamedTuple):
     weights: tf.Tensor  # float32 [b]
     labels: tf.Tensor  # float32 [b]; 1 where there is none
     types: tf.Tensor  # int32 [b], index in EVENT_TYPES
-    negative_mask: tf.Tensor  # bool [b, b + r]: item j may serve as a negative for query i
+    negative_mask: tf.Tensor  # bool [b, b + r]: item j may serve as a negative for query i; [b, 0] if not asked for
     own_negative_mask: tf.Tensor  # bool [b, m]: own negative j of pair i is there; otherwise its place holds row 0
 
 
@@ -101,6 +101,7 @@ class BatchOptions:
         history_text: gives the text of the history's items.
         history_features: item features of the history's items.
         query_history_length: last queries of the user, 0 for none.
+        negative_mask: gives the mask, which every loss over shared or in-batch negatives needs.
         shuffle_buffer: positives shuffled among themselves. A log that fits is shuffled as a whole; of a longer one,
             blocks of 4,096 positives are shuffled, and as many blocks at a time as fit are mixed.
         num_parallel_calls: batches assembled ahead, 0 for none; the batches are the same.
@@ -120,6 +121,7 @@ class BatchOptions:
     history_text: bool = False
     history_features: tuple[str, ...] = ()
     query_history_length: int = 0
+    negative_mask: bool = True
     shuffle_buffer: int = 1 << 22
     num_parallel_calls: int = 0
 
@@ -236,6 +238,7 @@ def examples_dataset(
         history_fixed=history.fixed,
         history_lists=history.lists,
         query_history_length=options.query_history_length,
+        negative_mask=options.negative_mask,
         num_parallel_calls=options.num_parallel_calls,
     )
     return _ExamplesDataset(variant, _element_spec(options, user, item, history))
@@ -273,7 +276,7 @@ def _element_spec(options: BatchOptions, user: FeatureKinds, item: FeatureKinds,
         weights=spec([b], tf.float32),
         labels=spec([b], tf.float32),
         types=spec([b]),
-        negative_mask=spec([b, b + r], tf.bool),
+        negative_mask=spec([b, b + r if options.negative_mask else 0], tf.bool),
         own_negative_mask=spec([b, m], tf.bool),
     )
 

@@ -16,10 +16,16 @@ constexpr uint64_t kOwnStream = 0x6f776e2d6e656761ULL;
 constexpr uint64_t kShortestTitleQuery = 4;
 constexpr uint64_t kLongestTitleQuery = 24;
 constexpr uint64_t kDropOneIn = 8;
-// A binary search costs about as much as this many lookups in a PositionIndex.
-constexpr size_t kLongList = 16;
 // Examples between a prefetch and its use.
 constexpr size_t kAhead = 8;
+
+// A few cache lines of elements begin to end, which are used soon.
+template <typename T>
+void Prefetch(const T* array, int64_t begin, int64_t end) {
+  constexpr int64_t kLine = 64 / sizeof(T), kMostLines = 4;
+  const int64_t last = std::min(end, begin + kMostLines * kLine);
+  for (int64_t i = begin; i < last; i += kLine) __builtin_prefetch(array + i);
+}
 
 Status AtLeast(const char* name, int64_t value, int64_t minimum) {
   if (value >= minimum) return Status();
@@ -118,18 +124,24 @@ void BatchSampler::SampleLog(int64_t step, Batch* batch) const {
     for (int64_t p = position % shard_size_; i < count && p < shard_size_; ++i, ++p, ++position) {
       Batch::Row& r = batch->rows[i];
       r.shard = &store_.ShardOfPositive(static_cast<int64_t>(shuffle(p * stride_ + first_)), &r.row);
-      __builtin_prefetch(&r.shard->query[r.row]);
+      __builtin_prefetch(&r.shard->query_of[r.row / InteractionsShard::kQueryStride]);
       __builtin_prefetch(&r.shard->user[r.row]);
       __builtin_prefetch(&r.shard->positives.values[r.row]);
       __builtin_prefetch(&r.shard->time[r.row]);
       __builtin_prefetch(&r.shard->type[r.row]);
-      if (!r.shard->weight.empty()) __builtin_prefetch(&r.shard->weight[r.row]);
+      r.shard->weight.Prefetch(r.row);
+      r.shard->label.Prefetch(r.row);
     }
+  }
+  for (const Batch::Row& r : batch->rows) {
+    const InteractionsShard& shard = *r.shard;
+    __builtin_prefetch(&shard.positives.splits[shard.query_of[r.row / InteractionsShard::kQueryStride] + 1]);
   }
   for (size_t i = 0; i < count; ++i) {
     Batch::Row& r = batch->rows[i];
     const InteractionsShard& shard = *r.shard;
-    batch->query[i] = static_cast<int32_t>(shard.first_query + shard.query[r.row]);
+    r.query = shard.QueryOfPositive(r.row);
+    batch->query[i] = static_cast<int32_t>(shard.first_query + r.query);
     batch->user[i] = shard.user[r.row];
     batch->item[i] = shard.positives.values[r.row];
     batch->type[i] = shard.type[r.row];
@@ -170,7 +182,7 @@ void BatchSampler::SampleNegatives(int64_t step, Batch* batch) const {
   for (int64_t i = 0; i < options_.num_shared_negatives; ++i) {
     if (i < options_.num_supervised_negatives) {
       const Batch::Row& r = batch->rows[random.Uniform(log_batch_)];
-      const Span<const int32_t> labelled = r.shard->negatives[r.shard->query[r.row]];
+      const Span<const int32_t> labelled = r.shard->negatives[r.query];
       if (!labelled.empty()) {
         *out++ = labelled[random.Uniform(labelled.size())];
         continue;
@@ -196,7 +208,7 @@ void BatchSampler::SampleOwnNegatives(int64_t step, Batch* batch) const {
     if (options_.own_impressions && !r.shard->request.empty() && r.shard->request[r.row] >= 0) {
       shown = r.shard->impressions[r.shard->request[r.row]];
     }
-    if (options_.own_labels) labelled = r.shard->negatives[r.shard->query[r.row]];
+    if (options_.own_labels) labelled = r.shard->negatives[r.query];
     candidates.clear();
     std::set_union(shown.begin(), shown.end(), labelled.begin(), labelled.end(), std::back_inserter(candidates));
     const size_t taken = std::min(m, candidates.size());
@@ -218,21 +230,38 @@ void BatchSampler::SampleHistories(Batch* batch) const {
   if (options_.history_length == 0 && options_.query_history_length == 0) return;
   const int64_t* splits = store_.event_splits().data();
   const uint32_t* times = store_.event_time().data();
+  // Half of what is left at a time, without a branch that nobody could predict.
+  const auto first_not_before = [times](int64_t begin, int64_t end, uint32_t time) {
+    for (int64_t left = end - begin; left > 0;) {
+      const int64_t half = (left + 1) / 2;
+      begin += times[begin + half - 1] < time ? half : 0;
+      left -= half;
+    }
+    return begin;
+  };
   for (size_t i = 0; i < count; ++i) {
     if (i + 2 * kAhead < count) __builtin_prefetch(splits + batch->user[i + 2 * kAhead]);
-    if (i + kAhead < count) {
-      const int64_t next = splits[batch->user[i + kAhead]];
-      __builtin_prefetch(times + next);
-      __builtin_prefetch(store_.event_item().data() + next);
-      __builtin_prefetch(store_.event_type().data() + next);
-      if (options_.query_history_length > 0) __builtin_prefetch(store_.event_query().data() + next);
-    }
+    if (i + kAhead < count) Prefetch(times, splits[batch->user[i + kAhead]], splits[batch->user[i + kAhead] + 1]);
     // Strictly before: neither the pair itself nor what happened at the same second is known when the query comes.
-    const int64_t begin = splits[batch->user[i]], all = splits[batch->user[i] + 1];
-    const int64_t end = std::lower_bound(times + begin, times + all, batch->rows[i].time) - times;
-    AppendHistory(begin, end, batch);
+    Batch::Row& r = batch->rows[i];
+    r.event_begin = splits[batch->user[i]];
+    r.event_end = first_not_before(r.event_begin, splits[batch->user[i] + 1], r.time);
+  }
+  for (size_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) {
+      const Batch::Row& next = batch->rows[i + kAhead];
+      const int64_t first = std::max(next.event_begin, next.event_end - options_.history_length);
+      Prefetch(store_.event_item().data(), first, next.event_end);
+      Prefetch(store_.event_type().data(), first, next.event_end);
+      if (options_.query_history_length > 0) {
+        const int64_t first_query = std::max(next.event_begin, next.event_end - 2 * options_.query_history_length);
+        Prefetch(store_.event_query().data(), first_query, next.event_end);
+      }
+    }
+    const Batch::Row& r = batch->rows[i];
+    AppendHistory(r.event_begin, r.event_end, batch);
     batch->history_splits[i + 1] = static_cast<int64_t>(batch->history_item.size());
-    AppendQueryHistory(begin, end, batch);
+    AppendQueryHistory(r.event_begin, r.event_end, batch);
     batch->query_history_splits[i + 1] = static_cast<int64_t>(batch->query_history.size());
   }
   // Title queries are nobody's.
@@ -254,8 +283,13 @@ void BatchSampler::AppendHistory(int64_t begin, int64_t end, Batch* batch) const
     --first;
     if (options_.history_types >> types[first] & 1) --left;
   }
+  if (options_.history_types == 0) {
+    batch->history_item.insert(batch->history_item.end(), items + first, items + end);
+    batch->history_type.insert(batch->history_type.end(), types + first, types + end);
+    return;
+  }
   for (int64_t e = first; e < end; ++e) {
-    if (options_.history_types != 0 && (options_.history_types >> types[e] & 1) == 0) continue;
+    if ((options_.history_types >> types[e] & 1) == 0) continue;
     batch->history_item.push_back(items[e]);
     batch->history_type.push_back(types[e]);
   }
@@ -282,19 +316,22 @@ void BatchSampler::NegativeMask(Batch* batch, bool* mask) const {
   const int32_t* items = batch->item.data();
   batch->columns.Build(items, columns);
   batch->queries.Build(batch->query.data(), b);
+  batch->keys.resize(columns);
+  batch->hits.resize(columns);
+  for (size_t j = 0; j < columns; ++j) batch->keys[j] = ItemFilter::KeyOf(items[j]);
   const size_t count = batch->rows.size();
-  const auto local_query = [batch](size_t i) { return batch->rows[i].shard->query[batch->rows[i].row]; };
-  batch->clicked.resize(count);
+  batch->clicks.resize(count);
   for (size_t i = 0; i < count; ++i) {
     if (i + kAhead < count) {
-      __builtin_prefetch(&batch->rows[i + kAhead].shard->positives.splits[local_query(i + kAhead)]);
+      const Batch::Row& next = batch->rows[i + kAhead];
+      __builtin_prefetch(&next.shard->positives.splits[next.query]);
     }
-    batch->clicked[i] = batch->rows[i].shard->ClickedItems(local_query(i));
+    batch->clicks[i] = batch->rows[i].shard->ClicksOf(batch->rows[i].query);
   }
   for (size_t i = 0; i < b; ++i) {
     if (i + kAhead < count) {
-      const char* list = reinterpret_cast<const char*>(batch->clicked[i + kAhead].data());
-      for (int line = 0; line < 4; ++line) __builtin_prefetch(list + 64 * line);
+      const Span<const int32_t> next = batch->clicks[i + kAhead].items;
+      Prefetch(next.data(), 0, static_cast<int64_t>(next.size()));
     }
     bool* row = mask + i * columns;
     const int32_t query = batch->query[i];
@@ -311,14 +348,21 @@ void BatchSampler::NegativeMask(Batch* batch, bool* mask) const {
       continue;
     }
     std::memset(row, true, columns);
-    const Span<const int32_t> clicked = batch->clicked[i];
-    if (clicked.size() > kLongList * columns) {  // look the batch up in the clicks, not the other way round
-      for (size_t j = 0; j < columns; ++j) {
-        if (std::binary_search(clicked.begin(), clicked.end(), items[j])) row[j] = false;
-      }
+    const Clicks& clicks = batch->clicks[i];
+    if (clicks.filter.words.empty() || clicks.items.size() < columns) {
+      batch->columns.ForEachOf(clicks.items, leave_out);
       continue;
     }
-    batch->columns.ForEachOf(clicked, leave_out);
+    // Look the batch up in the clicks, not the other way round.
+    int32_t* hits = batch->hits.data();
+    size_t num_hits = 0;
+    for (size_t j = 0; j < columns; ++j) {
+      hits[num_hits] = static_cast<int32_t>(j);
+      num_hits += clicks.filter.MayHave(batch->keys[j]);
+    }
+    for (size_t h = 0; h < num_hits; ++h) {
+      if (std::binary_search(clicks.items.begin(), clicks.items.end(), items[hits[h]])) row[hits[h]] = false;
+    }
   }
 }
 

@@ -109,11 +109,16 @@ struct Batch {
   struct Row {
     const InteractionsShard* shard;
     int64_t row;
+    int64_t query;  // local
     uint32_t time;
+    int64_t event_begin, event_end;  // its user's events before it
   };
   std::vector<Row> rows;
+  std::vector<Span<const int32_t>> texts;
   std::vector<int32_t> candidates;
-  std::vector<Span<const int32_t>> clicked;
+  std::vector<Clicks> clicks;
+  std::vector<ItemFilter::Key> keys;
+  std::vector<int32_t> hits;
   PositionIndex columns, queries;
 };
 

@@ -85,14 +85,17 @@ struct Shop {
     for (int f = 0; f < shards; ++f) {
       options.interactions.push_back(StrCat(directory, "/interactions-", f, ".dpsr"));
       Rows tokens, requests, labelled, items;
-      std::vector<int32_t> query, user, request;
+      std::vector<int32_t> user, request;
       std::vector<uint32_t> time;
       std::vector<uint8_t> type;
-      std::vector<float> weight;
+      std::vector<float> weight, labels{0.5, 2};
+      std::vector<uint8_t> label;
       for (int q = f; q < kQueries; q += shards, ++row) {
         std::vector<int32_t> own;
         if (q == 0) {
           for (int i = 0; i < kHeadPositives; ++i) own.push_back(i * 7 % 5);
+        } else if (q == 1) {
+          for (int i = 0; i < kHeadPositives; ++i) own.push_back(i % 30);
         }
         for (int i = q; i <= q + q % 4; ++i) own.push_back(i % kItems);
         std::sort(own.begin(), own.end());
@@ -105,13 +108,13 @@ struct Shop {
         negatives[row] = labelled.back();
         for (int32_t item : own) {
           const int u = (q + item) % kUsers;
-          query.push_back(static_cast<int32_t>(tokens.size()) - 1);
           user.push_back(u);
           time.push_back(1000 + static_cast<uint32_t>(random.Uniform(50)));
           type.push_back(static_cast<uint8_t>(2 + random.Uniform(3)));
           request.push_back(q % 5 == 0 ? -1 : static_cast<int32_t>(requests.size()) - 1);
           positives.push_back({row, item, u, time.back(), type.back()});
           weight.push_back(static_cast<float>(positives.size()));
+          label.push_back(static_cast<uint8_t>(item % 2));
           clicked.emplace(row, item);
           if (u > 0) events[u].push_back({time.back(), row, item, type.back()});
         }
@@ -119,7 +122,8 @@ struct Shop {
       }
       WriteFile(options.interactions.back(), "interactions", std::pair("query.splits", SplitsOf(tokens)),
                 std::pair("query.tokens", ValuesOf(tokens)), std::pair("positive.splits", SplitsOf(items)),
-                std::pair("positive.query", query), std::pair("positive.user", user),
+                std::pair("positive.label", label), std::pair("positive.label.values", labels),
+                std::pair("positive.user", user),
                 std::pair("positive.item", ValuesOf(items)), std::pair("positive.time", time),
                 std::pair("positive.type", type), std::pair("positive.weight", weight),
                 std::pair("positive.request", request), std::pair("impression.splits", SplitsOf(requests)),
@@ -130,10 +134,10 @@ struct Shop {
     std::iota(ids.begin(), ids.end(), 99);
     ids[0] = -1;
     std::vector<uint32_t> time;
-    std::vector<int32_t> item, query, age, sex;
-    std::vector<uint8_t> type;
+    std::vector<int32_t> item, query, sex;
+    std::vector<uint8_t> type, age;
     for (int u = 0; u < kUsers; ++u) {
-      age.push_back(u == 0 ? 0 : 10 + u);
+      age.push_back(static_cast<uint8_t>(u == 0 ? 0 : 10 + u));
       sex.push_back(u % 2);
       std::sort(events[u].begin(), events[u].end());
       for (const Event& e : events[u]) {
@@ -414,7 +418,7 @@ TEST_F(BatchSamplerTest, ColumnsOfAnExampleBelongTogether) {
       ASSERT_EQ(batch.user[i], positive.user);
       ASSERT_EQ(batch.item[i], positive.item);
       ASSERT_EQ(batch.type[i], positive.type);
-      ASSERT_EQ(batch.label[i], 1);
+      ASSERT_EQ(batch.label[i], positive.item % 2 == 0 ? 0.5f : 2.0f);
     }
   }
 }
@@ -539,7 +543,10 @@ TEST_F(BatchSamplerTest, SharedNegativesAreUniform) {
 TEST_F(BatchSamplerTest, MaskLeavesOutEveryClickedItemOfTheQuery) {
   Make(2);
   int64_t local;
-  ASSERT_EQ(store_->ShardOfQuery(0, &local).ClickedItems(local).size(), 5u) << "a head query, each item once";
+  const InteractionsShard& first = store_->ShardOfQuery(0, &local);
+  ASSERT_EQ(first.ClicksOf(local).items.size(), 5u) << "a head query, each item once";
+  ASSERT_FALSE(first.ClicksOf(local).filter.words.empty());
+  ASSERT_TRUE(first.ClicksOf(local + 1).filter.words.empty());
   for (int64_t shared : {0, 5, 60}) {  // few and many items beside the length of the click lists
     BatchOptions options;
     options.batch_size = shared == 0 ? 1 : 20;
@@ -563,6 +570,49 @@ TEST_F(BatchSamplerTest, MaskLeavesOutEveryClickedItemOfTheQuery) {
       }
     }
   }
+}
+
+TEST(ItemFilterTest, HasItsItemsAndFewOthers) {
+  for (int n : {1, 2, 3, 4, 100, 5000}) {
+    std::vector<int32_t> items;
+    for (int i = 0; i < n; ++i) items.push_back(3 * i);
+    const std::vector<uint64_t> words = ItemFilter::Of({items.data(), items.size()});
+    EXPECT_LE(words.size(), static_cast<size_t>(n / 4 + 1));
+    const ItemFilter filter{{words.data(), words.size()}};
+    for (int32_t item : items) ASSERT_TRUE(filter.MayHave(ItemFilter::KeyOf(item)));
+    int others = 0;
+    for (int i = 0; i < 10'000; ++i) others += filter.MayHave(ItemFilter::KeyOf(3 * i + 1));
+    EXPECT_LT(others, 400);
+  }
+}
+
+TEST_F(BatchSamplerTest, EveryPositiveKnowsItsQuery) {
+  for (int shards : {1, 4}) {
+    Make(shards);
+    for (int64_t i = 0; i < store_->num_positives(); ++i) {
+      int64_t row;
+      const InteractionsShard& shard = store_->ShardOfPositive(i, &row);
+      ASSERT_EQ(shard.first_query + shard.QueryOfPositive(row), shop_->positives[i].query);
+    }
+  }
+  // Queries without positives, first, last and between, around places that the index knows.
+  InteractionsShard shard;
+  const std::vector<int64_t> splits{0, 0, 0, 1, 31, 31, 32, 32, 33, 95, 96, 96, 96, 130, 130, 130};
+  shard.positives.splits = {splits.data(), splits.size()};
+  shard.FindQueries();
+  for (int64_t row = 0; row < 130; ++row) {
+    const int64_t query = shard.QueryOfPositive(row);
+    ASSERT_TRUE(splits[query] <= row && row < splits[query + 1]) << row << ' ' << query;
+  }
+}
+
+TEST(GatherCodesTest, BytesAndWords) {
+  const std::vector<uint8_t> bytes{0, 7, 255};
+  const std::vector<int32_t> words{300, 0, 70'000}, rows{2, -1, 0, 1};
+  const std::vector<CodeColumn> columns{{{bytes.data(), 3}, {}}, {{}, {words.data(), 3}}};
+  std::vector<int32_t> codes(8);
+  GatherCodes(columns, {rows.data(), rows.size()}, codes.data());
+  EXPECT_EQ(codes, (std::vector<int32_t>{255, 70'000, 0, 0, 0, 300, 7, 0}));
 }
 
 TEST(PositionIndexTest, FindsEachPositionInOrder) {

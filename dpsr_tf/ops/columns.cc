@@ -8,7 +8,32 @@ namespace {
 // Rows between a prefetch and its use: a cache miss takes as long as some ten rows.
 constexpr size_t kAhead = 12;
 
+template <typename T>
+void GatherColumn(const T* column, Span<const int32_t> rows, size_t width, int32_t* out) {
+  for (size_t i = 0; i < rows.size(); ++i, out += width) *out = rows[i] < 0 ? 0 : column[rows[i]];
+}
+
 }  // namespace
+
+Status SectionReader::Numbers(const std::string& name, int64_t rows, NumberColumn* column) const {
+  const std::string values = name + ".values";
+  if (!Has(values)) return Array(name, rows, &column->values);
+  DPSR_RETURN_IF_ERROR(Array(name, rows, &column->codes));
+  DPSR_RETURN_IF_ERROR(Array(values, kAnyLength, &column->values));
+  for (size_t i = 0; i < column->codes.size(); ++i) {
+    if (column->codes[i] >= column->values.size()) {
+      return MakeStatus(StatusCode::kDataLoss, file_.path(), ": section ", name, " row ", i, " is code ",
+                        int{column->codes[i]}, " of ", column->values.size(), " values; ingest the log again");
+    }
+  }
+  return Status();
+}
+
+Status SectionReader::Codes(const std::string& section, int64_t rows, CodeColumn* column) const {
+  const PackedFile::Section* found = file_.Find(section);
+  if (found != nullptr && found->dtype == DataType::kUint8) return Array(section, rows, &column->bytes);
+  return Array(section, rows, &column->words);
+}
 
 Status SectionReader::Ragged(const std::string& splits, const std::string& values, int64_t rows,
                              RaggedColumn* column) const {
@@ -74,8 +99,10 @@ Status SectionReader::Features(const FeatureNames& names, int64_t rows, const ch
       return MakeStatus(StatusCode::kNotFound, file_.path(), ": no ", table, " feature '", name, "' with one code a row",
                         "; name it in the schema's ", table, "s.features and ingest again, or drop it from the config");
     }
-    DPSR_RETURN_IF_ERROR(Array(section, rows, &columns->fixed.emplace_back()));
-    DPSR_RETURN_IF_ERROR(CheckCodes(name, section, columns->fixed.back()));
+    CodeColumn& column = columns->fixed.emplace_back();
+    DPSR_RETURN_IF_ERROR(Codes(section, rows, &column));
+    DPSR_RETURN_IF_ERROR(CheckCodes(name, section, column.bytes));
+    DPSR_RETURN_IF_ERROR(CheckCodes(name, section, column.words));
   }
   for (const std::string& name : names.lists) {
     const std::string section = "feature." + name;
@@ -91,15 +118,15 @@ Status SectionReader::Features(const FeatureNames& names, int64_t rows, const ch
 }
 
 // Codes are rows of an embedding table: 0 and one for each of the feature's values, where the store holds those.
-Status SectionReader::CheckCodes(const std::string& feature, const std::string& section,
-                                 Span<const int32_t> codes) const {
+template <typename T>
+Status SectionReader::CheckCodes(const std::string& feature, const std::string& section, Span<const T> codes) const {
   int64_t limit = int64_t{1} << 31;
   const PackedFile::Section* values = file_.Find("values." + feature + ".splits");
   if (values != nullptr) limit = static_cast<int64_t>(values->count);  // values + 1, and codes from 0 to values
   for (size_t i = 0; i < codes.size(); ++i) {
     if (codes[i] < 0 || codes[i] >= limit) {
-      return MakeStatus(StatusCode::kDataLoss, file_.path(), ": section ", section, " row ", i, " is code ", codes[i],
-                        ", expected 0 to ", limit - 1, "; ingest the log again");
+      return MakeStatus(StatusCode::kDataLoss, file_.path(), ": section ", section, " row ", i, " is code ",
+                        int64_t{codes[i]}, ", expected 0 to ", limit - 1, "; ingest the log again");
     }
   }
   return Status();
@@ -138,15 +165,14 @@ void GatherValues(const RaggedColumn& column, Span<const int32_t> rows, int32_t*
   }
 }
 
-void GatherCodes(const std::vector<Span<const int32_t>>& columns, Span<const int32_t> rows, int32_t* codes) {
+void GatherCodes(const std::vector<CodeColumn>& columns, Span<const int32_t> rows, int32_t* codes) {
   const size_t width = columns.size();
   // A column at a time: its loads do not wait for one another, and few columns are touched at once.
   for (size_t c = 0; c < width; ++c) {
-    const int32_t* column = columns[c].data();
-    int32_t* out = codes + c;
-    for (int32_t row : rows) {
-      *out = row < 0 ? 0 : column[row];
-      out += width;
+    if (columns[c].words.empty()) {
+      GatherColumn(columns[c].bytes.data(), rows, width, codes + c);
+    } else {
+      GatherColumn(columns[c].words.data(), rows, width, codes + c);
     }
   }
 }

@@ -23,6 +23,28 @@ struct RaggedColumn {
   Span<const int32_t> operator[](int64_t row) const { return {values.data() + splits[row], size_t(length(row))}; }
 };
 
+// Codes from 0, one a row: in bytes where all of them fit.
+struct CodeColumn {
+  Span<const uint8_t> bytes;  // one of the two is empty
+  Span<const int32_t> words;
+};
+
+// Numbers, one a row: codes of a few values where there are few, otherwise the numbers themselves.
+struct NumberColumn {
+  Span<const uint8_t> codes;  // may be empty
+  Span<const float> values;
+
+  bool empty() const { return values.empty(); }
+  float operator[](int64_t row) const { return values[codes.empty() ? static_cast<size_t>(row) : codes[row]]; }
+  void Prefetch(int64_t row) const {
+    if (!codes.empty()) {
+      __builtin_prefetch(&codes[row]);
+    } else if (!values.empty()) {
+      __builtin_prefetch(&values[row]);
+    }
+  }
+};
+
 // Names of features of one table, by how the store holds them.
 struct FeatureNames {
   std::vector<std::string> fixed;  // kinds categorical and number: one code a row
@@ -31,7 +53,7 @@ struct FeatureNames {
 
 // The features themselves, in the order of their names.
 struct FeatureColumns {
-  std::vector<Span<const int32_t>> fixed;
+  std::vector<CodeColumn> fixed;
   std::vector<RaggedColumn> lists;
 };
 
@@ -52,6 +74,8 @@ class SectionReader {
     DPSR_RETURN_IF_ERROR(file_.Verify(*file_.Find(name)));
     return CheckLength(name, array->size(), rows);
   }
+  // The section `name` of `rows` codes of the values in section `name`.values, or of the numbers themselves.
+  Status Numbers(const std::string& name, int64_t rows, NumberColumn* column) const;
   // The ragged column of `rows` rows; its splits start at 0, never fall, and end with the values.
   Status Ragged(const std::string& splits, const std::string& values, int64_t rows, RaggedColumn* column) const;
   // The same without values: splits over the `values` elements of other sections.
@@ -68,7 +92,9 @@ class SectionReader {
 
  private:
   Status CheckLength(const std::string& name, size_t got, int64_t expected) const;
-  Status CheckCodes(const std::string& feature, const std::string& section, Span<const int32_t> codes) const;
+  Status Codes(const std::string& section, int64_t rows, CodeColumn* column) const;
+  template <typename T>
+  Status CheckCodes(const std::string& feature, const std::string& section, Span<const T> codes) const;
 
   const PackedFile& file_;
 };
@@ -85,7 +111,7 @@ int64_t GatherSplits(const RaggedColumn& column, Span<const int32_t> rows, int64
 // The values of all rows, one row after the other: as many as GatherSplits returned.
 void GatherValues(const RaggedColumn& column, Span<const int32_t> rows, int32_t* values);
 // codes [rows.size(), columns.size()], row by row.
-void GatherCodes(const std::vector<Span<const int32_t>>& columns, Span<const int32_t> rows, int32_t* codes);
+void GatherCodes(const std::vector<CodeColumn>& columns, Span<const int32_t> rows, int32_t* codes);
 
 }  // namespace dpsr
 

@@ -59,6 +59,7 @@ REGISTER_OP("DpsrExamplesDataset")
     .Attr("history_fixed: list(string) = []")
     .Attr("history_lists: list(string) = []")
     .Attr("query_history_length: int = 0")
+    .Attr("negative_mask: bool = true")
     .Attr("num_parallel_calls: int = 0")
     .Output("handle: variant")
     .SetIsStateful()
@@ -73,6 +74,8 @@ REGISTER_OP("DpsrExamplesDataset")
 
 constexpr const char* kInteractionsInput = "interactions";
 constexpr int64_t kMostParallelCalls = 1024;
+// Queries between a prefetch and its use.
+constexpr size_t kAhead = 8;
 
 // All arguments of the op.
 struct Arguments {
@@ -80,6 +83,7 @@ struct Arguments {
   BatchOptions batch;
   std::string own_negative_source;
   bool history_text = false;
+  bool negative_mask = true;
   int64_t first_step = 0;  // where a resumed training goes on
   int64_t num_parallel_calls = 0;
 
@@ -112,7 +116,8 @@ struct Arguments {
       TF_RETURN_IF_ERROR(visit(name, value));
     }
     TF_RETURN_IF_ERROR(visit("own_negative_source", &own_negative_source));
-    return visit("history_text", &history_text);
+    TF_RETURN_IF_ERROR(visit("history_text", &history_text));
+    return visit("negative_mask", &negative_mask);
   }
 };
 
@@ -142,7 +147,7 @@ class ExamplesDataset : public data::DatasetBase {
     Add(tensorflow::DT_FLOAT, {b});
     Add(tensorflow::DT_FLOAT, {b});
     Add(tensorflow::DT_INT32, {b});
-    Add(tensorflow::DT_BOOL, {b, shared});
+    Add(tensorflow::DT_BOOL, {b, arguments_.negative_mask ? shared : 0});
     Add(tensorflow::DT_BOOL, {b, o.num_own_negatives});
   }
 
@@ -322,7 +327,7 @@ class ExamplesDataset : public data::DatasetBase {
     const int64_t b = static_cast<int64_t>(batch->query.size());
     const int64_t shared = b + arguments_.batch.num_shared_negatives;
 
-    AppendQueries(*batch, allocator, out);
+    AppendQueries(batch.get(), allocator, out);
     AppendVector<int32>(batch->query, allocator, out);
     AppendTokens(store_->items().text(), View(batch->item), allocator, out);
     AppendVector<int32>(batch->item, allocator, out);
@@ -336,12 +341,12 @@ class ExamplesDataset : public data::DatasetBase {
     AppendTokens(store_->items().text(), arguments_.history_text ? history : Span<const int32_t>(), allocator, out);
     AppendFeatures(store_->history_features(), history, allocator, out);
     AppendVector<int64_t>(batch->query_history_splits, allocator, out);
-    AppendPastQueries(*batch, allocator, out);
+    AppendPastQueries(batch.get(), allocator, out);
     AppendVector<float>(batch->weight, allocator, out);
     AppendVector<float>(batch->label, allocator, out);
     AppendVector<int32>(batch->type, allocator, out);
-    out->emplace_back(allocator, tensorflow::DT_BOOL, tensorflow::TensorShape({b, shared}));
-    sampler_.NegativeMask(batch.get(), out->back().flat<bool>().data());
+    out->emplace_back(allocator, tensorflow::DT_BOOL, tensorflow::TensorShape({b, arguments_.negative_mask ? shared : 0}));
+    if (arguments_.negative_mask) sampler_.NegativeMask(batch.get(), out->back().flat<bool>().data());
     out->emplace_back(allocator, tensorflow::DT_BOOL,
                       tensorflow::TensorShape({b, arguments_.batch.num_own_negatives}));
     std::copy(batch->own_negative_mask.begin(), batch->own_negative_mask.end(), out->back().flat<bool>().data());
@@ -367,34 +372,40 @@ class ExamplesDataset : public data::DatasetBase {
     for (const RaggedColumn& column : features.lists) AppendTokens(column, rows, allocator, out);
   }
   // The queries of the log, then the title queries.
-  void AppendQueries(const Batch& batch, Allocator* allocator, std::vector<Tensor>* out) const {
-    const size_t log_queries = batch.query.size() - (batch.title_splits.size() - 1);
-    AppendQueryTokens({batch.query.data(), log_queries}, batch.title_splits, batch.title_tokens, allocator, out);
+  void AppendQueries(Batch* batch, Allocator* allocator, std::vector<Tensor>* out) const {
+    const size_t titles = batch->title_splits.size() - 1, log_queries = batch->query.size() - titles;
+    FindQueryTexts({batch->query.data(), log_queries}, &batch->texts);
+    for (size_t i = 0; i < titles; ++i) {
+      const int64_t begin = batch->title_splits[i], end = batch->title_splits[i + 1];
+      batch->texts.emplace_back(batch->title_tokens.data() + begin, static_cast<size_t>(end - begin));
+    }
+    AppendTexts(batch->texts, allocator, out);
   }
-  void AppendPastQueries(const Batch& batch, Allocator* allocator, std::vector<Tensor>* out) const {
-    AppendQueryTokens(View(batch.query_history), {0}, {}, allocator, out);
+  void AppendPastQueries(Batch* batch, Allocator* allocator, std::vector<Tensor>* out) const {
+    FindQueryTexts(View(batch->query_history), &batch->texts);
+    AppendTexts(batch->texts, allocator, out);
   }
-  // The texts of queries, which may lie in several files, and more texts after them.
-  void AppendQueryTokens(Span<const int32_t> queries, const std::vector<int64_t>& more_splits,
-                         const std::vector<int32_t>& more_tokens, Allocator* allocator,
-                         std::vector<Tensor>* out) const {
-    const size_t texts = queries.size() + more_splits.size() - 1;
-    Tensor splits(allocator, tensorflow::DT_INT64, {static_cast<int64_t>(texts) + 1});
+  // The tokens of queries, which may lie in several files.
+  void FindQueryTexts(Span<const int32_t> queries, std::vector<Span<const int32_t>>* texts) const {
+    texts->resize(queries.size());
+    for (size_t i = 0; i < queries.size(); ++i) {
+      if (i + kAhead < queries.size()) store_->PrefetchQuery(queries[i + kAhead]);
+      (*texts)[i] = store_->query_tokens(queries[i]);
+      __builtin_prefetch((*texts)[i].data());
+    }
+  }
+  static void AppendTexts(const std::vector<Span<const int32_t>>& texts, Allocator* allocator,
+                          std::vector<Tensor>* out) {
+    Tensor splits(allocator, tensorflow::DT_INT64, {static_cast<int64_t>(texts.size()) + 1});
     int64_t* split = splits.flat<int64_t>().data();
     *split = 0;
-    for (int32_t query : queries) {
-      split[1] = split[0] + static_cast<int64_t>(store_->query_tokens(query).size());
+    for (const Span<const int32_t>& text : texts) {
+      split[1] = split[0] + static_cast<int64_t>(text.size());
       ++split;
     }
-    const int64_t first_more = *split;
-    for (size_t i = 1; i < more_splits.size(); ++i) *++split = first_more + more_splits[i];
     Tensor values(allocator, tensorflow::DT_INT32, {*split});
     int32* value = values.flat<int32>().data();
-    for (int32_t query : queries) {
-      const Span<const int32_t> tokens = store_->query_tokens(query);
-      value = std::copy(tokens.begin(), tokens.end(), value);
-    }
-    std::copy(more_tokens.begin(), more_tokens.end(), value);
+    for (const Span<const int32_t>& text : texts) value = std::copy(text.begin(), text.end(), value);
     out->push_back(std::move(values));
     out->push_back(std::move(splits));
   }

@@ -7,7 +7,7 @@
 //   id_index.rows    int32 [items]            rows with Mix64(id) >> (64 - k) == bucket, ascending
 //   tokens.splits    int64 [items + 1]        row splits of
 //   tokens.values    int32 [tokens]           the token ids of the item's text
-//   feature.<name>   int32 [items]            codes from 0; or for lists
+//   feature.<name>   uint8 or int32 [items]   codes from 0; or for lists
 //   feature.<name>.splits int64 [items + 1], feature.<name>.values int32
 #ifndef DPSR_DPSR_TF_OPS_ITEM_TABLE_H_
 #define DPSR_DPSR_TF_OPS_ITEM_TABLE_H_

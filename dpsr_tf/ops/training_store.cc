@@ -8,52 +8,69 @@ namespace dpsr {
 namespace {
 
 // Fewer positives than this are looked through faster than they are looked up.
-constexpr int64_t kHeadPositives = 256;
+constexpr int64_t kHeadPositives = 128;
+constexpr size_t kItemsPerFilterWord = 4;
 
-// The rows of query q, as the splits say, have to be of query q and in the order of their items: the mask of clicked
-// items is looked up in them.
+// The mask of clicked items is looked up in the positives of a query.
 Status CheckPositives(const SectionReader& reader, const InteractionsShard& shard) {
   const RaggedColumn& items = shard.positives;
   for (int64_t q = 0; q < items.rows(); ++q) {
-    for (int64_t row = items.splits[q]; row < items.splits[q + 1]; ++row) {
-      if (shard.query[row] != q || (row > items.splits[q] && items.values[row] < items.values[row - 1])) {
-        return MakeStatus(StatusCode::kDataLoss, reader.file().path(), ": section positive.query row ", row,
-                          " is query ", shard.query[row], " item ", items.values[row], ", expected query ", q,
-                          " and items in ascending order; ingest the log again");
+    for (int64_t row = items.splits[q] + 1; row < items.splits[q + 1]; ++row) {
+      if (items.values[row] < items.values[row - 1]) {
+        return MakeStatus(StatusCode::kDataLoss, reader.file().path(), ": section positive.item row ", row, " is ",
+                          items.values[row], " after ", items.values[row - 1],
+                          ", expected the items of a query in ascending order; ingest the log again");
       }
     }
   }
   return Status();
 }
 
-void FindHeads(InteractionsShard* shard) {
-  shard->head_splits.assign(1, 0);
-  for (int64_t q = 0; q < shard->positives.rows(); ++q) {
-    if (shard->positives.length(q) < kHeadPositives) continue;
-    const size_t begin = shard->head_items.size();
-    const Span<const int32_t> items = shard->positives[q];
-    std::unique_copy(items.begin(), items.end(), std::back_inserter(shard->head_items));
-    if (2 * (shard->head_items.size() - begin) > items.size()) {
-      shard->head_items.resize(begin);
-      continue;
-    }
-    shard->heads.push_back(static_cast<int32_t>(q));
-    shard->head_splits.push_back(static_cast<int64_t>(shard->head_items.size()));
-  }
-  shard->head_items.shrink_to_fit();
-}
-
 }  // namespace
 
-Span<const int32_t> InteractionsShard::ClickedItems(int64_t local_query) const {
-  if (positives.length(local_query) >= kHeadPositives) {
-    const auto it = std::lower_bound(heads.begin(), heads.end(), local_query);
-    if (it != heads.end() && *it == local_query) {
-      const int64_t* split = &head_splits[static_cast<size_t>(it - heads.begin())];
-      return {head_items.data() + split[0], static_cast<size_t>(split[1] - split[0])};
+std::vector<uint64_t> ItemFilter::Of(Span<const int32_t> items) {
+  std::vector<uint64_t> words(items.size() / kItemsPerFilterWord + 1);
+  for (int32_t item : items) {
+    const Key key = KeyOf(item);
+    words[uint64_t{key.word} * words.size() >> 32] |= key.bits;
+  }
+  return words;
+}
+
+void InteractionsShard::FindQueries() {
+  for (int64_t q = 0, row = 0; q < positives.rows(); ++q) {
+    for (; row < positives.splits[q + 1]; row += kQueryStride) {
+      query_of.push_back(static_cast<int32_t>(q));
     }
   }
-  return positives[local_query];
+  // The last positive's, which may be followed by queries without any.
+  int64_t last = positives.rows();
+  while (last > 0 && positives.length(last - 1) == 0) --last;
+  if (last > 0) query_of.push_back(static_cast<int32_t>(last - 1));
+}
+
+void InteractionsShard::FindHeads() {
+  for (int64_t q = 0; q < positives.rows(); ++q) {
+    const Span<const int32_t> all = positives[q];
+    if (static_cast<int64_t>(all.size()) < kHeadPositives) continue;
+    HeadClicks head;
+    std::unique_copy(all.begin(), all.end(), std::back_inserter(head.items));
+    head.filter = ItemFilter::Of({head.items.data(), head.items.size()});
+    if (2 * head.items.size() > all.size()) head.items.clear();
+    head.items.shrink_to_fit();
+    heads.push_back(static_cast<int32_t>(q));
+    head_clicks.push_back(std::move(head));
+  }
+}
+
+Clicks InteractionsShard::ClicksOf(int64_t local_query) const {
+  Clicks clicks{positives[local_query], {}};
+  if (static_cast<int64_t>(clicks.items.size()) < kHeadPositives) return clicks;
+  const auto place = std::lower_bound(heads.begin(), heads.end(), local_query) - heads.begin();
+  const HeadClicks& head = head_clicks[static_cast<size_t>(place)];
+  if (!head.items.empty()) clicks.items = {head.items.data(), head.items.size()};
+  clicks.filter.words = {head.filter.data(), head.filter.size()};
+  return clicks;
 }
 
 Status TrainingStore::Open(const Options& options, const FileOpener& open, std::unique_ptr<TrainingStore>* store) {
@@ -88,7 +105,7 @@ Status TrainingStore::Open(const Options& options, const FileOpener& open, std::
     if (const PackedFile::Section* rows = shard.file->Find("positive.item")) positives += rows->count;
     if (!shard.own) continue;
     s->own_shards_.push_back(&shard);
-    s->own_rows_.push_back(s->own_rows_.back() + static_cast<int64_t>(shard.query.size()));
+    s->own_rows_.push_back(s->own_rows_.back() + static_cast<int64_t>(shard.user.size()));
   }
   if (positives == 0 || s->num_items() == 0) {
     return MakeStatus(StatusCode::kFailedPrecondition, options.interactions[0], ": ", positives,
@@ -110,12 +127,11 @@ Status TrainingStore::OpenShard(const Options& options, InteractionsShard* shard
   const int64_t queries = shard->query_tokens.rows();
   DPSR_RETURN_IF_ERROR(reader.Ragged("positive.splits", "positive.item", queries, &shard->positives));
   const int64_t positives = static_cast<int64_t>(shard->positives.values.size());
-  DPSR_RETURN_IF_ERROR(reader.Array("positive.query", positives, &shard->query));
   DPSR_RETURN_IF_ERROR(reader.Array("positive.user", positives, &shard->user));
   DPSR_RETURN_IF_ERROR(reader.Array("positive.time", positives, &shard->time));
   DPSR_RETURN_IF_ERROR(reader.Array("positive.type", positives, &shard->type));
   for (auto [name, column] : {std::pair{"positive.weight", &shard->weight}, {"positive.label", &shard->label}}) {
-    if (reader.Has(name)) DPSR_RETURN_IF_ERROR(reader.Array(name, positives, column));
+    if (reader.Has(name)) DPSR_RETURN_IF_ERROR(reader.Numbers(name, positives, column));
   }
   DPSR_RETURN_IF_ERROR(reader.Ragged("negative.splits", "negative.item", queries, &shard->negatives));
   DPSR_RETURN_IF_ERROR(reader.CheckRows("positive.user", shard->user, num_users_, "users"));
@@ -124,7 +140,8 @@ Status TrainingStore::OpenShard(const Options& options, InteractionsShard* shard
   DPSR_RETURN_IF_ERROR(reader.CheckTypes("positive.type", shard->type));
   DPSR_RETURN_IF_ERROR(reader.CheckRows("negative.item", shard->negatives.values, num_items(), "items"));
   DPSR_RETURN_IF_ERROR(reader.CheckAscending("negative.item", shard->negatives));
-  FindHeads(shard);
+  shard->FindQueries();
+  shard->FindHeads();
 
   const bool has_impressions = reader.Has("positive.request");
   if (options.impressions && !has_impressions) {

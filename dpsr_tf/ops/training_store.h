@@ -5,7 +5,7 @@
 //
 // users.dpsr (kind "users"); row 0 is the anonymous user
 //   id               int64 [users]
-//   feature.<name>   int32 [users], or feature.<name>.splits int64 [users + 1] and feature.<name>.values int32
+//   feature.<name>   uint8 or int32 [users], or feature.<name>.splits int64 [users + 1], feature.<name>.values int32
 //   event.splits     int64 [users + 1]        rows of each user's events, ascending by (time, query, item, type)
 //   event.time       uint32 [events]          seconds
 //   event.item       int32 [events]
@@ -15,10 +15,11 @@
 //   query.splits     int64 [queries + 1]      row splits of
 //   query.tokens     int32 [tokens]           the token ids of each distinct query text
 //   positive.splits  int64 [queries + 1]      rows of each query: positives are sorted by (query, item)
-//   positive.query, positive.user, positive.item  int32 [positives]
+//   positive.user, positive.item  int32 [positives]
 //   positive.time    uint32 [positives]
 //   positive.type    uint8 [positives]
-//   [positive.weight, positive.label]  float32 [positives]
+//   [positive.weight, positive.label]  float32 [positives], or uint8 codes of the values in
+//   [positive.weight.values, positive.label.values]  float32 [at most 256]
 //   [positive.request] int32 [positives]      -1 when nothing else was shown, otherwise a row of
 //   [impression.splits int64 [requests + 1]]  row splits of
 //   [impression.item int32]                   items shown in the request and not clicked, ascending
@@ -36,10 +37,45 @@
 
 #include "dpsr_tf/ops/columns.h"
 #include "dpsr_tf/ops/item_table.h"
+#include "dpsr_tf/ops/permutation.h"
 #include "tokenizer_cc/packed_file.h"
 #include "tokenizer_cc/status.h"
 
 namespace dpsr {
+
+// Which items a Bloom filter has: two bits of one word for each. Of 100 items that it has not, 2 seem to be there.
+struct ItemFilter {
+  // What a filter of any size asks of an item.
+  struct Key {
+    uint64_t bits;
+    uint32_t word;
+  };
+  static Key KeyOf(int32_t item) {
+    const uint64_t hash = Mix64(static_cast<uint64_t>(item));
+    return {uint64_t{1} << (hash & 63) | uint64_t{1} << (hash >> 6 & 63), static_cast<uint32_t>(hash >> 32)};
+  }
+  // 16 bits an item.
+  static std::vector<uint64_t> Of(Span<const int32_t> items);
+
+  Span<const uint64_t> words;
+
+  bool MayHave(const Key& key) const {
+    return (words[uint64_t{key.word} * words.size() >> 32] & key.bits) == key.bits;
+  }
+};
+
+// The items that were clicked for a query.
+struct Clicks {
+  Span<const int32_t> items;  // ascending, perhaps repeated
+  ItemFilter filter;          // of them; no words where they are few
+};
+
+// The same of a query with many positives: its items, once each, where that halves the list (a head query of a large log
+// has 1,000 times as many positives as items), otherwise none; and the filter.
+struct HeadClicks {
+  std::vector<int32_t> items;
+  std::vector<uint64_t> filter;
+};
 
 // One interactions file. What is below `own` is there for a worker's own shards only.
 struct InteractionsShard {
@@ -48,20 +84,30 @@ struct InteractionsShard {
   RaggedColumn query_tokens;
   bool own = false;
   RaggedColumn positives;  // items of each query, ascending; an item clicked twice stands twice
-  Span<const int32_t> query, user, request;  // request: empty unless asked for
+  Span<const int32_t> user, request;  // request: empty unless asked for
   Span<const uint32_t> time;
   Span<const uint8_t> type;
-  Span<const float> weight, label;  // empty: all 1
+  NumberColumn weight, label;       // empty: all 1
   RaggedColumn impressions;         // of each request
   RaggedColumn negatives;           // of each query
-  // Queries with many positives on few items, ascending, and those items, each once: a head query of a large log has
-  // 1,000 times as many positives as items. Takes at most 2 bytes a positive.
+  // Local queries of positives 0, kQueryStride, 2 * kQueryStride, ... and of the last one.
+  std::vector<int32_t> query_of;
+  // Queries with many positives, ascending. Takes at most 3 bytes a positive.
   std::vector<int32_t> heads;
-  std::vector<int64_t> head_splits;
-  std::vector<int32_t> head_items;
+  std::vector<HeadClicks> head_clicks;
 
-  // Items with a positive of the local query, ascending, perhaps repeated.
-  Span<const int32_t> ClickedItems(int64_t local_query) const;
+  static constexpr int64_t kQueryStride = 32;
+
+  // Makes query_of, and heads with head_clicks, of the positives.
+  void FindQueries();
+  void FindHeads();
+  // The local query of a positive.
+  int64_t QueryOfPositive(int64_t row) const {
+    const int64_t* splits = positives.splits.data();
+    const int32_t* around = &query_of[row / kQueryStride];
+    return std::upper_bound(splits + around[0] + 1, splits + around[1] + 1, row) - splits - 1;
+  }
+  Clicks ClicksOf(int64_t local_query) const;
 };
 
 // Immutable after Open, so thread-safe.
@@ -118,6 +164,13 @@ class TrainingStore {
     int64_t local;
     const InteractionsShard& shard = ShardOfQuery(query, &local);
     return shard.query_tokens[local];
+  }
+
+  // Query `query` is soon asked for.
+  void PrefetchQuery(int64_t query) const {
+    int64_t local;
+    const InteractionsShard& shard = ShardOfQuery(query, &local);
+    __builtin_prefetch(&shard.query_tokens.splits[local]);
   }
 
   // Events of each user; all empty unless Options::events.

@@ -73,6 +73,7 @@ def test_both_sides_hold_the_same(folder):
 
     def flat_examples():
         lists = [rows(flat[name]) for name in ("query", "title", "history_item", "history_type")]
+        lists.append([tuple(map(tuple, row)) for row in flat["past_query"].to_list()])
         names = [*benchmark.USER_FEATURES, *benchmark.ITEM_FEATURES]
         single = [
             flat[name].numpy().tolist()
@@ -83,6 +84,10 @@ def test_both_sides_hold_the_same(folder):
     def op_examples():
         history_types = tf.RaggedTensor.from_row_splits(op.history.types, op.history.items.row_splits)
         lists = [rows(tokens) for tokens in (op.query, op.item, op.history.items, history_types)]
+        past = tf.RaggedTensor.from_nested_row_splits(
+            op.history.query.values, [op.history.query_splits, op.history.query.row_splits]
+        )
+        lists.append([tuple(map(tuple, row)) for row in past.to_list()])
         codes = np.concatenate([op.user_features.codes, op.item_features.codes], axis=1).T
         single = (op.query_rows, op.user_rows, op.item_rows, op.types, op.weights, op.labels)
         return sorted(zip(*lists, *codes.tolist(), *(column.numpy().tolist() for column in single), strict=True))
@@ -95,6 +100,14 @@ def test_both_sides_hold_the_same(folder):
     assert np.mean(lengths) == pytest.approx(float((folder / "mean").read_text()))
     assert {len(example[0]) for example in examples} == {4}
     assert {len(example[1]) for example in examples} == {30}
+    assert {len(example[4]) for example in examples} == set(range(6)), "past queries"
+    assert {len(text) for example in examples for text in example[4]} == {4}
+
+
+def test_a_training_batch_has_negatives_and_a_mask(folder):
+    op, training = (next(iter(benchmark.op_dataset(folder / "store", 8, 1, impl))) for impl in benchmark.OPTIONS)
+    assert (op.item_rows.shape, op.negative_mask.shape) == ([8], [8, 0])
+    assert (training.item_rows.shape, training.negative_mask.shape) == ([72], [8, 72])
 
 
 def test_compressed_bytes(tmp_path):
@@ -122,6 +135,7 @@ def test_the_json_line():
     rows = {(row["impl"], row["metric"]): row["value"] for row in found["rows"] if row["workload"].startswith("20,000")}
     parts = [value for (impl, metric), value in rows.items() if impl == "store" and metric.startswith("bytes_of_")]
     assert sum(parts) == rows["store", "bytes"]
+    assert {"op", "op_training", "tfrecord"} == {impl for impl, metric in rows if metric == "rate_b1024"}
     assert rows["store", "bytes_compressed"] < rows["store", "bytes"] < rows["tfrecord", "bytes"]
     assert found["bars"]["bytes_ratio_to_flat"] == rows["store", "bytes"] / rows["tfrecord", "bytes"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def id_index(ids: np.ndarray) -> dict[str, np.ndarray]:
 def _features(table: Table) -> dict[str, np.ndarray]:
     sections: dict[str, np.ndarray] = {}
     for name, codes in table.fixed.items():
-        sections[f"feature.{name}"] = codes.astype(np.int32)
+        sections[f"feature.{name}"] = codes.astype(np.uint8 if codes.max(initial=0) < 256 else np.int32)
     for name, column in table.lists.items():
         sections |= {f"feature.{name}.splits": column.splits, f"feature.{name}.values": column.values}
     for name, codes in [*table.fixed.items(), *((n, c.values) for n, c in table.lists.items())]:
@@ -106,6 +107,24 @@ def _features(table: Table) -> dict[str, np.ndarray]:
             sections[f"values.{name}.splits"] = np.arange(count + 1, dtype=np.int64)
             sections[f"values.{name}.bytes"] = np.full(count, ord("v"), np.uint8)
     return sections
+
+
+def _numbers(name: str, column: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
+    values = np.unique(column.astype(np.float32))
+    if len(values) > 256:
+        return {name: column[rows].astype(np.float32)}
+    return {name: np.searchsorted(values, column[rows]).astype(np.uint8), f"{name}.values": values}
+
+
+def queries_of(file: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Local query row of each positive of an interactions file."""
+    lengths = np.diff(file["positive.splits"])
+    return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+
+
+def numbers_of(file: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """Column `name` (positive.weight or positive.label) of an interactions file, float32."""
+    return file[f"{name}.values"][file[name]] if f"{name}.values" in file else file[name]
 
 
 def _kind(table: Table, name: str) -> str:
@@ -186,16 +205,15 @@ def write_store(path: Path, items: Table, text: Ragged, users: Table, log: Log, 
             "query_text.splits": np.zeros(len(queries) + 1, np.int64),
             "query_text.bytes": np.zeros(0, np.uint8),
             "positive.splits": np.searchsorted(local, np.arange(len(queries) + 1)).astype(np.int64),
-            "positive.query": local,
             "positive.user": log.user[own].astype(np.int32),
             "positive.item": log.item[own].astype(np.int32),
             "positive.type": log.type[own].astype(np.uint8),
             "positive.time": log.time[own].astype(np.uint32),
         }
         if log.weight is not None:
-            sections["positive.weight"] = log.weight[own].astype(np.float32)
+            sections |= _numbers("positive.weight", log.weight, own)
         if log.label is not None:
-            sections["positive.label"] = log.label[own].astype(np.float32)
+            sections |= _numbers("positive.label", log.label, own)
         if log.request is not None and log.impressions is not None:
             kept = np.unique(log.request[own][log.request[own] >= 0])
             request = np.where(log.request[own] < 0, -1, np.searchsorted(kept, log.request[own]))

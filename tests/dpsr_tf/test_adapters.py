@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from store_builder import queries_of
 
 from dpsr_tf.data.adapters import raw
 from dpsr_tf.data.schema import ADAPTERS, load_schema
@@ -65,7 +66,8 @@ class Ingested:
 
     def pairs(self, name: str, prefix: str = "") -> list[Pair]:
         file = self.file(name)
-        columns = [file[f"{prefix}{column}"].tolist() for column in ("query", "user", "item", "time")]
+        columns = [file[f"{prefix}{column}"].tolist() for column in ("user", "item", "time")]
+        columns.insert(0, (queries_of(file) if prefix else file["query"]).tolist())
         queries, users, items = self.texts("interactions", "query_text"), self.ids("users"), self.ids("items")
         return [(queries[q], users[u], items[i], time) for q, u, i, time in zip(*columns, strict=True)]
 

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 import tensorflow as tf
-from store_builder import SmallStore, random_store, write_file
+from store_builder import SmallStore, numbers_of, queries_of, random_store, write_file
 
 from dpsr_tf import ops
 from dpsr_tf.config import TrainConfig
@@ -91,8 +91,10 @@ class Rows:
             self.negatives += self.lists(log, "negative.splits", "negative.item")
             shown = self.lists(log, "impression.splits", "impression.item")
             requests = [shown[row] if row >= 0 else [] for row in log["positive.request"].tolist()]
-            columns = [log[f"positive.{name}"].tolist() for name in ("query", "user", "item", "time", "type", "label")]
-            for weight, request, *row in zip(log["positive.weight"].tolist(), requests, *columns, strict=True):
+            columns = [queries_of(log), *(log[f"positive.{name}"] for name in ("user", "item", "time", "type"))]
+            columns = [column.tolist() for column in (*columns, numbers_of(log, "positive.label"))]
+            weights = numbers_of(log, "positive.weight").tolist()
+            for weight, request, *row in zip(weights, requests, *columns, strict=True):
                 self.clicks[weight] = [first + row[0], *row[1:], request]
                 self.clicked[first + row[0]].add(row[2])
                 self.shard_of[weight] = shard
@@ -256,6 +258,14 @@ def test_types_and_shapes(small, more):
     else:
         assert shapes.item_rows == [8 + 6 + 24] and shapes.own_negative_mask == [8, 3]
         assert shapes.user_features.codes == [8, 2] and len(shapes.item_features.lists) == 2
+
+
+def test_a_mask_that_nobody_asks_for(small):
+    without = examples_dataset(small, options(negative_mask=False))
+    for batch, whole in zip(batches(without, 3), batches(examples_dataset(small, options()), 3), strict=True):
+        assert batch.negative_mask.shape == (8, 0) and without.element_spec.negative_mask.shape == [8, 0]
+        assert whole.negative_mask.shape == (8, 14)
+        same([batch._replace(negative_mask=whole.negative_mask)], [whole])
 
 
 def test_options_of_a_config(small):
@@ -706,7 +716,8 @@ def _is_read(path, at):
         ("items", "tokens.splits", lambda a: a.astype(np.int32), 'section "tokens.splits" is int32, expected int64'),
         ("items", "tokens.values", lambda a: a - 2000, "tokens.values row 0 refers to row -"),
         ("items", "feature.code0", lambda a: a[:-1], "feature.code0 has 19 rows, expected 20"),
-        ("items", "feature.code0", lambda a: a - 9, "feature.code0 row 0 is code -"),
+        ("items", "feature.code0", lambda a: a.astype(np.int32) - 9, "feature.code0 row 0 is code -"),
+        ("items", "feature.code0", lambda a: a.astype(np.int64), 'section "feature.code0" is int64, expected int32'),
         ("items", "feature.code1", lambda a: a + 9, "feature.code1 row 0 is code .*, expected 0 to "),
         ("items", "feature.tags.values", lambda a: a + 9, "feature.tags.values row 0 is code .*, expected 0 to 9"),
         ("items", "feature.tags.splits", lambda a: a[:-1], "feature.tags.splits has 20 rows, expected 21"),
@@ -721,13 +732,15 @@ def _is_read(path, at):
         ("interactions", "query.splits", lambda a: np.r_[a[:2], a[-1:], a[3:]], "query.splits falls from"),
         ("interactions", "query.tokens", lambda a: a - 2000, "query.tokens row 0 refers to row -"),
         ("interactions", "positive.splits", lambda a: a[1:], "positive.splits has 10 rows, expected 11"),
-        ("interactions", "positive.query", lambda a: a[::-1].copy(), "positive.query row 0 is query"),
         ("interactions", "positive.item", lambda a: a + 20, "positive.item row 0 refers to row .* of 20 items"),
-        ("interactions", "positive.item", lambda a: a[::-1].copy(), "expected query .* and items in ascending order"),
+        ("interactions", "positive.item", lambda a: a[::-1].copy(), "expected the items of a query in ascending order"),
         ("interactions", "positive.user", lambda a: a[:-1], "positive.user has 59 rows, expected 60"),
         ("interactions", "positive.user", lambda a: a - 10, "positive.user row 0 refers to row -.* of 10 users"),
         ("interactions", "positive.type", lambda a: a + 3, "positive.type row 0 is"),
         ("interactions", "positive.weight", lambda a: a[1:], "positive.weight has 59 rows, expected 60"),
+        ("interactions", "positive.weight.values", lambda a: a[:9], "positive.weight row .* is code .* of 9 values"),
+        ("interactions", "positive.weight.values", lambda a: a.astype(np.int32), "is int32, expected float32"),
+        ("interactions", "positive.weight", lambda a: a.astype(np.float32), "is float32, expected uint8"),
         ("interactions", "positive.label", lambda a: a[1:], "positive.label has 59 rows, expected 60"),
         ("interactions", "positive.request", lambda a: a - 1, "positive.request row .* refers to row -2 of"),
         ("interactions", "positive.request", lambda a: a + 60, "positive.request row 0 refers to row"),
@@ -763,7 +776,8 @@ def test_optional_sections(tmp_path):
     store = random_store(tmp_path / "store", with_impressions=False)
     path = store.path / "interactions.dpsr"
     sections = dict(PackedFile(path, "interactions").items())
-    del sections["positive.weight"], sections["positive.label"]
+    for name in ("positive.weight", "positive.label"):
+        del sections[name], sections[f"{name}.values"]
     write_file(path, "interactions", sections)
     batch = batches(examples_dataset(store, dataclasses.replace(options(), history_length=3)), 1)[0]
     assert (batch.weights == 1).all() and (batch.labels == 1).all()

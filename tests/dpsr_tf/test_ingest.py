@@ -23,6 +23,7 @@ import pytest
 from conftest import encode_table
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from store_builder import numbers_of, queries_of
 
 from dpsr_tf.config import from_dict
 from dpsr_tf.data.ingest import ingest
@@ -86,8 +87,9 @@ def test_interactions(shop, store):
     assert unpack_strings(file, "query_text") == queries == list(store.queries())
     assert ragged(file, "query.splits", "query.tokens") == [store.vocabulary.encode(q).tolist() for q in queries]
     positives = pairs(2)
-    columns = [file[f"positive.{name}"].tolist() for name in ("query", "item", "user", "weight")]
-    assert list(zip(*columns, strict=True)) == positives, "sorted by query and item, a repeated row twice"
+    columns = queries_of(file), file["positive.item"], file["positive.user"], numbers_of(file, "positive.weight")
+    found = list(zip(*(column.tolist() for column in columns), strict=True))
+    assert found == positives, "sorted by query and item, a repeated row twice"
     assert len(positives) == 6
     by_query = [[item for q, item, _, _ in positives if q == i] for i in range(len(queries))]
     assert ragged(file, "positive.splits", "positive.item") == by_query
@@ -101,13 +103,14 @@ def test_interactions(shop, store):
         "query.splits": "int64",
         "query.tokens": "int32",
         "positive.splits": "int64",
-        "positive.query": "int32",
         "positive.user": "int32",
         "positive.item": "int32",
         "positive.type": "uint8",
         "positive.time": "uint32",
-        "positive.weight": "float32",
-        "positive.label": "float32",
+        "positive.weight": "uint8",
+        "positive.weight.values": "float32",
+        "positive.label": "uint8",
+        "positive.label.values": "float32",
         "negative.splits": "int64",
         "negative.item": "int32",
     }
@@ -129,10 +132,10 @@ def test_users(shop, store):
         "id": "int64",
         "id_index.splits": "int32",
         "id_index.rows": "int32",
-        "feature.gender": "int32",
+        "feature.gender": "uint8",
         "values.gender.splits": "int64",
         "values.gender.bytes": "uint8",
-        "feature.age": "int32",
+        "feature.age": "uint8",
         "values.age.splits": "int64",
         "values.age.bytes": "uint8",
         "event.splits": "int64",
@@ -346,7 +349,7 @@ def expected_store(schema, items, users, log, shards, store):
     }
 
     # Interactions.
-    shows = s.type and {"impression", "skip"} & set(s.types.values())
+    shows = s.type is not None
     clicked = collections.defaultdict(set)
     for row in positives:
         clicked[pair(row)["request"]].add(item_row[row["item"]])
@@ -389,9 +392,15 @@ def expected_store(schema, items, users, log, shards, store):
             **{
                 f"positive.{c}": [row[i] for row in rows]
                 for i, c in enumerate([*columns, *(["request"] if shows else [])])
+                if c != "query"
             },
             **packed(negatives, "negative.", "item"),
         }
+        for column in {"weight", "label"} & set(columns):
+            values = sorted({pair(row)[column] for row in positives})
+            assert len(values) <= 256
+            codes = [values.index(number) for number in files[name][f"positive.{column}"]]
+            files[name] |= {f"positive.{column}": codes, f"positive.{column}.values": values}
         if shows:
             files[name] |= packed([sorted(unclicked[request]) for request in requests], "impression.", "item")
     if held_out:
@@ -555,6 +564,23 @@ def test_a_store_holds_what_plain_python_works_out(world, order):
         )
         for path in out.iterdir():
             assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize(("distinct", "dtype"), [(1, "uint8"), (256, "uint8"), (257, "float32")])
+def test_few_weights_are_held_as_bytes(shop, tmp_path, dpsr, distinct, dtype):
+    shop.log = [{**shop.log[0], "label": 2, "weight": 0.5 + i % distinct} for i in range(600)]
+    dpsr(*shop.write().flags(tmp_path / "store")).succeeds()
+    (file,) = Store(tmp_path / "store").interactions()
+    assert file["positive.weight"].dtype == dtype and ("positive.weight.values" in file) == (dtype == "uint8")
+    assert numbers_of(file, "positive.weight").tolist() == sorted(row["weight"] for row in shop.log)
+
+
+@pytest.mark.parametrize(("distinct", "dtype"), [(255, "uint8"), (256, "int32")])
+def test_few_codes_are_held_as_bytes(shop, tmp_path, dpsr, distinct, dtype):
+    shop.users = [{**shop.users[0], "user_id": 3 + i, "gender": f"{i % distinct:03}"} for i in range(2 * distinct)]
+    dpsr(*shop.write().flags(tmp_path / "store")).succeeds()
+    codes = Store(tmp_path / "store").users()["feature.gender"]
+    assert codes.dtype == dtype and codes.tolist() == [0, *(1 + i % distinct for i in range(2 * distinct))]
 
 
 # One log, one store.
@@ -1182,7 +1208,7 @@ def test_a_file_that_may_not_grow(shop, limit, tmp_path):
     assert list(out.parent.iterdir()) == []
 
 
-@pytest.mark.parametrize("megabytes", [1, 3, 6])
+@pytest.mark.parametrize("megabytes", [1, 3, 4])
 def test_a_full_disk(shop, megabytes, tmp_path, dpsr):
     disk = tmp_path / "disk"
     disk.mkdir()
