@@ -155,10 +155,25 @@ def save_config(config: Config, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping: YAML takes the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key_node.tag != "tag:yaml.org,2002:merge" and str(key) in seen:
+                raise yaml.constructor.ConstructorError(
+                    "while reading a section", node.start_mark, f"key '{key}' stands twice", key_node.start_mark
+                )
+            seen.add(str(key))
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UsageError if there is none."""
     try:
-        data = yaml.safe_load(Path(path).read_bytes())
+        data = yaml.load(Path(path).read_bytes(), _UniqueKeys)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file, expected a YAML file") from None
     except OSError as error:
@@ -246,6 +261,8 @@ def _convert(value: Any, kind: Any, field: Any, where: str, check: bool) -> Any:
         value = _as_float(value)
     if kind is str and isinstance(value, datetime.date):  # YAML's own reading of 2024-03-01
         value = value.isoformat()
+    if kind is str and metadata.get("numbers") and type(value) in (int, float):
+        value = str(value)
     if type(value) is not kind:
         raise UsageError(f"{where} is {value!r}, expected {_name(kind)}{_help_of(metadata)}")
     low, high, choices = metadata.get("minimum"), metadata.get("maximum"), metadata.get("choices")
@@ -254,6 +271,8 @@ def _convert(value: Any, kind: Any, field: Any, where: str, check: bool) -> Any:
         raise UsageError(
             f"{where} is {given if value in (math.inf, -math.inf) else value!r}, expected {bounds}{_help_of(metadata)}"
         )
+    if value != value:  # NaN
+        raise UsageError(f"{where} is {given!r}, expected {_name(kind)}{_help_of(metadata)}")
     if choices and value not in choices:
         raise UsageError(f"{where} is {value!r}, expected one of {', '.join(choices)}")
     return value

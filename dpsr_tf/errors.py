@@ -20,5 +20,6 @@ class UsageError(CommandError):
 def op_message(error: Exception) -> str:
     """The line that a TensorFlow op failed with, without the graph's stack that tf.errors.OpError wraps around it."""
     text = str(getattr(error, "message", error))
+    text = re.sub(r"^From /job:\S+:\n", "", text, flags=re.MULTILINE)  # in a cluster
     inside = re.search(r"^Node: .*\n(.+)", text, re.MULTILINE)
     return inside.group(1) if inside else text.strip().splitlines()[0]

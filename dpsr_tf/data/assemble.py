@@ -264,7 +264,10 @@ class Assembler:
             for batch in self._batches(sql, f"count {what}", rows, _TEXTS):
                 builder.add(batch.column(0))
         path = self._out / vocabulary_name(name)
-        builder.write(path, **dataclasses.asdict(limits))
+        try:
+            builder.write(path, **dataclasses.asdict(limits))
+        except ValueError as error:  # nothing is left that has an id
+            raise CommandError(f"vocabulary: {error}; lower min_count, or give num_oov_buckets") from None
         return Vocabulary(path)
 
     def _write_items(self, vocabularies: dict[str | None, Vocabulary]) -> tuple[StoredFeature, ...]:
@@ -815,7 +818,7 @@ def held_out_from(schema: InteractionsSchema, last_time: int) -> int:
     given = held_out.after or ""
     try:
         return math.floor(float(given) / {"s": 1, "ms": 1e3, "us": 1e6}[schema.time_unit])
-    except ValueError:
+    except (ValueError, OverflowError):
         pass
     try:
         moment = datetime.datetime.fromisoformat(given.replace("Z", "+00:00"))

@@ -76,8 +76,9 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """Runs `dpsr ingest`."""
-    if (values.schema is None) == (values.adapter is None):
-        raise UsageError("give either --schema=FILE or --adapter=NAME")
+    if bool(values.schema) == bool(values.adapter):
+        given = "both are given" if values.schema else "neither is given"
+        raise UsageError(f"{given}: give either --schema=FILE or --adapter=NAME")
     if values.adapter is not None and values.input is None:
         raise UsageError(f"--adapter={values.adapter} needs --input, the directory of the downloaded files")
     if not 0 <= values.max_reject_fraction <= 1:
@@ -162,7 +163,7 @@ def ingest(
             reader = _Reader(store, pool, threads, batch_rows, rejected)
             s, u, log = schema.items, schema.users, schema.interactions
             columns = _columns([*s.text, s.title, s.id], [s.popularity], s.features)
-            text_items = _ids_are_text(files["items"], s.id, columns, max_reject_fraction)
+            text_items = _ids_are_text(files["items"], s.id, columns)
             reader.read("items", files["items"], *columns, lambda batch: encode_items(batch, s, text_items))
             if len(store.ids("items")) == 0:
                 raise CommandError(f"{files['items'][0]}: has no row that can be used, expected at least one item")
@@ -171,7 +172,7 @@ def ingest(
                 store.close_table("users")
             else:
                 columns = _columns([u.id], [], u.features)
-                text_users = _ids_are_text(files["users"], u.id, columns, max_reject_fraction)
+                text_users = _ids_are_text(files["users"], u.id, columns)
                 reader.read("users", files["users"], *columns, lambda batch: encode_users(batch, u, text_users))
             items, users = IdIndex(store.ids("items")), IdIndex(store.ids("users")) if log.user else None
             columns = _columns(
@@ -272,8 +273,8 @@ def _columns(
     return distinct, [column for column in dict.fromkeys(others) if column is not None and column not in distinct]
 
 
-def _ids_are_text(files: Sequence[Path], column: str, columns: tuple[list[str], list[str]], accepted: float) -> bool:
-    """Whether ids are text: more of them than may be rejected are no whole number as it is usually written."""
+def _ids_are_text(files: Sequence[Path], column: str, columns: tuple[list[str], list[str]]) -> bool:
+    """Whether ids are text: more than a hundredth of them are no whole number as it is usually written."""
     next(read_batches(files, *columns, 1), None)  # a file that lacks columns is refused with all their names
     strange = total = 0
     for source in read_batches(files, [column], []):
@@ -285,7 +286,7 @@ def _ids_are_text(files: Sequence[Path], column: str, columns: tuple[list[str], 
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
             whole = pc.match_substring_regex(ids, r"^\s*(0|-?[1-9][0-9]{0,18})\s*$")
             strange += pc.sum(pc.invert(whole)).as_py() or 0
-    return strange > accepted * total
+    return strange > 0.01 * total
 
 
 # Rejects.
@@ -307,7 +308,12 @@ class _Rejects:
             with open(self._path, errors="replace") as file:
                 if not file.readline().startswith('{"file": '):
                     raise UsageError(f"--rejects={self._path}: is there and holds no rejects; choose another file")
-            self._path.unlink()
+            try:
+                self._path.unlink()
+            except OSError as error:
+                raise CommandError(
+                    f"--rejects={self._path}: the file of an earlier run cannot be removed: {error.strerror}"
+                ) from None
         return self
 
     def __exit__(self, *unused: object) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from pathlib import Path
 
 from dpsr_tf.config import from_dict, option, read_yaml
@@ -50,12 +51,18 @@ class Feature:
         """What is wrong with values that are each allowed but do not go together."""
         if len(self.key.encode()) > _LONGEST_FEATURE:
             return f"name is '{self.key}', expected at most {_LONGEST_FEATURE} bytes; give another with `name`"
+        if "." in self.key:
+            return f"name is '{self.key}', expected a name without a dot; give another with `name`"
+        if not all(map(math.isfinite, self.boundaries)):
+            return f"boundaries is {list(self.boundaries)}, expected finite numbers"
         if (self.kind == "number") != bool(self.boundaries):
             return (
                 f"boundaries is {list(self.boundaries)} and kind {self.kind}, but they go with kind number, and only so"
             )
         if any(low >= high for low, high in itertools.pairwise(self.boundaries)):
             return f"boundaries is {list(self.boundaries)}, expected ascending numbers"
+        if self.separator == "":
+            return "separator is '', expected what stands between two values, for example '|'"
         if self.separator is not None and self.kind != "multi":
             return f"separator is {self.separator!r} and kind {self.kind}, but it goes with kind multi only"
         if self.vocabulary is not None and self.kind != "text":
@@ -96,8 +103,11 @@ class UsersSchema:
 class HeldOut:
     """What is kept from training, for `dpsr evaluate` and validation. Give one of the keys."""
 
-    after: str | None = option(None, "interactions from this time on: ISO 8601 (UTC), or a number in time_unit")
-    last_days: float | None = option(None, "interactions of the last so many days of the log", 0)
+    after: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "interactions from this time on: ISO 8601 (UTC), or a number in time_unit", "numbers": True},
+    )
+    last_days: float | None = option(None, "interactions of the last so many days of the log", 0, 36_500)
     query_share: float | None = option(None, "all interactions of this share of the queries, by a hash", 0, 0.5)
 
     def problem(self) -> str | None:
@@ -170,6 +180,13 @@ class TokenizerSchema:
     char_bigrams: bool = option(True, "pairs of neighbouring characters of such scripts")
     number_parts: bool = option(True, "the parts of words of letters and digits: 12mm as 12 and mm too")
     markers: bool = option(False, "<s> and </s> around each text")
+
+    def problem(self) -> str | None:
+        """What is wrong with the whole."""
+        words = self.word_unigrams or self.word_bigrams or self.letter_trigrams
+        if words or self.char_unigrams or self.char_bigrams:
+            return None
+        return "every kind of token is off, expected at least one of words, trigrams and characters"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -236,8 +236,7 @@ def read_manifest(path: Path, format_name: str, version: int, made_by: str) -> d
     got = (manifest.get("format"), manifest.get("version"))
     if got != (format_name, version):
         raise CommandError(
-            f"{path.parent}: is {got[0]} version {got[1]}, expected {format_name} version {version}; "
-            f"run `{made_by}` again"
+            f"{path}: is of {got[0]} version {got[1]}, expected {format_name} version {version}; run `{made_by}` again"
         )
     return manifest
 
@@ -258,6 +257,8 @@ def new_directory(path: Path, overwrite: bool = False, what: str = "", mark: str
         CommandError: `path` is there and may not be replaced, or cannot be made.
     """
     given, path = path, path.resolve()
+    if not path.name:
+        raise CommandError(f"{given}: is the root of the file system; choose a new directory for --out")
     try:
         _clean_up(path)
     except OSError as error:
@@ -278,6 +279,8 @@ def new_directory(path: Path, overwrite: bool = False, what: str = "", mark: str
             raise CommandError(f"{given}: cannot be made: {error.strerror}") from None
         yield temporary
         os.chmod(temporary, 0o755)  # mkdtemp makes it private
+        if path.exists() and not overwrite:
+            raise CommandError(f"{given}: was made by another process meanwhile; choose another --out")
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}{_REPLACED}", dir=path.parent))
             locks.append(_lock(old))

@@ -61,12 +61,15 @@ def find_files(patterns: Sequence[str], base: Path) -> list[Path]:
     found: list[Path] = []
     for pattern in patterns:
         path = base / pattern
-        if path.is_dir():
-            matches = sorted(p for p in path.iterdir() if p.is_file() and _kind(p))
-        elif path.is_file():
-            matches = [path]
-        else:
-            matches = [Path(p) for p in sorted(glob.glob(str(path))) if Path(p).is_file()]
+        try:
+            if path.is_dir():
+                matches = sorted(p for p in path.iterdir() if p.is_file() and _kind(p))
+            elif path.is_file():
+                matches = [path]
+            else:
+                matches = [Path(p) for p in sorted(glob.glob(str(path))) if Path(p).is_file()]
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read: {error.strerror}; correct its permissions") from None
         if not matches:
             raise UsageError(f"{path}: no such file; give --input, or correct `files` in the schema")
         found += matches

@@ -31,14 +31,27 @@ def exact_search(directory: str | Path, store: Store) -> ExactSearch:
         CommandError: no model or checkpoint is there, or the store has another vocabulary.
     """
     model = ModelDirectory.open(directory)
-    tables = StoreTables(model, store)
-    encode = _tower(model, tables.spec, _last_checkpoint(model), "item_embedding")
+    encode = item_encoder(model, store, _last_checkpoint(model))
     item_ids = store.items()["id"]
     embeddings = np.empty((len(item_ids), model.config.model.embedding_dim), np.float32)
     for begin in range(0, len(item_ids), _BATCH):
         rows = np.arange(begin, min(begin + _BATCH, len(item_ids)))
-        embeddings[rows] = encode(tables.items(rows))
+        embeddings[rows] = encode(rows)
     return ExactSearch(query_encoder(directory, store), item_ids, embeddings, is_personal(model.config.model))
+
+
+def item_encoder(model: ModelDirectory, store: Store, checkpoint: str) -> Callable[[np.ndarray], np.ndarray]:
+    """The item tower of a checkpoint (a path): rows of the item table [n] to float32 [n, embedding_dim].
+
+    After its first call, which makes the graph, threads may call it at once.
+
+    Raises:
+        CommandError: the store has another vocabulary or other features than the model. When called: the checkpoint
+            cannot be read.
+    """
+    tables = StoreTables(model, store)
+    encode = _tower(model, tables.spec, checkpoint, "item_embedding")
+    return lambda rows: encode(tables.items(rows))
 
 
 def query_encoder(directory: str | Path, store: Store, checkpoint: str | None = None) -> QueryEncoder:

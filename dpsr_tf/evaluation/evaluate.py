@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import time
@@ -83,6 +84,10 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     ks = _ks(values.k)
     if not values.system:
         raise UsageError(f"--system is missing, expected at least one of: {NAMES}")
+    if values.time_column and not values.user_column:
+        raise UsageError("--time_column is given without --user_column, and only a user has a history; give both")
+    if math.isnan(values.relevant_from):
+        raise UsageError("--relevant_from=nan: expected a number")
     if values.held_out and values.judgments:
         raise UsageError(f"--judgments={values.judgments}: goes not with --held_out; give one of them")
     if not values.held_out and not values.judgments:
@@ -93,6 +98,8 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         raise UsageError("--compare needs two systems or more, the first is what the others are compared with")
     if values.json and not Path(values.json).parent.is_dir():
         raise CommandError(f"--json={values.json}: there is no directory {Path(values.json).parent}; make it first")
+    if values.json and (Path(values.json).is_dir() or not os.access(Path(values.json).parent, os.W_OK)):
+        raise CommandError(f"--json={values.json}: cannot be written there; choose another file")
     corpus = Corpus.of_store(Store(values.store))
     if values.k and max(ks) > len(corpus.item_ids):
         raise UsageError(f"--k={max(ks)}: is beyond the corpus, expected at most {len(corpus.item_ids)}, its items")
@@ -157,6 +164,10 @@ def _judgments(values: flags.FlagValues, corpus: Corpus) -> tuple[Judgments, dic
     if values.skip_unknown:
         judgments, left_out["judgments of items that are not in the store"] = judgments.only_known(corpus.item_ids)
     judgments.check_items(corpus.item_ids)
+    if values.user_column:
+        known = corpus.store.users()["id"] if corpus.store is not None else np.zeros(0, np.int64)
+        strange = {user.id for user in judgments.users or ()} - set(known.tolist())
+        left_out["users that the store does not know, who are asked for as anonymous"] = len(strange)
     left_out["queries without a relevant item, but for AUC"] = len(judgments.unanswered)
     if FREQUENCY in values.slice:
         found: list[tuple[str, ...]] = [(name,) for name in corpus.frequencies(judgments.queries)]
@@ -266,7 +277,11 @@ def measure(
         if metrics.has_candidates(judgments, corpus.item_ids):
             of_queries |= _top_k(retriever, judgments, corpus.item_ids, options.seed)
         else:
-            notes.append(f"no top-k: the corpus has fewer than {metrics.NUM_CANDIDATES:,} items to choose from")
+            most = max(map(len, judgments.relevant))
+            notes.append(
+                f"no top-k: it takes {metrics.NUM_CANDIDATES - 1:,} items that are not relevant, and a query has "
+                f"{most:,} relevant ones of {len(corpus.item_ids):,}"
+            )
         pairs = _labelled_pairs(retriever, judgments)
         if pairs is None:
             notes.append("no AUC: no item is judged not relevant")

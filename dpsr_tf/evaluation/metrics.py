@@ -114,7 +114,7 @@ def _integer_gains(judgments: Judgments) -> dict[str, dict[str, int]]:
 
 
 def has_candidates(judgments: Judgments, item_ids: np.ndarray) -> bool:
-    """Whether the corpus has 1,023 items for each query that are not relevant to it."""
+    """Whether the corpus has 1,023 items for each query that are not relevant to it: top-k compares like with like."""
     return len(item_ids) - max(map(len, judgments.relevant)) >= NUM_CANDIDATES - 1
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import re
+import time
 from typing import Any
 
 import tensorflow as tf
@@ -9,16 +12,19 @@ from tqdm import tqdm
 
 from dpsr_tf.config import Config
 from dpsr_tf.data.dataset import Batch
-from dpsr_tf.models.embedding import EmbeddingTable, device_function, minimize, saver
+from dpsr_tf.errors import CommandError
+from dpsr_tf.models.embedding import EmbeddingTable, device_function, half_on_wire, minimize, saver
 from dpsr_tf.models.features import FeatureSpec
 from dpsr_tf.models.losses import log_q
 from dpsr_tf.models.objective import build_loss
-from dpsr_tf.models.two_tower import TwoTower
+from dpsr_tf.models.two_tower import TableFactory, TwoTower
 from dpsr_tf.training.cluster import Cluster
 
 v1 = tf.compat.v1
 
 _CHECKPOINTS = 3  # that are kept
+SUMMARY_STEPS = 100
+_NO_NUMBER = "the loss is no number any more at step"
 
 
 def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[str, Any]) -> tf.estimator.EstimatorSpec:
@@ -28,8 +34,11 @@ def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[s
         features: {"batch": one batch}.
         labels: unused, the positives of the batch are the labels.
         mode: tf.estimator.ModeKeys.TRAIN; inference graphs are built from TwoTower by dpsr_export.
-        params: `config` (Config), `features` (FeatureSpec), and `item_shares` (float32 [items], each item's share of
-            the positive pairs; only where `train.log_q_correction` is on).
+        params: `config` (Config), `features` (FeatureSpec), `num_ps` (parameter servers, 0 for none), and
+            `item_shares` (float32 [items], each item's share of the positive pairs; only where
+            `train.log_q_correction` is on).
+
+    A step whose loss is no number is an InvalidArgumentError (see `no_number`), and changes nothing.
 
     Raises:
         ValueError: for another mode.
@@ -40,17 +49,32 @@ def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[s
     spec: FeatureSpec = params["features"]
     batch = features["batch"]
     train = config.train
-    towers = TwoTower(config.model, spec, table=EmbeddingTable)
-    tables = [table for table in towers.tables.values() if isinstance(table, EmbeddingTable)]
+    table: TableFactory = EmbeddingTable
+    if config.cluster.placement == "rows" and params["num_ps"] > 1:
+        table = functools.partial(EmbeddingTable, placement="rows", num_shards=params["num_ps"])
+    getter = half_on_wire if config.cluster.half_on_wire else None
     item_log_q = None
     if train.log_q_correction:
         shares = tf.gather(tf.constant(params["item_shares"]), batch.item_rows)
         title_share = train.num_title_queries / train.batch_size
         item_log_q = log_q(shares, len(params["item_shares"]), train.mixing_ratio, title_share)
-    loss, metrics = build_loss(config, batch, towers, item_log_q)
+    with v1.variable_scope(v1.get_variable_scope(), custom_getter=getter):
+        towers = TwoTower(config.model, spec, table=table)
+        loss, metrics = build_loss(config, batch, towers, item_log_q)
+    tables = [table for table in towers.tables.values() if isinstance(table, EmbeddingTable)]
     for name, value in metrics.items():
         v1.summary.scalar(name, value)
-    train_op = minimize(loss, tables, train.learning_rate, v1.train.get_or_create_global_step())
+    global_step = v1.train.get_or_create_global_step()
+    # Every update waits for the learning rate, and that for a loss that is a number. The bare op: tf.debugging's has a
+    # branch around it, which costs.
+    check = tf.raw_ops.Assert(
+        condition=tf.math.is_finite(loss),
+        data=[_NO_NUMBER, global_step, batch.query_rows, batch.item_rows, batch.user_rows],
+        summarize=-1,
+    )
+    with tf.control_dependencies([check]):
+        learning_rate = tf.identity(train.learning_rate)
+    train_op = minimize(loss, tables, learning_rate, global_step)
     return tf.estimator.EstimatorSpec(
         mode, loss=loss, train_op=train_op, scaffold=v1.train.Scaffold(saver=saver(tables, max_to_keep=_CHECKPOINTS))
     )
@@ -68,7 +92,7 @@ def run_config(model_dir: str, config: Config, cluster: Cluster) -> tf.estimator
         model_dir=model_dir,
         tf_random_seed=config.train.seed,
         save_checkpoints_steps=config.train.checkpoint_steps,
-        save_summary_steps=min(100, config.train.checkpoint_steps),
+        save_summary_steps=min(SUMMARY_STEPS, config.train.checkpoint_steps),
         keep_checkpoint_max=_CHECKPOINTS,
         log_step_count_steps=None,
         session_config=session,
@@ -76,15 +100,56 @@ def run_config(model_dir: str, config: Config, cluster: Cluster) -> tf.estimator
     return run.replace(device_fn=device_function(run))
 
 
+def no_number(error: tf.errors.OpError) -> str | None:
+    """What went wrong, with step and rows of the batch, if `error` is that of a loss that is no number."""
+    parts = re.search(rf"{_NO_NUMBER}\]\s*" + r"\[(.*?)\]\s*" * 4, str(error.message), re.DOTALL)
+    if parts is None:
+        return None
+    step, *rows = (" ".join(part.split()) for part in parts.groups())
+    names = ("query_rows", "item_rows", "user_rows")
+    return f"{_NO_NUMBER} {step}, in a batch of " + ", ".join(f"{n} [{r}]" for n, r in zip(names, rows, strict=True))
+
+
+class FiniteWeights(tf.estimator.CheckpointSaverListener):
+    """Refuses to save weights that are no numbers, so that what is on disk can always be gone on with."""
+
+    def begin(self) -> None:
+        """Adds the check to the graph, each variable's where it lies."""
+        checks = []
+        for variable in v1.global_variables():
+            if variable.dtype.is_floating:
+                with tf.device(variable.device):
+                    checks.append(tf.reduce_all(tf.math.is_finite(variable)))
+        self._finite = tf.reduce_all(tf.stack(checks))
+
+    def before_save(self, session: tf.compat.v1.Session, global_step_value: int) -> None:
+        """Raises CommandError."""
+        if not session.run(self._finite):
+            raise CommandError(f"weights are no numbers any more at step {global_step_value}, and are not saved")
+
+
 class ProgressBar(tf.estimator.SessionRunHook):
-    """Shows steps, examples a second, time left and the mean loss of the last steps."""
+    """Shows examples, examples a second, time left and the last loss; the rate goes to TensorBoard, too.
+
+    Attributes:
+        num_steps: what this process has done of the training.
+    """
 
     _EVERY = 20  # steps between updates: fetching the loss costs
 
-    def __init__(self, total_steps: int, batch_size: int, shown: bool = True):
-        """`total_steps`: the global step where training ends."""
-        self._total, self._batch_size, self._shown = total_steps, batch_size, shown
+    def __init__(self, total_steps: int, batch_size: int, summary_dir: str | None, says_start: bool = False):
+        """Of one process.
+
+        Args:
+            total_steps: the global step where training ends.
+            batch_size: examples a step.
+            summary_dir: where the chief's rate goes; None, for others, shows no bar.
+            says_start: a line whenever a session is made, or made again after a loss: for processes of a cluster.
+        """
+        self._total, self._batch_size = total_steps, batch_size
+        self._summary_dir, self._says_start = summary_dir, says_start
         self._bar: tqdm | None = None
+        self.num_steps = 0
 
     def begin(self) -> None:
         """Finds the step and the loss in the finished graph."""
@@ -95,20 +160,22 @@ class ProgressBar(tf.estimator.SessionRunHook):
         """Starts the bar where the checkpoint left off."""
         first = int(session.run(self._step))
         self.close()  # of a session that was lost
+        if self._says_start:
+            print(f"training from step {first:,}", flush=True)
         self._bar = tqdm(
             total=self._total * self._batch_size,
             initial=first * self._batch_size,
             desc=f"{'train':<14}",
             unit=" examples",
             unit_scale=True,
-            disable=not self._shown,
+            disable=self._summary_dir is None,
         )
-        self._local = first
+        self._since = (first, time.monotonic())
 
     def before_run(self, run_context: tf.estimator.SessionRunContext) -> tf.estimator.SessionRunArgs | None:
         """Asks for the loss now and then."""
-        self._local += 1
-        return tf.estimator.SessionRunArgs([self._step, self._loss]) if self._local % self._EVERY == 0 else None
+        self.num_steps += 1
+        return tf.estimator.SessionRunArgs([self._step, self._loss]) if self.num_steps % self._EVERY == 0 else None
 
     def after_run(self, run_context: tf.estimator.SessionRunContext, run_values: tf.estimator.SessionRunValues) -> None:
         """Moves the bar."""
@@ -116,6 +183,16 @@ class ProgressBar(tf.estimator.SessionRunHook):
             step, loss = run_values.results
             self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             self._bar.update(int(step) * self._batch_size - self._bar.n)
+            self._summarise(int(step))
+
+    def _summarise(self, step: int) -> None:
+        first, since = self._since
+        if self._summary_dir is None or step - first < SUMMARY_STEPS:
+            return
+        self._since = (step, time.monotonic())
+        rate = (step - first) * self._batch_size / (self._since[1] - since)
+        summary = v1.Summary(value=[v1.Summary.Value(tag="examples_per_second", simple_value=rate)])
+        v1.summary.FileWriterCache.get(self._summary_dir).add_summary(summary, step)
 
     def end(self, session: tf.compat.v1.Session) -> None:
         """Moves the bar to the last step."""

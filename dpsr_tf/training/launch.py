@@ -23,23 +23,29 @@ from typing import IO
 from absl import flags
 
 from dpsr_tf.errors import CommandError, UsageError
+from dpsr_tf.training import train
+from dpsr_tf.training.model_directory import ModelDirectory
+from dpsr_tf.training.validation import Validation
 
 USAGE = """
-Usage: dpsr launch --workers=N --ps=N [flags of dpsr train]
+Usage: dpsr launch --workers=N --ps=N --store=STORE --out=MODEL [--config=FILE] [--set=KEY=VALUE ...]
 
-Runs `dpsr train` as a cluster of processes on this machine: N workers (the first is the chief) and N parameter servers.
-A process that is killed is started again.
+Runs `dpsr train` as a cluster of processes on this machine: N workers (the first is the chief), N parameter servers,
+and an evaluator where the config asks for validation. A process that is killed is started again.
 """
 
-PASS_UNKNOWN_FLAGS = True
+REQUIRED_FLAGS = train.REQUIRED_FLAGS
 
 # Seconds a process has to end after SIGTERM.
 _GRACE = 15.0
 _POLL = 0.2
+# Seconds between the lines that stand for a progress bar.
+_PROGRESS = 10.0
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Flags of `dpsr launch`."""
+    """Flags of `dpsr launch`: those of `dpsr train`, and what the cluster is made of."""
+    train.define_flags(values)
     flags.DEFINE_integer("workers", 2, "training processes, the chief among them", 1, flag_values=values)
     flags.DEFINE_integer("ps", 1, "parameter servers", 1, flag_values=values)
     flags.DEFINE_integer("max_restarts", 10, "times that killed processes are started again", 0, flag_values=values)
@@ -51,10 +57,27 @@ def run(values: flags.FlagValues, arguments: list[str]) -> int:
         raise UsageError(
             "TF_CONFIG is set, but `dpsr launch` makes one for each process; unset it, or run `dpsr train`"
         )
+    # What is wrong with flags, store, config or model is said here, once, before there is any process.
+    store, config = train.read_flags(values)
+    model = ModelDirectory.create_or_resume(values.out, config, store)
     tasks = [("ps", i) for i in range(values.ps)] + [("chief", 0)]
     tasks += [("worker", i) for i in range(values.workers - 1)]
-    with _ended_by_signals(), _Processes(tasks, arguments, values.max_restarts) as processes:
+    if config.validation.queries:
+        Validation(model, store, config)
+        tasks.append(("evaluator", 0))
+    command = ["train", f"--store={values.store}", f"--out={values.out}", *(f"--set={value}" for value in values.set)]
+    if values.config:
+        command.append(f"--config={values.config}")
+    with _ended_by_signals(), _Processes(tasks, command, values.max_restarts) as processes:
         return processes.run()
+
+
+class _Failed(CommandError):
+    """A process of the cluster has failed."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
 
 
 class _Processes:
@@ -65,6 +88,8 @@ class _Processes:
         ports = _free_ports(len(tasks))
         self._cluster: dict[str, list[str]] = {}
         for (kind, _), port in zip(tasks, ports, strict=True):
+            if kind == "evaluator":  # nobody connects to it
+                continue
             self._cluster.setdefault(kind, []).append(f"127.0.0.1:{port}")
         self._tasks = tasks
         self._running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
@@ -91,9 +116,11 @@ class _Processes:
                 del self._running[task]
                 if status == 0 and task[0] != "ps":
                     continue
-                # A command that failed has said why, and would fail again; what was killed deserves another try.
-                if status > 0:
-                    raise CommandError(f"{_name(task)} ended with status {status}; its message stands above")
+                # A command that failed has said why, and would fail again; what was killed, or lost a process that was,
+                # deserves another try.
+                if status > 0 and status != train.LostError.status:
+                    self._end(list(self._running))
+                    raise _Failed(f"{_name(task)} ended with status {status}; its message stands above", status)
                 if self._restarts_left == 0:
                     raise CommandError(f"{_name(task)} was ended by {_cause(status)}, and --max_restarts is used up")
                 self._restarts_left -= 1
@@ -104,7 +131,7 @@ class _Processes:
     def _start(self, task: tuple[str, int]) -> None:
         kind, index = task
         config = {"cluster": self._cluster, "task": {"type": kind, "index": index}}
-        command = [sys.executable, "-m", "dpsr_tf.cli", "train", *self._arguments]
+        command = [sys.executable, "-m", "dpsr_tf.cli", *self._arguments]
         if (setpriv := shutil.which("setpriv")) is not None:  # a launcher that is killed takes its processes along
             command = [setpriv, "--pdeathsig", "KILL", *command]
         process = subprocess.Popen(
@@ -135,11 +162,26 @@ class _Processes:
 
 
 def _print_lines(name: str, stream: IO[bytes]) -> None:
-    """Passes on what a process prints, a line at a time; of a progress bar only where it ends."""
-    for line in stream:
-        text = line.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
-        if text:
-            print(f"{name}: {text}", flush=True)
+    """Passes on what a process prints, a line at a time; of a progress bar a line every few seconds, and its last."""
+    rest, next_progress = b"", time.monotonic() + _PROGRESS
+    while data := os.read(stream.fileno(), 1 << 16):
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            _print_line(name, line)
+        if b"\r" in rest and time.monotonic() >= next_progress:
+            next_progress = time.monotonic() + _PROGRESS
+            _print_line(name, rest)
+            rest = b""
+    _print_line(name, rest)
+    stream.close()
+
+
+def _print_line(name: str, line: bytes) -> None:
+    text = line.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2].strip()
+    if text:
+        # One write: lines of several processes do not run into one another.
+        sys.stdout.write(f"{name}: {text}\n")
+        sys.stdout.flush()
 
 
 def _name(task: tuple[str, int]) -> str:
@@ -147,7 +189,7 @@ def _name(task: tuple[str, int]) -> str:
 
 
 def _cause(status: int) -> str:
-    return signal.Signals(-status).name if status < 0 else "itself"
+    return signal.Signals(-status).name if status < 0 else f"itself, with status {status}"
 
 
 def _free_ports(count: int) -> list[int]:

@@ -4,6 +4,7 @@ config.yaml        the config it was trained with
 features.json      which features its towers read (FeatureSpec), and what their codes mean
 vocabulary.dpsr    the vocabulary its token ids come from
 checkpoint, model.ckpt-*, events.*   TensorFlow's
+validation.jsonl, best/, validation/   of training with validation (validation.py)
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from dpsr_tf.data.store import Store
 from dpsr_tf.errors import CommandError, UsageError
 from dpsr_tf.models.features import FeatureSpec
 from dpsr_tokenizer import FormatError, Vocabulary
+
+# What makes a directory of checkpoints a model.
+FILES = ("vocabulary.dpsr", "features.json", "config.yaml")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,9 @@ from dpsr_tf.data.dataset import BatchOptions, examples_dataset, training_input
 from dpsr_tf.data.store import Store, check_replaceable
 from dpsr_tf.errors import CommandError, UsageError, op_message
 from dpsr_tf.models.features import FeatureSpec
+from dpsr_tf.training import validation
 from dpsr_tf.training.cluster import Cluster
-from dpsr_tf.training.estimator import ProgressBar, model_fn, run_config
+from dpsr_tf.training.estimator import FiniteWeights, ProgressBar, model_fn, no_number, run_config
 from dpsr_tf.training.model_directory import ModelDirectory
 
 USAGE = """
@@ -26,6 +27,12 @@ Trains query tower and item tower on a store. A model that is there already goes
 """
 
 REQUIRED_FLAGS = ("store", "out")
+
+
+class LostError(CommandError):
+    """A process that this one needs is gone. Kubeflow's "user-defined, retryable" status: starting again mends it."""
+
+    status = 138
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -39,21 +46,23 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """Runs `dpsr train`."""
-    config = config_from_flags(values.config, values.set)
     cluster = Cluster.from_environment()
-    store = Store(values.store)
-    out = Path(values.out)
-    if cluster.task_type == "evaluator":
-        raise UsageError(
-            "TF_CONFIG: task: type is 'evaluator', but this training has no use for one; "
-            "`dpsr evaluate --system=model:DIR` measures a checkpoint"
-        )
     if values.overwrite and not cluster.is_local:
         raise UsageError("--overwrite and TF_CONFIG are given, but the tasks of a cluster share --out; remove it first")
+    store, config = read_flags(values)
+    if cluster.task_type == "evaluator" and not config.validation.queries:
+        raise UsageError("TF_CONFIG: task: type is 'evaluator', but validation.queries is 0; set how many it shall ask")
+    train(store, config, values.out, cluster)
+
+
+def read_flags(values: flags.FlagValues) -> tuple[Store, Config]:
+    """Store and config of the flags; what --overwrite removes is gone then. Raises UsageError or CommandError."""
+    config, out = config_from_flags(values.config, values.set), Path(values.out)
+    store = Store(values.store)
     if values.overwrite and out.exists():
         check_replaceable(out, "model", "config.yaml")
         shutil.rmtree(out)
-    train(store, config, out, cluster)
+    return store, config
 
 
 def config_from_flags(path: str | None, assignments: list[str]) -> Config:
@@ -90,12 +99,32 @@ def train(store: Store, config: Config, model_dir: str | Path, cluster: Cluster 
     """
     cluster = cluster or Cluster()
     model = ModelDirectory.create_or_resume(model_dir, config, store)
+    trains = cluster.task_type in ("chief", "worker")
+    if trains and validation.is_over(model.path, config):
+        print(f"model {model.path}: {_stopped(model.path, config)}")
+        return model
+    if trains:
+        _global_step(model.path)  # one that cannot be read is named
+    listeners: list[tf.estimator.CheckpointSaverListener] = [FiniteWeights()]
+    if config.validation.queries and (cluster.is_local or cluster.task_type == "evaluator"):
+        validated = validation.Validation(model, store, config)
+        if cluster.task_type == "evaluator":
+            validated.watch()
+            return model
+        listeners.append(validation.ValidationListener(validated, model.path))
     estimator = tf.estimator.Estimator(
         model_fn,
         config=run_config(str(model.path), config, cluster),
-        params={"config": config, "features": model.features, "item_shares": _item_shares(store, config)},
+        params={
+            "config": config,
+            "features": model.features,
+            "num_ps": cluster.num_ps,
+            "item_shares": _item_shares(store, config),
+        },
     )
-    bar = ProgressBar(config.train.steps, config.train.batch_size, shown=cluster.task_type == "chief")
+    is_chief = cluster.task_type == "chief"
+    summary_dir = str(model.path) if is_chief else None
+    bar = ProgressBar(config.train.steps, config.train.batch_size, summary_dir, says_start=not cluster.is_local)
     options = batch_options(config, model.features)
 
     def examples() -> tf.data.Dataset:
@@ -109,26 +138,42 @@ def train(store: Store, config: Config, model_dir: str | Path, cluster: Cluster 
 
     try:
         if cluster.is_local:
-            estimator.train(examples, hooks=[bar], max_steps=config.train.steps)
+            estimator.train(examples, hooks=[bar], max_steps=config.train.steps, saving_listeners=listeners)
         else:
+            hooks = [bar, validation.StopWhenOver(model.path, config)]
             tf.estimator.train_and_evaluate(
                 estimator,
-                tf.estimator.TrainSpec(examples, max_steps=config.train.steps, hooks=[bar]),
-                tf.estimator.EvalSpec(examples),  # of an evaluator, and there is none
+                tf.estimator.TrainSpec(examples, config.train.steps, hooks, listeners),
+                tf.estimator.EvalSpec(examples),  # of Estimator's own evaluator, which ours stands in for
             )
-    except tf.estimator.NanLossDuringTrainingError:
-        raise CommandError(
-            f"the loss is no number any more after step {_global_step(model.path)} (the last checkpoint); "
-            f"lower train.learning_rate, now {config.train.learning_rate:g}, and start anew with another --out "
-            f"or --overwrite"
-        ) from None
     except tf.errors.OpError as error:
+        if (problem := no_number(error)) is not None:
+            raise CommandError(
+                f"{problem}; the last checkpoint, of step {_global_step(model.path)}, is sound; lower "
+                f"train.learning_rate, now {config.train.learning_rate:g}, and start anew with another --out or "
+                f"--overwrite"
+            ) from None
+        if not cluster.is_local and isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError)):
+            raise LostError(f"a parameter server was lost: {op_message(error)}; start this task again") from None
         raise CommandError(op_message(error)) from None
     finally:
         bar.close()
-    if cluster.task_type == "chief":
+    if not cluster.is_local:
+        print(f"did {bar.num_steps:,} of the steps", flush=True)
+    if is_chief:
         print(f"model {model.path}: step {_global_step(model.path):,}, {store.vocabulary.num_ids:,} token embeddings")
+        if validation.is_over(model.path, config):
+            print(f"model {model.path}: {_stopped(model.path, config)}")
     return model
+
+
+def _stopped(model_dir: Path, config: Config) -> str:
+    found = validation.best_of(validation.measurements(model_dir, config), config)
+    name = validation.metric(config)
+    return (
+        f"stopped, as {config.validation.patience} measurements brought no better {name} than {found[name]:.4f} of "
+        f"step {found['step']:,}, which is in {model_dir / validation.BEST}"
+    )
 
 
 def batch_options(config: Config, features: FeatureSpec) -> BatchOptions:

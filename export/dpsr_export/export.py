@@ -12,12 +12,14 @@ import tensorflow as tf
 from absl import flags
 
 from dpsr_export import faiss_ops
-from dpsr_export.index import FORMAT, FORMAT_VERSION
+from dpsr_export.embeddings import checkpoint_fingerprint
+from dpsr_export.index import FORMAT, FORMAT_VERSION, check_files
 from dpsr_tf import __version__
 from dpsr_tf.config import to_dict
 from dpsr_tf.data.dataset import Tokens
 from dpsr_tf.data.store import new_directory, read_manifest
 from dpsr_tf.errors import CommandError, op_message
+from dpsr_tf.evaluation.checkpoint import is_personal
 from dpsr_tf.models.two_tower import TwoTower
 from dpsr_tf.training.model_directory import ModelDirectory
 from dpsr_tokenizer import FormatError, PackedFile, tf_ops
@@ -49,16 +51,25 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     if version is None:
         version = 1 + max((int(p.name) for p in base.glob("*") if p.name.isdigit()), default=0)
     with new_directory(base / str(version)) as out:
-        export(ModelDirectory.open(values.model), Path(values.index), out)
-    print(f"servable {base / str(version)}: signatures serving_default, search, query_embedding, score")
+        signatures = export(ModelDirectory.open(values.model), Path(values.index), out)
+    print(f"servable {base / str(version)}: signatures {', '.join(signatures)}")
 
 
-def export(model: ModelDirectory, index_dir: Path, out: Path) -> None:
-    """Writes a servable into the directory `out`, and asks it one query as a last check.
+def export(model: ModelDirectory, index_dir: Path, out: Path) -> list[str]:
+    """Writes a servable into the directory `out`, asks it one query as a last check, and returns its signatures.
+
+    There is no signature `score` where the item tower reads features: a text alone does not tell an item's score.
 
     Raises:
-        CommandError: the index was made from another model or checkpoint, or the written servable does not answer.
+        CommandError: the model is personalised, the index was made from another model or checkpoint or is damaged, or
+            the written servable does not answer.
     """
+    if is_personal(model.config.model):
+        raise CommandError(
+            f"{model.path}: its query tower reads users (model.user_features, model.history_length, "
+            f"model.query_history_length), and such models cannot be exported yet; train one with [], 0 and 0 there, "
+            f"or measure this one with `dpsr evaluate --system=model:{model.path}`"
+        )
     index = read_manifest(index_dir / "index.json", FORMAT, FORMAT_VERSION, "dpsr index")
     checkpoint = model.path / index["checkpoint"]
     expected = {
@@ -76,8 +87,15 @@ def export(model: ModelDirectory, index_dir: Path, out: Path) -> None:
             f"{index_dir}: was made from {index['checkpoint']}, which {model.path} no longer holds; "
             f"run `dpsr index` again"
         )
+    fingerprint = checkpoint_fingerprint(str(checkpoint))
+    if index["checkpoint_fingerprint"] != fingerprint:
+        raise CommandError(
+            f"{index_dir}: was made from another {index['checkpoint']} (fingerprint {index['checkpoint_fingerprint']}) "
+            f"than that of {model.path} ({fingerprint}); run `dpsr index` again"
+        )
+    check_files(index_dir, index)
     shutil.rmtree(out)  # the builder insists on making it
-    _write_saved_model(model, index, index_dir, str(checkpoint), out)
+    signatures = _write_saved_model(model, index, index_dir, str(checkpoint), out)
     extra = out / "assets.extra"
     extra.mkdir()
     shutil.copyfile(index_dir / "item_titles.tsv.gz", extra / "item_titles.tsv.gz")
@@ -93,17 +111,18 @@ def export(model: ModelDirectory, index_dir: Path, out: Path) -> None:
     }
     (extra / "dpsr_manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     _check(out, index_dir)
+    return signatures
 
 
 def _write_saved_model(
     model: ModelDirectory, index: dict[str, Any], index_dir: Path, checkpoint: str, out: Path
-) -> None:
+) -> list[str]:
     with tf.Graph().as_default():
         vocabulary = tf_ops.VocabularyTable(str(model.vocabulary_path))
         items = faiss_ops.FaissIndexTable(
             str(index_dir / "items.faiss"), str(index_dir / "item_ids.dpsr"), parameters=index["parameters"]
         )
-        towers = TwoTower(model.config.model, model.vocabulary.num_ids)
+        towers = TwoTower(model.config.model, model.features)
         query = v1.placeholder(tf.string, [None], "query")
         item_text = v1.placeholder(tf.string, [None], "item_text")
         k = v1.placeholder(tf.int32, [], "k")
@@ -113,7 +132,6 @@ def _write_saved_model(
             return Tokens(ragged.values, ragged.row_splits)
 
         query_embedding = towers.query_embedding(tokens(query))  # [batch, heads, dim]
-        item_embedding = towers.item_embedding(tokens(item_text))
 
         def found(count: tf.Tensor) -> dict[str, tf.Tensor]:
             item_ids, scores, heads = items.search(query_embedding, count)
@@ -123,11 +141,10 @@ def _write_saved_model(
             "serving_default": ({"query": query}, found(tf.constant(model.config.serving.k))),
             "search": ({"query": query, "k": k}, found(k)),
             "query_embedding": ({"query": query}, {"query_embedding": query_embedding}),
-            "score": (
-                {"query": query, "item_text": item_text},
-                {"score": towers.pair_scores(query_embedding, item_embedding)},
-            ),
         }
+        if not model.features.item:
+            score = towers.pair_scores(query_embedding, towers.item_embedding(tokens(item_text)))
+            signatures["score"] = ({"query": query, "item_text": item_text}, {"score": score})
         with v1.Session() as session:
             v1.train.Saver().restore(session, checkpoint)
             builder = v1.saved_model.Builder(str(out))
@@ -142,6 +159,7 @@ def _write_saved_model(
                 main_op=v1.tables_initializer(),
             )
             builder.save()
+    return list(signatures)
 
 
 def _check(servable: Path, index_dir: Path) -> None:

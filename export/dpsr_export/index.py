@@ -4,15 +4,20 @@ The index directory holds
 
     items.faiss            the FAISS index; labels are positions 0 to items - 1
     item_ids.dpsr          position -> item id
-    item_embeddings.dpsr   the embeddings the index was built from
+    item_embeddings.dpsr   the embeddings the index was built from (dpsr_export/embeddings.py)
     item_titles.tsv.gz     item id -> title, for tools that show results
-    index.json             what it was made from: model, step, counts, factory, search parameters, ann_recall
+    recall.json            the recall report: ann_recall and latency over the search parameters; recall.svg its plot
+    index.json             what it was made from, counts, factory, search parameters, ann_recall, sizes and checksums
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
+import hashlib
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +25,27 @@ import faiss
 import numpy as np
 import tensorflow as tf
 from absl import flags
-from tqdm import tqdm
 
-from dpsr_tf.config import IndexConfig
-from dpsr_tf.data.dataset import Tokens
+from dpsr_export import ann, embeddings
+from dpsr_tf.config import Config, IndexConfig, to_dict
 from dpsr_tf.data.store import Store, new_directory
 from dpsr_tf.errors import CommandError
-from dpsr_tf.models.two_tower import TwoTower
 from dpsr_tf.training.model_directory import ModelDirectory
+from dpsr_tf.training.train import config_from_flags
 from dpsr_tokenizer import PackedFileWriter
 
 USAGE = """
-Usage: dpsr index --model=MODEL --store=STORE --out=INDEX
+Usage: dpsr index --model=MODEL --store=STORE --out=INDEX [--set=index.factory=FACTORY ...]
 
 Computes the embeddings of all items with the last checkpoint of a model, builds the FAISS index that the model's config
-names (index.factory), and measures how much of the exact result it finds (ann_recall).
+names (index.factory, or auto), measures how much of the exact result it finds over its search parameters (ann_recall),
+and takes the cheapest that reach index.recall_target. A run that was killed goes on where it was.
 """
 
 FORMAT = "dpsr-index"
-FORMAT_VERSION = 1
-_BATCH = 4096
-# The recall report asks with this many item embeddings as queries.
+FORMAT_VERSION = 2
+# Query vectors that the recall report asks with.
 _RECALL_QUERIES = 1000
-
-v1 = tf.compat.v1
 
 REQUIRED_FLAGS = ("model", "store", "out")
 
@@ -54,116 +56,273 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("store", None, "store with the items", flag_values=values)
     flags.DEFINE_string("out", None, "directory of the index, made by this command", flag_values=values)
     flags.DEFINE_boolean("overwrite", False, "replaces an index that is there", flag_values=values)
+    flags.DEFINE_multi_string(
+        "set", [], "a value over the model's config, for example index.factory=auto", flag_values=values
+    )
+    flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "where FAISS trains, adds and compares", flag_values=values)
+    flags.DEFINE_float(
+        "min_ann_recall", 0.0, "refuses an index with a lower ann_recall@k, k of serving.k", 0, 1, flag_values=values
+    )
 
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """Runs `dpsr index`."""
-    model, store = ModelDirectory.open(values.model), Store(values.store)
-    with new_directory(Path(values.out), values.overwrite, "index", "index.json") as out:
-        manifest = build_index(model, store, out)
+    model = ModelDirectory.open(values.model)
+    config = config_from_flags(str(model.path / "config.yaml"), values.set) if values.set else model.config
+    manifest = build_index(
+        model, Store(values.store), Path(values.out), config, values.overwrite, values.device, values.min_ann_recall
+    )
+    left_out = ", ".join(
+        f"{manifest[key]:,} items left out ({why})"
+        for key, why in (("empty_items", "no token known"), ("not_finite_items", "embedding is no number"))
+        if manifest[key]
+    )
     print(
         f"index {values.out}: {manifest['items']:,} items, {manifest['factory']}, "
         f"ann_recall@100 {manifest['ann_recall@100']:.4f}, {manifest['bytes'] / 1e6:.1f} MB"
+        f"{'; ' + left_out if left_out else ''}"
     )
 
 
-def build_index(model: ModelDirectory, store: Store, out: Path) -> dict[str, Any]:
-    """Writes the files of an index into the directory `out`; returns what index.json holds.
+def build_index(
+    model: ModelDirectory,
+    store: Store,
+    out: Path,
+    config: Config,
+    overwrite: bool = False,
+    device: str = "cpu",
+    min_ann_recall: float = 0.0,
+) -> dict[str, Any]:
+    """Makes the index directory `out`; returns what index.json holds. On failure there is none, as before.
+
+    Args:
+        model: whose last checkpoint embeds items and queries.
+        store: items, and the queries that the index is measured with.
+        out: the directory to make.
+        config: sections index and serving are used.
+        overwrite: replaces an index that is there.
+        device: cpu or gpu, where FAISS trains, adds and computes the exact result.
+        min_ann_recall: least ann_recall@k, k that of section serving.
 
     Raises:
-        CommandError: model and store have another vocabulary, the model has no checkpoint, or FAISS refuses the
-            factory string.
+        CommandError: model and store do not go together, the model has no checkpoint, FAISS refuses the factory string
+            or the parameters, nothing fits index.memory, the device is not there, or ann_recall is too low.
     """
-    if model.vocabulary.fingerprint != store.vocabulary.fingerprint:
-        raise CommandError(
-            f"{store.path}: its vocabulary is not that of model {model.path}; give the store the model was trained on"
-        )
+    difference = model.store_difference(store)
+    if difference:
+        raise CommandError(f"{model.path}: {difference}; give the store the model was trained on")
     checkpoint = tf.train.latest_checkpoint(str(model.path))
     if checkpoint is None:
         raise CommandError(f"{model.path}: holds no checkpoint; run `dpsr train` to its first one")
-    item_ids = store.items()["id"]
-    embeddings = embed_items(model, store, checkpoint)
-    index = _build(embeddings, model.config.index)
-    faiss.write_index(index, str(out / "items.faiss"))
-    with PackedFileWriter(str(out / "item_ids.dpsr"), "item_ids") as ids_file:
-        ids_file.add("id", item_ids)
-    with PackedFileWriter(str(out / "item_embeddings.dpsr"), "item_embeddings") as embeddings_file:
-        embeddings_file.add("id", item_ids)
-        embeddings_file.add("embedding", embeddings.reshape(-1))
-    write_titles(out / "item_titles.tsv.gz", item_ids, store.titles())
-    manifest = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "model": str(model.path),
-        "checkpoint": Path(checkpoint).name,
-        "vocabulary_fingerprint": f"{model.vocabulary.fingerprint:016x}",
-        "items": len(item_ids),
-        "embedding_dim": embeddings.shape[1],
-        "factory": model.config.index.factory,
-        "parameters": model.config.index.parameters,
-        "metric": "inner_product",
-        "bytes": (out / "items.faiss").stat().st_size,
-        "ann_recall@100": ann_recall(index, embeddings, 100),
-        "empty_items": int((~embeddings.any(axis=1)).sum()),
-    }
-    (out / "index.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    # What can be refused now is not refused after an hour.
+    ann.check_device(device)
+    dim = model.config.model.embedding_dim
+    if config.index.factory != "auto":
+        ann.set_parameters(ann.make(config.index.factory, dim), config.index.parameters)
+    _candidates(config.index, store.counts.items, dim)
+    source = embeddings.source_fingerprint(model, store, checkpoint)
+    with (
+        new_directory(out, overwrite, "index", "index.json") as directory,
+        embeddings.kept_embeddings(out, source) as work,
+    ):
+        path = embeddings.embed_items(model, store, checkpoint, work)
+        embeddings.link_or_copy(path, directory / path.name)
+        items = embeddings.ItemEmbeddings(path, dim)
+        queries, what = embeddings.sample_queries(model, store, checkpoint, _RECALL_QUERIES)
+        if not len(queries):
+            queries = items.vectors[:: max(1, len(items.ids) // _RECALL_QUERIES)][:_RECALL_QUERIES]
+            what = f"{len(queries):,} items, as there is no query to ask"
+        result = choose_and_build(items.vectors, queries, config, device)
+        print(f"ann_recall of {result.factory} ({what})\n{table(result)}")
+        k = config.serving.k
+        recall = result.chosen.ann_recall[k]
+        if recall < min_ann_recall:
+            raise CommandError(
+                f"ann_recall@{k} of {result.factory} is {recall:.4f} at most ({result.chosen.parameters}), below "
+                f"--min_ann_recall={min_ann_recall:g}; take another index.factory or index.parameters (the embeddings "
+                f"are kept for the next run)"
+            )
+        faiss.write_index(result.index, str(directory / "items.faiss"))
+        with PackedFileWriter(str(directory / "item_ids.dpsr"), "item_ids") as ids_file:
+            ids_file.add("id", items.ids)
+        write_titles(directory / "item_titles.tsv.gz", store.items()["id"], store.titles())
+        _write_report(directory, result, what)
+        manifest = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "model": str(model.path),
+            "checkpoint": Path(checkpoint).name,
+            "checkpoint_fingerprint": embeddings.checkpoint_fingerprint(checkpoint),
+            "vocabulary_fingerprint": f"{model.vocabulary.fingerprint:016x}",
+            "embeddings_source": source,
+            "items": len(items.ids),
+            "empty_items": items.num_empty,
+            "not_finite_items": items.num_not_finite,
+            "embedding_dim": dim,
+            "factory": result.factory,
+            "parameters": result.chosen.parameters,
+            "metric": "inner_product",
+            "config": to_dict(config.index),
+            "bytes": (directory / "items.faiss").stat().st_size,
+            **{f"ann_recall@{at}": value for at, value in result.chosen.ann_recall.items()},
+            "p50_ms": result.chosen.p50_ms,
+            "p99_ms": result.chosen.p99_ms,
+            "files": {name: file_record(directory / name) for name in ("items.faiss", "item_ids.dpsr")},
+        }
+        (directory / "index.json").write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
-def embed_items(model: ModelDirectory, store: Store, checkpoint: str) -> np.ndarray:
-    """Embeddings float32 [items, embedding_dim] of all items of a store, in the order of its item file."""
-    items = store.items()
-    values, splits = items["tokens.values"], items["tokens.splits"]
-    count = len(splits) - 1
-    embeddings = np.empty((count, model.config.model.embedding_dim), np.float32)
-    with tf.Graph().as_default():
-        tokens = Tokens(v1.placeholder(tf.int32, [None]), v1.placeholder(tf.int64, [None]))
-        embedding = TwoTower(model.config.model, model.vocabulary.num_ids).item_embedding(tokens)
-        with v1.Session() as session, tqdm(total=count, desc=f"{'embed items':<14}", unit=" items") as bar:
-            v1.train.Saver().restore(session, checkpoint)
-            for begin in range(0, count, _BATCH):
-                end = min(begin + _BATCH, count)
-                feed = {
-                    tokens.values: values[splits[begin] : splits[end]],
-                    tokens.row_splits: splits[begin : end + 1] - splits[begin],
-                }
-                embeddings[begin:end] = session.run(embedding, feed)
-                bar.update(end - begin)
-    if not np.isfinite(embeddings).all():
-        bad = int((~np.isfinite(embeddings)).any(axis=1).sum())
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """A measured index, with its search parameters set."""
+
+    index: faiss.Index
+    factory: str
+    settings: list[ann.Setting]
+    chosen: ann.Setting
+    k: int  # of the recall target
+    recall_target: float
+
+
+def choose_and_build(vectors: np.ndarray, queries: np.ndarray, config: Config, device: str = "cpu") -> Built:
+    """Builds the index of `config.index` over float32 [n, dim]; with `auto` a larger one where recall is too low.
+
+    Raises:
+        CommandError: nothing fits index.memory, or FAISS refuses.
+    """
+    k, target = config.serving.k, config.index.recall_target
+    exact = ann.Exact(vectors, queries, sorted({*ann.RECALL_AT, k}), device)
+    best: Built | None = None
+    best_bytes = 0
+    fitting = _candidates(config.index, len(vectors), vectors.shape[1])
+    if config.index.factory == "auto":
+        looked_at = ann.candidates(len(vectors), vectors.shape[1], target, config.index.memory * 1e9)
+        print(f"index.factory auto: {fitting[0].factory}, the first that fits (sizes are estimates)")
+        print("\n".join(candidate.line() for candidate in looked_at))
+    for candidate in fitting:
+        if best is not None and candidate.bytes <= best_bytes:
+            continue  # shorter codes find no more
+        index = ann.build(vectors, candidate.factory, device)
+        settings = ann.sweep(index, exact, queries, k, config.index.parameters)
+        chosen = settings[0] if config.index.parameters else ann.choose(settings, k, target)
+        if best is None or chosen.ann_recall[k] > best.chosen.ann_recall[k]:
+            best, best_bytes = Built(index, candidate.factory, settings, chosen, k, target), candidate.bytes
+        if chosen.ann_recall[k] >= target:
+            break
+        print(f"{candidate.factory}: ann_recall@{k} is {chosen.ann_recall[k]:.4f} at most, below {target:g}")
+    assert best is not None
+    ann.set_parameters(best.index, best.chosen.parameters)
+    return best
+
+
+def _candidates(config: IndexConfig, items: int, dim: int) -> list[ann.Candidate]:
+    """What may be built, in the order of preference. Raises CommandError if nothing fits index.memory."""
+    if config.factory != "auto":
+        return [ann.Candidate(config.factory, 0, "")]
+    found = ann.candidates(items, dim, config.recall_target, config.memory * 1e9)
+    fitting = [candidate for candidate in found if not candidate.verdict]
+    if not fitting:
+        smallest = min(found, key=lambda candidate: candidate.bytes)
         raise CommandError(
-            f"{model.path}: {bad:,} of {count:,} item embeddings are no numbers; train with a lower rate"
+            f"index.memory is {config.memory:g} GB, but of {items:,} items of {dim} dimensions the smallest index, "
+            f"{smallest.factory}, takes about {smallest.bytes / 1e9:.3g} GB; allow more, or lower model.embedding_dim"
         )
-    return embeddings
+    return fitting
 
 
-def _build(embeddings: np.ndarray, config: IndexConfig) -> faiss.Index:
-    try:
-        index = faiss.index_factory(embeddings.shape[1], config.factory, faiss.METRIC_INNER_PRODUCT)
-        index.train(embeddings)
-        index.add(embeddings)
-        if config.parameters:
-            # The stub of this overload names its second argument's type wrongly.
-            faiss.ParameterSpace().set_index_parameters(index, config.parameters)  # type: ignore[arg-type]
-    except RuntimeError as error:
-        raise CommandError(
-            f"FAISS refuses index.factory '{config.factory}' with parameters '{config.parameters}' for "
-            f"{len(embeddings):,} items of {embeddings.shape[1]} dimensions: {str(error).splitlines()[-1]}"
-        ) from None
-    return index
+def table(built: Built) -> str:
+    """The recall report for people; an asterisk marks what was chosen."""
+    ks = list(built.chosen.ann_recall)
+    lines = [f"  {'parameters':<28}" + "".join(f"{f'@{k}':>9}" for k in ks) + f"{'p50 ms':>10}{'p99 ms':>10}"]
+    for setting in built.settings:
+        mark = "*" if setting == built.chosen else " "
+        recalls = "".join(f"{recall:>9.4f}" for recall in setting.ann_recall.values())
+        lines.append(f"{mark} {setting.parameters or '-':<28}{recalls}{setting.p50_ms:>10.3f}{setting.p99_ms:>10.3f}")
+    if built.chosen.ann_recall[built.k] < built.recall_target:
+        lines.append(f"index.recall_target={built.recall_target:g} of ann_recall@{built.k} is not reached")
+    return "\n".join(lines)
 
 
-def ann_recall(index: faiss.Index, embeddings: np.ndarray, k: int) -> float:
-    """Of the exact top k, the share that the index finds; queries are evenly spaced items."""
-    k = min(k, len(embeddings))
-    queries = embeddings[:: max(1, len(embeddings) // _RECALL_QUERIES)][:_RECALL_QUERIES]
-    exact = faiss.IndexFlatIP(embeddings.shape[1])
-    exact.add(embeddings)
-    # By score, not by id: items with equal embeddings are equally right.
-    floor = exact.search(queries, k)[0][:, -1:]
-    _, found = index.search(queries, k)
-    scores = np.einsum("qkd,qd->qk", embeddings[found], queries)
-    return float(((scores >= floor - 1e-6) & (found >= 0)).mean())
+def _write_report(directory: Path, built: Built, queries: str) -> None:
+    report = {
+        "queries": queries,
+        "factory": built.factory,
+        "k": built.k,
+        "recall_target": built.recall_target,
+        "chosen": built.chosen.parameters,
+        "latency": f"one query at a time, one thread, k={built.k}",
+        "settings": [
+            {
+                "parameters": setting.parameters,
+                **{f"ann_recall@{k}": recall for k, recall in setting.ann_recall.items()},
+                "p50_ms": setting.p50_ms,
+                "p99_ms": setting.p99_ms,
+            }
+            for setting in built.settings
+        ],
+    }
+    (directory / "recall.json").write_text(json.dumps(report, indent=2) + "\n")
+    if len(built.settings) > 1:
+        (directory / "recall.svg").write_text(plot(built.settings, built.factory))
+
+
+def plot(settings: Sequence[ann.Setting], title: str) -> str:
+    """An SVG of ann_recall over the median latency (logarithmic): a colour a k, a dot a setting."""
+    width, height, margin = 640, 400, 60
+    times = [max(setting.p50_ms, 1e-6) for setting in settings]
+    low, high = math.log10(min(times)), math.log10(max(times))
+
+    def x(ms: float) -> float:
+        return margin + (width - 2 * margin) * (math.log10(max(ms, 1e-6)) - low) / (high - low or 1)
+
+    def y(recall: float) -> float:
+        return height - margin - (height - 2 * margin) * recall
+
+    def text(left: float, top: float, words: str, anchor: str = "middle", fill: str = "black") -> str:
+        return f'<text x="{left:.0f}" y="{top:.0f}" text-anchor="{anchor}" fill="{fill}">{words}</text>'
+
+    parts = [text(width / 2, 30, f"ann_recall of {title}"), text(width / 2, height - 15, "median latency, ms")]
+    for recall in (0, 0.25, 0.5, 0.75, 1):
+        parts.append(f'<path d="M{margin} {y(recall):.0f}H{width - margin}" stroke="lightgrey"/>')
+        parts.append(text(margin - 8, y(recall) + 4, f"{recall:g}", "end"))
+    parts += [text(x(ms), height - margin + 18, f"{ms:.2g}") for ms in (min(times), max(times))]
+    for i, (k, colour) in enumerate(zip(settings[0].ann_recall, ("crimson", "teal", "navy", "orange"), strict=False)):
+        parts.append(text(width - margin + 8, margin + 16 * i, f"@{k}", "start", colour))
+        for setting in settings:
+            place = f'cx="{x(setting.p50_ms):.1f}" cy="{y(setting.ann_recall[k]):.1f}"'
+            label = f"<title>{setting.parameters} {setting.ann_recall[k]:.4f}</title>"
+            parts.append(f'<circle {place} r="4" fill="{colour}">{label}</circle>')
+    body = "\n".join(parts)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
+        f'font-size="12">\n{body}\n</svg>\n'
+    )
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as index.json holds them."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def check_files(index_dir: Path, manifest: dict[str, Any]) -> None:
+    """Raises CommandError if a file of an index is not the one that index.json was written for."""
+    for name, expected in manifest["files"].items():
+        try:
+            found = file_record(index_dir / name)
+        except OSError as error:
+            raise CommandError(
+                f"{index_dir / name}: cannot be read: {error.strerror}; run `dpsr index` again"
+            ) from None
+        for key, value in expected.items():
+            if found[key] != value:
+                raise CommandError(
+                    f"{index_dir / name}: {key} is {found[key]}, but index.json says {value}; run `dpsr index` again"
+                )
 
 
 def write_titles(path: Path, item_ids: np.ndarray, titles: list[str]) -> None:

@@ -166,14 +166,14 @@ def test_swapped_vocabulary(store, shop, tmp_path, dpsr):
 def test_another_version_of_the_store(store, version, got):
     edit_manifest(store, version=version)
     with pytest.raises(
-        CommandError, match=f"is {FORMAT} version {got}, expected {FORMAT} version 2; run `dpsr ingest`"
+        CommandError, match=f"is of {FORMAT} version {got}, expected {FORMAT} version 2; run `dpsr ingest`"
     ):
         Store(store.path)
 
 
 def test_another_format(store):
     edit_manifest(store, format="tar")
-    with pytest.raises(CommandError, match=f"is tar version 2, expected {FORMAT} version 2"):
+    with pytest.raises(CommandError, match=f"is of tar version 2, expected {FORMAT} version 2"):
         Store(store.path)
 
 

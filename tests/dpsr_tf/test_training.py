@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import shutil
 import signal
 import subprocess
@@ -10,14 +12,29 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
+import yaml
+from store_builder import queries_of
 
-from dpsr_tf.config import Config, ModelConfig, ServingConfig, TrainConfig, load_config, save_config
-from dpsr_tf.data.dataset import Tokens, examples_dataset, training_input
+from dpsr_tf import cli
+from dpsr_tf.config import (
+    ClusterConfig,
+    Config,
+    ModelConfig,
+    ServingConfig,
+    TrainConfig,
+    ValidationConfig,
+    load_config,
+    save_config,
+)
+from dpsr_tf.data.dataset import examples_dataset, training_input
+from dpsr_tf.data.store import Store
 from dpsr_tf.errors import CommandError, UsageError
+from dpsr_tf.evaluation.checkpoint import exact_search
 from dpsr_tf.models.two_tower import TwoTower
-from dpsr_tf.training.estimator import model_fn
-from dpsr_tf.training.model_directory import ModelDirectory
-from dpsr_tf.training.train import config_from_flags, train
+from dpsr_tf.training.estimator import FiniteWeights, model_fn, no_number
+from dpsr_tf.training.model_directory import FILES, ModelDirectory, feature_spec
+from dpsr_tf.training.train import batch_options, config_from_flags, train
+from dpsr_tf.training.validation import is_over
 
 v1 = tf.compat.v1
 
@@ -58,17 +75,9 @@ def losses(path):
 
 def scores(model, store):
     """Inner products [queries, items] of everything in the store."""
-
-    def all_tokens(file, splits, values):
-        return Tokens(tf.constant(file[values]), tf.constant(file[splits]))
-
-    with tf.Graph().as_default(), v1.Session() as session:
-        towers = TwoTower(model.config.model, model.vocabulary.num_ids)
-        query = towers.query_embedding(all_tokens(store.interactions(), "query.splits", "query.tokens"))
-        item = towers.item_embedding(all_tokens(store.items(), "tokens.splits", "tokens.values"))
-        product = towers.scores(query, item)
-        v1.train.Saver().restore(session, tf.train.latest_checkpoint(str(model.path)))
-        return session.run(product)
+    search, ids = exact_search(model.path, store), store.items()["id"]
+    queries = list(store.queries())
+    return search.score(queries, None, np.tile(ids, (len(queries), 1)))
 
 
 # Learning.
@@ -82,9 +91,9 @@ def test_loss_falls_and_relevant_items_rank_first(click_store, tmp_path):
     first, last = found[min(found)], found[max(found)]
     assert len(found) >= 4 and last < 0.5 * first, found
 
-    log, all_scores = click_store.interactions(), scores(model, click_store)
+    (log,), all_scores = click_store.interactions(), scores(model, click_store)
     relevant = np.zeros(all_scores.shape, bool)
-    relevant[log["positive.query"], log["positive.item"]] = True
+    relevant[queries_of(log), log["positive.item"]] = True
     better = [(row[wanted][:, None] > row[~wanted]).mean() for row, wanted in zip(all_scores, relevant, strict=True)]
     assert np.mean(better) > 0.95, "chance is 0.5"
 
@@ -93,23 +102,29 @@ def test_loss_falls_and_relevant_items_rank_first(click_store, tmp_path):
 def test_hardly_any_learning_at_a_tiny_learning_rate(click_store, tmp_path):
     """The counterpart: what the test above measures is learnt, not given."""
     model = train(click_store, with_train(steps=50, learning_rate=1e-8), tmp_path / "model")
-    log, all_scores = click_store.interactions(), scores(model, click_store)
-    positive = all_scores[log["positive.query"], log["positive.item"]].mean()
+    (log,), all_scores = click_store.interactions(), scores(model, click_store)
+    positive = all_scores[queries_of(log), log["positive.item"]].mean()
     assert abs(positive - all_scores.mean()) < 0.3
 
 
-def test_one_step_of_the_graph_is_algorithm_1(click_store, tmp_path):
+def graph_of(store, config, num_ps=0, change=lambda batch: batch):
+    """The training graph of model_fn in the default graph; features and EstimatorSpec."""
+    spec = feature_spec(config, store)
+    dataset = training_input(examples_dataset(store, batch_options(config, spec)))
+    features = v1.data.make_one_shot_iterator(dataset).get_next()
+    features = {"batch": change(features["batch"])}
+    v1.train.get_or_create_global_step()
+    params = {"config": config, "features": spec, "num_ps": num_ps, "item_shares": None}
+    return features["batch"], model_fn(features, None, tf.estimator.ModeKeys.TRAIN, params)
+
+
+def test_one_step_of_the_graph_is_algorithm_1(click_store):
     """Loss of the model_fn against NumPy on the same batch, with weights, mask and mixing as the paper has them."""
     config = with_train(num_supervised_negatives=3, mixing_ratio=0.3)
     with tf.Graph().as_default(), v1.Session() as session:
-        dataset = training_input(examples_dataset(click_store, config.train))
-        features = v1.data.make_one_shot_iterator(dataset).get_next()
-        v1.train.get_or_create_global_step()
-        params = {"config": config, "num_ids": click_store.vocabulary.num_ids}
-        spec = model_fn(features, None, tf.estimator.ModeKeys.TRAIN, params)
+        batch, spec = graph_of(click_store, config)
         with v1.variable_scope(v1.get_variable_scope(), reuse=True):
             towers = TwoTower(config.model, click_store.vocabulary.num_ids)
-        batch = features["batch"]
         embeddings = towers.query_embedding(batch.query)[:, 0], towers.item_embedding(batch.item)
         session.run(v1.global_variables_initializer())
         loss, batch, (query, item) = session.run((spec.loss, batch, embeddings))
@@ -127,10 +142,76 @@ def test_one_step_of_the_graph_is_algorithm_1(click_store, tmp_path):
     assert loss == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_step_without_a_number_changes_nothing(click_store):
+    """Not one variable; and the error knows step and rows of the batch."""
+
+    def spoil(batch):
+        weight = tf.cond(v1.train.get_or_create_global_step() < 2, lambda: 1.0, lambda: np.nan)
+        return batch._replace(weights=batch.weights * weight)
+
+    with tf.Graph().as_default(), v1.Session() as session:
+        batch, spec = graph_of(click_store, CONFIG, change=spoil)
+        session.run(v1.global_variables_initializer())
+        variables = [v for v in v1.global_variables() if "global_step" not in v.name]
+        before = session.run(variables)
+        session.run(spec.train_op)
+        session.run(spec.train_op)
+        after = session.run(variables)
+        assert all((one != other).any() for one, other in zip(before, after, strict=True)), "a sound step changes all"
+        with pytest.raises(tf.errors.InvalidArgumentError) as caught:
+            session.run(spec.train_op)
+        for one, other in zip(after, session.run(variables), strict=True):
+            np.testing.assert_array_equal(one, other)
+    with tf.Graph().as_default(), v1.Session() as session:
+        batch, _ = graph_of(click_store, CONFIG)
+        rows = [session.run((batch.query_rows, batch.item_rows, batch.user_rows)) for _ in range(3)][2]
+    message = no_number(caught.value)
+    assert message.startswith("the loss is no number any more at step 2, in a batch of query_rows [")
+    found = re.search(r"query_rows \[(.*)\], item_rows \[(.*)\], user_rows \[(.*)\]$", message)
+    for text, row in zip(found.groups(), rows, strict=True):
+        assert [int(number) for number in text.split()] == row.tolist()
+
+
+def test_another_error_is_not_taken_for_a_loss_without_a_number():
+    assert no_number(tf.errors.InvalidArgumentError(None, None, "ids out of range")) is None
+
+
+def test_weights_without_a_number_are_not_saved(click_store):
+    with tf.Graph().as_default(), v1.Session() as session:
+        graph_of(click_store, CONFIG)
+        listener = FiniteWeights()
+        listener.begin()
+        session.run(v1.global_variables_initializer())
+        listener.before_save(session, 7)
+        table = next(variable for variable in v1.global_variables() if variable.op.name == "token_embedding")
+        session.run(table[3, 2].assign(np.inf))
+        with pytest.raises(CommandError, match="weights are no numbers any more at step 8, and are not saved"):
+            listener.before_save(session, 8)
+
+
+@pytest.mark.parametrize(("placement", "pieces"), [("whole", 1), ("rows", 3)])
+@pytest.mark.parametrize("half", [False, True])
+def test_where_a_model_lies_in_a_cluster(click_store, placement, pieces, half):
+    config = dataclasses.replace(CONFIG, cluster=ClusterConfig(placement=placement, half_on_wire=half))
+    place = v1.train.replica_device_setter(ps_tasks=3, worker_device="/job:worker/task:0")
+    with tf.Graph().as_default() as graph, v1.device(place):
+        graph_of(click_store, config, num_ps=3)
+        table = [v for v in v1.global_variables() if re.fullmatch(r"token_embedding(/part_\d)?", v.op.name)]
+        assert len(table) == pieces and sum(v.shape[0] for v in table) == click_store.vocabulary.num_ids
+        assert len({variable.device for variable in table}) == pieces, "a piece each"
+        halves = [op for op in graph.get_operations() if op.type == "Cast" and op.get_attr("DstT") == tf.float16]
+        assert bool(halves) == half
+        assert all("/job:ps" in op.device for op in halves), "before they travel"
+    with tf.Graph().as_default():
+        graph_of(click_store, config)
+        names = [variable.op.name for variable in v1.global_variables()]
+        assert "token_embedding" in names, "one process has one piece"
+
+
 @pytest.mark.parametrize("mode", [tf.estimator.ModeKeys.PREDICT, tf.estimator.ModeKeys.EVAL])
 def test_model_fn_trains_only(mode):
     with pytest.raises(ValueError, match=f"mode is '{mode}', expected 'train'"):
-        model_fn({}, None, mode, {"config": CONFIG, "num_ids": 3})
+        model_fn({}, None, mode, {"config": CONFIG})
 
 
 # Seeds and resuming.
@@ -232,7 +313,7 @@ def test_an_untrained_directory_opens_again(click_store, tmp_path):
     for model in (begin(click_store, tmp_path / "model"), begin(click_store, tmp_path / "model")):
         assert (model.path, model.config) == (tmp_path / "model", CONFIG)
         assert model.vocabulary_path.read_bytes() == click_store.vocabulary_path.read_bytes()
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.yaml", "vocabulary.dpsr"]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == sorted(FILES)
     assert ModelDirectory.open(str(tmp_path / "model")).config == CONFIG
 
 
@@ -443,7 +524,10 @@ def test_a_damaged_checkpoint_is_named(dpsr, click_store, uninterrupted, tmp_pat
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     save_config(CONFIG, tmp_path / "config.yaml")
     flags = [f"--store={click_store.path}", f"--config={tmp_path / 'config.yaml'}", f"--out={path}"]
-    dpsr("train", *flags, "--set=train.steps=40").fails(1, "model.ckpt-30")
+    outcome = dpsr("train", *flags, "--set=train.steps=40")
+    assert outcome.status == 1
+    assert "model.ckpt-30: the checkpoint cannot be read" in outcome.errors[-1], outcome.errors
+    assert "--overwrite" in outcome.errors[-1]
 
 
 @pytest.mark.slow
@@ -455,4 +539,140 @@ def test_a_loss_that_is_no_number(shop, dpsr, tmp_path):
     save_config(with_train(CONFIG, learning_rate=100.0, num_title_queries=0), tmp_path / "config.yaml")
     flags = [f"--store={tmp_path / 'store'}", f"--config={tmp_path / 'config.yaml'}", f"--out={tmp_path / 'm'}"]
     outcome = dpsr("train", *flags)
-    outcome.fails(1, "the loss is no number any more", "train.learning_rate", "now 100", "--out")
+    outcome.fails(1, "the loss is no number any more at step", "query_rows [", "item_rows [", "user_rows [")
+    for fragment in ("the last checkpoint, of step 0, is sound", "train.learning_rate", "now 100", "--out"):
+        assert fragment in outcome.errors[0]
+    assert all(np.isfinite(value).all() for value in weights(tmp_path / "m").values())
+    assert not [path.name for path in (tmp_path / "m").iterdir() if "tmp" in path.name or "temp" in path.name]
+
+
+# Validation.
+
+
+@pytest.fixture(scope="module")
+def held_out_store(click_store, tmp_path_factory):
+    """The clicks of `click_store`, a third of the queries held out; it must not be changed."""
+    path = tmp_path_factory.mktemp("held_out")
+    schema = yaml.safe_load((click_store.path.parent / "shop" / "schema.yaml").read_text())
+    schema["interactions"]["held_out"] = {"query_share": 0.34}
+    shutil.copytree(click_store.path.parent / "shop", path / "shop")
+    (path / "shop" / "schema.yaml").write_text(yaml.safe_dump(schema))
+    assert cli.main(["ingest", f"--schema={path / 'shop' / 'schema.yaml'}", f"--out={path / 'store'}"]) == 0
+    return Store(path / "store")
+
+
+def with_validation(config=CONFIG, **options):
+    return dataclasses.replace(config, validation=ValidationConfig(**{"queries": 100, "recall_at": 5} | options))
+
+
+def lines_of(path):
+    return [json.loads(line) for line in (path / "validation.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_validation_measures_every_checkpoint_and_keeps_the_best(held_out_store, tmp_path):
+    path = tmp_path / "m"
+    train(held_out_store, with_validation(), path)
+    lines = lines_of(path)
+    assert [line["step"] for line in lines] == [10, 20, 30]
+    best = max(lines, key=lambda line: line["recall@5"])
+    assert json.loads((path / "best" / "measured.json").read_text()) == best
+
+    # By hand: recall of the queries held out, among all items.
+    def recall(directory):
+        file, items = held_out_store.held_out(), held_out_store.items()["id"]
+        pairs: dict[tuple[int, int], set[int]] = {}
+        for query, user, item in zip(file["query"], file["user"], file["item"], strict=True):
+            pairs.setdefault((query, user), set()).add(items[item])
+        texts = list(held_out_store.queries())
+        ids, _ = exact_search(directory, held_out_store)([texts[query] for query, _ in pairs], None, 5)
+        return np.mean([len(set(row) & found) / len(found) for row, found in zip(ids, pairs.values(), strict=True)])
+
+    assert recall(path / "best") == pytest.approx(best["recall@5"], abs=1e-6)
+    assert recall(path) == pytest.approx(lines[-1]["recall@5"], abs=1e-6)
+    figures = {}
+    for file in (path / "validation").iterdir():
+        for event in v1.train.summary_iterator(str(file)):
+            figures.update((event.step, value.simple_value) for value in event.summary.value)
+    assert figures == {line["step"]: pytest.approx(line["recall@5"], abs=1e-6) for line in lines}
+    assert not list(path.glob(".*")), "nothing is left lying about"
+    # The best one is a model like any other, and can be trained further.
+    assert weights(path / "best")["global_step"] == best["step"]
+    shutil.copytree(path / "best", tmp_path / "on")
+    train(held_out_store, with_train(steps=35), tmp_path / "on")
+    assert weights(tmp_path / "on")["global_step"] == 35
+
+
+@pytest.mark.slow
+def test_validation_changes_no_weight(held_out_store, tmp_path):
+    train(held_out_store, with_validation(), tmp_path / "with")
+    train(held_out_store, CONFIG, tmp_path / "without")
+    assert_same_weights(weights(tmp_path / "with"), weights(tmp_path / "without"))
+
+
+@pytest.mark.slow
+def test_validation_goes_on_with_its_training(held_out_store, tmp_path):
+    """Every second checkpoint and the last, whether the training is stopped in between or not."""
+    path = tmp_path / "m"
+    train(held_out_store, with_validation(with_train(steps=20), every=2), path)
+    assert [line["step"] for line in lines_of(path)] == [20]
+    (path / "best").rename(path / ".best.previous")  # killed while the best one was replaced
+    train(held_out_store, with_validation(with_train(steps=50), every=2), path)
+    assert [line["step"] for line in lines_of(path)] == [20, 40, 50]
+    assert (path / "best" / "measured.json").exists()
+    train(held_out_store, with_validation(with_train(steps=50), every=2), path)
+    assert [line["step"] for line in lines_of(path)] == [20, 40, 50], "nothing is measured twice"
+
+
+@pytest.mark.slow
+def test_training_stops_when_it_gets_no_better(held_out_store, tmp_path, capfd):
+    config = with_validation(with_train(steps=1000, learning_rate=1e-8), patience=2)
+    path = tmp_path / "m"
+    train(held_out_store, config, path)
+    assert [line["step"] for line in lines_of(path)] == [10, 20, 30]
+    assert weights(path)["global_step"] == 30 and weights(path / "best")["global_step"] == 10
+    out = capfd.readouterr().out
+    assert f"model {path}: stopped, as 2 measurements brought no better recall@5 than" in out
+    assert f"of step 10, which is in {path / 'best'}" in out
+    before = weights(path)
+    train(held_out_store, config, path)
+    assert "stopped, as 2 measurements" in capfd.readouterr().out, "what has been stopped stays so"
+    assert_same_weights(weights(path), before)
+    train(held_out_store, with_validation(with_train(steps=40, learning_rate=1e-8), patience=5), path)
+    assert weights(path)["global_step"] == 40, "with more patience it goes on"
+
+
+@pytest.mark.parametrize(
+    ("recalls", "patience", "over"),
+    [
+        ([], 1, False),
+        ([0.1], 1, False),
+        ([0.1, 0.2], 1, False),
+        ([0.2, 0.1], 1, True),
+        ([0.2, 0.2], 1, True),
+        ([0.2, 0.1, 0.3], 1, False),
+        ([0.2, 0.1], 2, False),
+        ([0.2, 0.1, 0.15], 2, True),
+        ([0.2, 0.1, 0.1], 0, False),
+    ],
+)
+def test_patience(tmp_path, recalls, patience, over):
+    lines = [json.dumps({"step": step, "recall@5": recall}) for step, recall in enumerate(recalls)]
+    lines.insert(0, json.dumps({"step": 0, "recall@100": 1.0}))  # of another metric, before
+    (tmp_path / "validation.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    assert is_over(tmp_path, with_validation(patience=patience)) == over
+    assert not is_over(tmp_path, with_validation(queries=0, patience=patience))
+
+
+def test_validation_needs_something_held_out(dpsr, click_store, tmp_path):
+    flags = [f"--store={click_store.path}", f"--out={tmp_path / 'm'}", "--set=validation.queries=5"]
+    dpsr("train", *flags).fails(1, "holds no held-out interactions")
+
+
+def test_an_evaluator_without_validation(dpsr, click_store, tmp_path, monkeypatch):
+    cluster = {"chief": ["a:1"], "ps": ["b:1"]}
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": {"type": "evaluator", "index": 0}}))
+    flags = [f"--store={click_store.path}", f"--out={tmp_path / 'm'}"]
+    dpsr("train", *flags).fails(2, "type is 'evaluator', but validation.queries is 0")
+    dpsr("train", *flags, "--overwrite").fails(2, "--overwrite and TF_CONFIG")
+    assert not (tmp_path / "m").exists()

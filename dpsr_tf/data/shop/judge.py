@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from dpsr_tf.data.shop.log import Log
-from dpsr_tf.data.shop.world import World, draw, random_stream
+from dpsr_tf.data.shop.world import ALL_SYNONYMS, SOME_SYNONYMS, World, draw, random_stream
 
 FOLDS = ("log", "dev", "test")
 # The shares of the judged queries' kinds.
-KINDS = {"plain": 0.4, "gap": 0.3, "typo": 0.15, "polysemous": 0.15}
+KINDS = {"plain": 0.35, "gap": 0.2, "partial": 0.15, "typo": 0.15, "polysemous": 0.15}
 _NOT_RELEVANT = 5  # items of grade 0 listed for a query, at most
 _FEWEST_CHOICES = 10  # a purchase says something about its user only where there was a choice
 _CLICKS_BEFORE = 3
@@ -29,8 +29,9 @@ class Judgment:
 
 
 def kinds(world: World) -> np.ndarray:
-    """The kind of each text, object [texts]: gap where only synonyms name what is meant, polysemous, or plain."""
-    return np.select([world.gap, world.polysemous], ["gap", "polysemous"], "plain")
+    """The kind of each text, object [texts]: gap where all its parts are synonyms, partial where some are, ..."""
+    gap, partial = (world.text_gap == level for level in (ALL_SYNONYMS, SOME_SYNONYMS))
+    return np.select([gap, partial, world.polysemous], ["gap", "partial", "polysemous"], "plain")
 
 
 def judged(world: World, fold: int) -> Iterator[Judgment]:

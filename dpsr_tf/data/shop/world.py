@@ -26,6 +26,8 @@ from dpsr_tf.errors import UsageError
 NAMES = ("en", "zh")
 # How much of the latent taste each of its parts is; docs/generated_shop.md has the formula.
 TASTE_WEIGHTS = {"brand": 1.0, "shop": 0.6, "style": 0.8}
+# How far synonyms say what a text means: some of its parts are, or all of them; 0 is none.
+SOME_SYNONYMS, ALL_SYNONYMS = 1, 2
 CLASSES = len(GENDERS) * len(AGES) * len(POWERS)
 _AGE_BOUNDS = ((18, 25), (26, 35), (36, 50), (51, 75))
 # A brand's tier multiplies the price of what it sells: tier 0, 1, 2 divide by, keep, multiply by this.
@@ -477,19 +479,24 @@ class World:
                 meanings.append(meaning)
                 rows.append(texts.setdefault(text, len(texts)))
                 gaps.append(gap)
-        self.pair_meaning, self.pair_text, self.pair_gap = np.array(meanings), np.array(rows), np.array(gaps)
+        self.pair_meaning, self.pair_text, self.pair_gap = (
+            np.array(meanings),
+            np.array(rows),
+            np.array(gaps, np.int8),
+        )
         self.texts = list(texts)
         self.senses: list[list[int]] = [[] for _ in texts]
         for meaning, row in zip(meanings, rows, strict=True):
             self.senses[row].append(meaning)
         self.polysemous = np.array([len(senses) > 1 for senses in self.senses])
-        self.gap = np.ones(len(texts), bool)
-        np.logical_and.at(self.gap, self.pair_text, self.pair_gap)
+        # How far synonyms say what each text means, as of pairs: where it means several things, the least of them.
+        self.text_gap = np.full(len(texts), ALL_SYNONYMS, np.int8)
+        np.minimum.at(self.text_gap, self.pair_text, self.pair_gap)
         self.text_language = np.zeros(len(texts), np.int64)
         self.text_language[self.pair_text] = self.catalogue.category_language[self.meaning[self.pair_meaning, 0]]
 
-    def _phrasings(self, codes: list[int]) -> Iterator[tuple[str, bool]]:
-        """Texts that ask for a meaning, and whether a synonym makes them gap queries."""
+    def _phrasings(self, codes: list[int]) -> Iterator[tuple[str, int]]:
+        """Texts that ask for a meaning, and whether none of their parts is a synonym (0), SOME or ALL are."""
         category, noun, brand, *words = codes
         separator = self.catalogue.languages[self.catalogue.category_language[category]].separator
         brands = [self.catalogue.brands[brand]] if brand >= 0 else []
@@ -500,7 +507,10 @@ class World:
             parts[len(parts) - (noun >= 0) : len(parts) - (noun >= 0)] = brands
             late = [part for part in parts if part.startswith("for ")]
             parts = [part for part in parts if not part.startswith("for ")] + late
-            yield separator.join(parts), any(gap for _, gap in choice)
+            synonyms = sum(synonym for _, synonym in choice)
+            # A brand has no synonym.
+            gap = ALL_SYNONYMS if synonyms == len(parts) else SOME_SYNONYMS if synonyms else 0
+            yield separator.join(parts), gap
 
     def _hold_out(self, rng: np.random.Generator) -> None:
         """`fold` of each meaning, int8 [meanings]: 0 is the log's, 1 dev's, 2 test's; by all texts of it.
@@ -525,20 +535,20 @@ class World:
         modifiers = (self.meaning[:, 2:] >= 0).sum(1)
         bare = np.zeros(len(of), bool)
         np.logical_or.at(bare, of, modifiers + has_type < 2)
-        many, gap = np.zeros(len(of), bool), np.zeros(len(of), bool)
+        many, gap = np.zeros(len(of), bool), np.zeros(len(of), np.int8)
         np.logical_or.at(many, of[self.pair_meaning], self.polysemous[self.pair_text])
-        np.logical_or.at(gap, of[self.pair_meaning], self.pair_gap)
+        np.maximum.at(gap, of[self.pair_meaning], self.pair_gap)
         roots = np.unique(of)
         roots = roots[~bare[roots]]
         language = self.catalogue.category_language[self.meaning[roots, 0]]
-        stratum = language * 3 + np.where(many[roots], 2, gap[roots])
+        stratum = language * 4 + np.where(many[roots], 3, gap[roots])
         # A brand alone says nothing about a type: unless polysemous, such meanings are not asked of anybody.
         stratum[~has_type[roots] & ~many[roots]] = -1
         fold = np.zeros(len(of), np.int8)
-        for kind in range(6):
+        for kind in range(8):
             mine = rng.permutation(roots[stratum == kind])
-            # Few texts are polysemous, so more of them.
-            share = self.parameters.held_out_share * (3 if kind % 3 == 2 else 1)
+            # Few meanings have a text all of synonyms, or a polysemous one, so more of them.
+            share = self.parameters.held_out_share * (3 if kind % 4 >= ALL_SYNONYMS else 1)
             wanted = max(4, round(share * len(mine)))
             mine = mine[: min(wanted, len(mine) // 2)]
             fold[mine] = 1 + np.arange(len(mine)) % 2
@@ -608,7 +618,7 @@ class World:
         size = np.diff(self.answer_splits)[: len(self.meaning)]
         # A brand alone is asked more often than a brand and a type, a type alone most often.
         modifiers = (self.meaning[:, 2:] >= 0).sum(1) - 0.5 * (self.meaning[:, 1] < 0)
-        rarity = 3.0 * modifiers[self.pair_meaning] + self.pair_gap - 0.5 * np.log(size[self.pair_meaning])
+        rarity = 3.0 * modifiers[self.pair_meaning] + (self.pair_gap > 0) - 0.5 * np.log(size[self.pair_meaning])
         self.pair_weight = np.zeros(len(order))
         self._first_pair = np.searchsorted(language, [0, 1])
         for number, name in enumerate(NAMES):

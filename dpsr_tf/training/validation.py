@@ -1,0 +1,189 @@
+"""How good a training is so far: recall@k on what the store held out of its log, measured at checkpoints.
+
+Beside the checkpoints of a model directory:
+
+validation.jsonl   a line a measurement: {"step": 2000, "recall@100": 0.41, "queries": 500}
+best/              the best checkpoint yet, a model directory in itself that any command takes; measured.json: its line
+validation/        the figures as TensorBoard reads them
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+from tqdm import tqdm
+
+from dpsr_tf.config import Config
+from dpsr_tf.data.store import Store
+from dpsr_tf.evaluation.checkpoint import exact_search
+from dpsr_tf.training.model_directory import FILES, ModelDirectory
+
+v1 = tf.compat.v1
+
+BEST = "best"
+_RECORDS = "validation.jsonl"
+_CANDIDATE, _PREVIOUS = ".best.candidate", ".best.previous"
+# Of the queries that are drawn: the same ones for every training on a store.
+_SEED = 1
+# Seconds between an evaluator's looks at the model directory, and a trainer's at the figures.
+_POLL = 1.0
+_LOOK = 5.0
+
+
+class Validation:
+    """Measures the checkpoints of a model directory and keeps the best. One process of a training has it."""
+
+    def __init__(self, model: ModelDirectory, store: Store, config: Config):
+        """Raises CommandError if the store holds nothing out."""
+        from dpsr_tf.evaluation.judgments import Judgments  # DuckDB and, below, SciPy: not for a training without this
+
+        self._path, self._store, self._config = model.path, store, config
+        self._judgments = Judgments.of_held_out(store).sample(config.validation.queries, _SEED)
+        self._writer: tf.compat.v1.summary.FileWriter | None = None
+        if not (self._path / BEST).exists() and (self._path / _PREVIOUS).exists():  # killed between two renames
+            os.rename(self._path / _PREVIOUS, self._path / BEST)
+
+    def after_checkpoint(self, checkpoint: str | Path) -> bool:
+        """Measures a checkpoint, model.ckpt-STEP, if it is time to. Whether training should stop."""
+        step = _step(checkpoint)
+        records = measurements(self._path, self._config)
+        last = records[-1]["step"] if records else 0
+        due = step - last > (self._config.validation.every - 0.5) * self._config.train.checkpoint_steps
+        if due or (step >= self._config.train.steps and step > last):
+            self._measure(Path(checkpoint), step, records)
+        return is_over(self._path, self._config)
+
+    def watch(self) -> None:
+        """An evaluator's work: measures each new checkpoint until training ends."""
+        seen = None
+        while not is_over(self._path, self._config):
+            checkpoint = tf.train.latest_checkpoint(str(self._path))
+            if checkpoint is None or checkpoint == seen:
+                time.sleep(_POLL)
+                continue
+            seen = checkpoint
+            if self.after_checkpoint(checkpoint) or _step(checkpoint) >= self._config.train.steps:
+                return
+
+    def _measure(self, checkpoint: Path, step: int, records: list[dict[str, Any]]) -> None:
+        from dpsr_tf.evaluation.metrics import ranked_metrics
+
+        candidate = self._path / _CANDIDATE
+        try:
+            self._copy(checkpoint, candidate)
+        except FileNotFoundError:  # training went on meanwhile, and has removed it
+            return
+        k, name = self._config.validation.recall_at, metric(self._config)
+        ids, scores = exact_search(candidate, self._store)(self._judgments.queries, self._judgments.users, k)
+        recall = float(ranked_metrics(ids, scores, self._judgments, [k])[f"recall@{k}"].mean())
+        record = {"step": step, name: round(recall, 6), "queries": len(self._judgments.queries)}
+        best = all(record[name] > other[name] for other in records)
+        if best:
+            (candidate / "measured.json").write_text(json.dumps(record) + "\n")
+            shutil.rmtree(self._path / _PREVIOUS, ignore_errors=True)
+            if (self._path / BEST).exists():
+                os.rename(self._path / BEST, self._path / _PREVIOUS)
+            os.rename(candidate, self._path / BEST)
+            shutil.rmtree(self._path / _PREVIOUS, ignore_errors=True)
+        shutil.rmtree(candidate, ignore_errors=True)
+        file, temporary = self._path / _RECORDS, self._path / f".{_RECORDS}.tmp"
+        before = file.read_text() if file.exists() else ""
+        temporary.write_text(before + json.dumps(record) + "\n")
+        os.replace(temporary, file)
+        self._summarise(name, recall, step)
+        tqdm.write(f"validation step {step:,}: {name} {recall:.4f}{', the best yet' if best else ''}")  # above the bar
+
+    def _copy(self, checkpoint: Path, to: Path) -> None:
+        """A model directory of this one checkpoint."""
+        shutil.rmtree(to, ignore_errors=True)
+        to.mkdir()
+        for name in FILES:
+            shutil.copyfile(self._path / name, to / name)
+        for suffix in ("index", "meta"):
+            _link(checkpoint.with_name(f"{checkpoint.name}.{suffix}"), to)
+        for file in checkpoint.parent.glob(f"{checkpoint.name}.data-*"):
+            _link(file, to)
+        (to / "checkpoint").write_text(f'model_checkpoint_path: "{checkpoint.name}"\n')
+
+    def _summarise(self, name: str, value: float, step: int) -> None:
+        if self._writer is None:
+            with tf.Graph().as_default():  # a FileWriter refuses to be made in eager mode
+                self._writer = v1.summary.FileWriter(str(self._path / "validation"))
+        summary = v1.Summary(value=[v1.Summary.Value(tag=f"validation/{name}", simple_value=value)])
+        self._writer.add_summary(summary, step)
+        self._writer.flush()
+
+
+def metric(config: Config) -> str:
+    """The name of what is measured."""
+    return f"recall@{config.validation.recall_at}"
+
+
+def measurements(model_dir: Path, config: Config) -> list[dict[str, Any]]:
+    """What has been measured of a model with this metric, in order of steps; none if nothing has."""
+    try:
+        lines = (model_dir / _RECORDS).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    return [record for record in map(json.loads, lines) if metric(config) in record]
+
+
+def best_of(records: list[dict[str, Any]], config: Config) -> dict[str, Any]:
+    """The best measurement, of equal ones the first."""
+    return max(records, key=lambda record: record[metric(config)])
+
+
+def is_over(model_dir: Path, config: Config) -> bool:
+    """Whether the last `validation.patience` measurements have brought nothing better (early stopping)."""
+    patience, records = config.validation.patience, measurements(model_dir, config)
+    if not config.validation.queries or not patience or not records:
+        return False
+    return len(records) - 1 - records.index(best_of(records, config)) >= patience
+
+
+class ValidationListener(tf.estimator.CheckpointSaverListener):
+    """Validation in the process that trains."""
+
+    def __init__(self, validation: Validation, model_dir: Path):
+        """`model_dir`: where the checkpoints are."""
+        self._validation, self._path = validation, model_dir
+
+    def after_save(self, session: tf.compat.v1.Session, global_step_value: int) -> bool:
+        """Measures; true stops the training."""
+        return self._validation.after_checkpoint(self._path / f"model.ckpt-{global_step_value}")
+
+
+class StopWhenOver(tf.estimator.SessionRunHook):
+    """Stops a process of a cluster when the evaluator's figures no longer get better."""
+
+    def __init__(self, model_dir: Path, config: Config):
+        """`model_dir`: where the evaluator writes."""
+        self._path, self._config = model_dir, config
+        self._next_look = 0.0
+
+    def after_run(self, run_context: tf.estimator.SessionRunContext, run_values: tf.estimator.SessionRunValues) -> None:
+        """Looks every few seconds."""
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + _LOOK
+            if is_over(self._path, self._config):
+                run_context.request_stop()
+
+
+def _step(checkpoint: str | Path) -> int:
+    return int(str(checkpoint).rpartition("-")[2])
+
+
+def _link(file: Path, directory: Path) -> None:
+    """The file once more, without its bytes where the file system can do that: a checkpoint is never written over."""
+    try:
+        os.link(file, directory / file.name)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(file, directory / file.name)

@@ -1,0 +1,197 @@
+"""`dpsr launch` as users have it: real processes, really killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dpsr_tf.config import Config
+from dpsr_tf.evaluation.checkpoint import exact_search
+from dpsr_tf.training.train import config_from_flags, train
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+SMALL = ["train.batch_size=32", "model.token_dim=32", "model.embedding_dim=32", "train.learning_rate=0.05"]
+
+
+def sets(*assignments):
+    return [f"--set={assignment}" for assignment in (*SMALL, *assignments)]
+
+
+def weights(path):
+    """Every variable of the last checkpoint, the optimizer's too."""
+    checkpoint = tf.train.latest_checkpoint(str(path))
+    return {name: tf.train.load_variable(checkpoint, name) for name, _ in tf.train.list_variables(checkpoint)}
+
+
+def test_a_cluster_trains_to_its_end(launch, shop_store, tmp_path):
+    """With every option of a cluster, and an evaluator."""
+    model = tmp_path / "model"
+    options = ["train.steps=2500", "train.checkpoint_steps=500", "validation.queries=200", "validation.recall_at=10"]
+    options += ["cluster.placement=rows", "cluster.half_on_wire=true"]
+    cluster = launch("--ps=2", "--workers=2", f"--store={shop_store.path}", f"--out={model}", *sets(*options))
+    tasks = [("ps", 0), ("ps", 1), ("chief", 0), ("worker", 0), ("evaluator", 0)]
+    cluster.until(lambda: all(cluster.task(*task) for task in tasks))
+    assert cluster.end() == 0, cluster.text()
+    names = {line.partition(": ")[0] for line in cluster.lines}
+    assert names <= {f"{kind} {index}" for kind, index in tasks}, "every line says whose it is"
+
+    final = weights(model)
+    assert 2500 <= final["global_step"] <= 2502, "each worker may be one step ahead"
+    chief, worker = cluster.steps_of("chief 0"), cluster.steps_of("worker 0")
+    assert len(chief) == len(worker) == 1 and chief[0] > 0 and worker[0] > 0, cluster.text()
+    assert sum(chief + worker) == final["global_step"], "every step of every worker is counted"
+
+    local = train(shop_store, config_from_flags(None, [*SMALL, "train.steps=1"]), tmp_path / "local")
+    assert {name: value.shape for name, value in final.items()} == {
+        name: value.shape for name, value in weights(local.path).items()
+    }, "a checkpoint is the same whatever the placement"
+    lines = [json.loads(line) for line in (model / "validation.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == final["global_step"]
+    assert lines[-1]["recall@10"] > 0.3, "chance is 0.005"
+    best = json.loads((model / "best" / "measured.json").read_text())
+    assert best in lines and best["recall@10"] == max(line["recall@10"] for line in lines)
+    exact_search(model / "best", shop_store)
+
+
+@pytest.mark.parametrize("killed", ["ps", "chief"])
+def test_one_worker_and_a_kill_are_the_training_of_one_process(launch, shop_store, tmp_path, killed):
+    """To the bit: variables, accumulators and the position in the log come back from the checkpoint."""
+    model, options = tmp_path / "model", ["train.steps=1500", "train.checkpoint_steps=200"]
+    cluster = launch("--ps=1", "--workers=1", f"--store={shop_store.path}", f"--out={model}", *sets(*options))
+    cluster.until_checkpoint(model, 400)
+    cluster.kill(killed)
+    assert cluster.end() == 0, cluster.text()
+    local = train(shop_store, config_from_flags(None, [*SMALL, *options]), tmp_path / "local")
+    expected, found = weights(local.path), weights(model)
+    assert set(found) == set(expected) and found["global_step"] == 1500
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_training_goes_on_without_whom_is_killed(launch, shop_store, tmp_path):
+    """A worker, then a parameter server, of two each."""
+    model, options = tmp_path / "model", ["train.steps=5000", "train.checkpoint_steps=200"]
+    arguments = ["--ps=2", "--workers=2", f"--store={shop_store.path}", f"--out={model}"]
+    cluster = launch(*arguments, *sets(*options))
+    cluster.until_checkpoint(model, 400)
+    chief, before = cluster.task("chief"), len(cluster.starts_of("worker 0"))
+    os.kill(chief, signal.SIGSTOP)  # so that there is something left to do for the new worker, however slow it starts
+    cluster.kill("worker")
+    cluster.until(lambda: len(cluster.starts_of("worker 0")) > before)
+    os.kill(chief, signal.SIGCONT)
+    assert cluster.starts_of("worker 0")[-1] >= 400, "it goes on where the others are"
+
+    cluster.kill("ps", 1)
+    at = last_step(model)
+    cluster.until(lambda: len(cluster.starts_of("chief 0")) > 1)
+    assert at <= cluster.starts_of("chief 0")[-1] <= last_step(model), "both ps go on from the last checkpoint"
+    assert cluster.end() == 0, cluster.text()
+    assert cluster.steps_of("worker 0")[0] > 0
+    assert 5000 <= weights(model)["global_step"] <= 5002
+    assert all(np.isfinite(value).all() for value in weights(model).values())
+
+
+def last_step(model: Path) -> int:
+    return int(tf.train.latest_checkpoint(str(model)).rpartition("-")[2])
+
+
+def test_no_better_figures_stop_the_cluster(launch, shop_store, tmp_path):
+    """Weights that hardly move: the first measurement stays the best."""
+    model = tmp_path / "model"
+    options = ["train.steps=1000000", "train.checkpoint_steps=200", "train.learning_rate=1e-8"]
+    options += ["validation.queries=50", "validation.patience=2"]
+    cluster = launch("--ps=1", "--workers=2", f"--store={shop_store.path}", f"--out={model}", *sets(*options))
+    assert cluster.end() == 0, cluster.text()
+    assert re.search(
+        r"^chief 0: model .*: stopped, as 2 measurements brought no better recall@100", cluster.text(), re.M
+    )
+    assert 600 <= last_step(model) < 1_000_000
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_who_ends_the_launcher_ends_everything(launch, shop_store, tmp_path, number):
+    model = tmp_path / "model"
+    options = sets("train.steps=1000000", "train.checkpoint_steps=100")
+    cluster = launch("--ps=2", "--workers=2", f"--store={shop_store.path}", f"--out={model}", *options)
+    cluster.until_checkpoint(model, 100)
+    assert all(cluster.task(*task) for task in [("ps", 0), ("ps", 1), ("chief", 0), ("worker", 0)])
+    os.kill(cluster.process.pid, number)
+    if number == signal.SIGKILL:
+        cluster.process.wait()
+        cluster.reader.join()  # the last process that holds our pipe is gone
+    assert cluster.end() == (-number if number == signal.SIGKILL else 128 + number)
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (["--set=train.stepz=3"], 2, "unknown key 'stepz'"),
+        (["--stepz=3"], 2, "Unknown command line flag 'stepz'"),
+        (["--set=model.item_features=[weight]"], 2, "'weight'"),
+        (["--store=nowhere"], 1, "nowhere: holds no store"),
+        (["--workers=0"], 2, "workers"),
+    ],
+)
+def test_what_is_wrong_is_said_once(launch, shop_store, tmp_path, flags, status, message):
+    cluster = launch("--ps=2", "--workers=2", f"--store={shop_store.path}", f"--out={tmp_path / 'model'}", *flags)
+    assert cluster.end() == status
+    assert len(cluster.lines) == 1 and message in cluster.lines[0], cluster.text()
+    assert cluster.lines[0].startswith("dpsr launch: error: ")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_task_that_fails_ends_everything(launch, shop_store, tmp_path):
+    """A damaged file, found when its bytes are read: who meets it says so, and nothing is started again."""
+    store = tmp_path / "store"
+    shutil.copytree(shop_store.path, store)
+    path = store / "interactions.dpsr"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    cluster = launch("--ps=2", "--workers=2", f"--store={store}", f"--out={tmp_path / 'model'}", *sets())
+    assert cluster.end() == 1
+    assert cluster.lines[-1].startswith("dpsr launch: error: chief 0 ended with status 1"), cluster.text()
+    assert "starting it again" not in cluster.text()
+    assert f"{path}: " in cluster.text(), "whichever meets it first says which file"
+
+
+def test_the_restarts_are_used_up(launch, shop_store, tmp_path):
+    cluster = launch(
+        "--ps=1", "--workers=1", f"--store={shop_store.path}", f"--out={tmp_path / 'model'}", "--max_restarts=0"
+    )
+    cluster.until(lambda: cluster.task("chief") is not None)
+    os.kill(cluster.task("chief"), signal.SIGKILL)
+    assert cluster.end() == 1
+    assert cluster.lines[-1] == "dpsr launch: error: chief 0 was ended by SIGKILL, and --max_restarts is used up"
+
+
+def test_recall_is_that_of_local_training(launch, shop_store, tmp_path):
+    """Three seeds of 2 workers and 2 ps against three of one process: less than two pooled standard deviations."""
+    recalls: dict[str, list[float]] = {"local": [], "cluster": []}
+    options = ["train.steps=2000", "train.checkpoint_steps=2000", "validation.queries=600", "validation.recall_at=10"]
+    for seed in (1, 2, 3):
+        assignments = [*SMALL, *options, f"train.seed={seed}"]
+        config: Config = config_from_flags(None, assignments)
+        train(shop_store, config, tmp_path / f"local{seed}")
+        flags = [f"--set={assignment}" for assignment in assignments]
+        model = tmp_path / f"cluster{seed}"
+        cluster = launch("--ps=2", "--workers=2", f"--store={shop_store.path}", f"--out={model}", *flags)
+        assert cluster.end() == 0, cluster.text()
+        assert cluster.steps_of("worker 0")[0] > 0, "a cluster of one worker shows nothing"
+        for name, values in recalls.items():
+            record = (tmp_path / f"{name}{seed}" / "validation.jsonl").read_text().splitlines()[-1]
+            values.append(json.loads(record)["recall@10"])
+    pooled = np.sqrt(np.mean([np.var(values, ddof=1) for values in recalls.values()]))
+    difference = np.mean(recalls["cluster"]) - np.mean(recalls["local"])
+    print(f"recall@10 {recalls}, difference {difference:+.4f}, pooled standard deviation {pooled:.4f}")
+    assert abs(difference) < 2 * pooled, recalls
+    assert min(recalls["local"]) > 0.3, "chance is 0.005"
