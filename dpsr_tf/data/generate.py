@@ -393,7 +393,7 @@ def _truth(world: World, log: Log, counts: dict[str, int]) -> dict[str, Any]:
         across[name] = {brand: found for brand, found in of_brand.items() if len(found) > 1}
     return {
         "format": "dpsr-generated-shop",
-        "version": 2,
+        "version": 3,
         "parameters": to_dict(world.parameters),
         "counts": counts,
         "log_begins": START,

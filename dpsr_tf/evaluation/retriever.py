@@ -283,8 +283,9 @@ class ExactSearch:
         result = np.empty(items.shape, np.float32)
         for begin in range(0, len(queries), _BATCH):
             heads = self._encode(queries[begin : begin + _BATCH], users[begin : begin + _BATCH] if users else None)
-            embeddings = self._item_embeddings[self._rows(items[begin : begin + _BATCH])]
-            result[begin : begin + _BATCH] = np.matmul(embeddings, heads.transpose(0, 2, 1)).max(axis=2)
+            rows = self._rows(items[begin : begin + _BATCH])
+            products = np.matmul(self._item_embeddings[rows], heads.transpose(0, 2, 1)).max(axis=2)
+            result[begin : begin + _BATCH] = np.where(rows >= 0, products, np.nan)
         return result
 
 

@@ -122,7 +122,7 @@ def test_top_k_of_one_that_can():
 def test_what_cannot_be_measured_is_said():
     report = measure_all({"a": answers([[1]]), "random": Random(np.arange(10))}, judged([[1]]), corpus(), FEW)
     assert report["notes"]["a"] == ["gives no scores of pairs, so no top-k and no AUC"]
-    assert report["notes"]["random"][0] == "no top-k: the corpus has fewer than 1,024 items to choose from"
+    assert report["notes"]["random"][0].startswith("no top-k: it takes 1,023 items that are not relevant")
     assert "auc" not in report["systems"]["random"] and "top-1" not in report["systems"]["random"]
 
 

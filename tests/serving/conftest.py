@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from processes import ProxyProcess, save_search_model
+from proxy_backends import RecordingBackend
 
 from dpsr_serving import model_server
 
@@ -22,6 +23,19 @@ def start_proxy() -> Iterator[Callable[..., ProxyProcess]]:
     yield start
     for proxy in started:
         proxy.stop()
+
+
+@pytest.fixture
+def start_backend() -> Iterator[Callable[[], RecordingBackend]]:
+    started: list[RecordingBackend] = []
+
+    def start() -> RecordingBackend:
+        started.append(RecordingBackend())
+        return started[-1]
+
+    yield start
+    for backend in started:
+        backend.stop()
 
 
 @pytest.fixture(scope="session")

@@ -15,76 +15,17 @@ import grpc
 import numpy as np
 import pytest
 from processes import ProxyProcess, child_environment, run_command
+from proxy_backends import RecordingBackend, call, predict
 
 from dpsr_serving import apis
 from dpsr_serving.client import SearchClient, ServingError
 from dpsr_serving.errors import UsageError
 from dpsr_serving.model_server import ModelServer
 from dpsr_serving.proxy import routing
-from dpsr_serving.proxy.config import ProxyConfig, parse_config
+from dpsr_serving.proxy.config import ModelConfig, PoolConfig, ProxyConfig, parse_config
 from dpsr_serving.tensors import make_tensor, to_numpy
 
 StartProxy = Callable[..., ProxyProcess]
-
-
-class RecordingBackend:
-    """A gRPC server of raw bytes, for what no model server can be made to do or would not let one see."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, bytes, dict[str, Any], float | None]] = []
-        self.entered = threading.Semaphore(0)
-        self.answer: Callable[[bytes, Any], bytes] = lambda request, context: request
-        self._server = grpc.server(futures.ThreadPoolExecutor(8), options=apis.GRPC_OPTIONS)
-        backend = self
-
-        class Handlers(grpc.GenericRpcHandler):
-            def service(self, details: Any) -> Any:
-                def handle(request: bytes, context: Any) -> bytes:
-                    metadata = dict(context.invocation_metadata())
-                    backend.calls.append((details.method, request, metadata, context.time_remaining()))
-                    backend.entered.release()
-                    return backend.answer(request, context)
-
-                return grpc.unary_unary_rpc_method_handler(handle)
-
-        self._server.add_generic_rpc_handlers((Handlers(),))
-        self.target = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
-        self._server.start()
-
-    def stop(self) -> None:
-        self._server.stop(0).wait()
-
-
-@pytest.fixture
-def start_backend() -> Iterator[Callable[[], RecordingBackend]]:
-    started: list[RecordingBackend] = []
-
-    def start() -> RecordingBackend:
-        started.append(RecordingBackend())
-        return started[-1]
-
-    yield start
-    for backend in started:
-        backend.stop()
-
-
-def call(target: str, method: str, request: bytes, timeout: float | None = 20, metadata: Any = ()) -> Any:
-    """Sends raw bytes; returns (code, details, response, initial metadata, trailing metadata) whatever the status."""
-    with grpc.insecure_channel(target, options=apis.CHANNEL_OPTIONS) as channel:
-        done = channel.unary_unary(method).future(request, timeout=timeout, metadata=metadata)
-        code = done.code()
-        response = done.result() if code is grpc.StatusCode.OK else None
-        return code, done.details(), response, tuple(done.initial_metadata()), tuple(done.trailing_metadata())
-
-
-def predict(model: str | None, signature: str = "serving_default", **inputs: Any) -> bytes:
-    request = apis.PredictRequest()
-    if model is not None:
-        request.model_spec.name = model
-        request.model_spec.signature_name = signature
-    for name, value in inputs.items():
-        request.inputs[name].CopyFrom(make_tensor(value))
-    return bytes(request.SerializeToString())
 
 
 def write_config(path: Path, servers: dict[str, ModelServer]) -> Path:
@@ -445,7 +386,7 @@ def test_bad_usage_is_one_clear_line(tmp_path: Path) -> None:
         (("--backend=b:1", "--port=70000"), "70000"),
         (("--backend=nowhere",), "--backend: got 'nowhere', expected host:port"),
         ((f"--config={tmp_path / 'missing.yaml'}",), "missing.yaml"),
-        ((f"--config={config}",), f"{config}: the configuration: unknown key 'modles', allowed: models, default"),
+        ((f"--config={config}",), f"{config}: the configuration: unknown key 'modles', allowed: models, default, "),
     ):
         result = run_command("proxy", *arguments)
         assert result.returncode == 2, arguments
@@ -467,7 +408,9 @@ def test_config() -> None:
         default: {backends: [h3:3]}
         """
     )
-    assert config == ProxyConfig({"a": ("h1:1", "[::1]:8500"), "7": ("h2.example:2",)}, ("h3:3",))
+    pools = (PoolConfig(((*addresses,),)) for addresses in (["h1:1", "[::1]:8500"], ["h2.example:2"], ["h3:3"]))
+    a, seven, default = pools
+    assert config == ProxyConfig({"a": ModelConfig(a), "7": ModelConfig(seven)}, default)
 
 
 @pytest.mark.parametrize(
@@ -475,11 +418,11 @@ def test_config() -> None:
     [
         ("", "no backend at all"),
         ("models: {}", "no backend at all"),
-        ("[1, 2]", "the configuration: got [1, 2], expected a mapping with the keys models, default"),
+        ("[1, 2]", "the configuration: got [1, 2], expected a mapping with the keys models, default, "),
         ("{", "not valid YAML"),
         ("models: [a]", "models: got ['a'], expected a mapping"),
         ("models: {7: {backends: [h:1]}}", "models: got the name 7, expected a string"),
-        ("models: {m: {backend: [h:1]}}", "models.m: unknown key 'backend', allowed: backends"),
+        ("models: {m: {backend: [h:1]}}", "models.m: unknown key 'backend', allowed: backends, "),
         ("models: {m: [h:1]}", "models.m: got"),
         ("models: {m: {backends: []}}", "models.m.backends: got [], expected a list of at least one host:port"),
         ("models: {m: {}}", "models.m.backends: got None"),
@@ -500,6 +443,11 @@ def test_bad_config_names_key_value_and_what_is_allowed(text: str, words: str) -
 
 
 # Routing
+
+
+def spec_of(request: bytes, path: tuple[int, ...]) -> routing.Spec | None:
+    message = routing.find_model_spec(request, path)
+    return None if message is None else routing.parse_spec(message)
 
 
 class _Loaded:
@@ -526,27 +474,29 @@ def test_model_spec_is_read_as_protobuf_reads_it() -> None:
     parts = [first.SerializeToString(), second.SerializeToString()]
     noise = b"\xa0\x06\x01" + b"\xa5\x06" + b"1234" + b"\xa1\x06" + b"12345678"  # fields 100 of the other wire types
     for message in (parts[0], b"".join(parts), noise.join(parts) + noise):
-        assert routing.read_model_spec(message, path) == apis.PredictRequest.FromString(message).model_spec
-    assert routing.read_model_spec(noise, path) is None
+        assert spec_of(message, path) == routing.parse_spec(
+            apis.PredictRequest.FromString(message).model_spec.SerializeToString()
+        )
+    assert routing.find_model_spec(noise, path) is None
 
 
 def test_multi_inference_goes_by_its_first_task() -> None:
     path = routing.model_spec_path(apis.METHODS["/tensorflow.serving.PredictionService/MultiInference"])
     assert path == (1, 1)
     request = apis.MultiInferenceRequest()
-    assert routing.read_model_spec(request.SerializeToString(), path) is None
+    assert routing.find_model_spec(request.SerializeToString(), path) is None
     for name in ("a", "b"):
         request.tasks.add().model_spec.name = name
-    assert routing.read_model_spec(request.SerializeToString(), path).name == "a"
+    assert spec_of(request.SerializeToString(), path).model == "a"
 
 
 def test_every_cut_of_a_request_is_refused_or_read() -> None:
     request = predict("model", query=["text"] * 3)
-    whole = routing.read_model_spec(request, (1,))
+    whole = spec_of(request, (1,))
     refused = 0
     for end in range(len(request)):
         try:
-            spec = routing.read_model_spec(request[:end], (1,))
+            spec = spec_of(request[:end], (1,))
         except ValueError:
             refused += 1
         else:

@@ -29,7 +29,10 @@ class Judgment:
 
 
 def kinds(world: World) -> np.ndarray:
-    """The kind of each text, object [texts]: gap where all its parts are synonyms, partial where some are, ..."""
+    """The kind of each text, object [texts].
+
+    gap where all its parts are synonyms, partial where some are, polysemous where none is and it means several things.
+    """
     gap, partial = (world.text_gap == level for level in (ALL_SYNONYMS, SOME_SYNONYMS))
     return np.select([gap, partial, world.polysemous], ["gap", "partial", "polysemous"], "plain")
 

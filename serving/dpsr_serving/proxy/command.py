@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-from pathlib import Path
 
 from absl import flags
 
 from dpsr_serving.addresses import check_address
-from dpsr_serving.errors import CommandError, UsageError
-from dpsr_serving.proxy.config import ProxyConfig, load_config
+from dpsr_serving.errors import UsageError
+from dpsr_serving.proxy import workers
 
 USAGE = """
-Usage: dpsr proxy --config=proxy.yaml [--host=127.0.0.1] [--port=8600]
+Usage: dpsr proxy --config=proxy.yaml [--host=127.0.0.1] [--port=8600] [--http_port=8601] [--workers=N]
        dpsr proxy --backend=host:port [--host=127.0.0.1] [--port=8600]
 
 Speaks TensorFlow Serving's gRPC API and sends each request on to a server that holds its model:
@@ -23,7 +21,9 @@ Speaks TensorFlow Serving's gRPC API and sends each request on to a server that 
     demo: {backends: ["10.0.0.1:8500", "10.0.0.2:8500"]}
   default: {backends: ["10.0.0.3:8500"]}
 
-SIGTERM drains: no new calls, those in flight may end. A second one ends at once.
+The file may change while the proxy runs; a bad one is refused, and the one before stays. docs/proxy.md has every key.
+The HTTP port has /healthz, /readyz and Prometheus' /metrics.
+SIGTERM drains: no new calls, those in flight may end. A second one ends at once. SIGHUP reads the file again.
 """
 
 
@@ -35,6 +35,16 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "port", 8600, "Port to listen on; 0 takes a free one.", lower_bound=0, upper_bound=65535, flag_values=values
     )
+    flags.DEFINE_string("unix_socket", None, "Path of a UNIX socket to listen on as well.", flag_values=values)
+    flags.DEFINE_integer(
+        "http_port",
+        None,
+        "Port for /healthz, /readyz and /metrics; 0 takes a free one, without it there is none.",
+        lower_bound=0,
+        upper_bound=65535,
+        flag_values=values,
+    )
+    flags.DEFINE_integer("workers", 1, "Processes that share the port.", lower_bound=1, flag_values=values)
     flags.DEFINE_float(
         "drain_s", 30.0, "Seconds that calls in flight may take after SIGTERM.", lower_bound=0, flag_values=values
     )
@@ -52,30 +62,27 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         raise UsageError("give either --config or --backend")
     if not values.host:
         raise UsageError("--host must not be empty")
-    if values.config is not None:
-        config = load_config(Path(values.config))
-    else:
-        config = ProxyConfig({}, (check_address("--backend", values.backend),))
+    if values.unix_socket is not None and values.workers > 1:
+        raise UsageError("--unix_socket: a socket has one process; leave out --workers, or the socket")
+    if values.backend is not None:
+        check_address("--backend", values.backend)
+    settings = workers.Settings(
+        config_path=None if values.config is None else os.path.abspath(values.config),
+        backend=values.backend,
+        host=values.host,
+        port=values.port,
+        unix_socket=values.unix_socket,
+        drain_s=values.drain_s,
+        http_port=values.http_port,
+        workers=values.workers,
+    )
+    try:
+        config = settings.load()
+    except UsageError as error:
+        raise UsageError(str(error).replace(settings.config_path or "", values.config or "", 1)) from None
     # gRPC logs a failed bind in its own words, beside our one line. It reads this when it is first imported.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    asyncio.run(_serve(config, values.host, values.port, values.drain_s))
-
-
-async def _serve(config: ProxyConfig, host: str, port: int, drain_s: float) -> None:
-    from dpsr_serving.proxy.server import ProxyServer  # imports gRPC: see above
-
-    server = ProxyServer(config)
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signal_number, stopping.set)
-    try:
-        address = await server.start(host, port)
-    except OSError as error:
-        await server.stop(0)
-        raise CommandError(f"{error}: is the port in use, or the host not one of this machine?") from error
-    print(f"proxy ready on {address}", flush=True)
-    await stopping.wait()
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        loop.remove_signal_handler(signal_number)
-    await server.stop(drain_s)
+    if values.workers == 1:
+        asyncio.run(workers.serve_alone(settings, config))
+    else:
+        asyncio.run(workers.serve_workers(settings))

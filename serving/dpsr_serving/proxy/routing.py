@@ -1,16 +1,18 @@
-"""Where a request goes: reading its model spec out of the bytes, and choosing one of the model's backends.
+"""Where a request goes: reading its model spec out of the bytes, and the configuration's answer to it.
 
 Plain functions on plain data; the server beside them moves the bytes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError
 
 from dpsr_serving import apis
+from dpsr_serving.proxy.config import PoolConfig, ProxyConfig, TargetConfig
 
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 
@@ -22,6 +24,59 @@ class Loaded(Protocol):
 
 
 L = TypeVar("L", bound=Loaded)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a request asks for; a signature of "" means `serving_default`, and no version and label the latest."""
+
+    model: str
+    version: int | None = None
+    label: str | None = None
+    signature: str = ""
+
+
+def parse_spec(message: bytes) -> Spec:
+    """Reads a serialized ModelSpec. Raises ValueError where the bytes are none."""
+    try:
+        proto = apis.ModelSpec.FromString(message)
+    except DecodeError as error:
+        raise ValueError(f"broken model spec: {error}") from error
+    choice = proto.WhichOneof("version_choice")
+    return Spec(
+        model=proto.name,
+        version=proto.version.value if choice == "version" else None,
+        label=proto.version_label if choice == "version_label" else None,
+        signature=proto.signature_name,
+    )
+
+
+def route(config: ProxyConfig, spec: Spec) -> PoolConfig | None:
+    """The servers of a request: those of the first rule of its model that matches, else of the model, else default."""
+    model = config.models.get(spec.model)
+    if model is None:
+        return config.default
+    for rule in model.rules:
+        if (
+            rule.version in (None, spec.version)
+            and rule.label in (None, spec.label)
+            and rule.signature in (None, spec.signature or "serving_default")
+        ):
+            return rule.pool
+    return model.pool or config.default
+
+
+def redirect(config: ProxyConfig, spec: Spec, target: TargetConfig) -> tuple[Spec, PoolConfig | None]:
+    """The request as the target has it, and its servers.
+
+    A target's version or label takes the place of the request's. Another model's versions are its own: a target that
+    names a model and neither of them means the latest.
+    """
+    version, label = spec.version, spec.label
+    if target.version is not None or target.label is not None or target.model not in (None, spec.model):
+        version, label = target.version, target.label
+    new = Spec(target.model or spec.model, version, label, spec.signature)
+    return new, target.pool or route(config, new)
 
 
 def model_spec_path(request: Any) -> tuple[int, ...] | None:
@@ -37,11 +92,8 @@ def model_spec_path(request: Any) -> tuple[int, ...] | None:
     return None
 
 
-def read_model_spec(request: bytes, path: tuple[int, ...]) -> Any:
-    """Reads the ModelSpec at `path` of a serialized request, without decoding the tensors around it.
-
-    Returns:
-        The message, or None where the request has none.
+def find_model_spec(request: bytes, path: tuple[int, ...]) -> bytes | None:
+    """The serialized ModelSpec at `path` of a request, without decoding the tensors around it; None: it has none.
 
     Raises:
         ValueError: the bytes are not a protocol buffer message.
@@ -49,29 +101,75 @@ def read_model_spec(request: bytes, path: tuple[int, ...]) -> Any:
     message = request
     for step, field in enumerate(path):
         last = step == len(path) - 1
-        occurrences = _submessages(message, field)
+        occurrences = [message[start:end] for _, start, end in _occurrences(message, field)]
         if not occurrences:
             return None
         # A message given in several pieces means their merge, which is what their concatenation parses to. Of a
         # repeated field (the steps before the last), the pieces are elements, and the first counts.
         message = b"".join(occurrences) if last else occurrences[0]
-    try:
-        return apis.ModelSpec.FromString(message)
-    except DecodeError as error:
-        raise ValueError(f"broken model spec: {error}") from error
+    return message
+
+
+def rewrite_model_spec(request: bytes, path: tuple[int, ...], spec: Spec) -> bytes:
+    """The request with model, version and label of `spec` in its model spec, or in that of each of its tasks.
+
+    The signature and everything else stay as they are, byte for byte, unknown fields too.
+
+    Raises:
+        ValueError: a model spec after the first is broken.
+    """
+    pieces, offset = [], 0
+    found = _occurrences(request, path[0])
+    if len(path) == 1:
+        try:
+            proto = apis.ModelSpec.FromString(b"".join(request[start:end] for _, start, end in found))
+        except DecodeError as error:
+            raise ValueError(f"broken model spec: {error}") from error
+        proto.name = spec.model
+        proto.ClearField("version_choice")
+        if spec.version is not None:
+            proto.version.value = spec.version
+        elif spec.label is not None:
+            proto.version_label = spec.label
+        pieces.append(_field(path[0], proto.SerializeToString()))
+    for tag, start, end in found:
+        pieces.append(request[offset:tag])
+        if len(path) > 1:
+            pieces.append(_field(path[0], rewrite_model_spec(request[start:end], path[1:], spec)))
+        offset = end
+    return b"".join([*pieces, request[offset:]])
 
 
 def least_outstanding(backends: Sequence[L], turn: int) -> L:
     """The backend with the fewest unanswered requests; among equals `turn` decides, so that idle ones take turns."""
     count = len(backends)
-    return min((backends[(turn + step) % count] for step in range(count)), key=lambda backend: backend.outstanding)
+    best = backends[turn % count]
+    for step in range(1, count):
+        backend = backends[(turn + step) % count]
+        if backend.outstanding < best.outstanding:
+            best = backend
+    return best
 
 
-def _submessages(message: bytes, wanted: int) -> list[bytes]:
-    """All occurrences of the length-delimited field `wanted`. Raises ValueError where the bytes are no message."""
+def _field(number: int, content: bytes) -> bytes:
+    return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(len(content)) + content
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _occurrences(message: bytes, wanted: int) -> list[tuple[int, int, int]]:
+    """Where the length-delimited field `wanted` stands: its tag, its content's start and end. Raises ValueError."""
     found = []
     offset, size = 0, len(message)
     while offset < size:
+        begin = offset
         tag, offset = _read_varint(message, offset)
         field, wire_type = tag >> 3, tag & 7
         start = offset
@@ -89,7 +187,7 @@ def _submessages(message: bytes, wanted: int) -> list[bytes]:
         if field == 0 or offset > size:
             raise ValueError(f"a field that is cut off or has number 0 at byte {start}")
         if field == wanted and wire_type == _LENGTH_DELIMITED:
-            found.append(message[start:offset])
+            found.append((begin, start, offset))
     return found
 
 

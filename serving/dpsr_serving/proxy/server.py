@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import functools
-from collections.abc import Sequence
+import json
+import os
+import random
+import time
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
 import grpc
@@ -11,30 +17,46 @@ import grpc.aio
 
 from dpsr_serving import apis
 from dpsr_serving.addresses import join_address
-from dpsr_serving.proxy import routing
-from dpsr_serving.proxy.config import ProxyConfig
+from dpsr_serving.proxy import backends, routing
+from dpsr_serving.proxy.backends import Backend, Pool, Replicas, Reply
+from dpsr_serving.proxy.config import AccessLogConfig, PoolConfig, ProxyConfig, TargetConfig
+from dpsr_serving.proxy.experiments import assign
+from dpsr_serving.proxy.metrics import Metrics
+from dpsr_serving.proxy.routing import Spec
+
+ARM_METADATA = "dpsr-arm"
+SHARDS_METADATA = "dpsr-shards"
+
+_OK = grpc.StatusCode.OK
+_PLANS = 10_000  # model specs whose route is remembered
+_SHADOWS = 256  # copies under way
+_MARGIN = 0.9  # of the time left that shards may take, so that an answer without the slow ones comes in time
+_ASK_MODELS = (apis.GET_MODEL_STATUS, "/tensorflow.serving.PredictionService/GetModelMetadata")
+_SEARCHES = ("", "serving_default", "search")
 
 
-class Backend:
-    """A connection to one model server, shared by all models that are routed to it."""
+@dataclasses.dataclass(frozen=True)
+class _Destination:
+    """A request's servers, and its model spec where that differs from the one it came with."""
 
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self.outstanding = 0
-        self._channel = grpc.aio.insecure_channel(address, options=apis.CHANNEL_OPTIONS)
-        self._methods = {path: self._channel.unary_unary(path) for path in apis.METHODS}
+    spec: Spec
+    pool: Pool | None
+    rewrite: bool = False
 
-    def call(self, path: str, request: bytes, timeout_s: float | None, metadata: Any) -> Any:
-        """Starts a call with serialized messages; returns grpc.aio's call, to be awaited."""
-        return self._methods[path](request, timeout=timeout_s, metadata=metadata)
 
-    def connected(self) -> bool:
-        """Whether the server was there when last heard of."""
-        return self._channel.get_state() is grpc.ChannelConnectivity.READY
+@dataclasses.dataclass
+class _Plan:
+    """What is done with requests of one model spec; all but `plain` only for inference."""
 
-    async def close(self) -> None:
-        """Closes the connection; calls in flight fail."""
-        await self._channel.close()
+    plain: _Destination
+    model: str  # as metrics call it: "" for names that nothing is configured for, which anybody can invent
+    experiment: str = ""
+    key: str = ""
+    override: str | None = None
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    arms: Mapping[str, _Destination] = dataclasses.field(default_factory=dict)
+    shadow: _Destination | None = None
+    share: float = 0.0
 
 
 class ProxyServer:
@@ -44,88 +66,354 @@ class ProxyServer:
     status code, its message, initial and trailing metadata. The proxy itself answers only:
 
     - INVALID_ARGUMENT: the request names no model;
-    - NOT_FOUND: no backend is configured for the model, in TensorFlow Serving's words;
-    - UNAVAILABLE: the backend cannot be reached, with model and address;
+    - NOT_FOUND: no backend is configured for the model, or none holds it, in TensorFlow Serving's words;
+    - UNAVAILABLE: no backend of the model can be reached, with model and addresses; or, by policy, a shard is missing;
+    - RESOURCE_EXHAUSTED: all backends of the model have as many requests under way as they may;
     - FAILED_PRECONDITION: HandleReloadConfigRequest, which names no model, where there are several backends.
+
+    Raises:
+        OSError: a certificate or the access log cannot be read or opened.
     """
 
-    def __init__(self, config: ProxyConfig) -> None:
-        addresses = dict.fromkeys([a for route in config.models.values() for a in route] + list(config.default))
-        self._backends = {address: Backend(address) for address in addresses}
-        self._routes = {model: [self._backends[a] for a in route] for model, route in config.models.items()}
-        self._default = [self._backends[a] for a in config.default]
-        self._turn = 0
+    def __init__(self, config: ProxyConfig, share_port: bool = False) -> None:
+        self.metrics = Metrics()
+        self._config = config
+        self._backends: dict[str, Backend] = {}
+        self._pools: dict[PoolConfig, Pool] = {}
+        self._plans: dict[tuple[bool, bytes], _Plan] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._shadows = 0
+        self._draining = False
+        self._credentials = backends.server_credentials(config.listen_tls)
+        self._log = AccessLog(config.access_log)
+        self._set_up(config)
         # Without so_reuseport=0 a second proxy on the same port would start and take half of the connections.
-        self._server = grpc.aio.server(options=(*apis.GRPC_OPTIONS, ("grpc.so_reuseport", 0)))
+        self._server = grpc.aio.server(options=(*apis.GRPC_OPTIONS, ("grpc.so_reuseport", int(share_port))))
         self._server.add_generic_rpc_handlers((_Methods(self._forward),))
 
-    async def start(self, host: str, port: int) -> str:
+    async def start(self, host: str, port: int, unix_socket: str | None = None) -> str:
         """Begins to serve; returns "host:port" (port 0 takes a free one). Raises OSError where it cannot listen."""
         address = join_address(host, port)
-        try:
-            bound = self._server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}") from error
+        bound = self._listen(address)
+        if unix_socket is not None:
+            self._listen(f"unix:{os.path.abspath(unix_socket)}")
+        for backend in self._backends.values():
+            backend.watch(self._config.health)
         await self._server.start()
         return join_address(host, bound)
 
     async def stop(self, grace_s: float) -> None:
         """Takes no new calls, lets those in flight end within `grace_s` seconds, then closes the connections."""
+        self._draining = True
         await self._server.stop(grace_s)
+        for task in list(self._tasks):
+            task.cancel()
         for backend in self._backends.values():
             await backend.close()
+        self._log.close()
 
-    async def _forward(self, path: str, spec_path: tuple[int, ...] | None, request: bytes, context: Any) -> bytes:
+    def reload(self, config: ProxyConfig) -> None:
+        """Routes by another configuration from the next request on; backends that stay keep connections and state.
+
+        Raises:
+            ValueError: the configuration changes what is read only at the start; all stays as it was.
+            OSError: the access log cannot be opened; all stays as it was.
+        """
+        if (config.listen_tls, config.backend_tls) != (self._config.listen_tls, self._config.backend_tls):
+            raise ValueError("tls: it is read only when the proxy starts; restart it")
+        log = AccessLog(config.access_log)
+        self._log.close()
+        self._log = log
+        before = self._backends
+        self._set_up(config)
+        for address, backend in before.items():
+            if address not in self._backends:
+                self._start(backend.retire())
+        for backend in self._backends.values():
+            backend.watch(config.health)
+
+    def ready(self) -> bool:
+        """Whether all backends have been looked at, one is up, and the proxy is not about to end."""
+        found = self._backends.values()
+        return not self._draining and all(b.checked for b in found) and any(b.up for b in found)
+
+    def dump(self) -> str:
+        """The metrics as of now, for metrics.merge."""
+        found = self._backends.items()
+        self.metrics.set("dpsr_proxy_backend_up", {(address,): float(b.up) for address, b in found})
+        self.metrics.set("dpsr_proxy_backend_outstanding", {(address,): float(b.outstanding) for address, b in found})
+        return self.metrics.dump()
+
+    def _listen(self, address: str) -> int:
+        try:
+            if self._credentials is None:
+                return int(self._server.add_insecure_port(address))
+            return int(self._server.add_secure_port(address, self._credentials))
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}") from error
+
+    def _set_up(self, config: ProxyConfig) -> None:
+        tls = backends.channel_credentials(config.backend_tls)
+        name = (config.backend_tls and config.backend_tls.server_name) or ""
+        found: dict[str, Backend] = {}
+        pools: dict[PoolConfig, Pool] = {}
+        for pool in _pool_configs(config):
+            shards = []
+            for addresses in pool.shards:
+                for address in addresses:
+                    if address not in found:
+                        found[address] = self._backends.get(address) or Backend(address, self.metrics, tls, name)
+                shards.append(
+                    Replicas(
+                        [found[address] for address in addresses],
+                        pool.discover,
+                        config.max_outstanding,
+                        config.retries,
+                        config.health,
+                        self.metrics,
+                    )
+                )
+            if len(shards) > 1:
+                from dpsr_serving.proxy import shards as _  # noqa: F401 (NumPy: load it now, not at the first request)
+            pools[pool] = Pool(pool, shards)
+        self._config, self._backends, self._pools, self._plans = config, found, pools, {}
+
+    async def _forward(
+        self, path: str, spec_path: tuple[int, ...] | None, inference: bool, request: bytes, context: Any
+    ) -> bytes:
+        start = time.monotonic()
+        left = context.time_remaining()
+        deadline = None if left is None else start + left
+        metadata = context.invocation_metadata()
+        plan: _Plan | None = None
+        arm = ""
         if spec_path is None:
-            model, candidates = "", await self._sole_backend(path, context)
+            reply = await self._ask_sole(path, request, deadline, metadata)
         else:
-            model, candidates = await self._route(path, spec_path, request, context)
-        self._turn += 1
-        backend = routing.least_outstanding(candidates, self._turn)
-        backend.outstanding += 1
-        try:
-            call = backend.call(path, request, context.time_remaining(), context.invocation_metadata())
-            response: bytes = await call
-            await _send_initial_metadata(context, await call.initial_metadata())
-            context.set_trailing_metadata(tuple(await call.trailing_metadata()))
-            return response
-        except grpc.aio.AioRpcError as error:
-            failure = error
-        finally:
-            backend.outstanding -= 1
-        details = failure.details() or ""
-        if failure.code() is grpc.StatusCode.UNAVAILABLE and not backend.connected():
-            # gRPC's own words for a lost connection, not the server's: they tell nothing of whom we asked for what.
-            whose = f"model {model!r}: " if model else ""
-            details = f"{whose}backend {backend.address} cannot be reached: {details}"
-        await _send_initial_metadata(context, failure.initial_metadata())
-        await context.abort(failure.code(), details, tuple(failure.trailing_metadata()))
-        raise AssertionError("abort raises")
+            found = self._plan(path, spec_path, inference, request)
+            if isinstance(found, Reply):
+                reply = found
+            else:
+                plan = found
+                destination = plan.plain
+                if plan.arms:
+                    arm = _arm(plan, metadata)
+                    destination = plan.arms[arm]
+                if plan.shadow is not None and random.random() < plan.share and self._shadows < _SHADOWS:
+                    self._start(self._shadow(plan, path, spec_path, request, left, metadata))
+                reply = await self._ask(destination, path, spec_path, request, deadline, metadata)
+                if arm:
+                    reply = reply._replace(trailing=(*reply.trailing, (ARM_METADATA, f"{plan.experiment}/{arm}")))
+        seconds = time.monotonic() - start
+        model, experiment = ("", "") if plan is None else (plan.model, plan.experiment)
+        code = reply.code
+        self.metrics.count("dpsr_proxy_requests_total", (_short(path), model, experiment, arm, code.name))
+        if inference:
+            self.metrics.observe("dpsr_proxy_request_seconds", (model, experiment, arm), seconds)
+        if self._log.wants(code is _OK):
+            self._log.write(path, plan.plain.spec if plan else None, experiment, arm, reply, seconds, request, metadata)
+        if reply.initial:
+            await context.send_initial_metadata(tuple(reply.initial))
+        if code is not _OK:
+            await context.abort(code, reply.details, tuple(reply.trailing))
+        if reply.trailing:
+            context.set_trailing_metadata(tuple(reply.trailing))
+        return reply.body
 
-    async def _route(
-        self, path: str, spec_path: tuple[int, ...], request: bytes, context: Any
-    ) -> tuple[str, Sequence[Backend]]:
-        """The request's model and its backends; aborts the call where there are none."""
+    def _plan(self, path: str, spec_path: tuple[int, ...], inference: bool, request: bytes) -> _Plan | Reply:
+        """What to do with a request, or the answer to one that cannot be routed."""
         try:
-            spec = routing.read_model_spec(request, spec_path)
+            message = routing.find_model_spec(request, spec_path)
+            if message is None:
+                return Reply(grpc.StatusCode.INVALID_ARGUMENT, "Missing ModelSpec")
+            plan = self._plans.get((inference, message))
+            if plan is None:
+                spec = routing.parse_spec(message)
+                if not spec.model:
+                    return Reply(grpc.StatusCode.INVALID_ARGUMENT, "ModelSpec has no name specified.")
+                plan = self._make_plan(spec, inference)
+                if len(self._plans) >= _PLANS:
+                    self._plans.clear()
+                self._plans[inference, message] = plan
         except ValueError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"cannot decode the request of {path}: {error}")
-        if spec is None:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "Missing ModelSpec")
-        if not spec.name:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "ModelSpec has no name specified.")
-        backends = self._routes.get(spec.name, self._default)
-        if not backends:
-            await context.abort(grpc.StatusCode.NOT_FOUND, _not_found(path, spec))
-        return spec.name, backends
+            return Reply(grpc.StatusCode.INVALID_ARGUMENT, f"cannot decode the request of {path}: {error}")
+        return plan
 
-    async def _sole_backend(self, path: str, context: Any) -> Sequence[Backend]:
+    def _make_plan(self, spec: Spec, inference: bool) -> _Plan:
+        model = self._config.models.get(spec.model)
+        pool = routing.route(self._config, spec)
+        plan = _Plan(_Destination(spec, self._pools[pool] if pool else None), spec.model if model else "")
+        if model is None or not inference:
+            return plan
+        if model.experiment is not None:
+            experiment = model.experiment
+            plan.experiment, plan.key, plan.override = experiment.name, experiment.key, experiment.override
+            plan.weights = experiment.weights
+            plan.arms = {arm: self._destination(spec, target) for arm, target in experiment.targets.items()}
+        if model.shadow is not None:
+            plan.shadow, plan.share = self._destination(spec, model.shadow.target), model.shadow.share
+        return plan
+
+    def _destination(self, spec: Spec, target: TargetConfig) -> _Destination:
+        new, pool = routing.redirect(self._config, spec, target)
+        return _Destination(new, self._pools[pool] if pool else None, new != spec)
+
+    async def _ask(
+        self,
+        destination: _Destination,
+        path: str,
+        spec_path: tuple[int, ...],
+        request: bytes,
+        deadline: float | None,
+        metadata: Any,
+    ) -> Reply:
+        spec, pool = destination.spec, destination.pool
+        if pool is None:
+            return Reply(grpc.StatusCode.NOT_FOUND, backends.not_found(path, spec))
+        if destination.rewrite:
+            try:
+                request = routing.rewrite_model_spec(request, spec_path, spec)
+            except ValueError as error:
+                return Reply(grpc.StatusCode.INVALID_ARGUMENT, f"cannot decode the request of {path}: {error}")
+        if len(pool.shards) > 1 and path == apis.PREDICT and spec.signature in _SEARCHES:
+            return await self._ask_shards(pool, spec, request, deadline, metadata)
+        # What concerns no items, every shard can answer.
+        replicas = pool.shards[0] if len(pool.shards) == 1 else random.choice(pool.shards)
+        return await replicas.ask(spec, path, request, deadline, metadata)
+
+    async def _ask_shards(self, pool: Pool, spec: Spec, request: bytes, deadline: float | None, metadata: Any) -> Reply:
+        """Asks all shards at once and merges what they find; leaves out those that fail or are late, if it may."""
+        limit = deadline
+        now = time.monotonic()
+        if pool.config.allow_partial and deadline is not None:
+            limit = now + _MARGIN * (deadline - now)
+        if pool.config.shard_timeout_s is not None:
+            limit = min(limit or float("inf"), now + pool.config.shard_timeout_s)
+        replies = await asyncio.gather(
+            *(shard.ask(spec, apis.PREDICT, request, limit, metadata) for shard in pool.shards)
+        )
+        answers, total = [reply for reply in replies if reply.code is _OK], len(replies)
+        count = ((SHARDS_METADATA, f"{len(answers)}/{total}"),)
+        for index, reply in enumerate(replies):
+            if reply.code is _OK:
+                continue
+            if reply.code not in _MISSING:  # an error of the request: all shards have it
+                return reply
+            self.metrics.count("dpsr_proxy_shards_missing_total", (spec.model, str(index)))
+            if not answers or not pool.config.allow_partial:
+                code = reply.code if deadline is not None and limit == deadline else grpc.StatusCode.UNAVAILABLE
+                words = (
+                    f"model {spec.model!r}: shard {index + 1} of {total} is missing: {reply.code.name}: {reply.details}"
+                )
+                return Reply(code, words, trailing=count, backend=reply.backend)
+        from dpsr_serving.proxy.shards import merge_answers
+
+        try:
+            body = merge_answers([answer.body for answer in answers])
+        except ValueError as error:
+            return Reply(
+                grpc.StatusCode.INTERNAL,
+                f"model {spec.model!r}: cannot merge the shards' answers: {error}",
+                trailing=count,
+            )
+        first = answers[0]
+        attempts = max(answer.attempts for answer in answers)
+        return Reply(_OK, "", body, first.initial, (*first.trailing, *count), first.backend, attempts)
+
+    async def _ask_sole(self, path: str, request: bytes, deadline: float | None, metadata: Any) -> Reply:
         if len(self._backends) > 1:
-            await context.abort(
+            return Reply(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"{path} names no model, and this proxy has {len(self._backends)} backends: ask a model server itself",
             )
-        return list(self._backends.values())
+        (pool,) = self._pools.values()
+        return await pool.shards[0].ask(Spec(""), path, request, deadline, metadata)
+
+    async def _shadow(
+        self, plan: _Plan, path: str, spec_path: tuple[int, ...], request: bytes, left: float | None, metadata: Any
+    ) -> None:
+        assert plan.shadow is not None
+        self._shadows += 1
+        try:
+            deadline = time.monotonic() + min(left or 60.0, 60.0)
+            reply = await self._ask(plan.shadow, path, spec_path, request, deadline, metadata)
+            self.metrics.count("dpsr_proxy_shadow_total", (plan.model, reply.code.name))
+        finally:
+            self._shadows -= 1
+
+    def _start(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+# What a shard fails with that is not the request's fault.
+_MISSING = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.INTERNAL,
+)
+
+
+class AccessLog:
+    """Writes a line of JSON for some requests. Raises OSError where the file cannot be opened."""
+
+    def __init__(self, config: AccessLogConfig | None) -> None:
+        self._config = config
+        self._file = -1
+        if config is not None:
+            self._file = os.open(config.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+    def wants(self, ok: bool) -> bool:
+        """Whether to write a line for a request of this outcome."""
+        config = self._config
+        return config is not None and ((config.errors and not ok) or random.random() < config.sample)
+
+    def write(
+        self,
+        path: str,
+        spec: Spec | None,
+        experiment: str,
+        arm: str,
+        reply: Reply,
+        seconds: float,
+        request: bytes,
+        metadata: Any,
+    ) -> None:
+        """Writes the line; a full disk loses it, not the request."""
+        assert self._config is not None
+        line: dict[str, Any] = {"time": round(time.time(), 3), "method": _short(path)}
+        if spec is not None:
+            given = {name: value for name, value in dataclasses.asdict(spec).items() if value not in (None, "")}
+            line |= given
+        if arm:
+            line |= {"experiment": experiment, "arm": arm}
+        line |= {
+            "code": reply.code.name,
+            "ms": round(seconds * 1000, 3),
+            "backend": reply.backend,
+            "attempts": max(reply.attempts, int(bool(reply.backend))),
+            "request_bytes": len(request),
+            "response_bytes": len(reply.body),
+        }
+        if reply.details:
+            line["details"] = reply.details[:500]
+        for key, value in metadata or ():
+            if key in self._config.metadata:
+                line.setdefault("metadata", {})[key] = value if isinstance(value, str) else value.hex()
+        try:
+            os.write(self._file, (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+        except OSError:
+            return
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file >= 0:
+            os.close(self._file)
+        self._file, self._config = -1, None
 
 
 class _Methods(grpc.GenericRpcHandler):
@@ -133,26 +421,42 @@ class _Methods(grpc.GenericRpcHandler):
 
     def __init__(self, forward: Any) -> None:
         # No (de)serializers: handlers get and give bytes.
-        self._handlers = {
-            path: grpc.unary_unary_rpc_method_handler(
-                functools.partial(forward, path, routing.model_spec_path(request))
+        self._handlers = {}
+        for path, request in apis.METHODS.items():
+            spec_path = routing.model_spec_path(request)
+            inference = spec_path is not None and path not in _ASK_MODELS
+            self._handlers[path] = grpc.unary_unary_rpc_method_handler(
+                functools.partial(forward, path, spec_path, inference)
             )
-            for path, request in apis.METHODS.items()
-        }
 
     def service(self, handler_call_details: Any) -> Any:
         return self._handlers.get(handler_call_details.method)
 
 
-async def _send_initial_metadata(context: Any, metadata: Any) -> None:
-    if metadata:
-        await context.send_initial_metadata(tuple(metadata))
+def _arm(plan: _Plan, metadata: Any) -> str:
+    """The request's arm: a tester's choice, else by its key; without one, that of the empty key."""
+    value: str | bytes = ""
+    for name, given in metadata or ():
+        if name == plan.override and given in plan.arms:
+            return str(given)
+        if name == plan.key:
+            value = given
+    return assign(plan.experiment, value, plan.weights)
 
 
-def _not_found(path: str, spec: Any) -> str:
-    """TensorFlow Serving's words for a model that it does not know."""
-    version = spec.version.value if spec.HasField("version") else None
-    if path == apis.GET_MODEL_STATUS:
-        return f"Could not find {'any versions' if version is None else f'version {version}'} of model {spec.name}"
-    wanted = f"Latest({spec.name})" if version is None else f"Specific({spec.name}, {version})"
-    return f"Servable not found for request: {wanted}"
+def _short(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _pool_configs(config: ProxyConfig) -> dict[PoolConfig, None]:
+    """All pools of a configuration, each once."""
+    targets: list[TargetConfig] = []
+    pools: list[PoolConfig | None] = [config.default]
+    for model in config.models.values():
+        pools += [model.pool, *(rule.pool for rule in model.rules)]
+        if model.experiment is not None:
+            targets += model.experiment.targets.values()
+        if model.shadow is not None:
+            targets.append(model.shadow.target)
+    pools += [target.pool for target in targets]
+    return dict.fromkeys(pool for pool in pools if pool is not None)

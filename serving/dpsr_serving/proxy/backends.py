@@ -1,0 +1,391 @@
+"""The model servers behind the proxy: whether they live, what they hold, and asking one of several that hold the same.
+
+A server is up until it is found down: a lost connection puts it down at once, and so do some checks or answers of
+UNAVAILABLE in a row. Its calls under way are then given up and made elsewhere. Only a check brings it back, and its
+share of the requests grows gradually.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc
+import grpc.aio
+
+from dpsr_serving import apis
+from dpsr_serving.proxy.config import HealthConfig, PoolConfig, RetryConfig, TlsConfig
+from dpsr_serving.proxy.metrics import Metrics
+from dpsr_serving.proxy.routing import Spec, least_outstanding
+
+# Marks the proxy's own calls, for the logs of the servers.
+CHECK_METADATA = (("dpsr-proxy", "check"),)
+_ANSWERS_IN_A_ROW = 5  # of UNAVAILABLE, that put a server down which is there
+_DISCOVER_EVERY_CHECKS = 3
+_ABSENT_LIMIT = 4096
+
+_OK = grpc.StatusCode.OK
+_UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+_NO_LIFE = (_UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+
+
+class Reply(NamedTuple):
+    """What a call came to: a server's answer, or the proxy's own words where `backend` is ""."""
+
+    code: grpc.StatusCode
+    details: str = ""
+    body: bytes = b""
+    initial: Any = ()
+    trailing: Any = ()
+    backend: str = ""
+    attempts: int = 0
+
+
+class Backend:
+    """A connection to one model server, shared by all pools that have it.
+
+    Attributes:
+        address: "host:port" or "unix:/path".
+        outstanding: calls under way.
+        up: whether it takes requests.
+        holds: model -> its versions that are AVAILABLE, of the models that were asked for and that it knows.
+        asked: the models that it was asked for since it last came up.
+    """
+
+    def __init__(self, address: str, metrics: Metrics, tls: grpc.ChannelCredentials | None, server_name: str) -> None:
+        self.address = address
+        self.outstanding = 0
+        self.up = True
+        self.checked = False
+        self.holds: dict[str, frozenset[int]] = {}
+        self.asked: set[str] = set()
+        self._metrics = metrics
+        self._returned = 0.0
+        self._return_s = 0.0
+        self._failures = 0
+        self._unavailable = 0
+        self._calls: set[Any] = set()
+        self._given_up: set[Any] = set()
+        self._watching: asyncio.Task[None] | None = None
+        options = list(apis.CHANNEL_OPTIONS)
+        if tls is None:
+            self._channel = grpc.aio.insecure_channel(address, options=options)
+        else:
+            if server_name:
+                options.append(("grpc.ssl_target_name_override", server_name))
+            self._channel = grpc.aio.secure_channel(address, tls, options=options)
+        self._methods = {path: self._channel.unary_unary(path) for path in apis.METHODS}
+
+    async def call(self, path: str, request: bytes, timeout_s: float | None, metadata: Any) -> Reply:
+        """Makes one call with serialized messages. A call given up because the server went down is UNAVAILABLE."""
+        call = self._methods[path](request, timeout=timeout_s, metadata=metadata)
+        self._calls.add(call)
+        self.outstanding += 1
+        try:
+            body: bytes = await call
+            self._unavailable = 0
+            return Reply(_OK, "", body, await call.initial_metadata(), await call.trailing_metadata(), self.address)
+        except grpc.aio.AioRpcError as error:
+            code, details = error.code(), error.details() or ""
+            if code is _UNAVAILABLE:
+                if self._channel.get_state() is not grpc.ChannelConnectivity.READY:
+                    # gRPC's own words for a lost connection, not the server's: they do not tell whom we asked.
+                    self.put_down()
+                    details = f"backend {self.address} cannot be reached: {details}"
+                else:
+                    self._unavailable += 1
+                    if self._unavailable >= _ANSWERS_IN_A_ROW:
+                        self.put_down()
+            else:
+                self._unavailable = 0
+            return Reply(code, details, b"", error.initial_metadata(), error.trailing_metadata(), self.address)
+        except asyncio.CancelledError:
+            if call in self._given_up:
+                return Reply(_UNAVAILABLE, f"backend {self.address} does not answer", backend=self.address)
+            raise
+        finally:
+            self.outstanding -= 1
+            self._calls.discard(call)
+            self._given_up.discard(call)
+
+    def put_down(self) -> None:
+        """Takes the server out until a check succeeds, and gives up the calls under way: they hang or are lost."""
+        if not self.up:
+            return
+        self.up = False
+        self._metrics.count("dpsr_proxy_ejections_total", (self.address,))
+        for call in list(self._calls):
+            if not call.done():
+                self._given_up.add(call)
+                call.cancel()
+
+    def bring_up(self, return_s: float) -> None:
+        """Lets it take requests, a growing share of its own over `return_s` seconds."""
+        self.up = True
+        self._failures = self._unavailable = 0
+        self._returned, self._return_s = time.monotonic(), return_s
+        self.asked.clear()
+
+    def takes(self, draw: float) -> bool:
+        """Whether a server on its way back takes the request that drew this number of [0, 1)."""
+        if not self._return_s:
+            return True
+        share = (time.monotonic() - self._returned) / self._return_s
+        if share >= 1:
+            self._return_s = 0.0
+        return draw < max(share, 0.05)
+
+    def watch(self, health: HealthConfig) -> None:
+        """Starts the checks, or goes on with them by another configuration."""
+        self._unwatch()
+        self._watching = asyncio.create_task(self._watch(health))
+
+    async def _watch(self, health: HealthConfig) -> None:
+        turn = 0
+        while True:
+            await self.check(health)
+            if self.up and turn % _DISCOVER_EVERY_CHECKS == 0:
+                for model in list(self.holds):
+                    await self.ask(model, health.timeout_s)
+            turn += 1
+            await asyncio.sleep(health.every_s)
+
+    async def check(self, health: HealthConfig) -> None:
+        """Asks for the status of no model: any answer is a sign of life."""
+        code = await self._own_call(b"", health.timeout_s)
+        self.checked = True
+        if code[0] not in _NO_LIFE:
+            self._failures = 0
+            if not self.up:
+                self.bring_up(health.return_s)
+            return
+        self._failures += 1
+        lost = code[0] is _UNAVAILABLE and self._channel.get_state() is not grpc.ChannelConnectivity.READY
+        if lost or self._failures >= health.failures:
+            self.put_down()
+
+    async def ask(self, model: str, timeout_s: float) -> None:
+        """Learns which versions of the model it holds."""
+        request = apis.GetModelStatusRequest()
+        request.model_spec.name = model
+        code, body = await self._own_call(request.SerializeToString(), timeout_s)
+        if code is _OK:
+            statuses = apis.GetModelStatusResponse.FromString(body).model_version_status
+            available = apis.ModelVersionStatus.State.Value("AVAILABLE")
+            self.holds[model] = frozenset(status.version for status in statuses if status.state == available)
+        elif code not in _NO_LIFE:
+            self.holds.pop(model, None)
+        else:
+            return
+        if len(self.asked) > _ABSENT_LIMIT:
+            self.asked.clear()
+        self.asked.add(model)
+
+    async def _own_call(self, request: bytes, timeout_s: float) -> tuple[grpc.StatusCode, bytes]:
+        try:
+            body = await self._methods[apis.GET_MODEL_STATUS](request, timeout=timeout_s, metadata=CHECK_METADATA)
+        except grpc.aio.AioRpcError as error:
+            return error.code(), b""
+        return _OK, body
+
+    def _unwatch(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            self._watching = None
+
+    async def close(self) -> None:
+        """Ends the checks and closes the connection; calls under way fail."""
+        self._unwatch()
+        await self._channel.close()
+
+    async def retire(self) -> None:
+        """Closes once the calls under way have ended."""
+        self._unwatch()
+        while self.outstanding:
+            await asyncio.sleep(0.1)
+        await self._channel.close()
+
+
+class RetryBudget:
+    """Bounds retries to a share of the requests, so that they do not multiply the load of servers in trouble."""
+
+    def __init__(self, config: RetryConfig) -> None:
+        self._per_request = config.budget
+        self._most = self._tokens = float(config.reserve)
+
+    def request(self) -> None:
+        """A request came: it earns a part of a retry."""
+        if self._tokens < self._most:
+            self._tokens = min(self._most, self._tokens + self._per_request)
+
+    def retry(self) -> bool:
+        """Takes one retry; False where none is left."""
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
+
+
+class Replicas:
+    """Servers that hold the same, of which each request needs one."""
+
+    def __init__(
+        self,
+        backends: Sequence[Backend],
+        discover: bool,
+        max_outstanding: int,
+        retries: RetryConfig,
+        health: HealthConfig,
+        metrics: Metrics,
+    ) -> None:
+        self.backends = list(backends)
+        self._discover = discover
+        self._max_outstanding = max_outstanding
+        self._attempts = retries.attempts
+        self._budget = RetryBudget(retries)
+        self._health = health
+        self._metrics = metrics
+        self._turn = 0
+        self._asking: dict[str, asyncio.Task[None]] = {}
+        self._absent: dict[str, float] = {}
+
+    async def ask(self, spec: Spec, path: str, request: bytes, deadline: float | None, metadata: Any) -> Reply:
+        """Asks one of the servers and, where that cannot be reached, others.
+
+        Args:
+            spec: the request's model spec, for discovery and messages.
+            deadline: by the clock of time.monotonic, or None.
+        """
+        self._budget.request()
+        tried: list[Backend] = []
+        reply: Reply | None = None
+        while True:
+            holders = self.backends
+            if self._discover:
+                holders = await self._holders(spec, path)
+                if not holders:
+                    return reply or self._none_holds(spec, path)
+            backend = self._choose(holders, tried)
+            if backend is None:
+                return (reply or self._none_free(spec, holders))._replace(attempts=len(tried))
+            if reply is not None:
+                if not self._budget.retry():
+                    return reply._replace(attempts=len(tried))
+                self._metrics.count("dpsr_proxy_retries_total", (spec.model,))
+            tried.append(backend)
+            timeout_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            reply = await backend.call(path, request, timeout_s, metadata)
+            if reply.code is _OK:
+                return reply._replace(attempts=len(tried)) if len(tried) > 1 else reply
+            self._metrics.count("dpsr_proxy_backend_failures_total", (backend.address, reply.code.name))
+            if reply.code is _UNAVAILABLE:
+                if not backend.up:
+                    reply = reply._replace(
+                        details=f"model {spec.model!r}: {reply.details}" if spec.model else reply.details
+                    )
+            elif reply.code is grpc.StatusCode.NOT_FOUND and self._discover and spec.model in backend.holds:
+                # It no longer holds what it held when last asked: not an error of the request, which went astray.
+                await backend.ask(spec.model, self._health.timeout_s)
+            else:
+                return reply._replace(attempts=len(tried))
+            if len(tried) >= self._attempts or (deadline is not None and time.monotonic() >= deadline):
+                return reply._replace(attempts=len(tried))
+
+    def _choose(self, holders: Sequence[Backend], tried: Sequence[Backend]) -> Backend | None:
+        most = self._max_outstanding
+        free = [b for b in holders if b.up and b.outstanding < most and b not in tried]
+        if not free:
+            return None
+        self._turn += 1
+        if len(free) > 1:
+            draw = random.random()
+            free = [backend for backend in free if backend.takes(draw)] or free
+        return least_outstanding(free, self._turn)
+
+    def _none_free(self, spec: Spec, holders: Sequence[Backend]) -> Reply:
+        whose = f"model {spec.model!r}: " if spec.model else ""
+        full = [backend for backend in holders if backend.up]
+        if full:
+            self._metrics.count("dpsr_proxy_rejected_total", (spec.model,))
+            return Reply(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"{whose}all backends have {self._max_outstanding} requests under way: "
+                + ", ".join(backend.address for backend in full),
+            )
+        addresses = ", ".join(backend.address for backend in holders)
+        which = f"backend {addresses}" if len(holders) == 1 else f"none of the backends {addresses}"
+        return Reply(_UNAVAILABLE, f"{whose}{which} can{'not' if len(holders) == 1 else ''} be reached")
+
+    async def _holders(self, spec: Spec, path: str) -> list[Backend]:
+        """The servers that hold what the request asks for; else those that know the model, which say what is wrong."""
+        model = spec.model
+        unasked = [backend for backend in self.backends if backend.up and model not in backend.asked]
+        known = [backend for backend in self.backends if model in backend.holds]
+        if unasked or (not known and time.monotonic() > self._absent.get(model, 0.0)):
+            task = self._asking.get(model)
+            if task is None:
+                task = self._asking[model] = asyncio.create_task(self._ask_all(model))
+                task.add_done_callback(lambda _: self._asking.pop(model, None))
+            if not any(backend.up for backend in known):
+                await asyncio.shield(task)
+            known = [backend for backend in self.backends if model in backend.holds]
+        if path == apis.GET_MODEL_STATUS:
+            return known
+        versions = [b for b in known if (b.holds[model] if spec.version is None else spec.version in b.holds[model])]
+        return versions or known
+
+    async def _ask_all(self, model: str) -> None:
+        backends = [backend for backend in self.backends if backend.up]
+        await asyncio.gather(*(backend.ask(model, self._health.timeout_s) for backend in backends))
+        if len(self._absent) > _ABSENT_LIMIT:
+            self._absent.clear()
+        self._absent[model] = time.monotonic() + _DISCOVER_EVERY_CHECKS * self._health.every_s
+
+    def _none_holds(self, spec: Spec, path: str) -> Reply:
+        silent = [b.address for b in self.backends if not b.up or spec.model not in b.asked]
+        if silent:
+            words = f"model {spec.model!r}: not on the backends that answer; cannot be reached: {', '.join(silent)}"
+            return Reply(_UNAVAILABLE, words)
+        return Reply(grpc.StatusCode.NOT_FOUND, not_found(path, spec))
+
+
+class Pool:
+    """The servers of a PoolConfig: one set of replicas for each shard."""
+
+    def __init__(self, config: PoolConfig, shards: Sequence[Replicas]) -> None:
+        self.config = config
+        self.shards = list(shards)
+
+
+def not_found(path: str, spec: Spec) -> str:
+    """TensorFlow Serving's words for a model that it does not know."""
+    if path == apis.GET_MODEL_STATUS:
+        which = "any versions" if spec.version is None else f"version {spec.version}"
+        return f"Could not find {which} of model {spec.model}"
+    wanted = f"Latest({spec.model})" if spec.version is None else f"Specific({spec.model}, {spec.version})"
+    return f"Servable not found for request: {wanted}"
+
+
+def channel_credentials(tls: TlsConfig | None) -> grpc.ChannelCredentials | None:
+    """What connections to the servers use. Raises OSError where a file cannot be read."""
+    if tls is None:
+        return None
+    return grpc.ssl_channel_credentials(_read(tls.ca), _read(tls.key), _read(tls.certificate))
+
+
+def server_credentials(tls: TlsConfig | None) -> grpc.ServerCredentials | None:
+    """What the proxy listens with. Raises OSError where a file cannot be read."""
+    if tls is None:
+        return None
+    ca = _read(tls.ca)
+    return grpc.ssl_server_credentials(
+        [(_read(tls.key), _read(tls.certificate))], root_certificates=ca, require_client_auth=ca is not None
+    )
+
+
+def _read(path: str | None) -> bytes | None:
+    return None if path is None else Path(path).read_bytes()

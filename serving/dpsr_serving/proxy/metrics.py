@@ -1,0 +1,114 @@
+"""Counters and histograms in Prometheus' text format, which the workers of one proxy add up."""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Iterable, Sequence
+
+Labels = tuple[str, ...]
+
+# Every metric: name -> (type, names of its labels, help). docs/proxy.md lists them.
+METRICS: dict[str, tuple[str, Labels, str]] = {
+    "dpsr_proxy_requests_total": (
+        "counter",
+        ("method", "model", "experiment", "arm", "code"),
+        "Requests answered, by what was asked for and the gRPC status code.",
+    ),
+    "dpsr_proxy_request_seconds": (
+        "histogram",
+        ("model", "experiment", "arm"),
+        "Time from the request's arrival to its answer, inference methods only.",
+    ),
+    "dpsr_proxy_retries_total": ("counter", ("model",), "Calls made again on another backend."),
+    "dpsr_proxy_rejected_total": ("counter", ("model",), "Requests refused because all backends were full."),
+    "dpsr_proxy_backend_failures_total": ("counter", ("backend", "code"), "Calls that a backend did not answer OK."),
+    "dpsr_proxy_backend_outstanding": ("gauge", ("backend",), "Calls under way."),
+    "dpsr_proxy_backend_up": ("gauge", ("backend",), "1 where every worker finds the backend up, else 0."),
+    "dpsr_proxy_ejections_total": ("counter", ("backend",), "Times that a backend was taken out."),
+    "dpsr_proxy_shadow_total": (
+        "counter",
+        ("model", "code"),
+        "Shadow copies by the code of their answer, which is dropped.",
+    ),
+    "dpsr_proxy_shards_missing_total": (
+        "counter",
+        ("model", "shard"),
+        "Answers merged without a shard, or failed for it.",
+    ),
+    "dpsr_proxy_config_reloads_total": ("counter", ("result",), "Configuration files read again: ok or refused."),
+}
+_SMALLEST = ("dpsr_proxy_backend_up",)  # merged by the least, all others by the sum
+
+BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+
+
+class Metrics:
+    """The values of one process. A histogram's value is its counts by bucket, the last above all, then the sum."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, dict[Labels, float]] = {name: {} for name in METRICS}
+        self._histograms: dict[str, dict[Labels, list[float]]] = {}
+
+    def count(self, name: str, labels: Labels, amount: float = 1) -> None:
+        """Adds to a counter."""
+        values = self._values[name]
+        values[labels] = values.get(labels, 0) + amount
+
+    def set(self, name: str, values: dict[Labels, float]) -> None:
+        """Sets all values of a gauge."""
+        self._values[name] = values
+
+    def observe(self, name: str, labels: Labels, value: float) -> None:
+        """Adds an observation to a histogram."""
+        histogram = self._histograms.setdefault(name, {})
+        counts = histogram.get(labels)
+        if counts is None:
+            counts = histogram[labels] = [0.0] * (len(BUCKETS) + 2)
+        counts[bisect.bisect_left(BUCKETS, value)] += 1
+        counts[-1] += value
+
+    def dump(self) -> str:
+        """All values as JSON, for merge()."""
+        tables: dict[str, dict[Labels, list[float]]] = {
+            name: {labels: [value] for labels, value in values.items()} for name, values in self._values.items()
+        }
+        tables |= self._histograms
+        return json.dumps([[name, labels, v] for name, values in tables.items() for labels, v in values.items()])
+
+
+def merge(dumps: Iterable[str]) -> str:
+    """The text that Prometheus reads, of the dumps of all workers together."""
+    tables: dict[str, dict[Labels, list[float]]] = {name: {} for name in METRICS}
+    for dump in dumps:
+        for name, labels, values in json.loads(dump):
+            table, key = tables[name], tuple(labels)
+            if key not in table:
+                table[key] = values
+            elif name in _SMALLEST:
+                table[key] = [min(pair) for pair in zip(table[key], values, strict=True)]
+            else:
+                table[key] = [sum(pair) for pair in zip(table[key], values, strict=True)]
+    lines = []
+    for name, (kind, label_names, help_text) in METRICS.items():
+        lines += [f"# HELP {name} {help_text}", f"# TYPE {name} {kind}"]
+        for labels, values in sorted(tables[name].items()):
+            pairs = list(zip(label_names, labels, strict=True))
+            if kind == "histogram":
+                lines += _histogram(name, pairs, values)
+            else:
+                lines.append(f"{name}{_braces(pairs)} {values[0]:.15g}")
+    return "\n".join(lines) + "\n"
+
+
+def _histogram(name: str, pairs: Sequence[tuple[str, str]], values: Sequence[float]) -> list[str]:
+    lines, total = [], 0.0
+    for edge, count in zip([*map(str, BUCKETS), "+Inf"], values[:-1], strict=True):
+        total += count
+        lines.append(f"{name}_bucket{_braces([*pairs, ('le', edge)])} {total:.15g}")
+    return [*lines, f"{name}_sum{_braces(pairs)} {values[-1]:.15g}", f"{name}_count{_braces(pairs)} {total:.15g}"]
+
+
+def _braces(pairs: Sequence[tuple[str, str]]) -> str:
+    escaped = ((name, value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")) for name, value in pairs)
+    return "{" + ",".join(f'{name}="{value}"' for name, value in escaped) + "}"

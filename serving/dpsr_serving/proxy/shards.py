@@ -1,0 +1,79 @@
+"""One answer out of those of several servers that hold a part of the items each.
+
+All parts share the query tower, so their scores compare, and the best k of the whole corpus are the best k of what the
+parts found: by score, ties by ascending id, as a server with all items has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from dpsr_serving import apis
+from dpsr_serving.tensors import make_tensor, to_numpy
+
+_PADDING_ID = -1
+
+
+def merge_answers(answers: Sequence[bytes]) -> bytes:
+    """Merges serialized PredictResponses of a search signature.
+
+    `item_ids` int64 [batch, columns] and `scores` float [batch, columns] decide; every output whose first two
+    dimensions are theirs (heads, item_keys) goes along, any other is taken from the first answer. An item that several
+    parts have stands once, with its best score. There are as many columns as the widest answer has.
+
+    Raises:
+        ValueError: the answers are not those of one request to parts of one servable.
+    """
+    try:
+        responses = [apis.PredictResponse.FromString(answer) for answer in answers]
+    except DecodeError as error:
+        raise ValueError(f"an answer is no PredictResponse: {error}") from error
+    if len(responses) == 1 or not all({"item_ids", "scores"} <= set(response.outputs) for response in responses):
+        return answers[0]
+    parts = [{name: to_numpy(tensor) for name, tensor in response.outputs.items()} for response in responses]
+    shapes = [part["item_ids"].shape for part in parts]
+    batches = {shape[0] if len(shape) == 2 else None for shape in shapes}
+    if len(batches) > 1 or None in batches or any(p["scores"].shape != p["item_ids"].shape for p in parts):
+        raise ValueError(f"item_ids of the shapes {shapes}, expected [batch, k] with one batch, and scores as many")
+    columns = max(shape[1] for shape in shapes)
+    names = [
+        name
+        for name in parts[0]
+        if all(name in part and part[name].shape[:2] == part["item_ids"].shape for part in parts)
+    ]
+    joined = {name: np.concatenate([part[name] for part in parts], axis=1) for name in names}
+    order = _best(joined["item_ids"], joined["scores"], columns)
+    merged = responses[0]
+    rows = np.arange(len(order))[:, np.newaxis]
+    for name in names:
+        merged.outputs[name].CopyFrom(make_tensor(joined[name][rows, order]))
+    return bytes(merged.SerializeToString())
+
+
+def _best(ids: NDArray[np.int64], scores: NDArray[np.floating[Any]], count: int) -> NDArray[np.intp]:
+    """Columns of the best `count` of each row, padding last: [batch, count] indices into [batch, columns]."""
+    padding = ids == _PADDING_ID
+    order = np.lexsort((ids, -scores, padding), axis=-1)
+    for row in range(len(order)):
+        found = ids[row, order[row]]
+        # A repeated id is pushed behind everything; there, between padding, it would show: only ever cut off, as
+        # each part brings as many columns of its own.
+        _, first = np.unique(found, return_index=True)
+        real = int(np.count_nonzero(found != _PADDING_ID))
+        if len(first) < real + bool(real < len(found)):
+            order[row] = _without_repeats(order[row], found, first)
+    return order[:, :count]
+
+
+def _without_repeats(order: NDArray[np.intp], found: NDArray[np.int64], first: NDArray[np.intp]) -> NDArray[np.intp]:
+    keep = np.zeros(len(found), bool)
+    keep[first] = True
+    padding = found == _PADDING_ID
+    keep[padding] = False
+    repeats = ~keep & ~padding
+    return np.concatenate([order[keep], order[padding], order[repeats]])

@@ -1,0 +1,349 @@
+"""The proxy's processes: one that serves, or several on one port under one that keeps them running.
+
+The first process answers HTTP: /healthz (it lives), /readyz (it takes requests), /metrics (the workers' together).
+A worker talks with it over a socket, a line each way: it announces its address, then answers each "report" with
+[ready, metrics].
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from dpsr_serving.addresses import join_address
+from dpsr_serving.errors import CommandError, UsageError
+from dpsr_serving.proxy.config import ProxyConfig, load_config, parse_config
+from dpsr_serving.proxy.metrics import merge
+
+Report = Callable[[], Awaitable[list[tuple[bool, str]]]]
+
+_RELOAD_EVERY_S = 1.0
+_REPORT_S = 2.0  # that a worker may take for a report
+_RESTART_S = 1.0  # between two starts of a worker that ends
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The flags of the command; `config_path` None means one backend for everything."""
+
+    config_path: str | None
+    backend: str | None
+    host: str
+    port: int
+    unix_socket: str | None
+    drain_s: float
+    http_port: int | None
+    workers: int
+
+    def load(self) -> ProxyConfig:
+        """Reads the configuration. Raises UsageError."""
+        if self.config_path is not None:
+            return load_config(Path(self.config_path))
+        return parse_config(json.dumps({"default": {"backends": [self.backend]}}))
+
+
+async def serve_alone(settings: Settings, config: ProxyConfig) -> None:
+    """Serves in this process until SIGTERM or SIGINT. Raises CommandError where it cannot."""
+    server = await _start(settings, config, share_port=False)
+    signals = _Signals()
+
+    async def report() -> list[tuple[bool, str]]:
+        return [(server.ready(), server.dump())]
+
+    http = await _listen_http(settings, report, server.address)
+    await _serve(settings, server, signals)
+    http.close()
+
+
+async def serve_workers(settings: Settings) -> None:
+    """Keeps workers running until SIGTERM or SIGINT, and passes SIGHUP on. Raises CommandError where they cannot."""
+    reserved = _reserve(settings.host, settings.port)
+    settings = dataclasses.replace(settings, port=reserved.getsockname()[1])
+    signals = _Signals()
+    workers = [_Worker(settings) for _ in range(settings.workers)]
+    try:
+        for worker in workers:
+            await worker.start()
+
+        async def report() -> list[tuple[bool, str]]:
+            return list(await asyncio.gather(*(worker.report() for worker in workers)))
+
+        http = await _listen_http(settings, report, join_address(settings.host, settings.port))
+        keepers = [asyncio.create_task(worker.keep()) for worker in workers]
+        while not signals.stop.is_set():
+            await signals.next()
+            if signals.take_reload():
+                for worker in workers:
+                    worker.signal(signal.SIGHUP)
+        signals.forget()
+        for keeper in keepers:
+            keeper.cancel()
+        http.close()
+    finally:
+        for worker in workers:
+            worker.signal(signal.SIGTERM)
+        await asyncio.gather(*(worker.wait() for worker in workers))
+        reserved.close()
+
+
+def run_worker() -> None:
+    """A worker process: settings as JSON and the socket's number are its arguments."""
+    settings = Settings(**json.loads(sys.argv[1]))
+    channel = socket.socket(fileno=int(sys.argv[2]))
+
+    async def serve() -> None:
+        reader, writer = await asyncio.open_connection(sock=channel)
+        signals = _Signals()
+        try:
+            server = await _start(settings, settings.load(), share_port=True)
+        except CommandError as error:
+            writer.write(json.dumps({"error": str(error)}).encode() + b"\n")
+            await writer.drain()
+            return
+
+        async def answer() -> None:
+            try:
+                writer.write(json.dumps({"address": server.address}).encode() + b"\n")
+                while await reader.readline():
+                    writer.write(json.dumps([server.ready(), server.dump()]).encode() + b"\n")
+                    await writer.drain()
+            except OSError:
+                pass
+            finally:
+                signals.stop_now()  # the first process is gone
+
+        answering = asyncio.create_task(answer())
+        await _serve(settings, server, signals)
+        answering.cancel()
+
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(serve())
+
+
+class _Signals:
+    """SIGTERM and SIGINT ask to stop, the second time at once; SIGHUP to read the configuration again."""
+
+    def __init__(self) -> None:
+        self.stop = asyncio.Event()
+        self._any = asyncio.Event()
+        self._reload = False
+        self._loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self.stop_now)
+        self._loop.add_signal_handler(signal.SIGHUP, self._ask_reload)
+
+    def stop_now(self) -> None:
+        self.stop.set()
+        self._any.set()
+
+    def _ask_reload(self) -> None:
+        self._reload = True
+        self._any.set()
+
+    async def next(self, timeout_s: float | None = None) -> None:
+        """Waits for a signal."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._any.wait(), timeout_s)
+        if not self.stop.is_set():
+            self._any.clear()
+
+    def take_reload(self) -> bool:
+        reload, self._reload = self._reload, False
+        return reload
+
+    def forget(self) -> None:
+        """From now on a signal ends the process."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.remove_signal_handler(number)
+
+
+async def _start(settings: Settings, config: ProxyConfig, share_port: bool) -> Any:
+    from dpsr_serving.proxy.server import ProxyServer  # imports gRPC: its environment must be set by then
+
+    try:
+        server: Any = ProxyServer(config, share_port)
+    except OSError as error:
+        raise CommandError(f"{error.filename}: {error.strerror}; check the path in the configuration") from error
+    try:
+        server.address = await server.start(settings.host, settings.port, settings.unix_socket)
+    except OSError as error:
+        await server.stop(0)
+        raise CommandError(f"{error}: is the port in use, or the host not one of this machine?") from error
+    return server
+
+
+async def _serve(settings: Settings, server: Any, signals: _Signals) -> None:
+    """Follows the configuration file until it is time to stop, then drains."""
+    path = settings.config_path
+    seen = _stamp(path)
+    while not signals.stop.is_set():
+        await signals.next(_RELOAD_EVERY_S)
+        stamp = _stamp(path)
+        if path is None or not (signals.take_reload() or stamp != seen):
+            continue
+        seen = stamp
+        try:
+            server.reload(load_config(Path(path)))
+        except (UsageError, ValueError, OSError) as error:
+            server.metrics.count("dpsr_proxy_config_reloads_total", ("refused",))
+            print(f"dpsr proxy: {error}; going on with the configuration before", file=sys.stderr, flush=True)
+        else:
+            server.metrics.count("dpsr_proxy_config_reloads_total", ("ok",))
+            print(f"dpsr proxy: {path}: taken over", file=sys.stderr, flush=True)
+    signals.forget()
+    await server.stop(settings.drain_s)
+
+
+def _stamp(path: str | None) -> tuple[int, ...] | None:
+    if path is None:
+        return None
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino, status.st_size
+
+
+def _reserve(host: str, port: int) -> socket.socket:
+    """A socket that holds the port for workers to share, without listening. Raises CommandError where it is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        if port:
+            with socket.socket(family) as probe:  # without SO_REUSEPORT: another proxy's workers must not be joined
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, port))
+                probe.listen()
+        reserved = socket.socket(family)
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind((host, port))
+    except OSError as error:
+        raise CommandError(
+            f"cannot listen on {join_address(host, port)}: is the port in use, or the host not one of this machine?"
+        ) from error
+    return reserved
+
+
+class _Worker:
+    """A child process that serves on the shared port."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._process: asyncio.subprocess.Process | None = None
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._lock = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Starts it and waits until it serves. Raises CommandError."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-c",
+                "from dpsr_serving.proxy.workers import run_worker; run_worker()",
+                json.dumps(dataclasses.asdict(self._settings)),
+                str(theirs.fileno()),
+                pass_fds=(theirs.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL,
+            )
+        reader, writer = await asyncio.open_connection(sock=ours, limit=2**26)
+        line = await reader.readline()
+        message = json.loads(line) if line else {"error": f"a worker ended with {await self._process.wait()}"}
+        if "error" in message:
+            writer.close()
+            await self._process.wait()
+            raise CommandError(message["error"])
+        self._reader, self._writer = reader, writer
+
+    async def keep(self) -> None:
+        """Starts it again whenever it ends."""
+        while True:
+            assert self._process is not None
+            status = await self._process.wait()
+            print(f"dpsr proxy: a worker ended with status {status}; starting another", file=sys.stderr, flush=True)
+            await asyncio.sleep(_RESTART_S)
+            if self._writer is not None:
+                self._writer.close()
+            self._reader = self._writer = None
+            try:
+                await self.start()
+            except CommandError as error:
+                print(f"dpsr proxy: {error}", file=sys.stderr, flush=True)
+
+    async def report(self) -> tuple[bool, str]:
+        """Whether it takes requests, and its metrics; not, and none, where it does not answer."""
+        async with self._lock:
+            if self._reader is None or self._writer is None:
+                return False, "[]"
+            try:
+                self._writer.write(b"report\n")
+                ready, dump = json.loads(await asyncio.wait_for(self._reader.readline(), _REPORT_S))
+            except (asyncio.TimeoutError, OSError, ValueError):
+                # A late line would be taken for the answer to the next question: it shall see the end of the stream.
+                self._reader = None
+                return False, "[]"
+            return bool(ready), str(dump)
+
+    def signal(self, number: int) -> None:
+        """Sends it a signal."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
+
+    async def wait(self) -> None:
+        """Waits for its end."""
+        if self._process is not None:
+            await self._process.wait()
+
+
+async def _listen_http(settings: Settings, report: Report, address: str) -> Any:
+    """Announces the proxy and starts its HTTP port, if there is one to be. Raises CommandError if it cannot listen."""
+    if settings.http_port is None:
+        print(f"proxy ready on {address}", flush=True)
+        return contextlib.ExitStack()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, asyncio.TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5.0)
+            method, _, rest = head.split(b"\r\n", 1)[0].partition(b" ")
+            status, body = await _page(rest.split(b" ")[0].split(b"?")[0].decode("latin-1"), report)
+            if method not in (b"GET", b"HEAD"):
+                status, body = "405 Method Not Allowed", "only GET\n"
+            content = body.encode()
+            kind = "text/plain; version=0.0.4; charset=utf-8"
+            fields = f"Content-Type: {kind}\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+            writer.write(f"HTTP/1.1 {status}\r\n{fields}".encode() + (b"" if method == b"HEAD" else content))
+            await asyncio.wait_for(writer.drain(), 5.0)
+        writer.close()
+
+    try:
+        server = await asyncio.start_server(answer, settings.host, settings.http_port)
+    except OSError as error:
+        raise CommandError(
+            f"cannot listen on {join_address(settings.host, settings.http_port)} for HTTP: {error.strerror}"
+        ) from error
+    bound = server.sockets[0].getsockname()[1]
+    print(f"proxy ready on {address}")
+    print(f"proxy HTTP on {join_address(settings.host, bound)}", flush=True)
+    return server
+
+
+async def _page(path: str, report: Report) -> tuple[str, str]:
+    if path == "/healthz":
+        return "200 OK", "ok\n"
+    if path == "/readyz":
+        ready = any(ready for ready, _ in await report())
+        return ("200 OK", "ready\n") if ready else ("503 Service Unavailable", "not ready\n")
+    if path == "/metrics":
+        return "200 OK", merge(dump for _, dump in await report())
+    return "404 Not Found", "there are /healthz, /readyz and /metrics\n"

@@ -1,0 +1,406 @@
+"""Running the proxy: HTTP pages, metrics, access log, TLS, several workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from processes import ProxyProcess, run_command
+from proxy_backends import (
+    Load,
+    RecordingBackend,
+    ask_ids,
+    call,
+    get,
+    http_address,
+    metric,
+    predict,
+    wait_until,
+    write_yaml,
+)
+
+from dpsr_serving import apis
+from dpsr_serving.errors import UsageError
+from dpsr_serving.model_server import ModelServer
+from dpsr_serving.proxy.config import (
+    AccessLogConfig,
+    ExperimentConfig,
+    HealthConfig,
+    ModelConfig,
+    PoolConfig,
+    ProxyConfig,
+    RetryConfig,
+    RuleConfig,
+    ShadowConfig,
+    TargetConfig,
+    TlsConfig,
+    parse_config,
+)
+from dpsr_serving.proxy.metrics import METRICS, Metrics, merge
+
+ROOT = Path(__file__).resolve().parents[2]
+StartProxy = Callable[..., ProxyProcess]
+StartBackend = Callable[[], RecordingBackend]
+
+
+# HTTP and metrics
+
+
+def test_pages(servers: dict[str, ModelServer], start_proxy: StartProxy) -> None:
+    proxy = start_proxy(f"--backend={servers['shop'].target}", "--http_port=0")
+    http = http_address(proxy)
+    assert get(http, "/healthz") == (200, "ok\n")
+    wait_until(lambda: get(http, "/readyz")[0] == 200)
+    assert get(http, "/elsewhere")[0] == 404
+    assert ask_ids(proxy.target, "shop") == [100]
+    call(proxy.target, apis.PREDICT, predict("invented", query=["a"]))
+    call(proxy.target, apis.PREDICT, b"")
+    text = get(http, "/metrics")[1]
+    for name, (kind, _, _) in METRICS.items():
+        assert f"# TYPE {name} {kind}\n" in text
+    series = re.compile(r'[a-z_]+\{([a-z_]+="([^"\\\n]|\\.)*",?)*\} [0-9.e+-]+|# (HELP|TYPE) .*')
+    assert all(series.fullmatch(line) for line in text.splitlines())
+    assert metric(http, "dpsr_proxy_requests_total", method="Predict", code="OK") == 1
+    assert metric(http, "dpsr_proxy_requests_total", code="INVALID_ARGUMENT") == 1
+    assert "invented" not in text  # anybody can invent names: they make no series
+    assert metric(http, "dpsr_proxy_backend_up", backend=servers["shop"].target) == 1
+    assert metric(http, "dpsr_proxy_backend_outstanding", backend=servers["shop"].target) == 0
+
+
+def test_unready_without_backends(start_proxy: StartProxy) -> None:
+    http = http_address(start_proxy("--backend=127.0.0.1:1", "--http_port=0"))
+    wait_until(lambda: 'dpsr_proxy_backend_up{backend="127.0.0.1:1"} 0' in get(http, "/metrics")[1])
+    assert get(http, "/readyz") == (503, "not ready\n")
+    assert get(http, "/healthz")[0] == 200
+
+
+def test_metrics_of_workers_add_up() -> None:
+    dumps = []
+    for seconds, up in ((0.0015, 1.0), (7.0, 0.0), (70.0, 1.0)):
+        metrics = Metrics()
+        metrics.count("dpsr_proxy_retries_total", ('m"\\\n',))
+        metrics.observe("dpsr_proxy_request_seconds", ("m", "", ""), seconds)
+        metrics.set("dpsr_proxy_backend_up", {("b",): up})
+        dumps.append(metrics.dump())
+    lines = merge(dumps).splitlines()
+    assert 'dpsr_proxy_retries_total{model="m\\"\\\\\\n"} 3' in lines
+    assert 'dpsr_proxy_backend_up{backend="b"} 0' in lines
+    labels = 'model="m",experiment="",arm=""'
+    for edge, count in (("0.001", 0), ("0.002", 1), ("5.0", 1), ("10.0", 2), ("+Inf", 3)):
+        assert f'dpsr_proxy_request_seconds_bucket{{{labels},le="{edge}"}} {count}' in lines
+    assert f"dpsr_proxy_request_seconds_sum{{{labels}}} 77.0015" in lines
+    assert f"dpsr_proxy_request_seconds_count{{{labels}}} 3" in lines
+
+
+def test_documentation_names_every_metric() -> None:
+    text = (ROOT / "docs" / "proxy.md").read_text()
+    assert all(f"`{name}`" in text for name in METRICS)
+
+
+def test_access_log_samples_and_keeps_errors(
+    start_backend: StartBackend, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    backend = start_backend()
+    log = tmp_path / "access.log"
+    config = f"default: {{backends: ['{backend.target}']}}\naccess_log: {{path: {log}, sample: 0, metadata: [trace]}}"
+    proxy = start_proxy(write_yaml(tmp_path / "p.yaml", config))
+    for _ in range(20):
+        call(proxy.target, apis.PREDICT, predict("m"))
+    assert log.read_text() == ""
+
+    def refuse(request: bytes, context: Any) -> bytes:
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "wrong\ninput")
+        raise AssertionError
+
+    backend.answer = refuse
+    request = predict("m", "search")
+    call(proxy.target, apis.PREDICT, request, 20, (("trace", "t1"), ("secret", "s")))
+    (line,) = log.read_text().splitlines()
+    entry = json.loads(line)
+    assert entry.pop("time") > 1.6e9 and entry.pop("ms") >= 0
+    assert entry == {
+        "method": "Predict",
+        "model": "m",
+        "signature": "search",
+        "code": "INVALID_ARGUMENT",
+        "backend": backend.target,
+        "attempts": 1,
+        "request_bytes": len(request),
+        "response_bytes": 0,
+        "details": "wrong\ninput",
+        "metadata": {"trace": "t1"},
+    }
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An authority (ca.pem), and server and client certificates of it (NAME.pem, NAME.key) for "localhost"."""
+    folder = tmp_path_factory.mktemp("tls")
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=ca")
+    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+    for name in ("server", "client"):
+        openssl("req", *key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names")
+        openssl("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", *signing)
+    return folder
+
+
+def test_mutual_tls_on_both_sides(
+    certificates: Path, servers: dict[str, ModelServer], start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    """A client with a certificate asks a proxy that asks another with its own; the last asks a real server."""
+    pem = {name: certificates / name for name in ("ca.pem", "server.pem", "server.key", "client.pem", "client.key")}
+    to_shop = f"default: {{backends: ['{servers['shop'].target}']}}"
+    listen = f"{{certificate: {pem['server.pem']}, key: {pem['server.key']}, ca: {pem['ca.pem']}}}"
+    inner = start_proxy(write_yaml(tmp_path / "a.yaml", f"{to_shop}\ntls: {{listen: {listen}}}"))
+    side = (
+        f"{{certificate: {pem['client.pem']}, key: {pem['client.key']}, ca: {pem['ca.pem']}, server_name: localhost}}"
+    )
+    outer = start_proxy(
+        write_yaml(
+            tmp_path / "b.yaml",
+            f"default: {{backends: ['{inner.target}']}}\ntls: {{listen: {listen}, backends: {side}}}",
+        )
+    )
+
+    def ask(target: str, credentials: Any) -> grpc.StatusCode:
+        with grpc.secure_channel(target, credentials) as channel:
+            return channel.unary_unary(apis.PREDICT).future(predict("shop", query=["a"]), timeout=20).code()
+
+    read = {name: path.read_bytes() for name, path in pem.items()}
+    known = grpc.ssl_channel_credentials(read["ca.pem"], read["client.key"], read["client.pem"])
+    unknown = grpc.ssl_channel_credentials(read["ca.pem"])
+    for proxy in (inner, outer):
+        assert ask(proxy.target, known) is grpc.StatusCode.OK
+        assert ask(proxy.target, unknown) is grpc.StatusCode.UNAVAILABLE
+    assert call(outer.target, apis.PREDICT, predict("shop", query=["a"]))[0] is grpc.StatusCode.UNAVAILABLE
+    # Without its certificate the proxy cannot reach the inner one either.
+    bare = start_proxy(
+        write_yaml(
+            tmp_path / "c.yaml",
+            f"default: {{backends: ['{inner.target}']}}\n"
+            f"tls: {{backends: {{ca: {pem['ca.pem']}, server_name: localhost}}}}",
+        )
+    )
+    code, details, *_ = call(bare.target, apis.PREDICT, predict("shop", query=["a"]))
+    assert code is grpc.StatusCode.UNAVAILABLE and inner.target in details
+
+
+def test_missing_certificate_is_one_clear_line(tmp_path: Path) -> None:
+    flag = write_yaml(
+        tmp_path / "p.yaml",
+        f"default: {{backends: ['h:1']}}\ntls: {{listen: {{certificate: {tmp_path}/no.pem, key: {tmp_path}/no.key}}}}",
+    )
+    for more in ((), ("--workers=2",)):
+        result = run_command("proxy", flag, "--port=0", *more)
+        assert result.returncode == 1 and result.stderr.count("\n") == 1
+        assert f"{tmp_path}/no.key: No such file" in result.stderr
+
+
+# Workers
+
+
+def children(process: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def test_workers_share_the_port_and_are_replaced(
+    servers: dict[str, ModelServer], start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    path = tmp_path / "p.yaml"
+    shop, keyed = (f"{{backends: ['{servers[name].target}']}}" for name in ("shop", "keyed"))
+    proxy = start_proxy(write_yaml(path, f"models: {{shop: {shop}}}"), "--workers=2", "--http_port=0")
+    http = http_address(proxy)
+    wait_until(lambda: get(http, "/readyz")[0] == 200)
+    workers = children(proxy.process.pid)
+    assert len(workers) == 2
+
+    def spent(pid: int) -> float:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return float(int(fields[11]) + int(fields[12]))
+
+    before = [spent(pid) for pid in workers]
+    for _ in range(60):  # a connection each: the kernel spreads them
+        assert ask_ids(proxy.target, "shop") == [100]
+    assert metric(http, "dpsr_proxy_requests_total", code="OK") == 60
+    assert all(spent(pid) > start for pid, start in zip(workers, before, strict=True))
+    write_yaml(path, f"models: {{shop: {shop}, keyed: {keyed}}}")
+    wait_until(lambda: metric(http, "dpsr_proxy_config_reloads_total", result="ok") == 2)
+    assert {tuple(ask_ids(proxy.target, "keyed")) for _ in range(10)} == {(200,)}
+    os.kill(workers[0], signal.SIGKILL)
+    wait_until(lambda: len(children(proxy.process.pid)) == 2 and workers[0] not in children(proxy.process.pid))
+    wait_until(lambda: metric(http, "dpsr_proxy_backend_up", backend=servers["shop"].target) == 1)
+    for _ in range(20):
+        assert ask_ids(proxy.target, "shop") == [100]
+    # Another proxy does not join in silently.
+    port = proxy.target.rpartition(":")[2]
+    for more in ((), ("--workers=2",)):
+        result = run_command("proxy", f"--backend={servers['shop'].target}", f"--port={port}", *more)
+        assert result.returncode == 1 and f"cannot listen on 127.0.0.1:{port}" in result.stderr
+    rest = children(proxy.process.pid)
+    proxy.process.terminate()
+    assert proxy.process.wait(20) == 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in rest)
+
+
+def test_workers_drain(start_backend: StartBackend, start_proxy: StartProxy) -> None:
+    backend = start_backend()
+    release = threading.Event()
+    backend.answer = lambda request, context: (release.wait(20), b"late")[1]
+    proxy = start_proxy(f"--backend={backend.target}", "--workers=2")
+    with futures.ThreadPoolExecutor(4) as pool:
+        pending = [pool.submit(call, proxy.target, apis.PREDICT, predict("m")) for _ in range(4)]
+        for _ in pending:
+            assert backend.entered.acquire(timeout=20)
+        proxy.process.terminate()
+        wait_until(lambda: call(proxy.target, apis.PREDICT, b"")[0] is grpc.StatusCode.UNAVAILABLE)
+        release.set()
+        assert {done.result()[2] for done in pending} == {b"late"}
+    assert proxy.process.wait(20) == 0
+
+
+def test_workers_end_with_the_first_process(servers: dict[str, ModelServer], start_proxy: StartProxy) -> None:
+    proxy = start_proxy(f"--backend={servers['shop'].target}", "--workers=2", "--drain_s=0")
+    workers = children(proxy.process.pid)
+    proxy.process.kill()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+
+def test_sigterm_under_load_answers_or_is_unavailable(servers: dict[str, ModelServer], start_proxy: StartProxy) -> None:
+    proxy = start_proxy(f"--backend={servers['shop'].target}")
+    with Load(proxy.target, predict("shop", query=["abc"])) as load:
+        load.wait_for(50)
+        proxy.process.terminate()
+        assert proxy.process.wait(20) == 0
+        wait_until(lambda: load.failed > 0)
+    # gRPC cancels a call that reaches the server in the moment of its shutdown: one a thread at most.
+    cancelled = load.codes.count(grpc.StatusCode.CANCELLED)
+    assert cancelled <= 4
+    assert set(load.codes) - {grpc.StatusCode.CANCELLED} == {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
+
+
+# The configuration
+
+
+def test_whole_config() -> None:
+    config = parse_config(
+        """
+        models:
+          a:
+            shards: [["h1:1", "h2:1"], ["h3:1"]]
+            missing_shards: error
+            shard_timeout_s: 0.5
+            rules:
+            - {version: 7, backends: ["h4:1"]}
+            - {label: canary, signature: search, backends: ["unix:/run/x"], discover: true}
+            experiment:
+              name: e
+              key: user-id
+              override: x-arm
+              arms: {new: {weight: 1, model: b}, old: {weight: 9.5, label: stable}}
+            shadow: {share: 0.25, version: 9, backends: ["h5:1"]}
+          b: {backends: ["h6:1"]}
+        default: {backends: ["h7:1"], discover: true}
+        max_outstanding: 64
+        health: {every_s: 2, timeout_s: 0.5, failures: 3, return_s: 0}
+        retries: {attempts: 2, budget: 0.1, reserve: 5}
+        tls:
+          listen: {certificate: c, key: k, ca: a}
+          backends: {ca: b, server_name: s}
+        access_log: {path: /log, sample: 1, errors: false, metadata: [user-id]}
+        """
+    )
+    assert config == ProxyConfig(
+        models={
+            "a": ModelConfig(
+                PoolConfig((("h1:1", "h2:1"), ("h3:1",)), allow_partial=False, shard_timeout_s=0.5),
+                (
+                    RuleConfig(PoolConfig((("h4:1",),)), version=7),
+                    RuleConfig(PoolConfig((("unix:/run/x",),), discover=True), label="canary", signature="search"),
+                ),
+                ExperimentConfig(
+                    "e",
+                    "user-id",
+                    "x-arm",
+                    {"new": 1.0, "old": 9.5},
+                    {"new": TargetConfig(model="b"), "old": TargetConfig(label="stable")},
+                ),
+                ShadowConfig(TargetConfig(PoolConfig((("h5:1",),)), version=9), 0.25),
+            ),
+            "b": ModelConfig(PoolConfig((("h6:1",),))),
+        },
+        default=PoolConfig((("h7:1",),), discover=True),
+        max_outstanding=64,
+        health=HealthConfig(2, 0.5, 3, 0),
+        retries=RetryConfig(2, 0.1, 5),
+        listen_tls=TlsConfig("c", "k", "a"),
+        backend_tls=TlsConfig(ca="b", server_name="s"),
+        access_log=AccessLogConfig("/log", 1, False, ("user-id",)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("models: {m: {shards: [['h:1']]}}", "models.m.shards: got [['h:1']], expected at least two"),
+        ("models: {m: {shards: [['h:1'], ['h:1']]}}", "each address once"),
+        ("models: {m: {shards: [['h:1'], ['h']]}}", "models.m.shards[1][0]: got 'h'"),
+        ("models: {m: {shards: [], backends: ['h:1']}}", "models.m.shards: got backends too"),
+        ("models: {m: {backends: ['h:1'], missing_shards: error}}", "models.m.missing_shards: got 'error' without"),
+        ("models: {m: {shards: [['h:1'], ['h:2']], missing_shards: no}}", "expected 'partial' or 'error'"),
+        ("models: {m: {backends: ['h:1'], discover: 1}}", "models.m.discover: got 1, expected true or false"),
+        ("models: {m: {rules: []}}", "models.m.backends: got None"),
+        ("models: {m: {backends: ['h:1'], rules: 3}}", "models.m.rules: got 3"),
+        ("models: {m: {backends: ['h:1'], rules: [{backends: ['h:1']}]}}", "expected a version, a label or a sig"),
+        ("models: {m: {backends: ['h:1'], rules: [{version: 1}]}}", "models.m.rules[0].backends: got None"),
+        ("models: {m: {backends: ['h:1'], rules: [{version: -1, backends: ['h:1']}]}}", "rules[0].version: got -1"),
+        ("models: {m: {backends: ['h:1'], experiment: {name: e, key: k, arms: {}}}}", "experiment.arms: got {}"),
+        ("models: {m: {backends: ['h:1'], experiment: {name: e, arms: {a: {weight: 1}}}}}", "experiment.key: got None"),
+        (
+            "models: {m: {backends: ['h:1'], experiment: {name: e, key: K, arms: {a: {weight: 1}}}}}",
+            "experiment.key: got 'K', expected a metadata key: lower case",
+        ),
+        (
+            "models: {m: {backends: ['h:1'], experiment: {name: e, key: k, arms: {a: {weight: 0}}}}}",
+            "experiment.arms.a.weight: got 0, expected a number above 0",
+        ),
+        (
+            "models: {m: {backends: ['h:1'], experiment: {name: e, key: k, arms: {a: {weight: 1, model: x}}}}}",
+            "models.m.experiment.arms.a.model: got 'x', expected one of the models",
+        ),
+        ("models: {m: {backends: ['h:1'], shadow: {share: 1}}}", "expected where the copies go"),
+        ("models: {m: {backends: ['h:1'], shadow: {share: 2, version: 1}}}", "shadow.share: got 2"),
+        (
+            "default: {backends: ['h:1']}\nmax_outstanding: 0",
+            "max_outstanding: got 0, expected an integer of",
+        ),
+        ("default: {backends: ['h:1']}\nhealth: {every_s: .nan}", "health.every_s: got nan"),
+        ("default: {backends: ['h:1']}\nhealth: {every: 1}", "health: unknown key 'every'"),
+        ("default: {backends: ['h:1']}\nretries: {budget: 1.5}", "retries.budget: got 1.5"),
+        ("default: {backends: ['h:1']}\ntls: {listen: {certificate: a}}", "tls.listen: got"),
+        ("default: {backends: ['h:1']}\naccess_log: {}", "access_log.path: got None"),
+        ("default: {discover: true}", "default.backends: got None"),
+    ],
+)
+def test_bad_config_names_key_value_and_what_is_allowed(text: str, words: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        parse_config(text)
+    assert words in str(raised.value)

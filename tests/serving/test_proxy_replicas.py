@@ -1,0 +1,356 @@
+"""Replicas, rules, discovery and reloads, before real model servers that are killed, stopped and replaced."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from processes import ProxyProcess, save_search_model
+from proxy_backends import (
+    Load,
+    RecordingBackend,
+    ask_ids,
+    call,
+    get,
+    http_address,
+    metric,
+    predict,
+    wait_until,
+    write_yaml,
+)
+from saved_models import publish
+
+from dpsr_serving import apis
+from dpsr_serving.model_server import ModelServer, start_model_server
+from dpsr_serving.proxy import routing
+from dpsr_serving.proxy.backends import RetryBudget
+from dpsr_serving.proxy.config import RetryConfig, parse_config
+
+StartProxy = Callable[..., ProxyProcess]
+StartBackend = Callable[[], RecordingBackend]
+FAST = "health: {every_s: 0.1, timeout_s: 0.3, return_s: 0.2}\n"
+
+
+@pytest.fixture
+def pair(model_paths: dict[str, Path]) -> Iterator[list[ModelServer]]:
+    """Two servers of the model "shop" that a test may harm."""
+    running = [start_model_server(model_paths["shop"], "shop", op_libraries=()) for _ in range(2)]
+    yield running
+    for server in running:
+        server.process.send_signal(signal.SIGCONT)
+        server.stop()
+
+
+def shop_config(pair: list[ModelServer], more: str = FAST) -> str:
+    return f"models: {{shop: {{backends: {[server.target for server in pair]}}}}}\n{more}"
+
+
+def test_killed_backend_fails_no_request_and_gets_no_more(
+    pair: list[ModelServer], start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    proxy = start_proxy(write_yaml(tmp_path / "p.yaml", shop_config(pair)), "--http_port=0")
+    http = http_address(proxy)
+    with Load(proxy.target, predict("shop", query=["abc"])) as load:
+        load.wait_for(200)
+        pair[0].process.kill()
+        load.wait_for(400)
+    assert load.failed == 0, load.details
+    # What it lost was asked again, once each: a dead server attracts nothing.
+    assert metric(http, "dpsr_proxy_backend_failures_total", backend=pair[0].target) <= 8
+    assert metric(http, "dpsr_proxy_backend_up", backend=pair[0].target) == 0
+    assert metric(http, "dpsr_proxy_backend_up", backend=pair[1].target) == 1
+
+
+def test_hanging_backend_fails_no_request_and_comes_back(
+    pair: list[ModelServer], start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    proxy = start_proxy(write_yaml(tmp_path / "p.yaml", shop_config(pair)), "--http_port=0")
+    http = http_address(proxy)
+    with Load(proxy.target, predict("shop", query=["abc"])) as load:
+        load.wait_for(100)
+        pair[0].process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: metric(http, "dpsr_proxy_backend_up", backend=pair[0].target) == 0)
+        load.wait_for(200)
+        pair[0].process.send_signal(signal.SIGCONT)
+        wait_until(lambda: metric(http, "dpsr_proxy_backend_up", backend=pair[0].target) == 1)
+        load.wait_for(100)
+    assert load.failed == 0, load.details
+    assert metric(http, "dpsr_proxy_retries_total", model="shop") >= 1
+    pair[1].process.kill()  # the one that came back has to do it alone
+    assert ask_ids(proxy.target, "shop") == [100]
+
+
+def test_restarted_backend_is_found_again(
+    pair: list[ModelServer], model_paths: dict[str, Path], start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    proxy = start_proxy(write_yaml(tmp_path / "p.yaml", shop_config(pair[:1])), "--http_port=0")
+    http = http_address(proxy)
+    wait_until(lambda: get(http, "/readyz")[0] == 200)
+    pair[0].process.kill()
+    pair[0].process.wait()
+    wait_until(lambda: get(http, "/readyz")[0] == 503)
+    code, details, *_ = call(proxy.target, apis.PREDICT, predict("shop", query=["a"]))
+    assert code is grpc.StatusCode.UNAVAILABLE and "model 'shop'" in details and pair[0].target in details
+    with start_model_server(model_paths["shop"], "shop", pair[0].port, op_libraries=()):
+        wait_until(lambda: get(http, "/readyz")[0] == 200)
+        assert ask_ids(proxy.target, "shop") == [100]
+
+
+def test_all_backends_gone_is_told_at_once(pair: list[ModelServer], start_proxy: StartProxy, tmp_path: Path) -> None:
+    proxy = start_proxy(write_yaml(tmp_path / "p.yaml", shop_config(pair)))
+    for server in pair:
+        server.process.kill()
+        server.process.wait()
+    for _ in range(3):  # no deadline: whoever waited for a server would wait for ever
+        code, details, *_ = call(proxy.target, apis.PREDICT, predict("shop", query=["a"]), timeout=None)
+        assert code is grpc.StatusCode.UNAVAILABLE and "model 'shop'" in details
+        assert (
+            all(server.target in details for server in pair) or pair[0].target in details or pair[1].target in details
+        )
+
+
+def test_only_what_another_server_can_mend_is_retried(
+    start_backend: StartBackend,
+    start_proxy: StartProxy,
+    tmp_path: Path,
+) -> None:
+    backends = [start_backend() for _ in range(3)]
+    config = f"models: {{m: {{backends: {[backend.target for backend in backends]}}}}}"
+    proxy = start_proxy(write_yaml(tmp_path / "p.yaml", config))
+    for code in grpc.StatusCode:
+        if code in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE):
+            continue
+
+        def refuse(request: bytes, context: Any, code: Any = code) -> bytes:
+            context.abort(code, "mine")
+            raise AssertionError
+
+        for backend in backends:
+            backend.answer = refuse
+            backend.calls.clear()
+        assert call(proxy.target, apis.PREDICT, predict("m"))[:2] == (code, "mine")
+        assert sum(len(backend.calls) for backend in backends) == 1, code
+
+    def unavailable(request: bytes, context: Any) -> bytes:
+        context.abort(grpc.StatusCode.UNAVAILABLE, "loading")
+        raise AssertionError
+
+    for backend in backends:
+        backend.answer = unavailable
+        backend.calls.clear()
+    assert call(proxy.target, apis.PREDICT, predict("m"))[:2] == (grpc.StatusCode.UNAVAILABLE, "loading")
+    assert [len(backend.calls) for backend in backends] == [1, 1, 1]  # each once
+    backends[1].answer = lambda request, context: b"well"
+    sent = (("user-id", "7"),)
+    for _ in range(3):
+        code, _, response, *_ = call(proxy.target, apis.PREDICT, predict("m"), metadata=sent)
+        assert (code, response) == (grpc.StatusCode.OK, b"well")
+    # A second try has the metadata and what is left of the deadline.
+    assert all(seen[2]["user-id"] == "7" and seen[3] is not None and seen[3] < 25 for seen in backends[1].calls[1:])
+
+
+def test_retry_budget_is_a_share_of_the_requests() -> None:
+    budget = RetryBudget(RetryConfig(budget=0.25, reserve=2))
+    assert [budget.retry() for _ in range(3)] == [True, True, False]
+    granted = 0
+    for _ in range(100):
+        budget.request()
+        granted += budget.retry()
+    assert granted == 25
+    for _ in range(1000):  # what is saved up has an end
+        budget.request()
+    assert [budget.retry() for _ in range(3)] == [True, True, False]
+
+
+def test_full_backends_refuse(start_backend: StartBackend, start_proxy: StartProxy, tmp_path: Path) -> None:
+    backends = [start_backend(), start_backend()]
+    release = threading.Event()
+    for backend in backends:
+        backend.answer = lambda request, context: (release.wait(20), request)[1]
+    config = f"models: {{m: {{backends: {[backend.target for backend in backends]}}}}}\nmax_outstanding: 2\n"
+    proxy = start_proxy(write_yaml(tmp_path / "p.yaml", config))
+    with grpc.insecure_channel(proxy.target) as channel:
+        pending = [channel.unary_unary(apis.PREDICT).future(predict("m"), timeout=20) for _ in range(4)]
+        for backend in backends:
+            for _ in range(2):
+                assert backend.entered.acquire(timeout=20)
+        code, details, *_ = call(proxy.target, apis.PREDICT, predict("m"))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED and "model 'm'" in details and "2 requests" in details
+        release.set()
+        assert all(done.code() is grpc.StatusCode.OK for done in pending)
+    assert call(proxy.target, apis.PREDICT, predict("m"))[0] is grpc.StatusCode.OK
+
+
+def test_rules_route_by_version_label_and_signature(
+    start_backend: StartBackend,
+    start_proxy: StartProxy,
+    tmp_path: Path,
+) -> None:
+    names = ("plain", "seven", "canary", "scores", "rest")
+    backends = {name: start_backend() for name in names}
+    for name, backend in backends.items():
+        backend.answer = lambda request, context, name=name: name.encode()
+    at = {name: f"backends: ['{backend.target}']" for name, backend in backends.items()}
+    config = (
+        f"models:\n  m:\n    {at['plain']}\n    rules:\n"
+        f"    - {{version: 7, {at['seven']}}}\n    - {{label: canary, {at['canary']}}}\n"
+        f"    - {{signature: score, {at['scores']}}}\ndefault: {{{at['rest']}}}\n"
+    )
+    proxy = start_proxy(write_yaml(tmp_path / "p.yaml", config))
+
+    def ask(model: str, method: str = apis.PREDICT, version: int = 0, label: str = "", signature: str = "") -> str:
+        request = apis.PredictRequest()
+        request.model_spec.name, request.model_spec.signature_name = model, signature
+        if version:
+            request.model_spec.version.value = version
+        if label:
+            request.model_spec.version_label = label
+        message = request.SerializeToString()
+        if method.endswith("MultiInference"):
+            multi = apis.MultiInferenceRequest()
+            multi.tasks.add().model_spec.CopyFrom(request.model_spec)
+            message = multi.SerializeToString()
+        return str(call(proxy.target, method, message)[2].decode())
+
+    for method in apis.METHODS:
+        if method.endswith("HandleReloadConfigRequest"):
+            continue
+        assert ask("m", method) == "plain"
+        assert ask("m", method, version=7, signature="score") == "seven"  # the first that matches
+        assert ask("m", method, version=8) == "plain"
+        assert ask("m", method, label="canary") == "canary"
+        assert ask("m", method, signature="score") == "scores"
+        assert ask("other", method, version=7) == "rest"
+
+
+def test_discovery_asks_who_holds_a_model(
+    servers: dict[str, ModelServer], start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    addresses = [server.target for server in servers.values()]
+    config = f"default: {{backends: {addresses}, discover: true}}\n{FAST}"
+    proxy = start_proxy(write_yaml(tmp_path / "p.yaml", config))
+    for _ in range(4):
+        assert ask_ids(proxy.target, "shop") == [100]
+        assert ask_ids(proxy.target, "keyed") == [200]
+    status = apis.GetModelStatusRequest()
+    status.model_spec.name = "keyed"
+    assert call(proxy.target, apis.GET_MODEL_STATUS, status.SerializeToString())[0] is grpc.StatusCode.OK
+    code, details, *_ = call(proxy.target, apis.PREDICT, predict("nowhere", query=["a"]))
+    assert (code, details) == (grpc.StatusCode.NOT_FOUND, "Servable not found for request: Latest(nowhere)")
+
+
+def test_version_rollout_over_two_backends_fails_no_request(
+    model_paths: dict[str, Path], start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    save_search_model(tmp_path / "new", base=300)
+    bases = [tmp_path / "a", tmp_path / "b"]
+    running = []
+    try:
+        for base in bases:
+            base.mkdir()
+            publish(model_paths["shop"] / "7", base, 7)
+            running.append(
+                start_model_server(base, "shop", op_libraries=(), arguments=("--file_system_poll_wait_seconds=1",))
+            )
+        config = f"models: {{shop: {{backends: {[s.target for s in running]}, discover: true}}}}\n{FAST}"
+        proxy = start_proxy(write_yaml(tmp_path / "p.yaml", config))
+        pinned = apis.PredictRequest.FromString(predict("shop", query=["a"]))
+        pinned.model_spec.version.value = 8
+        with Load(proxy.target, predict("shop", query=["abc"]), threads=2) as load:
+            for number, base in enumerate(bases):
+                publish(tmp_path / "new", base, 8)
+                wait_until(lambda n=number: ask_ids(running[n].target, "shop") == [300], 60)
+                # Whoever asks for version 8 gets it, wherever it is by now; and 7 as long as one has it.
+                wait_until(
+                    lambda: call(proxy.target, apis.PREDICT, pinned.SerializeToString())[0] is grpc.StatusCode.OK
+                )
+                for _ in range(6):
+                    response = call(proxy.target, apis.PREDICT, pinned.SerializeToString())[2]
+                    assert apis.PredictResponse.FromString(response).model_spec.version.value == 8
+                old = apis.PredictRequest.FromString(pinned.SerializeToString())
+                old.model_spec.version.value = 7
+                if number == 0:
+                    for _ in range(6):
+                        assert call(proxy.target, apis.PREDICT, old.SerializeToString())[0] is grpc.StatusCode.OK
+        assert load.failed == 0, load.details
+    finally:
+        for server in running:
+            server.stop()
+
+
+def test_reload_takes_a_good_file_over_and_refuses_a_bad_one(
+    servers: dict[str, ModelServer], start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    path = tmp_path / "p.yaml"
+    shop, keyed = (f"{{backends: ['{servers[name].target}']}}" for name in ("shop", "keyed"))
+    proxy = start_proxy(write_yaml(path, f"models: {{shop: {shop}}}"), "--http_port=0")
+    http = http_address(proxy)
+    with Load(proxy.target, predict("shop", query=["abc"]), threads=2) as load:
+        load.wait_for(20)
+        write_yaml(path, f"models: {{shop: {shop}, keyed: {keyed}}}")
+        wait_until(lambda: metric(http, "dpsr_proxy_config_reloads_total", result="ok") == 1)
+        assert ask_ids(proxy.target, "keyed") == [200]
+        for text in ("models: {shop: 1}", "tls: {backends: {}}\ndefault: {backends: ['h:1']}", "{"):
+            refused = metric(http, "dpsr_proxy_config_reloads_total", result="refused")
+            write_yaml(path, text)
+            wait_until(lambda n=refused: metric(http, "dpsr_proxy_config_reloads_total", result="refused") == n + 1)
+            assert ask_ids(proxy.target, "keyed") == [200]
+        write_yaml(path, f"models: {{shop: {shop}}}")
+        proxy.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: metric(http, "dpsr_proxy_config_reloads_total", result="ok") >= 2)
+        assert call(proxy.target, apis.PREDICT, predict("keyed", query=["a"]))[0] is grpc.StatusCode.NOT_FOUND
+        load.wait_for(20)
+    assert load.failed == 0, load.details
+    proxy.process.terminate()
+    said = proxy.process.communicate(timeout=20)[1]
+    assert f"{path}: models.shop: got 1" in said and "going on with the configuration before" in said
+
+
+def test_unix_sockets_on_both_sides(start_proxy: StartProxy, servers: dict[str, ModelServer], tmp_path: Path) -> None:
+    start_proxy(f"--backend={servers['shop'].target}", f"--unix_socket={tmp_path / 'inner'}")
+    config = f"default: {{backends: ['unix:{tmp_path / 'inner'}']}}"
+    proxy = start_proxy(write_yaml(tmp_path / "p.yaml", config))
+    assert ask_ids(proxy.target, "shop") == [100]
+
+
+# Rewriting the model spec
+
+
+def test_rewritten_model_spec_keeps_all_else() -> None:
+    request = apis.PredictRequest.FromString(predict("a", "search", query=["x" * 200]))
+    request.model_spec.version_label = "stable"
+    unknown = b"\x9a\x3f\x03new"
+    message = request.SerializeToString() + unknown
+    got = routing.rewrite_model_spec(message, (1,), routing.Spec("b", version=9))
+    assert got.endswith(unknown)
+    request.model_spec.name = "b"
+    request.model_spec.version.value = 9
+    assert apis.PredictRequest.FromString(got.removesuffix(unknown)) == request
+    multi = apis.MultiInferenceRequest()
+    for signature in ("s", "t"):
+        task = multi.tasks.add()
+        task.model_spec.name, task.model_spec.signature_name, task.method_name = "a", signature, "m"
+    got = routing.rewrite_model_spec(multi.SerializeToString(), (1, 1), routing.Spec("b", label="canary"))
+    for task in multi.tasks:
+        task.model_spec.name, task.model_spec.version_label = "b", "canary"
+    assert apis.MultiInferenceRequest.FromString(got) == multi
+
+
+def test_targets_without_a_version_mean_the_latest_of_another_model() -> None:
+    config = parse_config("models: {a: {backends: ['h:1']}, b: {backends: ['h:2']}}")
+    from dpsr_serving.proxy.config import TargetConfig
+
+    asked = routing.Spec("a", version=7, signature="search")
+    for target, spec, address in (
+        (TargetConfig(), asked, "h:1"),
+        (TargetConfig(model="b"), routing.Spec("b", signature="search"), "h:2"),
+        (TargetConfig(model="a"), asked, "h:1"),
+        (TargetConfig(label="canary"), routing.Spec("a", label="canary", signature="search"), "h:1"),
+    ):
+        new, pool = routing.redirect(config, asked, target)
+        assert new == spec and pool is not None and pool.shards == ((address,),)
