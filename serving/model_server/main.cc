@@ -5,20 +5,29 @@
 
 #include <algorithm>
 #include <chrono>
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "serving/model_server/grpc_server.h"
 #include "serving/model_server/log.h"
 #include "serving/model_server/model_manager.h"
+#include "serving/model_server/request_handler.h"
+#include "serving/model_server/server_config.h"
+#include "serving/model_server/server_files.pb.h"
 #include "serving/model_server/server_options.h"
+#include "serving/model_server/worker_pool.h"
 #include "tensorflow/c/c_api.h"
+#include "tensorflow/core/platform/env.h"
 #include "tensorflow/core/public/version.h"
 
 namespace dpsr::serving {
@@ -80,23 +89,108 @@ Status LoadOpLibrary(const std::string& path) {
   return {};
 }
 
-ModelManagerOptions ManagerOptions(const ServerOptions& options) {
+// What the flags say of sessions, over what --tensorflow_session_config_file says.
+tensorflow::Status ReadSessionConfig(const ServerOptions& options, tensorflow::ConfigProto* config) {
+  if (!options.tensorflow_session_config_file.empty()) {
+    TF_RETURN_IF_ERROR(ReadTextProto(options.tensorflow_session_config_file, config));
+  }
   int32_t intra = options.tensorflow_intra_op_parallelism;
   int32_t inter = options.tensorflow_inter_op_parallelism;
   if (options.tensorflow_session_parallelism > 0) {
     if (intra == 0) intra = options.tensorflow_session_parallelism;
     if (inter == 0) inter = options.tensorflow_session_parallelism;
   }
-  ModelManagerOptions result;
-  result.models.push_back({options.model_name, options.model_base_path});
-  result.poll_wait_seconds = options.file_system_poll_wait_seconds;
-  result.servable.tags.insert(options.saved_model_tags.begin(), options.saved_model_tags.end());
-  result.servable.session_options.config.set_intra_op_parallelism_threads(intra);
-  result.servable.session_options.config.set_inter_op_parallelism_threads(inter);
-  result.servable.run_in_caller_thread = inter <= 1;
-  result.servable.tensor_content = options.enable_serialization_as_tensor_content;
-  return result;
+  if (intra > 0) config->set_intra_op_parallelism_threads(intra);
+  if (inter > 0) config->set_inter_op_parallelism_threads(inter);
+  return tensorflow::OkStatus();
 }
+
+tensorflow::Status ReadManagerOptions(const ServerOptions& options, ModelManagerOptions* result) {
+  result->poll_wait_seconds = options.file_system_poll_wait_seconds;
+  result->num_load_threads = options.num_load_threads;
+  result->num_unload_threads = options.num_unload_threads;
+  result->max_num_load_retries = options.max_num_load_retries;
+  result->load_retry_interval_micros = options.load_retry_interval_micros;
+  result->allow_labels_for_unavailable = options.allow_version_labels_for_unavailable_models;
+  result->servable.tags.insert(options.saved_model_tags.begin(), options.saved_model_tags.end());
+  tensorflow::ConfigProto* session = &result->servable.session_options.config;
+  TF_RETURN_IF_ERROR(ReadSessionConfig(options, session));
+  result->servable.run_in_caller_thread = session->inter_op_parallelism_threads() <= 1;
+  result->servable.tensor_content = options.enable_serialization_as_tensor_content;
+  return tensorflow::OkStatus();
+}
+
+tensorflow::Status ReadModels(const ServerOptions& options, std::vector<ModelConfig>* models) {
+  if (options.model_config_file.empty()) {
+    models->push_back({options.model_name, options.model_base_path, {}, {}});
+    return tensorflow::OkStatus();
+  }
+  tensorflow::serving::ModelServerConfig config;
+  TF_RETURN_IF_ERROR(ReadTextProto(options.model_config_file, &config));
+  return ModelsOf(config, models);
+}
+
+tensorflow::Status ReadGrpcOptions(const ServerOptions& options, GrpcServerOptions* result) {
+  result->host = options.host;
+  result->port = options.port;
+  result->socket_path = options.grpc_socket_path;
+  result->health_service = options.enable_grpc_healthcheck_service;
+  result->channel_arguments = options.ChannelArguments();
+  if (options.ssl_config_file.empty()) return tensorflow::OkStatus();
+  SSLConfig tls;
+  TF_RETURN_IF_ERROR(ReadTextProto(options.ssl_config_file, &tls));
+  result->use_tls = true;
+  result->tls = {tls.server_key(), tls.server_cert(), tls.custom_ca(), tls.client_verify()};
+  return tensorflow::OkStatus();
+}
+
+// Reloads --model_config_file when its text has changed. A file that cannot be read or is wrong changes nothing.
+class ConfigFilePoller {
+ public:
+  ConfigFilePoller(const ServerOptions& options, ModelManager* models) : path_(options.model_config_file) {
+    if (path_.empty() || options.model_config_file_poll_wait_seconds == 0) return;
+    const seconds wait(options.model_config_file_poll_wait_seconds);
+    tensorflow::ReadFileToString(tensorflow::Env::Default(), path_, &text_).IgnoreError();
+    thread_ = std::thread([this, models, wait] {
+      std::unique_lock<std::mutex> lock(mutex_);
+      while (!stop_.wait_for(lock, wait, [this] { return stopping_; })) {
+        lock.unlock();
+        Look(models);
+        lock.lock();
+      }
+    });
+  }
+  ~ConfigFilePoller() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stopping_ = true;
+    }
+    stop_.notify_all();
+    if (thread_.joinable()) thread_.join();
+  }
+
+ private:
+  void Look(ModelManager* models) {
+    std::string text;
+    tensorflow::Status status = tensorflow::ReadFileToString(tensorflow::Env::Default(), path_, &text);
+    if (status.ok() && text == text_) return;
+    tensorflow::serving::ModelServerConfig config;
+    std::vector<ModelConfig> read;
+    if (status.ok()) status = ParseTextProto(text, &config);
+    if (status.ok()) status = ModelsOf(config, &read);
+    if (status.ok()) status = models->Reconfigure(read);
+    if (status.ok()) LogInfo("now serving the models of ", path_);
+    if (!status.ok() && text != text_) LogWarning(path_, " was not taken over: ", status.ToString());
+    text_ = std::move(text);
+  }
+
+  const std::string path_;
+  std::string text_;  // as it was last seen
+  std::mutex mutex_;
+  std::condition_variable stop_;
+  bool stopping_ = false;
+  std::thread thread_;
+};
 
 // True when SIGTERM or SIGINT has come, which all threads block.
 bool TakeSignal(const sigset_t& signals) {
@@ -107,13 +201,23 @@ bool TakeSignal(const sigset_t& signals) {
 // Serves until a signal comes; returns the exit status.
 int Serve(const ServerOptions& options, const sigset_t& signals) {
   const int cpus = std::max(1u, std::thread::hardware_concurrency());
-  ModelManager models(ManagerOptions(options));
+  ModelManagerOptions manager_options;
+  std::vector<ModelConfig> configs;
+  GrpcServerOptions grpc_options;
+  tensorflow::Status read = ReadManagerOptions(options, &manager_options);
+  if (read.ok()) read = ReadModels(options, &configs);
+  if (read.ok()) read = ReadGrpcOptions(options, &grpc_options);
+  if (!read.ok()) return FailToStart(std::string(read.message()));
+  ModelManager models(std::move(manager_options));
+  RequestHandler handler(&models);
+  // At most so many requests are computed at a time, the others wait.
+  WorkerPool workers(options.grpc_max_threads > 0 ? options.grpc_max_threads : 4 * cpus, options.max_queued_requests);
   std::unique_ptr<GrpcServer> server;
   // Listens before it loads, so that a port in use shows at once and clients can watch the state of the models.
-  const int num_threads = options.grpc_max_threads > 0 ? options.grpc_max_threads : 4 * cpus;
-  const Status listening = GrpcServer::Start(options.host, options.port, num_threads, &models, &server);
+  const Status listening = GrpcServer::Start(grpc_options, &handler, &workers, &server);
   if (!listening.ok()) return FailToStart(listening.message());
-  models.Start();
+  models.Start(configs);
+  std::optional<ConfigFilePoller> poller;
 
   int exit_status = 0;
   bool stopped = false;
@@ -127,6 +231,7 @@ int Serve(const ServerOptions& options, const sigset_t& signals) {
   } else if (!stopped) {
     std::printf("Running gRPC ModelServer at %s ...\n", ServerAddress(options.host, server->port()).c_str());
     std::fflush(stdout);
+    poller.emplace(options, &models);
     int signal = 0;
     sigwait(&signals, &signal);
   }

@@ -1,4 +1,5 @@
-// One loaded version of a model: a SavedModel in a TensorFlow session, and the answer to a Predict request on it.
+// One loaded version of a model: a SavedModel in a TensorFlow session. It runs graphs; what a request asks of it is read
+// in inference.h.
 #ifndef DPSR_SERVING_MODEL_SERVER_SERVABLE_H_
 #define DPSR_SERVING_MODEL_SERVER_SERVABLE_H_
 
@@ -14,11 +15,12 @@
 #include <vector>
 
 #include "tensorflow/cc/saved_model/loader.h"
+#include "tensorflow/core/framework/tensor.h"
 #include "tensorflow/core/framework/types.pb.h"
 #include "tensorflow/core/platform/status.h"
 #include "tensorflow/core/protobuf/config.pb.h"
+#include "tensorflow/core/protobuf/meta_graph.pb.h"
 #include "tensorflow/core/public/session_options.h"
-#include "tensorflow_serving/apis/predict.pb.h"
 
 namespace dpsr::serving {
 
@@ -41,9 +43,14 @@ struct Endpoint {
 
 // A SignatureDef, its endpoints sorted by alias.
 struct Signature {
+  std::string name;
+  std::string method;  // such as tensorflow/serving/classify
   std::vector<Endpoint> inputs;
   std::vector<Endpoint> outputs;
 };
+
+using Deadline = std::chrono::system_clock::time_point;
+using Feeds = std::vector<std::pair<std::string, tensorflow::Tensor>>;
 
 // Thread-safe.
 class Servable {
@@ -52,13 +59,26 @@ class Servable {
   // that would load it; other errors are TensorFlow's.
   static tensorflow::Status Load(const ServableOptions& options, const std::string& name, int64_t version,
                                  const std::string& path, std::unique_ptr<Servable>* servable);
+  // Whether a load with this error would fail again, whatever comes into the folder.
+  static bool IsFinal(const tensorflow::Status& status);
 
-  // Runs the signature that the request names, `serving_default` without a name. The codes and messages of errors are
-  // TensorFlow Serving's. `deadline` becomes the session's timeout, which ends ops that wait (queues, batching) but not
-  // one that computes; time_point::max() is none.
-  tensorflow::Status Predict(const tensorflow::serving::PredictRequest& request,
-                             std::chrono::system_clock::time_point deadline,
-                             tensorflow::serving::PredictResponse* response) const;
+  const std::string& name() const { return name_; }
+  int64_t version() const { return version_; }
+  bool tensor_content() const { return tensor_content_; }
+  // By name, `serving_default` for the empty one. Null when there is none.
+  const Signature* FindSignature(const std::string& name) const;
+  // The SignatureDefs as they stand in the SavedModel.
+  const google::protobuf::Map<std::string, tensorflow::SignatureDef>& signature_defs() const {
+    return bundle_.GetSignatures();
+  }
+
+  // Computes the outputs of `signature` at these places, ascending. `deadline` becomes the session's timeout, which
+  // ends ops that wait (queues, batching) but not one that computes; time_point::max() is none.
+  tensorflow::Status Run(const Signature& signature, const Feeds& feeds, const std::vector<size_t>& outputs,
+                         Deadline deadline, std::vector<tensorflow::Tensor>* results) const;
+  // The same for tensors that belong to no one signature.
+  tensorflow::Status Run(const Feeds& feeds, const std::vector<std::string>& fetches, Deadline deadline,
+                         std::vector<tensorflow::Tensor>* results) const;
 
  private:
   Servable(const ServableOptions& options, std::string name, int64_t version);

@@ -520,7 +520,7 @@ def test_a_version_is_unloaded_when_its_requests_have_ended(exported: Path, base
 
 def test_a_broken_version_never_disturbs_the_one_that_serves(exported: Path, base_path: Path, tmp_path: Path) -> None:
     saved_models.publish(exported / "half_plus_1", base_path, 1)
-    with serving(tmp_path, f"--model_base_path={base_path}") as running:
+    with serving(tmp_path, f"--model_base_path={base_path}", "--max_num_load_retries=0") as running:
         broken = {
             2: lambda path: path.mkdir(),
             3: lambda path: (path.mkdir(), (path / "saved_model.pb").write_bytes(b"\xff" * 100)),
