@@ -22,6 +22,8 @@
 #include "serving/model_server/log.h"
 #include "serving/model_server/model_manager.h"
 #include "serving/model_server/request_handler.h"
+#include "serving/model_server/rest_api.h"
+#include "serving/model_server/rest_server.h"
 #include "serving/model_server/server_config.h"
 #include "serving/model_server/server_files.pb.h"
 #include "serving/model_server/server_options.h"
@@ -144,6 +146,17 @@ tensorflow::Status ReadGrpcOptions(const ServerOptions& options, GrpcServerOptio
   return tensorflow::OkStatus();
 }
 
+// Where the REST port shows the metrics; empty: nowhere.
+tensorflow::Status ReadMetricsPath(const ServerOptions& options, std::string* path) {
+  if (options.monitoring_config_file.empty()) return tensorflow::OkStatus();
+  MonitoringConfig config;
+  TF_RETURN_IF_ERROR(ReadTextProto(options.monitoring_config_file, &config));
+  if (!config.prometheus_config().enable()) return tensorflow::OkStatus();
+  *path = config.prometheus_config().path().empty() ? "/monitoring/prometheus/metrics"
+                                                    : config.prometheus_config().path();
+  return tensorflow::OkStatus();
+}
+
 // Reloads --model_config_file when its text has changed. A file that cannot be read or is wrong changes nothing.
 class ConfigFilePoller {
  public:
@@ -207,6 +220,8 @@ int Serve(const ServerOptions& options, const sigset_t& signals) {
   tensorflow::Status read = ReadManagerOptions(options, &manager_options);
   if (read.ok()) read = ReadModels(options, &configs);
   if (read.ok()) read = ReadGrpcOptions(options, &grpc_options);
+  std::string metrics_path;
+  if (read.ok()) read = ReadMetricsPath(options, &metrics_path);
   if (!read.ok()) return FailToStart(std::string(read.message()));
   ModelManager models(std::move(manager_options));
   RequestHandler handler(&models);
@@ -216,6 +231,20 @@ int Serve(const ServerOptions& options, const sigset_t& signals) {
   // Listens before it loads, so that a port in use shows at once and clients can watch the state of the models.
   const Status listening = GrpcServer::Start(grpc_options, &handler, &workers, &server);
   if (!listening.ok()) return FailToStart(listening.message());
+  RestApi rest_api(&handler, metrics_path);
+  std::unique_ptr<RestServer> rest;
+  if (options.rest_api_port != 0 && options.rest_api_port == server->port()) {
+    LogWarning("--rest_api_port is the gRPC port ", server->port(), " too; there is no REST API");
+  } else if (options.rest_api_port != 0) {
+    RestServerOptions rest_options;
+    rest_options.host = options.host;
+    rest_options.port = options.rest_api_port;
+    rest_options.num_threads = options.rest_api_num_threads > 0 ? options.rest_api_num_threads : cpus;
+    rest_options.timeout = std::chrono::milliseconds(options.rest_api_timeout_in_ms);
+    rest_options.enable_cors = options.rest_api_enable_cors_support;
+    const Status rest_listening = RestServer::Start(rest_options, &rest_api, &workers, &rest);
+    if (!rest_listening.ok()) return FailToStart(rest_listening.message());
+  }
   models.Start(configs);
   std::optional<ConfigFilePoller> poller;
 
@@ -230,6 +259,9 @@ int Serve(const ServerOptions& options, const sigset_t& signals) {
     exit_status = FailToStart(loaded->ToString());
   } else if (!stopped) {
     std::printf("Running gRPC ModelServer at %s ...\n", ServerAddress(options.host, server->port()).c_str());
+    if (rest != nullptr) {
+      std::printf("Exporting HTTP/REST API at:%s ...\n", ServerAddress(options.host, rest->port()).c_str());
+    }
     std::fflush(stdout);
     poller.emplace(options, &models);
     int signal = 0;
@@ -244,7 +276,11 @@ int Serve(const ServerOptions& options, const sigset_t& signals) {
     std::_Exit(exit_status);
   }).detach();
   if (exit_status == 0) LogInfo("stopping: no new requests; those that run get ", kDrain.count(), " s to end");
+  std::thread rest_drain([&] {
+    if (rest != nullptr) rest->Shutdown(kDrain);
+  });
   server->Shutdown(kDrain);
+  rest_drain.join();
   return exit_status;
 }
 

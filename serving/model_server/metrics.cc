@@ -1,6 +1,7 @@
 #include "serving/model_server/metrics.h"
 
 #include <cctype>
+#include <charconv>
 #include <cmath>
 #include <memory>
 
@@ -86,8 +87,7 @@ std::string Number(double value) {
   if (std::isinf(value)) return value > 0 ? "+Inf" : "-Inf";
   if (std::isnan(value)) return "NaN";
   char buffer[32];
-  std::snprintf(buffer, sizeof(buffer), "%.17g", value);
-  return buffer;
+  return {buffer, std::to_chars(buffer, buffer + sizeof(buffer), value).ptr};
 }
 
 void AppendHistogram(const std::string& name, const monitoring::Point& point, std::string* text) {

@@ -68,7 +68,7 @@ std::vector<Flag> Flags(ServerOptions* options) {
        "text file of an SSLConfig: server_key, server_cert, custom_ca, client_verify; encrypts the gRPC port"},
       {"rest_api_port", Integer<int32_t>{&options->rest_api_port, 0, 65535}, "port of the REST API; 0 for none"},
       {"rest_api_num_threads", Integer<int32_t>{&options->rest_api_num_threads, 0, 4096},
-       "threads that read REST requests; 0 for four times the number of CPUs"},
+       "threads that read and write REST connections; 0 for the number of CPUs"},
       {"rest_api_timeout_in_ms", Integer<int32_t>{&options->rest_api_timeout_in_ms, 1},
        "time that a REST request may take"},
       {"rest_api_enable_cors_support", Switch{&options->rest_api_enable_cors_support},
