@@ -113,6 +113,8 @@ tensorflow::Status ReadManagerOptions(const ServerOptions& options, ModelManager
   result->num_unload_threads = options.num_unload_threads;
   result->max_num_load_retries = options.max_num_load_retries;
   result->load_retry_interval_micros = options.load_retry_interval_micros;
+  result->warmup_iterations =
+      options.enable_model_warmup ? std::max(1, options.num_request_iterations_for_warmup) : 0;
   result->allow_labels_for_unavailable = options.allow_version_labels_for_unavailable_models;
   result->servable.tags.insert(options.saved_model_tags.begin(), options.saved_model_tags.end());
   tensorflow::ConfigProto* session = &result->servable.session_options.config;

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "serving/model_server/log.h"
+#include "serving/model_server/warmup.h"
 #include "tensorflow/core/platform/env.h"
 #include "tokenizer_cc/status.h"
 
@@ -420,7 +421,10 @@ void ModelManager::Load(const std::string& name, int64_t number, Version* versio
     LogInfo("loading model ", name, " version ", number, " from ", path);
     std::unique_ptr<Servable> servable;
     const auto begin = Clock::now();
-    const tensorflow::Status status = Servable::Load(options_.servable, name, number, path, &servable);
+    tensorflow::Status status = Servable::Load(options_.servable, name, number, path, &servable);
+    if (status.ok() && options_.warmup_iterations > 0) {
+      status = ReplayWarmup(*servable, path, options_.warmup_iterations);
+    }
     const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
 
     Lock lock(mutex_);

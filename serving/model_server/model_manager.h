@@ -40,6 +40,8 @@ struct ModelManagerOptions {
   // Tries after the first one of a load whose error another try may mend.
   int max_num_load_retries = 5;
   int64_t load_retry_interval_micros = 60'000'000;
+  // Replay the requests that a version brings along, so many times each; 0: not at all.
+  int warmup_iterations = 1;
   // A label that is new may name a version that is not available.
   bool allow_labels_for_unavailable = false;
 };
