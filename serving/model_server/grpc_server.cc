@@ -33,6 +33,9 @@ constexpr char kEntrypoint[] = "GRPC";
 // gRPC keeps an error's text in a header, whose size clients limit.
 constexpr size_t kMaxErrorBytes = 1024;
 
+// Reloads that may wait for models to load at a time: one that waits in vain must not hold up the one that mends it.
+constexpr int kReloads = 8;
+
 grpc::Status ToGrpc(const tensorflow::Status& status) {
   if (status.ok()) return grpc::Status::OK;
   std::string message(status.message());
@@ -102,7 +105,7 @@ class PredictionServiceImpl final : public PredictionService::CallbackService {
 
 class ModelServiceImpl final : public ModelService::CallbackService {
  public:
-  explicit ModelServiceImpl(const RequestHandler* handler) : handler_(handler), reloads_(1) {}
+  explicit ModelServiceImpl(const RequestHandler* handler) : handler_(handler), reloads_(kReloads) {}
 
   Reactor* GetModelStatus(Context* context, const apis::GetModelStatusRequest* request,
                           apis::GetModelStatusResponse* response) override {
@@ -111,11 +114,14 @@ class ModelServiceImpl final : public ModelService::CallbackService {
     return reactor;
   }
 
-  // Waits for models to load, on a thread that nothing else needs. The answer's status is the call's too.
+  // Waits for models to load, on threads that nothing else needs. The answer's status is the call's too.
   Reactor* HandleReloadConfigRequest(Context* context, const apis::ReloadConfigRequest* request,
                                      apis::ReloadConfigResponse* response) override {
     Reactor* reactor = context->DefaultReactor();
-    reloads_.Add([=] { reactor->Finish(ToGrpc(handler_->Reload(*request, response))); });
+    reloads_.Add([=] {
+      const auto cancelled = [context] { return context->IsCancelled(); };
+      reactor->Finish(ToGrpc(handler_->Reload(*request, cancelled, response)));
+    });
     return reactor;
   }
 
@@ -148,9 +154,13 @@ std::string BindError(const std::string& path) {
   if (path.size() >= sizeof(address.sun_path)) return StrCat("longer than ", sizeof(address.sun_path) - 1, " bytes");
   address.sun_family = AF_UNIX;
   std::memcpy(address.sun_path, path.data(), path.size());
-  std::string reason = "unknown error";
+  std::string reason = kBindable;
   const int fd = socket(AF_UNIX, SOCK_STREAM, 0);
-  if (fd < 0 || bind(fd, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0) reason = strerror(errno);
+  if (fd < 0 || bind(fd, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0) {
+    reason = strerror(errno);
+  } else {
+    unlink(path.c_str());
+  }
   if (fd >= 0) close(fd);
   return reason;
 }
@@ -196,31 +206,40 @@ class GrpcServerImpl final : public GrpcServer {
     builder.RegisterService(&model_service_);
     server_ = builder.BuildAndStart();
     if (server_ != nullptr && port_ != 0 && socket_bound != 0) {
-      if (grpc::HealthCheckServiceInterface* health = server_->GetHealthCheckService()) {
-        health->SetServingStatus("ModelService", true);
-        health->SetServingStatus("PredictionService", true);
-      }
+      SetServing(false);
       return {};
     }
-    if (port_ != 0 && socket_bound == 0) {
+    // gRPC only says that it failed: find out at what.
+    const std::string port_error = port_ != 0 ? kBindable : BindError(options.host, options.port);
+    if (port_error != kBindable) {
+      return MakeStatus(StatusCode::kFailedPrecondition, "cannot listen on ", address, ": ", port_error,
+                        "; choose another address with --host and --port (--port=0 picks a free one), or stop what "
+                        "listens there");
+    }
+    const std::string socket_error = options.socket_path.empty() ? kBindable : BindError(options.socket_path);
+    if (socket_error != kBindable || socket_bound == 0) {
       return MakeStatus(StatusCode::kFailedPrecondition, "cannot listen on the UNIX socket ", options.socket_path, ": ",
-                        BindError(options.socket_path), "; choose another path with --grpc_socket_path");
+                        socket_error, "; choose another path with --grpc_socket_path");
     }
-    if (options.use_tls && port_ == 0 && BindError(options.host, options.port) == kBindable) {
+    if (options.use_tls) {
       return MakeStatus(StatusCode::kFailedPrecondition,
-                        "gRPC does not accept the key and certificate of --ssl_config_file; expected PEM texts of a "
-                        "private key and of its certificate");
+                        "gRPC does not accept the key and certificates of --ssl_config_file; expected PEM texts of a "
+                        "private key, of its certificate, and of the authority that signs those of clients");
     }
-    return MakeStatus(StatusCode::kFailedPrecondition, "cannot listen on ", address, ": ",
-                      BindError(options.host, options.port),
-                      "; choose another address with --host and --port (--port=0 picks a free one), or stop what "
-                      "listens there");
+    return MakeStatus(StatusCode::kFailedPrecondition, "cannot listen on ", address, ": ", port_error);
   }
 
   int port() const override { return port_; }
 
+  void SetServing(bool serving) override {
+    grpc::HealthCheckServiceInterface* health = server_->GetHealthCheckService();
+    if (health == nullptr) return;
+    for (const char* service : {"ModelService", "PredictionService"}) health->SetServingStatus(service, serving);
+    health->SetServingStatus(serving);  // and of the server as a whole
+  }
+
   void Shutdown(std::chrono::milliseconds drain) override {
-    if (grpc::HealthCheckServiceInterface* health = server_->GetHealthCheckService()) health->SetServingStatus(false);
+    SetServing(false);
     server_->Shutdown(std::chrono::system_clock::now() + drain);
   }
 

@@ -40,6 +40,9 @@ class GrpcServer {
                       std::unique_ptr<GrpcServer>* server);
   virtual ~GrpcServer() = default;
 
+  // What the health service answers from now on; at first it is not serving.
+  virtual void SetServing(bool serving) = 0;
+
   // The port that it listens on.
   virtual int port() const = 0;
 

@@ -6,6 +6,7 @@
 #include <set>
 #include <utility>
 
+#include "serving/model_server/metrics.h"
 #include "tensorflow/core/example/example.pb.h"
 #include "tensorflow/core/framework/tensor.h"
 #include "tensorflow/core/framework/tensor_shape.h"
@@ -90,27 +91,6 @@ Names Difference(const Names& left, const Names& right) {
   return result;
 }
 
-// Reads `proto` without trusting it.
-tensorflow::Status ParseTensor(const std::string& alias, const TensorProto& proto, Tensor* tensor) {
-  const std::string error = "tensor parsing error: " + alias;
-  // Handles to resources and arbitrary C++ objects have no business in a request.
-  if (proto.dtype() == tensorflow::DT_RESOURCE || proto.dtype() == tensorflow::DT_VARIANT) {
-    return InvalidArgument(error);
-  }
-  // Refuses negative and unknown dimensions, too many of them, and products beyond int64.
-  tensorflow::TensorShape shape;
-  if (!tensorflow::TensorShape::BuildTensorShape(proto.tensor_shape(), &shape).ok()) return InvalidArgument(error);
-  const int64_t element_bytes = std::max(1, tensorflow::DataTypeSize(proto.dtype()));
-  const int64_t allowed_bytes =
-      std::max(kMaxRepeatedBytes, kMaxBytesPerMessageByte * static_cast<int64_t>(proto.ByteSizeLong()));
-  if (shape.num_elements() > allowed_bytes / element_bytes) {
-    return InvalidArgument(StrCat(error, ": the shape ", shape.DebugString(), " of ", DataTypeString(proto.dtype()),
-                                  " needs more than ", allowed_bytes, " bytes, far more than the message carries (",
-                                  proto.ByteSizeLong(), " bytes); send every element"));
-  }
-  return tensor->FromProto(proto) ? tensorflow::OkStatus() : InvalidArgument(error);
-}
-
 // The request's inputs as a session takes them, in the signature's order.
 tensorflow::Status ReadInputs(const Signature& signature, const PredictRequest& request,
                               Feeds* feeds) {
@@ -185,6 +165,11 @@ tensorflow::Status ReadExamples(const Input& input, Tensor* examples) {
     context = input.example_list_with_context().context().SerializeAsString();
   }
   if (list == nullptr || list->empty()) return InvalidArgument("Input is empty.");
+  const int64_t repeated_bytes = static_cast<int64_t>(context.size()) * list->size();
+  if (repeated_bytes > std::max(kMaxRepeatedBytes, kMaxBytesPerMessageByte * static_cast<int64_t>(input.ByteSizeLong()))) {
+    return InvalidArgument(StrCat("a context of ", context.size(), " bytes for each of ", list->size(),
+                                  " examples is too much; send fewer examples at a time"));
+  }
   *examples = Tensor(tensorflow::DT_STRING, tensorflow::TensorShape({list->size()}));
   for (int i = 0; i < list->size(); ++i) examples->vec<tstring>()(i) = context + list->at(i).SerializeAsString();
   return tensorflow::OkStatus();
@@ -196,8 +181,17 @@ tensorflow::Status FindSignature(const Servable& servable, const std::string& na
   return InvalidArgument("No signature was found with the name: " + (name.empty() ? "serving_default" : name));
 }
 
+// Of what kind the signature says it is, where the server is told to look at that.
+tensorflow::Status CheckMethod(const Servable& servable, const Signature& signature, const char* what,
+                               const char* method) {
+  if (!servable.check_method_names() || signature.method == method) return tensorflow::OkStatus();
+  return InvalidArgument(
+      StrCat("Expected ", what, " signature method_name to be ", method, ". Was: ", signature.method));
+}
+
 // What one task fetches: the outputs of a signature that takes examples.
-tensorflow::Status CheckClassify(const Signature& signature) {
+tensorflow::Status CheckClassify(const Servable& servable, const Signature& signature) {
+  TF_RETURN_IF_ERROR(CheckMethod(servable, signature, "classification", kClassifyMethod));
   if (signature.inputs.size() != 1) return InvalidArgument("Expected one input Tensor.");
   if (signature.outputs.empty() || signature.outputs.size() > 2) {
     return InvalidArgument(StrCat("Expected one or two output Tensors, found ", signature.outputs.size()));
@@ -213,7 +207,8 @@ tensorflow::Status CheckClassify(const Signature& signature) {
   return tensorflow::OkStatus();
 }
 
-tensorflow::Status CheckRegress(const Signature& signature) {
+tensorflow::Status CheckRegress(const Servable& servable, const Signature& signature) {
+  TF_RETURN_IF_ERROR(CheckMethod(servable, signature, "regression", kRegressMethod));
   if (signature.inputs.size() != 1) return InvalidArgument("Expected one input Tensor.");
   if (signature.outputs.size() != 1) return InvalidArgument("Expected one output Tensor.");
   if (signature.inputs[0].alias != kInputs) {
@@ -240,7 +235,7 @@ tensorflow::Status CheckOutput(const Tensor& tensor, DataType dtype, int64_t exa
 // `classes` and `scores` [examples, n]; either may be null.
 tensorflow::Status WriteClasses(const Tensor* classes, const Tensor* scores, int64_t examples,
                                 ClassificationResult* result) {
-  int64_t n = 0;
+  int64_t n = -1;
   for (auto [tensor, dtype, what] : {std::make_tuple(classes, tensorflow::DT_STRING, "classes"),
                                      std::make_tuple(scores, tensorflow::DT_FLOAT, "scores")}) {
     if (tensor == nullptr) continue;
@@ -249,7 +244,7 @@ tensorflow::Status WriteClasses(const Tensor* classes, const Tensor* scores, int
       return InvalidArgument(StrCat("Expected Tensor shape: [batch_size num_classes] but got ",
                                     tensor->shape().DebugString()));
     }
-    if (n != 0 && tensor->dim_size(1) != n) {
+    if (n != -1 && tensor->dim_size(1) != n) {
       return InvalidArgument(StrCat("Expected class and score outputs to have the same second dimension. Got ", n,
                                     " and ", tensor->dim_size(1)));
     }
@@ -289,6 +284,7 @@ tensorflow::Status RunOnExamples(const Servable& servable, const Signature& sign
   feeds[0].first = signature.inputs[0].tensor;
   TF_RETURN_IF_ERROR(ReadExamples(input, &feeds[0].second));
   *examples = feeds[0].second.NumElements();
+  RecordExamples(servable.name(), *examples);
   return servable.Run(signature, feeds, AllOutputs(signature), deadline, results);
 }
 
@@ -298,6 +294,26 @@ const Tensor* Find(const Signature& signature, const std::vector<Tensor>& result
 }
 
 }  // namespace
+
+tensorflow::Status ParseTensor(const std::string& alias, const TensorProto& proto, Tensor* tensor) {
+  const std::string error = "tensor parsing error: " + alias;
+  // Handles to resources and arbitrary C++ objects have no business in a request.
+  if (proto.dtype() == tensorflow::DT_RESOURCE || proto.dtype() == tensorflow::DT_VARIANT) {
+    return InvalidArgument(error);
+  }
+  // Refuses negative and unknown dimensions, too many of them, and products beyond int64.
+  tensorflow::TensorShape shape;
+  if (!tensorflow::TensorShape::BuildTensorShape(proto.tensor_shape(), &shape).ok()) return InvalidArgument(error);
+  const int64_t element_bytes = std::max(1, tensorflow::DataTypeSize(proto.dtype()));
+  const int64_t allowed_bytes =
+      std::max(kMaxRepeatedBytes, kMaxBytesPerMessageByte * static_cast<int64_t>(proto.ByteSizeLong()));
+  if (shape.num_elements() > allowed_bytes / element_bytes) {
+    return InvalidArgument(StrCat(error, ": the shape ", shape.DebugString(), " of ", DataTypeString(proto.dtype()),
+                                  " needs more than ", allowed_bytes, " bytes, far more than the message carries (",
+                                  proto.ByteSizeLong(), " bytes); send every element"));
+  }
+  return tensor->FromProto(proto) ? tensorflow::OkStatus() : InvalidArgument(error);
+}
 
 tensorflow::Status Predict(const Servable& servable, const PredictRequest& request, Deadline deadline,
                            PredictResponse* response) {
@@ -334,20 +350,21 @@ tensorflow::Status Classify(const Servable& servable, const ClassificationReques
                             ClassificationResponse* response) {
   const Signature* signature;
   TF_RETURN_IF_ERROR(FindSignature(servable, request.model_spec().signature_name(), &signature));
-  TF_RETURN_IF_ERROR(CheckClassify(*signature));
+  TF_RETURN_IF_ERROR(CheckClassify(servable, *signature));
   int64_t examples;
   std::vector<Tensor> results;
   TF_RETURN_IF_ERROR(RunOnExamples(servable, *signature, request.input(), deadline, &examples, &results));
   SetSpec(servable, signature->name, response->mutable_model_spec());
-  return WriteClasses(Find(*signature, results, kClasses), Find(*signature, results, kScores), examples,
-                      response->mutable_result());
+  TF_RETURN_IF_ERROR(WriteClasses(Find(*signature, results, kClasses), Find(*signature, results, kScores), examples,
+                                  response->mutable_result()));
+  return response->ByteSizeLong() > kMaxResponseBytes ? TooLarge() : tensorflow::OkStatus();
 }
 
 tensorflow::Status Regress(const Servable& servable, const RegressionRequest& request, Deadline deadline,
                            RegressionResponse* response) {
   const Signature* signature;
   TF_RETURN_IF_ERROR(FindSignature(servable, request.model_spec().signature_name(), &signature));
-  TF_RETURN_IF_ERROR(CheckRegress(*signature));
+  TF_RETURN_IF_ERROR(CheckRegress(servable, *signature));
   int64_t examples;
   std::vector<Tensor> results;
   TF_RETURN_IF_ERROR(RunOnExamples(servable, *signature, request.input(), deadline, &examples, &results));
@@ -368,9 +385,9 @@ tensorflow::Status MultiInference(const Servable& servable, const MultiInference
       return InvalidArgument("Duplicate evaluation of signature: " + signature->name);
     }
     if (task.method_name() == kClassifyMethod) {
-      TF_RETURN_IF_ERROR(CheckClassify(*signature));
+      TF_RETURN_IF_ERROR(CheckClassify(servable, *signature));
     } else if (task.method_name() == kRegressMethod) {
-      TF_RETURN_IF_ERROR(CheckRegress(*signature));
+      TF_RETURN_IF_ERROR(CheckRegress(servable, *signature));
     } else {
       return absl::UnimplementedError("Unsupported signature method_name: " + task.method_name());
     }
@@ -385,6 +402,7 @@ tensorflow::Status MultiInference(const Servable& servable, const MultiInference
   feeds[0].first = signatures[0]->inputs[0].tensor;
   TF_RETURN_IF_ERROR(ReadExamples(request.input(), &feeds[0].second));
   const int64_t examples = feeds[0].second.NumElements();
+  RecordExamples(servable.name(), examples);
   std::vector<Tensor> all;
   TF_RETURN_IF_ERROR(servable.Run(feeds, fetches, deadline, &all));
   auto next = all.begin();
@@ -398,7 +416,7 @@ tensorflow::Status MultiInference(const Servable& servable, const MultiInference
                                                  examples, result->mutable_classification_result())
                                   : WriteValues(results[0], examples, result->mutable_regression_result()));
   }
-  return tensorflow::OkStatus();
+  return response->ByteSizeLong() > kMaxResponseBytes ? TooLarge() : tensorflow::OkStatus();
 }
 
 tensorflow::Status GetModelMetadata(const Servable& servable, const GetModelMetadataRequest&,

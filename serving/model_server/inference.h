@@ -3,7 +3,11 @@
 #ifndef DPSR_SERVING_MODEL_SERVER_INFERENCE_H_
 #define DPSR_SERVING_MODEL_SERVER_INFERENCE_H_
 
+#include <string>
+
 #include "serving/model_server/servable.h"
+#include "tensorflow/core/framework/tensor.h"
+#include "tensorflow/core/framework/tensor.pb.h"
 #include "tensorflow/core/platform/status.h"
 #include "tensorflow_serving/apis/classification.pb.h"
 #include "tensorflow_serving/apis/get_model_metadata.pb.h"
@@ -13,6 +17,11 @@
 #include "tensorflow_serving/apis/regression.pb.h"
 
 namespace dpsr::serving {
+
+// Reads the input `alias` of a request without trusting it: INVALID_ARGUMENT for what is no tensor, or claims far more
+// memory than it carries.
+tensorflow::Status ParseTensor(const std::string& alias, const tensorflow::TensorProto& proto,
+                               tensorflow::Tensor* tensor);
 
 // Runs the signature that the request names, `serving_default` without a name, on the request's tensors.
 tensorflow::Status Predict(const Servable& servable, const tensorflow::serving::PredictRequest& request,

@@ -331,10 +331,12 @@ tensorflow::Status ReadColumns(const Json& values, const Inputs& inputs,
     }
     TF_RETURN_IF_ERROR(ReadColumn(*value, info.dtype(), &(*tensors)[name]));
   }
+  std::set<std::string> seen;
   for (const auto& member : values.GetObject()) {
-    if (inputs.count(member.name.GetString()) == 0) {
-      return InvalidArgument(
-          StrCat("Unexpected named input: ", member.name.GetString(), "; expected ", Keys(inputs)));
+    const std::string name(member.name.GetString(), member.name.GetStringLength());
+    if (inputs.count(name) == 0 || !seen.insert(name).second) {
+      return InvalidArgument(StrCat(inputs.count(name) == 0 ? "Unexpected" : "Repeated", " named input: ", name,
+                                    "; expected ", Keys(inputs)));
     }
   }
   return tensorflow::OkStatus();

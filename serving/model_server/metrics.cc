@@ -1,8 +1,11 @@
 #include "serving/model_server/metrics.h"
 
+#include <unistd.h>
+
 #include <cctype>
 #include <charconv>
 #include <cmath>
+#include <fstream>
 #include <memory>
 
 #include "tensorflow/core/lib/monitoring/collected_metrics.h"
@@ -49,6 +52,18 @@ auto* const kWaiting =
 auto* const kMemory = monitoring::Gauge<int64_t, 2>::New(
     "/dpsr/serving/version_memory_bytes", "Growth of the process when the version was loaded.", "model_name",
     "version");
+
+auto* const kBatchQueueing = monitoring::Sampler<1>::New(
+    {"/tensorflow/serving/batching_session/queuing_latency",
+     "Distribution of wall time spent (in microseconds) in queuing", "thread_pool_name"},
+    monitoring::Buckets::Exponential(100, 1.2, 52));
+auto* const kBatches = monitoring::Counter<0>::New("/tensorflow/serving/batching_session/wrapped_run_count",
+                                                   "Total count of run calls on the wrapped session");
+auto* const kBatchRows =
+    monitoring::Sampler<0>::New({"/dpsr/serving/batch_rows", "Distribution of the rows of batches, padding included."},
+                                monitoring::Buckets::Exponential(1, 2, 20));
+auto* const kBatchPadding =
+    monitoring::Counter<0>::New("/dpsr/serving/batch_padding_rows", "Rows that fill batches up to an allowed size.");
 
 // A name that Prometheus takes: `/tensorflow/serving/x` is `:tensorflow:serving:x`.
 std::string Name(const std::string& name) {
@@ -127,6 +142,23 @@ void RecordQueueing(int64_t micros) { kQueueing->GetCell()->Add(micros); }
 void SetInFlight(int64_t running, int64_t waiting) {
   kRunning->GetCell()->Set(running);
   kWaiting->GetCell()->Set(waiting);
+}
+
+void RecordBatchQueueing(const std::string& thread_pool, int64_t micros) {
+  kBatchQueueing->GetCell(thread_pool)->Add(static_cast<double>(micros));
+}
+
+void RecordBatch(int64_t num_rows, int64_t num_padding_rows) {
+  kBatches->GetCell()->IncrementBy(1);
+  kBatchRows->GetCell()->Add(static_cast<double>(num_rows));
+  kBatchPadding->GetCell()->IncrementBy(num_padding_rows);
+}
+
+int64_t ResidentBytes() {
+  std::ifstream statm("/proc/self/statm");
+  int64_t size = 0, resident = 0;
+  statm >> size >> resident;
+  return resident * sysconf(_SC_PAGESIZE);
 }
 
 void SetVersionMemory(const std::string& model, int64_t version, int64_t bytes) {

@@ -24,6 +24,14 @@ void RecordWarmup(const std::string& path, const tensorflow::Status& status, int
 void RecordQueueing(int64_t micros);
 void SetInFlight(int64_t running, int64_t waiting);
 
+// Time that a request, or a part of one, waited for its batch to run; and a batch that runs, with the rows of it that
+// fill it up.
+void RecordBatchQueueing(const std::string& thread_pool, int64_t micros);
+void RecordBatch(int64_t num_rows, int64_t num_padding_rows);
+
+// Bytes of the process in memory now.
+int64_t ResidentBytes();
+
 // Bytes that loading a version took; 0 when it is gone.
 void SetVersionMemory(const std::string& model, int64_t version, int64_t bytes);
 

@@ -1,9 +1,13 @@
 #include "serving/model_server/model_manager.h"
 
+#include <sys/resource.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <utility>
 
 #include "serving/model_server/log.h"
+#include "serving/model_server/metrics.h"
 #include "serving/model_server/warmup.h"
 #include "tensorflow/core/platform/env.h"
 #include "tokenizer_cc/status.h"
@@ -14,6 +18,8 @@ namespace {
 using ::tensorflow::serving::GetModelStatusResponse;
 using ::tensorflow::serving::ModelSpec;
 using ::tensorflow::serving::ModelVersionStatus;
+
+constexpr int kLoadNiceness = 10;
 
 // A model that gets a version a minute for a week: more of the past nobody asks for.
 constexpr size_t kMaxEnded = 10'000;
@@ -43,12 +49,14 @@ void AddStatus(int64_t version, ModelVersionStatus::State state, const tensorflo
   status->mutable_status()->set_error_message(std::string(error.message()));
 }
 
-// Whether another try may mend a load: the version's files may still be on their way, or a file system be away. What
-// TensorFlow found in files that are there stays wrong.
+// Whether another try may mend a load: the version's files may still be on their way, missing or half-written, or a file
+// system be away. What TensorFlow does not like in files that it could read stays wrong.
 bool MayBeMended(const tensorflow::Status& status) {
   if (Servable::IsFinal(status)) return false;
   switch (status.code()) {
     case absl::StatusCode::kNotFound:
+    case absl::StatusCode::kDataLoss:
+    case absl::StatusCode::kOutOfRange:
     case absl::StatusCode::kUnavailable:
     case absl::StatusCode::kDeadlineExceeded:
     case absl::StatusCode::kResourceExhausted:
@@ -59,6 +67,11 @@ bool MayBeMended(const tensorflow::Status& status) {
     default:
       return false;
   }
+}
+
+tensorflow::Status LabelError(const std::string& model, int64_t version, const std::string& reason = "") {
+  return absl::FailedPreconditionError(StrCat("Request to assign label to version ", version, " of model ", model,
+                                              ", which is not currently available for inference", reason));
 }
 
 tensorflow::Status VersionsOnDisk(const std::string& base_path, std::map<int64_t, std::string>* versions,
@@ -89,7 +102,7 @@ void ModelManager::Start(const std::vector<ModelConfig>& models) {
   Lock lock(mutex_);
   for (const ModelConfig& config : models) {
     first_models_.insert(config.name);
-    Configure(config);
+    Take(config);
   }
   thread_ = std::thread([this] { Run(); });
 }
@@ -100,16 +113,16 @@ std::optional<tensorflow::Status> ModelManager::AwaitFirstLoads(std::chrono::mil
   return first_loads_;
 }
 
-tensorflow::Status ModelManager::Reconfigure(const std::vector<ModelConfig>& models) {
-  std::lock_guard<std::mutex> one_at_a_time(reconfigure_mutex_);
+tensorflow::Status ModelManager::Configure(const std::vector<ModelConfig>& models, std::set<std::string>* fresh) {
+  std::lock_guard<std::mutex> one_at_a_time(configure_mutex_);
   Lock lock(mutex_);
   for (const ModelConfig& config : models) TF_RETURN_IF_ERROR(CheckLabels(config, &lock));
-  std::set<std::string> named, fresh;
+  std::set<std::string> named;
   for (const ModelConfig& config : models) {
     named.insert(config.name);
     const auto model = models_.find(config.name);
-    if (model == models_.end() || model->second.removed) fresh.insert(config.name);
-    Configure(config);
+    if (model == models_.end() || model->second.removed) fresh->insert(config.name);
+    Take(config);
   }
   for (auto& [name, model] : models_) {
     if (named.count(name) > 0) continue;
@@ -120,38 +133,57 @@ tensorflow::Status ModelManager::Reconfigure(const std::vector<ModelConfig>& mod
   }
   poll_now_ = true;
   Changed();
+  return tensorflow::OkStatus();
+}
 
-  tensorflow::Status outcome;
-  const auto settled = [&] {
-    if (stopping_) return true;
-    // Where nobody looks for versions there is nothing to wait for.
-    if (options_.poll_wait_seconds < 0) return true;
-    const std::optional<tensorflow::Status> loads = Outcome(fresh);
-    if (!loads) return false;
-    outcome = *loads;
-    // Labels wait for versions that load; one that failed leaves its label ungiven, and is told of below.
+tensorflow::Status ModelManager::Reconfigure(const std::vector<ModelConfig>& models,
+                                             const std::function<bool()>& cancelled) {
+  std::set<std::string> fresh;
+  TF_RETURN_IF_ERROR(Configure(models, &fresh));
+  // Where nobody looks for versions there is nothing to wait for.
+  if (options_.poll_wait_seconds < 0) return tensorflow::OkStatus();
+
+  std::optional<tensorflow::Status> outcome;
+  const auto settle = [&]() -> std::optional<tensorflow::Status> {
+    if (stopping_ || end_waits_) return absl::CancelledError("the server stops");
     for (const ModelConfig& config : models) {
-      const Model& model = models_.at(config.name);
-      for (const auto& [label, number] : model.pending) {
-        const auto version = model.versions.find(number);
-        if (!model.polled || (version != model.versions.end() && version->second.state != VersionState::kFailed)) {
-          return false;
-        }
+      const auto model = models_.find(config.name);
+      if (model == models_.end() || model->second.removed) {
+        return absl::AbortedError(StrCat("a later configuration took model ", config.name, " away"));
       }
     }
-    return true;
-  };
-  changed_.wait(lock, settled);
-  if (stopping_) return absl::CancelledError("the server stops");
-  TF_RETURN_IF_ERROR(outcome);
-  for (const ModelConfig& config : models) {
-    for (const auto& [label, number] : models_.at(config.name).pending) {
-      return absl::FailedPreconditionError(StrCat("Request to assign label to version ", number, " of model ",
-                                                  config.name,
-                                                  ", which is not currently available for inference: it did not load"));
+    const std::optional<tensorflow::Status> loads = Outcome(fresh);
+    if (!loads || !loads->ok()) return loads;
+    // Labels wait for versions that load.
+    for (const ModelConfig& config : models) {
+      const Model& model = models_.at(config.name);
+      for (const auto& [label, number] : config.labels) {
+        const auto given = model.labels.find(label);
+        if (given != model.labels.end() && given->second == number) continue;
+        const auto pending = model.pending.find(label);
+        if (pending == model.pending.end() || pending->second != number) {
+          return absl::AbortedError(
+              StrCat("a later configuration took label ", label, " of model ", config.name, " away"));
+        }
+        if (MayCome(model, number)) return std::nullopt;
+        return LabelError(config.name, number, ": it did not load");
+      }
     }
+    return tensorflow::OkStatus();
+  };
+  // Nobody tells when `cancelled` turns: look now and then.
+  constexpr std::chrono::milliseconds kLook(100);
+  Lock lock(mutex_);
+  while (!changed_.wait_for(lock, kLook, [&] { return (outcome = settle()).has_value(); })) {
+    if (cancelled()) return absl::CancelledError("nobody waits for the models any more; they go on loading");
   }
-  return tensorflow::OkStatus();
+  return *outcome;
+}
+
+void ModelManager::EndWaits() {
+  Lock lock(mutex_);
+  end_waits_ = true;
+  Changed();
 }
 
 // A label may name a version that answers, or that this very configuration loads; a new one, where the flag allows it,
@@ -162,8 +194,9 @@ tensorflow::Status ModelManager::CheckLabels(const ModelConfig& config, Lock* lo
   for (const auto& [label, number] : config.labels) {
     if (IsReady(config.name, number)) continue;
     const auto model = models_.find(config.name);
-    const bool in_use = model != models_.end() && model->second.labels.count(label) > 0;
-    if (options_.allow_labels_for_unavailable && !in_use) continue;
+    if (options_.allow_labels_for_unavailable && (model == models_.end() || !Moves(model->second, label, number))) {
+      continue;
+    }
     if (!looked) {
       looked = true;
       lock->unlock();
@@ -175,13 +208,12 @@ tensorflow::Status ModelManager::CheckLabels(const ModelConfig& config, Lock* lo
       lock->lock();
     }
     if (aspired.count(number) > 0) continue;
-    return absl::FailedPreconditionError(StrCat("Request to assign label to version ", number, " of model ",
-                                                config.name, ", which is not currently available for inference"));
+    return LabelError(config.name, number);
   }
   return tensorflow::OkStatus();
 }
 
-void ModelManager::Configure(const ModelConfig& config) {
+void ModelManager::Take(const ModelConfig& config) {
   Model& model = models_[config.name];
   model.config = config;
   model.removed = false;
@@ -191,13 +223,18 @@ void ModelManager::Configure(const ModelConfig& config) {
     label = config.labels.count(label->first) > 0 ? std::next(label) : model.labels.erase(label);
   }
   for (const auto& [label, number] : config.labels) {
-    const bool in_use = model.labels.count(label) > 0;
-    if (IsReady(config.name, number) || (options_.allow_labels_for_unavailable && !in_use)) {
+    const bool may_be_unavailable = options_.allow_labels_for_unavailable && !Moves(model, label, number);
+    if (may_be_unavailable || IsReady(config.name, number)) {
       model.labels[label] = number;
     } else {
       model.pending[label] = number;
     }
   }
+}
+
+bool ModelManager::Moves(const Model& model, const std::string& label, int64_t version) {
+  const auto given = model.labels.find(label);
+  return given != model.labels.end() && given->second != version;
 }
 
 bool ModelManager::IsReady(const std::string& name, int64_t version) const {
@@ -210,13 +247,18 @@ bool ModelManager::IsReady(const std::string& name, int64_t version) const {
 tensorflow::Status ModelManager::Find(const ModelSpec& spec, std::shared_ptr<const Servable>* servable) const {
   if (spec.name().empty()) return absl::InvalidArgumentError("ModelSpec has no name specified.");
   Lock lock(mutex_);
-  if (!first_loads_) return absl::UnavailableError("The server is starting: its models are not loaded yet");
+  const tensorflow::Status starting =
+      first_loads_ ? tensorflow::OkStatus()
+                   : absl::UnavailableError("The server is starting: its models are not all loaded yet");
   const auto model = models_.find(spec.name());
   std::optional<int64_t> wanted;
   if (spec.has_version()) wanted = spec.version().value();
   if (spec.version_choice_case() == ModelSpec::kVersionLabel) {
     const bool known = model != models_.end() && model->second.labels.count(spec.version_label()) > 0;
-    if (!known) return absl::InvalidArgumentError("Unrecognized servable version label: " + spec.version_label());
+    if (!known) {
+      TF_RETURN_IF_ERROR(starting);
+      return absl::InvalidArgumentError("Unrecognized servable version label: " + spec.version_label());
+    }
     wanted = model->second.labels.at(spec.version_label());
   }
   if (model != models_.end()) {
@@ -227,6 +269,7 @@ tensorflow::Status ModelManager::Find(const ModelSpec& spec, std::shared_ptr<con
       return tensorflow::OkStatus();
     }
   }
+  TF_RETURN_IF_ERROR(starting);
   return absl::NotFoundError(StrCat(
       "Servable not found for request: ",
       wanted ? StrCat("Specific(", spec.name(), ", ", *wanted, ")") : StrCat("Latest(", spec.name(), ")")));
@@ -392,6 +435,15 @@ void ModelManager::Act(Model* model, Lock* lock) {
     }
     if (version.released && !version.busy && !version.destroyed) Destroy(name, number, &version);
   }
+  // Before the version that a label leaves is unloaded.
+  for (auto label = model->pending.begin(); label != model->pending.end();) {
+    if (IsReady(name, label->second)) {
+      model->labels[label->first] = label->second;
+      label = model->pending.erase(label);
+    } else {
+      ++label;
+    }
+  }
   while (!stopping_) {
     std::vector<VersionSnapshot> snapshot;
     for (const auto& [number, version] : model->versions) snapshot.push_back({number, version.state, version.aspired});
@@ -404,14 +456,6 @@ void ModelManager::Act(Model* model, Lock* lock) {
       Unload(name, action->version, version, lock);
     }
   }
-  for (auto label = model->pending.begin(); label != model->pending.end();) {
-    if (IsReady(name, label->second)) {
-      model->labels[label->first] = label->second;
-      label = model->pending.erase(label);
-    } else {
-      ++label;
-    }
-  }
 }
 
 void ModelManager::Load(const std::string& name, int64_t number, Version* version) {
@@ -421,10 +465,18 @@ void ModelManager::Load(const std::string& name, int64_t number, Version* versio
     LogInfo("loading model ", name, " version ", number, " from ", path);
     std::unique_ptr<Servable> servable;
     const auto begin = Clock::now();
-    tensorflow::Status status = Servable::Load(options_.servable, name, number, path, &servable);
-    if (status.ok() && options_.warmup_iterations > 0) {
-      status = ReplayWarmup(*servable, path, options_.warmup_iterations);
-    }
+    const int64_t memory = ResidentBytes();
+    tensorflow::Status status;
+    // On a thread of its own, which never holds the lock that requests need: they go first where processors are few.
+    std::thread([&] {
+      setpriority(PRIO_PROCESS, static_cast<id_t>(gettid()), kLoadNiceness);
+      status = Servable::Load(options_.servable, name, number, path, &servable);
+      if (status.ok() && options_.warmup_iterations > 0) {
+        status = ReplayWarmup(*servable, path, options_.warmup_iterations);
+      }
+    }).join();
+    if (options_.flush_file_system_caches) tensorflow::Env::Default()->FlushFileSystemCaches().IgnoreError();
+    if (status.ok()) SetVersionMemory(name, number, std::max<int64_t>(0, ResidentBytes() - memory));
     const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
 
     Lock lock(mutex_);
@@ -465,6 +517,7 @@ void ModelManager::Destroy(const std::string& name, int64_t number, Version* ver
   version->busy = true;
   unload_threads_->Add([this, name, number, version] {
     version->servable.reset();  // nobody else looks at it any more
+    SetVersionMemory(name, number, 0);
     LogInfo("unloaded model ", name, " version ", number);
     Lock lock(mutex_);
     version->busy = false;
@@ -490,6 +543,11 @@ bool ModelManager::Sweep(Model* model) {
   return !model->versions.empty();
 }
 
+bool ModelManager::MayCome(const Model& model, int64_t version) {
+  const auto found = model.versions.find(version);
+  return !model.polled || (found != model.versions.end() && found->second.state != VersionState::kFailed);
+}
+
 std::optional<tensorflow::Status> ModelManager::Outcome(const std::set<std::string>& names) const {
   std::string failed;
   int num_failed = 0;
@@ -506,8 +564,12 @@ std::optional<tensorflow::Status> ModelManager::Outcome(const std::set<std::stri
         waiting |= version.aspired;
       }
     }
+    const auto& pending = model->second.pending;
+    const bool labels_wait = std::any_of(pending.begin(), pending.end(), [&](const auto& label) {
+      return MayCome(model->second, label.second);
+    });
+    if (available ? labels_wait : waiting) return std::nullopt;
     if (available) continue;
-    if (waiting) return std::nullopt;
     ++num_failed;
     failed += errors + "}, ";
   }

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -44,6 +45,8 @@ struct ModelManagerOptions {
   int warmup_iterations = 1;
   // A label that is new may name a version that is not available.
   bool allow_labels_for_unavailable = false;
+  // After a load, let go of what TensorFlow's file systems keep of its files.
+  bool flush_file_system_caches = true;
 };
 
 // Thread-safe. A thread of its own decides; loads and unloads run on threads of theirs, so that a slow one holds up no
@@ -63,13 +66,22 @@ class ModelManager {
   // yet. An error names the models that did not become available.
   std::optional<tensorflow::Status> AwaitFirstLoads(std::chrono::milliseconds timeout);
 
-  // Serves these models from now on: those that are not named any more are unloaded. Blocks until the new ones are
-  // available, and so the versions that labels name. FAILED_PRECONDITION (a label that cannot be: nothing changes);
-  // UNKNOWN (a new model did not become available: the others are served); CANCELLED (the server stops).
-  tensorflow::Status Reconfigure(const std::vector<ModelConfig>& models);
+  // Serves these models from now on: those that are not named any more are unloaded. FAILED_PRECONDITION (a label that
+  // cannot be): nothing changes. Does not wait for anything to load; `fresh` gets the names of the new models.
+  tensorflow::Status Configure(const std::vector<ModelConfig>& models, std::set<std::string>* fresh);
 
-  // The version that `spec` asks for, the highest ready one where it names none. Holding it keeps it loaded. Until the
-  // first loads have ended UNAVAILABLE; after that TensorFlow Serving's codes and messages.
+  // Configure, and waits until the new models are available, and so the versions that labels name; not beyond the time
+  // that `cancelled` turns true. UNKNOWN (a new model did not become available: the others are served);
+  // FAILED_PRECONDITION (a version that a label names did not load); ABORTED (a later configuration took the model or
+  // the label away); CANCELLED (as asked, or the server stops). All but the first FAILED_PRECONDITION leave the
+  // configuration in force.
+  tensorflow::Status Reconfigure(const std::vector<ModelConfig>& models, const std::function<bool()>& cancelled);
+
+  // From now on Reconfigure waits no more.
+  void EndWaits();
+
+  // The version that `spec` asks for, the highest ready one where it names none. Holding it keeps it loaded. What is not
+  // there is UNAVAILABLE until the first loads have ended; after that TensorFlow Serving's codes and messages.
   tensorflow::Status Find(const tensorflow::serving::ModelSpec& spec, std::shared_ptr<const Servable>* servable) const;
 
   // The states of the model's versions, the highest first, or that of the one that `spec` names.
@@ -118,11 +130,16 @@ class ModelManager {
   void Destroy(const std::string& name, int64_t number, Version* version);
   // Forgets versions that ended. Whether any is left.
   bool Sweep(Model* model);
-  // How the first loads of these models went; nothing while one may still become available.
+  // How the first loads of these models went; nothing while one, or a version that a label names, may still become
+  // available.
   std::optional<tensorflow::Status> Outcome(const std::set<std::string>& names) const;
   bool IsReady(const std::string& name, int64_t version) const;
+  // Whether giving `label` to `version` takes it from another one.
+  static bool Moves(const Model& model, const std::string& label, int64_t version);
+  // Whether the version is there, or may still come.
+  static bool MayCome(const Model& model, int64_t version);
   tensorflow::Status CheckLabels(const ModelConfig& config, Lock* lock);
-  void Configure(const ModelConfig& config);
+  void Take(const ModelConfig& config);
   void Changed();
 
   const ModelManagerOptions options_;
@@ -132,12 +149,13 @@ class ModelManager {
   bool dirty_ = true;  // something for the thread to look at
   bool poll_now_ = true;
   bool stopping_ = false;
+  bool end_waits_ = false;
   std::map<std::string, Model> models_;  // only the thread erases
   // Versions that are gone, with the error of those that failed: GetStatus still knows them.
   std::map<std::string, std::map<int64_t, tensorflow::Status>> ended_;
   std::set<std::string> first_models_;
   std::optional<tensorflow::Status> first_loads_;
-  std::mutex reconfigure_mutex_;  // one Reconfigure at a time; taken before mutex_
+  std::mutex configure_mutex_;  // one Configure at a time; taken before mutex_
 
   std::unique_ptr<WorkerPool> load_threads_;
   std::unique_ptr<WorkerPool> unload_threads_;

@@ -21,13 +21,14 @@ int64_t Microseconds(Clock::duration duration) {
   return std::chrono::duration_cast<std::chrono::microseconds>(duration).count();
 }
 
-// Finds the servable and runs `run` on it, counted and timed as a request of kind `api`.
-template <typename Run>
-tensorflow::Status Answer(const ModelManager& models, const ModelSpec& spec, const char* api, const char* entrypoint,
-                          Run run) {
+}  // namespace
+
+tensorflow::Status RequestHandler::Answer(
+    const ModelSpec& spec, const char* api, const char* entrypoint,
+    const std::function<tensorflow::Status(const Servable& servable)>& run) const {
   const auto begin = Clock::now();
   std::shared_ptr<const Servable> servable;
-  tensorflow::Status status = models.Find(spec, &servable);
+  tensorflow::Status status = models_->Find(spec, &servable);
   const bool found = status.ok();
   auto ran = begin;
   if (found) {
@@ -45,13 +46,11 @@ tensorflow::Status Answer(const ModelManager& models, const ModelSpec& spec, con
   return status;
 }
 
-}  // namespace
-
 tensorflow::Status RequestHandler::Predict(const tensorflow::serving::PredictRequest& request, Deadline deadline,
                                            const char* entrypoint,
                                            tensorflow::serving::PredictResponse* response) const {
   if (!request.has_model_spec()) return MissingModelSpec();
-  return Answer(*models_, request.model_spec(), "Predict", entrypoint, [&](const Servable& servable) {
+  return Answer(request.model_spec(), "Predict", entrypoint, [&](const Servable& servable) {
     return dpsr::serving::Predict(servable, request, deadline, response);
   });
 }
@@ -60,7 +59,7 @@ tensorflow::Status RequestHandler::Classify(const tensorflow::serving::Classific
                                             Deadline deadline, const char* entrypoint,
                                             tensorflow::serving::ClassificationResponse* response) const {
   if (!request.has_model_spec()) return MissingModelSpec();
-  return Answer(*models_, request.model_spec(), "Classify", entrypoint, [&](const Servable& servable) {
+  return Answer(request.model_spec(), "Classify", entrypoint, [&](const Servable& servable) {
     return dpsr::serving::Classify(servable, request, deadline, response);
   });
 }
@@ -69,7 +68,7 @@ tensorflow::Status RequestHandler::Regress(const tensorflow::serving::Regression
                                            const char* entrypoint,
                                            tensorflow::serving::RegressionResponse* response) const {
   if (!request.has_model_spec()) return MissingModelSpec();
-  return Answer(*models_, request.model_spec(), "Regress", entrypoint, [&](const Servable& servable) {
+  return Answer(request.model_spec(), "Regress", entrypoint, [&](const Servable& servable) {
     return dpsr::serving::Regress(servable, request, deadline, response);
   });
 }
@@ -80,7 +79,7 @@ tensorflow::Status RequestHandler::MultiInference(const tensorflow::serving::Mul
   tensorflow::Status status;
   const ModelSpec* spec = SpecOf(request, &status);
   if (spec == nullptr) return status;
-  return Answer(*models_, *spec, "MultiInference", entrypoint, [&](const Servable& servable) {
+  return Answer(*spec, "MultiInference", entrypoint, [&](const Servable& servable) {
     return dpsr::serving::MultiInference(servable, request, deadline, response);
   });
 }
@@ -101,6 +100,7 @@ tensorflow::Status RequestHandler::GetModelStatus(const tensorflow::serving::Get
 }
 
 tensorflow::Status RequestHandler::Reload(const tensorflow::serving::ReloadConfigRequest& request,
+                                          const std::function<bool()>& cancelled,
                                           tensorflow::serving::ReloadConfigResponse* response) const {
   tensorflow::Status status;
   if (request.config().config_case() != tensorflow::serving::ModelServerConfig::kModelConfigList) {
@@ -110,7 +110,7 @@ tensorflow::Status RequestHandler::Reload(const tensorflow::serving::ReloadConfi
   } else {
     std::vector<ModelConfig> models;
     status = ModelsOf(request.config(), &models);
-    if (status.ok()) status = models_->Reconfigure(models);
+    if (status.ok()) status = models_->Reconfigure(models, cancelled);
   }
   response->mutable_status()->set_error_code(static_cast<tensorflow::error::Code>(status.code()));
   response->mutable_status()->set_error_message(std::string(status.message()));

@@ -2,6 +2,8 @@
 #ifndef DPSR_SERVING_MODEL_SERVER_REQUEST_HANDLER_H_
 #define DPSR_SERVING_MODEL_SERVER_REQUEST_HANDLER_H_
 
+#include <functional>
+
 #include "serving/model_server/inference.h"
 #include "serving/model_server/model_manager.h"
 #include "tensorflow/core/platform/status.h"
@@ -28,9 +30,14 @@ class RequestHandler {
                                       tensorflow::serving::GetModelMetadataResponse* response) const;
   tensorflow::Status GetModelStatus(const tensorflow::serving::GetModelStatusRequest& request,
                                     tensorflow::serving::GetModelStatusResponse* response) const;
-  // Blocks until the new models are available.
+  // Blocks until the new models are available, or `cancelled` turns true.
   tensorflow::Status Reload(const tensorflow::serving::ReloadConfigRequest& request,
+                            const std::function<bool()>& cancelled,
                             tensorflow::serving::ReloadConfigResponse* response) const;
+
+  // Runs `run` on the version that `spec` asks for, counted and timed as a request of kind `api`: "Predict", ...
+  tensorflow::Status Answer(const tensorflow::serving::ModelSpec& spec, const char* api, const char* entrypoint,
+                            const std::function<tensorflow::Status(const Servable& servable)>& run) const;
 
   const ModelManager& models() const { return *models_; }
 

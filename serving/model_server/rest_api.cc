@@ -122,6 +122,7 @@ RestReply RestApi::Answer(const RestRequest& request) const {
     }
     if (!metrics_path_.empty() && request.path == metrics_path_) {
       if (request.method != "GET") return {405, kText, "expected GET\n"};
+      SetInFlight(workers_->num_running(), workers_->num_queued());
       return {200, "text/plain; version=0.0.4", PrometheusText()};
     }
     std::string_view path = request.path;
@@ -171,7 +172,16 @@ tensorflow::Status RestApi::AnswerModel(const RestRequest& request, std::string*
     *metadata.mutable_model_spec() = spec;
     metadata.add_metadata_field("signature_def");
     TF_RETURN_IF_ERROR(handler_->GetModelMetadata(metadata, &response));
-    return ToJson(response, body);
+    // Without the type that an Any would show.
+    tensorflow::serving::SignatureDefMap signatures;
+    if (!response.metadata().at("signature_def").UnpackTo(&signatures)) {
+      return absl::InternalError("the metadata cannot be read");
+    }
+    std::string spec_json, signatures_json;
+    TF_RETURN_IF_ERROR(ToJson(response.model_spec(), &spec_json));
+    TF_RETURN_IF_ERROR(ToJson(signatures, &signatures_json));
+    *body = StrCat("{\n\"model_spec\": ", spec_json, ",\n\"metadata\": {\"signature_def\": ", signatures_json, "}\n}\n");
+    return tensorflow::OkStatus();
   }
   return Malformed(request);
 }
@@ -180,16 +190,14 @@ tensorflow::Status RestApi::Infer(const std::string& method, const ModelSpec& sp
                                   std::string* body) const {
   if (method == "predict") {
     // The signature, which says what the JSON means, has to be that of the version that answers.
-    std::shared_ptr<const Servable> servable;
-    TF_RETURN_IF_ERROR(handler_->models().Find(spec, &servable));
-    tensorflow::serving::PredictRequest predict;
-    tensorflow::serving::PredictResponse response;
-    JsonFormat format;
-    TF_RETURN_IF_ERROR(ReadPredictJson(request.body, servable->signature_defs(), &predict, &format));
-    predict.mutable_model_spec()->set_name(spec.name());
-    predict.mutable_model_spec()->mutable_version()->set_value(servable->version());
-    TF_RETURN_IF_ERROR(handler_->Predict(predict, request.deadline, kEntrypoint, &response));
-    return WritePredictJson(response.outputs(), format, body);
+    return handler_->Answer(spec, "Predict", kEntrypoint, [&](const Servable& servable) {
+      tensorflow::serving::PredictRequest predict;
+      tensorflow::serving::PredictResponse response;
+      JsonFormat format;
+      TF_RETURN_IF_ERROR(ReadPredictJson(request.body, servable.signature_defs(), &predict, &format));
+      TF_RETURN_IF_ERROR(dpsr::serving::Predict(servable, predict, request.deadline, &response));
+      return WritePredictJson(response.outputs(), format, body);
+    });
   }
   if (method == "classify") {
     tensorflow::serving::ClassificationRequest classify;

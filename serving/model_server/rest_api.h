@@ -3,8 +3,10 @@
 #define DPSR_SERVING_MODEL_SERVER_REST_API_H_
 
 #include <string>
+#include <utility>
 
 #include "serving/model_server/request_handler.h"
+#include "serving/model_server/worker_pool.h"
 
 namespace dpsr::serving {
 
@@ -24,9 +26,10 @@ struct RestReply {
 // Thread-safe.
 class RestApi {
  public:
-  // `metrics_path` is where the metrics stand; empty: nowhere. `handler` must outlive this.
-  RestApi(const RequestHandler* handler, std::string metrics_path)
-      : handler_(handler), metrics_path_(std::move(metrics_path)) {}
+  // `metrics_path` is where the metrics stand, those of `workers` among them; empty: nowhere. `handler` and `workers` must
+  // outlive this.
+  RestApi(const RequestHandler* handler, const WorkerPool* workers, std::string metrics_path)
+      : handler_(handler), workers_(workers), metrics_path_(std::move(metrics_path)) {}
 
   // Answers a request. No call throws.
   RestReply Answer(const RestRequest& request) const;
@@ -37,6 +40,7 @@ class RestApi {
                            const RestRequest& request, std::string* body) const;
 
   const RequestHandler* const handler_;
+  const WorkerPool* const workers_;
   const std::string metrics_path_;
 };
 

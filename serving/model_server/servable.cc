@@ -5,6 +5,7 @@
 #include <numeric>
 #include <utility>
 
+#include "serving/model_server/batching.h"
 #include "tensorflow/core/framework/types.h"
 #include "tokenizer_cc/status.h"
 
@@ -23,7 +24,12 @@ constexpr size_t kMaxOutputSets = 64;
 
 std::vector<Endpoint> SortedEndpoints(const google::protobuf::Map<std::string, TensorInfo>& infos) {
   std::vector<Endpoint> endpoints;
-  for (const auto& [alias, info] : infos) endpoints.push_back({alias, info.name(), info.dtype()});
+  for (const auto& [alias, info] : infos) {
+    Endpoint endpoint{alias, info.name(), info.dtype(), {}};
+    // Of a shape that makes no sense nothing is known.
+    tensorflow::PartialTensorShape::BuildPartialTensorShape(info.tensor_shape(), &endpoint.shape).IgnoreError();
+    endpoints.push_back(std::move(endpoint));
+  }
   std::sort(endpoints.begin(), endpoints.end(),
             [](const Endpoint& left, const Endpoint& right) { return left.alias < right.alias; });
   return endpoints;
@@ -50,16 +56,21 @@ tensorflow::Status ExplainLoadError(const tensorflow::Status& status, const std:
 }  // namespace
 
 Servable::Servable(const ServableOptions& options, std::string name, int64_t version)
-    : name_(std::move(name)), version_(version), tensor_content_(options.tensor_content) {
+    : name_(std::move(name)),
+      version_(version),
+      tensor_content_(options.tensor_content),
+      check_method_names_(options.check_method_names) {
   if (options.run_in_caller_thread) run_options_.set_inter_op_thread_pool(-1);
 }
+
+Servable::~Servable() = default;
 
 tensorflow::Status Servable::Load(const ServableOptions& options, const std::string& name, int64_t version,
                                   const std::string& path, std::unique_ptr<Servable>* servable) {
   std::unique_ptr<Servable> loaded(new Servable(options, name, version));
   try {  // an op library may throw, and a SavedModel may claim more memory than there is
     const tensorflow::Status status =
-        tensorflow::LoadSavedModel(options.session_options, {}, path, options.tags, &loaded->bundle_);
+        tensorflow::LoadSavedModel(options.session_options, loaded->run_options_, path, options.tags, &loaded->bundle_);
     if (!status.ok()) return ExplainLoadError(status, name, version);
   } catch (const std::exception& error) {
     return absl::InternalError(StrCat("the load of ", path, " threw an exception: ", error.what()));
@@ -67,6 +78,15 @@ tensorflow::Status Servable::Load(const ServableOptions& options, const std::str
   for (const auto& [key, signature] : loaded->bundle_.GetSignatures()) {
     loaded->signatures_[key] = {key, signature.method_name(), SortedEndpoints(signature.inputs()),
                                 SortedEndpoints(signature.outputs())};
+  }
+  if (options.batch_threads != nullptr) {
+    const auto run = [alone = loaded.get()](const Signature& signature, const Feeds& feeds,
+                                            const std::vector<size_t>& outputs, Deadline deadline,
+                                            std::vector<tensorflow::Tensor>* results) {
+      return alone->RunAlone(signature, feeds, outputs, deadline, results);
+    };
+    TF_RETURN_IF_ERROR(
+        BatchQueues::Open(options.batch_threads, path, loaded->signatures_, run, &loaded->batch_queues_));
   }
   *servable = std::move(loaded);
   return tensorflow::OkStatus();
@@ -88,6 +108,15 @@ bool Servable::RunsAsAsked(const std::string& signature_name, const std::vector<
 
 tensorflow::Status Servable::Run(const Signature& signature, const Feeds& feeds, const std::vector<size_t>& outputs,
                                  Deadline deadline, std::vector<tensorflow::Tensor>* results) const {
+  if (batch_queues_ != nullptr && BatchQueues::CanBatch(signature, feeds)) {
+    return batch_queues_->Run(signature, feeds, outputs, deadline, results);
+  }
+  return RunAlone(signature, feeds, outputs, deadline, results);
+}
+
+tensorflow::Status Servable::RunAlone(const Signature& signature, const Feeds& feeds,
+                                      const std::vector<size_t>& outputs, Deadline deadline,
+                                      std::vector<tensorflow::Tensor>* results) const {
   std::vector<size_t> computed = outputs;
   const bool all = outputs.size() < signature.outputs.size() && !RunsAsAsked(signature.name, outputs);
   if (all) {

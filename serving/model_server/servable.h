@@ -16,6 +16,7 @@
 
 #include "tensorflow/cc/saved_model/loader.h"
 #include "tensorflow/core/framework/tensor.h"
+#include "tensorflow/core/framework/tensor_shape.h"
 #include "tensorflow/core/framework/types.pb.h"
 #include "tensorflow/core/platform/status.h"
 #include "tensorflow/core/protobuf/config.pb.h"
@@ -23,6 +24,9 @@
 #include "tensorflow/core/public/session_options.h"
 
 namespace dpsr::serving {
+
+class BatchQueues;
+class BatchThreads;
 
 struct ServableOptions {
   tensorflow::SessionOptions session_options;
@@ -32,6 +36,10 @@ struct ServableOptions {
   bool run_in_caller_thread = true;
   // Answer with tensor_content instead of typed fields.
   bool tensor_content = false;
+  // Refuse Classify and Regress on signatures whose method is another.
+  bool check_method_names = false;
+  // Compute requests of several clients together, on these threads; null: each alone.
+  std::shared_ptr<BatchThreads> batch_threads;
 };
 
 // An alias of a signature's input or output, and the tensor of the graph that it stands for.
@@ -39,6 +47,7 @@ struct Endpoint {
   std::string alias;
   std::string tensor;
   tensorflow::DataType dtype;
+  tensorflow::PartialTensorShape shape;
 };
 
 // A SignatureDef, its endpoints sorted by alias.
@@ -59,12 +68,17 @@ class Servable {
   // that would load it; other errors are TensorFlow's.
   static tensorflow::Status Load(const ServableOptions& options, const std::string& name, int64_t version,
                                  const std::string& path, std::unique_ptr<Servable>* servable);
+  ~Servable();
+  Servable(const Servable&) = delete;
+  Servable& operator=(const Servable&) = delete;
+
   // Whether a load with this error would fail again, whatever comes into the folder.
   static bool IsFinal(const tensorflow::Status& status);
 
   const std::string& name() const { return name_; }
   int64_t version() const { return version_; }
   bool tensor_content() const { return tensor_content_; }
+  bool check_method_names() const { return check_method_names_; }
   // By name, `serving_default` for the empty one. Null when there is none.
   const Signature* FindSignature(const std::string& name) const;
   // The SignatureDefs as they stand in the SavedModel.
@@ -72,20 +86,25 @@ class Servable {
     return bundle_.GetSignatures();
   }
 
-  // Computes the outputs of `signature` at these places, ascending. `deadline` becomes the session's timeout, which
-  // ends ops that wait (queues, batching) but not one that computes; time_point::max() is none.
+  // Computes the outputs of `signature` at these places, ascending, together with other requests where they may be
+  // batched (see batching.h for what can go wrong there). `deadline` becomes the session's timeout, which ends ops that
+  // wait (queues, batching) but not one that computes; time_point::max() is none.
   tensorflow::Status Run(const Signature& signature, const Feeds& feeds, const std::vector<size_t>& outputs,
                          Deadline deadline, std::vector<tensorflow::Tensor>* results) const;
-  // The same for tensors that belong to no one signature.
+  // The same, alone, for tensors that belong to no one signature.
   tensorflow::Status Run(const Feeds& feeds, const std::vector<std::string>& fetches, Deadline deadline,
                          std::vector<tensorflow::Tensor>* results) const;
 
  private:
   Servable(const ServableOptions& options, std::string name, int64_t version);
 
+  tensorflow::Status RunAlone(const Signature& signature, const Feeds& feeds, const std::vector<size_t>& outputs,
+                              Deadline deadline, std::vector<tensorflow::Tensor>* results) const;
+
   const std::string name_;
   const int64_t version_;
   const bool tensor_content_;
+  const bool check_method_names_;
   tensorflow::RunOptions run_options_;
   tensorflow::SavedModelBundleLite bundle_;
   std::map<std::string, Signature> signatures_;
@@ -95,6 +114,7 @@ class Servable {
   bool RunsAsAsked(const std::string& signature_name, const std::vector<size_t>& outputs) const;
   mutable std::mutex mutex_;
   mutable std::set<std::pair<std::string, std::vector<size_t>>> output_sets_;
+  std::unique_ptr<BatchQueues> batch_queues_;  // goes first: its batches run in the session
 };
 
 }  // namespace dpsr::serving

@@ -55,7 +55,8 @@ std::vector<Flag> Flags(ServerOptions* options) {
        "threads that run the ops of a graph; up to 1, a request's graph runs in the thread that serves the request"},
       {"saved_model_tags", List{&options->saved_model_tags}, "tags of the graph to load from the SavedModel"},
       {"grpc_max_threads", Integer<int32_t>{&options->grpc_max_threads, 0, 4096},
-       "requests that are computed at a time, the others wait; 0 for four times the number of CPUs"},
+       "requests that are computed at a time, the others wait; 0 for four times the number of CPUs, or with batching for "
+       "as many as fill the batches"},
       {"enable_serialization_as_tensor_content", Switch{&options->enable_serialization_as_tensor_content},
        "answer tensors as raw bytes (tensor_content) instead of typed fields"},
       {"max_queued_requests", Integer<int32_t>{&options->max_queued_requests, 1},
