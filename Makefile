@@ -1,7 +1,7 @@
 # make setup   prepares .venv, Debian packages and the native parts
 # make demo    runs the main job (DATA=PATH: on the Home Depot files there)
 # make test    everything that CI checks, from nothing
-# make fuzz    the tokenizer's libFuzzer targets (FUZZ_RUNS=1000000 inputs each)
+# make fuzz    the libFuzzer targets of tokenizer and model server (FUZZ_RUNS=1000000 inputs each)
 # make bazel-test   the C++ cores and the op libraries, built and tested with Bazel
 # make bench-tokenizer   the tokenizer beside others (DATA=PATH: on multicpr_ecom/ and homedepot/ there)
 # make bench-store   the store beside flat examples
@@ -16,9 +16,11 @@ OUT ?=
 FUZZ_RUNS ?= 1000000
 
 DEBIAN_PACKAGES := build-essential cmake ninja-build pkg-config libgrpc++-dev libgrpc-dev protobuf-compiler \
-	protobuf-compiler-grpc libutf8proc-dev libxxhash-dev libgtest-dev libssl-dev zlib1g-dev python3-dev python3-venv
+	protobuf-compiler-grpc libutf8proc-dev libxxhash-dev libgtest-dev libssl-dev zlib1g-dev libboost1.74-dev rapidjson-dev \
+	python3-dev python3-venv
 
 FUZZ_TARGETS := tokenizer_fuzz tokenizer_config_fuzz vocabulary_fuzz
+SERVING_FUZZ_TARGETS := json_tensor_fuzz server_config_fuzz tensor_proto_fuzz
 
 .DELETE_ON_ERROR:
 .PHONY: setup debian native demo test test-fast test-cpp sanitize fuzz bazel-test bench-tokenizer bench-store build/offline.bazelrc lint wheel clean
@@ -80,8 +82,9 @@ sanitize: native
 	@cmake --build build/sanitize
 	@ASAN_OPTIONS=detect_leaks=0 ctest --test-dir build/sanitize --output-on-failure --parallel 2
 
-# The tokenizer and its files under libFuzzer with both sanitizers, from the texts of the golden file. What is found stays
-# in build/fuzz/corpus; an input that fails is left in build/fuzz/.
+# The tokenizer and its files under libFuzzer with both sanitizers, from the texts of the golden file, and what the model
+# server reads (on TensorFlow's libraries, which have no sanitizers: no vptr, no leaks). What is found stays in
+# build/fuzz/corpus; an input that fails is left in build/fuzz/.
 fuzz: native
 	$(call install_debian,clang-14 libclang-rt-14-dev)
 	@cmake -S . -B build/fuzz -G Ninja -DCMAKE_C_COMPILER=clang-14 -DCMAKE_CXX_COMPILER=clang++-14 -DDPSR_CORE_ONLY=ON \
@@ -93,6 +96,15 @@ fuzz: native
 	  mkdir -p build/fuzz/corpus/$$target && echo "$$target: $(FUZZ_RUNS) runs" && \
 	  build/fuzz/tokenizer_cc/$$target -runs=$(FUZZ_RUNS) -seed=1 -timeout=10 -verbosity=0 -print_funcs=0 -print_final_stats=1 \
 	    -artifact_prefix=build/fuzz/$$target- build/fuzz/corpus/$$target build/fuzz/seeds/$$target || exit 1; done
+	@cmake -S . -B build/fuzz-serving -G Ninja -DCMAKE_C_COMPILER=clang-14 -DCMAKE_CXX_COMPILER=clang++-14 -DDPSR_FUZZ=ON \
+	  -DDPSR_SANITIZE=address,undefined,fuzzer-no-link -DCMAKE_CXX_FLAGS=-fno-sanitize=vptr -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python >/dev/null
+	@cmake --build build/fuzz-serving --target $(SERVING_FUZZ_TARGETS)
+	@for target in $(SERVING_FUZZ_TARGETS); do \
+	  mkdir -p build/fuzz/corpus/$$target && echo "$$target: $(FUZZ_RUNS) runs" && \
+	  TF_CPP_MIN_LOG_LEVEL=3 ASAN_OPTIONS=detect_leaks=0 build/fuzz-serving/serving/$$target -runs=$(FUZZ_RUNS) -seed=1 \
+	    -timeout=10 -verbosity=0 -print_funcs=0 -print_final_stats=1 -artifact_prefix=build/fuzz/$$target- \
+	    build/fuzz/corpus/$$target tests/serving/fuzz_seeds/$$target || exit 1; done
 
 build/offline.bazelrc: bazel/offline/bazelrc
 	@mkdir -p build

@@ -23,6 +23,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool
 ROOTS = (
     "tensorflow_serving/apis/prediction_service.proto",
     "tensorflow_serving/apis/model_service.proto",
+    "tensorflow_serving/apis/prediction_log.proto",
     "tensorflow_serving/config/model_server_config.proto",
 )
 

@@ -1,32 +1,40 @@
 #include "serving/model_server/grpc_server.h"
 
+#include <grpcpp/ext/health_check_service_server_builder_option.h>
 #include <grpcpp/grpcpp.h>
+#include <grpcpp/health_check_service_interface.h>
 #include <netdb.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include <cerrno>
+#include <charconv>
 #include <cstring>
-#include <exception>
 #include <limits>
+#include <thread>
 
+#include "serving/model_server/metrics.h"
 #include "serving/model_server/server_options.h"
-#include "serving/model_server/worker_pool.h"
 #include "tensorflow_serving/apis/model_service.grpc.pb.h"
 #include "tensorflow_serving/apis/prediction_service.grpc.pb.h"
 
 namespace dpsr::serving {
 namespace {
 
-using ::tensorflow::serving::GetModelStatusRequest;
-using ::tensorflow::serving::GetModelStatusResponse;
 using ::tensorflow::serving::ModelService;
 using ::tensorflow::serving::PredictionService;
-using ::tensorflow::serving::PredictRequest;
-using ::tensorflow::serving::PredictResponse;
+using Context = grpc::CallbackServerContext;
+using Reactor = grpc::ServerUnaryReactor;
+namespace apis = ::tensorflow::serving;
+
+constexpr char kEntrypoint[] = "GRPC";
 
 // gRPC keeps an error's text in a header, whose size clients limit.
 constexpr size_t kMaxErrorBytes = 1024;
+
+// Reloads that may wait for models to load at a time: one that waits in vain must not hold up the one that mends it.
+constexpr int kReloads = 8;
 
 grpc::Status ToGrpc(const tensorflow::Status& status) {
   if (status.ok()) return grpc::Status::OK;
@@ -36,58 +44,93 @@ grpc::Status ToGrpc(const tensorflow::Status& status) {
   return grpc::Status(static_cast<grpc::StatusCode>(status.code()), message);
 }
 
-tensorflow::Status MissingModelSpec() { return absl::InvalidArgumentError("Missing ModelSpec"); }
+// Answers a call on the workers: gRPC's own threads must not block.
+template <typename Answer>
+Reactor* OnWorkers(WorkerPool* workers, Context* context, Answer answer) {
+  Reactor* reactor = context->DefaultReactor();
+  const auto arrival = std::chrono::steady_clock::now();
+  const bool added = workers->Add([context, reactor, arrival, answer] {
+    RecordQueueing(std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - arrival)
+                       .count());
+    // Nobody waits for the answer of a call that was cancelled, or whose deadline passed, in the queue.
+    reactor->Finish(context->IsCancelled() ? grpc::Status::CANCELLED : ToGrpc(answer()));
+  });
+  if (!added) {
+    reactor->Finish(grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED,
+                                 "the server's queue is full (--max_queued_requests); try again later, or elsewhere"));
+  }
+  return reactor;
+}
 
 class PredictionServiceImpl final : public PredictionService::CallbackService {
  public:
-  PredictionServiceImpl(const ModelManager* models, WorkerPool* workers) : models_(models), workers_(workers) {}
+  PredictionServiceImpl(const RequestHandler* handler, WorkerPool* workers) : handler_(handler), workers_(workers) {}
 
-  grpc::ServerUnaryReactor* Predict(grpc::CallbackServerContext* context, const PredictRequest* request,
-                                    PredictResponse* response) override {
-    grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-    workers_->Add([this, context, request, response, reactor] {
-      // Nobody waits for the answer of a call that was cancelled, or whose deadline passed, in the queue.
-      if (context->IsCancelled()) {
-        reactor->Finish(grpc::Status::CANCELLED);
-        return;
-      }
-      reactor->Finish(ToGrpc(Answer(*context, *request, response)));
+  Reactor* Predict(Context* context, const apis::PredictRequest* request, apis::PredictResponse* response) override {
+    return OnWorkers(workers_, context, [=] {
+      return handler_->Predict(*request, context->deadline(), kEntrypoint, response);
     });
-    return reactor;
+  }
+
+  Reactor* Classify(Context* context, const apis::ClassificationRequest* request,
+                    apis::ClassificationResponse* response) override {
+    return OnWorkers(workers_, context, [=] {
+      return handler_->Classify(*request, context->deadline(), kEntrypoint, response);
+    });
+  }
+
+  Reactor* Regress(Context* context, const apis::RegressionRequest* request,
+                   apis::RegressionResponse* response) override {
+    return OnWorkers(workers_, context, [=] {
+      return handler_->Regress(*request, context->deadline(), kEntrypoint, response);
+    });
+  }
+
+  Reactor* MultiInference(Context* context, const apis::MultiInferenceRequest* request,
+                          apis::MultiInferenceResponse* response) override {
+    return OnWorkers(workers_, context, [=] {
+      return handler_->MultiInference(*request, context->deadline(), kEntrypoint, response);
+    });
+  }
+
+  Reactor* GetModelMetadata(Context* context, const apis::GetModelMetadataRequest* request,
+                            apis::GetModelMetadataResponse* response) override {
+    return OnWorkers(workers_, context, [=] { return handler_->GetModelMetadata(*request, response); });
   }
 
  private:
-  tensorflow::Status Answer(const grpc::CallbackServerContext& context, const PredictRequest& request,
-                            PredictResponse* response) const {
-    if (!request.has_model_spec()) return MissingModelSpec();
-    std::shared_ptr<const Servable> servable;
-    TF_RETURN_IF_ERROR(models_->Find(request.model_spec(), &servable));
-    try {  // an op library may throw, and memory may run out
-      return servable->Predict(request, context.deadline(), response);
-    } catch (const std::exception& error) {
-      return absl::InternalError(StrCat("the model threw an exception: ", error.what()));
-    }
-  }
-
-  const ModelManager* const models_;
+  const RequestHandler* const handler_;
   WorkerPool* const workers_;
 };
 
 class ModelServiceImpl final : public ModelService::CallbackService {
  public:
-  explicit ModelServiceImpl(const ModelManager* models) : models_(models) {}
+  explicit ModelServiceImpl(const RequestHandler* handler) : handler_(handler), reloads_(kReloads) {}
 
-  grpc::ServerUnaryReactor* GetModelStatus(grpc::CallbackServerContext* context, const GetModelStatusRequest* request,
-                                           GetModelStatusResponse* response) override {
-    grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-    reactor->Finish(ToGrpc(request->has_model_spec() ? models_->GetStatus(request->model_spec(), response)
-                                                     : MissingModelSpec()));
+  Reactor* GetModelStatus(Context* context, const apis::GetModelStatusRequest* request,
+                          apis::GetModelStatusResponse* response) override {
+    Reactor* reactor = context->DefaultReactor();
+    reactor->Finish(ToGrpc(handler_->GetModelStatus(*request, response)));
+    return reactor;
+  }
+
+  // Waits for models to load, on threads that nothing else needs. The answer's status is the call's too.
+  Reactor* HandleReloadConfigRequest(Context* context, const apis::ReloadConfigRequest* request,
+                                     apis::ReloadConfigResponse* response) override {
+    Reactor* reactor = context->DefaultReactor();
+    reloads_.Add([=] {
+      const auto cancelled = [context] { return context->IsCancelled(); };
+      reactor->Finish(ToGrpc(handler_->Reload(*request, cancelled, response)));
+    });
     return reactor;
   }
 
  private:
-  const ModelManager* const models_;
+  const RequestHandler* const handler_;
+  WorkerPool reloads_;
 };
+
+constexpr char kBindable[] = "unknown error";
 
 // Why host:port cannot be bound, as the system calls it. gRPC only says that it cannot.
 std::string BindError(const std::string& host, int port) {
@@ -97,7 +140,7 @@ std::string BindError(const std::string& host, int port) {
   addrinfo* address = nullptr;
   const int error = getaddrinfo(host.c_str(), std::to_string(port).c_str(), &hints, &address);
   if (error != 0) return gai_strerror(error);
-  std::string reason = "unknown error";
+  std::string reason = kBindable;
   const int fd = socket(address->ai_family, address->ai_socktype, 0);
   if (fd < 0 || bind(fd, address->ai_addr, address->ai_addrlen) != 0 || listen(fd, 1) != 0) reason = strerror(errno);
   if (fd >= 0) close(fd);
@@ -105,36 +148,103 @@ std::string BindError(const std::string& host, int port) {
   return reason;
 }
 
+// Why a UNIX socket cannot be bound.
+std::string BindError(const std::string& path) {
+  sockaddr_un address{};
+  if (path.size() >= sizeof(address.sun_path)) return StrCat("longer than ", sizeof(address.sun_path) - 1, " bytes");
+  address.sun_family = AF_UNIX;
+  std::memcpy(address.sun_path, path.data(), path.size());
+  std::string reason = kBindable;
+  const int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+  if (fd < 0 || bind(fd, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0) {
+    reason = strerror(errno);
+  } else {
+    unlink(path.c_str());
+  }
+  if (fd >= 0) close(fd);
+  return reason;
+}
+
+std::shared_ptr<grpc::ServerCredentials> TlsCredentials(const TlsConfig& tls) {
+  grpc::SslServerCredentialsOptions options(tls.client_verify
+                                                ? GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY
+                                                : GRPC_SSL_DONT_REQUEST_CLIENT_CERTIFICATE);
+  options.pem_root_certs = tls.custom_ca;
+  options.pem_key_cert_pairs.push_back({tls.server_key, tls.server_cert});
+  return grpc::SslServerCredentials(options);
+}
+
 class GrpcServerImpl final : public GrpcServer {
  public:
-  GrpcServerImpl(int num_threads, const ModelManager* models)
-      : workers_(num_threads), prediction_service_(models, &workers_), model_service_(models) {}
+  GrpcServerImpl(const RequestHandler* handler, WorkerPool* workers)
+      : prediction_service_(handler, workers), model_service_(handler) {}
 
-  Status Listen(const std::string& host, int port) {
-    const std::string address = ServerAddress(host, port);
+  Status Listen(const GrpcServerOptions& options) {
+    const std::string address = ServerAddress(options.host, options.port);
+    grpc::EnableDefaultHealthCheckService(options.health_service);
     grpc::ServerBuilder builder;
+    for (const auto& [name, value] : options.channel_arguments) {
+      int number = 0;
+      const char* end = value.data() + value.size();
+      const auto [stop, error] = std::from_chars(value.data(), end, number);
+      if (error == std::errc() && stop == end) {
+        builder.AddChannelArgument(name, number);
+      } else {
+        builder.AddChannelArgument(name, value);
+      }
+    }
     // Otherwise a second server on the port would start, and share the requests of the first.
     builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
-    builder.AddListeningPort(address, grpc::InsecureServerCredentials(), &port_);
+    builder.AddListeningPort(address, options.use_tls ? TlsCredentials(options.tls) : grpc::InsecureServerCredentials(),
+                             &port_);
+    int socket_bound = 1;
+    if (!options.socket_path.empty()) {
+      builder.AddListeningPort("unix:" + options.socket_path, grpc::InsecureServerCredentials(), &socket_bound);
+    }
     builder.SetMaxReceiveMessageSize(std::numeric_limits<int32_t>::max());
     builder.RegisterService(&prediction_service_);
     builder.RegisterService(&model_service_);
     server_ = builder.BuildAndStart();
-    if (server_ != nullptr && port_ != 0) return {};
-    return MakeStatus(StatusCode::kFailedPrecondition, "cannot listen on ", address, ": ", BindError(host, port),
-                      "; choose another address with --host and --port (--port=0 picks a free one), or stop what "
-                      "listens there");
+    if (server_ != nullptr && port_ != 0 && socket_bound != 0) {
+      SetServing(false);
+      return {};
+    }
+    // gRPC only says that it failed: find out at what.
+    const std::string port_error = port_ != 0 ? kBindable : BindError(options.host, options.port);
+    if (port_error != kBindable) {
+      return MakeStatus(StatusCode::kFailedPrecondition, "cannot listen on ", address, ": ", port_error,
+                        "; choose another address with --host and --port (--port=0 picks a free one), or stop what "
+                        "listens there");
+    }
+    const std::string socket_error = options.socket_path.empty() ? kBindable : BindError(options.socket_path);
+    if (socket_error != kBindable || socket_bound == 0) {
+      return MakeStatus(StatusCode::kFailedPrecondition, "cannot listen on the UNIX socket ", options.socket_path, ": ",
+                        socket_error, "; choose another path with --grpc_socket_path");
+    }
+    if (options.use_tls) {
+      return MakeStatus(StatusCode::kFailedPrecondition,
+                        "gRPC does not accept the key and certificates of --ssl_config_file; expected PEM texts of a "
+                        "private key, of its certificate, and of the authority that signs those of clients");
+    }
+    return MakeStatus(StatusCode::kFailedPrecondition, "cannot listen on ", address, ": ", port_error);
   }
 
   int port() const override { return port_; }
 
+  void SetServing(bool serving) override {
+    grpc::HealthCheckServiceInterface* health = server_->GetHealthCheckService();
+    if (health == nullptr) return;
+    for (const char* service : {"ModelService", "PredictionService"}) health->SetServingStatus(service, serving);
+    health->SetServingStatus(serving);  // and of the server as a whole
+  }
+
   void Shutdown(std::chrono::milliseconds drain) override {
+    SetServing(false);
     server_->Shutdown(std::chrono::system_clock::now() + drain);
   }
 
  private:
-  // The server is destroyed first, when no call is left; the workers last.
-  WorkerPool workers_;
+  // The server is destroyed first, when no call is left.
   PredictionServiceImpl prediction_service_;
   ModelServiceImpl model_service_;
   int port_ = 0;
@@ -143,10 +253,10 @@ class GrpcServerImpl final : public GrpcServer {
 
 }  // namespace
 
-Status GrpcServer::Start(const std::string& host, int port, int num_threads, ModelManager* models,
+Status GrpcServer::Start(const GrpcServerOptions& options, RequestHandler* handler, WorkerPool* workers,
                          std::unique_ptr<GrpcServer>* server) {
-  auto started = std::make_unique<GrpcServerImpl>(num_threads, models);
-  DPSR_RETURN_IF_ERROR(started->Listen(host, port));
+  auto started = std::make_unique<GrpcServerImpl>(handler, workers);
+  DPSR_RETURN_IF_ERROR(started->Listen(options));
   *server = std::move(started);
   return {};
 }

@@ -1,23 +1,47 @@
-// The gRPC front of the server: PredictionService and ModelService on one port.
+// The gRPC front of the server: PredictionService, ModelService and the health service.
 #ifndef DPSR_SERVING_MODEL_SERVER_GRPC_SERVER_H_
 #define DPSR_SERVING_MODEL_SERVER_GRPC_SERVER_H_
 
 #include <chrono>
 #include <memory>
 #include <string>
+#include <utility>
+#include <vector>
 
-#include "serving/model_server/model_manager.h"
+#include "serving/model_server/request_handler.h"
+#include "serving/model_server/worker_pool.h"
 #include "tokenizer_cc/status.h"
 
 namespace dpsr::serving {
 
+// PEM texts of --ssl_config_file.
+struct TlsConfig {
+  std::string server_key;
+  std::string server_cert;
+  std::string custom_ca;       // signs the clients' certificates; empty: the system's
+  bool client_verify = false;  // clients must show a certificate
+};
+
+struct GrpcServerOptions {
+  std::string host;
+  int port = 0;             // 0: the system picks a free one
+  std::string socket_path;  // of a UNIX socket to listen on too; empty: none
+  bool use_tls = false;     // on the port; a UNIX socket needs none
+  TlsConfig tls;
+  std::vector<std::pair<std::string, std::string>> channel_arguments;  // gRPC's own; a number where the text is one
+  bool health_service = false;
+};
+
 class GrpcServer {
  public:
-  // Listens on host:port; port 0 lets the system choose. At most `num_threads` requests are computed at a time, the
-  // others wait. `models` must outlive the server. kFailedPrecondition says why the address cannot be listened on.
-  static Status Start(const std::string& host, int port, int num_threads, ModelManager* models,
+  // Listens. Requests are computed on `workers`; `handler` and `workers` must outlive the server. kFailedPrecondition
+  // says why an address cannot be listened on.
+  static Status Start(const GrpcServerOptions& options, RequestHandler* handler, WorkerPool* workers,
                       std::unique_ptr<GrpcServer>* server);
   virtual ~GrpcServer() = default;
+
+  // What the health service answers from now on; at first it is not serving.
+  virtual void SetServing(bool serving) = 0;
 
   // The port that it listens on.
   virtual int port() const = 0;

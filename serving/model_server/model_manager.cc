@@ -1,10 +1,14 @@
 #include "serving/model_server/model_manager.h"
 
+#include <sys/resource.h>
+#include <unistd.h>
+
 #include <algorithm>
-#include <set>
 #include <utility>
 
 #include "serving/model_server/log.h"
+#include "serving/model_server/metrics.h"
+#include "serving/model_server/warmup.h"
 #include "tensorflow/core/platform/env.h"
 #include "tokenizer_cc/status.h"
 
@@ -14,6 +18,11 @@ namespace {
 using ::tensorflow::serving::GetModelStatusResponse;
 using ::tensorflow::serving::ModelSpec;
 using ::tensorflow::serving::ModelVersionStatus;
+
+constexpr int kLoadNiceness = 10;
+
+// A model that gets a version a minute for a week: more of the past nobody asks for.
+constexpr size_t kMaxEnded = 10'000;
 
 ModelVersionStatus::State ApiState(VersionState state) {
   switch (state) {
@@ -40,22 +49,61 @@ void AddStatus(int64_t version, ModelVersionStatus::State state, const tensorflo
   status->mutable_status()->set_error_message(std::string(error.message()));
 }
 
+// Whether another try may mend a load: the version's files may still be on their way, missing or half-written, or a file
+// system be away. What TensorFlow does not like in files that it could read stays wrong.
+bool MayBeMended(const tensorflow::Status& status) {
+  if (Servable::IsFinal(status)) return false;
+  switch (status.code()) {
+    case absl::StatusCode::kNotFound:
+    case absl::StatusCode::kDataLoss:
+    case absl::StatusCode::kOutOfRange:
+    case absl::StatusCode::kUnavailable:
+    case absl::StatusCode::kDeadlineExceeded:
+    case absl::StatusCode::kResourceExhausted:
+    case absl::StatusCode::kAborted:
+    case absl::StatusCode::kCancelled:
+    case absl::StatusCode::kUnknown:
+      return true;
+    default:
+      return false;
+  }
+}
+
+tensorflow::Status LabelError(const std::string& model, int64_t version, const std::string& reason = "") {
+  return absl::FailedPreconditionError(StrCat("Request to assign label to version ", version, " of model ", model,
+                                              ", which is not currently available for inference", reason));
+}
+
+tensorflow::Status VersionsOnDisk(const std::string& base_path, std::map<int64_t, std::string>* versions,
+                                  std::vector<std::string>* duplicates) {
+  std::vector<std::string> children;
+  TF_RETURN_IF_ERROR(tensorflow::Env::Default()->GetChildren(base_path, &children));
+  *versions = VersionsOfChildren(std::move(children), duplicates);
+  return tensorflow::OkStatus();
+}
+
 }  // namespace
 
-ModelManager::ModelManager(ModelManagerOptions options) : options_(std::move(options)) {
-  for (const ModelConfig& model : options_.models) models_[model.name].base_path = model.base_path;
-}
+ModelManager::ModelManager(ModelManagerOptions options)
+    : options_(std::move(options)),
+      load_threads_(new WorkerPool(std::max(1, options_.num_load_threads))),
+      unload_threads_(new WorkerPool(std::max(1, options_.num_unload_threads))) {}
 
 ModelManager::~ModelManager() {
   {
     Lock lock(mutex_);
     stopping_ = true;
+    Changed();
   }
-  changed_.notify_all();
   if (thread_.joinable()) thread_.join();
 }
 
-void ModelManager::Start() {
+void ModelManager::Start(const std::vector<ModelConfig>& models) {
+  Lock lock(mutex_);
+  for (const ModelConfig& config : models) {
+    first_models_.insert(config.name);
+    Take(config);
+  }
   thread_ = std::thread([this] { Run(); });
 }
 
@@ -65,36 +113,178 @@ std::optional<tensorflow::Status> ModelManager::AwaitFirstLoads(std::chrono::mil
   return first_loads_;
 }
 
+tensorflow::Status ModelManager::Configure(const std::vector<ModelConfig>& models, std::set<std::string>* fresh) {
+  std::lock_guard<std::mutex> one_at_a_time(configure_mutex_);
+  Lock lock(mutex_);
+  for (const ModelConfig& config : models) TF_RETURN_IF_ERROR(CheckLabels(config, &lock));
+  std::set<std::string> named;
+  for (const ModelConfig& config : models) {
+    named.insert(config.name);
+    const auto model = models_.find(config.name);
+    if (model == models_.end() || model->second.removed) fresh->insert(config.name);
+    Take(config);
+  }
+  for (auto& [name, model] : models_) {
+    if (named.count(name) > 0) continue;
+    model.removed = true;
+    model.labels.clear();
+    model.pending.clear();
+    for (auto& [number, version] : model.versions) version.aspired = false;
+  }
+  poll_now_ = true;
+  Changed();
+  return tensorflow::OkStatus();
+}
+
+tensorflow::Status ModelManager::Reconfigure(const std::vector<ModelConfig>& models,
+                                             const std::function<bool()>& cancelled) {
+  std::set<std::string> fresh;
+  TF_RETURN_IF_ERROR(Configure(models, &fresh));
+  // Where nobody looks for versions there is nothing to wait for.
+  if (options_.poll_wait_seconds < 0) return tensorflow::OkStatus();
+
+  std::optional<tensorflow::Status> outcome;
+  const auto settle = [&]() -> std::optional<tensorflow::Status> {
+    if (stopping_ || end_waits_) return absl::CancelledError("the server stops");
+    for (const ModelConfig& config : models) {
+      const auto model = models_.find(config.name);
+      if (model == models_.end() || model->second.removed) {
+        return absl::AbortedError(StrCat("a later configuration took model ", config.name, " away"));
+      }
+    }
+    const std::optional<tensorflow::Status> loads = Outcome(fresh);
+    if (!loads || !loads->ok()) return loads;
+    // Labels wait for versions that load.
+    for (const ModelConfig& config : models) {
+      const Model& model = models_.at(config.name);
+      for (const auto& [label, number] : config.labels) {
+        const auto given = model.labels.find(label);
+        if (given != model.labels.end() && given->second == number) continue;
+        const auto pending = model.pending.find(label);
+        if (pending == model.pending.end() || pending->second != number) {
+          return absl::AbortedError(
+              StrCat("a later configuration took label ", label, " of model ", config.name, " away"));
+        }
+        if (MayCome(model, number)) return std::nullopt;
+        return LabelError(config.name, number, ": it did not load");
+      }
+    }
+    return tensorflow::OkStatus();
+  };
+  // Nobody tells when `cancelled` turns: look now and then.
+  constexpr std::chrono::milliseconds kLook(100);
+  Lock lock(mutex_);
+  while (!changed_.wait_for(lock, kLook, [&] { return (outcome = settle()).has_value(); })) {
+    if (cancelled()) return absl::CancelledError("nobody waits for the models any more; they go on loading");
+  }
+  return *outcome;
+}
+
+void ModelManager::EndWaits() {
+  Lock lock(mutex_);
+  end_waits_ = true;
+  Changed();
+}
+
+// A label may name a version that answers, or that this very configuration loads; a new one, where the flag allows it,
+// any. TensorFlow Serving looks before it loads, so that labels at start-up always fail there.
+tensorflow::Status ModelManager::CheckLabels(const ModelConfig& config, Lock* lock) {
+  std::set<int64_t> aspired;
+  bool looked = false;
+  for (const auto& [label, number] : config.labels) {
+    if (IsReady(config.name, number)) continue;
+    const auto model = models_.find(config.name);
+    if (options_.allow_labels_for_unavailable && (model == models_.end() || !Moves(model->second, label, number))) {
+      continue;
+    }
+    if (!looked) {
+      looked = true;
+      lock->unlock();
+      std::map<int64_t, std::string> versions;
+      std::vector<std::string> duplicates;
+      if (VersionsOnDisk(config.base_path, &versions, &duplicates).ok()) {
+        aspired = AspiredVersions(versions, config.policy);
+      }
+      lock->lock();
+    }
+    if (aspired.count(number) > 0) continue;
+    return LabelError(config.name, number);
+  }
+  return tensorflow::OkStatus();
+}
+
+void ModelManager::Take(const ModelConfig& config) {
+  Model& model = models_[config.name];
+  model.config = config;
+  model.removed = false;
+  model.polled = false;
+  model.pending.clear();
+  for (auto label = model.labels.begin(); label != model.labels.end();) {
+    label = config.labels.count(label->first) > 0 ? std::next(label) : model.labels.erase(label);
+  }
+  for (const auto& [label, number] : config.labels) {
+    const bool may_be_unavailable = options_.allow_labels_for_unavailable && !Moves(model, label, number);
+    if (may_be_unavailable || IsReady(config.name, number)) {
+      model.labels[label] = number;
+    } else {
+      model.pending[label] = number;
+    }
+  }
+}
+
+bool ModelManager::Moves(const Model& model, const std::string& label, int64_t version) {
+  const auto given = model.labels.find(label);
+  return given != model.labels.end() && given->second != version;
+}
+
+bool ModelManager::IsReady(const std::string& name, int64_t version) const {
+  const auto model = models_.find(name);
+  if (model == models_.end()) return false;
+  const auto found = model->second.versions.find(version);
+  return found != model->second.versions.end() && found->second.state == VersionState::kReady;
+}
+
 tensorflow::Status ModelManager::Find(const ModelSpec& spec, std::shared_ptr<const Servable>* servable) const {
   if (spec.name().empty()) return absl::InvalidArgumentError("ModelSpec has no name specified.");
-  if (spec.version_choice_case() == ModelSpec::kVersionLabel) {
-    return absl::InvalidArgumentError("Unrecognized servable version label: " + spec.version_label());
-  }
   Lock lock(mutex_);
-  if (!first_loads_) return absl::UnavailableError("The server is starting: its models are not loaded yet");
+  const tensorflow::Status starting =
+      first_loads_ ? tensorflow::OkStatus()
+                   : absl::UnavailableError("The server is starting: its models are not all loaded yet");
   const auto model = models_.find(spec.name());
+  std::optional<int64_t> wanted;
+  if (spec.has_version()) wanted = spec.version().value();
+  if (spec.version_choice_case() == ModelSpec::kVersionLabel) {
+    const bool known = model != models_.end() && model->second.labels.count(spec.version_label()) > 0;
+    if (!known) {
+      TF_RETURN_IF_ERROR(starting);
+      return absl::InvalidArgumentError("Unrecognized servable version label: " + spec.version_label());
+    }
+    wanted = model->second.labels.at(spec.version_label());
+  }
   if (model != models_.end()) {
     const auto& versions = model->second.versions;
     for (auto version = versions.rbegin(); version != versions.rend(); ++version) {
-      if (version->second.state != VersionState::kReady) continue;
-      if (spec.has_version() && spec.version().value() != version->first) continue;
+      if (version->second.state != VersionState::kReady || (wanted && *wanted != version->first)) continue;
       *servable = version->second.lease;
       return tensorflow::OkStatus();
     }
   }
-  return absl::NotFoundError(
-      StrCat("Servable not found for request: ",
-             spec.has_version() ? StrCat("Specific(", spec.name(), ", ", spec.version().value(), ")")
-                                : StrCat("Latest(", spec.name(), ")")));
+  TF_RETURN_IF_ERROR(starting);
+  return absl::NotFoundError(StrCat(
+      "Servable not found for request: ",
+      wanted ? StrCat("Specific(", spec.name(), ", ", *wanted, ")") : StrCat("Latest(", spec.name(), ")")));
 }
 
 tensorflow::Status ModelManager::GetStatus(const ModelSpec& spec, GetModelStatusResponse* response) const {
   std::map<int64_t, std::pair<ModelVersionStatus::State, tensorflow::Status>> states;
   {
     Lock lock(mutex_);
+    const auto ended = ended_.find(spec.name());
+    if (ended != ended_.end()) {
+      for (const auto& [version, error] : ended->second) states[version] = {ModelVersionStatus::END, error};
+    }
     const auto model = models_.find(spec.name());
     if (model != models_.end()) {
-      for (const auto& [version, error] : model->second.ended) states[version] = {ModelVersionStatus::END, error};
       for (const auto& [version, entry] : model->second.versions) {
         states[version] = {ApiState(entry.state), entry.error};
       }
@@ -116,134 +306,201 @@ tensorflow::Status ModelManager::GetStatus(const ModelSpec& spec, GetModelStatus
   return tensorflow::OkStatus();
 }
 
-void ModelManager::Run() {
-  using Clock = std::chrono::steady_clock;
+bool ModelManager::AllAvailable() const {
   Lock lock(mutex_);
-  auto next_poll = Clock::now();
-  bool polls = options_.poll_wait_seconds >= 0;
-  while (!stopping_) {
-    if (polls && Clock::now() >= next_poll) {
-      for (auto& [name, model] : models_) Poll(name, &model, &lock);
-      // Bounded, so that a huge flag does not overflow the clock.
-      next_poll = Clock::now() + std::chrono::seconds(std::min<int64_t>(options_.poll_wait_seconds, 365 * 86400));
-      polls = options_.poll_wait_seconds > 0;
-    }
-    for (auto& [name, model] : models_) {
-      while (!stopping_) {
-        std::vector<VersionSnapshot> snapshot;
-        for (const auto& [number, version] : model.versions) {
-          snapshot.push_back({number, version.state, version.aspired});
-        }
-        const std::optional<VersionAction> action = NextVersionAction(snapshot);
-        if (!action) break;
-        Version* version = &model.versions.at(action->version);
-        if (action->kind == VersionAction::Kind::kLoad) {
-          Load(name, action->version, version, &lock);
-        } else {
-          Unload(name, action->version, version, &lock);
-        }
-      }
-      DestroyReleased(name, &model, &lock);
-    }
-    NoteFirstLoads();
-    const auto work = [this] {
-      if (stopping_) return true;
-      for (const auto& [name, model] : models_) {
-        for (const auto& [number, version] : model.versions) {
-          if (version.released) return true;
-        }
-      }
-      return false;
-    };
-    if (polls) {
-      changed_.wait_until(lock, next_poll, work);
-    } else {
-      changed_.wait(lock, work);
-    }
-  }
-  for (auto& [name, model] : models_) {
-    for (auto& [number, version] : model.versions) {
-      if (version.state == VersionState::kReady) Unload(name, number, &version, &lock);
-    }
-    const auto released = [&versions = model.versions] {
-      return std::none_of(versions.begin(), versions.end(), [](const auto& entry) {
-        return entry.second.state == VersionState::kUnloading && !entry.second.released;
-      });
-    };
-    changed_.wait(lock, released);
-    DestroyReleased(name, &model, &lock);
-  }
+  return first_loads_ && std::all_of(models_.begin(), models_.end(), [](const auto& entry) {
+           const auto& versions = entry.second.versions;
+           return entry.second.removed || std::any_of(versions.begin(), versions.end(), [](const auto& version) {
+                    return version.second.state == VersionState::kReady;
+                  });
+         });
 }
 
-void ModelManager::Poll(const std::string& name, Model* model, Lock* lock) {
-  const std::string base_path = model->base_path;
-  lock->unlock();
-  std::vector<std::string> children;
-  const tensorflow::Status status = tensorflow::Env::Default()->GetChildren(base_path, &children);
-  std::vector<std::string> duplicates;
-  const std::map<int64_t, std::string> existing = VersionsOfChildren(std::move(children), &duplicates);
-  lock->lock();
+// With the lock held: once it is free, the manager may end and take the condition variable along.
+void ModelManager::Changed() {
+  dirty_ = true;
+  changed_.notify_all();
+}
 
+void ModelManager::Run() {
+  Lock lock(mutex_);
+  // Bounded, so that a huge flag does not overflow the clock.
+  const std::chrono::seconds wait(std::min<int64_t>(options_.poll_wait_seconds, 365 * 86400));
+  auto next_poll = Clock::time_point::max();
+  while (!stopping_) {
+    dirty_ = false;
+    const bool due = poll_now_ || Clock::now() >= next_poll;
+    if (due && options_.poll_wait_seconds >= 0) {
+      poll_now_ = false;
+      for (auto& [name, model] : models_) Poll(&model, &lock);
+      if (options_.poll_wait_seconds > 0) next_poll = Clock::now() + wait;
+    }
+    auto wake = next_poll;
+    for (auto model = models_.begin(); model != models_.end();) {
+      Act(&model->second, &lock);
+      for (const auto& [number, version] : model->second.versions) {
+        if (version.state == VersionState::kLoading && !version.busy) wake = std::min(wake, version.next_try);
+      }
+      const bool holds_versions = Sweep(&model->second);
+      model = holds_versions || !model->second.removed ? std::next(model) : models_.erase(model);
+    }
+    if (!first_loads_) first_loads_ = Outcome(first_models_);
+    changed_.notify_all();  // those who wait for an outcome
+    const auto work = [this] { return dirty_ || stopping_; };
+    if (wake == Clock::time_point::max()) {
+      changed_.wait(lock, work);
+    } else {
+      changed_.wait_until(lock, wake, work);
+    }
+  }
+  StopAll(&lock);
+}
+
+void ModelManager::StopAll(Lock* lock) {
+  const auto none = [this](auto condition) {
+    for (const auto& [name, model] : models_) {
+      for (const auto& [number, version] : model.versions) {
+        if (condition(version)) return false;
+      }
+    }
+    return true;
+  };
+  changed_.notify_all();
+  changed_.wait(*lock, [&] { return none([](const Version& version) { return version.busy; }); });
+  for (auto& [name, model] : models_) {
+    for (auto& [number, version] : model.versions) {
+      if (version.state == VersionState::kReady) Unload(name, number, &version, lock);
+    }
+  }
+  changed_.wait(*lock, [&] {
+    return none([](const Version& version) { return version.state == VersionState::kUnloading && !version.released; });
+  });
+  for (auto& [name, model] : models_) {
+    for (auto& [number, version] : model.versions) {
+      if (version.state == VersionState::kUnloading) Destroy(name, number, &version);
+    }
+  }
+  changed_.wait(*lock, [&] { return none([](const Version& version) { return version.busy; }); });
+}
+
+void ModelManager::Poll(Model* model, Lock* lock) {
+  if (model->removed) return;
+  const ModelConfig config = model->config;
+  lock->unlock();
+  std::vector<std::string> duplicates;
+  std::map<int64_t, std::string> existing;
+  const tensorflow::Status status = VersionsOnDisk(config.base_path, &existing, &duplicates);
+  lock->lock();
+  if (model->removed) return;  // meanwhile
+
+  const std::set<int64_t> aspired = AspiredVersions(existing, config.policy);
+  std::vector<int64_t> missing;
+  std::set_difference(config.policy.specific.begin(), config.policy.specific.end(), aspired.begin(), aspired.end(),
+                      std::back_inserter(missing));
   std::string problem;
   if (!status.ok()) {
-    problem = StrCat("cannot read the base path of model ", name, ": ", std::string(status.message()),
+    problem = StrCat("cannot read the base path of model ", config.name, ": ", std::string(status.message()),
                      "; nothing changes until it can be read");
   } else if (existing.empty()) {
-    problem = StrCat("no versions of model ", name, " found under the base path ", base_path,
+    problem = StrCat("no versions of model ", config.name, " found under the base path ", config.base_path,
                      ". Did you forget to name your leaf directory as a number (eg. '/1/')?");
+  } else if (!missing.empty()) {
+    problem = StrCat("version ", missing.front(), " of model ", config.name,
+                     ", which its version policy names, was not found under ", config.base_path);
   } else if (!duplicates.empty()) {
-    problem = StrCat("model ", name, " has several folders of one version under ", base_path, "; ignored: ",
-                     duplicates.front(), duplicates.size() > 1 ? ", ..." : "");
+    problem = StrCat("model ", config.name, " has several folders of one version under ", config.base_path,
+                     "; ignored: ", duplicates.front(), duplicates.size() > 1 ? ", ..." : "");
   }
   if (problem != model->problem && !problem.empty()) LogWarning(problem);
   model->problem = problem;
   if (!status.ok()) return;
 
-  const std::set<int64_t> aspired = AspiredVersions(existing);
-  for (auto entry = model->versions.begin(); entry != model->versions.end();) {
-    Version& version = entry->second;
-    version.aspired = aspired.count(entry->first) > 0;
-    const bool idle = version.state == VersionState::kNew || version.state == VersionState::kFailed;
-    if (version.aspired || !idle) {
-      ++entry;
-      continue;
-    }
-    model->ended[entry->first] = version.error;
-    entry = model->versions.erase(entry);
-  }
+  model->polled = true;
+  for (auto& [number, version] : model->versions) version.aspired = aspired.count(number) > 0;
   for (const int64_t number : aspired) {
     const auto [entry, fresh] = model->versions.try_emplace(number);
-    if (fresh) entry->second.path = base_path + "/" + existing.at(number);
+    if (fresh) entry->second.path = config.base_path + "/" + existing.at(number);
   }
 }
 
-void ModelManager::Load(const std::string& name, int64_t number, Version* version, Lock* lock) {
+void ModelManager::Act(Model* model, Lock* lock) {
+  const std::string name = model->config.name;
+  for (auto& [number, version] : model->versions) {
+    if (version.state == VersionState::kLoading && !version.busy) {
+      if (!version.aspired) {
+        version.state = VersionState::kFailed;
+      } else if (Clock::now() >= version.next_try) {
+        Load(name, number, &version);
+      }
+    }
+    if (version.released && !version.busy && !version.destroyed) Destroy(name, number, &version);
+  }
+  // Before the version that a label leaves is unloaded.
+  for (auto label = model->pending.begin(); label != model->pending.end();) {
+    if (IsReady(name, label->second)) {
+      model->labels[label->first] = label->second;
+      label = model->pending.erase(label);
+    } else {
+      ++label;
+    }
+  }
+  while (!stopping_) {
+    std::vector<VersionSnapshot> snapshot;
+    for (const auto& [number, version] : model->versions) snapshot.push_back({number, version.state, version.aspired});
+    const std::optional<VersionAction> action = NextVersionAction(snapshot);
+    if (!action) break;
+    Version* version = &model->versions.at(action->version);
+    if (action->kind == VersionAction::Kind::kLoad) {
+      Load(name, action->version, version);
+    } else {
+      Unload(name, action->version, version, lock);
+    }
+  }
+}
+
+void ModelManager::Load(const std::string& name, int64_t number, Version* version) {
   version->state = VersionState::kLoading;
-  lock->unlock();
-  LogInfo("loading model ", name, " version ", number, " from ", version->path);
-  std::unique_ptr<Servable> servable;
-  const auto begin = std::chrono::steady_clock::now();
-  const tensorflow::Status status = Servable::Load(options_.servable, name, number, version->path, &servable);
-  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-  if (status.ok()) {
-    LogInfo("loaded model ", name, " version ", number, " in ", seconds, " s");
-  } else {
-    LogWarning("model ", name, " version ", number, " did not load from ", version->path, ": ", status.ToString());
-  }
-  lock->lock();
-  if (!status.ok()) {
-    version->state = VersionState::kFailed;
+  version->busy = true;
+  load_threads_->Add([this, name, number, version, path = version->path] {
+    LogInfo("loading model ", name, " version ", number, " from ", path);
+    std::unique_ptr<Servable> servable;
+    const auto begin = Clock::now();
+    const int64_t memory = ResidentBytes();
+    tensorflow::Status status;
+    // On a thread of its own, which never holds the lock that requests need: they go first where processors are few.
+    std::thread([&] {
+      setpriority(PRIO_PROCESS, static_cast<id_t>(gettid()), kLoadNiceness);
+      status = Servable::Load(options_.servable, name, number, path, &servable);
+      if (status.ok() && options_.warmup_iterations > 0) {
+        status = ReplayWarmup(*servable, path, options_.warmup_iterations);
+      }
+    }).join();
+    if (options_.flush_file_system_caches) tensorflow::Env::Default()->FlushFileSystemCaches().IgnoreError();
+    if (status.ok()) SetVersionMemory(name, number, std::max<int64_t>(0, ResidentBytes() - memory));
+    const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+
+    Lock lock(mutex_);
+    version->busy = false;
     version->error = status;
-    return;
-  }
-  version->servable = std::move(servable);
-  version->lease = std::shared_ptr<const Servable>(version->servable.get(), [this, version](const Servable*) {
-    Lock release(mutex_);
-    version->released = true;
-    // Under the lock: once it is free, the manager may end and take the condition variable along.
-    changed_.notify_all();
+    if (status.ok()) {
+      LogInfo("loaded model ", name, " version ", number, " in ", seconds, " s");
+      version->servable = std::move(servable);
+      version->lease = std::shared_ptr<const Servable>(version->servable.get(), [this, version](const Servable*) {
+        Lock release(mutex_);
+        version->released = true;
+        Changed();
+      });
+      version->state = VersionState::kReady;
+    } else {
+      const bool again = version->tries++ < options_.max_num_load_retries && MayBeMended(status);
+      const std::chrono::microseconds wait(options_.load_retry_interval_micros);
+      LogWarning("model ", name, " version ", number, " did not load from ", path, ": ", status.ToString(),
+                 again ? StrCat("; trying again in ", options_.load_retry_interval_micros / 1e6, " s") : "");
+      version->next_try = Clock::now() + wait;
+      if (!again) version->state = VersionState::kFailed;
+    }
+    Changed();
   });
-  version->state = VersionState::kReady;
 }
 
 void ModelManager::Unload(const std::string& name, int64_t number, Version* version, Lock* lock) {
@@ -256,46 +513,68 @@ void ModelManager::Unload(const std::string& name, int64_t number, Version* vers
   lock->lock();
 }
 
-void ModelManager::DestroyReleased(const std::string& name, Model* model, Lock* lock) {
+void ModelManager::Destroy(const std::string& name, int64_t number, Version* version) {
+  version->busy = true;
+  unload_threads_->Add([this, name, number, version] {
+    version->servable.reset();  // nobody else looks at it any more
+    SetVersionMemory(name, number, 0);
+    LogInfo("unloaded model ", name, " version ", number);
+    Lock lock(mutex_);
+    version->busy = false;
+    version->destroyed = true;
+    Changed();
+  });
+}
+
+bool ModelManager::Sweep(Model* model) {
   for (auto entry = model->versions.begin(); entry != model->versions.end();) {
-    Version& version = entry->second;
-    if (!version.released) {
+    const Version& version = entry->second;
+    const bool idle = version.state == VersionState::kNew || version.state == VersionState::kFailed;
+    if (!version.destroyed && (version.aspired || !idle || version.busy)) {
       ++entry;
       continue;
     }
-    lock->unlock();
-    version.servable.reset();
-    LogInfo("unloaded model ", name, " version ", entry->first);
-    lock->lock();
     // Wanted again in the meantime: the next poll finds it as new.
-    model->ended[entry->first] = tensorflow::OkStatus();
+    auto& ended = ended_[model->config.name];
+    ended[entry->first] = version.error;
+    if (ended.size() > kMaxEnded) ended.erase(ended.begin());
     entry = model->versions.erase(entry);
   }
+  return !model->versions.empty();
 }
 
-void ModelManager::NoteFirstLoads() {
-  if (first_loads_) return;
+bool ModelManager::MayCome(const Model& model, int64_t version) {
+  const auto found = model.versions.find(version);
+  return !model.polled || (found != model.versions.end() && found->second.state != VersionState::kFailed);
+}
+
+std::optional<tensorflow::Status> ModelManager::Outcome(const std::set<std::string>& names) const {
   std::string failed;
   int num_failed = 0;
-  for (const auto& [name, model] : models_) {
-    bool available = false;
+  for (const std::string& name : names) {
+    const auto model = models_.find(name);
+    if (model == models_.end() || model->second.removed) continue;
+    bool available = false, waiting = model->second.versions.empty();
     std::string errors;
-    for (const auto& [number, version] : model.versions) {
+    for (const auto& [number, version] : model->second.versions) {
       available |= version.aspired && version.state == VersionState::kReady;
       if (version.state == VersionState::kFailed) {
         errors = StrCat("{name: ", name, " version: ", number, "} due to error: ", version.error.ToString());
+      } else {
+        waiting |= version.aspired;
       }
     }
-    if (!available && errors.empty()) return;
-    if (!errors.empty()) {
-      ++num_failed;
-      failed += errors + "}, ";
-    }
+    const auto& pending = model->second.pending;
+    const bool labels_wait = std::any_of(pending.begin(), pending.end(), [&](const auto& label) {
+      return MayCome(model->second, label.second);
+    });
+    if (available ? labels_wait : waiting) return std::nullopt;
+    if (available) continue;
+    ++num_failed;
+    failed += errors + "}, ";
   }
-  first_loads_ = num_failed == 0 ? tensorflow::OkStatus()
-                                 : tensorflow::Status(absl::UnknownError(StrCat(
-                                       num_failed, " model(s) did not become available: {", failed, "}")));
-  changed_.notify_all();
+  if (num_failed == 0) return tensorflow::OkStatus();
+  return absl::UnknownError(StrCat(num_failed, " model(s) did not become available: {", failed, "}"));
 }
 
 }  // namespace dpsr::serving

@@ -55,9 +55,56 @@ std::vector<Flag> Flags(ServerOptions* options) {
        "threads that run the ops of a graph; up to 1, a request's graph runs in the thread that serves the request"},
       {"saved_model_tags", List{&options->saved_model_tags}, "tags of the graph to load from the SavedModel"},
       {"grpc_max_threads", Integer<int32_t>{&options->grpc_max_threads, 0, 4096},
-       "requests that are computed at a time, the others wait; 0 for four times the number of CPUs"},
+       "requests that are computed at a time, the others wait; 0 for four times the number of CPUs, or with batching for "
+       "as many as fill the batches"},
       {"enable_serialization_as_tensor_content", Switch{&options->enable_serialization_as_tensor_content},
        "answer tensors as raw bytes (tensor_content) instead of typed fields"},
+      {"max_queued_requests", Integer<int32_t>{&options->max_queued_requests, 1},
+       "requests that may wait for a thread; a further one gets RESOURCE_EXHAUSTED"},
+      {"grpc_socket_path", Text{&options->grpc_socket_path}, "path of a UNIX socket to listen on too"},
+      {"grpc_channel_arguments", Text{&options->grpc_channel_arguments}, "gRPC's own settings, k=v,k=v"},
+      {"enable_grpc_healthcheck_service", Switch{&options->enable_grpc_healthcheck_service},
+       "answer grpc.health.v1.Health/Check for ModelService and PredictionService"},
+      {"ssl_config_file", Text{&options->ssl_config_file},
+       "text file of an SSLConfig: server_key, server_cert, custom_ca, client_verify; encrypts the gRPC port"},
+      {"rest_api_port", Integer<int32_t>{&options->rest_api_port, 0, 65535}, "port of the REST API; 0 for none"},
+      {"rest_api_num_threads", Integer<int32_t>{&options->rest_api_num_threads, 0, 4096},
+       "threads that read and write REST connections; 0 for the number of CPUs"},
+      {"rest_api_timeout_in_ms", Integer<int32_t>{&options->rest_api_timeout_in_ms, 1},
+       "time that a REST request may take"},
+      {"rest_api_enable_cors_support", Switch{&options->rest_api_enable_cors_support},
+       "let browsers ask from pages of other hosts"},
+      {"model_config_file", Text{&options->model_config_file},
+       "text file of a ModelServerConfig: many models, versions, labels; instead of model_name and model_base_path"},
+      {"model_config_file_poll_wait_seconds", Integer<int32_t>{&options->model_config_file_poll_wait_seconds, 0},
+       "seconds between two looks whether that file has changed; 0 for never"},
+      {"num_load_threads", Integer<int32_t>{&options->num_load_threads, 0, 1024},
+       "versions that are loaded at a time; 0 is 1"},
+      {"num_unload_threads", Integer<int32_t>{&options->num_unload_threads, 0, 1024},
+       "versions that are unloaded at a time; 0 is 1"},
+      {"max_num_load_retries", Integer<int32_t>{&options->max_num_load_retries, 0},
+       "further tries to load a version, where its files may still come"},
+      {"load_retry_interval_micros", Integer<int64_t>{&options->load_retry_interval_micros, 0, int64_t{1} << 50},
+       "microseconds between two tries"},
+      {"flush_filesystem_caches", Switch{&options->flush_filesystem_caches},
+       "let go of what TensorFlow's file systems keep of loaded files"},
+      {"allow_version_labels_for_unavailable_models", Switch{&options->allow_version_labels_for_unavailable_models},
+       "let a new label name a version that is not available yet"},
+      {"tensorflow_session_config_file", Text{&options->tensorflow_session_config_file},
+       "text file of a tensorflow.ConfigProto for all sessions"},
+      {"enable_batching", Switch{&options->enable_batching}, "compute requests of several clients together"},
+      {"batching_parameters_file", Text{&options->batching_parameters_file},
+       "text file of BatchingParameters; needs enable_batching"},
+      {"enable_per_model_batching_parameters", Switch{&options->enable_per_model_batching_parameters},
+       "a version's own file batching_params.pbtxt goes before the common one"},
+      {"enable_model_warmup", Switch{&options->enable_model_warmup},
+       "replay assets.extra/tf_serving_warmup_requests before a version takes requests"},
+      {"num_request_iterations_for_warmup", Integer<int32_t>{&options->num_request_iterations_for_warmup, 0},
+       "times that each warm-up request is replayed; 0 is 1"},
+      {"monitoring_config_file", Text{&options->monitoring_config_file},
+       "text file of a MonitoringConfig: prometheus_config {enable path}; on the REST port"},
+      {"enable_signature_method_name_check", Switch{&options->enable_signature_method_name_check},
+       "refuse Classify and Regress on signatures of another method"},
       {"version", Switch{&options->version}, "print versions and exit"},
       {"help", Switch{&options->help}, "print this text and exit"},
   };
@@ -119,6 +166,15 @@ std::string Show(const List& target) {
 
 }  // namespace
 
+std::vector<std::pair<std::string, std::string>> ServerOptions::ChannelArguments() const {
+  std::vector<std::pair<std::string, std::string>> arguments;
+  for (const std::string& part : Split(grpc_channel_arguments)) {
+    const size_t equals = std::min(part.find('='), part.size());
+    arguments.emplace_back(part.substr(0, equals), part.substr(std::min(equals + 1, part.size())));
+  }
+  return arguments;
+}
+
 Status ParseServerOptions(int argc, const char* const* argv, ServerOptions* options,
                           std::vector<std::string>* unknown) {
   const std::vector<Flag> flags = Flags(options);
@@ -155,9 +211,21 @@ Status ParseServerOptions(int argc, const char* const* argv, ServerOptions* opti
 }
 
 Status ValidateServerOptions(const ServerOptions& options) {
+  if (!options.batching_parameters_file.empty() && !options.enable_batching) {
+    return MakeStatus(StatusCode::kInvalidArgument,
+                      "--batching_parameters_file supplied without --enable_batching; add --enable_batching");
+  }
+  if (options.tensorflow_session_parallelism > 0 && options.tensorflow_intra_op_parallelism > 0 &&
+      options.tensorflow_inter_op_parallelism > 0) {
+    return MakeStatus(StatusCode::kInvalidArgument,
+                      "--tensorflow_session_parallelism stands for --tensorflow_intra_op_parallelism and "
+                      "--tensorflow_inter_op_parallelism; give the first or the other two, not all three");
+  }
+  if (!options.model_config_file.empty()) return {};  // it overrides name and path
   if (options.model_base_path.empty()) {
     return MakeStatus(StatusCode::kInvalidArgument,
-                      "no model to serve; give the folder of its versions with --model_base_path=/absolute/path");
+                      "no model to serve; give the folder of its versions with --model_base_path=/absolute/path, or "
+                      "many models with --model_config_file");
   }
   if (options.model_name.empty()) {
     return MakeStatus(StatusCode::kInvalidArgument,
@@ -166,12 +234,6 @@ Status ValidateServerOptions(const ServerOptions& options) {
   if (options.model_base_path[0] != '/' && options.model_base_path.find("://") == std::string::npos) {
     return MakeStatus(StatusCode::kInvalidArgument, "Expected model ", options.model_name,
                       " to have an absolute path or URI; got base_path()=", options.model_base_path);
-  }
-  if (options.tensorflow_session_parallelism > 0 && options.tensorflow_intra_op_parallelism > 0 &&
-      options.tensorflow_inter_op_parallelism > 0) {
-    return MakeStatus(StatusCode::kInvalidArgument,
-                      "--tensorflow_session_parallelism stands for --tensorflow_intra_op_parallelism and "
-                      "--tensorflow_inter_op_parallelism; give the first or the other two, not all three");
   }
   return {};
 }

@@ -22,9 +22,14 @@ std::map<int64_t, std::string> VersionsOfChildren(std::vector<std::string> child
   return versions;
 }
 
-std::set<int64_t> AspiredVersions(const std::map<int64_t, std::string>& existing) {
-  if (existing.empty()) return {};
-  return {existing.rbegin()->first};
+std::set<int64_t> AspiredVersions(const std::map<int64_t, std::string>& existing, const VersionPolicy& policy) {
+  std::set<int64_t> aspired;
+  for (auto entry = existing.rbegin(); entry != existing.rend(); ++entry) {
+    if (policy.kind == VersionPolicy::Kind::kLatest && aspired.size() == policy.num_latest) break;
+    if (policy.kind == VersionPolicy::Kind::kSpecific && policy.specific.count(entry->first) == 0) continue;
+    aspired.insert(entry->first);
+  }
+  return aspired;
 }
 
 std::optional<VersionAction> NextVersionAction(const std::vector<VersionSnapshot>& versions) {

@@ -2,6 +2,7 @@
 #ifndef DPSR_SERVING_MODEL_SERVER_VERSION_POLICY_H_
 #define DPSR_SERVING_MODEL_SERVER_VERSION_POLICY_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -40,8 +41,20 @@ struct VersionAction {
 std::map<int64_t, std::string> VersionsOfChildren(std::vector<std::string> children,
                                                   std::vector<std::string>* duplicates);
 
-// The versions to serve of those that exist: the highest.
-std::set<int64_t> AspiredVersions(const std::map<int64_t, std::string>& existing);
+// Which versions of a model are to be served.
+struct VersionPolicy {
+  enum class Kind { kLatest, kAll, kSpecific };
+  Kind kind = Kind::kLatest;
+  size_t num_latest = 1;        // of kLatest
+  std::set<int64_t> specific;   // of kSpecific
+
+  bool operator==(const VersionPolicy& other) const {
+    return kind == other.kind && num_latest == other.num_latest && specific == other.specific;
+  }
+};
+
+// The versions to serve of those that exist. A specific one that does not exist is left out.
+std::set<int64_t> AspiredVersions(const std::map<int64_t, std::string>& existing, const VersionPolicy& policy);
 
 // The next step towards serving the aspired versions, or none. Availability comes first: a version that is no longer
 // aspired is unloaded, lowest first, only where that leaves the model answering (an aspired version is ready), or where

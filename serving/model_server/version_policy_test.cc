@@ -103,9 +103,17 @@ TEST(VersionsOfChildrenTest, ReportsDuplicates) {
   EXPECT_EQ(duplicates, (std::vector<std::string>{"07", "7"}));
 }
 
-TEST(AspiredVersionsTest, LatestOnly) {
-  EXPECT_EQ(AspiredVersions({}), std::set<int64_t>{});
-  EXPECT_EQ(AspiredVersions({{1, "1"}, {12, "12"}, {3, "3"}}), std::set<int64_t>{12});
+TEST(AspiredVersionsTest, Table) {
+  using Kind = VersionPolicy::Kind;
+  const std::map<int64_t, std::string> existing = {{1, "1"}, {12, "12"}, {3, "3"}};
+  EXPECT_EQ(AspiredVersions({}, {}), std::set<int64_t>{});
+  EXPECT_EQ(AspiredVersions(existing, {}), std::set<int64_t>{12});
+  EXPECT_EQ(AspiredVersions(existing, {Kind::kLatest, 2, {}}), (std::set<int64_t>{3, 12}));
+  EXPECT_EQ(AspiredVersions(existing, {Kind::kLatest, 9, {}}), (std::set<int64_t>{1, 3, 12}));
+  EXPECT_EQ(AspiredVersions(existing, {Kind::kAll, 1, {}}), (std::set<int64_t>{1, 3, 12}));
+  EXPECT_EQ(AspiredVersions(existing, {Kind::kSpecific, 1, {1, 12}}), (std::set<int64_t>{1, 12}));
+  EXPECT_EQ(AspiredVersions(existing, {Kind::kSpecific, 1, {2, 3}}), std::set<int64_t>{3});
+  EXPECT_EQ(AspiredVersions(existing, {Kind::kSpecific, 1, {}}), std::set<int64_t>{});
 }
 
 }  // namespace

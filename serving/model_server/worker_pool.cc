@@ -4,7 +4,7 @@
 
 namespace dpsr::serving {
 
-WorkerPool::WorkerPool(int num_threads) {
+WorkerPool::WorkerPool(int num_threads, size_t max_queued) : max_queued_(max_queued) {
   threads_.reserve(num_threads);
   for (int i = 0; i < num_threads; ++i) threads_.emplace_back([this] { Work(); });
 }
@@ -18,12 +18,24 @@ WorkerPool::~WorkerPool() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-void WorkerPool::Add(std::function<void()> task) {
+bool WorkerPool::Add(std::function<void()> task) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
+    if (tasks_.size() >= max_queued_) return false;
     tasks_.push_back(std::move(task));
   }
   changed_.notify_one();
+  return true;
+}
+
+size_t WorkerPool::num_queued() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return tasks_.size();
+}
+
+size_t WorkerPool::num_running() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return num_running_;
 }
 
 void WorkerPool::Work() {
@@ -35,8 +47,12 @@ void WorkerPool::Work() {
       if (tasks_.empty()) return;
       task = std::move(tasks_.front());
       tasks_.pop_front();
+      ++num_running_;
     }
     task();
+    task = nullptr;  // what it holds goes before it counts as done
+    std::lock_guard<std::mutex> lock(mutex_);
+    --num_running_;
   }
 }
 

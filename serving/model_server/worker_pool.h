@@ -3,8 +3,10 @@
 #define DPSR_SERVING_MODEL_SERVER_WORKER_POOL_H_
 
 #include <condition_variable>
+#include <cstddef>
 #include <deque>
 #include <functional>
+#include <limits>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -15,19 +17,26 @@ namespace dpsr::serving {
 // threads, whose number bounds how many are computed at a time. Thread-safe.
 class WorkerPool {
  public:
-  explicit WorkerPool(int num_threads);
+  // At most `max_queued` tasks wait.
+  explicit WorkerPool(int num_threads, size_t max_queued = std::numeric_limits<size_t>::max());
   // Runs what was added, then ends the threads.
   ~WorkerPool();
   WorkerPool(const WorkerPool&) = delete;
   WorkerPool& operator=(const WorkerPool&) = delete;
 
-  // `task` must not throw.
-  void Add(std::function<void()> task);
+  // `task` must not throw. False, and nothing is added, where as many as may wait already do.
+  bool Add(std::function<void()> task);
+
+  // Tasks that wait, and tasks that run.
+  size_t num_queued() const;
+  size_t num_running() const;
 
  private:
   void Work();
 
-  std::mutex mutex_;
+  const size_t max_queued_;
+  mutable std::mutex mutex_;
+  size_t num_running_ = 0;
   std::condition_variable changed_;
   std::deque<std::function<void()>> tasks_;
   bool stopping_ = false;

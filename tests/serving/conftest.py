@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from processes import ProxyProcess, save_search_model
 from proxy_backends import RecordingBackend
 
 from dpsr_serving import model_server
+
+if TYPE_CHECKING:
+    from model_servers import Server
 
 
 @pytest.fixture
@@ -58,3 +62,48 @@ def servers(model_paths: dict[str, Path]) -> Iterator[dict[str, model_server.Mod
     finally:
         for server in running.values():
             server.stop()
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SavedModels to publish: half_plus_<n> for n 1 to 4 (TF1) and `signatures` (TF2)."""
+    import saved_models
+
+    folder = tmp_path_factory.mktemp("exported")
+    for n in range(1, 5):
+        saved_models.write_half_plus(folder / f"half_plus_{n}", n)
+    saved_models.write_signatures(folder / "signatures")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server of the `signatures` model, version 7, for all tests that only send requests."""
+    import model_servers
+    import saved_models
+
+    folder = tmp_path_factory.mktemp("shared")
+    base_path = folder / "model"
+    base_path.mkdir()
+    saved_models.publish(exported / "signatures", base_path, 7)
+    with model_servers.serving(folder, f"--model_base_path={base_path}") as running:
+        yield running
+
+
+@pytest.fixture
+def base_path(tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SavedModels to publish: half_plus_two_tf1, half_plus_two_tf2, half_plus_two_keras, counter."""
+    import saved_models
+
+    folder = tmp_path_factory.mktemp("zoo")
+    for form in ("tf1", "tf2", "keras"):
+        saved_models.write_half_plus_two(folder / f"half_plus_two_{form}", form)
+    saved_models.write_counter(folder / "counter")
+    return folder

@@ -41,6 +41,14 @@ class _Signatures(tf.Module):
     def text(self, text: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"doubled": tf.strings.join([text, text]), "bytes": tf.strings.length(text)}
 
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image")])
+    def image(self, image: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"image_bytes": tf.identity(image)}
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, name="x")])
+    def scalar(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"sum": tf.reduce_sum(x)}
+
     @tf.function(input_signature=[tf.TensorSpec([], tf.float32, name="x")])
     def many(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
         return {f"y{i}": x + i for i in range(8)}
@@ -71,7 +79,7 @@ class _Signatures(tf.Module):
 def write_signatures(path: Path) -> None:
     """A TF2 export whose signatures are `serving_default` (half) and the other methods of _Signatures."""
     module = _Signatures()
-    names = ("pair", "text", "many", "negatives", "fail", "gate")
+    names = ("pair", "text", "image", "scalar", "many", "negatives", "fail", "gate")
     signatures = {"serving_default": module.half} | {name: getattr(module, name) for name in names}
     tf.saved_model.save(module, str(path), signatures=signatures)
 
@@ -92,3 +100,156 @@ def publish(source: Path, base_path: Path, version: int) -> None:
     temporary = base_path / f".{version}.tmp"
     shutil.copytree(source, temporary)
     temporary.rename(base_path / str(version))
+
+
+def write_half_plus_two(path: Path, form: str = "tf1") -> None:
+    """The model of TensorFlow Serving's examples: y = x / 2 + 2 and y2 = x / 2 + 3, as `form` "tf1", "tf2" or "keras".
+
+    TF1 and TF2 have the signatures `serving_default` (x -> y), `regress_x_to_y` and `regress_x_to_y2` (tf.Examples with
+    the float feature x -> outputs [n, 1]), `classify_x_to_y` (-> scores [n, 1]), `classify_with_labels` (-> classes and
+    scores [n, 2]) and, against the rules, `classify_wrongly` (classes [n, 0], scores [n, 1]); TF1 names their methods.
+    Keras has `serving_default` alone: x [n, 1] -> y [n, 1].
+    """
+    if form == "keras":
+        x = tf.keras.Input([1], name="x")
+        constant = tf.constant_initializer
+        layer = tf.keras.layers.Dense(1, name="y", kernel_initializer=constant(0.5), bias_initializer=constant(2.0))
+        tf.saved_model.save(tf.keras.Model(x, layer(x)), str(path))
+    elif form == "tf2":
+        _write_half_plus_two_tf2(path)
+    else:
+        _write_half_plus_two_tf1(path)
+
+
+_EXAMPLES = {"x": tf.io.FixedLenFeature([1], tf.float32)}
+_LABELS = [[b"small", b"large"]]
+
+
+def _half_plus(x: tf.Tensor, addend: float) -> tf.Tensor:
+    return x * 0.5 + addend
+
+
+def _classes(y: tf.Tensor) -> dict[str, tf.Tensor]:
+    return {"classes": tf.tile(tf.constant(_LABELS), [tf.shape(y)[0], 1]), "scores": tf.concat([-y, y], 1)}
+
+
+def _write_half_plus_two_tf2(path: Path) -> None:
+    examples = tf.TensorSpec([None], tf.string, name="inputs")
+
+    class Module(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, name="x")])
+        def predict(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"y": _half_plus(x, 2.0)}
+
+        @tf.function(input_signature=[examples])
+        def regress(self, inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"outputs": _half_plus(tf.io.parse_example(inputs, _EXAMPLES)["x"], 2.0)}
+
+        @tf.function(input_signature=[examples])
+        def regress2(self, inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"outputs": _half_plus(tf.io.parse_example(inputs, _EXAMPLES)["x"], 3.0)}
+
+        @tf.function(input_signature=[examples])
+        def classify(self, inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"scores": _half_plus(tf.io.parse_example(inputs, _EXAMPLES)["x"], 2.0)}
+
+        @tf.function(input_signature=[examples])
+        def labels(self, inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+            return _classes(_half_plus(tf.io.parse_example(inputs, _EXAMPLES)["x"], 2.0))
+
+        @tf.function(input_signature=[examples])
+        def wrongly(self, inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+            x = tf.io.parse_example(inputs, _EXAMPLES)["x"]
+            return {"classes": tf.as_string(x)[:, :0], "scores": x}
+
+    module = Module()
+    signatures = {
+        "serving_default": module.predict,
+        "regress_x_to_y": module.regress,
+        "regress_x_to_y2": module.regress2,
+        "classify_x_to_y": module.classify,
+        "classify_with_labels": module.labels,
+        "classify_wrongly": module.wrongly,
+    }
+    tf.saved_model.save(module, str(path), signatures=signatures)
+
+
+def _write_half_plus_two_tf1(path: Path) -> None:
+    info = v1.saved_model.build_tensor_info
+
+    def signature(inputs: dict[str, tf.Tensor], outputs: dict[str, tf.Tensor], method: str) -> object:
+        return v1.saved_model.build_signature_def(
+            {key: info(value) for key, value in inputs.items()},
+            {key: info(value) for key, value in outputs.items()},
+            f"tensorflow/serving/{method}",
+        )
+
+    with tf.Graph().as_default(), v1.Session() as session:
+        serialized = v1.placeholder(tf.string, [None], name="tf_example")
+        x = tf.identity(v1.io.parse_example(serialized, _EXAMPLES)["x"], name="x")
+        y, y2 = tf.identity(_half_plus(x, 2.0), name="y"), tf.identity(_half_plus(x, 3.0), name="y2")
+        examples = {"inputs": serialized}
+        signatures = {
+            "serving_default": signature({"x": x}, {"y": y}, "predict"),
+            "regress_x_to_y": signature(examples, {"outputs": y}, "regress"),
+            "regress_x_to_y2": signature(examples, {"outputs": y2}, "regress"),
+            "classify_x_to_y": signature(examples, {"scores": y}, "classify"),
+            "classify_with_labels": signature(examples, _classes(y), "classify"),
+            "classify_wrongly": signature(examples, {"classes": tf.as_string(x)[:, :0], "scores": x}, "classify"),
+        }
+        # An asset, as vocabularies are.
+        asset = path.parent / "words.txt"
+        asset.write_text("three\n")
+        name = tf.constant(str(asset))
+        v1.add_to_collection(v1.GraphKeys.ASSET_FILEPATHS, name)
+        read = v1.get_variable("words", initializer=tf.constant(""), use_resource=True)
+        start = read.assign(tf.io.read_file(name))
+        session.run(v1.global_variables_initializer())
+        builder = v1.saved_model.Builder(str(path))
+        builder.add_meta_graph_and_variables(
+            session,
+            [v1.saved_model.tag_constants.SERVING],
+            signatures,
+            assets_collection=v1.get_collection(v1.GraphKeys.ASSET_FILEPATHS),
+            main_op=start.op,
+        )
+        builder.save()
+        asset.unlink()
+
+
+def write_counter(path: Path) -> None:
+    """A TF2 export with state: `get_counter`, `incr_counter`, `incr_counter_by` (delta), `reset_counter` -> output."""
+
+    class Counter(tf.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.value = tf.Variable(0.0)
+
+        @tf.function(input_signature=[])
+        def get_counter(self) -> dict[str, tf.Tensor]:
+            return {"output": tf.identity(self.value)}
+
+        @tf.function(input_signature=[])
+        def incr_counter(self) -> dict[str, tf.Tensor]:
+            return {"output": self.value.assign_add(1.0)}
+
+        @tf.function(input_signature=[tf.TensorSpec([], tf.float32, name="delta")])
+        def incr_counter_by(self, delta: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"output": self.value.assign_add(delta)}
+
+        @tf.function(input_signature=[])
+        def reset_counter(self) -> dict[str, tf.Tensor]:
+            return {"output": self.value.assign(0.0)}
+
+    counter = Counter()
+    names = ("get_counter", "incr_counter", "incr_counter_by", "reset_counter")
+    tf.saved_model.save(counter, str(path), signatures={name: getattr(counter, name) for name in names})
+
+
+def write_warmup(version: Path, *records: bytes) -> None:
+    """The warm-up file of a version: these records, PredictionLogs unless a test says otherwise."""
+    folder = version / "assets.extra"
+    folder.mkdir(exist_ok=True)
+    with tf.io.TFRecordWriter(str(folder / "tf_serving_warmup_requests")) as writer:
+        for record in records:
+            writer.write(record)

@@ -1,148 +1,33 @@
-"""The model server's executable, as a client of TensorFlow Serving sees it."""
+"""The model server, as a client of TensorFlow Serving sees it: Predict, hostile requests, start and stop."""
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import random
 import signal
-import socket
 import subprocess
-import threading
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
+import model_servers
 import numpy as np
 import pytest
 import saved_models
 import tensorflow as tf
-from tensorflow.core.framework import tensor_pb2
-from tensorflow_serving.apis import (
-    get_model_status_pb2,
-    model_service_pb2_grpc,
-    predict_pb2,
-    prediction_service_pb2_grpc,
+from model_servers import (
+    INVALID,
+    PATIENCE_S,
+    Server,
+    State,
+    error_of,
+    eventually,
+    failing_start,
+    free_port,
+    gate_request,
+    predict_request,
+    serving,
 )
-
-BINARY = Path(__file__).parents[2] / "serving" / "dpsr_serving" / "bin" / "dpsr_model_server"
-READY = "Running gRPC ModelServer at "
-PATIENCE_S = 60.0  # until a thing that must happen counts as missing; nothing waits so long when all is well
-State = get_model_status_pb2.ModelVersionStatus.State
-
-
-def eventually(condition: Callable[[], object], what: str) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end, f"did not happen: {what}"
-        time.sleep(0.02)
-
-
-class Server:
-    """The executable on a free port, and stubs to talk to it. `log` is its standard error."""
-
-    def __init__(self, log: Path, *arguments: str, port: int = 0, wait: bool = True) -> None:
-        self.log = log
-        self.port = port
-        with log.open("wb") as stderr:
-            self.process = subprocess.Popen(
-                [str(BINARY), f"--port={port}", *arguments], stdout=subprocess.PIPE, stderr=stderr, text=True
-            )
-        if wait:
-            self.wait_until_ready()
-        if self.port:
-            self.connect()
-
-    def wait_until_ready(self) -> None:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line.startswith(READY), f"not ready: {line!r}\n{self.log.read_text()}"
-        self.port = int(line.split()[4].rpartition(":")[2])
-
-    def connect(self) -> None:
-        self.channel = grpc.insecure_channel(f"127.0.0.1:{self.port}")
-        self.prediction = prediction_service_pb2_grpc.PredictionServiceStub(self.channel)
-        self.model = model_service_pb2_grpc.ModelServiceStub(self.channel)
-
-    def predict(self, request: predict_pb2.PredictRequest, timeout: float = PATIENCE_S) -> predict_pb2.PredictResponse:
-        return self.prediction.Predict(request, timeout=timeout)
-
-    def states(self, name: str = "default") -> dict[int, int]:
-        request = get_model_status_pb2.GetModelStatusRequest()
-        request.model_spec.name = name
-        response = self.model.GetModelStatus(request, timeout=PATIENCE_S)
-        return {status.version: status.state for status in response.model_version_status}
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(PATIENCE_S)
-
-
-@contextlib.contextmanager
-def serving(folder: Path, *arguments: str, port: int = 0, wait: bool = True) -> Iterator[Server]:
-    server = Server(folder / "server.log", *arguments, port=port, wait=wait)
-    try:
-        yield server
-    finally:
-        server.process.kill()
-        server.process.wait()
-
-
-def failing_start(*arguments: str) -> tuple[int, str]:
-    """The exit status and standard error of a server that is expected to end by itself."""
-    done = subprocess.run([str(BINARY), *arguments], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
-    assert READY not in done.stdout
-    return done.returncode, done.stderr
-
-
-def predict_request(
-    signature: str = "", inputs: dict[str, object] | None = None, name: str = "default", version: int | None = None
-) -> predict_pb2.PredictRequest:
-    request = predict_pb2.PredictRequest()
-    request.model_spec.name = name
-    request.model_spec.signature_name = signature
-    if version is not None:
-        request.model_spec.version.value = version
-    for key, value in (inputs if inputs is not None else {"x": np.float32([1, 2])}).items():
-        proto = value if isinstance(value, tensor_pb2.TensorProto) else tf.make_tensor_proto(value)
-        request.inputs[key].CopyFrom(proto)
-    return request
-
-
-def error_of(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
-    with pytest.raises(grpc.RpcError) as raised:
-        call()
-    return raised.value.code(), raised.value.details()
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SavedModels to publish: half_plus_<n> (TF1) and `signatures` (TF2)."""
-    folder = tmp_path_factory.mktemp("exported")
-    for n in range(1, 5):
-        saved_models.write_half_plus(folder / f"half_plus_{n}", n)
-    saved_models.write_signatures(folder / "signatures")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server of the `signatures` model for all tests that only send requests."""
-    folder = tmp_path_factory.mktemp("shared")
-    base_path = folder / "model"
-    base_path.mkdir()
-    saved_models.publish(exported / "signatures", base_path, 7)
-    with serving(folder, f"--model_base_path={base_path}") as running:
-        yield running
-
-
-@pytest.fixture
-def base_path(tmp_path: Path) -> Path:
-    path = tmp_path / "model"
-    path.mkdir()
-    return path
-
+from tensorflow.core.framework import tensor_pb2
+from tensorflow_serving.apis import get_model_status_pb2, predict_pb2, prediction_service_pb2_grpc
 
 # ---- Predict ----
 
@@ -241,7 +126,6 @@ def filtered(*outputs: str) -> predict_pb2.PredictRequest:
     return request
 
 
-INVALID = grpc.StatusCode.INVALID_ARGUMENT
 ERRORS = {
     "no model spec": (spec(), INVALID, "Missing ModelSpec"),
     "no name": (spec(signature_name="s"), INVALID, "ModelSpec has no name specified."),
@@ -319,12 +203,6 @@ def test_long_error_texts_are_cut(server: Server) -> None:
     assert len(message) == 1024 + len("...TRUNCATED")
 
 
-@pytest.mark.parametrize("rpc", ["Classify", "Regress", "MultiInference", "GetModelMetadata"])
-def test_other_calls_are_unimplemented(server: Server, rpc: str) -> None:
-    call = server.channel.unary_unary(f"/tensorflow.serving.PredictionService/{rpc}")
-    assert error_of(lambda: call(b"", timeout=PATIENCE_S))[0] == grpc.StatusCode.UNIMPLEMENTED
-
-
 # ---- requests that no client should send ----
 
 
@@ -399,12 +277,6 @@ def test_mutated_messages_never_end_the_server(server: Server) -> None:
 # ---- deadlines ----
 
 
-def gate_request(folder: Path, version: int | None = None) -> tuple[predict_pb2.PredictRequest, Path, Path]:
-    """A request that runs from the time the first file appears until the second one does."""
-    begun, release = folder / "begun", folder / "release"
-    return predict_request("gate", {"begun": str(begun), "release": str(release)}, version=version), begun, release
-
-
 def test_a_request_beyond_its_deadline_fails_and_the_server_goes_on(server: Server, tmp_path: Path) -> None:
     request, begun, release = gate_request(tmp_path)
     try:
@@ -451,143 +323,7 @@ def test_model_status(server: Server) -> None:
     assert len(server.model.GetModelStatus(request, timeout=PATIENCE_S).model_version_status) == 1
 
 
-# ---- versions ----
-
-
-def test_new_versions_are_swapped_in_under_load_without_a_failure(
-    exported: Path, base_path: Path, tmp_path: Path
-) -> None:
-    saved_models.publish(exported / "half_plus_1", base_path, 1)
-    (base_path / "not_a_version").mkdir()
-    with serving(tmp_path, f"--model_base_path={base_path}") as running:
-        stop = threading.Event()
-        latest = [0] * 4
-
-        def load(client: int) -> None:
-            # The option gives each client a connection of its own.
-            with grpc.insecure_channel(f"127.0.0.1:{running.port}", [("dpsr.client", client)]) as channel:
-                stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
-                while not stop.is_set():
-                    response = stub.Predict(predict_request(inputs={"x": np.float32([2])}), timeout=PATIENCE_S)
-                    version = response.model_spec.version.value
-                    assert list(response.outputs["y"].float_val) == [1 + version]
-                    assert version >= latest[client]  # no way back
-                    latest[client] = version
-
-        with concurrent.futures.ThreadPoolExecutor(len(latest)) as threads:
-            clients = [threads.submit(load, client) for client in range(len(latest))]
-            try:
-                for version in (1, 2, 3, 4):
-                    if version > 1:
-                        saved_models.publish(exported / f"half_plus_{version}", base_path, version)
-                    expected = {v: State.END for v in range(1, version)} | {version: State.AVAILABLE}
-                    eventually(lambda: running.states() == expected, f"version {version} serves alone")  # noqa: B023
-                    eventually(
-                        lambda: min(latest) == version or any(client.done() for client in clients),  # noqa: B023
-                        f"all clients see version {version}",
-                    )
-            finally:
-                stop.set()
-            for client in clients:
-                client.result()  # raises what went wrong
-        assert latest == [4] * 4
-        assert running.stop() == 0
-
-
-def test_a_version_is_unloaded_when_its_requests_have_ended(exported: Path, base_path: Path, tmp_path: Path) -> None:
-    saved_models.publish(exported / "signatures", base_path, 1)
-    with serving(tmp_path, f"--model_base_path={base_path}") as running:
-        request, begun, release = gate_request(tmp_path)
-        held = running.prediction.Predict.future(request, timeout=PATIENCE_S)
-        eventually(begun.exists, "the request runs")
-        saved_models.publish(exported / "half_plus_2", base_path, 2)
-        eventually(lambda: running.states() == {1: State.UNLOADING, 2: State.AVAILABLE}, "2 serves, 1 waits")
-        assert running.predict(predict_request()).model_spec.version.value == 2
-        code, message = error_of(lambda: running.predict(predict_request(version=1)))
-        assert (code, message) == (
-            grpc.StatusCode.NOT_FOUND,
-            "Servable not found for request: Specific(default, 1)",
-        )
-        # A further version does not wait for the request either.
-        saved_models.publish(exported / "half_plus_3", base_path, 3)
-        eventually(
-            lambda: running.states() == {1: State.UNLOADING, 2: State.END, 3: State.AVAILABLE}, "3 serves, 1 waits"
-        )
-        release.touch()
-        assert held.result().model_spec.version.value == 1
-        eventually(lambda: running.states()[1] == State.END, "1 is unloaded")
-
-
-def test_a_broken_version_never_disturbs_the_one_that_serves(exported: Path, base_path: Path, tmp_path: Path) -> None:
-    saved_models.publish(exported / "half_plus_1", base_path, 1)
-    with serving(tmp_path, f"--model_base_path={base_path}") as running:
-        broken = {
-            2: lambda path: path.mkdir(),
-            3: lambda path: (path.mkdir(), (path / "saved_model.pb").write_bytes(b"\xff" * 100)),
-            4: lambda path: saved_models.write_unknown_op(path, "OpOfNobody"),
-            5: lambda path: path.write_text("a file"),
-        }
-        errors = {}
-        for version, make in broken.items():
-            make(tmp_path / "making")
-            (tmp_path / "making").rename(base_path / str(version))
-            eventually(lambda: running.states().get(version) == State.END, f"{version} has failed")  # noqa: B023
-            assert running.states()[1] == State.AVAILABLE
-            assert running.predict(predict_request()).model_spec.version.value == 1
-            request = get_model_status_pb2.GetModelStatusRequest()
-            request.model_spec.name = "default"
-            request.model_spec.version.value = version
-            (status,) = running.model.GetModelStatus(request, timeout=PATIENCE_S).model_version_status
-            assert status.status.error_code != 0
-            errors[version] = status.status.error_message
-        assert "OpOfNobody" in errors[4] and "--op_library" in errors[4]
-        saved_models.publish(exported / "half_plus_2", base_path, 6)
-        eventually(lambda: running.states().get(6) == State.AVAILABLE, "the next good version serves")
-        assert running.predict(predict_request()).model_spec.version.value == 6
-
-
-def test_deleting_versions(exported: Path, base_path: Path, tmp_path: Path) -> None:
-    saved_models.publish(exported / "half_plus_1", base_path, 1)
-    saved_models.publish(exported / "half_plus_2", base_path, 2)
-    with serving(tmp_path, f"--model_base_path={base_path}") as running:
-        assert running.states() == {2: State.AVAILABLE}
-        # A missing base path changes nothing.
-        base_path.rename(tmp_path / "away")
-        eventually(lambda: "cannot read the base path" in running.log.read_text(), "a warning")
-        assert running.predict(predict_request()).model_spec.version.value == 2
-        (tmp_path / "away").rename(base_path)
-        # A deleted version gives way to the next lower one.
-        (base_path / "2").rename(tmp_path / "two")
-        eventually(lambda: running.states() == {1: State.AVAILABLE, 2: State.END}, "1 serves")
-        # An emptied base path unloads everything.
-        (base_path / "1").rename(tmp_path / "one")
-        eventually(lambda: running.states() == {1: State.END, 2: State.END}, "nothing serves")
-        code, message = error_of(lambda: running.predict(predict_request()))
-        assert (code, message) == (grpc.StatusCode.NOT_FOUND, "Servable not found for request: Latest(default)")
-        assert "Did you forget to name your leaf directory as a number" in running.log.read_text()
-        # What comes back is served again.
-        (tmp_path / "two").rename(base_path / "00000002")
-        eventually(lambda: running.states()[2] == State.AVAILABLE, "2 serves again")
-
-
-def test_polling_once_keeps_what_was_found(exported: Path, base_path: Path, tmp_path: Path) -> None:
-    saved_models.publish(exported / "half_plus_1", base_path, 1)
-    flags = [f"--model_base_path={base_path}", "--model_name=m", "--file_system_poll_wait_seconds=0"]
-    with serving(tmp_path, *flags) as running:
-        saved_models.publish(exported / "half_plus_2", base_path, 2)
-        time.sleep(1.5)  # more than the default time between two polls
-        assert running.states("m") == {1: State.AVAILABLE}
-        assert running.predict(predict_request(name="m")).model_spec.version.value == 1
-        assert running.stop() == 0
-
-
 # ---- start and stop ----
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_a_missing_base_path_is_waited_for(exported: Path, tmp_path: Path) -> None:
@@ -685,7 +421,7 @@ def test_bad_usage(arguments: list[str], status: int, error: str) -> None:
 
 def test_help_and_version() -> None:
     def output(flag: str) -> str:
-        return subprocess.run([str(BINARY), flag], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([str(model_servers.BINARY), flag], capture_output=True, text=True, check=True).stdout
 
     assert "--model_base_path=" in output("--help")
     assert f"TensorFlow Library: {tf.__version__}" in output("--version")

@@ -1,0 +1,174 @@
+"""What the benchmarks of serving share: models to serve, servers in processes of their own, and the load generator."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when TensorFlow loads
+
+import report
+from absl import logging
+from tensorflow.core.framework import types_pb2
+from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
+
+BIN = Path(__file__).resolve().parents[1] / "serving" / "dpsr_serving" / "bin"
+MODEL = "default"
+RESULTS = 1000  # ids (int64) and scores (float32) of an answer: 12 KB
+READY_S = 120.0
+
+
+class Server:
+    """A model server that listens on 127.0.0.1:`port`; `start_seconds` from its start until it answers."""
+
+    def __init__(self, command: Sequence[str], ready: str, environment: dict[str, str] | None = None) -> None:
+        begin = time.monotonic()
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the server
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=self.log, text=True, env={**os.environ, **(environment or {})}
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        self.start_seconds = time.monotonic() - begin
+        if not line.startswith(ready):
+            self.process.kill()
+            self.process.wait()
+            self.log.seek(0)
+            raise RuntimeError(f"{command[0]} did not start: {line!r}\n{self.log.read()[-2000:]}")
+        self.target = line.removeprefix(ready).split()[0]
+
+    def rss_mib(self) -> float:
+        """Memory that the process holds now."""
+        fields = Path(f"/proc/{self.process.pid}/status").read_text().split()
+        return int(fields[fields.index("VmRSS:") + 1]) / 1024
+
+    def cpu_seconds(self) -> float:
+        """User and system time of the process since it began."""
+        stat = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+
+@contextlib.contextmanager
+def model_server(base_path: Path, *arguments: str) -> Iterator[Server]:
+    """Our server of the versions below `base_path`, without op libraries but those of `arguments`."""
+    command = [str(BIN / "dpsr_model_server"), "--port=0", f"--model_name={MODEL}", f"--model_base_path={base_path}"]
+    server = Server([*command, *arguments], "Running gRPC ModelServer at ")
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def python_server(version: Path, op_libraries: Sequence[str] = ()) -> Iterator[Server]:
+    """A gRPC server in Python of one SavedModel."""
+    script = Path(__file__).with_name("python_server.py")
+    command = [sys.executable, str(script), str(version), *op_libraries]
+    server = Server(command, "listening on ", {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"})
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def load(server: Server, requests: Path, *arguments: str) -> list[dict[str, Any]]:
+    """Applies the loads of `arguments` (see dpsr_load_generator --help), and returns what it found of each."""
+    command = [
+        str(BIN / "dpsr_load_generator"),
+        f"--target={server.target}",
+        f"--requests_file={requests}",
+        f"--server_pid={server.process.pid}",
+        *arguments,
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"the load generator failed: {done.stderr}")
+    for line in done.stderr.splitlines():
+        print(line, file=sys.stderr)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def write_model(path: Path, megabytes: float = 0.0) -> None:
+    """A SavedModel that answers each query with RESULTS ids and scores, as retrieval does, without computing much.
+
+    `query` string [n] -> `item_ids` int64 [n, RESULTS], `scores` float [n, RESULTS]. `megabytes` of variables make it
+    as large as models are.
+    """
+    import tensorflow as tf
+
+    logging.set_verbosity(logging.WARNING)
+
+    class Model(tf.Module):
+        def __init__(self) -> None:
+            self.ids = tf.Variable(tf.random.stateless_uniform([4096], [1, 2], 0, 2**40, tf.int64))
+            self.scores = tf.Variable(tf.random.stateless_normal([4096], [1, 3]))
+            self.ballast = tf.Variable(tf.ones([int(megabytes * 2**18)]))
+
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "query")])
+        def serve(self, query: tf.Tensor) -> dict[str, tf.Tensor]:
+            place = tf.strings.to_hash_bucket_fast(query, 3000)[:, tf.newaxis] + tf.range(RESULTS, dtype=tf.int64)
+            with tf.control_dependencies([tf.shape(self.ballast.read_value())]):
+                return {"item_ids": tf.gather(self.ids, place), "scores": tf.gather(self.scores, place)}
+
+    model = Model()
+    tf.saved_model.save(model, str(path), signatures={"serving_default": model.serve})
+    # As models in production do, it brings a request to warm up with.
+    extra = path / "assets.extra"
+    extra.mkdir()
+    with tf.io.TFRecordWriter(str(extra / "tf_serving_warmup_requests")) as writer:
+        log = prediction_log_pb2.PredictionLog()
+        log.predict_log.request.CopyFrom(_request(queries(1), "serving_default"))
+        writer.write(log.SerializeToString())
+
+
+def write_requests(path: Path, texts: Sequence[str], signature: str = "serving_default", batch: int = 1) -> None:
+    """PredictRequests of `batch` queries each, as the load generator reads them."""
+    with path.open("wb") as file:
+        for begin in range(0, len(texts) - batch + 1, batch):
+            message = _request(texts[begin : begin + batch], signature).SerializeToString()
+            size = len(message)
+            while size > 127:
+                file.write(bytes([size & 127 | 128]))
+                size >>= 7
+            file.write(bytes([size]) + message)
+
+
+def _request(texts: Sequence[str], signature: str) -> predict_pb2.PredictRequest:
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name = MODEL
+    request.model_spec.signature_name = signature
+    tensor = request.inputs["query"]
+    tensor.dtype = types_pb2.DT_STRING
+    tensor.tensor_shape.dim.add(size=len(texts))
+    tensor.string_val.extend(text.encode() for text in texts)
+    return request
+
+
+def queries(count: int = 1000) -> list[str]:
+    """Texts as long as searches are."""
+    words = ["red", "running", "shoes", "steel", "garden", "chair", "12v", "cordless", "drill", "lamp", "oak"]
+    return [" ".join(words[(i * 7 + k * k) % len(words)] for k in range(2 + i % 4)) + f" {i}" for i in range(count)]
+
+
+def hardware() -> dict[str, Any]:
+    return report.hardware("dpsr", "tensorflow", "grpcio", "protobuf")

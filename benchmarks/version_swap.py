@@ -1,0 +1,138 @@
+"""The model server while new versions of its model come and old ones go, under steady load.
+
+    python benchmarks/version_swap.py --json [--quick]
+
+An open loop of requests (latencies count from when a request was due) runs for a while on one version, then through
+--versions swaps: a version is published, the server loads it, and unloads the one before. `failed` counts requests of
+both phases that did not succeed. Memory is read when a version has gone: after the first swap, and after the last.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+import report
+import servers
+from absl import app, flags
+from tensorflow_serving.apis import get_model_status_pb2, model_service_pb2_grpc
+
+PATIENCE_S = 120.0
+WORKLOAD = "swaps"
+
+
+def publish(saved: Path, base_path: Path, version: int) -> None:
+    """Puts `saved` in place at once; its files are linked, so that copying does not compete for the machine."""
+    hidden = base_path / f".{version}.tmp"
+    shutil.copytree(saved, hidden, copy_function=os.link)
+    hidden.rename(base_path / str(version))
+
+
+def await_swap(target: str, version: int) -> None:
+    """Returns when `version` answers, and the one before has been unloaded."""
+    state = get_model_status_pb2.ModelVersionStatus.State
+    request = get_model_status_pb2.GetModelStatusRequest()
+    request.model_spec.name = servers.MODEL
+    end = time.monotonic() + PATIENCE_S
+    with grpc.insecure_channel(target) as channel:
+        stub = model_service_pb2_grpc.ModelServiceStub(channel)
+        while True:
+            response = stub.GetModelStatus(request, timeout=PATIENCE_S)
+            states = {status.version: status.state for status in response.model_version_status}
+            if states.get(version) == state.AVAILABLE and states.get(version - 1, state.END) == state.END:
+                return
+            if time.monotonic() > end:
+                raise RuntimeError(f"version {version} did not take over: {states}")
+            time.sleep(0.02)
+
+
+def measure(
+    result: report.Report,
+    folder: Path,
+    versions: int,
+    rate: float,
+    interval: float,
+    megabytes: float,
+    flags_: list[str],
+) -> None:
+    saved, base_path, requests = folder / "saved", folder / "model", folder / "requests"
+    base_path.mkdir()
+    servers.write_model(saved, megabytes=megabytes)
+    servers.write_requests(requests, servers.queries())
+    publish(saved, base_path, 1)
+    load = [f"--rate={rate}", f"--seconds={versions * interval}"]
+    memory: dict[int, float] = {}
+    durations = []
+    with servers.model_server(base_path, *flags_) as server, concurrent.futures.ThreadPoolExecutor(1) as threads:
+        (steady,) = servers.load(
+            server, requests, load[0], f"--seconds={min(10.0, versions * interval)}", "--warmup_seconds=2"
+        )
+        begin = time.monotonic()
+        running = threads.submit(servers.load, server, requests, *load, "--warmup_seconds=0")
+        for swap in range(1, versions + 1):
+            time.sleep(max(0.0, begin + (swap - 1) * interval - time.monotonic()))
+            published = time.monotonic()
+            publish(saved, base_path, swap + 1)
+            await_swap(server.target, swap + 1)
+            durations.append(time.monotonic() - published)
+            shutil.rmtree(base_path / str(swap))
+            time.sleep(interval / 4)
+            memory[swap + 1] = server.rss_mib()
+        (swaps,) = running.result()
+        after = server.rss_mib()
+    for name, found in (("steady", steady), ("swaps", swaps)):
+        result.add(name, WORKLOAD, "qps", found["qps"], "1/s", rate=rate)
+        for quantile in ("p50", "p99", "p99.9", "max"):
+            result.add(name, WORKLOAD, quantile, found["latency_us"][quantile] / 1e3, "ms")
+        result.add(name, WORKLOAD, "failed", found["failed"] + found["unsent"], "requests", errors=found["errors"])
+        result.add(name, WORKLOAD, "cpu", found["server_cpu_us"], "us/request")
+    result.add("swaps", WORKLOAD, "versions", versions, "versions", memory_mib=[round(m, 1) for m in memory.values()])
+    result.add("swaps", WORKLOAD, "rss_first", memory[2], "MiB")
+    result.add("swaps", WORKLOAD, "rss_last", memory[versions + 1], "MiB")
+    result.add("swaps", WORKLOAD, "rss_peak", swaps["server_peak_rss_mib"], "MiB")
+    result.add("swaps", WORKLOAD, "rss_after", after, "MiB")
+    result.add(
+        "swaps", WORKLOAD, "duration", statistics.median(durations), "s", note="publish to unloaded, polls in it"
+    )
+    result.bars = {
+        "failed": result.value("steady", WORKLOAD, "failed") + result.value("swaps", WORKLOAD, "failed"),
+        "p99_swap_over_steady": swaps["latency_us"]["p99"] / steady["latency_us"]["p99"],
+        "rss_20_over_2": memory[versions + 1] / memory[2],
+    }
+
+
+def _define_flags() -> None:
+    flags.DEFINE_boolean("json", False, "prints one JSON object as the last line")
+    flags.DEFINE_integer("versions", 20, "that come and go", lower_bound=1)
+    flags.DEFINE_float("rate", 1000, "requests a second", lower_bound=1)
+    flags.DEFINE_float("interval", 2, "seconds from one version to the next", lower_bound=0.1)
+    flags.DEFINE_float("megabytes", 50, "of variables in each version", lower_bound=0)
+    flags.DEFINE_boolean("quick", False, "three versions: shows that it works")
+    flags.DEFINE_multi_string("server_flag", [], "of the server, such as --server_flag=--enable_batching")
+
+
+def main(arguments: Sequence[str]) -> None:
+    values = flags.FLAGS
+    if arguments[1:]:
+        raise app.UsageError(f"unexpected argument '{arguments[1]}'")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    versions, interval, megabytes = (
+        (3, 1.5, 1.0) if values.quick else (values.versions, values.interval, values.megabytes)
+    )
+    rate = 200.0 if values.quick else values.rate
+    result = report.Report("version_swap", 1, servers.hardware())
+    with tempfile.TemporaryDirectory() as folder:
+        measure(result, Path(folder), versions, rate, interval, megabytes, values.server_flag)
+    result.print(values.json)
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main)

@@ -1,0 +1,465 @@
+#include "serving/model_server/inference.h"
+
+#include <algorithm>
+#include <iterator>
+#include <limits>
+#include <set>
+#include <utility>
+
+#include "serving/model_server/metrics.h"
+#include "tensorflow/core/example/example.pb.h"
+#include "tensorflow/core/framework/tensor.h"
+#include "tensorflow/core/framework/tensor_shape.h"
+#include "tensorflow/core/framework/types.h"
+#include "tokenizer_cc/status.h"
+
+namespace dpsr::serving {
+namespace {
+
+using ::tensorflow::DataType;
+using ::tensorflow::DataTypeString;
+using ::tensorflow::Tensor;
+using ::tensorflow::TensorProto;
+using ::tensorflow::tstring;
+using ::tensorflow::serving::ClassificationRequest;
+using ::tensorflow::serving::ClassificationResponse;
+using ::tensorflow::serving::ClassificationResult;
+using ::tensorflow::serving::GetModelMetadataRequest;
+using ::tensorflow::serving::GetModelMetadataResponse;
+using ::tensorflow::serving::InferenceTask;
+using ::tensorflow::serving::Input;
+using ::tensorflow::serving::ModelSpec;
+using ::tensorflow::serving::MultiInferenceRequest;
+using ::tensorflow::serving::MultiInferenceResponse;
+using ::tensorflow::serving::PredictRequest;
+using ::tensorflow::serving::PredictResponse;
+using ::tensorflow::serving::RegressionRequest;
+using ::tensorflow::serving::RegressionResponse;
+using ::tensorflow::serving::RegressionResult;
+
+// Names that TensorFlow gives the methods, inputs and outputs of these signatures.
+constexpr char kClassifyMethod[] = "tensorflow/serving/classify";
+constexpr char kRegressMethod[] = "tensorflow/serving/regress";
+constexpr char kInputs[] = "inputs";
+constexpr char kClasses[] = "classes";
+constexpr char kScores[] = "scores";
+constexpr char kOutputs[] = "outputs";
+constexpr char kSignatureDef[] = "signature_def";
+
+// A tensor message may claim more elements than it carries: TensorFlow repeats the last value. Up to this size it may;
+// beyond, each byte of the message stands for at most kMaxBytesPerMessageByte of the tensor. No message that carries
+// all its elements exceeds that: the extreme is an empty string in tensor_content, 1 byte there and 24 in memory.
+constexpr int64_t kMaxRepeatedBytes = int64_t{64} << 20;
+constexpr int64_t kMaxBytesPerMessageByte = 32;
+
+// Protobuf can neither hold nor send more, and checks that with an abort.
+constexpr size_t kMaxResponseBytes = std::numeric_limits<int32_t>::max();
+// A message is at most ten times as large as its tensors (an int8 that is negative): below this, no need to count.
+constexpr size_t kSmallResponseBytes = kMaxResponseBytes / 16;
+
+tensorflow::Status TooLarge() {
+  return absl::ResourceExhaustedError(StrCat("the answer is larger than ", kMaxResponseBytes,
+                                             " bytes, the most that a message holds; ask for less, or for fewer "
+                                             "outputs with output_filter"));
+}
+
+tensorflow::Status InvalidArgument(const std::string& message) { return absl::InvalidArgumentError(message); }
+
+using Names = std::set<std::string>;
+
+Names NamesOf(const std::vector<Endpoint>& endpoints) {
+  Names names;
+  for (const Endpoint& endpoint : endpoints) names.insert(endpoint.alias);
+  return names;
+}
+
+Names NamesOf(const PredictRequest& request) {
+  Names names;
+  for (const auto& input : request.inputs()) names.insert(input.first);
+  return names;
+}
+
+std::string Join(const Names& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ",") + name;
+  return text;
+}
+
+Names Difference(const Names& left, const Names& right) {
+  Names result;
+  std::set_difference(left.begin(), left.end(), right.begin(), right.end(), std::inserter(result, result.end()));
+  return result;
+}
+
+// The request's inputs as a session takes them, in the signature's order.
+tensorflow::Status ReadInputs(const Signature& signature, const PredictRequest& request,
+                              Feeds* feeds) {
+  if (request.inputs().size() != signature.inputs.size()) {
+    const Names sent = NamesOf(request);
+    const Names expected = NamesOf(signature.inputs);
+    return InvalidArgument(StrCat("input size does not match signature: ", sent.size(), "!=", expected.size(), " len({",
+                                  Join(sent), "}) != len({", Join(expected), "}). Sent extra: {",
+                                  Join(Difference(sent, expected)), "}. Missing but required: {",
+                                  Join(Difference(expected, sent)), "}."));
+  }
+  feeds->reserve(signature.inputs.size());
+  for (const Endpoint& input : signature.inputs) {
+    const auto sent = request.inputs().find(input.alias);
+    if (sent == request.inputs().end()) {
+      return InvalidArgument(StrCat("Signature input alias: ", input.alias, "(feed name: ", input.tensor,
+                                    ") not found in request and no default value provided. Inputs expected to be in "
+                                    "the request {",
+                                    Join(NamesOf(request)), "}, or default input alias set: "));
+    }
+    Tensor tensor;
+    TF_RETURN_IF_ERROR(ParseTensor(input.alias, sent->second, &tensor));
+    // Before the session, whose own check speaks of the feeds in an order of its own.
+    if (input.dtype != tensorflow::DT_INVALID && tensor.dtype() != input.dtype) {
+      return InvalidArgument(StrCat("Expects arg[", feeds->size(), "] to be ", DataTypeString(input.dtype), " but ",
+                                    DataTypeString(tensor.dtype()), " is provided"));
+    }
+    feeds->emplace_back(input.tensor, std::move(tensor));
+  }
+  return tensorflow::OkStatus();
+}
+
+// The places in `signature.outputs` of those that `filter` asks for, ascending; all of them where it is empty.
+tensorflow::Status SelectOutputs(const Signature& signature,
+                                 const google::protobuf::RepeatedPtrField<std::string>& filter,
+                                 std::vector<size_t>* outputs) {
+  Names wanted;
+  for (const std::string& alias : filter) {
+    const auto same = [&](const Endpoint& output) { return output.alias == alias; };
+    if (std::none_of(signature.outputs.begin(), signature.outputs.end(), same)) {
+      return InvalidArgument(StrCat("output tensor alias not found in signature: ", alias,
+                                    " Outputs expected to be in the set {", Join(NamesOf(signature.outputs)), "}."));
+    }
+    if (!wanted.insert(alias).second) return InvalidArgument("duplicate output tensor alias: " + alias);
+  }
+  for (size_t i = 0; i < signature.outputs.size(); ++i) {
+    if (wanted.empty() || wanted.count(signature.outputs[i].alias) > 0) outputs->push_back(i);
+  }
+  return tensorflow::OkStatus();
+}
+
+void SetSpec(const Servable& servable, const std::string& signature, ModelSpec* spec) {
+  spec->set_name(servable.name());
+  spec->set_signature_name(signature);
+  spec->mutable_version()->set_value(servable.version());
+}
+
+const Endpoint* FindEndpoint(const std::vector<Endpoint>& endpoints, const std::string& alias) {
+  const auto found =
+      std::find_if(endpoints.begin(), endpoints.end(), [&](const Endpoint& e) { return e.alias == alias; });
+  return found == endpoints.end() ? nullptr : &*found;
+}
+
+// The examples of a request as the graph parses them: serialized, string [examples]. A context, which all share, stands
+// before each example's own features: parsing merges the two.
+tensorflow::Status ReadExamples(const Input& input, Tensor* examples) {
+  std::string context;
+  const google::protobuf::RepeatedPtrField<tensorflow::Example>* list = nullptr;
+  if (input.kind_case() == Input::kExampleList) list = &input.example_list().examples();
+  if (input.kind_case() == Input::kExampleListWithContext) {
+    list = &input.example_list_with_context().examples();
+    context = input.example_list_with_context().context().SerializeAsString();
+  }
+  if (list == nullptr || list->empty()) return InvalidArgument("Input is empty.");
+  const int64_t repeated_bytes = static_cast<int64_t>(context.size()) * list->size();
+  if (repeated_bytes > std::max(kMaxRepeatedBytes, kMaxBytesPerMessageByte * static_cast<int64_t>(input.ByteSizeLong()))) {
+    return InvalidArgument(StrCat("a context of ", context.size(), " bytes for each of ", list->size(),
+                                  " examples is too much; send fewer examples at a time"));
+  }
+  *examples = Tensor(tensorflow::DT_STRING, tensorflow::TensorShape({list->size()}));
+  for (int i = 0; i < list->size(); ++i) examples->vec<tstring>()(i) = context + list->at(i).SerializeAsString();
+  return tensorflow::OkStatus();
+}
+
+tensorflow::Status FindSignature(const Servable& servable, const std::string& name, const Signature** signature) {
+  *signature = servable.FindSignature(name);
+  if (*signature != nullptr) return tensorflow::OkStatus();
+  return InvalidArgument("No signature was found with the name: " + (name.empty() ? "serving_default" : name));
+}
+
+// Of what kind the signature says it is, where the server is told to look at that.
+tensorflow::Status CheckMethod(const Servable& servable, const Signature& signature, const char* what,
+                               const char* method) {
+  if (!servable.check_method_names() || signature.method == method) return tensorflow::OkStatus();
+  return InvalidArgument(
+      StrCat("Expected ", what, " signature method_name to be ", method, ". Was: ", signature.method));
+}
+
+// What one task fetches: the outputs of a signature that takes examples.
+tensorflow::Status CheckClassify(const Servable& servable, const Signature& signature) {
+  TF_RETURN_IF_ERROR(CheckMethod(servable, signature, "classification", kClassifyMethod));
+  if (signature.inputs.size() != 1) return InvalidArgument("Expected one input Tensor.");
+  if (signature.outputs.empty() || signature.outputs.size() > 2) {
+    return InvalidArgument(StrCat("Expected one or two output Tensors, found ", signature.outputs.size()));
+  }
+  if (signature.inputs[0].alias != kInputs) {
+    return InvalidArgument(StrCat("No classification inputs found in SignatureDef: ", signature.name));
+  }
+  for (const Endpoint& output : signature.outputs) {
+    if (output.alias == kClasses || output.alias == kScores) continue;
+    return InvalidArgument(StrCat("Expected classification signature outputs to be \"classes\" and \"scores\", found \"",
+                                  output.alias, "\" in signature ", signature.name));
+  }
+  return tensorflow::OkStatus();
+}
+
+tensorflow::Status CheckRegress(const Servable& servable, const Signature& signature) {
+  TF_RETURN_IF_ERROR(CheckMethod(servable, signature, "regression", kRegressMethod));
+  if (signature.inputs.size() != 1) return InvalidArgument("Expected one input Tensor.");
+  if (signature.outputs.size() != 1) return InvalidArgument("Expected one output Tensor.");
+  if (signature.inputs[0].alias != kInputs) {
+    return InvalidArgument(StrCat("No regression inputs found in SignatureDef: ", signature.name));
+  }
+  if (signature.outputs[0].alias != kOutputs) {
+    return InvalidArgument(StrCat("No regression outputs found in SignatureDef: ", signature.name));
+  }
+  return tensorflow::OkStatus();
+}
+
+tensorflow::Status CheckOutput(const Tensor& tensor, DataType dtype, int64_t examples, const char* what) {
+  if (tensor.dtype() != dtype) {
+    return InvalidArgument(StrCat("Expected ", what, " Tensor of ", DataTypeString(dtype), ". Got: ",
+                                  DataTypeString(tensor.dtype())));
+  }
+  if (tensor.dims() == 0 || tensor.dim_size(0) != examples) {
+    return InvalidArgument(StrCat("Expected ", what, " output batch size of ", examples, ". Got: ",
+                                  tensor.shape().DebugString()));
+  }
+  return tensorflow::OkStatus();
+}
+
+// `classes` and `scores` [examples, n]; either may be null.
+tensorflow::Status WriteClasses(const Tensor* classes, const Tensor* scores, int64_t examples,
+                                ClassificationResult* result) {
+  int64_t n = -1;
+  for (auto [tensor, dtype, what] : {std::make_tuple(classes, tensorflow::DT_STRING, "classes"),
+                                     std::make_tuple(scores, tensorflow::DT_FLOAT, "scores")}) {
+    if (tensor == nullptr) continue;
+    TF_RETURN_IF_ERROR(CheckOutput(*tensor, dtype, examples, what));
+    if (tensor->dims() != 2) {
+      return InvalidArgument(StrCat("Expected Tensor shape: [batch_size num_classes] but got ",
+                                    tensor->shape().DebugString()));
+    }
+    if (n != -1 && tensor->dim_size(1) != n) {
+      return InvalidArgument(StrCat("Expected class and score outputs to have the same second dimension. Got ", n,
+                                    " and ", tensor->dim_size(1)));
+    }
+    n = tensor->dim_size(1);
+  }
+  for (int64_t i = 0; i < examples; ++i) {
+    auto* row = result->add_classifications();
+    for (int64_t j = 0; j < n; ++j) {
+      auto* entry = row->add_classes();
+      if (classes != nullptr) entry->set_label(std::string(classes->matrix<tstring>()(i, j)));
+      if (scores != nullptr) entry->set_score(scores->matrix<float>()(i, j));
+    }
+  }
+  return tensorflow::OkStatus();
+}
+
+tensorflow::Status WriteValues(const Tensor& values, int64_t examples, RegressionResult* result) {
+  TF_RETURN_IF_ERROR(CheckOutput(values, tensorflow::DT_FLOAT, examples, "output"));
+  if (values.dims() != 1 && !(values.dims() == 2 && values.dim_size(1) == 1)) {
+    return InvalidArgument(StrCat("Expected output Tensor shape to be either [batch_size] or [batch_size, 1] but got ",
+                                  values.shape().DebugString()));
+  }
+  for (int64_t i = 0; i < examples; ++i) result->add_regressions()->set_value(values.flat<float>()(i));
+  return tensorflow::OkStatus();
+}
+
+std::vector<size_t> AllOutputs(const Signature& signature) {
+  std::vector<size_t> outputs(signature.outputs.size());
+  for (size_t i = 0; i < outputs.size(); ++i) outputs[i] = i;
+  return outputs;
+}
+
+// Runs `signature` on the examples of `input`.
+tensorflow::Status RunOnExamples(const Servable& servable, const Signature& signature, const Input& input,
+                                 Deadline deadline, int64_t* examples, std::vector<Tensor>* results) {
+  Feeds feeds(1);
+  feeds[0].first = signature.inputs[0].tensor;
+  TF_RETURN_IF_ERROR(ReadExamples(input, &feeds[0].second));
+  *examples = feeds[0].second.NumElements();
+  RecordExamples(servable.name(), *examples);
+  return servable.Run(signature, feeds, AllOutputs(signature), deadline, results);
+}
+
+const Tensor* Find(const Signature& signature, const std::vector<Tensor>& results, const std::string& alias) {
+  const Endpoint* output = FindEndpoint(signature.outputs, alias);
+  return output == nullptr ? nullptr : &results[output - signature.outputs.data()];
+}
+
+}  // namespace
+
+tensorflow::Status ParseTensor(const std::string& alias, const TensorProto& proto, Tensor* tensor) {
+  const std::string error = "tensor parsing error: " + alias;
+  // Handles to resources and arbitrary C++ objects have no business in a request.
+  if (proto.dtype() == tensorflow::DT_RESOURCE || proto.dtype() == tensorflow::DT_VARIANT) {
+    return InvalidArgument(error);
+  }
+  // Refuses negative and unknown dimensions, too many of them, and products beyond int64.
+  tensorflow::TensorShape shape;
+  if (!tensorflow::TensorShape::BuildTensorShape(proto.tensor_shape(), &shape).ok()) return InvalidArgument(error);
+  const int64_t element_bytes = std::max(1, tensorflow::DataTypeSize(proto.dtype()));
+  const int64_t allowed_bytes =
+      std::max(kMaxRepeatedBytes, kMaxBytesPerMessageByte * static_cast<int64_t>(proto.ByteSizeLong()));
+  if (shape.num_elements() > allowed_bytes / element_bytes) {
+    return InvalidArgument(StrCat(error, ": the shape ", shape.DebugString(), " of ", DataTypeString(proto.dtype()),
+                                  " needs more than ", allowed_bytes, " bytes, far more than the message carries (",
+                                  proto.ByteSizeLong(), " bytes); send every element"));
+  }
+  return tensor->FromProto(proto) ? tensorflow::OkStatus() : InvalidArgument(error);
+}
+
+tensorflow::Status Predict(const Servable& servable, const PredictRequest& request, Deadline deadline,
+                           PredictResponse* response) {
+  const std::string& asked = request.model_spec().signature_name();
+  const Signature* signature = servable.FindSignature(asked);
+  if (signature == nullptr) {
+    return absl::FailedPreconditionError("Serving signature key \"" + (asked.empty() ? "serving_default" : asked) +
+                                         "\" not found.");
+  }
+  Feeds feeds;
+  TF_RETURN_IF_ERROR(ReadInputs(*signature, request, &feeds));
+  std::vector<size_t> wanted;
+  TF_RETURN_IF_ERROR(SelectOutputs(*signature, request.output_filter(), &wanted));
+  std::vector<Tensor> results;
+  TF_RETURN_IF_ERROR(servable.Run(*signature, feeds, wanted, deadline, &results));
+
+  SetSpec(servable, signature->name, response->mutable_model_spec());
+  size_t tensor_bytes = 0;
+  for (const Tensor& result : results) tensor_bytes += result.TotalBytes();
+  if (tensor_bytes > kMaxResponseBytes) return TooLarge();
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    TensorProto* proto = &(*response->mutable_outputs())[signature->outputs[wanted[i]].alias];
+    if (servable.tensor_content()) {
+      results[i].AsProtoTensorContent(proto);
+    } else {
+      results[i].AsProtoField(proto);
+    }
+  }
+  if (tensor_bytes > kSmallResponseBytes && response->ByteSizeLong() > kMaxResponseBytes) return TooLarge();
+  return tensorflow::OkStatus();
+}
+
+tensorflow::Status Classify(const Servable& servable, const ClassificationRequest& request, Deadline deadline,
+                            ClassificationResponse* response) {
+  const Signature* signature;
+  TF_RETURN_IF_ERROR(FindSignature(servable, request.model_spec().signature_name(), &signature));
+  TF_RETURN_IF_ERROR(CheckClassify(servable, *signature));
+  int64_t examples;
+  std::vector<Tensor> results;
+  TF_RETURN_IF_ERROR(RunOnExamples(servable, *signature, request.input(), deadline, &examples, &results));
+  SetSpec(servable, signature->name, response->mutable_model_spec());
+  TF_RETURN_IF_ERROR(WriteClasses(Find(*signature, results, kClasses), Find(*signature, results, kScores), examples,
+                                  response->mutable_result()));
+  return response->ByteSizeLong() > kMaxResponseBytes ? TooLarge() : tensorflow::OkStatus();
+}
+
+tensorflow::Status Regress(const Servable& servable, const RegressionRequest& request, Deadline deadline,
+                           RegressionResponse* response) {
+  const Signature* signature;
+  TF_RETURN_IF_ERROR(FindSignature(servable, request.model_spec().signature_name(), &signature));
+  TF_RETURN_IF_ERROR(CheckRegress(servable, *signature));
+  int64_t examples;
+  std::vector<Tensor> results;
+  TF_RETURN_IF_ERROR(RunOnExamples(servable, *signature, request.input(), deadline, &examples, &results));
+  SetSpec(servable, signature->name, response->mutable_model_spec());
+  return WriteValues(results[0], examples, response->mutable_result());
+}
+
+tensorflow::Status MultiInference(const Servable& servable, const MultiInferenceRequest& request, Deadline deadline,
+                                  MultiInferenceResponse* response) {
+  // One run for all tasks: they read the same examples, and most share their layers.
+  std::vector<const Signature*> signatures;
+  std::vector<std::string> fetches;
+  std::set<std::string> names;
+  for (const InferenceTask& task : request.tasks()) {
+    const Signature* signature;
+    TF_RETURN_IF_ERROR(FindSignature(servable, task.model_spec().signature_name(), &signature));
+    if (!names.insert(signature->name).second) {
+      return InvalidArgument("Duplicate evaluation of signature: " + signature->name);
+    }
+    if (task.method_name() == kClassifyMethod) {
+      TF_RETURN_IF_ERROR(CheckClassify(servable, *signature));
+    } else if (task.method_name() == kRegressMethod) {
+      TF_RETURN_IF_ERROR(CheckRegress(servable, *signature));
+    } else {
+      return absl::UnimplementedError("Unsupported signature method_name: " + task.method_name());
+    }
+    if (!signatures.empty() && signature->inputs[0].tensor != signatures[0]->inputs[0].tensor) {
+      return InvalidArgument("Input tensor must be the same for all Signatures.");
+    }
+    signatures.push_back(signature);
+    for (const Endpoint& output : signature->outputs) fetches.push_back(output.tensor);
+  }
+  if (signatures.empty()) return InvalidArgument("MultiInferenceRequest has no tasks, expected at least one");
+  Feeds feeds(1);
+  feeds[0].first = signatures[0]->inputs[0].tensor;
+  TF_RETURN_IF_ERROR(ReadExamples(request.input(), &feeds[0].second));
+  const int64_t examples = feeds[0].second.NumElements();
+  RecordExamples(servable.name(), examples);
+  std::vector<Tensor> all;
+  TF_RETURN_IF_ERROR(servable.Run(feeds, fetches, deadline, &all));
+  auto next = all.begin();
+  for (const Signature* signature : signatures) {
+    const std::vector<Tensor> results(next, next + signature->outputs.size());
+    next += signature->outputs.size();
+    auto* result = response->add_results();
+    SetSpec(servable, signature->name, result->mutable_model_spec());
+    const bool classifies = FindEndpoint(signature->outputs, kOutputs) == nullptr;
+    TF_RETURN_IF_ERROR(classifies ? WriteClasses(Find(*signature, results, kClasses), Find(*signature, results, kScores),
+                                                 examples, result->mutable_classification_result())
+                                  : WriteValues(results[0], examples, result->mutable_regression_result()));
+  }
+  return response->ByteSizeLong() > kMaxResponseBytes ? TooLarge() : tensorflow::OkStatus();
+}
+
+tensorflow::Status GetModelMetadata(const Servable& servable, const GetModelMetadataRequest&,
+                                    GetModelMetadataResponse* response) {
+  response->mutable_model_spec()->set_name(servable.name());
+  response->mutable_model_spec()->mutable_version()->set_value(servable.version());
+  tensorflow::serving::SignatureDefMap map;
+  *map.mutable_signature_def() = servable.signature_defs();
+  (*response->mutable_metadata())[kSignatureDef].PackFrom(map);
+  return tensorflow::OkStatus();
+}
+
+tensorflow::Status CheckMetadataFields(const GetModelMetadataRequest& request) {
+  if (request.metadata_field().empty()) {
+    return InvalidArgument("GetModelMetadataRequest must specify at least one metadata_field");
+  }
+  for (const std::string& field : request.metadata_field()) {
+    if (field != kSignatureDef) return InvalidArgument(StrCat("Metadata field ", field, " is not supported"));
+  }
+  return tensorflow::OkStatus();
+}
+
+const ModelSpec* SpecOf(const MultiInferenceRequest& request, tensorflow::Status* status) {
+  *status = tensorflow::OkStatus();
+  const ModelSpec* first = nullptr;
+  for (const InferenceTask& task : request.tasks()) {
+    if (!task.has_model_spec()) {
+      *status = InvalidArgument("Missing ModelSpec");
+      return nullptr;
+    }
+    if (task.model_spec().name().empty()) {
+      *status = InvalidArgument("Found ModelSpec with an empty model name.");
+      return nullptr;
+    }
+    if (first == nullptr) first = &task.model_spec();
+    if (task.model_spec().name() != first->name()) {
+      *status = InvalidArgument(
+          "All ModelSpecs in a MultiInferenceRequest must access the same model name.");
+      return nullptr;
+    }
+  }
+  if (first == nullptr) *status = InvalidArgument("MultiInferenceRequest has no tasks, expected at least one");
+  return first;
+}
+
+}  // namespace dpsr::serving

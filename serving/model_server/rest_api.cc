@@ -1,0 +1,222 @@
+#include "serving/model_server/rest_api.h"
+
+#include <algorithm>
+#include <cctype>
+#include <charconv>
+#include <exception>
+#include <string_view>
+#include <utility>
+
+#include "google/protobuf/util/json_util.h"
+#include "serving/model_server/json_tensor.h"
+#include "serving/model_server/metrics.h"
+#include "tokenizer_cc/status.h"
+
+namespace dpsr::serving {
+namespace {
+
+using ::tensorflow::serving::ModelSpec;
+
+constexpr char kEntrypoint[] = "REST";
+constexpr char kText[] = "text/plain; charset=utf-8";
+
+int HttpStatus(const tensorflow::Status& status) {
+  switch (status.code()) {
+    case absl::StatusCode::kOk:
+      return 200;
+    case absl::StatusCode::kInvalidArgument:
+    case absl::StatusCode::kFailedPrecondition:
+    case absl::StatusCode::kOutOfRange:
+      return 400;
+    case absl::StatusCode::kUnauthenticated:
+      return 401;
+    case absl::StatusCode::kPermissionDenied:
+      return 403;
+    case absl::StatusCode::kNotFound:
+      return 404;
+    case absl::StatusCode::kAlreadyExists:
+    case absl::StatusCode::kAborted:
+      return 409;
+    case absl::StatusCode::kResourceExhausted:
+      return 429;
+    case absl::StatusCode::kCancelled:
+      return 499;
+    case absl::StatusCode::kUnimplemented:
+      return 501;
+    case absl::StatusCode::kUnavailable:
+      return 503;
+    case absl::StatusCode::kDeadlineExceeded:
+      return 504;
+    default:
+      return 500;
+  }
+}
+
+bool EqualsIgnoringCase(std::string_view left, std::string_view right) {
+  return left.size() == right.size() && std::equal(left.begin(), left.end(), right.begin(), [](char a, char b) {
+           return std::tolower(static_cast<unsigned char>(a)) == std::tolower(static_cast<unsigned char>(b));
+         });
+}
+
+// Takes `prefix` off the front of `text`, in any case of letters.
+bool Consume(std::string_view* text, std::string_view prefix) {
+  if (text->size() < prefix.size() || !EqualsIgnoringCase(text->substr(0, prefix.size()), prefix)) return false;
+  text->remove_prefix(prefix.size());
+  return true;
+}
+
+// Takes what stands before the next '/' or ':'.
+std::string TakeName(std::string_view* text) {
+  const size_t end = std::min(text->find_first_of("/:"), text->size());
+  std::string name(text->substr(0, end));
+  text->remove_prefix(end);
+  return name;
+}
+
+tensorflow::Status Malformed(const RestRequest& request) {
+  return absl::InvalidArgumentError("Malformed request: " + request.method + " " + request.path);
+}
+
+// Reads `M[/versions/N|/labels/L]` off the front of `path`.
+tensorflow::Status ReadSpec(const RestRequest& request, std::string_view* path, ModelSpec* spec) {
+  spec->set_name(TakeName(path));
+  if (spec->name().empty()) return absl::InvalidArgumentError("Missing model name in request.");
+  if (Consume(path, "/versions/")) {
+    const std::string text = TakeName(path);
+    int64_t version = 0;
+    const char* end = text.data() + text.size();
+    const auto [stop, error] = std::from_chars(text.data(), end, version);
+    const bool digits = !text.empty() && std::all_of(text.begin(), text.end(), [](unsigned char c) { return std::isdigit(c); });
+    if (!digits) return Malformed(request);
+    if (error != std::errc() || stop != end) {
+      return absl::InvalidArgumentError("Failed to convert version: " + text + " to numeric.");
+    }
+    spec->mutable_version()->set_value(version);
+  } else if (Consume(path, "/labels/")) {
+    spec->set_version_label(TakeName(path));
+    if (spec->version_label().empty()) return Malformed(request);
+  }
+  return tensorflow::OkStatus();
+}
+
+tensorflow::Status ToJson(const google::protobuf::Message& message, std::string* text) {
+  google::protobuf::util::JsonPrintOptions options;
+  options.add_whitespace = true;
+  options.always_print_primitive_fields = true;
+  options.preserve_proto_field_names = true;
+  const auto status = google::protobuf::util::MessageToJsonString(message, text, options);
+  if (status.ok()) return tensorflow::OkStatus();
+  return absl::InternalError("the answer cannot be written as JSON: " + std::string(status.message()));
+}
+
+}  // namespace
+
+RestReply RestApi::Answer(const RestRequest& request) const {
+  RestReply reply;
+  tensorflow::Status status;
+  try {
+    if (request.path == "/healthz") return {200, kText, "ok\n"};
+    if (request.path == "/readyz") {
+      const bool ready = handler_->models().AllAvailable();
+      return {ready ? 200 : 503, kText, ready ? "ok\n" : "a model is not available\n"};
+    }
+    if (!metrics_path_.empty() && request.path == metrics_path_) {
+      if (request.method != "GET") return {405, kText, "expected GET\n"};
+      SetInFlight(workers_->num_running(), workers_->num_queued());
+      return {200, "text/plain; version=0.0.4", PrometheusText()};
+    }
+    std::string_view path = request.path;
+    if (!Consume(&path, "/v1/") && !EqualsIgnoringCase(path, "/v1")) {
+      return {404, "application/json", WriteErrorJson("Not found: " + request.method + " " + request.path)};
+    }
+    status = AnswerModel(request, &reply.body);
+  } catch (const std::exception& error) {
+    status = absl::InternalError(StrCat("the request ended with an exception: ", error.what()));
+  }
+  reply.status = HttpStatus(status);
+  if (!status.ok()) reply.body = WriteErrorJson(std::string(status.message()));
+  return reply;
+}
+
+tensorflow::Status RestApi::AnswerModel(const RestRequest& request, std::string* body) const {
+  std::string_view path = request.path;
+  if (request.method != "GET" && request.method != "POST") return Malformed(request);
+  if (EqualsIgnoringCase(path, "/v1/models") || EqualsIgnoringCase(path, "/v1/models/")) {
+    return request.method == "GET" ? absl::InvalidArgumentError("Missing model name in request.") : Malformed(request);
+  }
+  if (!Consume(&path, "/v1/models/")) return Malformed(request);
+  ModelSpec spec;
+  TF_RETURN_IF_ERROR(ReadSpec(request, &path, &spec));
+  if (request.method == "POST") {
+    for (const char* method : {"predict", "classify", "regress"}) {
+      if (EqualsIgnoringCase(path, StrCat(":", method))) return Infer(method, spec, request, body);
+    }
+    return Malformed(request);
+  }
+  if (path.empty()) {
+    tensorflow::serving::GetModelStatusRequest status;
+    tensorflow::serving::GetModelStatusResponse response;
+    // Here, unlike in gRPC, a label names a version.
+    if (!spec.version_label().empty()) {
+      std::shared_ptr<const Servable> servable;
+      TF_RETURN_IF_ERROR(handler_->models().Find(spec, &servable));
+      spec.mutable_version()->set_value(servable->version());
+    }
+    *status.mutable_model_spec() = spec;
+    TF_RETURN_IF_ERROR(handler_->GetModelStatus(status, &response));
+    return ToJson(response, body);
+  }
+  if (EqualsIgnoringCase(path, "/metadata")) {
+    tensorflow::serving::GetModelMetadataRequest metadata;
+    tensorflow::serving::GetModelMetadataResponse response;
+    *metadata.mutable_model_spec() = spec;
+    metadata.add_metadata_field("signature_def");
+    TF_RETURN_IF_ERROR(handler_->GetModelMetadata(metadata, &response));
+    // Without the type that an Any would show.
+    tensorflow::serving::SignatureDefMap signatures;
+    if (!response.metadata().at("signature_def").UnpackTo(&signatures)) {
+      return absl::InternalError("the metadata cannot be read");
+    }
+    std::string spec_json, signatures_json;
+    TF_RETURN_IF_ERROR(ToJson(response.model_spec(), &spec_json));
+    TF_RETURN_IF_ERROR(ToJson(signatures, &signatures_json));
+    *body = StrCat("{\n\"model_spec\": ", spec_json, ",\n\"metadata\": {\"signature_def\": ", signatures_json, "}\n}\n");
+    return tensorflow::OkStatus();
+  }
+  return Malformed(request);
+}
+
+tensorflow::Status RestApi::Infer(const std::string& method, const ModelSpec& spec, const RestRequest& request,
+                                  std::string* body) const {
+  if (method == "predict") {
+    // The signature, which says what the JSON means, has to be that of the version that answers.
+    return handler_->Answer(spec, "Predict", kEntrypoint, [&](const Servable& servable) {
+      tensorflow::serving::PredictRequest predict;
+      tensorflow::serving::PredictResponse response;
+      JsonFormat format;
+      TF_RETURN_IF_ERROR(ReadPredictJson(request.body, servable.signature_defs(), &predict, &format));
+      TF_RETURN_IF_ERROR(dpsr::serving::Predict(servable, predict, request.deadline, &response));
+      return WritePredictJson(response.outputs(), format, body);
+    });
+  }
+  if (method == "classify") {
+    tensorflow::serving::ClassificationRequest classify;
+    tensorflow::serving::ClassificationResponse response;
+    *classify.mutable_model_spec() = spec;
+    TF_RETURN_IF_ERROR(ReadExamplesJson(request.body, classify.mutable_model_spec()->mutable_signature_name(),
+                                        classify.mutable_input()));
+    TF_RETURN_IF_ERROR(handler_->Classify(classify, request.deadline, kEntrypoint, &response));
+    *body = WriteClassifyJson(response.result());
+    return tensorflow::OkStatus();
+  }
+  tensorflow::serving::RegressionRequest regress;
+  tensorflow::serving::RegressionResponse response;
+  *regress.mutable_model_spec() = spec;
+  TF_RETURN_IF_ERROR(ReadExamplesJson(request.body, regress.mutable_model_spec()->mutable_signature_name(),
+                                      regress.mutable_input()));
+  TF_RETURN_IF_ERROR(handler_->Regress(regress, request.deadline, kEntrypoint, &response));
+  *body = WriteRegressJson(response.result());
+  return tensorflow::OkStatus();
+}
+
+}  // namespace dpsr::serving

@@ -1,0 +1,49 @@
+// The REST API: a request's method, path and body in, status and text out. Knows no sockets.
+#ifndef DPSR_SERVING_MODEL_SERVER_REST_API_H_
+#define DPSR_SERVING_MODEL_SERVER_REST_API_H_
+
+#include <string>
+#include <utility>
+
+#include "serving/model_server/request_handler.h"
+#include "serving/model_server/worker_pool.h"
+
+namespace dpsr::serving {
+
+struct RestRequest {
+  std::string method;  // GET, POST, ...
+  std::string path;    // without the query part
+  std::string body;
+  Deadline deadline = Deadline::max();
+};
+
+struct RestReply {
+  int status = 200;
+  std::string content_type = "application/json";
+  std::string body;
+};
+
+// Thread-safe.
+class RestApi {
+ public:
+  // `metrics_path` is where the metrics stand, those of `workers` among them; empty: nowhere. `handler` and `workers` must
+  // outlive this.
+  RestApi(const RequestHandler* handler, const WorkerPool* workers, std::string metrics_path)
+      : handler_(handler), workers_(workers), metrics_path_(std::move(metrics_path)) {}
+
+  // Answers a request. No call throws.
+  RestReply Answer(const RestRequest& request) const;
+
+ private:
+  tensorflow::Status AnswerModel(const RestRequest& request, std::string* body) const;
+  tensorflow::Status Infer(const std::string& method, const tensorflow::serving::ModelSpec& spec,
+                           const RestRequest& request, std::string* body) const;
+
+  const RequestHandler* const handler_;
+  const WorkerPool* const workers_;
+  const std::string metrics_path_;
+};
+
+}  // namespace dpsr::serving
+
+#endif  // DPSR_SERVING_MODEL_SERVER_REST_API_H_

@@ -1,0 +1,59 @@
+"""The benchmarks of serving in their quick form: they run, and their figures are possible ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+pytestmark = pytest.mark.slow
+
+
+def run(name: str, *arguments: str) -> dict[str, Any]:
+    script = ROOT / "benchmarks" / f"{name}.py"
+    command = [sys.executable, script, "--json", "--quick", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert list(found) == ["benchmark", "schema", "seed", "hardware", "rows", "bars"]
+    assert found["benchmark"] == name
+    return found
+
+
+def values(found: dict[str, Any], metric: str) -> dict[tuple[str, str], float]:
+    return {(row["workload"], row["impl"]): row["value"] for row in found["rows"] if row["metric"] == metric}
+
+
+def test_model_server() -> None:
+    found = run("model_server")
+    bars = ["qps_ratio_to_python_c8", "qps_ratio_to_python_c32", "core_us_ratio_to_python", "core_us_over_session_run"]
+    assert list(found["bars"]) == bars
+    assert all(found["bars"][name] > 0 for name in bars[:3])
+    assert {row["workload"] for row in found["rows"]} == {"12kb", "fused"}
+    for load in ("closed_1", "closed_8", "closed_32", "open_half"):
+        assert set(values(found, f"{load}_failed").values()) == {0}
+        p50, p99 = values(found, f"{load}_p50"), values(found, f"{load}_p99")
+        assert all(0 < p50[key] <= p99[key] for key in p50)
+        assert all(value > 0 for value in values(found, f"{load}_cpu").values())
+    assert all(value > 5_000 for (workload, _), value in values(found, "answer").items() if workload == "12kb")
+
+
+def test_version_swap() -> None:
+    found = run("version_swap", "--server_flag=--enable_batching")
+    assert list(found["bars"]) == ["failed", "p99_swap_over_steady", "rss_20_over_2"]
+    assert found["bars"]["failed"] == 0
+    assert found["bars"]["rss_20_over_2"] > 0.5
+    assert values(found, "versions") == {("swaps", "swaps"): 3}
+
+
+def test_soak() -> None:
+    found = run("soak")
+    assert list(found["bars"]) == ["failed", "rss_end_over_begin"]
+    assert found["bars"]["failed"] == 0
+    assert 0.5 < found["bars"]["rss_end_over_begin"] < 1.5
+    assert values(found, "requests")["full_load", "dpsr"] > 0
