@@ -5,6 +5,7 @@
 # make bazel-test   the C++ cores and the op libraries, built and tested with Bazel
 # make bench-tokenizer   the tokenizer beside others (DATA=PATH: on multicpr_ecom/ and homedepot/ there)
 # make bench-store   the store beside flat examples
+# make test-distributed   the long tests of clusters
 #
 # Each target does what it needs first, and nothing twice.
 
@@ -23,7 +24,7 @@ FUZZ_TARGETS := tokenizer_fuzz tokenizer_config_fuzz vocabulary_fuzz
 SERVING_FUZZ_TARGETS := json_tensor_fuzz server_config_fuzz tensor_proto_fuzz
 
 .DELETE_ON_ERROR:
-.PHONY: setup debian native demo test test-fast test-cpp sanitize fuzz bazel-test bench-tokenizer bench-store build/offline.bazelrc lint wheel clean
+.PHONY: setup debian native demo test test-fast test-distributed test-cpp sanitize fuzz bazel-test bench-tokenizer bench-store build/offline.bazelrc lint wheel clean
 
 setup: native
 
@@ -122,7 +123,11 @@ test-fast: native
 # The fast part first: what is wrong shows early.
 test: lint test-cpp sanitize
 	$(BIN)/python -m pytest -m "not slow"
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not distributed"
+
+# Clusters of processes that are killed, stopped, and compared with local training: minutes.
+test-distributed: native
+	$(BIN)/python -m pytest -m distributed
 
 # The peers that benchmarks compare with, beside what is there.
 $(VENV)/.bench: $(VENV)/.packages

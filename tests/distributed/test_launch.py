@@ -62,6 +62,7 @@ def test_a_cluster_trains_to_its_end(launch, shop_store, tmp_path):
     exact_search(model / "best", shop_store)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("killed", ["ps", "chief"])
 def test_one_worker_and_a_kill_are_the_training_of_one_process(launch, shop_store, tmp_path, killed):
     """To the bit: variables, accumulators and the position in the log come back from the checkpoint."""
@@ -104,6 +105,7 @@ def last_step(model: Path) -> int:
     return int(tf.train.latest_checkpoint(str(model)).rpartition("-")[2])
 
 
+@pytest.mark.distributed
 def test_no_better_figures_stop_the_cluster(launch, shop_store, tmp_path):
     """Weights that hardly move: the first measurement stays the best."""
     model = tmp_path / "model"
@@ -117,6 +119,7 @@ def test_no_better_figures_stop_the_cluster(launch, shop_store, tmp_path):
     assert 600 <= last_step(model) < 1_000_000
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_who_ends_the_launcher_ends_everything(launch, shop_store, tmp_path, number):
     model = tmp_path / "model"
@@ -149,6 +152,7 @@ def test_what_is_wrong_is_said_once(launch, shop_store, tmp_path, flags, status,
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.distributed
 def test_a_task_that_fails_ends_everything(launch, shop_store, tmp_path):
     """A damaged file, found when its bytes are read: who meets it says so, and nothing is started again."""
     store = tmp_path / "store"
@@ -164,6 +168,7 @@ def test_a_task_that_fails_ends_everything(launch, shop_store, tmp_path):
     assert f"{path}: " in cluster.text(), "whichever meets it first says which file"
 
 
+@pytest.mark.distributed
 def test_the_restarts_are_used_up(launch, shop_store, tmp_path):
     cluster = launch(
         "--ps=1", "--workers=1", f"--store={shop_store.path}", f"--out={tmp_path / 'model'}", "--max_restarts=0"
@@ -174,6 +179,7 @@ def test_the_restarts_are_used_up(launch, shop_store, tmp_path):
     assert cluster.lines[-1] == "dpsr launch: error: chief 0 was ended by SIGKILL, and --max_restarts is used up"
 
 
+@pytest.mark.distributed
 def test_recall_is_that_of_local_training(launch, shop_store, tmp_path):
     """Three seeds of 2 workers and 2 ps against three of one process: less than two pooled standard deviations."""
     recalls: dict[str, list[float]] = {"local": [], "cluster": []}
