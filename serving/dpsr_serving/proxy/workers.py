@@ -51,6 +51,12 @@ class Settings:
         return parse_config(json.dumps({"default": {"backends": [self.backend]}}))
 
 
+def _say(text: str) -> None:
+    """A line to standard error. Whoever reads it may be gone, which must not end what keeps the workers running."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 async def serve_alone(settings: Settings, config: ProxyConfig) -> None:
     """Serves in this process until SIGTERM or SIGINT. Raises CommandError where it cannot."""
     server = await _start(settings, config, share_port=False)
@@ -196,10 +202,10 @@ async def _serve(settings: Settings, server: Any, signals: _Signals) -> None:
             server.reload(load_config(Path(path)))
         except (UsageError, ValueError, OSError) as error:
             server.metrics.count("dpsr_proxy_config_reloads_total", ("refused",))
-            print(f"dpsr proxy: {error}; going on with the configuration before", file=sys.stderr, flush=True)
+            _say(f"dpsr proxy: {error}; going on with the configuration before")
         else:
             server.metrics.count("dpsr_proxy_config_reloads_total", ("ok",))
-            print(f"dpsr proxy: {path}: taken over", file=sys.stderr, flush=True)
+            _say(f"dpsr proxy: {path}: taken over")
     signals.forget()
     await server.stop(settings.drain_s)
 
@@ -270,7 +276,7 @@ class _Worker:
         while True:
             assert self._process is not None
             status = await self._process.wait()
-            print(f"dpsr proxy: a worker ended with status {status}; starting another", file=sys.stderr, flush=True)
+            _say(f"dpsr proxy: a worker ended with status {status}; starting another")
             await asyncio.sleep(_RESTART_S)
             if self._writer is not None:
                 self._writer.close()
@@ -278,7 +284,7 @@ class _Worker:
             try:
                 await self.start()
             except CommandError as error:
-                print(f"dpsr proxy: {error}", file=sys.stderr, flush=True)
+                _say(f"dpsr proxy: {error}")
 
     async def report(self) -> tuple[bool, str]:
         """Whether it takes requests, and its metrics; not, and none, where it does not answer."""
