@@ -346,7 +346,7 @@ def _generated(seed: int) -> dict[str, list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         generate(Parameters(seed=seed, items=GENERATED_ITEMS), Path(folder))
         titles = pyarrow.parquet.read_table(Path(folder) / "items.parquet")["title"].to_pylist()
-        queries = pyarrow.parquet.read_table(Path(folder) / "interactions.parquet")["query"].to_pylist()
+        queries = pyarrow.parquet.read_table(Path(folder) / "interactions")["query"].to_pylist()
     unique = list(dict.fromkeys(queries))
     return {
         "generated_chinese_queries": [text for text in unique if not text.isascii()],

@@ -150,7 +150,7 @@ def test_approximate_index_reports_the_recall_it_has(job: Job, tmp_path: Path, c
         config.replace("factory: Flat", "factory: IVF16,Flat").replace("parameters: ''", "parameters: nprobe=16")
     )
     assert main([*arguments, "--overwrite"]) == 0
-    assert narrow < 0.9 and json.loads((tmp_path / "index" / "index.json").read_text())["ann_recall@100"] == 1.0
+    assert narrow < 0.99 and json.loads((tmp_path / "index" / "index.json").read_text())["ann_recall@100"] == 1.0
     (model / "config.yaml").write_text(config.replace("factory: Flat", "factory: Flatt"))
     capsys.readouterr()
     assert main([*arguments, "--overwrite"]) == 1
