@@ -78,6 +78,7 @@ def test_one_worker_and_a_kill_are_the_training_of_one_process(launch, shop_stor
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
+@pytest.mark.distributed
 def test_training_goes_on_without_whom_is_killed(launch, shop_store, tmp_path):
     """A worker, then a parameter server, of two each."""
     model, options = tmp_path / "model", ["train.steps=5000", "train.checkpoint_steps=200"]
