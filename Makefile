@@ -17,8 +17,8 @@ OUT ?=
 FUZZ_RUNS ?= 1000000
 
 DEBIAN_PACKAGES := build-essential cmake ninja-build pkg-config libgrpc++-dev libgrpc-dev protobuf-compiler \
-	protobuf-compiler-grpc libutf8proc-dev libxxhash-dev libgtest-dev libssl-dev zlib1g-dev libboost1.74-dev rapidjson-dev \
-	python3-dev python3-venv
+	protobuf-compiler-grpc libutf8proc-dev libxxhash-dev libgtest-dev libssl-dev zlib1g-dev libboost1.74-dev \
+	rapidjson-dev python3-dev python3-venv iproute2
 
 FUZZ_TARGETS := tokenizer_fuzz tokenizer_config_fuzz vocabulary_fuzz
 SERVING_FUZZ_TARGETS := json_tensor_fuzz server_config_fuzz tensor_proto_fuzz

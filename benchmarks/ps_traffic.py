@@ -27,7 +27,6 @@ import itertools
 import os
 import re
 import resource
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +43,7 @@ from absl import app, flags
 from dpsr_tf import ops
 from dpsr_tf.data.dataset import Tokens
 from dpsr_tf.models.embedding import EmbeddingTable, GreedyBySize, half_on_wire, minimize
+from dpsr_tf.training.launch import free_ports
 
 v1 = tf.compat.v1
 
@@ -184,7 +184,7 @@ class Cluster:
     """Two ps processes, and this process as the worker."""
 
     def __init__(self) -> None:
-        self._ports = _free_ports(3)
+        self._ports = free_ports(3)
         addresses = [f"127.0.0.1:{port}" for port in self._ports]
         self._spec = {"worker": addresses[:1], "ps": addresses[1:]}
         self._ps = [
@@ -248,14 +248,6 @@ def _cpu_of(pid: int) -> float:
     with open(f"/proc/{pid}/stat") as file:
         fields = file.read().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 @contextlib.contextmanager

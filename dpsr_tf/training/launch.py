@@ -85,7 +85,7 @@ class _Processes:
 
     def __init__(self, tasks: list[tuple[str, int]], arguments: list[str], max_restarts: int):
         self._arguments, self._restarts_left = arguments, max_restarts
-        ports = _free_ports(len(tasks))
+        ports = free_ports(len(tasks))
         self._cluster: dict[str, list[str]] = {}
         for (kind, _), port in zip(tasks, ports, strict=True):
             if kind == "evaluator":  # nobody connects to it
@@ -192,7 +192,7 @@ def _cause(status: int) -> str:
     return signal.Signals(-status).name if status < 0 else f"itself, with status {status}"
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on, found all at once so that they differ."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]

@@ -3,7 +3,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +31,6 @@ def test_zipf_is_skewed_and_uniform_is_not():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("ss") is None, reason="counts bytes with ss (iproute2)")
 def test_the_whole_benchmark_runs():
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, SCRIPT, "--quick", "--json"]
