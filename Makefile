@@ -16,7 +16,7 @@ DATA ?=
 OUT ?=
 FUZZ_RUNS ?= 1000000
 
-DEBIAN_PACKAGES := build-essential cmake ninja-build pkg-config libgrpc++-dev libgrpc-dev protobuf-compiler \
+DEBIAN_PACKAGES := build-essential cmake ninja-build pkg-config libgrpc++-dev libgrpc-dev libprotobuf-dev protobuf-compiler \
 	protobuf-compiler-grpc libutf8proc-dev libxxhash-dev libgtest-dev libssl-dev zlib1g-dev libboost1.74-dev \
 	rapidjson-dev python3-dev python3-venv iproute2
 
