@@ -101,7 +101,8 @@ ModelManager::~ModelManager() {
 void ModelManager::Start(const std::vector<ModelConfig>& models) {
   Lock lock(mutex_);
   for (const ModelConfig& config : models) {
-    first_models_.insert(config.name);
+    // Where nobody looks for versions there is nothing to wait for.
+    if (options_.poll_wait_seconds >= 0) first_models_.insert(config.name);
     Take(config);
   }
   thread_ = std::thread([this] { Run(); });
@@ -140,8 +141,7 @@ tensorflow::Status ModelManager::Reconfigure(const std::vector<ModelConfig>& mod
                                              const std::function<bool()>& cancelled) {
   std::set<std::string> fresh;
   TF_RETURN_IF_ERROR(Configure(models, &fresh));
-  // Where nobody looks for versions there is nothing to wait for.
-  if (options_.poll_wait_seconds < 0) return tensorflow::OkStatus();
+  if (options_.poll_wait_seconds < 0) return tensorflow::OkStatus();  // as at the start
 
   std::optional<tensorflow::Status> outcome;
   const auto settle = [&]() -> std::optional<tensorflow::Status> {
