@@ -102,12 +102,15 @@ size_t DataTypeSize(DataType dtype) {
     case DataType::kUint8:
     case DataType::kInt8:
       return 1;
+    case DataType::kUint16:
+      return 2;
     case DataType::kInt32:
     case DataType::kUint32:
     case DataType::kFloat32:
       return 4;
     case DataType::kInt64:
     case DataType::kUint64:
+    case DataType::kFloat64:
       return 8;
   }
   return 0;
@@ -129,9 +132,15 @@ std::string DataTypeName(DataType dtype) {
       return "uint64";
     case DataType::kInt8:
       return "int8";
+    case DataType::kUint16:
+      return "uint16";
+    case DataType::kFloat64:
+      return "float64";
   }
   return StrCat("unknown(", static_cast<uint32_t>(dtype), ")");
 }
+
+uint64_t Checksum(const void* data, size_t bytes) { return XXH3_64bits(data, bytes); }
 
 struct PackedFileWriter::Impl {
   std::string path;

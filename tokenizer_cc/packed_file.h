@@ -50,6 +50,8 @@ enum class DataType : uint32_t {
   kUint32 = 5,
   kUint64 = 6,
   kInt8 = 7,
+  kUint16 = 8,
+  kFloat64 = 9,
 };
 
 template <typename T>
@@ -61,11 +63,16 @@ template <> struct DataTypeOf<float> { static constexpr DataType value = DataTyp
 template <> struct DataTypeOf<uint32_t> { static constexpr DataType value = DataType::kUint32; };
 template <> struct DataTypeOf<uint64_t> { static constexpr DataType value = DataType::kUint64; };
 template <> struct DataTypeOf<int8_t> { static constexpr DataType value = DataType::kInt8; };
+template <> struct DataTypeOf<uint16_t> { static constexpr DataType value = DataType::kUint16; };
+template <> struct DataTypeOf<double> { static constexpr DataType value = DataType::kFloat64; };
 
 // Bytes of one element; 0 for a value that is no DataType.
 size_t DataTypeSize(DataType dtype);
 // "int64", "float32", ...; "unknown(99)" for a value that is no DataType.
 std::string DataTypeName(DataType dtype);
+
+// The checksum that packed files hold of their sections: XXH3, 64 bits.
+uint64_t Checksum(const void* data, size_t bytes);
 
 // A view of a contiguous array that somebody else owns.
 template <typename T>

@@ -387,7 +387,15 @@ struct NumpyType {
 
 constexpr NumpyType kNumpyTypes[] = {
     {DataType::kUint8, 'u', 1},   {DataType::kInt8, 'i', 1},   {DataType::kInt32, 'i', 4}, {DataType::kInt64, 'i', 8},
-    {DataType::kFloat32, 'f', 4}, {DataType::kUint32, 'u', 4}, {DataType::kUint64, 'u', 8}};
+    {DataType::kFloat32, 'f', 4}, {DataType::kUint32, 'u', 4}, {DataType::kUint64, 'u', 8},
+    {DataType::kUint16, 'u', 2},  {DataType::kFloat64, 'f', 8}};
+
+uint64_t ChecksumOf(const py::buffer& data) {
+  const py::buffer_info info = data.request();
+  if (PyBuffer_IsContiguous(info.view(), 'C') == 0) throw py::value_error("the buffer is not contiguous");
+  const py::gil_scoped_release released;
+  return Checksum(info.ptr, static_cast<size_t>(info.size * info.itemsize));
+}
 
 // A PackedFileWriter that threads may share, and that knows which section it is appending to.
 class SharedWriter {
@@ -460,7 +468,8 @@ class SharedWriter {
     }
     throw py::value_error(StrCat(path_, ": section \"", name, "\" has dtype ",
                                  std::string(py::str(values.dtype())),
-                                 ", expected uint8, int8, int32, int64, float32, uint32 or uint64 (little endian)"));
+                                 ", expected uint8, int8, uint16, int32, uint32, int64, uint64, float32 or float64 "
+                                 "(little endian)"));
   }
 
   const std::string path_;
@@ -595,13 +604,14 @@ checksums of the whole file. Raises FileNotFoundError and FormatError.)")
     with PackedFileWriter("items.dpsr", "items") as file:
         file.add("id", ids)
 
-The file takes its name when the block ends well; after an exception there is none, and what was there before stays.)")
+The file takes its name when the block ends well; after an exception there is none, and what was there before stays.
+Dtypes are uint8, int8, uint16, int32, uint32, int64, uint64, float32 and float64.)")
       .def(py::init<const std::filesystem::path&, const std::string&>(), py::arg("path"), py::arg("kind"))
       .def("__enter__", [](py::object self) { return self; })
       .def("__exit__", [](SharedWriter& writer, const py::object& type, const py::object&,
                           const py::object&) { writer.Close(type.is_none()); })
       .def("add", &SharedWriter::Add, py::arg("name"), py::arg("values"),
-           "Adds a section: [n] uint8, int8, int32, int64, float32, uint32 or uint64. Raises ValueError and OSError.")
+           "Adds a section: [n] of one of the dtypes above. Raises ValueError and OSError.")
       .def("append", &SharedWriter::Append, py::arg("name"), py::arg("values"),
            "Begins a section, or continues it when it is the last one begun by append().");
 
@@ -617,6 +627,9 @@ The file takes its name when the block ends well; after an exception there is no
              return names;
            })
       .def("get", &GetSection, py::arg("name"));
+
+  m.def("checksum", &ChecksumOf, py::arg("data"),
+        "The checksum that packed files hold of their sections, XXH3 of 64 bits, of a contiguous buffer.");
 }
 
 }  // namespace

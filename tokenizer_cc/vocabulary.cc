@@ -604,9 +604,16 @@ Status VocabularyBuilder::Write(const std::string& path, int64_t min_count, int6
 }
 
 Status Vocabulary::Open(const std::string& path, bool verify, std::unique_ptr<Vocabulary>* vocabulary) {
+  std::unique_ptr<PackedFile> file;
+  DPSR_RETURN_IF_ERROR(PackedFile::Open(path, kKind, verify, &file));
+  return Open(std::move(file), vocabulary);
+}
+
+Status Vocabulary::Open(std::unique_ptr<PackedFile> packed, std::unique_ptr<Vocabulary>* vocabulary) {
   std::unique_ptr<Vocabulary> opened(new Vocabulary);
-  DPSR_RETURN_IF_ERROR(PackedFile::Open(path, kKind, verify, &opened->file_));
+  opened->file_ = std::move(packed);
   const PackedFile& file = *opened->file_;
+  const std::string& path = file.path();
   const auto corrupt = [&path](const auto&... args) {
     return MakeStatus(StatusCode::kDataLoss, path, ": ", args..., "; the file is no valid vocabulary");
   };

@@ -93,6 +93,8 @@ class Vocabulary {
   // Errors: those of PackedFile::Open, and DataLoss or FailedPrecondition when it holds no vocabulary that this build
   // reads.
   static Status Open(const std::string& path, bool verify, std::unique_ptr<Vocabulary>* vocabulary);
+  // The same of a packed file of kind kKind that is open already.
+  static Status Open(std::unique_ptr<PackedFile> file, std::unique_ptr<Vocabulary>* vocabulary);
 
   const std::string& path() const { return file_->path(); }
   const TokenizerConfig& config() const { return tokenizer_.config(); }

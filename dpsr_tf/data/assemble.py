@@ -34,7 +34,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from dpsr_tf.data.schema import EVENT_TYPES, Feature, InteractionsSchema, Schema, TokenizerSchema, VocabularySchema
+from dpsr_tf.data.schema import (
+    EVENT_TYPES,
+    Feature,
+    Filter,
+    InteractionsSchema,
+    Schema,
+    TokenizerSchema,
+    VocabularySchema,
+)
 from dpsr_tf.data.store import Counts, Features, StoredFeature, interactions_names, vocabulary_name
 from dpsr_tf.errors import CommandError
 from dpsr_tokenizer import PackedFileWriter, TokenizerConfig, Vocabulary, VocabularyBuilder
@@ -106,7 +114,7 @@ class Assembler:
             return
         # Names of features may differ in case only, which SQL does not see.
         names = itertools.count()
-        plain = [f"f{next(names)}" if name.startswith("feature.") else name for name in rows.schema.names]
+        plain = [f"f{next(names)}" if name.startswith(("feature.", "filter.")) else name for name in rows.schema.names]
         self._insert(table, rows.rename_columns(plain).append_column("number", pa.array(numbers, pa.int64())))
 
     def close_table(self, table: str) -> tuple[np.ndarray, list[str]]:
@@ -284,7 +292,7 @@ class Assembler:
 
         columns = ["title", "text", "popularity"]
         with PackedFileWriter(self._out / "items.dpsr", "items") as file:
-            table = _Table(self, "items", self._schema.items.features, vocabularies)
+            table = _Table(self, "items", self._schema.items.features, vocabularies, self._schema.items.filters)
             table.read(columns, encode, append)
             table.write_ids(file)
             if self._schema.items.popularity:
@@ -300,6 +308,9 @@ class Assembler:
             features = table.write_features(file)
         with PackedFileWriter(self._out / "titles.dpsr", "titles") as file:
             titles.copy(file, "title.splits", "title.bytes")
+        if self._schema.items.filters:
+            with PackedFileWriter(self._out / "filters.dpsr", "filters") as file:
+                table.write_filters(file)
         return features
 
     def _write_users(self, vocabularies: dict[str | None, Vocabulary]) -> tuple[tuple[StoredFeature, ...], int]:
@@ -536,7 +547,7 @@ class Assembler:
 
 
 class _Table:
-    """What the files of items and users have in common: ids and features."""
+    """What the files of items and users have in common: ids and features; filters, which are much the same."""
 
     def __init__(
         self,
@@ -544,20 +555,30 @@ class _Table:
         name: str,
         features: tuple[Feature, ...],
         vocabularies: dict[str | None, Vocabulary],
+        filters: tuple[Filter, ...] = (),
     ):
         self._store, self._name, self._features, self._vocabularies = store, name, features, vocabularies
+        # Columns f0, f1, ... of the table.
+        self._all: tuple[Feature | Filter, ...] = (*features, *filters)
         self._ids = store.ids(name)
         self._has_keys = "key" in store._columns(name)
         self._keys = _Texts(store._folder, np.uint8)
         self._codes = {
-            i: _Column(store._folder, np.int32) for i, f in enumerate(features) if f.kind in ("categorical", "number")
+            i: _Column(store._folder, np.int32)
+            for i, f in enumerate(self._all)
+            if f.kind == "categorical" or (f.kind == "number" and isinstance(f, Feature))
+        }
+        self._numbers = {
+            i: _Column(store._folder, np.float64)
+            for i, f in enumerate(self._all)
+            if f.kind == "number" and isinstance(f, Filter)
         }
         self._texts = {i: _Texts(store._folder, np.int32) for i, f in enumerate(features) if f.kind == "text"}
-        for i, feature in enumerate(features):
+        for i, feature in enumerate(self._all):
             if feature.kind in ("categorical", "multi"):
                 self._number_values(i, feature)
 
-    def _number_values(self, i: int, feature: Feature) -> None:
+    def _number_values(self, i: int, feature: Feature | Filter) -> None:
         """Table values_i: value and code, by falling frequency; ties by text, in order of its bytes."""
         value = f"unnest(f{i})" if feature.kind == "multi" else f"f{i}"
         table = f"{self._name}_values_{i}"
@@ -580,7 +601,7 @@ class _Table:
     ) -> None:
         """Reads the table in order of id; `encode` runs on all threads, `append` here, in order."""
         selected, joins = [*columns, *(["key"] if self._has_keys else [])], ""
-        for i, feature in enumerate(self._features):
+        for i, feature in enumerate(self._all):
             if feature.kind == "categorical":
                 values = f"{self._name}_values_{i}"
                 joins += f" LEFT JOIN {values} ON f{i} = {values}.value"
@@ -603,13 +624,15 @@ class _Table:
             if keys:
                 self._keys.append(*keys)
             for i, column in self._codes.items():
-                column.append(self._code(self._features[i], batch[f"f{i}"]))
+                column.append(self._code(self._all[i], batch[f"f{i}"]))
+            for i, column in self._numbers.items():
+                column.append(_floats(batch[f"f{i}"], np.nan, np.float64))
             for i, text in self._texts.items():
                 text.append(*texts[i])
 
     @staticmethod
-    def _code(feature: Feature, values: pa.Array) -> np.ndarray:
-        if feature.kind == "categorical":
+    def _code(feature: Feature | Filter, values: pa.Array) -> np.ndarray:
+        if not isinstance(feature, Feature) or feature.kind == "categorical":
             return values.to_numpy()
         numbers = _floats(values, np.nan, np.float64)
         codes = np.searchsorted(np.array(feature.boundaries), numbers, side="right") + 1
@@ -642,6 +665,19 @@ class _Table:
                 self._codes[i].copy(file, name, dtype=np.uint8 if values < _BYTE else np.int32)
             stored.append(StoredFeature(feature.key, feature.kind, values, feature.boundaries, feature.vocabulary))
         return tuple(stored)
+
+    def write_filters(self, file: PackedFileWriter) -> None:
+        """Sections filter.* and values.*."""
+        for i, feature in enumerate(self._all[len(self._features) :], len(self._features)):
+            name = f"filter.{feature.key}"
+            if feature.kind == "number":
+                self._numbers[i].copy(file, name)
+                continue
+            if feature.kind == "multi":
+                self._write_lists(file, i, name)
+            else:
+                self._codes[i].copy(file, name)
+            self._write_values(file, i, f"values.{feature.key}")
 
     def _write_lists(self, file: PackedFileWriter, i: int, name: str) -> None:
         """Codes of a feature of kind multi, in the order of the row's list."""

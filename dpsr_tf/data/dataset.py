@@ -11,12 +11,10 @@ import tensorflow as tf
 
 from dpsr_tf import ops
 from dpsr_tf.config import TrainConfig
-from dpsr_tf.data.schema import EVENT_TYPES
-from dpsr_tf.data.store import interactions_names
+from dpsr_tf.data.schema import EVENT_TYPES, FIXED_KINDS
+from dpsr_tf.data.store import interactions_names, vocabulary_name
 from dpsr_tf.errors import UsageError
 
-# How a feature's kind is held: one code a row, or a list a row.
-FIXED_KINDS = ("categorical", "number")
 OWN_NEGATIVE_SOURCES = ("impressions", "labels", "both")
 
 
@@ -87,7 +85,12 @@ class BatchOptions:
 
     Attributes:
         batch_size: b, positive pairs.
-        num_title_queries: pairs whose query is a piece of a random item's text.
+        num_title_queries: pairs whose query is a piece of a random item's title.
+        pretrain_steps: first batches, in which all pairs are such ones.
+        title_subsampling: a word that stands in a larger share s of the titles stays in such a query's title with
+            probability sqrt(title_subsampling / s) only; 0: always.
+        title_typo_rate: probability that a word of such a query gets a typing error (dpsr_tf/ops/query_noise.h).
+        query_typo_rate: the same of the log's queries.
         num_random_negatives: r, items shared by the batch, uniform over all items (section 4.4.1).
         num_supervised_negatives: places of those for labelled negatives of the batch's queries (section 4.5).
         num_own_negatives: m, items that are negatives of one pair only.
@@ -109,6 +112,10 @@ class BatchOptions:
 
     batch_size: int = 64
     num_title_queries: int = 0
+    pretrain_steps: int = 0
+    title_subsampling: float = 0.0
+    title_typo_rate: float = 0.0
+    query_typo_rate: float = 0.0
     num_random_negatives: int = 64
     num_supervised_negatives: int = 0
     num_own_negatives: int = 0
@@ -131,6 +138,10 @@ class BatchOptions:
         return BatchOptions(
             batch_size=config.batch_size,
             num_title_queries=config.num_title_queries,
+            pretrain_steps=config.pretrain_steps,
+            title_subsampling=config.title_subsampling,
+            title_typo_rate=config.title_typo_rate,
+            query_typo_rate=config.query_typo_rate,
             num_random_negatives=config.num_random_negatives,
             num_supervised_negatives=config.num_supervised_negatives,
             num_own_negatives=config.num_own_negatives,
@@ -217,7 +228,13 @@ def examples_dataset(
         items=_path(store, "items.dpsr"),
         interactions=[_path(store, name) for name in interactions_names(store.manifest["shards"])],
         batch_size=options.batch_size,
+        titles=_path(store, "titles.dpsr"),
+        vocabulary=_path(store, vocabulary_name()),
         num_title_queries=options.num_title_queries,
+        pretrain_steps=options.pretrain_steps,
+        title_subsampling=options.title_subsampling,
+        title_typo_rate=options.title_typo_rate,
+        query_typo_rate=options.query_typo_rate,
         num_shared_negatives=options.num_random_negatives,
         num_supervised_negatives=options.num_supervised_negatives,
         shuffle_buffer=options.shuffle_buffer,

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from dpsr_tf.data.schema import EVENT_TYPES, Feature, InteractionsSchema, ItemsSchema, UsersSchema
+from dpsr_tf.data.schema import EVENT_TYPES, Feature, Filter, InteractionsSchema, ItemsSchema, UsersSchema
 
 _TEXT = pa.large_string()
 _LONGEST_PREVIEW = 200
@@ -97,11 +97,11 @@ def encode_items(batch: pa.RecordBatch, schema: ItemsSchema, string_ids: bool) -
         Columns `id` int64 (of a text id, a 63-bit hash that is the same everywhere), [`key` large_string, the text id],
         `title` and `text` large_string (null is empty text), `popularity` float32 (null where it is missing, or the
         schema names none), and `feature.NAME` for each feature: large_string (categorical, text; null is unknown),
-        float64 (number; null is unknown), or large_list<large_string> (multi).
+        float64 (number; null is unknown), or large_list<large_string> (multi); `filter.NAME` for each filter, likewise.
 
         Rejected is, by the first that applies: an id, then a title or text, that is not UTF-8 (or a list of several); a
-        missing id; one that is no whole number from 0 on; a popularity that is negative or no number; a feature that is
-        not UTF-8, or of kind number and neither empty nor a finite number.
+        missing id; one that is no whole number from 0 on; a popularity that is negative or no number; a feature or
+        filter that is not UTF-8, or of kind number and neither empty nor a finite number.
     """
     rows = _Rows(batch)
     ids = rows.ids("item", schema.id, string_ids)
@@ -119,7 +119,7 @@ def encode_items(batch: pa.RecordBatch, schema: ItemsSchema, string_ids: bool) -
         bad |= ~missing & ~(np.isfinite(popularity) & (popularity >= 0))
         rows.reject(bad, "popularity is no number from 0 on", schema.popularity)
         columns["popularity"] = pa.array(popularity, mask=missing | bad)
-    return rows.encoded(columns | _features(rows, schema.features))
+    return rows.encoded(columns | _features(rows, schema.features) | _features(rows, schema.filters, "filter"))
 
 
 def encode_users(batch: pa.RecordBatch, schema: UsersSchema, string_ids: bool) -> Encoded:
@@ -534,10 +534,10 @@ def _id_columns(ids: Ids) -> dict[str, pa.Array]:
     return {"id": pa.array(ids.values)} | ({} if ids.keys is None else {"key": ids.keys})
 
 
-def _features(rows: _Rows, features: Sequence[Feature]) -> dict[str, pa.Array]:
+def _features(rows: _Rows, features: Sequence[Feature | Filter], word: str = "feature") -> dict[str, pa.Array]:
     columns = {}
     for feature in features:
-        what = f"feature {feature.key}"
+        what = f"{word} {feature.key}"
         if feature.kind == "number":
             numbers, missing, bad = numbers_of(rows.batch[feature.column])
             rows.reject(bad | np.isinf(numbers), f"{what} is no number", feature.column)
@@ -548,7 +548,7 @@ def _features(rows: _Rows, features: Sequence[Feature]) -> dict[str, pa.Array]:
         else:
             values = rows.text(what, feature.column)
             values = _trimmed(values) if feature.kind == "categorical" else values
-        columns[f"feature.{feature.key}"] = values
+        columns[f"{word}.{feature.key}"] = values
     return columns
 
 

@@ -60,6 +60,7 @@ SCHEMA: dict[str, Any] = {
             },
             "in_stock",
         ],
+        "filters": ["brand", "category", "shop", {"column": "price", "kind": "number"}, "in_stock"],
     },
     "users": {
         "files": "users.parquet",

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from dpsr_tf.config import to_dict
 from dpsr_tf.data.assemble import Assembler, ordered
 from dpsr_tf.data.encode import Encoded, IdIndex, encode_interactions, encode_items, encode_users
-from dpsr_tf.data.schema import ADAPTERS, Feature, Schema, adapter_path, load_schema
+from dpsr_tf.data.schema import ADAPTERS, Feature, Filter, Schema, adapter_path, load_schema
 from dpsr_tf.data.store import FORMAT, FORMAT_VERSION, Counts, file_names, manifest_checksum, new_directory
 from dpsr_tf.data.tables import Source, find_files, read_batches
 from dpsr_tf.errors import CommandError, UsageError
@@ -162,7 +162,7 @@ def ingest(
         with Assembler(schema, out, threads, memory) as store, ThreadPoolExecutor(threads) as pool:
             reader = _Reader(store, pool, threads, batch_rows, rejected)
             s, u, log = schema.items, schema.users, schema.interactions
-            columns = _columns([*s.text, s.title, s.id], [s.popularity], s.features)
+            columns = _columns([*s.text, s.title, s.id], [s.popularity], [*s.features, *s.filters])
             text_items = _ids_are_text(files["items"], s.id, columns)
             reader.read("items", files["items"], *columns, lambda batch: encode_items(batch, s, text_items))
             if len(store.ids("items")) == 0:
@@ -264,7 +264,7 @@ class _Reader:
 
 
 def _columns(
-    texts: Sequence[str | None], others: Sequence[str | None], features: Sequence[Feature]
+    texts: Sequence[str | None], others: Sequence[str | None], features: Sequence[Feature | Filter]
 ) -> tuple[list[str], list[str]]:
     """The columns of a table: those of text, and the others."""
     texts = [*texts, *(feature.column for feature in features if feature.kind != "number")]

@@ -17,13 +17,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from dpsr_tf.config import from_dict, option, read_yaml
 from dpsr_tf.errors import UsageError
 
 FILES_HELP = "files, directories or globs, relative to the schema file or --input"
 KINDS = ("categorical", "number", "multi", "text")
+# Those with one code a row; the others have a list a row.
+FIXED_KINDS = ("categorical", "number")
+FILTER_KINDS = ("categorical", "number", "multi")
 # What an interaction can be, in the order of the codes that a store holds.
 EVENT_TYPES = ("impression", "skip", "click", "cart", "order")
 
@@ -61,13 +66,42 @@ class Feature:
             )
         if any(low >= high for low, high in itertools.pairwise(self.boundaries)):
             return f"boundaries is {list(self.boundaries)}, expected ascending numbers"
-        if self.separator == "":
-            return "separator is '', expected what stands between two values, for example '|'"
-        if self.separator is not None and self.kind != "multi":
-            return f"separator is {self.separator!r} and kind {self.kind}, but it goes with kind multi only"
+        if separator := _separator_problem(self):
+            return separator
         if self.vocabulary is not None and self.kind != "text":
             return f"vocabulary is {self.vocabulary} and kind {self.kind}, but it goes with kind text only"
         return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Filter:
+    """One attribute that searches may filter items by; a bare column name is a categorical one.
+
+    The model reads nothing of it: a column that it should read is a feature, too.
+    """
+
+    column: str = dataclasses.field(metadata={"help": "the column it is read from"})
+    name: str | None = option(None, "its name in requests, at most 16 bytes; the column's if left out")
+    kind: str = option("categorical", "what the column holds", choices=FILTER_KINDS)
+    separator: str | None = option(None, "of kind multi: what stands between values; a list column needs none")
+
+    SHORTHAND = "column"
+    # As of a feature all of whose values have a code.
+    max_values: ClassVar[int] = 2**30
+
+    @property
+    def key(self) -> str:
+        """The name in requests and store."""
+        return self.name or self.column
+
+    def problem(self) -> str | None:
+        """What is wrong with values that are each allowed but do not go together."""
+        if not self.key or "." in self.key or "=" in self.key or len(self.key.encode()) > _LONGEST_FEATURE:
+            return (
+                f"name is '{self.key}', expected at most {_LONGEST_FEATURE} bytes without a dot or =; "
+                f"give another with `name`"
+            )
+        return _separator_problem(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +114,11 @@ class ItemsSchema:
     title: str | None = option(None, "column shown to people; the first text column if left out")
     popularity: str | None = option(None, "column of a number, 0 or more; clicks in the log if left out")
     features: tuple[Feature, ...] = option((), "brand, category, price, ...")
+    filters: tuple[Filter, ...] = option((), "what searches may filter by: brand, shop, price, in stock, ...")
 
     def problem(self) -> str | None:
         """What is wrong with the whole."""
-        return _repeated(self.features)
+        return _repeated("features", self.features) or _repeated("filters", self.filters)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +131,7 @@ class UsersSchema:
 
     def problem(self) -> str | None:
         """What is wrong with the whole."""
-        return _repeated(self.features)
+        return _repeated("features", self.features)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,10 +273,18 @@ class Schema:
         return None
 
 
-def _repeated(features: tuple[Feature, ...]) -> str | None:
+def _repeated(key: str, features: Sequence[Feature | Filter]) -> str | None:
     keys = [feature.key for feature in features]
     twice = sorted({key for key in keys if keys.count(key) > 1})
-    return f"features has {twice[0]} twice, expected each name once; give one another `name`" if twice else None
+    return f"{key} has {twice[0]} twice, expected each name once; give one another `name`" if twice else None
+
+
+def _separator_problem(column: Feature | Filter) -> str | None:
+    if column.separator == "":
+        return "separator is '', expected what stands between two values, for example '|'"
+    if column.separator is not None and column.kind != "multi":
+        return f"separator is {column.separator!r} and kind {column.kind}, but it goes with kind multi only"
+    return None
 
 
 # A section "feature.<name>.splits" of a packed file has at most 31 bytes.

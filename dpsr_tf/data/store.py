@@ -7,7 +7,8 @@
     items.dpsr                item ids, popularity, token ids, features
     interactions.dpsr         queries, positive pairs, impressions, supervised negatives; or one file a shard
     held_out.dpsr             positive pairs kept from training, where the schema says so
-    titles.dpsr               item titles for people; training never reads it
+    titles.dpsr               item titles, for people and for the title queries of a training
+    filters.dpsr              what searches may filter items by, where the schema says so; training never reads it
 
 The layout of each file is documented in dpsr_tf/ops/training_store.h and docs/data_format.md.
 """
@@ -159,6 +160,10 @@ class Store:
         """Title of each item, in the order of the item file."""
         return unpack_strings(self._open("titles.dpsr"), "title")
 
+    def filters(self) -> PackedFile | None:
+        """Sections `filter.*`, `values.*` of each filter of the schema; None where it has none."""
+        return self._open("filters.dpsr") if self.schema.items.filters else None
+
     def queries(self) -> Iterator[str]:
         """Text of each query, in the order of the global query row."""
         for file in self.interactions():
@@ -199,7 +204,8 @@ def file_names(schema: Schema, shards: int) -> list[str]:
     """All packed files of a store."""
     held_out = ["held_out.dpsr"] if schema.interactions.held_out else []
     vocabularies = [vocabulary_name(name) for name in (None, *schema.vocabularies)]
-    return [*vocabularies, "users.dpsr", "items.dpsr", *interactions_names(shards), *held_out, "titles.dpsr"]
+    filters = ["filters.dpsr"] if schema.items.filters else []
+    return [*vocabularies, "users.dpsr", "items.dpsr", *interactions_names(shards), *held_out, "titles.dpsr", *filters]
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:

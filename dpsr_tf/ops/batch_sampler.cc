@@ -1,9 +1,14 @@
 #include "dpsr_tf/ops/batch_sampler.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <iterator>
+#include <string>
+#include <string_view>
 #include <utility>
+
+#include "dpsr_tf/ops/query_noise.h"
 
 namespace dpsr {
 namespace {
@@ -11,11 +16,8 @@ namespace {
 // Keep the random numbers of one purpose apart from another's.
 constexpr uint64_t kNegativeStream = 0x6e65676174697665ULL;
 constexpr uint64_t kTitleStream = 0x7469746c65717279ULL;
+constexpr uint64_t kTypoStream = 0x7479706f2d717279ULL;
 constexpr uint64_t kOwnStream = 0x6f776e2d6e656761ULL;
-// A title query has this many tokens of the title, and lacks every so manieth of them.
-constexpr uint64_t kShortestTitleQuery = 4;
-constexpr uint64_t kLongestTitleQuery = 24;
-constexpr uint64_t kDropOneIn = 8;
 // Examples between a prefetch and its use.
 constexpr size_t kAhead = 8;
 
@@ -44,6 +46,8 @@ Status BatchSampler::Validate(const BatchOptions& o) {
   DPSR_RETURN_IF_ERROR(AtLeast("num_shared_negatives", o.num_shared_negatives, 0));
   DPSR_RETURN_IF_ERROR(AtLeast("num_supervised_negatives", o.num_supervised_negatives, 0));
   DPSR_RETURN_IF_ERROR(AtLeast("num_own_negatives", o.num_own_negatives, 0));
+  DPSR_RETURN_IF_ERROR(AtLeast("pretrain_steps", o.pretrain_steps, 0));
+  DPSR_RETURN_IF_ERROR(AtMost("pretrain_steps", o.pretrain_steps, kMaxStep));
   DPSR_RETURN_IF_ERROR(AtLeast("history_length", o.history_length, 0));
   DPSR_RETURN_IF_ERROR(AtLeast("query_history_length", o.query_history_length, 0));
   DPSR_RETURN_IF_ERROR(AtLeast("history_types", o.history_types, 0));
@@ -67,6 +71,11 @@ Status BatchSampler::Validate(const BatchOptions& o) {
   if (o.num_title_queries < 0 || o.num_title_queries >= o.batch_size) {
     return MakeStatus(StatusCode::kInvalidArgument, "num_title_queries is ", o.num_title_queries,
                       ", expected 0 to batch_size - 1, ", o.batch_size - 1, ": the others come from the log");
+  }
+  for (auto [name, rate] : {std::pair{"title_typo_rate", o.title_typo_rate}, {"query_typo_rate", o.query_typo_rate},
+                            {"title_subsampling", o.title_subsampling}}) {
+    if (rate >= 0 && rate <= 1) continue;
+    return MakeStatus(StatusCode::kInvalidArgument, name, " is ", rate, ", expected 0 to 1");
   }
   if (o.num_supervised_negatives > o.num_shared_negatives) {
     return MakeStatus(StatusCode::kInvalidArgument, "num_supervised_negatives is ", o.num_supervised_negatives,
@@ -94,7 +103,7 @@ BatchSampler::BatchSampler(const TrainingStore& store, const BatchOptions& optio
       shard_size_(std::max<int64_t>(0, (store.num_positives() - first_ + stride_ - 1) / stride_)),
       num_batches_(shard_size_ == 0          ? 0
                    : options.num_epochs == 0 ? -1
-                                             : shard_size_ * options.num_epochs / log_batch_) {}
+                                             : options.pretrain_steps + shard_size_ * options.num_epochs / log_batch_) {}
 
 void BatchSampler::Sample(int64_t step, Batch* batch) const {
   const size_t b = static_cast<size_t>(options_.batch_size);
@@ -105,6 +114,9 @@ void BatchSampler::Sample(int64_t step, Batch* batch) const {
   batch->type.resize(b);
   batch->item.resize(b + options_.num_shared_negatives + b * options_.num_own_negatives);
   SampleLog(step, batch);
+  batch->made_tokens.clear();
+  batch->made_splits.assign(1, 0);
+  if (options_.query_typo_rate > 0) MisspellQueries(step, batch);
   SampleTitles(step, batch);
   SampleNegatives(step, batch);
   SampleOwnNegatives(step, batch);
@@ -114,9 +126,9 @@ void BatchSampler::Sample(int64_t step, Batch* batch) const {
 void BatchSampler::SampleLog(int64_t step, Batch* batch) const {
   const uint64_t n = store_.num_positives();
   const uint64_t window = std::max<int64_t>(1, (options_.shuffle_buffer + kShuffleBlock - 1) / kShuffleBlock);
-  const size_t count = static_cast<size_t>(log_batch_);
+  const size_t count = step < options_.pretrain_steps ? 0 : static_cast<size_t>(log_batch_);
   batch->rows.resize(count);
-  int64_t position = step * log_batch_;
+  int64_t position = (step - options_.pretrain_steps) * log_batch_;
   for (size_t i = 0; i < count;) {
     const int64_t epoch = position / shard_size_;
     BlockShuffle shuffle(n, kShuffleBlock, window, Mix64(options_.seed) ^ epoch);
@@ -151,22 +163,34 @@ void BatchSampler::SampleLog(int64_t step, Batch* batch) const {
   }
 }
 
+void BatchSampler::MisspellQueries(int64_t step, Batch* batch) const {
+  RandomStream random = Random(step, kTypoStream);
+  for (const Batch::Row& r : batch->rows) {
+    store_.vocabulary().Encode(Misspelt(r.shard->query_text[r.query], options_.query_typo_rate, &random),
+                               &batch->made_tokens);
+    batch->made_splits.push_back(static_cast<int64_t>(batch->made_tokens.size()));
+  }
+}
+
 void BatchSampler::SampleTitles(int64_t step, Batch* batch) const {
-  batch->title_tokens.clear();
-  batch->title_splits.assign(1, 0);
+  if (batch->rows.size() == batch->query.size()) return;  // and there may be no vocabulary
   RandomStream random = Random(step, kTitleStream);
-  for (int64_t i = log_batch_; i < options_.batch_size; ++i) {
+  const Vocabulary& vocabulary = store_.vocabulary();
+  KeepRate keep_rate;
+  if (options_.title_subsampling > 0) {
+    // As word2vec does (Mikolov et al., NIPS 2013): what stands in every other title tells no item from another, and is
+    // rarely typed.
+    const double frequent = options_.title_subsampling * static_cast<double>(store_.num_items());
+    keep_rate = [&vocabulary, frequent](std::string_view word) {
+      const double count = static_cast<double>(vocabulary.Count(vocabulary.Lookup(word)));
+      return count > frequent ? std::sqrt(frequent / count) : 1.0;
+    };
+  }
+  for (size_t i = batch->rows.size(); i < batch->query.size(); ++i) {
     const int32_t item = static_cast<int32_t>(random.Uniform(store_.num_items()));
-    const Span<const int32_t> text = store_.items().text()[item];
-    // Tokens stand in the order of the text, a word's n-grams beside it: a run of them is a piece of the title, and
-    // the tokens dropped from it are missing words and typing errors.
-    const uint64_t longest = std::min<uint64_t>(text.size(), kLongestTitleQuery);
-    const uint64_t length = std::min<uint64_t>(longest, kShortestTitleQuery + random.Uniform(longest + 1));
-    const uint64_t begin = random.Uniform(text.size() - length + 1);
-    for (uint64_t t = begin; t < begin + length; ++t) {
-      if (random.Uniform(kDropOneIn) != 0) batch->title_tokens.push_back(text[t]);
-    }
-    batch->title_splits.push_back(static_cast<int64_t>(batch->title_tokens.size()));
+    const std::string query = PieceOf(store_.titles()[item], keep_rate, options_.title_typo_rate, &random);
+    vocabulary.Encode(query, &batch->made_tokens);
+    batch->made_splits.push_back(static_cast<int64_t>(batch->made_tokens.size()));
     batch->query[i] = Batch::kTitleQuery;
     batch->user[i] = 0;
     batch->weight[i] = 1;
@@ -180,8 +204,8 @@ void BatchSampler::SampleNegatives(int64_t step, Batch* batch) const {
   RandomStream random = Random(step, kNegativeStream);
   int32_t* out = batch->item.data() + options_.batch_size;
   for (int64_t i = 0; i < options_.num_shared_negatives; ++i) {
-    if (i < options_.num_supervised_negatives) {
-      const Batch::Row& r = batch->rows[random.Uniform(log_batch_)];
+    if (i < options_.num_supervised_negatives && !batch->rows.empty()) {
+      const Batch::Row& r = batch->rows[random.Uniform(batch->rows.size())];
       const Span<const int32_t> labelled = r.shard->negatives[r.query];
       if (!labelled.empty()) {
         *out++ = labelled[random.Uniform(labelled.size())];
@@ -202,7 +226,7 @@ void BatchSampler::SampleOwnNegatives(int64_t step, Batch* batch) const {
   int32_t* out = batch->item.data() + options_.batch_size + options_.num_shared_negatives;
   std::fill(out, out + options_.batch_size * m, 0);
   std::vector<int32_t>& candidates = batch->candidates;
-  for (int64_t i = 0; i < log_batch_; ++i, out += m) {
+  for (size_t i = 0; i < batch->rows.size(); ++i, out += m) {
     const Batch::Row& r = batch->rows[i];
     Span<const int32_t> shown, labelled;
     if (options_.own_impressions && !r.shard->request.empty() && r.shard->request[r.row] >= 0) {
@@ -221,7 +245,7 @@ void BatchSampler::SampleOwnNegatives(int64_t step, Batch* batch) const {
 }
 
 void BatchSampler::SampleHistories(Batch* batch) const {
-  const size_t b = static_cast<size_t>(options_.batch_size), count = static_cast<size_t>(log_batch_);
+  const size_t b = batch->query.size(), count = batch->rows.size();
   batch->history_item.clear();
   batch->history_type.clear();
   batch->query_history.clear();

@@ -1,12 +1,13 @@
 // Which examples make up training batch number n: Algorithm 1 of the DPSR paper, lines 3 and 4, as a pure function.
 //
-// A batch holds `batch_size` positive pairs: the last `num_title_queries` of them are a random item under a piece of its
-// own text (what a shop has when its log is small), the others come from one shuffle of the log an epoch. To these it
-// adds `num_shared_negatives` items that serve as negatives for every query of the batch (section 4.4.1): first up to
-// `num_supervised_negatives` labelled negatives of the batch's own queries (section 4.5), the rest uniform over all
-// items; and `num_own_negatives` items for each pair alone, which were shown with it and not clicked, or are labelled
-// negatives of its query. Each pair comes with the history of its user as of its own time. Since the batch depends only
-// on (store, options, step), an iterator's whole state is its step.
+// A batch holds `batch_size` positive pairs: the last `num_title_queries` of them, all of them in the first
+// `pretrain_steps` batches, are a random item under a piece of its title (what a shop has when its log is small), the
+// others come from one shuffle of the log an epoch. To these it adds `num_shared_negatives` items that serve as
+// negatives for every query of the batch (section 4.4.1): first up to `num_supervised_negatives` labelled negatives of
+// the batch's own queries (section 4.5), the rest uniform over all items; and `num_own_negatives` items for each pair
+// alone, which were shown with it and not clicked, or are labelled negatives of its query. Each pair comes with the
+// history of its user as of its own time. Since the batch depends only on (store, options, step), an iterator's whole
+// state is its step.
 #ifndef DPSR_DPSR_TF_OPS_BATCH_SAMPLER_H_
 #define DPSR_DPSR_TF_OPS_BATCH_SAMPLER_H_
 
@@ -22,6 +23,10 @@ namespace dpsr {
 struct BatchOptions {
   int64_t batch_size = 64;
   int64_t num_title_queries = 0;         // less than batch_size
+  int64_t pretrain_steps = 0;            // batches before the first one with pairs of the log
+  float title_subsampling = 0;           // of words in more than this share of the titles; 0: none is left out for it
+  float title_typo_rate = 0;             // of the words of a title query, see query_noise.h
+  float query_typo_rate = 0;             // of those of a query of the log
   int64_t num_shared_negatives = 64;
   int64_t num_supervised_negatives = 0;  // at most num_shared_negatives
   int64_t num_own_negatives = 0;
@@ -89,8 +94,10 @@ class PositionIndex {
 // batch_size * num_own_negatives. A batch that is filled again and again keeps its memory.
 struct Batch {
   std::vector<int32_t> query;  // [batch_size] global rows, kTitleQuery where the query is a piece of the item's text
-  std::vector<int32_t> title_tokens;  // token ids of the title queries, one after another
-  std::vector<int64_t> title_splits;  // [num_title_queries + 1]
+  // Token ids of the queries whose text is made here, the last ones of the batch: title queries, and before them those
+  // of the log where they may have typos.
+  std::vector<int32_t> made_tokens;
+  std::vector<int64_t> made_splits;  // [made queries + 1]
   std::vector<int32_t> user;   // [batch_size]; row 0, the anonymous user, for title queries
   std::vector<float> weight;   // [batch_size]
   std::vector<float> label;    // [batch_size]
@@ -131,7 +138,7 @@ class BatchSampler {
 
   // Errors: InvalidArgument for options out of range (got and expected).
   static Status Validate(const BatchOptions& options);
-  // The store was opened with what the options ask for: events, impressions, the same shard.
+  // The store was opened with what the options ask for: events, impressions, titles, query texts, the same shard.
   BatchSampler(const TrainingStore& store, const BatchOptions& options);
 
   // Batches that num_epochs give; the examples of a last partial batch are left out. Forever: -1.
@@ -145,6 +152,7 @@ class BatchSampler {
 
  private:
   void SampleLog(int64_t step, Batch* batch) const;
+  void MisspellQueries(int64_t step, Batch* batch) const;
   void SampleTitles(int64_t step, Batch* batch) const;
   void SampleNegatives(int64_t step, Batch* batch) const;
   void SampleOwnNegatives(int64_t step, Batch* batch) const;
@@ -155,7 +163,7 @@ class BatchSampler {
 
   const TrainingStore& store_;
   const BatchOptions options_;
-  const int64_t log_batch_;  // pairs of a batch that come from the log
+  const int64_t log_batch_;  // pairs that come from the log, of a batch that has some
   int64_t stride_, first_;   // this worker takes positions first_, first_ + stride_, ... of the shuffle
   int64_t shard_size_;       // how many those are
   int64_t num_batches_;

@@ -4,10 +4,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <fstream>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <numeric>
 #include <set>
+#include <sstream>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -15,6 +18,7 @@
 
 #include "dpsr_tf/ops/permutation.h"
 #include "tokenizer_cc/test_util.h"
+#include "tokenizer_cc/vocabulary.h"
 
 namespace dpsr {
 namespace {
@@ -71,6 +75,7 @@ struct Shop {
   std::set<std::pair<int, int>> clicked;
   std::map<int, std::vector<int32_t>> shown, negatives;  // by global query row
   std::vector<std::vector<Event>> events{kUsers};
+  std::vector<std::string> text_of;  // by global query row
   TrainingStore::Options options;
 
   explicit Shop(const std::string& directory, int shards = 1) {
@@ -85,6 +90,8 @@ struct Shop {
     for (int f = 0; f < shards; ++f) {
       options.interactions.push_back(StrCat(directory, "/interactions-", f, ".dpsr"));
       Rows tokens, requests, labelled, items;
+      std::string texts;
+      std::vector<int64_t> text_splits{0};
       std::vector<int32_t> user, request;
       std::vector<uint32_t> time;
       std::vector<uint8_t> type;
@@ -100,6 +107,9 @@ struct Shop {
         for (int i = q; i <= q + q % 4; ++i) own.push_back(i % kItems);
         std::sort(own.begin(), own.end());
         tokens.push_back({q});
+        texts += TitleOf(kItems - 1 - q);
+        text_splits.push_back(static_cast<int64_t>(texts.size()));
+        text_of.push_back(TitleOf(kItems - 1 - q));
         requests.emplace_back();
         for (int i = 0; i < q % 3; ++i) requests.back().push_back(30 + i);
         labelled.emplace_back();
@@ -121,7 +131,8 @@ struct Shop {
         items.push_back(own);
       }
       WriteFile(options.interactions.back(), "interactions", std::pair("query.splits", SplitsOf(tokens)),
-                std::pair("query.tokens", ValuesOf(tokens)), std::pair("positive.splits", SplitsOf(items)),
+                std::pair("query.tokens", ValuesOf(tokens)), std::pair("query_text.splits", text_splits),
+                std::pair("query_text.bytes", std::vector<uint8_t>(texts.begin(), texts.end())), std::pair("positive.splits", SplitsOf(items)),
                 std::pair("positive.label", label), std::pair("positive.label.values", labels),
                 std::pair("positive.user", user),
                 std::pair("positive.item", ValuesOf(items)), std::pair("positive.time", time),
@@ -162,6 +173,30 @@ struct Shop {
     WriteFile(options.items, "items", std::pair("id", item_ids), std::pair("tokens.splits", SplitsOf(text)),
               std::pair("tokens.values", ValuesOf(text)), std::pair("feature.tags.splits", SplitsOf(tags)),
               std::pair("feature.tags.values", ValuesOf(tags)));
+    options.titles = directory + "/titles.dpsr";
+    options.vocabulary = directory + "/vocabulary.dpsr";
+    options.has_titles = options.has_query_texts = true;
+    std::string titles;
+    std::vector<int64_t> title_splits{0};
+    TokenizerConfig config;
+    config.letter_trigrams = false;
+    VocabularyBuilder vocabulary(config);
+    for (int i = 0; i < kItems; ++i) {
+      titles += TitleOf(i);
+      title_splits.push_back(static_cast<int64_t>(titles.size()));
+      EXPECT_TRUE(IsOk(vocabulary.Add(TitleOf(i))));
+    }
+    WriteFile(options.titles, "titles", std::pair("title.splits", title_splits),
+              std::pair("title.bytes", std::vector<uint8_t>(titles.begin(), titles.end())));
+    EXPECT_TRUE(IsOk(vocabulary.Write(options.vocabulary, 1, 1000, /*num_oov_buckets=*/1)));
+  }
+
+  // Words of its own, as many as the last digit of the number, and one that all have; none where that digit is 0.
+  static std::string TitleOf(int item) {
+    std::string name, title;
+    for (char digit : std::to_string(item)) name += std::string(1, static_cast<char>('k' + digit - '0')) + "o";
+    for (char c = 'a'; c < 'a' + item % 10; ++c) title += name + c + " ";
+    return title.empty() ? title : title + "all";
   }
 
   Status Open(std::unique_ptr<TrainingStore>* store) const {
@@ -484,6 +519,157 @@ TEST_F(BatchSamplerTest, OwnNegativesAreDrawnWithoutReplacement) {
   }
 }
 
+TEST_F(BatchSamplerTest, TitleQueriesArePiecesOfTheirItemsTitle) {
+  BatchOptions options;
+  options.batch_size = 20;
+  options.num_title_queries = 15;
+  for (float title_typo_rate : {0.0f, 0.5f}) {
+    options.title_typo_rate = title_typo_rate;
+    const BatchSampler sampler(*store_, options);
+    const Vocabulary& vocabulary = store_->vocabulary();
+    std::set<int32_t> items;
+    int known = 0, unknown = 0;
+    Batch batch;
+    for (int step = 0; step < 100; ++step) {
+      sampler.Sample(step, &batch);
+      ASSERT_EQ(batch.rows.size(), 5u);
+      ASSERT_EQ(batch.made_splits.size(), 16u);
+      for (size_t i = 0; i < 15; ++i) {
+        const int32_t item = batch.item[5 + i];
+        ASSERT_EQ(batch.query[5 + i], Batch::kTitleQuery);
+        items.insert(item);
+        std::istringstream title(Shop::TitleOf(item));
+        const std::set<std::string> words{std::istream_iterator<std::string>(title), {}};
+        ASSERT_EQ(batch.made_splits[i] == batch.made_splits[i + 1], words.empty()) << item;
+        for (int64_t t = batch.made_splits[i]; t < batch.made_splits[i + 1]; ++t) {
+          const int32_t id = batch.made_tokens[t];
+          ASSERT_TRUE(id >= 0 && id < vocabulary.num_ids());
+          if (id == vocabulary.size()) {
+            ++unknown;
+          } else {  // a typo may make another item's word, but hardly ever does
+            known += words.count(std::string(vocabulary.Token(id)));
+          }
+        }
+      }
+    }
+    EXPECT_EQ(items.size(), Shop::kItems);
+    EXPECT_GT(known, 1000);
+    if (title_typo_rate == 0) {
+      EXPECT_EQ(unknown, 0);
+    } else {  // words of four letters and more
+      EXPECT_NEAR(unknown, 0.45 * (known + unknown), 0.15 * (known + unknown));
+    }
+  }
+}
+
+TEST_F(BatchSamplerTest, FrequentWordsOfTitlesAreThinned) {
+  BatchOptions options;
+  options.batch_size = 100;
+  options.num_title_queries = 99;
+  std::map<float, double> frequent, rare;  // occurrences
+  for (float subsampling : {0.0f, 0.1f}) {
+    options.title_subsampling = subsampling;
+    const BatchSampler sampler(*store_, options);
+    const int32_t all = store_->vocabulary().Lookup("all");
+    Batch batch;
+    for (int step = 0; step < 50; ++step) {
+      sampler.Sample(step, &batch);
+      for (int32_t id : batch.made_tokens) ++(id == all ? frequent : rare)[subsampling];
+    }
+  }
+  // 36 of the 40 titles have it: it stays with probability sqrt(0.1 / 0.9), and always where it would be alone.
+  EXPECT_NEAR(frequent[0.1f] / frequent[0.0f], 0.33, 0.1);
+  EXPECT_NEAR(rare[0.1f] / rare[0.0f], 1.1, 0.1) << "in its place";
+}
+
+TEST_F(BatchSamplerTest, QueriesOfTheLogMayHaveTypos) {
+  Make(3);
+  BatchOptions options;
+  options.batch_size = 20;
+  options.num_title_queries = 2;
+  const BatchSampler plain(*store_, options);
+  for (float query_typo_rate : {1e-9f, 0.1f}) {
+    options.query_typo_rate = query_typo_rate;
+    const BatchSampler sampler(*store_, options);
+    int64_t same = 0, other = 0;
+    Batch batch, expected;
+    for (int step = 0; step < 50; ++step) {
+      sampler.Sample(step, &batch);
+      plain.Sample(step, &expected);
+      ASSERT_EQ(batch.query, expected.query) << "the same pairs";
+      ASSERT_EQ(batch.item, expected.item);
+      ASSERT_EQ(batch.made_splits.size(), 21u);
+      for (size_t i = 0; i < 18; ++i) {
+        std::vector<int32_t> tokens;
+        store_->vocabulary().Encode(shop_->text_of[batch.query[i]], &tokens);
+        const std::vector<int32_t> made(batch.made_tokens.begin() + batch.made_splits[i],
+                                        batch.made_tokens.begin() + batch.made_splits[i + 1]);
+        ++(made == tokens ? same : other);
+      }
+    }
+    if (query_typo_rate < 0.01f) {
+      EXPECT_EQ(other, 0);
+    } else {
+      EXPECT_GT(other, 200);
+      EXPECT_GT(same, 100);
+    }
+  }
+}
+
+TEST_F(BatchSamplerTest, PretrainingComesBeforeTheLog) {
+  BatchOptions options;
+  options.batch_size = 10;
+  options.num_title_queries = 4;
+  options.num_supervised_negatives = 5;
+  options.num_own_negatives = 2;
+  options.history_length = 3;
+  options.num_epochs = 2;
+  const BatchSampler plain(*store_, options);
+  options.pretrain_steps = 7;
+  const BatchSampler sampler(*store_, options);
+  ASSERT_EQ(sampler.num_batches(), plain.num_batches() + 7);
+  Batch batch, expected;
+  for (int64_t step = 0; step < sampler.num_batches(); ++step) {
+    sampler.Sample(step, &batch);
+    ASSERT_EQ(batch.query.size(), 10u);
+    ASSERT_EQ(batch.made_splits.size(), (step < 7 ? 10u : 4u) + 1);
+    ASSERT_EQ(batch.item.size(), 10u + 64u + 20u);
+    std::vector<uint8_t> mask(10 * 74);
+    sampler.NegativeMask(&batch, reinterpret_cast<bool*>(mask.data()));
+    if (step < 7) {
+      ASSERT_EQ(batch.query, std::vector<int32_t>(10, Batch::kTitleQuery));
+      ASSERT_EQ(batch.user, std::vector<int32_t>(10, 0));
+      ASSERT_EQ(batch.own_negative_mask, std::vector<uint8_t>(20, 0));
+      ASSERT_EQ(batch.history_splits, std::vector<int64_t>(11, 0));
+      continue;
+    }
+    plain.Sample(step - 7, &expected);  // the log from its beginning
+    ASSERT_TRUE(std::equal(batch.query.begin(), batch.query.end(), expected.query.begin()));
+    ASSERT_TRUE(std::equal(batch.item.begin(), batch.item.begin() + 6, expected.item.begin()));
+  }
+}
+
+TEST_F(BatchSamplerTest, DamagedTitlesAndVocabularyAreNamed) {
+  for (const std::string& path : {shop_->options.titles, shop_->options.vocabulary}) {
+    const auto flip = [&path] {  // the first byte behind the header
+      std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);
+      file.seekg(64);
+      const char byte = static_cast<char>(file.get() ^ 1);
+      file.seekp(64);
+      file.put(byte);
+      ASSERT_TRUE(file.good());
+    };
+    flip();
+    const Status status = shop_->Open(&store_);
+    EXPECT_EQ(status.code(), StatusCode::kDataLoss);
+    EXPECT_TRUE(Contains(status.message(), path)) << status.message();
+    shop_->options.has_titles = shop_->options.has_query_texts = false;
+    EXPECT_TRUE(IsOk(shop_->Open(&store_))) << "nobody asks for them";
+    shop_->options.has_titles = shop_->options.has_query_texts = true;
+    flip();
+  }
+}
+
 TEST_F(BatchSamplerTest, HistoryIsThatOfTheMoment) {
   Make(2);
   size_t cut = 0, whole = 0;
@@ -661,6 +847,10 @@ TEST(BatchOptionsTest, OutOfRangeOptionsAreNamed) {
   EXPECT_EQ(message([](auto& o) { o.num_own_negatives = 1 << 20; }),
             "num_own_negatives is 1048576, expected at most 262144");
   EXPECT_EQ(message([](auto& o) { o.history_types = 32; }), "history_types is 32, expected at most 31");
+  EXPECT_EQ(message([](auto& o) { o.pretrain_steps = -1; }), "pretrain_steps is -1, expected 0 or more");
+  EXPECT_EQ(message([](auto& o) { o.title_typo_rate = 1.5f; }), "title_typo_rate is 1.5, expected 0 to 1");
+  EXPECT_EQ(message([](auto& o) { o.title_subsampling = -1; }), "title_subsampling is -1, expected 0 to 1");
+  EXPECT_EQ(message([](auto& o) { o.query_typo_rate = NAN; }), "query_typo_rate is nan, expected 0 to 1");
   EXPECT_EQ(message([](auto& o) { o.shuffle_buffer = 0; }), "shuffle_buffer is 0, expected 1 or more");
   EXPECT_NE(message([](auto& o) { o.shard_index = 1; }).find("expected 0 to num_shards - 1, 0"), std::string::npos);
 }

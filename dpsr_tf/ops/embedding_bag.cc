@@ -4,15 +4,11 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <thread>
+#include <type_traits>
 
-// The loops over a row are compiled for AVX2 too, chosen when the library loads. Sanitizers do not go with that.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && \
-    !defined(__SANITIZE_THREAD__)
-#define DPSR_FOR_EACH_CPU __attribute__((target_clones("avx2", "default")))
-#else
-#define DPSR_FOR_EACH_CPU
-#endif
+#include "dpsr_tf/ops/for_each_cpu.h"
 
 namespace dpsr {
 namespace {
@@ -21,18 +17,9 @@ constexpr int64_t kHeader = 2;
 // How many rows ahead of their use are fetched: enough to hide the latency of memory, few enough to stay in the cache.
 constexpr int64_t kRowsAhead = 8;
 
-DPSR_FOR_EACH_CPU void AddScaled(const float* __restrict x, float scale, int64_t n, float* __restrict sum) {
-  for (int64_t k = 0; k < n; ++k) sum[k] += scale * x[k];
-}
-
-DPSR_FOR_EACH_CPU void AdagradRow(const float* __restrict gradient, float learning_rate, int64_t n,
-                                  float* __restrict row, float* __restrict accumulator) {
-  for (int64_t k = 0; k < n; ++k) {
-    const float g = gradient[k], total = accumulator[k] + g * g;
-    accumulator[k] = total;
-    row[k] -= learning_rate * g / std::sqrt(total);
-  }
-}
+// What `dim` is in the loops over rows: widths that are used much are known to the compiler.
+template <int64_t kDim>
+using Fixed = std::integral_constant<int64_t, kDim>;
 
 void Prefetch(const float* row, int64_t dim) {
   for (int64_t k = 0; k < dim; k += 16) __builtin_prefetch(row + k);
@@ -45,17 +32,18 @@ struct Occurrence {
   const float* gradient;
 };
 
-// Sorts by row and keeps the order of equal ones: least significant digits first, as many as `num_rows` has.
-void SortByRow(int64_t num_rows, std::vector<Occurrence>* occurrences) {
+// Sorts by row and keeps the order of equal ones: least significant digits first, as many as `num_rows` has. Both
+// arrays hold `n`; the one that is returned holds the result.
+Occurrence* SortByRow(int64_t num_rows, int64_t n, Occurrence* occurrences, Occurrence* sorted) {
   constexpr int kDigitBits = 11, kDigits = 1 << kDigitBits;
-  std::vector<Occurrence> sorted(occurrences->size());
   for (int shift = 0; shift < 32 && (num_rows - 1) >> shift != 0; shift += kDigitBits) {
-    size_t begin[kDigits + 1] = {};
-    for (const Occurrence& o : *occurrences) ++begin[((o.row >> shift) & (kDigits - 1)) + 1];
+    uint32_t begin[kDigits + 1] = {};
+    for (int64_t i = 0; i < n; ++i) ++begin[((occurrences[i].row >> shift) & (kDigits - 1)) + 1];
     for (int digit = 0; digit < kDigits; ++digit) begin[digit + 1] += begin[digit];
-    for (const Occurrence& o : *occurrences) sorted[begin[(o.row >> shift) & (kDigits - 1)]++] = o;
-    occurrences->swap(sorted);
+    for (int64_t i = 0; i < n; ++i) sorted[begin[(occurrences[i].row >> shift) & (kDigits - 1)]++] = occurrences[i];
+    std::swap(occurrences, sorted);
   }
+  return occurrences;
 }
 
 Status Check(const TokenLists& list, int64_t num_ids) {
@@ -170,71 +158,116 @@ Status PackedTokens::Parse(const int32_t* data, int64_t size, int64_t num_rows, 
   return Status();
 }
 
-float PackedTokens::weight(int64_t i) const {
-  if (weights_ == nullptr) return 1;
-  float weight;
-  std::memcpy(&weight, weights_ + i, sizeof(weight));
-  return weight;
-}
-
 RowLocks& RowLocks::OfProcess() {
   static RowLocks* locks = new RowLocks;
   return *locks;
 }
 
-// Rows that are used much lie side by side (ids go by frequency): the low bits spread them.
-RowLocks::Holder::Holder(RowLocks& locks, int64_t row) : held_(locks.locks_[row & ((1 << kBits) - 1)].held) {
-  while (held_.exchange(true, std::memory_order_acquire)) {
+void RowLocks::Holder::Wait() {
+  do {
     // A row's step is short, so the holder is nearly done, unless it has lost its core.
     for (int i = 0; i < 100 && held_.load(std::memory_order_relaxed); ++i) {
     }
     if (held_.load(std::memory_order_relaxed)) std::this_thread::yield();
+  } while (held_.exchange(true, std::memory_order_acquire));
+}
+
+namespace {
+
+template <typename Dim>
+DPSR_INLINE void SumRowsOf(const float* __restrict table, Dim dim, const PackedTokens& tokens, RowLocks& locks,
+                           float* __restrict out) {
+  const int64_t num_values = tokens.num_values();
+  for (int64_t i = 0; i < std::min(kRowsAhead, num_values); ++i) Prefetch(table + tokens.row(i) * dim, dim);
+  int64_t i = 0;
+  for (int64_t text = 0; text < tokens.num_texts(); ++text, out += dim) {
+    std::fill(out, out + dim, 0.f);
+    for (const int64_t end = tokens.end(text); i < end; ++i) {
+      if (i + kRowsAhead < num_values) Prefetch(table + tokens.row(i + kRowsAhead) * dim, dim);
+      const float* __restrict row = table + tokens.row(i) * dim;
+      const float weight = tokens.weight(i);
+      const RowLocks::Holder lock(locks, tokens.row(i));
+      for (int64_t k = 0; k < dim; ++k) out[k] += weight * row[k];
+    }
   }
 }
 
-void SumRows(const float* table, int64_t dim, const PackedTokens& tokens, RowLocks& locks, float* out) {
-  std::fill(out, out + tokens.num_texts() * dim, 0.f);
-  for (int64_t i = 0; i < std::min(kRowsAhead, tokens.num_values()); ++i) Prefetch(table + tokens.row(i) * dim, dim);
-  int64_t i = 0;
-  for (int64_t text = 0; text < tokens.num_texts(); ++text, out += dim) {
-    for (; i < tokens.end(text); ++i) {
-      if (i + kRowsAhead < tokens.num_values()) Prefetch(table + tokens.row(i + kRowsAhead) * dim, dim);
-      const RowLocks::Holder lock(locks, tokens.row(i));
-      AddScaled(table + tokens.row(i) * dim, tokens.weight(i), dim, out);
+template <typename Dim>
+DPSR_INLINE void AdagradStep(const float* __restrict gradient, Dim n, float learning_rate, float* __restrict values,
+                             float* __restrict accumulator) {
+  for (int64_t k = 0; k < n; ++k) {
+    const float g = gradient[k], total = accumulator[k] + g * g;
+    accumulator[k] = total;
+    values[k] -= learning_rate * g / std::sqrt(total);
+  }
+}
+
+// `sum` is room for a row.
+template <typename Dim>
+DPSR_INLINE void ApplyAdagradTo(const Occurrence* occurrences, int64_t n, float learning_rate, Dim dim, RowLocks& locks,
+                                float* __restrict sum, float* __restrict table, float* __restrict accumulators) {
+  for (int64_t i = 0; i < n;) {
+    const int64_t row = occurrences[i].row;
+    if (i + kRowsAhead < n) {
+      Prefetch(table + occurrences[i + kRowsAhead].row * dim, dim);
+      Prefetch(accumulators + occurrences[i + kRowsAhead].row * dim, dim);
     }
+    std::fill(sum, sum + dim, 0.f);
+    for (; i < n && occurrences[i].row == row; ++i) {
+      const float weight = occurrences[i].weight;
+      const float* __restrict gradient = occurrences[i].gradient;
+      for (int64_t k = 0; k < dim; ++k) sum[k] += weight * gradient[k];
+    }
+    const RowLocks::Holder lock(locks, row);
+    AdagradStep(sum, dim, learning_rate, table + row * dim, accumulators + row * dim);
+  }
+}
+
+DPSR_FOR_EACH_CPU void ApplyAdagradToRows(const Occurrence* occurrences, int64_t n, float learning_rate, int64_t dim,
+                                          RowLocks& locks, float* table, float* accumulator) {
+  if (dim == 64) {
+    float sum[64];
+    ApplyAdagradTo(occurrences, n, learning_rate, Fixed<64>(), locks, sum, table, accumulator);
+  } else {
+    std::vector<float> sum(dim);
+    ApplyAdagradTo(occurrences, n, learning_rate, dim, locks, sum.data(), table, accumulator);
+  }
+}
+
+}  // namespace
+
+DPSR_FOR_EACH_CPU void SumRows(const float* table, int64_t dim, const PackedTokens& tokens, RowLocks& locks,
+                               float* out) {
+  if (dim == 64) {
+    SumRowsOf(table, Fixed<64>(), tokens, locks, out);
+  } else {
+    SumRowsOf(table, dim, tokens, locks, out);
   }
 }
 
 void ApplyAdagrad(const std::vector<PooledGradient>& gradients, float learning_rate, int64_t num_rows, int64_t dim,
                   RowLocks& locks, float* table, float* accumulator) {
-  std::vector<Occurrence> occurrences;
   int64_t n = 0;
   for (const PooledGradient& pooled : gradients) n += pooled.tokens.num_values();
-  occurrences.reserve(n);
+  // Not vectors, which would fill them with zeros first.
+  const std::unique_ptr<Occurrence[]> occurrences(new Occurrence[n]), sorted(new Occurrence[n]);
+  Occurrence* next = occurrences.get();
   for (const PooledGradient& pooled : gradients) {
     int64_t i = 0;
     for (int64_t text = 0; text < pooled.tokens.num_texts(); ++text) {
-      for (; i < pooled.tokens.end(text); ++i) {
-        occurrences.push_back({static_cast<uint32_t>(pooled.tokens.row(i)), pooled.tokens.weight(i),
-                               pooled.gradient + text * dim});
+      const float* gradient = pooled.gradient + text * dim;
+      for (const int64_t end = pooled.tokens.end(text); i < end; ++i) {
+        *next++ = {static_cast<uint32_t>(pooled.tokens.row(i)), pooled.tokens.weight(i), gradient};
       }
     }
   }
-  SortByRow(num_rows, &occurrences);
-  std::vector<float> sum(dim);
-  for (int64_t i = 0; i < n;) {
-    const int64_t row = occurrences[i].row;
-    if (i + kRowsAhead < n) {
-      Prefetch(table + occurrences[i + kRowsAhead].row * dim, dim);
-      Prefetch(accumulator + occurrences[i + kRowsAhead].row * dim, dim);
-    }
-    std::fill(sum.begin(), sum.end(), 0.f);
-    for (; i < n && occurrences[i].row == row; ++i) {
-      AddScaled(occurrences[i].gradient, occurrences[i].weight, dim, sum.data());
-    }
-    const RowLocks::Holder lock(locks, row);
-    AdagradRow(sum.data(), learning_rate, dim, table + row * dim, accumulator + row * dim);
-  }
+  ApplyAdagradToRows(SortByRow(num_rows, n, occurrences.get(), sorted.get()), n, learning_rate, dim, locks, table,
+                     accumulator);
+}
+
+DPSR_FOR_EACH_CPU void ApplyDenseAdagrad(const float* gradient, int64_t n, float learning_rate, float* values,
+                                         float* accumulator) {
+  AdagradStep(gradient, n, learning_rate, values, accumulator);
 }
 
 }  // namespace dpsr

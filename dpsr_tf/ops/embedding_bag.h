@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <vector>
 
@@ -49,7 +50,11 @@ class PackedTokens {
   int64_t num_values() const { return num_values_; }
   int64_t end(int64_t text) const { return ends_ == nullptr ? text + 1 : ends_[text]; }
   int32_t row(int64_t i) const { return rows_[i]; }
-  float weight(int64_t i) const;
+  float weight(int64_t i) const {
+    float weight = 1;
+    if (weights_ != nullptr) std::memcpy(&weight, weights_ + i, sizeof(weight));
+    return weight;
+  }
 
  private:
   int64_t num_texts_ = 0, num_values_ = 0;
@@ -66,12 +71,17 @@ class RowLocks {
 
   class Holder {
    public:
-    Holder(RowLocks& locks, int64_t row);
+    // Rows that are used much lie side by side (ids go by frequency): the low bits spread them.
+    Holder(RowLocks& locks, int64_t row) : held_(locks.locks_[row & ((1 << kBits) - 1)].held) {
+      if (held_.exchange(true, std::memory_order_acquire)) Wait();
+    }
     ~Holder() { held_.store(false, std::memory_order_release); }
     Holder(const Holder&) = delete;
     Holder& operator=(const Holder&) = delete;
 
    private:
+    void Wait();
+
     std::atomic<bool>& held_;
   };
 
@@ -100,6 +110,9 @@ struct PooledGradient {
 // of the occurrences: the same input gives the same bits.
 void ApplyAdagrad(const std::vector<PooledGradient>& gradients, float learning_rate, int64_t num_rows, int64_t dim,
                   RowLocks& locks, float* table, float* accumulator);
+
+// The same step on `n` numbers that lie side by side: the weights of a layer.
+void ApplyDenseAdagrad(const float* gradient, int64_t n, float learning_rate, float* values, float* accumulator);
 
 }  // namespace dpsr
 

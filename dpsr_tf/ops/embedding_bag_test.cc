@@ -175,6 +175,20 @@ TEST_P(EveryDim, SumsAndStepsAsPlainLoopsDo) {
   }
 }
 
+TEST_P(EveryDim, DenseStepIsThatOfARow) {
+  const int64_t dim = GetParam();
+  RowLocks locks;
+  std::vector<float> table = Random(dim, 1), accumulator(dim, 0.1f), values = table, values_accumulator = accumulator;
+  const std::vector<float> gradient = Random(dim, 2);
+  ApplyAdagrad({{Parsed({kOnePerText, 0, 0}, 1), gradient.data()}}, 0.5f, 1, dim, locks, table.data(),
+               accumulator.data());
+  ApplyDenseAdagrad(gradient.data(), dim, 0.5f, values.data(), values_accumulator.data());
+  for (int64_t i = 0; i < dim; ++i) {
+    ASSERT_NEAR(values[i], table[i], 1e-6);
+    ASSERT_NEAR(values_accumulator[i], accumulator[i], 1e-6 * accumulator[i]);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Dims, EveryDim, testing::Values(1, 3, 8, 17, 64, 100, 128));
 
 TEST(ApplyAdagradTest, NoUpdateOfARowIsLostBetweenThreads) {

@@ -37,8 +37,11 @@ REGISTER_OP("DpsrExamplesDataset")
     .Input("users: string")
     .Input("items: string")
     .Input("interactions: string")  // [files]
+    .Input("titles: string")        // read for title queries only
+    .Input("vocabulary: string")    // read for those, and for queries with typos
     .Input("batch_size: int64")
     .Input("num_title_queries: int64")
+    .Input("pretrain_steps: int64")
     .Input("num_shared_negatives: int64")
     .Input("num_supervised_negatives: int64")
     .Input("shuffle_buffer: int64")
@@ -47,6 +50,9 @@ REGISTER_OP("DpsrExamplesDataset")
     .Input("shard_index: int64")
     .Input("num_shards: int64")
     .Input("first_step: int64")
+    .Attr("title_subsampling: float = 0")
+    .Attr("title_typo_rate: float = 0")
+    .Attr("query_typo_rate: float = 0")
     .Attr("num_own_negatives: int = 0")
     .Attr("own_negative_source: {'impressions', 'labels', 'both'} = 'impressions'")
     .Attr("user_fixed: list(string) = []")
@@ -92,7 +98,7 @@ struct Arguments {
   tensorflow::Status VisitInputs(Visit visit) {
     for (auto [name, value] :
          {std::pair{"batch_size", &batch.batch_size}, {"num_title_queries", &batch.num_title_queries},
-          {"num_shared_negatives", &batch.num_shared_negatives},
+          {"pretrain_steps", &batch.pretrain_steps}, {"num_shared_negatives", &batch.num_shared_negatives},
           {"num_supervised_negatives", &batch.num_supervised_negatives}, {"shuffle_buffer", &batch.shuffle_buffer},
           {"seed", &batch.seed}, {"num_epochs", &batch.num_epochs}, {"shard_index", &batch.shard_index},
           {"num_shards", &batch.num_shards}, {"first_step", &first_step}}) {
@@ -115,6 +121,9 @@ struct Arguments {
           {"history_fixed", &store.history_features.fixed}, {"history_lists", &store.history_features.lists}}) {
       TF_RETURN_IF_ERROR(visit(name, value));
     }
+    TF_RETURN_IF_ERROR(visit("title_subsampling", &batch.title_subsampling));
+    TF_RETURN_IF_ERROR(visit("title_typo_rate", &batch.title_typo_rate));
+    TF_RETURN_IF_ERROR(visit("query_typo_rate", &batch.query_typo_rate));
     TF_RETURN_IF_ERROR(visit("own_negative_source", &own_negative_source));
     TF_RETURN_IF_ERROR(visit("history_text", &history_text));
     return visit("negative_mask", &negative_mask);
@@ -168,11 +177,13 @@ class ExamplesDataset : public data::DatasetBase {
   tensorflow::Status AsGraphDefInternal(data::SerializationContext*, DatasetGraphDefBuilder* b,
                                         tensorflow::Node** output) const override {
     Arguments arguments = arguments_;
-    std::vector<tensorflow::Node*> nodes(3);
+    std::vector<tensorflow::Node*> nodes(5);
     TF_RETURN_IF_ERROR(b->AddScalar(tstring(arguments.store.users), &nodes[0]));
     TF_RETURN_IF_ERROR(b->AddScalar(tstring(arguments.store.items), &nodes[1]));
     const std::vector<std::string>& files = arguments.store.interactions;
     TF_RETURN_IF_ERROR(b->AddVector(std::vector<tstring>(files.begin(), files.end()), &nodes[2]));
+    TF_RETURN_IF_ERROR(b->AddScalar(tstring(arguments.store.titles), &nodes[3]));
+    TF_RETURN_IF_ERROR(b->AddScalar(tstring(arguments.store.vocabulary), &nodes[4]));
     TF_RETURN_IF_ERROR(arguments.VisitInputs(
         [&](const char*, int64_t* value) { return b->AddScalar(*value, &nodes.emplace_back()); }));
     std::vector<std::pair<size_t, tensorflow::Node*>> inputs;
@@ -371,13 +382,13 @@ class ExamplesDataset : public data::DatasetBase {
     out->push_back(GatherCodesTensor(features, rows, allocator));
     for (const RaggedColumn& column : features.lists) AppendTokens(column, rows, allocator, out);
   }
-  // The queries of the log, then the title queries.
+  // The queries as the log has them, then those that were made.
   void AppendQueries(Batch* batch, Allocator* allocator, std::vector<Tensor>* out) const {
-    const size_t titles = batch->title_splits.size() - 1, log_queries = batch->query.size() - titles;
-    FindQueryTexts({batch->query.data(), log_queries}, &batch->texts);
-    for (size_t i = 0; i < titles; ++i) {
-      const int64_t begin = batch->title_splits[i], end = batch->title_splits[i + 1];
-      batch->texts.emplace_back(batch->title_tokens.data() + begin, static_cast<size_t>(end - begin));
+    const size_t made = batch->made_splits.size() - 1;
+    FindQueryTexts({batch->query.data(), batch->query.size() - made}, &batch->texts);
+    for (size_t i = 0; i < made; ++i) {
+      const int64_t begin = batch->made_splits[i], end = batch->made_splits[i + 1];
+      batch->texts.emplace_back(batch->made_tokens.data() + begin, static_cast<size_t>(end - begin));
     }
     AppendTexts(batch->texts, allocator, out);
   }
@@ -445,11 +456,13 @@ class ExamplesDatasetOp : public data::DatasetOpKernel {
     Arguments arguments = attributes_;
     TrainingStore::Options& store_options = arguments.store;
     BatchOptions& batch = arguments.batch;
-    tstring users, items;
+    tstring users, items, titles, vocabulary;
     std::vector<tstring> interactions;
     OP_REQUIRES_OK(c, data::ParseScalarArgument<tstring>(c, "users", &users));
     OP_REQUIRES_OK(c, data::ParseScalarArgument<tstring>(c, "items", &items));
     OP_REQUIRES_OK(c, data::ParseVectorArgument<tstring>(c, kInteractionsInput, &interactions));
+    OP_REQUIRES_OK(c, data::ParseScalarArgument<tstring>(c, "titles", &titles));
+    OP_REQUIRES_OK(c, data::ParseScalarArgument<tstring>(c, "vocabulary", &vocabulary));
     OP_REQUIRES_OK(c, arguments.VisitInputs([c](const char* name, int64_t* value) {
       return data::ParseScalarArgument<int64_t>(c, name, value);
     }));
@@ -462,6 +475,10 @@ class ExamplesDatasetOp : public data::DatasetOpKernel {
     store_options.users = users;
     store_options.items = items;
     store_options.interactions.assign(interactions.begin(), interactions.end());
+    store_options.has_titles = batch.num_title_queries > 0 || batch.pretrain_steps > 0;
+    store_options.has_query_texts = batch.query_typo_rate > 0;
+    store_options.titles = titles;
+    store_options.vocabulary = vocabulary;
     store_options.events = batch.history_length > 0 || batch.query_history_length > 0;
     store_options.impressions = batch.num_own_negatives > 0 && !batch.own_labels;
     store_options.impressions_if_any = batch.num_own_negatives > 0 && batch.own_impressions;

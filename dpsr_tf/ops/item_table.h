@@ -16,6 +16,7 @@
 #include <memory>
 
 #include "dpsr_tf/ops/columns.h"
+#include "dpsr_tf/ops/id_index.h"
 #include "tokenizer_cc/packed_file.h"
 #include "tokenizer_cc/status.h"
 
@@ -34,19 +35,15 @@ class ItemTable {
   const RaggedColumn& text() const { return text_; }
   const FeatureColumns& features() const { return features_; }
   // The row of an id, -1 when there is none. Constant time; `with_ids` only.
-  int32_t Find(int64_t id) const;
+  int32_t Find(int64_t id) const { return index_.Find(id); }
 
  private:
   ItemTable() = default;
-  Status OpenIndex(const SectionReader& reader);
-  uint64_t Bucket(int64_t id) const;
 
   std::unique_ptr<PackedFile> file_;
   RaggedColumn text_;
   FeatureColumns features_;
-  Span<const int64_t> ids_;
-  Span<const int32_t> bucket_splits_, bucket_rows_;
-  int bucket_bits_ = 0;
+  IdIndex index_;
 };
 
 }  // namespace dpsr

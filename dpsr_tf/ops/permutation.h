@@ -23,6 +23,8 @@ class RandomStream {
   explicit RandomStream(uint64_t seed) : state_(Mix64(seed)) {}
 
   uint64_t Next() { return Mix64(state_++); }
+  // Uniform in [0, 1).
+  double Fraction() { return static_cast<double>(Next() >> 11) * 0x1p-53; }
   // Uniform in [0, n), n > 0. The bias of the multiply-shift method is below n / 2^64.
   uint64_t Uniform(uint64_t n) { return static_cast<uint64_t>((static_cast<unsigned __int128>(Next()) * n) >> 64); }
 

@@ -73,6 +73,11 @@ Clicks InteractionsShard::ClicksOf(int64_t local_query) const {
   return clicks;
 }
 
+Status TextColumn::Read(const SectionReader& reader, const std::string& name, int64_t rows) {
+  DPSR_RETURN_IF_ERROR(reader.Array(name + ".bytes", SectionReader::kAnyLength, &bytes));
+  return reader.Splits(name + ".splits", rows, static_cast<int64_t>(bytes.size()), &splits);
+}
+
 Status TrainingStore::Open(const Options& options, const FileOpener& open, std::unique_ptr<TrainingStore>* store) {
   std::unique_ptr<TrainingStore> s(new TrainingStore);
   const size_t files = options.interactions.size();
@@ -112,6 +117,10 @@ Status TrainingStore::Open(const Options& options, const FileOpener& open, std::
                       " positive interactions and ", s->num_items(), " items; training needs at least one of each");
   }
   DPSR_RETURN_IF_ERROR(s->OpenUsers(options));
+  if (options.has_titles) DPSR_RETURN_IF_ERROR(s->OpenTitles(options.titles, open));
+  if (options.has_titles || options.has_query_texts) {
+    DPSR_RETURN_IF_ERROR(s->OpenVocabulary(options.vocabulary, open));
+  }
   *store = std::move(s);
   return Status();
 }
@@ -125,6 +134,7 @@ Status TrainingStore::OpenShard(const Options& options, InteractionsShard* shard
   if (!shard->own) return Status();
 
   const int64_t queries = shard->query_tokens.rows();
+  if (options.has_query_texts) DPSR_RETURN_IF_ERROR(shard->query_text.Read(reader, "query_text", queries));
   DPSR_RETURN_IF_ERROR(reader.Ragged("positive.splits", "positive.item", queries, &shard->positives));
   const int64_t positives = static_cast<int64_t>(shard->positives.values.size());
   DPSR_RETURN_IF_ERROR(reader.Array("positive.user", positives, &shard->user));
@@ -177,6 +187,18 @@ Status TrainingStore::OpenUsers(const Options& options) {
   DPSR_RETURN_IF_ERROR(reader.CheckRows("event.query", event_query_, num_queries_, "queries"));
   DPSR_RETURN_IF_ERROR(reader.CheckTypes("event.type", event_type_));
   return CheckEvents(reader);
+}
+
+Status TrainingStore::OpenTitles(const std::string& path, const FileOpener& open) {
+  DPSR_RETURN_IF_ERROR(open(path, "titles", &titles_));
+  return title_.Read(SectionReader(*titles_), "title", num_items());
+}
+
+Status TrainingStore::OpenVocabulary(const std::string& path, const FileOpener& open) {
+  std::unique_ptr<PackedFile> file;
+  DPSR_RETURN_IF_ERROR(open(path, Vocabulary::kKind, &file));
+  for (const PackedFile::Section& section : file->sections()) DPSR_RETURN_IF_ERROR(file->Verify(section));
+  return Vocabulary::Open(std::move(file), &vocabulary_);
 }
 
 // Histories are cut by a binary search in the times; an anonymous user has none.

@@ -14,6 +14,8 @@
 // interactions*.dpsr (kind "interactions"), each with all that belongs to its queries
 //   query.splits     int64 [queries + 1]      row splits of
 //   query.tokens     int32 [tokens]           the token ids of each distinct query text
+//   query_text.splits  int64 [queries + 1]    row splits of
+//   query_text.bytes   uint8 [bytes]          that text, UTF-8
 //   positive.splits  int64 [queries + 1]      rows of each query: positives are sorted by (query, item)
 //   positive.user, positive.item  int32 [positives]
 //   positive.time    uint32 [positives]
@@ -25,6 +27,10 @@
 //   [impression.item int32]                   items shown in the request and not clicked, ascending
 //   negative.splits  int64 [queries + 1]      row splits of
 //   negative.item    int32                    supervised negatives (section 4.5) of each query, ascending
+// titles.dpsr (kind "titles")
+//   title.splits     int64 [items + 1]        row splits of
+//   title.bytes      uint8 [bytes]            the title of each item, UTF-8
+// vocabulary.dpsr: tokenizer_cc/vocabulary.h
 #ifndef DPSR_DPSR_TF_OPS_TRAINING_STORE_H_
 #define DPSR_DPSR_TF_OPS_TRAINING_STORE_H_
 
@@ -33,6 +39,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "dpsr_tf/ops/columns.h"
@@ -40,6 +47,7 @@
 #include "dpsr_tf/ops/permutation.h"
 #include "tokenizer_cc/packed_file.h"
 #include "tokenizer_cc/status.h"
+#include "tokenizer_cc/vocabulary.h"
 
 namespace dpsr {
 
@@ -77,12 +85,26 @@ struct HeadClicks {
   std::vector<uint64_t> filter;
 };
 
+// Texts, one a row.
+struct TextColumn {
+  Span<const int64_t> splits;
+  Span<const uint8_t> bytes;
+
+  std::string_view operator[](int64_t row) const {
+    const char* text = reinterpret_cast<const char*>(bytes.data());
+    return {text + splits[row], static_cast<size_t>(splits[row + 1] - splits[row])};
+  }
+  // Sections `name`.splits and `name`.bytes, of `rows` rows.
+  Status Read(const SectionReader& reader, const std::string& name, int64_t rows);
+};
+
 // One interactions file. What is below `own` is there for a worker's own shards only.
 struct InteractionsShard {
   std::unique_ptr<PackedFile> file;
   int64_t first_query = 0;  // global row of its first query
   RaggedColumn query_tokens;
   bool own = false;
+  TextColumn query_text;   // empty unless asked for
   RaggedColumn positives;  // items of each query, ascending; an item clicked twice stands twice
   Span<const int32_t> user, request;  // request: empty unless asked for
   Span<const uint32_t> time;
@@ -118,6 +140,8 @@ class TrainingStore {
   struct Options {
     std::string users, items;
     std::vector<std::string> interactions;
+    std::string titles, vocabulary;
+    bool has_titles = false, has_query_texts = false;  // reads those, and the vocabulary with them
     FeatureNames user_features, item_features;
     FeatureNames history_features;  // of the items of histories
     bool events = false;            // reads the users' events
@@ -147,6 +171,10 @@ class TrainingStore {
   const ItemTable& items() const { return *items_; }
   const FeatureColumns& history_features() const { return history_features_; }
   const FeatureColumns& user_features() const { return user_features_; }
+  // Of each item; empty unless Options::has_titles.
+  const TextColumn& titles() const { return title_; }
+  // What makes tokens of texts; only with Options::has_titles or has_query_texts.
+  const Vocabulary& vocabulary() const { return *vocabulary_; }
 
   // A positive by its number among those owned; `row` is set to its row in the shard.
   const InteractionsShard& ShardOfPositive(int64_t positive, int64_t* row) const {
@@ -189,9 +217,12 @@ class TrainingStore {
   }
   Status OpenShard(const Options& options, InteractionsShard* shard) const;
   Status OpenUsers(const Options& options);
+  Status OpenTitles(const std::string& path, const FileOpener& open);
+  Status OpenVocabulary(const std::string& path, const FileOpener& open);
   Status CheckEvents(const SectionReader& reader) const;
 
-  std::unique_ptr<PackedFile> users_;
+  std::unique_ptr<PackedFile> users_, titles_;
+  std::unique_ptr<Vocabulary> vocabulary_;
   std::unique_ptr<ItemTable> items_;
   std::vector<InteractionsShard> shards_;
   std::vector<const InteractionsShard*> own_shards_;
@@ -200,6 +231,7 @@ class TrainingStore {
   bool sharded_by_file_ = false;
   int64_t num_users_ = 0, num_queries_ = 0;
   FeatureColumns user_features_, history_features_;
+  TextColumn title_;
   Span<const int64_t> event_splits_;
   Span<const uint32_t> event_time_;
   Span<const int32_t> event_item_, event_query_;

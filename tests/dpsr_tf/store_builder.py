@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpsr_tf.data.store import interactions_names
-from dpsr_tokenizer import PackedFileWriter
+from dpsr_tokenizer import PackedFileWriter, TokenizerConfig, VocabularyBuilder
 
 CLICK = 2
 
@@ -149,8 +149,22 @@ def write_file(path: Path, kind: str, sections: dict[str, np.ndarray]) -> None:
             file.add(name, np.ascontiguousarray(values))
 
 
+def title_of(tokens: list[int]) -> str:
+    """A title with a word of letters a token."""
+    return " ".join("".join(chr(ord("a") + int(digit)) for digit in f"{token:04}") for token in tokens)
+
+
+def _texts(name: str, texts: list[str]) -> dict[str, np.ndarray]:
+    encoded = [text.encode() for text in texts]
+    splits = np.cumsum([0, *map(len, encoded)]).astype(np.int64)
+    return {f"{name}.splits": splits, f"{name}.bytes": np.frombuffer(b"".join(encoded), np.uint8)}
+
+
 def write_store(path: Path, items: Table, text: Ragged, users: Table, log: Log, shards: int = 1) -> SmallStore:
-    """Writes items.dpsr, users.dpsr (row 0 anonymous) and the interaction files; no vocabulary, no manifest.json."""
+    """Writes items.dpsr, titles.dpsr, users.dpsr (row 0 anonymous) and the interaction files; no manifest.json.
+
+    Texts of titles and queries are those of `title_of`; vocabulary.dpsr is of these texts, not of the tokens given.
+    """
     path.mkdir(parents=True, exist_ok=True)
     num_queries = len(log.queries.splits) - 1
     # Rows of queries: shard after shard.
@@ -169,6 +183,11 @@ def write_store(path: Path, items: Table, text: Ragged, users: Table, log: Log, 
         | {"tokens.splits": text.splits, "tokens.values": text.values}
         | _features(items),
     )
+    titles = [title_of(tokens) for tokens in text.lists()]
+    write_file(path / "titles.dpsr", "titles", _texts("title", titles))
+    vocabulary = VocabularyBuilder(TokenizerConfig(letter_trigrams=False))
+    vocabulary.add([*titles, *(title_of(tokens) for tokens in log.queries.lists())])
+    vocabulary.write(str(path / "vocabulary.dpsr"), num_oov_buckets=1)
     known = np.flatnonzero(log.user > 0)
     known = known[np.lexsort((log.type[known], log.item[known], query[known], log.time[known], log.user[known]))]
     write_file(
@@ -202,14 +221,13 @@ def write_store(path: Path, items: Table, text: Ragged, users: Table, log: Log, 
         sections = {
             "query.splits": of_queries.splits,
             "query.tokens": of_queries.values,
-            "query_text.splits": np.zeros(len(queries) + 1, np.int64),
-            "query_text.bytes": np.zeros(0, np.uint8),
             "positive.splits": np.searchsorted(local, np.arange(len(queries) + 1)).astype(np.int64),
             "positive.user": log.user[own].astype(np.int32),
             "positive.item": log.item[own].astype(np.int32),
             "positive.type": log.type[own].astype(np.uint8),
             "positive.time": log.time[own].astype(np.uint32),
         }
+        sections |= _texts("query_text", [title_of(tokens) for tokens in of_queries.lists()])
         if log.weight is not None:
             sections |= _numbers("positive.weight", log.weight, own)
         if log.label is not None:

@@ -8,8 +8,9 @@ import threading
 import numpy as np
 import pytest
 import tensorflow as tf
-from store_builder import SmallStore, numbers_of, queries_of, random_store, write_file
+from store_builder import SmallStore, numbers_of, queries_of, random_store, title_of, write_file
 
+from dpsr_export.serving_ops import ItemTable
 from dpsr_tf import ops
 from dpsr_tf.config import TrainConfig
 from dpsr_tf.data.dataset import (
@@ -20,16 +21,17 @@ from dpsr_tf.data.dataset import (
     examples_dataset,
     training_input,
 )
-from dpsr_tf.data.item_table import ItemTable
 from dpsr_tf.data.schema import EVENT_TYPES
 from dpsr_tf.data.store import interactions_names
 from dpsr_tf.errors import UsageError
-from dpsr_tokenizer import FormatError, PackedFile
+from dpsr_tf.models.features import Feature
+from dpsr_tokenizer import FormatError, PackedFile, Vocabulary
 
 USER_FEATURES = ("profile1", "interests", "profile0")
 ITEM_FEATURES = ("note", "code1", "tags", "code0")
 EVERYTHING = {
     "num_title_queries": 2,
+    "title_typo_rate": 0.2,
     "num_supervised_negatives": 2,
     "num_own_negatives": 3,
     "own_negative_source": "both",
@@ -444,15 +446,58 @@ def is_piece(piece, text):
 
 
 def test_title_queries(small, rows):
+    vocabulary = Vocabulary(str(small.path / "vocabulary.dpsr"))
     items, lengths = set(), []
     for batch in batches(examples_dataset(small, options(num_title_queries=5)), 40):
         queries = texts(batch.query)
         for i in range(3, 8):
             row = batch.item_rows[i]
-            assert is_piece(queries[i], rows.item_text[row])
+            title = vocabulary.encode(title_of(rows.item_text[row])).tolist()
+            assert is_piece(queries[i], title) and len(queries[i]) >= min(1, len(title))
             items.add(row)
-            lengths.append(len(queries[i]) / max(1, len(rows.item_text[row])))
+            lengths.append(len(queries[i]) / max(1, len(title)))
     assert len(items) > 50 and min(lengths) < 0.5 < max(lengths)
+
+
+def test_title_queries_with_typing_errors(small):
+    vocabulary = Vocabulary(str(small.path / "vocabulary.dpsr"))
+    unknown = {}
+    for rate in (0.0, 0.1, 1.0):
+        chosen = options(64, num_title_queries=63, title_typo_rate=rate)
+        tokens = np.concatenate([batch.query.values[5:] for batch in batches(examples_dataset(small, chosen), 10)])
+        assert tokens.min() >= 0
+        unknown[rate] = np.mean(tokens >= len(vocabulary))
+    # Five tokens at most are those of the query from the log, which is of another vocabulary.
+    assert unknown[0.0] < 0.05 and 0.05 < unknown[0.1] < 0.25 and unknown[1.0] > 0.8
+
+
+def test_queries_with_typing_errors(small, rows):
+    vocabulary = Vocabulary(str(small.path / "vocabulary.dpsr"))
+    plain = batches(examples_dataset(small, options(64)), 4)
+    for rate, least, most in ((1e-9, 0.0, 0.0), (0.3, 0.3, 0.9)):
+        changed = []
+        for batch, other in zip(
+            batches(examples_dataset(small, options(64, query_typo_rate=rate)), 4), plain, strict=True
+        ):
+            np.testing.assert_array_equal(batch.item_rows, other.item_rows)
+            for query, row in zip(texts(batch.query), batch.query_rows, strict=True):
+                changed.append(query != vocabulary.encode(title_of(rows.queries[row])).tolist())
+        assert least <= np.mean(changed) <= most
+
+
+def test_pretraining_is_on_title_queries_alone(small):
+    chosen = options(**EVERYTHING)
+    before = batches(examples_dataset(small, dataclasses.replace(chosen, pretrain_steps=3)), 6)
+    for batch in before[:3]:
+        assert (batch.query_rows == -1).all() and (batch.user_rows == 0).all() and (batch.weights == 1).all()
+        assert not batch.own_negative_mask.any() and batch.history.items.row_splits[-1] == 0
+    # Then the log from its beginning, here too where a training goes on in the middle of either part.
+    for batch, first in zip(before[3:], batches(examples_dataset(small, chosen), 3), strict=True):
+        np.testing.assert_array_equal(batch.query_rows, first.query_rows)
+        np.testing.assert_array_equal(batch.item_rows[:6], first.item_rows[:6])
+    for step in (2, 4):
+        rest = examples_dataset(small, dataclasses.replace(chosen, pretrain_steps=3), first_step=step)
+        same(batches(rest, 6 - step), before[step:])
 
 
 # File systems.
@@ -482,67 +527,28 @@ def test_stores_on_tensorflow_file_systems(small, tmp_path, scheme):
 # The item table of serving.
 
 
-def test_item_table_equals_the_history_of_training(small, rows):
-    chosen = options(32, 0, history_length=10, history_text=True, history_features=ITEM_FEATURES)
-    lookup = ItemTable(str(small.path / "items.dpsr"), small.manifest, ITEM_FEATURES)
-    ids = rows.items["id"]
-    seen = set()
+def test_serving_reads_the_history_that_training_reads(small, rows):
+    """A caller sends it as item ids, padded, with more than the model reads."""
+    chosen = options(32, 0, history_length=4, history_text=True, history_features=ITEM_FEATURES)
+    kinds = {feature["name"]: feature["kind"] for feature in small.manifest["features"]["items"]}
+    table = ItemTable(small.path / "items.dpsr", [Feature(name, kinds[name]) for name in ITEM_FEATURES])
+    ids, seen = rows.items["id"], set()
     for batch in batches(examples_dataset(small, chosen), 10):
-        found = lookup(tf.constant(ids[batch.history.items.values]))
-        np.testing.assert_array_equal(found.rows, batch.history.items.values)
-        tf.nest.map_structure(np.testing.assert_array_equal, found.text, batch.history.text)
-        tf.nest.map_structure(np.testing.assert_array_equal, found.features, batch.history.features)
-        seen.update(found.rows.numpy().tolist())
+        histories = np.split(ids[batch.history.items.values], batch.history.items.row_splits[1:-1])
+        types = np.split(batch.history.types, batch.history.items.row_splits[1:-1])
+        sent, names = np.full((32, 9), -1, np.int64), np.full((32, 9), "", object)
+        for row, (history, of_row) in enumerate(zip(histories, types, strict=True)):
+            if len(history) == 4:
+                sent[row, :2] = ids[:2]  # older ones
+            sent[row, 2] = 2**62  # never heard of
+            places = [3, 4, 5, 7][: len(history)]
+            sent[row, places] = history
+            names[row, places] = [EVENT_TYPES[code] for code in of_row]
+        found = table.history(tf.zeros([32], tf.string), tf.constant(sent), tf.constant(names), 4)
+        for name in ("items", "types", "text", "features"):
+            tf.nest.map_structure(np.testing.assert_array_equal, getattr(found, name), getattr(batch.history, name))
+        seen.update(found.items.values.numpy().tolist())
     assert len(seen) > 40
-
-
-def test_item_table_of_unknown_ids(small, rows):
-    lookup = ItemTable(str(small.path / "items.dpsr"), small.manifest, ITEM_FEATURES)
-    ids = rows.items["id"]
-    found = lookup(tf.constant([-1, ids[3], ids[3] + 1, 2**62, ids[59]]))
-    assert found.rows.numpy().tolist() == [-1, 3, -1, -1, 59]
-    assert texts(tf.nest.map_structure(lambda t: t.numpy(), found.text)) == [
-        [],
-        rows.item_text[3],
-        [],
-        [],
-        rows.item_text[59],
-    ]
-    assert not found.features.codes.numpy()[[0, 2, 3]].any() and found.features.codes.numpy()[[1, 4]].any()
-    assert all(np.diff(column.row_splits)[[0, 2, 3]].sum() == 0 for column in found.features.lists)
-    empty = lookup(tf.zeros([0], tf.int64))
-    assert empty.features.codes.shape == (0, 2) and empty.text.row_splits.numpy().tolist() == [0]
-    without = ItemTable(str(small.path / "items.dpsr"), small.manifest, (), text=False)(tf.constant(ids))
-    assert without.rows.numpy().tolist() == list(range(60)) and without.text.row_splits.numpy().tolist() == [0]
-
-
-def test_item_table_in_a_graph(small):
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        ids = tf.compat.v1.placeholder(tf.int64, [None])
-        path = tf.compat.v1.placeholder(tf.string, [])
-        found = ItemTable(path, small.manifest, ITEM_FEATURES)(ids)
-        assert [column.row_splits.shape.rank for column in found.features.lists] == [1, 1]
-        assert found.features.codes.shape.as_list() == [None, 2] and found.rows.shape.as_list() == [None]
-        good = str(small.path / "items.dpsr")
-        assert session.run(found.rows, {ids: [5], path: good}).tolist() == [-1]
-        with pytest.raises(tf.errors.NotFoundError, match="nowhere"):
-            session.run(found.rows, {ids: [5], path: "/nowhere/items.dpsr"})
-        assert session.run(found.rows, {ids: [], path: good}).tolist() == []
-        with pytest.raises(ValueError, match="Shape must be rank 1 but is rank 2"):
-            ItemTable(good, small.manifest)(tf.zeros([1, 1], tf.int64))
-
-
-def test_item_table_errors(small, fresh):
-    with pytest.raises(UsageError, match="no feature 'price' of items, expected some of code0, code1, tags, note"):
-        ItemTable(str(small.path / "items.dpsr"), small.manifest, ("price",))
-    path = fresh.path / "items.dpsr"
-    sections = dict(PackedFile(path, "items").items())
-    sections["id_index.rows"] = np.roll(sections["id_index.rows"], 1)
-    write_file(path, "items", sections)
-    with pytest.raises(tf.errors.DataLossError, match=f"{path}: section id_index.splits row .* is not the bucket"):
-        ItemTable(str(path), fresh.manifest)(tf.zeros([1], tf.int64))
-    with pytest.raises(tf.errors.InvalidArgumentError, match="num_lists is 1, expected the number of names"):
-        ops.load().dpsr_item_features(items=str(path), ids=tf.zeros([1], tf.int64), num_lists=1)
 
 
 # Errors.
@@ -554,8 +560,11 @@ def create(store, **changes):
         "users": str(store.path / "users.dpsr"),
         "items": str(store.path / "items.dpsr"),
         "interactions": [str(store.path / name) for name in interactions_names(store.manifest["shards"])],
+        "titles": str(store.path / "titles.dpsr"),
+        "vocabulary": str(store.path / "vocabulary.dpsr"),
         "batch_size": 8,
         "num_title_queries": 0,
+        "pretrain_steps": 0,
         "num_shared_negatives": 6,
         "num_supervised_negatives": 0,
         "shuffle_buffer": 100,
@@ -575,6 +584,9 @@ def create(store, **changes):
         "history_length": 2,
         "history_types": 0,
         "num_parallel_calls": 0,
+        "title_subsampling": 0.0,
+        "title_typo_rate": 0.0,
+        "query_typo_rate": 0.0,
     }
     assert set(changes) <= set(arguments | attributes)
     return ops.load().dpsr_examples_dataset(**(arguments | attributes | changes))
@@ -592,6 +604,10 @@ def create(store, **changes):
         ({"num_supervised_negatives": 7}, "num_supervised_negatives is 7, expected at most num_shared_negatives, 6"),
         ({"num_title_queries": -1}, "num_title_queries is -1, expected 0 to batch_size - 1, 7"),
         ({"num_title_queries": 8}, "num_title_queries is 8, expected 0 to batch_size - 1, 7"),
+        ({"pretrain_steps": -1}, "pretrain_steps is -1, expected 0 or more"),
+        ({"query_typo_rate": -0.5}, "query_typo_rate is -0.5, expected 0 to 1"),
+        ({"title_subsampling": 2.0}, "title_subsampling is 2, expected 0 to 1"),
+        ({"title_typo_rate": 1.5}, "title_typo_rate is 1.5, expected 0 to 1"),
         ({"num_own_negatives": -1}, "num_own_negatives is -1, expected 0 or more"),
         ({"num_own_negatives": 2**40}, "num_own_negatives is 1099511627776, expected at most 2097152"),
         ({"own_negative_source": "none"}, 'own_negative_source.*"none" is not in the list of allowed values'),

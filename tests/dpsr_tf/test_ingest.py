@@ -28,7 +28,7 @@ from store_builder import numbers_of, queries_of
 from dpsr_tf.config import from_dict
 from dpsr_tf.data.ingest import ingest
 from dpsr_tf.data.schema import EVENT_TYPES, Schema, adapter_path, load_schema
-from dpsr_tf.data.store import Store, interactions_names, unpack_strings
+from dpsr_tf.data.store import Store, interactions_names, manifest_checksum, unpack_strings
 from dpsr_tf.errors import CommandError, UsageError
 from dpsr_tokenizer import PackedFile, Tokenizer
 
@@ -158,6 +158,75 @@ def test_without_users_weights_and_labels(shop, tmp_path, dpsr):
     assert not {"positive.weight", "positive.label", "positive.position", "positive.request"} & set(file)
     assert len(file["negative.item"]) == 0
     assert store.users()["id"].tolist() == [-1] and store.held_out() is None
+
+
+def test_filters(shop, tmp_path, dpsr):
+    for row, price, stock, tags in zip(
+        shop.items,
+        [19.99, None, 1e9, 0.1, -3, 5, 7.25],
+        ["yes", "no", "yes", "yes", None, "no", "yes"],
+        ["new|sale|new", "", "sale", None, "|", "a b", "手机|new"],
+        strict=True,
+    ):
+        row.update(price=price, stock=stock, tags=tags)
+    shop.schema["items"]["filters"] = [
+        {"column": "brand", "name": "maker"},
+        {"column": "price", "kind": "number"},
+        {"column": "stock", "name": "in stock"},
+        {"column": "tags", "kind": "multi", "separator": "|"},
+    ]
+    shop.write()
+    dpsr(*shop.flags(tmp_path / "one")).succeeds()
+    store = Store(tmp_path / "one")
+    file, items = store.filters(), by_id(shop)
+    assert store.features.items == ()
+    assert file is not None
+    makers, stocks, tags = (unpack_strings(file, f"values.{name}") for name in ("maker", "in stock", "tags"))
+    named = [None, *makers]
+    assert [named[code] for code in file["filter.maker"]] == [row["brand"] for row in items]
+    assert stocks == ["yes", "no"]
+    expected = [{"yes": 1, "no": 2, None: 0}[row["stock"]] for row in items]
+    assert file["filter.in stock"].tolist() == expected
+    np.testing.assert_array_equal(file["filter.price"], [np.nan if r["price"] is None else r["price"] for r in items])
+    assert file["filter.price"].dtype == np.float64
+    lists = ragged(file, "filter.tags.splits", "filter.tags.values")
+    assert [[tags[code - 1] for code in codes] for codes in lists] == [
+        [tag for tag in (row["tags"] or "").split("|") if tag] for row in items
+    ]
+    # The same bytes from another order; a store without filters has no such file, and its other files are the same.
+    shop.items.reverse()
+    shop.write()
+    dpsr(*shop.flags(tmp_path / "two"), "--threads=1").succeeds()
+    assert (tmp_path / "one" / "filters.dpsr").read_bytes() == (tmp_path / "two" / "filters.dpsr").read_bytes()
+    del shop.schema["items"]["filters"]
+    shop.write()
+    dpsr(*shop.flags(tmp_path / "without")).succeeds()
+    assert Store(tmp_path / "without").filters() is None
+    assert not (tmp_path / "without" / "filters.dpsr").exists()
+    assert (tmp_path / "without" / "items.dpsr").read_bytes() == (tmp_path / "one" / "items.dpsr").read_bytes()
+
+
+def test_a_store_of_a_version_without_filters(shop, store):
+    # Its manifest does not know the key.
+    manifest = json.loads((store.path / "manifest.json").read_text())
+    del manifest["schema"]["items"]["filters"]
+    manifest["checksum"] = manifest_checksum(manifest)
+    (store.path / "manifest.json").write_text(json.dumps(manifest))
+    assert Store(store.path).filters() is None
+
+
+def test_a_damaged_filter_file(shop, tmp_path, dpsr):
+    shop.schema["items"]["filters"] = ["brand"]
+    shop.write()
+    dpsr(*shop.flags(tmp_path / "store")).succeeds()
+    file = tmp_path / "store" / "filters.dpsr"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:70] + bytes([whole[70] ^ 1]) + whole[71:])
+    with pytest.raises(CommandError, match=r"filters\.dpsr"):
+        Store(tmp_path / "store").filters()
+    file.unlink()
+    with pytest.raises(CommandError, match=r"filters\.dpsr"):
+        Store(tmp_path / "store")
 
 
 def test_vocabulary(shop, store):
@@ -737,6 +806,13 @@ def refuses(dpsr, tree, shop, tmp_path):
         (lambda s: s["vocabulary"].update(num_oov_buckets=2**24 + 1), ["num_oov_buckets is 16777217", "16777216"]),
         (lambda s: s.update(tokenizer={"letter_trigrams": 1}), ["letter_trigrams is 1, expected true or false"]),
         (lambda s: s["interactions"].update(negative_to=1.0, label=None), ["negative_to", "label"]),
+        (lambda s: s["items"].update(filters=["brand", "brand"]), ["items: filters has brand twice"]),
+        (lambda s: s["items"].update(filters=["a=b"]), ["filters: name is 'a=b'", "without a dot or ="]),
+        (lambda s: s["items"].update(filters=["a.b"]), ["filters: name is 'a.b'", "without a dot or ="]),
+        (lambda s: s["items"].update(filters=["seventeen_letters"]), ["seventeen_letters", "at most 16 bytes"]),
+        (lambda s: s["items"].update(filters=[{"column": "brand", "kind": "text"}]), ["kind is 'text'", "number"]),
+        (lambda s: s["items"].update(filters=[{"column": "brand", "separator": "|"}]), ["goes with kind multi only"]),
+        (lambda s: s["items"].update(filters=[{"column": "brand", "boundaries": [1]}]), ["unknown key 'boundaries'"]),
     ],
 )
 def test_schema_errors(shop, refuses, change, fragments):

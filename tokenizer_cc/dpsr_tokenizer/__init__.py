@@ -23,6 +23,7 @@ from dpsr_tokenizer._native import (
     TokenizerConfig,
     Vocabulary,
     VocabularyBuilder,
+    checksum,
 )
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "TokenizerConfig",
     "Vocabulary",
     "VocabularyBuilder",
+    "checksum",
     "op_library_path",
 ]
 

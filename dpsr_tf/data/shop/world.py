@@ -66,6 +66,7 @@ class Parameters:
     misspellings: int = option(4, "ways to misspell a query, at most", 1, 100)
     shops: int = option(80, "shops of both languages", 30, _MOST_SHOPS)
     invented_brands: int = option(0, "brands of each category beside the lexicon's", 0, _MOST_BRANDS)
+    shared_brands: int = option(0, "of these, how many are brands of the next category too", 0, _MOST_BRANDS)
     held_out_share: float = option(0.1, "share of meanings that the log never asks for, half dev, half test", 0.01, 0.5)
     judged_queries: int = option(300, "queries in each of judgments.dev.tsv and judgments.test.tsv, at most", 10, 10**6)
     max_judged_items: int = option(50, "relevant items listed for a query, at most", 1, 10_000)
@@ -75,9 +76,14 @@ class Parameters:
 
     def problem(self) -> str | None:
         """What is wrong with values that are each allowed but do not go together."""
-        if self.days > 1 or self.interactions <= 10_000_000:
-            return None
-        return f"interactions is {self.interactions} and days 1, expected 2 days or more for over 10000000 clicks"
+        if self.days == 1 and self.interactions > 10_000_000:
+            return f"interactions is {self.interactions} and days 1, expected 2 days or more for over 10000000 clicks"
+        if self.shared_brands > self.invented_brands:
+            return (
+                f"shared_brands is {self.shared_brands}, expected at most invented_brands, {self.invented_brands}: "
+                f"they are some of those"
+            )
+        return None
 
 
 def random_stream(parameters: Parameters, part: str, *numbers: int) -> np.random.Generator:
@@ -131,7 +137,7 @@ class Catalogue:
         self.category_shops: list[np.ndarray] = []
         for number, language in enumerate(self.languages):
             rng = random_stream(parameters, f"{NAMES[number]}.catalogue")
-            self._add_brands(language, parameters.invented_brands, rng)
+            self._add_brands(language, parameters, rng)
             self._add_words(language)
             per_category = max(2, parameters.shops // len(self.categories))
             self._add_shops(language, per_category, rng)
@@ -149,13 +155,16 @@ class Catalogue:
         same = self.types_of(int(self.category_language[self.type_category[item_type]]))
         return [int(t) for t in same if self.types[t].fits == word]
 
-    def _add_brands(self, language: Language, invented: int, rng: np.random.Generator) -> None:
+    def _add_brands(self, language: Language, parameters: Parameters, rng: np.random.Generator) -> None:
+        invented, shared = parameters.invented_brands, parameters.shared_brands
         known = {brand for category in language.categories for brand in category.brands}
         known |= {word for category in language.categories for t in category.types for word in t.word.split()}
         names = _invent(language, invented * len(language.categories), 3 if language.separator else 2, known, rng)
         codes: dict[str, int] = {}
         for place, category in enumerate(language.categories):
             mine = [*category.brands, *names[place * invented : (place + 1) * invented]]
+            if place:
+                mine += names[(place - 1) * invented :][:shared]
             for name in mine:
                 if name not in codes:
                     codes[name] = len(self.brands)

@@ -1,0 +1,130 @@
+// The ops of the hinge loss: thin adapters of hinge_loss.h.
+
+#include "dpsr_tf/ops/hinge_loss.h"
+
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/shape_inference.h"
+
+namespace dpsr {
+namespace {
+
+namespace errors = ::tensorflow::errors;
+using ::tensorflow::DEVICE_CPU;
+using ::tensorflow::OpKernel;
+using ::tensorflow::OpKernelConstruction;
+using ::tensorflow::OpKernelContext;
+using ::tensorflow::Tensor;
+using ::tensorflow::TensorShape;
+using ::tensorflow::shape_inference::DimensionHandle;
+using ::tensorflow::shape_inference::InferenceContext;
+using ::tensorflow::shape_inference::ShapeHandle;
+
+REGISTER_OP("DpsrNegativeWeights")
+    .Input("mask: bool")
+    .Output("weights: float")
+    .Attr("mixing_ratio: float")
+    .SetShapeFn([](InferenceContext* c) {
+      ShapeHandle mask;
+      TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 2, &mask));
+      c->set_output(0, mask);
+      return tensorflow::OkStatus();
+    });
+
+class NegativeWeightsOp : public OpKernel {
+ public:
+  explicit NegativeWeightsOp(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("mixing_ratio", &mixing_ratio_));
+    OP_REQUIRES(context, mixing_ratio_ >= 0 && mixing_ratio_ <= 1,
+                errors::InvalidArgument("mixing_ratio is ", mixing_ratio_, ", expected 0 to 1"));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor& mask = context->input(0);
+    OP_REQUIRES(context, mask.dims() == 2 && mask.dim_size(0) <= mask.dim_size(1),
+                errors::InvalidArgument("mask has shape ", mask.shape().DebugString(), ", expected [b, b + r]"));
+    Tensor* weights;
+    OP_REQUIRES_OK(context, context->allocate_output(0, mask.shape(), &weights));
+    NegativeWeights(mask.flat<bool>().data(), mask.dim_size(0), mask.dim_size(1), mixing_ratio_,
+                    weights->flat<float>().data());
+  }
+
+ private:
+  float mixing_ratio_;
+};
+REGISTER_KERNEL_BUILDER(Name("DpsrNegativeWeights").Device(DEVICE_CPU), NegativeWeightsOp);
+
+REGISTER_OP("DpsrHingeLoss")
+    .Input("scores: T")
+    .Input("weights: T")
+    .Input("example_weights: T")
+    .Input("positive: num_positive * T")
+    .Output("loss: T")
+    .Output("scores_gradient: T")
+    .Output("positive_gradient: num_positive * T")
+    .Attr("T: {float, double}")
+    .Attr("num_positive: int >= 0")
+    .Attr("margin: float")
+    .SetShapeFn([](InferenceContext* c) {
+      ShapeHandle scores, pairs;
+      DimensionHandle b;
+      TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 2, &scores));
+      TF_RETURN_IF_ERROR(c->Merge(scores, c->input(1), &scores));
+      pairs = c->Vector(c->Dim(scores, 0));
+      for (int i = 2; i < c->num_inputs(); ++i) TF_RETURN_IF_ERROR(c->Merge(pairs, c->input(i), &pairs));
+      c->set_output(0, c->Scalar());
+      c->set_output(1, scores);
+      for (int i = 2; i < c->num_outputs(); ++i) c->set_output(i, pairs);
+      return tensorflow::OkStatus();
+    });
+
+template <typename T>
+class HingeLossOp : public OpKernel {
+ public:
+  explicit HingeLossOp(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("margin", &margin_));
+    OP_REQUIRES(context, context->num_inputs() <= 4, errors::InvalidArgument("num_positive is more than 1"));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    enum Input { kScores, kWeights, kExampleWeights, kPositive };
+    enum Output { kLoss, kScoresGradient, kPositiveGradient };
+    const Tensor& scores = context->input(kScores);
+    const bool on_diagonal = context->num_inputs() == kPositive;
+    OP_REQUIRES(context, scores.dims() == 2 && (!on_diagonal || scores.dim_size(0) <= scores.dim_size(1)),
+                errors::InvalidArgument("scores has shape ", scores.shape().DebugString(), ", expected [b, n]"));
+    const TensorShape pairs({scores.dim_size(0)});
+    auto check = [&](int input, const char* name, const TensorShape& expected) {
+      const TensorShape& got = context->input(input).shape();
+      OP_REQUIRES(context, got == expected,
+                  errors::InvalidArgument(name, " has shape ", got.DebugString(), ", expected ",
+                                          expected.DebugString(), ", as scores is ", scores.shape().DebugString()));
+    };
+    check(kWeights, "weights", scores.shape());
+    check(kExampleWeights, "example_weights", pairs);
+    if (!on_diagonal) check(kPositive, "positive", pairs);
+    if (!context->status().ok()) return;
+    auto data = [&](int input) { return context->input(input).flat<T>().data(); };
+    HingeInput<T> input{nullptr, data(kScores), data(kWeights), data(kExampleWeights)};
+    Tensor *loss, *of_scores;
+    OP_REQUIRES_OK(context, context->allocate_output(kLoss, TensorShape({}), &loss));
+    OP_REQUIRES_OK(context, context->allocate_output(kScoresGradient, scores.shape(), &of_scores));
+    HingeGradient<T> gradient{nullptr, of_scores->flat<T>().data()};
+    if (!on_diagonal) {
+      Tensor* of_positive;
+      OP_REQUIRES_OK(context, context->allocate_output(kPositiveGradient, pairs, &of_positive));
+      of_positive->flat<T>().setZero();
+      input.positive = data(kPositive);
+      gradient.positive = of_positive->flat<T>().data();
+    }
+    loss->scalar<T>()() = HingeLoss(input, scores.dim_size(0), scores.dim_size(1), T{margin_}, gradient);
+  }
+
+ private:
+  float margin_;
+};
+REGISTER_KERNEL_BUILDER(Name("DpsrHingeLoss").Device(DEVICE_CPU).TypeConstraint<float>("T"), HingeLossOp<float>);
+REGISTER_KERNEL_BUILDER(Name("DpsrHingeLoss").Device(DEVICE_CPU).TypeConstraint<double>("T"), HingeLossOp<double>);
+
+}  // namespace
+}  // namespace dpsr

@@ -1,0 +1,33 @@
+// Rows by id in constant time: sections id, id_index.splits and id_index.rows of a packed file (item_table.h).
+#ifndef DPSR_DPSR_TF_OPS_ID_INDEX_H_
+#define DPSR_DPSR_TF_OPS_ID_INDEX_H_
+
+#include <cstdint>
+
+#include "dpsr_tf/ops/columns.h"
+#include "tokenizer_cc/packed_file.h"
+#include "tokenizer_cc/status.h"
+
+namespace dpsr {
+
+// Immutable after Open, so thread-safe. The file must outlive it.
+class IdIndex {
+ public:
+  // Errors: DataLoss for sections that are damaged or do not fit `rows` rows; they are all checked.
+  Status Open(const SectionReader& reader, int64_t rows);
+
+  Span<const int64_t> ids() const { return ids_; }
+  // The row of an id, -1 when there is none.
+  int32_t Find(int64_t id) const;
+
+ private:
+  uint64_t Bucket(int64_t id) const;
+
+  Span<const int64_t> ids_;
+  Span<const int32_t> bucket_splits_, bucket_rows_;
+  int bucket_bits_ = 0;
+};
+
+}  // namespace dpsr
+
+#endif  // DPSR_DPSR_TF_OPS_ID_INDEX_H_
