@@ -61,8 +61,18 @@ class TrainConfig:
 
     steps: int = option(10_000, "training steps in all", 1)
     batch_size: int = option(64, "b, positive pairs a step", 2, 1 << 16)
-    num_title_queries: int = option(0, "pairs of a batch whose query is a piece of a random item's text", 0, 1 << 16)
+    num_title_queries: int = option(0, "pairs of a batch whose query is a piece of a random item's title", 0, 1 << 16)
+    pretrain_steps: int = option(0, "first steps, in which all pairs are such ones", 0)
+    title_subsampling: float = option(
+        0.0, "words of a larger share of the titles come less often in them; 0: off", 0, 1
+    )
+    title_typo_rate: float = option(0.0, "share of the words of such a query that get a typing error", 0, 1)
+    query_typo_rate: float = option(0.0, "the same of the words of the log's queries", 0, 1)
     learning_rate: float = option(0.01, "AdaGrad's learning rate", 1e-8, 100)
+    initial_accumulator: float = option(0.1, "where AdaGrad's sums of squared gradients start", 1e-30, 1e6)
+    average_decay: float = option(
+        0.0, "of the moving average of the weights that is served; 0: the last ones", 0, 0.99999
+    )
     loss: str = option("hinge", "hinge (4.3) or softmax over the negatives", choices=("hinge", "softmax"))
     margin: float = option(0.1, "delta of the hinge loss", 0, 2)
     softmax_temperature: float = option(0.07, "what the softmax loss divides scores by", 1e-3, 1e3)

@@ -23,6 +23,8 @@ IMPLEMENTATIONS = ("fused", "stock")
 PLACEMENTS = ("whole", "rows")
 # Where TensorFlow's AdagradOptimizer starts.
 INITIAL_ACCUMULATOR = 0.1
+# Steps from one update of the moving average of the weights to the next.
+AVERAGE_STEPS = 10
 # Graph collection of the variables of all tables.
 TABLE_VARIABLES = "embedding_table_variables"
 # Graph collection of pairs: a dense variable, and its value on the worker.
@@ -83,6 +85,7 @@ class EmbeddingTable:
         placement: str = "whole",
         num_shards: int = 1,
         implementation: str = "fused",
+        initial_accumulator: float = INITIAL_ACCUMULATOR,
     ):
         """Makes the variables, or takes those of this name where variable scopes allow it.
 
@@ -94,6 +97,7 @@ class EmbeddingTable:
             placement: "whole" or "rows".
             num_shards: pieces for "rows", usually the number of ps; more than num_ids count as num_ids.
             implementation: "fused" or "stock".
+            initial_accumulator: where AdaGrad's sums of squared gradients start.
 
         Raises:
             ValueError: a value that is not allowed.
@@ -117,7 +121,8 @@ class EmbeddingTable:
             )
         self.variables: list[tf.Variable] = [variable] if placement == "whole" else list(variable)
         self.outputs: list[tf.Tensor] = []
-        self._kernels: _Fused | _Stock = (_Fused if implementation == "fused" else _Stock)(self.variables)
+        kernels = _Fused if implementation == "fused" else _Stock
+        self._kernels: _Fused | _Stock = kernels(self.variables, initial_accumulator)
 
     def bag(self, tokens: Tokens, weights: tf.Tensor | None = None, combiner: str = "sum") -> tf.Tensor:
         """One vector a text, float32 [texts, dim], zero for a text without tokens. Arguments as those of `bags`."""
@@ -183,6 +188,7 @@ def minimize(
     learning_rate: float | tf.Tensor,
     global_step: tf.Variable | None = None,
     optimizer: tf.compat.v1.train.Optimizer | None = None,
+    initial_accumulator: float = INITIAL_ACCUMULATOR,
 ) -> tf.Operation:
     """The training step: one backward pass over the tables' outputs and all other trainable variables.
 
@@ -191,19 +197,47 @@ def minimize(
         tables: all tables that `loss` depends on.
         learning_rate: of the tables' AdaGrad, and of `optimizer` if it is left out.
         global_step: incremented by the step.
-        optimizer: of the other variables; AdagradOptimizer(learning_rate) if left out.
+        optimizer: of the other variables; AdaGrad, all of a device in one op, if left out.
+        initial_accumulator: where the sums of squared gradients of that AdaGrad start.
     """
-    optimizer = optimizer or v1.train.AdagradOptimizer(learning_rate)
     in_tables = {id(variable) for table in tables for variable in table.variables}
     dense = [variable for variable in v1.trainable_variables() if id(variable) not in in_tables]
     of_tables, of_dense = gradients(loss, tables, dense)
-    if dense:
-        steps = [optimizer.apply_gradients(zip(of_dense, dense, strict=True), global_step)]
+    if optimizer is None:
+        steps = _adagrad(dense, of_dense, learning_rate, initial_accumulator)
     else:
-        steps = [] if global_step is None else [global_step.assign_add(1, read_value=False)]
+        steps = [optimizer.apply_gradients(zip(of_dense, dense, strict=True))] if dense else []
+    if global_step is not None:
+        steps.append(global_step.assign_add(1, read_value=False))
     for table, of_table in zip(tables, of_tables, strict=True):
         steps.append(table.apply_adagrad(of_table, learning_rate))
     return tf.group(*steps)
+
+
+def _adagrad(
+    variables: Sequence[tf.Variable],
+    gradients: Sequence[tf.Tensor | None],
+    learning_rate: float | tf.Tensor,
+    initial_accumulator: float,
+) -> list[tf.Operation]:
+    """A step on dense variables, those of a device in one op."""
+    used = [pair for pair in zip(variables, map(_dense, gradients), strict=True) if pair[1] is not None]
+    by_device: dict[str, list[tuple[tf.Variable, tf.Variable, tf.Tensor]]] = {}
+    accumulators = _accumulators([variable for variable, _ in used], initial_accumulator)
+    for (variable, gradient), accumulator in zip(used, accumulators, strict=True):
+        by_device.setdefault(variable.device, []).append((variable.handle, accumulator.handle, gradient))
+    steps = []
+    for device, found in by_device.items():
+        with tf.device(device):
+            steps.append(ops.load().dpsr_dense_adagrad(*map(list, zip(*found, strict=True)), learning_rate))
+    return steps
+
+
+def _accumulators(variables: Sequence[tf.Variable], initial: float) -> list[tf.Variable]:
+    """Made by TensorFlow's optimizer, so that their names, places and slices are its own."""
+    optimizer = v1.train.AdagradOptimizer(1.0, initial)
+    optimizer._create_slots(variables)
+    return [optimizer.get_slot(variable, "accumulator") for variable in variables]
 
 
 def gradients(
@@ -226,6 +260,33 @@ def gradients(
         for gradient, variable in zip(found[begin:], variables, strict=True)
     ]
     return of_tables, of_variables
+
+
+def average(train_op: tf.Operation, decay: float, global_step: tf.Variable) -> tf.Operation:
+    """Keeps a moving average of all trainable variables beside them (Polyak and Juditsky, 1992).
+
+    Args:
+        train_op: the training step.
+        decay: what a step leaves of the average; 0.998 averages over some 500 steps. At first, when that would be more
+            than there are, the average is over about as many steps as were made.
+        global_step: incremented by train_op.
+
+    Returns:
+        The training step with the average, which costs one pass over all variables every AVERAGE_STEPS steps.
+    """
+    with tf.control_dependencies([train_op]):
+        step = global_step.read_value()
+    averages = tf.train.ExponentialMovingAverage(decay**AVERAGE_STEPS, step // AVERAGE_STEPS)
+    averages.apply(v1.trainable_variables())  # makes the averages, outside of the branch below
+    return tf.cond(tf.equal(step % AVERAGE_STEPS, 0), lambda: averages.apply(v1.trainable_variables()), tf.no_op)
+
+
+def weights_saver(is_average: bool) -> tf.compat.v1.train.Saver:
+    """A Saver that restores the weights of a checkpoint into a graph of the towers: `average`'s where that ran."""
+    if not is_average:
+        return v1.train.Saver()
+    averages = tf.train.ExponentialMovingAverage(0.5)
+    return v1.train.Saver({averages.average_name(variable): variable for variable in v1.global_variables()})
 
 
 def saver(tables: Sequence[EmbeddingTable], **arguments: Any) -> tf.compat.v1.train.Saver:
@@ -318,9 +379,9 @@ def _to_ps(gradient: tf.Tensor, variable: tf.Variable) -> tf.Tensor:
 class _Fused:
     """Our ops; one packed array of ids a shard and call."""
 
-    def __init__(self, variables: list[tf.Variable]):
+    def __init__(self, variables: list[tf.Variable], initial_accumulator: float):
         self._ops = ops.load()
-        self._variables = variables
+        self._variables, self._initial_accumulator = variables, initial_accumulator
         self._first_rows = [0]
         for variable in variables:
             self._first_rows.append(self._first_rows[-1] + int(variable.shape[0]))
@@ -345,10 +406,7 @@ class _Fused:
     def apply(
         self, outputs: list[tf.Tensor], gradients: list[tf.Tensor | None], learning_rate: float | tf.Tensor
     ) -> tf.Operation:
-        # The optimizer makes the accumulators, so that their names, places and slices are its own.
-        slots = v1.train.AdagradOptimizer(learning_rate, initial_accumulator_value=INITIAL_ACCUMULATOR)
-        slots._create_slots(self._variables)
-        self._accumulators = [slots.get_slot(variable, "accumulator") for variable in self._variables]
+        self._accumulators = _accumulators(self._variables, self._initial_accumulator)
         used = [i for i, gradient in enumerate(gradients) if gradient is not None]
         if not used:
             return tf.no_op()
@@ -373,8 +431,8 @@ class _Fused:
 class _Stock:
     """TensorFlow's ops on the tables' devices, gradients too."""
 
-    def __init__(self, variables: list[tf.Variable]):
-        self._variables = variables
+    def __init__(self, variables: list[tf.Variable], initial_accumulator: float):
+        self._variables, self._initial_accumulator = variables, initial_accumulator
 
     def sums(self, lists: Sequence[Tokens], weights: Sequence[tf.Tensor] | None) -> tf.Tensor:
         values = tf.concat([tokens.values for tokens in lists], 0)
@@ -426,7 +484,7 @@ class _Stock:
             [gradient for _, gradient in pairs],
             colocate_gradients_with_ops=True,
         )
-        optimizer = v1.train.AdagradOptimizer(learning_rate, initial_accumulator_value=INITIAL_ACCUMULATOR)
+        optimizer = v1.train.AdagradOptimizer(learning_rate, self._initial_accumulator)
         return optimizer.apply_gradients(zip(rows, self._variables, strict=True))
 
     def snapshots(self) -> list[saveable_object.SaveableObject]:

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from dpsr_tf.config import ModelConfig, option
+from dpsr_tf.data.schema import FIXED_KINDS as FIXED_KINDS
+from dpsr_tf.data.schema import KINDS
 from dpsr_tf.errors import UsageError
 
 if TYPE_CHECKING:
     from dpsr_tf.data.dataset import Batch, Features, History, Tokens
-
-FIXED_KINDS = ("categorical", "number")
-LIST_KINDS = ("multi", "text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Feature:
     """One feature that a tower reads, as the store codes it."""
 
     name: str
-    kind: str = option("categorical", "what its codes are", choices=FIXED_KINDS + LIST_KINDS)
+    kind: str = option("categorical", "what its codes are", choices=KINDS)
     num_ids: int = option(1, "codes 0 to num_ids - 1; of kind text: ids of its vocabulary", 1)
     vocabulary: str | None = option(None, "of kind text: its vocabulary; that of query and item text if left out")
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from dpsr_tf import ops
+
 # Takes the gradient of a loss, gives those of the scores of the positives and of the negatives.
 Gradient = Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
@@ -29,25 +31,11 @@ def negative_weights(negative_mask: tf.Tensor, mixing_ratio: float) -> tf.Tensor
     Returns:
         float32 [b, b + r], zero where the mask is False.
     """
-    valid = tf.cast(negative_mask, tf.float32)
-    b = tf.shape(valid)[0]
-    in_batch, random = valid[:, :b], valid[:, b:]
-    batch_count = tf.reduce_sum(in_batch, axis=1, keepdims=True)
-    random_count = tf.reduce_sum(random, axis=1, keepdims=True)
-    batch_share = (1.0 - mixing_ratio) * tf.cast(batch_count > 0, tf.float32)
-    random_share = mixing_ratio * tf.cast(random_count > 0, tf.float32)
-    scale = tf.math.divide_no_nan(batch_count + random_count, batch_share + random_share)
-    return tf.concat(
-        [
-            in_batch * tf.math.divide_no_nan(scale * batch_share, batch_count),
-            random * tf.math.divide_no_nan(scale * random_share, random_count),
-        ],
-        axis=1,
-    )
+    return ops.load().dpsr_negative_weights(negative_mask, mixing_ratio=mixing_ratio)
 
 
 def hinge_loss(
-    positive_scores: tf.Tensor,
+    positive_scores: tf.Tensor | None,
     scores: tf.Tensor,
     weights: tf.Tensor,
     margin: float,
@@ -60,7 +48,7 @@ def hinge_loss(
     with a small log most negatives are easy, and what tells two sizes of one product apart drowns in their number.
 
     Args:
-        positive_scores: float32 [b].
+        positive_scores: float32 [b]; None: they are on the diagonal of `scores`, which is cheaper.
         scores: float32 [b, n], of every item of the batch with every query.
         weights: float32 [b, n], how much each item counts as a negative; zero where it does not.
         margin: delta.
@@ -71,23 +59,20 @@ def hinge_loss(
         float32 [].
     """
     if num_hard_negatives:
+        if positive_scores is None:
+            positive_scores = tf.linalg.diag_part(scores)
         terms = weights * tf.nn.relu(margin - positive_scores[:, tf.newaxis] + scores)
         count = tf.minimum(num_hard_negatives, tf.shape(terms)[1])
         hardest = tf.math.top_k(tf.stop_gradient(terms), count, sorted=False).indices
         scores, weights = (tf.gather(matrix, hardest, batch_dims=1) for matrix in (scores, weights))
-    weights *= _shares(example_weights)[:, tf.newaxis]
+    positive = [] if positive_scores is None else [positive_scores]
+    return ops.load().dpsr_hinge_loss(scores, weights, example_weights, positive, margin=margin).loss
 
-    @tf.custom_gradient
-    def loss(positive: tf.Tensor, negative: tf.Tensor) -> tuple[tf.Tensor, Gradient]:
-        violations = margin - positive[:, tf.newaxis] + negative
-        slopes = weights * tf.cast(violations > 0, weights.dtype)
 
-        def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            return -upstream * tf.reduce_sum(slopes, axis=1), upstream * slopes
-
-        return tf.reduce_sum(slopes * violations), gradient
-
-    return loss(positive_scores, scores)
+@tf.RegisterGradient("DpsrHingeLoss")
+def _hinge_gradient(op: tf.Operation, upstream: tf.Tensor, *unused: tf.Tensor) -> list[tf.Tensor | None]:
+    _, of_scores, *of_positive = op.outputs
+    return [upstream * of_scores, None, None, *(upstream * gradient for gradient in of_positive)]
 
 
 def softmax_loss(
@@ -127,7 +112,7 @@ def softmax_loss(
     return loss(positive_logits, logits)
 
 
-def log_q(shares: tf.Tensor, num_items: int, mixing_ratio: float, title_share: float = 0.0) -> tf.Tensor:
+def log_q(shares: tf.Tensor, num_items: int, mixing_ratio: float, title_share: float | tf.Tensor = 0.0) -> tf.Tensor:
     """Logarithm of how often an item is a negative; sampled softmax takes it off each logit.
 
     A random negative is any item alike, one from the batch comes as often as it is a positive, and alpha mixes them

@@ -47,7 +47,7 @@ def build_loss(
     query = towers.query_embedding(QueryFeatures.of(batch))  # [b, m, d]
     items = towers.item_embedding(ItemFeatures.of(batch))  # [n, d]
     positives = tf.slice(items, [0, 0], [b, -1])
-    # Not the diagonal of `scores`: its gradient would be a second [b, b + r] matrix.
+    # Not the diagonal of `scores`: TensorFlow's gradient of that would be a second [b, b + r] matrix.
     positive_scores = towers.pair_scores(query, positives)  # [b]
     shared = items[:num_shared] if train.num_own_negatives else items
     scores = towers.scores(query, shared)  # [b, b + r]
@@ -61,7 +61,8 @@ def build_loss(
         weights = tf.concat([weights, own_weights], axis=1)
 
     if train.loss == "hinge":
-        loss = hinge_loss(positive_scores, scores, weights, train.margin, batch.weights, train.num_hard_negatives)
+        positives_apart = positive_scores if train.num_hard_negatives else None
+        loss = hinge_loss(positives_apart, scores, weights, train.margin, batch.weights, train.num_hard_negatives)
     else:
         positive_logits, logits = positive_scores / train.softmax_temperature, scores / train.softmax_temperature
         if train.log_q_correction:

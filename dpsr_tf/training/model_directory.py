@@ -17,6 +17,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import tensorflow as tf
+
 from dpsr_tf.config import Config, from_dict, load_config, save_config, to_dict
 from dpsr_tf.data.store import Store
 from dpsr_tf.errors import CommandError, UsageError
@@ -61,6 +63,23 @@ class ModelDirectory:
                 f"{directory / 'features.json'}: cannot be read: {error}; train the model again"
             ) from None
         return ModelDirectory(directory, load_config(directory / "config.yaml"), spec, meanings, vocabulary)
+
+    def last_checkpoint(self) -> str:
+        """The path of the last checkpoint, "MODEL/model.ckpt-2000".
+
+        Raises:
+            CommandError: there is none, or none but that of random weights, which a training saves before its first
+                step.
+        """
+        checkpoint = tf.train.latest_checkpoint(str(self.path))
+        if checkpoint is None:
+            raise CommandError(f"{self.path}: holds no checkpoint; run `dpsr train` to its first one")
+        if checkpoint.endswith("-0"):
+            raise CommandError(
+                f"{self.path}: holds no trained checkpoint, only {Path(checkpoint).name}, the random weights that "
+                f"training began with; run `dpsr train` to its next one"
+            )
+        return checkpoint
 
     def difference(self, config: Config, store: Store) -> str | None:
         """Why a training with `config` on `store` cannot go on with this model; None if it can.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -126,6 +127,7 @@ def train(store: Store, config: Config, model_dir: str | Path, cluster: Cluster 
     summary_dir = str(model.path) if is_chief else None
     bar = ProgressBar(config.train.steps, config.train.batch_size, summary_dir, says_start=not cluster.is_local)
     options = batch_options(config, model.features)
+    options = dataclasses.replace(options, pretrain_steps=-(-options.pretrain_steps // cluster.num_workers))
 
     def examples() -> tf.data.Dataset:
         # Read when the session is made, or made again: a training that goes on does so at the batch where it was. Of

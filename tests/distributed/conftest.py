@@ -65,7 +65,8 @@ class Launch:
         assert pid is not None, self.text()
         os.kill(pid, signal.SIGKILL)
         self.until(lambda: self.task(kind, index) not in (None, pid))
-        assert f"launch: {kind} {index} was ended by SIGKILL, starting it again" in self.text()
+        # The line may be on its way to us yet.
+        self.until(lambda: f"launch: {kind} {index} was ended by SIGKILL, starting it again" in self.text())
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Waits for a condition while the launcher runs."""

@@ -29,8 +29,8 @@ def placeholders(features):
     )
 
 
-def make_model(path, store, **model):
-    """A model directory with a checkpoint of random weights."""
+def make_model(path, store, step=7, **model):
+    """A model directory with a checkpoint of random weights, of this step."""
     directory = ModelDirectory.create_or_resume(path, Config(model=ModelConfig(**model)), store)
     tables = StoreTables(directory, store)
     with tf.Graph().as_default(), v1.Session() as session:
@@ -39,7 +39,7 @@ def make_model(path, store, **model):
         towers.query_embedding(placeholders(tables.queries(["red"], None)))
         towers.item_embedding(placeholders(tables.items(np.arange(2))))
         session.run(v1.global_variables_initializer())
-        v1.train.Saver().save(session, str(path / "model.ckpt"), global_step=7)
+        v1.train.Saver().save(session, str(path / "model.ckpt"), global_step=step)
     return directory
 
 
@@ -179,6 +179,10 @@ def test_models_that_cannot_be_asked(store, tmp_path):
     empty = ModelDirectory.create_or_resume(tmp_path / "empty", Config(), store)
     with pytest.raises(CommandError, match="holds no checkpoint"):
         exact_search(empty.path, store)
+    # What a training leaves that fails at its first step.
+    untrained = make_model(tmp_path / "untrained", store, step=0)
+    with pytest.raises(CommandError, match=r"holds no trained checkpoint, only model.ckpt-0"):
+        exact_search(untrained.path, store)
     model = make_model(tmp_path / "model", store, token_dim=8, embedding_dim=6)
     (tmp_path / "model" / "config.yaml").write_text("model: {token_dim: 8, embedding_dim: 6, hidden: [4]}\n")
     with pytest.raises(CommandError, match=r"model.ckpt-7 cannot be read, or is not of its config"):

@@ -174,6 +174,19 @@ def test_ids_out_of_range_are_refused_and_change_nothing(placement, num_shards, 
             opened.run(train, {ids: [1, 2, 10]})
 
 
+def test_dense_adagrad_refuses_what_does_not_fit():
+    with tf.Graph().as_default() as graph:
+        a, b = (v1.get_variable(name, [2], initializer=v1.ones_initializer(), use_resource=True) for name in "ab")
+        with pytest.raises(ValueError, match="must be equal"):
+            ops.load().dpsr_dense_adagrad([a.handle], [b.handle], [tf.zeros([3])], 0.1)
+        late = v1.placeholder_with_default(tf.zeros([3]), None)
+        step = ops.load().dpsr_dense_adagrad([a.handle], [b.handle], [late], 0.1)
+        with session(graph) as opened:
+            with pytest.raises(tf.errors.InvalidArgumentError, match=r"gradient has shape \[3\], expected \[2\]"):
+                opened.run(step)
+            np.testing.assert_array_equal(opened.run(a), [1, 1])
+
+
 def test_broken_inputs_are_refused_by_the_kernels():
     kernels = ops.load()
     good = [1, 0, 2, 0, 1]  # one text with rows 0 and 1
@@ -383,6 +396,37 @@ def test_variables_read_densely_meanwhile_are_not_changed_under_the_reader():
             assert np.any(opened.run(table.variables[0]) != before)
 
 
+@pytest.mark.parametrize("stock", [False, True])
+def test_dense_variables_take_the_steps_of_tensorflows_adagrad(stock):
+    """Dense and sparse gradients, and a variable that the loss does not depend on."""
+    start = np.linspace(-1, 1, 30, dtype=np.float32).reshape(6, 5)
+    with tf.Graph().as_default() as graph:
+        a, b, _ = (v1.get_variable(name, initializer=start, use_resource=True) for name in ("a", "b", "unused"))
+        loss = tf.reduce_sum(tf.matmul(a, b, transpose_b=True) ** 2) + tf.reduce_sum(tf.gather(b, [1, 1, 4]) ** 3)
+        step = v1.train.create_global_step()
+        train = minimize(loss, [], 0.1, step, v1.train.AdagradOptimizer(0.1, 0.3) if stock else None, 0.3)
+        names = ["a", "a/Adagrad", "b", "b/Adagrad", "unused"]
+        with session(graph) as opened:
+            for _ in range(4):
+                opened.run(train)
+            found = {v.op.name: opened.run(v) for v in v1.global_variables() if v.op.name in names}
+            assert opened.run(step) == 4
+    np.testing.assert_array_equal(found["unused"], start)
+    expected = {"a": start.astype(float), "b": start.astype(float)}
+    sums = {name: np.full_like(value, 0.3) for name, value in expected.items()}
+    for _ in range(4):
+        product = 2 * expected["a"] @ expected["b"].T
+        gradients = {"a": product @ expected["b"], "b": product.T @ expected["a"]}
+        for row in (1, 1, 4):
+            gradients["b"][row] += 3 * expected["b"][row] ** 2
+        for name, gradient in gradients.items():
+            sums[name] += gradient**2
+            expected[name] -= 0.1 * gradient / np.sqrt(sums[name])
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found[f"{name}/Adagrad"], sums[name], rtol=1e-4)
+
+
 def test_whole_tables_are_spread_by_size():
     with tf.Graph().as_default():
         setter = v1.train.replica_device_setter(ps_tasks=2, ps_strategy=GreedyBySize(2))
@@ -427,7 +471,7 @@ def test_half_on_wire_sends_dense_weights_and_gradients_once_and_half():
         }
     by_kind = sorted(crossing[1:] for crossing in crossings)
     gradient = [crossing for crossing in by_kind if crossing[2] == "worker" and crossing[1] == "float32"]
-    assert len(gradient) == 2  # of the two bags
+    assert gradient == [("MatMul", "float32", "worker")]  # of the bag that the loss depends on
     assert [crossing for crossing in by_kind if crossing not in gradient] == [
         ("Cast", "bfloat16", "worker"),
         ("Cast", "float16", "ps"),

@@ -468,6 +468,21 @@ def test_polysemous_words(shop: Written) -> None:
             assert len(categories) > 1 and set(categories) <= set(shop.items["category"][shop.relevant[brand]])
 
 
+def test_shared_brands_make_polysemous_queries() -> None:
+    few, many = worlds(items=3_000, invented_brands=3), worlds(items=3_000, invented_brands=3, shared_brands=3)
+    catalogue = many.catalogue
+    for language in (0, 1):
+        mine = np.flatnonzero(catalogue.category_language == language)
+        for before, after in itertools.pairwise(mine):
+            shared = set(catalogue.category_brands[before][-6:]) & set(catalogue.category_brands[after][-3:])
+            assert len(shared) == 3, (catalogue.categories[before].name, catalogue.categories[after].name)
+        assert not set(catalogue.category_brands[mine[-1]][-3:]) & set(catalogue.category_brands[mine[0]])
+    counts = [world.polysemous.sum() for world in (few, many)]
+    assert counts[1] > 2 * counts[0]
+    held_out = many.polysemous & (many.text_fold > 0)
+    assert held_out.sum() > 40 and (many.polysemous & (many.text_fold == 0)).sum() > 100
+
+
 def test_who_asks_decides_between_meanings() -> None:
     """Those who are at home among phones click phones for "apple", those who buy food click fruit."""
     world = worlds(interactions=150_000)
@@ -802,6 +817,8 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
 def test_parameters_that_do_not_go_together() -> None:
     with pytest.raises(UsageError, match="expected 2 days or more"):
         g.generate(Parameters(interactions=20_000_000, days=1), Path("nowhere"))
+    with pytest.raises(UsageError, match="shared_brands is 2, expected at most invented_brands, 1"):
+        g.generate(Parameters(invented_brands=1, shared_brands=2), Path("nowhere"))
 
 
 def test_flags_win_over_a_file_of_parameters(tmp_path: Path) -> None:

@@ -120,6 +120,32 @@ def test_hinge_loss_equals_numpy(seed):
     np.testing.assert_allclose(loss, expected_loss(positive, scores, weights, margin, example_weights), rtol=1e-5)
 
 
+@pytest.mark.parametrize("hard", [0, 3])
+def test_positives_may_be_the_diagonal(hard):
+    rng = np.random.default_rng(1)
+    scores, weights = (tf.constant(rng.uniform(0, 1, (4, 9)), tf.float32) for _ in range(2))
+    weights = tf.linalg.set_diag(weights, tf.zeros(4))
+    examples = tf.constant([1.0, 0.0, 2.0, 0.5])
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(scores)
+        apart = hinge_loss(tf.linalg.diag_part(scores), scores, weights, 0.3, examples, hard)
+        together = hinge_loss(None, scores, weights, 0.3, examples, hard)
+    np.testing.assert_array_equal(apart, together)
+    np.testing.assert_allclose(tape.gradient(apart, scores), tape.gradient(together, scores), rtol=1e-6)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    scores, three = tf.zeros([2, 3]), tf.zeros([3])
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"weights has shape \[3,2\], expected \[2,3\]"):
+        hinge_loss(None, scores, tf.zeros([3, 2]), 0.1, tf.ones(2))
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"positive has shape \[3\], expected \[2\]"):
+        hinge_loss(three, scores, scores, 0.1, tf.ones(2))
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"mask has shape \[3,2\], expected \[b, b \+ r\]"):
+        negative_weights(tf.zeros([3, 2], tf.bool), 0.5)
+    with tf.Graph().as_default(), pytest.raises(ValueError, match="must be equal"):
+        hinge_loss(tf.zeros([3]), tf.zeros([2, 3]), tf.zeros([2, 3]), 0.1, tf.ones(2))
+
+
 def test_hinge_loss_by_hand():
     positive, scores = tf.constant([0.9, 0.2]), tf.constant([[0.9, 0.85, 0.5], [0.2, 0.3, 0.05]])
     weights = tf.constant([[0.0, 1.0, 1.0], [0.0, 2.0, 1.0]])

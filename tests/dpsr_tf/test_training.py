@@ -26,10 +26,11 @@ from dpsr_tf.config import (
     load_config,
     save_config,
 )
-from dpsr_tf.data.dataset import examples_dataset, training_input
+from dpsr_tf.data.dataset import Tokens, examples_dataset, training_input
 from dpsr_tf.data.store import Store
 from dpsr_tf.errors import CommandError, UsageError
 from dpsr_tf.evaluation.checkpoint import exact_search
+from dpsr_tf.models.embedding import weights_saver
 from dpsr_tf.models.two_tower import TwoTower
 from dpsr_tf.training.estimator import FiniteWeights, model_fn, no_number
 from dpsr_tf.training.model_directory import FILES, ModelDirectory, feature_spec
@@ -41,7 +42,16 @@ v1 = tf.compat.v1
 CONFIG = Config(
     model=ModelConfig(token_dim=16, hidden=(24,), embedding_dim=12),
     train=TrainConfig(
-        steps=30, batch_size=8, num_random_negatives=8, num_title_queries=2, learning_rate=0.1, checkpoint_steps=10
+        steps=30,
+        batch_size=8,
+        num_random_negatives=8,
+        num_title_queries=2,
+        pretrain_steps=15,
+        title_typo_rate=0.2,
+        query_typo_rate=0.2,
+        learning_rate=0.1,
+        average_decay=0.9,
+        checkpoint_steps=10,
     ),
 )
 
@@ -85,7 +95,7 @@ def scores(model, store):
 
 @pytest.mark.slow
 def test_loss_falls_and_relevant_items_rank_first(click_store, tmp_path):
-    config = with_train(steps=400, checkpoint_steps=100, num_title_queries=0)
+    config = with_train(steps=400, checkpoint_steps=100, num_title_queries=0, pretrain_steps=0)
     model = train(click_store, config, tmp_path / "model")
     found = losses(tmp_path / "model")
     first, last = found[min(found)], found[max(found)]
@@ -120,7 +130,7 @@ def graph_of(store, config, num_ps=0, change=lambda batch: batch):
 
 def test_one_step_of_the_graph_is_algorithm_1(click_store):
     """Loss of the model_fn against NumPy on the same batch, with weights, mask and mixing as the paper has them."""
-    config = with_train(num_supervised_negatives=3, mixing_ratio=0.3)
+    config = with_train(num_supervised_negatives=3, mixing_ratio=0.3, pretrain_steps=0)
     with tf.Graph().as_default(), v1.Session() as session:
         batch, spec = graph_of(click_store, config)
         with v1.variable_scope(v1.get_variable_scope(), reuse=True):
@@ -152,7 +162,8 @@ def test_a_step_without_a_number_changes_nothing(click_store):
     with tf.Graph().as_default(), v1.Session() as session:
         batch, spec = graph_of(click_store, CONFIG, change=spoil)
         session.run(v1.global_variables_initializer())
-        variables = [v for v in v1.global_variables() if "global_step" not in v.name]
+        no_weights = ("global_step", "ExponentialMovingAverage")  # which follow every tenth step
+        variables = [v for v in v1.global_variables() if not any(name in v.name for name in no_weights)]
         before = session.run(variables)
         session.run(spec.train_op)
         session.run(spec.train_op)
@@ -170,6 +181,45 @@ def test_a_step_without_a_number_changes_nothing(click_store):
     found = re.search(r"query_rows \[(.*)\], item_rows \[(.*)\], user_rows \[(.*)\]$", message)
     for text, row in zip(found.groups(), rows, strict=True):
         assert [int(number) for number in text.split()] == row.tolist()
+
+
+@pytest.mark.parametrize("placement", ["whole", "rows"])
+def test_moving_average_of_the_weights(click_store, tmp_path, placement):
+    """Against NumPy; what evaluation and export restore is the average."""
+    config = dataclasses.replace(with_train(average_decay=0.95), cluster=ClusterConfig(placement=placement))
+    names = ["token_embedding", "item_tower/embedding/kernel"]
+    with tf.Graph().as_default(), v1.Session() as session:
+        _, spec = graph_of(click_store, config, num_ps=2)
+        session.run(v1.global_variables_initializer())
+        saver = spec.scaffold.saver
+        values = []
+        for step in range(31):
+            if step % 10 == 0:
+                saver.save(session, str(tmp_path / "ckpt"), step, latest_filename="ckpt")
+                values.append({name: tf.train.load_variable(str(tmp_path / f"ckpt-{step}"), name) for name in names})
+            session.run(spec.train_op)
+    with tf.Graph().as_default(), v1.Session() as session:
+        TwoTower(config.model, click_store.vocabulary.num_ids).item_embedding(
+            Tokens(tf.zeros([0], tf.int32), tf.zeros([1], tf.int64))
+        )
+        weights_saver(is_average=True).restore(session, str(tmp_path / "ckpt-30"))
+        restored = {variable.op.name: session.run(variable) for variable in v1.trainable_variables()}
+    for name in names:
+        expected = values[0][name]
+        for i, value in enumerate(values[1:], start=1):
+            decay = min(0.95**10, (1 + i) / (10 + i))
+            expected = decay * expected + (1 - decay) * value[name]
+        np.testing.assert_allclose(restored[name], expected, rtol=1e-4, atol=1e-6)
+        assert np.abs(restored[name] - values[-1][name]).max() > 1e-3
+
+
+def test_where_adagrad_starts(click_store):
+    with tf.Graph().as_default(), v1.Session() as session:
+        graph_of(click_store, with_train(initial_accumulator=0.25, average_decay=0.0))
+        session.run(v1.global_variables_initializer())
+        accumulators = [variable for variable in v1.global_variables() if variable.op.name.endswith("/Adagrad")]
+        assert len(accumulators) == len(v1.trainable_variables())
+        assert all((value == 0.25).all() for value in session.run(accumulators))
 
 
 def test_another_error_is_not_taken_for_a_loss_without_a_number():
@@ -536,7 +586,9 @@ def test_a_loss_that_is_no_number(shop, dpsr, tmp_path):
     for row in shop.log:
         row["weight"] = 1e38
     dpsr(*shop.write().flags(tmp_path / "store")).succeeds()
-    save_config(with_train(CONFIG, learning_rate=100.0, num_title_queries=0), tmp_path / "config.yaml")
+    save_config(
+        with_train(CONFIG, learning_rate=100.0, num_title_queries=0, pretrain_steps=0), tmp_path / "config.yaml"
+    )
     flags = [f"--store={tmp_path / 'store'}", f"--config={tmp_path / 'config.yaml'}", f"--out={tmp_path / 'm'}"]
     outcome = dpsr("train", *flags)
     outcome.fails(1, "the loss is no number any more at step", "query_rows [", "item_rows [", "user_rows [")

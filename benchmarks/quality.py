@@ -1,0 +1,169 @@
+"""What models find on two public data sets, with 95 % intervals over the queries.
+
+    python benchmarks/quality.py --homedepot=DIR --movielens=DIR [--seeds=1,2] [--out=DIR] --json
+
+Home Depot (DIR as for `dpsr ingest --adapter=homedepot`, with the dev folds): BM25, a model trained with the paper's
+hinge loss (configs/homedepot_hinge.yaml), the best one known (configs/homedepot.yaml), and its fusion with BM25; recall
+over all products on the folds dev, misspelt_dev as typed, and misspelt_dev with spelling corrected. MovieLens 100K (DIR
+as for `--adapter=movielens_100k`): popularity, DPSR, DPSR-p and DPSR-h (configs/movielens.yaml) on what comes last in
+time, each user's query as of its own moment. Give one set or both.
+
+Of several seeds, each trains its own models; the value of a row is the mean over them, its interval that of the first.
+What is there in `--out` is not trained again. A seed takes minutes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import report
+from absl import app, flags
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+METRICS = ("recall@10", "recall@100", "mrr@10")
+# Chosen on the dev fold: shares between 0.2 and 0.5 differ by less than their intervals.
+BM25_SHARE = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """Judged queries: the flags of `dpsr evaluate` that name them."""
+
+    name: str
+    flags: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model: a file of configs/, and values over it."""
+
+    name: str
+    config: str
+    changes: list[str] = dataclasses.field(default_factory=list)
+
+
+def homedepot_folds(data: Path) -> list[Fold]:
+    """The dev folds. Raises app.UsageError for files that are not there."""
+    judgments = [data / f"judgments.{name}.tsv" for name in ("dev", "misspelt_dev")]
+    spelling = data / "spelling.misspelt_dev.tsv"
+    missing = [path.name for path in (*judgments, spelling) if not path.is_file()]
+    if missing:
+        raise app.UsageError(f"--homedepot={data}: has no {', '.join(missing)}")
+    columns = ["--query_column=search_term", "--item_column=product_uid", "--grade_column=relevance"]
+    dev, misspelt = ([f"--judgments={path}", *columns, "--relevant_from=2.33"] for path in judgments)
+    corrected = [f"--queries={spelling}", "--key_column=query", "--ask_column=corrected"]
+    return [Fold("dev", dev), Fold("misspelt_dev", misspelt), Fold("misspelt_dev corrected", [*misspelt, *corrected])]
+
+
+HOMEDEPOT_MODELS = [Model("hinge", "homedepot_hinge"), Model("best", "homedepot")]
+_PROFILE = ['--set=model.user_features=["*"]']
+MOVIELENS_MODELS = [
+    Model("dpsr", "movielens"),
+    Model("dpsr_p", "movielens", _PROFILE),
+    Model("dpsr_h", "movielens", [*_PROFILE, "--set=model.history_length=20"]),
+]
+
+
+def dpsr(*arguments: str) -> None:
+    """Runs a command. Raises SystemExit with its message if it fails."""
+    run = subprocess.run([sys.executable, "-m", "dpsr_tf.cli", *arguments], capture_output=True, text=True)
+    if run.returncode:
+        raise SystemExit(f"`dpsr {' '.join(arguments)}` ended with status {run.returncode}:\n{run.stderr[-2000:]}")
+
+
+def trained(model: Model, store: Path, seed: int, out: Path) -> Path:
+    """The directory of a model; trained unless it is there."""
+    path = out / f"{store.name}_{model.name}_{seed}"
+    config = f"--config={CONFIGS / model.config}.yaml"
+    dpsr("train", f"--store={store}", config, f"--out={path}", f"--set=train.seed={seed}", *model.changes)
+    return path
+
+
+def measure(
+    result: report.Report, workload: str, store: Path, fold: Fold, systems: dict[str, list[str]], out: Path
+) -> None:
+    """Adds rows of each system on a fold; `systems`: its name here, and what `dpsr evaluate` calls it, one a seed."""
+    file = out / "figures.json"
+    specs = list(dict.fromkeys(spec for of_seeds in systems.values() for spec in of_seeds))
+    flags_of = [f"--system={spec}" for spec in specs]
+    dpsr("evaluate", f"--store={store}", *fold.flags, *flags_of, "--latency_queries=0", f"--json={file}")
+    found = json.loads(file.read_text())
+    for name, of_seeds in systems.items():
+        for metric in METRICS:
+            values = [found["systems"][spec][metric] for spec in of_seeds]
+            low, high = found["intervals"][of_seeds[0]][metric]
+            note = f"95 % interval {low:.3f} to {high:.3f}" + (f", {len(values)} seeds" if len(values) > 1 else "")
+            more = {"interval": [low, high], "values": values, "queries": found["queries"], "note": note}
+            result.add(name, f"{workload} {fold.name}", metric, statistics.fmean(values), "", **more)
+
+
+def homedepot(result: report.Report, data: Path, seeds: Sequence[int], out: Path) -> None:
+    """The table of Home Depot."""
+    folds, store = homedepot_folds(data), out / "homedepot"
+    dpsr("ingest", "--adapter=homedepot", f"--input={data}", f"--out={store}", "--overwrite")
+    systems = {"bm25": ["bm25"]}
+    for model in HOMEDEPOT_MODELS:
+        systems[model.name] = [f"model:{trained(model, store, seed, out)}" for seed in seeds]
+    systems["fused"] = [f"weighted(bm25:{BM25_SHARE},{spec}:{1 - BM25_SHARE:g})" for spec in systems["best"]]
+    for fold in folds:
+        measure(result, "homedepot", store, fold, systems, out)
+    for name in systems:
+        for fold in folds:
+            key = f"recall100_{fold.name.replace(' ', '_')}_{name}"
+            result.bars[key] = result.value(name, f"homedepot {fold.name}", "recall@100")
+
+
+def movielens(result: report.Report, data: Path, seeds: Sequence[int], out: Path) -> None:
+    """The table of MovieLens 100K."""
+    store = out / "movielens"
+    dpsr("ingest", "--adapter=movielens_100k", f"--input={data}", f"--out={store}", "--overwrite")
+    systems = {"popularity": ["popularity"]}
+    for model in MOVIELENS_MODELS:
+        systems[model.name] = [f"model:{trained(model, store, seed, out)}" for seed in seeds]
+    measure(result, "movielens", store, Fold("held out", ["--held_out"]), systems, out)
+    for name in ("dpsr_p", "dpsr_h"):
+        for metric in ("recall@10", "recall@100"):
+            values = [result.value(impl, "movielens held out", metric) for impl in (name, "dpsr")]
+            result.bars[f"{metric.replace('@', '')}_{name}_over_dpsr"] = values[0] - values[1]
+
+
+def main(arguments: list[str]) -> None:
+    """Entry point."""
+    values = flags.FLAGS
+    if len(arguments) > 1:
+        raise app.UsageError(f"unexpected argument {arguments[1]!r}")
+    if not values.homedepot and not values.movielens:
+        raise app.UsageError("no data set is given; expected --homedepot=DIR, --movielens=DIR or both")
+    if not values.seeds or not all(seed.isdecimal() for seed in values.seeds):
+        raise app.UsageError(f"--seeds={','.join(values.seeds)}: expected whole numbers, as in --seeds=1,2")
+    seeds = [int(seed) for seed in values.seeds]
+    if values.homedepot:
+        homedepot_folds(Path(values.homedepot))
+    result = report.Report("quality", seeds[0], report.hardware("tensorflow", "numpy"))
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(values.out or temporary)
+        out.mkdir(parents=True, exist_ok=True)
+        if values.homedepot:
+            homedepot(result, Path(values.homedepot), seeds, out)
+        if values.movielens:
+            movielens(result, Path(values.movielens), seeds, out)
+    result.print(values.json)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("homedepot", None, "directory of the Home Depot files")
+    flags.DEFINE_string("movielens", None, "directory of the MovieLens 100K files")
+    flags.DEFINE_list("seeds", ["1"], "of the models")
+    flags.DEFINE_string("out", None, "directory for stores and models; a temporary one if left out")
+    flags.DEFINE_boolean("json", False, "prints one JSON object as the last line")
+    app.run(main)

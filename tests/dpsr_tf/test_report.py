@@ -1,0 +1,183 @@
+"""The report: what it writes, that it goes on where it was, and its parts."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpsr_tf.errors import CommandError
+from dpsr_tf.report import plots, sections
+from dpsr_tf.report.command import html, size_from_flags
+from dpsr_tf.report.lab import Lab
+from dpsr_tf.report.sections import Report
+from dpsr_tf.report.shop import QUICK
+
+# A report of a few seconds of training. Its models have learnt little, but every experiment is a real one.
+TINY = (
+    "--quick",
+    *(f"--set={value}" for value in ("items=1500", "users=30", "interactions=1500", "purchases=30", "steps=8")),
+    *(f"--set={value}" for value in ("judged_queries=30", "shared_brands=1", "batch_size=32", "mixing_ratios=[0.5]")),
+    *(f"--set={value}" for value in ("plotted_items=100", "index_items=0", "serving_seconds=0")),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_report_is_whole_goes_on_and_repeats(dpsr: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+
+    def report() -> str:
+        outcome = dpsr("report", f"--out={out}", "--seed=3", *TINY)
+        assert outcome.status == 0, outcome.errors
+        return outcome.out
+
+    report()
+    found = json.loads((out / "report.json").read_text())
+    page, text = (out / "index.html").read_text(), (out / "report.md").read_text()
+
+    figures = re.findall(r"!\[.*\]\((plots/.*\.svg)\)", text)
+    assert len(figures) == 4 and all((out / name).is_file() for name in figures)
+    # The page opens from disk: all of it is in it.
+    assert page.count("<svg") == 4
+    assert not re.search(r"<(img|script|link|iframe)\b|url\((?!#)|@import", page)
+    assert [f'<h2 id="{name}' in page for name in ("table-2", "figure-5", "figure-6", "figure-7", "table-1")] == [
+        True
+    ] * 5
+    for system in ("BM25", "BM25-u&b", "DSSM", "DPSR", "DPSR-p", "DPSR-h"):
+        for measured, figure in (("purchases", "top-1"), ("purchases", "top-10"), ("labels", "auc")):
+            low, high = found["table2"][0][measured]["intervals"][system][figure]
+            assert low <= found["table2"][0][measured]["systems"][system][figure] <= high
+    assert found["seed"] == 3 and found["size"]["steps"] == 8
+    assert found["bars"]["top_10_bm25"] == found["table2"][0]["purchases"]["systems"]["BM25"]["top-10"]
+
+    # Cases keep the rule: no common word, right and wrong answers.
+    for case in found["cases"]["gap"]["good_cases"]:
+        assert not set(case["query"].lower().split()) & set(case["item"].lower().split())
+    assert all(case["rank"] > 1 for of in found["cases"].values() for case in of["bad_cases"])
+    for query in found["examples"]["queries"]:
+        assert [len(of["heads"]) for of in query["models"].values()] == [1, 2]
+
+    rows = (out / "projector" / "metadata.tsv").read_text().splitlines()
+    vectors = np.loadtxt(out / "projector" / "vectors.tsv", delimiter="\t")
+    assert vectors.shape == (1500, 64) and len(rows) == 1501
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-4)
+
+    # Nothing is run again; what was lost is, and gives the same.
+    assert "..." not in report()
+    shutil.rmtree(next((out / "work").glob("model-DPSR-3-*")))
+    for name in ("polysemy", "topology"):
+        (out / "runs" / f"{name}-3.json").unlink()
+    assert re.findall(r"^(\S+) \.\.\.$", report(), re.MULTILINE) == ["model-DPSR-3", "polysemy-3", "topology-3"]
+    repeated = json.loads((out / "report.json").read_text())
+    assert {key: value for key, value in repeated.items() if key != "seconds"} == {
+        key: value for key, value in found.items() if key != "seconds"
+    }
+
+
+def test_bad_flags(dpsr: Callable, tmp_path: Path) -> None:
+    dpsr("report").fails(2, "--out is missing")
+    out = f"--out={tmp_path / 'new'}"
+    dpsr("report", out, "--set=step=5").fails(2, "step", "steps")
+    dpsr("report", out, "--set=items=5").fails(2, "items", "5", "1500")
+    dpsr("report", out, "--set=items").fails(2, "--set=items", "name=value")
+    dpsr("report", out, f"--movielens={tmp_path / 'none'}").fails(2, "--movielens", "no such directory")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").touch()
+    dpsr("report", f"--out={tmp_path / 'other'}").fails(1, "holds no report")
+
+
+def test_size_of_a_mode() -> None:
+    assert size_from_flags(True, []) == QUICK
+    assert size_from_flags(False, ["mixing_ratios=[0, 1]"]).mixing_ratios == (0.0, 1.0)
+
+
+def test_an_experiment_runs_once(tmp_path: Path) -> None:
+    lab, ran = Lab(tmp_path, 1, 1), []
+
+    def compute() -> dict:
+        ran.append(1)
+        return {"value": len(ran)}
+
+    assert lab.result("one", {"x": 1}, compute) == {"value": 1}
+    assert lab.result("one", {"x": 1}, compute) == {"value": 1}
+    assert Lab(tmp_path, 1, 1).result("one", {"x": 1}, compute) == {"value": 1}
+    assert lab.result("one", {"x": 2}, compute) == {"value": 2}
+    (tmp_path / "runs" / "one.json").write_text('{"digest": "')
+    assert lab.result("one", {"x": 2}, compute) == {"value": 3}
+
+    def fail() -> dict:
+        raise CommandError("no")
+
+    with pytest.raises(CommandError):
+        lab.result("two", {}, fail)
+    assert not (tmp_path / "runs" / "two.json").exists()
+    # The others of a group that fails do not begin any more, and its error is what is raised.
+    with pytest.raises(CommandError, match="no"):
+        lab.together({"a": fail, "b": fail, "c": fail})
+
+
+def test_a_script_that_fails_says_why(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, 1, 1)
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nprint('fine')\nsys.exit('it broke' if sys.argv[1:] else 0)\n")
+    assert lab.script("good", script) == "fine\n"
+    with pytest.raises(CommandError, match=r"bad: ended with status 1: it broke; see .*bad\.log") as error:
+        lab.script("bad", script, "now")
+    assert error.value.status == 1
+
+
+def test_markdown_tables_and_html() -> None:
+    page = Report()
+    page.heading("Head")
+    page.table(("name", "value"), [("a|b <i>", 1), ("c", 2)])
+    page.table(("empty",), [])
+    page.figure("plot", "a caption", plots.bars({"g": [("x", 1.0, None)]}, ""))
+    drawn = {"plot": plots.svg(page.figures["plot"], "plot")}
+    body = html(page.markdown, drawn)
+    assert '<td style="text-align: left;">a|b &lt;i&gt;</td>' in body
+    assert body.count("<table>") == 1 and "None." in body
+    assert '<figure role="img" aria-label="a caption"><svg' in body
+
+
+def test_figures_are_the_same_again_and_their_ids_are_apart() -> None:
+    def draw(name: str) -> str:
+        return plots.svg(plots.bars({"g": [("x", 1.0, [0.5, 1.5]), ("y", 2.0, [1.5, 2.5])]}, "title"), name)
+
+    assert draw("one") == draw("one")
+    ids = [set(re.findall(r'\bid="([^"]+)"', draw(name))) for name in ("one", "two")]
+    assert ids[0] and not ids[0] & ids[1]
+    for reference in re.findall(r'(?:href="|url\()#([^")]+)', draw("one")):
+        assert reference in ids[0]
+
+
+def test_labels_do_not_lie_over_one_another() -> None:
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(60, 2))
+    names = [f"type {row}" for row in range(12)]
+    figure = plots.topology(
+        {"points": points, "type": [names[row % 12] for row in range(60)], "category": dict.fromkeys(names, "category")}
+    )
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == 12
+    assert not any(a.overlaps(b) for row, a in enumerate(boxes) for b in boxes[:row])
+
+
+def test_an_order_is_judged_by_values_and_by_intervals() -> None:
+    order = ("BM25", "DPSR", "DPSR-p", "DPSR-h")
+
+    def judged(values: list[float], width: float) -> tuple[bool, bool]:
+        systems = {label: {"top-1": value} for label, value in zip(order, values, strict=True)}
+        limits = {label: {"top-1": [one["top-1"] - width, one["top-1"] + width]} for label, one in systems.items()}
+        return sections._order({"systems": systems, "intervals": limits}, order, "top-1")
+
+    assert judged([0.1, 0.2, 0.3, 0.4], 0.04) == (True, True)
+    assert judged([0.1, 0.2, 0.3, 0.4], 0.06) == (True, False)
+    assert judged([0.1, 0.3, 0.2, 0.4], 0.04) == (False, False)
