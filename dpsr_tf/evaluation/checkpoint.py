@@ -14,6 +14,7 @@ from dpsr_tf.data.dataset import Features, History, Tokens
 from dpsr_tf.data.store import Store
 from dpsr_tf.errors import CommandError
 from dpsr_tf.evaluation.retriever import ExactSearch, ItemRows, QueryEncoder, User
+from dpsr_tf.models.embedding import weights_saver
 from dpsr_tf.models.features import FIXED_KINDS, Feature, FeatureSpec, ItemFeatures, QueryFeatures
 from dpsr_tf.models.two_tower import TwoTower
 from dpsr_tf.training.model_directory import ModelDirectory
@@ -30,14 +31,23 @@ def exact_search(directory: str | Path, store: Store) -> ExactSearch:
     Raises:
         CommandError: no model or checkpoint is there, or the store has another vocabulary.
     """
+    embeddings, config = item_embeddings(directory, store), ModelDirectory.open(directory).config.model
+    return ExactSearch(query_encoder(directory, store), store.items()["id"], embeddings, is_personal(config))
+
+
+def item_embeddings(directory: str | Path, store: Store) -> np.ndarray:
+    """Embeddings of all items of a store by a model's last checkpoint, float32 [items, embedding_dim], in its order.
+
+    Raises:
+        CommandError: no model or checkpoint is there, or the store has another vocabulary.
+    """
     model = ModelDirectory.open(directory)
-    encode = item_encoder(model, store, _last_checkpoint(model))
-    item_ids = store.items()["id"]
-    embeddings = np.empty((len(item_ids), model.config.model.embedding_dim), np.float32)
-    for begin in range(0, len(item_ids), _BATCH):
-        rows = np.arange(begin, min(begin + _BATCH, len(item_ids)))
+    encode = item_encoder(model, store, model.last_checkpoint())
+    embeddings = np.empty((store.counts.items, model.config.model.embedding_dim), np.float32)
+    for begin in range(0, len(embeddings), _BATCH):
+        rows = np.arange(begin, min(begin + _BATCH, len(embeddings)))
         embeddings[rows] = encode(rows)
-    return ExactSearch(query_encoder(directory, store), item_ids, embeddings, is_personal(model.config.model))
+    return embeddings
 
 
 def item_encoder(model: ModelDirectory, store: Store, checkpoint: str) -> Callable[[np.ndarray], np.ndarray]:
@@ -62,7 +72,7 @@ def query_encoder(directory: str | Path, store: Store, checkpoint: str | None = 
     """
     model = ModelDirectory.open(directory)
     tables = StoreTables(model, store)
-    path = str(model.path / checkpoint) if checkpoint else _last_checkpoint(model)
+    path = str(model.path / checkpoint) if checkpoint else model.last_checkpoint()
     encode = _tower(model, tables.spec, path, "query_embedding")
     return lambda queries, users: encode(tables.queries(queries, users))
 
@@ -163,13 +173,6 @@ def _features(table: PackedFile, features: Sequence[Feature], rows: np.ndarray) 
     return Features(codes.astype(np.int32), tuple(lists))
 
 
-def _last_checkpoint(model: ModelDirectory) -> str:
-    checkpoint = tf.train.latest_checkpoint(str(model.path))
-    if checkpoint is None:
-        raise CommandError(f"{model.path}: holds no checkpoint; run `dpsr train` to its first one")
-    return checkpoint
-
-
 def _tower(
     model: ModelDirectory, spec: FeatureSpec, checkpoint: str, name: str
 ) -> Callable[[ItemFeatures | QueryFeatures], np.ndarray]:
@@ -186,7 +189,7 @@ def _tower(
                 inputs = tf.nest.map_structure(_placeholder, features)
                 output = getattr(TwoTower(model.config.model, spec), name)(inputs)
                 try:
-                    v1.train.Saver().restore(session, checkpoint)
+                    weights_saver(model.config.train.average_decay > 0).restore(session, checkpoint)
                 except (tf.errors.OpError, ValueError):
                     raise CommandError(
                         f"{model.path}: {Path(checkpoint).name} cannot be read, or is not of its config; "

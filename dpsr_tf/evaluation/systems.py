@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import re
+from typing import cast
 
 import numpy as np
 
 from dpsr_tf.errors import UsageError
 from dpsr_tf.evaluation import retriever as retrievers
 from dpsr_tf.evaluation.corpus import Corpus
+from dpsr_tf.evaluation.requests import told_to_client
 from dpsr_tf.evaluation.retriever import Retriever
 
 KINDS = """
@@ -69,8 +71,18 @@ class Systems:
         if kind == "model":
             return importlib.import_module("dpsr_tf.evaluation.checkpoint").exact_search(parts[0], corpus.store)
         if kind == "server":
-            return importlib.import_module("dpsr_serving.client").retriever(*parts)
+            return _server(parts[0], parts[1], corpus)
         return importlib.import_module("dpsr_export.retriever").retriever(kind, parts[0], corpus.store)
+
+
+def _server(target: str, model: str, corpus: Corpus) -> Retriever:
+    """A server; what the store knows of users it is told, where its model reads that."""
+    client = importlib.import_module("dpsr_serving.client")
+    if corpus.store is None:
+        return cast(Retriever, client.retriever(target, model))
+    with client.SearchClient(target, model) as asked:
+        names = asked.signature().inputs
+    return cast(Retriever, client.retriever(target, model, to_user=told_to_client(corpus.store, names)))
 
 
 def parse(spec: str) -> tuple[str, list[str], list[float] | None]:

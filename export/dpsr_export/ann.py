@@ -6,6 +6,7 @@ n - 1, -1 where an index finds nothing. Vectors may be memory-mapped: they are r
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -23,8 +24,13 @@ RECALL_AT = (10, 100, 1000)
 
 # Up to here `auto` takes Flat: reading all vectors takes few milliseconds.
 _FLAT_ITEMS = 50_000
-# From here on lists are found by an HNSW graph over their centroids, and centroids by k-means in two levels.
+# From here on centroids come from k-means in two levels, and vectors are put into lists by a search in two levels.
 _TWO_LEVEL_LISTS = 4096
+# Of the sqrt(lists) groups of centroids, those looked into for a vector's list: it is found for 996 of 1,000.
+_ASSIGN_NPROBE = 8
+# From here on a search finds its lists by an HNSW graph. Of fewer centroids (16,384) comparing with all takes no longer
+# than a graph that finds nearly all of the nearest, and finds all.
+_GRAPH_LISTS = 32_768
 # 8 bits a dimension seldom reach more; for a higher target `auto` starts with whole floats.
 _SQ8_RECALL = 0.99
 # Vectors that k-means sees for each centroid, and least of a training sample (for the codes of PQ and SQ).
@@ -62,7 +68,7 @@ def candidates(items: int, dim: int, recall_target: float, memory: float = 0) ->
         memory: bytes that the index may take; 0 is any number.
     """
     lists = 1 << round(math.log2(max(4 * math.sqrt(items), 1)))
-    graph = "_HNSW32" if lists >= _TWO_LEVEL_LISTS else ""
+    graph = "_HNSW32" if lists >= _GRAPH_LISTS else ""
     # A centroid, and in the graph its 64 links, of 4 bytes each.
     centroids = lists * (4 * dim + (4 * 64 + 16 if graph else 0))
     ivf = f"IVF{lists}{graph}"
@@ -130,7 +136,8 @@ def build(vectors: np.ndarray, factory: str, device: str = "cpu") -> faiss.Index
             on_gpu = faiss.index_cpu_to_gpu(resources, 0, index, options)
             _add(on_gpu, vectors)
             return faiss.index_gpu_to_cpu(on_gpu)
-        _add(index, vectors)
+        with _two_level_assignment(ivf):
+            _add(index, vectors)
     except RuntimeError as error:
         where = " on a GPU" if device == "gpu" else ""
         raise CommandError(
@@ -190,16 +197,26 @@ def _train(index: faiss.Index, sample: np.ndarray, device: str) -> None:
         index.is_trained = True
     else:
         if isinstance(index, faiss.IndexIVF):
-            # No warnings on stderr: small shops have small lists.
-            for trained in (index, index.pq) if isinstance(index, faiss.IndexIVFPQ) else (index,):
-                trained.cp.min_points_per_centroid = 1
-            quantizer = faiss.downcast_index(index.quantizer)
-            if isinstance(quantizer, faiss.IndexHNSW):
-                quantizer.hnsw.efConstruction = 200  # few nodes: a better graph costs nothing
-            if _TWO_LEVEL_LISTS <= index.nlist <= len(sample):
-                # FAISS keeps a quantizer that holds as many centroids as there are lists.
-                index.quantizer.add(two_level_kmeans(sample, index.nlist, device))
+            _train_quantizer(index, sample, device)
+            if isinstance(index, faiss.IndexIVFScalarQuantizer):
+                # The 8 bits of a dimension span all but its two in 10,000 outermost values: fewer errors than by all.
+                index.sq.rangestat, index.sq.rangestat_arg = faiss.ScalarQuantizer.RS_quantiles, 1e-4
+            # The codes need no more.
+            sample = sample[:: max(1, len(sample) // _SAMPLE)]
         index.train(sample)
+
+
+def _train_quantizer(index: faiss.IndexIVF, sample: np.ndarray, device: str) -> None:
+    """Prepares the coarse quantizer; where there are many lists it gets their centroids, by two_level_kmeans."""
+    # No warnings on stderr: small shops have small lists.
+    for trained in (index, index.pq) if isinstance(index, faiss.IndexIVFPQ) else (index,):
+        trained.cp.min_points_per_centroid = 1
+    quantizer = faiss.downcast_index(index.quantizer)
+    if isinstance(quantizer, faiss.IndexHNSW):
+        quantizer.hnsw.efConstruction = 200  # few nodes: a better graph costs nothing
+    if _TWO_LEVEL_LISTS <= index.nlist <= len(sample):
+        # FAISS keeps a quantizer that holds as many centroids as there are lists.
+        quantizer.add(two_level_kmeans(sample, index.nlist, device))
 
 
 def _sample(vectors: np.ndarray, count: int) -> np.ndarray:
@@ -214,12 +231,42 @@ def _add(index: faiss.Index, vectors: np.ndarray) -> None:
         index.add(np.ascontiguousarray(vectors[begin : begin + _BLOCK]))
 
 
+@contextlib.contextmanager
+def _two_level_assignment(ivf: faiss.IndexIVF | None) -> Iterator[None]:
+    """Within it, vectors that are added find their list in two levels: most of the time that adding takes."""
+    if ivf is None or ivf.nlist < _TWO_LEVEL_LISTS:
+        yield
+        return
+    quantizer = ivf.quantizer
+    centroids = quantizer.reconstruct_n(0, ivf.nlist)
+    nearest = faiss.IndexFlatIP(ivf.d)
+    groups = faiss.IndexIVFFlat(nearest, ivf.d, math.isqrt(ivf.nlist), faiss.METRIC_INNER_PRODUCT)
+    groups.cp.min_points_per_centroid = 1
+    groups.train(centroids)
+    groups.make_direct_map()  # gives the centroid of a list, from which residuals are taken
+    groups.add(centroids)
+    groups.nprobe = _ASSIGN_NPROBE
+    ivf.quantizer = groups
+    try:
+        yield
+    finally:
+        ivf.quantizer = quantizer
+
+
 def _ivf(index: faiss.Index) -> faiss.IndexIVF | None:
     """The inverted lists inside an index, if it has some."""
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexRefine):
         return _ivf(index.base_index)
     return faiss.try_extract_index_ivf(index)
+
+
+def _probes(ivf: faiss.IndexIVF) -> Iterator[str]:
+    """nprobe in steps of about 1.4, and where a graph finds the lists, how hard that looks."""
+    graph = isinstance(faiss.downcast_index(ivf.quantizer), faiss.IndexHNSW)
+    for nprobe in sorted({*itertools.takewhile(lambda n: n < ivf.nlist, _steps(1)), ivf.nlist}):
+        # With FAISS's efSearch of 16 a graph finds but half of the nearest 256 lists, and few beyond.
+        yield f"nprobe={nprobe}" + (f",quantizer_efSearch={max(16, 2 * nprobe)}" if graph else "")
 
 
 def set_parameters(index: faiss.Index, parameters: str) -> None:
@@ -274,7 +321,7 @@ class Exact:
 def sweep(index: faiss.Index, exact: Exact, queries: np.ndarray, k: int, parameters: str = "") -> list[Setting]:
     """Measures an index at `parameters`, if given, and over its own: nprobe or efSearch, k_factor of a refinement.
 
-    Each parameter doubles, from its least value until recall is all but 1 or rises no more.
+    nprobe and efSearch grow by about 1.4, from their least value until recall is all but 1 or rises no more.
 
     Args:
         index: changed: it is left with the parameters of the last setting.
@@ -293,7 +340,7 @@ def sweep(index: faiss.Index, exact: Exact, queries: np.ndarray, k: int, paramet
             set_parameters(index, setting)
             found.append(_measured(index, exact, queries, k, setting))
             best.append(min(found[-1].ann_recall.values()))
-            if best[-1] > 0.998 or (len(best) > 3 and best[-1] < best[-3] + 0.002 and best[-1] > 0.1):
+            if best[-1] > 0.998 or (len(best) > 5 and best[-1] < best[-5] + 0.002 and best[-1] > 0.1):
                 break
     return found
 
@@ -313,10 +360,9 @@ def _grids(index: faiss.Index) -> Iterator[Iterator[str]]:
     names = {space.parameter_ranges.at(i).name for i in range(space.parameter_ranges.size())}
     ivf = _ivf(index)
     if ivf is not None:
-        values = [f"nprobe={n}" for n in itertools.takewhile(lambda n: n < ivf.nlist, _powers(1))]
-        values.append(f"nprobe={ivf.nlist}")
+        values = list(_probes(ivf))
     elif "efSearch" in names:
-        values = [f"efSearch={n}" for n in itertools.takewhile(lambda n: n <= 4096, _powers(16))]
+        values = [f"efSearch={n}" for n in itertools.takewhile(lambda n: n <= 4096, _steps(16))]
     else:
         values = [""]
     for factor in (1, 2, 4, 8) if "k_factor_rf" in names else (None,):
@@ -324,8 +370,12 @@ def _grids(index: faiss.Index) -> Iterator[Iterator[str]]:
         yield (",".join(filter(None, (value, refine))) for value in values)
 
 
-def _powers(first: int) -> Iterator[int]:
-    return (first << i for i in itertools.count())
+def _steps(first: int) -> Iterator[int]:
+    """first, and then twice and three times each power of two of it."""
+    yield first
+    for i in itertools.count():
+        yield first << i + 1
+        yield 3 * first << i
 
 
 def _measured(index: faiss.Index, exact: Exact, queries: np.ndarray, k: int, parameters: str) -> Setting:

@@ -209,7 +209,7 @@ def sample_queries(model: ModelDirectory, store: Store, checkpoint: str, count: 
         vector.
     """
     wanted = max(1, count // model.config.model.num_heads)
-    texts, users, what = _log_sample(store, wanted)
+    texts, users, what = log_sample(store, wanted)
     if not texts:
         return np.zeros((0, model.config.model.embedding_dim), np.float32), what
     encode = query_encoder(model.path, store, Path(checkpoint).name)
@@ -218,8 +218,8 @@ def sample_queries(model: ModelDirectory, store: Store, checkpoint: str, count: 
     return np.ascontiguousarray(vectors[vectors.any(axis=1) & np.isfinite(vectors).all(axis=1)]), what
 
 
-def _log_sample(store: Store, count: int) -> tuple[list[str], list[User], str]:
-    """Texts and users of `count` interactions, by chance."""
+def log_sample(store: Store, count: int) -> tuple[list[str], list[User], str]:
+    """Texts and users of `count` interactions by chance, held-out ones if there are; and what they are, for people."""
     rng = np.random.default_rng(1)
     shards = store.interactions()
     user_ids = store.users()["id"]

@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
+import os
+import platform
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import tensorflow as tf
 from absl import flags
+from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
-from dpsr_export import faiss_ops
-from dpsr_export.embeddings import checkpoint_fingerprint
-from dpsr_export.index import FORMAT, FORMAT_VERSION, check_files
+from dpsr_export import attributes, serving_files, warmup
+from dpsr_export.embeddings import ItemEmbeddings, checkpoint_fingerprint, link_or_copy
+from dpsr_export.faiss_ops import write_item_ids
+from dpsr_export.index import FORMAT, FORMAT_VERSION, check_files, file_record
+from dpsr_export.serving_ops import file_fingerprint
+from dpsr_export.signatures import write_saved_model
 from dpsr_tf import __version__
 from dpsr_tf.config import to_dict
-from dpsr_tf.data.dataset import Tokens
 from dpsr_tf.data.store import new_directory, read_manifest
-from dpsr_tf.errors import CommandError, op_message
-from dpsr_tf.evaluation.checkpoint import is_personal
-from dpsr_tf.models.two_tower import TwoTower
+from dpsr_tf.errors import CommandError, UsageError
 from dpsr_tf.training.model_directory import ModelDirectory
-from dpsr_tokenizer import FormatError, PackedFile, tf_ops
+from dpsr_tokenizer import FormatError, PackedFile, PackedFileWriter
 
 USAGE = """
-Usage: dpsr export --model=MODEL --index=INDEX --out=BASE [--version_number=N]
+Usage: dpsr export --model=MODEL --index=INDEX --out=BASE [--version_number=N] [--shards=N]
+       dpsr export --index_only --index=INDEX --out=BASE [--version_number=N] [--shards=N]
 
-Writes the servable BASE/N: a SavedModel whose graph tokenizes a query, embeds it and looks its nearest items up in the
-index it carries. N is one more than the highest version there if left out. BASE is what `dpsr serve` takes.
+Writes the servable BASE/N: a SavedModel whose graph tokenizes a query, embeds it with what is known of the user, and
+looks its nearest items up in the index it carries. N is one more than the highest version there if left out. BASE is
+what `dpsr serve` takes. The version appears when it has answered its warm-up requests, or not at all.
+
+--index_only takes the model of the highest version in BASE, to the bit, and gives it another index.
+--shards=N writes BASE/shard-0-of-N/VERSION and so on, with every N-th item each, for a proxy that merges their answers.
 """
 
-v1 = tf.compat.v1
-
-REQUIRED_FLAGS = ("model", "index", "out")
+MANIFEST_FORMAT, MANIFEST_VERSION = "dpsr-servable", 2
+# How many items one call adds to a shard.
+_BLOCK = 1 << 20
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -42,142 +55,297 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("index", None, "index directory made from that model", flag_values=values)
     flags.DEFINE_string("out", None, "base path of the servable's versions", flag_values=values)
     flags.DEFINE_integer("version_number", None, "version directory to write", 0, flag_values=values)
+    flags.DEFINE_boolean("index_only", False, "gives the servable that is there a new index", flag_values=values)
+    flags.DEFINE_integer("shards", 1, "servables to spread the items over", 1, 1000, flag_values=values)
+
+
+REQUIRED_FLAGS = ("index", "out")
 
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """Runs `dpsr export`."""
+    if values.index_only and values.model:
+        raise UsageError(f"--model={values.model}: goes not with --index_only, which keeps the model that is there")
+    if not values.index_only and not values.model:
+        raise UsageError("--model is missing (model directory); to renew the index of a servable give --index_only")
     base = Path(values.out)
+    bases = [base]
+    if values.shards > 1:
+        bases = [base / f"shard-{number}-of-{values.shards}" for number in range(values.shards)]
     version = values.version_number
     if version is None:
-        version = 1 + max((int(p.name) for p in base.glob("*") if p.name.isdigit()), default=0)
-    with new_directory(base / str(version)) as out:
-        signatures = export(ModelDirectory.open(values.model), Path(values.index), out)
-    print(f"servable {base / str(version)}: signatures {', '.join(signatures)}")
+        version = 1 + max((number for path in bases for number in versions(path)), default=0)
+    index = Index.open(Path(values.index))
+    model = None if values.index_only else ModelDirectory.open(values.model)
+    with contextlib.ExitStack() as made:
+        for number, path in enumerate(bases):
+            # All of them appear when the last is good.
+            out = made.enter_context(new_directory(path / str(version)))
+            with index.part(number, values.shards, out.parent) as part:
+                measured = export(model, part, out) if model is not None else renew_index(_newest(path), part, out)
+            print(f"servable {path / str(version)}: {part.manifest['items']:,} items; {_figures(measured)}")
 
 
-def export(model: ModelDirectory, index_dir: Path, out: Path) -> list[str]:
-    """Writes a servable into the directory `out`, asks it one query as a last check, and returns its signatures.
+def _figures(measured: dict[str, Any]) -> str:
+    if not measured["queries"]:
+        return "not measured, as the log has no query"
+    recall = measured[f"ann_recall@{measured['k']}"]
+    shown = "" if recall is None else f"ann_recall@{measured['k']} {recall:.4f}, "
+    return f"{shown}p50 {measured['p50_ms']:.2f} ms, p99 {measured['p99_ms']:.2f} ms ({measured['queries']} queries)"
 
-    There is no signature `score` where the item tower reads features: a text alone does not tell an item's score.
+
+def versions(base: Path) -> list[int]:
+    """The versions below a base path, ascending."""
+    return sorted(int(path.name) for path in base.glob("*") if path.name.isdigit())
+
+
+def _newest(base: Path) -> Path:
+    there = versions(base)
+    if not there:
+        raise CommandError(f"{base}: holds no servable; leave --index_only out and give --model")
+    return base / str(there[-1])
+
+
+class Index:
+    """An index directory, or the part of one that a shard has.
+
+    Attributes:
+        path: where its files lie.
+        manifest: what index.json says, also where this is a part.
+        shard: number and count of shards.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], shard: tuple[int, int] = (0, 1)):
+        self.path, self.manifest, self.shard = path, manifest, shard
+
+    @staticmethod
+    def open(path: Path) -> Index:
+        """Raises CommandError if there is none, or its files are not those it was made with."""
+        manifest = read_manifest(path / "index.json", FORMAT, FORMAT_VERSION, "dpsr index")
+        check_files(path, manifest)
+        return Index(path, manifest)
+
+    def item_ids(self) -> np.ndarray:
+        """int64 [items], by position."""
+        return self._read("item_ids.dpsr", "item_ids")["id"]
+
+    def vectors(self) -> np.ndarray:
+        """float32 [items, dim], memory-mapped, by position: what the index was made from."""
+        try:
+            vectors = ItemEmbeddings(self.path / "item_embeddings.dpsr", self.manifest["embedding_dim"]).vectors
+        except (FormatError, FileNotFoundError) as error:
+            raise CommandError(f"{error}; run `dpsr index` again") from None
+        return vectors
+
+    def requests(self) -> list[dict[str, Any]]:
+        """Queries of the log."""
+        return warmup.read_requests(self.path / serving_files.REQUESTS)
+
+    def max_parameters(self) -> str:
+        """The search parameters that a request may set, with their largest values: what `dpsr index` has measured."""
+        bounds: dict[str, float] = {}
+        try:
+            settings = json.loads((self.path / "recall.json").read_text())["settings"]
+            for setting in [*settings, {"parameters": self.manifest["parameters"]}]:
+                for part in filter(None, setting["parameters"].split(",")):
+                    name, _, value = part.partition("=")
+                    if not name.strip().startswith("quantizer_"):  # stays what the file holds
+                        bounds[name.strip()] = max(float(value), bounds.get(name.strip(), 0.0))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CommandError(
+                f"{self.path / 'recall.json'}: cannot be read: {error}; run `dpsr index` again"
+            ) from None
+        return ",".join(f"{name}={value:g}" for name, value in bounds.items())
+
+    @contextlib.contextmanager
+    def part(self, number: int, shards: int, work: Path) -> Iterator[Index]:
+        """Every `shards`-th item from position `number` on, in an index that was trained on all of them.
+
+        Args:
+            number: of the shard.
+            shards: 1 is the whole.
+            work: an existing directory, in which the files lie until the block ends.
+        """
+        if shards == 1:
+            yield self
+            return
+        ids = self.item_ids()
+        if shards > len(ids):
+            raise UsageError(f"--shards={shards}: there are {len(ids):,} items only; give fewer shards")
+        positions = np.arange(number, len(ids), shards)
+        with tempfile.TemporaryDirectory(prefix=".shard-", dir=work) as name:
+            path = Path(name)
+            index = faiss.read_index(str(self.path / "items.faiss"))
+            index.reset()  # the vectors go, what was trained and the search parameters stay
+            vectors = self.vectors()
+            for begin in range(0, len(positions), _BLOCK):
+                index.add(np.ascontiguousarray(vectors[positions[begin : begin + _BLOCK]]))
+            faiss.write_index(index, str(path / "items.faiss"))
+            write_item_ids(path / "item_ids.dpsr", ids[positions], path / "items.faiss")
+            with PackedFileWriter(str(path / "item_embeddings.dpsr"), "item_embeddings") as file:
+                file.add("id", ids[positions])
+                file.add("embedding", np.ascontiguousarray(vectors[positions]).reshape(-1))
+                file.add("empty", np.zeros(0, np.int64))
+                file.add("not_finite", np.zeros(0, np.int64))
+            if attributes.FILE in self.manifest["files"]:
+                attributes.take(self.path, path, positions)
+            _take_titles(self.path / "item_titles.tsv.gz", set(ids[positions].tolist()), path / "item_titles.tsv.gz")
+            for same in (serving_files.REQUESTS, "recall.json", *self.manifest["serving_files"]):
+                link_or_copy(self.path / same, path / same)
+            files = {name: file_record(path / name) for name in self.manifest["files"]}
+            manifest = self.manifest | {"items": len(positions), "files": files}
+            yield Index(path, manifest, (number, shards))
+
+    def _read(self, name: str, kind: str) -> PackedFile:
+        try:
+            return PackedFile(str(self.path / name), kind)
+        except (FormatError, FileNotFoundError) as error:
+            raise CommandError(f"{error}; run `dpsr index` again") from None
+
+
+def _take_titles(source: Path, item_ids: set[int], target: Path) -> None:
+    with gzip.open(source, "rb") as lines, gzip.GzipFile(target, "wb", mtime=0) as file:
+        file.writelines(line for line in lines if int(line.partition(b"\t")[0]) in item_ids)
+
+
+def export(model: ModelDirectory, index: Index, out: Path) -> dict[str, Any]:
+    """Writes a servable into the directory `out`, and has it answer its warm-up requests.
+
+    Returns:
+        What was measured (warmup.measure).
 
     Raises:
-        CommandError: the model is personalised, the index was made from another model or checkpoint or is damaged, or
-            the written servable does not answer.
+        CommandError: the index was made from another model or checkpoint or is damaged, or the written servable does
+            not answer.
     """
-    if is_personal(model.config.model):
-        raise CommandError(
-            f"{model.path}: its query tower reads users (model.user_features, model.history_length, "
-            f"model.query_history_length), and such models cannot be exported yet; train one with [], 0 and 0 there, "
-            f"or measure this one with `dpsr evaluate --system=model:{model.path}`"
-        )
-    index = read_manifest(index_dir / "index.json", FORMAT, FORMAT_VERSION, "dpsr index")
-    checkpoint = model.path / index["checkpoint"]
+    checkpoint = model.path / index.manifest["checkpoint"]
     expected = {
         "vocabulary_fingerprint": f"{model.vocabulary.fingerprint:016x}",
         "embedding_dim": model.config.model.embedding_dim,
     }
     for key, value in expected.items():
-        if index[key] != value:
+        if index.manifest[key] != value:
             raise CommandError(
-                f"{index_dir}: {key} is {index[key]}, but model {model.path} has {value}; "
+                f"{index.path}: {key} is {index.manifest[key]}, but model {model.path} has {value}; "
                 f"build the index from this model"
             )
     if not tf.io.gfile.exists(f"{checkpoint}.index"):
         raise CommandError(
-            f"{index_dir}: was made from {index['checkpoint']}, which {model.path} no longer holds; "
-            f"run `dpsr index` again"
+            f"{index.path}: was made from {checkpoint.name}, which {model.path} no longer holds; run `dpsr index` again"
         )
     fingerprint = checkpoint_fingerprint(str(checkpoint))
-    if index["checkpoint_fingerprint"] != fingerprint:
+    made_from = index.manifest["checkpoint_fingerprint"]
+    if made_from != fingerprint:
         raise CommandError(
-            f"{index_dir}: was made from another {index['checkpoint']} (fingerprint {index['checkpoint_fingerprint']}) "
+            f"{index.path}: was made from another {checkpoint.name} (fingerprint {made_from}) "
             f"than that of {model.path} ({fingerprint}); run `dpsr index` again"
         )
-    check_files(index_dir, index)
+    if any(feature.name == "text" for feature in model.features.item):
+        raise CommandError(
+            f"{model.path}: its item feature 'text' would be the input item_text, which is the item's text; give it "
+            f"another `name` in the schema"
+        )
     shutil.rmtree(out)  # the builder insists on making it
-    signatures = _write_saved_model(model, index, index_dir, str(checkpoint), out)
-    extra = out / "assets.extra"
-    extra.mkdir()
-    shutil.copyfile(index_dir / "item_titles.tsv.gz", extra / "item_titles.tsv.gz")
+    inputs = write_saved_model(model, index.manifest, index.path, index.max_parameters(), str(checkpoint), out)
     manifest = {
-        "format": "dpsr-servable",
-        "version": 1,
-        "dpsr_version": __version__,
+        "format": MANIFEST_FORMAT,
+        "version": MANIFEST_VERSION,
         "tensorflow_version": tf.__version__,
+        "faiss_version": faiss.__version__,
         "op_libraries": ["libdpsr_tokenizer_ops.so", "libdpsr_retrieval_ops.so"],
+        "op_libraries_version": __version__,
         "k": model.config.serving.k,
+        "inputs": inputs,
         "config": to_dict(model.config),
-        "index": {key: value for key, value in index.items() if key not in ("format", "version", "model")},
+    }
+    (out / "assets.extra").mkdir()
+    return _finish(index, manifest, out)
+
+
+def renew_index(old: Path, index: Index, out: Path) -> dict[str, Any]:
+    """Copies a servable with another index into the directory `out`, and has it answer its warm-up requests.
+
+    Graph and variables stay as they are, but for what the graph says of the index: its search parameters' bounds, and
+    which files it accepts.
+
+    Returns:
+        What was measured (warmup.measure).
+
+    Raises:
+        CommandError: `old` is no servable, the index was made by another model, or the servable does not answer.
+    """
+    manifest = read_manifest(
+        old / "assets.extra" / "dpsr_manifest.json", MANIFEST_FORMAT, MANIFEST_VERSION, "dpsr export"
+    )
+    if tuple(manifest["shard"]) != index.shard:
+        raise CommandError(f"{old}: is shard {manifest['shard']}, expected {list(index.shard)}; give the same --shards")
+    difference = _difference(manifest["index"], index.manifest)
+    if difference:
+        raise CommandError(
+            f"{index.path}: {difference}, so it is not of the model in {old}; build the index from that model, or "
+            f"export the new model with --model"
+        )
+    renewed = {"items.faiss", "item_ids.dpsr", attributes.FILE, serving_files.ITEMS} & set(index.manifest["files"])
+    left_out = shutil.ignore_patterns("assets.extra", *renewed)
+    shutil.copytree(old, out, dirs_exist_ok=True, ignore=left_out)
+    for name in renewed:
+        shutil.copyfile(index.path / name, out / "assets" / name)
+    path = out / "saved_model.pb"
+    saved_model = saved_model_pb2.SavedModel.FromString(path.read_bytes())
+    (meta_graph,) = saved_model.meta_graphs
+    assets = {}
+    for held in meta_graph.collection_def[tf.saved_model.ASSETS_KEY].any_list.value:
+        asset = meta_graph_pb2.AssetFileDef.FromString(held.value)
+        assets[asset.tensor_info.name.partition(":")[0]] = asset.filename
+    for node in meta_graph.graph_def.node:
+        if node.op == "DpsrFaissIndexLoad":
+            node.attr["max_parameters"].s = index.max_parameters().encode()
+        elif node.op == "DpsrFileFingerprint" and assets[node.input[0]] in renewed:
+            node.attr["expected"].s = file_fingerprint(out / "assets" / assets[node.input[0]]).encode()
+    path.write_bytes(saved_model.SerializeToString(deterministic=True))
+    (out / "assets.extra").mkdir()
+    return _finish(index, manifest, out)
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Why an index is not of the model that another one, both as index.json says, was made for; None if it is."""
+    for key in (
+        "vocabulary_fingerprint", "embedding_dim", "checkpoint_fingerprint", "metric", "string_ids", "features",
+        "serving_files",
+    ):  # fmt: skip
+        if before[key] != now[key]:
+            return f"{key} is {now[key]}, that of the servable {before[key]}"
+    for name in now["serving_files"]:
+        if name != serving_files.ITEMS and before["files"][name]["sha256"] != now["files"][name]["sha256"]:
+            return f"{name} is another than that of the servable"
+    if (attributes.FILE in before["files"]) != (attributes.FILE in now["files"]):
+        return f"it has {'no' if attributes.FILE in before['files'] else 'some'} item attributes, unlike the servable"
+    return None
+
+
+def _finish(index: Index, manifest: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Replays the warm-up requests and writes assets.extra; returns what was measured."""
+    extra = out / "assets.extra"
+    shutil.copyfile(index.path / "item_titles.tsv.gz", extra / "item_titles.tsv.gz")
+    queries = index.requests()
+    servable = warmup.LoadedServable(out)
+    try:
+        requests = warmup.warmup_requests(servable, queries, manifest["k"])
+        # A shard need not have an item for any query.
+        warmup.replay(servable, requests, index.item_ids(), bool(queries) and index.shard[1] == 1)
+        measured = warmup.measure(servable, queries, index.item_ids(), index.vectors(), manifest["k"])
+    finally:
+        servable.close()
+    warmup.write_warmup(extra / warmup.FILE, requests)
+    kept = {key: value for key, value in index.manifest.items() if key not in ("format", "version", "model")}
+    manifest |= {
+        "dpsr_version": __version__,
+        "metric": index.manifest["metric"],
+        "search_parameters": {"default": index.manifest["parameters"], "max": index.max_parameters()},
+        "shard": list(index.shard),
+        "index": kept,
+        "measured": measured | {"hardware": f"{platform.machine()}, {os.cpu_count()} cores"},
+        "files": {path.name: file_record(path) for path in sorted((out / "assets").iterdir())},
     }
     (extra / "dpsr_manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    _check(out, index_dir)
-    return signatures
-
-
-def _write_saved_model(
-    model: ModelDirectory, index: dict[str, Any], index_dir: Path, checkpoint: str, out: Path
-) -> list[str]:
-    with tf.Graph().as_default():
-        vocabulary = tf_ops.VocabularyTable(str(model.vocabulary_path))
-        items = faiss_ops.FaissIndexTable(
-            str(index_dir / "items.faiss"), str(index_dir / "item_ids.dpsr"), parameters=index["parameters"]
-        )
-        towers = TwoTower(model.config.model, model.features)
-        query = v1.placeholder(tf.string, [None], "query")
-        item_text = v1.placeholder(tf.string, [None], "item_text")
-        k = v1.placeholder(tf.int32, [], "k")
-
-        def tokens(text: tf.Tensor) -> Tokens:
-            ragged = vocabulary.tokenize(text)
-            return Tokens(ragged.values, ragged.row_splits)
-
-        query_embedding = towers.query_embedding(tokens(query))  # [batch, heads, dim]
-
-        def found(count: tf.Tensor) -> dict[str, tf.Tensor]:
-            item_ids, scores, heads = items.search(query_embedding, count)
-            return {"item_ids": item_ids, "scores": scores, "heads": heads}
-
-        signatures = {
-            "serving_default": ({"query": query}, found(tf.constant(model.config.serving.k))),
-            "search": ({"query": query, "k": k}, found(k)),
-            "query_embedding": ({"query": query}, {"query_embedding": query_embedding}),
-        }
-        if not model.features.item:
-            score = towers.pair_scores(query_embedding, towers.item_embedding(tokens(item_text)))
-            signatures["score"] = ({"query": query, "item_text": item_text}, {"score": score})
-        with v1.Session() as session:
-            v1.train.Saver().restore(session, checkpoint)
-            builder = v1.saved_model.Builder(str(out))
-            builder.add_meta_graph_and_variables(
-                session,
-                [tf.saved_model.SERVING],
-                signature_def_map={
-                    name: v1.saved_model.predict_signature_def(inputs, outputs)
-                    for name, (inputs, outputs) in signatures.items()
-                },
-                assets_collection=v1.get_collection(v1.GraphKeys.ASSET_FILEPATHS),
-                main_op=v1.tables_initializer(),
-            )
-            builder.save()
-    return list(signatures)
-
-
-def _check(servable: Path, index_dir: Path) -> None:
-    """Loads the written servable and asks it a short and an empty query: what cannot answer must not be deployed."""
-    try:
-        ids = PackedFile(str(index_dir / "item_ids.dpsr"), "item_ids")["id"]
-        with tf.Graph().as_default(), v1.Session() as session:
-            loaded = v1.saved_model.load(session, [tf.saved_model.SERVING], str(servable))
-            signature = loaded.signature_def["search"]
-            found = session.run(
-                signature.outputs["item_ids"].name,
-                {signature.inputs["query"].name: ["a", ""], signature.inputs["k"].name: min(10, len(ids))},
-            )
-    except (FormatError, FileNotFoundError) as error:
-        raise CommandError(f"{error}; run `dpsr index` again") from None
-    except tf.errors.OpError as error:
-        raise CommandError(f"the servable does not load or answer: {op_message(error)}") from None
-    if not np.isin(found[0], np.append(ids, -1)).all() or (found[1] != -1).any():
-        raise CommandError(
-            f"the servable answers {found.tolist()} to the queries 'a' and '', expected ids of the index and nothing"
-        )
+    return measured

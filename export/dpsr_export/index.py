@@ -3,10 +3,12 @@
 The index directory holds
 
     items.faiss            the FAISS index; labels are positions 0 to items - 1
-    item_ids.dpsr          position -> item id
+    item_ids.dpsr          position -> item id; checksum of the index
+    item_attributes.dpsr   what searches may filter by, where the schema names filters (dpsr_export/attributes.py)
     item_embeddings.dpsr   the embeddings the index was built from (dpsr_export/embeddings.py)
     item_titles.tsv.gz     item id -> title, for tools that show results
     recall.json            the recall report: ann_recall and latency over the search parameters; recall.svg its plot
+    requests.json, ...     what a servable needs beside it (dpsr_export/serving_files.py)
     index.json             what it was made from, counts, factory, search parameters, ann_recall, sizes and checksums
 """
 
@@ -23,16 +25,14 @@ from typing import Any
 
 import faiss
 import numpy as np
-import tensorflow as tf
 from absl import flags
 
-from dpsr_export import ann, embeddings
+from dpsr_export import ann, attributes, embeddings, faiss_ops, serving_files
 from dpsr_tf.config import Config, IndexConfig, to_dict
 from dpsr_tf.data.store import Store, new_directory
 from dpsr_tf.errors import CommandError
 from dpsr_tf.training.model_directory import ModelDirectory
 from dpsr_tf.training.train import config_from_flags
-from dpsr_tokenizer import PackedFileWriter
 
 USAGE = """
 Usage: dpsr index --model=MODEL --store=STORE --out=INDEX [--set=index.factory=FACTORY ...]
@@ -43,7 +43,7 @@ and takes the cheapest that reach index.recall_target. A run that was killed goe
 """
 
 FORMAT = "dpsr-index"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # Query vectors that the recall report asks with.
 _RECALL_QUERIES = 1000
 
@@ -105,15 +105,13 @@ def build_index(
         min_ann_recall: least ann_recall@k, k that of section serving.
 
     Raises:
-        CommandError: model and store do not go together, the model has no checkpoint, FAISS refuses the factory string
+        CommandError: model and store do not go together, the model is not trained, FAISS refuses the factory string
             or the parameters, nothing fits index.memory, the device is not there, or ann_recall is too low.
     """
     difference = model.store_difference(store)
     if difference:
         raise CommandError(f"{model.path}: {difference}; give the store the model was trained on")
-    checkpoint = tf.train.latest_checkpoint(str(model.path))
-    if checkpoint is None:
-        raise CommandError(f"{model.path}: holds no checkpoint; run `dpsr train` to its first one")
+    checkpoint = model.last_checkpoint()
     # What can be refused now is not refused after an hour.
     ann.check_device(device)
     dim = model.config.model.embedding_dim
@@ -143,10 +141,12 @@ def build_index(
                 f"are kept for the next run)"
             )
         faiss.write_index(result.index, str(directory / "items.faiss"))
-        with PackedFileWriter(str(directory / "item_ids.dpsr"), "item_ids") as ids_file:
-            ids_file.add("id", items.ids)
+        faiss_ops.write_item_ids(directory / "item_ids.dpsr", items.ids, directory / "items.faiss")
+        filtered_by = attributes.write(directory, store)
         write_titles(directory / "item_titles.tsv.gz", store.items()["id"], store.titles())
         _write_report(directory, result, what)
+        texts, users, _ = embeddings.log_sample(store, serving_files.NUM_REQUESTS)
+        serving = serving_files.write_serving_files(model, store, texts, users, directory)
         manifest = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -167,7 +167,11 @@ def build_index(
             **{f"ann_recall@{at}": value for at, value in result.chosen.ann_recall.items()},
             "p50_ms": result.chosen.p50_ms,
             "p99_ms": result.chosen.p99_ms,
-            "files": {name: file_record(directory / name) for name in ("items.faiss", "item_ids.dpsr")},
+            **serving,
+            "files": {
+                name: file_record(directory / name)
+                for name in ("items.faiss", "item_ids.dpsr", *filtered_by, "requests.json", *serving["serving_files"])
+            },
         }
         (directory / "index.json").write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
-import tensorflow as tf
 
-from dpsr_export import faiss_ops
+from dpsr_export.export import versions
 from dpsr_export.index import FORMAT, FORMAT_VERSION
+from dpsr_export.warmup import LoadedServable
 from dpsr_tf.data.store import Store, read_manifest
-from dpsr_tf.errors import CommandError, UsageError, op_message
+from dpsr_tf.errors import CommandError, UsageError
 from dpsr_tf.evaluation.checkpoint import is_personal, query_encoder
+from dpsr_tf.evaluation.requests import HISTORY, USER, UserRequests
 from dpsr_tf.evaluation.retriever import ExactSearch, Retriever, User, best, nothing
 from dpsr_tf.training.model_directory import ModelDirectory
-from dpsr_tokenizer import (
-    FormatError,
-    PackedFile,
-    tf_ops,  # noqa: F401 - its import loads the tokenizer's ops, which the servable's graph needs
-)
-
-v1 = tf.compat.v1
+from dpsr_tokenizer import FormatError, PackedFile
 
 _BATCH = 64
 
@@ -30,17 +26,17 @@ _BATCH = 64
 def retriever(kind: str, directory: str, store: Store) -> Retriever:
     """An index directory (`kind` "index") or a servable ("servable") as a retriever.
 
-    A servable's directory is that of one version, or the base path, whose highest version is taken; it is asked for
-    anonymous users. The query tower of an index reads the users of `store`. Only an index scores pairs: with the item
-    embeddings that lie beside it.
+    A servable's directory is that of one version, or the base path, whose highest version is taken. The query tower of
+    an index reads the users of `store`; a servable is told of them in its requests, as a shop would. Only an index
+    scores pairs: with the item embeddings that lie beside it.
 
     Raises:
-        CommandError: the directory holds none, or one that cannot be read.
+        CommandError: the directory holds none, or one that cannot be read, or the store does not know what it asks for.
     """
     if kind == "index":
         return _Index(Path(directory), store)
     if kind == "servable":
-        return _Servable(Path(directory))
+        return _Servable(Path(directory), store)
     raise UsageError(f"'{kind}' is neither index nor servable")
 
 
@@ -85,38 +81,31 @@ class _Index:
 
 
 class _Servable:
-    """The signature `search` of a SavedModel."""
+    """The signature `search` of a SavedModel, told what the store knows of users."""
 
-    def __init__(self, directory: Path):
-        versions = [path for path in directory.glob("*") if path.name.isdigit() and (path / "saved_model.pb").is_file()]
-        path = directory if (directory / "saved_model.pb").is_file() else max(versions, key=_number, default=None)
-        if path is None:
-            raise CommandError(f"{directory}: holds no servable (no saved_model.pb); make one with `dpsr export`")
-        faiss_ops.load()
-        with tf.Graph().as_default() as graph:
-            self._session = v1.Session(graph=graph)
-            try:
-                loaded = v1.saved_model.load(self._session, [tf.saved_model.SERVING], str(path))
-            except tf.errors.OpError as error:
-                raise CommandError(f"{path}: does not load: {op_message(error)}; export the model again") from None
-        if "search" not in loaded.signature_def:
+    def __init__(self, directory: Path, store: Store):
+        path = directory
+        if not (directory / "saved_model.pb").is_file():
+            there = [number for number in versions(directory) if (directory / str(number) / "saved_model.pb").is_file()]
+            if not there:
+                raise CommandError(f"{directory}: holds no servable (no saved_model.pb); make one with `dpsr export`")
+            path = directory / str(there[-1])
+        self._servable = LoadedServable(path)
+        if "search" not in self._servable.inputs:
             raise CommandError(f"{path}: has no signature search; is it a servable that `dpsr export` wrote?")
-        signature = loaded.signature_def["search"]
-        self._inputs, self._outputs = signature.inputs, signature.outputs
+        names = self._servable.inputs["search"]
+        self.personal = any(name.startswith(USER) or name in HISTORY for name in names)
+        self._users = UserRequests(store, names) if self.personal else None
 
     def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See Retriever."""
         ids, scores = nothing(len(queries), k)
         for begin in range(0, len(queries), _BATCH):
-            batch = [query.encode() for query in queries[begin : begin + _BATCH]]
-            # An empty value means absent: an anonymous user, no filter.
-            feed = {info.name: np.zeros(0, tf.as_dtype(info.dtype).as_numpy_dtype) for info in self._inputs.values()}
-            feed |= {self._inputs["query"].name: batch, self._inputs["k"].name: k}
-            wanted = [self._outputs[name].name for name in ("item_ids", "scores")]
-            end = begin + len(batch)
-            ids[begin:end], scores[begin:end] = self._session.run(wanted, feed)
+            requests: list[dict[str, Any]] = [{"query": query} for query in queries[begin : begin + _BATCH]]
+            if self._users is not None and users is not None:
+                asking = users[begin : begin + _BATCH]
+                requests = [told | self._users.of(user) for told, user in zip(requests, asking, strict=True)]
+            found = self._servable("search", self._servable.search_inputs(requests, k))
+            end = begin + len(requests)
+            ids[begin:end], scores[begin:end] = found["item_ids"], found["scores"]
         return ids, scores
-
-
-def _number(path: Path) -> int:
-    return int(path.name)

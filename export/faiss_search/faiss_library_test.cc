@@ -201,6 +201,85 @@ TEST_F(FaissIndexTest, SetParametersReportsWhatFaissDoesNotKnow) {
   }
 }
 
+TEST(SearchParametersTest, ReadsWhatItNames) {
+  SearchParameters parameters;
+  ASSERT_TRUE(SearchParameters::Parse("", &parameters).ok());
+  EXPECT_TRUE(parameters.empty());
+  ASSERT_TRUE(SearchParameters::Parse("efSearch=20,nprobe=3,k_factor_rf=1.5", &parameters).ok());
+  EXPECT_EQ(parameters.nprobe, 3);
+  EXPECT_EQ(parameters.ef_search, 20);
+  EXPECT_EQ(parameters.k_factor, 1.5);
+  for (const char* text : {",", "nprobe", "nprobe=", "nprobe=x", "nprobe=1x", "nprobe=0", "nprobe=-1", "nprobe=1.5",
+                           "nprobe=nan", "nprobe=inf", "nprobe=1e10", "nprobe=1,nprobe=2", "nprobe=1,", ",nprobe=1",
+                           "nprobes=1", "=1", "k_factor_rf=0.5", "nprobe=1;efSearch=2"}) {
+    const Status status = SearchParameters::Parse(text, &parameters);
+    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument) << text;
+    EXPECT_NE(status.message().find(text), std::string::npos) << status.message();
+  }
+}
+
+TEST(SearchParametersTest, KeepsWithinBounds) {
+  SearchParameters bounds;
+  ASSERT_TRUE(SearchParameters::Parse("nprobe=64,k_factor_rf=4", &bounds).ok());
+  for (const char* text : {"", "nprobe=64", "nprobe=1,k_factor_rf=4"}) {
+    SearchParameters parameters;
+    ASSERT_TRUE(SearchParameters::Parse(text, &parameters).ok());
+    EXPECT_TRUE(parameters.CheckBounds(bounds).ok()) << text;
+  }
+  for (const char* text : {"nprobe=65", "k_factor_rf=4.1", "efSearch=1"}) {
+    SearchParameters parameters;
+    ASSERT_TRUE(SearchParameters::Parse(text, &parameters).ok());
+    EXPECT_EQ(parameters.CheckBounds(bounds).code(), StatusCode::kInvalidArgument) << text;
+  }
+}
+
+TEST_F(FaissIndexTest, ChecksTheFile) {
+  std::ifstream in(path_, std::ios::binary);
+  std::string bytes(std::istreambuf_iterator<char>(in), {});
+  const uint64_t checksum = Checksum(bytes.data(), bytes.size());
+  EXPECT_TRUE(FaissIndex::CheckFile(path_, bytes.size(), checksum).ok());
+  EXPECT_EQ(FaissIndex::CheckFile(path_, bytes.size() + 1, checksum).code(), StatusCode::kDataLoss);
+  EXPECT_EQ(FaissIndex::CheckFile(path_, bytes.size(), checksum + 1).code(), StatusCode::kDataLoss);
+  EXPECT_EQ(FaissIndex::CheckFile(path_ + ".missing", 1, 1).code(), StatusCode::kNotFound);
+}
+
+TEST_F(FaissIndexTest, SearchesAmongAllowedPositions) {
+  const auto index = Read();
+  std::vector<uint64_t> bits((kVectors + 63) / 64, 0);
+  for (int64_t i = 0; i < kVectors; i += 3) bits[i / 64] |= uint64_t{1} << (i % 64);
+  const PositionSet allowed(bits.data(), bits.size());
+  std::vector<float> distances(kVectors);
+  std::vector<int64_t> labels(kVectors);
+  ASSERT_TRUE(index->Search(1, vectors_.data(), kVectors, distances.data(), labels.data(), 1, {}, &allowed).ok());
+  std::vector<int64_t> expected = Exact({vectors_.begin(), vectors_.begin() + kDim}, kVectors);
+  expected.erase(std::remove_if(expected.begin(), expected.end(), [](int64_t i) { return i % 3 != 0; }),
+                 expected.end());
+  expected.resize(kVectors, -1);
+  EXPECT_EQ(labels, expected);
+}
+
+TEST_F(FaissIndexTest, WithoutAGpuItStaysOnTheCpu) {
+  const auto index = Read();
+  const Status status = index->CopyToGpu(0);
+  EXPECT_EQ(status.code(), StatusCode::kFailedPrecondition);
+  EXPECT_FALSE(status.message().empty());
+  std::vector<float> distances(3);
+  std::vector<int64_t> labels(3);
+  ASSERT_TRUE(index->Search(1, vectors_.data(), 3, distances.data(), labels.data()).ok());
+  EXPECT_EQ(labels, Exact({vectors_.begin(), vectors_.begin() + kDim}, 3));
+}
+
+TEST_F(FaissIndexTest, KnowsItsParameters) {
+  const auto index = Read();
+  EXPECT_TRUE(index->parameters().empty());
+  EXPECT_FALSE(index->has_lists());
+  SearchParameters parameters;
+  parameters.nprobe = 1;
+  const Status status = index->CheckParameters(parameters);
+  EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
+  EXPECT_NE(status.message().find("no nprobe, only none"), std::string::npos) << status.message();
+}
+
 TEST_F(FaissIndexTest, MissingFileIsNotFound) {
   std::unique_ptr<FaissIndex> index;
   const Status status = FaissIndex::Read(*library_, path_ + ".missing", true, &index);

@@ -1,13 +1,18 @@
 // The ops of item retrieval: a resource that holds a FAISS index and its item ids, an op that loads it, and an op that
 // searches it. Python: dpsr_export.faiss_ops.FaissIndexTable.
 #include <algorithm>
+#include <charconv>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "export/faiss_search/faiss_library.h"
+#include "export/faiss_search/filtered_search.h"
+#include "export/faiss_search/item_filter.h"
 #include "export/faiss_search/retrieval.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
@@ -16,6 +21,7 @@
 #include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/lib/core/threadpool.h"
 #include "tensorflow/core/platform/errors.h"
+#include "tensorflow/core/platform/logging.h"
 #include "tensorflow/core/platform/mutex.h"
 #include "tokenizer_cc/packed_file.h"
 #include "tokenizer_cc/tf_status.h"
@@ -35,9 +41,13 @@ using ::tensorflow::shape_inference::InferenceContext;
 using ::tensorflow::shape_inference::ShapeHandle;
 namespace errors = ::tensorflow::errors;
 
-// The kind and the section of the packed file that maps positions in the index to item ids.
+// The kind and the sections of the packed file that maps positions in the index to item ids, and that knows the index.
 constexpr char kItemIdsKind[] = "item_ids";
 constexpr char kItemIdsSection[] = "id";
+constexpr char kIndexBytesSection[] = "index.bytes";
+constexpr char kIndexChecksumSection[] = "index.checksum";
+
+constexpr char kDeviceVariable[] = "DPSR_FAISS_DEVICE";
 
 // batch * k of one call, which bounds the memory that its results take (16 bytes each).
 constexpr int64_t kMaxResultsPerCall = int64_t{1} << 27;
@@ -46,8 +56,16 @@ constexpr int64_t kMinParallelSearches = 8;
 // Roughly the time of a search; large enough that each row of a batch becomes its own piece of work.
 constexpr int64_t kNanosecondsPerHead = 1000000;
 
-enum LoadInput { kLoadHandle, kLoadIndexFilename, kLoadItemIdsFilename };
-enum SearchInput { kSearchHandle, kSearchQueryEmbedding, kSearchK };
+enum LoadInput { kLoadHandle, kLoadIndexFilename, kLoadItemIdsFilename, kLoadAttributesFilename };
+enum SearchInput {
+  kSearchHandle,
+  kSearchQueryEmbedding,
+  kSearchK,
+  kSearchParameters,
+  kSearchInclude,
+  kSearchExclude,
+  kSearchExcludedItemIds
+};
 enum SearchOutput { kSearchItemIds, kSearchScores, kSearchHeads };
 
 tensorflow::Status CheckK(int64_t k) {
@@ -55,18 +73,40 @@ tensorflow::Status CheckK(int64_t k) {
   return errors::InvalidArgument("k is ", k, ", expected 1 to ", kMaxResults);
 }
 
-// A loaded index with the files it came from. Immutable; searched by any number of threads.
-struct ItemIndex {
+// What an index is loaded from.
+struct LoadArguments {
   std::string index_filename;
   std::string item_ids_filename;
+  std::string attributes_filename;  // may be empty
   std::string parameters;
+  std::string max_parameters;
+  int64_t dim = 0;  // 0: any
+  bool mmap = true;
+
+  bool operator==(const LoadArguments& other) const {
+    return index_filename == other.index_filename && item_ids_filename == other.item_ids_filename &&
+           attributes_filename == other.attributes_filename && parameters == other.parameters &&
+           max_parameters == other.max_parameters;
+  }
+};
+
+// A loaded index with its items' ids and attributes. Immutable; searched by any number of threads.
+struct ItemIndex {
+  LoadArguments arguments;
+  SearchParameters max_parameters;
   std::unique_ptr<FaissIndex> index;
+  std::unique_ptr<FilteredSearch> filtered;
   std::unique_ptr<PackedFile> item_ids_file;
+  std::unique_ptr<ItemFilters> filters;
   Span<const int64_t> item_ids;
 
-  HeadSearch Search() const {
-    return [this](const float* query, int64_t k, float* scores, int64_t* labels) {
-      return index->Search(1, query, k, scores, labels);
+  // Of all items, or of those in `mask`, which may change between searches.
+  HeadSearch Search(const SearchParameters& parameters, const std::shared_ptr<const ItemMask>* mask = nullptr) const {
+    return [this, parameters, mask](const float* query, int64_t k, float* scores, int64_t* labels) {
+      if (mask == nullptr || *mask == nullptr) {
+        return index->Search(1, query, k, scores, labels, /*nthreads=*/1, parameters);
+      }
+      return filtered->Search(query, k, **mask, parameters, scores, labels);
     };
   }
 };
@@ -79,24 +119,66 @@ Status Probe(const ItemIndex& items) {
   std::vector<int64_t> ids(kResults);
   std::vector<float> scores(kResults);
   std::vector<int32_t> heads(kResults);
-  Retriever retriever(items.item_ids, items.Search());
+  Retriever retriever(items.item_ids, items.Search({}));
   const Status status = retriever.Retrieve(query.data(), 1, dim, kResults, ids.data(), scores.data(), heads.data());
   if (status.ok()) return status;
-  return MakeStatus(StatusCode::kDataLoss, "the FAISS index ", items.index_filename, " with the item ids ",
-                    items.item_ids_filename, " cannot be searched: ", status.message());
+  return MakeStatus(StatusCode::kDataLoss, "the FAISS index ", items.arguments.index_filename,
+                    " with the item ids ", items.arguments.item_ids_filename, " cannot be searched: ", status.message());
 }
 
-Status LoadItemIndex(const std::string& index_filename, const std::string& item_ids_filename,
-                     const std::string& parameters, bool mmap, std::shared_ptr<const ItemIndex>* loaded) {
+// Reads the item ids, and verifies that the index is the one that they were written with.
+Status OpenItemIds(const LoadArguments& arguments, ItemIndex* items) {
+  const std::string& filename = arguments.item_ids_filename;
+  DPSR_RETURN_IF_ERROR(PackedFile::Open(filename, kItemIdsKind, /*verify=*/true, &items->item_ids_file));
+  const PackedFile& file = *items->item_ids_file;
+  DPSR_RETURN_IF_ERROR(file.Get(kItemIdsSection, &items->item_ids));
+  Span<const uint64_t> bytes;
+  Span<const uint64_t> checksum;
+  if (file.Find(kIndexBytesSection) == nullptr || file.Find(kIndexChecksumSection) == nullptr) {
+    return MakeStatus(StatusCode::kFailedPrecondition, filename,
+                      ": does not say which index it belongs to, as those of older versions; run `dpsr index` again");
+  }
+  DPSR_RETURN_IF_ERROR(file.Get(kIndexBytesSection, &bytes));
+  DPSR_RETURN_IF_ERROR(file.Get(kIndexChecksumSection, &checksum));
+  if (bytes.size() != 1 || checksum.size() != 1) {
+    return MakeStatus(StatusCode::kDataLoss, filename, ": ", kIndexBytesSection, " and ", kIndexChecksumSection,
+                      " have ", bytes.size(), " and ", checksum.size(), " values, expected one");
+  }
+  DPSR_RETURN_IF_ERROR(FaissIndex::CheckFile(arguments.index_filename, bytes[0], checksum[0]));
+  const Status ids_ok = CheckItemIds(items->item_ids);
+  return ids_ok.ok() ? ids_ok : MakeStatus(ids_ok.code(), filename, ": ", ids_ok.message());
+}
+
+// $DPSR_FAISS_DEVICE says where to search: cpu (as when it is not set), gpu, or gpu:N. Where the GPU cannot be used, one
+// line says why, and the CPU is.
+Status UseDevice(FaissIndex* index) {
+  const char* const given = std::getenv(kDeviceVariable);
+  const std::string_view device = given == nullptr ? "" : given;
+  if (device.empty() || device == "cpu") return Status();
+  int number = 0;
+  const std::string_view digits = device.substr(std::min<size_t>(device.size(), 4));
+  const auto read = std::from_chars(digits.data(), digits.data() + digits.size(), number);
+  const bool is_numbered = device.substr(0, 4) == "gpu:" && read.ec == std::errc() && number >= 0 &&
+                           read.ptr == digits.data() + digits.size();
+  if (device != "gpu" && !is_numbered) {
+    return MakeStatus(StatusCode::kInvalidArgument, kDeviceVariable, " is \"", device,
+                      "\", expected cpu, gpu, or gpu:N with the number of a device");
+  }
+  const Status copied = index->CopyToGpu(device == "gpu" ? 0 : number);
+  if (!copied.ok()) LOG(WARNING) << kDeviceVariable << "=" << device << ": " << copied.message() << "; the CPU is used";
+  return Status();
+}
+
+Status LoadItemIndex(const LoadArguments& arguments, std::shared_ptr<const ItemIndex>* loaded) {
   const FaissLibrary* faiss = nullptr;
   DPSR_RETURN_IF_ERROR(FaissLibrary::Get(&faiss));
   auto items = std::make_shared<ItemIndex>();
-  items->index_filename = index_filename;
-  items->item_ids_filename = item_ids_filename;
-  items->parameters = parameters;
+  items->arguments = arguments;
+  const std::string& index_filename = arguments.index_filename;
+  DPSR_RETURN_IF_ERROR(OpenItemIds(arguments, items.get()));
 
-  DPSR_RETURN_IF_ERROR(FaissIndex::Read(*faiss, index_filename, mmap, &items->index));
-  const FaissIndex& index = *items->index;
+  DPSR_RETURN_IF_ERROR(FaissIndex::Read(*faiss, index_filename, arguments.mmap, &items->index));
+  FaissIndex& index = *items->index;
   if (index.metric() != FaissMetric::kInnerProduct) {
     return MakeStatus(StatusCode::kFailedPrecondition, "the FAISS index ", index_filename, " has the metric ",
                       FaissMetricName(index.metric()), ", expected ", FaissMetricName(FaissMetric::kInnerProduct),
@@ -106,17 +188,26 @@ Status LoadItemIndex(const std::string& index_filename, const std::string& item_
     return MakeStatus(StatusCode::kFailedPrecondition, "the FAISS index ", index_filename, " has d = ", index.d(),
                       index.is_trained() ? "" : " and is not trained", ", expected a trained index with d >= 1");
   }
-  DPSR_RETURN_IF_ERROR(items->index->SetParameters(parameters));
-
-  DPSR_RETURN_IF_ERROR(PackedFile::Open(item_ids_filename, kItemIdsKind, /*verify=*/true, &items->item_ids_file));
-  DPSR_RETURN_IF_ERROR(items->item_ids_file->Get(kItemIdsSection, &items->item_ids));
+  if (arguments.dim != 0 && arguments.dim != index.d()) {
+    return MakeStatus(StatusCode::kFailedPrecondition, "the FAISS index ", index_filename, " has the dimension ",
+                      index.d(), ", but queries have ", arguments.dim, ": it is of another model");
+  }
+  DPSR_RETURN_IF_ERROR(index.SetParameters(arguments.parameters));
+  DPSR_RETURN_IF_ERROR(SearchParameters::Parse(arguments.max_parameters, &items->max_parameters));
+  DPSR_RETURN_IF_ERROR(index.CheckParameters(items->max_parameters));
   if (static_cast<int64_t>(items->item_ids.size()) != index.ntotal()) {
-    return MakeStatus(StatusCode::kFailedPrecondition, item_ids_filename, " holds ", items->item_ids.size(),
+    return MakeStatus(StatusCode::kFailedPrecondition, arguments.item_ids_filename, " holds ", items->item_ids.size(),
                       " item ids, but the FAISS index ", index_filename, " holds ", index.ntotal(),
                       " vectors: they are not of the same export");
   }
-  const Status ids_ok = CheckItemIds(items->item_ids);
-  if (!ids_ok.ok()) return MakeStatus(ids_ok.code(), item_ids_filename, ": ", ids_ok.message());
+  const Status lists_ok = FilteredSearch::Create(&index, &items->filtered);
+  if (!lists_ok.ok()) {
+    return MakeStatus(lists_ok.code(), "the FAISS index ", index_filename, ": ", lists_ok.message());
+  }
+  DPSR_RETURN_IF_ERROR(ItemFilters::Open(arguments.attributes_filename, index.ntotal(),
+                                         items->item_ids_file->fingerprint(), items->filtered->order(),
+                                         &items->filters));
+  DPSR_RETURN_IF_ERROR(UseDevice(&index));
   DPSR_RETURN_IF_ERROR(Probe(*items));
   *loaded = std::move(items);
   return Status();
@@ -127,7 +218,7 @@ class FaissIndexResource : public tensorflow::ResourceBase {
  public:
   std::string DebugString() const override {
     const std::shared_ptr<const ItemIndex> items = Get();
-    return items == nullptr ? "FAISS index, not loaded" : StrCat("FAISS index ", items->index_filename);
+    return items == nullptr ? "FAISS index, not loaded" : StrCat("FAISS index ", items->arguments.index_filename);
   }
 
   // Null before Load has succeeded.
@@ -138,18 +229,15 @@ class FaissIndexResource : public tensorflow::ResourceBase {
 
   // Loading the same files again changes nothing; other files are refused, since searches may be under way and a name
   // that two exports share would silently give one of them the other's items.
-  Status Load(const std::string& index_filename, const std::string& item_ids_filename, const std::string& parameters,
-              bool mmap) {
+  Status Load(const LoadArguments& arguments) {
     const tensorflow::mutex_lock lock(mutex_);
-    if (items_ == nullptr) return LoadItemIndex(index_filename, item_ids_filename, parameters, mmap, &items_);
-    if (items_->index_filename == index_filename && items_->item_ids_filename == item_ids_filename &&
-        items_->parameters == parameters) {
-      return Status();
-    }
-    return MakeStatus(StatusCode::kFailedPrecondition, "cannot load the FAISS index ", index_filename, " (item ids ",
-                      item_ids_filename, ", parameters \"", parameters, "\"): this handle holds ",
-                      items_->index_filename, " (", items_->item_ids_filename, ", \"", items_->parameters,
-                      "\") already; give each index a handle with its own shared_name");
+    if (items_ == nullptr) return LoadItemIndex(arguments, &items_);
+    const LoadArguments& here = items_->arguments;
+    if (here == arguments) return Status();
+    return MakeStatus(StatusCode::kFailedPrecondition, "cannot load the FAISS index ", arguments.index_filename,
+                      " (item ids ", arguments.item_ids_filename, ", parameters \"", arguments.parameters,
+                      "\"): this handle holds ", here.index_filename, " (", here.item_ids_filename, ", \"",
+                      here.parameters, "\") already; give each index a handle with its own shared_name");
   }
 
  private:
@@ -171,27 +259,33 @@ class FaissIndexHandleOp : public tensorflow::ResourceOpKernel<FaissIndexResourc
 class FaissIndexLoadOp : public OpKernel {
  public:
   explicit FaissIndexLoadOp(OpKernelConstruction* context) : OpKernel(context) {
-    OP_REQUIRES_OK(context, context->GetAttr("parameters", &parameters_));
-    OP_REQUIRES_OK(context, context->GetAttr("mmap", &mmap_));
+    OP_REQUIRES_OK(context, context->GetAttr("parameters", &arguments_.parameters));
+    OP_REQUIRES_OK(context, context->GetAttr("max_parameters", &arguments_.max_parameters));
+    int dim = 0;
+    OP_REQUIRES_OK(context, context->GetAttr("dim", &dim));
+    arguments_.dim = dim;
+    OP_REQUIRES_OK(context, context->GetAttr("mmap", &arguments_.mmap));
   }
 
   void Compute(OpKernelContext* context) override {
     tensorflow::core::RefCountPtr<FaissIndexResource> resource;
     OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, kLoadHandle), &resource));
-    std::string filenames[2];
-    for (const int input : {kLoadIndexFilename, kLoadItemIdsFilename}) {
+    constexpr const char* kNames[] = {"index_filename", "item_ids_filename", "attributes_filename"};
+    LoadArguments arguments = arguments_;
+    std::string* const filenames[] = {&arguments.index_filename, &arguments.item_ids_filename,
+                                      &arguments.attributes_filename};
+    for (const int input : {kLoadIndexFilename, kLoadItemIdsFilename, kLoadAttributesFilename}) {
       const Tensor& filename = context->input(input);
       OP_REQUIRES(context, TensorShapeUtils::IsScalar(filename.shape()),
-                  errors::InvalidArgument(input == kLoadIndexFilename ? "index_filename" : "item_ids_filename",
-                                          " has shape ", filename.shape().DebugString(), ", expected a scalar"));
-      filenames[input - kLoadIndexFilename] = filename.scalar<tstring>()();
+                  errors::InvalidArgument(kNames[input - kLoadIndexFilename], " has shape ",
+                                          filename.shape().DebugString(), ", expected a scalar"));
+      *filenames[input - kLoadIndexFilename] = filename.scalar<tstring>()();
     }
-    OP_REQUIRES_OK(context, ToTensorFlow(resource->Load(filenames[0], filenames[1], parameters_, mmap_)));
+    OP_REQUIRES_OK(context, ToTensorFlow(resource->Load(arguments)));
   }
 
  private:
-  std::string parameters_;
-  bool mmap_;
+  LoadArguments arguments_;
 };
 
 class FaissSearchOp : public OpKernel {
@@ -224,6 +318,16 @@ class FaissSearchOp : public OpKernel {
                 errors::InvalidArgument("batch * k is ", batch, " * ", k, ", expected at most ", kMaxResultsPerCall,
                                         " results a call: send fewer queries at once"));
 
+    SearchParameters parameters;
+    OP_REQUIRES_OK(context, ReadParameters(context->input(kSearchParameters), *items, &parameters));
+    for (const int input : {kSearchInclude, kSearchExclude, kSearchExcludedItemIds}) {
+      const Tensor& given = context->input(input);
+      OP_REQUIRES(context, IsAbsent(given) || (given.dims() == 2 && given.dim_size(0) == batch),
+                  errors::InvalidArgument(kFilterNames[input - kSearchInclude], " has shape ",
+                                          given.shape().DebugString(), ", expected [batch, n] with the batch of ", batch,
+                                          " of query_embedding, or no elements"));
+    }
+
     const TensorShape shape({batch, k});
     Tensor* item_ids = nullptr;
     Tensor* scores = nullptr;
@@ -231,14 +335,55 @@ class FaissSearchOp : public OpKernel {
     OP_REQUIRES_OK(context, context->allocate_output(kSearchItemIds, shape, &item_ids));
     OP_REQUIRES_OK(context, context->allocate_output(kSearchScores, shape, &scores));
     OP_REQUIRES_OK(context, context->allocate_output(kSearchHeads, shape, &heads));
-    OP_REQUIRES_OK(context, ToTensorFlow(SearchBatch(context, *items, query_embedding, k, item_ids, scores, heads)));
+    OP_REQUIRES_OK(context, ToTensorFlow(SearchBatch(context, *items, k, parameters, item_ids, scores, heads)));
   }
 
  private:
+  static constexpr const char* kFilterNames[] = {"include", "exclude", "excluded_item_ids"};
+
+  static bool IsAbsent(const Tensor& tensor) { return tensor.NumElements() == 0; }
+
+  static tensorflow::Status ReadParameters(const Tensor& given, const ItemIndex& items, SearchParameters* parameters) {
+    if (!TensorShapeUtils::IsScalar(given.shape())) {
+      return errors::InvalidArgument("parameters has shape ", given.shape().DebugString(), ", expected a scalar");
+    }
+    const auto read = [&]() -> Status {
+      DPSR_RETURN_IF_ERROR(SearchParameters::Parse(given.scalar<tstring>()(), parameters));
+      DPSR_RETURN_IF_ERROR(items.index->CheckParameters(*parameters));
+      return parameters->CheckBounds(items.max_parameters);
+    };
+    return ToTensorFlow(read());
+  }
+
+  // What is not empty in a row of [batch, n] strings.
+  static std::vector<std::string_view> Expressions(const Tensor& given, int64_t row) {
+    std::vector<std::string_view> expressions;
+    if (IsAbsent(given)) return expressions;
+    const auto texts = given.matrix<tstring>();
+    for (int64_t i = 0; i < given.dim_size(1); ++i) {
+      if (!texts(row, i).empty()) expressions.emplace_back(texts(row, i).data(), texts(row, i).size());
+    }
+    return expressions;
+  }
+
+  // The items that a row's filters leave, null where it has none; and what it excludes by id.
+  static Status ReadFilters(OpKernelContext* context, const ItemIndex& items, int64_t row,
+                            std::shared_ptr<const ItemMask>* mask, Retriever* retriever) {
+    const auto include = Expressions(context->input(kSearchInclude), row);
+    const auto exclude = Expressions(context->input(kSearchExclude), row);
+    mask->reset();
+    if (!include.empty() || !exclude.empty()) DPSR_RETURN_IF_ERROR(items.filters->Apply(include, exclude, mask));
+    const Tensor& excluded = context->input(kSearchExcludedItemIds);
+    if (IsAbsent(excluded)) return Status();
+    const int64_t count = excluded.dim_size(1);
+    return retriever->Exclude({static_cast<const int64_t*>(excluded.data()) + row * count, static_cast<size_t>(count)});
+  }
+
   // Each row is searched by itself, one FAISS thread each, so that an answer does not depend on what else is in the
   // batch (FAISS takes other code paths, with other roundings, for many queries at once).
-  static Status SearchBatch(OpKernelContext* context, const ItemIndex& items, const Tensor& query_embedding, int64_t k,
-                            Tensor* item_ids, Tensor* scores, Tensor* heads) {
+  static Status SearchBatch(OpKernelContext* context, const ItemIndex& items, int64_t k,
+                            const SearchParameters& parameters, Tensor* item_ids, Tensor* scores, Tensor* heads) {
+    const Tensor& query_embedding = context->input(kSearchQueryEmbedding);
     const int64_t batch = query_embedding.dim_size(0);
     const int64_t num_heads = query_embedding.dim_size(1);
     const int64_t dim = query_embedding.dim_size(2);
@@ -249,8 +394,10 @@ class FaissSearchOp : public OpKernel {
     int32_t* heads_out = heads->flat<int32_t>().data();
 
     const auto search_rows = [&](int64_t begin, int64_t end) {
-      Retriever retriever(items.item_ids, items.Search());
+      std::shared_ptr<const ItemMask> mask;
+      Retriever retriever(items.item_ids, items.Search(parameters, &mask));
       for (int64_t row = begin; row < end; ++row) {
+        DPSR_RETURN_IF_ERROR(ReadFilters(context, items, row, &mask, &retriever));
         DPSR_RETURN_IF_ERROR(retriever.Retrieve(queries + row * num_heads * dim, num_heads, dim, k, ids_out + row * k,
                                                 scores_out + row * k, heads_out + row * k));
       }
@@ -288,12 +435,15 @@ REGISTER_OP("DpsrFaissIndexLoad")
     .Input("handle: resource")
     .Input("index_filename: string")
     .Input("item_ids_filename: string")
+    .Input("attributes_filename: string")
     .Attr("parameters: string = ''")
+    .Attr("max_parameters: string = ''")
+    .Attr("dim: int = 0")
     .Attr("mmap: bool = true")
     .SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
       ShapeHandle scalar;
-      for (const int input : {kLoadHandle, kLoadIndexFilename, kLoadItemIdsFilename}) {
+      for (const int input : {kLoadHandle, kLoadIndexFilename, kLoadItemIdsFilename, kLoadAttributesFilename}) {
         TF_RETURN_IF_ERROR(c->WithRank(c->input(input), 0, &scalar));
       }
       return tensorflow::OkStatus();
@@ -305,8 +455,12 @@ Loading the same files twice is a no-op; loading others into the same handle is 
 missing, damaged, or do not belong together are refused.
 
 index_filename: A file that faiss.write_index wrote; positions are its labels.
-item_ids_filename: A packed file of the kind "item_ids" with a section "id", int64 [ntotal], all >= 0.
+item_ids_filename: A packed file of the kind "item_ids" with sections "id", int64 [ntotal], all >= 0, and "index.bytes"
+  and "index.checksum", uint64 [1]: size and XXH3 of the index file.
+attributes_filename: A packed file of the kind "item_attributes", what filters compare; empty where there is none.
 parameters: Search parameters as faiss.ParameterSpace names them, for example "nprobe=32".
+max_parameters: What a request may set (nprobe, efSearch, k_factor_rf), with the largest value; empty: nothing.
+dim: The dimension that queries will have; an index of another is refused. 0: any.
 mmap: Map the index instead of reading it into memory.
 )doc");
 
@@ -314,6 +468,10 @@ REGISTER_OP("DpsrFaissSearch")
     .Input("handle: resource")
     .Input("query_embedding: float")
     .Input("k: int32")
+    .Input("parameters: string")
+    .Input("include: string")
+    .Input("exclude: string")
+    .Input("excluded_item_ids: int64")
     .Output("item_ids: int64")
     .Output("scores: float")
     .Output("heads: int32")
@@ -324,6 +482,10 @@ REGISTER_OP("DpsrFaissSearch")
       TF_RETURN_IF_ERROR(c->WithRank(c->input(kSearchHandle), 0, &unused));
       TF_RETURN_IF_ERROR(c->WithRank(c->input(kSearchQueryEmbedding), 3, &query_embedding));
       TF_RETURN_IF_ERROR(c->WithRank(c->input(kSearchK), 0, &unused));
+      TF_RETURN_IF_ERROR(c->WithRank(c->input(kSearchParameters), 0, &unused));
+      for (const int input : {kSearchInclude, kSearchExclude, kSearchExcludedItemIds}) {
+        TF_RETURN_IF_ERROR(c->WithRankAtMost(c->input(input), 2, &unused));
+      }
       const Tensor* k_value = c->input_tensor(kSearchK);
       if (k_value != nullptr) TF_RETURN_IF_ERROR(CheckK(k_value->scalar<int32_t>()()));
       tensorflow::shape_inference::DimensionHandle k;
@@ -339,8 +501,15 @@ Each head retrieves k items; results are united; an item's score is its largest 
 are ordered by ascending item id; the best k remain. Missing results are padded with -1, -inf and -1. A row that holds a
 NaN or an infinity, and a head of zeros, retrieve nothing.
 
+Only items that pass the filters of their row are retrieved. An expression is NAME=VALUE, NAME=A|B|C or, of a number,
+NAME=LOW..HIGH. Each filter input may be absent: a tensor without elements.
+
 query_embedding: [batch, heads, dim]; at most 16 heads.
 k: scalar, 1 to 10000.
+parameters: scalar, search parameters of this call, for example "nprobe=64"; empty: those of the index.
+include: [batch, n], expressions that an item meets, all of them; "" is padding.
+exclude: [batch, n], expressions of which an item meets none; "" is padding.
+excluded_item_ids: [batch, n], at most 10000 a row; -1 is padding.
 item_ids: [batch, k], the best first.
 scores: [batch, k], inner products.
 heads: [batch, k], the head that gave the score, the lowest of those that gave the same.

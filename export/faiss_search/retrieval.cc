@@ -41,30 +41,65 @@ Status Retriever::Retrieve(const float* query_embedding, int64_t heads, int64_t 
   return Status();
 }
 
+Status Retriever::Exclude(Span<const int64_t> ids) {
+  if (static_cast<int64_t>(ids.size()) > kMaxExcluded) {
+    return MakeStatus(StatusCode::kInvalidArgument, "there are ", ids.size(), " excluded item ids, expected at most ",
+                      kMaxExcluded);
+  }
+  excluded_.Reset(static_cast<int64_t>(ids.size()));
+  num_excluded_ = 0;
+  for (const int64_t id : ids) {
+    if (id >= 0 && excluded_.Insert(id)) ++num_excluded_;
+  }
+  return Status();
+}
+
 Status Retriever::SearchHead(const float* query, int32_t head, int64_t k) {
   // No more can be found than there is; an empty index is not asked at all.
-  const int64_t wanted = std::min<int64_t>(k, static_cast<int64_t>(item_ids_.size()));
-  if (wanted == 0) return Status();
-  scores_.resize(wanted);
-  labels_.resize(wanted);
-  DPSR_RETURN_IF_ERROR(search_(query, wanted, scores_.data(), labels_.data()));
-
+  const auto ntotal = static_cast<int64_t>(item_ids_.size());
   const size_t begin = candidates_.size();
   bool ordered = true;
-  for (int64_t i = 0; i < wanted; ++i) {
-    if (labels_[i] == -1 || std::isnan(scores_[i])) continue;
-    if (labels_[i] < 0 || labels_[i] >= static_cast<int64_t>(item_ids_.size())) {
-      return MakeStatus(StatusCode::kDataLoss, "the index returned position ", labels_[i], ", but there are only ",
-                        item_ids_.size(),
-                        " item ids: the index file is damaged, or was built with ids instead of positions");
+  for (int64_t wanted = std::min(k + num_excluded_, ntotal); wanted > 0;) {
+    scores_.resize(wanted);
+    labels_.resize(wanted);
+    DPSR_RETURN_IF_ERROR(search_(query, wanted, scores_.data(), labels_.data()));
+
+    // The ids lie all over a large array. In a loop of their own many are fetched at once, not one after the other.
+    ids_.resize(wanted);
+    for (int64_t i = 0; i < wanted; ++i) {
+      ids_[i] = labels_[i] >= 0 && labels_[i] < ntotal ? item_ids_[labels_[i]] : kNoItem;
     }
-    candidates_.push_back({scores_[i], item_ids_[labels_[i]]});
-    if (candidates_.size() > begin + 1 && Better(candidates_.back(), candidates_[candidates_.size() - 2])) {
-      ordered = false;
+    candidates_.resize(begin);
+    ordered = true;
+    bool exhausted = wanted == ntotal;
+    int64_t dropped = 0;
+    for (int64_t i = 0; i < wanted; ++i) {
+      if (labels_[i] == -1) exhausted = true;
+      if (labels_[i] == -1 || std::isnan(scores_[i])) continue;
+      if (labels_[i] < 0 || labels_[i] >= ntotal) {
+        return MakeStatus(StatusCode::kDataLoss, "the index returned position ", labels_[i], ", but there are only ",
+                          ntotal, " item ids: the index file is damaged, or was built with ids instead of positions");
+      }
+      const int64_t id = ids_[i];
+      if (num_excluded_ > 0 && excluded_.Contains(id)) {
+        ++dropped;
+        continue;
+      }
+      Candidate& candidate = candidates_.emplace_back();
+      candidate.score = scores_[i];
+      candidate.id = id;
+      if (candidates_.size() > begin + 1 && Better(candidate, *(&candidate - 1))) ordered = false;
     }
+    // More positions than ids were dropped only where ids repeat.
+    if (exhausted || dropped <= num_excluded_) break;
+    wanted = std::min(2 * wanted, ntotal);
   }
   // A search returns the best first, so that as a rule only ties can be out of order.
-  if (!ordered) std::sort(candidates_.begin() + begin, candidates_.end(), Better);
+  if (!ordered) {
+    std::sort(candidates_.begin() + begin, candidates_.end(),
+              [](const Candidate& a, const Candidate& b) { return Better(a, b); });
+  }
+  candidates_.resize(std::min(candidates_.size(), begin + static_cast<size_t>(k)));
   heads_.push_back({head, begin, candidates_.size()});
   return Status();
 }
@@ -99,14 +134,17 @@ void Retriever::IdSet::Reset(int64_t capacity) {
 }
 
 bool Retriever::IdSet::Insert(int64_t id) {
-  // Multiplication spreads runs of consecutive ids over the table; its upper bits are the well mixed ones.
-  size_t slot = (static_cast<uint64_t>(id) * 0x9E3779B97F4A7C15ull) >> 32 & mask_;
-  while (slots_[slot] != kNoItem) {
-    if (slots_[slot] == id) return false;
-    slot = (slot + 1) & mask_;
-  }
+  const size_t slot = Slot(id);
+  if (slots_[slot] == id) return false;
   slots_[slot] = id;
   return true;
+}
+
+size_t Retriever::IdSet::Slot(int64_t id) const {
+  // Multiplication spreads runs of consecutive ids over the table; its upper bits are the well mixed ones.
+  size_t slot = (static_cast<uint64_t>(id) * 0x9E3779B97F4A7C15ull) >> 32 & mask_;
+  while (slots_[slot] != kNoItem && slots_[slot] != id) slot = (slot + 1) & mask_;
+  return slot;
 }
 
 }  // namespace dpsr

@@ -5,6 +5,8 @@
 // heads that retrieved it; equal scores are ordered by ascending item id; the best k remain. Which of equal items are
 // among the k of a head is up to the index. Training differs: there the heads are joined by the soft dot product.
 //
+// Items that a request excludes by id are dropped from what the heads retrieve, which retrieve so many more.
+//
 // What cannot be answered is empty instead of wrong: a query embedding that holds a NaN or an infinity anywhere
 // retrieves nothing, a head of zeros (the embedding of an empty query) retrieves nothing, and results whose score is
 // NaN are dropped. Missing results are padded.
@@ -23,6 +25,7 @@ namespace dpsr {
 
 inline constexpr int64_t kMaxResults = 10000;  // the largest k
 inline constexpr int64_t kMaxHeads = 16;
+inline constexpr int64_t kMaxExcluded = 10000;  // ids that a request may exclude
 
 // What stands in place of a missing result.
 inline constexpr int64_t kNoItem = -1;
@@ -42,6 +45,10 @@ class Retriever {
   // item_ids [ntotal] maps a position in the index, which is what a search returns, to the shop's item id. Ids may
   // repeat: an item's score is then its largest over its positions as well.
   Retriever(Span<const int64_t> item_ids, HeadSearch search);
+
+  // The ids that the next calls of Retrieve leave out; those that no item has do not count.
+  // Errors: InvalidArgument (more than kMaxExcluded).
+  Status Exclude(Span<const int64_t> ids);
 
   // query_embedding [heads, dim] -> ids [k], scores [k], heads_out [k], the best first; heads_out holds the head that
   // gave the score, the lowest of those that gave the same.
@@ -69,8 +76,12 @@ class Retriever {
     void Reset(int64_t capacity);
     // False when the id was there already.
     bool Insert(int64_t id);
+    bool Contains(int64_t id) const { return !slots_.empty() && slots_[Slot(id)] == id; }
 
    private:
+    // Where `id` is, or would be put.
+    size_t Slot(int64_t id) const;
+
     std::vector<int64_t> slots_;
     size_t mask_ = 0;
   };
@@ -85,9 +96,12 @@ class Retriever {
   const HeadSearch search_;
   std::vector<float> scores_;
   std::vector<int64_t> labels_;
+  std::vector<int64_t> ids_;
   std::vector<Candidate> candidates_;
   std::vector<HeadCandidates> heads_;
   IdSet seen_;
+  IdSet excluded_;
+  int64_t num_excluded_ = 0;
 };
 
 }  // namespace dpsr

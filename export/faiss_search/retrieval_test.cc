@@ -265,6 +265,63 @@ TEST(RetrieverTest, EqualsTheReferenceOnRandomResults) {
   }
 }
 
+// Answers with the positions 0, 1, ... in order, with falling scores.
+HeadSearch InOrder(std::vector<int64_t>* asked) {
+  return [asked](const float*, int64_t wanted, float* scores, int64_t* labels) {
+    asked->push_back(wanted);
+    for (int64_t i = 0; i < wanted; ++i) {
+      labels[i] = i;
+      scores[i] = -static_cast<float>(i);
+    }
+    return Status();
+  };
+}
+
+TEST(RetrieverTest, LeavesExcludedIdsOut) {
+  std::vector<int64_t> item_ids(100);
+  std::iota(item_ids.begin(), item_ids.end(), 1000);
+  std::vector<int64_t> asked;
+  Retriever retriever({item_ids.data(), item_ids.size()}, InOrder(&asked));
+  const float query = 1;
+  std::vector<int64_t> ids(3);
+  std::vector<float> scores(3);
+  std::vector<int32_t> heads(3);
+  const auto retrieve = [&](const std::vector<int64_t>& excluded) {
+    EXPECT_TRUE(retriever.Exclude({excluded.data(), excluded.size()}).ok());
+    EXPECT_TRUE(retriever.Retrieve(&query, 1, 1, 3, ids.data(), scores.data(), heads.data()).ok());
+    return ids;
+  };
+  EXPECT_EQ(retrieve({1001, 1001, -1, 7, 1002}), (std::vector<int64_t>{1000, 1003, 1004}));
+  EXPECT_EQ(asked, (std::vector<int64_t>{6}));  // three, and one for each id that is excluded
+  EXPECT_EQ(retrieve({-1}), (std::vector<int64_t>{1000, 1001, 1002}));
+  item_ids.pop_back();
+  EXPECT_EQ(retrieve(item_ids), (std::vector<int64_t>{1099, kNoItem, kNoItem}));
+}
+
+TEST(RetrieverTest, LooksFurtherWhereExcludedIdsRepeat) {
+  std::vector<int64_t> item_ids(100, 5);
+  item_ids[70] = 6;
+  std::vector<int64_t> asked;
+  Retriever retriever({item_ids.data(), item_ids.size()}, InOrder(&asked));
+  const float query = 1;
+  const int64_t excluded = 5;
+  int64_t id = 0;
+  float score = 0;
+  int32_t head = 0;
+  ASSERT_TRUE(retriever.Exclude({&excluded, 1}).ok());
+  ASSERT_TRUE(retriever.Retrieve(&query, 1, 1, 1, &id, &score, &head).ok());
+  EXPECT_EQ(id, 6);
+  EXPECT_EQ(asked.back(), 100);
+}
+
+TEST(RetrieverTest, RefusesTooManyExcludedIds) {
+  const std::vector<int64_t> ids(kMaxExcluded + 1, 1);
+  std::vector<int64_t> asked;
+  Retriever retriever({ids.data(), ids.size()}, InOrder(&asked));
+  EXPECT_TRUE(retriever.Exclude({ids.data(), ids.size() - 1}).ok());
+  EXPECT_EQ(retriever.Exclude({ids.data(), ids.size()}).code(), StatusCode::kInvalidArgument);
+}
+
 TEST(CheckItemIdsTest, RefusesNegativeIds) {
   const std::vector<int64_t> good = {0, 5, 5, std::numeric_limits<int64_t>::max()};
   EXPECT_TRUE(CheckItemIds(Span<const int64_t>(good.data(), good.size())).ok());

@@ -57,3 +57,21 @@ def test_soak() -> None:
     assert found["bars"]["failed"] == 0
     assert 0.5 < found["bars"]["rss_end_over_begin"] < 1.5
     assert values(found, "requests")["full_load", "dpsr"] > 0
+
+
+def test_proxy() -> None:
+    found = run("proxy")
+    assert list(found["bars"]) == ["added_p50_ms", "qps_per_core", "workers2_over_1"]
+    assert found["bars"]["qps_per_core"] > 0 and found["bars"]["workers2_over_1"] > 0
+    cpu = values(found, "cpu proxy")
+    assert {impl for _, impl in cpu} == {"proxy", "grpc.aio", "1 worker", "2 workers"}
+    assert all(value > 0 for value in cpu.values())
+    for workload in ("open 300", "closed 8"):
+        p50, p99 = values(found, "p50"), values(found, "p99")
+        assert all(0 < p50[workload, impl] <= p99[workload, impl] for impl in ("direct", "proxy", "grpc.aio"))
+
+
+def test_faults() -> None:
+    found = run("faults", "--faults=kill,reload")
+    assert found["bars"] == {"failed_kill": 0, "failed_reload": 0}
+    assert all(count > 100 for count in values(found, "requests").values())

@@ -46,12 +46,6 @@ def vectors(n: int, seed: int) -> NDArray[np.float32]:
     return np.random.default_rng(seed).normal(size=(n, DIM)).astype(np.float32)
 
 
-def write_item_ids(path: Path, ids: NDArray[np.int64]) -> str:
-    with PackedFileWriter(str(path), "item_ids") as writer:
-        writer.add("id", ids)
-    return str(path)
-
-
 class Files:
     """An index file with its item ids, and the Python FAISS index of the same file."""
 
@@ -75,10 +69,15 @@ class Files:
         self.faiss = faiss.read_index(self.index)
         if parameters:
             faiss.ParameterSpace().set_index_parameters(self.faiss, parameters)
-        self.item_ids = write_item_ids(folder / "item_ids.dpsr", self.ids)
+        self.item_ids = str(folder / "item_ids.dpsr")
+        self.write_item_ids()
+
+    def write_item_ids(self, ids: NDArray[np.int64] | None = None) -> None:
+        """For the index file as it is now."""
+        faiss_ops.write_item_ids(self.item_ids, self.ids if ids is None else ids, self.index)
 
     def table(self, mmap: bool = True) -> faiss_ops.FaissIndexTable:
-        return faiss_ops.FaissIndexTable(self.index, self.item_ids, self.parameters, mmap)
+        return faiss_ops.FaissIndexTable(self.index, self.item_ids, parameters=self.parameters, mmap=mmap)
 
     def expected(self, queries: NDArray[np.float32], k: int) -> Result:
         """The rule of retrieval over heads, [batch, heads, dim] queries, on the results of Python FAISS."""
@@ -311,6 +310,7 @@ def test_a_folder_or_an_empty_file_is_no_index(files: Files, tmp_path: Path) -> 
 @pytest.mark.parametrize(("factory", "parameters"), FACTORIES)
 def test_truncated_index(files: Files, trained: Callable[[str, str], Files], factory: str, parameters: str) -> None:
     whole = Path(trained(factory, parameters).index).read_bytes()
+    shutil.copy(trained(factory, parameters).item_ids, files.item_ids)
     # All ends within the headers, where fields are short, and a sample of those within the arrays.
     for size in [*range(1, 250), *range(250, len(whole), len(whole) // 50), *range(len(whole) - 20, len(whole))]:
         Path(files.index).write_bytes(whole[:size])
@@ -322,9 +322,35 @@ def test_truncated_index(files: Files, trained: Callable[[str, str], Files], fac
 
 def test_a_file_that_is_no_index(files: Files) -> None:
     Path(files.index).write_bytes(b"this is no index" * 100)
+    files.write_item_ids()
     assert_refused(files, tf.errors.DataLossError, files.index, "not recognized")
     shutil.copy(files.item_ids, files.index)
+    files.write_item_ids()
     assert_refused(files, tf.errors.DataLossError, files.index, "not recognized")
+
+
+def test_an_index_that_is_not_the_one_of_the_item_ids(files: Files, tmp_path: Path) -> None:
+    whole = Path(files.index).read_bytes()
+    for place in (9, 100, len(whole) // 2, len(whole) - 1):
+        Path(files.index).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert_refused(files, tf.errors.DataLossError, files.index, "checksum", "damaged, or another one")
+    Path(files.index).write_bytes(whole + b"x")
+    assert_refused(files, tf.errors.DataLossError, f"{len(whole) + 1} bytes, expected {len(whole)}")
+    (tmp_path / "other").mkdir()
+    shutil.copy(Files(tmp_path / "other", items=vectors(ITEMS, seed=77)).index, files.index)
+    assert_refused(files, tf.errors.DataLossError, files.index, "another one")
+
+
+def test_item_ids_of_an_older_version(files: Files) -> None:
+    with PackedFileWriter(files.item_ids, "item_ids") as writer:
+        writer.add("id", files.ids)
+    assert_refused(files, tf.errors.FailedPreconditionError, files.item_ids, "run `dpsr index` again")
+
+
+def test_queries_of_another_dimension_are_refused_at_load(files: Files) -> None:
+    faiss_ops.FaissIndexTable(files.index, files.item_ids, dim=DIM)
+    with pytest.raises(tf.errors.FailedPreconditionError, match=r"dimension 16, but queries have 17"):
+        faiss_ops.FaissIndexTable(files.index, files.item_ids, dim=DIM + 1)
 
 
 def test_damaged_item_ids(files: Files) -> None:
@@ -343,9 +369,9 @@ def test_item_ids_of_another_kind(files: Files) -> None:
     assert_refused(files, tf.errors.DataLossError, files.item_ids, "int32")
 
 
-def test_item_ids_of_another_index(files: Files, tmp_path: Path) -> None:
+def test_item_ids_of_another_index(files: Files) -> None:
     for count in (ITEMS - 1, ITEMS + 1, 0):
-        write_item_ids(tmp_path / "item_ids.dpsr", np.arange(count, dtype=np.int64))
+        files.write_item_ids(np.arange(count, dtype=np.int64))
         assert_refused(
             files,
             tf.errors.FailedPreconditionError,
@@ -372,6 +398,7 @@ def test_only_the_inner_product_is_accepted(tmp_path: Path) -> None:
 
 def test_an_untrained_index(files: Files) -> None:
     faiss.write_index(faiss.index_factory(DIM, "IVF16,Flat", faiss.METRIC_INNER_PRODUCT), files.index)
+    files.write_item_ids()
     assert_refused(files, tf.errors.FailedPreconditionError, files.index, "not trained")
 
 
@@ -379,7 +406,14 @@ def test_an_index_with_ids_of_its_own(files: Files) -> None:
     index = faiss.index_factory(DIM, "IDMap,Flat", faiss.METRIC_INNER_PRODUCT)
     index.add_with_ids(files.items, files.ids + 10_000)
     faiss.write_index(index, files.index)
+    files.write_item_ids()
     assert_refused(files, tf.errors.DataLossError, files.index, "built with ids instead of positions")
+    index = faiss.index_factory(DIM, "IVF4,Flat", faiss.METRIC_INNER_PRODUCT)
+    index.train(files.items)
+    index.add_with_ids(files.items, np.arange(ITEMS) + 1)
+    faiss.write_index(index, files.index)
+    files.write_item_ids()
+    assert_refused(files, tf.errors.DataLossError, files.index, f"it holds {ITEMS}", "built with ids")
 
 
 def test_parameters_that_faiss_does_not_take(files: Files) -> None:
@@ -490,10 +524,10 @@ def test_other_files_in_the_same_handle_are_refused(files: Files, tmp_path: Path
     shutil.copy(files.index, other)
     ops = faiss_ops.load()
     handle = ops.dpsr_faiss_index_handle(shared_name="test_other_files")
-    ops.dpsr_faiss_index_load(handle, files.index, files.item_ids)
-    ops.dpsr_faiss_index_load(handle, files.index, files.item_ids)
+    ops.dpsr_faiss_index_load(handle, files.index, files.item_ids, "")
+    ops.dpsr_faiss_index_load(handle, files.index, files.item_ids, "")
     with pytest.raises(tf.errors.FailedPreconditionError, match=r"other\.faiss.*items\.faiss.*already"):
-        ops.dpsr_faiss_index_load(handle, other, files.item_ids)
+        ops.dpsr_faiss_index_load(handle, other, files.item_ids, "")
 
 
 def test_search_before_load(files: Files) -> None:
@@ -578,18 +612,18 @@ index, item_ids, *libraries = sys.argv[1:]
 for library in libraries:
     os.environ["FAISS_LIBRARY"] = library
     try:
-        ops.dpsr_faiss_index_load(ops.dpsr_faiss_index_handle(shared_name=library), index, item_ids)
+        ops.dpsr_faiss_index_load(ops.dpsr_faiss_index_handle(shared_name=library), index, item_ids, "")
         print("loaded")
     except Exception as error:
         print(type(error).__name__, str(error).replace(chr(10), " "))
 """
 
 
-def load_in_a_process(files: Files, *libraries: str) -> list[str]:
-    """What loading an index says in a new process, a line for each value of FAISS_LIBRARY."""
+def load_in_a_process(files: Files, *libraries: str, **variables: str) -> tuple[list[str], str]:
+    """What loading an index says in a new process, a line for each value of FAISS_LIBRARY, and what is logged."""
     environment = {name: value for name, value in os.environ.items() if name != "FAISS_LIBRARY"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    environment["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    environment |= {"TF_CPP_MIN_LOG_LEVEL": "3"} | variables
     process = subprocess.run(
         [sys.executable, "-c", _LOAD, files.index, files.item_ids, *libraries],
         env=environment,
@@ -598,7 +632,7 @@ def load_in_a_process(files: Files, *libraries: str) -> list[str]:
         check=True,
         timeout=120,
     )
-    return process.stdout.splitlines()
+    return process.stdout.splitlines(), process.stderr
 
 
 def test_load_names_the_library_of_the_wheel() -> None:
@@ -606,9 +640,24 @@ def test_load_names_the_library_of_the_wheel() -> None:
     assert Path(os.environ["FAISS_LIBRARY"]).samefile(Path(faiss.__file__).parent / "libfaiss.so")
 
 
-def test_the_op_library_finds_the_wheel_by_itself(files: Files) -> None:
+def test_the_op_library_finds_the_wheel_by_itself_and_without_a_gpu_uses_the_cpu(files: Files) -> None:
     # An empty FAISS_LIBRARY is none; once a library is loaded, it stays.
-    assert load_in_a_process(files, "", "/no/such/library") == ["loaded", "loaded"]
+    said, logged = load_in_a_process(files, "", "/no/such/library", TF_CPP_MIN_LOG_LEVEL="1", DPSR_FAISS_DEVICE="gpu")
+    assert said == ["loaded", "loaded"]
+    lines = [line for line in logged.splitlines() if "DPSR_FAISS_DEVICE=gpu" in line]
+    assert len(lines) == 2, "one for each load"
+    assert "faiss-gpu==1.15.1" in lines[0]
+    assert "the CPU is used" in lines[0]
+
+
+def test_devices(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    for device in ("gpu:0", "cpu", ""):
+        monkeypatch.setenv("DPSR_FAISS_DEVICE", device)
+        queries = vectors(2, seed=21)[:, None]
+        assert_equal(search(files.table(), queries, 5), files.expected(queries, 5))
+    for device in ("tpu", "gpu:", "gpu:x", "gpu:-1", "GPU"):
+        monkeypatch.setenv("DPSR_FAISS_DEVICE", device)
+        assert_refused(files, tf.errors.InvalidArgumentError, f'DPSR_FAISS_DEVICE is "{device}"', "expected cpu, gpu")
 
 
 def test_libraries_that_do_not_fit_are_refused(files: Files, tmp_path: Path) -> None:
@@ -617,7 +666,7 @@ def test_libraries_that_do_not_fit_are_refused(files: Files, tmp_path: Path) -> 
     source = FAISS_SEARCH / "wrong_version_faiss.cc"
     subprocess.run(["c++", "-std=c++17", "-shared", "-fPIC", str(source), "-o", wrong], check=True)
     right = str(Path(faiss.__file__).parent / "libfaiss.so")
-    other_version, not_there, loaded = load_in_a_process(files, wrong, missing, right)
+    (other_version, not_there, loaded), _ = load_in_a_process(files, wrong, missing, right)
     for said, words in (
         (other_version, (wrong, "FAISS version 9.8.7", "version 1.15.1 is needed")),
         (not_there, (missing, "cannot open")),

@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 from conftest import Job
 
-from dpsr_export import faiss_ops
+from dpsr_export.warmup import LoadedServable
 from dpsr_tf.cli import main
 from dpsr_tf.data.dataset import Tokens
 from dpsr_tf.data.store import Store
@@ -28,19 +28,16 @@ QUERIES = ["phone case", "苹果 手机", "kids keybaord", "", "!!", "zzzzqqq", 
 
 
 class Loaded:
-    """A servable in a TF1 session, as a model server runs it."""
+    """A servable in a TF1 session, as a model server runs it; what a signature takes beside `inputs` is absent."""
 
     def __init__(self, path: Path):
-        faiss_ops.load()
-        self.session = v1.Session(graph=tf.Graph())
-        with self.session.graph.as_default():
-            self.signatures = v1.saved_model.load(self.session, ["serve"], str(path)).signature_def
+        self.servable = LoadedServable(path)
 
     def __call__(self, signature: str, **inputs: object) -> dict[str, np.ndarray]:
-        definition = self.signatures[signature]
-        assert set(inputs) == set(definition.inputs)
-        fetches = {name: info.name for name, info in definition.outputs.items()}
-        return self.session.run(fetches, {definition.inputs[name].name: value for name, value in inputs.items()})
+        types = self.servable.inputs[signature]
+        assert set(inputs) <= set(types)
+        absent = {name: np.zeros([0] * rank, dtype) if rank else b"" for name, (dtype, rank) in types.items()}
+        return self.servable(signature, absent | inputs)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +79,8 @@ def test_fused_answer_equals_its_parts(job: Job, servable: Loaded) -> None:
 def test_serving_default_is_search_at_the_manifests_k(job: Job, servable: Loaded) -> None:
     manifest = json.loads((job.servable / "1" / "assets.extra" / "dpsr_manifest.json").read_text())
     assert manifest["k"] == 7 and manifest["config"]["model"]["embedding_dim"] == 16
+    assert manifest["measured"]["ann_recall@7"] == 1.0 and manifest["measured"]["p99_ms"] > 0
+    assert manifest["inputs"]["search"] == sorted(servable.servable.inputs["search"])
     default, search = servable("serving_default", query=QUERIES), servable("search", query=QUERIES, k=7)
     assert default["item_ids"].shape == (len(QUERIES), 7)
     for name, value in default.items():
@@ -164,7 +163,7 @@ def test_approximate_index_reports_the_recall_it_has(job: Job, tmp_path: Path, c
     [
         (lambda d: (d / "index.json").unlink(), "holds no index"),
         (lambda d: (d / "index.json").write_text("{"), "cannot be read"),
-        (lambda d: edit(d, version=7), "version 7, expected dpsr-index version 2"),
+        (lambda d: edit(d, version=7), "version 7, expected dpsr-index version 3"),
         (lambda d: edit(d, vocabulary_fingerprint="0" * 16), "vocabulary_fingerprint is 0000000000000000"),
         (lambda d: edit(d, checkpoint="model.ckpt-99"), "model.ckpt-99, which"),
         (lambda d: (d / "items.faiss").write_bytes((d / "items.faiss").read_bytes()[:-100]), "items.faiss"),

@@ -121,6 +121,42 @@ def test_every_kind_of_index(
     assert exact.ann_recall(again, 10) == chosen.ann_recall[10]
 
 
+@pytest.mark.parametrize("quantizer", ["", "_HNSW32"])
+def test_the_coarse_quantizer_looks_as_hard_as_nprobe_needs(quantizer: str) -> None:
+    """FAISS's efSearch ends the search of a graph long before it has found nprobe lists."""
+    index = ann.build(unit_vectors(6000, 1), f"IVF256{quantizer},Flat")
+    grid = [dict(part.split("=") for part in text.split(",")) for text in next(ann._grids(index))]
+    assert [int(setting["nprobe"]) for setting in grid] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
+    efforts = [int(setting.get("quantizer_efSearch", 0)) for setting in grid]
+    assert efforts == ([max(16, 2 * int(setting["nprobe"])) for setting in grid] if quantizer else [0] * len(grid))
+    asked = unit_vectors(50, 2)
+    exact = ann.Exact(unit_vectors(6000, 1), asked, [100])
+    assert ann.sweep(index, exact, asked, 100)[-1].ann_recall[100] > 0.998
+
+
+@pytest.mark.parametrize("factory", ["IVF64,Flat", "IVF64_HNSW16,SQ8", "IVF64,PQ8x4fs,RFlat"])
+def test_assignment_in_two_levels_is_that_of_the_quantizer(
+    vectors: np.ndarray, factory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = ann.build(vectors, factory)
+    monkeypatch.setattr(ann, "_TWO_LEVEL_LISTS", 64)
+    monkeypatch.setattr(ann, "two_level_kmeans", lambda *_: quantizer(one).reconstruct_n(0, 64))
+    two = ann.build(vectors, factory)
+    assert type(quantizer(two)) is type(quantizer(one)) and quantizer(two).ntotal == 64
+    same = sum(np.isin(lists(two, i), lists(one, i)).sum() for i in range(64))
+    assert same >= 0.98 * len(vectors)
+
+
+def quantizer(index: faiss.Index) -> faiss.Index:
+    return faiss.downcast_index(ann._ivf(index).quantizer)
+
+
+def lists(index: faiss.Index, number: int) -> np.ndarray:
+    """Positions of the vectors in one inverted list."""
+    found = ann._ivf(index).invlists
+    return faiss.rev_swig_ptr(found.get_ids(number), found.list_size(number)).copy()
+
+
 def test_two_level_kmeans_is_about_as_good_as_one_level(vectors: np.ndarray) -> None:
     def mean_product(centroids: np.ndarray) -> float:
         return float((vectors @ centroids.T).max(axis=1).mean())
@@ -156,12 +192,12 @@ def first(items: int, target: float = 0.95, memory: float = 0) -> str:
 def test_auto_goes_by_items_memory_and_target() -> None:
     assert first(1000) == first(50_000) == "Flat"
     assert first(50_001) == "IVF1024,SQ8"
-    assert first(1_000_000) == "IVF4096_HNSW32,SQ8"
-    assert first(15_000_000) == "IVF16384_HNSW32,SQ8"
-    assert first(1_000_000, target=0.995) == "IVF4096_HNSW32,Flat"
-    assert first(1_000_000, target=0.995, memory=100e6) == "IVF4096_HNSW32,SQ8"
-    assert first(1_000_000, memory=50e6) == "OPQ32,IVF4096_HNSW32,PQ32np"
-    assert first(1_000_000, memory=30e6) == "OPQ16,IVF4096_HNSW32,PQ16np"
+    assert first(1_000_000) == "IVF4096,SQ8"
+    assert first(15_000_000) == "IVF16384,SQ8"
+    assert first(1_000_000, target=0.995) == "IVF4096,Flat"
+    assert first(1_000_000, target=0.995, memory=100e6) == "IVF4096,SQ8"
+    assert first(1_000_000, memory=50e6) == "OPQ32,IVF4096,PQ32np"
+    assert first(1_000_000, memory=30e6) == "OPQ16,IVF4096,PQ16np"
     assert all(c.verdict for c in ann.candidates(1_000_000, 64, 0.95, 10e6))
     slow = ann.candidates(1_000_000, 64, 0.95)[0]
     assert slow.factory == "Flat" and "slow above 50,000" in slow.line() and "256.0 MB" in slow.line()

@@ -92,6 +92,11 @@ def test_refused_recall_leaves_no_index_and_keeps_the_embeddings(
         ("--set=index.recall_target=2", "recall_target is 2"),
         ("--min_ann_recall=2", "min_ann_recall"),
         ("--device=tpu", "device"),
+        pytest.param(
+            "--device=gpu",
+            "--device=gpu: the installed FAISS has no GPU part; put faiss-gpu",
+            marks=pytest.mark.skipif(hasattr(faiss, "StandardGpuResources"), reason="this FAISS has a GPU part"),
+        ),
     ],
 )
 def test_what_is_refused(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture, flag: str, message: str) -> None:
@@ -211,18 +216,6 @@ def test_a_model_that_reads_features(job: Job, tmp_path: Path, capsys: pytest.Ca
     expected = ask(exact_search(model, store), queries, None, 20)[1]
     np.testing.assert_allclose(ask(retriever("index", str(index), store), queries, None, 20)[1], expected, atol=1e-5)
     dpsr("export", f"--model={model}", f"--index={index}", f"--out={tmp_path / 'servable'}")
-    assert "signatures serving_default, search, query_embedding\n" in capsys.readouterr().out
+    assert "servable/1: 400 items; ann_recall@100 1.0000, p50 " in capsys.readouterr().out
     found = ask(retriever("servable", str(tmp_path / "servable"), store), queries, None, 20)[1]
     np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-def test_a_personalised_model_is_indexed_and_not_yet_exported(
-    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    values = ["train.steps=10", "train.batch_size=32", "model.embedding_dim=16", "model.user_features=[gender]"]
-    model, index = tmp_path / "model", tmp_path / "index"
-    dpsr("train", f"--store={job.store}", f"--out={model}", *(f"--set={value}" for value in values))
-    dpsr("index", f"--model={model}", f"--store={job.store}", f"--out={index}")
-    assert main(["export", f"--model={model}", f"--index={index}", f"--out={tmp_path / 'servable'}"]) == 1
-    assert "its query tower reads users (model.user_features" in capsys.readouterr().err
-    assert not (tmp_path / "servable").exists()

@@ -1,0 +1,84 @@
+"""The vectors that benchmarks of the index and of the servable share: clustered, of unit length, made from a seed.
+
+They are drawn as a catalogue's embeddings lie. There is a topic for each 500 items. Topic t is drawn with probability
+proportional to 1 / (t + 50), Zipf's law without its few giants: of 15 million items 47,000 are of the largest topic and
+80 of the smallest. Topics lie in departments, sqrt(topics) of them. A vector is
+
+    normalize(s * (0.6 department + 0.8 topic) + 0.7 * s_t * item)
+
+with standard normal department, topic and item, and with the spectrum s[i] proportional to 1 / sqrt(i + 4), squares
+adding up to the dimension: as in learnt embeddings few directions hold much of the variance. s_t is s turned by t
+places, so that each topic is long in directions of its own. Two items of a topic have a cosine of 0.67 on average, two
+of a department 0.24, others 0.
+
+Queries are drawn as items are, by another stream of random numbers: they have the topics of items and are none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+DIM = 64
+ITEMS_PER_TOPIC = 500
+_ZIPF_SHIFT = 50
+_DEPARTMENT, _TOPIC, _ITEM = 0.6, 0.8, 0.7
+_BLOCK = 1 << 18
+
+
+class Vectors:
+    """The distribution of the vectors of a catalogue of `items` items.
+
+    Attributes:
+        items: their number.
+        dim: length of a vector.
+        probabilities: float64 [topics], of each topic.
+    """
+
+    def __init__(self, items: int, seed: int, dim: int = DIM):
+        """Draws departments and topics; the same arguments give the same vectors."""
+        self.items, self.dim, self._seed = items, dim, seed
+        topics = max(1, items // ITEMS_PER_TOPIC)
+        weights = 1 / (np.arange(topics) + _ZIPF_SHIFT)
+        self.probabilities = weights / weights.sum()
+        self._ends = np.cumsum(self.probabilities)
+        spectrum = 1 / np.sqrt(np.arange(dim, dtype=np.float32) + 4)
+        spectrum *= np.sqrt(dim / (spectrum**2).sum())
+        rng = np.random.default_rng([seed, 0])
+        departments = rng.standard_normal((round(np.sqrt(topics)), dim), np.float32)
+        of_topic = rng.integers(0, len(departments), topics)
+        own = rng.standard_normal((topics, dim), np.float32)
+        self._centres = spectrum * (_DEPARTMENT * departments[of_topic] + _TOPIC * own)
+        self._spectra = _ITEM * np.stack([np.roll(spectrum, turn) for turn in range(dim)])
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """All items, float32 [at most 2^18, dim] at a time."""
+        for number, begin in enumerate(range(0, self.items, _BLOCK)):
+            yield self._draw(min(_BLOCK, self.items - begin), 2 + number)[0]
+
+    def write(self, path: Path) -> np.ndarray:
+        """Writes all items into a .npy file and maps it: float32 [items, dim]."""
+        mapped = np.lib.format.open_memmap(path, "w+", np.float32, (self.items, self.dim))
+        begin = 0
+        for block in self.blocks():
+            mapped[begin : begin + len(block)] = block
+            begin += len(block)
+        mapped.flush()
+        del mapped
+        return np.load(path, mmap_mode="r")
+
+    def queries(self, count: int) -> np.ndarray:
+        """float32 [count, dim]."""
+        return self._draw(count, 1)[0]
+
+    def _draw(self, count: int, stream: int) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors and their topics."""
+        rng = np.random.default_rng([self._seed, stream])
+        topics = np.searchsorted(self._ends, rng.random(count), side="right").clip(max=len(self._ends) - 1)
+        found = rng.standard_normal((count, self.dim), np.float32)
+        found *= self._spectra[topics % self.dim]
+        found += self._centres[topics]
+        found /= np.linalg.norm(found, axis=1, keepdims=True)
+        return found, topics

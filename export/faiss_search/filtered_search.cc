@@ -1,0 +1,312 @@
+#include "export/faiss_search/filtered_search.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+namespace dpsr {
+namespace {
+
+constexpr int64_t kBits = 64;
+// A code that will be scored so many places later is fetched from memory.
+constexpr size_t kAhead = 16;
+// Scores that differ by less, of 1, are the same: sums in another order.
+constexpr float kRounding = 1e-3f;
+// A graph takes about k * ntotal / passing steps under a filter; to score one item takes about a fortieth of a step.
+constexpr double kStepOverScore = 40;
+
+float InnerProduct(const float* a, const float* b, int64_t dim) {
+  // Independent sums, so that the compiler may use vector instructions without reordering one.
+  float sums[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= dim; i += 8) {
+    for (int j = 0; j < 8; ++j) sums[j] += a[i + j] * b[i + j];
+  }
+  float sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+  for (; i < dim; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// Calls use(slot) for each bit of [begin, end).
+template <typename Use>
+void ForEachBit(const std::vector<uint64_t>& words, int64_t begin, int64_t end, const Use& use) {
+  if (begin >= end) return;
+  for (int64_t word = begin / kBits; word <= (end - 1) / kBits; ++word) {
+    uint64_t bits = words[word];
+    if (word == begin / kBits) bits &= ~uint64_t{0} << (begin % kBits);
+    if (word == (end - 1) / kBits) bits &= ~uint64_t{0} >> (kBits - 1 - (end - 1) % kBits);
+    for (; bits != 0; bits &= bits - 1) use(word * kBits + __builtin_ctzll(bits));
+  }
+}
+
+}  // namespace
+
+// The k best of what is added, by halving a buffer of 2k whenever it is full.
+class FilteredSearch::Best {
+ public:
+  explicit Best(int64_t k) : k_(static_cast<size_t>(k)) { found_.reserve(std::max<size_t>(2 * k_, 64)); }
+
+  int64_t k() const { return static_cast<int64_t>(k_); }
+
+  // Drops NaN.
+  void Add(float score, int64_t slot) {
+    if (!(score > floor_)) return;
+    found_.push_back({score, slot});
+    if (found_.size() == found_.capacity()) Halve();
+  }
+
+  // Writes them in descending order, as positions; pads.
+  void Write(const std::vector<int32_t>& order, int64_t k, float* scores, int64_t* positions) {
+    if (found_.size() > k_) Halve();
+    std::sort(found_.begin(), found_.end(), Higher);
+    for (int64_t i = 0; i < k; ++i) {
+      const bool there = i < static_cast<int64_t>(found_.size());
+      scores[i] = there ? found_[i].score : -std::numeric_limits<float>::infinity();
+      positions[i] = !there ? -1 : order.empty() ? found_[i].slot : order[found_[i].slot];
+    }
+  }
+
+ private:
+  struct Found {
+    float score;
+    int64_t slot;
+  };
+  static bool Higher(const Found& a, const Found& b) { return a.score > b.score; }
+  void Halve() {
+    std::nth_element(found_.begin(), found_.begin() + (k_ - 1), found_.end(), Higher);
+    found_.resize(k_);
+    floor_ = found_.back().score;
+  }
+
+  const size_t k_;
+  std::vector<Found> found_;
+  float floor_ = -std::numeric_limits<float>::infinity();
+};
+
+Status FilteredSearch::Create(FaissIndex* index, std::unique_ptr<FilteredSearch>* search) {
+  if (index->ntotal() > std::numeric_limits<int32_t>::max()) {
+    return MakeStatus(StatusCode::kFailedPrecondition, "the index has ", index->ntotal(), " items, expected at most ",
+                      std::numeric_limits<int32_t>::max(), ": spread them over several");
+  }
+  std::unique_ptr<FilteredSearch> created(new FilteredSearch(*index));
+  if (index->has_lists()) DPSR_RETURN_IF_ERROR(created->ReadLists(index));
+  DPSR_RETURN_IF_ERROR(created->CompareScores());
+  *search = std::move(created);
+  return Status();
+}
+
+Status FilteredSearch::ReadLists(FaissIndex* index) {
+  const int64_t ntotal = index_.ntotal();
+  const int64_t lists = index_.num_lists();
+  order_.group_begins.reserve(lists + 1);
+  order_.group_begins.push_back(0);
+  order_.positions.reserve(ntotal);
+  std::vector<bool> seen(ntotal, false);
+  std::vector<int64_t> ids;
+  bool in_order = true;
+  for (int64_t list = 0; list < lists; ++list) {
+    const int64_t size = index_.list_size(list);
+    if (size > ntotal - order_.group_begins.back()) {
+      return MakeStatus(StatusCode::kDataLoss, "its lists hold more than its ", ntotal, " items");
+    }
+    ids.resize(size);
+    index_.ReadListIds(list, ids.data());
+    for (int64_t i = 0; i < size; ++i) {
+      if (ids[i] < 0 || ids[i] >= ntotal || seen[ids[i]]) {
+        return MakeStatus(StatusCode::kDataLoss, "its labels are not the positions 0 to ", ntotal - 1, " (it holds ",
+                          ids[i], "): it is damaged, or was built with ids instead of positions");
+      }
+      seen[ids[i]] = true;
+      in_order = in_order && ids[i] == static_cast<int64_t>(order_.positions.size());
+      order_.positions.push_back(static_cast<int32_t>(ids[i]));
+    }
+    order_.group_begins.push_back(order_.group_begins.back() + size);
+  }
+  // Vectors that hold a NaN are in no list. They get the last slots, which are of no group, so that nothing looks there.
+  for (int64_t position = 0; order_.group_begins.back() < ntotal && position < ntotal; ++position) {
+    if (seen[position]) continue;
+    in_order = in_order && position == static_cast<int64_t>(order_.positions.size());
+    order_.positions.push_back(static_cast<int32_t>(position));
+  }
+  if (in_order) order_.positions = {};
+  centroids_.resize(lists * index_.list_dim());
+  return index->ReadCentroids(centroids_.data());
+}
+
+// Ten items that FAISS finds have to get the same scores here: this proves order, centroids, transforms and scanner on
+// the very index.
+Status FilteredSearch::CompareScores() const {
+  const int64_t ntotal = index_.ntotal();
+  const int64_t k = std::min<int64_t>(10, ntotal);
+  if (k == 0 || !index_.has_lists()) return Status();
+  std::vector<float> x(index_.d());
+  for (size_t i = 0; i < x.size(); ++i) x[i] = std::cos(static_cast<float>(i * i)) / std::sqrt(x.size());
+  std::vector<float> scores(k);
+  std::vector<int64_t> positions(k);
+  DPSR_RETURN_IF_ERROR(index_.Search(1, x.data(), k, scores.data(), positions.data()));
+  std::vector<bool> found_there(ntotal, false);
+  for (const int64_t position : positions) {
+    if (position >= 0 && position < ntotal) found_there[position] = true;
+  }
+  ItemMask mask;
+  mask.words.assign((ntotal + kBits - 1) / kBits, 0);
+  mask.group_counts.assign(order_.group_begins.size() - 1, 0);
+  for (size_t list = 0; list + 1 < order_.group_begins.size(); ++list) {
+    for (int64_t slot = order_.group_begins[list]; slot < order_.group_begins[list + 1]; ++slot) {
+      const int64_t position = order_.positions.empty() ? slot : order_.positions[slot];
+      if (!found_there[position]) continue;
+      mask.words[slot / kBits] |= uint64_t{1} << (slot % kBits);
+      ++mask.group_counts[list];
+      ++mask.count;
+    }
+  }
+  std::vector<float> again(k);
+  std::vector<int64_t> positions_again(k);
+  DPSR_RETURN_IF_ERROR(Search(x.data(), k, mask, {}, again.data(), positions_again.data()));
+  for (int64_t i = 0; i < k; ++i) {
+    if (positions[i] < 0 || !std::isfinite(scores[i])) continue;
+    const auto found = std::find(positions_again.begin(), positions_again.end(), positions[i]);
+    const float score = found == positions_again.end() ? std::numeric_limits<float>::quiet_NaN()
+                                                       : again[found - positions_again.begin()];
+    if (!(std::fabs(score - scores[i]) <= kRounding * std::max(1.0f, std::fabs(scores[i])))) {
+      return MakeStatus(StatusCode::kDataLoss, "position ", positions[i], " scores ", scores[i],
+                        " in a search by FAISS and ", score, " in its lists: it is damaged");
+    }
+  }
+  return Status();
+}
+
+Status FilteredSearch::Search(const float* x, int64_t k, const ItemMask& mask, const SearchParameters& parameters,
+                              float* scores, int64_t* positions) const {
+  const int64_t wanted = std::min(k, mask.count);
+  Best best(std::max<int64_t>(wanted, 1));
+  if (wanted == 0) {
+    best.Write(order_.positions, k, scores, positions);
+    return Status();
+  }
+  if (index_.has_lists()) {
+    SearchParameters effort = parameters;
+    if (effort.nprobe == 0) effort.nprobe = index_.parameters().nprobe;
+    DPSR_RETURN_IF_ERROR(SearchLists(x, mask, effort, &best));
+    best.Write(order_.positions, k, scores, positions);
+    return Status();
+  }
+  const auto passing = static_cast<double>(mask.count);
+  const double steps = static_cast<double>(k) * static_cast<double>(index_.ntotal()) / passing;
+  const bool one_by_one = mask.count <= kFewItems || passing <= kStepOverScore * steps;
+  if (!one_by_one || !index_.can_reconstruct()) {
+    SearchParameters effort = parameters;
+    if (one_by_one) effort.nprobe = index_.num_lists();
+    DPSR_RETURN_IF_ERROR(SearchSelected(x, k, mask, effort, scores, positions));
+    const auto all_found = [&] { return std::count(positions, positions + k, -1) == k - wanted; };
+    if (all_found()) return Status();
+    if (!index_.can_reconstruct()) {
+      effort.nprobe = index_.num_lists();
+      return SearchSelected(x, k, mask, effort, scores, positions);
+    }
+  }
+  DPSR_RETURN_IF_ERROR(ScoreAll(x, mask, &best));
+  best.Write(order_.positions, k, scores, positions);
+  return Status();
+}
+
+// By FAISS with a selector; a search that is told to take so many lists or candidates takes more the fewer items pass.
+Status FilteredSearch::SearchSelected(const float* x, int64_t k, const ItemMask& mask,
+                                      const SearchParameters& parameters, float* scores, int64_t* positions) const {
+  const double over_share = static_cast<double>(index_.ntotal()) / static_cast<double>(mask.count);
+  SearchParameters effort = index_.parameters();
+  if (parameters.k_factor != 0) effort.k_factor = parameters.k_factor;
+  if (effort.nprobe != 0) {
+    const int64_t lists = parameters.nprobe != 0 ? parameters.nprobe : effort.nprobe;
+    effort.nprobe = static_cast<int64_t>(std::min(std::ceil(static_cast<double>(lists) * over_share),
+                                                  static_cast<double>(index_.num_lists())));
+  }
+  if (effort.ef_search != 0) {
+    const int64_t candidates = std::max(k, parameters.ef_search != 0 ? parameters.ef_search : effort.ef_search);
+    effort.ef_search = static_cast<int64_t>(
+        std::min(static_cast<double>(candidates) * over_share, static_cast<double>(index_.ntotal())));
+  }
+  const PositionSet allowed(mask.words.data(), mask.words.size());
+  return index_.Search(1, x, k, scores, positions, /*nthreads=*/1, effort, &allowed);
+}
+
+Status FilteredSearch::SearchLists(const float* x, const ItemMask& mask, const SearchParameters& parameters,
+                                   Best* best) const {
+  const int64_t dim = index_.list_dim();
+  const int64_t code_size = index_.code_size();
+  std::vector<float> query(dim);
+  DPSR_RETURN_IF_ERROR(index_.Transform(x, query.data()));
+  std::unique_ptr<FaissListScanner> scanner;
+  DPSR_RETURN_IF_ERROR(FaissListScanner::Create(index_, &scanner));
+  DPSR_RETURN_IF_ERROR(scanner->SetQuery(query.data()));
+
+  std::vector<List> lists;
+  lists.reserve(mask.group_counts.size());
+  for (size_t list = 0; list < mask.group_counts.size(); ++list) {
+    if (mask.group_counts[list] == 0) continue;
+    const float score = InnerProduct(query.data(), centroids_.data() + list * dim, dim);
+    lists.push_back({std::isnan(score) ? -std::numeric_limits<float>::infinity() : score, static_cast<int32_t>(list)});
+  }
+  const double unfiltered = static_cast<double>(parameters.nprobe) * static_cast<double>(index_.ntotal()) /
+                            static_cast<double>(index_.num_lists());
+  const int64_t wanted = std::max(best->k(), static_cast<int64_t>(std::min(unfiltered, 1e18)));
+  if (mask.count > std::max(wanted, kFewItems)) KeepNearest(wanted, mask, &lists);
+
+  // Codes lie far apart where few items pass: all are known before the first is scored, to be fetched ahead of it.
+  std::vector<const uint8_t*> codes;
+  std::vector<int64_t> slots;
+  std::vector<size_t> ends;
+  ends.reserve(lists.size());
+  for (const List& list : lists) {
+    const int64_t begin = order_.group_begins[list.list];
+    const uint8_t* const first = index_.list_codes(list.list);
+    ForEachBit(mask.words, begin, order_.group_begins[list.list + 1], [&](int64_t slot) {
+      codes.push_back(first + (slot - begin) * code_size);
+      slots.push_back(slot);
+    });
+    ends.push_back(codes.size());
+  }
+  size_t i = 0;
+  for (size_t list = 0; list < lists.size(); ++list) {
+    scanner->SetList(lists[list].list, lists[list].centroid_score);
+    for (; i < ends[list]; ++i) {
+      if (i + kAhead < codes.size()) __builtin_prefetch(codes[i + kAhead]);
+      best->Add(scanner->Score(codes[i]), slots[i]);
+    }
+  }
+  return Status();
+}
+
+// Leaves the lists with the highest scores in which `wanted` items pass, or a few more: quickselect by weight.
+void FilteredSearch::KeepNearest(int64_t wanted, const ItemMask& mask, std::vector<List>* lists) const {
+  const auto higher = [](const List& a, const List& b) { return a.centroid_score > b.centroid_score; };
+  auto begin = lists->begin();
+  auto end = lists->end();
+  while (end - begin > 1) {
+    const auto middle = begin + (end - begin) / 2;
+    std::nth_element(begin, middle, end, higher);
+    int64_t passing = 0;
+    for (auto list = begin; list != middle; ++list) passing += mask.group_counts[list->list];
+    if (passing >= wanted) {
+      end = middle;
+    } else {
+      wanted -= passing;
+      begin = middle;
+    }
+  }
+  lists->erase(end, lists->end());
+}
+
+Status FilteredSearch::ScoreAll(const float* x, const ItemMask& mask, Best* best) const {
+  // Here slots are positions: only lists have an order of their own.
+  std::vector<int64_t> slots;
+  slots.reserve(mask.count);
+  ForEachBit(mask.words, 0, index_.ntotal(), [&](int64_t slot) { slots.push_back(slot); });
+  const int64_t dim = index_.d();
+  return index_.Reconstruct(Span<const int64_t>(slots.data(), slots.size()), [&](int64_t slot, const float* vector) {
+    best->Add(InnerProduct(x, vector, dim), slot);
+  });
+}
+
+}  // namespace dpsr

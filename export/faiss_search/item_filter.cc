@@ -1,0 +1,482 @@
+#include "export/faiss_search/item_filter.h"
+
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <set>
+#include <type_traits>
+#include <utility>
+
+namespace dpsr {
+namespace {
+
+constexpr char kKind[] = "item_attributes";
+constexpr char kValues[] = "value.";   // of every attribute: codes or numbers
+constexpr char kSplits[] = "splits.";  // of multi-valued ones: where the values of a position begin
+constexpr char kTexts[] = "text.";     // of all but numbers: what codes 1, 2, ... stand for, ascending
+constexpr char kItemIds[] = "item_ids.fingerprint";
+
+constexpr int64_t kBits = 64;
+// Up to so many codes are compared one after the other; more are looked up in a table.
+constexpr size_t kFewCodes = 4;
+constexpr size_t kQuotedBytes = 100;
+
+// The bytes of the UTF-8 character that `text` begins with; 0 when it begins with none.
+size_t CharacterBytes(std::string_view text) {
+  const auto byte = [&text](size_t i) { return static_cast<unsigned char>(text[i]); };
+  const size_t size = byte(0) < 0x80 ? 1 : byte(0) < 0xC2 ? 0 : byte(0) < 0xE0 ? 2 : byte(0) < 0xF0 ? 3 : 4;
+  if (size == 0 || size > text.size() || byte(0) > 0xF4) return 0;
+  for (size_t i = 1; i < size; ++i) {
+    if ((byte(i) & 0xC0) != 0x80) return 0;
+  }
+  const bool bad = (byte(0) == 0xE0 && byte(1) < 0xA0) || (byte(0) == 0xED && byte(1) > 0x9F) ||
+                   (byte(0) == 0xF0 && byte(1) < 0x90) || (byte(0) == 0xF4 && byte(1) > 0x8F);
+  return bad ? 0 : size;
+}
+
+// A text as a message may hold it: in quotes, in UTF-8, without control characters, not too long.
+std::string Quoted(std::string_view text) {
+  std::string quoted = "\"";
+  while (!text.empty() && quoted.size() <= kQuotedBytes) {
+    const size_t size = CharacterBytes(text);
+    const bool shown = size > 1 || (size == 1 && text[0] >= ' ' && text[0] != 0x7F);
+    quoted += shown ? std::string(text.substr(0, size)) : "?";
+    text.remove_prefix(std::max<size_t>(size, 1));
+  }
+  return quoted + (text.empty() ? "\"" : "...\"");
+}
+
+struct Range {
+  double low;
+  double high;
+};
+
+// "10", "10..20", "..20", "10.." .
+bool ParseRange(std::string_view text, Range* range) {
+  const auto number = [](std::string_view digits, double* value) {
+    const auto read = std::from_chars(digits.data(), digits.data() + digits.size(), *value);
+    return read.ec == std::errc() && read.ptr == digits.data() + digits.size() && std::isfinite(*value);
+  };
+  const size_t dots = text.find("..");
+  if (dots == std::string_view::npos) {
+    if (!number(text, &range->low)) return false;
+    range->high = range->low;
+    return true;
+  }
+  const std::string_view low = text.substr(0, dots);
+  const std::string_view high = text.substr(dots + 2);
+  range->low = -std::numeric_limits<double>::infinity();
+  range->high = std::numeric_limits<double>::infinity();
+  if (low.empty() && high.empty()) return false;
+  return (low.empty() || number(low, &range->low)) && (high.empty() || number(high, &range->high)) &&
+         range->low <= range->high;
+}
+
+// 64 bytes that are 0 or 1 -> 64 bits.
+uint64_t Pack(const uint8_t* flags) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 8; ++i) {
+    uint64_t eight;
+    std::memcpy(&eight, flags + 8 * i, sizeof(eight));
+    bits |= (eight * 0x0102040810204080ull >> 56) << (8 * i);
+  }
+  return bits;
+}
+
+// Clears the bits of the slots that do not pass. `test(first, count, flags)` sets flags[i] to 1, or leaves it 0, for
+// slot first + i. Where nothing is left to clear it is not asked.
+template <typename Test>
+void Keep64(int64_t items, bool exclude, uint64_t* words, const Test& test) {
+  for (int64_t first = 0; first < items; first += kBits) {
+    uint64_t& word = words[first / kBits];
+    if (word == 0) continue;
+    alignas(64) uint8_t flags[kBits] = {};
+    test(first, std::min(kBits, items - first), flags);
+    const uint64_t met = Pack(flags);
+    word &= exclude ? ~met : met;
+  }
+}
+
+// The least value of type T that is not below `bound`, or the largest not above it.
+template <typename T>
+T AtLeast(double bound) {
+  const T value = static_cast<T>(bound);
+  return static_cast<double>(value) < bound ? std::nextafter(value, std::numeric_limits<T>::infinity()) : value;
+}
+template <typename T>
+T AtMost(double bound) {
+  const T value = static_cast<T>(bound);
+  return static_cast<double>(value) > bound ? std::nextafter(value, -std::numeric_limits<T>::infinity()) : value;
+}
+
+template <typename T>
+void KeepRanges(Span<const T> values, const std::vector<Range>& ranges, bool exclude, uint64_t* words) {
+  std::vector<std::pair<T, T>> ends;
+  for (const Range& range : ranges) ends.emplace_back(AtLeast<T>(range.low), AtMost<T>(range.high));
+  Keep64(static_cast<int64_t>(values.size()), exclude, words, [&](int64_t first, int64_t count, uint8_t* flags) {
+    const T* const from = values.data() + first;
+    for (const auto& [low, high] : ends) {
+      for (int64_t i = 0; i < count; ++i) flags[i] |= static_cast<uint8_t>((from[i] >= low) & (from[i] <= high));
+    }
+  });
+}
+
+// `codes` are ascending; `values` are below `num_codes`.
+template <typename T>
+void KeepCodes(Span<const T> values, const std::vector<uint32_t>& codes, size_t num_codes, bool exclude,
+               uint64_t* words) {
+  const auto items = static_cast<int64_t>(values.size());
+  if (codes.size() <= kFewCodes) {
+    Keep64(items, exclude, words, [&](int64_t first, int64_t count, uint8_t* flags) {
+      const T* const from = values.data() + first;
+      for (const uint32_t code : codes) {
+        for (int64_t i = 0; i < count; ++i) flags[i] |= static_cast<uint8_t>(from[i] == static_cast<T>(code));
+      }
+    });
+    return;
+  }
+  std::vector<uint8_t> wanted(num_codes, 0);
+  for (const uint32_t code : codes) wanted[code] = 1;
+  Keep64(items, exclude, words, [&](int64_t first, int64_t count, uint8_t* flags) {
+    for (int64_t i = 0; i < count; ++i) flags[i] = wanted[values[first + i]];
+  });
+}
+
+template <typename T>
+void KeepAnyCode(Span<const int64_t> splits, Span<const T> values, const std::vector<uint32_t>& codes, size_t num_codes,
+                 bool exclude, uint64_t* words) {
+  std::vector<uint8_t> wanted(num_codes, 0);
+  for (const uint32_t code : codes) wanted[code] = 1;
+  Keep64(static_cast<int64_t>(splits.size()) - 1, exclude, words, [&](int64_t first, int64_t count, uint8_t* flags) {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t v = splits[first + i]; v < splits[first + i + 1]; ++v) flags[i] |= wanted[values[v]];
+    }
+  });
+}
+
+// Whether splits [rows + 1] ascend from 0 to `values`.
+bool AreSplits(Span<const int64_t> splits, size_t rows, size_t values) {
+  return splits.size() == rows + 1 && splits[0] == 0 && splits[rows] == static_cast<int64_t>(values) &&
+         std::is_sorted(splits.begin(), splits.end());
+}
+
+}  // namespace
+
+int64_t CountBits(Span<const uint64_t> words, int64_t begin, int64_t end) {
+  if (begin >= end) return 0;
+  const int64_t first = begin / kBits;
+  const int64_t last = (end - 1) / kBits;
+  const uint64_t head = ~uint64_t{0} << (begin % kBits);
+  const uint64_t tail = ~uint64_t{0} >> (kBits - 1 - (end - 1) % kBits);
+  if (first == last) return __builtin_popcountll(words[first] & head & tail);
+  int64_t count = __builtin_popcountll(words[first] & head) + __builtin_popcountll(words[last] & tail);
+  for (int64_t word = first + 1; word < last; ++word) count += __builtin_popcountll(words[word]);
+  return count;
+}
+
+Status FilterExpression::Parse(std::string_view text, FilterExpression* expression) {
+  const auto refuse = [&text](const char* why) {
+    return MakeStatus(StatusCode::kInvalidArgument, "filter ", Quoted(text), " ", why,
+                      "; expected NAME=VALUE, NAME=A|B|C or, of a number, NAME=LOW..HIGH");
+  };
+  if (text.size() > kMaxExpressionBytes) {
+    return MakeStatus(StatusCode::kInvalidArgument, "filter ", Quoted(text), " has ", text.size(),
+                      " bytes, expected at most ", kMaxExpressionBytes);
+  }
+  const size_t equals = text.find('=');
+  if (equals == std::string_view::npos) return refuse("has no =");
+  if (equals == 0) return refuse("has no name");
+  expression->name = text.substr(0, equals);
+  expression->values.assign(1, "");
+  for (size_t i = equals + 1; i < text.size(); ++i) {
+    if (text[i] == '|') {
+      if (expression->values.back().empty()) return refuse("has an empty value");
+      expression->values.emplace_back();
+      continue;
+    }
+    if (text[i] == '\\') {
+      if (++i == text.size() || (text[i] != '|' && text[i] != '\\')) {
+        return refuse("has a backslash that stands before neither | nor another backslash");
+      }
+    }
+    expression->values.back() += text[i];
+  }
+  if (expression->values.back().empty()) return refuse("has an empty value");
+  return Status();
+}
+
+// One attribute, in the order of slots. Of the spans of values one is filled.
+struct ItemFilters::Column {
+  std::string name;
+  size_t num_codes = 0;  // 1 + values of the dictionary; 0: a number
+  Span<const uint8_t> values8;
+  Span<const uint16_t> values16;
+  Span<const int32_t> values32;
+  Span<const float> floats;
+  Span<const double> doubles;
+  Span<const int64_t> splits;  // of a multi-valued attribute
+  Span<const int64_t> text_splits;
+  Span<const uint8_t> text_bytes;
+  // What the spans point into where slots are not positions.
+  std::vector<char> own_values;
+  std::vector<int64_t> own_splits;
+
+  std::string_view Text(size_t code) const {
+    return {reinterpret_cast<const char*>(text_bytes.data()) + text_splits[code - 1],
+            static_cast<size_t>(text_splits[code] - text_splits[code - 1])};
+  }
+
+  // The codes of the values that there are, ascending.
+  std::vector<uint32_t> Codes(const std::vector<std::string>& values) const {
+    std::vector<uint32_t> codes;
+    for (const std::string& value : values) {
+      size_t low = 1;
+      size_t high = num_codes;
+      while (low < high) {
+        const size_t middle = low + (high - low) / 2;
+        if (Text(middle) < value) {
+          low = middle + 1;
+        } else {
+          high = middle;
+        }
+      }
+      if (low < num_codes && Text(low) == value) codes.push_back(static_cast<uint32_t>(low));
+    }
+    std::sort(codes.begin(), codes.end());
+    return codes;
+  }
+
+  // Calls `use` with the values that there are, codes or numbers.
+  template <typename Use>
+  void WithCodes(const Use& use) const {
+    if (values8.data() != nullptr) {
+      use(values8);
+    } else if (values16.data() != nullptr) {
+      use(values16);
+    } else {
+      use(values32);
+    }
+  }
+
+  // Copies values, and splits, from the order of positions into that of slots.
+  template <typename T>
+  void Reorder(const std::vector<int32_t>& positions, Span<const T>* values) {
+    own_values.resize(values->size() * sizeof(T));
+    T* const to = reinterpret_cast<T*>(own_values.data());
+    if (splits.empty()) {
+      for (size_t slot = 0; slot < positions.size(); ++slot) to[slot] = (*values)[positions[slot]];
+    } else {
+      own_splits.assign(1, 0);
+      own_splits.reserve(positions.size() + 1);
+      for (const int32_t position : positions) {
+        const int64_t count = splits[position + 1] - splits[position];
+        std::copy_n(values->data() + splits[position], count, to + own_splits.back());
+        own_splits.push_back(own_splits.back() + count);
+      }
+      splits = Span<const int64_t>(own_splits.data(), own_splits.size());
+    }
+    *values = Span<const T>(to, values->size());
+  }
+};
+
+ItemFilters::ItemFilters(int64_t items, std::vector<int64_t> group_begins, size_t cache_bytes)
+    : items_(items), group_begins_(std::move(group_begins)), cache_bytes_(cache_bytes) {}
+
+ItemFilters::~ItemFilters() = default;
+
+Status ItemFilters::Open(const std::string& path, int64_t items, uint64_t item_ids_fingerprint, const ItemOrder& order,
+                         std::unique_ptr<ItemFilters>* filters, size_t cache_bytes) {
+  std::unique_ptr<ItemFilters> opened(new ItemFilters(items, order.group_begins, cache_bytes));
+  if (!path.empty()) {
+    DPSR_RETURN_IF_ERROR(PackedFile::Open(path, kKind, /*verify=*/true, &opened->file_));
+    Span<const uint64_t> fingerprint;
+    DPSR_RETURN_IF_ERROR(opened->file_->Get(kItemIds, &fingerprint));
+    if (fingerprint.size() != 1 || fingerprint[0] != item_ids_fingerprint) {
+      return MakeStatus(StatusCode::kFailedPrecondition, path,
+                        ": was written for other item ids: it is not of the same index; run `dpsr index` again");
+    }
+    for (const PackedFile::Section& section : opened->file_->sections()) {
+      if (section.name.rfind(kValues, 0) != 0) continue;
+      DPSR_RETURN_IF_ERROR(opened->AddColumn(section.name.substr(sizeof(kValues) - 1), order.positions));
+    }
+  }
+  *filters = std::move(opened);
+  return Status();
+}
+
+Status ItemFilters::AddColumn(const std::string& name, const std::vector<int32_t>& positions) {
+  const auto refuse = [&](const char* why) {
+    return MakeStatus(StatusCode::kDataLoss, file_->path(), ": attribute ", Quoted(name), ": ", why);
+  };
+  auto column = std::make_unique<Column>();
+  column->name = name;
+  const PackedFile::Section& section = *file_->Find(kValues + name);
+  const bool is_number = section.dtype == DataType::kFloat32 || section.dtype == DataType::kFloat64;
+  const bool is_multi = file_->Find(kSplits + name) != nullptr;
+  if (is_multi) DPSR_RETURN_IF_ERROR(file_->Get(kSplits + name, &column->splits));
+  const size_t rows = is_multi ? column->splits.size() - 1 : section.count;
+  if (is_multi && (column->splits.empty() || !AreSplits(column->splits, rows, section.count))) {
+    return refuse("its splits do not fit its values");
+  }
+  if (static_cast<int64_t>(rows) != items_) {
+    return MakeStatus(StatusCode::kFailedPrecondition, file_->path(), ": attribute ", Quoted(name), " has ", rows,
+                      " items, but the index has ", items_, ": they are not of the same index");
+  }
+  const auto read = [&](auto* values) {
+    DPSR_RETURN_IF_ERROR(file_->Get(kValues + name, values));
+    if constexpr (std::is_integral_v<std::remove_const_t<std::remove_pointer_t<decltype(values->data())>>>) {
+      for (const auto value : *values) {
+        if (static_cast<size_t>(value) >= column->num_codes) return refuse("a code is out of range");
+      }
+    }
+    if (!positions.empty()) column->Reorder(positions, values);
+    return Status();
+  };
+  if (is_number) {
+    if (is_multi) return refuse("numbers cannot be multi-valued");
+    DPSR_RETURN_IF_ERROR(section.dtype == DataType::kFloat32 ? read(&column->floats) : read(&column->doubles));
+  } else {
+    DPSR_RETURN_IF_ERROR(file_->Get(kTexts + name + ".splits", &column->text_splits));
+    DPSR_RETURN_IF_ERROR(file_->Get(kTexts + name + ".bytes", &column->text_bytes));
+    if (column->text_splits.empty() ||
+        !AreSplits(column->text_splits, column->text_splits.size() - 1, column->text_bytes.size())) {
+      return refuse("its values are damaged");
+    }
+    column->num_codes = column->text_splits.size();
+    switch (section.dtype) {
+      case DataType::kUint8:
+        DPSR_RETURN_IF_ERROR(read(&column->values8));
+        break;
+      case DataType::kUint16:
+        DPSR_RETURN_IF_ERROR(read(&column->values16));
+        break;
+      default:
+        DPSR_RETURN_IF_ERROR(read(&column->values32));
+    }
+  }
+  columns_.push_back(std::move(column));
+  return Status();
+}
+
+Status ItemFilters::Apply(const std::vector<std::string_view>& include, const std::vector<std::string_view>& exclude,
+                          std::shared_ptr<const ItemMask>* mask) const {
+  // What is the same filter has the same key: the expressions of each side in order, each once, with their lengths.
+  std::string key;
+  std::set<std::string_view> sides[2];
+  for (const int side : {0, 1}) {
+    for (const std::string_view text : side == 0 ? include : exclude) {
+      if (!text.empty()) sides[side].insert(text);
+    }
+    if (sides[side].size() > kMaxExpressions) {
+      return MakeStatus(StatusCode::kInvalidArgument, "there are ", sides[side].size(), " filters to ",
+                        side == 0 ? "include" : "exclude", ", expected at most ", kMaxExpressions);
+    }
+    for (const std::string_view text : sides[side]) key += StrCat(text.size(), ':', text);
+    key += ';';
+  }
+  *mask = Find(key);
+  if (*mask != nullptr) return Status();
+
+  auto computed = std::make_shared<ItemMask>();
+  const int64_t words = (items_ + kBits - 1) / kBits;
+  computed->words.assign(words, ~uint64_t{0});
+  if (items_ % kBits != 0) computed->words.back() = (uint64_t{1} << (items_ % kBits)) - 1;
+  for (const int side : {0, 1}) {
+    for (const std::string_view text : sides[side]) {
+      DPSR_RETURN_IF_ERROR(Evaluate(text, /*exclude=*/side == 1, computed->words.data()));
+    }
+  }
+  const Span<const uint64_t> bits(computed->words.data(), computed->words.size());
+  if (group_begins_.empty()) {
+    computed->count = CountBits(bits, 0, items_);
+  } else {
+    computed->group_counts.reserve(group_begins_.size() - 1);
+    for (size_t group = 0; group + 1 < group_begins_.size(); ++group) {
+      const int64_t count = CountBits(bits, group_begins_[group], group_begins_[group + 1]);
+      computed->group_counts.push_back(static_cast<int32_t>(count));
+      computed->count += count;
+    }
+  }
+  *mask = computed;
+  Keep(key, *mask);
+  return Status();
+}
+
+Status ItemFilters::Evaluate(std::string_view text, bool exclude, uint64_t* words) const {
+  FilterExpression expression;
+  DPSR_RETURN_IF_ERROR(FilterExpression::Parse(text, &expression));
+  const auto found = std::find_if(columns_.begin(), columns_.end(),
+                                  [&](const auto& column) { return column->name == expression.name; });
+  if (found == columns_.end()) return UnknownName(expression.name);
+  const Column& column = **found;
+  if (column.num_codes == 0) {
+    std::vector<Range> ranges(expression.values.size());
+    for (size_t i = 0; i < ranges.size(); ++i) {
+      if (!ParseRange(expression.values[i], &ranges[i])) {
+        return MakeStatus(StatusCode::kInvalidArgument, "filter ", Quoted(text), ": ", Quoted(column.name),
+                          " is a number, but ", Quoted(expression.values[i]),
+                          " is neither one nor a range; expected, for example, 10, 10..20, ..20 or 10..");
+      }
+    }
+    if (column.floats.data() != nullptr) {
+      KeepRanges(column.floats, ranges, exclude, words);
+    } else {
+      KeepRanges(column.doubles, ranges, exclude, words);
+    }
+    return Status();
+  }
+  const std::vector<uint32_t> codes = column.Codes(expression.values);
+  column.WithCodes([&](const auto& values) {
+    if (column.splits.empty()) {
+      KeepCodes(values, codes, column.num_codes, exclude, words);
+    } else {
+      KeepAnyCode(column.splits, values, codes, column.num_codes, exclude, words);
+    }
+  });
+  return Status();
+}
+
+Status ItemFilters::UnknownName(const std::string& name) const {
+  if (columns_.empty()) {
+    return MakeStatus(StatusCode::kInvalidArgument, "filter on ", Quoted(name),
+                      ": the items of this index have no attributes to filter by; name some in the schema under "
+                      "items.filters");
+  }
+  std::string known;
+  for (const auto& column : columns_) known += (known.empty() ? "" : ", ") + column->name;
+  return MakeStatus(StatusCode::kInvalidArgument, "filter on ", Quoted(name),
+                    ": there is no such attribute, expected one of: ", known);
+}
+
+std::shared_ptr<const ItemMask> ItemFilters::Find(const std::string& key) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = by_key_.find(key);
+  if (found == by_key_.end()) return nullptr;
+  kept_.splice(kept_.begin(), kept_, found->second);
+  return found->second->mask;
+}
+
+void ItemFilters::Keep(const std::string& key, const std::shared_ptr<const ItemMask>& mask) const {
+  const size_t bytes = key.size() + mask->words.size() * sizeof(uint64_t) +
+                       mask->group_counts.size() * sizeof(int32_t) + sizeof(Kept) + sizeof(ItemMask);
+  if (bytes > cache_bytes_) return;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (by_key_.count(key) != 0) return;  // another thread was first
+  while (kept_bytes_ + bytes > cache_bytes_) {
+    by_key_.erase(kept_.back().key);
+    kept_bytes_ -= kept_.back().bytes;
+    kept_.pop_back();
+  }
+  kept_.push_front({key, mask, bytes});
+  by_key_.emplace(kept_.front().key, kept_.begin());
+  kept_bytes_ += bytes;
+}
+
+size_t ItemFilters::cached_bytes() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return kept_bytes_;
+}
+
+}  // namespace dpsr

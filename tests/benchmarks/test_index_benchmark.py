@@ -1,0 +1,113 @@
+"""The vectors that benchmarks of the index share, and benchmarks/index.py in its quick form."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpsr_export import ann
+
+SCRIPT = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "index.py"
+sys.path.append(str(SCRIPT.parent))
+benchmark = importlib.import_module("index")
+report = importlib.import_module("report")
+vectors = importlib.import_module("vectors")
+
+
+def test_vectors_are_those_of_the_seed(tmp_path: Path) -> None:
+    items = vectors.Vectors(3000, 1).write(tmp_path / "items.npy")
+    assert items.shape == (3000, 64) and items.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(items, axis=1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(items, np.concatenate(list(vectors.Vectors(3000, 1).blocks())))
+    assert not np.isclose(items[0], next(vectors.Vectors(3000, 2).blocks())[0]).all()
+    queries = vectors.Vectors(3000, 1).queries(50)
+    np.testing.assert_array_equal(queries[:20], vectors.Vectors(3000, 1).queries(50)[:20])
+    assert (queries @ items.T).max() < 0.999, "queries are no items"
+
+
+def test_vectors_come_in_blocks_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectors, "_BLOCK", 1000)
+    blocks = list(vectors.Vectors(2500, 1).blocks())
+    assert [len(block) for block in blocks] == [1000, 1000, 500]
+    assert (blocks[0] @ blocks[1].T).max() < 0.999
+
+
+def test_vectors_have_the_structure_that_is_written_there() -> None:
+    catalogue = vectors.Vectors(1_000_000, 1)
+    assert len(catalogue.probabilities) == 2000
+    sizes = catalogue.probabilities * catalogue.items
+    np.testing.assert_allclose([sizes.sum(), sizes[0] / sizes[-1]], [1e6, 2049 / 50])
+    found, topics = catalogue._draw(20_000, 1)
+    share = np.bincount(topics, minlength=2000)[:100].sum() / len(topics)
+    assert share == pytest.approx(catalogue.probabilities[:100].sum(), abs=0.01)
+    order = np.argsort(topics, kind="stable")
+    same = topics[order][1:] == topics[order][:-1]
+    cosines = (found[order][1:] * found[order][:-1]).sum(axis=1)
+    assert cosines[same].mean() == pytest.approx(0.67, abs=0.03)
+    assert (found[:10_000] * found[10_000:]).sum(axis=1).mean() == pytest.approx(0, abs=0.05)
+    # Within a topic a few directions hold most of the variance, and others do in another topic.
+    axes = []
+    for topic in (0, 32):
+        deviation = found[topics == topic].std(axis=0)
+        assert deviation.max() > 2.5 * deviation.min()
+        axes.append(deviation)
+    assert np.corrcoef(axes)[0, 1] < 0.5
+
+
+def test_the_first_factory_is_what_auto_takes() -> None:
+    for items in (1_000_000, 15_000_000):
+        chosen = next(c.factory for c in ann.candidates(items, 64, 0.95) if not c.verdict)
+        assert benchmark.factories(items)[0] == chosen
+    assert {"HNSW32", "Flat"} < set(benchmark.factories(1_000_000))
+    assert not {"HNSW32", "Flat"} & set(benchmark.factories(15_000_000))
+
+
+def test_bars_are_of_the_first_factory_where_recall_is_reached() -> None:
+    result = report.Report("index", 1, {})
+    for factory, wall in (("a", 3.0), ("b", 2.0)):
+        result.add(factory, "10 x 64", "build_wall", wall, "s")
+        for setting, recall, cost in (("x", 0.91, 1.0), ("y", 0.93, 0.5), ("z", 0.9501, 2.0)):
+            result.add(factory, setting, "ann_recall@1000", recall - (factory == "b") / 50, "")
+            result.add(factory, setting, "core_ms", cost, "ms")
+    assert benchmark.bars(result, "a") == {
+        "build_wall_s": 3.0,
+        "core_ms_at_ann_recall_0_90": 0.5,
+        "core_ms_at_ann_recall_0_95": 2.0,
+    }
+    assert benchmark.bars(result, "b") == {"build_wall_s": 2.0, "core_ms_at_ann_recall_0_90": 0.5}
+
+
+def test_peak_memory_is_what_was_held_for_a_while() -> None:
+    with benchmark.peak_memory() as before:
+        pass
+    with benchmark.peak_memory() as found:
+        held = np.ones(50_000_000, np.uint8)
+        for _ in range(40):
+            held += 1
+        del held
+    assert found[0] - before[0] == pytest.approx(0.05, abs=0.02)
+
+
+@pytest.mark.slow
+def test_the_json_line(tmp_path: Path) -> None:
+    command = [sys.executable, SCRIPT, "--json", "--quick", f"--folder={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert list(found) == ["benchmark", "schema", "seed", "hardware", "rows", "bars"]
+    assert (found["benchmark"], found["schema"], found["seed"]) == ("index", 1, 1)
+    assert list(found["bars"]) == ["build_wall_s", "core_ms_at_ann_recall_0_90", "core_ms_at_ann_recall_0_95"]
+    rows = {}
+    for row in found["rows"]:
+        rows.setdefault(row["metric"], {})[row["impl"], row["workload"]] = row["value"]
+    assert set(rows["ann_recall@1000"].values()) <= {value for value in rows["ann_recall@1000"].values() if value > 0.9}
+    assert rows["ann_recall@1000"]["Flat", "20,000 x 64, -"] == 1
+    assert 0.07 < rows["size"]["IVF256,SQ8", "20,000 x 64"] * 1e9 / (20_000 * 1000) < 0.08
+    assert all(0 < rows["p50"][key] <= rows["p99"][key] and rows["wall_qps"][key] > 0 for key in rows["p50"])
+    assert not list(tmp_path.iterdir())

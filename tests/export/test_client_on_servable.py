@@ -1,0 +1,65 @@
+"""The typed client against a real personal servable on the real server, through the proxy."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Job
+
+from dpsr_serving.client import AsyncSearchClient, SearchClient, User
+from dpsr_serving.model_server import start_model_server
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "serving"))
+from processes import ProxyProcess
+
+pytestmark = pytest.mark.slow
+QUERY = "phone case"
+
+
+@pytest.fixture(scope="module")
+def target(personal: Job) -> Iterator[str]:
+    with start_model_server(personal.servable, "shop") as server:
+        proxy = ProxyProcess(f"--backend={server.target}")
+        yield proxy.target
+        proxy.stop()
+
+
+def test_what_a_user_did_and_filters_count(target: str) -> None:
+    with SearchClient(target, "shop") as client:
+        (plain,) = client.search(QUERY)
+        (anonymous,) = client.search(QUERY, 400)
+        assert len(plain) == 7 and plain.item_ids.tolist() == anonymous.item_ids[:7].tolist()
+        assert set(plain.heads) <= {0, 1} and plain.version == 1
+        user = User({"gender": "f", "age": 31}, [int(anonymous.item_ids[9])], ["charger"], ["order"])
+        (known,) = client.search(QUERY, 400, user=user)
+        assert not np.array_equal(known.scores, anonymous.scores)
+        # Rows of one request do not mix.
+        both = client.search([QUERY, QUERY], 400, user=[None, user])
+        for got, expected in zip(both, (anonymous, known), strict=True):
+            assert got.item_ids.tolist() == expected.item_ids.tolist()
+            np.testing.assert_allclose(got.scores, expected.scores, rtol=1e-5)
+
+        (cheap,) = client.search(QUERY, 400, filters={"price": (None, 50)})
+        (dear,) = client.search(QUERY, 400, exclude_filters={"price": (None, 50)})
+        assert len(cheap) and len(dear)
+        assert sorted([*cheap.item_ids, *dear.item_ids]) == sorted(anonymous.item_ids)
+        in_order = [item for item in anonymous.item_ids if item in set(cheap.item_ids)]
+        assert cheap.item_ids.tolist() == in_order
+        gone = anonymous.item_ids[:3]
+        assert client.search(QUERY, 397, exclude_items=gone)[0].item_ids.tolist() == anonymous.item_ids[3:].tolist()
+        with pytest.raises(ValueError, match="no such attribute, expected one of: brand"):
+            client.search(QUERY, 3, filters={"brnd": "x"})
+        with pytest.raises(ValueError, match="'height'; those it reads: age"):
+            client.search(QUERY, 3, user=User({"height": 180}))
+
+    async def ask() -> list[int]:
+        async with AsyncSearchClient(target, "shop") as client:
+            (result,) = await client.search(QUERY, 400, user=user, filters={"price": (None, 50)})
+            return [int(item) for item in result.item_ids]
+
+    assert set(asyncio.run(ask())) == set(cheap.item_ids.tolist())

@@ -1,0 +1,317 @@
+"""What a servable goes through: warm-up, every loader, a new index, shards, files that are swapped."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import Job, dpsr
+from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow_serving.apis import prediction_log_pb2
+
+from dpsr_export import faiss_ops
+from dpsr_export.export import Index
+from dpsr_export.warmup import LoadedServable
+from dpsr_serving import apis
+from dpsr_serving.client import SearchClient
+from dpsr_serving.model_server import start_model_server
+from dpsr_serving.proxy.shards import merge_answers
+from dpsr_serving.tensors import make_tensor, to_numpy
+from dpsr_tf.cli import main
+from dpsr_tf.data.store import Store
+from dpsr_tf.errors import CommandError
+from dpsr_tf.evaluation.requests import UserRequests
+from dpsr_tf.evaluation.retriever import User
+from dpsr_tokenizer import PackedFile, PackedFileWriter, TokenizerConfig, VocabularyBuilder
+
+pytestmark = pytest.mark.slow
+QUERIES = ["phone case", "苹果 手机", "kids keybaord", "red shoes", ""]
+
+
+def manifest_of(version: Path) -> dict[str, Any]:
+    return json.loads((version / "assets.extra" / "dpsr_manifest.json").read_text())
+
+
+def export(job: Job, out: Path, *more: str) -> None:
+    dpsr("export", f"--model={job.model}", f"--index={job.index}", f"--out={out}", *more)
+
+
+def failed(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """The one line of a command that fails."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) in (1, 2)
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1, error
+    return error
+
+
+def personal_requests(job: Job) -> list[dict[str, Any]]:
+    store = Store(job.store)
+    told = UserRequests(store, LoadedServable(job.servable / "1").inputs["search"])
+    users = [User(int(user)) for user in store.users()["id"][: len(QUERIES)]]
+    return [{"query": query} | told.of(user) for query, user in zip(QUERIES, users, strict=True)]
+
+
+def test_warmup_requests_are_real_and_varied(personal: Job) -> None:
+    servable = LoadedServable(personal.servable / "1")
+    asked: set[bytes] = set()
+    shapes = set()
+    for record in tf.data.TFRecordDataset(str(personal.servable / "1" / "assets.extra" / "tf_serving_warmup_requests")):
+        request = prediction_log_pb2.PredictionLog.FromString(record.numpy()).predict_log.request
+        inputs = {name: tf.make_ndarray(tensor) for name, tensor in request.inputs.items()}
+        signature = request.model_spec.signature_name
+        assert set(inputs) == set(servable.inputs[signature])
+        servable(signature, inputs)
+        asked.update(inputs["query"].tolist())
+        shapes.add((signature, len(inputs["query"]), int(inputs.get("k", -1))))
+        if signature == "search" and len(inputs["query"]) == 32:
+            assert (inputs["clicked_items"] >= 0).any() and (inputs["past_queries"] != b"").any()
+    assert asked <= {query.encode() for query in Store(personal.store).queries()} and len(asked) > 20
+    assert {batch for _, batch, _ in shapes} == {1, 2, 8, 32}
+    assert {(name, k) for name, _, k in shapes} >= {("search", k) for k in (7, 10, 100, 1000)} | {
+        ("serving_default", -1)
+    }
+
+
+def test_every_loader_twice_after_a_move(personal: Job, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere" / "9"
+    shutil.copytree(personal.servable / "1", moved)
+    inputs = LoadedServable(personal.servable / "1").search_inputs(personal_requests(personal), 20)
+    servables = [LoadedServable(path) for path in (personal.servable / "1", moved, moved)]
+    first, *others = (servable("search", inputs) for servable in servables)
+    assert (first["item_ids"][:4] >= 0).all() and (first["item_ids"][4] == -1).all()
+    for other in others:
+        for name, value in first.items():
+            np.testing.assert_array_equal(other[name], value)
+    for _ in range(2):
+        loaded = tf.saved_model.load(str(moved))
+        tensors = {
+            name: tf.constant(value, tf.string if np.asarray(value).dtype.kind == "O" else None)
+            for name, value in inputs.items()
+        }
+        found = loaded.signatures["search"](**tensors)
+        np.testing.assert_array_equal(found["item_ids"], first["item_ids"])
+        default = loaded.signatures["serving_default"](query=tf.constant(QUERIES))
+        assert default["item_ids"].shape == (5, 7)
+
+
+def test_the_model_server_answers_alike_and_keeps_what_is_good(personal: Job, tmp_path: Path) -> None:
+    """Two versions of one servable at once, then one with another's index, which is refused."""
+    base = tmp_path / "shop"
+    for version in (1, 2):
+        shutil.copytree(personal.servable / "1", base / str(version))
+    requests = personal_requests(personal)
+    expected = LoadedServable(personal.servable / "1")
+    found = expected("search", expected.search_inputs(requests, 20))
+    config = tmp_path / "models.config"
+    config.write_text(
+        f'model_config_list {{ config {{ name: "shop" base_path: "{base}" model_platform: "tensorflow" '
+        "model_version_policy { all {} } } }"
+    )
+    flags = [f"--model_config_file={config}", "--file_system_poll_wait_seconds=1", "--max_num_load_retries=0"]
+    with (
+        start_model_server(base, "shop", arguments=flags) as server,
+        SearchClient(server.target, "shop") as client,
+    ):
+        for _ in range(2):
+            results = client.search(
+                QUERIES,
+                20,
+                user=[
+                    {
+                        "features": {name[5:]: value for name, value in request.items() if name.startswith("user_")},
+                        **{name: value for name, value in request.items() if name.startswith(("clicked", "past"))},
+                    }
+                    for request in requests
+                ],
+            )
+            for row, result in enumerate(results):
+                known = found["item_ids"][row] >= 0
+                np.testing.assert_array_equal(result.item_ids, found["item_ids"][row][known])
+                np.testing.assert_array_equal(result.scores, found["scores"][row][known])
+        wrong = tmp_path / "wrong"
+        shutil.copytree(base / "1", wrong)
+        swap_index(wrong, personal.index.parent / "renamed")
+        os.rename(wrong, base / "3")
+        end = time.monotonic() + 60
+        while not (state := {one.version: one for one in client.model_status()}.get(3)) or not state.error:
+            assert time.monotonic() < end, client.model_status()
+            time.sleep(0.05)
+        assert "is not the file that this servable was exported with" in state.error
+        assert {one.version for one in client.model_status() if one.state == "AVAILABLE"} == {1, 2}
+
+
+def swap_index(version: Path, work: Path) -> None:
+    """Puts an index of other vectors in a servable, with item ids that belong to it, as a careless copy would."""
+    index = faiss.read_index(str(version / "assets" / "items.faiss"))
+    ids = PackedFile(str(version / "assets" / "item_ids.dpsr"), "item_ids")["id"]
+    vectors = np.random.default_rng(1).standard_normal((len(ids), index.d)).astype(np.float32)
+    index.reset()
+    index.add(vectors)
+    work.mkdir(exist_ok=True)
+    faiss.write_index(index, str(work / "items.faiss"))
+    faiss_ops.write_item_ids(work / "item_ids.dpsr", ids, work / "items.faiss")
+    for name in ("items.faiss", "item_ids.dpsr"):
+        os.replace(work / name, version / "assets" / name)
+
+
+def test_files_of_another_export_are_refused_at_load(job: Job, personal: Job, tmp_path: Path) -> None:
+    """Every asset: another vocabulary would tokenize otherwise, other values would mean other codes."""
+    other = tmp_path / "other"
+    shutil.copytree(personal.servable / "1", other)
+    builder = VocabularyBuilder(TokenizerConfig(letter_trigrams=False))
+    builder.add(["red shoes"])
+    builder.write(tmp_path / "vocabulary.dpsr")
+    os.replace(tmp_path / "vocabulary.dpsr", other / "assets" / "vocabulary.dpsr")
+    with pytest.raises(CommandError, match=r"vocabulary.dpsr: is not the file that this servable was exported with"):
+        LoadedServable(other)
+    for name in ("feature_values.dpsr", "items.dpsr"):
+        shutil.copyfile(personal.servable / "1" / "assets" / "vocabulary.dpsr", other / "assets" / "vocabulary.dpsr")
+        held = PackedFile(str(other / "assets" / name), "")
+        with PackedFileWriter(str(tmp_path / name), held.kind) as file:
+            for section, values in held.items():
+                file.add(section, values)
+            file.add("more", np.zeros(1, np.int32))
+        os.replace(tmp_path / name, other / "assets" / name)
+        with pytest.raises(CommandError, match=rf"{name}: is not the file that"):
+            LoadedServable(other)
+        shutil.copyfile(personal.servable / "1" / "assets" / name, other / "assets" / name)
+    LoadedServable(other).close()
+
+
+@pytest.fixture(scope="module")
+def ivf(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An approximate index of the job's model, with search parameters that miss much."""
+    index = tmp_path_factory.mktemp("ivf") / "index"
+    settings = ["--set=index.factory=IVF8,Flat", "--set=index.parameters=nprobe=2"]
+    dpsr("index", f"--model={job.model}", f"--store={job.store}", f"--out={index}", *settings)
+    return index
+
+
+def test_index_only_keeps_the_model(job: Job, ivf: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(job.servable / "1", base / "4")
+    dpsr("export", "--index_only", f"--index={ivf}", f"--out={base}")
+    old, new = base / "4", base / "5"
+    assert not any(path.name.startswith(".") for path in base.iterdir())
+    for path in sorted((old / "variables").iterdir()):
+        assert path.read_bytes() == (new / "variables" / path.name).read_bytes()
+    graphs = [
+        saved_model_pb2.SavedModel.FromString((path / "saved_model.pb").read_bytes()).meta_graphs[0]
+        for path in (old, new)
+    ]
+    changed = set()
+    for before, now in zip(*(graph.graph_def.node for graph in graphs), strict=True):
+        if before != now:
+            changed.add(now.op)
+            now.CopyFrom(before)
+    assert changed == {"DpsrFaissIndexLoad", "DpsrFileFingerprint"}
+    assert graphs[0] == graphs[1]
+    manifest = manifest_of(new)
+    assert manifest["index"]["factory"] == "IVF8,Flat" and manifest["config"] == manifest_of(old)["config"]
+    assert manifest["search_parameters"]["default"] == "nprobe=2"
+    # The index has its own search parameters, and requests may raise them as far as was measured.
+    servable = LoadedServable(new)
+    exact = LoadedServable(old)("search", LoadedServable(old).search_inputs([{"query": "phone case"}], 50))["item_ids"]
+    few, all_lists = (
+        servable("search", servable.search_inputs([{"query": "phone case"}], 50, parameters))["item_ids"]
+        for parameters in ("", manifest["search_parameters"]["max"])
+    )
+    assert set(few[0].tolist()) != set(exact[0].tolist()) == set(all_lists[0].tolist())
+    with pytest.raises(tf.errors.InvalidArgumentError, match="nprobe"):
+        servable("search", servable.search_inputs([{"query": "phone case"}], 5, "nprobe=100000"))
+    # Only what is of this model, and a servable that is there.
+    arguments = ["export", "--index_only", f"--index={ivf}"]
+    assert "holds no servable" in failed(capsys, *arguments, f"--out={tmp_path / 'none'}")
+    assert "--index_only, which keeps" in failed(capsys, *arguments, f"--out={base}", f"--model={job.model}")
+    assert "--model is missing" in failed(capsys, "export", f"--index={ivf}", f"--out={base}")
+    assert sorted(path.name for path in base.iterdir()) == ["4", "5"]
+
+
+def test_index_only_refuses_the_index_of_another_model(
+    job: Job, personal: Job, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(job.servable / "1", base / "1")
+    error = failed(capsys, "export", "--index_only", f"--index={personal.index}", f"--out={base}")
+    assert "so it is not of the model in" in error
+    index = tmp_path / "index"
+    shutil.copytree(job.index, index)
+    original = json.loads((index / "index.json").read_text())
+    for key, value in (
+        ("embedding_dim", 99),
+        ("vocabulary_fingerprint", "0" * 16),
+        ("checkpoint_fingerprint", "1" * 16),
+    ):
+        (index / "index.json").write_text(json.dumps({**original, key: value}))
+        error = failed(capsys, "export", "--index_only", f"--index={index}", f"--out={base}")
+        assert f"{key} is {value}, that of the servable {original[key]}" in error
+    assert [path.name for path in base.iterdir()] == ["1"]
+
+
+def answer_of(servable: LoadedServable, inputs: dict[str, Any]) -> bytes:
+    """A server's answer, as a proxy gets it."""
+    response = apis.PredictResponse()
+    for name, value in servable("search", inputs).items():
+        response.outputs[name].CopyFrom(make_tensor(value))
+    return bytes(response.SerializeToString())
+
+
+def test_shards_merge_to_the_whole(personal: Job, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    base = tmp_path / "sharded"
+    export(personal, base, "--shards=2", "--version_number=7")
+    assert sorted(path.name for path in base.iterdir()) == ["shard-0-of-2", "shard-1-of-2"]
+    parts = [base / f"shard-{number}-of-2" / "7" for number in range(2)]
+    ids = [PackedFile(str(part / "assets" / "item_ids.dpsr"), "item_ids")["id"] for part in parts]
+    whole = PackedFile(str(personal.index / "item_ids.dpsr"), "item_ids")["id"]
+    assert sorted(np.concatenate(ids).tolist()) == whole.tolist()
+    for part, part_ids in zip(parts, ids, strict=True):
+        titles = gzip.decompress((part / "assets.extra" / "item_titles.tsv.gz").read_bytes()).decode().splitlines()
+        assert [int(line.partition("\t")[0]) for line in titles] == part_ids.tolist()
+    servables = [LoadedServable(part) for part in parts]
+    unsharded = LoadedServable(personal.servable / "1")
+    for k in (1, 10, 150, 500):
+        inputs = unsharded.search_inputs(personal_requests(personal), k)
+        expected = unsharded("search", inputs)
+        merged = apis.PredictResponse.FromString(merge_answers([answer_of(part, inputs) for part in servables]))
+        for name, value in expected.items():
+            np.testing.assert_array_equal(to_numpy(merged.outputs[name]), value, err_msg=f"{name}, k={k}")
+    # A shard is renewed as such, and not mistaken for another.
+    renewed = ["export", "--index_only", f"--index={personal.index}"]
+    dpsr(*renewed, f"--out={base}", "--shards=2")
+    assert [manifest_of(part.parent / "8")["shard"] for part in parts] == [[0, 2], [1, 2]]
+    assert "is shard [1, 2], expected [0, 1]" in failed(capsys, *renewed, f"--out={parts[1].parent}")
+    assert "there are 400 items only" in failed(capsys, *renewed, f"--out={tmp_path / 'x'}", "--shards=401")
+
+
+def test_shards_keep_what_was_trained_on_all_items(ivf: Path, tmp_path: Path) -> None:
+    """Equal centroids and codes, so equal scores: the merged answer is the whole one's, approximate as it is."""
+    index = Index.open(ivf)
+    whole = faiss.read_index(str(ivf / "items.faiss"))
+    queries = index.vectors()[::37]
+    products, positions = whole.search(queries, 20)
+    found = []
+    for number in range(2):
+        with index.part(number, 2, tmp_path) as part:
+            held = faiss.read_index(str(part.path / "items.faiss"))
+            assert held.nprobe == whole.nprobe == 2 and held.ntotal == 200
+            np.testing.assert_array_equal(held.quantizer.reconstruct_n(0, 8), whole.quantizer.reconstruct_n(0, 8))
+            scores, places = held.search(queries, 20)
+            found.append((scores, np.where(places >= 0, 2 * places + number, -1)))
+            assert part.item_ids().tolist() == index.item_ids()[number::2].tolist()
+    assert not any(tmp_path.iterdir())
+    scores, places = (np.concatenate(columns, axis=1) for columns in zip(*found, strict=True))
+    for row in range(len(queries)):
+        order = np.lexsort((places[row], -scores[row]))[:20]
+        expected = np.lexsort((positions[row], -products[row]))
+        np.testing.assert_array_equal(places[row][order], positions[row][expected])
+        np.testing.assert_array_equal(scores[row][order], products[row][expected])
