@@ -1,14 +1,18 @@
 """What the proxy adds to a request: latency beside the server itself, and CPU time of the proxy.
 
-    python benchmarks/proxy.py --json [--requests=N] [--quick]
+    python benchmarks/proxy.py --json [--seconds=S] [--turns=N] [--quick]
 
-The backend is a gRPC server in a process of its own that gives an answer of 12 KB, the size of a search answer of 1,000
-items without keys, and does nothing else: what is measured is the way. Clients ask it directly and through the proxy,
-in turns, with 1, 8 and 32 requests under way. The added latency is the difference of the medians (of the 99th
-percentiles) of one turn; the row is the median of the turns. CPU time is user and system time of the proxy's processes.
+The backend is the model server with a SavedModel whose answers are 12 KB, the size of a search answer of 1,000 items;
+the load generator is the one in C++. Asked in turns: the server (`direct`), the proxy before it (`proxy`), and a proxy
+of grpc.aio that does nothing but pass bytes on (`grpc.aio`): what Python's gRPC costs without anything of ours.
 
-All four (clients, proxy, its workers, server) share the cores of this machine: with few cores the latency at 8 and 32
-is that of waiting for a core, which the CPU time tells better.
+`open R`: R requests a second, a moderate load, whose latencies count from when a request was due. `closed N`: N
+requests under way all the time. The added latency is the difference of the medians of one turn, the row the median of
+the turns.
+CPU is user and system time of the proxy's processes a request; a core does 10^6 / CPU of them.
+
+Two workers: generator, server and proxy share the cores of this machine. `limit` is how many times the rate of one
+worker they could reach together with all cores busy and nothing wasted; the ratio cannot be above it.
 """
 
 from __future__ import annotations
@@ -16,145 +20,29 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import subprocess
+import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
-from report import Report, hardware
+import report
+import servers
 
-from dpsr_serving import apis
-
-ANSWER_BYTES = 12_000
 CONCURRENCY = (1, 8, 32)
+RATE = 300  # requests a second: moderate, a small part of what one worker does
+BARE = "bare pass-through on "
 
 
-def main() -> None:
-    """Runs the benchmark, or the backend of one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON, last line")
-    parser.add_argument("--requests", type=int, default=3000, help="requests of each turn")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="few requests: does it run at all")
-    parser.add_argument("--backend", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.backend:
-        asyncio.run(serve())
-        return
-    if arguments.quick:
-        arguments.requests, arguments.turns = 200, 2
-    report = Report("proxy", 0, hardware("grpcio", "protobuf"))
-    measure(report, arguments.requests, arguments.turns)
-    report.print(arguments.json)
-
-
-def measure(report: Report, requests: int, turns: int) -> None:
-    """Fills the report."""
-    with Child([sys.executable, __file__, "--backend"]) as backend, tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "proxy.yaml"
-        config.write_text(f"models: {{m: {{backends: ['{backend.target}']}}}}\n")
-        proxy = [sys.executable, "-m", "dpsr_tf.cli", "proxy", "--port=0", f"--config={config}"]
-        with Child(proxy) as one, Child([*proxy, "--workers=2"]) as two:
-            cpu_by_concurrency = {}
-            for concurrency in CONCURRENCY:
-                workload = f"concurrency {concurrency}"
-                found = turns_of(backend, one, concurrency, requests, turns)
-                for metric in ("p50", "p99"):
-                    direct, through = ([run[metric] for run in found[name]] for name in ("direct", "proxy"))
-                    report.add_samples("direct", workload, metric, direct, "ms")
-                    report.add_samples("proxy", workload, metric, through, "ms")
-                    added = [b - a for a, b in zip(direct, through, strict=True)]
-                    report.add_samples("proxy", workload, f"added {metric}", added, "ms")
-                cpu_by_concurrency[concurrency] = [run["cpu_us"] for run in found["proxy"]]
-                report.add_samples("proxy", workload, "CPU a request", cpu_by_concurrency[concurrency], "us")
-            rates: dict[str, list[float]] = {"1 worker": [], "2 workers": []}
-            for _ in range(turns):
-                for name, child in (("1 worker", one), ("2 workers", two)):
-                    rates[name].append(asyncio.run(ask(child, 32, requests, connections=8))["rate"])
-            for name, samples in rates.items():
-                report.add_samples(name, "concurrency 32", "rate (wall)", samples, "requests/s")
-    report.bars["added_p50_ms"] = report.value("proxy", "concurrency 1", "added p50")
-    report.bars["cpu_us_per_request"] = report.value("proxy", "concurrency 8", "CPU a request")
-    report.bars["qps_per_core"] = 1e6 / report.bars["cpu_us_per_request"]
-    rate = {name: report.value(name, "concurrency 32", "rate (wall)") for name in rates}
-    report.bars["workers2_over_1"] = rate["2 workers"] / rate["1 worker"]
-
-
-def turns_of(
-    backend: Child, proxy: Child, concurrency: int, requests: int, turns: int
-) -> dict[str, list[dict[str, float]]]:
-    """The figures of each turn of both, which take turns in going first."""
-    found: dict[str, list[dict[str, float]]] = {"direct": [], "proxy": []}
-    pairs = [("direct", backend), ("proxy", proxy)]
-    for turn in range(turns):
-        for name, child in pairs[:: 1 if turn % 2 == 0 else -1]:
-            found[name].append(asyncio.run(ask(child, concurrency, requests)))
-    return found
-
-
-async def ask(child: Child, concurrency: int, requests: int, connections: int = 1) -> dict[str, float]:
-    """Sends the requests, `concurrency` at a time; latency in ms, the child's CPU time a request in us, rate."""
-    request = apis.PredictRequest()
-    request.model_spec.name, request.model_spec.signature_name = "m", "search"
-    request.inputs["query"].string_val.append(b"red shoes")
-    message = request.SerializeToString()
-    seconds: list[float] = []
-    options = [("grpc.use_local_subchannel_pool", 1), *apis.CHANNEL_OPTIONS]
-    channels = [grpc.aio.insecure_channel(child.target, options=options) for _ in range(connections)]
-    methods = [channel.unary_unary(apis.PREDICT) for channel in channels]
-
-    async def client(method: Callable[..., grpc.aio.UnaryUnaryCall], count: int) -> None:
-        for _ in range(count):
-            start = time.perf_counter()
-            answer = await method(message, timeout=30)
-            seconds.append(time.perf_counter() - start)
-            if len(answer) != ANSWER_BYTES:
-                raise SystemExit(f"an answer of {len(answer)} bytes")
-
-    for method in methods:
-        await client(method, 20)
-    seconds.clear()
-    cpu, start = child.cpu_seconds(), time.perf_counter()
-    await asyncio.gather(*(client(methods[n % connections], requests // concurrency) for n in range(concurrency)))
-    wall, cpu = time.perf_counter() - start, child.cpu_seconds() - cpu
-    for channel in channels:
-        await channel.close()
-    seconds.sort()
-    return {
-        "p50": seconds[len(seconds) // 2] * 1e3,
-        "p99": seconds[int(len(seconds) * 0.99)] * 1e3,
-        "cpu_us": cpu / len(seconds) * 1e6,
-        "rate": len(seconds) / wall,
-    }
-
-
-class Child:
-    """A process that says "... ready on ADDRESS"; a context manager that ends it."""
-
-    def __init__(self, command: list[str]) -> None:
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if " ready on " not in line:
-            raise SystemExit(f"{' '.join(command)} said {line!r}")
-        self.target = line.rpartition(" ")[2].strip()
-
-    def __enter__(self) -> Child:
-        """Returns the child itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Ends it."""
-        self._process.terminate()
-        self._process.wait()
+class Proxy(servers.Server):
+    """A proxy's processes, the first and those it started."""
 
     def cpu_seconds(self) -> float:
-        """User and system time of the process and its children so far."""
-        pid = self._process.pid
+        """User and system time of all of them so far."""
+        pid = self.process.pid
         below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         total = 0
         for process in (pid, *below):
@@ -163,22 +51,132 @@ class Child:
         return total / os.sysconf("SC_CLK_TCK")
 
 
-async def serve() -> None:
-    """The backend: every call gets the same bytes."""
-    content = os.urandom(ANSWER_BYTES)
+def main() -> None:
+    """Runs the benchmark, or the bare proxy of one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON, last line")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each load in each turn")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="few requests: does it run at all")
+    parser.add_argument("--bare", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.bare is not None:
+        asyncio.run(pass_through(arguments.bare))
+        return
+    if arguments.quick:
+        arguments.seconds, arguments.turns = 0.3, 1
+    result = report.Report("proxy", 1, servers.hardware())
+    with tempfile.TemporaryDirectory() as folder:
+        measure(result, Path(folder), arguments.seconds, arguments.turns, (8,) if arguments.quick else CONCURRENCY)
+    result.print(arguments.json)
 
-    async def answer(request: bytes, context: object) -> bytes:
-        return content
+
+def measure(result: report.Report, folder: Path, seconds: float, turns: int, concurrency: Sequence[int]) -> None:
+    """Fills the report."""
+    servers.write_model(folder / "model" / "1")
+    requests = folder / "requests"
+    servers.write_requests(requests, servers.queries())
+    started: list[servers.Server] = []
+    with servers.model_server(folder / "model") as backend:
+        try:
+            command = [sys.executable, "-m", "dpsr_tf.cli", "proxy", "--port=0", f"--backend={backend.target}"]
+            targets = {
+                "direct": backend,
+                "proxy": Proxy(command, "proxy ready on "),
+                "grpc.aio": Proxy([sys.executable, __file__, f"--bare={backend.target}"], BARE),
+                "2 workers": Proxy([*command, "--workers=2"], "proxy ready on "),
+            }
+            started = [target for target in targets.values() if target is not backend]
+            loads = [(f"open {RATE}", f"--rate={RATE}"), *((f"closed {n}", f"--concurrency={n}") for n in concurrency)]
+            for name, flag in loads:
+                found: dict[str, list[dict[str, Any]]] = {"direct": [], "proxy": [], "grpc.aio": []}
+                for turn in range(turns):
+                    order = list(found)[:: 1 if turn % 2 == 0 else -1]
+                    for impl in order:
+                        found[impl].append(load(targets[impl], backend, requests, seconds, flag))
+                add(result, name, found)
+            pair: dict[str, list[dict[str, Any]]] = {"proxy": [], "2 workers": []}
+            for turn in range(turns):
+                for impl in list(pair)[:: 1 if turn % 2 == 0 else -1]:
+                    flags = ("--concurrency=32", "--channels=16")
+                    pair[impl].append(load(targets[impl], backend, requests, seconds, *flags))
+        finally:
+            for server in started:
+                server.stop()
+    for impl, runs in pair.items():
+        name = "1 worker" if impl == "proxy" else impl
+        result.add_samples(name, "workers, closed 32", "rate", [run["qps"] for run in runs], "1/s")
+        for part in ("proxy", "server", "client"):
+            result.add_samples(name, "workers, closed 32", f"cpu {part}", [run[f"{part}_us"] for run in runs], "us")
+    ratios = [two["qps"] / one["qps"] for one, two in zip(pair["proxy"], pair["2 workers"], strict=True)]
+    cores = len(os.sched_getaffinity(0))
+    limits = [
+        cores * 1e6 / (one["proxy_us"] + one["server_us"] + one["client_us"]) / one["qps"] for one in pair["proxy"]
+    ]
+    result.add_samples("2 workers", "workers, closed 32", "rate over 1 worker", ratios, "x")
+    result.add_samples("2 workers", "workers, closed 32", "limit", limits, "x", note=f"of {cores} cores")
+    result.bars["added_p50_ms"] = result.value("proxy", f"open {RATE}", "added p50")
+    result.bars["qps_per_core"] = 1e6 / result.value("proxy", "closed 8", "cpu proxy")
+    result.bars["workers2_over_1"] = statistics.median(ratios)
+
+
+def add(result: report.Report, workload: str, found: dict[str, list[dict[str, Any]]]) -> None:
+    """The rows of one load on all targets."""
+    for impl, runs in found.items():
+        result.add_samples(impl, workload, "rate", [run["qps"] for run in runs], "1/s")
+        for quantile in ("p50", "p99"):
+            result.add_samples(impl, workload, quantile, [run[quantile] for run in runs], "ms")
+            if impl != "direct":
+                added = [
+                    through[quantile] - direct[quantile] for through, direct in zip(runs, found["direct"], strict=True)
+                ]
+                result.add_samples(impl, workload, f"added {quantile}", added, "ms")
+        if impl != "direct":
+            result.add_samples(impl, workload, "cpu proxy", [run["proxy_us"] for run in runs], "us")
+
+
+def load(
+    target: servers.Server, backend: servers.Server, requests: Path, seconds: float, *flags: str
+) -> dict[str, Any]:
+    """One load on a target: rate, latencies in ms, CPU time a request in us of proxy, server and generator."""
+    times = (f"--seconds={seconds}", "--warmup_seconds=0.2")
+    before = target.cpu_seconds(), backend.cpu_seconds()
+    (found,) = servers.load(target, requests, *times, *flags)
+    proxy, server = target.cpu_seconds() - before[0], backend.cpu_seconds() - before[1]
+    if found["failed"] or found["unsent"]:
+        raise RuntimeError(f"{found['failed']} requests failed, {found['unsent']} were not sent: {found['errors']}")
+    # The warm-up's requests are part of the CPU times; its rate is that of the load.
+    count = found["qps"] * (seconds + 0.2)
+    return {
+        "qps": found["qps"],
+        "p50": found["latency_us"]["p50"] / 1e3,
+        "p99": found["latency_us"]["p99"] / 1e3,
+        "proxy_us": proxy / count * 1e6,
+        "server_us": server / count * 1e6,
+        "client_us": found["client_cpu_us"],
+    }
+
+
+async def pass_through(target: str) -> None:
+    """The least that a proxy of grpc.aio can do: bytes, deadline and metadata on, bytes back."""
+    channel = grpc.aio.insecure_channel(target)
+    method = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
+
+    async def forward(request: bytes, context: Any) -> bytes:
+        answer: bytes = await method(request, timeout=context.time_remaining(), metadata=context.invocation_metadata())
+        return answer
+
+    handler = grpc.unary_unary_rpc_method_handler(forward)
 
     class Methods(grpc.GenericRpcHandler):
         def service(self, details: object) -> object:
-            return grpc.unary_unary_rpc_method_handler(answer)
+            return handler
 
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((Methods(),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    print(f"backend ready on 127.0.0.1:{port}", flush=True)
+    print(f"{BARE}127.0.0.1:{port}", flush=True)
     await server.wait_for_termination()
 
 

@@ -9,14 +9,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when TensorFlow loads
 
 import report
-from absl import logging
+from absl import app, flags, logging
 from tensorflow.core.framework import types_pb2
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
@@ -108,6 +108,37 @@ def load(server: Server, requests: Path, *arguments: str) -> list[dict[str, Any]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def add_load(result: report.Report, impl: str, workload: str, found: dict[str, Any], failed: int) -> None:
+    """Adds what a load found: rate, latencies, failures, CPU time of the server."""
+    result.add(impl, workload, "qps", found["qps"], "1/s")
+    for quantile in ("p50", "p99", "p99.9", "max"):
+        result.add(impl, workload, quantile, found["latency_us"][quantile] / 1e3, "ms")
+    result.add(impl, workload, "failed", failed, "requests", errors=found["errors"])
+    result.add(impl, workload, "cpu", found["server_cpu_us"], "us/request")
+
+
+def run(name: str, measure: Callable[[report.Report, Path, list[str]], None]) -> None:
+    """Runs a benchmark of the model server alone, which has defined its other flags.
+
+    Args:
+        name: of the report.
+        measure: fills the report; gets a folder for its files, and flags for the server.
+    """
+    flags.DEFINE_boolean("json", False, "prints one JSON object as the last line")
+    flags.DEFINE_multi_string("server_flag", [], "of the server, such as --server_flag=--enable_batching")
+
+    def main(arguments: Sequence[str]) -> None:
+        if arguments[1:]:
+            raise app.UsageError(f"unexpected argument '{arguments[1]}'")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        result = report.Report(name, 1, hardware())
+        with tempfile.TemporaryDirectory() as folder:
+            measure(result, Path(folder), flags.FLAGS.server_flag)
+        result.print(flags.FLAGS.json)
+
+    app.run(main)
+
+
 def write_model(path: Path, megabytes: float = 0.0) -> None:
     """A SavedModel that answers each query with RESULTS ids and scores, as retrieval does, without computing much.
 
@@ -137,7 +168,7 @@ def write_model(path: Path, megabytes: float = 0.0) -> None:
     extra.mkdir()
     with tf.io.TFRecordWriter(str(extra / "tf_serving_warmup_requests")) as writer:
         log = prediction_log_pb2.PredictionLog()
-        log.predict_log.request.CopyFrom(_request(queries(1), "serving_default"))
+        log.predict_log.request.CopyFrom(request(queries(1), "serving_default"))
         writer.write(log.SerializeToString())
 
 
@@ -145,7 +176,7 @@ def write_requests(path: Path, texts: Sequence[str], signature: str = "serving_d
     """PredictRequests of `batch` queries each, as the load generator reads them."""
     with path.open("wb") as file:
         for begin in range(0, len(texts) - batch + 1, batch):
-            message = _request(texts[begin : begin + batch], signature).SerializeToString()
+            message = request(texts[begin : begin + batch], signature).SerializeToString()
             size = len(message)
             while size > 127:
                 file.write(bytes([size & 127 | 128]))
@@ -153,7 +184,7 @@ def write_requests(path: Path, texts: Sequence[str], signature: str = "serving_d
             file.write(bytes([size]) + message)
 
 
-def _request(texts: Sequence[str], signature: str) -> predict_pb2.PredictRequest:
+def request(texts: Sequence[str], signature: str) -> predict_pb2.PredictRequest:
     request = predict_pb2.PredictRequest()
     request.model_spec.name = MODEL
     request.model_spec.signature_name = signature

@@ -13,15 +13,13 @@ import concurrent.futures
 import os
 import shutil
 import statistics
-import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
 import report
 import servers
-from absl import app, flags
+from absl import flags
 from tensorflow_serving.apis import get_model_status_pb2, model_service_pb2_grpc
 
 PATIENCE_S = 120.0
@@ -53,15 +51,12 @@ def await_swap(target: str, version: int) -> None:
             time.sleep(0.02)
 
 
-def measure(
-    result: report.Report,
-    folder: Path,
-    versions: int,
-    rate: float,
-    interval: float,
-    megabytes: float,
-    flags_: list[str],
-) -> None:
+def measure(result: report.Report, folder: Path, server_flags: list[str]) -> None:
+    values = flags.FLAGS
+    versions, interval, megabytes = (
+        (3, 1.5, 1.0) if values.quick else (values.versions, values.interval, values.megabytes)
+    )
+    rate = 200.0 if values.quick else values.rate
     saved, base_path, requests = folder / "saved", folder / "model", folder / "requests"
     base_path.mkdir()
     servers.write_model(saved, megabytes=megabytes)
@@ -70,7 +65,7 @@ def measure(
     load = [f"--rate={rate}", f"--seconds={versions * interval}"]
     memory: dict[int, float] = {}
     durations = []
-    with servers.model_server(base_path, *flags_) as server, concurrent.futures.ThreadPoolExecutor(1) as threads:
+    with servers.model_server(base_path, *server_flags) as server, concurrent.futures.ThreadPoolExecutor(1) as threads:
         (steady,) = servers.load(
             server, requests, load[0], f"--seconds={min(10.0, versions * interval)}", "--warmup_seconds=2"
         )
@@ -88,12 +83,16 @@ def measure(
         (swaps,) = running.result()
         after = server.rss_mib()
     for name, found in (("steady", steady), ("swaps", swaps)):
-        result.add(name, WORKLOAD, "qps", found["qps"], "1/s", rate=rate)
-        for quantile in ("p50", "p99", "p99.9", "max"):
-            result.add(name, WORKLOAD, quantile, found["latency_us"][quantile] / 1e3, "ms")
-        result.add(name, WORKLOAD, "failed", found["failed"] + found["unsent"], "requests", errors=found["errors"])
-        result.add(name, WORKLOAD, "cpu", found["server_cpu_us"], "us/request")
-    result.add("swaps", WORKLOAD, "versions", versions, "versions", memory_mib=[round(m, 1) for m in memory.values()])
+        servers.add_load(result, name, WORKLOAD, found, found["failed"] + found["unsent"])
+    result.add(
+        "swaps",
+        WORKLOAD,
+        "versions",
+        versions,
+        "versions",
+        rate=rate,
+        memory_mib=[round(m, 1) for m in memory.values()],
+    )
     result.add("swaps", WORKLOAD, "rss_first", memory[2], "MiB")
     result.add("swaps", WORKLOAD, "rss_last", memory[versions + 1], "MiB")
     result.add("swaps", WORKLOAD, "rss_peak", swaps["server_peak_rss_mib"], "MiB")
@@ -108,31 +107,10 @@ def measure(
     }
 
 
-def _define_flags() -> None:
-    flags.DEFINE_boolean("json", False, "prints one JSON object as the last line")
+if __name__ == "__main__":
     flags.DEFINE_integer("versions", 20, "that come and go", lower_bound=1)
     flags.DEFINE_float("rate", 1000, "requests a second", lower_bound=1)
     flags.DEFINE_float("interval", 2, "seconds from one version to the next", lower_bound=0.1)
     flags.DEFINE_float("megabytes", 50, "of variables in each version", lower_bound=0)
     flags.DEFINE_boolean("quick", False, "three versions: shows that it works")
-    flags.DEFINE_multi_string("server_flag", [], "of the server, such as --server_flag=--enable_batching")
-
-
-def main(arguments: Sequence[str]) -> None:
-    values = flags.FLAGS
-    if arguments[1:]:
-        raise app.UsageError(f"unexpected argument '{arguments[1]}'")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    versions, interval, megabytes = (
-        (3, 1.5, 1.0) if values.quick else (values.versions, values.interval, values.megabytes)
-    )
-    rate = 200.0 if values.quick else values.rate
-    result = report.Report("version_swap", 1, servers.hardware())
-    with tempfile.TemporaryDirectory() as folder:
-        measure(result, Path(folder), versions, rate, interval, megabytes, values.server_flag)
-    result.print(values.json)
-
-
-if __name__ == "__main__":
-    _define_flags()
-    app.run(main)
+    servers.run("version_swap", measure)

@@ -1,51 +1,71 @@
-"""The client of a search servable: text in, typed results out. Needs no TensorFlow.
+"""Clients of a search servable: text in, typed results out. They need no TensorFlow.
 
     with SearchClient("127.0.0.1:8500", "demo") as client:
-        for result in client.search(["red shoes", "angle bracket"], k=10):
+        for result in client.search(["red shoes", "angle bracket"], k=10, filters={"price": (10, 20)}):
             print(result.item_ids, result.scores)
 
-The target is a model server or a proxy: both speak TensorFlow Serving's API.
+    async with AsyncSearchClient("127.0.0.1:8500", "demo") as client:
+        (result,) = await client.search("red shoes", user=User(features={"gender": "f"}, clicked_items=[17, 4]), k=10)
+
+The target is a model server or a proxy: both speak TensorFlow Serving's API. What the model takes beside the query is
+learnt from it (GetModelMetadata), at the first request and when another version answers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+import json
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import grpc
+import grpc.aio
 import numpy as np
 from numpy.typing import NDArray
 
 from dpsr_serving import apis
 from dpsr_serving.errors import CommandError
-from dpsr_serving.tensors import make_tensor, to_numpy
+from dpsr_serving.search import (
+    PADDING_ID,
+    Filters,
+    Search,
+    SearchResult,
+    Signature,
+    Text,
+    User,
+    make_request,
+    make_search,
+    results,
+)
 
-Query = str | bytes
-Retriever = Callable[[Sequence[Query], Sequence[Any] | None, int], tuple[NDArray[np.int64], NDArray[np.float32]]]
+__all__ = ["AsyncSearchClient", "ModelVersion", "SearchClient", "SearchResult", "ServingError", "Tls", "User"]
 
-_PADDING_ID = -1
+Retriever = Callable[[Sequence[Text], Sequence[Any] | None, int], tuple[NDArray[np.int64], NDArray[np.float32]]]
+Users = User | Mapping[str, Any] | Sequence[User | Mapping[str, Any] | None] | None
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SearchResult:
-    """What one query found, best first; n is at most the k asked for.
-
-    Attributes:
-        item_ids: [n] int64.
-        scores: [n] float32, an item's largest inner product over the heads of the query tower.
-        heads: [n] int32, the head that gave this score.
-        item_keys: the shop's own ids, where those are strings; else None.
-    """
-
-    item_ids: NDArray[np.int64]
-    scores: NDArray[np.float32]
-    heads: NDArray[np.int32]
-    item_keys: tuple[str, ...] | None = None
-
-    def __len__(self) -> int:
-        """How many items were found."""
-        return len(self.item_ids)
+# gRPC retries by itself, within the deadline: only what no server has answered, few times, and rarely once many fail.
+_RETRIES = {
+    "methodConfig": [
+        {
+            "name": [{}],
+            "retryPolicy": {
+                "maxAttempts": 4,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ],
+    "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
+}
+_OPTIONS = (
+    *apis.CHANNEL_OPTIONS,
+    ("grpc.service_config", json.dumps(_RETRIES)),
+    ("grpc.per_rpc_retry_buffer_size", apis.MAX_MESSAGE_BYTES),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +75,29 @@ class ModelVersion:
     version: int
     state: str
     error: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Tls:
+    """An encrypted connection; paths of PEM files.
+
+    Attributes:
+        ca: who signs the server's certificate; None means the authorities that gRPC knows.
+        certificate, key: the client's own, where the server asks for one.
+        server_name: the name in the server's certificate, where it is not the target's host.
+    """
+
+    ca: str | Path | None = None
+    certificate: str | Path | None = None
+    key: str | Path | None = None
+    server_name: str | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """As gRPC takes them. Raises OSError where a file cannot be read."""
+        ca, key, certificate = (
+            None if path is None else Path(path).read_bytes() for path in (self.ca, self.key, self.certificate)
+        )
+        return grpc.ssl_channel_credentials(ca, key, certificate)
 
 
 class ServingError(CommandError):
@@ -73,34 +116,191 @@ class ServingError(CommandError):
         self.details = details
 
 
-class SearchClient:
-    """Asks one model at one address. Threads may share a client.
+class InvalidRequestError(ServingError, ValueError):
+    """The server says that the request is wrong: a filter on an attribute that the model does not have, say."""
 
-    Args:
-        target: "host:port" of a model server or a proxy.
-        model: name of the model.
-        timeout_s: how long one call may take, seconds; the server sees the deadline too.
-    """
 
-    def __init__(self, target: str, model: str, timeout_s: float = 10.0) -> None:
+class _Call(NamedTuple):
+    """A call that a flow asks its transport to make; it gets (response, trailing metadata), or a grpc.RpcError."""
+
+    path: str
+    request: Any
+    timeout_s: float
+    metadata: tuple[tuple[str, str], ...]
+
+
+T = TypeVar("T")
+_Flow = Generator[_Call, tuple[Any, Any], T]
+_ChannelT = TypeVar("_ChannelT")
+
+_RESPONSES = {
+    apis.PREDICT: apis.PredictResponse,
+    apis.GET_MODEL_METADATA: apis.GetModelMetadataResponse,
+    apis.GET_MODEL_STATUS: apis.GetModelStatusResponse,
+}
+
+
+class _Client(Generic[_ChannelT]):
+    """What both clients share, all but making a call: a flow is a generator that yields calls and gets the answers."""
+
+    def __init__(
+        self,
+        target: str,
+        model: str,
+        timeout_s: float = 10.0,
+        *,
+        version: int | None = None,
+        label: str | None = None,
+        tls: Tls | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Opens a client.
+
+        Args:
+            target: "host:port" of a model server or a proxy.
+            model: name of the model.
+            timeout_s: how long one search may take, seconds, retries included; the server sees the deadline too.
+            version, label: which version of the model; without them the latest.
+            tls: without it the connection is not encrypted.
+            metadata: sent with each call, such as {"user-id": "u17"}, by which a proxy assigns experiments.
+        """
         if not target or not model:
             raise ValueError(f"a client needs a target (host:port) and a model name, got {target!r} and {model!r}")
         if not timeout_s > 0:
             raise ValueError(f"timeout_s must be above 0, got {timeout_s}")
-        self._target = target
-        self._model = model
-        self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(target, options=apis.CHANNEL_OPTIONS)
-        self._predict = self._channel.unary_unary(
-            apis.PREDICT,
-            request_serializer=apis.PredictRequest.SerializeToString,
-            response_deserializer=apis.PredictResponse.FromString,
+        if version is not None and label is not None:
+            raise ValueError(f"give a version or a label, got {version} and {label!r}")
+        self._target, self._model, self._timeout_s = target, model, timeout_s
+        self._metadata = dict(metadata or {})
+        self._spec = apis.ModelSpec(name=model)
+        if version is not None:
+            self._spec.version.value = version
+        elif label is not None:
+            self._spec.version_label = label
+        self._signature: Signature | None = None
+        self._versions: set[int] = set()
+        self._channel = self._open(tls)
+        self._methods = {
+            path: self._channel.unary_unary(  # type: ignore[attr-defined]
+                path,
+                request_serializer=lambda request: request.SerializeToString(),
+                response_deserializer=response.FromString,
+            )
+            for path, response in _RESPONSES.items()
+        }
+
+    def _open(self, tls: Tls | None) -> _ChannelT:
+        raise NotImplementedError
+
+    def _search_flow(self, search: Search, metadata: Mapping[str, str] | None) -> _Flow[list[SearchResult]]:
+        if not search.queries:
+            return []
+        deadline = time.monotonic() + self._timeout_s
+        sent = self._with(metadata)
+        if search.plain:
+            request = make_request(self._spec, "serving_default", {"query": np.array(search.queries, object)})
+            return (yield from self._predict(request, search, deadline, sent))
+        signature, fresh = self._signature, False
+        while True:
+            if signature is None:
+                signature, fresh = (yield from self._learn(deadline, sent)), True
+            try:
+                request = make_request(self._spec, "search", signature.tensors(search))
+                return (yield from self._predict(request, search, deadline, sent))
+            except ValueError:
+                # Of the client, or the server's INVALID_ARGUMENT: another version may take other inputs by now.
+                if fresh:
+                    raise
+                known, signature = signature, (yield from self._learn(deadline, sent))
+                fresh = True
+                if signature == known:
+                    raise
+
+    def _predict(
+        self, request: Any, search: Search, deadline: float, metadata: tuple[tuple[str, str], ...]
+    ) -> _Flow[list[SearchResult]]:
+        response, trailing = yield from self._call(apis.PREDICT, request, deadline, metadata)
+        version = response.model_spec.version.value
+        if self._signature is not None and version not in self._versions:
+            self._versions.add(version)
+            self._signature = None
+        try:
+            return results(response, len(search.queries), trailing)
+        except ValueError as error:
+            raise ServingError(
+                grpc.StatusCode.INTERNAL,
+                f"the answer of {self._target}, model {self._model!r}, is not that of a search servable: {error}; "
+                "is the model one that `dpsr export` wrote?",
+            ) from error
+
+    def _learn(self, deadline: float, metadata: tuple[tuple[str, str], ...]) -> _Flow[Signature]:
+        """Asks for the model's signature, and remembers it."""
+        request = apis.GetModelMetadataRequest(model_spec=self._spec, metadata_field=["signature_def"])
+        response, _ = yield from self._call(apis.GET_MODEL_METADATA, request, deadline, metadata)
+        try:
+            signature = Signature.parse(response)
+        except ValueError as error:
+            raise ServingError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"{self._target}, model {self._model!r}: {error}; leave k, user and filters out, or serve a model that "
+                "`dpsr export` wrote",
+            ) from None
+        self._signature = signature
+        self._versions.add(signature.version)
+        return signature
+
+    def _status_flow(self) -> _Flow[list[ModelVersion]]:
+        request = apis.GetModelStatusRequest()
+        request.model_spec.name = self._model
+        response, _ = yield from self._call(
+            apis.GET_MODEL_STATUS, request, time.monotonic() + self._timeout_s, self._with(None)
         )
-        self._get_model_status = self._channel.unary_unary(
-            apis.GET_MODEL_STATUS,
-            request_serializer=apis.GetModelStatusRequest.SerializeToString,
-            response_deserializer=apis.GetModelStatusResponse.FromString,
-        )
+        states = apis.ModelVersionStatus.State
+        versions = [
+            ModelVersion(
+                version=status.version,
+                state=states.Name(status.state) if status.state in states.values() else str(status.state),
+                error=status.status.error_message,
+            )
+            for status in response.model_version_status
+        ]
+        return sorted(versions, key=lambda version: version.version, reverse=True)
+
+    def _call(
+        self, path: str, request: Any, deadline: float, metadata: tuple[tuple[str, str], ...]
+    ) -> _Flow[tuple[Any, Any]]:
+        try:
+            return (yield _Call(path, request, max(deadline - time.monotonic(), 0.0), metadata))
+        except grpc.RpcError as error:
+            code, details = error.code(), error.details() or ""
+            kind = InvalidRequestError if code is grpc.StatusCode.INVALID_ARGUMENT else ServingError
+            raise kind(code, self._explain(code, details), details) from None
+
+    def _with(self, metadata: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
+        return tuple({**self._metadata, **(metadata or {})}.items())
+
+    def _explain(self, code: grpc.StatusCode, details: str) -> str:
+        where = f"{self._target}, model {self._model!r}"
+        details = details.partition("\n\t [[{{node ")[0]  # where in its graph TensorFlow met the error
+        if code is grpc.StatusCode.UNAVAILABLE:
+            return f"{where}: no server answers: {details}; is it running? `dpsr serve` starts one"
+        if code is grpc.StatusCode.NOT_FOUND:
+            return (
+                f"{self._target} does not serve a model {self._model!r}: {details}; "
+                "check the name and that a version of it is loaded"
+            )
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return f"{where}: no answer within {self._timeout_s:g} s; allow more time or look at the server's load"
+        return f"{where}: {code.name}: {details}"
+
+
+class SearchClient(_Client[grpc.Channel]):
+    """Asks one model at one address. Threads may share a client. Arguments: see _Client."""
+
+    def _open(self, tls: Tls | None) -> grpc.Channel:
+        if tls is None:
+            return grpc.insecure_channel(self._target, options=_OPTIONS)
+        return grpc.secure_channel(self._target, tls.credentials(), options=_with_name(tls))
 
     def __enter__(self) -> SearchClient:
         """Returns the client itself."""
@@ -114,34 +314,41 @@ class SearchClient:
         """Closes the connection; the client answers no more."""
         self._channel.close()
 
-    def search(self, queries: Query | Sequence[Query], k: int | None = None) -> list[SearchResult]:
+    def search(
+        self,
+        queries: Text | Sequence[Text],
+        k: int | None = None,
+        *,
+        user: Users = None,
+        filters: Filters = (),
+        exclude_filters: Filters = (),
+        exclude_items: Sequence[int | str] = (),
+        search_parameters: str = "",
+        metadata: Mapping[str, str] | None = None,
+    ) -> list[SearchResult]:
         """Asks for the best items of each query, all queries in one request.
 
         Args:
             queries: one query or several; bytes need not be valid UTF-8. An empty query finds nothing.
-            k: how many items each; None leaves it to the servable (signature `serving_default`).
+            k: how many items each; None leaves it to the servable.
+            user: who asks: a User, the same as a dict, or one or None for each query.
+            filters: what each item has to meet: attribute -> a value, a list of alternatives, or a range of numbers
+                (low, high), None for an open end; or a list of filter expressions.
+            exclude_filters: what no item may meet, given alike.
+            exclude_items: item ids (keys, where the shop's own are texts) that are not to be found.
+            search_parameters: of the index, in place of the servable's own, such as "nprobe=64".
+            metadata: sent with this call, over that of the client.
 
         Returns:
             One result a query, in their order.
 
         Raises:
             ServingError: the server refused the request or did not answer in time.
-            ValueError: k is not positive, or a query is a str that UTF-8 cannot encode.
+            ValueError: a value that cannot be sent; a user feature or input that the model does not take.
         """
         batch = [queries] if isinstance(queries, (str, bytes)) else list(queries)
-        if not batch:
-            return []
-        outputs = self._search(batch, k)
-        ids, scores, heads = outputs["item_ids"], outputs["scores"], outputs["heads"]
-        keys = outputs.get("item_keys")
-        results = []
-        for row in range(len(batch)):
-            found = ids[row] != _PADDING_ID
-            row_keys = None
-            if keys is not None:
-                row_keys = tuple(key.decode("utf-8", "replace") for key in keys[row][found])
-            results.append(SearchResult(ids[row][found], scores[row][found], heads[row][found], row_keys))
-        return results
+        asked = make_search(batch, k, user, filters, exclude_filters, exclude_items, search_parameters)
+        return self._run(self._search_flow(asked, metadata))
 
     def model_status(self) -> list[ModelVersion]:
         """The model's versions, newest first.
@@ -149,113 +356,128 @@ class SearchClient:
         Raises:
             ServingError: the server does not know the model or did not answer in time.
         """
-        request = apis.GetModelStatusRequest()
-        request.model_spec.name = self._model
-        response = self._call(self._get_model_status, request)
-        states = apis.ModelVersionStatus.State
-        versions = [
-            ModelVersion(
-                version=status.version,
-                state=states.Name(status.state) if status.state in states.values() else str(status.state),
-                error=status.status.error_message,
-            )
-            for status in response.model_version_status
-        ]
-        return sorted(versions, key=lambda version: version.version, reverse=True)
+        return self._run(self._status_flow())
 
-    def _search(self, batch: Sequence[Query], k: int | None) -> dict[str, NDArray[Any]]:
-        """The outputs of one request: item_ids, scores, heads and perhaps item_keys, each [len(batch), columns]."""
-        request = apis.PredictRequest()
-        request.model_spec.name = self._model
-        request.inputs["query"].CopyFrom(make_tensor(batch))
-        if k is None:
-            request.model_spec.signature_name = "serving_default"
-        else:
-            if not 0 < k < 2**31:
-                raise ValueError(f"k must be a positive int32, got {k}")
-            request.model_spec.signature_name = "search"
-            request.inputs["k"].CopyFrom(make_tensor(np.int32(k)))
-        response = self._call(self._predict, request)
+    def signature(self) -> Signature:
+        """What the model's `search` takes. Raises ServingError."""
+        return self._run(self._learn(time.monotonic() + self._timeout_s, self._with(None)))
+
+    def _run(self, flow: _Flow[T]) -> T:
         try:
-            return _decode(response.outputs, len(batch))
-        except ValueError as error:
-            raise ServingError(
-                grpc.StatusCode.INTERNAL,
-                f"the answer of {self._target}, model {self._model!r}, is not that of a search servable: {error}; "
-                "is the model one that `dpsr export` wrote?",
-            ) from error
+            call = next(flow)
+            while True:
+                try:
+                    response, done = self._methods[call.path].with_call(
+                        call.request, timeout=call.timeout_s, metadata=call.metadata
+                    )
+                except grpc.RpcError as error:
+                    call = flow.throw(error)
+                else:
+                    call = flow.send((response, done.trailing_metadata() or ()))
+        except StopIteration as end:
+            return end.value
 
-    def _call(self, method: Any, request: Any) -> Any:
+
+class AsyncSearchClient(_Client[grpc.aio.Channel]):
+    """SearchClient for asyncio. To be made, used and closed within one event loop."""
+
+    def _open(self, tls: Tls | None) -> grpc.aio.Channel:
+        if tls is None:
+            return grpc.aio.insecure_channel(self._target, options=_OPTIONS)
+        return grpc.aio.secure_channel(self._target, tls.credentials(), options=_with_name(tls))
+
+    async def __aenter__(self) -> AsyncSearchClient:
+        """Returns the client itself."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Closes the client."""
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection; the client answers no more."""
+        await self._channel.close()
+
+    async def search(
+        self,
+        queries: Text | Sequence[Text],
+        k: int | None = None,
+        *,
+        user: Users = None,
+        filters: Filters = (),
+        exclude_filters: Filters = (),
+        exclude_items: Sequence[int | str] = (),
+        search_parameters: str = "",
+        metadata: Mapping[str, str] | None = None,
+    ) -> list[SearchResult]:
+        """See SearchClient.search."""
+        batch = [queries] if isinstance(queries, (str, bytes)) else list(queries)
+        asked = make_search(batch, k, user, filters, exclude_filters, exclude_items, search_parameters)
+        return await self._run(self._search_flow(asked, metadata))
+
+    async def model_status(self) -> list[ModelVersion]:
+        """See SearchClient.model_status."""
+        return await self._run(self._status_flow())
+
+    async def _run(self, flow: _Flow[T]) -> T:
         try:
-            return method(request, timeout=self._timeout_s)
-        except grpc.RpcError as error:
-            code, details = error.code(), error.details() or ""
-            raise ServingError(code, self._explain(code, details), details) from None
-
-    def _explain(self, code: grpc.StatusCode, details: str) -> str:
-        where = f"{self._target}, model {self._model!r}"
-        if code is grpc.StatusCode.UNAVAILABLE:
-            return f"{where}: no server answers: {details}; is it running? `dpsr serve` starts one"
-        if code is grpc.StatusCode.NOT_FOUND:
-            return (
-                f"{self._target} does not serve a model {self._model!r}: {details}; "
-                "check the name and that a version of it is loaded"
-            )
-        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return f"{where}: no answer within {self._timeout_s:g} s; allow more time or look at the server's load"
-        if code is grpc.StatusCode.FAILED_PRECONDITION and "ignature" in details:
-            return f"{where}: {details} It is not a search servable that takes k; leave k out or export it again"
-        return f"{where}: {code.name}: {details}"
+            call = next(flow)
+            while True:
+                try:
+                    done = self._methods[call.path](call.request, timeout=call.timeout_s, metadata=call.metadata)
+                    response = await done
+                except grpc.RpcError as error:
+                    call = flow.throw(error)
+                else:
+                    call = flow.send((response, await done.trailing_metadata()))
+        except StopIteration as end:
+            return end.value
 
 
-def _decode(outputs: Any, batch: int) -> dict[str, NDArray[Any]]:
-    """Decodes and checks the outputs of a search signature. Raises ValueError."""
-    decoded: dict[str, NDArray[Any]] = {}
-    shape: tuple[int, ...] | None = None
-    for name, kind in (("item_ids", "i8"), ("scores", "f4"), ("heads", "i4"), ("item_keys", "O")):
-        if name not in outputs:
-            if name == "item_keys":
-                continue
-            raise ValueError(f"no output {name!r} among {sorted(outputs)}")
-        array = to_numpy(outputs[name])
-        if array.dtype != np.dtype(kind) or array.ndim != 2 or array.shape[0] != batch:
-            raise ValueError(
-                f"output {name!r} is {array.dtype.name} {list(array.shape)}, "
-                f"expected {np.dtype(kind).name} [{batch}, k]"
-            )
-        if shape is not None and array.shape != shape:
-            raise ValueError(f"output {name!r} is {list(array.shape)}, the ids are {list(shape)}")
-        shape = array.shape
-        decoded[name] = array
-    return decoded
+def _with_name(tls: Tls) -> list[tuple[str, Any]]:
+    name = [("grpc.ssl_target_name_override", tls.server_name)] if tls.server_name else []
+    return [*_OPTIONS, *name]
 
 
-def retriever(target: str, model: str, batch_size: int = 64, timeout_s: float = 60.0) -> Retriever:
+def retriever(
+    target: str,
+    model: str,
+    batch_size: int = 64,
+    timeout_s: float = 60.0,
+    to_user: Callable[[Any], User | Mapping[str, Any] | None] | None = None,
+) -> Retriever:
     """A server as the callable that evaluation takes.
+
+    Args:
+        to_user: what the model is told of a user of evaluation; None: it is asked for anonymous users.
 
     Returns:
         `retrieve(queries, users, k)` -> (item_ids [n, k] int64 padded with -1, scores [n, k] float32 padded with -inf),
-        n = len(queries), asked in batches of `batch_size`. `users` must be None, or None for each query: a servable
-        has no user features yet, and leaving given ones out would measure something else than what was asked for.
-        Raises ServingError, ValueError.
+        n = len(queries), asked in batches of `batch_size`; its attribute `personal` says whether it makes use of
+        users. Without `to_user`, users must be None: leaving given ones out would measure something else than what was
+        asked for. Raises ServingError, ValueError.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     client = SearchClient(target, model, timeout_s)
 
     def retrieve(
-        queries: Sequence[Query], users: Sequence[Any] | None, k: int
+        queries: Sequence[Text], users: Sequence[Any] | None, k: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        if users is not None and any(user is not None for user in users):
-            raise ValueError(f"model {model!r} at {target} takes no user features; pass users=None")
-        ids = np.full((len(queries), k), _PADDING_ID, np.int64)
+        if to_user is None and users is not None and any(user is not None for user in users):
+            raise ValueError(f"model {model!r} at {target} was opened with no user features; pass users=None")
+        ids = np.full((len(queries), k), PADDING_ID, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
         for start in range(0, len(queries), batch_size):
             batch = queries[start : start + batch_size]
-            for row, result in enumerate(client.search(batch, k), start):
+            asking: list[User | Mapping[str, Any] | None] | None = None
+            if to_user is not None and users is not None:
+                asking = [to_user(user) for user in users[start : start + batch_size]]
+            for row, result in enumerate(client.search(batch, k, user=asking), start):
                 found = min(len(result), k)
                 ids[row, :found] = result.item_ids[:found]
                 scores[row, :found] = result.scores[:found]
         return ids, scores
 
+    retrieve.personal = to_user is not None  # type: ignore[attr-defined]
     return retrieve

@@ -27,8 +27,10 @@ OP_LIBRARY_GROUP = "dpsr.op_libraries"
 PASS_UNKNOWN_FLAGS = True
 USAGE = f"""
 Usage: dpsr serve --model_base_path=DIR [--model_name=NAME] [--host=127.0.0.1] [--port=8500] [--flag=value ...]
+       dpsr serve --model_config_file=FILE [--host=127.0.0.1] [--port=8500] [--flag=value ...]
 
-Serves the SavedModel versions in DIR (its children named by numbers) over TensorFlow Serving's gRPC API.
+Serves the SavedModel versions in DIR (its children named by numbers), or the models that the text ModelServerConfig in
+FILE names, over TensorFlow Serving's gRPC API.
 Every other flag goes to the model server as it is; its own are listed by {BINARY} --help
 """
 
@@ -50,6 +52,9 @@ def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
     flags.DEFINE_string("model_base_path", None, "Directory with the model's versions.", flag_values=values)
     flags.DEFINE_string("model_name", "default", "Name that requests call the model by.", flag_values=values)
+    flags.DEFINE_string(
+        "model_config_file", None, "Text file with many models, instead of a base path.", flag_values=values
+    )
     flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all.", flag_values=values)
     flags.DEFINE_integer(
         "port", 8500, "Port to listen on; 0 takes a free one.", lower_bound=0, upper_bound=65535, flag_values=values
@@ -68,11 +73,15 @@ def run(values: flags.FlagValues, arguments: list[str]) -> NoReturn:
     Raises:
         CommandError: the server cannot start; UsageError for the flags.
     """
-    if not values.model_base_path:
+    if not values.model_base_path and not values.model_config_file:
         raise UsageError("no model to serve; give the directory of its versions with --model_base_path=DIR")
-    server = _server_command(
-        values.model_base_path, values.model_name, values.host, values.port, values.op_library, arguments
-    )
+    if values.model_base_path and values.model_config_file:
+        raise UsageError("give either --model_base_path or --model_config_file")
+    if values.model_config_file:
+        models = [f"--model_config_file={os.path.abspath(values.model_config_file)}"]
+    else:
+        models = _one_model(values.model_base_path, values.model_name)
+    server = _server_command(models, values.host, values.port, values.op_library, arguments)
     sys.stdout.flush()
     os.execve(server[0], server, _environment())
 
@@ -149,7 +158,7 @@ def start_model_server(
     Raises:
         CommandError: it cannot start, ended, or is not ready in time; with the last that it printed.
     """
-    server = _server_command(base_path, model_name, host, port, op_libraries, arguments)
+    server = _server_command(_one_model(base_path, model_name), host, port, op_libraries, arguments)
     if threading.current_thread() is threading.main_thread():
         # Not from other threads: the kernel would end the server with the thread, not with the process.
         server = [sys.executable, "-I", "-S", "-c", _WITH_PARENT, str(os.getpid()), *server]
@@ -185,9 +194,17 @@ def registered_op_libraries() -> list[str]:
     return sorted(libraries)
 
 
+def _one_model(base_path: str | os.PathLike[str], model_name: str) -> list[str]:
+    """The server's flags for the versions in a directory. Raises CommandError where there are none."""
+    path = os.fspath(base_path)
+    if "://" not in path:  # not a file system that only TensorFlow reads
+        path = os.path.abspath(path)
+        _check_versions(path)
+    return [f"--model_base_path={path}", f"--model_name={model_name}"]
+
+
 def _server_command(
-    base_path: str | os.PathLike[str],
-    model_name: str,
+    models: Sequence[str],
     host: str,
     port: int,
     op_libraries: Iterable[str | os.PathLike[str]] | None,
@@ -196,23 +213,13 @@ def _server_command(
     """The server's command line. Raises CommandError for what the user can mend before anything starts."""
     if not os.access(BINARY, os.X_OK):
         raise CommandError(f"the model server is not built ({BINARY} is missing); run `make setup`")
-    path = os.fspath(base_path)
-    if "://" not in path:  # not a file system that only TensorFlow reads
-        path = os.path.abspath(path)
-        _check_versions(path)
     if op_libraries is None:
         op_libraries = registered_op_libraries()
     libraries = [os.path.abspath(library) for library in op_libraries if os.fspath(library)]
     for library in libraries:
         if not os.path.isfile(library):
             raise CommandError(f"--op_library: no such file: {library}")
-    server = [
-        str(BINARY),
-        f"--model_base_path={path}",
-        f"--model_name={model_name}",
-        f"--host={host}",
-        f"--port={port}",
-    ]
+    server = [str(BINARY), *models, f"--host={host}", f"--port={port}"]
     if libraries:
         server.append(f"--op_library={','.join(libraries)}")
     return [*server, *arguments]

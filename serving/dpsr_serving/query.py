@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import os
@@ -17,9 +18,11 @@ from dpsr_serving.errors import CommandError, UsageError
 
 USAGE = """
 Usage: dpsr query --target=host:port --model=NAME [--k=10] [--titles=PATH] [--json] "text" ...
+       dpsr query ... --user_features='{"gender": "f", "age": 31}' --clicked_items=17,4 --past_queries="red" "text"
+       dpsr query ... --include="brand=Acme|Bolt" --include="price=10..20" --exclude="color=red" "text"
 
-Searches for each text and prints rank, score, item id and, with --titles, the item's title.
-A text that starts with a dash goes after a lone `--`.
+Searches for each text and prints rank, score, the head that found it where there are several, item id and, with
+--titles, the item's title. A text that starts with a dash goes after a lone `--`.
 """
 TAKES_ARGUMENTS = True
 _TITLES_IN_SERVABLE = "assets.extra/item_titles.tsv.gz"
@@ -38,6 +41,32 @@ def define_flags(values: flags.FlagValues) -> None:
         "Titles to show: a gzipped TSV of item_id, title; or a servable version directory that has one.",
         flag_values=values,
     )
+    flags.DEFINE_string("user_features", None, "User features, a JSON object: name to value.", flag_values=values)
+    flags.DEFINE_list("clicked_items", [], "Items that the user clicked, oldest first.", flag_values=values)
+    flags.DEFINE_list(
+        "clicked_item_types",
+        [],
+        "What the user did with each: click, cart or order; click where left out.",
+        flag_values=values,
+    )
+    flags.DEFINE_multi_string(
+        "past_queries", [], "A query that the user made before; oldest first.", flag_values=values
+    )
+    flags.DEFINE_multi_string(
+        "include", [], "A filter that all results meet: NAME=VALUE|VALUE or NAME=LOW..HIGH.", flag_values=values
+    )
+    flags.DEFINE_multi_string("exclude", [], "A filter that no result meets.", flag_values=values)
+    flags.DEFINE_list("exclude_items", [], "Items that are not to be found.", flag_values=values)
+    flags.DEFINE_string(
+        "search_parameters", "", "Of the index, in place of the servable's own: nprobe=64.", flag_values=values
+    )
+    flags.DEFINE_integer("version", None, "Version of the model; the latest without it.", flag_values=values)
+    flags.DEFINE_string("label", None, "Label of the version.", flag_values=values)
+    flags.DEFINE_multi_string("metadata", [], "KEY=VALUE to send along, such as user-id=u17.", flag_values=values)
+    flags.DEFINE_string("ca", None, "PEM file: encrypt, the server's certificate is signed by it.", flag_values=values)
+    flags.DEFINE_string("certificate", None, "PEM file: encrypt, show this certificate.", flag_values=values)
+    flags.DEFINE_string("key", None, "PEM file of its key.", flag_values=values)
+    flags.DEFINE_string("server_name", None, "Name in the server's certificate, if not the host.", flag_values=values)
     flags.DEFINE_float("timeout_s", 10.0, "Seconds to wait for an answer.", lower_bound=0.001, flag_values=values)
     flags.DEFINE_boolean("json", False, "Prints one JSON object a query instead of tables.", flag_values=values)
 
@@ -49,7 +78,7 @@ def run(values: flags.FlagValues, texts: list[str]) -> None:
         CommandError: the server gave no results, or the titles cannot be read; UsageError for the flags.
     """
     # Here, not at the top: gRPC is slow to import, and `--help` does without.
-    from dpsr_serving.client import SearchClient
+    from dpsr_serving.client import SearchClient, ServingError, Tls, User
 
     if not texts:
         raise UsageError('nothing to search for; give at least one text: dpsr query --model=NAME "red shoes"')
@@ -61,18 +90,71 @@ def run(values: flags.FlagValues, texts: list[str]) -> None:
             text.encode()
         except UnicodeEncodeError:
             raise UsageError(f"the query {os.fsencode(text)!r} is not UTF-8 text; convert it to UTF-8") from None
-    with SearchClient(values.target, values.model, values.timeout_s) as client:
-        results = client.search(texts, values.k)
+    user = User(_features(values.user_features), values.clicked_items, values.past_queries, values.clicked_item_types)
+    tls = None
+    if values.ca is not None or values.certificate is not None:
+        tls = Tls(values.ca, values.certificate, values.key, values.server_name)
+    try:
+        with SearchClient(
+            values.target,
+            values.model,
+            values.timeout_s,
+            version=values.version,
+            label=values.label,
+            tls=tls,
+            metadata=dict(_pair(text) for text in values.metadata),
+        ) as client:
+            results = client.search(
+                texts,
+                values.k,
+                user=user if any(dataclasses.astuple(user)) else None,
+                filters=values.include,
+                exclude_filters=values.exclude,
+                exclude_items=values.exclude_items,
+                search_parameters=values.search_parameters,
+            )
+    except ServingError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    except OSError as error:
+        raise CommandError(f"{error.filename}: {error.strerror}") from None
     titles = {}
     if values.titles is not None:
         titles = read_titles(Path(values.titles), (item_id for result in results for item_id in result.item_ids))
     for text, result in zip(texts, results, strict=True):
         rows = _rows(result, titles)
         if values.json:
-            print(json.dumps({"query": text, "results": rows}, ensure_ascii=False))
+            line: dict[str, Any] = {"query": text, "results": rows}
+            if result.version:
+                line["version"] = result.version
+            if result.arm:
+                line["arm"] = result.arm
+            if result.shards is not None:
+                line["shards"] = list(result.shards)
+            print(json.dumps(line, ensure_ascii=False))
         else:
             print(_table(text, rows))
     sys.stdout.flush()
+
+
+def _features(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        features = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f'--user_features: {error}; expected a JSON object such as {{"age": 31}}') from None
+    if not isinstance(features, dict):
+        raise UsageError(f'--user_features: got {text}, expected a JSON object such as {{"age": 31}}')
+    return features
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise UsageError(f"--metadata: got {text!r}, expected KEY=VALUE")
+    return key.lower(), value
 
 
 def read_titles(path: Path, item_ids: Iterable[int]) -> dict[int, str]:
@@ -119,10 +201,12 @@ def _table(query: str, rows: list[dict[str, Any]]) -> str:
         return f"{_printable(query)}\n  no results\n"
     ids = [_printable(str(row.get("item_key", row["item_id"]))) for row in rows]
     width = max(len("item id"), *map(len, ids))
-    lines = [_printable(query), f"  rank    score  {'item id':>{width}}  title"]
+    heads = any(row["head"] for row in rows)  # of one head there is nothing to tell
+    lines = [_printable(query), f"  rank    score  {'head  ' if heads else ''}{'item id':>{width}}  title"]
     for row, item_id in zip(rows, ids, strict=True):
-        line = f"  {row['rank']:>4}  {row['score']:>7.4f}  {item_id:>{width}}  {_printable(row.get('title', ''))}"
-        lines.append(line.rstrip())
+        head = f"{row['head']:>4}  " if heads else ""
+        title = _printable(row.get("title", ""))
+        lines.append(f"  {row['rank']:>4}  {row['score']:>7.4f}  {head}{item_id:>{width}}  {title}".rstrip())
     return "\n".join(lines) + "\n"
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from dpsr_serving.tensors import make_tensor, to_numpy
 class RecordingBackend:
     """A gRPC server of raw bytes, for what no model server can be made to do or would not let one see."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: Sequence[tuple[str, Any]] = ()) -> None:
         self.calls: list[tuple[str, bytes, dict[str, Any], float | None]] = []
         self.entered = threading.Semaphore(0)
         self.answer: Callable[[bytes, Any], bytes] = lambda request, context: request
-        self._server = grpc.server(futures.ThreadPoolExecutor(8), options=apis.GRPC_OPTIONS)
+        self._server = grpc.server(futures.ThreadPoolExecutor(8), options=(*apis.GRPC_OPTIONS, *options))
         backend = self
 
         class Handlers(grpc.GenericRpcHandler):
@@ -46,6 +47,12 @@ class RecordingBackend:
 
     def stop(self) -> None:
         self._server.stop(0).wait()
+
+
+FAST = "health: {every_s: 0.1, timeout_s: 0.3, return_s: 0.2}\n"
+
+StartProxy = Callable[..., ProxyProcess]  # the fixtures of conftest.py
+StartBackend = Callable[[], RecordingBackend]
 
 
 def call(target: str, method: str, request: bytes, timeout: float | None = 20, metadata: Any = ()) -> Any:
@@ -76,18 +83,28 @@ def ask_ids(target: str, model: str, query: str = "a", timeout: float = 20, meta
 
 
 class Load:
-    """Threads that ask without a pause until the end of the block; counts what they got."""
+    """Threads that send the request, or each of several in turn, until the end of the block; counts what they got."""
 
-    def __init__(self, target: str, request: bytes, threads: int = 4, timeout: float = 20) -> None:
+    def __init__(
+        self,
+        target: str,
+        request: bytes | Sequence[bytes],
+        threads: int = 4,
+        timeout: float = 20,
+        pause_s: float = 0.0,
+    ) -> None:
         self.codes: list[grpc.StatusCode] = []
         self.details: list[str] = []
         self._stop = threading.Event()
         self._channel = grpc.insecure_channel(target, options=apis.CHANNEL_OPTIONS)
-        self._threads = [threading.Thread(target=self._ask, args=(request, timeout)) for _ in range(threads)]
+        requests = [request] if isinstance(request, bytes) else list(request)
+        self._threads = [threading.Thread(target=self._ask, args=(requests, timeout, pause_s)) for _ in range(threads)]
 
-    def _ask(self, request: bytes, timeout: float) -> None:
+    def _ask(self, requests: Sequence[bytes], timeout: float, pause_s: float) -> None:
         method = self._channel.unary_unary(apis.PREDICT)
-        while not self._stop.is_set():
+        for request in itertools.cycle(requests):
+            if self._stop.wait(pause_s):
+                return
             done = method.future(request, timeout=timeout)
             code = done.code()
             self.codes.append(code)

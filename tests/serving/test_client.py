@@ -24,6 +24,7 @@ from dpsr_serving import apis
 from dpsr_serving.client import SearchClient, ServingError, retriever
 from dpsr_serving.model_server import ModelServer
 from dpsr_serving.tensors import make_tensor, to_numpy
+from dpsr_tf.cli import main
 
 NUMERIC = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")
 
@@ -263,6 +264,7 @@ def test_retriever_pads_and_batches(servers: dict[str, ModelServer]) -> None:
     assert retrieve(["a"], [None], 1)[0].tolist() == [[100]]
     with pytest.raises(ValueError, match="no user features"):
         retrieve(["a"], [{"age": 3}], 1)
+    assert not retrieve.personal  # type: ignore[attr-defined]
 
 
 def test_client_and_tensorflow_serving_api_live_in_one_process(servers: dict[str, ModelServer]) -> None:
@@ -309,9 +311,9 @@ def test_query_prints_a_table(servers: dict[str, ModelServer], titles: Path) -> 
     assert result.returncode == 0 and result.stderr == ""
     assert result.stdout.splitlines() == [
         "ab",
-        "  rank    score  item id  title",
-        "     1   1.0000      100  Red shoes, café",
-        "     2   0.5000      101  bell� and�line",
+        "  rank    score  head  item id  title",
+        "     1   1.0000     0      100  Red shoes, café",
+        "     2   0.5000     1      101  bell� and�line",
         "",
         "",
         "  no results",
@@ -328,7 +330,7 @@ def test_query_prints_json(servers: dict[str, ModelServer], titles: Path) -> Non
     first, second = map(json.loads, result.stdout.splitlines())
     assert first["query"] == "é"
     assert first["results"] == [{"rank": 1, "score": 1.0, "item_id": 200, "head": 0, "item_key": "sku-200"}]
-    assert second == {"query": "", "results": []}
+    assert second == {"query": "", "results": [], "version": 1}
 
 
 def test_query_that_is_not_utf8(servers: dict[str, ModelServer]) -> None:
@@ -337,7 +339,9 @@ def test_query_that_is_not_utf8(servers: dict[str, ModelServer]) -> None:
     assert result.stderr == "dpsr query: error: the query b'-a\\xff' is not UTF-8 text; convert it to UTF-8\n"
 
 
-def test_query_failures_are_one_line(servers: dict[str, ModelServer], tmp_path: Path) -> None:
+def test_query_failures_are_one_line(
+    servers: dict[str, ModelServer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = f"--target={servers['shop'].target}"
     broken = tmp_path / "broken.tsv.gz"
     broken.write_bytes(b"not gzip")
@@ -353,6 +357,16 @@ def test_query_failures_are_one_line(servers: dict[str, ModelServer], tmp_path: 
         (2, (target, "--model=", "a"), "must not be empty"),
         (2, (target, "--k=0", "a"), "k=0"),
         (2, (target, "--kk=1", "a"), "kk"),
+        (2, (target, "--model=shop", "--user_features={", "a"), "JSON object such as"),
+        (2, (target, "--model=shop", "--user_features=[1]", "a"), "got [1], expected a JSON object"),
+        (2, (target, "--model=shop", "--metadata=x", "a"), "expected KEY=VALUE"),
+        (2, (target, "--model=shop", "--k=1", '--user_features={"age": 3}', "a"), "those it reads: none"),
+        (
+            2,
+            (target, "--model=shop", "--k=1", "--include=brand=Acme", "a"),
+            "takes no include; its inputs are k, query",
+        ),
+        (1, (target, "--model=shop", "--ca=missing.pem", "a"), "missing.pem: No such file"),
         (1, (target, "--model=nowhere", "a"), "does not serve a model 'nowhere'"),
         (1, ("--target=127.0.0.1:1", "--model=shop", "a"), "127.0.0.1:1"),
         (1, (target, "--model=shop", f"--titles={tmp_path / 'missing'}", "a"), "no such file"),
@@ -361,10 +375,9 @@ def test_query_failures_are_one_line(servers: dict[str, ModelServer], tmp_path: 
         (1, (target, "--model=shop", f"--titles={untabbed}", "a"), "line 1: expected item_id<TAB>title"),
         (1, (target, "--model=shop", f"--titles={cut}", "a"), "cannot read titles"),
     ):
-        result = query(*arguments)
-        assert result.returncode == status, (arguments, result)
-        assert result.stderr.startswith("dpsr query: error: ") and result.stderr.count("\n") == 1
-        assert words in result.stderr
+        assert main(["query", *arguments]) == status, arguments
+        said = capsys.readouterr().err
+        assert said.startswith("dpsr query: error: ") and said.count("\n") == 1 and words in said, said
 
 
 def test_query_help() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,21 @@ import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import ProxyProcess
-from proxy_backends import RecordingBackend, ask_ids, call, http_address, metric, predict, wait_until, write_yaml
+from proxy_backends import (
+    StartBackend,
+    StartProxy,
+    ask_ids,
+    call,
+    http_address,
+    metric,
+    predict,
+    wait_until,
+    write_yaml,
+)
 
 from dpsr_serving import apis
 from dpsr_serving.model_server import ModelServer
 from dpsr_serving.proxy.experiments import assign
-
-StartProxy = Callable[..., ProxyProcess]
-StartBackend = Callable[[], RecordingBackend]
 
 
 def test_assignment_is_pinned() -> None:

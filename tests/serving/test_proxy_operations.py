@@ -6,19 +6,18 @@ import json
 import os
 import re
 import signal
-import subprocess
 import threading
-from collections.abc import Callable
 from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from processes import ProxyProcess, run_command
+from processes import run_command
 from proxy_backends import (
     Load,
-    RecordingBackend,
+    StartBackend,
+    StartProxy,
     ask_ids,
     call,
     get,
@@ -49,8 +48,6 @@ from dpsr_serving.proxy.config import (
 from dpsr_serving.proxy.metrics import METRICS, Metrics, merge
 
 ROOT = Path(__file__).resolve().parents[2]
-StartProxy = Callable[..., ProxyProcess]
-StartBackend = Callable[[], RecordingBackend]
 
 
 # HTTP and metrics
@@ -143,24 +140,6 @@ def test_access_log_samples_and_keeps_errors(
 
 
 # TLS
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An authority (ca.pem), and server and client certificates of it (NAME.pem, NAME.key) for "localhost"."""
-    folder = tmp_path_factory.mktemp("tls")
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=ca")
-    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
-    for name in ("server", "client"):
-        openssl("req", *key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names")
-        openssl("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", *signing)
-    return folder
 
 
 def test_mutual_tls_on_both_sides(

@@ -1,117 +1,32 @@
-"""Replicas, rules, discovery and reloads, before real model servers that are killed, stopped and replaced."""
+"""Replicas, retries, rules, discovery and reloads; test_faults.py has what happens when servers fail."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
-import pytest
-from processes import ProxyProcess, save_search_model
 from proxy_backends import (
+    FAST,
     Load,
-    RecordingBackend,
+    StartBackend,
+    StartProxy,
     ask_ids,
     call,
-    get,
     http_address,
     metric,
     predict,
     wait_until,
     write_yaml,
 )
-from saved_models import publish
 
 from dpsr_serving import apis
-from dpsr_serving.model_server import ModelServer, start_model_server
+from dpsr_serving.model_server import ModelServer
 from dpsr_serving.proxy import routing
 from dpsr_serving.proxy.backends import RetryBudget
 from dpsr_serving.proxy.config import RetryConfig, parse_config
-
-StartProxy = Callable[..., ProxyProcess]
-StartBackend = Callable[[], RecordingBackend]
-FAST = "health: {every_s: 0.1, timeout_s: 0.3, return_s: 0.2}\n"
-
-
-@pytest.fixture
-def pair(model_paths: dict[str, Path]) -> Iterator[list[ModelServer]]:
-    """Two servers of the model "shop" that a test may harm."""
-    running = [start_model_server(model_paths["shop"], "shop", op_libraries=()) for _ in range(2)]
-    yield running
-    for server in running:
-        server.process.send_signal(signal.SIGCONT)
-        server.stop()
-
-
-def shop_config(pair: list[ModelServer], more: str = FAST) -> str:
-    return f"models: {{shop: {{backends: {[server.target for server in pair]}}}}}\n{more}"
-
-
-def test_killed_backend_fails_no_request_and_gets_no_more(
-    pair: list[ModelServer], start_proxy: StartProxy, tmp_path: Path
-) -> None:
-    proxy = start_proxy(write_yaml(tmp_path / "p.yaml", shop_config(pair)), "--http_port=0")
-    http = http_address(proxy)
-    with Load(proxy.target, predict("shop", query=["abc"])) as load:
-        load.wait_for(200)
-        pair[0].process.kill()
-        load.wait_for(400)
-    assert load.failed == 0, load.details
-    # What it lost was asked again, once each: a dead server attracts nothing.
-    assert metric(http, "dpsr_proxy_backend_failures_total", backend=pair[0].target) <= 8
-    assert metric(http, "dpsr_proxy_backend_up", backend=pair[0].target) == 0
-    assert metric(http, "dpsr_proxy_backend_up", backend=pair[1].target) == 1
-
-
-def test_hanging_backend_fails_no_request_and_comes_back(
-    pair: list[ModelServer], start_proxy: StartProxy, tmp_path: Path
-) -> None:
-    proxy = start_proxy(write_yaml(tmp_path / "p.yaml", shop_config(pair)), "--http_port=0")
-    http = http_address(proxy)
-    with Load(proxy.target, predict("shop", query=["abc"])) as load:
-        load.wait_for(100)
-        pair[0].process.send_signal(signal.SIGSTOP)
-        wait_until(lambda: metric(http, "dpsr_proxy_backend_up", backend=pair[0].target) == 0)
-        load.wait_for(200)
-        pair[0].process.send_signal(signal.SIGCONT)
-        wait_until(lambda: metric(http, "dpsr_proxy_backend_up", backend=pair[0].target) == 1)
-        load.wait_for(100)
-    assert load.failed == 0, load.details
-    assert metric(http, "dpsr_proxy_retries_total", model="shop") >= 1
-    pair[1].process.kill()  # the one that came back has to do it alone
-    assert ask_ids(proxy.target, "shop") == [100]
-
-
-def test_restarted_backend_is_found_again(
-    pair: list[ModelServer], model_paths: dict[str, Path], start_proxy: StartProxy, tmp_path: Path
-) -> None:
-    proxy = start_proxy(write_yaml(tmp_path / "p.yaml", shop_config(pair[:1])), "--http_port=0")
-    http = http_address(proxy)
-    wait_until(lambda: get(http, "/readyz")[0] == 200)
-    pair[0].process.kill()
-    pair[0].process.wait()
-    wait_until(lambda: get(http, "/readyz")[0] == 503)
-    code, details, *_ = call(proxy.target, apis.PREDICT, predict("shop", query=["a"]))
-    assert code is grpc.StatusCode.UNAVAILABLE and "model 'shop'" in details and pair[0].target in details
-    with start_model_server(model_paths["shop"], "shop", pair[0].port, op_libraries=()):
-        wait_until(lambda: get(http, "/readyz")[0] == 200)
-        assert ask_ids(proxy.target, "shop") == [100]
-
-
-def test_all_backends_gone_is_told_at_once(pair: list[ModelServer], start_proxy: StartProxy, tmp_path: Path) -> None:
-    proxy = start_proxy(write_yaml(tmp_path / "p.yaml", shop_config(pair)))
-    for server in pair:
-        server.process.kill()
-        server.process.wait()
-    for _ in range(3):  # no deadline: whoever waited for a server would wait for ever
-        code, details, *_ = call(proxy.target, apis.PREDICT, predict("shop", query=["a"]), timeout=None)
-        assert code is grpc.StatusCode.UNAVAILABLE and "model 'shop'" in details
-        assert (
-            all(server.target in details for server in pair) or pair[0].target in details or pair[1].target in details
-        )
 
 
 def test_only_what_another_server_can_mend_is_retried(
@@ -242,45 +157,6 @@ def test_discovery_asks_who_holds_a_model(
     assert call(proxy.target, apis.GET_MODEL_STATUS, status.SerializeToString())[0] is grpc.StatusCode.OK
     code, details, *_ = call(proxy.target, apis.PREDICT, predict("nowhere", query=["a"]))
     assert (code, details) == (grpc.StatusCode.NOT_FOUND, "Servable not found for request: Latest(nowhere)")
-
-
-def test_version_rollout_over_two_backends_fails_no_request(
-    model_paths: dict[str, Path], start_proxy: StartProxy, tmp_path: Path
-) -> None:
-    save_search_model(tmp_path / "new", base=300)
-    bases = [tmp_path / "a", tmp_path / "b"]
-    running = []
-    try:
-        for base in bases:
-            base.mkdir()
-            publish(model_paths["shop"] / "7", base, 7)
-            running.append(
-                start_model_server(base, "shop", op_libraries=(), arguments=("--file_system_poll_wait_seconds=1",))
-            )
-        config = f"models: {{shop: {{backends: {[s.target for s in running]}, discover: true}}}}\n{FAST}"
-        proxy = start_proxy(write_yaml(tmp_path / "p.yaml", config))
-        pinned = apis.PredictRequest.FromString(predict("shop", query=["a"]))
-        pinned.model_spec.version.value = 8
-        with Load(proxy.target, predict("shop", query=["abc"]), threads=2) as load:
-            for number, base in enumerate(bases):
-                publish(tmp_path / "new", base, 8)
-                wait_until(lambda n=number: ask_ids(running[n].target, "shop") == [300], 60)
-                # Whoever asks for version 8 gets it, wherever it is by now; and 7 as long as one has it.
-                wait_until(
-                    lambda: call(proxy.target, apis.PREDICT, pinned.SerializeToString())[0] is grpc.StatusCode.OK
-                )
-                for _ in range(6):
-                    response = call(proxy.target, apis.PREDICT, pinned.SerializeToString())[2]
-                    assert apis.PredictResponse.FromString(response).model_spec.version.value == 8
-                old = apis.PredictRequest.FromString(pinned.SerializeToString())
-                old.model_spec.version.value = 7
-                if number == 0:
-                    for _ in range(6):
-                        assert call(proxy.target, apis.PREDICT, old.SerializeToString())[0] is grpc.StatusCode.OK
-        assert load.failed == 0, load.details
-    finally:
-        for server in running:
-            server.stop()
 
 
 def test_reload_takes_a_good_file_over_and_refuses_a_bad_one(

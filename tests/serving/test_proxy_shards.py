@@ -12,8 +12,7 @@ import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from processes import ProxyProcess
-from proxy_backends import RecordingBackend, call, http_address, metric, predict, wait_until, write_yaml
+from proxy_backends import RecordingBackend, StartProxy, call, http_address, metric, predict, wait_until, write_yaml
 
 from dpsr_serving import apis
 from dpsr_serving.client import SearchClient
@@ -21,7 +20,6 @@ from dpsr_serving.model_server import ModelServer, start_model_server
 from dpsr_serving.proxy.shards import merge_answers
 from dpsr_serving.tensors import make_tensor, to_numpy
 
-StartProxy = Callable[..., ProxyProcess]
 PARTS = 3
 
 

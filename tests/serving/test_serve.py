@@ -57,6 +57,24 @@ def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
             process.kill()
 
 
+def test_serves_the_models_of_a_file(model_paths: dict[str, Path], tmp_path: Path) -> None:
+    models = tmp_path / "models.config"
+    models.write_text(
+        "model_config_list {"
+        + "".join(
+            f'config {{ name: "{name}" base_path: "{path}" model_platform: "tensorflow" }}'
+            for name, path in model_paths.items()
+        )
+        + "}"
+    )
+    with serving(f"--model_config_file={models}") as (_, target):
+        for name in model_paths:
+            with SearchClient(target, name) as client:
+                assert len(client.search("abc")[0])
+    result = run_command("serve", f"--model_config_file={models}", "--model_base_path=x")
+    assert result.returncode == 2 and "give either --model_base_path or --model_config_file" in result.stderr
+
+
 def test_serves_until_sigterm(model_paths: dict[str, Path]) -> None:
     with serving(f"--model_base_path={model_paths['shop']}", "--model_name=s", "--op_library=") as (process, target):
         with SearchClient(target, "s") as client:

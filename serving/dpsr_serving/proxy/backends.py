@@ -9,40 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import random
+import ssl
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import grpc
-import grpc.aio
 
 from dpsr_serving import apis
+from dpsr_serving.proxy.calls import Channel, Code, Metadata, Reply, client_tls
 from dpsr_serving.proxy.config import HealthConfig, PoolConfig, RetryConfig, TlsConfig
 from dpsr_serving.proxy.metrics import Metrics
 from dpsr_serving.proxy.routing import Spec, least_outstanding
 
 # Marks the proxy's own calls, for the logs of the servers.
-CHECK_METADATA = (("dpsr-proxy", "check"),)
+CHECK_METADATA = ((b"dpsr-proxy", b"check"),)
 _ANSWERS_IN_A_ROW = 5  # of UNAVAILABLE, that put a server down which is there
 _DISCOVER_EVERY_CHECKS = 3
 _ABSENT_LIMIT = 4096
 
-_OK = grpc.StatusCode.OK
-_UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
-_NO_LIFE = (_UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
-
-
-class Reply(NamedTuple):
-    """What a call came to: a server's answer, or the proxy's own words where `backend` is ""."""
-
-    code: grpc.StatusCode
-    details: str = ""
-    body: bytes = b""
-    initial: Any = ()
-    trailing: Any = ()
-    backend: str = ""
-    attempts: int = 0
+_NO_LIFE = (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED, Code.CANCELLED)
 
 
 class Backend:
@@ -56,7 +39,7 @@ class Backend:
         asked: the models that it was asked for since it last came up.
     """
 
-    def __init__(self, address: str, metrics: Metrics, tls: grpc.ChannelCredentials | None, server_name: str) -> None:
+    def __init__(self, address: str, metrics: Metrics, tls: ssl.SSLContext | None, server_name: str) -> None:
         self.address = address
         self.outstanding = 0
         self.up = True
@@ -68,49 +51,27 @@ class Backend:
         self._return_s = 0.0
         self._failures = 0
         self._unavailable = 0
-        self._calls: set[Any] = set()
-        self._given_up: set[Any] = set()
         self._watching: asyncio.Task[None] | None = None
-        options = list(apis.CHANNEL_OPTIONS)
-        if tls is None:
-            self._channel = grpc.aio.insecure_channel(address, options=options)
-        else:
-            if server_name:
-                options.append(("grpc.ssl_target_name_override", server_name))
-            self._channel = grpc.aio.secure_channel(address, tls, options=options)
-        self._methods = {path: self._channel.unary_unary(path) for path in apis.METHODS}
+        self._channel = Channel(address, tls, server_name)
 
-    async def call(self, path: str, request: bytes, timeout_s: float | None, metadata: Any) -> Reply:
+    async def call(self, path: str, request: bytes, timeout_s: float | None, metadata: Metadata) -> Reply:
         """Makes one call with serialized messages. A call given up because the server went down is UNAVAILABLE."""
-        call = self._methods[path](request, timeout=timeout_s, metadata=metadata)
-        self._calls.add(call)
         self.outstanding += 1
         try:
-            body: bytes = await call
-            self._unavailable = 0
-            return Reply(_OK, "", body, await call.initial_metadata(), await call.trailing_metadata(), self.address)
-        except grpc.aio.AioRpcError as error:
-            code, details = error.code(), error.details() or ""
-            if code is _UNAVAILABLE:
-                if self._channel.get_state() is not grpc.ChannelConnectivity.READY:
-                    # gRPC's own words for a lost connection, not the server's: they do not tell whom we asked.
-                    self.put_down()
-                    details = f"backend {self.address} cannot be reached: {details}"
-                else:
-                    self._unavailable += 1
-                    if self._unavailable >= _ANSWERS_IN_A_ROW:
-                        self.put_down()
-            else:
-                self._unavailable = 0
-            return Reply(code, details, b"", error.initial_metadata(), error.trailing_metadata(), self.address)
-        except asyncio.CancelledError:
-            if call in self._given_up:
-                return Reply(_UNAVAILABLE, f"backend {self.address} does not answer", backend=self.address)
-            raise
+            reply = await self._channel.call(path, request, timeout_s, metadata)
         finally:
             self.outstanding -= 1
-            self._calls.discard(call)
-            self._given_up.discard(call)
+        if reply.code not in _NO_LIFE:
+            self._failures = 0  # it is slow at most, whatever its checks say
+        if reply.code is not Code.UNAVAILABLE:
+            self._unavailable = 0
+        elif reply.lost:
+            self.put_down()
+        else:
+            self._unavailable += 1
+            if self._unavailable >= _ANSWERS_IN_A_ROW:
+                self.put_down()
+        return reply
 
     def put_down(self) -> None:
         """Takes the server out until a check succeeds, and gives up the calls under way: they hang or are lost."""
@@ -118,10 +79,7 @@ class Backend:
             return
         self.up = False
         self._metrics.count("dpsr_proxy_ejections_total", (self.address,))
-        for call in list(self._calls):
-            if not call.done():
-                self._given_up.add(call)
-                call.cancel()
+        self._channel.drop()
 
     def bring_up(self, return_s: float) -> None:
         """Lets it take requests, a growing share of its own over `return_s` seconds."""
@@ -152,32 +110,32 @@ class Backend:
                 for model in list(self.holds):
                     await self.ask(model, health.timeout_s)
             turn += 1
-            await asyncio.sleep(health.every_s)
+            if not (self.up and self._failures):  # one that may hang is asked again at once
+                await asyncio.sleep(health.every_s)
 
     async def check(self, health: HealthConfig) -> None:
         """Asks for the status of no model: any answer is a sign of life."""
-        code = await self._own_call(b"", health.timeout_s)
+        reply = await self._own_call(b"", health.timeout_s)
         self.checked = True
-        if code[0] not in _NO_LIFE:
+        if reply.code not in _NO_LIFE:
             self._failures = 0
             if not self.up:
                 self.bring_up(health.return_s)
             return
         self._failures += 1
-        lost = code[0] is _UNAVAILABLE and self._channel.get_state() is not grpc.ChannelConnectivity.READY
-        if lost or self._failures >= health.failures:
+        if reply.lost or self._failures >= health.failures:
             self.put_down()
 
     async def ask(self, model: str, timeout_s: float) -> None:
         """Learns which versions of the model it holds."""
         request = apis.GetModelStatusRequest()
         request.model_spec.name = model
-        code, body = await self._own_call(request.SerializeToString(), timeout_s)
-        if code is _OK:
-            statuses = apis.GetModelStatusResponse.FromString(body).model_version_status
+        reply = await self._own_call(request.SerializeToString(), timeout_s)
+        if reply.code is Code.OK:
+            statuses = apis.GetModelStatusResponse.FromString(reply.body).model_version_status
             available = apis.ModelVersionStatus.State.Value("AVAILABLE")
             self.holds[model] = frozenset(status.version for status in statuses if status.state == available)
-        elif code not in _NO_LIFE:
+        elif reply.code not in _NO_LIFE:
             self.holds.pop(model, None)
         else:
             return
@@ -185,29 +143,25 @@ class Backend:
             self.asked.clear()
         self.asked.add(model)
 
-    async def _own_call(self, request: bytes, timeout_s: float) -> tuple[grpc.StatusCode, bytes]:
-        try:
-            body = await self._methods[apis.GET_MODEL_STATUS](request, timeout=timeout_s, metadata=CHECK_METADATA)
-        except grpc.aio.AioRpcError as error:
-            return error.code(), b""
-        return _OK, body
+    async def _own_call(self, request: bytes, timeout_s: float) -> Reply:
+        return await self._channel.call(apis.GET_MODEL_STATUS, request, timeout_s, CHECK_METADATA)
 
     def _unwatch(self) -> None:
         if self._watching is not None:
             self._watching.cancel()
             self._watching = None
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Ends the checks and closes the connection; calls under way fail."""
         self._unwatch()
-        await self._channel.close()
+        self._channel.drop()
 
     async def retire(self) -> None:
         """Closes once the calls under way have ended."""
         self._unwatch()
         while self.outstanding:
             await asyncio.sleep(0.1)
-        await self._channel.close()
+        self._channel.drop()
 
 
 class RetryBudget:
@@ -251,9 +205,9 @@ class Replicas:
         self._metrics = metrics
         self._turn = 0
         self._asking: dict[str, asyncio.Task[None]] = {}
-        self._absent: dict[str, float] = {}
+        self._next_ask: dict[str, float] = {}  # model -> when all backends are asked about it again
 
-    async def ask(self, spec: Spec, path: str, request: bytes, deadline: float | None, metadata: Any) -> Reply:
+    async def ask(self, spec: Spec, path: str, request: bytes, deadline: float | None, metadata: Metadata) -> Reply:
         """Asks one of the servers and, where that cannot be reached, others.
 
         Args:
@@ -279,18 +233,16 @@ class Replicas:
             tried.append(backend)
             timeout_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
             reply = await backend.call(path, request, timeout_s, metadata)
-            if reply.code is _OK:
+            if reply.code is Code.OK:
                 return reply._replace(attempts=len(tried)) if len(tried) > 1 else reply
             self._metrics.count("dpsr_proxy_backend_failures_total", (backend.address, reply.code.name))
-            if reply.code is _UNAVAILABLE:
-                if not backend.up:
-                    reply = reply._replace(
-                        details=f"model {spec.model!r}: {reply.details}" if spec.model else reply.details
-                    )
-            elif reply.code is grpc.StatusCode.NOT_FOUND and self._discover and spec.model in backend.holds:
+            if spec.model and backend.address in reply.details:  # our words, not the server's
+                reply = reply._replace(details=f"model {spec.model!r}: {reply.details}")
+            if reply.code is Code.NOT_FOUND and self._discover and spec.model in backend.holds:
                 # It no longer holds what it held when last asked: not an error of the request, which went astray.
+                self._next_ask.pop(spec.model, None)
                 await backend.ask(spec.model, self._health.timeout_s)
-            else:
+            elif reply.code is not Code.UNAVAILABLE:
                 return reply._replace(attempts=len(tried))
             if len(tried) >= self._attempts or (deadline is not None and time.monotonic() >= deadline):
                 return reply._replace(attempts=len(tried))
@@ -312,27 +264,27 @@ class Replicas:
         if full:
             self._metrics.count("dpsr_proxy_rejected_total", (spec.model,))
             return Reply(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                Code.RESOURCE_EXHAUSTED,
                 f"{whose}all backends have {self._max_outstanding} requests under way: "
                 + ", ".join(backend.address for backend in full),
             )
         addresses = ", ".join(backend.address for backend in holders)
         which = f"backend {addresses}" if len(holders) == 1 else f"none of the backends {addresses}"
-        return Reply(_UNAVAILABLE, f"{whose}{which} can{'not' if len(holders) == 1 else ''} be reached")
+        return Reply(Code.UNAVAILABLE, f"{whose}{which} can{'not' if len(holders) == 1 else ''} be reached")
 
     async def _holders(self, spec: Spec, path: str) -> list[Backend]:
         """The servers that hold what the request asks for; else those that know the model, which say what is wrong."""
         model = spec.model
         unasked = [backend for backend in self.backends if backend.up and model not in backend.asked]
-        known = [backend for backend in self.backends if model in backend.holds]
-        if unasked or (not known and time.monotonic() > self._absent.get(model, 0.0)):
+        serving = [backend for backend in self.backends if backend.up and backend.holds.get(model)]
+        if unasked or time.monotonic() > self._next_ask.get(model, 0.0):
             task = self._asking.get(model)
             if task is None:
                 task = self._asking[model] = asyncio.create_task(self._ask_all(model))
                 task.add_done_callback(lambda _: self._asking.pop(model, None))
-            if not any(backend.up for backend in known):
+            if not serving:
                 await asyncio.shield(task)
-            known = [backend for backend in self.backends if model in backend.holds]
+        known = [backend for backend in self.backends if model in backend.holds]
         if path == apis.GET_MODEL_STATUS:
             return known
         versions = [b for b in known if (b.holds[model] if spec.version is None else spec.version in b.holds[model])]
@@ -341,16 +293,16 @@ class Replicas:
     async def _ask_all(self, model: str) -> None:
         backends = [backend for backend in self.backends if backend.up]
         await asyncio.gather(*(backend.ask(model, self._health.timeout_s) for backend in backends))
-        if len(self._absent) > _ABSENT_LIMIT:
-            self._absent.clear()
-        self._absent[model] = time.monotonic() + _DISCOVER_EVERY_CHECKS * self._health.every_s
+        if len(self._next_ask) > _ABSENT_LIMIT:
+            self._next_ask.clear()
+        self._next_ask[model] = time.monotonic() + _DISCOVER_EVERY_CHECKS * self._health.every_s
 
     def _none_holds(self, spec: Spec, path: str) -> Reply:
         silent = [b.address for b in self.backends if not b.up or spec.model not in b.asked]
         if silent:
             words = f"model {spec.model!r}: not on the backends that answer; cannot be reached: {', '.join(silent)}"
-            return Reply(_UNAVAILABLE, words)
-        return Reply(grpc.StatusCode.NOT_FOUND, not_found(path, spec))
+            return Reply(Code.UNAVAILABLE, words)
+        return Reply(Code.NOT_FOUND, not_found(path, spec))
 
 
 class Pool:
@@ -370,22 +322,6 @@ def not_found(path: str, spec: Spec) -> str:
     return f"Servable not found for request: {wanted}"
 
 
-def channel_credentials(tls: TlsConfig | None) -> grpc.ChannelCredentials | None:
+def channel_tls(tls: TlsConfig | None) -> ssl.SSLContext | None:
     """What connections to the servers use. Raises OSError where a file cannot be read."""
-    if tls is None:
-        return None
-    return grpc.ssl_channel_credentials(_read(tls.ca), _read(tls.key), _read(tls.certificate))
-
-
-def server_credentials(tls: TlsConfig | None) -> grpc.ServerCredentials | None:
-    """What the proxy listens with. Raises OSError where a file cannot be read."""
-    if tls is None:
-        return None
-    ca = _read(tls.ca)
-    return grpc.ssl_server_credentials(
-        [(_read(tls.key), _read(tls.certificate))], root_certificates=ca, require_client_auth=ca is not None
-    )
-
-
-def _read(path: str | None) -> bytes | None:
-    return None if path is None else Path(path).read_bytes()
+    return None if tls is None else client_tls(tls.certificate, tls.key, tls.ca)

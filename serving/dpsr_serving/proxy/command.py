@@ -80,8 +80,6 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         config = settings.load()
     except UsageError as error:
         raise UsageError(str(error).replace(settings.config_path or "", values.config or "", 1)) from None
-    # gRPC logs a failed bind in its own words, beside our one line. It reads this when it is first imported.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if values.workers == 1:
         asyncio.run(workers.serve_alone(settings, config))
     else:

@@ -8,17 +8,13 @@ default: {backends: ["10.0.0.3:8500"]}     # every other model; without it they 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
-
-import yaml
+from typing import Any
 
 from dpsr_serving.addresses import check_address
 from dpsr_serving.errors import UsageError
-
-T = TypeVar("T")
+from dpsr_serving.yaml_file import Section, load_yaml, read_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,25 +146,14 @@ class ProxyConfig:
 
 def load_config(path: Path) -> ProxyConfig:
     """Reads a configuration file. Raises UsageError that names file, key, value and what is allowed."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot read the configuration: {error}") from error
-    try:
-        return parse_config(text)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
+    return read_file(path, parse_config)
 
 
 def parse_config(text: str) -> ProxyConfig:
     """Reads a configuration. Raises UsageError that names key, value and what is allowed."""
-    try:
-        tree = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise UsageError(f"not valid YAML: {error}") from error
-    top = _Section(
+    top = Section(
         "the configuration",
-        {} if tree is None else tree,
+        load_yaml(text),
         ("models", "default", "max_outstanding", "health", "retries", "tls", "access_log"),
     )
     models = top.tree.get("models", {})
@@ -179,7 +164,7 @@ def parse_config(text: str) -> ProxyConfig:
             raise UsageError(f"models: got the name {name!r}, expected a string that is not empty (quote it)")
     default = None
     if "default" in top.tree:
-        section = _Section("default", top.tree["default"], _POOL_KEYS)
+        section = Section("default", top.tree["default"], _POOL_KEYS)
         default = _pool(section)
         if default is None:
             raise UsageError(f"default.backends: got None, expected {_ADDRESSES}")
@@ -204,66 +189,8 @@ _POOL_KEYS = ("backends", "shards", "discover", "missing_shards", "shard_timeout
 _ADDRESSES = "a list of at least one host:port"
 
 
-class _Section:
-    """A mapping of the file with its key, and readers of its values that name both in their errors."""
-
-    def __init__(self, key: str, tree: Any, allowed: tuple[str, ...]) -> None:
-        if not isinstance(tree, dict):
-            raise UsageError(f"{key}: got {tree!r}, expected a mapping with the keys {', '.join(allowed)}")
-        for name in tree:
-            if name not in allowed:
-                raise UsageError(f"{key}: unknown key {name!r}, allowed: {', '.join(allowed)}")
-        self.key = "" if key == "the configuration" else f"{key}."
-        self.tree = tree
-
-    def section(self, name: str, allowed: tuple[str, ...]) -> _Section:
-        return _Section(f"{self.key}{name}", self.tree.get(name, {}), allowed)
-
-    def text(self, name: str, default: T, check: Callable[[str], bool] = bool, words: str = "") -> str | T:
-        return self._value(
-            name,
-            default,
-            lambda value: isinstance(value, str) and bool(value) and check(value),
-            words or "a string that is not empty (quote it)",
-        )
-
-    def flag(self, name: str, default: bool) -> bool:
-        return bool(self._value(name, default, lambda value: isinstance(value, bool), "true or false"))
-
-    def integer(self, name: str, default: T, least: int) -> int | T:
-        return self._value(
-            name,
-            default,
-            lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least,
-            f"an integer of at least {least}",
-        )
-
-    def number(self, name: str, default: T, below: float = 0, most: float = math.inf) -> float | T:
-        """A number above `below` and at most `most`."""
-        limit = f"above {below:g}" if most == math.inf else f"above {below:g} and at most {most:g}"
-        return self._value(
-            name,
-            default,
-            lambda value: (
-                isinstance(value, (int, float))
-                and not isinstance(value, bool)
-                and below < value <= most
-                and math.isfinite(value)
-            ),
-            f"a number {limit}",
-        )
-
-    def _value(self, name: str, default: T, valid: Callable[[Any], bool], words: str) -> Any | T:
-        if name not in self.tree:
-            return default
-        value = self.tree[name]
-        if not valid(value):
-            raise UsageError(f"{self.key}{name}: got {value!r}, expected {words}")
-        return value
-
-
 def _model(key: str, value: Any, has_default: bool) -> ModelConfig:
-    section = _Section(key, value, (*_POOL_KEYS, "rules", "experiment", "shadow"))
+    section = Section(key, value, (*_POOL_KEYS, "rules", "experiment", "shadow"))
     pool = _pool(section)
     others = [name for name in ("rules", "experiment", "shadow") if name in section.tree]
     if pool is None and not (has_default and others):
@@ -282,7 +209,7 @@ def _model(key: str, value: Any, has_default: bool) -> ModelConfig:
 
 
 def _rule(key: str, value: Any) -> RuleConfig:
-    section = _Section(key, value, ("version", "label", "signature", *_POOL_KEYS))
+    section = Section(key, value, ("version", "label", "signature", *_POOL_KEYS))
     if not {"version", "label", "signature"} & set(section.tree):
         raise UsageError(f"{key}: got {value!r}, expected a version, a label or a signature that it is for")
     if {"version", "label"} <= set(section.tree):
@@ -295,7 +222,7 @@ def _rule(key: str, value: Any) -> RuleConfig:
     )
 
 
-def _pool(section: _Section) -> PoolConfig | None:
+def _pool(section: Section) -> PoolConfig | None:
     given = [name for name in _POOL_KEYS if name in section.tree]
     if not given:
         return None
@@ -338,7 +265,7 @@ def _address(key: str, value: Any) -> str:
 _TARGET_KEYS = (*_POOL_KEYS, "model", "version", "label")
 
 
-def _target(section: _Section) -> TargetConfig:
+def _target(section: Section) -> TargetConfig:
     if {"version", "label"} <= set(section.tree):
         raise UsageError(f"{section.key}label: got a version too; give one of them")
     return TargetConfig(
@@ -350,7 +277,7 @@ def _target(section: _Section) -> TargetConfig:
 
 
 def _experiment(key: str, value: Any) -> ExperimentConfig:
-    section = _Section(key, value, ("name", "key", "override", "arms"))
+    section = Section(key, value, ("name", "key", "override", "arms"))
     arms = section.tree.get("arms")
     if not isinstance(arms, dict) or not arms or not all(isinstance(arm, str) and arm for arm in arms):
         raise UsageError(f"{key}.arms: got {arms!r}, expected a mapping of names to {{weight: ..., ...}}")
@@ -359,7 +286,7 @@ def _experiment(key: str, value: Any) -> ExperimentConfig:
             raise UsageError(f"{key}.{name}: got None, expected a string that is not empty")
     weights, targets = {}, {}
     for name, arm in arms.items():
-        part = _Section(f"{key}.arms.{name}", arm, ("weight", *_TARGET_KEYS))
+        part = Section(f"{key}.arms.{name}", arm, ("weight", *_TARGET_KEYS))
         if "weight" not in part.tree:
             raise UsageError(f"{key}.arms.{name}.weight: got None, expected a number above 0")
         weights[name] = float(part.number("weight", 0.0))
@@ -373,7 +300,7 @@ def _experiment(key: str, value: Any) -> ExperimentConfig:
     )
 
 
-def _metadata_key(section: _Section, name: str) -> str | None:
+def _metadata_key(section: Section, name: str) -> str | None:
     return section.text(
         name,
         None,
@@ -383,7 +310,7 @@ def _metadata_key(section: _Section, name: str) -> str | None:
 
 
 def _shadow(key: str, value: Any) -> ShadowConfig:
-    section = _Section(key, value, ("share", *_TARGET_KEYS))
+    section = Section(key, value, ("share", *_TARGET_KEYS))
     target = _target(section)
     if target == TargetConfig():
         raise UsageError(f"{key}: got {value!r}, expected where the copies go: backends, model, version or label")
@@ -409,7 +336,7 @@ def _fields(kind: Any) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(kind))
 
 
-def _health(section: _Section) -> HealthConfig:
+def _health(section: Section) -> HealthConfig:
     preset = HealthConfig()
     return HealthConfig(
         section.number("every_s", preset.every_s),
@@ -419,7 +346,7 @@ def _health(section: _Section) -> HealthConfig:
     )
 
 
-def _retries(section: _Section) -> RetryConfig:
+def _retries(section: Section) -> RetryConfig:
     preset = RetryConfig()
     return RetryConfig(
         section.integer("attempts", preset.attempts, 1),
@@ -428,7 +355,7 @@ def _retries(section: _Section) -> RetryConfig:
     )
 
 
-def _tls(parent: _Section, name: str, allowed: tuple[str, ...]) -> TlsConfig | None:
+def _tls(parent: Section, name: str, allowed: tuple[str, ...]) -> TlsConfig | None:
     if name not in parent.tree:
         return None
     section = parent.section(name, allowed)
@@ -438,7 +365,7 @@ def _tls(parent: _Section, name: str, allowed: tuple[str, ...]) -> TlsConfig | N
     return TlsConfig(**files)
 
 
-def _access_log(top: _Section) -> AccessLogConfig | None:
+def _access_log(top: Section) -> AccessLogConfig | None:
     if "access_log" not in top.tree:
         return None
     section = top.section("access_log", _fields(AccessLogConfig))
@@ -451,18 +378,3 @@ def _access_log(top: _Section) -> AccessLogConfig | None:
     return AccessLogConfig(
         path, section.number("sample", 0.01, below=-1e-9, most=1), section.flag("errors", True), tuple(metadata)
     )
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, where PyYAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"key {key.value!r} is given twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)

@@ -6,32 +6,31 @@ import asyncio
 import dataclasses
 import functools
 import json
+import math
 import os
 import random
 import time
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
-import grpc
-import grpc.aio
-
 from dpsr_serving import apis
 from dpsr_serving.addresses import join_address
-from dpsr_serving.proxy import backends, routing
-from dpsr_serving.proxy.backends import Backend, Pool, Replicas, Reply
+from dpsr_serving.proxy import backends, calls, routing
+from dpsr_serving.proxy.backends import Backend, Pool, Replicas
+from dpsr_serving.proxy.calls import Code, Metadata, Reply
 from dpsr_serving.proxy.config import AccessLogConfig, PoolConfig, ProxyConfig, TargetConfig
 from dpsr_serving.proxy.experiments import assign
 from dpsr_serving.proxy.metrics import Metrics
 from dpsr_serving.proxy.routing import Spec
 
-ARM_METADATA = "dpsr-arm"
-SHARDS_METADATA = "dpsr-shards"
+ARM_METADATA = b"dpsr-arm"
+SHARDS_METADATA = b"dpsr-shards"
 
-_OK = grpc.StatusCode.OK
 _PLANS = 10_000  # model specs whose route is remembered
 _SHADOWS = 256  # copies under way
+_SHADOW_S = 60.0  # that one may take
 _MARGIN = 0.9  # of the time left that shards may take, so that an answer without the slow ones comes in time
-_ASK_MODELS = (apis.GET_MODEL_STATUS, "/tensorflow.serving.PredictionService/GetModelMetadata")
+_ASK_MODELS = (apis.GET_MODEL_STATUS, apis.GET_MODEL_METADATA)
 _SEARCHES = ("", "serving_default", "search")
 
 
@@ -84,22 +83,33 @@ class ProxyServer:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._shadows = 0
         self._draining = False
-        self._credentials = backends.server_credentials(config.listen_tls)
+        listen = config.listen_tls
+        self._tls = None
+        if listen is not None:
+            assert listen.certificate is not None and listen.key is not None
+            self._tls = calls.server_tls(listen.certificate, listen.key, listen.ca)
+        self._share_port = share_port
         self._log = AccessLog(config.access_log)
         self._set_up(config)
-        # Without so_reuseport=0 a second proxy on the same port would start and take half of the connections.
-        self._server = grpc.aio.server(options=(*apis.GRPC_OPTIONS, ("grpc.so_reuseport", int(share_port))))
-        self._server.add_generic_rpc_handlers((_Methods(self._forward),))
+        handlers: dict[str, calls.Handler] = {}
+        for path, request in apis.METHODS.items():
+            spec_path = routing.model_spec_path(request)
+            inference = spec_path is not None and path not in _ASK_MODELS
+            handlers[path] = functools.partial(self._forward, path, spec_path, inference)
+        self._server = calls.Server(handlers)
 
     async def start(self, host: str, port: int, unix_socket: str | None = None) -> str:
         """Begins to serve; returns "host:port" (port 0 takes a free one). Raises OSError where it cannot listen."""
-        address = join_address(host, port)
-        bound = self._listen(address)
-        if unix_socket is not None:
-            self._listen(f"unix:{os.path.abspath(unix_socket)}")
+        listening = join_address(host, port)
+        try:
+            bound = await self._server.listen(host, port, self._tls, self._share_port)
+            if unix_socket is not None:
+                listening = f"unix:{unix_socket}"
+                await self._server.listen_unix(unix_socket, self._tls)
+        except OSError as error:
+            raise OSError(f"cannot listen on {listening}") from error
         for backend in self._backends.values():
             backend.watch(self._config.health)
-        await self._server.start()
         return join_address(host, bound)
 
     async def stop(self, grace_s: float) -> None:
@@ -109,7 +119,7 @@ class ProxyServer:
         for task in list(self._tasks):
             task.cancel()
         for backend in self._backends.values():
-            await backend.close()
+            backend.close()
         self._log.close()
 
     def reload(self, config: ProxyConfig) -> None:
@@ -144,16 +154,8 @@ class ProxyServer:
         self.metrics.set("dpsr_proxy_backend_outstanding", {(address,): float(b.outstanding) for address, b in found})
         return self.metrics.dump()
 
-    def _listen(self, address: str) -> int:
-        try:
-            if self._credentials is None:
-                return int(self._server.add_insecure_port(address))
-            return int(self._server.add_secure_port(address, self._credentials))
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}") from error
-
     def _set_up(self, config: ProxyConfig) -> None:
-        tls = backends.channel_credentials(config.backend_tls)
+        tls = backends.channel_tls(config.backend_tls)
         name = (config.backend_tls and config.backend_tls.server_name) or ""
         found: dict[str, Backend] = {}
         pools: dict[PoolConfig, Pool] = {}
@@ -179,12 +181,15 @@ class ProxyServer:
         self._config, self._backends, self._pools, self._plans = config, found, pools, {}
 
     async def _forward(
-        self, path: str, spec_path: tuple[int, ...] | None, inference: bool, request: bytes, context: Any
-    ) -> bytes:
+        self,
+        path: str,
+        spec_path: tuple[int, ...] | None,
+        inference: bool,
+        request: bytes,
+        deadline: float | None,
+        metadata: Metadata,
+    ) -> Reply:
         start = time.monotonic()
-        left = context.time_remaining()
-        deadline = None if left is None else start + left
-        metadata = context.invocation_metadata()
         plan: _Plan | None = None
         arm = ""
         if spec_path is None:
@@ -200,43 +205,37 @@ class ProxyServer:
                     arm = _arm(plan, metadata)
                     destination = plan.arms[arm]
                 if plan.shadow is not None and random.random() < plan.share and self._shadows < _SHADOWS:
-                    self._start(self._shadow(plan, path, spec_path, request, left, metadata))
+                    self._start(self._shadow(plan, path, spec_path, request, deadline, metadata))
                 reply = await self._ask(destination, path, spec_path, request, deadline, metadata)
                 if arm:
-                    reply = reply._replace(trailing=(*reply.trailing, (ARM_METADATA, f"{plan.experiment}/{arm}")))
+                    told = (ARM_METADATA, f"{plan.experiment}/{arm}".encode())
+                    reply = reply._replace(trailing=(*reply.trailing, told))
         seconds = time.monotonic() - start
         model, experiment = ("", "") if plan is None else (plan.model, plan.experiment)
-        code = reply.code
-        self.metrics.count("dpsr_proxy_requests_total", (_short(path), model, experiment, arm, code.name))
+        self.metrics.count("dpsr_proxy_requests_total", (_short(path), model, experiment, arm, reply.code.name))
         if inference:
             self.metrics.observe("dpsr_proxy_request_seconds", (model, experiment, arm), seconds)
-        if self._log.wants(code is _OK):
+        if self._log.wants(reply.code is Code.OK):
             self._log.write(path, plan.plain.spec if plan else None, experiment, arm, reply, seconds, request, metadata)
-        if reply.initial:
-            await context.send_initial_metadata(tuple(reply.initial))
-        if code is not _OK:
-            await context.abort(code, reply.details, tuple(reply.trailing))
-        if reply.trailing:
-            context.set_trailing_metadata(tuple(reply.trailing))
-        return reply.body
+        return reply
 
     def _plan(self, path: str, spec_path: tuple[int, ...], inference: bool, request: bytes) -> _Plan | Reply:
         """What to do with a request, or the answer to one that cannot be routed."""
         try:
             message = routing.find_model_spec(request, spec_path)
             if message is None:
-                return Reply(grpc.StatusCode.INVALID_ARGUMENT, "Missing ModelSpec")
+                return Reply(Code.INVALID_ARGUMENT, "Missing ModelSpec")
             plan = self._plans.get((inference, message))
             if plan is None:
                 spec = routing.parse_spec(message)
                 if not spec.model:
-                    return Reply(grpc.StatusCode.INVALID_ARGUMENT, "ModelSpec has no name specified.")
+                    return Reply(Code.INVALID_ARGUMENT, "ModelSpec has no name specified.")
                 plan = self._make_plan(spec, inference)
                 if len(self._plans) >= _PLANS:
                     self._plans.clear()
                 self._plans[inference, message] = plan
         except ValueError as error:
-            return Reply(grpc.StatusCode.INVALID_ARGUMENT, f"cannot decode the request of {path}: {error}")
+            return Reply(Code.INVALID_ARGUMENT, f"cannot decode the request of {path}: {error}")
         return plan
 
     def _make_plan(self, spec: Spec, inference: bool) -> _Plan:
@@ -265,23 +264,25 @@ class ProxyServer:
         spec_path: tuple[int, ...],
         request: bytes,
         deadline: float | None,
-        metadata: Any,
+        metadata: Metadata,
     ) -> Reply:
         spec, pool = destination.spec, destination.pool
         if pool is None:
-            return Reply(grpc.StatusCode.NOT_FOUND, backends.not_found(path, spec))
+            return Reply(Code.NOT_FOUND, backends.not_found(path, spec))
         if destination.rewrite:
             try:
                 request = routing.rewrite_model_spec(request, spec_path, spec)
             except ValueError as error:
-                return Reply(grpc.StatusCode.INVALID_ARGUMENT, f"cannot decode the request of {path}: {error}")
+                return Reply(Code.INVALID_ARGUMENT, f"cannot decode the request of {path}: {error}")
         if len(pool.shards) > 1 and path == apis.PREDICT and spec.signature in _SEARCHES:
             return await self._ask_shards(pool, spec, request, deadline, metadata)
         # What concerns no items, every shard can answer.
         replicas = pool.shards[0] if len(pool.shards) == 1 else random.choice(pool.shards)
         return await replicas.ask(spec, path, request, deadline, metadata)
 
-    async def _ask_shards(self, pool: Pool, spec: Spec, request: bytes, deadline: float | None, metadata: Any) -> Reply:
+    async def _ask_shards(
+        self, pool: Pool, spec: Spec, request: bytes, deadline: float | None, metadata: Metadata
+    ) -> Reply:
         """Asks all shards at once and merges what they find; leaves out those that fail or are late, if it may."""
         limit = deadline
         now = time.monotonic()
@@ -292,16 +293,16 @@ class ProxyServer:
         replies = await asyncio.gather(
             *(shard.ask(spec, apis.PREDICT, request, limit, metadata) for shard in pool.shards)
         )
-        answers, total = [reply for reply in replies if reply.code is _OK], len(replies)
-        count = ((SHARDS_METADATA, f"{len(answers)}/{total}"),)
+        answers, total = [reply for reply in replies if reply.code is Code.OK], len(replies)
+        count = ((SHARDS_METADATA, b"%d/%d" % (len(answers), total)),)
         for index, reply in enumerate(replies):
-            if reply.code is _OK:
+            if reply.code is Code.OK:
                 continue
             if reply.code not in _MISSING:  # an error of the request: all shards have it
                 return reply
             self.metrics.count("dpsr_proxy_shards_missing_total", (spec.model, str(index)))
             if not answers or not pool.config.allow_partial:
-                code = reply.code if deadline is not None and limit == deadline else grpc.StatusCode.UNAVAILABLE
+                code = reply.code if deadline is not None and limit == deadline else Code.UNAVAILABLE
                 words = (
                     f"model {spec.model!r}: shard {index + 1} of {total} is missing: {reply.code.name}: {reply.details}"
                 )
@@ -312,30 +313,36 @@ class ProxyServer:
             body = merge_answers([answer.body for answer in answers])
         except ValueError as error:
             return Reply(
-                grpc.StatusCode.INTERNAL,
+                Code.INTERNAL,
                 f"model {spec.model!r}: cannot merge the shards' answers: {error}",
                 trailing=count,
             )
         first = answers[0]
         attempts = max(answer.attempts for answer in answers)
-        return Reply(_OK, "", body, first.initial, (*first.trailing, *count), first.backend, attempts)
+        return Reply(Code.OK, "", body, first.initial, (*first.trailing, *count), first.backend, attempts)
 
-    async def _ask_sole(self, path: str, request: bytes, deadline: float | None, metadata: Any) -> Reply:
+    async def _ask_sole(self, path: str, request: bytes, deadline: float | None, metadata: Metadata) -> Reply:
         if len(self._backends) > 1:
             return Reply(
-                grpc.StatusCode.FAILED_PRECONDITION,
+                Code.FAILED_PRECONDITION,
                 f"{path} names no model, and this proxy has {len(self._backends)} backends: ask a model server itself",
             )
         (pool,) = self._pools.values()
         return await pool.shards[0].ask(Spec(""), path, request, deadline, metadata)
 
     async def _shadow(
-        self, plan: _Plan, path: str, spec_path: tuple[int, ...], request: bytes, left: float | None, metadata: Any
+        self,
+        plan: _Plan,
+        path: str,
+        spec_path: tuple[int, ...],
+        request: bytes,
+        deadline: float | None,
+        metadata: Metadata,
     ) -> None:
         assert plan.shadow is not None
         self._shadows += 1
         try:
-            deadline = time.monotonic() + min(left or 60.0, 60.0)
+            deadline = min(deadline or math.inf, time.monotonic() + _SHADOW_S)
             reply = await self._ask(plan.shadow, path, spec_path, request, deadline, metadata)
             self.metrics.count("dpsr_proxy_shadow_total", (plan.model, reply.code.name))
         finally:
@@ -349,12 +356,12 @@ class ProxyServer:
 
 # What a shard fails with that is not the request's fault.
 _MISSING = (
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-    grpc.StatusCode.CANCELLED,
-    grpc.StatusCode.NOT_FOUND,
-    grpc.StatusCode.INTERNAL,
+    Code.UNAVAILABLE,
+    Code.DEADLINE_EXCEEDED,
+    Code.RESOURCE_EXHAUSTED,
+    Code.CANCELLED,
+    Code.NOT_FOUND,
+    Code.INTERNAL,
 )
 
 
@@ -381,7 +388,7 @@ class AccessLog:
         reply: Reply,
         seconds: float,
         request: bytes,
-        metadata: Any,
+        metadata: Metadata,
     ) -> None:
         """Writes the line; a full disk loses it, not the request."""
         assert self._config is not None
@@ -401,7 +408,7 @@ class AccessLog:
         }
         if reply.details:
             line["details"] = reply.details[:500]
-        for key, value in metadata or ():
+        for key, value in calls.readable(metadata) if self._config.metadata else ():
             if key in self._config.metadata:
                 line.setdefault("metadata", {})[key] = value if isinstance(value, str) else value.hex()
         try:
@@ -416,27 +423,10 @@ class AccessLog:
         self._file, self._config = -1, None
 
 
-class _Methods(grpc.GenericRpcHandler):
-    """The methods of both services; grpc answers UNIMPLEMENTED for every other."""
-
-    def __init__(self, forward: Any) -> None:
-        # No (de)serializers: handlers get and give bytes.
-        self._handlers = {}
-        for path, request in apis.METHODS.items():
-            spec_path = routing.model_spec_path(request)
-            inference = spec_path is not None and path not in _ASK_MODELS
-            self._handlers[path] = grpc.unary_unary_rpc_method_handler(
-                functools.partial(forward, path, spec_path, inference)
-            )
-
-    def service(self, handler_call_details: Any) -> Any:
-        return self._handlers.get(handler_call_details.method)
-
-
-def _arm(plan: _Plan, metadata: Any) -> str:
+def _arm(plan: _Plan, metadata: Metadata) -> str:
     """The request's arm: a tester's choice, else by its key; without one, that of the empty key."""
     value: str | bytes = ""
-    for name, given in metadata or ():
+    for name, given in calls.readable(metadata):
         if name == plan.override and given in plan.arms:
             return str(given)
         if name == plan.key:

@@ -131,7 +131,6 @@ def run_worker() -> None:
         await _serve(settings, server, signals)
         answering.cancel()
 
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(serve())
 
@@ -174,7 +173,7 @@ class _Signals:
 
 
 async def _start(settings: Settings, config: ProxyConfig, share_port: bool) -> Any:
-    from dpsr_serving.proxy.server import ProxyServer  # imports gRPC: its environment must be set by then
+    from dpsr_serving.proxy.server import ProxyServer
 
     try:
         server: Any = ProxyServer(config, share_port)

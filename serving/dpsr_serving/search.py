@@ -1,0 +1,398 @@
+"""What is asked of a search servable and what it answers, as typed values: requests and results of any transport."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsr_serving import apis
+from dpsr_serving.tensors import make_tensor, to_numpy
+
+Text = str | bytes
+Feature = str | bytes | float | Sequence[Text] | None
+Bound = float | None
+Filter = Text | float | tuple[Bound, Bound] | list[Any] | Set[Text] | Set[float]
+Filters = Mapping[str, Filter] | Sequence[str]
+
+PADDING_ID = -1
+_STRING, _FLOAT, _INT64 = 7, 1, 9  # DT_... of tensorflow/core/framework/types.proto
+_NAMES = {1: "float", 2: "double", 3: "int32", 7: "string", 9: "int64", 10: "bool"}
+_USER = "user_"
+
+# The inputs of `search` beside `query`, `k` and the user's features: name -> (type, rank).
+_INPUTS = {
+    "search_parameters": (_STRING, 0),
+    "include": (_STRING, 2),
+    "exclude": (_STRING, 2),
+    "excluded_item_ids": (_INT64, 2),
+    "excluded_item_keys": (_STRING, 2),
+    "clicked_items": (_INT64, 2),
+    "clicked_item_keys": (_STRING, 2),
+    "clicked_item_types": (_STRING, 2),
+    "past_queries": (_STRING, 2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class User:
+    """Who asks. What is left out is unknown to the model, as for an anonymous user.
+
+    Attributes:
+        features: the schema's user features by name: a text or category is a str, a number a float (None and NaN are
+            unknown), a multi-valued one a sequence of str.
+        clicked_items: what the user clicked, oldest first: item ids, or keys where the shop's own ids are texts.
+        past_queries: what the user searched for, oldest first.
+        clicked_item_types: what the user did with each of `clicked_items`: click, cart or order; click where left out.
+    """
+
+    features: Mapping[str, Feature] = dataclasses.field(default_factory=dict)
+    clicked_items: Sequence[int | str] = ()
+    past_queries: Sequence[Text] = ()
+    clicked_item_types: Sequence[Text] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SearchResult:
+    """What one query found, best first; n is at most the k asked for.
+
+    Attributes:
+        item_ids: [n] int64.
+        scores: [n] float32, an item's largest inner product over the heads of the query tower.
+        heads: [n] int32, the head that gave this score.
+        item_keys: the shop's own ids, where those are texts; else None.
+        version: the model's version that answered; 0 where the server does not say.
+        arm: "experiment/arm" that a proxy sent the request to, or "".
+        shards: (how many index shards took part, of how many) behind a proxy, else None.
+    """
+
+    item_ids: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    heads: NDArray[np.int32]
+    item_keys: tuple[str, ...] | None = None
+    version: int = 0
+    arm: str = ""
+    shards: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        """How many items were found."""
+        return len(self.item_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """One request: queries, and what holds for all of them, but users, of which there is one a query."""
+
+    queries: Sequence[Text]
+    k: int | None
+    users: Sequence[User | None]
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    exclude_items: Sequence[int | str] = ()
+    search_parameters: str = ""
+
+    @property
+    def plain(self) -> bool:
+        """Whether `serving_default` can answer it."""
+        asked = self.include or self.exclude or self.exclude_items or self.search_parameters
+        return self.k is None and not asked and not any(self.users)
+
+
+def make_search(
+    queries: Sequence[Text],
+    k: int | None,
+    user: User | Mapping[str, Any] | Sequence[User | Mapping[str, Any] | None] | None,
+    filters: Filters,
+    exclude_filters: Filters,
+    exclude_items: Sequence[int | str],
+    search_parameters: str,
+) -> Search:
+    """Checks what can be checked without knowing the model. Raises ValueError, TypeError."""
+    if k is not None and not 0 < k < 2**31:
+        raise ValueError(f"k must be a positive int32, got {k}")
+    if user is None or isinstance(user, (User, Mapping)):
+        users = [_user(user)] * len(queries)
+    else:
+        users = [_user(one) for one in user]
+        if len(users) != len(queries):
+            raise ValueError(f"{len(users)} users for {len(queries)} queries; give one user, or one for each query")
+    include, exclude = expressions(filters), expressions(exclude_filters)
+    return Search(list(queries), k, users, include, exclude, list(exclude_items), search_parameters)
+
+
+def _user(user: User | Mapping[str, Any] | None) -> User | None:
+    if user is None or isinstance(user, User):
+        return user
+    known = [field.name for field in dataclasses.fields(User)]
+    if unknown := sorted(set(user) - set(known)):
+        raise ValueError(f"a user has {', '.join(known)}; got {', '.join(map(repr, unknown))}")
+    return User(**user)
+
+
+def expressions(filters: Filters) -> list[str]:
+    """Filter expressions of the `include` and `exclude` inputs, one an attribute.
+
+        >>> expressions({"brand": ["Acme", "A|B"], "price": (10, 20), "rating": (4, None)})
+        ['brand=Acme|A\\\\|B', 'price=10..20', 'rating=4..']
+
+    Args:
+        filters: attribute -> one value, a collection of alternatives, or a tuple (low, high) of numbers, both ends
+            included, None for an open one. A sequence of expressions is passed on as it is.
+
+    Raises:
+        ValueError: a name or value that no expression can say.
+    """
+    if not isinstance(filters, Mapping):
+        if isinstance(filters, (str, bytes)):
+            raise ValueError(f"filters are a dict or a list of expressions, got {filters!r}")
+        return list(filters)
+    return [_expression(name, value) for name, value in filters.items()]
+
+
+def _expression(name: str, value: Filter) -> str:
+    if not name or "=" in name:
+        raise ValueError(f"an attribute's name is not empty and has no '=', got {name!r}")
+    if isinstance(value, tuple):
+        if len(value) != 2 or value == (None, None) or any(isinstance(end, (str, bytes)) for end in value):
+            raise ValueError(
+                f"filter {name!r}: got {value!r}; a tuple is a range of numbers (low, high), one of which may be None; "
+                "alternatives are a list"
+            )
+        low, high = ("" if end is None else _literal(name, end) for end in value)
+        return f"{name}={low}..{high}"
+    alternatives = [value] if not isinstance(value, (list, Set)) else list(value)
+    if not alternatives:
+        raise ValueError(f"filter {name!r} has no values; leave it out, or give one")
+    return f"{name}={'|'.join(_literal(name, one) for one in alternatives)}"
+
+
+def _literal(name: str, value: Text | float) -> str:
+    if isinstance(value, bytes):
+        value = value.decode()
+    if isinstance(value, str):
+        return value.replace("\\", "\\\\").replace("|", "\\|")
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"filter {name!r}: {value!r} is neither a text nor a finite number")
+    return str(int(value)) if float(value).is_integer() else repr(float(value))
+
+
+class Signature:
+    """The inputs of a servable's `search`, and how many results `serving_default` gives.
+
+    Attributes:
+        version: the model's version that has them.
+        default_k: results of `serving_default`, None where the model does not say.
+    """
+
+    def __init__(self, inputs: Mapping[str, tuple[int, int]], version: int = 0, default_k: int | None = None) -> None:
+        self.version = version
+        self.default_k = default_k
+        self._inputs = dict(inputs)
+
+    @classmethod
+    def parse(cls, response: Any) -> Signature:
+        """Reads it from a GetModelMetadataResponse. Raises ValueError where there is no `search`."""
+        signatures = apis.SignatureDefMap()
+        signatures.ParseFromString(response.metadata["signature_def"].value)
+        if "search" not in signatures.signature_def:
+            raise ValueError(f"no signature 'search' among {sorted(signatures.signature_def)}")
+        inputs = {
+            name: (info.dtype, len(info.tensor_shape.dim))
+            for name, info in signatures.signature_def["search"].inputs.items()
+        }
+        dims = signatures.signature_def["serving_default"].outputs["item_ids"].tensor_shape.dim
+        default_k = dims[1].size if len(dims) == 2 and dims[1].size > 0 else None
+        return cls(inputs, response.model_spec.version.value, default_k)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both take the same."""
+        return isinstance(other, Signature) and self._inputs == other._inputs
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def inputs(self) -> list[str]:
+        """The names of all inputs."""
+        return sorted(self._inputs)
+
+    @property
+    def user_features(self) -> list[str]:
+        """The user features that the model reads."""
+        return sorted(name.removeprefix(_USER) for name in self._inputs if name.startswith(_USER))
+
+    def tensors(self, search: Search) -> dict[str, NDArray[Any]]:
+        """The inputs for a request; what it leaves out is empty.
+
+        Raises:
+            ValueError: it gives something that the model does not take, or in another type.
+        """
+        batch = len(search.queries)
+        users = [user or User() for user in search.users]
+        arrays = {"query": _texts(search.queries)}
+        for name in sorted({name for user in users for name in user.features}):
+            self._check_feature(name)
+        clicks, clicked = self._items("clicked_items", "clicked_item_keys", [user.clicked_items for user in users])
+        excluded = [search.exclude_items] * batch
+        leaves_out, left_out = self._items("excluded_item_ids", "excluded_item_keys", excluded)
+        given: dict[str, Any] = {
+            "search_parameters": search.search_parameters,
+            "include": [search.include] * batch,
+            "exclude": [search.exclude] * batch,
+            "past_queries": [user.past_queries for user in users],
+            "clicked_item_types": _types_of(users),
+            clicks: clicked,
+            leaves_out: left_out,
+        }
+        for name, value in given.items():
+            there = bool(value) if isinstance(value, str) else any(map(len, value))
+            if there and name not in self._inputs:
+                raise ValueError(f"this model takes no {name}; its inputs are {', '.join(sorted(self._inputs))}")
+        for name, (dtype, rank) in self._inputs.items():
+            if name == "k":
+                if search.k is None and self.default_k is None:
+                    raise ValueError("k is needed beside a user, filters or parameters: say how many results")
+                arrays[name] = np.array(search.k or self.default_k, np.int32)
+            elif name == "search_parameters":
+                arrays[name] = np.array(search.search_parameters.encode(), object)
+            elif name.startswith(_USER):
+                feature = name.removeprefix(_USER)
+                arrays[name] = _feature(feature, dtype, rank, [user.features.get(feature) for user in users])
+            elif _INPUTS.get(name) == (dtype, rank):
+                arrays[name] = _rows(name, given.get(name, [()] * batch), dtype)
+            elif name != "query":
+                raise ValueError(
+                    f"the model's input {name!r}, {_NAMES.get(dtype, dtype)} of rank {rank}, is none that this client "
+                    "knows; use the client of the release that exported it"
+                )
+        return arrays
+
+    def _check_feature(self, name: str) -> None:
+        if name not in self.user_features:
+            known = ", ".join(self.user_features) or "none"
+            raise ValueError(f"the model reads no user feature {name!r}; those it reads: {known}")
+
+    def _items(self, ids: str, keys: str, rows: Sequence[Sequence[Any]]) -> tuple[str, Sequence[Sequence[Any]]]:
+        """The input that takes these items, by id or by key, and the items as it takes them."""
+        if keys in self._inputs:
+            if wrong := [item for row in rows for item in row if not isinstance(item, (str, bytes))]:
+                raise ValueError(f"this model knows items by key, a text; got {wrong[0]!r}")
+            return keys, rows
+        try:
+            return ids, [[int(item) for item in row] for row in rows]
+        except ValueError as error:
+            raise ValueError(f"this model knows items by id, an integer: {error}") from None
+
+
+def _texts(texts: Sequence[Text]) -> NDArray[Any]:
+    array = np.empty(len(texts), object)
+    array[:] = [text.encode() if isinstance(text, str) else text for text in texts]
+    return array
+
+
+def _types_of(users: Sequence[User]) -> Sequence[Sequence[Text]]:
+    """What each user did with each of the clicked items, "" where that is not said; nothing where nobody says."""
+    for user in users:
+        if len(user.clicked_item_types) > len(user.clicked_items):
+            raise ValueError(
+                f"{len(user.clicked_item_types)} clicked_item_types for {len(user.clicked_items)} clicked_items"
+            )
+    if not any(user.clicked_item_types for user in users):
+        return [()] * len(users)
+    return [
+        [*user.clicked_item_types, *[""] * (len(user.clicked_items) - len(user.clicked_item_types))] for user in users
+    ]
+
+
+def _rows(name: str, rows: Sequence[Sequence[Any]], dtype: int) -> NDArray[Any]:
+    """[batch, n], padded with -1 or empty texts."""
+    width = max(map(len, rows), default=0)
+    if dtype == _INT64:
+        ids = np.full((len(rows), width), PADDING_ID, np.int64)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = row
+        return ids
+    array = np.full((len(rows), width), b"", object)
+    for index, row in enumerate(rows):
+        if isinstance(row, (str, bytes)) or not all(isinstance(text, (str, bytes)) for text in row):
+            raise ValueError(f"{name}: expected a sequence of texts, got {row!r}")
+        array[index, : len(row)] = _texts(row)
+    return array
+
+
+def _feature(name: str, dtype: int, rank: int, values: Sequence[Feature]) -> NDArray[Any]:
+    """A user feature of every row: [batch] float, NaN where unknown, or string, "" where unknown; [batch, n] string."""
+    if dtype == _FLOAT and rank == 1:
+        if wrong := [value for value in values if value is not None and not isinstance(value, numbers.Real)]:
+            raise ValueError(f"user feature {name!r}: expected a number, got {wrong[0]!r}")
+        return np.array([math.nan if value is None else float(value) for value in values], np.float32)  # type: ignore[arg-type]
+    if dtype == _STRING and rank == 1:
+        if wrong := [value for value in values if not isinstance(value, (str, bytes, int, type(None)))]:
+            raise ValueError(f"user feature {name!r}: expected one text, got {wrong[0]!r}")
+        return _texts(["" if value is None else str(value) if isinstance(value, int) else value for value in values])  # type: ignore[misc]
+    if dtype == _STRING and rank == 2:
+        if wrong := [value for value in values if not isinstance(value, (list, tuple, set, frozenset, type(None)))]:
+            raise ValueError(f"user feature {name!r}: expected a list of texts, got {wrong[0]!r}")
+        return _rows(f"user feature {name!r}", [list(value or ()) for value in values], dtype)  # type: ignore[arg-type]
+    raise ValueError(
+        f"user feature {name!r} is {_NAMES.get(dtype, dtype)} of rank {rank}, which this client cannot fill"
+    )
+
+
+def make_request(spec: Any, signature: str, arrays: Mapping[str, NDArray[Any]]) -> Any:
+    """A PredictRequest."""
+    request = apis.PredictRequest()
+    request.model_spec.CopyFrom(spec)
+    request.model_spec.signature_name = signature
+    for name, array in arrays.items():
+        request.inputs[name].CopyFrom(make_tensor(array))
+    return request
+
+
+def results(response: Any, batch: int, trailing: Iterable[tuple[str, Text]]) -> list[SearchResult]:
+    """The answer to `batch` queries. Raises ValueError where the response is not that of a search servable."""
+    outputs = _decode(response.outputs, batch)
+    ids, scores, heads = outputs["item_ids"], outputs["scores"], outputs["heads"]
+    keys = outputs.get("item_keys")
+    said = dict(trailing)
+    arm, shards = str(said.get("dpsr-arm", "")), None
+    if "dpsr-shards" in said:
+        there, _, total = str(said["dpsr-shards"]).partition("/")
+        shards = (int(there), int(total))
+    version = response.model_spec.version.value
+    found_results = []
+    for row in range(batch):
+        found = ids[row] != PADDING_ID
+        row_keys = None
+        if keys is not None:
+            row_keys = tuple(key.decode("utf-8", "replace") for key in keys[row][found])
+        found_results.append(
+            SearchResult(ids[row][found], scores[row][found], heads[row][found], row_keys, version, arm, shards)
+        )
+    return found_results
+
+
+def _decode(outputs: Any, batch: int) -> dict[str, NDArray[Any]]:
+    """Decodes and checks the outputs of a search signature. Raises ValueError."""
+    decoded: dict[str, NDArray[Any]] = {}
+    shape: tuple[int, ...] | None = None
+    for name, kind in (("item_ids", "i8"), ("scores", "f4"), ("heads", "i4"), ("item_keys", "O")):
+        if name not in outputs:
+            if name == "item_keys":
+                continue
+            raise ValueError(f"no output {name!r} among {sorted(outputs)}")
+        array = to_numpy(outputs[name])
+        if array.dtype != np.dtype(kind) or array.ndim != 2 or array.shape[0] != batch:
+            raise ValueError(
+                f"output {name!r} is {array.dtype.name} {list(array.shape)}, "
+                f"expected {np.dtype(kind).name} [{batch}, k]"
+            )
+        if shape is not None and array.shape != shape:
+            raise ValueError(f"output {name!r} is {list(array.shape)}, the ids are {list(shape)}")
+        shape = array.shape
+        decoded[name] = array
+    return decoded
