@@ -1,11 +1,17 @@
 # make setup   prepares .venv, Debian packages and the native parts
 # make demo    runs the main job (DATA=PATH: on the Home Depot files there)
 # make test    everything that CI checks, from nothing
+# make sanitize-thread   the C++ tests that share memory between threads, under ThreadSanitizer
 # make fuzz    the libFuzzer targets of tokenizer and model server (FUZZ_RUNS=1000000 inputs each)
 # make bazel-test   the C++ cores and the op libraries, built and tested with Bazel
 # make bench-tokenizer   the tokenizer beside others (DATA=PATH: on multicpr_ecom/ and homedepot/ there)
 # make bench-store   the store beside flat examples
+# make bench-index   FAISS indices: building, recall, latency (ITEMS=15000000)
+# make bench-servable   a fused servable: beside bare FAISS, two services, filters, heads
+# make bench-training   training beside the stock Estimator way, torch and a loop in C++
 # make test-distributed   the long tests of clusters
+# make report  the paper's experiments and a report of them, in report/ (QUICK=1: in minutes; OUT=DIR)
+# make ablations   the same with the ablations
 #
 # Each target does what it needs first, and nothing twice.
 
@@ -15,16 +21,21 @@ BIN := $(VENV)/bin
 DATA ?=
 OUT ?=
 FUZZ_RUNS ?= 1000000
+ITEMS ?=
 
 DEBIAN_PACKAGES := build-essential cmake ninja-build pkg-config libgrpc++-dev libgrpc-dev libprotobuf-dev protobuf-compiler \
 	protobuf-compiler-grpc libutf8proc-dev libxxhash-dev libgtest-dev libssl-dev zlib1g-dev libboost1.74-dev \
 	rapidjson-dev python3-dev python3-venv iproute2
 
-FUZZ_TARGETS := tokenizer_fuzz tokenizer_config_fuzz vocabulary_fuzz
+FUZZ_TARGETS := $(addprefix tokenizer_cc/,tokenizer_fuzz tokenizer_config_fuzz vocabulary_fuzz) export/item_filter_fuzz
 SERVING_FUZZ_TARGETS := json_tensor_fuzz server_config_fuzz tensor_proto_fuzz
 
+THREADED_TESTS := item_filter_test filtered_search_test
+empty :=
+space := $(empty) $(empty)
+
 .DELETE_ON_ERROR:
-.PHONY: setup debian native demo test test-fast test-distributed test-cpp sanitize fuzz bazel-test bench-tokenizer bench-store build/offline.bazelrc lint wheel clean
+.PHONY: setup debian native demo test test-fast test-distributed test-cpp sanitize sanitize-thread fuzz bazel-test bench-tokenizer bench-store bench-index bench-servable bench-training report ablations build/offline.bazelrc lint wheel clean
 
 setup: native
 
@@ -52,7 +63,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	@echo "installing Python packages"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
 	  $$($(BIN)/python -c 'import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-	  e = p["optional-dependencies"]; print(*(d.replace(" ", "") for d in p["dependencies"] + e["train"] + e["faiss-cpu"] + e["dev"]))')
+	  e = p["optional-dependencies"]; print(*(d.replace(" ", "") for d in p["dependencies"] + e["train"] + e["report"] + e["faiss-cpu"] + e["dev"]))')
 	@touch $@
 
 # Points .venv at this checkout; the native parts are built by the next rule.
@@ -83,22 +94,30 @@ sanitize: native
 	@cmake --build build/sanitize
 	@ASAN_OPTIONS=detect_leaks=0 ctest --test-dir build/sanitize --output-on-failure --parallel 2
 
-# The tokenizer and its files under libFuzzer with both sanitizers, from the texts of the golden file, and what the model
-# server reads (on TensorFlow's libraries, which have no sanitizers: no vptr, no leaks). What is found stays in
+# The C++ tests of what threads share, under ThreadSanitizer. FAISS has none: it runs on one thread a call.
+sanitize-thread: native
+	@cmake -S . -B build/sanitize-thread -G Ninja -DDPSR_CORE_ONLY=ON -DDPSR_SANITIZE=thread -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DDPSR_FAISS_LIBRARY=$$($(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("faiss").origin))')/libfaiss.so >/dev/null
+	@cmake --build build/sanitize-thread --target $(THREADED_TESTS)
+	@OMP_NUM_THREADS=1 ctest --test-dir build/sanitize-thread --output-on-failure -R '^($(subst $(space),|,$(THREADED_TESTS)))$$'
+
+# The tokenizer and its files under libFuzzer with both sanitizers, from the texts of the golden file, filters, and what the model
+# server reads (TensorFlow's libraries have no sanitizers: no vptr, no leaks; RapidJSON adds to null: no pointer-overflow). What is found stays in
 # build/fuzz/corpus; an input that fails is left in build/fuzz/.
 fuzz: native
 	$(call install_debian,clang-14 libclang-rt-14-dev)
 	@cmake -S . -B build/fuzz -G Ninja -DCMAKE_C_COMPILER=clang-14 -DCMAKE_CXX_COMPILER=clang++-14 -DDPSR_CORE_ONLY=ON \
 	  -DDPSR_FUZZ=ON -DDPSR_SANITIZE=address,undefined,fuzzer-no-link -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DDPSR_FAISS_LIBRARY=$$($(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("faiss").origin))')/libfaiss.so >/dev/null
-	@cmake --build build/fuzz --target $(FUZZ_TARGETS)
+	@cmake --build build/fuzz --target $(notdir $(FUZZ_TARGETS))
 	@$(BIN)/python tests/tokenizer_cc/golden.py build/fuzz/seeds
-	@for target in $(FUZZ_TARGETS); do \
+	@cp -r tests/export/fuzz_seeds/* build/fuzz/seeds
+	@for path in $(FUZZ_TARGETS); do target=$$(basename $$path); \
 	  mkdir -p build/fuzz/corpus/$$target && echo "$$target: $(FUZZ_RUNS) runs" && \
-	  build/fuzz/tokenizer_cc/$$target -runs=$(FUZZ_RUNS) -seed=1 -timeout=10 -verbosity=0 -print_funcs=0 -print_final_stats=1 \
+	  build/fuzz/$$path -runs=$(FUZZ_RUNS) -seed=1 -timeout=10 -verbosity=0 -print_funcs=0 -print_final_stats=1 \
 	    -artifact_prefix=build/fuzz/$$target- build/fuzz/corpus/$$target build/fuzz/seeds/$$target || exit 1; done
 	@cmake -S . -B build/fuzz-serving -G Ninja -DCMAKE_C_COMPILER=clang-14 -DCMAKE_CXX_COMPILER=clang++-14 -DDPSR_FUZZ=ON \
-	  -DDPSR_SANITIZE=address,undefined,fuzzer-no-link -DCMAKE_CXX_FLAGS=-fno-sanitize=vptr -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DDPSR_SANITIZE=address,undefined,fuzzer-no-link -DCMAKE_CXX_FLAGS=-fno-sanitize=vptr,pointer-overflow -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python >/dev/null
 	@cmake --build build/fuzz-serving --target $(SERVING_FUZZ_TARGETS)
 	@for target in $(SERVING_FUZZ_TARGETS); do \
@@ -117,13 +136,16 @@ bazel-test: debian $(VENV)/.packages build/offline.bazelrc
 	@/usr/bin/bazel --batch --output_user_root=$(CURDIR)/build/bazel --host_jvm_args=-Xmx1g \
 	  test --config=offline --repo_env=PYTHON_BIN_PATH=$(CURDIR)/$(BIN)/python --jobs=2 --noshow_progress //...
 
+# Two processes, a file of tests stays in one of them. `python -m pytest` alone runs them one after the other.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test-fast: native
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # The fast part first: what is wrong shows early.
 test: lint test-cpp sanitize
-	$(BIN)/python -m pytest -m "not slow"
-	$(BIN)/python -m pytest -m "slow and not distributed"
+	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "slow and not distributed"
 
 # Clusters of processes that are killed, stopped, and compared with local training: minutes.
 test-distributed: native
@@ -142,6 +164,21 @@ bench-tokenizer: native $(VENV)/.bench
 
 bench-store: native
 	@$(BIN)/python benchmarks/store.py --json
+
+bench-index: native
+	@$(BIN)/python benchmarks/index.py --json $(if $(ITEMS),--items=$(ITEMS))
+
+bench-servable: native
+	@$(BIN)/python benchmarks/servable.py --json $(if $(ITEMS),--items=$(ITEMS))
+
+bench-training: native $(VENV)/.bench
+	@$(BIN)/python benchmarks/training.py --json
+
+report: native
+	@$(BIN)/dpsr report --out=$(or $(OUT),report) $(if $(QUICK),--quick)
+
+ablations: native
+	@$(BIN)/dpsr report --out=$(or $(OUT),report) $(if $(QUICK),--quick) --ablations
 
 wheel: native
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .

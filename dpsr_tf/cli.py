@@ -35,9 +35,14 @@ COMMANDS = {
     "export": ("dpsr_export.export", "fuses query tower and index into a servable"),
     "serve": ("dpsr_serving.model_server", "starts the model server on a servable"),
     "proxy": ("dpsr_serving.proxy.command", "starts the proxy in front of model servers"),
+    "place": ("dpsr_serving.place", "decides which servers hold which models, and moves them"),
     "query": ("dpsr_serving.query", "asks a server or proxy and shows the items"),
     "evaluate": ("dpsr_tf.evaluation.evaluate", "measures retrieval on human judgments"),
+    "report": ("dpsr_tf.report.command", "runs the paper's experiments and writes a report"),
 }
+
+# The extra that brings a package; all others are of `train`.
+_EXTRAS = {"faiss": "faiss-cpu"} | dict.fromkeys(("markdown", "matplotlib", "sklearn", "threadpoolctl"), "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0].startswith("dpsr_"):
             raise
-        extra = "faiss-cpu" if error.name == "faiss" else "train"
+        extra = _EXTRAS.get(error.name or "", "train")
         return _fail(f"dpsr {name}", f"needs the package '{error.name}'; run: pip install 'dpsr[{extra}]'", 1)
     return run_command(f"dpsr {name}", module, arguments[1:])
 

@@ -9,18 +9,17 @@ import pytest
 import yaml
 
 from dpsr_tf.cli import COMMANDS
-from dpsr_tf.config import Config, from_dict, to_dict
+from dpsr_tf.config import from_dict, to_dict
 from dpsr_tf.data.schema import Schema
+from dpsr_tf.reference import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_configuration_table_has_every_key_and_default() -> None:
-    rows = re.findall(r"^\| `([a-z]+)\.(\w+)` \| *(.*?) *\|", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE)
-    documented = {(section, key): default.strip("`") for section, key, default in rows}
-    actual = {(s, k): "" if v == "" else str(v) for s, part in to_dict(Config()).items() for k, v in part.items()}
-    assert documented == actual
+def test_configuration_reference_is_that_of_the_dataclasses() -> None:
+    message = "run `python -m dpsr_tf.reference > docs/configuration.md`"
+    assert (ROOT / "docs" / "configuration.md").read_text() == reference(), message
 
 
 def test_schema_example_is_a_schema() -> None:
@@ -40,3 +39,20 @@ def test_links_and_commands_exist(document: Path) -> None:
         assert (document.parent / link).exists(), link
     for command in re.findall(r"^\$? ?dpsr (\w+)", text, re.MULTILINE):
         assert command in COMMANDS, command
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
+    folders = ("Makefile", "setup.py", "CMakeLists.txt", "dpsr_tf", "export", "serving")
+    files = [
+        file
+        for folder in map(ROOT.joinpath, folders)
+        for file in ([folder] if folder.is_file() else folder.rglob("*"))
+        if file.suffix in (".py", ".cc", ".h", ".txt", "") and file.is_file() and "bin" not in file.parts
+    ]
+    # A literal that goes on in the next line is one text.
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(file.read_text() for file in files))
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = [text for _, text in re.findall(r"^\| (`+)(.+?)\1 \|", page, re.MULTILINE)]
+    assert len(messages) > 20
+    missing = [text for text in messages if not all(part in code for part in text.split("…"))]
+    assert not missing

@@ -1,0 +1,108 @@
+"""The configuration reference, made from the dataclasses that read the files.
+
+python -m dpsr_tf.reference > docs/configuration.md
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from dpsr_tf.config import Config
+from dpsr_tf.data.schema import Schema
+
+_NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+_HEAD = """# Configuration reference
+
+Made by `python -m dpsr_tf.reference` from the dataclasses that read the files; a test keeps it true. An unknown key, a
+wrong type or a value out of range is an error that names the key, the value, and what is allowed.
+"""
+
+
+def reference() -> str:
+    """The page, in Markdown."""
+    lines = [_HEAD]
+    lines += [
+        "## The config file\n",
+        "One YAML file for `dpsr train`, `index` and `export`; `--set=section.key=value` overrides.",
+    ]
+    lines += ["[Training](training.md) and [choosing an index](index.md) tell how to choose.\n"]
+    lines += _sections(Config, "")
+    lines += [
+        "## The schema file\n",
+        "What `dpsr ingest` reads of your tables; [your own log](data_format.md) has an example.\n",
+    ]
+    lines += _sections(Schema, "")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _sections(cls: Any, where: str) -> list[str]:
+    """The tables of a dataclass and, after it, of the dataclasses that its keys hold."""
+    hints, rows, lines = typing.get_type_hints(cls), [], []
+    for field in dataclasses.fields(cls):
+        inner = _dataclass_of(hints[field.name])
+        name = f"{where}{field.name}"
+        if inner is not None:
+            lines += _sections(inner, f"{name}[]." if _is_many(hints[field.name]) else f"{name}.")
+        if inner is None or where:
+            rows.append(
+                f"| `{field.name}` | {_default(field)} | {_allowed(hints[field.name], field.metadata, inner)} |"
+            )
+    head: list[str] = []
+    if rows:
+        title = where.rstrip(".") or "top level"
+        head = [f"### `{title}`\n", f"{_first_sentence(cls)}\n", "| key | default | |", "|---|---|---|", *rows, ""]
+    return head + lines
+
+
+def _dataclass_of(hint: Any) -> Any:
+    candidates = [hint, *typing.get_args(hint)]
+    return next((kind for kind in candidates if dataclasses.is_dataclass(kind)), None)
+
+
+def _is_many(hint: Any) -> bool:
+    return typing.get_origin(hint) in (tuple, dict)
+
+
+def _first_sentence(cls: Any) -> str:
+    return str(cls.__doc__).split("\n\n")[0].replace("\n    ", " ")
+
+
+def _default(field: Any) -> str:
+    if field.default is not dataclasses.MISSING:
+        value = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    else:
+        return "needed"
+    if dataclasses.is_dataclass(value):
+        return ""
+    if isinstance(value, tuple):
+        value = list(value)
+    return "" if value is None or value == "" else f"`{value}`"
+
+
+def _allowed(hint: Any, metadata: Any, inner: Any) -> str:
+    text = str(metadata.get("help", "")).replace("|", "\\|")
+    if inner is not None:
+        return f"{text} (see below)" if text else "(see below)"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    many = _is_many(hint)
+    element = typing.get_args(hint)[1 if typing.get_origin(hint) is dict else 0] if many else hint
+    low, high, choices = metadata.get("minimum"), metadata.get("maximum"), metadata.get("choices")
+    if choices:
+        allowed = "one of " + ", ".join(f"`{choice}`" for choice in choices)
+    else:
+        allowed = _NAMES[element]
+        if low is not None:
+            allowed += f" from {low:g}" + ("" if high is None else f" to {high:g}")
+    if many:
+        allowed = f"{'values: ' if typing.get_origin(hint) is dict else 'list, each '}{allowed}"
+    return f"{text}; {allowed}" if text else allowed
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

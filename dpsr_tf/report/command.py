@@ -1,0 +1,152 @@
+"""`dpsr report`: runs the paper's experiments and writes a report of them, HTML, Markdown and JSON."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import markdown
+import numpy as np
+import yaml
+from absl import flags
+
+from dpsr_tf import __version__
+from dpsr_tf.config import from_dict, to_dict
+from dpsr_tf.errors import CommandError, UsageError
+from dpsr_tf.report import experiments, plots, sections
+from dpsr_tf.report.lab import Lab, Result, write
+from dpsr_tf.report.public_data import DATA_SETS
+from dpsr_tf.report.shop import QUICK, Size
+
+USAGE = """
+Usage: dpsr report --out=DIR [--quick] [--ablations] [--homedepot=DIR] [--movielens=DIR] [--qbqtc=DIR]
+
+Runs the experiments of the DPSR paper (section 6) on generated shops, and on public data where it is given, and writes
+DIR/index.html, DIR/report.md and DIR/report.json. An experiment whose result is in DIR is not run again, so a report
+that was killed goes on. docs/report.md says what is measured.
+"""
+
+REQUIRED_FLAGS = ("out",)
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
+table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; }
+td, th { padding: .2rem .6rem; border-bottom: 1px solid #e4e4e4; font-variant-numeric: tabular-nums; }
+th { border-bottom: 1px solid #888; vertical-align: bottom; } td { vertical-align: top; }
+figure, svg { max-width: 100%; height: auto; } code { background: #f3f3f3; padding: 0 .2rem; }
+"""
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Flags of `dpsr report`."""
+    flags.DEFINE_string("out", None, "directory of the report and of what it is made from", flag_values=values)
+    flags.DEFINE_boolean("quick", False, "small experiments: minutes, not an hour", flag_values=values)
+    flags.DEFINE_boolean("ablations", False, "the ablations too", flag_values=values)
+    for name, title in (("homedepot", "Home Depot"), ("movielens", "MovieLens 100K"), ("qbqtc", "QBQTC")):
+        flags.DEFINE_string(name, None, f"directory of the {title} files; left out if not given", flag_values=values)
+    flags.DEFINE_integer("seed", 1, "of the first shop, of trainings and samples", 0, 2**31 - 1000, flag_values=values)
+    flags.DEFINE_integer("jobs", None, "trainings at once; as many as cores if left out", 1, 1024, flag_values=values)
+    flags.DEFINE_multi_string("set", [], "a value over the mode's, for example steps=500", flag_values=values)
+
+
+def run(values: flags.FlagValues, arguments: list[str]) -> None:
+    """Runs `dpsr report`."""
+    # Without this a SIGTERM would end the report at once and leave its trainings running.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    size = size_from_flags(values.quick, values["set"].value)
+    data = {name: Path(values[name].value) for name in DATA_SETS if values[name].value}
+    for name, path in data.items():
+        if not path.is_dir():
+            raise UsageError(f"--{name}={path}: no such directory")
+    out = Path(values.out)
+    if out.is_dir() and any(out.iterdir()) and not (out / "runs").is_dir():
+        raise CommandError(f"{out}: is there and holds no report (no runs/); choose another --out")
+    try:
+        lab = Lab(out, values.seed, values.jobs or len(os.sched_getaffinity(0)))
+    except OSError as error:
+        raise CommandError(f"{out}: cannot be made: {error.strerror}") from None
+    start = time.monotonic()
+    found = experiments.run(lab, size, values.ablations, data)
+    found |= {
+        "schema": 1,
+        "mode": "quick" if values.quick else "full",
+        "seed": values.seed,
+        "size": to_dict(size),
+        "hardware": hardware(),
+        "versions": versions(),
+        "seconds": lab.seconds,
+    }
+    found["bars"] = sections.bars(found)
+    write_report(found, out)
+    print(f"report {out / 'index.html'} ({time.monotonic() - start:.0f} s)")
+
+
+def size_from_flags(quick: bool, assignments: list[str]) -> Size:
+    """The size of a mode with `name=value` assignments over it. Raises UsageError."""
+    data = to_dict(QUICK if quick else Size())
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise UsageError(f"--set={assignment}: expected name=value, for example steps=500")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UsageError(f"--set={assignment}: '{text}' is not valid YAML") from None
+        from_dict(Size, {name: value}, f"--set={assignment}", check=False)
+        data[name] = value
+    return from_dict(Size, data, "--set")
+
+
+def write_report(found: Result, out: Path) -> None:
+    """Writes report.json, report.md with plots/, and index.html, from what `experiments.run` gives."""
+    write(out / "report.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    page = sections.report(found)
+    drawn = {name: plots.svg(figure, name) for name, figure in page.figures.items()}
+    (out / "plots").mkdir(exist_ok=True)
+    for name, text in drawn.items():
+        write(out / "plots" / f"{name}.svg", '<?xml version="1.0" encoding="utf-8"?>\n' + text)
+    write(out / "report.md", page.markdown)
+    write(out / "index.html", html(page.markdown, drawn))
+
+
+def html(text: str, drawn: dict[str, str]) -> str:
+    """The Markdown as one HTML page, with the SVG of each figure, by name, in its place."""
+    body = markdown.markdown(text, extensions=["tables", "toc"])
+
+    def place(match: re.Match[str]) -> str:
+        caption, name = match.groups()
+        return f'<figure role="img" aria-label="{caption}">{drawn[name]}</figure>'
+
+    body = re.sub(r'<img alt="([^"]*)" src="plots/([\w-]+)\.svg" />', place, body)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8">\n'
+        "<title>DPSR: the paper's experiments</title>\n"
+        f"<style>{_STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def hardware() -> dict[str, Any]:
+    """The machine."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the figures."""
+    packages = ("tensorflow", "scikit-learn", "matplotlib", "bm25s", "scipy")
+    found = {"dpsr": __version__, "python": platform.python_version(), "numpy": np.__version__}
+    return found | {package: importlib.metadata.version(package) for package in packages}

@@ -1,0 +1,385 @@
+"""The experiments of the report: each is a config, a store and a measurement, and gives a JSON object."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
+
+from dpsr_tf.data.store import new_directory
+from dpsr_tf.evaluation import metrics
+from dpsr_tf.evaluation.checkpoint import exact_search, item_embeddings, query_encoder
+from dpsr_tf.evaluation.judgments import Judgments
+from dpsr_tf.evaluation.retriever import ItemRows, unigrams
+from dpsr_tf.report.ablations import ablate
+from dpsr_tf.report.lab import Lab, Made, Result
+from dpsr_tf.report.public_data import DATA_SETS
+from dpsr_tf.report.shop import REPOSITORY, Shop, Size, preset_config
+
+_SAMPLES = 1000  # of the bootstrap, as `dpsr evaluate` draws them
+# What Table 2 calls a system -> the system of `dpsr evaluate`, or the file in configs/.
+BASELINES = {"BM25": "bm25", "BM25-u&b": "bm25-bigrams", "popularity": "popularity"}
+MODELS = {"DSSM": "dssm", "DPSR": "dpsr", "DPSR-p": "dpsr_p", "DPSR-h": "dpsr_h"}
+
+
+def run(lab: Lab, size: Size, ablations: bool, data: Mapping[str, Path]) -> Result:
+    """All experiments.
+
+    Args:
+        lab: where they run.
+        size: how large they are.
+        ablations: the long ones too.
+        data: `homedepot`, `movielens`, `qbqtc` -> directory, those that are there.
+
+    Returns:
+        What each of the functions below gives, and `shops`, the seeds; those of every shop in lists.
+    """
+    shops = [Shop(lab, size, number) for number in range(size.shops)]
+    first = shops[0]
+    models = _train(lab, shops, size)
+    tables = [table2(shop, models[shop.number]) for shop in shops]
+    found: Result = {
+        "shops": [shop.seed for shop in shops],
+        "shop": json.loads((first.made.path / "truth.json").read_text())["counts"],
+        "table2": tables,
+        "polysemy": [polysemy(shop, models[shop.number]) for shop in shops],
+        "mixing": [mixing(shop, models[shop.number]) for shop in shops],
+        "topology": topology(first, models[0]["DPSR"]),
+        "examples": polysemy_examples(first, models[0]),
+        "cases": cases(first, models[0]["DPSR"]),
+        "projector": projector(first, models[0]["DPSR"]),
+    }
+    if size.index_items or size.serving_seconds:
+        found["efficiency"] = efficiency(first, models[0]["DPSR"])
+    if ablations:
+        found["ablations"] = ablate(first)
+    found["data"] = {name: DATA_SETS[name](lab, size, path) for name, path in data.items()}
+    return found
+
+
+def _train(lab: Lab, shops: Sequence[Shop], size: Size) -> list[dict[str, Made]]:
+    """The models of each shop, by what they are called."""
+    wanted: dict[tuple[int, str], Callable[[], Made]] = {}
+    usual = preset_config("dpsr")["train"]["mixing_ratio"]
+    for shop in shops:
+        named = {label: functools.partial(shop.model, label, preset) for label, preset in MODELS.items()}
+        named["1 head"] = functools.partial(shop.model, "heads-1", "dpsr", {"model.num_heads": 1})
+        # Of the further shops only the ends: they show whether the order holds.
+        for alpha in size.mixing_ratios if shop.number == 0 else (min(size.mixing_ratios), max(size.mixing_ratios)):
+            if alpha != usual:
+                change = {"train.mixing_ratio": alpha}
+                named[f"{alpha:g}"] = functools.partial(shop.model, f"alpha-{alpha:g}", "dpsr", change)
+        wanted |= {(shop.number, label): train for label, train in named.items()}
+    made = lab.together(wanted)
+    found = [{label: model for (number, label), model in made.items() if number == shop.number} for shop in shops]
+    return [{**models, f"{usual:g}": models["DPSR"]} for models in found]
+
+
+def table2(shop: Shop, models: Mapping[str, Made]) -> Result:
+    """Table 2: top-k by what users bought after the log's end, AUC by pairs with a grade of humans.
+
+    And the time to 1,000 items, of the first shop.
+    """
+    systems: dict[str, str | Made] = {**BASELINES, **{label: models[label] for label in MODELS}}
+    users = ("--user_column=user_id", "--time_column=time")
+    bought = shop.judged("purchases", systems, "judgments.personal.tsv", *users, "--latency_queries=0")
+    graded = shop.judged("labels", systems, "labels.parquet", "--relevant_from=3", "--latency_queries=0")
+    unseen = shop.judged("unseen", systems, "judgments.test.tsv", "--slice=kind", "--latency_queries=0")
+    found = {"seed": shop.seed, "purchases": bought, "labels": graded, "unseen": unseen}
+    if not shop.number:
+        fast = ("--k=1000", "--max_queries=100", "--bootstrap=0")
+        found["times"] = shop.judged("times", systems, "judgments.personal.tsv", *users, *fast)
+    return found
+
+
+def mixing(shop: Shop, models: Mapping[str, Made]) -> Result:
+    """Figure 7: what the share of random negatives does to relevance and to the popularity of what is found."""
+    alphas = sorted(alpha for alpha in shop.size.mixing_ratios if f"{alpha:g}" in models)
+    systems = {f"{alpha:g}": models[f"{alpha:g}"] for alpha in alphas}
+    users = ("--user_column=user_id", "--time_column=time")
+    bought = shop.judged("mixing-purchases", systems, "judgments.personal.tsv", *users, "--latency_queries=0")
+    unseen = shop.judged("mixing-unseen", systems, "judgments.test.tsv", "--latency_queries=0")
+    return {"seed": shop.seed, "alpha": alphas, "purchases": bought, "unseen": unseen}
+
+
+def polysemy(shop: Shop, models: Mapping[str, Made]) -> Result:
+    """One head beside two on all polysemous queries of the shop, those of the log and those held out of it.
+
+    `senses@10` is the share of a query's meanings that have an item among the first 10; `recall@100` the share of the
+    right items among the first 100, of 100 where there are more.
+    """
+    pair = {"1 head": models["1 head"], "2 heads": models["DPSR"]}
+
+    def compute() -> Result:
+        table = shop.truth("queries")
+        rows = [row for row, kind in enumerate(table["kind"]) if kind == "polysemous"]
+        queries = [table["query"][row] for row in rows]
+        senses = [[shop.meanings[meaning] for meaning in table["meanings"][row]] for row in rows]
+        figures = {}
+        for label, model in pair.items():
+            ids = exact_search(model.path, shop.opened)(queries, None, 100)[0].tolist()
+            figures[label] = np.array([_senses_and_recall(found, of) for found, of in zip(ids, senses, strict=True)])
+        in_log = np.array([table["fold"][row] == "log" for row in rows])
+        of_type = dict(zip(*(shop.truth("meanings")[name] for name in ("meaning", "type")), strict=True))
+        named = [{of_type[meaning] is None for meaning in table["meanings"][row]} for row in rows]
+        mixed = np.array([len(kinds) == 2 for kinds in named])  # "apple": a brand and a fruit
+        groups = {"all": np.ones(len(rows), bool), "in the log": in_log, "held out": ~in_log}
+        groups |= {"brand and product": mixed, "brand of several categories": ~mixed}
+        return {"figures": ["senses@10", "recall@100"], "groups": {
+            name: _compared({label: values[among] for label, values in figures.items()}, shop.seed)
+            for name, among in groups.items() if among.any()
+        }}  # fmt: skip
+
+    return {"seed": shop.seed, **shop.computed("polysemy", pair, compute, groups=5)}
+
+
+def _senses_and_recall(found: Sequence[int], senses: Sequence[set[int]]) -> tuple[float, float]:
+    first, right = set(found[:10]), set().union(*senses)
+    return sum(bool(first & items) for items in senses) / len(senses), len(right & set(found)) / min(len(right), 100)
+
+
+def _compared(figures: Mapping[str, np.ndarray], seed: int) -> Result:
+    """Means of each model's figures [queries, figures], intervals, and the second less the first."""
+    one, other = figures.values()
+    samples = metrics.bootstrap_means(np.concatenate([one, other, other - one], axis=1), _SAMPLES, seed)
+    limits = [metrics.interval(samples[:, column]) for column in range(samples.shape[1])]
+    width = one.shape[1]
+    labels = [*figures, "difference"]
+    means = [one.mean(0), other.mean(0), (other - one).mean(0)]
+    return {
+        "queries": len(one),
+        **{
+            label: {"value": mean.tolist(), "interval": limits[row * width : (row + 1) * width]}
+            for row, (label, mean) in enumerate(zip(labels, means, strict=True))
+        },
+    }
+
+
+def _plane(embeddings: np.ndarray, seed: int) -> list[list[float]]:
+    """t-SNE coordinates [n, 2], to four decimals."""
+    perplexity = min(30, (len(embeddings) - 1) / 3)
+    with threadpool_limits(1):  # for the same figures on any number of cores; it is not slower here
+        points = TSNE(2, init="pca", perplexity=perplexity, random_state=seed).fit_transform(embeddings)
+    return [[round(float(x), 4) for x in point] for point in points]
+
+
+def _popular_types(shop: Shop, count: int) -> tuple[list[str], dict[str, Any]]:
+    """The types with the most sold items, and the table truth/items with columns `row` of the store and `category`."""
+    items = shop.truth("items")
+    items["row"] = ItemRows(shop.opened.items()["id"])(np.array(items["item_id"])).tolist()
+    category = pyarrow.parquet.read_table(shop.made.path / "items.parquet", columns=["item_id", "category"]).to_pydict()
+    of_item = dict(zip(category["item_id"], category["category"], strict=True))
+    items["category"] = [of_item[item] for item in items["item_id"]]
+    total: dict[str, float] = {}
+    for name, popularity in zip(items["type"], items["popularity"], strict=True):
+        total[name] = total.get(name, 0.0) + popularity
+    return sorted(total, key=lambda name: -total[name])[:count], items
+
+
+def topology(shop: Shop, model: Made) -> Result:
+    """Figure 5: the most popular items of the 33 most popular types of product, in a plane."""
+
+    def compute() -> Result:
+        types, items = _popular_types(shop, 33)
+        rows: list[int] = []
+        for name in types:
+            mine = [row for row, of in enumerate(items["type"]) if of == name]
+            mine.sort(key=lambda row: -items["popularity"][row])
+            rows += mine[: shop.size.plotted_items // len(types)]
+        embeddings = item_embeddings(model.path, shop.opened)[[items["row"][row] for row in rows]]
+        category = {items["type"][row]: items["category"][row] for row in rows}
+        by_category = sorted(category, key=lambda name: category[name])
+        return {
+            "points": _plane(embeddings, shop.seed),
+            "type": [items["type"][row] for row in rows],
+            "category": {name: category[name] for name in by_category},
+        }
+
+    return shop.computed("topology", {"model": model}, compute, items=shop.size.plotted_items)
+
+
+def polysemy_examples(shop: Shop, models: Mapping[str, Made]) -> Result:
+    """Figure 6: the two most frequent polysemous queries in English, what each head finds, in planes of items."""
+    pair = {"1 head": models["1 head"], "2 heads": models["DPSR"]}
+
+    def compute() -> Result:
+        table = shop.truth("queries")
+        english = [language == "en" for language in table["language"]]
+        asked = [row for row, kind in enumerate(table["kind"]) if kind == "polysemous" and english[row]]
+        asked.sort(key=lambda row: -table["requests"][row])
+        types, items = _popular_types(shop, 10)
+        titles = dict(zip(shop.opened.items()["id"].tolist(), shop.opened.titles(), strict=True))
+        embeddings = {label: item_embeddings(model.path, shop.opened) for label, model in pair.items()}
+        encoders = {label: query_encoder(model.path, shop.opened) for label, model in pair.items()}
+        return {
+            "queries": [_example(shop, table, row, types, items, titles, embeddings, encoders) for row in asked[:2]]
+        }
+
+    return shop.computed("examples", pair, compute)
+
+
+def _example(
+    shop: Shop,
+    table: Mapping[str, Any],
+    row: int,
+    types: Sequence[str],
+    items: Mapping[str, Any],
+    titles: Mapping[int, str],
+    embeddings: Mapping[str, np.ndarray],
+    encoders: Mapping[str, Any],
+) -> Result:
+    query, senses = table["query"][row], table["meanings"][row]
+    names = shop.truth("meanings")
+    of = {name: row for row, name in enumerate(names["meaning"])}
+    called = [f"{names['type'][of[m]] or names['brand'][of[m]]} ({names['category'][of[m]]})" for m in senses]
+    order = np.argsort(-np.array(items["popularity"]), kind="stable").tolist()
+    meaning = np.full(len(order), -1)
+    for number, sense in enumerate(senses):
+        meaning[[item in shop.meanings[sense] for item in items["item_id"]]] = number
+    shown = [r for r in order if meaning[r] >= 0][:300]
+    shown += [r for r in order if meaning[r] < 0 and items["type"][r] in types][:300]
+    found: Result = {"query": query, "meanings": called, "models": {}}
+    of_row = {r: place for place, r in enumerate(items["row"])}
+    for label, matrix in embeddings.items():
+        heads = encoders[label]([query], None)[0]  # [heads, dim]
+        firsts = [[of_row[i] for i in np.argsort(-(matrix @ head), kind="stable")[:20].tolist()] for head in heads]
+        rows = list(dict.fromkeys([*shown, *(r for first in firsts for r in first)]))
+        place = {r: p for p, r in enumerate(rows)}
+        found["models"][label] = {
+            "points": _plane(matrix[[items["row"][r] for r in rows]], shop.seed),
+            "meaning": meaning[rows].tolist(),
+            "heads": [[place[r] for r in first] for first in firsts],
+            "found": [
+                [[titles[items["item_id"][r]], called[meaning[r]] if meaning[r] >= 0 else "neither"] for r in first[:5]]
+                for first in firsts
+            ],
+            "counts": [np.bincount(meaning[first] + 1, minlength=len(senses) + 1).tolist() for first in firsts],
+        }
+    return found
+
+
+def cases(shop: Shop, model: Made, count: int = 5) -> Result:
+    """Table 1: good cases and failures, both picked by rule from the queries that the log does not hold.
+
+    A query is looked at if all its words are synonyms (kind gap) or it is misspelt (kind typo). It is a good case if
+    the first item is right and, for gap, its title shares no token with the query; of these `count` are drawn by
+    chance. It is a failure if the first item is wrong; of these the `count` whose first right item stands last.
+    """
+
+    def compute() -> Result:
+        judgments = Judgments.read(
+            shop.made.path / "judgments.test.tsv", "query", "item", "grade", 1.0, slices=["kind"]
+        )
+        right_spelling = dict(zip(*(shop.truth("misspellings")[name] for name in ("query", "right")), strict=True))
+        titles = dict(zip(shop.opened.items()["id"].tolist(), shop.opened.titles(), strict=True))
+        search, tokenize = exact_search(model.path, shop.opened), unigrams()
+        found: Result = {}
+        for kind in ("gap", "typo"):
+            rows = [row for row, (of,) in enumerate(judgments.slices["kind"]) if of == kind]
+            asked = judgments.take(rows)
+            answers = search(asked.queries, None, len(titles))[0]
+            good, bad = [], []
+            for query, relevant, ids in zip(asked.queries, asked.relevant, answers, strict=True):
+                ranks = np.flatnonzero(np.isin(ids, relevant)) + 1
+                rank = int(ranks[0]) if len(ranks) else len(titles) + 1
+                first = titles.get(int(ids[0]), "nothing")
+                shares = bool(set(tokenize(query)) & set(tokenize(first)))
+                case = {
+                    "query": query,
+                    "means": right_spelling.get(query, ""),
+                    "item": first,
+                    "right": titles[int(ids[rank - 1])] if rank <= len(titles) else titles[relevant[0]],
+                    "rank": rank,
+                }
+                if rank > 1:
+                    bad.append(case)
+                elif kind == "typo" or not shares:
+                    good.append(case)
+            drawn = np.random.default_rng(shop.seed).permutation(len(good))[:count]
+            bad.sort(key=lambda case: (-case["rank"], case["query"]))
+            found[kind] = {
+                "queries": len(rows),
+                "good": len(good),
+                "bad": len(bad),
+                "good_cases": [good[place] for place in np.sort(drawn)],
+                "bad_cases": bad[:count],
+            }
+        return found
+
+    return shop.computed("cases", {"model": model}, compute, count=count)
+
+
+def projector(shop: Shop, model: Made) -> Result:
+    """Files for TensorBoard's embedding projector, in projector/."""
+
+    def compute() -> Result:
+        _, items = _popular_types(shop, 1)
+        embeddings = item_embeddings(model.path, shop.opened)
+        titles = dict(zip(shop.opened.items()["id"].tolist(), shop.opened.titles(), strict=True))
+        with new_directory(shop.lab.out / "projector", True, "projector files", "projector_config.pbtxt") as out:
+            with (
+                open(out / "vectors.tsv", "w") as vectors,
+                open(out / "metadata.tsv", "w", encoding="utf-8") as metadata,
+            ):
+                metadata.write("title\ttype\tcategory\titem_id\n")
+                columns = (items[name] for name in ("item_id", "type", "category", "row"))
+                for item, of_type, category, row in zip(*columns, strict=True):
+                    vectors.write("\t".join(f"{x:.6g}" for x in embeddings[row]) + "\n")
+                    metadata.write(f"{titles[item]}\t{of_type}\t{category}\t{item}\n")
+            (out / "projector_config.pbtxt").write_text(
+                'embeddings {\n  tensor_name: "items"\n'
+                '  tensor_path: "vectors.tsv"\n  metadata_path: "metadata.tsv"\n}\n'
+            )
+        return {"items": len(embeddings), "dim": embeddings.shape[1]}
+
+    if not (shop.lab.out / "projector").is_dir():
+        (shop.lab.out / "runs" / f"{shop.named('projector')}.json").unlink(missing_ok=True)
+    return shop.computed("projector", {"model": model}, compute)
+
+
+def efficiency(shop: Shop, model: Made) -> Result:
+    """Tables 5 and 6, by the benchmarks of the checkout; `index` and `serving` are None where they are left out."""
+    lab, size = shop.lab, shop.size
+    found: Result = {"index": None, "serving": None}
+    if not (REPOSITORY / "benchmarks").is_dir():
+        return found
+    if size.index_items:
+        found["index"] = _benchmark(lab, "index", f"--items={size.index_items}", f"--seed={lab.seed}")
+    if size.serving_seconds:
+        index = lab.make(
+            shop.named("index"),
+            {"index": model.digest},
+            lambda path: [
+                "index",
+                f"--model={model.path}",
+                f"--store={shop.store.path}",
+                f"--out={path}",
+                "--overwrite",
+            ],
+        )
+        servable = lab.make(
+            shop.named("servable"),
+            {"export": index.digest},
+            lambda path: ["export", f"--model={model.path}", f"--index={index.path}", f"--out={path}"],
+        )
+        seconds = f"--seconds={size.serving_seconds:g}"
+        found["serving"] = _benchmark(lab, "model_server", f"--servable={servable.path}", seconds, "--repeat=1")
+    return found
+
+
+def _benchmark(lab: Lab, name: str, *flags: str) -> Result:
+    """The JSON object of a script of benchmarks/."""
+    script = REPOSITORY / "benchmarks" / f"{name}.py"
+
+    def compute() -> Result:
+        out = lab.script(f"benchmark-{name}", script, "--json", *flags)
+        return dict(json.loads(out.strip().splitlines()[-1]))
+
+    return lab.result(f"benchmark-{name}", {"benchmark": name, "flags": flags}, compute)

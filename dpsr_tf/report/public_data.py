@@ -1,0 +1,114 @@
+"""The models on public data sets that the user has fetched."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from dpsr_tf.data.store import new_directory
+from dpsr_tf.errors import CommandError
+from dpsr_tf.report.lab import Lab, Made, Result
+from dpsr_tf.report.shop import REPOSITORY, Size, changed, preset_config
+
+
+def _homedepot(lab: Lab, size: Size, path: Path) -> Result:
+    """Home Depot: the best configuration and the paper's hinge beside BM25, all products."""
+    store = lab.adapted("homedepot", path)
+    wanted = {
+        name: functools.partial(lab.model, f"model-homedepot-{name}", store, preset_config(preset))
+        for name, preset in (("DPSR, best", "homedepot"), ("DPSR, the paper's hinge", "homedepot_hinge"))
+        if (REPOSITORY / "configs" / f"{preset}.yaml").is_file()
+    }
+    systems: dict[str, str | Made] = {"BM25": "bm25-words", "BM25, our tokens": "bm25", **lab.together(wanted)}
+    columns = ("--query_column=search_term", "--item_column=product_uid", "--grade_column=relevance")
+    flags = (*columns, "--relevant_from=2.33", "--k=10,100,1000", f"--seed={lab.seed}", "--latency_queries=0")
+    return {
+        fold: lab.evaluation(
+            f"homedepot-{fold}", store, systems, path / f"judgments.{fold}.tsv", str(path.resolve()), *flags
+        )
+        for fold in ("dev", "misspelt_dev")
+    }
+
+
+def _movielens(lab: Lab, size: Size, path: Path) -> Result:
+    """MovieLens 100K: genres as queries, split by time."""
+    store = lab.adapted("movielens_100k", path)
+    steps = {"train.steps": size.data_steps, "train.checkpoint_steps": size.data_steps}
+    profile = {"model.user_features": ["*"]}
+    variants: dict[str, dict[str, Any]] = {
+        "DPSR": {},
+        "DPSR-p": profile,
+        "DPSR-h": {**profile, "model.history_length": 20},
+    }
+    wanted = {
+        label: functools.partial(
+            lab.model, f"model-movielens-{label}", store, changed(preset_config("movielens"), {**steps, **changes})
+        )
+        for label, changes in variants.items()
+    }
+    systems: dict[str, str | Made] = {"BM25": "bm25", "popularity": "popularity", **lab.together(wanted)}
+    return {
+        "held out": lab.evaluation(
+            "movielens", store, systems, None, store.digest, f"--seed={lab.seed}", "--latency_queries=0"
+        )
+    }
+
+
+def _qbqtc(lab: Lab, size: Size, path: Path) -> Result:
+    """QBQTC: relevance of Chinese titles, learnt from the train fold; all titles are the items."""
+    source = Made(lab.out / "work" / "qbqtc", str(path.resolve()))
+
+    def compute() -> Result:
+        folds = {}
+        for fold in ("train", "dev"):
+            try:
+                folds[fold] = [json.loads(line) for line in (path / f"{fold}.json").read_text("utf-8").splitlines()]
+            except (OSError, ValueError) as error:
+                raise CommandError(
+                    f"{path / f'{fold}.json'}: cannot be read: {error}; give --qbqtc its folder"
+                ) from None
+        titles = {title: i for i, title in enumerate(dict.fromkeys(r["title"] for f in folds.values() for r in f))}
+        with new_directory(source.path, True, "tables", "items.parquet") as out:
+            items = pa.table({"item_id": list(titles.values()), "title": list(titles)})
+            pyarrow.parquet.write_table(items, out / "items.parquet")
+            for fold, rows in folds.items():
+                columns = {"query": [row["query"] for row in rows], "item": [titles[row["title"]] for row in rows]}
+                columns["grade"] = [int(row["relevant"]) for row in rows]
+                pyarrow.parquet.write_table(pa.table(columns), out / f"{fold}.parquet")
+        return {"items": len(titles)}
+
+    lab.result("qbqtc-tables", {"qbqtc": source.digest}, compute)
+    schema = {
+        "items": {"files": "items.parquet", "id": "item_id", "text": "title"},
+        "interactions": {
+            "files": "train.parquet", "query": "query", "item": "item", "label": "grade", "positive_from": 1,
+            "negative_to": 0,
+        },
+        "vocabulary": {"min_count": 2},
+    }  # fmt: skip
+    store = lab.store("store-qbqtc", source, schema)
+    half = {"train.num_title_queries": size.batch_size // 2}
+    wanted = {
+        "DPSR": functools.partial(lab.model, "model-qbqtc", store, size.config("dpsr", size.data_steps)),
+        "DPSR, half of each batch titles": functools.partial(
+            lab.model, "model-qbqtc-titles", store, size.config("dpsr", size.data_steps, half)
+        ),
+    }
+    systems: dict[str, str | Made] = {"BM25": "bm25", **lab.together(wanted)}
+    dev = source.path / "dev.parquet"
+    return {
+        "dev": lab.evaluation("qbqtc", store, systems, dev, source.digest, f"--seed={lab.seed}", "--latency_queries=0")
+    }
+
+
+DATA_SETS: dict[str, Callable[[Lab, Size, Path], Result]] = {
+    "homedepot": _homedepot,
+    "movielens": _movielens,
+    "qbqtc": _qbqtc,
+}

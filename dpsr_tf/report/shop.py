@@ -1,0 +1,161 @@
+"""How large a report's experiments are, and the generated shops that they run on.
+
+The truth of a shop says which items are right (docs/generated_shop.md); models learn from its log only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+
+from dpsr_tf.config import option, read_yaml
+from dpsr_tf.data.generate import SCHEMA
+from dpsr_tf.data.store import Store
+from dpsr_tf.errors import CommandError
+from dpsr_tf.report.lab import Lab, Made, Result
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How large the experiments are."""
+
+    shops: int = option(3, "generated shops, of the report's seed and those after it", 1, 100)
+    items: int = option(6_000, "items of a generated shop", 1_500, 10**6)
+    users: int = option(2_000, "its users", 10, 10**7)
+    interactions: int = option(150_000, "clicks of its log", 100, 10**8)
+    shared_brands: int = option(4, "brands of each category that the next one has too: polysemous queries", 0, 100)
+    purchases: int = option(10_000, "purchases after the log's end that Table 2 is judged by", 10, 10**5)
+    judged_queries: int = option(1_000, "judged queries that the log does not hold, at most", 10, 10**6)
+    steps: int = option(1_500, "training steps of each model", 1, 10**9)
+    batch_size: int = option(256, "positive pairs a step", 2, 1 << 16)
+    learning_rate: float = option(0.05, "of AdaGrad", 1e-8, 100)
+    mixing_ratios: tuple[float, ...] = option((0.0, 0.25, 0.5, 0.75, 1.0), "alphas of figure 7", 0, 1)
+    plotted_items: int = option(1_500, "items in figure 5", 100, 100_000)
+    index_items: int = option(300_000, "vectors of the index benchmark; 0: leave it out", 0, 10**9)
+    serving_seconds: float = option(3.0, "of each load on the model server; 0: leave it out", 0, 3600)
+    data_steps: int = option(1_500, "training steps on MovieLens and QBQTC", 1, 10**9)
+
+    def config(
+        self, preset: str, steps: int, changes: Mapping[str, Any] = types.MappingProxyType({})
+    ) -> dict[str, Any]:
+        """A file of configs/ with linear towers, this size's training, and `section.key` changed."""
+        base: dict[str, Any] = {
+            "model.hidden": [],  # in minutes ReLU layers learn too little: see the ablation
+            "train.steps": steps,
+            "train.checkpoint_steps": steps,
+            "train.batch_size": self.batch_size,
+            "train.learning_rate": self.learning_rate,
+            "serving.k": 1000,
+        }
+        return changed(preset_config(preset), {**base, **changes})
+
+
+QUICK = Size(
+    shops=1,
+    items=3_000,
+    users=600,
+    interactions=40_000,
+    purchases=3_000,
+    judged_queries=400,
+    steps=500,
+    mixing_ratios=(0.0, 0.5, 1.0),
+    plotted_items=800,
+    index_items=20_000,
+    serving_seconds=1.0,
+    data_steps=500,
+)
+
+
+class Shop:
+    """A generated shop, its store, and what is true of it."""
+
+    def __init__(self, lab: Lab, size: Size, number: int):
+        """`number`: 0 is the shop of the report's seed."""
+        self.lab, self.size, self.seed, self.number = lab, size, lab.seed + number, number
+        self.made = lab.shop(
+            self.named("shop"),
+            {
+                "seed": self.seed,
+                "items": size.items,
+                "users": size.users,
+                "interactions": size.interactions,
+                "invented_brands": size.shared_brands,
+                "shared_brands": size.shared_brands,
+                "personal_judgments": size.purchases,
+                "judged_queries": size.judged_queries,
+            },
+        )
+        self.store = lab.store(self.named("store"), self.made, SCHEMA)
+
+    def named(self, name: str) -> str:
+        """The name of an experiment on this shop."""
+        return f"{name}-{self.seed}"
+
+    def model(
+        self, name: str, preset: str, changes: Mapping[str, Any] | None = None, store: Made | None = None
+    ) -> Made:
+        """A model of a preset with `section.key` changed."""
+        changes = {"train.seed": self.seed, **(changes or {})}
+        config = self.size.config(preset, self.size.steps, changes)
+        return self.lab.model(self.named(f"model-{name}"), store or self.store, config)
+
+    def judged(self, name: str, systems: Mapping[str, str | Made], file: str, *flags: str) -> Result:
+        """Systems measured on a judgment file of the shop."""
+        return self.lab.evaluation(
+            self.named(name),
+            self.store,
+            systems,
+            self.made.path / file,
+            self.made.digest,
+            f"--seed={self.seed}",
+            *flags,
+        )
+
+    def computed(self, name: str, models: Mapping[str, Made], compute: Callable[[], Result], **more: Any) -> Result:
+        """What is computed of models here, in this process."""
+        digests = {label: model.digest for label, model in models.items()}
+        definition = {"compute": name, "shop": self.made.digest, "store": self.store.digest, "models": digests, **more}
+        return self.lab.result(self.named(name), definition, compute)
+
+    @functools.cached_property
+    def opened(self) -> Store:
+        """The store, opened."""
+        return Store(self.store.path)
+
+    def truth(self, name: str) -> dict[str, list[Any]]:
+        """A table of truth/, by columns."""
+        return dict(pyarrow.parquet.read_table(self.made.path / "truth" / f"{name}.parquet").to_pydict())
+
+    @functools.cached_property
+    def meanings(self) -> dict[int, set[int]]:
+        """Item ids of each meaning."""
+        table = self.truth("relevant")
+        found: dict[int, set[int]] = {}
+        for meaning, item in zip(table["meaning"], table["item_id"], strict=True):
+            found.setdefault(meaning, set()).add(item)
+        return found
+
+
+def preset_config(name: str) -> dict[str, Any]:
+    """A file of configs/. Raises CommandError where there is no checkout."""
+    path = REPOSITORY / "configs" / f"{name}.yaml"
+    if not path.is_file():
+        raise CommandError(f"{path}: is not there; `dpsr report` reads the configs of a checkout, run it in one")
+    return read_yaml(path)
+
+
+def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with `section.key` changed."""
+    config = {section: dict(values) for section, values in config.items()}
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        config.setdefault(section, {})[name] = value
+    return config

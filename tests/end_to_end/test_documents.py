@@ -1,0 +1,61 @@
+"""The commands of the quickstart and of "bring your own log", run as they stand there."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_document(name: str, folder: Path) -> str:
+    """Runs the `sh` blocks of a page as one script in `folder`, on free ports; returns what it printed."""
+    page = (ROOT / "docs" / name).read_text()
+    script = "\n".join(re.findall(r"^```sh\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
+    for port in ("8500", "8501"):
+        script = script.replace(f"{port}", str(free_port()))
+    (folder / "configs").symlink_to(ROOT / "configs")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    # The shell ends what it has started, also where a command fails.
+    script = f"set -euo pipefail\ntrap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n{script}"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_quickstart(tmp_path: Path) -> None:
+    printed = run_document("quickstart.md", tmp_path)
+    assert re.search(r"^gents hair wash\n.*\n +1 ", printed, re.MULTILINE), printed
+    recall = {name: float(value) for name, value in re.findall(r"^(bm25|index:\S+) +(0\.\d+)", printed, re.MULTILINE)}
+    assert recall["index:quick/index"] > recall["bm25"], printed
+
+
+@pytest.mark.slow
+def test_bring_your_own_log(tmp_path: Path) -> None:
+    printed = run_document("own_log.md", tmp_path)
+    plain, filtered = printed.split("\nsneakers\n")[1:3]
+    assert re.search(r" 1 .*Running Shoes", plain), printed
+    assert "Trail" not in filtered.split("predictions")[0], printed  # which costs more than 60
+    assert re.search(r"boiler\n.*\n +1 .*Kettle", printed), printed
+    assert re.search(r"hedset\n.*\n +1 .*Headphones", printed), printed
+    assert '"item_keys"' in printed
