@@ -9,6 +9,10 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace dpsr {
 namespace {
 
@@ -85,18 +89,51 @@ uint64_t Pack(const uint8_t* flags) {
   return bits;
 }
 
-// Clears the bits of the slots that do not pass. `test(first, count, flags)` sets flags[i] to 1, or leaves it 0, for
-// slot first + i. Where nothing is left to clear it is not asked.
-template <typename Test>
-void Keep64(int64_t items, bool exclude, uint64_t* words, const Test& test) {
+// `mark(flags)` sets flags[i] to 1, or leaves it 0; these as bits.
+template <typename Mark>
+uint64_t Marked(const Mark& mark) {
+  alignas(64) uint8_t flags[kBits] = {};
+  mark(flags);
+  return Pack(flags);
+}
+
+// Clears the bits of the slots that do not pass: bit i of `met(first, count)` is slot first + i. Where nothing is left
+// to clear it is not asked.
+template <typename Met>
+void Keep64(int64_t items, bool exclude, uint64_t* words, const Met& met) {
   for (int64_t first = 0; first < items; first += kBits) {
     uint64_t& word = words[first / kBits];
     if (word == 0) continue;
-    alignas(64) uint8_t flags[kBits] = {};
-    test(first, std::min(kBits, items - first), flags);
-    const uint64_t met = Pack(flags);
-    word &= exclude ? ~met : met;
+    const uint64_t bits = met(first, std::min(kBits, items - first));
+    word &= exclude ? ~bits : bits;
   }
+}
+
+#if defined(__x86_64__)
+// Of 64 values. A range that nobody asked for before is a pass over its whole column, which takes as long as a search.
+__attribute__((target("avx2"))) uint64_t InRangeAvx2(const float* from, float low, float high) {
+  const __m256 lows = _mm256_set1_ps(low), highs = _mm256_set1_ps(high);
+  uint64_t bits = 0;
+  for (int i = 0; i < kBits; i += 8) {
+    const __m256 values = _mm256_loadu_ps(from + i);
+    const __m256 met = _mm256_and_ps(_mm256_cmp_ps(values, lows, _CMP_GE_OQ), _mm256_cmp_ps(values, highs, _CMP_LE_OQ));
+    bits |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_ps(met))) << i;
+  }
+  return bits;
+}
+#endif
+
+template <typename T>
+uint64_t InRange(const T* from, int64_t count, T low, T high) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<T, float>) {
+    static const bool has_avx2 = __builtin_cpu_supports("avx2");
+    if (has_avx2 && count == kBits) return InRangeAvx2(from, low, high);
+  }
+#endif
+  return Marked([&](uint8_t* flags) {
+    for (int64_t i = 0; i < count; ++i) flags[i] = static_cast<uint8_t>((from[i] >= low) & (from[i] <= high));
+  });
 }
 
 // The least value of type T that is not below `bound`, or the largest not above it.
@@ -115,11 +152,10 @@ template <typename T>
 void KeepRanges(Span<const T> values, const std::vector<Range>& ranges, bool exclude, uint64_t* words) {
   std::vector<std::pair<T, T>> ends;
   for (const Range& range : ranges) ends.emplace_back(AtLeast<T>(range.low), AtMost<T>(range.high));
-  Keep64(static_cast<int64_t>(values.size()), exclude, words, [&](int64_t first, int64_t count, uint8_t* flags) {
-    const T* const from = values.data() + first;
-    for (const auto& [low, high] : ends) {
-      for (int64_t i = 0; i < count; ++i) flags[i] |= static_cast<uint8_t>((from[i] >= low) & (from[i] <= high));
-    }
+  Keep64(static_cast<int64_t>(values.size()), exclude, words, [&](int64_t first, int64_t count) {
+    uint64_t met = 0;
+    for (const auto& [low, high] : ends) met |= InRange<T>(values.data() + first, count, low, high);
+    return met;
   });
 }
 
@@ -129,18 +165,22 @@ void KeepCodes(Span<const T> values, const std::vector<uint32_t>& codes, size_t 
                uint64_t* words) {
   const auto items = static_cast<int64_t>(values.size());
   if (codes.size() <= kFewCodes) {
-    Keep64(items, exclude, words, [&](int64_t first, int64_t count, uint8_t* flags) {
+    Keep64(items, exclude, words, [&](int64_t first, int64_t count) {
       const T* const from = values.data() + first;
-      for (const uint32_t code : codes) {
-        for (int64_t i = 0; i < count; ++i) flags[i] |= static_cast<uint8_t>(from[i] == static_cast<T>(code));
-      }
+      return Marked([&](uint8_t* flags) {
+        for (const uint32_t code : codes) {
+          for (int64_t i = 0; i < count; ++i) flags[i] |= static_cast<uint8_t>(from[i] == static_cast<T>(code));
+        }
+      });
     });
     return;
   }
   std::vector<uint8_t> wanted(num_codes, 0);
   for (const uint32_t code : codes) wanted[code] = 1;
-  Keep64(items, exclude, words, [&](int64_t first, int64_t count, uint8_t* flags) {
-    for (int64_t i = 0; i < count; ++i) flags[i] = wanted[values[first + i]];
+  Keep64(items, exclude, words, [&](int64_t first, int64_t count) {
+    return Marked([&](uint8_t* flags) {
+      for (int64_t i = 0; i < count; ++i) flags[i] = wanted[values[first + i]];
+    });
   });
 }
 
@@ -149,10 +189,12 @@ void KeepAnyCode(Span<const int64_t> splits, Span<const T> values, const std::ve
                  bool exclude, uint64_t* words) {
   std::vector<uint8_t> wanted(num_codes, 0);
   for (const uint32_t code : codes) wanted[code] = 1;
-  Keep64(static_cast<int64_t>(splits.size()) - 1, exclude, words, [&](int64_t first, int64_t count, uint8_t* flags) {
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t v = splits[first + i]; v < splits[first + i + 1]; ++v) flags[i] |= wanted[values[v]];
-    }
+  Keep64(static_cast<int64_t>(splits.size()) - 1, exclude, words, [&](int64_t first, int64_t count) {
+    return Marked([&](uint8_t* flags) {
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t v = splits[first + i]; v < splits[first + i + 1]; ++v) flags[i] |= wanted[values[v]];
+      }
+    });
   });
 }
 
