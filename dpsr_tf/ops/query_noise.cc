@@ -139,7 +139,7 @@ std::string Write(std::vector<Piece> pieces, double typo_rate, RandomStream* ran
         piece.letters.insert(piece.letters.begin() + static_cast<ptrdiff_t>(at), kSpace);
       }
     }
-    const bool as_one = i == joined && piece.is_word && pieces[i - 1].is_word;
+    const bool as_one = i > 0 && i == joined && piece.is_word && pieces[i - 1].is_word;
     if (i > 0 && !piece.adjoins && !as_one) text += ' ';
     Append(piece.letters, &text);
   }
