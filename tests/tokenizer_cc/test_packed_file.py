@@ -86,7 +86,7 @@ def test_closed_writer(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.zeros(1, np.float64), "dtype float64, expected uint8"),
+        (np.zeros(1, np.float16), "dtype float16, expected uint8"),
         (np.zeros(1, bool), "dtype bool, expected uint8"),
         (np.array(["a"]), "dtype <U1, expected uint8"),
         (np.zeros(1, ">i4"), "dtype >i4, expected uint8"),
