@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -140,7 +141,7 @@ _RESPONSES = {
 }
 
 
-class _Client(Generic[_ChannelT]):
+class _Client(ABC, Generic[_ChannelT]):
     """What both clients share, all but making a call: a flow is a generator that yields calls and gets the answers."""
 
     def __init__(
@@ -189,8 +190,9 @@ class _Client(Generic[_ChannelT]):
             for path, response in _RESPONSES.items()
         }
 
+    @abstractmethod
     def _open(self, tls: Tls | None) -> _ChannelT:
-        raise NotImplementedError
+        """A channel to the target."""
 
     def _search_flow(self, search: Search, metadata: Mapping[str, str] | None) -> _Flow[list[SearchResult]]:
         if not search.queries:

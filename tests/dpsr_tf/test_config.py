@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
 
+from dpsr_tf import demo
 from dpsr_tf.config import (
     Config,
     IndexConfig,
@@ -241,3 +243,9 @@ def test_required_and_optional_keys_and_choices():
         from_dict(_Required, {}, "pets")
     with pytest.raises(UsageError, match="pets: kind is 'cow', expected one of cat, dog"):
         from_dict(_Required, {"name": "x", "kind": "cow"}, "pets")
+
+
+def test_the_demo_trains_what_the_home_depot_file_says():
+    """The wheel has no configs/, so the demo carries the values itself."""
+    file = Path(__file__).resolve().parents[2] / "configs" / "homedepot.yaml"
+    assert load_config(file) == from_dict(Config, demo._HOMEDEPOT_CONFIG, "demo")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -86,7 +87,7 @@ class Stream:
 H = TypeVar("H")
 
 
-class Connection(asyncio.Protocol, Generic[H]):
+class Connection(asyncio.Protocol, ABC, Generic[H]):
     """One side of a connection; `parse` makes of a block of headers what `on_headers` gets."""
 
     def __init__(self, parse: Callable[[list[Header]], H], preface: bytes, expects: bytes) -> None:
@@ -109,17 +110,17 @@ class Connection(asyncio.Protocol, Generic[H]):
 
     # What subclasses do.
 
+    @abstractmethod
     def on_headers(self, number: int, head: H, ended: bool) -> None:
         """A block of headers came."""
-        raise NotImplementedError
 
+    @abstractmethod
     def on_end(self, stream: Stream) -> None:
         """All data of a stream came, and it has ended without trailers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def on_reset(self, stream: Stream, code: int) -> None:
         """The other side gave a stream up."""
-        raise NotImplementedError
 
     def on_goaway(self, last: int) -> None:
         """The other side takes no more streams, and does nothing for those above `last`."""
@@ -130,9 +131,9 @@ class Connection(asyncio.Protocol, Generic[H]):
     def on_pong(self, payload: bytes) -> None:
         """The answer to a ping of ours came."""
 
+    @abstractmethod
     def on_closed(self) -> None:
         """The connection is lost; of its streams nothing more comes."""
-        raise NotImplementedError
 
     # What subclasses use.
 
