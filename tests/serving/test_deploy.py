@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "serving" / "deploy"
 KUBERNETES = ("server", "proxy")
 ALERTS = DEPLOY / "prometheus" / "alerts.yaml"
+DASHBOARD = DEPLOY / "grafana" / "dpsr.json"
 
 
 def load(*parts: str) -> Any:
@@ -194,6 +196,12 @@ def expressions() -> dict[str, str]:
     return {rule["alert"]: rule["expr"] for rule in rules}
 
 
+def charts() -> dict[str, str]:
+    """Panel and letter -> the expression that the dashboard draws."""
+    panels = [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"]
+    return {f"panel {p['id']} {t['refId']}": t["expr"] for p in panels for t in p["targets"]}
+
+
 def names_in(expression: str) -> set[str]:
     """The metrics that an expression names."""
     return set(re.findall(r"(?<![\w:])(dpsr_proxy_\w+|:\w+(?::\w+)+)", re.sub(r'"[^"]*"', '""', expression)))
@@ -245,16 +253,33 @@ def test_every_metric_of_the_rules_exists(
             name, _, labels = line.partition("{")
             series.setdefault(name.split()[0], set()).update(re.findall(r'(\w+)="', labels))
     assert ":tensorflow:cc:saved_model:load_attempt_count{model_path" in scraped["dpsr-server"]
-    for alert, expression in expressions().items():
-        assert names_in(expression) or "up{" in expression, alert
+    for where, expression in (expressions() | charts()).items():
+        assert names_in(expression) or "up{" in expression, where
         for metric in names_in(expression):
-            assert metric in series, (alert, metric)
+            assert metric in series, (where, metric)
             # A histogram that has counted nothing shows no labels.
             known = series[metric] | ({"model_path", "status"} if "warmup" in metric else set())
-            assert labels_of(expression, metric) <= known, (alert, metric)
+            assert labels_of(expression, metric) <= known, (where, metric)
     jobs = set(re.findall(r'job="([^"]+)"', ALERTS.read_text()))
     for file in ("docker/prometheus.yaml", "prometheus/prometheus.yaml", "prometheus/prometheus-kubernetes.yaml"):
         assert {job["job_name"] for job in load(file)["scrape_configs"]} == set(scraped) == jobs, file
+
+
+def test_dashboard() -> None:
+    """Panels stand side by side, and a legend names labels that its expression leaves."""
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    cells = [
+        (x, y)
+        for place in (panel["gridPos"] for panel in panels)
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(set(cells)) == len(cells) and max(x for x, _ in cells) == 23
+    for target in (target for panel in panels for target in panel.get("targets", ())):
+        (grouped,) = re.findall(r"\bby \(([^)]*)\)", target["expr"]) or [""]
+        left = {label.strip() for label in grouped.split(",")} - {"le"}
+        legend = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+        assert legend == left - {""} or not grouped, target
 
 
 def test_scraped_addresses_are_those_the_proxy_knows() -> None:
