@@ -69,7 +69,7 @@ class TrainConfig:
     title_typo_rate: float = option(0.0, "share of the words of such a query that get a typing error", 0, 1)
     query_typo_rate: float = option(0.0, "the same of the words of the log's queries", 0, 1)
     learning_rate: float = option(0.01, "AdaGrad's learning rate", 1e-8, 100)
-    initial_accumulator: float = option(0.1, "where AdaGrad's sums of squared gradients start", 1e-30, 1e6)
+    initial_accumulator: float = option(0.1, "where AdaGrad's sums start in embedding tables", 1e-30, 1e6)
     average_decay: float = option(
         0.0, "of the moving average of the weights that is served; 0: the last ones", 0, 0.99999
     )

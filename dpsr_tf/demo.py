@@ -51,11 +51,11 @@ _SHOP_CONFIG: dict[str, Any] = {
     },
 }
 _HOMEDEPOT_CONFIG: dict[str, Any] = {
-    "model": {"token_dim": 128, "embedding_dim": 128},
+    "model": {"token_dim": 256, "embedding_dim": 256},
     "train": {
-        "steps": 2000,
+        "steps": 1500,
         "batch_size": 1024,
-        "pretrain_steps": 600,
+        "pretrain_steps": 500,
         "num_title_queries": 512,
         "title_subsampling": 0.01,
         "title_typo_rate": 0.2,

@@ -47,7 +47,8 @@ class Features(NamedTuple):
 class History(NamedTuple):
     """What the user of each example did strictly before the example's time, oldest first; h items, p queries in all.
 
-    Empty for anonymous users and title queries. DPSR keeps one history a user; this one never sees the future.
+    Empty for anonymous users and title queries. DPSR keeps one history a user; this one never sees the future, nor at
+    its end the click that the example, a cart or an order, repeats.
     """
 
     items: Tokens  # item rows [h], row_splits [b + 1]

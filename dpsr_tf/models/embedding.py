@@ -86,6 +86,7 @@ class EmbeddingTable:
         num_shards: int = 1,
         implementation: str = "fused",
         initial_accumulator: float = INITIAL_ACCUMULATOR,
+        exclusive: bool = False,
     ):
         """Makes the variables, or takes those of this name where variable scopes allow it.
 
@@ -98,6 +99,7 @@ class EmbeddingTable:
             num_shards: pieces for "rows", usually the number of ps; more than num_ids count as num_ids.
             implementation: "fused" or "stock".
             initial_accumulator: where AdaGrad's sums of squared gradients start.
+            exclusive: only one step at a time trains the table, as where there are no ps: "fused" then locks no rows.
 
         Raises:
             ValueError: a value that is not allowed.
@@ -121,8 +123,11 @@ class EmbeddingTable:
             )
         self.variables: list[tf.Variable] = [variable] if placement == "whole" else list(variable)
         self.outputs: list[tf.Tensor] = []
-        kernels = _Fused if implementation == "fused" else _Stock
-        self._kernels: _Fused | _Stock = kernels(self.variables, initial_accumulator)
+        self._kernels: _Fused | _Stock = (
+            _Fused(self.variables, initial_accumulator, exclusive)
+            if implementation == "fused"
+            else _Stock(self.variables, initial_accumulator)
+        )
 
     def bag(self, tokens: Tokens, weights: tf.Tensor | None = None, combiner: str = "sum") -> tf.Tensor:
         """One vector a text, float32 [texts, dim], zero for a text without tokens. Arguments as those of `bags`."""
@@ -188,7 +193,6 @@ def minimize(
     learning_rate: float | tf.Tensor,
     global_step: tf.Variable | None = None,
     optimizer: tf.compat.v1.train.Optimizer | None = None,
-    initial_accumulator: float = INITIAL_ACCUMULATOR,
 ) -> tf.Operation:
     """The training step: one backward pass over the tables' outputs and all other trainable variables.
 
@@ -197,14 +201,13 @@ def minimize(
         tables: all tables that `loss` depends on.
         learning_rate: of the tables' AdaGrad, and of `optimizer` if it is left out.
         global_step: incremented by the step.
-        optimizer: of the other variables; AdaGrad, all of a device in one op, if left out.
-        initial_accumulator: where the sums of squared gradients of that AdaGrad start.
+        optimizer: of the other variables; AdaGrad from INITIAL_ACCUMULATOR, all of a device in one op, if left out.
     """
     in_tables = {id(variable) for table in tables for variable in table.variables}
     dense = [variable for variable in v1.trainable_variables() if id(variable) not in in_tables]
     of_tables, of_dense = gradients(loss, tables, dense)
     if optimizer is None:
-        steps = _adagrad(dense, of_dense, learning_rate, initial_accumulator)
+        steps = _adagrad(dense, of_dense, learning_rate)
     else:
         steps = [optimizer.apply_gradients(zip(of_dense, dense, strict=True))] if dense else []
     if global_step is not None:
@@ -218,12 +221,11 @@ def _adagrad(
     variables: Sequence[tf.Variable],
     gradients: Sequence[tf.Tensor | None],
     learning_rate: float | tf.Tensor,
-    initial_accumulator: float,
 ) -> list[tf.Operation]:
     """A step on dense variables, those of a device in one op."""
     used = [pair for pair in zip(variables, map(_dense, gradients), strict=True) if pair[1] is not None]
     by_device: dict[str, list[tuple[tf.Variable, tf.Variable, tf.Tensor]]] = {}
-    accumulators = _accumulators([variable for variable, _ in used], initial_accumulator)
+    accumulators = _accumulators([variable for variable, _ in used], INITIAL_ACCUMULATOR)
     for (variable, gradient), accumulator in zip(used, accumulators, strict=True):
         by_device.setdefault(variable.device, []).append((variable.handle, accumulator.handle, gradient))
     steps = []
@@ -379,9 +381,9 @@ def _to_ps(gradient: tf.Tensor, variable: tf.Variable) -> tf.Tensor:
 class _Fused:
     """Our ops; one packed array of ids a shard and call."""
 
-    def __init__(self, variables: list[tf.Variable], initial_accumulator: float):
+    def __init__(self, variables: list[tf.Variable], initial_accumulator: float, exclusive: bool):
         self._ops = ops.load()
-        self._variables, self._initial_accumulator = variables, initial_accumulator
+        self._variables, self._initial_accumulator, self._exclusive = variables, initial_accumulator, exclusive
         self._first_rows = [0]
         for variable in variables:
             self._first_rows.append(self._first_rows[-1] + int(variable.shape[0]))
@@ -400,7 +402,11 @@ class _Fused:
         sums = []
         for variable, ids in zip(self._variables, packed, strict=True):
             with tf.device(variable.device):
-                sums.append(self._ops.dpsr_embedding_bag(variable.handle, ids, dim=int(variable.shape[1])))
+                sums.append(
+                    self._ops.dpsr_embedding_bag(
+                        variable.handle, ids, dim=int(variable.shape[1]), exclusive=self._exclusive
+                    )
+                )
         return sums[0] if len(sums) == 1 else tf.add_n(sums)
 
     def apply(
@@ -420,6 +426,7 @@ class _Fused:
                         learning_rate,
                         [self._packed[i][shard] for i in used],
                         [gradients[i] for i in used],
+                        exclusive=self._exclusive,
                     )
                 )
         return tf.group(*steps)

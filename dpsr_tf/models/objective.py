@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from dpsr_tf.config import Config
 from dpsr_tf.models.features import ItemFeatures, QueryFeatures
-from dpsr_tf.models.losses import hinge_loss, negative_weights, softmax_loss
+from dpsr_tf.models.losses import hinge_loss, mixed_hinge_loss, negative_weights, softmax_loss
 from dpsr_tf.models.two_tower import TwoTower, head_scores
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ def build_loss(
         own_weights = train.own_negative_weight * tf.cast(batch.own_negative_mask, tf.float32)
         weights = tf.concat([weights, own_weights], axis=1)
 
-    if train.loss == "hinge":
+    if train.loss == "hinge" and not (train.num_hard_negatives or train.num_own_negatives):
+        loss = mixed_hinge_loss(scores, mask, train.mixing_ratio, train.margin, batch.weights)
+    elif train.loss == "hinge":
         positives_apart = positive_scores if train.num_hard_negatives else None
         loss = hinge_loss(positives_apart, scores, weights, train.margin, batch.weights, train.num_hard_negatives)
     else:

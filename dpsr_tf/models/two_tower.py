@@ -14,9 +14,10 @@ from dpsr_tf.data.dataset import Tokens
 from dpsr_tf.data.schema import EVENT_TYPES
 from dpsr_tf.models.embedding import EmbeddingTable
 from dpsr_tf.models.features import FIXED_KINDS, Feature, FeatureSpec, ItemFeatures, QueryFeatures
+from dpsr_tf.models.layers import STOCK, Layers
 
 if TYPE_CHECKING:
-    from dpsr_tf.data.dataset import Features
+    from dpsr_tf.data.dataset import Features, History
 
 v1 = tf.compat.v1
 
@@ -80,6 +81,7 @@ class TwoTower:
         features: FeatureSpec | int,
         table: TableFactory = stock_table,
         text_encoder: TextEncoder = bag_of_tokens,
+        layers: Layers = STOCK,
     ):
         """Makes the tables.
 
@@ -88,12 +90,13 @@ class TwoTower:
             features: what they read, FeatureSpec.choose(config, ...); a number is FeatureSpec(num_tokens=number).
             table: makes the embedding tables.
             text_encoder: makes a vector of a text: query, item text, text features, past queries.
+            layers: models.layers.STOCK or, for training, FUSED.
         """
         self.config = config
         self.features = FeatureSpec(features) if isinstance(features, int) else features
         self.tables: dict[str, Table] = {}
         self.norms: dict[str, tf.Tensor] = {}
-        self._make_table, self._encode = table, text_encoder
+        self._make_table, self._encode, self._kernels = table, text_encoder, layers
         for side, chosen in (("user", self.features.user), ("item", self.features.item)):
             for text in (None, *(feature for feature in chosen if feature.kind == "text")):
                 self._text_table(side, text)
@@ -117,7 +120,7 @@ class TwoTower:
                     continue
                 # All outputs of ReLU layers with random weights lie in one narrow cone. Heads that start in different
                 # cones start with one that wins for all queries, and the soft dot product never lets go of it.
-                projected = _dense("projection", x, self.config.token_dim)
+                projected = _dense("projection", x, self.config.token_dim, kernels=self._kernels)
                 heads.append(self._layers(projected, alike=True))
         return self._normalised("query", tf.stack(heads, axis=1), query.text)
 
@@ -130,7 +133,7 @@ class TwoTower:
         x = self.item_vector(item)
         with v1.variable_scope("item_tower", reuse=v1.AUTO_REUSE):
             outputs = self._layers(x)
-        return tf.squeeze(self._normalised("item", tf.expand_dims(outputs, 1), item.text), axis=1)
+        return self._normalised("item", outputs, item.text)
 
     def item_vector(self, item: ItemFeatures) -> tf.Tensor:
         """The item tower's input layer, [items, width] float32; it also stands for an item in a user's history."""
@@ -156,7 +159,7 @@ class TwoTower:
         parts = [text, *self._feature_vectors("user", self.features.user, query.user)]
         if self.config.history_length:
             history = _given(query.history, "history")
-            items = self.item_vector(ItemFeatures(_given(history.text, "text of the history"), history.features))
+            items = self._history_vectors(history)
             with v1.variable_scope("query_tower/history", reuse=v1.AUTO_REUSE):
                 items += _dense("type", tf.one_hot(history.types, len(EVENT_TYPES)), items.shape[1], bias=False)
                 parts.append(self._pooled(text, items, history.items.row_splits))
@@ -166,6 +169,17 @@ class TwoTower:
             with v1.variable_scope("query_tower/query_history", reuse=v1.AUTO_REUSE):
                 parts.append(self._pooled(text, queries, history.query_splits))
         return tf.concat(parts, axis=1)
+
+    def _history_vectors(self, history: History) -> tf.Tensor:
+        """The vector of each event's item, [h, width]. What stands in several histories is embedded once."""
+        rows, places = tf.unique(history.items.values)
+        first = tf.math.unsorted_segment_min(tf.range(tf.size(places)), places, tf.size(rows))
+        features = history.features
+        if features is not None:
+            lists = tuple(_taken(tokens, first) for tokens in features.lists)
+            features = type(features)(tf.gather(features.codes, first), lists)
+        text = _taken(_given(history.text, "text of the history"), first)
+        return tf.gather(self.item_vector(ItemFeatures(text, features)), places)
 
     def _pooled(self, query: tf.Tensor, events: tf.Tensor, row_splits: tf.Tensor) -> tf.Tensor:
         """One vector [b, width] a user of its `events` [h, width]; zero for a user without events."""
@@ -220,14 +234,25 @@ class TwoTower:
         """ReLU layers and a linear one. Those made with `alike` start from the same weights as each other."""
         seeds = range(len(self.config.hidden) + 1) if alike else [None] * (len(self.config.hidden) + 1)
         for i, width in enumerate(self.config.hidden):
-            x = tf.nn.relu(_dense(f"hidden_{i}", x, width, seed=seeds[i]))
-        return _dense("embedding", x, self.config.embedding_dim, seed=seeds[-1])
+            x = _dense(f"hidden_{i}", x, width, seed=seeds[i], relu=True, kernels=self._kernels)
+        last = None if self.config.hidden else self._turned_text
+        return _dense(
+            "embedding", x, self.config.embedding_dim, seed=seeds[-1], initializer=last, kernels=self._kernels
+        )
+
+    def _turned_text(self, shape: Sequence[int], dtype: tf.DType, partition_info: None = None) -> tf.Tensor:
+        """Where a linear tower starts: what it reads of the text only turned, alike in all towers.
+
+        So a text begins next to texts with its tokens, those too that training never sees.
+        """
+        text = v1.orthogonal_initializer(seed=0)([self.config.token_dim, shape[1]], dtype)
+        rest = v1.glorot_uniform_initializer()([shape[0] - self.config.token_dim, shape[1]], dtype)
+        return tf.concat([text, rest], axis=0)
 
     def _normalised(self, tower: str, x: tf.Tensor, text: Tokens) -> tf.Tensor:
-        """`x` [texts, vectors, embedding_dim] at length 1; zero where the text has no tokens."""
-        self.norms[tower] = tf.reduce_mean(tf.norm(x, axis=2))
-        has_tokens = tf.cast(text.row_splits[1:] > text.row_splits[:-1], x.dtype)
-        return tf.math.l2_normalize(x, axis=2, epsilon=1e-12) * has_tokens[:, tf.newaxis, tf.newaxis]
+        """`x` [texts, ..., embedding_dim] at length 1; zero where the text has no tokens."""
+        self.norms[tower] = tf.reduce_mean(tf.norm(x, axis=-1))
+        return self._kernels.unit(x, text.row_splits)
 
 
 def head_scores(query: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
@@ -279,22 +304,35 @@ def segment_softmax(logits: tf.Tensor, row_splits: tf.Tensor) -> tf.Tensor:
     return weights / tf.gather(tf.math.unsorted_segment_sum(weights, segments, count), segments)
 
 
+def _taken(texts: Tokens, rows: tf.Tensor) -> Tokens:
+    """Some of the texts."""
+    found = tf.gather(tf.RaggedTensor.from_row_splits(texts.values, texts.row_splits, validate=False), rows)
+    return Tokens(found.values, found.row_splits)
+
+
 def _segment_sum(rows: tf.Tensor, row_splits: tf.Tensor) -> tf.Tensor:
     segments = tf.ragged.row_splits_to_segment_ids(row_splits)
     total = tf.math.unsorted_segment_sum(rows, segments, tf.shape(row_splits, tf.int64)[0] - 1)
     return tf.ensure_shape(total, [None, rows.shape[1]])
 
 
-def _dense(name: str, x: tf.Tensor, width: int, bias: bool = True, seed: int | None = None) -> tf.Tensor:
+def _dense(
+    name: str,
+    x: tf.Tensor,
+    width: int,
+    bias: bool = True,
+    seed: int | None = None,
+    initializer: Callable[..., tf.Tensor] | None = None,
+    relu: bool = False,
+    kernels: Layers = STOCK,
+) -> tf.Tensor:
     with v1.variable_scope(name, reuse=v1.AUTO_REUSE):
-        initializer = v1.glorot_uniform_initializer(seed=seed)
+        initializer = initializer or v1.glorot_uniform_initializer(seed=seed)
         kernel = v1.get_variable("kernel", [x.shape[1], width], initializer=initializer, use_resource=True)
-        y = tf.matmul(x, kernel)
         if not bias:
-            return y
-        return tf.nn.bias_add(
-            y, v1.get_variable("bias", [width], initializer=v1.zeros_initializer(), use_resource=True)
-        )
+            return tf.matmul(x, kernel)
+        zeros = v1.zeros_initializer()
+        return kernels.dense(x, kernel, v1.get_variable("bias", [width], initializer=zeros, use_resource=True), relu)
 
 
 def _given(value: T | None, name: str) -> T:

@@ -254,6 +254,8 @@ void BatchSampler::SampleHistories(Batch* batch) const {
   if (options_.history_length == 0 && options_.query_history_length == 0) return;
   const int64_t* splits = store_.event_splits().data();
   const uint32_t* times = store_.event_time().data();
+  const int32_t* items = store_.event_item().data();
+  const int32_t* queries = store_.event_query().data();
   // Half of what is left at a time, without a branch that nobody could predict.
   const auto first_not_before = [times](int64_t begin, int64_t end, uint32_t time) {
     for (int64_t left = end - begin; left > 0;) {
@@ -270,6 +272,11 @@ void BatchSampler::SampleHistories(Batch* batch) const {
     Batch::Row& r = batch->rows[i];
     r.event_begin = splits[batch->user[i]];
     r.event_end = first_not_before(r.event_begin, splits[batch->user[i] + 1], r.time);
+    // Nor is the click that a cart or an order repeats: with it a model learns to find what was clicked last.
+    while (r.event_end > r.event_begin && items[r.event_end - 1] == batch->item[i] &&
+           queries[r.event_end - 1] == batch->query[i]) {
+      --r.event_end;
+    }
   }
   for (size_t i = 0; i < count; ++i) {
     if (i + kAhead < count) {

@@ -32,7 +32,8 @@ struct BatchOptions {
   int64_t num_own_negatives = 0;
   bool own_impressions = true;  // own negatives are unclicked impressions of the pair's request
   bool own_labels = false;      // and labelled negatives of its query
-  int64_t history_length = 0;        // last events of the pair's user, before its time
+  // Last events of the pair's user, before its time and before what it repeats: the same item under the same query.
+  int64_t history_length = 0;
   int64_t query_history_length = 0;  // last queries, likewise; of consecutive equal ones one
   int64_t history_types = 0;         // bit t: events of type t count as items of a history; 0: all do
   int64_t shuffle_buffer = 1 << 22;  // positives that are shuffled among themselves; a log that fits, as a whole

@@ -1,5 +1,10 @@
 #include "dpsr_tf/ops/embedding_bag.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -15,14 +20,15 @@ namespace {
 
 constexpr int64_t kHeader = 2;
 // How many rows ahead of their use are fetched: enough to hide the latency of memory, few enough to stay in the cache.
-constexpr int64_t kRowsAhead = 8;
+constexpr int64_t kRowsAhead = 12;
 
 // What `dim` is in the loops over rows: widths that are used much are known to the compiler.
 template <int64_t kDim>
 using Fixed = std::integral_constant<int64_t, kDim>;
 
+template <int kForWriting>
 void Prefetch(const float* row, int64_t dim) {
-  for (int64_t k = 0; k < dim; k += 16) __builtin_prefetch(row + k);
+  for (int64_t k = 0; k < dim; k += 16) __builtin_prefetch(row + k, kForWriting);
 }
 
 // One id of one text.
@@ -158,32 +164,32 @@ Status PackedTokens::Parse(const int32_t* data, int64_t size, int64_t num_rows, 
   return Status();
 }
 
-RowLocks& RowLocks::OfProcess() {
+RowLocks* RowLocks::OfProcess() {
   static RowLocks* locks = new RowLocks;
-  return *locks;
+  return locks;
 }
 
 void RowLocks::Holder::Wait() {
   do {
     // A row's step is short, so the holder is nearly done, unless it has lost its core.
-    for (int i = 0; i < 100 && held_.load(std::memory_order_relaxed); ++i) {
+    for (int i = 0; i < 100 && held_->load(std::memory_order_relaxed); ++i) {
     }
-    if (held_.load(std::memory_order_relaxed)) std::this_thread::yield();
-  } while (held_.exchange(true, std::memory_order_acquire));
+    if (held_->load(std::memory_order_relaxed)) std::this_thread::yield();
+  } while (held_->exchange(true, std::memory_order_acquire));
 }
 
 namespace {
 
 template <typename Dim>
-DPSR_INLINE void SumRowsOf(const float* __restrict table, Dim dim, const PackedTokens& tokens, RowLocks& locks,
+DPSR_INLINE void SumRowsOf(const float* __restrict table, Dim dim, const PackedTokens& tokens, RowLocks* locks,
                            float* __restrict out) {
   const int64_t num_values = tokens.num_values();
-  for (int64_t i = 0; i < std::min(kRowsAhead, num_values); ++i) Prefetch(table + tokens.row(i) * dim, dim);
+  for (int64_t i = 0; i < std::min(kRowsAhead, num_values); ++i) Prefetch<0>(table + tokens.row(i) * dim, dim);
   int64_t i = 0;
   for (int64_t text = 0; text < tokens.num_texts(); ++text, out += dim) {
     std::fill(out, out + dim, 0.f);
     for (const int64_t end = tokens.end(text); i < end; ++i) {
-      if (i + kRowsAhead < num_values) Prefetch(table + tokens.row(i + kRowsAhead) * dim, dim);
+      if (i + kRowsAhead < num_values) Prefetch<0>(table + tokens.row(i + kRowsAhead) * dim, dim);
       const float* __restrict row = table + tokens.row(i) * dim;
       const float weight = tokens.weight(i);
       const RowLocks::Holder lock(locks, tokens.row(i));
@@ -204,16 +210,16 @@ DPSR_INLINE void AdagradStep(const float* __restrict gradient, Dim n, float lear
 
 // `sum` is room for a row.
 template <typename Dim>
-DPSR_INLINE void ApplyAdagradTo(const Occurrence* occurrences, int64_t n, float learning_rate, Dim dim, RowLocks& locks,
+DPSR_INLINE void ApplyAdagradTo(const Occurrence* occurrences, int64_t n, float learning_rate, Dim dim, RowLocks* locks,
                                 float* __restrict sum, float* __restrict table, float* __restrict accumulators) {
   for (int64_t i = 0; i < n;) {
     const int64_t row = occurrences[i].row;
-    if (i + kRowsAhead < n) {
-      Prefetch(table + occurrences[i + kRowsAhead].row * dim, dim);
-      Prefetch(accumulators + occurrences[i + kRowsAhead].row * dim, dim);
-    }
     std::fill(sum, sum + dim, 0.f);
     for (; i < n && occurrences[i].row == row; ++i) {
+      if (const int64_t ahead = i + kRowsAhead; ahead < n && occurrences[ahead].row != occurrences[ahead - 1].row) {
+        Prefetch<1>(table + occurrences[ahead].row * dim, dim);
+        Prefetch<1>(accumulators + occurrences[ahead].row * dim, dim);
+      }
       const float weight = occurrences[i].weight;
       const float* __restrict gradient = occurrences[i].gradient;
       for (int64_t k = 0; k < dim; ++k) sum[k] += weight * gradient[k];
@@ -224,7 +230,7 @@ DPSR_INLINE void ApplyAdagradTo(const Occurrence* occurrences, int64_t n, float 
 }
 
 DPSR_FOR_EACH_CPU void ApplyAdagradToRows(const Occurrence* occurrences, int64_t n, float learning_rate, int64_t dim,
-                                          RowLocks& locks, float* table, float* accumulator) {
+                                          RowLocks* locks, float* table, float* accumulator) {
   if (dim == 64) {
     float sum[64];
     ApplyAdagradTo(occurrences, n, learning_rate, Fixed<64>(), locks, sum, table, accumulator);
@@ -236,7 +242,7 @@ DPSR_FOR_EACH_CPU void ApplyAdagradToRows(const Occurrence* occurrences, int64_t
 
 }  // namespace
 
-DPSR_FOR_EACH_CPU void SumRows(const float* table, int64_t dim, const PackedTokens& tokens, RowLocks& locks,
+DPSR_FOR_EACH_CPU void SumRows(const float* table, int64_t dim, const PackedTokens& tokens, RowLocks* locks,
                                float* out) {
   if (dim == 64) {
     SumRowsOf(table, Fixed<64>(), tokens, locks, out);
@@ -246,7 +252,7 @@ DPSR_FOR_EACH_CPU void SumRows(const float* table, int64_t dim, const PackedToke
 }
 
 void ApplyAdagrad(const std::vector<PooledGradient>& gradients, float learning_rate, int64_t num_rows, int64_t dim,
-                  RowLocks& locks, float* table, float* accumulator) {
+                  RowLocks* locks, float* table, float* accumulator) {
   int64_t n = 0;
   for (const PooledGradient& pooled : gradients) n += pooled.tokens.num_values();
   // Not vectors, which would fill them with zeros first.
@@ -268,6 +274,21 @@ void ApplyAdagrad(const std::vector<PooledGradient>& gradients, float learning_r
 DPSR_FOR_EACH_CPU void ApplyDenseAdagrad(const float* gradient, int64_t n, float learning_rate, float* values,
                                          float* accumulator) {
   AdagradStep(gradient, n, learning_rate, values, accumulator);
+}
+
+void UseHugePages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25  // Linux 6.1; before that, huge pages come when the kernel finds time
+#endif
+  const uintptr_t page = sysconf(_SC_PAGESIZE), address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  if (begin >= end) return;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_COLLAPSE);
+#else
+  (void)data, (void)bytes;
+#endif
 }
 
 }  // namespace dpsr

@@ -67,22 +67,26 @@ class PackedTokens {
 class RowLocks {
  public:
   // The locks of all tables of this process: two steps that meet in a table take the same ones.
-  static RowLocks& OfProcess();
+  static RowLocks* OfProcess();
 
   class Holder {
    public:
-    // Rows that are used much lie side by side (ids go by frequency): the low bits spread them.
-    Holder(RowLocks& locks, int64_t row) : held_(locks.locks_[row & ((1 << kBits) - 1)].held) {
-      if (held_.exchange(true, std::memory_order_acquire)) Wait();
+    // Holds nothing where `locks` is null. Rows that are used much lie side by side (ids go by frequency): the low bits
+    // spread them.
+    Holder(RowLocks* locks, int64_t row)
+        : held_(locks == nullptr ? nullptr : &locks->locks_[row & ((1 << kBits) - 1)].held) {
+      if (held_ != nullptr && held_->exchange(true, std::memory_order_acquire)) Wait();
     }
-    ~Holder() { held_.store(false, std::memory_order_release); }
+    ~Holder() {
+      if (held_ != nullptr) held_->store(false, std::memory_order_release);
+    }
     Holder(const Holder&) = delete;
     Holder& operator=(const Holder&) = delete;
 
    private:
     void Wait();
 
-    std::atomic<bool>& held_;
+    std::atomic<bool>* const held_;
   };
 
  private:
@@ -95,8 +99,8 @@ class RowLocks {
 };
 
 // out[t] = sum over the ids of text t of weight * table[id]; zeros for a text without ids. `out` is [num_texts, dim].
-// A row is read as it is before or after a concurrent step, never in between.
-void SumRows(const float* table, int64_t dim, const PackedTokens& tokens, RowLocks& locks, float* out);
+// A row is read as it is before or after a concurrent step, never in between; with null for `locks` there must be none.
+void SumRows(const float* table, int64_t dim, const PackedTokens& tokens, RowLocks* locks, float* out);
 
 // d(loss)/d(sum) of texts that have been summed in this step.
 struct PooledGradient {
@@ -106,13 +110,17 @@ struct PooledGradient {
 
 // One AdaGrad step on the rows of all these texts. The gradient g of a row is the sum over all its occurrences, then
 // once: accumulator += g^2, table -= learning_rate * g / sqrt(accumulator). Rows that do not occur are not touched.
-// Each row's step is atomic against other calls of this and SumRows on the same table. The order of summation is that
-// of the occurrences: the same input gives the same bits.
+// Each row's step is atomic against other calls of this and SumRows on the same table; with null for `locks` there must
+// be none meanwhile. The order of summation is that of the occurrences: the same input gives the same bits.
 void ApplyAdagrad(const std::vector<PooledGradient>& gradients, float learning_rate, int64_t num_rows, int64_t dim,
-                  RowLocks& locks, float* table, float* accumulator);
+                  RowLocks* locks, float* table, float* accumulator);
 
 // The same step on `n` numbers that lie side by side: the weights of a layer.
 void ApplyDenseAdagrad(const float* gradient, int64_t n, float learning_rate, float* values, float* accumulator);
+
+// Asks the system to keep this memory, a table, in pages of megabytes: rows that are read at random then need fewer
+// lookups of where a page lies. Its content stays. Where a system has no such pages, nothing happens.
+void UseHugePages(void* data, int64_t bytes);
 
 }  // namespace dpsr
 

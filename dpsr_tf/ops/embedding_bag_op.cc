@@ -3,7 +3,8 @@
 // Locks. An update, a sum and a snapshot each take the mutexes of the variables they use, in the order of their
 // addresses: sums and updates shared, so that several workers' steps run at once and meet only in the locks of rows;
 // a snapshot alone. So a row's update is atomic, and a snapshot holds each update as a whole, in table and accumulator,
-// or not at all.
+// or not at all. Where all ops of a table are `exclusive`, its updates take the mutexes alone, and nobody locks rows:
+// quicker, where there is one step at a time anyway.
 
 #include <algorithm>
 #include <cstring>
@@ -90,6 +91,9 @@ class VariableLocks {
   std::optional<Lock> first_, second_;
 };
 
+// Below that, the CPU remembers where all pages of a table lie.
+constexpr int64_t kLeastHugeTable = 4 << 20;
+
 // Sparse access in place needs a tensor that no dense read shares: TensorFlow's "copy on read" mode, which a variable
 // keeps once it has it. Must be called before its mutex is taken.
 void UseSparsely(Var* variable) {
@@ -97,6 +101,8 @@ void UseSparsely(Var* variable) {
   const tensorflow::mutex_lock lock(*variable->mu());
   if (variable->copy_on_read_mode.load() || !variable->is_initialized) return;
   if (!variable->tensor()->RefCountIsOne()) *variable->tensor() = tensorflow::tensor::DeepCopy(*variable->tensor());
+  const int64_t bytes = variable->tensor()->TotalBytes();
+  if (bytes >= kLeastHugeTable) UseHugePages(variable->tensor()->data(), bytes);
   variable->copy_on_read_mode.store(true);
 }
 
@@ -189,6 +195,7 @@ REGISTER_OP("DpsrEmbeddingBag")
     .Input("packed: int32")
     .Output("pooled: float")
     .Attr("dim: int >= 1")
+    .Attr("exclusive: bool = false")
     .SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
       ShapeHandle shape;
@@ -207,6 +214,7 @@ class EmbeddingBagOp : public OpKernel {
  public:
   explicit EmbeddingBagOp(OpKernelConstruction* context) : OpKernel(context) {
     OP_REQUIRES_OK(context, context->GetAttr("dim", &dim_));
+    OP_REQUIRES_OK(context, context->GetAttr("exclusive", &exclusive_));
   }
 
   void Compute(OpKernelContext* context) override {
@@ -220,11 +228,13 @@ class EmbeddingBagOp : public OpKernel {
     OP_REQUIRES_OK(context, Parse(context->input(kPacked), rows.dim_size(0), &tokens));
     Tensor* pooled;
     OP_REQUIRES_OK(context, context->allocate_output(0, TensorShape({tokens.num_texts(), dim_}), &pooled));
-    SumRows(rows.flat<float>().data(), dim_, tokens, RowLocks::OfProcess(), pooled->flat<float>().data());
+    SumRows(rows.flat<float>().data(), dim_, tokens, exclusive_ ? nullptr : RowLocks::OfProcess(),
+            pooled->flat<float>().data());
   }
 
  private:
   int64_t dim_;
+  bool exclusive_;
 };
 REGISTER_KERNEL_BUILDER(Name("DpsrEmbeddingBag").Device(DEVICE_CPU), EmbeddingBagOp);
 
@@ -235,6 +245,7 @@ REGISTER_OP("DpsrEmbeddingAdagrad")
     .Input("packed: num_bags * int32")
     .Input("gradient: num_bags * float")
     .Attr("num_bags: int >= 1")
+    .Attr("exclusive: bool = false")
     .SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
       ShapeHandle shape, input;
@@ -252,10 +263,11 @@ REGISTER_OP("DpsrEmbeddingAdagrad")
 
 class EmbeddingAdagradOp : public OpKernel {
  public:
-  explicit EmbeddingAdagradOp(OpKernelConstruction* context) : OpKernel(context) {}
+  explicit EmbeddingAdagradOp(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("exclusive", &exclusive_));
+  }
 
   void Compute(OpKernelContext* context) override {
-    enum Input { kTable, kAccumulator, kLearningRate };
     RefCountPtr<Var> table, accumulator;
     OP_REQUIRES_OK(context, Find(context, kTable, &table));
     OP_REQUIRES_OK(context, Find(context, kAccumulator, &accumulator));
@@ -263,7 +275,21 @@ class EmbeddingAdagradOp : public OpKernel {
     OP_REQUIRES_OK(context, context->input_list("packed", &packed));
     OP_REQUIRES_OK(context, context->input_list("gradient", &gradient));
     OP_REQUIRES_OK(context, CheckShape("learning_rate", context->input(kLearningRate).shape(), TensorShape({})));
-    const VariableLocks<tensorflow::tf_shared_lock> lock(table.get(), accumulator.get());
+    if (exclusive_) {
+      const VariableLocks<tensorflow::mutex_lock> lock(table.get(), accumulator.get());
+      Apply(context, table.get(), accumulator.get(), packed, gradient, nullptr);
+    } else {
+      const VariableLocks<tensorflow::tf_shared_lock> lock(table.get(), accumulator.get());
+      Apply(context, table.get(), accumulator.get(), packed, gradient, RowLocks::OfProcess());
+    }
+  }
+
+ private:
+  enum Input { kTable, kAccumulator, kLearningRate };
+
+  // Under the mutexes of both.
+  static void Apply(OpKernelContext* context, Var* table, Var* accumulator, const OpInputList& packed,
+                    const OpInputList& gradient, RowLocks* locks) {
     OP_REQUIRES_OK(context, CheckTable("table", *table, -1));
     OP_REQUIRES_OK(context, CheckTable("accumulator", *accumulator, -1));
     OP_REQUIRES_OK(context, CheckShape("accumulator", accumulator->tensor()->shape(), table->tensor()->shape()));
@@ -276,9 +302,11 @@ class EmbeddingAdagradOp : public OpKernel {
                                          TensorShape({gradients[i].tokens.num_texts(), dim})));
       gradients[i].gradient = gradient[i].flat<float>().data();
     }
-    ApplyAdagrad(gradients, context->input(kLearningRate).scalar<float>()(), num_rows, dim, RowLocks::OfProcess(),
+    ApplyAdagrad(gradients, context->input(kLearningRate).scalar<float>()(), num_rows, dim, locks,
                  table->tensor()->flat<float>().data(), accumulator->tensor()->flat<float>().data());
   }
+
+  bool exclusive_;
 };
 REGISTER_KERNEL_BUILDER(Name("DpsrEmbeddingAdagrad").Device(DEVICE_CPU), EmbeddingAdagradOp);
 

@@ -151,7 +151,7 @@ TEST_P(EveryDim, SumsAndStepsAsPlainLoopsDo) {
     const PackedTokens tokens = Parsed(packed[b][0], num_rows);
     gradients.push_back(Random(40 * dim, 2 + b));
     std::vector<float> out(40 * dim, NAN);
-    SumRows(table.data(), dim, tokens, locks, out.data());
+    SumRows(table.data(), dim, tokens, b == 0 ? &locks : nullptr, out.data());
     for (int64_t text = 0; text < 40; ++text) {
       for (int64_t k = 0; k < dim; ++k) {
         double sum = 0;
@@ -166,7 +166,11 @@ TEST_P(EveryDim, SumsAndStepsAsPlainLoopsDo) {
     pooled.push_back({tokens, gradients[b].data()});
   }
   const std::vector<float> before = table;
-  ApplyAdagrad(pooled, 0.5f, num_rows, dim, locks, table.data(), accumulator.data());
+  std::vector<float> alone = table, alone_accumulator = accumulator;
+  ApplyAdagrad(pooled, 0.5f, num_rows, dim, &locks, table.data(), accumulator.data());
+  ApplyAdagrad(pooled, 0.5f, num_rows, dim, nullptr, alone.data(), alone_accumulator.data());
+  EXPECT_EQ(alone, table) << "locks change no bit";
+  EXPECT_EQ(alone_accumulator, accumulator);
   for (int64_t i = 0; i < num_rows * dim; ++i) {
     const double total = 0.1f + sums[i] * sums[i];
     // Hundreds of float32 terms that cancel.
@@ -180,7 +184,7 @@ TEST_P(EveryDim, DenseStepIsThatOfARow) {
   RowLocks locks;
   std::vector<float> table = Random(dim, 1), accumulator(dim, 0.1f), values = table, values_accumulator = accumulator;
   const std::vector<float> gradient = Random(dim, 2);
-  ApplyAdagrad({{Parsed({kOnePerText, 0, 0}, 1), gradient.data()}}, 0.5f, 1, dim, locks, table.data(),
+  ApplyAdagrad({{Parsed({kOnePerText, 0, 0}, 1), gradient.data()}}, 0.5f, 1, dim, &locks, table.data(),
                accumulator.data());
   ApplyDenseAdagrad(gradient.data(), dim, 0.5f, values.data(), values_accumulator.data());
   for (int64_t i = 0; i < dim; ++i) {
@@ -205,9 +209,9 @@ TEST(ApplyAdagradTest, NoUpdateOfARowIsLostBetweenThreads) {
     threads.emplace_back([&] {
       std::vector<float> out(2 * kDim);
       for (int step = 0; step < kSteps; ++step) {
-        ApplyAdagrad({{tokens, gradient.data()}}, 1, 3, kDim, locks, table.data(), accumulator.data());
+        ApplyAdagrad({{tokens, gradient.data()}}, 1, 3, kDim, &locks, table.data(), accumulator.data());
         // All numbers of a row are alike, at any moment at which it may be seen.
-        SumRows(table.data(), kDim, Parsed({kOnePerText, 0, 0, 1}, 3), locks, out.data());
+        SumRows(table.data(), kDim, Parsed({kOnePerText, 0, 0, 1}, 3), &locks, out.data());
         for (int k = 0; k < kDim; ++k) torn = torn || out[k] != out[0] || out[kDim + k] != out[kDim];
       }
     });
@@ -219,6 +223,14 @@ TEST(ApplyAdagradTest, NoUpdateOfARowIsLostBetweenThreads) {
     EXPECT_EQ(accumulator[k], 4.f * kThreads * kSteps);
     EXPECT_EQ(accumulator[kDim + k], 1.f * kThreads * kSteps);
     EXPECT_EQ(accumulator[2 * kDim + k], 1.f * kThreads * kSteps);
+  }
+}
+
+TEST(UseHugePagesTest, ContentStays) {
+  std::vector<float> data = Random(3 << 19, 1), before = data;  // 6 MiB
+  for (const auto& [begin, size] : {std::pair<int64_t, int64_t>{0, 3 << 19}, {1, (3 << 19) - 2}, {5, 1}, {7, 0}}) {
+    UseHugePages(data.data() + begin, size * sizeof(float));
+    ASSERT_EQ(data, before);
   }
 }
 

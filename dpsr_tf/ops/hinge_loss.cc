@@ -1,30 +1,33 @@
 #include "dpsr_tf/ops/hinge_loss.h"
 
-#include <algorithm>
+#include <vector>
 
 #include "dpsr_tf/ops/for_each_cpu.h"
 
 namespace dpsr {
 namespace {
 
-// Sums are kept in as many parts as a wide register holds, so that they are the same on every kind of CPU.
-constexpr int64_t kLanes = 16;
+// Compilers make vectors of bytes, not of bool. And a product, not a choice, for which CPUs would need masks of bytes.
+DPSR_INLINE const uint8_t* Bytes(const bool* mask) { return reinterpret_cast<const uint8_t*>(mask); }
+DPSR_INLINE float Masked(uint8_t mask, float weight) { return static_cast<float>(int32_t{mask}) * weight; }
 
-template <typename T>
-DPSR_INLINE T Total(const T (&lanes)[kLanes]) {
-  T total = 0;
-  for (T lane : lanes) total += lane;
-  return total;
-}
-
-DPSR_INLINE int32_t Count(const bool* mask, int64_t n) {
+DPSR_INLINE int32_t Count(const uint8_t* mask, int64_t n) {
   int32_t count = 0;
   for (int64_t j = 0; j < n; ++j) count += mask[j];
   return count;
 }
 
-DPSR_INLINE void Fill(const bool* __restrict mask, int64_t n, float weight, float* __restrict weights) {
-  for (int64_t j = 0; j < n; ++j) weights[j] = mask[j] ? weight : 0.f;
+DPSR_INLINE void Fill(const uint8_t* __restrict mask, int64_t n, float weight, float* __restrict weights) {
+  for (int64_t j = 0; j < n; ++j) weights[j] = Masked(mask[j], weight);
+}
+
+// Of one pair.
+DPSR_INLINE void FillRow(const uint8_t* mask, int64_t b, int64_t n, float mixing_ratio, float* weights) {
+  const float in_batch = Count(mask, b), random = Count(mask + b, n - b);
+  const float batch_share = in_batch > 0 ? 1 - mixing_ratio : 0.f, random_share = random > 0 ? mixing_ratio : 0.f;
+  const float shares = batch_share + random_share, scale = shares > 0 ? (in_batch + random) / shares : 0.f;
+  Fill(mask, b, in_batch > 0 ? scale * batch_share / in_batch : 0.f, weights);
+  Fill(mask + b, n - b, random > 0 ? scale * random_share / random : 0.f, weights + b);
 }
 
 template <typename T>
@@ -69,13 +72,21 @@ DPSR_INLINE T HingeRows(const HingeInput<T>& input, int64_t b, int64_t n, T marg
 }  // namespace
 
 DPSR_FOR_EACH_CPU void NegativeWeights(const bool* mask, int64_t b, int64_t n, float mixing_ratio, float* weights) {
-  for (int64_t i = 0; i < b; ++i, mask += n, weights += n) {
-    const float in_batch = Count(mask, b), random = Count(mask + b, n - b);
-    const float batch_share = in_batch > 0 ? 1 - mixing_ratio : 0.f, random_share = random > 0 ? mixing_ratio : 0.f;
-    const float shares = batch_share + random_share, scale = shares > 0 ? (in_batch + random) / shares : 0.f;
-    Fill(mask, b, in_batch > 0 ? scale * batch_share / in_batch : 0.f, weights);
-    Fill(mask + b, n - b, random > 0 ? scale * random_share / random : 0.f, weights + b);
+  for (int64_t i = 0; i < b; ++i) FillRow(Bytes(mask) + i * n, b, n, mixing_ratio, weights + i * n);
+}
+
+DPSR_FOR_EACH_CPU float MixedHingeLoss(const float* scores, const bool* mask, const float* example_weights, int64_t b,
+                                       int64_t n, float mixing_ratio, float margin, float* gradient) {
+  std::vector<float> weights(n);
+  float loss = 0;
+  for (int64_t i = 0; i < b; ++i) {
+    FillRow(Bytes(mask) + i * n, b, n, mixing_ratio, weights.data());
+    const Row<float> row = HingeRow(scores + i * n, weights.data(), n, margin - scores[i * n + i],
+                                    example_weights[i] / b, gradient + i * n);
+    gradient[i * n + i] -= row.slope;
+    loss += row.loss;
   }
+  return loss;
 }
 
 DPSR_FOR_EACH_CPU float HingeLoss(const HingeInput<float>& input, int64_t b, int64_t n, float margin,

@@ -33,6 +33,11 @@ float HingeLoss(const HingeInput<float>& input, int64_t b, int64_t n, float marg
 double HingeLoss(const HingeInput<double>& input, int64_t b, int64_t n, double margin,
                  const HingeGradient<double>& gradient);
 
+// HingeLoss of the NegativeWeights of `mask` [b, n], to the bit, positives on the diagonal of `scores`; its gradient with
+// respect to those [b, n]. There is no matrix of weights to write and read.
+float MixedHingeLoss(const float* scores, const bool* mask, const float* example_weights, int64_t b, int64_t n,
+                     float mixing_ratio, float margin, float* gradient);
+
 }  // namespace dpsr
 
 #endif  // DPSR_TF_OPS_HINGE_LOSS_H_

@@ -20,6 +20,12 @@ using ::tensorflow::shape_inference::DimensionHandle;
 using ::tensorflow::shape_inference::InferenceContext;
 using ::tensorflow::shape_inference::ShapeHandle;
 
+tensorflow::Status MixingRatio(OpKernelConstruction* context, float* ratio) {
+  TF_RETURN_IF_ERROR(context->GetAttr("mixing_ratio", ratio));
+  if (*ratio >= 0 && *ratio <= 1) return tensorflow::OkStatus();
+  return errors::InvalidArgument("mixing_ratio is ", *ratio, ", expected 0 to 1");
+}
+
 REGISTER_OP("DpsrNegativeWeights")
     .Input("mask: bool")
     .Output("weights: float")
@@ -34,9 +40,7 @@ REGISTER_OP("DpsrNegativeWeights")
 class NegativeWeightsOp : public OpKernel {
  public:
   explicit NegativeWeightsOp(OpKernelConstruction* context) : OpKernel(context) {
-    OP_REQUIRES_OK(context, context->GetAttr("mixing_ratio", &mixing_ratio_));
-    OP_REQUIRES(context, mixing_ratio_ >= 0 && mixing_ratio_ <= 1,
-                errors::InvalidArgument("mixing_ratio is ", mixing_ratio_, ", expected 0 to 1"));
+    OP_REQUIRES_OK(context, MixingRatio(context, &mixing_ratio_));
   }
 
   void Compute(OpKernelContext* context) override {
@@ -125,6 +129,54 @@ class HingeLossOp : public OpKernel {
 };
 REGISTER_KERNEL_BUILDER(Name("DpsrHingeLoss").Device(DEVICE_CPU).TypeConstraint<float>("T"), HingeLossOp<float>);
 REGISTER_KERNEL_BUILDER(Name("DpsrHingeLoss").Device(DEVICE_CPU).TypeConstraint<double>("T"), HingeLossOp<double>);
+
+REGISTER_OP("DpsrMixedHingeLoss")
+    .Input("scores: float")
+    .Input("mask: bool")
+    .Input("example_weights: float")
+    .Output("loss: float")
+    .Output("scores_gradient: float")
+    .Attr("margin: float")
+    .Attr("mixing_ratio: float")
+    .SetShapeFn([](InferenceContext* c) {
+      ShapeHandle scores, pairs;
+      TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 2, &scores));
+      TF_RETURN_IF_ERROR(c->Merge(scores, c->input(1), &scores));
+      TF_RETURN_IF_ERROR(c->Merge(c->Vector(c->Dim(scores, 0)), c->input(2), &pairs));
+      c->set_output(0, c->Scalar());
+      c->set_output(1, scores);
+      return tensorflow::OkStatus();
+    });
+
+class MixedHingeLossOp : public OpKernel {
+ public:
+  explicit MixedHingeLossOp(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("margin", &margin_));
+    OP_REQUIRES_OK(context, MixingRatio(context, &mixing_ratio_));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor &scores = context->input(0), &mask = context->input(1), &weights = context->input(2);
+    OP_REQUIRES(context, scores.dims() == 2 && scores.dim_size(0) <= scores.dim_size(1),
+                errors::InvalidArgument("scores has shape ", scores.shape().DebugString(), ", expected [b, b + r]"));
+    OP_REQUIRES(context, mask.shape() == scores.shape(),
+                errors::InvalidArgument("mask has shape ", mask.shape().DebugString(), ", expected that of scores, ",
+                                        scores.shape().DebugString()));
+    OP_REQUIRES(context, weights.shape() == TensorShape({scores.dim_size(0)}),
+                errors::InvalidArgument("example_weights has shape ", weights.shape().DebugString(), ", expected [",
+                                        scores.dim_size(0), "]"));
+    Tensor *loss, *gradient;
+    OP_REQUIRES_OK(context, context->allocate_output(0, TensorShape({}), &loss));
+    OP_REQUIRES_OK(context, context->allocate_output(1, scores.shape(), &gradient));
+    loss->scalar<float>()() = MixedHingeLoss(scores.flat<float>().data(), mask.flat<bool>().data(),
+                                             weights.flat<float>().data(), scores.dim_size(0), scores.dim_size(1),
+                                             mixing_ratio_, margin_, gradient->flat<float>().data());
+  }
+
+ private:
+  float margin_, mixing_ratio_;
+};
+REGISTER_KERNEL_BUILDER(Name("DpsrMixedHingeLoss").Device(DEVICE_CPU), MixedHingeLossOp);
 
 }  // namespace
 }  // namespace dpsr

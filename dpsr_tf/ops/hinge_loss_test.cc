@@ -87,6 +87,23 @@ TEST_P(EverySize, PositivesMayBeTheDiagonal) {
   EXPECT_EQ(found, expected);
 }
 
+TEST_P(EverySize, MixedLossIsThatOfTheWeights) {
+  const auto [b, n] = GetParam();
+  std::mt19937 random(b * 100 + n);
+  const std::unique_ptr<bool[]> mask(new bool[b * n]);
+  std::vector<float> scores(b * n), weights(b * n), example_weights(b), expected(b * n), found(b * n, NAN);
+  for (float& score : scores) score = (random() % 100) / 100.f;
+  for (float& weight : example_weights) weight = random() % 3;
+  for (float ratio : {0.f, 0.25f, 1.f}) {
+    for (int64_t i = 0; i < b * n; ++i) mask[i] = random() % 3 != 0;
+    NegativeWeights(mask.get(), b, n, ratio, weights.data());
+    const HingeInput<float> input{nullptr, scores.data(), weights.data(), example_weights.data()};
+    const float loss = HingeLoss(input, b, n, 0.3f, {nullptr, expected.data()});
+    EXPECT_EQ(MixedHingeLoss(scores.data(), mask.get(), example_weights.data(), b, n, ratio, 0.3f, found.data()), loss);
+    EXPECT_EQ(found, expected);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Sizes, EverySize,
                          testing::Values(Case{1, 1}, Case{1, 2}, Case{3, 3}, Case{3, 16}, Case{5, 37}, Case{64, 128}));
 

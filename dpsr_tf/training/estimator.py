@@ -15,6 +15,7 @@ from dpsr_tf.data.dataset import Batch
 from dpsr_tf.errors import CommandError
 from dpsr_tf.models.embedding import EmbeddingTable, average, device_function, half_on_wire, minimize, saver
 from dpsr_tf.models.features import FeatureSpec
+from dpsr_tf.models.layers import FUSED
 from dpsr_tf.models.losses import log_q
 from dpsr_tf.models.objective import build_loss
 from dpsr_tf.models.two_tower import TableFactory, TwoTower
@@ -24,6 +25,8 @@ v1 = tf.compat.v1
 
 _CHECKPOINTS = 3  # that are kept
 SUMMARY_STEPS = 100
+# Up to here a step on one thread is as quick as one on several, which mostly wait for one another.
+_SMALL_BATCH = 128
 _NO_NUMBER = "the loss is no number any more at step"
 
 
@@ -49,9 +52,9 @@ def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[s
     spec: FeatureSpec = params["features"]
     batch = features["batch"]
     train = config.train
-    layout: dict[str, Any] = {}
+    layout: dict[str, Any] = {"exclusive": not params["num_ps"]}
     if config.cluster.placement == "rows" and params["num_ps"] > 1:
-        layout = {"placement": "rows", "num_shards": params["num_ps"]}
+        layout |= {"placement": "rows", "num_shards": params["num_ps"]}
     table: TableFactory = functools.partial(EmbeddingTable, initial_accumulator=train.initial_accumulator, **layout)
     getter = half_on_wire if config.cluster.half_on_wire else None
     item_log_q = None
@@ -60,7 +63,7 @@ def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[s
         title_share = tf.reduce_mean(tf.cast(batch.query_rows < 0, tf.float32))
         item_log_q = log_q(shares, len(params["item_shares"]), train.mixing_ratio, title_share)
     with v1.variable_scope(v1.get_variable_scope(), custom_getter=getter):
-        towers = TwoTower(config.model, spec, table=table)
+        towers = TwoTower(config.model, spec, table=table, layers=FUSED)
         loss, metrics = build_loss(config, batch, towers, item_log_q)
     tables = [table for table in towers.tables.values() if isinstance(table, EmbeddingTable)]
     for name, value in metrics.items():
@@ -75,7 +78,7 @@ def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[s
     )
     with tf.control_dependencies([check]):
         learning_rate = tf.identity(train.learning_rate)
-    train_op = minimize(loss, tables, learning_rate, global_step, initial_accumulator=train.initial_accumulator)
+    train_op = minimize(loss, tables, learning_rate, global_step)
     if train.average_decay:
         train_op = average(train_op, train.average_decay, global_step)
     return tf.estimator.EstimatorSpec(
@@ -90,6 +93,9 @@ def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[s
 def run_config(model_dir: str, config: Config, cluster: Cluster) -> tf.estimator.RunConfig:
     """Checkpoints, seed, placement and session of this process. A ps gets the op library here, too."""
     session = v1.ConfigProto(allow_soft_placement=True)
+    if cluster.is_local and config.train.batch_size <= _SMALL_BATCH:
+        session.intra_op_parallelism_threads = session.inter_op_parallelism_threads = 1
+        session.experimental.executor_type = "SINGLE_THREADED_EXECUTOR"
     # Estimator's own, which a session config given here replaces: a process waits for those it needs only.
     if not cluster.is_local and cluster.task_type != "evaluator":
         own = "/job:chief" if cluster.task_type == "chief" else f"/job:{cluster.task_type}/task:{cluster.task_index}"

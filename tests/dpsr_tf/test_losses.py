@@ -6,7 +6,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpsr_tf.models.losses import hinge_loss, log_q, negative_weights, softmax_loss
+from dpsr_tf.models.losses import hinge_loss, log_q, mixed_hinge_loss, negative_weights, softmax_loss
 
 
 def random_mask(b, r, seed=0, allowed=0.7):
@@ -132,6 +132,35 @@ def test_positives_may_be_the_diagonal(hard):
         together = hinge_loss(None, scores, weights, 0.3, examples, hard)
     np.testing.assert_array_equal(apart, together)
     np.testing.assert_allclose(tape.gradient(apart, scores), tape.gradient(together, scores), rtol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_mixed_hinge_loss_is_that_of_the_weights(alpha):
+    rng = np.random.default_rng(2)
+    b, r = 5, 17
+    scores, mask = tf.constant(rng.uniform(-0.3, 0.3, (b, b + r)), tf.float32), tf.constant(random_mask(b, r, seed=2))
+    examples = tf.constant(rng.uniform(0, 2, b), tf.float32)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(scores)
+        apart = hinge_loss(None, scores, negative_weights(mask, alpha), 0.1, examples)
+        mixed = mixed_hinge_loss(scores, mask, alpha, 0.1, examples)
+        twice = 2 * mixed_hinge_loss(scores, mask, alpha, 0.1, examples)
+    assert apart > 0
+    np.testing.assert_array_equal(mixed, apart)
+    np.testing.assert_array_equal(tape.gradient(mixed, scores), tape.gradient(apart, scores))
+    np.testing.assert_array_equal(tape.gradient(twice, scores), 2 * tape.gradient(apart, scores))
+
+
+def test_mixed_hinge_loss_refuses_what_does_not_fit():
+    scores, mask = tf.zeros([2, 3]), tf.ones([2, 3], tf.bool)
+    for arguments in (
+        (tf.zeros([3, 2]), tf.ones([3, 2], tf.bool), 0.5, 0.1, tf.ones(3)),
+        (scores, mask[:, :2], 0.5, 0.1, tf.ones(2)),
+        (scores, mask, 0.5, 0.1, tf.ones(3)),
+        (scores, mask, 1.5, 0.1, tf.ones(2)),
+    ):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="expected"):
+            mixed_hinge_loss(*arguments)
 
 
 def test_shapes_that_do_not_fit_are_refused():

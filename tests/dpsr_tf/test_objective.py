@@ -296,7 +296,7 @@ def test_presets_are_the_models_of_table_2():
     )
     profile = {"user_features": ("*",)}
     assert dpsr_p == dataclasses.replace(dpsr, model=dataclasses.replace(dpsr.model, **profile))
-    history = {"history_length": 20, "query_history_length": 5}
+    history = {"history_length": 50, "query_history_length": 5}
     assert dpsr_h == dataclasses.replace(dpsr_p, model=dataclasses.replace(dpsr_p.model, **history))
     assert not dpsr.model.user_features and not dpsr.model.history_length
     assert dsr.model.num_heads == 1 and dsr.train.loss == "hinge"

@@ -30,7 +30,7 @@ from dpsr_tf.data.dataset import Tokens, examples_dataset, training_input
 from dpsr_tf.data.store import Store
 from dpsr_tf.errors import CommandError, UsageError
 from dpsr_tf.evaluation.checkpoint import exact_search
-from dpsr_tf.models.embedding import weights_saver
+from dpsr_tf.models.embedding import TABLE_VARIABLES, weights_saver
 from dpsr_tf.models.two_tower import TwoTower
 from dpsr_tf.training.estimator import FiniteWeights, model_fn, no_number
 from dpsr_tf.training.model_directory import FILES, ModelDirectory, feature_spec
@@ -217,9 +217,12 @@ def test_where_adagrad_starts(click_store):
     with tf.Graph().as_default(), v1.Session() as session:
         graph_of(click_store, with_train(initial_accumulator=0.25, average_decay=0.0))
         session.run(v1.global_variables_initializer())
-        accumulators = [variable for variable in v1.global_variables() if variable.op.name.endswith("/Adagrad")]
-        assert len(accumulators) == len(v1.trainable_variables())
-        assert all((value == 0.25).all() for value in session.run(accumulators))
+        tables = {variable.op.name for variable in v1.get_collection(TABLE_VARIABLES)}
+        names = {variable.op.name for variable in v1.trainable_variables()}
+        assert tables < names
+        by_name = {variable.op.name: variable for variable in v1.global_variables()}
+        for name, values in session.run({name: by_name[f"{name}/Adagrad"] for name in names}).items():
+            assert (values == np.float32(0.25 if name in tables else 0.1)).all(), name
 
 
 def test_another_error_is_not_taken_for_a_loss_without_a_number():

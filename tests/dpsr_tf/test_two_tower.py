@@ -140,6 +140,35 @@ def test_one_table_and_two_towers():
     assert np.abs(query[:, 0] - item)[[0, 2, 3]].max() > 0.01, "the towers have weights of their own"
 
 
+@pytest.mark.parametrize("embedding_dim", [4, 8, 20])
+def test_linear_towers_start_as_one_turn_of_the_text(embedding_dim):
+    """So a text begins nearest to itself, and where d is not below token_dim its scores are those of the bags."""
+    config = ModelConfig(token_dim=8, embedding_dim=embedding_dim)
+    (query, item), variables = run(config, both(TEXTS))
+    np.testing.assert_allclose(query[:, 0], item, atol=1e-6)
+    kernel = variables["item_tower/embedding/kernel"]
+    products = kernel @ kernel.T if embedding_dim >= 8 else kernel.T @ kernel
+    np.testing.assert_allclose(products, np.eye(len(products)), atol=1e-5)
+    if embedding_dim >= 8:
+        texts = bags(variables["token_embedding"], TEXTS)
+        texts /= np.maximum(np.linalg.norm(texts, axis=1, keepdims=True), 1e-6)
+        np.testing.assert_allclose(item @ item.T, texts @ texts.T, atol=1e-5)
+
+
+def test_the_turn_is_the_same_beside_features():
+    config = ModelConfig(token_dim=8, feature_dim=3, embedding_dim=8, item_features=("brand",))
+    spec = FeatureSpec(NUM_IDS, item=(Feature("brand", "categorical", 5),))
+
+    def build(towers):
+        brands = Features(tf.constant([[1], [2], [0], [4], [3]], tf.int32), ())
+        return towers.query_embedding(tokens(TEXTS)), towers.item_embedding(ItemFeatures(tokens(TEXTS), brands))
+
+    _, variables = run(config, build, spec=spec)
+    kernel = variables["item_tower/embedding/kernel"]
+    assert kernel.shape == (11, 8) and np.abs(kernel[8:]).min() > 0, "features have a say from the start"
+    np.testing.assert_array_equal(kernel[:8], variables["query_tower/head_0/embedding/kernel"])
+
+
 def test_a_table_a_tower_where_they_do_not_share():
     config = ModelConfig(token_dim=6, embedding_dim=5, share_text_table=False)
     (query, item), variables = run(config, both(TEXTS))
@@ -228,7 +257,7 @@ def test_seed_decides_the_initial_weights():
 def test_gradients_reach_the_table_and_both_towers(hidden):
     def build(towers):
         query, item = both(TEXTS)(towers)
-        loss = tf.reduce_sum(query[:, 0] * item)
+        loss = tf.reduce_sum(tf.matmul(query[:, 0], item, transpose_b=True))
         variables = v1.trainable_variables()
         gradients = tf.gradients(loss, variables)
         return {v.op.name: tf.convert_to_tensor(g) for v, g in zip(variables, gradients, strict=True)}
