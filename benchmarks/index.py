@@ -2,19 +2,23 @@
 
     python benchmarks/index.py --json [--items=15000000] [--factories="IVF16384,SQ8;..."] [--quick]
 
-The vectors are those of benchmarks/vectors.py, in a file that is mapped, in --folder. Left out, --factories are what
-`auto` chooses, short codes behind a rotation, 4-bit codes that are searched first and refined by 8-bit ones, and below
-two million items also HNSW and Flat, which take too long above.
+The vectors are those of benchmarks/vectors.py, in a file that is mapped. Left out, --factories are what `auto` chooses
+and the other kinds of index with as many lists; below two million items also HNSW, which takes hours above. With
+--folder the vectors and the figures of each factory are kept there: a run that asks for more measures only that.
 
 ann_recall is by exact search; p50, p99 and core_ms are of the top 1,000, one query at a time on one thread; wall_qps of
-all queries at once, on all cores. peak_memory is what the process has allocated at most while it built (sampled; the
-system caches the mapped file as well, and drops it where memory is needed); size is that of the written file. The bars
-are of the first factory: `build_wall_s`, and core_ms at ann_recall@1000 of 0.90 and 0.95.
+all queries at once, on all cores; building uses as many as OMP_NUM_THREADS says. peak_memory is what the process has
+allocated at most while it built (sampled; the system caches the mapped file as well, and drops it where memory is
+needed); size is that of the written file. The bars are of the first factory: `build_wall_s`, and core_ms at
+ann_recall@1000 of 0.90 and 0.95.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
+import os
 import sys
 import tempfile
 import threading
@@ -32,7 +36,7 @@ from dpsr_export import ann
 
 K = 1000
 TARGETS = (0.90, 0.95, 0.99)
-_MANY_ITEMS = 2_000_000  # from here on no Flat and no HNSW
+_MANY_ITEMS = 2_000_000  # from here on no HNSW
 
 FLAGS = flags.FLAGS
 
@@ -43,8 +47,8 @@ def factories(items: int) -> list[str]:
         return ["IVF256,SQ8", "Flat"]
     chosen = next(c.factory for c in ann.candidates(items, DIM, 0.95)[1:] if not c.verdict)
     lists = chosen.removesuffix(",SQ8")
-    found = [chosen, f"OPQ32,{lists},PQ32np", f"{lists},PQ64x4fs,Refine(SQ8)"]
-    return found if items >= _MANY_ITEMS else [*found, "HNSW32", "Flat"]
+    others = [f"{lists},Flat", f"{lists},PQ32np", f"OPQ32,{lists},PQ32np", f"{lists},PQ64x4fs,Refine(SQ8)", "Flat"]
+    return [chosen, *others, *(["HNSW32"] if items < _MANY_ITEMS else [])]
 
 
 @contextlib.contextmanager
@@ -98,9 +102,12 @@ def measure(
         result.add(factory, name, "p50", setting.p50_ms, "ms")
         result.add(factory, name, "p99", setting.p99_ms, "ms")
         result.add(factory, name, "core_ms", core_ms(index, queries), "ms")
+        threads = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
         start = time.perf_counter()
         index.search(queries, K)
         result.add(factory, name, "wall_qps", len(queries) / (time.perf_counter() - start), "1/s")
+        faiss.omp_set_num_threads(threads)
     print(f"{factory}: measured", file=sys.stderr)
 
 
@@ -137,7 +144,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("queries", 500, "queries", 10)
     flags.DEFINE_string("factories", "", "FAISS factory strings, separated by ;")
     flags.DEFINE_integer("seed", 1, "of the vectors")
-    flags.DEFINE_string("folder", None, "where vectors and indices are written; a temporary folder if left out")
+    flags.DEFINE_string("folder", None, "where vectors and figures are kept; else a temporary one")
     flags.DEFINE_boolean("json", False, "prints the JSON line")
     flags.DEFINE_boolean("quick", False, "20,000 items, 100 queries: shows that it runs")
 
@@ -148,12 +155,23 @@ def main(_: list[str]) -> None:
     chosen = [factory for factory in FLAGS.factories.split(";") if factory] or factories(items)
     result = report.Report("index", FLAGS.seed, report.hardware("faiss-cpu", "faiss-gpu", "numpy"))
     with tempfile.TemporaryDirectory(dir=FLAGS.folder) as folder:
+        kept = Path(FLAGS.folder or folder)
         distribution = Vectors(items, FLAGS.seed)
-        mapped = distribution.write(Path(folder) / "items.npy")
-        queries = distribution.queries(asked)
-        exact = ann.Exact(mapped, queries, [10, 100, K])
+        vectors, rows = (kept / f"{items}-{FLAGS.seed}{suffix}" for suffix in (".npy", f"-{asked}.json"))
+        if not vectors.exists():
+            distribution.write(Path(folder) / "items.npy")
+            os.replace(Path(folder) / "items.npy", vectors)
+        mapped, queries = np.load(vectors, mmap_mode="r"), distribution.queries(asked)
+        known = json.loads(rows.read_text()) if rows.exists() else {}
+        exact: ann.Exact | None = None
         for factory in chosen:
-            measure(result, mapped, queries, exact, factory, Path(folder))
+            if factory not in known:
+                exact = exact or ann.Exact(mapped, queries, [10, 100, K])
+                alone = dataclasses.replace(result, rows=[])
+                measure(alone, mapped, queries, exact, factory, Path(folder))
+                known[factory] = alone.rows
+                rows.write_text(json.dumps(known))
+            result.rows += known[factory]
     result.bars = bars(result, chosen[0])
     result.print(FLAGS.json)
 

@@ -8,7 +8,7 @@ trained: its embedding table is filled so that each of 500 query texts gets a qu
 (with two heads, two of them), which costs what a trained one costs.
 
 - in process: CPU time of a query, in one thread and without a server; `fused` from the text on, `op` and `bare` from
-  the vector on, by the op (50 to a call) and by FAISS alone (Python), which searches the same mapped file.
+  the vector on, by the op (50 to a call) and by FAISS alone (Python, one at a time) in the same mapped file.
 - grpc: one model server under closed loops of the load generator, with time to start, CPU time, and memory.
 - called in turn: p50 of a Python client on the same machine, one call at a time; `fused` asks one server for the
   answer, `two_services` asks a server of the query tower for the vector and then a server of the index with it, as must
@@ -77,7 +77,7 @@ def make_index(result: report.Report, folder: Path, items: np.ndarray, queries: 
     chosen = ann.choose(ann.sweep(index, exact, queries, K), K, TARGET)
     ann.set_parameters(index, chosen.parameters)
     faiss.write_index(index, str(folder / "items.faiss"))
-    faiss_ops.write_item_ids(folder / "item_ids.dpsr", np.arange(len(items)), folder / "items.faiss")
+    faiss_ops.write_item_ids(folder / "item_ids.dpsr", item_ids(len(items)), folder / "items.faiss")
     workload = f"{len(items):,} x {DIM}, {candidates[0]}, {chosen.parameters or '-'}"
     result.add("bare", workload, f"ann_recall@{K}", chosen.ann_recall[K], "")
     return workload
@@ -144,30 +144,15 @@ def make_servables(folder: Path, index: Path, queries: np.ndarray) -> dict[str, 
                 found = TwoTower(model.config.model, model.features).query_embedding(
                     Tokens(ragged.values, ragged.row_splits)
                 )
-                _save(made["query_tower"], {"query": query}, {"query_embedding": found}, checkpoint)
+                filter_cost.save_graph(made["query_tower"], {"query": query}, {"query_embedding": found}, checkpoint)
     made["index"] = folder / "index_service" / "1"
     with tf.Graph().as_default():
         vector = v1.placeholder(tf.float32, [None, 1, DIM], "query_embedding")
         table = faiss_ops.FaissIndexTable(str(index / "items.faiss"), str(index / "item_ids.dpsr"))
         names = ("item_ids", "scores", "heads")
         outputs = dict(zip(names, table.search(vector, K), strict=True))
-        _save(made["index"], {"query_embedding": vector}, outputs)
+        filter_cost.save_graph(made["index"], {"query_embedding": vector}, outputs)
     return made
-
-
-def _save(path: Path, inputs: dict[str, tf.Tensor], outputs: dict[str, tf.Tensor], checkpoint: str = "") -> None:
-    with v1.Session() as session:
-        if checkpoint:
-            v1.train.Saver().restore(session, checkpoint)
-        builder = v1.saved_model.Builder(str(path))
-        builder.add_meta_graph_and_variables(
-            session,
-            [tf.saved_model.SERVING],
-            signature_def_map={"serving_default": v1.saved_model.predict_signature_def(inputs, outputs)},
-            assets_collection=v1.get_collection(v1.GraphKeys.ASSET_FILEPATHS),
-            main_op=v1.tables_initializer(),
-        )
-        builder.save()
 
 
 def in_process(
@@ -176,29 +161,23 @@ def in_process(
     """CPU time of a query: op beside bare FAISS on the same vectors, and the fused graphs."""
     table = faiss_ops.FaissIndexTable(str(index / "items.faiss"), str(index / "item_ids.dpsr"))
     bare = faiss.read_index(str(index / "items.faiss"), _IO_FLAG_MMAP)
-    batches = [queries[i : i + _BATCH, np.newaxis] for i in range(0, QUERIES, _BATCH)]
-    ours = np.concatenate([table.search(batch, K)[0].numpy() for batch in batches])
-    theirs = np.concatenate([bare.search(query[np.newaxis], K)[1] for batch in batches for query in batch[:, 0]])
+    places = np.concatenate([bare.search(query[np.newaxis], K)[1] for query in queries[:QUERIES]])
+    ours = table.search(queries[:QUERIES, np.newaxis], K)[0].numpy()
+    theirs = np.where(places < 0, -1, item_ids(bare.ntotal)[places])
     assert all(set(a) == set(b) for a, b in zip(ours, theirs, strict=True)), "the op and FAISS find the same items"
-
-    def ask_bare() -> None:
-        for batch in batches:
-            for query in batch:
-                bare.search(query, K)
-
-    passes: dict[str, Callable[[], object]] = {
-        "op": lambda: [table.search(batch, K) for batch in batches],
-        "bare": ask_bare,
-    }
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    found = report.rates(passes, len(ours), repeat, s)
-    faiss.omp_set_num_threads(threads)
-    for impl, samples in found.items():
-        result.add_samples(impl, workload, "core_ms", [1000 / rate for rate in samples], "ms")
-    ratios = [b / a for a, b in zip(found["op"], found["bare"], strict=True)]
+    requests = index.parent / "vectors"
+    servers.write_messages(requests, [_of_vectors(queries[i : i + _BATCH]) for i in range(0, QUERIES, _BATCH)])
+    costs: dict[str, list[float]] = {"op": [], "bare": []}
+    os.environ["TF_NUM_INTRAOP_THREADS"] = "1"
+    for _ in range(repeat):
+        costs["op"].append(model_server.session_run_us(_model(made["index"], requests), s) / _BATCH / 1000)
+        costs["bare"].append(bare_ms(bare, queries[:QUERIES], s))
+    del os.environ["TF_NUM_INTRAOP_THREADS"]
+    for impl, samples in costs.items():
+        result.add_samples(impl, workload, "core_ms", samples, "ms")
+    ratios = [op / alone for op, alone in zip(*costs.values(), strict=True)]
     result.add_samples("op_over_bare", workload, "core_ms", ratios, "ratio")
-    costs: dict[str, list[float]] = {"fused": [], "fused_2_heads": []}
+    costs = {"fused": [], "fused_2_heads": []}
     for _ in range(repeat):
         for name, samples in costs.items():
             samples.append(model_server.session_run_us(_model(made[name], index.parent / "requests"), s) / 1000)
@@ -206,6 +185,32 @@ def in_process(
         result.add_samples(name, workload, "core_ms", samples, "ms")
     ratios = [two / one for one, two in zip(*costs.values(), strict=True)]
     result.add_samples("heads_2_over_1", workload, "core_ms", ratios, "ratio")
+
+
+def item_ids(items: int) -> np.ndarray:
+    """Ids as a shop has them: ascending, with gaps."""
+    return np.cumsum(np.random.default_rng(1).integers(1, 1000, items))
+
+
+def bare_ms(index: faiss.Index, queries: np.ndarray, seconds: float) -> float:
+    """CPU time of a search by FAISS from Python, one at a time on one thread."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    rounds, begin, start = 0, time.perf_counter(), time.process_time()
+    while rounds == 0 or time.perf_counter() - begin < seconds:
+        for query in queries:
+            index.search(query[np.newaxis], K)
+        rounds += 1
+    faiss.omp_set_num_threads(threads)
+    return 1000 * (time.process_time() - start) / rounds / len(queries)
+
+
+def _of_vectors(queries: np.ndarray) -> predict_pb2.PredictRequest:
+    """What the index by itself is asked."""
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name, request.model_spec.signature_name = servers.MODEL, "serving_default"
+    request.inputs["query_embedding"].CopyFrom(tf.make_tensor_proto(queries[:, np.newaxis]))
+    return request
 
 
 def over_grpc(

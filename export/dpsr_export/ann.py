@@ -214,9 +214,14 @@ def _train_quantizer(index: faiss.IndexIVF, sample: np.ndarray, device: str) -> 
     quantizer = faiss.downcast_index(index.quantizer)
     if isinstance(quantizer, faiss.IndexHNSW):
         quantizer.hnsw.efConstruction = 200  # few nodes: a better graph costs nothing
+    if isinstance(quantizer, faiss.IndexIVF):  # residuals are taken from centroids that lie in lists themselves
+        quantizer.make_direct_map()
     if _TWO_LEVEL_LISTS <= index.nlist <= len(sample):
         # FAISS keeps a quantizer that holds as many centroids as there are lists.
-        quantizer.add(two_level_kmeans(sample, index.nlist, device))
+        centroids = two_level_kmeans(sample, index.nlist, device)
+        if not quantizer.is_trained:
+            quantizer.train(centroids)
+        quantizer.add(centroids)
 
 
 def _sample(vectors: np.ndarray, count: int) -> np.ndarray:

@@ -98,7 +98,7 @@ struct ItemIndex {
   std::unique_ptr<FilteredSearch> filtered;
   std::unique_ptr<PackedFile> item_ids_file;
   std::unique_ptr<ItemFilters> filters;
-  Span<const int64_t> item_ids;
+  ItemIds item_ids;
 
   // Of all items, or of those in `mask`, which may change between searches.
   HeadSearch Search(const SearchParameters& parameters, const std::shared_ptr<const ItemMask>* mask = nullptr) const {
@@ -131,7 +131,8 @@ Status OpenItemIds(const LoadArguments& arguments, ItemIndex* items) {
   const std::string& filename = arguments.item_ids_filename;
   DPSR_RETURN_IF_ERROR(PackedFile::Open(filename, kItemIdsKind, /*verify=*/true, &items->item_ids_file));
   const PackedFile& file = *items->item_ids_file;
-  DPSR_RETURN_IF_ERROR(file.Get(kItemIdsSection, &items->item_ids));
+  Span<const int64_t> ids;
+  DPSR_RETURN_IF_ERROR(file.Get(kItemIdsSection, &ids));
   Span<const uint64_t> bytes;
   Span<const uint64_t> checksum;
   if (file.Find(kIndexBytesSection) == nullptr || file.Find(kIndexChecksumSection) == nullptr) {
@@ -145,7 +146,7 @@ Status OpenItemIds(const LoadArguments& arguments, ItemIndex* items) {
                       " have ", bytes.size(), " and ", checksum.size(), " values, expected one");
   }
   DPSR_RETURN_IF_ERROR(FaissIndex::CheckFile(arguments.index_filename, bytes[0], checksum[0]));
-  const Status ids_ok = CheckItemIds(items->item_ids);
+  const Status ids_ok = ItemIds::Check(ids, &items->item_ids);
   return ids_ok.ok() ? ids_ok : MakeStatus(ids_ok.code(), filename, ": ", ids_ok.message());
 }
 
@@ -195,8 +196,8 @@ Status LoadItemIndex(const LoadArguments& arguments, std::shared_ptr<const ItemI
   DPSR_RETURN_IF_ERROR(index.SetParameters(arguments.parameters));
   DPSR_RETURN_IF_ERROR(SearchParameters::Parse(arguments.max_parameters, &items->max_parameters));
   DPSR_RETURN_IF_ERROR(index.CheckParameters(items->max_parameters));
-  if (static_cast<int64_t>(items->item_ids.size()) != index.ntotal()) {
-    return MakeStatus(StatusCode::kFailedPrecondition, arguments.item_ids_filename, " holds ", items->item_ids.size(),
+  if (static_cast<int64_t>(items->item_ids.ids.size()) != index.ntotal()) {
+    return MakeStatus(StatusCode::kFailedPrecondition, arguments.item_ids_filename, " holds ", items->item_ids.ids.size(),
                       " item ids, but the FAISS index ", index_filename, " holds ", index.ntotal(),
                       " vectors: they are not of the same export");
   }

@@ -5,6 +5,10 @@
 #include <limits>
 #include <utility>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace dpsr {
 namespace {
 
@@ -13,6 +17,10 @@ constexpr int64_t kBits = 64;
 constexpr size_t kAhead = 16;
 // Scores that differ by less, of 1, are the same: sums in another order.
 constexpr float kRounding = 1e-3f;
+// A search goes on while the last half of what it had to score holds more than one in so many of its results, ...
+constexpr int64_t kResultsOverLate = 12;
+// ... up to so many times as much.
+constexpr int64_t kMostTimes = 4;
 // A graph takes about k * ntotal / passing steps under a filter; to score one item takes about a fortieth of a step.
 constexpr double kStepOverScore = 40;
 
@@ -28,9 +36,34 @@ float InnerProduct(const float* a, const float* b, int64_t dim) {
   return sum;
 }
 
+#if defined(__x86_64__)
+__attribute__((target("avx2,fma"))) float InnerProductAvx2(const float* a, const float* b, int64_t dim) {
+  __m256 sums[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+  int64_t i = 0;
+  for (; i + 16 <= dim; i += 16) {
+    sums[0] = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i), sums[0]);
+    sums[1] = _mm256_fmadd_ps(_mm256_loadu_ps(a + i + 8), _mm256_loadu_ps(b + i + 8), sums[1]);
+  }
+  alignas(32) float parts[8];
+  _mm256_store_ps(parts, _mm256_add_ps(sums[0], sums[1]));
+  float sum = ((parts[0] + parts[1]) + (parts[2] + parts[3])) + ((parts[4] + parts[5]) + (parts[6] + parts[7]));
+  for (; i < dim; ++i) sum += a[i] * b[i];
+  return sum;
+}
+#endif
+
+// Of a query with many vectors: all centroids, for one.
+auto* FastInnerProduct() {
+#if defined(__x86_64__)
+  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (has_avx2) return InnerProductAvx2;
+#endif
+  return InnerProduct;
+}
+
 // Calls use(slot) for each bit of [begin, end).
 template <typename Use>
-void ForEachBit(const std::vector<uint64_t>& words, int64_t begin, int64_t end, const Use& use) {
+void ForEachBit(const uint64_t* words, int64_t begin, int64_t end, const Use& use) {
   if (begin >= end) return;
   for (int64_t word = begin / kBits; word <= (end - 1) / kBits; ++word) {
     uint64_t bits = words[word];
@@ -49,11 +82,18 @@ class FilteredSearch::Best {
 
   int64_t k() const { return static_cast<int64_t>(k_); }
 
-  // Drops NaN.
+  // Drops NaN. A portion is what is added between two calls of Late.
   void Add(float score, int64_t slot) {
     if (!(score > floor_)) return;
-    found_.push_back({score, slot});
+    found_.push_back({score, portion_, slot});
     if (found_.size() == found_.capacity()) Halve();
+  }
+
+  // Of the k best so far, those of the portion that ends now.
+  int64_t Late() {
+    if (found_.size() > k_) Halve();
+    const int32_t portion = portion_++;
+    return std::count_if(found_.begin(), found_.end(), [portion](const Found& found) { return found.portion == portion; });
   }
 
   // Writes them in descending order, as positions; pads.
@@ -70,6 +110,7 @@ class FilteredSearch::Best {
  private:
   struct Found {
     float score;
+    int32_t portion;
     int64_t slot;
   };
   static bool Higher(const Found& a, const Found& b) { return a.score > b.score; }
@@ -81,6 +122,7 @@ class FilteredSearch::Best {
 
   const size_t k_;
   std::vector<Found> found_;
+  int32_t portion_ = 0;
   float floor_ = -std::numeric_limits<float>::infinity();
 };
 
@@ -122,6 +164,7 @@ Status FilteredSearch::ReadLists(FaissIndex* index) {
       order_.positions.push_back(static_cast<int32_t>(ids[i]));
     }
     order_.group_begins.push_back(order_.group_begins.back() + size);
+    list_codes_.push_back(index_.list_codes(list));
   }
   // Vectors that hold a NaN are in no list. They get the last slots, which are of no group, so that nothing looks there.
   for (int64_t position = 0; order_.group_begins.back() < ntotal && position < ntotal; ++position) {
@@ -179,7 +222,7 @@ Status FilteredSearch::CompareScores() const {
 
 Status FilteredSearch::Search(const float* x, int64_t k, const ItemMask& mask, const SearchParameters& parameters,
                               float* scores, int64_t* positions) const {
-  const int64_t wanted = std::min(k, mask.count);
+  const int64_t wanted = mask.keep ? k : std::min(k, mask.count);
   Best best(std::max<int64_t>(wanted, 1));
   if (wanted == 0) {
     best.Write(order_.positions, k, scores, positions);
@@ -241,53 +284,111 @@ Status FilteredSearch::SearchLists(const float* x, const ItemMask& mask, const S
   DPSR_RETURN_IF_ERROR(FaissListScanner::Create(index_, &scanner));
   DPSR_RETURN_IF_ERROR(scanner->SetQuery(query.data()));
 
-  std::vector<List> lists;
-  lists.reserve(mask.group_counts.size());
-  for (size_t list = 0; list < mask.group_counts.size(); ++list) {
-    if (mask.group_counts[list] == 0) continue;
-    const float score = InnerProduct(query.data(), centroids_.data() + list * dim, dim);
-    lists.push_back({std::isnan(score) ? -std::numeric_limits<float>::infinity() : score, static_cast<int32_t>(list)});
-  }
+  Lists lists = ListsOf(query.data(), mask);
   const double unfiltered = static_cast<double>(parameters.nprobe) * static_cast<double>(index_.ntotal()) /
                             static_cast<double>(index_.num_lists());
   const int64_t wanted = std::max(best->k(), static_cast<int64_t>(std::min(unfiltered, 1e18)));
-  if (mask.count > std::max(wanted, kFewItems)) KeepNearest(wanted, mask, &lists);
-
-  // Codes lie far apart where few items pass: all are known before the first is scored, to be fetched ahead of it.
-  std::vector<const uint8_t*> codes;
-  std::vector<int64_t> slots;
+  Found found;
   std::vector<size_t> ends;
-  ends.reserve(lists.size());
-  for (const List& list : lists) {
-    const int64_t begin = order_.group_begins[list.list];
-    const uint8_t* const first = index_.list_codes(list.list);
-    ForEachBit(mask.words, begin, order_.group_begins[list.list + 1], [&](int64_t slot) {
-      codes.push_back(first + (slot - begin) * code_size);
-      slots.push_back(slot);
-    });
-    ends.push_back(codes.size());
-  }
-  size_t i = 0;
-  for (size_t list = 0; list < lists.size(); ++list) {
-    scanner->SetList(lists[list].list, lists[list].centroid_score);
-    for (; i < ends[list]; ++i) {
-      if (i + kAhead < codes.size()) __builtin_prefetch(codes[i + kAhead]);
-      best->Add(scanner->Score(codes[i]), slots[i]);
+  // Scores what passes in the lists from `begin` on, to the end or until there are `enough`; moves `begin` behind them.
+  // Codes lie far apart where few items pass: all are known before the first is scored, to be fetched ahead of it.
+  const auto score = [&](Lists::iterator* begin, Lists::iterator end, double enough) {
+    found.codes.clear();
+    found.slots.clear();
+    ends.clear();
+    for (auto list = *begin; list != end && static_cast<double>(found.codes.size()) < enough; ++list) {
+      FindPassing(list->list, mask, &found);
+      ends.push_back(found.codes.size());
     }
+    size_t i = 0;
+    for (const size_t list_end : ends) {
+      if (i < list_end) scanner->SetList((*begin)->list, (*begin)->centroid_score);
+      ++*begin;
+      for (; i < list_end; ++i) {
+        if (i + kAhead < found.codes.size()) {
+          __builtin_prefetch(found.codes[i + kAhead]);
+          __builtin_prefetch(found.codes[i + kAhead] + code_size - 1);
+        }
+        best->Add(scanner->Score(found.codes[i]), found.slots[i]);
+      }
+    }
+    return static_cast<int64_t>(found.codes.size());
+  };
+
+  auto begin = lists.begin();
+  if (mask.count <= std::max(wanted, kFewItems)) {
+    score(&begin, lists.end(), std::numeric_limits<double>::infinity());
+    return Status();
+  }
+  int64_t scored = 0;
+  const double portion = static_cast<double>(wanted) / 2;
+  double ahead = mask.keep ? static_cast<double>(wanted) : portion;
+  auto near = begin;  // before it are the nearest of those that are left
+  while (begin != lists.end() && scored < kMostTimes * wanted) {
+    double in_portion = 0;
+    while (begin != lists.end() && in_portion < portion) {
+      if (begin == near) {
+        near = Nearest(ahead, begin, lists.end());
+        if (mask.keep) {
+          std::sort(begin, near, Nearer);
+          ahead *= 2;  // fewer may pass here than elsewhere
+        }
+      }
+      const int64_t count = score(&begin, near, portion - in_portion);
+      in_portion += static_cast<double>(count);
+      scored += count;
+    }
+    if (best->Late() * kResultsOverLate <= best->k() && scored >= wanted) break;
   }
   return Status();
 }
 
-// Leaves the lists with the highest scores in which `wanted` items pass, or a few more: quickselect by weight.
-void FilteredSearch::KeepNearest(int64_t wanted, const ItemMask& mask, std::vector<List>* lists) const {
-  const auto higher = [](const List& a, const List& b) { return a.centroid_score > b.centroid_score; };
-  auto begin = lists->begin();
-  auto end = lists->end();
+// The lists in which items pass. Where it is not known how many pass in one, it is taken for as many as everywhere.
+FilteredSearch::Lists FilteredSearch::ListsOf(const float* query, const ItemMask& mask) const {
+  const int64_t dim = index_.list_dim();
+  const double share = static_cast<double>(std::max<int64_t>(mask.count, 1)) / static_cast<double>(index_.ntotal());
+  auto* const inner_product = FastInnerProduct();
+  Lists lists;
+  lists.reserve(order_.group_begins.size());
+  for (size_t list = 0; list + 1 < order_.group_begins.size(); ++list) {
+    const int64_t size = order_.group_begins[list + 1] - order_.group_begins[list];
+    const double passing = mask.keep ? share * static_cast<double>(size) : mask.group_counts[list];
+    if (passing == 0) continue;
+    const float score = inner_product(query, centroids_.data() + list * dim, dim);
+    lists.push_back({std::isnan(score) ? -std::numeric_limits<float>::infinity() : score, static_cast<int32_t>(list),
+                     static_cast<float>(passing)});
+  }
+  return lists;
+}
+
+// Adds the items of a list that pass.
+void FilteredSearch::FindPassing(int32_t list, const ItemMask& mask, Found* found) const {
+  const int64_t begin = order_.group_begins[list];
+  const int64_t end = order_.group_begins[list + 1];
+  const int64_t code_size = index_.code_size();
+  const uint64_t* words = mask.words.data();
+  int64_t words_begin = 0;  // the slot of their first bit
+  if (mask.keep) {
+    words_begin = begin / kBits * kBits;
+    found->words.assign((end - words_begin + kBits - 1) / kBits, ~uint64_t{0});
+    words = found->words.data();
+    mask.keep(words_begin, end, found->words.data());
+  }
+  ForEachBit(words, begin - words_begin, end - words_begin, [&](int64_t bit) {
+    const int64_t slot = words_begin + bit;
+    found->codes.push_back(list_codes_[list] + (slot - begin) * code_size);
+    found->slots.push_back(slot);
+  });
+}
+
+// Moves the lists with the highest scores in which `wanted` items pass, or a few more, to the front, and gives their
+// end: quickselect by weight.
+FilteredSearch::Lists::iterator FilteredSearch::Nearest(double wanted, Lists::iterator begin, Lists::iterator end) {
   while (end - begin > 1) {
     const auto middle = begin + (end - begin) / 2;
-    std::nth_element(begin, middle, end, higher);
-    int64_t passing = 0;
-    for (auto list = begin; list != middle; ++list) passing += mask.group_counts[list->list];
+    std::nth_element(begin, middle, end, Nearer);
+    double passing = 0;
+    for (auto list = begin; list != middle; ++list) passing += list->passing;
     if (passing >= wanted) {
       end = middle;
     } else {
@@ -295,14 +396,14 @@ void FilteredSearch::KeepNearest(int64_t wanted, const ItemMask& mask, std::vect
       begin = middle;
     }
   }
-  lists->erase(end, lists->end());
+  return end;
 }
 
 Status FilteredSearch::ScoreAll(const float* x, const ItemMask& mask, Best* best) const {
   // Here slots are positions: only lists have an order of their own.
   std::vector<int64_t> slots;
   slots.reserve(mask.count);
-  ForEachBit(mask.words, 0, index_.ntotal(), [&](int64_t slot) { slots.push_back(slot); });
+  ForEachBit(mask.words.data(), 0, index_.ntotal(), [&](int64_t slot) { slots.push_back(slot); });
   const int64_t dim = index_.d();
   return index_.Reconstruct(Span<const int64_t>(slots.data(), slots.size()), [&](int64_t slot, const float* vector) {
     best->Add(InnerProduct(x, vector, dim), slot);

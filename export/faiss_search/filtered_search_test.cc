@@ -157,6 +157,62 @@ TEST_F(FilteredSearchTest, AsManyAreScoredAsWithoutAFilter) {
   EXPECT_GE(recall[1], recall[0] - 0.01);
 }
 
+// What passes lies to one side, far from half of the queries.
+TEST_F(FilteredSearchTest, OneRegionIsFoundFromElsewhere) {
+  Build("IVF64,SQ8", true, "nprobe=4");
+  std::vector<float> queries = RandomVectors(60, 6);
+  for (int query = 0; query < 60; ++query) queries[query * kDim] = -2;
+  const ItemMask region = Mask([&](int64_t i) { return vectors_[i * kDim] > 0.2f; });
+  ASSERT_GT(region.count, FilteredSearch::kFewItems);
+  double recall = 0;
+  for (int query = 0; query < 60; ++query) {
+    const float* const x = &queries[query * kDim];
+    std::vector<int64_t> exact = Exact(x, kItems, 1);
+    exact.erase(std::remove_if(exact.begin(), exact.end(), [&](int64_t i) { return !(vectors_[i * kDim] > 0.2f); }),
+                exact.end());
+    const Found found = Search(x, 100, region);
+    const std::set<int64_t> there(found.positions.begin(), found.positions.end());
+    for (int i = 0; i < 100; ++i) recall += static_cast<double>(there.count(exact[i])) / 6000;
+  }
+  EXPECT_GT(recall, 0.9);
+}
+
+// The bits of a list are computed when a search looks into it; that so many pass is an estimate, right or wrong.
+TEST_F(FilteredSearchTest, BitsThatAreNotKnownBeforehand) {
+  Build("IVF64,SQ8", true, "nprobe=8");
+  const std::vector<float> queries = RandomVectors(20, 7);
+  for (const int64_t step : {2, 20, 3000}) {
+    for (const bool region : {false, true}) {
+      const auto passes = [&](int64_t i) { return region ? i < kItems / step && vectors_[i * kDim] > 0 : i % step == 0; };
+      const ItemMask known = Mask(passes);
+      for (const double estimate : {0.1, 1.0, 10.0}) {
+        ItemMask unknown;
+        unknown.count = std::min<int64_t>(static_cast<int64_t>(static_cast<double>(known.count) * estimate), kItems);
+        unknown.keep = [&known](int64_t begin, int64_t end, uint64_t* words) {
+          ASSERT_EQ(begin % 64, 0);
+          ASSERT_LE(end, kItems);
+          for (int64_t slot = begin; slot < end; ++slot) {
+            const uint64_t bit = known.words[slot / 64] >> (slot % 64) & 1;
+            words[(slot - begin) / 64] &= ~(uint64_t{1} << (slot % 64)) | bit << (slot % 64);
+          }
+        };
+        double same = 0;
+        for (int query = 0; query < 20; ++query) {
+          const float* const x = &queries[query * kDim];
+          const Found expected = Search(x, 50, known);
+          const Found found = Search(x, 50, unknown);
+          EXPECT_EQ(std::count(found.positions.begin(), found.positions.end(), -1),
+                    std::count(expected.positions.begin(), expected.positions.end(), -1));
+          for (const int64_t position : found.positions) EXPECT_TRUE(position < 0 || passes(position));
+          const std::set<int64_t> there(found.positions.begin(), found.positions.end());
+          for (const int64_t position : expected.positions) same += static_cast<double>(there.count(position)) / 1000;
+        }
+        EXPECT_GT(same, 0.97) << "step " << step << " region " << region << " estimate " << estimate;
+      }
+    }
+  }
+}
+
 TEST_F(FilteredSearchTest, NothingPasses) {
   Build("IVF32,SQ8", true, "nprobe=8");
   const Found found = Search(vectors_.data(), 3, Mask([](int64_t) { return false; }));

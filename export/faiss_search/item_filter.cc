@@ -26,6 +26,10 @@ constexpr int64_t kBits = 64;
 // Up to so many codes are compared one after the other; more are looked up in a table.
 constexpr size_t kFewCodes = 4;
 constexpr size_t kQuotedBytes = 100;
+// Slots are looked up by value where they are at most one in so many; a pass over the column is faster for more.
+constexpr int64_t kOverFew = 8;
+// Words of bits, spread over all, that tell how many pass.
+constexpr int64_t kSampledWords = 256;
 
 // The bytes of the UTF-8 character that `text` begins with; 0 when it begins with none.
 size_t CharacterBytes(std::string_view text) {
@@ -97,15 +101,23 @@ uint64_t Marked(const Mark& mark) {
   return Pack(flags);
 }
 
+// Slots [begin, end), begin a multiple of 64, and their bits; those are cleared that meet an expression, or do not.
+struct Slots {
+  int64_t begin;
+  int64_t end;
+  bool exclude;
+  uint64_t* words;
+};
+
 // Clears the bits of the slots that do not pass: bit i of `met(first, count)` is slot first + i. Where nothing is left
 // to clear it is not asked.
 template <typename Met>
-void Keep64(int64_t items, bool exclude, uint64_t* words, const Met& met) {
-  for (int64_t first = 0; first < items; first += kBits) {
-    uint64_t& word = words[first / kBits];
+void Keep64(const Slots& slots, const Met& met) {
+  for (int64_t first = slots.begin; first < slots.end; first += kBits) {
+    uint64_t& word = slots.words[(first - slots.begin) / kBits];
     if (word == 0) continue;
-    const uint64_t bits = met(first, std::min(kBits, items - first));
-    word &= exclude ? ~bits : bits;
+    const uint64_t bits = met(first, std::min(kBits, slots.end - first));
+    word &= slots.exclude ? ~bits : bits;
   }
 }
 
@@ -149,23 +161,22 @@ T AtMost(double bound) {
 }
 
 template <typename T>
-void KeepRanges(Span<const T> values, const std::vector<Range>& ranges, bool exclude, uint64_t* words) {
+void KeepRanges(Span<const T> values, const std::vector<Range>& ranges, const Slots& slots) {
   std::vector<std::pair<T, T>> ends;
   for (const Range& range : ranges) ends.emplace_back(AtLeast<T>(range.low), AtMost<T>(range.high));
-  Keep64(static_cast<int64_t>(values.size()), exclude, words, [&](int64_t first, int64_t count) {
+  Keep64(slots, [&](int64_t first, int64_t count) {
     uint64_t met = 0;
     for (const auto& [low, high] : ends) met |= InRange<T>(values.data() + first, count, low, high);
     return met;
   });
 }
 
-// `codes` are ascending; `values` are below `num_codes`.
+// `values` are below wanted.size(); those that are met are `codes`, and 1 in `wanted`.
 template <typename T>
-void KeepCodes(Span<const T> values, const std::vector<uint32_t>& codes, size_t num_codes, bool exclude,
-               uint64_t* words) {
-  const auto items = static_cast<int64_t>(values.size());
+void KeepCodes(Span<const T> values, const std::vector<uint32_t>& codes, const std::vector<uint8_t>& wanted,
+               const Slots& slots) {
   if (codes.size() <= kFewCodes) {
-    Keep64(items, exclude, words, [&](int64_t first, int64_t count) {
+    Keep64(slots, [&](int64_t first, int64_t count) {
       const T* const from = values.data() + first;
       return Marked([&](uint8_t* flags) {
         for (const uint32_t code : codes) {
@@ -175,9 +186,7 @@ void KeepCodes(Span<const T> values, const std::vector<uint32_t>& codes, size_t 
     });
     return;
   }
-  std::vector<uint8_t> wanted(num_codes, 0);
-  for (const uint32_t code : codes) wanted[code] = 1;
-  Keep64(items, exclude, words, [&](int64_t first, int64_t count) {
+  Keep64(slots, [&](int64_t first, int64_t count) {
     return Marked([&](uint8_t* flags) {
       for (int64_t i = 0; i < count; ++i) flags[i] = wanted[values[first + i]];
     });
@@ -185,11 +194,9 @@ void KeepCodes(Span<const T> values, const std::vector<uint32_t>& codes, size_t 
 }
 
 template <typename T>
-void KeepAnyCode(Span<const int64_t> splits, Span<const T> values, const std::vector<uint32_t>& codes, size_t num_codes,
-                 bool exclude, uint64_t* words) {
-  std::vector<uint8_t> wanted(num_codes, 0);
-  for (const uint32_t code : codes) wanted[code] = 1;
-  Keep64(static_cast<int64_t>(splits.size()) - 1, exclude, words, [&](int64_t first, int64_t count) {
+void KeepAnyCode(Span<const int64_t> splits, Span<const T> values, const std::vector<uint8_t>& wanted,
+                 const Slots& slots) {
+  Keep64(slots, [&](int64_t first, int64_t count) {
     return Marked([&](uint8_t* flags) {
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t v = splits[first + i]; v < splits[first + i + 1]; ++v) flags[i] |= wanted[values[v]];
@@ -206,16 +213,39 @@ bool AreSplits(Span<const int64_t> splits, size_t rows, size_t values) {
 
 }  // namespace
 
+namespace {
+
+// Without the processor's own instruction, which not all have, a count is a call.
+#if defined(__x86_64__)
+__attribute__((target("popcnt"))) int64_t CountWordsPopcnt(const uint64_t* words, int64_t count) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; ++i) found += __builtin_popcountll(words[i]);
+  return found;
+}
+#endif
+
+int64_t CountWords(const uint64_t* words, int64_t count) {
+#if defined(__x86_64__)
+  static const bool has_popcnt = __builtin_cpu_supports("popcnt");
+  if (has_popcnt) return CountWordsPopcnt(words, count);
+#endif
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; ++i) found += __builtin_popcountll(words[i]);
+  return found;
+}
+
+}  // namespace
+
 int64_t CountBits(Span<const uint64_t> words, int64_t begin, int64_t end) {
   if (begin >= end) return 0;
   const int64_t first = begin / kBits;
   const int64_t last = (end - 1) / kBits;
   const uint64_t head = ~uint64_t{0} << (begin % kBits);
   const uint64_t tail = ~uint64_t{0} >> (kBits - 1 - (end - 1) % kBits);
-  if (first == last) return __builtin_popcountll(words[first] & head & tail);
-  int64_t count = __builtin_popcountll(words[first] & head) + __builtin_popcountll(words[last] & tail);
-  for (int64_t word = first + 1; word < last; ++word) count += __builtin_popcountll(words[word]);
-  return count;
+  const uint64_t ends[] = {words[first] & head, words[last] & tail};
+  const uint64_t both = ends[0] & ends[1];
+  if (first == last) return CountWords(&both, 1);
+  return CountWords(ends, 2) + CountWords(words.data() + first + 1, last - first - 1);
 }
 
 Status FilterExpression::Parse(std::string_view text, FilterExpression* expression) {
@@ -261,6 +291,10 @@ struct ItemFilters::Column {
   Span<const int64_t> splits;  // of a multi-valued attribute
   Span<const int64_t> text_splits;
   Span<const uint8_t> text_bytes;
+  // The slots in the order of their values, of those that are single: of code c [code_begins[c], code_begins[c + 1]), of
+  // numbers ascending, without NaN.
+  std::vector<int32_t> by_value;
+  std::vector<int64_t> code_begins;
   // What the spans point into where slots are not positions.
   std::vector<char> own_values;
   std::vector<int64_t> own_splits;
@@ -302,6 +336,38 @@ struct ItemFilters::Column {
     }
   }
 
+  template <typename T>
+  void SortSlots(Span<const T> values) {
+    const auto items = static_cast<int32_t>(values.size());
+    if constexpr (std::is_integral_v<T>) {
+      code_begins.assign(num_codes + 1, 0);
+      for (const T value : values) ++code_begins[value + 1];
+      for (size_t code = 0; code < num_codes; ++code) code_begins[code + 1] += code_begins[code];
+      std::vector<int64_t> next(code_begins.begin(), code_begins.end() - 1);
+      by_value.resize(items);
+      for (int32_t slot = 0; slot < items; ++slot) by_value[next[values[slot]]++] = slot;
+    } else {
+      std::vector<std::pair<T, int32_t>> sorted;
+      sorted.reserve(items);
+      for (int32_t slot = 0; slot < items; ++slot) {
+        if (!std::isnan(values[slot])) sorted.emplace_back(values[slot], slot);
+      }
+      std::sort(sorted.begin(), sorted.end());
+      by_value.reserve(sorted.size());
+      for (const auto& [value, slot] : sorted) by_value.push_back(slot);
+    }
+  }
+
+  // The slots of by_value whose numbers are within.
+  template <typename T>
+  Span<const int32_t> SlotsWithin(Span<const T> values, const Range& range) const {
+    const T low = AtLeast<T>(range.low), high = AtMost<T>(range.high);
+    const auto begin = std::partition_point(by_value.begin(), by_value.end(),
+                                            [&](int32_t slot) { return values[slot] < low; });
+    const auto end = std::partition_point(begin, by_value.end(), [&](int32_t slot) { return values[slot] <= high; });
+    return {by_value.data() + (begin - by_value.begin()), static_cast<size_t>(end - begin)};
+  }
+
   // Copies values, and splits, from the order of positions into that of slots.
   template <typename T>
   void Reorder(const std::vector<int32_t>& positions, Span<const T>* values) {
@@ -320,6 +386,51 @@ struct ItemFilters::Column {
       splits = Span<const int64_t>(own_splits.data(), own_splits.size());
     }
     *values = Span<const T>(to, values->size());
+  }
+};
+
+// What one expression asks of a column.
+struct ItemFilters::Test {
+  const Column* column = nullptr;
+  bool exclude = false;
+  std::vector<Range> ranges;     // of a number
+  std::vector<uint32_t> codes;   // of any other: ascending, ...
+  std::vector<uint8_t> wanted;   // ... and 1 for each of them, [num_codes]
+  std::vector<Span<const int32_t>> slots;  // all that meet it, where the column has them in the order of values
+  int64_t num_slots = 0;                   // in `slots`; one may stand in two of them
+
+  bool IsFew(int64_t items) const { return !column->by_value.empty() && num_slots <= items / kOverFew; }
+
+  // Clears the bits of the slots [begin, end) that do not pass.
+  void Keep(int64_t begin, int64_t end, uint64_t* words) const {
+    const Slots asked = {begin, end, exclude, words};
+    if (column->floats.data() != nullptr) {
+      KeepRanges(column->floats, ranges, asked);
+    } else if (column->doubles.data() != nullptr) {
+      KeepRanges(column->doubles, ranges, asked);
+    } else {
+      column->WithCodes([&](const auto& values) {
+        if (column->splits.empty()) {
+          KeepCodes(values, codes, wanted, asked);
+        } else {
+          KeepAnyCode(column->splits, values, wanted, asked);
+        }
+      });
+    }
+  }
+
+  // The same of all slots, by those that meet it.
+  void KeepFew(std::vector<uint64_t>* words) const {
+    std::vector<uint64_t> before;
+    if (!exclude) before.assign(words->size(), 0);
+    if (!exclude) before.swap(*words);
+    for (const auto& part : slots) {
+      for (const int32_t slot : part) {
+        const uint64_t bit = uint64_t{1} << (slot % kBits);
+        uint64_t& word = (*words)[slot / kBits];
+        word = exclude ? word & ~bit : word | (before[slot / kBits] & bit);
+      }
+    }
   }
 };
 
@@ -374,6 +485,7 @@ Status ItemFilters::AddColumn(const std::string& name, const std::vector<int32_t
       }
     }
     if (!positions.empty()) column->Reorder(positions, values);
+    if (!is_multi) column->SortSlots(*values);
     return Status();
   };
   if (is_number) {
@@ -421,62 +533,117 @@ Status ItemFilters::Apply(const std::vector<std::string_view>& include, const st
   *mask = Find(key);
   if (*mask != nullptr) return Status();
 
-  auto computed = std::make_shared<ItemMask>();
-  const int64_t words = (items_ + kBits - 1) / kBits;
-  computed->words.assign(words, ~uint64_t{0});
-  if (items_ % kBits != 0) computed->words.back() = (uint64_t{1} << (items_ % kBits)) - 1;
+  std::vector<Test> tests;
   for (const int side : {0, 1}) {
     for (const std::string_view text : sides[side]) {
-      DPSR_RETURN_IF_ERROR(Evaluate(text, /*exclude=*/side == 1, computed->words.data()));
+      DPSR_RETURN_IF_ERROR(Compile(text, /*exclude=*/side == 1, &tests.emplace_back()));
+    }
+  }
+  // Where few are left by the first, the others have little to clear.
+  std::stable_sort(tests.begin(), tests.end(), [this](const Test& a, const Test& b) {
+    const auto left = [this](const Test& test) {
+      return test.exclude ? items_ - test.num_slots : test.column->by_value.empty() ? items_ : test.num_slots;
+    };
+    return left(a) < left(b);
+  });
+  if (WasAsked(key)) {
+    *mask = Evaluate(tests);
+    Keep(key, *mask);
+    return Status();
+  }
+  if (!group_begins_.empty() && items_ >= kManyItems) {
+    const int64_t count = EstimateCount(tests);
+    if (count >= items_ / kOverMany) {
+      auto unknown = std::make_shared<ItemMask>();
+      unknown->count = count;
+      unknown->keep = [tests = std::move(tests)](int64_t begin, int64_t end, uint64_t* words) {
+        for (const Test& test : tests) test.Keep(begin, end, words);
+      };
+      *mask = std::move(unknown);
+      return Status();
+    }
+  }
+  *mask = Evaluate(tests);
+  return Status();
+}
+
+bool ItemFilters::WasAsked(const std::string& key) const {
+  const size_t hash = std::hash<std::string>()(key);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return std::exchange(asked_[hash % asked_.size()], hash) == hash;
+}
+
+std::shared_ptr<ItemMask> ItemFilters::Evaluate(const std::vector<Test>& tests) const {
+  auto computed = std::make_shared<ItemMask>();
+  computed->words.assign((items_ + kBits - 1) / kBits, ~uint64_t{0});
+  if (items_ % kBits != 0) computed->words.back() = (uint64_t{1} << (items_ % kBits)) - 1;
+  for (const Test& test : tests) {
+    if (test.IsFew(items_)) {
+      test.KeepFew(&computed->words);
+    } else {
+      test.Keep(0, items_, computed->words.data());
     }
   }
   const Span<const uint64_t> bits(computed->words.data(), computed->words.size());
   if (group_begins_.empty()) {
     computed->count = CountBits(bits, 0, items_);
-  } else {
-    computed->group_counts.reserve(group_begins_.size() - 1);
-    for (size_t group = 0; group + 1 < group_begins_.size(); ++group) {
-      const int64_t count = CountBits(bits, group_begins_[group], group_begins_[group + 1]);
-      computed->group_counts.push_back(static_cast<int32_t>(count));
-      computed->count += count;
-    }
+    return computed;
   }
-  *mask = computed;
-  Keep(key, *mask);
-  return Status();
+  computed->group_counts.reserve(group_begins_.size() - 1);
+  for (size_t group = 0; group + 1 < group_begins_.size(); ++group) {
+    const int64_t count = CountBits(bits, group_begins_[group], group_begins_[group + 1]);
+    computed->group_counts.push_back(static_cast<int32_t>(count));
+    computed->count += count;
+  }
+  return computed;
 }
 
-Status ItemFilters::Evaluate(std::string_view text, bool exclude, uint64_t* words) const {
+// Of words that are spread evenly; 0 where few are known to meet an expression.
+int64_t ItemFilters::EstimateCount(const std::vector<Test>& tests) const {
+  for (const Test& test : tests) {
+    if (!test.exclude && !test.column->by_value.empty() && test.num_slots < items_ / kOverMany) return 0;
+  }
+  int64_t passing = 0;
+  for (int64_t i = 0; i < kSampledWords; ++i) {
+    const int64_t begin = i * (items_ / kBits) / kSampledWords * kBits;
+    uint64_t word = ~uint64_t{0};
+    for (const Test& test : tests) test.Keep(begin, begin + kBits, &word);
+    passing += __builtin_popcountll(word);
+  }
+  return passing * items_ / (kSampledWords * kBits);
+}
+
+Status ItemFilters::Compile(std::string_view text, bool exclude, Test* test) const {
   FilterExpression expression;
   DPSR_RETURN_IF_ERROR(FilterExpression::Parse(text, &expression));
   const auto found = std::find_if(columns_.begin(), columns_.end(),
                                   [&](const auto& column) { return column->name == expression.name; });
   if (found == columns_.end()) return UnknownName(expression.name);
   const Column& column = **found;
+  test->column = &column;
+  test->exclude = exclude;
   if (column.num_codes == 0) {
-    std::vector<Range> ranges(expression.values.size());
-    for (size_t i = 0; i < ranges.size(); ++i) {
-      if (!ParseRange(expression.values[i], &ranges[i])) {
+    test->ranges.resize(expression.values.size());
+    for (size_t i = 0; i < test->ranges.size(); ++i) {
+      if (!ParseRange(expression.values[i], &test->ranges[i])) {
         return MakeStatus(StatusCode::kInvalidArgument, "filter ", Quoted(text), ": ", Quoted(column.name),
                           " is a number, but ", Quoted(expression.values[i]),
                           " is neither one nor a range; expected, for example, 10, 10..20, ..20 or 10..");
       }
+      test->slots.push_back(column.floats.data() != nullptr ? column.SlotsWithin(column.floats, test->ranges[i])
+                                                            : column.SlotsWithin(column.doubles, test->ranges[i]));
     }
-    if (column.floats.data() != nullptr) {
-      KeepRanges(column.floats, ranges, exclude, words);
-    } else {
-      KeepRanges(column.doubles, ranges, exclude, words);
+  } else {
+    test->codes = column.Codes(expression.values);
+    test->wanted.assign(column.num_codes, 0);
+    for (const uint32_t code : test->codes) {
+      test->wanted[code] = 1;
+      if (column.by_value.empty()) continue;
+      const int64_t begin = column.code_begins[code];
+      test->slots.emplace_back(column.by_value.data() + begin, static_cast<size_t>(column.code_begins[code + 1] - begin));
     }
-    return Status();
   }
-  const std::vector<uint32_t> codes = column.Codes(expression.values);
-  column.WithCodes([&](const auto& values) {
-    if (column.splits.empty()) {
-      KeepCodes(values, codes, column.num_codes, exclude, words);
-    } else {
-      KeepAnyCode(column.splits, values, codes, column.num_codes, exclude, words);
-    }
-  });
+  for (const auto& part : test->slots) test->num_slots += static_cast<int64_t>(part.size());
   return Status();
 }
 

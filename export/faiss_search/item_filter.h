@@ -6,11 +6,15 @@
 // without a value meets no expression on that attribute.
 //
 // An item passes a filter when it meets each expression to include and none to exclude. The outcome is a bit an item,
-// computed by one pass over a column for each expression, and kept for the next request that asks the same.
+// computed and kept where the same is asked a second time. The first time, where many pass and the index has groups,
+// nothing is computed beforehand: a search asks for the bits of the groups that it looks into. What few items meet is
+// looked up in the slots of the column by value; all else takes a pass over the column.
 #ifndef DPSR_EXPORT_FAISS_SEARCH_ITEM_FILTER_H_
 #define DPSR_EXPORT_FAISS_SEARCH_ITEM_FILTER_H_
 
+#include <array>
 #include <cstdint>
+#include <functional>
 #include <list>
 #include <memory>
 #include <mutex>
@@ -38,8 +42,11 @@ struct ItemOrder {
 // The items that pass a filter.
 struct ItemMask {
   std::vector<uint64_t> words;        // slot i is bit i % 64 of word i / 64; no bit behind the last slot
-  int64_t count = 0;                  // bits that are 1
+  int64_t count = 0;                  // bits that are 1; estimated where they are not known
   std::vector<int32_t> group_counts;  // [groups]: of them in each group
+  // Where it is set, words and group_counts are empty: clears those of the bits of the slots [begin, end) in `words`
+  // that do not pass; bit 0 of the first word is slot `begin`, a multiple of 64.
+  std::function<void(int64_t begin, int64_t end, uint64_t* words)> keep;
 };
 
 // The slots of [begin, end) whose bits are 1.
@@ -59,6 +66,9 @@ class ItemFilters {
  public:
   // Bytes of results that are kept.
   static constexpr size_t kCacheBytes = size_t{64} << 20;
+  // From so many items on bits are computed group by group, where one in kOverMany passes or more.
+  static constexpr int64_t kManyItems = 1 << 17;
+  static constexpr int64_t kOverMany = 16;
 
   // Opens a packed file of the kind "item_attributes" (dpsr_export/attributes.py has its layout) for `items` items in
   // this order, of which the constructor's caller need not keep a copy. An empty path: there are no attributes.
@@ -82,6 +92,7 @@ class ItemFilters {
 
  private:
   struct Column;
+  struct Test;
   struct Kept {
     std::string key;
     std::shared_ptr<const ItemMask> mask;
@@ -90,9 +101,12 @@ class ItemFilters {
 
   ItemFilters(int64_t items, std::vector<int64_t> group_begins, size_t cache_bytes);
   Status AddColumn(const std::string& name, const std::vector<int32_t>& positions);
-  Status Evaluate(std::string_view text, bool exclude, uint64_t* words) const;
+  Status Compile(std::string_view text, bool exclude, Test* test) const;
+  std::shared_ptr<ItemMask> Evaluate(const std::vector<Test>& tests) const;
+  int64_t EstimateCount(const std::vector<Test>& tests) const;
   Status UnknownName(const std::string& name) const;
   std::shared_ptr<const ItemMask> Find(const std::string& key) const;
+  bool WasAsked(const std::string& key) const;
   void Keep(const std::string& key, const std::shared_ptr<const ItemMask>& mask) const;
 
   const int64_t items_;
@@ -105,6 +119,8 @@ class ItemFilters {
   mutable std::list<Kept> kept_;  // the most recently used first
   mutable std::unordered_map<std::string_view, std::list<Kept>::iterator> by_key_;  // keys are those of kept_
   mutable size_t kept_bytes_ = 0;
+  // Hashes of keys that were asked: what is asked only once drives nothing out, and its memory is used again.
+  mutable std::array<size_t, 4096> asked_ = {};
 };
 
 }  // namespace dpsr

@@ -312,7 +312,10 @@ TEST_F(ItemFilterTest, KeepsWhatIsAskedAgainWithinItsMemory) {
   const auto filters = Open({}, 4000);
   std::shared_ptr<const ItemMask> first;
   std::shared_ptr<const ItemMask> again;
+  ASSERT_TRUE(IsOk(filters->Apply({"colour=red", "price=1.."}, {"tags=t1"}, &again)));
+  EXPECT_EQ(filters->cached_bytes(), 0U);
   ASSERT_TRUE(IsOk(filters->Apply({"colour=red", "price=1.."}, {"tags=t1"}, &first)));
+  EXPECT_NE(first, again);
   ASSERT_TRUE(IsOk(filters->Apply({"price=1..", "", "colour=red", "colour=red"}, {"tags=t1"}, &again)));
   EXPECT_EQ(first, again);
   ASSERT_TRUE(IsOk(filters->Apply({"colour=red", "price=1..", "tags=t1"}, {}, &again)));
@@ -321,6 +324,7 @@ TEST_F(ItemFilterTest, KeepsWhatIsAskedAgainWithinItsMemory) {
     std::shared_ptr<const ItemMask> other;
     const std::string text = "weight=" + std::to_string(i) + "..";
     ASSERT_TRUE(IsOk(filters->Apply({text}, {}, &other)));
+    ASSERT_TRUE(IsOk(filters->Apply({text}, {}, &other)));
     EXPECT_LE(filters->cached_bytes(), 4000U);
     EXPECT_GT(filters->cached_bytes(), 0U);
   }
@@ -328,6 +332,96 @@ TEST_F(ItemFilterTest, KeepsWhatIsAskedAgainWithinItsMemory) {
   EXPECT_NE(first, again);  // it had to go
   EXPECT_EQ(first->words, again->words);
   EXPECT_EQ(Open({}, 10)->cached_bytes(), 0U);
+}
+
+// Where there are many items, in groups, the bits of one that many pass are computed when they are asked for.
+TEST_F(ItemFilterTest, ManyThatPassAreNotLookedForBeforehand) {
+  const int64_t items = ItemFilters::kManyItems + 1001;
+  std::mt19937 random(3);
+  std::vector<uint8_t> colour(items);
+  std::vector<float> price(items);
+  std::vector<uint8_t> tags;
+  std::vector<int64_t> tag_splits = {0};
+  for (int64_t i = 0; i < items; ++i) {
+    colour[i] = static_cast<uint8_t>(random() % 4);
+    price[i] = random() % 50 == 0 ? static_cast<float>(kNan) : static_cast<float>(random() % 10000) / 100;
+    for (uint32_t tag = random() % 3; tag > 0; --tag) tags.push_back(static_cast<uint8_t>(1 + random() % 2));
+    tag_splits.push_back(static_cast<int64_t>(tags.size()));
+  }
+  PackedFileWriter writer(path_, "item_attributes");
+  ASSERT_TRUE(IsOk(writer.Open()));
+  Add(&writer, "item_ids.fingerprint", std::vector<uint64_t>{kFingerprint});
+  Add(&writer, "value.colour", colour);
+  AddTexts(&writer, "colour", {"blue", "green", "red"});
+  Add(&writer, "value.price", price);
+  Add(&writer, "value.tags", tags);
+  Add(&writer, "splits.tags", tag_splits);
+  AddTexts(&writer, "tags", {"t0", "t1"});
+  ASSERT_TRUE(IsOk(writer.Finish()));
+  ItemOrder order;
+  for (int64_t begin = 0; begin < items; begin += 1 + begin % 997) order.group_begins.push_back(begin);
+  order.group_begins.push_back(items);
+  order.positions.resize(items);
+  for (int64_t i = 0; i < items; ++i) order.positions[i] = static_cast<int32_t>(i);
+  std::shuffle(order.positions.begin(), order.positions.end(), random);
+  std::unique_ptr<ItemFilters> filters;
+  ASSERT_TRUE(IsOk(ItemFilters::Open(path_, items, kFingerprint, order, &filters)));
+
+  struct Case {
+    Filter include;
+    Filter exclude;
+    bool many;
+    std::function<bool(int64_t)> passes;
+  };
+  const auto within = [&price](int64_t i, float low, float high) { return price[i] >= low && price[i] <= high; };
+  const std::vector<Case> cases = {
+      {{"colour=red"}, {}, true, [&](int64_t i) { return colour[i] == 3; }},
+      {{"colour=red", "price=..50"}, {}, true, [&](int64_t i) { return colour[i] == 3 && within(i, 0, 50); }},
+      {{}, {"price=10..20"}, true, [&](int64_t i) { return !within(i, 10, 20); }},
+      {{"price=10..20"}, {}, true, [&](int64_t i) { return within(i, 10, 20); }},
+      {{"price=10..11"}, {}, false, [&](int64_t i) { return within(i, 10, 11); }},
+      {{"price=3|10..11"}, {"colour=blue"}, false,
+       [&](int64_t i) { return (within(i, 3, 3) || within(i, 10, 11)) && colour[i] != 1; }},
+      {{"price=10..11", "price=10.5.."}, {"price=10.75"}, false,
+       [&](int64_t i) { return within(i, 10.5, 11) && price[i] != 10.75f; }},
+      {{"tags=t0", "price=..10"}, {"tags=t1"}, false,
+       [&](int64_t i) {
+         const auto has = [&](int tag) {
+           return std::count(tags.begin() + tag_splits[i], tags.begin() + tag_splits[i + 1], tag) > 0;
+         };
+         return has(1) && !has(2) && within(i, 0, 10);
+       }},
+      {{"colour=pink"}, {}, false, [](int64_t) { return false; }},
+  };
+  for (const Case& one : cases) {
+    std::shared_ptr<const ItemMask> first;
+    std::shared_ptr<const ItemMask> second;
+    ASSERT_TRUE(IsOk(filters->Apply(one.include, one.exclude, &first)));
+    ASSERT_TRUE(IsOk(filters->Apply(one.include, one.exclude, &second)));
+    EXPECT_EQ(first->keep != nullptr, one.many);
+    EXPECT_EQ(second->keep, nullptr) << "asked again, all is known";
+    EXPECT_NEAR(static_cast<double>(first->count), static_cast<double>(second->count), 0.1 * second->count);
+    int64_t count = 0;
+    for (size_t group = 0; group + 1 < order.group_begins.size(); ++group) {
+      const int64_t end = order.group_begins[group + 1];
+      const int64_t begin = order.group_begins[group] / 64 * 64;
+      std::vector<uint64_t> words((end - begin + 63) / 64, ~uint64_t{0});
+      if (first->keep) first->keep(begin, end, words.data());
+      int64_t in_group = 0;
+      for (int64_t slot = order.group_begins[group]; slot < end; ++slot) {
+        const bool expected = one.passes(order.positions[slot]);
+        const auto bit = [slot](const std::vector<uint64_t>& bits, int64_t from) {
+          return (bits[(slot - from) / 64] >> (slot % 64) & 1) != 0;
+        };
+        ASSERT_EQ(bit(second->words, 0), expected) << "slot " << slot;
+        ASSERT_EQ(first->keep ? bit(words, begin) : bit(first->words, 0), expected) << "slot " << slot;
+        in_group += expected ? 1 : 0;
+      }
+      EXPECT_EQ(second->group_counts[group], in_group);
+      count += in_group;
+    }
+    EXPECT_EQ(second->count, count);
+  }
 }
 
 TEST_F(ItemFilterTest, ThreadsShareOne) {

@@ -6,18 +6,21 @@
 
 namespace dpsr {
 
-Status CheckItemIds(Span<const int64_t> item_ids) {
-  for (size_t position = 0; position < item_ids.size(); ++position) {
-    if (item_ids[position] < 0) {
-      return MakeStatus(StatusCode::kFailedPrecondition, "the item id at position ", position, " is ",
-                        item_ids[position], ", expected ids >= 0 (", kNoItem, " marks a missing result)");
+Status ItemIds::Check(Span<const int64_t> ids, ItemIds* item_ids) {
+  item_ids->ids = ids;
+  item_ids->distinct = true;
+  for (size_t position = 0; position < ids.size(); ++position) {
+    if (ids[position] < 0) {
+      return MakeStatus(StatusCode::kFailedPrecondition, "the item id at position ", position, " is ", ids[position],
+                        ", expected ids >= 0 (", kNoItem, " marks a missing result)");
     }
+    if (position > 0 && ids[position] <= ids[position - 1]) item_ids->distinct = false;
   }
   return Status();
 }
 
-Retriever::Retriever(Span<const int64_t> item_ids, HeadSearch search)
-    : item_ids_(item_ids), search_(std::move(search)) {}
+Retriever::Retriever(const ItemIds& item_ids, HeadSearch search)
+    : item_ids_(item_ids.ids), distinct_ids_(item_ids.distinct), search_(std::move(search)) {}
 
 Status Retriever::Retrieve(const float* query_embedding, int64_t heads, int64_t dim, int64_t k, int64_t* ids,
                            float* scores, int32_t* heads_out) {
@@ -25,16 +28,25 @@ Status Retriever::Retrieve(const float* query_embedding, int64_t heads, int64_t 
     return MakeStatus(StatusCode::kInvalidArgument, "retrieval with ", heads, " heads, dim ", dim, ", k ", k,
                       ", expected 1 to ", kMaxHeads, " heads, dim >= 1, k from 1 to ", kMaxResults);
   }
+  const auto is_finite = [](float value) { return std::isfinite(value); };
+  const auto is_zero = [](float value) { return value == 0; };
   candidates_.clear();
   heads_.clear();
-  if (std::all_of(query_embedding, query_embedding + heads * dim, [](float value) { return std::isfinite(value); })) {
+  int64_t found = 0;
+  if (std::all_of(query_embedding, query_embedding + heads * dim, is_finite)) {
+    const bool alone = heads == 1 && distinct_ids_ && num_excluded_ == 0;
     for (int64_t head = 0; head < heads; ++head) {
       const float* query = query_embedding + head * dim;
-      if (std::all_of(query, query + dim, [](float value) { return value == 0; })) continue;
-      DPSR_RETURN_IF_ERROR(SearchHead(query, static_cast<int32_t>(head), k));
+      if (std::all_of(query, query + dim, is_zero)) continue;
+      DPSR_RETURN_IF_ERROR(alone ? SearchAlone(query, k, ids, scores, &found)
+                                 : SearchHead(query, static_cast<int32_t>(head), k));
+    }
+    if (alone) {
+      std::fill(heads_out, heads_out + found, 0);
+    } else {
+      found = Merge(k, ids, scores, heads_out);
     }
   }
-  const int64_t found = Merge(k, ids, scores, heads_out);
   std::fill(ids + found, ids + k, kNoItem);
   std::fill(scores + found, scores + k, kNoScore);
   std::fill(heads_out + found, heads_out + k, kNoHead);
@@ -54,11 +66,39 @@ Status Retriever::Exclude(Span<const int64_t> ids) {
   return Status();
 }
 
+Status Retriever::PositionOutOfRange(int64_t position) const {
+  return MakeStatus(StatusCode::kDataLoss, "the index returned position ", position, ", but there are only ",
+                    item_ids_.size(),
+                    " item ids: the index file is damaged, or was built with ids instead of positions");
+}
+
+Status Retriever::SearchAlone(const float* query, int64_t k, int64_t* ids, float* scores, int64_t* found) {
+  const auto ntotal = static_cast<int64_t>(item_ids_.size());
+  const int64_t wanted = std::min(k, ntotal);
+  if (wanted == 0) return Status();
+  DPSR_RETURN_IF_ERROR(search_(query, wanted, scores, ids));
+  int64_t end = 0;
+  for (int64_t i = 0; i < wanted; ++i) {
+    const int64_t position = ids[i];
+    if (position == -1 || std::isnan(scores[i])) continue;
+    if (position < 0 || position >= ntotal) return PositionOutOfRange(position);
+    ids[end] = item_ids_[position];  // all over a large array; nothing here waits for it, so that many are fetched at once
+    scores[end++] = scores[i];
+  }
+  for (int64_t i = 1; i < end; ++i) {
+    for (int64_t j = i; j > 0 && Better({scores[j], ids[j]}, {scores[j - 1], ids[j - 1]}); --j) {
+      std::swap(scores[j], scores[j - 1]);
+      std::swap(ids[j], ids[j - 1]);
+    }
+  }
+  *found = end;
+  return Status();
+}
+
 Status Retriever::SearchHead(const float* query, int32_t head, int64_t k) {
   // No more can be found than there is; an empty index is not asked at all.
   const auto ntotal = static_cast<int64_t>(item_ids_.size());
   const size_t begin = candidates_.size();
-  bool ordered = true;
   for (int64_t wanted = std::min(k + num_excluded_, ntotal); wanted > 0;) {
     scores_.resize(wanted);
     labels_.resize(wanted);
@@ -70,34 +110,27 @@ Status Retriever::SearchHead(const float* query, int32_t head, int64_t k) {
       ids_[i] = labels_[i] >= 0 && labels_[i] < ntotal ? item_ids_[labels_[i]] : kNoItem;
     }
     candidates_.resize(begin);
-    ordered = true;
     bool exhausted = wanted == ntotal;
     int64_t dropped = 0;
     for (int64_t i = 0; i < wanted; ++i) {
       if (labels_[i] == -1) exhausted = true;
       if (labels_[i] == -1 || std::isnan(scores_[i])) continue;
-      if (labels_[i] < 0 || labels_[i] >= ntotal) {
-        return MakeStatus(StatusCode::kDataLoss, "the index returned position ", labels_[i], ", but there are only ",
-                          ntotal, " item ids: the index file is damaged, or was built with ids instead of positions");
-      }
+      if (labels_[i] < 0 || labels_[i] >= ntotal) return PositionOutOfRange(labels_[i]);
       const int64_t id = ids_[i];
       if (num_excluded_ > 0 && excluded_.Contains(id)) {
         ++dropped;
         continue;
       }
-      Candidate& candidate = candidates_.emplace_back();
-      candidate.score = scores_[i];
-      candidate.id = id;
-      if (candidates_.size() > begin + 1 && Better(candidate, *(&candidate - 1))) ordered = false;
+      candidates_.push_back({scores_[i], id});
     }
     // More positions than ids were dropped only where ids repeat.
     if (exhausted || dropped <= num_excluded_) break;
     wanted = std::min(2 * wanted, ntotal);
   }
-  // A search returns the best first, so that as a rule only ties can be out of order.
-  if (!ordered) {
-    std::sort(candidates_.begin() + begin, candidates_.end(),
-              [](const Candidate& a, const Candidate& b) { return Better(a, b); });
+  for (size_t i = begin + 1; i < candidates_.size(); ++i) {
+    for (size_t j = i; j > begin && Better(candidates_[j], candidates_[j - 1]); --j) {
+      std::swap(candidates_[j], candidates_[j - 1]);
+    }
   }
   candidates_.resize(std::min(candidates_.size(), begin + static_cast<size_t>(k)));
   heads_.push_back({head, begin, candidates_.size()});

@@ -33,18 +33,26 @@ inline constexpr float kNoScore = -std::numeric_limits<float>::infinity();
 inline constexpr int32_t kNoHead = -1;
 
 // Retrieves for one head: writes the `k` positions with the largest inner products with `query` [dim], and these, to
-// labels [k] and scores [k], in any order, missing ones with label -1.
+// labels [k] and scores [k], the best first (else it costs k^2 comparisons to put them in order), missing ones with label
+// -1.
 using HeadSearch = std::function<Status(const float* query, int64_t k, float* scores, int64_t* labels)>;
 
-// OK when every id can be told from padding: errors FailedPrecondition for a negative id, with its position.
-Status CheckItemIds(Span<const int64_t> item_ids);
+// The item ids of the positions of an index.
+struct ItemIds {
+  Span<const int64_t> ids;
+  bool distinct = false;  // known to be; equal ones are joined
+
+  // Ids in ascending order, as `dpsr index` writes them, are found to be distinct.
+  // Errors: FailedPrecondition for a negative id, which would be taken for padding, with its position.
+  static Status Check(Span<const int64_t> ids, ItemIds* item_ids);
+};
 
 // Retrieves for one query at a time and keeps its working memory in between: one object a thread.
 class Retriever {
  public:
   // item_ids [ntotal] maps a position in the index, which is what a search returns, to the shop's item id. Ids may
   // repeat: an item's score is then its largest over its positions as well.
-  Retriever(Span<const int64_t> item_ids, HeadSearch search);
+  Retriever(const ItemIds& item_ids, HeadSearch search);
 
   // The ids that the next calls of Retrieve leave out; those that no item has do not count.
   // Errors: InvalidArgument (more than kMaxExcluded).
@@ -89,10 +97,14 @@ class Retriever {
   static bool Better(const Candidate& a, const Candidate& b) {
     return a.score > b.score || (a.score == b.score && a.id < b.id);
   }
+  // One head, distinct ids, none excluded: nothing to merge, so that the search writes into the outputs.
+  Status SearchAlone(const float* query, int64_t k, int64_t* ids, float* scores, int64_t* found);
   Status SearchHead(const float* query, int32_t head, int64_t k);
+  Status PositionOutOfRange(int64_t position) const;
   int64_t Merge(int64_t k, int64_t* ids, float* scores, int32_t* heads_out);
 
   const Span<const int64_t> item_ids_;
+  const bool distinct_ids_;
   const HeadSearch search_;
   std::vector<float> scores_;
   std::vector<int64_t> labels_;

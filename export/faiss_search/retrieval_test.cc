@@ -28,6 +28,13 @@ struct Result {
   std::vector<int32_t> heads;
 };
 
+// As an index has them.
+ItemIds Checked(const std::vector<int64_t>& ids) {
+  ItemIds checked;
+  EXPECT_TRUE(ItemIds::Check({ids.data(), ids.size()}, &checked).ok());
+  return checked;
+}
+
 // Retrieves with a search whose answers are given: query [h] of dim 1 holds 1 + the index into `hits`, and each answer
 // is cut or padded to k.
 Result Retrieve(const std::vector<int64_t>& item_ids, const std::vector<std::vector<Hit>>& hits, int64_t k,
@@ -45,7 +52,7 @@ Result Retrieve(const std::vector<int64_t>& item_ids, const std::vector<std::vec
     query.resize(hits.size());
     std::iota(query.begin(), query.end(), 1.0f);
   }
-  Retriever retriever(Span<const int64_t>(item_ids.data(), item_ids.size()), search);
+  Retriever retriever(Checked(item_ids), search);
   Result result;
   result.ids.resize(k, 12345);
   result.scores.resize(k, 12345);
@@ -147,7 +154,7 @@ TEST(RetrieverTest, EmptyIndexIsNotSearched) {
   const HeadSearch never = [](const float*, int64_t, float*, int64_t*) {
     return MakeStatus(StatusCode::kInternal, "searched");
   };
-  Retriever retriever(Span<const int64_t>(), never);
+  Retriever retriever(Checked({}), never);
   const float query = 1;
   Result result{{}, {0, 0}, {0, 0}, {0, 0}};
   result.status = retriever.Retrieve(&query, 1, 1, 2, result.ids.data(), result.scores.data(), result.heads.data());
@@ -163,7 +170,7 @@ TEST(RetrieverTest, AsksForNoMoreThanThereIs) {
     return Status();
   };
   const std::vector<int64_t> item_ids = {1, 2, 3};
-  Retriever retriever(Span<const int64_t>(item_ids.data(), item_ids.size()), search);
+  Retriever retriever(Checked(item_ids), search);
   const float query = 1;
   std::vector<int64_t> ids(8);
   std::vector<float> scores(8);
@@ -184,7 +191,7 @@ TEST(RetrieverTest, PositionsOutsideTheTableAreDataLoss) {
 
 TEST(RetrieverTest, PassesErrorsOfTheSearchOn) {
   const std::vector<int64_t> item_ids = {1};
-  Retriever retriever(Span<const int64_t>(item_ids.data(), 1), [](const float*, int64_t, float*, int64_t*) {
+  Retriever retriever(Checked(item_ids), [](const float*, int64_t, float*, int64_t*) {
     return MakeStatus(StatusCode::kInternal, "search failed");
   });
   const float query = 1;
@@ -198,7 +205,7 @@ TEST(RetrieverTest, PassesErrorsOfTheSearchOn) {
 
 TEST(RetrieverTest, RefusesSizesOutOfRange) {
   const std::vector<int64_t> item_ids = {1};
-  Retriever retriever(Span<const int64_t>(item_ids.data(), 1),
+  Retriever retriever(Checked(item_ids),
                       [](const float*, int64_t, float*, int64_t*) { return Status(); });
   const std::vector<float> query(kMaxHeads + 1, 1.0f);
   int64_t id = 0;
@@ -248,6 +255,10 @@ TEST(RetrieverTest, EqualsTheReferenceOnRandomResults) {
     const int64_t k = 1 + random() % 80;
     std::vector<int64_t> item_ids(ntotal);
     for (int64_t& id : item_ids) id = random() % 50 * (round % 2 == 0 ? 1 : int64_t{1} << 40);
+    if (round % 3 == 0) {  // distinct, and known to be
+      for (int64_t i = 0; i < ntotal; ++i) item_ids[i] = 50 * i + item_ids[i] % 50;
+      EXPECT_TRUE(Checked(item_ids).distinct);
+    }
     std::vector<std::vector<Hit>> hits(1 + random() % 4);
     for (std::vector<Hit>& head : hits) {
       std::vector<int64_t> positions(ntotal);
@@ -281,7 +292,7 @@ TEST(RetrieverTest, LeavesExcludedIdsOut) {
   std::vector<int64_t> item_ids(100);
   std::iota(item_ids.begin(), item_ids.end(), 1000);
   std::vector<int64_t> asked;
-  Retriever retriever({item_ids.data(), item_ids.size()}, InOrder(&asked));
+  Retriever retriever(Checked(item_ids), InOrder(&asked));
   const float query = 1;
   std::vector<int64_t> ids(3);
   std::vector<float> scores(3);
@@ -302,7 +313,7 @@ TEST(RetrieverTest, LooksFurtherWhereExcludedIdsRepeat) {
   std::vector<int64_t> item_ids(100, 5);
   item_ids[70] = 6;
   std::vector<int64_t> asked;
-  Retriever retriever({item_ids.data(), item_ids.size()}, InOrder(&asked));
+  Retriever retriever(Checked(item_ids), InOrder(&asked));
   const float query = 1;
   const int64_t excluded = 5;
   int64_t id = 0;
@@ -317,19 +328,24 @@ TEST(RetrieverTest, LooksFurtherWhereExcludedIdsRepeat) {
 TEST(RetrieverTest, RefusesTooManyExcludedIds) {
   const std::vector<int64_t> ids(kMaxExcluded + 1, 1);
   std::vector<int64_t> asked;
-  Retriever retriever({ids.data(), ids.size()}, InOrder(&asked));
+  Retriever retriever(Checked(ids), InOrder(&asked));
   EXPECT_TRUE(retriever.Exclude({ids.data(), ids.size() - 1}).ok());
   EXPECT_EQ(retriever.Exclude({ids.data(), ids.size()}).code(), StatusCode::kInvalidArgument);
 }
 
-TEST(CheckItemIdsTest, RefusesNegativeIds) {
-  const std::vector<int64_t> good = {0, 5, 5, std::numeric_limits<int64_t>::max()};
-  EXPECT_TRUE(CheckItemIds(Span<const int64_t>(good.data(), good.size())).ok());
-  EXPECT_TRUE(CheckItemIds(Span<const int64_t>()).ok());
+TEST(ItemIdsTest, RefusesNegativeIds) {
   const std::vector<int64_t> bad = {4, -1};
-  const Status status = CheckItemIds(Span<const int64_t>(bad.data(), bad.size()));
+  ItemIds checked;
+  const Status status = ItemIds::Check({bad.data(), bad.size()}, &checked);
   EXPECT_EQ(status.code(), StatusCode::kFailedPrecondition);
   EXPECT_NE(status.message().find("position 1 is -1"), std::string::npos) << status.message();
+}
+
+TEST(ItemIdsTest, KnowsAscendingIdsToBeDistinct) {
+  EXPECT_TRUE(Checked({}).distinct);
+  EXPECT_TRUE(Checked({0, 5, std::numeric_limits<int64_t>::max()}).distinct);
+  EXPECT_FALSE(Checked({0, 5, 5}).distinct);
+  EXPECT_FALSE(Checked({5, 0}).distinct);
 }
 
 }  // namespace

@@ -107,40 +107,49 @@ tensorflow::Status CheckRank(const Tensor& tensor, int rank, const char* name, c
 
 enum LoadInput { kLoadHandle = kHandle, kLoadFilename };
 
-class KeyTableLoadOp : public OpKernel {
+// Loads a table into a handle. Subclasses say how a file is opened.
+template <typename Table>
+class TableLoadOp : public OpKernel {
  public:
   using OpKernel::OpKernel;
 
   void Compute(OpKernelContext* c) override {
-    tensorflow::core::RefCountPtr<TableResource<KeyTable>> resource;
+    tensorflow::core::RefCountPtr<TableResource<Table>> resource;
     OP_REQUIRES_OK(c, LookupResource(c, HandleFromInput(c, kLoadHandle), &resource));
     OP_REQUIRES_OK(c, CheckRank(c->input(kLoadFilename), 0, "filename", "a scalar"));
     const std::string path = c->input(kLoadFilename).scalar<tstring>()();
-    OP_REQUIRES_OK(c, ToTensorFlow(resource->Load(
-                          path, [&](std::unique_ptr<KeyTable>* table) { return KeyTable::Open(path, table); })));
+    OP_REQUIRES_OK(
+        c, ToTensorFlow(resource->Load(path, [&](std::unique_ptr<Table>* table) { return Open(path, table); })));
+  }
+
+ private:
+  virtual Status Open(const std::string& path, std::unique_ptr<Table>* table) const = 0;
+};
+
+class KeyTableLoadOp : public TableLoadOp<KeyTable> {
+ public:
+  using TableLoadOp::TableLoadOp;
+
+ private:
+  Status Open(const std::string& path, std::unique_ptr<KeyTable>* table) const override {
+    return KeyTable::Open(path, table);
   }
 };
 
-class ItemTableLoadOp : public OpKernel {
+class ItemTableLoadOp : public TableLoadOp<ItemTable> {
  public:
-  explicit ItemTableLoadOp(OpKernelConstruction* c) : OpKernel(c) {
+  explicit ItemTableLoadOp(OpKernelConstruction* c) : TableLoadOp(c) {
     OP_REQUIRES_OK(c, c->GetAttr("fixed", &names_.fixed));
     OP_REQUIRES_OK(c, c->GetAttr("lists", &names_.lists));
   }
 
-  void Compute(OpKernelContext* c) override {
-    tensorflow::core::RefCountPtr<TableResource<ItemTable>> resource;
-    OP_REQUIRES_OK(c, LookupResource(c, HandleFromInput(c, kLoadHandle), &resource));
-    OP_REQUIRES_OK(c, CheckRank(c->input(kLoadFilename), 0, "filename", "a scalar"));
-    const std::string path = c->input(kLoadFilename).scalar<tstring>()();
-    OP_REQUIRES_OK(c, ToTensorFlow(resource->Load(path, [&](std::unique_ptr<ItemTable>* table) {
-                     std::unique_ptr<PackedFile> file;
-                     DPSR_RETURN_IF_ERROR(PackedFile::Open(path, "items", /*verify=*/false, &file));
-                     return ItemTable::Open(std::move(file), names_, /*with_ids=*/true, table);
-                   })));
+ private:
+  Status Open(const std::string& path, std::unique_ptr<ItemTable>* table) const override {
+    std::unique_ptr<PackedFile> file;
+    DPSR_RETURN_IF_ERROR(PackedFile::Open(path, "items", /*verify=*/false, &file));
+    return ItemTable::Open(std::move(file), names_, /*with_ids=*/true, table);
   }
 
- private:
   FeatureNames names_;
 };
 
@@ -634,27 +643,22 @@ length: How many of a user count.
 row_splits: [batch + 1], where each user's queries are.
 )doc");
 
-REGISTER_OP("DpsrItemIdsOfKeys")
-    .Input("handle: resource")
-    .Input("keys: string")
-    .Output("ids: int64")
-    .SetIsStateful()
-    .SetShapeFn([](InferenceContext* c) {
-      c->set_output(0, c->input(kKeysInput));
-      return tensorflow::OkStatus();
-    })
-    .Doc("Item ids of the shop's own text ids, of the same shape; -1 where there is none.");
-
-REGISTER_OP("DpsrItemKeysOfIds")
-    .Input("handle: resource")
-    .Input("ids: int64")
-    .Output("keys: string")
-    .SetIsStateful()
-    .SetShapeFn([](InferenceContext* c) {
-      c->set_output(0, c->input(kKeysInput));
-      return tensorflow::OkStatus();
-    })
-    .Doc("The shop's own text ids of item ids, of the same shape; empty where there is none.");
+#define DPSR_REGISTER_LOOKUP(name, from, to, doc)                      \
+  REGISTER_OP(name)                                                    \
+      .Input("handle: resource")                                       \
+      .Input(from)                                                     \
+      .Output(to)                                                      \
+      .SetIsStateful()                                                 \
+      .SetShapeFn([](InferenceContext* c) {                            \
+        c->set_output(0, c->input(kKeysInput));                        \
+        return tensorflow::OkStatus();                                 \
+      })                                                               \
+      .Doc(doc)
+DPSR_REGISTER_LOOKUP("DpsrItemIdsOfKeys", "keys: string", "ids: int64",
+                     "Item ids of the shop's own text ids, of the same shape; -1 where there is none.");
+DPSR_REGISTER_LOOKUP("DpsrItemKeysOfIds", "ids: int64", "keys: string",
+                     "The shop's own text ids of item ids, of the same shape; empty where there is none.");
+#undef DPSR_REGISTER_LOOKUP
 
 REGISTER_OP("DpsrFileFingerprint")
     .Input("filename: string")

@@ -45,12 +45,13 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 @pytest.fixture(scope="session")
 def personal(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """DPSR-h on the same store: two heads, the user's profile, items and queries; servable version 1."""
+    """DPSR-h on the same store: two heads, the user's profile, items and queries, averaged weights; version 1."""
     root = tmp_path_factory.mktemp("personal")
     result = Job(job.store, root / "model", root / "index", root / "servable")
     towers = ["num_heads=2", "history_length=4", "query_history_length=3"]
+    average = ["train.average_decay=0.9"]
     features = ['model.user_features=["*"]', 'model.item_features=["*"]']
-    _train_to_servable(result, [*SMALL, *features, *(f"model.{setting}" for setting in towers)])
+    _train_to_servable(result, [*SMALL, *average, *features, *(f"model.{setting}" for setting in towers)])
     return result
 
 

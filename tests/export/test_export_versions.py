@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,17 +23,17 @@ from tensorflow_serving.apis import prediction_log_pb2
 from dpsr_export import faiss_ops
 from dpsr_export.export import Index
 from dpsr_export.warmup import LoadedServable
-from dpsr_serving import apis
-from dpsr_serving.client import SearchClient
+from dpsr_serving.client import SearchClient, User
 from dpsr_serving.model_server import start_model_server
-from dpsr_serving.proxy.shards import merge_answers
-from dpsr_serving.tensors import make_tensor, to_numpy
 from dpsr_tf.cli import main
 from dpsr_tf.data.store import Store
 from dpsr_tf.errors import CommandError
 from dpsr_tf.evaluation.requests import UserRequests
-from dpsr_tf.evaluation.retriever import User
+from dpsr_tf.evaluation.retriever import User as StoreUser
 from dpsr_tokenizer import PackedFile, PackedFileWriter, TokenizerConfig, VocabularyBuilder
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "serving"))
+from processes import ProxyProcess
 
 pytestmark = pytest.mark.slow
 QUERIES = ["phone case", "苹果 手机", "kids keybaord", "red shoes", ""]
@@ -57,7 +59,7 @@ def failed(capsys: pytest.CaptureFixture, *arguments: object) -> str:
 def personal_requests(job: Job) -> list[dict[str, Any]]:
     store = Store(job.store)
     told = UserRequests(store, LoadedServable(job.servable / "1").inputs["search"])
-    users = [User(int(user)) for user in store.users()["id"][: len(QUERIES)]]
+    users = [StoreUser(int(user)) for user in store.users()["id"][: len(QUERIES)]]
     return [{"query": query} | told.of(user) for query, user in zip(QUERIES, users, strict=True)]
 
 
@@ -80,6 +82,16 @@ def test_warmup_requests_are_real_and_varied(personal: Job) -> None:
     assert {(name, k) for name, _, k in shapes} >= {("search", k) for k in (7, 10, 100, 1000)} | {
         ("serving_default", -1)
     }
+
+
+def test_the_servable_has_the_averaged_weights(personal: Job) -> None:
+    trained = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(personal.model)))
+    held = tf.train.load_checkpoint(str(personal.servable / "1" / "variables" / "variables"))
+    names = list(held.get_variable_to_shape_map())
+    assert len(names) > 10
+    for name in names:
+        np.testing.assert_array_equal(held.get_tensor(name), trained.get_tensor(f"{name}/ExponentialMovingAverage"))
+    assert any((held.get_tensor(name) != trained.get_tensor(name)).any() for name in names)
 
 
 def test_every_loader_twice_after_a_move(personal: Job, tmp_path: Path) -> None:
@@ -258,17 +270,50 @@ def test_index_only_refuses_the_index_of_another_model(
     assert [path.name for path in base.iterdir()] == ["1"]
 
 
-def answer_of(servable: LoadedServable, inputs: dict[str, Any]) -> bytes:
-    """A server's answer, as a proxy gets it."""
-    response = apis.PredictResponse()
-    for name, value in servable("search", inputs).items():
-        response.outputs[name].CopyFrom(make_tensor(value))
-    return bytes(response.SerializeToString())
-
-
-def test_shards_merge_to_the_whole(personal: Job, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    base = tmp_path / "sharded"
+@pytest.fixture(scope="module")
+def sharded(personal: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The personal servable in two shards, version 7 each."""
+    base = tmp_path_factory.mktemp("sharded")
     export(personal, base, "--shards=2", "--version_number=7")
+    return base
+
+
+def test_shards_behind_a_proxy_answer_as_one_server(personal: Job, sharded: Path, tmp_path: Path) -> None:
+    requests = personal_requests(personal)
+    users = [
+        User({name[5:]: value for name, value in request.items() if name.startswith("user_")}, request["clicked_items"],
+             request["past_queries"], request["clicked_item_types"])
+        for request in requests
+    ]  # fmt: skip
+    whole = LoadedServable(personal.servable / "1")
+    with contextlib.ExitStack() as stack:
+        parts = [
+            stack.enter_context(start_model_server(sharded / f"shard-{number}-of-2", "shop")) for number in range(2)
+        ]
+        config = tmp_path / "proxy.yaml"
+        config.write_text(f"models: {{shop: {{shards: {[[part.target] for part in parts]}}}}}\n")
+        proxy = ProxyProcess(f"--config={config}")
+        stack.callback(proxy.stop)
+        client = stack.enter_context(SearchClient(proxy.target, "shop"))
+        for k in (1, 10, 150, 500):
+            expected = whole("search", whole.search_inputs(requests, k))
+            for row, result in enumerate(client.search(QUERIES, k, user=users)):
+                known = expected["item_ids"][row] >= 0
+                assert (result.shards, len(result)) == ((2, 2), known.sum())
+                for name in ("item_ids", "scores", "heads"):
+                    np.testing.assert_array_equal(getattr(result, name), expected[name][row][known], err_msg=name)
+        (anonymous,) = client.search("phone case", 400, filters={"price": (None, 50)}, exclude_items=[1, 2])
+        inputs = whole.search_inputs([{"query": "phone case", "include": ["price=..50"]}], 400)
+        inputs["excluded_item_ids"] = np.array([[1, 2]])
+        found = whole("search", inputs)["item_ids"][0]
+        assert anonymous.item_ids.tolist() == found[found >= 0].tolist() and len(anonymous) > 10
+
+
+def test_shards_share_the_items_and_are_renewed(
+    personal: Job, sharded: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    base = tmp_path / "sharded"
+    shutil.copytree(sharded, base)
     assert sorted(path.name for path in base.iterdir()) == ["shard-0-of-2", "shard-1-of-2"]
     parts = [base / f"shard-{number}-of-2" / "7" for number in range(2)]
     ids = [PackedFile(str(part / "assets" / "item_ids.dpsr"), "item_ids")["id"] for part in parts]
@@ -277,14 +322,6 @@ def test_shards_merge_to_the_whole(personal: Job, tmp_path: Path, capsys: pytest
     for part, part_ids in zip(parts, ids, strict=True):
         titles = gzip.decompress((part / "assets.extra" / "item_titles.tsv.gz").read_bytes()).decode().splitlines()
         assert [int(line.partition("\t")[0]) for line in titles] == part_ids.tolist()
-    servables = [LoadedServable(part) for part in parts]
-    unsharded = LoadedServable(personal.servable / "1")
-    for k in (1, 10, 150, 500):
-        inputs = unsharded.search_inputs(personal_requests(personal), k)
-        expected = unsharded("search", inputs)
-        merged = apis.PredictResponse.FromString(merge_answers([answer_of(part, inputs) for part in servables]))
-        for name, value in expected.items():
-            np.testing.assert_array_equal(to_numpy(merged.outputs[name]), value, err_msg=f"{name}, k={k}")
     # A shard is renewed as such, and not mistaken for another.
     renewed = ["export", "--index_only", f"--index={personal.index}"]
     dpsr(*renewed, f"--out={base}", "--shards=2")

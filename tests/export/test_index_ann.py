@@ -85,6 +85,7 @@ def test_ann_recall_is_that_of_brute_force(n: int, k: int, nprobe: int, copies: 
         ("Flat", 1.0),
         ("IVF32,Flat", 0.998),
         ("IVF32_HNSW16,SQ8", 0.9),
+        ("IVF32(IVF4,Flat),SQ8", 0.6),
         ("IVF32,PQ8np", 0.6),
         ("OPQ8,IVF32,PQ8np", 0.6),
         ("IVF32,PQ8x4fs,RFlat", 0.9),
