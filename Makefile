@@ -30,7 +30,7 @@ DEBIAN_PACKAGES := build-essential cmake ninja-build pkg-config libgrpc++-dev li
 FUZZ_TARGETS := $(addprefix tokenizer_cc/,tokenizer_fuzz tokenizer_config_fuzz vocabulary_fuzz) export/item_filter_fuzz
 SERVING_FUZZ_TARGETS := json_tensor_fuzz server_config_fuzz tensor_proto_fuzz
 
-THREADED_TESTS := item_filter_test filtered_search_test
+THREADED_TESTS := item_filter_test filtered_search_test worker_pool_test
 empty :=
 space := $(empty) $(empty)
 
@@ -87,12 +87,15 @@ lint: native
 test-cpp: native
 	@ctest --test-dir build/current --output-on-failure --parallel 2
 
-# The C++ cores, which need neither TensorFlow nor Python, under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The C++ cores, which need neither TensorFlow nor Python, under AddressSanitizer and UndefinedBehaviorSanitizer; then what
+# of the model server reads clients' bytes, with a short run of its fuzz targets.
 sanitize: native
 	@cmake -S . -B build/sanitize -G Ninja -DDPSR_CORE_ONLY=ON -DDPSR_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=Debug \
 	  -DDPSR_FAISS_LIBRARY=$$($(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("faiss").origin))')/libfaiss.so >/dev/null
 	@cmake --build build/sanitize
 	@ASAN_OPTIONS=detect_leaks=0 ctest --test-dir build/sanitize --output-on-failure --parallel 2
+	@cmake --build build/current --target serving_sanitized_tests
+	@ctest --test-dir build/current -C sanitized -L sanitized --output-on-failure --parallel 2
 
 # The C++ tests of what threads share, under ThreadSanitizer. FAISS has none: it runs on one thread a call.
 sanitize-thread: native
@@ -101,9 +104,9 @@ sanitize-thread: native
 	@cmake --build build/sanitize-thread --target $(THREADED_TESTS)
 	@OMP_NUM_THREADS=1 ctest --test-dir build/sanitize-thread --output-on-failure -R '^($(subst $(space),|,$(THREADED_TESTS)))$$'
 
-# The tokenizer and its files under libFuzzer with both sanitizers, from the texts of the golden file, filters, and what the model
-# server reads (TensorFlow's libraries have no sanitizers: no vptr, no leaks; RapidJSON adds to null: no pointer-overflow). What is found stays in
-# build/fuzz/corpus; an input that fails is left in build/fuzz/.
+# The tokenizer and its files under libFuzzer with both sanitizers, from the texts of the golden file, filters, and what the
+# model server reads (TensorFlow's libraries have no sanitizers: no leaks). What is found stays in build/fuzz/corpus; an input
+# that fails is left in build/fuzz/.
 fuzz: native
 	$(call install_debian,clang-14 libclang-rt-14-dev)
 	@cmake -S . -B build/fuzz -G Ninja -DCMAKE_C_COMPILER=clang-14 -DCMAKE_CXX_COMPILER=clang++-14 -DDPSR_CORE_ONLY=ON \
@@ -117,7 +120,7 @@ fuzz: native
 	  build/fuzz/$$path -runs=$(FUZZ_RUNS) -seed=1 -timeout=10 -verbosity=0 -print_funcs=0 -print_final_stats=1 \
 	    -artifact_prefix=build/fuzz/$$target- build/fuzz/corpus/$$target build/fuzz/seeds/$$target || exit 1; done
 	@cmake -S . -B build/fuzz-serving -G Ninja -DCMAKE_C_COMPILER=clang-14 -DCMAKE_CXX_COMPILER=clang++-14 -DDPSR_FUZZ=ON \
-	  -DDPSR_SANITIZE=address,undefined,fuzzer-no-link -DCMAKE_CXX_FLAGS=-fno-sanitize=vptr,pointer-overflow -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DDPSR_SANITIZE=address,undefined,fuzzer-no-link -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python >/dev/null
 	@cmake --build build/fuzz-serving --target $(SERVING_FUZZ_TARGETS)
 	@for target in $(SERVING_FUZZ_TARGETS); do \

@@ -174,9 +174,15 @@ def write_model(path: Path, megabytes: float = 0.0) -> None:
 
 def write_requests(path: Path, texts: Sequence[str], signature: str = "serving_default", batch: int = 1) -> None:
     """PredictRequests of `batch` queries each, as the load generator reads them."""
+    begins = range(0, len(texts) - batch + 1, batch)
+    write_messages(path, [request(texts[begin : begin + batch], signature) for begin in begins])
+
+
+def write_messages(path: Path, requests: Sequence[predict_pb2.PredictRequest]) -> None:
+    """A file of any PredictRequests, as the load generator reads them."""
     with path.open("wb") as file:
-        for begin in range(0, len(texts) - batch + 1, batch):
-            message = request(texts[begin : begin + batch], signature).SerializeToString()
+        for one in requests:
+            message = one.SerializeToString()
             size = len(message)
             while size > 127:
                 file.write(bytes([size & 127 | 128]))

@@ -1,7 +1,8 @@
 // What the graph of a SavedModel costs by itself: runs it on the requests of a file, in one thread and without a server,
-// and prints the CPU time of a request. A model server cannot cost less.
+// and prints the CPU time of a request. A model server cannot cost less. Of several files, in one argument with commas,
+// each is run for so long and has a line.
 //
-//   dpsr_session_run SAVED_MODEL REQUESTS_FILE SECONDS [OP_LIBRARY...]
+//   dpsr_session_run SAVED_MODEL REQUESTS_FILE[,REQUESTS_FILE...] SECONDS [OP_LIBRARY...]
 #include <sys/resource.h>
 
 #include <chrono>
@@ -9,6 +10,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <iterator>
+#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -40,7 +42,7 @@ double CpuSeconds() {
          static_cast<double>(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) / 1e6;
 }
 
-std::vector<Request> ReadRequests(const tensorflow::SavedModelBundleLite& bundle, const char* path) {
+std::vector<Request> ReadRequests(const tensorflow::SavedModelBundleLite& bundle, const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   const std::string bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
   google::protobuf::io::CodedInputStream input(reinterpret_cast<const uint8_t*>(bytes.data()),
@@ -62,14 +64,14 @@ std::vector<Request> ReadRequests(const tensorflow::SavedModelBundleLite& bundle
     for (const auto& [alias, info] : signature->second.outputs()) request.fetches.push_back(info.name());
     requests.push_back(std::move(request));
   }
-  if (requests.empty()) Fail(std::string(path) + " holds no request");
+  if (requests.empty()) Fail(path + " holds no request");
   return requests;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 4) Fail("usage: dpsr_session_run SAVED_MODEL REQUESTS_FILE SECONDS [OP_LIBRARY...]");
+  if (argc < 4) Fail("usage: dpsr_session_run SAVED_MODEL REQUESTS_FILE[,REQUESTS_FILE...] SECONDS [OP_LIBRARY...]");
   TF_Status* loaded = TF_NewStatus();
   for (int i = 4; i < argc; ++i) {
     TF_LoadLibrary(argv[i], loaded);
@@ -79,26 +81,30 @@ int main(int argc, char** argv) {
   tensorflow::SavedModelBundleLite bundle;
   const tensorflow::Status status = tensorflow::LoadSavedModel({}, {}, argv[1], {"serve"}, &bundle);
   if (!status.ok()) Fail(status.ToString());
-  const std::vector<Request> requests = ReadRequests(bundle, argv[2]);
   tensorflow::RunOptions options;
   options.set_inter_op_thread_pool(-1);  // in this thread, as the server does
 
-  size_t next = 0;
-  const auto run = [&](double seconds) {
-    const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
-    size_t count = 0;
-    std::vector<Tensor> results;
-    for (; std::chrono::steady_clock::now() < end; ++count, ++next) {
-      const Request& request = requests[next % requests.size()];
-      const tensorflow::Status ran =
-          bundle.GetSession()->Run(options, request.feeds, request.fetches, {}, &results, nullptr);
-      if (!ran.ok()) Fail(ran.ToString());
-    }
-    return count;
-  };
   const double seconds = std::atof(argv[3]);
-  run(seconds / 4);
-  const double begin = CpuSeconds();
-  const size_t count = run(seconds);
-  std::printf("{\"requests\": %zu, \"cpu_us\": %.6g}\n", count, (CpuSeconds() - begin) / static_cast<double>(count) * 1e6);
+  std::istringstream paths(argv[2]);
+  for (std::string path; std::getline(paths, path, ',');) {
+    const std::vector<Request> requests = ReadRequests(bundle, path);
+    size_t next = 0;
+    const auto run = [&](double for_seconds) {
+      const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(for_seconds);
+      size_t count = 0;
+      std::vector<Tensor> results;
+      for (; count == 0 || std::chrono::steady_clock::now() < end; ++count, ++next) {
+        const Request& request = requests[next % requests.size()];
+        const tensorflow::Status ran =
+            bundle.GetSession()->Run(options, request.feeds, request.fetches, {}, &results, nullptr);
+        if (!ran.ok()) Fail(ran.ToString());
+      }
+      return count;
+    };
+    run(seconds / 4);
+    const double begin = CpuSeconds();
+    const size_t count = run(seconds);
+    const double microseconds = (CpuSeconds() - begin) / static_cast<double>(count) * 1e6;
+    std::printf("{\"requests\": %zu, \"cpu_us\": %.6g}\n", count, microseconds);
+  }
 }

@@ -31,7 +31,7 @@ constexpr int64_t kMaxTimeoutMicros = int64_t{3600} * 1'000'000;
 
 // A batch may be padded to this size, or to so many times that of its inputs; beyond that its requests run one by one.
 constexpr int64_t kMaxPaddedBytes = int64_t{64} << 20;
-constexpr int64_t kMaxPaddedFactor = 8;
+constexpr double kMaxPaddedFactor = 8;
 
 // A request on its way through a queue, perhaps in several parts. The one who waits for it may leave at its deadline.
 struct Request {
@@ -273,15 +273,23 @@ class BatchQueuesImpl final : public BatchQueues {
     for (size_t input = 0; pads_ && input < parts[0]->request->feeds.size(); ++input) {
       const std::vector<Rows> rows = RowsOf(parts, input);
       const Tensor& first = *rows[0].tensor;
-      int64_t elements = 0;
       for (const Rows& part : rows) {
         if (part.tensor->dims() != first.dims()) return true;
-        elements += part.tensor->NumElements();
       }
-      const int64_t bytes = std::max(1, tensorflow::DataTypeSize(first.dtype()));
-      const int64_t allowed = std::max(kMaxPaddedBytes / bytes, kMaxPaddedFactor * elements);
-      const int64_t needed = NumElementsOfConcat(rows, num_rows);
-      if (needed < 0 || needed > allowed) return true;
+      if (NumElementsOfConcat(rows, num_rows) < 0) return true;
+      const double per_row = static_cast<double>(NumElementsOfConcat(rows, 1));
+      const int bytes = std::max(1, tensorflow::DataTypeSize(first.dtype()));
+      double sent = 0, needed = static_cast<double>(num_rows) * per_row * bytes;
+      for (const Rows& part : rows) {
+        sent += static_cast<double>(part.tensor->TotalBytes());
+        if (first.dtype() != tensorflow::DT_STRING || part.tensor->NumElements() == 0) continue;
+        // The text that pads may be long.
+        const int64_t own = part.tensor->NumElements() / part.tensor->dim_size(0);
+        const auto* texts = static_cast<const tensorflow::tstring*>(part.tensor->data());
+        const double places = static_cast<double>(part.size) * (per_row - static_cast<double>(own));
+        needed += places * static_cast<double>(texts[part.begin * own].size());
+      }
+      if (needed > std::max(static_cast<double>(kMaxPaddedBytes), kMaxPaddedFactor * sent)) return true;
     }
     return false;
   }

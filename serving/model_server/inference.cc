@@ -91,6 +91,15 @@ Names Difference(const Names& left, const Names& right) {
   return result;
 }
 
+// What a tensor of this shape, read from the message, takes.
+double BytesNeeded(const TensorProto& proto, const tensorflow::TensorShape& shape) {
+  const double elements = static_cast<double>(shape.num_elements());
+  const double bytes = elements * std::max(1, tensorflow::DataTypeSize(proto.dtype()));
+  const int texts = proto.string_val_size();
+  if (texts == 0 || elements <= texts) return bytes;
+  return bytes + (elements - texts) * static_cast<double>(proto.string_val(texts - 1).size());
+}
+
 // The request's inputs as a session takes them, in the signature's order.
 tensorflow::Status ReadInputs(const Signature& signature, const PredictRequest& request,
                               Feeds* feeds) {
@@ -304,10 +313,9 @@ tensorflow::Status ParseTensor(const std::string& alias, const TensorProto& prot
   // Refuses negative and unknown dimensions, too many of them, and products beyond int64.
   tensorflow::TensorShape shape;
   if (!tensorflow::TensorShape::BuildTensorShape(proto.tensor_shape(), &shape).ok()) return InvalidArgument(error);
-  const int64_t element_bytes = std::max(1, tensorflow::DataTypeSize(proto.dtype()));
   const int64_t allowed_bytes =
       std::max(kMaxRepeatedBytes, kMaxBytesPerMessageByte * static_cast<int64_t>(proto.ByteSizeLong()));
-  if (shape.num_elements() > allowed_bytes / element_bytes) {
+  if (BytesNeeded(proto, shape) > static_cast<double>(allowed_bytes)) {
     return InvalidArgument(StrCat(error, ": the shape ", shape.DebugString(), " of ", DataTypeString(proto.dtype()),
                                   " needs more than ", allowed_bytes, " bytes, far more than the message carries (",
                                   proto.ByteSizeLong(), " bytes); send every element"));

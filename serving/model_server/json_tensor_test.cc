@@ -93,6 +93,13 @@ TEST(JsonTensorTest, BoolsAndTexts) {
   EXPECT_EQ(Write({{"y_bytes", tensor}}, JsonFormat::kColumn), "{\"outputs\":[{\"b64\":\"YQDDqQ==\"},{\"b64\":\"/w==\"}]}");
 }
 
+TEST(JsonTensorTest, TypesThatJsonDoesNotHave) {
+  Tensor tensor;
+  EXPECT_EQ(Read("{\"inputs\":[1]}", tensorflow::DT_COMPLEX64, &tensor).code(), absl::StatusCode::kUnimplemented);
+  EXPECT_EQ(Write({{"y", Tensor(tensorflow::DT_COMPLEX64, {1})}}, JsonFormat::kColumn),
+            "Conversion of type: complex64 to JSON");
+}
+
 TEST(JsonTensorTest, Shapes) {
   Tensor tensor;
   const auto shape = [&](const std::string& text) {

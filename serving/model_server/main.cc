@@ -20,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "google/protobuf/stubs/logging.h"
 #include "serving/model_server/batching.h"
 #include "serving/model_server/grpc_server.h"
 #include "serving/model_server/log.h"
@@ -235,6 +236,10 @@ class ConfigFilePoller {
     std::vector<ModelConfig> read;
     std::set<std::string> fresh;
     if (status.ok()) status = ParseTextProto(text, &config);
+    // Such as one that is being written: it must not take all models away.
+    if (status.ok() && config.config_case() == tensorflow::serving::ModelServerConfig::CONFIG_NOT_SET) {
+      status = absl::FailedPreconditionError("it is empty; to serve no model, write model_config_list {}");
+    }
     if (status.ok()) status = ModelsOf(config, &read);
     if (status.ok()) status = models->Configure(read, &fresh);
     const std::string problem = status.ok() ? "" : status.ToString();
@@ -276,11 +281,15 @@ int Serve(const ServerOptions& options, const sigset_t& signals) {
   std::string metrics_path;
   if (read.ok()) read = ReadMetricsPath(options, &metrics_path);
   if (!read.ok()) return FailToStart(std::string(read.message()));
-  const int num_workers = NumWorkers(options, cpus, manager_options.servable.batch_threads.get());
+  WorkerPoolOptions worker_options;
+  worker_options.num_threads = NumWorkers(options, cpus, manager_options.servable.batch_threads.get());
+  worker_options.max_queued = options.max_queued_requests;
+  // Requests that wait for their batch compute nothing.
+  if (manager_options.servable.batch_threads == nullptr) worker_options.max_prompt = cpus;
   ModelManager models(std::move(manager_options));
   RequestHandler handler(&models);
   // At most so many requests are computed at a time, the others wait.
-  WorkerPool workers(num_workers, options.max_queued_requests);
+  WorkerPool workers(worker_options);
   std::unique_ptr<GrpcServer> server;
   // Listens before it loads, so that a port in use shows at once and clients can watch the state of the models.
   const Status listening = GrpcServer::Start(grpc_options, &handler, &workers, &server);
@@ -372,8 +381,9 @@ int Main(int argc, char** argv) {
   sigaddset(&signals, SIGTERM);
   sigaddset(&signals, SIGINT);
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
-  // gRPC's own errors reach our log in our words.
+  // The errors of gRPC and protobuf reach our log in our words; clients must not fill it with theirs.
   setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);
+  google::protobuf::SetLogHandler(nullptr);
   for (const std::string& path : options.op_libraries) {
     const Status loaded = LoadOpLibrary(path);
     if (!loaded.ok()) return FailToStart(loaded.message());

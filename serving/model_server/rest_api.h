@@ -23,6 +23,9 @@ struct RestReply {
   std::string body;
 };
 
+// The HTTP status of a code.
+int HttpStatus(const tensorflow::Status& status);
+
 // Thread-safe.
 class RestApi {
  public:

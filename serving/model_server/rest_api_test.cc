@@ -56,5 +56,27 @@ TEST_F(RestApiTest, PathsOfTheServerItself) {
   EXPECT_EQ(Ask("POST", "/metrics").status, 405);
 }
 
+TEST(HttpStatusTest, Table) {
+  using Code = absl::StatusCode;
+  const std::pair<Code, int> table[] = {{Code::kOk, 200},
+                                        {Code::kCancelled, 499},
+                                        {Code::kUnknown, 500},
+                                        {Code::kInvalidArgument, 400},
+                                        {Code::kDeadlineExceeded, 504},
+                                        {Code::kNotFound, 404},
+                                        {Code::kAlreadyExists, 409},
+                                        {Code::kPermissionDenied, 403},
+                                        {Code::kResourceExhausted, 429},
+                                        {Code::kFailedPrecondition, 400},
+                                        {Code::kAborted, 409},
+                                        {Code::kOutOfRange, 400},
+                                        {Code::kUnimplemented, 501},
+                                        {Code::kInternal, 500},
+                                        {Code::kUnavailable, 503},
+                                        {Code::kDataLoss, 500},
+                                        {Code::kUnauthenticated, 401}};
+  for (const auto& [code, status] : table) EXPECT_EQ(HttpStatus(tensorflow::Status(code, "")), status);
+}
+
 }  // namespace
 }  // namespace dpsr::serving

@@ -229,6 +229,7 @@ GARBAGE = {
     "raw bytes too long": tensor(shape=(1,), tensor_content=b"12345678"),
     "raw bytes claimed": tensor(shape=(2**40,), tensor_content=b"1234"),
     "strings claimed": tensor(tf.string, shape=(2**40,), string_val=[b"a"]),
+    "a long string repeated": tensor(tf.string, shape=(2**16,), string_val=[b"a" * 2**20]),
     "string lengths claimed": tensor(tf.string, shape=(2,), tensor_content=b"\xff\xff\xff\xff\x0f\x01ab"),
     "resource": tensor(tf.resource, shape=(1,)),
     "variant": tensor(tf.variant, shape=(1,)),
@@ -271,7 +272,14 @@ def test_mutated_messages_never_end_the_server(server: Server) -> None:
             outcomes.add(error.code())
     assert INVALID in outcomes and grpc.StatusCode.NOT_FOUND in outcomes  # the mutations reach different depths
     assert not outcomes & {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
+    assert "protobuf" not in server.log.read_text()  # which would say a line of each text that is no UTF-8
     assert list(server.predict(predict_request()).outputs["y"].float_val) == [0.5, 1.0]
+
+
+def test_rpcs_that_are_not_served(server: Server) -> None:
+    for path in ("PredictionService/PredictStreamed", "SessionService/SessionRun", "PredictionService/Nothing"):
+        call = server.channel.unary_unary(f"/tensorflow.serving.{path}")
+        assert error_of(lambda: call(b"", timeout=PATIENCE_S))[0] == grpc.StatusCode.UNIMPLEMENTED  # noqa: B023
 
 
 # ---- deadlines ----

@@ -52,6 +52,10 @@ class _Model(tf.Module):
     def wide(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"sum": tf.reduce_sum(x, 1), "copy": x, "batch_rows": _rows(x)}
 
+    @tf.function(input_signature=[tf.TensorSpec([None, None], tf.string, "text")])
+    def texts(self, text: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"bytes": tf.reduce_sum(tf.strings.length(text), 1), "batch_rows": _rows(text)}
+
     @tf.function(input_signature=[tf.TensorSpec([], tf.float32, "x")])
     def scalar(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"y": x / 2}
@@ -82,7 +86,7 @@ class _Model(tf.Module):
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("batching") / "saved"
     module = _Model()
-    names = ("text", "wide", "scalar", "fixed", "checked", "gate")
+    names = ("text", "wide", "texts", "scalar", "fixed", "checked", "gate")
     signatures = {"serving_default": module.half} | {name: getattr(module, name) for name in names}
     tf.saved_model.save(module, str(path), signatures=signatures)
     return path
@@ -294,6 +298,16 @@ def test_one_very_long_row_runs_apart(start: Callable[..., Server]) -> None:
         sums = [call.result() for call in [stub.Predict.future(r, timeout=PATIENCE_S) for r in requests]]
     assert [outputs_of(answer)["sum"] for answer in sums] == [[1_000_000]] + [[5]] * 63
     assert metric(server, BATCHES) == 64
+
+
+def test_a_long_text_that_would_pad_many_places_runs_apart(start: Callable[..., Server]) -> None:
+    """It would stand in each of the other's places: a megabyte a hundred thousand times."""
+    server = start("pad_variable_length_inputs: true", max_batch_size=2, batch_timeout_micros=FOREVER_US)
+    long, many = [["a" * (1 << 20)]], [["b"] * 100_000]
+    answers = together(server, *(predict_request("texts", {"text": texts}) for texts in (long, many)))
+    assert answers == [{"bytes": [1 << 20], "batch_rows": [1]}, {"bytes": [100_000], "batch_rows": [1]}]
+    short = together(server, *(predict_request("texts", {"text": texts}) for texts in ([["abc"]], [["b", "cd"]])))
+    assert short == [{"bytes": [6], "batch_rows": [2]}, {"bytes": [3], "batch_rows": [2]}]
 
 
 def test_large_requests_are_split(start: Callable[..., Server]) -> None:

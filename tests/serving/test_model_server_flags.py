@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
 import threading
 from pathlib import Path
 
 import grpc
+import model_servers
 import pytest
 import saved_models
 import tensorflow as tf
@@ -123,6 +127,26 @@ def test_rest_threads_bound_the_requests_that_run(exported: Path, base_path: Pat
             asker.join(PATIENCE_S)
         assert statuses == [200, 200]
         assert len(list(tmp_path.glob("*.begun"))) == 2
+
+
+def test_other_addresses_only_where_asked(half: Path, tmp_path: Path) -> None:
+    for flags, answers in (([], False), (["--host=0.0.0.0"], True)):
+        with serving(tmp_path, f"--model_base_path={half}", *flags, rest_port=free_port()) as running:
+            for port in (running.port, running.rest_port):
+                with socket.socket() as client:
+                    assert (client.connect_ex(("127.0.0.2", port)) == 0) == answers
+
+
+def test_another_tensorflow_than_that_of_the_build_ends_the_start(half: Path, tmp_path: Path) -> None:
+    library = tmp_path / "other.so"
+    code = 'const char* TF_Version(void) { return "2.99.0"; }'
+    subprocess.run(["cc", "-shared", "-o", str(library), "-x", "c", "-"], input=code, text=True, check=True)
+    command = [str(model_servers.BINARY), "--port=0", f"--model_base_path={half}"]
+    environment = {**os.environ, "LD_PRELOAD": str(library)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 1
+    built = f"this server was built for TensorFlow {tf.__version__}, but found TensorFlow 2.99.0"
+    assert f"Failed to start server. Error: {built}; install tensorflow=={tf.__version__}" in done.stderr
 
 
 def test_the_metric_of_warmup(zoo: Path, base_path: Path, tmp_path: Path) -> None:

@@ -147,17 +147,10 @@ def test_deleting_versions(exported: Path, base_path: Path, tmp_path: Path) -> N
         # What comes back is served again.
         (tmp_path / "two").rename(base_path / "00000002")
         eventually(lambda: running.states()[2] == State.AVAILABLE, "2 serves again")
-
-
-def test_polling_once_keeps_what_was_found(exported: Path, base_path: Path, tmp_path: Path) -> None:
-    saved_models.publish(exported / "half_plus_1", base_path, 1)
-    flags = [f"--model_base_path={base_path}", "--model_name=m", "--file_system_poll_wait_seconds=0"]
-    with serving(tmp_path, *flags) as running:
-        saved_models.publish(exported / "half_plus_2", base_path, 2)
-        time.sleep(1.5)  # more than the default time between two polls
-        assert running.states("m") == {1: State.AVAILABLE}
-        assert running.predict(predict_request(name="m")).model_spec.version.value == 1
-        assert running.stop() == 0
+        # A second folder of a version is named, and left alone.
+        (base_path / "02").mkdir()
+        eventually(lambda: "has several folders of one version" in running.log.read_text(), "a warning")
+        assert running.predict(predict_request()).model_spec.version.value == 2
 
 
 # ---- retries ----
@@ -198,6 +191,10 @@ def test_a_version_whose_files_come_late_is_tried_again(
         status = status_of(running, 2)
         assert status.state == State.LOADING
         assert running.predict(predict_request()).model_spec.version.value == 1
+        assert error_of(lambda: running.predict(predict_request(version=2))) == (
+            grpc.StatusCode.NOT_FOUND,
+            "Servable not found for request: Specific(default, 2)",
+        )
         away.rename(base_path / "2" / name)
         eventually(lambda: running.states() == {1: State.END, 2: State.AVAILABLE}, "it serves")
         x = {"x": np.float32([[2]])}
@@ -588,6 +585,8 @@ def test_the_config_file_is_polled(models: Path, exported: Path) -> None:
         assert answer(running, "a", label="stable") == 2
         eventually(lambda: running.states("b") == {4: State.AVAILABLE}, "b is there")
         # What is wrong changes nothing.
+        (models / "models.config").write_text("")
+        eventually(lambda: log("was not taken over: FAILED_PRECONDITION: it is empty"), "it is refused")
         (models / "models.config").write_text("what is this")
         eventually(lambda: log("was not taken over: INVALID_ARGUMENT: Error parsing"), "it is refused")
         (models / "models.config").unlink()

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 import saved_models
@@ -23,6 +24,7 @@ from model_servers import (
     Server,
     State,
     config_list,
+    error_of,
     eventually,
     free_port,
     gate_request,
@@ -587,6 +589,8 @@ def test_time_limit_and_full_queue(exported: Path, base_path: Path, tmp_path: Pa
         with concurrent.futures.ThreadPoolExecutor(3) as threads:
             replies = [threads.submit(running.rest, path, {"instances": [1]}) for _ in range(3)]
             eventually(lambda: sum(reply.done() for reply in replies) == 2, "two are refused")
+            code, message = error_of(lambda: running.predict(predict_request()))
+            assert code == grpc.StatusCode.RESOURCE_EXHAUSTED and "--max_queued_requests" in message
             time.sleep(0.2)  # beyond the time limit of the one that waits
             release.touch()
             statuses = sorted(reply.result().status for reply in replies)

@@ -57,15 +57,16 @@ def test_every_kind_of_request(zoo: Path, base_path: Path, tmp_path: Path) -> No
         assert running.states() == {1: State.AVAILABLE}
 
 
-def session_run() -> bytes:
+def other_log(kind: str) -> bytes:
     log = prediction_log_pb2.PredictionLog()
-    log.session_run_log.SetInParent()
+    getattr(log, kind).SetInParent()
     return log.SerializeToString()
 
 
 BROKEN = {
     "no PredictionLog": ([b"\xff\xff"], "INVALID_ARGUMENT", "Failed to parse warmup record 0"),
-    "session run": ([session_run()], "UNIMPLEMENTED", "Unsupported log_type for warmup"),
+    "session run": ([other_log("session_run_log")], "UNIMPLEMENTED", "Unsupported log_type for warmup"),
+    "streamed": ([other_log("predict_streamed_log")], "UNIMPLEMENTED", "Unsupported log_type for warmup"),
     "request that fails": (
         [increment(1), predict_log("nothing").SerializeToString()],
         "FAILED_PRECONDITION",
