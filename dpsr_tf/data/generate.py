@@ -409,5 +409,6 @@ def _truth(world: World, log: Log, counts: dict[str, int]) -> dict[str, Any]:
         "synonyms": synonyms,
         "polysemous": polysemous,
         "brands_across_categories": across,
+        "homonyms": catalogue.homonyms,
         "misleading": {name: world.misleading(number) for number, name in enumerate(NAMES)},
     }

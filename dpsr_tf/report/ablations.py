@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
-from dpsr_tf.data.generate import SCHEMA
 from dpsr_tf.data.shop.log import START
 from dpsr_tf.data.store import Store, new_directory
 from dpsr_tf.evaluation.checkpoint import exact_search
@@ -19,7 +18,7 @@ from dpsr_tf.evaluation.corpus import Corpus
 from dpsr_tf.evaluation.evaluate import Options, measure_all
 from dpsr_tf.evaluation.judgments import Judgments
 from dpsr_tf.report.lab import Made, Result
-from dpsr_tf.report.shop import Shop, Size
+from dpsr_tf.report.shop import SCHEMA, TRAINING, Shop, Size
 
 # On a store of its own: the tokenizer, and the log with human labels.
 TRIGRAMS: dict[str, dict[str, Any]] = {"with": {}, "off": {}}
@@ -27,28 +26,37 @@ SUPERVISION: dict[str, dict[str, Any]] = {
     "none": {},
     "positives only": {},
     "joined to the random ones": {"train.num_supervised_negatives": 32},
-    "own query only": {"train.num_own_negatives": 4, "train.own_negatives": "supervised"},
+    "own query only": {"train.own_negatives": "both", "train.num_own_negatives": 8},
 }
+# The paper's loss (section 4.3).
+HINGE: dict[str, Any] = {"train.loss": "hinge", "train.log_q_correction": False}
+PAPER: dict[str, Any] = {**HINGE, "train.num_random_negatives": 64, "train.num_own_negatives": 0}
 
 
 def groups_of(size: Size) -> dict[str, dict[str, dict[str, Any]]]:
-    """Group -> what a variant is called -> what it changes; the first of each is DPSR as Table 2 has it."""
+    """Group -> what a variant is called -> what it changes; one that changes nothing is DPSR as Table 2 has it."""
     half = {"train.num_title_queries": size.batch_size // 2}
     begin = {"train.pretrain_steps": max(1, size.steps // 5)}
     return {
+        "loss": {
+            "softmax, log Q": {},
+            "softmax": {"train.log_q_correction": False},
+            "hinge": HINGE,
+            "as the paper: hinge, 64 random negatives": PAPER,
+        },
+        "negatives": {
+            "512 random, 4 unclicked": {},
+            "64 random, 4 unclicked": {"train.num_random_negatives": 64},
+            "512 random": {"train.num_own_negatives": 0},
+        },
         "layers": {"linear": {}, "ReLU of 256 and 128": {"model.hidden": [256, 128]}},
         "heads": {"2": {}, "1": {"model.num_heads": 1}, "4": {"model.num_heads": 4}},
         "beta": {"0.1": {}, **{f"{beta:g}": {"model.temperature": beta} for beta in (0.0, 0.02, 0.5)}},
         "alpha": {"0.5": {}, **{f"{alpha:g}": {"train.mixing_ratio": alpha} for alpha in (0.0, 0.25, 0.75, 1.0)}},
-        "margin": {"0.1": {}, **{f"{margin:g}": {"train.margin": margin} for margin in (0.03, 0.3, 0.6)}},
-        "negatives": {
-            "64 random, all count": {},
-            "16 random": {"train.num_random_negatives": 16},
-            "512 random": {"train.num_random_negatives": 512},
-            "the hardest 16 count": {"train.num_hard_negatives": 16},
-            "softmax": {"train.loss": "softmax"},
-            "softmax, log Q": {"train.loss": "softmax", "train.log_q_correction": True},
-            "with 4 unclicked": {"train.num_own_negatives": 4},
+        "margin, as the paper": {f"{margin:g}": {**PAPER, "train.margin": margin} for margin in (0.1, 0.03, 0.3, 0.6)},
+        "hardest negatives, as the paper": {
+            "all": PAPER,
+            "the hardest 16": {**PAPER, "train.num_hard_negatives": 16},
         },
         "pre-training": {"none": {}, "half of each batch titles": half, "first a fifth of titles only": half | begin},
         "text table": {"shared": {}, "one each": {"model.share_text_table": False}},
@@ -61,7 +69,7 @@ def groups_of(size: Size) -> dict[str, dict[str, dict[str, Any]]]:
 def ablate(shop: Shop) -> Result:
     """Each part of the model and of the training changed alone: group -> what `dpsr evaluate` says of its variants."""
     lab = shop.lab
-    wanted: dict[str, tuple[str, Mapping[str, Any], Made | None]] = {"base": ("base", {}, None)}
+    wanted: dict[str, tuple[str, Mapping[str, Any], Made | None]] = {}
     plain = {**SCHEMA, "tokenizer": {"letter_trigrams": False}}
     stores = {
         "letter trigrams": lab.store(shop.named("store-words"), shop.made, plain),
@@ -70,28 +78,34 @@ def ablate(shop: Shop) -> Result:
     groups = groups_of(shop.size)
     for group, variants in groups.items():
         for number, (variant, changes) in enumerate(variants.items()):
-            if number:
-                wanted[f"{group}: {variant}"] = (f"{group}: {variant}", changes, stores.get(group))
+            label = _label(group, variant, number, changes)
+            wanted[label] = (label, changes, stores.get(group) if number else None)
 
     def train(label: str, changes: Mapping[str, Any], store: Made | None) -> Made:
         name = "DPSR" if label == "base" else re.sub(r"[^\w.]+", "-", label)
-        return shop.model(name, "dpsr", changes, store)
+        return shop.model(name, "dpsr", {**TRAINING, **changes}, store)
 
     models = lab.together({label: functools.partial(train, *one) for label, one in wanted.items()})
     found: Result = {}
     for group, variants in groups.items():
-        found[group] = _ablation(shop, group, list(variants), models, stores.get(group))
+        labels = {
+            variant: models[_label(group, variant, number, changes)]
+            for number, (variant, changes) in enumerate(variants.items())
+        }
+        found[group] = _ablation(shop, group, labels, stores.get(group))
     return found
 
 
-def _ablation(
-    shop: Shop, group: str, variants: Sequence[str], models: Mapping[str, Made], store: Made | None
-) -> Result:
+def _label(group: str, variant: str, number: int, changes: Mapping[str, Any]) -> str:
+    """What a variant's model is called; the first of a group, on the shop's own store, may be that of Table 2."""
+    return f"{group}: {variant}" if number or changes else "base"
+
+
+def _ablation(shop: Shop, group: str, labels: Mapping[str, Made], store: Made | None) -> Result:
     """Figures of each variant, and their differences from the first with intervals over the same queries.
 
     A model is asked through the store that it was trained on, so this is no one command.
     """
-    labels = {variant: models[f"{group}: {variant}" if number else "base"] for number, variant in enumerate(variants)}
 
     def compute() -> Result:
         searches = {
@@ -108,7 +122,7 @@ def _ablation(
             found[name] = measure_all(searches, judgments, corpus, options, compare=True)
         return found
 
-    return shop.computed(f"ablation-{group}".replace(" ", "-"), labels, compute)
+    return shop.computed("ablation-" + re.sub(r"\W+", "-", group), labels, compute)
 
 
 def _supervised_store(shop: Shop) -> Made:

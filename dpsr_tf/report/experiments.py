@@ -19,14 +19,19 @@ from dpsr_tf.evaluation.checkpoint import exact_search, item_embeddings, query_e
 from dpsr_tf.evaluation.judgments import Judgments
 from dpsr_tf.evaluation.retriever import ItemRows, unigrams
 from dpsr_tf.report.ablations import ablate
+from dpsr_tf.report.ceilings import ceilings
 from dpsr_tf.report.lab import Lab, Made, Result
 from dpsr_tf.report.public_data import DATA_SETS
-from dpsr_tf.report.shop import REPOSITORY, Shop, Size, preset_config
+from dpsr_tf.report.shop import REPOSITORY, TRAINING, Shop, Size, preset_config
 
 _SAMPLES = 1000  # of the bootstrap, as `dpsr evaluate` draws them
 # What Table 2 calls a system -> the system of `dpsr evaluate`, or the file in configs/.
 BASELINES = {"BM25": "bm25", "BM25-u&b": "bm25-bigrams", "popularity": "popularity"}
 MODELS = {"DSSM": "dssm", "DPSR": "dpsr", "DPSR-p": "dpsr_p", "DPSR-h": "dpsr_h"}
+# DSSM keeps the layers of its file: linear towers begin with texts beside those of the same words, whatever they learn.
+DSSM = {"model.hidden": [256, 128]}
+# One head against two: scored in training as retrieval does, by the nearest head (beta 0), and without unclicked items.
+HEADS = {**TRAINING, "train.num_own_negatives": 0, "model.temperature": 0.0}
 
 
 def run(lab: Lab, size: Size, ablations: bool, data: Mapping[str, Path]) -> Result:
@@ -49,6 +54,7 @@ def run(lab: Lab, size: Size, ablations: bool, data: Mapping[str, Path]) -> Resu
         "shops": [shop.seed for shop in shops],
         "shop": json.loads((first.made.path / "truth.json").read_text())["counts"],
         "table2": tables,
+        "ceilings": [ceilings(shop) for shop in shops],
         "polysemy": [polysemy(shop, models[shop.number]) for shop in shops],
         "mixing": [mixing(shop, models[shop.number]) for shop in shops],
         "topology": topology(first, models[0]["DPSR"]),
@@ -67,19 +73,41 @@ def run(lab: Lab, size: Size, ablations: bool, data: Mapping[str, Path]) -> Resu
 def _train(lab: Lab, shops: Sequence[Shop], size: Size) -> list[dict[str, Made]]:
     """The models of each shop, by what they are called."""
     wanted: dict[tuple[int, str], Callable[[], Made]] = {}
-    usual = preset_config("dpsr")["train"]["mixing_ratio"]
     for shop in shops:
-        named = {label: functools.partial(shop.model, label, preset) for label, preset in MODELS.items()}
-        named["1 head"] = functools.partial(shop.model, "heads-1", "dpsr", {"model.num_heads": 1})
-        # Of the further shops only the ends: they show whether the order holds.
+        named = {
+            label: functools.partial(shop.model, label, preset, DSSM if label == "DSSM" else TRAINING)
+            for label, preset in MODELS.items()
+        }
+        # Of the further shops only what shows whether the first one's order holds.
+        for dim in (_usual_dim(), *_widths(shop)):
+            for heads in (1, 2):
+                change = {**HEADS, "model.num_heads": heads, "model.embedding_dim": dim}
+                named[_with_heads(heads, dim)] = functools.partial(shop.model, f"heads-{heads}-{dim}", "dpsr", change)
         for alpha in size.mixing_ratios if shop.number == 0 else (min(size.mixing_ratios), max(size.mixing_ratios)):
-            if alpha != usual:
-                change = {"train.mixing_ratio": alpha}
-                named[f"{alpha:g}"] = functools.partial(shop.model, f"alpha-{alpha:g}", "dpsr", change)
+            change = {"train.mixing_ratio": alpha}  # and the paper's loss
+            named[f"{alpha:g}"] = functools.partial(shop.model, f"alpha-{alpha:g}", "dpsr", change)
         wanted |= {(shop.number, label): train for label, train in named.items()}
     made = lab.together(wanted)
-    found = [{label: model for (number, label), model in made.items() if number == shop.number} for shop in shops]
-    return [{**models, f"{usual:g}": models["DPSR"]} for models in found]
+    return [{label: model for (number, label), model in made.items() if number == shop.number} for shop in shops]
+
+
+def _usual_dim() -> int:
+    return int(preset_config("dpsr")["model"]["embedding_dim"])
+
+
+def _widths(shop: Shop) -> tuple[int, ...]:
+    """Further d in which one head is compared with two: all of the first shop, the middle one of others."""
+    widths = shop.size.widths
+    return widths[len(widths) // 2 :][:1] if shop.number else widths
+
+
+def _with_heads(heads: int, dim: int) -> str:
+    return f"{heads} head{'s' * (heads > 1)}, d {dim}"
+
+
+def _pair(models: Mapping[str, Made], dim: int) -> dict[str, Made]:
+    """One head and two, by their number."""
+    return {f"{heads} head{'s' * (heads > 1)}": models[_with_heads(heads, dim)] for heads in (1, 2)}
 
 
 def table2(shop: Shop, models: Mapping[str, Made]) -> Result:
@@ -113,13 +141,20 @@ def polysemy(shop: Shop, models: Mapping[str, Made]) -> Result:
     """One head beside two on all polysemous queries of the shop, those of the log and those held out of it.
 
     `senses@10` is the share of a query's meanings that have an item among the first 10; `recall@100` the share of the
-    right items among the first 100, of 100 where there are more.
+    right items among the first 100, of 100 where there are more. `widths` has the groups for each d.
     """
-    pair = {"1 head": models["1 head"], "2 heads": models["DPSR"]}
+    usual = _usual_dim()
+    by_width = {dim: _polysemy(shop, models, dim) for dim in (*_widths(shop), usual)}
+    widths = {str(dim): one["groups"] for dim, one in by_width.items()}
+    return {"seed": shop.seed, **by_width[usual], "widths": widths}
+
+
+def _polysemy(shop: Shop, models: Mapping[str, Made], dim: int) -> Result:
+    pair = _pair(models, dim)
 
     def compute() -> Result:
         table = shop.truth("queries")
-        rows = [row for row, kind in enumerate(table["kind"]) if kind == "polysemous"]
+        rows = [row for row, meanings in enumerate(table["meanings"]) if len(meanings) > 1]
         queries = [table["query"][row] for row in rows]
         senses = [[shop.meanings[meaning] for meaning in table["meanings"][row]] for row in rows]
         figures = {}
@@ -127,17 +162,20 @@ def polysemy(shop: Shop, models: Mapping[str, Made]) -> Result:
             ids = exact_search(model.path, shop.opened)(queries, None, 100)[0].tolist()
             figures[label] = np.array([_senses_and_recall(found, of) for found, of in zip(ids, senses, strict=True)])
         in_log = np.array([table["fold"][row] == "log" for row in rows])
+        homonyms = json.loads((shop.made.path / "truth.json").read_text())["homonyms"]
+        homonym = np.array([not homonyms.keys().isdisjoint(query.split()) for query in queries])
         of_type = dict(zip(*(shop.truth("meanings")[name] for name in ("meaning", "type")), strict=True))
         named = [{of_type[meaning] is None for meaning in table["meanings"][row]} for row in rows]
         mixed = np.array([len(kinds) == 2 for kinds in named])  # "apple": a brand and a fruit
         groups = {"all": np.ones(len(rows), bool), "in the log": in_log, "held out": ~in_log}
-        groups |= {"brand and product": mixed, "brand of several categories": ~mixed}
+        groups |= {"homonyms": homonym, "homonyms, held out": homonym & ~in_log, "brand and product": mixed}
+        groups["brand of several categories"] = ~mixed & ~homonym
         return {"figures": ["senses@10", "recall@100"], "groups": {
             name: _compared({label: values[among] for label, values in figures.items()}, shop.seed)
             for name, among in groups.items() if among.any()
         }}  # fmt: skip
 
-    return {"seed": shop.seed, **shop.computed("polysemy", pair, compute, groups=5)}
+    return shop.computed(f"polysemy-{dim}", pair, compute, groups=7)
 
 
 def _senses_and_recall(found: Sequence[int], senses: Sequence[set[int]]) -> tuple[float, float]:
@@ -207,12 +245,15 @@ def topology(shop: Shop, model: Made) -> Result:
 
 def polysemy_examples(shop: Shop, models: Mapping[str, Made]) -> Result:
     """Figure 6: the two most frequent polysemous queries in English, what each head finds, in planes of items."""
-    pair = {"1 head": models["1 head"], "2 heads": models["DPSR"]}
+    pair = _pair(models, _usual_dim())
 
     def compute() -> Result:
         table = shop.truth("queries")
-        english = [language == "en" for language in table["language"]]
-        asked = [row for row, kind in enumerate(table["kind"]) if kind == "polysemous" and english[row]]
+        asked = [
+            row
+            for row, language in enumerate(table["language"])
+            if language == "en" and len(table["meanings"][row]) > 1
+        ]
         asked.sort(key=lambda row: -table["requests"][row])
         types, items = _popular_types(shop, 10)
         titles = dict(zip(shop.opened.items()["id"].tolist(), shop.opened.titles(), strict=True))

@@ -34,7 +34,7 @@ T = TypeVar("T")
 Result = dict[str, Any]
 
 # Raised when an experiment's code changes what it gives, so that kept results of before are not taken for it.
-VERSION = 1
+VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +251,10 @@ def _run(log: Path, arguments: Sequence[str]) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     print(f"$ dpsr {shlex.join(arguments)}", flush=True)
-    sys.exit(cli.main(arguments))
+    status = cli.main(arguments)
+    if not status:
+        print(f"{time.process_time():.1f} s of CPU time", flush=True)
+    sys.exit(status)
 
 
 def write(path: Path, text: str) -> None:

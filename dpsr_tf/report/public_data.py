@@ -14,14 +14,14 @@ import pyarrow.parquet
 from dpsr_tf.data.store import new_directory
 from dpsr_tf.errors import CommandError
 from dpsr_tf.report.lab import Lab, Made, Result
-from dpsr_tf.report.shop import REPOSITORY, Size, changed, preset_config
+from dpsr_tf.report.shop import REPOSITORY, Size
 
 
 def _homedepot(lab: Lab, size: Size, path: Path) -> Result:
     """Home Depot: the best configuration and the paper's hinge beside BM25, all products."""
     store = lab.adapted("homedepot", path)
     wanted = {
-        name: functools.partial(lab.model, f"model-homedepot-{name}", store, preset_config(preset))
+        name: functools.partial(lab.model, f"model-homedepot-{preset}", store, size.public_config(preset))
         for name, preset in (("DPSR, best", "homedepot"), ("DPSR, the paper's hinge", "homedepot_hinge"))
         if (REPOSITORY / "configs" / f"{preset}.yaml").is_file()
     }
@@ -39,7 +39,6 @@ def _homedepot(lab: Lab, size: Size, path: Path) -> Result:
 def _movielens(lab: Lab, size: Size, path: Path) -> Result:
     """MovieLens 100K: genres as queries, split by time."""
     store = lab.adapted("movielens_100k", path)
-    steps = {"train.steps": size.data_steps, "train.checkpoint_steps": size.data_steps}
     profile = {"model.user_features": ["*"]}
     variants: dict[str, dict[str, Any]] = {
         "DPSR": {},
@@ -47,9 +46,7 @@ def _movielens(lab: Lab, size: Size, path: Path) -> Result:
         "DPSR-h": {**profile, "model.history_length": 20},
     }
     wanted = {
-        label: functools.partial(
-            lab.model, f"model-movielens-{label}", store, changed(preset_config("movielens"), {**steps, **changes})
-        )
+        label: functools.partial(lab.model, f"model-movielens-{label}", store, size.public_config("movielens", changes))
         for label, changes in variants.items()
     }
     systems: dict[str, str | Made] = {"BM25": "bm25", "popularity": "popularity", **lab.together(wanted)}

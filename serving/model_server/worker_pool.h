@@ -19,7 +19,8 @@ struct WorkerPoolOptions {
   // Tasks that may wait.
   size_t max_queued = std::numeric_limits<size_t>::max();
   // No further task begins while so many have run for less than `patience`: tasks that compute only take the processors
-  // from each other, and pay for it. Those that have run for longer may be waiting, for a lock or a file, and do not count.
+  // from each other, and pay for it. Those that have run for longer may be waiting, for a lock or a file: they do not
+  // count.
   int max_prompt = std::numeric_limits<int>::max();
   std::chrono::microseconds patience{1000};
 };

@@ -216,7 +216,9 @@ def test_batches_are_what_the_log_says(tmp_path, shards, workers, held_out):
                 found = [(w.item_of[row], EVENT_TYPES[kind]) for row, kind in zip(histories[i], kinds[i], strict=True)]
                 fits = []
                 for time in times[query, user, item, event]:
-                    events = w.events(user, time)
+                    events = list(w.events(user, time))
+                    while events and (events[-1]["query"], events[-1]["item"]) == (query, item):
+                        events.pop()  # the click that a cart repeats
                     asked = [q for q, _ in itertools.groupby(row["query"] for row in events)][-2:]
                     if found == [(row["item"], row["event"]) for row in events[-3:]] and past[i] == [
                         w.store.vocabulary.encode(q).tolist() for q in asked

@@ -483,6 +483,22 @@ def test_shared_brands_make_polysemous_queries() -> None:
     assert held_out.sum() > 40 and (many.polysemous & (many.text_fold == 0)).sum() > 100
 
 
+def test_homonyms_mean_two_types_and_stand_in_no_title() -> None:
+    plain, world = worlds(items=3_000), worlds(items=3_000, homonyms=12)
+    assert world.items.titles == plain.items.titles
+    texts = dict(zip(world.texts, world.senses, strict=True))
+    words = {word.lower() for title in world.items.titles for word in title.split()}
+    types = [t.word for t in world.catalogue.types]
+    assert len(world.catalogue.homonyms) == 12 and not plain.catalogue.homonyms
+    for word, meant in world.catalogue.homonyms.items():
+        senses = world.meaning[texts[word]]
+        assert word not in words and {types[code] for code in senses[:, 1]} == set(meant)
+        assert len(set(senses[:, 0])) == 2, "of different categories"
+        assert (senses[:, 2:] < 0).all() and (world.fold[texts[word]] == 0).all()
+    held_out = [text for text, senses in texts.items() if len(senses) == 2 and world.fold[senses[0]] > 0]
+    assert any(text.split()[-1] in world.catalogue.homonyms for text in held_out)
+
+
 def test_who_asks_decides_between_meanings() -> None:
     """Those who are at home among phones click phones for "apple", those who buy food click fruit."""
     world = worlds(interactions=150_000)

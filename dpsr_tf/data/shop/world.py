@@ -67,6 +67,7 @@ class Parameters:
     shops: int = option(80, "shops of both languages", 30, _MOST_SHOPS)
     invented_brands: int = option(0, "brands of each category beside the lexicon's", 0, _MOST_BRANDS)
     shared_brands: int = option(0, "of these, how many are brands of the next category too", 0, _MOST_BRANDS)
+    homonyms: int = option(0, "English query words that are synonyms of two types each, of different categories", 0, 12)
     held_out_share: float = option(0.1, "share of meanings that the log never asks for, half dev, half test", 0.01, 0.5)
     judged_queries: int = option(300, "queries in each of judgments.dev.tsv and judgments.test.tsv, at most", 10, 10**6)
     max_judged_items: int = option(50, "relevant items listed for a query, at most", 1, 10_000)
@@ -141,6 +142,7 @@ class Catalogue:
             self._add_words(language)
             per_category = max(2, parameters.shops // len(self.categories))
             self._add_shops(language, per_category, rng)
+        self.homonyms = self._add_homonyms(parameters)
         shares = ((0.0, 1 - parameters.chinese_share), (1 - parameters.chinese_share, 1.0))
         self.num_items = [_between(parameters.items, share) for share in shares]
         self.num_users = [_between(parameters.users, share) for share in shares]
@@ -170,6 +172,24 @@ class Catalogue:
                     codes[name] = len(self.brands)
                     self.brands.append(name)
             self.category_brands.append(np.array([codes[name] for name in mine]))
+
+    def _add_homonyms(self, parameters: Parameters) -> dict[str, list[str]]:
+        """Gives types further synonyms, each shared by two types of different categories; returns their words."""
+        language, rng = self.languages[0], random_stream(parameters, "homonyms")
+        known = {*self.brands, *(word for t in self.types for text in (t.word, *t.synonyms) for word in text.split())}
+        free = [int(t) for t in rng.permutation(self.types_of(0)) if self.types[t].fits is None]
+        found: dict[str, list[str]] = {}
+        for name in _invent(language, parameters.homonyms, 3, known, rng):
+            one = free.pop()
+            other = next((t for t in free[::-1] if self.type_category[t] != self.type_category[one]), None)
+            if other is None:
+                break
+            free.remove(other)
+            for code in (one, other):
+                mine = self.types[code]
+                self.types[code] = dataclasses.replace(mine, synonyms=(*mine.synonyms, name))
+            found[name] = [self.types[code].word for code in (one, other)]
+        return found
 
     def _add_words(self, language: Language) -> None:
         codes: dict[str, int] = {}
