@@ -269,7 +269,7 @@ def write_flat(store: Path, path: Path) -> float:
         name: log[f"positive.{name}.values"][log[f"positive.{name}"]].astype(float) for name in ("weight", "label")
     }
     event = {name: files["users"][f"event.{name}"] for name in ("splits", "time", "item", "type", "query")}
-    first, last = histories(positive["user"], positive["time"], event["splits"], event["time"])
+    first, last = histories(positive, event)
     types = [integers("type", [code]) for code in range(int(positive["type"].max()) + 1)]
     numbers = {
         name: {value: number(name, value) for value in np.unique(positive[name]).tolist()}
@@ -299,13 +299,20 @@ def write_flat(store: Path, path: Path) -> float:
     return float((last - first).mean())
 
 
-def histories(
-    user: np.ndarray, time: np.ndarray, splits: np.ndarray, event_time: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """First and last + 1 of the events of `user` that are the last HISTORY ones strictly before `time`."""
+def histories(positive: dict[str, np.ndarray], event: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """First and last + 1 of the events that are the history of each positive.
+
+    They are the last HISTORY ones of its user strictly before its time, and before those of its own query and item that
+    it repeats.
+    """
+    user, splits = positive["user"], event["splits"]
     owner = np.repeat(np.arange(len(splits) - 1, dtype=np.int64), np.diff(splits))
-    keys = (owner << 32) + event_time
-    last = np.searchsorted(keys, (user.astype(np.int64) << 32) + time, side="left")
+    keys = (owner << 32) + event["time"]
+    last = np.searchsorted(keys, (user.astype(np.int64) << 32) + positive["time"], side="left")
+    own = (positive["query"].astype(np.int64) << 32) + positive["item"]
+    asked = (event["query"].astype(np.int64) << 32) + event["item"]
+    while (repeats := (last > splits[user]) & (asked[last - 1] == own)).any():
+        last = last - repeats
     return np.maximum(splits[user], last - HISTORY), last
 
 

@@ -53,11 +53,20 @@ def test_histories_are_the_last_events_before():
     draw = np.random.default_rng(1)
     splits = np.cumsum([0, 0, 3, 90, 1])
     times = np.concatenate([np.sort(draw.integers(0, 60, count)) for count in np.diff(splits)]).astype(np.uint32)
-    user, time = draw.integers(0, 4, 500).astype(np.int32), draw.integers(0, 60, 500).astype(np.uint32)
-    first, last = benchmark.histories(user, time, splits, times)
-    for u, t, begin, end in zip(user, time, first, last, strict=True):
+    asked, taken = (draw.integers(0, 2, times.size).astype(np.int32) for _ in range(2))
+    event = {"splits": splits, "time": times, "query": asked, "item": taken}
+    positive = {"user": draw.integers(0, 4, 500), "time": draw.integers(0, 60, 500).astype(np.uint32)}
+    positive |= {name: draw.integers(0, 2, 500).astype(np.int32) for name in ("query", "item")}
+    first, last = benchmark.histories(positive, event)
+    repeated = 0
+    columns = [positive[name] for name in ("user", "time", "query", "item")]
+    for u, t, q, i, begin, end in zip(*columns, first, last, strict=True):
         before = [event for event in range(splits[u], splits[u + 1]) if times[event] < t]
+        while before and (asked[before[-1]], taken[before[-1]]) == (q, i):
+            before.pop()
+            repeated += 1
         assert list(range(begin, end)) == before[-20:]
+    assert repeated > 0
     assert (last - first).max() == 20
 
 
