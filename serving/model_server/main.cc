@@ -281,15 +281,11 @@ int Serve(const ServerOptions& options, const sigset_t& signals) {
   std::string metrics_path;
   if (read.ok()) read = ReadMetricsPath(options, &metrics_path);
   if (!read.ok()) return FailToStart(std::string(read.message()));
-  WorkerPoolOptions worker_options;
-  worker_options.num_threads = NumWorkers(options, cpus, manager_options.servable.batch_threads.get());
-  worker_options.max_queued = options.max_queued_requests;
-  // Requests that wait for their batch compute nothing.
-  if (manager_options.servable.batch_threads == nullptr) worker_options.max_prompt = cpus;
+  const int num_workers = NumWorkers(options, cpus, manager_options.servable.batch_threads.get());
   ModelManager models(std::move(manager_options));
   RequestHandler handler(&models);
   // At most so many requests are computed at a time, the others wait.
-  WorkerPool workers(worker_options);
+  WorkerPool workers(num_workers, options.max_queued_requests);
   std::unique_ptr<GrpcServer> server;
   // Listens before it loads, so that a port in use shows at once and clients can watch the state of the models.
   const Status listening = GrpcServer::Start(grpc_options, &handler, &workers, &server);

@@ -1,14 +1,12 @@
 #include "serving/model_server/worker_pool.h"
 
-#include <algorithm>
 #include <utility>
 
 namespace dpsr::serving {
 
-WorkerPool::WorkerPool(const WorkerPoolOptions& options)
-    : options_(options), begun_(options.num_threads, Clock::time_point::min()) {
-  threads_.reserve(begun_.size());
-  for (size_t i = 0; i < begun_.size(); ++i) threads_.emplace_back([this, i] { Work(i); });
+WorkerPool::WorkerPool(int num_threads, size_t max_queued) : max_queued_(max_queued) {
+  threads_.reserve(num_threads);
+  for (int i = 0; i < num_threads; ++i) threads_.emplace_back([this] { Work(); });
 }
 
 WorkerPool::~WorkerPool() {
@@ -21,14 +19,12 @@ WorkerPool::~WorkerPool() {
 }
 
 bool WorkerPool::Add(std::function<void()> task) {
-  bool wake;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (tasks_.size() >= options_.max_queued) return false;
+    if (tasks_.size() >= max_queued_) return false;
     tasks_.push_back(std::move(task));
-    wake = NeedsThread();
   }
-  if (wake) changed_.notify_one();
+  changed_.notify_one();
   return true;
 }
 
@@ -42,53 +38,21 @@ size_t WorkerPool::num_running() const {
   return num_running_;
 }
 
-bool WorkerPool::HasRoom(size_t more) const {
-  const size_t most = static_cast<size_t>(options_.max_prompt);
-  if (num_running_ + more < most) return true;
-  if (more >= most) return false;
-  const auto now = Clock::now();
-  const auto is_prompt = [&](Clock::time_point begun) {
-    return begun != Clock::time_point::min() && now - begun < options_.patience;
-  };
-  return static_cast<size_t>(std::count_if(begun_.begin(), begun_.end(), is_prompt)) + more < most;
-}
-
-bool WorkerPool::NeedsThread() {
-  if (tasks_.empty() || num_idle_ == num_waking_) return false;
-  if (watched_ && !HasRoom(num_waking_)) return false;
-  ++num_waking_;
-  return true;
-}
-
-void WorkerPool::Work(size_t thread) {
-  std::unique_lock<std::mutex> lock(mutex_);
+void WorkerPool::Work() {
   for (;;) {
-    while (tasks_.empty() || !(stopping_ || HasRoom(0))) {
-      if (stopping_) return;
-      const bool watches = !tasks_.empty() && !watched_;
-      ++num_idle_;
-      if (watches) {
-        watched_ = true;
-        changed_.wait_for(lock, options_.patience / 2);
-        watched_ = false;
-      } else {
-        changed_.wait(lock);
-      }
-      --num_idle_;
-      if (num_waking_ > 0) --num_waking_;
+    std::function<void()> task;
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      changed_.wait(lock, [this] { return stopping_ || !tasks_.empty(); });
+      if (tasks_.empty()) return;
+      task = std::move(tasks_.front());
+      tasks_.pop_front();
+      ++num_running_;
     }
-    std::function<void()> task = std::move(tasks_.front());
-    tasks_.pop_front();
-    ++num_running_;
-    begun_[thread] = Clock::now();
-    const bool wake = NeedsThread();
-    lock.unlock();
-    if (wake) changed_.notify_one();
     task();
     task = nullptr;  // what it holds goes before it counts as done
-    lock.lock();
+    std::lock_guard<std::mutex> lock(mutex_);
     --num_running_;
-    begun_[thread] = Clock::time_point::min();
   }
 }
 
