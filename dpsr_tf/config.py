@@ -197,6 +197,27 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return data
 
 
+def read_assignment(assignment: str, example: str) -> tuple[str, Any]:
+    """Name and value, read as YAML, of a flag `--set=name=value`.
+
+    Args:
+        assignment: what follows `--set=`.
+        example: of one, for the message.
+
+    Raises:
+        UsageError: there is no name or no `=`, or the value is not YAML.
+    """
+    name, equals, text = assignment.partition("=")
+    if not name or not equals:
+        form = f"{'section.key' if '.' in example else 'name'}=value"
+        raise UsageError(f"--set={assignment}: expected {form}, for example {example}")
+    try:
+        return name, yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        problem = getattr(error, "problem", None) or error
+        raise UsageError(f"--set={assignment}: '{text}' is not valid YAML: {problem}") from None
+
+
 def to_dict(value: Any) -> Any:
     """A dataclass as plain dicts and lists, for YAML and JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

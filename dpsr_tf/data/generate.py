@@ -20,7 +20,7 @@ import pyarrow.parquet
 import yaml
 from absl import flags
 
-from dpsr_tf.config import from_dict, read_yaml, to_dict
+from dpsr_tf.config import from_dict, read_assignment, read_yaml, to_dict
 from dpsr_tf.data.schema import EVENT_TYPES
 from dpsr_tf.data.shop.judge import FOLDS, KINDS, judged, kinds, labels, purchases
 from dpsr_tf.data.shop.lexicon import GENDERS, POWERS
@@ -126,13 +126,7 @@ def _parameters(values: flags.FlagValues) -> Parameters:
         if values[name].present:
             given[name] = values[name].value
     for assignment in values["set"].value:
-        name, equals, text = assignment.partition("=")
-        if not equals:
-            raise UsageError(f"--set={assignment}: expected name=value, for example list_length=10")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UsageError(f"--set={assignment}: '{text}' is not a number") from None
+        name, value = read_assignment(assignment, "list_length=10")
         from_dict(Parameters, {name: value}, f"--set={assignment}", check=False)
         given[name] = value
     return from_dict(Parameters, given, "parameters")

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "dpsr_tf/ops/embedding_bag.h"
+#include "dpsr_tf/ops/tf_check_shape.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/resource_mgr.h"
@@ -54,11 +55,6 @@ tensorflow::Status PairShape(InferenceContext* c, int input, ShapeHandle* shape)
   TF_RETURN_IF_ERROR(c->WithRank(c->input(input + 1), 0, &handle));
   TF_RETURN_IF_ERROR(c->WithRank(VariableShape(c, input), 2, shape));
   return c->Merge(*shape, VariableShape(c, input + 1), shape);
-}
-
-tensorflow::Status CheckShape(const char* name, const TensorShape& got, const TensorShape& expected) {
-  if (got == expected) return tensorflow::OkStatus();
-  return errors::InvalidArgument(name, " has shape ", got.DebugString(), ", expected ", expected.DebugString());
 }
 
 tensorflow::Status CheckVector(const char* name, const Tensor& tensor) {

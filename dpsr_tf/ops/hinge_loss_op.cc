@@ -2,6 +2,7 @@
 
 #include "dpsr_tf/ops/hinge_loss.h"
 
+#include "dpsr_tf/ops/tf_check_shape.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
@@ -98,16 +99,9 @@ class HingeLossOp : public OpKernel {
     OP_REQUIRES(context, scores.dims() == 2 && (!on_diagonal || scores.dim_size(0) <= scores.dim_size(1)),
                 errors::InvalidArgument("scores has shape ", scores.shape().DebugString(), ", expected [b, n]"));
     const TensorShape pairs({scores.dim_size(0)});
-    auto check = [&](int input, const char* name, const TensorShape& expected) {
-      const TensorShape& got = context->input(input).shape();
-      OP_REQUIRES(context, got == expected,
-                  errors::InvalidArgument(name, " has shape ", got.DebugString(), ", expected ",
-                                          expected.DebugString(), ", as scores is ", scores.shape().DebugString()));
-    };
-    check(kWeights, "weights", scores.shape());
-    check(kExampleWeights, "example_weights", pairs);
-    if (!on_diagonal) check(kPositive, "positive", pairs);
-    if (!context->status().ok()) return;
+    OP_REQUIRES_OK(context, CheckShape("weights", context->input(kWeights).shape(), scores.shape()));
+    OP_REQUIRES_OK(context, CheckShape("example_weights", context->input(kExampleWeights).shape(), pairs));
+    if (!on_diagonal) OP_REQUIRES_OK(context, CheckShape("positive", context->input(kPositive).shape(), pairs));
     auto data = [&](int input) { return context->input(input).flat<T>().data(); };
     HingeInput<T> input{nullptr, data(kScores), data(kWeights), data(kExampleWeights)};
     Tensor *loss, *of_scores;
@@ -159,12 +153,8 @@ class MixedHingeLossOp : public OpKernel {
     const Tensor &scores = context->input(0), &mask = context->input(1), &weights = context->input(2);
     OP_REQUIRES(context, scores.dims() == 2 && scores.dim_size(0) <= scores.dim_size(1),
                 errors::InvalidArgument("scores has shape ", scores.shape().DebugString(), ", expected [b, b + r]"));
-    OP_REQUIRES(context, mask.shape() == scores.shape(),
-                errors::InvalidArgument("mask has shape ", mask.shape().DebugString(), ", expected that of scores, ",
-                                        scores.shape().DebugString()));
-    OP_REQUIRES(context, weights.shape() == TensorShape({scores.dim_size(0)}),
-                errors::InvalidArgument("example_weights has shape ", weights.shape().DebugString(), ", expected [",
-                                        scores.dim_size(0), "]"));
+    OP_REQUIRES_OK(context, CheckShape("mask", mask.shape(), scores.shape()));
+    OP_REQUIRES_OK(context, CheckShape("example_weights", weights.shape(), TensorShape({scores.dim_size(0)})));
     Tensor *loss, *gradient;
     OP_REQUIRES_OK(context, context->allocate_output(0, TensorShape({}), &loss));
     OP_REQUIRES_OK(context, context->allocate_output(1, scores.shape(), &gradient));

@@ -2,6 +2,7 @@
 
 #include "dpsr_tf/ops/layers.h"
 
+#include "dpsr_tf/ops/tf_check_shape.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
@@ -19,12 +20,6 @@ using ::tensorflow::TensorShape;
 using ::tensorflow::shape_inference::DimensionHandle;
 using ::tensorflow::shape_inference::InferenceContext;
 using ::tensorflow::shape_inference::ShapeHandle;
-
-tensorflow::Status CheckShape(const char* name, const Tensor& tensor, const TensorShape& expected) {
-  if (tensor.shape() == expected) return tensorflow::OkStatus();
-  return errors::InvalidArgument(name, " has shape ", tensor.shape().DebugString(), ", expected ",
-                                 expected.DebugString());
-}
 
 REGISTER_OP("DpsrAddBias")
     .Input("x: float")
@@ -51,7 +46,7 @@ class AddBiasOp : public OpKernel {
     const Tensor &x = context->input(0), &bias = context->input(1);
     OP_REQUIRES(context, x.dims() == 2,
                 errors::InvalidArgument("x has shape ", x.shape().DebugString(), ", expected [n, width]"));
-    OP_REQUIRES_OK(context, CheckShape("bias", bias, TensorShape({x.dim_size(1)})));
+    OP_REQUIRES_OK(context, CheckShape("bias", bias.shape(), TensorShape({x.dim_size(1)})));
     Tensor* y;
     OP_REQUIRES_OK(context, context->forward_input_or_allocate_output({0}, 0, x.shape(), &y));
     AddBias(x.flat<float>().data(), bias.flat<float>().data(), x.dim_size(0), x.dim_size(1), relu_,
@@ -88,7 +83,7 @@ class AddBiasGradientOp : public OpKernel {
     const Tensor &upstream = context->input(0), &y = context->input(1);
     OP_REQUIRES(context, y.dims() == 2,
                 errors::InvalidArgument("y has shape ", y.shape().DebugString(), ", expected [n, width]"));
-    OP_REQUIRES_OK(context, CheckShape("upstream", upstream, y.shape()));
+    OP_REQUIRES_OK(context, CheckShape("upstream", upstream.shape(), y.shape()));
     Tensor *of_x = nullptr, *of_bias;
     if (relu_) {
       OP_REQUIRES_OK(context, context->forward_input_or_allocate_output({0}, 0, y.shape(), &of_x));
@@ -128,7 +123,7 @@ class UnitVectorsOp : public OpKernel {
     OP_REQUIRES(context, x.dims() >= 2,
                 errors::InvalidArgument("x has shape ", x.shape().DebugString(), ", expected [texts, ..., dim]"));
     const int64_t texts = x.dim_size(0), dim = x.dim_size(x.dims() - 1);
-    OP_REQUIRES_OK(context, CheckShape("row_splits", row_splits, TensorShape({texts + 1})));
+    OP_REQUIRES_OK(context, CheckShape("row_splits", row_splits.shape(), TensorShape({texts + 1})));
     int64_t per_text = 1;
     for (int i = 1; i < x.dims() - 1; ++i) per_text *= x.dim_size(i);
     Tensor *y, *scales;
@@ -162,10 +157,10 @@ class UnitVectorsGradientOp : public OpKernel {
     const Tensor &upstream = context->input(0), &y = context->input(1), &scales = context->input(2);
     OP_REQUIRES(context, y.dims() >= 2,
                 errors::InvalidArgument("y has shape ", y.shape().DebugString(), ", expected [texts, ..., dim]"));
-    OP_REQUIRES_OK(context, CheckShape("upstream", upstream, y.shape()));
+    OP_REQUIRES_OK(context, CheckShape("upstream", upstream.shape(), y.shape()));
     int64_t n = 1;
     for (int i = 0; i < y.dims() - 1; ++i) n *= y.dim_size(i);
-    OP_REQUIRES_OK(context, CheckShape("scales", scales, TensorShape({n})));
+    OP_REQUIRES_OK(context, CheckShape("scales", scales.shape(), TensorShape({n})));
     Tensor* of_x;
     OP_REQUIRES_OK(context, context->forward_input_or_allocate_output({0}, 0, y.shape(), &of_x));
     UnitVectorsGradient(upstream.flat<float>().data(), y.flat<float>().data(), scales.flat<float>().data(), n,

@@ -15,11 +15,10 @@ from typing import Any
 
 import markdown
 import numpy as np
-import yaml
 from absl import flags
 
 from dpsr_tf import __version__
-from dpsr_tf.config import from_dict, to_dict
+from dpsr_tf.config import from_dict, read_assignment, to_dict
 from dpsr_tf.errors import CommandError, UsageError
 from dpsr_tf.report import experiments, plots, sections
 from dpsr_tf.report.lab import Lab, Result, write
@@ -93,13 +92,7 @@ def size_from_flags(quick: bool, assignments: list[str]) -> Size:
     """The size of a mode with `name=value` assignments over it. Raises UsageError."""
     data = to_dict(QUICK if quick else Size())
     for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not equals:
-            raise UsageError(f"--set={assignment}: expected name=value, for example steps=500")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UsageError(f"--set={assignment}: '{text}' is not valid YAML") from None
+        name, value = read_assignment(assignment, "steps=500")
         from_dict(Size, {name: value}, f"--set={assignment}", check=False)
         data[name] = value
     return from_dict(Size, data, "--set")

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
-import yaml
 from absl import flags
 
-from dpsr_tf.config import Config, from_dict, read_yaml, to_dict
+from dpsr_tf.config import Config, from_dict, read_assignment, read_yaml, to_dict
 from dpsr_tf.data.dataset import BatchOptions, examples_dataset, training_input
 from dpsr_tf.data.store import Store, check_replaceable
 from dpsr_tf.errors import CommandError, UsageError, op_message
@@ -70,14 +69,10 @@ def config_from_flags(path: str | None, assignments: list[str]) -> Config:
     """The config of a file with `section.key=value` assignments over it. Raises UsageError."""
     data = to_dict(from_dict(Config, read_yaml(path), path, check=not assignments)) if path else {}
     for assignment in assignments:
-        key, equals, text = assignment.partition("=")
+        key, value = read_assignment(assignment, "train.steps=500")
         section, dot, name = key.partition(".")
-        if not equals or not dot:
+        if not dot:
             raise UsageError(f"--set={assignment}: expected section.key=value, for example train.steps=500")
-        try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError) as error:
-            raise UsageError(f"--set={assignment}: '{text}' is not valid YAML: {error}") from None
         # Alone first: an error is then the assignment's, not the file's.
         from_dict(Config, {section: {name: value}}, f"--set={assignment}", check=False)
         data.setdefault(section, {})[name] = value

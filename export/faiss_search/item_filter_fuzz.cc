@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -28,9 +29,9 @@ void Check(bool condition) {
 
 // The attributes that are there where the input holds no file: a category, a number, several values.
 std::string WholeFile() {
-  char path[] = "/tmp/item_filter_fuzz_XXXXXX";
-  Check(mkdtemp(path) != nullptr);
-  const std::string name = std::string(path) + "/file";
+  std::string folder = std::filesystem::temp_directory_path() / "item_filter_fuzz_XXXXXX";
+  Check(mkdtemp(folder.data()) != nullptr);
+  const std::string name = folder + "/file";
   dpsr::PackedFileWriter writer(name, "item_attributes");
   Check(writer.Open().ok());
   const int64_t splits[] = {0, 1, 3};
@@ -57,8 +58,7 @@ std::string WholeFile() {
   std::FILE* file = std::fopen(name.c_str(), "rb");
   for (int c = std::fgetc(file); c != EOF; c = std::fgetc(file)) bytes.push_back(static_cast<char>(c));
   std::fclose(file);
-  unlink(name.c_str());
-  rmdir(path);
+  std::filesystem::remove_all(folder);
   return bytes;
 }
 

@@ -348,8 +348,7 @@ class SearchClient(_Client[grpc.Channel]):
             ServingError: the server refused the request or did not answer in time.
             ValueError: a value that cannot be sent; a user feature or input that the model does not take.
         """
-        batch = [queries] if isinstance(queries, (str, bytes)) else list(queries)
-        asked = make_search(batch, k, user, filters, exclude_filters, exclude_items, search_parameters)
+        asked = make_search(queries, k, user, filters, exclude_filters, exclude_items, search_parameters)
         return self._run(self._search_flow(asked, metadata))
 
     def model_status(self) -> list[ModelVersion]:
@@ -413,8 +412,7 @@ class AsyncSearchClient(_Client[grpc.aio.Channel]):
         metadata: Mapping[str, str] | None = None,
     ) -> list[SearchResult]:
         """See SearchClient.search."""
-        batch = [queries] if isinstance(queries, (str, bytes)) else list(queries)
-        asked = make_search(batch, k, user, filters, exclude_filters, exclude_items, search_parameters)
+        asked = make_search(queries, k, user, filters, exclude_filters, exclude_items, search_parameters)
         return await self._run(self._search_flow(asked, metadata))
 
     async def model_status(self) -> list[ModelVersion]:

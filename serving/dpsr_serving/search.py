@@ -104,7 +104,7 @@ class Search:
 
 
 def make_search(
-    queries: Sequence[Text],
+    queries: Text | Sequence[Text],
     k: int | None,
     user: User | Mapping[str, Any] | Sequence[User | Mapping[str, Any] | None] | None,
     filters: Filters,
@@ -113,16 +113,17 @@ def make_search(
     search_parameters: str,
 ) -> Search:
     """Checks what can be checked without knowing the model. Raises ValueError, TypeError."""
+    batch = [queries] if isinstance(queries, (str, bytes)) else list(queries)
     if k is not None and not 0 < k < 2**31:
         raise ValueError(f"k must be a positive int32, got {k}")
     if user is None or isinstance(user, (User, Mapping)):
-        users = [_user(user)] * len(queries)
+        users = [_user(user)] * len(batch)
     else:
         users = [_user(one) for one in user]
-        if len(users) != len(queries):
-            raise ValueError(f"{len(users)} users for {len(queries)} queries; give one user, or one for each query")
+        if len(users) != len(batch):
+            raise ValueError(f"{len(users)} users for {len(batch)} queries; give one user, or one for each query")
     include, exclude = expressions(filters), expressions(exclude_filters)
-    return Search(list(queries), k, users, include, exclude, list(exclude_items), search_parameters)
+    return Search(batch, k, users, include, exclude, list(exclude_items), search_parameters)
 
 
 def _user(user: User | Mapping[str, Any] | None) -> User | None:
