@@ -146,11 +146,10 @@ tensorflow::Status StartBatching(const ServerOptions& options, std::shared_ptr<B
   return BatchThreads::Start(parameters, options.enable_per_model_batching_parameters, threads);
 }
 
-// Requests that are handled at a time. Those that wait for their batch hold a thread each: enough for the batches that
+// Requests that are handled at a time, unless a flag says otherwise. Those that wait for their batch hold a thread each: enough for the batches that
 // run and as many that form, within reason.
-int NumWorkers(const ServerOptions& options, int cpus, const BatchThreads* batch_threads) {
+int NumWorkers(int cpus, const BatchThreads* batch_threads) {
   constexpr int64_t kMostForBatches = 256;
-  if (options.grpc_max_threads > 0) return options.grpc_max_threads;
   int64_t workers = 4 * cpus;
   if (batch_threads != nullptr) {
     const BatchingParameters& parameters = batch_threads->parameters();
@@ -281,16 +280,18 @@ int Serve(const ServerOptions& options, const sigset_t& signals) {
   std::string metrics_path;
   if (read.ok()) read = ReadMetricsPath(options, &metrics_path);
   if (!read.ok()) return FailToStart(std::string(read.message()));
-  const int num_workers = NumWorkers(options, cpus, manager_options.servable.batch_threads.get());
+  const int num_workers = NumWorkers(cpus, manager_options.servable.batch_threads.get());
   ModelManager models(std::move(manager_options));
   RequestHandler handler(&models);
   // At most so many requests are computed at a time, the others wait.
-  WorkerPool workers(num_workers, options.max_queued_requests);
+  WorkerPool workers(options.grpc_max_threads > 0 ? options.grpc_max_threads : num_workers, options.max_queued_requests);
+  WorkerPool rest_workers(options.rest_api_num_threads > 0 ? options.rest_api_num_threads : num_workers,
+                          options.max_queued_requests);
   std::unique_ptr<GrpcServer> server;
   // Listens before it loads, so that a port in use shows at once and clients can watch the state of the models.
   const Status listening = GrpcServer::Start(grpc_options, &handler, &workers, &server);
   if (!listening.ok()) return FailToStart(listening.message());
-  RestApi rest_api(&handler, &workers, metrics_path);
+  RestApi rest_api(&handler, {&workers, &rest_workers}, metrics_path);
   std::unique_ptr<RestServer> rest;
   if (options.rest_api_port != 0 && options.rest_api_port == server->port()) {
     LogWarning("--rest_api_port is the gRPC port ", server->port(), " too; there is no REST API");
@@ -298,10 +299,10 @@ int Serve(const ServerOptions& options, const sigset_t& signals) {
     RestServerOptions rest_options;
     rest_options.host = options.host;
     rest_options.port = options.rest_api_port;
-    rest_options.num_threads = options.rest_api_num_threads > 0 ? options.rest_api_num_threads : cpus;
+    rest_options.num_threads = cpus;
     rest_options.timeout = std::chrono::milliseconds(options.rest_api_timeout_in_ms);
     rest_options.enable_cors = options.rest_api_enable_cors_support;
-    const Status rest_listening = RestServer::Start(rest_options, &rest_api, &workers, &rest);
+    const Status rest_listening = RestServer::Start(rest_options, &rest_api, &rest_workers, &rest);
     if (!rest_listening.ok()) return FailToStart(rest_listening.message());
   }
   models.Start(configs);

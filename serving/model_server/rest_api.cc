@@ -122,7 +122,12 @@ RestReply RestApi::Answer(const RestRequest& request) const {
     }
     if (!metrics_path_.empty() && request.path == metrics_path_) {
       if (request.method != "GET") return {405, kText, "expected GET\n"};
-      SetInFlight(workers_->num_running(), workers_->num_queued());
+      size_t running = 0, waiting = 0;
+      for (const WorkerPool* workers : workers_) {
+        running += workers->num_running();
+        waiting += workers->num_queued();
+      }
+      SetInFlight(running, waiting);
       return {200, "text/plain; version=0.0.4", PrometheusText()};
     }
     std::string_view path = request.path;

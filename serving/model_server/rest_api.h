@@ -4,6 +4,7 @@
 
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "serving/model_server/request_handler.h"
 #include "serving/model_server/worker_pool.h"
@@ -31,10 +32,10 @@ class RestApi {
  public:
   // `metrics_path` is where the metrics stand, those of `workers` among them; empty: nowhere. `handler` and `workers` must
   // outlive this.
-  RestApi(const RequestHandler* handler, const WorkerPool* workers, std::string metrics_path)
-      : handler_(handler), workers_(workers), metrics_path_(std::move(metrics_path)) {}
+  RestApi(const RequestHandler* handler, std::vector<const WorkerPool*> workers, std::string metrics_path)
+      : handler_(handler), workers_(std::move(workers)), metrics_path_(std::move(metrics_path)) {}
 
-  // Answers a request. No call throws.
+  // Answers a request. No call throws. Only a POST may take long.
   RestReply Answer(const RestRequest& request) const;
 
  private:
@@ -43,7 +44,7 @@ class RestApi {
                            const RestRequest& request, std::string* body) const;
 
   const RequestHandler* const handler_;
-  const WorkerPool* const workers_;
+  const std::vector<const WorkerPool*> workers_;
   const std::string metrics_path_;
 };
 

@@ -13,7 +13,7 @@ class RestApiTest : public testing::Test {
   ModelManager models_{{}};
   RequestHandler handler_{&models_};
   WorkerPool workers_{1};
-  RestApi api_{&handler_, &workers_, "/metrics"};
+  RestApi api_{&handler_, {&workers_}, "/metrics"};
 };
 
 TEST_F(RestApiTest, PathsThatReachAModel) {

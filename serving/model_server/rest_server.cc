@@ -126,6 +126,10 @@ class Connection : public std::enable_shared_from_this<Connection> {
       Write({200, "text/plain", ""}, keep_alive);
       return;
     }
+    if (message.method() != http::verb::post) {
+      Write(shared_->api->Answer(request), keep_alive);
+      return;
+    }
     const auto arrival = Clock::now();
     auto work = [self = shared_from_this(), request = std::move(request), keep_alive, arrival] {
       RecordQueueing(std::chrono::duration_cast<std::chrono::microseconds>(Clock::now() - arrival).count());

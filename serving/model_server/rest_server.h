@@ -24,8 +24,8 @@ struct RestServerOptions {
 
 class RestServer {
  public:
-  // Listens. Requests are computed on `workers`; `api` and `workers` must outlive the server. kFailedPrecondition says
-  // why the address cannot be listened on.
+  // Listens. Inference runs on `workers`; what only asks for a state is answered at once, however busy these are. `api`
+  // and `workers` must outlive the server. kFailedPrecondition says why the address cannot be listened on.
   static Status Start(const RestServerOptions& options, const RestApi* api, WorkerPool* workers,
                       std::unique_ptr<RestServer>* server);
   // Ends connections, and waits for those whose request is being computed.

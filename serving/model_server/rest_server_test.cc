@@ -52,7 +52,7 @@ class RestServerTest : public testing::Test {
   ModelManager models_{{}};
   RequestHandler handler_{&models_};
   WorkerPool workers_{2};
-  RestApi api_{&handler_, &workers_, "/metrics"};
+  RestApi api_{&handler_, {&workers_}, "/metrics"};
   std::unique_ptr<RestServer> server_;
 };
 

@@ -45,5 +45,22 @@ TEST(WorkerPoolTest, RunsAsManyTasksAtATimeAsItHasThreads) {
   EXPECT_EQ(waiting, kThreads);
 }
 
+TEST(WorkerPoolTest, RefusesBeyondItsQueue) {
+  std::promise<void> begun, end;
+  std::shared_future<void> release = end.get_future().share();
+  WorkerPool pool(1, 2);
+  EXPECT_TRUE(pool.Add([&] {
+    begun.set_value();
+    release.wait();
+  }));
+  begun.get_future().wait();
+  EXPECT_TRUE(pool.Add([] {}));
+  EXPECT_TRUE(pool.Add([] {}));
+  EXPECT_FALSE(pool.Add([] {}));
+  EXPECT_EQ(pool.num_queued(), 2u);
+  EXPECT_EQ(pool.num_running(), 1u);
+  end.set_value();
+}
+
 }  // namespace
 }  // namespace dpsr::serving

@@ -20,6 +20,7 @@ from model_servers import (
     eventually,
     failing_start,
     free_port,
+    gate_request,
     predict_request,
     serving,
 )
@@ -107,7 +108,14 @@ def test_file_system_caches_need_not_be_flushed(half: Path, tmp_path: Path) -> N
 
 def test_rest_threads_bound_the_requests_that_run(exported: Path, base_path: Path, tmp_path: Path) -> None:
     saved_models.publish(exported / "signatures", base_path, 1)
-    flags = [f"--model_base_path={base_path}", "--rest_api_num_threads=1"]
+    config = tmp_path / "monitoring.config"
+    config.write_text("prometheus_config { enable: true }")
+    flags = [
+        f"--model_base_path={base_path}",
+        f"--monitoring_config_file={config}",
+        "--grpc_max_threads=2",
+        "--rest_api_num_threads=1",
+    ]
     with serving(tmp_path, *flags, rest_port=free_port()) as running:
         statuses = []
 
@@ -116,12 +124,28 @@ def test_rest_threads_bound_the_requests_that_run(exported: Path, base_path: Pat
             reply = running.rest("/v1/models/default:predict", {"signature_name": "gate", "inputs": inputs})
             statuses.append(reply.status)
 
+        def at_work() -> tuple[int, int]:
+            lines = running.rest("/monitoring/prometheus/metrics").text.splitlines()
+            values = dict(line.rsplit(" ", 1) for line in lines if line.startswith(":dpsr:serving:requests_"))
+            running_now, waiting = (values[f":dpsr:serving:requests_{state}"] for state in ("running", "waiting"))
+            return int(running_now), int(waiting)
+
         askers = [threading.Thread(target=ask, args=(name,)) for name in ("first", "second")]
         for asker in askers:
             asker.start()
-        eventually(lambda: list(tmp_path.glob("*.begun")), "a request runs")
-        assert running.rest("/healthz").status == 200  # which needs no thread of theirs
+        # What asks for a state needs no thread of theirs.
+        eventually(lambda: at_work() == (1, 1), "a request runs and one waits")
+        assert running.rest("/healthz").status == 200
+        assert running.rest("/v1/models/default").status == 200
+        # Nor do gRPC's.
+        folder = tmp_path / "grpc"
+        folder.mkdir()
+        request, begun, release = gate_request(folder)
+        by_grpc = running.prediction.Predict.future(request, timeout=PATIENCE_S)
+        eventually(begun.exists, "a gRPC request runs")
         assert len(list(tmp_path.glob("*.begun"))) == 1
+        release.touch()
+        by_grpc.result()
         (tmp_path / "release").touch()
         for asker in askers:
             asker.join(PATIENCE_S)
