@@ -3,9 +3,9 @@
     python benchmarks/quality.py --homedepot=DIR --movielens=DIR [--seeds=1,2] [--out=DIR] --json
 
 Home Depot (DIR as for `dpsr ingest --adapter=homedepot`, with the dev folds): BM25, a model trained with the paper's
-hinge loss (configs/homedepot_hinge.yaml), the best one known (configs/homedepot.yaml), and its fusion with BM25; recall
-over all products on the folds dev, misspelt_dev as typed, and misspelt_dev with spelling corrected. MovieLens 100K (DIR
-as for `--adapter=movielens_100k`): popularity, DPSR, DPSR-p and DPSR-h (configs/movielens.yaml) on what comes last in
+hinge loss (configs/homedepot_hinge.yaml), the same with ReLU layers, the best one known (configs/homedepot.yaml), and
+its fusion with BM25; recall over all products on the folds dev, misspelt_dev as typed, and misspelt_dev with spelling
+corrected. MovieLens 100K (DIR as for `--adapter=movielens_100k`): popularity, DPSR, DPSR-p and DPSR-h (configs/movielens.yaml) on what comes last in
 time, each user's query as of its own moment; of all queries, and of the most frequent ones (head), which leave most
 films to choose from. Give one set or both.
 
@@ -66,7 +66,11 @@ def homedepot_folds(data: Path) -> list[Fold]:
     return [Fold("dev", dev), Fold("misspelt_dev", misspelt), Fold("misspelt_dev corrected", [*misspelt, *corrected])]
 
 
-HOMEDEPOT_MODELS = [Model("hinge", "homedepot_hinge"), Model("best", "homedepot")]
+HOMEDEPOT_MODELS = [
+    Model("hinge", "homedepot_hinge"),
+    Model("hinge_relu", "homedepot_hinge", ["--set=model.hidden=[256, 256]"]),
+    Model("best", "homedepot"),
+]
 _PROFILE = ['--set=model.user_features=["*"]']
 MOVIELENS_MODELS = [
     Model("dpsr", "movielens"),

@@ -118,10 +118,8 @@ class TwoTower:
                 if self.config.num_heads == 1:
                     heads.append(self._layers(x))
                     continue
-                # All outputs of ReLU layers with random weights lie in one narrow cone. Heads that start in different
-                # cones start with one that wins for all queries, and the soft dot product never lets go of it.
-                projected = _dense("projection", x, self.config.token_dim, kernels=self._kernels)
-                heads.append(self._layers(projected, alike=True))
+                projected = _dense("projection", x, self.config.token_dim, _kept_and_mixed, kernels=self._kernels)
+                heads.append(self._layers(projected))
         return self._normalised("query", tf.stack(heads, axis=1), query.text)
 
     def item_embedding(self, item: ItemFeatures | Tokens) -> tf.Tensor:
@@ -230,24 +228,20 @@ class TwoTower:
             self.tables[name] = self._make_table(name, num_rows, dim)
         return self.tables[name]
 
-    def _layers(self, x: tf.Tensor, alike: bool = False) -> tf.Tensor:
-        """ReLU layers and a linear one. Those made with `alike` start from the same weights as each other."""
-        seeds = range(len(self.config.hidden) + 1) if alike else [None] * (len(self.config.hidden) + 1)
-        for i, width in enumerate(self.config.hidden):
-            x = _dense(f"hidden_{i}", x, width, seed=seeds[i], relu=True, kernels=self._kernels)
-        last = None if self.config.hidden else self._turned_text
-        return _dense(
-            "embedding", x, self.config.embedding_dim, seed=seeds[-1], initializer=last, kernels=self._kernels
-        )
+    def _layers(self, x: tf.Tensor) -> tf.Tensor:
+        """ReLU layers and a linear one.
 
-    def _turned_text(self, shape: Sequence[int], dtype: tf.DType, partition_info: None = None) -> tf.Tensor:
-        """Where a linear tower starts: what it reads of the text only turned, alike in all towers.
-
-        So a text begins next to texts with its tokens, those too that training never sees.
+        They start alike in all towers and heads and, where they read the text, only turn it: so a text starts next to
+        texts with its tokens, those too that training never sees. All outputs of ReLU layers with random weights lie in
+        one narrow cone. Towers in different cones never find together under the hinge; of heads in different ones, one
+        wins for all queries, and the soft dot product never lets go of it.
         """
-        text = v1.orthogonal_initializer(seed=0)([self.config.token_dim, shape[1]], dtype)
-        rest = v1.glorot_uniform_initializer()([shape[0] - self.config.token_dim, shape[1]], dtype)
-        return tf.concat([text, rest], axis=0)
+        rows = self.config.token_dim
+        for i, width in enumerate(self.config.hidden):
+            x = _dense(f"hidden_{i}", x, width, _turned(i, rows), relu=True, kernels=self._kernels)
+            rows = width
+        last = _turned(len(self.config.hidden), rows)
+        return _dense("embedding", x, self.config.embedding_dim, last, kernels=self._kernels)
 
     def _normalised(self, tower: str, x: tf.Tensor, text: Tokens) -> tf.Tensor:
         """`x` [texts, ..., embedding_dim] at length 1; zero where the text has no tokens."""
@@ -316,18 +310,35 @@ def _segment_sum(rows: tf.Tensor, row_splits: tf.Tensor) -> tf.Tensor:
     return tf.ensure_shape(total, [None, rows.shape[1]])
 
 
+Initializer = Callable[..., tf.Tensor]
+
+
+def _turned(seed: int, rows: int) -> Initializer:
+    """Of a kernel: an orthogonal matrix, alike for a seed, for the first `rows` inputs; random for the others."""
+
+    def kernel(shape: Sequence[int], dtype: tf.DType, partition_info: None = None) -> tf.Tensor:
+        turn = v1.orthogonal_initializer(seed=seed)([rows, shape[1]], dtype)
+        return tf.concat([turn, v1.glorot_uniform_initializer()([shape[0] - rows, shape[1]], dtype)], axis=0)
+
+    return kernel
+
+
+def _kept_and_mixed(shape: Sequence[int], dtype: tf.DType, partition_info: None = None) -> tf.Tensor:
+    """Of a kernel: keeps the first inputs and adds a random mixture of all."""
+    return tf.eye(*shape, dtype=dtype) + v1.glorot_uniform_initializer()(shape, dtype)
+
+
 def _dense(
     name: str,
     x: tf.Tensor,
     width: int,
+    initializer: Initializer | None = None,
     bias: bool = True,
-    seed: int | None = None,
-    initializer: Callable[..., tf.Tensor] | None = None,
     relu: bool = False,
     kernels: Layers = STOCK,
 ) -> tf.Tensor:
     with v1.variable_scope(name, reuse=v1.AUTO_REUSE):
-        initializer = initializer or v1.glorot_uniform_initializer(seed=seed)
+        initializer = initializer or v1.glorot_uniform_initializer()
         kernel = v1.get_variable("kernel", [x.shape[1], width], initializer=initializer, use_resource=True)
         if not bias:
             return tf.matmul(x, kernel)

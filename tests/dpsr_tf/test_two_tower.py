@@ -131,13 +131,12 @@ def test_empty_text_is_zero_even_with_biases():
 
 def test_one_table_and_two_towers():
     config = ModelConfig(token_dim=6, hidden=(8,), embedding_dim=5)
-    (query, item), variables = run(config, both(TEXTS))
+    _, variables = run(config, both(TEXTS))
     names = ["hidden_0/kernel", "hidden_0/bias", "embedding/kernel", "embedding/bias"]
     expected = {"token_embedding", *(f"{tower}/{n}" for tower in ("query_tower/head_0", "item_tower") for n in names)}
     assert set(variables) == expected, "one table for both, a checkpoint's names"
     assert variables["token_embedding"].shape == (NUM_IDS, 6)
     assert variables["query_tower/head_0/embedding/kernel"].shape == (8, 5)
-    assert np.abs(query[:, 0] - item)[[0, 2, 3]].max() > 0.01, "the towers have weights of their own"
 
 
 @pytest.mark.parametrize("embedding_dim", [4, 8, 20])
@@ -153,6 +152,20 @@ def test_linear_towers_start_as_one_turn_of_the_text(embedding_dim):
         texts = bags(variables["token_embedding"], TEXTS)
         texts /= np.maximum(np.linalg.norm(texts, axis=1, keepdims=True), 1e-6)
         np.testing.assert_allclose(item @ item.T, texts @ texts.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [(8,), (16, 7)])
+def test_towers_start_alike(hidden):
+    (query, item), _ = run(ModelConfig(token_dim=8, hidden=hidden, embedding_dim=6), both(TEXTS))
+    np.testing.assert_array_equal(query[:, 0], item)
+
+
+def test_heads_start_near_the_item_tower_and_apart():
+    config = ModelConfig(token_dim=64, embedding_dim=64, num_heads=2)
+    (query, item), _ = run(config, both(TEXTS))
+    cosines = np.einsum("qhd,qd->qh", query, item)[[0, 2, 3]]
+    assert cosines.min() > 0.4 and cosines.max() < 0.95
+    assert np.abs(query[:, 0] - query[:, 1]).max() > 0.05
 
 
 def test_the_turn_is_the_same_beside_features():
