@@ -23,7 +23,12 @@ from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 BIN = Path(__file__).resolve().parents[1] / "serving" / "dpsr_serving" / "bin"
 MODEL = "default"
 RESULTS = 1000  # ids (int64) and scores (float32) of an answer: 12 KB
-READY_S = 120.0
+
+
+def cpu_seconds_of(process: int) -> float:
+    """User and system time of a process since it began."""
+    stat = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Server:
@@ -52,8 +57,7 @@ class Server:
 
     def cpu_seconds(self) -> float:
         """User and system time of the process since it began."""
-        stat = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_seconds_of(self.process.pid)
 
     def stop(self) -> None:
         """Ends the process."""

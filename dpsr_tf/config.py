@@ -202,14 +202,15 @@ def read_assignment(assignment: str, example: str) -> tuple[str, Any]:
 
     Args:
         assignment: what follows `--set=`.
-        example: of one, for the message.
+        example: of one, for the message; with a dot in it, names are those of a section and a key.
 
     Raises:
-        UsageError: there is no name or no `=`, or the value is not YAML.
+        UsageError: there is no name, no dot in it that should be, or no `=`; or the value is not YAML.
     """
     name, equals, text = assignment.partition("=")
-    if not name or not equals:
-        form = f"{'section.key' if '.' in example else 'name'}=value"
+    dotted = "." in example
+    if not name or not equals or (dotted and "." not in name):
+        form = f"{'section.key' if dotted else 'name'}=value"
         raise UsageError(f"--set={assignment}: expected {form}, for example {example}")
     try:
         return name, yaml.safe_load(text)

@@ -26,9 +26,9 @@ def reference() -> str:
     lines = [_HEAD]
     lines += [
         "## The config file\n",
-        "One YAML file for `dpsr train`, `index` and `export`; `--set=section.key=value` overrides.",
+        "One YAML file for `dpsr train`, `index` and `export`; `--set=section.key=value` overrides (not of `export`).",
+        "[Training](training.md) and [choosing an index](index.md) tell how to choose.\n",
     ]
-    lines += ["[Training](training.md) and [choosing an index](index.md) tell how to choose.\n"]
     lines += _sections(Config, "")
     lines += [
         "## The schema file\n",

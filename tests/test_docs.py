@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
+from absl import flags
 
 from dpsr_tf.cli import COMMANDS
 from dpsr_tf.config import from_dict, to_dict
@@ -35,10 +38,28 @@ def test_schema_example_is_a_schema() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_and_commands_exist(document: Path) -> None:
     text = document.read_text()
-    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
-        assert (document.parent / link).exists(), link
-    for command in re.findall(r"^\$? ?dpsr (\w+)", text, re.MULTILINE):
+    for link, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+        page = document.parent / link if link else document
+        assert page.exists(), link
+        assert not anchor or anchor in anchors_of(page), f"{link}#{anchor}"
+    whole_lines = text.replace("\\\n", "")
+    for command, rest in re.findall(r"^\$? ?dpsr (\w+)([^#\n]*)", whole_lines, re.MULTILINE):
         assert command in COMMANDS, command
+        module = importlib.import_module(COMMANDS[command][0])
+        if not getattr(module, "PASS_UNKNOWN_FLAGS", False):
+            assert set(re.findall(r" \[?--(\w+)", rest)) <= flags_of(module), f"dpsr {command}{rest}"
+
+
+def anchors_of(page: Path) -> set[str]:
+    """What links may point to in a page: its headings in lower case, words joined by dashes."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def flags_of(module: ModuleType) -> set[str]:
+    values = flags.FlagValues()
+    module.define_flags(values)
+    return {"help", *values}
 
 
 def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:

@@ -15,8 +15,6 @@ from dpsr_tf.data.schema import EVENT_TYPES, FIXED_KINDS
 from dpsr_tf.data.store import interactions_names, vocabulary_name
 from dpsr_tf.errors import UsageError
 
-OWN_NEGATIVE_SOURCES = ("impressions", "labels", "both")
-
 
 class StoreFiles(Protocol):
     """What a dataset needs of a store: dpsr_tf.data.store.Store has it.

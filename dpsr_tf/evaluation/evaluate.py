@@ -43,8 +43,6 @@ KS = (10, 100)
 # The slicing that needs no column: how often the query is in the store's log.
 FREQUENCY = "frequency"
 _BATCH = 256
-# Pairs of a query that are scored in one call.
-_PAIRS = 1_000_000
 
 REQUIRED_FLAGS = ("store",)
 

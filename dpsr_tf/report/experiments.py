@@ -101,13 +101,17 @@ def _widths(shop: Shop) -> tuple[int, ...]:
     return widths[len(widths) // 2 :][:1] if shop.number else widths
 
 
-def _with_heads(heads: int, dim: int) -> str:
-    return f"{heads} head{'s' * (heads > 1)}, d {dim}"
+def _heads(number: int) -> str:
+    return f"{number} head{'s' * (number > 1)}"
+
+
+def _with_heads(number: int, dim: int) -> str:
+    return f"{_heads(number)}, d {dim}"
 
 
 def _pair(models: Mapping[str, Made], dim: int) -> dict[str, Made]:
     """One head and two, by their number."""
-    return {f"{heads} head{'s' * (heads > 1)}": models[_with_heads(heads, dim)] for heads in (1, 2)}
+    return {_heads(number): models[_with_heads(number, dim)] for number in (1, 2)}
 
 
 def table2(shop: Shop, models: Mapping[str, Made]) -> Result:

@@ -127,10 +127,10 @@ class Lab:
                 raise
 
     def shop(self, name: str, parameters: Mapping[str, Any]) -> Made:
-        """A generated shop of the report's seed."""
-        given = {"seed": self.seed, **parameters}
-        flags = [f"--set={key}={value}" for key, value in given.items()]
-        return self.make(name, {"generate": given}, lambda path: ["generate", f"--out={path}", "--overwrite", *flags])
+        """A generated shop; `parameters` are those of `dpsr generate --set`, the seed among them."""
+        flags = [f"--set={key}={value}" for key, value in parameters.items()]
+        definition = {"generate": parameters}
+        return self.make(name, definition, lambda path: ["generate", f"--out={path}", "--overwrite", *flags])
 
     def store(self, name: str, source: Made, schema: Mapping[str, Any]) -> Made:
         """The store of a schema whose files lie in a directory that was made."""

@@ -14,7 +14,7 @@ import pyarrow.parquet
 from dpsr_tf.data.store import new_directory
 from dpsr_tf.errors import CommandError
 from dpsr_tf.report.lab import Lab, Made, Result
-from dpsr_tf.report.shop import REPOSITORY, Size
+from dpsr_tf.report.shop import Size
 
 
 def _homedepot(lab: Lab, size: Size, path: Path) -> Result:
@@ -23,7 +23,6 @@ def _homedepot(lab: Lab, size: Size, path: Path) -> Result:
     wanted = {
         name: functools.partial(lab.model, f"model-homedepot-{preset}", store, size.public_config(preset))
         for name, preset in (("DPSR, best", "homedepot"), ("DPSR, the paper's hinge", "homedepot_hinge"))
-        if (REPOSITORY / "configs" / f"{preset}.yaml").is_file()
     }
     systems: dict[str, str | Made] = {"BM25": "bm25-words", "BM25, our tokens": "bm25", **lab.together(wanted)}
     columns = ("--query_column=search_term", "--item_column=product_uid", "--grade_column=relevance")

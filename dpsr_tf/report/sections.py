@@ -297,7 +297,6 @@ def _mixing(page: Report, found: Result) -> None:
     page.heading("Figure 7: the share of random negatives")
     page.text("DPSR with the paper's hinge loss, 64 random negatives and those of the batch.")
     first = found["mixing"][0]
-    of = {"purchases": first["purchases"], "unseen": first["unseen"]}
     panels = {
         "popularity of the first 10 (percentile)": ("purchases", "popularity@10"),
         "top-10, what users bought": ("purchases", "top-10"),
@@ -306,8 +305,8 @@ def _mixing(page: Report, found: Result) -> None:
     names = [f"{alpha:g}" for alpha in first["alpha"]]
     figures: dict[str, Any] = {}
     for title, (measured, figure) in panels.items():
-        values = [of[measured]["systems"][name][figure] for name in names]
-        intervals = [of[measured]["intervals"][name].get(figure) for name in names]
+        values = [first[measured]["systems"][name][figure] for name in names]
+        intervals = [first[measured]["intervals"][name].get(figure) for name in names]
         figures[title] = {"value": values, "interval": None if None in intervals else intervals}
     page.figure(
         "mixing",

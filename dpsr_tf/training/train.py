@@ -70,9 +70,7 @@ def config_from_flags(path: str | None, assignments: list[str]) -> Config:
     data = to_dict(from_dict(Config, read_yaml(path), path, check=not assignments)) if path else {}
     for assignment in assignments:
         key, value = read_assignment(assignment, "train.steps=500")
-        section, dot, name = key.partition(".")
-        if not dot:
-            raise UsageError(f"--set={assignment}: expected section.key=value, for example train.steps=500")
+        section, _, name = key.partition(".")
         # Alone first: an error is then the assignment's, not the file's.
         from_dict(Config, {section: {name: value}}, f"--set={assignment}", check=False)
         data.setdefault(section, {})[name] = value

@@ -30,7 +30,7 @@ Usage: dpsr serve --model_base_path=DIR [--model_name=NAME] [--host=127.0.0.1] [
        dpsr serve --model_config_file=FILE [--host=127.0.0.1] [--port=8500] [--flag=value ...]
 
 Serves the SavedModel versions in DIR (its children named by numbers), or the models that the text ModelServerConfig in
-FILE names, over TensorFlow Serving's gRPC API.
+FILE names, over TensorFlow Serving's gRPC API and, with --rest_api_port=PORT, its REST API.
 Every other flag goes to the model server as it is; its own are listed by {BINARY} --help
 """
 
@@ -74,7 +74,10 @@ def run(values: flags.FlagValues, arguments: list[str]) -> NoReturn:
         CommandError: the server cannot start; UsageError for the flags.
     """
     if not values.model_base_path and not values.model_config_file:
-        raise UsageError("no model to serve; give the directory of its versions with --model_base_path=DIR")
+        raise UsageError(
+            "no model to serve; give the directory of its versions with --model_base_path=DIR, or a list of models "
+            "with --model_config_file=FILE"
+        )
     if values.model_base_path and values.model_config_file:
         raise UsageError("give either --model_base_path or --model_config_file")
     if values.model_config_file:

@@ -66,7 +66,9 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("ca", None, "PEM file: encrypt, the server's certificate is signed by it.", flag_values=values)
     flags.DEFINE_string("certificate", None, "PEM file: encrypt, show this certificate.", flag_values=values)
     flags.DEFINE_string("key", None, "PEM file of its key.", flag_values=values)
-    flags.DEFINE_string("server_name", None, "Name in the server's certificate, if not the host.", flag_values=values)
+    flags.DEFINE_string(
+        "server_name", None, "Encrypt; name in the server's certificate, if not the host.", flag_values=values
+    )
     flags.DEFINE_float("timeout_s", 10.0, "Seconds to wait for an answer.", lower_bound=0.001, flag_values=values)
     flags.DEFINE_boolean("json", False, "Prints one JSON object a query instead of tables.", flag_values=values)
 
@@ -91,9 +93,10 @@ def run(values: flags.FlagValues, texts: list[str]) -> None:
         except UnicodeEncodeError:
             raise UsageError(f"the query {os.fsencode(text)!r} is not UTF-8 text; convert it to UTF-8") from None
     user = User(_features(values.user_features), values.clicked_items, values.past_queries, values.clicked_item_types)
-    tls = None
-    if values.ca is not None or values.certificate is not None:
-        tls = Tls(values.ca, values.certificate, values.key, values.server_name)
+    if (values.certificate is None) != (values.key is None):
+        raise UsageError("--certificate and --key go together; give both, or neither")
+    files = (values.ca, values.certificate, values.key, values.server_name)
+    tls = None if all(file is None for file in files) else Tls(*files)
     try:
         with SearchClient(
             values.target,

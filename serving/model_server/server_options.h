@@ -30,7 +30,7 @@ struct ServerOptions {
   bool enable_grpc_healthcheck_service = false;
   std::string ssl_config_file;
   int32_t rest_api_port = 0;         // 0: no REST
-  int32_t rest_api_num_threads = 0;  // 0: the number of CPUs
+  int32_t rest_api_num_threads = 0;  // 0: as many as grpc_max_threads 0 gives
   int32_t rest_api_timeout_in_ms = 30'000;
   bool rest_api_enable_cors_support = false;
   std::string model_config_file;

@@ -411,9 +411,7 @@ class _Outgoing(http2.Connection[_Response]):
             self.hello.exception()  # somebody may have stopped to wait for it
         for stream in self.streams.values():
             self._finish(stream, self._channel.lost("the connection was lost"))
-        for waiter in self._waiting:
-            if not waiter.done():
-                waiter.set_result(None)
+        self._wake_all()
 
     def on_goaway(self, last: int) -> None:
         self.usable = False
@@ -421,9 +419,7 @@ class _Outgoing(http2.Connection[_Response]):
             self.forget(stream)
             self._finish(stream, None)
         self._close_idle()
-        for waiter in self._waiting:
-            if not waiter.done():
-                waiter.set_result(None)
+        self._wake_all()
 
     def on_headers(self, number: int, head: _Response, ended: bool) -> None:
         stream = self.streams.get(number)
@@ -530,6 +526,12 @@ class _Outgoing(http2.Connection[_Response]):
             if not waiter.done():
                 waiter.set_result(None)
                 return
+
+    def _wake_all(self) -> None:
+        """Of a connection that takes no more calls: those that wait for a place go elsewhere."""
+        for waiter in self._waiting:
+            if not waiter.done():
+                waiter.set_result(None)
 
     def _close_idle(self) -> None:
         if not self.usable and not self.streams and not self.closed:
