@@ -145,10 +145,11 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 test-fast: native
 	$(PYTEST) -m "not slow"
 
-# The fast part first: what is wrong shows early.
+# The fast part first: what is wrong shows early. Files of slow tests begin in the order of tests/conftest.py, not by how
+# many tests they hold.
 test: lint test-cpp sanitize
 	$(PYTEST) -m "not slow"
-	$(PYTEST) -m "slow and not distributed"
+	$(PYTEST) --no-loadscope-reorder -m "slow and not distributed"
 
 # Clusters of processes that are killed, stopped, and compared with local training: minutes.
 test-distributed: native

@@ -48,6 +48,7 @@ class ModelConfig:
     num_heads: int = option(1, "m, embeddings of a query (4.2)", 1, 16)
     temperature: float = option(0.1, "beta of the soft dot product over heads (equation 1); 0 is the largest", 0, 1e3)
     share_text_table: bool = option(True, "query and item text share one embedding table")
+    aligned_start: bool = option(True, "towers and heads start as the same rotation of the text; off: each by chance")
     item_features: tuple[str, ...] = option((), "features that enter the item tower beside the text")
     user_features: tuple[str, ...] = option((), "profile features that enter the query tower (DPSR-p)")
     history_length: int = option(0, "last items of the user that enter the query tower (DPSR-h)", 0, 1000)

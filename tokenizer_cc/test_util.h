@@ -3,6 +3,7 @@
 #define DPSR_TOKENIZER_CC_TEST_UTIL_H_
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <filesystem>
 #include <fstream>
@@ -31,7 +32,7 @@ class FileTest : public ::testing::Test {
  protected:
   void SetUp() override {
     const ::testing::TestInfo* test = ::testing::UnitTest::GetInstance()->current_test_info();
-    directory_ = StrCat(::testing::TempDir(), test->test_suite_name(), "_", test->name());
+    directory_ = StrCat(::testing::TempDir(), test->test_suite_name(), "_", test->name(), "_", getpid());
     std::filesystem::remove_all(directory_);
     std::filesystem::create_directory(directory_);
     path_ = directory_ + "/file.dpsr";

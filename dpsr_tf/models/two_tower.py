@@ -118,7 +118,8 @@ class TwoTower:
                 if self.config.num_heads == 1:
                     heads.append(self._layers(x))
                     continue
-                projected = _dense("projection", x, self.config.token_dim, _kept_and_mixed, kernels=self._kernels)
+                start = _kept_and_mixed if self.config.aligned_start else None
+                projected = _dense("projection", x, self.config.token_dim, start, kernels=self._kernels)
                 heads.append(self._layers(projected))
         return self._normalised("query", tf.stack(heads, axis=1), query.text)
 
@@ -231,17 +232,19 @@ class TwoTower:
     def _layers(self, x: tf.Tensor) -> tf.Tensor:
         """ReLU layers and a linear one.
 
-        They start alike in all towers and heads and, where they read the text, only turn it: so a text starts next to
-        texts with its tokens, those too that training never sees. All outputs of ReLU layers with random weights lie in
-        one narrow cone. Towers in different cones never find together under the hinge; of heads in different ones, one
-        wins for all queries, and the soft dot product never lets go of it.
+        With an aligned start they are alike in all towers and heads and, where they read the text, only turn it: so a
+        text starts next to texts with its tokens, those too that training never sees. All outputs of ReLU layers with
+        random weights lie in one narrow cone. Towers in different cones never find together under the hinge; of heads
+        in different ones, one wins for all queries, and the soft dot product never lets go of it.
         """
         rows = self.config.token_dim
-        for i, width in enumerate(self.config.hidden):
-            x = _dense(f"hidden_{i}", x, width, _turned(i, rows), relu=True, kernels=self._kernels)
+        for i, width in enumerate((*self.config.hidden, self.config.embedding_dim)):
+            is_last = i == len(self.config.hidden)
+            name = "embedding" if is_last else f"hidden_{i}"
+            start = _turned(i, rows) if self.config.aligned_start else None
+            x = _dense(name, x, width, start, relu=not is_last, kernels=self._kernels)
             rows = width
-        last = _turned(len(self.config.hidden), rows)
-        return _dense("embedding", x, self.config.embedding_dim, last, kernels=self._kernels)
+        return x
 
     def _normalised(self, tower: str, x: tf.Tensor, text: Tokens) -> tf.Tensor:
         """`x` [texts, ..., embedding_dim] at length 1; zero where the text has no tokens."""

@@ -28,6 +28,8 @@ SUPERVISION: dict[str, dict[str, Any]] = {
     "joined to the random ones": {"train.num_supervised_negatives": 32},
     "own query only": {"train.own_negatives": "both", "train.num_own_negatives": 8},
 }
+RELU: dict[str, Any] = {"model.hidden": [256, 128]}
+CHANCE: dict[str, Any] = {"model.aligned_start": False}
 # The paper's loss (section 4.3).
 HINGE: dict[str, Any] = {"train.loss": "hinge", "train.log_q_correction": False}
 PAPER: dict[str, Any] = {**HINGE, "train.num_random_negatives": 64, "train.num_own_negatives": 0}
@@ -49,7 +51,8 @@ def groups_of(size: Size) -> dict[str, dict[str, dict[str, Any]]]:
             "64 random, 4 unclicked": {"train.num_random_negatives": 64},
             "512 random": {"train.num_own_negatives": 0},
         },
-        "layers": {"linear": {}, "ReLU of 256 and 128": {"model.hidden": [256, 128]}},
+        "layers": {"linear": {}, "ReLU of 256 and 128": RELU},
+        "start": {"aligned": {}, "by chance": CHANCE, "by chance, ReLU of 256 and 128": {**CHANCE, **RELU}},
         "heads": {"2": {}, "1": {"model.num_heads": 1}, "4": {"model.num_heads": 4}},
         "beta": {"0.1": {}, **{f"{beta:g}": {"model.temperature": beta} for beta in (0.0, 0.02, 0.5)}},
         "alpha": {"0.5": {}, **{f"{alpha:g}": {"train.mixing_ratio": alpha} for alpha in (0.0, 0.25, 0.75, 1.0)}},

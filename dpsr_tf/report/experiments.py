@@ -28,7 +28,8 @@ _SAMPLES = 1000  # of the bootstrap, as `dpsr evaluate` draws them
 # What Table 2 calls a system -> the system of `dpsr evaluate`, or the file in configs/.
 BASELINES = {"BM25": "bm25", "BM25-u&b": "bm25-bigrams", "popularity": "popularity"}
 MODELS = {"DSSM": "dssm", "DPSR": "dpsr", "DPSR-p": "dpsr_p", "DPSR-h": "dpsr_h"}
-# DSSM keeps the layers of its file: linear towers begin with texts beside those of the same words, whatever they learn.
+# DSSM keeps the layers of its file, which start by chance: aligned or linear ones begin with texts beside those of the
+# same words, and would find these whatever they learn.
 DSSM = {"model.hidden": [256, 128]}
 # One head against two: scored in training as retrieval does, by the nearest head (beta 0), and without unclicked items.
 HEADS = {**TRAINING, "train.num_own_negatives": 0, "model.temperature": 0.0}

@@ -160,6 +160,17 @@ def test_towers_start_alike(hidden):
     np.testing.assert_array_equal(query[:, 0], item)
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_towers_start_apart_where_the_start_is_not_aligned(heads):
+    config = ModelConfig(token_dim=8, hidden=(8,), embedding_dim=6, num_heads=heads, aligned_start=False)
+    (query, item), variables = run(config, both(TEXTS))
+    assert np.abs(query - item[:, None])[[0, 2, 3]].max(axis=(0, 2)).min() > 0.01
+    kernels = [value for name, value in variables.items() if name.endswith("hidden_0/kernel")]
+    assert len(kernels) == heads + 1
+    for one, other in itertools.combinations(kernels, 2):
+        assert np.abs(one - other).max() > 0.1
+
+
 def test_heads_start_near_the_item_tower_and_apart():
     config = ModelConfig(token_dim=64, embedding_dim=64, num_heads=2)
     (query, item), _ = run(config, both(TEXTS))
