@@ -157,11 +157,8 @@ def main(_: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=FLAGS.folder) as folder:
         kept = Path(FLAGS.folder or folder)
         distribution = Vectors(items, FLAGS.seed)
-        vectors, rows = (kept / f"{items}-{FLAGS.seed}{suffix}" for suffix in (".npy", f"-{asked}.json"))
-        if not vectors.exists():
-            distribution.write(Path(folder) / "items.npy")
-            os.replace(Path(folder) / "items.npy", vectors)
-        mapped, queries = np.load(vectors, mmap_mode="r"), distribution.queries(asked)
+        rows = kept / f"{items}-{FLAGS.seed}-{asked}.json"
+        mapped, queries = distribution.kept(kept), distribution.queries(asked)
         known = json.loads(rows.read_text()) if rows.exists() else {}
         exact: ann.Exact | None = None
         for factory in chosen:

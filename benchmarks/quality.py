@@ -5,9 +5,9 @@
 Home Depot (DIR as for `dpsr ingest --adapter=homedepot`, with the dev folds): BM25, a model trained with the paper's
 hinge loss (configs/homedepot_hinge.yaml), the same with ReLU layers, the best one known (configs/homedepot.yaml), and
 its fusion with BM25; recall over all products on the folds dev, misspelt_dev as typed, and misspelt_dev with spelling
-corrected. MovieLens 100K (DIR as for `--adapter=movielens_100k`): popularity, DPSR, DPSR-p and DPSR-h (configs/movielens.yaml) on what comes last in
-time, each user's query as of its own moment; of all queries, and of the most frequent ones (head), which leave most
-films to choose from. Give one set or both.
+corrected. MovieLens 100K (DIR as for `--adapter=movielens_100k`): popularity, DPSR, DPSR-p and DPSR-h
+(configs/movielens.yaml) on what comes last in time, each user's query as of its own moment; of all queries, and of the
+most frequent ones (head), which leave most films to choose from. Give one set or both.
 
 Of several seeds, each trains its own models; the value of a row is the mean over them, its interval that of the first.
 What is there in `--out` is not trained again. A seed takes minutes.

@@ -1,6 +1,6 @@
 """A fused servable from query text to the top 1,000: in process, over gRPC, and beside two services in its place.
 
-    python benchmarks/servable.py --json [--items=1000000] [--quick]
+    python benchmarks/servable.py --json [--items=1000000] [--folder=DIR] [--quick]
 
 Items are those of benchmarks/vectors.py in the index that `auto` takes, with the cheapest search parameters whose
 ann_recall@1000 is 0.90. The model is one of `dpsr export` of the default config, of one head and of two. It is not
@@ -9,13 +9,17 @@ trained: its embedding table is filled so that each of 500 query texts gets a qu
 
 - in process: CPU time of a query, in one thread and without a server; `fused` from the text on, `op` and `bare` from
   the vector on, by the op (50 to a call) and by FAISS alone (Python, one at a time) in the same mapped file.
-- grpc: one model server under closed loops of the load generator, with time to start, CPU time, and memory.
+- load: a model server from its start until it answers, wall and CPU time, with the files of the version in the system's
+  cache (`load`) and without (`load_cold`): of the query tower by itself, `fused`, and `filters`, an index with the six
+  attributes of benchmarks/filter_cost.py.
+- grpc: one model server under closed loops of the load generator, with CPU time and memory.
 - called in turn: p50 of a Python client on the same machine, one call at a time; `fused` asks one server for the
   answer, `two_services` asks a server of the query tower for the vector and then a server of the index with it, as must
   be done where tower and index are not in one graph. All three servers are ours.
 
 Bars: `op_over_bare_faiss`, `two_service_over_fused_p50`, `head2_over_head1` (of `fused`), and `filter_cost_ratio_worst`
-(benchmarks/filter_cost.py, which says how it is measured).
+(benchmarks/filter_cost.py, which says how it is measured). With --folder the vectors are kept there, as
+benchmarks/index.py keeps them.
 """
 
 from __future__ import annotations
@@ -223,7 +227,6 @@ def over_grpc(
             name: stack.enter_context(model_server.serving("dpsr", _model(made[name], requests)))
             for name in ("fused", "query_tower", "index")
         }
-        result.add("fused", workload, "start", running["fused"].start_seconds, "s")
         for concurrency in (1, 8):
             (found,) = servers.load(running["fused"], requests, f"--concurrency={concurrency}", *times)
             model_server.add_loads(result, "fused", workload, [found], concurrency=concurrency)
@@ -248,6 +251,23 @@ def over_grpc(
             result.add_samples(name, workload, "called_in_turn_p50", samples, "ms")
         ratios = [both / one for one, both in zip(*p50.values(), strict=True)]
         result.add_samples("two_services_over_fused", workload, "called_in_turn_p50", ratios, "ratio")
+
+
+def load(result: report.Report, impl: str, workload: str, model: model_server.Model, repeat: int) -> None:
+    """What it takes to start a server of a version, by wall and CPU time."""
+    files = [path for path in model.version.rglob("*") if path.is_file()]
+    for name in ("load_cold", "load"):
+        wall, cpu = [], []
+        for _ in range(repeat):
+            for path in files if name == "load_cold" else ():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())  # the system keeps what is not written yet
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            with model_server.serving("dpsr", model) as server:
+                wall.append(server.start_seconds)
+                cpu.append(server.cpu_seconds())
+        result.add_samples(impl, workload, name, wall, "s")
+        result.add_samples(impl, workload, f"{name}_cpu", cpu, "s")
 
 
 @contextlib.contextmanager
@@ -284,6 +304,7 @@ def bars(result: report.Report, workload: str) -> dict[str, float]:
 def _define_flags() -> None:
     flags.DEFINE_integer("items", 1_000_000, "in the index", 1000)
     flags.DEFINE_integer("seed", 1, "of the vectors")
+    flags.DEFINE_string("folder", None, "where the vectors are kept; else they are temporary")
     flags.DEFINE_integer("repeat", 5, "measurements of each", 1)
     flags.DEFINE_float("seconds", 3, "of each measurement", 0.1)
     flags.DEFINE_boolean("json", False, "prints one JSON object as the last line")
@@ -304,13 +325,17 @@ def main(_: list[str]) -> None:
             (folder / part).mkdir()
         requests = folder / "requests"
         servers.write_requests(requests, texts())
-        vectors = source.write(folder / "items.npy")
+        vectors = source.kept(Path(FLAGS.folder or folder))
         workload = make_index(result, folder / "index", vectors, queries[:QUERIES])
         made = make_servables(folder, folder / "index", queries)
         in_process(result, workload, folder / "index", made, queries, repeat, seconds)
         over_grpc(result, workload, made, requests, repeat, seconds)
         result.bars |= bars(result, workload)
+        os.link(folder / "index" / "items.faiss", folder / "filters" / "items.faiss")
         filter_cost.filter_cost(result, vectors, queries[:84], folder / "filters", repeat, seconds / 5)
+        made["filters"] = folder / "filters" / "1"
+        for impl in ("query_tower", "fused", "filters"):
+            load(result, impl, workload, _model(made[impl], requests), repeat)
     result.print(FLAGS.json)
 
 

@@ -16,6 +16,7 @@ Queries are drawn as items are, by another stream of random numbers: they have t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +68,15 @@ class Vectors:
             begin += len(block)
         mapped.flush()
         del mapped
+        return np.load(path, mmap_mode="r")
+
+    def kept(self, folder: Path) -> np.ndarray:
+        """All items in a file of the folder, written unless it is there, and mapped: float32 [items, dim]."""
+        path = folder / f"{self.items}-{self._seed}.npy"
+        if not path.exists():
+            partial = path.with_suffix(".part")
+            self.write(partial)
+            os.replace(partial, path)
         return np.load(path, mmap_mode="r")
 
     def queries(self, count: int) -> np.ndarray:

@@ -127,7 +127,10 @@ class Index:
 
     def item_ids(self) -> np.ndarray:
         """int64 [items], by position."""
-        return self._read("item_ids.dpsr", "item_ids")["id"]
+        try:
+            return PackedFile(str(self.path / "item_ids.dpsr"), "item_ids")["id"]
+        except (FormatError, FileNotFoundError) as error:
+            raise CommandError(f"{error}; run `dpsr index` again") from None
 
     def vectors(self) -> np.ndarray:
         """float32 [items, dim], memory-mapped, by position: what the index was made from."""
@@ -195,12 +198,6 @@ class Index:
             files = {name: file_record(path / name) for name in self.manifest["files"]}
             manifest = self.manifest | {"items": len(positions), "files": files}
             yield Index(path, manifest, (number, shards))
-
-    def _read(self, name: str, kind: str) -> PackedFile:
-        try:
-            return PackedFile(str(self.path / name), kind)
-        except (FormatError, FileNotFoundError) as error:
-            raise CommandError(f"{error}; run `dpsr index` again") from None
 
 
 def _take_titles(source: Path, item_ids: set[int], target: Path) -> None:

@@ -56,7 +56,7 @@ def write_item_ids(path: str | Path, item_ids: NDArray[np.int64], index_path: st
 class FaissIndexTable:
     """A FAISS index and the item ids of its positions, searched inside the graph.
 
-    In a TensorFlow 1 graph the load op joins the collection TABLE_INITIALIZERS (run `tables_initializer()`) and the two
+    In a TensorFlow 1 graph the load op joins the collection TABLE_INITIALIZERS (run `tables_initializer()`) and the
     files join ASSET_FILEPATHS, so that `tf.compat.v1.saved_model.Builder` copies them and the SavedModel can be moved.
     Eagerly the index is loaded at once and freed with this object.
 
@@ -84,7 +84,7 @@ class FaissIndexTable:
             max_parameters: the parameters that a request may set, each with its largest value, for example
                 "nprobe=512,k_factor_rf=8"; empty: none.
             dim: the dimension that queries will have: an index of another is refused; 0: any.
-            mmap: maps the index instead of reading it: loads in milliseconds, and processes share its memory.
+            mmap: maps the index instead of copying it: processes share its memory.
 
         Raises:
             tf.errors.NotFoundError: a file does not exist. This and all below at once when eager, else when the load op

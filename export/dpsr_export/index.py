@@ -147,6 +147,7 @@ def build_index(
         _write_report(directory, result, what)
         texts, users, _ = embeddings.log_sample(store, serving_files.NUM_REQUESTS)
         serving = serving_files.write_serving_files(model, store, texts, users, directory)
+        files = ["items.faiss", "item_ids.dpsr", *filtered_by, serving_files.REQUESTS, *serving["serving_files"]]
         manifest = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -168,10 +169,7 @@ def build_index(
             "p50_ms": result.chosen.p50_ms,
             "p99_ms": result.chosen.p99_ms,
             **serving,
-            "files": {
-                name: file_record(directory / name)
-                for name in ("items.faiss", "item_ids.dpsr", *filtered_by, "requests.json", *serving["serving_files"])
-            },
+            "files": {name: file_record(directory / name) for name in files},
         }
         (directory / "index.json").write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest

@@ -11,12 +11,12 @@ import numpy as np
 
 from dpsr_export.export import versions
 from dpsr_export.index import FORMAT, FORMAT_VERSION
-from dpsr_export.warmup import LoadedServable
+from dpsr_export.warmup import LoadedServable, unite_heads
 from dpsr_tf.data.store import Store, read_manifest
 from dpsr_tf.errors import CommandError, UsageError
 from dpsr_tf.evaluation.checkpoint import is_personal, query_encoder
 from dpsr_tf.evaluation.requests import HISTORY, USER, UserRequests
-from dpsr_tf.evaluation.retriever import ExactSearch, Retriever, User, best, nothing
+from dpsr_tf.evaluation.retriever import ExactSearch, Retriever, User, nothing
 from dpsr_tf.training.model_directory import ModelDirectory
 from dpsr_tokenizer import FormatError, PackedFile
 
@@ -68,11 +68,9 @@ class _Index:
             products, rows = products.reshape(batch, -1), rows.reshape(batch, -1)
             there = (rows >= 0) & np.repeat(heads.any(axis=2), k, axis=1)
             for row in range(batch):
-                found, which = np.unique(self._item_ids[rows[row][there[row]]], return_inverse=True)
-                largest = np.full(len(found), -np.inf, np.float32)
-                np.maximum.at(largest, which, products[row][there[row]])
-                order = best(found, largest, k)
-                ids[begin + row, : len(order)], scores[begin + row, : len(order)] = found[order], largest[order]
+                items = self._item_ids[rows[row][there[row]]]
+                found, largest = unite_heads(items, products[row][there[row]], k)
+                ids[begin + row, : len(found)], scores[begin + row, : len(found)] = found, largest
         return ids, scores
 
     def score(self, queries: Sequence[str], users: Sequence[User] | None, items: np.ndarray) -> np.ndarray:

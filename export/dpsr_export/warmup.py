@@ -25,7 +25,6 @@ v1 = tf.compat.v1
 # Where TensorFlow Serving looks for them.
 FILE = "tf_serving_warmup_requests"
 _BATCHES = (1, 2, 8, 32)
-_KS = (10, 100, 1000)
 
 # A signature and its inputs.
 Request = tuple[str, dict[str, np.ndarray]]
@@ -83,7 +82,7 @@ def warmup_requests(servable: LoadedServable, queries: Sequence[Mapping[str, Any
 
     for batch in _BATCHES:
         made.append(("serving_default", input_arrays(take(batch), servable.inputs["serving_default"])))
-        made += [("search", servable.search_inputs(take(batch), k)) for k in sorted({*_KS, serving_k})]
+        made += [("search", servable.search_inputs(take(batch), k)) for k in sorted({*RECALL_AT, serving_k})]
     made.append(("query_embedding", input_arrays(take(1), servable.inputs["query_embedding"])))
     # The way through the filter.
     inputs = servable.search_inputs(take(1), serving_k)
@@ -167,7 +166,7 @@ def measure(
         vectors: float32 [items, dim], what the index was made from.
         k: whose latency is measured.
     """
-    depth = max(k, *(at for at in RECALL_AT if at <= 1000))
+    depth = max(k, *RECALL_AT)
     ids, seconds = [], []
     for query in queries:
         inputs = servable.search_inputs([query], k)
@@ -181,7 +180,7 @@ def measure(
     heads = embedded["query_embedding"]
     exact = _exact(heads, item_ids, vectors, depth)
     recall = {}
-    for at in sorted({*(r for r in RECALL_AT if r <= depth), k}):
+    for at in sorted({*RECALL_AT, k}):
         shares = [
             len(np.intersect1d(row[:at], right[:at])) / len(right[:at])
             for row, right in zip(ids, exact, strict=True)
@@ -203,11 +202,18 @@ def _exact(heads: np.ndarray, item_ids: np.ndarray, vectors: np.ndarray, k: int)
     for query in range(count):
         there = np.repeat(heads[query].any(axis=1), found)
         row = slice(query * heads.shape[1], (query + 1) * heads.shape[1])
-        items, which = np.unique(item_ids[rows[row].reshape(-1)[there]], return_inverse=True)
-        largest = np.full(len(items), -np.inf, np.float32)
-        np.maximum.at(largest, which, scores[row].reshape(-1)[there])
-        results.append(items[best(items, largest, k)])
+        items, products = item_ids[rows[row].reshape(-1)[there]], scores[row].reshape(-1)[there]
+        results.append(unite_heads(items, products, k)[0])
     return results
+
+
+def unite_heads(items: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """What all heads found, int64 [n] and float32 [n]: the best k items, each once with its largest score."""
+    found, which = np.unique(items, return_inverse=True)
+    largest = np.full(len(found), -np.inf, np.float32)
+    np.maximum.at(largest, which, scores)
+    order = best(found, largest, k)
+    return found[order], largest[order]
 
 
 def read_requests(path: Path) -> list[dict[str, Any]]:

@@ -122,7 +122,7 @@ void Keep64(const Slots& slots, const Met& met) {
 }
 
 #if defined(__x86_64__)
-// Of 64 values. A range that nobody asked for before is a pass over its whole column, which takes as long as a search.
+// Of 64 values.
 __attribute__((target("avx2"))) uint64_t InRangeAvx2(const float* from, float low, float high) {
   const __m256 lows = _mm256_set1_ps(low), highs = _mm256_set1_ps(high);
   uint64_t bits = 0;
@@ -210,10 +210,6 @@ bool AreSplits(Span<const int64_t> splits, size_t rows, size_t values) {
   return splits.size() == rows + 1 && splits[0] == 0 && splits[rows] == static_cast<int64_t>(values) &&
          std::is_sorted(splits.begin(), splits.end());
 }
-
-}  // namespace
-
-namespace {
 
 // Without the processor's own instruction, which not all have, a count is a call.
 #if defined(__x86_64__)
@@ -422,8 +418,10 @@ struct ItemFilters::Test {
   // The same of all slots, by those that meet it.
   void KeepFew(std::vector<uint64_t>* words) const {
     std::vector<uint64_t> before;
-    if (!exclude) before.assign(words->size(), 0);
-    if (!exclude) before.swap(*words);
+    if (!exclude) {
+      before.assign(words->size(), 0);
+      before.swap(*words);
+    }
     for (const auto& part : slots) {
       for (const int32_t slot : part) {
         const uint64_t bit = uint64_t{1} << (slot % kBits);

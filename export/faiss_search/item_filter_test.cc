@@ -22,6 +22,8 @@ constexpr int64_t kItems = 1000;  // no multiple of 64
 constexpr uint64_t kFingerprint = 7;
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
+bool IsSet(const std::vector<uint64_t>& words, int64_t bit) { return (words[bit / 64] >> (bit % 64) & 1) != 0; }
+
 // Writes attributes of kItems items:
 //   colour   "blue", "green", "red" (codes 1 to 3 of one byte), none every fourth item
 //   shop     "s000" to "s299" (two bytes)
@@ -116,7 +118,7 @@ class ItemFilterTest : public FileTest {
     ASSERT_EQ(mask->words.size(), 16U);
     int64_t count = 0;
     for (int64_t slot = 0; slot < 1024; ++slot) {
-      const bool passed = (mask->words[slot / 64] >> (slot % 64) & 1) != 0;
+      const bool passed = IsSet(mask->words, slot);
       const bool expected = slot < kItems && passes(order.empty() ? slot : order[slot]);
       ASSERT_EQ(passed, expected) << "slot " << slot;
       count += passed ? 1 : 0;
@@ -146,8 +148,7 @@ TEST_F(ItemFilterTest, ComparesCodesOfEachWidth) {
 
 TEST_F(ItemFilterTest, AValueThatNoItemHasIsMetByNone) {
   const auto filters = Open();
-  for (const char* text : {"colour=", "shop=s0", "shop=s0000", "shop=a", "shop=z", "maker=\xFF\xFE", "tags=t"}) {
-    if (std::string_view(text) == "colour=") continue;
+  for (const char* text : {"shop=s0", "shop=s0000", "shop=a", "shop=z", "maker=\xFF\xFE", "tags=t"}) {
     Expect(*filters, {text}, {}, [](int64_t) { return false; });
     Expect(*filters, {}, {text}, [](int64_t) { return true; });
   }
@@ -216,8 +217,8 @@ TEST_F(ItemFilterTest, FollowsTheOrderOfTheIndex) {
     int64_t of_groups = 0;
     for (int64_t slot = 0; slot < kItems; ++slot) {
       const int32_t position = order.positions[slot];
-      const bool passed = (mask->words[slot / 64] >> (slot % 64) & 1) != 0;
-      ASSERT_EQ(passed, (by_position->words[position / 64] >> (position % 64) & 1) != 0) << text << " " << slot;
+      const bool passed = IsSet(mask->words, slot);
+      ASSERT_EQ(passed, IsSet(by_position->words, position)) << text << " " << slot;
       of_groups += passed && slot < 990 ? 1 : 0;
     }
     EXPECT_EQ(mask->count, of_groups);
@@ -410,11 +411,8 @@ TEST_F(ItemFilterTest, ManyThatPassAreNotLookedForBeforehand) {
       int64_t in_group = 0;
       for (int64_t slot = order.group_begins[group]; slot < end; ++slot) {
         const bool expected = one.passes(order.positions[slot]);
-        const auto bit = [slot](const std::vector<uint64_t>& bits, int64_t from) {
-          return (bits[(slot - from) / 64] >> (slot % 64) & 1) != 0;
-        };
-        ASSERT_EQ(bit(second->words, 0), expected) << "slot " << slot;
-        ASSERT_EQ(first->keep ? bit(words, begin) : bit(first->words, 0), expected) << "slot " << slot;
+        ASSERT_EQ(IsSet(second->words, slot), expected) << "slot " << slot;
+        ASSERT_EQ(first->keep ? IsSet(words, slot - begin) : IsSet(first->words, slot), expected) << "slot " << slot;
         in_group += expected ? 1 : 0;
       }
       EXPECT_EQ(second->group_counts[group], in_group);
@@ -452,7 +450,7 @@ TEST(CountBitsTest, EqualsALoop) {
     int64_t expected = 0;
     for (int64_t end = begin; end <= 320; ++end) {
       EXPECT_EQ(CountBits({words.data(), words.size()}, begin, end), expected);
-      if (end < 320) expected += static_cast<int64_t>(words[end / 64] >> (end % 64) & 1);
+      if (end < 320 && IsSet(words, end)) ++expected;
     }
   }
 }

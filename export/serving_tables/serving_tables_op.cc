@@ -1,6 +1,6 @@
 // The ops that turn what a request says of a user into what the query tower reads, the same as in training: values into
 // codes, a history of items into their texts and features, and past queries; and a shop's own item ids into ours and
-// back. Python: dpsr_export/serving_tables.py.
+// back. Python: dpsr_export/serving_ops.py.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -146,8 +146,8 @@ tensorflow::Status StartBatching(const ServerOptions& options, std::shared_ptr<B
   return BatchThreads::Start(parameters, options.enable_per_model_batching_parameters, threads);
 }
 
-// Requests that are handled at a time, unless a flag says otherwise. Those that wait for their batch hold a thread each: enough for the batches that
-// run and as many that form, within reason.
+// Requests that are handled at a time, unless a flag says otherwise. Those that wait for their batch hold a thread
+// each: enough for the batches that run and as many that form, within reason.
 int NumWorkers(int cpus, const BatchThreads* batch_threads) {
   constexpr int64_t kMostForBatches = 256;
   int64_t workers = 4 * cpus;

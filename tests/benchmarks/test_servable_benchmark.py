@@ -32,3 +32,5 @@ def test_the_json_line() -> None:
     assert all(values["fused", f"closed_{clients}_failed"] == 0 for clients in (1, 8))
     assert 0 < values["fused", "closed_8_p50"] <= values["fused", "closed_8_p99"]
     assert all(values[impl, "core_ms"] > 0 for impl in ("op", "bare", "fused", "fused_2_heads"))
+    for impl in ("query_tower", "fused", "filters"):
+        assert all(values[impl, name] > 0 for name in ("load_cold", "load_cold_cpu", "load", "load_cpu"))
