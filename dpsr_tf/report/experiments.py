@@ -47,6 +47,7 @@ def run(lab: Lab, size: Size, ablations: bool, data: Mapping[str, Path]) -> Resu
     Returns:
         What each of the functions below gives, and `shops`, the seeds; those of every shop in lists.
     """
+    stores = {name: DATA_SETS[name].store(lab, path) for name, path in data.items()}
     shops = [Shop(lab, size, number) for number in range(size.shops)]
     first = shops[0]
     models = _train(lab, shops, size)
@@ -67,7 +68,7 @@ def run(lab: Lab, size: Size, ablations: bool, data: Mapping[str, Path]) -> Resu
         found["efficiency"] = efficiency(first, models[0]["DPSR"])
     if ablations:
         found["ablations"] = ablate(first)
-    found["data"] = {name: DATA_SETS[name](lab, size, path) for name, path in data.items()}
+    found["data"] = {name: DATA_SETS[name].measure(lab, size, path, stores[name]) for name, path in data.items()}
     return found
 
 
@@ -79,11 +80,11 @@ def _train(lab: Lab, shops: Sequence[Shop], size: Size) -> list[dict[str, Made]]
             label: functools.partial(shop.model, label, preset, DSSM if label == "DSSM" else TRAINING)
             for label, preset in MODELS.items()
         }
-        # Of the further shops only what shows whether the first one's order holds.
-        for dim in (_usual_dim(), *_widths(shop)):
+        for dim in (_usual_dim(), *size.widths):
             for heads in (1, 2):
                 change = {**HEADS, "model.num_heads": heads, "model.embedding_dim": dim}
                 named[_with_heads(heads, dim)] = functools.partial(shop.model, f"heads-{heads}-{dim}", "dpsr", change)
+        # Of the further shops only what shows whether the first one's order holds.
         for alpha in size.mixing_ratios if shop.number == 0 else (min(size.mixing_ratios), max(size.mixing_ratios)):
             change = {"train.mixing_ratio": alpha}  # and the paper's loss
             named[f"{alpha:g}"] = functools.partial(shop.model, f"alpha-{alpha:g}", "dpsr", change)
@@ -94,12 +95,6 @@ def _train(lab: Lab, shops: Sequence[Shop], size: Size) -> list[dict[str, Made]]
 
 def _usual_dim() -> int:
     return int(preset_config("dpsr")["model"]["embedding_dim"])
-
-
-def _widths(shop: Shop) -> tuple[int, ...]:
-    """Further d in which one head is compared with two: all of the first shop, the middle one of others."""
-    widths = shop.size.widths
-    return widths[len(widths) // 2 :][:1] if shop.number else widths
 
 
 def _heads(number: int) -> str:
@@ -149,7 +144,7 @@ def polysemy(shop: Shop, models: Mapping[str, Made]) -> Result:
     right items among the first 100, of 100 where there are more. `widths` has the groups for each d.
     """
     usual = _usual_dim()
-    by_width = {dim: _polysemy(shop, models, dim) for dim in (*_widths(shop), usual)}
+    by_width = {dim: _polysemy(shop, models, dim) for dim in (*shop.size.widths, usual)}
     widths = {str(dim): one["groups"] for dim, one in by_width.items()}
     return {"seed": shop.seed, **by_width[usual], "widths": widths}
 

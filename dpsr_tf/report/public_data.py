@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -17,9 +18,26 @@ from dpsr_tf.report.lab import Lab, Made, Result
 from dpsr_tf.report.shop import Size
 
 
-def _homedepot(lab: Lab, size: Size, path: Path) -> Result:
+@dataclasses.dataclass(frozen=True)
+class PublicData:
+    """A data set: its store, made first of all so that a wrong directory shows at once, and what is measured on it."""
+
+    store: Callable[[Lab, Path], Made]
+    measure: Callable[[Lab, Size, Path, Made], Result]
+
+
+_FOLDS = ("dev", "misspelt_dev")
+
+
+def _homedepot_store(lab: Lab, path: Path) -> Made:
+    for fold in _FOLDS:
+        if not (path / f"judgments.{fold}.tsv").is_file():
+            raise CommandError(f"--homedepot={path}: has no judgments.{fold}.tsv; docs/adapters.md says what it is")
+    return lab.adapted("homedepot", path)
+
+
+def _homedepot(lab: Lab, size: Size, path: Path, store: Made) -> Result:
     """Home Depot: the best configuration and the paper's hinge beside BM25, all products."""
-    store = lab.adapted("homedepot", path)
     wanted = {
         name: functools.partial(lab.model, f"model-homedepot-{preset}", store, size.public_config(preset))
         for name, preset in (("DPSR, best", "homedepot"), ("DPSR, the paper's hinge", "homedepot_hinge"))
@@ -31,13 +49,12 @@ def _homedepot(lab: Lab, size: Size, path: Path) -> Result:
         fold: lab.evaluation(
             f"homedepot-{fold}", store, systems, path / f"judgments.{fold}.tsv", str(path.resolve()), *flags
         )
-        for fold in ("dev", "misspelt_dev")
+        for fold in _FOLDS
     }
 
 
-def _movielens(lab: Lab, size: Size, path: Path) -> Result:
+def _movielens(lab: Lab, size: Size, path: Path, store: Made) -> Result:
     """MovieLens 100K: genres as queries, split by time."""
-    store = lab.adapted("movielens_100k", path)
     profile = {"model.user_features": ["*"]}
     variants: dict[str, dict[str, Any]] = {
         "DPSR": {},
@@ -56,9 +73,12 @@ def _movielens(lab: Lab, size: Size, path: Path) -> Result:
     }
 
 
-def _qbqtc(lab: Lab, size: Size, path: Path) -> Result:
-    """QBQTC: relevance of Chinese titles, learnt from the train fold; all titles are the items."""
-    source = Made(lab.out / "work" / "qbqtc", str(path.resolve()))
+def _qbqtc_tables(lab: Lab, path: Path) -> Made:
+    return Made(lab.out / "work" / "qbqtc", str(path.resolve()))
+
+
+def _qbqtc_store(lab: Lab, path: Path) -> Made:
+    source = _qbqtc_tables(lab, path)
 
     def compute() -> Result:
         folds = {}
@@ -88,7 +108,12 @@ def _qbqtc(lab: Lab, size: Size, path: Path) -> Result:
         },
         "vocabulary": {"min_count": 2},
     }  # fmt: skip
-    store = lab.store("store-qbqtc", source, schema)
+    return lab.store("store-qbqtc", source, schema)
+
+
+def _qbqtc(lab: Lab, size: Size, path: Path, store: Made) -> Result:
+    """QBQTC: relevance of Chinese titles, learnt from the train fold; all titles are the items."""
+    source = _qbqtc_tables(lab, path)
     half = {"train.num_title_queries": size.batch_size // 2}
     wanted = {
         "DPSR": functools.partial(lab.model, "model-qbqtc", store, size.config("dpsr", size.data_steps)),
@@ -103,8 +128,8 @@ def _qbqtc(lab: Lab, size: Size, path: Path) -> Result:
     }
 
 
-DATA_SETS: dict[str, Callable[[Lab, Size, Path], Result]] = {
-    "homedepot": _homedepot,
-    "movielens": _movielens,
-    "qbqtc": _qbqtc,
+DATA_SETS = {
+    "homedepot": PublicData(_homedepot_store, _homedepot),
+    "movielens": PublicData(lambda lab, path: lab.adapted("movielens_100k", path), _movielens),
+    "qbqtc": PublicData(_qbqtc_store, _qbqtc),
 }

@@ -63,7 +63,7 @@ class Size:
     steps: int = option(1_500, "training steps of each model", 1, 10**9)
     batch_size: int = option(256, "positive pairs a step", 2, 1 << 16)
     learning_rate: float = option(0.05, "of AdaGrad", 1e-8, 100)
-    widths: tuple[int, ...] = option((8, 16, 32), "further d that one head is compared with two in", 1, 4096)
+    widths: tuple[int, ...] = option((8, 16), "further d that one head is compared with two in", 1, 4096)
     mixing_ratios: tuple[float, ...] = option((0.0, 0.25, 0.5, 0.75, 1.0), "alphas of figure 7", 0, 1)
     plotted_items: int = option(1_500, "items in figure 5", 100, 100_000)
     index_items: int = option(300_000, "vectors of the index benchmark; 0: leave it out", 0, 10**9)

@@ -97,6 +97,9 @@ def test_bad_flags(dpsr: Callable, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
     dpsr("report", f"--out={tmp_path / 'other'}").fails(1, "holds no report")
+    # What can only be seen in the directory shows before the first experiment.
+    dpsr("report", out, f"--homedepot={tmp_path}").fails(1, f"--homedepot={tmp_path}: has no judgments.dev.tsv")
+    dpsr("report", out, f"--qbqtc={tmp_path}").fails(1, "train.json: cannot be read")
 
 
 def test_size_of_a_mode() -> None:
