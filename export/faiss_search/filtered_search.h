@@ -3,10 +3,10 @@
 // Where the index has inverted lists, these are read directly, in an order of the items in which each list is a run of
 // bits of the mask. An unfiltered search scores about nprobe * ntotal / nlist items. A filtered one scores as many that
 // pass: it takes the lists in the order of their centroids' scores, without those in which nothing passes, until it has
-// them. So it goes through more lists the fewer items pass. Where the last half of them still gave more than a twelfth of
-// the k results it goes on, by as many again, up to four times as many in all: a query whose neighbours do not pass has
-// the items that do all over their lists. Where no more pass than it would score, or few at all, it scores all of them:
-// the result is then exact.
+// them. So it goes through more lists the fewer items pass. Where the last half of them still gave more than a twelfth
+// of the k results it goes on, by another half, up to four times as many in all: a query whose neighbours do not pass
+// has the items that do all over their lists. Where no more pass than it would score, or few at all, it scores all of
+// them: the result is then exact.
 //
 // Other indexes (Flat, HNSW, refined ones) score the items that pass one by one where they are few enough for that to be
 // the cheaper way; otherwise FAISS searches with a selector, and with nprobe or efSearch divided by the share of items
