@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import duckdb
 import numpy as np
@@ -93,7 +93,11 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     base = Path(values.input) if values.input else schema_path.parent
     out = Path(values.out)
     rejects = Path(values.rejects) if values.rejects else out.resolve().with_name(f"{out.resolve().name}.rejects.jsonl")
-    with _terminable(), new_directory(out, values.overwrite, "store", "manifest.json") as temporary:
+    with (
+        terminable() as signals,
+        new_directory(out, values.overwrite, "store", "manifest.json") as temporary,
+        heeded(signals),
+    ):
         if values.adapter is not None:
             base = _converted(values.adapter, base, temporary)
         counts = ingest(
@@ -432,13 +436,43 @@ def _memory(text: str) -> int:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Inside, SIGTERM ends the command as Ctrl-C does: it cleans up."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+def terminable() -> Iterator[list[int]]:
+    """Inside, SIGTERM ends the command as Ctrl-C does: it cleans up. Gives the signals that came, for `heeded`."""
+    received: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        received.append(number)
+        _end(number)
+
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]  # as under nohup
+    before = {number: signal.signal(number, end) for number in heard}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def heeded(signals: Sequence[int]) -> Iterator[None]:
+    """Ends with the first of the signals that came inside, also where a library took the exception for its own.
+
+    A signal that meets DuckDB while it reads a Python object comes back as duckdb.InvalidInputException, or not at all.
+    """
     try:
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    except BaseException:
+        if signals:
+            _end(signals[0])
+        raise
+    if signals:
+        _end(signals[0])
+
+
+def _end(number: int) -> NoReturn:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from store_builder import numbers_of, queries_of
 
 from dpsr_tf.config import from_dict
-from dpsr_tf.data.ingest import ingest
+from dpsr_tf.data.ingest import heeded, ingest, terminable
 from dpsr_tf.data.schema import EVENT_TYPES, Schema, adapter_path, load_schema
 from dpsr_tf.data.store import Store, interactions_names, manifest_checksum, unpack_strings
 from dpsr_tf.errors import CommandError, UsageError
@@ -1265,6 +1265,24 @@ def test_interrupted(shop, number, tmp_path, dpsr):
     dpsr(*shop.write(".parquet").flags(out)).succeeds()
     assert [path.name for path in out.parent.iterdir()] == ["store"], "the next run removes what was left"
     assert Store(out).counts.positives == len(shop.log)
+
+
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.parametrize("translated", [False, True])
+def test_a_signal_that_a_library_swallows(number, ends, translated):
+    before = signal.getsignal(number)
+    after = []
+    with pytest.raises(ends) as raised, terminable() as signals, heeded(signals):
+        try:
+            signal.raise_signal(number)
+        except BaseException as error:
+            assert isinstance(error, ends)
+            if translated:
+                raise ValueError("reading failed") from None
+        after.append("goes on")
+    assert after == ([] if translated else ["goes on"])
+    assert getattr(raised.value, "code", 143) == 143
+    assert signal.getsignal(number) is before
 
 
 @pytest.mark.parametrize("limit", [1_000, 10_000, 100_000, 1_000_000])
