@@ -1,8 +1,14 @@
-"""The order of the files of tests."""
+"""What holds for all tests: the order of their files, and that Ctrl-C means what it does in a terminal."""
 
 from __future__ import annotations
 
+import signal
+
 import pytest
+
+# A shell's background job ignores it, and so would the commands that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What takes longest, the longest first: `make test` runs two files at a time, and one of these begun last would leave a
 # processor idle until it has ended. The others follow in the order of their paths.
