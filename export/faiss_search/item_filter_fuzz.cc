@@ -30,7 +30,7 @@ void Check(bool condition) {
 // The attributes that are there where the input holds no file: a category, a number, several values.
 std::string WholeFile() {
   std::string folder = std::filesystem::temp_directory_path() / "item_filter_fuzz_XXXXXX";
-  Check(mkdtemp(folder.data()) != nullptr);
+  Check(mkdtemp(folder.data()) != nullptr);  // puts a name of its own in the place of the X
   const std::string name = folder + "/file";
   dpsr::PackedFileWriter writer(name, "item_attributes");
   Check(writer.Open().ok());
