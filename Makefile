@@ -50,7 +50,7 @@ define install_debian
 	  echo "  apt-get install -y --no-install-recommends $$missing" >&2; exit 1; fi; \
 	echo "installing Debian packages: $$missing"; \
 	$$as_root apt-get update -qq && \
-	$$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null
+	$$as_root env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -y -qq --no-install-recommends $$missing >/dev/null
 endef
 
 debian:

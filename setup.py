@@ -12,7 +12,13 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 # Folder that holds a Python package -> where its sources lie. Import names are folder names, nothing is remapped.
-PACKAGE_ROOTS = {"dpsr_tf": ".", "dpsr_tokenizer": "tokenizer_cc", "dpsr_export": "export", "dpsr_serving": "serving"}
+PACKAGE_ROOTS = {
+    "dpsr_common": "common",
+    "dpsr_tokenizer": "tokenizer_cc",
+    "dpsr_tf": ".",
+    "dpsr_export": "export",
+    "dpsr_serving": "serving",
+}
 
 
 class CMakeBuild(build_ext):
@@ -52,7 +58,11 @@ setup(
         package for name, root in PACKAGE_ROOTS.items() for package in find_packages(root, include=[name, f"{name}.*"])
     ],
     package_dir={name: os.path.normpath(f"{root}/{name}") for name, root in PACKAGE_ROOTS.items()},
-    package_data={"": ["py.typed", "*.pyi", "*.yaml"], "dpsr_tf.data": ["adapters/*.yaml"]},
-    ext_modules=[Extension("dpsr_tokenizer._native", sources=[])],
+    package_data={
+        "": ["py.typed", "*.pyi", "*.yaml"],
+        "dpsr_tf": ["configs/*.yaml"],
+        "dpsr_tf.data": ["adapters/*.yaml"],
+    },
+    ext_modules=[Extension("dpsr_common._native", sources=[]), Extension("dpsr_tokenizer._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

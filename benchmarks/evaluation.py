@@ -28,8 +28,9 @@ from absl import app, flags
 from dpsr_tf.evaluation.corpus import Corpus
 from dpsr_tf.evaluation.evaluate import Options, measure_all
 from dpsr_tf.evaluation.judgments import Judgments
-from dpsr_tf.evaluation.retriever import ExactSearch, Retriever
+from dpsr_tf.evaluation.retriever import Retriever
 from dpsr_tf.evaluation.systems import Systems
+from dpsr_tf.models.exact_search import ExactSearch
 
 DIM = 128
 TITLE_WORDS, QUERY_WORDS, VOCABULARY = 8, 3, 200_000

@@ -44,7 +44,7 @@ class Shop:
             self.publish(base, 1)
         self.servers = [self._serve(base) for base in self.bases]
         self.configure(0, 1)
-        command = [sys.executable, "-m", "dpsr_tf.cli", "proxy", "--port=0", f"--config={self._config}"]
+        command = [sys.executable, "-m", "dpsr_common", "proxy", "--port=0", f"--config={self._config}"]
         self.proxy = servers.Server(command, "proxy ready on ")
 
     def publish(self, base: Path, version: int) -> None:

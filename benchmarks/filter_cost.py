@@ -36,7 +36,7 @@ from vectors import Vectors
 
 import dpsr_export
 import model_server
-from dpsr_export import ann, attributes, faiss_ops
+from dpsr_export import ann, faiss_search, item_attributes
 
 v1 = tf.compat.v1
 
@@ -85,23 +85,26 @@ def filter_cost(
     factory = next(c.factory for c in ann.candidates(items, vectors.shape[1], 0.9) if not c.verdict)
     if not (folder / "items.faiss").exists():
         faiss.write_index(ann.build(vectors, factory), str(folder / "items.faiss"))
-    faiss_ops.write_item_ids(folder / "item_ids.dpsr", np.arange(items), folder / "items.faiss")
+    faiss_search.write_item_ids(folder / "item_ids.dpsr", np.arange(items), folder / "items.faiss")
     random = np.random.default_rng(report.seed)
     draw, price = random.random(items), random.random(items).astype(np.float32)
     region = vectors[:, 0].copy()
-    attributes.write_columns(
+    item_attributes.write_columns(
         folder,
         [
-            *(attributes.Column(f"category{share:g}", (draw < share).astype(np.int32), ["yes"]) for share in SHARES),
-            attributes.Column("price", price),
-            attributes.Column("region", region),
+            *(
+                item_attributes.Column(f"category{share:g}", (draw < share).astype(np.int32), ["yes"])
+                for share in SHARES
+            ),
+            item_attributes.Column("price", price),
+            item_attributes.Column("region", region),
         ],
     )
-    paths = [str(folder / name) for name in ("items.faiss", "item_ids.dpsr", attributes.FILE)]
+    paths = [str(folder / name) for name in ("items.faiss", "item_ids.dpsr", item_attributes.FILE)]
     exact = _exact(vectors, queries, np.arange(items))
     for nprobe in (1 << i for i in range(20)):
         parameters = f"nprobe={nprobe}" if "IVF" in factory else ""
-        table = faiss_ops.FaissIndexTable(*paths, parameters=parameters)
+        table = faiss_search.FaissIndexTable(*paths, parameters=parameters)
         if not parameters or _recall(_ids(table, queries), exact) >= 0.9:
             break
 
@@ -127,7 +130,7 @@ def filter_cost(
             "query_embedding": v1.placeholder(tf.float32, [None, 1, queries.shape[1]], "query_embedding"),
             "include": v1.placeholder(tf.string, [None, None], "include"),
         }
-        found = faiss_ops.FaissIndexTable(*paths, parameters=parameters).search(k=K, **inputs)
+        found = faiss_search.FaissIndexTable(*paths, parameters=parameters).search(k=K, **inputs)
         save_graph(folder / "1", inputs, dict(zip(("item_ids", "scores", "heads"), found, strict=True)))
     graph = model_server.Model(folder / "1", [str(dpsr_export.op_library_path())], files[0])
     turns = [model_server.session_runs_us(graph, files, seconds) for _ in range(repeat)]

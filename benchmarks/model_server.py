@@ -80,7 +80,7 @@ def make_fused(folder: Path) -> Path:
     ]
     for command in commands:
         done = subprocess.run(
-            [sys.executable, "-m", "dpsr_tf.cli", *command], capture_output=True, text=True, check=False
+            [sys.executable, "-m", "dpsr_common", *command], capture_output=True, text=True, check=False
         )
         if done.returncode != 0:
             raise RuntimeError(f"dpsr {' '.join(command)} failed: {done.stderr}")

@@ -75,7 +75,14 @@ def measure(result: report.Report, folder: Path, seconds: float, turns: int, con
     started: list[servers.Server] = []
     with servers.model_server(folder / "model") as backend:
         try:
-            command = [sys.executable, "-m", "dpsr_tf.cli", "proxy", "--port=0", f"--backend={backend.target}"]
+            command = [
+                sys.executable,
+                "-m",
+                "dpsr_common.command_line",
+                "proxy",
+                "--port=0",
+                f"--backend={backend.target}",
+            ]
             targets = {
                 "direct": backend,
                 "proxy": Proxy(command, "proxy ready on "),

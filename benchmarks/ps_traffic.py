@@ -41,7 +41,7 @@ import tensorflow as tf
 from absl import app, flags
 
 from dpsr_tf import ops
-from dpsr_tf.data.dataset import Tokens
+from dpsr_tf.data.examples_dataset import Tokens
 from dpsr_tf.models.embedding import EmbeddingTable, GreedyBySize, half_on_wire, minimize
 from dpsr_tf.training.launch import free_ports
 

@@ -3,11 +3,12 @@
     python benchmarks/quality.py --homedepot=DIR --movielens=DIR [--seeds=1,2] [--out=DIR] --json
 
 Home Depot (DIR as for `dpsr ingest --adapter=homedepot`, with the dev folds): BM25, a model trained with the paper's
-hinge loss (configs/homedepot_hinge.yaml), the same with ReLU layers, the best one known (configs/homedepot.yaml), and
-its fusion with BM25; recall over all products on the folds dev, misspelt_dev as typed, and misspelt_dev with spelling
-corrected. MovieLens 100K (DIR as for `--adapter=movielens_100k`): popularity, DPSR, DPSR-p and DPSR-h
-(configs/movielens.yaml) on what comes last in time, each user's query as of its own moment; of all queries, and of the
-most frequent ones (head), which leave most films to choose from. Give one set or both.
+hinge loss (dpsr_tf/configs/homedepot_hinge.yaml), the same with ReLU layers, the best one known
+(dpsr_tf/configs/homedepot.yaml), and its fusion with BM25; recall over all products on the folds dev, misspelt_dev as
+typed, and misspelt_dev with spelling corrected. MovieLens 100K (DIR as for `--adapter=movielens_100k`): popularity,
+DPSR, DPSR-p and DPSR-h (dpsr_tf/configs/movielens.yaml) on what comes last in time, each user's query as of its own
+moment; of all queries, and of the most frequent ones (head), which leave most films to choose from. Give one set or
+both.
 
 Of several seeds, each trains its own models; the value of a row is the mean over them, its interval that of the first.
 What is there in `--out` is not trained again. A seed takes minutes.
@@ -30,7 +31,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import report
 from absl import app, flags
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+from dpsr_tf.config import CONFIGS
+
 METRICS = ("recall@10", "recall@100", "mrr@10")
 # Chosen on the dev fold: shares between 0.1 and 0.3 differ by 0.003, less than their intervals.
 BM25_SHARE = 0.2
@@ -81,7 +83,7 @@ MOVIELENS_MODELS = [
 
 def dpsr(*arguments: str) -> None:
     """Runs a command. Raises SystemExit with its message if it fails."""
-    run = subprocess.run([sys.executable, "-m", "dpsr_tf.cli", *arguments], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "dpsr_common", *arguments], capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(f"`dpsr {' '.join(arguments)}` ended with status {run.returncode}:\n{run.stderr[-2000:]}")
 

@@ -49,12 +49,12 @@ from vectors import DIM, Vectors
 import dpsr_export
 import dpsr_tokenizer
 import model_server
-from dpsr_export import ann, faiss_ops, signatures
+from dpsr_export import ann, faiss_search, signatures
 from dpsr_tf.config import Config, ModelConfig, ServingConfig
-from dpsr_tf.data.dataset import Tokens
+from dpsr_tf.data.examples_dataset import Tokens
 from dpsr_tf.models.features import FeatureSpec
+from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.models.two_tower import TwoTower
-from dpsr_tf.training.model_directory import ModelDirectory
 from dpsr_tokenizer import tf_ops
 
 K = 1000
@@ -81,7 +81,7 @@ def make_index(result: report.Report, folder: Path, items: np.ndarray, queries: 
     chosen = ann.choose(ann.sweep(index, exact, queries, K), K, TARGET)
     ann.set_parameters(index, chosen.parameters)
     faiss.write_index(index, str(folder / "items.faiss"))
-    faiss_ops.write_item_ids(folder / "item_ids.dpsr", item_ids(len(items)), folder / "items.faiss")
+    faiss_search.write_item_ids(folder / "item_ids.dpsr", item_ids(len(items)), folder / "items.faiss")
     workload = f"{len(items):,} x {DIM}, {candidates[0]}, {chosen.parameters or '-'}"
     result.add("bare", workload, f"ann_recall@{K}", chosen.ann_recall[K], "")
     return workload
@@ -152,7 +152,7 @@ def make_servables(folder: Path, index: Path, queries: np.ndarray) -> dict[str, 
     made["index"] = folder / "index_service" / "1"
     with tf.Graph().as_default():
         vector = v1.placeholder(tf.float32, [None, 1, DIM], "query_embedding")
-        table = faiss_ops.FaissIndexTable(str(index / "items.faiss"), str(index / "item_ids.dpsr"))
+        table = faiss_search.FaissIndexTable(str(index / "items.faiss"), str(index / "item_ids.dpsr"))
         names = ("item_ids", "scores", "heads")
         outputs = dict(zip(names, table.search(vector, K), strict=True))
         filter_cost.save_graph(made["index"], {"query_embedding": vector}, outputs)
@@ -163,7 +163,7 @@ def in_process(
     result: report.Report, workload: str, index: Path, made: dict[str, Path], queries: np.ndarray, repeat: int, s: float
 ) -> None:
     """CPU time of a query: op beside bare FAISS on the same vectors, and the fused graphs."""
-    table = faiss_ops.FaissIndexTable(str(index / "items.faiss"), str(index / "item_ids.dpsr"))
+    table = faiss_search.FaissIndexTable(str(index / "items.faiss"), str(index / "item_ids.dpsr"))
     bare = faiss.read_index(str(index / "items.faiss"), _IO_FLAG_MMAP)
     places = np.concatenate([bare.search(query[np.newaxis], K)[1] for query in queries[:QUERIES]])
     ours = table.search(queries[:QUERIES, np.newaxis], K)[0].numpy()

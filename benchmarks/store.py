@@ -170,7 +170,7 @@ def _texts(words: np.ndarray, count: int, length: int, draw: np.random.Generator
 
 def ingest(schema: Path, out: Path) -> tuple[float, int]:
     """Runs `dpsr ingest`; CPU seconds of it and its children, and the peak of its memory in bytes."""
-    command = [sys.executable, "-m", "dpsr_tf.cli", "ingest", f"--schema={schema}", f"--out={out}"]
+    command = [sys.executable, "-m", "dpsr_common", "ingest", f"--schema={schema}", f"--out={out}"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peak = 0
@@ -235,7 +235,7 @@ def write_flat(store: Path, path: Path) -> float:
     """
     import tensorflow as tf
 
-    from dpsr_tokenizer import PackedFile
+    from dpsr_common.packed_file import PackedFile
 
     def integers(name: str, values: Sequence[int]) -> bytes:
         feature = tf.train.Feature(int64_list=tf.train.Int64List(value=values))
@@ -343,7 +343,7 @@ def _varint(value: int) -> bytes:
 
 def op_dataset(store: Path, batch_size: int, seed: int, impl: str = "op") -> Any:
     """The op with one of OPTIONS."""
-    from dpsr_tf.data.dataset import BatchOptions, examples_dataset
+    from dpsr_tf.data.examples_dataset import BatchOptions, examples_dataset
     from dpsr_tf.data.store import Store
 
     options = BatchOptions(

@@ -341,7 +341,7 @@ def _second_column(path: Path) -> list[str]:
 def _generated(seed: int) -> dict[str, list[str]]:
     import pyarrow.parquet
 
-    from dpsr_tf.data.generate import Parameters, generate
+    from dpsr_tf.shop.generate import Parameters, generate
 
     with tempfile.TemporaryDirectory() as folder:
         generate(Parameters(seed=seed, items=GENERATED_ITEMS), Path(folder))

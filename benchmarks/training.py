@@ -80,8 +80,8 @@ def group_weights(batch_size: int) -> tuple[float, float]:
 
 def write_store(log: Log, folder: Path) -> None:
     """What training reads of a store; there is no text, so no vocabulary."""
+    from dpsr_common.packed_file import PackedFileWriter
     from dpsr_tf.data.assemble import id_index
-    from dpsr_tokenizer import PackedFileWriter
 
     folder.mkdir()
     pairs = len(log.queries)
@@ -287,7 +287,7 @@ def our_training(folder: Path, batch_size: int, num_ids: int, model_dir: str) ->
     """What dpsr_tf.training.train does, but for checkpoints."""
     import tensorflow as tf
 
-    from dpsr_tf.data.dataset import examples_dataset, training_input
+    from dpsr_tf.data.examples_dataset import examples_dataset, training_input
     from dpsr_tf.training.cluster import Cluster
     from dpsr_tf.training.estimator import ProgressBar, model_fn, run_config
     from dpsr_tf.training.train import batch_options
@@ -395,7 +395,7 @@ def _our_step(queries: Any, titles: Any) -> tuple[Any, Any]:
     """Loss and step of our model_fn on a batch of these tokens."""
     import tensorflow as tf
 
-    from dpsr_tf.data.dataset import Batch, Features, History, Tokens
+    from dpsr_tf.data.examples_dataset import Batch, Features, History, Tokens
     from dpsr_tf.training.estimator import model_fn
 
     def tokens(matrix: tf.Tensor) -> Tokens:

@@ -1,4 +1,4 @@
-"""`dpsr demo`: the main job once, from raw log to answered query, by the commands a user would type.
+"""`dpsr demo`: runs the whole path once, from raw log to answered query.
 
 Every step is a process of its own, as in production; the server and the proxy that answer are real ones.
 """
@@ -22,11 +22,11 @@ from typing import Any
 import yaml
 from absl import flags
 
-from dpsr_tf.config import load_config
+from dpsr_common.errors import CommandError, UsageError
+from dpsr_tf.config import load_config, shipped_config
 from dpsr_tf.data.store import Store
-from dpsr_tf.errors import CommandError, UsageError
 from dpsr_tf.evaluation.evaluate import Judgments
-from dpsr_tf.training.model_directory import ModelDirectory
+from dpsr_tf.models.model_directory import ModelDirectory
 
 USAGE = """
 Usage: dpsr demo [--data=DIR] [--out=DIR]
@@ -36,40 +36,6 @@ small generated shop, or, with --data, on the Home Depot product search files in
 """
 
 MODEL = "demo"
-
-# Found on the dev folds (docs/training.md): a margin and a learning rate above the paper's suit runs of minutes, pieces
-# of titles as queries make up for a small log, and the hardest negatives tell one size or colour from another.
-# configs/homedepot.yaml has the values for Home Depot with their reasons.
-_SHOP_CONFIG: dict[str, Any] = {
-    "train": {
-        "steps": 2000,
-        "batch_size": 256,
-        "num_title_queries": 64,
-        "learning_rate": 0.1,
-        "margin": 0.3,
-        "num_hard_negatives": 16,
-    },
-}
-_HOMEDEPOT_CONFIG: dict[str, Any] = {
-    "model": {"token_dim": 256, "embedding_dim": 256},
-    "train": {
-        "steps": 1500,
-        "batch_size": 1024,
-        "pretrain_steps": 500,
-        "num_title_queries": 512,
-        "title_subsampling": 0.01,
-        "title_typo_rate": 0.2,
-        "query_typo_rate": 0.2,
-        "loss": "softmax",
-        "softmax_temperature": 0.07,
-        "learning_rate": 0.1,
-        "initial_accumulator": 1e-8,
-        "average_decay": 0.998,
-        "num_random_negatives": 0,
-        "mixing_ratio": 0.0,
-        "checkpoint_steps": 500,
-    },
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +121,7 @@ def _shop(shop: Path) -> _Job:
         judgments=shop / "judgments.dev.tsv",
         columns=("query", "item", "grade"),
         relevant_from=1.0,
-        config=_SHOP_CONFIG,
+        config=shipped_config("shop"),
     )
 
 
@@ -172,7 +138,7 @@ def _homedepot(data: Path) -> _Job:
         judgments=data / "judgments.dev.tsv",
         columns=("search_term", "product_uid", "relevance"),
         relevant_from=2.33,
-        config=_HOMEDEPOT_CONFIG,
+        config=shipped_config("homedepot"),
     )
 
 
@@ -191,7 +157,7 @@ def _dev_queries(job: _Job, store: Store) -> list[str]:
 def _dpsr(*arguments: str) -> None:
     """Runs a command as the user would, shows it, and ends the demo if it fails."""
     print(f"\n$ dpsr {shlex.join(arguments)}", flush=True)
-    status = subprocess.run([sys.executable, "-m", "dpsr_tf.cli", *arguments]).returncode
+    status = subprocess.run([sys.executable, "-m", "dpsr_common", *arguments]).returncode
     if status:
         raise CommandError(f"`dpsr {arguments[0]}` ended with status {status}; its message stands above")
 
@@ -202,7 +168,7 @@ def _background(out: Path, ready: str, *arguments: str) -> Iterator[str]:
     print(f"\n$ dpsr {shlex.join(arguments)} &", flush=True)
     log_path = out / f"{arguments[0]}.log"
     with open(log_path, "wb") as log:
-        process = subprocess.Popen([sys.executable, "-m", "dpsr_tf.cli", *arguments], stdout=log, stderr=log)
+        process = subprocess.Popen([sys.executable, "-m", "dpsr_common", *arguments], stdout=log, stderr=log)
     try:
         while (found := re.search(ready, log_path.read_text(errors="replace"))) is None:
             if process.poll() is not None:

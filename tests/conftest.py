@@ -1,10 +1,15 @@
-"""What holds for all tests: the order of their files, and that Ctrl-C means what it does in a terminal."""
+"""What all tests share: the order of their files, Ctrl-C as in a terminal, and the fixture `dpsr`."""
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import signal
+from collections.abc import Callable
 
 import pytest
+
+from dpsr_common.command_line import main
 
 # A shell's background job ignores it, and so would the commands that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -28,3 +33,39 @@ _FIRST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sorts files; the tests of a file keep their order."""
     items.sort(key=lambda item: next((at for at, name in enumerate(_FIRST) if item.path.match(name)), len(_FIRST)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a command left: exit status, stdout, and the error lines of stderr (progress bars left out)."""
+
+    status: int
+    out: str
+    errors: list[str]
+
+    def fails(self, status: int, *fragments: str) -> None:
+        """Asserts this status and exactly one line on stderr that holds every fragment."""
+        assert self.status == status, (self.status, self.errors)
+        assert len(self.errors) == 1, self.errors
+        for fragment in fragments:
+            assert fragment in self.errors[0], (fragment, self.errors[0])
+
+    def succeeds(self) -> Outcome:
+        """Asserts status 0 and no error."""
+        assert (self.status, self.errors) == (0, []), (self.status, self.errors)
+        return self
+
+
+@pytest.fixture
+def dpsr(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Runs `dpsr ARGUMENTS...` in this process."""
+
+    def run(*arguments: str) -> Outcome:
+        capfd.readouterr()
+        status = main(list(arguments))
+        out, err = capfd.readouterr()
+        # A progress bar overwrites its line; its text ends with the time it took, in brackets.
+        lines = [line.strip() for line in re.split(r"[\r\n]", err)]
+        return Outcome(status, out, [line for line in lines if line and not re.search(r"\[\d\d:\d\d[<,]", line)])
+
+    return run

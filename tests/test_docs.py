@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from pathlib import Path
 from types import ModuleType
@@ -11,8 +10,8 @@ import pytest
 import yaml
 from absl import flags
 
-from dpsr_tf.cli import COMMANDS
-from dpsr_tf.config import from_dict, to_dict
+from dpsr_common.command_line import commands
+from dpsr_common.typed_config import from_dict, to_dict
 from dpsr_tf.data.schema import Schema
 from dpsr_tf.reference import reference
 
@@ -44,8 +43,8 @@ def test_links_and_commands_exist(document: Path) -> None:
         assert not anchor or anchor in anchors_of(page), f"{link}#{anchor}"
     whole_lines = text.replace("\\\n", "")
     for command, rest in re.findall(r"^\$? ?dpsr (\w+)([^#\n]*)", whole_lines, re.MULTILINE):
-        assert command in COMMANDS, command
-        module = importlib.import_module(COMMANDS[command][0])
+        assert command in commands(), command
+        module = commands()[command].load()
         if not getattr(module, "PASS_UNKNOWN_FLAGS", False):
             assert set(re.findall(r" \[?--(\w+)", rest)) <= flags_of(module), f"dpsr {command}{rest}"
 
@@ -63,7 +62,7 @@ def flags_of(module: ModuleType) -> set[str]:
 
 
 def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
-    folders = ("Makefile", "setup.py", "CMakeLists.txt", "dpsr_tf", "export", "serving")
+    folders = ("Makefile", "setup.py", "CMakeLists.txt", "common", "tokenizer_cc", "dpsr_tf", "export", "serving")
     files = [
         file
         for folder in map(ROOT.joinpath, folders)

@@ -10,7 +10,7 @@
 #include <string_view>
 #include <vector>
 
-#include "tokenizer_cc/test_util.h"
+#include "common/test_util.h"
 #include "tokenizer_cc/tokenizer.h"
 
 namespace dpsr {

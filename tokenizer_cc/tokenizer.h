@@ -35,7 +35,7 @@
 #include <string_view>
 #include <type_traits>
 
-#include "tokenizer_cc/status.h"
+#include "common/status.h"
 
 namespace dpsr {
 

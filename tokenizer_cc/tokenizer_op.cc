@@ -12,7 +12,7 @@
 #include "tensorflow/core/framework/resource_mgr.h"
 #include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/util/work_sharder.h"
-#include "tokenizer_cc/tf_status.h"
+#include "common/tf_status.h"
 #include "tokenizer_cc/tokenizer.h"
 #include "tokenizer_cc/vocabulary.h"
 

@@ -14,8 +14,8 @@
 #include <utility>
 #include <vector>
 
-#include "tokenizer_cc/packed_file.h"
-#include "tokenizer_cc/status.h"
+#include "common/pybind_status.h"
+#include "common/status.h"
 #include "tokenizer_cc/tokenizer.h"
 #include "tokenizer_cc/vocabulary.h"
 
@@ -23,49 +23,6 @@ namespace py = pybind11;
 
 namespace dpsr {
 namespace {
-
-PyObject* format_error = nullptr;  // dpsr_tokenizer.FormatError, owned by the module
-
-PyObject* ExceptionType(StatusCode code) {
-  switch (code) {
-    case StatusCode::kInvalidArgument:
-      return PyExc_ValueError;
-    case StatusCode::kNotFound:
-      return PyExc_FileNotFoundError;
-    case StatusCode::kDataLoss:
-    case StatusCode::kFailedPrecondition:
-      return format_error;
-    case StatusCode::kOk:
-    case StatusCode::kResourceExhausted:
-    case StatusCode::kInternal:
-      break;
-  }
-  return PyExc_OSError;
-}
-
-// The text of files and paths need not be UTF-8; a message must be.
-py::str ToStr(std::string_view text) {
-  PyObject* str = PyUnicode_DecodeUTF8(text.data(), static_cast<py::ssize_t>(text.size()), "replace");
-  if (str == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::str>(str);
-}
-
-void RaiseIfError(const Status& status) {
-  if (status.ok()) return;
-  PyErr_SetObject(ExceptionType(status.code()), ToStr(status.message()).ptr());
-  throw py::error_already_set();
-}
-
-// Runs `function` without the GIL; raises when it fails.
-template <typename Function>
-void RunReleased(Function function) {
-  Status status;
-  {
-    const py::gil_scoped_release release;
-    status = function();
-  }
-  RaiseIfError(status);
-}
 
 bool IsText(py::handle object) { return PyUnicode_Check(object.ptr()) || PyBytes_Check(object.ptr()); }
 
@@ -377,139 +334,12 @@ py::tuple EncodeBatch(const Vocabulary& vocabulary, const py::object& sequence) 
   return py::make_tuple(ToArray(std::move(values)), ToArray(std::move(row_splits)));
 }
 
-// --- Packed files ---
-
-struct NumpyType {
-  DataType dtype;
-  char kind;  // as numpy.dtype.kind
-  py::ssize_t itemsize;
-};
-
-constexpr NumpyType kNumpyTypes[] = {
-    {DataType::kUint8, 'u', 1},   {DataType::kInt8, 'i', 1},   {DataType::kInt32, 'i', 4}, {DataType::kInt64, 'i', 8},
-    {DataType::kFloat32, 'f', 4}, {DataType::kUint32, 'u', 4}, {DataType::kUint64, 'u', 8},
-    {DataType::kUint16, 'u', 2},  {DataType::kFloat64, 'f', 8}};
-
-uint64_t ChecksumOf(const py::buffer& data) {
-  const py::buffer_info info = data.request();
-  if (PyBuffer_IsContiguous(info.view(), 'C') == 0) throw py::value_error("the buffer is not contiguous");
-  const py::gil_scoped_release released;
-  return Checksum(info.ptr, static_cast<size_t>(info.size * info.itemsize));
-}
-
-// A PackedFileWriter that threads may share, and that knows which section it is appending to.
-class SharedWriter {
- public:
-  SharedWriter(const std::filesystem::path& path, const std::string& kind)
-      : path_(path), writer_(std::make_unique<PackedFileWriter>(path_, kind)) {
-    RaiseIfError(writer_->Open());
-  }
-
-  void Add(const std::string& name, const py::array& values) {
-    DataType dtype;
-    const py::array array = ToContiguous(name, values, &dtype);
-    const void* data = array.data();
-    const auto bytes = static_cast<size_t>(array.nbytes());
-    RunReleased([&]() -> Status {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      DPSR_RETURN_IF_ERROR(CheckOpen());
-      DPSR_RETURN_IF_ERROR(writer_->Add(name, dtype, data, bytes));
-      streaming_.clear();
-      return Status();
-    });
-  }
-
-  void Append(const std::string& name, const py::array& values) {
-    DataType dtype;
-    const py::array array = ToContiguous(name, values, &dtype);
-    const void* data = array.data();
-    const auto bytes = static_cast<size_t>(array.nbytes());
-    RunReleased([&]() -> Status {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      DPSR_RETURN_IF_ERROR(CheckOpen());
-      if (streaming_ != name) {
-        DPSR_RETURN_IF_ERROR(writer_->Begin(name, dtype));
-        streaming_ = name;
-        streaming_dtype_ = dtype;
-      } else if (dtype != streaming_dtype_) {
-        return MakeStatus(StatusCode::kInvalidArgument, path_, ": section \"", name, "\" was begun as ",
-                          DataTypeName(streaming_dtype_), ", got ", DataTypeName(dtype));
-      }
-      return writer_->Append(data, bytes);
-    });
-  }
-
-  // Finishes the file, or drops it. Does nothing when that is done already.
-  void Close(bool commit) {
-    RunReleased([&]() -> Status {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      const std::unique_ptr<PackedFileWriter> writer = std::move(writer_);
-      return writer == nullptr || !commit ? Status() : writer->Finish();
-    });
-  }
-
- private:
-  Status CheckOpen() const {
-    if (writer_ != nullptr) return Status();
-    return MakeStatus(StatusCode::kInvalidArgument, path_, ": the file is closed");
-  }
-
-  // `values` in one piece of memory, and its type.
-  py::array ToContiguous(const std::string& name, const py::array& values, DataType* dtype) const {
-    if (values.ndim() != 1) {
-      throw py::value_error(StrCat(path_, ": section \"", name, "\" has ", values.ndim(),
-                                   " dimensions, expected 1; use array.reshape(-1)"));
-    }
-    for (const NumpyType& type : kNumpyTypes) {
-      if (values.dtype().kind() != type.kind || values.itemsize() != type.itemsize) continue;
-      if (values.dtype().byteorder() == '>') break;
-      *dtype = type.dtype;
-      return py::array::ensure(values, py::array::c_style);
-    }
-    throw py::value_error(StrCat(path_, ": section \"", name, "\" has dtype ",
-                                 std::string(py::str(values.dtype())),
-                                 ", expected uint8, int8, uint16, int32, uint32, int64, uint64, float32 or float64 "
-                                 "(little endian)"));
-  }
-
-  const std::string path_;
-  std::mutex mutex_;
-  std::unique_ptr<PackedFileWriter> writer_;  // null once closed
-  std::string streaming_;                     // the section that Append() continues
-  DataType streaming_dtype_ = DataType::kUint8;
-};
-
-std::unique_ptr<PackedFile> OpenPackedFile(const std::filesystem::path& path, const std::string& kind, bool verify) {
-  std::unique_ptr<PackedFile> file;
-  RunReleased([&] { return PackedFile::Open(path, kind, verify, &file); });
-  return file;
-}
-
-// A read-only array over the memory of a section, which keeps the file's Python object alive; None if there is none.
-py::object GetSection(const py::object& self, const std::string& name) {
-  const PackedFile::Section* section = self.cast<const PackedFile&>().Find(name);
-  if (section == nullptr) return py::none();
-  for (const NumpyType& type : kNumpyTypes) {
-    if (type.dtype != section->dtype) continue;
-    py::array array(py::dtype(StrCat('<', type.kind, type.itemsize)), {static_cast<py::ssize_t>(section->count)},
-                    {type.itemsize}, section->data, self);
-    array.attr("setflags")(py::arg("write") = false);
-    return array;
-  }
-  throw py::value_error(StrCat("section \"", name, "\" has a dtype without a NumPy counterpart"));
-}
-
 PYBIND11_MODULE(_native, m) {
   m.doc() = "The C++ core of dpsr_tokenizer. Import dpsr_tokenizer, not this.";
   py::options options;
   options.disable_function_signatures();
 
-  format_error = PyErr_NewExceptionWithDoc(
-      "dpsr_tokenizer.FormatError",
-      "A file that is corrupt, truncated, of another version or of another kind. The message names the file.",
-      PyExc_ValueError, nullptr);
-  if (format_error == nullptr) throw py::error_already_set();
-  m.attr("FormatError") = py::reinterpret_borrow<py::object>(format_error);
+  FormatErrorType() = py::module_::import("dpsr_common._native").attr("FormatError");
 
   py::class_<TokenizerConfig>(m, "TokenizerConfig", R"(Which kinds of tokens a text becomes. Immutable.
 
@@ -598,38 +428,6 @@ checksums of the whole file. Raises FileNotFoundError and FormatError.)")
       .def("encode_batch", &EncodeBatch, py::arg("texts"),
            "The ids of many texts, an iterable or Arrow data as for VocabularyBuilder.add, as values int32 [total] and row_splits int64 [num_texts + 1]: text i has\n"
            "values[row_splits[i]:row_splits[i + 1]].");
-
-  py::class_<SharedWriter>(m, "PackedFileWriter", R"(Writes a packed file: named one-dimensional arrays.
-
-    with PackedFileWriter("items.dpsr", "items") as file:
-        file.add("id", ids)
-
-The file takes its name when the block ends well; after an exception there is none, and what was there before stays.
-Dtypes are uint8, int8, uint16, int32, uint32, int64, uint64, float32 and float64.)")
-      .def(py::init<const std::filesystem::path&, const std::string&>(), py::arg("path"), py::arg("kind"))
-      .def("__enter__", [](py::object self) { return self; })
-      .def("__exit__", [](SharedWriter& writer, const py::object& type, const py::object&,
-                          const py::object&) { writer.Close(type.is_none()); })
-      .def("add", &SharedWriter::Add, py::arg("name"), py::arg("values"),
-           "Adds a section: [n] of one of the dtypes above. Raises ValueError and OSError.")
-      .def("append", &SharedWriter::Append, py::arg("name"), py::arg("values"),
-           "Begins a section, or continues it when it is the last one begun by append().");
-
-  py::class_<PackedFile>(m, "PackedFile")
-      .def(py::init(&OpenPackedFile), py::arg("path"), py::arg("kind"), py::arg("verify"))
-      .def_property_readonly("path", [](const PackedFile& file) { return ToStr(file.path()); })
-      .def_property_readonly("kind", [](const PackedFile& file) { return ToStr(file.kind()); })
-      .def_property_readonly("fingerprint", &PackedFile::fingerprint)
-      .def("names",
-           [](const PackedFile& file) {
-             py::list names;
-             for (const PackedFile::Section& section : file.sections()) names.append(ToStr(section.name));
-             return names;
-           })
-      .def("get", &GetSection, py::arg("name"));
-
-  m.def("checksum", &ChecksumOf, py::arg("data"),
-        "The checksum that packed files hold of their sections, XXH3 of 64 bits, of a contiguous buffer.");
 }
 
 }  // namespace

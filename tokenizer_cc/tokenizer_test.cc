@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "tokenizer_cc/test_util.h"
+#include "common/test_util.h"
 #include "tokenizer_cc/token_scanner.h"
 
 namespace dpsr {

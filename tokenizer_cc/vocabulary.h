@@ -36,8 +36,8 @@
 #include <string_view>
 #include <vector>
 
-#include "tokenizer_cc/packed_file.h"
-#include "tokenizer_cc/status.h"
+#include "common/packed_file.h"
+#include "common/status.h"
 #include "tokenizer_cc/tokenizer.h"
 
 namespace dpsr {

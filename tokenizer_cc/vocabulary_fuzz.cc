@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "tokenizer_cc/packed_file.h"
+#include "common/packed_file.h"
 #include "tokenizer_cc/vocabulary.h"
 
 namespace {

@@ -12,7 +12,7 @@
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
-#include "tokenizer_cc/test_util.h"
+#include "common/test_util.h"
 
 namespace dpsr {
 namespace {

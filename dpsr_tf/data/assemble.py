@@ -34,6 +34,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from dpsr_common.errors import CommandError
+from dpsr_common.packed_file import PackedFileWriter
 from dpsr_tf.data.schema import (
     EVENT_TYPES,
     Feature,
@@ -44,8 +46,7 @@ from dpsr_tf.data.schema import (
     VocabularySchema,
 )
 from dpsr_tf.data.store import Counts, Features, StoredFeature, interactions_names, vocabulary_name
-from dpsr_tf.errors import CommandError
-from dpsr_tokenizer import PackedFileWriter, TokenizerConfig, Vocabulary, VocabularyBuilder
+from dpsr_tokenizer import TokenizerConfig, Vocabulary, VocabularyBuilder
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -1,4 +1,4 @@
-"""`dpsr ingest`: raw tables and a schema into a store (DPSR section 5.1.2)."""
+"""`dpsr ingest`: turns raw tables into a store."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import collections
 import dataclasses
 import errno
 import heapq
-import importlib
 import itertools
 import json
 import os
@@ -28,14 +27,15 @@ import pyarrow.compute as pc
 from absl import flags
 from tqdm import tqdm
 
-from dpsr_tf.config import to_dict
+from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.packed_file import PackedFile
+from dpsr_common.typed_config import to_dict
+from dpsr_tf.data.adapters import Adapter, open_adapter
 from dpsr_tf.data.assemble import Assembler, ordered
 from dpsr_tf.data.encode import Encoded, IdIndex, encode_interactions, encode_items, encode_users
-from dpsr_tf.data.schema import ADAPTERS, Feature, Filter, Schema, adapter_path, load_schema
+from dpsr_tf.data.schema import Feature, Filter, Schema, load_schema
 from dpsr_tf.data.store import FORMAT, FORMAT_VERSION, Counts, file_names, manifest_checksum, new_directory
 from dpsr_tf.data.tables import Source, find_files, read_batches
-from dpsr_tf.errors import CommandError, UsageError
-from dpsr_tokenizer import PackedFile
 
 USAGE = """
 Usage: dpsr ingest --schema=FILE --out=STORE
@@ -88,7 +88,8 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     if not 0 <= values.threads <= 1024:
         raise UsageError(f"--threads={values.threads}: expected 0 to 1024")
     memory = _memory(values.memory)
-    schema_path = Path(values.schema) if values.schema else adapter_path(values.adapter)
+    adapter = open_adapter(values.adapter) if values.adapter else None
+    schema_path = adapter.schema_path if adapter else Path(values.schema)
     schema = load_schema(schema_path)
     base = Path(values.input) if values.input else schema_path.parent
     out = Path(values.out)
@@ -98,8 +99,8 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         new_directory(out, values.overwrite, "store", "manifest.json") as temporary,
         heeded(signals),
     ):
-        if values.adapter is not None:
-            base = _converted(values.adapter, base, temporary)
+        if adapter is not None:
+            base = _converted(adapter, base, temporary)
         counts = ingest(
             schema,
             base,
@@ -414,14 +415,14 @@ class _Rejects:
 _CONVERTED = "converted"
 
 
-def _converted(adapter: str, source: Path, out: Path) -> Path:
+def _converted(adapter: Adapter, source: Path, out: Path) -> Path:
     """Where the tables of an adapter's schema are: in `source`, or where its converter, if it has one, wrote them."""
-    if not (ADAPTERS / f"{adapter}.py").is_file():
+    if adapter.convert is None:
         return source
     folder = out / _CONVERTED
     folder.mkdir()
     with _explained(out, 0):
-        importlib.import_module(f"dpsr_tf.data.adapters.{adapter}").convert(source, folder)
+        adapter.convert(source, folder)
     return folder
 
 

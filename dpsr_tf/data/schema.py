@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from dpsr_tf.config import from_dict, option, read_yaml
-from dpsr_tf.errors import UsageError
+from dpsr_common.strict_yaml import read_yaml
+from dpsr_common.typed_config import from_dict, option
 
 FILES_HELP = "files, directories or globs, relative to the schema file or --input"
 KINDS = ("categorical", "number", "multi", "text")
@@ -290,18 +290,7 @@ def _separator_problem(column: Feature | Filter) -> str | None:
 # A section "feature.<name>.splits" of a packed file has at most 31 bytes.
 _LONGEST_FEATURE = 31 - len("feature.") - len(".splits")
 
-ADAPTERS = Path(__file__).parent / "adapters"
-
 
 def load_schema(path: str | Path) -> Schema:
     """Reads a schema file. Raises UsageError (no file, no YAML, or a key or value that is not allowed)."""
     return from_dict(Schema, read_yaml(path), str(path))
-
-
-def adapter_path(name: str) -> Path:
-    """The schema file of a data set that is known by name. Raises UsageError for another name."""
-    path = ADAPTERS / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in ADAPTERS.glob("*.yaml")))
-        raise UsageError(f"no adapter '{name}', expected one of: {known}; for other data write a schema file")
-    return path

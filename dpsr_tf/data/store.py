@@ -31,10 +31,11 @@ from typing import Any
 
 import numpy as np
 
-from dpsr_tf.config import from_dict
+from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.packed_file import FormatError, PackedFile
+from dpsr_common.typed_config import from_dict
 from dpsr_tf.data.schema import Schema
-from dpsr_tf.errors import CommandError, UsageError
-from dpsr_tokenizer import FormatError, PackedFile, Vocabulary
+from dpsr_tokenizer import Vocabulary
 
 FORMAT = "dpsr-store"
 FORMAT_VERSION = 2
@@ -347,3 +348,19 @@ def check_replaceable(path: Path, what: str, mark: str) -> None:
             f"{path}: is there and holds no {what} (no {mark}), so --overwrite leaves it alone; "
             f"remove it yourself, or choose another --out"
         )
+
+
+class RowsById:
+    """Rows of items by their id."""
+
+    def __init__(self, item_ids: np.ndarray):
+        """`item_ids` int64 [items], distinct."""
+        self._order = np.argsort(item_ids, kind="stable")
+        self._ids = np.asarray(item_ids)[self._order]
+
+    def __call__(self, ids: np.ndarray) -> np.ndarray:
+        """Rows int64 of the shape of `ids`; -1 where there is no such item."""
+        if not len(self._ids):
+            return np.full(ids.shape, -1, np.int64)
+        places = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
+        return np.where(self._ids[places] == ids, self._order[places], -1)

@@ -23,8 +23,8 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
+from dpsr_common.errors import CommandError, UsageError
 from dpsr_tf.data.encode import ids_of, is_text, numbers_of, texts_of
-from dpsr_tf.errors import CommandError, UsageError
 
 _ARROW = (".arrow", ".feather", ".ipc")
 _JSON = (".jsonl", ".json")

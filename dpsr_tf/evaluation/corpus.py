@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from dpsr_common.errors import UsageError
+from dpsr_common.packed_file import PackedFile
 from dpsr_tf.data.store import Store, unpack_strings
-from dpsr_tokenizer import PackedFile
+from dpsr_tf.data.user_requests import User, told_to_client
 
 # Slices of --slice=frequency, most frequent first.
 FREQUENCIES = ("head", "torso", "tail", "unseen")
@@ -50,6 +53,16 @@ class Corpus:
             query_counts=dict(zip(store.queries(), counts.tolist(), strict=True)),
             store=store,
         )
+
+    def need_store(self, spec: str) -> Store:
+        """The store. Raises UsageError that names the system `spec` if there is none."""
+        if self.store is None:
+            raise UsageError(f"--system={spec}: needs a store with the items' features; give --store")
+        return self.store
+
+    def user_teller(self, names: Collection[str]) -> Callable[[User], dict[str, Any]] | None:
+        """What a model with inputs of these names is told of a user: see told_to_client. None without a store."""
+        return None if self.store is None else told_to_client(self.store, names)
 
     def popularity_percentiles(self) -> np.ndarray:
         """Share of the items that are less popular, items as popular counted half: float64 [n], 0.5 on average."""

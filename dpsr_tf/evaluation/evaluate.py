@@ -1,4 +1,4 @@
-"""`dpsr evaluate`: how well systems find the items that are right for a query (DPSR section 6.2)."""
+"""`dpsr evaluate`: measures retrieval on human judgments."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
+from dpsr_common.errors import CommandError, UsageError
 from dpsr_tf import __version__
-from dpsr_tf.data.store import Store
-from dpsr_tf.errors import CommandError, UsageError
+from dpsr_tf.data.store import RowsById, Store
 from dpsr_tf.evaluation import metrics
 from dpsr_tf.evaluation.corpus import FREQUENCIES, Corpus
 from dpsr_tf.evaluation.judgments import Judgments
-from dpsr_tf.evaluation.retriever import ItemRows, Retriever, ask, is_personal
+from dpsr_tf.evaluation.retriever import Retriever, ask, is_personal
 from dpsr_tf.evaluation.systems import KINDS, NAMES, Systems
 
 USAGE = f"""
@@ -330,7 +330,7 @@ def _retrieved(
     ids: np.ndarray, scores: np.ndarray, corpus: Corpus, ks: Sequence[int]
 ) -> tuple[dict[str, float], list[str]]:
     """Coverage and popularity of the answers, and what is odd about them."""
-    rows = ItemRows(corpus.item_ids)(ids)
+    rows = RowsById(corpus.item_ids)(ids)
     holds = metrics.counted(ids, scores)
     percentiles = corpus.popularity_percentiles()
     figures, notes = {}, []

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dpsr_common.errors import CommandError, UsageError
 from dpsr_tf.data.store import Store
 from dpsr_tf.data.tables import Table, check_kind
-from dpsr_tf.errors import CommandError, UsageError
-from dpsr_tf.evaluation.retriever import User
+from dpsr_tf.data.user_requests import User
 
 
 @dataclasses.dataclass(frozen=True)

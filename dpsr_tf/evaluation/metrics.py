@@ -15,7 +15,7 @@ import scipy.stats
 from ir_measures import RR, P, R, nDCG
 
 from dpsr_tf.evaluation.judgments import Judgments
-from dpsr_tf.evaluation.retriever import is_repeat
+from dpsr_tf.models.exact_search import is_repeat
 
 # Section 6.2.1: a relevant item among so many in all.
 NUM_CANDIDATES = 1024

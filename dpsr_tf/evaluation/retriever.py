@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import bm25s
 import numpy as np
 import scipy.sparse
 
+from dpsr_tf.data.store import RowsById
+from dpsr_tf.data.user_requests import User
+from dpsr_tf.models.exact_search import is_repeat, no_results, top_positions
 from dpsr_tokenizer import Tokenizer, TokenizerConfig
 
 # Queries whose scores of all items are in memory at once.
 _BATCH = 64
-
-
-class User(NamedTuple):
-    """Who asks, and when."""
-
-    id: int  # of the store; -1 is anonymous
-    time: int | None = None  # seconds since 1970: what the user does from then on is not known yet; None: all is known
 
 
 class Retriever(Protocol):
@@ -66,46 +61,6 @@ def is_personal(retriever: Retriever) -> bool:
     return bool(getattr(retriever, "personal", False))
 
 
-def best(ids: np.ndarray, scores: np.ndarray, k: int) -> np.ndarray:
-    """Positions of the k highest `scores` [n], ties by ascending id, also where k cuts through one; NaN comes last."""
-    if k < len(scores):
-        # Every item that ties with the k-th, so that ids decide which of them are in.
-        kept = np.flatnonzero(~(scores < -np.partition(-scores, k - 1)[k - 1]))
-    else:
-        kept = np.arange(len(scores))
-    return kept[np.lexsort((ids[kept], -scores[kept]))][:k]
-
-
-def is_repeat(ids: np.ndarray) -> np.ndarray:
-    """Whether the same id stands further left in its row: [n, k] bool of `ids` [n, k]."""
-    order = np.argsort(ids, axis=1, kind="stable")
-    ordered = np.take_along_axis(ids, order, axis=1)
-    repeat = np.zeros(ids.shape, bool)
-    np.put_along_axis(repeat, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
-    return repeat
-
-
-def nothing(num_queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """An answer without items: ids -1 and scores -inf, [num_queries, k] each."""
-    return np.full((num_queries, k), -1, np.int64), np.full((num_queries, k), -np.inf, np.float32)
-
-
-class ItemRows:
-    """Rows of items by their id."""
-
-    def __init__(self, item_ids: np.ndarray):
-        """`item_ids` int64 [items], distinct."""
-        self._order = np.argsort(item_ids, kind="stable")
-        self._ids = np.asarray(item_ids)[self._order]
-
-    def __call__(self, ids: np.ndarray) -> np.ndarray:
-        """Rows int64 of the shape of `ids`; -1 where there is no such item."""
-        if not len(self._ids):
-            return np.full(ids.shape, -1, np.int64)
-        places = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
-        return np.where(self._ids[places] == ids, self._order[places], -1)
-
-
 Tokenize = Callable[[str], list[str]]
 
 
@@ -143,7 +98,7 @@ class Bm25:
     ):
         """`item_ids` int64 [items], `titles` one text an item, `k1` and `b` BM25's usual constants."""
         self._item_ids = np.asarray(item_ids)
-        self._rows = ItemRows(self._item_ids)
+        self._rows = RowsById(self._item_ids)
         self._tokenize = tokenize or unigrams()
         self._vocabulary: dict[str, int] = {}
         tokens = [self._tokenize(title) for title in titles]
@@ -171,7 +126,7 @@ class Bm25:
 
     def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See Retriever; `users` is not used."""
-        ids, scores = nothing(len(queries), k)
+        ids, scores = no_results(len(queries), k)
         if not self._vocabulary:
             return ids, scores
         for begin in range(0, len(queries), _BATCH):
@@ -179,7 +134,7 @@ class Bm25:
             for row in range(found.shape[0]):
                 part = slice(found.indptr[row], found.indptr[row + 1])
                 row_ids, row_scores = self._item_ids[found.indices[part]], found.data[part]
-                order = best(row_ids, row_scores, k)
+                order = top_positions(row_ids, row_scores, k)
                 ids[begin + row, : len(order)] = row_ids[order]
                 scores[begin + row, : len(order)] = row_scores[order]
         return ids, scores
@@ -210,7 +165,7 @@ class Random:
 
     def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See Retriever; every score is 0."""
-        ids, scores = nothing(len(queries), k)
+        ids, scores = no_results(len(queries), k)
         found = min(k, len(self._item_ids))
         for row, query in enumerate(queries):
             words = np.frombuffer(hashlib.blake2b(query.encode("utf-8", "replace"), digest_size=8).digest(), np.uint32)
@@ -231,11 +186,11 @@ class Popularity:
         """`item_ids` int64 [items], `popularity` float [items]."""
         self._item_ids, self._popularity = np.asarray(item_ids), np.asarray(popularity, np.float32)
         self._order = np.lexsort((self._item_ids, -self._popularity))
-        self._rows = ItemRows(self._item_ids)
+        self._rows = RowsById(self._item_ids)
 
     def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See Retriever; the score is the popularity."""
-        ids, scores = nothing(len(queries), k)
+        ids, scores = no_results(len(queries), k)
         top = self._order[:k]
         ids[:, : len(top)], scores[:, : len(top)] = self._item_ids[top], self._popularity[top]
         return ids, scores
@@ -244,49 +199,6 @@ class Popularity:
         """See Retriever."""
         rows = self._rows(items)
         return np.where(rows >= 0, self._popularity[rows], 0).astype(np.float32)
-
-
-# Embeds queries: (queries [n], users [n] or None) -> float32 [n, heads, dim]; a row of zeros finds nothing.
-QueryEncoder = Callable[[Sequence[str], "Sequence[User] | None"], np.ndarray]
-
-
-class ExactSearch:
-    """The items with the largest inner products, every one of them computed.
-
-    With several heads an item's score is its largest inner product over them, as at serving time (end of section 4.3),
-    not the soft dot product of training.
-    """
-
-    def __init__(self, encode: QueryEncoder, item_ids: np.ndarray, item_embeddings: np.ndarray, personal: bool = False):
-        """`item_ids` int64 [items], `item_embeddings` float32 [items, dim]."""
-        self._encode = encode
-        self._item_ids, self._item_embeddings = np.asarray(item_ids), item_embeddings
-        self._rows = ItemRows(self._item_ids)
-        self.personal = personal
-
-    def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """See Retriever."""
-        ids, scores = nothing(len(queries), k)
-        for begin in range(0, len(queries), _BATCH):
-            heads = self._encode(queries[begin : begin + _BATCH], users[begin : begin + _BATCH] if users else None)
-            products = functools.reduce(
-                np.maximum, (heads[:, head] @ self._item_embeddings.T for head in range(heads.shape[1]))
-            )
-            for row in np.flatnonzero(heads.any(axis=(1, 2))):
-                order = best(self._item_ids, products[row], k)
-                ids[begin + row, : len(order)] = self._item_ids[order]
-                scores[begin + row, : len(order)] = products[row, order]
-        return ids, scores
-
-    def score(self, queries: Sequence[str], users: Sequence[User] | None, items: np.ndarray) -> np.ndarray:
-        """See Retriever."""
-        result = np.empty(items.shape, np.float32)
-        for begin in range(0, len(queries), _BATCH):
-            heads = self._encode(queries[begin : begin + _BATCH], users[begin : begin + _BATCH] if users else None)
-            rows = self._rows(items[begin : begin + _BATCH])
-            products = np.matmul(self._item_embeddings[rows], heads.transpose(0, 2, 1)).max(axis=2)
-            result[begin : begin + _BATCH] = np.where(rows >= 0, products, np.nan)
-        return result
 
 
 class Fusion:
@@ -318,13 +230,13 @@ class Fusion:
             all_ids.append(np.where(counts, found, -1))
             all_shares.append(share)
         united, shares = np.concatenate(all_ids, axis=1), np.concatenate(all_shares, axis=1)
-        ids, scores = nothing(len(queries), k)
+        ids, scores = no_results(len(queries), k)
         for row in range(len(queries)):
             there = united[row] >= 0
             items, which = np.unique(united[row][there], return_inverse=True)
             # Sums in float32, so that sums of the same numbers in another order are ties.
             sums = np.bincount(which, shares[row][there], len(items)).astype(np.float32)
-            order = best(items, sums, k)
+            order = top_positions(items, sums, k)
             ids[row, : len(order)], scores[row, : len(order)] = items[order], sums[order]
         return ids, scores
 

@@ -1,17 +1,24 @@
-"""The systems that `--system` names, as retrievers."""
+"""The systems that `--system` names, as retrievers.
+
+Packages above this one register their kinds of system as entry points of the group "dpsr.systems": KIND -> a function
+
+    make(corpus: Corpus, *operands: str) -> Retriever
+
+which opens what `--system=KIND:OPERAND` names. It raises CommandError if that cannot be opened, and is imported only
+when it is asked for.
+"""
 
 from __future__ import annotations
 
-import importlib
 import re
-from typing import cast
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
 
 import numpy as np
 
-from dpsr_tf.errors import UsageError
+from dpsr_common.errors import UsageError
 from dpsr_tf.evaluation import retriever as retrievers
 from dpsr_tf.evaluation.corpus import Corpus
-from dpsr_tf.evaluation.requests import told_to_client
 from dpsr_tf.evaluation.retriever import Retriever
 
 KINDS = """
@@ -28,6 +35,8 @@ KINDS = """
   weighted(A:0.7,B:0.3)  weighted sum of their scores, each brought to 0 .. 1 for each query
 """
 NAMES = ", ".join(line.split("  ")[1].strip().split()[0] for line in KINDS.strip("\n").splitlines())
+
+GROUP = "dpsr.systems"
 
 _TOKENIZE = {
     "bm25": retrievers.unigrams,
@@ -65,24 +74,17 @@ class Systems:
             return retrievers.Popularity(corpus.item_ids, np.asarray(corpus.popularity))
         if kind == "random":
             return retrievers.Random(corpus.item_ids, self._seed)
-        # By name, and only when asked for: this package knows retrievers, not what answers, and most need TensorFlow.
-        if kind in ("model", "index", "servable") and corpus.store is None:
-            raise UsageError(f"--system={spec}: needs a store with the items' features; give --store")
         if kind == "model":
-            return importlib.import_module("dpsr_tf.evaluation.checkpoint").exact_search(parts[0], corpus.store)
-        if kind == "server":
-            return _server(parts[0], parts[1], corpus)
-        return importlib.import_module("dpsr_export.retriever").retriever(kind, parts[0], corpus.store)
+            from dpsr_tf.models.encoders import exact_search  # TensorFlow, which no baseline needs
+
+            return exact_search(parts[0], corpus.need_store(spec))
+        make: Callable[..., Retriever] = _registered()[kind].load()
+        return make(corpus, *parts)
 
 
-def _server(target: str, model: str, corpus: Corpus) -> Retriever:
-    """A server; what the store knows of users it is told, where its model reads that."""
-    client = importlib.import_module("dpsr_serving.client")
-    if corpus.store is None:
-        return cast(Retriever, client.retriever(target, model))
-    with client.SearchClient(target, model) as asked:
-        names = asked.signature().inputs
-    return cast(Retriever, client.retriever(target, model, to_user=told_to_client(corpus.store, names)))
+def _registered() -> dict[str, EntryPoint]:
+    """The kinds of system that other packages have registered."""
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
 def parse(spec: str) -> tuple[str, list[str], list[float] | None]:
@@ -113,12 +115,12 @@ def _parse(spec: str, where: str) -> tuple[str, list[str], list[float] | None]:
     if spec in (*_TOKENIZE, "popularity", "random"):
         return spec, [], None
     kind, _, rest = spec.partition(":")
-    if kind in ("model", "index", "servable") and rest:
-        return kind, [rest], None
-    if kind == "server":
+    if kind == "server" and kind in _registered():
         target, slash, model = rest.rpartition("/")
         if slash and target and model:
             return kind, [target, model], None
+    elif rest and (kind == "model" or kind in _registered()):
+        return kind, [rest], None
     part = "" if where.endswith(f"={spec}") else f" has '{spec}',"
     raise UsageError(f"{where}:{part} expected one of {NAMES}")
 

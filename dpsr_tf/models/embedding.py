@@ -14,7 +14,7 @@ import tensorflow as tf
 from tensorflow.python.training.saving import saveable_object
 
 from dpsr_tf import ops
-from dpsr_tf.data.dataset import Tokens
+from dpsr_tf.data.examples_dataset import Tokens
 
 v1 = tf.compat.v1
 

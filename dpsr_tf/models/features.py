@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from dpsr_tf.config import ModelConfig, option
+from dpsr_common.errors import UsageError
+from dpsr_common.typed_config import option
+from dpsr_tf.config import ModelConfig
 from dpsr_tf.data.schema import FIXED_KINDS as FIXED_KINDS
 from dpsr_tf.data.schema import KINDS
-from dpsr_tf.errors import UsageError
 
 if TYPE_CHECKING:
-    from dpsr_tf.data.dataset import Batch, Features, History, Tokens
+    from dpsr_tf.data.examples_dataset import Batch, Features, History, Tokens
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dpsr_tf.models.losses import hinge_loss, mixed_hinge_loss, negative_weights
 from dpsr_tf.models.two_tower import TwoTower, head_scores
 
 if TYPE_CHECKING:
-    from dpsr_tf.data.dataset import Batch
+    from dpsr_tf.data.examples_dataset import Batch
 
 # Of the metric recall@10.
 RECALL_AT = 10

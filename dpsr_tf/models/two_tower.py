@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import tensorflow as tf
 
 from dpsr_tf.config import ModelConfig
-from dpsr_tf.data.dataset import Tokens
+from dpsr_tf.data.examples_dataset import Tokens
 from dpsr_tf.data.schema import EVENT_TYPES
 from dpsr_tf.models.embedding import EmbeddingTable
 from dpsr_tf.models.features import FIXED_KINDS, Feature, FeatureSpec, ItemFeatures, QueryFeatures
 from dpsr_tf.models.layers import STOCK, Layers
 
 if TYPE_CHECKING:
-    from dpsr_tf.data.dataset import Features, History
+    from dpsr_tf.data.examples_dataset import Features, History
 
 v1 = tf.compat.v1
 

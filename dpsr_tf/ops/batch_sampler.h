@@ -16,7 +16,7 @@
 
 #include "dpsr_tf/ops/permutation.h"
 #include "dpsr_tf/ops/training_store.h"
-#include "tokenizer_cc/status.h"
+#include "common/status.h"
 
 namespace dpsr {
 

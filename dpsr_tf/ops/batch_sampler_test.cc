@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "dpsr_tf/ops/permutation.h"
-#include "tokenizer_cc/test_util.h"
+#include "common/test_util.h"
 #include "tokenizer_cc/vocabulary.h"
 
 namespace dpsr {

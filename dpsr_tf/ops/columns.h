@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "tokenizer_cc/packed_file.h"
-#include "tokenizer_cc/status.h"
+#include "common/packed_file.h"
+#include "common/status.h"
 
 namespace dpsr {
 

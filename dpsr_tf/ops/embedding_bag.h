@@ -11,7 +11,7 @@
 #include <functional>
 #include <vector>
 
-#include "tokenizer_cc/status.h"
+#include "common/status.h"
 
 namespace dpsr {
 

@@ -21,7 +21,7 @@
 #include "tensorflow/core/framework/resource_var.h"
 #include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/framework/tensor_util.h"
-#include "tokenizer_cc/tf_status.h"
+#include "common/tf_status.h"
 
 namespace dpsr {
 namespace {

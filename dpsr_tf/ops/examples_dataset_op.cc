@@ -1,5 +1,5 @@
 // tf.data source over the files of a store (DPSR section 5.1.2): each element is one ready training batch.
-// A thin adapter of BatchSampler and TrainingStore; the Python wrapper is dpsr_tf/data/dataset.py.
+// A thin adapter of BatchSampler and TrainingStore; the Python wrapper is dpsr_tf/data/examples_dataset.py.
 
 #include <deque>
 #include <memory>
@@ -9,13 +9,13 @@
 
 #include "dpsr_tf/ops/batch_sampler.h"
 #include "dpsr_tf/ops/tf_columns.h"
-#include "dpsr_tf/ops/tf_packed_file.h"
+#include "common/tf_packed_file.h"
 #include "dpsr_tf/ops/training_store.h"
 #include "tensorflow/core/framework/dataset.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/partial_tensor_shape.h"
 #include "tensorflow/core/framework/shape_inference.h"
-#include "tokenizer_cc/tf_status.h"
+#include "common/tf_status.h"
 
 namespace dpsr {
 namespace {
@@ -137,7 +137,7 @@ class ExamplesDataset : public data::DatasetBase {
         arguments_(std::move(arguments)),
         store_(std::move(store)),
         sampler_(*store_, arguments_.batch) {
-    // dpsr_tf/data/dataset.py has the same components, in this order and that of Assemble.
+    // dpsr_tf/data/examples_dataset.py has the same components, in this order and that of Assemble.
     const BatchOptions& o = arguments_.batch;
     const int64_t b = o.batch_size, shared = b + o.num_shared_negatives, items = shared + b * o.num_own_negatives;
     AddTokens(b);

@@ -5,8 +5,8 @@
 #include <cstdint>
 
 #include "dpsr_tf/ops/columns.h"
-#include "tokenizer_cc/packed_file.h"
-#include "tokenizer_cc/status.h"
+#include "common/packed_file.h"
+#include "common/status.h"
 
 namespace dpsr {
 

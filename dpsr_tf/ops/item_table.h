@@ -17,8 +17,8 @@
 
 #include "dpsr_tf/ops/columns.h"
 #include "dpsr_tf/ops/id_index.h"
-#include "tokenizer_cc/packed_file.h"
-#include "tokenizer_cc/status.h"
+#include "common/packed_file.h"
+#include "common/status.h"
 
 namespace dpsr {
 

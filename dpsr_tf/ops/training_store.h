@@ -45,8 +45,8 @@
 #include "dpsr_tf/ops/columns.h"
 #include "dpsr_tf/ops/item_table.h"
 #include "dpsr_tf/ops/permutation.h"
-#include "tokenizer_cc/packed_file.h"
-#include "tokenizer_cc/status.h"
+#include "common/packed_file.h"
+#include "common/status.h"
 #include "tokenizer_cc/vocabulary.h"
 
 namespace dpsr {

@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
-from dpsr_tf.data.shop.log import START
 from dpsr_tf.data.store import Store, new_directory
-from dpsr_tf.evaluation.checkpoint import exact_search
 from dpsr_tf.evaluation.corpus import Corpus
 from dpsr_tf.evaluation.evaluate import Options, measure_all
 from dpsr_tf.evaluation.judgments import Judgments
+from dpsr_tf.models.encoders import exact_search
 from dpsr_tf.report.lab import Made, Result
 from dpsr_tf.report.shop import SCHEMA, TRAINING, Shop, Size
+from dpsr_tf.shop.log import START
 
 # On a store of its own: the tokenizer, and the log with human labels.
 TRIGRAMS: dict[str, dict[str, Any]] = {"with": {}, "off": {}}

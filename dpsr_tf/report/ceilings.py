@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow.parquet
 from scipy.stats import hypergeom
 
-from dpsr_tf.data.shop.world import TASTE_WEIGHTS
 from dpsr_tf.evaluation import metrics
 from dpsr_tf.evaluation.judgments import Judgments
 from dpsr_tf.report.lab import Result
 from dpsr_tf.report.shop import Shop
+from dpsr_tf.shop.world import TASTE_WEIGHTS
 
 KNOWN = ("what the query means", "and the profile", "and the taste")
 _OTHERS = 1023  # that top-k ranks an item among

@@ -1,4 +1,4 @@
-"""`dpsr report`: runs the paper's experiments and writes a report of them, HTML, Markdown and JSON."""
+"""`dpsr report`: runs the paper's experiments and writes a report."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import markdown
 import numpy as np
 from absl import flags
 
+from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.typed_config import from_dict, read_assignment, to_dict
 from dpsr_tf import __version__
-from dpsr_tf.config import from_dict, read_assignment, to_dict
-from dpsr_tf.errors import CommandError, UsageError
 from dpsr_tf.report import experiments, plots, sections
 from dpsr_tf.report.lab import Lab, Result, write
 from dpsr_tf.report.public_data import DATA_SETS

@@ -13,16 +13,17 @@ import pyarrow.parquet
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
-from dpsr_tf.data.store import new_directory
+from dpsr_tf.config import shipped_config
+from dpsr_tf.data.store import RowsById, new_directory
 from dpsr_tf.evaluation import metrics
-from dpsr_tf.evaluation.checkpoint import exact_search, item_embeddings, query_encoder
 from dpsr_tf.evaluation.judgments import Judgments
-from dpsr_tf.evaluation.retriever import ItemRows, unigrams
+from dpsr_tf.evaluation.retriever import unigrams
+from dpsr_tf.models.encoders import exact_search, item_embeddings, query_encoder
 from dpsr_tf.report.ablations import ablate
 from dpsr_tf.report.ceilings import ceilings
 from dpsr_tf.report.lab import Lab, Made, Result
 from dpsr_tf.report.public_data import DATA_SETS
-from dpsr_tf.report.shop import REPOSITORY, TRAINING, Shop, Size, preset_config
+from dpsr_tf.report.shop import REPOSITORY, TRAINING, Shop, Size
 
 _SAMPLES = 1000  # of the bootstrap, as `dpsr evaluate` draws them
 # What Table 2 calls a system -> the system of `dpsr evaluate`, or the file in configs/.
@@ -94,7 +95,7 @@ def _train(lab: Lab, shops: Sequence[Shop], size: Size) -> list[dict[str, Made]]
 
 
 def _usual_dim() -> int:
-    return int(preset_config("dpsr")["model"]["embedding_dim"])
+    return int(shipped_config("dpsr")["model"]["embedding_dim"])
 
 
 def _heads(number: int) -> str:
@@ -211,7 +212,7 @@ def _plane(embeddings: np.ndarray, seed: int) -> list[list[float]]:
 def _popular_types(shop: Shop, count: int) -> tuple[list[str], dict[str, Any]]:
     """The types with the most sold items, and the table truth/items with columns `row` of the store and `category`."""
     items = shop.truth("items")
-    items["row"] = ItemRows(shop.opened.items()["id"])(np.array(items["item_id"])).tolist()
+    items["row"] = RowsById(shop.opened.items()["id"])(np.array(items["item_id"])).tolist()
     category = pyarrow.parquet.read_table(shop.made.path / "items.parquet", columns=["item_id", "category"]).to_pydict()
     of_item = dict(zip(category["item_id"], category["category"], strict=True))
     items["category"] = [of_item[item] for item in items["item_id"]]

@@ -26,8 +26,9 @@ from typing import Any, TypeVar
 
 import yaml
 
-from dpsr_tf import __version__, cli
-from dpsr_tf.errors import CommandError
+from dpsr_common import command_line
+from dpsr_common.errors import CommandError
+from dpsr_tf import __version__
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -238,9 +239,7 @@ class Lab:
 
 # Commands are processes that are forked from one which has imported what takes seconds to import.
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(
-    ["dpsr_tf.evaluation.checkpoint", "dpsr_tf.evaluation.evaluate", "dpsr_tf.training.train"]
-)
+_PROCESSES.set_forkserver_preload(["dpsr_tf.models.encoders", "dpsr_tf.evaluation.evaluate", "dpsr_tf.training.train"])
 
 
 def _run(log: Path, arguments: Sequence[str]) -> None:
@@ -251,7 +250,7 @@ def _run(log: Path, arguments: Sequence[str]) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     print(f"$ dpsr {shlex.join(arguments)}", flush=True)
-    status = cli.main(arguments)
+    status = command_line.main(arguments)
     if not status:
         print(f"{time.process_time():.1f} s of CPU time", flush=True)
     sys.exit(status)

@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from dpsr_common.errors import CommandError
 from dpsr_tf.data.store import new_directory
-from dpsr_tf.errors import CommandError
 from dpsr_tf.report.lab import Lab, Made, Result
 from dpsr_tf.report.shop import Size
 

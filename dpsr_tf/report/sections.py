@@ -432,10 +432,10 @@ def _data_set(page: Report, name: str, of: Mapping[str, Any]) -> None:
 def _ablations(page: Report, found: Mapping[str, Any]) -> None:
     page.heading("Ablations")
     page.text(
-        "One thing of DPSR (`configs/dpsr.yaml` with this report's steps, batch and learning rate) is changed at a "
-        "time. A difference is from the first line of its table over the same queries, with its interval; of twenty "
-        "that do not differ, one interval leaves out 0 by chance. Purchases of seen queries, and queries that the "
-        "log does not hold."
+        "One thing of DPSR (`dpsr_tf/configs/dpsr.yaml` with this report's steps, batch and learning rate) is changed "
+        "at a time. A difference is from the first line of its table over the same queries, with its interval; of "
+        "twenty that do not differ, one interval leaves out 0 by chance. Purchases of seen queries, and queries that "
+        "the log does not hold."
     )
     for group, measured in found.items():
         bought, unseen = measured["purchases"], measured["unseen"]

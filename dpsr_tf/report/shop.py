@@ -15,11 +15,11 @@ from typing import Any
 
 import pyarrow.parquet
 
-from dpsr_tf.config import option, read_yaml
-from dpsr_tf.data import generate
+from dpsr_common.typed_config import option
+from dpsr_tf.config import shipped_config
 from dpsr_tf.data.store import Store
-from dpsr_tf.errors import CommandError
 from dpsr_tf.report.lab import Lab, Made, Result
+from dpsr_tf.shop import generate
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -83,15 +83,15 @@ class Size:
             "train.initial_accumulator": 1e-6,
             "serving.k": 1000,
         }
-        return changed(preset_config(preset), {**base, **changes})
+        return changed(shipped_config(preset), {**base, **changes})
 
     def public_config(self, preset: str, changes: Mapping[str, Any] = types.MappingProxyType({})) -> dict[str, Any]:
         """A file of configs/ for a public data set, with its own training but no more steps than this size has."""
-        train = preset_config(preset)["train"]
+        train = shipped_config(preset)["train"]
         steps = min(train["steps"], self.data_steps)
         pretrain = train.get("pretrain_steps", 0) * steps // train["steps"]
         cut = {"train.steps": steps, "train.pretrain_steps": pretrain, "train.checkpoint_steps": steps}
-        return changed(preset_config(preset), {**cut, **changes})
+        return changed(shipped_config(preset), {**cut, **changes})
 
 
 QUICK = Size(
@@ -187,14 +187,6 @@ class Shop:
         for meaning, item in zip(table["meaning"], table["item_id"], strict=True):
             found.setdefault(meaning, set()).add(item)
         return found
-
-
-def preset_config(name: str) -> dict[str, Any]:
-    """A file of configs/. Raises CommandError where there is no checkout."""
-    path = REPOSITORY / "configs" / f"{name}.yaml"
-    if not path.is_file():
-        raise CommandError(f"{path}: is not there; `dpsr report` reads the configs of a checkout, run it in one")
-    return read_yaml(path)
 
 
 def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dpsr_tf.errors import UsageError
+from dpsr_common.errors import UsageError
 
 TASK_TYPES = ("chief", "worker", "ps", "evaluator")
 

@@ -10,9 +10,9 @@ from typing import Any
 import tensorflow as tf
 from tqdm import tqdm
 
+from dpsr_common.errors import CommandError
 from dpsr_tf.config import Config
-from dpsr_tf.data.dataset import Batch
-from dpsr_tf.errors import CommandError
+from dpsr_tf.data.examples_dataset import Batch
 from dpsr_tf.models.embedding import EmbeddingTable, average, device_function, half_on_wire, minimize, saver
 from dpsr_tf.models.features import FeatureSpec
 from dpsr_tf.models.layers import FUSED

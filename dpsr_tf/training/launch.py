@@ -1,4 +1,4 @@
-"""`dpsr launch`: a real training cluster on this machine, every process of it owned and watched (section 5.1.3).
+"""`dpsr launch`: trains on a cluster of processes on this machine.
 
 What a cluster manager does elsewhere: gives each process its TF_CONFIG, starts again those that were killed (training
 goes on: a worker picks up where the others are, a parameter server's variables come back from the last checkpoint),
@@ -22,9 +22,9 @@ from typing import IO
 
 from absl import flags
 
-from dpsr_tf.errors import CommandError, UsageError
+from dpsr_common.errors import CommandError, UsageError
+from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.training import train
-from dpsr_tf.training.model_directory import ModelDirectory
 from dpsr_tf.training.validation import Validation
 
 USAGE = """
@@ -131,7 +131,7 @@ class _Processes:
     def _start(self, task: tuple[str, int]) -> None:
         kind, index = task
         config = {"cluster": self._cluster, "task": {"type": kind, "index": index}}
-        command = [sys.executable, "-m", "dpsr_tf.cli", *self._arguments]
+        command = [sys.executable, "-m", "dpsr_common", *self._arguments]
         if (setpriv := shutil.which("setpriv")) is not None:  # a launcher that is killed takes its processes along
             command = [setpriv, "--pdeathsig", "KILL", *command]
         process = subprocess.Popen(

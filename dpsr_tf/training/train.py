@@ -1,4 +1,4 @@
-"""`dpsr train`: a store and a config into checkpoints."""
+"""`dpsr train`: trains the two towers on a store."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import numpy as np
 import tensorflow as tf
 from absl import flags
 
-from dpsr_tf.config import Config, from_dict, read_assignment, read_yaml, to_dict
-from dpsr_tf.data.dataset import BatchOptions, examples_dataset, training_input
+from dpsr_common.errors import CommandError, UsageError, op_message
+from dpsr_common.strict_yaml import read_yaml
+from dpsr_common.typed_config import from_dict, read_assignment, to_dict
+from dpsr_tf.config import Config
+from dpsr_tf.data.examples_dataset import BatchOptions, examples_dataset, training_input
 from dpsr_tf.data.store import Store, check_replaceable
-from dpsr_tf.errors import CommandError, UsageError, op_message
 from dpsr_tf.models.features import FeatureSpec
+from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.training import validation
 from dpsr_tf.training.cluster import Cluster
 from dpsr_tf.training.estimator import FiniteWeights, ProgressBar, model_fn, no_number, run_config
-from dpsr_tf.training.model_directory import ModelDirectory
 
 USAGE = """
 Usage: dpsr train --store=STORE --out=MODEL [--config=FILE] [--set=KEY=VALUE ...]

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from dpsr_tf.config import Config
 from dpsr_tf.data.store import Store
-from dpsr_tf.evaluation.checkpoint import exact_search
-from dpsr_tf.training.model_directory import FILES, ModelDirectory
+from dpsr_tf.models.encoders import exact_search
+from dpsr_tf.models.model_directory import FILES, ModelDirectory
 
 v1 = tf.compat.v1
 

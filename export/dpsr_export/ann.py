@@ -17,7 +17,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from dpsr_tf.errors import CommandError
+from dpsr_common.errors import CommandError
 
 # k of the ann_recall@k that every report gives, beside the k that is served.
 RECALL_AT = (10, 100, 1000)

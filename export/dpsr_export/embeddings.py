@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from dpsr_common.errors import CommandError
+from dpsr_common.packed_file import FormatError, PackedFile, PackedFileWriter
 from dpsr_tf.data.store import Store
-from dpsr_tf.errors import CommandError
-from dpsr_tf.evaluation.checkpoint import is_personal, item_encoder, query_encoder
-from dpsr_tf.evaluation.retriever import User
-from dpsr_tf.training.model_directory import ModelDirectory
-from dpsr_tokenizer import FormatError, PackedFile, PackedFileWriter
+from dpsr_tf.data.user_requests import User
+from dpsr_tf.models.encoders import is_personal, item_encoder, query_encoder
+from dpsr_tf.models.model_directory import ModelDirectory
 
 KIND = "item_embeddings"
 # A model of which more of the items have no finite embedding has not learnt anything: training diverged.

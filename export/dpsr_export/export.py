@@ -1,4 +1,4 @@
-"""`dpsr export`: query tower and index in one servable (section 5.2.1): one version to deploy, one call to make."""
+"""`dpsr export`: fuses query tower and index into a servable."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ import tensorflow as tf
 from absl import flags
 from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
-from dpsr_export import attributes, serving_files, warmup
+from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.packed_file import FormatError, PackedFile, PackedFileWriter
+from dpsr_common.typed_config import to_dict
+from dpsr_export import item_attributes, servable_assets, warmup
 from dpsr_export.embeddings import ItemEmbeddings, checkpoint_fingerprint, link_or_copy
-from dpsr_export.faiss_ops import write_item_ids
+from dpsr_export.faiss_search import write_item_ids
 from dpsr_export.index import FORMAT, FORMAT_VERSION, check_files, file_record
-from dpsr_export.serving_ops import file_fingerprint
+from dpsr_export.request_tables import file_fingerprint
 from dpsr_export.signatures import write_saved_model
 from dpsr_tf import __version__
-from dpsr_tf.config import to_dict
 from dpsr_tf.data.store import new_directory, read_manifest
-from dpsr_tf.errors import CommandError, UsageError
-from dpsr_tf.training.model_directory import ModelDirectory
-from dpsr_tokenizer import FormatError, PackedFile, PackedFileWriter
+from dpsr_tf.models.model_directory import ModelDirectory
 
 USAGE = """
 Usage: dpsr export --model=MODEL --index=INDEX --out=BASE [--version_number=N] [--shards=N]
@@ -142,7 +142,7 @@ class Index:
 
     def requests(self) -> list[dict[str, Any]]:
         """Queries of the log."""
-        return warmup.read_requests(self.path / serving_files.REQUESTS)
+        return warmup.read_requests(self.path / servable_assets.REQUESTS)
 
     def max_parameters(self) -> str:
         """The search parameters that a request may set, with their largest values: what `dpsr index` has measured."""
@@ -190,10 +190,10 @@ class Index:
                 file.add("embedding", np.ascontiguousarray(vectors[positions]).reshape(-1))
                 file.add("empty", np.zeros(0, np.int64))
                 file.add("not_finite", np.zeros(0, np.int64))
-            if attributes.FILE in self.manifest["files"]:
-                attributes.take(self.path, path, positions)
+            if item_attributes.FILE in self.manifest["files"]:
+                item_attributes.take(self.path, path, positions)
             _take_titles(self.path / "item_titles.tsv.gz", set(ids[positions].tolist()), path / "item_titles.tsv.gz")
-            for same in (serving_files.REQUESTS, "recall.json", *self.manifest["serving_files"]):
+            for same in (servable_assets.REQUESTS, "recall.json", *self.manifest["serving_files"]):
                 link_or_copy(self.path / same, path / same)
             files = {name: file_record(path / name) for name in self.manifest["files"]}
             manifest = self.manifest | {"items": len(positions), "files": files}
@@ -282,7 +282,9 @@ def renew_index(old: Path, index: Index, out: Path) -> dict[str, Any]:
             f"{index.path}: {difference}, so it is not of the model in {old}; build the index from that model, or "
             f"export the new model with --model"
         )
-    renewed = {"items.faiss", "item_ids.dpsr", attributes.FILE, serving_files.ITEMS} & set(index.manifest["files"])
+    renewed = {"items.faiss", "item_ids.dpsr", item_attributes.FILE, servable_assets.ITEMS} & set(
+        index.manifest["files"]
+    )
     left_out = shutil.ignore_patterns("assets.extra", *renewed)
     shutil.copytree(old, out, dirs_exist_ok=True, ignore=left_out)
     for name in renewed:
@@ -313,10 +315,12 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
         if before[key] != now[key]:
             return f"{key} is {now[key]}, that of the servable {before[key]}"
     for name in now["serving_files"]:
-        if name != serving_files.ITEMS and before["files"][name]["sha256"] != now["files"][name]["sha256"]:
+        if name != servable_assets.ITEMS and before["files"][name]["sha256"] != now["files"][name]["sha256"]:
             return f"{name} is another than that of the servable"
-    if (attributes.FILE in before["files"]) != (attributes.FILE in now["files"]):
-        return f"it has {'no' if attributes.FILE in before['files'] else 'some'} item attributes, unlike the servable"
+    if (item_attributes.FILE in before["files"]) != (item_attributes.FILE in now["files"]):
+        return (
+            f"it has {'no' if item_attributes.FILE in before['files'] else 'some'} item attributes, unlike the servable"
+        )
     return None
 
 

@@ -1,4 +1,4 @@
-"""`dpsr index`: a trained item tower over all items of a store, and the FAISS index over their embeddings (section 3).
+"""`dpsr index`: embeds all items and builds the FAISS index.
 
 The index directory holds
 
@@ -8,7 +8,7 @@ The index directory holds
     item_embeddings.dpsr   the embeddings the index was built from (dpsr_export/embeddings.py)
     item_titles.tsv.gz     item id -> title, for tools that show results
     recall.json            the recall report: ann_recall and latency over the search parameters; recall.svg its plot
-    requests.json, ...     what a servable needs beside it (dpsr_export/serving_files.py)
+    requests.json, ...     what a servable needs beside it (dpsr_export/servable_assets.py)
     index.json             what it was made from, counts, factory, search parameters, ann_recall, sizes and checksums
 """
 
@@ -27,11 +27,12 @@ import faiss
 import numpy as np
 from absl import flags
 
-from dpsr_export import ann, attributes, embeddings, faiss_ops, serving_files
-from dpsr_tf.config import Config, IndexConfig, to_dict
+from dpsr_common.errors import CommandError
+from dpsr_common.typed_config import to_dict
+from dpsr_export import ann, embeddings, faiss_search, item_attributes, servable_assets
+from dpsr_tf.config import Config, IndexConfig
 from dpsr_tf.data.store import Store, new_directory
-from dpsr_tf.errors import CommandError
-from dpsr_tf.training.model_directory import ModelDirectory
+from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.training.train import config_from_flags
 
 USAGE = """
@@ -141,13 +142,13 @@ def build_index(
                 f"are kept for the next run)"
             )
         faiss.write_index(result.index, str(directory / "items.faiss"))
-        faiss_ops.write_item_ids(directory / "item_ids.dpsr", items.ids, directory / "items.faiss")
-        filtered_by = attributes.write(directory, store)
+        faiss_search.write_item_ids(directory / "item_ids.dpsr", items.ids, directory / "items.faiss")
+        filtered_by = item_attributes.write(directory, store)
         write_titles(directory / "item_titles.tsv.gz", store.items()["id"], store.titles())
         _write_report(directory, result, what)
-        texts, users, _ = embeddings.log_sample(store, serving_files.NUM_REQUESTS)
-        serving = serving_files.write_serving_files(model, store, texts, users, directory)
-        files = ["items.faiss", "item_ids.dpsr", *filtered_by, serving_files.REQUESTS, *serving["serving_files"]]
+        texts, users, _ = embeddings.log_sample(store, servable_assets.NUM_REQUESTS)
+        serving = servable_assets.write_assets(model, store, texts, users, directory)
+        files = ["items.faiss", "item_ids.dpsr", *filtered_by, servable_assets.REQUESTS, *serving["serving_files"]]
         manifest = {
             "format": FORMAT,
             "version": FORMAT_VERSION,

@@ -9,35 +9,45 @@ from typing import Any
 import faiss
 import numpy as np
 
+from dpsr_common.errors import CommandError
+from dpsr_common.packed_file import FormatError, PackedFile
 from dpsr_export.export import versions
 from dpsr_export.index import FORMAT, FORMAT_VERSION
 from dpsr_export.warmup import LoadedServable, unite_heads
 from dpsr_tf.data.store import Store, read_manifest
-from dpsr_tf.errors import CommandError, UsageError
-from dpsr_tf.evaluation.checkpoint import is_personal, query_encoder
-from dpsr_tf.evaluation.requests import HISTORY, USER, UserRequests
-from dpsr_tf.evaluation.retriever import ExactSearch, Retriever, User, nothing
-from dpsr_tf.training.model_directory import ModelDirectory
-from dpsr_tokenizer import FormatError, PackedFile
+from dpsr_tf.data.user_requests import HISTORY, USER, User, UserRequests
+from dpsr_tf.evaluation.corpus import Corpus
+from dpsr_tf.evaluation.retriever import Retriever
+from dpsr_tf.models.encoders import is_personal, query_encoder
+from dpsr_tf.models.exact_search import ExactSearch, no_results
+from dpsr_tf.models.model_directory import ModelDirectory
 
 _BATCH = 64
 
 
-def retriever(kind: str, directory: str, store: Store) -> Retriever:
-    """An index directory (`kind` "index") or a servable ("servable") as a retriever.
+def index_system(corpus: Corpus, directory: str) -> Retriever:
+    """`--system=index:DIR`: the query tower of an index directory's model, and FAISS.
 
-    A servable's directory is that of one version, or the base path, whose highest version is taken. The query tower of
-    an index reads the users of `store`; a servable is told of them in its requests, as a shop would. Only an index
-    scores pairs: with the item embeddings that lie beside it.
+    The tower reads the users of the store. Pairs are scored with the item embeddings that lie beside the index.
 
     Raises:
-        CommandError: the directory holds none, or one that cannot be read, or the store does not know what it asks for.
+        UsageError: the corpus has no store.
+        CommandError: the directory holds no index, or one that cannot be read.
     """
-    if kind == "index":
-        return _Index(Path(directory), store)
-    if kind == "servable":
-        return _Servable(Path(directory), store)
-    raise UsageError(f"'{kind}' is neither index nor servable")
+    return _Index(Path(directory), corpus.need_store(f"index:{directory}"))
+
+
+def servable_system(corpus: Corpus, directory: str) -> Retriever:
+    """`--system=servable:DIR`: a version directory, or the base path, whose highest version is taken.
+
+    Requests tell the servable what the store knows of users, as a shop's requests would. It does not score pairs.
+
+    Raises:
+        UsageError: the corpus has no store.
+        CommandError: the directory holds no servable, or one that cannot be read, or the store does not know what it
+            asks for.
+    """
+    return _Servable(Path(directory), corpus.need_store(f"servable:{directory}"))
 
 
 class _Index:
@@ -60,7 +70,7 @@ class _Index:
 
     def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See Retriever: each head's k items, united, an item with its largest inner product."""
-        ids, scores = nothing(len(queries), k)
+        ids, scores = no_results(len(queries), k)
         for begin in range(0, len(queries), _BATCH):
             heads = self._encode(queries[begin : begin + _BATCH], users[begin : begin + _BATCH] if users else None)
             batch, _, dim = heads.shape
@@ -97,7 +107,7 @@ class _Servable:
 
     def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See Retriever."""
-        ids, scores = nothing(len(queries), k)
+        ids, scores = no_results(len(queries), k)
         for begin in range(0, len(queries), _BATCH):
             requests: list[dict[str, Any]] = [{"query": query} for query in queries[begin : begin + _BATCH]]
             if self._users is not None and users is not None:

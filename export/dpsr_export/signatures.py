@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dpsr_export import attributes, faiss_ops, serving_ops
-from dpsr_export.serving_files import FEATURE_VALUES, ITEMS
-from dpsr_tf.data.dataset import Features, History, Tokens
+from dpsr_export import faiss_search, item_attributes, request_tables
+from dpsr_export.servable_assets import FEATURE_VALUES, ITEMS
+from dpsr_tf.data.examples_dataset import Features, History, Tokens
 from dpsr_tf.data.store import vocabulary_name
-from dpsr_tf.evaluation.requests import USER
+from dpsr_tf.data.user_requests import USER
 from dpsr_tf.models.embedding import weights_saver
 from dpsr_tf.models.features import FIXED_KINDS, ItemFeatures, QueryFeatures
+from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.models.two_tower import TwoTower
-from dpsr_tf.training.model_directory import ModelDirectory
 from dpsr_tokenizer import tf_ops
 
 v1 = tf.compat.v1
@@ -41,7 +41,7 @@ def write_saved_model(
     with tf.Graph().as_default():
         graph = _Graph(model, index, index_dir, max_parameters)
         signatures = graph.signatures()
-        serving_ops.check_assets()
+        request_tables.check_assets()
         with v1.Session() as session:
             weights_saver(model.config.train.average_decay > 0).restore(session, checkpoint)
             builder = v1.saved_model.Builder(str(out))
@@ -68,13 +68,13 @@ class _Graph:
         named = (feature.vocabulary for feature in (*model.features.user, *model.features.item))
         for name in sorted({vocabulary for vocabulary in named if vocabulary is not None}):
             self._vocabularies[name] = tf_ops.VocabularyTable(str(index_dir / vocabulary_name(name)))
-        self._values = serving_ops.KeyTable(index_dir / FEATURE_VALUES) if self._has(FEATURE_VALUES) else None
-        self._keys = serving_ops.KeyTable(index_dir / ITEMS) if index["string_ids"] else None
+        self._values = request_tables.KeyTable(index_dir / FEATURE_VALUES) if self._has(FEATURE_VALUES) else None
+        self._keys = request_tables.KeyTable(index_dir / ITEMS) if index["string_ids"] else None
         # The file itself holds its search parameters (dpsr_export/index.py).
-        self._items = faiss_ops.FaissIndexTable(
+        self._items = faiss_search.FaissIndexTable(
             str(index_dir / "items.faiss"),
             str(index_dir / "item_ids.dpsr"),
-            attributes_path=str(index_dir / attributes.FILE) if attributes.FILE in index["files"] else None,
+            attributes_path=str(index_dir / item_attributes.FILE) if item_attributes.FILE in index["files"] else None,
             max_parameters=max_parameters,
             dim=self._config.embedding_dim,
         )
@@ -173,14 +173,14 @@ class _Graph:
             inputs[clicked] = _absent(tf.int64 if self._keys is None else tf.string, 2, clicked)
             inputs["clicked_item_types"] = _absent(tf.string, 2, "clicked_item_types")
             item_ids = inputs[clicked] if self._keys is None else self._keys.item_ids(inputs[clicked])
-            table = serving_ops.ItemTable(self._dir / ITEMS, self._model.features.item)
+            table = request_tables.ItemTable(self._dir / ITEMS, self._model.features.item)
             history = table.history(query, item_ids, inputs["clicked_item_types"], config.history_length)
             fixed = sum(feature.kind in FIXED_KINDS for feature in self._model.features.item)
             codes = tf.ensure_shape(history.features.codes, [None, fixed])
             history = history._replace(features=history.features._replace(codes=codes))
         if config.query_history_length:
             inputs["past_queries"] = _absent(tf.string, 2, "past_queries")
-            texts, splits = serving_ops.past_queries(query, inputs["past_queries"], config.query_history_length)
+            texts, splits = request_tables.past_queries(query, inputs["past_queries"], config.query_history_length)
             history = history._replace(query_splits=splits, query=self._tokens(texts))
         return history if config.history_length or config.query_history_length else None
 

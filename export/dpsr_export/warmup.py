@@ -12,12 +12,12 @@ import faiss
 import numpy as np
 import tensorflow as tf
 
-from dpsr_export import faiss_ops
+from dpsr_common.errors import CommandError, op_message
+from dpsr_export import faiss_search
 from dpsr_export.ann import RECALL_AT
 from dpsr_export.signatures import input_types
-from dpsr_tf.errors import CommandError, op_message
-from dpsr_tf.evaluation.requests import input_arrays
-from dpsr_tf.evaluation.retriever import best
+from dpsr_tf.data.user_requests import input_arrays
+from dpsr_tf.models.exact_search import top_positions
 from dpsr_tokenizer import tf_ops  # noqa: F401 - its import loads the tokenizer's ops, which the servable's graph needs
 
 v1 = tf.compat.v1
@@ -39,7 +39,7 @@ class LoadedServable:
 
     def __init__(self, path: Path):
         """Raises CommandError if it does not load."""
-        faiss_ops.load()
+        faiss_search.load()
         self._session = v1.Session(graph=tf.Graph())
         with self._session.graph.as_default():
             try:
@@ -69,7 +69,7 @@ class LoadedServable:
 
 
 def warmup_requests(servable: LoadedServable, queries: Sequence[Mapping[str, Any]], serving_k: int) -> list[Request]:
-    """Requests of several signatures, batch sizes and k, out of queries of the log (serving_files.REQUESTS)."""
+    """Requests of several signatures, batch sizes and k, out of queries of the log (servable_assets.REQUESTS)."""
     queries = list(queries) or [{"query": ""}]
     made: list[Request] = []
     place = 0
@@ -212,7 +212,7 @@ def unite_heads(items: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarr
     found, which = np.unique(items, return_inverse=True)
     largest = np.full(len(found), -np.inf, np.float32)
     np.maximum.at(largest, which, scores)
-    order = best(found, largest, k)
+    order = top_positions(found, largest, k)
     return found[order], largest[order]
 
 

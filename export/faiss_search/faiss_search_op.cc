@@ -1,5 +1,5 @@
 // The ops of item retrieval: a resource that holds a FAISS index and its item ids, an op that loads it, and an op that
-// searches it. Python: dpsr_export.faiss_ops.FaissIndexTable.
+// searches it. Python: dpsr_export.faiss_search.FaissIndexTable.
 #include <algorithm>
 #include <charconv>
 #include <cstdint>
@@ -23,8 +23,8 @@
 #include "tensorflow/core/platform/errors.h"
 #include "tensorflow/core/platform/logging.h"
 #include "tensorflow/core/platform/mutex.h"
-#include "tokenizer_cc/packed_file.h"
-#include "tokenizer_cc/tf_status.h"
+#include "common/packed_file.h"
+#include "common/tf_status.h"
 
 namespace dpsr {
 namespace {

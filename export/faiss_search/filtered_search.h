@@ -21,7 +21,7 @@
 
 #include "export/faiss_search/faiss_library.h"
 #include "export/faiss_search/item_filter.h"
-#include "tokenizer_cc/status.h"
+#include "common/status.h"
 
 namespace dpsr {
 

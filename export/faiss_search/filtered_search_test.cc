@@ -13,7 +13,7 @@
 #include <thread>
 #include <vector>
 
-#include "tokenizer_cc/test_util.h"
+#include "common/test_util.h"
 
 namespace dpsr {
 namespace {

@@ -23,8 +23,8 @@
 #include <unordered_map>
 #include <vector>
 
-#include "tokenizer_cc/packed_file.h"
-#include "tokenizer_cc/status.h"
+#include "common/packed_file.h"
+#include "common/status.h"
 
 namespace dpsr {
 

@@ -12,8 +12,8 @@
 #include <utility>
 #include <vector>
 
-#include "tokenizer_cc/packed_file.h"
-#include "tokenizer_cc/test_util.h"
+#include "common/packed_file.h"
+#include "common/test_util.h"
 
 namespace dpsr {
 namespace {

@@ -26,8 +26,8 @@ import grpc.aio
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsr_serving import apis
-from dpsr_serving.errors import CommandError
+from dpsr_common import serving_apis
+from dpsr_common.errors import CommandError
 from dpsr_serving.search import (
     PADDING_ID,
     Filters,
@@ -63,9 +63,9 @@ _RETRIES = {
     "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
 }
 _OPTIONS = (
-    *apis.CHANNEL_OPTIONS,
+    *serving_apis.CHANNEL_OPTIONS,
     ("grpc.service_config", json.dumps(_RETRIES)),
-    ("grpc.per_rpc_retry_buffer_size", apis.MAX_MESSAGE_BYTES),
+    ("grpc.per_rpc_retry_buffer_size", serving_apis.MAX_MESSAGE_BYTES),
 )
 
 
@@ -135,9 +135,9 @@ _Flow = Generator[_Call, tuple[Any, Any], T]
 _ChannelT = TypeVar("_ChannelT")
 
 _RESPONSES = {
-    apis.PREDICT: apis.PredictResponse,
-    apis.GET_MODEL_METADATA: apis.GetModelMetadataResponse,
-    apis.GET_MODEL_STATUS: apis.GetModelStatusResponse,
+    serving_apis.PREDICT: serving_apis.PredictResponse,
+    serving_apis.GET_MODEL_METADATA: serving_apis.GetModelMetadataResponse,
+    serving_apis.GET_MODEL_STATUS: serving_apis.GetModelStatusResponse,
 }
 
 
@@ -173,7 +173,7 @@ class _Client(ABC, Generic[_ChannelT]):
             raise ValueError(f"give a version or a label, got {version} and {label!r}")
         self._target, self._model, self._timeout_s = target, model, timeout_s
         self._metadata = dict(metadata or {})
-        self._spec = apis.ModelSpec(name=model)
+        self._spec = serving_apis.ModelSpec(name=model)
         if version is not None:
             self._spec.version.value = version
         elif label is not None:
@@ -221,7 +221,7 @@ class _Client(ABC, Generic[_ChannelT]):
     def _predict(
         self, request: Any, search: Search, deadline: float, metadata: tuple[tuple[str, str], ...]
     ) -> _Flow[list[SearchResult]]:
-        response, trailing = yield from self._call(apis.PREDICT, request, deadline, metadata)
+        response, trailing = yield from self._call(serving_apis.PREDICT, request, deadline, metadata)
         version = response.model_spec.version.value
         if self._signature is not None and version not in self._versions:
             self._versions.add(version)
@@ -237,8 +237,8 @@ class _Client(ABC, Generic[_ChannelT]):
 
     def _learn(self, deadline: float, metadata: tuple[tuple[str, str], ...]) -> _Flow[Signature]:
         """Asks for the model's signature, and remembers it."""
-        request = apis.GetModelMetadataRequest(model_spec=self._spec, metadata_field=["signature_def"])
-        response, _ = yield from self._call(apis.GET_MODEL_METADATA, request, deadline, metadata)
+        request = serving_apis.GetModelMetadataRequest(model_spec=self._spec, metadata_field=["signature_def"])
+        response, _ = yield from self._call(serving_apis.GET_MODEL_METADATA, request, deadline, metadata)
         try:
             signature = Signature.parse(response)
         except ValueError as error:
@@ -252,12 +252,12 @@ class _Client(ABC, Generic[_ChannelT]):
         return signature
 
     def _status_flow(self) -> _Flow[list[ModelVersion]]:
-        request = apis.GetModelStatusRequest()
+        request = serving_apis.GetModelStatusRequest()
         request.model_spec.name = self._model
         response, _ = yield from self._call(
-            apis.GET_MODEL_STATUS, request, time.monotonic() + self._timeout_s, self._with(None)
+            serving_apis.GET_MODEL_STATUS, request, time.monotonic() + self._timeout_s, self._with(None)
         )
-        states = apis.ModelVersionStatus.State
+        states = serving_apis.ModelVersionStatus.State
         versions = [
             ModelVersion(
                 version=status.version,
@@ -481,3 +481,18 @@ def retriever(
 
     retrieve.personal = to_user is not None  # type: ignore[attr-defined]
     return retrieve
+
+
+def server_system(corpus: Any, target: str, model: str) -> Retriever:
+    """`--system=server:HOST:PORT/MODEL` of `dpsr evaluate`: a model server or proxy.
+
+    Args:
+        corpus: dpsr_tf.evaluation.corpus.Corpus; where it has a store, the model is told what the store knows of users.
+        target: "HOST:PORT".
+        model: name of the model.
+    """
+    if corpus.store is None:
+        return retriever(target, model)
+    with SearchClient(target, model) as client:
+        names = client.signature().inputs
+    return retriever(target, model, to_user=corpus.user_teller(names))

@@ -1,4 +1,4 @@
-"""`dpsr serve`, and the model server as a child process for programs (`start_model_server`)."""
+"""`dpsr serve`: starts the model server on a servable."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from typing import NoReturn
 
 from absl import flags
 
+from dpsr_common.errors import CommandError, UsageError
 from dpsr_serving.addresses import join_address
-from dpsr_serving.errors import CommandError, UsageError
 
 BINARY = Path(__file__).parent / "bin" / "dpsr_model_server"
 OP_LIBRARY_GROUP = "dpsr.op_libraries"

@@ -1,4 +1,4 @@
-"""`dpsr query`: asks a model server or a proxy and prints what it finds."""
+"""`dpsr query`: asks a server or proxy and shows the items."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import flags
 
-from dpsr_serving.errors import CommandError, UsageError
+from dpsr_common.errors import CommandError, UsageError
 
 USAGE = """
 Usage: dpsr query --target=host:port --model=NAME [--k=10] [--titles=PATH] [--json] "text" ...

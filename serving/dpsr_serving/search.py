@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsr_serving import apis
+from dpsr_common import serving_apis
 from dpsr_serving.tensors import make_tensor, to_numpy
 
 Text = str | bytes
@@ -198,7 +198,7 @@ class Signature:
     @classmethod
     def parse(cls, response: Any) -> Signature:
         """Reads it from a GetModelMetadataResponse. Raises ValueError where there is no `search`."""
-        signatures = apis.SignatureDefMap()
+        signatures = serving_apis.SignatureDefMap()
         signatures.ParseFromString(response.metadata["signature_def"].value)
         if "search" not in signatures.signature_def:
             raise ValueError(f"no signature 'search' among {sorted(signatures.signature_def)}")
@@ -346,7 +346,7 @@ def _feature(name: str, dtype: int, rank: int, values: Sequence[Feature]) -> NDA
 
 def make_request(spec: Any, signature: str, arrays: Mapping[str, NDArray[Any]]) -> Any:
     """A PredictRequest."""
-    request = apis.PredictRequest()
+    request = serving_apis.PredictRequest()
     request.model_spec.CopyFrom(spec)
     request.model_spec.signature_name = signature
     for name, array in arrays.items():

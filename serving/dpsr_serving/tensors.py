@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpsr_serving import apis
+from dpsr_common import serving_apis
 
 TensorLike = NDArray[Any] | np.generic | Sequence[str | bytes] | str | bytes | int | float | bool
 
@@ -60,14 +60,14 @@ def make_tensor(values: TensorLike) -> Any:
     number = _NUMBER_OF_DTYPE.get(array.dtype.newbyteorder("<"))
     if number is None:
         raise ValueError(f"cannot encode an array of dtype {array.dtype} as a tensor")
-    proto = apis.TensorProto(dtype=number)
+    proto = serving_apis.TensorProto(dtype=number)
     _set_shape(proto, array.shape)
     proto.tensor_content = array.astype(_NUMERIC[number][0], copy=False).tobytes()
     return proto
 
 
 def _string_tensor(values: Sequence[Any], shape: tuple[int, ...]) -> Any:
-    proto = apis.TensorProto(dtype=_STRING)
+    proto = serving_apis.TensorProto(dtype=_STRING)
     _set_shape(proto, shape)
     for value in values:
         if isinstance(value, str):
@@ -137,8 +137,10 @@ def _shape(proto: Any) -> tuple[int, ...]:
 
 def _bounded(count: int, itemsize: int) -> int:
     """`count`, unless an array of that many elements is more than any message could mean."""
-    if count * itemsize > apis.MAX_MESSAGE_BYTES:
-        raise ValueError(f"a tensor of {count} elements is larger than any message ({apis.MAX_MESSAGE_BYTES} bytes)")
+    if count * itemsize > serving_apis.MAX_MESSAGE_BYTES:
+        raise ValueError(
+            f"a tensor of {count} elements is larger than any message ({serving_apis.MAX_MESSAGE_BYTES} bytes)"
+        )
     return count
 
 

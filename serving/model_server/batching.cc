@@ -16,7 +16,7 @@
 #include "tensorflow/core/kernels/batching_util/shared_batch_scheduler.h"
 #include "tensorflow/core/platform/cpu_info.h"
 #include "tensorflow/core/platform/env.h"
-#include "tokenizer_cc/status.h"
+#include "common/status.h"
 
 namespace dpsr::serving {
 namespace {

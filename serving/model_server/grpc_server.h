@@ -10,7 +10,7 @@
 
 #include "serving/model_server/request_handler.h"
 #include "serving/model_server/worker_pool.h"
-#include "tokenizer_cc/status.h"
+#include "common/status.h"
 
 namespace dpsr::serving {
 

@@ -11,7 +11,7 @@
 #include "tensorflow/core/framework/tensor.h"
 #include "tensorflow/core/framework/tensor_shape.h"
 #include "tensorflow/core/framework/types.h"
-#include "tokenizer_cc/status.h"
+#include "common/status.h"
 
 namespace dpsr::serving {
 namespace {

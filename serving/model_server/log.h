@@ -6,7 +6,7 @@
 #include <ctime>
 #include <string>
 
-#include "tokenizer_cc/status.h"
+#include "common/status.h"
 
 namespace dpsr::serving {
 

@@ -10,7 +10,7 @@
 #include "serving/model_server/metrics.h"
 #include "serving/model_server/warmup.h"
 #include "tensorflow/core/platform/env.h"
-#include "tokenizer_cc/status.h"
+#include "common/status.h"
 
 namespace dpsr::serving {
 namespace {

@@ -7,7 +7,7 @@
 
 #include "serving/model_server/metrics.h"
 #include "serving/model_server/server_config.h"
-#include "tokenizer_cc/status.h"
+#include "common/status.h"
 
 namespace dpsr::serving {
 namespace {

@@ -10,7 +10,7 @@
 #include "google/protobuf/util/json_util.h"
 #include "serving/model_server/json_tensor.h"
 #include "serving/model_server/metrics.h"
-#include "tokenizer_cc/status.h"
+#include "common/status.h"
 
 namespace dpsr::serving {
 namespace {

@@ -9,7 +9,7 @@
 
 #include "serving/model_server/rest_api.h"
 #include "serving/model_server/worker_pool.h"
-#include "tokenizer_cc/status.h"
+#include "common/status.h"
 
 namespace dpsr::serving {
 

@@ -7,7 +7,7 @@
 
 #include "serving/model_server/batching.h"
 #include "tensorflow/core/framework/types.h"
-#include "tokenizer_cc/status.h"
+#include "common/status.h"
 
 namespace dpsr::serving {
 namespace {

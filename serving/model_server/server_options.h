@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "tokenizer_cc/status.h"
+#include "common/status.h"
 
 namespace dpsr::serving {
 

@@ -10,7 +10,7 @@
 #include "tensorflow/core/lib/io/record_reader.h"
 #include "tensorflow/core/platform/env.h"
 #include "tensorflow_serving/apis/prediction_log.pb.h"
-#include "tokenizer_cc/status.h"
+#include "common/status.h"
 
 namespace dpsr::serving {
 namespace {

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dpsr_tf import demo
-from dpsr_tf.config import Config, from_dict, load_config
+from dpsr_tf.config import load_config
 from dpsr_tf.training.train import config_from_flags
 
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "quality.py"
@@ -51,8 +50,3 @@ def test_folds_of_home_depot(tmp_path):
 def test_bad_arguments(arguments, message):
     run = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False)
     assert run.returncode != 0 and message in run.stdout + run.stderr
-
-
-def test_the_demo_trains_what_is_measured():
-
-    assert from_dict(Config, demo._HOMEDEPOT_CONFIG, "demo") == load_config(benchmark.CONFIGS / "homedepot.yaml")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpsr_tf import cli
+from dpsr_common import command_line
 from dpsr_tf.data.store import Store
 
 
@@ -26,11 +26,11 @@ def shop_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A small generated shop that holds out 15 % of its queries; it must not be changed."""
     path = tmp_path_factory.mktemp("shop")
     sizes = ["--items=2000", "--users=500", "--interactions=20000"]
-    assert cli.main(["generate", f"--out={path / 'log'}", *sizes]) == 0
+    assert command_line.main(["generate", f"--out={path / 'log'}", *sizes]) == 0
     schema = yaml.safe_load((path / "log" / "schema.yaml").read_text())
     schema["interactions"]["held_out"] = {"query_share": 0.15}
     (path / "log" / "schema.yaml").write_text(yaml.safe_dump(schema))
-    assert cli.main(["ingest", f"--schema={path / 'log' / 'schema.yaml'}", f"--out={path / 'store'}"]) == 0
+    assert command_line.main(["ingest", f"--schema={path / 'log' / 'schema.yaml'}", f"--out={path / 'store'}"]) == 0
     return Store(path / "store")
 
 
@@ -124,7 +124,7 @@ def launch() -> Iterator[Callable[..., Launch]]:
 
     def start(*arguments: str) -> Launch:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dpsr_tf.cli", "launch", *arguments],
+            [sys.executable, "-m", "dpsr_common", "launch", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,

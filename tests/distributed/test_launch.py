@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 from dpsr_tf.config import Config
-from dpsr_tf.evaluation.checkpoint import exact_search
+from dpsr_tf.models.encoders import exact_search
 from dpsr_tf.training.train import config_from_flags, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

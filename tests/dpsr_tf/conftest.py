@@ -9,7 +9,6 @@ import gzip
 import io
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from dpsr_tf import cli
+from dpsr_common import command_line
 from dpsr_tf.data.store import Store
 
 Rows = list[dict[str, Any]]
@@ -112,42 +111,6 @@ def encode_table(rows: Rows, suffix: str) -> bytes:
     return gzip.compress(data) if compressed else data
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What a command left: exit status, stdout, and the error lines of stderr (progress bars left out)."""
-
-    status: int
-    out: str
-    errors: list[str]
-
-    def fails(self, status: int, *fragments: str) -> None:
-        """Asserts this status and exactly one line on stderr that holds every fragment."""
-        assert self.status == status, (self.status, self.errors)
-        assert len(self.errors) == 1, self.errors
-        for fragment in fragments:
-            assert fragment in self.errors[0], (fragment, self.errors[0])
-
-    def succeeds(self) -> Outcome:
-        """Asserts status 0 and no error."""
-        assert (self.status, self.errors) == (0, []), (self.status, self.errors)
-        return self
-
-
-@pytest.fixture
-def dpsr(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Runs `dpsr ARGUMENTS...` in this process."""
-
-    def run(*arguments: str) -> Outcome:
-        capfd.readouterr()
-        status = cli.main(list(arguments))
-        out, err = capfd.readouterr()
-        # A progress bar overwrites its line; its text ends with the time it took, in brackets.
-        lines = [line.strip() for line in re.split(r"[\r\n]", err)]
-        return Outcome(status, out, [line for line in lines if line and not re.search(r"\[\d\d:\d\d[<,]", line)])
-
-    return run
-
-
 @pytest.fixture(scope="session")
 def click_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A store of 240 clicks on 60 items by 30 queries, the first of them a head query; it must not be changed.
@@ -174,7 +137,7 @@ def click_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
             shop.log.append(_click(shop, query, asked, words, item, user=0, weight=1.0, label=0))
     shop.write(".jsonl")
     store = shop.path.parent / "store"
-    assert cli.main(shop.flags(store)) == 0
+    assert command_line.main(shop.flags(store)) == 0
     return Store(store)
 
 
@@ -197,7 +160,7 @@ def shop(tmp_path: Path) -> Shop:
 
 
 @pytest.fixture
-def store(shop: Shop, tmp_path: Path, dpsr: Callable[..., Outcome]) -> Store:
+def store(shop: Shop, tmp_path: Path, dpsr: Callable[..., Any]) -> Store:
     """A store of the tiny shop."""
     dpsr(*shop.write().flags(tmp_path / "store")).succeeds()
     return Store(tmp_path / "store")

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from dpsr_common.packed_file import PackedFileWriter
 from dpsr_tf.data.store import interactions_names
-from dpsr_tokenizer import PackedFileWriter, TokenizerConfig, VocabularyBuilder
+from dpsr_tokenizer import TokenizerConfig, VocabularyBuilder
 
 CLICK = 2
 
@@ -71,7 +72,7 @@ class Log:
 
 @dataclasses.dataclass
 class SmallStore:
-    """What dpsr_tf.data.dataset needs of a store."""
+    """What dpsr_tf.data.examples_dataset needs of a store."""
 
     path: Any
     manifest: dict[str, Any]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 from collections import Counter
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ import pyarrow.parquet
 import pytest
 from store_builder import queries_of
 
-from dpsr_tf.data.adapters import raw
-from dpsr_tf.data.schema import ADAPTERS, load_schema
+from dpsr_common.errors import CommandError
+from dpsr_common.packed_file import PackedFile
+from dpsr_tf.data.adapters import GROUP, esci, movielens_100k, open_adapter, raw
+from dpsr_tf.data.schema import load_schema
 from dpsr_tf.data.store import Counts, Store, unpack_strings
-from dpsr_tf.errors import CommandError
-from dpsr_tokenizer import PackedFile
 
-NAMES = sorted(path.stem for path in ADAPTERS.glob("*.yaml"))
-CONVERTED = [name for name in NAMES if (ADAPTERS / f"{name}.py").is_file()]
+NAMES = sorted(entry.name for entry in entry_points(group=GROUP))
+CONVERTED = [name for name in NAMES if open_adapter(name).convert]
 # query, user, item, time; ids or keys
 Pair = tuple[str, Any, Any, int]
 
@@ -40,7 +40,9 @@ def real(folder: str) -> Path:
 def convert(name: str, source: Path, out: Path) -> Path:
     """What the adapter's converter makes of `source`."""
     out.mkdir()
-    importlib.import_module(f"dpsr_tf.data.adapters.{name}").convert(source, out)
+    convert = open_adapter(name).convert
+    assert convert is not None
+    convert(source, out)
     return out
 
 
@@ -120,7 +122,7 @@ def ingest(dpsr, tmp_path) -> Callable[..., Ingested]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_schema_and_documentation(name):
-    schema = load_schema(ADAPTERS / f"{name}.yaml")
+    schema = load_schema(open_adapter(name).schema_path)
     held_out = schema.interactions.held_out
     if held_out is not None and held_out.after is not None and held_out.after.isdigit():
         assert int(held_out.after) == raw.HELD_OUT_FROM
@@ -200,7 +202,7 @@ RATINGS = [(1, 1, 5, 880_000_000), (2, 7, 4, 880_000_001), (2, 1, 3, 880_000_002
 
 
 def write_grouplens_100k(folder: Path) -> None:
-    genres = importlib.import_module("dpsr_tf.data.adapters.movielens_100k")._GENRES
+    genres = movielens_100k._GENRES
     flags = {number: "|".join(str(int(genre in listed.split())) for genre in genres) for number, _, _, listed in FILMS}
     titles = {number: title + (f" ({year})" if year else "") for number, title, year, _ in FILMS}
     (folder / "u.item").write_bytes(
@@ -399,7 +401,6 @@ def test_esci(ingest, dpsr, tmp_path):
     assert store.feature("items", "color") == {"B1": "red", "B2": None, "B3": None}
     assert store.counts.rejected == 0
     # Another locale through the function.
-    esci = importlib.import_module("dpsr_tf.data.adapters.esci")
     (tmp_path / "es").mkdir()
     esci.convert(tmp_path / "esci", tmp_path / "es", locale="es")
     spanish = pyarrow.parquet.read_table(tmp_path / "es" / "examples.parquet").to_pylist()

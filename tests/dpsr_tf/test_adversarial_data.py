@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dpsr_tf.config import from_dict
-from dpsr_tf.data.dataset import BatchOptions, examples_dataset
+from dpsr_common.typed_config import from_dict
+from dpsr_tf.data.examples_dataset import BatchOptions, examples_dataset
 from dpsr_tf.data.ingest import ingest
 from dpsr_tf.data.schema import EVENT_TYPES, Schema
 from dpsr_tf.data.store import Store

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dpsr_tf.errors import UsageError
+from dpsr_common.errors import UsageError
 from dpsr_tf.training.cluster import Cluster
 
 CLUSTER = {"chief": ["a:1"], "worker": ["b:1", "b:2"], "ps": ["c:1", "c:2"]}

@@ -1,24 +1,23 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import yaml
 
-from dpsr_tf import demo
+from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.typed_config import from_dict, to_dict
 from dpsr_tf.config import (
+    CONFIGS,
     Config,
     IndexConfig,
     ModelConfig,
     ServingConfig,
     TrainConfig,
-    from_dict,
     load_config,
     save_config,
-    to_dict,
+    shipped_config,
 )
-from dpsr_tf.errors import CommandError, UsageError
 
 
 def message(tmp_path, text):
@@ -245,7 +244,11 @@ def test_required_and_optional_keys_and_choices():
         from_dict(_Required, {"name": "x", "kind": "cow"}, "pets")
 
 
-def test_the_demo_trains_what_the_home_depot_file_says():
-    """The wheel has no configs/, so the demo carries the values itself."""
-    file = Path(__file__).resolve().parents[2] / "configs" / "homedepot.yaml"
-    assert load_config(file) == from_dict(Config, demo._HOMEDEPOT_CONFIG, "demo")
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_of_the_package_is_one(path):
+    assert load_config(path) == from_dict(Config, shipped_config(path.stem), path.stem)
+
+
+@pytest.mark.parametrize("name", ["shop", "homedepot"])
+def test_configs_of_the_demo_are_there(name):
+    assert (CONFIGS / f"{name}.yaml").is_file()

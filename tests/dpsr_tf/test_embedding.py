@@ -18,7 +18,7 @@ import pytest
 import tensorflow as tf
 
 from dpsr_tf import ops
-from dpsr_tf.data.dataset import Tokens
+from dpsr_tf.data.examples_dataset import Tokens
 from dpsr_tf.models.embedding import EmbeddingTable, GreedyBySize, half_on_wire, minimize, saver
 
 v1 = tf.compat.v1
@@ -492,7 +492,7 @@ def test_half_on_wire_sends_dense_weights_and_gradients_once_and_half():
 PROGRAM = """
 import sys
 import tensorflow as tf
-from dpsr_tf.data.dataset import Tokens
+from dpsr_tf.data.examples_dataset import Tokens
 from dpsr_tf.models.embedding import EmbeddingTable, device_function, half_on_wire, minimize, saver
 
 v1 = tf.compat.v1

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from conftest import encode_table
 
-from dpsr_tf import cli
+from dpsr_common import command_line
+from dpsr_common.errors import CommandError, UsageError
 from dpsr_tf.data.store import Store
-from dpsr_tf.errors import CommandError, UsageError
+from dpsr_tf.data.user_requests import User
 from dpsr_tf.evaluation.corpus import Corpus
 from dpsr_tf.evaluation.evaluate import Options, evaluate, format_report, measure_all
 from dpsr_tf.evaluation.judgments import Judgments
-from dpsr_tf.evaluation.retriever import Bm25, Popularity, Random, User
+from dpsr_tf.evaluation.retriever import Bm25, Popularity, Random
 from dpsr_tf.evaluation.systems import Systems
 
 
@@ -498,7 +499,7 @@ def test_bad_systems(dpsr, flags, system):
 
 def test_a_bad_system_is_found_before_any_is_asked(dpsr, flags, capfd):
     dpsr(*flags, "--system=bm25", "--system=bm26").fails(2, "--system=bm26")
-    assert cli.main([*flags, "--system=bm25", "--system=bm26"]) == 2
+    assert command_line.main([*flags, "--system=bm25", "--system=bm26"]) == 2
     assert "ask bm25" not in capfd.readouterr().err
 
 

@@ -17,14 +17,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from dpsr_tf import cli
-from dpsr_tf.config import to_dict
-from dpsr_tf.data import generate as g
+from dpsr_common import command_line
+from dpsr_common.errors import UsageError
+from dpsr_common.typed_config import to_dict
 from dpsr_tf.data.schema import load_schema
-from dpsr_tf.data.shop.log import Log, Rows
-from dpsr_tf.data.shop.world import Parameters, World
-from dpsr_tf.errors import UsageError
 from dpsr_tf.evaluation.retriever import Bm25, unigrams
+from dpsr_tf.shop import generate as g
+from dpsr_tf.shop.log import Log, Rows
+from dpsr_tf.shop.world import Parameters, World
 from dpsr_tokenizer import Tokenizer, TokenizerConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -196,7 +196,7 @@ class Written:
 @pytest.fixture(scope="module", params=[1, 7, 12])
 def shop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
     out = tmp_path_factory.mktemp("generate") / "shop"
-    assert cli.main(["generate", f"--out={out}", f"--seed={request.param}"]) == 0
+    assert command_line.main(["generate", f"--out={out}", f"--seed={request.param}"]) == 0
     return Written(out)
 
 
@@ -204,7 +204,7 @@ def shop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def one(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """The shop of seed 1."""
     out = tmp_path_factory.mktemp("generate") / "shop"
-    assert cli.main(["generate", f"--out={out}"]) == 0
+    assert command_line.main(["generate", f"--out={out}"]) == 0
     return Written(out)
 
 
@@ -250,7 +250,7 @@ def test_files_and_columns(one: Written) -> None:
 
 def test_same_flags_same_bytes(tmp_path: Path) -> None:
     for name, seed in (("a", 7), ("b", 7), ("c", 8)):
-        assert cli.main(["generate", f"--out={tmp_path / name}", f"--seed={seed}", *SMALL]) == 0
+        assert command_line.main(["generate", f"--out={tmp_path / name}", f"--seed={seed}", *SMALL]) == 0
     for name in FILES:
         first, second, other = ((tmp_path / shop / name).read_bytes() for shop in "abc")
         assert first == second, name
@@ -282,7 +282,7 @@ def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
     for clicks in (33_000, 330_000):
         out = tmp_path / str(clicks)
         script = (
-            "import resource, sys; from dpsr_tf import cli; assert cli.main(sys.argv[1:]) == 0;"
+            "import resource, sys; from dpsr_common import command_line; assert command_line.main(sys.argv[1:]) == 0;"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )
         command = [sys.executable, "-c", script, "generate", f"--out={out}", f"--interactions={clicks}"]
@@ -299,7 +299,7 @@ def test_ingests(one: Written, tmp_path: Path) -> None:
     assert schema.interactions.session and schema.interactions.position and schema.items.popularity == "sales"
     store = tmp_path / "store"
     flags = [f"--schema={one.path / 'schema.yaml'}", f"--out={store}", "--max_reject_fraction=0"]
-    assert cli.main(["ingest", *flags]) == 0
+    assert command_line.main(["ingest", *flags]) == 0
     counts, made = one.truth["counts"], Store(store)
     assert len(made.items()["id"]) == 3_000
     positives = counts["clicks"] + counts["carts"] + counts["orders"]
@@ -433,7 +433,7 @@ def test_bm25_fails_where_it_should(shop: Written) -> None:
 
 def test_bm25_fails_in_a_larger_shop(tmp_path: Path) -> None:
     flags = ["--seed=424242", "--items=4000", "--users=800", "--interactions=40000"]
-    assert cli.main(["generate", f"--out={tmp_path / 'shop'}", *flags]) == 0
+    assert command_line.main(["generate", f"--out={tmp_path / 'shop'}", *flags]) == 0
     check_bm25(Written(tmp_path / "shop"))
 
 
@@ -814,7 +814,7 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     ],
 )
 def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
-    assert cli.main(["generate", f"--out={tmp_path / 'shop'}", *flags]) == 2
+    assert command_line.main(["generate", f"--out={tmp_path / 'shop'}", *flags]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -822,8 +822,9 @@ def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: li
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     """No file may grow beyond 100 kB, which is what a full disk does to the log's first part."""
     script = (
-        "import resource, signal, sys; from dpsr_tf import cli; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.exit(cli.main(sys.argv[1:]))"
+        "import resource, signal, sys; from dpsr_common.command_line import main;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", script, "generate", f"--out={tmp_path / 'shop'}"]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -841,28 +842,28 @@ def test_parameters_that_do_not_go_together() -> None:
 def test_flags_win_over_a_file_of_parameters(tmp_path: Path) -> None:
     (tmp_path / "hard.yaml").write_text("seed: 3\nitems: 250\nusers: 30\ntaste: 0.5\nnoise: 0.1\n")
     flags = [f"--parameters={tmp_path / 'hard.yaml'}", "--items=300", "--interactions=500", "--set=noise=0.2"]
-    assert cli.main(["generate", f"--out={tmp_path / 'shop'}", *flags]) == 0
+    assert command_line.main(["generate", f"--out={tmp_path / 'shop'}", *flags]) == 0
     wanted = Parameters(seed=3, items=300, users=30, interactions=500, taste=0.5, noise=0.2)
     assert Written(tmp_path / "shop").truth["parameters"] == to_dict(wanted)
 
 
 def test_out_is_needed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["generate"]) == 2
+    assert command_line.main(["generate"]) == 2
     assert "--out is missing" in capsys.readouterr().err
     (tmp_path / "mine").write_text("precious")
-    assert cli.main(["generate", f"--out={tmp_path}"]) == 1
+    assert command_line.main(["generate", f"--out={tmp_path}"]) == 1
     assert "exists already" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
     shop = tmp_path / "shop"
     for extra in ([], ["--overwrite"]):
-        assert cli.main(["generate", f"--out={shop}", *SMALL, *extra]) == 0
+        assert command_line.main(["generate", f"--out={shop}", *SMALL, *extra]) == 0
 
 
 @pytest.mark.parametrize("seed", [0, 3, 2**63 - 1])
 def test_smallest_shop(tmp_path: Path, seed: int) -> None:
     out = tmp_path / "shop"
     flags = [f"--seed={seed}", "--items=200", "--users=10", "--interactions=100"]
-    assert cli.main(["generate", f"--out={out}", *flags]) == 0
+    assert command_line.main(["generate", f"--out={out}", *flags]) == 0
     shop = Written(out)
     assert (len(shop.items["item_id"]), len(shop.users["user_id"]), len(shop.clicks["query"])) == (200, 10, 100)
     for fold in ("dev", "test"):

@@ -25,12 +25,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from store_builder import numbers_of, queries_of
 
-from dpsr_tf.config import from_dict
+from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.packed_file import PackedFile
+from dpsr_common.typed_config import from_dict
+from dpsr_tf.data.adapters import open_adapter
 from dpsr_tf.data.ingest import heeded, ingest, terminable
-from dpsr_tf.data.schema import EVENT_TYPES, Schema, adapter_path, load_schema
+from dpsr_tf.data.schema import EVENT_TYPES, Schema, load_schema
 from dpsr_tf.data.store import Store, interactions_names, manifest_checksum, unpack_strings
-from dpsr_tf.errors import CommandError, UsageError
-from dpsr_tokenizer import PackedFile, Tokenizer
+from dpsr_tokenizer import Tokenizer
 
 FORMATS = [".tsv", ".csv", ".jsonl", ".parquet", ".tsv.gz", ".csv.gz", ".jsonl.gz"]
 
@@ -1242,7 +1244,7 @@ def big_shop(shop, rows):
 
 
 def command(shop, out, *flags):
-    return [sys.executable, "-m", "dpsr_tf.cli", *shop.flags(out), *flags]
+    return [sys.executable, "-m", "dpsr_common", *shop.flags(out), *flags]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -1322,8 +1324,8 @@ def test_memory_does_not_grow_with_the_log(shop, tmp_path):
         big_shop(shop, rows)
         script = f"""
 import sys
-from dpsr_tf import cli
-assert cli.main({[*shop.flags(tmp_path / f"store-{rows}"), "--memory=64MB", "--threads=2"]}) == 0
+from dpsr_common import command_line
+assert command_line.main({[*shop.flags(tmp_path / f"store-{rows}"), "--memory=64MB", "--threads=2"]}) == 0
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
         ran = subprocess.run(
@@ -1382,9 +1384,9 @@ def test_homedepot_adapter_names_what_is_missing(dpsr, tmp_path):
 
 
 def test_adapters_are_valid_schemas():
-    assert load_schema(adapter_path("homedepot")).interactions.positive_from == 2.33
+    assert load_schema(open_adapter("homedepot").schema_path).interactions.positive_from == 2.33
     with pytest.raises(UsageError, match="no adapter 'shop'"):
-        adapter_path("shop")
+        open_adapter("shop")
 
 
 def test_homedepot_files(dpsr, tmp_path, homedepot):

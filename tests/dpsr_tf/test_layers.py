@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from dpsr_tf import ops
 from dpsr_tf.config import ModelConfig
-from dpsr_tf.data.dataset import Tokens
+from dpsr_tf.data.examples_dataset import Tokens
 from dpsr_tf.models.layers import FUSED, STOCK
 from dpsr_tf.models.two_tower import TwoTower
 

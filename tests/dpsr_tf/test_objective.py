@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from dpsr_tf.config import Config, ModelConfig, TrainConfig, load_config
-from dpsr_tf.data.dataset import Batch, Features, History, Tokens
+from dpsr_tf.config import CONFIGS, Config, ModelConfig, TrainConfig, load_config
+from dpsr_tf.data.examples_dataset import Batch, Features, History, Tokens
 from dpsr_tf.models.embedding import EmbeddingTable, minimize
 from dpsr_tf.models.features import FeatureSpec, ItemFeatures, QueryFeatures
 from dpsr_tf.models.losses import log_q
@@ -19,7 +18,7 @@ from dpsr_tf.models.two_tower import TwoTower, stock_table
 
 v1 = tf.compat.v1
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
 NUM_TOKENS, NUM_ITEMS = 40, 30
 STORE_FEATURES = {
     "items": [

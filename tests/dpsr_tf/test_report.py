@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpsr_tf.errors import CommandError
+from dpsr_common.errors import CommandError
 from dpsr_tf.report import plots, sections
 from dpsr_tf.report.command import html, size_from_flags
 from dpsr_tf.report.lab import Lab

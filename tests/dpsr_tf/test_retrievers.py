@@ -7,23 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from dpsr_tf.errors import UsageError
+from dpsr_common.errors import UsageError
+from dpsr_tf.data.store import RowsById
+from dpsr_tf.data.user_requests import User
 from dpsr_tf.evaluation.corpus import Corpus
-from dpsr_tf.evaluation.retriever import (
-    Bm25,
-    ExactSearch,
-    Fusion,
-    ItemRows,
-    Popularity,
-    Random,
-    User,
-    ask,
-    best,
-    is_repeat,
-    plain_words,
-    unigrams_and_bigrams,
-)
+from dpsr_tf.evaluation.retriever import Bm25, Fusion, Popularity, Random, ask, plain_words, unigrams_and_bigrams
 from dpsr_tf.evaluation.systems import Systems, parse
+from dpsr_tf.models.exact_search import ExactSearch, is_repeat, top_positions
 from dpsr_tokenizer import Tokenizer, TokenizerConfig
 
 NAN, INF = float("nan"), float("inf")
@@ -63,15 +53,15 @@ def test_best_is_the_head_of_a_full_sort(k, seed):
     rng = np.random.default_rng(seed)
     ids, scores = rng.permutation(9), rng.integers(0, 3, 9).astype(np.float32)
     expected = sorted(range(9), key=lambda row: (-scores[row], ids[row]))[:k]
-    assert best(ids, scores, k).tolist() == expected
+    assert top_positions(ids, scores, k).tolist() == expected
 
 
 def test_best_puts_nan_last():
     ids, scores = np.arange(5), np.array([NAN, 1.0, NAN, 3.0, -INF])
-    assert best(ids, scores, 5).tolist() == [3, 1, 4, 0, 2]
-    assert best(ids, scores, 2).tolist() == [3, 1]
-    assert best(ids, scores, 4).tolist()[:3] == [3, 1, 4]
-    assert best(np.zeros(0, int), np.zeros(0), 3).tolist() == []
+    assert top_positions(ids, scores, 5).tolist() == [3, 1, 4, 0, 2]
+    assert top_positions(ids, scores, 2).tolist() == [3, 1]
+    assert top_positions(ids, scores, 4).tolist()[:3] == [3, 1, 4]
+    assert top_positions(np.zeros(0, int), np.zeros(0), 3).tolist() == []
 
 
 def test_is_repeat():
@@ -80,9 +70,9 @@ def test_is_repeat():
 
 
 def test_item_rows():
-    rows = ItemRows(np.array([50, 10, 40]))
+    rows = RowsById(np.array([50, 10, 40]))
     assert rows(np.array([[10, 40], [50, 45], [-1, 99]])).tolist() == [[1, 2], [0, -1], [-1, -1]]
-    assert ItemRows(np.zeros(0, int))(np.array([3])).tolist() == [-1]
+    assert RowsById(np.zeros(0, int))(np.array([3])).tolist() == [-1]
 
 
 def test_users_reach_only_those_that_make_use_of_them():
@@ -268,7 +258,7 @@ def test_exact_search_equals_numpy(heads, k):
         assert scores[row, : len(order)].tolist() == products[row, order].tolist()
         assert (ids[row, len(order) :] == -1).all()
     pairs = np.stack([rng.permutation(item_ids)[:5] for _ in range(150)])
-    rows = ItemRows(item_ids)(pairs)
+    rows = RowsById(item_ids)(pairs)
     np.testing.assert_array_equal(retriever.score(queries, None, pairs), np.take_along_axis(products, rows, axis=1))
     assert max(count for count, _ in asked) < 150, "in batches"
 

@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 
+from dpsr_common.errors import CommandError
+from dpsr_common.packed_file import PackedFile, PackedFileWriter
 from dpsr_tf.data.store import FORMAT, Store, manifest_checksum, new_directory, pack_strings, unpack_strings
-from dpsr_tf.errors import CommandError
-from dpsr_tokenizer import PackedFile, PackedFileWriter
 
 
 def read_all(path):

@@ -16,10 +16,10 @@ import pyarrow.parquet
 import pytest
 from conftest import encode_table
 
+from dpsr_common.errors import CommandError, UsageError
 from dpsr_tf.data import tables
 from dpsr_tf.data.encode import ids_of, numbers_of, texts_of
 from dpsr_tf.data.tables import SUFFIXES, Table, find_files, read_batches
-from dpsr_tf.errors import CommandError, UsageError
 
 TEXT_KINDS = [".csv", ".tsv", ".jsonl", ".json"]
 ARROW_KINDS = [".arrow", ".feather", ".ipc"]

@@ -15,7 +15,8 @@ import tensorflow as tf
 import yaml
 from store_builder import queries_of
 
-from dpsr_tf import cli
+from dpsr_common import command_line
+from dpsr_common.errors import CommandError, UsageError
 from dpsr_tf.config import (
     ClusterConfig,
     Config,
@@ -26,14 +27,13 @@ from dpsr_tf.config import (
     load_config,
     save_config,
 )
-from dpsr_tf.data.dataset import Tokens, examples_dataset, training_input
+from dpsr_tf.data.examples_dataset import Tokens, examples_dataset, training_input
 from dpsr_tf.data.store import Store
-from dpsr_tf.errors import CommandError, UsageError
-from dpsr_tf.evaluation.checkpoint import exact_search
 from dpsr_tf.models.embedding import TABLE_VARIABLES, weights_saver
+from dpsr_tf.models.encoders import exact_search
+from dpsr_tf.models.model_directory import FILES, ModelDirectory, feature_spec
 from dpsr_tf.models.two_tower import TwoTower
 from dpsr_tf.training.estimator import FiniteWeights, model_fn, no_number
-from dpsr_tf.training.model_directory import FILES, ModelDirectory, feature_spec
 from dpsr_tf.training.train import batch_options, config_from_flags, train
 from dpsr_tf.training.validation import is_over
 
@@ -336,7 +336,14 @@ def test_a_model_directory_may_be_moved(click_store, uninterrupted, tmp_path):
 def test_a_killed_run_resumes(click_store, uninterrupted, tmp_path):
     path = tmp_path / "model"
     save_config(with_train(steps=1_000_000), tmp_path / "config.yaml")
-    command = [sys.executable, "-m", "dpsr_tf.cli", "train", f"--store={click_store.path}", f"--out={path}"]
+    command = [
+        sys.executable,
+        "-m",
+        "dpsr_common.command_line",
+        "train",
+        f"--store={click_store.path}",
+        f"--out={path}",
+    ]
     with open(tmp_path / "log", "w+b") as log:
         process = subprocess.Popen([*command, f"--config={tmp_path / 'config.yaml'}"], stdout=log, stderr=log)
         try:
@@ -612,7 +619,7 @@ def held_out_store(click_store, tmp_path_factory):
     schema["interactions"]["held_out"] = {"query_share": 0.34}
     shutil.copytree(click_store.path.parent / "shop", path / "shop")
     (path / "shop" / "schema.yaml").write_text(yaml.safe_dump(schema))
-    assert cli.main(["ingest", f"--schema={path / 'shop' / 'schema.yaml'}", f"--out={path / 'store'}"]) == 0
+    assert command_line.main(["ingest", f"--schema={path / 'shop' / 'schema.yaml'}", f"--out={path / 'store'}"]) == 0
     return Store(path / "store")
 
 

@@ -10,9 +10,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpsr_tf.config import ModelConfig, from_dict, to_dict
-from dpsr_tf.data.dataset import Features, History, Tokens
-from dpsr_tf.errors import UsageError
+from dpsr_common.errors import UsageError
+from dpsr_common.typed_config import from_dict, to_dict
+from dpsr_tf.config import ModelConfig
+from dpsr_tf.data.examples_dataset import Features, History, Tokens
 from dpsr_tf.models.features import Feature, FeatureSpec, ItemFeatures, QueryFeatures
 from dpsr_tf.models.two_tower import TwoTower, segment_softmax, soft_dot_product, stock_table
 

@@ -20,7 +20,7 @@ HOMEDEPOT = ROOT.parent / "shared" / "data" / "homedepot"
 
 
 def dpsr(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dpsr_tf.cli", *(str(argument) for argument in arguments)]
+    command = [sys.executable, "-m", "dpsr_common", *(str(argument) for argument in arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
 
 
@@ -86,7 +86,7 @@ def test_next_day_server_query_and_errors(demo: tuple[Path, str]) -> None:
     """Serves the demo's servable by hand, as its last lines say, and asks it good and bad things."""
     out, _ = demo
     log = open(out / "next_day.log", "w+")  # noqa: SIM115
-    command = [sys.executable, "-m", "dpsr_tf.cli", "serve", f"--model_base_path={out / 'servable'}"]
+    command = [sys.executable, "-m", "dpsr_common", "serve", f"--model_base_path={out / 'servable'}"]
     server = subprocess.Popen([*command, "--model_name=shop", "--port=0"], stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 60
@@ -118,7 +118,7 @@ def test_next_day_server_query_and_errors(demo: tuple[Path, str]) -> None:
 
 def test_interrupted_demo_leaves_no_process_and_can_be_run_again(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "dpsr_tf.cli", "demo", f"--out={tmp_path / 'd'}", "--steps=5"],
+        [sys.executable, "-m", "dpsr_common", "demo", f"--out={tmp_path / 'd'}", "--steps=5"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -26,7 +26,7 @@ def run_document(name: str, folder: Path) -> str:
     script = "\n".join(re.findall(r"^```sh\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
     for port in ("8500", "8501"):
         script = script.replace(f"{port}", str(free_port()))
-    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "dpsr_tf").symlink_to(ROOT / "dpsr_tf")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     # The shell ends what it has started, also where a command fails.
     script = f"set -euo pipefail\ntrap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n{script}"

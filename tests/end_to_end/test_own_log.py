@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from dpsr_tf import cli
+from dpsr_common import command_line
 from dpsr_tf.data.store import Store
 
 WORDS = [
@@ -38,7 +38,7 @@ TITLES = {0: 'Bolt, 12"" wide\nsecond line', 1: "'; DROP TABLE items; --", 2: "0
 
 def dpsr(capfd, *arguments):
     """Runs a command that has to succeed; returns what it printed."""
-    status = cli.main([str(argument) for argument in arguments])
+    status = command_line.main([str(argument) for argument in arguments])
     printed = capfd.readouterr()
     assert status == 0, printed.err
     return printed.out

@@ -44,7 +44,7 @@ def test_wheel_holds_the_native_parts(wheel: Path) -> None:
         "dpsr_tokenizer/libdpsr_tokenizer_ops.so",
         "dpsr_tf/ops/libdpsr_training_ops.so",
         "dpsr_tf/data/adapters/homedepot.yaml",
-        "dpsr_tf/data/shop_lexicon.yaml",
+        "dpsr_tf/shop/lexicon.yaml",
         "dpsr_export/libdpsr_retrieval_ops.so",
         "dpsr_serving/bin/dpsr_model_server",
         "dpsr_serving/serving_apis.desc",
@@ -89,7 +89,8 @@ def test_base_install_queries_without_tensorflow(environment: Path) -> None:
     """`dpsr query` is what a search backend's people run: it must not need the training packages."""
     script = (
         "import sys; sys.modules['tensorflow'] = sys.modules['pyarrow'] = None\n"
-        "from dpsr_tf.cli import main; sys.exit(main(['query', '--target=127.0.0.1:9', '--timeout_s=1', 'shoes']))"
+        "from dpsr_common.command_line import main\n"
+        "sys.exit(main(['query', '--target=127.0.0.1:9', '--timeout_s=1', 'shoes']))"
     )
     result = subprocess.run(
         [str(environment / "bin" / "python"), "-c", script], capture_output=True, text=True, timeout=60

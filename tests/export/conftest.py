@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpsr_tf.cli import main
+from dpsr_common.command_line import main
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,9 +163,9 @@ def untrained_model(job: Job, **model: Any) -> None:
 
     from dpsr_tf.config import Config, ModelConfig, ServingConfig
     from dpsr_tf.data.store import Store
-    from dpsr_tf.evaluation.checkpoint import StoreTables
+    from dpsr_tf.models.encoders import StoreTables
+    from dpsr_tf.models.model_directory import ModelDirectory
     from dpsr_tf.models.two_tower import TwoTower
-    from dpsr_tf.training.model_directory import ModelDirectory
 
     store = Store(job.store)
     every: dict[str, Any] = {"user_features": ("*",), "item_features": ("*",)}

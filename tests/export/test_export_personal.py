@@ -13,16 +13,15 @@ import pytest
 import tensorflow as tf
 from conftest import Job, TextShop, dpsr, runs, untrained_model
 
+from dpsr_common.errors import CommandError
+from dpsr_common.packed_file import PackedFile
 from dpsr_export.warmup import LoadedServable
 from dpsr_serving.model_server import start_model_server
 from dpsr_tf.data.store import Store
-from dpsr_tf.errors import CommandError
-from dpsr_tf.evaluation.checkpoint import StoreTables, item_encoder, query_encoder
-from dpsr_tf.evaluation.requests import UserRequests, input_arrays
-from dpsr_tf.evaluation.retriever import User
+from dpsr_tf.data.user_requests import User, UserRequests, input_arrays
+from dpsr_tf.models.encoders import StoreTables, item_encoder, query_encoder
+from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.models.two_tower import soft_dot_product
-from dpsr_tf.training.model_directory import ModelDirectory
-from dpsr_tokenizer import PackedFile
 
 pytestmark = pytest.mark.slow
 QUERIES = ["red shoes", "手机", "kids usb cable", "", "苹果 phone case"]

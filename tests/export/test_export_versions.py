@@ -20,17 +20,18 @@ from conftest import Job, dpsr
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import prediction_log_pb2
 
-from dpsr_export import faiss_ops
+from dpsr_common.command_line import main
+from dpsr_common.errors import CommandError
+from dpsr_common.packed_file import PackedFile, PackedFileWriter
+from dpsr_export import faiss_search
 from dpsr_export.export import Index
 from dpsr_export.warmup import LoadedServable
 from dpsr_serving.client import SearchClient, User
 from dpsr_serving.model_server import start_model_server
-from dpsr_tf.cli import main
 from dpsr_tf.data.store import Store
-from dpsr_tf.errors import CommandError
-from dpsr_tf.evaluation.requests import UserRequests
-from dpsr_tf.evaluation.retriever import User as StoreUser
-from dpsr_tokenizer import PackedFile, PackedFileWriter, TokenizerConfig, VocabularyBuilder
+from dpsr_tf.data.user_requests import User as StoreUser
+from dpsr_tf.data.user_requests import UserRequests
+from dpsr_tokenizer import TokenizerConfig, VocabularyBuilder
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "serving"))
 from processes import ProxyProcess
@@ -171,7 +172,7 @@ def swap_index(version: Path, work: Path) -> None:
     index.add(vectors)
     work.mkdir(exist_ok=True)
     faiss.write_index(index, str(work / "items.faiss"))
-    faiss_ops.write_item_ids(work / "item_ids.dpsr", ids, work / "items.faiss")
+    faiss_search.write_item_ids(work / "item_ids.dpsr", ids, work / "items.faiss")
     for name in ("items.faiss", "item_ids.dpsr"):
         os.replace(work / name, version / "assets" / name)
 

@@ -20,10 +20,10 @@ import tensorflow as tf
 from conftest import Job
 from numpy.typing import NDArray
 
-from dpsr_export import attributes, faiss_ops
-from dpsr_export.attributes import Column
+from dpsr_common.packed_file import PackedFile, PackedFileWriter
+from dpsr_export import faiss_search, item_attributes
+from dpsr_export.item_attributes import Column
 from dpsr_tf.data.store import unpack_strings
-from dpsr_tokenizer import PackedFile, PackedFileWriter
 
 v1 = tf.compat.v1
 
@@ -76,11 +76,11 @@ class Shop:
     scored: NDArray[np.float32]  # as the index holds them
     columns: dict[str, Column]
 
-    def table(self, **arguments: Any) -> faiss_ops.FaissIndexTable:
-        return faiss_ops.FaissIndexTable(
+    def table(self, **arguments: Any) -> faiss_search.FaissIndexTable:
+        return faiss_search.FaissIndexTable(
             str(self.path / "items.faiss"),
             str(self.path / "item_ids.dpsr"),
-            str(self.path / attributes.FILE),
+            str(self.path / item_attributes.FILE),
             **arguments,
         )
 
@@ -103,8 +103,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Shop]:
         if FACTORIES[factory]:
             faiss.ParameterSpace().set_index_parameters(index, FACTORIES[factory])
         faiss.write_index(index, str(path / "items.faiss"))
-        faiss_ops.write_item_ids(path / "item_ids.dpsr", ids, path / "items.faiss")
-        attributes.write_columns(path, columns())
+        faiss_search.write_item_ids(path / "item_ids.dpsr", ids, path / "items.faiss")
+        item_attributes.write_columns(path, columns())
         ivf = faiss.try_extract_index_ivf(index)
         if ivf is not None:
             ivf.make_direct_map()
@@ -117,7 +117,7 @@ def queries(n: int, seed: int, heads: int = 1) -> NDArray[np.float32]:
     return np.random.default_rng(seed).normal(size=(n, heads, DIM)).astype(np.float32)
 
 
-def search(table: faiss_ops.FaissIndexTable, x: NDArray[np.float32], k: int, **arguments: Any) -> Result:
+def search(table: faiss_search.FaissIndexTable, x: NDArray[np.float32], k: int, **arguments: Any) -> Result:
     ids, scores, heads = (tensor.numpy() for tensor in table.search(x, k, **arguments))
     return ids, scores, heads
 
@@ -286,10 +286,10 @@ def test_excluded_ids_that_stand_several_times(tmp_path: Path) -> None:
     index = faiss.IndexFlatIP(4)
     index.add(items)
     faiss.write_index(index, str(tmp_path / "items.faiss"))
-    faiss_ops.write_item_ids(
+    faiss_search.write_item_ids(
         tmp_path / "item_ids.dpsr", np.minimum(np.arange(100), 60)[::-1] // 30, tmp_path / "items.faiss"
     )
-    table = faiss_ops.FaissIndexTable(str(tmp_path / "items.faiss"), str(tmp_path / "item_ids.dpsr"))
+    table = faiss_search.FaissIndexTable(str(tmp_path / "items.faiss"), str(tmp_path / "item_ids.dpsr"))
     # 40 positions of item 2, then 30 of item 1: one more than k is not enough.
     x = np.ones((1, 1, 4), np.float32)
     assert search(table, x, 2, excluded_item_ids=np.array([[2]]))[0].tolist() == [[1, -1]]
@@ -320,10 +320,10 @@ def test_items_that_are_no_numbers_are_in_no_list(tmp_path: Path) -> None:
     items[::3] = np.nan
     index.add(items)
     faiss.write_index(index, str(tmp_path / "items.faiss"))
-    faiss_ops.write_item_ids(tmp_path / "item_ids.dpsr", np.arange(3000), tmp_path / "items.faiss")
-    attributes.write_columns(tmp_path, [Column("n", np.arange(3000) % 10.0)])
-    table = faiss_ops.FaissIndexTable(
-        *(str(tmp_path / name) for name in ("items.faiss", "item_ids.dpsr", attributes.FILE))
+    faiss_search.write_item_ids(tmp_path / "item_ids.dpsr", np.arange(3000), tmp_path / "items.faiss")
+    item_attributes.write_columns(tmp_path, [Column("n", np.arange(3000) % 10.0)])
+    table = faiss_search.FaissIndexTable(
+        *(str(tmp_path / name) for name in ("items.faiss", "item_ids.dpsr", item_attributes.FILE))
     )
     ids, _, _ = search(table, queries(1, seed=13), 3000, include=np.array([["n=2..3"]]))
     expected = {i for i in range(3000) if i % 3 and i % 10 in (2, 3)}
@@ -442,7 +442,7 @@ def test_bytes_that_are_no_text(shop: Callable[[str], Shop]) -> None:
 
 def test_an_index_without_attributes(shop: Callable[[str], Shop]) -> None:
     here = shop("IVF64,SQ8")
-    table = faiss_ops.FaissIndexTable(str(here.path / "items.faiss"), str(here.path / "item_ids.dpsr"))
+    table = faiss_search.FaissIndexTable(str(here.path / "items.faiss"), str(here.path / "item_ids.dpsr"))
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"no attributes to filter by.*items\.filters"):
         search(table, queries(1, seed=20), 5, include=np.array([["colour=red"]]))
     x = queries(2, seed=20)
@@ -478,9 +478,9 @@ def test_bad_inputs(shop: Callable[[str], Shop], inputs: dict[str, Any], message
 def test_attributes_that_do_not_fit(shop: Callable[[str], Shop], tmp_path: Path) -> None:
     here = shop("Flat")
     copy = dataclasses.replace(here, path=tmp_path)
-    for name in ("items.faiss", "item_ids.dpsr", attributes.FILE):
+    for name in ("items.faiss", "item_ids.dpsr", item_attributes.FILE):
         shutil.copy(here.path / name, tmp_path / name)
-    file = tmp_path / attributes.FILE
+    file = tmp_path / item_attributes.FILE
     whole = file.read_bytes()
 
     def refused(error: type[Exception], message: str) -> None:
@@ -488,16 +488,16 @@ def test_attributes_that_do_not_fit(shop: Callable[[str], Shop], tmp_path: Path)
             copy.table()
 
     file.write_bytes(whole[:-1])
-    refused(tf.errors.DataLossError, attributes.FILE)
+    refused(tf.errors.DataLossError, item_attributes.FILE)
     file.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 4]) + whole[len(whole) // 2 + 1 :])
     refused(tf.errors.DataLossError, "checksum")
     file.unlink()
-    refused(tf.errors.NotFoundError, attributes.FILE)
+    refused(tf.errors.NotFoundError, item_attributes.FILE)
     shutil.copy(here.path / "item_ids.dpsr", file)
     refused(tf.errors.FailedPreconditionError, "item_attributes")
     # Of other items: the ids of the same index, but the other way round.
-    faiss_ops.write_item_ids(tmp_path / "item_ids.dpsr", here.ids[::-1].copy(), tmp_path / "items.faiss")
-    shutil.copy(here.path / attributes.FILE, file)
+    faiss_search.write_item_ids(tmp_path / "item_ids.dpsr", here.ids[::-1].copy(), tmp_path / "items.faiss")
+    shutil.copy(here.path / item_attributes.FILE, file)
     refused(tf.errors.FailedPreconditionError, "not of the same index")
 
     fingerprint = np.array([PackedFile(str(tmp_path / "item_ids.dpsr")).fingerprint], np.uint64)
@@ -543,13 +543,13 @@ def values(file: PackedFile, name: str) -> list[Any]:
 
 
 def test_the_index_of_a_shop_has_its_attributes(job: Job) -> None:
-    file = PackedFile(str(job.index / attributes.FILE), "item_attributes")
+    file = PackedFile(str(job.index / item_attributes.FILE), "item_attributes")
     ids = PackedFile(str(job.index / "item_ids.dpsr"), "item_ids")["id"].tolist()
     rows = {row["item_id"]: row for row in pq.read_table(job.store.parent / "shop" / "items.parquet").to_pylist()}
     for name in ("brand", "category", "shop", "price"):
         assert values(file, name) == [rows[item][name] for item in ids]
     assert values(file, "in_stock") == [str(rows[item]["in_stock"]).lower() for item in ids]
-    assert attributes.FILE in json.loads((job.index / "index.json").read_text())["files"]
+    assert item_attributes.FILE in json.loads((job.index / "index.json").read_text())["files"]
 
 
 def test_attributes_of_some_positions(shop: Callable[[str], Shop], tmp_path: Path) -> None:
@@ -558,9 +558,9 @@ def test_attributes_of_some_positions(shop: Callable[[str], Shop], tmp_path: Pat
     index = faiss.IndexFlatIP(DIM)
     index.add(here.vectors[positions])
     faiss.write_index(index, str(tmp_path / "items.faiss"))
-    faiss_ops.write_item_ids(tmp_path / "item_ids.dpsr", here.ids[positions], tmp_path / "items.faiss")
-    attributes.take(here.path, tmp_path, positions)
-    whole, part = (PackedFile(str(path / attributes.FILE)) for path in (here.path, tmp_path))
+    faiss_search.write_item_ids(tmp_path / "item_ids.dpsr", here.ids[positions], tmp_path / "items.faiss")
+    item_attributes.take(here.path, tmp_path, positions)
+    whole, part = (PackedFile(str(path / item_attributes.FILE)) for path in (here.path, tmp_path))
     assert set(part) == set(whole)
     for name in here.columns:
         everything = values(whole, name)
@@ -575,15 +575,15 @@ def test_numbers_are_as_narrow_as_they_can_be(tmp_path: Path) -> None:
     index = faiss.IndexFlatIP(2)
     index.add(np.zeros((3, 2), np.float32))
     faiss.write_index(index, str(tmp_path / "items.faiss"))
-    faiss_ops.write_item_ids(tmp_path / "item_ids.dpsr", np.arange(3), tmp_path / "items.faiss")
+    faiss_search.write_item_ids(tmp_path / "item_ids.dpsr", np.arange(3), tmp_path / "items.faiss")
     numbers = {
         "whole": [1, np.nan, 2**24],
         "cents": [19.99, 0, np.nan],
         "large": [1e300, 1, 2],
         "many": [2**24 + 1, 0, 1],
     }
-    attributes.write_columns(tmp_path, [Column(name, np.array(given, float)) for name, given in numbers.items()])
-    file = PackedFile(str(tmp_path / attributes.FILE))
+    item_attributes.write_columns(tmp_path, [Column(name, np.array(given, float)) for name, given in numbers.items()])
+    file = PackedFile(str(tmp_path / item_attributes.FILE))
     assert [file[f"value.{name}"].dtype.itemsize for name in numbers] == [4, 8, 8, 8]
     for name, given in numbers.items():
         np.testing.assert_array_equal(file[f"value.{name}"], given)
@@ -594,11 +594,11 @@ def test_codes_are_as_narrow_as_they_can_be(tmp_path: Path, texts: int, itemsize
     index = faiss.IndexFlatIP(2)
     index.add(np.ones((texts, 2), np.float32))
     faiss.write_index(index, str(tmp_path / "items.faiss"))
-    faiss_ops.write_item_ids(tmp_path / "item_ids.dpsr", np.arange(texts), tmp_path / "items.faiss")
-    attributes.write_columns(tmp_path, [Column("n", np.arange(1, texts + 1), [f"n{i}" for i in range(texts)])])
-    assert PackedFile(str(tmp_path / attributes.FILE))["value.n"].dtype.itemsize == itemsize
-    table = faiss_ops.FaissIndexTable(
-        *(str(tmp_path / name) for name in ("items.faiss", "item_ids.dpsr", attributes.FILE))
+    faiss_search.write_item_ids(tmp_path / "item_ids.dpsr", np.arange(texts), tmp_path / "items.faiss")
+    item_attributes.write_columns(tmp_path, [Column("n", np.arange(1, texts + 1), [f"n{i}" for i in range(texts)])])
+    assert PackedFile(str(tmp_path / item_attributes.FILE))["value.n"].dtype.itemsize == itemsize
+    table = faiss_search.FaissIndexTable(
+        *(str(tmp_path / name) for name in ("items.faiss", "item_ids.dpsr", item_attributes.FILE))
     )
     for number in (0, 9, 10, texts // 2, texts - 1):
         ids, _, _ = search(table, np.ones((1, 1, 2), np.float32), 2, include=np.array([[f"n=n{number}"]]))

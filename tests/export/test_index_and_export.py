@@ -13,13 +13,13 @@ import pytest
 import tensorflow as tf
 from conftest import Job
 
+from dpsr_common.command_line import main
+from dpsr_common.packed_file import PackedFile
 from dpsr_export.warmup import LoadedServable
-from dpsr_tf.cli import main
-from dpsr_tf.data.dataset import Tokens
+from dpsr_tf.data.examples_dataset import Tokens
 from dpsr_tf.data.store import Store
+from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.models.two_tower import TwoTower
-from dpsr_tf.training.model_directory import ModelDirectory
-from dpsr_tokenizer import PackedFile
 
 pytestmark = pytest.mark.slow
 v1 = tf.compat.v1

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpsr_common.errors import CommandError
 from dpsr_export import ann
 from dpsr_export.index import choose_and_build, plot, table
 from dpsr_tf.config import Config, IndexConfig, ServingConfig
-from dpsr_tf.errors import CommandError
 
 DIM = 16
 

@@ -13,18 +13,24 @@ import pytest
 import tensorflow as tf
 from conftest import Job, dpsr
 
+from dpsr_common.command_line import main
+from dpsr_common.errors import CommandError
+from dpsr_common.packed_file import PackedFile
 from dpsr_export import embeddings
 from dpsr_export.embeddings import ItemEmbeddings, embed_items, kept_embeddings, sample_queries
-from dpsr_export.retriever import retriever
-from dpsr_tf.cli import main
 from dpsr_tf.data.store import Store
-from dpsr_tf.errors import CommandError
-from dpsr_tf.evaluation.checkpoint import exact_search, item_encoder
-from dpsr_tf.evaluation.retriever import ask
-from dpsr_tf.training.model_directory import ModelDirectory
-from dpsr_tokenizer import PackedFile
+from dpsr_tf.evaluation.corpus import Corpus
+from dpsr_tf.evaluation.retriever import Retriever, ask
+from dpsr_tf.evaluation.systems import Systems
+from dpsr_tf.models.encoders import exact_search, item_encoder
+from dpsr_tf.models.model_directory import ModelDirectory
 
 pytestmark = pytest.mark.slow
+
+
+def retriever(kind: str, directory: str, store: Store) -> Retriever:
+    """What `--system=KIND:DIR` of `dpsr evaluate` asks."""
+    return Systems(Corpus.of_store(store)).make(f"{kind}:{directory}")
 
 
 def index_arguments(job: Job, out: Path, *more: str) -> list[str]:

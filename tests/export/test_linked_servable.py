@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import Job
 
-from dpsr_export import faiss_ops
+from dpsr_export import faiss_search
 from dpsr_export.warmup import LoadedServable
 
 pytestmark = pytest.mark.slow
@@ -18,7 +18,7 @@ QUERIES = ["phone case", "苹果 手机", ""]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    faiss_ops.load()  # says where libfaiss.so is
+    faiss_search.load()  # says where libfaiss.so is
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [str(argument) for argument in (LINKED, *arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

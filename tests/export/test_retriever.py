@@ -8,13 +8,21 @@ import numpy as np
 import pytest
 from conftest import Job, dpsr
 
-from dpsr_export.retriever import retriever
+from dpsr_common.errors import CommandError
 from dpsr_tf.data.store import Store
-from dpsr_tf.errors import CommandError
-from dpsr_tf.evaluation.checkpoint import exact_search
-from dpsr_tf.evaluation.retriever import Retriever, User, ask
+from dpsr_tf.data.user_requests import User
+from dpsr_tf.evaluation.corpus import Corpus
+from dpsr_tf.evaluation.retriever import Retriever, ask
+from dpsr_tf.evaluation.systems import Systems
+from dpsr_tf.models.encoders import exact_search
 
 pytestmark = pytest.mark.slow
+
+
+def retriever(kind: str, directory: str, store: Store) -> Retriever:
+    """What `--system=KIND:DIR` of `dpsr evaluate` asks."""
+    return Systems(Corpus.of_store(store)).make(f"{kind}:{directory}")
+
 
 QUERIES = ["phone case", "苹果 手机", "kids keybaord", "", "!!", "zzzzqqq", "a" * 5000] * 20
 

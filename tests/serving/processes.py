@@ -20,7 +20,7 @@ def child_environment(**extra: str) -> dict[str, str]:
 
 def command_line(*arguments: str) -> list[str]:
     """The command line of `dpsr` with these arguments."""
-    return [sys.executable, "-m", "dpsr_tf.cli", *arguments]
+    return [sys.executable, "-m", "dpsr_common", *arguments]
 
 
 def run_command(*arguments: str, **extra_environment: str) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 from processes import ProxyProcess
 
-from dpsr_serving import apis
+from dpsr_common import serving_apis
 from dpsr_serving.tensors import make_tensor, to_numpy
 
 
@@ -26,7 +26,7 @@ class RecordingBackend:
         self.calls: list[tuple[str, bytes, dict[str, Any], float | None]] = []
         self.entered = threading.Semaphore(0)
         self.answer: Callable[[bytes, Any], bytes] = lambda request, context: request
-        self._server = grpc.server(futures.ThreadPoolExecutor(8), options=(*apis.GRPC_OPTIONS, *options))
+        self._server = grpc.server(futures.ThreadPoolExecutor(8), options=(*serving_apis.GRPC_OPTIONS, *options))
         backend = self
 
         class Handlers(grpc.GenericRpcHandler):
@@ -57,7 +57,7 @@ StartBackend = Callable[[], RecordingBackend]
 
 def call(target: str, method: str, request: bytes, timeout: float | None = 20, metadata: Any = ()) -> Any:
     """Sends raw bytes; returns (code, details, response, initial metadata, trailing metadata) whatever the status."""
-    with grpc.insecure_channel(target, options=apis.CHANNEL_OPTIONS) as channel:
+    with grpc.insecure_channel(target, options=serving_apis.CHANNEL_OPTIONS) as channel:
         done = channel.unary_unary(method).future(request, timeout=timeout, metadata=metadata)
         code = done.code()
         response = done.result() if code is grpc.StatusCode.OK else None
@@ -65,7 +65,7 @@ def call(target: str, method: str, request: bytes, timeout: float | None = 20, m
 
 
 def predict(model: str | None, signature: str = "serving_default", **inputs: Any) -> bytes:
-    request = apis.PredictRequest()
+    request = serving_apis.PredictRequest()
     if model is not None:
         request.model_spec.name = model
         request.model_spec.signature_name = signature
@@ -76,9 +76,9 @@ def predict(model: str | None, signature: str = "serving_default", **inputs: Any
 
 def ask_ids(target: str, model: str, query: str = "a", timeout: float = 20, metadata: Any = ()) -> list[int]:
     """The ids that one search finds; AssertionError where it fails."""
-    code, details, response, *_ = call(target, apis.PREDICT, predict(model, query=[query]), timeout, metadata)
+    code, details, response, *_ = call(target, serving_apis.PREDICT, predict(model, query=[query]), timeout, metadata)
     assert code is grpc.StatusCode.OK, (code, details)
-    ids = to_numpy(apis.PredictResponse.FromString(response).outputs["item_ids"])[0]
+    ids = to_numpy(serving_apis.PredictResponse.FromString(response).outputs["item_ids"])[0]
     return [int(item) for item in ids if item >= 0]
 
 
@@ -96,12 +96,12 @@ class Load:
         self.codes: list[grpc.StatusCode] = []
         self.details: list[str] = []
         self._stop = threading.Event()
-        self._channel = grpc.insecure_channel(target, options=apis.CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(target, options=serving_apis.CHANNEL_OPTIONS)
         requests = [request] if isinstance(request, bytes) else list(request)
         self._threads = [threading.Thread(target=self._ask, args=(requests, timeout, pause_s)) for _ in range(threads)]
 
     def _ask(self, requests: Sequence[bytes], timeout: float, pause_s: float) -> None:
-        method = self._channel.unary_unary(apis.PREDICT)
+        method = self._channel.unary_unary(serving_apis.PREDICT)
         for request in itertools.cycle(requests):
             if self._stop.wait(pause_s):
                 return

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from processes import child_environment, run_command
 
-from dpsr_serving import apis
+from dpsr_common import serving_apis
+from dpsr_common.command_line import main
 from dpsr_serving.client import SearchClient, ServingError, retriever
 from dpsr_serving.model_server import ModelServer
 from dpsr_serving.tensors import make_tensor, to_numpy
-from dpsr_tf.cli import main
 
 NUMERIC = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")
 
@@ -49,11 +49,11 @@ def to_tensorflow(tf: Any, proto: Any) -> Any:
 
 
 def from_tensorflow(proto: Any) -> Any:
-    return apis.TensorProto.FromString(proto.SerializeToString())
+    return serving_apis.TensorProto.FromString(proto.SerializeToString())
 
 
 def typed(dtype: int, sizes: tuple[int, ...], **fields: Any) -> Any:
-    proto = apis.TensorProto(dtype=dtype, **fields)
+    proto = serving_apis.TensorProto(dtype=dtype, **fields)
     proto.tensor_shape.SetInParent()
     for size in sizes:
         proto.tensor_shape.dim.add(size=size)
@@ -146,7 +146,7 @@ def test_broken_tensors_are_value_errors(proto: Any, words: str) -> None:
 
 
 def test_unknown_rank_is_a_value_error() -> None:
-    proto = apis.TensorProto(dtype=1, float_val=[1.0])
+    proto = serving_apis.TensorProto(dtype=1, float_val=[1.0])
     proto.tensor_shape.unknown_rank = True
     with pytest.raises(ValueError, match="unknown rank"):
         to_numpy(proto)
@@ -164,7 +164,7 @@ def test_what_cannot_become_a_tensor() -> None:
 @settings(deadline=None)
 @given(junk=st.binary(max_size=60))
 def test_decoding_junk_raises_nothing_but_value_error(junk: bytes) -> None:
-    proto = apis.TensorProto()
+    proto = serving_apis.TensorProto()
     try:
         proto.MergeFromString(junk)
     except Exception:
@@ -271,7 +271,7 @@ def test_client_and_tensorflow_serving_api_live_in_one_process(servers: dict[str
     # Both define tensorflow.serving.PredictRequest; the client's pool is its own.
     from tensorflow_serving.apis import predict_pb2
 
-    assert predict_pb2.PredictRequest.DESCRIPTOR is not apis.PredictRequest.DESCRIPTOR
+    assert predict_pb2.PredictRequest.DESCRIPTOR is not serving_apis.PredictRequest.DESCRIPTOR
     with SearchClient(servers["shop"].target, "shop") as client:
         assert len(client.search("a")[0]) == 1
 

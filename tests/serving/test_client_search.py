@@ -20,7 +20,7 @@ from processes import run_command, save_search_model
 from proxy_backends import RecordingBackend, wait_until, write_yaml
 from saved_models import publish
 
-from dpsr_serving import apis
+from dpsr_common import serving_apis
 from dpsr_serving.client import AsyncSearchClient, SearchClient, ServingError, Tls, User, retriever
 from dpsr_serving.model_server import ModelServer, start_model_server
 from dpsr_serving.search import Signature, expressions, make_search
@@ -216,7 +216,7 @@ def test_the_server_says_what_is_wrong_with_a_request(start_backend: Any) -> Non
     backend = start_backend()
 
     def refuse(request: bytes, context: Any) -> bytes:
-        if backend.calls[-1][0] == apis.GET_MODEL_METADATA:
+        if backend.calls[-1][0] == serving_apis.GET_MODEL_METADATA:
             return signature_of("query", "k", "include", "exclude")
         context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no attribute 'brnd'; there are brand, price")
         raise AssertionError
@@ -228,13 +228,13 @@ def test_the_server_says_what_is_wrong_with_a_request(start_backend: Any) -> Non
 
 def signature_of(*names: str) -> bytes:
     """The metadata of a model with these inputs, strings all, and k."""
-    signatures = apis.SignatureDefMap()
+    signatures = serving_apis.SignatureDefMap()
     for name in names:
         info = signatures.signature_def["search"].inputs[name]
         info.dtype = 3 if name == "k" else 7
         for _ in range(0 if name == "k" else 1 if name == "query" or name.startswith("user_") else 2):
             info.tensor_shape.dim.add(size=-1)
-    response = apis.GetModelMetadataResponse()
+    response = serving_apis.GetModelMetadataResponse()
     response.metadata["signature_def"].value = signatures.SerializeToString()
     return bytes(response.SerializeToString())
 
@@ -336,7 +336,7 @@ def test_version_label_and_metadata(start_backend: Any) -> None:
                 client.search("q", metadata={"user-id": "u2"})
             assert raised.value.code is grpc.StatusCode.ABORTED and len(backend.calls) == 1
         _, request, metadata, _ = backend.calls.pop()
-        spec = apis.PredictRequest.FromString(request).model_spec
+        spec = serving_apis.PredictRequest.FromString(request).model_spec
         assert (spec.version.value, spec.version_label) == (version, label)
         assert metadata["user-id"] == "u2" and metadata["a"] == "1"
     with pytest.raises(ValueError, match="a version or a label"):
@@ -499,9 +499,9 @@ def test_retriever_tells_the_model_of_users(start_backend: Any) -> None:
     backend: RecordingBackend = start_backend()
 
     def answer(request: bytes, context: Any) -> bytes:
-        if backend.calls[-1][0] == apis.GET_MODEL_METADATA:
+        if backend.calls[-1][0] == serving_apis.GET_MODEL_METADATA:
             return signature_of("query", "k", "user_id")
-        given_ids = apis.PredictRequest.FromString(request).inputs["user_id"].string_val
+        given_ids = serving_apis.PredictRequest.FromString(request).inputs["user_id"].string_val
         context.abort(grpc.StatusCode.ABORTED, " ".join(text.decode() or "-" for text in given_ids))
         raise AssertionError
 

@@ -17,7 +17,7 @@ from model_servers import BINARY, State, eventually, free_port, predict_request,
 from processes import command_line, run_command
 from proxy_backends import StartProxy, call, get, http_address, predict, wait_until
 
-from dpsr_serving import apis
+from dpsr_common import serving_apis
 from dpsr_serving.proxy.config import parse_config
 from dpsr_serving.proxy.metrics import METRICS
 
@@ -237,7 +237,7 @@ def test_every_metric_of_the_rules_exists(
         compose = (DEPLOY / "docker" / "docker-compose.yaml").read_text()
         for port, path in re.findall(r"http://127.0.0.1:(\d+)(/\w+)", compose):
             assert (server.rest(path).status if port == "8501" else get(http, path)[0]) == 200
-        call(proxy.target, apis.PREDICT, predict("default"))
+        call(proxy.target, serving_apis.PREDICT, predict("default"))
         scraped = {
             "dpsr-server": server.rest(load("docker", "prometheus.yaml")["scrape_configs"][0]["metrics_path"]).text,
             "dpsr-proxy": get(http, "/metrics")[1],

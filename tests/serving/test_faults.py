@@ -27,7 +27,7 @@ from proxy_backends import (
 )
 from saved_models import publish
 
-from dpsr_serving import apis
+from dpsr_common import serving_apis
 from dpsr_serving.model_server import ModelServer, start_model_server
 
 
@@ -89,7 +89,7 @@ def test_restarted_backend_is_found_again(
     pair[0].process.kill()
     pair[0].process.wait()
     wait_until(lambda: get(http, "/readyz")[0] == 503)
-    code, details, *_ = call(proxy.target, apis.PREDICT, predict("shop", query=["a"]))
+    code, details, *_ = call(proxy.target, serving_apis.PREDICT, predict("shop", query=["a"]))
     assert code is grpc.StatusCode.UNAVAILABLE and "model 'shop'" in details and pair[0].target in details
     with start_model_server(model_paths["shop"], "shop", pair[0].port, op_libraries=()):
         wait_until(lambda: get(http, "/readyz")[0] == 200)
@@ -143,7 +143,7 @@ def test_all_backends_gone_is_told_at_once(pair: list[ModelServer], start_proxy:
         server.process.kill()
         server.process.wait()
     for _ in range(3):  # no deadline: whoever waited for a server would wait for ever
-        code, details, *_ = call(proxy.target, apis.PREDICT, predict("shop", query=["a"]), timeout=None)
+        code, details, *_ = call(proxy.target, serving_apis.PREDICT, predict("shop", query=["a"]), timeout=None)
         assert code is grpc.StatusCode.UNAVAILABLE and "model 'shop'" in details
         assert any(server.target in details for server in pair)
 
@@ -178,7 +178,7 @@ def test_version_rollout_over_two_backends_fails_no_request(
             )
         config = f"models: {{shop: {{backends: {[s.target for s in running]}, discover: true}}}}\n{FAST}"
         proxy = start_proxy(write_yaml(tmp_path / "p.yaml", config))
-        pinned = apis.PredictRequest.FromString(predict("shop", query=["a"]))
+        pinned = serving_apis.PredictRequest.FromString(predict("shop", query=["a"]))
         pinned.model_spec.version.value = 8
         with Load(proxy.target, predict("shop", query=["abc"]), threads=2) as load:
             for number, base in enumerate(bases):
@@ -186,16 +186,20 @@ def test_version_rollout_over_two_backends_fails_no_request(
                 wait_until(lambda n=number: ask_ids(running[n].target, "shop") == [300], 60)
                 # Whoever asks for version 8 gets it, wherever it is by now; and 7 as long as one has it.
                 wait_until(
-                    lambda: call(proxy.target, apis.PREDICT, pinned.SerializeToString())[0] is grpc.StatusCode.OK
+                    lambda: (
+                        call(proxy.target, serving_apis.PREDICT, pinned.SerializeToString())[0] is grpc.StatusCode.OK
+                    )
                 )
                 for _ in range(6):
-                    response = call(proxy.target, apis.PREDICT, pinned.SerializeToString())[2]
-                    assert apis.PredictResponse.FromString(response).model_spec.version.value == 8
-                old = apis.PredictRequest.FromString(pinned.SerializeToString())
+                    response = call(proxy.target, serving_apis.PREDICT, pinned.SerializeToString())[2]
+                    assert serving_apis.PredictResponse.FromString(response).model_spec.version.value == 8
+                old = serving_apis.PredictRequest.FromString(pinned.SerializeToString())
                 old.model_spec.version.value = 7
                 if number == 0:
                     for _ in range(6):
-                        assert call(proxy.target, apis.PREDICT, old.SerializeToString())[0] is grpc.StatusCode.OK
+                        assert (
+                            call(proxy.target, serving_apis.PREDICT, old.SerializeToString())[0] is grpc.StatusCode.OK
+                        )
         assert load.failed == 0, load.details
     finally:
         for server in running:

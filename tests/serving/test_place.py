@@ -16,10 +16,10 @@ from model_servers import Server, State, serving
 from processes import run_command
 from proxy_backends import Load, StartProxy, call, predict, write_yaml
 
-from dpsr_serving import apis
-from dpsr_serving.errors import UsageError
-from dpsr_serving.place import parse_config
-from dpsr_serving.placement import Model
+from dpsr_common import serving_apis
+from dpsr_common.errors import UsageError
+from dpsr_serving.placement.command import parse_config
+from dpsr_serving.placement.planner import Model
 
 SERVERS = "servers: {a: {address: 'h:1', memory: 8GiB}}\n"
 
@@ -250,7 +250,7 @@ def test_a_model_that_does_not_load_stops_the_plan(start_fleet: Callable[[int, i
     assert (status, err) == (0, ""), out
     (place,) = fleet.holders("m001")
     assert answering(fleet.servers[place], "m001") == {2}
-    request = apis.PredictRequest.FromString(predict("m001", x=np.float32([2])))
+    request = serving_apis.PredictRequest.FromString(predict("m001", x=np.float32([2])))
     request.model_spec.version_label = "stable"
     # A label to a version that does not load: the reason is told.
     version = tmp_path / "m001" / "3"
@@ -262,7 +262,7 @@ def test_a_model_that_does_not_load_stops_the_plan(start_fleet: Callable[[int, i
     with serving(tmp_path, f"--model_config_file={tmp_path}/{place}.config") as again:
         assert answering(again, "m001") == {2}
     address = f"127.0.0.1:{fleet.servers[place].port}"
-    assert call(address, apis.PREDICT, request.SerializeToString())[0] is grpc.StatusCode.OK
+    assert call(address, serving_apis.PREDICT, request.SerializeToString())[0] is grpc.StatusCode.OK
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpsr_serving.placement import (
+from dpsr_serving.placement.planner import (
     Misfit,
     Model,
     Server,

@@ -17,9 +17,9 @@ import pytest
 from processes import ProxyProcess, child_environment, run_command
 from proxy_backends import RecordingBackend, StartProxy, call, predict
 
-from dpsr_serving import apis
+from dpsr_common import serving_apis
+from dpsr_common.errors import UsageError
 from dpsr_serving.client import SearchClient, ServingError
-from dpsr_serving.errors import UsageError
 from dpsr_serving.model_server import ModelServer
 from dpsr_serving.proxy import routing
 from dpsr_serving.proxy.config import ModelConfig, PoolConfig, ProxyConfig, parse_config
@@ -53,26 +53,26 @@ def test_routes_each_model_to_the_server_that_holds_it(proxy: ProxyProcess) -> N
 def test_answers_equal_those_of_the_server_for_every_method(
     proxy: ProxyProcess, servers: dict[str, ModelServer]
 ) -> None:
-    spec = apis.GetModelStatusRequest()
+    spec = serving_apis.GetModelStatusRequest()
     spec.model_spec.name = "shop"
     name_only = spec.SerializeToString()
-    old = apis.PredictRequest.FromString(predict("shop", query=["a"]))
+    old = serving_apis.PredictRequest.FromString(predict("shop", query=["a"]))
     old.model_spec.version.value = 6
-    multi = apis.MultiInferenceRequest()
+    multi = serving_apis.MultiInferenceRequest()
     multi.tasks.add().model_spec.name = "shop"
     requests = [
-        (apis.PREDICT, predict("shop", query=["a", "abcd", ""])),
-        (apis.PREDICT, predict("shop", "search", query=["abc"], k=np.int32(2))),
-        (apis.PREDICT, predict("shop", "nowhere", query=["a"])),
-        (apis.PREDICT, predict("shop", wrong=["a"])),
-        (apis.PREDICT, predict("shop", query=np.zeros(3, np.float32))),
-        (apis.PREDICT, old.SerializeToString()),
-        (apis.PREDICT, predict(None, query=["a"])),
-        (apis.PREDICT, predict("", query=["a"])),
+        (serving_apis.PREDICT, predict("shop", query=["a", "abcd", ""])),
+        (serving_apis.PREDICT, predict("shop", "search", query=["abc"], k=np.int32(2))),
+        (serving_apis.PREDICT, predict("shop", "nowhere", query=["a"])),
+        (serving_apis.PREDICT, predict("shop", wrong=["a"])),
+        (serving_apis.PREDICT, predict("shop", query=np.zeros(3, np.float32))),
+        (serving_apis.PREDICT, old.SerializeToString()),
+        (serving_apis.PREDICT, predict(None, query=["a"])),
+        (serving_apis.PREDICT, predict("", query=["a"])),
         ("/tensorflow.serving.PredictionService/MultiInference", multi.SerializeToString()),
         *(
             (method, name_only)
-            for method in apis.METHODS
+            for method in serving_apis.METHODS
             if method.endswith(("Classify", "Regress", "GetModelMetadata", "GetModelStatus"))
         ),
     ]
@@ -82,7 +82,9 @@ def test_answers_equal_those_of_the_server_for_every_method(
         direct = call(servers["shop"].target, method, request)
         assert through[:2] == direct[:2], method
         if direct[2] is not None:  # map fields have no order on the wire: compare what they mean
-            response_type = apis.PredictResponse if method == apis.PREDICT else apis.GetModelStatusResponse
+            response_type = (
+                serving_apis.PredictResponse if method == serving_apis.PREDICT else serving_apis.GetModelStatusResponse
+            )
             assert response_type.FromString(through[2]) == response_type.FromString(direct[2])
         codes.add(direct[0])
     assert {grpc.StatusCode.OK, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT} <= codes
@@ -123,21 +125,21 @@ def test_answers_and_requests_far_above_grpcs_default_size(proxy: ProxyProcess) 
 
 
 def test_deadline_ends_a_slow_request(proxy: ProxyProcess) -> None:
-    code = call(proxy.target, apis.PREDICT, predict("shop", "slow", work=np.int32(2_000_000)), timeout=0.3)[0]
+    code = call(proxy.target, serving_apis.PREDICT, predict("shop", "slow", work=np.int32(2_000_000)), timeout=0.3)[0]
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
     with SearchClient(proxy.target, "shop") as client:
         assert len(client.search("ab")[0]) == 2
 
 
 def test_unknown_model_is_not_found_in_tensorflow_servings_words(proxy: ProxyProcess) -> None:
-    versioned = apis.PredictRequest.FromString(predict("nowhere", query=["a"]))
+    versioned = serving_apis.PredictRequest.FromString(predict("nowhere", query=["a"]))
     versioned.model_spec.version.value = 7
-    status = apis.GetModelStatusRequest()
+    status = serving_apis.GetModelStatusRequest()
     status.model_spec.name = "nowhere"
     for method, request, words in (
-        (apis.PREDICT, predict("nowhere", query=["a"]), "Servable not found for request: Latest(nowhere)"),
-        (apis.PREDICT, versioned.SerializeToString(), "Servable not found for request: Specific(nowhere, 7)"),
-        (apis.GET_MODEL_STATUS, status.SerializeToString(), "Could not find any versions of model nowhere"),
+        (serving_apis.PREDICT, predict("nowhere", query=["a"]), "Servable not found for request: Latest(nowhere)"),
+        (serving_apis.PREDICT, versioned.SerializeToString(), "Servable not found for request: Specific(nowhere, 7)"),
+        (serving_apis.GET_MODEL_STATUS, status.SerializeToString(), "Could not find any versions of model nowhere"),
     ):
         code, details, *_ = call(proxy.target, method, request)
         assert (code, details) == (grpc.StatusCode.NOT_FOUND, words)
@@ -159,7 +161,7 @@ def test_default_backends_take_all_other_models(
         with SearchClient(proxy.target, model) as client:
             assert client.search("a")[0].item_ids.tolist() == [base]
     # Unknown to the default server too: the answer is the server's.
-    code, details, *_ = call(proxy.target, apis.PREDICT, predict("nowhere", query=["a"]))
+    code, details, *_ = call(proxy.target, serving_apis.PREDICT, predict("nowhere", query=["a"]))
     assert code is grpc.StatusCode.NOT_FOUND and "nowhere" in details
 
 
@@ -200,15 +202,15 @@ def test_passes_bytes_metadata_and_deadline_on(
     proxy = start_proxy(f"--backend={backend.target}")
     request = predict("m", query=["a", b"\xff\x00"]) + b"\x9a\x3f\x03new"  # field 1011, unknown to this version
     sent = (("user-id", "42"), ("blob-bin", b"\x01\x00\xfe"))
-    code, _, response, initial, trailing = call(proxy.target, apis.PREDICT, request, timeout=20, metadata=sent)
+    code, _, response, initial, trailing = call(proxy.target, serving_apis.PREDICT, request, timeout=20, metadata=sent)
     assert (code, response) == (grpc.StatusCode.OK, answer)
     assert ("served-by", "b1") in initial
     assert set(trailing) == {("cost", "3"), ("trace-bin", b"\x00\xff")}
     ((method, seen, metadata, remaining),) = backend.calls
-    assert (method, seen) == (apis.PREDICT, request)
+    assert (method, seen) == (serving_apis.PREDICT, request)
     assert metadata.items() >= dict(sent).items()
     assert remaining is not None and 0 < remaining < 30  # gRPC rounds a deadline up on each hop
-    call(proxy.target, apis.PREDICT, request, timeout=None)
+    call(proxy.target, serving_apis.PREDICT, request, timeout=None)
     unlimited = backend.calls[1][3]
     assert unlimited is None or unlimited > 1e9
 
@@ -225,7 +227,7 @@ def test_passes_errors_back_unchanged(
         raise AssertionError("abort raises")
 
     backend.answer = refuse
-    got = call(proxy.target, apis.PREDICT, predict("m"))
+    got = call(proxy.target, serving_apis.PREDICT, predict("m"))
     assert (got[0], got[1], got[4]) == (code, "words of the server: é\n100 %", (("retry-after", "1"),))
 
 
@@ -250,7 +252,7 @@ def test_passes_cancellation_on(start_backend: Callable[[], RecordingBackend], s
     backend.answer = wait
     proxy = start_proxy(f"--backend={backend.target}")
     with grpc.insecure_channel(proxy.target) as channel:
-        pending = channel.unary_unary(apis.PREDICT).future(predict("m"), timeout=60)
+        pending = channel.unary_unary(serving_apis.PREDICT).future(predict("m"), timeout=60)
         assert backend.entered.acquire(timeout=20)
         pending.cancel()
         assert cancelled.wait(20)
@@ -275,7 +277,7 @@ def test_least_outstanding_backend_gets_the_next_request(
     config.write_text(f"models: {{m: {{backends: {[backend.target for backend in backends]}}}}}")
     proxy = start_proxy(f"--config={config}")
     with grpc.insecure_channel(proxy.target) as channel:
-        method = channel.unary_unary(apis.PREDICT)
+        method = channel.unary_unary(serving_apis.PREDICT)
         pending = method.future(predict("m", query=["hold"]), timeout=20)
         busy = next(backend for backend in backends * 10_000 if backend.entered.acquire(timeout=0.01))
         for _ in range(5):
@@ -295,11 +297,11 @@ def test_broken_requests_are_refused(start_backend: Callable[[], RecordingBacken
         (b"", "Missing ModelSpec"),
         (predict(None, query=["a"]), "Missing ModelSpec"),
         (b"\x0a\x00", "ModelSpec has no name specified."),
-        (b"\x0a\x05ab", f"cannot decode the request of {apis.PREDICT}"),
-        (b"\x0a\x03\x0a\x01\xff", f"cannot decode the request of {apis.PREDICT}"),  # a name that is not UTF-8
-        (b"\xff" * 40, f"cannot decode the request of {apis.PREDICT}"),
+        (b"\x0a\x05ab", f"cannot decode the request of {serving_apis.PREDICT}"),
+        (b"\x0a\x03\x0a\x01\xff", f"cannot decode the request of {serving_apis.PREDICT}"),  # a name that is not UTF-8
+        (b"\xff" * 40, f"cannot decode the request of {serving_apis.PREDICT}"),
     ):
-        code, details, *_ = call(proxy.target, apis.PREDICT, request)
+        code, details, *_ = call(proxy.target, serving_apis.PREDICT, request)
         assert code is grpc.StatusCode.INVALID_ARGUMENT and details.startswith(words), request
     assert call(proxy.target, "/tensorflow.serving.PredictionService/Other", b"")[0] is grpc.StatusCode.UNIMPLEMENTED
     assert backend.calls == []
@@ -329,11 +331,11 @@ def test_sigterm_drains(start_backend: Callable[[], RecordingBackend], start_pro
     backend.answer = hold
     proxy = start_proxy(f"--backend={backend.target}")
     with grpc.insecure_channel(proxy.target) as channel:
-        pending = channel.unary_unary(apis.PREDICT).future(predict("m"), timeout=60)
+        pending = channel.unary_unary(serving_apis.PREDICT).future(predict("m"), timeout=60)
         assert backend.entered.acquire(timeout=20)
         proxy.process.terminate()
         # It stops listening while the first call is still in flight.
-        while call(proxy.target, apis.PREDICT, b"")[0] is not grpc.StatusCode.UNAVAILABLE:
+        while call(proxy.target, serving_apis.PREDICT, b"")[0] is not grpc.StatusCode.UNAVAILABLE:
             pass
         assert not pending.done() and proxy.process.poll() is None
         release.set()
@@ -352,7 +354,7 @@ def test_drain_ends_with_its_time(start_backend: Callable[[], RecordingBackend],
     backend.answer = hold
     proxy = start_proxy(f"--backend={backend.target}", "--drain_s=0.1")
     with grpc.insecure_channel(proxy.target) as channel:
-        pending = channel.unary_unary(apis.PREDICT).future(predict("m"), timeout=60)
+        pending = channel.unary_unary(serving_apis.PREDICT).future(predict("m"), timeout=60)
         assert backend.entered.acquire(timeout=20)
         proxy.process.terminate()
         assert pending.code() is not grpc.StatusCode.OK
@@ -462,9 +464,9 @@ def test_least_outstanding_takes_the_fewest_and_turns_among_equals() -> None:
 
 
 def test_model_spec_is_read_as_protobuf_reads_it() -> None:
-    path = routing.model_spec_path(apis.METHODS[apis.PREDICT])
+    path = routing.model_spec_path(serving_apis.METHODS[serving_apis.PREDICT])
     assert path == (1,)
-    first, second = apis.PredictRequest(), apis.PredictRequest()
+    first, second = serving_apis.PredictRequest(), serving_apis.PredictRequest()
     first.model_spec.name = "a"
     first.model_spec.version.value = 5
     first.inputs["x"].CopyFrom(make_tensor(["\x0a\x03\x0a\x01q"]))  # a tensor that looks like a model spec
@@ -473,15 +475,15 @@ def test_model_spec_is_read_as_protobuf_reads_it() -> None:
     noise = b"\xa0\x06\x01" + b"\xa5\x06" + b"1234" + b"\xa1\x06" + b"12345678"  # fields 100 of the other wire types
     for message in (parts[0], b"".join(parts), noise.join(parts) + noise):
         assert spec_of(message, path) == routing.parse_spec(
-            apis.PredictRequest.FromString(message).model_spec.SerializeToString()
+            serving_apis.PredictRequest.FromString(message).model_spec.SerializeToString()
         )
     assert routing.find_model_spec(noise, path) is None
 
 
 def test_multi_inference_goes_by_its_first_task() -> None:
-    path = routing.model_spec_path(apis.METHODS["/tensorflow.serving.PredictionService/MultiInference"])
+    path = routing.model_spec_path(serving_apis.METHODS["/tensorflow.serving.PredictionService/MultiInference"])
     assert path == (1, 1)
-    request = apis.MultiInferenceRequest()
+    request = serving_apis.MultiInferenceRequest()
     assert routing.find_model_spec(request.SerializeToString(), path) is None
     for name in ("a", "b"):
         request.tasks.add().model_spec.name = name
@@ -532,14 +534,16 @@ def test_ipv6(start_backend: Callable[[], RecordingBackend], start_proxy: StartP
         pytest.skip("this machine has no IPv6")
     proxy = start_proxy(f"--backend={start_backend().target}", "--host=::1")
     assert proxy.target.startswith("[::1]:")
-    assert call(proxy.target, apis.PREDICT, predict("m"))[0] is grpc.StatusCode.OK
+    assert call(proxy.target, serving_apis.PREDICT, predict("m"))[0] is grpc.StatusCode.OK
 
 
 def test_tensors_pass_undecoded(start_backend: Callable[[], RecordingBackend], start_proxy: StartProxy) -> None:
     # A tensor that no server would take: the proxy does not look at it.
-    request = apis.PredictRequest.FromString(predict("m", query=["a"]))
+    request = serving_apis.PredictRequest.FromString(predict("m", query=["a"]))
     request.inputs["query"].tensor_shape.dim[0].size = 1 << 40
     backend = start_backend()
-    response = call(start_proxy(f"--backend={backend.target}").target, apis.PREDICT, request.SerializeToString())[2]
+    response = call(
+        start_proxy(f"--backend={backend.target}").target, serving_apis.PREDICT, request.SerializeToString()
+    )[2]
     with pytest.raises(ValueError):
-        to_numpy(apis.PredictRequest.FromString(response).inputs["query"])
+        to_numpy(serving_apis.PredictRequest.FromString(response).inputs["query"])

@@ -24,7 +24,7 @@ from proxy_backends import (
     write_yaml,
 )
 
-from dpsr_serving import apis
+from dpsr_common import serving_apis
 from dpsr_serving.model_server import ModelServer
 from dpsr_serving.proxy.experiments import assign
 
@@ -93,10 +93,12 @@ access_log: {{path: {log}, sample: 1, metadata: [user-id]}}
     assert len(expected) == 2
     for user in users * 2:
         sent = (("user-id", user),)
-        code, _, response, _, trailing = call(proxy.target, apis.PREDICT, predict("shop", query=["a"]), 20, sent)
+        code, _, response, _, trailing = call(
+            proxy.target, serving_apis.PREDICT, predict("shop", query=["a"]), 20, sent
+        )
         arm = assign("keys", user, weights)
         assert code is grpc.StatusCode.OK and ("dpsr-arm", f"keys/{arm}") in trailing
-        spec = apis.PredictResponse.FromString(response).model_spec
+        spec = serving_apis.PredictResponse.FromString(response).model_spec
         assert spec.name == {"keyed": "keyed", "plain": "shop"}[arm]
         assert ask_ids(proxy.target, "shop", metadata=sent) == [base[arm]]
     for arm, first in base.items():
@@ -117,10 +119,12 @@ access_log: {{path: {log}, sample: 1, metadata: [user-id]}}
     assert all(assign("keys", line["metadata"]["user-id"], weights) == line["arm"] for line in joined)
     assert {line["backend"] for line in lines} == {server.target for server in servers.values()}
     # What is not inference is of the model itself.
-    status = apis.GetModelStatusRequest()
+    status = serving_apis.GetModelStatusRequest()
     status.model_spec.name = "shop"
-    response = call(proxy.target, apis.GET_MODEL_STATUS, status.SerializeToString(), 20, (("x-arm", "keyed"),))[2]
-    assert apis.GetModelStatusResponse.FromString(response).model_version_status[0].version == 7
+    response = call(proxy.target, serving_apis.GET_MODEL_STATUS, status.SerializeToString(), 20, (("x-arm", "keyed"),))[
+        2
+    ]
+    assert serving_apis.GetModelStatusResponse.FromString(response).model_version_status[0].version == 7
 
 
 def test_an_arm_may_be_a_version_of_the_model(
@@ -138,8 +142,8 @@ models:
 """
     proxy = start_proxy(write_yaml(tmp_path / "p.yaml", config))
     for user in ("a", "b", "c", "d", "e", "f"):
-        response = call(proxy.target, apis.PREDICT, predict("m"), 20, (("user-id", user),))[2]
-        spec = apis.PredictRequest.FromString(response).model_spec  # it answers with what it was asked
+        response = call(proxy.target, serving_apis.PREDICT, predict("m"), 20, (("user-id", user),))[2]
+        spec = serving_apis.PredictRequest.FromString(response).model_spec  # it answers with what it was asked
         arm = assign("v", user, {"new": 1, "stable": 1})
         assert (spec.version.value, spec.version_label) == {"new": (8, ""), "stable": (0, "stable")}[arm]
         assert spec.signature_name == "serving_default"
@@ -168,16 +172,16 @@ models:
     proxy = start_proxy(write_yaml(tmp_path / "p.yaml", config), "--http_port=0")
     http = http_address(proxy)
     for _ in range(10):
-        code, _, response, *_ = call(proxy.target, apis.PREDICT, predict("m"), 20, (("user-id", "1"),))
+        code, _, response, *_ = call(proxy.target, serving_apis.PREDICT, predict("m"), 20, (("user-id", "1"),))
         assert (code, response) == (grpc.StatusCode.OK, b"answer")
     wait_until(lambda: metric(http, "dpsr_proxy_shadow_total", model="m", code="INTERNAL") == 10)
-    assert {apis.PredictRequest.FromString(seen[1]).model_spec.name for seen in shadow.calls} == {"m2"}
+    assert {serving_apis.PredictRequest.FromString(seen[1]).model_spec.name for seen in shadow.calls} == {"m2"}
     assert all(seen[2]["user-id"] == "1" for seen in shadow.calls)
     assert metric(http, "dpsr_proxy_requests_total", model="m", code="OK") == 10
     with grpc.insecure_channel(proxy.target) as channel:
         for _ in range(200):
-            channel.unary_unary(apis.PREDICT)(predict("half"), timeout=20)
+            channel.unary_unary(serving_apis.PREDICT)(predict("half"), timeout=20)
     wait_until(lambda: metric(http, "dpsr_proxy_shadow_total", model="half") >= 60)
     assert metric(http, "dpsr_proxy_shadow_total", model="half") <= 140  # a fair coin: 5.6 standard deviations
     shadow.stop()
-    assert call(proxy.target, apis.PREDICT, predict("m"))[2] == b"answer"
+    assert call(proxy.target, serving_apis.PREDICT, predict("m"))[2] == b"answer"

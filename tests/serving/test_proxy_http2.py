@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from processes import ProxyProcess
 from proxy_backends import Load, RecordingBackend, call, predict
 
-from dpsr_serving import apis
+from dpsr_common import serving_apis
 from dpsr_serving.proxy import http2
 from dpsr_serving.proxy.hpack import Decoder, HpackError, encode
 from dpsr_serving.proxy.http2 import frame
@@ -204,7 +204,7 @@ class Wire:
         self._socket.close()
 
 
-def head(path: str = apis.PREDICT, **more: str) -> bytes:
+def head(path: str = serving_apis.PREDICT, **more: str) -> bytes:
     fields = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "x", "te": "trailers"}
     fields |= {"content-type": "application/grpc", **{name.replace("_", "-"): value for name, value in more.items()}}
     return encode([(name.encode(), value.encode()) for name, value in fields.items()])
@@ -399,7 +399,7 @@ def test_frames_at_random_end_their_connection_at_most(
                 )
                 client.send(frame(kind, flags, number, payloads[int(random.integers(4))]))
         client.close()
-    assert call(echo[1].target, apis.PREDICT, REQUEST)[0] is grpc.StatusCode.OK
+    assert call(echo[1].target, serving_apis.PREDICT, REQUEST)[0] is grpc.StatusCode.OK
     assert echo[1].process.poll() is None
 
 
@@ -407,7 +407,7 @@ def test_compressed_requests(echo: tuple[RecordingBackend, ProxyProcess]) -> Non
     backend, proxy = echo
     for compression in (grpc.Compression.Gzip, grpc.Compression.Deflate):
         with grpc.insecure_channel(proxy.target, compression=compression) as channel:
-            assert channel.unary_unary(apis.PREDICT)(REQUEST * 20, timeout=20) == REQUEST * 20
+            assert channel.unary_unary(serving_apis.PREDICT)(REQUEST * 20, timeout=20) == REQUEST * 20
     assert backend.calls[-1][1] == REQUEST * 20
 
 
@@ -433,7 +433,7 @@ def test_a_server_that_takes_few_calls_at_a_time_gets_no_more(start_proxy: Start
     backend = backend_of(("grpc.max_concurrent_streams", 2))
     try:
         proxy = start_proxy(f"--backend={backend.target}")
-        assert call(proxy.target, apis.PREDICT, REQUEST)[0] is grpc.StatusCode.OK
+        assert call(proxy.target, serving_apis.PREDICT, REQUEST)[0] is grpc.StatusCode.OK
         with Load(proxy.target, REQUEST, threads=8) as load:
             load.wait_for(300)
         assert load.failed == 0, load.details
@@ -516,7 +516,7 @@ def test_what_servers_do_instead_of_answering(
     backend = RawBackend(answer)
     try:
         proxy = start_proxy(f"--backend={backend.target}")
-        got, details, response, *_ = call(proxy.target, apis.PREDICT, REQUEST)
+        got, details, response, *_ = call(proxy.target, serving_apis.PREDICT, REQUEST)
         assert got.name == code and words in details, details
         assert response == (b"well" if code == "OK" else None)
     finally:

@@ -28,8 +28,8 @@ from proxy_backends import (
     write_yaml,
 )
 
-from dpsr_serving import apis
-from dpsr_serving.errors import UsageError
+from dpsr_common import serving_apis
+from dpsr_common.errors import UsageError
 from dpsr_serving.model_server import ModelServer
 from dpsr_serving.proxy.config import (
     AccessLogConfig,
@@ -60,8 +60,8 @@ def test_pages(servers: dict[str, ModelServer], start_proxy: StartProxy) -> None
     wait_until(lambda: get(http, "/readyz")[0] == 200)
     assert get(http, "/elsewhere")[0] == 404
     assert ask_ids(proxy.target, "shop") == [100]
-    call(proxy.target, apis.PREDICT, predict("invented", query=["a"]))
-    call(proxy.target, apis.PREDICT, b"")
+    call(proxy.target, serving_apis.PREDICT, predict("invented", query=["a"]))
+    call(proxy.target, serving_apis.PREDICT, b"")
     text = get(http, "/metrics")[1]
     for name, (kind, _, _) in METRICS.items():
         assert f"# TYPE {name} {kind}\n" in text
@@ -112,7 +112,7 @@ def test_access_log_samples_and_keeps_errors(
     config = f"default: {{backends: ['{backend.target}']}}\naccess_log: {{path: {log}, sample: 0, metadata: [trace]}}"
     proxy = start_proxy(write_yaml(tmp_path / "p.yaml", config))
     for _ in range(20):
-        call(proxy.target, apis.PREDICT, predict("m"))
+        call(proxy.target, serving_apis.PREDICT, predict("m"))
     assert log.read_text() == ""
 
     def refuse(request: bytes, context: Any) -> bytes:
@@ -121,7 +121,7 @@ def test_access_log_samples_and_keeps_errors(
 
     backend.answer = refuse
     request = predict("m", "search")
-    call(proxy.target, apis.PREDICT, request, 20, (("trace", "t1"), ("secret", "s")))
+    call(proxy.target, serving_apis.PREDICT, request, 20, (("trace", "t1"), ("secret", "s")))
     (line,) = log.read_text().splitlines()
     entry = json.loads(line)
     assert entry.pop("time") > 1.6e9 and entry.pop("ms") >= 0
@@ -162,7 +162,7 @@ def test_mutual_tls_on_both_sides(
 
     def ask(target: str, credentials: Any) -> grpc.StatusCode:
         with grpc.secure_channel(target, credentials) as channel:
-            return channel.unary_unary(apis.PREDICT).future(predict("shop", query=["a"]), timeout=20).code()
+            return channel.unary_unary(serving_apis.PREDICT).future(predict("shop", query=["a"]), timeout=20).code()
 
     read = {name: path.read_bytes() for name, path in pem.items()}
     known = grpc.ssl_channel_credentials(read["ca.pem"], read["client.key"], read["client.pem"])
@@ -170,7 +170,7 @@ def test_mutual_tls_on_both_sides(
     for proxy in (inner, outer):
         assert ask(proxy.target, known) is grpc.StatusCode.OK
         assert ask(proxy.target, unknown) is grpc.StatusCode.UNAVAILABLE
-    assert call(outer.target, apis.PREDICT, predict("shop", query=["a"]))[0] is grpc.StatusCode.UNAVAILABLE
+    assert call(outer.target, serving_apis.PREDICT, predict("shop", query=["a"]))[0] is grpc.StatusCode.UNAVAILABLE
     # Without its certificate the proxy cannot reach the inner one either.
     bare = start_proxy(
         write_yaml(
@@ -179,7 +179,7 @@ def test_mutual_tls_on_both_sides(
             f"tls: {{backends: {{ca: {pem['ca.pem']}, server_name: localhost}}}}",
         )
     )
-    code, details, *_ = call(bare.target, apis.PREDICT, predict("shop", query=["a"]))
+    code, details, *_ = call(bare.target, serving_apis.PREDICT, predict("shop", query=["a"]))
     assert code is grpc.StatusCode.UNAVAILABLE and inner.target in details
 
 
@@ -246,11 +246,11 @@ def test_workers_drain(start_backend: StartBackend, start_proxy: StartProxy) -> 
     backend.answer = lambda request, context: (release.wait(20), b"late")[1]
     proxy = start_proxy(f"--backend={backend.target}", "--workers=2")
     with futures.ThreadPoolExecutor(4) as pool:
-        pending = [pool.submit(call, proxy.target, apis.PREDICT, predict("m")) for _ in range(4)]
+        pending = [pool.submit(call, proxy.target, serving_apis.PREDICT, predict("m")) for _ in range(4)]
         for _ in pending:
             assert backend.entered.acquire(timeout=20)
         proxy.process.terminate()
-        wait_until(lambda: call(proxy.target, apis.PREDICT, b"")[0] is grpc.StatusCode.UNAVAILABLE)
+        wait_until(lambda: call(proxy.target, serving_apis.PREDICT, b"")[0] is grpc.StatusCode.UNAVAILABLE)
         release.set()
         assert {done.result()[2] for done in pending} == {b"late"}
     assert proxy.process.wait(20) == 0

@@ -22,7 +22,7 @@ from proxy_backends import (
     write_yaml,
 )
 
-from dpsr_serving import apis
+from dpsr_common import serving_apis
 from dpsr_serving.model_server import ModelServer
 from dpsr_serving.proxy import routing
 from dpsr_serving.proxy.backends import RetryBudget
@@ -48,7 +48,7 @@ def test_only_what_another_server_can_mend_is_retried(
         for backend in backends:
             backend.answer = refuse
             backend.calls.clear()
-        assert call(proxy.target, apis.PREDICT, predict("m"))[:2] == (code, "mine")
+        assert call(proxy.target, serving_apis.PREDICT, predict("m"))[:2] == (code, "mine")
         assert sum(len(backend.calls) for backend in backends) == 1, code
 
     def unavailable(request: bytes, context: Any) -> bytes:
@@ -58,12 +58,12 @@ def test_only_what_another_server_can_mend_is_retried(
     for backend in backends:
         backend.answer = unavailable
         backend.calls.clear()
-    assert call(proxy.target, apis.PREDICT, predict("m"))[:2] == (grpc.StatusCode.UNAVAILABLE, "loading")
+    assert call(proxy.target, serving_apis.PREDICT, predict("m"))[:2] == (grpc.StatusCode.UNAVAILABLE, "loading")
     assert [len(backend.calls) for backend in backends] == [1, 1, 1]  # each once
     backends[1].answer = lambda request, context: b"well"
     sent = (("user-id", "7"),)
     for _ in range(3):
-        code, _, response, *_ = call(proxy.target, apis.PREDICT, predict("m"), metadata=sent)
+        code, _, response, *_ = call(proxy.target, serving_apis.PREDICT, predict("m"), metadata=sent)
         assert (code, response) == (grpc.StatusCode.OK, b"well")
     # A second try has the metadata and what is left of the deadline.
     assert all(seen[2]["user-id"] == "7" and seen[3] is not None and seen[3] < 25 for seen in backends[1].calls[1:])
@@ -90,15 +90,15 @@ def test_full_backends_refuse(start_backend: StartBackend, start_proxy: StartPro
     config = f"models: {{m: {{backends: {[backend.target for backend in backends]}}}}}\nmax_outstanding: 2\n"
     proxy = start_proxy(write_yaml(tmp_path / "p.yaml", config))
     with grpc.insecure_channel(proxy.target) as channel:
-        pending = [channel.unary_unary(apis.PREDICT).future(predict("m"), timeout=20) for _ in range(4)]
+        pending = [channel.unary_unary(serving_apis.PREDICT).future(predict("m"), timeout=20) for _ in range(4)]
         for backend in backends:
             for _ in range(2):
                 assert backend.entered.acquire(timeout=20)
-        code, details, *_ = call(proxy.target, apis.PREDICT, predict("m"))
+        code, details, *_ = call(proxy.target, serving_apis.PREDICT, predict("m"))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED and "model 'm'" in details and "2 requests" in details
         release.set()
         assert all(done.code() is grpc.StatusCode.OK for done in pending)
-    assert call(proxy.target, apis.PREDICT, predict("m"))[0] is grpc.StatusCode.OK
+    assert call(proxy.target, serving_apis.PREDICT, predict("m"))[0] is grpc.StatusCode.OK
 
 
 def test_rules_route_by_version_label_and_signature(
@@ -118,8 +118,10 @@ def test_rules_route_by_version_label_and_signature(
     )
     proxy = start_proxy(write_yaml(tmp_path / "p.yaml", config))
 
-    def ask(model: str, method: str = apis.PREDICT, version: int = 0, label: str = "", signature: str = "") -> str:
-        request = apis.PredictRequest()
+    def ask(
+        model: str, method: str = serving_apis.PREDICT, version: int = 0, label: str = "", signature: str = ""
+    ) -> str:
+        request = serving_apis.PredictRequest()
         request.model_spec.name, request.model_spec.signature_name = model, signature
         if version:
             request.model_spec.version.value = version
@@ -127,12 +129,12 @@ def test_rules_route_by_version_label_and_signature(
             request.model_spec.version_label = label
         message = request.SerializeToString()
         if method.endswith("MultiInference"):
-            multi = apis.MultiInferenceRequest()
+            multi = serving_apis.MultiInferenceRequest()
             multi.tasks.add().model_spec.CopyFrom(request.model_spec)
             message = multi.SerializeToString()
         return str(call(proxy.target, method, message)[2].decode())
 
-    for method in apis.METHODS:
+    for method in serving_apis.METHODS:
         if method.endswith("HandleReloadConfigRequest"):
             continue
         assert ask("m", method) == "plain"
@@ -152,10 +154,10 @@ def test_discovery_asks_who_holds_a_model(
     for _ in range(4):
         assert ask_ids(proxy.target, "shop") == [100]
         assert ask_ids(proxy.target, "keyed") == [200]
-    status = apis.GetModelStatusRequest()
+    status = serving_apis.GetModelStatusRequest()
     status.model_spec.name = "keyed"
-    assert call(proxy.target, apis.GET_MODEL_STATUS, status.SerializeToString())[0] is grpc.StatusCode.OK
-    code, details, *_ = call(proxy.target, apis.PREDICT, predict("nowhere", query=["a"]))
+    assert call(proxy.target, serving_apis.GET_MODEL_STATUS, status.SerializeToString())[0] is grpc.StatusCode.OK
+    code, details, *_ = call(proxy.target, serving_apis.PREDICT, predict("nowhere", query=["a"]))
     assert (code, details) == (grpc.StatusCode.NOT_FOUND, "Servable not found for request: Latest(nowhere)")
 
 
@@ -179,7 +181,7 @@ def test_reload_takes_a_good_file_over_and_refuses_a_bad_one(
         write_yaml(path, f"models: {{shop: {shop}}}")
         proxy.process.send_signal(signal.SIGHUP)
         wait_until(lambda: metric(http, "dpsr_proxy_config_reloads_total", result="ok") >= 2)
-        assert call(proxy.target, apis.PREDICT, predict("keyed", query=["a"]))[0] is grpc.StatusCode.NOT_FOUND
+        assert call(proxy.target, serving_apis.PREDICT, predict("keyed", query=["a"]))[0] is grpc.StatusCode.NOT_FOUND
         load.wait_for(20)
     assert load.failed == 0, load.details
     proxy.process.terminate()
@@ -198,7 +200,7 @@ def test_unix_sockets_on_both_sides(start_proxy: StartProxy, servers: dict[str, 
 
 
 def test_rewritten_model_spec_keeps_all_else() -> None:
-    request = apis.PredictRequest.FromString(predict("a", "search", query=["x" * 200]))
+    request = serving_apis.PredictRequest.FromString(predict("a", "search", query=["x" * 200]))
     request.model_spec.version_label = "stable"
     unknown = b"\x9a\x3f\x03new"
     message = request.SerializeToString() + unknown
@@ -206,15 +208,15 @@ def test_rewritten_model_spec_keeps_all_else() -> None:
     assert got.endswith(unknown)
     request.model_spec.name = "b"
     request.model_spec.version.value = 9
-    assert apis.PredictRequest.FromString(got.removesuffix(unknown)) == request
-    multi = apis.MultiInferenceRequest()
+    assert serving_apis.PredictRequest.FromString(got.removesuffix(unknown)) == request
+    multi = serving_apis.MultiInferenceRequest()
     for signature in ("s", "t"):
         task = multi.tasks.add()
         task.model_spec.name, task.model_spec.signature_name, task.method_name = "a", signature, "m"
     got = routing.rewrite_model_spec(multi.SerializeToString(), (1, 1), routing.Spec("b", label="canary"))
     for task in multi.tasks:
         task.model_spec.name, task.model_spec.version_label = "b", "canary"
-    assert apis.MultiInferenceRequest.FromString(got) == multi
+    assert serving_apis.MultiInferenceRequest.FromString(got) == multi
 
 
 def test_targets_without_a_version_mean_the_latest_of_another_model() -> None:

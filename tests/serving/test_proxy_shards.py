@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from proxy_backends import RecordingBackend, StartProxy, call, http_address, metric, predict, wait_until, write_yaml
 
-from dpsr_serving import apis
+from dpsr_common import serving_apis
 from dpsr_serving.client import SearchClient
 from dpsr_serving.model_server import ModelServer, start_model_server
 from dpsr_serving.proxy.shards import merge_answers
@@ -124,16 +124,16 @@ def test_merged_answer_is_that_of_the_whole_index(
         assert sharded.model_status()[0].version == 1
     assert ties > 100
     request = predict("shop", "search", query=queries, k=np.int32(300))
-    code, _, response, _, trailing = call(proxy.target, apis.PREDICT, request)
+    code, _, response, _, trailing = call(proxy.target, serving_apis.PREDICT, request)
     assert code is grpc.StatusCode.OK and ("dpsr-shards", "3/3") in trailing
-    direct = apis.PredictResponse.FromString(call(whole.target, apis.PREDICT, request)[2])
-    merged = apis.PredictResponse.FromString(response)
+    direct = serving_apis.PredictResponse.FromString(call(whole.target, serving_apis.PREDICT, request)[2])
+    merged = serving_apis.PredictResponse.FromString(response)
     assert merged.model_spec == direct.model_spec
     for name, tensor in direct.outputs.items():  # padding too
         assert np.array_equal(to_numpy(merged.outputs[name]), to_numpy(tensor)), name
     # What is not a search, and what is wrong with a request, any part can say.
     for request in (predict("shop", "query_embedding", query=queries), predict("shop", "search", query=queries)):
-        through, straight = (call(target, apis.PREDICT, request) for target in (proxy.target, whole.target))
+        through, straight = (call(target, serving_apis.PREDICT, request) for target in (proxy.target, whole.target))
         assert through[:2] == straight[:2]
 
 
@@ -147,11 +147,11 @@ def test_missing_shard_gives_the_rest_or_an_error_by_policy(
     request = predict("shop", "search", query=["abc"], k=np.int32(200))
 
     def found(target: str) -> tuple[Any, Any, set[int], Any]:
-        code, details, response, _, trailing = call(target, apis.PREDICT, request, timeout=3)
+        code, details, response, _, trailing = call(target, serving_apis.PREDICT, request, timeout=3)
         ids = (
             set()
             if response is None
-            else set(to_numpy(apis.PredictResponse.FromString(response).outputs["item_ids"])[0])
+            else set(to_numpy(serving_apis.PredictResponse.FromString(response).outputs["item_ids"])[0])
         )
         return code, details, {int(item) for item in ids if item >= 0}, dict(trailing)
 
@@ -187,13 +187,13 @@ def test_slow_shard_is_left_out_after_its_time(
     shards = f"shards: [['{fast.target}'], ['{slow.target}']], shard_timeout_s: 0.2"
     proxy = start_proxy(write_yaml(tmp_path / "p.yaml", f"models: {{m: {{{shards}}}}}"))
     for timeout in (20, None):
-        code, _, response, _, trailing = call(proxy.target, apis.PREDICT, predict("m"), timeout)
+        code, _, response, _, trailing = call(proxy.target, serving_apis.PREDICT, predict("m"), timeout)
         assert code is grpc.StatusCode.OK and dict(trailing)["dpsr-shards"] == "1/2"
         assert ids_of(response) == [[1, 2]]
     release.set()
-    wait_until(lambda: ids_of(call(proxy.target, apis.PREDICT, predict("m"))[2]) == [[3, 1]])
+    wait_until(lambda: ids_of(call(proxy.target, serving_apis.PREDICT, predict("m"))[2]) == [[3, 1]])
     slow.answer = lambda request, context: b"\xff nonsense"
-    code, details, *_ = call(proxy.target, apis.PREDICT, predict("m"))
+    code, details, *_ = call(proxy.target, serving_apis.PREDICT, predict("m"))
     assert code is grpc.StatusCode.INTERNAL and "model 'm': cannot merge" in details
 
 
@@ -201,7 +201,7 @@ def test_slow_shard_is_left_out_after_its_time(
 
 
 def answer(ids: Any, scores: Any, **more: Any) -> bytes:
-    response = apis.PredictResponse()
+    response = serving_apis.PredictResponse()
     outputs = {"item_ids": np.array(ids, np.int64), "scores": np.array(scores, np.float32), **more}
     for name, value in outputs.items():
         response.outputs[name].CopyFrom(make_tensor(value))
@@ -209,7 +209,7 @@ def answer(ids: Any, scores: Any, **more: Any) -> bytes:
 
 
 def ids_of(response: bytes) -> Any:
-    return to_numpy(apis.PredictResponse.FromString(response).outputs["item_ids"]).tolist()
+    return to_numpy(serving_apis.PredictResponse.FromString(response).outputs["item_ids"]).tolist()
 
 
 def test_merge_by_score_ties_by_id_repeats_once_padding_last() -> None:
@@ -232,7 +232,7 @@ def test_merge_takes_what_belongs_to_an_item_along_and_leaves_the_rest() -> None
         answer([[1]], [[1]], vectors=np.ones((1, 1, 2), np.float32), total=np.array([4, 4])),
         answer([[2]], [[2]], vectors=np.full((1, 1, 2), 2, np.float32), total=np.array([5, 5])),
     ]
-    outputs = apis.PredictResponse.FromString(merge_answers(parts)).outputs
+    outputs = serving_apis.PredictResponse.FromString(merge_answers(parts)).outputs
     assert to_numpy(outputs["vectors"]).tolist() == [[[2, 2]]]
     assert to_numpy(outputs["total"]).tolist() == [4, 4]
 

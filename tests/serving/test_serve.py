@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from processes import child_environment, command_line, run_command
 
+from dpsr_common.errors import CommandError
 from dpsr_serving import model_server
 from dpsr_serving.client import SearchClient
-from dpsr_serving.errors import CommandError
 from dpsr_serving.model_server import registered_op_libraries, start_model_server
 
 

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from dpsr_tf.cli import main
+from dpsr_common.command_line import main
 from dpsr_tokenizer import TokenizerConfig, Vocabulary, VocabularyBuilder
 
 
 def dpsr(*arguments, stdin=b""):
     return subprocess.run(
-        [sys.executable, "-m", "dpsr_tf.cli", "tokenize", *arguments], input=stdin, capture_output=True
+        [sys.executable, "-m", "dpsr_common", "tokenize", *arguments], input=stdin, capture_output=True
     )
 
 
@@ -69,13 +69,13 @@ def test_arguments_may_be_any_bytes():
 
 def test_output_is_utf8_in_any_locale():
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, "-m", "dpsr_tf.cli", "tokenize"]
+    command = [sys.executable, "-m", "dpsr_common", "tokenize"]
     done = subprocess.run(command, input="手".encode(), capture_output=True, env=environment)
     assert (done.returncode, done.stdout) == (0, "手\n".encode())
 
 
 def test_a_reader_that_leaves_early():
-    command = f"{sys.executable} -m dpsr_tf.cli tokenize | head -n 1"
+    command = f"{sys.executable} -m dpsr_common.command_line tokenize | head -n 1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], input=b"red\n" * 200_000, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"red | ##re | #red | #ed#\n", b"")
 
@@ -109,5 +109,8 @@ def test_help_names_every_switch(capfd):
 
 
 def test_needs_no_tensorflow():
-    code = "import sys; from dpsr_tf.cli import main; main(['tokenize', 'red']); sys.exit('tensorflow' in sys.modules)"
+    code = (
+        "import sys; from dpsr_common.command_line import main; main(['tokenize', 'red']);"
+        "sys.exit('tensorflow' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from dpsr_tf.cli import main
+from dpsr_common.command_line import main
 from dpsr_tokenizer import TokenizerConfig
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "tokenizer.md").read_text()

@@ -13,7 +13,7 @@ from reference import DEFAULTS, tokenize
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import tensorflow as tf
 
-from dpsr_tf.cli import main
+from dpsr_common.command_line import main
 from dpsr_tokenizer import Tokenizer, TokenizerConfig, Vocabulary, VocabularyBuilder
 from dpsr_tokenizer.tf_ops import VocabularyTable
 

@@ -21,7 +21,7 @@ import tensorflow as tf
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dpsr_tf.cli import main
+from dpsr_common.command_line import main
 from dpsr_tokenizer import Tokenizer, TokenizerConfig, Vocabulary, VocabularyBuilder
 from dpsr_tokenizer.tf_ops import VocabularyTable
 

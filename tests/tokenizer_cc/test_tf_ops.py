@@ -14,7 +14,8 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpsr_tokenizer import FormatError, Tokenizer, TokenizerConfig, VocabularyBuilder, op_library_path
+from dpsr_common.packed_file import FormatError
+from dpsr_tokenizer import Tokenizer, TokenizerConfig, VocabularyBuilder, op_library_path
 from dpsr_tokenizer.tf_ops import VocabularyTable, _ops, tokenize_strings
 
 TEXTS = [

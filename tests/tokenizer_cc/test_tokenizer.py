@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dpsr_tokenizer
-from dpsr_tokenizer import FormatError, Tokenizer, TokenizerConfig, Vocabulary, VocabularyBuilder
+from dpsr_common.packed_file import FormatError
+from dpsr_tokenizer import Tokenizer, TokenizerConfig, Vocabulary, VocabularyBuilder
 
 ALL_KINDS = TokenizerConfig(word_bigrams=True)
 

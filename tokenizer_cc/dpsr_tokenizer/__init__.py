@@ -1,4 +1,4 @@
-"""The tokenizer, vocabulary and file container of DPSR: one C++ core for data preparation, training and serving.
+"""The tokenizer and vocabulary of DPSR: one C++ core for data preparation, training and serving.
 
 Needs NumPy only. The TensorFlow op over the same core is in `dpsr_tokenizer.tf_ops`.
 
@@ -8,78 +8,12 @@ Needs NumPy only. The TensorFlow op over the same core is in `dpsr_tokenizer.tf_
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy.typing as npt
+from dpsr_common.packed_file import FormatError
+from dpsr_tokenizer._native import Tokenizer, TokenizerConfig, Vocabulary, VocabularyBuilder
 
-from dpsr_tokenizer import _native
-from dpsr_tokenizer._native import (
-    FormatError,
-    PackedFileWriter,
-    Tokenizer,
-    TokenizerConfig,
-    Vocabulary,
-    VocabularyBuilder,
-    checksum,
-)
-
-__all__ = [
-    "FormatError",
-    "PackedFile",
-    "PackedFileWriter",
-    "Tokenizer",
-    "TokenizerConfig",
-    "Vocabulary",
-    "VocabularyBuilder",
-    "checksum",
-    "op_library_path",
-]
-
-
-class PackedFile(Mapping[str, "npt.NDArray[Any]"]):
-    """A packed file, memory-mapped: section name -> read-only array [n].
-
-    Nothing is copied; an array keeps the map alive. `kind` is what the file must be ("items"); empty accepts any.
-    `verify` computes the checksums of the whole file. Raises FileNotFoundError, and FormatError for a file that is
-    corrupt, truncated, or of another version or kind.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], kind: str = "", verify: bool = True) -> None:
-        self._file = _native.PackedFile(path, kind, verify)
-        self._names = self._file.names()
-
-    @property
-    def path(self) -> str:
-        """The path that it was opened with."""
-        return self._file.path
-
-    @property
-    def kind(self) -> str:
-        """What the file is: "vocabulary", "items"."""
-        return self._file.kind
-
-    @property
-    def fingerprint(self) -> int:
-        """64 bits that identify the content."""
-        return self._file.fingerprint
-
-    def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        """The section as an array. Raises KeyError when there is none of that name."""
-        section = self._file.get(name)
-        if section is None:
-            raise KeyError(f"{self.path}: has no section {name!r} (it has: {', '.join(self._names)})")
-        return section
-
-    def __iter__(self) -> Iterator[str]:
-        """Section names in the order of the file."""
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        """How many sections there are."""
-        return len(self._names)
+__all__ = ["FormatError", "Tokenizer", "TokenizerConfig", "Vocabulary", "VocabularyBuilder", "op_library_path"]
 
 
 def op_library_path() -> str:

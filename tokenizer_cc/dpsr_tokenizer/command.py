@@ -1,4 +1,4 @@
-"""`dpsr tokenize`: prints the tokens, or the token ids, that texts become."""
+"""`dpsr tokenize`: shows the tokens or ids that texts become."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 
 from absl import flags
 
-from dpsr_tokenizer import FormatError, Tokenizer, TokenizerConfig, Vocabulary
+from dpsr_common.packed_file import FormatError
+from dpsr_tokenizer import Tokenizer, TokenizerConfig, Vocabulary
 
 USAGE = """
 Usage: dpsr tokenize [--config=SWITCH,noSWITCH,... | --vocabulary=FILE [--ids]] [--json] [TEXT ...]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from dpsr_common.errors import CommandError, UsageError
 from dpsr_tf.data.adapters import raw
-from dpsr_tf.errors import CommandError, UsageError
 
 _PUBLISHER = "S3Rec, https://github.com/RUCAIBox/CIKM2020-S3Rec (folder data)"
 _ATTRIBUTES = "_item2attributes.json"

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
+from dpsr_common.errors import CommandError
 from dpsr_tf.data.adapters import raw
-from dpsr_tf.errors import CommandError
 
 _PUBLISHER = "Amazon, https://github.com/amazon-science/esci-data (folder shopping_queries_dataset)"
 _FILES = ["shopping_queries_dataset_examples.parquet", "shopping_queries_dataset_products.parquet"]

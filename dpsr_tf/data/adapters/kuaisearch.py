@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
 
+from dpsr_common.errors import CommandError
 from dpsr_tf.data.adapters import raw
-from dpsr_tf.errors import CommandError
 
 _PUBLISHER = "Kuaishou, https://github.com/benchen4395/KuaiSearch"
 _LISTS = ("impressed_item_ids", "clicked_item_ids", "purchased_item_ids")

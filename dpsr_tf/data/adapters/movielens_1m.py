@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dpsr_common.errors import UsageError
 from dpsr_tf.data.adapters import movielens, raw
-from dpsr_tf.errors import UsageError
 
 _PUBLISHER = "GroupLens, https://grouplens.org/datasets/movielens/1m/ (ml-1m.zip)"
 

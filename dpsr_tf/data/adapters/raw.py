@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from dpsr_tf.errors import CommandError, UsageError
+from dpsr_common.errors import CommandError, UsageError
 
 # Where a set has folds of its own, or an order but no clock, its times are made up and say only what came before what:
 # training lies before this moment (2001-09-09), what is held out at it and after. The schemas name the same number.

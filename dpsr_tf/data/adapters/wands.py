@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
+from dpsr_common.errors import CommandError
 from dpsr_tf.data.adapters import raw
-from dpsr_tf.errors import CommandError
 
 _PUBLISHER = "Wayfair, https://github.com/wayfair/WANDS (folder dataset)"
 _GRADES = {"Irrelevant": 0, "Partial": 1, "Exact": 2}

@@ -13,7 +13,7 @@ import ssl
 import time
 from collections.abc import Sequence
 
-from dpsr_serving import apis
+from dpsr_common import serving_apis
 from dpsr_serving.proxy.calls import Channel, Code, Metadata, Reply, client_tls
 from dpsr_serving.proxy.config import HealthConfig, PoolConfig, RetryConfig, TlsConfig
 from dpsr_serving.proxy.metrics import Metrics
@@ -128,12 +128,12 @@ class Backend:
 
     async def ask(self, model: str, timeout_s: float) -> None:
         """Learns which versions of the model it holds."""
-        request = apis.GetModelStatusRequest()
+        request = serving_apis.GetModelStatusRequest()
         request.model_spec.name = model
         reply = await self._own_call(request.SerializeToString(), timeout_s)
         if reply.code is Code.OK:
-            statuses = apis.GetModelStatusResponse.FromString(reply.body).model_version_status
-            available = apis.ModelVersionStatus.State.Value("AVAILABLE")
+            statuses = serving_apis.GetModelStatusResponse.FromString(reply.body).model_version_status
+            available = serving_apis.ModelVersionStatus.State.Value("AVAILABLE")
             self.holds[model] = frozenset(status.version for status in statuses if status.state == available)
         elif reply.code not in _NO_LIFE:
             self.holds.pop(model, None)
@@ -144,7 +144,7 @@ class Backend:
         self.asked.add(model)
 
     async def _own_call(self, request: bytes, timeout_s: float) -> Reply:
-        return await self._channel.call(apis.GET_MODEL_STATUS, request, timeout_s, CHECK_METADATA)
+        return await self._channel.call(serving_apis.GET_MODEL_STATUS, request, timeout_s, CHECK_METADATA)
 
     def _unwatch(self) -> None:
         if self._watching is not None:
@@ -285,7 +285,7 @@ class Replicas:
             if not serving:
                 await asyncio.shield(task)
         known = [backend for backend in self.backends if model in backend.holds]
-        if path == apis.GET_MODEL_STATUS:
+        if path == serving_apis.GET_MODEL_STATUS:
             return known
         versions = [b for b in known if (b.holds[model] if spec.version is None else spec.version in b.holds[model])]
         return versions or known
@@ -315,7 +315,7 @@ class Pool:
 
 def not_found(path: str, spec: Spec) -> str:
     """TensorFlow Serving's words for a model that it does not know."""
-    if path == apis.GET_MODEL_STATUS:
+    if path == serving_apis.GET_MODEL_STATUS:
         which = "any versions" if spec.version is None else f"version {spec.version}"
         return f"Could not find {which} of model {spec.model}"
     wanted = f"Latest({spec.model})" if spec.version is None else f"Specific({spec.model}, {spec.version})"

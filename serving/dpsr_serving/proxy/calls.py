@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NamedTuple
 
-from dpsr_serving.apis import MAX_MESSAGE_BYTES
+from dpsr_common.serving_apis import MAX_MESSAGE_BYTES
 from dpsr_serving.proxy import http2
 from dpsr_serving.proxy.hpack import Header, encode, literal
 

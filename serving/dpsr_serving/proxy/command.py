@@ -1,4 +1,4 @@
-"""`dpsr proxy`: starts the proxy."""
+"""`dpsr proxy`: starts the proxy in front of model servers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 
 from absl import flags
 
+from dpsr_common.errors import UsageError
 from dpsr_serving.addresses import check_address
-from dpsr_serving.errors import UsageError
 from dpsr_serving.proxy import workers
 
 USAGE = """

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dpsr_common.errors import UsageError
+from dpsr_common.strict_yaml import Section, load_yaml, read_file
 from dpsr_serving.addresses import check_address
-from dpsr_serving.errors import UsageError
-from dpsr_serving.yaml_file import Section, load_yaml, read_file
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from dpsr_serving.apis import MAX_MESSAGE_BYTES
+from dpsr_common.serving_apis import MAX_MESSAGE_BYTES
 from dpsr_serving.proxy.hpack import LIST_BYTES, Decoder, Header, HpackError
 
 _HEAD = struct.Struct(">HBBBI").unpack_from

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError
 
-from dpsr_serving import apis
+from dpsr_common import serving_apis
 from dpsr_serving.proxy.config import PoolConfig, ProxyConfig, TargetConfig
 
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
@@ -39,7 +39,7 @@ class Spec:
 def parse_spec(message: bytes) -> Spec:
     """Reads a serialized ModelSpec. Raises ValueError where the bytes are none."""
     try:
-        proto = apis.ModelSpec.FromString(message)
+        proto = serving_apis.ModelSpec.FromString(message)
     except DecodeError as error:
         raise ValueError(f"broken model spec: {error}") from error
     choice = proto.WhichOneof("version_choice")
@@ -122,7 +122,7 @@ def rewrite_model_spec(request: bytes, path: tuple[int, ...], spec: Spec) -> byt
     found = _occurrences(request, path[0])
     if len(path) == 1:
         try:
-            proto = apis.ModelSpec.FromString(b"".join(request[start:end] for _, start, end in found))
+            proto = serving_apis.ModelSpec.FromString(b"".join(request[start:end] for _, start, end in found))
         except DecodeError as error:
             raise ValueError(f"broken model spec: {error}") from error
         proto.name = spec.model

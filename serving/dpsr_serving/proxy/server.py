@@ -13,7 +13,7 @@ import time
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
-from dpsr_serving import apis
+from dpsr_common import serving_apis
 from dpsr_serving.addresses import join_address
 from dpsr_serving.proxy import backends, calls, routing
 from dpsr_serving.proxy.backends import Backend, Pool, Replicas
@@ -30,7 +30,7 @@ _PLANS = 10_000  # model specs whose route is remembered
 _SHADOWS = 256  # copies under way
 _SHADOW_S = 60.0  # that one may take
 _MARGIN = 0.9  # of the time left that shards may take, so that an answer without the slow ones comes in time
-_ASK_MODELS = (apis.GET_MODEL_STATUS, apis.GET_MODEL_METADATA)
+_ASK_MODELS = (serving_apis.GET_MODEL_STATUS, serving_apis.GET_MODEL_METADATA)
 _SEARCHES = ("", "serving_default", "search")
 
 
@@ -92,7 +92,7 @@ class ProxyServer:
         self._log = AccessLog(config.access_log)
         self._set_up(config)
         handlers: dict[str, calls.Handler] = {}
-        for path, request in apis.METHODS.items():
+        for path, request in serving_apis.METHODS.items():
             spec_path = routing.model_spec_path(request)
             inference = spec_path is not None and path not in _ASK_MODELS
             handlers[path] = functools.partial(self._forward, path, spec_path, inference)
@@ -274,7 +274,7 @@ class ProxyServer:
                 request = routing.rewrite_model_spec(request, spec_path, spec)
             except ValueError as error:
                 return Reply(Code.INVALID_ARGUMENT, f"cannot decode the request of {path}: {error}")
-        if len(pool.shards) > 1 and path == apis.PREDICT and spec.signature in _SEARCHES:
+        if len(pool.shards) > 1 and path == serving_apis.PREDICT and spec.signature in _SEARCHES:
             return await self._ask_shards(pool, spec, request, deadline, metadata)
         # What concerns no items, every shard can answer.
         replicas = pool.shards[0] if len(pool.shards) == 1 else random.choice(pool.shards)
@@ -291,7 +291,7 @@ class ProxyServer:
         if pool.config.shard_timeout_s is not None:
             limit = min(limit or float("inf"), now + pool.config.shard_timeout_s)
         replies = await asyncio.gather(
-            *(shard.ask(spec, apis.PREDICT, request, limit, metadata) for shard in pool.shards)
+            *(shard.ask(spec, serving_apis.PREDICT, request, limit, metadata) for shard in pool.shards)
         )
         answers, total = [reply for reply in replies if reply.code is Code.OK], len(replies)
         count = ((SHARDS_METADATA, b"%d/%d" % (len(answers), total)),)

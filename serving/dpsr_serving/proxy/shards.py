@@ -13,7 +13,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from dpsr_serving import apis
+from dpsr_common import serving_apis
 from dpsr_serving.tensors import make_tensor, to_numpy
 
 _PADDING_ID = -1
@@ -30,7 +30,7 @@ def merge_answers(answers: Sequence[bytes]) -> bytes:
         ValueError: the answers are not those of one request to parts of one servable.
     """
     try:
-        responses = [apis.PredictResponse.FromString(answer) for answer in answers]
+        responses = [serving_apis.PredictResponse.FromString(answer) for answer in answers]
     except DecodeError as error:
         raise ValueError(f"an answer is no PredictResponse: {error}") from error
     if len(responses) == 1 or not all({"item_ids", "scores"} <= set(response.outputs) for response in responses):

@@ -19,8 +19,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from dpsr_common.errors import CommandError, UsageError
 from dpsr_serving.addresses import join_address
-from dpsr_serving.errors import CommandError, UsageError
 from dpsr_serving.proxy.config import ProxyConfig, load_config, parse_config
 from dpsr_serving.proxy.metrics import merge
 

@@ -1,0 +1,1 @@
+"""What all packages of DPSR stand on. Importing this package imports nothing else."""

@@ -1,0 +1,169 @@
+"""Configuration as typed dataclasses. Errors name the key, the value, and what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import difflib
+import math
+import re
+import types
+import typing
+from typing import Any, TypeVar
+
+import yaml
+
+from dpsr_common.errors import UsageError
+
+T = TypeVar("T")
+
+
+def option(
+    default: Any,
+    help: str,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A dataclass field with its help text and allowed values (bounds included; for a tuple they hold for each)."""
+    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: default.copy(), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def read_assignment(assignment: str, example: str) -> tuple[str, Any]:
+    """Name and value, read as YAML, of a flag `--set=name=value`.
+
+    Args:
+        assignment: what follows `--set=`.
+        example: of one, for the message; with a dot in it, names are those of a section and a key.
+
+    Raises:
+        UsageError: there is no name, no dot in it that should be, or no `=`; or the value is not YAML.
+    """
+    name, equals, text = assignment.partition("=")
+    dotted = "." in example
+    if not name or not equals or (dotted and "." not in name):
+        form = f"{'section.key' if dotted else 'name'}=value"
+        raise UsageError(f"--set={assignment}: expected {form}, for example {example}")
+    try:
+        return name, yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        problem = getattr(error, "problem", None) or error
+        raise UsageError(f"--set={assignment}: '{text}' is not valid YAML: {problem}") from None
+
+
+def to_dict(value: Any) -> Any:
+    """A dataclass as plain dicts and lists, for YAML and JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: to_dict(item) for key, item in value.items()}
+    return [to_dict(item) for item in value] if isinstance(value, tuple) else value
+
+
+def from_dict(cls: type[T], data: Any, where: str, check: bool = True) -> T:
+    """Builds the dataclass `cls` from a mapping.
+
+    Args:
+        cls: the dataclass; its method `problem`, if it has one, says what is wrong with values that do not go together.
+            Where it has a class variable SHORTHAND, a text stands for a mapping with that one key.
+        data: the mapping; None, an empty section, is one without keys.
+        where: stands before each error: the file, then the section.
+        check: asks `problem`.
+
+    Raises:
+        UsageError: names the key, the value, and what is allowed.
+    """
+    data = {} if data is None else data
+    shorthand = getattr(cls, "SHORTHAND", None)
+    if shorthand is not None and isinstance(data, str):
+        data = {shorthand: data}
+    if not isinstance(data, dict):
+        raise UsageError(f"{where}: is {data!r}, expected a section of `key: value` lines")
+    types = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in data:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), list(fields), 1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UsageError(f"{where}: unknown key '{key}', expected one of {', '.join(fields)}{hint}")
+    values = {}
+    for name, field in fields.items():
+        if name in data:
+            values[name] = _convert(data[name], types[name], field, f"{where}: {name}", check)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UsageError(f"{where}: key '{name}' is missing{_help_of(field.metadata)}")
+    result = cls(**values)
+    problem = getattr(result, "problem", lambda: None)() if check else None
+    if problem:
+        raise UsageError(f"{where}: {problem}")
+    return result
+
+
+def _convert(value: Any, kind: Any, field: Any, where: str, check: bool) -> Any:
+    metadata = field.metadata
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):  # optional
+        if value is None:
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        return _convert(value, kind, field, where, check)
+    if dataclasses.is_dataclass(kind):
+        return from_dict(kind, value, where, check)  # type: ignore[arg-type]
+    if origin is tuple:
+        element = typing.get_args(kind)[0]
+        items = value if isinstance(value, list) else [value]
+        if not items and field.default is dataclasses.MISSING:
+            raise UsageError(f"{where} is [], expected at least one{_help_of(metadata)}")
+        return tuple(_convert(item, element, field, where, check) for item in items)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UsageError(f"{where} is {value!r}, expected `key: value` lines{_help_of(metadata)}")
+        element = typing.get_args(kind)[1]
+        return {str(key): _convert(item, element, field, f"{where}: {key}", check) for key, item in value.items()}
+    given = value
+    if kind is float:
+        value = _as_float(value)
+    if kind is str and isinstance(value, datetime.date):  # YAML's own reading of 2024-03-01
+        value = value.isoformat()
+    if kind is str and metadata.get("numbers") and type(value) in (int, float):
+        value = str(value)
+    if type(value) is not kind:
+        raise UsageError(f"{where} is {value!r}, expected {_name(kind)}{_help_of(metadata)}")
+    low, high, choices = metadata.get("minimum"), metadata.get("maximum"), metadata.get("choices")
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        bounds = f"{_shown(low)} or more" if high is None else f"{_shown(low)} to {_shown(high)}"
+        raise UsageError(
+            f"{where} is {given if value in (math.inf, -math.inf) else value!r}, expected {bounds}{_help_of(metadata)}"
+        )
+    if value != value:  # NaN
+        raise UsageError(f"{where} is {given!r}, expected {_name(kind)}{_help_of(metadata)}")
+    if choices and value not in choices:
+        raise UsageError(f"{where} is {value!r}, expected one of {', '.join(choices)}")
+    return value
+
+
+def _as_float(value: Any) -> Any:
+    """A number as float; anything else as it is."""
+    # YAML 1.1 takes 1e-3, which has no point, for a text.
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if is_number or (isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
+    return value
+
+
+def _shown(bound: float) -> str:
+    return f"{int(bound)}" if bound == int(bound) else f"{bound:g}"
+
+
+def _name(kind: Any) -> str:
+    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[kind]
+
+
+def _help_of(metadata: Any) -> str:
+    return f" ({metadata['help']})" if metadata.get("help") else ""

@@ -1,0 +1,60 @@
+// Outcome of an operation of the C++ core: a code and, when it is not OK, one line that says what was given, what was
+// expected and what to do. The core throws nothing; the shells (TF op, pybind11) translate a Status into their own
+// form.
+#ifndef DPSR_COMMON_STATUS_H_
+#define DPSR_COMMON_STATUS_H_
+
+#include <sstream>
+#include <string>
+#include <utility>
+
+namespace dpsr {
+
+// The names follow absl/gRPC; the shells map them one to one.
+enum class StatusCode {
+  kOk,
+  kInvalidArgument,
+  kNotFound,
+  kDataLoss,
+  kFailedPrecondition,
+  kResourceExhausted,
+  kInternal,
+};
+
+class [[nodiscard]] Status {
+ public:
+  Status() = default;
+  Status(StatusCode code, std::string message) : code_(code), message_(std::move(message)) {}
+
+  bool ok() const { return code_ == StatusCode::kOk; }
+  StatusCode code() const { return code_; }
+  const std::string& message() const { return message_; }
+
+ private:
+  StatusCode code_ = StatusCode::kOk;
+  std::string message_;
+};
+
+// Concatenates its arguments as `operator<<` prints them: StrCat("k is ", k, ", expected > 0").
+template <typename... Args>
+std::string StrCat(const Args&... args) {
+  std::ostringstream out;
+  (out << ... << args);
+  return out.str();
+}
+
+template <typename... Args>
+Status MakeStatus(StatusCode code, const Args&... args) {
+  return Status(code, StrCat(args...));
+}
+
+}  // namespace dpsr
+
+// Returns from the enclosing function when `expr` is not OK.
+#define DPSR_RETURN_IF_ERROR(expr)                      \
+  do {                                                  \
+    ::dpsr::Status dpsr_status_ = (expr);               \
+    if (!dpsr_status_.ok()) return dpsr_status_;        \
+  } while (false)
+
+#endif  // DPSR_COMMON_STATUS_H_

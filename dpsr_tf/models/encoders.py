@@ -1,0 +1,206 @@
+"""A model directory's last checkpoint as a retriever. The only file of evaluation that knows the towers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from dpsr_common.errors import CommandError
+from dpsr_common.packed_file import PackedFile
+from dpsr_tf.config import ModelConfig
+from dpsr_tf.data.examples_dataset import Features, History, Tokens
+from dpsr_tf.data.store import RowsById, Store
+from dpsr_tf.data.user_requests import User
+from dpsr_tf.models.embedding import weights_saver
+from dpsr_tf.models.exact_search import ExactSearch, QueryEncoder
+from dpsr_tf.models.features import FIXED_KINDS, Feature, FeatureSpec, ItemFeatures, QueryFeatures
+from dpsr_tf.models.model_directory import ModelDirectory
+from dpsr_tf.models.two_tower import TwoTower
+
+v1 = tf.compat.v1
+
+_BATCH = 4096
+
+
+def exact_search(directory: str | Path, store: Store) -> ExactSearch:
+    """Exact search over the embeddings of all items of a store, for the users of the store.
+
+    Raises:
+        CommandError: no model or checkpoint is there, or the store has another vocabulary.
+    """
+    embeddings, config = item_embeddings(directory, store), ModelDirectory.open(directory).config.model
+    return ExactSearch(query_encoder(directory, store), store.items()["id"], embeddings, is_personal(config))
+
+
+def item_embeddings(directory: str | Path, store: Store) -> np.ndarray:
+    """Embeddings of all items of a store by a model's last checkpoint, float32 [items, embedding_dim], in its order.
+
+    Raises:
+        CommandError: no model or checkpoint is there, or the store has another vocabulary.
+    """
+    model = ModelDirectory.open(directory)
+    encode = item_encoder(model, store, model.last_checkpoint())
+    embeddings = np.empty((store.counts.items, model.config.model.embedding_dim), np.float32)
+    for begin in range(0, len(embeddings), _BATCH):
+        rows = np.arange(begin, min(begin + _BATCH, len(embeddings)))
+        embeddings[rows] = encode(rows)
+    return embeddings
+
+
+def item_encoder(model: ModelDirectory, store: Store, checkpoint: str) -> Callable[[np.ndarray], np.ndarray]:
+    """The item tower of a checkpoint (a path): rows of the item table [n] to float32 [n, embedding_dim].
+
+    After its first call, which makes the graph, threads may call it at once.
+
+    Raises:
+        CommandError: the store has another vocabulary or other features than the model. When called: the checkpoint
+            cannot be read.
+    """
+    tables = StoreTables(model, store)
+    encode = _tower(model, tables.spec, checkpoint, "item_embedding")
+    return lambda rows: encode(tables.items(rows))
+
+
+def query_encoder(directory: str | Path, store: Store, checkpoint: str | None = None) -> QueryEncoder:
+    """The query tower of a checkpoint, the last one if none is named.
+
+    Raises:
+        CommandError: no model or checkpoint is there, or the store has another vocabulary.
+    """
+    model = ModelDirectory.open(directory)
+    tables = StoreTables(model, store)
+    path = str(model.path / checkpoint) if checkpoint else model.last_checkpoint()
+    encode = _tower(model, tables.spec, path, "query_embedding")
+    return lambda queries, users: encode(tables.queries(queries, users))
+
+
+def is_personal(config: ModelConfig) -> bool:
+    """Whether the query tower reads anything of the user."""
+    return bool(config.user_features or config.history_length or config.query_history_length)
+
+
+class StoreTables:
+    """What the towers read of a store, in NumPy: features of items and users, and the users' histories.
+
+    The history is that of training: what the user did strictly before the time, oldest first.
+
+    Attributes:
+        spec: what the model's config names.
+    """
+
+    def __init__(self, model: ModelDirectory, store: Store):
+        """Raises CommandError if the store has another vocabulary or other features than the model."""
+        difference = model.store_difference(store)
+        if difference:
+            raise CommandError(f"{model.path}: {difference}; give the store the model was trained on")
+        self._config, self._vocabulary, self.spec = model.config.model, model.vocabulary, model.features
+        self._items, self._users = store.items(), store.users()
+        self._user_rows = RowsById(self._users["id"])
+        self._log_splits, self._log_tokens = np.zeros(1, np.int64), np.zeros(0, np.int32)
+        if self._config.query_history_length:
+            shards = store.interactions()
+            lengths = [np.diff(shard["query.splits"]) for shard in shards]
+            self._log_splits = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+            self._log_tokens = np.concatenate([shard["query.tokens"] for shard in shards])
+
+    def items(self, rows: np.ndarray) -> ItemFeatures:
+        """Of rows of the item table [n]."""
+        text = _take(self._items["tokens.values"], self._items["tokens.splits"], rows)
+        return ItemFeatures(text, _features(self._items, self.spec.item, rows))
+
+    def queries(self, queries: Sequence[str], users: Sequence[User] | None) -> QueryFeatures:
+        """Of n texts and users; a user whom the store does not know is anonymous."""
+        users = users or [User(-1)] * len(queries)
+        rows = np.maximum(self._user_rows(np.array([user.id for user in users], np.int64)), 0)
+        text = Tokens(*self._vocabulary.encode_batch(list(queries)))
+        history = None
+        if self._config.history_length or self._config.query_history_length:
+            history = self._history(rows, [user.time for user in users])
+        return QueryFeatures(text, _features(self._users, self.spec.user, rows), history)
+
+    def _history(self, rows: np.ndarray, times: Sequence[int | None]) -> History:
+        splits, time, query = (self._users[f"event.{name}"] for name in ("splits", "time", "query"))
+        events: list[np.ndarray] = []
+        queries: list[np.ndarray] = []
+        for row, until in zip(rows, times, strict=True):
+            begin, end = splits[row], splits[row + 1]
+            if until is not None:
+                end = begin + np.searchsorted(time[begin:end], until, side="left")
+            events.append(np.arange(max(begin, end - self._config.history_length), end))
+            asked = query[begin:end]
+            changes = asked[np.r_[True, asked[1:] != asked[:-1]]] if len(asked) else asked
+            queries.append(changes[max(0, len(changes) - self._config.query_history_length) :])
+        event = np.concatenate(events)
+        item = self._users["event.item"][event]
+        text, features = self.items(item)
+        none = Features(np.zeros((len(item), 0), np.int32), ())
+        return History(
+            items=Tokens(item, _splits(events)),
+            types=self._users["event.type"][event].astype(np.int32),
+            text=text,
+            features=none if features is None else features,
+            query_splits=_splits(queries),
+            query=_take(self._log_tokens, self._log_splits, np.concatenate(queries)),
+        )
+
+
+def _splits(lists: Sequence[np.ndarray]) -> np.ndarray:
+    return np.cumsum([0, *map(len, lists)], dtype=np.int64)
+
+
+def _take(values: np.ndarray, splits: np.ndarray, rows: np.ndarray) -> Tokens:
+    """These rows of a ragged table."""
+    begins, lengths = splits[rows], splits[rows + 1] - splits[rows]
+    taken = np.concatenate([[0], np.cumsum(lengths)])
+    places = np.repeat(begins - taken[:-1], lengths) + np.arange(taken[-1])
+    return Tokens(values[places], taken.astype(np.int64))
+
+
+def _features(table: PackedFile, features: Sequence[Feature], rows: np.ndarray) -> Features | None:
+    """Codes [rows, fixed features] and lists of these rows of a table; None without features."""
+    if not features:
+        return None
+    fixed = [table[f"feature.{feature.name}"][rows] for feature in features if feature.kind in FIXED_KINDS]
+    lists = [
+        _take(table[f"feature.{feature.name}.values"], table[f"feature.{feature.name}.splits"], rows)
+        for feature in features
+        if feature.kind not in FIXED_KINDS
+    ]
+    codes = np.stack(fixed, axis=1) if fixed else np.zeros((len(rows), 0), np.int32)
+    return Features(codes.astype(np.int32), tuple(lists))
+
+
+def _tower(
+    model: ModelDirectory, spec: FeatureSpec, checkpoint: str, name: str
+) -> Callable[[ItemFeatures | QueryFeatures], np.ndarray]:
+    """A tower of a checkpoint as a function of NumPy features; the graph is made at the first call."""
+    graph = tf.Graph()
+    session = v1.Session(graph=graph)
+    inputs: Any = None
+    output: Any = None
+
+    def encode(features: ItemFeatures | QueryFeatures) -> np.ndarray:
+        nonlocal inputs, output
+        if output is None:
+            with graph.as_default():
+                inputs = tf.nest.map_structure(_placeholder, features)
+                output = getattr(TwoTower(model.config.model, spec), name)(inputs)
+                try:
+                    weights_saver(model.config.train.average_decay > 0).restore(session, checkpoint)
+                except (tf.errors.OpError, ValueError):
+                    raise CommandError(
+                        f"{model.path}: {Path(checkpoint).name} cannot be read, or is not of its config; "
+                        f"train the model again"
+                    ) from None
+        pairs = zip(tf.nest.flatten(inputs), tf.nest.flatten(features), strict=True)
+        return session.run(output, {tensor: array for tensor, array in pairs if tensor is not None})
+
+    return encode
+
+
+def _placeholder(array: np.ndarray | None) -> tf.Tensor | None:
+    return None if array is None else v1.placeholder(array.dtype, [None, *array.shape[1:]])

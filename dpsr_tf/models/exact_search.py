@@ -1,0 +1,80 @@
+"""Exact search over embeddings, and the rules of every ranking: order, ties, padding. Needs NumPy only."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from dpsr_tf.data.store import RowsById
+from dpsr_tf.data.user_requests import User
+
+# Queries whose scores of all items are in memory at once.
+_BATCH = 64
+
+# Embeds queries: (queries [n], users [n] or None) -> float32 [n, heads, dim]; a row of zeros finds nothing.
+QueryEncoder = Callable[[Sequence[str], "Sequence[User] | None"], np.ndarray]
+
+
+class ExactSearch:
+    """The items with the largest inner products, every one of them computed.
+
+    With several heads an item's score is its largest inner product over them, as at serving time (end of section 4.3),
+    not the soft dot product of training.
+    """
+
+    def __init__(self, encode: QueryEncoder, item_ids: np.ndarray, item_embeddings: np.ndarray, personal: bool = False):
+        """`item_ids` int64 [items], `item_embeddings` float32 [items, dim]."""
+        self._encode = encode
+        self._item_ids, self._item_embeddings = np.asarray(item_ids), item_embeddings
+        self._rows = RowsById(self._item_ids)
+        self.personal = personal
+
+    def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """See Retriever."""
+        ids, scores = no_results(len(queries), k)
+        for begin in range(0, len(queries), _BATCH):
+            heads = self._encode(queries[begin : begin + _BATCH], users[begin : begin + _BATCH] if users else None)
+            products = functools.reduce(
+                np.maximum, (heads[:, head] @ self._item_embeddings.T for head in range(heads.shape[1]))
+            )
+            for row in np.flatnonzero(heads.any(axis=(1, 2))):
+                order = top_positions(self._item_ids, products[row], k)
+                ids[begin + row, : len(order)] = self._item_ids[order]
+                scores[begin + row, : len(order)] = products[row, order]
+        return ids, scores
+
+    def score(self, queries: Sequence[str], users: Sequence[User] | None, items: np.ndarray) -> np.ndarray:
+        """See Retriever."""
+        result = np.empty(items.shape, np.float32)
+        for begin in range(0, len(queries), _BATCH):
+            heads = self._encode(queries[begin : begin + _BATCH], users[begin : begin + _BATCH] if users else None)
+            rows = self._rows(items[begin : begin + _BATCH])
+            products = np.matmul(self._item_embeddings[rows], heads.transpose(0, 2, 1)).max(axis=2)
+            result[begin : begin + _BATCH] = np.where(rows >= 0, products, np.nan)
+        return result
+
+
+def top_positions(ids: np.ndarray, scores: np.ndarray, k: int) -> np.ndarray:
+    """Positions of the k highest `scores` [n], ties by ascending id, also where k cuts through one; NaN comes last."""
+    if k < len(scores):
+        # Every item that ties with the k-th, so that ids decide which of them are in.
+        kept = np.flatnonzero(~(scores < -np.partition(-scores, k - 1)[k - 1]))
+    else:
+        kept = np.arange(len(scores))
+    return kept[np.lexsort((ids[kept], -scores[kept]))][:k]
+
+
+def is_repeat(ids: np.ndarray) -> np.ndarray:
+    """Whether the same id stands further left in its row: [n, k] bool of `ids` [n, k]."""
+    order = np.argsort(ids, axis=1, kind="stable")
+    ordered = np.take_along_axis(ids, order, axis=1)
+    repeat = np.zeros(ids.shape, bool)
+    np.put_along_axis(repeat, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+    return repeat
+
+
+def no_results(num_queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """An answer without items: ids -1 and scores -inf, [num_queries, k] each."""
+    return np.full((num_queries, k), -1, np.int64), np.full((num_queries, k), -np.inf, np.float32)

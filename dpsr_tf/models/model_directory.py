@@ -1,0 +1,178 @@
+"""What a model directory holds beside TensorFlow's checkpoints, so that it can be read without its store.
+
+config.yaml        the config it was trained with
+features.json      which features its towers read (FeatureSpec), and what their codes mean
+vocabulary.dpsr    the vocabulary its token ids come from
+checkpoint, model.ckpt-*, events.*   TensorFlow's
+validation.jsonl, best/, validation/   of training with validation (validation.py)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.packed_file import FormatError
+from dpsr_common.typed_config import from_dict, to_dict
+from dpsr_tf.config import Config, load_config, save_config
+from dpsr_tf.data.store import Store
+from dpsr_tf.models.features import FeatureSpec
+from dpsr_tokenizer import Vocabulary
+
+# What makes a directory of checkpoints a model.
+FILES = ("vocabulary.dpsr", "features.json", "config.yaml")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDirectory:
+    """A model directory whose config, features and vocabulary have been read."""
+
+    path: Path
+    config: Config
+    features: FeatureSpec
+    meanings: dict[str, str]  # of each feature's codes, as a hash: "users.gender", ...
+    vocabulary: Vocabulary
+
+    @property
+    def vocabulary_path(self) -> Path:
+        """The vocabulary file."""
+        return self.path / "vocabulary.dpsr"
+
+    @staticmethod
+    def open(path: str | Path) -> ModelDirectory:
+        """Raises CommandError if there is no model at `path`."""
+        directory = Path(path)
+        if not (directory / "config.yaml").is_file():
+            raise CommandError(f"{path}: holds no model (no config.yaml); make one with `dpsr train`")
+        try:
+            vocabulary = Vocabulary(str(directory / "vocabulary.dpsr"))
+        except (FormatError, FileNotFoundError) as error:
+            raise CommandError(f"{error}; train the model again") from None
+        try:
+            held = json.loads((directory / "features.json").read_text())
+            spec = from_dict(FeatureSpec, held["features"], f"{directory / 'features.json'}")
+            meanings = dict(held["meanings"])
+        except (OSError, ValueError, KeyError, TypeError, UsageError) as error:
+            raise CommandError(
+                f"{directory / 'features.json'}: cannot be read: {error}; train the model again"
+            ) from None
+        return ModelDirectory(directory, load_config(directory / "config.yaml"), spec, meanings, vocabulary)
+
+    def last_checkpoint(self) -> str:
+        """The path of the last checkpoint, "MODEL/model.ckpt-2000".
+
+        Raises:
+            CommandError: there is none, or none but that of random weights, which a training saves before its first
+                step.
+        """
+        checkpoint = tf.train.latest_checkpoint(str(self.path))
+        if checkpoint is None:
+            raise CommandError(f"{self.path}: holds no checkpoint; run `dpsr train` to its first one")
+        if checkpoint.endswith("-0"):
+            raise CommandError(
+                f"{self.path}: holds no trained checkpoint, only {Path(checkpoint).name}, the random weights that "
+                f"training began with; run `dpsr train` to its next one"
+            )
+        return checkpoint
+
+    def difference(self, config: Config, store: Store) -> str | None:
+        """Why a training with `config` on `store` cannot go on with this model; None if it can.
+
+        A longer training, other checkpoint times, and index and serving settings need no new model.
+        """
+        train = dataclasses.replace(
+            self.config.train, steps=config.train.steps, checkpoint_steps=config.train.checkpoint_steps
+        )
+        before, now = _flat(dataclasses.replace(self.config, train=train)), _flat(config)
+        differing = [key for key in now if key.startswith(("model.", "train.")) and before[key] != now[key]]
+        if differing:
+            changes = ", ".join(f"{key} was {before[key]!r} and is {now[key]!r}" for key in differing)
+            return f"holds a model of another config: {changes}"
+        return self.store_difference(store)
+
+    def store_difference(self, store: Store) -> str | None:
+        """Why this model cannot read `store`; None if it can."""
+        if self.vocabulary.fingerprint != store.vocabulary.fingerprint:
+            return f"holds a model of another vocabulary than that of {store.path}"
+        try:
+            now = feature_spec(self.config, store)
+        except UsageError as error:
+            return str(error)
+        meanings = _meanings(now, store)
+        differing = [name for name in {**self.meanings, **meanings} if self.meanings.get(name) != meanings.get(name)]
+        if differing:
+            return f"holds a model that reads {', '.join(differing)} with other values or codes than {store.path}"
+        if now != self.features:
+            return f"holds a model of other features than {store.path}: {_flat_spec(self.features, now)}"
+        return None
+
+    @staticmethod
+    def create_or_resume(path: str | Path, config: Config, store: Store) -> ModelDirectory:
+        """Makes a model directory for `config` and `store`, or opens one that has been begun with the same.
+
+        Raises:
+            CommandError: another model is there; the message names what differs.
+            UsageError: the config names features that the store does not have.
+        """
+        directory = Path(path)
+        spec = feature_spec(config, store)
+        if (directory / "config.yaml").is_file():
+            difference = ModelDirectory.open(directory).difference(config, store)
+            if difference:
+                raise CommandError(f"{path}: {difference}; choose another --out, or give --overwrite")
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CommandError(f"{path}: cannot be made: {error.strerror}; choose another --out") from None
+        held = {"features": to_dict(spec), "meanings": _meanings(spec, store)}
+        # The config comes last: a directory without one is not yet a model. Workers of a cluster may do this at once.
+        for name, write in (
+            ("vocabulary.dpsr", lambda p: shutil.copyfile(store.vocabulary_path, p)),
+            ("features.json", lambda p: p.write_text(json.dumps(held, indent=2) + "\n")),
+            ("config.yaml", lambda p: save_config(config, p)),
+        ):
+            temporary = directory / f".{name}.{os.getpid()}.tmp"
+            write(temporary)
+            os.replace(temporary, directory / name)
+        return ModelDirectory.open(directory)
+
+
+def feature_spec(config: Config, store: Store) -> FeatureSpec:
+    """What the towers of `config` read of `store`. Raises UsageError for a feature that the store does not have."""
+    num_ids: dict[str | None, int] = {name: vocabulary.num_ids for name, vocabulary in store.vocabularies.items()}
+    num_ids[None] = store.vocabulary.num_ids
+    return FeatureSpec.choose(config.model, store.manifest["features"], num_ids)
+
+
+def _meanings(spec: FeatureSpec, store: Store) -> dict[str, str]:
+    """Of each feature that is read, a hash of what its codes stand for."""
+    meanings = {}
+    for side, features, table in (("users", spec.user, store.users()), ("items", spec.item, store.items())):
+        stored = {feature["name"]: feature for feature in store.manifest["features"][side]}
+        for feature in features:
+            digest = hashlib.sha256(json.dumps(stored[feature.name], sort_keys=True).encode())
+            if feature.kind == "text":
+                vocabulary = store.vocabularies[feature.vocabulary] if feature.vocabulary else store.vocabulary
+                digest.update(f"{vocabulary.fingerprint:016x}".encode())
+            if feature.kind in ("categorical", "multi"):
+                for part in ("splits", "bytes"):
+                    digest.update(table[f"values.{feature.name}.{part}"].tobytes())
+            meanings[f"{side}.{feature.name}"] = digest.hexdigest()
+    return meanings
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, part in to_dict(config).items() for key, value in part.items()}
+
+
+def _flat_spec(before: FeatureSpec, now: FeatureSpec) -> str:
+    was, is_now = to_dict(before), to_dict(now)
+    return ", ".join(f"{key} was {was[key]!r} and is {is_now[key]!r}" for key in was if was[key] != is_now[key])

@@ -1,0 +1,100 @@
+"""The words of the generated shop: the dataclasses say what lexicon.yaml may hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from dpsr_common.strict_yaml import read_yaml
+from dpsr_common.typed_config import from_dict, option
+
+LEXICON = Path(__file__).with_name("lexicon.yaml")
+GENDERS = ("female", "male")
+AGES = ("18-25", "26-35", "36-50", "51+")
+POWERS = ("low", "middle", "high")
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """One value of an attribute, such as "black"."""
+
+    word: str
+    synonyms: tuple[str, ...] = ()
+    gender: str | None = option(None, "who likes it", choices=GENDERS)
+    age: str | None = option(None, "who likes it", choices=AGES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """A numeric attribute: the numbers from first to last, both included."""
+
+    first: int
+    last: int
+    step: int
+    format: str  # such as "{} inch"
+
+
+@dataclasses.dataclass(frozen=True)
+class Attribute:
+    """A property that each item of a type has: a list of values, or a range of numbers."""
+
+    name: str
+    values: tuple[Value, ...] = ()
+    range: Range | None = None
+
+    def all_values(self) -> tuple[Value, ...]:
+        """The values, in order."""
+        r = self.range
+        return (
+            self.values if r is None else tuple(Value(r.format.format(n)) for n in range(r.first, r.last + 1, r.step))
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemType:
+    """A kind of product; see the head of lexicon.yaml."""
+
+    word: str
+    price: float
+    attributes: tuple[str, ...]
+    synonyms: tuple[str, ...] = ()
+    fits: str | None = None
+    gender: str | None = option(None, "who likes it", choices=GENDERS)
+    age: str | None = option(None, "who likes it", choices=AGES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Category:
+    """Types that the same brands make."""
+
+    name: str
+    brands: tuple[str, ...]
+    types: tuple[ItemType, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """All words of one language."""
+
+    separator: str
+    fits: str  # stands before the product that an accessory fits
+    fillers: tuple[str, ...]
+    cities: tuple[str, ...]
+    syllables: tuple[str, ...]  # of invented brands and shops
+    shop_endings: tuple[str, ...]
+    attributes: tuple[Attribute, ...]
+    categories: tuple[Category, ...]
+    homophones: tuple[str, ...] = ()  # two characters each: the right one, the wrong one
+
+
+@dataclasses.dataclass(frozen=True)
+class Lexicon:
+    """All words."""
+
+    en: Language
+    zh: Language
+
+
+def load_lexicon() -> Lexicon:
+    """The words of the shop."""
+    return from_dict(Lexicon, read_yaml(LEXICON), str(LEXICON))

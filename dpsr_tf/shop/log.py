@@ -1,0 +1,276 @@
+"""The log of the generated shop: sessions of requests, what each request shows, and what is clicked, batch by batch.
+
+A session has a user, by activity, and an intent: a meaning of the user's interests and, among its items, the one that
+the user would like most. Its first query asks for the meaning, further ones for anything that the wanted item answers.
+A request shows a list that the engine ranks by popularity, for whatever the query may mean, with some items that only
+look right. An item at position p is looked at with a known chance, and then clicked by its appeal to the user and its
+likeness to the intent (a position-based click model).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from dpsr_tf.data.schema import EVENT_TYPES
+from dpsr_tf.shop.world import World, draw, random_stream
+
+# First second of the log, 2024-01-01 UTC.
+START = 1_704_067_200
+# How busy the hours of a day are.
+HOURS = (2, 1, 1, 1, 1, 2, 3, 5, 6, 7, 8, 8, 9, 8, 7, 7, 8, 9, 10, 12, 13, 12, 8, 4)
+_IMPRESSION, _SKIP, _CLICK, _CART, _ORDER = range(len(EVENT_TYPES))
+_BATCH = 32_768  # clicks of a batch; memory goes with it
+_MOST_REQUESTS = 5
+_CHOICES = 6  # items that a user compares to find the one wanted
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of the log in the order of time; arrays of one length."""
+
+    text: np.ndarray  # int64, rows of the world's texts and, after them, its misspelt ones
+    user: np.ndarray  # int64
+    item: np.ndarray  # int64
+    event: np.ndarray  # int8, codes of EVENT_TYPES
+    time: np.ndarray  # int64, seconds since 1970
+    session: np.ndarray  # int64
+    position: np.ndarray  # int32, from 1 on
+
+    def take(self, rows: np.ndarray) -> Rows:
+        """Some of the rows."""
+        return Rows(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
+
+    @staticmethod
+    def join(parts: list[Rows]) -> Rows:
+        """One after the other."""
+        return Rows(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Rows)))
+
+
+class Log:
+    """The log of a world. The counts are those of the batches that were read so far."""
+
+    def __init__(self, world: World):
+        self._world, self._parameters = world, world.parameters
+        self.end = START + self._parameters.days * 86_400
+        self.propensities = np.arange(1.0, self._parameters.list_length + 1) ** -self._parameters.position_exponent
+        self.user_clicks = np.zeros(len(world.users), np.int64)
+        self.text_requests = np.zeros(len(world.texts) + len(world.misspelt), np.int64)
+        self.events = np.zeros(len(EVENT_TYPES), np.int64)
+        self.requests = self.sessions = self.stray_clicks = 0
+        right, _ = world.text_rows()
+        self._text_answer = world.text_answer[right]
+        hours = self._parameters.days * 24 - 1  # in the last hour no session begins
+        self._busy = np.concatenate([[0], np.cumsum(np.resize(HOURS, hours))])
+
+    def batches(self) -> Iterator[Rows]:
+        """The whole log, in the order of time."""
+        clicks = self._parameters.interactions
+        bounds = np.round(np.linspace(0, clicks, -(-clicks // _BATCH) + 1)).astype(np.int64)
+        late: list[Rows] = []
+        for number in range(len(bounds) - 1):
+            rng = random_stream(self._parameters, "log", number)
+            rows = self._batch(int(bounds[number + 1] - bounds[number]), bounds[number : number + 2] / clicks, rng)
+            rows = Rows.join([*late, rows])
+            order = np.argsort(rows.time, kind="stable")
+            # What happens after the next batch's first session belongs there.
+            ready = (
+                len(order) if number == len(bounds) - 2 else self._ready(rows.time[order], bounds[number + 1] / clicks)
+            )
+            late = [rows.take(order[ready:])]
+            yield rows.take(order[:ready])
+
+    def _ready(self, time: np.ndarray, share: float) -> int:
+        return int(np.searchsorted(time, self._time(np.array([share]))[0]))
+
+    def _time(self, share: np.ndarray) -> np.ndarray:
+        """When that share of all sessions has begun, seconds since 1970."""
+        hours = np.interp(share * self._busy[-1], self._busy, np.arange(len(self._busy)))
+        return START + (hours * 3600).astype(np.int64)
+
+    def _batch(self, clicks: int, shares: np.ndarray, rng: np.random.Generator) -> Rows:
+        """Sessions with so many clicks that begin in an interval of time."""
+        parts: list[_Shown] = []
+        found, sessions, rate = 0, 0, 1.5
+        while found < clicks:
+            n = int((clicks - found) / rate * 1.05) + 16
+            parts.append(self._sessions(n, sessions, rng))
+            found, sessions = found + int(parts[-1].clicked.sum()), sessions + n
+            rate = max(found / sessions, 0.02)
+        shown = _Shown.join(parts)
+        shown = shown.cut(clicks)
+        sessions = int(shown.session[-1]) + 1
+        begin = self._time(shares[0] + rng.random(sessions) * (shares[1] - shares[0]))
+        return self._rows(shown, begin, rng)
+
+    def _sessions(self, n: int, first: int, rng: np.random.Generator) -> _Shown:
+        """What n sessions, numbered from `first` on, are shown and click."""
+        world = self._world
+        user, pair = world.sessions(n, rng)
+        target = self._wanted(user, world.pair_meaning[pair], rng)
+        # Requests: the first asks for the meaning, the others for something else that the wanted item answers.
+        count = np.minimum(rng.geometric(1 / self._parameters.requests_per_session, n), _MOST_REQUESTS)
+        session = np.repeat(np.arange(n), count)
+        order = np.arange(len(session)) - np.repeat(np.cumsum(count) - count, count)
+        asked = pair[session]
+        later = order > 0
+        asked[later] = world.another_pair(target[session[later]], rng)
+        right = world.pair_text[asked]
+        # Nobody asks the same again at once.
+        new = np.ones(len(session), bool)
+        new[1:] = ~later[1:] | (right[1:] != right[:-1])
+        session, order, asked, right = (column[new] for column in (session, order, asked, right))
+        meaning, text = world.pair_meaning[asked], self._typed(right, rng)
+        request, item, position = self._lists(text, meaning, rng)
+        clicked, stray = self._click(user[session], meaning, target[session], request, item, position, rng)
+        return _Shown(first + session[request], order[request], text[request], user[session][request], item, position,
+                      clicked, stray)  # fmt: skip
+
+    def _wanted(self, user: np.ndarray, meaning: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """An item of each meaning: some by popularity, of these one by appeal."""
+        world = self._world
+        meaning = np.broadcast_to(meaning[:, None], (len(meaning), _CHOICES))
+        choices = world.answer_items[
+            draw(world.answer_sums, world.answer_splits[meaning], world.answer_splits[meaning + 1], rng)
+        ]
+        appeal = world.appeal(user[:, None], choices) + rng.gumbel(size=choices.shape)
+        return choices[np.arange(len(user)), appeal.argmax(1)]
+
+    def _typed(self, text: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """What is typed for each text: mostly itself."""
+        world = self._world
+        begin, end = world.misspelt_splits[text], world.misspelt_splits[text + 1]
+        slip = (rng.random(len(text)) < self._parameters.typo_share) & (end > begin)
+        # Some slips are more frequent than others.
+        at = begin + ((end - begin) * rng.random(len(text)) ** 2).astype(np.int64)
+        return np.where(slip, len(world.texts) + at, text)
+
+    def _lists(
+        self, text: np.ndarray, meaning: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What each request shows: rows of requests, items and positions, in this order of rows."""
+        world, length = self._world, self._parameters.list_length
+        shape = (len(text), length + length // 2 + 1)  # an item may be drawn twice
+        answer = np.broadcast_to(self._text_answer[text][:, None], shape)
+        beside = world.misleading_answer[world.meaning[meaning, 1]]
+        category = world.category_answer[world.meaning[meaning, 0]]
+        beside = np.where((world.meaning[meaning, 1] >= 0) & (beside >= 0), beside, category)
+        other = rng.random(shape, np.float32) / max(self._parameters.stray_share, 1e-9)
+        answer = np.where(other < 0.5, beside[:, None], np.where(other < 1, category[:, None], answer))
+        item = world.answer_items[
+            draw(world.answer_sums, world.answer_splits[answer], world.answer_splits[answer + 1], rng)
+        ]
+        # Drawn by popularity, one after the other, is ranked by popularity, with noise. The first of equal items stays.
+        keys = (item.astype(np.int64) << 8) | np.arange(shape[1])
+        keys.sort(1)
+        place, item = keys & 255, keys >> 8
+        shuffled = rng.random(len(text)) < self._parameters.shuffled_share
+        place[shuffled] = rng.integers(0, 1 << 24, (int(shuffled.sum()), shape[1]))
+        place[:, 1:][item[:, 1:] == item[:, :-1]] = 1 << 24
+        keys = (place << 32) | item
+        keys.sort(1)
+        keys = keys[:, :length]
+        there = keys < 1 << 56
+        request, position = np.nonzero(there)
+        return request, keys[there] & 0xFFFFFFFF, position + 1
+
+    def _click(
+        self,
+        user: np.ndarray,
+        meaning: np.ndarray,
+        target: np.ndarray,
+        request: np.ndarray,
+        item: np.ndarray,
+        position: np.ndarray,
+        rng: np.random.Generator,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Whether each shown item is clicked, and whether it is no answer to what was meant; bool of the rows."""
+        world, items, parameters = self._world, self._world.items, self._parameters
+        clicked, stray = np.zeros(len(item), bool), np.zeros(len(item), bool)
+        seen = np.flatnonzero(rng.random(len(item), np.float32) < self.propensities[position - 1])
+        request, item = request[seen], item[seen]
+        wanted = target[request]
+        right = world.missed(meaning[request], item) == 0
+        same = (items.words[item] >= 0) & (items.words[item] == items.words[wanted])
+        like = (items.brand[item] == items.brand[wanted]) + same.mean(1)
+        odds = parameters.click_level + world.appeal(user[request], item) + parameters.intent * like
+        chance = np.where(right, 1 / (1 + np.exp(-odds)), parameters.noise)
+        clicked[seen] = rng.random(len(seen)) < chance
+        stray[seen] = ~right
+        return clicked, stray
+
+    def _rows(self, shown: _Shown, begin: np.ndarray, rng: np.random.Generator) -> Rows:
+        """The rows of what was shown, carts and orders included; counts them."""
+        n = len(shown.item)
+        first = np.ones(n, bool)  # rows that begin a request
+        first[1:] = (shown.session[1:] != shown.session[:-1]) | (shown.order[1:] != shown.order[:-1])
+        starts = np.flatnonzero(first)
+        lengths = np.diff(np.append(starts, n))
+        last_click = np.repeat(np.maximum.reduceat(shown.position * shown.clicked, starts), lengths)
+        event = np.where(shown.position < last_click, _SKIP, _IMPRESSION).astype(np.int8)
+        event[shown.clicked] = _CLICK
+        asked = begin[shown.session[starts]] + shown.order[starts] * 120 + rng.integers(0, 60, len(starts))
+        time = np.repeat(asked, lengths)
+        time += np.where(shown.clicked, 4 * shown.position + rng.integers(1, 10, n), 0)
+        session = _scrambled(self.sessions + shown.session, self._parameters.seed)
+        rows = Rows(shown.text, shown.user, shown.item, event, time, session, shown.position.astype(np.int32))
+
+        clicks = np.flatnonzero(shown.clicked)
+        share = self._parameters.cart_share * np.where(shown.stray[clicks], 0.1, 1)
+        carts = clicks[rng.random(len(clicks)) < share]
+        cart = rows.take(carts)
+        cart = dataclasses.replace(
+            cart, event=np.full(len(carts), _CART, np.int8), time=cart.time + rng.integers(10, 40, len(carts))
+        )
+        ordered = np.flatnonzero(rng.random(len(carts)) < self._parameters.order_share)
+        order = cart.take(ordered)
+        order = dataclasses.replace(
+            order, event=np.full(len(ordered), _ORDER, np.int8), time=order.time + rng.integers(30, 300, len(ordered))
+        )
+        rows = Rows.join([rows, cart, order])
+
+        self.sessions += len(begin)
+        self.requests += len(starts)
+        self.stray_clicks += int((shown.clicked & shown.stray).sum())
+        self.events += np.bincount(rows.event, minlength=len(EVENT_TYPES))
+        self.user_clicks += np.bincount(shown.user[clicks], minlength=len(self.user_clicks))
+        self.text_requests += np.bincount(shown.text[starts], minlength=len(self.text_requests))
+        return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shown:
+    """Items that were shown, in the order of session, request and position; arrays of one length."""
+
+    session: np.ndarray
+    order: np.ndarray  # of the request in its session, from 0 on
+    text: np.ndarray
+    user: np.ndarray
+    item: np.ndarray
+    position: np.ndarray
+    clicked: np.ndarray
+    stray: np.ndarray
+
+    @staticmethod
+    def join(parts: list[_Shown]) -> _Shown:
+        return _Shown(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(_Shown)))
+
+    def cut(self, clicks: int) -> _Shown:
+        """The first sessions, with exactly so many clicks: the last one clicks no more than that."""
+        clicked = self.clicked & (np.cumsum(self.clicked) <= clicks)
+        last = self.session[np.flatnonzero(clicked)[-1]]
+        end = int(np.searchsorted(self.session, last, side="right"))
+        columns = {f.name: getattr(self, f.name)[:end] for f in dataclasses.fields(self)}
+        return _Shown(**{**columns, "clicked": clicked[:end]})
+
+
+def _scrambled(numbers: np.ndarray, seed: int) -> np.ndarray:
+    """Other numbers of 60 bits, as many different ones, in no order: each step can be undone."""
+    mask = (1 << 60) - 1
+    x = (numbers.astype(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 & mask)) & np.uint64(mask)
+    for odd in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
+        x = (x * np.uint64(odd)) & np.uint64(mask)
+        x ^= x >> np.uint64(31)
+    return x.astype(np.int64)

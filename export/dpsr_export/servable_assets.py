@@ -1,0 +1,152 @@
+"""What a servable needs of a store beside the index, as `dpsr index` puts it into the index directory.
+
+items.dpsr            for models that read histories: ids, texts and features of the items; where ids are text, keys
+feature_values.dpsr   for models that read features: the values that stand behind their codes
+vocabulary-NAME.dpsr  of the text features that do not share that of query and item text
+requests.json         queries of the log with what the model reads of those who asked: what servables warm up with
+
+index.json names them, and says of what kind the features are.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dpsr_common.errors import CommandError
+from dpsr_common.packed_file import PackedFileWriter
+from dpsr_tf.data.assemble import id_index, string_bytes
+from dpsr_tf.data.encode import ids_of
+from dpsr_tf.data.store import Store, unpack_strings, vocabulary_name
+from dpsr_tf.data.user_requests import User, UserRequests
+from dpsr_tf.models.model_directory import ModelDirectory
+
+ITEMS, FEATURE_VALUES, REQUESTS = "items.dpsr", "feature_values.dpsr", "requests.json"
+# Requests that are kept for warm-up and for the measurements of `dpsr export`.
+NUM_REQUESTS = 100
+
+
+def write_assets(
+    model: ModelDirectory, store: Store, texts: Sequence[str], users: Sequence[User], directory: Path
+) -> dict[str, Any]:
+    """Writes the files, those of them that the model needs, into an index directory.
+
+    Args:
+        model: says what its towers read.
+        store: that the model goes with.
+        texts: queries of the log.
+        users: who asked each.
+        directory: of the index.
+
+    Returns:
+        For index.json: `serving_files`, the names of the files but requests.json; `string_ids`, whether the shop's item
+        ids are texts; `features`: kind, boundaries and vocabulary of the features that the towers read.
+    """
+    config, spec = model.config.model, model.features
+    files = []
+    items = store.items()
+    string_ids = "key.splits" in items
+    if config.history_length or string_ids:
+        sections = ["id", "id_index.splits", "id_index.rows"]
+        if config.history_length:
+            names = [f"feature.{feature.name}" for feature in spec.item]
+            wanted = ("tokens", *names)
+            parts = [part for name in wanted for part in (name, f"{name}.splits", f"{name}.values")]
+            # How many values a feature has, so that its codes can be checked.
+            parts += [f"values.{feature.name}.splits" for feature in spec.item]
+            sections += [name for name in parts if name in items]
+        if string_ids:
+            sections += ["key.splits", "key.bytes"]
+        with PackedFileWriter(str(directory / ITEMS), "items") as file:
+            for name in sections:
+                file.add(name, items[name])
+        files.append(ITEMS)
+    if spec.user or spec.item:
+        _write_feature_values(model, store, directory / FEATURE_VALUES)
+        files.append(FEATURE_VALUES)
+    for vocabulary in dict.fromkeys(feature.vocabulary for feature in (*spec.user, *spec.item)):
+        if vocabulary is not None:
+            name = vocabulary_name(vocabulary)
+            shutil.copyfile(store.path / name, directory / name)
+            files.append(name)
+    _write_requests(model, store, texts, users, directory / REQUESTS)
+    stored = {
+        side: {feature.name: feature for feature in of_side}
+        for side, of_side in (("user", store.features.users), ("item", store.features.items))
+    }
+    return {
+        "serving_files": files,
+        "string_ids": string_ids,
+        "features": {
+            side: [
+                {
+                    "name": feature.name,
+                    "kind": feature.kind,
+                    "boundaries": list(stored[side][feature.name].boundaries),
+                    "vocabulary": feature.vocabulary,
+                }
+                for feature in chosen
+            ]
+            for side, chosen in (("user", spec.user), ("item", spec.item))
+        },
+    }
+
+
+def _write_feature_values(model: ModelDirectory, store: Store, path: Path) -> None:
+    """A key table: "SIDE\\0NAME\\0VALUE" of every value of every feature that the towers read, and its code."""
+    keys: list[str] = []
+    codes: list[np.ndarray] = []
+    for side, table, features in (
+        ("user", store.users(), model.features.user),
+        ("item", store.items(), model.features.item),
+    ):
+        for feature in features:
+            if feature.kind in ("categorical", "multi"):
+                values = unpack_strings(table, f"values.{feature.name}")
+                keys += [f"{side}\0{feature.name}\0{value}" for value in values]
+                codes.append(np.arange(1, len(values) + 1, dtype=np.int32))
+    texts = pa.array(keys, pa.large_string())
+    ids = ids_of(texts, string_ids=True).values if keys else np.zeros(0, np.int64)
+    if len(np.unique(ids)) < len(ids):
+        raise CommandError(f"{store.path}: two feature values have the same 63-bit hash; rename one of the features")
+    data, splits = string_bytes(texts)
+    bucket_splits, rows = id_index(ids)
+    with PackedFileWriter(str(path), "keys") as file:
+        file.add("id", ids)
+        file.add("id_index.splits", bucket_splits)
+        file.add("id_index.rows", rows)
+        file.add("key.splits", splits)
+        file.add("key.bytes", data)
+        file.add("code", np.concatenate(codes) if codes else np.zeros(0, np.int32))
+
+
+def _write_requests(
+    model: ModelDirectory, store: Store, texts: Sequence[str], users: Sequence[User], path: Path
+) -> None:
+    config = model.config.model
+    # A store keeps no text of text features: nobody has one here.
+    names = [f"user_{feature.name}" for feature in model.features.user if feature.kind != "text"]
+    if config.history_length:
+        names += ["clicked_item_keys" if store.item_keys() is not None else "clicked_items", "clicked_item_types"]
+    if config.query_history_length:
+        names.append("past_queries")
+    told = UserRequests(store, names)
+    requests = []
+    for text, user in list(zip(texts, users, strict=True))[:NUM_REQUESTS]:
+        values = told.of(user)
+        for name, longest in (
+            ("clicked_items", config.history_length),
+            ("clicked_item_keys", config.history_length),
+            ("clicked_item_types", config.history_length),
+            ("past_queries", config.query_history_length),
+        ):
+            if name in values:
+                values[name] = values[name][-longest:]
+        requests.append({"query": text, **values})
+    path.write_text(json.dumps(requests, ensure_ascii=False) + "\n")

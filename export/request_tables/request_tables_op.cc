@@ -1,0 +1,694 @@
+// The ops that turn what a request says of a user into what the query tower reads, the same as in training: values into
+// codes, a history of items into their texts and features, and past queries; and a shop's own item ids into ours and
+// back. Python: dpsr_export/request_tables.py.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "dpsr_tf/ops/item_table.h"
+#include "dpsr_tf/ops/tf_columns.h"
+#include "export/request_tables/file_fingerprint.h"
+#include "export/request_tables/key_table.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/resource_mgr.h"
+#include "tensorflow/core/framework/resource_op_kernel.h"
+#include "tensorflow/core/framework/shape_inference.h"
+#include "tensorflow/core/platform/errors.h"
+#include "tensorflow/core/platform/mutex.h"
+#include "common/tf_status.h"
+
+namespace dpsr {
+namespace {
+
+namespace errors = ::tensorflow::errors;
+using ::tensorflow::OpInputList;
+using ::tensorflow::OpKernel;
+using ::tensorflow::OpKernelConstruction;
+using ::tensorflow::OpKernelContext;
+using ::tensorflow::Tensor;
+using ::tensorflow::TensorShape;
+using ::tensorflow::TensorShapeUtils;
+using ::tensorflow::tstring;
+using ::tensorflow::shape_inference::DimensionHandle;
+using ::tensorflow::shape_inference::InferenceContext;
+using ::tensorflow::shape_inference::ShapeHandle;
+
+std::string_view View(const tstring& text) { return {text.data(), text.size()}; }
+
+// A table of a servable, shared by all sessions that use the handle's name in one resource manager.
+template <typename Table>
+class TableResource : public tensorflow::ResourceBase {
+ public:
+  std::string DebugString() const override { return StrCat("table of ", path_); }
+
+  // Null before Load has succeeded.
+  std::shared_ptr<const Table> Get() const {
+    const tensorflow::tf_shared_lock lock(mutex_);
+    return table_;
+  }
+
+  // `open` makes the table of `path`. The same path again changes nothing; another one is refused.
+  template <typename Open>
+  Status Load(const std::string& path, const Open& open) {
+    const tensorflow::mutex_lock lock(mutex_);
+    if (table_ != nullptr && path_ == path) return Status();
+    if (table_ != nullptr) {
+      return MakeStatus(StatusCode::kFailedPrecondition, "cannot load ", path, ": this handle holds ", path_,
+                        " already; give each table a handle with its own shared_name");
+    }
+    std::unique_ptr<Table> table;
+    DPSR_RETURN_IF_ERROR(open(&table));
+    table_ = std::move(table);
+    path_ = path;
+    return Status();
+  }
+
+ private:
+  mutable tensorflow::mutex mutex_;
+  std::shared_ptr<const Table> table_ TF_GUARDED_BY(mutex_);
+  std::string path_;
+};
+
+template <typename Table>
+class TableHandleOp : public tensorflow::ResourceOpKernel<TableResource<Table>> {
+ public:
+  using tensorflow::ResourceOpKernel<TableResource<Table>>::ResourceOpKernel;
+
+ private:
+  tensorflow::Status CreateResource(TableResource<Table>** resource) override {
+    *resource = new TableResource<Table>;
+    return tensorflow::OkStatus();
+  }
+};
+
+// The first input of every op here but DpsrPastQueries and DpsrFileFingerprint.
+constexpr int kHandle = 0;
+
+template <typename Table>
+tensorflow::Status LoadedTable(OpKernelContext* c, std::shared_ptr<const Table>* table) {
+  tensorflow::core::RefCountPtr<TableResource<Table>> resource;
+  TF_RETURN_IF_ERROR(LookupResource(c, HandleFromInput(c, kHandle), &resource));
+  *table = resource->Get();
+  if (*table != nullptr) return tensorflow::OkStatus();
+  return errors::FailedPrecondition(
+      "the table is not loaded: run the initialization op of the graph (tf.compat.v1.tables_initializer()) first");
+}
+
+tensorflow::Status CheckRank(const Tensor& tensor, int rank, const char* name, const char* expected) {
+  if (tensor.dims() == rank) return tensorflow::OkStatus();
+  return errors::InvalidArgument(name, " has shape ", tensor.shape().DebugString(), ", expected ", expected);
+}
+
+enum LoadInput { kLoadHandle = kHandle, kLoadFilename };
+
+// Loads a table into a handle. Subclasses say how a file is opened.
+template <typename Table>
+class TableLoadOp : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+
+  void Compute(OpKernelContext* c) override {
+    tensorflow::core::RefCountPtr<TableResource<Table>> resource;
+    OP_REQUIRES_OK(c, LookupResource(c, HandleFromInput(c, kLoadHandle), &resource));
+    OP_REQUIRES_OK(c, CheckRank(c->input(kLoadFilename), 0, "filename", "a scalar"));
+    const std::string path = c->input(kLoadFilename).scalar<tstring>()();
+    OP_REQUIRES_OK(
+        c, ToTensorFlow(resource->Load(path, [&](std::unique_ptr<Table>* table) { return Open(path, table); })));
+  }
+
+ private:
+  virtual Status Open(const std::string& path, std::unique_ptr<Table>* table) const = 0;
+};
+
+class KeyTableLoadOp : public TableLoadOp<KeyTable> {
+ public:
+  using TableLoadOp::TableLoadOp;
+
+ private:
+  Status Open(const std::string& path, std::unique_ptr<KeyTable>* table) const override {
+    return KeyTable::Open(path, table);
+  }
+};
+
+class ItemTableLoadOp : public TableLoadOp<ItemTable> {
+ public:
+  explicit ItemTableLoadOp(OpKernelConstruction* c) : TableLoadOp(c) {
+    OP_REQUIRES_OK(c, c->GetAttr("fixed", &names_.fixed));
+    OP_REQUIRES_OK(c, c->GetAttr("lists", &names_.lists));
+  }
+
+ private:
+  Status Open(const std::string& path, std::unique_ptr<ItemTable>* table) const override {
+    std::unique_ptr<PackedFile> file;
+    DPSR_RETURN_IF_ERROR(PackedFile::Open(path, "items", /*verify=*/false, &file));
+    return ItemTable::Open(std::move(file), names_, /*with_ids=*/true, table);
+  }
+
+  FeatureNames names_;
+};
+
+enum FeatureInput { kFeatureHandle = kHandle, kFeatureTexts, kFeatureValues };
+enum FeatureOutput { kFeatureCodes, kFeatureLists };  // then the values of all lists, then their splits
+
+class FeatureCodesOp : public OpKernel {
+ public:
+  explicit FeatureCodesOp(OpKernelConstruction* c) : OpKernel(c) {
+    std::string side;
+    std::vector<std::string> names;
+    std::vector<bool> lists;
+    std::vector<float> boundaries;
+    std::vector<int32_t> num_boundaries;
+    int num_lists;
+    tensorflow::DataTypeVector types;
+    OP_REQUIRES_OK(c, c->GetAttr("side", &side));
+    OP_REQUIRES_OK(c, c->GetAttr("names", &names));
+    OP_REQUIRES_OK(c, c->GetAttr("lists", &lists));
+    OP_REQUIRES_OK(c, c->GetAttr("boundaries", &boundaries));
+    OP_REQUIRES_OK(c, c->GetAttr("num_boundaries", &num_boundaries));
+    OP_REQUIRES_OK(c, c->GetAttr("num_lists", &num_lists));
+    OP_REQUIRES_OK(c, c->GetAttr("types", &types));
+    OP_REQUIRES(c,
+                names.size() == types.size() && lists.size() == types.size() && num_boundaries.size() == types.size(),
+                errors::InvalidArgument("names, lists and num_boundaries have ", names.size(), ", ", lists.size(),
+                                        " and ", num_boundaries.size(), " elements, expected one of each of the ",
+                                        types.size(), " values"));
+    size_t begin = 0;
+    for (size_t i = 0; i < names.size(); ++i) {
+      const size_t end = begin + static_cast<size_t>(std::max(num_boundaries[i], 0));
+      OP_REQUIRES(c, end <= boundaries.size(),
+                  errors::InvalidArgument("boundaries has ", boundaries.size(), " elements, expected ", end));
+      Feature feature{StrCat(side, "_", names[i]), StrCat(side, '\0', names[i], '\0'), bool{lists[i]}, {}};
+      feature.boundaries.assign(boundaries.begin() + begin, boundaries.begin() + end);
+      begin = end;
+      (feature.is_list ? num_lists_ : num_fixed_) += 1;
+      features_.push_back(std::move(feature));
+    }
+    OP_REQUIRES(c, num_lists == num_lists_,
+                errors::InvalidArgument("num_lists is ", num_lists, ", expected ", num_lists_, " as lists has it"));
+  }
+
+  void Compute(OpKernelContext* c) override {
+    std::shared_ptr<const KeyTable> table;
+    OP_REQUIRES_OK(c, LoadedTable(c, &table));
+    OP_REQUIRES_OK(c, CheckRank(c->input(kFeatureTexts), 1, "texts", "[batch]"));
+    const int64_t batch = c->input(kFeatureTexts).dim_size(0);
+    Tensor* codes;
+    OP_REQUIRES_OK(c, c->allocate_output(kFeatureCodes, {batch, num_fixed_}, &codes));
+    int32_t* code = codes->flat<tensorflow::int32>().data();
+    std::fill_n(code, codes->NumElements(), 0);
+    OpInputList values;
+    OP_REQUIRES_OK(c, c->input_list("values", &values));
+    int fixed = 0, list = 0;
+    for (size_t i = 0; i < features_.size(); ++i) {
+      const Feature& feature = features_[i];
+      const Tensor& value = values[static_cast<int>(i)];
+      if (feature.is_list) {
+        OP_REQUIRES_OK(c, List(c, *table, feature, value, batch, list++));
+        continue;
+      }
+      const int column = fixed++;
+      if (value.NumElements() == 0) continue;
+      OP_REQUIRES(c, value.shape() == TensorShape({batch}),
+                  errors::InvalidArgument(feature.input, " has shape ", value.shape().DebugString(), ", expected [",
+                                          batch, "], a value for each text, or [0] where all are absent"));
+      for (int64_t row = 0; row < batch; ++row) {
+        code[row * num_fixed_ + column] = value.dtype() == tensorflow::DT_STRING
+                                              ? Code(*table, feature, View(value.flat<tstring>()(row)))
+                                              : Bucket(feature, value.flat<float>()(row));
+      }
+    }
+  }
+
+ private:
+  struct Feature {
+    std::string input;   // its name in a signature
+    std::string prefix;  // of its values in the table
+    bool is_list;
+    std::vector<float> boundaries;
+  };
+
+  // The code of a value, 0 where it is empty or unknown.
+  static int32_t Code(const KeyTable& table, const Feature& feature, std::string_view value) {
+    value = Trimmed(value);
+    if (value.empty()) return 0;
+    const int32_t row = table.Find(feature.prefix + std::string(value));
+    return row < 0 ? 0 : table.code(row);
+  }
+
+  // 1 + the boundaries that are not above the number; 0 for NaN.
+  static int32_t Bucket(const Feature& feature, float number) {
+    if (std::isnan(number)) return 0;
+    const auto above = std::upper_bound(feature.boundaries.begin(), feature.boundaries.end(), number);
+    return static_cast<int32_t>(above - feature.boundaries.begin()) + 1;
+  }
+
+  // Codes of the known values of each row.
+  tensorflow::Status List(OpKernelContext* c, const KeyTable& table, const Feature& feature, const Tensor& value,
+                          int64_t batch, int list) {
+    const bool absent = value.NumElements() == 0;
+    if (!absent && !(value.dims() == 2 && value.dim_size(0) == batch)) {
+      return errors::InvalidArgument(feature.input, " has shape ", value.shape().DebugString(), ", expected [", batch,
+                                     ", n], values for each text, or no element where all are absent");
+    }
+    Tensor* splits;
+    TF_RETURN_IF_ERROR(c->allocate_output(kFeatureLists + num_lists_ + list, {batch + 1}, &splits));
+    int64_t* split = splits->flat<int64_t>().data();
+    std::vector<int32_t> codes;
+    split[0] = 0;
+    const int64_t width = absent ? 0 : value.dim_size(1);
+    for (int64_t row = 0; row < batch; ++row) {
+      for (int64_t i = 0; i < width; ++i) {
+        const int32_t code = Code(table, feature, View(value.flat<tstring>()(row * width + i)));
+        if (code > 0) codes.push_back(code);
+      }
+      split[row + 1] = static_cast<int64_t>(codes.size());
+    }
+    Tensor* out;
+    TF_RETURN_IF_ERROR(c->allocate_output(kFeatureLists + list, {split[batch]}, &out));
+    std::copy(codes.begin(), codes.end(), out->flat<tensorflow::int32>().data());
+    return tensorflow::OkStatus();
+  }
+
+  std::vector<Feature> features_;
+  int num_fixed_ = 0, num_lists_ = 0;
+};
+
+enum HistoryInput { kHistoryHandle = kHandle, kHistoryTexts, kHistoryIds, kHistoryTypes };
+enum HistoryOutput {
+  kHistoryRows,
+  kHistorySplits,
+  kHistoryTypeCodes,
+  kHistoryTextValues,
+  kHistoryTextSplits,
+  kHistoryCodes,
+  kHistoryLists  // then the values of all lists, then their splits
+};
+
+class ItemHistoryOp : public OpKernel {
+ public:
+  explicit ItemHistoryOp(OpKernelConstruction* c) : OpKernel(c) {
+    OP_REQUIRES_OK(c, c->GetAttr("length", &length_));
+    OP_REQUIRES_OK(c, c->GetAttr("num_lists", &num_lists_));
+    OP_REQUIRES_OK(c, c->GetAttr("event_types", &event_types_));
+    OP_REQUIRES_OK(c, c->GetAttr("default_type", &default_type_));
+  }
+
+  void Compute(OpKernelContext* c) override {
+    std::shared_ptr<const ItemTable> table;
+    OP_REQUIRES_OK(c, LoadedTable(c, &table));
+    OP_REQUIRES(c, table->features().lists.size() == static_cast<size_t>(num_lists_),
+                errors::InvalidArgument("num_lists is ", num_lists_, ", expected ", table->features().lists.size()));
+    OP_REQUIRES_OK(c, CheckRank(c->input(kHistoryTexts), 1, "texts", "[batch]"));
+    const int64_t batch = c->input(kHistoryTexts).dim_size(0);
+    const Tensor& ids = c->input(kHistoryIds);
+    const Tensor& types = c->input(kHistoryTypes);
+    OP_REQUIRES(c, ids.NumElements() == 0 || (ids.dims() == 2 && ids.dim_size(0) == batch),
+                errors::InvalidArgument("clicked_items has shape ", ids.shape().DebugString(), ", expected [", batch,
+                                        ", n], the items of each query's user, or no element where all are absent"));
+    OP_REQUIRES(c, types.NumElements() == 0 || types.shape() == ids.shape(),
+                errors::InvalidArgument("clicked_item_types has shape ", types.shape().DebugString(), ", expected ",
+                                        ids.shape().DebugString(),
+                                        " as clicked_items, or no element where all are clicks"));
+
+    const int64_t width = ids.NumElements() == 0 ? 0 : ids.dim_size(1);
+    // Through void*: TensorFlow's own int64 may be another type of the same size.
+    const int64_t* id = static_cast<const int64_t*>(ids.data());
+    std::vector<int32_t> rows, codes;
+    Tensor* splits;
+    OP_REQUIRES_OK(c, c->allocate_output(kHistorySplits, {batch + 1}, &splits));
+    int64_t* split = splits->flat<int64_t>().data();
+    split[0] = 0;
+    for (int64_t user = 0; user < batch; ++user) {
+      // The last ones that are known; from the newest on, then turned round.
+      const size_t begin = rows.size();
+      for (int64_t i = width - 1; i >= 0 && rows.size() - begin < static_cast<size_t>(length_); --i) {
+        const int64_t place = user * width + i;
+        int32_t type = default_type_;
+        if (types.NumElements() > 0) OP_REQUIRES_OK(c, Type(View(types.flat<tstring>()(place)), &type));
+        const int32_t row = id[place] < 0 ? -1 : table->Find(id[place]);
+        if (row < 0) continue;
+        rows.push_back(row);
+        codes.push_back(type);
+      }
+      std::reverse(rows.begin() + static_cast<int64_t>(begin), rows.end());
+      std::reverse(codes.begin() + static_cast<int64_t>(begin), codes.end());
+      split[user + 1] = static_cast<int64_t>(rows.size());
+    }
+
+    Tensor *rows_tensor, *types_tensor;
+    OP_REQUIRES_OK(c, c->allocate_output(kHistoryRows, {split[batch]}, &rows_tensor));
+    OP_REQUIRES_OK(c, c->allocate_output(kHistoryTypeCodes, {split[batch]}, &types_tensor));
+    std::copy(rows.begin(), rows.end(), rows_tensor->flat<tensorflow::int32>().data());
+    std::copy(codes.begin(), codes.end(), types_tensor->flat<tensorflow::int32>().data());
+    tensorflow::Allocator* allocator = c->get_allocator(tensorflow::AllocatorAttributes());
+    const Span<const int32_t> view(rows.data(), rows.size());
+    SetTokens(c, table->text(), view, allocator, kHistoryTextValues, kHistoryTextSplits);
+    c->set_output(kHistoryCodes, GatherCodesTensor(table->features(), view, allocator));
+    for (int i = 0; i < num_lists_; ++i) {
+      SetTokens(c, table->features().lists[static_cast<size_t>(i)], view, allocator, kHistoryLists + i,
+                kHistoryLists + num_lists_ + i);
+    }
+  }
+
+ private:
+  tensorflow::Status Type(std::string_view name, int32_t* type) const {
+    if (name.empty()) return tensorflow::OkStatus();
+    const auto found = std::find(event_types_.begin(), event_types_.end(), name);
+    if (found == event_types_.end()) {
+      std::string names;
+      for (const std::string& known : event_types_) names += (names.empty() ? "" : ", ") + known;
+      return errors::InvalidArgument("clicked_item_types has '", std::string(name), "', expected one of ", names,
+                                     ", or nothing for a click");
+    }
+    *type = static_cast<int32_t>(found - event_types_.begin());
+    return tensorflow::OkStatus();
+  }
+
+  static void SetTokens(OpKernelContext* c, const RaggedColumn& column, Span<const int32_t> rows,
+                        tensorflow::Allocator* allocator, int values_output, int splits_output) {
+    Tensor values, splits;
+    GatherTokens(column, rows, allocator, &values, &splits);
+    c->set_output(values_output, values);
+    c->set_output(splits_output, splits);
+  }
+
+  int length_, num_lists_, default_type_;
+  std::vector<std::string> event_types_;
+};
+
+enum QueriesInput { kQueriesTexts, kQueriesPast };
+enum QueriesOutput { kQueriesOut, kQueriesSplits };
+
+class PastQueriesOp : public OpKernel {
+ public:
+  explicit PastQueriesOp(OpKernelConstruction* c) : OpKernel(c) { OP_REQUIRES_OK(c, c->GetAttr("length", &length_)); }
+
+  void Compute(OpKernelContext* c) override {
+    OP_REQUIRES_OK(c, CheckRank(c->input(kQueriesTexts), 1, "texts", "[batch]"));
+    const int64_t batch = c->input(kQueriesTexts).dim_size(0);
+    const Tensor& past = c->input(kQueriesPast);
+    OP_REQUIRES(c, past.NumElements() == 0 || (past.dims() == 2 && past.dim_size(0) == batch),
+                errors::InvalidArgument("past_queries has shape ", past.shape().DebugString(), ", expected [", batch,
+                                        ", n], the queries of each query's user, or no element where all are absent"));
+    const int64_t width = past.NumElements() == 0 ? 0 : past.dim_size(1);
+    Tensor* splits;
+    OP_REQUIRES_OK(c, c->allocate_output(kQueriesSplits, {batch + 1}, &splits));
+    int64_t* split = splits->flat<int64_t>().data();
+    std::vector<std::string_view> texts;
+    split[0] = 0;
+    for (int64_t user = 0; user < batch; ++user) {
+      const size_t begin = texts.size();
+      // The last ones, of equal ones in a row one; from the newest on, then turned round.
+      for (int64_t i = width - 1; i >= 0 && texts.size() - begin < static_cast<size_t>(length_); --i) {
+        const std::string_view text = Trimmed(View(past.flat<tstring>()(user * width + i)));
+        if (!text.empty() && (texts.size() == begin || texts.back() != text)) texts.push_back(text);
+      }
+      std::reverse(texts.begin() + static_cast<int64_t>(begin), texts.end());
+      split[user + 1] = static_cast<int64_t>(texts.size());
+    }
+    Tensor* out;
+    OP_REQUIRES_OK(c, c->allocate_output(kQueriesOut, {split[batch]}, &out));
+    for (size_t i = 0; i < texts.size(); ++i) {
+      out->flat<tstring>()(static_cast<int64_t>(i)).assign(texts[i].data(), texts[i].size());
+    }
+  }
+
+ private:
+  int length_;
+};
+
+enum KeysInput { kKeysHandle = kHandle, kKeysInput };
+
+class ItemIdsOfKeysOp : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+
+  void Compute(OpKernelContext* c) override {
+    std::shared_ptr<const KeyTable> table;
+    OP_REQUIRES_OK(c, LoadedTable(c, &table));
+    const Tensor& keys = c->input(kKeysInput);
+    Tensor* ids;
+    OP_REQUIRES_OK(c, c->allocate_output(0, keys.shape(), &ids));
+    int64_t* out = static_cast<int64_t*>(ids->data());
+    for (int64_t i = 0; i < keys.NumElements(); ++i) {
+      const std::string_view key = Trimmed(View(keys.flat<tstring>()(i)));
+      const int32_t row = key.empty() ? -1 : table->Find(key);
+      out[i] = row < 0 ? -1 : table->id(row);
+    }
+  }
+};
+
+class ItemKeysOfIdsOp : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+
+  void Compute(OpKernelContext* c) override {
+    std::shared_ptr<const KeyTable> table;
+    OP_REQUIRES_OK(c, LoadedTable(c, &table));
+    const Tensor& ids = c->input(kKeysInput);
+    const int64_t* id = static_cast<const int64_t*>(ids.data());
+    Tensor* keys;
+    OP_REQUIRES_OK(c, c->allocate_output(0, ids.shape(), &keys));
+    for (int64_t i = 0; i < ids.NumElements(); ++i) {
+      const int32_t row = id[i] < 0 ? -1 : table->FindId(id[i]);
+      if (row < 0) continue;  // the empty text
+      const std::string_view key = table->key(row);
+      keys->flat<tstring>()(i).assign(key.data(), key.size());
+    }
+  }
+};
+
+class FileFingerprintOp : public OpKernel {
+ public:
+  explicit FileFingerprintOp(OpKernelConstruction* c) : OpKernel(c) {
+    OP_REQUIRES_OK(c, c->GetAttr("expected", &expected_));
+  }
+
+  void Compute(OpKernelContext* c) override {
+    OP_REQUIRES_OK(c, CheckRank(c->input(0), 0, "filename", "a scalar"));
+    const std::string path = c->input(0).scalar<tstring>()();
+    std::string found;
+    OP_REQUIRES_OK(c, ToTensorFlow(FileFingerprint(path, &found)));
+    OP_REQUIRES(c, expected_.empty() || found == expected_,
+                errors::FailedPrecondition(path, ": is not the file that this servable was exported with (fingerprint ",
+                                           found, ", expected ", expected_,
+                                           "); files of another model, index or tokenizer give wrong answers: export "
+                                           "the model again"));
+    Tensor* out;
+    OP_REQUIRES_OK(c, c->allocate_output(0, {}, &out));
+    out->scalar<tstring>()() = found;
+  }
+
+ private:
+  std::string expected_;
+};
+
+tensorflow::Status LoadShapes(InferenceContext* c) {
+  ShapeHandle scalar;
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(kLoadHandle), 0, &scalar));
+  return c->WithRank(c->input(kLoadFilename), 0, &scalar);
+}
+
+// Checks the rank of the texts, [batch], and gives the dimension of the splits of one list a text.
+tensorflow::Status SplitsDim(InferenceContext* c, int texts_input, DimensionHandle* splits) {
+  ShapeHandle texts;
+  TF_RETURN_IF_ERROR(c->WithRank(c->input(texts_input), 1, &texts));
+  return c->Add(c->Dim(texts, 0), 1, splits);
+}
+
+#define DPSR_REGISTER_HANDLE(name, what)                     \
+  REGISTER_OP(name)                                          \
+      .Attr("container: string = ''")                        \
+      .Attr("shared_name: string = ''")                      \
+      .Output("handle: resource")                            \
+      .SetIsStateful()                                       \
+      .SetShapeFn(tensorflow::shape_inference::ScalarShape)  \
+      .Doc("A handle for " what ", empty until its load op has run. Handles of one shared_name share one table.")
+DPSR_REGISTER_HANDLE("DpsrKeyTableHandle", "a key table");
+DPSR_REGISTER_HANDLE("DpsrItemTableHandle", "an item table");
+#undef DPSR_REGISTER_HANDLE
+
+REGISTER_OP("DpsrKeyTableLoad")
+    .Input("handle: resource")
+    .Input("filename: string")
+    .SetIsStateful()
+    .SetShapeFn(LoadShapes)
+    .Doc(R"doc(
+Maps a key table (export/request_tables/key_table.h) into a handle. A damaged file is refused.
+)doc");
+
+REGISTER_OP("DpsrItemTableLoad")
+    .Input("handle: resource")
+    .Input("filename: string")
+    .Attr("fixed: list(string) = []")
+    .Attr("lists: list(string) = []")
+    .SetIsStateful()
+    .SetShapeFn(LoadShapes)
+    .Doc(R"doc(
+Maps items.dpsr (dpsr_tf/ops/item_table.h) into a handle. A damaged file, or one without a feature, is refused.
+
+fixed: Features of the kinds categorical and number that lookups give.
+lists: Those of the kinds multi and text.
+)doc");
+
+REGISTER_OP("DpsrFeatureCodes")
+    .Input("handle: resource")
+    .Input("texts: string")
+    .Input("values: types")
+    .Attr("types: list({string, float}) >= 1")
+    .Attr("side: string")
+    .Attr("names: list(string)")
+    .Attr("lists: list(bool)")
+    .Attr("boundaries: list(float) = []")
+    .Attr("num_boundaries: list(int)")
+    .Attr("num_lists: int >= 0 = 0")
+    .Output("codes: int32")
+    .Output("list_values: num_lists * int32")
+    .Output("list_splits: num_lists * int64")
+    .SetIsStateful()
+    .SetShapeFn([](InferenceContext* c) {
+      DimensionHandle splits;
+      TF_RETURN_IF_ERROR(SplitsDim(c, kFeatureTexts, &splits));
+      std::vector<bool> lists;
+      int num_lists;
+      TF_RETURN_IF_ERROR(c->GetAttr("lists", &lists));
+      TF_RETURN_IF_ERROR(c->GetAttr("num_lists", &num_lists));
+      const int64_t fixed = static_cast<int64_t>(lists.size()) - num_lists;
+      c->set_output(kFeatureCodes, c->Matrix(c->Dim(c->input(kFeatureTexts), 0), std::max(fixed, int64_t{0})));
+      for (int i = 0; i < num_lists; ++i) {
+        c->set_output(kFeatureLists + i, c->Vector(InferenceContext::kUnknownDim));
+        c->set_output(kFeatureLists + num_lists + i, c->Vector(splits));
+      }
+      return tensorflow::OkStatus();
+    })
+    .Doc(R"doc(
+Codes of feature values, as ingest gave them to training: 0 for what is absent or unknown.
+
+handle: A key table whose keys are "SIDE\0NAME\0VALUE", with their codes.
+texts: [batch], what the values belong to; it only tells how many there are.
+values: Of each feature: strings [batch] (categorical), floats [batch] (number; NaN is absent), strings [batch, n] (one
+  of `lists`; "" is padding); a tensor without elements where it is absent for all.
+side: "user" or "item".
+lists: Whether a feature is of kind multi.
+boundaries: Of all features of kind number, one after the other; a number is in the bucket after those not above it.
+codes: [batch, features that are no lists].
+)doc");
+
+REGISTER_OP("DpsrItemHistory")
+    .Input("handle: resource")
+    .Input("texts: string")
+    .Input("ids: int64")
+    .Input("types: string")
+    .Attr("length: int >= 1")
+    .Attr("event_types: list(string)")
+    .Attr("default_type: int >= 0")
+    .Attr("num_lists: int >= 0 = 0")
+    .Output("rows: int32")
+    .Output("row_splits: int64")
+    .Output("type_codes: int32")
+    .Output("text_values: int32")
+    .Output("text_splits: int64")
+    .Output("codes: int32")
+    .Output("list_values: num_lists * int32")
+    .Output("list_splits: num_lists * int64")
+    .SetIsStateful()
+    .SetShapeFn([](InferenceContext* c) {
+      DimensionHandle splits;
+      TF_RETURN_IF_ERROR(SplitsDim(c, kHistoryTexts, &splits));
+      int num_lists;
+      TF_RETURN_IF_ERROR(c->GetAttr("num_lists", &num_lists));
+      const ShapeHandle unknown = c->Vector(InferenceContext::kUnknownDim);
+      for (int i = 0; i < c->num_outputs(); ++i) c->set_output(i, unknown);
+      c->set_output(kHistorySplits, c->Vector(splits));
+      c->set_output(kHistoryCodes, c->Matrix(InferenceContext::kUnknownDim, InferenceContext::kUnknownDim));
+      return tensorflow::OkStatus();
+    })
+    .Doc(R"doc(
+Texts and features of the last known items of users, oldest first, as training read them.
+
+texts: [batch], one a user; it only tells how many there are.
+ids: [batch, n] item ids, oldest first; -1 and unknown ones are left out. No element where all are absent.
+types: [batch, n] names of `event_types`, "" for the default; no element where all are that.
+length: How many items of a user count.
+rows: [h] rows of the item table.
+row_splits: [batch + 1], where each user's items are.
+type_codes: [h] places in event_types.
+)doc");
+
+REGISTER_OP("DpsrPastQueries")
+    .Input("texts: string")
+    .Input("past_queries: string")
+    .Attr("length: int >= 1")
+    .Output("queries: string")
+    .Output("row_splits: int64")
+    .SetShapeFn([](InferenceContext* c) {
+      DimensionHandle splits;
+      TF_RETURN_IF_ERROR(SplitsDim(c, kQueriesTexts, &splits));
+      c->set_output(kQueriesOut, c->Vector(InferenceContext::kUnknownDim));
+      c->set_output(kQueriesSplits, c->Vector(splits));
+      return tensorflow::OkStatus();
+    })
+    .Doc(R"doc(
+The last past queries of users, oldest first; of equal ones in a row, one.
+
+texts: [batch], one a user; it only tells how many there are.
+past_queries: [batch, n], oldest first; "" is padding. No element where all are absent.
+length: How many of a user count.
+row_splits: [batch + 1], where each user's queries are.
+)doc");
+
+#define DPSR_REGISTER_LOOKUP(name, from, to, doc)                      \
+  REGISTER_OP(name)                                                    \
+      .Input("handle: resource")                                       \
+      .Input(from)                                                     \
+      .Output(to)                                                      \
+      .SetIsStateful()                                                 \
+      .SetShapeFn([](InferenceContext* c) {                            \
+        c->set_output(0, c->input(kKeysInput));                        \
+        return tensorflow::OkStatus();                                 \
+      })                                                               \
+      .Doc(doc)
+DPSR_REGISTER_LOOKUP("DpsrItemIdsOfKeys", "keys: string", "ids: int64",
+                     "Item ids of the shop's own text ids, of the same shape; -1 where there is none.");
+DPSR_REGISTER_LOOKUP("DpsrItemKeysOfIds", "ids: int64", "keys: string",
+                     "The shop's own text ids of item ids, of the same shape; empty where there is none.");
+#undef DPSR_REGISTER_LOOKUP
+
+REGISTER_OP("DpsrFileFingerprint")
+    .Input("filename: string")
+    .Attr("expected: string = ''")
+    .Output("fingerprint: string")
+    .SetIsStateful()
+    .SetShapeFn([](InferenceContext* c) {
+      ShapeHandle scalar;
+      TF_RETURN_IF_ERROR(c->WithRank(c->input(0), 0, &scalar));
+      c->set_output(0, scalar);
+      return tensorflow::OkStatus();
+    })
+    .Doc(R"doc(
+Tells a file of a servable from others (export/request_tables/file_fingerprint.h).
+
+expected: Where it is not empty, another fingerprint is FailedPrecondition.
+)doc");
+
+#define DPSR_REGISTER(name, kernel) REGISTER_KERNEL_BUILDER(Name(name).Device(tensorflow::DEVICE_CPU), kernel)
+DPSR_REGISTER("DpsrKeyTableHandle", TableHandleOp<KeyTable>);
+DPSR_REGISTER("DpsrItemTableHandle", TableHandleOp<ItemTable>);
+DPSR_REGISTER("DpsrKeyTableLoad", KeyTableLoadOp);
+DPSR_REGISTER("DpsrItemTableLoad", ItemTableLoadOp);
+DPSR_REGISTER("DpsrFeatureCodes", FeatureCodesOp);
+DPSR_REGISTER("DpsrItemHistory", ItemHistoryOp);
+DPSR_REGISTER("DpsrPastQueries", PastQueriesOp);
+DPSR_REGISTER("DpsrItemIdsOfKeys", ItemIdsOfKeysOp);
+DPSR_REGISTER("DpsrItemKeysOfIds", ItemKeysOfIdsOp);
+DPSR_REGISTER("DpsrFileFingerprint", FileFingerprintOp);
+#undef DPSR_REGISTER
+
+}  // namespace
+}  // namespace dpsr
