@@ -40,14 +40,16 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_the_native_parts(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for part in (
+        "dpsr_common/_native.",
+        "dpsr_common/serving_apis.desc",
         "dpsr_tokenizer/_native.",
         "dpsr_tokenizer/libdpsr_tokenizer_ops.so",
         "dpsr_tf/ops/libdpsr_training_ops.so",
+        "dpsr_tf/configs/homedepot.yaml",
         "dpsr_tf/data/adapters/homedepot.yaml",
         "dpsr_tf/shop/lexicon.yaml",
         "dpsr_export/libdpsr_retrieval_ops.so",
         "dpsr_serving/bin/dpsr_model_server",
-        "dpsr_serving/serving_apis.desc",
         "dpsr_tokenizer/py.typed",
     ):
         assert any(name.startswith(part) for name in names), part
@@ -57,7 +59,7 @@ def test_wheel_holds_the_native_parts(wheel: Path) -> None:
 def test_native_parts_name_no_path_of_this_machine(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     binaries = [*tmp_path.rglob("*.so"), tmp_path / "dpsr_serving" / "bin" / "dpsr_model_server"]
-    assert len(binaries) == 5
+    assert len(binaries) == 6
     for binary in binaries:
         dynamic = subprocess.run(["readelf", "-d", str(binary)], capture_output=True, text=True, check=True).stdout
         for line in dynamic.splitlines():
