@@ -68,7 +68,8 @@ def from_dict(cls: type[T], data: Any, where: str, check: bool = True) -> T:
 
     Args:
         cls: the dataclass; its method `problem`, if it has one, says what is wrong with values that do not go together.
-            Where it has a class variable SHORTHAND, a text stands for a mapping with that one key.
+            Two class variables are optional. SHORTHAND names a key: a text in place of the mapping is the value of that
+            key. RENAMED maps a key of earlier versions to how it is written now: {"old_key": "new_key: VALUE"}.
         data: the mapping; None, an empty section, is one without keys.
         where: stands before each error: the file, then the section.
         check: asks `problem`.
@@ -84,7 +85,10 @@ def from_dict(cls: type[T], data: Any, where: str, check: bool = True) -> T:
         raise UsageError(f"{where}: is {data!r}, expected a section of `key: value` lines")
     types = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    renamed = getattr(cls, "RENAMED", {})
     for key in data:
+        if key in renamed:
+            raise UsageError(f"{where}: key '{key}' was renamed; write {renamed[key]}")
         if key not in fields:
             near = difflib.get_close_matches(str(key), list(fields), 1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
