@@ -1,1 +1,1 @@
-"""What all packages of DPSR stand on. Importing this package imports nothing else."""
+"""The parts that every package of DPSR builds on. Importing this package imports nothing else."""

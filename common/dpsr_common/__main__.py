@@ -1,4 +1,4 @@
-"""`python -m dpsr_common COMMAND ...` is `dpsr COMMAND ...`, also where the environment's bin folder is not in PATH."""
+"""Runs `python -m dpsr_common COMMAND ...` as `dpsr COMMAND ...`; the environment's bin folder need not be in PATH."""
 
 import sys
 

@@ -1,16 +1,21 @@
-"""The console script `dpsr`: finds a command's module, parses its flags, runs it, turns its errors into a status.
+"""The console script `dpsr`: finds the module of a command, parses its flags, runs it, and reports its errors.
 
-A command is an entry point of the group "dpsr.commands" (pyproject.toml), whose value is a module with
+A command is an entry point of the group "dpsr.commands" (pyproject.toml). Its value is a module with
 
-    a docstring that begins "`dpsr NAME`: SUMMARY."       what `dpsr --help` prints
-    USAGE: str                                            what `--help` prints above the flags
+    a docstring that begins "`dpsr NAME`: SUMMARY."       `dpsr --help` prints the summary
+    USAGE: str                                            `--help` prints it above the flags
     define_flags(values: absl.flags.FlagValues) -> None
-    run(values, arguments: list[str]) -> int | None       the exit status; None is 0
+    run(values, arguments: list[str]) -> int | None       returns the exit status; None is 0
 
-and, where it needs them, `REQUIRED_FLAGS` (names), `TAKES_ARGUMENTS = True` (else one is an error), and
-`PASS_UNKNOWN_FLAGS = True` (flags for another program, which arrive in `arguments`). An
-exception with an integer attribute `status` is the user's to mend: it is printed as one line and gives the exit status
-(1 failed, 2 bad usage). Modules are imported only when their command runs, so `dpsr query` never imports TensorFlow.
+Three more attributes are optional:
+
+    REQUIRED_FLAGS: names of flags without which the command does not start
+    TAKES_ARGUMENTS = True: the command has arguments besides flags; without it they are an error
+    PASS_UNKNOWN_FLAGS = True: unknown flags are for another program, and arrive in `arguments`
+
+An exception with an integer attribute `status` (dpsr_common.errors) is one that the user can act on: it is printed as
+one line and gives the exit status, 1 for a failure and 2 for bad usage. A module is imported only when its command
+runs, so `dpsr query` never imports TensorFlow.
 """
 
 from __future__ import annotations
@@ -27,10 +32,10 @@ from types import ModuleType
 
 from absl import flags
 
-# Entry points of this group are the commands: name -> module.
+# The entry points of this group are the commands: name -> module.
 GROUP = "dpsr.commands"
 
-# The order of `dpsr --help`: that of the work. Commands that are not named here come last.
+# The order of the commands in `dpsr --help` follows the work. Commands that are not named here come last.
 _ORDER = (
     *("demo", "generate", "tokenize", "ingest"),
     *("train", "launch", "index", "export"),
@@ -38,23 +43,24 @@ _ORDER = (
     *("evaluate", "report"),
 )
 
-# The extra that brings a package; all others are of `train`.
+# The extra of DPSR that installs a package. All other packages come with `train`.
 _EXTRAS = {"faiss": "faiss-cpu"} | dict.fromkeys(("markdown", "matplotlib", "sklearn", "threadpoolctl"), "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `dpsr COMMAND ...`; `argv` leaves the program's name out. Returns the exit status."""
+    """Runs `dpsr COMMAND ...` and returns the exit status. `argv` does not include the program's name."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("help", "--help", "-h"):
         return _guarded(lambda: print(_overview(), flush=True)) or (0 if arguments else 2)
-    name, found = arguments[0], commands()
-    if name not in found:
-        return _fail("dpsr", f"no command '{name}', expected one of: {', '.join(found)}", 2)
-    # Users should see our progress, not TensorFlow's start-up lines and Estimator's deprecation warnings.
+    name, known = arguments[0], commands()
+    if name not in known:
+        return _fail("dpsr", f"no command '{name}', expected one of: {', '.join(known)}", 2)
+    # Users should see our progress, not TensorFlow's start-up lines and Estimator's deprecation warnings. TensorFlow's
+    # errors still arrive, as exceptions.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    logging.getLogger("tensorflow").setLevel(logging.CRITICAL)  # errors arrive as exceptions
+    logging.getLogger("tensorflow").setLevel(logging.CRITICAL)
     try:
-        return run_command(f"dpsr {name}", found[name].load(), arguments[1:])
+        return run_command(f"dpsr {name}", known[name].load(), arguments[1:])
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0].startswith("dpsr_"):
             raise
@@ -64,16 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(name: str, module: ModuleType, arguments: Sequence[str]) -> int:
     """Parses `arguments` with the flags of the command `module`, runs it, and returns the exit status."""
-    # Flags of one command only: the global `flags.FLAGS` would mix those of all modules that happen to be loaded.
+    # The global `flags.FLAGS` would also hold the flags of every other module that happens to be loaded.
     values = flags.FlagValues()
-    flags.DEFINE_boolean("help", False, "prints this text", flag_values=values)
+    flags.DEFINE_boolean("help", False, "print this text and exit", flag_values=values)
     module.define_flags(values)
+    passes_unknown_flags = getattr(module, "PASS_UNKNOWN_FLAGS", False)
+    takes_arguments = passes_unknown_flags or getattr(module, "TAKES_ARGUMENTS", False)
     try:
-        rest = values([name, *arguments], known_only=getattr(module, "PASS_UNKNOWN_FLAGS", False))[1:]
+        rest = values([name, *arguments], known_only=passes_unknown_flags)[1:]
         if values["help"].value:
             return _guarded(lambda: print(_help(module.USAGE, values), flush=True))
         values.validate_all_flags()
-        takes_arguments = any(getattr(module, name, False) for name in ("TAKES_ARGUMENTS", "PASS_UNKNOWN_FLAGS"))
         if rest and not takes_arguments:
             raise flags.Error(f"unexpected argument '{rest[0]}'")
         for required in getattr(module, "REQUIRED_FLAGS", ()):
@@ -91,16 +98,16 @@ def run_command(name: str, module: ModuleType, arguments: Sequence[str]) -> int:
 
 
 def commands() -> dict[str, EntryPoint]:
-    """Entry point of each command, in the order of `dpsr --help`."""
-    found = {entry.name: entry for entry in entry_points(group=GROUP)}
-    names = [name for name in _ORDER if name in found] + sorted(set(found) - set(_ORDER))
-    return {name: found[name] for name in names}
+    """Returns the entry point of each command by its name, in the order of `dpsr --help`."""
+    installed = {entry.name: entry for entry in entry_points(group=GROUP)}
+    names = [name for name in _ORDER if name in installed] + sorted(set(installed) - set(_ORDER))
+    return {name: installed[name] for name in names}
 
 
 def summary(entry: EntryPoint) -> str:
-    """What a command does, out of the first line of its module's docstring. Nothing is imported for it.
+    """Returns the summary of a command from the first line of its module's docstring, "`dpsr NAME`: SUMMARY.".
 
-    The line reads "`dpsr NAME`: SUMMARY."
+    Reads the source; the module is not imported.
     """
     spec = importlib.util.find_spec(entry.module)
     if spec is None or spec.origin is None:
@@ -110,13 +117,13 @@ def summary(entry: EntryPoint) -> str:
 
 
 def _guarded(body: Callable[[], int | None]) -> int:
-    """The exit status of `body`, also where the user or the reader of our output ends it."""
+    """Runs `body` and returns its exit status, also if the user interrupts it or nobody reads its output any more."""
     try:
         return body() or 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader (`| head`) has what it wanted. Python must not fail once more when it flushes at exit.
+        # The reader (`| head`) has what it wanted. Without this, Python would fail again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 

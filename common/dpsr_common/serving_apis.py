@@ -1,9 +1,9 @@
-"""TensorFlow Serving's API: message classes and methods, without TensorFlow.
+"""Message classes and method names of TensorFlow Serving's API, without TensorFlow.
 
-The generated module `tensorflow_serving.apis.predict_pb2` imports all of TensorFlow. The same messages are built here
-from the descriptor set that the build takes out of the `tensorflow-serving-api` wheel, in a pool of their own, so that
-a process may also import TensorFlow without two definitions of one message meeting. What matters is the wire format,
-which is the same.
+The generated module `tensorflow_serving.apis.predict_pb2` imports all of TensorFlow. Here the same messages are built
+from the descriptors that common/dump_apis.py takes out of the `tensorflow-serving-api` wheel. They live in a descriptor
+pool of their own, so that a process which also imports TensorFlow does not meet two definitions of one message. The
+bytes on the wire are the same.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 _DESCRIPTOR_SET = Path(__file__).with_name("serving_apis.desc")
 
-# gRPC's own limit is 4 MiB; TensorFlow Serving raises it to what a message may hold at all, and so do we.
+# gRPC's own limit is 4 MiB. Like TensorFlow Serving, we raise it to the size that a protobuf message can have.
 MAX_MESSAGE_BYTES = 2**31 - 1
 GRPC_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 )
 
-# A connection to a server is direct (`http_proxy` is about the web), and a server that comes back is found within
-# two seconds instead of gRPC's two minutes.
+# Options for connections to servers. They ignore the environment variable `http_proxy`, which is meant for the web, and
+# find a server that comes back within two seconds instead of gRPC's two minutes.
 CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
     *GRPC_OPTIONS,
     ("grpc.enable_http_proxy", 0),

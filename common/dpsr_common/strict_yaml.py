@@ -1,7 +1,12 @@
-"""YAML files, read strictly: a key given twice is an error, and every error names the file, the key and the value."""
+"""Strict YAML: a key that is given twice is an error, and every error names the file, the key and the value.
+
+`read_yaml` reads a file for `dpsr_common.typed_config`. A package that checks its file by hand, without dataclasses,
+reads it with `read_file` and `load_yaml`, and takes its values out of a `Section`.
+"""
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,20 +19,21 @@ from dpsr_common.errors import UsageError
 T = TypeVar("T")
 
 
-def read_file(path: Path, parse: Callable[[str], T]) -> T:
-    """Reads a configuration file. Raises UsageError that names the file, also in the errors of `parse`."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot read the configuration: {error}") from error
-    try:
-        return parse(text)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
-
-
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; {} for an empty file. Raises UsageError if there is none."""
+    """Reads the mapping in a YAML file; an empty file is {}.
+
+    Raises:
+        UsageError: there is no such file, it cannot be read, or it does not hold a YAML mapping. Names the file.
+    """
+    return read_file(path, _load_mapping)
+
+
+def read_file(path: str | Path, parse: Callable[[str], T]) -> T:
+    """Returns what `parse` makes of the text of a YAML file.
+
+    Raises:
+        UsageError: the file cannot be read, or `parse` raised UsageError. Names the file.
+    """
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
@@ -35,21 +41,34 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     try:
-        tree = load_yaml(data)
+        return parse(_decode(data))
     except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
+        raise UsageError(f"{path}: {error}") from error
+
+
+def load_yaml(text: str) -> Any:
+    """Returns the value that a YAML text stands for; {} for an empty text. Raises UsageError if it is not YAML."""
+    try:
+        tree = yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+        raise UsageError(f"not valid YAML: {error}") from error
+    return {} if tree is None else tree
+
+
+def _load_mapping(text: str) -> dict[str, Any]:
+    tree = load_yaml(text)
     if not isinstance(tree, dict):
-        raise UsageError(f"{path}: holds a {type(tree).__name__}, expected `key: value` lines")
+        raise UsageError(f"holds a {type(tree).__name__}, expected `key: value` lines")
     return tree
 
 
-def load_yaml(text: str | bytes) -> Any:
-    """What the YAML text says; {} for an empty text. Raises UsageError."""
+def _decode(data: bytes) -> str:
+    """Decodes the bytes of a YAML file, which are UTF-8, or UTF-16 with a byte order mark."""
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        tree = yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: bad UTF-8, or a date that does not exist
+        return data.decode("utf-16" if is_utf16 else "utf-8")
+    except UnicodeDecodeError as error:
         raise UsageError(f"not valid YAML: {error}") from error
-    return {} if tree is None else tree
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -58,8 +77,11 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            # The keys that a merge (`<<: *other`) brings along may be given again.
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = str(self.construct_object(key_node, deep=True))
-            if key_node.tag != "tag:yaml.org,2002:merge" and key in seen:
+            if key in seen:
                 raise yaml.constructor.ConstructorError(
                     "while reading a section", node.start_mark, f"key {key!r} is given twice", key_node.start_mark
                 )
@@ -68,26 +90,36 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 class Section:
-    """A mapping of the file with its key, and readers of its values that raise UsageError, naming key and value.
+    """One mapping of a configuration file, with typed readers of its values.
 
-    A reader returns `default` where the key is not there.
+    A reader returns `default` if the key is not there. It raises UsageError for a value that is not allowed; the error
+    names the key, the value and what is expected.
+
+    Attributes:
+        tree: the mapping itself.
+        key: what errors write before the name of one of its keys: "models.demo." or, for the whole file, "".
     """
 
     def __init__(self, key: str, tree: Any, allowed: tuple[str, ...]) -> None:
+        """Raises UsageError if `tree` is not a mapping or has a key that is not in `allowed`.
+
+        `key` is the path of the section in the file ("models.demo"); it is empty for the whole file.
+        """
+        where = key or "the configuration"
         if not isinstance(tree, dict):
-            raise UsageError(f"{key}: got {tree!r}, expected a mapping with the keys {', '.join(allowed)}")
+            raise UsageError(f"{where}: got {tree!r}, expected a mapping with the keys {', '.join(allowed)}")
         for name in tree:
             if name not in allowed:
-                raise UsageError(f"{key}: unknown key {name!r}, allowed: {', '.join(allowed)}")
-        self.key = "" if key == "the configuration" else f"{key}."
+                raise UsageError(f"{where}: unknown key {name!r}, allowed: {', '.join(allowed)}")
+        self.key = f"{key}." if key else ""
         self.tree = tree
 
     def section(self, name: str, allowed: tuple[str, ...]) -> Section:
-        """The mapping below a key, empty where there is none."""
+        """Returns the section below a key; an empty one if the key is not there."""
         return Section(f"{self.key}{name}", self.tree.get(name, {}), allowed)
 
     def text(self, name: str, default: T, check: Callable[[str], bool] = bool, words: str = "") -> str | T:
-        """A string that is not empty and passes `check`; `words` say what is expected."""
+        """Reads a string that is not empty and passes `check`. `words` say in the error what is expected."""
         return self.value(
             name,
             default,
@@ -96,11 +128,11 @@ class Section:
         )
 
     def flag(self, name: str, default: bool) -> bool:
-        """True or false."""
+        """Reads true or false."""
         return bool(self.value(name, default, lambda value: isinstance(value, bool), "true or false"))
 
     def integer(self, name: str, default: T, least: int) -> int | T:
-        """An integer of at least `least`."""
+        """Reads an integer of at least `least`."""
         return self.value(
             name,
             default,
@@ -108,23 +140,22 @@ class Section:
             f"an integer of at least {least}",
         )
 
-    def number(self, name: str, default: T, below: float = 0, most: float = math.inf) -> float | T:
-        """A number above `below` and at most `most`."""
-        limit = f"above {below:g}" if most == math.inf else f"above {below:g} and at most {most:g}"
+    def number(
+        self, name: str, default: T, below: float = 0, most: float = math.inf, least: float | None = None
+    ) -> float | T:
+        """Reads a finite number above `below`, or of at least `least` if that is given, and at most `most`."""
+        limit = f"above {below:g}" if least is None else f"of at least {least:g}"
+
+        def valid(value: Any) -> bool:
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            return is_number and (value > below if least is None else value >= least) and value <= most
+
         return self.value(
-            name,
-            default,
-            lambda value: (
-                isinstance(value, (int, float))
-                and not isinstance(value, bool)
-                and below < value <= most
-                and math.isfinite(value)
-            ),
-            f"a number {limit}",
+            name, default, valid, f"a number {limit}" if most == math.inf else f"a number {limit} and at most {most:g}"
         )
 
     def value(self, name: str, default: T, valid: Callable[[Any], bool], words: str) -> Any | T:
-        """Whatever is `valid`."""
+        """Reads a value for which `valid` is true. `words` say in the error what is expected."""
         if name not in self.tree:
             return default
         value = self.tree[name]

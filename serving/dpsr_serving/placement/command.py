@@ -180,7 +180,7 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
 
 def parse_config(text: str) -> PlacementConfig:
     """Reads a placement file. Raises UsageError that names key, value and what is allowed."""
-    top = Section("the configuration", load_yaml(text), ("servers", "models", "swap_room", "tls"))
+    top = Section("", load_yaml(text), ("servers", "models", "swap_room", "tls"))
     servers, addresses = {}, {}
     for name, section in _sections(top, "servers", ("address", "memory", "zone", "leaving")):
         addresses[name] = check_address(f"{section.key}address", section.tree.get("address"))
@@ -241,7 +241,7 @@ def _model(name: str, section: Section, swap_room: bool) -> ModelEntry:
         memory=one * count,
         swap=one if swap_room else 0,
         replicas=section.integer("replicas", 1, 1),
-        requests=float(section.number("requests_per_s", 0.0, below=-1e-9)),
+        requests=float(section.number("requests_per_s", 0.0, least=0)),
     )
     return ModelEntry(placed, base_path, tuple(sorted(set(versions))), latest, labels)
 

@@ -152,7 +152,7 @@ def load_config(path: Path) -> ProxyConfig:
 def parse_config(text: str) -> ProxyConfig:
     """Reads a configuration. Raises UsageError that names key, value and what is allowed."""
     top = Section(
-        "the configuration",
+        "",
         load_yaml(text),
         ("models", "default", "max_outstanding", "health", "retries", "tls", "access_log"),
     )
@@ -342,7 +342,7 @@ def _health(section: Section) -> HealthConfig:
         section.number("every_s", preset.every_s),
         section.number("timeout_s", preset.timeout_s),
         section.integer("failures", preset.failures, 1),
-        section.number("return_s", preset.return_s, below=-1e-9),
+        section.number("return_s", preset.return_s, least=0),
     )
 
 
@@ -350,7 +350,7 @@ def _retries(section: Section) -> RetryConfig:
     preset = RetryConfig()
     return RetryConfig(
         section.integer("attempts", preset.attempts, 1),
-        section.number("budget", preset.budget, below=-1e-9, most=1),
+        section.number("budget", preset.budget, least=0, most=1),
         section.integer("reserve", preset.reserve, 0),
     )
 
@@ -376,5 +376,5 @@ def _access_log(top: Section) -> AccessLogConfig | None:
     if not isinstance(metadata, list) or not all(isinstance(key, str) and key for key in metadata):
         raise UsageError(f"access_log.metadata: got {metadata!r}, expected a list of metadata keys")
     return AccessLogConfig(
-        path, section.number("sample", 0.01, below=-1e-9, most=1), section.flag("errors", True), tuple(metadata)
+        path, section.number("sample", 0.01, least=0, most=1), section.flag("errors", True), tuple(metadata)
     )
