@@ -1,19 +1,25 @@
-# make setup   prepares .venv, Debian packages and the native parts
-# make demo    runs the main job (DATA=PATH: on the Home Depot files there)
-# make test    everything that CI checks, from nothing
-# make sanitize-thread   the C++ tests that share memory between threads, under ThreadSanitizer
-# make fuzz    the libFuzzer targets of tokenizer and model server (FUZZ_RUNS=1000000 inputs each)
-# make bazel-test   the C++ cores and the op libraries, built and tested with Bazel
-# make bench-tokenizer   the tokenizer beside others (DATA=PATH: on multicpr_ecom/ and homedepot/ there)
-# make bench-store   the store beside flat examples
-# make bench-index   FAISS indices: building, recall, latency (ITEMS=15000000)
-# make bench-servable   a fused servable: beside bare FAISS, two services, filters, heads
-# make bench-training   training beside the stock Estimator way, torch and a loop in C++
-# make test-distributed   the long tests of clusters
-# make report  the paper's experiments and a report of them, in report/ (QUICK=1: in minutes; OUT=DIR)
-# make ablations   the same with the ablations
+# Targets for users and developers. Each one first makes what it needs, and nothing is made twice.
 #
-# Each target does what it needs first, and nothing twice.
+# make setup            prepare .venv, install the Debian packages and build the native parts
+# make demo             the main job, from a raw log to an answered query (DATA=PATH: on the Home Depot files there)
+# make test             everything that CI checks, from an empty checkout on
+# make test-fast        the Python tests that are not slow
+# make test-distributed the long tests of clusters
+# make test-cpp         the C++ unit tests
+# make lint             ruff and mypy
+# make sanitize         the C++ cores under AddressSanitizer and UndefinedBehaviorSanitizer
+# make sanitize-thread  the C++ tests that share memory between threads, under ThreadSanitizer
+# make fuzz             the libFuzzer targets of tokenizer and model server (FUZZ_RUNS=1000000: inputs for each)
+# make bazel-test       build and test the C++ cores and the op libraries with Bazel
+# make bench-tokenizer  compare the tokenizer with others (DATA=PATH: on multicpr_ecom/ and homedepot/ there)
+# make bench-store      compare the store with flat examples
+# make bench-index      FAISS indices: build time, recall, latency (ITEMS=15000000)
+# make bench-servable   a fused servable, compared with bare FAISS and with two services; filters, heads
+# make bench-training   compare training with a plain Estimator, torch and a loop in C++
+# make report           run the paper's experiments and write a report to report/ (QUICK=1: in minutes; OUT=DIR)
+# make ablations        the same report with the ablations
+# make wheel            build the wheel in dist/
+# make clean            delete everything that was built, except .venv
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -39,8 +45,8 @@ space := $(empty) $(empty)
 
 setup: native
 
-# $(call install_debian,PACKAGES) installs what is missing as root or through sudo; otherwise it prints the one line to
-# run, and stops.
+# $(call install_debian,PACKAGES) installs the packages that are missing, as root or with sudo. If it can be neither, it
+# prints the command that root has to run, and stops.
 define install_debian
 	@missing=$$(for p in $(1); do \
 	  dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done | xargs); \
@@ -56,7 +62,7 @@ endef
 debian:
 	$(call install_debian,$(DEBIAN_PACKAGES))
 
-# Exactly the versions of constraints.txt, so that a build of today is a build of tomorrow.
+# Installs exactly the versions in constraints.txt, so that tomorrow's build is the same as today's.
 $(VENV)/.packages: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.11 with venv, or give PYTHON=" >&2; exit 1; }
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
@@ -66,13 +72,13 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	  e = p["optional-dependencies"]; print(*(d.replace(" ", "") for d in p["dependencies"] + e["train"] + e["report"] + e["faiss-cpu"] + e["dev"]))')
 	@touch $@
 
-# Points .venv at this checkout; the native parts are built by the next rule.
+# Makes .venv use the packages of this checkout.
 $(VENV)/.installed: $(VENV)/.packages setup.py | debian
 	@echo "building the native parts and installing the packages in place"
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
-# Ninja finds out by itself what has changed.
+# Runs every time: Ninja finds out what has changed.
 native: $(VENV)/.installed
 	@$(BIN)/python setup.py -q build_ext --inplace
 
@@ -87,8 +93,8 @@ lint: native
 test-cpp: native
 	@ctest --test-dir build/current --output-on-failure --parallel 2
 
-# The C++ cores, which need neither TensorFlow nor Python, under AddressSanitizer and UndefinedBehaviorSanitizer; then what
-# of the model server reads clients' bytes, with a short run of its fuzz targets.
+# Tests the C++ cores, which need neither TensorFlow nor Python, under AddressSanitizer and UndefinedBehaviorSanitizer.
+# Then tests the parts of the model server that read clients' bytes, with a short run of their fuzz targets.
 sanitize: native
 	@cmake -S . -B build/sanitize -G Ninja -DDPSR_CORE_ONLY=ON -DDPSR_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=Debug \
 	  -DDPSR_FAISS_LIBRARY=$$($(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("faiss").origin))')/libfaiss.so >/dev/null
@@ -97,16 +103,17 @@ sanitize: native
 	@cmake --build build/current --target serving_sanitized_tests
 	@ctest --test-dir build/current -C sanitized -L sanitized --output-on-failure --parallel 2
 
-# The C++ tests of what threads share, under ThreadSanitizer. FAISS has none: it runs on one thread a call.
+# Tests the C++ code that threads share under ThreadSanitizer. FAISS is not built with it, so each call of FAISS runs on
+# one thread.
 sanitize-thread: native
 	@cmake -S . -B build/sanitize-thread -G Ninja -DDPSR_CORE_ONLY=ON -DDPSR_SANITIZE=thread -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DDPSR_FAISS_LIBRARY=$$($(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("faiss").origin))')/libfaiss.so >/dev/null
 	@cmake --build build/sanitize-thread --target $(THREADED_TESTS)
 	@OMP_NUM_THREADS=1 ctest --test-dir build/sanitize-thread --output-on-failure -R '^($(subst $(space),|,$(THREADED_TESTS)))$$'
 
-# The tokenizer and its files under libFuzzer with both sanitizers, from the texts of the golden file, filters, and what the
-# model server reads (TensorFlow's libraries have no sanitizers: no leaks). What is found stays in build/fuzz/corpus; an input
-# that fails is left in build/fuzz/.
+# Fuzzes the tokenizer and its files, the filters, and what the model server reads, with both sanitizers. Leaks are not
+# checked in the model server, because TensorFlow's libraries are not built with sanitizers. The corpus grows in
+# build/fuzz/corpus; an input that fails is left in build/fuzz/.
 fuzz: native
 	$(call install_debian,clang-14 libclang-rt-14-dev)
 	@cmake -S . -B build/fuzz -G Ninja -DCMAKE_C_COMPILER=clang-14 -DCMAKE_CXX_COMPILER=clang++-14 -DDPSR_CORE_ONLY=ON \
@@ -133,31 +140,31 @@ build/offline.bazelrc: bazel/offline/bazelrc
 	@mkdir -p build
 	@sed 's|%workspace%|$(CURDIR)|' $< >$@
 
-# Debian's Bazel, without network, without a server that stays, and with all its files below build/.
+# Runs Debian's Bazel without network and without a server that stays behind. All its files are below build/.
 bazel-test: debian $(VENV)/.packages build/offline.bazelrc
 	$(call install_debian,bazel-bootstrap)
 	@/usr/bin/bazel --batch --output_user_root=$(CURDIR)/build/bazel --host_jvm_args=-Xmx1g \
 	  test --config=offline --repo_env=PYTHON_BIN_PATH=$(CURDIR)/$(BIN)/python --jobs=2 --noshow_progress //...
 
-# Two processes, a file of tests stays in one of them. `python -m pytest` alone runs them one after the other.
+# Runs the tests in two processes; all tests of a file run in the same one. `python -m pytest` alone uses one process.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: native
 	$(PYTEST) -m "not slow"
 
-# The fast part first: what is wrong shows early. Files of slow tests begin in the order of tests/conftest.py, not by how
-# many tests they hold.
+# The fast tests run first, so that most failures show early. Files of slow tests start in the order of
+# tests/conftest.py, not by the number of their tests.
 test: lint test-cpp sanitize
 	$(PYTEST) -m "not slow"
 	$(PYTEST) --no-loadscope-reorder -m "slow and not distributed"
 
-# Clusters of processes that are killed, stopped, and compared with local training: minutes.
+# Kills and stops processes of clusters, and compares them with local training. Takes minutes.
 test-distributed: native
 	$(BIN)/python -m pytest -m distributed
 
-# The peers that benchmarks compare with, beside what is there.
+# Installs the packages that the benchmarks compare with.
 $(VENV)/.bench: $(VENV)/.packages
-	@echo "installing what the benchmarks compare with"
+	@echo "installing the packages that the benchmarks compare with"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
 	  $$($(BIN)/python -c 'import tomllib; \
 	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])')

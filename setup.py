@@ -1,4 +1,4 @@
-"""Builds the wheel and the editable install; the native parts come from CMake (see CMakeLists.txt)."""
+"""Builds the wheel and the editable install. CMake builds the native parts (see CMakeLists.txt)."""
 
 import hashlib
 import importlib.util
@@ -11,7 +11,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-# Folder that holds a Python package -> where its sources lie. Import names are folder names, nothing is remapped.
+# Import name of each Python package -> the folder that holds the package. Import names are folder names.
 PACKAGE_ROOTS = {
     "dpsr_common": "common",
     "dpsr_tokenizer": "tokenizer_cc",
@@ -22,18 +22,18 @@ PACKAGE_ROOTS = {
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake and Ninja. In place: outputs land in the source tree. Else: installed below `build_lib`."""
+    """Runs CMake and Ninja. An in-place build puts its outputs into the source tree, any other below `build_lib`."""
 
     def run(self) -> None:
-        """Builds every native part; there is one CMake project, not one an extension."""
+        """Builds every native part in one CMake project, whatever the number of extensions."""
         wheels = [importlib.util.find_spec(name) for name in ("tensorflow", "tensorflow_serving", "pybind11")]
         if None in wheels:
             raise SystemExit(
                 "setup.py: the native parts need tensorflow, tensorflow-serving-api and pybind11 in this environment; "
                 "run `make setup`, or build with pip, which fetches them"
             )
-        # One build folder an environment: compile flags hold the path of its TensorFlow, and a build in pip's
-        # isolated environment must not throw away the objects of the developer's.
+        # Each Python environment has a build folder of its own: the compile flags hold the path of its TensorFlow, and
+        # a build in pip's isolated environment must not replace the object files of the developer's environment.
         environment = "\n".join([sys.executable] + [str(spec.origin) for spec in wheels if spec is not None])
         build = ROOT / "build" / f"cmake-{hashlib.sha256(environment.encode()).hexdigest()[:8]}"
         if not (build / "build.ninja").exists():
@@ -41,7 +41,7 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
         self._call("cmake", "--build", build, "--parallel", jobs)
         if self.inplace:
-            # Where `make test` finds the C++ tests of this environment.
+            # `make test` finds the C++ tests of this environment through this link.
             current = ROOT / "build" / "current"
             current.unlink(missing_ok=True)
             current.symlink_to(build.name)

@@ -1,6 +1,6 @@
-// The ops of DPSR become known to TensorFlow, each with a kernel for the CPU. Compiled as two programs:
+// Checks that TensorFlow knows the ops of DPSR, each with a kernel for the CPU. Compiled as two programs:
 //   op_libraries_test   loads the op libraries that its arguments name, as tf.load_op_library and our server do;
-//   linked_ops_test     has the op objects linked in and gets no arguments, as a TensorFlow Serving build would.
+//   linked_ops_test     gets no arguments, and links the ops, as a TensorFlow Serving build would.
 #include <gtest/gtest.h>
 
 #include <memory>

@@ -1,14 +1,14 @@
-"""Everything that DPSR builds against, found on this machine; nothing is downloaded.
+"""The external repositories of DPSR. All are found on this machine; nothing is downloaded.
 
-A workspace that depends on DPSR either calls dpsr_repositories() too, or defines some of these repositories itself
-beforehand: TensorFlow Serving, for one, would let @tensorflow_wheel//:framework be an alias of its own TensorFlow.
+A workspace that depends on DPSR calls dpsr_repositories() too. It may define some of these repositories before that:
+TensorFlow Serving, for example, would make @tensorflow_wheel//:framework an alias of its own TensorFlow.
 """
 
 load("//bazel:system.bzl", "system_repository")
 load("//bazel:wheels.bzl", "faiss_wheel", "tensorflow_wheel")
 
 def dpsr_repositories():
-    """Defines each of DPSR's external repositories that the workspace has not defined before."""
+    """Defines each external repository of DPSR that the workspace has not defined yet."""
     defined = native.existing_rules()
     if "tensorflow_wheel" not in defined:
         tensorflow_wheel(name = "tensorflow_wheel", version = "2.15.1")

@@ -1,6 +1,6 @@
 """Repositories for headers and static libraries that the system has installed."""
 
-# Where Debian and other distributions keep headers and archives; the first folder that has a file wins.
+# The folders where Debian and other distributions keep headers and archives. The first folder that has a file wins.
 _INCLUDE_FOLDERS = ["/usr/local/include", "/usr/include"]
 _LIBRARY_FOLDERS = [
     "/usr/local/lib",
@@ -55,10 +55,10 @@ cc_library(
 system_repository = repository_rule(
     implementation = _system_repository_impl,
     attrs = {
-        "archives": attr.string_list(doc = "file names of static libraries, each before those that it needs"),
-        "debian_package": attr.string(mandatory = True, doc = "what the error tells the user to install"),
+        "archives": attr.string_list(doc = "file names of static libraries, each before the ones that it needs"),
+        "debian_package": attr.string(mandatory = True, doc = "the package that an error tells the user to install"),
         "headers": attr.string_list(mandatory = True, doc = "headers, or folders of headers"),
     },
     local = True,
-    doc = "@name//:name is a library of the system: its headers as system headers, its archives.",
+    doc = "Defines @name//:name, a library of the system, with its headers as system headers and its archives.",
 )

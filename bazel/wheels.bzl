@@ -1,10 +1,10 @@
 """Repositories for the native parts of wheels in one Python environment.
 
-The environment is that of the interpreter in PYTHON_BIN_PATH (--repo_env=PYTHON_BIN_PATH=/path/of/python), by default
-of the python3 on the PATH.
+PYTHON_BIN_PATH names the interpreter of the environment (--repo_env=PYTHON_BIN_PATH=/path/of/python). The default is the
+python3 on the PATH.
 """
 
-# find_spec: nothing is imported. An empty answer means that the package is not there.
+# find_spec imports nothing. An empty answer means that the package is not installed.
 _FIND_PACKAGE = """
 import importlib.util, os, sys
 spec = importlib.util.find_spec(sys.argv[1])
@@ -12,7 +12,7 @@ print(os.path.dirname(spec.origin) if spec and spec.origin else "")
 """
 
 def _package_folder(ctx, package, remedy):
-    """The folder of the Python `package`, or fails with `remedy`."""
+    """Returns the folder of the Python `package`, or fails with `remedy`."""
     python = ctx.os.environ.get("PYTHON_BIN_PATH") or ctx.which("python3")
     if not python:
         fail("@{}: no Python found. Give --repo_env=PYTHON_BIN_PATH=/path/of/python".format(ctx.name))
@@ -26,7 +26,7 @@ def _package_folder(ctx, package, remedy):
     return ctx.path(folder)
 
 def _tensorflow_version(ctx):
-    """The version that the headers name, such as "2.15.1"."""
+    """Returns the version that the headers name, such as "2.15.1"."""
     values = {}
     for line in ctx.read("include/tensorflow/core/public/version.h").split("\n"):
         words = [word for word in line.split(" ") if word]
@@ -51,7 +51,7 @@ def _tensorflow_wheel_impl(ctx):
     ctx.file("BUILD", """\
 package(default_visibility = ["//visibility:public"])
 
-# The definitions are those that the wheel itself was compiled with.
+# The wheel itself was compiled with these definitions.
 cc_library(
     name = "headers",
     hdrs = glob(["include/**"], exclude = ["include/**/*.so"]),
@@ -63,26 +63,26 @@ cc_import(name = "framework_library", shared_library = "libtensorflow_framework.
 
 cc_import(name = "cc_library", shared_library = "libtensorflow_cc.so.2")
 
-# What an op library links: the rest of TensorFlow is in the process that loads it.
+# For op libraries. The process that loads one has the rest of TensorFlow.
 cc_library(name = "framework", deps = [":headers", ":framework_library"])
 
-# All of TensorFlow, with its C API, for programs.
+# For programs: all of TensorFlow, with its C API.
 cc_library(name = "tensorflow", deps = [":cc_library", ":framework"])
 """)
 
 tensorflow_wheel = repository_rule(
     implementation = _tensorflow_wheel_impl,
-    attrs = {"version": attr.string(mandatory = True, doc = "the one TensorFlow version that will do")},
+    attrs = {"version": attr.string(mandatory = True, doc = "the only TensorFlow version that is accepted")},
     environ = ["PYTHON_BIN_PATH"],
     local = True,
-    doc = "The TensorFlow of a Python environment: @name//:framework for ops, @name//:tensorflow for programs.",
+    doc = "Defines the TensorFlow of a Python environment: @name//:framework for ops, @name//:tensorflow for programs.",
 )
 
 def _faiss_wheel_impl(ctx):
     folder = _package_folder(ctx, "faiss", "Install it with `pip install faiss-cpu==1.15.1`")
     ctx.symlink(folder.get_child("libfaiss.so"), "faiss/libfaiss.so")
 
-    # libfaiss.so finds these by a run path that starts from its own folder, so they keep their places.
+    # The run path of libfaiss.so is relative to its own folder, so its neighbours must keep their places.
     for neighbour in folder.dirname.readdir():
         if neighbour.basename in ["faiss_cpu.libs", "faiss_gpu.libs"]:
             ctx.symlink(neighbour, neighbour.basename)
@@ -98,5 +98,5 @@ faiss_wheel = repository_rule(
     implementation = _faiss_wheel_impl,
     environ = ["PYTHON_BIN_PATH"],
     local = True,
-    doc = "The FAISS library of a Python environment, for tests: it is bound at run time, nothing links it.",
+    doc = "Defines the FAISS library of a Python environment. Tests load it at run time; nothing links it.",
 )

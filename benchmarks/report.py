@@ -1,6 +1,6 @@
-"""What every benchmark shares: CPU time, measuring side by side, the hardware, the table and the JSON line.
+"""Functions that all benchmarks share: CPU time, rates measured side by side, the hardware, the table, the JSON line.
 
-With `--json` a benchmark's last line is one object:
+With `--json` the last line of a benchmark is one object:
 
     {"benchmark": "tokenizer", "schema": 1, "seed": 1, "hardware": {...},
      "rows": [{"impl": "core", "workload": "homedepot", "metric": "rate", "value": 80.2, "unit": "MB/s", ...}],
@@ -26,7 +26,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def cpu_seconds() -> float:
-    """User and system time of this process, all its threads, and its children that have ended."""
+    """Returns the user and system time of this process, of all its threads, and of its children that have ended."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
@@ -34,16 +34,16 @@ def cpu_seconds() -> float:
 def rates(
     passes: Mapping[Key, Callable[[], object]], units: float, repeat: int, min_seconds: float
 ) -> dict[Key, list[float]]:
-    """Units per second of CPU time of every pass, measured side by side: name -> `repeat` rates.
+    """Measures passes side by side, and returns `repeat` rates of each, in units of work per second of CPU time.
 
-    A pass does `units` of work. After one pass of each to warm up, all are measured in turn, `repeat` times, each time
-    for at least `min_seconds` of CPU time, so that a change of the machine's speed meets all alike. Every turn begins
-    with another one: none runs always behind the same.
+    A pass does `units` of work. Each runs once to warm up. Then all are measured in turn, `repeat` times, and each time
+    for at least `min_seconds` of CPU time, so that a change of the machine's speed affects all of them. Each turn
+    begins with another pass, so that none always runs after the same one.
     """
     for run in passes.values():
         run()
     names = list(passes)
-    found: dict[Key, list[float]] = {name: [] for name in names}
+    samples: dict[Key, list[float]] = {name: [] for name in names}
     for turn in range(repeat):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
@@ -52,12 +52,12 @@ def rates(
             while (seconds := cpu_seconds() - start) < min_seconds or done == 0:
                 passes[name]()
                 done += 1
-            found[name].append(units * done / seconds)
-    return found
+            samples[name].append(units * done / seconds)
+    return samples
 
 
 def hardware(*packages: str) -> dict[str, Any]:
-    """The machine, and the versions of those of `packages` that are installed."""
+    """Describes the machine, with the versions of Python and of those `packages` that are installed."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -82,7 +82,7 @@ def hardware(*packages: str) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class Report:
-    """The figures of one run."""
+    """The figures of one run of a benchmark: rows of measurements, and the bars that they are held to."""
 
     benchmark: str
     seed: int
@@ -91,25 +91,25 @@ class Report:
     bars: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def add(self, impl: str, workload: str, metric: str, value: float, unit: str, **more: Any) -> None:
-        """Adds a row; `more` are fields of this benchmark alone."""
+        """Adds a row. `more` are fields that only this benchmark has."""
         self.rows.append({"impl": impl, "workload": workload, "metric": metric, "value": value, "unit": unit, **more})
 
     def add_samples(self, impl: str, workload: str, metric: str, samples: list[float], unit: str, **more: Any) -> None:
-        """Adds a row of the median, with the least and the greatest sample."""
+        """Adds a row with the median of the samples, the smallest and the largest."""
         spread = {"min": min(samples), "max": max(samples), "samples": len(samples)}
         self.add(impl, workload, metric, statistics.median(samples), unit, **spread, **more)
 
     def value(self, impl: str, workload: str, metric: str) -> float:
-        """The value of the row of that name. Raises KeyError when there is none."""
+        """Returns the value of a row. Raises KeyError if there is no such row."""
         for row in self.rows:
             if (row["impl"], row["workload"], row["metric"]) == (impl, workload, metric):
                 return float(row["value"])
         raise KeyError(f"no row of {impl}, {workload}, {metric}")
 
     def table(self) -> str:
-        """The rows and the bars for people."""
+        """Returns the rows and the bars as a table for people."""
         lines = [f"{self.hardware['cpu']}, {self.hardware['cores']} cores; seed {self.seed}", ""]
-        cells = [("workload", "implementation", "metric", "value", "unit", "least", "greatest", "note")]
+        cells = [("workload", "implementation", "metric", "value", "unit", "min", "max", "note")]
         for row in self.rows:
             spread = [f"{row[key]:,.4g}" if key in row else "" for key in ("min", "max")]
             head = (row["workload"], row["impl"], row["metric"], f"{row['value']:,.6g}", row["unit"])

@@ -1,19 +1,22 @@
-"""Text to token ids on one thread: megabytes of UTF-8 per second of CPU time, beside what others offer.
+"""Measures how fast text becomes token ids on one thread, and compares that with other tokenizers.
+
+The unit is megabytes of UTF-8 per second of CPU time.
 
     python benchmarks/tokenizer.py --json [--data=DIR] [--quick]
 
-DIR holds multicpr_ecom/*.query.txt (id, tab, query) and homedepot/products.tsv (product_uid, product_title); without
-it, the queries and titles of a shop that `dpsr generate` makes take their place.
+DIR holds multicpr_ecom/*.query.txt (id, tab, query) and homedepot/products.tsv (product_uid, product_title). Without
+--data, the queries and titles of a shop made by `dpsr generate` are used.
 
-Ours and the comparable ones yield the same tokens. This is shown in every run, on every text: the vocabulary holds
-every token of the corpus, so equal ids are equal tokens, and a text stays in the comparison only if each of them gives
-it the same ids as often (in any order: a sum of embeddings has none). The shares of texts found the same are rows of
-their own; all are timed on the texts that are left. The configuration is the default without number_parts, for which
-TensorFlow's ops have no reasonable form. The others make tokens of their own and are there for orientation.
+The comparable implementations give the same tokens as ours. Every run checks this on every text: the vocabulary holds
+every token of the corpus, so equal ids mean equal tokens. A text stays in the comparison only if each implementation
+gives it the same ids, each as often; the order does not matter, because embeddings are summed. The share of equal texts
+is a row of its own, and only the texts that stay are timed. The configuration is the default without number_parts,
+which cannot be written reasonably with TensorFlow's ops. The other tokenizers make other tokens and are there for
+orientation.
 
-All run in one process and one thread, a batch a call, in turns. Which batches suit differs: every call of a TensorFlow
-graph has a cost of its own, and sentencepiece is faster on short lists. So several sizes are measured, and in the bars
-each implementation stands at the size that suits it best.
+All implementations run in one process and one thread, in turns, one batch in each call. The best batch size differs
+between them: a call of a TensorFlow graph has a fixed cost, and sentencepiece is faster on short lists. So several
+sizes are measured, and the bars use the best size of each implementation.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Read when the libraries load.
+# The libraries read these when they are loaded.
 os.environ.update(TF_CPP_MIN_LOG_LEVEL="3", OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
 import numpy as np
@@ -38,28 +41,36 @@ import dpsr_tokenizer
 from dpsr_tokenizer.tf_ops import VocabularyTable
 
 CONFIG = dpsr_tokenizer.TokenizerConfig(number_parts=False)
-# Without a data directory: enough titles for some hundred kilobytes.
+# Used without --data: enough titles for some hundred kilobytes.
 GENERATED_ITEMS = 20_000
 
 Ids = list[list[int]]
 
 
 class Implementation(NamedTuple):
-    """Something that turns texts into ids."""
+    """A tokenizer that turns texts into ids.
 
-    encode: Callable[[Any], Any]  # one prepared batch -> anything that holds the ids
-    prepare: Callable[[list[str]], Any]  # a batch -> what `encode` takes; not timed
-    ids: Callable[[Any], Ids] | None = None  # result of `encode` -> ids of each text; None: tokens of its own
+    Attributes:
+        encode: turns a prepared batch into an object that holds the ids.
+        prepare: turns a batch of texts into the argument of `encode`; not timed.
+        ids: turns the result of `encode` into the ids of each text; None if the tokens are not ours.
+        note: the last column of the table.
+    """
+
+    encode: Callable[[Any], Any]
+    prepare: Callable[[list[str]], Any]
+    ids: Callable[[Any], Ids] | None = None
     note: str = ""
 
 
-# TensorFlow's ops. They leave nothing to C++ of their own but the regular expressions, so these say what words are.
+# The regular expressions that say what a word is, for the implementations made of TensorFlow's ops.
 _WORD = r"\p{L}\p{M}\p{N}"
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ー"
 
 
 def _join_numbers(text: tf.Tensor) -> tf.Tensor:
-    """Separators become spaces, but . , / between digits stay; thousands separators go. RE2 cannot look around."""
+    """Turns separators into spaces, except . , / between digits, and removes thousands separators."""
+    # RE2 has no look-around, hence the three steps.
     alone = rf"[./,]*[^{_WORD}./,\s]+[./,]*|[./,]+\s+[./,]*|\s+[./,]+|[./,]{{2,}}|^[./,]|[./,]$"
     text = tf.strings.regex_replace(text, alone, " ")
     text = tf.strings.regex_replace(text, r"([^\p{Nd}])[./,]|[./,]([^\p{Nd}])", r"\1 \2")
@@ -71,10 +82,10 @@ def _is_number(words: tf.Tensor) -> tf.Tensor:
 
 
 class SubstringTokens:
-    """All tokens by one tf.strings.substr, their ids by one lookup: the fastest form found of tf.strings.
+    """Makes all tokens with one tf.strings.substr, and their ids with one lookup: the fastest form of tf.strings found.
 
-    The substrings are labels of the tokens, equal where the tokens are: "#red# " of the word red, "#re" of the trigram
-    ##re, characters and their pairs as they are. tf.strings.unicode_split and ngrams take about twice the time.
+    The substrings are labels of the tokens: "#red# " for the word red, "#re" for the trigram ##re; characters and their
+    pairs are their own labels. tf.strings.unicode_split and ngrams take about twice the time.
     """
 
     def __init__(self, tokens: Sequence[str]) -> None:
@@ -86,13 +97,14 @@ class SubstringTokens:
         self._table = _table(labels)
 
     def ids(self, text: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Normalised text, string [num_texts] -> int64 [num_ids], row splits [num_texts + 1]."""
+        """Tokenizes normalised text, string [num_texts], to ids int64 [num_ids] and row splits [num_texts + 1]."""
         text = tf.strings.regex_replace(_join_numbers(text), f"([{_UNSPACED}]+)", r" ~\1 ")
         runs = tf.strings.split(text)
         run = runs.values
         unspaced = tf.strings.substr(run, 0, 1) == "~"
         length = tf.strings.length(run, unit="UTF8_CHAR")
-        # A word: itself and as many trigrams as it has letters. Characters, after the ~: each, and the pairs.
+        # A word gives itself and as many trigrams as it has letters. Unspaced text, which begins with ~, gives its
+        # characters and their pairs.
         count = tf.where(unspaced, 2 * length - 3, tf.where(_is_number(run), 1, length + 1))
         ends = tf.cumsum(count)
         row = tf.repeat(tf.range(tf.size(count)), count)
@@ -106,13 +118,13 @@ class SubstringTokens:
 
 
 class NgramTokens:
-    """The same tokens as tensorflow-text's documentation would have them made: a tokenizer, then text.ngrams."""
+    """Makes the same tokens in the way that tensorflow-text's documentation suggests: a tokenizer, then text.ngrams."""
 
     def __init__(self, tokens: Sequence[str]) -> None:
         self._table = _table(tokens)
 
     def ids(self, text: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """As SubstringTokens.ids."""
+        """Tokenizes as SubstringTokens.ids does."""
         import tensorflow_text
 
         def ngrams(characters: tf.RaggedTensor, width: int) -> tf.RaggedTensor:
@@ -135,7 +147,7 @@ class NgramTokens:
 
 def _table(keys: Sequence[str]) -> tf.lookup.StaticHashTable:
     values = tf.range(len(keys), dtype=tf.int64)
-    # The default value is the one bucket of unknown tokens, as in our vocabulary.
+    # The default value is the single bucket of unknown tokens, as in our vocabulary.
     return tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer(tf.constant(keys), values), len(keys))
 
 
@@ -145,7 +157,7 @@ def _split(result: tuple[Any, Any]) -> Ids:
 
 
 def _graph(ids: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]], note: str = "") -> Implementation:
-    """`ids` as a graph, traced once."""
+    """Returns `ids` as a graph that is traced once."""
     function = tf.function(ids, input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
     return Implementation(function.get_concrete_function(), tf.constant, _split, note)
 
@@ -162,7 +174,7 @@ def _core(vocabulary: dpsr_tokenizer.Vocabulary, note: str = "") -> Implementati
 
 
 def comparable(texts: list[str], folder: Path) -> dict[str, Implementation]:
-    """Ours, and what gives the same tokens, over a vocabulary of `texts` that is written into `folder`."""
+    """Returns our implementations and those that give the same tokens; the vocabulary of `texts` goes to `folder`."""
     vocabulary = _vocabulary(texts, CONFIG, folder / "vocabulary.dpsr")
     tokens = [vocabulary.token(id) for id in range(len(vocabulary))]
     table = VocabularyTable(vocabulary.path)
@@ -196,15 +208,15 @@ def comparable(texts: list[str], folder: Path) -> dict[str, Implementation]:
 
 
 def _left_out(peer: str, error: ModuleNotFoundError) -> None:
-    """Says that a peer is not installed; one that is, but lacks something, is an error: its row would go missing."""
+    """Reports that a peer is not installed. A peer that is installed but lacks a dependency is an error."""
     if error.name != peer:
         raise error
-    print(f"left out: {peer} is not installed; `make bench-tokenizer` installs it", file=sys.stderr)
+    print(f"{peer} is not installed, so its rows are missing; `make bench-tokenizer` installs it", file=sys.stderr)
 
 
 def orientation(texts: list[str], folder: Path) -> dict[str, Implementation]:
-    """Others, trained on `texts`; their results stay in the form in which they come, which costs them least."""
-    note = "our default: with number_parts"
+    """Returns other tokenizers, trained on `texts`. Their results are not converted, which would cost time."""
+    note = "our default, with number_parts"
     default = _vocabulary(texts, dpsr_tokenizer.TokenizerConfig(), folder / "default.dpsr")
     found = {"core_default": _core(default, note)}
     try:
@@ -248,7 +260,7 @@ def _batches(implementation: Implementation, texts: list[str], size: int) -> lis
 
 
 def same_as_core(found: dict[str, Implementation], texts: list[str], batch_size: int) -> dict[str, list[bool]]:
-    """Name -> whether it gives each text the ids of the core, each as often."""
+    """Returns by name whether an implementation gives each text the same ids as the core, each as often."""
 
     def ids(implementation: Implementation) -> Ids:
         assert implementation.ids is not None
@@ -276,7 +288,7 @@ def _pass(implementation: Implementation, texts: list[str], batch_size: int) -> 
 def measure(
     result: report.Report, workload: str, texts: list[str], batch_sizes: Sequence[int], repeat: int, seconds: float
 ) -> None:
-    """Adds the rows of one corpus."""
+    """Measures all implementations on one corpus, and adds the rows."""
     with tempfile.TemporaryDirectory() as folder:
         ours_and_same = comparable(texts, Path(folder))
         same = same_as_core(ours_and_same, texts, batch_sizes[0])
@@ -284,7 +296,9 @@ def measure(
             result.add(name, workload, "same_tokens", sum(flags_of_texts) / len(texts), "of texts")
         kept = [text for text, *is_same in zip(texts, *same.values(), strict=True) if all(is_same)]
         if not kept:
-            raise SystemExit(f"tokenizer: {workload}: no text gets the same tokens from all; nothing can be compared")
+            raise SystemExit(
+                f"tokenizer: {workload}: no text has the same tokens in all implementations; cannot compare them"
+            )
         megabytes = sum(len(text.encode()) for text in kept) / 1e6
         result.add("all", workload, "texts_timed", len(kept), "texts", note=f"{megabytes:.2f} MB")
         implementations = ours_and_same | orientation(texts, Path(folder))
@@ -298,7 +312,7 @@ def measure(
 
 
 def bars(result: report.Report) -> dict[str, float]:
-    """Of each ratio the lower of the two corpora; each implementation at the batch size that suits it best."""
+    """Returns each ratio for the corpus where it is lower, with each implementation at its best batch size."""
     rates = [row for row in result.rows if row["metric"] == "rate"]
     ratios: dict[str, list[float]] = {
         name: [] for name in ("ratio_to_best_comparable", "ratio_to_best_any", "op_over_core")
@@ -316,16 +330,16 @@ def bars(result: report.Report) -> dict[str, float]:
 
 
 def corpora(data: str | None, limit: int, seed: int) -> dict[str, list[str]]:
-    """Workload -> at most `limit` texts, spread evenly over the corpus."""
+    """Returns at most `limit` texts of each workload, spread evenly over its corpus."""
     if data is None:
         found = _generated(seed)
     else:
         queries = sorted(Path(data, "multicpr_ecom").glob("*.query.txt"))
         if not queries:
-            raise SystemExit(f"tokenizer: --data={data}: has no multicpr_ecom/*.query.txt")
+            raise SystemExit(f"tokenizer: --data={data}: no file multicpr_ecom/*.query.txt in this directory")
         products = Path(data, "homedepot", "products.tsv")
         if not products.exists():
-            raise SystemExit(f"tokenizer: --data={data}: has no homedepot/products.tsv")
+            raise SystemExit(f"tokenizer: --data={data}: no file homedepot/products.tsv in this directory")
         found = {
             "multicpr_queries": [text for path in queries for text in _second_column(path)],
             "homedepot_titles": _second_column(products)[1:],
@@ -355,14 +369,16 @@ def _generated(seed: int) -> dict[str, list[str]]:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_boolean("json", False, "prints one JSON object as the last line")
-    flags.DEFINE_string("data", None, "directory with multicpr_ecom/ and homedepot/; none: generated texts")
-    flags.DEFINE_integer("texts", 60_000, "texts of each corpus, at most", lower_bound=1)
-    flags.DEFINE_list("batch_sizes", ["256", "4096"], "texts a call; in the bars each implementation has its best")
-    flags.DEFINE_integer("repeat", 7, "measurements of each implementation", lower_bound=1)
-    flags.DEFINE_float("seconds", 0.3, "CPU time of one measurement, at least; a whole pass in any case")
-    flags.DEFINE_integer("seed", 1, "of the generated texts", lower_bound=0)
-    flags.DEFINE_boolean("quick", False, "2,000 texts and three short measurements: shows that it works")
+    flags.DEFINE_boolean("json", False, "print one JSON object as the last line")
+    flags.DEFINE_string("data", None, "directory with multicpr_ecom/ and homedepot/; without it, texts are generated")
+    flags.DEFINE_integer("texts", 60_000, "largest number of texts of each corpus", lower_bound=1)
+    flags.DEFINE_list(
+        "batch_sizes", ["256", "4096"], "numbers of texts in a call; the bars use the best one of each implementation"
+    )
+    flags.DEFINE_integer("repeat", 7, "number of measurements of each implementation", lower_bound=1)
+    flags.DEFINE_float("seconds", 0.3, "least CPU time of one measurement, which is at least one whole pass")
+    flags.DEFINE_integer("seed", 1, "seed of the generated texts", lower_bound=0)
+    flags.DEFINE_boolean("quick", False, "2,000 texts and three short measurements, to try the benchmark")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -381,7 +397,10 @@ def main(arguments: Sequence[str]) -> None:
     result = report.Report("tokenizer", values.seed, report.hardware(*packages))
     for package in packages[2:]:
         if package not in result.hardware["versions"]:
-            print(f"tokenizer: {package} is not installed and left out; pip install 'dpsr[bench]'", file=sys.stderr)
+            print(
+                f"tokenizer: {package} is not installed, so its rows are missing; pip install 'dpsr[bench]'",
+                file=sys.stderr,
+            )
     texts, repeat, seconds = (2_000, 3, 0.02) if values.quick else (values.texts, values.repeat, values.seconds)
     for workload, corpus in corpora(values.data, texts, values.seed).items():
         measure(result, workload, corpus, batch_sizes, repeat, seconds)

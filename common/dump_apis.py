@@ -1,12 +1,12 @@
-"""Writes the descriptors of TensorFlow Serving's API, with all they depend on, as one FileDescriptorSet.
+"""Writes the descriptors of TensorFlow Serving's API, with all their dependencies, as one FileDescriptorSet.
 
     python dump_apis.py serving_apis.desc
 
-The `tensorflow-serving-api` wheel ships generated Python modules but no .proto files, and some of its modules no longer
-import under current protobuf releases. Every generated module holds its serialized descriptor as one literal, though,
-so this script reads the literals out of the source text: it imports neither TensorFlow nor the generated modules, and
-takes a fraction of a second. `protoc --descriptor_set_in` makes the server's C++ from the result, the Python proxy and
-client make their message classes from it.
+The `tensorflow-serving-api` wheel contains generated Python modules but no .proto files, and current protobuf releases
+can no longer import some of these modules. But every generated module contains its serialized descriptor as a literal,
+so this script reads the literals from the source text. It imports neither TensorFlow nor the generated modules, and
+takes a fraction of a second. From the result, `protoc --descriptor_set_in` makes the C++ messages of the server, and
+dpsr_common.serving_apis makes the Python messages of the proxy and the client.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from google.protobuf import descriptor_pb2, descriptor_pool
 
-# The roots; what they import (predict, classification, regression, TensorFlow's tensors, ...) comes along.
+# The files to start from. The files that they import (predict, classification, TensorFlow's tensors, ...) are added.
 ROOTS = (
     "tensorflow_serving/apis/prediction_service.proto",
     "tensorflow_serving/apis/model_service.proto",
@@ -29,9 +29,10 @@ ROOTS = (
 
 
 def _module_path(proto: str) -> Path:
-    """The generated module of a .proto file, found without importing the packages above it."""
+    """Returns the path of the generated module of a .proto file, without importing the packages above it."""
     package, _, rest = proto.partition("/")
-    if package == "tsl":  # TensorFlow's support library lives inside its wheel
+    # TensorFlow's support library is inside its wheel.
+    if package == "tsl":
         package, rest = "tensorflow", proto
     spec = importlib.util.find_spec(package)
     locations = spec.submodule_search_locations if spec else None
@@ -43,7 +44,7 @@ def _module_path(proto: str) -> Path:
 
 
 def _serialized_descriptor(path: Path) -> bytes:
-    """The argument of `AddSerializedFile(b'...')`, or the older `FileDescriptor(..., serialized_pb=_b('...'))`."""
+    """Returns the argument of `AddSerializedFile(b'...')` or, in older modules, of `serialized_pb=_b('...')`."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call):
             continue
@@ -57,11 +58,11 @@ def _serialized_descriptor(path: Path) -> bytes:
         if isinstance(literal, ast.Constant) and isinstance(literal.value, (bytes, str)):
             value = literal.value
             return value if isinstance(value, bytes) else value.encode("latin-1")
-    raise SystemExit(f"dump_apis: {path} holds no serialized descriptor; its generator is not one this script knows")
+    raise SystemExit(f"dump_apis: {path}: found no serialized descriptor; this script does not know its generator")
 
 
 def collect(roots: tuple[str, ...] = ROOTS) -> descriptor_pb2.FileDescriptorSet:
-    """The files named by `roots` and all their dependencies, each after those that it imports."""
+    """Returns the files in `roots` and all their dependencies, each file after the ones that it imports."""
     result = descriptor_pb2.FileDescriptorSet()
     seen: set[str] = set()
 
@@ -82,14 +83,15 @@ def collect(roots: tuple[str, ...] = ROOTS) -> descriptor_pb2.FileDescriptorSet:
 
 
 def main() -> None:
-    """Writes the file that the command line names."""
+    """Writes the file that is named on the command line."""
     if len(sys.argv) != 2:
         raise SystemExit("usage: dump_apis.py OUTPUT")
     descriptors = collect()
     pool = descriptor_pool.DescriptorPool()
     for file in descriptors.file:
         pool.Add(file)
-    for root in ROOTS:  # fails where a set is not complete in itself
+    # Fails if a dependency is missing.
+    for root in ROOTS:
         pool.FindFileByName(root)
     temporary = sys.argv[1] + ".tmp"
     Path(temporary).write_bytes(descriptors.SerializeToString(deterministic=True))

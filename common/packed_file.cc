@@ -32,7 +32,7 @@ struct Header {
   uint64_t file_size;
   char kind[16];
   uint64_t table_checksum;
-  uint64_t header_checksum;  // of the bytes before it
+  uint64_t header_checksum;  // of the bytes before this field
 };
 static_assert(sizeof(Header) == 64 && offsetof(Header, header_checksum) == 56, "the header is 64 bytes on disk");
 
@@ -48,22 +48,22 @@ static_assert(sizeof(TableEntry) == 64, "a table entry is 64 bytes on disk");
 
 uint64_t HeaderChecksum(const Header& header) { return XXH3_64bits(&header, offsetof(Header, header_checksum)); }
 
-// Bytes of zero padding that bring `offset` to the next multiple of kAlignment.
+// Returns how many bytes of padding bring `offset` to the next multiple of kAlignment.
 uint64_t PaddingAfter(uint64_t offset) { return (kAlignment - offset % kAlignment) % kAlignment; }
 
-// A name is 1 to capacity - 1 bytes without NUL.
+// Checks that a name has 1 to capacity - 1 bytes, without NUL.
 bool IsValidName(std::string_view name, size_t capacity) {
   return !name.empty() && name.size() < capacity && name.find('\0') == std::string_view::npos;
 }
 
-// Reads a zero-padded name; false when it is empty, unterminated, or has bytes after its end.
+// Reads a zero-padded name. Returns false if it is empty, unterminated, or has bytes after its end.
 template <size_t N>
 bool ReadName(const char (&field)[N], std::string* name) {
   name->assign(field, strnlen(field, N));
   return IsValidName(*name, N) && std::all_of(field + name->size(), field + N, [](char c) { return c == 0; });
 }
 
-// What the system call that just failed says, with the file and what was tried.
+// Returns the error of the system call that has just failed, with the file and what the call was for.
 Status SystemError(const std::string& path, const char* what) {
   const int error = errno;
   StatusCode code = StatusCode::kInternal;
@@ -145,7 +145,7 @@ uint64_t Checksum(const void* data, size_t bytes) { return XXH3_64bits(data, byt
 struct PackedFileWriter::Impl {
   std::string path;
   std::string kind;
-  std::string temporary;  // empty when there is none to remove
+  std::string temporary;  // path of the temporary file; empty if there is none to remove
   int fd = -1;
   bool finished = false;
   Status error;  // the first failure; every later call returns it
@@ -227,8 +227,8 @@ Status PackedFileWriter::Open() {
     return impl.Fail(MakeStatus(StatusCode::kInvalidArgument, impl.path, ": the kind of a packed file is \"", impl.kind,
                                 "\", expected 1 to ", sizeof(Header::kind) - 1, " bytes without NUL"));
   }
-  // O_EXCL with a counted name rather than mkstemp: the file gets the permissions that the umask gives. A name may be
-  // taken by what another machine or a killed process left behind.
+  // Unlike mkstemp, O_EXCL with a counted name gives the file the permissions of the umask. A name may be in use by a
+  // file of another machine, or by one that a killed process left behind.
   static std::atomic<uint64_t> counter{0};
   do {
     impl.temporary = StrCat(impl.path, ".tmp.", getpid(), ".", counter++);
@@ -239,7 +239,7 @@ Status PackedFileWriter::Open() {
     return impl.Fail(SystemError(impl.path, "create a file in its folder"));
   }
   impl.buffer.reserve(kWriteBuffer);
-  // Until Finish() writes the real header the file has no magic.
+  // The file has no magic until Finish() writes the real header.
   return impl.Write(kZeros, sizeof(Header));
 }
 
@@ -325,8 +325,8 @@ Status PackedFileWriter::Finish() {
   }
   impl.temporary.clear();
   impl.finished = true;
-  // The rename itself survives a power cut only when the folder is synced too. Some file systems cannot; the file is
-  // whole either way.
+  // The rename survives a power cut only if the folder is synced, too. Some file systems cannot do that; the file is
+  // whole in either case.
   const ScopedFd directory(open(DirectoryOf(impl.path).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   if (directory.get() >= 0) (void)fsync(directory.get());
   return Status();
@@ -342,7 +342,8 @@ Status PackedFile::Open(const std::string& path, std::string_view kind, bool ver
     return MakeStatus(StatusCode::kDataLoss, path, ": not a regular file, expected a packed file");
   }
   const size_t size = static_cast<size_t>(stat_result.st_size);
-  if (size == 0) return OpenMemory(path, kind, verify, nullptr, nullptr, 0, file);  // which cannot be mapped
+  // An empty file cannot be mapped.
+  if (size == 0) return OpenMemory(path, kind, verify, nullptr, nullptr, 0, file);
   void* map = mmap(nullptr, size, PROT_READ, MAP_SHARED, fd.get(), 0);
   if (map == MAP_FAILED) return SystemError(path, "map");
   std::shared_ptr<const void> owner(map, [size](void* mapped) { munmap(mapped, size); });
@@ -352,7 +353,7 @@ Status PackedFile::Open(const std::string& path, std::string_view kind, bool ver
 Status PackedFile::OpenMemory(std::string path, std::string_view kind, bool verify, std::shared_ptr<const void> owner,
                               const void* data, size_t size, std::unique_ptr<PackedFile>* file) {
   if (reinterpret_cast<uintptr_t>(data) % sizeof(uint64_t) != 0) {
-    return MakeStatus(StatusCode::kInvalidArgument, path, ": its memory is not aligned to ", sizeof(uint64_t), " bytes");
+    return MakeStatus(StatusCode::kInvalidArgument, path, ": the memory is not aligned to ", sizeof(uint64_t), " bytes");
   }
   if (size < sizeof(Header)) {
     return MakeStatus(StatusCode::kDataLoss, path, ": not a packed file or truncated: ", size,
@@ -368,10 +369,10 @@ Status PackedFile::OpenMemory(std::string path, std::string_view kind, bool veri
   if (std::memcmp(header.magic, kMagic, sizeof(kMagic)) != 0) {
     return MakeStatus(StatusCode::kDataLoss, path, ": not a packed file (it does not begin with DPSRPACK)");
   }
-  // Before the checksum: another version may have another header.
+  // This comes before the checksum, because another version may have another header.
   if (header.version != kFormatVersion) {
     return MakeStatus(StatusCode::kFailedPrecondition, path, ": format version ", header.version,
-                      ", this build reads version ", kFormatVersion, "; write the file anew with this version of DPSR");
+                      ", this build reads version ", kFormatVersion, "; write the file again with this version of DPSR");
   }
   if (header.header_checksum != HeaderChecksum(header)) {
     return MakeStatus(StatusCode::kDataLoss, path, ": the checksum of the header is wrong; the file is corrupt");

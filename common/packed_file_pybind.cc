@@ -1,4 +1,4 @@
-// The Python module dpsr_common._native: adapts the core, adds nothing. Its types are in _native.pyi.
+// The Python module dpsr_common._native, which adapts the C++ core. _native.pyi has its types.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -38,7 +38,7 @@ uint64_t ChecksumOf(const py::buffer& data) {
   return Checksum(info.ptr, static_cast<size_t>(info.size * info.itemsize));
 }
 
-// A PackedFileWriter that threads may share, and that knows which section it is appending to.
+// A PackedFileWriter that threads may share. Remembers the section that it is appending to.
 class SharedWriter {
  public:
   SharedWriter(const std::filesystem::path& path, const std::string& kind)
@@ -80,7 +80,7 @@ class SharedWriter {
     });
   }
 
-  // Finishes the file, or drops it. Does nothing when that is done already.
+  // Finishes the file if `commit`, else removes it. Does nothing if the file is closed already.
   void Close(bool commit) {
     RunReleased([&]() -> Status {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -95,7 +95,7 @@ class SharedWriter {
     return MakeStatus(StatusCode::kInvalidArgument, path_, ": the file is closed");
   }
 
-  // `values` in one piece of memory, and its type.
+  // Returns `values` as contiguous memory, with its type in `dtype`.
   py::array ToContiguous(const std::string& name, const py::array& values, DataType* dtype) const {
     if (values.ndim() != 1) {
       throw py::value_error(StrCat(path_, ": section \"", name, "\" has ", values.ndim(),
@@ -115,8 +115,8 @@ class SharedWriter {
 
   const std::string path_;
   std::mutex mutex_;
-  std::unique_ptr<PackedFileWriter> writer_;  // null once closed
-  std::string streaming_;                     // the section that Append() continues
+  std::unique_ptr<PackedFileWriter> writer_;  // null after Close()
+  std::string streaming_;                     // name of the section that Append() continues
   DataType streaming_dtype_ = DataType::kUint8;
 };
 
@@ -126,7 +126,8 @@ std::unique_ptr<PackedFile> OpenPackedFile(const std::filesystem::path& path, co
   return file;
 }
 
-// A read-only array over the memory of a section, which keeps the file's Python object alive; None if there is none.
+// Returns a read-only array over the memory of a section, or None if there is no such section. The array keeps the
+// file's Python object alive.
 py::object GetSection(const py::object& self, const std::string& name) {
   const PackedFile::Section* section = self.cast<const PackedFile&>().Find(name);
   if (section == nullptr) return py::none();
@@ -147,7 +148,7 @@ PYBIND11_MODULE(_native, m) {
 
   PyObject* const format_error = PyErr_NewExceptionWithDoc(
       "dpsr_common.packed_file.FormatError",
-      "A file that is corrupt, truncated, of another version or of another kind. The message names the file.",
+      "A file is corrupt, truncated, of another version or of another kind. The message names the file.",
       PyExc_ValueError, nullptr);
   if (format_error == nullptr) throw py::error_already_set();
   FormatErrorType() = py::reinterpret_steal<py::object>(format_error);
@@ -158,16 +159,18 @@ PYBIND11_MODULE(_native, m) {
     with PackedFileWriter("items.dpsr", "items") as file:
         file.add("id", ids)
 
-The file takes its name when the block ends well; after an exception there is none, and what was there before stays.
+The file gets its name when the block ends without an exception. After an exception the new file is removed, and a file
+that was there before stays.
+
 Dtypes are uint8, int8, uint16, int32, uint32, int64, uint64, float32 and float64.)")
       .def(py::init<const std::filesystem::path&, const std::string&>(), py::arg("path"), py::arg("kind"))
       .def("__enter__", [](py::object self) { return self; })
       .def("__exit__", [](SharedWriter& writer, const py::object& type, const py::object&,
                           const py::object&) { writer.Close(type.is_none()); })
       .def("add", &SharedWriter::Add, py::arg("name"), py::arg("values"),
-           "Adds a section: [n] of one of the dtypes above. Raises ValueError and OSError.")
+           "Adds a section with values [n] of one of the dtypes above. Raises ValueError and OSError.")
       .def("append", &SharedWriter::Append, py::arg("name"), py::arg("values"),
-           "Begins a section, or continues it when it is the last one begun by append().");
+           "Begins a section or, if it is the last section begun by append(), continues it.");
 
   py::class_<PackedFile>(m, "PackedFile")
       .def(py::init(&OpenPackedFile), py::arg("path"), py::arg("kind"), py::arg("verify"))
@@ -183,7 +186,7 @@ Dtypes are uint8, int8, uint16, int32, uint32, int64, uint64, float32 and float6
       .def("get", &GetSection, py::arg("name"));
 
   m.def("checksum", &ChecksumOf, py::arg("data"),
-        "The checksum that packed files hold of their sections, XXH3 of 64 bits, of a contiguous buffer.");
+        "Computes the checksum of a contiguous buffer as packed files store it for their sections: XXH3 with 64 bits.");
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// How the Python modules of the project raise the core's errors.
+// Raises the core's errors as Python exceptions, for the pybind11 modules.
 #ifndef DPSR_COMMON_PYBIND_STATUS_H_
 #define DPSR_COMMON_PYBIND_STATUS_H_
 
@@ -10,19 +10,22 @@
 
 namespace dpsr {
 
-// dpsr_common.packed_file.FormatError. Module dpsr_common._native creates it; other modules import it from there.
+// The class dpsr_common.packed_file.FormatError. The module dpsr_common._native creates it; every other module sets
+// this to the class that it imports from there.
 inline pybind11::object& FormatErrorType() {
-  static auto* const type = new pybind11::object();  // never destroyed: the interpreter may be gone by then
+  // Never destroyed, because the interpreter may have ended before.
+  static auto* const type = new pybind11::object();
   return *type;
 }
 
-// A str of bytes that need not be UTF-8, such as those of a path.
+// Returns bytes as a str. They need not be UTF-8, for example in a path; what is not becomes U+FFFD.
 inline pybind11::str ToStr(std::string_view text) {
   PyObject* str = PyUnicode_DecodeUTF8(text.data(), static_cast<pybind11::ssize_t>(text.size()), "replace");
   if (str == nullptr) throw pybind11::error_already_set();
   return pybind11::reinterpret_steal<pybind11::str>(str);
 }
 
+// Returns the exception class of a code.
 inline PyObject* ExceptionType(StatusCode code) {
   switch (code) {
     case StatusCode::kInvalidArgument:
@@ -40,13 +43,14 @@ inline PyObject* ExceptionType(StatusCode code) {
   return PyExc_OSError;
 }
 
+// Raises the exception of a status that is not OK.
 inline void RaiseIfError(const Status& status) {
   if (status.ok()) return;
   PyErr_SetObject(ExceptionType(status.code()), ToStr(status.message()).ptr());
   throw pybind11::error_already_set();
 }
 
-// Runs `function` without the GIL; raises when it fails.
+// Runs `function`, which returns a Status, without the GIL. Raises its error.
 template <typename Function>
 void RunReleased(Function function) {
   Status status;

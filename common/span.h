@@ -5,7 +5,7 @@
 
 namespace dpsr {
 
-// A view of a contiguous array that somebody else owns.
+// A view of a contiguous array. The owner of the array must outlive it.
 template <typename T>
 class Span {
  public:

@@ -1,6 +1,6 @@
-// Outcome of an operation of the C++ core: a code and, when it is not OK, one line that says what was given, what was
-// expected and what to do. The core throws nothing; the shells (TF op, pybind11) translate a Status into their own
-// form.
+// The result of an operation of the C++ core: a code and, if it is not OK, one line that says what was given, what was
+// expected and what to do. The core throws no exceptions. The TF ops and the pybind11 modules translate a Status into
+// their own errors.
 #ifndef DPSR_COMMON_STATUS_H_
 #define DPSR_COMMON_STATUS_H_
 
@@ -10,7 +10,7 @@
 
 namespace dpsr {
 
-// The names follow absl/gRPC; the shells map them one to one.
+// The names are those of absl and gRPC.
 enum class StatusCode {
   kOk,
   kInvalidArgument,
@@ -35,7 +35,7 @@ class [[nodiscard]] Status {
   std::string message_;
 };
 
-// Concatenates its arguments as `operator<<` prints them: StrCat("k is ", k, ", expected > 0").
+// Concatenates its arguments as `operator<<` prints them: StrCat("k is ", k, ", expected at least 1").
 template <typename... Args>
 std::string StrCat(const Args&... args) {
   std::ostringstream out;
@@ -43,6 +43,7 @@ std::string StrCat(const Args&... args) {
   return out.str();
 }
 
+// Returns a Status whose message is StrCat(args...).
 template <typename... Args>
 Status MakeStatus(StatusCode code, const Args&... args) {
   return Status(code, StrCat(args...));
@@ -50,7 +51,7 @@ Status MakeStatus(StatusCode code, const Args&... args) {
 
 }  // namespace dpsr
 
-// Returns from the enclosing function when `expr` is not OK.
+// Evaluates `expr`, and returns its Status from the enclosing function if that is not OK.
 #define DPSR_RETURN_IF_ERROR(expr)                      \
   do {                                                  \
     ::dpsr::Status dpsr_status_ = (expr);               \

@@ -1,4 +1,4 @@
-// Assertions and fixtures that the C++ tests of the project share.
+// Assertions and fixtures for the C++ tests of all folders.
 #ifndef DPSR_COMMON_TEST_UTIL_H_
 #define DPSR_COMMON_TEST_UTIL_H_
 
@@ -15,19 +15,19 @@
 
 namespace dpsr {
 
-// EXPECT_TRUE(IsOk(status)) prints the message of a failure.
+// For EXPECT_TRUE(IsOk(status)), which prints the message of a failure.
 inline ::testing::AssertionResult IsOk(const Status& status) {
   if (status.ok()) return ::testing::AssertionSuccess();
   return ::testing::AssertionFailure() << status.message();
 }
 
-// EXPECT_TRUE(Contains(status.message(), "part")) prints both on failure.
+// For EXPECT_TRUE(Contains(status.message(), "part")), which prints both texts on failure.
 inline ::testing::AssertionResult Contains(std::string_view text, std::string_view part) {
   if (text.find(part) != std::string_view::npos) return ::testing::AssertionSuccess();
   return ::testing::AssertionFailure() << "\"" << text << "\" does not contain \"" << part << "\"";
 }
 
-// A folder of its own for each test, and one file in it.
+// Gives each test a folder of its own, and the path of one file in it.
 class FileTest : public ::testing::Test {
  protected:
   void SetUp() override {

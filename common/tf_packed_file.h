@@ -1,4 +1,4 @@
-// Packed files of any TensorFlow file system, for op files.
+// Opens packed files on any file system of TensorFlow, for op files.
 #ifndef DPSR_COMMON_TF_PACKED_FILE_H_
 #define DPSR_COMMON_TF_PACKED_FILE_H_
 
@@ -15,6 +15,7 @@
 
 namespace dpsr {
 
+// Translates the error of a file operation into ours, which names the file.
 inline Status FromTensorFlow(const std::string& path, const tensorflow::Status& status) {
   if (status.ok()) return Status();
   StatusCode code = StatusCode::kInternal;
@@ -24,8 +25,9 @@ inline Status FromTensorFlow(const std::string& path, const tensorflow::Status& 
   return MakeStatus(code, path, ": cannot be read: ", status.message());
 }
 
-// Opens `path` without verifying its sections: a plain path is mapped; "scheme://..." is mapped where its file system can
-// do that, and read into memory otherwise. Errors: those of PackedFile::Open.
+// Opens `path` without verifying its sections. A plain path is mapped. "scheme://..." is mapped if its file system can
+// do that, and read into memory otherwise. Errors: the ones of PackedFile::Open, and ResourceExhausted (no memory for
+// the file).
 inline Status OpenPackedFile(const std::string& path, const char* kind, std::unique_ptr<PackedFile>* file) {
   if (path.find("://") == std::string::npos) return PackedFile::Open(path, kind, /*verify=*/false, file);
   tensorflow::Env* env = tensorflow::Env::Default();
@@ -34,7 +36,7 @@ inline Status OpenPackedFile(const std::string& path, const char* kind, std::uni
     const std::shared_ptr<tensorflow::ReadOnlyMemoryRegion> owner = std::move(region);
     return PackedFile::OpenMemory(path, kind, /*verify=*/false, owner, owner->data(), owner->length(), file);
   }
-  // An error of the file itself shows again here.
+  // If the file itself cannot be read, these calls fail again and say why.
   std::unique_ptr<tensorflow::RandomAccessFile> source;
   tensorflow::uint64 size = 0;
   DPSR_RETURN_IF_ERROR(FromTensorFlow(path, env->GetFileSize(path, &size)));
@@ -42,8 +44,8 @@ inline Status OpenPackedFile(const std::string& path, const char* kind, std::uni
   constexpr std::align_val_t kAlignment{64};
   void* memory = ::operator new(size, kAlignment, std::nothrow);
   if (memory == nullptr) {
-    return MakeStatus(StatusCode::kResourceExhausted, path, ": no memory for its ", size,
-                      " bytes, and its file system cannot map it; copy it to a local disk");
+    return MakeStatus(StatusCode::kResourceExhausted, path, ": not enough memory for its ", size,
+                      " bytes, and its file system cannot map files; copy it to a local disk");
   }
   const std::shared_ptr<const void> owner(memory, [](void* p) { ::operator delete(p, std::align_val_t{64}); });
   tensorflow::StringPiece read;

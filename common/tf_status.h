@@ -1,4 +1,4 @@
-// The one translation of the core's Status into TensorFlow's, for op files.
+// Translates the core's Status into TensorFlow's, for op files.
 #ifndef DPSR_COMMON_TF_STATUS_H_
 #define DPSR_COMMON_TF_STATUS_H_
 

@@ -334,14 +334,8 @@ py::tuple EncodeBatch(const Vocabulary& vocabulary, const py::object& sequence) 
   return py::make_tuple(ToArray(std::move(values)), ToArray(std::move(row_splits)));
 }
 
-PYBIND11_MODULE(_native, m) {
-  m.doc() = "The C++ core of dpsr_tokenizer. Import dpsr_tokenizer, not this.";
-  py::options options;
-  options.disable_function_signatures();
-
-  FormatErrorType() = py::module_::import("dpsr_common._native").attr("FormatError");
-
-  py::class_<TokenizerConfig>(m, "TokenizerConfig", R"(Which kinds of tokens a text becomes. Immutable.
+void DefineTokenizer(py::module_* module) {
+  py::class_<TokenizerConfig>(*module, "TokenizerConfig", R"(Which kinds of tokens a text becomes. Immutable.
 
     word_unigrams:   words of alphabetic scripts: "red"
     word_bigrams:    neighbouring words: "red shoes"
@@ -367,12 +361,13 @@ False)")
       .def_static("parse", &ParseConfig, py::arg("text"),
                   "What serialize() wrote. Raises ValueError (unknown, repeated or missing key, bad value) and\n"
                   "FormatError (the text of another version of the tokenizer).")
-      .def("__eq__", [](const TokenizerConfig& a, const TokenizerConfig& b) { return a == b; }, py::is_operator())
+      .def(
+          "__eq__", [](const TokenizerConfig& a, const TokenizerConfig& b) { return a == b; }, py::is_operator())
       .def("__hash__", [](const TokenizerConfig& config) { return py::hash(py::str(config.Serialize())); })
       .def("__repr__", &ConfigRepr)
       .def(py::pickle([](const TokenizerConfig& config) { return config.Serialize(); }, &ParseConfig));
 
-  py::class_<Tokenizer>(m, "Tokenizer", R"(Text to tokens (DPSR paper, section 5.1.1). Immutable, thread-safe.
+  py::class_<Tokenizer>(*module, "Tokenizer", R"(Text to tokens (DPSR paper, section 5.1.1). Immutable, thread-safe.
 
 The rules are in tokenizer_cc/tokenizer.h: NFKC and case folding, then words with '#'-marked letter trigrams for
 alphabetic scripts, characters and character bigrams for scripts written without spaces.
@@ -384,8 +379,10 @@ alphabetic scripts, characters and character bigrams for scripts written without
       .def("tokenize", &Tokenize, py::arg("text"),
            "The tokens of a str or of UTF-8 bytes, in the order of the text. Bytes that are no UTF-8, and lone\n"
            "surrogates of a str, separate tokens.");
+}
 
-  py::class_<SharedBuilder>(m, "VocabularyBuilder", R"(Counts the tokens of a corpus and writes a vocabulary.
+void DefineVocabularyBuilder(py::module_* module) {
+  py::class_<SharedBuilder>(*module, "VocabularyBuilder", R"(Counts the tokens of a corpus and writes a vocabulary.
 
 Counts with `num_threads` threads (0: one for each core); more than `max_memory_bytes` of counts go to unnamed files in
 `temporary_directory` (the system's when left out) until write() merges them. Neither changes what is written.
@@ -396,8 +393,10 @@ len() is the number of distinct tokens so far; it takes about as long as write()
            py::arg("max_memory_bytes") = int64_t{1} << 30, py::arg("temporary_directory") = py::none())
       .def_property_readonly("config", &SharedBuilder::config)
       .def("__len__", &SharedBuilder::size)
-      .def("add", &SharedBuilder::Add, py::arg("text"), "Counts the tokens of a text, of each text of an iterable, or of an Arrow array, chunked array or stream of\n"
-           "strings or binary, which is read in place (null: no text).")
+      .def(
+          "add", &SharedBuilder::Add, py::arg("text"),
+          "Counts the tokens of a text, of each text of an iterable, or of an Arrow array, chunked array or stream of\n"
+          "strings or binary, which is read in place (null: no text).")
       .def("write", &SharedBuilder::Write, py::arg("path"), py::kw_only(), py::arg("min_count") = 1,
            py::arg("max_size") = py::none(), py::arg("num_oov_buckets") = 0,
            R"(Writes the tokens counted at least `min_count` times, at most the `max_size` most frequent.
@@ -405,29 +404,47 @@ len() is the number of distinct tokens so far; it takes about as long as write()
 Ids go by descending count, ties by the bytes of the token. All other tokens share `num_oov_buckets` hash buckets after
 them; with 0 they are dropped. Raises ValueError for bad limits or an empty vocabulary, OSError when
 it cannot write.)");
+}
 
-  py::class_<Vocabulary>(m, "Vocabulary", R"(A vocabulary file, memory-mapped: tokens to ids. Immutable, thread-safe.
+void DefineVocabulary(py::module_* module) {
+  py::class_<Vocabulary>(*module, "Vocabulary",
+                         R"(A vocabulary file, memory-mapped: tokens to ids. Immutable, thread-safe.
 
 len() is the number of tokens; ids [len, num_ids) are the hash buckets of unknown tokens. `verify` computes the
 checksums of the whole file. Raises FileNotFoundError and FormatError.)")
       .def(py::init(&OpenVocabulary), py::arg("path"), py::kw_only(), py::arg("verify") = true)
-      .def_property_readonly("path", [](const Vocabulary& vocabulary) { return ToStr(vocabulary.path()); },
-                             "The path that it was opened with.")
-      .def_property_readonly("config", [](const Vocabulary& vocabulary) { return vocabulary.config(); },
-                             "The TokenizerConfig that it was counted with and encodes with.")
+      .def_property_readonly(
+          "path", [](const Vocabulary& vocabulary) { return ToStr(vocabulary.path()); },
+          "The path that it was opened with.")
+      .def_property_readonly(
+          "config", [](const Vocabulary& vocabulary) { return vocabulary.config(); },
+          "The TokenizerConfig that it was counted with and encodes with.")
       .def_property_readonly("fingerprint", &Vocabulary::fingerprint,
                              "64 bits that identify the content, to check that two places use the same vocabulary.")
       .def_property_readonly("num_oov_buckets", &Vocabulary::num_oov_buckets)
       .def_property_readonly("num_ids", &Vocabulary::num_ids, "len + num_oov_buckets: rows of an embedding table.")
       .def("__len__", &Vocabulary::size)
-      .def("token", [](const Vocabulary& v, int64_t id) { return ToStr(v.Token(CheckedId(v, id))); }, py::arg("id"),
-           "The token of an id in [0, len). Raises IndexError.")
-      .def("count", [](const Vocabulary& v, int64_t id) { return v.Count(CheckedId(v, id)); }, py::arg("id"),
-           "How often the token was counted. Raises IndexError.")
+      .def(
+          "token", [](const Vocabulary& v, int64_t id) { return ToStr(v.Token(CheckedId(v, id))); }, py::arg("id"),
+          "The token of an id in [0, len). Raises IndexError.")
+      .def(
+          "count", [](const Vocabulary& v, int64_t id) { return v.Count(CheckedId(v, id)); }, py::arg("id"),
+          "How often the token was counted. Raises IndexError.")
       .def("encode", &Encode, py::arg("text"), "The ids of the tokens of a text, int32 [num_tokens].")
       .def("encode_batch", &EncodeBatch, py::arg("texts"),
-           "The ids of many texts, an iterable or Arrow data as for VocabularyBuilder.add, as values int32 [total] and row_splits int64 [num_texts + 1]: text i has\n"
+           "The ids of many texts, an iterable or Arrow data as for VocabularyBuilder.add, as values int32 [total] and "
+           "row_splits int64 [num_texts + 1]: text i has\n"
            "values[row_splits[i]:row_splits[i + 1]].");
+}
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "The C++ core of dpsr_tokenizer. Import dpsr_tokenizer, not this.";
+  py::options options;
+  options.disable_function_signatures();
+  FormatErrorType() = py::module_::import("dpsr_common._native").attr("FormatError");
+  DefineTokenizer(&m);
+  DefineVocabularyBuilder(&m);
+  DefineVocabulary(&m);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""Packed files: named, typed, checksummed arrays in one memory-mapped file. common/packed_file.h has the layout."""
+"""Packed files: named, typed, checksummed arrays in one memory-mapped file. See common/packed_file.h for the layout."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["FormatError", "PackedFile", "PackedFileWriter", "checksum"]
 
 
 class PackedFile(Mapping[str, "npt.NDArray[Any]"]):
-    """A packed file, memory-mapped: section name -> read-only array [n].
+    """A memory-mapped packed file, as a mapping from the names of its sections to read-only arrays [n].
 
-    Nothing is copied; an array keeps the map alive. `kind` is what the file must be ("items"); empty accepts any.
-    `verify` computes the checksums of the whole file. Raises FileNotFoundError, and FormatError for a file that is
-    corrupt, truncated, or of another version or kind.
+    Nothing is copied, and an array keeps the file mapped. `kind` is the kind that the file must have ("items"); an
+    empty string accepts any. `verify` computes the checksums of the whole file. Raises FileNotFoundError, and
+    FormatError for a file that is corrupt, truncated, or of another version or kind.
     """
 
     def __init__(self, path: str | os.PathLike[str], kind: str = "", verify: bool = True) -> None:
@@ -28,12 +28,12 @@ class PackedFile(Mapping[str, "npt.NDArray[Any]"]):
 
     @property
     def path(self) -> str:
-        """The path that it was opened with."""
+        """The path that the file was opened with."""
         return self._file.path
 
     @property
     def kind(self) -> str:
-        """What the file is: "vocabulary", "items"."""
+        """The kind of the file, for example "vocabulary" or "items"."""
         return self._file.kind
 
     @property
@@ -42,16 +42,16 @@ class PackedFile(Mapping[str, "npt.NDArray[Any]"]):
         return self._file.fingerprint
 
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        """The section as an array. Raises KeyError when there is none of that name."""
+        """Returns a section as an array. Raises KeyError if there is no section with this name."""
         section = self._file.get(name)
         if section is None:
             raise KeyError(f"{self.path}: has no section {name!r} (it has: {', '.join(self._names)})")
         return section
 
     def __iter__(self) -> Iterator[str]:
-        """Section names in the order of the file."""
+        """Iterates over the names of the sections in the order of the file."""
         return iter(self._names)
 
     def __len__(self) -> int:
-        """How many sections there are."""
+        """Returns the number of sections."""
         return len(self._names)

@@ -1,4 +1,4 @@
-"""Configuration as typed dataclasses. Errors name the key, the value, and what is allowed."""
+"""Configurations as typed dataclasses. Errors name the key, the value and what is allowed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def option(
     maximum: float | None = None,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
-    """A dataclass field with its help text and allowed values (bounds included; for a tuple they hold for each)."""
+    """Declares a dataclass field with its default, its help text and its allowed values.
+
+    `minimum` and `maximum` are allowed themselves. For a tuple, the limits are those of its elements.
+    """
     metadata = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: default.copy(), metadata=metadata)
@@ -33,14 +36,14 @@ def option(
 
 
 def read_assignment(assignment: str, example: str) -> tuple[str, Any]:
-    """Name and value, read as YAML, of a flag `--set=name=value`.
+    """Reads the name and the YAML value of a flag `--set=name=value`.
 
     Args:
-        assignment: what follows `--set=`.
-        example: of one, for the message; with a dot in it, names are those of a section and a key.
+        assignment: the value of the flag, "name=value".
+        example: an assignment for the error message. If it contains a dot, names are "section.key".
 
     Raises:
-        UsageError: there is no name, no dot in it that should be, or no `=`; or the value is not YAML.
+        UsageError: the name, its dot or the `=` is missing, or the value is not YAML.
     """
     name, equals, text = assignment.partition("=")
     dotted = "." in example
@@ -55,7 +58,7 @@ def read_assignment(assignment: str, example: str) -> tuple[str, Any]:
 
 
 def to_dict(value: Any) -> Any:
-    """A dataclass as plain dicts and lists, for YAML and JSON."""
+    """Turns a dataclass into plain dicts and lists, for YAML and JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
@@ -67,12 +70,14 @@ def from_dict(cls: type[T], data: Any, where: str, check: bool = True) -> T:
     """Builds the dataclass `cls` from a mapping.
 
     Args:
-        cls: the dataclass; its method `problem`, if it has one, says what is wrong with values that do not go together.
+        cls: the dataclass. It may have a method `problem`, which returns what is wrong with values that are each
+        allowed
+            but cannot be combined, or None.
             Two class variables are optional. SHORTHAND names a key: a text in place of the mapping is the value of that
             key. RENAMED maps a key of earlier versions to how it is written now: {"old_key": "new_key: VALUE"}.
-        data: the mapping; None, an empty section, is one without keys.
-        where: stands before each error: the file, then the section.
-        check: asks `problem`.
+        data: the mapping. None, which an empty section of YAML gives, is a mapping without keys.
+        where: the file and the section; errors begin with it.
+        check: whether to call `problem`.
 
     Raises:
         UsageError: names the key, the value, and what is allowed.
@@ -109,7 +114,8 @@ def from_dict(cls: type[T], data: Any, where: str, check: bool = True) -> T:
 def _convert(value: Any, kind: Any, field: Any, where: str, check: bool) -> Any:
     metadata = field.metadata
     origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):  # optional
+    # A union is always an optional value.
+    if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
@@ -130,7 +136,8 @@ def _convert(value: Any, kind: Any, field: Any, where: str, check: bool) -> Any:
     given = value
     if kind is float:
         value = _as_float(value)
-    if kind is str and isinstance(value, datetime.date):  # YAML's own reading of 2024-03-01
+    # YAML reads 2024-03-01 as a date.
+    if kind is str and isinstance(value, datetime.date):
         value = value.isoformat()
     if kind is str and metadata.get("numbers") and type(value) in (int, float):
         value = str(value)
@@ -150,8 +157,8 @@ def _convert(value: Any, kind: Any, field: Any, where: str, check: bool) -> Any:
 
 
 def _as_float(value: Any) -> Any:
-    """A number as float; anything else as it is."""
-    # YAML 1.1 takes 1e-3, which has no point, for a text.
+    """Returns a number as float, and any other value unchanged."""
+    # For YAML 1.1, 1e-3 is a text, because it has no point.
     is_number = isinstance(value, int) and not isinstance(value, bool)
     if is_number or (isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)):
         try:

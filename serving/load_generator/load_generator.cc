@@ -6,7 +6,6 @@
 // been sent meanwhile (coordinated omission).
 #include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/grpcpp.h>
-#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -16,7 +15,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
-#include <iterator>
 #include <map>
 #include <memory>
 #include <random>
@@ -26,8 +24,8 @@
 #include <utility>
 #include <vector>
 
-#include "google/protobuf/io/coded_stream.h"
 #include "serving/load_generator/histogram.h"
+#include "serving/load_generator/programs.h"
 #include "tensorflow_serving/apis/predict.pb.h"
 
 namespace dpsr::serving {
@@ -68,11 +66,6 @@ struct Options {
   double seconds = 10, warmup_seconds = 2, timeout_seconds = 10;
   int batch = 1, channels = 4, threads = 1, max_outstanding = 10'000, server_pid = 0, seed = 1;
 };
-
-[[noreturn]] void Fail(const std::string& error) {
-  std::fprintf(stderr, "dpsr_load_generator: %s\n", error.c_str());
-  std::exit(2);
-}
 
 template <typename Number>
 Number Parse(const std::string& flag, const std::string& text) {
@@ -139,37 +132,31 @@ std::vector<double> ParseList(const std::string& flag, const std::string& text) 
   return numbers;
 }
 
-std::vector<grpc::ByteBuffer> ReadRequests(const Options& options) {
-  const std::string& path = options.requests_file.empty() ? options.query_file : options.requests_file;
-  std::ifstream file(path, std::ios::binary);
-  if (!file) Fail("cannot read " + path);
+// Makes serialized PredictRequests of the lines of --query_file.
+std::vector<std::string> MakeQueryRequests(const Options& options) {
+  std::ifstream file(options.query_file, std::ios::binary);
+  if (!file) Fail("cannot read " + options.query_file);
+  tensorflow::serving::PredictRequest request;
+  request.mutable_model_spec()->set_name(options.model);
+  request.mutable_model_spec()->set_signature_name(options.signature);
+  tensorflow::TensorProto& tensor = (*request.mutable_inputs())[options.input];
+  tensor.set_dtype(tensorflow::DT_STRING);
+  tensor.mutable_tensor_shape()->add_dim()->set_size(options.batch);
   std::vector<std::string> requests;
-  if (!options.requests_file.empty()) {
-    const std::string bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-    google::protobuf::io::CodedInputStream input(reinterpret_cast<const uint8_t*>(bytes.data()),
-                                                 static_cast<int>(bytes.size()));
-    uint32_t size;
-    while (input.ReadVarint32(&size)) {
-      requests.emplace_back();
-      if (!input.ReadString(&requests.back(), static_cast<int>(size))) Fail(path + " ends within a request");
-    }
-  } else {
-    tensorflow::serving::PredictRequest request;
-    request.mutable_model_spec()->set_name(options.model);
-    request.mutable_model_spec()->set_signature_name(options.signature);
-    tensorflow::TensorProto& tensor = (*request.mutable_inputs())[options.input];
-    tensor.set_dtype(tensorflow::DT_STRING);
-    tensor.mutable_tensor_shape()->add_dim()->set_size(options.batch);
-    for (std::string line; std::getline(file, line);) {
-      tensor.add_string_val(line);
-      if (tensor.string_val_size() < options.batch) continue;
-      requests.push_back(request.SerializeAsString());
-      tensor.clear_string_val();
-    }
+  for (std::string line; std::getline(file, line);) {
+    tensor.add_string_val(line);
+    if (tensor.string_val_size() < options.batch) continue;
+    requests.push_back(request.SerializeAsString());
+    tensor.clear_string_val();
   }
-  if (requests.empty()) Fail(path + " holds no request");
+  if (requests.empty()) Fail(options.query_file + " holds no request");
+  return requests;
+}
+
+std::vector<grpc::ByteBuffer> ReadRequests(const Options& options) {
   std::vector<grpc::ByteBuffer> buffers;
-  for (const std::string& request : requests) {
+  for (const std::string& request :
+       options.requests_file.empty() ? MakeQueryRequests(options) : ReadRequestsFile(options.requests_file)) {
     const grpc::Slice slice(request);
     buffers.emplace_back(&slice, 1);
   }
@@ -203,13 +190,6 @@ Usage UsageOf(int pid) {
   usage.rss_mib /= 1024;
   usage.peak_rss_mib /= 1024;
   return usage;
-}
-
-double OwnCpu() {
-  rusage usage;
-  getrusage(RUSAGE_SELF, &usage);
-  return static_cast<double>(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
-         static_cast<double>(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) / 1e6;
 }
 
 struct Call {
@@ -271,10 +251,10 @@ class Load {
     for (int i = 0; rate_ == 0 && i < concurrency_; ++i) Send(lanes_[i % lanes_.size()].get(), Clock::now());
     std::this_thread::sleep_until(begin_);
     const Usage server_begin = UsageOf(options_.server_pid);
-    const double own_begin = OwnCpu();
+    const double own_begin = OwnCpuSeconds();
     std::this_thread::sleep_until(end_);
     const Usage server_end = UsageOf(options_.server_pid);
-    const double own_end = OwnCpu();
+    const double own_end = OwnCpuSeconds();
     for (std::thread& sender : senders) sender.join();
     for (auto& lane : lanes_) {  // every call has a deadline
       while (lane->outstanding > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));

@@ -3,19 +3,15 @@
 // each is run for so long and has a line.
 //
 //   dpsr_session_run SAVED_MODEL REQUESTS_FILE[,REQUESTS_FILE...] SECONDS [OP_LIBRARY...]
-#include <sys/resource.h>
-
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <fstream>
-#include <iterator>
 #include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "google/protobuf/io/coded_stream.h"
+#include "serving/load_generator/programs.h"
 #include "tensorflow/c/c_api.h"
 #include "tensorflow/cc/saved_model/loader.h"
 #include "tensorflow/core/framework/tensor.h"
@@ -23,6 +19,8 @@
 
 namespace {
 
+using dpsr::serving::Fail;
+using dpsr::serving::OwnCpuSeconds;
 using tensorflow::Tensor;
 
 struct Request {
@@ -30,29 +28,11 @@ struct Request {
   std::vector<std::string> fetches;
 };
 
-[[noreturn]] void Fail(const std::string& error) {
-  std::fprintf(stderr, "dpsr_session_run: %s\n", error.c_str());
-  std::exit(2);
-}
-
-double CpuSeconds() {
-  rusage usage;
-  getrusage(RUSAGE_SELF, &usage);
-  return static_cast<double>(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
-         static_cast<double>(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) / 1e6;
-}
-
 std::vector<Request> ReadRequests(const tensorflow::SavedModelBundleLite& bundle, const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  const std::string bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-  google::protobuf::io::CodedInputStream input(reinterpret_cast<const uint8_t*>(bytes.data()),
-                                               static_cast<int>(bytes.size()));
   std::vector<Request> requests;
-  uint32_t size;
-  std::string text;
-  while (input.ReadVarint32(&size)) {
+  for (const std::string& text : dpsr::serving::ReadRequestsFile(path)) {
     tensorflow::serving::PredictRequest proto;
-    if (!input.ReadString(&text, static_cast<int>(size)) || !proto.ParseFromString(text)) Fail("a broken request");
+    if (!proto.ParseFromString(text)) Fail(path + " holds a request that is not a PredictRequest");
     const auto signature = bundle.GetSignatures().find(proto.model_spec().signature_name());
     if (signature == bundle.GetSignatures().end()) Fail("no signature " + proto.model_spec().signature_name());
     Request request;
@@ -64,7 +44,6 @@ std::vector<Request> ReadRequests(const tensorflow::SavedModelBundleLite& bundle
     for (const auto& [alias, info] : signature->second.outputs()) request.fetches.push_back(info.name());
     requests.push_back(std::move(request));
   }
-  if (requests.empty()) Fail(path + " holds no request");
   return requests;
 }
 
@@ -102,9 +81,9 @@ int main(int argc, char** argv) {
       return count;
     };
     run(seconds / 4);
-    const double begin = CpuSeconds();
+    const double begin = OwnCpuSeconds();
     const size_t count = run(seconds);
-    const double microseconds = (CpuSeconds() - begin) / static_cast<double>(count) * 1e6;
+    const double microseconds = (OwnCpuSeconds() - begin) / static_cast<double>(count) * 1e6;
     std::printf("{\"requests\": %zu, \"cpu_us\": %.6g}\n", count, microseconds);
   }
 }

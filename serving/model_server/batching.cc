@@ -3,20 +3,20 @@
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
-#include <exception>
 #include <limits>
 #include <mutex>
 #include <set>
 #include <utility>
 
+#include "common/status.h"
 #include "serving/model_server/batch_tensors.h"
+#include "serving/model_server/errors.h"
 #include "serving/model_server/metrics.h"
 #include "serving/model_server/server_config.h"
 #include "tensorflow/core/framework/types.h"
 #include "tensorflow/core/kernels/batching_util/shared_batch_scheduler.h"
 #include "tensorflow/core/platform/cpu_info.h"
 #include "tensorflow/core/platform/env.h"
-#include "common/status.h"
 
 namespace dpsr::serving {
 namespace {
@@ -65,7 +65,7 @@ using Scheduler = tensorflow::serving::SharedBatchScheduler<Part>;
 using Queue = tensorflow::serving::BatchScheduler<Part>;
 
 tensorflow::Status Invalid(const char* field, int64_t got, const std::string& expected) {
-  return absl::InvalidArgumentError(StrCat("BatchingParameters.", field, ": got ", got, ", expected ", expected));
+  return InvalidArgument(StrCat("BatchingParameters.", field, ": got ", got, ", expected ", expected));
 }
 
 tensorflow::Status CheckRange(const char* field, int64_t value, int64_t least, int64_t most) {
@@ -104,7 +104,7 @@ class BatchThreadsImpl final : public BatchThreads {
     *parameters->mutable_num_batch_threads() = parameters_.num_batch_threads();
     *parameters->mutable_thread_pool_name() = parameters_.thread_pool_name();
     const tensorflow::Status status = CompleteBatchingParameters(parameters);
-    return status.ok() ? status : absl::InvalidArgumentError(StrCat(file, ": ", std::string(status.message())));
+    return status.ok() ? status : InvalidArgument(StrCat(file, ": ", std::string(status.message())));
   }
 
  private:
@@ -208,12 +208,10 @@ class BatchQueuesImpl final : public BatchQueues {
   }
 
   void Process(const Signature& signature, Parts batch) const {
-    const auto now = Clock::now();
     Parts parts;
     for (std::unique_ptr<Part>& part : batch) {
       Request& request = *part->request;
-      const auto waited = std::chrono::duration_cast<std::chrono::microseconds>(now - request.arrival).count();
-      RecordBatchQueueing(thread_pool_, waited);
+      RecordBatchQueueing(thread_pool_, MicrosecondsSince(request.arrival));
       bool late = Deadline::clock::now() >= request.deadline;
       {
         std::lock_guard<std::mutex> lock(request.mutex);
@@ -298,16 +296,15 @@ class BatchQueuesImpl final : public BatchQueues {
   void Compute(const Signature& signature, const Parts& parts) const {
     std::vector<std::vector<Tensor>> results(parts.size());
     std::vector<tensorflow::Status> statuses(parts.size());
-    try {  // an op library may throw, and memory may run out
-      RunBatch(signature, parts, &results, &statuses);
-    } catch (const std::exception& error) {
-      statuses.assign(parts.size(), absl::InternalError(StrCat("the model threw an exception: ", error.what())));
-    }
+    const tensorflow::Status ran =
+        CatchExceptions("the model", [&] { return RunBatch(signature, parts, &results, &statuses); });
+    if (!ran.ok()) statuses.assign(parts.size(), ran);
     for (size_t i = 0; i < parts.size(); ++i) Finish(*parts[i], statuses[i], std::move(results[i]));
   }
 
-  void RunBatch(const Signature& signature, const Parts& parts, std::vector<std::vector<Tensor>>* results,
-                std::vector<tensorflow::Status>* statuses) const {
+  // Runs the parts together. An error is that of all parts; `statuses` gets the errors of single ones.
+  tensorflow::Status RunBatch(const Signature& signature, const Parts& parts, std::vector<std::vector<Tensor>>* results,
+                              std::vector<tensorflow::Status>* statuses) const {
     const int64_t asked_rows = NumRows(parts);
     const int64_t num_rows = RoundUpBatch(asked_rows, allowed_sizes_);
     // All outputs that anyone asks for, and time for the one who has most of it.
@@ -326,11 +323,7 @@ class BatchQueuesImpl final : public BatchQueues {
     }
     RecordBatch(num_rows, num_rows - asked_rows);
     std::vector<Tensor> computed;
-    const tensorflow::Status ran = run_(signature, is_whole ? first.feeds : joined, outputs, deadline, &computed);
-    if (!ran.ok()) {
-      statuses->assign(parts.size(), ran);
-      return;
-    }
+    TF_RETURN_IF_ERROR(run_(signature, is_whole ? first.feeds : joined, outputs, deadline, &computed));
     int64_t begin = 0;
     for (size_t i = 0; i < parts.size(); ++i) {
       for (const size_t output : parts[i]->request->outputs) {
@@ -348,6 +341,7 @@ class BatchQueuesImpl final : public BatchQueues {
       }
       begin += parts[i]->num_rows;
     }
+    return tensorflow::OkStatus();
   }
 
   const std::shared_ptr<BatchThreads> threads_;
@@ -363,7 +357,7 @@ class BatchQueuesImpl final : public BatchQueues {
 tensorflow::Status CompleteBatchingParameters(BatchingParameters* parameters) {
   BatchingParameters& p = *parameters;
   if (p.has_max_execution_batch_size() && !p.enable_large_batch_splitting().value()) {
-    return absl::InvalidArgumentError(
+    return InvalidArgument(
         "BatchingParameters.max_execution_batch_size needs enable_large_batch_splitting { value: true }");
   }
   if (!p.has_thread_pool_name()) p.mutable_thread_pool_name()->set_value(kThreadPoolName);

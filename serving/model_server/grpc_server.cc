@@ -9,12 +9,12 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <charconv>
 #include <cstring>
 #include <limits>
 #include <thread>
 
 #include "serving/model_server/metrics.h"
+#include "serving/model_server/parse_number.h"
 #include "serving/model_server/server_options.h"
 #include "tensorflow_serving/apis/model_service.grpc.pb.h"
 #include "tensorflow_serving/apis/prediction_service.grpc.pb.h"
@@ -50,14 +50,12 @@ Reactor* OnWorkers(WorkerPool* workers, Context* context, Answer answer) {
   Reactor* reactor = context->DefaultReactor();
   const auto arrival = std::chrono::steady_clock::now();
   const bool added = workers->Add([context, reactor, arrival, answer] {
-    RecordQueueing(std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - arrival)
-                       .count());
+    RecordQueueing(MicrosecondsSince(arrival));
     // Nobody waits for the answer of a call that was cancelled, or whose deadline passed, in the queue.
     reactor->Finish(context->IsCancelled() ? grpc::Status::CANCELLED : ToGrpc(answer()));
   });
   if (!added) {
-    reactor->Finish(grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED,
-                                 "the server's queue is full (--max_queued_requests); try again later, or elsewhere"));
+    reactor->Finish(grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, kQueueIsFull));
   }
   return reactor;
 }
@@ -185,9 +183,7 @@ class GrpcServerImpl final : public GrpcServer {
     grpc::ServerBuilder builder;
     for (const auto& [name, value] : options.channel_arguments) {
       int number = 0;
-      const char* end = value.data() + value.size();
-      const auto [stop, error] = std::from_chars(value.data(), end, number);
-      if (error == std::errc() && stop == end) {
+      if (ParseNumber(value, &number)) {
         builder.AddChannelArgument(name, number);
       } else {
         builder.AddChannelArgument(name, value);

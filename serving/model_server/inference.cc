@@ -6,12 +6,13 @@
 #include <set>
 #include <utility>
 
+#include "common/status.h"
+#include "serving/model_server/errors.h"
 #include "serving/model_server/metrics.h"
 #include "tensorflow/core/example/example.pb.h"
 #include "tensorflow/core/framework/tensor.h"
 #include "tensorflow/core/framework/tensor_shape.h"
 #include "tensorflow/core/framework/types.h"
-#include "common/status.h"
 
 namespace dpsr::serving {
 namespace {
@@ -63,7 +64,7 @@ tensorflow::Status TooLarge() {
                                              "outputs with output_filter"));
 }
 
-tensorflow::Status InvalidArgument(const std::string& message) { return absl::InvalidArgumentError(message); }
+tensorflow::Status NoTasks() { return InvalidArgument("MultiInferenceRequest has no tasks, expected at least one"); }
 
 using Names = std::set<std::string>;
 
@@ -187,7 +188,7 @@ tensorflow::Status ReadExamples(const Input& input, Tensor* examples) {
 tensorflow::Status FindSignature(const Servable& servable, const std::string& name, const Signature** signature) {
   *signature = servable.FindSignature(name);
   if (*signature != nullptr) return tensorflow::OkStatus();
-  return InvalidArgument("No signature was found with the name: " + (name.empty() ? "serving_default" : name));
+  return InvalidArgument("No signature was found with the name: " + ResolveSignatureName(name));
 }
 
 // Of what kind the signature says it is, where the server is told to look at that.
@@ -286,14 +287,22 @@ std::vector<size_t> AllOutputs(const Signature& signature) {
   return outputs;
 }
 
+// The examples of `input` as the one feed of `signature`, and their number.
+tensorflow::Status FeedExamples(const Servable& servable, const Signature& signature, const Input& input, Feeds* feeds,
+                                int64_t* examples) {
+  feeds->resize(1);
+  feeds->front().first = signature.inputs[0].tensor;
+  TF_RETURN_IF_ERROR(ReadExamples(input, &feeds->front().second));
+  *examples = feeds->front().second.NumElements();
+  RecordExamples(servable.name(), *examples);
+  return tensorflow::OkStatus();
+}
+
 // Runs `signature` on the examples of `input`.
 tensorflow::Status RunOnExamples(const Servable& servable, const Signature& signature, const Input& input,
                                  Deadline deadline, int64_t* examples, std::vector<Tensor>* results) {
-  Feeds feeds(1);
-  feeds[0].first = signature.inputs[0].tensor;
-  TF_RETURN_IF_ERROR(ReadExamples(input, &feeds[0].second));
-  *examples = feeds[0].second.NumElements();
-  RecordExamples(servable.name(), *examples);
+  Feeds feeds;
+  TF_RETURN_IF_ERROR(FeedExamples(servable, signature, input, &feeds, examples));
   return servable.Run(signature, feeds, AllOutputs(signature), deadline, results);
 }
 
@@ -325,12 +334,9 @@ tensorflow::Status ParseTensor(const std::string& alias, const TensorProto& prot
 
 tensorflow::Status Predict(const Servable& servable, const PredictRequest& request, Deadline deadline,
                            PredictResponse* response) {
-  const std::string& asked = request.model_spec().signature_name();
-  const Signature* signature = servable.FindSignature(asked);
-  if (signature == nullptr) {
-    return absl::FailedPreconditionError("Serving signature key \"" + (asked.empty() ? "serving_default" : asked) +
-                                         "\" not found.");
-  }
+  const std::string name = ResolveSignatureName(request.model_spec().signature_name());
+  const Signature* signature = servable.FindSignature(name);
+  if (signature == nullptr) return absl::FailedPreconditionError("Serving signature key \"" + name + "\" not found.");
   Feeds feeds;
   TF_RETURN_IF_ERROR(ReadInputs(*signature, request, &feeds));
   std::vector<size_t> wanted;
@@ -405,12 +411,10 @@ tensorflow::Status MultiInference(const Servable& servable, const MultiInference
     signatures.push_back(signature);
     for (const Endpoint& output : signature->outputs) fetches.push_back(output.tensor);
   }
-  if (signatures.empty()) return InvalidArgument("MultiInferenceRequest has no tasks, expected at least one");
-  Feeds feeds(1);
-  feeds[0].first = signatures[0]->inputs[0].tensor;
-  TF_RETURN_IF_ERROR(ReadExamples(request.input(), &feeds[0].second));
-  const int64_t examples = feeds[0].second.NumElements();
-  RecordExamples(servable.name(), examples);
+  if (signatures.empty()) return NoTasks();
+  Feeds feeds;
+  int64_t examples;
+  TF_RETURN_IF_ERROR(FeedExamples(servable, *signatures[0], request.input(), &feeds, &examples));
   std::vector<Tensor> all;
   TF_RETURN_IF_ERROR(servable.Run(feeds, fetches, deadline, &all));
   auto next = all.begin();
@@ -466,7 +470,7 @@ const ModelSpec* SpecOf(const MultiInferenceRequest& request, tensorflow::Status
       return nullptr;
     }
   }
-  if (first == nullptr) *status = InvalidArgument("MultiInferenceRequest has no tasks, expected at least one");
+  if (first == nullptr) *status = NoTasks();
   return first;
 }
 

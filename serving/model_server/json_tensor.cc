@@ -7,15 +7,17 @@
 #include <vector>
 
 #include "absl/strings/escaping.h"
+#include "common/status.h"
 #include "rapidjson/document.h"
 #include "rapidjson/error/en.h"
 #include "rapidjson/memorystream.h"
 #include "rapidjson/stringbuffer.h"
 #include "rapidjson/writer.h"
+#include "serving/model_server/errors.h"
+#include "serving/model_server/servable.h"
 #include "tensorflow/core/example/example.pb.h"
 #include "tensorflow/core/framework/tensor.h"
 #include "tensorflow/core/framework/types.h"
-#include "common/status.h"
 
 namespace dpsr::serving {
 namespace {
@@ -29,13 +31,10 @@ using Json = rapidjson::Value;
 using Writer = rapidjson::Writer<rapidjson::StringBuffer, rapidjson::UTF8<>, rapidjson::UTF8<>,
                                  rapidjson::CrtAllocator, rapidjson::kWriteNanAndInfFlag>;
 
-constexpr char kDefaultSignature[] = "serving_default";
 constexpr char kBase64[] = "b64";
 // Deeper lists than any tensor has dimensions would only exhaust the stack.
 constexpr int kMaxDims = 254;
 constexpr int kMaxDepth = 1000;
-
-tensorflow::Status InvalidArgument(const std::string& message) { return absl::InvalidArgumentError(message); }
 
 std::string TypeName(const Json& value) {
   switch (value.GetType()) {
@@ -505,10 +504,10 @@ tensorflow::Status ReadPredictJson(const std::string& text, const SignatureDefs&
   std::string name;
   TF_RETURN_IF_ERROR(ReadSignatureName(document, &name));
   request->mutable_model_spec()->set_signature_name(name);
-  const auto signature = signatures.find(name.empty() ? kDefaultSignature : name);
+  const auto signature = signatures.find(ResolveSignatureName(name));
   if (signature == signatures.end()) {
-    return InvalidArgument(StrCat("Serving signature name: \"", name.empty() ? kDefaultSignature : name,
-                                  "\" not found in signature def"));
+    return InvalidArgument(
+        StrCat("Serving signature name: \"", ResolveSignatureName(name), "\" not found in signature def"));
   }
   const Json* instances = Member(document, "instances");
   const Json* inputs = Member(document, "inputs");

@@ -71,11 +71,13 @@ void QuietTensorFlow(int /*argc*/, char** argv, char** environment) {
 __attribute__((section(".preinit_array"), used)) void (*const kQuietTensorFlow)(int, char**,
                                                                                 char**) = QuietTensorFlow;
 
-// glibc gives threads up to eight heaps for each CPU, and what a version leaves behind in each is not given back: memory
-// grew by 9 % over 20 versions. One for each CPU suffices.
+int NumCpus() { return static_cast<int>(std::max(1u, std::thread::hardware_concurrency())); }
+
+// glibc gives threads up to eight heaps for each CPU, and what a version leaves behind in each is not given back:
+// memory grew by 9 % over 20 versions. One for each CPU suffices.
 void BoundHeaps() {
   if (std::getenv("MALLOC_ARENA_MAX") != nullptr) return;
-  mallopt(M_ARENA_MAX, static_cast<int>(std::max(2u, std::thread::hardware_concurrency())));
+  mallopt(M_ARENA_MAX, std::max(2, NumCpus()));
 }
 
 int FailToStart(const std::string& error) {
@@ -148,9 +150,9 @@ tensorflow::Status StartBatching(const ServerOptions& options, std::shared_ptr<B
 
 // Requests that are handled at a time, unless a flag says otherwise. Those that wait for their batch hold a thread
 // each: enough for the batches that run and as many that form, within reason.
-int NumWorkers(int cpus, const BatchThreads* batch_threads) {
+int NumWorkers(const BatchThreads* batch_threads) {
   constexpr int64_t kMostForBatches = 256;
-  int64_t workers = 4 * cpus;
+  int64_t workers = 4 * NumCpus();
   if (batch_threads != nullptr) {
     const BatchingParameters& parameters = batch_threads->parameters();
     const int64_t rows = std::min(parameters.max_batch_size().value(), kMostForBatches);
@@ -199,8 +201,8 @@ tensorflow::Status ReadMetricsPath(const ServerOptions& options, std::string* pa
   return tensorflow::OkStatus();
 }
 
-// Takes --model_config_file over when its text has changed, and tries again where that could not be done: a label may name
-// a version that is still to come. A file that cannot be read or is wrong changes nothing.
+// Takes --model_config_file over when its text has changed, and tries again where that could not be done: a label may
+// name a version that is still to come. A file that cannot be read or is wrong changes nothing.
 class ConfigFilePoller {
  public:
   // `taken` is the text of the file that `models` serves now.
@@ -212,7 +214,7 @@ class ConfigFilePoller {
       std::unique_lock<std::mutex> lock(mutex_);
       while (!stop_.wait_for(lock, wait, [this] { return stopping_; })) {
         lock.unlock();
-        Look(models);
+        ReadAgain(models);
         lock.lock();
       }
     });
@@ -227,7 +229,7 @@ class ConfigFilePoller {
   }
 
  private:
-  void Look(ModelManager* models) {
+  void ReadAgain(ModelManager* models) {
     std::string text;
     tensorflow::Status status = tensorflow::ReadFileToString(tensorflow::Env::Default(), path_, &text);
     if (status.ok() && text == taken_) return;
@@ -260,76 +262,67 @@ class ConfigFilePoller {
   std::thread thread_;
 };
 
-// True when SIGTERM or SIGINT has come, which all threads block.
-bool TakeSignal(const sigset_t& signals) {
-  const timespec none{};
-  return sigtimedwait(&signals, nullptr, &none) > 0;
+// Returns true when SIGTERM or SIGINT has come, which all threads block.
+bool SignalHasCome(const sigset_t& signals) {
+  const timespec no_wait{};
+  return sigtimedwait(&signals, nullptr, &no_wait) > 0;
 }
 
-// Serves until a signal comes; returns the exit status.
-int Serve(const ServerOptions& options, const sigset_t& signals) {
-  const int cpus = std::max(1u, std::thread::hardware_concurrency());
-  ModelManagerOptions manager_options;
-  std::vector<ModelConfig> configs;
-  GrpcServerOptions grpc_options;
-  tensorflow::Status read = ReadManagerOptions(options, &manager_options);
-  std::string config_text;
-  if (read.ok()) read = ReadModels(options, &config_text, &configs);
-  if (read.ok()) read = ReadGrpcOptions(options, &grpc_options);
-  if (read.ok()) read = StartBatching(options, &manager_options.servable.batch_threads);
-  std::string metrics_path;
-  if (read.ok()) read = ReadMetricsPath(options, &metrics_path);
-  if (!read.ok()) return FailToStart(std::string(read.message()));
-  const int num_workers = NumWorkers(cpus, manager_options.servable.batch_threads.get());
-  ModelManager models(std::move(manager_options));
-  RequestHandler handler(&models);
-  // At most so many requests are computed at a time, the others wait.
-  WorkerPool workers(options.grpc_max_threads > 0 ? options.grpc_max_threads : num_workers, options.max_queued_requests);
-  WorkerPool rest_workers(options.rest_api_num_threads > 0 ? options.rest_api_num_threads : num_workers,
-                          options.max_queued_requests);
-  std::unique_ptr<GrpcServer> server;
-  // Listens before it loads, so that a port in use shows at once and clients can watch the state of the models.
-  const Status listening = GrpcServer::Start(grpc_options, &handler, &workers, &server);
-  if (!listening.ok()) return FailToStart(listening.message());
-  RestApi rest_api(&handler, {&workers, &rest_workers}, metrics_path);
-  std::unique_ptr<RestServer> rest;
-  if (options.rest_api_port != 0 && options.rest_api_port == server->port()) {
-    LogWarning("--rest_api_port is the gRPC port ", server->port(), " too; there is no REST API");
-  } else if (options.rest_api_port != 0) {
-    RestServerOptions rest_options;
-    rest_options.host = options.host;
-    rest_options.port = options.rest_api_port;
-    rest_options.num_threads = cpus;
-    rest_options.timeout = std::chrono::milliseconds(options.rest_api_timeout_in_ms);
-    rest_options.enable_cors = options.rest_api_enable_cors_support;
-    const Status rest_listening = RestServer::Start(rest_options, &rest_api, &rest_workers, &rest);
-    if (!rest_listening.ok()) return FailToStart(rest_listening.message());
-  }
-  models.Start(configs);
-  std::optional<ConfigFilePoller> poller;
+// What the files that flags name say, and what follows from it.
+struct ServerSetup {
+  ModelManagerOptions manager;
+  GrpcServerOptions grpc;
+  std::vector<ModelConfig> models;
+  std::string model_config_text;  // of --model_config_file
+  std::string metrics_path;       // on the REST port; empty: the server shows no metrics
+};
 
-  int exit_status = 0;
-  bool stopped = false;
-  std::optional<tensorflow::Status> loaded;
-  while (!loaded && !stopped) {
-    loaded = models.AwaitFirstLoads(std::chrono::milliseconds(100));
-    stopped = TakeSignal(signals);
-  }
-  if (loaded && !loaded->ok()) {
-    exit_status = FailToStart(loaded->ToString());
-  } else if (!stopped) {
-    std::printf("Running gRPC ModelServer at %s ...\n", ServerAddress(options.host, server->port()).c_str());
-    if (rest != nullptr) {
-      std::printf("Exporting HTTP/REST API at:%s ...\n", ServerAddress(options.host, rest->port()).c_str());
-    }
-    std::fflush(stdout);
-    server->SetServing(true);
-    poller.emplace(options, std::move(config_text), &models);
-    int signal = 0;
-    sigwait(&signals, &signal);
-  }
+tensorflow::Status ReadSetup(const ServerOptions& options, ServerSetup* setup) {
+  TF_RETURN_IF_ERROR(ReadManagerOptions(options, &setup->manager));
+  TF_RETURN_IF_ERROR(ReadModels(options, &setup->model_config_text, &setup->models));
+  TF_RETURN_IF_ERROR(ReadGrpcOptions(options, &setup->grpc));
+  TF_RETURN_IF_ERROR(StartBatching(options, &setup->manager.servable.batch_threads));
+  return ReadMetricsPath(options, &setup->metrics_path);
+}
 
-  // A second signal ends the process at once, and so does time: a load or a request may never end.
+// Starts the REST server if the flags ask for one.
+Status StartRest(const ServerOptions& options, int grpc_port, const RestApi* api, WorkerPool* workers,
+                 std::unique_ptr<RestServer>* server) {
+  if (options.rest_api_port == 0) return {};
+  if (options.rest_api_port == grpc_port) {
+    LogWarning("--rest_api_port is the gRPC port ", grpc_port, " too; there is no REST API");
+    return {};
+  }
+  RestServerOptions rest;
+  rest.host = options.host;
+  rest.port = options.rest_api_port;
+  rest.num_threads = NumCpus();
+  rest.timeout = std::chrono::milliseconds(options.rest_api_timeout_in_ms);
+  rest.enable_cors = options.rest_api_enable_cors_support;
+  return RestServer::Start(rest, api, workers, server);
+}
+
+// Waits for the first loads or a signal, whichever comes first. Nothing: a signal came.
+std::optional<tensorflow::Status> AwaitFirstLoads(ModelManager* models, const sigset_t& signals) {
+  for (;;) {
+    std::optional<tensorflow::Status> loaded = models->AwaitFirstLoads(std::chrono::milliseconds(100));
+    if (loaded && !loaded->ok()) return loaded;
+    if (SignalHasCome(signals)) return std::nullopt;
+    if (loaded) return loaded;
+  }
+}
+
+void PrintAddresses(const ServerOptions& options, const GrpcServer& grpc, const RestServer* rest) {
+  std::printf("Running gRPC ModelServer at %s ...\n", ServerAddress(options.host, grpc.port()).c_str());
+  if (rest != nullptr) {
+    std::printf("Exporting HTTP/REST API at:%s ...\n", ServerAddress(options.host, rest->port()).c_str());
+  }
+  std::fflush(stdout);
+}
+
+// Ends both servers once their running requests have ended. A second signal ends the process at once, and so does the
+// time limit: a load or a request may never end.
+void ShutDown(int exit_status, const sigset_t& signals, ModelManager* models, GrpcServer* grpc, RestServer* rest) {
   pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
   std::thread([exit_status] {
     std::this_thread::sleep_for(kDrain + kTeardown);
@@ -337,12 +330,49 @@ int Serve(const ServerOptions& options, const sigset_t& signals) {
     std::_Exit(exit_status);
   }).detach();
   if (exit_status == 0) LogInfo("stopping: no new requests; those that run get ", kDrain.count(), " s to end");
-  models.EndWaits();
+  models->EndWaits();
   std::thread rest_drain([&] {
     if (rest != nullptr) rest->Shutdown(kDrain);
   });
-  server->Shutdown(kDrain);
+  grpc->Shutdown(kDrain);
   rest_drain.join();
+}
+
+// Serves until a signal comes; returns the exit status.
+int Serve(const ServerOptions& options, const sigset_t& signals) {
+  ServerSetup setup;
+  const tensorflow::Status read = ReadSetup(options, &setup);
+  if (!read.ok()) return FailToStart(std::string(read.message()));
+  const int num_workers = NumWorkers(setup.manager.servable.batch_threads.get());
+  ModelManager models(std::move(setup.manager));
+  RequestHandler handler(&models);
+  // At most so many requests are computed at a time, the others wait.
+  WorkerPool workers(options.grpc_max_threads > 0 ? options.grpc_max_threads : num_workers, options.max_queued_requests);
+  WorkerPool rest_workers(options.rest_api_num_threads > 0 ? options.rest_api_num_threads : num_workers,
+                          options.max_queued_requests);
+  // Both servers listen before any model loads: a port in use shows at once, and clients can watch the models' states.
+  std::unique_ptr<GrpcServer> grpc;
+  const Status listening = GrpcServer::Start(setup.grpc, &handler, &workers, &grpc);
+  if (!listening.ok()) return FailToStart(listening.message());
+  const RestApi rest_api(&handler, {&workers, &rest_workers}, setup.metrics_path);
+  std::unique_ptr<RestServer> rest;
+  const Status rest_listening = StartRest(options, grpc->port(), &rest_api, &rest_workers, &rest);
+  if (!rest_listening.ok()) return FailToStart(rest_listening.message());
+
+  models.Start(setup.models);
+  std::optional<ConfigFilePoller> poller;
+  int exit_status = 0;
+  const std::optional<tensorflow::Status> loaded = AwaitFirstLoads(&models, signals);
+  if (loaded && !loaded->ok()) {
+    exit_status = FailToStart(loaded->ToString());
+  } else if (loaded) {
+    PrintAddresses(options, *grpc, rest.get());
+    grpc->SetServing(true);
+    poller.emplace(options, std::move(setup.model_config_text), &models);
+    int signal = 0;
+    sigwait(&signals, &signal);
+  }
+  ShutDown(exit_status, signals, &models, grpc.get(), rest.get());
   return exit_status;
 }
 

@@ -2,12 +2,17 @@
 #ifndef DPSR_SERVING_MODEL_SERVER_METRICS_H_
 #define DPSR_SERVING_MODEL_SERVER_METRICS_H_
 
+#include <chrono>
 #include <cstdint>
 #include <string>
 
 #include "tensorflow/core/platform/status.h"
 
 namespace dpsr::serving {
+
+inline int64_t MicrosecondsSince(std::chrono::steady_clock::time_point begin) {
+  return std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - begin).count();
+}
 
 // One request that ended: TensorFlow Serving's request_count (all), request_latency and runtime_latency (those that
 // succeeded), in microseconds. `model` is empty where none was found.

@@ -6,11 +6,11 @@
 #include <algorithm>
 #include <utility>
 
+#include "common/status.h"
 #include "serving/model_server/log.h"
 #include "serving/model_server/metrics.h"
 #include "serving/model_server/warmup.h"
 #include "tensorflow/core/platform/env.h"
-#include "common/status.h"
 
 namespace dpsr::serving {
 namespace {
@@ -49,8 +49,8 @@ void AddStatus(int64_t version, ModelVersionStatus::State state, const tensorflo
   status->mutable_status()->set_error_message(std::string(error.message()));
 }
 
-// Whether another try may mend a load: the version's files may still be on their way, missing or half-written, or a file
-// system be away. What TensorFlow does not like in files that it could read stays wrong.
+// Whether another try may mend a load: the version's files may still be on their way, missing or half-written, or a
+// file system be away. What TensorFlow does not like in files that it could read stays wrong.
 bool MayBeMended(const tensorflow::Status& status) {
   if (Servable::IsFinal(status)) return false;
   switch (status.code()) {
@@ -93,7 +93,7 @@ ModelManager::~ModelManager() {
   {
     Lock lock(mutex_);
     stopping_ = true;
-    Changed();
+    NotifyChanged();
   }
   if (thread_.joinable()) thread_.join();
 }
@@ -103,7 +103,7 @@ void ModelManager::Start(const std::vector<ModelConfig>& models) {
   for (const ModelConfig& config : models) {
     // Where nobody looks for versions there is nothing to wait for.
     if (options_.poll_wait_seconds >= 0) first_models_.insert(config.name);
-    Take(config);
+    ApplyConfig(config);
   }
   thread_ = std::thread([this] { Run(); });
 }
@@ -123,7 +123,7 @@ tensorflow::Status ModelManager::Configure(const std::vector<ModelConfig>& model
     named.insert(config.name);
     const auto model = models_.find(config.name);
     if (model == models_.end() || model->second.removed) fresh->insert(config.name);
-    Take(config);
+    ApplyConfig(config);
   }
   for (auto& [name, model] : models_) {
     if (named.count(name) > 0) continue;
@@ -133,7 +133,7 @@ tensorflow::Status ModelManager::Configure(const std::vector<ModelConfig>& model
     for (auto& [number, version] : model.versions) version.aspired = false;
   }
   poll_now_ = true;
-  Changed();
+  NotifyChanged();
   return tensorflow::OkStatus();
 }
 
@@ -143,7 +143,7 @@ tensorflow::Status ModelManager::Reconfigure(const std::vector<ModelConfig>& mod
   TF_RETURN_IF_ERROR(Configure(models, &fresh));
   if (options_.poll_wait_seconds < 0) return tensorflow::OkStatus();  // as at the start
 
-  std::optional<tensorflow::Status> outcome;
+  std::optional<tensorflow::Status> result;
   const auto settle = [&]() -> std::optional<tensorflow::Status> {
     if (stopping_ || end_waits_) return absl::CancelledError("the server stops");
     for (const ModelConfig& config : models) {
@@ -152,7 +152,7 @@ tensorflow::Status ModelManager::Reconfigure(const std::vector<ModelConfig>& mod
         return absl::AbortedError(StrCat("a later configuration took model ", config.name, " away"));
       }
     }
-    const std::optional<tensorflow::Status> loads = Outcome(fresh);
+    const std::optional<tensorflow::Status> loads = LoadResult(fresh);
     if (!loads || !loads->ok()) return loads;
     // Labels wait for versions that load.
     for (const ModelConfig& config : models) {
@@ -165,7 +165,7 @@ tensorflow::Status ModelManager::Reconfigure(const std::vector<ModelConfig>& mod
           return absl::AbortedError(
               StrCat("a later configuration took label ", label, " of model ", config.name, " away"));
         }
-        if (MayCome(model, number)) return std::nullopt;
+        if (MayBecomeReady(model, number)) return std::nullopt;
         return LabelError(config.name, number, ": it did not load");
       }
     }
@@ -174,16 +174,16 @@ tensorflow::Status ModelManager::Reconfigure(const std::vector<ModelConfig>& mod
   // Nobody tells when `cancelled` turns: look now and then.
   constexpr std::chrono::milliseconds kLook(100);
   Lock lock(mutex_);
-  while (!changed_.wait_for(lock, kLook, [&] { return (outcome = settle()).has_value(); })) {
+  while (!changed_.wait_for(lock, kLook, [&] { return (result = settle()).has_value(); })) {
     if (cancelled()) return absl::CancelledError("nobody waits for the models any more; they go on loading");
   }
-  return *outcome;
+  return *result;
 }
 
 void ModelManager::EndWaits() {
   Lock lock(mutex_);
   end_waits_ = true;
-  Changed();
+  NotifyChanged();
 }
 
 // A label may name a version that answers, or that this very configuration loads; a new one, where the flag allows it,
@@ -194,7 +194,8 @@ tensorflow::Status ModelManager::CheckLabels(const ModelConfig& config, Lock* lo
   for (const auto& [label, number] : config.labels) {
     if (IsReady(config.name, number)) continue;
     const auto model = models_.find(config.name);
-    if (options_.allow_labels_for_unavailable && (model == models_.end() || !Moves(model->second, label, number))) {
+    if (options_.allow_labels_for_unavailable &&
+        (model == models_.end() || !MovesLabel(model->second, label, number))) {
       continue;
     }
     if (!looked) {
@@ -213,7 +214,7 @@ tensorflow::Status ModelManager::CheckLabels(const ModelConfig& config, Lock* lo
   return tensorflow::OkStatus();
 }
 
-void ModelManager::Take(const ModelConfig& config) {
+void ModelManager::ApplyConfig(const ModelConfig& config) {
   Model& model = models_[config.name];
   model.config = config;
   model.removed = false;
@@ -223,7 +224,7 @@ void ModelManager::Take(const ModelConfig& config) {
     label = config.labels.count(label->first) > 0 ? std::next(label) : model.labels.erase(label);
   }
   for (const auto& [label, number] : config.labels) {
-    const bool may_be_unavailable = options_.allow_labels_for_unavailable && !Moves(model, label, number);
+    const bool may_be_unavailable = options_.allow_labels_for_unavailable && !MovesLabel(model, label, number);
     if (may_be_unavailable || IsReady(config.name, number)) {
       model.labels[label] = number;
     } else {
@@ -232,7 +233,7 @@ void ModelManager::Take(const ModelConfig& config) {
   }
 }
 
-bool ModelManager::Moves(const Model& model, const std::string& label, int64_t version) {
+bool ModelManager::MovesLabel(const Model& model, const std::string& label, int64_t version) {
   const auto given = model.labels.find(label);
   return given != model.labels.end() && given->second != version;
 }
@@ -317,7 +318,7 @@ bool ModelManager::AllAvailable() const {
 }
 
 // With the lock held: once it is free, the manager may end and take the condition variable along.
-void ModelManager::Changed() {
+void ModelManager::NotifyChanged() {
   dirty_ = true;
   changed_.notify_all();
 }
@@ -337,14 +338,14 @@ void ModelManager::Run() {
     }
     auto wake = next_poll;
     for (auto model = models_.begin(); model != models_.end();) {
-      Act(&model->second, &lock);
+      TakeActions(&model->second, &lock);
       for (const auto& [number, version] : model->second.versions) {
         if (version.state == VersionState::kLoading && !version.busy) wake = std::min(wake, version.next_try);
       }
-      const bool holds_versions = Sweep(&model->second);
+      const bool holds_versions = ForgetEndedVersions(&model->second);
       model = holds_versions || !model->second.removed ? std::next(model) : models_.erase(model);
     }
-    if (!first_loads_) first_loads_ = Outcome(first_models_);
+    if (!first_loads_) first_loads_ = LoadResult(first_models_);
     changed_.notify_all();  // those who wait for an outcome
     const auto work = [this] { return dirty_ || stopping_; };
     if (wake == Clock::time_point::max()) {
@@ -423,7 +424,7 @@ void ModelManager::Poll(Model* model, Lock* lock) {
   }
 }
 
-void ModelManager::Act(Model* model, Lock* lock) {
+void ModelManager::TakeActions(Model* model, Lock* lock) {
   const std::string name = model->config.name;
   for (auto& [number, version] : model->versions) {
     if (version.state == VersionState::kLoading && !version.busy) {
@@ -488,7 +489,7 @@ void ModelManager::Load(const std::string& name, int64_t number, Version* versio
       version->lease = std::shared_ptr<const Servable>(version->servable.get(), [this, version](const Servable*) {
         Lock release(mutex_);
         version->released = true;
-        Changed();
+        NotifyChanged();
       });
       version->state = VersionState::kReady;
     } else {
@@ -499,7 +500,7 @@ void ModelManager::Load(const std::string& name, int64_t number, Version* versio
       version->next_try = Clock::now() + wait;
       if (!again) version->state = VersionState::kFailed;
     }
-    Changed();
+    NotifyChanged();
   });
 }
 
@@ -522,11 +523,11 @@ void ModelManager::Destroy(const std::string& name, int64_t number, Version* ver
     Lock lock(mutex_);
     version->busy = false;
     version->destroyed = true;
-    Changed();
+    NotifyChanged();
   });
 }
 
-bool ModelManager::Sweep(Model* model) {
+bool ModelManager::ForgetEndedVersions(Model* model) {
   for (auto entry = model->versions.begin(); entry != model->versions.end();) {
     const Version& version = entry->second;
     const bool idle = version.state == VersionState::kNew || version.state == VersionState::kFailed;
@@ -543,12 +544,12 @@ bool ModelManager::Sweep(Model* model) {
   return !model->versions.empty();
 }
 
-bool ModelManager::MayCome(const Model& model, int64_t version) {
+bool ModelManager::MayBecomeReady(const Model& model, int64_t version) {
   const auto found = model.versions.find(version);
   return !model.polled || (found != model.versions.end() && found->second.state != VersionState::kFailed);
 }
 
-std::optional<tensorflow::Status> ModelManager::Outcome(const std::set<std::string>& names) const {
+std::optional<tensorflow::Status> ModelManager::LoadResult(const std::set<std::string>& names) const {
   std::string failed;
   int num_failed = 0;
   for (const std::string& name : names) {
@@ -565,9 +566,8 @@ std::optional<tensorflow::Status> ModelManager::Outcome(const std::set<std::stri
       }
     }
     const auto& pending = model->second.pending;
-    const bool labels_wait = std::any_of(pending.begin(), pending.end(), [&](const auto& label) {
-      return MayCome(model->second, label.second);
-    });
+    const bool labels_wait = std::any_of(
+        pending.begin(), pending.end(), [&](const auto& label) { return MayBecomeReady(model->second, label.second); });
     if (available ? labels_wait : waiting) return std::nullopt;
     if (available) continue;
     ++num_failed;

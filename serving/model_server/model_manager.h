@@ -80,8 +80,8 @@ class ModelManager {
   // From now on Reconfigure waits no more.
   void EndWaits();
 
-  // The version that `spec` asks for, the highest ready one where it names none. Holding it keeps it loaded. What is not
-  // there is UNAVAILABLE until the first loads have ended; after that TensorFlow Serving's codes and messages.
+  // The version that `spec` asks for, the highest ready one where it names none. Holding it keeps it loaded. What is
+  // not there is UNAVAILABLE until the first loads have ended; after that TensorFlow Serving's codes and messages.
   tensorflow::Status Find(const tensorflow::serving::ModelSpec& spec, std::shared_ptr<const Servable>* servable) const;
 
   // The states of the model's versions, the highest first, or that of the one that `spec` names.
@@ -124,23 +124,23 @@ class ModelManager {
   void StopAll(Lock* lock);
   // These are called with the lock held, and let go of it while they wait for the file system or TensorFlow.
   void Poll(Model* model, Lock* lock);
-  void Act(Model* model, Lock* lock);
+  void TakeActions(Model* model, Lock* lock);
   void Load(const std::string& name, int64_t number, Version* version);
   void Unload(const std::string& name, int64_t number, Version* version, Lock* lock);
   void Destroy(const std::string& name, int64_t number, Version* version);
   // Forgets versions that ended. Whether any is left.
-  bool Sweep(Model* model);
+  bool ForgetEndedVersions(Model* model);
   // How the first loads of these models went; nothing while one, or a version that a label names, may still become
   // available.
-  std::optional<tensorflow::Status> Outcome(const std::set<std::string>& names) const;
+  std::optional<tensorflow::Status> LoadResult(const std::set<std::string>& names) const;
   bool IsReady(const std::string& name, int64_t version) const;
   // Whether giving `label` to `version` takes it from another one.
-  static bool Moves(const Model& model, const std::string& label, int64_t version);
+  static bool MovesLabel(const Model& model, const std::string& label, int64_t version);
   // Whether the version is there, or may still come.
-  static bool MayCome(const Model& model, int64_t version);
+  static bool MayBecomeReady(const Model& model, int64_t version);
   tensorflow::Status CheckLabels(const ModelConfig& config, Lock* lock);
-  void Take(const ModelConfig& config);
-  void Changed();
+  void ApplyConfig(const ModelConfig& config);
+  void NotifyChanged();
 
   const ModelManagerOptions options_;
 

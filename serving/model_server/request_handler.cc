@@ -1,13 +1,13 @@
 #include "serving/model_server/request_handler.h"
 
 #include <chrono>
-#include <exception>
 #include <memory>
 #include <utility>
 
+#include "common/status.h"
+#include "serving/model_server/errors.h"
 #include "serving/model_server/metrics.h"
 #include "serving/model_server/server_config.h"
-#include "common/status.h"
 
 namespace dpsr::serving {
 namespace {
@@ -15,11 +15,7 @@ namespace {
 using ::tensorflow::serving::ModelSpec;
 using Clock = std::chrono::steady_clock;
 
-tensorflow::Status MissingModelSpec() { return absl::InvalidArgumentError("Missing ModelSpec"); }
-
-int64_t Microseconds(Clock::duration duration) {
-  return std::chrono::duration_cast<std::chrono::microseconds>(duration).count();
-}
+tensorflow::Status MissingModelSpec() { return InvalidArgument("Missing ModelSpec"); }
 
 }  // namespace
 
@@ -30,19 +26,14 @@ tensorflow::Status RequestHandler::Answer(
   std::shared_ptr<const Servable> servable;
   tensorflow::Status status = models_->Find(spec, &servable);
   const bool found = status.ok();
-  auto ran = begin;
+  int64_t run_micros = 0;
   if (found) {
-    ran = Clock::now();
-    try {  // an op library may throw, and memory may run out
-      status = run(*servable);
-    } catch (const std::exception& error) {
-      status = absl::InternalError(StrCat("the model threw an exception: ", error.what()));
-    }
+    const auto run_begin = Clock::now();
+    status = CatchExceptions("the model", [&] { return run(*servable); });
+    run_micros = MicrosecondsSince(run_begin);
   }
-  // Whoever asks for models that do not exist must not make the metrics grow.
-  const auto end = Clock::now();
-  RecordRequest(found ? servable->name() : "", api, entrypoint, status, Microseconds(end - begin),
-                Microseconds(end - ran));
+  // A client that asks for models that do not exist must not make the metrics grow.
+  RecordRequest(found ? servable->name() : "", api, entrypoint, status, MicrosecondsSince(begin), run_micros);
   return status;
 }
 
@@ -104,7 +95,7 @@ tensorflow::Status RequestHandler::Reload(const tensorflow::serving::ReloadConfi
                                           tensorflow::serving::ReloadConfigResponse* response) const {
   tensorflow::Status status;
   if (request.config().config_case() != tensorflow::serving::ModelServerConfig::kModelConfigList) {
-    status = absl::InvalidArgumentError(
+    status = InvalidArgument(
         "ServerModelConfig type not supported by HandleReloadConfigRequest. Only ModelConfigList is currently "
         "supported");
   } else {

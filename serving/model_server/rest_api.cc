@@ -2,15 +2,15 @@
 
 #include <algorithm>
 #include <cctype>
-#include <charconv>
-#include <exception>
 #include <string_view>
 #include <utility>
 
+#include "common/status.h"
 #include "google/protobuf/util/json_util.h"
+#include "serving/model_server/errors.h"
 #include "serving/model_server/json_tensor.h"
 #include "serving/model_server/metrics.h"
-#include "common/status.h"
+#include "serving/model_server/parse_number.h"
 
 namespace dpsr::serving {
 namespace {
@@ -42,22 +42,21 @@ std::string TakeName(std::string_view* text) {
 }
 
 tensorflow::Status Malformed(const RestRequest& request) {
-  return absl::InvalidArgumentError("Malformed request: " + request.method + " " + request.path);
+  return InvalidArgument("Malformed request: " + request.method + " " + request.path);
 }
 
 // Reads `M[/versions/N|/labels/L]` off the front of `path`.
 tensorflow::Status ReadSpec(const RestRequest& request, std::string_view* path, ModelSpec* spec) {
   spec->set_name(TakeName(path));
-  if (spec->name().empty()) return absl::InvalidArgumentError("Missing model name in request.");
+  if (spec->name().empty()) return InvalidArgument("Missing model name in request.");
   if (Consume(path, "/versions/")) {
     const std::string text = TakeName(path);
+    const bool is_number =
+        !text.empty() && std::all_of(text.begin(), text.end(), [](unsigned char c) { return std::isdigit(c); });
+    if (!is_number) return Malformed(request);
     int64_t version = 0;
-    const char* end = text.data() + text.size();
-    const auto [stop, error] = std::from_chars(text.data(), end, version);
-    const bool digits = !text.empty() && std::all_of(text.begin(), text.end(), [](unsigned char c) { return std::isdigit(c); });
-    if (!digits) return Malformed(request);
-    if (error != std::errc() || stop != end) {
-      return absl::InvalidArgumentError("Failed to convert version: " + text + " to numeric.");
+    if (!ParseNumber(text, &version)) {
+      return InvalidArgument("Failed to convert version: " + text + " to numeric.");
     }
     spec->mutable_version()->set_value(version);
   } else if (Consume(path, "/labels/")) {
@@ -111,43 +110,50 @@ int HttpStatus(const tensorflow::Status& status) {
   }
 }
 
+RestReply ErrorReply(int status, const std::string& message) {
+  return {status, "application/json", WriteErrorJson(message)};
+}
+
 RestReply RestApi::Answer(const RestRequest& request) const {
   RestReply reply;
-  tensorflow::Status status;
-  try {
-    if (request.path == "/healthz") return {200, kText, "ok\n"};
-    if (request.path == "/readyz") {
-      const bool ready = handler_->models().AllAvailable();
-      return {ready ? 200 : 503, kText, ready ? "ok\n" : "a model is not available\n"};
-    }
-    if (!metrics_path_.empty() && request.path == metrics_path_) {
-      if (request.method != "GET") return {405, kText, "expected GET\n"};
-      size_t running = 0, waiting = 0;
-      for (const WorkerPool* workers : workers_) {
-        running += workers->num_running();
-        waiting += workers->num_queued();
-      }
-      SetInFlight(running, waiting);
-      return {200, "text/plain; version=0.0.4", PrometheusText()};
-    }
-    std::string_view path = request.path;
-    if (!Consume(&path, "/v1/") && !EqualsIgnoringCase(path, "/v1")) {
-      return {404, "application/json", WriteErrorJson("Not found: " + request.method + " " + request.path)};
-    }
-    status = AnswerModel(request, &reply.body);
-  } catch (const std::exception& error) {
-    status = absl::InternalError(StrCat("the request ended with an exception: ", error.what()));
-  }
-  reply.status = HttpStatus(status);
-  if (!status.ok()) reply.body = WriteErrorJson(std::string(status.message()));
+  const tensorflow::Status status = CatchExceptions("the request", [&] { return AnswerPath(request, &reply); });
+  if (!status.ok()) return ErrorReply(HttpStatus(status), std::string(status.message()));
   return reply;
+}
+
+tensorflow::Status RestApi::AnswerPath(const RestRequest& request, RestReply* reply) const {
+  std::string_view path = request.path;
+  if (path == "/healthz") {
+    *reply = {200, kText, "ok\n"};
+  } else if (path == "/readyz") {
+    const bool ready = handler_->models().AllAvailable();
+    *reply = {ready ? 200 : 503, kText, ready ? "ok\n" : "a model is not available\n"};
+  } else if (!metrics_path_.empty() && path == metrics_path_) {
+    *reply = AnswerMetrics(request.method);
+  } else if (Consume(&path, "/v1/") || EqualsIgnoringCase(path, "/v1")) {
+    return AnswerModel(request, &reply->body);
+  } else {
+    *reply = ErrorReply(404, "Not found: " + request.method + " " + request.path);
+  }
+  return tensorflow::OkStatus();
+}
+
+RestReply RestApi::AnswerMetrics(const std::string& method) const {
+  if (method != "GET") return {405, kText, "expected GET\n"};
+  size_t running = 0, waiting = 0;
+  for (const WorkerPool* workers : workers_) {
+    running += workers->num_running();
+    waiting += workers->num_queued();
+  }
+  SetInFlight(running, waiting);
+  return {200, "text/plain; version=0.0.4", PrometheusText()};
 }
 
 tensorflow::Status RestApi::AnswerModel(const RestRequest& request, std::string* body) const {
   std::string_view path = request.path;
   if (request.method != "GET" && request.method != "POST") return Malformed(request);
   if (EqualsIgnoringCase(path, "/v1/models") || EqualsIgnoringCase(path, "/v1/models/")) {
-    return request.method == "GET" ? absl::InvalidArgumentError("Missing model name in request.") : Malformed(request);
+    return request.method == "GET" ? InvalidArgument("Missing model name in request.") : Malformed(request);
   }
   if (!Consume(&path, "/v1/models/")) return Malformed(request);
   ModelSpec spec;

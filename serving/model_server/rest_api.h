@@ -27,11 +27,14 @@ struct RestReply {
 // The HTTP status of a code.
 int HttpStatus(const tensorflow::Status& status);
 
+// The reply `{"error": message}`.
+RestReply ErrorReply(int status, const std::string& message);
+
 // Thread-safe.
 class RestApi {
  public:
-  // `metrics_path` is where the metrics stand, those of `workers` among them; empty: nowhere. `handler` and `workers` must
-  // outlive this.
+  // `metrics_path` is where the metrics stand, those of `workers` among them; empty: nowhere. `handler` and `workers`
+  // must outlive this.
   RestApi(const RequestHandler* handler, std::vector<const WorkerPool*> workers, std::string metrics_path)
       : handler_(handler), workers_(std::move(workers)), metrics_path_(std::move(metrics_path)) {}
 
@@ -39,6 +42,8 @@ class RestApi {
   RestReply Answer(const RestRequest& request) const;
 
  private:
+  tensorflow::Status AnswerPath(const RestRequest& request, RestReply* reply) const;
+  RestReply AnswerMetrics(const std::string& method) const;
   tensorflow::Status AnswerModel(const RestRequest& request, std::string* body) const;
   tensorflow::Status Infer(const std::string& method, const tensorflow::serving::ModelSpec& spec,
                            const RestRequest& request, std::string* body) const;

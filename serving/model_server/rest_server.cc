@@ -17,7 +17,6 @@
 #include <utility>
 #include <vector>
 
-#include "serving/model_server/json_tensor.h"
 #include "serving/model_server/metrics.h"
 
 namespace dpsr::serving {
@@ -27,7 +26,6 @@ namespace asio = boost::asio;
 namespace beast = boost::beast;
 namespace http = boost::beast::http;
 using tcp = asio::ip::tcp;
-using Clock = std::chrono::steady_clock;
 
 // A client that sends nothing for so long on an open connection is gone.
 constexpr std::chrono::seconds kIdle(120);
@@ -105,11 +103,11 @@ class Connection : public std::enable_shared_from_this<Connection> {
     stream_.expires_never();         // the request has its own limit
     if (!shared_->Begin()) return;
     if (error == http::error::body_limit) {
-      Write({413, "application/json", WriteErrorJson("the request's body is too large")}, false);
+      Write(ErrorReply(413, "the request's body is too large"), false);
       return;
     }
     if (not_http) {
-      Write({400, "application/json", WriteErrorJson("no HTTP request: " + error.message())}, false);
+      Write(ErrorReply(400, "no HTTP request: " + error.message()), false);
       return;
     }
     const auto& message = parser_->get();
@@ -130,18 +128,16 @@ class Connection : public std::enable_shared_from_this<Connection> {
       Write(shared_->api->Answer(request), keep_alive);
       return;
     }
-    const auto arrival = Clock::now();
+    const auto arrival = std::chrono::steady_clock::now();
     auto work = [self = shared_from_this(), request = std::move(request), keep_alive, arrival] {
-      RecordQueueing(std::chrono::duration_cast<std::chrono::microseconds>(Clock::now() - arrival).count());
+      RecordQueueing(MicrosecondsSince(arrival));
       RestReply reply = self->shared_->api->Answer(request);
       asio::post(self->stream_.get_executor(), [self, reply = std::move(reply), keep_alive]() mutable {
         self->Write(std::move(reply), keep_alive);
       });
     };
     if (!shared_->workers->Add(std::move(work))) {
-      Write({429, "application/json",
-             WriteErrorJson("the server's queue is full (--max_queued_requests); try again later, or elsewhere")},
-            keep_alive);
+      Write(ErrorReply(429, kQueueIsFull), keep_alive);
     }
   }
 
@@ -170,8 +166,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
     });
   }
 
-  // A socket that is closed with something unread resets the connection, and the client may lose the answer: tell it that
-  // nothing more comes, and read what it has sent, for a while.
+  // A socket that is closed with something unread resets the connection, and the client may lose the answer: tell it
+  // that nothing more comes, and read what it has sent, for a while.
   void Close() {
     beast::error_code ignored;
     stream_.socket().shutdown(tcp::socket::shutdown_send, ignored);

@@ -1,20 +1,18 @@
 #include "serving/model_server/servable.h"
 
 #include <algorithm>
-#include <exception>
 #include <numeric>
 #include <utility>
 
-#include "serving/model_server/batching.h"
-#include "tensorflow/core/framework/types.h"
 #include "common/status.h"
+#include "serving/model_server/batching.h"
+#include "serving/model_server/errors.h"
+#include "tensorflow/core/framework/types.h"
 
 namespace dpsr::serving {
 namespace {
 
 using ::tensorflow::TensorInfo;
-
-constexpr char kDefaultSignature[] = "serving_default";
 
 // Marks an error that another try cannot mend.
 constexpr char kFinal[] = "dpsr.serving.final";
@@ -68,13 +66,12 @@ Servable::~Servable() = default;
 tensorflow::Status Servable::Load(const ServableOptions& options, const std::string& name, int64_t version,
                                   const std::string& path, std::unique_ptr<Servable>* servable) {
   std::unique_ptr<Servable> loaded(new Servable(options, name, version));
-  try {  // an op library may throw, and a SavedModel may claim more memory than there is
-    const tensorflow::Status status =
-        tensorflow::LoadSavedModel(options.session_options, loaded->run_options_, path, options.tags, &loaded->bundle_);
-    if (!status.ok()) return ExplainLoadError(status, name, version);
-  } catch (const std::exception& error) {
-    return absl::InternalError(StrCat("the load of ", path, " threw an exception: ", error.what()));
-  }
+  // A SavedModel may also claim more memory than there is, which throws.
+  const tensorflow::Status status = CatchExceptions(StrCat("the load of ", path), [&] {
+    return tensorflow::LoadSavedModel(options.session_options, loaded->run_options_, path, options.tags,
+                                      &loaded->bundle_);
+  });
+  if (!status.ok()) return ExplainLoadError(status, name, version);
   for (const auto& [key, signature] : loaded->bundle_.GetSignatures()) {
     loaded->signatures_[key] = {key, signature.method_name(), SortedEndpoints(signature.inputs()),
                                 SortedEndpoints(signature.outputs())};
@@ -95,7 +92,7 @@ tensorflow::Status Servable::Load(const ServableOptions& options, const std::str
 bool Servable::IsFinal(const tensorflow::Status& status) { return status.GetPayload(kFinal).has_value(); }
 
 const Signature* Servable::FindSignature(const std::string& name) const {
-  const auto found = signatures_.find(name.empty() ? kDefaultSignature : name);
+  const auto found = signatures_.find(ResolveSignatureName(name));
   return found == signatures_.end() ? nullptr : &found->second;
 }
 

@@ -1,5 +1,5 @@
-// One loaded version of a model: a SavedModel in a TensorFlow session. It runs graphs; what a request asks of it is read
-// in inference.h.
+// One loaded version of a model: a SavedModel in a TensorFlow session. It runs graphs; what a request asks of it is
+// read in inference.h.
 #ifndef DPSR_SERVING_MODEL_SERVER_SERVABLE_H_
 #define DPSR_SERVING_MODEL_SERVER_SERVABLE_H_
 
@@ -57,6 +57,12 @@ struct Signature {
   std::vector<Endpoint> inputs;
   std::vector<Endpoint> outputs;
 };
+
+// The signature of a request that names none.
+inline constexpr char kDefaultSignature[] = "serving_default";
+
+// Returns the signature that a request asks for.
+inline std::string ResolveSignatureName(const std::string& name) { return name.empty() ? kDefaultSignature : name; }
 
 using Deadline = std::chrono::system_clock::time_point;
 using Feeds = std::vector<std::pair<std::string, tensorflow::Tensor>>;

@@ -3,10 +3,12 @@
 #include <set>
 #include <utility>
 
+#include "common/status.h"
 #include "google/protobuf/io/tokenizer.h"
 #include "google/protobuf/text_format.h"
+#include "serving/model_server/errors.h"
+#include "serving/model_server/server_options.h"
 #include "tensorflow/core/platform/env.h"
-#include "common/status.h"
 
 namespace dpsr::serving {
 namespace {
@@ -43,8 +45,6 @@ VersionPolicy PolicyOf(const Policy& policy) {
   }
   return result;
 }
-
-tensorflow::Status InvalidArgument(const std::string& message) { return absl::InvalidArgumentError(message); }
 
 // model_type is deprecated, and still written by old configurations.
 #pragma GCC diagnostic push
@@ -100,10 +100,8 @@ tensorflow::Status ModelsOf(const ModelServerConfig& config, std::vector<ModelCo
       return InvalidArgument(StrCat("Illegal to list model ", model.name(), " multiple times in config list"));
     }
     TF_RETURN_IF_ERROR(CheckPlatform(model));
-    if (model.base_path().empty() || (model.base_path()[0] != '/' && model.base_path().find("://") == std::string::npos)) {
-      return InvalidArgument(StrCat("Expected model ", model.name(),
-                                    " to have an absolute path or URI; got base_path()=", model.base_path()));
-    }
+    const Status base_path = CheckBasePath(model.name(), model.base_path());
+    if (!base_path.ok()) return InvalidArgument(base_path.message());
     ModelConfig result;
     result.name = model.name();
     result.base_path = model.base_path();

@@ -1,16 +1,16 @@
 #include "serving/model_server/server_options.h"
 
-#include <charconv>
 #include <limits>
 #include <optional>
 #include <string_view>
-#include <system_error>
 #include <variant>
+
+#include "serving/model_server/parse_number.h"
 
 namespace dpsr::serving {
 namespace {
 
-// An integer flag and the values that it takes.
+// The target of an integer flag, and the range of its values.
 template <typename T>
 struct Integer {
   T* value;
@@ -22,7 +22,7 @@ struct Text {
   std::string* value;
 };
 
-// Separated by commas; empty parts are dropped.
+// A list separated by commas. Empty parts are dropped.
 struct List {
   std::vector<std::string>* value;
 };
@@ -40,71 +40,81 @@ struct Flag {
 std::vector<Flag> Flags(ServerOptions* options) {
   return {
       {"host", Text{&options->host}, "address to listen on; 0.0.0.0 for every IPv4 interface"},
-      {"port", Integer<int32_t>{&options->port, 0, 65535}, "port of the gRPC API; 0 picks a free one and prints it"},
-      {"model_name", Text{&options->model_name}, "name under which clients ask for the model"},
+      {"port", Integer<int32_t>{&options->port, 0, 65535},
+       "port of the gRPC API; with 0 the server picks a free port and prints it"},
+      {"model_name", Text{&options->model_name}, "name by which clients ask for the model"},
       {"model_base_path", Text{&options->model_base_path},
-       "absolute path of the folder whose numbered children are the versions of the model"},
-      {"op_library", List{&options->op_libraries}, "libraries of TensorFlow ops, a.so,b.so, loaded before any model"},
+       "absolute path of the folder that holds the model's versions, one numbered folder for each"},
+      {"op_library", List{&options->op_libraries},
+       "libraries of TensorFlow ops to load before any model, separated by commas"},
       {"file_system_poll_wait_seconds", Integer<int64_t>{&options->file_system_poll_wait_seconds},
-       "seconds between two looks for new versions; 0 looks once, a negative value never"},
+       "seconds between two searches for new versions; with 0 the server searches once, with a negative value never"},
       {"tensorflow_session_parallelism", Integer<int32_t>{&options->tensorflow_session_parallelism, 0},
-       "threads of a session, within an op and between ops; 0 leaves the choice to the server"},
+       "sets both tensorflow_intra_op_parallelism and tensorflow_inter_op_parallelism; 0 sets neither"},
       {"tensorflow_intra_op_parallelism", Integer<int32_t>{&options->tensorflow_intra_op_parallelism, 0},
-       "threads within an op; 0 leaves the choice to TensorFlow"},
+       "number of threads that one op may use; with 0 TensorFlow chooses"},
       {"tensorflow_inter_op_parallelism", Integer<int32_t>{&options->tensorflow_inter_op_parallelism, 0},
-       "threads that run the ops of a graph; up to 1, a request's graph runs in the thread that serves the request"},
-      {"saved_model_tags", List{&options->saved_model_tags}, "tags of the graph to load from the SavedModel"},
+       "number of threads that run the ops of a graph; with 0 or 1, the graph of a request runs in the thread that "
+       "serves the request"},
+      {"saved_model_tags", List{&options->saved_model_tags},
+       "tags of the graph to load from the SavedModel, separated by commas"},
       {"grpc_max_threads", Integer<int32_t>{&options->grpc_max_threads, 0, 4096},
-       "requests that are computed at a time, the others wait; 0 for four times the number of CPUs, or with batching for "
-       "as many as fill the batches"},
+       "number of requests that are computed at the same time, while others wait; 0 means four times the number of "
+       "CPUs, and with batching also enough to fill the batches"},
       {"enable_serialization_as_tensor_content", Switch{&options->enable_serialization_as_tensor_content},
-       "answer tensors as raw bytes (tensor_content) instead of typed fields"},
+       "send the tensors of an answer as raw bytes (tensor_content) instead of typed fields"},
       {"max_queued_requests", Integer<int32_t>{&options->max_queued_requests, 1},
-       "requests that may wait for a thread; a further one gets RESOURCE_EXHAUSTED"},
-      {"grpc_socket_path", Text{&options->grpc_socket_path}, "path of a UNIX socket to listen on too"},
-      {"grpc_channel_arguments", Text{&options->grpc_channel_arguments}, "gRPC's own settings, k=v,k=v"},
+       "number of requests that may wait for a thread; any further request fails with RESOURCE_EXHAUSTED"},
+      {"grpc_socket_path", Text{&options->grpc_socket_path},
+       "path of a UNIX socket on which the server listens as well"},
+      {"grpc_channel_arguments", Text{&options->grpc_channel_arguments},
+       "settings of the gRPC library, as name=value,name=value"},
       {"enable_grpc_healthcheck_service", Switch{&options->enable_grpc_healthcheck_service},
-       "answer grpc.health.v1.Health/Check for ModelService and PredictionService"},
+       "offer grpc.health.v1.Health/Check for ModelService and PredictionService"},
       {"ssl_config_file", Text{&options->ssl_config_file},
-       "text file of an SSLConfig: server_key, server_cert, custom_ca, client_verify; encrypts the gRPC port"},
-      {"rest_api_port", Integer<int32_t>{&options->rest_api_port, 0, 65535}, "port of the REST API; 0 for none"},
+       "text file with an SSLConfig message (server_key, server_cert, custom_ca, client_verify), to encrypt the gRPC "
+       "port"},
+      {"rest_api_port", Integer<int32_t>{&options->rest_api_port, 0, 65535},
+       "port of the REST API; 0 means no REST API"},
       {"rest_api_num_threads", Integer<int32_t>{&options->rest_api_num_threads, 0, 4096},
-       "REST requests that are computed at a time, beside those of gRPC; 0 for as many as gRPC's own choice"},
+       "number of REST requests that are computed at the same time, besides the gRPC requests; 0 means the number that "
+       "grpc_max_threads=0 gives"},
       {"rest_api_timeout_in_ms", Integer<int32_t>{&options->rest_api_timeout_in_ms, 1},
-       "time that a REST request may take"},
+       "milliseconds that a REST request may take"},
       {"rest_api_enable_cors_support", Switch{&options->rest_api_enable_cors_support},
-       "let browsers ask from pages of other hosts"},
+       "allow web pages of other hosts to send requests (CORS)"},
       {"model_config_file", Text{&options->model_config_file},
-       "text file of a ModelServerConfig: many models, versions, labels; instead of model_name and model_base_path"},
+       "text file with a ModelServerConfig message, which lists models, their versions and labels; replaces "
+       "model_name and model_base_path"},
       {"model_config_file_poll_wait_seconds", Integer<int32_t>{&options->model_config_file_poll_wait_seconds, 0},
-       "seconds between two looks whether that file has changed; 0 for never"},
+       "seconds between two checks whether model_config_file has changed; 0 means that it is read once"},
       {"num_load_threads", Integer<int32_t>{&options->num_load_threads, 0, 1024},
-       "versions that are loaded at a time; 0 is 1"},
+       "number of versions that are loaded at the same time; 0 means 1"},
       {"num_unload_threads", Integer<int32_t>{&options->num_unload_threads, 0, 1024},
-       "versions that are unloaded at a time; 0 is 1"},
+       "number of versions that are unloaded at the same time; 0 means 1"},
       {"max_num_load_retries", Integer<int32_t>{&options->max_num_load_retries, 0},
-       "further tries to load a version, where its files may still come"},
+       "number of times that a failed load is tried again, if its files may still arrive"},
       {"load_retry_interval_micros", Integer<int64_t>{&options->load_retry_interval_micros, 0, int64_t{1} << 50},
-       "microseconds between two tries"},
+       "microseconds between two tries to load a version"},
       {"flush_filesystem_caches", Switch{&options->flush_filesystem_caches},
-       "let go of what TensorFlow's file systems keep of loaded files"},
+       "flush the caches of TensorFlow's file systems after each load"},
       {"allow_version_labels_for_unavailable_models", Switch{&options->allow_version_labels_for_unavailable_models},
-       "let a new label name a version that is not available yet"},
+       "allow a new label to name a version that is not available yet"},
       {"tensorflow_session_config_file", Text{&options->tensorflow_session_config_file},
-       "text file of a tensorflow.ConfigProto for all sessions"},
-      {"enable_batching", Switch{&options->enable_batching}, "compute requests of several clients together"},
+       "text file with a tensorflow.ConfigProto message for all sessions"},
+      {"enable_batching", Switch{&options->enable_batching}, "compute the requests of several clients in one batch"},
       {"batching_parameters_file", Text{&options->batching_parameters_file},
-       "text file of BatchingParameters; needs enable_batching"},
+       "text file with a BatchingParameters message; requires enable_batching"},
       {"enable_per_model_batching_parameters", Switch{&options->enable_per_model_batching_parameters},
-       "a version's own file batching_params.pbtxt goes before the common one"},
+       "use a version's own batching_params.pbtxt, if it has one, instead of batching_parameters_file"},
       {"enable_model_warmup", Switch{&options->enable_model_warmup},
        "replay assets.extra/tf_serving_warmup_requests before a version takes requests"},
       {"num_request_iterations_for_warmup", Integer<int32_t>{&options->num_request_iterations_for_warmup, 0},
-       "times that each warm-up request is replayed; 0 is 1"},
+       "number of times that each warm-up request is replayed; 0 means 1"},
       {"monitoring_config_file", Text{&options->monitoring_config_file},
-       "text file of a MonitoringConfig: prometheus_config {enable path}; on the REST port"},
+       "text file with a MonitoringConfig message, prometheus_config {enable path}, to show metrics on the REST port"},
       {"enable_signature_method_name_check", Switch{&options->enable_signature_method_name_check},
-       "refuse Classify and Regress on signatures of another method"},
+       "refuse Classify and Regress requests for signatures with another method name"},
       {"version", Switch{&options->version}, "print versions and exit"},
       {"help", Switch{&options->help}, "print this text and exit"},
   };
@@ -120,13 +130,11 @@ std::vector<std::string> Split(std::string_view text) {
   return parts;
 }
 
-// Each overload stores `value`, or says what is allowed.
+// Each overload stores `value` in the flag's target, or returns what is allowed.
 template <typename T>
 std::optional<std::string> Store(std::string_view value, const Integer<T>& target) {
   T number = 0;
-  const char* end = value.data() + value.size();
-  const auto [stop, error] = std::from_chars(value.data(), end, number);
-  if (error != std::errc() || stop != end || number < target.min || number > target.max) {
+  if (!ParseNumber(value, &number) || number < target.min || number > target.max) {
     return StrCat("an integer from ", target.min, " to ", target.max);
   }
   *target.value = number;
@@ -200,7 +208,7 @@ Status ParseServerOptions(int argc, const char* const* argv, ServerOptions* opti
     } else if (const Switch* target = std::get_if<Switch>(&flag->target)) {
       *target->value = true;
     } else {
-      allowed = StrCat("--", flag->name, "=VALUE, without spaces");
+      allowed = StrCat("--", flag->name, "=VALUE in one argument");
     }
     if (allowed) {
       return MakeStatus(StatusCode::kInvalidArgument, "flag --", flag->name, ": got \"", argument, "\", expected ",
@@ -218,30 +226,33 @@ Status ValidateServerOptions(const ServerOptions& options) {
   if (options.tensorflow_session_parallelism > 0 && options.tensorflow_intra_op_parallelism > 0 &&
       options.tensorflow_inter_op_parallelism > 0) {
     return MakeStatus(StatusCode::kInvalidArgument,
-                      "--tensorflow_session_parallelism stands for --tensorflow_intra_op_parallelism and "
-                      "--tensorflow_inter_op_parallelism; give the first or the other two, not all three");
+                      "--tensorflow_session_parallelism sets both --tensorflow_intra_op_parallelism and "
+                      "--tensorflow_inter_op_parallelism; leave out one of the three");
   }
-  if (!options.model_config_file.empty()) return {};  // it overrides name and path
+  // The file replaces name and path.
+  if (!options.model_config_file.empty()) return {};
   if (options.model_base_path.empty()) {
     return MakeStatus(StatusCode::kInvalidArgument,
-                      "no model to serve; give the folder of its versions with --model_base_path=/absolute/path, or "
-                      "many models with --model_config_file");
+                      "no model to serve; give the folder of its versions with --model_base_path=/absolute/path, or a "
+                      "list of models with --model_config_file");
   }
   if (options.model_name.empty()) {
     return MakeStatus(StatusCode::kInvalidArgument,
-                      "--model_name is empty; leave it out for the name \"default\", or give a name");
+                      "--model_name is empty; give a name, or leave the flag out for \"default\"");
   }
-  if (options.model_base_path[0] != '/' && options.model_base_path.find("://") == std::string::npos) {
-    return MakeStatus(StatusCode::kInvalidArgument, "Expected model ", options.model_name,
-                      " to have an absolute path or URI; got base_path()=", options.model_base_path);
-  }
-  return {};
+  return CheckBasePath(options.model_name, options.model_base_path);
+}
+
+Status CheckBasePath(const std::string& model, const std::string& base_path) {
+  if (base_path.find('/') == 0 || base_path.find("://") != std::string::npos) return {};
+  return MakeStatus(StatusCode::kInvalidArgument, "Expected model ", model,
+                    " to have an absolute path or URI; got base_path()=", base_path);
 }
 
 std::string ServerOptionsHelp() {
   ServerOptions defaults;
   std::string text =
-      "dpsr_model_server: serves SavedModels over TensorFlow Serving's gRPC API\n\n"
+      "dpsr_model_server: serves SavedModels over TensorFlow Serving's gRPC and REST APIs\n\n"
       "usage: dpsr_model_server --model_base_path=/path [--name=value ...]\n\n";
   for (const Flag& flag : Flags(&defaults)) {
     text += StrCat("  --", flag.name, "=", std::visit([](const auto& target) { return Show(target); }, flag.target),

@@ -1,4 +1,5 @@
-// The command line of the model server: TensorFlow Serving's flags, by its names, defaults and syntax `--name=value`.
+// The command line of the model server. Names, defaults and syntax (`--name=value`) of the flags are TensorFlow
+// Serving's.
 #ifndef DPSR_SERVING_MODEL_SERVER_SERVER_OPTIONS_H_
 #define DPSR_SERVING_MODEL_SERVER_SERVER_OPTIONS_H_
 
@@ -13,24 +14,24 @@ namespace dpsr::serving {
 
 struct ServerOptions {
   std::string host = "127.0.0.1";
-  int32_t port = 8500;  // 0: the system picks a free one
+  int32_t port = 8500;  // 0: the system picks a free port
   std::string model_name = "default";
   std::string model_base_path;
   std::vector<std::string> op_libraries;
-  int64_t file_system_poll_wait_seconds = 1;  // 0: poll once; negative: never
+  int64_t file_system_poll_wait_seconds = 1;  // 0: poll once; negative: never poll
   int32_t tensorflow_session_parallelism = 0;
   int32_t tensorflow_intra_op_parallelism = 0;
   int32_t tensorflow_inter_op_parallelism = 0;
   std::vector<std::string> saved_model_tags = {"serve"};
-  int32_t grpc_max_threads = 0;  // 0: four times the number of CPUs
+  int32_t grpc_max_threads = 0;  // 0: four times the number of CPUs, more with batching
   bool enable_serialization_as_tensor_content = false;
   int32_t max_queued_requests = 10'000;
   std::string grpc_socket_path;
   std::string grpc_channel_arguments;  // "k=v,k=v"
   bool enable_grpc_healthcheck_service = false;
   std::string ssl_config_file;
-  int32_t rest_api_port = 0;         // 0: no REST
-  int32_t rest_api_num_threads = 0;  // 0: as many as grpc_max_threads 0 gives
+  int32_t rest_api_port = 0;         // 0: no REST API
+  int32_t rest_api_num_threads = 0;  // 0: the number that grpc_max_threads = 0 gives
   int32_t rest_api_timeout_in_ms = 30'000;
   bool rest_api_enable_cors_support = false;
   std::string model_config_file;
@@ -52,22 +53,25 @@ struct ServerOptions {
   bool version = false;
   bool help = false;
 
-  // The pairs of grpc_channel_arguments; a part without `=` has the empty value.
+  // Returns the names and values in grpc_channel_arguments. A part without `=` has an empty value.
   std::vector<std::pair<std::string, std::string>> ChannelArguments() const;
 };
 
-// Reads argv[1..argc) into `options`. Arguments that are no flag of this server go to `unknown` and are otherwise
-// ignored, as TensorFlow Serving does, so that its start scripts work unchanged. A value that does not fit its flag is
-// kInvalidArgument with flag, value and what is allowed.
+// Reads argv[1..argc) into `options`. Arguments that are not flags of this server are put into `unknown` and ignored,
+// as TensorFlow Serving does, so that its start scripts work unchanged. For a value that its flag does not allow,
+// returns kInvalidArgument, which names the flag, the value and what is allowed.
 Status ParseServerOptions(int argc, const char* const* argv, ServerOptions* options, std::vector<std::string>* unknown);
 
-// Checks what concerns several flags at once, or the model; kInvalidArgument says why the server cannot start.
+// Checks the flags that depend on each other and those of the model. kInvalidArgument says why the server cannot start.
 Status ValidateServerOptions(const ServerOptions& options);
 
-// One line a flag: name, default and meaning.
+// Returns TensorFlow Serving's kInvalidArgument unless `base_path` is an absolute path or a URI.
+Status CheckBasePath(const std::string& model, const std::string& base_path);
+
+// Returns the text of --help: the name, default and meaning of each flag.
 std::string ServerOptionsHelp();
 
-// `host:port` as gRPC expects it; an IPv6 host is put into brackets.
+// Returns `host:port` as gRPC expects it. An IPv6 host is put into brackets.
 std::string ServerAddress(const std::string& host, int port);
 
 }  // namespace dpsr::serving

@@ -1,9 +1,9 @@
 #include "serving/model_server/version_policy.h"
 
 #include <algorithm>
-#include <charconv>
-#include <system_error>
 #include <utility>
+
+#include "serving/model_server/parse_number.h"
 
 namespace dpsr::serving {
 
@@ -13,9 +13,7 @@ std::map<int64_t, std::string> VersionsOfChildren(std::vector<std::string> child
   std::map<int64_t, std::string> versions;
   for (std::string& name : children) {
     int64_t version = 0;
-    const char* end = name.data() + name.size();
-    const auto [stop, error] = std::from_chars(name.data(), end, version);
-    if (error != std::errc() || stop != end || version < 0) continue;
+    if (!ParseNumber(name, &version) || version < 0) continue;
     const bool fresh = versions.emplace(version, name).second;
     if (!fresh) duplicates->push_back(std::move(name));
   }

@@ -2,15 +2,15 @@
 
 #include <algorithm>
 #include <chrono>
-#include <exception>
 #include <memory>
 
+#include "common/status.h"
+#include "serving/model_server/errors.h"
 #include "serving/model_server/inference.h"
 #include "serving/model_server/metrics.h"
 #include "tensorflow/core/lib/io/record_reader.h"
 #include "tensorflow/core/platform/env.h"
 #include "tensorflow_serving/apis/prediction_log.pb.h"
-#include "common/status.h"
 
 namespace dpsr::serving {
 namespace {
@@ -81,15 +81,9 @@ tensorflow::Status ReplayWarmup(const Servable& servable, const std::string& pat
   const std::string file = path + kFile;
   if (!tensorflow::Env::Default()->FileExists(file).ok()) return tensorflow::OkStatus();
   const auto begin = std::chrono::steady_clock::now();
-  tensorflow::Status status;
-  try {
-    status = ReplayFile(servable, file, std::max(1, iterations));
-  } catch (const std::exception& error) {
-    status = absl::InternalError(StrCat("a warm-up request threw an exception: ", error.what()));
-  }
-  const auto micros =
-      std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - begin).count();
-  RecordWarmup(path, status, micros);
+  const tensorflow::Status status =
+      CatchExceptions("a warm-up request", [&] { return ReplayFile(servable, file, std::max(1, iterations)); });
+  RecordWarmup(path, status, MicrosecondsSince(begin));
   return status;
 }
 

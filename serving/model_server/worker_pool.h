@@ -13,6 +13,10 @@
 
 namespace dpsr::serving {
 
+// The answer to a request that WorkerPool::Add refuses.
+inline constexpr char kQueueIsFull[] =
+    "the server's queue is full (--max_queued_requests); try again later, or elsewhere";
+
 // gRPC's callback threads must not block, and TensorFlow computes for milliseconds: requests are handed over to these
 // threads, whose number bounds how many are computed at a time. Thread-safe.
 class WorkerPool {

@@ -33,7 +33,7 @@ def test_the_exit_status_of_each_kind():
         'items.dpsr: section "id": checksum mismatch\n\t [[node IteratorGetNext]]',
         STACK,
         f"From /job:worker/replica:0/task:1:\n{STACK}",
-        'From /job:ps/replica:0/task:0:\nitems.dpsr: section "id": cheX',
+        'From /job:ps/replica:0/task:0:\nitems.dpsr: section "id": checksum mismatch\nGRPC error',
     ],
 )
 def test_the_message_of_an_op_is_its_own_line(text):

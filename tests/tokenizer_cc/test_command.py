@@ -84,9 +84,13 @@ def test_a_reader_that_leaves_early():
     ("arguments", "status", "message"),
     [
         (["--ids", "red"], 2, "--ids needs --vocabulary=FILE"),
-        (["--config=stems", "red"], 2, "--config has no switch 'stems', expected, with or without 'no': word_unigrams"),
-        (["--config=markers,nomarkers"], 2, "--config has the switch markers twice"),
-        (["--config=markers", "--vocabulary=v"], 2, "--config and --vocabulary exclude each other"),
+        (
+            ["--config=stems", "red"],
+            2,
+            "--config: unknown switch 'stems', expected one of these, with or without 'no': word_",
+        ),
+        (["--config=markers,nomarkers"], 2, "--config: switch 'markers' is given twice"),
+        (["--config=markers", "--vocabulary=v"], 2, "--config cannot be combined with --vocabulary"),
         (["--stem"], 2, "stem"),
         (["--vocabulary={tmp}/missing", "red"], 1, "cannot read the vocabulary: {tmp}/missing"),
         (["--vocabulary={tmp}", "red"], 1, "not a regular file"),

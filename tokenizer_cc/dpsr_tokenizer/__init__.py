@@ -1,6 +1,6 @@
-"""The tokenizer and vocabulary of DPSR: one C++ core for data preparation, training and serving.
+"""The tokenizer and vocabulary of DPSR, with one C++ core for data preparation, training and serving.
 
-Needs NumPy only. The TensorFlow op over the same core is in `dpsr_tokenizer.tf_ops`.
+This module needs NumPy only. `dpsr_tokenizer.tf_ops` has TensorFlow ops with the same core.
 
 >>> Tokenizer().tokenize("iPhone 手机壳")[:3]
 ['iphone', '##ip', '#iph']
@@ -17,9 +17,9 @@ __all__ = ["FormatError", "Tokenizer", "TokenizerConfig", "Vocabulary", "Vocabul
 
 
 def op_library_path() -> str:
-    """Absolute path of the TensorFlow op library, for `tf.load_op_library` and for a model server's list of libraries.
+    """Returns the absolute path of the TensorFlow op library, for `tf.load_op_library` and for model servers.
 
-    Raises FileNotFoundError when it is not built.
+    Raises FileNotFoundError if the library is not built.
     """
     path = Path(__file__).resolve().parent / "libdpsr_tokenizer_ops.so"
     if not path.exists():

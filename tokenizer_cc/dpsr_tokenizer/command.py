@@ -9,54 +9,45 @@ from collections.abc import Callable, Iterable
 
 from absl import flags
 
+from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.packed_file import FormatError
 from dpsr_tokenizer import Tokenizer, TokenizerConfig, Vocabulary
 
 USAGE = """
 Usage: dpsr tokenize [--config=SWITCH,noSWITCH,... | --vocabulary=FILE [--ids]] [--json] [TEXT ...]
 
-Prints what each text becomes, one line a text: `red | ##re | #red | #ed#`. Without a text it reads lines from
-standard input, any bytes. A text that starts with a dash goes after a lone `--`.
+Prints the tokens of each TEXT on one line, for example `red | ##re | #red | #ed#`. Without TEXT, reads one text from
+each line of standard input; any bytes are allowed. A TEXT that starts with a dash comes after the argument `--`.
 """
 TAKES_ARGUMENTS = True
-
-
-class CommandError(Exception):
-    """The command cannot go on, for a reason that its user can mend."""
-
-    status = 1
-
-
-class UsageError(CommandError):
-    """The command was called wrongly."""
-
-    status = 2
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
     flags.DEFINE_string(
-        "vocabulary", None, "Vocabulary file; its tokenizer configuration is the one used.", flag_values=values
+        "vocabulary", None, "vocabulary file, which also gives the tokenizer configuration", flag_values=values
     )
     flags.DEFINE_list(
         "config",
         [],
-        f"Changes to the default configuration, each a switch or 'no' and a switch: {', '.join(_switch_names())}.",
+        "changes to the default configuration, separated by commas; a switch turns a kind of tokens on, a switch with "
+        f"'no' before it turns it off: {', '.join(_switch_names())}",
         flag_values=values,
     )
-    flags.DEFINE_boolean("ids", False, "Prints ids of the vocabulary instead of tokens.", flag_values=values)
-    flags.DEFINE_boolean("json", False, "Prints one JSON array a text.", flag_values=values)
+    flags.DEFINE_boolean("ids", False, "print ids of the vocabulary instead of tokens", flag_values=values)
+    flags.DEFINE_boolean("json", False, "print a JSON array for each text", flag_values=values)
 
 
 def run(values: flags.FlagValues, texts: list[str]) -> None:
-    """Prints tokens or ids of each text, or of each line of standard input.
+    """Prints the tokens or ids of each text or, without texts, of each line of standard input.
 
     Raises:
-        CommandError: the vocabulary cannot be read; UsageError for the flags.
+        CommandError: the vocabulary cannot be read.
+        UsageError: the flags are wrong.
     """
     if values.vocabulary is not None:
         if values.config:
-            raise UsageError("--config and --vocabulary exclude each other: a vocabulary carries its configuration")
+            raise UsageError("--config cannot be combined with --vocabulary, which has a configuration of its own")
         vocabulary = _open(values.vocabulary)
         tokenizer = Tokenizer(vocabulary.config)
     elif values.ids:
@@ -66,9 +57,9 @@ def run(values: flags.FlagValues, texts: list[str]) -> None:
     convert: Callable[[bytes], list[int] | list[str]] = (
         (lambda text: vocabulary.encode(text).tolist()) if values.ids else tokenizer.tokenize
     )
-    # '|' is a separator to the tokenizer, so no token holds it; a word bigram holds a space.
+    # No token contains '|', which separates words. A word bigram contains a space.
     separator = " " if values.ids else " | "
-    # Texts are bytes to the tokenizer: what the shell or a file holds need not be text of this locale.
+    # The tokenizer takes bytes, because arguments and input need not be text in this locale's encoding.
     lines: Iterable[bytes] = map(os.fsencode, texts) if texts else (line.rstrip(b"\n") for line in sys.stdin.buffer)
     is_interactive = not texts and sys.stdin.isatty()
     output = sys.stdout.buffer
@@ -82,10 +73,10 @@ def run(values: flags.FlagValues, texts: list[str]) -> None:
 
 
 def parse_config(changes: Iterable[str]) -> TokenizerConfig:
-    """The default configuration with `changes`: "word_bigrams" turns a switch on, "noword_bigrams" off.
+    """Applies changes to the default configuration: "word_bigrams" turns a switch on, "noword_bigrams" off.
 
     Raises:
-        UsageError: there is no such switch, or it is given twice.
+        UsageError: a change names no switch, or a switch is named twice.
     """
     switches = _switch_names()
     changed: dict[str, bool] = {}
@@ -93,16 +84,16 @@ def parse_config(changes: Iterable[str]) -> TokenizerConfig:
         name = change if change in switches else change.removeprefix("no")
         if name not in switches:
             raise UsageError(
-                f"--config has no switch '{change}', expected, with or without 'no': {', '.join(switches)}"
+                f"--config: unknown switch '{change}', expected one of these, with or without 'no': "
+                f"{', '.join(switches)}"
             )
         if name in changed:
-            raise UsageError(f"--config has the switch {name} twice")
+            raise UsageError(f"--config: switch '{name}' is given twice")
         changed[name] = name == change
     return TokenizerConfig(**changed)
 
 
 def _switch_names() -> list[str]:
-    """The names of all switches."""
     return [line.partition("=")[0] for line in TokenizerConfig().serialize().splitlines()[1:]]
 
 

@@ -1,0 +1,27 @@
+// Helpers for TensorFlow's status.
+#ifndef DPSR_SERVING_MODEL_SERVER_ERRORS_H_
+#define DPSR_SERVING_MODEL_SERVER_ERRORS_H_
+
+#include <exception>
+#include <string>
+
+#include "common/status.h"
+#include "tensorflow/core/platform/status.h"
+
+namespace dpsr::serving {
+
+inline tensorflow::Status InvalidArgument(const std::string& message) { return absl::InvalidArgumentError(message); }
+
+// Returns run(), or INTERNAL, which names `what`, if it throws. Op libraries may throw, and memory may run out.
+template <typename Run>
+tensorflow::Status CatchExceptions(const std::string& what, Run run) {
+  try {
+    return run();
+  } catch (const std::exception& error) {
+    return absl::InternalError(StrCat(what, " threw an exception: ", error.what()));
+  }
+}
+
+}  // namespace dpsr::serving
+
+#endif  // DPSR_SERVING_MODEL_SERVER_ERRORS_H_
