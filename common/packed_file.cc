@@ -353,7 +353,8 @@ Status PackedFile::Open(const std::string& path, std::string_view kind, bool ver
 Status PackedFile::OpenMemory(std::string path, std::string_view kind, bool verify, std::shared_ptr<const void> owner,
                               const void* data, size_t size, std::unique_ptr<PackedFile>* file) {
   if (reinterpret_cast<uintptr_t>(data) % sizeof(uint64_t) != 0) {
-    return MakeStatus(StatusCode::kInvalidArgument, path, ": the memory is not aligned to ", sizeof(uint64_t), " bytes");
+    return MakeStatus(StatusCode::kInvalidArgument, path, ": the memory is not aligned to ", sizeof(uint64_t),
+                      " bytes");
   }
   if (size < sizeof(Header)) {
     return MakeStatus(StatusCode::kDataLoss, path, ": not a packed file or truncated: ", size,
@@ -372,7 +373,8 @@ Status PackedFile::OpenMemory(std::string path, std::string_view kind, bool veri
   // This comes before the checksum, because another version may have another header.
   if (header.version != kFormatVersion) {
     return MakeStatus(StatusCode::kFailedPrecondition, path, ": format version ", header.version,
-                      ", this build reads version ", kFormatVersion, "; write the file again with this version of DPSR");
+                      ", this build reads version ", kFormatVersion,
+                      "; write the file again with this version of DPSR");
   }
   if (header.header_checksum != HeaderChecksum(header)) {
     return MakeStatus(StatusCode::kDataLoss, path, ": the checksum of the header is wrong; the file is corrupt");

@@ -8,10 +8,10 @@
 #include <string>
 #include <utility>
 
-#include "tensorflow/core/platform/env.h"
-#include "tensorflow/core/platform/file_system.h"
 #include "common/packed_file.h"
 #include "common/status.h"
+#include "tensorflow/core/platform/env.h"
+#include "tensorflow/core/platform/file_system.h"
 
 namespace dpsr {
 

@@ -3,8 +3,8 @@
 #define DPSR_COMMON_TF_STATUS_H_
 
 #include "absl/status/status.h"
-#include "tensorflow/core/platform/status.h"
 #include "common/status.h"
+#include "tensorflow/core/platform/status.h"
 
 namespace dpsr {
 

@@ -1,6 +1,6 @@
-// How normalised text falls into tokens: the loop behind Tokenizer and Vocabulary::Encode, internal to tokenizer_cc.
-// The rules are in tokenizer.h. It is a template over who receives the tokens, because a vocabulary knows the ids of most
-// tokens from their code points alone and needs no text of them.
+// The loop that splits normalised text into tokens, for Tokenizer and Vocabulary::Encode. Internal to tokenizer_cc. The
+// rules are in tokenizer.h. The receiver of the tokens is a template parameter, because a vocabulary finds the ids of
+// most tokens by their code points, and does not need their text.
 #ifndef DPSR_TOKENIZER_CC_TOKEN_SCANNER_H_
 #define DPSR_TOKENIZER_CC_TOKEN_SCANNER_H_
 
@@ -16,8 +16,8 @@
 
 namespace dpsr {
 
-// kMark stands for the class of the code point before it. kJoiner (. , /) belongs to a number when it stands between two
-// digits and separates elsewhere.
+// kMark has the class of the code point before it. kJoiner (. , /) is part of a number between two digits, and a
+// separator elsewhere.
 enum class CharClass : uint8_t { kSeparator, kLetter, kDigit, kUnspaced, kMark, kJoiner };
 
 // A code point of normalised text and its class.
@@ -28,11 +28,12 @@ constexpr CharUnit MakeUnit(uint32_t code_point, CharClass char_class) {
 constexpr uint32_t CodePointOf(CharUnit unit) { return unit & 0x1FFFFF; }
 constexpr CharClass ClassOf(CharUnit unit) { return static_cast<CharClass>(unit >> 24); }
 
-// An array that lies on the stack while it is short. Grows by Reserve() alone; does not initialise its elements.
+// An array that is on the stack as long as it is short. Only Reserve() makes it larger. Does not initialise its
+// elements.
 template <typename T, size_t kInline>
 class Scratch {
  public:
-  // Room for `capacity` elements; the first `keep` stay.
+  // Makes room for `capacity` elements, and keeps the first `keep` elements.
   void Reserve(size_t capacity, size_t keep) {
     if (capacity <= capacity_) return;
     std::unique_ptr<T[]> grown(new T[capacity]);
@@ -51,13 +52,13 @@ class Scratch {
   std::unique_ptr<T[]> heap_;
 };
 
-// Class and lower case of each ASCII byte, and its digit in the index of a trigram.
+// The class and the lower case of each ASCII byte, and its digit in the index of a trigram.
 struct AsciiTables {
   CharUnit unit[128];
   uint8_t symbol[128];
 };
 
-// The characters of ASCII words and '#': an index of a trigram has three digits to this base.
+// The number of characters of ASCII words, including '#'. The index of a trigram has three digits to this base.
 constexpr uint32_t kAsciiSymbols = 40;
 constexpr uint32_t kAsciiTrigrams = kAsciiSymbols * kAsciiSymbols * kAsciiSymbols;
 
@@ -83,15 +84,15 @@ constexpr AsciiTables MakeAsciiTables() {
 
 inline constexpr AsciiTables kAscii = MakeAsciiTables();
 
-// The normalised text of one call, on the stack where it is short.
+// The normalised text of one call, on the stack if it is short.
 using CharUnits = Scratch<CharUnit, 512>;
 
-// Normalises `text`; returns the number of units. The fast form looks each code point up, and gives up with false where
-// code points act on one another (marks that compose or change places); the other one takes any text.
+// Normalise `text` and return the number of units. The fast function looks up each code point, and returns false if
+// code points depend on each other (marks that compose or change places). The slow function handles any text.
 bool NormaliseFast(std::string_view text, CharUnits* units, size_t* size);
 size_t NormaliseSlow(std::string_view text, CharUnits* units);
 
-// Class of a code point of normalised text.
+// Returns the class of a code point of normalised text.
 CharClass Classify(uint32_t code_point);
 
 inline bool IsAscii(std::string_view text) {
@@ -108,7 +109,7 @@ inline bool IsAscii(std::string_view text) {
   return true;
 }
 
-// Writes the UTF-8 of a valid code point; returns its length, 1 to 4.
+// Writes a valid code point as UTF-8, and returns its length, 1 to 4.
 inline size_t EncodeUtf8(uint32_t c, char* out) {
   if (c < 0x80) {
     out[0] = static_cast<char>(c);
@@ -132,13 +133,13 @@ inline size_t EncodeUtf8(uint32_t c, char* out) {
   return 4;
 }
 
-// Length of the sequence that begins with `lead`, a lead byte of valid UTF-8.
+// Returns the length of the sequence that begins with `lead`, a lead byte of valid UTF-8.
 inline size_t SequenceLength(char lead) {
   const unsigned char c = static_cast<unsigned char>(lead);
   return c < 0x80 ? 1 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : 4;
 }
 
-// The code point of a valid sequence of that length.
+// Returns the code point of a valid sequence of this length.
 inline uint32_t DecodeUtf8(const char* text, size_t length) {
   const auto* bytes = reinterpret_cast<const unsigned char*>(text);
   if (length == 1) return bytes[0];
@@ -147,7 +148,7 @@ inline uint32_t DecodeUtf8(const char* text, size_t length) {
   return c;
 }
 
-// Text of ASCII bytes alone.
+// A text that has only ASCII bytes.
 class AsciiText {
  public:
   explicit AsciiText(std::string_view text) : text_(text) {}
@@ -162,7 +163,7 @@ class AsciiText {
   std::string_view text_;
 };
 
-// Normalised text.
+// A normalised text.
 class UnicodeText {
  public:
   UnicodeText(const CharUnit* units, size_t size) : units_(units), size_(size) {}
@@ -175,10 +176,10 @@ class UnicodeText {
   size_t size_;
 };
 
-// Emitter has, for the tokens in their order:
+// Passes the tokens, in their order, to these functions of Emitter:
 //
 //   void Token(std::string_view token)
-//   void AsciiTrigram(const char* token, uint32_t index)   four bytes; index < kAsciiTrigrams, one for each such token
+//   void AsciiTrigram(const char* token, uint32_t index)   a token of four bytes, with its index < kAsciiTrigrams
 //   void Character(uint32_t code_point)                    a character unigram
 //   void CharacterPair(uint32_t first, uint32_t second)    a character bigram
 template <typename Emitter>
@@ -203,7 +204,7 @@ class TokenScanner {
   }
   static constexpr unsigned Bit(CharClass c) { return 1u << static_cast<unsigned>(c); }
 
-  // Words lie in one buffer, one space between them, so that unigrams and bigrams are views of it.
+  // Words are stored in one buffer with a space between them, so that unigrams and bigrams are views of the buffer.
   template <typename Text>
   void ScanText(const Text& text, size_t bytes_per_unit) {
     Scratch<char, 2560> buffer;
@@ -235,7 +236,7 @@ class TokenScanner {
     if (config_.markers) EmitEnd(at_begin);
   }
 
-  // The word that begins at i; returns where it ends.
+  // Emits the tokens of the word that begins at i, and returns where it ends.
   template <typename Text>
   size_t ScanWord(const Text& text, size_t i) {
     if (size_ > 0) buffer_[size_++] = ' ';
@@ -268,7 +269,7 @@ class TokenScanner {
   static bool IsDigit(const Text& text, size_t i) {
     return i < text.size() && ClassOf(text[i]) == CharClass::kDigit;
   }
-  // Whether the joiner at i, not the first of the text, stands between two digits.
+  // Returns whether the joiner at i, which is not the first unit of the text, is between two digits.
   template <typename Text>
   static bool IsInNumber(const Text& text, size_t i) {
     return IsDigit(text, i - 1) && IsDigit(text, i + 1);
@@ -298,7 +299,7 @@ class TokenScanner {
     }
   }
 
-  // The longest stretches of letters and of numbers; a mark belongs to what is before it.
+  // Emits the longest parts of letters and of digits. A mark belongs to the part before it.
   void EmitParts(std::string_view word) {
     size_t begin = 0;
     bool in_number = false;
@@ -321,7 +322,8 @@ class TokenScanner {
   void EmitAsciiTrigrams(std::string_view word) {
     const auto symbol = [](char c) -> uint32_t { return kAscii.symbol[static_cast<unsigned char>(c)]; };
     char token[4] = {'#', '#', word[0], '#'};
-    uint32_t pair = symbol(word[0]);  // the index of the token's middle two
+    // The index of the middle two characters of a trigram.
+    uint32_t pair = symbol(word[0]);
     for (size_t i = 1; i <= word.size(); ++i) {
       const char next = i < word.size() ? word[i] : '#';
       const uint32_t digit = symbol(next);
@@ -361,7 +363,7 @@ class TokenScanner {
     }
   }
 
-  // The run of unspaced text that begins at i; returns where it ends.
+  // Emits the tokens of the unspaced text that begins at i, and returns where it ends.
   template <typename Text>
   size_t ScanUnspaced(const Text& text, size_t i, bool at_begin) {
     uint32_t previous = CodePointOf(text[i]);
@@ -405,7 +407,7 @@ class TokenScanner {
   Emitter& emitter_;
   char* buffer_ = nullptr;
   size_t size_ = 0;
-  // What the last run was: a word and its place in the buffer, or unspaced text and its last character.
+  // The last run: a word with its position in the buffer, or unspaced text with its last character.
   size_t word_ = kNoWord;
   uint32_t character_ = kNoCharacter;
 };

@@ -16,7 +16,8 @@ namespace dpsr {
 namespace {
 
 constexpr char kVersionKey[] = "tokenizer_version";
-// Raise it with every change that gives any text other tokens: ids of a vocabulary would then mean something else.
+// Every change that gives a text other tokens must increase the version, because the ids of a vocabulary change their
+// meaning.
 constexpr char kVersion[] = "1";
 
 struct Switch {
@@ -34,17 +35,18 @@ constexpr std::array<Switch, 7> kSwitches = {{
     {"markers", &TokenizerConfig::markers},
 }};
 
-constexpr utf8proc_int32_t kFractionSlash = 0x2044;  // what NFKC puts into ½; one with '/'
+// NFKC writes ½ with this slash. It is treated as '/'.
+constexpr utf8proc_int32_t kFractionSlash = 0x2044;
 
 struct Range {
   utf8proc_int32_t first;
   utf8proc_int32_t last;
-  // Han: all code points are characters, those too that this Unicode version calls symbols or does not know yet. Of the
-  // other scripts the letters, marks and numbers are, so that their punctuation separates.
+  // Whether all code points of the block are characters. In Han blocks they are, even if this Unicode version does not
+  // know them or calls them symbols. In other scripts only letters, marks and numbers are, and punctuation separates.
   bool whole;
 };
 
-// Blocks of scripts written without spaces, ascending.
+// The blocks of scripts that are written without spaces, in ascending order.
 constexpr Range kUnspacedRanges[] = {
     {0x0E00, 0x0EFF, false},    // Thai, Lao
     {0x1000, 0x109F, false},    // Myanmar
@@ -72,7 +74,7 @@ bool IsUnspaced(utf8proc_int32_t c, bool is_word_category) {
   return range != std::end(kUnspacedRanges) && range->first <= c && (range->whole || is_word_category);
 }
 
-// By Unicode category; slow.
+// Finds the class of a code point by its Unicode category, which is slow.
 CharClass ClassifyByCategory(utf8proc_int32_t c) {
   if (c < 128) return ClassOf(kAscii.unit[c]);
   CharClass char_class = CharClass::kSeparator;
@@ -96,13 +98,13 @@ CharClass ClassifyByCategory(utf8proc_int32_t c) {
     default:
       break;
   }
-  // A mark of an unspaced script still needs a character before it.
+  // A mark of an unspaced script stays a mark, because it needs a character before it.
   if (char_class != CharClass::kMark && IsUnspaced(c, char_class != CharClass::kSeparator)) return CharClass::kUnspaced;
   return char_class;
 }
 
-// Brings the marks of each run of marks into canonical order. (utf8proc_decompose does it by exchanging neighbours: a
-// text of nothing but marks would take quadratic time.)
+// Brings each run of marks into canonical order. (utf8proc_decompose exchanges neighbours, which takes quadratic time
+// for a text that consists of marks.)
 void OrderMarks(std::vector<utf8proc_int32_t>* text) {
   const auto combining_class = [](utf8proc_int32_t c) {
     return c < 0x300 ? 0 : utf8proc_get_property(c)->combining_class;
@@ -124,9 +126,11 @@ void OrderMarks(std::vector<utf8proc_int32_t>* text) {
 
 constexpr auto kNormalForm = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE | UTF8PROC_COMPAT |
                                                             UTF8PROC_CASEFOLD | UTF8PROC_IGNORE);
-constexpr size_t kMaxExpansion = 32;  // of one code point; Unicode 15 has 18
+// Upper limit for the number of code points that one code point decomposes into. In Unicode 15 the largest number is
+// 18.
+constexpr size_t kMaxExpansion = 32;
 
-// Appends what NFKC_Casefold makes of one code point before code points act on one another.
+// Appends the NFKC_Casefold decomposition of one code point, before marks are ordered and composed.
 void Decompose(utf8proc_int32_t c, std::vector<utf8proc_int32_t>* out) {
   const size_t size = out->size();
   out->resize(size + kMaxExpansion);
@@ -136,7 +140,7 @@ void Decompose(utf8proc_int32_t c, std::vector<utf8proc_int32_t>* out) {
               static_cast<size_t>(std::clamp<utf8proc_ssize_t>(count, 0, static_cast<utf8proc_ssize_t>(kMaxExpansion))));
 }
 
-// Orders and composes what Decompose gave.
+// Orders and composes the output of Decompose.
 void Compose(std::vector<utf8proc_int32_t>* text) {
   OrderMarks(text);
   const utf8proc_ssize_t count =
@@ -149,8 +153,8 @@ CharUnit MakeUnitOf(utf8proc_int32_t c) {
   return MakeUnit(static_cast<uint32_t>(c), ClassifyByCategory(c));
 }
 
-// Whether c, which has combining class 0, may compose with what stands before it (vowel signs of Indic scripts, Hangul
-// vowels and finals): those are the later parts of a canonical decomposition.
+// Returns whether c, which has combining class 0, may compose with the code point before it (vowel signs of Indic
+// scripts, Hangul vowels and finals). These code points are the later parts of canonical decompositions.
 bool ComposesBackward(utf8proc_int32_t c) {
   static const std::vector<utf8proc_int32_t>* const kParts = [] {
     auto* parts = new std::vector<utf8proc_int32_t>;
@@ -171,13 +175,13 @@ bool ComposesBackward(utf8proc_int32_t c) {
   return is_hangul_vowel_or_final || std::binary_search(kParts->begin(), kParts->end(), c);
 }
 
-// What becomes of 256 code points, made when the first of them is met.
+// The normal forms of 256 code points. A page is made when the first of its code points occurs in a text.
 //
-// A code point whose decomposition begins with one that has combining class 0 and composes with nothing before it is
-// independent: its normal form is the same in every text whose other code points are independent too.
+// A code point is independent if its decomposition begins with a code point that has combining class 0 and does not
+// compose with one before it. Its normal form is the same in all texts whose other code points are independent, too.
 class Page {
  public:
-  // Entries: kDependent; or kSequence | place in sequences << 8 | length; or the one unit that it becomes.
+  // An entry is kDependent; or kSequence | position in sequences << 8 | length; or the single unit of the normal form.
   static constexpr uint32_t kDependent = 1u << 31;
   static constexpr uint32_t kSequence = 1u << 30;
 
@@ -187,7 +191,8 @@ class Page {
       const auto c = static_cast<utf8proc_int32_t>(index << 8 | i);
       classes_[i] = c == kFractionSlash ? CharClass::kJoiner : ClassifyByCategory(c);
       form.clear();
-      if (c >= 0xD800 && c <= 0xDFFF) continue;  // never decoded
+      // Surrogates are never decoded.
+      if (c >= 0xD800 && c <= 0xDFFF) continue;
       Decompose(c, &form);
       if (!form.empty() && (utf8proc_get_property(form[0])->combining_class != 0 || ComposesBackward(form[0]))) {
         entries_[i] = kDependent;
@@ -213,7 +218,7 @@ class Page {
   std::vector<CharUnit> sequences_;
 };
 
-// The page of a code point. Pages live as long as the process.
+// Returns the page of a code point. Pages live as long as the process.
 const Page& PageOf(uint32_t code_point) {
   static std::atomic<const Page*> pages[0x110000 >> 8];
   std::atomic<const Page*>& slot = pages[code_point >> 8];
@@ -225,7 +230,7 @@ const Page& PageOf(uint32_t code_point) {
   return *page;
 }
 
-// Decodes the sequence at `i`, whose first byte is not ASCII, and moves i behind it; false where it is not valid.
+// Decodes the sequence at `i`, whose first byte is not ASCII, and moves i behind it. Returns false if it is not valid.
 bool DecodeNext(const unsigned char* bytes, size_t size, size_t* i, uint32_t* code_point) {
   const unsigned char* p = bytes + *i;
   const size_t left = size - *i;
@@ -251,7 +256,7 @@ bool DecodeNext(const unsigned char* bytes, size_t size, size_t* i, uint32_t* co
   return true;
 }
 
-// Hands the tokens to a TokenSink as text.
+// Passes the tokens to a TokenSink as text.
 class SinkEmitter {
  public:
   explicit SinkEmitter(TokenSink sink) : sink_(sink) {}
@@ -282,7 +287,8 @@ bool NormaliseFast(std::string_view text, CharUnits* units, size_t* size) {
   units->Reserve(text.size(), 0);
   CharUnit* out = units->data();
   size_t count = 0;
-  size_t extra = 0;  // units beyond one for each byte, which Reserve made room for
+  // The number of units above one for each byte, for which Reserve made room.
+  size_t extra = 0;
   for (size_t i = 0; i < text.size();) {
     if (bytes[i] < 128) {
       out[count++] = kAscii.unit[bytes[i++]];
@@ -294,7 +300,8 @@ bool NormaliseFast(std::string_view text, CharUnits* units, size_t* size) {
       ++i;
       continue;
     }
-    if (c >= 0x4E00 && c <= 0x9FFF) {  // most of all Chinese text
+    // Most characters of Chinese text.
+    if (c >= 0x4E00 && c <= 0x9FFF) {
       out[count++] = MakeUnit(c, CharClass::kUnspaced);
       continue;
     }

@@ -1,4 +1,4 @@
-// libFuzzer: TokenizerConfig::Parse takes any text, and what it accepts survives Serialize.
+// A libFuzzer target: TokenizerConfig::Parse accepts or refuses any text, and Serialize writes an accepted text again.
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>

@@ -1,5 +1,5 @@
-// libFuzzer: any bytes under any configuration give valid, non-empty tokens of the kinds that are on. Input: a byte whose
-// bits are the switches in the order of TokenizerConfig, then the text.
+// A libFuzzer target: for any bytes and any configuration, all tokens are valid, not empty, and of the kinds that are
+// on. The input is a byte, whose bits are the switches in the order of TokenizerConfig, and then the text.
 #include <utf8proc.h>
 
 #include <cstddef>
@@ -52,7 +52,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Check(!token.empty());
     Check(IsValidUtf8(token));
     if (config.markers && tokens == 0) Check(token == "<s>");
-    if (token[0] == '#') ++trigrams;  // no other kind holds one
+    // No other kind of token contains '#'.
+    if (token[0] == '#') ++trigrams;
     ++tokens;
     last = token;
   });

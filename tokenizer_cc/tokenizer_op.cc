@@ -6,13 +6,13 @@
 #include <utility>
 #include <vector>
 
+#include "common/tf_status.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/resource_mgr.h"
 #include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/util/work_sharder.h"
-#include "common/tf_status.h"
 #include "tokenizer_cc/tokenizer.h"
 #include "tokenizer_cc/vocabulary.h"
 
@@ -24,7 +24,7 @@ using ::tensorflow::shape_inference::DimensionHandle;
 using ::tensorflow::shape_inference::InferenceContext;
 using ::tensorflow::shape_inference::ShapeHandle;
 
-// What a handle stands for: no vocabulary until one is loaded, then the one loaded last.
+// The resource behind a handle: the vocabulary that was loaded last, or none before the first load.
 class VocabularyResource : public tf::ResourceBase {
  public:
   std::string DebugString() const override {
@@ -35,7 +35,7 @@ class VocabularyResource : public tf::ResourceBase {
     tf::mutex_lock lock(mutex_);
     vocabulary_ = std::move(vocabulary);
   }
-  // Null before the first load. The caller's copy outlives a load that replaces it.
+  // Returns null before the first load. The caller's copy stays valid when another load replaces the vocabulary.
   std::shared_ptr<const Vocabulary> Get() const {
     tf::tf_shared_lock lock(mutex_);
     return vocabulary_;
@@ -71,15 +71,15 @@ class VocabularyLoadOp : public tf::OpKernel {
   }
 };
 
-// Values of a ragged tensor as they come from a block of rows.
+// The values of a ragged tensor for a block of rows.
 template <typename T>
 struct Block {
   std::vector<T> values;
-  int64_t first_value = 0;  // where the block begins in the whole
+  int64_t first_value = 0;  // position of the block in the whole tensor
 };
 
-// Fills the outputs 0 (values) and 1 (row_splits) with append(text, &values) for each text, in parallel where the batch
-// is worth it. `finish(block, output)` moves a block's values to where they belong.
+// Fills the outputs 0 (values) and 1 (row_splits). Calls append(text, &values) for each text, in parallel if the batch
+// is large enough, and then finish(block, output), which moves the values of a block to their position.
 template <typename T, typename Append, typename Finish>
 void ComputeRagged(tf::OpKernelContext* context, const tf::Tensor& text, const Append& append, const Finish& finish) {
   constexpr int64_t kBytesOfABlock = 1 << 14;
@@ -90,7 +90,7 @@ void ComputeRagged(tf::OpKernelContext* context, const tf::Tensor& text, const A
   auto splits = row_splits->vec<int64_t>();
   splits(0) = 0;
 
-  // Blocks are cut by bytes, so that one long text among short ones does not hold up the others.
+  // Blocks have about equal numbers of bytes, so that a long text does not delay the short ones.
   std::vector<int64_t> ends;
   int64_t bytes = 0;
   for (int64_t i = 0; i < num_texts; ++i) {
@@ -116,7 +116,8 @@ void ComputeRagged(tf::OpKernelContext* context, const tf::Tensor& text, const A
     std::vector<T>& values = blocks[static_cast<size_t>(b)].values;
     for (int64_t i = begin; i < ends[static_cast<size_t>(b)]; ++i) {
       append(std::string_view(texts(i).data(), texts(i).size()), &values);
-      splits(i + 1) = static_cast<int64_t>(values.size());  // within the block
+      // Counted from the beginning of the block for now.
+      splits(i + 1) = static_cast<int64_t>(values.size());
     }
   });
   int64_t total = 0;
@@ -203,7 +204,7 @@ class TokenizeStringsOp : public tf::OpKernel {
   Tokenizer tokenizer_;
 };
 
-// Shapes of values and row_splits for a text [num_texts].
+// Sets the shapes of values and row_splits for an input text [num_texts].
 tf::Status RaggedShapes(InferenceContext* context, int text_input) {
   ShapeHandle text;
   TF_RETURN_IF_ERROR(context->WithRank(context->input(text_input), 1, &text));
@@ -221,7 +222,7 @@ REGISTER_OP("DpsrVocabularyHandle")
     .SetIsStateful()
     .SetShapeFn(tf::shape_inference::ScalarShape)
     .Doc(R"doc(
-A handle for a vocabulary. Equal names stand for the same vocabulary: give each its own.
+A handle for a vocabulary. Handles with equal names refer to the same vocabulary, so each vocabulary needs its own name.
 )doc");
 
 REGISTER_OP("DpsrVocabularyLoad")
@@ -234,7 +235,7 @@ REGISTER_OP("DpsrVocabularyLoad")
       return context->WithRank(context->input(VocabularyLoadOp::kFilename), 0, &unused);
     })
     .Doc(R"doc(
-Opens a vocabulary file (memory-mapped) and puts it behind the handle, replacing what was there.
+Opens a vocabulary file, memory-mapped, for the handle. Replaces a vocabulary that was loaded before.
 
 filename: [] path of a vocabulary written by dpsr_tokenizer.VocabularyBuilder.
 )doc");
@@ -250,7 +251,7 @@ REGISTER_OP("DpsrTokenize")
       return RaggedShapes(context, TokenizeOp::kText);
     })
     .Doc(R"doc(
-The token ids of each text, ragged.
+Returns the token ids of each text as a ragged tensor.
 
 text: [num_texts] UTF-8; any bytes are valid.
 values: [num_ids] the ids of all texts, one text after another.
@@ -264,7 +265,7 @@ REGISTER_OP("DpsrTokenizeStrings")
     .Attr("config: string")
     .SetShapeFn([](InferenceContext* context) { return RaggedShapes(context, TokenizeStringsOp::kText); })
     .Doc(R"doc(
-The tokens of each text, ragged.
+Returns the tokens of each text as a ragged tensor.
 
 text: [num_texts] UTF-8; any bytes are valid.
 values: [num_tokens] the tokens of all texts, one text after another.

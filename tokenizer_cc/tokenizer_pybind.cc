@@ -1,4 +1,4 @@
-// The Python module dpsr_tokenizer._native: adapts the core, adds nothing. Its types are in _native.pyi.
+// The Python module dpsr_tokenizer._native, which adapts the C++ core. _native.pyi has its types.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -26,10 +26,10 @@ namespace {
 
 bool IsText(py::handle object) { return PyUnicode_Check(object.ptr()) || PyBytes_Check(object.ptr()); }
 
-// Texts that can be read without the GIL.
+// A list of texts that can be read without the GIL.
 class Texts {
  public:
-  // Takes a str or bytes. Raises TypeError for anything else.
+  // Adds a str or bytes. Raises TypeError for other types.
   void Add(py::handle text) {
     char* data = nullptr;
     Py_ssize_t size = 0;
@@ -39,7 +39,7 @@ class Texts {
         owners_.push_back(py::reinterpret_borrow<py::object>(text));
         return;
       }
-      // Lone surrogates have no UTF-8: each becomes three invalid bytes, which separate tokens.
+      // Lone surrogates have no UTF-8 form. Each becomes three invalid bytes, which separate tokens.
       PyErr_Clear();
       PyObject* encoded = PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogatepass");
       if (encoded == nullptr) throw py::error_already_set();
@@ -53,7 +53,7 @@ class Texts {
     views_.emplace_back(data, static_cast<size_t>(size));
   }
 
-  // Takes a text whose bytes somebody else keeps.
+  // Adds a text. The caller keeps its bytes valid.
   void AddView(std::string_view text) { views_.push_back(text); }
 
   void Clear() {
@@ -67,7 +67,7 @@ class Texts {
   std::vector<py::object> owners_;
 };
 
-// The Arrow C data interface; the layouts are its specification's.
+// The structs of the Arrow C data interface, as its specification defines them.
 struct ArrowSchema {
   const char* format;
   const char* name;
@@ -101,7 +101,7 @@ struct ArrowArrayStream {
   void* private_data;
 };
 
-// What is got from a stream and must be released.
+// A struct that was received from a stream and releases its content at the end.
 template <typename T>
 struct Released : T {
   Released() : T() {}
@@ -121,7 +121,7 @@ T* CapsulePointer(const py::handle& capsule, const char* name) {
 
 constexpr size_t kTextsAtATime = 1 << 15;
 
-// Calls use(&texts) for the rows of an Arrow array with offsets of a type, some at a time; a null is an empty text.
+// Calls use(&texts) for the rows of an Arrow array whose offsets have this type, in batches. A null is an empty text.
 template <typename Offset, typename Use>
 void ForEachArrowBatch(const ArrowArray& array, const Use& use) {
   const auto* valid = static_cast<const uint8_t*>(array.buffers[0]);
@@ -149,7 +149,7 @@ void UseArrow(const ArrowSchema& schema, const ArrowArray& array, const Use& use
                               "\", expected string, large_string, binary or large_binary; cast the column"));
 }
 
-// Calls use(&texts) for the texts of an iterable or of Arrow data, some at a time, in order; use clears them.
+// Calls use(&texts) for the texts of an iterable or of Arrow data, in order and in batches. `use` clears the texts.
 template <typename Use>
 void ForEachBatch(const py::object& object, const Use& use) {
   if (py::hasattr(object, "__arrow_c_array__")) {
@@ -163,7 +163,7 @@ void ForEachBatch(const py::object& object, const Use& use) {
     const auto check = [stream](int error) {
       if (error == 0) return;
       const char* message = stream->get_last_error(stream);
-      throw py::value_error(StrCat("the Arrow stream fails: ", message == nullptr ? "no reason given" : message));
+      throw py::value_error(StrCat("the Arrow stream failed: ", message == nullptr ? "no reason given" : message));
     };
     Released<ArrowSchema> schema;
     check(stream->get_schema(stream, &schema));
@@ -182,7 +182,7 @@ void ForEachBatch(const py::object& object, const Use& use) {
   use(&texts);
 }
 
-// Hands a vector's memory to an array.
+// Moves the memory of a vector into an array.
 template <typename T>
 py::array_t<T> ToArray(std::vector<T> values) {
   auto owner = std::make_unique<std::vector<T>>(std::move(values));
@@ -297,7 +297,7 @@ std::unique_ptr<Vocabulary> OpenVocabulary(const std::filesystem::path& path, bo
   return vocabulary;
 }
 
-// `id` as one that Token() and Count() know. Raises IndexError.
+// Returns `id` if Token() and Count() accept it. Raises IndexError otherwise.
 int32_t CheckedId(const Vocabulary& vocabulary, int64_t id) {
   if (id < 0 || id >= vocabulary.size()) {
     throw py::index_error(StrCat(vocabulary.path(), ": id ", id, ", expected at least 0 and below the ",
@@ -335,14 +335,14 @@ py::tuple EncodeBatch(const Vocabulary& vocabulary, const py::object& sequence) 
 }
 
 void DefineTokenizer(py::module_* module) {
-  py::class_<TokenizerConfig>(*module, "TokenizerConfig", R"(Which kinds of tokens a text becomes. Immutable.
+  py::class_<TokenizerConfig>(*module, "TokenizerConfig", R"(Says which kinds of tokens the tokenizer makes. Immutable.
 
     word_unigrams:   words of alphabetic scripts: "red"
     word_bigrams:    neighbouring words: "red shoes"
-    letter_trigrams: the '#'-marked letter trigrams of a word: "##re", "#red", "#ed#"
+    letter_trigrams: the letter trigrams of a word, marked with '#': "##re", "#red", "#ed#"
     char_unigrams:   characters of scripts written without spaces: "手"
     char_bigrams:    neighbouring characters of such scripts: "手机"
-    number_parts:    with word_unigrams, the parts of words of letters and digits: "12mm" gives "12" and "mm" too
+    number_parts:    with word_unigrams, the parts of a word with letters and digits: "12mm" also gives "12", "mm"
     markers:         "<s>" and "</s>" around each text
 
 >>> TokenizerConfig(letter_trigrams=False) == TokenizerConfig()
@@ -357,37 +357,39 @@ False)")
       .def_readonly("char_bigrams", &TokenizerConfig::char_bigrams)
       .def_readonly("number_parts", &TokenizerConfig::number_parts)
       .def_readonly("markers", &TokenizerConfig::markers)
-      .def("serialize", &TokenizerConfig::Serialize, "One key=value a line; equal configs give equal text.")
+      .def("serialize", &TokenizerConfig::Serialize, "Returns lines key=value. Equal configurations give equal text.")
       .def_static("parse", &ParseConfig, py::arg("text"),
-                  "What serialize() wrote. Raises ValueError (unknown, repeated or missing key, bad value) and\n"
-                  "FormatError (the text of another version of the tokenizer).")
+                  "Reads the text of serialize(). Raises ValueError (unknown, repeated or missing key, bad value) and\n"
+                  "FormatError (a text of another version of the tokenizer).")
       .def(
           "__eq__", [](const TokenizerConfig& a, const TokenizerConfig& b) { return a == b; }, py::is_operator())
       .def("__hash__", [](const TokenizerConfig& config) { return py::hash(py::str(config.Serialize())); })
       .def("__repr__", &ConfigRepr)
       .def(py::pickle([](const TokenizerConfig& config) { return config.Serialize(); }, &ParseConfig));
 
-  py::class_<Tokenizer>(*module, "Tokenizer", R"(Text to tokens (DPSR paper, section 5.1.1). Immutable, thread-safe.
+  py::class_<Tokenizer>(*module, "Tokenizer",
+                        R"(Turns text into tokens (DPSR paper, section 5.1.1). Immutable, thread-safe.
 
-The rules are in tokenizer_cc/tokenizer.h: NFKC and case folding, then words with '#'-marked letter trigrams for
-alphabetic scripts, characters and character bigrams for scripts written without spaces.
+tokenizer_cc/tokenizer.h has the rules: NFKC and case folding; then, for alphabetic scripts, words and letter trigrams
+marked with '#'; for scripts written without spaces, characters and character bigrams.
 
 >>> Tokenizer().tokenize("Red 手机")
 ['red', '##re', '#red', '#ed#', '手', '机', '手机'])")
       .def(py::init<const TokenizerConfig&>(), py::arg("config") = TokenizerConfig())
       .def_property_readonly("config", [](const Tokenizer& tokenizer) { return tokenizer.config(); })
       .def("tokenize", &Tokenize, py::arg("text"),
-           "The tokens of a str or of UTF-8 bytes, in the order of the text. Bytes that are no UTF-8, and lone\n"
-           "surrogates of a str, separate tokens.");
+           "Returns the tokens of a str or of UTF-8 bytes, in the order of the text. Bytes that are not UTF-8, and\n"
+           "lone surrogates in a str, separate tokens.");
 }
 
 void DefineVocabularyBuilder(py::module_* module) {
   py::class_<SharedBuilder>(*module, "VocabularyBuilder", R"(Counts the tokens of a corpus and writes a vocabulary.
 
-Counts with `num_threads` threads (0: one for each core); more than `max_memory_bytes` of counts go to unnamed files in
-`temporary_directory` (the system's when left out) until write() merges them. Neither changes what is written.
+`num_threads` threads count; 0 means one for each core. If the counts need more than `max_memory_bytes`, they are kept
+in unnamed files in `temporary_directory` (by default the system's) until write() merges them. These settings do not
+change the vocabulary.
 
-len() is the number of distinct tokens so far; it takes about as long as write().)")
+len() returns the number of distinct tokens so far. It takes about as long as write().)")
       .def(py::init<const TokenizerConfig&, int, int64_t, const std::optional<std::filesystem::path>&>(),
            py::arg("config") = TokenizerConfig(), py::kw_only(), py::arg("num_threads") = 0,
            py::arg("max_memory_bytes") = int64_t{1} << 30, py::arg("temporary_directory") = py::none())
@@ -395,45 +397,46 @@ len() is the number of distinct tokens so far; it takes about as long as write()
       .def("__len__", &SharedBuilder::size)
       .def(
           "add", &SharedBuilder::Add, py::arg("text"),
-          "Counts the tokens of a text, of each text of an iterable, or of an Arrow array, chunked array or stream of\n"
-          "strings or binary, which is read in place (null: no text).")
+          "Counts the tokens of a text, of each text of an iterable, or of each text of an Arrow array, chunked array\n"
+          "or stream of strings or binary, which is read in place. A null is an empty text.")
       .def("write", &SharedBuilder::Write, py::arg("path"), py::kw_only(), py::arg("min_count") = 1,
            py::arg("max_size") = py::none(), py::arg("num_oov_buckets") = 0,
-           R"(Writes the tokens counted at least `min_count` times, at most the `max_size` most frequent.
+           R"(Writes the tokens that were counted at least `min_count` times, at most the `max_size` most frequent ones.
 
-Ids go by descending count, ties by the bytes of the token. All other tokens share `num_oov_buckets` hash buckets after
-them; with 0 they are dropped. Raises ValueError for bad limits or an empty vocabulary, OSError when
-it cannot write.)");
+Tokens get ids by descending count; tokens with equal counts, by their bytes. After them come `num_oov_buckets` hash
+buckets, which all other tokens share; with 0 buckets, other tokens are dropped. Raises ValueError for invalid limits or
+an empty vocabulary, and OSError if the file cannot be written.)");
 }
 
 void DefineVocabulary(py::module_* module) {
   py::class_<Vocabulary>(*module, "Vocabulary",
-                         R"(A vocabulary file, memory-mapped: tokens to ids. Immutable, thread-safe.
+                         R"(A memory-mapped vocabulary file, which gives each token its id. Immutable, thread-safe.
 
-len() is the number of tokens; ids [len, num_ids) are the hash buckets of unknown tokens. `verify` computes the
+len() returns the number of tokens. The ids [len, num_ids) are the hash buckets of unknown tokens. `verify` computes the
 checksums of the whole file. Raises FileNotFoundError and FormatError.)")
       .def(py::init(&OpenVocabulary), py::arg("path"), py::kw_only(), py::arg("verify") = true)
       .def_property_readonly(
           "path", [](const Vocabulary& vocabulary) { return ToStr(vocabulary.path()); },
-          "The path that it was opened with.")
+          "The path that the file was opened with.")
       .def_property_readonly(
           "config", [](const Vocabulary& vocabulary) { return vocabulary.config(); },
-          "The TokenizerConfig that it was counted with and encodes with.")
+          "The TokenizerConfig of the vocabulary, which encode() uses, too.")
       .def_property_readonly("fingerprint", &Vocabulary::fingerprint,
-                             "64 bits that identify the content, to check that two places use the same vocabulary.")
+                             "64 bits that identify the content, to check that two programs use the same vocabulary.")
       .def_property_readonly("num_oov_buckets", &Vocabulary::num_oov_buckets)
-      .def_property_readonly("num_ids", &Vocabulary::num_ids, "len + num_oov_buckets: rows of an embedding table.")
+      .def_property_readonly("num_ids", &Vocabulary::num_ids,
+                             "len + num_oov_buckets, the number of rows of an embedding table.")
       .def("__len__", &Vocabulary::size)
       .def(
           "token", [](const Vocabulary& v, int64_t id) { return ToStr(v.Token(CheckedId(v, id))); }, py::arg("id"),
-          "The token of an id in [0, len). Raises IndexError.")
+          "Returns the token of an id in [0, len). Raises IndexError.")
       .def(
           "count", [](const Vocabulary& v, int64_t id) { return v.Count(CheckedId(v, id)); }, py::arg("id"),
-          "How often the token was counted. Raises IndexError.")
-      .def("encode", &Encode, py::arg("text"), "The ids of the tokens of a text, int32 [num_tokens].")
+          "Returns how often the token was counted. Raises IndexError.")
+      .def("encode", &Encode, py::arg("text"), "Returns the ids of the tokens of a text, int32 [num_tokens].")
       .def("encode_batch", &EncodeBatch, py::arg("texts"),
-           "The ids of many texts, an iterable or Arrow data as for VocabularyBuilder.add, as values int32 [total] and "
-           "row_splits int64 [num_texts + 1]: text i has\n"
+           "Returns the ids of many texts, an iterable or Arrow data as in VocabularyBuilder.add, as values\n"
+           "int32 [total] and row_splits int64 [num_texts + 1]. Text i has the ids\n"
            "values[row_splits[i]:row_splits[i + 1]].");
 }
 

@@ -26,7 +26,7 @@ constexpr int64_t kLayoutVersion = 1;
 
 uint64_t Hash(std::string_view token) { return XXH3_64bits(token.data(), token.size()); }
 
-// Whether `count` tokens are too many for a table of `slots`: more than 70 % full.
+// Returns whether `count` tokens fill more than 70 % of a table with this many slots.
 bool IsTooFull(size_t count, size_t slots) { return count * 10 > slots * 7; }
 
 uint64_t MakeSlot(uint64_t hash, uint32_t id) { return (hash >> 32 << 32) | (id + 1); }
@@ -36,21 +36,21 @@ Status AddSection(std::string_view name, const std::vector<T>& values, PackedFil
   return writer->Add(name, DataTypeOf<T>::value, values.data(), values.size() * sizeof(T));
 }
 
-// Ids as the cache holds them: 0 is an empty place.
+// Convert between ids and the numbers in the cache, where 0 is an empty entry.
 constexpr uint32_t ToCached(int32_t id) { return static_cast<uint32_t>(id) + 2; }
 constexpr int32_t FromCached(uint32_t cached) { return static_cast<int32_t>(cached - 2); }
 
 }  // namespace
 
-// Threads fill it without locks: each place is one atomic number that says by itself what it belongs to, and the id of
-// a token never changes.
+// Threads fill the cache without locks: each entry is one atomic number that also identifies its token, and the id of a
+// token never changes.
 struct Vocabulary::Cache {
   static constexpr size_t kCharacters = 0x10000;
   static constexpr int kPairBits = 17;
 
   std::array<std::atomic<uint32_t>, kAsciiTrigrams> trigrams;
-  std::array<std::atomic<uint32_t>, kCharacters> characters;  // by code point
-  // By a hash of the pair: both code points (of 16 bits) << 32 | id.
+  std::array<std::atomic<uint32_t>, kCharacters> characters;  // index: code point
+  // Index: a hash of the pair. Entry: both code points (16 bits each) << 32 | id.
   std::array<std::atomic<uint64_t>, size_t{1} << kPairBits> pairs;
 };
 
@@ -113,13 +113,13 @@ Vocabulary::~Vocabulary() = default;
 
 namespace {
 
-// A token and how often it was counted; the view is the owner's.
+// A token and how often it was counted. Another object owns the text.
 struct Counted {
   std::string_view token;
   int64_t count;
 };
 
-// Token counts, open addressing over an arena.
+// A hash table of token counts with open addressing. The text of the tokens is in one string.
 class CountTable {
  public:
   void Add(std::string_view token, int64_t count) {
@@ -146,7 +146,7 @@ class CountTable {
     return static_cast<int64_t>(bytes_.capacity() + entries_.capacity() * sizeof(Entry) +
                                 slots_.capacity() * sizeof(uint64_t));
   }
-  // In ascending order of the tokens' bytes; views of the table.
+  // Returns the counts by ascending bytes of the tokens, as views of the table.
   std::vector<Counted> Sorted() const {
     std::vector<Counted> sorted;
     sorted.reserve(entries_.size());
@@ -158,7 +158,7 @@ class CountTable {
  private:
   struct Entry {
     uint64_t hash;
-    uint64_t offset;  // in bytes_
+    uint64_t offset;  // position in bytes_
     uint64_t size;
     int64_t count;
   };
@@ -176,12 +176,12 @@ class CountTable {
     }
   }
 
-  std::string bytes_;            // of the distinct tokens, in the order of entries_
+  std::string bytes_;            // the distinct tokens, in the order of entries_
   std::vector<Entry> entries_;   // in the order of their first occurrence
-  std::vector<uint64_t> slots_;  // power of two: index into entries_ + 1, or 0
+  std::vector<uint64_t> slots_;  // index into entries_ + 1, or 0; the size is a power of two
 };
 
-// A file without a name that holds sorted runs of counted tokens, each as u64 size, i64 count, bytes.
+// A file without a name for sorted runs of counted tokens. Each token is written as u64 size, i64 count, bytes.
 class RunFile {
  public:
   struct Run {
@@ -265,13 +265,13 @@ class RunFile {
   std::vector<Run> runs_;
 };
 
-// Sorted counts, in memory or in a run, one after another.
+// Reads sorted counts one after another, from memory or from a run.
 class CountSource {
  public:
   explicit CountSource(std::vector<Counted> sorted) : sorted_(std::move(sorted)) {}
   CountSource(const RunFile* file, RunFile::Run run) : file_(file), position_(run.begin), end_(run.end) {}
 
-  // Steps to the next one; *more is false behind the last.
+  // Moves to the next count. Sets *more to false after the last one.
   Status Next(bool* more) {
     if (file_ == nullptr) {
       *more = next_ < sorted_.size();
@@ -312,7 +312,7 @@ class CountSource {
   std::vector<Counted> sorted_;
   size_t next_ = 0;
   const RunFile* file_ = nullptr;
-  int64_t position_ = 0;  // of the next byte to hand out
+  int64_t position_ = 0;  // of the next byte to return
   int64_t end_ = 0;
   std::string buffer_;
   size_t used_ = 0;
@@ -320,7 +320,7 @@ class CountSource {
   Counted current_ = {};
 };
 
-// What one thread counts.
+// Counts the tokens of one thread.
 class Counter {
  public:
   Counter(const TokenizerConfig& config, int64_t max_memory_bytes, std::string directory)
@@ -335,7 +335,7 @@ class Counter {
     return table_.memory() > max_memory_bytes_ ? Spill() : Status();
   }
 
-  // Appends everything counted so far. The sources refer to this.
+  // Appends sources with all counts so far. They refer to this object.
   void AppendSources(std::vector<std::unique_ptr<CountSource>>* sources) {
     Fold();
     for (RunFile::Run run : runs_.runs()) sources->push_back(std::make_unique<CountSource>(&runs_, run));
@@ -395,13 +395,15 @@ class Counter {
   const int64_t max_memory_bytes_;
   const std::string directory_;
   CountTable table_;
-  // Most tokens of English text are trigrams, half of those of Chinese text characters: counted by index.
+  // Trigrams are most tokens of English text, and characters are half the tokens of Chinese text. Both are counted by
+  // index.
   std::vector<int64_t> trigrams_;
   std::vector<int64_t> characters_;
   RunFile runs_;
 };
 
-// Calls function(index) for each index below `count`, each in a thread of its own while the system gives threads.
+// Calls function(index) for each index below `count`, each in a thread of its own as long as the system provides
+// threads.
 template <typename Function>
 void RunInThreads(size_t count, const Function& function) {
   std::vector<std::thread> threads;
@@ -410,7 +412,7 @@ void RunInThreads(size_t count, const Function& function) {
   try {
     for (; started < count; ++started) threads.emplace_back([&function, started] { function(started); });
   } catch (const std::system_error&) {
-    // No more threads: the rest is done here.
+    // The system has no more threads, so this thread does the rest.
   }
   function(0);
   for (size_t i = started; i < count; ++i) function(i);
@@ -431,7 +433,7 @@ struct VocabularyBuilder::Impl {
     RunInThreads(counters.size(), [&](size_t i) { counters[i]->AppendSources(&parts[i]); });
     std::vector<std::unique_ptr<CountSource>> sources;
     for (auto& part : parts) std::move(part.begin(), part.end(), std::back_inserter(sources));
-    std::vector<CountSource*> heap;  // the least token on top
+    std::vector<CountSource*> heap;  // with the smallest token on top
     const auto is_after = [](const CountSource* a, const CountSource* b) {
       return a->current().token > b->current().token;
     };
@@ -498,7 +500,8 @@ const Status& VocabularyBuilder::status() const { return impl_->error; }
 
 Status VocabularyBuilder::Add(Span<const std::string_view> texts) {
   constexpr size_t kTextsAtATime = 64;
-  constexpr size_t kBytesForAThread = 1 << 16;  // less is counted before a thread has started
+  // Fewer bytes are counted faster than a thread starts.
+  constexpr size_t kBytesForAThread = 1 << 16;
   DPSR_RETURN_IF_ERROR(impl_->error);
   size_t bytes = 0;
   for (std::string_view text : texts) bytes += text.size();
@@ -537,7 +540,7 @@ Status VocabularyBuilder::Write(const std::string& path, int64_t min_count, int6
   DPSR_RETURN_IF_ERROR(check("max_size", max_size, 0));
   DPSR_RETURN_IF_ERROR(check("num_oov_buckets", num_oov_buckets, 0));
 
-  // The best max_size, once there are as many as a heap with the worst on top.
+  // The max_size most frequent tokens so far. When there are that many, this is a heap with the rarest token on top.
   struct Kept {
     int64_t count;
     std::string token;
@@ -570,7 +573,7 @@ Status VocabularyBuilder::Write(const std::string& path, int64_t min_count, int6
   if (kept.empty() && num_oov_buckets == 0) {
     return MakeStatus(StatusCode::kInvalidArgument, path, ": none of the ", num_tokens, " tokens is kept (min_count ",
                       min_count, ", max_size ", max_size,
-                      ") and num_oov_buckets is 0: the vocabulary would be empty");
+                      ") and num_oov_buckets is 0, so the vocabulary would be empty");
   }
 
   std::vector<uint8_t> token_bytes;
@@ -615,7 +618,7 @@ Status Vocabulary::Open(std::unique_ptr<PackedFile> packed, std::unique_ptr<Voca
   const PackedFile& file = *opened->file_;
   const std::string& path = file.path();
   const auto corrupt = [&path](const auto&... args) {
-    return MakeStatus(StatusCode::kDataLoss, path, ": ", args..., "; the file is no valid vocabulary");
+    return MakeStatus(StatusCode::kDataLoss, path, ": ", args..., "; the file is not a valid vocabulary");
   };
 
   Span<const int64_t> meta;
@@ -639,7 +642,7 @@ Status Vocabulary::Open(std::unique_ptr<PackedFile> packed, std::unique_ptr<Voca
   DPSR_RETURN_IF_ERROR(file.Get("token_offsets", &opened->token_offsets_));
   DPSR_RETURN_IF_ERROR(file.Get("counts", &opened->counts_));
   DPSR_RETURN_IF_ERROR(file.Get("hash_table", &opened->hash_table_));
-  // What lies in the arrays is checked where it is used: offsets in Token(), slots in Lookup().
+  // The contents of the arrays are checked when they are used: offsets in Token(), slots in Lookup().
   const size_t size = opened->counts_.size();
   const size_t slots = opened->hash_table_.size();
   if (meta[1] < 0 || meta[1] > kMaxIds || size > static_cast<size_t>(kMaxIds - meta[1])) {
@@ -660,7 +663,7 @@ Status Vocabulary::Open(std::unique_ptr<PackedFile> packed, std::unique_ptr<Voca
 int32_t Vocabulary::Lookup(std::string_view token) const {
   const uint64_t hash = Hash(token);
   const size_t mask = hash_table_.size() - 1;
-  // A table written by the builder has an empty slot; the bound is for one that was not.
+  // A table that the builder wrote has an empty slot. The limit is for other tables.
   for (size_t probes = 0, i = hash & mask; probes <= mask; ++probes, i = (i + 1) & mask) {
     const uint64_t slot = hash_table_[i];
     if (slot == 0) break;

@@ -1,6 +1,6 @@
-// libFuzzer: a vocabulary or packed file of any content is opened or refused, and an open one answers every question
-// without leaving its memory. Input: a byte, then the file. Where the byte is odd the checksums of header and table are
-// mended first, so that mutations reach what lies behind them.
+// A libFuzzer target: a vocabulary or packed file with any content is opened or refused, and all functions of an open
+// one stay within its memory. The input is a byte, then the file. If the byte is odd, the checksums of header and table
+// are corrected first, so that mutations reach the code behind these checks.
 #define XXH_INLINE_ALL
 #include <sys/mman.h>
 #include <unistd.h>
@@ -23,7 +23,7 @@ void Check(bool condition) {
   if (!condition) std::abort();
 }
 
-// See packed_file.h for the places.
+// packed_file.h has the offsets.
 void MendChecksums(std::string* file) {
   constexpr size_t kHeader = 64, kEntry = 64, kSectionCount = 12, kTableOffset = 16, kTableChecksum = 48;
   constexpr size_t kHeaderChecksum = 56;

@@ -1,4 +1,4 @@
-// Counts of durations in buckets whose width is at most 0.1 % of what they hold, as HdrHistogram does.
+// Counts durations in buckets whose width is at most 0.1 % of their values, like HdrHistogram.
 #ifndef DPSR_SERVING_LOAD_GENERATOR_HISTOGRAM_H_
 #define DPSR_SERVING_LOAD_GENERATOR_HISTOGRAM_H_
 
@@ -13,7 +13,7 @@ class Histogram {
  public:
   Histogram() : counts_(size_t{kNumSub} * (kMaxBits - kSubBits + 2), 0) {}
 
-  // Counts a duration in nanoseconds, from 0 to 2^47 (39 hours); beyond, as the limit.
+  // Counts a duration in nanoseconds, from 0 to 2^47 (39 hours). A longer one counts as the limit.
   void Add(int64_t nanoseconds) {
     const int64_t value = std::clamp<int64_t>(nanoseconds, 0, (int64_t{1} << kMaxBits) - 1);
     ++counts_[Bucket(value)];
@@ -33,7 +33,8 @@ class Histogram {
   int64_t max() const { return max_; }
   double mean() const { return count_ == 0 ? 0 : sum_ / static_cast<double>(count_); }
 
-  // The least value such that a share of `q` of all is not above it, up to the width of its bucket; 0 of none.
+  // Returns the smallest value that is at least as large as a share `q` of all values, up to the width of its bucket; 0
+  // if there are no values.
   int64_t Quantile(double q) const {
     const auto rank = static_cast<int64_t>(std::ceil(q * static_cast<double>(count_)));
     int64_t seen = 0;
@@ -45,17 +46,17 @@ class Histogram {
   }
 
  private:
-  static constexpr int kSubBits = 10;  // 1024 buckets between a power of two and the next
+  static constexpr int kSubBits = 10;  // 1024 buckets between two powers of two
   static constexpr int kMaxBits = 47;
   static constexpr int64_t kNumSub = int64_t{1} << kSubBits;
 
-  // The power of two that `value` reaches beyond the exact buckets, and its first bits.
+  // Returns the bucket of a value, which depends on its highest bits and how far they are shifted.
   static size_t Bucket(int64_t value) {
     int shift = 0;
     while ((value >> shift) >= 2 * kNumSub) ++shift;
     return static_cast<size_t>(shift * kNumSub + (value >> shift));
   }
-  // The largest value of a bucket.
+  // Returns the largest value of a bucket.
   static int64_t Last(size_t bucket) {
     const int64_t index = static_cast<int64_t>(bucket);
     if (index < 2 * kNumSub) return index;

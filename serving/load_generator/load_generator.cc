@@ -1,9 +1,9 @@
-// Sends requests to a model server, and tells how fast it answered. See --help.
+// Sends requests to a model server, and reports how fast it answered. See --help.
 //
-// Closed loop (--concurrency): so many requests are always under way, and the next one is sent when one was answered.
-// Open loop (--rate): requests are due at times that do not depend on the server. A latency counts from the time when
-// the request was due, so that a server that stalls, or a generator that is late, cannot hide requests that would have
-// been sent meanwhile (coordinated omission).
+// Closed loop (--concurrency): a fixed number of requests is always unanswered; the next one is sent when one is
+// answered. Open loop (--rate): requests are due at times that do not depend on the server. A latency is counted from
+// the time when the request was due. So a server that stalls, or a generator that is late, cannot hide requests that
+// should have been sent meanwhile (coordinated omission).
 #include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/grpcpp.h>
 #include <unistd.h>
@@ -35,27 +35,29 @@ using Clock = std::chrono::steady_clock;
 using Seconds = std::chrono::duration<double>;
 
 constexpr char kHelp[] =
-    R"(dpsr_load_generator: sends requests to a model server, and prints one JSON object for each load
+    R"(dpsr_load_generator: sends requests to a model server, and prints a JSON object for each load
 
 usage: dpsr_load_generator --target=HOST:PORT (--requests_file=F | --query_file=F) (--concurrency=8,32 | --rate=1000,2000)
 
-  --target=HOST:PORT     the server
-  --requests_file=F      serialized requests, each after its size as a varint; sent in turn
-  --query_file=F         instead: a query a line, sent as PredictRequests of
+  --target=HOST:PORT     address of the server
+  --requests_file=F      file of serialized requests, each after its size as a varint; they are sent in turn
+  --query_file=F         file with a query on each line, sent as PredictRequests with these settings:
   --model=default, --signature=serving_default, --input=query, --batch=1
-                         model, signature, name of the string input, and lines in a request
+                         model, signature, name of the string input, and number of queries in a request
   --method=/tensorflow.serving.PredictionService/Predict
-  --concurrency=N,...    closed loop with N requests under way, one load after the other
-  --rate=R,...           open loop with R requests a second; latencies count from when a request was due
-  --arrivals=poisson     how they are spaced: poisson or uniform
-  --seconds=10           measured, after
-  --warmup_seconds=2
-  --channels=4           connections
-  --threads=1            threads that receive answers, and as many that send in the open loop
+                         gRPC method to call
+  --concurrency=N,...    closed loop with N unanswered requests; several loads run one after the other
+  --rate=R,...           open loop with R requests per second; latencies are counted from when a request was due
+  --arrivals=poisson     distribution of the times when requests are due: poisson or uniform
+  --seconds=10           length of the measurement
+  --warmup_seconds=2     time before the measurement in which requests are sent, too
+  --channels=4           number of connections
+  --threads=1            number of threads that receive answers; the open loop has as many that send
   --timeout_seconds=10   deadline of each request
-  --max_outstanding=10000  of the open loop; what is due beyond waits here, and counts as waiting, or unsent
-  --server_pid=0         process on this machine whose CPU time and memory are told
-  --seed=1               of the arrivals
+  --max_outstanding=10000  largest number of unanswered requests in the open loop; further requests wait, and this time
+                         counts for their latency; those still waiting at the end are reported as unsent
+  --server_pid=0         process on this machine whose CPU time and memory are reported; 0: none
+  --seed=1               seed of the arrivals
 )";
 
 struct Options {
@@ -72,7 +74,8 @@ Number Parse(const std::string& flag, const std::string& text) {
   Number number{};
   const char* end = text.data() + text.size();
   const auto [stop, error] = std::from_chars(text.data(), end, number);
-  if (error != std::errc() || stop != end || number < 0) Fail("--" + flag + "=" + text + ": expected a number, at least 0");
+  if (error != std::errc() || stop != end || number < 0)
+    Fail("--" + flag + "=" + text + ": expected a number of at least 0");
   return number;
 }
 
@@ -176,7 +179,7 @@ Usage UsageOf(int pid) {
   std::string text;
   std::getline(stat, text);
   if (text.empty()) Fail("--server_pid: no process " + std::to_string(pid));
-  // The name of the program, in brackets, may hold spaces; user and system time are the 12th and 13th field after it.
+  // The name of the program is in brackets and may contain spaces. User and system time are fields 12 and 13 after it.
   std::istringstream fields(text.substr(text.rfind(')') + 1));
   std::string field;
   for (int i = 1; i <= 13 && fields >> field; ++i) {
@@ -200,18 +203,18 @@ struct Call {
   std::unique_ptr<grpc::GenericClientAsyncResponseReader> reader;
 };
 
-// One thread that receives, with what it counts.
+// A thread that receives answers, and its counters.
 struct Lane {
   std::vector<std::unique_ptr<grpc::GenericStub>> stubs;
   grpc::CompletionQueue queue;
   std::atomic<size_t> next{0};
   std::atomic<int64_t> outstanding{0};
-  Histogram latency;  // of successes that were due while it was measured
-  Histogram delay;    // between due and sent, of all
+  Histogram latency;  // of successful requests that were due during the measurement
+  Histogram delay;    // between the times when a request was due and when it was sent
   std::map<int, int64_t> errors;
   std::string first_error;
-  int64_t answered = 0;  // successes that came while it was measured
-  int64_t unsent = 0;    // were due, but found no room before the end
+  int64_t answered = 0;  // successful requests that were answered during the measurement
+  int64_t unsent = 0;    // requests that were due, but could not be sent before the end
   size_t response_bytes = 0;
 };
 
@@ -222,7 +225,8 @@ class Load {
     for (int i = 0; i < options.threads; ++i) lanes_.push_back(std::make_unique<Lane>());
     for (int i = 0; i < options.channels; ++i) {
       grpc::ChannelArguments arguments;
-      arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);  // a connection of its own
+      // Gives the channel a connection of its own.
+      arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
       arguments.SetMaxReceiveMessageSize(-1);
       const auto channel = grpc::CreateCustomChannel(options.target, grpc::InsecureChannelCredentials(), arguments);
       if (!channel->WaitForConnected(std::chrono::system_clock::now() + std::chrono::seconds(10))) {
@@ -237,7 +241,7 @@ class Load {
     }
   }
 
-  // Applies the load, and prints what was found.
+  // Applies the load, and prints the measurements.
   void Run() {
     begin_ = Clock::now() + After(options_.warmup_seconds);
     end_ = begin_ + After(options_.seconds);
@@ -256,7 +260,8 @@ class Load {
     const Usage server_end = UsageOf(options_.server_pid);
     const double own_end = OwnCpuSeconds();
     for (std::thread& sender : senders) sender.join();
-    for (auto& lane : lanes_) {  // every call has a deadline
+    // This ends, because every call has a deadline.
+    for (auto& lane : lanes_) {
       while (lane->outstanding > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
       lane->queue.Shutdown();
     }

@@ -1,6 +1,6 @@
-// What the graph of a SavedModel costs by itself: runs it on the requests of a file, in one thread and without a server,
-// and prints the CPU time of a request. A model server cannot cost less. Of several files, in one argument with commas,
-// each is run for so long and has a line.
+// Measures the CPU time that the graph of a SavedModel needs without a server: runs it on the requests of a file, in
+// one thread, and prints the CPU time of a request. A model server cannot need less. Several files are separated by
+// commas; each one is run for SECONDS and gets a line of output.
 //
 //   dpsr_session_run SAVED_MODEL REQUESTS_FILE[,REQUESTS_FILE...] SECONDS [OP_LIBRARY...]
 #include <chrono>
@@ -38,7 +38,7 @@ std::vector<Request> ReadRequests(const tensorflow::SavedModelBundleLite& bundle
     Request request;
     for (const auto& [alias, info] : signature->second.inputs()) {
       Tensor tensor;
-      if (!tensor.FromProto(proto.inputs().at(alias))) Fail("a broken tensor " + alias);
+      if (!tensor.FromProto(proto.inputs().at(alias))) Fail("the tensor " + alias + " of a request cannot be read");
       request.feeds.emplace_back(info.name(), tensor);
     }
     for (const auto& [alias, info] : signature->second.outputs()) request.fetches.push_back(info.name());
@@ -61,7 +61,8 @@ int main(int argc, char** argv) {
   const tensorflow::Status status = tensorflow::LoadSavedModel({}, {}, argv[1], {"serve"}, &bundle);
   if (!status.ok()) Fail(status.ToString());
   tensorflow::RunOptions options;
-  options.set_inter_op_thread_pool(-1);  // in this thread, as the server does
+  // Runs the graph in this thread, as the server does.
+  options.set_inter_op_thread_pool(-1);
 
   const double seconds = std::atof(argv[3]);
   std::istringstream paths(argv[2]);

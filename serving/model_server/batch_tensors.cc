@@ -13,7 +13,7 @@ using ::tensorflow::Tensor;
 using ::tensorflow::TensorShape;
 using ::tensorflow::tstring;
 
-// Copies `count` elements between tensors of one dtype, which holds plain bytes or strings.
+// Copies `count` elements between tensors of the same dtype, plain numbers or strings.
 void CopyElements(const Tensor& from, int64_t from_index, int64_t count, Tensor* to, int64_t to_index) {
   if (from.dtype() == tensorflow::DT_STRING) {
     const auto* source = static_cast<const tstring*>(from.data()) + from_index;
@@ -40,19 +40,20 @@ std::vector<int64_t> LargestDims(const std::vector<Rows>& parts) {
   return dims;
 }
 
-// Copies a part whose rows are smaller than those of `to`, whose elements from `to_index` on it fills.
+// Copies a part whose rows are smaller than the rows of `to`, and pads them. Fills `to` from element `to_index` on.
 void CopyPadded(const Rows& part, Tensor* to, int64_t to_index) {
   const Tensor& from = *part.tensor;
   const int64_t from_row = ElementsPerRow(from);
   const int64_t to_row = ElementsPerRow(*to);
   if (from_row == 0) {
-    if (to->dtype() == tensorflow::DT_STRING) return;  // they begin empty
+    // New strings are empty already.
+    if (to->dtype() == tensorflow::DT_STRING) return;
     const int64_t bytes = tensorflow::DataTypeSize(to->dtype());
     std::memset(static_cast<char*>(to->data()) + to_index * bytes, 0, part.size * to_row * bytes);
     return;
   }
   for (int64_t i = 0; i < part.size * to_row; ++i) CopyElements(from, part.begin * from_row, 1, to, to_index + i);
-  // Runs along the last dimension stay together. `place` counts them, as the digits of a clock.
+  // Elements along the last dimension are copied as one run. `place` counts the runs, like the digits of a clock.
   const int last = from.dims() - 1;
   const int64_t run = from.dim_size(last);
   std::vector<int64_t> place(last, 0);
@@ -62,7 +63,7 @@ void CopyPadded(const Rows& part, Tensor* to, int64_t to_index) {
     for (int d = 1; d < last; ++d) to_run = to_run * to->dim_size(d) + place[d];
     CopyElements(from, part.begin * from_row + i * run, run, to, to_index + to_run * to->dim_size(last));
     for (int d = last - 1; d > 0 && ++place[d] == from.dim_size(d); --d) place[d] = 0;
-    // A row is complete when all places within it are back at 0.
+    // After the last run of a row all places within the row are back at 0.
     if ((i + 1) % (from_row / run) == 0) ++place[0];
   }
 }

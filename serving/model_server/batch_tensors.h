@@ -1,4 +1,4 @@
-// The rows of many requests as one tensor, and back. Row i of a tensor is tensor[i, ...].
+// Joins the rows of many requests into one tensor, and takes them apart again. Row i of a tensor is tensor[i, ...].
 #ifndef DPSR_SERVING_MODEL_SERVER_BATCH_TENSORS_H_
 #define DPSR_SERVING_MODEL_SERVER_BATCH_TENSORS_H_
 
@@ -16,25 +16,25 @@ struct Rows {
   int64_t size;
 };
 
-// Whether all dimensions but the first are equal.
+// Returns whether all dimensions except the first are equal.
 bool HaveSameRows(const tensorflow::Tensor& left, const tensorflow::Tensor& right);
 
-// The parts below each other, [num_rows, ...]. All have one dtype, one rank, and at least one row. A dimension in which
-// they differ is the largest of theirs: what a part lacks there is filled with the first element of its first row, with
-// zeros or empty strings where it has none. Rows beyond those of the parts repeat the first row.
+// Puts the parts below each other, [num_rows, ...]. All parts have the same dtype and rank, and at least one row. If a
+// dimension differs, the result has the largest size. Smaller parts are padded with the first element of their first
+// row, or with zeros or empty strings if they have no element. Rows beyond the ones of the parts repeat the first row.
 tensorflow::Tensor ConcatRows(const std::vector<Rows>& parts, int64_t num_rows);
 
-// Elements of the tensor that ConcatRows makes; -1 beyond int64.
+// Returns the number of elements of the tensor that ConcatRows makes; -1 if it does not fit into int64.
 int64_t NumElementsOfConcat(const std::vector<Rows>& parts, int64_t num_rows);
 
-// A copy of these rows, [rows.size, ...].
+// Returns a copy of these rows, [rows.size, ...].
 tensorflow::Tensor CopyRows(const Rows& rows);
 
-// The smallest of `allowed`, ascending, that is at least `size`; `size` where there is none.
+// Returns the smallest of the ascending sizes `allowed` that is at least `size`; `size` itself if there is none.
 int64_t RoundUpBatch(int64_t size, const std::vector<int64_t>& allowed);
 
-// The sizes into which a request of `size` rows is cut: the first fills the `room` of a batch that has begun, if there
-// is any, the others are full batches of `limit` rows, but the last.
+// Returns the sizes of the parts into which a request of `size` rows is cut. The first part fills the `room` of a batch
+// that has begun, if it has any. The others are full batches of `limit` rows, except the last one.
 std::vector<int64_t> SplitSizes(int64_t size, int64_t room, int64_t limit);
 
 }  // namespace dpsr::serving

@@ -26,14 +26,16 @@ using Clock = std::chrono::steady_clock;
 
 constexpr char kVersionFile[] = "/batching_params.pbtxt";
 constexpr char kThreadPoolName[] = "model_server_batch_threads";
-constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();  // the scheduler counts the rows of a split in int
+// The scheduler counts the rows of a split request in int.
+constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMaxTimeoutMicros = int64_t{3600} * 1'000'000;
 
-// A batch may be padded to this size, or to so many times that of its inputs; beyond that its requests run one by one.
+// A batch may be padded up to this size, or up to this factor times the size of its inputs. If it would get larger, its
+// requests run one by one.
 constexpr int64_t kMaxPaddedBytes = int64_t{64} << 20;
 constexpr double kMaxPaddedFactor = 8;
 
-// A request on its way through a queue, perhaps in several parts. The one who waits for it may leave at its deadline.
+// A request in a queue, perhaps in several parts. The thread that waits for it leaves at the deadline at the latest.
 struct Request {
   Feeds feeds;
   std::vector<size_t> outputs;
@@ -44,11 +46,12 @@ struct Request {
   std::mutex mutex;
   std::condition_variable changed;
   size_t parts_left = 1;
-  std::vector<std::vector<Tensor>> results{1};  // of each part
+  std::vector<std::vector<Tensor>> results{1};  // the outputs of each part
   tensorflow::Status status;                    // the first error
-  bool abandoned = false;
+  bool abandoned = false;                       // no thread waits for it
 };
 
+// Rows begin, ..., begin + num_rows - 1 of a request.
 struct Part : tensorflow::serving::BatchTask {
   Part(std::shared_ptr<Request> of, size_t place, int64_t from, int64_t num)
       : request(std::move(of)), index(place), begin(from), num_rows(num) {}
@@ -73,12 +76,13 @@ tensorflow::Status CheckRange(const char* field, int64_t value, int64_t least, i
   return Invalid(field, value, StrCat("an integer from ", least, " to ", most));
 }
 
-// Rows of a batch, at most.
+// Returns the largest number of rows of a batch.
 int64_t ExecutionLimit(const BatchingParameters& parameters) {
   return parameters.enable_large_batch_splitting().value() ? parameters.max_execution_batch_size().value()
                                                            : parameters.max_batch_size().value();
 }
 
+// Stores the result of a part, and wakes the thread that waits if it was the last part.
 void Finish(const Part& part, const tensorflow::Status& status, std::vector<Tensor> results) {
   Request& request = *part.request;
   std::lock_guard<std::mutex> lock(request.mutex);
@@ -150,7 +154,7 @@ class BatchQueuesImpl final : public BatchQueues {
     auto part = std::make_unique<Part>(request, 0, 0, request->num_rows);
     const tensorflow::Status scheduled = queues_.at(&signature)->Schedule(&part);
     if (absl::IsUnavailable(scheduled)) {
-      return absl::ResourceExhaustedError(StrCat("the batches of signature ", signature.name,
+      return absl::ResourceExhaustedError(StrCat("the batch queue of signature ", signature.name,
                                                  " that may wait are full (max_enqueued_batches of the batching "
                                                  "parameters); try again later, or elsewhere"));
     }
@@ -173,7 +177,7 @@ class BatchQueuesImpl final : public BatchQueues {
     return absl::DeadlineExceededError("the deadline passed before the request's batch was computed");
   }
 
-  // Called by the scheduler, with the queue's lock: tensors are cut later.
+  // The scheduler calls this with the lock of the queue, so the tensors are cut later.
   static tensorflow::Status Split(std::unique_ptr<Part>* part, int room, int limit, Parts* parts) {
     const std::shared_ptr<Request> request = (*part)->request;
     int64_t begin = 0;
@@ -238,7 +242,7 @@ class BatchQueuesImpl final : public BatchQueues {
     }
   }
 
-  // What keeps `request` from running in one batch with `first`; empty: nothing. The first of a batch always runs.
+  // Returns why `request` cannot run in one batch with `first`, the first request of the batch; empty if it can.
   static std::string Mismatch(const Request& request, const Request& first) {
     for (size_t i = 0; i < request.feeds.size(); ++i) {
       const Tensor& tensor = request.feeds[i].second;
@@ -264,8 +268,8 @@ class BatchQueuesImpl final : public BatchQueues {
     return num_rows;
   }
 
-  // One long row among many short ones may need far more memory than all requests brought; or they differ in rank,
-  // where a signature does not say it.
+  // Returns whether the parts should not run together: with one long row among many short ones, the padded batch may
+  // need far more memory than the requests; or the ranks differ, if the signature does not fix them.
   bool IsTooSparse(const Parts& parts) const {
     const int64_t num_rows = RoundUpBatch(NumRows(parts), allowed_sizes_);
     for (size_t input = 0; pads_ && input < parts[0]->request->feeds.size(); ++input) {
@@ -281,7 +285,7 @@ class BatchQueuesImpl final : public BatchQueues {
       for (const Rows& part : rows) {
         sent += static_cast<double>(part.tensor->TotalBytes());
         if (first.dtype() != tensorflow::DT_STRING || part.tensor->NumElements() == 0) continue;
-        // The text that pads may be long.
+        // The padding repeats a string, which may be long.
         const int64_t own = part.tensor->NumElements() / part.tensor->dim_size(0);
         const auto* texts = static_cast<const tensorflow::tstring*>(part.tensor->data());
         const double places = static_cast<double>(part.size) * (per_row - static_cast<double>(own));
@@ -292,7 +296,7 @@ class BatchQueuesImpl final : public BatchQueues {
     return false;
   }
 
-  // Runs the parts once, and finishes each. Throws nothing.
+  // Runs the parts as one batch, and finishes each of them. Does not throw.
   void Compute(const Signature& signature, const Parts& parts) const {
     std::vector<std::vector<Tensor>> results(parts.size());
     std::vector<tensorflow::Status> statuses(parts.size());
@@ -307,7 +311,7 @@ class BatchQueuesImpl final : public BatchQueues {
                               std::vector<tensorflow::Status>* statuses) const {
     const int64_t asked_rows = NumRows(parts);
     const int64_t num_rows = RoundUpBatch(asked_rows, allowed_sizes_);
-    // All outputs that anyone asks for, and time for the one who has most of it.
+    // Computes every output that a request asks for, with the latest deadline of all requests.
     std::set<size_t> wanted;
     Deadline deadline = Deadline::min();
     for (const auto& part : parts) {
@@ -349,7 +353,8 @@ class BatchQueuesImpl final : public BatchQueues {
   const std::vector<int64_t> allowed_sizes_;
   const bool pads_;
   const RunFunction run_;
-  std::map<const Signature*, std::unique_ptr<Queue>> queues_;  // goes first: waits for what still runs
+  // Destroyed first, which waits for the batches that still run.
+  std::map<const Signature*, std::unique_ptr<Queue>> queues_;
 };
 
 }  // namespace

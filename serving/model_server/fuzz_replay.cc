@@ -1,5 +1,5 @@
-// Runs a fuzz target without libFuzzer, for seconds and always alike: on its seeds, then on mutations of them.
-// Sanitizers end the program at the first fault.
+// Runs a fuzz target for some seconds without libFuzzer, first on its seeds and then on mutations of them. Every run is
+// the same. Sanitizers end the program at the first fault.
 //
 //   x_fuzz_replay SEED_FOLDER RUNS
 #include <algorithm>
@@ -15,7 +15,7 @@
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size);
 
-// TensorFlow's libraries have no sanitizers, and keep what they register.
+// TensorFlow's libraries are not built with sanitizers, and never free what they register.
 extern "C" const char* __asan_default_options() { return "detect_leaks=0"; }
 
 namespace {
@@ -26,7 +26,8 @@ constexpr size_t kMaxBytes = 4096;
 
 size_t Below(size_t n, Random* random) { return (*random)() % n; }
 
-// One small change: a bit, a byte, a number, a part that goes, comes twice, or comes from `other`.
+// Makes one small change: to a bit, a byte or a number, or to a part, which is removed, doubled, or copied from
+// `other`.
 void Mutate(const std::string& other, Random* random, std::string* text) {
   const size_t at = Below(text->size() + 1, random);
   const size_t count = 1 + Below(8, random);
@@ -56,7 +57,7 @@ void Mutate(const std::string& other, Random* random, std::string* text) {
 }
 
 void Run(const std::string& text) {
-  // A copy without room at its end: what reads beyond it is found.
+  // The copy has no spare memory at its end, so that sanitizers notice reads beyond it.
   const std::vector<uint8_t> bytes(text.begin(), text.end());
   LLVMFuzzerTestOneInput(bytes.data(), bytes.size());
 }

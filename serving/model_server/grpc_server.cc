@@ -30,28 +30,29 @@ namespace apis = ::tensorflow::serving;
 
 constexpr char kEntrypoint[] = "GRPC";
 
-// gRPC keeps an error's text in a header, whose size clients limit.
+// gRPC sends the text of an error in a header, and clients limit the size of headers.
 constexpr size_t kMaxErrorBytes = 1024;
 
-// Reloads that may wait for models to load at a time: one that waits in vain must not hold up the one that mends it.
+// Number of reloads that may wait for models at the same time. A reload whose models do not load must not block the
+// next reload, which may correct it.
 constexpr int kReloads = 8;
 
 grpc::Status ToGrpc(const tensorflow::Status& status) {
   if (status.ok()) return grpc::Status::OK;
   std::string message(status.message());
   if (message.size() > kMaxErrorBytes) message = message.substr(0, kMaxErrorBytes) + "...TRUNCATED";
-  // Both number their codes alike.
+  // Both libraries use the same numbers for their codes.
   return grpc::Status(static_cast<grpc::StatusCode>(status.code()), message);
 }
 
-// Answers a call on the workers: gRPC's own threads must not block.
+// Answers a call on the workers, because gRPC's own threads must not block.
 template <typename Answer>
 Reactor* OnWorkers(WorkerPool* workers, Context* context, Answer answer) {
   Reactor* reactor = context->DefaultReactor();
   const auto arrival = std::chrono::steady_clock::now();
   const bool added = workers->Add([context, reactor, arrival, answer] {
     RecordQueueing(MicrosecondsSince(arrival));
-    // Nobody waits for the answer of a call that was cancelled, or whose deadline passed, in the queue.
+    // A call that was cancelled in the queue, or whose deadline passed there, needs no answer.
     reactor->Finish(context->IsCancelled() ? grpc::Status::CANCELLED : ToGrpc(answer()));
   });
   if (!added) {
@@ -112,7 +113,8 @@ class ModelServiceImpl final : public ModelService::CallbackService {
     return reactor;
   }
 
-  // Waits for models to load, on threads that nothing else needs. The answer's status is the call's too.
+  // Waits for models to load, on threads that are used for nothing else. The status in the response is also the status
+  // of the call.
   Reactor* HandleReloadConfigRequest(Context* context, const apis::ReloadConfigRequest* request,
                                      apis::ReloadConfigResponse* response) override {
     Reactor* reactor = context->DefaultReactor();
@@ -128,9 +130,10 @@ class ModelServiceImpl final : public ModelService::CallbackService {
   WorkerPool reloads_;
 };
 
+// What BindError returns if the address can be bound.
 constexpr char kBindable[] = "unknown error";
 
-// Why host:port cannot be bound, as the system calls it. gRPC only says that it cannot.
+// Returns the system's reason why host:port cannot be bound. gRPC only says that it cannot.
 std::string BindError(const std::string& host, int port) {
   addrinfo hints{};
   hints.ai_socktype = SOCK_STREAM;
@@ -146,7 +149,7 @@ std::string BindError(const std::string& host, int port) {
   return reason;
 }
 
-// Why a UNIX socket cannot be bound.
+// Returns the system's reason why a UNIX socket cannot be bound.
 std::string BindError(const std::string& path) {
   sockaddr_un address{};
   if (path.size() >= sizeof(address.sun_path)) return StrCat("longer than ", sizeof(address.sun_path) - 1, " bytes");
@@ -189,7 +192,7 @@ class GrpcServerImpl final : public GrpcServer {
         builder.AddChannelArgument(name, value);
       }
     }
-    // Otherwise a second server on the port would start, and share the requests of the first.
+    // Without this, a second server on the port would start, and share the requests of the first one.
     builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
     builder.AddListeningPort(address, options.use_tls ? TlsCredentials(options.tls) : grpc::InsecureServerCredentials(),
                              &port_);
@@ -205,12 +208,12 @@ class GrpcServerImpl final : public GrpcServer {
       SetServing(false);
       return {};
     }
-    // gRPC only says that it failed: find out at what.
+    // gRPC only says that it failed. Find out why.
     const std::string port_error = port_ != 0 ? kBindable : BindError(options.host, options.port);
     if (port_error != kBindable) {
       return MakeStatus(StatusCode::kFailedPrecondition, "cannot listen on ", address, ": ", port_error,
-                        "; choose another address with --host and --port (--port=0 picks a free one), or stop what "
-                        "listens there");
+                        "; choose another address with --host and --port (--port=0 picks a free port), or stop the "
+                        "program that listens there");
     }
     const std::string socket_error = options.socket_path.empty() ? kBindable : BindError(options.socket_path);
     if (socket_error != kBindable || socket_bound == 0) {
@@ -219,8 +222,8 @@ class GrpcServerImpl final : public GrpcServer {
     }
     if (options.use_tls) {
       return MakeStatus(StatusCode::kFailedPrecondition,
-                        "gRPC does not accept the key and certificates of --ssl_config_file; expected PEM texts of a "
-                        "private key, of its certificate, and of the authority that signs those of clients");
+                        "gRPC does not accept the key and certificates in --ssl_config_file; expected PEM texts of a "
+                        "private key, its certificate, and the certificate of the authority for clients");
     }
     return MakeStatus(StatusCode::kFailedPrecondition, "cannot listen on ", address, ": ", port_error);
   }
@@ -231,7 +234,8 @@ class GrpcServerImpl final : public GrpcServer {
     grpc::HealthCheckServiceInterface* health = server_->GetHealthCheckService();
     if (health == nullptr) return;
     for (const char* service : {"ModelService", "PredictionService"}) health->SetServingStatus(service, serving);
-    health->SetServingStatus(serving);  // and of the server as a whole
+    // The status of the server as a whole.
+    health->SetServingStatus(serving);
   }
 
   void Shutdown(std::chrono::milliseconds drain) override {
@@ -240,7 +244,7 @@ class GrpcServerImpl final : public GrpcServer {
   }
 
  private:
-  // The server is destroyed first, when no call is left.
+  // server_ is the last member, so that it is destroyed first: then no call uses the services any more.
   PredictionServiceImpl prediction_service_;
   ModelServiceImpl model_service_;
   int port_ = 0;

@@ -38,7 +38,7 @@ using ::tensorflow::serving::RegressionRequest;
 using ::tensorflow::serving::RegressionResponse;
 using ::tensorflow::serving::RegressionResult;
 
-// Names that TensorFlow gives the methods, inputs and outputs of these signatures.
+// TensorFlow's names for the methods, inputs and outputs of signatures that take examples.
 constexpr char kClassifyMethod[] = "tensorflow/serving/classify";
 constexpr char kRegressMethod[] = "tensorflow/serving/regress";
 constexpr char kInputs[] = "inputs";
@@ -47,20 +47,21 @@ constexpr char kScores[] = "scores";
 constexpr char kOutputs[] = "outputs";
 constexpr char kSignatureDef[] = "signature_def";
 
-// A tensor message may claim more elements than it carries: TensorFlow repeats the last value. Up to this size it may;
-// beyond, each byte of the message stands for at most kMaxBytesPerMessageByte of the tensor. No message that carries
-// all its elements exceeds that: the extreme is an empty string in tensor_content, 1 byte there and 24 in memory.
+// A tensor message may claim more elements than it carries, because TensorFlow repeats the last value. This is allowed
+// up to kMaxRepeatedBytes. In a larger tensor, each byte of the message may stand for at most kMaxBytesPerMessageByte.
+// A message that carries all its elements never exceeds that: the extreme is an empty string in tensor_content, with 1
+// byte in the message and 24 in memory.
 constexpr int64_t kMaxRepeatedBytes = int64_t{64} << 20;
 constexpr int64_t kMaxBytesPerMessageByte = 32;
 
-// Protobuf can neither hold nor send more, and checks that with an abort.
+// Protobuf cannot send a larger message, and aborts the process if it has to.
 constexpr size_t kMaxResponseBytes = std::numeric_limits<int32_t>::max();
-// A message is at most ten times as large as its tensors (an int8 that is negative): below this, no need to count.
+// A message is at most ten times as large as its tensors (a negative int8), so tensors below this limit need no check.
 constexpr size_t kSmallResponseBytes = kMaxResponseBytes / 16;
 
 tensorflow::Status TooLarge() {
   return absl::ResourceExhaustedError(StrCat("the answer is larger than ", kMaxResponseBytes,
-                                             " bytes, the most that a message holds; ask for less, or for fewer "
+                                             " bytes, the largest possible message; ask for less, or for fewer "
                                              "outputs with output_filter"));
 }
 
@@ -92,7 +93,7 @@ Names Difference(const Names& left, const Names& right) {
   return result;
 }
 
-// What a tensor of this shape, read from the message, takes.
+// Returns the memory in bytes that a tensor of this shape needs when it is read from the message.
 double BytesNeeded(const TensorProto& proto, const tensorflow::TensorShape& shape) {
   const double elements = static_cast<double>(shape.num_elements());
   const double bytes = elements * std::max(1, tensorflow::DataTypeSize(proto.dtype()));
@@ -101,7 +102,7 @@ double BytesNeeded(const TensorProto& proto, const tensorflow::TensorShape& shap
   return bytes + (elements - texts) * static_cast<double>(proto.string_val(texts - 1).size());
 }
 
-// The request's inputs as a session takes them, in the signature's order.
+// Reads the inputs of a request as feeds of a session, in the order of the signature.
 tensorflow::Status ReadInputs(const Signature& signature, const PredictRequest& request,
                               Feeds* feeds) {
   if (request.inputs().size() != signature.inputs.size()) {
@@ -123,7 +124,7 @@ tensorflow::Status ReadInputs(const Signature& signature, const PredictRequest& 
     }
     Tensor tensor;
     TF_RETURN_IF_ERROR(ParseTensor(input.alias, sent->second, &tensor));
-    // Before the session, whose own check speaks of the feeds in an order of its own.
+    // The session would check this, too, but its message counts the feeds in another order.
     if (input.dtype != tensorflow::DT_INVALID && tensor.dtype() != input.dtype) {
       return InvalidArgument(StrCat("Expects arg[", feeds->size(), "] to be ", DataTypeString(input.dtype), " but ",
                                     DataTypeString(tensor.dtype()), " is provided"));
@@ -133,7 +134,7 @@ tensorflow::Status ReadInputs(const Signature& signature, const PredictRequest& 
   return tensorflow::OkStatus();
 }
 
-// The places in `signature.outputs` of those that `filter` asks for, ascending; all of them where it is empty.
+// Finds the outputs that `filter` asks for, as ascending indices into `signature.outputs`; all outputs if it is empty.
 tensorflow::Status SelectOutputs(const Signature& signature,
                                  const google::protobuf::RepeatedPtrField<std::string>& filter,
                                  std::vector<size_t>* outputs) {
@@ -164,8 +165,8 @@ const Endpoint* FindEndpoint(const std::vector<Endpoint>& endpoints, const std::
   return found == endpoints.end() ? nullptr : &*found;
 }
 
-// The examples of a request as the graph parses them: serialized, string [examples]. A context, which all share, stands
-// before each example's own features: parsing merges the two.
+// Reads the examples of a request as the graph expects them: serialized, string [examples]. A context, which all
+// examples share, is put before the bytes of each example; parsing merges the two.
 tensorflow::Status ReadExamples(const Input& input, Tensor* examples) {
   std::string context;
   const google::protobuf::RepeatedPtrField<tensorflow::Example>* list = nullptr;
@@ -178,7 +179,7 @@ tensorflow::Status ReadExamples(const Input& input, Tensor* examples) {
   const int64_t repeated_bytes = static_cast<int64_t>(context.size()) * list->size();
   if (repeated_bytes > std::max(kMaxRepeatedBytes, kMaxBytesPerMessageByte * static_cast<int64_t>(input.ByteSizeLong()))) {
     return InvalidArgument(StrCat("a context of ", context.size(), " bytes for each of ", list->size(),
-                                  " examples is too much; send fewer examples at a time"));
+                                  " examples needs too much memory; send fewer examples in a request"));
   }
   *examples = Tensor(tensorflow::DT_STRING, tensorflow::TensorShape({list->size()}));
   for (int i = 0; i < list->size(); ++i) examples->vec<tstring>()(i) = context + list->at(i).SerializeAsString();
@@ -191,7 +192,7 @@ tensorflow::Status FindSignature(const Servable& servable, const std::string& na
   return InvalidArgument("No signature was found with the name: " + ResolveSignatureName(name));
 }
 
-// Of what kind the signature says it is, where the server is told to look at that.
+// Checks the method name of a signature, if --enable_signature_method_name_check asks for that.
 tensorflow::Status CheckMethod(const Servable& servable, const Signature& signature, const char* what,
                                const char* method) {
   if (!servable.check_method_names() || signature.method == method) return tensorflow::OkStatus();
@@ -199,7 +200,7 @@ tensorflow::Status CheckMethod(const Servable& servable, const Signature& signat
       StrCat("Expected ", what, " signature method_name to be ", method, ". Was: ", signature.method));
 }
 
-// What one task fetches: the outputs of a signature that takes examples.
+// Checks the inputs and outputs of a signature for classification.
 tensorflow::Status CheckClassify(const Servable& servable, const Signature& signature) {
   TF_RETURN_IF_ERROR(CheckMethod(servable, signature, "classification", kClassifyMethod));
   if (signature.inputs.size() != 1) return InvalidArgument("Expected one input Tensor.");
@@ -217,6 +218,7 @@ tensorflow::Status CheckClassify(const Servable& servable, const Signature& sign
   return tensorflow::OkStatus();
 }
 
+// Checks the inputs and outputs of a signature for regression.
 tensorflow::Status CheckRegress(const Servable& servable, const Signature& signature) {
   TF_RETURN_IF_ERROR(CheckMethod(servable, signature, "regression", kRegressMethod));
   if (signature.inputs.size() != 1) return InvalidArgument("Expected one input Tensor.");
@@ -242,7 +244,7 @@ tensorflow::Status CheckOutput(const Tensor& tensor, DataType dtype, int64_t exa
   return tensorflow::OkStatus();
 }
 
-// `classes` and `scores` [examples, n]; either may be null.
+// Writes the classes of each example. `classes` and `scores` are [examples, n]; one of them may be null.
 tensorflow::Status WriteClasses(const Tensor* classes, const Tensor* scores, int64_t examples,
                                 ClassificationResult* result) {
   int64_t n = -1;
@@ -287,7 +289,7 @@ std::vector<size_t> AllOutputs(const Signature& signature) {
   return outputs;
 }
 
-// The examples of `input` as the one feed of `signature`, and their number.
+// Reads the examples of `input` as the only feed of `signature`, and records their number.
 tensorflow::Status FeedExamples(const Servable& servable, const Signature& signature, const Input& input, Feeds* feeds,
                                 int64_t* examples) {
   feeds->resize(1);
@@ -315,11 +317,11 @@ const Tensor* Find(const Signature& signature, const std::vector<Tensor>& result
 
 tensorflow::Status ParseTensor(const std::string& alias, const TensorProto& proto, Tensor* tensor) {
   const std::string error = "tensor parsing error: " + alias;
-  // Handles to resources and arbitrary C++ objects have no business in a request.
+  // A request must not contain handles to resources or arbitrary C++ objects.
   if (proto.dtype() == tensorflow::DT_RESOURCE || proto.dtype() == tensorflow::DT_VARIANT) {
     return InvalidArgument(error);
   }
-  // Refuses negative and unknown dimensions, too many of them, and products beyond int64.
+  // Refuses negative and unknown dimensions, too many dimensions, and sizes that do not fit into int64.
   tensorflow::TensorShape shape;
   if (!tensorflow::TensorShape::BuildTensorShape(proto.tensor_shape(), &shape).ok()) return InvalidArgument(error);
   const int64_t allowed_bytes =
@@ -388,7 +390,7 @@ tensorflow::Status Regress(const Servable& servable, const RegressionRequest& re
 
 tensorflow::Status MultiInference(const Servable& servable, const MultiInferenceRequest& request, Deadline deadline,
                                   MultiInferenceResponse* response) {
-  // One run for all tasks: they read the same examples, and most share their layers.
+  // One run computes all tasks: they read the same examples, and usually share most of their layers.
   std::vector<const Signature*> signatures;
   std::vector<std::string> fetches;
   std::set<std::string> names;

@@ -1,5 +1,4 @@
-// What PredictionService's requests ask of a servable, and its answers. The codes and messages of errors are TensorFlow
-// Serving's.
+// Answers the requests of PredictionService with a servable. The codes and messages of errors are TensorFlow Serving's.
 #ifndef DPSR_SERVING_MODEL_SERVER_INFERENCE_H_
 #define DPSR_SERVING_MODEL_SERVER_INFERENCE_H_
 
@@ -18,16 +17,16 @@
 
 namespace dpsr::serving {
 
-// Reads the input `alias` of a request without trusting it: INVALID_ARGUMENT for what is no tensor, or claims far more
-// memory than it carries.
+// Reads the input `alias` of a request, which may be malicious. INVALID_ARGUMENT: not a valid tensor, or one that
+// claims far more memory than the message carries.
 tensorflow::Status ParseTensor(const std::string& alias, const tensorflow::TensorProto& proto,
                                tensorflow::Tensor* tensor);
 
-// Runs the signature that the request names, `serving_default` without a name, on the request's tensors.
+// Runs the signature that the request names, by default `serving_default`, on the request's tensors.
 tensorflow::Status Predict(const Servable& servable, const tensorflow::serving::PredictRequest& request,
                            Deadline deadline, tensorflow::serving::PredictResponse* response);
 
-// These run signatures that take serialized tf.Examples.
+// Run signatures that take serialized tf.Examples.
 tensorflow::Status Classify(const Servable& servable, const tensorflow::serving::ClassificationRequest& request,
                             Deadline deadline, tensorflow::serving::ClassificationResponse* response);
 tensorflow::Status Regress(const Servable& servable, const tensorflow::serving::RegressionRequest& request,
@@ -35,14 +34,14 @@ tensorflow::Status Regress(const Servable& servable, const tensorflow::serving::
 tensorflow::Status MultiInference(const Servable& servable, const tensorflow::serving::MultiInferenceRequest& request,
                                   Deadline deadline, tensorflow::serving::MultiInferenceResponse* response);
 
-// The signatures of a servable.
+// Returns the signatures of a servable.
 tensorflow::Status GetModelMetadata(const Servable& servable,
                                     const tensorflow::serving::GetModelMetadataRequest& request,
                                     tensorflow::serving::GetModelMetadataResponse* response);
-// What is wrong with the request whatever the servable.
+// Checks what a request asks for, which does not depend on the servable.
 tensorflow::Status CheckMetadataFields(const tensorflow::serving::GetModelMetadataRequest& request);
 
-// The one model that all tasks of a request ask; null, and an error, where there is none.
+// Returns the one model that all tasks of a request ask for; null, with an error in `status`, if there is none.
 const tensorflow::serving::ModelSpec* SpecOf(const tensorflow::serving::MultiInferenceRequest& request,
                                              tensorflow::Status* status);
 

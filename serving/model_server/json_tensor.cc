@@ -32,7 +32,7 @@ using Writer = rapidjson::Writer<rapidjson::StringBuffer, rapidjson::UTF8<>, rap
                                  rapidjson::CrtAllocator, rapidjson::kWriteNanAndInfFlag>;
 
 constexpr char kBase64[] = "b64";
-// Deeper lists than any tensor has dimensions would only exhaust the stack.
+// A tensor has at most kMaxDims dimensions. Deeper lists than kMaxDepth would exhaust the stack.
 constexpr int kMaxDims = 254;
 constexpr int kMaxDepth = 1000;
 
@@ -55,7 +55,7 @@ std::string TypeName(const Json& value) {
   return "Unknown";
 }
 
-// The start of a value, for an error.
+// Returns the start of a value, for an error.
 std::string Show(const Json& value) {
   rapidjson::StringBuffer buffer;
   Writer writer(buffer);
@@ -70,7 +70,8 @@ tensorflow::Status TypeError(const Json& value, const std::string& expected) {
       StrCat("JSON Value: ", Show(value), " Type: ", TypeName(value), " is not of expected type: ", expected));
 }
 
-// rapidjson parses with one stack frame a level: refuse what nests too deep before it does.
+// rapidjson uses a stack frame for each level, so texts that are nested too deeply must be refused before it parses
+// them.
 bool NestsTooDeep(const std::string& text) {
   int depth = 0;
   bool quoted = false;
@@ -106,7 +107,7 @@ const Json* Member(const Json& object, const char* key) {
   return found == object.MemberEnd() ? nullptr : &found->value;
 }
 
-// `{"b64": "..."}`, bytes that need not be UTF-8.
+// Returns whether the value is `{"b64": "..."}`, bytes that need not be UTF-8.
 bool IsBytes(const Json& value) {
   return value.IsObject() && value.MemberCount() == 1 && value.MemberBegin()->name == kBase64;
 }
@@ -147,7 +148,7 @@ tensorflow::Status AddInteger(const Json& value, DataType dtype, Field* field) {
   return tensorflow::OkStatus();
 }
 
-// Appends a scalar to the field of the tensor's type.
+// Appends a scalar to the field that belongs to the tensor's type.
 tensorflow::Status AddValue(const Json& value, TensorProto* tensor) {
   const DataType dtype = tensor->dtype();
   switch (dtype) {
@@ -196,14 +197,14 @@ tensorflow::Status AddValue(const Json& value, TensorProto* tensor) {
   }
 }
 
-// Appends a value of `shape`'s dimensions from `dim` on; the first value of each dimension sets it, the others have to
-// agree.
+// Appends a value that has the dimensions of `shape` from `dim` on. The first value in each dimension sets its size,
+// and all others must have the same size.
 tensorflow::Status AddTensor(const Json& value, size_t dim, std::vector<int64_t>* shape, bool* shape_known,
                              TensorProto* tensor) {
   if (!value.IsArray()) {
     if (*shape_known ? dim != shape->size() : false) {
       return InvalidArgument(StrCat("Encountered scalar ", Show(value), " where a list of dimension ", dim,
-                                    " was expected; all parts of a tensor have the same shape"));
+                                    " was expected; all parts of a tensor must have the same shape"));
     }
     *shape_known = true;
     return AddValue(value, tensor);
@@ -221,7 +222,8 @@ tensorflow::Status AddTensor(const Json& value, size_t dim, std::vector<int64_t>
   for (const Json& element : value.GetArray()) {
     TF_RETURN_IF_ERROR(AddTensor(element, dim + 1, shape, shape_known, tensor));
   }
-  if (size == 0) *shape_known = true;  // nothing below it will say more
+  // No deeper value can add dimensions.
+  if (size == 0) *shape_known = true;
   return tensorflow::OkStatus();
 }
 
@@ -229,12 +231,13 @@ void SetShape(const std::vector<int64_t>& shape, TensorProto* tensor) {
   for (const int64_t size : shape) tensor->mutable_tensor_shape()->add_dim()->set_size(size);
 }
 
-// One instance after another, each of the same shape.
+// Collects instances of the same shape into one tensor.
 class RowTensor {
  public:
   explicit RowTensor(DataType dtype) { proto_.set_dtype(dtype); }
   tensorflow::Status Add(const Json& value) { return AddTensor(value, 0, &shape_, &shape_known_, &proto_); }
-  TensorProto Take(int64_t instances) {
+  // Returns the tensor, whose first dimension has size `instances`.
+  TensorProto Finish(int64_t instances) {
     std::vector<int64_t> shape = {instances};
     shape.insert(shape.end(), shape_.begin(), shape_.end());
     SetShape(shape, &proto_);
@@ -275,13 +278,14 @@ tensorflow::Status ReadRows(const Json& instances, const Inputs& inputs,
   for (const Json& instance : instances.GetArray()) {
     if (!named) {
       if (instance.IsObject() && !IsBytes(instance)) {
-        return InvalidArgument("instances mixes objects and plain values; give all of one kind");
+        return InvalidArgument("'instances' mixes objects and plain values; send either kind alone");
       }
       TF_RETURN_IF_ERROR(rows.begin()->second.Add(instance));
       continue;
     }
     if (!instance.IsObject() || IsBytes(instance)) {
-      return InvalidArgument(StrCat("instances mixes objects and plain values: got ", Show(instance)));
+      return InvalidArgument(
+          StrCat("'instances' mixes objects and plain values: expected an object, got ", Show(instance)));
     }
     std::set<std::string> seen;
     for (const auto& member : instance.GetObject()) {
@@ -289,7 +293,7 @@ tensorflow::Status ReadRows(const Json& instances, const Inputs& inputs,
       const auto row = rows.find(name);
       if (row == rows.end() || !seen.insert(name).second) {
         return InvalidArgument(StrCat("Failed to process element: ", Show(instance), " key ", name,
-                                      row == rows.end() ? " is not expected" : " stands twice",
+                                      row == rows.end() ? " is not expected" : " is given twice",
                                       "; expected keys: ", Keys(inputs)));
       }
       TF_RETURN_IF_ERROR(row->second.Add(member.value));
@@ -299,7 +303,7 @@ tensorflow::Status ReadRows(const Json& instances, const Inputs& inputs,
           StrCat("Failed to process element: ", Show(instance), " keys are missing; expected keys: ", Keys(inputs)));
     }
   }
-  for (auto& [name, row] : rows) (*tensors)[name] = row.Take(instances.Size());
+  for (auto& [name, row] : rows) (*tensors)[name] = row.Finish(instances.Size());
   return tensorflow::OkStatus();
 }
 
@@ -349,7 +353,7 @@ tensorflow::Status ReadSignatureName(const Json& document, std::string* name) {
   return tensorflow::OkStatus();
 }
 
-// Shortest text that reads back as the same number, with a point: JSON readers then see a float.
+// Writes the shortest text that reads back as the same number. It has a point, so that JSON readers see a float.
 template <typename T>
 void WriteFloat(T number, Writer* writer) {
   if (!std::isfinite(number)) {
@@ -376,7 +380,7 @@ bool IsUtf8(const tstring& text) {
 }
 
 void WriteText(const tstring& text, bool as_bytes, Writer* writer) {
-  // What is no text cannot stand as one: it goes the way of bytes.
+  // Bytes that are not UTF-8 cannot be a JSON string, so they are written in base64.
   if (!as_bytes && IsUtf8(text)) {
     writer->String(text.data(), text.size());
     return;
@@ -438,7 +442,7 @@ tensorflow::Status WriteValue(const Tensor& tensor, int64_t i, bool as_bytes, Wr
   return tensorflow::OkStatus();
 }
 
-// The part of a tensor from dimension `dim` on that begins at element `*next`.
+// Writes the part of a tensor that has the dimensions from `dim` on and begins at element `*next`.
 tensorflow::Status WriteTensor(const Tensor& tensor, int dim, bool as_bytes, int64_t* next, Writer* writer) {
   if (dim == tensor.dims()) return WriteValue(tensor, (*next)++, as_bytes, writer);
   writer->StartArray();
@@ -454,7 +458,8 @@ bool IsBytesName(const std::string& name) {
   return name.size() >= kSuffix.size() && name.compare(name.size() - kSuffix.size(), kSuffix.size(), kSuffix) == 0;
 }
 
-// One value of a tf.Example's feature; a list holds one kind, and a number with a point makes all of them floats.
+// Reads the value of a feature of a tf.Example. All elements of a list have the same kind; if one number has a point,
+// all become floats.
 tensorflow::Status ReadFeature(const Json& value, const std::string& name, tensorflow::Feature* feature) {
   std::vector<const Json*> values;
   if (value.IsArray()) {
@@ -516,7 +521,7 @@ tensorflow::Status ReadPredictJson(const std::string& text, const SignatureDefs&
   }
   if (instances == nullptr && inputs == nullptr) return InvalidArgument("Missing 'inputs' or 'instances' key");
   if (signature->second.inputs().empty()) {
-    return InvalidArgument(StrCat("Signature ", signature->first, " has no inputs to fill; ask it over gRPC"));
+    return InvalidArgument(StrCat("Signature ", signature->first, " has no inputs; send the request over gRPC"));
   }
   *format = instances != nullptr ? JsonFormat::kRow : JsonFormat::kColumn;
   return instances != nullptr ? ReadRows(*instances, signature->second.inputs(), request->mutable_inputs())
@@ -527,7 +532,7 @@ tensorflow::Status WritePredictJson(const google::protobuf::Map<std::string, Ten
                                     std::string* text) {
   std::map<std::string, Tensor> tensors;
   for (const auto& [name, proto] : outputs) {
-    if (!tensors[name].FromProto(proto)) return absl::InternalError("the answer's tensor " + name + " cannot be read");
+    if (!tensors[name].FromProto(proto)) return absl::InternalError("cannot read tensor " + name + " of the answer");
   }
   if (tensors.empty()) return InvalidArgument("Cannot convert empty tensor map to JSON");
   rapidjson::StringBuffer buffer;
@@ -546,10 +551,10 @@ tensorflow::Status WritePredictJson(const google::protobuf::Map<std::string, Ten
     const Tensor& first = tensors.begin()->second;
     for (const auto& [name, tensor] : tensors) {
       if (tensor.dims() == 0 || tensor.dim_size(0) != first.dim_size(0)) {
-        return InvalidArgument(StrCat("Tensor name: ", name, " has ",
-                                      tensor.dims() == 0 ? "no shape information"
-                                                         : StrCat("inconsistent batch size: ", tensor.dim_size(0)),
-                                      ", but 'instances' are answered one by one; ask with 'inputs'"));
+        return InvalidArgument(StrCat(
+            "Tensor name: ", name, " has ",
+            tensor.dims() == 0 ? "no shape information" : StrCat("inconsistent batch size: ", tensor.dim_size(0)),
+            ", but 'instances' are answered one by one; send 'inputs' instead"));
       }
     }
     writer.Key("predictions");
@@ -628,7 +633,7 @@ std::string WriteErrorJson(const std::string& message) {
   Writer writer(buffer);
   writer.StartObject();
   writer.Key("error");
-  // A client's bytes may stand in the message; JSON is UTF-8.
+  // The message may contain bytes that a client sent, and JSON must be UTF-8.
   const tstring text(message);
   std::string clean = message;
   if (!IsUtf8(text)) {

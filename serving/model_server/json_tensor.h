@@ -1,4 +1,4 @@
-// TensorFlow Serving's JSON: requests into messages, answers back into text. Pure functions of their arguments.
+// Reads requests in TensorFlow Serving's JSON, and writes answers. Pure functions of their arguments.
 #ifndef DPSR_SERVING_MODEL_SERVER_JSON_TENSOR_H_
 #define DPSR_SERVING_MODEL_SERVER_JSON_TENSOR_H_
 
@@ -17,15 +17,16 @@ namespace dpsr::serving {
 
 using SignatureDefs = google::protobuf::Map<std::string, tensorflow::SignatureDef>;
 
-// How tensors stand in a request, and so in its answer: a list of instances, or a whole tensor a name.
+// How a request, and so its answer, writes tensors: as a list of instances (kRow), or as a whole tensor for each name
+// (kColumn).
 enum class JsonFormat { kRow, kColumn };
 
-// Reads `{"signature_name": ..., "instances": [...]}` or `{..., "inputs": ...}`. All but the name and version of the
-// model spec is filled in. The signature says the types: numbers and texts become what it expects, or INVALID_ARGUMENT.
+// Reads `{"signature_name": ..., "instances": [...]}` or `{..., "inputs": ...}`. Fills in everything except the model's
+// name and version. Numbers and texts are converted to the types of the signature; INVALID_ARGUMENT if that fails.
 tensorflow::Status ReadPredictJson(const std::string& text, const SignatureDefs& signatures,
                                    tensorflow::serving::PredictRequest* request, JsonFormat* format);
 
-// `{"predictions": [...]}` or `{"outputs": ...}`; one tensor alone stands without its name.
+// Writes `{"predictions": [...]}` or `{"outputs": ...}`. A single tensor is written without its name.
 tensorflow::Status WritePredictJson(const google::protobuf::Map<std::string, tensorflow::TensorProto>& outputs,
                                     JsonFormat format, std::string* text);
 
@@ -33,11 +34,11 @@ tensorflow::Status WritePredictJson(const google::protobuf::Map<std::string, ten
 tensorflow::Status ReadExamplesJson(const std::string& text, std::string* signature_name,
                                     tensorflow::serving::Input* input);
 
-// `{"results": [[["label", score], ...], ...]}` and `{"results": [value, ...]}`.
+// Write `{"results": [[["label", score], ...], ...]}` and `{"results": [value, ...]}`.
 std::string WriteClassifyJson(const tensorflow::serving::ClassificationResult& result);
 std::string WriteRegressJson(const tensorflow::serving::RegressionResult& result);
 
-// `{"error": "..."}`
+// Writes `{"error": "..."}`.
 std::string WriteErrorJson(const std::string& message);
 
 }  // namespace dpsr::serving

@@ -1,5 +1,5 @@
-// libFuzzer: any body of a REST request is read or refused; what was read for one input can be written again. Input: a
-// byte that says the type of the tensor, then the body.
+// A libFuzzer target: any body of a REST request is read or refused, and inputs that were read can be written again.
+// The input is a byte for the type of the tensor, then the body.
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -20,7 +20,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   JsonFormat format;
   if (ReadPredictJson(body, signatures, &request, &format).ok()) {
     std::string text;
-    // All that can be read can be written; rows go with columns always.
+    // Everything that can be read can be written, and rows can always be written as columns.
     if (!WritePredictJson(request.inputs(), JsonFormat::kColumn, &text).ok()) std::abort();
     tensorflow::serving::PredictRequest again;
     text.replace(text.find("outputs"), 7, "inputs");

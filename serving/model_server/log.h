@@ -1,4 +1,4 @@
-// The server's own log: one line to standard error per event of the server (never per request), flushed at once.
+// The server's log on standard error: one line for each event of the server, and none for requests.
 #ifndef DPSR_SERVING_MODEL_SERVER_LOG_H_
 #define DPSR_SERVING_MODEL_SERVER_LOG_H_
 
@@ -10,14 +10,14 @@
 
 namespace dpsr::serving {
 
-// Do not call; see LogInfo and LogWarning.
+// For LogInfo and LogWarning only.
 inline void LogLine(char severity, const std::string& message) {
   const std::time_t now = std::time(nullptr);
   std::tm local{};
   localtime_r(&now, &local);
   char stamp[32];
   std::strftime(stamp, sizeof(stamp), "%Y-%m-%d %H:%M:%S", &local);
-  // One call, so that lines of several threads do not mix; stderr is unbuffered.
+  // A single call, so that the lines of several threads do not mix. stderr is not buffered.
   std::fprintf(stderr, "%c %s model_server: %s\n", severity, stamp, message.c_str());
 }
 

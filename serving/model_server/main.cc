@@ -1,4 +1,5 @@
-// The model server: serves SavedModels over TensorFlow Serving's gRPC API, and loads op libraries. See --help.
+// The model server, which serves SavedModels over TensorFlow Serving's gRPC and REST APIs, and loads op libraries. See
+// --help.
 #include <malloc.h>
 #include <pthread.h>
 #include <signal.h>
@@ -44,12 +45,12 @@ using std::chrono::seconds;
 constexpr int kFailed = 1;
 constexpr int kBadUsage = 2;
 
-// After a signal running requests get kDrain to end, and all of the server kDrain + kTeardown.
+// After a signal, running requests have kDrain to end, and the whole server has kDrain + kTeardown.
 constexpr seconds kDrain(10);
 constexpr seconds kTeardown(5);
 
-// TensorFlow logs from initialisers that run before main, and reads the level of its log from the environment. So where
-// the user has not set one, the program starts itself once more with it, from the one hook that runs still earlier.
+// TensorFlow writes log lines from initialisers that run before main, and reads its log level from the environment. So,
+// if the user has not set a level, the program starts itself again with one, from the only hook that runs even earlier.
 void QuietTensorFlow(int /*argc*/, char** argv, char** environment) {
   constexpr char kLevel[] = "TF_CPP_MIN_LOG_LEVEL=";
   static char quiet[] = "TF_CPP_MIN_LOG_LEVEL=3";
@@ -61,11 +62,13 @@ void QuietTensorFlow(int /*argc*/, char** argv, char** environment) {
     extended[count] = environment[count];
   }
   extended[count] = quiet;
-  char self[4096];  // not /proc/self/exe itself: the process would be named `exe`
+  // With /proc/self/exe itself the process would be named `exe`.
+  char self[4096];
   const ssize_t size = readlink("/proc/self/exe", self, sizeof(self) - 1);
   if (size <= 0) return;
   self[size] = '\0';
-  execve(self, argv, extended);  // where it fails, the log is noisy
+  // If this fails, TensorFlow's log lines appear.
+  execve(self, argv, extended);
 }
 
 __attribute__((section(".preinit_array"), used)) void (*const kQuietTensorFlow)(int, char**,
@@ -73,8 +76,8 @@ __attribute__((section(".preinit_array"), used)) void (*const kQuietTensorFlow)(
 
 int NumCpus() { return static_cast<int>(std::max(1u, std::thread::hardware_concurrency())); }
 
-// glibc gives threads up to eight heaps for each CPU, and what a version leaves behind in each is not given back:
-// memory grew by 9 % over 20 versions. One for each CPU suffices.
+// glibc gives threads up to eight heaps for each CPU, and does not return all the memory that an unloaded version
+// leaves in them: memory grew by 9 % over 20 versions. One heap for each CPU is enough.
 void BoundHeaps() {
   if (std::getenv("MALLOC_ARENA_MAX") != nullptr) return;
   mallopt(M_ARENA_MAX, std::max(2, NumCpus()));
@@ -94,7 +97,7 @@ Status CheckTensorFlowVersion() {
 
 Status LoadOpLibrary(const std::string& path) {
   const std::unique_ptr<TF_Status, decltype(&TF_DeleteStatus)> status(TF_NewStatus(), TF_DeleteStatus);
-  // The library stays loaded; only the list of its ops is let go.
+  // The library stays loaded; this only frees the list of its ops.
   TF_Library* library = TF_LoadLibrary(path.c_str(), status.get());
   if (TF_GetCode(status.get()) != TF_OK) {
     return MakeStatus(StatusCode::kFailedPrecondition, "--op_library: cannot load ", path, ": ",
@@ -104,7 +107,7 @@ Status LoadOpLibrary(const std::string& path) {
   return {};
 }
 
-// What the flags say of sessions, over what --tensorflow_session_config_file says.
+// Reads --tensorflow_session_config_file, and then the other flags for sessions, which override it.
 tensorflow::Status ReadSessionConfig(const ServerOptions& options, tensorflow::ConfigProto* config) {
   if (!options.tensorflow_session_config_file.empty()) {
     TF_RETURN_IF_ERROR(ReadTextProto(options.tensorflow_session_config_file, config));
@@ -148,8 +151,8 @@ tensorflow::Status StartBatching(const ServerOptions& options, std::shared_ptr<B
   return BatchThreads::Start(parameters, options.enable_per_model_batching_parameters, threads);
 }
 
-// Requests that are handled at a time, unless a flag says otherwise. Those that wait for their batch hold a thread
-// each: enough for the batches that run and as many that form, within reason.
+// Returns how many requests are handled at the same time by default. A request that waits for its batch occupies a
+// thread, so there are enough threads for the batches that run and for as many that are being filled, up to a limit.
 int NumWorkers(const BatchThreads* batch_threads) {
   constexpr int64_t kMostForBatches = 256;
   int64_t workers = 4 * NumCpus();
@@ -161,7 +164,7 @@ int NumWorkers(const BatchThreads* batch_threads) {
   return static_cast<int>(workers);
 }
 
-// `text` gets that of --model_config_file.
+// Reads the models from the flags. `text` gets the text of --model_config_file.
 tensorflow::Status ReadModels(const ServerOptions& options, std::string* text, std::vector<ModelConfig>* models) {
   if (options.model_config_file.empty()) {
     models->push_back({options.model_name, options.model_base_path, {}, {}});
@@ -190,7 +193,7 @@ tensorflow::Status ReadGrpcOptions(const ServerOptions& options, GrpcServerOptio
   return tensorflow::OkStatus();
 }
 
-// Where the REST port shows the metrics; empty: nowhere.
+// Reads the path of the metrics on the REST port. It is empty if they are not shown.
 tensorflow::Status ReadMetricsPath(const ServerOptions& options, std::string* path) {
   if (options.monitoring_config_file.empty()) return tensorflow::OkStatus();
   MonitoringConfig config;
@@ -201,13 +204,13 @@ tensorflow::Status ReadMetricsPath(const ServerOptions& options, std::string* pa
   return tensorflow::OkStatus();
 }
 
-// Takes --model_config_file over when its text has changed, and tries again where that could not be done: a label may
-// name a version that is still to come. A file that cannot be read or is wrong changes nothing.
+// Applies --model_config_file again when its text has changed. If that fails, for example because a label names a
+// version that is still to come, tries again. A file that cannot be read or is wrong changes nothing.
 class ConfigFilePoller {
  public:
-  // `taken` is the text of the file that `models` serves now.
-  ConfigFilePoller(const ServerOptions& options, std::string taken, ModelManager* models)
-      : path_(options.model_config_file), taken_(std::move(taken)) {
+  // `text` is the text of the file that `models` serves now.
+  ConfigFilePoller(const ServerOptions& options, std::string text, ModelManager* models)
+      : path_(options.model_config_file), served_text_(std::move(text)) {
     if (path_.empty() || options.model_config_file_poll_wait_seconds == 0) return;
     const seconds wait(options.model_config_file_poll_wait_seconds);
     thread_ = std::thread([this, models, wait] {
@@ -232,12 +235,12 @@ class ConfigFilePoller {
   void ReadAgain(ModelManager* models) {
     std::string text;
     tensorflow::Status status = tensorflow::ReadFileToString(tensorflow::Env::Default(), path_, &text);
-    if (status.ok() && text == taken_) return;
+    if (status.ok() && text == served_text_) return;
     tensorflow::serving::ModelServerConfig config;
     std::vector<ModelConfig> read;
     std::set<std::string> fresh;
     if (status.ok()) status = ParseTextProto(text, &config);
-    // Such as one that is being written: it must not take all models away.
+    // A file that is empty, perhaps because it is being written, must not remove all models.
     if (status.ok() && config.config_case() == tensorflow::serving::ModelServerConfig::CONFIG_NOT_SET) {
       status = absl::FailedPreconditionError("it is empty; to serve no model, write model_config_list {}");
     }
@@ -246,16 +249,16 @@ class ConfigFilePoller {
     const std::string problem = status.ok() ? "" : status.ToString();
     if (status.ok()) {
       LogInfo("now serving the models of ", path_);
-      taken_ = std::move(text);
+      served_text_ = std::move(text);
     } else if (problem != problem_) {
-      LogWarning(path_, " was not taken over: ", problem);
+      LogWarning(path_, " was not applied: ", problem);
     }
     problem_ = problem;
   }
 
   const std::string path_;
-  std::string taken_;    // its text, as it is served
-  std::string problem_;  // with the text that came after
+  std::string served_text_;
+  std::string problem_;  // of the last text that was not applied; logged when it changes
   std::mutex mutex_;
   std::condition_variable stop_;
   bool stopping_ = false;
@@ -290,7 +293,7 @@ Status StartRest(const ServerOptions& options, int grpc_port, const RestApi* api
                  std::unique_ptr<RestServer>* server) {
   if (options.rest_api_port == 0) return {};
   if (options.rest_api_port == grpc_port) {
-    LogWarning("--rest_api_port is the gRPC port ", grpc_port, " too; there is no REST API");
+    LogWarning("--rest_api_port=", grpc_port, " is the gRPC port; the server has no REST API");
     return {};
   }
   RestServerOptions rest;
@@ -326,10 +329,10 @@ void ShutDown(int exit_status, const sigset_t& signals, ModelManager* models, Gr
   pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
   std::thread([exit_status] {
     std::this_thread::sleep_for(kDrain + kTeardown);
-    LogWarning("requests or loads did not end in time; leaving them behind");
+    LogWarning("some requests or loads did not end in time; stopping without them");
     std::_Exit(exit_status);
   }).detach();
-  if (exit_status == 0) LogInfo("stopping: no new requests; those that run get ", kDrain.count(), " s to end");
+  if (exit_status == 0) LogInfo("stopping: running requests have ", kDrain.count(), " s to end");
   models->EndWaits();
   std::thread rest_drain([&] {
     if (rest != nullptr) rest->Shutdown(kDrain);
@@ -346,7 +349,7 @@ int Serve(const ServerOptions& options, const sigset_t& signals) {
   const int num_workers = NumWorkers(setup.manager.servable.batch_threads.get());
   ModelManager models(std::move(setup.manager));
   RequestHandler handler(&models);
-  // At most so many requests are computed at a time, the others wait.
+  // The numbers of threads limit how many requests are computed at the same time.
   WorkerPool workers(options.grpc_max_threads > 0 ? options.grpc_max_threads : num_workers, options.max_queued_requests);
   WorkerPool rest_workers(options.rest_api_num_threads > 0 ? options.rest_api_num_threads : num_workers,
                           options.max_queued_requests);
@@ -402,13 +405,13 @@ int Main(int argc, char** argv) {
   if (!version.ok()) return FailToStart(version.message());
 
   BoundHeaps();
-  // Before the first thread, which inherits the mask.
+  // This must come before the first thread, because threads inherit the mask.
   sigset_t signals;
   sigemptyset(&signals);
   sigaddset(&signals, SIGTERM);
   sigaddset(&signals, SIGINT);
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
-  // The errors of gRPC and protobuf reach our log in our words; clients must not fill it with theirs.
+  // Our log reports the errors of gRPC and protobuf. Without this, clients could fill it with lines of these libraries.
   setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);
   google::protobuf::SetLogHandler(nullptr);
   for (const std::string& path : options.op_libraries) {

@@ -8,19 +8,19 @@
 #include <fstream>
 #include <memory>
 
+#include "common/status.h"
 #include "tensorflow/core/lib/monitoring/collected_metrics.h"
 #include "tensorflow/core/lib/monitoring/collection_registry.h"
 #include "tensorflow/core/lib/monitoring/counter.h"
 #include "tensorflow/core/lib/monitoring/gauge.h"
 #include "tensorflow/core/lib/monitoring/sampler.h"
-#include "common/status.h"
 
 namespace dpsr::serving {
 namespace {
 
 namespace monitoring = ::tensorflow::monitoring;
 
-// 10 us times 1.8^n.
+// The buckets of latencies: 10 us times 1.8^n.
 std::unique_ptr<monitoring::Buckets> Latencies() { return monitoring::Buckets::Exponential(10, 1.8, 33); }
 
 auto* const kRequests = monitoring::Counter<2>::New("/tensorflow/serving/request_count", "The total number of requests.",
@@ -65,7 +65,7 @@ auto* const kBatchRows =
 auto* const kBatchPadding =
     monitoring::Counter<0>::New("/dpsr/serving/batch_padding_rows", "Rows that fill batches up to an allowed size.");
 
-// A name that Prometheus takes: `/tensorflow/serving/x` is `:tensorflow:serving:x`.
+// Returns a name that Prometheus allows: `/tensorflow/serving/x` becomes `:tensorflow:serving:x`.
 std::string Name(const std::string& name) {
   std::string result = name;
   for (char& c : result) {
@@ -97,7 +97,7 @@ std::string Labels(const std::vector<monitoring::Point::Label>& labels, const st
   return text.empty() ? "" : "{" + text + "}";
 }
 
-// Shortest text that reads back as the same number, as Prometheus writes infinity.
+// Returns the shortest text that reads back as the same number. Infinity is written as Prometheus does.
 std::string Number(double value) {
   if (std::isinf(value)) return value > 0 ? "+Inf" : "-Inf";
   if (std::isnan(value)) return "NaN";
@@ -175,7 +175,8 @@ std::string PrometheusText() {
     const bool is_histogram = descriptor->value_type == monitoring::ValueType::kHistogram;
     const bool is_text = descriptor->value_type == monitoring::ValueType::kString;
     const bool is_percentiles = descriptor->value_type == monitoring::ValueType::kPercentiles;
-    if (is_percentiles) continue;  // no such thing in Prometheus
+    // Prometheus has no percentiles.
+    if (is_percentiles) continue;
     const char* kind = is_histogram                                              ? "histogram"
                        : descriptor->metric_kind == monitoring::MetricKind::kCumulative ? "counter"
                                                                                  : "gauge";

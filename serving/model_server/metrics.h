@@ -1,4 +1,5 @@
-// What the server counts, kept where TensorFlow keeps its own counts, and all of it as Prometheus text.
+// The metrics of the server. They are kept in TensorFlow's registry, together with TensorFlow's own, and shown as text
+// for Prometheus.
 #ifndef DPSR_SERVING_MODEL_SERVER_METRICS_H_
 #define DPSR_SERVING_MODEL_SERVER_METRICS_H_
 
@@ -10,38 +11,39 @@
 
 namespace dpsr::serving {
 
+// Returns the microseconds that have passed since `begin`.
 inline int64_t MicrosecondsSince(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - begin).count();
 }
 
-// One request that ended: TensorFlow Serving's request_count (all), request_latency and runtime_latency (those that
-// succeeded), in microseconds. `model` is empty where none was found.
+// Records a request that has ended. TensorFlow Serving's request_count counts all requests; request_latency and
+// runtime_latency, in microseconds, only those that succeeded. `model` is empty if no model was found.
 void RecordRequest(const std::string& model, const char* api, const char* entrypoint, const tensorflow::Status& status,
                    int64_t request_micros, int64_t runtime_micros);
 
-// Examples of a request of the Classify and Regress kind.
+// Records the number of examples in a request that has examples (Classify, Regress, MultiInference).
 void RecordExamples(const std::string& model, int64_t count);
 
-// How long a model's warm-up took.
+// Records how long the warm-up of a version took.
 void RecordWarmup(const std::string& path, const tensorflow::Status& status, int64_t micros);
 
-// Time that a request waited for a thread, and how many wait and run now.
+// Record how long a request waited for a thread, and how many requests run and wait now.
 void RecordQueueing(int64_t micros);
 void SetInFlight(int64_t running, int64_t waiting);
 
-// Time that a request, or a part of one, waited for its batch to run; and a batch that runs, with the rows of it that
-// fill it up.
+// Record how long a request, or a part of one, waited for its batch to run; and a batch, with the number of its rows
+// and how many of them are padding.
 void RecordBatchQueueing(const std::string& thread_pool, int64_t micros);
 void RecordBatch(int64_t num_rows, int64_t num_padding_rows);
 
-// Bytes of the process in memory now.
+// Returns the bytes of memory that the process uses now.
 int64_t ResidentBytes();
 
-// Bytes that loading a version took; 0 when it is gone.
+// Sets the bytes of memory that loading a version took; 0 when it has been unloaded.
 void SetVersionMemory(const std::string& model, int64_t version, int64_t bytes);
 
-// All metrics of the process, TensorFlow's too, in Prometheus' text format: `/tensorflow/serving/request_count` is
-// `:tensorflow:serving:request_count`.
+// Returns all metrics of the process, including TensorFlow's own, in Prometheus' text format, where
+// `/tensorflow/serving/request_count` is written `:tensorflow:serving:request_count`.
 std::string PrometheusText();
 
 }  // namespace dpsr::serving

@@ -21,7 +21,7 @@ using ::tensorflow::serving::ModelVersionStatus;
 
 constexpr int kLoadNiceness = 10;
 
-// A model that gets a version a minute for a week: more of the past nobody asks for.
+// Number of ended versions that are remembered for each model: a new version every minute for a week.
 constexpr size_t kMaxEnded = 10'000;
 
 ModelVersionStatus::State ApiState(VersionState state) {
@@ -49,9 +49,9 @@ void AddStatus(int64_t version, ModelVersionStatus::State state, const tensorflo
   status->mutable_status()->set_error_message(std::string(error.message()));
 }
 
-// Whether another try may mend a load: the version's files may still be on their way, missing or half-written, or a
-// file system be away. What TensorFlow does not like in files that it could read stays wrong.
-bool MayBeMended(const tensorflow::Status& status) {
+// Returns whether another try to load may succeed: files of the version may still be missing or half-written, or a file
+// system may be unavailable. If TensorFlow could read the files, another try gives the same error.
+bool MayLoadLater(const tensorflow::Status& status) {
   if (Servable::IsFinal(status)) return false;
   switch (status.code()) {
     case absl::StatusCode::kNotFound:
@@ -101,7 +101,7 @@ ModelManager::~ModelManager() {
 void ModelManager::Start(const std::vector<ModelConfig>& models) {
   Lock lock(mutex_);
   for (const ModelConfig& config : models) {
-    // Where nobody looks for versions there is nothing to wait for.
+    // Without a search for versions there is nothing to wait for.
     if (options_.poll_wait_seconds >= 0) first_models_.insert(config.name);
     ApplyConfig(config);
   }
@@ -141,20 +141,21 @@ tensorflow::Status ModelManager::Reconfigure(const std::vector<ModelConfig>& mod
                                              const std::function<bool()>& cancelled) {
   std::set<std::string> fresh;
   TF_RETURN_IF_ERROR(Configure(models, &fresh));
-  if (options_.poll_wait_seconds < 0) return tensorflow::OkStatus();  // as at the start
+  // As in Start, there is nothing to wait for without a search for versions.
+  if (options_.poll_wait_seconds < 0) return tensorflow::OkStatus();
 
   std::optional<tensorflow::Status> result;
   const auto settle = [&]() -> std::optional<tensorflow::Status> {
-    if (stopping_ || end_waits_) return absl::CancelledError("the server stops");
+    if (stopping_ || end_waits_) return absl::CancelledError("the server is stopping");
     for (const ModelConfig& config : models) {
       const auto model = models_.find(config.name);
       if (model == models_.end() || model->second.removed) {
-        return absl::AbortedError(StrCat("a later configuration took model ", config.name, " away"));
+        return absl::AbortedError(StrCat("a later configuration removed model ", config.name));
       }
     }
     const std::optional<tensorflow::Status> loads = LoadResult(fresh);
     if (!loads || !loads->ok()) return loads;
-    // Labels wait for versions that load.
+    // A label waits while its version is loading.
     for (const ModelConfig& config : models) {
       const Model& model = models_.at(config.name);
       for (const auto& [label, number] : config.labels) {
@@ -162,8 +163,7 @@ tensorflow::Status ModelManager::Reconfigure(const std::vector<ModelConfig>& mod
         if (given != model.labels.end() && given->second == number) continue;
         const auto pending = model.pending.find(label);
         if (pending == model.pending.end() || pending->second != number) {
-          return absl::AbortedError(
-              StrCat("a later configuration took label ", label, " of model ", config.name, " away"));
+          return absl::AbortedError(StrCat("a later configuration removed label ", label, " of model ", config.name));
         }
         if (MayBecomeReady(model, number)) return std::nullopt;
         return LabelError(config.name, number, ": it did not load");
@@ -171,11 +171,11 @@ tensorflow::Status ModelManager::Reconfigure(const std::vector<ModelConfig>& mod
     }
     return tensorflow::OkStatus();
   };
-  // Nobody tells when `cancelled` turns: look now and then.
-  constexpr std::chrono::milliseconds kLook(100);
+  // There is no notification when `cancelled` becomes true, so it is checked at intervals.
+  constexpr std::chrono::milliseconds kCheckInterval(100);
   Lock lock(mutex_);
-  while (!changed_.wait_for(lock, kLook, [&] { return (result = settle()).has_value(); })) {
-    if (cancelled()) return absl::CancelledError("nobody waits for the models any more; they go on loading");
+  while (!changed_.wait_for(lock, kCheckInterval, [&] { return (result = settle()).has_value(); })) {
+    if (cancelled()) return absl::CancelledError("the request was cancelled; the models continue to load");
   }
   return *result;
 }
@@ -186,8 +186,8 @@ void ModelManager::EndWaits() {
   NotifyChanged();
 }
 
-// A label may name a version that answers, or that this very configuration loads; a new one, where the flag allows it,
-// any. TensorFlow Serving looks before it loads, so that labels at start-up always fail there.
+// A label may name a version that is ready or that this configuration loads. If the flag allows it, a new label may
+// name any version. TensorFlow Serving checks labels before it loads, so that labels at start-up always fail there.
 tensorflow::Status ModelManager::CheckLabels(const ModelConfig& config, Lock* lock) {
   std::set<int64_t> aspired;
   bool looked = false;
@@ -250,7 +250,7 @@ tensorflow::Status ModelManager::Find(const ModelSpec& spec, std::shared_ptr<con
   Lock lock(mutex_);
   const tensorflow::Status starting =
       first_loads_ ? tensorflow::OkStatus()
-                   : absl::UnavailableError("The server is starting: its models are not all loaded yet");
+                   : absl::UnavailableError("The server is starting: not all of its models are loaded yet");
   const auto model = models_.find(spec.name());
   std::optional<int64_t> wanted;
   if (spec.has_version()) wanted = spec.version().value();
@@ -317,7 +317,7 @@ bool ModelManager::AllAvailable() const {
          });
 }
 
-// With the lock held: once it is free, the manager may end and take the condition variable along.
+// Called with the lock held: once the lock is released, the destructor may destroy the condition variable.
 void ModelManager::NotifyChanged() {
   dirty_ = true;
   changed_.notify_all();
@@ -325,7 +325,7 @@ void ModelManager::NotifyChanged() {
 
 void ModelManager::Run() {
   Lock lock(mutex_);
-  // Bounded, so that a huge flag does not overflow the clock.
+  // Limited, so that a huge value of the flag does not overflow the clock.
   const std::chrono::seconds wait(std::min<int64_t>(options_.poll_wait_seconds, 365 * 86400));
   auto next_poll = Clock::time_point::max();
   while (!stopping_) {
@@ -346,7 +346,8 @@ void ModelManager::Run() {
       model = holds_versions || !model->second.removed ? std::next(model) : models_.erase(model);
     }
     if (!first_loads_) first_loads_ = LoadResult(first_models_);
-    changed_.notify_all();  // those who wait for an outcome
+    // Wakes the threads that wait for the result of a load.
+    changed_.notify_all();
     const auto work = [this] { return dirty_ || stopping_; };
     if (wake == Clock::time_point::max()) {
       changed_.wait(lock, work);
@@ -392,7 +393,8 @@ void ModelManager::Poll(Model* model, Lock* lock) {
   std::map<int64_t, std::string> existing;
   const tensorflow::Status status = VersionsOnDisk(config.base_path, &existing, &duplicates);
   lock->lock();
-  if (model->removed) return;  // meanwhile
+  // The model may have been removed while the lock was released.
+  if (model->removed) return;
 
   const std::set<int64_t> aspired = AspiredVersions(existing, config.policy);
   std::vector<int64_t> missing;
@@ -401,7 +403,7 @@ void ModelManager::Poll(Model* model, Lock* lock) {
   std::string problem;
   if (!status.ok()) {
     problem = StrCat("cannot read the base path of model ", config.name, ": ", std::string(status.message()),
-                     "; nothing changes until it can be read");
+                     "; its versions stay as they are");
   } else if (existing.empty()) {
     problem = StrCat("no versions of model ", config.name, " found under the base path ", config.base_path,
                      ". Did you forget to name your leaf directory as a number (eg. '/1/')?");
@@ -436,7 +438,7 @@ void ModelManager::TakeActions(Model* model, Lock* lock) {
     }
     if (version.released && !version.busy && !version.destroyed) Destroy(name, number, &version);
   }
-  // Before the version that a label leaves is unloaded.
+  // Labels move before the versions that they leave are unloaded.
   for (auto label = model->pending.begin(); label != model->pending.end();) {
     if (IsReady(name, label->second)) {
       model->labels[label->first] = label->second;
@@ -468,7 +470,8 @@ void ModelManager::Load(const std::string& name, int64_t number, Version* versio
     const auto begin = Clock::now();
     const int64_t memory = ResidentBytes();
     tensorflow::Status status;
-    // On a thread of its own, which never holds the lock that requests need: they go first where processors are few.
+    // Loads run with low priority, so that requests go first if there are few processors. The thread is a separate one,
+    // because it must never hold the lock that requests need.
     std::thread([&] {
       setpriority(PRIO_PROCESS, static_cast<id_t>(gettid()), kLoadNiceness);
       status = Servable::Load(options_.servable, name, number, path, &servable);
@@ -493,7 +496,7 @@ void ModelManager::Load(const std::string& name, int64_t number, Version* versio
       });
       version->state = VersionState::kReady;
     } else {
-      const bool again = version->tries++ < options_.max_num_load_retries && MayBeMended(status);
+      const bool again = version->tries++ < options_.max_num_load_retries && MayLoadLater(status);
       const std::chrono::microseconds wait(options_.load_retry_interval_micros);
       LogWarning("model ", name, " version ", number, " did not load from ", path, ": ", status.ToString(),
                  again ? StrCat("; trying again in ", options_.load_retry_interval_micros / 1e6, " s") : "");
@@ -507,9 +510,9 @@ void ModelManager::Load(const std::string& name, int64_t number, Version* versio
 void ModelManager::Unload(const std::string& name, int64_t number, Version* version, Lock* lock) {
   version->state = VersionState::kUnloading;
   std::shared_ptr<const Servable> lease = std::move(version->lease);
-  // The deleter takes the lock. Running requests hold their own copies: the last of them runs it.
+  // Running requests hold copies of the lease, and the last one runs its deleter, which takes the lock.
   lock->unlock();
-  LogInfo("unloading model ", name, " version ", number, " when its requests have ended");
+  LogInfo("unloading model ", name, " version ", number, " after its running requests");
   lease.reset();
   lock->lock();
 }
@@ -517,7 +520,8 @@ void ModelManager::Unload(const std::string& name, int64_t number, Version* vers
 void ModelManager::Destroy(const std::string& name, int64_t number, Version* version) {
   version->busy = true;
   unload_threads_->Add([this, name, number, version] {
-    version->servable.reset();  // nobody else looks at it any more
+    // No other thread uses the servable any more.
+    version->servable.reset();
     SetVersionMemory(name, number, 0);
     LogInfo("unloaded model ", name, " version ", number);
     Lock lock(mutex_);
@@ -535,7 +539,7 @@ bool ModelManager::ForgetEndedVersions(Model* model) {
       ++entry;
       continue;
     }
-    // Wanted again in the meantime: the next poll finds it as new.
+    // If the version has become aspired again, the next poll finds it as a new one.
     auto& ended = ended_[model->config.name];
     ended[entry->first] = version.error;
     if (ended.size() > kMaxEnded) ended.erase(ended.begin());

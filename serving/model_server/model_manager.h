@@ -1,5 +1,5 @@
-// The models that the server holds: looks for their versions in the file system, loads and unloads them, and hands the
-// loaded ones to requests.
+// Manages the models of the server: finds their versions in the file system, loads and unloads them, and gives the
+// loaded versions to requests.
 #ifndef DPSR_SERVING_MODEL_SERVER_MODEL_MANAGER_H_
 #define DPSR_SERVING_MODEL_SERVER_MODEL_MANAGER_H_
 
@@ -28,67 +28,69 @@ namespace dpsr::serving {
 
 struct ModelConfig {
   std::string name;
-  std::string base_path;  // its numbered children are the versions
+  std::string base_path;  // its numbered folders are the versions
   VersionPolicy policy;
-  std::map<std::string, int64_t> labels;  // names of versions
+  std::map<std::string, int64_t> labels;  // label -> version
 };
 
 struct ModelManagerOptions {
   ServableOptions servable;
-  int64_t poll_wait_seconds = 1;  // 0: look for versions once; negative: never
+  int64_t poll_wait_seconds = 1;  // 0: search for versions once; negative: never
   int num_load_threads = 1;
   int num_unload_threads = 1;
-  // Tries after the first one of a load whose error another try may mend.
+  // How often a load is tried again after an error that may go away.
   int max_num_load_retries = 5;
   int64_t load_retry_interval_micros = 60'000'000;
-  // Replay the requests that a version brings along, so many times each; 0: not at all.
+  // How often each warm-up request of a version is replayed; 0: not at all.
   int warmup_iterations = 1;
-  // A label that is new may name a version that is not available.
+  // Whether a new label may name a version that is not available.
   bool allow_labels_for_unavailable = false;
-  // After a load, let go of what TensorFlow's file systems keep of its files.
+  // Whether to flush the caches of TensorFlow's file systems after each load.
   bool flush_file_system_caches = true;
 };
 
-// Thread-safe. A thread of its own decides; loads and unloads run on threads of theirs, so that a slow one holds up no
-// other model; requests only take a short lock.
+// Thread-safe. One thread takes the decisions. Loads and unloads run on other threads, so that a slow load does not
+// delay other models. Requests only take a lock for a short time.
 class ModelManager {
  public:
   explicit ModelManager(ModelManagerOptions options);
-  // Ends the threads, and unloads what is loaded. No servable that was handed out may be held any more.
+  // Ends the threads, and unloads all versions. Waits until no request holds a servable any more.
   ~ModelManager();
   ModelManager(const ModelManager&) = delete;
   ModelManager& operator=(const ModelManager&) = delete;
 
-  // Begins to serve these models. Call once. A label is given to its version as soon as that is available.
+  // Begins to serve these models. Call once. A label is set as soon as its version is available.
   void Start(const std::vector<ModelConfig>& models);
 
-  // Waits until every model of Start has versions and its first loads have ended, at most for `timeout`. Nothing: not
-  // yet. An error names the models that did not become available.
+  // Waits at most for `timeout` until every model of Start has versions and its first loads have ended. Returns nullopt
+  // if they have not. An error names the models that did not become available.
   std::optional<tensorflow::Status> AwaitFirstLoads(std::chrono::milliseconds timeout);
 
-  // Serves these models from now on: those that are not named any more are unloaded. FAILED_PRECONDITION (a label that
-  // cannot be): nothing changes. Does not wait for anything to load; `fresh` gets the names of the new models.
+  // Serves these models from now on, and unloads all other models. Does not wait for loads. `fresh` gets the names of
+  // the new models. FAILED_PRECONDITION: a label names a version that will not be available; then nothing changes.
   tensorflow::Status Configure(const std::vector<ModelConfig>& models, std::set<std::string>* fresh);
 
-  // Configure, and waits until the new models are available, and so the versions that labels name; not beyond the time
-  // that `cancelled` turns true. UNKNOWN (a new model did not become available: the others are served);
-  // FAILED_PRECONDITION (a version that a label names did not load); ABORTED (a later configuration took the model or
-  // the label away); CANCELLED (as asked, or the server stops). All but the first FAILED_PRECONDITION leave the
-  // configuration in force.
+  // Calls Configure, and waits until the new models and the versions that labels name are available, or until
+  // `cancelled` returns true. UNKNOWN: a new model did not become available; the other models are served.
+  // FAILED_PRECONDITION: as Configure, or a version that a label names did not load. ABORTED: a later configuration
+  // removed the model or the label. CANCELLED: `cancelled` returned true, or the server stops. The configuration stays
+  // in force after all these errors except the one of Configure.
   tensorflow::Status Reconfigure(const std::vector<ModelConfig>& models, const std::function<bool()>& cancelled);
 
-  // From now on Reconfigure waits no more.
+  // Ends all waits of Reconfigure, now and later.
   void EndWaits();
 
-  // The version that `spec` asks for, the highest ready one where it names none. Holding it keeps it loaded. What is
-  // not there is UNAVAILABLE until the first loads have ended; after that TensorFlow Serving's codes and messages.
+  // Finds the version that `spec` asks for, by default the highest version that is ready. It stays loaded as long as
+  // the caller holds it. A version that is not there is UNAVAILABLE until the first loads have ended; after that,
+  // errors have TensorFlow Serving's codes and messages.
   tensorflow::Status Find(const tensorflow::serving::ModelSpec& spec, std::shared_ptr<const Servable>* servable) const;
 
-  // The states of the model's versions, the highest first, or that of the one that `spec` names.
+  // Returns the states of the model's versions, the highest version first, or the state of the version that `spec`
+  // names.
   tensorflow::Status GetStatus(const tensorflow::serving::ModelSpec& spec,
                                tensorflow::serving::GetModelStatusResponse* response) const;
 
-  // Whether every model of the configuration has a version that answers.
+  // Returns whether every model of the configuration has a version that is ready.
   bool AllAvailable() const;
 
  private:
@@ -99,12 +101,12 @@ class ModelManager {
     std::string path;
     bool aspired = true;
     VersionState state = VersionState::kNew;
-    tensorflow::Status error;  // of the last try to load
+    tensorflow::Status error;  // of the last load
     int tries = 0;
-    bool busy = false;          // a load or destruction of it is queued or runs
-    Clock::time_point next_try;  // of a load that failed, and is tried again
+    bool busy = false;           // whether its load or destruction is queued or running
+    Clock::time_point next_try;  // when a load that failed is tried again
     std::unique_ptr<Servable> servable;
-    // What requests copy. Its deleter leaves the servable alone, and sets `released`.
+    // Requests copy this pointer. Its deleter does not delete the servable, but sets `released`.
     std::shared_ptr<const Servable> lease;
     bool released = false;
     bool destroyed = false;
@@ -112,31 +114,31 @@ class ModelManager {
 
   struct Model {
     ModelConfig config;
-    bool removed = false;  // from the configuration; goes when its versions have
-    bool polled = false;
+    bool removed = false;  // from the configuration; forgotten when its versions have ended
+    bool polled = false;   // whether its versions were searched for since its configuration changed
     std::map<int64_t, Version> versions;
-    std::map<std::string, int64_t> labels;   // given
-    std::map<std::string, int64_t> pending;  // to be given when their version is available
-    std::string problem;                     // of the last poll, reported when it changes
+    std::map<std::string, int64_t> labels;   // in force
+    std::map<std::string, int64_t> pending;  // labels to set when their version is available
+    std::string problem;                     // found by the last poll; logged when it changes
   };
 
   void Run();
   void StopAll(Lock* lock);
-  // These are called with the lock held, and let go of it while they wait for the file system or TensorFlow.
+  // Call these with the lock held. They release it while they wait for the file system or for TensorFlow.
   void Poll(Model* model, Lock* lock);
   void TakeActions(Model* model, Lock* lock);
   void Load(const std::string& name, int64_t number, Version* version);
   void Unload(const std::string& name, int64_t number, Version* version, Lock* lock);
   void Destroy(const std::string& name, int64_t number, Version* version);
-  // Forgets versions that ended. Whether any is left.
+  // Forgets versions that have ended. Returns whether any version is left.
   bool ForgetEndedVersions(Model* model);
-  // How the first loads of these models went; nothing while one, or a version that a label names, may still become
-  // available.
+  // Returns whether these models have become available, or nullopt while a model, or a version that a label names, may
+  // still become available.
   std::optional<tensorflow::Status> LoadResult(const std::set<std::string>& names) const;
   bool IsReady(const std::string& name, int64_t version) const;
-  // Whether giving `label` to `version` takes it from another one.
+  // Returns whether setting `label` to `version` takes it away from another version.
   static bool MovesLabel(const Model& model, const std::string& label, int64_t version);
-  // Whether the version is there, or may still come.
+  // Returns whether the version is ready or may still become ready.
   static bool MayBecomeReady(const Model& model, int64_t version);
   tensorflow::Status CheckLabels(const ModelConfig& config, Lock* lock);
   void ApplyConfig(const ModelConfig& config);
@@ -146,16 +148,16 @@ class ModelManager {
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  bool dirty_ = true;  // something for the thread to look at
+  bool dirty_ = true;  // whether the thread has something to do
   bool poll_now_ = true;
   bool stopping_ = false;
   bool end_waits_ = false;
-  std::map<std::string, Model> models_;  // only the thread erases
-  // Versions that are gone, with the error of those that failed: GetStatus still knows them.
+  std::map<std::string, Model> models_;  // only the thread erases models
+  // Versions that have ended, with their errors, for GetStatus.
   std::map<std::string, std::map<int64_t, tensorflow::Status>> ended_;
   std::set<std::string> first_models_;
   std::optional<tensorflow::Status> first_loads_;
-  std::mutex configure_mutex_;  // one Configure at a time; taken before mutex_
+  std::mutex configure_mutex_;  // allows one Configure at a time; locked before mutex_
 
   std::unique_ptr<WorkerPool> load_threads_;
   std::unique_ptr<WorkerPool> unload_threads_;

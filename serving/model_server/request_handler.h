@@ -1,4 +1,4 @@
-// Answers requests, whichever way they came: finds the model, runs it, counts. Shared by gRPC and REST.
+// Answers the requests of gRPC and REST: finds the model, runs it, and records metrics.
 #ifndef DPSR_SERVING_MODEL_SERVER_REQUEST_HANDLER_H_
 #define DPSR_SERVING_MODEL_SERVER_REQUEST_HANDLER_H_
 
@@ -12,7 +12,7 @@
 
 namespace dpsr::serving {
 
-// Thread-safe. No call throws. `entrypoint` is "GRPC" or "REST", a label of the metrics.
+// Thread-safe. No method throws. `entrypoint` is a label of the metrics, "GRPC" or "REST".
 class RequestHandler {
  public:
   explicit RequestHandler(ModelManager* models) : models_(models) {}
@@ -30,12 +30,12 @@ class RequestHandler {
                                       tensorflow::serving::GetModelMetadataResponse* response) const;
   tensorflow::Status GetModelStatus(const tensorflow::serving::GetModelStatusRequest& request,
                                     tensorflow::serving::GetModelStatusResponse* response) const;
-  // Blocks until the new models are available, or `cancelled` turns true.
+  // Blocks until the new models are available or `cancelled` returns true.
   tensorflow::Status Reload(const tensorflow::serving::ReloadConfigRequest& request,
                             const std::function<bool()>& cancelled,
                             tensorflow::serving::ReloadConfigResponse* response) const;
 
-  // Runs `run` on the version that `spec` asks for, counted and timed as a request of kind `api`: "Predict", ...
+  // Calls `run` with the version that `spec` asks for, and records it as a request of kind `api` ("Predict", ...).
   tensorflow::Status Answer(const tensorflow::serving::ModelSpec& spec, const char* api, const char* entrypoint,
                             const std::function<tensorflow::Status(const Servable& servable)>& run) const;
 

@@ -26,15 +26,15 @@ bool EqualsIgnoringCase(std::string_view left, std::string_view right) {
          });
 }
 
-// Takes `prefix` off the front of `text`, in any case of letters.
+// Removes `prefix` from the front of `text`, ignoring case. Returns false if it is not there.
 bool Consume(std::string_view* text, std::string_view prefix) {
   if (text->size() < prefix.size() || !EqualsIgnoringCase(text->substr(0, prefix.size()), prefix)) return false;
   text->remove_prefix(prefix.size());
   return true;
 }
 
-// Takes what stands before the next '/' or ':'.
-std::string TakeName(std::string_view* text) {
+// Removes the text before the next '/' or ':', and returns it.
+std::string ConsumeName(std::string_view* text) {
   const size_t end = std::min(text->find_first_of("/:"), text->size());
   std::string name(text->substr(0, end));
   text->remove_prefix(end);
@@ -45,12 +45,12 @@ tensorflow::Status Malformed(const RestRequest& request) {
   return InvalidArgument("Malformed request: " + request.method + " " + request.path);
 }
 
-// Reads `M[/versions/N|/labels/L]` off the front of `path`.
+// Reads `M[/versions/N|/labels/L]` and removes it from the front of `path`.
 tensorflow::Status ReadSpec(const RestRequest& request, std::string_view* path, ModelSpec* spec) {
-  spec->set_name(TakeName(path));
+  spec->set_name(ConsumeName(path));
   if (spec->name().empty()) return InvalidArgument("Missing model name in request.");
   if (Consume(path, "/versions/")) {
-    const std::string text = TakeName(path);
+    const std::string text = ConsumeName(path);
     const bool is_number =
         !text.empty() && std::all_of(text.begin(), text.end(), [](unsigned char c) { return std::isdigit(c); });
     if (!is_number) return Malformed(request);
@@ -60,7 +60,7 @@ tensorflow::Status ReadSpec(const RestRequest& request, std::string_view* path, 
     }
     spec->mutable_version()->set_value(version);
   } else if (Consume(path, "/labels/")) {
-    spec->set_version_label(TakeName(path));
+    spec->set_version_label(ConsumeName(path));
     if (spec->version_label().empty()) return Malformed(request);
   }
   return tensorflow::OkStatus();
@@ -73,7 +73,7 @@ tensorflow::Status ToJson(const google::protobuf::Message& message, std::string*
   options.preserve_proto_field_names = true;
   const auto status = google::protobuf::util::MessageToJsonString(message, text, options);
   if (status.ok()) return tensorflow::OkStatus();
-  return absl::InternalError("the answer cannot be written as JSON: " + std::string(status.message()));
+  return absl::InternalError("cannot write the answer as JSON: " + std::string(status.message()));
 }
 
 }  // namespace
@@ -167,7 +167,7 @@ tensorflow::Status RestApi::AnswerModel(const RestRequest& request, std::string*
   if (path.empty()) {
     tensorflow::serving::GetModelStatusRequest status;
     tensorflow::serving::GetModelStatusResponse response;
-    // Here, unlike in gRPC, a label names a version.
+    // REST accepts a label here, gRPC does not.
     if (!spec.version_label().empty()) {
       std::shared_ptr<const Servable> servable;
       TF_RETURN_IF_ERROR(handler_->models().Find(spec, &servable));
@@ -183,10 +183,10 @@ tensorflow::Status RestApi::AnswerModel(const RestRequest& request, std::string*
     *metadata.mutable_model_spec() = spec;
     metadata.add_metadata_field("signature_def");
     TF_RETURN_IF_ERROR(handler_->GetModelMetadata(metadata, &response));
-    // Without the type that an Any would show.
+    // Unpacked, so that the JSON does not contain the type of the Any.
     tensorflow::serving::SignatureDefMap signatures;
     if (!response.metadata().at("signature_def").UnpackTo(&signatures)) {
-      return absl::InternalError("the metadata cannot be read");
+      return absl::InternalError("cannot read the metadata");
     }
     std::string spec_json, signatures_json;
     TF_RETURN_IF_ERROR(ToJson(response.model_spec(), &spec_json));
@@ -200,7 +200,7 @@ tensorflow::Status RestApi::AnswerModel(const RestRequest& request, std::string*
 tensorflow::Status RestApi::Infer(const std::string& method, const ModelSpec& spec, const RestRequest& request,
                                   std::string* body) const {
   if (method == "predict") {
-    // The signature, which says what the JSON means, has to be that of the version that answers.
+    // The JSON is read with the signature of the version that answers, because the signature gives the types.
     return handler_->Answer(spec, "Predict", kEntrypoint, [&](const Servable& servable) {
       tensorflow::serving::PredictRequest predict;
       tensorflow::serving::PredictResponse response;

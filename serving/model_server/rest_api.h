@@ -1,4 +1,4 @@
-// The REST API: a request's method, path and body in, status and text out. Knows no sockets.
+// The REST API: turns the method, path and body of a request into a status and a text. Does not use sockets.
 #ifndef DPSR_SERVING_MODEL_SERVER_REST_API_H_
 #define DPSR_SERVING_MODEL_SERVER_REST_API_H_
 
@@ -24,21 +24,21 @@ struct RestReply {
   std::string body;
 };
 
-// The HTTP status of a code.
+// Returns the HTTP status for a code.
 int HttpStatus(const tensorflow::Status& status);
 
-// The reply `{"error": message}`.
+// Returns the reply `{"error": message}`.
 RestReply ErrorReply(int status, const std::string& message);
 
 // Thread-safe.
 class RestApi {
  public:
-  // `metrics_path` is where the metrics stand, those of `workers` among them; empty: nowhere. `handler` and `workers`
-  // must outlive this.
+  // The metrics, including those of `workers`, are at `metrics_path`; an empty path means that they are not shown.
+  // `handler` and `workers` must outlive this object.
   RestApi(const RequestHandler* handler, std::vector<const WorkerPool*> workers, std::string metrics_path)
       : handler_(handler), workers_(std::move(workers)), metrics_path_(std::move(metrics_path)) {}
 
-  // Answers a request. No call throws. Only a POST may take long.
+  // Answers a request. Does not throw. Only a POST may take long.
   RestReply Answer(const RestRequest& request) const;
 
  private:

@@ -27,14 +27,14 @@ namespace beast = boost::beast;
 namespace http = boost::beast::http;
 using tcp = asio::ip::tcp;
 
-// A client that sends nothing for so long on an open connection is gone.
+// An open connection on which a client sends nothing for this time is closed.
 constexpr std::chrono::seconds kIdle(120);
-// How long a connection that is to end takes what the client is still sending.
+// How long a connection that ends still reads what the client sends.
 constexpr std::chrono::seconds kLinger(5);
-// Between two tries to take a connection, where the process has no room for one (files, memory).
+// The time between two tries to accept a connection, if the process lacks files or memory for it.
 constexpr std::chrono::milliseconds kAcceptAgain(50);
 
-// What all connections share.
+// The state that all connections share.
 struct Shared {
   RestServerOptions options;
   const RestApi* api;
@@ -42,9 +42,9 @@ struct Shared {
   std::mutex mutex;
   std::condition_variable idle;
   bool draining = false;
-  int busy = 0;  // requests that are read and not yet answered
+  int busy = 0;  // requests that have been read and not yet answered
 
-  // A request begins to be answered. False: the server stops, and nothing may begin.
+  // Counts a request that is to be answered. Returns false if the server stops, so that it must not be answered.
   bool Begin() {
     std::lock_guard<std::mutex> lock(mutex);
     if (!draining) ++busy;
@@ -60,8 +60,8 @@ struct Shared {
   }
 };
 
-// One connection: reads a request, has it answered by a worker, writes the answer, and again. It lives as long as
-// something of that is under way.
+// One connection. It reads a request, lets a worker answer it, writes the answer, and starts again. The object lives as
+// long as one of these operations is running.
 class Connection : public std::enable_shared_from_this<Connection> {
  public:
   Connection(tcp::socket socket, Shared* shared) : stream_(std::move(socket)), shared_(shared) {}
@@ -82,7 +82,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   }
 
  private:
-  // The client waits for a word before it sends a large body.
+  // Tells a client that waits before it sends a large body to go on.
   void WriteContinue() {
     static constexpr std::string_view kContinue = "HTTP/1.1 100 Continue\r\n\r\n";
     asio::async_write(stream_, asio::buffer(kContinue.data(), kContinue.size()),
@@ -99,15 +99,17 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void OnRead(beast::error_code error) {
     const bool not_http = error && error.category() == http::make_error_code(http::error::bad_method).category() &&
                           error != http::error::end_of_stream && error != http::error::partial_message;
-    if (error && !not_http) return;  // the client closed, or time is up: the connection ends with this object
-    stream_.expires_never();         // the request has its own limit
+    // If the client closed the connection or the time is up, the connection ends with this object.
+    if (error && !not_http) return;
+    // From here on the time limit of the request counts.
+    stream_.expires_never();
     if (!shared_->Begin()) return;
     if (error == http::error::body_limit) {
       Write(ErrorReply(413, "the request's body is too large"), false);
       return;
     }
     if (not_http) {
-      Write(ErrorReply(400, "no HTTP request: " + error.message()), false);
+      Write(ErrorReply(400, "not an HTTP request: " + error.message()), false);
       return;
     }
     const auto& message = parser_->get();
@@ -153,7 +155,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
     response_->keep_alive(keep_alive);
     response_->body() = std::move(reply.body);
     response_->prepare_payload();
-    if (is_head_) response_->body().clear();  // but not its length
+    // The answer to HEAD keeps the length of the body that it does not have.
+    if (is_head_) response_->body().clear();
     stream_.expires_after(kIdle);
     http::async_write(stream_, *response_, [self = shared_from_this(), keep_alive](beast::error_code error, size_t) {
       self->shared_->End();
@@ -166,8 +169,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
     });
   }
 
-  // A socket that is closed with something unread resets the connection, and the client may lose the answer: tell it
-  // that nothing more comes, and read what it has sent, for a while.
+  // Closing a socket that has unread bytes resets the connection, and the client may lose the answer. So this tells the
+  // client that nothing more comes, and goes on reading what it has sent, for a limited time.
   void Close() {
     beast::error_code ignored;
     stream_.socket().shutdown(tcp::socket::shutdown_send, ignored);
@@ -248,7 +251,8 @@ class RestServerImpl final : public RestServer {
   void Accept() {
     acceptor_.async_accept(asio::make_strand(io_), [this](beast::error_code error, tcp::socket socket) {
       if (error == asio::error::operation_aborted || !acceptor_.is_open()) return;
-      if (error) {  // such as too many open files
+      // For example too many open files.
+      if (error) {
         accept_again_.expires_after(kAcceptAgain);
         accept_again_.async_wait([this](beast::error_code) {
           if (acceptor_.is_open()) Accept();
@@ -264,7 +268,7 @@ class RestServerImpl final : public RestServer {
 
   Shared shared_;
   asio::io_context io_;
-  // Threads stay while all that is left is a request that a worker computes.
+  // Keeps the threads running while the only work is a request that a worker computes.
   asio::executor_work_guard<asio::io_context::executor_type> work_;
   tcp::acceptor acceptor_;
   asio::steady_timer accept_again_;

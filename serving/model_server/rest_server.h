@@ -1,4 +1,4 @@
-// The HTTP front of the REST API.
+// The HTTP server of the REST API.
 #ifndef DPSR_SERVING_MODEL_SERVER_REST_SERVER_H_
 #define DPSR_SERVING_MODEL_SERVER_REST_SERVER_H_
 
@@ -7,16 +7,16 @@
 #include <memory>
 #include <string>
 
+#include "common/status.h"
 #include "serving/model_server/rest_api.h"
 #include "serving/model_server/worker_pool.h"
-#include "common/status.h"
 
 namespace dpsr::serving {
 
 struct RestServerOptions {
   std::string host;
   int port = 0;
-  int num_threads = 1;  // that read and write sockets
+  int num_threads = 1;  // threads that read and write sockets
   std::chrono::milliseconds timeout{30'000};
   bool enable_cors = false;
   uint64_t max_body_bytes = uint64_t{1} << 30;
@@ -24,16 +24,16 @@ struct RestServerOptions {
 
 class RestServer {
  public:
-  // Listens. Inference runs on `workers`; what only asks for a state is answered at once, however busy these are. `api`
-  // and `workers` must outlive the server. kFailedPrecondition says why the address cannot be listened on.
+  // Listens. `workers` compute inference requests; requests for a state are answered at once, even if the workers are
+  // busy. `api` and `workers` must outlive the server. kFailedPrecondition says why the server cannot listen.
   static Status Start(const RestServerOptions& options, const RestApi* api, WorkerPool* workers,
                       std::unique_ptr<RestServer>* server);
-  // Ends connections, and waits for those whose request is being computed.
+  // Closes the connections, and waits for requests that are being computed.
   virtual ~RestServer() = default;
 
   virtual int port() const = 0;
 
-  // Takes no new connection or request, and lets those that run end, for at most `drain`.
+  // Takes no new connections or requests, and waits for running requests, at most for `drain`.
   virtual void Shutdown(std::chrono::milliseconds drain) = 0;
 };
 

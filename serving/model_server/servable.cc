@@ -14,17 +14,18 @@ namespace {
 
 using ::tensorflow::TensorInfo;
 
-// Marks an error that another try cannot mend.
+// Marks an error of a load that another try cannot change.
 constexpr char kFinal[] = "dpsr.serving.final";
 
-// Beyond so many different sets of outputs a session computes all of them, and the answer keeps those asked for.
+// After this many different sets of outputs, the session computes all outputs for a new set, and the answer keeps the
+// requested ones.
 constexpr size_t kMaxOutputSets = 64;
 
 std::vector<Endpoint> SortedEndpoints(const google::protobuf::Map<std::string, TensorInfo>& infos) {
   std::vector<Endpoint> endpoints;
   for (const auto& [alias, info] : infos) {
     Endpoint endpoint{alias, info.name(), info.dtype(), {}};
-    // Of a shape that makes no sense nothing is known.
+    // A shape that is not valid stays unknown.
     tensorflow::PartialTensorShape::BuildPartialTensorShape(info.tensor_shape(), &endpoint.shape).IgnoreError();
     endpoints.push_back(std::move(endpoint));
   }
@@ -33,7 +34,7 @@ std::vector<Endpoint> SortedEndpoints(const google::protobuf::Map<std::string, T
   return endpoints;
 }
 
-// TensorFlow's error of a load, in terms of the flag that mends it where an op is missing.
+// Returns the error of a load. If an op is missing, the error names the flag that loads op libraries.
 tensorflow::Status ExplainLoadError(const tensorflow::Status& status, const std::string& name, int64_t version) {
   const std::string message(status.message());
   for (const std::string marker : {"Op type not registered '", "No OpKernel was registered to support Op '"}) {
@@ -96,7 +97,7 @@ const Signature* Servable::FindSignature(const std::string& name) const {
   return found == signatures_.end() ? nullptr : &found->second;
 }
 
-bool Servable::RunsAsAsked(const std::string& signature_name, const std::vector<size_t>& outputs) const {
+bool Servable::RunsAsRequested(const std::string& signature_name, const std::vector<size_t>& outputs) const {
   std::lock_guard<std::mutex> lock(mutex_);
   const auto set = std::make_pair(signature_name, outputs);
   if (output_sets_.size() < kMaxOutputSets) output_sets_.insert(set);
@@ -115,7 +116,7 @@ tensorflow::Status Servable::RunAlone(const Signature& signature, const Feeds& f
                                       const std::vector<size_t>& outputs, Deadline deadline,
                                       std::vector<tensorflow::Tensor>* results) const {
   std::vector<size_t> computed = outputs;
-  const bool all = outputs.size() < signature.outputs.size() && !RunsAsAsked(signature.name, outputs);
+  const bool all = outputs.size() < signature.outputs.size() && !RunsAsRequested(signature.name, outputs);
   if (all) {
     computed.resize(signature.outputs.size());
     std::iota(computed.begin(), computed.end(), 0);
@@ -141,7 +142,7 @@ tensorflow::Status Servable::Run(const Feeds& feeds, const std::vector<std::stri
     run_options.set_timeout_in_ms(left);
   }
   TF_RETURN_IF_ERROR(bundle_.GetSession()->Run(run_options, feeds, fetches, {}, results, nullptr));
-  // TensorFlow does not look at the time while a caller's own thread computes.
+  // TensorFlow does not check the time while the graph runs in the caller's thread.
   if (std::chrono::system_clock::now() > deadline) {
     return absl::DeadlineExceededError("the deadline passed while the request was computed");
   }

@@ -1,5 +1,4 @@
-// One loaded version of a model: a SavedModel in a TensorFlow session. It runs graphs; what a request asks of it is
-// read in inference.h.
+// One loaded version of a model: a SavedModel in a TensorFlow session. It runs graphs; inference.h reads the requests.
 #ifndef DPSR_SERVING_MODEL_SERVER_SERVABLE_H_
 #define DPSR_SERVING_MODEL_SERVER_SERVABLE_H_
 
@@ -31,18 +30,18 @@ class BatchThreads;
 struct ServableOptions {
   tensorflow::SessionOptions session_options;
   std::unordered_set<std::string> tags;
-  // Run a request's graph in the thread that asks for it: no hand-over between threads, and the number of threads that
-  // ask bounds what runs. Ops still use the intra-op threads.
+  // Run the graph of a request in the thread that calls Run. This saves the hand-over between threads, and the number
+  // of callers limits how many requests run. Ops still use the intra-op threads.
   bool run_in_caller_thread = true;
-  // Answer with tensor_content instead of typed fields.
+  // Send tensors as tensor_content instead of typed fields.
   bool tensor_content = false;
-  // Refuse Classify and Regress on signatures whose method is another.
+  // Refuse Classify and Regress for signatures with another method name.
   bool check_method_names = false;
-  // Compute requests of several clients together, on these threads; null: each alone.
+  // The threads that compute the requests of several clients together; null: each request runs alone.
   std::shared_ptr<BatchThreads> batch_threads;
 };
 
-// An alias of a signature's input or output, and the tensor of the graph that it stands for.
+// An input or output of a signature: its alias, and the tensor of the graph that the alias stands for.
 struct Endpoint {
   std::string alias;
   std::string tensor;
@@ -50,7 +49,7 @@ struct Endpoint {
   tensorflow::PartialTensorShape shape;
 };
 
-// A SignatureDef, its endpoints sorted by alias.
+// A SignatureDef, with its endpoints sorted by alias.
 struct Signature {
   std::string name;
   std::string method;  // such as tensorflow/serving/classify
@@ -70,34 +69,34 @@ using Feeds = std::vector<std::pair<std::string, tensorflow::Tensor>>;
 // Thread-safe.
 class Servable {
  public:
-  // Loads the SavedModel in `path`. An op that no library brought is NOT_FOUND, with the op, the model and the flag
-  // that would load it; other errors are TensorFlow's.
+  // Loads the SavedModel in `path`. If no library has one of its ops, returns NOT_FOUND, which names the op, the model
+  // and the flag that loads op libraries. Other errors are TensorFlow's.
   static tensorflow::Status Load(const ServableOptions& options, const std::string& name, int64_t version,
                                  const std::string& path, std::unique_ptr<Servable>* servable);
   ~Servable();
   Servable(const Servable&) = delete;
   Servable& operator=(const Servable&) = delete;
 
-  // Whether a load with this error would fail again, whatever comes into the folder.
+  // Returns whether a load with this error would fail again, even if the files of the version changed.
   static bool IsFinal(const tensorflow::Status& status);
 
   const std::string& name() const { return name_; }
   int64_t version() const { return version_; }
   bool tensor_content() const { return tensor_content_; }
   bool check_method_names() const { return check_method_names_; }
-  // By name, `serving_default` for the empty one. Null when there is none.
+  // Returns a signature by name; an empty name means `serving_default`. Null if there is none.
   const Signature* FindSignature(const std::string& name) const;
-  // The SignatureDefs as they stand in the SavedModel.
+  // The SignatureDefs of the SavedModel.
   const google::protobuf::Map<std::string, tensorflow::SignatureDef>& signature_defs() const {
     return bundle_.GetSignatures();
   }
 
-  // Computes the outputs of `signature` at these places, ascending, together with other requests where they may be
-  // batched (see batching.h for what can go wrong there). `deadline` becomes the session's timeout, which ends ops that
-  // wait (queues, batching) but not one that computes; time_point::max() is none.
+  // Computes the outputs of `signature` with these ascending indices, in a batch with other requests if that is
+  // possible (batching.h has the errors of this). `deadline` becomes the session's timeout, which ends ops that wait
+  // (queues, batching) but not an op that computes; time_point::max() means no deadline.
   tensorflow::Status Run(const Signature& signature, const Feeds& feeds, const std::vector<size_t>& outputs,
                          Deadline deadline, std::vector<tensorflow::Tensor>* results) const;
-  // The same, alone, for tensors that belong to no one signature.
+  // Computes tensors of the graph, without a batch, for requests that use several signatures.
   tensorflow::Status Run(const Feeds& feeds, const std::vector<std::string>& fetches, Deadline deadline,
                          std::vector<tensorflow::Tensor>* results) const;
 
@@ -115,12 +114,13 @@ class Servable {
   tensorflow::SavedModelBundleLite bundle_;
   std::map<std::string, Signature> signatures_;
 
-  // A session keeps a compiled executor per set of fetches, for ever. So only a bounded number of sets of outputs, by
-  // their places in the signature, run as they are asked for; true for those.
-  bool RunsAsAsked(const std::string& signature_name, const std::vector<size_t>& outputs) const;
+  // Returns whether to run exactly these outputs of a signature. A session keeps a compiled executor for every set of
+  // fetches for ever, so only a limited number of sets run as requested; for any other set, all outputs are computed.
+  bool RunsAsRequested(const std::string& signature_name, const std::vector<size_t>& outputs) const;
   mutable std::mutex mutex_;
   mutable std::set<std::pair<std::string, std::vector<size_t>>> output_sets_;
-  std::unique_ptr<BatchQueues> batch_queues_;  // goes first: its batches run in the session
+  // Destroyed first, because its batches run in the session.
+  std::unique_ptr<BatchQueues> batch_queues_;
 };
 
 }  // namespace dpsr::serving

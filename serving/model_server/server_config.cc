@@ -46,7 +46,7 @@ VersionPolicy PolicyOf(const Policy& policy) {
   return result;
 }
 
-// model_type is deprecated, and still written by old configurations.
+// model_type is deprecated, but old configurations still use it.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
 tensorflow::Status CheckPlatform(const tensorflow::serving::ModelConfig& config) {
@@ -91,11 +91,11 @@ tensorflow::Status ReadTextProto(const std::string& path, google::protobuf::Mess
 
 tensorflow::Status ModelsOf(const ModelServerConfig& config, std::vector<ModelConfig>* models) {
   if (config.config_case() == ModelServerConfig::kCustomModelConfig) {
-    return InvalidArgument("custom_model_config is not supported; give a model_config_list");
+    return InvalidArgument("custom_model_config is not supported; use model_config_list");
   }
   std::set<std::string> names;
   for (const auto& model : config.model_config_list().config()) {
-    if (model.name().empty()) return InvalidArgument("a model of the config list has no name; give each one a name");
+    if (model.name().empty()) return InvalidArgument("a model of the config list has no name; give each model a name");
     if (!names.insert(model.name()).second) {
       return InvalidArgument(StrCat("Illegal to list model ", model.name(), " multiple times in config list"));
     }

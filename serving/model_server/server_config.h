@@ -1,4 +1,4 @@
-// TensorFlow Serving's configuration messages: read from the text of a file, checked, and turned into what we use.
+// Reads TensorFlow Serving's configuration messages from text files, checks them, and turns them into our own structs.
 #ifndef DPSR_SERVING_MODEL_SERVER_SERVER_CONFIG_H_
 #define DPSR_SERVING_MODEL_SERVER_SERVER_CONFIG_H_
 
@@ -12,13 +12,13 @@
 
 namespace dpsr::serving {
 
-// Reads a message from its text form. INVALID_ARGUMENT, with line, column and reason.
+// Reads a message from its text form. INVALID_ARGUMENT gives line, column and reason.
 tensorflow::Status ParseTextProto(const std::string& text, google::protobuf::Message* message);
 
-// The same from a file; errors name it.
+// Reads a message from a text file. Errors name the file.
 tensorflow::Status ReadTextProto(const std::string& path, google::protobuf::Message* message);
 
-// The models of a configuration. The codes and messages of errors are TensorFlow Serving's.
+// Reads the models of a configuration. The codes and messages of errors are TensorFlow Serving's.
 tensorflow::Status ModelsOf(const tensorflow::serving::ModelServerConfig& config, std::vector<ModelConfig>* models);
 
 }  // namespace dpsr::serving

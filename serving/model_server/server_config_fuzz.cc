@@ -1,4 +1,4 @@
-// libFuzzer: any text of a configuration file is read or refused.
+// A libFuzzer target: any text of a configuration file is read or refused.
 #include <cstddef>
 #include <cstdint>
 #include <string>

@@ -1,5 +1,6 @@
-// libFuzzer: any tensor of a request becomes one of the type and size that it claims, or is refused. Input: a byte;
-// where it is even, the bytes of a TensorProto follow, otherwise what one is made of, which reaches deeper.
+// A libFuzzer target: any tensor of a request either gets the type and size that it claims, or is refused. The input is
+// a byte and, if that is even, the bytes of a TensorProto; if it is odd, values to make a TensorProto of, which reaches
+// deeper.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -13,12 +14,12 @@ namespace {
 
 using tensorflow::TensorProto;
 
-// Takes numbers off the front of an input; 0 when it is used up.
+// Reads numbers from the front of an input; 0 at its end.
 class Source {
  public:
   Source(const uint8_t* data, size_t size) : data_(data), size_(size) {}
   template <typename T>
-  T Take() {
+  T Read() {
     T value{};
     const size_t size = std::min(size_, sizeof(T));
     std::memcpy(&value, data_, size);
@@ -34,8 +35,8 @@ class Source {
   size_t size_;
 };
 
-int64_t TakeDim(Source* source) {
-  const int what = source->Take<uint8_t>();
+int64_t ReadDim(Source* source) {
+  const int what = source->Read<uint8_t>();
   switch (what % 4) {
     case 0:
       return what / 4 % 8;
@@ -44,42 +45,42 @@ int64_t TakeDim(Source* source) {
     case 2:
       return -what / 4;
     default:
-      return source->Take<int64_t>();
+      return source->Read<int64_t>();
   }
 }
 
 TensorProto MakeTensor(Source source) {
   TensorProto proto;
-  const int dtype = source.Take<uint8_t>();
+  const int dtype = source.Read<uint8_t>();
   proto.set_dtype(static_cast<tensorflow::DataType>(dtype < 200 ? dtype % 32 : dtype));
-  const int shape = source.Take<uint8_t>();
+  const int shape = source.Read<uint8_t>();
   for (int i = 0; i < (shape < 250 ? shape % 6 : shape + 10); ++i) {
-    proto.mutable_tensor_shape()->add_dim()->set_size(TakeDim(&source));
+    proto.mutable_tensor_shape()->add_dim()->set_size(ReadDim(&source));
   }
   if (shape == 249) proto.mutable_tensor_shape()->set_unknown_rank(true);
-  if (const int field = source.Take<uint8_t>() % 14; field == 0) {
+  if (const int field = source.Read<uint8_t>() % 14; field == 0) {
     proto.set_tensor_content(source.Rest());
   } else {
     while (!source.empty()) {
-      if (field == 1) proto.add_half_val(source.Take<int32_t>());
-      if (field == 2) proto.add_float_val(source.Take<float>());
-      if (field == 3) proto.add_double_val(source.Take<double>());
-      if (field == 4) proto.add_int_val(source.Take<int32_t>());
-      if (field == 5) proto.add_scomplex_val(source.Take<float>());
-      if (field == 6) proto.add_int64_val(source.Take<int64_t>());
-      if (field == 7) proto.add_bool_val(source.Take<uint8_t>() % 2 == 1);
-      if (field == 8) proto.add_dcomplex_val(source.Take<double>());
-      if (field == 9) proto.add_uint32_val(source.Take<uint32_t>());
-      if (field == 10) proto.add_uint64_val(source.Take<uint64_t>());
-      if (field == 11) proto.add_string_val(std::string(source.Take<uint8_t>(), 'a'));
-      if (field == 12) proto.add_resource_handle_val()->set_name(std::string(source.Take<uint8_t>(), 'a'));
-      if (field == 13) proto.add_variant_val()->set_metadata(std::string(source.Take<uint8_t>(), 'a'));
+      if (field == 1) proto.add_half_val(source.Read<int32_t>());
+      if (field == 2) proto.add_float_val(source.Read<float>());
+      if (field == 3) proto.add_double_val(source.Read<double>());
+      if (field == 4) proto.add_int_val(source.Read<int32_t>());
+      if (field == 5) proto.add_scomplex_val(source.Read<float>());
+      if (field == 6) proto.add_int64_val(source.Read<int64_t>());
+      if (field == 7) proto.add_bool_val(source.Read<uint8_t>() % 2 == 1);
+      if (field == 8) proto.add_dcomplex_val(source.Read<double>());
+      if (field == 9) proto.add_uint32_val(source.Read<uint32_t>());
+      if (field == 10) proto.add_uint64_val(source.Read<uint64_t>());
+      if (field == 11) proto.add_string_val(std::string(source.Read<uint8_t>(), 'a'));
+      if (field == 12) proto.add_resource_handle_val()->set_name(std::string(source.Read<uint8_t>(), 'a'));
+      if (field == 13) proto.add_variant_val()->set_metadata(std::string(source.Read<uint8_t>(), 'a'));
     }
   }
   return proto;
 }
 
-// Sizes up to the limit are allowed whatever the message carries, and would only cost time here.
+// Tensors up to the limit are allowed whatever the message carries, and would only take time here.
 bool TakesLong(const TensorProto& proto) {
   double elements = 1;
   for (const auto& dim : proto.tensor_shape().dim()) elements *= static_cast<double>(dim.size());

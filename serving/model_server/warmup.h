@@ -1,5 +1,5 @@
-// Replays the requests that a SavedModel brings along, before the version takes those of clients: the first ones are
-// slow, for what TensorFlow and the memory map do lazily.
+// Replays the warm-up requests of a SavedModel before the version takes requests of clients. The first requests are
+// slow, because TensorFlow and the memory map do part of their work only then.
 #ifndef DPSR_SERVING_MODEL_SERVER_WARMUP_H_
 #define DPSR_SERVING_MODEL_SERVER_WARMUP_H_
 
@@ -10,9 +10,10 @@
 
 namespace dpsr::serving {
 
-// Runs each request of `path`/assets.extra/tf_serving_warmup_requests, a TFRecord file of PredictionLog, `iterations`
-// times. No such file is fine. DATA_LOSS (no TFRecord file), INVALID_ARGUMENT (a record that is no PredictionLog, more
-// than 1000 of them), UNIMPLEMENTED (a kind that cannot be replayed), or the error of a request that fails.
+// Runs each request in `path`/assets.extra/tf_serving_warmup_requests, a TFRecord file of PredictionLog messages,
+// `iterations` times. Does nothing if there is no such file. DATA_LOSS: not a TFRecord file. INVALID_ARGUMENT: a record
+// that is not a PredictionLog, or more than 1000 records. UNIMPLEMENTED: a kind of request that cannot be replayed.
+// Otherwise the error of a request that fails.
 tensorflow::Status ReplayWarmup(const Servable& servable, const std::string& path, int iterations);
 
 }  // namespace dpsr::serving

@@ -50,7 +50,8 @@ void WorkerPool::Work() {
       ++num_running_;
     }
     task();
-    task = nullptr;  // what it holds goes before it counts as done
+    // Destroys what the task holds before the task counts as done.
+    task = nullptr;
     std::lock_guard<std::mutex> lock(mutex_);
     --num_running_;
   }

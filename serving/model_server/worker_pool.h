@@ -1,4 +1,4 @@
-// A fixed number of threads that run tasks in the order of their arrival.
+// A fixed number of threads that run tasks in order of arrival.
 #ifndef DPSR_SERVING_MODEL_SERVER_WORKER_POOL_H_
 #define DPSR_SERVING_MODEL_SERVER_WORKER_POOL_H_
 
@@ -17,21 +17,21 @@ namespace dpsr::serving {
 inline constexpr char kQueueIsFull[] =
     "the server's queue is full (--max_queued_requests); try again later, or elsewhere";
 
-// gRPC's callback threads must not block, and TensorFlow computes for milliseconds: requests are handed over to these
-// threads, whose number bounds how many are computed at a time. Thread-safe.
+// gRPC's callback threads must not block, and TensorFlow computes for milliseconds. So these threads compute the
+// requests, and their number limits how many are computed at the same time. Thread-safe.
 class WorkerPool {
  public:
   // At most `max_queued` tasks wait.
   explicit WorkerPool(int num_threads, size_t max_queued = std::numeric_limits<size_t>::max());
-  // Runs what was added, then ends the threads.
+  // Runs all tasks that were added, then ends the threads.
   ~WorkerPool();
   WorkerPool(const WorkerPool&) = delete;
   WorkerPool& operator=(const WorkerPool&) = delete;
 
-  // `task` must not throw. False, and nothing is added, where as many as may wait already do.
+  // Adds a task, which must not throw. Returns false, and adds nothing, if the queue is full.
   bool Add(std::function<void()> task);
 
-  // Tasks that wait, and tasks that run.
+  // The numbers of tasks that wait and that run.
   size_t num_queued() const;
   size_t num_running() const;
 

@@ -123,7 +123,7 @@ def test_a_context_does_not_multiply_without_bounds(examples_server: Server) -> 
     request = regress_request("tf1", "regress_x_to_y", examples)
     code, message = error_of(lambda: examples_server.prediction.Regress(request, timeout=PATIENCE_S))
     assert code == INVALID
-    assert "for each of 1000 examples is too much" in message
+    assert "for each of 1000 examples needs too much memory" in message
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -519,7 +519,7 @@ def test_a_reload_that_waits_in_vain_holds_nothing_up(reloadable: Server, models
     assert not waiting.done()
     reloadable.reload(config_list(model_a(models, stable=1)))  # takes b away
     code, message = error_of(waiting.result)
-    assert (code, message) == (grpc.StatusCode.ABORTED, "a later configuration took model b away")
+    assert (code, message) == (grpc.StatusCode.ABORTED, "a later configuration removed model b")
     # Where the later one mends it, both succeed.
     waiting = reloadable.model.HandleReloadConfigRequest.future(request, timeout=PATIENCE_S)
     eventually(lambda: reloadable.log.read_text().count("cannot read the base path of model b") == 2, "a warning")
@@ -586,11 +586,11 @@ def test_the_config_file_is_polled(models: Path, exported: Path) -> None:
         eventually(lambda: running.states("b") == {4: State.AVAILABLE}, "b is there")
         # What is wrong changes nothing.
         (models / "models.config").write_text("")
-        eventually(lambda: log("was not taken over: FAILED_PRECONDITION: it is empty"), "it is refused")
+        eventually(lambda: log("was not applied: FAILED_PRECONDITION: it is empty"), "it is refused")
         (models / "models.config").write_text("what is this")
-        eventually(lambda: log("was not taken over: INVALID_ARGUMENT: Error parsing"), "it is refused")
+        eventually(lambda: log("was not applied: INVALID_ARGUMENT: Error parsing"), "it is refused")
         (models / "models.config").unlink()
-        eventually(lambda: log("was not taken over: NOT_FOUND"), "it is missed")
+        eventually(lambda: log("was not applied: NOT_FOUND"), "it is missed")
         assert (answer(running, "a", label="stable"), answer(running, "b")) == (2, 4)
         # A label whose version comes later is given then; a base path that is missing does not end the polling.
         write_config(models, model_a(models, stable=4), model_config("c", models / "c"))

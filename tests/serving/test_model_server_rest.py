@@ -512,7 +512,7 @@ def test_bad_http_is_answered_and_closed(rest: Server, case: str) -> None:
         client.sendall(BAD_HTTP[case])
         text = read_all(client)
     assert text.startswith(b"HTTP/1.1 400 ")
-    assert b'{"error":"no HTTP request: ' in text
+    assert b'{"error":"not an HTTP request: ' in text
     assert rest.rest("/healthz").status == 200
 
 
