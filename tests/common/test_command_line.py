@@ -12,7 +12,7 @@ from dpsr_common.errors import CommandError, UsageError
 
 
 def python(*arguments):
-    """A Python process with the arguments; text in, text out."""
+    """Runs a Python process with these arguments."""
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
 
 
@@ -89,7 +89,7 @@ def test_flags_of_one_command_do_not_leak_into_another(dpsr):
 
 
 def command(run, **attributes):
-    """A command module of our own with one flag."""
+    """Returns a command module with one flag."""
 
     def define_flags(values):
         flags.DEFINE_integer("number", 3, "any number", flag_values=values)
@@ -128,7 +128,7 @@ def test_errors_become_one_line_and_a_status(capfd, error, status, line):
 def test_bugs_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         command_line.run_command("dpsr x", command(fail(ZeroDivisionError())), [])
-    error = RuntimeError("status is no number")
+    error = RuntimeError("status is not a number")
     error.status = "bad"
     with pytest.raises(RuntimeError):
         command_line.run_command("dpsr x", command(fail(error)), [])
@@ -155,7 +155,7 @@ def test_status_and_arguments():
 
 
 def test_query_imports_no_tensorflow():
-    """`dpsr query` must start in a moment, and where no TensorFlow is installed."""
+    """`dpsr query` must start quickly, and also where TensorFlow is not installed."""
     code = (
         "import sys; from dpsr_common import command_line; status = command_line.main(['query', '--help']); "
         "heavy = {'tensorflow', 'pyarrow', 'faiss', 'bm25s', 'tensorflow_serving'} & set(sys.modules); "
@@ -203,7 +203,7 @@ def test_exit_status_of_the_process(tmp_path):
 
 
 def test_a_reader_that_stops_early():
-    """`dpsr help | head -1`: no traceback, whatever is left unread."""
+    """`dpsr help | head -1` prints no traceback."""
     code = "from dpsr_common import command_line; import sys; sys.exit(command_line.main(['help']))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()

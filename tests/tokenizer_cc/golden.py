@@ -15,7 +15,7 @@ PATH = Path(__file__).with_name("golden.tsv")
 
 
 class Case(NamedTuple):
-    """One line of the file."""
+    """A line of golden.tsv."""
 
     line: int
     switches: list[str]
@@ -29,7 +29,7 @@ class Case(NamedTuple):
 
 
 def read_golden() -> list[Case]:
-    """Every line of golden.tsv that is no comment."""
+    """Reads every line of golden.tsv that is not a comment."""
     cases = []
     for number, line in enumerate(PATH.read_text().splitlines(), 1):
         if not line or line.startswith("#"):
@@ -48,7 +48,7 @@ def _text(field: str) -> bytes:
 
 
 def write_seeds(folder: Path) -> None:
-    """One file a seed, in a folder a fuzz target: texts, configurations, vocabulary files."""
+    """Writes each seed as a file (texts, configurations, vocabularies) into a folder for each fuzz target."""
     names = [line.partition("=")[0] for line in TokenizerConfig().serialize().splitlines()[1:]]
     for target in ("tokenizer_fuzz", "tokenizer_config_fuzz", "vocabulary_fuzz"):
         (folder / target).mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""The rules of docs/tokenizer.md once more, slowly and in Python: what the C++ core is compared with.
+"""A second, slow implementation of the rules in docs/tokenizer.md, in Python. Tests compare the C++ core with it.
 
-Written from the rules, not from tokenizer.cc, so that a slip in one shows as a difference. Python's Unicode is older
-than utf8proc's: code points that `unicodedata` does not know are outside of the comparison (see `is_known`).
+It was written from the rules and not from tokenizer.cc, so that a mistake in either shows as a difference. Python's
+Unicode version is older than utf8proc's, so code points that `unicodedata` does not know are not compared (`is_known`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DEFAULTS = {
     "number_parts": True,
     "markers": False,
 }
-# First and last code point of the blocks of unspaced scripts; True: symbols of the block too (Han).
+# The first and last code point of each block of unspaced scripts, and whether its symbols are characters, too (Han).
 UNSPACED = [
     (0x0E00, 0x0EFF, False),
     (0x1000, 0x109F, False),
@@ -49,17 +49,17 @@ IGNORABLE = re.compile(
 
 
 def is_known(text: str) -> bool:
-    """Whether Python's Unicode tables hold every code point of `text`."""
+    """Returns whether Python's Unicode tables contain every code point of `text`."""
     return all(unicodedata.category(c) != "Cn" for c in text)
 
 
 def decode(text: bytes) -> str:
-    """UTF-8 with each byte that is no part of it as U+0000, a separator."""
+    """Decodes UTF-8. Each byte that is not valid UTF-8 becomes U+0000, a separator."""
     return re.sub("[\udc80-\udcff]", "\0", text.decode("utf-8", "surrogateescape"))
 
 
 def normalise(text: str) -> str:
-    """NFKC_Casefold."""
+    """Applies Unicode's NFKC_Casefold."""
     text = IGNORABLE.sub("", unicodedata.normalize("NFD", text))
     for _ in range(2):
         text = unicodedata.normalize("NFKD", text.casefold())
@@ -67,7 +67,7 @@ def normalise(text: str) -> str:
 
 
 def classify(c: str) -> str:
-    """'letter', 'digit', 'unspaced', 'mark' or 'separator'."""
+    """Returns 'letter', 'digit', 'unspaced', 'mark' or 'separator'."""
     category = unicodedata.category(c)
     if category in ("Mn", "Mc"):
         return "mark"
@@ -79,7 +79,7 @@ def classify(c: str) -> str:
 
 
 def runs(text: str) -> list[list[tuple[str, str]]]:
-    """The runs of normalised `text`: (code point, class) of each of their code points; none for a separator."""
+    """Returns the runs of normalised `text`, each as (code point, class) pairs. Separators belong to no run."""
     text = text.replace("\u2044", "/")
     classes = [classify(c) for c in text]
 
@@ -106,7 +106,7 @@ def runs(text: str) -> list[list[tuple[str, str]]]:
 
 
 def tokenize(text: bytes, **changes: bool) -> list[str]:
-    """The tokens of `text` with the default switches and `changes`."""
+    """Returns the tokens of `text` with the default switches and `changes`."""
     on = {**DEFAULTS, **changes}
     tokens = ["<s>"] if on["markers"] else []
     found = runs(normalise(decode(text)))

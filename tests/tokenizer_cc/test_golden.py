@@ -1,4 +1,4 @@
-"""golden.tsv through the Python module, the TensorFlow op and `dpsr tokenize`. (C++: tokenizer_cc/golden_test.cc.)"""
+"""Checks golden.tsv with the Python module, the TensorFlow op and `dpsr tokenize`. tokenizer_cc/golden_test.cc: C++."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_module(case):
 
 @named(CASES)
 def test_reference(case):
-    """The second reading of the rules, which judges random texts in test_properties.py, is itself held to the file."""
+    """The implementation in reference.py, which test_properties.py uses on random texts, passes the file, too."""
     assert tokenize(case.text, **{name: getattr(case.config, name) for name in DEFAULTS}) == case.tokens
 
 

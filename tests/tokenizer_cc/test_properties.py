@@ -1,4 +1,4 @@
-"""What holds for every text: all shells agree, and agree with the second reading of the rules in reference.py."""
+"""Properties of every text: all interfaces give the same tokens, and the implementation in reference.py agrees."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ configs = st.fixed_dictionaries({name: st.booleans() for name in reference.DEFAU
 
 @pytest.fixture(scope="module")
 def shells(tmp_path_factory):
-    """Five ways from texts to ids, each list of bytes -> list of lists, over a vocabulary of the golden texts."""
+    """Five ways to turn texts into ids, list of bytes -> list of lists, with a vocabulary of the golden texts."""
     path = tmp_path_factory.mktemp("vocabulary") / "vocabulary.dpsr"
     builder = VocabularyBuilder(EVERY_KIND)
     builder.add([case.text for case in read_golden()])
@@ -128,7 +128,7 @@ def test_a_batch_may_be_split_anywhere(shells, texts, at):
 
 @given(dirty, configs)
 def test_tokens_are_clean(text, switches):
-    """No kind looks like another: '#' begins trigrams alone, a space is in word bigrams alone."""
+    """Kinds can be told apart: only trigrams begin with '#', and only word bigrams contain a space."""
     tokens = Tokenizer(TokenizerConfig(**switches)).tokenize(text)
     for token in tokens:
         assert token
@@ -150,7 +150,7 @@ def test_trigrams_are_no_words(text):
 
 @given(dirty)
 def test_switches_are_independent(text):
-    """Each kind alone, united: all tokens of all kinds; parts come with the unigrams."""
+    """The tokens of each kind alone are together the tokens of all kinds; number parts come with the unigrams."""
     kinds = ["word_unigrams", "word_bigrams", "letter_trigrams", "char_unigrams", "char_bigrams"]
     off = dict.fromkeys(kinds, False)
     alone = [Tokenizer(TokenizerConfig(**{**off, kind: True})).tokenize(text) for kind in kinds]
@@ -160,7 +160,7 @@ def test_switches_are_independent(text):
 
 @given(dirty, dirty)
 def test_texts_side_by_side(a, b):
-    """Beside a separator a text keeps its tokens; words join only to bigrams."""
+    """Joining two texts with a separator keeps their tokens, and only adds bigrams of words."""
     tokenizer = Tokenizer(TokenizerConfig())
     assert tokenizer.tokenize(a + b" | " + b) == tokenizer.tokenize(a) + tokenizer.tokenize(b)
 

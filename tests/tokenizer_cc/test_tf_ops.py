@@ -44,12 +44,12 @@ def table(path):
 
 @pytest.fixture
 def expected(table):
-    """The ids of TEXTS as nested lists, by the Python module."""
+    """Returns the ids of TEXTS from the Python module, as nested lists."""
     return [table.vocabulary.encode(text).tolist() for text in TEXTS]
 
 
 def save_v1(path, export: Path) -> None:
-    """A SavedModel as an Estimator makes it: text -> values, row_splits."""
+    """Makes a SavedModel as an Estimator does, text -> values, row_splits."""
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         text = tf.compat.v1.placeholder(tf.string, [None], name="text")
         ids = VocabularyTable(path).tokenize(text)
@@ -71,7 +71,7 @@ def save_v1(path, export: Path) -> None:
 
 @pytest.fixture
 def moved_v1(path, tmp_path):
-    """A SavedModel of TensorFlow 1 that was moved, with the vocabulary it was made from gone."""
+    """A SavedModel of TensorFlow 1 that was moved, and whose original vocabulary file is deleted."""
     copy = tmp_path / "vocabulary.dpsr"
     shutil.copy(path, copy)
     save_v1(copy, tmp_path / "export")
