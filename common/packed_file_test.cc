@@ -225,7 +225,8 @@ TEST_F(PackedFileTest, TableThatIsNotCanonicalIsRefused) {
   const std::string bytes = ReadBytes();
   const size_t table = bytes.size() - 3 * 64;
   // Offset in the table, and what to write there.
-  const std::pair<size_t, char> edits[] = {{0, '\0'}, {10, 'x'}, {32, 99}, {36, 1}, {40, 65}, {48, 23}, {48, 0}, {64, 0}};
+  const std::pair<size_t, char> edits[] = {{0, '\0'}, {10, 'x'}, {32, 99}, {36, 1},
+                                           {40, 65},  {48, 23},  {48, 0},  {64, 0}};
   for (const auto& [offset, value] : edits) {
     std::string edited = bytes;
     edited[table + offset] = value;

@@ -136,8 +136,8 @@ void Decompose(utf8proc_int32_t c, std::vector<utf8proc_int32_t>* out) {
   out->resize(size + kMaxExpansion);
   const utf8proc_ssize_t count = utf8proc_decompose_char(
       c, out->data() + size, static_cast<utf8proc_ssize_t>(kMaxExpansion), kNormalForm, nullptr);
-  out->resize(size +
-              static_cast<size_t>(std::clamp<utf8proc_ssize_t>(count, 0, static_cast<utf8proc_ssize_t>(kMaxExpansion))));
+  out->resize(
+      size + static_cast<size_t>(std::clamp<utf8proc_ssize_t>(count, 0, static_cast<utf8proc_ssize_t>(kMaxExpansion))));
 }
 
 // Orders and composes the output of Decompose.

@@ -513,7 +513,9 @@ Status VocabularyBuilder::Add(Span<const std::string_view> texts) {
       const size_t begin = next.fetch_add(kTextsAtATime);
       if (begin >= texts.size()) return;
       const size_t end = std::min(begin + kTextsAtATime, texts.size());
-      for (size_t i = begin; i < end && errors[thread].ok(); ++i) errors[thread] = impl_->counters[thread]->Add(texts[i]);
+      for (size_t i = begin; i < end && errors[thread].ok(); ++i) {
+        errors[thread] = impl_->counters[thread]->Add(texts[i]);
+      }
     }
   });
   for (const Status& error : errors) {

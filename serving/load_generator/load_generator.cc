@@ -37,7 +37,8 @@ using Seconds = std::chrono::duration<double>;
 constexpr char kHelp[] =
     R"(dpsr_load_generator: sends requests to a model server, and prints a JSON object for each load
 
-usage: dpsr_load_generator --target=HOST:PORT (--requests_file=F | --query_file=F) (--concurrency=8,32 | --rate=1000,2000)
+usage: dpsr_load_generator --target=HOST:PORT (--requests_file=F | --query_file=F)
+                           (--concurrency=8,32 | --rate=1000,2000)
 
   --target=HOST:PORT     address of the server
   --requests_file=F      file of serialized requests, each after its size as a varint; they are sent in turn

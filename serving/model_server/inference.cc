@@ -177,7 +177,8 @@ tensorflow::Status ReadExamples(const Input& input, Tensor* examples) {
   }
   if (list == nullptr || list->empty()) return InvalidArgument("Input is empty.");
   const int64_t repeated_bytes = static_cast<int64_t>(context.size()) * list->size();
-  if (repeated_bytes > std::max(kMaxRepeatedBytes, kMaxBytesPerMessageByte * static_cast<int64_t>(input.ByteSizeLong()))) {
+  if (repeated_bytes >
+      std::max(kMaxRepeatedBytes, kMaxBytesPerMessageByte * static_cast<int64_t>(input.ByteSizeLong()))) {
     return InvalidArgument(StrCat("a context of ", context.size(), " bytes for each of ", list->size(),
                                   " examples needs too much memory; send fewer examples in a request"));
   }
@@ -212,8 +213,9 @@ tensorflow::Status CheckClassify(const Servable& servable, const Signature& sign
   }
   for (const Endpoint& output : signature.outputs) {
     if (output.alias == kClasses || output.alias == kScores) continue;
-    return InvalidArgument(StrCat("Expected classification signature outputs to be \"classes\" and \"scores\", found \"",
-                                  output.alias, "\" in signature ", signature.name));
+    return InvalidArgument(
+        StrCat("Expected classification signature outputs to be \"classes\" and \"scores\", found \"", output.alias,
+               "\" in signature ", signature.name));
   }
   return tensorflow::OkStatus();
 }
@@ -426,9 +428,10 @@ tensorflow::Status MultiInference(const Servable& servable, const MultiInference
     auto* result = response->add_results();
     SetSpec(servable, signature->name, result->mutable_model_spec());
     const bool classifies = FindEndpoint(signature->outputs, kOutputs) == nullptr;
-    TF_RETURN_IF_ERROR(classifies ? WriteClasses(Find(*signature, results, kClasses), Find(*signature, results, kScores),
-                                                 examples, result->mutable_classification_result())
-                                  : WriteValues(results[0], examples, result->mutable_regression_result()));
+    TF_RETURN_IF_ERROR(classifies
+                           ? WriteClasses(Find(*signature, results, kClasses), Find(*signature, results, kScores),
+                                          examples, result->mutable_classification_result())
+                           : WriteValues(results[0], examples, result->mutable_regression_result()));
   }
   return response->ByteSizeLong() > kMaxResponseBytes ? TooLarge() : tensorflow::OkStatus();
 }

@@ -581,7 +581,8 @@ tensorflow::Status ReadExamplesJson(const std::string& text, std::string* signat
   TF_RETURN_IF_ERROR(ReadSignatureName(document, signature_name));
   const Json* examples = Member(document, "examples");
   if (examples == nullptr || !examples->IsArray() || examples->Empty()) {
-    return InvalidArgument("When method is classify or regress, 'examples' key must hold a list of at least one object");
+    return InvalidArgument(
+        "When method is classify or regress, 'examples' key must hold a list of at least one object");
   }
   const Json* context = Member(document, "context");
   if (context != nullptr) {

@@ -90,7 +90,8 @@ TEST(JsonTensorTest, BoolsAndTexts) {
   EXPECT_EQ(tensor.vec<tensorflow::tstring>()(0), std::string("a\0\xc3\xa9", 4));
   EXPECT_EQ(tensor.vec<tensorflow::tstring>()(1), "\xff");
   EXPECT_EQ(Write({{"y", tensor}}, JsonFormat::kColumn), "{\"outputs\":[\"a\\u0000\xc3\xa9\",{\"b64\":\"/w==\"}]}");
-  EXPECT_EQ(Write({{"y_bytes", tensor}}, JsonFormat::kColumn), "{\"outputs\":[{\"b64\":\"YQDDqQ==\"},{\"b64\":\"/w==\"}]}");
+  EXPECT_EQ(Write({{"y_bytes", tensor}}, JsonFormat::kColumn),
+            "{\"outputs\":[{\"b64\":\"YQDDqQ==\"},{\"b64\":\"/w==\"}]}");
 }
 
 TEST(JsonTensorTest, TypesThatJsonDoesNotHave) {

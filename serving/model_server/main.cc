@@ -350,7 +350,8 @@ int Serve(const ServerOptions& options, const sigset_t& signals) {
   ModelManager models(std::move(setup.manager));
   RequestHandler handler(&models);
   // The numbers of threads limit how many requests are computed at the same time.
-  WorkerPool workers(options.grpc_max_threads > 0 ? options.grpc_max_threads : num_workers, options.max_queued_requests);
+  WorkerPool workers(options.grpc_max_threads > 0 ? options.grpc_max_threads : num_workers,
+                     options.max_queued_requests);
   WorkerPool rest_workers(options.rest_api_num_threads > 0 ? options.rest_api_num_threads : num_workers,
                           options.max_queued_requests);
   // Both servers listen before any model loads: a port in use shows at once, and clients can watch the models' states.

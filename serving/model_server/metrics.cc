@@ -23,8 +23,8 @@ namespace monitoring = ::tensorflow::monitoring;
 // The buckets of latencies: 10 us times 1.8^n.
 std::unique_ptr<monitoring::Buckets> Latencies() { return monitoring::Buckets::Exponential(10, 1.8, 33); }
 
-auto* const kRequests = monitoring::Counter<2>::New("/tensorflow/serving/request_count", "The total number of requests.",
-                                                    "model_name", "status");
+auto* const kRequests = monitoring::Counter<2>::New("/tensorflow/serving/request_count",
+                                                    "The total number of requests.", "model_name", "status");
 auto* const kRequestLatency =
     monitoring::Sampler<3>::New({"/tensorflow/serving/request_latency", "Distribution of wall time (in microseconds).",
                                  "model_name", "API", "entrypoint"},

@@ -191,7 +191,8 @@ tensorflow::Status RestApi::AnswerModel(const RestRequest& request, std::string*
     std::string spec_json, signatures_json;
     TF_RETURN_IF_ERROR(ToJson(response.model_spec(), &spec_json));
     TF_RETURN_IF_ERROR(ToJson(signatures, &signatures_json));
-    *body = StrCat("{\n\"model_spec\": ", spec_json, ",\n\"metadata\": {\"signature_def\": ", signatures_json, "}\n}\n");
+    *body =
+        StrCat("{\n\"model_spec\": ", spec_json, ",\n\"metadata\": {\"signature_def\": ", signatures_json, "}\n}\n");
     return tensorflow::OkStatus();
   }
   return Malformed(request);

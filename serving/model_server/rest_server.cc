@@ -198,7 +198,10 @@ class Connection : public std::enable_shared_from_this<Connection> {
 class RestServerImpl final : public RestServer {
  public:
   RestServerImpl(const RestServerOptions& options, const RestApi* api, WorkerPool* workers)
-      : io_(options.num_threads), work_(io_.get_executor()), acceptor_(asio::make_strand(io_)), accept_again_(acceptor_.get_executor()) {
+      : io_(options.num_threads),
+        work_(io_.get_executor()),
+        acceptor_(asio::make_strand(io_)),
+        accept_again_(acceptor_.get_executor()) {
     shared_.options = options;
     shared_.api = api;
     shared_.workers = workers;

@@ -57,7 +57,8 @@ TEST(ServerConfigTest, FilesOfOurOwn) {
   EXPECT_TRUE(ParseTextProto("server_key: 'a\\nb' client_verify: true", &tls).ok());
   EXPECT_EQ(tls.server_key(), "a\nb");
   BatchingParameters batching;
-  EXPECT_TRUE(ParseTextProto("max_batch_size { value: 8 } allowed_batch_sizes: 4 allowed_batch_sizes: 8", &batching).ok());
+  EXPECT_TRUE(
+      ParseTextProto("max_batch_size { value: 8 } allowed_batch_sizes: 4 allowed_batch_sizes: 8", &batching).ok());
   EXPECT_EQ(batching.max_batch_size().value(), 8);
   MonitoringConfig monitoring;
   EXPECT_TRUE(ParseTextProto("prometheus_config: { enable: true, path: \"/m\" }", &monitoring).ok());
