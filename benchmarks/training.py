@@ -81,7 +81,7 @@ def group_weights(batch_size: int) -> tuple[float, float]:
 def write_store(log: Log, folder: Path) -> None:
     """What training reads of a store; there is no text, so no vocabulary."""
     from dpsr_common.packed_file import PackedFileWriter
-    from dpsr_tf.data.assemble import id_index
+    from dpsr_tf.data.id_index import id_index
 
     folder.mkdir()
     pairs = len(log.queries)

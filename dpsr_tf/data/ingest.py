@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import bisect
-import collections
 import dataclasses
 import errno
-import heapq
-import itertools
 import json
 import os
 import re
 import shutil
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -31,73 +25,82 @@ from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.packed_file import PackedFile
 from dpsr_common.typed_config import to_dict
 from dpsr_tf.data.adapters import Adapter, open_adapter
-from dpsr_tf.data.assemble import Assembler, ordered
+from dpsr_tf.data.assemble import Assembler
 from dpsr_tf.data.encode import Encoded, IdIndex, encode_interactions, encode_items, encode_users
+from dpsr_tf.data.interruption import end_on_signal, record_signals
+from dpsr_tf.data.parallel import Workers
+from dpsr_tf.data.rejects import Rejects
 from dpsr_tf.data.schema import Feature, Filter, Schema, load_schema
-from dpsr_tf.data.store import FORMAT, FORMAT_VERSION, Counts, file_names, manifest_checksum, new_directory
+from dpsr_tf.data.store import FORMAT, FORMAT_VERSION, Counts, Features, file_names, manifest_checksum, new_directory
 from dpsr_tf.data.tables import Source, find_files, read_batches
 
 USAGE = """
 Usage: dpsr ingest --schema=FILE --out=STORE
        dpsr ingest --adapter=NAME --input=DIR --out=STORE
 
-Turns raw tables (Parquet, Arrow, CSV, TSV, JSON lines; .gz and .zst too) into a store that `dpsr train` reads. The
-schema file says which columns are what; an adapter is a ready schema for a data set that is known by name.
-Rows that cannot be used are left out and listed, with the reason, in a file beside the store.
+Turns raw tables of items, users and interactions into a store, the input of `dpsr train`. Tables are Parquet, Arrow,
+CSV, TSV or JSON lines files; the last three may be compressed (.gz, .zst).
+
+A schema file (YAML) says what each column means. An adapter is a ready schema for a public data set.
+
+Rows that cannot be used are left out. A file beside the store lists them, each with the reason.
 """
 
 REQUIRED_FLAGS = ("out",)
 
 # Rows that are encoded at a time.
 _BATCH_ROWS = 1 << 16
-# So many rejects, and too large a share of the rows so far: the job is hopeless.
-_HOPELESS = 1_000_000
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Flags of `dpsr ingest`."""
-    flags.DEFINE_string("schema", None, "schema file (YAML)", flag_values=values)
-    flags.DEFINE_string("adapter", None, "ready schema, by name", flag_values=values)
-    flags.DEFINE_string("input", None, "directory that the schema's files are relative to", flag_values=values)
-    flags.DEFINE_string("out", None, "directory of the store, made by this command", flag_values=values)
-    flags.DEFINE_boolean("overwrite", False, "replaces a store that is there", flag_values=values)
+    """Defines the flags of `dpsr ingest`."""
+    flags.DEFINE_string("schema", None, "schema file (YAML) that describes the tables", flag_values=values)
+    flags.DEFINE_string("adapter", None, "name of a ready schema for a public data set", flag_values=values)
+    flags.DEFINE_string(
+        "input",
+        None,
+        "directory that file names in the schema are relative to; default: the directory of the schema file",
+        flag_values=values,
+    )
+    flags.DEFINE_string("out", None, "directory of the new store", flag_values=values)
+    flags.DEFINE_boolean("overwrite", False, "replace the store if --out exists already", flag_values=values)
     flags.DEFINE_float(
-        "max_reject_fraction", 0.01, "share of unusable rows of a table that stops the job", flag_values=values
+        "max_reject_fraction",
+        0.01,
+        "largest share of a table's rows that may be unusable (0 to 1); more of them stop the job",
+        flag_values=values,
     )
     flags.DEFINE_string(
-        "rejects", None, "file for the unusable rows; OUT.rejects.jsonl if left out", flag_values=values
+        "rejects", None, "file that lists the unusable rows; default: OUT.rejects.jsonl", flag_values=values
     )
-    flags.DEFINE_integer("shards", 1, "interaction files; each has all interactions of its queries", flag_values=values)
-    flags.DEFINE_integer("threads", 0, "threads; 0 is one a core", flag_values=values)
+    flags.DEFINE_integer(
+        "shards",
+        1,
+        "number of interaction files; all interactions of a query are in the same file",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("threads", 0, "number of threads; 0 uses all cores", flag_values=values)
     flags.DEFINE_string(
-        "memory", "256MB", "for sorting and joining; what does not fit goes to disk beside --out", flag_values=values
+        "memory",
+        "256MB",
+        "memory for sorting and joining, such as 256MB or 4GB; data that do not fit wait on disk beside --out",
+        flag_values=values,
     )
 
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """Runs `dpsr ingest`."""
-    if bool(values.schema) == bool(values.adapter):
-        given = "both are given" if values.schema else "neither is given"
-        raise UsageError(f"{given}: give either --schema=FILE or --adapter=NAME")
-    if values.adapter is not None and values.input is None:
-        raise UsageError(f"--adapter={values.adapter} needs --input, the directory of the downloaded files")
-    if not 0 <= values.max_reject_fraction <= 1:
-        raise UsageError(f"--max_reject_fraction={values.max_reject_fraction:g}: expected a share, 0 to 1")
-    if not 1 <= values.shards <= 99_999:
-        raise UsageError(f"--shards={values.shards}: expected 1 to 99999")
-    if not 0 <= values.threads <= 1024:
-        raise UsageError(f"--threads={values.threads}: expected 0 to 1024")
-    memory = _memory(values.memory)
+    memory = _check_flags(values)
     adapter = open_adapter(values.adapter) if values.adapter else None
     schema_path = adapter.schema_path if adapter else Path(values.schema)
     schema = load_schema(schema_path)
     base = Path(values.input) if values.input else schema_path.parent
     out = Path(values.out)
-    rejects = Path(values.rejects) if values.rejects else out.resolve().with_name(f"{out.resolve().name}.rejects.jsonl")
+    rejects = Path(values.rejects) if values.rejects else _rejects_path(out.resolve())
     with (
-        terminable() as signals,
+        record_signals() as signals,
         new_directory(out, values.overwrite, "store", "manifest.json") as temporary,
-        heeded(signals),
+        end_on_signal(signals),
     ):
         if adapter is not None:
             base = _converted(adapter, base, temporary)
@@ -119,6 +122,50 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     )
 
 
+def _check_flags(values: flags.FlagValues) -> int:
+    """Returns the bytes of --memory. Raises UsageError for a flag that is not allowed."""
+    if bool(values.schema) == bool(values.adapter):
+        given = "both are given" if values.schema else "neither is given"
+        raise UsageError(f"{given}: give either --schema=FILE or --adapter=NAME")
+    if values.adapter is not None and values.input is None:
+        raise UsageError(f"--adapter={values.adapter} needs --input, the directory of the downloaded files")
+    if not 0 <= values.max_reject_fraction <= 1:
+        raise UsageError(f"--max_reject_fraction={values.max_reject_fraction:g}: expected a share, 0 to 1")
+    if not 1 <= values.shards <= 99_999:
+        raise UsageError(f"--shards={values.shards}: expected 1 to 99999")
+    if not 0 <= values.threads <= 1024:
+        raise UsageError(f"--threads={values.threads}: expected 0 to 1024")
+    return _memory(values.memory)
+
+
+def _memory(text: str) -> int:
+    """Returns the bytes of a size such as "256MB". Raises UsageError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)", text)
+    units = {"K": 1, "M": 2, "G": 3, "T": 4}
+    size = int(float(match[1]) * (1024 if "i" in match[2] else 1000) ** units[match[2][0]]) if match else 0
+    if not 64 * 10**6 <= size < 2**60:
+        raise UsageError(f"--memory={text}: expected 64MB or more, as in 256MB or 4GB")
+    return size
+
+
+def _rejects_path(out: Path) -> Path:
+    return out.with_name(f"{out.name}.rejects.jsonl")
+
+
+_CONVERTED = "converted"
+
+
+def _converted(adapter: Adapter, source: Path, out: Path) -> Path:
+    """Returns the directory of an adapter's tables: `source`, or a folder of `out` that its converter has filled."""
+    if adapter.convert is None:
+        return source
+    folder = out / _CONVERTED
+    folder.mkdir()
+    with _resource_errors(out, 0):
+        adapter.convert(source, folder)
+    return folder
+
+
 def ingest(
     schema: Schema,
     base: Path,
@@ -133,26 +180,29 @@ def ingest(
 ) -> Counts:
     """Writes the files of a store into the directory `out`, the manifest last.
 
-    The same rows give the same store, byte for byte, in whatever order and files they come and with whatever number of
-    threads, memory and batch size; but of two items or users with one id the first is kept.
+    The same rows give the same store, byte for byte, in whatever order and files they come, and with every number of
+    threads, memory and batch size. The exception are items or users with the same id: the first row is kept.
 
     Args:
-        schema: what the columns are.
+        schema: describes the columns.
         base: directory that the schema's files are relative to.
         out: an existing, empty directory.
-        max_reject_fraction: share of unusable rows, of items, of users and of interactions, that is still accepted;
-            they are left out.
-        rejects: file for the unusable rows, one JSON object a line (file, row from 1 on, table, reason, value), in the
-            order of the input; it is there only if there is one. OUT.rejects.jsonl if None.
-        shards: interaction files.
-        threads: how many work; 0 is one a core.
+        max_reject_fraction: share of the items, of the users and of the interactions that may be unusable. These rows
+            are left out.
+        rejects: file for the unusable rows, in the order of the input; OUT.rejects.jsonl if None. Each line is a JSON
+            object with file, row (from 1 on), table, reason and value. Without such rows there is no file.
+        shards: number of interaction files.
+        threads: number of threads; 0 is one per core.
         memory: bytes for sorting, joining and counting. The process takes this, some 300 MB for itself, and some 20
             bytes for each item and user.
         batch_rows: rows that are encoded at a time.
 
+    Returns:
+        The counts of the manifest.
+
     Raises:
-        CommandError: a file cannot be read, too many rows cannot be used, the rows give no store, or disk or memory
-            do not suffice; the message names file and column, or the flag.
+        CommandError: a file cannot be read, too many rows cannot be used, the rows do not give a store, or disk or
+            memory do not suffice. The message names file and column, or the flag.
     """
     threads = threads or os.cpu_count() or 1
     files = {
@@ -160,118 +210,80 @@ def ingest(
         "users": find_files(schema.users.files, base) if schema.users else [],
         "interactions": find_files(schema.interactions.files, base),
     }
-    with (
-        _explained(out, memory),
-        _Rejects(rejects or out.with_name(f"{out.name}.rejects.jsonl"), max_reject_fraction) as rejected,
-    ):
-        with Assembler(schema, out, threads, memory) as store, ThreadPoolExecutor(threads) as pool:
-            reader = _Reader(store, pool, threads, batch_rows, rejected)
-            s, u, log = schema.items, schema.users, schema.interactions
-            columns = _columns([*s.text, s.title, s.id], [s.popularity], [*s.features, *s.filters])
-            text_items = _ids_are_text(files["items"], s.id, columns)
-            reader.read("items", files["items"], *columns, lambda batch: encode_items(batch, s, text_items))
-            if len(store.ids("items")) == 0:
-                raise CommandError(f"{files['items'][0]}: has no row that can be used, expected at least one item")
-            text_users = False
-            if u is None:
-                store.close_table("users")
-            else:
-                columns = _columns([u.id], [], u.features)
-                text_users = _ids_are_text(files["users"], u.id, columns)
-                reader.read("users", files["users"], *columns, lambda batch: encode_users(batch, u, text_users))
-            items, users = IdIndex(store.ids("items")), IdIndex(store.ids("users")) if log.user else None
-            columns = _columns(
-                [log.query, log.item, log.user, log.type, log.session],
-                [log.time, log.position, log.weight, log.label],
-                [],
-            )
-            reader.read(
-                "interactions",
-                files["interactions"],
-                *columns,
-                lambda batch: encode_interactions(batch, log, items, users, text_items, text_users),
-            )
+    with _resource_errors(out, memory), Rejects(rejects or _rejects_path(out), max_reject_fraction) as rejected:
+        with Workers(threads) as workers, Assembler(schema, out, workers, memory) as store:
+            _read_tables(schema, files, _TableReader(store, workers, batch_rows, rejected))
             counts, features = store.write(shards)
         counts = dataclasses.replace(counts, rejected=rejected.total)
-        manifest: dict[str, Any] = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "counts": dataclasses.asdict(counts),
-            "shards": shards,
-            "files": {
-                name: f"{PackedFile(out / name, verify=False).fingerprint:016x}" for name in file_names(schema, shards)
-            },
-            "features": {
-                table: [{key: value for key, value in feature.items() if value not in (None, [])} for feature in stored]
-                for table, stored in to_dict(features).items()
-            },
-            "schema": to_dict(schema),
-        }
-        manifest["checksum"] = manifest_checksum(manifest)
-        (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        _write_manifest(out, schema, shards, counts, features)
         rejected.report()
     return counts
+
+
+def _write_manifest(out: Path, schema: Schema, shards: int, counts: Counts, features: Features) -> None:
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "counts": dataclasses.asdict(counts),
+        "shards": shards,
+        "files": {
+            name: f"{PackedFile(out / name, verify=False).fingerprint:016x}" for name in file_names(schema, shards)
+        },
+        "features": {
+            table: [{key: value for key, value in feature.items() if value not in (None, [])} for feature in stored]
+            for table, stored in to_dict(features).items()
+        },
+        "schema": to_dict(schema),
+    }
+    manifest["checksum"] = manifest_checksum(manifest)
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 # Reading.
 
 
-class _Reader:
-    """Reads tables, encodes them on all threads, and hands rows to the assembler and to the rejects."""
+def _read_tables(schema: Schema, files: dict[str, list[Path]], reader: _TableReader) -> None:
+    """Reads items, users and interactions, in this order: interactions refer to the rows of the other two."""
+    text_items = _read_items(schema, files["items"], reader)
+    text_users = _read_users(schema, files["users"], reader)
+    s = schema.interactions
+    items, users = IdIndex(reader.store.ids("items")), IdIndex(reader.store.ids("users")) if s.user else None
+    columns = _columns([s.query, s.item, s.user, s.type, s.session], [s.time, s.position, s.weight, s.label], [])
+    reader.read(
+        "interactions",
+        files["interactions"],
+        *columns,
+        lambda batch: encode_interactions(batch, s, items, users, text_items, text_users),
+    )
 
-    def __init__(self, store: Assembler, pool: ThreadPoolExecutor, threads: int, batch_rows: int, rejects: _Rejects):
-        self._store, self._pool, self._threads = store, pool, threads
-        self._batch_rows, self._rejects = batch_rows, rejects
 
-    def read(
-        self,
-        table: str,
-        files: Sequence[Path],
-        texts: Sequence[str],
-        others: Sequence[str],
-        encode: Callable[[pa.RecordBatch], Encoded],
-    ) -> None:
-        """Reads all of a table. Raises CommandError where more rows cannot be used than are accepted."""
-        self._rejects.begin(table, files)
-        has_ids = table != "interactions"
-        starts: list[int] = []
-        sources: list[tuple[Path, int]] = []
-        count = 0
+def _read_items(schema: Schema, files: Sequence[Path], reader: _TableReader) -> bool:
+    """Reads the items. Returns whether their ids are text."""
+    s = schema.items
+    columns = _columns([*s.text, s.title, s.id], [s.popularity], [*s.features, *s.filters])
+    text_ids = _ids_are_text(files, s.id, columns)
+    reader.read("items", files, *columns, lambda batch: encode_items(batch, s, text_ids))
+    if len(reader.store.ids("items")) == 0:
+        raise CommandError(f"{files[0]}: has no usable row, expected at least one item")
+    return text_ids
 
-        def encoded(source: Source) -> tuple[Source, Encoded]:
-            return source, encode(source.batch)
 
-        batches = read_batches(files, texts, others, self._batch_rows)
-        with tqdm(desc=f"{'read ' + table:<16}", unit=" rows", unit_scale=True) as bar:
-            for source, result in ordered(self._pool, encoded, batches, self._threads):
-                rows = source.batch.num_rows
-                bad = result.rejects["row"].to_numpy()
-                self._rejects.add(source, result.rejects)
-                numbers = np.delete(np.arange(count, count + rows), np.unique(bad)) if has_ids else None
-                self._store.add(table, result.rows, numbers)
-                starts.append(count)
-                sources.append((source.path, source.first_row - count))
-                count += rows
-                self._rejects.check(count, False)
-                bar.update(rows)
-        if has_ids:
-
-            def place(number: int) -> tuple[Path, int]:
-                path, offset = sources[bisect.bisect_right(starts, number) - 1]
-                return path, number + offset
-
-            numbers, values = self._store.close_table(table)
-            self._rejects.merge(
-                (*place(int(number)), f"{table[:-1]} id stands more than once", value)
-                for number, value in zip(numbers, values, strict=True)
-            )
-        self._rejects.check(count, True)
+def _read_users(schema: Schema, files: Sequence[Path], reader: _TableReader) -> bool:
+    """Reads the users, if there are any. Returns whether their ids are text."""
+    s = schema.users
+    if s is None:
+        reader.store.close_table("users")
+        return False
+    columns = _columns([s.id], [], s.features)
+    text_ids = _ids_are_text(files, s.id, columns)
+    reader.read("users", files, *columns, lambda batch: encode_users(batch, s, text_ids))
+    return text_ids
 
 
 def _columns(
     texts: Sequence[str | None], others: Sequence[str | None], features: Sequence[Feature | Filter]
 ) -> tuple[list[str], list[str]]:
-    """The columns of a table: those of text, and the others."""
+    """Returns the columns of a table: first those of text, then the others. Each name occurs once."""
     texts = [*texts, *(feature.column for feature in features if feature.kind != "number")]
     others = [*others, *(feature.column for feature in features if feature.kind == "number")]
     distinct = list(dict.fromkeys(column for column in texts if column is not None))
@@ -279,8 +291,9 @@ def _columns(
 
 
 def _ids_are_text(files: Sequence[Path], column: str, columns: tuple[list[str], list[str]]) -> bool:
-    """Whether ids are text: more than a hundredth of them are no whole number as it is usually written."""
-    next(read_batches(files, *columns, 1), None)  # a file that lacks columns is refused with all their names
+    """Whether ids are text: more than one in a hundred is not a whole number as it is usually written."""
+    # A file that lacks columns is refused here, with the names of all of them.
+    next(read_batches(files, *columns, 1), None)
     strange = total = 0
     for source in read_batches(files, [column], []):
         ids = source.batch[column]
@@ -294,194 +307,78 @@ def _ids_are_text(files: Sequence[Path], column: str, columns: tuple[list[str], 
     return strange > 0.01 * total
 
 
-# Rejects.
+class _TableReader:
+    """Reads tables, encodes their rows on all threads, and hands them to the assembler or to the rejects."""
+
+    def __init__(self, store: Assembler, workers: Workers, batch_rows: int, rejects: Rejects):
+        self.store = store
+        self._workers, self._batch_rows, self._rejects = workers, batch_rows, rejects
+
+    def read(
+        self,
+        table: str,
+        files: Sequence[Path],
+        texts: Sequence[str],
+        others: Sequence[str],
+        encode: Callable[[pa.RecordBatch], Encoded],
+    ) -> None:
+        """Reads a whole table. Raises CommandError if more rows than allowed cannot be used."""
+        self._rejects.begin(table, files)
+        has_ids = table != "interactions"
+        inputs = _InputRows()
+
+        def encoded(source: Source) -> tuple[Source, Encoded]:
+            return source, encode(source.batch)
+
+        batches = read_batches(files, texts, others, self._batch_rows)
+        with tqdm(desc=f"{'read ' + table:<16}", unit=" rows", unit_scale=True) as bar:
+            for source, result in self._workers.map(encoded, batches):
+                rows = source.batch.num_rows
+                self._rejects.add(source, result.rejects)
+                numbers = None
+                if has_ids:
+                    bad = np.unique(result.rejects["row"].to_numpy())
+                    numbers = np.delete(np.arange(inputs.count, inputs.count + rows), bad)
+                self.store.add(table, result.rows, numbers)
+                inputs.add(source)
+                self._rejects.check(inputs.count, complete=False)
+                bar.update(rows)
+        if has_ids:
+            repeated, values = self.store.close_table(table)
+            reason = f"{table[:-1]} id appears more than once"
+            self._rejects.merge(
+                (*inputs.place(int(number)), reason, value) for number, value in zip(repeated, values, strict=True)
+            )
+        self._rejects.check(inputs.count, complete=True)
 
 
-class _Rejects:
-    """Writes the rows that cannot be used into a file, counts them, and says when they are too many."""
+class _InputRows:
+    """Numbers the rows of all files of a table, and finds file and row of a number."""
 
-    def __init__(self, path: Path, accepted: float):
-        self._path, self._accepted = path, accepted
-        self._file: IO[str] | None = None
-        self._table, self._begin = "", 0
-        self._places: dict[str, int] = {}
-        self._reasons: dict[str, collections.Counter[str]] = {}
-        self._examples: dict[tuple[str, str], str] = {}
+    def __init__(self) -> None:
+        self.count = 0
+        self._starts: list[int] = []
+        self._sources: list[tuple[Path, int]] = []
 
-    def __enter__(self) -> _Rejects:
-        if self._path.is_file():
-            with open(self._path, errors="replace") as file:
-                if not file.readline().startswith('{"file": '):
-                    raise UsageError(f"--rejects={self._path}: is there and holds no rejects; choose another file")
-            try:
-                self._path.unlink()
-            except OSError as error:
-                raise CommandError(
-                    f"--rejects={self._path}: the file of an earlier run cannot be removed: {error.strerror}"
-                ) from None
-        return self
+    def add(self, source: Source) -> None:
+        """Adds the rows of the next batch."""
+        self._starts.append(self.count)
+        self._sources.append((source.path, source.first_row - self.count))
+        self.count += source.batch.num_rows
 
-    def __exit__(self, *unused: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    @property
-    def total(self) -> int:
-        """Rejects of all tables."""
-        return sum(sum(reasons.values()) for reasons in self._reasons.values())
-
-    def begin(self, table: str, files: Sequence[Path]) -> None:
-        """What follows is of this table."""
-        self._table, self._places = table, {str(path): i for i, path in enumerate(files)}
-        self._begin = self._file.tell() if self._file else 0
-        self._reasons[table] = collections.Counter()
-
-    def add(self, source: Source, rejects: pa.RecordBatch) -> None:
-        """Takes what encode.py rejects of a batch: row int64, reason, value."""
-        rows, reasons, values = (rejects[name].to_pylist() for name in ("row", "reason", "value"))
-        for row, reason, value in zip(rows, reasons, values, strict=True):
-            self._count(source.path, source.first_row + row, reason, value)
-            self._write(self._line(source.path, source.first_row + row, reason, value))
-
-    def merge(self, rejects: Iterator[tuple[Path, int, str, str]]) -> None:
-        """Takes rejects (file, row from 0 on, reason, value) of the whole table, in its order."""
-        first = next(rejects, None)
-        if first is None:
-            return
-        lines = []
-        for path, row, reason, value in itertools.chain([first], rejects):
-            self._count(path, row, reason, value)
-            lines.append(self._line(path, row, reason, value))
-        before: list[str] = []
-        if self._file is not None:
-            self._file.close()
-            with open(self._path, encoding="utf-8") as file:
-                file.seek(self._begin)
-                before = file.readlines()
-            os.truncate(self._path, self._begin)
-            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
-        for line in heapq.merge(before, lines, key=self._place):
-            self._write(line)
-
-    def check(self, rows: int, complete: bool) -> None:
-        """Raises CommandError if too many of the `rows` of this table so far, or in all, were rejected."""
-        reasons = self._reasons[self._table]
-        rejected = sum(reasons.values())
-        if self._file is not None:
-            self._file.flush()
-        if rejected <= self._accepted * rows or not (complete or rejected > _HOPELESS):
-            return
-        raise CommandError(
-            f"{next(iter(self._places))}: {rejected:,} of {rows:,} {self._table} cannot be used "
-            f"({self._summary(self._table)}), more than --max_reject_fraction={self._accepted:g}; "
-            f"all are listed in {self._path}; correct the tables or the schema"
-        )
-
-    def report(self) -> None:
-        """Says what was left out."""
-        for table, reasons in self._reasons.items():
-            if reasons:
-                print(f"left out {sum(reasons.values()):,} {table} ({self._summary(table)}); see {self._path}")
-
-    def _summary(self, table: str) -> str:
-        return "; ".join(
-            f"{count:,} rows: {reason}, first {self._examples[table, reason]}"
-            for reason, count in self._reasons[table].items()
-        )
-
-    def _count(self, path: Path, row: int, reason: str, value: str | None) -> None:
-        self._reasons[self._table][reason] += 1
-        self._examples.setdefault((self._table, reason), f"{path.name} row {row + 1}: {value!r}")
-
-    def _line(self, path: Path, row: int, reason: str, value: str | None) -> str:
-        line = {"file": str(path), "row": row + 1, "table": self._table, "reason": reason, "value": value}
-        return json.dumps(line, ensure_ascii=False) + "\n"
-
-    def _place(self, line: str) -> tuple[int, int]:
-        reject = json.loads(line)
-        return self._places[reject["file"]], reject["row"]
-
-    def _write(self, line: str) -> None:
-        if self._file is None:
-            try:
-                self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115
-            except OSError as error:
-                raise CommandError(f"--rejects={self._path}: cannot be written: {error.strerror}") from None
-        self._file.write(line)
-
-
-# The command's surroundings.
-
-_CONVERTED = "converted"
-
-
-def _converted(adapter: Adapter, source: Path, out: Path) -> Path:
-    """Where the tables of an adapter's schema are: in `source`, or where its converter, if it has one, wrote them."""
-    if adapter.convert is None:
-        return source
-    folder = out / _CONVERTED
-    folder.mkdir()
-    with _explained(out, 0):
-        adapter.convert(source, folder)
-    return folder
-
-
-def _memory(text: str) -> int:
-    """Bytes of "256MB". Raises UsageError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)", text)
-    units = {"K": 1, "M": 2, "G": 3, "T": 4}
-    size = int(float(match[1]) * (1024 if "i" in match[2] else 1000) ** units[match[2][0]]) if match else 0
-    if not 64 * 10**6 <= size < 2**60:
-        raise UsageError(f"--memory={text}: expected 64MB or more, as in 256MB or 4GB")
-    return size
+    def place(self, number: int) -> tuple[Path, int]:
+        """Returns the file of a row, and the row's number in it, from 0."""
+        path, offset = self._sources[bisect.bisect_right(self._starts, number) - 1]
+        return path, number + offset
 
 
 @contextmanager
-def terminable() -> Iterator[list[int]]:
-    """Inside, SIGTERM ends the command as Ctrl-C does: it cleans up. Gives the signals that came, for `heeded`."""
-    received: list[int] = []
-
-    def end(number: int, _: object) -> None:
-        received.append(number)
-        _end(number)
-
-    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]  # as under nohup
-    before = {number: signal.signal(number, end) for number in heard}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def heeded(signals: Sequence[int]) -> Iterator[None]:
-    """Ends with the first of the signals that came inside, also where a library took the exception for its own.
-
-    A signal that meets DuckDB while it reads a Python object comes back as duckdb.InvalidInputException, or not at all.
-    """
+def _resource_errors(out: Path, memory: int) -> Iterator[None]:
+    """Turns the errors of a full disk and of too little memory into a CommandError."""
     try:
         yield
-    except BaseException:
-        if signals:
-            _end(signals[0])
-        raise
-    if signals:
-        _end(signals[0])
-
-
-def _end(number: int) -> NoReturn:
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    sys.exit(128 + number)
-
-
-@contextmanager
-def _explained(out: Path, memory: int) -> Iterator[None]:
-    """Turns a full disk or too little memory into a CommandError."""
-    try:
-        yield
-    except (OSError, duckdb.Error) as error:  # a result that is read through Arrow fails with OSError
+    except (OSError, duckdb.Error) as error:
+        # A DuckDB result that is read through Arrow fails with an OSError, whose text tells the reason.
         text = str(error)
         full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if (

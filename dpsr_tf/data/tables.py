@@ -24,7 +24,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from dpsr_common.errors import CommandError, UsageError
-from dpsr_tf.data.encode import ids_of, is_text, numbers_of, texts_of
+from dpsr_tf.data.column_values import ids_of, is_text, numbers_of, texts_of
 
 _ARROW = (".arrow", ".feather", ".ipc")
 _JSON = (".jsonl", ".json")

@@ -21,8 +21,9 @@ import pyarrow as pa
 
 from dpsr_common.errors import CommandError
 from dpsr_common.packed_file import PackedFileWriter
-from dpsr_tf.data.assemble import id_index, string_bytes
-from dpsr_tf.data.encode import ids_of
+from dpsr_tf.data.column_files import string_bytes
+from dpsr_tf.data.column_values import ids_of
+from dpsr_tf.data.id_index import id_index
 from dpsr_tf.data.store import Store, unpack_strings, vocabulary_name
 from dpsr_tf.data.user_requests import User, UserRequests
 from dpsr_tf.models.model_directory import ModelDirectory

@@ -17,7 +17,8 @@ from conftest import encode_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpsr_tf.data.encode import IdIndex, encode_interactions, encode_items, encode_users, ids_of, numbers_of, texts_of
+from dpsr_tf.data.column_values import ids_of, numbers_of, texts_of
+from dpsr_tf.data.encode import IdIndex, encode_interactions, encode_items, encode_users
 from dpsr_tf.data.schema import Feature, InteractionsSchema, ItemsSchema, UsersSchema
 from dpsr_tf.data.tables import read_batches
 
@@ -312,16 +313,16 @@ def test_text_ids_of_items_and_users():
     [
         ({"id": None}, "item id is missing", None),
         ({"id": b""}, "item id is missing", ""),
-        ({"id": b"x"}, "item id is no whole number from 0 on", "x"),
-        ({"id": b"-1"}, "item id is no whole number from 0 on", "-1"),
+        ({"id": b"x"}, "item id is not a whole number of 0 or more", "x"),
+        ({"id": b"-1"}, "item id is not a whole number of 0 or more", "-1"),
         ({"id": b"\xff1"}, "item id is not UTF-8 text", "�1"),
         ({"title": b"caf\xe9"}, "title is not UTF-8 text", "caf�"),
         ({"brand": b"\xff"}, "brand is not UTF-8 text", "�"),
-        ({"sales": b"-1"}, "popularity is no number from 0 on", "-1"),
-        ({"sales": b"many"}, "popularity is no number from 0 on", "many"),
-        ({"sales": b"1e300"}, "popularity is no number from 0 on", "1e300"),
-        ({"price": b"cheap"}, "feature price is no number", "cheap"),
-        ({"price": b"1e999"}, "feature price is no number", "1e999"),
+        ({"sales": b"-1"}, "popularity is not a number of 0 or more", "-1"),
+        ({"sales": b"many"}, "popularity is not a number of 0 or more", "many"),
+        ({"sales": b"1e300"}, "popularity is not a number of 0 or more", "1e300"),
+        ({"price": b"cheap"}, "feature price is not a number", "cheap"),
+        ({"price": b"1e999"}, "feature price is not a number", "1e999"),
         ({"tags": b"a|\xff"}, "feature tags is not UTF-8 text", "a|�"),
         ({"about": b"\xff" * 1000}, "feature details is not UTF-8 text", "�" * 200),
         ({"id": b"x", "title": b"\xff", "price": b"cheap"}, "title is not UTF-8 text", "�"),
@@ -339,8 +340,8 @@ def test_rejected_items(change, reason, value):
 def test_the_anonymous_user_is_in_no_table():
     schema = UsersSchema(files=("u",), id="id")
     for string_ids, reason in (
-        (False, "user id is no whole number from 0 on"),
-        (True, "user id is -1, which is nobody's"),
+        (False, "user id is not a whole number of 0 or more"),
+        (True, "user id -1 is reserved for anonymous users"),
     ):
         encoded = encode_users(pa.record_batch({"id": ["3", "-1", ""]}), schema, string_ids)
         assert rejects(encoded) == [(1, reason, "-1"), (2, "user id is missing", "")]
@@ -491,7 +492,7 @@ MOMENT = 1_709_296_245  # 2024-03-01T12:30:45Z
 def test_times_of_text(text, seconds):
     encoded = encode_log({"time": [str(MOMENT), text, "2024-03-01"]})
     if seconds is None:
-        assert rejects(encoded) == [(1, "time is missing or no time of 1970 to 2106", text)]
+        assert rejects(encoded) == [(1, "time is missing, unreadable, or outside 1970 to 2106", text)]
         assert len(encoded.rows) == 2
     else:
         assert column(encoded, "time") == [MOMENT, seconds, 1_709_251_200] and rejects(encoded) == []
@@ -512,7 +513,7 @@ def test_times_of_other_types():
     for array in arrays:
         encoded = encode_log({"time": array})
         assert column(encoded, "time") == [MOMENT], array.type
-        assert rejects(encoded) == [(1, "time is missing or no time of 1970 to 2106", None)]
+        assert rejects(encoded) == [(1, "time is missing, unreadable, or outside 1970 to 2106", None)]
     for kind in (pa.date32(), pa.date64()):
         assert column(encode_log({"time": pa.array([naive.date()], kind)}), "time") == [1_709_251_200]
     for array in (pa.array([np.nan, np.inf, -np.inf, 1e300]), pa.array([True]), pa.array([2**64 - 1], pa.uint64())):
@@ -557,7 +558,7 @@ def test_sessions():
 def test_positions():
     encoded = encode_log({"position": ["1", "254", "255", "256", "1e9", "3.0", "", None, "0", "-1", "1.5", "top"]})
     assert column(encoded, "position") == [1, 254, 255, 255, 255, 3, 0, 0]
-    reason = "position is no whole number from 1 on"
+    reason = "position is not a whole number of 1 or more"
     assert rejects(encoded) == [(i, reason, v) for i, v in enumerate(["0", "-1", "1.5", "top"], 8)]
     encoded = encode_log({"position": [1.0, 300.0, np.nan, 2.5, np.inf]})
     assert column(encoded, "position") == [1, 255, 0] and len(rejects(encoded)) == 2
@@ -568,7 +569,9 @@ def test_weights():
     for array in (pa.array(values), pa.array([None if v is None else str(v) for v in values])):
         encoded = encode_log({"weight": array, "type": ["order"] * 7}, type_weights={"order": 3, "click": 9})
         assert column(encoded, "weight") == [0.0, 4.5]
-        assert [row[:2] for row in rejects(encoded)] == [(i, "weight is no number from 0 on") for i in range(2, 7)]
+        assert [row[:2] for row in rejects(encoded)] == [
+            (i, "weight is not a number of 0 or more") for i in range(2, 7)
+        ]
     assert column(encode_log({"type": ["order", "cart"]}, type_weights={"order": 0.5}), "weight") == [0.5, 1.0]
     assert column(encode_log({"weight": [2]}, type_weights={"click": 2}), "weight") == [4.0], (
         "without types all are clicks"
@@ -582,7 +585,7 @@ def test_labels_decide_on_the_role():
     )
     assert column(encoded, "role") == [1, 1, 0, 2, 0]
     assert column(encoded, "label") == np.float32([3, 2.33, 2.33, 1.67, 1.68]).tolist()
-    assert [row[:2] for row in rejects(encoded)] == [(i, "label is no number") for i in (5, 6, 7)]
+    assert [row[:2] for row in rejects(encoded)] == [(i, "label is not a number") for i in (5, 6, 7)]
     assert column(encode_log({"label": [0, 1, 2]}), "role") == [0, 1, 1], "no negatives without negative_to"
 
 
@@ -607,15 +610,15 @@ BAD = [
     ("item", b" ", "item id is missing"),
     ("item", b"99", "item is not in the item table"),
     ("user", b"99", "user is not in the user table"),
-    ("time", b"soon", "time is missing or no time of 1970 to 2106"),
-    ("time", b"\xff", "time is missing or no time of 1970 to 2106"),
+    ("time", b"soon", "time is missing, unreadable, or outside 1970 to 2106"),
+    ("time", b"\xff", "time is missing, unreadable, or outside 1970 to 2106"),
     ("type", b"share", "type is not known"),
     ("type", b"\xff", "type is not known"),
-    ("position", b"0", "position is no whole number from 1 on"),
-    ("position", b"\xff", "position is no whole number from 1 on"),
-    ("weight", b"-1", "weight is no number from 0 on"),
-    ("label", b"\xff", "label is no number"),
-    ("label", b"x", "label is no number"),
+    ("position", b"0", "position is not a whole number of 1 or more"),
+    ("position", b"\xff", "position is not a whole number of 1 or more"),
+    ("weight", b"-1", "weight is not a number of 0 or more"),
+    ("label", b"\xff", "label is not a number"),
+    ("label", b"x", "label is not a number"),
 ]
 
 

@@ -29,7 +29,8 @@ from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.packed_file import PackedFile
 from dpsr_common.typed_config import from_dict
 from dpsr_tf.data.adapters import open_adapter
-from dpsr_tf.data.ingest import heeded, ingest, terminable
+from dpsr_tf.data.ingest import ingest
+from dpsr_tf.data.interruption import end_on_signal, record_signals
 from dpsr_tf.data.schema import EVENT_TYPES, Schema, load_schema
 from dpsr_tf.data.store import Store, interactions_names, manifest_checksum, unpack_strings
 from dpsr_tokenizer import Tokenizer
@@ -867,7 +868,7 @@ def test_items_without_a_row(shop, refuses, suffix):
         pyarrow.parquet.write_table(pa.Table.from_pylist(shop.items).slice(0, 0), path)
     else:
         path.write_bytes(path.read_bytes().split(b"\n")[0] + b"\n")
-    refuses(1, f"items{suffix}: has no row that can be used, expected at least one item")
+    refuses(1, f"items{suffix}: has no usable row, expected at least one item")
 
 
 @pytest.mark.parametrize("suffix", [".tsv", ".parquet"])
@@ -979,18 +980,18 @@ def test_bad_utf8_in_a_column_that_is_not_used(shop, tmp_path, dpsr):
         ("items", "item_id", 1.5, ["3 of 11 interactions", "3 rows: item is not in the item table"]),
         ("users", "user_id", "x", ["7 of 11 interactions", "7 rows: user is not in the user table", "row 1: '5'"]),
         ("items", "item_id", None, ["1 of 7 items", "item id is missing, first items.jsonl row 1: None"]),
-        ("items", "item_id", 2**63, ["1 of 7 items", "item id is no whole number from 0 on", str(2**63)]),
-        ("items", "item_id", -1, ["1 of 7 items", "item id is no whole number from 0 on", "'-1'"]),
-        ("users", "user_id", -1, ["1 of 3 users", "user id is no whole number from 0 on", "'-1'"]),
+        ("items", "item_id", 2**63, ["1 of 7 items", "item id is not a whole number of 0 or more", str(2**63)]),
+        ("items", "item_id", -1, ["1 of 7 items", "item id is not a whole number of 0 or more", "'-1'"]),
+        ("users", "user_id", -1, ["1 of 3 users", "user id is not a whole number of 0 or more", "'-1'"]),
         ("items", "title", ["a", "b"], ["1 of 7 items", "title"]),
         ("log", "item_id", "x", ["1 of 11 interactions", "item is not in the item table, first log.jsonl row 1: 'x'"]),
-        ("log", "label", "good", ["label is no number, first log.jsonl row 1: 'good'"]),
-        ("log", "label", None, ["label is no number, first log.jsonl row 1: None"]),
-        ("log", "label", {"a": 1}, ["label is no number"]),
-        ("log", "weight", "heavy", ["weight is no number from 0 on, first log.jsonl row 1: 'heavy'"]),
-        ("log", "weight", None, ["weight is no number from 0 on"]),
-        ("log", "weight", -1.0, ["weight is no number from 0 on, first log.jsonl row 1: '-1'"]),
-        ("log", "weight", 1e300, ["weight is no number from 0 on"]),  # finite, but not as a float32
+        ("log", "label", "good", ["label is not a number, first log.jsonl row 1: 'good'"]),
+        ("log", "label", None, ["label is not a number, first log.jsonl row 1: None"]),
+        ("log", "label", {"a": 1}, ["label is not a number"]),
+        ("log", "weight", "heavy", ["weight is not a number of 0 or more, first log.jsonl row 1: 'heavy'"]),
+        ("log", "weight", None, ["weight is not a number of 0 or more"]),
+        ("log", "weight", -1.0, ["weight is not a number of 0 or more, first log.jsonl row 1: '-1'"]),
+        ("log", "weight", 1e300, ["weight is not a number of 0 or more"]),  # finite, but not as a float32
     ],
 )
 def test_values_of_the_wrong_kind(shop, refuses, name, column, value, fragments):
@@ -1004,7 +1005,9 @@ def test_values_of_the_wrong_kind(shop, refuses, name, column, value, fragments)
 def test_numbers_that_are_not_finite(shop, refuses, column, text):
     shop.log[0][column] = text
     shop.write()
-    refuses(1, f"1 of 11 interactions cannot be used (1 rows: {column} is no number", f"first log.tsv row 1: '{text}'")
+    refuses(
+        1, f"1 of 11 interactions cannot be used (1 rows: {column} is not a number", f"first log.tsv row 1: '{text}'"
+    )
 
 
 def test_a_row_without_a_user_is_anonymous(shop, store, tmp_path, dpsr):
@@ -1099,8 +1102,8 @@ def test_rejects_of_all_tables_in_the_order_of_the_files(shop, dpsr, tmp_path):
         ("users", 4),
         ("interactions", 12),
     ]
-    assert rejects[0]["reason"] == "item id stands more than once" and rejects[0]["value"] == "30"
-    assert rejects[3]["reason"] == "user id stands more than once" and rejects[3]["value"] == "3"
+    assert rejects[0]["reason"] == "item id appears more than once" and rejects[0]["value"] == "30"
+    assert rejects[3]["reason"] == "user id appears more than once" and rejects[3]["value"] == "3"
     store = Store(tmp_path / "store")
     assert store.counts.rejected == 5
     titles = dict(zip(store.items()["id"].tolist(), store.titles(), strict=True))
@@ -1117,7 +1120,7 @@ def test_each_table_has_its_own_share(shop, dpsr, tmp_path, table, message):
 
 
 def test_a_hopeless_job_stops_early(shop, dpsr, tmp_path, monkeypatch):
-    monkeypatch.setattr("dpsr_tf.data.ingest._HOPELESS", 5)
+    monkeypatch.setattr("dpsr_tf.data.rejects._HOPELESS", 5)
     monkeypatch.setattr("dpsr_tf.data.ingest._BATCH_ROWS", 1)
     shop.log = [row | {"item_id": 99} for row in shop.log * 9]
     schema = load_schema(shop.write(".parquet").path / "schema.yaml")
@@ -1128,7 +1131,7 @@ def test_a_hopeless_job_stops_early(shop, dpsr, tmp_path, monkeypatch):
 
 def test_a_file_that_holds_no_rejects_is_left_alone(shop, dpsr, tmp_path):
     (tmp_path / "thesis").write_text("years of work")
-    dpsr(*shop.write().flags(tmp_path / "store"), f"--rejects={tmp_path / 'thesis'}").fails(2, "thesis: is there")
+    dpsr(*shop.write().flags(tmp_path / "store"), f"--rejects={tmp_path / 'thesis'}").fails(2, "thesis: this file exists and does not hold rejects")
     assert (tmp_path / "thesis").read_text() == "years of work"
 
 
@@ -1274,7 +1277,7 @@ def test_interrupted(shop, number, tmp_path, dpsr):
 def test_a_signal_that_a_library_swallows(number, ends, translated):
     before = signal.getsignal(number)
     after = []
-    with pytest.raises(ends) as raised, terminable() as signals, heeded(signals):
+    with pytest.raises(ends) as raised, record_signals() as signals, end_on_signal(signals):
         try:
             signal.raise_signal(number)
         except BaseException as error:

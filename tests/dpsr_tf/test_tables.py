@@ -18,7 +18,7 @@ from conftest import encode_table
 
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_tf.data import tables
-from dpsr_tf.data.encode import ids_of, numbers_of, texts_of
+from dpsr_tf.data.column_values import ids_of, numbers_of, texts_of
 from dpsr_tf.data.tables import SUFFIXES, Table, find_files, read_batches
 
 TEXT_KINDS = [".csv", ".tsv", ".jsonl", ".json"]

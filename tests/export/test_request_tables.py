@@ -11,8 +11,9 @@ import tensorflow as tf
 from dpsr_common.packed_file import PackedFileWriter
 from dpsr_export import request_tables
 from dpsr_export.faiss_search import load
-from dpsr_tf.data.assemble import id_index, string_bytes
-from dpsr_tf.data.encode import ids_of
+from dpsr_tf.data.column_files import string_bytes
+from dpsr_tf.data.column_values import ids_of
+from dpsr_tf.data.id_index import id_index
 from dpsr_tf.models.features import Feature
 
 v1 = tf.compat.v1

@@ -1,0 +1,360 @@
+"""The interactions of a store: queries, positive pairs, impressions, negatives, user events and held-out pairs."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpsr_common.errors import CommandError
+from dpsr_common.packed_file import PackedFileWriter
+from dpsr_tf.data.column_files import RaggedColumnFile, add_splits, string_bytes
+from dpsr_tf.data.database import Database, SortedColumns
+from dpsr_tf.data.encode import NEGATIVE, POSITIVE
+from dpsr_tf.data.feature_table import BYTE_VALUES
+from dpsr_tf.data.schema import EVENT_TYPES, InteractionsSchema
+from dpsr_tf.data.store import interactions_names
+from dpsr_tokenizer import Vocabulary
+
+_UNCLICKED = tuple(EVENT_TYPES.index(name) for name in ("impression", "skip"))
+# Columns whose name is a keyword of SQL, or is used otherwise, have another name in the database.
+_SQL_NAMES = {"user": "user_row", "item": "item_row", "position": "shown_at"}
+
+
+class InteractionLog:
+    """Takes the encoded interactions into the database and writes them to the files of a store.
+
+    The methods are called in this order: add, number_queries, then the others.
+    """
+
+    def __init__(self, schema: InteractionsSchema, database: Database):
+        """Begins an empty log."""
+        self._schema, self._database = schema, database
+        self._last_time = 0
+        # Whether a positive pair may have another weight than 1.
+        self._has_weights = schema.weight is not None or any(w != 1 for w in schema.type_weights.values())
+        # Whether the log may say which items were shown and not clicked. `types` does not decide that: a type with a
+        # name of EVENT_TYPES needs no entry there.
+        self._has_requests = schema.type is not None
+        named = {"weight": self._has_weights, "label": schema.label, "position": schema.position}
+        self._optional = [name for name, there in named.items() if there]
+
+    def add(self, rows: pa.RecordBatch) -> None:
+        """Adds rows as encode_interactions returns them. Rows that no file of the store needs are dropped."""
+        if rows.num_rows == 0:
+            return
+        self._last_time = max(self._last_time, pc.max(rows["time"]).as_py())
+        used = pc.not_equal(rows["role"], 0)
+        if self._has_requests:
+            used = pc.or_(used, pc.is_in(rows["type"], pa.array(_UNCLICKED, pa.uint8())))
+        kept = ["query", "user", "item", "time", "type", "role", *self._optional]
+        if self._has_requests and self._schema.session:
+            kept.append("session")
+        rows = rows.filter(used).select(kept)
+        self._database.insert("log", rows.rename_columns([_SQL_NAMES.get(name, name) for name in kept]))
+
+    # Queries.
+
+    def number_queries(self, shards: int) -> None:
+        """Creates the table `queries`, with text, shard and row of each query, and the table `pairs`.
+
+        `pairs` is the log with the row of the query in place of its text.
+
+        Raises:
+            CommandError: no interaction is a positive pair for training.
+        """
+        held_out = self._schema.held_out
+        if "log" not in self._database:
+            raise self._no_positive_pairs()
+        held_time = held_query = "FALSE"
+        if held_out and held_out.query_share is not None:
+            # The second half of the hash: the first decides on the shard.
+            held_query = f"{_md5_number('query', 17)} < {int(held_out.query_share * 2**64)}::UBIGINT"
+        elif held_out:
+            held_time = f"time >= {held_out_from(self._schema, self._last_time)}"
+        self._database.create(
+            "queries",
+            f"""SELECT text, shard, held, training AND NOT held AS training,
+                (row_number() OVER (ORDER BY shard, text) - 1)::INTEGER AS query_row
+            FROM (SELECT query AS text, {_md5_number("query", 1)} % {shards} AS shard, {held_query} AS held,
+                bool_or(NOT {held_time}) AS training FROM log WHERE role <> 0 GROUP BY query)""",
+        )
+        others = [name for name in self._database.columns("log") if name != "query"]
+        self._database.create(
+            "pairs",
+            f"SELECT query_row, {', '.join(others)}, held OR {held_time} AS held FROM log JOIN queries ON query = text",
+        )
+        self._database.drop("log")
+        if not self._database.scalar(f"SELECT count(*) FROM pairs WHERE role = {POSITIVE} AND NOT held"):
+            raise self._no_positive_pairs()
+
+    def _no_positive_pairs(self) -> CommandError:
+        s = self._schema
+        reason = f"no label in column {s.label} is {s.positive_from:g} or more" if s.label else "there is no click"
+        kept = " that is not held out" if s.held_out else ""
+        return CommandError(f"there is no positive pair{kept}: {reason}; correct the schema or the tables")
+
+    # Files.
+
+    def item_clicks(self, num_items: int) -> np.ndarray:
+        """Counts the positive pairs of each item that are not held out, float32 [num_items]."""
+        clicks = np.zeros(num_items, np.float32)
+        counts = self._database.arrays(
+            f"SELECT item_row, count(*) AS n FROM pairs WHERE role = {POSITIVE} AND NOT held GROUP BY item_row"
+        )
+        clicks[counts["item_row"]] = counts["n"]
+        return clicks
+
+    def write_events(self, file: PackedFileWriter, num_users: int) -> int:
+        """Writes the positive events of each user, in the order of time, as sections event.*. Returns their number."""
+        held_out = self._schema.held_out
+        # Where the split goes by time, held-out events are the future, and readers look strictly before a moment. Where
+        # it goes by query, they are as old as the others and would give away the answer.
+        past = "TRUE" if held_out is None or held_out.query_share is None else "NOT held"
+        events = self._database.sorted_columns(
+            ["time", "item_row", "query_row", "type"],
+            f"FROM pairs WHERE role = {POSITIVE} AND user_row > 0 AND {past} AND {bool(self._schema.time)}",
+            ["user_row", "time", "query_row", "item_row", "type"],
+            "write events",
+            group="user_row",
+            num_groups=num_users,
+        )
+        file.add("event.splits", events.splits)
+        for name, column in zip(("time", "item", "query", "type"), events.columns, strict=True):
+            column.copy(file, f"event.{name}")
+        return int(events.splits[-1])
+
+    def write_interactions(self, out: Path, shards: int, vocabulary: Vocabulary) -> dict[str, int]:
+        """Writes the interaction files into the directory `out`. Returns the counts of queries and pairs."""
+        queries = self._database.count("queries")
+        tokens, texts = self._encode_queries(queries, vocabulary)
+        self._number_requests()
+        columns = _Columns(
+            tokens,
+            texts,
+            self._positives(queries),
+            self._impressions(),
+            self._negatives(queries),
+        )
+        few_values = {name: self._few_values(name) for name in self._optional if name != "position"}
+        # Queries are sorted by shard, and everything else by query: each shard is one piece of every column.
+        first_query = 0
+        for shard, name in enumerate(interactions_names(shards)):
+            end_query = first_query + self._database.scalar(f"SELECT count(*) FROM queries WHERE shard = {shard}")
+            with PackedFileWriter(out / name, "interactions") as file:
+                self._write_shard(file, columns, few_values, first_query, end_query)
+            first_query = end_query
+        return {
+            "queries": queries,
+            "positives": int(columns.positive.splits[-1]),
+            "impressions": int(columns.impression.splits[-1]),
+            "negatives": int(columns.negative.splits[-1]),
+        }
+
+    def write_held_out(self, out: Path) -> int:
+        """Writes held_out.dpsr into the directory `out`, if the schema holds pairs out. Returns their number."""
+        if self._schema.held_out is None:
+            return 0
+        weight = ["weight"] if self._has_weights else []
+        columns = ["query_row", "user_row", "item_row", "time", "type", *weight]
+        held = self._database.sorted_columns(
+            columns,
+            f"FROM pairs WHERE role = {POSITIVE} AND held",
+            ["query_row", "item_row", "user_row", "time", "type", *weight],
+            "write held out",
+        )
+        with PackedFileWriter(out / "held_out.dpsr", "held_out") as file:
+            for name, column in zip(("query", "user", "item", "time", "type", *weight), held.columns, strict=True):
+                column.copy(file, name)
+        return held.columns[0].rows
+
+    def _encode_queries(self, queries: int, vocabulary: Vocabulary) -> tuple[RaggedColumnFile, RaggedColumnFile]:
+        """Returns the token ids and the UTF-8 bytes of all queries, in the order of their row."""
+        folder = self._database.folder
+        tokens, texts = RaggedColumnFile(folder, np.int32), RaggedColumnFile(folder, np.uint8)
+
+        def encode(batch: pa.RecordBatch) -> Any:
+            return vocabulary.encode_batch(batch["text"]), string_bytes(batch["text"])
+
+        query = "SELECT text FROM queries ORDER BY query_row"
+        for _, (token_ids, text_bytes) in self._database.encoded_batches(query, "encode queries", queries, encode):
+            tokens.append(*token_ids)
+            texts.append(*text_bytes)
+        return tokens, texts
+
+    def _number_requests(self) -> None:
+        """Creates the tables `requests` and `unclicked`.
+
+        `requests` numbers each request with a positive and an unclicked impression; `unclicked` has these impressions.
+        Both are empty where the log does not say what was shown.
+        """
+        if not self._has_requests:
+            self._database.create("unclicked", "SELECT 0 AS request, 0::INTEGER AS item_row LIMIT 0")
+            self._database.create("requests", "SELECT 0::INTEGER AS query_row, 0 AS request LIMIT 0")
+            return
+        key = self._request_key()
+        self._database.create(
+            "clicked", f"SELECT DISTINCT {key}, item_row FROM pairs WHERE role = {POSITIVE} AND NOT held"
+        )
+        self._database.create(
+            "shown",
+            f"""SELECT DISTINCT {key}, item_row FROM pairs
+                SEMI JOIN clicked USING ({key}) ANTI JOIN clicked USING ({key}, item_row)
+                WHERE role <> {POSITIVE} AND type IN {_UNCLICKED} AND NOT held""",
+        )
+        self._database.create(
+            "requests",
+            f"SELECT {key}, row_number() OVER (ORDER BY {key}) - 1 AS request FROM (SELECT DISTINCT {key} FROM shown)",
+        )
+        self._database.create("unclicked", f"SELECT request, item_row FROM shown JOIN requests USING ({key})")
+        self._database.drop("clicked")
+        self._database.drop("shown")
+
+    def _request_key(self) -> str:
+        return ", ".join(["query_row", "user_row", *(["session"] if self._schema.session else [])])
+
+    def _positive_names(self) -> list[str]:
+        """Returns the names of the columns that _positives returns."""
+        return ["user", "item", "type", "time", *self._optional, *(["request"] if self._has_requests else [])]
+
+    def _positives(self, queries: int) -> SortedColumns:
+        """Returns the positive pairs of each query."""
+        columns = ["user_row", "item_row", "type", "time", *(_SQL_NAMES.get(n, n) for n in self._optional)]
+        order = ["query_row", "item_row", "user_row", "time", "type", *columns[4:]]
+        source = "FROM pairs"
+        if self._has_requests:
+            columns.append("coalesce(request, -1)::INTEGER AS request_row")
+            order.append("request_row")
+            source = f"FROM pairs LEFT JOIN requests USING ({self._request_key()})"
+        return self._database.sorted_columns(
+            columns,
+            f"{source} WHERE role = {POSITIVE} AND NOT held",
+            order,
+            "write positives",
+            group="query_row",
+            num_groups=queries,
+        )
+
+    def _impressions(self) -> SortedColumns:
+        """Returns the unclicked items of each request."""
+        return self._database.sorted_columns(
+            ["item_row"],
+            "FROM unclicked",
+            ["request", "item_row"],
+            "write impressions",
+            group="request",
+            num_groups=self._database.count("requests"),
+        )
+
+    def _negatives(self, queries: int) -> SortedColumns:
+        """Returns the items of each query that the labels call negative and no pair calls positive."""
+        return self._database.sorted_columns(
+            ["item_row"],
+            f"""FROM (SELECT DISTINCT query_row, item_row FROM pairs WHERE role = {NEGATIVE} AND NOT held)
+                ANTI JOIN (SELECT query_row, item_row FROM pairs WHERE role = {POSITIVE} AND NOT held)
+                USING (query_row, item_row)""",
+            ["query_row", "item_row"],
+            "write negatives",
+            group="query_row",
+            num_groups=queries,
+        )
+
+    def _few_values(self, column: str) -> np.ndarray | None:
+        """Returns the distinct values of a column of the positives, float32, ascending; None if they are over 256."""
+        query = f"""SELECT DISTINCT {column} AS value FROM pairs
+                    WHERE role = {POSITIVE} AND NOT held LIMIT {BYTE_VALUES + 1}"""
+        values = self._database.arrays(query)["value"]
+        # Adding 0 makes 0 and -0 one value.
+        return np.unique(values + np.float32(0)) if len(values) <= BYTE_VALUES else None
+
+    def _write_shard(
+        self,
+        file: PackedFileWriter,
+        columns: _Columns,
+        few_values: dict[str, np.ndarray | None],
+        first_query: int,
+        end_query: int,
+    ) -> None:
+        """Writes the queries `first_query` to `end_query` and all that belongs to them."""
+        first_request, end_request = (
+            self._database.scalar(f"SELECT count(*) FROM requests WHERE query_row < {row}")
+            for row in (first_query, end_query)
+        )
+        columns.tokens.copy(file, "query.splits", "query.tokens", first_query, end_query)
+        columns.texts.copy(file, "query_text.splits", "query_text.bytes", first_query, end_query)
+        begin, end = add_splits(file, "positive.splits", columns.positive.splits, first_query, end_query)
+        for name, column in zip(self._positive_names(), columns.positive.columns, strict=True):
+            section, values = f"positive.{name}", few_values.get(name)
+            if values is not None:
+                column.copy(file, section, begin, end, _codes_in(values), np.uint8)
+                file.add(f"{section}.values", values)
+            elif name == "request":
+                column.copy(file, section, begin, end, _counted_from(first_request))
+            else:
+                column.copy(file, section, begin, end)
+        if self._has_requests:
+            splits = columns.impression.splits
+            begin, end = add_splits(file, "impression.splits", splits, first_request, end_request)
+            columns.impression.columns[0].copy(file, "impression.item", begin, end)
+        begin, end = add_splits(file, "negative.splits", columns.negative.splits, first_query, end_query)
+        columns.negative.columns[0].copy(file, "negative.item", begin, end)
+
+
+class _Columns(NamedTuple):
+    """The columns of the interaction files, of all shards."""
+
+    tokens: RaggedColumnFile
+    texts: RaggedColumnFile
+    positive: SortedColumns
+    impression: SortedColumns
+    negative: SortedColumns
+
+
+def _codes_in(values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Replaces numbers by their place in ascending `values`, which hold all of them."""
+    return lambda numbers: np.searchsorted(values, numbers)
+
+
+def _counted_from(first: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Counts rows from `first` on; -1, which is no row, stays."""
+    return lambda rows: np.where(rows < 0, rows, rows - first)
+
+
+def _md5_number(text: str, begin: int) -> str:
+    """Returns SQL for 64 bits of the MD5 of a text, big endian, from hex digit `begin` (1 or 17) on."""
+    return f"('0x' || substr(md5({text}), {begin}, 16))::UBIGINT"
+
+
+def held_out_from(schema: InteractionsSchema, last_time: int) -> int:
+    """Returns the first second since 1970 that is held out.
+
+    Args:
+        schema: holds out interactions by time.
+        last_time: the time of the last interaction.
+
+    Raises:
+        CommandError: `held_out.after` is not a time.
+    """
+    held_out = schema.held_out
+    assert held_out is not None
+    if held_out.last_days is not None:
+        return max(0, math.floor(last_time - held_out.last_days * 86400) + 1)
+    given = held_out.after or ""
+    try:
+        return math.floor(float(given) / {"s": 1, "ms": 1e3, "us": 1e6}[schema.time_unit])
+    except (ValueError, OverflowError):
+        pass
+    try:
+        moment = datetime.datetime.fromisoformat(given.replace("Z", "+00:00"))
+    except ValueError:
+        raise CommandError(
+            f"interactions: held_out: after is '{given}', expected a time as 2024-01-31T12:00:00, or a number in "
+            f"time_unit; correct the schema"
+        ) from None
+    return math.floor((moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp())
