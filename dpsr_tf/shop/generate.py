@@ -25,10 +25,13 @@ from dpsr_common.strict_yaml import read_yaml
 from dpsr_common.typed_config import from_dict, read_assignment, to_dict
 from dpsr_tf.data.schema import EVENT_TYPES
 from dpsr_tf.data.store import new_directory
+from dpsr_tf.shop.catalogue import LANGUAGE_CODES
 from dpsr_tf.shop.judge import FOLDS, KINDS, judged, kinds, labels, purchases
 from dpsr_tf.shop.lexicon import GENDERS, POWERS
 from dpsr_tf.shop.log import START, Log, Rows
-from dpsr_tf.shop.world import NAMES, TASTE_WEIGHTS, Parameters, World, make_world, random_stream
+from dpsr_tf.shop.parameters import Parameters
+from dpsr_tf.shop.sampling import random_stream
+from dpsr_tf.shop.world import TASTE_WEIGHTS, World, make_world
 
 USAGE = """
 Usage: dpsr generate --out=DIR [--parameters=FILE] [--set=NAME=VALUE ...]
@@ -284,7 +287,7 @@ def _write_truth(world: World, log: Log, item_ids: np.ndarray, user_ids: np.ndar
         out / "items.parquet",
         {
             "item_id": item_ids,
-            "language": _names(items.language, NAMES),
+            "language": _names(items.language, LANGUAGE_CODES),
             "type": _names(items.type, (t.word for t in catalogue.types)),
             "words": _lists(items.words, words),
             "style": _names(items.style[:, 1], words),
@@ -299,7 +302,7 @@ def _write_truth(world: World, log: Log, item_ids: np.ndarray, user_ids: np.ndar
         out / "users.parquet",
         {
             "user_id": user_ids,
-            "language": _names(users.language, NAMES),
+            "language": _names(users.language, LANGUAGE_CODES),
             "profile": users.profile,
             "activity": users.activity,
             "categories": _lists(users.categories),
@@ -335,7 +338,7 @@ def _write_query_truth(world: World, log: Log, item_ids: np.ndarray, out: Path) 
     n = len(world.texts)
     queries = {
         "query": world.texts,
-        "language": _names(world.text_language, NAMES),
+        "language": _names(world.text_language, LANGUAGE_CODES),
         "kind": kinds(world).tolist(),
         "meanings": world.senses,
         "fold": _names(world.text_fold, FOLDS),
@@ -375,7 +378,7 @@ def _segments(requests: np.ndarray) -> np.ndarray:
 def _truth(world: World, log: Log, counts: dict[str, int]) -> dict[str, Any]:
     catalogue = world.catalogue
     synonyms, polysemous, across = {}, {}, {}
-    for number, name in enumerate(NAMES):
+    for number, name in enumerate(LANGUAGE_CODES):
         types = [catalogue.types[code] for code in catalogue.types_of(number)]
         codes = sorted({int(code) for mine in catalogue.attributes[number].values() for code in mine})
         entries = [*types, *(catalogue.words[code] for code in codes)]
@@ -398,12 +401,12 @@ def _truth(world: World, log: Log, counts: dict[str, int]) -> dict[str, Any]:
         "taste_weights": TASTE_WEIGHTS,
         "categories": {
             name: [c.name for c in language.categories]
-            for name, language in zip(NAMES, catalogue.languages, strict=True)
+            for name, language in zip(LANGUAGE_CODES, catalogue.languages, strict=True)
         },
-        "styles": dict(zip(NAMES, catalogue.styles, strict=True)),
+        "styles": dict(zip(LANGUAGE_CODES, catalogue.styles, strict=True)),
         "synonyms": synonyms,
         "polysemous": polysemous,
         "brands_across_categories": across,
         "homonyms": catalogue.homonyms,
-        "misleading": {name: world.misleading(number) for number, name in enumerate(NAMES)},
+        "misleading": {name: world.misleading(number) for number, name in enumerate(LANGUAGE_CODES)},
     }

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from dpsr_tf.shop.log import Log
-from dpsr_tf.shop.world import ALL_SYNONYMS, SOME_SYNONYMS, World, draw, random_stream
+from dpsr_tf.shop.sampling import draw, random_stream
+from dpsr_tf.shop.world import ALL_SYNONYMS, SOME_SYNONYMS, World
 
 FOLDS = ("log", "dev", "test")
 # The shares of the judged queries' kinds.

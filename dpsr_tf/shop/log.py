@@ -15,7 +15,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from dpsr_tf.data.schema import EVENT_TYPES
-from dpsr_tf.shop.world import World, draw, random_stream
+from dpsr_tf.shop.sampling import draw, random_stream
+from dpsr_tf.shop.world import World
 
 # First second of the log, 2024-01-01 UTC.
 START = 1_704_067_200

@@ -24,7 +24,8 @@ from dpsr_tf.data.schema import load_schema
 from dpsr_tf.evaluation.retriever import Bm25, unigrams
 from dpsr_tf.shop import generate as g
 from dpsr_tf.shop.log import Log, Rows
-from dpsr_tf.shop.world import Parameters, World
+from dpsr_tf.shop.parameters import Parameters
+from dpsr_tf.shop.world import World
 from dpsr_tokenizer import Tokenizer, TokenizerConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent

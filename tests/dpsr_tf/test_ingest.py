@@ -1131,7 +1131,9 @@ def test_a_hopeless_job_stops_early(shop, dpsr, tmp_path, monkeypatch):
 
 def test_a_file_that_holds_no_rejects_is_left_alone(shop, dpsr, tmp_path):
     (tmp_path / "thesis").write_text("years of work")
-    dpsr(*shop.write().flags(tmp_path / "store"), f"--rejects={tmp_path / 'thesis'}").fails(2, "thesis: this file exists and does not hold rejects")
+    dpsr(*shop.write().flags(tmp_path / "store"), f"--rejects={tmp_path / 'thesis'}").fails(
+        2, "thesis: this file exists and does not hold rejects"
+    )
     assert (tmp_path / "thesis").read_text() == "years of work"
 
 
