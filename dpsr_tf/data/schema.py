@@ -1,4 +1,4 @@
-"""The schema file: which columns of which raw tables are the items, the users and the interactions.
+"""The schema file, which says which columns of which raw tables hold the items, the users and the interactions.
 
     items:
       files: items.parquet
@@ -24,36 +24,46 @@ from typing import ClassVar
 from dpsr_common.strict_yaml import read_yaml
 from dpsr_common.typed_config import from_dict, option
 
-FILES_HELP = "files, directories or globs, relative to the schema file or --input"
+FILES_HELP = "files, directories or glob patterns, relative to --input or, without it, to the schema file"
 KINDS = ("categorical", "number", "multi", "text")
-# Those with one code a row; the others have a list a row.
+# Kinds with one code per row. The others have a list per row.
 FIXED_KINDS = ("categorical", "number")
 FILTER_KINDS = ("categorical", "number", "multi")
-# What an interaction can be, in the order of the codes that a store holds.
+# The types of interactions. A store holds their positions in this list.
 EVENT_TYPES = ("impression", "skip", "click", "cart", "order")
 
 
 @dataclasses.dataclass(frozen=True)
 class Feature:
-    """One feature of items or users; a bare column name is a categorical one."""
+    """One feature of items or users. A column name alone stands for a categorical feature."""
 
-    column: str = dataclasses.field(metadata={"help": "the column it is read from"})
-    name: str | None = option(None, "its name in config and store, at most 16 bytes; the column's if left out")
-    kind: str = option("categorical", "what the column holds", choices=KINDS)
-    boundaries: tuple[float, ...] = option((), "of kind number: ascending upper ends of the buckets, each excluded")
-    separator: str | None = option(None, "of kind multi: what stands between values; a list column needs none")
-    max_values: int = option(1_000_000, "values that get a code of their own, the most frequent ones", 1, 2**30)
-    vocabulary: str | None = option(None, "of kind text: one of `vocabularies`; that of the item text if left out")
+    column: str = dataclasses.field(metadata={"help": "column that holds the values"})
+    name: str | None = option(
+        None, "name of the feature in config and store, at most 16 bytes; default: the name of the column"
+    )
+    kind: str = option("categorical", "kind of the values", choices=KINDS)
+    boundaries: tuple[float, ...] = option(
+        (), "for kind number: ascending bounds of the buckets; a bound belongs to the bucket above it"
+    )
+    separator: str | None = option(
+        None, "for kind multi: text between two values of a cell; not needed if the column holds lists"
+    )
+    max_values: int = option(
+        1_000_000, "largest number of values with a code of their own; the most frequent ones get one", 1, 2**30
+    )
+    vocabulary: str | None = option(
+        None, "for kind text: name of an entry of `vocabularies`; default: the vocabulary of the item text"
+    )
 
     SHORTHAND = "column"
 
     @property
     def key(self) -> str:
-        """The name in config and store."""
+        """The name of the feature in config and store."""
         return self.name or self.column
 
     def problem(self) -> str | None:
-        """What is wrong with values that are each allowed but do not go together."""
+        """Describes values that are allowed one by one but not together; None if there are none."""
         if len(self.key.encode()) > _LONGEST_FEATURE:
             return f"name is '{self.key}', expected at most {_LONGEST_FEATURE} bytes; give another with `name`"
         if "." in self.key:
@@ -62,40 +72,45 @@ class Feature:
             return f"boundaries is {list(self.boundaries)}, expected finite numbers"
         if (self.kind == "number") != bool(self.boundaries):
             return (
-                f"boundaries is {list(self.boundaries)} and kind {self.kind}, but they go with kind number, and only so"
+                f"boundaries is {list(self.boundaries)} and kind is {self.kind}: "
+                f"kind number needs boundaries, other kinds cannot have them"
             )
         if any(low >= high for low, high in itertools.pairwise(self.boundaries)):
             return f"boundaries is {list(self.boundaries)}, expected ascending numbers"
         if separator := _separator_problem(self):
             return separator
         if self.vocabulary is not None and self.kind != "text":
-            return f"vocabulary is {self.vocabulary} and kind {self.kind}, but it goes with kind text only"
+            return f"vocabulary is {self.vocabulary} and kind is {self.kind}: only kind text can have a vocabulary"
         return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Filter:
-    """One attribute that searches may filter items by; a bare column name is a categorical one.
+    """One attribute that searches can filter items by. A column name alone stands for a categorical attribute.
 
-    The model reads nothing of it: a column that it should read is a feature, too.
+    The model does not read filters. If it should read the column, name the column under `features`, too.
     """
 
-    column: str = dataclasses.field(metadata={"help": "the column it is read from"})
-    name: str | None = option(None, "its name in requests, at most 16 bytes; the column's if left out")
-    kind: str = option("categorical", "what the column holds", choices=FILTER_KINDS)
-    separator: str | None = option(None, "of kind multi: what stands between values; a list column needs none")
+    column: str = dataclasses.field(metadata={"help": "column that holds the values"})
+    name: str | None = option(
+        None, "name of the attribute in requests, at most 16 bytes; default: the name of the column"
+    )
+    kind: str = option("categorical", "kind of the values", choices=FILTER_KINDS)
+    separator: str | None = option(
+        None, "for kind multi: text between two values of a cell; not needed if the column holds lists"
+    )
 
     SHORTHAND = "column"
-    # As of a feature all of whose values have a code.
+    # Every value of a filter has a code.
     max_values: ClassVar[int] = 2**30
 
     @property
     def key(self) -> str:
-        """The name in requests and store."""
+        """The name of the attribute in requests and store."""
         return self.name or self.column
 
     def problem(self) -> str | None:
-        """What is wrong with values that are each allowed but do not go together."""
+        """Describes values that are allowed one by one but not together; None if there are none."""
         if not self.key or "." in self.key or "=" in self.key or len(self.key.encode()) > _LONGEST_FEATURE:
             return (
                 f"name is '{self.key}', expected at most {_LONGEST_FEATURE} bytes without a dot or =; "
@@ -106,84 +121,121 @@ class Filter:
 
 @dataclasses.dataclass(frozen=True)
 class ItemsSchema:
-    """The item table: one row an item."""
+    """The item table, with one row per item."""
 
     files: tuple[str, ...] = dataclasses.field(metadata={"help": FILES_HELP})
-    id: str = dataclasses.field(metadata={"help": "column of the item id, unique: int64 from 0 on, or text"})
-    text: tuple[str, ...] = dataclasses.field(metadata={"help": "columns whose text the item tower reads"})
-    title: str | None = option(None, "column shown to people; the first text column if left out")
-    popularity: str | None = option(None, "column of a number, 0 or more; clicks in the log if left out")
-    features: tuple[Feature, ...] = option((), "brand, category, price, ...")
-    filters: tuple[Filter, ...] = option((), "what searches may filter by: brand, shop, price, in stock, ...")
+    id: str = dataclasses.field(
+        metadata={"help": "column with the item id, which is unique: a whole number of 0 or more (int64), or text"}
+    )
+    text: tuple[str, ...] = dataclasses.field(
+        metadata={"help": "columns with the text of the item; the item tower reads them joined by spaces"}
+    )
+    title: str | None = option(None, "column with the title that people see; default: the first column of `text`")
+    popularity: str | None = option(
+        None, "column with the popularity, a number of 0 or more; default: the item's positive pairs in the log"
+    )
+    features: tuple[Feature, ...] = option(
+        (), "item features that the model can read, such as brand, category and price"
+    )
+    filters: tuple[Filter, ...] = option(
+        (), "attributes that searches can filter by, such as brand, price and whether the item is in stock"
+    )
 
     def problem(self) -> str | None:
-        """What is wrong with the whole."""
+        """Describes values that are allowed one by one but not together; None if there are none."""
         return _repeated("features", self.features) or _repeated("filters", self.filters)
 
 
 @dataclasses.dataclass(frozen=True)
 class UsersSchema:
-    """The user table: one row a user."""
+    """The user table, with one row per user."""
 
     files: tuple[str, ...] = dataclasses.field(metadata={"help": FILES_HELP})
-    id: str = dataclasses.field(metadata={"help": "column of the user id, unique: int64 from 0 on, or text"})
-    features: tuple[Feature, ...] = option((), "profile features")
+    id: str = dataclasses.field(
+        metadata={"help": "column with the user id, which is unique: a whole number of 0 or more (int64), or text"}
+    )
+    features: tuple[Feature, ...] = option((), "profile features that the model can read, such as age and gender")
 
     def problem(self) -> str | None:
-        """What is wrong with the whole."""
+        """Describes values that are allowed one by one but not together; None if there are none."""
         return _repeated("features", self.features)
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """What is kept from training, for `dpsr evaluate` and validation. Give one of the keys."""
+    """Interactions that are kept out of training, for validation and `dpsr evaluate`. Give exactly one of the keys."""
 
     after: str | None = dataclasses.field(
         default=None,
-        metadata={"help": "interactions from this time on: ISO 8601 (UTC), or a number in time_unit", "numbers": True},
+        metadata={
+            "help": "hold out interactions from this time on: ISO 8601 text (UTC by default) or a number in time_unit",
+            "numbers": True,
+        },
     )
-    last_days: float | None = option(None, "interactions of the last so many days of the log", 0, 36_500)
-    query_share: float | None = option(None, "all interactions of this share of the queries, by a hash", 0, 0.5)
+    last_days: float | None = option(
+        None, "hold out the interactions of this many days at the end of the log", 0, 36_500
+    )
+    query_share: float | None = option(
+        None, "hold out all interactions of this share of the queries, which a hash of the query chooses", 0, 0.5
+    )
 
     def problem(self) -> str | None:
-        """What is wrong with the whole."""
+        """Describes values that are allowed one by one but not together; None if there are none."""
         given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
-        return None if len(given) == 1 else f"{', '.join(given) or 'nothing'} is given, expected exactly one key"
+        return None if len(given) == 1 else f"{' and '.join(given) or 'no key'} given, expected exactly one key"
 
 
 @dataclasses.dataclass(frozen=True)
 class InteractionsSchema:
-    """The interaction table: one row an impression, a click, an order, or a judgment."""
+    """The interaction table, with one row per impression, click, order or judgment."""
 
     files: tuple[str, ...] = dataclasses.field(metadata={"help": FILES_HELP})
-    query: str = dataclasses.field(metadata={"help": "column of the query text"})
-    item: str = dataclasses.field(metadata={"help": "column of the item id"})
-    user: str | None = option(None, "column of the user id, empty or -1 is anonymous; all are if left out")
-    type: str | None = option(None, "column of the type; every row is a click if left out")
-    types: dict[str, str] = option({}, "what each value of that column means: impression, skip, click, cart, order")
-    positive_types: tuple[str, ...] = option(("click", "cart", "order"), "types that make a positive pair")
-    type_weights: dict[str, float] = option({}, "weight in the loss by type, times that of `weight`; 1 if left out")
-    time: str | None = option(None, "column of the time: a timestamp, ISO 8601 (UTC if it does not say), or a number")
-    time_unit: str = option("s", "of a number: since 1970, UTC", choices=("s", "ms", "us"))
-    session: str | None = option(None, "column of the session: its impressions and clicks of one query are one request")
-    position: str | None = option(None, "column of the rank at which the item was shown, 1 or more")
-    weight: str | None = option(None, "column of the weight in the loss; 1 if left out")
-    label: str | None = option(None, "column of the label, of humans or graded; then it, not the type, decides")
-    positive_from: float = option(1.0, "labels of this and above are positive pairs")
-    negative_to: float | None = option(None, "labels of this and below are supervised negatives (section 4.5)")
-    held_out: HeldOut | None = option(None, "what is kept from training")
+    query: str = dataclasses.field(metadata={"help": "column with the query text"})
+    item: str = dataclasses.field(metadata={"help": "column with the item id"})
+    user: str | None = option(
+        None, "column with the user id; empty and -1 mean an anonymous user; default: all users are anonymous"
+    )
+    type: str | None = option(None, "column with the type of the interaction; default: every row is a click")
+    types: dict[str, str] = option(
+        {},
+        "meaning of each value in the column `type`: impression, skip, click, cart or order (these need no entry)",
+    )
+    positive_types: tuple[str, ...] = option(("click", "cart", "order"), "types that make a row a positive pair")
+    type_weights: dict[str, float] = option(
+        {}, "weight in the loss for each type, multiplied by `weight`; types that are not named have weight 1"
+    )
+    time: str | None = option(
+        None, "column with the time: a timestamp, ISO 8601 text (UTC unless it has a zone), or a number"
+    )
+    time_unit: str = option(
+        "s", "unit of times that are numbers; they count from 1970-01-01 in UTC", choices=("s", "ms", "us")
+    )
+    session: str | None = option(
+        None, "column with the session; rows with the same session, user and query form one request"
+    )
+    position: str | None = option(None, "column with the position at which the item was shown, from 1 on")
+    weight: str | None = option(None, "column with the weight in the loss; default: weight 1")
+    label: str | None = option(
+        None,
+        "column with a relevance label, such as a human grade; the label, not the type, then decides what is positive",
+    )
+    positive_from: float = option(1.0, "lowest label that makes a row a positive pair")
+    negative_to: float | None = option(
+        None, "highest label that makes a row a supervised negative (section 4.5); default: no label does"
+    )
+    held_out: HeldOut | None = option(None, "interactions that are kept out of training")
 
     def problem(self) -> str | None:
-        """What is wrong with the whole."""
+        """Describes values that are allowed one by one but not together; None if there are none."""
         if self.negative_to is not None and self.negative_to >= self.positive_from:
             return (
-                f"negative_to is {self.negative_to:g} and positive_from {self.positive_from:g}, "
+                f"negative_to is {self.negative_to:g} and positive_from is {self.positive_from:g}, "
                 f"expected negative_to below positive_from"
             )
         if self.negative_to is not None and self.label is None:
             return (
-                f"negative_to is {self.negative_to:g}, but no label to compare is named; "
-                f"name its column, or leave negative_to out"
+                f"negative_to is {self.negative_to:g}, but there is no column of labels; "
+                f"name it with `label`, or leave negative_to out"
             )
         for key, names in (
             ("types", self.types.values()),
@@ -192,50 +244,54 @@ class InteractionsSchema:
         ):
             for name in names:
                 if name not in EVENT_TYPES:
-                    return f"{key} names '{name}', expected one of {', '.join(EVENT_TYPES)}"
+                    return f"{key} has '{name}', expected one of {', '.join(EVENT_TYPES)}"
         for name, weight in self.type_weights.items():
             if not 0 <= weight <= 1e6:
                 return f"type_weights: {name} is {weight:g}, expected 0 to 1000000"
         if self.types and self.type is None:
-            return "types is given, but no column of the type is named; name it with `type`, or leave types out"
+            return "types is given, but there is no column with the type; name it with `type`, or leave types out"
         timed = self.held_out is not None and self.held_out.query_share is None
         if timed and self.time is None:
-            return "held_out goes by time, but no column of the time is named; name it with `time`, or use query_share"
+            return "held_out needs times, but there is no column with the time; name it with `time`, or use query_share"
         return None
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerSchema:
-    """What tokens a text becomes; the names are those of dpsr_tokenizer.TokenizerConfig."""
+    """The kinds of tokens that a text is split into. They have the names of dpsr_tokenizer.TokenizerConfig."""
 
-    word_unigrams: bool = option(True, "words of alphabetic scripts")
+    word_unigrams: bool = option(True, "words of scripts with letters")
     word_bigrams: bool = option(False, "pairs of neighbouring words")
-    letter_trigrams: bool = option(True, "#-marked letter trigrams of words")
-    char_unigrams: bool = option(True, "characters of scripts written without spaces")
-    char_bigrams: bool = option(True, "pairs of neighbouring characters of such scripts")
-    number_parts: bool = option(True, "the parts of words of letters and digits: 12mm as 12 and mm too")
-    markers: bool = option(False, "<s> and </s> around each text")
+    letter_trigrams: bool = option(True, "three neighbouring letters of a word, where # stands for its two ends")
+    char_unigrams: bool = option(True, "single characters of scripts that are written without spaces, such as Chinese")
+    char_bigrams: bool = option(True, "pairs of neighbouring characters of scripts that are written without spaces")
+    number_parts: bool = option(
+        True, "parts of words with letters and digits, beside the word: 12mm also gives 12 and mm"
+    )
+    markers: bool = option(False, "tokens <s> and </s> at the beginning and end of each text")
 
     def problem(self) -> str | None:
-        """What is wrong with the whole."""
+        """Describes values that are allowed one by one but not together; None if there are none."""
         words = self.word_unigrams or self.word_bigrams or self.letter_trigrams
         if words or self.char_unigrams or self.char_bigrams:
             return None
-        return "every kind of token is off, expected at least one of words, trigrams and characters"
+        return "all kinds of tokens are off, expected at least one of words, trigrams and characters"
 
 
 @dataclasses.dataclass(frozen=True)
 class VocabularySchema:
-    """Which tokens get an id of their own."""
+    """The tokens that get an id of their own. All other tokens share hash buckets."""
 
-    min_count: int = option(1, "tokens seen less often share the buckets", 1)
-    max_size: int = option(1_000_000, "most frequent tokens that get an id of their own", 1, 2**30)
-    num_oov_buckets: int = option(1024, "hash buckets for all other tokens; 0 drops them", 0, 2**24)
+    min_count: int = option(1, "smallest number of occurrences with which a token gets an id of its own", 1)
+    max_size: int = option(
+        1_000_000, "largest number of tokens with an id of their own; the most frequent ones get one", 1, 2**30
+    )
+    num_oov_buckets: int = option(1024, "number of hash buckets for all other tokens; 0 drops these tokens", 0, 2**24)
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureVocabulary:
-    """Tokenizer and vocabulary of text features that do not share those of query and item text."""
+    """A tokenizer and vocabulary for text features, apart from those of query and item text."""
 
     tokenizer: TokenizerSchema = dataclasses.field(default_factory=TokenizerSchema)
     vocabulary: VocabularySchema = dataclasses.field(default_factory=VocabularySchema)
@@ -243,17 +299,19 @@ class FeatureVocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class Schema:
-    """All of it."""
+    """The whole schema file."""
 
     items: ItemsSchema
     interactions: InteractionsSchema
     users: UsersSchema | None = None
     tokenizer: TokenizerSchema = dataclasses.field(default_factory=TokenizerSchema)
     vocabulary: VocabularySchema = dataclasses.field(default_factory=VocabularySchema)
-    vocabularies: dict[str, FeatureVocabulary] = option({}, "further tokenizers and vocabularies, for text features")
+    vocabularies: dict[str, FeatureVocabulary] = option(
+        {}, "further tokenizers and vocabularies for text features, by name"
+    )
 
     def problem(self) -> str | None:
-        """What is wrong with the whole."""
+        """Describes values that are allowed one by one but not together; None if there are none."""
         for section, features in (("items", self.items.features), ("users", self.users.features if self.users else ())):
             for feature in features:
                 if feature.vocabulary is not None and feature.vocabulary not in self.vocabularies:
@@ -264,11 +322,11 @@ class Schema:
                     )
         for name in self.vocabularies:
             if not name.isidentifier():
-                return f"vocabularies: '{name}' becomes part of a file's name, expected letters, digits and _"
+                return f"vocabularies: the name '{name}' becomes part of a file name, expected letters, digits and _"
         if self.interactions.user is not None and self.users is None:
             return (
-                f"interactions: user is '{self.interactions.user}', but there is no section users; "
-                f"add one or leave user out"
+                f"interactions: user is '{self.interactions.user}', but there is no section `users`; "
+                f"add one, or leave user out"
             )
         return None
 
@@ -276,21 +334,21 @@ class Schema:
 def _repeated(key: str, features: Sequence[Feature | Filter]) -> str | None:
     keys = [feature.key for feature in features]
     twice = sorted({key for key in keys if keys.count(key) > 1})
-    return f"{key} has {twice[0]} twice, expected each name once; give one another `name`" if twice else None
+    return f"{key} has {twice[0]} twice; give one of them another `name`" if twice else None
 
 
 def _separator_problem(column: Feature | Filter) -> str | None:
     if column.separator == "":
-        return "separator is '', expected what stands between two values, for example '|'"
+        return "separator is '', expected the text between two values, for example '|'"
     if column.separator is not None and column.kind != "multi":
-        return f"separator is {column.separator!r} and kind {column.kind}, but it goes with kind multi only"
+        return f"separator is {column.separator!r} and kind is {column.kind}: only kind multi can have a separator"
     return None
 
 
-# A section "feature.<name>.splits" of a packed file has at most 31 bytes.
+# The name of a packed file's section, such as "feature.<name>.splits", has at most 31 bytes.
 _LONGEST_FEATURE = 31 - len("feature.") - len(".splits")
 
 
 def load_schema(path: str | Path) -> Schema:
-    """Reads a schema file. Raises UsageError (no file, no YAML, or a key or value that is not allowed)."""
+    """Reads a schema file. Raises UsageError if there is no file, it is not YAML, or a key or value is wrong."""
     return from_dict(Schema, read_yaml(path), str(path))

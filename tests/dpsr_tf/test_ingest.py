@@ -788,7 +788,7 @@ def refuses(dpsr, tree, shop, tmp_path):
         (lambda s: s.pop("items"), ["key 'items' is missing"]),
         (lambda s: s.pop("interactions"), ["key 'interactions' is missing"]),
         (lambda s: s["items"].pop("files"), ["items: key 'files' is missing", "directories or globs"]),
-        (lambda s: s["items"].pop("id"), ["items: key 'id' is missing", "column of the item id"]),
+        (lambda s: s["items"].pop("id"), ["items: key 'id' is missing", "column with the item id"]),
         (lambda s: s["items"].pop("text"), ["items: key 'text' is missing"]),
         (lambda s: s["items"].update(text=[]), ["items: text is []"]),
         (lambda s: s["items"].update(files=[]), ["items: files is []"]),
@@ -802,9 +802,9 @@ def refuses(dpsr, tree, shop, tmp_path):
         (lambda s: s["interactions"].update(positive_from="good"), ["positive_from is 'good', expected a number"]),
         (
             lambda s: s["interactions"].update(negative_to=2),
-            ["negative_to is 2 and positive_from 2, expected negative_to below positive_from"],
+            ["negative_to is 2 and positive_from is 2, expected negative_to below positive_from"],
         ),
-        (lambda s: s.pop("users"), ["user is 'user_id', but there is no section users"]),
+        (lambda s: s.pop("users"), ["user is 'user_id', but there is no section `users`"]),
         (lambda s: s["vocabulary"].update(min_count=0), ["vocabulary: min_count is 0, expected 1 or more"]),
         (lambda s: s["vocabulary"].update(num_oov_buckets=2**24 + 1), ["num_oov_buckets is 16777217", "16777216"]),
         (lambda s: s.update(tokenizer={"letter_trigrams": 1}), ["letter_trigrams is 1, expected true or false"]),
@@ -814,7 +814,10 @@ def refuses(dpsr, tree, shop, tmp_path):
         (lambda s: s["items"].update(filters=["a.b"]), ["filters: name is 'a.b'", "without a dot or ="]),
         (lambda s: s["items"].update(filters=["seventeen_letters"]), ["seventeen_letters", "at most 16 bytes"]),
         (lambda s: s["items"].update(filters=[{"column": "brand", "kind": "text"}]), ["kind is 'text'", "number"]),
-        (lambda s: s["items"].update(filters=[{"column": "brand", "separator": "|"}]), ["goes with kind multi only"]),
+        (
+            lambda s: s["items"].update(filters=[{"column": "brand", "separator": "|"}]),
+            ["only kind multi can have a separator"],
+        ),
         (lambda s: s["items"].update(filters=[{"column": "brand", "boundaries": [1]}]), ["unknown key 'boundaries'"]),
     ],
 )
