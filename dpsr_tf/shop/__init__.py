@@ -1,1 +1,1 @@
-"""The generated shop: its words, its world, its log, its judgments."""
+"""The generated shop: its words, catalogue, users, click log and judgments."""

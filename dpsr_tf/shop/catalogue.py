@@ -13,30 +13,33 @@ from dpsr_tf.shop.sampling import random_stream, zipf
 
 LANGUAGE_CODES = ("en", "zh")
 USER_CLASSES = len(GENDERS) * len(AGES) * len(POWERS)
-# A brand's tier multiplies the price of what it sells: tier 0, 1, 2 divide by, keep, multiply by this.
+# Brands of tier 0 are cheaper than the type's price by this factor, brands of tier 2 are dearer by it.
 _TIER_FACTOR = 1.8
-_OUT_OF_STOCK = 0.03
+_OUT_OF_STOCK_SHARE = 0.03
 
 
 class Catalogue:
-    """Names and codes of all that items are made of."""
+    """Names and codes of categories, types, brands, words of attributes, and shops."""
 
     def __init__(self, parameters: Parameters):
         lexicon = load_lexicon()
         self.languages: tuple[Language, ...] = (lexicon.en, lexicon.zh)
         self.categories: list[Category] = [c for language in self.languages for c in language.categories]
         self.category_language = np.repeat([0, 1], [len(language.categories) for language in self.languages])
-        # The number of a category within its language.
+        # The place of a category among those of its language.
         self.category_place = np.concatenate([np.arange(len(language.categories)) for language in self.languages])
         self.types: list[ItemType] = [t for category in self.categories for t in category.types]
         self.type_category = np.repeat(np.arange(len(self.categories)), [len(c.types) for c in self.categories])
         self.brands: list[str] = []
-        self.category_brands: list[np.ndarray] = []  # codes of each category's brands
-        self.words: list[Value] = []  # values of attributes; one that stands in two attributes is one
-        self.attributes: list[dict[str, np.ndarray]] = []  # of each language: codes of an attribute's values
-        self.styles: list[list[str]] = []  # of each language: attributes that are words, not numbers
+        self.category_brands: list[np.ndarray] = []  # codes of the brands of each category
+        # Values of attributes. A word that occurs in two attributes has one code.
+        self.words: list[Value] = []
+        # For each language, the codes of each attribute's values.
+        self.attributes: list[dict[str, np.ndarray]] = []
+        # For each language, the attributes whose values are words, not numbers.
+        self.styles: list[list[str]] = []
         self.shops: list[str] = []
-        self.category_shops: list[np.ndarray] = []
+        self.category_shops: list[np.ndarray] = []  # codes of the shops of each category
         for number, language in enumerate(self.languages):
             rng = random_stream(parameters, f"{LANGUAGE_CODES[number]}.catalogue")
             self._add_brands(language, parameters, rng)
@@ -49,11 +52,11 @@ class Catalogue:
         self.num_users = [_between(parameters.users, share) for share in shares]
 
     def types_of(self, language: int) -> np.ndarray:
-        """Codes of a language's types."""
+        """Returns the codes of a language's types."""
         return np.flatnonzero(self.category_language[self.type_category] == language)
 
     def accessories(self, item_type: int) -> list[int]:
-        """Codes of the types that fit a type."""
+        """Returns the codes of the types that are accessories of a type."""
         word = self.types[item_type].word
         same = self.types_of(int(self.category_language[self.type_category[item_type]]))
         return [int(t) for t in same if self.types[t].fits == word]
@@ -75,11 +78,11 @@ class Catalogue:
             self.category_brands.append(np.array([codes[name] for name in mine]))
 
     def _add_homonyms(self, parameters: Parameters) -> dict[str, list[str]]:
-        """Gives types further synonyms, each shared by two types of different categories; returns their words."""
+        """Adds synonyms that two types of different categories share. Returns the types' words for each synonym."""
         language, rng = self.languages[0], random_stream(parameters, "homonyms")
         known = {*self.brands, *(word for t in self.types for text in (t.word, *t.synonyms) for word in text.split())}
         free = [int(t) for t in rng.permutation(self.types_of(0)) if self.types[t].fits is None]
-        found: dict[str, list[str]] = {}
+        homonyms: dict[str, list[str]] = {}
         for name in _invent(language, parameters.homonyms, 3, known, rng):
             one = free.pop()
             other = next((t for t in free[::-1] if self.type_category[t] != self.type_category[one]), None)
@@ -89,8 +92,8 @@ class Catalogue:
             for code in (one, other):
                 mine = self.types[code]
                 self.types[code] = dataclasses.replace(mine, synonyms=(*mine.synonyms, name))
-            found[name] = [self.types[code].word for code in (one, other)]
-        return found
+            homonyms[name] = [self.types[code].word for code in (one, other)]
+        return homonyms
 
     def _add_words(self, language: Language) -> None:
         codes: dict[str, int] = {}
@@ -116,12 +119,12 @@ class Catalogue:
 def _invent(
     language: Language, n: int, syllables: int, known: set[str], rng: np.random.Generator, endings: bool = False
 ) -> list[str]:
-    """n new names, none of them in `known`."""
+    """Invents n different names, none of them in `known`."""
     names: dict[str, None] = {}
     while len(names) < n:
         name = "".join(language.syllables[i] for i in rng.integers(0, len(language.syllables), syllables))
         if endings:
-            # A number where the syllables are used up.
+            # When the syllables are nearly used up, a number tells the names apart.
             number = str(rng.integers(2, 100)) if len(names) > len(language.syllables) ** 2 // 2 else ""
             ending = language.shop_endings[rng.integers(len(language.shop_endings))]
             name = language.separator.join(part for part in (name + number, ending) if part)
@@ -133,35 +136,35 @@ def _invent(
 
 
 class Items:
-    """All items, the English ones first; row r of each array is item r."""
+    """All items, the English ones first. Row r of each array is item r."""
 
     def __init__(self, catalogue: Catalogue, parameters: Parameters):
         self._catalogue = catalogue
-        halves = [
-            self._half(number, parameters, random_stream(parameters, f"{name}.items"))
+        parts = [
+            self._of_language(number, parameters, random_stream(parameters, f"{name}.items"))
             for number, name in enumerate(LANGUAGE_CODES)
         ]
-        columns = {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         self.type = columns["type"]  # int64 [items]
         self.category = catalogue.type_category[self.type]
         self.language = catalogue.category_language[self.category]
         self.brand = columns["brand"]
         self.words = columns["words"]  # int64 [items, 3], in the order of the type's attributes
-        self.style = columns["style"]  # int64 [items, 2]: which of the language's styles, and its word; or -1, -1
+        self.style = columns["style"]  # int64 [items, 2]: one of the language's styles, and the word; or -1, -1
         self.shop = columns["shop"]
-        self.level = columns["level"]  # float64 [items], -1 cheap to 1 dear for its type
+        self.level = columns["level"]  # float64 [items], from -1 (cheap for its type) to 1 (dear)
         self.price = columns["price"]
         self.popularity = columns["popularity"]  # float64 [items], sums to 1 in each language
-        self.sales = columns["sales"]  # int64 [items], before the log: popularity with noise
+        self.sales = columns["sales"]  # int64 [items], sales before the log: popularity with noise
         self.in_stock = columns["in_stock"]  # bool [items], at the end of the log
-        self.liking = columns["liking"]  # float32 [items, USER_CLASSES], 0 is neither likes nor dislikes
-        self.titles = [title for half in halves for title in half["titles"]]
+        self.liking = columns["liking"]  # float32 [items, USER_CLASSES], 0 where users neither like nor dislike it
+        self.titles = [title for part in parts for title in part["titles"]]
 
     def __len__(self) -> int:
-        """Items."""
+        """Returns the number of items."""
         return len(self.type)
 
-    def _half(self, language: int, parameters: Parameters, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def _of_language(self, language: int, parameters: Parameters, rng: np.random.Generator) -> dict[str, np.ndarray]:
         catalogue = self._catalogue
         n, types = catalogue.num_items[language], catalogue.types_of(language)
         weights = rng.lognormal(0, 0.4, len(types))
@@ -194,13 +197,13 @@ class Items:
         columns["price"] = np.round(base * _TIER_FACTOR ** columns["level"], 2)
         columns["popularity"] = zipf(n, parameters.popularity_exponent)[rng.permutation(n)]
         columns["sales"] = rng.poisson(columns["popularity"] * 200 * n * rng.lognormal(0, 0.5, n))
-        columns["in_stock"] = rng.random(n) >= _OUT_OF_STOCK
+        columns["in_stock"] = rng.random(n) >= _OUT_OF_STOCK_SHARE
         columns["liking"] = self._liking(columns)
         columns["titles"] = np.array(list(self._titles(language, columns, rng)), object)
         return columns
 
     def _liking(self, columns: dict[str, np.ndarray]) -> np.ndarray:
-        """What each class of users likes, float32 [items, USER_CLASSES]."""
+        """Returns how much each class of users likes each item, float32 [items, USER_CLASSES]."""
         catalogue = self._catalogue
         n = len(columns["type"])
         gender, age = np.zeros((n, len(GENDERS))), np.zeros((n, len(AGES)))
@@ -212,7 +215,7 @@ class Items:
                 if who.age is not None:
                     age[codes == code] = [1.0 if a == who.age else -0.5 for a in AGES]
 
-        # An attribute's word is nearer to the item than its type's: it comes last, and wins.
+        # What an attribute says about users overrides what the type says.
         add(catalogue.types, columns["type"])
         for slot in range(3):
             add(catalogue.words, columns["words"][:, slot])
@@ -221,10 +224,10 @@ class Items:
         return liking.reshape(n, USER_CLASSES).astype(np.float32)
 
     def _titles(self, language: int, columns: dict[str, np.ndarray], rng: np.random.Generator) -> Iterator[str]:
-        """Brand, attributes and type in changing order; what an accessory fits; words that every shop adds."""
+        """Yields titles: brand, attributes and type in varying order, the product that an accessory fits, fillers."""
         catalogue, words = self._catalogue, self._catalogue.languages[language]
         n = len(columns["type"])
-        # Model numbers, so that few titles are alike.
+        # Model numbers make most titles different.
         letter, number = rng.integers(0, 13, n), rng.integers(10, 1000, n)
         order, noun_first = rng.random((n, 3)).argsort(1), rng.random(n) < 0.3
         host_brand, fillers = rng.random(n), rng.integers(0, 3, n)
@@ -254,4 +257,5 @@ def _titled(word: str) -> str:
 
 
 def _between(total: int, share: tuple[float, float]) -> int:
+    """Returns how many of `total` things lie between two shares of them."""
     return round(total * share[1]) - round(total * share[0])

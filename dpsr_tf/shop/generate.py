@@ -1,9 +1,9 @@
 """`dpsr generate`: writes a synthetic shop and its click log.
 
-It holds what DPSR (sections 1 and 6.3) sets out to solve: queries whose words stand in no title that they mean
-(semantic gap), words with two meanings, misspelt queries, accessories whose titles name another product, long tails of
-queries and items, and users whose profile and history decide what they click. docs/generated_shop.md says what is in
-which file.
+The shop has the problems that DPSR (sections 1 and 6.3) sets out to solve: queries with words that no relevant title
+holds (semantic gap), words with two meanings, misspelt queries, accessories whose titles name another product, long
+tails of queries and items, and users whose profile and history decide what they click. docs/generated_shop.md describes
+the files.
 """
 
 from __future__ import annotations
@@ -36,15 +36,22 @@ from dpsr_tf.shop.world import TASTE_WEIGHTS, World, make_world
 USAGE = """
 Usage: dpsr generate --out=DIR [--parameters=FILE] [--set=NAME=VALUE ...]
 
-Writes a synthetic shop, English and Chinese, and its search log into DIR: items.parquet, users.parquet, interactions/,
-labels.parquet, schema.yaml for `dpsr ingest`, judgments.dev.tsv and judgments.test.tsv for `dpsr evaluate` (queries
-that the log does not hold), judgments.personal.tsv (purchases after the log's end), and what is true in truth.json and
-truth/. The same flags give the same files, byte for byte.
+Writes a synthetic shop with English and Chinese items, and its search log, into DIR. The same flags give the same
+files, byte for byte.
+
+  items.parquet, users.parquet, interactions/    tables for `dpsr ingest`, described by schema.yaml
+  judgments.dev.tsv, judgments.test.tsv          judged queries that the log does not hold, for `dpsr evaluate`
+  judgments.personal.tsv                         purchases of users after the end of the log, for `dpsr evaluate`
+  labels.parquet                                 pairs of queries and items with a human grade
+  truth.json, truth/                             the truth behind the log: parameters, tastes, relevant items
+
+docs/generated_shop.md describes all files and all parameters.
 """
 
 _FLAGS = ("seed", "items", "users", "interactions")
-_BATCHES_OF_A_PART = 16  # some 3 million rows
-# Ids are drawn from here up, so that none is a row number.
+# Batches in each file of the log, which has some 3 million rows then.
+_BATCHES_PER_FILE = 16
+# Ids are drawn from this range, so that no id is a row number.
 _FIRST_ID, _LAST_ID = 10_000_000, 10_000_000_000
 
 SCHEMA: dict[str, Any] = {
@@ -93,11 +100,15 @@ REQUIRED_FLAGS = ("out",)
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Flags of `dpsr generate`."""
-    flags.DEFINE_string("out", None, "directory to make", flag_values=values)
-    flags.DEFINE_boolean("overwrite", False, "replaces a directory that is there", flag_values=values)
-    flags.DEFINE_string("parameters", None, "YAML file of parameters; flags and --set win", flag_values=values)
-    flags.DEFINE_multi_string("set", [], "name=value of a parameter; repeatable", flag_values=values)
+    """Defines the flags of `dpsr generate`."""
+    flags.DEFINE_string(
+        "out", None, "directory for the files of the shop, which this command creates", flag_values=values
+    )
+    flags.DEFINE_boolean("overwrite", False, "replace the shop if --out exists already", flag_values=values)
+    flags.DEFINE_string(
+        "parameters", None, "YAML file with parameters; flags and --set override it", flag_values=values
+    )
+    flags.DEFINE_multi_string("set", [], "sets one parameter, as name=value; can be repeated", flag_values=values)
     for name in _FLAGS:
         field = Parameters.__dataclass_fields__[name]
         flags.DEFINE_integer(name, field.default, field.metadata["help"], flag_values=values)
@@ -110,7 +121,7 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         with new_directory(Path(values.out), values.overwrite, "shop", "truth.json") as out:
             counts = generate(parameters, out)
     except OSError as error:
-        raise CommandError(f"{values.out}: cannot be written: {error}; nothing is left of it") from None
+        raise CommandError(f"{values.out}: cannot be written: {error}; the unfinished files were removed") from None
     print(
         f"shop {values.out}: {counts['items']:,} items, {counts['users']:,} users, {counts['interactions']:,} clicks "
         f"({counts['rows']:,} rows) of {counts['queries']:,} queries, {counts['judged_queries']:,} other queries judged"
@@ -118,7 +129,7 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
 
 
 def _parameters(values: flags.FlagValues) -> Parameters:
-    """File, then flags, then --set. Raises UsageError for what is not allowed."""
+    """Reads the parameters: --set overrides flags, and flags override the file. Raises UsageError for bad values."""
     given: dict[str, Any] = {}
     if values.parameters is not None:
         given = read_yaml(values.parameters)
@@ -139,13 +150,13 @@ def _parameters(values: flags.FlagValues) -> Parameters:
 def generate(parameters: Parameters, out: Path) -> dict[str, int]:
     """Writes the shop's files into the directory `out`, which exists.
 
-    Memory goes with items, users and distinct queries, not with interactions.
+    Memory grows with the number of items, users and distinct queries, not with the number of interactions.
 
     Returns:
         The counts that truth.json holds.
 
     Raises:
-        UsageError: the parameters do not go together.
+        UsageError: the parameters cannot be combined.
     """
     world = make_world(parameters)
     rng = random_stream(parameters, "ids")
@@ -171,8 +182,12 @@ def generate(parameters: Parameters, out: Path) -> dict[str, int]:
         **{f"{name}s": int(n) for name, n in zip(EVENT_TYPES, log.events, strict=True)},
         "stray_clicks": log.stray_clicks,
         "queries": int((log.text_requests > 0).sum()),
-        "judged_queries": sum(len(found) for found in judged_kinds.values()),
-        **{f"judged_{fold}_{kind}": found.count(kind) for fold, found in judged_kinds.items() for kind in KINDS},
+        "judged_queries": sum(map(len, judged_kinds.values())),
+        **{
+            f"judged_{fold}_{kind}": query_kinds.count(kind)
+            for fold, query_kinds in judged_kinds.items()
+            for kind in KINDS
+        },
     }
     (out / "truth.json").write_text(
         json.dumps(_truth(world, log, counts), ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
@@ -181,7 +196,7 @@ def generate(parameters: Parameters, out: Path) -> dict[str, int]:
 
 
 def _random_ids(n: int, rng: np.random.Generator) -> np.ndarray:
-    """n distinct ids, int64, in random order."""
+    """Returns n distinct ids, int64, in random order."""
     ids = rng.integers(_FIRST_ID, _LAST_ID, n)
     while len(unique := np.unique(ids)) < n:
         ids = np.concatenate([unique, rng.integers(_FIRST_ID, _LAST_ID, n - len(unique))])
@@ -189,13 +204,13 @@ def _random_ids(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _write(path: Path, columns: dict[str, Any]) -> None:
-    """A table in the order of its first column: ids are random, so their order tells nothing."""
+    """Writes a table sorted by its first column. Where these are ids, which are random, the order tells nothing."""
     table = pa.table(columns)
     pyarrow.parquet.write_table(table.take(np.argsort(columns[table.column_names[0]], kind="stable")), path)
 
 
 def _names(codes: np.ndarray, names: Iterable[str]) -> pa.Array:
-    """Text of codes; null for -1."""
+    """Returns the names of codes; null for -1."""
     texts = pa.array(names, pa.string())
     return texts.take(pa.array(codes, mask=np.asarray(codes) < 0))
 
@@ -250,19 +265,19 @@ def _write_log(log: Log, world: World, item_ids: np.ndarray, user_ids: np.ndarra
         batch = table(first)
         with pyarrow.parquet.ParquetWriter(out / f"part-{part:05}.parquet", batch.schema) as writer:
             writer.write_table(batch)
-            for rows in itertools.islice(batches, _BATCHES_OF_A_PART - 1):
+            for rows in itertools.islice(batches, _BATCHES_PER_FILE - 1):
                 writer.write_table(table(rows))
 
 
 def _write_judgments(world: World, fold: int, item_ids: np.ndarray, out: Path) -> list[str]:
-    """judgments.dev.tsv or judgments.test.tsv; returns the kind of each query in it."""
-    lines, found = ["query\titem\tgrade\tkind\n"], []
+    """Writes judgments.dev.tsv or judgments.test.tsv. Returns the kind of each judged query."""
+    lines, query_kinds = ["query\titem\tgrade\tkind\n"], []
     for judgment in judged(world, fold):
-        found.append(judgment.kind)
+        query_kinds.append(judgment.kind)
         pairs = [(i, 3) for i in item_ids[judgment.relevant]] + [(i, 0) for i in item_ids[judgment.not_relevant]]
         lines += [f"{judgment.query}\t{i}\t{grade}\t{judgment.kind}\n" for i, grade in sorted(pairs)]
     (out / f"judgments.{FOLDS[fold]}.tsv").write_text("".join(lines), encoding="utf-8")
-    return found
+    return query_kinds
 
 
 def _write_purchases(world: World, log: Log, item_ids: np.ndarray, user_ids: np.ndarray, path: Path) -> None:
@@ -356,17 +371,17 @@ def _write_query_truth(world: World, log: Log, item_ids: np.ndarray, out: Path) 
 
 
 def _lists(values: np.ndarray, names: list[str] | None = None) -> pa.Array:
-    """A list a row of [rows, n] numbers, or the names of codes, where -1 is left out."""
+    """Turns [rows, n] numbers into one list per row. With `names` they are codes, and -1 is left out."""
     if names is None:
         splits = np.arange(len(values) + 1) * values.shape[1]
         return pa.ListArray.from_arrays(pa.array(splits, pa.int32()), pa.array(values.ravel()))
-    there = values >= 0
-    splits = np.concatenate([[0], np.cumsum(there.sum(1))])
-    return pa.ListArray.from_arrays(pa.array(splits, pa.int32()), _names(values[there], names))
+    known = values >= 0
+    splits = np.concatenate([[0], np.cumsum(known.sum(1))])
+    return pa.ListArray.from_arrays(pa.array(splits, pa.int32()), _names(values[known], names))
 
 
 def _segments(requests: np.ndarray) -> np.ndarray:
-    """0, 1, 2 for texts that make the first, second and last third of all requests, the most frequent first."""
+    """Puts frequent texts first and splits them into three thirds of all requests: 0 head, 1 torso, 2 tail."""
     order = np.argsort(-requests, kind="stable")
     before = np.cumsum(requests[order]) - requests[order]
     segments = np.empty(len(requests), np.int64)
@@ -376,6 +391,7 @@ def _segments(requests: np.ndarray) -> np.ndarray:
 
 
 def _truth(world: World, log: Log, counts: dict[str, int]) -> dict[str, Any]:
+    """Returns what truth.json holds."""
     catalogue = world.catalogue
     synonyms, polysemous, across = {}, {}, {}
     for number, name in enumerate(LANGUAGE_CODES):

@@ -1,4 +1,4 @@
-"""What people say about the generated shop: judged queries that are not in its log, graded pairs, later purchases."""
+"""Human judgments about the generated shop: judged queries that are not in its log, graded pairs, later purchases."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import numpy as np
 
 from dpsr_tf.shop.log import Log
 from dpsr_tf.shop.sampling import draw, random_stream
-from dpsr_tf.shop.world import ALL_SYNONYMS, SOME_SYNONYMS, World
+from dpsr_tf.shop.world import ALL_SYNONYMS, NOT_AN_ANSWER, SOME_SYNONYMS, World
 
 FOLDS = ("log", "dev", "test")
-# The shares of the judged queries' kinds.
+# The share of each kind among the judged queries.
 KINDS = {"plain": 0.35, "gap": 0.2, "partial": 0.15, "typo": 0.15, "polysemous": 0.15}
-_NOT_RELEVANT = 5  # items of grade 0 listed for a query, at most
-_FEWEST_CHOICES = 10  # a purchase says something about its user only where there was a choice
+# Largest number of items with grade 0 listed for a query.
+_NOT_RELEVANT = 5
+# A purchase says something about its user only if there was a choice, and if the user's taste shows in the log.
+_FEWEST_CHOICES = 10
 _CLICKS_BEFORE = 3
 
 
@@ -25,21 +27,22 @@ class Judgment:
 
     query: str
     kind: str
-    relevant: np.ndarray  # rows of items, ascending
-    not_relevant: np.ndarray  # rows of items that share words or category with them, ascending
+    relevant: np.ndarray  # rows of relevant items, ascending
+    not_relevant: np.ndarray  # rows of items that share words or category with relevant ones, ascending
 
 
 def kinds(world: World) -> np.ndarray:
-    """The kind of each text, object [texts].
+    """Returns the kind of each text, object [texts].
 
-    gap where all its parts are synonyms, partial where some are, polysemous where none is and it means several things.
+    A text is "gap" if all its parts are synonyms, "partial" if some are, "polysemous" if none is and it has several
+    meanings, and "plain" otherwise.
     """
     gap, partial = (world.text_gap == level for level in (ALL_SYNONYMS, SOME_SYNONYMS))
     return np.select([gap, partial, world.polysemous], ["gap", "partial", "polysemous"], "plain")
 
 
 def judged(world: World, fold: int) -> Iterator[Judgment]:
-    """Queries of meanings that the log never asks for, in random order."""
+    """Yields judged queries in random order. Their meanings belong to `fold`, so the log never asks for them."""
     parameters, rng = world.parameters, random_stream(world.parameters, "judged", fold)
     texts = rng.permutation(np.flatnonzero(world.text_fold == fold))
     kind_of, language_of = kinds(world)[texts], world.text_language[texts]
@@ -49,7 +52,7 @@ def judged(world: World, fold: int) -> Iterator[Judgment]:
             wanted = max(1, round(parameters.judged_queries * part * share))
             mine = texts[(kind_of == ("plain" if kind == "typo" else kind)) & (language_of == language)]
             if kind == "typo":
-                # From the end, where the plain queries are not judged themselves (unless the shop is small).
+                # Typos are made from the last plain queries. Only in a small shop are these judged themselves, too.
                 mine = mine[::-1][(world.misspelt_splits[mine + 1] > world.misspelt_splits[mine])[::-1]]
             for text in mine[:wanted].tolist():
                 shown = world.misspelt[world.misspelt_splits[text]] if kind == "typo" else world.texts[text]
@@ -66,14 +69,22 @@ def judged(world: World, fold: int) -> Iterator[Judgment]:
 
 
 def grades(world: World, text: np.ndarray, item: np.ndarray) -> np.ndarray:
-    """How well an item answers a text, int64 [n].
+    """Grades how well items answer texts.
 
-    3: it is what one of the meanings asks for. 2: the right type, but a brand or word is another. 1: the right type,
-    but two are, or an accessory of the type. 0: something else.
+    Args:
+        world: the world.
+        text: rows of texts, int64 [n].
+        item: rows of items, int64 [n].
+
+    Returns:
+        Grades, int64 [n]. 3: one of the text's meanings asks for the item. 2: the type is right, but the brand or a
+        word differs. 1: the type is right, but several of these differ, or the item is an accessory of the type. 0: all
+        other items.
     """
     best = np.zeros(len(text), np.int64)
     types = len(world.catalogue.types)
-    fits = np.zeros((types + 1, types), bool)  # the last row is that of meanings without a type
+    # Which types are accessories of which type. The last row is for meanings without a type (-1), and is all false.
+    fits = np.zeros((types + 1, types), bool)
     for code in range(types):
         fits[code, world.catalogue.accessories(code)] = True
     senses = [world.senses[row] for row in text.tolist()]
@@ -82,14 +93,15 @@ def grades(world: World, text: np.ndarray, item: np.ndarray) -> np.ndarray:
         meaning = np.array([senses[row][number] for row in rows])
         of, mine = world.meaning[meaning], item[rows]
         missed = world.missed(meaning, mine)
-        missed[(of[:, 1] < 0) & (of[:, 2] != world.items.brand[mine])] = 9  # "velora" says no more than the brand
-        grade = np.where(missed == 9, fits[of[:, 1], world.items.type[mine]], np.maximum(3 - missed, 1))
+        # A meaning such as "velora" consists of the brand only: an item of another brand has nothing of it.
+        missed[(of[:, 1] < 0) & (of[:, 2] != world.items.brand[mine])] = NOT_AN_ANSWER
+        grade = np.where(missed == NOT_AN_ANSWER, fits[of[:, 1], world.items.type[mine]], np.maximum(3 - missed, 1))
         best[rows] = np.maximum(best[rows], grade)
     return best
 
 
 def labels(world: World) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs of the log's texts and items with the grade that somebody gave and the true one; int64 [pairs] each."""
+    """Returns pairs of texts and items with grades: text, item, human grade and true grade, int64 [pairs] each."""
     parameters, rng = world.parameters, random_stream(world.parameters, "labels")
     _, pair = world.sessions(parameters.labelled_pairs * 2, rng)
     text = world.pair_text[pair]
@@ -101,45 +113,46 @@ def labels(world: World) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
     unique = np.sort(np.unique(text * len(world.items) + item, return_index=True)[1])[: parameters.labelled_pairs]
     text, item = text[unique], item[unique]
     true = grades(world, text, item)
-    off = rng.random(len(true)) < parameters.label_noise
+    is_wrong = rng.random(len(true)) < parameters.label_noise
     step = np.where(true == 0, 1, np.where(true == 3, -1, rng.choice([-1, 1], len(true))))
-    return text, item, np.where(off, true + step, true), true
+    return text, item, np.where(is_wrong, true + step, true), true
 
 
 def _beside(world: World, text: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """An item for each text that shares words or category with what is meant, and now and then is right."""
+    """Draws for each text an item that shares words or category with the meaning. Now and then it is a right one."""
     meaning = np.array([world.senses[row][0] for row in text.tolist()])
     misleading = world.misleading_answer[world.meaning[meaning, 1]]
-    same_type = world.item_meanings[world.answer_items[world.answer_splits[meaning]], 0]  # the bare type's meaning
+    # An item's first meaning is its type alone.
+    same_type = world.item_meanings[world.answer_items[world.answer_splits[meaning]], 0]
     category = world.category_answer[world.meaning[meaning, 0]]
     kind = rng.integers(0, 3, len(text))
     use_misleading = (kind == 0) & (misleading >= 0) & (world.meaning[meaning, 1] >= 0)
     answer = np.where(use_misleading, misleading, np.where(kind == 1, same_type, category))
-    # Any of them, popular or not.
+    # All items of the answer are equally likely, whatever their popularity.
     begin, end = world.answer_splits[answer], world.answer_splits[answer + 1]
     return world.answer_items[begin + (rng.random(len(text)) * (end - begin)).astype(np.int64)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Purchases:
-    """What users bought after the log's end; arrays of one length."""
+    """Purchases after the end of the log; arrays of one length."""
 
-    text: np.ndarray
-    user: np.ndarray
-    item: np.ndarray
-    time: np.ndarray  # int64, within a day of the log's end, ascending
+    text: np.ndarray  # int64, rows of texts
+    user: np.ndarray  # int64, rows of users
+    item: np.ndarray  # int64, rows of items
+    time: np.ndarray  # int64, seconds since 1970, within a day of the log's end, ascending
 
 
 def purchases(world: World, log: Log) -> Purchases:
-    """Each by a user with a history: of all items in stock that are meant, one by popularity and appeal."""
+    """Draws purchases by users with a history: of all items in stock that a text means, one by its appeal."""
     parameters, rng = world.parameters, random_stream(world.parameters, "purchases")
     user, pair = world.sessions(parameters.personal_judgments * 20, rng)
     meaning = world.pair_meaning[pair]
-    # Those with a history and a choice first; all others where the shop has too few of them.
+    # Users with a history who have a choice come first. A small shop has too few of them, and takes others, too.
     size = world.answer_splits[meaning + 1] - world.answer_splits[meaning]
     good = (log.user_clicks[user] >= _CLICKS_BEFORE) & (size >= _FEWEST_CHOICES)
-    best = np.argsort(~good, kind="stable")[: parameters.personal_judgments]
-    user, pair, meaning = user[best], pair[best], meaning[best]
+    first = np.argsort(~good, kind="stable")[: parameters.personal_judgments]
+    user, pair, meaning = user[first], pair[first], meaning[first]
     item = np.full(len(user), -1)
     for row in range(len(user)):
         choices = world.answer_rows(int(meaning[row]))
@@ -147,6 +160,6 @@ def purchases(world: World, log: Log) -> Purchases:
         if len(choices):
             appeal = np.log(world.items.popularity[choices]) + world.appeal(user[row], choices)
             item[row] = choices[np.argmax(appeal + rng.gumbel(size=len(choices)))]
-    there = item >= 0
-    time = log.end + np.sort(rng.integers(0, 86_400, int(there.sum())))
-    return Purchases(world.pair_text[pair[there]], user[there], item[there], time)
+    bought = item >= 0
+    time = log.end + np.sort(rng.integers(0, 86_400, int(bought.sum())))
+    return Purchases(world.pair_text[pair[bought]], user[bought], item[bought], time)

@@ -1,4 +1,4 @@
-"""The words of the generated shop: the dataclasses say what lexicon.yaml may hold."""
+"""Reads the words of the generated shop. The dataclasses define the keys of lexicon.yaml."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Value:
 
     word: str
     synonyms: tuple[str, ...] = ()
-    gender: str | None = option(None, "who likes it", choices=GENDERS)
-    age: str | None = option(None, "who likes it", choices=AGES)
+    gender: str | None = option(None, "gender of the users who like it", choices=GENDERS)
+    age: str | None = option(None, "age of the users who like it", choices=AGES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class Attribute:
-    """A property that each item of a type has: a list of values, or a range of numbers."""
+    """A property of items, with a list of values or a range of numbers."""
 
     name: str
     values: tuple[Value, ...] = ()
     range: Range | None = None
 
     def all_values(self) -> tuple[Value, ...]:
-        """The values, in order."""
+        """Returns the values, in order."""
         r = self.range
         return (
             self.values if r is None else tuple(Value(r.format.format(n)) for n in range(r.first, r.last + 1, r.step))
@@ -52,20 +52,20 @@ class Attribute:
 
 @dataclasses.dataclass(frozen=True)
 class ItemType:
-    """A kind of product; see the head of lexicon.yaml."""
+    """A kind of product. The head of lexicon.yaml explains its fields."""
 
     word: str
     price: float
     attributes: tuple[str, ...]
     synonyms: tuple[str, ...] = ()
     fits: str | None = None
-    gender: str | None = option(None, "who likes it", choices=GENDERS)
-    age: str | None = option(None, "who likes it", choices=AGES)
+    gender: str | None = option(None, "gender of the users who like it", choices=GENDERS)
+    age: str | None = option(None, "age of the users who like it", choices=AGES)
 
 
 @dataclasses.dataclass(frozen=True)
 class Category:
-    """Types that the same brands make."""
+    """Types of products that are made by the same brands."""
 
     name: str
     brands: tuple[str, ...]
@@ -77,10 +77,10 @@ class Language:
     """All words of one language."""
 
     separator: str
-    fits: str  # stands before the product that an accessory fits
+    fits: str  # word in a title before the product that an accessory fits
     fillers: tuple[str, ...]
     cities: tuple[str, ...]
-    syllables: tuple[str, ...]  # of invented brands and shops
+    syllables: tuple[str, ...]  # parts of the names of invented brands and shops
     shop_endings: tuple[str, ...]
     attributes: tuple[Attribute, ...]
     categories: tuple[Category, ...]
@@ -89,12 +89,12 @@ class Language:
 
 @dataclasses.dataclass(frozen=True)
 class Lexicon:
-    """All words."""
+    """All words of the shop."""
 
     en: Language
     zh: Language
 
 
 def load_lexicon() -> Lexicon:
-    """The words of the shop."""
+    """Reads lexicon.yaml."""
     return from_dict(Lexicon, read_yaml(LEXICON), str(LEXICON))

@@ -1,10 +1,10 @@
-"""The log of the generated shop: sessions of requests, what each request shows, and what is clicked, batch by batch.
+"""The log of the generated shop: sessions of requests, the items that each request shows, and clicks on them.
 
-A session has a user, by activity, and an intent: a meaning of the user's interests and, among its items, the one that
-the user would like most. Its first query asks for the meaning, further ones for anything that the wanted item answers.
-A request shows a list that the engine ranks by popularity, for whatever the query may mean, with some items that only
-look right. An item at position p is looked at with a known chance, and then clicked by its appeal to the user and its
-likeness to the intent (a position-based click model).
+Each session has a user, drawn by activity, and an intent: a meaning among the user's interests and, of its items, the
+one that the user would like most. The first query of a session asks for the meaning. Further queries ask for anything
+that the wanted item answers. A request shows a list that the engine ranks by popularity, for every meaning of the
+query, with some items that only look right. The user looks at the item at position p with a known probability, and then
+clicks it by its appeal to the user and its likeness to the wanted item (a position-based click model).
 """
 
 from __future__ import annotations
@@ -20,38 +20,43 @@ from dpsr_tf.shop.world import World
 
 # First second of the log, 2024-01-01 UTC.
 START = 1_704_067_200
-# How busy the hours of a day are.
+# The relative number of sessions in each hour of the day.
 HOURS = (2, 1, 1, 1, 1, 2, 3, 5, 6, 7, 8, 8, 9, 8, 7, 7, 8, 9, 10, 12, 13, 12, 8, 4)
 _IMPRESSION, _SKIP, _CLICK, _CART, _ORDER = range(len(EVENT_TYPES))
-_BATCH = 32_768  # clicks of a batch; memory goes with it
+# Clicks in a batch. Memory grows with it.
+_BATCH = 32_768
+# Largest number of requests in a session.
 _MOST_REQUESTS = 5
-_CHOICES = 6  # items that a user compares to find the one wanted
+# How many items a user compares to find the one wanted.
+_CHOICES = 6
+# The key of a place in a list that an item takes a second time; larger than the keys of all real places.
+_REPEATED = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Rows of the log in the order of time; arrays of one length."""
+    """Rows of the log, in the order of time; arrays of one length."""
 
-    text: np.ndarray  # int64, rows of the world's texts and, after them, its misspelt ones
-    user: np.ndarray  # int64
-    item: np.ndarray  # int64
+    text: np.ndarray  # int64, rows of the world's texts, followed by its misspelt texts
+    user: np.ndarray  # int64, rows of users
+    item: np.ndarray  # int64, rows of items
     event: np.ndarray  # int8, codes of EVENT_TYPES
     time: np.ndarray  # int64, seconds since 1970
     session: np.ndarray  # int64
     position: np.ndarray  # int32, from 1 on
 
     def take(self, rows: np.ndarray) -> Rows:
-        """Some of the rows."""
+        """Returns the given rows."""
         return Rows(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
 
     @staticmethod
     def join(parts: list[Rows]) -> Rows:
-        """One after the other."""
+        """Joins several sets of rows, one after the other."""
         return Rows(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Rows)))
 
 
 class Log:
-    """The log of a world. The counts are those of the batches that were read so far."""
+    """The log of a world. Its counts cover the batches that were read so far."""
 
     def __init__(self, world: World):
         self._world, self._parameters = world, world.parameters
@@ -63,11 +68,12 @@ class Log:
         self.requests = self.sessions = self.stray_clicks = 0
         right, _ = world.text_rows()
         self._text_answer = world.text_answer[right]
-        hours = self._parameters.days * 24 - 1  # in the last hour no session begins
+        # No session begins in the last hour, so that all of them end within the log.
+        hours = self._parameters.days * 24 - 1
         self._busy = np.concatenate([[0], np.cumsum(np.resize(HOURS, hours))])
 
     def batches(self) -> Iterator[Rows]:
-        """The whole log, in the order of time."""
+        """Yields the whole log, in the order of time."""
         clicks = self._parameters.interactions
         bounds = np.round(np.linspace(0, clicks, -(-clicks // _BATCH) + 1)).astype(np.int64)
         late: list[Rows] = []
@@ -76,7 +82,7 @@ class Log:
             rows = self._batch(int(bounds[number + 1] - bounds[number]), bounds[number : number + 2] / clicks, rng)
             rows = Rows.join([*late, rows])
             order = np.argsort(rows.time, kind="stable")
-            # What happens after the next batch's first session belongs there.
+            # Rows after the first session of the next batch wait, and are sorted together with that batch.
             ready = (
                 len(order) if number == len(bounds) - 2 else self._ready(rows.time[order], bounds[number + 1] / clicks)
             )
@@ -84,22 +90,23 @@ class Log:
             yield rows.take(order[:ready])
 
     def _ready(self, time: np.ndarray, share: float) -> int:
+        """Returns how many rows come before the time at which this share of all sessions has begun."""
         return int(np.searchsorted(time, self._time(np.array([share]))[0]))
 
     def _time(self, share: np.ndarray) -> np.ndarray:
-        """When that share of all sessions has begun, seconds since 1970."""
+        """Returns the time at which this share of all sessions has begun, in seconds since 1970."""
         hours = np.interp(share * self._busy[-1], self._busy, np.arange(len(self._busy)))
         return START + (hours * 3600).astype(np.int64)
 
     def _batch(self, clicks: int, shares: np.ndarray, rng: np.random.Generator) -> Rows:
-        """Sessions with so many clicks that begin in an interval of time."""
+        """Makes sessions with `clicks` clicks in all. They begin between two times, given as shares of all sessions."""
         parts: list[_Shown] = []
-        found, sessions, rate = 0, 0, 1.5
-        while found < clicks:
-            n = int((clicks - found) / rate * 1.05) + 16
+        made, sessions, rate = 0, 0, 1.5
+        while made < clicks:
+            n = int((clicks - made) / rate * 1.05) + 16
             parts.append(self._sessions(n, sessions, rng))
-            found, sessions = found + int(parts[-1].clicked.sum()), sessions + n
-            rate = max(found / sessions, 0.02)
+            made, sessions = made + int(parts[-1].clicked.sum()), sessions + n
+            rate = max(made / sessions, 0.02)
         shown = _Shown.join(parts)
         shown = shown.cut(clicks)
         sessions = int(shown.session[-1]) + 1
@@ -107,11 +114,11 @@ class Log:
         return self._rows(shown, begin, rng)
 
     def _sessions(self, n: int, first: int, rng: np.random.Generator) -> _Shown:
-        """What n sessions, numbered from `first` on, are shown and click."""
+        """Makes n sessions, numbered from `first` on, with the items that they are shown and click."""
         world = self._world
         user, pair = world.sessions(n, rng)
         target = self._wanted(user, world.pair_meaning[pair], rng)
-        # Requests: the first asks for the meaning, the others for something else that the wanted item answers.
+        # The first request asks for the meaning, the others for something else that the wanted item answers.
         count = np.minimum(rng.geometric(1 / self._parameters.requests_per_session, n), _MOST_REQUESTS)
         session = np.repeat(np.arange(n), count)
         order = np.arange(len(session)) - np.repeat(np.cumsum(count) - count, count)
@@ -119,7 +126,7 @@ class Log:
         later = order > 0
         asked[later] = world.another_pair(target[session[later]], rng)
         right = world.pair_text[asked]
-        # Nobody asks the same again at once.
+        # A request that repeats the text before it is left out.
         new = np.ones(len(session), bool)
         new[1:] = ~later[1:] | (right[1:] != right[:-1])
         session, order, asked, right = (column[new] for column in (session, order, asked, right))
@@ -130,7 +137,7 @@ class Log:
                       clicked, stray)  # fmt: skip
 
     def _wanted(self, user: np.ndarray, meaning: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """An item of each meaning: some by popularity, of these one by appeal."""
+        """Draws the item that a user wants for each meaning: some items by popularity, and of these one by appeal."""
         world = self._world
         meaning = np.broadcast_to(meaning[:, None], (len(meaning), _CHOICES))
         choices = world.answer_items[
@@ -140,7 +147,7 @@ class Log:
         return choices[np.arange(len(user)), appeal.argmax(1)]
 
     def _typed(self, text: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """What is typed for each text: mostly itself."""
+        """Returns the text that is typed for each text: mostly the same, sometimes a misspelt one."""
         world = self._world
         begin, end = world.misspelt_splits[text], world.misspelt_splits[text + 1]
         slip = (rng.random(len(text)) < self._parameters.typo_share) & (end > begin)
@@ -151,9 +158,10 @@ class Log:
     def _lists(
         self, text: np.ndarray, meaning: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What each request shows: rows of requests, items and positions, in this order of rows."""
+        """Makes the list of each request. Returns rows of requests, rows of items, and positions, sorted by request."""
         world, length = self._world, self._parameters.list_length
-        shape = (len(text), length + length // 2 + 1)  # an item may be drawn twice
+        # More items are drawn than a list has places, because an item may be drawn twice.
+        shape = (len(text), length + length // 2 + 1)
         answer = np.broadcast_to(self._text_answer[text][:, None], shape)
         beside = world.misleading_answer[world.meaning[meaning, 1]]
         category = world.category_answer[world.meaning[meaning, 0]]
@@ -163,19 +171,20 @@ class Log:
         item = world.answer_items[
             draw(world.answer_sums, world.answer_splits[answer], world.answer_splits[answer + 1], rng)
         ]
-        # Drawn by popularity, one after the other, is ranked by popularity, with noise. The first of equal items stays.
+        # Items that are drawn by popularity, one after the other, are ranked by popularity with noise. Of an item that
+        # is drawn twice the first place counts. Keys hold item and place, in the order in which they are sorted.
         keys = (item.astype(np.int64) << 8) | np.arange(shape[1])
         keys.sort(1)
         place, item = keys & 255, keys >> 8
         shuffled = rng.random(len(text)) < self._parameters.shuffled_share
-        place[shuffled] = rng.integers(0, 1 << 24, (int(shuffled.sum()), shape[1]))
-        place[:, 1:][item[:, 1:] == item[:, :-1]] = 1 << 24
+        place[shuffled] = rng.integers(0, _REPEATED, (int(shuffled.sum()), shape[1]))
+        place[:, 1:][item[:, 1:] == item[:, :-1]] = _REPEATED
         keys = (place << 32) | item
         keys.sort(1)
         keys = keys[:, :length]
-        there = keys < 1 << 56
-        request, position = np.nonzero(there)
-        return request, keys[there] & 0xFFFFFFFF, position + 1
+        shown = keys < _REPEATED << 32
+        request, position = np.nonzero(shown)
+        return request, keys[shown] & 0xFFFFFFFF, position + 1
 
     def _click(
         self,
@@ -187,7 +196,11 @@ class Log:
         position: np.ndarray,
         rng: np.random.Generator,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Whether each shown item is clicked, and whether it is no answer to what was meant; bool of the rows."""
+        """Decides which shown items are clicked.
+
+        Returns:
+            Two bools per row: whether the item is clicked, and whether the user looks at it although it is no answer.
+        """
         world, items, parameters = self._world, self._world.items, self._parameters
         clicked, stray = np.zeros(len(item), bool), np.zeros(len(item), bool)
         seen = np.flatnonzero(rng.random(len(item), np.float32) < self.propensities[position - 1])
@@ -203,9 +216,10 @@ class Log:
         return clicked, stray
 
     def _rows(self, shown: _Shown, begin: np.ndarray, rng: np.random.Generator) -> Rows:
-        """The rows of what was shown, carts and orders included; counts them."""
+        """Turns shown items into rows, adds carts and orders, and counts them all."""
         n = len(shown.item)
-        first = np.ones(n, bool)  # rows that begin a request
+        # Rows that begin a request.
+        first = np.ones(n, bool)
         first[1:] = (shown.session[1:] != shown.session[:-1]) | (shown.order[1:] != shown.order[:-1])
         starts = np.flatnonzero(first)
         lengths = np.diff(np.append(starts, n))
@@ -246,7 +260,7 @@ class _Shown:
     """Items that were shown, in the order of session, request and position; arrays of one length."""
 
     session: np.ndarray
-    order: np.ndarray  # of the request in its session, from 0 on
+    order: np.ndarray  # number of the request in its session, from 0 on
     text: np.ndarray
     user: np.ndarray
     item: np.ndarray
@@ -259,7 +273,7 @@ class _Shown:
         return _Shown(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(_Shown)))
 
     def cut(self, clicks: int) -> _Shown:
-        """The first sessions, with exactly so many clicks: the last one clicks no more than that."""
+        """Keeps the first sessions, with exactly `clicks` clicks. Further clicks of the last session are dropped."""
         clicked = self.clicked & (np.cumsum(self.clicked) <= clicks)
         last = self.session[np.flatnonzero(clicked)[-1]]
         end = int(np.searchsorted(self.session, last, side="right"))
@@ -268,7 +282,7 @@ class _Shown:
 
 
 def _scrambled(numbers: np.ndarray, seed: int) -> np.ndarray:
-    """Other numbers of 60 bits, as many different ones, in no order: each step can be undone."""
+    """Replaces numbers by others of 60 bits, in no order. Different numbers stay different: each step can be undone."""
     mask = (1 << 60) - 1
     x = (numbers.astype(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 & mask)) & np.uint64(mask)
     for odd in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):

@@ -10,14 +10,20 @@ from dpsr_tf.shop.parameters import Parameters
 
 
 def random_stream(parameters: Parameters, part: str, *numbers: int) -> np.random.Generator:
-    """The random stream of one part of the work."""
+    """Returns the random stream of one part of the work, which no other part changes."""
     return np.random.default_rng([parameters.seed, zlib.crc32(part.encode()), *numbers])
 
 
 def draw(sums: np.ndarray, begin: np.ndarray, end: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """An index of each range [begin, end), int64 of their shape, by weights with running sums `sums` float64 [n + 1].
+    """Draws an index from each range [begin, end) with probabilities by weight.
 
-    Ranges are not empty; where all weights of a range are 0 its last index is drawn.
+    Args:
+        sums: running sums of the weights, float64 [n + 1].
+        begin, end: int64 arrays of one shape. Ranges must not be empty.
+        rng: the random stream.
+
+    Returns:
+        Indices, int64 of the shape of `begin`. Where all weights of a range are 0 it is the last index.
     """
     low, high = sums[begin], sums[end]
     at = np.searchsorted(sums, low + rng.random(low.shape) * (high - low), side="right") - 1
@@ -25,11 +31,11 @@ def draw(sums: np.ndarray, begin: np.ndarray, end: np.ndarray, rng: np.random.Ge
 
 
 def running_sums(weights: np.ndarray) -> np.ndarray:
-    """0 and the sums of the first 1, 2, ... weights, float64 [n + 1]."""
+    """Returns 0 and the sums of the first 1, 2, ... weights, float64 [n + 1]."""
     return np.concatenate([[0.0], np.cumsum(weights, dtype=np.float64)])
 
 
 def zipf(n: int, exponent: float) -> np.ndarray:
-    """1 / rank ** exponent of ranks 1 to n, float64 [n], divided by its sum."""
+    """Returns 1 / rank ** exponent for ranks 1 to n, divided by their sum, float64 [n]."""
     weights = np.arange(1, n + 1) ** -float(exponent)
     return weights / weights.sum()

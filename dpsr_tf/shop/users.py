@@ -1,4 +1,4 @@
-"""Who buys in the generated shop."""
+"""The users of the generated shop."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from dpsr_tf.shop.lexicon import AGES, GENDERS, POWERS
 from dpsr_tf.shop.parameters import Parameters
 from dpsr_tf.shop.sampling import random_stream, zipf
 
+# The first and the last year of each entry of AGES.
 _AGE_BOUNDS = ((18, 25), (26, 35), (36, 50), (51, 75))
 
 
 class Users:
-    """All users, the English ones first; what a profile shows, and the latent taste that it does not."""
+    """All users, the English ones first: their profiles, and the latent taste that a profile does not show."""
 
     def __init__(self, catalogue: Catalogue, parameters: Parameters):
         self._catalogue = catalogue
@@ -32,11 +33,11 @@ class Users:
         )
         rng = random_stream(parameters, "tastes")
         places, styles = int(catalogue.category_place.max()) + 1, max(len(s) for s in catalogue.styles)
-        # By the category's place in its language: the one brand and shop that the user prefers there.
+        # The brand and the shop that a user prefers, int32 [users, category's place in its language]; -1 is none.
         self.brands, self.shops = np.full((n, places), -1, np.int32), np.full((n, places), -1, np.int32)
-        # By the style's place in its language: the word that the user prefers.
+        # The word that a user prefers, int32 [users, style's place in its language]; -1 is none.
         self.styles = np.full((n, styles), -1, np.int32)
-        # Places of the two categories that the user looks at most.
+        # Places of the user's two favourite categories.
         self.categories = np.zeros((n, 2), np.int64)
         for number, language in enumerate(catalogue.languages):
             rows = np.flatnonzero(self.language == number)
@@ -49,11 +50,11 @@ class Users:
             self.categories[rows] = rng.integers(0, len(language.categories), (len(rows), 2))
 
     def __len__(self) -> int:
-        """Users."""
+        """Returns the number of users."""
         return len(self.profile)
 
     def _draw_styles(self, rows: np.ndarray, place: int, codes: np.ndarray, rng: np.random.Generator) -> None:
-        """A favourite among the words of a style; one that the profile dislikes is rare."""
+        """Draws each user's favourite word of a style. Words that the profile dislikes are rare."""
         liking = np.zeros((len(codes), len(GENDERS), len(AGES)))
         for i, code in enumerate(codes):
             who = self._catalogue.words[code]

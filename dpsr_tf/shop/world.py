@@ -28,15 +28,18 @@ from dpsr_tf.shop.users import Users
 TASTE_WEIGHTS = {"brand": 1.0, "shop": 0.6, "style": 0.8}
 # How far a text names its meaning by synonyms: for some of its parts, or for all of them; 0 is for none.
 SOME_SYNONYMS, ALL_SYNONYMS = 1, 2
+# What World.missed returns for an item of another type or category.
+NOT_AN_ANSWER = 9
 
 
 class World:
-    """All of it.
+    """A whole shop, with everything that people can ask for.
 
-    A *meaning* is what somebody can want: items of a category, and of a type, a brand and up to two words of
-    attributes, each of these optional. A *text* asks for it; a text of several meanings is polysemous. A *pair* is a
-    meaning and one of its texts. An *answer* is a list of items: those of a meaning (code: the meaning's), of a
-    polysemous text (all its meanings together), the misleading ones of a type, or a whole category.
+    A *meaning* is what somebody can want: items of a category and, each of them optional, of a type, of a brand, and
+    with up to two words of attributes. A *text* asks for a meaning; a text with several meanings is polysemous. A
+    *pair* is a meaning and one of its texts. An *answer* is a list of items: the items of a meaning (which has the
+    meaning's code), the items of all meanings of a polysemous text, items that mislead in a search for a type, or a
+    whole category.
     """
 
     def __init__(self, parameters: Parameters):
@@ -52,7 +55,7 @@ class World:
         self._make_misspellings(random_stream(parameters, "misspellings"))
 
     def appeal(self, user: np.ndarray, item: np.ndarray) -> np.ndarray:
-        """What speaks for an item in the eyes of a user, log odds, float64 of the rows' common shape."""
+        """Returns how much an item appeals to a user, in log odds, float64 of the common shape of the two arrays."""
         users, items, parameters = self.users, self.items, self.parameters
         place = self.catalogue.category_place[items.category[item]]
         style = items.style[item]
@@ -63,7 +66,11 @@ class World:
         return parameters.taste * items.liking[item, users.profile[user]] + parameters.history * latent
 
     def missed(self, meaning: np.ndarray, item: np.ndarray) -> np.ndarray:
-        """How many of a meaning's brand and words an item does not have; 9 where type or category differ. int64."""
+        """Counts how many of a meaning's brand and words an item lacks.
+
+        Returns:
+            int64 of the common shape of the two arrays; NOT_AN_ANSWER where type or category differ.
+        """
         of, items = self.meaning, self.items
         fits = (of[meaning, 0] == items.category[item]) & ((of[meaning, 1] < 0) | (of[meaning, 1] == items.type[item]))
         missed = ((of[meaning, 2] >= 0) & (of[meaning, 2] != items.brand[item])).astype(np.int64)
@@ -71,10 +78,10 @@ class World:
         for column in (3, 4):
             word = of[meaning, column]
             missed += (word >= 0) & ~(words == word[..., None]).any(-1)
-        return np.where(fits, missed, 9)
+        return np.where(fits, missed, NOT_AN_ANSWER)
 
     def sessions(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Users by activity, and the pair that each asks first; int64 [n] both."""
+        """Draws n users by activity and the pair that each asks first. Returns both, int64 [n]."""
         zero = np.zeros(n, np.int64)
         user = draw(self._activity, zero, zero + len(self.users), rng)
         loyal = rng.random(n) < self.parameters.loyalty
@@ -82,17 +89,21 @@ class World:
         cell = (self.users.language[user] * USER_CLASSES + self.users.profile[user]) * (self._places + 1)
         begin = np.where(loyal, self._cells[cell + place], self._cells[cell])
         end = np.where(loyal, self._cells[cell + place + 1], self._cells[cell + self._places])
-        empty = self._interest[end] <= self._interest[begin]  # nobody asks for anything of that category
+        # Where nobody asks for anything of the category, the session is about any category.
+        empty = self._interest[end] <= self._interest[begin]
         begin[empty], end[empty] = self._cells[cell][empty], self._cells[cell + self._places][empty]
         at = draw(self._interest, begin, end, rng)
         return user, at - self._cells[cell] + self._first_pair[self.users.language[user]]
 
     def answer_rows(self, answer: int) -> np.ndarray:
-        """Rows of the items of an answer, ascending."""
+        """Returns the rows of an answer's items, ascending."""
         return np.sort(self.answer_items[self.answer_splits[answer] : self.answer_splits[answer + 1]])
 
     def _make_meanings(self) -> None:
-        """Every combination that at least one item answers: `meaning` int64 [meanings, 5], category, type, ..."""
+        """Makes a meaning of every combination that at least one item answers.
+
+        Sets `meaning` int64 [meanings, 5] (category, type, brand and two words; -1 is none), and `item_meanings`.
+        """
         items = self.items
         sizes = [len(self.catalogue.categories), len(self.catalogue.types), len(self.catalogue.brands)]
         sizes += [len(self.catalogue.words)] * 2
@@ -112,9 +123,10 @@ class World:
                 key = key * (size + 1) + column + 1
             keys[row] = np.where((np.array(columns[2:]) >= 0).sum(0) == words, key, -1)
         known, inverse = np.unique(keys, return_inverse=True)
-        first = int(known[0] < 0)  # -1 is an item without that many words
+        # The key -1 is that of items without that many words.
+        first = int(known[0] < 0)
         known, inverse = known[first:], inverse.reshape(keys.shape) - first
-        # The meanings that each item answers, int32 [items, 15], -1 is none.
+        # The meanings that each item answers, int32 [items, 15]; -1 is none.
         self.item_meanings = np.ascontiguousarray(inverse.T.astype(np.int32))
         self.meaning = np.empty((len(known), 5), np.int64)
         for column in (4, 3, 2, 1):
@@ -123,7 +135,7 @@ class World:
         self.meaning[:, 1:] -= 1
 
     def _make_texts(self) -> None:
-        """Pairs in the order of their category, and the texts in them."""
+        """Makes the texts of all meanings, and the pairs of meanings and texts."""
         texts: dict[str, int] = {}
         meanings, rows, gaps = [], [], []
         for meaning, codes in enumerate(self.meaning.tolist()):
@@ -141,14 +153,14 @@ class World:
         for meaning, row in zip(meanings, rows, strict=True):
             self.senses[row].append(meaning)
         self.polysemous = np.array([len(senses) > 1 for senses in self.senses])
-        # How far synonyms say what each text means, as of pairs: where it means several things, the least of them.
+        # How far each text consists of synonyms. Of several meanings the one with the fewest synonyms counts.
         self.text_gap = np.full(len(texts), ALL_SYNONYMS, np.int8)
         np.minimum.at(self.text_gap, self.pair_text, self.pair_gap)
         self.text_language = np.zeros(len(texts), np.int64)
         self.text_language[self.pair_text] = self.catalogue.category_language[self.meaning[self.pair_meaning, 0]]
 
     def _phrasings(self, codes: list[int]) -> Iterator[tuple[str, int]]:
-        """Texts that ask for a meaning, and whether none of their parts is a synonym (0), SOME or ALL are."""
+        """Yields the texts that ask for a meaning, each with 0, SOME_SYNONYMS or ALL_SYNONYMS."""
         category, noun, brand, *words = codes
         separator = self.catalogue.languages[self.catalogue.category_language[category]].separator
         brands = [self.catalogue.brands[brand]] if brand >= 0 else []
@@ -160,16 +172,16 @@ class World:
             late = [part for part in parts if part.startswith("for ")]
             parts = [part for part in parts if not part.startswith("for ")] + late
             synonyms = sum(synonym for _, synonym in choice)
-            # A brand has no synonym.
+            # `parts` holds the brand, too, which has no synonym: a text with a brand never is all synonyms.
             gap = ALL_SYNONYMS if synonyms == len(parts) else SOME_SYNONYMS if synonyms else 0
             yield separator.join(parts), gap
 
     def _hold_out(self, rng: np.random.Generator) -> None:
-        """`fold` of each meaning, int8 [meanings]: 0 is the log's, 1 dev's, 2 test's; by all texts of it.
+        """Sets the fold of each meaning and text: 0 is the log, 1 dev, 2 test.
 
-        Meanings that share a text go together: held out alone, the other would give it away. Bare words stay in the
-        log; from them a model learns what they mean. Each kind of query has its part in both folds, in the smallest
-        shop too.
+        Meanings that share a text have the same fold; otherwise the log would give the text away. Bare types and brands
+        stay in the log, so that a model can learn from it what each word means. Each kind of query occurs in both dev
+        and test, even in the smallest shop.
         """
         group = list(range(len(self.meaning)))
 
@@ -194,12 +206,12 @@ class World:
         roots = roots[~bare[roots]]
         language = self.catalogue.category_language[self.meaning[roots, 0]]
         stratum = language * 4 + np.where(many[roots], 3, gap[roots])
-        # A brand alone says nothing about a type: unless polysemous, such meanings are not asked of anybody.
+        # A meaning without a type is held out only if it is polysemous.
         stratum[~has_type[roots] & ~many[roots]] = -1
         fold = np.zeros(len(of), np.int8)
         for kind in range(8):
             mine = rng.permutation(roots[stratum == kind])
-            # Few meanings have a text all of synonyms, or a polysemous one, so more of them.
+            # Few meanings have a text of synonyms only or a polysemous text, so a larger share of them is held out.
             share = self.parameters.held_out_share * (3 if kind % 4 >= ALL_SYNONYMS else 1)
             wanted = max(4, round(share * len(mine)))
             mine = mine[: min(wanted, len(mine) // 2)]
@@ -208,7 +220,11 @@ class World:
         self.text_fold = np.array([self.fold[senses[0]] for senses in self.senses])
 
     def _make_answers(self) -> None:
-        """`answer_splits` int64 [answers + 1], `answer_items` int32, `answer_sums` float64: sums of popularity."""
+        """Makes all answers.
+
+        Sets `answer_splits` int64 [answers + 1], `answer_items` int32, and `answer_sums` float64, the running sums of the
+        items' popularity.
+        """
         items, catalogue = self.items, self.catalogue
         flat = self.item_meanings.ravel()
         order = np.argsort(flat, kind="stable")[(flat < 0).sum() :]
@@ -224,17 +240,17 @@ class World:
                 unions[senses] = len(self.meaning) + len(extra)
                 extra.append(np.unique(np.concatenate([rows[0][splits[m] : splits[m + 1]] for m in senses])))
             self.text_answer[text] = unions[senses]
-        # Answers to be shown beside the right ones: what shares words with a type, else with its category.
+        # Answers to show beside the right ones: items that share words with a type, or else its whole category.
         self.category_answer = np.zeros(len(catalogue.categories), np.int64)
         for category in range(len(catalogue.categories)):
             self.category_answer[category] = len(self.meaning) + len(extra)
             extra.append(np.flatnonzero(items.category == category))
         self.misleading_answer = np.full(len(catalogue.types), -1)
         for code in range(len(catalogue.types)):
-            found = np.flatnonzero(np.isin(items.type, self._misleading_types(code)))
-            if len(found):
+            misleading = np.flatnonzero(np.isin(items.type, self._misleading_types(code)))
+            if len(misleading):
                 self.misleading_answer[code] = len(self.meaning) + len(extra)
-                extra.append(found)
+                extra.append(misleading)
         rows += [part.astype(np.int32) for part in extra]
         sizes.append(np.array([len(part) for part in extra]))
         self.answer_items = np.concatenate(rows)
@@ -242,7 +258,7 @@ class World:
         self.answer_sums = running_sums(items.popularity[self.answer_items])
 
     def _misleading_types(self, code: int) -> list[int]:
-        """Types whose titles hold the word of another: what fits it, and "apple juice" for "apple"."""
+        """Returns the types whose titles hold the word of a type: its accessories, and "apple juice" for "apple"."""
         catalogue, word = self.catalogue, self.catalogue.types[code].word
         language = int(catalogue.category_language[catalogue.type_category[code]])
         separator = catalogue.languages[language].separator
@@ -250,15 +266,15 @@ class World:
         return sorted({*catalogue.accessories(code), *(int(t) for t in longer)} - {code})
 
     def misleading(self, language: int) -> dict[str, list[str]]:
-        """Words of types to the words of types that mislead."""
+        """Returns, for the word of each type, the words of the types that mislead in a search for it."""
         types = self.catalogue.types
-        found = {
+        words = {
             types[t].word: [types[m].word for m in self._misleading_types(t)] for t in self.catalogue.types_of(language)
         }
-        return {word: others for word, others in found.items() if others}
+        return {word: others for word, others in words.items() if others}
 
     def _make_interests(self) -> None:
-        """How often each class of users asks each pair: short queries and the shop's own words more than others."""
+        """Sets how often each class of users asks each pair. Short queries and the shop's own words are frequent."""
         catalogue, parameters = self.catalogue, self.parameters
         category = self.meaning[self.pair_meaning, 0]
         order = np.argsort(category, kind="stable")
@@ -268,7 +284,7 @@ class World:
         category = category[order]
         language = catalogue.category_language[category]
         size = np.diff(self.answer_splits)[: len(self.meaning)]
-        # A brand alone is asked more often than a brand and a type, a type alone most often.
+        # A type alone is asked most often, then a brand alone, then a brand with a type.
         modifiers = (self.meaning[:, 2:] >= 0).sum(1) - 0.5 * (self.meaning[:, 1] < 0)
         rarity = 3.0 * modifiers[self.pair_meaning] + (self.pair_gap > 0) - 0.5 * np.log(size[self.pair_meaning])
         self.pair_weight = np.zeros(len(order))
@@ -280,12 +296,12 @@ class World:
             self.pair_weight[mine[rank]] = zipf(len(mine), parameters.query_exponent)
         self.pair_weight[self.fold[self.pair_meaning] > 0] = 0
         self.meaning_weight = np.bincount(self.pair_meaning, self.pair_weight, len(self.meaning))
-        # Pairs of a meaning, for a second query of the session.
+        # The pairs of each meaning, for the second query of a session.
         self._by_meaning = np.argsort(self.pair_meaning, kind="stable")
         self._meaning_splits = np.concatenate([[0], np.cumsum(np.bincount(self.pair_meaning, minlength=len(size)))])
         self._meaning_sums = running_sums(self.pair_weight[self._by_meaning])
 
-        # Mean over a meaning's items, by popularity, of what each class likes.
+        # How often each class of users asks each pair, sorted by language, class and place of the category.
         self._places = int(catalogue.category_place.max()) + 1
         self._activity = running_sums(self.users.activity)
         weights, cells, begin = [], [], 0
@@ -298,24 +314,28 @@ class World:
                 weights.append(weight / weight.sum())
                 cells.append(bounds + begin)
                 begin += len(mine)
-        self._cells = np.concatenate(cells)  # [language, class, place] flat: first index of the cell in _interest
+        # Where each cell [language, class, place] begins in _interest, flat.
+        self._cells = np.concatenate(cells)
         self._interest = running_sums(np.concatenate(weights))
 
     def _mean_pull(self) -> np.ndarray:
-        """exp(taste * liking) of a meaning's items, mean by popularity, float64 [meanings, USER_CLASSES]."""
+        """Returns how much each class likes each meaning, float64 [meanings, USER_CLASSES].
+
+        It is exp(0.5 * taste * liking), averaged over the meaning's items by popularity.
+        """
         bounds = self.answer_splits[: len(self.meaning) + 1]
         rows = self.answer_items[: bounds[-1]]
         mass = self.items.popularity[rows]
         total = np.add.reduceat(mass, bounds[:-1])
         pull = np.empty((len(self.meaning), USER_CLASSES))
         for profile in range(USER_CLASSES):
-            # The square root: who likes pink things less still asks for them now and then.
+            # The factor 0.5 is a square root: users who dislike pink things still ask for them now and then.
             liked = np.exp(0.5 * self.parameters.taste * self.items.liking[:, profile])
             pull[:, profile] = np.add.reduceat(mass * liked[rows], bounds[:-1]) / total
         return pull
 
     def another_pair(self, item: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A pair that each item answers, int64 [n]: frequent ones more often than rare ones, but less so than usual."""
+        """Draws a pair that each item answers, int64 [n]. A meaning's weight is the square root of its frequency."""
         meanings = self.item_meanings[item]
         weight = np.where(meanings >= 0, np.sqrt(self.meaning_weight[meanings]), 0).cumsum(1)
         at = (rng.random((len(item), 1)) * weight[:, -1:] >= weight).sum(1)
@@ -325,7 +345,7 @@ class World:
         ]
 
     def _make_misspellings(self, rng: np.random.Generator) -> None:
-        """`misspelt` texts, and for each text the range of its own in `misspelt_splits` int64 [texts + 1]."""
+        """Sets `misspelt`, the misspelt texts, and `misspelt_splits` int64 [texts + 1], where each text's begin."""
         known = set(self.texts)
         self.misspelt: list[str] = []
         splits = [0]
@@ -340,14 +360,18 @@ class World:
         self.misspelt_splits = np.array(splits)
 
     def text_rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """Texts, then misspelt ones: each one's right text, int64 [all], and whether it is misspelt, bool [all]."""
+        """Lists all texts, followed by the misspelt ones.
+
+        Returns:
+            The row of each one's right text, int64 [all], and whether it is misspelt, bool [all].
+        """
         right = np.repeat(np.arange(len(self.texts)), np.diff(self.misspelt_splits))
         rows = np.concatenate([np.arange(len(self.texts)), right])
         return rows, np.arange(len(rows)) >= len(self.texts)
 
 
 def _misspelt(text: str, language: Language, a: float, b: float, c: float) -> str | None:
-    """`text` with one slip of the keyboard; None where that gives nothing. `a`, `b`, `c` are random, in [0, 1)."""
+    """Returns a text with one typing error, or None if none is possible. `a`, `b`, `c` are random numbers in [0, 1)."""
     if not language.separator:
         places = [(i, pair[1]) for pair in language.homophones for i, char in enumerate(text) if char == pair[0]]
         if not places:
@@ -371,7 +395,7 @@ def _misspelt(text: str, language: Language, a: float, b: float, c: float) -> st
 
 
 def make_world(parameters: Parameters) -> World:
-    """The world of some parameters. Raises UsageError if they do not go together."""
+    """Makes the world of some parameters. Raises UsageError if they cannot be combined."""
     problem = parameters.problem()
     if problem:
         raise UsageError(problem)
