@@ -1,1 +1,1 @@
-"""Raw logs into the three-file store, and the store into training batches."""
+"""From raw logs to the store, and from the store to training batches and requests."""

@@ -1,16 +1,16 @@
-"""A store: one directory with the three files of DPSR section 5.1.2 and what belongs to them.
+"""A store: one directory with the three files of DPSR section 5.1.2, vocabularies, and a manifest.
 
     manifest.json             format version, counts, fingerprints of the files, features, the schema, a checksum
     vocabulary.dpsr           tokens and the tokenizer's config (dpsr_tokenizer.Vocabulary)
-    vocabulary-NAME.dpsr      the same for text features that have one of their own
+    vocabulary-NAME.dpsr      the same for text features with a vocabulary of their own
     users.dpsr                user ids, features, and the events of each user
     items.dpsr                item ids, popularity, token ids, features
-    interactions.dpsr         queries, positive pairs, impressions, supervised negatives; or one file a shard
-    held_out.dpsr             positive pairs kept from training, where the schema says so
-    titles.dpsr               item titles, for people and for the title queries of a training
-    filters.dpsr              what searches may filter items by, where the schema says so; training never reads it
+    interactions.dpsr         queries, positive pairs, impressions, supervised negatives; or one file per shard
+    held_out.dpsr             positive pairs kept out of training, if the schema names any
+    titles.dpsr               item titles, for people and for the title queries of training
+    filters.dpsr              attributes that searches filter items by, if the schema names any; training never reads it
 
-The layout of each file is documented in dpsr_tf/ops/training_store.h and docs/data_format.md.
+dpsr_tf/ops/training_store.h and docs/data_format.md describe the layout of each file.
 """
 
 from __future__ import annotations
@@ -43,28 +43,31 @@ FORMAT_VERSION = 2
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Rows of each table."""
+    """The number of rows of each table."""
 
-    users: int  # with the anonymous user, row 0
+    users: int  # including the anonymous user, row 0
     items: int
     queries: int
     positives: int
-    impressions: int  # unclicked ones in requests with a positive
+    impressions: int  # unclicked impressions in requests with a positive pair
     negatives: int
     events: int
     held_out: int
-    rejected: int  # rows of all input tables that could not be used
+    rejected: int  # unusable rows of all input tables
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredFeature:
-    """What a store holds of one feature of the schema."""
+    """One feature of the schema, as a store holds it."""
 
     name: str
     kind: str
-    num_values: int | None = None  # the highest code; 0 is unknown, so an embedding has one row more. None: kind text
-    boundaries: tuple[float, ...] = ()  # of kind number
-    vocabulary: str | None = None  # of kind text; None: that of the item text
+    # The highest code; None for kind text. Code 0 is unknown, so an embedding table has one row more.
+    num_values: int | None = None
+    # For kind number: the bounds of the buckets.
+    boundaries: tuple[float, ...] = ()
+    # For kind text: the name of the vocabulary; None is that of the item text.
+    vocabulary: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,25 +79,25 @@ class Features:
 
 
 class Store:
-    """A store that has been opened and whose files have been checked against its manifest.
+    """An open store, whose files have been checked against its manifest.
 
     Attributes:
         path: the directory.
-        manifest: what manifest.json holds.
-        counts: rows of each table.
-        schema: what it was made from.
-        features: what it holds of each feature.
-        vocabulary: of query and item text.
-        vocabularies: the others, by name.
+        manifest: the content of manifest.json.
+        counts: the number of rows of each table.
+        schema: the schema that the store was made with.
+        features: the features of items and users.
+        vocabulary: the vocabulary of query and item text.
+        vocabularies: the vocabularies of text features, by name.
     """
 
     def __init__(self, path: str | Path):
-        """Raises CommandError if there is no whole store of this version at `path`."""
+        """Opens the store at `path`. Raises CommandError if there is no complete store of this version."""
         self.path = Path(path)
         manifest_path = self.path / "manifest.json"
         self.manifest = read_manifest(manifest_path, FORMAT, FORMAT_VERSION, "dpsr ingest")
         if self.manifest.get("checksum") != manifest_checksum(self.manifest):
-            raise CommandError(f"{manifest_path}: its checksum differs, so it was changed; ingest the log again")
+            raise CommandError(f"{manifest_path}: its checksum differs, so the file was changed; ingest the log again")
         try:
             self.counts = from_dict(Counts, self.manifest["counts"], "counts")
             self.features = from_dict(Features, self.manifest["features"], "features")
@@ -106,12 +109,12 @@ class Store:
                 f"ingest the log again"
             ) from None
         for name, fingerprint in fingerprints.items():
-            # Header and table only; the data are checked when they are read.
+            # This reads the header and the section table only. Data are checked when they are read.
             found = f"{self._open(name, verify=False).fingerprint:016x}"
             if found != fingerprint:
                 raise CommandError(
-                    f"{self.path / name}: is not the file this store was made with (fingerprint {found}, the manifest "
-                    f"says {fingerprint}); ingest the log again"
+                    f"{self.path / name}: is not the file this store was made with (its fingerprint is {found}, "
+                    f"the manifest says {fingerprint}); ingest the log again"
                 )
         try:
             self.vocabulary = Vocabulary(str(self.vocabulary_path))
@@ -138,40 +141,49 @@ class Store:
 
     @property
     def interactions_paths(self) -> list[Path]:
-        """The interaction files, one a shard."""
+        """The interaction files, one per shard."""
         return [self.path / name for name in interactions_names(self._shards)]
 
     def items(self) -> PackedFile:
-        """Sections `id`, `id_index.*`, `popularity`, `tokens.*`, `feature.*`, `values.*`; with text ids `key.*`."""
+        """Opens the items: sections `id`, `id_index.*`, `popularity`, `tokens.*`, `feature.*`, `values.*`, [`key.*`].
+
+        The sections `key.*` exist only if the ids are text.
+        """
         return self._open("items.dpsr")
 
     def users(self) -> PackedFile:
-        """Row 0 is anonymous; sections `id`, `id_index.*`, `feature.*`, `values.*`, `event.*`, `key.*` (text ids)."""
+        """Opens the users: sections `id`, `id_index.*`, `feature.*`, `values.*`, `event.*`, [`key.*`].
+
+        Row 0 is the anonymous user. The sections `key.*` exist only if the ids are text.
+        """
         return self._open("users.dpsr")
 
     def interactions(self) -> list[PackedFile]:
-        """One file a shard, with sections `query.*`, `query_text.*`, `positive.*`, `impression.*`, `negative.*`."""
+        """Opens all shards: sections `query.*`, `query_text.*`, `positive.*`, `impression.*`, `negative.*`."""
         return [self._open(path.name) for path in self.interactions_paths]
 
     def held_out(self) -> PackedFile | None:
-        """Sections `query` (global row), `user`, `item`, `time`, `type`; None where the schema holds nothing out."""
+        """Opens the held-out pairs: sections `query`, `user`, `item`, `time`, `type`, [`weight`]; None without them.
+
+        `query` is the row of the query among those of all shards.
+        """
         return self._open("held_out.dpsr") if self.schema.interactions.held_out else None
 
     def titles(self) -> list[str]:
-        """Title of each item, in the order of the item file."""
+        """Returns the title of each item, in the order of the item file."""
         return unpack_strings(self._open("titles.dpsr"), "title")
 
     def filters(self) -> PackedFile | None:
-        """Sections `filter.*`, `values.*` of each filter of the schema; None where it has none."""
+        """Opens the filters: sections `filter.*`, `values.*`. None if the schema has no filters."""
         return self._open("filters.dpsr") if self.schema.items.filters else None
 
     def queries(self) -> Iterator[str]:
-        """Text of each query, in the order of the global query row."""
+        """Yields the text of each query, one shard after the other."""
         for file in self.interactions():
             yield from unpack_strings(file, "query_text")
 
     def item_keys(self) -> list[str] | None:
-        """The shop's own text id of each item; None where its ids are numbers."""
+        """Returns the shop's own text id of each item; None where its ids are numbers."""
         items = self.items()
         return unpack_strings(items, "key") if "key.splits" in items else None
 
@@ -190,19 +202,19 @@ class Store:
 
 
 def vocabulary_name(name: str | None = None) -> str:
-    """The file of a vocabulary of the schema; None is that of query and item text."""
+    """Returns the file name of a vocabulary; None is the vocabulary of query and item text."""
     return f"vocabulary-{name}.dpsr" if name else "vocabulary.dpsr"
 
 
 def interactions_names(shards: int) -> list[str]:
-    """The interaction files of a store."""
+    """Returns the file names of the interactions, one per shard."""
     if shards == 1:
         return ["interactions.dpsr"]
     return [f"interactions-{shard:05}-of-{shards:05}.dpsr" for shard in range(shards)]
 
 
 def file_names(schema: Schema, shards: int) -> list[str]:
-    """All packed files of a store."""
+    """Returns the names of all packed files of a store."""
     held_out = ["held_out.dpsr"] if schema.interactions.held_out else []
     vocabularies = [vocabulary_name(name) for name in (None, *schema.vocabularies)]
     filters = ["filters.dpsr"] if schema.items.filters else []
@@ -210,13 +222,13 @@ def file_names(schema: Schema, shards: int) -> list[str]:
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:
-    """SHA-256, in hex, of all of a manifest but its checksum."""
+    """Returns the SHA-256 of a manifest without its checksum, in hex."""
     rest = {key: value for key, value in manifest.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def pack_strings(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Row splits int64 [n + 1] and UTF-8 bytes uint8 [total] of a list of texts."""
+    """Returns the row splits int64 [n + 1] and UTF-8 bytes uint8 [total] of a list of texts."""
     encoded = [text.encode() for text in texts]
     splits = np.zeros(len(encoded) + 1, np.int64)
     np.cumsum([len(text) for text in encoded], out=splits[1:])
@@ -224,13 +236,13 @@ def pack_strings(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unpack_strings(file: PackedFile, name: str) -> list[str]:
-    """The inverse of pack_strings, from sections `<name>.splits` and `<name>.bytes`."""
+    """Reads texts from the sections `<name>.splits` and `<name>.bytes`; the inverse of pack_strings."""
     splits, data = file[f"{name}.splits"], file[f"{name}.bytes"].tobytes()
     return [data[begin:end].decode() for begin, end in itertools.pairwise(splits)]
 
 
 def read_manifest(path: Path, format_name: str, version: int, made_by: str) -> dict[str, Any]:
-    """The JSON object in a manifest file. Raises CommandError if there is none of this format and version."""
+    """Reads the JSON object in a manifest file. Raises CommandError if it is not of this format and version."""
     try:
         manifest = json.loads(path.read_text())
     except FileNotFoundError:
@@ -239,7 +251,7 @@ def read_manifest(path: Path, format_name: str, version: int, made_by: str) -> d
     except (OSError, ValueError) as error:
         raise CommandError(f"{path}: cannot be read: {error}; run `{made_by}` again") from None
     if not isinstance(manifest, dict):
-        raise CommandError(f"{path}: holds a {type(manifest).__name__}, expected an object; run `{made_by}` again")
+        raise CommandError(f"{path}: holds a {type(manifest).__name__}, expected a JSON object; run `{made_by}` again")
     got = (manifest.get("format"), manifest.get("version"))
     if got != (format_name, version):
         raise CommandError(
@@ -250,26 +262,30 @@ def read_manifest(path: Path, format_name: str, version: int, made_by: str) -> d
 
 @contextmanager
 def new_directory(path: Path, overwrite: bool = False, what: str = "", mark: str = "") -> Iterator[Path]:
-    """A temporary directory beside `path` that takes its name when the block ends well, and vanishes when it does not.
+    """Makes a directory that appears at `path` only when the block ends without an exception.
 
-    What a killed process left there is removed first.
+    Until then it is a temporary directory beside `path`, which an exception removes. Temporary directories that a
+    killed process has left there are removed first.
 
     Args:
         path: the directory to make.
-        overwrite: replaces a directory that is there, if it is one of its kind.
-        what: the kind, for the message: "store".
-        mark: the file that tells a directory of that kind.
+        overwrite: whether to replace an existing directory of the same kind.
+        what: the kind, for error messages: "store".
+        mark: the file by which a directory of that kind is recognised.
+
+    Yields:
+        The temporary directory.
 
     Raises:
-        CommandError: `path` is there and may not be replaced, or cannot be made.
+        CommandError: `path` exists and may not be replaced, or cannot be made.
     """
     given, path = path, path.resolve()
     if not path.name:
-        raise CommandError(f"{given}: is the root of the file system; choose a new directory for --out")
+        raise CommandError(f"{given}: is the root of the file system; choose another --out")
     try:
         _clean_up(path)
     except OSError as error:
-        raise CommandError(f"{given}: what a killed run left beside it cannot be removed: {error}") from None
+        raise CommandError(f"{given}: the files that a killed run left beside it cannot be removed: {error}") from None
     if path.exists():
         if not overwrite:
             replace = ", or give --overwrite to replace it" if mark else ""
@@ -285,7 +301,8 @@ def new_directory(path: Path, overwrite: bool = False, what: str = "", mark: str
         except OSError as error:
             raise CommandError(f"{given}: cannot be made: {error.strerror}") from None
         yield temporary
-        os.chmod(temporary, 0o755)  # mkdtemp makes it private
+        # mkdtemp gives no rights to other users.
+        os.chmod(temporary, 0o755)
         if path.exists() and not overwrite:
             raise CommandError(f"{given}: was made by another process meanwhile; choose another --out")
         if path.exists():
@@ -308,12 +325,12 @@ def new_directory(path: Path, overwrite: bool = False, what: str = "", mark: str
             os.close(lock)
 
 
-# Endings of the names beside `path` of a directory being made, and of one being replaced; mkdtemp adds 8 characters.
+# The names of temporary directories beside `path`: .NAME, one of these, and 8 characters of mkdtemp.
 _UNFINISHED, _REPLACED = ".unfinished-", ".replaced-"
 
 
 def _lock(directory: Path) -> int:
-    """A descriptor that holds the directory's lock until it is closed. Raises OSError where another process has it."""
+    """Locks a directory until the returned descriptor is closed. Raises OSError if another process holds the lock."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -324,7 +341,7 @@ def _lock(directory: Path) -> int:
 
 
 def _clean_up(path: Path) -> None:
-    """Removes what new_directory(path) left beside it when its process was killed."""
+    """Removes the directories that new_directory(path) left beside `path` when its process was killed."""
     if not path.parent.is_dir():
         return
     names = re.compile(rf"\.{re.escape(path.name)}({re.escape(_UNFINISHED)}|{re.escape(_REPLACED)})\w{{8}}")
@@ -332,34 +349,36 @@ def _clean_up(path: Path) -> None:
         try:
             lock = _lock(left)
         except OSError:
-            continue  # its process lives
+            # The process that makes this directory is still running.
+            continue
         try:
             if _REPLACED in left.name and (left / "old").exists() and not path.exists():
-                os.rename(left / "old", path)  # killed between the two renames: what was there comes back
+                # The process was killed between its two renames: the old directory comes back.
+                os.rename(left / "old", path)
             shutil.rmtree(left)
         finally:
             os.close(lock)
 
 
 def check_replaceable(path: Path, what: str, mark: str) -> None:
-    """Raises CommandError unless `path` is a directory with the file `mark`: --overwrite is for our own work only."""
+    """Raises CommandError unless `path` holds the file `mark`: --overwrite replaces only what this package has made."""
     if not (path / mark).is_file():
         raise CommandError(
-            f"{path}: is there and holds no {what} (no {mark}), so --overwrite leaves it alone; "
+            f"{path}: exists and does not hold a {what} (no {mark}), so --overwrite does not replace it; "
             f"remove it yourself, or choose another --out"
         )
 
 
 class RowsById:
-    """Rows of items by their id."""
+    """Finds rows by id, for ids in any order."""
 
     def __init__(self, item_ids: np.ndarray):
-        """`item_ids` int64 [items], distinct."""
+        """Builds the index of `item_ids`, int64 [items], distinct."""
         self._order = np.argsort(item_ids, kind="stable")
         self._ids = np.asarray(item_ids)[self._order]
 
     def __call__(self, ids: np.ndarray) -> np.ndarray:
-        """Rows int64 of the shape of `ids`; -1 where there is no such item."""
+        """Returns the rows of `ids`, int64 of the same shape; -1 where an id is unknown."""
         if not len(self._ids):
             return np.full(ids.shape, -1, np.int64)
         places = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)

@@ -1,8 +1,8 @@
-"""Raw tables from disk into Arrow: Parquet, Arrow, CSV, TSV and JSON lines, one file or many, of any size.
+"""Reads raw tables into Arrow batches: Parquet, Arrow, CSV, TSV and JSON lines, one file or many, of any size.
 
-Files are read in pieces. In CSV, TSV and JSON lines, which have no types, every value is text (a JSON number too, as it
-is written, but 5.0 as "5"), so that no piece depends on what another holds; encode.py makes numbers, ids and times of
-it. Text is bytes until then: bad UTF-8 is a matter of its row.
+Files are read in pieces. CSV, TSV and JSON lines have no types: each value is read as text, so that no piece depends on
+the values of another one. A JSON number is the text of the number, but 5.0 becomes "5". column_values.py turns text
+into numbers, ids and times. Text stays bytes until then, so that bad UTF-8 concerns only its own row.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from dpsr_tf.data.column_values import ids_of, is_text, numbers_of, texts_of
 _ARROW = (".arrow", ".feather", ".ipc")
 _JSON = (".jsonl", ".json")
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-# Kinds of files. Those of text may have .gz or .zst after it.
+# The known endings of file names. Text files may have .gz or .zst in addition.
 SUFFIXES = (".parquet", ".csv", ".tsv", *_JSON, *_ARROW)
 
-# Bytes of a text file that are parsed at a time; a row that is longer is an error. (Arrow reads 32 blocks ahead.)
+# Bytes of a text file that are parsed at a time. Arrow reads 32 such blocks ahead. A longer row is an error.
 _BLOCK_BYTES = 1 << 20
 # Bytes of a Parquet column that are read at a time.
 _BUFFER_BYTES = 1 << 20
@@ -40,12 +40,12 @@ _BUFFER_BYTES = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Some rows of a file.
+    """Some neighbouring rows of a file.
 
     Attributes:
         path: the file.
-        first_row: number of the first of them in the file, from 0 on; header and empty lines are no rows.
-        batch: the columns asked for, in that order.
+        first_row: the number of the first of these rows in the file, from 0. Headers and empty lines do not count.
+        batch: the requested columns, in the requested order.
     """
 
     path: Path
@@ -54,9 +54,17 @@ class Source:
 
 
 def find_files(patterns: Sequence[str], base: Path) -> list[Path]:
-    """The files that `patterns` (files, directories, globs; relative to `base`) name, each pattern's in order of name.
+    """Finds the files of a table.
 
-    Raises UsageError if a pattern names none, or a file of a kind that cannot be read.
+    Args:
+        patterns: files, directories or glob patterns, relative to `base`.
+        base: a directory.
+
+    Returns:
+        The files of each pattern, sorted by name.
+
+    Raises:
+        UsageError: a pattern matches no file, or a file of a kind that cannot be read.
     """
     found: list[Path] = []
     for pattern in patterns:
@@ -79,10 +87,10 @@ def find_files(patterns: Sequence[str], base: Path) -> list[Path]:
 
 
 def check_kind(path: Path) -> None:
-    """Raises UsageError if `path` does not end as a table's file does."""
+    """Raises UsageError if the name of a file does not have one of the known endings."""
     if not _kind(path):
         raise UsageError(
-            f"{path}: unknown kind of file, expected {', '.join(SUFFIXES)} (those of text with or without .gz or .zst)"
+            f"{path}: unknown kind of file, expected {', '.join(SUFFIXES)} (text files with or without .gz or .zst)"
         )
 
 
@@ -93,23 +101,24 @@ def read_batches(
     batch_rows: int = 65_536,
     mend: str = "correct the schema",
 ) -> Iterator[Source]:
-    """Reads some columns of files, one after another, in memory that does not grow with their size.
+    """Reads some columns of files, one file after another. The memory does not grow with their size.
 
     Args:
-        files: the files; the ending of each says of what kind it is.
-        texts: columns of text, and of ids.
+        files: the files. The ending of the name says of what kind a file is.
+        texts: columns with text or ids.
         others: further columns.
-        batch_rows: rows of a batch at most.
-        mend: what to do about a column that is missing.
+        batch_rows: the largest number of rows in a batch.
+        mend: for error messages, what to do about a missing column.
 
     Yields:
-        Batches with columns `texts`, then `others`, each name once. Those of CSV, TSV and JSON lines are large_binary;
-        a JSON column that holds a list somewhere in the batch is large_list<large_binary>, other values lists of one.
-        Those of Parquet and Arrow files are of the file's type, but text is large_binary, not dictionary-encoded.
+        Batches with the columns `texts`, then `others`, each name once. Columns of CSV, TSV and JSON lines are
+        large_binary. If a JSON column holds a list somewhere in the batch, it is large_list<large_binary>, and its
+        other values are lists with one element. Columns of Parquet and Arrow files have the file's type, except that
+        text is large_binary, and nothing is dictionary-encoded.
 
     Raises:
-        CommandError: a file is empty, damaged or unreadable, or a column is missing, stands twice, or is of a type
-            that holds neither text nor numbers nor times nor lists of them.
+        CommandError: a file is empty, damaged or unreadable, or a column is missing, appears twice, or has a type other
+            than text, numbers, times or lists of these.
     """
     columns = list(dict.fromkeys([*texts, *others]))
     for path in files:
@@ -123,36 +132,39 @@ def read_batches(
                     yield Source(path, first_row, rows)
                     first_row += len(rows)
         except UnicodeError:
-            raise CommandError(f"{path}: a column's name is not UTF-8; convert the file to UTF-8") from None
+            raise CommandError(f"{path}: the name of a column is not UTF-8; convert the file to UTF-8") from None
         except (pa.ArrowException, OSError, csv.Error) as error:
             reason = " ".join(str(error).split())
             raise CommandError(f"{path}: cannot be read as {_kind(path)[1:]}: {reason[:500]}") from None
 
 
 class Table:
-    """Some columns of one file. Every method raises CommandError that names file and column, and what to mend."""
+    """Some columns of one file, in memory.
+
+    Methods raise CommandError for bad values. The message names file and column, and says what to do.
+    """
 
     def __init__(self, path: Path, texts: Sequence[str], others: Sequence[str], mend: str = "correct the schema"):
         """Reads a file.
 
         Args:
-            path: the file; its ending says of what kind it is.
-            texts: columns of text, whatever they look like: a query may be "100".
-            others: columns of other values.
-            mend: what to do about a column that is missing or of another type than expected.
+            path: the file. The ending of its name says of what kind it is.
+            texts: columns with text, whatever it looks like: a query may be "100".
+            others: columns with other values.
+            mend: for error messages, what to do about a column that is missing or has an unexpected type.
 
         Raises:
-            CommandError: as read_batches.
+            CommandError: as in read_batches.
         """
         self.path, self._mend = path, mend
         self._batches = [source.batch for source in read_batches([path], texts, others, mend=mend)]
 
     def __len__(self) -> int:
-        """Rows."""
+        """Returns the number of rows."""
         return sum(map(len, self._batches))
 
     def text(self, name: str) -> pa.ChunkedArray:
-        """A column as large_string [rows]; null is the empty text."""
+        """Returns a column as large_string [rows]; null becomes empty text."""
         chunks = []
         for batch in self._batches:
             texts, bad = texts_of(batch[name])
@@ -161,14 +173,14 @@ class Table:
         return pa.chunked_array(chunks, pa.large_string())
 
     def ids(self, name: str, minimum: int = -(2**63)) -> np.ndarray:
-        """A column as int64 [rows], all `minimum` or more."""
-        found = [ids_of(batch[name], False) for batch in self._batches]
-        for batch, ids in zip(self._batches, found, strict=True):
-            self._check(batch, name, ids.wrong, "is no whole number: {}; expected int64 ids")
-        missing = sum(int(ids.missing.sum()) for ids in found)
+        """Returns a column of ids as int64 [rows]. All of them must be `minimum` or more."""
+        parts = [ids_of(batch[name], False) for batch in self._batches]
+        for batch, ids in zip(self._batches, parts, strict=True):
+            self._check(batch, name, ids.wrong, "has the id {}, expected a whole number (int64)")
+        missing = sum(int(ids.missing.sum()) for ids in parts)
         if missing:
-            raise self._error(name, f"has {missing:,} rows without an id, expected int64 ids")
-        values = np.concatenate([np.zeros(0, np.int64), *(ids.values for ids in found)])
+            raise self._error(name, f"has {missing:,} rows without an id, expected a whole number (int64) in each row")
+        values = np.concatenate([np.zeros(0, np.int64), *(ids.values for ids in parts)])
         if len(values) and values.min() < minimum:
             raise self._error(name, f"has the id {values.min()}, expected {minimum} or more")
         return values
@@ -176,16 +188,23 @@ class Table:
     def numbers(
         self, name: str, low: float = -np.inf, high: float = np.inf, missing: float | None = None
     ) -> np.ndarray:
-        """A column as float64 [rows], finite and from `low` to `high`; `missing` stands for null where it is given."""
+        """Returns a column as float64 [rows].
+
+        Args:
+            name: the column.
+            low: the smallest number that is allowed.
+            high: the largest number that is allowed.
+            missing: stands for missing numbers; if None, a missing number is an error.
+        """
         chunks = [np.zeros(0)]
         for batch in self._batches:
             values, _, bad = numbers_of(batch[name])
-            self._check(batch, name, bad, f"is no number: {{}}; {self._mend}")
+            self._check(batch, name, bad, f"has the value {{}}, expected a number; {self._mend}")
             chunks.append(values)
         numbers = np.concatenate(chunks)
         without = np.isinf(numbers) if missing is not None else ~np.isfinite(numbers)
         if without.any():
-            raise self._error(name, f"has rows without a finite number, {int(without.sum()):,} in all; {self._mend}")
+            raise self._error(name, f"has {int(without.sum()):,} rows without a finite number; {self._mend}")
         outside = (numbers < low) | (numbers > high)
         if outside.any():
             raise self._error(name, f"has the number {numbers[outside][0]:g}, expected {low:g} to {high:g}")
@@ -203,7 +222,7 @@ class Table:
 
 
 def _kind(path: Path) -> str:
-    """The suffix that says of what kind a file is; "" if none does."""
+    """Returns the ending of a file's name that says of what kind the file is; "" if it is unknown."""
     *others, last = ["", *path.suffixes]
     if last in _COMPRESSED:
         return others[-1] if others and others[-1] in (".csv", ".tsv", *_JSON) else ""
@@ -228,7 +247,7 @@ def _check_columns(path: Path, columns: Sequence[str], names: Sequence[str], men
         raise CommandError(f"{path}: has no column {', '.join(missing)}; its columns are {', '.join(names)}; {mend}")
     twice = [column for column in columns if names.count(column) > 1]
     if twice:
-        raise CommandError(f"{path}: column {twice[0]} stands more than once; rename one of them")
+        raise CommandError(f"{path}: column {twice[0]} appears more than once; rename one of them")
 
 
 def _open(path: Path) -> pa.NativeFile:
@@ -262,14 +281,14 @@ def _read_arrow(path: Path, columns: list[str], check: Any) -> Iterator[pa.Recor
 
 
 def _checked(column: pa.Array) -> pa.Array:
-    """A column of an Arrow file. Raises ArrowInvalid if its offsets or indices lead astray."""
+    """Returns a column of an Arrow file. Raises ArrowInvalid if its offsets or indices are out of bounds."""
     column = column.view(_as_bytes(column.type))
     column.validate(full=True)
     return column
 
 
 def _as_bytes(kind: pa.DataType) -> pa.DataType:
-    """The type of the same layout where text is bytes, which need not be UTF-8."""
+    """Returns the type with the same layout in which text is bytes, which need not be UTF-8."""
     t = pa.types
     if t.is_dictionary(kind):
         return pa.dictionary(kind.index_type, _as_bytes(kind.value_type), kind.ordered)
@@ -283,7 +302,7 @@ def _as_bytes(kind: pa.DataType) -> pa.DataType:
 
 
 def _read_csv(path: Path, columns: list[str], kind: str, check: Any) -> Iterator[pa.RecordBatch]:
-    # TSV files are unquoted by custom: a title may hold an inch sign.
+    # TSV files have no quotes by convention: a title may hold an inch sign.
     tsv = kind == ".tsv"
     with _open(path) as stream:
         lines = csv.reader(
@@ -292,7 +311,8 @@ def _read_csv(path: Path, columns: list[str], kind: str, check: Any) -> Iterator
             quoting=csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL,
         )
         names = next(filter(None, lines), [])
-    "".join(names).encode()  # an error if they were not UTF-8
+    # Raises UnicodeError if the names were not UTF-8.
+    "".join(names).encode()
     check(names)
     convert = pyarrow.csv.ConvertOptions(
         include_columns=columns,
@@ -310,7 +330,7 @@ def _read_csv(path: Path, columns: list[str], kind: str, check: Any) -> Iterator
 
 
 class _WholeLineEnds(io.RawIOBase):
-    """A stream whose reads never end between CR and LF: there Arrow loses the LF, even in quotes."""
+    """A stream whose reads never end between CR and LF, because Arrow would lose the LF there, even in quotes."""
 
     def __init__(self, stream: pa.NativeFile):
         super().__init__()
@@ -326,7 +346,7 @@ class _WholeLineEnds(io.RawIOBase):
 
 
 def _read_json(path: Path, columns: list[str], check: Any) -> Iterator[pa.RecordBatch]:
-    # A column may begin late: the file is searched for those that its first rows do not have.
+    # Not every row has every column: the file is searched until all columns have been seen.
     names: dict[str, None] = {}
     for rows in _json_rows(path):
         for row in rows:
@@ -339,8 +359,8 @@ def _read_json(path: Path, columns: list[str], check: Any) -> Iterator[pa.Record
 
 
 def _json_rows(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """The objects of a file, numbers as text, some at a time."""
-    # Bytes that are no UTF-8 become lone surrogates, and bytes again later.
+    """Yields the objects of a file, some at a time, with numbers as text."""
+    # Bytes that are not UTF-8 become lone surrogates here. _json_bytes turns them into the same bytes again.
     decode = json.JSONDecoder(parse_float=_json_float, parse_int=str, parse_constant=str).decode
     number, rest = 0, b""
     with _open(path) as stream:
@@ -362,7 +382,7 @@ def _json_rows(path: Path) -> Iterator[list[dict[str, Any]]]:
                 except (ValueError, RecursionError) as error:
                     raise pa.ArrowInvalid(f"line {number}: {error}") from None
                 if not isinstance(row, dict):
-                    raise pa.ArrowInvalid(f"line {number} holds no object, expected one JSON object a line")
+                    raise pa.ArrowInvalid(f"line {number} is not a JSON object, expected one JSON object per line")
                 rows.append(row)
             if rows:
                 yield rows
@@ -394,12 +414,13 @@ def _json_bytes(value: Any) -> bytes | None:
     except UnicodeEncodeError:
         try:
             return value.encode(errors="surrogateescape")
-        except UnicodeEncodeError:  # an escape such as \ud800
+        except UnicodeEncodeError:
+            # The text has an escape such as \ud800.
             return value.encode(errors="surrogatepass")
 
 
 def _plain(path: Path, batch: pa.RecordBatch) -> pa.RecordBatch:
-    """With columns of the types that read_batches promises."""
+    """Converts columns to the types that read_batches returns."""
     columns = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         if isinstance(column, pa.ExtensionArray):
@@ -410,7 +431,7 @@ def _plain(path: Path, batch: pa.RecordBatch) -> pa.RecordBatch:
         value = kind.value_type if t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind) else kind
         if t.is_nested(value) or t.is_time(value) or t.is_duration(value) or t.is_interval(value):
             raise CommandError(
-                f"{path}: column {name} is of type {kind}, expected text, numbers, times, or a list of them; "
+                f"{path}: column {name} has type {kind}, expected text, numbers, times, or lists of these; "
                 f"write it as one of these"
             )
         columns[name] = pc.cast(column, pa.large_binary()) if is_text(kind) else column

@@ -222,8 +222,8 @@ class World:
     def _make_answers(self) -> None:
         """Makes all answers.
 
-        Sets `answer_splits` int64 [answers + 1], `answer_items` int32, and `answer_sums` float64, the running sums of the
-        items' popularity.
+        Sets `answer_splits` int64 [answers + 1], `answer_items` int32, and `answer_sums` float64, the running sums of
+        the items' popularity.
         """
         items, catalogue = self.items, self.catalogue
         flat = self.item_meanings.ravel()
