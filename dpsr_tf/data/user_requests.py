@@ -1,4 +1,7 @@
-"""What a search request says of users of a store: the inputs of the signature `search` (docs/serving.md)."""
+"""What a search request says about its user, for users of a store: inputs of the signature `search`.
+
+docs/serving.md describes the signature.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +15,35 @@ from dpsr_common.errors import CommandError
 from dpsr_tf.data.schema import EVENT_TYPES
 from dpsr_tf.data.store import RowsById, Store, StoredFeature, unpack_strings
 
+# The names of inputs with profile features begin with this.
 USER = "user_"
 # The inputs of `search` that hold a user's history.
 HISTORY = ("clicked_items", "clicked_item_keys", "clicked_item_types", "past_queries")
-# No model reads more of a history.
+# The longest history that a model can read.
 _LONGEST_HISTORY = 1000
 
 
 class User(NamedTuple):
-    """Who asks, and when."""
+    """The user who asks, and the time."""
 
-    id: int  # of the store; -1 is anonymous
-    time: int | None = None  # seconds since 1970: what the user does from then on is not known yet; None: all is known
+    # The user's id in the store; -1 is the anonymous user.
+    id: int
+    # Seconds since 1970. Events from this time on are not known yet. None: all events are known.
+    time: int | None = None
 
 
 class UserRequests:
-    """Users of a store, as requests tell them to a servable: raw values, and what they did before a time."""
+    """Makes the inputs of requests about users of a store: raw feature values, and the history before a time."""
 
     def __init__(self, store: Store, names: Collection[str]):
-        """What the inputs of these names say of users; other names, such as "query", are left out.
+        """Prepares the inputs with these names.
+
+        Args:
+            store: the store with the users.
+            names: names of the signature's inputs. Those that do not concern the user, such as "query", are ignored.
 
         Raises:
-            CommandError: the store does not have such a feature, or keeps it as tokens only.
+            CommandError: the store does not have a feature that an input names, or holds its tokens only.
         """
         self._users, self._rows = store.users(), RowsById(store.users()["id"])
         self._features: dict[str, StoredFeature] = {}
@@ -50,20 +60,23 @@ class UserRequests:
                 )
             if feature.kind == "text":
                 raise CommandError(
-                    f"{store.path}: keeps the user feature '{feature.name}' as tokens only, so nobody can be asked for "
-                    f"with it; measure the model itself, --system=model:DIR"
+                    f"{store.path}: keeps the user feature '{feature.name}' as tokens only, but requests need its "
+                    f"text; measure the model instead of the servable, with --system=model:DIR"
                 )
             self._features[name] = feature
             if feature.kind in ("categorical", "multi"):
                 self._values[name] = unpack_strings(self._users, f"values.{feature.name}")
         self._history = [name for name in HISTORY if name in names]
-        # What an item is called in a request.
+        # The ids of items in requests.
         self._items = store.items()["id"]
         self._item_keys = store.item_keys() if "clicked_item_keys" in names else None
         self._queries = list(store.queries()) if "past_queries" in names else []
 
     def of(self, user: User) -> dict[str, Any]:
-        """Values by name: text, number (None: absent) or list. One whom the store does not know is anonymous."""
+        """Returns the inputs of a request by name: text, number (None if it is absent) or list.
+
+        A user that the store does not know is the anonymous user.
+        """
         row = max(0, int(self._rows(np.array([user.id]))[0]))
         values = {name: self._value(name, feature, row) for name, feature in self._features.items()}
         if self._history:
@@ -80,10 +93,10 @@ class UserRequests:
             return self._values[name][code - 1] if code else ""
         if code == 0:
             return None
-        # A number of the bucket: its lower end, which belongs to it; of the first one, a number that float32 tells from
-        # its upper end.
-        end = feature.boundaries[max(0, code - 2)]
-        return end if code > 1 else end - max(1.0, abs(end))
+        # The store holds the bucket only, so any number of the bucket will do. It is the lower bound, which belongs to
+        # the bucket; in the first bucket, a number below the upper bound that float32 can tell from it.
+        bound = feature.boundaries[max(0, code - 2)]
+        return bound if code > 1 else bound - max(1.0, abs(bound))
 
     def _history_of(self, row: int, time: int | None) -> dict[str, Any]:
         begin, end = self._users["event.splits"][row : row + 2].tolist()
@@ -93,43 +106,51 @@ class UserRequests:
         rows = self._users["event.item"][last:end]
         asked = self._users["event.query"][begin:end]
         changes = asked[np.r_[True, asked[1:] != asked[:-1]]][-_LONGEST_HISTORY:] if end > begin else asked
-        told = {
+        inputs = {
             "clicked_items": lambda: self._items[rows].tolist(),
             "clicked_item_keys": lambda: [(self._item_keys or [])[item] for item in rows.tolist()],
             "clicked_item_types": lambda: [EVENT_TYPES[code] for code in self._users["event.type"][last:end].tolist()],
             "past_queries": lambda: [self._queries[query] for query in changes.tolist()],
         }
-        return {name: told[name]() for name in self._history}
+        return {name: inputs[name]() for name in self._history}
 
 
-def told_to_client(store: Store, names: Collection[str]) -> Callable[[User], dict[str, Any]] | None:
-    """A user of a store as dpsr_serving.client takes one; None where inputs of these names tell nothing of users.
+def client_arguments(store: Store, names: Collection[str]) -> Callable[[User], dict[str, Any]] | None:
+    """Makes the arguments with which dpsr_serving.client searches for a user of a store.
+
+    Args:
+        store: the store with the users.
+        names: names of the signature's inputs.
+
+    Returns:
+        A function from a user to keyword arguments; None if no input concerns the user.
 
     Raises:
-        CommandError: as UserRequests.
+        CommandError: as in UserRequests.
     """
     if not any(name.startswith(USER) or name in HISTORY for name in names):
         return None
     requests = UserRequests(store, names)
 
-    def tell(user: User) -> dict[str, Any]:
-        told = requests.of(user)
-        features = {name.removeprefix(USER): told.pop(name) for name in list(told) if name.startswith(USER)}
-        # The client tells keys from ids by itself.
-        return {"features": features} | {name.replace("item_keys", "items"): value for name, value in told.items()}
+    def arguments(user: User) -> dict[str, Any]:
+        inputs = requests.of(user)
+        features = {name.removeprefix(USER): inputs.pop(name) for name in list(inputs) if name.startswith(USER)}
+        # The client has one argument for ids and text ids of items.
+        return {"features": features} | {name.replace("item_keys", "items"): value for name, value in inputs.items()}
 
-    return tell
+    return arguments
 
 
 def input_arrays(requests: Sequence[Mapping[str, Any]], ranks: Mapping[str, tuple[np.dtype, int]]) -> dict[str, Any]:
-    """One array for each input, of requests that hold values by input's name.
+    """Joins requests into one array per input.
 
     Args:
-        requests: n of them; what one leaves out is absent.
-        ranks: type (object for text) and rank of each input: 1 [n], 2 [n, the longest list]; other inputs are left out.
+        requests: n requests, each with values by the name of the input. An input may be absent.
+        ranks: the type (object for text) and the rank of each input. Rank 1 is [n], rank 2 is [n, longest list]. Inputs
+            of other ranks are left out.
 
     Returns:
-        Arrays padded with "", NaN and -1.
+        Arrays by the name of the input, padded with "", NaN or -1.
     """
     arrays = {}
     for name, (dtype, rank) in ranks.items():
@@ -147,7 +168,7 @@ def input_arrays(requests: Sequence[Mapping[str, Any]], ranks: Mapping[str, tupl
 
 
 def _texts(values: Sequence[str | bytes]) -> np.ndarray:
-    """object [n], for texts that numpy would cut at a NUL byte."""
+    """Returns texts as object [n], because NumPy's own text types drop NUL bytes at the end."""
     array = np.empty(len(values), object)
     array[:] = [value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value for value in values]
     return array

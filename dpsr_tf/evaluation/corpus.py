@@ -11,7 +11,7 @@ import numpy as np
 from dpsr_common.errors import UsageError
 from dpsr_common.packed_file import PackedFile
 from dpsr_tf.data.store import Store, unpack_strings
-from dpsr_tf.data.user_requests import User, told_to_client
+from dpsr_tf.data.user_requests import User, client_arguments
 
 # Slices of --slice=frequency, most frequent first.
 FREQUENCIES = ("head", "torso", "tail", "unseen")
@@ -61,8 +61,8 @@ class Corpus:
         return self.store
 
     def user_teller(self, names: Collection[str]) -> Callable[[User], dict[str, Any]] | None:
-        """What a model with inputs of these names is told of a user: see told_to_client. None without a store."""
-        return None if self.store is None else told_to_client(self.store, names)
+        """What a model with inputs of these names is told of a user: see client_arguments. None without a store."""
+        return None if self.store is None else client_arguments(self.store, names)
 
     def popularity_percentiles(self) -> np.ndarray:
         """Share of the items that are less popular, items as popular counted half: float64 [n], 0.5 on average."""

@@ -1,12 +1,12 @@
-"""Data sets known by name, for `dpsr ingest --adapter=NAME`. docs/adapters.md says what each set is.
+"""Ready schemas for public data sets: `dpsr ingest --adapter=NAME`. docs/adapters.md describes each data set.
 
-An adapter is an entry point of the group "dpsr.adapters": a module NAME.py with its schema NAME.yaml beside it. Where
-the published files are not plain tables, the module has
+An adapter is an entry point of the group "dpsr.adapters": a module NAME.py with its schema NAME.yaml beside it. If the
+published files are not plain tables, the module has a function
 
     convert(source: Path, out: Path) -> None
 
-which streams the published files of the directory `source` into plain tables in the existing, empty directory `out`;
-the schema names these tables.
+which reads the published files in the directory `source` piece by piece, and writes plain tables into the existing,
+empty directory `out`. The schema names these tables.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ GROUP = "dpsr.adapters"
 
 
 class Adapter(NamedTuple):
-    """How a data set becomes a store."""
+    """The schema and the converter of a data set."""
 
     schema_path: Path
-    convert: Callable[[Path, Path], None] | None  # None: the schema reads the published files themselves
+    # None if the schema reads the published files themselves.
+    convert: Callable[[Path, Path], None] | None
 
 
 def open_adapter(name: str) -> Adapter:
-    """The adapter of a data set. Raises UsageError for a name that nobody has registered."""
-    found = {entry.name: entry for entry in entry_points(group=GROUP)}
-    if name not in found:
+    """Returns the adapter of a data set. Raises UsageError for a name that is not registered."""
+    registered = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if name not in registered:
         raise UsageError(
-            f"no adapter '{name}', expected one of: {', '.join(sorted(found))}; for other data write a schema file"
+            f"--adapter={name}: expected one of {', '.join(sorted(registered))}; for other data write a schema file"
         )
-    module = found[name].load()
+    module = registered[name].load()
     return Adapter(Path(module.__file__).with_suffix(".yaml"), getattr(module, "convert", None))

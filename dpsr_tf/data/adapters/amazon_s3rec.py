@@ -1,4 +1,7 @@
-"""Amazon reviews in S3Rec's layout: NAME.txt, `user item item ...` in time order, and NAME_item2attributes.json."""
+"""Amazon reviews in S3Rec's layout.
+
+NAME.txt has lines `user item item ...` in the order of time, NAME_item2attributes.json the attributes of items.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from dpsr_tf.data.adapters import raw
 _PUBLISHER = "S3Rec, https://github.com/RUCAIBox/CIKM2020-S3Rec (folder data)"
 _ATTRIBUTES = "_item2attributes.json"
 
-# A query names attributes that this many items have, so that none gives away the one item it was made from.
+# A query names attributes that at least this many items have, so that it does not give away the item behind it.
 _COMMON = 20
 _QUERY_WORDS = 2
 
@@ -24,11 +27,11 @@ def convert(source: Path, out: Path) -> None:
     """Writes items.parquet, users.parquet and log.parquet.
 
     Args:
-        source: a directory with one such set, or the NAME.txt of one of several.
+        source: a directory with one such data set, or the file NAME.txt of one of several.
         out: an existing directory.
 
     Raises:
-        UsageError, CommandError: missing or bad files, or several sets and none chosen.
+        UsageError, CommandError: files are missing or bad, or the directory holds several data sets.
     """
     sequences = _chosen(source)
     attributes = _attributes(sequences.with_name(sequences.stem + _ATTRIBUTES))
@@ -39,7 +42,7 @@ def convert(source: Path, out: Path) -> None:
     def log() -> Iterator[tuple[str, int, int, int]]:
         for user, items in raw.id_lists(sequences):
             users.add(user)
-            # The last item is a user's test item, the one before it for validation, as the set is evaluated.
+            # By convention the last item of a user is for the test and the one before it for validation.
             first = raw.HELD_OUT_FROM + 2 - len(items)
             for step, item in enumerate(items):
                 yield queries.get(item, ""), user, item, first + step
@@ -57,17 +60,16 @@ def convert(source: Path, out: Path) -> None:
 def _chosen(source: Path) -> Path:
     if source.is_file():
         return source
-    found = sorted(source.glob(f"*{_ATTRIBUTES}"))
-    names = [path.name.removesuffix(_ATTRIBUTES) for path in found]
+    names = [path.name.removesuffix(_ATTRIBUTES) for path in sorted(source.glob(f"*{_ATTRIBUTES}"))]
     if len(names) > 1:
         each = " or ".join(f"--input={source / name}.txt" for name in names)
-        raise UsageError(f"{source}: holds {len(names)} sets, {', '.join(names)}; choose one with {each}")
+        raise UsageError(f"{source}: holds {len(names)} data sets, {', '.join(names)}; choose one with {each}")
     name = names[0] if names else "Beauty"
     return raw.require(source, [f"{name}.txt", f"{name}{_ATTRIBUTES}"], _PUBLISHER)[0]
 
 
 def _attributes(path: Path) -> dict[int, list[int]]:
-    """Item -> its attributes, each once."""
+    """Returns the attributes of each item, without repetitions."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file, expected it beside the sequences as published: {_PUBLISHER}")
     try:
@@ -75,11 +77,11 @@ def _attributes(path: Path) -> dict[int, list[int]]:
             int(item): list(dict.fromkeys(map(int, values))) for item, values in json.loads(path.read_bytes()).items()
         }
     except (ValueError, TypeError, AttributeError) as error:
-        raise CommandError(f"{path}: is no JSON object of item -> attribute ids: {error}") from None
+        raise CommandError(f"{path}: is not a JSON object from items to lists of attribute ids: {error}") from None
 
 
 def _query(attributes: list[int], items_with: Counter[int]) -> str:
-    """The item's most specific attributes among those that are common; all of them where none is."""
+    """Returns the rarest of the item's common attributes; all its attributes if none is common."""
     common = [attribute for attribute in attributes if items_with[attribute] >= _COMMON]
     return _words(sorted(common, key=lambda a: (items_with[a], a))[:_QUERY_WORDS] or attributes)
 

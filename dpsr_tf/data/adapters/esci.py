@@ -1,4 +1,4 @@
-"""Amazon's Shopping Queries data set (ESCI): judged pairs of queries and products, one locale of three."""
+"""Amazon's Shopping Queries data set (ESCI): judged pairs of queries and products, in one of three locales."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TEXTS = ("product_title", "product_brand", "product_color")
 def convert(source: Path, out: Path, locale: str = "us") -> None:
     """Writes products.parquet and examples.parquet of a locale (us, es, jp).
 
-    Raises UsageError, CommandError (missing or bad files, a locale or label that is not there).
+    Raises UsageError or CommandError if files are missing or bad, or have no such locale or an unknown label.
     """
     examples, products = raw.require(source, _FILES, _PUBLISHER)
     text = pa.string()
@@ -55,7 +55,7 @@ def _examples(path: Path, locale: str, schema: dict[str, pa.DataType]) -> Iterat
 
 
 def _of_locale(path: Path, columns: Sequence[str], locale: str) -> Iterator[pa.RecordBatch]:
-    """The rows of the locale, as text, a chunk at a time."""
+    """Yields the rows of the locale, as text, one chunk after the other."""
     names = [*columns, "product_locale"]
     rows = 0
     try:
@@ -73,4 +73,4 @@ def _of_locale(path: Path, columns: Sequence[str], locale: str) -> Iterator[pa.R
     except (pa.ArrowException, OSError) as error:
         raise CommandError(f"{path}: cannot be read as parquet: {error}") from None
     if rows == 0:
-        raise CommandError(f"{path}: has no row of the locale {locale}, expected us, es or jp")
+        raise CommandError(f"{path}: has no rows of locale {locale}, expected us, es or jp")

@@ -1,1 +1,1 @@
-"""Home Depot product search relevance: its files are plain tables already, so that the schema alone reads them."""
+"""Home Depot product search relevance. Its files are plain tables, so the schema reads them without a converter."""

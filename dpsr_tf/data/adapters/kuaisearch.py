@@ -1,4 +1,4 @@
-"""KuaiSearch: searches of Kuaishou's shop, a line each, with the lists of items shown, clicked and bought."""
+"""KuaiSearch: searches in Kuaishou's shop, one per line, with the lists of items shown, clicked and bought."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpsr_tf.data.adapters import raw
 
 _PUBLISHER = "Kuaishou, https://github.com/benchen4395/KuaiSearch"
 _LISTS = ("impressed_item_ids", "clicked_item_ids", "purchased_item_ids")
-# What being in each of these lists means.
+# The event that each of these lists stands for.
 _TYPES = ("impression", "click", "order")
 _NUMBER, _TEXT = pa.int64(), pa.string()
 _SEARCH = {"query": _TEXT, "user_id": _NUMBER, "session_id": _NUMBER, "time_index": _NUMBER, "split": _TEXT}
@@ -31,7 +31,10 @@ _EVENT = {
 
 
 def convert(source: Path, out: Path) -> None:
-    """Writes log.parquet and links to items.jsonl and users.jsonl. Raises UsageError, CommandError (bad files)."""
+    """Writes log.parquet and links to items.jsonl and users.jsonl.
+
+    Raises UsageError or CommandError if files are missing or bad.
+    """
     searches, *tables = raw.require(source, ["recall.jsonl", "items.jsonl", "users.jsonl"], _PUBLISHER)
     raw.write_batches(out / "log.parquet", _EVENT, map(_events, _batches(searches)))
     for table in tables:
@@ -52,24 +55,24 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
 
 
 def _events(searches: pa.RecordBatch) -> pa.RecordBatch:
-    """One row an item of a search: the most that became of it."""
+    """Returns one row for each item of a search, with the strongest event: order before click before impression."""
     lists = [searches.column(name) for name in _LISTS]
     search = np.concatenate([pc.list_parent_indices(column).to_numpy() for column in lists])
     item = np.concatenate([pc.list_flatten(column).to_numpy() for column in lists])
     kind = np.repeat(np.arange(len(lists)), [pc.sum(pc.list_value_length(column)).as_py() or 0 for column in lists])
-    # Place in the list of items shown, from 1 on; 0 is unknown: clicked, but not in that list.
+    # The position in the list of items shown, from 1 on. It is 0, unknown, for a clicked item that the list lacks.
     position = np.zeros(len(item), np.int32)
     lengths = pc.fill_null(pc.list_value_length(lists[0]), 0).to_numpy()
     shown = int(lengths.sum())
     position[:shown] = np.arange(shown) - np.repeat(np.cumsum(lengths) - lengths, lengths) + 1
-    # Rows of one item of one search become neighbours, the first time it was shown before the others.
+    # Rows of the same item and search become neighbours, the first position before the others.
     order = np.lexsort([item, search])
     search, item, kind, position = search[order], item[order], kind[order], position[order]
     is_first = np.ones(len(item), bool)
     is_first[1:] = (search[1:] != search[:-1]) | (item[1:] != item[:-1])
     first = np.flatnonzero(is_first)
     most = np.maximum.reduceat(kind, first) if len(first) else kind
-    # The publisher's folds other than train are held out; in a fold the searches keep their order.
+    # All folds but train are held out. Within a fold the searches keep their order.
     held_out = pc.fill_null(pc.not_equal(searches.column("split"), "train"), False).to_numpy(zero_copy_only=False)
     time = pc.add(searches.column("time_index"), pa.array(held_out * raw.HELD_OUT_FROM))
     place = position[first]

@@ -1,4 +1,4 @@
-"""The tables of the MovieLens adapters, whatever layout they came in."""
+"""The tables of the MovieLens adapters, which are the same for all published layouts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Film(NamedTuple):
     item_id: int
     title: str
     year: int | None
-    genres: str  # a space between them
+    genres: str  # separated by spaces
 
 
 class User(NamedTuple):
@@ -31,7 +31,7 @@ class User(NamedTuple):
 
 
 class Rating(NamedTuple):
-    """A rating as all layouts order it."""
+    """A rating. All layouts have its fields in this order."""
 
     user_id: int
     item_id: int
@@ -40,7 +40,7 @@ class Rating(NamedTuple):
 
 
 def film(item_id: int, title: str, genres: str, year: str = "") -> Film:
-    """A film whose year stands in a field of its own, or in the title: "Toy Story (1995)"."""
+    """Makes a film. Its year stands in a field of its own, or in the title: "Toy Story (1995)"."""
     in_title = re.match(r"(.+?)\s*\((\d{4})\)", title)
     if in_title:
         title, year = in_title[1], in_title[2]
@@ -57,6 +57,6 @@ def write(out: Path, films: Iterable[Film], users: Iterable[User], ratings: Iter
     raw.write(
         out / "ratings.parquet",
         {"query": text, "user_id": number, "item_id": number, "rating": pa.float32(), "time": number},
-        # A film that is not in the table has no genres: ingest counts the row among the rejected ones.
+        # A film that is not in the table has no genres. Its ratings have an empty query then, and ingest rejects them.
         ((genres.get(rating.item_id, ""), *rating) for rating in ratings),
     )

@@ -12,7 +12,7 @@ _PUBLISHER = (
     "or ml-100k.inter, ml-100k.item, ml-100k.user, as RecBole names them"
 )
 
-# One column of 0 or 1 each, from the sixth on, in this order.
+# The genres of the columns from the sixth on. Each column holds 0 or 1.
 _GENRES = [
     "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
     "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
@@ -22,7 +22,7 @@ _GENRES = [
 def convert(source: Path, out: Path) -> None:
     """Writes films.parquet, users.parquet and ratings.parquet.
 
-    Raises UsageError, CommandError (missing or bad files).
+    Raises UsageError or CommandError if files are missing or bad.
     """
     if (source / "ml-100k.inter").is_file():
         names = [f"ml-100k.{suffix}" for suffix in ("inter", "item", "user")]
@@ -50,7 +50,7 @@ def convert(source: Path, out: Path) -> None:
 
 
 def _films(path: Path) -> Iterator[movielens.Film]:
-    # Number, title, dates, address, genres.
+    # Id, title, two dates, address, genres.
     kinds = [int, str, str, str, str, *[int] * len(_GENRES)]
     for item_id, title, _, _, _, *flags in raw.records(path, "|", kinds, encoding="iso-8859-1"):
         genres = [genre for genre, flag in zip(_GENRES, flags, strict=True) if flag]

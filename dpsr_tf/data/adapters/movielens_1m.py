@@ -9,7 +9,7 @@ from dpsr_tf.data.adapters import movielens, raw
 
 _PUBLISHER = "GroupLens, https://grouplens.org/datasets/movielens/1m/ (ml-1m.zip)"
 
-# What the numbers of the column mean, from the set's README.
+# The meaning of the occupation codes, from the README of the data set.
 _OCCUPATIONS = [
     "other", "academic/educator", "artist", "clerical/admin", "college/grad student", "customer service",
     "doctor/health care", "executive/managerial", "farmer", "homemaker", "K-12 student", "lawyer", "programmer",
@@ -21,7 +21,7 @@ _OCCUPATIONS = [
 def convert(source: Path, out: Path) -> None:
     """Writes films.parquet, users.parquet and ratings.parquet.
 
-    Raises UsageError, CommandError (missing or bad files).
+    Raises UsageError or CommandError if files are missing or bad.
     """
     names = ["ratings.dat", "movies.dat", "users.dat"]
     if (source / "train.txt").is_file() and not (source / names[0]).is_file():

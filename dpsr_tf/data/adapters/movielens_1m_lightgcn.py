@@ -1,4 +1,4 @@
-"""MovieLens 1M as lists of ids: train.txt, valid.txt and test.txt, one line a user, as LightGCN reads them."""
+"""MovieLens 1M as lists of ids: train.txt, valid.txt and test.txt, one line per user, as LightGCN reads them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dpsr_tf.data.adapters import raw
 
 _PUBLISHER = "lists of the form `user item item ...`, as for LightGCN, https://github.com/gusye1234/LightGCN-PyTorch"
 
-# Fold -> time. What each is before the next one is all that the lists tell; the items of a line are in no known order.
+# The time of each fold. The lists say only which fold comes first; the order of the items in a line has no meaning.
 _FOLDS = {
     "train.txt": raw.HELD_OUT_FROM - 1,
     "valid.txt": raw.HELD_OUT_FROM,
@@ -20,7 +20,10 @@ _FOLDS = {
 
 
 def convert(source: Path, out: Path) -> None:
-    """Writes items.parquet, users.parquet and log.parquet. Raises UsageError, CommandError (missing or bad files)."""
+    """Writes items.parquet, users.parquet and log.parquet.
+
+    Raises UsageError or CommandError if files are missing or bad.
+    """
     paths = raw.require(source, list(_FOLDS), _PUBLISHER)
     users: set[int] = set()
     items: set[int] = set()

@@ -1,4 +1,4 @@
-"""What the converters share: files that must be there, lines of text, Parquet, times that are only an order."""
+"""Functions that the converters share: required files, lines of text, Parquet files, and made-up times."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pyarrow.parquet
 
 from dpsr_common.errors import CommandError, UsageError
 
-# Where a set has folds of its own, or an order but no clock, its times are made up and say only what came before what:
-# training lies before this moment (2001-09-09), what is held out at it and after. The schemas name the same number.
+# Some data sets have folds or an order of events, but no clock. Their times are made up and show the order only:
+# training lies before this moment (2001-09-09), held-out interactions at it or after it. The schemas name the same
+# number.
 HELD_OUT_FROM = 1_000_000_000
 
 # Rows held at a time.
@@ -21,7 +22,7 @@ _CHUNK = 65_536
 
 
 def require(source: Path, names: Sequence[str], publisher: str) -> list[Path]:
-    """The paths of all `names` in `source`. Raises UsageError that tells what is missing, and who publishes it."""
+    """Returns the paths of all `names` in `source`. Raises UsageError that says what is missing and where it is."""
     if not source.is_dir():
         raise UsageError(f"{source}: no such directory, expected one with {', '.join(names)} of {publisher}")
     missing = [name for name in names if not (source / name).is_file()]
@@ -35,9 +36,17 @@ def require(source: Path, names: Sequence[str], publisher: str) -> list[Path]:
 def records(
     path: Path, separator: str, kinds: Sequence[Callable[[str], Any]], *, encoding: str = "utf-8", header: bool = False
 ) -> Iterator[list[Any]]:
-    """The first fields of each line of a text file, one for each of `kinds`, which turns its text into a value.
+    """Yields the first fields of each line of a text file.
 
-    Raises CommandError that names file and line: too few fields, or a field of another kind.
+    Args:
+        path: the file.
+        separator: the text between two fields.
+        kinds: a function for each field that turns its text into a value.
+        encoding: the encoding of the file.
+        header: whether the first line holds the names of the fields.
+
+    Raises:
+        CommandError: a line has too few fields, or a field has another kind of value. The message names file and line.
     """
     for number, line in lines(path, encoding):
         if header and number == 1:
@@ -55,7 +64,7 @@ def records(
 
 
 def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
-    """Number, from 1 on, and text of each line that is not empty. Raises CommandError for bytes of another encoding."""
+    """Yields number, from 1 on, and text of each line that is not empty. Raises CommandError for another encoding."""
     with path.open(encoding=encoding) as file:
         try:
             for number, line in enumerate(file, start=1):
@@ -66,7 +75,7 @@ def lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
 
 
 def write(path: Path, schema: dict[str, pa.DataType], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes rows, values in the order of `schema`, as a Parquet file, a chunk at a time."""
+    """Writes rows, whose values are in the order of `schema`, to a Parquet file, one chunk after the other."""
     rest = iter(rows)
     with pyarrow.parquet.ParquetWriter(path, pa.schema(list(schema.items()))) as writer:
         while chunk := list(itertools.islice(rest, _CHUNK)):
@@ -76,7 +85,7 @@ def write(path: Path, schema: dict[str, pa.DataType], rows: Iterable[Sequence[An
 
 
 def write_batches(path: Path, schema: dict[str, pa.DataType], batches: Iterable[pa.RecordBatch]) -> None:
-    """Writes record batches of this schema as a Parquet file."""
+    """Writes record batches of this schema to a Parquet file."""
     with pyarrow.parquet.ParquetWriter(path, pa.schema(list(schema.items()))) as writer:
         for batch in batches:
             if batch.num_rows:
@@ -84,7 +93,7 @@ def write_batches(path: Path, schema: dict[str, pa.DataType], batches: Iterable[
 
 
 def id_lists(path: Path) -> Iterator[tuple[int, list[int]]]:
-    """User and items of each line `user item item ...`. Raises CommandError that names file and line."""
+    """Yields user and items of each line `user item item ...`. Raises CommandError that names file and line."""
     for number, line in lines(path):
         try:
             user, *items = map(int, line.split())

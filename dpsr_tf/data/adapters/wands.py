@@ -1,4 +1,4 @@
-"""Wayfair's WANDS: judged pairs of queries and products, in tab-separated files with quotes that are named .csv."""
+"""Wayfair's WANDS: judged pairs of queries and products. The .csv files are tab-separated, with quotes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ _PRODUCT = {
 
 
 def convert(source: Path, out: Path) -> None:
-    """Writes products.parquet and labels.parquet. Raises UsageError, CommandError (missing or bad files)."""
+    """Writes products.parquet and labels.parquet.
+
+    Raises UsageError or CommandError if files are missing or bad.
+    """
     queries, products, labels = raw.require(source, ["query.csv", "product.csv", "label.csv"], _PUBLISHER)
     texts = {
         number: query
@@ -41,7 +44,7 @@ def convert(source: Path, out: Path) -> None:
 
 
 def _with_counts(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """A product without reviews has none of them."""
+    """Sets the review count of products without one to 0."""
     place = batch.schema.get_field_index("review_count")
     return batch.set_column(place, batch.schema.field(place), pc.fill_null(batch.column(place), 0))
 
@@ -51,7 +54,7 @@ def _labels(path: Path, texts: dict[int, str]) -> Iterator[tuple[str, int, int]]
         for query, product, label in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             if label not in _GRADES:
                 raise CommandError(f"{path}: column label has {label!r}, expected {', '.join(_GRADES)}")
-            # A query that is not in the table has no text: ingest counts the row among the rejected ones.
+            # A query that is not in the table has no text. Ingest rejects the row then.
             yield texts.get(query, ""), product, _GRADES[label]
 
 
