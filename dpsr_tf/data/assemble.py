@@ -142,7 +142,7 @@ class Assembler:
 
     def _add_anonymous_user(self) -> None:
         if "users" not in self._database:
-            # There are no other users, so that no row has created the table.
+            # No row has created the table, because there are no known users.
             types = {"categorical": "VARCHAR", "number": "DOUBLE", "multi": "VARCHAR[]", "text": "VARCHAR"}
             columns = {"id": "BIGINT", "number": "BIGINT"}
             columns |= {f"f{i}": types[feature.kind] for i, feature in enumerate(self._user_features())}
@@ -208,7 +208,7 @@ class Assembler:
         try:
             builder.write(path, **dataclasses.asdict(limits))
         except ValueError as error:
-            # No token is left that gets an id.
+            # The limits leave no token that gets an id.
             raise CommandError(f"vocabulary: {error}; lower min_count, or give num_oov_buckets") from None
         return Vocabulary(path)
 

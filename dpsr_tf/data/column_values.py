@@ -212,7 +212,7 @@ def _iso_seconds(column: pa.Array) -> np.ndarray:
         date, part("minute", "00:00"), part("second", "00"), part("zone", "+00"), pa.scalar(" ", TEXT)
     )
     times = pc.strptime(texts, format="%Y-%m-%d %H:%M %S %z", unit="s", error_is_null=True)
-    # strptime takes February 30 for March 1. Such a date is told by its day.
+    # strptime takes February 30 for March 1, so the day of its result must be the day in the text.
     days = pc.day(pc.strptime(date, format="%Y-%m-%d", unit="s", error_is_null=True))
     exists = pc.equal(days, pc.cast(pc.struct_field(parts, "day"), pa.int64()))
     seconds = pc.if_else(exists, pc.cast(times, pa.int64()), 0)

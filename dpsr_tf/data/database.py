@@ -28,7 +28,7 @@ class SortedColumns(NamedTuple):
 
 
 class Database:
-    """Tables of rows in memory, and on disk as far as the memory does not suffice.
+    """Temporary tables in memory; rows that do not fit into it wait on disk.
 
     Every result that becomes part of a store is read in an order over all of its columns. So the same rows give the
     same bytes, in whatever order and on however many threads they came.

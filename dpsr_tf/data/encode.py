@@ -54,7 +54,7 @@ class Encoded:
 
 
 class IdIndex:
-    """Finds rows by id. Takes 8 bytes an id, beside the ids themselves."""
+    """Finds rows by id. Takes up to 8 bytes per id, beside the ids themselves."""
 
     def __init__(self, ids: np.ndarray):
         """Builds the index.
@@ -246,7 +246,7 @@ def _user_rows(rows: _Rows, schema: InteractionsSchema, ids: Ids | None, users: 
         anonymous |= flags_of(pc.equal(ids.keys, str(_ANONYMOUS)))
     user = users.rows(ids.values)
     rows.reject(~anonymous & (ids.wrong | (user < 0)), "user is not in the user table", schema.user)
-    # 1 where the index begins with the first known user: -1 is not in it, and its row is -1 then.
+    # The row of the first id in the index: 0 if that is the anonymous user, 1 if it is the first known user.
     first_row = -users.rows(np.array([_ANONYMOUS]))[0]
     return np.where(anonymous, 0, user + first_row).astype(np.int32)
 

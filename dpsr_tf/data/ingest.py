@@ -125,12 +125,12 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
 def _check_flags(values: flags.FlagValues) -> int:
     """Returns the bytes of --memory. Raises UsageError for a flag that is not allowed."""
     if bool(values.schema) == bool(values.adapter):
-        given = "both are given" if values.schema else "neither is given"
+        given = "both --schema and --adapter are given" if values.schema else "neither --schema nor --adapter is given"
         raise UsageError(f"{given}: give either --schema=FILE or --adapter=NAME")
     if values.adapter is not None and values.input is None:
         raise UsageError(f"--adapter={values.adapter} needs --input, the directory of the downloaded files")
     if not 0 <= values.max_reject_fraction <= 1:
-        raise UsageError(f"--max_reject_fraction={values.max_reject_fraction:g}: expected a share, 0 to 1")
+        raise UsageError(f"--max_reject_fraction={values.max_reject_fraction:g}: expected a number from 0 to 1")
     if not 1 <= values.shards <= 99_999:
         raise UsageError(f"--shards={values.shards}: expected 1 to 99999")
     if not 0 <= values.threads <= 1024:
@@ -378,7 +378,7 @@ def _resource_errors(out: Path, memory: int) -> Iterator[None]:
     try:
         yield
     except (OSError, duckdb.Error) as error:
-        # A DuckDB result that is read through Arrow fails with an OSError, whose text tells the reason.
+        # A DuckDB result that is read through Arrow fails with an OSError, whose text has the reason.
         text = str(error)
         full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if (
@@ -391,6 +391,6 @@ def _resource_errors(out: Path, memory: int) -> Iterator[None]:
             ) from None
         if "Out of Memory Error" in text:
             raise CommandError(
-                f"--memory={memory / 10**6:.0f}MB does not suffice ({text.splitlines()[0]}); give more"
+                f"--memory={memory / 10**6:.0f}MB is not enough ({text.splitlines()[0]}); give more"
             ) from None
         raise

@@ -23,7 +23,7 @@ from dpsr_tf.data.store import interactions_names
 from dpsr_tokenizer import Vocabulary
 
 _UNCLICKED = tuple(EVENT_TYPES.index(name) for name in ("impression", "skip"))
-# Columns whose name is a keyword of SQL, or is used otherwise, have another name in the database.
+# Columns whose names are keywords or functions of SQL have other names in the database.
 _SQL_NAMES = {"user": "user_row", "item": "item_row", "position": "shown_at"}
 
 
@@ -266,7 +266,7 @@ class InteractionLog:
         )
 
     def _few_values(self, column: str) -> np.ndarray | None:
-        """Returns the distinct values of a column of the positives, float32, ascending; None if they are over 256."""
+        """Returns the distinct values of a column of the positives, float32, ascending; None if there are over 256."""
         query = f"""SELECT DISTINCT {column} AS value FROM pairs
                     WHERE role = {POSITIVE} AND NOT held LIMIT {BYTE_VALUES + 1}"""
         values = self._database.arrays(query)["value"]
@@ -322,7 +322,7 @@ def _codes_in(values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _counted_from(first: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Counts rows from `first` on; -1, which is no row, stays."""
+    """Subtracts `first` from row numbers; -1, which stands for no row, stays."""
     return lambda rows: np.where(rows < 0, rows, rows - first)
 
 
@@ -354,7 +354,7 @@ def held_out_from(schema: InteractionsSchema, last_time: int) -> int:
         moment = datetime.datetime.fromisoformat(given.replace("Z", "+00:00"))
     except ValueError:
         raise CommandError(
-            f"interactions: held_out: after is '{given}', expected a time as 2024-01-31T12:00:00, or a number in "
+            f"interactions: held_out: after is '{given}', expected a time such as 2024-01-31T12:00:00, or a number in "
             f"time_unit; correct the schema"
         ) from None
     return math.floor((moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp())

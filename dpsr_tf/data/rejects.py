@@ -16,7 +16,7 @@ import pyarrow as pa
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_tf.data.tables import Source
 
-# A table with so many rejects, and too large a share of the rows so far, stops the job before its end.
+# More rejects than this, if they are too large a share of the rows so far, stop the job before the end of the table.
 _HOPELESS = 1_000_000
 
 

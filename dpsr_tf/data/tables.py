@@ -255,7 +255,7 @@ def _open(path: Path) -> pa.NativeFile:
 
 
 def _read_parquet(path: Path, columns: list[str], batch_rows: int, check: Any) -> Iterator[pa.RecordBatch]:
-    # Buffered: else whole columns of a row group, which may be large, are read at a time.
+    # Without a buffer Arrow reads a whole column of a row group at a time, which may be large.
     with pyarrow.parquet.ParquetFile(
         path, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
     ) as file:

@@ -89,13 +89,15 @@ def grades(world: World, text: np.ndarray, item: np.ndarray) -> np.ndarray:
         fits[code, world.catalogue.accessories(code)] = True
     senses = [world.senses[row] for row in text.tolist()]
     for number in range(max(map(len, senses))):
-        rows = np.flatnonzero([len(mine) > number for mine in senses])
+        rows = np.flatnonzero([len(meanings) > number for meanings in senses])
         meaning = np.array([senses[row][number] for row in rows])
-        of, mine = world.meaning[meaning], item[rows]
-        missed = world.missed(meaning, mine)
+        wanted, shown = world.meaning[meaning], item[rows]
+        missed = world.missed(meaning, shown)
         # A meaning such as "velora" consists of the brand only: an item of another brand has nothing of it.
-        missed[(of[:, 1] < 0) & (of[:, 2] != world.items.brand[mine])] = NOT_AN_ANSWER
-        grade = np.where(missed == NOT_AN_ANSWER, fits[of[:, 1], world.items.type[mine]], np.maximum(3 - missed, 1))
+        missed[(wanted[:, 1] < 0) & (wanted[:, 2] != world.items.brand[shown])] = NOT_AN_ANSWER
+        grade = np.where(
+            missed == NOT_AN_ANSWER, fits[wanted[:, 1], world.items.type[shown]], np.maximum(3 - missed, 1)
+        )
         best[rows] = np.maximum(best[rows], grade)
     return best
 

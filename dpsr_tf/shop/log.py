@@ -29,7 +29,7 @@ _BATCH = 32_768
 _MOST_REQUESTS = 5
 # How many items a user compares to find the one wanted.
 _CHOICES = 6
-# The key of a place in a list that an item takes a second time; larger than the keys of all real places.
+# Marks an item that was drawn a second time for the same list; larger than the key of every real place.
 _REPEATED = 1 << 24
 
 

@@ -71,12 +71,12 @@ class World:
         Returns:
             int64 of the common shape of the two arrays; NOT_AN_ANSWER where type or category differ.
         """
-        of, items = self.meaning, self.items
-        fits = (of[meaning, 0] == items.category[item]) & ((of[meaning, 1] < 0) | (of[meaning, 1] == items.type[item]))
-        missed = ((of[meaning, 2] >= 0) & (of[meaning, 2] != items.brand[item])).astype(np.int64)
+        wanted, items = self.meaning[meaning], self.items
+        fits = (wanted[..., 0] == items.category[item]) & ((wanted[..., 1] < 0) | (wanted[..., 1] == items.type[item]))
+        missed = ((wanted[..., 2] >= 0) & (wanted[..., 2] != items.brand[item])).astype(np.int64)
         words = items.words[item]
         for column in (3, 4):
-            word = of[meaning, column]
+            word = wanted[..., column]
             missed += (word >= 0) & ~(words == word[..., None]).any(-1)
         return np.where(fits, missed, NOT_AN_ANSWER)
 
@@ -183,6 +183,7 @@ class World:
         stay in the log, so that a model can learn from it what each word means. Each kind of query occurs in both dev
         and test, even in the smallest shop.
         """
+        # Meanings that share a text are united into one group, which has one of them as its root.
         group = list(range(len(self.meaning)))
 
         def root(meaning: int) -> int:
@@ -194,29 +195,30 @@ class World:
         for senses in self.senses:
             for meaning in senses[1:]:
                 group[root(meaning)] = root(senses[0])
-        of = np.array([root(meaning) for meaning in range(len(group))])
+        group_of = np.array([root(meaning) for meaning in range(len(group))])
         has_type = self.meaning[:, 1] >= 0
         modifiers = (self.meaning[:, 2:] >= 0).sum(1)
-        bare = np.zeros(len(of), bool)
-        np.logical_or.at(bare, of, modifiers + has_type < 2)
-        many, gap = np.zeros(len(of), bool), np.zeros(len(of), np.int8)
-        np.logical_or.at(many, of[self.pair_meaning], self.polysemous[self.pair_text])
-        np.maximum.at(gap, of[self.pair_meaning], self.pair_gap)
-        roots = np.unique(of)
+        bare = np.zeros(len(group_of), bool)
+        np.logical_or.at(bare, group_of, modifiers + has_type < 2)
+        many, gap = np.zeros(len(group_of), bool), np.zeros(len(group_of), np.int8)
+        np.logical_or.at(many, group_of[self.pair_meaning], self.polysemous[self.pair_text])
+        np.maximum.at(gap, group_of[self.pair_meaning], self.pair_gap)
+        roots = np.unique(group_of)
         roots = roots[~bare[roots]]
         language = self.catalogue.category_language[self.meaning[roots, 0]]
+        # One stratum for each language and kind of query: plain, partial, gap, polysemous.
         stratum = language * 4 + np.where(many[roots], 3, gap[roots])
         # A meaning without a type is held out only if it is polysemous.
         stratum[~has_type[roots] & ~many[roots]] = -1
-        fold = np.zeros(len(of), np.int8)
+        fold = np.zeros(len(group_of), np.int8)
         for kind in range(8):
-            mine = rng.permutation(roots[stratum == kind])
+            chosen = rng.permutation(roots[stratum == kind])
             # Few meanings have a text of synonyms only or a polysemous text, so a larger share of them is held out.
             share = self.parameters.held_out_share * (3 if kind % 4 >= ALL_SYNONYMS else 1)
-            wanted = max(4, round(share * len(mine)))
-            mine = mine[: min(wanted, len(mine) // 2)]
-            fold[mine] = 1 + np.arange(len(mine)) % 2
-        self.fold = fold[of]
+            wanted = max(4, round(share * len(chosen)))
+            chosen = chosen[: min(wanted, len(chosen) // 2)]
+            fold[chosen] = 1 + np.arange(len(chosen)) % 2
+        self.fold = fold[group_of]
         self.text_fold = np.array([self.fold[senses[0]] for senses in self.senses])
 
     def _make_answers(self) -> None:

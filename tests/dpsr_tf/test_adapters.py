@@ -330,7 +330,7 @@ def test_amazon_s3rec(ingest, dpsr, tmp_path):
     assert len(store.texts("interactions", "query_text")) > 200
 
     dpsr("ingest", "--adapter=amazon_s3rec", f"--input={source}", f"--out={tmp_path / 'x'}").fails(
-        2, "holds 2 sets, Beauty, Toys_and_Games; choose one with", f"--input={source / 'Beauty.txt'}"
+        2, "holds 2 data sets, Beauty, Toys_and_Games; choose one with", f"--input={source / 'Beauty.txt'}"
     )
 
 
@@ -351,7 +351,7 @@ def test_amazon_s3rec_directory_with_one_set(dpsr, ingest, tmp_path):
     for text in ("[1]", '{"10": 3}', '{"a": [1]}', "{"):
         attributes.write_text(text)
         dpsr("ingest", "--adapter=amazon_s3rec", f"--input={source}", f"--out={tmp_path / 'x'}").fails(
-            1, "Books_item2attributes.json", "is no JSON object of item -> attribute ids"
+            1, "Books_item2attributes.json", "is not a JSON object from items to lists of attribute ids"
         )
     attributes.unlink()
     dpsr("ingest", "--adapter=amazon_s3rec", f"--input={source / 'Books.txt'}", f"--out={tmp_path / 'x'}").fails(
@@ -405,7 +405,7 @@ def test_esci(ingest, dpsr, tmp_path):
     esci.convert(tmp_path / "esci", tmp_path / "es", locale="es")
     spanish = pyarrow.parquet.read_table(tmp_path / "es" / "examples.parquet").to_pylist()
     assert spanish == [{"query": "zapatos", "product_id": "B1", "grade": 3, "time": 999_999_999}]
-    with pytest.raises(CommandError, match=r"products.parquet: has no row of the locale fr, expected us, es or jp"):
+    with pytest.raises(CommandError, match=r"products.parquet: has no rows of locale fr, expected us, es or jp"):
         esci.convert(tmp_path / "esci", tmp_path / "es", locale="fr")
 
     write_esci(tmp_path / "bad", label="X")

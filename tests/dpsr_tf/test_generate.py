@@ -95,7 +95,7 @@ class Written:
 
     @functools.cached_property
     def relevant(self) -> dict[str, np.ndarray]:
-        """Rows of the items that each text means, of misspelt ones too."""
+        """The rows of the items that each text means, misspelt texts included."""
         pairs, queries = self.table("truth/relevant.parquet"), self.table("truth/queries.parquet")
         order = np.argsort(pairs["meaning"], kind="stable")
         splits = np.searchsorted(pairs["meaning"][order], np.arange(pairs["meaning"].max() + 2))
@@ -187,7 +187,7 @@ class Written:
         return seen
 
     def _counted(self, seen: list[tuple[np.ndarray, ...]], user: int, items: np.ndarray) -> Any:
-        """The latent taste as somebody would guess it who has only the log: what was clicked beyond expectation."""
+        """The latent taste as the log shows it: what was clicked more often than expected."""
         return sum(
             np.log((of_code[user, code[items]] + 5 * share[items]) / (of_group[user, group[items]] + 5) / share[items])
             for code, group, of_code, of_group, share in seen
@@ -214,7 +214,7 @@ def worlds(**parameters: Any) -> World:
 
 
 def shown(log: dict[str, np.ndarray]) -> np.ndarray:
-    """Rows of what was shown: one a place of a list; carts and orders come on top."""
+    """The rows of shown items, one per place of a list, without carts and orders."""
     return np.isin(log["event"], ["impression", "skip", "click"])
 
 
@@ -501,7 +501,7 @@ def test_homonyms_mean_two_types_and_stand_in_no_title() -> None:
 
 
 def test_who_asks_decides_between_meanings() -> None:
-    """Those who are at home among phones click phones for "apple", those who buy food click fruit."""
+    """For "apple", users whose favourite category has phones click phones, and users who buy food click fruit."""
     world = worlds(interactions=150_000)
     rows = Rows.join(list(Log(world).batches()))
     word = world.texts.index("apple")

@@ -334,7 +334,7 @@ def expected_store(schema, items, users, log, shards, store):
     s = schema.interactions
 
     def in_order(rows, file):
-        """The rows of a table in the order of their ids; a text's id is a hash, whose value is the store's affair."""
+        """The rows of a table in the order of their ids. The hash of a text id may have any value."""
         if any(isinstance(row["id"], str) for row in rows):
             keys = unpack_strings(file, "key")
             hashes = dict(zip(keys, file["id"].tolist(), strict=True))
@@ -1091,7 +1091,7 @@ def test_all_reasons_are_counted(shop, dpsr, tmp_path):
 
 
 def test_rejects_of_all_tables_in_the_order_of_the_files(shop, dpsr, tmp_path):
-    """An id that stands twice is known only when the whole table is read; it takes its place among the others."""
+    """A repeated id is known only when the whole table has been read. Its reject is sorted in among the others."""
     shop.items = [shop.items[0], shop.items[0] | {"title": "again"}, *shop.items[1:], shop.items[1] | {"item_id": -5}]
     shop.items.append(shop.items[3] | {"brand": "again"})
     shop.users.append(shop.users[1] | {"age": 99})

@@ -22,7 +22,7 @@ _CHUNK = 65_536
 
 
 def require(source: Path, names: Sequence[str], publisher: str) -> list[Path]:
-    """Returns the paths of all `names` in `source`. Raises UsageError that says what is missing and where it is."""
+    """Returns the paths of all `names` in `source`. Raises UsageError that names missing files and the publisher."""
     if not source.is_dir():
         raise UsageError(f"{source}: no such directory, expected one with {', '.join(names)} of {publisher}")
     missing = [name for name in names if not (source / name).is_file()]
