@@ -26,8 +26,8 @@ import report
 from absl import app, flags
 
 from dpsr_tf.evaluation.corpus import Corpus
-from dpsr_tf.evaluation.evaluate import Options, measure_all
 from dpsr_tf.evaluation.judgments import Judgments
+from dpsr_tf.evaluation.measure import Options, measure_all
 from dpsr_tf.evaluation.retriever import Retriever
 from dpsr_tf.evaluation.systems import Systems
 from dpsr_tf.models.exact_search import ExactSearch

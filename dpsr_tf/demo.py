@@ -25,7 +25,7 @@ from absl import flags
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_tf.config import load_config, shipped_config
 from dpsr_tf.data.store import Store
-from dpsr_tf.evaluation.evaluate import Judgments
+from dpsr_tf.evaluation.judgments import Judgments
 from dpsr_tf.models.model_directory import ModelDirectory
 
 USAGE = """

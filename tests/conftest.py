@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class CommandResult:
     """What a command left: exit status, stdout, and the error lines of stderr (progress bars left out)."""
 
     status: int
@@ -50,22 +50,22 @@ class Outcome:
         for fragment in fragments:
             assert fragment in self.errors[0], (fragment, self.errors[0])
 
-    def succeeds(self) -> Outcome:
+    def succeeds(self) -> CommandResult:
         """Asserts status 0 and no error."""
         assert (self.status, self.errors) == (0, []), (self.status, self.errors)
         return self
 
 
 @pytest.fixture
-def dpsr(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def dpsr(capfd: pytest.CaptureFixture[str]) -> Callable[..., CommandResult]:
     """Runs `dpsr ARGUMENTS...` in this process."""
 
-    def run(*arguments: str) -> Outcome:
+    def run(*arguments: str) -> CommandResult:
         capfd.readouterr()
         status = main(list(arguments))
         out, err = capfd.readouterr()
         # A progress bar overwrites its line; its text ends with the time it took, in brackets.
         lines = [line.strip() for line in re.split(r"[\r\n]", err)]
-        return Outcome(status, out, [line for line in lines if line and not re.search(r"\[\d\d:\d\d[<,]", line)])
+        return CommandResult(status, out, [line for line in lines if line and not re.search(r"\[\d\d:\d\d[<,]", line)])
 
     return run

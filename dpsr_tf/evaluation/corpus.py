@@ -13,7 +13,8 @@ from dpsr_common.packed_file import PackedFile
 from dpsr_tf.data.store import Store, unpack_strings
 from dpsr_tf.data.user_requests import User, client_arguments
 
-# Slices of --slice=frequency, most frequent first.
+# The value of --slice that needs no column: how often the store's log has the query. Its slices, most frequent first:
+FREQUENCY = "frequency"
 FREQUENCIES = ("head", "torso", "tail", "unseen")
 
 

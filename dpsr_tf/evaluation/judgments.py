@@ -78,37 +78,26 @@ class Judgments:
         table = Table(path, texts, others, "correct --query_column, --item_column, --grade_column or --slice")
         grades = table.numbers(grade, missing=-np.inf) if grade else np.full(len(table), max(1.0, relevant_from))
         columns = {name: table.text(name).to_pylist() for name in slices}
-        unknown: dict[str, int] = {}
-        if item_keys is None:
-            items = table.ids(item)
-        else:
-            items = np.array(
-                [
-                    item_keys[key] if key in item_keys else unknown.setdefault(key, -2 - len(unknown))
-                    for key in table.text(item).to_pylist()
-                ],
-                np.int64,
-            )
-        users = np.full(len(table), -1)
-        if user and user_keys is not None:
-            users = np.array([user_keys.get(key, -1) for key in table.text(user).to_pylist()], np.int64)
-        elif user:
-            users = table.ids(user, minimum=-1)
+        items, unknown_keys = _item_column(table, item, item_keys)
+        users = _user_column(table, user, user_keys)
         times = table.numbers(time, low=0) if time else np.zeros(len(table))
+
+        # A query of a user is one entry: its first time, the highest grade of each item, the values of its slices.
         first: dict[tuple[str, int], int] = {}
-        of_query: dict[tuple[str, int], dict[int, float]] = {}
+        graded: dict[tuple[str, int], dict[int, float]] = {}
         values: dict[tuple[str, int], dict[str, dict[str, None]]] = {}
         rows = zip(table.text(query).to_pylist(), users.tolist(), items.tolist(), grades.tolist(), strict=True)
         for row, (text, user_id, item_id, row_grade) in enumerate(rows):
             first[text, user_id] = min(int(times[row]), first.get((text, user_id), 2**63))
-            judged = of_query.setdefault((text, user_id), {})
+            judged = graded.setdefault((text, user_id), {})
             judged[item_id] = max(row_grade, judged.get(item_id, -np.inf))
             if row_grade >= relevant_from:
                 for name, column in columns.items():
                     values.setdefault((text, user_id), {}).setdefault(name, {})[column[row]] = None
+
         relevant = {
             asked: sorted(item_id for item_id, found in judged.items() if found >= relevant_from)
-            for asked, judged in of_query.items()
+            for asked, judged in graded.items()
         }
         answered = [asked for asked, found in relevant.items() if found]
         if not answered:
@@ -121,14 +110,14 @@ class Judgments:
             queries=[text for text, _ in answered],
             relevant=[relevant[asked] for asked in answered],
             users=[User(asked[1], first[asked] or None) for asked in answered] if user else None,
-            grades=[of_query[asked] for asked in answered],
+            grades=[graded[asked] for asked in answered],
             slices={name: [tuple(values[asked][name]) for asked in answered] for name in columns},
             unanswered=[
-                (asked[0], User(asked[1], first[asked] or None) if user else None, sorted(of_query[asked]))
+                (asked[0], User(asked[1], first[asked] or None) if user else None, sorted(graded[asked]))
                 for asked, found in relevant.items()
                 if not found
             ],
-            unknown_keys={number: key for key, number in unknown.items()},
+            unknown_keys=unknown_keys,
         )
 
     @staticmethod
@@ -252,3 +241,24 @@ def _check_file(path: Path, flag: str) -> None:
     if not path.is_file():
         raise UsageError(f"{flag}={path}: is no file" if path.exists() else f"{flag}={path}: no such file")
     check_kind(path)
+
+
+def _item_column(table: Table, column: str, keys: Mapping[str, int] | None) -> tuple[np.ndarray, dict[int, str]]:
+    """Returns the item id of each row, int64 [rows], and the text ids that are not in `keys`, see `unknown_keys`."""
+    if keys is None:
+        return table.ids(column), {}
+    unknown: dict[str, int] = {}
+    ids = [
+        keys[key] if key in keys else unknown.setdefault(key, -2 - len(unknown))
+        for key in table.text(column).to_pylist()
+    ]
+    return np.array(ids, np.int64), {number: key for key, number in unknown.items()}
+
+
+def _user_column(table: Table, column: str, keys: Mapping[str, int] | None) -> np.ndarray:
+    """Returns the user id of each row, int64 [rows]: -1, anonymous, without a column or for a key not in `keys`."""
+    if not column:
+        return np.full(len(table), -1)
+    if keys is None:
+        return table.ids(column, minimum=-1)
+    return np.array([keys.get(key, -1) for key in table.text(column).to_pylist()], np.int64)

@@ -1,11 +1,12 @@
 """The systems that `--system` names, as retrievers.
 
-Packages above this one register their kinds of system as entry points of the group "dpsr.systems": KIND -> a function
+Packages above this one, and packages of others, register their kinds of system as entry points of the group
+"dpsr.systems": KIND -> a function
 
     make(corpus: Corpus, *operands: str) -> Retriever
 
-which opens what `--system=KIND:OPERAND` names. It raises CommandError if that cannot be opened, and is imported only
-when it is asked for.
+which opens what `--system=KIND:OPERAND` names. It raises CommandError if that cannot be opened. Its module is imported
+only when the kind is asked for.
 """
 
 from __future__ import annotations
@@ -17,65 +18,89 @@ from importlib.metadata import EntryPoint, entry_points
 import numpy as np
 
 from dpsr_common.errors import UsageError
-from dpsr_tf.evaluation import retriever as retrievers
+from dpsr_tf.evaluation import baselines
 from dpsr_tf.evaluation.corpus import Corpus
+from dpsr_tf.evaluation.fusion import Fusion
 from dpsr_tf.evaluation.retriever import Retriever
-
-KINDS = """
-  bm25                   BM25 over the titles: words, and the characters and their bigrams of unspaced scripts
-  bm25-bigrams           the same with pairs of neighbouring words
-  bm25-words             BM25 over runs of ASCII letters and digits, k1 1.2, b 0.75
-  popularity             the most popular items, for every query
-  random                 items by chance
-  model:DIR              a model's last checkpoint, exact search over all items of the store
-  index:DIR              an index and the query tower of its model
-  servable:DIR           a servable in this process: a version directory, or the base path of several
-  server:HOST:PORT/MODEL a model server or proxy
-  rrf(A,B,...)           reciprocal rank fusion of systems
-  weighted(A:0.7,B:0.3)  weighted sum of their scores, each brought to 0 .. 1 for each query
-"""
-NAMES = ", ".join(line.split("  ")[1].strip().split()[0] for line in KINDS.strip("\n").splitlines())
 
 GROUP = "dpsr.systems"
 
-_TOKENIZE = {
-    "bm25": retrievers.unigrams,
-    "bm25-bigrams": retrievers.unigrams_and_bigrams,
-    "bm25-words": retrievers.plain_words,
+# How each system is written after --system=, and what it is. Kinds that other packages register and that are not here
+# are listed after these.
+_DESCRIPTIONS = {
+    "bm25": "BM25 over the titles: words, and characters and their bigrams in scripts without spaces",
+    "bm25-bigrams": "BM25 as above, with pairs of neighbouring words in addition",
+    "bm25-words": "BM25 over runs of ASCII letters and digits, with k1 1.2 and b 0.75",
+    "popularity": "the most popular items, for every query",
+    "random": "random items",
+    "model:DIR": "the last checkpoint of a model, with exact search over all items of the store",
+    "index:DIR": "an index, with the query tower of its model",
+    "servable:DIR": "a servable in this process: a version directory, or the base path of several versions",
+    "server:HOST:PORT/MODEL": "a model server or proxy",
+    "rrf(A,B,...)": "reciprocal rank fusion of systems",
+    "weighted(A:0.7,B:0.3)": "weighted sum of the systems' scores, each scaled to 0 .. 1 per query",
+}
+
+_TOKENIZE: dict[str, Callable[[], baselines.Tokenize]] = {
+    "bm25": baselines.unigrams,
+    "bm25-bigrams": baselines.unigrams_and_bigrams,
+    "bm25-words": baselines.plain_words,
 }
 
 
+def systems_help() -> str:
+    """Returns one line per system: how it is written and what it is."""
+    width = max(map(len, _DESCRIPTIONS))
+    return "\n".join(f"  {name:<{width}} {what}" for name, what in _all_descriptions().items())
+
+
+def system_names() -> str:
+    """Returns how each system is written, separated by commas."""
+    return ", ".join(_all_descriptions())
+
+
+def _all_descriptions() -> dict[str, str]:
+    described = {name.partition(":")[0] for name in _DESCRIPTIONS}
+    others = {
+        f"{kind}:OPERAND": f"registered by the package {entry.dist.name if entry.dist else entry.module}"
+        for kind, entry in sorted(_registered().items())
+        if kind not in described
+    }
+    return _DESCRIPTIONS | others
+
+
 class Systems:
-    """Makes retrievers over one corpus; what several fusions share is made once."""
+    """Opens systems over one corpus. A system that stands in several fusions is opened once."""
 
     def __init__(self, corpus: Corpus, seed: int = 1):
-        """`seed`: of the system `random`."""
+        """Takes the corpus and the seed of the system `random`."""
         self._corpus, self._seed = corpus, seed
-        self._made: dict[str, Retriever] = {}
+        self._opened: dict[str, Retriever] = {}
 
     def make(self, spec: str) -> Retriever:
-        """The system that `spec` names. Raises UsageError for another, CommandError if it cannot be opened."""
+        """Returns the system that `spec` names. Raises UsageError for other names, CommandError if opening fails."""
         parse(spec)
-        return self._make(spec.strip())
+        return self._get(spec.strip())
 
-    def _make(self, spec: str) -> Retriever:
-        if spec not in self._made:
-            self._made[spec] = self._new(spec)
-        return self._made[spec]
+    def _get(self, spec: str) -> Retriever:
+        if spec not in self._opened:
+            self._opened[spec] = self._open(spec)
+        return self._opened[spec]
 
-    def _new(self, spec: str) -> Retriever:
+    def _open(self, spec: str) -> Retriever:
         kind, parts, weights = parse(spec)
         corpus = self._corpus
         if kind in ("rrf", "weighted"):
-            return retrievers.Fusion([self._make(part) for part in parts], weights)
+            return Fusion([self._get(part) for part in parts], weights)
         if kind in _TOKENIZE:
-            return retrievers.Bm25(corpus.item_ids, corpus.titles, tokenize=_TOKENIZE[kind]())
+            return baselines.Bm25(corpus.item_ids, corpus.titles, tokenize=_TOKENIZE[kind]())
         if kind == "popularity":
-            return retrievers.Popularity(corpus.item_ids, np.asarray(corpus.popularity))
+            return baselines.Popularity(corpus.item_ids, np.asarray(corpus.popularity))
         if kind == "random":
-            return retrievers.Random(corpus.item_ids, self._seed)
+            return baselines.Random(corpus.item_ids, self._seed)
         if kind == "model":
-            from dpsr_tf.models.encoders import exact_search  # TensorFlow, which no baseline needs
+            # Imports TensorFlow, which no baseline needs.
+            from dpsr_tf.models.encoders import exact_search
 
             return exact_search(parts[0], corpus.need_store(spec))
         make: Callable[..., Retriever] = _registered()[kind].load()
@@ -83,15 +108,18 @@ class Systems:
 
 
 def _registered() -> dict[str, EntryPoint]:
-    """The kinds of system that other packages have registered."""
+    """Returns the kinds of system that are entry points, in this project and in other packages."""
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
 def parse(spec: str) -> tuple[str, list[str], list[float] | None]:
-    """Kind, parts (systems that are fused; else the operands) and weights of a system's name.
+    """Splits the name of a system.
+
+    Returns:
+        Its kind, its parts (the systems of a fusion, else the operands), and the weights of `weighted`, else None.
 
     Raises:
-        UsageError: it names none.
+        UsageError: `spec` names no system.
     """
     return _parse(spec, f"--system={spec}")
 
@@ -108,7 +136,7 @@ def _parse(spec: str, where: str) -> tuple[str, list[str], list[float] | None]:
             weights = [float(weight) for _, _, weight in named]
             parts = [system for system, _, _ in named]
         if len(parts) < 2:
-            raise UsageError(f"{where}: fuses {len(parts)} system, expected two or more, as in rrf(bm25,model:DIR)")
+            raise UsageError(f"{where}: fuses {len(parts)} system, expected at least two, as in rrf(bm25,model:DIR)")
         for part in parts:
             _parse(part, where)
         return fusion[1], parts, weights
@@ -122,11 +150,11 @@ def _parse(spec: str, where: str) -> tuple[str, list[str], list[float] | None]:
     elif rest and (kind == "model" or kind in _registered()):
         return kind, [rest], None
     part = "" if where.endswith(f"={spec}") else f" has '{spec}',"
-    raise UsageError(f"{where}:{part} expected one of {NAMES}")
+    raise UsageError(f"{where}:{part} expected one of {system_names()}")
 
 
 def _split(text: str) -> list[str]:
-    """The parts between commas that stand in no brackets."""
+    """Splits at commas outside brackets."""
     parts, depth = [""], 0
     for character in text:
         depth += {"(": 1, ")": -1}.get(character, 0)

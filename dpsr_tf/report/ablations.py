@@ -13,10 +13,10 @@ import pyarrow.parquet
 
 from dpsr_tf.data.store import Store, new_directory
 from dpsr_tf.evaluation.corpus import Corpus
-from dpsr_tf.evaluation.evaluate import Options, measure_all
 from dpsr_tf.evaluation.judgments import Judgments
+from dpsr_tf.evaluation.measure import Options, measure_all
 from dpsr_tf.models.encoders import exact_search
-from dpsr_tf.report.lab import Made, Result
+from dpsr_tf.report.runner import Artifact, Result
 from dpsr_tf.report.shop import SCHEMA, TRAINING, Shop, Size
 from dpsr_tf.shop.log import START
 
@@ -71,11 +71,11 @@ def groups_of(size: Size) -> dict[str, dict[str, dict[str, Any]]]:
 
 def ablate(shop: Shop) -> Result:
     """Each part of the model and of the training changed alone: group -> what `dpsr evaluate` says of its variants."""
-    lab = shop.lab
-    wanted: dict[str, tuple[str, Mapping[str, Any], Made | None]] = {}
+    runner = shop.runner
+    wanted: dict[str, tuple[str, Mapping[str, Any], Artifact | None]] = {}
     plain = {**SCHEMA, "tokenizer": {"letter_trigrams": False}}
     stores = {
-        "letter trigrams": lab.store(shop.named("store-words"), shop.made, plain),
+        "letter trigrams": runner.store(shop.experiment_name("store-words"), shop.directory, plain),
         "supervision": _supervised_store(shop),
     }
     groups = groups_of(shop.size)
@@ -84,11 +84,11 @@ def ablate(shop: Shop) -> Result:
             label = _label(group, variant, number, changes)
             wanted[label] = (label, changes, stores.get(group) if number else None)
 
-    def train(label: str, changes: Mapping[str, Any], store: Made | None) -> Made:
+    def train(label: str, changes: Mapping[str, Any], store: Artifact | None) -> Artifact:
         name = "DPSR" if label == "base" else re.sub(r"[^\w.]+", "-", label)
         return shop.model(name, "dpsr", {**TRAINING, **changes}, store)
 
-    models = lab.together({label: functools.partial(train, *one) for label, one in wanted.items()})
+    models = runner.run_together({label: functools.partial(train, *one) for label, one in wanted.items()})
     found: Result = {}
     for group, variants in groups.items():
         labels = {
@@ -104,7 +104,7 @@ def _label(group: str, variant: str, number: int, changes: Mapping[str, Any]) ->
     return f"{group}: {variant}" if number or changes else "base"
 
 
-def _ablation(shop: Shop, group: str, labels: Mapping[str, Made], store: Made | None) -> Result:
+def _ablation(shop: Shop, group: str, labels: Mapping[str, Artifact], store: Artifact | None) -> Result:
     """Figures of each variant, and their differences from the first with intervals over the same queries.
 
     A model is asked through the store that it was trained on, so this is no one command.
@@ -112,36 +112,36 @@ def _ablation(shop: Shop, group: str, labels: Mapping[str, Made], store: Made | 
 
     def compute() -> Result:
         searches = {
-            variant: exact_search(model.path, Store((store or shop.store).path) if number else shop.opened)
+            variant: exact_search(model.path, Store((store or shop.store).path) if number else shop.opened_store)
             for number, (variant, model) in enumerate(labels.items())
         }
-        corpus = Corpus.of_store(shop.opened)
+        corpus = Corpus.of_store(shop.opened_store)
         options = Options(seed=shop.seed, latency_queries=0)
         files = {"unseen": "judgments.test.tsv", "purchases": "judgments.personal.tsv"}
         found: Result = {}
         for name, file in files.items():
             users = ("user_id", "time") if name == "purchases" else ("", "")
-            judgments = Judgments.read(shop.made.path / file, "query", "item", "grade", 1.0, *users, ["kind"])
+            judgments = Judgments.read(shop.directory.path / file, "query", "item", "grade", 1.0, *users, ["kind"])
             found[name] = measure_all(searches, judgments, corpus, options, compare=True)
         return found
 
-    return shop.computed("ablation-" + re.sub(r"\W+", "-", group), labels, compute)
+    return shop.result("ablation-" + re.sub(r"\W+", "-", group), labels, compute)
 
 
-def _supervised_store(shop: Shop) -> Made:
+def _supervised_store(shop: Shop) -> Artifact:
     """The store of the log with the labels of humans: grade 3 is positive, 0 and 1 are negative, 2 is neither."""
-    lab = shop.lab
-    definition = {"labelled": shop.made.digest}
-    path = lab.out / "work" / f"{shop.named('labelled')}-{shop.made.digest}"
+    runner = shop.runner
+    definition = {"labelled": shop.directory.digest}
+    path = runner.out / "work" / f"{shop.experiment_name('labelled')}-{shop.directory.digest}"
 
     def compute() -> Result:
         with new_directory(path, True, "shop", "log.parquet") as out:
             for name in ("items", "users"):
-                (out / f"{name}.parquet").symlink_to((shop.made.path / f"{name}.parquet").resolve())
-            log = pyarrow.parquet.read_table(shop.made.path / "interactions")
+                (out / f"{name}.parquet").symlink_to((shop.directory.path / f"{name}.parquet").resolve())
+            log = pyarrow.parquet.read_table(shop.directory.path / "interactions")
             clicked = pa.compute.is_in(log["event"], pa.array(["click", "cart", "order"]))
             log = log.append_column("grade", pa.compute.if_else(clicked, 3, 2))
-            labels = pyarrow.parquet.read_table(shop.made.path / "labels.parquet").to_pydict()
+            labels = pyarrow.parquet.read_table(shop.directory.path / "labels.parquet").to_pydict()
             count = len(labels["query"])
             values: dict[str, Any] = {
                 "query": labels["query"],
@@ -159,7 +159,7 @@ def _supervised_store(shop: Shop) -> Made:
             )
         return {"labels": count}
 
-    lab.result(shop.named("labelled"), definition, compute)
+    runner.result(shop.experiment_name("labelled"), definition, compute)
     interactions = {**SCHEMA["interactions"], "files": "log.parquet", "label": "grade"}
     schema = {**SCHEMA, "interactions": {**interactions, "positive_from": 3, "negative_to": 1}}
-    return lab.store(shop.named("store-supervised"), Made(path, shop.made.digest), schema)
+    return runner.store(shop.experiment_name("store-supervised"), Artifact(path, shop.directory.digest), schema)

@@ -10,7 +10,7 @@ from scipy.stats import hypergeom
 
 from dpsr_tf.evaluation import metrics
 from dpsr_tf.evaluation.judgments import Judgments
-from dpsr_tf.report.lab import Result
+from dpsr_tf.report.runner import Result
 from dpsr_tf.report.shop import Shop
 from dpsr_tf.shop.world import TASTE_WEIGHTS
 
@@ -30,7 +30,7 @@ def ceilings(shop: Shop) -> Result:
 
     def compute() -> Result:
         judgments = Judgments.read(
-            shop.made.path / "judgments.personal.tsv", "query", "item", "grade", 1.0, "user_id", "time"
+            shop.directory.path / "judgments.personal.tsv", "query", "item", "grade", 1.0, "user_id", "time"
         )
         chosen = np.random.default_rng(shop.seed).permutation(len(judgments.queries))[:_PURCHASES]
         bought = judgments.take(np.sort(chosen).tolist())
@@ -54,16 +54,16 @@ def ceilings(shop: Shop) -> Result:
             },
         }
 
-    return {"seed": shop.seed, **shop.computed("ceilings", {}, compute, purchases=_PURCHASES)}
+    return {"seed": shop.seed, **shop.result("ceilings", {}, compute, purchases=_PURCHASES)}
 
 
 class _Truth:
     """The truth of a shop, items by the row of truth/items.parquet."""
 
     def __init__(self, shop: Shop):
-        items, users = shop.truth("items"), shop.truth("users")
+        items, users = shop.truth_table("items"), shop.truth_table("users")
         columns = ["item_id", "brand", "shop"]
-        shown = pyarrow.parquet.read_table(shop.made.path / "items.parquet", columns=columns).to_pydict()
+        shown = pyarrow.parquet.read_table(shop.directory.path / "items.parquet", columns=columns).to_pydict()
         if shown["item_id"] != items["item_id"]:  # both are in the order of ids
             raise ValueError("items.parquet and truth/items.parquet differ in their items")
         self._row = {item: row for row, item in enumerate(items["item_id"])}
@@ -74,7 +74,7 @@ class _Truth:
         self._users: dict[int, dict[str, Any]] = {
             user: {name: column[row] for name, column in users.items()} for row, user in enumerate(users["user_id"])
         }
-        queries = shop.truth("queries")
+        queries = shop.truth_table("queries")
         self._senses = {
             query: [np.array([self._row[item] for item in sorted(shop.meanings[meaning])]) for meaning in meanings]
             for query, meanings in zip(queries["query"], queries["meanings"], strict=True)

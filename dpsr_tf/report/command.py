@@ -21,8 +21,8 @@ from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.typed_config import from_dict, read_assignment, to_dict
 from dpsr_tf import __version__
 from dpsr_tf.report import experiments, plots, sections
-from dpsr_tf.report.lab import Lab, Result, write
 from dpsr_tf.report.public_data import DATA_SETS
+from dpsr_tf.report.runner import ExperimentRunner, Result, write
 from dpsr_tf.report.shop import QUICK, Size
 
 USAGE = """
@@ -69,22 +69,22 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     if out.is_dir() and any(out.iterdir()) and not (out / "runs").is_dir():
         raise CommandError(f"{out}: is there and holds no report (no runs/); choose another --out")
     try:
-        lab = Lab(out, values.seed, values.jobs or len(os.sched_getaffinity(0)))
+        runner = ExperimentRunner(out, values.seed, values.jobs or len(os.sched_getaffinity(0)))
     except OSError as error:
         raise CommandError(f"{out}: cannot be made: {error.strerror}") from None
     start = time.monotonic()
-    found = experiments.run(lab, size, values.ablations, data)
-    found |= {
+    results = experiments.run(runner, size, values.ablations, data)
+    results |= {
         "schema": 1,
         "mode": "quick" if values.quick else "full",
         "seed": values.seed,
         "size": to_dict(size),
         "hardware": hardware(),
         "versions": versions(),
-        "seconds": lab.seconds,
+        "seconds": runner.seconds,
     }
-    found["bars"] = sections.bars(found)
-    write_report(found, out)
+    results["bars"] = sections.bars(results)
+    write_report(results, out)
     print(f"report {out / 'index.html'} ({time.monotonic() - start:.0f} s)")
 
 
@@ -98,10 +98,10 @@ def size_from_flags(quick: bool, assignments: list[str]) -> Size:
     return from_dict(Size, data, "--set")
 
 
-def write_report(found: Result, out: Path) -> None:
+def write_report(results: Result, out: Path) -> None:
     """Writes report.json, report.md with plots/, and index.html, from what `experiments.run` gives."""
-    write(out / "report.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    page = sections.report(found)
+    write(out / "report.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    page = sections.report(results)
     drawn = {name: plots.svg(figure, name) for name, figure in page.figures.items()}
     (out / "plots").mkdir(exist_ok=True)
     for name, text in drawn.items():

@@ -16,13 +16,13 @@ from threadpoolctl import threadpool_limits
 from dpsr_tf.config import shipped_config
 from dpsr_tf.data.store import RowsById, new_directory
 from dpsr_tf.evaluation import metrics
+from dpsr_tf.evaluation.baselines import unigrams
 from dpsr_tf.evaluation.judgments import Judgments
-from dpsr_tf.evaluation.retriever import unigrams
 from dpsr_tf.models.encoders import exact_search, item_embeddings, query_encoder
 from dpsr_tf.report.ablations import ablate
 from dpsr_tf.report.ceilings import ceilings
-from dpsr_tf.report.lab import Lab, Made, Result
 from dpsr_tf.report.public_data import DATA_SETS
+from dpsr_tf.report.runner import Artifact, ExperimentRunner, Result
 from dpsr_tf.report.shop import REPOSITORY, TRAINING, Shop, Size
 
 _SAMPLES = 1000  # of the bootstrap, as `dpsr evaluate` draws them
@@ -36,11 +36,11 @@ DSSM = {"model.hidden": [256, 128]}
 HEADS = {**TRAINING, "train.num_own_negatives": 0, "model.temperature": 0.0}
 
 
-def run(lab: Lab, size: Size, ablations: bool, data: Mapping[str, Path]) -> Result:
+def run(runner: ExperimentRunner, size: Size, ablations: bool, data: Mapping[str, Path]) -> Result:
     """All experiments.
 
     Args:
-        lab: where they run.
+        runner: where they run.
         size: how large they are.
         ablations: the long ones too.
         data: `homedepot`, `movielens`, `qbqtc` -> directory, those that are there.
@@ -48,14 +48,14 @@ def run(lab: Lab, size: Size, ablations: bool, data: Mapping[str, Path]) -> Resu
     Returns:
         What each of the functions below gives, and `shops`, the seeds; those of every shop in lists.
     """
-    stores = {name: DATA_SETS[name].store(lab, path) for name, path in data.items()}
-    shops = [Shop(lab, size, number) for number in range(size.shops)]
+    stores = {name: DATA_SETS[name].store(runner, path) for name, path in data.items()}
+    shops = [Shop(runner, size, number) for number in range(size.shops)]
     first = shops[0]
-    models = _train(lab, shops, size)
+    models = _train(runner, shops, size)
     tables = [table2(shop, models[shop.number]) for shop in shops]
     found: Result = {
         "shops": [shop.seed for shop in shops],
-        "shop": json.loads((first.made.path / "truth.json").read_text())["counts"],
+        "shop": json.loads((first.directory.path / "truth.json").read_text())["counts"],
         "table2": tables,
         "ceilings": [ceilings(shop) for shop in shops],
         "polysemy": [polysemy(shop, models[shop.number]) for shop in shops],
@@ -69,13 +69,13 @@ def run(lab: Lab, size: Size, ablations: bool, data: Mapping[str, Path]) -> Resu
         found["efficiency"] = efficiency(first, models[0]["DPSR"])
     if ablations:
         found["ablations"] = ablate(first)
-    found["data"] = {name: DATA_SETS[name].measure(lab, size, path, stores[name]) for name, path in data.items()}
+    found["data"] = {name: DATA_SETS[name].measure(runner, size, path, stores[name]) for name, path in data.items()}
     return found
 
 
-def _train(lab: Lab, shops: Sequence[Shop], size: Size) -> list[dict[str, Made]]:
+def _train(runner: ExperimentRunner, shops: Sequence[Shop], size: Size) -> list[dict[str, Artifact]]:
     """The models of each shop, by what they are called."""
-    wanted: dict[tuple[int, str], Callable[[], Made]] = {}
+    wanted: dict[tuple[int, str], Callable[[], Artifact]] = {}
     for shop in shops:
         named = {
             label: functools.partial(shop.model, label, preset, DSSM if label == "DSSM" else TRAINING)
@@ -90,7 +90,7 @@ def _train(lab: Lab, shops: Sequence[Shop], size: Size) -> list[dict[str, Made]]
             change = {"train.mixing_ratio": alpha}  # and the paper's loss
             named[f"{alpha:g}"] = functools.partial(shop.model, f"alpha-{alpha:g}", "dpsr", change)
         wanted |= {(shop.number, label): train for label, train in named.items()}
-    made = lab.together(wanted)
+    made = runner.run_together(wanted)
     return [{label: model for (number, label), model in made.items() if number == shop.number} for shop in shops]
 
 
@@ -106,39 +106,39 @@ def _with_heads(number: int, dim: int) -> str:
     return f"{_heads(number)}, d {dim}"
 
 
-def _pair(models: Mapping[str, Made], dim: int) -> dict[str, Made]:
+def _pair(models: Mapping[str, Artifact], dim: int) -> dict[str, Artifact]:
     """One head and two, by their number."""
     return {_heads(number): models[_with_heads(number, dim)] for number in (1, 2)}
 
 
-def table2(shop: Shop, models: Mapping[str, Made]) -> Result:
+def table2(shop: Shop, models: Mapping[str, Artifact]) -> Result:
     """Table 2: top-k by what users bought after the log's end, AUC by pairs with a grade of humans.
 
     And the time to 1,000 items, of the first shop.
     """
-    systems: dict[str, str | Made] = {**BASELINES, **{label: models[label] for label in MODELS}}
+    systems: dict[str, str | Artifact] = {**BASELINES, **{label: models[label] for label in MODELS}}
     users = ("--user_column=user_id", "--time_column=time")
-    bought = shop.judged("purchases", systems, "judgments.personal.tsv", *users, "--latency_queries=0")
-    graded = shop.judged("labels", systems, "labels.parquet", "--relevant_from=3", "--latency_queries=0")
-    unseen = shop.judged("unseen", systems, "judgments.test.tsv", "--slice=kind", "--latency_queries=0")
+    bought = shop.evaluate("purchases", systems, "judgments.personal.tsv", *users, "--latency_queries=0")
+    graded = shop.evaluate("labels", systems, "labels.parquet", "--relevant_from=3", "--latency_queries=0")
+    unseen = shop.evaluate("unseen", systems, "judgments.test.tsv", "--slice=kind", "--latency_queries=0")
     found = {"seed": shop.seed, "purchases": bought, "labels": graded, "unseen": unseen}
     if not shop.number:
         fast = ("--k=1000", "--max_queries=100", "--bootstrap=0")
-        found["times"] = shop.judged("times", systems, "judgments.personal.tsv", *users, *fast)
+        found["times"] = shop.evaluate("times", systems, "judgments.personal.tsv", *users, *fast)
     return found
 
 
-def mixing(shop: Shop, models: Mapping[str, Made]) -> Result:
+def mixing(shop: Shop, models: Mapping[str, Artifact]) -> Result:
     """Figure 7: what the share of random negatives does to relevance and to the popularity of what is found."""
     alphas = sorted(alpha for alpha in shop.size.mixing_ratios if f"{alpha:g}" in models)
     systems = {f"{alpha:g}": models[f"{alpha:g}"] for alpha in alphas}
     users = ("--user_column=user_id", "--time_column=time")
-    bought = shop.judged("mixing-purchases", systems, "judgments.personal.tsv", *users, "--latency_queries=0")
-    unseen = shop.judged("mixing-unseen", systems, "judgments.test.tsv", "--latency_queries=0")
+    bought = shop.evaluate("mixing-purchases", systems, "judgments.personal.tsv", *users, "--latency_queries=0")
+    unseen = shop.evaluate("mixing-unseen", systems, "judgments.test.tsv", "--latency_queries=0")
     return {"seed": shop.seed, "alpha": alphas, "purchases": bought, "unseen": unseen}
 
 
-def polysemy(shop: Shop, models: Mapping[str, Made]) -> Result:
+def polysemy(shop: Shop, models: Mapping[str, Artifact]) -> Result:
     """One head beside two on all polysemous queries of the shop, those of the log and those held out of it.
 
     `senses@10` is the share of a query's meanings that have an item among the first 10; `recall@100` the share of the
@@ -150,22 +150,22 @@ def polysemy(shop: Shop, models: Mapping[str, Made]) -> Result:
     return {"seed": shop.seed, **by_width[usual], "widths": widths}
 
 
-def _polysemy(shop: Shop, models: Mapping[str, Made], dim: int) -> Result:
+def _polysemy(shop: Shop, models: Mapping[str, Artifact], dim: int) -> Result:
     pair = _pair(models, dim)
 
     def compute() -> Result:
-        table = shop.truth("queries")
+        table = shop.truth_table("queries")
         rows = [row for row, meanings in enumerate(table["meanings"]) if len(meanings) > 1]
         queries = [table["query"][row] for row in rows]
         senses = [[shop.meanings[meaning] for meaning in table["meanings"][row]] for row in rows]
         figures = {}
         for label, model in pair.items():
-            ids = exact_search(model.path, shop.opened)(queries, None, 100)[0].tolist()
+            ids = exact_search(model.path, shop.opened_store)(queries, None, 100)[0].tolist()
             figures[label] = np.array([_senses_and_recall(found, of) for found, of in zip(ids, senses, strict=True)])
         in_log = np.array([table["fold"][row] == "log" for row in rows])
-        homonyms = json.loads((shop.made.path / "truth.json").read_text())["homonyms"]
+        homonyms = json.loads((shop.directory.path / "truth.json").read_text())["homonyms"]
         homonym = np.array([not homonyms.keys().isdisjoint(query.split()) for query in queries])
-        of_type = dict(zip(*(shop.truth("meanings")[name] for name in ("meaning", "type")), strict=True))
+        of_type = dict(zip(*(shop.truth_table("meanings")[name] for name in ("meaning", "type")), strict=True))
         named = [{of_type[meaning] is None for meaning in table["meanings"][row]} for row in rows]
         mixed = np.array([len(kinds) == 2 for kinds in named])  # "apple": a brand and a fruit
         groups = {"all": np.ones(len(rows), bool), "in the log": in_log, "held out": ~in_log}
@@ -176,7 +176,7 @@ def _polysemy(shop: Shop, models: Mapping[str, Made], dim: int) -> Result:
             for name, among in groups.items() if among.any()
         }}  # fmt: skip
 
-    return shop.computed(f"polysemy-{dim}", pair, compute, groups=7)
+    return shop.result(f"polysemy-{dim}", pair, compute, groups=7)
 
 
 def _senses_and_recall(found: Sequence[int], senses: Sequence[set[int]]) -> tuple[float, float]:
@@ -211,9 +211,11 @@ def _plane(embeddings: np.ndarray, seed: int) -> list[list[float]]:
 
 def _popular_types(shop: Shop, count: int) -> tuple[list[str], dict[str, Any]]:
     """The types with the most sold items, and the table truth/items with columns `row` of the store and `category`."""
-    items = shop.truth("items")
-    items["row"] = RowsById(shop.opened.items()["id"])(np.array(items["item_id"])).tolist()
-    category = pyarrow.parquet.read_table(shop.made.path / "items.parquet", columns=["item_id", "category"]).to_pydict()
+    items = shop.truth_table("items")
+    items["row"] = RowsById(shop.opened_store.items()["id"])(np.array(items["item_id"])).tolist()
+    category = pyarrow.parquet.read_table(
+        shop.directory.path / "items.parquet", columns=["item_id", "category"]
+    ).to_pydict()
     of_item = dict(zip(category["item_id"], category["category"], strict=True))
     items["category"] = [of_item[item] for item in items["item_id"]]
     total: dict[str, float] = {}
@@ -222,7 +224,7 @@ def _popular_types(shop: Shop, count: int) -> tuple[list[str], dict[str, Any]]:
     return sorted(total, key=lambda name: -total[name])[:count], items
 
 
-def topology(shop: Shop, model: Made) -> Result:
+def topology(shop: Shop, model: Artifact) -> Result:
     """Figure 5: the most popular items of the 33 most popular types of product, in a plane."""
 
     def compute() -> Result:
@@ -232,7 +234,7 @@ def topology(shop: Shop, model: Made) -> Result:
             mine = [row for row, of in enumerate(items["type"]) if of == name]
             mine.sort(key=lambda row: -items["popularity"][row])
             rows += mine[: shop.size.plotted_items // len(types)]
-        embeddings = item_embeddings(model.path, shop.opened)[[items["row"][row] for row in rows]]
+        embeddings = item_embeddings(model.path, shop.opened_store)[[items["row"][row] for row in rows]]
         category = {items["type"][row]: items["category"][row] for row in rows}
         by_category = sorted(category, key=lambda name: category[name])
         return {
@@ -241,15 +243,15 @@ def topology(shop: Shop, model: Made) -> Result:
             "category": {name: category[name] for name in by_category},
         }
 
-    return shop.computed("topology", {"model": model}, compute, items=shop.size.plotted_items)
+    return shop.result("topology", {"model": model}, compute, items=shop.size.plotted_items)
 
 
-def polysemy_examples(shop: Shop, models: Mapping[str, Made]) -> Result:
+def polysemy_examples(shop: Shop, models: Mapping[str, Artifact]) -> Result:
     """Figure 6: the two most frequent polysemous queries in English, what each head finds, in planes of items."""
     pair = _pair(models, _usual_dim())
 
     def compute() -> Result:
-        table = shop.truth("queries")
+        table = shop.truth_table("queries")
         asked = [
             row
             for row, language in enumerate(table["language"])
@@ -257,14 +259,14 @@ def polysemy_examples(shop: Shop, models: Mapping[str, Made]) -> Result:
         ]
         asked.sort(key=lambda row: -table["requests"][row])
         types, items = _popular_types(shop, 10)
-        titles = dict(zip(shop.opened.items()["id"].tolist(), shop.opened.titles(), strict=True))
-        embeddings = {label: item_embeddings(model.path, shop.opened) for label, model in pair.items()}
-        encoders = {label: query_encoder(model.path, shop.opened) for label, model in pair.items()}
+        titles = dict(zip(shop.opened_store.items()["id"].tolist(), shop.opened_store.titles(), strict=True))
+        embeddings = {label: item_embeddings(model.path, shop.opened_store) for label, model in pair.items()}
+        encoders = {label: query_encoder(model.path, shop.opened_store) for label, model in pair.items()}
         return {
             "queries": [_example(shop, table, row, types, items, titles, embeddings, encoders) for row in asked[:2]]
         }
 
-    return shop.computed("examples", pair, compute)
+    return shop.result("examples", pair, compute)
 
 
 def _example(
@@ -278,7 +280,7 @@ def _example(
     encoders: Mapping[str, Any],
 ) -> Result:
     query, senses = table["query"][row], table["meanings"][row]
-    names = shop.truth("meanings")
+    names = shop.truth_table("meanings")
     of = {name: row for row, name in enumerate(names["meaning"])}
     called = [f"{names['type'][of[m]] or names['brand'][of[m]]} ({names['category'][of[m]]})" for m in senses]
     order = np.argsort(-np.array(items["popularity"]), kind="stable").tolist()
@@ -307,7 +309,7 @@ def _example(
     return found
 
 
-def cases(shop: Shop, model: Made, count: int = 5) -> Result:
+def cases(shop: Shop, model: Artifact, count: int = 5) -> Result:
     """Table 1: good cases and failures, both picked by rule from the queries that the log does not hold.
 
     A query is looked at if all its words are synonyms (kind gap) or it is misspelt (kind typo). It is a good case if
@@ -317,11 +319,13 @@ def cases(shop: Shop, model: Made, count: int = 5) -> Result:
 
     def compute() -> Result:
         judgments = Judgments.read(
-            shop.made.path / "judgments.test.tsv", "query", "item", "grade", 1.0, slices=["kind"]
+            shop.directory.path / "judgments.test.tsv", "query", "item", "grade", 1.0, slices=["kind"]
         )
-        right_spelling = dict(zip(*(shop.truth("misspellings")[name] for name in ("query", "right")), strict=True))
-        titles = dict(zip(shop.opened.items()["id"].tolist(), shop.opened.titles(), strict=True))
-        search, tokenize = exact_search(model.path, shop.opened), unigrams()
+        right_spelling = dict(
+            zip(*(shop.truth_table("misspellings")[name] for name in ("query", "right")), strict=True)
+        )
+        titles = dict(zip(shop.opened_store.items()["id"].tolist(), shop.opened_store.titles(), strict=True))
+        search, tokenize = exact_search(model.path, shop.opened_store), unigrams()
         found: Result = {}
         for kind in ("gap", "typo"):
             rows = [row for row, (of,) in enumerate(judgments.slices["kind"]) if of == kind]
@@ -355,17 +359,17 @@ def cases(shop: Shop, model: Made, count: int = 5) -> Result:
             }
         return found
 
-    return shop.computed("cases", {"model": model}, compute, count=count)
+    return shop.result("cases", {"model": model}, compute, count=count)
 
 
-def projector(shop: Shop, model: Made) -> Result:
+def projector(shop: Shop, model: Artifact) -> Result:
     """Files for TensorBoard's embedding projector, in projector/."""
 
     def compute() -> Result:
         _, items = _popular_types(shop, 1)
-        embeddings = item_embeddings(model.path, shop.opened)
-        titles = dict(zip(shop.opened.items()["id"].tolist(), shop.opened.titles(), strict=True))
-        with new_directory(shop.lab.out / "projector", True, "projector files", "projector_config.pbtxt") as out:
+        embeddings = item_embeddings(model.path, shop.opened_store)
+        titles = dict(zip(shop.opened_store.items()["id"].tolist(), shop.opened_store.titles(), strict=True))
+        with new_directory(shop.runner.out / "projector", True, "projector files", "projector_config.pbtxt") as out:
             with (
                 open(out / "vectors.tsv", "w") as vectors,
                 open(out / "metadata.tsv", "w", encoding="utf-8") as metadata,
@@ -381,22 +385,22 @@ def projector(shop: Shop, model: Made) -> Result:
             )
         return {"items": len(embeddings), "dim": embeddings.shape[1]}
 
-    if not (shop.lab.out / "projector").is_dir():
-        (shop.lab.out / "runs" / f"{shop.named('projector')}.json").unlink(missing_ok=True)
-    return shop.computed("projector", {"model": model}, compute)
+    if not (shop.runner.out / "projector").is_dir():
+        (shop.runner.out / "runs" / f"{shop.experiment_name('projector')}.json").unlink(missing_ok=True)
+    return shop.result("projector", {"model": model}, compute)
 
 
-def efficiency(shop: Shop, model: Made) -> Result:
+def efficiency(shop: Shop, model: Artifact) -> Result:
     """Tables 5 and 6, by the benchmarks of the checkout; `index` and `serving` are None where they are left out."""
-    lab, size = shop.lab, shop.size
+    runner, size = shop.runner, shop.size
     found: Result = {"index": None, "serving": None}
     if not (REPOSITORY / "benchmarks").is_dir():
         return found
     if size.index_items:
-        found["index"] = _benchmark(lab, "index", f"--items={size.index_items}", f"--seed={lab.seed}")
+        found["index"] = _benchmark(runner, "index", f"--items={size.index_items}", f"--seed={runner.seed}")
     if size.serving_seconds:
-        index = lab.make(
-            shop.named("index"),
+        index = runner.artifact(
+            shop.experiment_name("index"),
             {"index": model.digest},
             lambda path: [
                 "index",
@@ -406,22 +410,22 @@ def efficiency(shop: Shop, model: Made) -> Result:
                 "--overwrite",
             ],
         )
-        servable = lab.make(
-            shop.named("servable"),
+        servable = runner.artifact(
+            shop.experiment_name("servable"),
             {"export": index.digest},
             lambda path: ["export", f"--model={model.path}", f"--index={index.path}", f"--out={path}"],
         )
         seconds = f"--seconds={size.serving_seconds:g}"
-        found["serving"] = _benchmark(lab, "model_server", f"--servable={servable.path}", seconds, "--repeat=1")
+        found["serving"] = _benchmark(runner, "model_server", f"--servable={servable.path}", seconds, "--repeat=1")
     return found
 
 
-def _benchmark(lab: Lab, name: str, *flags: str) -> Result:
+def _benchmark(runner: ExperimentRunner, name: str, *flags: str) -> Result:
     """The JSON object of a script of benchmarks/."""
     script = REPOSITORY / "benchmarks" / f"{name}.py"
 
     def compute() -> Result:
-        out = lab.script(f"benchmark-{name}", script, "--json", *flags)
+        out = runner.run_script(f"benchmark-{name}", script, "--json", *flags)
         return dict(json.loads(out.strip().splitlines()[-1]))
 
-    return lab.result(f"benchmark-{name}", {"benchmark": name, "flags": flags}, compute)
+    return runner.result(f"benchmark-{name}", {"benchmark": name, "flags": flags}, compute)

@@ -14,7 +14,7 @@ import pyarrow.parquet
 
 from dpsr_common.errors import CommandError
 from dpsr_tf.data.store import new_directory
-from dpsr_tf.report.lab import Lab, Made, Result
+from dpsr_tf.report.runner import Artifact, ExperimentRunner, Result
 from dpsr_tf.report.shop import Size
 
 
@@ -22,38 +22,42 @@ from dpsr_tf.report.shop import Size
 class PublicData:
     """A data set: its store, made first of all so that a wrong directory shows at once, and what is measured on it."""
 
-    store: Callable[[Lab, Path], Made]
-    measure: Callable[[Lab, Size, Path, Made], Result]
+    store: Callable[[ExperimentRunner, Path], Artifact]
+    measure: Callable[[ExperimentRunner, Size, Path, Artifact], Result]
 
 
 _FOLDS = ("dev", "misspelt_dev")
 
 
-def _homedepot_store(lab: Lab, path: Path) -> Made:
+def _homedepot_store(runner: ExperimentRunner, path: Path) -> Artifact:
     for fold in _FOLDS:
         if not (path / f"judgments.{fold}.tsv").is_file():
             raise CommandError(f"--homedepot={path}: has no judgments.{fold}.tsv; docs/adapters.md says what it is")
-    return lab.adapted("homedepot", path)
+    return runner.public_store("homedepot", path)
 
 
-def _homedepot(lab: Lab, size: Size, path: Path, store: Made) -> Result:
+def _homedepot(runner: ExperimentRunner, size: Size, path: Path, store: Artifact) -> Result:
     """Home Depot: the best configuration and the paper's hinge beside BM25, all products."""
     wanted = {
-        name: functools.partial(lab.model, f"model-homedepot-{preset}", store, size.public_config(preset))
+        name: functools.partial(runner.model, f"model-homedepot-{preset}", store, size.public_config(preset))
         for name, preset in (("DPSR, best", "homedepot"), ("DPSR, the paper's hinge", "homedepot_hinge"))
     }
-    systems: dict[str, str | Made] = {"BM25": "bm25-words", "BM25, our tokens": "bm25", **lab.together(wanted)}
+    systems: dict[str, str | Artifact] = {
+        "BM25": "bm25-words",
+        "BM25, our tokens": "bm25",
+        **runner.run_together(wanted),
+    }
     columns = ("--query_column=search_term", "--item_column=product_uid", "--grade_column=relevance")
-    flags = (*columns, "--relevant_from=2.33", "--k=10,100,1000", f"--seed={lab.seed}", "--latency_queries=0")
+    flags = (*columns, "--relevant_from=2.33", "--k=10,100,1000", f"--seed={runner.seed}", "--latency_queries=0")
     return {
-        fold: lab.evaluation(
+        fold: runner.evaluation(
             f"homedepot-{fold}", store, systems, path / f"judgments.{fold}.tsv", str(path.resolve()), *flags
         )
         for fold in _FOLDS
     }
 
 
-def _movielens(lab: Lab, size: Size, path: Path, store: Made) -> Result:
+def _movielens(runner: ExperimentRunner, size: Size, path: Path, store: Artifact) -> Result:
     """MovieLens 100K: genres as queries, split by time."""
     profile = {"model.user_features": ["*"]}
     variants: dict[str, dict[str, Any]] = {
@@ -62,23 +66,25 @@ def _movielens(lab: Lab, size: Size, path: Path, store: Made) -> Result:
         "DPSR-h": {**profile, "model.history_length": 20},
     }
     wanted = {
-        label: functools.partial(lab.model, f"model-movielens-{label}", store, size.public_config("movielens", changes))
+        label: functools.partial(
+            runner.model, f"model-movielens-{label}", store, size.public_config("movielens", changes)
+        )
         for label, changes in variants.items()
     }
-    systems: dict[str, str | Made] = {"BM25": "bm25", "popularity": "popularity", **lab.together(wanted)}
+    systems: dict[str, str | Artifact] = {"BM25": "bm25", "popularity": "popularity", **runner.run_together(wanted)}
     return {
-        "held out": lab.evaluation(
-            "movielens", store, systems, None, store.digest, f"--seed={lab.seed}", "--latency_queries=0"
+        "held out": runner.evaluation(
+            "movielens", store, systems, None, store.digest, f"--seed={runner.seed}", "--latency_queries=0"
         )
     }
 
 
-def _qbqtc_tables(lab: Lab, path: Path) -> Made:
-    return Made(lab.out / "work" / "qbqtc", str(path.resolve()))
+def _qbqtc_tables(runner: ExperimentRunner, path: Path) -> Artifact:
+    return Artifact(runner.out / "work" / "qbqtc", str(path.resolve()))
 
 
-def _qbqtc_store(lab: Lab, path: Path) -> Made:
-    source = _qbqtc_tables(lab, path)
+def _qbqtc_store(runner: ExperimentRunner, path: Path) -> Artifact:
+    source = _qbqtc_tables(runner, path)
 
     def compute() -> Result:
         folds = {}
@@ -99,7 +105,7 @@ def _qbqtc_store(lab: Lab, path: Path) -> Made:
                 pyarrow.parquet.write_table(pa.table(columns), out / f"{fold}.parquet")
         return {"items": len(titles)}
 
-    lab.result("qbqtc-tables", {"qbqtc": source.digest}, compute)
+    runner.result("qbqtc-tables", {"qbqtc": source.digest}, compute)
     schema = {
         "items": {"files": "items.parquet", "id": "item_id", "text": "title"},
         "interactions": {
@@ -108,28 +114,30 @@ def _qbqtc_store(lab: Lab, path: Path) -> Made:
         },
         "vocabulary": {"min_count": 2},
     }  # fmt: skip
-    return lab.store("store-qbqtc", source, schema)
+    return runner.store("store-qbqtc", source, schema)
 
 
-def _qbqtc(lab: Lab, size: Size, path: Path, store: Made) -> Result:
+def _qbqtc(runner: ExperimentRunner, size: Size, path: Path, store: Artifact) -> Result:
     """QBQTC: relevance of Chinese titles, learnt from the train fold; all titles are the items."""
-    source = _qbqtc_tables(lab, path)
+    source = _qbqtc_tables(runner, path)
     half = {"train.num_title_queries": size.batch_size // 2}
     wanted = {
-        "DPSR": functools.partial(lab.model, "model-qbqtc", store, size.config("dpsr", size.data_steps)),
+        "DPSR": functools.partial(runner.model, "model-qbqtc", store, size.config("dpsr", size.data_steps)),
         "DPSR, half of each batch titles": functools.partial(
-            lab.model, "model-qbqtc-titles", store, size.config("dpsr", size.data_steps, half)
+            runner.model, "model-qbqtc-titles", store, size.config("dpsr", size.data_steps, half)
         ),
     }
-    systems: dict[str, str | Made] = {"BM25": "bm25", **lab.together(wanted)}
+    systems: dict[str, str | Artifact] = {"BM25": "bm25", **runner.run_together(wanted)}
     dev = source.path / "dev.parquet"
     return {
-        "dev": lab.evaluation("qbqtc", store, systems, dev, source.digest, f"--seed={lab.seed}", "--latency_queries=0")
+        "dev": runner.evaluation(
+            "qbqtc", store, systems, dev, source.digest, f"--seed={runner.seed}", "--latency_queries=0"
+        )
     }
 
 
 DATA_SETS = {
     "homedepot": PublicData(_homedepot_store, _homedepot),
-    "movielens": PublicData(lambda lab, path: lab.adapted("movielens_100k", path), _movielens),
+    "movielens": PublicData(lambda runner, path: runner.public_store("movielens_100k", path), _movielens),
     "qbqtc": PublicData(_qbqtc_store, _qbqtc),
 }

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from dpsr_tf.report import plots
-from dpsr_tf.report.lab import Result
+from dpsr_tf.report.runner import Result
 
 # Table 2 of the paper: top-1, top-10, AUC, time. 15 million items of JD.com, 48 cores.
 PAPER_TABLE_2 = {
@@ -64,41 +64,41 @@ class Report:
         return "\n".join(self.lines).strip() + "\n"
 
 
-def report(found: Result) -> Report:
+def report(results: Result) -> Report:
     """The report of what `experiments.run` gives, with `mode`, `hardware`, `bars` and `seconds`."""
     page = Report()
-    hardware = found["hardware"]
+    hardware = results["hardware"]
     page.heading("DPSR: the paper's experiments", 1)
-    counts = found["shop"]
+    counts = results["shop"]
     page.text(
         "Section 6 of *Towards Personalized and Semantic Retrieval* (SIGIR 2020), on data that anyone can make: a "
         f"generated shop of {counts['items']:,} items, {counts['users']:,} users and {counts['interactions']:,} "
         "clicks, whose truths are known. Its queries, users and items are not JD.com's, so its figures and the "
         "paper's are not comparable; what can be compared is the order of the methods.",
-        f"Mode {found['mode']}, seed {found['seed']}, {hardware['cpu']}, {hardware['cores']} cores, "
-        f"{hardware['memory_gib']:g} GiB, {hardware['system']}, DPSR {found['versions']['dpsr']}, TensorFlow "
-        f"{found['versions']['tensorflow']}. Intervals are 95 % bootstrap intervals over the queries. The same seed "
+        f"Mode {results['mode']}, seed {results['seed']}, {hardware['cpu']}, {hardware['cores']} cores, "
+        f"{hardware['memory_gib']:g} GiB, {hardware['system']}, DPSR {results['versions']['dpsr']}, TensorFlow "
+        f"{results['versions']['tensorflow']}. Intervals are 95 % bootstrap intervals over the queries. The same seed "
         "on the same machine gives the same figures, but for times and rates.",
     )
-    _claims(page, found)
-    _table_2(page, found)
-    _topology(page, found)
-    _polysemy(page, found)
-    _mixing(page, found)
-    _cases(page, found)
-    _efficiency(page, found)
-    for name, of in found.get("data", {}).items():
+    _claims(page, results)
+    _table_2(page, results)
+    _topology(page, results)
+    _polysemy(page, results)
+    _mixing(page, results)
+    _cases(page, results)
+    _efficiency(page, results)
+    for name, of in results.get("data", {}).items():
         _data_set(page, name, of)
-    if "ablations" in found:
-        _ablations(page, found["ablations"])
-    _files(page, found)
+    if "ablations" in results:
+        _ablations(page, results["ablations"])
+    _files(page, results)
     return page
 
 
-def bars(found: Result) -> dict[str, float]:
+def bars(results: Result) -> dict[str, float]:
     """Flat figures for a comparison of runs: of the first shop, and how much of the paper's order the shops keep."""
     result: dict[str, float] = {}
-    first = found["table2"][0]
+    first = results["table2"][0]
     for label in PAPER_TABLE_2:
         key = label.lower().replace("&", "")
         for figure in ("top-1", "top-10"):
@@ -106,20 +106,20 @@ def bars(found: Result) -> dict[str, float]:
         result[f"auc_{key}".replace("-", "_")] = first["labels"]["systems"][label]["auc"]
     orders = [
         _order(table[measured], order, figure)
-        for table in found["table2"]
+        for table in results["table2"]
         for measured, order in ORDERS.items()
         for figure in _NAMES
     ]
     result["order_kept_share"] = sum(kept for kept, _ in orders) / len(orders)
     result["order_kept_with_intervals_apart_share"] = sum(apart for _, apart in orders) / len(orders)
-    for dim in found["polysemy"][0]["widths"]:
+    for dim in results["polysemy"][0]["widths"]:
         gains = [
-            one["widths"][dim]["homonyms"] for one in found["polysemy"] if "homonyms" in one["widths"].get(dim, {})
+            one["widths"][dim]["homonyms"] for one in results["polysemy"] if "homonyms" in one["widths"].get(dim, {})
         ]
         if gains:
             mean = sum(one["difference"]["value"][0] for one in gains) / len(gains)
             result[f"two_heads_homonym_senses_gain_d{dim}"] = mean
-    rises = [_rise(one) for one in found["mixing"]]
+    rises = [_rise(one) for one in results["mixing"]]
     result["popularity_rise_alpha_0_to_1"] = sum(rises) / len(rises)
     return result
 
@@ -137,10 +137,10 @@ def _rise(one: Mapping[str, Any]) -> float:
     return float(ends[1] - ends[0])
 
 
-def _claims(page: Report, found: Result) -> None:
+def _claims(page: Report, results: Result) -> None:
     page.heading("What the paper claims, and what is found here")
     rows: list[Sequence[object]] = []
-    for table, poly, mixed in zip(found["table2"], found["polysemy"], found["mixing"], strict=True):
+    for table, poly, mixed in zip(results["table2"], results["polysemy"], results["mixing"], strict=True):
         seed = table["seed"]
         for measured, order in ORDERS.items():
             for figure in _NAMES:
@@ -167,9 +167,9 @@ def _verdict(low: float, high: float) -> str:
     return "intervals apart" if low > 0 else "**no**" if high < 0 else "not told apart"
 
 
-def _table_2(page: Report, found: Result) -> None:
+def _table_2(page: Report, results: Result) -> None:
     page.heading("Table 2: methods")
-    first = found["table2"][0]
+    first = results["table2"][0]
     bought, graded = first["purchases"], first["labels"]
     page.text(
         "Top-k: a right item among 1,023 that are not, the chance that it ranks within k. Right is what a user "
@@ -200,7 +200,7 @@ def _table_2(page: Report, found: Result) -> None:
     rows = [
         (table["seed"], label, *(_with_interval(table["purchases"], label, figure) for figure in _NAMES),
          _with_interval(table["purchases"], label, "recall@100"), _with_interval(table["labels"], label, "auc"))
-        for table in found["table2"] for label in PAPER_TABLE_2
+        for table in results["table2"] for label in PAPER_TABLE_2
     ]  # fmt: skip
     page.table(("seed", "", *_NAMES, "recall@100", "AUC"), rows, texts=2)
     page.text(
@@ -209,7 +209,7 @@ def _table_2(page: Report, found: Result) -> None:
     )
     rows = [
         (one["seed"], name, *(_limits(of[figure]["value"], of[figure]["interval"]) for figure in _NAMES))
-        for one in found["ceilings"] for name, of in one["rankers"].items()
+        for one in results["ceilings"] for name, of in one["rankers"].items()
     ]  # fmt: skip
     page.table(("seed", "knows", *_NAMES), rows, texts=2)
     unseen = first["unseen"]
@@ -225,9 +225,9 @@ def _table_2(page: Report, found: Result) -> None:
     page.table(("", *(f"{kind} ({kinds[kind]['queries']})" for kind in kinds), "all"), rows)
 
 
-def _topology(page: Report, found: Result) -> None:
+def _topology(page: Report, results: Result) -> None:
     page.heading("Figure 5: item embeddings")
-    result = found["topology"]
+    result = results["topology"]
     page.figure(
         "topology",
         f"t-SNE of DPSR's embeddings of {len(result['points']):,} items, the most popular of the "
@@ -235,14 +235,14 @@ def _topology(page: Report, found: Result) -> None:
         plots.topology(result),
     )
     page.text(
-        f"All {found['projector']['items']:,} embeddings are in `projector/` for TensorBoard's embedding projector: "
+        f"All {results['projector']['items']:,} embeddings are in `projector/` for TensorBoard's embedding projector: "
         f"`tensorboard --logdir=projector`."
     )
 
 
-def _polysemy(page: Report, found: Result) -> None:
+def _polysemy(page: Report, results: Result) -> None:
     page.heading("Figure 6: queries with several meanings, one head and two")
-    examples = found["examples"]
+    examples = results["examples"]
     page.figure(
         "polysemy",
         "t-SNE of item embeddings, and the first 20 items that each head finds, for the two most frequent polysemous "
@@ -264,7 +264,7 @@ def _polysemy(page: Report, found: Result) -> None:
         "training as retrieval does, by the nearest head (β 0), and without unclicked items."
     )
     rows = []
-    for shop in found["polysemy"]:
+    for shop in results["polysemy"]:
         for group, one in shop["groups"].items():
             for column, figure in enumerate(shop["figures"]):
                 cells = [
@@ -279,7 +279,7 @@ def _polysemy(page: Report, found: Result) -> None:
         "The same by d: the fewer dimensions, the less room between two meanings for one vector that is near both."
     )
     rows = []
-    for shop in found["polysemy"]:
+    for shop in results["polysemy"]:
         for dim, groups in sorted(shop["widths"].items(), key=lambda item: int(item[0])):
             for group in _ASKED.keys() & groups.keys():
                 one = groups[group]
@@ -293,10 +293,10 @@ def _polysemy(page: Report, found: Result) -> None:
     page.table(("seed", "queries", "figure", "d", "1 head", "2 heads", "difference"), rows, texts=3)
 
 
-def _mixing(page: Report, found: Result) -> None:
+def _mixing(page: Report, results: Result) -> None:
     page.heading("Figure 7: the share of random negatives")
     page.text("DPSR with the paper's hinge loss, 64 random negatives and those of the batch.")
-    first = found["mixing"][0]
+    first = results["mixing"][0]
     panels = {
         "popularity of the first 10 (percentile)": ("purchases", "popularity@10"),
         "top-10, what users bought": ("purchases", "top-10"),
@@ -314,7 +314,7 @@ def _mixing(page: Report, found: Result) -> None:
         plots.mixing({"alpha": first["alpha"], "figures": figures}),
     )
     rows = []
-    for shop in found["mixing"]:
+    for shop in results["mixing"]:
         for name in (f"{alpha:g}" for alpha in shop["alpha"]):
             bought, unseen = shop["purchases"], shop["unseen"]
             popular = [f"{one['systems'][name]['popularity@10']:.3f}" for one in (bought, unseen)]
@@ -327,9 +327,9 @@ def _mixing(page: Report, found: Result) -> None:
     )
 
 
-def _cases(page: Report, found: Result) -> None:
+def _cases(page: Report, results: Result) -> None:
     page.heading("Table 1: good cases, and as many failures")
-    cases = found["cases"]
+    cases = results["cases"]
     page.text(
         "Picked by rule, not by hand, from the queries that the log does not hold. Good: the first item is right, "
         "and its title shares no token with the query, or the query is misspelt; drawn by chance. Failure: the first "
@@ -354,9 +354,9 @@ def _cases(page: Report, found: Result) -> None:
         page.table(columns, rows, texts=3)
 
 
-def _efficiency(page: Report, found: Result) -> None:
+def _efficiency(page: Report, results: Result) -> None:
     page.heading("Tables 5 and 6: index and serving")
-    result = found.get("efficiency") or {}
+    result = results.get("efficiency") or {}
     index, serving = result.get("index"), result.get("serving")
     if index:
         page.text(
@@ -378,7 +378,7 @@ def _efficiency(page: Report, found: Result) -> None:
     if serving:
         page.text(
             "`benchmarks/model_server.py`: from query text to items, on the servable of DPSR above "
-            f"({found['shop']['items']:,} items), our model server, {_machine(serving)}, which the load generator "
+            f"({results['shop']['items']:,} items), our model server, {_machine(serving)}, which the load generator "
             "shares. Core time is the server's, a request; QPS per core is its inverse. The paper: 4,000 QPS at 20 "
             "ms on 64 CPU cores."
         )
@@ -429,7 +429,7 @@ def _data_set(page: Report, name: str, of: Mapping[str, Any]) -> None:
         page.table(("", *figures), rows)
 
 
-def _ablations(page: Report, found: Mapping[str, Any]) -> None:
+def _ablations(page: Report, results: Mapping[str, Any]) -> None:
     page.heading("Ablations")
     page.text(
         "One thing of DPSR (`dpsr_tf/configs/dpsr.yaml` with this report's steps, batch and learning rate) is changed "
@@ -437,7 +437,7 @@ def _ablations(page: Report, found: Mapping[str, Any]) -> None:
         "twenty that do not differ, one interval leaves out 0 by chance. Purchases of seen queries, and queries that "
         "the log does not hold."
     )
-    for group, measured in found.items():
+    for group, measured in results.items():
         bought, unseen = measured["purchases"], measured["unseen"]
         page.heading(group, 3)
         rows = []
@@ -465,11 +465,11 @@ def _ablations(page: Report, found: Mapping[str, Any]) -> None:
         page.table(("", *columns), rows)
 
 
-def _files(page: Report, found: Result) -> None:
+def _files(page: Report, results: Result) -> None:
     page.heading("Files")
     page.text(
         "`report.json` has every figure; `runs/` each experiment with its definition, log and result; `plots/` the "
-        f"figures. The experiments took {found['seconds'] / 60:.0f} minutes, taken one after the other. "
+        f"figures. The experiments took {results['seconds'] / 60:.0f} minutes, taken one after the other. "
         "docs/report.md tells how to run them again."
     )
 

@@ -18,7 +18,7 @@ import pyarrow.parquet
 from dpsr_common.typed_config import option
 from dpsr_tf.config import shipped_config
 from dpsr_tf.data.store import Store
-from dpsr_tf.report.lab import Lab, Made, Result
+from dpsr_tf.report.runner import Artifact, ExperimentRunner, Result
 from dpsr_tf.shop import generate
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -83,7 +83,7 @@ class Size:
             "train.initial_accumulator": 1e-6,
             "serving.k": 1000,
         }
-        return changed(shipped_config(preset), {**base, **changes})
+        return with_changes(shipped_config(preset), {**base, **changes})
 
     def public_config(self, preset: str, changes: Mapping[str, Any] = types.MappingProxyType({})) -> dict[str, Any]:
         """A file of configs/ for a public data set, with its own training but no more steps than this size has."""
@@ -91,7 +91,7 @@ class Size:
         steps = min(train["steps"], self.data_steps)
         pretrain = train.get("pretrain_steps", 0) * steps // train["steps"]
         cut = {"train.steps": steps, "train.pretrain_steps": pretrain, "train.checkpoint_steps": steps}
-        return changed(shipped_config(preset), {**cut, **changes})
+        return with_changes(shipped_config(preset), {**cut, **changes})
 
 
 QUICK = Size(
@@ -114,11 +114,11 @@ QUICK = Size(
 class Shop:
     """A generated shop, its store, and what is true of it."""
 
-    def __init__(self, lab: Lab, size: Size, number: int):
+    def __init__(self, runner: ExperimentRunner, size: Size, number: int):
         """`number`: 0 is the shop of the report's seed."""
-        self.lab, self.size, self.seed, self.number = lab, size, lab.seed + number, number
-        self.made = lab.shop(
-            self.named("shop"),
+        self.runner, self.size, self.seed, self.number = runner, size, runner.seed + number, number
+        self.directory = runner.shop(
+            self.experiment_name("shop"),
             {
                 "seed": self.seed,
                 "items": size.items,
@@ -133,63 +133,69 @@ class Shop:
                 "judged_queries": size.judged_queries,
             },
         )
-        self.store = lab.store(self.named("store"), self.made, SCHEMA)
+        self.store = runner.store(self.experiment_name("store"), self.directory, SCHEMA)
 
-    def named(self, name: str) -> str:
+    def experiment_name(self, name: str) -> str:
         """The name of an experiment on this shop."""
         return f"{name}-{self.seed}"
 
     def model(
-        self, name: str, preset: str, changes: Mapping[str, Any] | None = None, store: Made | None = None
-    ) -> Made:
+        self, name: str, preset: str, changes: Mapping[str, Any] | None = None, store: Artifact | None = None
+    ) -> Artifact:
         """A model of a preset with `section.key` changed."""
         changes = {"train.seed": self.seed, **(changes or {})}
         config = self.size.config(preset, self.size.steps, changes)
-        return self.lab.model(self.named(f"model-{name}"), store or self.store, config)
+        return self.runner.model(self.experiment_name(f"model-{name}"), store or self.store, config)
 
-    def judged(self, name: str, systems: Mapping[str, str | Made], file: str, *flags: str) -> Result:
+    def evaluate(self, name: str, systems: Mapping[str, str | Artifact], file: str, *flags: str) -> Result:
         """Systems measured on a judgment file of the shop."""
-        return self.lab.evaluation(
-            self.named(name),
+        return self.runner.evaluation(
+            self.experiment_name(name),
             self.store,
             systems,
-            self.made.path / file,
-            self.made.digest,
+            self.directory.path / file,
+            self.directory.digest,
             f"--seed={self.seed}",
             *flags,
         )
 
-    def computed(self, name: str, models: Mapping[str, Made], compute: Callable[[], Result], **more: Any) -> Result:
+    def result(self, name: str, models: Mapping[str, Artifact], compute: Callable[[], Result], **more: Any) -> Result:
         """What is computed of models here, in this process."""
         digests = {label: model.digest for label, model in models.items()}
-        definition = {"compute": name, "shop": self.made.digest, "store": self.store.digest, "models": digests, **more}
-        return self.lab.result(self.named(name), definition, compute)
+        definition = {
+            "compute": name,
+            "shop": self.directory.digest,
+            "store": self.store.digest,
+            "models": digests,
+            **more,
+        }
+        return self.runner.result(self.experiment_name(name), definition, compute)
 
     @functools.cached_property
-    def opened(self) -> Store:
+    def opened_store(self) -> Store:
         """The store, opened."""
         return Store(self.store.path)
 
-    def truth(self, name: str) -> dict[str, list[Any]]:
+    def truth_table(self, name: str) -> dict[str, list[Any]]:
         """A table of truth/, by columns."""
-        return dict(pyarrow.parquet.read_table(self.made.path / "truth" / f"{name}.parquet").to_pydict())
+        return dict(pyarrow.parquet.read_table(self.directory.path / "truth" / f"{name}.parquet").to_pydict())
 
     @functools.cached_property
     def parameters(self) -> dict[str, Any]:
         """What the shop was generated with."""
-        return dict(json.loads((self.made.path / "truth.json").read_text())["parameters"])
+        return dict(json.loads((self.directory.path / "truth.json").read_text())["parameters"])
 
     @functools.cached_property
     def meanings(self) -> dict[int, set[int]]:
         """Item ids of each meaning."""
-        table = self.truth("relevant")
+        table = self.truth_table("relevant")
         found: dict[int, set[int]] = {}
         for meaning, item in zip(table["meaning"], table["item_id"], strict=True):
             found.setdefault(meaning, set()).add(item)
         return found
 
 
-def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A config with `section.key` changed."""
     config = {section: dict(values) for section, values in config.items()}
     for key, value in changes.items():

@@ -9,8 +9,8 @@ import pytest
 import scipy.stats
 
 from dpsr_tf.evaluation.corpus import Corpus
-from dpsr_tf.evaluation.evaluate import Options, measure_all
 from dpsr_tf.evaluation.judgments import Judgments
+from dpsr_tf.evaluation.measure import Options, measure_all
 from dpsr_tf.evaluation.metrics import bootstrap_means, interval
 
 

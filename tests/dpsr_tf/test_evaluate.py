@@ -14,10 +14,11 @@ from dpsr_common import command_line
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_tf.data.store import Store
 from dpsr_tf.data.user_requests import User
+from dpsr_tf.evaluation.baselines import Bm25, Popularity, Random
 from dpsr_tf.evaluation.corpus import Corpus
-from dpsr_tf.evaluation.evaluate import Options, evaluate, format_report, measure_all
 from dpsr_tf.evaluation.judgments import Judgments
-from dpsr_tf.evaluation.retriever import Bm25, Popularity, Random
+from dpsr_tf.evaluation.measure import Options, evaluate, measure_all
+from dpsr_tf.evaluation.result_tables import format_report
 from dpsr_tf.evaluation.systems import Systems
 
 
@@ -405,7 +406,7 @@ def test_command(dpsr, flags, store, tmp_path):
     assert set(found["intervals"]["bm25"]) >= {"recall@10", "auc"}
     assert bm25["latency_ms_p99"] >= bm25["latency_ms_p50"] > 0
     assert f"{tmp_path / 'judgments.tsv'}: 2 queries with a relevant item, 7 items" in outcome.out
-    assert "left out: 1 queries without a relevant item, but for AUC" in outcome.out
+    assert "left out: 1 queries without a relevant item (they count for AUC only)" in outcome.out
     row = next(line.split() for line in outcome.out.splitlines() if line.startswith("bm25"))
     assert [float(value) for value in row[1:3]] == pytest.approx([0.75, 0.75])
 
@@ -515,7 +516,7 @@ def test_a_server_that_is_not_there(dpsr, flags):
     ("change", "status", "fragment"),
     [
         ({"--judgments": None}, 2, "--judgments is missing; give a table of judged pairs, or --held_out"),
-        ({"--held_out": "true"}, 2, "--judgments=judgments.tsv: goes not with --held_out"),
+        ({"--held_out": "true"}, 2, "--judgments=judgments.tsv: cannot be combined with --held_out"),
         ({"--store": None}, 2, "--store is missing"),
         ({"--system": None}, 2, "--system is missing, expected at least one of: bm25"),
         ({"--judgments": "none.tsv"}, 2, "none.tsv: no such file"),
@@ -524,11 +525,11 @@ def test_a_server_that_is_not_there(dpsr, flags):
         ({"--relevant_from": "high"}, 2, "--relevant_from=high"),
         ({"--relevant_from": "9"}, 1, "no grade in column grade is 9 or more"),
         ({"--json": "no/folder/figures.json"}, 1, "no/folder/figures.json"),
-        ({"--k": "8"}, 2, "--k=8: is beyond the corpus, expected at most 7, its items"),
+        ({"--k": "8"}, 2, "--k=8: must be at most 7, the number of items in the store"),
         ({"--k": "0,5"}, 2, "--k=0,5: expected cut-offs of 1 or more"),
         ({"--k": "ten"}, 2, "--k=ten: expected cut-offs of 1 or more"),
         ({"--k": ""}, 2, "--k=: expected cut-offs of 1 or more"),
-        ({"--compare": "true"}, 2, "--compare needs two systems or more"),
+        ({"--compare": "true"}, 2, "--compare needs at least two systems"),
         ({"--ask_column": "x"}, 2, "--queries is missing"),
         ({"--bootstrap": "-1"}, 2, "--bootstrap=-1"),
         ({"--system": "model:none"}, 1, "none: holds no model"),

@@ -21,7 +21,7 @@ from dpsr_common import command_line
 from dpsr_common.errors import UsageError
 from dpsr_common.typed_config import to_dict
 from dpsr_tf.data.schema import load_schema
-from dpsr_tf.evaluation.retriever import Bm25, unigrams
+from dpsr_tf.evaluation.baselines import Bm25, unigrams
 from dpsr_tf.shop import generate as g
 from dpsr_tf.shop.log import Log, Rows
 from dpsr_tf.shop.parameters import Parameters

@@ -14,7 +14,7 @@ import pytest
 from dpsr_common.errors import CommandError
 from dpsr_tf.report import plots, sections
 from dpsr_tf.report.command import html, size_from_flags
-from dpsr_tf.report.lab import Lab
+from dpsr_tf.report.runner import ExperimentRunner
 from dpsr_tf.report.sections import Report
 from dpsr_tf.report.shop import QUICK
 
@@ -108,37 +108,37 @@ def test_size_of_a_mode() -> None:
 
 
 def test_an_experiment_runs_once(tmp_path: Path) -> None:
-    lab, ran = Lab(tmp_path, 1, 1), []
+    runner, ran = ExperimentRunner(tmp_path, 1, 1), []
 
     def compute() -> dict:
         ran.append(1)
         return {"value": len(ran)}
 
-    assert lab.result("one", {"x": 1}, compute) == {"value": 1}
-    assert lab.result("one", {"x": 1}, compute) == {"value": 1}
-    assert Lab(tmp_path, 1, 1).result("one", {"x": 1}, compute) == {"value": 1}
-    assert lab.result("one", {"x": 2}, compute) == {"value": 2}
+    assert runner.result("one", {"x": 1}, compute) == {"value": 1}
+    assert runner.result("one", {"x": 1}, compute) == {"value": 1}
+    assert ExperimentRunner(tmp_path, 1, 1).result("one", {"x": 1}, compute) == {"value": 1}
+    assert runner.result("one", {"x": 2}, compute) == {"value": 2}
     (tmp_path / "runs" / "one.json").write_text('{"digest": "')
-    assert lab.result("one", {"x": 2}, compute) == {"value": 3}
+    assert runner.result("one", {"x": 2}, compute) == {"value": 3}
 
     def fail() -> dict:
         raise CommandError("no")
 
     with pytest.raises(CommandError):
-        lab.result("two", {}, fail)
+        runner.result("two", {}, fail)
     assert not (tmp_path / "runs" / "two.json").exists()
     # The others of a group that fails do not begin any more, and its error is what is raised.
     with pytest.raises(CommandError, match="no"):
-        lab.together({"a": fail, "b": fail, "c": fail})
+        runner.run_together({"a": fail, "b": fail, "c": fail})
 
 
 def test_a_script_that_fails_says_why(tmp_path: Path) -> None:
-    lab = Lab(tmp_path, 1, 1)
+    runner = ExperimentRunner(tmp_path, 1, 1)
     script = tmp_path / "script.py"
     script.write_text("import sys\nprint('fine')\nsys.exit('it broke' if sys.argv[1:] else 0)\n")
-    assert lab.script("good", script) == "fine\n"
+    assert runner.run_script("good", script) == "fine\n"
     with pytest.raises(CommandError, match=r"bad: ended with status 1: it broke; see .*bad\.log") as error:
-        lab.script("bad", script, "now")
+        runner.run_script("bad", script, "now")
     assert error.value.status == 1
 
 

@@ -10,8 +10,10 @@ import pytest
 from dpsr_common.errors import UsageError
 from dpsr_tf.data.store import RowsById
 from dpsr_tf.data.user_requests import User
+from dpsr_tf.evaluation.baselines import Bm25, Popularity, Random, plain_words, unigrams_and_bigrams
 from dpsr_tf.evaluation.corpus import Corpus
-from dpsr_tf.evaluation.retriever import Bm25, Fusion, Popularity, Random, ask, plain_words, unigrams_and_bigrams
+from dpsr_tf.evaluation.fusion import Fusion
+from dpsr_tf.evaluation.retriever import ask
 from dpsr_tf.evaluation.systems import Systems, parse
 from dpsr_tf.models.exact_search import ExactSearch, is_repeat, top_positions
 from dpsr_tokenizer import Tokenizer, TokenizerConfig
@@ -359,7 +361,7 @@ def test_parse(spec, expected):
         ("server:localhost:1/", "expected one of"),
         ("rrf(bm25,bm26)", "--system=rrf(bm25,bm26): has 'bm26', expected one of"),
         ("rrf(bm25,rrf(bm25,x))", "has 'x', expected one of"),
-        ("rrf(bm25)", "fuses 1 system, expected two or more"),
+        ("rrf(bm25)", "fuses 1 system, expected at least two"),
         ("rrf()", "fuses 1 system"),
         ("rrf(bm25,)", "has ''"),
         ("rrf(bm25", "expected one of"),
@@ -391,8 +393,8 @@ def test_systems_are_made_by_name_and_shared():
 
 def test_bm25_words_on_the_home_depot_folds(homedepot):
     """The published figures of textbook BM25 on these files, by its words."""
-    from dpsr_tf.evaluation.evaluate import evaluate
     from dpsr_tf.evaluation.judgments import Judgments
+    from dpsr_tf.evaluation.measure import evaluate
 
     rows = [line.split("\t") for line in (homedepot / "products.tsv").read_text().split("\n")[1:] if line]
     corpus = Corpus(np.array([int(row[0]) for row in rows]), [row[1] for row in rows], np.ones(len(rows)))

@@ -39,14 +39,14 @@ VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
+class Artifact:
     """A directory that a command has made; the digest is that of all that decided its content."""
 
     path: Path
     digest: str
 
 
-class Lab:
+class ExperimentRunner:
     """Runs experiments below one directory.
 
     Attributes:
@@ -91,7 +91,7 @@ class Lab:
         self._say(f"{name}: {seconds:.0f} s")
         return dict(json.loads(json.dumps(result)))  # as it will be read the next time
 
-    def make(self, name: str, definition: Mapping[str, Any], command: Callable[[Path], Sequence[str]]) -> Made:
+    def artifact(self, name: str, definition: Mapping[str, Any], command: Callable[[Path], Sequence[str]]) -> Artifact:
         """The directory that a `dpsr` command makes.
 
         Args:
@@ -103,7 +103,7 @@ class Lab:
         path = self.out / "work" / f"{name}-{digest}"
 
         def compute() -> Result:
-            self.dpsr(name, *command(path))
+            self.run_dpsr(name, *command(path))
             return {"path": path.name}
 
         if not path.is_dir():
@@ -113,9 +113,9 @@ class Lab:
         for other in (self.out / "work").glob(f"{name}-{'[0-9a-f]' * len(digest)}"):
             if other != path:  # of another definition
                 shutil.rmtree(other)
-        return Made(path, digest)
+        return Artifact(path, digest)
 
-    def together(self, experiments: Mapping[K, Callable[[], T]]) -> dict[K, T]:
+    def run_together(self, experiments: Mapping[K, Callable[[], T]]) -> dict[K, T]:
         """Some experiments that need nothing of one another, `jobs` at a time."""
         with ThreadPoolExecutor(self.jobs) as pool:
             futures = {name: pool.submit(run) for name, run in experiments.items()}
@@ -127,13 +127,13 @@ class Lab:
                     process.terminate()
                 raise
 
-    def shop(self, name: str, parameters: Mapping[str, Any]) -> Made:
+    def shop(self, name: str, parameters: Mapping[str, Any]) -> Artifact:
         """A generated shop; `parameters` are those of `dpsr generate --set`, the seed among them."""
         flags = [f"--set={key}={value}" for key, value in parameters.items()]
         definition = {"generate": parameters}
-        return self.make(name, definition, lambda path: ["generate", f"--out={path}", "--overwrite", *flags])
+        return self.artifact(name, definition, lambda path: ["generate", f"--out={path}", "--overwrite", *flags])
 
-    def store(self, name: str, source: Made, schema: Mapping[str, Any]) -> Made:
+    def store(self, name: str, source: Artifact, schema: Mapping[str, Any]) -> Artifact:
         """The store of a schema whose files lie in a directory that was made."""
 
         def command(path: Path) -> list[str]:
@@ -141,18 +141,18 @@ class Lab:
             write(file, yaml.safe_dump(dict(schema), sort_keys=False, allow_unicode=True))
             return ["ingest", f"--schema={file}", f"--input={source.path}", f"--out={path}", "--overwrite"]
 
-        return self.make(name, {"ingest": source.digest, "schema": schema}, command)
+        return self.artifact(name, {"ingest": source.digest, "schema": schema}, command)
 
-    def adapted(self, adapter: str, source: Path) -> Made:
+    def public_store(self, adapter: str, source: Path) -> Artifact:
         """The store of a public data set."""
         definition = {"adapter": adapter, "input": str(source.resolve())}
-        return self.make(
+        return self.artifact(
             f"store-{adapter}",
             definition,
             lambda path: ["ingest", f"--adapter={adapter}", f"--input={source}", f"--out={path}", "--overwrite"],
         )
 
-    def model(self, name: str, store: Made, config: Mapping[str, Any]) -> Made:
+    def model(self, name: str, store: Artifact, config: Mapping[str, Any]) -> Artifact:
         """A model trained on a store with a config (a dictionary as config files hold it) and the report's seed."""
         config = {**config, "train": {"seed": self.seed, **config["train"]}}
 
@@ -161,13 +161,13 @@ class Lab:
             write(file, yaml.safe_dump(config, sort_keys=False))
             return ["train", f"--store={store.path}", f"--config={file}", f"--out={path}"]
 
-        return self.make(name, {"train": store.digest, "config": config}, command)
+        return self.artifact(name, {"train": store.digest, "config": config}, command)
 
     def evaluation(
         self,
         name: str,
-        store: Made,
-        systems: Mapping[str, str | Made],
+        store: Artifact,
+        systems: Mapping[str, str | Artifact],
         judgments: Path | None,
         judgments_digest: str,
         *flags: str,
@@ -182,10 +182,10 @@ class Lab:
             judgments_digest: what decides its content.
             flags: further flags.
         """
-        specs = {label: f"model:{one.path}" if isinstance(one, Made) else one for label, one in systems.items()}
+        specs = {label: f"model:{one.path}" if isinstance(one, Artifact) else one for label, one in systems.items()}
         definition = {
             "evaluate": store.digest,
-            "systems": {label: one.digest if isinstance(one, Made) else one for label, one in systems.items()},
+            "systems": {label: one.digest if isinstance(one, Artifact) else one for label, one in systems.items()},
             "judgments": [judgments_digest, judgments.name if judgments else None],
             "flags": list(flags),
         }
@@ -195,14 +195,14 @@ class Lab:
             what = f"--judgments={judgments}" if judgments else "--held_out"
             asked = [f"--system={spec}" for spec in specs.values()]
             compare = ["--compare"] if len(specs) > 1 else []
-            self.dpsr(name, "evaluate", f"--store={store.path}", what, *asked, *compare, *flags, f"--json={out}")
+            self.run_dpsr(name, "evaluate", f"--store={store.path}", what, *asked, *compare, *flags, f"--json={out}")
             found = json.loads(out.read_text())
             out.unlink()
             return _renamed(found, {spec: label for label, spec in specs.items()})
 
         return self.result(name, definition, compute)
 
-    def dpsr(self, name: str, *arguments: str) -> None:
+    def run_dpsr(self, name: str, *arguments: str) -> None:
         """Runs `dpsr`; what it prints goes to `runs/NAME.log`. Raises CommandError if it fails."""
         log = self.out / "runs" / f"{name}.log"
         process = _PROCESSES.Process(target=_run, args=(log, arguments), daemon=True)
@@ -215,7 +215,7 @@ class Lab:
             self._running.discard(process)
         self._check(name, log, process.exitcode)
 
-    def script(self, name: str, path: Path, *arguments: str) -> str:
+    def run_script(self, name: str, path: Path, *arguments: str) -> str:
         """Runs a Python script and returns its standard output. Raises CommandError if it fails."""
         log = self.out / "runs" / f"{name}.log"
         done = subprocess.run([sys.executable, str(path), *arguments], capture_output=True, text=True, check=False)
