@@ -26,10 +26,10 @@ class Options:
     """How systems are measured.
 
     Attributes:
-        ks: cut-offs.
-        seed: of bootstrap samples and candidates, the same for all systems.
-        bootstrap: samples behind an interval; 0: no intervals.
-        latency_queries: queries asked alone; 0: none.
+        ks: cut-offs of the figures of ranked lists.
+        seed: seed of the bootstrap samples and of the candidates of top-k, the same for all systems.
+        bootstrap: number of bootstrap samples for each interval; 0 turns intervals off.
+        latency_queries: number of queries that are asked one at a time to measure latency; 0 turns this off.
     """
 
     ks: tuple[int, ...] = DEFAULT_KS
@@ -39,18 +39,18 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
-    """What was measured of one system.
+class SystemFigures:
+    """The figures of one system, before they are averaged.
 
     Attributes:
-        of_queries: name -> float64 [queries], whose mean is the figure.
-        of_all: figures that are no mean over queries.
-        pairs: for AUC; None where it is not defined.
-        notes: what is missing, and what is odd.
+        per_query: name -> float64 [queries]; the figure is the mean over the queries.
+        overall: figures that are not means over queries, such as coverage and latency.
+        pairs: scores of judged pairs, for AUC; None if AUC is not defined.
+        notes: why figures are missing, and anomalies in the answers.
     """
 
-    of_queries: dict[str, np.ndarray]
-    of_all: dict[str, float]
+    per_query: dict[str, np.ndarray]
+    overall: dict[str, float]
     pairs: metrics.LabelledPairs | None
     notes: list[str]
 
@@ -58,7 +58,7 @@ class Measured:
 def evaluate(
     retriever: Retriever, judgments: Judgments, ks: Sequence[int] = DEFAULT_KS, label: str = "evaluate"
 ) -> dict[str, float]:
-    """Mean over the queries of recall@k, precision@k, mrr@k and ndcg@k, for the items that the retriever returns."""
+    """Returns the means over the queries of recall@k, precision@k, mrr@k and ndcg@k."""
     ids, scores, _ = _ask_all(retriever, judgments, max(ks), label)
     return {name: float(values.mean()) for name, values in metrics.ranked_metrics(ids, scores, judgments, ks).items()}
 
@@ -66,29 +66,35 @@ def evaluate(
 def measure_all(
     retrievers: Mapping[str, Retriever], judgments: Judgments, corpus: Corpus, options: Options, compare: bool = False
 ) -> dict[str, Any]:
-    """Every figure of every system.
+    """Measures every system.
 
     Returns:
-        `systems`: system -> figure -> number, None where it is not defined. `intervals`: the same with [low, high].
-        `slices`: slicing -> value -> `queries`, `systems`, `intervals`. `comparisons`, with `compare`: of each system
-        but the first with the first, see metrics.compare, each with `system`, `baseline`. `notes`: system -> lines.
+        `systems`: system -> figure -> number, None if it is not defined. `intervals`: system -> figure -> [low, high].
+        `slices`: slicing -> value -> `queries`, `systems`, `intervals`. `comparisons`, if `compare`: one for each
+        system but the first, with `system`, `baseline` (the first) and `figures`, see metrics.compare. `notes`: system
+        -> lines.
     """
     measured = {spec: measure(retriever, judgments, corpus, options, spec) for spec, retriever in retrievers.items()}
-    everything = np.ones(len(judgments.queries), bool)
-    report: dict[str, Any] = _summary(measured, everything, options)
+    auc_samples = {
+        spec: one.pairs.auc_samples(np.ones(one.pairs.num_queries, bool), options.bootstrap, options.seed)
+        for spec, one in measured.items()
+        if one.pairs is not None
+    }
+    all_queries = np.ones(len(judgments.queries), bool)
+    report: dict[str, Any] = _summary(measured, all_queries, options, auc_samples)
     for spec, one in measured.items():
-        report["systems"][spec] |= one.of_all
+        report["systems"][spec] |= one.overall
     report["slices"] = {}
     for name, of_query in judgments.slices.items():
-        found = {value for values in of_query for value in values}
-        values = [value for value in FREQUENCIES if value in found] if name == FREQUENCY else sorted(found)
+        occurring = {value for values in of_query for value in values}
+        ordered = [value for value in FREQUENCIES if value in occurring] if name == FREQUENCY else sorted(occurring)
         report["slices"][name] = {
-            value: _summary(measured, np.array([value in values for values in of_query]), options) for value in values
+            value: _summary(measured, np.array([value in values for values in of_query]), options) for value in ordered
         }
     if compare:
         baseline, *others = measured
         report["comparisons"] = [
-            {"system": spec, "baseline": baseline, "figures": _compare(measured[spec], measured[baseline], options)}
+            {"system": spec, "baseline": baseline, "figures": _compare(measured, spec, baseline, options, auc_samples)}
             for spec in others
         ]
     report["notes"] = {spec: one.notes for spec, one in measured.items()}
@@ -101,44 +107,46 @@ def measure(
     corpus: Corpus,
     options: Options,
     label: str = "evaluate",
-) -> Measured:
-    """All figures of one system."""
+) -> SystemFigures:
+    """Computes all figures of one system. `label` is the text of its progress bar."""
     ids, scores, seconds = _ask_all(retriever, judgments, max(options.ks), label)
-    of_queries = metrics.ranked_metrics(ids, scores, judgments, options.ks)
-    of_all, notes = _retrieved(ids, scores, corpus, options.ks)
-    of_all["queries_per_second"] = len(ids) / max(seconds, 1e-9)
+    per_query = metrics.ranked_metrics(ids, scores, judgments, options.ks)
+    overall, notes = _coverage_and_popularity(ids, scores, corpus, options.ks)
+    overall["queries_per_second"] = len(ids) / max(seconds, 1e-9)
     pairs = None
-    score = getattr(retriever, "score", None)
-    if score is None:
-        notes.append("gives no scores of pairs, so no top-k and no AUC")
+    if getattr(retriever, "score", None) is None:
+        notes.append("no top-k and no AUC: the system cannot score given pairs")
     else:
         if metrics.has_candidates(judgments, corpus.item_ids):
-            of_queries |= _top_k(retriever, judgments, corpus.item_ids, options.seed)
+            per_query |= _top_k(retriever, judgments, corpus.item_ids, options.seed)
         else:
             most = max(map(len, judgments.relevant))
             notes.append(
-                f"no top-k: it takes {metrics.NUM_CANDIDATES - 1:,} items that are not relevant, and a query has "
-                f"{most:,} relevant ones of {len(corpus.item_ids):,}"
+                f"no top-k: each query needs {metrics.NUM_CANDIDATES - 1:,} items that are not relevant, and one has "
+                f"{most:,} relevant items of {len(corpus.item_ids):,}"
             )
         pairs = _labelled_pairs(retriever, judgments)
         if pairs is None:
-            notes.append("no AUC: no item is judged not relevant")
-    of_all |= _latency(retriever, judgments, max(options.ks), options.latency_queries)
-    return Measured(of_queries, of_all, pairs, notes)
+            notes.append("no AUC: every judged item is relevant")
+    overall |= _latency(retriever, judgments, max(options.ks), options.latency_queries)
+    return SystemFigures(per_query, overall, pairs, notes)
 
 
-def _compare(system: Measured, baseline: Measured, options: Options) -> dict[str, dict[str, Any]]:
-    """metrics.compare, and the difference of AUC with its interval; no test of it is by queries."""
-    figures = metrics.compare(system.of_queries, baseline.of_queries, options.bootstrap, options.seed)
-    if system.pairs is not None and baseline.pairs is not None:
-        everything = np.ones(system.pairs.num_queries, bool)
-        mine, other = (pairs.auc(everything[np.newaxis])[0] for pairs in (system.pairs, baseline.pairs))
-        drawn = [
-            pairs.auc_samples(everything, options.bootstrap, options.seed) for pairs in (system.pairs, baseline.pairs)
-        ]
+def _compare(
+    measured: Mapping[str, SystemFigures],
+    spec: str,
+    baseline: str,
+    options: Options,
+    auc_samples: Mapping[str, np.ndarray],
+) -> dict[str, dict[str, Any]]:
+    """Returns metrics.compare, and the difference of AUC with its interval: AUC is no mean over queries to test."""
+    one, other = measured[spec], measured[baseline]
+    figures = metrics.compare(one.per_query, other.per_query, options.bootstrap, options.seed)
+    if one.pairs is not None and other.pairs is not None:
+        once = np.ones((1, one.pairs.num_queries))
         figures["auc"] = {
-            "difference": float(mine - other),
-            "interval": metrics.interval(drawn[0] - drawn[1]),
+            "difference": float(one.pairs.auc(once)[0] - other.pairs.auc(once)[0]),
+            "interval": metrics.interval(auc_samples[spec] - auc_samples[baseline]),
             "p_t_test": None,
             "p_wilcoxon": None,
         }
@@ -146,10 +154,10 @@ def _compare(system: Measured, baseline: Measured, options: Options) -> dict[str
 
 
 def _ask_all(retriever: Retriever, judgments: Judgments, k: int, label: str) -> tuple[np.ndarray, np.ndarray, float]:
-    """Ids and scores [queries, k], and how many seconds it took."""
+    """Asks every query. Returns ids and scores, both [queries, k], and the seconds it took."""
     queries, users, rows = judgments.queries, judgments.users, np.arange(len(judgments.queries))
     if not is_personal(retriever):
-        # One query of many users has one answer.
+        # The answer does not depend on the user: ask a query of many users once.
         places: dict[str, int] = {}
         rows = np.array([places.setdefault(query, len(places)) for query in queries])
         queries, users = list(places), None
@@ -166,10 +174,10 @@ def _ask_all(retriever: Retriever, judgments: Judgments, k: int, label: str) -> 
     return ids[rows], scores[rows], time.perf_counter() - start
 
 
-def _retrieved(
+def _coverage_and_popularity(
     ids: np.ndarray, scores: np.ndarray, corpus: Corpus, ks: Sequence[int]
 ) -> tuple[dict[str, float], list[str]]:
-    """Coverage and popularity of the answers, and what is odd about them."""
+    """Returns coverage and popularity of the answers, and notes about answers that are counted as wrong."""
     rows = RowsById(corpus.item_ids)(ids)
     holds = metrics.counted(ids, scores)
     percentiles = corpus.popularity_percentiles()
@@ -179,12 +187,12 @@ def _retrieved(
         figures[f"coverage@{k}"] = len(np.unique(found)) / len(corpus.item_ids)
         figures[f"popularity@{k}"] = float(percentiles[found].mean()) if len(found) else float("nan")
     figures["empty_answers"] = float((~holds.any(axis=1)).mean())
-    strange = {
-        "results that are no items of the store": holds & (rows < 0),
-        "results that repeat an item": (ids >= 0) & ~holds & ~np.isnan(scores),
-        "results whose score is no number": (ids >= 0) & np.isnan(scores),
+    anomalies = {
+        "results that are not items of the store": holds & (rows < 0),
+        "results that repeat an item of the same answer": (ids >= 0) & ~holds & ~np.isnan(scores),
+        "results whose score is NaN": (ids >= 0) & np.isnan(scores),
     }
-    notes += [f"{int(where.sum()):,} {what}, counted as wrong" for what, where in strange.items() if where.any()]
+    notes += [f"{int(where.sum()):,} {what}, counted as wrong" for what, where in anomalies.items() if where.any()]
     return figures, notes
 
 
@@ -193,7 +201,7 @@ def _score(retriever: Retriever, queries: Sequence[str], users: Sequence[Any] | 
 
 
 def _top_k(retriever: Retriever, judgments: Judgments, item_ids: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """top-k of each query: the mean over its relevant items, each among the same 1,023 others."""
+    """Returns top-k of each query: the mean over its relevant items, each ranked among the same 1,023 others."""
     result = {k: np.empty(len(judgments.queries)) for k in metrics.TOP_K}
     for begin in range(0, len(judgments.queries), _BATCH):
         part = slice(begin, begin + _BATCH)
@@ -210,7 +218,7 @@ def _top_k(retriever: Retriever, judgments: Judgments, item_ids: np.ndarray, see
 
 
 def _labelled_pairs(retriever: Retriever, judgments: Judgments) -> metrics.LabelledPairs | None:
-    """Scores of all judged pairs, those of queries without a relevant item too; None if all pairs are relevant."""
+    """Scores all judged pairs, also those of queries without a relevant item. None if all pairs are relevant."""
     judged = [list(grades) for grades in judgments.grades] if judgments.grades else judgments.relevant
     queries = judgments.queries + [text for text, _, _ in judgments.unanswered]
     users = None
@@ -232,7 +240,7 @@ def _labelled_pairs(retriever: Retriever, judgments: Judgments) -> metrics.Label
 
 
 def _padded(lists: Sequence[Sequence[int]]) -> np.ndarray:
-    """The lists as rows of one array, filled up with -1."""
+    """Returns the lists as rows of one int64 array, padded with -1."""
     padded = np.full((len(lists), max(1, *map(len, lists))), -1, np.int64)
     for row, items in enumerate(lists):
         padded[row, : len(items)] = items
@@ -240,13 +248,14 @@ def _padded(lists: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def _latency(retriever: Retriever, judgments: Judgments, k: int, count: int) -> dict[str, float]:
-    """Milliseconds of one query asked alone, as the client sees it, and of CPU time of this process."""
+    """Returns the milliseconds that a single query takes: wall time, and CPU time of this process."""
     count = min(count, len(judgments.queries))
     if not count:
         return {}
     users = judgments.users
     wall, cpu = np.empty(count), np.empty(count)
-    for row in range(-1, count):  # the first one twice: to warm up
+    # The first query is asked twice, once to warm up; the second time overwrites its figures.
+    for row in range(-1, count):
         asked = slice(max(row, 0), max(row, 0) + 1)
         wall_start, cpu_start = time.perf_counter(), time.process_time()
         ask(retriever, judgments.queries[asked], users[asked] if users else None, k)
@@ -255,24 +264,33 @@ def _latency(retriever: Retriever, judgments: Judgments, k: int, count: int) -> 
     return {"latency_ms_p50": float(p50), "latency_ms_p99": float(p99), "cpu_ms": float(cpu.mean() * 1e3)}
 
 
-def _summary(measured: Mapping[str, Measured], among: np.ndarray, options: Options) -> dict[str, Any]:
-    """Means and intervals over the queries of `among`, bool [queries]."""
+def _summary(
+    measured: Mapping[str, SystemFigures],
+    inside: np.ndarray,
+    options: Options,
+    auc_samples: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """Averages over the queries that are `inside`, bool [queries], with intervals.
+
+    `auc_samples` are the bootstrap samples of AUC of each system, [samples], where they are known already.
+    """
     systems: dict[str, dict[str, Any]] = {}
     intervals: dict[str, dict[str, Any]] = {}
     for spec, one in measured.items():
-        names = list(one.of_queries)
-        values = np.stack([one.of_queries[name][among] for name in names], axis=1)
+        names = list(one.per_query)
+        values = np.stack([one.per_query[name][inside] for name in names], axis=1)
         systems[spec] = dict(zip(names, values.mean(axis=0).tolist(), strict=True))
         intervals[spec] = {}
         if options.bootstrap:
             samples = metrics.bootstrap_means(values, options.bootstrap, options.seed)
             intervals[spec] = {name: metrics.interval(samples[:, column]) for column, name in enumerate(names)}
         if one.pairs is not None:
-            # Queries without a relevant item belong to no slice.
-            rest = np.full(one.pairs.num_queries - len(among), among.all())
-            inside = np.concatenate([among, rest])
-            systems[spec]["auc"] = float(one.pairs.auc(inside[np.newaxis].astype(np.float64))[0])
+            # Queries without a relevant item belong to no slice, only to the whole.
+            unanswered = np.full(one.pairs.num_queries - len(inside), inside.all())
+            counted = np.concatenate([inside, unanswered])
+            systems[spec]["auc"] = float(one.pairs.auc(counted[np.newaxis].astype(np.float64))[0])
             if options.bootstrap:
-                samples = one.pairs.auc_samples(inside, options.bootstrap, options.seed)
+                known = (auc_samples or {}).get(spec)
+                samples = one.pairs.auc_samples(counted, options.bootstrap, options.seed) if known is None else known
                 intervals[spec]["auc"] = metrics.interval(samples)
-    return {"queries": int(among.sum()), "systems": systems, "intervals": intervals}
+    return {"queries": int(inside.sum()), "systems": systems, "intervals": intervals}

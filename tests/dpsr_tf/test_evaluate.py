@@ -86,8 +86,8 @@ def test_coverage_popularity_and_empty_answers():
     assert figures["popularity@3"] == pytest.approx((0.95 + 0.85 + 0.05 + 0.95 + 0.45) / 5)
     assert figures["empty_answers"] == 1 / 4
     assert report["notes"]["a"][:2] == [
-        "1 results that are no items of the store, counted as wrong",
-        "1 results that repeat an item, counted as wrong",
+        "1 results that are not items of the store, counted as wrong",
+        "1 results that repeat an item of the same answer, counted as wrong",
     ]
 
 
@@ -95,7 +95,7 @@ def test_nan_scores_are_noted_and_no_results():
     retriever = answers([[1, 2]], scores=[[math.nan, 1.0]])
     report = measure_all({"a": retriever}, judged([[1, 2]]), corpus(), FEW)
     assert report["systems"]["a"]["recall@3"] == 0.5
-    assert "1 results whose score is no number, counted as wrong" in report["notes"]["a"]
+    assert "1 results whose score is NaN, counted as wrong" in report["notes"]["a"]
 
 
 def test_a_system_that_finds_nothing():
@@ -118,13 +118,13 @@ def test_top_k_of_one_that_can():
     report = measure_all({"popularity": popular}, judged([[2999, 0], [1500]]), corpus(3000), FEW)
     # The best item is always first, the worst never, one in the middle neither.
     assert report["systems"]["popularity"]["top-1"] == pytest.approx((1 / 2 + 0) / 2)
-    assert report["notes"]["popularity"] == ["no AUC: no item is judged not relevant"]
+    assert report["notes"]["popularity"] == ["no AUC: every judged item is relevant"]
 
 
 def test_what_cannot_be_measured_is_said():
     report = measure_all({"a": answers([[1]]), "random": Random(np.arange(10))}, judged([[1]]), corpus(), FEW)
-    assert report["notes"]["a"] == ["gives no scores of pairs, so no top-k and no AUC"]
-    assert report["notes"]["random"][0].startswith("no top-k: it takes 1,023 items that are not relevant")
+    assert report["notes"]["a"] == ["no top-k and no AUC: the system cannot score given pairs"]
+    assert report["notes"]["random"][0].startswith("no top-k: each query needs 1,023 items that are not relevant")
     assert "auc" not in report["systems"]["random"] and "top-1" not in report["systems"]["random"]
 
 
@@ -215,7 +215,7 @@ def test_format_report():
     assert len({len(line) for line in lines[:-1]}) == 1, "columns stand under their names"
     assert any(block.startswith("kind  queries  system") for block in blocks)
     assert any(block.startswith("random less a, query by query") for block in blocks)
-    assert blocks[-1].splitlines()[0] == "a: gives no scores of pairs, so no top-k and no AUC"
+    assert blocks[-1].splitlines()[0] == "a: no top-k and no AUC: the system cannot score given pairs"
 
 
 # Judgments.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,17 +72,6 @@ def test_demo_queries_are_not_in_the_log(demo: tuple[Path, str]) -> None:
     assert len(shown) == 4 and not log & set(shown)
 
 
-def test_second_run_trains_nothing_again(demo: tuple[Path, str]) -> None:
-    out, first = demo
-    before = {p.name: p.stat().st_mtime_ns for p in (out / "model").glob("model.ckpt*")}
-    result = dpsr("demo", f"--out={out}")
-    assert result.returncode == 0, result.stderr
-    assert {p.name: p.stat().st_mtime_ns for p in (out / "model").glob("model.ckpt*")} == before
-    # All but the last, which tells of time.
-    *again, _ = re.findall(r"^bm25.*\n", result.stdout, re.MULTILINE)
-    assert len(again) == 3 and again == re.findall(r"^bm25.*\n", first, re.MULTILINE)[:3]
-
-
 def test_next_day_server_query_and_errors(demo: tuple[Path, str]) -> None:
     """Serves the demo's servable by hand, as its last lines say, and asks it good and bad things."""
     out, _ = demo
@@ -116,29 +106,50 @@ def test_next_day_server_query_and_errors(demo: tuple[Path, str]) -> None:
         log.close()
 
 
-def test_interrupted_demo_leaves_no_process_and_can_be_run_again(tmp_path: Path) -> None:
+def test_demo_can_be_interrupted_and_run_again(demo: tuple[Path, str]) -> None:
+    """A demo that is interrupted leaves no process; the next one trains nothing again and gives the same figures."""
+    out, first = demo
+    checkpoint = {p.name: p.stat().st_mtime_ns for p in (out / "model").glob("model.ckpt*")}
+    assert checkpoint
+    interrupt(out, at="proxy ready")
+
+    again = dpsr("demo", f"--out={out}")
+    assert again.returncode == 0, again.stderr
+    assert {p.name: p.stat().st_mtime_ns for p in (out / "model").glob("model.ckpt*")} == checkpoint
+    # All rows of the tables but those of the last table, which shows times.
+    *rows, _ = re.findall(r"^bm25.*\n", again.stdout, re.MULTILINE)
+    assert len(rows) == 3 and rows == re.findall(r"^bm25.*\n", first, re.MULTILINE)[:3]
+
+
+def test_demo_trains_anew_when_the_settings_have_changed(demo: tuple[Path, str], tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    shutil.copytree(demo[0] / "model", out / "model")
+    shown = interrupt(out, "--steps=5", at="$ dpsr index")
+    assert "--overwrite" in re.search(r"\$ dpsr train .*", shown)[0]
+    assert "steps: 5\n" in (out / "model" / "config.yaml").read_text()
+    assert list((out / "model").glob("model.ckpt-5.*"))
+
+
+def interrupt(out: Path, *flags: str, at: str) -> str:
+    """Runs a demo in `out` until it prints a line that begins with `at`, then ends it; returns what it printed."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "dpsr_common", "demo", f"--out={tmp_path / 'd'}", "--steps=5"],
+        [sys.executable, "-m", "dpsr_common", "demo", f"--out={out}", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     assert process.stdout
+    printed = []
     for line in process.stdout:
-        if line.startswith("proxy ready"):
+        printed.append(line)
+        if line.startswith(at):
             break
     process.send_signal(signal.SIGTERM)
-    process.stdout.read()  # ends only when every child that holds the pipe has ended
-    assert process.wait(30) == 128 + signal.SIGTERM
+    printed.append(process.stdout.read())  # ends only when every child that holds the pipe has ended
+    assert process.wait(30) == 128 + signal.SIGTERM, "".join(printed)
     running = list(commands_running())
-    assert running and not [command for command in running if str(tmp_path).encode() in command]
-
-    # Again, as if the project's settings had changed since: the model is trained anew.
-    config = tmp_path / "d" / "model" / "config.yaml"
-    config.write_text(config.read_text().replace("margin: 0.3", "margin: 0.25"))
-    again = dpsr("demo", f"--out={tmp_path / 'd'}", "--steps=5")
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "--overwrite" in re.search(r"\$ dpsr train .*", again.stdout)[0]
+    assert running and not [command for command in running if str(out).encode() in command]
+    return "".join(printed)
 
 
 def commands_running() -> Iterator[bytes]:
