@@ -1,6 +1,6 @@
-"""`dpsr demo`: runs the whole path once, from raw log to answered query.
+"""`dpsr demo`: runs every step once, from raw log to answered query.
 
-Every step is a process of its own, as in production; the server and the proxy that answer are real ones.
+Every step is a separate process, as in production. The queries are answered by a real server and a real proxy.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from dpsr_tf.models.model_directory import ModelDirectory
 USAGE = """
 Usage: dpsr demo [--data=DIR] [--out=DIR]
 
-Runs the main job once: log -> store -> model -> index -> servable -> model server and proxy -> answered queries. On a
-small generated shop, or, with --data, on the Home Depot product search files in that directory.
+Runs every step once and shows its command: generate or read a log, ingest, train, index, export, serve through a proxy,
+query, evaluate. The data is a small generated shop or, with --data, the Home Depot product search files. A second run
+trains again only if the log or the settings have changed.
 """
 
 MODEL = "demo"
@@ -40,12 +41,21 @@ MODEL = "demo"
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """What differs between the two data sets."""
+    """The settings in which the two data sets differ.
 
-    generate: list[str]  # flags of `dpsr generate`; empty where the data is there
-    ingest: list[str]  # flags of `dpsr ingest`
-    judgments: Path  # of the dev fold
-    columns: tuple[str, str, str]  # its query, item and grade
+    Attributes:
+        generate: flags of `dpsr generate`; empty if the data exists.
+        ingest: flags of `dpsr ingest`.
+        judgments: judgments of the dev fold.
+        columns: its columns of query, item and grade.
+        relevant_from: lowest grade that counts as relevant.
+        config: content of the config file.
+    """
+
+    generate: list[str]
+    ingest: list[str]
+    judgments: Path
+    columns: tuple[str, str, str]
     relevant_from: float
     config: dict[str, Any]
 
@@ -57,14 +67,26 @@ class _Job:
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of `dpsr demo`."""
-    flags.DEFINE_string("data", None, "Home Depot files; a generated shop if left out", flag_values=values)
-    flags.DEFINE_string("out", None, "directory for all that is made (demo/shop or demo/homedepot)", flag_values=values)
-    flags.DEFINE_integer("steps", None, "training steps, if not as many as usual", 1, flag_values=values)
+    flags.DEFINE_string(
+        "data",
+        None,
+        "directory of the Home Depot files; without it the demo generates a small shop",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "out",
+        None,
+        "directory for everything that the demo writes (default demo/shop or demo/homedepot)",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "steps", None, "number of training steps (default: that of the data set's config)", 1, flag_values=values
+    )
 
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """Runs `dpsr demo`."""
-    # Without this a SIGTERM would end the demo at once and leave its servers running.
+    # Exit through exceptions on SIGTERM, so that the servers are ended too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     started = time.monotonic()
     out = Path(values.out or f"demo/{'homedepot' if values.data else 'shop'}")
@@ -77,9 +99,9 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     if job.generate:
         _dpsr("generate", *job.generate, "--overwrite")
     _dpsr("ingest", *job.ingest, f"--out={store}", "--overwrite")
-    # A second demo trains nothing again, unless log or settings have changed since.
-    anew = ["--overwrite"] if _is_another(Path(model), out / "config.yaml", Store(store)) else []
-    _dpsr("train", f"--store={store}", f"--config={out / 'config.yaml'}", f"--out={model}", *anew)
+    # A second demo does not train again, unless the log or the settings have changed.
+    overwrite = ["--overwrite"] if _is_outdated(Path(model), out / "config.yaml", Store(store)) else []
+    _dpsr("train", f"--store={store}", f"--config={out / 'config.yaml'}", f"--out={model}", *overwrite)
     _dpsr("index", f"--model={model}", f"--store={store}", f"--out={index}", "--overwrite")
     _dpsr("export", f"--model={model}", f"--index={index}", f"--out={servable}")
     serve = ["serve", f"--model_base_path={servable}", f"--model_name={MODEL}", "--port=0"]
@@ -94,22 +116,22 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         _dpsr("evaluate", f"--judgments={job.judgments}", *job.judgment_flags(), f"--store={store}", *systems)
     print(
         f"""
-Done in {time.monotonic() - started:.0f} s. The servable lies in {servable}. To go on:
+Done in {time.monotonic() - started:.0f} s. The servable lies in {servable}. To serve and query it yourself:
   {_program()} serve --model_base_path={servable} --model_name={MODEL}
   {_program()} query --model={MODEL} {titles} "your query"
-Your own log: write a schema file and start with `dpsr ingest`; docs/data_format.md shows how."""
+To use your own log, write a schema file and start with `dpsr ingest`; see docs/own_log.md."""
     )
 
 
-def _is_another(model: Path, config: Path, store: Store) -> bool:
-    """Whether the model that is there is not the one this demo trains."""
+def _is_outdated(model: Path, config: Path, store: Store) -> bool:
+    """Returns whether there is a model that was trained with another log or other settings."""
     if not (model / "config.yaml").is_file():
         return False
     return ModelDirectory.open(model).difference(load_config(config), store) is not None
 
 
 def _program() -> str:
-    """How this shell finds the command: by its name where the environment is active, else by its path."""
+    """Returns how to call `dpsr` from this shell: by name if the environment is active, else by path."""
     program = Path(sys.executable).with_name("dpsr")
     return "dpsr" if shutil.which("dpsr") == str(program) else os.path.relpath(program)
 
@@ -143,7 +165,7 @@ def _homedepot(data: Path) -> _Job:
 
 
 def _dev_queries(job: _Job, store: Store) -> list[str]:
-    """The four queries with the most relevant items in the dev fold, none of them in the log."""
+    """Returns the four queries of the dev fold with the most relevant items that are not in the log."""
     judgments = Judgments.read(job.judgments, *job.columns, job.relevant_from)
     log = {query.casefold() for query in store.queries()}
     unseen = [
@@ -155,16 +177,16 @@ def _dev_queries(job: _Job, store: Store) -> list[str]:
 
 
 def _dpsr(*arguments: str) -> None:
-    """Runs a command as the user would, shows it, and ends the demo if it fails."""
+    """Shows a command and runs it. Raises CommandError if it fails."""
     print(f"\n$ dpsr {shlex.join(arguments)}", flush=True)
     status = subprocess.run([sys.executable, "-m", "dpsr_common", *arguments]).returncode
     if status:
-        raise CommandError(f"`dpsr {arguments[0]}` ended with status {status}; its message stands above")
+        raise CommandError(f"`dpsr {arguments[0]}` ended with status {status}; see its message above")
 
 
 @contextmanager
 def _background(out: Path, ready: str, *arguments: str) -> Iterator[str]:
-    """A server command that runs while the block does. Yields the address in its ready line."""
+    """Runs a server command during the `with` block. Yields the address in the line that says it is ready."""
     print(f"\n$ dpsr {shlex.join(arguments)} &", flush=True)
     log_path = out / f"{arguments[0]}.log"
     with open(log_path, "wb") as log:

@@ -22,27 +22,27 @@ Tokenize = Callable[[str], list[str]]
 
 
 def unigrams() -> Tokenize:
-    """Whole words and, for scripts without spaces, the characters and their bigrams."""
+    """Returns a tokenizer into words and, for scripts without spaces, characters and their bigrams."""
     return Tokenizer(TokenizerConfig(letter_trigrams=False, number_parts=False)).tokenize
 
 
 def unigrams_and_bigrams() -> Tokenize:
-    """The same, and pairs of neighbouring words."""
+    """Returns the tokenizer of `unigrams` with pairs of neighbouring words in addition."""
     return Tokenizer(TokenizerConfig(letter_trigrams=False, number_parts=False, word_bigrams=True)).tokenize
 
 
 def plain_words() -> Tokenize:
-    """Runs of ASCII letters and digits, lower-cased: what textbooks do, for figures that others can check."""
+    """Returns a tokenizer into lower-cased runs of ASCII letters and digits, for comparison with published figures."""
     words = re.compile("[a-z0-9]+")
     return lambda text: words.findall(text.lower())
 
 
 class Bm25:
-    """BM25 over the tokens of the titles: with unigrams, or with unigrams and bigrams, the baselines of section 6.2.2.
+    """BM25 over the tokens of the titles. Section 6.2.2 has it with unigrams, and with unigrams and bigrams.
 
-    Tokens come from our tokenizer, the score of each token and title from the library bm25s (Lucene's variant); a
-    sparse product sums them, many queries at once. An item that shares no token with the query is not retrieved, and
-    its score is 0.
+    Tokens come from our tokenizer. The library bm25s (Lucene's variant of BM25) computes the score of each token and
+    title, and a sparse product sums the scores for many queries at once. An item that shares no token with the query is
+    not retrieved, and its score is 0.
     """
 
     def __init__(
@@ -53,23 +53,24 @@ class Bm25:
         b: float = 0.75,
         tokenize: Tokenize | None = None,
     ):
-        """`item_ids` int64 [items], `titles` one text an item, `k1` and `b` BM25's usual constants."""
+        """Takes `item_ids` int64 [items], `titles`, one text per item, and the constants `k1` and `b` of BM25."""
         self._item_ids = np.asarray(item_ids)
         self._rows = RowsById(self._item_ids)
         self._tokenize = tokenize or unigrams()
         self._vocabulary: dict[str, int] = {}
         tokens = [self._tokenize(title) for title in titles]
-        if any(tokens):  # bm25s refuses a corpus without words
+        # bm25s rejects a corpus without words.
+        if any(tokens):
             index = bm25s.BM25(k1=k1, b=b, method="lucene", backend="numpy")
             index.index(tokens, show_progress=False)
             self._vocabulary = index.vocab_dict
             data, indices, indptr = (index.scores[name] for name in ("data", "indices", "indptr"))
-            # A row a token: bm25s keeps the transposed matrix by columns.
+            # One row per token. bm25s stores the transposed matrix by columns, which is the same.
             self._weights = scipy.sparse.csr_matrix((data, indices, indptr), (len(indptr) - 1, len(titles)))
 
     def _scores(self, queries: Sequence[str]) -> scipy.sparse.csr_matrix:
-        """Sum of the weights of each query's tokens [n, items], a token as often as the query has it, in its order."""
-        # A word that no title holds adds nothing.
+        """Returns the summed weights of each query's tokens, [n, items]; repeated tokens count repeatedly."""
+        # A token that is in no title adds nothing to a score.
         known = [
             [self._vocabulary[token] for token in self._tokenize(query) if token in self._vocabulary]
             for query in queries
@@ -114,10 +115,10 @@ class Bm25:
 
 
 class Random:
-    """Items by chance, the same for the same query."""
+    """Random items. The same query and seed always get the same items."""
 
     def __init__(self, item_ids: np.ndarray, seed: int = 1):
-        """`item_ids` int64 [items]."""
+        """Takes `item_ids` int64 [items]."""
         self._item_ids, self._seed = np.asarray(item_ids), seed
 
     def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -132,15 +133,15 @@ class Random:
         return ids, scores
 
     def score(self, queries: Sequence[str], users: Sequence[User] | None, items: np.ndarray) -> np.ndarray:
-        """0 for all: ties are resolved by chance, in expectation."""
+        """Returns 0 for all pairs. The metrics resolve ties in expectation, as if by chance."""
         return np.zeros(items.shape, np.float32)
 
 
 class Popularity:
-    """The same items for every query: the most popular, ties by ascending id."""
+    """The most popular items, the same for every query; ties are broken by ascending id."""
 
     def __init__(self, item_ids: np.ndarray, popularity: np.ndarray):
-        """`item_ids` int64 [items], `popularity` float [items]."""
+        """Takes `item_ids` int64 [items] and `popularity` float [items]."""
         self._item_ids, self._popularity = np.asarray(item_ids), np.asarray(popularity, np.float32)
         self._order = np.lexsort((self._item_ids, -self._popularity))
         self._rows = RowsById(self._item_ids)

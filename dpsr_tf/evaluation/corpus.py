@@ -1,4 +1,4 @@
-"""What evaluation needs to know of a store: the items, and how often each query was asked."""
+"""The part of a store that evaluation needs: the items, and how often each query is in the log."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ FREQUENCIES = ("head", "torso", "tail", "unseen")
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """The items that retrieval chooses from, n in all, and the log they were seen in.
+    """The n items that retrieval chooses from, and the frequencies of the queries in their log.
 
     Attributes:
         item_ids: int64 [n], distinct.
         titles: n texts.
-        popularity: float32 [n], what the schema says it is, else clicks.
-        item_keys: id of each of the shop's own ids where those are texts; else None.
-        user_keys: the same of the users.
-        query_counts: positive pairs of each query of the log.
-        store: where it comes from, if from a store.
+        popularity: float32 [n], the popularity column of the schema, or the number of clicks.
+        item_keys: text id -> item id if the shop's item ids are texts, else None.
+        user_keys: text id -> user id if the shop's user ids are texts, else None.
+        query_counts: number of positive pairs of each query of the log.
+        store: the store that this corpus comes from, if any.
     """
 
     item_ids: np.ndarray
@@ -42,7 +42,7 @@ class Corpus:
 
     @staticmethod
     def of_store(store: Store) -> Corpus:
-        """All items of a store."""
+        """Returns the corpus of all items of a store."""
         items = store.items()
         counts = np.concatenate([np.diff(file["positive.splits"]) for file in store.interactions()])
         return Corpus(
@@ -56,30 +56,30 @@ class Corpus:
         )
 
     def need_store(self, spec: str) -> Store:
-        """The store. Raises UsageError that names the system `spec` if there is none."""
+        """Returns the store. Raises UsageError, which names the system `spec`, if there is none."""
         if self.store is None:
             raise UsageError(f"--system={spec}: needs a store with the items' features; give --store")
         return self.store
 
     def user_teller(self, names: Collection[str]) -> Callable[[User], dict[str, Any]] | None:
-        """What a model with inputs of these names is told of a user: see client_arguments. None without a store."""
+        """Returns a function from a user to the model inputs `names`, see client_arguments. None without a store."""
         return None if self.store is None else client_arguments(self.store, names)
 
     def popularity_percentiles(self) -> np.ndarray:
-        """Share of the items that are less popular, items as popular counted half: float64 [n], 0.5 on average."""
+        """Returns the share of items that are less popular; equal items count half. float64 [n], 0.5 on average."""
         ordered = np.sort(self.popularity)
         below, up_to = (np.searchsorted(ordered, self.popularity, side) for side in ("left", "right"))
         return (below + up_to) / (2 * len(ordered))
 
     def frequencies(self, queries: Sequence[str]) -> list[str]:
-        """One of FREQUENCIES for each query, by its count in the log.
+        """Returns one of FREQUENCIES for each query, by its count in the log.
 
-        The head are the most frequent queries that make up a third of all counts, the torso those of the next third,
-        the tail the rest; queries of equal counts are never parted. A query that is not in the log, or has no positive
-        pair there, is unseen.
+        The head is the most frequent queries that make up a third of all counts, the torso those that make up the next
+        third, the tail the rest. Queries of equal counts are always in the same slice. A query that is not in the log,
+        or has no positive pair there, is unseen.
         """
         counts = -np.sort(-np.array([count for count in self.query_counts.values() if count > 0], np.int64))
-        # The count at which each third is reached.
+        # The number of the query at which each third of the counts is reached.
         thirds = np.searchsorted(np.cumsum(counts), counts.sum() * np.array([1, 2]) / 3) if len(counts) else []
         ends = [counts[place] for place in thirds]
         found = []

@@ -12,17 +12,18 @@ from dpsr_tf.models.exact_search import is_repeat, no_results, top_positions
 
 
 class Fusion:
-    """Several retrievers as one; each is asked for `depth` items, or k if that is more.
+    """Several retrievers combined into one. Each is asked for `depth` items, or for k if that is more.
 
-    Reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009): an item's score is the sum over retrievers of
-    1 / (60 + rank). With weights: the weighted sum of its scores, each retriever's brought to 0 .. 1 over what it
-    returned for the query (all 1 where they are equal). A retriever that did not return the item adds nothing.
+    Without weights this is reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009): an item's score is the
+    sum over the retrievers of 1 / (60 + rank). With weights an item's score is the weighted sum of its scores; the
+    scores that a retriever returned for a query are scaled to 0 .. 1 (to 1 if they are all equal). A retriever that did
+    not return an item adds nothing to its score.
     """
 
     RANK_CONSTANT = 60
 
     def __init__(self, parts: Sequence[Retriever], weights: Sequence[float] | None = None, depth: int = 1000):
-        """`weights`: one a part; None is reciprocal rank fusion."""
+        """Takes the retrievers and a weight for each of them; no weights means reciprocal rank fusion."""
         self._parts, self._weights, self._depth = parts, weights, depth
         self.personal = any(is_personal(part) for part in parts)
 
@@ -44,7 +45,7 @@ class Fusion:
         for row in range(len(queries)):
             there = united[row] >= 0
             items, which = np.unique(united[row][there], return_inverse=True)
-            # Sums in float32, so that sums of the same numbers in another order are ties.
+            # Sum in float32: sums of the same numbers in another order then tie.
             sums = np.bincount(which, shares[row][there], len(items)).astype(np.float32)
             order = top_positions(items, sums, k)
             ids[row, : len(order)], scores[row, : len(order)] = items[order], sums[order]
@@ -52,7 +53,7 @@ class Fusion:
 
 
 def _to_unit(scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Each row's scores where `counts`, brought to 0 .. 1."""
+    """Scales the scores of each row to 0 .. 1, by those that `counts` marks."""
     finite = np.clip(scores.astype(np.float64), -1e30, 1e30)
     low = np.where(counts, finite, np.inf).min(axis=1, keepdims=True, initial=np.inf)
     high = np.where(counts, finite, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)

@@ -1,4 +1,4 @@
-"""Which items are right for which queries: tables of human judgments, and what a store held out of its log."""
+"""Judgments: the relevant items of queries, from tables of human judgments or from what a store held out."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from dpsr_tf.data.user_requests import User
 
 @dataclasses.dataclass(frozen=True)
 class Judgments:
-    """The queries that have a relevant item, n in all, and what is known of them.
+    """The n queries that have a relevant item, with their judged items, users and slices.
 
-    A query asked by several users counts once for each of them.
+    A query of several users counts once for each of them.
 
     Attributes:
-        path: where they come from, for messages.
+        path: file that the judgments come from, for messages.
         queries: n texts.
         relevant: n lists of item ids, ascending.
-        users: who asked each; None where nobody is named.
-        grades: grade of every judged item of each query, relevant or not; empty: each relevant item has grade 1.
-        slices: name of a slicing -> the values of each query, most often one.
-        unanswered: the queries without a relevant item: text, user, the items judged not relevant.
-        unknown_keys: text ids that the corpus does not have, by the number that stands for them here, -2 and below.
+        users: user of each query; None if the judgments have no users.
+        grades: grade of every judged item of each query, relevant or not. If empty, each relevant item has grade 1.
+        slices: name of a slicing -> the values of each query, in most cases one.
+        unanswered: the queries without a relevant item: text, user, judged items.
+        unknown_keys: text ids that are not in the corpus, by the numbers from -2 down that stand for them here.
     """
 
     path: Path
@@ -53,20 +53,22 @@ class Judgments:
         item_keys: Mapping[str, int] | None = None,
         user_keys: Mapping[str, int] | None = None,
     ) -> Judgments:
-        """Reads a table of judged pairs. An item that is judged more than once has the highest of its grades.
+        """Reads a table of judged pairs. An item that is judged several times has the highest of its grades.
 
         Args:
             path: TSV, CSV, Parquet or JSON lines.
-            query, item, grade: columns; "" as grade: every row is relevant, of grade 1.
-            relevant_from: grades of this and above are relevant; a missing grade is not.
-            user: column of the user's id, "" if there is none.
-            time: column of the time, seconds since 1970, "" if there is none. A query of a user is as of the first.
-            slices: columns to slice by; a query has the values of its relevant rows.
-            item_keys: item id of each text id, where the shop's ids are texts.
-            user_keys: the same of users; others are anonymous.
+            query, item, grade: columns. If grade is "", every row is relevant and has grade 1.
+            relevant_from: lowest grade that is relevant. A missing grade is not relevant.
+            user: column of the user id, "" if there is none.
+            time: column of the time in seconds since 1970, "" if there is none. The time of a user's query is that of
+                its first row.
+            slices: columns to slice by. A query has the values of its relevant rows.
+            item_keys: text id -> item id, if the shop's item ids are texts.
+            user_keys: text id -> user id, if the shop's user ids are texts. Other users are anonymous.
 
         Raises:
-            UsageError: no such file. CommandError: unreadable, a missing column, nothing relevant.
+            UsageError: the file does not exist.
+            CommandError: the file is unreadable, a column is missing, or no item is relevant.
         """
         _check_file(path, "--judgments")
         texts: list[str] = [query, *slices]
@@ -82,7 +84,8 @@ class Judgments:
         users = _user_column(table, user, user_keys)
         times = table.numbers(time, low=0) if time else np.zeros(len(table))
 
-        # A query of a user is one entry: its first time, the highest grade of each item, the values of its slices.
+        # Rows of the same query and user are one entry, with the first time, the highest grade of each item, and the
+        # values of the slices.
         first: dict[tuple[str, int], int] = {}
         graded: dict[tuple[str, int], dict[int, float]] = {}
         values: dict[tuple[str, int], dict[str, dict[str, None]]] = {}
@@ -122,18 +125,19 @@ class Judgments:
 
     @staticmethod
     def of_held_out(store: Store) -> Judgments:
-        """What the store held out of its log: every held-out item of a user's query is relevant.
+        """Reads what the store held out of its log: every held-out item of a user's query is relevant.
 
-        A user is as of the first held-out interaction with the query, so that a retriever knows nothing of it.
+        The time of a user's query is that of its first held-out interaction, so that no retriever sees that
+        interaction in the user's history.
 
         Raises:
-            CommandError: the store holds nothing out.
+            CommandError: the store has no held-out interactions.
         """
         file = store.held_out()
         if file is None or not len(file["query"]):
             raise CommandError(
-                f"{store.path}: holds no held-out interactions; give `held_out` in the schema and ingest the log "
-                f"again, or give --judgments"
+                f"{store.path}: holds no held-out interactions; set `held_out` in the schema and ingest the log again, "
+                f"or give --judgments"
             )
         query, user, item, time = (np.asarray(file[name], np.int64) for name in ("query", "user", "item", "time"))
         order = np.lexsort((item, user, query))
@@ -160,16 +164,18 @@ class Judgments:
             first = ", ".join(str(self.unknown_keys.get(i, i)) for i in unknown[:3].tolist())
             raise CommandError(
                 f"{self.path}: {len(unknown):,} of {len(judged):,} relevant items are not in the store, first {first}; "
-                f"give the judgments of this corpus, or --skip_unknown to leave them out"
+                f"give judgments of the items in this store, or --skip_unknown to ignore the others"
             )
 
     def only_known(self, item_ids: np.ndarray) -> tuple[Judgments, int]:
-        """Without the judgments of items that are not in the corpus, and how many those were."""
+        """Returns the judgments of items that are in the corpus, and the number of the others."""
         known = set(item_ids.tolist())
         dropped = sum(item not in known for items in self._judged() for item in items)
         relevant = [[item for item in items if item in known] for items in self.relevant]
         if not any(relevant):
-            raise CommandError(f"{self.path}: no relevant item is in the store; give the judgments of this corpus")
+            raise CommandError(
+                f"{self.path}: no relevant item is in the store; give judgments of the items in this store"
+            )
         kept = dataclasses.replace(
             self,
             relevant=relevant,
@@ -183,7 +189,7 @@ class Judgments:
         return [*of_answered, *(items for _, _, items in self.unanswered)]
 
     def take(self, rows: Sequence[int]) -> Judgments:
-        """These queries only."""
+        """Returns the judgments of these queries only."""
         return dataclasses.replace(
             self,
             queries=[self.queries[row] for row in rows],
@@ -194,23 +200,24 @@ class Judgments:
         )
 
     def sample(self, count: int, seed: int) -> Judgments:
-        """At most `count` of the queries, drawn by chance, in their order."""
+        """Returns a random sample of at most `count` queries, in their order."""
         if len(self.queries) <= count:
             return self
         rows = np.random.default_rng([seed, 0]).choice(len(self.queries), count, replace=False)
         return self.take(np.sort(rows).tolist())
 
     def with_queries(self, path: Path, key: str, ask: str, slices: Sequence[str]) -> Judgments:
-        """Joins a table with one row a query: the text that is asked in its place, values to slice by.
+        """Joins a table with one row per query, which has other texts to ask or values to slice by.
 
         Args:
             path: the table.
-            key: its column of the query as the judgments have it.
-            ask: its column of the text to ask; "" leaves the query as it is.
-            slices: its columns to slice by.
+            key: column of the query as it is in the judgments.
+            ask: column of the text to ask instead of the query, "" to ask the query itself.
+            slices: columns to slice by.
 
         Raises:
-            UsageError: no such file. CommandError: unreadable, a missing column, a judged query that is not in it.
+            UsageError: the file does not exist.
+            CommandError: the file is unreadable, a column is missing, or a judged query is not in the table.
         """
         _check_file(path, "--queries")
         table = Table(
@@ -224,7 +231,7 @@ class Judgments:
             first = ", ".join(repr(text) for text in unknown[:3])
             raise CommandError(
                 f"{self.path}: {len(unknown):,} of {len(asked_for):,} queries are not in {path}, first {first}; "
-                f"give a table with a row for each of them, or correct --key_column"
+                f"give a table with a row for each query, or correct --key_column"
             )
         texts = table.text(ask).to_pylist() if ask else keys
         rows = [row_of[text] for text in self.queries]
@@ -239,7 +246,7 @@ class Judgments:
 
 def _check_file(path: Path, flag: str) -> None:
     if not path.is_file():
-        raise UsageError(f"{flag}={path}: is no file" if path.exists() else f"{flag}={path}: no such file")
+        raise UsageError(f"{flag}={path}: is not a file" if path.exists() else f"{flag}={path}: no such file")
     check_kind(path)
 
 

@@ -1,6 +1,6 @@
-"""The figures: ranked lists, top-k among 1,024 items, AUC, coverage, intervals and paired tests.
+"""Metrics: ranked lists, top-k among 1,024 items, AUC, bootstrap intervals and paired tests.
 
-All figures of ranked lists are one number a query, so that any slice and any resample of the queries is a mean.
+The metrics of ranked lists are one number per query, so the figure of any slice or resample of the queries is a mean.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from ir_measures import RR, P, R, nDCG
 from dpsr_tf.evaluation.judgments import Judgments
 from dpsr_tf.models.exact_search import is_repeat
 
-# Section 6.2.1: a relevant item among so many in all.
+# Number of items among which top-k ranks a relevant item, itself included (section 6.2.1).
 NUM_CANDIDATES = 1024
 TOP_K = (1, 10)
 CONFIDENCE = 0.95
-# Numbers of a resampled matrix, and queries whose answers are texts, that are in memory at once.
+# Limits of memory: size of a block of resampled numbers, and number of queries whose answers are texts at once.
 _BLOCK = 10_000_000
 _QUERIES = 4096
 
 
 def counted(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Which places of the answers [n, k] hold a result: bool.
+    """Returns which places of the answers hold a valid result, bool [n, k].
 
-    An id of -1 is none, nor is an item that stands further left already, nor one whose score is NaN. Such a place is
-    lost: what comes after it does not move up.
+    An id of -1, a repeat of an earlier item of the answer, and a score of NaN are not valid. Such a place stays empty:
+    later items do not move up.
     """
     return (ids >= 0) & ~is_repeat(ids) & ~np.isnan(scores)
 
@@ -38,14 +38,14 @@ def counted(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
 def ranked_metrics(
     ids: np.ndarray, scores: np.ndarray, judgments: Judgments, ks: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """recall@k, precision@k, mrr@k and ndcg@k of each query for each of `ks`, by ir-measures (trec_eval).
+    """Computes recall@k, precision@k, mrr@k and ndcg@k of each query for each of `ks`, by ir-measures (trec_eval).
 
-    The order is that of `ids`; scores play no part but for NaN (see `counted`). An item that nobody judged is not
-    relevant. NDCG's gain is the grade, 0 where it is negative or missing; its discount log2(rank + 1).
+    Items are ranked in the order of `ids`; of the scores only NaN matters (see `counted`). An item without a judgment
+    is not relevant. The gain of NDCG is the grade, or 0 if it is negative or missing; the discount is log2(rank + 1).
 
     Args:
-        ids: item ids int64 [n, at least max(ks)], -1 is none.
-        scores: float [n, same].
+        ids: item ids int64 [n, m], m >= max(ks), padded with -1.
+        scores: float [n, m].
         judgments: n queries.
         ks: cut-offs.
 
@@ -72,10 +72,10 @@ def _ranked_metrics(
     holds = counted(ids, scores)
     run = {}
     for row, (row_ids, row_holds) in enumerate(zip(ids.tolist(), holds.tolist(), strict=True)):
-        # A place that is lost holds an item that nobody knows. Falling numbers: the order is the system's, and equal
-        # scores must not let the library choose another.
+        # An empty place holds a made-up item that is not judged. The scores fall with the place, so that the library
+        # keeps the system's order also where the system's scores are equal.
         run[str(row)] = {
-            str(item) if is_result else f"lost {place}": -float(place)
+            str(item) if is_result else f"empty {place}": -float(place)
             for place, (item, is_result) in enumerate(zip(row_ids, row_holds, strict=True))
         }
     found: dict[Any, np.ndarray] = {}
@@ -88,14 +88,14 @@ def _ranked_metrics(
             found[metric.measure][int(metric.query_id)] = metric.value
     named = {f"recall@{k}": found[R @ k] for k in ks}
     named |= {f"precision@{k}": found[P @ k] for k in ks}
-    # The first relevant item counts if its rank, one over RR, is within k.
+    # The first relevant item counts if its rank, which is 1 / RR, is at most k.
     named |= {f"mrr@{k}": np.where(found[RR] * (k + 0.5) > 1, found[RR], 0.0) for k in ks}
     named |= {f"ndcg@{k}": found[nDCG @ k] for k in ks}
     return named
 
 
 def _integer_gains(judgments: Judgments) -> dict[str, dict[str, int]]:
-    """Grades as trec_eval wants them, whole numbers. NDCG is a ratio: a common factor does not change it."""
+    """Returns the grades as whole numbers, as trec_eval needs them. A common factor does not change NDCG, a ratio."""
     if not judgments.grades:
         return {str(row): dict.fromkeys(map(str, items), 1) for row, items in enumerate(judgments.relevant)}
     values = np.array([grade for grades in judgments.grades for grade in grades.values()])
@@ -114,12 +114,12 @@ def _integer_gains(judgments: Judgments) -> dict[str, dict[str, int]]:
 
 
 def has_candidates(judgments: Judgments, item_ids: np.ndarray) -> bool:
-    """Whether the corpus has 1,023 items for each query that are not relevant to it: top-k compares like with like."""
+    """Returns whether there are 1,023 items for each query that are not relevant to it, as top-k needs."""
     return len(item_ids) - max(map(len, judgments.relevant)) >= NUM_CANDIDATES - 1
 
 
 def top_k_candidates(judgments: Judgments, item_ids: np.ndarray, seed: Sequence[int]) -> np.ndarray:
-    """1,023 distinct items for each query, uniform among those that are not relevant to it: ids int64 [n, 1023]."""
+    """Draws 1,023 distinct items for each query, uniformly among those not relevant to it. Ids int64 [n, 1023]."""
     count = NUM_CANDIDATES - 1
     rng = np.random.default_rng([*seed, 1])
     ordered = np.sort(item_ids)
@@ -127,18 +127,18 @@ def top_k_candidates(judgments: Judgments, item_ids: np.ndarray, seed: Sequence[
     for row, relevant in enumerate(judgments.relevant):
         excluded = np.unique(np.searchsorted(ordered, relevant))
         free = rng.choice(len(ordered) - len(excluded), count, replace=False, shuffle=False)
-        # The i-th of the items that are left: past every excluded one that has at most i others before it.
+        # Map the number of an item among those left to its number among all: add the excluded items before it.
         candidates[row] = ordered[free + np.searchsorted(excluded - np.arange(len(excluded)), free, side="right")]
     return candidates
 
 
 def rank_within(relevant: np.ndarray, others: np.ndarray, k: int) -> np.ndarray:
-    """Probability that an item ranks within k among others, ties resolved by chance; NaN counts as -inf.
+    """Returns the probability that an item ranks within k among others; ties are resolved by chance, NaN is -inf.
 
     Args:
-        relevant: scores float [n, items], each ranked alone.
-        others: scores float [n, m] of the items it is ranked among.
-        k: places.
+        relevant: scores float [n, items] of items, each of which is ranked alone among the others.
+        others: scores float [n, m] of the other items.
+        k: cut-off.
 
     Returns:
         float64 [n, items].
@@ -149,20 +149,20 @@ def rank_within(relevant: np.ndarray, others: np.ndarray, k: int) -> np.ndarray:
     for row in range(len(relevant)):
         above = ordered.shape[1] - np.searchsorted(ordered[row], relevant[row], side="right")
         ties = ordered.shape[1] - np.searchsorted(ordered[row], relevant[row], side="left") - above
-        # Its rank is one of above + 1 .. above + ties + 1, each as likely.
+        # The rank is one of above + 1 .. above + ties + 1, all equally likely.
         result[row] = np.clip((k - above) / (ties + 1), 0, 1)
     return result
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelledPairs:
-    """Scores of judged pairs, p in all, in ascending order: what AUC is made of.
+    """The p judged pairs in ascending order of their scores, from which AUC is computed.
 
     Attributes:
-        query: int64 [p]: queries with a relevant item come first, as in Judgments, then the unanswered ones.
-        relevant: bool [p].
-        begins: first pair of each distinct score.
-        num_queries: queries of both kinds.
+        query: query of each pair, int64 [p]. Queries with a relevant item come first, as in Judgments, then the others.
+        relevant: whether each pair is relevant, bool [p].
+        begins: the first pair of each distinct score.
+        num_queries: number of queries of both kinds.
     """
 
     query: np.ndarray
@@ -172,7 +172,7 @@ class LabelledPairs:
 
     @staticmethod
     def of(query: np.ndarray, relevant: np.ndarray, scores: np.ndarray, num_queries: int) -> LabelledPairs:
-        """Sorts the pairs; a NaN score counts as -inf."""
+        """Sorts pairs by their scores; NaN counts as -inf."""
         scores = np.where(np.isnan(scores), -np.inf, scores)
         order = np.argsort(scores, kind="stable")
         ordered = scores[order]
@@ -180,9 +180,9 @@ class LabelledPairs:
         return LabelledPairs(query[order], relevant[order], begins, num_queries)
 
     def auc_samples(self, inside: np.ndarray, samples: int, seed: int) -> np.ndarray:
-        """AUC over bootstrap samples of the queries that are `inside`, bool [num_queries]: float64 [samples].
+        """Returns AUC for bootstrap samples of the queries that are `inside`, bool [num_queries]: float64 [samples].
 
-        The same seed draws the same queries, whatever the scores.
+        The same seed draws the same queries for all systems.
         """
         found = [np.zeros(0)]
         for drawn in resamples(int(inside.sum()), samples, seed):
@@ -192,13 +192,15 @@ class LabelledPairs:
         return np.concatenate(found)
 
     def auc(self, weights: np.ndarray) -> np.ndarray:
-        """Probability that a relevant pair scores above one that is not, ties half, over all pairs of all queries.
+        """Returns the probability that a relevant pair scores above one that is not; a tie counts half.
+
+        The pairs of all queries are compared with each other.
 
         Args:
             weights: float [samples, num_queries], how often each query is in a sample.
 
         Returns:
-            float64 [samples]; NaN where a sample has no pairs of one of the two kinds.
+            float64 [samples]; NaN if a sample lacks relevant pairs or pairs that are not relevant.
         """
         result = np.full(len(weights), np.nan)
         if not len(self.query):
@@ -216,7 +218,7 @@ class LabelledPairs:
 
 
 def resamples(count: int, samples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each of `count` queries is in each of `samples` bootstrap samples: float64 [some, count] at a time."""
+    """Yields how often each of `count` queries is in each bootstrap sample, in blocks float64 [samples, count]."""
     rng = np.random.default_rng([seed, 2])
     step = max(1, _BLOCK // max(1, count))
     for begin in range(0, samples, step):
@@ -225,13 +227,13 @@ def resamples(count: int, samples: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def bootstrap_means(values: np.ndarray, samples: int, seed: int) -> np.ndarray:
-    """Means of `values` [queries, metrics] over bootstrap samples of the queries: [samples, metrics]."""
+    """Returns the means of `values` [queries, metrics] over bootstrap samples of the queries: [samples, metrics]."""
     count = len(values)
     return np.concatenate([weights @ values / count for weights in resamples(count, samples, seed)])
 
 
 def interval(samples: np.ndarray) -> list[float] | None:
-    """The bootstrap percentile interval of CONFIDENCE of `samples` [samples]; None where nothing is known."""
+    """Returns the percentile interval [low, high] of CONFIDENCE of `samples`; None if all samples are NaN."""
     samples = samples[~np.isnan(samples)]
     if not len(samples):
         return None
@@ -245,12 +247,12 @@ def compare(
     samples: int,
     seed: int,
 ) -> dict[str, dict[str, Any]]:
-    """Paired comparison, query by query, of each figure that both have.
+    """Compares two systems query by query, in each figure that both have.
 
     Returns:
         name -> `difference` of the means, its bootstrap `interval` (None without samples), and the two-sided p-values
-        of the paired t-test, `p_t_test`, and of Wilcoxon's signed-rank test, `p_wilcoxon`; both 1 where no query
-        differs, None where there is one query only.
+        of the paired t-test, `p_t_test`, and of Wilcoxon's signed-rank test, `p_wilcoxon`. Both p-values are 1 if no
+        query differs, and None if there is only one query.
     """
     names = [name for name in system if name in baseline]
     differences = np.stack([system[name] - baseline[name] for name in names], axis=1)
@@ -260,7 +262,7 @@ def compare(
         difference = differences[:, column]
         p_t_test = p_wilcoxon = 1.0 if len(difference) > 1 else None
         if len(difference) > 1 and difference.any():
-            # Where all queries differ by the same the statistic is infinite.
+            # If all queries differ by the same amount, the statistic of the t-test is infinite.
             constant = np.ptp(difference) == 0
             p_t_test = 0.0 if constant else float(scipy.stats.ttest_1samp(difference, 0).pvalue)
             p_wilcoxon = float(scipy.stats.wilcoxon(difference, method="approx").pvalue)

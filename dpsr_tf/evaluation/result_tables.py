@@ -11,7 +11,7 @@ from dpsr_tf.evaluation import metrics
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """The report for people."""
+    """Returns the report of measure_all, with the `settings` of the command, as text for people."""
     ks = report["settings"]["ks"]
     main = [*(f"recall@{k}" for k in ks), f"mrr@{ks[0]}", f"ndcg@{ks[0]}"]
     names = ["system", *main, *(f"top-{k}" for k in metrics.TOP_K), "auc"]
@@ -26,7 +26,7 @@ def format_report(report: Mapping[str, Any]) -> str:
             for spec, intervals in report["intervals"].items()
         ]
         blocks[0] = _table(names, [row for pair in zip(rows, widths, strict=True) for row in pair])
-        blocks[0] += f"\n+-: half of the {metrics.CONFIDENCE:.0%} bootstrap interval"
+        blocks[0] += f"\n+-: half the width of the {metrics.CONFIDENCE:.0%} bootstrap interval"
     blocks += [_table(more, rows), _table(speed, rows)]
     for slicing, values in report["slices"].items():
         of_slice = [
@@ -47,7 +47,7 @@ def format_report(report: Mapping[str, Any]) -> str:
             for name, one in comparison["figures"].items()
             if name in names
         ]
-        title = f"{comparison['system']} less {comparison['baseline']}, query by query"
+        title = f"{comparison['system']} minus {comparison['baseline']}, query by query"
         columns = ["figure", "difference", "low", "high", "p (t-test)", "p (Wilcoxon)"]
         blocks.append(f"{title}\n{_table(columns, rows)}")
     notes = [f"{spec}: {note}" for spec, lines in report["notes"].items() for note in lines]
@@ -55,7 +55,7 @@ def format_report(report: Mapping[str, Any]) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line a row, texts to the left and numbers to the right; - where a row has no such number."""
+    """Formats one line per row, texts aligned to the left, numbers to the right. A missing number is shown as -."""
     lines = [list(columns)] + [[_cell(row.get(name)) for name in columns] for row in rows]
     is_text = [any(isinstance(row.get(name), str) for row in rows) for name in columns]
     widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]

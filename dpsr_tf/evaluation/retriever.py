@@ -13,19 +13,19 @@ from dpsr_tf.data.user_requests import User
 class Retriever(Protocol):
     """Anything that finds items for queries: a baseline, a model, an index, a servable, a server.
 
-    Two attributes are optional. `personal = True` says that it makes use of users; others are given None.
-    `score(queries, users, items)`, with items int64 [n, m], returns the score of each of these pairs, float32 [n, m],
-    whether or not the item would be found; -1 among the items is padding and its score is ignored. Top-k among 1,024
-    items and AUC need it.
+    Two attributes are optional. `personal = True` says that the answers depend on the user; retrievers without it are
+    given no users. `score(queries, users, items)`, with items int64 [n, m], returns the score of each pair of query and
+    item, float32 [n, m], whether or not the item would be retrieved. An item of -1 is padding; its score is ignored.
+    Top-k among 1,024 items and AUC need `score`.
     """
 
     def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k best items of each query.
+        """Retrieves the k best items of each query.
 
         Args:
             queries: n texts.
-            users: n users, or None for anonymous ones.
-            k: items asked for.
+            users: n users, or None if they are anonymous.
+            k: number of items to return.
 
         Returns:
             Item ids int64 [n, k] and scores float32 [n, k], best first, padded with -1 and -inf.
@@ -36,7 +36,7 @@ class Retriever(Protocol):
 def ask(
     retriever: Retriever, queries: Sequence[str], users: Sequence[User] | None, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What `retriever` answers, users left out where it makes no use of them. Raises ValueError for another shape."""
+    """Calls the retriever, without users if it is not personal. Raises ValueError if a shape is wrong."""
     ids, scores = retriever(queries, users if is_personal(retriever) else None, k)
     if ids.shape != (len(queries), k) or scores.shape != ids.shape:
         raise ValueError(
@@ -47,5 +47,5 @@ def ask(
 
 
 def is_personal(retriever: Retriever) -> bool:
-    """Whether it makes use of users."""
+    """Returns whether the answers of the retriever depend on the user."""
     return bool(getattr(retriever, "personal", False))

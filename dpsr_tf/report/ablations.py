@@ -1,4 +1,4 @@
-"""Each part of DPSR's model and of its training changed alone, on the generated shop."""
+"""Ablations: variants of DPSR that change one part of the model or of the training, on the generated shop."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from dpsr_tf.report.runner import Artifact, Result
 from dpsr_tf.report.shop import SCHEMA, TRAINING, Shop, Size
 from dpsr_tf.shop.log import START
 
-# On a store of its own: the tokenizer, and the log with human labels.
+# These groups need a store of their own: with another tokenizer, and with human labels in the log.
 TRIGRAMS: dict[str, dict[str, Any]] = {"with": {}, "off": {}}
 SUPERVISION: dict[str, dict[str, Any]] = {
     "none": {},
     "positives only": {},
-    "joined to the random ones": {"train.num_supervised_negatives": 32},
-    "own query only": {"train.own_negatives": "both", "train.num_own_negatives": 8},
+    "added to the random negatives": {"train.num_supervised_negatives": 32},
+    "for their own query only": {"train.own_negatives": "both", "train.num_own_negatives": 8},
 }
 RELU: dict[str, Any] = {"model.hidden": [256, 128]}
-CHANCE: dict[str, Any] = {"model.aligned_start": False}
-# The paper's loss (section 4.3).
+RANDOM_START: dict[str, Any] = {"model.aligned_start": False}
+# The loss of the paper, section 4.3.
 HINGE: dict[str, Any] = {"train.loss": "hinge", "train.log_q_correction": False}
 PAPER: dict[str, Any] = {**HINGE, "train.num_random_negatives": 64, "train.num_own_negatives": 0}
 
 
 def groups_of(size: Size) -> dict[str, dict[str, dict[str, Any]]]:
-    """Group -> what a variant is called -> what it changes; one that changes nothing is DPSR as Table 2 has it."""
+    """Returns group -> variant -> changes of the config. A variant without changes is DPSR as in Table 2."""
     half = {"train.num_title_queries": size.batch_size // 2}
-    begin = {"train.pretrain_steps": max(1, size.steps // 5)}
+    titles_first = {"train.pretrain_steps": max(1, size.steps // 5)}
     return {
         "loss": {
             "softmax, log Q": {},
             "softmax": {"train.log_q_correction": False},
             "hinge": HINGE,
-            "as the paper: hinge, 64 random negatives": PAPER,
+            "as in the paper: hinge, 64 random negatives": PAPER,
         },
         "negatives": {
             "512 random, 4 unclicked": {},
@@ -52,17 +52,23 @@ def groups_of(size: Size) -> dict[str, dict[str, dict[str, Any]]]:
             "512 random": {"train.num_own_negatives": 0},
         },
         "layers": {"linear": {}, "ReLU of 256 and 128": RELU},
-        "start": {"aligned": {}, "by chance": CHANCE, "by chance, ReLU of 256 and 128": {**CHANCE, **RELU}},
+        "start": {"aligned": {}, "random": RANDOM_START, "random, ReLU of 256 and 128": {**RANDOM_START, **RELU}},
         "heads": {"2": {}, "1": {"model.num_heads": 1}, "4": {"model.num_heads": 4}},
         "beta": {"0.1": {}, **{f"{beta:g}": {"model.temperature": beta} for beta in (0.0, 0.02, 0.5)}},
         "alpha": {"0.5": {}, **{f"{alpha:g}": {"train.mixing_ratio": alpha} for alpha in (0.0, 0.25, 0.75, 1.0)}},
-        "margin, as the paper": {f"{margin:g}": {**PAPER, "train.margin": margin} for margin in (0.1, 0.03, 0.3, 0.6)},
-        "hardest negatives, as the paper": {
+        "margin, with the paper's loss": {
+            f"{margin:g}": {**PAPER, "train.margin": margin} for margin in (0.1, 0.03, 0.3, 0.6)
+        },
+        "hardest negatives, with the paper's loss": {
             "all": PAPER,
             "the hardest 16": {**PAPER, "train.num_hard_negatives": 16},
         },
-        "pre-training": {"none": {}, "half of each batch titles": half, "first a fifth of titles only": half | begin},
-        "text table": {"shared": {}, "one each": {"model.share_text_table": False}},
+        "pre-training": {
+            "none": {},
+            "half of the queries from titles": half,
+            "half of the queries from titles, in the first fifth of the steps all": half | titles_first,
+        },
+        "text table": {"shared": {}, "one per tower": {"model.share_text_table": False}},
         "item features": {"all": {}, "title only": {"model.item_features": []}},
         "letter trigrams": TRIGRAMS,
         "supervision": SUPERVISION,
@@ -70,7 +76,7 @@ def groups_of(size: Size) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def ablate(shop: Shop) -> Result:
-    """Each part of the model and of the training changed alone: group -> what `dpsr evaluate` says of its variants."""
+    """Trains and measures all variants. Returns group -> figures as in the JSON object of `dpsr evaluate`."""
     runner = shop.runner
     wanted: dict[str, tuple[str, Mapping[str, Any], Artifact | None]] = {}
     plain = {**SCHEMA, "tokenizer": {"letter_trigrams": False}}
@@ -100,14 +106,14 @@ def ablate(shop: Shop) -> Result:
 
 
 def _label(group: str, variant: str, number: int, changes: Mapping[str, Any]) -> str:
-    """What a variant's model is called; the first of a group, on the shop's own store, may be that of Table 2."""
+    """Returns the name of a variant's model. The first variant of a group without changes is the model of Table 2."""
     return f"{group}: {variant}" if number or changes else "base"
 
 
 def _ablation(shop: Shop, group: str, labels: Mapping[str, Artifact], store: Artifact | None) -> Result:
-    """Figures of each variant, and their differences from the first with intervals over the same queries.
+    """Measures the variants of a group, and their differences from the first variant over the same queries.
 
-    A model is asked through the store that it was trained on, so this is no one command.
+    `dpsr evaluate` has one store for all systems, but here each model needs the store that it was trained on.
     """
 
     def compute() -> Result:
@@ -129,7 +135,7 @@ def _ablation(shop: Shop, group: str, labels: Mapping[str, Artifact], store: Art
 
 
 def _supervised_store(shop: Shop) -> Artifact:
-    """The store of the log with the labels of humans: grade 3 is positive, 0 and 1 are negative, 2 is neither."""
+    """Returns the store of the log with human labels: grade 3 is positive, 0 and 1 are negative, 2 is ignored."""
     runner = shop.runner
     definition = {"labelled": shop.directory.digest}
     path = runner.out / "work" / f"{shop.experiment_name('labelled')}-{shop.directory.digest}"

@@ -1,4 +1,4 @@
-"""What rankers reach that know a generated shop's truth: how much there is to learn from who asks."""
+"""Upper limits of top-k: rankers that know the truth of a generated shop, such as the user's taste."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from dpsr_tf.report.shop import Shop
 from dpsr_tf.shop.world import TASTE_WEIGHTS
 
 KNOWN = ("what the query means", "and the profile", "and the taste")
-_OTHERS = 1023  # that top-k ranks an item among
+# Number of other items among which top-k ranks an item.
+_OTHERS = 1023
 _PURCHASES = 3_000
 _SAMPLES = 1000
 
 
 def ceilings(shop: Shop) -> Result:
-    """Expected top-1 and top-10 on purchases of three rankers; they score items by the chance that they are bought.
+    """Returns the expected top-1 and top-10 of three rankers on purchases.
 
-    That is popularity among the items of the query's meanings, each as likely, times exp(appeal)
-    (docs/generated_shop.md): the first ranker has the mean over all profiles, the second the user's own profile, the
-    third the latent taste too, which no history tells in full.
+    The rankers score an item by the probability that it is bought: its popularity among the items of each meaning of
+    the query, all meanings being equally likely, times exp(appeal), see docs/generated_shop.md. The first ranker uses
+    the mean of exp(appeal) over all profiles, the second the user's own profile, the third also the latent taste, which
+    no history shows in full.
     """
 
     def compute() -> Result:
@@ -58,13 +60,13 @@ def ceilings(shop: Shop) -> Result:
 
 
 class _Truth:
-    """The truth of a shop, items by the row of truth/items.parquet."""
+    """The truth of a shop. Items are rows of truth/items.parquet."""
 
     def __init__(self, shop: Shop):
         items, users = shop.truth_table("items"), shop.truth_table("users")
         columns = ["item_id", "brand", "shop"]
         shown = pyarrow.parquet.read_table(shop.directory.path / "items.parquet", columns=columns).to_pydict()
-        if shown["item_id"] != items["item_id"]:  # both are in the order of ids
+        if shown["item_id"] != items["item_id"]:
             raise ValueError("items.parquet and truth/items.parquet differ in their items")
         self._row = {item: row for row, item in enumerate(items["item_id"])}
         self._brand, self._shop = np.array(shown["brand"]), np.array(shown["shop"])
@@ -82,7 +84,7 @@ class _Truth:
         self._taste, self._history = shop.parameters["taste"], shop.parameters["history"]
 
     def figures(self, query: str, user_id: int, relevant: Any) -> list[float]:
-        """top-1 and top-10 of each ranker for a purchase, 6 numbers."""
+        """Returns top-1 and top-10 of each ranker for a purchase, 6 numbers."""
         user = self._users[user_id]
         right = [self._row[int(item)] for item in relevant]
         scores = np.zeros((len(KNOWN), len(self._row)))
@@ -100,6 +102,7 @@ class _Truth:
         return found
 
     def _latent(self, user: dict[str, Any], rows: np.ndarray) -> np.ndarray:
+        """Returns the appeal of the items `rows` to the user's latent taste, float64 [items]."""
         places, styled = self._place[rows], self._style_place[rows] >= 0
         style = np.array(user["styles"], object)[np.maximum(self._style_place[rows], 0)]
         return np.asarray(

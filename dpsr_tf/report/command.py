@@ -1,4 +1,4 @@
-"""`dpsr report`: runs the paper's experiments and writes a report."""
+"""`dpsr report`: runs the experiments of the paper and writes a report."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from dpsr_tf.report.shop import QUICK, Size
 USAGE = """
 Usage: dpsr report --out=DIR [--quick] [--ablations] [--homedepot=DIR] [--movielens=DIR] [--qbqtc=DIR]
 
-Runs the experiments of the DPSR paper (section 6) on generated shops, and on public data where it is given, and writes
-DIR/index.html, DIR/report.md and DIR/report.json. An experiment whose result is in DIR is not run again, so a report
-that was killed goes on. docs/report.md says what is measured.
+Runs the experiments of the DPSR paper (section 6) on generated shops, and on the public data sets that are given.
+Writes DIR/index.html, DIR/report.md and DIR/report.json. An experiment whose result is in DIR is not run again, so a
+report that was interrupted continues where it stopped. docs/report.md describes the experiments.
 """
 
 REQUIRED_FLAGS = ("out",)
@@ -46,19 +46,34 @@ figure, svg { max-width: 100%; height: auto; } code { background: #f3f3f3; paddi
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of `dpsr report`."""
-    flags.DEFINE_string("out", None, "directory of the report and of what it is made from", flag_values=values)
-    flags.DEFINE_boolean("quick", False, "small experiments: minutes, not an hour", flag_values=values)
-    flags.DEFINE_boolean("ablations", False, "the ablations too", flag_values=values)
+    flags.DEFINE_string("out", None, "directory for the report, its shops, models and results", flag_values=values)
+    flags.DEFINE_boolean(
+        "quick", False, "runs small experiments, which take minutes instead of an hour", flag_values=values
+    )
+    flags.DEFINE_boolean(
+        "ablations",
+        False,
+        "also runs the ablations: variants that change one part of the model or training",
+        flag_values=values,
+    )
     for name, title in (("homedepot", "Home Depot"), ("movielens", "MovieLens 100K"), ("qbqtc", "QBQTC")):
-        flags.DEFINE_string(name, None, f"directory of the {title} files; left out if not given", flag_values=values)
-    flags.DEFINE_integer("seed", 1, "of the first shop, of trainings and samples", 0, 2**31 - 1000, flag_values=values)
-    flags.DEFINE_integer("jobs", None, "trainings at once; as many as cores if left out", 1, 1024, flag_values=values)
-    flags.DEFINE_multi_string("set", [], "a value over the mode's, for example steps=500", flag_values=values)
+        flags.DEFINE_string(
+            name, None, f"directory of the {title} files; without it this data set is skipped", flag_values=values
+        )
+    flags.DEFINE_integer(
+        "seed", 1, "seed of the first generated shop, of trainings and of samples", 0, 2**31 - 1000, flag_values=values
+    )
+    flags.DEFINE_integer(
+        "jobs", None, "number of trainings to run at once (default: the number of cores)", 1, 1024, flag_values=values
+    )
+    flags.DEFINE_multi_string(
+        "set", [], "overrides one size of the experiments, for example steps=500; can be repeated", flag_values=values
+    )
 
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """Runs `dpsr report`."""
-    # Without this a SIGTERM would end the report at once and leave its trainings running.
+    # Exit through exceptions on SIGTERM, so that the trainings are ended too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     size = size_from_flags(values.quick, values["set"].value)
     data = {name: Path(values[name].value) for name in DATA_SETS if values[name].value}
@@ -67,11 +82,11 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
             raise UsageError(f"--{name}={path}: no such directory")
     out = Path(values.out)
     if out.is_dir() and any(out.iterdir()) and not (out / "runs").is_dir():
-        raise CommandError(f"{out}: is there and holds no report (no runs/); choose another --out")
+        raise CommandError(f"--out={out}: exists but holds no report (it has no runs/); choose another directory")
     try:
         runner = ExperimentRunner(out, values.seed, values.jobs or len(os.sched_getaffinity(0)))
     except OSError as error:
-        raise CommandError(f"{out}: cannot be made: {error.strerror}") from None
+        raise CommandError(f"--out={out}: cannot be created: {error.strerror}") from None
     start = time.monotonic()
     results = experiments.run(runner, size, values.ablations, data)
     results |= {
@@ -89,7 +104,7 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
 
 
 def size_from_flags(quick: bool, assignments: list[str]) -> Size:
-    """The size of a mode with `name=value` assignments over it. Raises UsageError."""
+    """Returns the size of a mode, overridden by `name=value` assignments. Raises UsageError."""
     data = to_dict(QUICK if quick else Size())
     for assignment in assignments:
         name, value = read_assignment(assignment, "steps=500")
@@ -99,7 +114,7 @@ def size_from_flags(quick: bool, assignments: list[str]) -> Size:
 
 
 def write_report(results: Result, out: Path) -> None:
-    """Writes report.json, report.md with plots/, and index.html, from what `experiments.run` gives."""
+    """Writes report.json, report.md with plots/, and index.html."""
     write(out / "report.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     page = sections.report(results)
     drawn = {name: plots.svg(figure, name) for name, figure in page.figures.items()}
@@ -111,7 +126,7 @@ def write_report(results: Result, out: Path) -> None:
 
 
 def html(text: str, drawn: dict[str, str]) -> str:
-    """The Markdown as one HTML page, with the SVG of each figure, by name, in its place."""
+    """Converts Markdown to an HTML page that contains the figures; `drawn` is name -> SVG."""
     body = markdown.markdown(text, extensions=["tables", "toc"])
 
     def place(match: re.Match[str]) -> str:
@@ -127,7 +142,7 @@ def html(text: str, drawn: dict[str, str]) -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine."""
+    """Returns CPU, cores, memory and system of this machine."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else []
     return {
@@ -139,7 +154,7 @@ def hardware() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the figures."""
+    """Returns the versions of the packages that decide the figures."""
     packages = ("tensorflow", "scikit-learn", "matplotlib", "bm25s", "scipy")
     found = {"dpsr": __version__, "python": platform.python_version(), "numpy": np.__version__}
     return found | {package: importlib.metadata.version(package) for package in packages}

@@ -1,4 +1,4 @@
-"""The experiments of the report: each is a config, a store and a measurement, and gives a JSON object."""
+"""The experiments of the report. Each trains models on a store, measures them, and returns a JSON object."""
 
 from __future__ import annotations
 
@@ -25,28 +25,30 @@ from dpsr_tf.report.public_data import DATA_SETS
 from dpsr_tf.report.runner import Artifact, ExperimentRunner, Result
 from dpsr_tf.report.shop import REPOSITORY, TRAINING, Shop, Size
 
-_SAMPLES = 1000  # of the bootstrap, as `dpsr evaluate` draws them
-# What Table 2 calls a system -> the system of `dpsr evaluate`, or the file in configs/.
+# Number of bootstrap samples, the default of `dpsr evaluate`.
+_SAMPLES = 1000
+# The names of Table 2 -> the system of `dpsr evaluate`, or the file in configs/.
 BASELINES = {"BM25": "bm25", "BM25-u&b": "bm25-bigrams", "popularity": "popularity"}
 MODELS = {"DSSM": "dssm", "DPSR": "dpsr", "DPSR-p": "dpsr_p", "DPSR-h": "dpsr_h"}
-# DSSM keeps the layers of its file, which start by chance: aligned or linear ones begin with texts beside those of the
-# same words, and would find these whatever they learn.
+# DSSM keeps the layers of its config file, which start from random weights. Aligned or linear layers place texts that
+# share words near each other from the start, so such a model would match words however little it learned.
 DSSM = {"model.hidden": [256, 128]}
-# One head against two: scored in training as retrieval does, by the nearest head (beta 0), and without unclicked items.
+# For the comparison of one head with two: training scores as retrieval does, by the best head (beta 0), and uses no
+# unclicked items.
 HEADS = {**TRAINING, "train.num_own_negatives": 0, "model.temperature": 0.0}
 
 
 def run(runner: ExperimentRunner, size: Size, ablations: bool, data: Mapping[str, Path]) -> Result:
-    """All experiments.
+    """Runs all experiments.
 
     Args:
-        runner: where they run.
-        size: how large they are.
-        ablations: the long ones too.
-        data: `homedepot`, `movielens`, `qbqtc` -> directory, those that are there.
+        runner: keeps the results.
+        size: size of the experiments.
+        ablations: also runs the ablations.
+        data: `homedepot`, `movielens`, `qbqtc` -> directory of the files, for those that are given.
 
     Returns:
-        What each of the functions below gives, and `shops`, the seeds; those of every shop in lists.
+        The results of the functions below, in lists where there is one for each shop, and `shops`, their seeds.
     """
     stores = {name: DATA_SETS[name].store(runner, path) for name, path in data.items()}
     shops = [Shop(runner, size, number) for number in range(size.shops)]
@@ -74,7 +76,7 @@ def run(runner: ExperimentRunner, size: Size, ablations: bool, data: Mapping[str
 
 
 def _train(runner: ExperimentRunner, shops: Sequence[Shop], size: Size) -> list[dict[str, Artifact]]:
-    """The models of each shop, by what they are called."""
+    """Trains the models of all shops. Returns label -> model for each shop."""
     wanted: dict[tuple[int, str], Callable[[], Artifact]] = {}
     for shop in shops:
         named = {
@@ -85,9 +87,9 @@ def _train(runner: ExperimentRunner, shops: Sequence[Shop], size: Size) -> list[
             for heads in (1, 2):
                 change = {**HEADS, "model.num_heads": heads, "model.embedding_dim": dim}
                 named[_with_heads(heads, dim)] = functools.partial(shop.model, f"heads-{heads}-{dim}", "dpsr", change)
-        # Of the further shops only what shows whether the first one's order holds.
+        # On the other shops the smallest and the largest alpha show whether the result of the first shop holds.
         for alpha in size.mixing_ratios if shop.number == 0 else (min(size.mixing_ratios), max(size.mixing_ratios)):
-            change = {"train.mixing_ratio": alpha}  # and the paper's loss
+            change = {"train.mixing_ratio": alpha}
             named[f"{alpha:g}"] = functools.partial(shop.model, f"alpha-{alpha:g}", "dpsr", change)
         wanted |= {(shop.number, label): train for label, train in named.items()}
     made = runner.run_together(wanted)
@@ -107,14 +109,14 @@ def _with_heads(number: int, dim: int) -> str:
 
 
 def _pair(models: Mapping[str, Artifact], dim: int) -> dict[str, Artifact]:
-    """One head and two, by their number."""
+    """Returns the models with one head and with two, by label."""
     return {_heads(number): models[_with_heads(number, dim)] for number in (1, 2)}
 
 
 def table2(shop: Shop, models: Mapping[str, Artifact]) -> Result:
-    """Table 2: top-k by what users bought after the log's end, AUC by pairs with a grade of humans.
+    """Table 2: top-k on purchases after the end of the log, AUC on graded pairs.
 
-    And the time to 1,000 items, of the first shop.
+    On the first shop also the latency of 1,000 items.
     """
     systems: dict[str, str | Artifact] = {**BASELINES, **{label: models[label] for label in MODELS}}
     users = ("--user_column=user_id", "--time_column=time")
@@ -129,7 +131,7 @@ def table2(shop: Shop, models: Mapping[str, Artifact]) -> Result:
 
 
 def mixing(shop: Shop, models: Mapping[str, Artifact]) -> Result:
-    """Figure 7: what the share of random negatives does to relevance and to the popularity of what is found."""
+    """Figure 7: relevance and popularity of the retrieved items by the share of random negatives."""
     alphas = sorted(alpha for alpha in shop.size.mixing_ratios if f"{alpha:g}" in models)
     systems = {f"{alpha:g}": models[f"{alpha:g}"] for alpha in alphas}
     users = ("--user_column=user_id", "--time_column=time")
@@ -139,10 +141,11 @@ def mixing(shop: Shop, models: Mapping[str, Artifact]) -> Result:
 
 
 def polysemy(shop: Shop, models: Mapping[str, Artifact]) -> Result:
-    """One head beside two on all polysemous queries of the shop, those of the log and those held out of it.
+    """Compares one head with two on all polysemous queries of the shop, in the log and held out.
 
-    `senses@10` is the share of a query's meanings that have an item among the first 10; `recall@100` the share of the
-    right items among the first 100, of 100 where there are more. `widths` has the groups for each d.
+    `senses@10` is the share of a query's meanings that have an item among the first 10. `recall@100` is the share of
+    the relevant items among the first 100 (if there are more than 100, the share of 100). `groups` holds the figures by
+    group of queries for the usual embedding dimension, `widths` the groups for each dimension.
     """
     usual = _usual_dim()
     by_width = {dim: _polysemy(shop, models, dim) for dim in (*shop.size.widths, usual)}
@@ -167,7 +170,8 @@ def _polysemy(shop: Shop, models: Mapping[str, Artifact], dim: int) -> Result:
         homonym = np.array([not homonyms.keys().isdisjoint(query.split()) for query in queries])
         of_type = dict(zip(*(shop.truth_table("meanings")[name] for name in ("meaning", "type")), strict=True))
         named = [{of_type[meaning] is None for meaning in table["meanings"][row]} for row in rows]
-        mixed = np.array([len(kinds) == 2 for kinds in named])  # "apple": a brand and a fruit
+        # A query such as "apple", the brand and the fruit.
+        mixed = np.array([len(kinds) == 2 for kinds in named])
         groups = {"all": np.ones(len(rows), bool), "in the log": in_log, "held out": ~in_log}
         groups |= {"homonyms": homonym, "homonyms, held out": homonym & ~in_log, "brand and product": mixed}
         groups["brand of several categories"] = ~mixed & ~homonym
@@ -185,7 +189,7 @@ def _senses_and_recall(found: Sequence[int], senses: Sequence[set[int]]) -> tupl
 
 
 def _compared(figures: Mapping[str, np.ndarray], seed: int) -> Result:
-    """Means of each model's figures [queries, figures], intervals, and the second less the first."""
+    """Returns means and intervals of both models' figures [queries, figures] and of the second minus the first."""
     one, other = figures.values()
     samples = metrics.bootstrap_means(np.concatenate([one, other, other - one], axis=1), _SAMPLES, seed)
     limits = [metrics.interval(samples[:, column]) for column in range(samples.shape[1])]
@@ -202,15 +206,16 @@ def _compared(figures: Mapping[str, np.ndarray], seed: int) -> Result:
 
 
 def _plane(embeddings: np.ndarray, seed: int) -> list[list[float]]:
-    """t-SNE coordinates [n, 2], to four decimals."""
+    """Returns t-SNE coordinates [n, 2], rounded to four decimals."""
     perplexity = min(30, (len(embeddings) - 1) / 3)
-    with threadpool_limits(1):  # for the same figures on any number of cores; it is not slower here
+    # One thread gives the same figures on any number of cores, and is not slower here.
+    with threadpool_limits(1):
         points = TSNE(2, init="pca", perplexity=perplexity, random_state=seed).fit_transform(embeddings)
     return [[round(float(x), 4) for x in point] for point in points]
 
 
 def _popular_types(shop: Shop, count: int) -> tuple[list[str], dict[str, Any]]:
-    """The types with the most sold items, and the table truth/items with columns `row` of the store and `category`."""
+    """Returns the most popular types, and the table truth/items with `row` (in the store) and `category`."""
     items = shop.truth_table("items")
     items["row"] = RowsById(shop.opened_store.items()["id"])(np.array(items["item_id"])).tolist()
     category = pyarrow.parquet.read_table(
@@ -225,7 +230,7 @@ def _popular_types(shop: Shop, count: int) -> tuple[list[str], dict[str, Any]]:
 
 
 def topology(shop: Shop, model: Artifact) -> Result:
-    """Figure 5: the most popular items of the 33 most popular types of product, in a plane."""
+    """Figure 5: t-SNE of the most popular items of the 33 most popular types of product."""
 
     def compute() -> Result:
         types, items = _popular_types(shop, 33)
@@ -247,7 +252,7 @@ def topology(shop: Shop, model: Artifact) -> Result:
 
 
 def polysemy_examples(shop: Shop, models: Mapping[str, Artifact]) -> Result:
-    """Figure 6: the two most frequent polysemous queries in English, what each head finds, in planes of items."""
+    """Figure 6: t-SNE of items and what each head finds, for the two most frequent polysemous queries in English."""
     pair = _pair(models, _usual_dim())
 
     def compute() -> Result:
@@ -310,11 +315,12 @@ def _example(
 
 
 def cases(shop: Shop, model: Artifact, count: int = 5) -> Result:
-    """Table 1: good cases and failures, both picked by rule from the queries that the log does not hold.
+    """Table 1: good cases and failures, picked by a rule from the queries that are not in the log.
 
-    A query is looked at if all its words are synonyms (kind gap) or it is misspelt (kind typo). It is a good case if
-    the first item is right and, for gap, its title shares no token with the query; of these `count` are drawn by
-    chance. It is a failure if the first item is wrong; of these the `count` whose first right item stands last.
+    The queries are those of which all words are synonyms (kind gap) and those that are misspelt (kind typo). A good
+    case is a query whose first item is relevant; for gap, its title must share no token with the query. `count` good
+    cases are drawn at random. A failure is a query whose first item is not relevant; the `count` failures with the
+    worst rank of the first relevant item are returned.
     """
 
     def compute() -> Result:
@@ -363,7 +369,7 @@ def cases(shop: Shop, model: Artifact, count: int = 5) -> Result:
 
 
 def projector(shop: Shop, model: Artifact) -> Result:
-    """Files for TensorBoard's embedding projector, in projector/."""
+    """Writes the files for TensorBoard's embedding projector to projector/."""
 
     def compute() -> Result:
         _, items = _popular_types(shop, 1)
@@ -391,7 +397,7 @@ def projector(shop: Shop, model: Artifact) -> Result:
 
 
 def efficiency(shop: Shop, model: Artifact) -> Result:
-    """Tables 5 and 6, by the benchmarks of the checkout; `index` and `serving` are None where they are left out."""
+    """Tables 5 and 6, by the benchmarks of the checkout. `index` and `serving` are None if they are not run."""
     runner, size = shop.runner, shop.size
     found: Result = {"index": None, "serving": None}
     if not (REPOSITORY / "benchmarks").is_dir():
@@ -421,7 +427,7 @@ def efficiency(shop: Shop, model: Artifact) -> Result:
 
 
 def _benchmark(runner: ExperimentRunner, name: str, *flags: str) -> Result:
-    """The JSON object of a script of benchmarks/."""
+    """Runs a script of benchmarks/ and returns its JSON object."""
     script = REPOSITORY / "benchmarks" / f"{name}.py"
 
     def compute() -> Result:

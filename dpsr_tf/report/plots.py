@@ -1,7 +1,7 @@
-"""The report's figures: functions of results, each returns a matplotlib figure.
+"""The figures of the report. Each function takes results and returns a matplotlib figure.
 
-Colours are Okabe and Ito's, which the colour-blind tell apart; where there are more groups than colours, the marker
-tells them apart, and labels stand in the picture.
+The colors are those of Okabe and Ito, which color-blind readers can tell apart. Where there are more groups than
+colors, markers differ too, and the figure has labels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, BLACK = (
 COLORS = (BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, YELLOW, "#666666")
 MARKERS = "o^sDvPX*"
 _STYLE = {
-    "svg.fonttype": "none",  # texts stay texts: they can be searched, and the reader's fonts have all scripts
+    # Keep text as text: it can be searched, and the reader's fonts cover all scripts.
+    "svg.fonttype": "none",
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -35,20 +36,20 @@ _STYLE = {
 
 
 def svg(figure: Figure, name: str) -> str:
-    """The figure as an SVG element, the same text for the same figure; `name` keeps its ids apart from others'."""
+    """Returns the figure as an SVG element, reproducibly. `name` makes its ids distinct from those of other figures."""
     out = io.StringIO()
     with _quiet(), matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
-    # Several figures share a page, and ids are common to it.
+    # Several figures stand on one page, where ids must be distinct.
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'href="#', f'href="#{name}-', text)
     return re.sub(r"url\(#", f"url(#{name}-", text)
 
 
 def topology(result: Mapping[str, Any]) -> Figure:
-    """Figure 5: `points` [n, 2] of items, the `type` of each, and the `category` of each type, by name."""
+    """Draws figure 5: `points` [n, 2] of items, the `type` of each item, and type -> `category`."""
     with _new((9, 7.5)) as figure:
         axes = figure.add_subplot()
         points, types = np.array(result["points"]), np.array(result["type"])
@@ -59,8 +60,8 @@ def topology(result: Mapping[str, Any]) -> Figure:
             axes.scatter(
                 points[mine, 0], points[mine, 1], s=9, c=color, marker=marker, alpha=0.7, linewidths=0, label=category
             )
-        _bare(axes)
-        # A label stands at the item of its type that is nearest to all others of it.
+        _hide_axes(axes)
+        # The label of a type stands at its most central item.
         places = {name: _medoid(points[types == name]) for name in result["category"]}
         _spread_labels(axes, places, points)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=5, markerscale=2, frameon=False, fontsize=8)
@@ -68,44 +69,40 @@ def topology(result: Mapping[str, Any]) -> Figure:
 
 
 def polysemy(result: Mapping[str, Any]) -> Figure:
-    """Figure 6: for each query and model the items of its meanings, and which head finds which of the first ones."""
+    """Draws figure 6: for each query and model the items of its meanings, and the items that each head finds."""
     queries, models = result["queries"], list(result["queries"][0]["models"])
     with _new((5 * len(models), 4.2 * len(queries))) as figure:
         grid = figure.subplots(len(queries), len(models), squeeze=False)
         for row, query in enumerate(queries):
             for column, model in enumerate(models):
-                axes, found = grid[row, column], query["models"][model]
-                points, meaning = np.array(found["points"]), np.array(found["meaning"])
-                for number, name in enumerate(query["meanings"]):
-                    mine = meaning == number
-                    color, marker = (SKY, ORANGE, PURPLE, GREEN)[number % 4], "os^D"[number % 4]
-                    axes.scatter(
-                        points[mine, 0],
-                        points[mine, 1],
-                        s=12,
-                        c=color,
-                        marker=marker,
-                        alpha=0.6,
-                        linewidths=0,
-                        label=name,
-                    )
-                axes.scatter(
-                    points[meaning < 0, 0], points[meaning < 0, 1], s=5, c="#BBBBBB", linewidths=0, label="other items"
-                )
-                for head, places in enumerate(found["heads"]):
-                    edge, mark = (BLACK, VERMILION, BLUE, GREEN)[head % 4], "osD^"[head % 4]
-                    size = 70 + 50 * head
-                    where = points[places]
-                    axes.scatter(where[:, 0], where[:, 1], s=size, marker=mark, facecolors="none", edgecolors=edge,
-                                 linewidths=1.3, label=f"found by head {head + 1}")  # fmt: skip
-                _bare(axes)
+                axes = grid[row, column]
+                _meanings_and_heads(axes, query["meanings"], query["models"][model])
                 axes.set_title(f"“{query['query']}”, {model}")
             grid[row, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
     return figure
 
 
+def _meanings_and_heads(axes: Axes, meanings: Sequence[str], found: Mapping[str, Any]) -> None:
+    """Draws the items of each meaning, the other items, and rings around the items that each head finds."""
+    points, meaning = np.array(found["points"]), np.array(found["meaning"])
+    for number, name in enumerate(meanings):
+        mine = meaning == number
+        color, marker = (SKY, ORANGE, PURPLE, GREEN)[number % 4], "os^D"[number % 4]
+        axes.scatter(
+            points[mine, 0], points[mine, 1], s=12, c=color, marker=marker, alpha=0.6, linewidths=0, label=name
+        )
+    others = points[meaning < 0]
+    axes.scatter(others[:, 0], others[:, 1], s=5, c="#BBBBBB", linewidths=0, label="other items")
+    for head, places in enumerate(found["heads"]):
+        color, marker = (BLACK, VERMILION, BLUE, GREEN)[head % 4], "osD^"[head % 4]
+        where = points[places]
+        axes.scatter(where[:, 0], where[:, 1], s=70 + 50 * head, marker=marker, facecolors="none", edgecolors=color,
+                     linewidths=1.3, label=f"found by head {head + 1}")  # fmt: skip
+    _hide_axes(axes)
+
+
 def mixing(result: Mapping[str, Any]) -> Figure:
-    """Figure 7: `alpha`, and for each of `figures` a mean and its interval at each alpha."""
+    """Draws figure 7: the mean and interval of each of `figures` for each `alpha`."""
     panels = list(result["figures"])
     with _new((3.6 * len(panels), 3.4)) as figure:
         for number, name in enumerate(panels):
@@ -122,7 +119,7 @@ def mixing(result: Mapping[str, Any]) -> Figure:
 
 
 def bars(groups: Mapping[str, Sequence[tuple[str, float, Sequence[float] | None]]], title: str) -> Figure:
-    """Group -> (name, value, interval) of each bar, beside one another; names are the same in all groups."""
+    """Draws bars side by side: group -> (name, value, interval) of each bar, with the same names in all groups."""
     with _new((8.5, 3.2)) as figure:
         axes = figure.add_subplot()
         names = [name for name, _, _ in next(iter(groups.values()))]
@@ -151,21 +148,22 @@ def _new(size: tuple[float, float]) -> Iterator[Figure]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without a line for each character that the font which measures texts does not have."""
+    """Suppresses matplotlib's warnings about characters that the font for measuring texts lacks."""
     logger = logging.getLogger("matplotlib")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing")
-            warnings.filterwarnings("ignore", category=DeprecationWarning, module="matplotlib")  # NumPy 1.25
+            # From NumPy 1.25 on.
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module="matplotlib")
             yield
     finally:
         logger.setLevel(level)
 
 
-def _bare(axes: Axes) -> None:
-    """t-SNE's axes mean nothing."""
+def _hide_axes(axes: Axes) -> None:
+    """Removes the axes, which have no meaning in t-SNE."""
     axes.set_xticks([])
     axes.set_yticks([])
     for side in axes.spines.values():
@@ -177,10 +175,12 @@ def _medoid(points: np.ndarray) -> np.ndarray:
 
 
 def _spread_labels(axes: Axes, places: Mapping[str, np.ndarray], points: np.ndarray) -> None:
-    """Writes each name at its place, moved up or down until none lies over another."""
+    """Writes each name at its place, moved up or down so that no two overlap."""
     low, high = points.min(axis=0), points.max(axis=0)
-    width, height = (high - low) * (0.013, 0.03)  # of a character, as this figure's size has it
-    taken: list[tuple[float, float, float]] = []  # left, right, middle
+    # Size of a character in the units of the points, for the size of this figure.
+    width, height = (high - low) * (0.013, 0.03)
+    # Left, right and middle of the labels that have been placed.
+    taken: list[tuple[float, float, float]] = []
     for name, (x, y) in sorted(places.items(), key=lambda entry: -entry[1][1]):
         half = width * (sum(2 if ord(c) > 0x2E80 else 1 for c in name) + 1) / 2
         for step in (n // 2 * (-1) ** n for n in range(1, 40)):

@@ -1,4 +1,4 @@
-"""The models on public data sets that the user has fetched."""
+"""Trains and measures models on public data sets that the user has downloaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ from dpsr_tf.report.shop import Size
 
 @dataclasses.dataclass(frozen=True)
 class PublicData:
-    """A data set: its store, made first of all so that a wrong directory shows at once, and what is measured on it."""
+    """A data set.
+
+    Attributes:
+        store: makes the store. This is done before all experiments, so that a wrong directory shows at once.
+        measure: trains and measures models on the store.
+    """
 
     store: Callable[[ExperimentRunner, Path], Artifact]
     measure: Callable[[ExperimentRunner, Size, Path, Artifact], Result]
@@ -32,12 +37,12 @@ _FOLDS = ("dev", "misspelt_dev")
 def _homedepot_store(runner: ExperimentRunner, path: Path) -> Artifact:
     for fold in _FOLDS:
         if not (path / f"judgments.{fold}.tsv").is_file():
-            raise CommandError(f"--homedepot={path}: has no judgments.{fold}.tsv; docs/adapters.md says what it is")
+            raise CommandError(f"--homedepot={path}: has no judgments.{fold}.tsv; docs/adapters.md lists the files")
     return runner.public_store("homedepot", path)
 
 
 def _homedepot(runner: ExperimentRunner, size: Size, path: Path, store: Artifact) -> Result:
-    """Home Depot: the best configuration and the paper's hinge beside BM25, all products."""
+    """Home Depot: the best configuration, the paper's hinge loss, and BM25, over all products."""
     wanted = {
         name: functools.partial(runner.model, f"model-homedepot-{preset}", store, size.public_config(preset))
         for name, preset in (("DPSR, best", "homedepot"), ("DPSR, the paper's hinge", "homedepot_hinge"))
@@ -58,7 +63,7 @@ def _homedepot(runner: ExperimentRunner, size: Size, path: Path, store: Artifact
 
 
 def _movielens(runner: ExperimentRunner, size: Size, path: Path, store: Artifact) -> Result:
-    """MovieLens 100K: genres as queries, split by time."""
+    """MovieLens 100K: genres as queries; the last ratings in time are held out."""
     profile = {"model.user_features": ["*"]}
     variants: dict[str, dict[str, Any]] = {
         "DPSR": {},
@@ -93,7 +98,7 @@ def _qbqtc_store(runner: ExperimentRunner, path: Path) -> Artifact:
                 folds[fold] = [json.loads(line) for line in (path / f"{fold}.json").read_text("utf-8").splitlines()]
             except (OSError, ValueError) as error:
                 raise CommandError(
-                    f"{path / f'{fold}.json'}: cannot be read: {error}; give --qbqtc its folder"
+                    f"{path / f'{fold}.json'}: cannot be read: {error}; give the folder of the QBQTC files as --qbqtc"
                 ) from None
         titles = {title: i for i, title in enumerate(dict.fromkeys(r["title"] for f in folds.values() for r in f))}
         with new_directory(source.path, True, "tables", "items.parquet") as out:
@@ -118,12 +123,12 @@ def _qbqtc_store(runner: ExperimentRunner, path: Path) -> Artifact:
 
 
 def _qbqtc(runner: ExperimentRunner, size: Size, path: Path, store: Artifact) -> Result:
-    """QBQTC: relevance of Chinese titles, learnt from the train fold; all titles are the items."""
+    """QBQTC: relevance of Chinese titles, trained on the fold `train`; the items are the titles of both folds."""
     source = _qbqtc_tables(runner, path)
     half = {"train.num_title_queries": size.batch_size // 2}
     wanted = {
         "DPSR": functools.partial(runner.model, "model-qbqtc", store, size.config("dpsr", size.data_steps)),
-        "DPSR, half of each batch titles": functools.partial(
+        "DPSR, half of the queries from titles": functools.partial(
             runner.model, "model-qbqtc-titles", store, size.config("dpsr", size.data_steps, half)
         ),
     }

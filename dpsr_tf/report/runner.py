@@ -1,8 +1,8 @@
-"""Where experiments run: each command or computation once, its result kept, so that a report that was killed goes on.
+"""Runs experiments and keeps their results, so that a report that was interrupted continues where it stopped.
 
-An experiment is a name and a definition, all that decides its result, as a JSON object. `runs/NAME.json` holds the
-definition and the result; it is run again only if its definition has changed. What a command makes (shops, stores,
-models, indices) lies in `work/NAME-DIGEST`, the digest being that of the definition.
+An experiment has a name and a definition: a JSON object of everything that decides its result. `runs/NAME.json` holds
+the definition and the result. An experiment runs again only if its definition has changed. The directories that
+commands write (shops, stores, models, indices) are `work/NAME-DIGEST`, with the digest of the definition.
 """
 
 from __future__ import annotations
@@ -34,13 +34,19 @@ K = TypeVar("K")
 T = TypeVar("T")
 Result = dict[str, Any]
 
-# Raised when an experiment's code changes what it gives, so that kept results of before are not taken for it.
+# Increase this when a change of the code changes the results of experiments. Results of other versions
+# are not used.
 VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Artifact:
-    """A directory that a command has made; the digest is that of all that decided its content."""
+    """A directory that a command has written.
+
+    Attributes:
+        path: the directory.
+        digest: digest of everything that decided its content.
+    """
 
     path: Path
     digest: str
@@ -50,10 +56,10 @@ class ExperimentRunner:
     """Runs experiments below one directory.
 
     Attributes:
-        out: the report's directory.
-        seed: of shops, trainings and measurements.
-        jobs: experiments that `together` runs at once.
-        seconds: that all experiments took when they ran, one after the other.
+        out: directory of the report.
+        seed: seed of shops, trainings and measurements.
+        jobs: number of experiments that `run_together` runs at once.
+        seconds: sum of the wall times of all experiments, also of those whose results were kept.
     """
 
     def __init__(self, out: Path, seed: int, jobs: int):
@@ -64,40 +70,43 @@ class ExperimentRunner:
         self._running: set[BaseProcess] = set()
 
     def result(self, name: str, definition: Mapping[str, Any], compute: Callable[[], Result]) -> Result:
-        """What `compute` returns, or returned when it last ran under this name with this definition.
+        """Returns the kept result of an experiment, or runs it and keeps its result.
 
         Args:
-            name: of the file.
-            definition: all that decides the result; JSON.
-            compute: returns a JSON object.
+            name: name of the experiment and of its file.
+            definition: JSON object of everything that decides the result.
+            compute: runs the experiment; returns a JSON object.
         """
-        held = self.out / "runs" / f"{name}.json"
+        kept = self.out / "runs" / f"{name}.json"
         digest = _digest(definition)
-        if held.is_file():
+        if kept.is_file():
             try:
-                found = json.loads(held.read_text())
-                if found["digest"] == digest:
-                    self._done(found["seconds"])
-                    return dict(found["result"])
+                record = json.loads(kept.read_text())
+                if record["digest"] == digest:
+                    self._add_seconds(record["seconds"])
+                    return dict(record["result"])
             except (ValueError, KeyError, TypeError):
-                pass  # half a file of a full disk: run it again
-        self._say(f"{name} ...")
+                pass  # The file is incomplete, for example because the disk was full: run the experiment again.
+        self._print(f"{name} ...")
         start = time.monotonic()
         result = compute()
         seconds = time.monotonic() - start
         record = {"digest": digest, "definition": definition, "seconds": round(seconds, 1), "result": result}
-        write(held, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
-        self._done(seconds)
-        self._say(f"{name}: {seconds:.0f} s")
-        return dict(json.loads(json.dumps(result)))  # as it will be read the next time
+        write(kept, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+        self._add_seconds(seconds)
+        self._print(f"{name}: {seconds:.0f} s")
+        # Through JSON, so that a new result equals a kept one, for example in the types of keys.
+        return dict(json.loads(json.dumps(result)))
 
     def artifact(self, name: str, definition: Mapping[str, Any], command: Callable[[Path], Sequence[str]]) -> Artifact:
-        """The directory that a `dpsr` command makes.
+        """Returns a directory that a `dpsr` command writes; runs the command if the directory is not there.
+
+        Directories of the same name with other definitions are deleted.
 
         Args:
-            name: of the directory.
-            definition: all that decides its content; JSON.
-            command: directory -> the command's arguments. A training goes on where it was.
+            name: name of the experiment; the directory's name begins with it.
+            definition: JSON object of everything that decides the content.
+            command: directory -> arguments of the command. A training that was interrupted continues.
         """
         digest = _digest(definition)
         path = self.out / "work" / f"{name}-{digest}"
@@ -107,16 +116,16 @@ class ExperimentRunner:
             return {"path": path.name}
 
         if not path.is_dir():
-            # Its result is there and it is not: somebody made room.
+            # Somebody may have deleted the directory to free disk space: forget that the command has run.
             (self.out / "runs" / f"{name}.json").unlink(missing_ok=True)
         self.result(name, definition, compute)
         for other in (self.out / "work").glob(f"{name}-{'[0-9a-f]' * len(digest)}"):
-            if other != path:  # of another definition
+            if other != path:
                 shutil.rmtree(other)
         return Artifact(path, digest)
 
     def run_together(self, experiments: Mapping[K, Callable[[], T]]) -> dict[K, T]:
-        """Some experiments that need nothing of one another, `jobs` at a time."""
+        """Runs experiments that do not depend on one another, `jobs` at a time. If one fails, the others end."""
         with ThreadPoolExecutor(self.jobs) as pool:
             futures = {name: pool.submit(run) for name, run in experiments.items()}
             try:
@@ -128,13 +137,13 @@ class ExperimentRunner:
                 raise
 
     def shop(self, name: str, parameters: Mapping[str, Any]) -> Artifact:
-        """A generated shop; `parameters` are those of `dpsr generate --set`, the seed among them."""
+        """Returns a generated shop; `parameters` are the assignments of `dpsr generate --set`, including the seed."""
         flags = [f"--set={key}={value}" for key, value in parameters.items()]
         definition = {"generate": parameters}
         return self.artifact(name, definition, lambda path: ["generate", f"--out={path}", "--overwrite", *flags])
 
     def store(self, name: str, source: Artifact, schema: Mapping[str, Any]) -> Artifact:
-        """The store of a schema whose files lie in a directory that was made."""
+        """Returns a store. The files that the schema names are in the directory `source`."""
 
         def command(path: Path) -> list[str]:
             file = self.out / "runs" / f"{name}.schema.yaml"
@@ -144,7 +153,7 @@ class ExperimentRunner:
         return self.artifact(name, {"ingest": source.digest, "schema": schema}, command)
 
     def public_store(self, adapter: str, source: Path) -> Artifact:
-        """The store of a public data set."""
+        """Returns the store of a public data set, whose files are in the directory `source`."""
         definition = {"adapter": adapter, "input": str(source.resolve())}
         return self.artifact(
             f"store-{adapter}",
@@ -153,7 +162,7 @@ class ExperimentRunner:
         )
 
     def model(self, name: str, store: Artifact, config: Mapping[str, Any]) -> Artifact:
-        """A model trained on a store with a config (a dictionary as config files hold it) and the report's seed."""
+        """Returns a model trained on a store. `config` is the content of a config file."""
         config = {**config, "train": {"seed": self.seed, **config["train"]}}
 
         def command(path: Path) -> list[str]:
@@ -172,14 +181,14 @@ class ExperimentRunner:
         judgments_digest: str,
         *flags: str,
     ) -> Result:
-        """The figures of `dpsr evaluate`, systems by their keys in `systems`; they are compared with the first.
+        """Returns the JSON object of `dpsr evaluate`, with systems under their labels, all compared with the first.
 
         Args:
-            name: of the experiment.
-            store: with the items.
-            systems: what to call it -> a system of `--system`, or a model.
-            judgments: the table; None: what the store holds out.
-            judgments_digest: what decides its content.
+            name: name of the experiment.
+            store: store with the items.
+            systems: label -> a system as in `--system`, or a model.
+            judgments: table of judgments; None measures on what the store holds out.
+            judgments_digest: digest of whatever decides the content of the table.
             flags: further flags.
         """
         specs = {label: f"model:{one.path}" if isinstance(one, Artifact) else one for label, one in systems.items()}
@@ -196,21 +205,22 @@ class ExperimentRunner:
             asked = [f"--system={spec}" for spec in specs.values()]
             compare = ["--compare"] if len(specs) > 1 else []
             self.run_dpsr(name, "evaluate", f"--store={store.path}", what, *asked, *compare, *flags, f"--json={out}")
-            found = json.loads(out.read_text())
+            report = json.loads(out.read_text())
             out.unlink()
-            return _renamed(found, {spec: label for label, spec in specs.items()})
+            return _with_labels(report, {spec: label for label, spec in specs.items()})
 
         return self.result(name, definition, compute)
 
     def run_dpsr(self, name: str, *arguments: str) -> None:
-        """Runs `dpsr`; what it prints goes to `runs/NAME.log`. Raises CommandError if it fails."""
+        """Runs a `dpsr` command with its output in `runs/NAME.log`. Raises CommandError if it fails."""
         log = self.out / "runs" / f"{name}.log"
         process = _PROCESSES.Process(target=_run, args=(log, arguments), daemon=True)
         process.start()
         self._running.add(process)
         try:
             process.join()
-        finally:  # where a signal or the failure of another ends the report
+        finally:
+            # Also when a signal, or the failure of another experiment, ends the report.
             process.terminate()
             self._running.discard(process)
         self._check(name, log, process.exitcode)
@@ -228,22 +238,22 @@ class ExperimentRunner:
             last = [line for line in log.read_text().replace("\r", "\n").splitlines() if line.strip()]
             raise CommandError(f"{name}: ended with status {status}: {' '.join(last[-1:])}; see {log}")
 
-    def _done(self, seconds: float) -> None:
+    def _add_seconds(self, seconds: float) -> None:
         with self._lock:
             self.seconds += seconds
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         with self._lock:
             print(line, flush=True)
 
 
-# Commands are processes that are forked from one which has imported what takes seconds to import.
+# Commands run in processes that are forked from a server process, which has already imported the slow modules.
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["dpsr_tf.models.encoders", "dpsr_tf.evaluation.evaluate", "dpsr_tf.training.train"])
 
 
 def _run(log: Path, arguments: Sequence[str]) -> None:
-    """A process of its own: `dpsr ARGUMENTS`, with both outputs in a file."""
+    """The body of a command's process: runs `dpsr ARGUMENTS` with standard output and error in the file `log`."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for standard in (sys.stdout, sys.stderr):
         standard.flush()
@@ -257,7 +267,7 @@ def _run(log: Path, arguments: Sequence[str]) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a whole file or none."""
+    """Writes a file by way of a temporary file, so that it is never half written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
@@ -268,8 +278,8 @@ def _digest(definition: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _renamed(report: Result, names: Mapping[str, str]) -> Result:
-    """A report of `dpsr evaluate` with systems under other names."""
+def _with_labels(report: Result, names: Mapping[str, str]) -> Result:
+    """Returns a report of `dpsr evaluate` with the systems under other names."""
     report = dict(report)
     for key in ("systems", "intervals", "notes"):
         report[key] = {names[spec]: value for spec, value in report[key].items()}

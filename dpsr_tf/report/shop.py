@@ -1,6 +1,6 @@
-"""How large a report's experiments are, and the generated shops that they run on.
+"""The size of a report's experiments, and the generated shops that they run on.
 
-The truth of a shop says which items are right (docs/generated_shop.md); models learn from its log only.
+The truth of a shop says which items are relevant (docs/generated_shop.md). Models learn only from its log.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from dpsr_tf.shop import generate
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# The generated shop's schema, and two things that shops do: the item tower reads how much an item has sold, and only
-# clicks make pairs and histories, not the carts and orders that repeat them.
+# The generated shop's schema with two changes. The item tower reads how often an item was sold before the log. Only
+# clicks make pairs and histories, because carts and orders repeat them.
 SCHEMA: dict[str, Any] = {
     **generate.SCHEMA,
     "items": {
@@ -36,8 +36,8 @@ SCHEMA: dict[str, Any] = {
     },
     "interactions": {**generate.SCHEMA["interactions"], "positive_types": ["click"]},
 }
-# How all DPSR models of Table 2 are trained, chosen on a shop of seed 4 (docs/report.md). What the paper has, the hinge
-# with 64 random negatives, is in figure 7 and in the ablations.
+# The training of all DPSR models of Table 2, chosen on a shop of seed 4 (docs/report.md). The paper's training, hinge
+# loss with 64 random negatives, is in figure 7 and in the ablations.
 TRAINING: dict[str, Any] = {
     "train.loss": "softmax",
     "train.log_q_correction": True,
@@ -48,34 +48,45 @@ TRAINING: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How large the experiments are."""
+    """The size of the experiments."""
 
-    shops: int = option(3, "generated shops, of the report's seed and those after it", 1, 100)
-    items: int = option(6_000, "items of a generated shop", 1_500, 10**6)
-    users: int = option(1_000, "its users", 10, 10**7)
-    interactions: int = option(150_000, "clicks of its log", 100, 10**8)
-    shared_brands: int = option(4, "brands of each category that the next one has too: polysemous queries", 0, 100)
-    homonyms: int = option(12, "query words that mean two types of product each", 0, 12)
-    history: float = option(4.0, "how much users' latent taste decides what they click", 0, 5)
-    loyalty: float = option(0.9, "share of a user's sessions in favourite categories", 0, 1)
-    purchases: int = option(10_000, "purchases after the log's end that Table 2 is judged by", 10, 10**5)
-    judged_queries: int = option(1_000, "judged queries that the log does not hold, at most", 10, 10**6)
-    steps: int = option(1_500, "training steps of each model", 1, 10**9)
-    batch_size: int = option(256, "positive pairs a step", 2, 1 << 16)
-    learning_rate: float = option(0.05, "of AdaGrad", 1e-8, 100)
-    widths: tuple[int, ...] = option((8, 16), "further d that one head is compared with two in", 1, 4096)
-    mixing_ratios: tuple[float, ...] = option((0.0, 0.25, 0.5, 0.75, 1.0), "alphas of figure 7", 0, 1)
-    plotted_items: int = option(1_500, "items in figure 5", 100, 100_000)
-    index_items: int = option(300_000, "vectors of the index benchmark; 0: leave it out", 0, 10**9)
-    serving_seconds: float = option(3.0, "of each load on the model server; 0: leave it out", 0, 3600)
-    data_steps: int = option(1_500, "training steps on each public data set, at most", 1, 10**9)
+    shops: int = option(3, "number of generated shops; their seeds are --seed and the ones after it", 1, 100)
+    items: int = option(6_000, "number of items of a generated shop", 1_500, 10**6)
+    users: int = option(1_000, "number of users of a generated shop", 10, 10**7)
+    interactions: int = option(150_000, "number of clicks in the log of a generated shop", 100, 10**8)
+    shared_brands: int = option(
+        4, "number of brands that a category shares with the next one, which makes polysemous queries", 0, 100
+    )
+    homonyms: int = option(12, "number of query words that stand for two types of product each", 0, 12)
+    history: float = option(4.0, "weight of a user's taste, which no profile shows, in what the user clicks", 0, 5)
+    loyalty: float = option(0.9, "share of a user's sessions in the user's favourite categories", 0, 1)
+    purchases: int = option(
+        10_000, "number of purchases after the end of the log on which Table 2 is measured", 10, 10**5
+    )
+    judged_queries: int = option(1_000, "largest number of judged queries that are not in the log", 10, 10**6)
+    steps: int = option(1_500, "training steps of each model on a generated shop", 1, 10**9)
+    batch_size: int = option(256, "positive pairs per training step", 2, 1 << 16)
+    learning_rate: float = option(0.05, "learning rate of AdaGrad", 1e-8, 100)
+    widths: tuple[int, ...] = option(
+        (8, 16), "embedding dimensions, beside the usual one, in which one head is compared with two", 1, 4096
+    )
+    mixing_ratios: tuple[float, ...] = option(
+        (0.0, 0.25, 0.5, 0.75, 1.0), "shares of random negatives (alpha) in figure 7", 0, 1
+    )
+    plotted_items: int = option(1_500, "number of items in figure 5", 100, 100_000)
+    index_items: int = option(300_000, "number of vectors in the index benchmark; 0 skips the benchmark", 0, 10**9)
+    serving_seconds: float = option(
+        3.0, "seconds of each load in the model server benchmark; 0 skips the benchmark", 0, 3600
+    )
+    data_steps: int = option(1_500, "largest number of training steps on a public data set", 1, 10**9)
 
     def config(
         self, preset: str, steps: int, changes: Mapping[str, Any] = types.MappingProxyType({})
     ) -> dict[str, Any]:
-        """A file of configs/ with linear towers, this size's training, and `section.key` changed."""
+        """Returns a file of configs/ with linear towers, this size's training, and `changes` (`section.key`)."""
         base: dict[str, Any] = {
-            "model.hidden": [],  # in minutes ReLU layers learn too little: see the ablation
+            # ReLU layers learn too little within minutes; see the ablation "layers".
+            "model.hidden": [],
             "train.steps": steps,
             "train.checkpoint_steps": steps,
             "train.batch_size": self.batch_size,
@@ -86,7 +97,7 @@ class Size:
         return with_changes(shipped_config(preset), {**base, **changes})
 
     def public_config(self, preset: str, changes: Mapping[str, Any] = types.MappingProxyType({})) -> dict[str, Any]:
-        """A file of configs/ for a public data set, with its own training but no more steps than this size has."""
+        """Returns a file of configs/ for a public data set, with its own training but at most `data_steps` steps."""
         train = shipped_config(preset)["train"]
         steps = min(train["steps"], self.data_steps)
         pretrain = train.get("pretrain_steps", 0) * steps // train["steps"]
@@ -112,10 +123,10 @@ QUICK = Size(
 
 
 class Shop:
-    """A generated shop, its store, and what is true of it."""
+    """A generated shop, its store, and its truth."""
 
     def __init__(self, runner: ExperimentRunner, size: Size, number: int):
-        """`number`: 0 is the shop of the report's seed."""
+        """Makes the shop and its store, unless they are there. The shop's seed is the report's plus `number`."""
         self.runner, self.size, self.seed, self.number = runner, size, runner.seed + number, number
         self.directory = runner.shop(
             self.experiment_name("shop"),
@@ -136,19 +147,19 @@ class Shop:
         self.store = runner.store(self.experiment_name("store"), self.directory, SCHEMA)
 
     def experiment_name(self, name: str) -> str:
-        """The name of an experiment on this shop."""
+        """Returns the name of an experiment on this shop."""
         return f"{name}-{self.seed}"
 
     def model(
         self, name: str, preset: str, changes: Mapping[str, Any] | None = None, store: Artifact | None = None
     ) -> Artifact:
-        """A model of a preset with `section.key` changed."""
+        """Returns a model that is trained with a file of configs/ and with `changes` (`section.key`)."""
         changes = {"train.seed": self.seed, **(changes or {})}
         config = self.size.config(preset, self.size.steps, changes)
         return self.runner.model(self.experiment_name(f"model-{name}"), store or self.store, config)
 
     def evaluate(self, name: str, systems: Mapping[str, str | Artifact], file: str, *flags: str) -> Result:
-        """Systems measured on a judgment file of the shop."""
+        """Measures systems on a judgments file of the shop with `dpsr evaluate`."""
         return self.runner.evaluation(
             self.experiment_name(name),
             self.store,
@@ -160,7 +171,7 @@ class Shop:
         )
 
     def result(self, name: str, models: Mapping[str, Artifact], compute: Callable[[], Result], **more: Any) -> Result:
-        """What is computed of models here, in this process."""
+        """Runs a computation with models in this process, or returns its kept result; `more` adds to its definition."""
         digests = {label: model.digest for label, model in models.items()}
         definition = {
             "compute": name,
@@ -173,16 +184,16 @@ class Shop:
 
     @functools.cached_property
     def opened_store(self) -> Store:
-        """The store, opened."""
+        """The store, open for reading."""
         return Store(self.store.path)
 
     def truth_table(self, name: str) -> dict[str, list[Any]]:
-        """A table of truth/, by columns."""
+        """Returns a table of truth/ as column -> values."""
         return dict(pyarrow.parquet.read_table(self.directory.path / "truth" / f"{name}.parquet").to_pydict())
 
     @functools.cached_property
     def parameters(self) -> dict[str, Any]:
-        """What the shop was generated with."""
+        """The parameters that the shop was generated with."""
         return dict(json.loads((self.directory.path / "truth.json").read_text())["parameters"])
 
     @functools.cached_property
@@ -196,7 +207,7 @@ class Shop:
 
 
 def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with `section.key` changed."""
+    """Returns a config with `changes` (`section.key`)."""
     config = {section: dict(values) for section, values in config.items()}
     for key, value in changes.items():
         section, _, name = key.partition(".")

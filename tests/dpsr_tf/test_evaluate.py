@@ -214,7 +214,7 @@ def test_format_report():
     assert lines[3].split()[0] == "random" and lines[3].split()[-1] == "0.500"
     assert len({len(line) for line in lines[:-1]}) == 1, "columns stand under their names"
     assert any(block.startswith("kind  queries  system") for block in blocks)
-    assert any(block.startswith("random less a, query by query") for block in blocks)
+    assert any(block.startswith("random minus a, query by query") for block in blocks)
     assert blocks[-1].splitlines()[0] == "a: no top-k and no AUC: the system cannot score given pairs"
 
 
@@ -429,7 +429,7 @@ def test_several_systems_slices_and_a_comparison(dpsr, flags, store, tmp_path):
     ) == 2  # fmt: skip
     assert found["systems"]["popularity"]["recall@7"] == found["systems"]["random"]["recall@7"] == 1
     assert [one["system"] for one in found["comparisons"]] == systems[1:]
-    assert "popularity less bm25, query by query" in text
+    assert "popularity minus bm25, query by query" in text
 
 
 def test_ask_column(dpsr, flags, tmp_path):
@@ -467,7 +467,7 @@ def test_held_out(dpsr, shop, tmp_path):
 
 def test_a_store_that_holds_nothing_out(dpsr, store):
     dpsr("evaluate", f"--store={store.path}", "--held_out", "--system=bm25").fails(
-        1, "holds no held-out interactions; give `held_out` in the schema"
+        1, "holds no held-out interactions; set `held_out` in the schema"
     )
 
 
@@ -520,7 +520,7 @@ def test_a_server_that_is_not_there(dpsr, flags):
         ({"--store": None}, 2, "--store is missing"),
         ({"--system": None}, 2, "--system is missing, expected at least one of: bm25"),
         ({"--judgments": "none.tsv"}, 2, "none.tsv: no such file"),
-        ({"--judgments": "."}, 2, "--judgments=.: is no file"),  # a directory: which of its files?
+        ({"--judgments": "."}, 2, "--judgments=.: is not a file"),  # a directory: which of its files?
         ({"--store": "none"}, 1, "none: holds no store"),
         ({"--relevant_from": "high"}, 2, "--relevant_from=high"),
         ({"--relevant_from": "9"}, 1, "no grade in column grade is 9 or more"),

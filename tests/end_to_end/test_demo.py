@@ -124,9 +124,11 @@ def test_demo_can_be_interrupted_and_run_again(demo: tuple[Path, str]) -> None:
 def test_demo_trains_anew_when_the_settings_have_changed(demo: tuple[Path, str], tmp_path: Path) -> None:
     out = tmp_path / "demo"
     shutil.copytree(demo[0] / "model", out / "model")
+    config = out / "model" / "config.yaml"
+    config.write_text(config.read_text().replace("margin: 0.3", "margin: 0.25"))
     shown = interrupt(out, "--steps=5", at="$ dpsr index")
     assert "--overwrite" in re.search(r"\$ dpsr train .*", shown)[0]
-    assert "steps: 5\n" in (out / "model" / "config.yaml").read_text()
+    assert "margin: 0.3\n" in config.read_text()
     assert list((out / "model").glob("model.ckpt-5.*"))
 
 
