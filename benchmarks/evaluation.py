@@ -1,11 +1,13 @@
-"""How long it takes to measure systems: 2,000 queries against 54,667 and against a million items, on this machine.
+"""Measures how long an evaluation takes: 2,000 queries against 54,667 items and against a million items.
 
     python benchmarks/evaluation.py --json [--items=54667,1000000] [--quick]
 
-Titles are eight words each, of 200,000 words whose frequencies fall as their rank; a query is three words of one title,
-which is its relevant item, beside an item that is not. Embeddings are random. Of each system two times are measured:
-making it (for BM25, building its index), and measuring it: all figures that `dpsr evaluate` gives at its defaults, with
-recall@1000, intervals and all, but for latency. The fusion shares the indices of its parts. A run takes minutes.
+Titles have eight words out of 200,000, whose frequency is inversely proportional to their rank. A query is three words
+of one title. The item of this title is judged relevant, another item is judged not relevant. Embeddings are random.
+
+Two times are measured for each system: the time to make it (for BM25, to build the index), and the time to compute all
+figures of `dpsr evaluate` at its defaults with recall@1000 in addition, and without latency. The fusion shares the
+indices of its parts. A run takes minutes.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ TITLE_WORDS, QUERY_WORDS, VOCABULARY = 8, 3, 200_000
 
 
 def shop(num_items: int, num_queries: int, seed: int) -> tuple[Corpus, Judgments]:
-    """Items and judged queries as described above."""
+    """Returns items and judged queries as described above."""
     rng = np.random.default_rng(seed)
     frequencies = 1 / np.arange(1, VOCABULARY + 1)
     words = rng.choice(VOCABULARY, (num_items, TITLE_WORDS), p=frequencies / frequencies.sum())
@@ -54,7 +56,7 @@ def shop(num_items: int, num_queries: int, seed: int) -> tuple[Corpus, Judgments
 
 
 def exact_search(corpus: Corpus, judgments: Judgments, seed: int) -> Retriever:
-    """Random unit vectors; a query's lies near that of its item."""
+    """Returns exact search over random unit vectors; the vector of a query is close to that of its item."""
     rng = np.random.default_rng(seed)
     items = rng.standard_normal((len(corpus.item_ids), DIM), np.float32)
     items /= np.linalg.norm(items, axis=1, keepdims=True)
@@ -68,7 +70,7 @@ def exact_search(corpus: Corpus, judgments: Judgments, seed: int) -> Retriever:
 
 
 def measure(result: report.Report, num_items: int, num_queries: int) -> str:
-    """Adds the rows of `num_queries` queries against `num_items` items; returns the workload's name."""
+    """Measures all systems and adds their rows to `result`. Returns the name of the workload."""
     corpus, judgments = shop(num_items, num_queries, result.seed)
     systems = Systems(corpus, result.seed)
     makers: dict[str, Callable[[], Retriever]] = {
@@ -82,7 +84,8 @@ def measure(result: report.Report, num_items: int, num_queries: int) -> str:
     options = Options((10, 100, 1000), result.seed, latency_queries=0)
     for name, make in makers.items():
         retriever = _timed(result, name, workload, "make", make)
-        with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        # Hide the progress bars.
+        with contextlib.redirect_stderr(io.StringIO()):
             work = functools.partial(measure_all, {name: retriever}, judgments, corpus, options)
             figures = _timed(result, name, workload, "evaluate", work)
         result.add(name, workload, "recall@100", figures["systems"][name]["recall@100"], "")
@@ -90,7 +93,7 @@ def measure(result: report.Report, num_items: int, num_queries: int) -> str:
 
 
 def bars(result: report.Report, workload: str, num_items: int) -> dict[str, float]:
-    """Seconds to make and measure the slowest of the systems."""
+    """Returns the seconds that it takes to make and measure the slowest system, of wall time and of CPU time."""
     found = {}
     for time_of in ("wall", "cpu"):
         totals: dict[str, float] = {}
@@ -102,20 +105,22 @@ def bars(result: report.Report, workload: str, num_items: int) -> dict[str, floa
 
 
 def _timed(result: report.Report, name: str, workload: str, metric: str, work: Callable[[], Any]) -> Any:
-    """What `work` returns; adds rows of its wall time and CPU time."""
+    """Calls `work`, adds rows of its wall time and CPU time to `result`, and returns what it returns."""
     wall, cpu = time.perf_counter(), report.cpu_seconds()
-    made = work()
+    returned = work()
     result.add(name, workload, f"{metric}_wall", time.perf_counter() - wall, "s")
     result.add(name, workload, f"{metric}_cpu", report.cpu_seconds() - cpu, "s")
-    return made
+    return returned
 
 
 def _define_flags() -> None:
-    flags.DEFINE_boolean("json", False, "prints one JSON object as the last line")
-    flags.DEFINE_list("items", ["54667", "1000000"], "corpora, numbers of items")
-    flags.DEFINE_integer("queries", 2000, "queries", lower_bound=1)
-    flags.DEFINE_integer("seed", 1, "of titles, queries and embeddings", lower_bound=0)
-    flags.DEFINE_boolean("quick", False, "50 queries against 2,000 items: shows that it works")
+    flags.DEFINE_boolean("json", False, "prints the results as one JSON object on the last line")
+    flags.DEFINE_list("items", ["54667", "1000000"], "numbers of items of the corpora, separated by commas")
+    flags.DEFINE_integer("queries", 2000, "number of queries", lower_bound=1)
+    flags.DEFINE_integer("seed", 1, "seed of titles, queries and embeddings", lower_bound=0)
+    flags.DEFINE_boolean(
+        "quick", False, "measures only 50 queries against 2,000 items, to check that the benchmark works"
+    )
 
 
 def main(arguments: Sequence[str]) -> None:

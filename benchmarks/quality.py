@@ -1,17 +1,18 @@
-"""What models find on two public data sets, with 95 % intervals over the queries.
+"""Measures the recall of models on two public data sets, with 95 % intervals over the queries.
 
     python benchmarks/quality.py --homedepot=DIR --movielens=DIR [--seeds=1,2] [--out=DIR] --json
 
-Home Depot (DIR as for `dpsr ingest --adapter=homedepot`, with the dev folds): BM25, a model trained with the paper's
-hinge loss (dpsr_tf/configs/homedepot_hinge.yaml), the same with ReLU layers, the best one known
-(dpsr_tf/configs/homedepot.yaml), and its fusion with BM25; recall over all products on the folds dev, misspelt_dev as
-typed, and misspelt_dev with spelling corrected. MovieLens 100K (DIR as for `--adapter=movielens_100k`): popularity,
-DPSR, DPSR-p and DPSR-h (dpsr_tf/configs/movielens.yaml) on what comes last in time, each user's query as of its own
-moment; of all queries, and of the most frequent ones (head), which leave most films to choose from. Give one set or
-both.
+Home Depot (DIR as for `dpsr ingest --adapter=homedepot`, with the dev folds). The systems are BM25, a model trained
+with the paper's hinge loss (dpsr_tf/configs/homedepot_hinge.yaml), that model with ReLU layers, the best known model
+(dpsr_tf/configs/homedepot.yaml), and the fusion of the best model with BM25. Recall is measured over all products on
+the folds dev, misspelt_dev as typed, and misspelt_dev with corrected spelling.
 
-Of several seeds, each trains its own models; the value of a row is the mean over them, its interval that of the first.
-What is there in `--out` is not trained again. A seed takes minutes.
+MovieLens 100K (DIR as for `--adapter=movielens_100k`). The systems are popularity, DPSR, DPSR-p and DPSR-h
+(dpsr_tf/configs/movielens.yaml), measured on the last interactions in time with the history that each user had at that
+moment, for all queries and for the most frequent ones (head), which have the most films to choose from.
+
+Give one data set or both. With several seeds, models are trained for each seed; the value of a row is the mean over the
+seeds, its interval is that of the first seed. Models that are in `--out` are not trained again. A seed takes minutes.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ from absl import app, flags
 from dpsr_tf.config import CONFIGS
 
 METRICS = ("recall@10", "recall@100", "mrr@10")
-# Chosen on the dev fold: shares between 0.1 and 0.3 differ by 0.003, less than their intervals.
+# The weight of BM25 in the fusion, chosen on the dev fold. Weights of 0.1 to 0.3 differ by 0.003, less than the
+# intervals.
 BM25_SHARE = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
-    """Judged queries: the flags of `dpsr evaluate` that name them."""
+    """Judged queries, as flags of `dpsr evaluate`."""
 
     name: str
     flags: list[str]
@@ -48,7 +50,7 @@ class Fold:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model: a file of configs/, and values over it."""
+    """A model: a file of configs/, and flags that change it."""
 
     name: str
     config: str
@@ -56,7 +58,7 @@ class Model:
 
 
 def homedepot_folds(data: Path) -> list[Fold]:
-    """The dev folds. Raises app.UsageError for files that are not there."""
+    """Returns the dev folds. Raises app.UsageError if files are missing."""
     judgments = [data / f"judgments.{name}.tsv" for name in ("dev", "misspelt_dev")]
     spelling = data / "spelling.misspelt_dev.tsv"
     missing = [path.name for path in (*judgments, spelling) if not path.is_file()]
@@ -82,14 +84,14 @@ MOVIELENS_MODELS = [
 
 
 def dpsr(*arguments: str) -> None:
-    """Runs a command. Raises SystemExit with its message if it fails."""
+    """Runs a `dpsr` command. Raises SystemExit with its message if it fails."""
     run = subprocess.run([sys.executable, "-m", "dpsr_common", *arguments], capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(f"`dpsr {' '.join(arguments)}` ended with status {run.returncode}:\n{run.stderr[-2000:]}")
 
 
 def trained(model: Model, store: Path, seed: int, out: Path) -> Path:
-    """The directory of a model; trained unless it is there."""
+    """Returns the directory of a model, and trains the model unless it is there."""
     path = out / f"{store.name}_{model.name}_{seed}"
     config = f"--config={CONFIGS / model.config}.yaml"
     dpsr("train", f"--store={store}", config, f"--out={path}", f"--set=train.seed={seed}", *model.changes)
@@ -99,9 +101,9 @@ def trained(model: Model, store: Path, seed: int, out: Path) -> Path:
 def measure(
     result: report.Report, workload: str, store: Path, fold: Fold, systems: dict[str, list[str]], out: Path
 ) -> None:
-    """Adds rows of each system on a fold, and on the head of its queries if it is sliced by frequency.
+    """Measures systems on a fold, and on the head of its queries if the fold is sliced by frequency.
 
-    `systems`: a system's name here, and what `dpsr evaluate` calls it, one a seed.
+    `systems`: name of a system -> its names for `dpsr evaluate`, one for each seed.
     """
     file = out / "figures.json"
     specs = list(dict.fromkeys(spec for of_seeds in systems.values() for spec in of_seeds))
@@ -122,7 +124,7 @@ def measure(
 
 
 def homedepot(result: report.Report, data: Path, seeds: Sequence[int], out: Path) -> None:
-    """The table of Home Depot."""
+    """Trains and measures the systems of Home Depot."""
     folds, store = homedepot_folds(data), out / "homedepot"
     dpsr("ingest", "--adapter=homedepot", f"--input={data}", f"--out={store}", "--overwrite")
     systems = {"bm25": ["bm25"]}
@@ -138,7 +140,7 @@ def homedepot(result: report.Report, data: Path, seeds: Sequence[int], out: Path
 
 
 def movielens(result: report.Report, data: Path, seeds: Sequence[int], out: Path) -> None:
-    """The table of MovieLens 100K."""
+    """Trains and measures the systems of MovieLens 100K."""
     store = out / "movielens"
     dpsr("ingest", "--adapter=movielens_100k", f"--input={data}", f"--out={store}", "--overwrite")
     systems = {"popularity": ["popularity"]}
@@ -153,7 +155,7 @@ def movielens(result: report.Report, data: Path, seeds: Sequence[int], out: Path
 
 
 def main(arguments: list[str]) -> None:
-    """Entry point."""
+    """Runs the benchmark."""
     values = flags.FLAGS
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected argument {arguments[1]!r}")
@@ -178,7 +180,7 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("homedepot", None, "directory of the Home Depot files")
     flags.DEFINE_string("movielens", None, "directory of the MovieLens 100K files")
-    flags.DEFINE_list("seeds", ["1"], "of the models")
-    flags.DEFINE_string("out", None, "directory for stores and models; a temporary one if left out")
-    flags.DEFINE_boolean("json", False, "prints one JSON object as the last line")
+    flags.DEFINE_list("seeds", ["1"], "seeds of the trainings, separated by commas")
+    flags.DEFINE_string("out", None, "directory for stores and models (default: a temporary directory)")
+    flags.DEFINE_boolean("json", False, "prints the results as one JSON object on the last line")
     app.run(main)

@@ -1,4 +1,4 @@
-"""What all tests share: the order of their files, Ctrl-C as in a terminal, and the fixture `dpsr`."""
+"""Shared by all tests: the order of the files, SIGINT as in a terminal, and the fixture `dpsr`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 
 from dpsr_common.command_line import main
 
-# A shell's background job ignores it, and so would the commands that tests start and interrupt.
+# A background job of a shell ignores SIGINT, and so would the commands that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# What takes longest, the longest first: `make test` runs two files at a time, and one of these begun last would leave a
-# processor idle until it has ended. The others follow in the order of their paths.
+# The files that take longest, the longest first. `make test` runs two files at a time; if one of these started last,
+# the other processor would be idle until it ended. All other files follow in the order of their paths.
 _FIRST = (
     "end_to_end/test_demo.py",
     "dpsr_tf/test_report.py",
@@ -31,27 +31,27 @@ _FIRST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts files; the tests of a file keep their order."""
+    """Sorts the files by _FIRST. The tests of a file keep their order."""
     items.sort(key=lambda item: next((at for at, name in enumerate(_FIRST) if item.path.match(name)), len(_FIRST)))
 
 
 @dataclasses.dataclass(frozen=True)
 class CommandResult:
-    """What a command left: exit status, stdout, and the error lines of stderr (progress bars left out)."""
+    """The exit status of a command, its stdout, and the lines of its stderr without progress bars."""
 
     status: int
     out: str
     errors: list[str]
 
     def fails(self, status: int, *fragments: str) -> None:
-        """Asserts this status and exactly one line on stderr that holds every fragment."""
+        """Asserts this exit status and exactly one line on stderr, which contains every fragment."""
         assert self.status == status, (self.status, self.errors)
         assert len(self.errors) == 1, self.errors
         for fragment in fragments:
             assert fragment in self.errors[0], (fragment, self.errors[0])
 
     def succeeds(self) -> CommandResult:
-        """Asserts status 0 and no error."""
+        """Asserts exit status 0 and an empty stderr."""
         assert (self.status, self.errors) == (0, []), (self.status, self.errors)
         return self
 
@@ -64,7 +64,7 @@ def dpsr(capfd: pytest.CaptureFixture[str]) -> Callable[..., CommandResult]:
         capfd.readouterr()
         status = main(list(arguments))
         out, err = capfd.readouterr()
-        # A progress bar overwrites its line; its text ends with the time it took, in brackets.
+        # A progress bar overwrites its line. Its text ends with the elapsed time in brackets.
         lines = [line.strip() for line in re.split(r"[\r\n]", err)]
         return CommandResult(status, out, [line for line in lines if line and not re.search(r"\[\d\d:\d\d[<,]", line)])
 

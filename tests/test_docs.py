@@ -1,4 +1,4 @@
-"""What the documents say holds: keys, defaults, files, commands."""
+"""Checks the documents against the code: keys, defaults, files, commands, messages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_schema_example_is_a_schema() -> None:
     text = (ROOT / "docs" / "data_format.md").read_text()
     example = yaml.safe_load(re.search(r"```yaml\n(items:\n.*?)```", text, re.DOTALL)[1])
     schema = from_dict(Schema, example, "data_format.md")
-    # It names every key there is.
+    # The example has every key of the schema.
     assert set(to_dict(schema)) == set(example)
     for section, part in to_dict(schema).items():
         assert set(part) == set(example[section]), section
@@ -50,7 +50,7 @@ def test_links_and_commands_exist(document: Path) -> None:
 
 
 def anchors_of(page: Path) -> set[str]:
-    """What links may point to in a page: its headings in lower case, words joined by dashes."""
+    """Returns the anchors of a page: its headings in lower case, words joined by dashes."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -69,7 +69,7 @@ def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
         for file in ([folder] if folder.is_file() else folder.rglob("*"))
         if file.suffix in (".py", ".cc", ".h", ".txt", "") and file.is_file() and "bin" not in file.parts
     ]
-    # A literal that goes on in the next line is one text.
+    # Join string literals that continue on the next line.
     code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(file.read_text() for file in files))
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     messages = [text for _, text in re.findall(r"^\| (`+)(.+?)\1 \|", page, re.MULTILINE)]

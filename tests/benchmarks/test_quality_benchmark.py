@@ -1,4 +1,4 @@
-"""benchmarks/quality.py, but for what needs the data sets and minutes of training."""
+"""The parts of benchmarks/quality.py that need neither data sets nor training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures against formulas written down once more, on random answers with everything that can be wrong in them."""
+"""Metrics against a second implementation, on random answers with gaps, repeats, NaN and ties."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpsr_tf.evaluation.metrics import bootstrap_means, interval
 
 
 class Table:
-    """A retriever that answers from a table, and scores pairs with a matrix [queries, items]."""
+    """A retriever that answers from a table and scores pairs by a matrix [queries, items]."""
 
     def __init__(self, ids, scores, pairs):
         self._ids, self._scores, self._pairs = ids, scores, pairs
@@ -30,7 +30,7 @@ class Table:
 
 
 def by_hand(ids, scores, relevant, grades, k):
-    """recall, precision, mrr, ndcg of one query."""
+    """Returns recall, precision, mrr and ndcg of one query."""
     places, seen = [], set()
     for item, score in zip(ids.tolist(), scores.tolist(), strict=True):
         lost = item < 0 or item in seen or math.isnan(score)
@@ -86,7 +86,7 @@ def test_all_figures_of_random_answers(seed):
 
 
 def test_top_k_is_the_chance_that_a_draw_gives():
-    """1,023 of the items that are not relevant: how many of them score higher is hypergeometric."""
+    """The number of the 1,023 drawn items that score higher has a hypergeometric distribution."""
     items, n = 5000, 40
     rng = np.random.default_rng(3)
     pairs = np.stack([rng.permutation(items) for _ in range(n)]).astype(np.float32)

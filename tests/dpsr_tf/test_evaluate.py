@@ -1,4 +1,4 @@
-"""Judgments, what is measured of a system, and the command with its report."""
+"""Judgments, the figures of a system, and the command `dpsr evaluate` with its report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dpsr_tf.evaluation.systems import Systems
 
 
 def answers(lists, scores=None, personal=False):
-    """A retriever that gives these items, query "0", "1", ... of `lists`, padded to k."""
+    """Returns a retriever that answers query "0", "1", ... with these items, padded to k."""
 
     def retrieve(queries, users, k):
         retrieve.asked.append((list(queries), users))
@@ -50,7 +50,7 @@ def corpus(count=10, **more):
 FEW = Options(ks=(1, 3), bootstrap=50, latency_queries=2)
 
 
-# What is measured of one system.
+# The figures of one system.
 
 
 def test_evaluate_averages_over_queries():

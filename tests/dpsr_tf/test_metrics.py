@@ -1,4 +1,4 @@
-"""The figures by hand, against other formulas, and where ties, gaps, repeats and NaN leave them defined."""
+"""Metrics by hand and against other formulas, also with ties, gaps, repeats and NaN."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def judged(relevant, grades=(), **more):
 
 
 def ranked(found, relevant, grades=(), ks=(1, 3), scores=None):
-    """Figures of one query."""
+    """Returns the metrics of one query."""
     ids = np.array([found + [-1] * (max(ks) - len(found))])
     scores = np.zeros(ids.shape) if scores is None else np.array([scores + [-INF] * (max(ks) - len(scores))])
     values = metrics.ranked_metrics(ids, scores, judged([relevant], grades), ks)

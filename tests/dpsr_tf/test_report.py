@@ -1,4 +1,4 @@
-"""The report: what it writes, that it goes on where it was, and its parts."""
+"""The report: its files, that it continues where it stopped, and its parts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dpsr_tf.report.runner import ExperimentRunner
 from dpsr_tf.report.sections import Report
 from dpsr_tf.report.shop import QUICK
 
-# A report of a few seconds of training. Its models have learnt little, but every experiment is a real one.
+# A report with a few seconds of training. Its models learn little, but every experiment runs.
 TINY = (
     "--quick",
     *(f"--set={value}" for value in ("items=1500", "users=30", "interactions=1500", "purchases=30", "steps=8")),
@@ -44,7 +44,7 @@ def test_a_report_is_whole_goes_on_and_repeats(dpsr: Callable, tmp_path: Path) -
 
     figures = re.findall(r"!\[.*\]\((plots/.*\.svg)\)", text)
     assert len(figures) == 4 and all((out / name).is_file() for name in figures)
-    # The page opens from disk: all of it is in it.
+    # The page opens from disk: it refers to no other file.
     assert page.count("<svg") == 4
     assert not re.search(r"<(img|script|link|iframe)\b|url\((?!#)|@import", page)
     assert [f'<h2 id="{name}' in page for name in ("table-2", "figure-5", "figure-6", "figure-7", "table-1")] == [
@@ -57,12 +57,12 @@ def test_a_report_is_whole_goes_on_and_repeats(dpsr: Callable, tmp_path: Path) -
     assert found["seed"] == 3 and found["size"]["steps"] == 8
     assert found["bars"]["top_10_bm25"] == found["table2"][0]["purchases"]["systems"]["BM25"]["top-10"]
 
-    # Who knows more of the truth finds more.
+    # Rankers that know more of the truth find more.
     known = [ranker["top-1"]["value"] for ranker in found["ceilings"][0]["rankers"].values()]
     assert 0 < known[0] < known[1] < known[2] <= 1
     assert found["polysemy"][0]["widths"]["64"]["homonyms"]["queries"] > 20
 
-    # Cases keep the rule: no common word, right and wrong answers.
+    # Cases follow the rule: no common word, the first item relevant or not.
     for case in found["cases"]["gap"]["good_cases"]:
         assert not set(case["query"].lower().split()) & set(case["item"].lower().split())
     assert all(case["rank"] > 1 for of in found["cases"].values() for case in of["bad_cases"])
@@ -74,7 +74,7 @@ def test_a_report_is_whole_goes_on_and_repeats(dpsr: Callable, tmp_path: Path) -
     assert vectors.shape == (1500, 64) and len(rows) == 1501
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-4)
 
-    # Nothing is run again; what was lost is, and gives the same.
+    # No experiment runs again, except those whose results are deleted; these give the same results.
     assert "..." not in report()
     shutil.rmtree(next((out / "work").glob("model-DPSR-3-*")))
     for name in ("topology", "cases"):
@@ -97,7 +97,7 @@ def test_bad_flags(dpsr: Callable, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
     dpsr("report", f"--out={tmp_path / 'other'}").fails(1, "holds no report")
-    # What can only be seen in the directory shows before the first experiment.
+    # A wrong directory is reported before the first experiment.
     dpsr("report", out, f"--homedepot={tmp_path}").fails(1, f"--homedepot={tmp_path}: has no judgments.dev.tsv")
     dpsr("report", out, f"--qbqtc={tmp_path}").fails(1, "train.json: cannot be read")
 
@@ -127,7 +127,7 @@ def test_an_experiment_runs_once(tmp_path: Path) -> None:
     with pytest.raises(CommandError):
         runner.result("two", {}, fail)
     assert not (tmp_path / "runs" / "two.json").exists()
-    # The others of a group that fails do not begin any more, and its error is what is raised.
+    # If one of a group fails, the others do not start, and its error is raised.
     with pytest.raises(CommandError, match="no"):
         runner.run_together({"a": fail, "b": fail, "c": fail})
 

@@ -1,4 +1,4 @@
-"""Retrievers: BM25 against its definition, exact search against NumPy, fusion by hand, and what all of them promise."""
+"""Retrievers: BM25 against its definition, exact search against NumPy, fusion by hand, names of systems."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def fixed(lists, scores=None, personal=False):
-    """A retriever that gives these items to query "0", "1", ..., padded to k."""
+    """Returns a retriever that answers query "0", "1", ... with these items, padded to k."""
 
     def retrieve(queries, users, k):
         retrieve.asked.append((list(queries), users, k))
@@ -38,7 +38,7 @@ def fixed(lists, scores=None, personal=False):
 
 
 def answer(retriever, query="0", k=10):
-    """Items and scores of one query, padding left out."""
+    """Returns the items and scores of one query without padding."""
     ids, scores = retriever([query], None, k)
     assert ids.shape == scores.shape == (1, k) and (ids.dtype, scores.dtype) == (np.int64, np.float32)
     count = int((ids[0] >= 0).sum())
@@ -46,7 +46,7 @@ def answer(retriever, query="0", k=10):
     return ids[0, :count].tolist(), scores[0, :count].tolist()
 
 
-# What all are made of.
+# Shared parts.
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 9])
@@ -110,7 +110,7 @@ IDS = [50, 10, 40, 20, 90, 30, 60, 80, 70]
 
 
 def bm25(query, titles=TITLES, ids=IDS, k1=1.2, b=0.75):
-    """Items with a score above 0 and their scores, best first; Lucene's idf and term weight, term by term."""
+    """Returns (item, score) for scores above 0, best first, by Lucene's idf and term weight."""
     tokenizer = Tokenizer(TokenizerConfig(letter_trigrams=False))
     documents = [tokenizer.tokenize(title) for title in titles]
     mean = sum(map(len, documents)) / len(documents)
@@ -371,7 +371,7 @@ def test_parse(spec, expected):
         ("weighted(bm25:1,random:nan)", "expected a weight above 0"),
     ],
 )
-def test_names_of_nothing(spec, fragment):
+def test_parse_rejects_other_names(spec, fragment):
     with pytest.raises(UsageError) as caught:
         parse(spec)
     assert fragment in str(caught.value)

@@ -1,4 +1,4 @@
-"""The README's first command, on the generated shop, and what the demo leaves for the next day."""
+"""The README's first command, `make demo`: its answers, its files, interrupting it and running it again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def dpsr(*arguments: object, timeout: float = 240) -> subprocess.CompletedProces
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Where the demo on the generated shop put things, and what it printed."""
+    """The directory of the demo on the generated shop, and what the demo printed."""
     out = tmp_path_factory.mktemp("demo") / "shop"
     result = subprocess.run(["make", "demo", f"OUT={out}"], capture_output=True, text=True, timeout=240, cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -40,12 +40,12 @@ def test_demo_answers_four_queries_and_beats_bm25(demo: tuple[Path, str]) -> Non
     assert query
     assert len(re.findall(r"^ +1 +0\.\d+ +\d+ +\S", text, re.MULTILINE)) == 4
     assert len(re.findall(r"^ +10 +0\.\d+ +\d+ +\S", text, re.MULTILINE)) == 4
-    table = text[text.index("recall@10") :]  # the first of the tables
+    table = text[text.index("recall@10") :]  # the first table
     bm25, model = (
         [float(x) for x in re.search(rf"^{system}((?: +\d\.\d{{3}}){{3}})", table, re.MULTILINE)[1].split()]
         for system in ("bm25", r"server\S+")
     )
-    # recall@10, recall@100, MRR@10 of held-out queries: the model bridges words, BM25 cannot.
+    # recall@10, recall@100, MRR@10 of held-out queries: unlike BM25, the model matches texts without common words.
     assert model[0] > bm25[0] and model[1] > bm25[1] and model[2] > bm25[2], (bm25, model)
     assert f"The servable lies in {out}/servable" in text
     for command in ("serve", "query"):
@@ -73,7 +73,7 @@ def test_demo_queries_are_not_in_the_log(demo: tuple[Path, str]) -> None:
 
 
 def test_next_day_server_query_and_errors(demo: tuple[Path, str]) -> None:
-    """Serves the demo's servable by hand, as its last lines say, and asks it good and bad things."""
+    """Serves the demo's servable as its last lines say, and sends valid and invalid requests."""
     out, _ = demo
     log = open(out / "next_day.log", "w+")  # noqa: SIM115
     command = [sys.executable, "-m", "dpsr_common", "serve", f"--model_base_path={out / 'servable'}"]
@@ -155,9 +155,9 @@ def interrupt(out: Path, *flags: str, at: str) -> str:
 
 
 def commands_running() -> Iterator[bytes]:
-    """The command line of every process."""
+    """Yields the command line of every process."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # The process has ended meanwhile.
             yield path.read_bytes()
 
 
@@ -169,7 +169,7 @@ def test_demo_without_the_files_says_which(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not HOMEDEPOT.is_dir(), reason="the Home Depot files are not beside the repository")
 def test_home_depot_path(tmp_path: Path) -> None:
-    """The real log through the same path; few steps, so the bar is that it has learned, not how well."""
+    """The demo on a real log. With few steps it only has to show that the model learns."""
     result = dpsr("demo", f"--data={HOMEDEPOT}", f"--out={tmp_path / 'out'}", "--steps=150")
     assert result.returncode == 0, result.stdout + result.stderr
     recall = float(re.search(r"^server\S+ +\d\.\d{3} +(\d\.\d{3})", result.stdout, re.MULTILINE)[1])

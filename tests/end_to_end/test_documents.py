@@ -1,4 +1,4 @@
-"""The commands of the quickstart and of "bring your own log", run as they stand there."""
+"""Runs the commands of the pages "quickstart" and "bring your own log" as they are written there."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run_document(name: str, folder: Path) -> str:
         script = script.replace(f"{port}", str(free_port()))
     (folder / "dpsr_tf").symlink_to(ROOT / "dpsr_tf")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    # The shell ends what it has started, also where a command fails.
+    # The shell ends the processes that it has started, also if a command fails.
     script = f"set -euo pipefail\ntrap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n{script}"
     done = subprocess.run(
         ["bash", "-c", script],
@@ -59,7 +59,7 @@ def test_bring_your_own_log(tmp_path: Path) -> None:
     printed = run_document("own_log.md", tmp_path)
     plain, filtered = printed.split("\nsneakers\n")[1:3]
     assert re.search(r" 1 .*Running Shoes", plain), printed
-    assert "Trail" not in filtered.split("predictions")[0], printed  # which costs more than 60
+    assert "Trail" not in filtered.split("predictions")[0], printed  # The trail shoes cost more than 60.
     assert re.search(r"boiler\n.*\n +1 .*Kettle", printed), printed
     assert re.search(r"hedset\n.*\n +1 .*Headphones", printed), printed
     assert '"item_keys"' in printed

@@ -1,4 +1,4 @@
-"""docs/data_format.md from top to bottom with a log that nobody prepared: awkward text, text ids, mixed formats."""
+"""All of docs/data_format.md with a raw log: awkward text, text ids, mixed file formats."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TITLES = {0: 'Bolt, 12"" wide\nsecond line', 1: "'; DROP TABLE items; --", 2: "0
 
 
 def dpsr(capfd, *arguments):
-    """Runs a command that has to succeed; returns what it printed."""
+    """Runs a command, asserts that it succeeds, and returns what it printed."""
     status = command_line.main([str(argument) for argument in arguments])
     printed = capfd.readouterr()
     assert status == 0, printed.err
@@ -146,8 +146,8 @@ def test_ingest_takes_the_log_as_it_is(own, capfd):
 
 
 @pytest.mark.slow
-def test_the_rest_of_the_page(own, tmp_path, capfd):
-    """train, index, export, evaluate: what was trained, indexed and exported gives the same figures."""
+def test_model_index_and_servable_give_the_same_figures(own, tmp_path, capfd):
+    """train, index, export, evaluate."""
     path, *_ = own
     store = tmp_path / "store"
     dpsr(capfd, "ingest", f"--schema={path}/schema.yaml", f"--out={store}")
@@ -166,7 +166,7 @@ def test_the_rest_of_the_page(own, tmp_path, capfd):
 
 @pytest.mark.slow
 def test_features_and_history(own, tmp_path, capfd):
-    """A model that reads all that the schema declares is trained, indexed and measured."""
+    """A model with all features of the schema and with histories is trained, indexed and measured."""
     path, *_ = own
     store = tmp_path / "store"
     dpsr(capfd, "ingest", f"--schema={path}/schema.yaml", f"--out={store}")
@@ -181,7 +181,7 @@ def test_features_and_history(own, tmp_path, capfd):
 
 
 def test_an_own_label_beside_own_types(own, tmp_path, capfd):
-    """`types` names only what has another name in the log: names of its own types stay what they are."""
+    """`types` maps only the types that have other names in the log; all other types keep their names."""
     path, *_ = own
     rows = [("impression", 0), ("click", 1), ("impression", 2), ("buy", 3)]
     (tmp_path / "log.jsonl").write_text(

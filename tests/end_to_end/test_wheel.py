@@ -1,4 +1,4 @@
-"""The wheel: built from this checkout, it works in an environment that has never seen the checkout."""
+"""The wheel that is built from this checkout works in an environment without the checkout."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_native_parts_name_no_path_of_this_machine(wheel: Path, tmp_path: Path) 
         for line in dynamic.splitlines():
             if "RUNPATH" in line or "RPATH" in line:
                 assert "[$ORIGIN/" in line and str(ROOT) not in line, (binary, line)
-        # The cores and their libraries are inside; only TensorFlow and the system's are asked for.
+        # Our C++ cores are linked statically; only libraries of TensorFlow and of the system are needed.
         needed = {line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "NEEDED" in line}
         system = ("libc.so", "libm.so", "libstdc++", "libgcc_s", "ld-linux", "libdl", "libpthread", "libz.so", "librt")
         assert not [n for n in needed if not n.startswith((*system, "libtensorflow"))], (binary, needed)
@@ -88,7 +88,7 @@ def test_the_whole_path_runs_from_the_wheel(environment: Path, tmp_path: Path) -
 
 
 def test_base_install_queries_without_tensorflow(environment: Path) -> None:
-    """`dpsr query` is what a search backend's people run: it must not need the training packages."""
+    """The developers of a search backend run `dpsr query`, so it must not need the training packages."""
     script = (
         "import sys; sys.modules['tensorflow'] = sys.modules['pyarrow'] = None\n"
         "from dpsr_common.command_line import main\n"
