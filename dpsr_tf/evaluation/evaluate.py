@@ -45,7 +45,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text, integer, boolean = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_boolean
     texts = flags.DEFINE_multi_string
     text("store", None, "store whose items the systems choose from", flag_values=values)
-    texts("system", [], "system to measure, one of the list above; can be repeated", flag_values=values)
+    texts("system", [], "system to measure, one of the list above", flag_values=values)
 
     text("judgments", None, "table of judged query-item pairs (TSV, CSV, Parquet, JSON lines)", flag_values=values)
     text("query_column", "query", "column of --judgments with the query text", flag_values=values)
@@ -78,10 +78,10 @@ def define_flags(values: flags.FlagValues) -> None:
     texts(
         "slice",
         [],
-        f"column of --judgments to report by, or '{FREQUENCY}' (how often the log has the query); can be repeated",
+        f"column of --judgments to report by, or '{FREQUENCY}' (how often the log has the query)",
         flag_values=values,
     )
-    texts("query_slice", [], "column of --queries to report by; can be repeated", flag_values=values)
+    texts("query_slice", [], "column of --queries to report by", flag_values=values)
 
     default_ks = ",".join(map(str, DEFAULT_KS))
     flags.DEFINE_list("k", None, f"cut-offs k, separated by commas (default {default_ks})", flag_values=values)

@@ -67,7 +67,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "jobs", None, "number of trainings to run at once (default: the number of cores)", 1, 1024, flag_values=values
     )
     flags.DEFINE_multi_string(
-        "set", [], "overrides one size of the experiments, for example steps=500; can be repeated", flag_values=values
+        "set", [], "overrides one size of the experiments, for example steps=500", flag_values=values
     )
 
 
