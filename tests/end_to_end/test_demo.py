@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parent.parent.parent
 HOMEDEPOT = ROOT.parent / "shared" / "data" / "homedepot"
 
 
-def dpsr(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def dpsr(*arguments: object, timeout: float = 500) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dpsr_common", *(str(argument) for argument in arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
 
@@ -29,7 +29,7 @@ def dpsr(*arguments: object, timeout: float = 240) -> subprocess.CompletedProces
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The directory of the demo on the generated shop, and what the demo printed."""
     out = tmp_path_factory.mktemp("demo") / "shop"
-    result = subprocess.run(["make", "demo", f"OUT={out}"], capture_output=True, text=True, timeout=240, cwd=ROOT)
+    result = subprocess.run(["make", "demo", f"OUT={out}"], capture_output=True, text=True, timeout=500, cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
     return out, result.stdout + result.stderr
 

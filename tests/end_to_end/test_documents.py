@@ -36,13 +36,14 @@ def run_document(name: str, folder: Path) -> str:
         env={**os.environ, "PATH": path},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_quickstart(tmp_path: Path) -> None:
     printed = run_document("quickstart.md", tmp_path)
     assert re.search(r"^gents hair wash\n.*\n +1 ", printed, re.MULTILINE), printed
@@ -55,6 +56,7 @@ def test_quickstart(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_bring_your_own_log(tmp_path: Path) -> None:
     printed = run_document("own_log.md", tmp_path)
     plain, filtered = printed.split("\nsneakers\n")[1:3]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -81,7 +81,7 @@ def test_the_whole_path_runs_from_the_wheel(environment: Path, tmp_path: Path) -
         text=True,
         cwd=tmp_path,
         env={**clean, "PATH": "/usr/bin:/bin"},
-        timeout=280,
+        timeout=500,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "server:127.0.0.1" in result.stdout and "The servable lies in demo/servable" in result.stdout
