@@ -71,4 +71,4 @@ def test_the_command_measures_them(job: Job, tmp_path) -> None:
     for other in others:
         assert other["recall@100"] == pytest.approx(first["recall@100"], abs=0.01)
     assert found["slices"]["kind"]
-    assert found["notes"][systems[2]][0] == "gives no scores of pairs, so no top-k and no AUC"
+    assert found["notes"][systems[2]][0] == "no top-k and no AUC: the system cannot score given pairs"
