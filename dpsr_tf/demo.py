@@ -66,7 +66,7 @@ class _Job:
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Flags of `dpsr demo`."""
+    """Defines the flags of `dpsr demo`."""
     flags.DEFINE_string(
         "data",
         None,

@@ -1,1 +1,1 @@
-"""How good a retriever is: metrics, baselines, judgments."""
+"""Evaluation of retrievers: judgments, metrics, baselines, fusion, and `dpsr evaluate`."""

@@ -143,7 +143,7 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
 
 
 def _check_flags(values: flags.FlagValues) -> None:
-    """Raises UsageError for flags that do not fit together, CommandError where --json cannot be written."""
+    """Raises UsageError for flags that cannot be combined, CommandError if --json cannot be written."""
     if not values.system:
         raise UsageError(f"--system is missing, expected at least one of: {system_names()}")
     if values.time_column and not values.user_column:
@@ -176,7 +176,7 @@ def _ks(given: Sequence[str] | None) -> tuple[int, ...]:
 
 
 def _judgments(values: flags.FlagValues, corpus: Corpus) -> tuple[Judgments, dict[str, int]]:
-    """Reads the judgments that the flags name; returns them and how much was left out, by reason."""
+    """Returns the judgments that the flags name, and the number of judgments, users and queries left out by reason."""
     left_out = {}
     judgments = _read_judgments(values, corpus)
     if values.skip_unknown:
@@ -235,7 +235,7 @@ def _write_json(report: Mapping[str, Any], path: str) -> None:
 
 
 def _versions() -> dict[str, str]:
-    """Returns the versions of the packages that decide the figures, those that are installed."""
+    """Returns the versions of the installed packages that decide the figures."""
     packages = ("numpy", "scipy", "bm25s", "ir-measures", "tensorflow", "faiss-cpu", "faiss-gpu")
     versions = {"dpsr": __version__, "python": platform.python_version()}
     for package in packages:

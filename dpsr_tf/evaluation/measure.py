@@ -139,7 +139,7 @@ def _compare(
     options: Options,
     auc_samples: Mapping[str, np.ndarray],
 ) -> dict[str, dict[str, Any]]:
-    """Returns metrics.compare, and the difference of AUC with its interval: AUC is no mean over queries to test."""
+    """Returns metrics.compare, and the difference of AUC with its interval but without tests, which need queries."""
     one, other = measured[spec], measured[baseline]
     figures = metrics.compare(one.per_query, other.per_query, options.bootstrap, options.seed)
     if one.pairs is not None and other.pairs is not None:
@@ -285,7 +285,7 @@ def _summary(
             samples = metrics.bootstrap_means(values, options.bootstrap, options.seed)
             intervals[spec] = {name: metrics.interval(samples[:, column]) for column, name in enumerate(names)}
         if one.pairs is not None:
-            # Queries without a relevant item belong to no slice, only to the whole.
+            # Queries without a relevant item count only if all other queries are inside.
             unanswered = np.full(one.pairs.num_queries - len(inside), inside.all())
             counted = np.concatenate([inside, unanswered])
             systems[spec]["auc"] = float(one.pairs.auc(counted[np.newaxis].astype(np.float64))[0])

@@ -103,9 +103,8 @@ def _integer_gains(judgments: Judgments) -> dict[str, dict[str, int]]:
     factor = next(
         (f for f in (1, 10, 100, 1000) if np.allclose(values * f, np.round(values * f), rtol=0, atol=1e-6)), 0
     )
-    if (
-        not factor or values.max(initial=0) * factor > 10_000
-    ):  # trec_eval keeps a count of every grade up to the highest
+    # trec_eval keeps a count of every grade up to the highest, so the highest grade must stay small.
+    if not factor or values.max(initial=0) * factor > 10_000:
         factor = 10_000 / max(values.max(initial=0), 1e-30)
     return {
         str(row): {str(item): round(max(grade, 0.0) * factor) for item, grade in grades.items()}

@@ -45,7 +45,7 @@ figure, svg { max-width: 100%; height: auto; } code { background: #f3f3f3; paddi
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Flags of `dpsr report`."""
+    """Defines the flags of `dpsr report`."""
     flags.DEFINE_string("out", None, "directory for the report, its shops, models and results", flag_values=values)
     flags.DEFINE_boolean(
         "quick", False, "runs small experiments, which take minutes instead of an hour", flag_values=values

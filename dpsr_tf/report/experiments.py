@@ -164,7 +164,7 @@ def _polysemy(shop: Shop, models: Mapping[str, Artifact], dim: int) -> Result:
         figures = {}
         for label, model in pair.items():
             ids = exact_search(model.path, shop.opened_store)(queries, None, 100)[0].tolist()
-            figures[label] = np.array([_senses_and_recall(found, of) for found, of in zip(ids, senses, strict=True)])
+            figures[label] = np.array([_senses_and_recall(*one) for one in zip(ids, senses, strict=True)])
         in_log = np.array([table["fold"][row] == "log" for row in rows])
         homonyms = json.loads((shop.directory.path / "truth.json").read_text())["homonyms"]
         homonym = np.array([not homonyms.keys().isdisjoint(query.split()) for query in queries])
@@ -236,7 +236,7 @@ def topology(shop: Shop, model: Artifact) -> Result:
         types, items = _popular_types(shop, 33)
         rows: list[int] = []
         for name in types:
-            mine = [row for row, of in enumerate(items["type"]) if of == name]
+            mine = [row for row, item_type in enumerate(items["type"]) if item_type == name]
             mine.sort(key=lambda row: -items["popularity"][row])
             rows += mine[: shop.size.plotted_items // len(types)]
         embeddings = item_embeddings(model.path, shop.opened_store)[[items["row"][row] for row in rows]]
@@ -286,8 +286,10 @@ def _example(
 ) -> Result:
     query, senses = table["query"][row], table["meanings"][row]
     names = shop.truth_table("meanings")
-    of = {name: row for row, name in enumerate(names["meaning"])}
-    called = [f"{names['type'][of[m]] or names['brand'][of[m]]} ({names['category'][of[m]]})" for m in senses]
+    row_of = {name: row for row, name in enumerate(names["meaning"])}
+    called = [
+        f"{names['type'][row_of[m]] or names['brand'][row_of[m]]} ({names['category'][row_of[m]]})" for m in senses
+    ]
     order = np.argsort(-np.array(items["popularity"]), kind="stable").tolist()
     meaning = np.full(len(order), -1)
     for number, sense in enumerate(senses):
@@ -334,7 +336,7 @@ def cases(shop: Shop, model: Artifact, count: int = 5) -> Result:
         search, tokenize = exact_search(model.path, shop.opened_store), unigrams()
         found: Result = {}
         for kind in ("gap", "typo"):
-            rows = [row for row, (of,) in enumerate(judgments.slices["kind"]) if of == kind]
+            rows = [row for row, kinds in enumerate(judgments.slices["kind"]) if kinds == (kind,)]
             asked = judgments.take(rows)
             answers = search(asked.queries, None, len(titles))[0]
             good, bad = [], []

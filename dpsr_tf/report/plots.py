@@ -55,7 +55,9 @@ def topology(result: Mapping[str, Any]) -> Figure:
         points, types = np.array(result["points"]), np.array(result["type"])
         categories = list(dict.fromkeys(result["category"].values()))
         for number, category in enumerate(categories):
-            mine = np.isin(types, [name for name, of in result["category"].items() if of == category])
+            mine = np.isin(
+                types, [name for name, its_category in result["category"].items() if its_category == category]
+            )
             color, marker = COLORS[number % len(COLORS)], MARKERS[number // len(COLORS)]
             axes.scatter(
                 points[mine, 0], points[mine, 1], s=9, c=color, marker=marker, alpha=0.7, linewidths=0, label=category

@@ -94,8 +94,8 @@ def report(results: Result) -> Report:
     _mixing(page, results)
     _cases(page, results)
     _efficiency(page, results)
-    for name, of in results.get("data", {}).items():
-        _data_set(page, name, of)
+    for name, folds in results.get("data", {}).items():
+        _data_set(page, name, folds)
     if "ablations" in results:
         _ablations(page, results["ablations"])
     _files(page, results)
@@ -305,8 +305,8 @@ def _polysemy_examples(page: Report, examples: Result) -> None:
     rows = [
         (query["query"], label, head + 1, title, meaning)
         for query in examples["queries"]
-        for label, of in query["models"].items()
-        for head, items in enumerate(of["found"])
+        for label, example in query["models"].items()
+        for head, items in enumerate(example["found"])
         for title, meaning in items[:3]
     ]
     page.table(("query", "model", "head", "item found", "meaning of the item"), rows, texts=5)
@@ -385,8 +385,8 @@ def _cases(page: Report, results: Result) -> None:
     ):
         page.heading(title, 3)
         rows = []
-        for of in cases.values():
-            for case in of[key]:
+        for cases_of_kind in cases.values():
+            for case in cases_of_kind[key]:
                 query = f"{case['query']} ({case['means']})" if case["means"] else case["query"]
                 more = (case["right"], case["rank"]) if key == "bad_cases" else ()
                 rows.append((query, case["item"], *more))
@@ -435,13 +435,13 @@ def _serving_benchmark(page: Report, serving: Mapping[str, Any], num_items: int)
     for row in serving["rows"]:
         if row["impl"] == "dpsr" and row["workload"].startswith("fused") and row["metric"].endswith("_qps"):
             load = row["metric"].removesuffix("_qps")
-            of = {
+            figures = {
                 r["metric"]: r["value"]
                 for r in serving["rows"]
                 if r["impl"] == "dpsr" and r["workload"] == row["workload"]
             }
-            cpu = of.get(f"{load}_cpu")
-            cells = [f"{of[name]:,.2f}" if name in of else "" for name in (f"{load}_p50", f"{load}_p99")]
+            cpu = figures.get(f"{load}_cpu")
+            cells = [f"{figures[name]:,.2f}" if name in figures else "" for name in (f"{load}_p50", f"{load}_p99")]
             per_core = f"{1e6 / cpu:,.0f}" if cpu else ""
             rows.append(
                 (load.replace("_", " "), f"{row['value']:,.0f}", *cells, f"{cpu:,.0f}" if cpu else "", per_core)
@@ -470,10 +470,10 @@ _DATA_SETS = {
 }
 
 
-def _data_set(page: Report, name: str, of: Mapping[str, Any]) -> None:
+def _data_set(page: Report, name: str, folds: Mapping[str, Any]) -> None:
     title, figures = _DATA_SETS[name]
     page.heading(title)
-    for fold, table in of.items():
+    for fold, table in folds.items():
         page.text(f"{fold}: {table['queries']:,} queries, {table['items']:,} items.")
         rows = [(label, *(_with_interval(table, label, figure) for figure in figures)) for label in table["systems"]]
         page.table(("method", *figures), rows)
