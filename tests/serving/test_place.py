@@ -18,7 +18,7 @@ from proxy_backends import Load, StartProxy, call, predict, write_yaml
 
 from dpsr_common import serving_apis
 from dpsr_common.errors import UsageError
-from dpsr_serving.placement.command import parse_config
+from dpsr_serving.placement.config import parse_config
 from dpsr_serving.placement.planner import Model
 
 SERVERS = "servers: {a: {address: 'h:1', memory: 8GiB}}\n"
@@ -46,13 +46,13 @@ def test_whole_file(tmp_path: Path) -> None:
     assert list(config.servers) == ["a", "b"] and config.addresses == {"a": "h:1", "b": "h:2"}
     assert config.servers["b"].memory == 1536 and config.servers["b"].leaving and config.servers["b"].zone == "east"
     given = config.models["given"]
-    assert given.placed == Model("given", 4_000_000, 2_000_000, 2, 3.0)
+    assert given.model == Model("given", 4_000_000, 2_000_000, 2, 3.0)
     assert (given.versions, dict(given.labels)) == ((7, 8), {"c": 8})
     # A fifth more than the files of the largest version that is served.
-    assert config.models["measured"].placed == Model("measured", 2400, 2400)
-    assert config.models["both"].placed == Model("both", 4800, 2400)
+    assert config.models["measured"].model == Model("measured", 2400, 2400)
+    assert config.models["both"].model == Model("both", 4800, 2400)
     text = f"{SERVERS}models: {{m: {{base_path: /m, memory: 5}}}}\nswap_room: false"
-    assert parse_config(text).models["m"].placed.swap == 0
+    assert parse_config(text).models["m"].model.swap == 0
 
 
 def test_the_guides_file_is_one() -> None:
@@ -87,7 +87,7 @@ def test_the_guides_file_is_one() -> None:
         (SERVERS + "models: {m: {base_path: /m, memory: 1, versions: [x]}}", "models.m.versions: got ['x'], expected"),
         (
             SERVERS + "models: {m: {base_path: /m, memory: 1, versions: [1], latest: 2}}",
-            "models.m.latest: got versions",
+            "models.m.latest: cannot be combined with versions",
         ),
         (SERVERS + "models: {m: {base_path: /m, memory: 1, labels: {a: b}}}", "models.m.labels: got {'a': 'b'}"),
         (SERVERS + "models: {m: {base_path: /m, memory: 1}}\ntls: {key: k}", "expected certificate and key together"),
@@ -257,7 +257,12 @@ def test_a_model_that_does_not_load_stops_the_plan(start_fleet: Callable[[int, i
     saved_models.write_unknown_op(version, "NoSuchOp")
     fleet.models["m001"] = fleet.models["m001"].replace("[2]", "[2, 3]").replace("stable: 2", "stable: 3")
     status, out, err = fleet.place("s0", "s1")
-    assert status == 1 and "not all as the file says" in err and "model m001 version 3: " in err and "NoSuchOp" in err
+    assert (
+        status == 1
+        and "not all versions and labels are as the file says" in err
+        and "model m001 version 3: " in err
+        and "NoSuchOp" in err
+    )
     # A server that starts again knows what it had.
     with serving(tmp_path, f"--model_config_file={tmp_path}/{place}.config") as again:
         assert answering(again, "m001") == {2}

@@ -1,14 +1,15 @@
-"""Which model servers hold which models: an assignment that fits their memory, and the steps that lead to it.
+"""Decides which model servers hold which models, and in which order of steps to get there.
 
-Pure functions of a snapshot, deterministic: the same input gives the same answer, in any order of its parts. Section
-5.2.2 of the DPSR paper has the need (hundreds of models, tens of gigabytes each), not the method. place.py asks the
-servers and changes them.
+Both functions, assign() and schedule(), are pure and deterministic: the same input gives the same answer, in whatever
+order its parts are listed. Section 5.2.2 of the DPSR paper states the need (hundreds of models, tens of gigabytes each);
+the method is our own.
 
-A server's models fit when their memory, and once more that of the largest single version, which loads while its
-predecessor still answers, is at most the server's. Replicas of a model are on different servers. Of the assignments
-that place every replica the one with the fewest moves is wanted (a replica that stays where it is costs nothing); new
-places are chosen by zone, then by load. Bin packing is NP-hard: what is cheap and mostly right is tried first, and an
-exhaustive search of bounded effort, which is exact on small inputs, mends what it left.
+The models of a server fit if the server's memory holds all of them plus the largest single version once more: a new
+version loads while its predecessor still answers. Replicas of a model are on different servers. Among the assignments
+that place every replica, the one with the fewest moves wins; a replica that stays on its server is no move. New places
+are chosen by zone first, then by load. Bin packing is NP-hard, so assign() tries cheap rules first, which mostly
+succeed, and then improves their result by an exhaustive search with a bounded number of steps, which is exact for small
+inputs.
 """
 
 from __future__ import annotations
