@@ -33,6 +33,9 @@ DEBIAN_PACKAGES := build-essential cmake ninja-build pkg-config libgrpc++-dev li
 	protobuf-compiler-grpc libutf8proc-dev libxxhash-dev libgtest-dev libssl-dev zlib1g-dev libboost1.74-dev \
 	rapidjson-dev python3-dev python3-venv iproute2
 
+# What tests call: openssl makes certificates, systemd-analyze checks the units.
+TEST_PACKAGES := openssl systemd
+
 FUZZ_TARGETS := $(addprefix tokenizer_cc/,tokenizer_fuzz tokenizer_config_fuzz vocabulary_fuzz) export/item_filter_fuzz
 SERVING_FUZZ_TARGETS := json_tensor_fuzz server_config_fuzz tensor_proto_fuzz
 
@@ -41,7 +44,7 @@ empty :=
 space := $(empty) $(empty)
 
 .DELETE_ON_ERROR:
-.PHONY: setup debian native demo test test-fast test-distributed test-cpp sanitize sanitize-thread fuzz bazel-test bench-tokenizer bench-store bench-index bench-servable bench-training report ablations build/offline.bazelrc lint wheel clean
+.PHONY: setup debian native demo test test-fast test-tools test-distributed test-cpp sanitize sanitize-thread fuzz bazel-test bench-tokenizer bench-store bench-index bench-servable bench-training report ablations build/offline.bazelrc lint wheel clean
 
 setup: native
 
@@ -149,12 +152,29 @@ bazel-test: debian $(VENV)/.packages build/offline.bazelrc
 # Runs the tests in two processes; all tests of a file run in the same one. `python -m pytest` alone uses one process.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-fast: native
+# promtool checks the alert rules. It is taken out of Debian's package and not installed, because the package would also
+# start a Prometheus server. A promtool that is on the PATH is used instead.
+build/promtool:
+	@mkdir -p build/prometheus
+	@if command -v promtool >/dev/null; then ln -sf "$$(command -v promtool)" $@; exit 0; fi; \
+	echo "downloading promtool"; \
+	download() { (cd build/prometheus && apt-get -o APT::Sandbox::User=root -qq download prometheus); }; \
+	if ! download 2>/dev/null; then \
+	  if [ $$(id -u) = 0 ]; then apt-get update -qq; elif sudo -n true 2>/dev/null; then sudo apt-get update -qq; fi; \
+	  download || { echo "promtool is missing: install it, or run apt-get update as root; then make again" >&2; exit 1; }; \
+	fi; \
+	dpkg --fsys-tarfile build/prometheus/prometheus_*.deb | tar -xOf - ./usr/bin/promtool >$@ && chmod +x $@
+	@rm -rf build/prometheus
+
+test-tools: build/promtool
+	$(call install_debian,$(TEST_PACKAGES))
+
+test-fast: native test-tools
 	$(PYTEST) -m "not slow"
 
 # The fast tests run first, so that most failures show early. Files of slow tests start in the order of
 # tests/conftest.py, not by the number of their tests.
-test: lint test-cpp sanitize
+test: lint test-cpp sanitize test-tools
 	$(PYTEST) -m "not slow"
 	$(PYTEST) --no-loadscope-reorder -m "slow and not distributed"
 

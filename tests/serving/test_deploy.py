@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -297,9 +298,9 @@ def test_scraped_addresses_are_those_the_proxy_knows() -> None:
 
 
 def test_promtool_takes_the_rules() -> None:
-    promtool = shutil.which("promtool")
+    promtool = shutil.which("promtool", path=os.pathsep.join([str(ROOT / "build"), os.environ.get("PATH", "")]))
     if promtool is None:
-        pytest.skip("promtool is not installed: apt-get install prometheus")
+        pytest.skip("promtool is not installed: run make build/promtool")
     folder = ALERTS.parent
     for arguments in (
         ("check", "rules", "alerts.yaml"),
@@ -325,7 +326,7 @@ def test_units(name: str, tmp_path: Path) -> None:
         assert stop > float(flag(unit_arguments(name), "drain_s"))
     analyze = shutil.which("systemd-analyze")
     if analyze is None:
-        pytest.skip("systemd-analyze is not installed: apt-get install systemd")
+        pytest.skip("systemd-analyze is not installed: run make test-tools")
     here = tmp_path / unit.name
     here.write_text(text.replace("/opt/dpsr/bin/dpsr", command_line()[0]))
     done = subprocess.run([analyze, "verify", "--man=no", str(here)], capture_output=True, text=True, timeout=60)

@@ -1,7 +1,7 @@
 """Decides which model servers hold which models, and in which order of steps to get there.
 
 Both functions, assign() and schedule(), are pure and deterministic: the same input gives the same answer, in whatever
-order its parts are listed. Section 5.2.2 of the DPSR paper states the need (hundreds of models, tens of gigabytes each);
+order its parts are listed. Section 5.2.2 of the DPSR paper states the need (hundreds of models of tens of gigabytes);
 the method is our own.
 
 The models of a server fit if the server's memory holds all of them plus the largest single version once more: a new
