@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
+from processes import PATIENCE_S
 from tensorflow.core.framework import tensor_pb2
 from tensorflow_serving.apis import (
     get_model_status_pb2,
@@ -29,7 +29,6 @@ from tensorflow_serving.config import model_server_config_pb2
 
 BINARY = Path(__file__).parents[2] / "serving" / "dpsr_serving" / "bin" / "dpsr_model_server"
 READY = "Running gRPC ModelServer at "
-PATIENCE_S = 60.0  # until a thing that must happen counts as missing; nothing waits so long when all is well
 State = get_model_status_pb2.ModelVersionStatus.State
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
@@ -39,12 +38,6 @@ def eventually(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < end, f"did not happen: {what}"
         time.sleep(0.02)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Reply:

@@ -3,12 +3,47 @@
 from __future__ import annotations
 
 import os
+import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import dpsr_serving
 import dpsr_tf
+
+PATIENCE_S = 60.0  # until a thing that must happen counts as missing; nothing waits so long when all is well
+
+_reserved: list[socket.socket] = []
+
+
+def free_port() -> int:
+    """A port that stays free until its server listens on it.
+
+    It lies below the range from which the kernel gives ports to connections and to port 0, and no other test process
+    is told the same: a socket in the kernel's abstract namespace, which goes with this process, reserves its number.
+    """
+    lowest_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(10_000, max(lowest_ephemeral, 20_000))
+        reservation = socket.socket(socket.AF_UNIX)
+        try:
+            reservation.bind(f"\0dpsr-test-port-{port}")
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            reservation.close()
+            continue
+        _reserved.append(reservation)
+        return port
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; a zombie, whose parent has not asked for its status, does not."""
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
 
 
 def child_environment(**extra: str) -> dict[str, str]:
@@ -30,7 +65,7 @@ def run_command(*arguments: str, **extra_environment: str) -> subprocess.Complet
         capture_output=True,
         text=True,
         errors="surrogateescape",
-        timeout=60,
+        timeout=4 * PATIENCE_S,
     )
 
 

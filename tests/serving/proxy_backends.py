@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from processes import ProxyProcess
+from processes import PATIENCE_S, ProxyProcess
 
 from dpsr_common import serving_apis
 from dpsr_serving.tensors import make_tensor, to_numpy
@@ -24,6 +24,7 @@ class RecordingBackend:
 
     def __init__(self, options: Sequence[tuple[str, Any]] = ()) -> None:
         self.calls: list[tuple[str, bytes, dict[str, Any], float | None]] = []
+        self.peers: set[str] = set()  # the connections that calls came over
         self.entered = threading.Semaphore(0)
         self.answer: Callable[[bytes, Any], bytes] = lambda request, context: request
         self._server = grpc.server(futures.ThreadPoolExecutor(8), options=(*serving_apis.GRPC_OPTIONS, *options))
@@ -35,6 +36,7 @@ class RecordingBackend:
                     metadata = dict(context.invocation_metadata())
                     if metadata.get("dpsr-proxy") == "check":  # the proxy's own
                         return b""
+                    backend.peers.add(context.peer())
                     backend.calls.append((details.method, request, metadata, context.time_remaining()))
                     backend.entered.release()
                     return backend.answer(request, context)
@@ -49,13 +51,14 @@ class RecordingBackend:
         self._server.stop(0).wait()
 
 
-FAST = "health: {every_s: 0.1, timeout_s: 0.3, return_s: 0.2}\n"
+# Two checks without an answer put a server down: the time-out is long enough for one that only gets no processor.
+FAST = "health: {every_s: 0.1, timeout_s: 1, return_s: 0.2}\n"
 
 StartProxy = Callable[..., ProxyProcess]  # the fixtures of conftest.py
 StartBackend = Callable[[], RecordingBackend]
 
 
-def call(target: str, method: str, request: bytes, timeout: float | None = 20, metadata: Any = ()) -> Any:
+def call(target: str, method: str, request: bytes, timeout: float | None = PATIENCE_S, metadata: Any = ()) -> Any:
     """Sends raw bytes; returns (code, details, response, initial metadata, trailing metadata) whatever the status."""
     with grpc.insecure_channel(target, options=serving_apis.CHANNEL_OPTIONS) as channel:
         done = channel.unary_unary(method).future(request, timeout=timeout, metadata=metadata)
@@ -74,7 +77,7 @@ def predict(model: str | None, signature: str = "serving_default", **inputs: Any
     return bytes(request.SerializeToString())
 
 
-def ask_ids(target: str, model: str, query: str = "a", timeout: float = 20, metadata: Any = ()) -> list[int]:
+def ask_ids(target: str, model: str, query: str = "a", timeout: float = PATIENCE_S, metadata: Any = ()) -> list[int]:
     """The ids that one search finds; AssertionError where it fails."""
     code, details, response, *_ = call(target, serving_apis.PREDICT, predict(model, query=[query]), timeout, metadata)
     assert code is grpc.StatusCode.OK, (code, details)
@@ -90,7 +93,7 @@ class Load:
         target: str,
         request: bytes | Sequence[bytes],
         threads: int = 4,
-        timeout: float = 20,
+        timeout: float = PATIENCE_S,
         pause_s: float = 0.0,
     ) -> None:
         self.codes: list[grpc.StatusCode] = []
@@ -132,7 +135,7 @@ class Load:
         return sum(code is not grpc.StatusCode.OK for code in self.codes)
 
 
-def wait_until(condition: Callable[[], bool], limit_s: float = 30) -> None:
+def wait_until(condition: Callable[[], bool], limit_s: float = PATIENCE_S) -> None:
     """Polls until the condition holds; AssertionError where it never does."""
     end = time.monotonic() + limit_s
     while not condition():
@@ -151,7 +154,7 @@ def http_address(proxy: ProxyProcess) -> str:
 def get(address: str, path: str) -> tuple[int, str]:
     """Status and body of a page."""
     try:
-        with urllib.request.urlopen(f"http://{address}{path}", timeout=20) as response:
+        with urllib.request.urlopen(f"http://{address}{path}", timeout=PATIENCE_S) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from processes import child_environment, run_command
+from processes import PATIENCE_S, child_environment, run_command
 
 from dpsr_common import serving_apis
 from dpsr_common.command_line import main
@@ -282,7 +282,12 @@ def test_imports_neither_tensorflow_nor_our_other_packages() -> None:
         "print(' '.join({name.partition('.')[0] for name in sys.modules}))"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], env=child_environment(), capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=PATIENCE_S,
     )
     loaded = set(result.stdout.split())
     assert {"dpsr_serving", "numpy"} <= loaded

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import run_command, save_search_model
+from processes import PATIENCE_S, free_port, run_command, save_search_model
 from proxy_backends import RecordingBackend, wait_until, write_yaml
 from saved_models import publish
 
@@ -379,9 +378,7 @@ def test_a_server_that_comes_up_late_is_reached(models: dict[str, Path], tmp_pat
     base = tmp_path / "base"
     base.mkdir()
     publish(models["simple"], base, 1)
-    with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))
-        port = reserved.getsockname()[1]
+    port = free_port()
     with SearchClient(f"127.0.0.1:{port}", "m") as client:
         with pytest.raises(ServingError, match="is it running"):
             client.search("a")
@@ -402,7 +399,7 @@ def test_deadline_against_a_server_that_hangs(models: dict[str, Path], tmp_path:
     base.mkdir()
     publish(models["simple"], base, 1)
     with start_model_server(base, "m", op_libraries=()) as server, SearchClient(server.target, "m", 0.3) as client:
-        client.search("a")
+        wait_until(lambda: found(client) == [500])
         server.process.send_signal(signal.SIGSTOP)
         try:
             threads = [threading.Thread(target=found, args=(client,)) for _ in range(4)]
@@ -411,7 +408,7 @@ def test_deadline_against_a_server_that_hangs(models: dict[str, Path], tmp_path:
             with pytest.raises(ServingError, match=r"no answer within 0\.3 s"):
                 client.search("a", 3)
             for thread in threads:
-                thread.join(20)
+                thread.join(PATIENCE_S)
                 assert not thread.is_alive()
         finally:
             server.process.send_signal(signal.SIGCONT)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import tomllib
 import yaml
-from model_servers import BINARY, State, eventually, free_port, predict_request, serving
-from processes import command_line, run_command
+from model_servers import BINARY, State, eventually, predict_request, serving
+from processes import command_line, free_port, run_command
 from proxy_backends import StartProxy, call, get, http_address, predict, wait_until
 
 from dpsr_common import serving_apis

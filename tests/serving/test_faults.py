@@ -11,7 +11,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from processes import save_search_model
+from processes import PATIENCE_S, free_port, save_search_model
 from proxy_backends import (
     FAST,
     Load,
@@ -34,7 +34,7 @@ from dpsr_serving.model_server import ModelServer, start_model_server
 @pytest.fixture
 def pair(model_paths: dict[str, Path]) -> Iterator[list[ModelServer]]:
     """Two servers of the model "shop" that a test may harm."""
-    running = [start_model_server(model_paths["shop"], "shop", op_libraries=()) for _ in range(2)]
+    running = [start_model_server(model_paths["shop"], "shop", free_port(), op_libraries=()) for _ in range(2)]
     yield running
     for server in running:
         server.process.send_signal(signal.SIGCONT)
@@ -57,8 +57,8 @@ def test_killed_backend_fails_no_request_and_gets_no_more(
     assert load.failed == 0, load.details
     # What it lost was asked again, once each: a dead server attracts nothing.
     assert metric(http, "dpsr_proxy_backend_failures_total", backend=pair[0].target) <= 8
-    assert metric(http, "dpsr_proxy_backend_up", backend=pair[0].target) == 0
-    assert metric(http, "dpsr_proxy_backend_up", backend=pair[1].target) == 1
+    wait_until(lambda: metric(http, "dpsr_proxy_backend_up", backend=pair[0].target) == 0)
+    wait_until(lambda: metric(http, "dpsr_proxy_backend_up", backend=pair[1].target) == 1)
 
 
 def test_hanging_backend_fails_no_request_and_comes_back(
@@ -121,7 +121,7 @@ def test_all_gone_under_load_is_unavailable_by_name_and_ends_when_one_is_back(
 ) -> None:
     proxy = start_proxy(write_yaml(tmp_path / "p.yaml", shop_config(pair)), "--http_port=0")
     http = http_address(proxy)
-    with Load(proxy.target, predict("shop", query=["abc"]), timeout=60) as load:
+    with Load(proxy.target, predict("shop", query=["abc"]), timeout=PATIENCE_S) as load:
         load.wait_for(100)
         for server in pair:
             server.process.kill()
@@ -183,7 +183,7 @@ def test_version_rollout_over_two_backends_fails_no_request(
         with Load(proxy.target, predict("shop", query=["abc"]), threads=2) as load:
             for number, base in enumerate(bases):
                 publish(tmp_path / "new", base, 8)
-                wait_until(lambda n=number: ask_ids(running[n].target, "shop") == [300], 60)
+                wait_until(lambda n=number: ask_ids(running[n].target, "shop") == [300])
                 # Whoever asks for version 8 gets it, wherever it is by now; and 7 as long as one has it.
                 wait_until(
                     lambda: (

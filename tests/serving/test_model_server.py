@@ -15,17 +15,16 @@ import saved_models
 import tensorflow as tf
 from model_servers import (
     INVALID,
-    PATIENCE_S,
     Server,
     State,
     error_of,
     eventually,
     failing_start,
-    free_port,
     gate_request,
     predict_request,
     serving,
 )
+from processes import PATIENCE_S, free_port
 from tensorflow.core.framework import tensor_pb2
 from tensorflow_serving.apis import get_model_status_pb2, predict_pb2, prediction_service_pb2_grpc
 

@@ -17,18 +17,8 @@ import numpy as np
 import pytest
 import saved_models
 import tensorflow as tf
-from model_servers import (
-    INVALID,
-    PATIENCE_S,
-    Server,
-    State,
-    error_of,
-    eventually,
-    failing_start,
-    free_port,
-    predict_request,
-    serving,
-)
+from model_servers import INVALID, Server, State, error_of, eventually, failing_start, predict_request, serving
+from processes import PATIENCE_S, free_port
 from tensorflow_serving.apis import classification_pb2, predict_pb2, prediction_service_pb2_grpc
 
 FOREVER_US = 3_600_000_000

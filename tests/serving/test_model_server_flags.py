@@ -13,17 +13,8 @@ import model_servers
 import pytest
 import saved_models
 import tensorflow as tf
-from model_servers import (
-    PATIENCE_S,
-    State,
-    error_of,
-    eventually,
-    failing_start,
-    free_port,
-    gate_request,
-    predict_request,
-    serving,
-)
+from model_servers import State, error_of, eventually, failing_start, gate_request, predict_request, serving
+from processes import PATIENCE_S, free_port
 from tensorflow_serving.apis import prediction_log_pb2
 
 v1 = tf.compat.v1

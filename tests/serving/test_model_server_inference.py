@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import saved_models
 import tensorflow as tf
-from model_servers import INVALID, PATIENCE_S, Server, config_list, error_of, model_config, predict_request, serving
+from model_servers import INVALID, Server, config_list, error_of, model_config, predict_request, serving
+from processes import PATIENCE_S
 from tensorflow_serving.apis import (
     classification_pb2,
     get_model_metadata_pb2,

@@ -13,16 +13,8 @@ import saved_models
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from model_servers import (
-    PATIENCE_S,
-    Server,
-    error_of,
-    eventually,
-    failing_start,
-    free_port,
-    predict_request,
-    serving,
-)
+from model_servers import Server, error_of, eventually, failing_start, predict_request, serving
+from processes import PATIENCE_S, free_port
 from tensorflow_serving.apis import prediction_service_pb2_grpc
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
@@ -90,7 +82,7 @@ def ask(server: Server, credentials: grpc.ChannelCredentials | None) -> list[flo
     )
     with channel:
         stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
-        return list(stub.Predict(predict_request(), timeout=10).outputs["y"].float_val)
+        return list(stub.Predict(predict_request(), timeout=PATIENCE_S).outputs["y"].float_val)
 
 
 def test_tls(authority: Authority, model: str, tmp_path: Path) -> None:
@@ -213,9 +205,14 @@ def test_bytes_that_are_no_grpc(model: str, tmp_path: Path) -> None:
         garbage = [bytes(range(256)) * 100, b"GET / HTTP/1.1\r\n\r\n", http2 + b"\xff" * 999]
         for data in garbage:
             with socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE_S) as client:
-                client.sendall(data)
-                client.shutdown(socket.SHUT_WR)
-                while client.recv(1 << 16):
-                    pass
+                try:
+                    client.sendall(data)
+                    client.shutdown(socket.SHUT_WR)
+                    while client.recv(1 << 16):
+                        pass
+                except TimeoutError:
+                    raise
+                except OSError:
+                    pass  # the server may close the connection at any time, also before all is sent
         assert ask(running, None) == [1.5, 2.0]
         assert running.stop() == 0

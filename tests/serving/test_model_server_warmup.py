@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import saved_models
 import tensorflow as tf
-from model_servers import PATIENCE_S, State, eventually, failing_start, predict_request, serving
+from model_servers import State, eventually, failing_start, predict_request, serving
+from processes import PATIENCE_S
 from tensorflow_serving.apis import get_model_status_pb2, prediction_log_pb2
 
 

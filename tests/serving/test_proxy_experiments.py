@@ -12,6 +12,7 @@ import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import PATIENCE_S
 from proxy_backends import (
     StartBackend,
     StartProxy,
@@ -121,9 +122,9 @@ access_log: {{path: {log}, sample: 1, metadata: [user-id]}}
     # What is not inference is of the model itself.
     status = serving_apis.GetModelStatusRequest()
     status.model_spec.name = "shop"
-    response = call(proxy.target, serving_apis.GET_MODEL_STATUS, status.SerializeToString(), 20, (("x-arm", "keyed"),))[
-        2
-    ]
+    response = call(
+        proxy.target, serving_apis.GET_MODEL_STATUS, status.SerializeToString(), PATIENCE_S, (("x-arm", "keyed"),)
+    )[2]
     assert serving_apis.GetModelStatusResponse.FromString(response).model_version_status[0].version == 7
 
 
@@ -142,7 +143,7 @@ models:
 """
     proxy = start_proxy(write_yaml(tmp_path / "p.yaml", config))
     for user in ("a", "b", "c", "d", "e", "f"):
-        response = call(proxy.target, serving_apis.PREDICT, predict("m"), 20, (("user-id", user),))[2]
+        response = call(proxy.target, serving_apis.PREDICT, predict("m"), PATIENCE_S, (("user-id", user),))[2]
         spec = serving_apis.PredictRequest.FromString(response).model_spec  # it answers with what it was asked
         arm = assign("v", user, {"new": 1, "stable": 1})
         assert (spec.version.value, spec.version_label) == {"new": (8, ""), "stable": (0, "stable")}[arm]
@@ -172,7 +173,7 @@ models:
     proxy = start_proxy(write_yaml(tmp_path / "p.yaml", config), "--http_port=0")
     http = http_address(proxy)
     for _ in range(10):
-        code, _, response, *_ = call(proxy.target, serving_apis.PREDICT, predict("m"), 20, (("user-id", "1"),))
+        code, _, response, *_ = call(proxy.target, serving_apis.PREDICT, predict("m"), PATIENCE_S, (("user-id", "1"),))
         assert (code, response) == (grpc.StatusCode.OK, b"answer")
     wait_until(lambda: metric(http, "dpsr_proxy_shadow_total", model="m", code="INTERNAL") == 10)
     assert {serving_apis.PredictRequest.FromString(seen[1]).model_spec.name for seen in shadow.calls} == {"m2"}
@@ -180,7 +181,7 @@ models:
     assert metric(http, "dpsr_proxy_requests_total", model="m", code="OK") == 10
     with grpc.insecure_channel(proxy.target) as channel:
         for _ in range(200):
-            channel.unary_unary(serving_apis.PREDICT)(predict("half"), timeout=20)
+            channel.unary_unary(serving_apis.PREDICT)(predict("half"), timeout=PATIENCE_S)
     wait_until(lambda: metric(http, "dpsr_proxy_shadow_total", model="half") >= 60)
     assert metric(http, "dpsr_proxy_shadow_total", model="half") <= 140  # a fair coin: 5.6 standard deviations
     shadow.stop()

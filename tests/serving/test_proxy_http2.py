@@ -14,8 +14,8 @@ import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import ProxyProcess
-from proxy_backends import Load, RecordingBackend, call, predict
+from processes import PATIENCE_S, ProxyProcess
+from proxy_backends import Load, RecordingBackend, call, predict, wait_until
 
 from dpsr_common import serving_apis
 from dpsr_serving.proxy import http2
@@ -150,8 +150,8 @@ class Wire:
 
     def __init__(self, target: str, settings: bytes = b"") -> None:
         host, _, port = target.rpartition(":")
-        self._socket = socket.create_connection((host, int(port)), timeout=20)
-        self._socket.settimeout(20)
+        self._socket = socket.create_connection((host, int(port)), timeout=PATIENCE_S)
+        self._socket.settimeout(PATIENCE_S)
         self._rest = b""
         self.decoder: Decoder[Any] = Decoder(list)
         self.send(http2.PREFACE + frame(http2.SETTINGS, 0, 0, settings))
@@ -221,7 +221,7 @@ def echo() -> Iterator[tuple[RecordingBackend, ProxyProcess]]:
     proxy = ProxyProcess(f"--backend={backend.target}")
     yield backend, proxy
     proxy.process.terminate()
-    assert proxy.process.communicate(timeout=60)[1] == ""  # nothing that came over the wire is our failure
+    assert proxy.process.communicate(timeout=PATIENCE_S)[1] == ""  # nothing that came over the wire is our failure
     backend.stop()
 
 
@@ -345,15 +345,17 @@ def test_large_messages_wait_for_the_connections_window(wire: Callable[..., Wire
 )
 def test_a_broken_protocol_ends_the_connection_and_says_why(wire: Callable[..., Wire], sent: bytes, code: int) -> None:
     client = wire()
-    client.send(sent)
+    with contextlib.suppress(ConnectionError):  # the proxy may close before it has read all
+        client.send(sent)
     assert client.goodbye() == code
 
 
 def test_what_is_no_http2_is_not_answered(echo: tuple[RecordingBackend, ProxyProcess]) -> None:
     host, _, port = echo[1].target.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
-        assert b"HTTP" not in connection.recv(4096)
+        with contextlib.suppress(ConnectionResetError):
+            assert b"HTTP" not in connection.recv(4096)
 
 
 @pytest.mark.parametrize(
@@ -407,7 +409,7 @@ def test_compressed_requests(echo: tuple[RecordingBackend, ProxyProcess]) -> Non
     backend, proxy = echo
     for compression in (grpc.Compression.Gzip, grpc.Compression.Deflate):
         with grpc.insecure_channel(proxy.target, compression=compression) as channel:
-            assert channel.unary_unary(serving_apis.PREDICT)(REQUEST * 20, timeout=20) == REQUEST * 20
+            assert channel.unary_unary(serving_apis.PREDICT)(REQUEST * 20, timeout=PATIENCE_S) == REQUEST * 20
     assert backend.calls[-1][1] == REQUEST * 20
 
 
@@ -423,8 +425,9 @@ def test_connections_that_a_server_ends_for_their_age_fail_no_call(start_proxy: 
     try:
         proxy = start_proxy(f"--backend={backend.target}")
         with Load(proxy.target, REQUEST, threads=4) as load:
-            threading.Event().wait(2.5)
-        assert load.failed == 0 and len(load.codes) > 100, load.details
+            wait_until(lambda: len(backend.peers) > 8)
+            load.wait_for(100)
+        assert load.failed == 0, load.details
     finally:
         backend.stop()
 

@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from processes import PATIENCE_S
 from proxy_backends import RecordingBackend, StartProxy, call, http_address, metric, predict, wait_until, write_yaml
 
 from dpsr_common import serving_apis
@@ -104,7 +105,7 @@ def parts(index_paths: list[Path]) -> Iterator[list[ModelServer]]:
 
 def config_of(parts: list[ModelServer], more: str = "") -> str:
     shards = ", ".join(f"['{server.target}']" for server in parts)
-    return f"models: {{shop: {{shards: [{shards}]{more}}}}}\nhealth: {{every_s: 0.2, timeout_s: 0.4}}\n"
+    return f"models: {{shop: {{shards: [{shards}]{more}}}}}\nhealth: {{every_s: 0.2, timeout_s: 1}}\n"
 
 
 def test_merged_answer_is_that_of_the_whole_index(
@@ -147,7 +148,7 @@ def test_missing_shard_gives_the_rest_or_an_error_by_policy(
     request = predict("shop", "search", query=["abc"], k=np.int32(200))
 
     def found(target: str) -> tuple[Any, Any, set[int], Any]:
-        code, details, response, _, trailing = call(target, serving_apis.PREDICT, request, timeout=3)
+        code, details, response, _, trailing = call(target, serving_apis.PREDICT, request)
         ids = (
             set()
             if response is None
@@ -183,10 +184,10 @@ def test_slow_shard_is_left_out_after_its_time(
     fast, slow = start_backend(), start_backend()
     release = threading.Event()
     fast.answer = lambda request, context: answer([[1, 2]], [[2.0, 1.0]])
-    slow.answer = lambda request, context: (release.wait(20), answer([[3, 4]], [[4.0, 0.0]]))[1]
-    shards = f"shards: [['{fast.target}'], ['{slow.target}']], shard_timeout_s: 0.2"
+    slow.answer = lambda request, context: (release.wait(PATIENCE_S), answer([[3, 4]], [[4.0, 0.0]]))[1]
+    shards = f"shards: [['{fast.target}'], ['{slow.target}']], shard_timeout_s: 1"
     proxy = start_proxy(write_yaml(tmp_path / "p.yaml", f"models: {{m: {{{shards}}}}}"))
-    for timeout in (20, None):
+    for timeout in (PATIENCE_S, None):
         code, _, response, _, trailing = call(proxy.target, serving_apis.PREDICT, predict("m"), timeout)
         assert code is grpc.StatusCode.OK and dict(trailing)["dpsr-shards"] == "1/2"
         assert ids_of(response) == [[1, 2]]

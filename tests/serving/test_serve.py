@@ -15,22 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import child_environment, command_line, run_command
+from processes import PATIENCE_S, alive, child_environment, command_line, run_command
 
 from dpsr_common.errors import CommandError
 from dpsr_serving import model_server
 from dpsr_serving.client import SearchClient
 from dpsr_serving.model_server import registered_op_libraries, start_model_server
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    with contextlib.suppress(OSError):
-        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
-    return False
 
 
 @contextlib.contextmanager
@@ -80,7 +70,7 @@ def test_serves_until_sigterm(model_paths: dict[str, Path]) -> None:
         with SearchClient(target, "s") as client:
             assert client.search("ab")[0].item_ids.tolist() == [100, 101]
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE_S) == 0
 
 
 def test_relative_base_path_and_flags_of_the_server(model_paths: dict[str, Path]) -> None:
@@ -187,7 +177,7 @@ def test_server_ends_with_its_parent(model_paths: dict[str, Path], how: str) -> 
         pid = int(parent.stdout.readline())
         if how == "kill":
             parent.send_signal(signal.SIGKILL)
-        parent.wait(30)
+        parent.wait(PATIENCE_S)
     while alive(pid):  # the test's own time limit ends this
         time.sleep(0.01)
 
