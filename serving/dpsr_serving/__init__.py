@@ -1,1 +1,4 @@
-"""Serving: the launcher of the model server, the proxy, the client. Nothing here imports TensorFlow."""
+"""Serving: starts the model server, runs the proxy, places models on servers, and has the clients.
+
+Nothing here imports TensorFlow.
+"""

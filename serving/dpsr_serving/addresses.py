@@ -11,7 +11,7 @@ _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
 
 
 def check_address(key: str, value: Any) -> str:
-    """Returns `value` where it is "host:port", else raises UsageError that names `key`."""
+    """Returns `value` if it is "host:port", else raises UsageError that names `key`."""
     match = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
     if match is None or not 0 < int(match[2]) < 65536:
         raise UsageError(f"{key}: got {value!r}, expected host:port with a port from 1 to 65535")
@@ -19,5 +19,5 @@ def check_address(key: str, value: Any) -> str:
 
 
 def join_address(host: str, port: int) -> str:
-    """The address as gRPC takes it, with an IPv6 host in brackets."""
+    """Returns "host:port" as gRPC expects it, with an IPv6 host in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

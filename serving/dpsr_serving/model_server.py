@@ -1,4 +1,4 @@
-"""`dpsr serve`: starts the model server on a servable."""
+"""`dpsr serve`, and functions that start the model server as a child process."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ USAGE = f"""
 Usage: dpsr serve --model_base_path=DIR [--model_name=NAME] [--host=127.0.0.1] [--port=8500] [--flag=value ...]
        dpsr serve --model_config_file=FILE [--host=127.0.0.1] [--port=8500] [--flag=value ...]
 
-Serves the SavedModel versions in DIR (its children named by numbers), or the models that the text ModelServerConfig in
-FILE names, over TensorFlow Serving's gRPC API and, with --rest_api_port=PORT, its REST API.
-Every other flag goes to the model server as it is; its own are listed by {BINARY} --help
+Serves models over TensorFlow Serving's gRPC API and, with --rest_api_port=PORT, its REST API.
+DIR holds the versions of one model: SavedModels in subdirectories named by numbers. FILE lists several models, as a
+ModelServerConfig in text form.
+All other flags are passed to the model server. This command lists them: {BINARY} --help
 """
 
-# The server announces itself with TensorFlow Serving's words; with port 0 they tell the port.
+# The server prints the same line as TensorFlow Serving when it is ready. The line names the port, also for --port=0.
 _READY = re.compile(rb"Running gRPC ModelServer at \S*:(\d+)")
 
-# Runs in the child before the server does: asks the kernel to end it together with its parent, however that ends.
-# Python would run such code in `preexec_fn` after a fork, which threads of the parent (gRPC's) can deadlock.
+# Runs in the child before the server starts: asks the kernel to end the child when its parent ends for any reason.
+# `preexec_fn` would be the usual place, but it runs after a fork and can deadlock with the parent's gRPC threads.
 _WITH_PARENT = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
@@ -50,28 +51,42 @@ if os.getppid() == int(sys.argv[1]):
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string("model_base_path", None, "Directory with the model's versions.", flag_values=values)
-    flags.DEFINE_string("model_name", "default", "Name that requests call the model by.", flag_values=values)
     flags.DEFINE_string(
-        "model_config_file", None, "Text file with many models, instead of a base path.", flag_values=values
+        "model_base_path",
+        None,
+        "Directory that holds the versions of one model, in subdirectories named by numbers.",
+        flag_values=values,
     )
-    flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all.", flag_values=values)
+    flags.DEFINE_string("model_name", "default", "Name of the model in requests.", flag_values=values)
+    flags.DEFINE_string(
+        "model_config_file",
+        None,
+        "File that lists several models, a ModelServerConfig in text form. Replaces --model_base_path.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "host",
+        "127.0.0.1",
+        "Address to listen on. 0.0.0.0 listens on all addresses of this machine.",
+        flag_values=values,
+    )
     flags.DEFINE_integer(
-        "port", 8500, "Port to listen on; 0 takes a free one.", lower_bound=0, upper_bound=65535, flag_values=values
+        "port", 8500, "Port to listen on. 0 chooses a free port.", lower_bound=0, upper_bound=65535, flag_values=values
     )
     flags.DEFINE_list(
         "op_library",
         None,
-        f"Libraries of custom ops; by default those that installed packages register ({OP_LIBRARY_GROUP}).",
+        f"Comma-separated libraries of custom ops. The default is all that installed packages register ({OP_LIBRARY_GROUP}).",
         flag_values=values,
     )
 
 
 def run(values: flags.FlagValues, arguments: list[str]) -> NoReturn:
-    """Becomes the model server; `arguments` are further flags of it.
+    """Replaces this process by the model server, to which `arguments` are passed as further flags.
 
     Raises:
-        CommandError: the server cannot start; UsageError for the flags.
+        UsageError: a flag is wrong.
+        CommandError: the server cannot start.
     """
     if not values.model_base_path and not values.model_config_file:
         raise UsageError(
@@ -79,7 +94,7 @@ def run(values: flags.FlagValues, arguments: list[str]) -> NoReturn:
             "with --model_config_file=FILE"
         )
     if values.model_base_path and values.model_config_file:
-        raise UsageError("give either --model_base_path or --model_config_file")
+        raise UsageError("--model_base_path cannot be combined with --model_config_file; give one of them")
     if values.model_config_file:
         models = [f"--model_config_file={os.path.abspath(values.model_config_file)}"]
     else:
@@ -90,16 +105,18 @@ def run(values: flags.FlagValues, arguments: list[str]) -> NoReturn:
 
 
 class ModelServer:
-    """A model server that runs as a child of this process and ends with it; see start_model_server. A context manager.
+    """A model server that runs as a child of this process and ends with it. A context manager that stops the server.
+
+    start_model_server() makes one.
 
     Attributes:
-        process: the child.
-        port: the port that it listens on.
-        target: "host:port", for clients.
+        process: the child process.
+        port: the port that the server listens on.
+        target: "host:port", the address for clients.
     """
 
     def __init__(self, command_line: Sequence[str]) -> None:
-        # A file without a name: nothing is left behind, however this process ends.
+        # The file has no name, so that nothing is left behind however this process ends.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (stop() closes it)
         self.process = subprocess.Popen(
             command_line, env=_environment(), stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT
@@ -117,15 +134,15 @@ class ModelServer:
         self.stop()
 
     def output(self) -> str:
-        """What the server has printed so far; nothing after stop()."""
+        """Returns what the server has printed so far, or "" after stop()."""
         if self._log.closed:
             return ""
         descriptor = self._log.fileno()
-        # pread: the server writes at the offset that both processes share.
+        # pread() leaves the file offset alone: both processes share it, and the server writes there.
         return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode("utf-8", "replace")
 
     def stop(self, timeout_s: float = 10.0) -> int:
-        """Ends the server, politely for `timeout_s` seconds; may be called again. Returns its exit status."""
+        """Asks the server to end, kills it after `timeout_s` seconds, and returns its exit status. May be called again."""
         atexit.unregister(self.stop)
         if self.process.poll() is None:
             self.process.terminate()
@@ -147,23 +164,23 @@ def start_model_server(
     arguments: Sequence[str] = (),
     timeout_s: float = 120.0,
 ) -> ModelServer:
-    """Starts a model server and waits until it answers.
+    """Starts a model server and waits until it serves the model.
 
     Args:
-        base_path: directory with the model's versions.
-        model_name: name that requests call the model by.
-        port: port to listen on; 0 takes a free one.
+        base_path: directory that holds the model's versions.
+        model_name: name of the model in requests.
+        port: port to listen on; 0 chooses a free port.
         host: address to listen on.
-        op_libraries: libraries of custom ops; None means those that installed packages register.
+        op_libraries: libraries of custom ops; None means all that installed packages register.
         arguments: further flags of the model server.
-        timeout_s: how long loading the model may take, seconds.
+        timeout_s: seconds that loading the model may take.
 
     Raises:
-        CommandError: it cannot start, ended, or is not ready in time; with the last that it printed.
+        CommandError: the server cannot start, ends, or is not ready in time. The message quotes its last lines.
     """
     server = _server_command(_one_model(base_path, model_name), host, port, op_libraries, arguments)
     if threading.current_thread() is threading.main_thread():
-        # Not from other threads: the kernel would end the server with the thread, not with the process.
+        # Only from the main thread: the kernel ends the child when the thread that started it ends, not the process.
         server = [sys.executable, "-I", "-S", "-c", _WITH_PARENT, str(os.getpid()), *server]
     handle = ModelServer(server)
     try:
@@ -176,10 +193,12 @@ def start_model_server(
 
 
 def registered_op_libraries() -> list[str]:
-    """The op libraries of installed packages: what the functions in the entry point group dpsr.op_libraries return.
+    """Returns the paths of the op libraries that installed packages register in the entry point group.
+
+    Each entry point of the group dpsr.op_libraries is a function without arguments that returns a path.
 
     Raises:
-        CommandError: a package names a library that is not there.
+        CommandError: a package registers a library that does not exist.
     """
     libraries = {}
     for entry in importlib.metadata.entry_points(group=OP_LIBRARY_GROUP):
@@ -187,20 +206,21 @@ def registered_op_libraries() -> list[str]:
             libraries[os.fspath(entry.load()())] = entry.value
         except (ImportError, AttributeError, OSError) as error:
             raise CommandError(
-                f"cannot find the op library that {entry.value} provides: {error}; give --op_library yourself"
+                f"cannot find the op library that {entry.value} provides: {error}; name the libraries with --op_library"
             ) from error
     for path, provider in libraries.items():
         if not os.path.isfile(path):
             raise CommandError(
-                f"the op library {path} of {provider} is not built; run `make setup`, or give --op_library yourself"
+                f"the op library {path} of {provider} is not built; run `make setup`, or name the libraries with --op_library"
             )
     return sorted(libraries)
 
 
 def _one_model(base_path: str | os.PathLike[str], model_name: str) -> list[str]:
-    """The server's flags for the versions in a directory. Raises CommandError where there are none."""
+    """Returns the server's flags for one model. Raises CommandError if its directory has no version."""
     path = os.fspath(base_path)
-    if "://" not in path:  # not a file system that only TensorFlow reads
+    # A URI names a file system that only TensorFlow can read.
+    if "://" not in path:
         path = os.path.abspath(path)
         _check_versions(path)
     return [f"--model_base_path={path}", f"--model_name={model_name}"]
@@ -213,7 +233,7 @@ def _server_command(
     op_libraries: Iterable[str | os.PathLike[str]] | None,
     arguments: Sequence[str],
 ) -> list[str]:
-    """The server's command line. Raises CommandError for what the user can mend before anything starts."""
+    """Returns the server's command line. Raises CommandError if the server or an op library is missing."""
     if not os.access(BINARY, os.X_OK):
         raise CommandError(f"the model server is not built ({BINARY} is missing); run `make setup`")
     if op_libraries is None:
@@ -242,7 +262,7 @@ def _check_versions(path: str) -> None:
 
 
 def _environment() -> Mapping[str, str]:
-    """This process's, with the FAISS library of this Python environment, which the retrieval op looks for."""
+    """Returns this process's environment plus FAISS_LIBRARY, by which the retrieval op finds this Python's FAISS."""
     environment = dict(os.environ)
     if "FAISS_LIBRARY" not in environment:
         spec = importlib.util.find_spec("faiss")
@@ -253,10 +273,11 @@ def _environment() -> Mapping[str, str]:
 
 
 def _wait_until_ready(handle: ModelServer, timeout_s: float) -> int:
-    """Waits for the line that tells the port, and returns it."""
+    """Waits until the server prints its ready line, and returns the port that the line names."""
     deadline = time.monotonic() + timeout_s
     while True:
-        status = handle.process.poll()  # before reading: what it printed last is then complete
+        # Before reading the output, so that the output of a server that has ended is complete.
+        status = handle.process.poll()
         ready = _READY.search(handle.output().encode())
         if ready and status is None:
             return int(ready[1])
@@ -268,4 +289,4 @@ def _wait_until_ready(handle: ModelServer, timeout_s: float) -> int:
             time.sleep(0.02)
             continue
         lines = handle.output().strip().splitlines()[-8:]
-        raise CommandError(f"{problem}; it said last:\n" + "\n".join(lines))
+        raise CommandError(f"{problem}; its last lines:\n" + "\n".join(lines))

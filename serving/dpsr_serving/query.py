@@ -1,4 +1,4 @@
-"""`dpsr query`: asks a server or proxy and shows the items."""
+"""`dpsr query`: sends queries to a model server or proxy and prints the items that it finds."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Usage: dpsr query --target=host:port --model=NAME [--k=10] [--titles=PATH] [--js
        dpsr query ... --user_features='{"gender": "f", "age": 31}' --clicked_items=17,4 --past_queries="red" "text"
        dpsr query ... --include="brand=Acme|Bolt" --include="price=10..20" --exclude="color=red" "text"
 
-Searches for each text and prints rank, score, the head that found it where there are several, item id and, with
---titles, the item's title. A text that starts with a dash goes after a lone `--`.
+Searches for each text and prints a table: rank, score, item id and, with --titles, the item's title. A model with
+several heads also shows the head that found the item. Put `--` before a text that starts with a dash.
 """
 TAKES_ARGUMENTS = True
 _TITLES_IN_SERVABLE = "assets.extra/item_titles.tsv.gz"
@@ -33,53 +33,85 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("target", "127.0.0.1:8500", "Address of a model server or proxy.", flag_values=values)
     flags.DEFINE_string("model", "default", "Name of the model.", flag_values=values)
     flags.DEFINE_integer(
-        "k", None, "Results for each query; without it the servable decides.", lower_bound=1, flag_values=values
+        "k",
+        None,
+        "Number of results for each query. The default is the number that the model was exported with.",
+        lower_bound=1,
+        flag_values=values,
     )
     flags.DEFINE_string(
         "titles",
         None,
-        "Titles to show: a gzipped TSV of item_id, title; or a servable version directory that has one.",
+        "Item titles to print: a gzipped TSV file of item_id and title, or a servable version directory with such a file.",
         flag_values=values,
     )
-    flags.DEFINE_string("user_features", None, "User features, a JSON object: name to value.", flag_values=values)
-    flags.DEFINE_list("clicked_items", [], "Items that the user clicked, oldest first.", flag_values=values)
+    flags.DEFINE_string(
+        "user_features", None, "Features of the user, as a JSON object of names and values.", flag_values=values
+    )
+    flags.DEFINE_list(
+        "clicked_items", [], "Comma-separated items that the user clicked, oldest first.", flag_values=values
+    )
     flags.DEFINE_list(
         "clicked_item_types",
         [],
-        "What the user did with each: click, cart or order; click where left out.",
+        "What the user did with each clicked item: click, cart or order. Items without a type count as clicks.",
         flag_values=values,
     )
     flags.DEFINE_multi_string(
-        "past_queries", [], "A query that the user made before; oldest first.", flag_values=values
+        "past_queries",
+        [],
+        "A query that the user made before. Repeat the flag for more queries, oldest first.",
+        flag_values=values,
     )
     flags.DEFINE_multi_string(
-        "include", [], "A filter that all results meet: NAME=VALUE|VALUE or NAME=LOW..HIGH.", flag_values=values
+        "include",
+        [],
+        "A filter that every result must meet: NAME=VALUE|VALUE or NAME=LOW..HIGH. May be repeated.",
+        flag_values=values,
     )
-    flags.DEFINE_multi_string("exclude", [], "A filter that no result meets.", flag_values=values)
-    flags.DEFINE_list("exclude_items", [], "Items that are not to be found.", flag_values=values)
-    flags.DEFINE_string(
-        "search_parameters", "", "Of the index, in place of the servable's own: nprobe=64.", flag_values=values
+    flags.DEFINE_multi_string(
+        "exclude", [], "A filter that no result may meet, written like --include. May be repeated.", flag_values=values
     )
-    flags.DEFINE_integer("version", None, "Version of the model; the latest without it.", flag_values=values)
-    flags.DEFINE_string("label", None, "Label of the version.", flag_values=values)
-    flags.DEFINE_multi_string("metadata", [], "KEY=VALUE to send along, such as user-id=u17.", flag_values=values)
-    flags.DEFINE_string("ca", None, "PEM file: encrypt, the server's certificate is signed by it.", flag_values=values)
-    flags.DEFINE_string("certificate", None, "PEM file: encrypt, show this certificate.", flag_values=values)
-    flags.DEFINE_string("key", None, "PEM file of its key.", flag_values=values)
+    flags.DEFINE_list("exclude_items", [], "Comma-separated items to leave out of the results.", flag_values=values)
     flags.DEFINE_string(
-        "server_name", None, "Encrypt; name in the server's certificate, if not the host.", flag_values=values
+        "search_parameters",
+        "",
+        "Search parameters of the index that replace the model's own, for example nprobe=64.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("version", None, "Version of the model to ask. The default is the latest.", flag_values=values)
+    flags.DEFINE_string("label", None, "Label of the version to ask, instead of --version.", flag_values=values)
+    flags.DEFINE_multi_string(
+        "metadata",
+        [],
+        "gRPC metadata to send, as KEY=VALUE, for example user-id=u17. May be repeated.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "ca", None, "PEM file of the authority that signed the server's certificate. Turns TLS on.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "certificate", None, "PEM file of the client's certificate. Turns TLS on; needs --key.", flag_values=values
+    )
+    flags.DEFINE_string("key", None, "PEM file of the key of --certificate.", flag_values=values)
+    flags.DEFINE_string(
+        "server_name",
+        None,
+        "Name in the server's certificate, where it is not the host of --target. Turns TLS on.",
+        flag_values=values,
     )
     flags.DEFINE_float("timeout_s", 10.0, "Seconds to wait for an answer.", lower_bound=0.001, flag_values=values)
-    flags.DEFINE_boolean("json", False, "Prints one JSON object a query instead of tables.", flag_values=values)
+    flags.DEFINE_boolean("json", False, "Print one JSON object for each query instead of a table.", flag_values=values)
 
 
 def run(values: flags.FlagValues, texts: list[str]) -> None:
     """Searches for each text and prints what it finds.
 
     Raises:
-        CommandError: the server gave no results, or the titles cannot be read; UsageError for the flags.
+        UsageError: a flag or a query is wrong.
+        CommandError: the server gave no results, or the titles cannot be read.
     """
-    # Here, not at the top: gRPC is slow to import, and `--help` does without.
+    # Imported here, not at the top: gRPC is slow to import, and `dpsr query --help` does not need it.
     from dpsr_serving.client import SearchClient, ServingError, Tls, User
 
     if not texts:
@@ -87,14 +119,14 @@ def run(values: flags.FlagValues, texts: list[str]) -> None:
     if not values.target or not values.model:
         raise UsageError("--target and --model must not be empty")
     for text in texts:
-        # A server copes with any bytes, but here they mean a terminal or a file in another encoding: say so.
+        # The server would accept any bytes, but on a command line they mean that the terminal has another encoding.
         try:
             text.encode()
         except UnicodeEncodeError:
             raise UsageError(f"the query {os.fsencode(text)!r} is not UTF-8 text; convert it to UTF-8") from None
     user = User(_features(values.user_features), values.clicked_items, values.past_queries, values.clicked_item_types)
     if (values.certificate is None) != (values.key is None):
-        raise UsageError("--certificate and --key go together; give both, or neither")
+        raise UsageError("--certificate and --key need each other; give both or neither")
     files = (values.ca, values.certificate, values.key, values.server_name)
     tls = None if all(file is None for file in files) else Tls(*files)
     try:
@@ -161,12 +193,15 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def read_titles(path: Path, item_ids: Iterable[int]) -> dict[int, str]:
-    """Reads the titles of `item_ids` from a gzipped TSV, or from the one in a servable version directory.
+    """Reads the titles of `item_ids` from a gzipped TSV file, or from the one in a servable version directory.
 
-    The file is read as a stream: a shop has millions of titles, a result page a few.
+    The file is read line by line, because a shop has millions of titles and a result page needs only a few.
+
+    Returns:
+        item id -> title, without the items that have none.
 
     Raises:
-        CommandError: no such file, or not a gzipped TSV of item id and title.
+        CommandError: the file does not exist, or is not a gzipped TSV of item id and title.
     """
     if path.is_dir():
         path = path / _TITLES_IN_SERVABLE
@@ -181,7 +216,9 @@ def read_titles(path: Path, item_ids: Iterable[int]) -> dict[int, str]:
                 if int(item_id) in wanted:
                     titles[int(item_id)] = title
     except FileNotFoundError:
-        raise CommandError(f"{path}: no such file; --titles takes a titles file or a servable version") from None
+        raise CommandError(
+            f"{path}: no such file; --titles expects a titles file or a servable version directory"
+        ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise CommandError(f"{path}: cannot read titles: {error}") from error
     return titles
@@ -204,7 +241,8 @@ def _table(query: str, rows: list[dict[str, Any]]) -> str:
         return f"{_printable(query)}\n  no results\n"
     ids = [_printable(str(row.get("item_key", row["item_id"]))) for row in rows]
     width = max(len("item id"), *map(len, ids))
-    heads = any(row["head"] for row in rows)  # of one head there is nothing to tell
+    # With a single head the column would only hold zeros.
+    heads = any(row["head"] for row in rows)
     lines = [_printable(query), f"  rank    score  {'head  ' if heads else ''}{'item id':>{width}}  title"]
     for row, item_id in zip(rows, ids, strict=True):
         head = f"{row['head']:>4}  " if heads else ""
@@ -214,5 +252,5 @@ def _table(query: str, rows: list[dict[str, Any]]) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text from elsewhere without control characters, which a terminal would obey."""
+    """Replaces control characters, which the terminal would obey: the text comes from users and from the server."""
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)

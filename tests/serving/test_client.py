@@ -372,7 +372,7 @@ def test_query_failures_are_one_line(
             "takes no include; its inputs are k, query",
         ),
         (1, (target, "--model=shop", "--ca=missing.pem", "a"), "missing.pem: No such file"),
-        (2, (target, "--model=shop", "--certificate=missing.pem", "a"), "--certificate and --key go together"),
+        (2, (target, "--model=shop", "--certificate=missing.pem", "a"), "--certificate and --key need each other"),
         (2, (target, "--model=shop", "--ca=missing.pem", "--key=missing.pem", "a"), "--certificate and --key go"),
         (1, (target, "--model=nowhere", "a"), "does not serve a model 'nowhere'"),
         (1, ("--target=127.0.0.1:1", "--model=shop", "a"), "127.0.0.1:1"),

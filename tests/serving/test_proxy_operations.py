@@ -353,8 +353,11 @@ def test_whole_config() -> None:
         ("models: {m: {shards: [['h:1']]}}", "models.m.shards: got [['h:1']], expected at least two"),
         ("models: {m: {shards: [['h:1'], ['h:1']]}}", "each address once"),
         ("models: {m: {shards: [['h:1'], ['h']]}}", "models.m.shards[1][0]: got 'h'"),
-        ("models: {m: {shards: [], backends: ['h:1']}}", "models.m.shards: got backends too"),
-        ("models: {m: {backends: ['h:1'], missing_shards: error}}", "models.m.missing_shards: got 'error' without"),
+        ("models: {m: {shards: [], backends: ['h:1']}}", "models.m.shards: cannot be combined with backends"),
+        (
+            "models: {m: {backends: ['h:1'], missing_shards: error}}",
+            "models.m.missing_shards: got 'error', but it only applies to shards",
+        ),
         ("models: {m: {shards: [['h:1'], ['h:2']], missing_shards: no}}", "expected 'partial' or 'error'"),
         ("models: {m: {backends: ['h:1'], discover: 1}}", "models.m.discover: got 1, expected true or false"),
         ("models: {m: {rules: []}}", "models.m.backends: got None"),
@@ -376,7 +379,7 @@ def test_whole_config() -> None:
             "models: {m: {backends: ['h:1'], experiment: {name: e, key: k, arms: {a: {weight: 1, model: x}}}}}",
             "models.m.experiment.arms.a.model: got 'x', expected one of the models",
         ),
-        ("models: {m: {backends: ['h:1'], shadow: {share: 1}}}", "expected where the copies go"),
+        ("models: {m: {backends: ['h:1'], shadow: {share: 1}}}", "expected the target of the copies"),
         ("models: {m: {backends: ['h:1'], shadow: {share: 2, version: 1}}}", "shadow.share: got 2"),
         (
             "default: {backends: ['h:1']}\nmax_outstanding: 0",

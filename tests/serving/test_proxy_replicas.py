@@ -190,7 +190,7 @@ def test_reload_takes_a_good_file_over_and_refuses_a_bad_one(
     assert load.failed == 0, load.details
     proxy.process.terminate()
     said = proxy.process.communicate(timeout=PATIENCE_S)[1]
-    assert f"{path}: models.shop: got 1" in said and "going on with the configuration before" in said
+    assert f"{path}: models.shop: got 1" in said and "keeping the last good configuration" in said
 
 
 def test_unix_sockets_on_both_sides(start_proxy: StartProxy, servers: dict[str, ModelServer], tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_serves_the_models_of_a_file(model_paths: dict[str, Path], tmp_path: Pat
             with SearchClient(target, name) as client:
                 assert len(client.search("abc")[0])
     result = run_command("serve", f"--model_config_file={models}", "--model_base_path=x")
-    assert result.returncode == 2 and "give either --model_base_path or --model_config_file" in result.stderr
+    assert result.returncode == 2 and "--model_base_path cannot be combined with --model_config_file" in result.stderr
 
 
 def test_serves_until_sigterm(model_paths: dict[str, Path]) -> None:

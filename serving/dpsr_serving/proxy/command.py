@@ -15,38 +15,53 @@ USAGE = """
 Usage: dpsr proxy --config=proxy.yaml [--host=127.0.0.1] [--port=8600] [--http_port=8601] [--workers=N]
        dpsr proxy --backend=host:port [--host=127.0.0.1] [--port=8600]
 
-Speaks TensorFlow Serving's gRPC API and sends each request on to a server that holds its model:
+Speaks TensorFlow Serving's gRPC API and forwards each request to a model server that holds the model:
 
   models:
     demo: {backends: ["10.0.0.1:8500", "10.0.0.2:8500"]}
   default: {backends: ["10.0.0.3:8500"]}
 
-The file may change while the proxy runs; a bad one is refused, and the one before stays. docs/proxy.md has every key.
-The HTTP port has /healthz, /readyz and Prometheus' /metrics.
-SIGTERM drains: no new calls, those in flight may end. A second one ends at once. SIGHUP reads the file again.
+`default` serves all models that are not listed. docs/proxy.md explains every key.
+The proxy reads the file again when it changes, or on SIGHUP. It refuses a file with errors and keeps the last good one.
+The HTTP port serves /healthz, /readyz and, for Prometheus, /metrics.
+On SIGTERM the proxy accepts no new calls and lets calls in flight finish. A second SIGTERM ends it at once.
 """
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string("config", None, "YAML file with the backends of each model.", flag_values=values)
-    flags.DEFINE_string("backend", None, "host:port of the one server that holds all models.", flag_values=values)
-    flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all.", flag_values=values)
-    flags.DEFINE_integer(
-        "port", 8600, "Port to listen on; 0 takes a free one.", lower_bound=0, upper_bound=65535, flag_values=values
+    flags.DEFINE_string(
+        "config", None, "YAML file that lists the backends (model servers) of each model.", flag_values=values
     )
-    flags.DEFINE_string("unix_socket", None, "Path of a UNIX socket to listen on as well.", flag_values=values)
+    flags.DEFINE_string(
+        "backend",
+        None,
+        "host:port of a single model server that holds all models. Replaces --config.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "host",
+        "127.0.0.1",
+        "Address to listen on. 0.0.0.0 listens on all addresses of this machine.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "port", 8600, "Port to listen on. 0 chooses a free port.", lower_bound=0, upper_bound=65535, flag_values=values
+    )
+    flags.DEFINE_string(
+        "unix_socket", None, "Path of a UNIX socket to listen on in addition to the port.", flag_values=values
+    )
     flags.DEFINE_integer(
         "http_port",
         None,
-        "Port for /healthz, /readyz and /metrics; 0 takes a free one, without it there is none.",
+        "Port for /healthz, /readyz and /metrics. 0 chooses a free port. Without the flag there is no HTTP port.",
         lower_bound=0,
         upper_bound=65535,
         flag_values=values,
     )
-    flags.DEFINE_integer("workers", 1, "Processes that share the port.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("workers", 1, "Number of processes that share the port.", lower_bound=1, flag_values=values)
     flags.DEFINE_float(
-        "drain_s", 30.0, "Seconds that calls in flight may take after SIGTERM.", lower_bound=0, flag_values=values
+        "drain_s", 30.0, "Seconds that calls in flight may still take after SIGTERM.", lower_bound=0, flag_values=values
     )
 
 
@@ -54,7 +69,8 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """Serves until SIGTERM or SIGINT.
 
     Raises:
-        CommandError: it cannot listen; UsageError for flags and configuration.
+        UsageError: a flag or the configuration is wrong.
+        CommandError: the proxy cannot listen.
     """
     if arguments:
         raise UsageError(f"unexpected argument {arguments[0]!r}")
@@ -63,7 +79,7 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     if not values.host:
         raise UsageError("--host must not be empty")
     if values.unix_socket is not None and values.workers > 1:
-        raise UsageError("--unix_socket: a socket has one process; leave out --workers, or the socket")
+        raise UsageError("--unix_socket cannot be combined with --workers above 1: only one process can own the socket")
     if values.backend is not None:
         check_address("--backend", values.backend)
     settings = workers.Settings(

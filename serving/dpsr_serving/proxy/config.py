@@ -1,8 +1,8 @@
-"""The proxy's configuration, a YAML file; docs/proxy.md explains every key.
+"""The proxy's configuration file, in YAML. docs/proxy.md explains every key. An example:
 
 models:
   demo: {backends: ["10.0.0.1:8500", "10.0.0.2:8500"]}
-default: {backends: ["10.0.0.3:8500"]}     # every other model; without it they are unknown
+default: {backends: ["10.0.0.3:8500"]}     # all other models; without it they are unknown
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from dpsr_serving.addresses import check_address
 
 @dataclasses.dataclass(frozen=True)
 class PoolConfig:
-    """Servers that hold the same, or with several shards, each a part of the items.
+    """Servers that hold a model: replicas of the whole, or replicas of each shard of its items.
 
     Attributes:
-        shards: addresses of the replicas of each shard; one tuple where the model is not split.
-        discover: only those replicas are asked that say (GetModelStatus) that they hold the model.
-        allow_partial: with shards: an answer without some of them is an answer.
-        shard_timeout_s: with shards: how long one may take; None leaves it to the request's deadline.
+        shards: addresses of the replicas of each shard; a single tuple if the model is not split into shards.
+        discover: whether to ask only replicas that report (GetModelStatus) that they hold the model.
+        allow_partial: with shards: whether an answer may leave out shards that fail.
+        shard_timeout_s: with shards: seconds that one shard may take; None means until the request's deadline.
     """
 
     shards: tuple[tuple[str, ...], ...]
@@ -36,7 +36,7 @@ class PoolConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TargetConfig:
-    """Where a request goes instead: other servers, another model, version or label; None leaves each as it is."""
+    """Where a request is redirected to: other servers, another model, version or label. None means no change."""
 
     pool: PoolConfig | None = None
     model: str | None = None
@@ -46,7 +46,7 @@ class TargetConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RuleConfig:
-    """Servers for the requests that have all that is given; None matches all."""
+    """Servers for requests with this version, label and signature; None matches any."""
 
     pool: PoolConfig
     version: int | None = None
@@ -56,13 +56,13 @@ class RuleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-    """A split of the requests of one model.
+    """An experiment that splits the requests of one model into arms.
 
     Attributes:
-        name: the experiment's name, in metrics, logs and the assignment's hash.
-        key: metadata key whose value (a user id) decides the arm.
-        override: metadata key whose value names an arm outright, for testers; None: no override.
-        weights: share of each arm, any positive scale, in order.
+        name: the experiment's name in metrics and logs, and in the hash that assigns arms.
+        key: metadata key whose value, such as a user id, decides the arm.
+        override: metadata key whose value names the arm directly, for testers; None: no override.
+        weights: weight of each arm, above 0, on any scale, in order.
         targets: where each arm's requests go, in the same order.
     """
 
@@ -75,7 +75,7 @@ class ExperimentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ShadowConfig:
-    """A copy of a share of the requests goes to a target too, and its answer is dropped."""
+    """A share of the requests is copied to a second target, whose answers are dropped."""
 
     target: TargetConfig
     share: float
@@ -83,7 +83,7 @@ class ShadowConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """How the requests of one model are routed: the first rule that matches, else its pool (None: the default)."""
+    """How requests for one model are routed: by the first rule that matches, else to its pool (None: the default)."""
 
     pool: PoolConfig | None
     rules: tuple[RuleConfig, ...] = ()
@@ -93,7 +93,11 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HealthConfig:
-    """Active checks: every `every_s`, `timeout_s` each; `failures` in a row eject a server, back over `return_s`."""
+    """Health checks of the servers.
+
+    Each server is checked every `every_s` seconds and has `timeout_s` seconds to answer. `failures` failed checks in a
+    row take it out of service. When it answers again, its share of the requests grows over `return_s` seconds.
+    """
 
     every_s: float = 1.0
     timeout_s: float = 1.0
@@ -103,7 +107,7 @@ class HealthConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RetryConfig:
-    """At most `attempts` a request; retries at most `budget` of the requests, beside a reserve of `reserve`."""
+    """Limits of retries: `attempts` for one request; overall `budget` (a share of all requests) plus `reserve` retries."""
 
     attempts: int = 3
     budget: float = 0.2
@@ -112,7 +116,7 @@ class RetryConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TlsConfig:
-    """Files in PEM form. For listening: `ca` makes clients show a certificate. For backends: `ca` is whom to trust."""
+    """Paths of PEM files. For listening, `ca` makes clients show a certificate; for backends, `ca` signed theirs."""
 
     certificate: str | None = None
     key: str | None = None
@@ -122,7 +126,7 @@ class TlsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AccessLogConfig:
-    """JSON lines appended to `path`: a `sample` of the requests and, with `errors`, all that fail."""
+    """A log in JSON lines at `path`: a share `sample` of all requests and, with `errors`, all that fail."""
 
     path: str
     sample: float = 0.01
@@ -132,7 +136,7 @@ class AccessLogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProxyConfig:
-    """Everything the file says. `max_outstanding` is the number of unanswered requests one backend may have."""
+    """The whole configuration. `max_outstanding` is the number of unanswered requests that one backend may have."""
 
     models: Mapping[str, ModelConfig]
     default: PoolConfig | None = None
@@ -145,12 +149,12 @@ class ProxyConfig:
 
 
 def load_config(path: Path) -> ProxyConfig:
-    """Reads a configuration file. Raises UsageError that names file, key, value and what is allowed."""
+    """Reads a configuration file. Raises UsageError that names the file, the key, its value and what is allowed."""
     return read_file(path, parse_config)
 
 
 def parse_config(text: str) -> ProxyConfig:
-    """Reads a configuration. Raises UsageError that names key, value and what is allowed."""
+    """Reads a configuration. Raises UsageError that names the key, its value and what is allowed."""
     top = Section(
         "",
         load_yaml(text),
@@ -170,7 +174,7 @@ def parse_config(text: str) -> ProxyConfig:
             raise UsageError(f"default.backends: got None, expected {_ADDRESSES}")
     routes = {name: _model(f"models.{name}", value, default is not None) for name, value in models.items()}
     if not routes and default is None:
-        raise UsageError("no backend at all; give models, default, or both")
+        raise UsageError("no backends are configured; give models, default, or both")
     _check_targets(routes, default)
     tls = top.section("tls", ("listen", "backends"))
     return ProxyConfig(
@@ -211,9 +215,9 @@ def _model(key: str, value: Any, has_default: bool) -> ModelConfig:
 def _rule(key: str, value: Any) -> RuleConfig:
     section = Section(key, value, ("version", "label", "signature", *_POOL_KEYS))
     if not {"version", "label", "signature"} & set(section.tree):
-        raise UsageError(f"{key}: got {value!r}, expected a version, a label or a signature that it is for")
+        raise UsageError(f"{key}: got {value!r}, expected a version, a label or a signature to match")
     if {"version", "label"} <= set(section.tree):
-        raise UsageError(f"{key}: got a version and a label; a request has one of them at most: give one")
+        raise UsageError(f"{key}: version cannot be combined with label, because no request has both; give one of them")
     pool = _pool(section)
     if pool is None:
         raise UsageError(f"{key}.backends: got None, expected {_ADDRESSES}")
@@ -227,11 +231,13 @@ def _pool(section: Section) -> PoolConfig | None:
     if not given:
         return None
     if "backends" in given and "shards" in given:
-        raise UsageError(f"{section.key}shards: got backends too; give one of them")
+        raise UsageError(f"{section.key}shards: cannot be combined with backends; give one of them")
     if "shards" not in given:
         for name in ("missing_shards", "shard_timeout_s"):
             if name in given:
-                raise UsageError(f"{section.key}{name}: got {section.tree[name]!r} without shards; leave it out")
+                raise UsageError(
+                    f"{section.key}{name}: got {section.tree[name]!r}, but it only applies to shards; leave it out"
+                )
         shards: tuple[tuple[str, ...], ...] = (_addresses(f"{section.key}backends", section.tree.get("backends")),)
     else:
         lists = section.tree["shards"]
@@ -267,7 +273,7 @@ _TARGET_KEYS = (*_POOL_KEYS, "model", "version", "label")
 
 def _target(section: Section) -> TargetConfig:
     if {"version", "label"} <= set(section.tree):
-        raise UsageError(f"{section.key}label: got a version too; give one of them")
+        raise UsageError(f"{section.key}label: cannot be combined with version; give one of them")
     return TargetConfig(
         _pool(section),
         section.text("model", None),
@@ -305,7 +311,7 @@ def _metadata_key(section: Section, name: str) -> str | None:
         name,
         None,
         lambda value: value == value.lower() and not value.endswith("-bin") and value.isascii(),
-        "a metadata key: lower case, no -bin",
+        "a metadata key: lower case, not ending in -bin",
     )
 
 
@@ -313,12 +319,12 @@ def _shadow(key: str, value: Any) -> ShadowConfig:
     section = Section(key, value, ("share", *_TARGET_KEYS))
     target = _target(section)
     if target == TargetConfig():
-        raise UsageError(f"{key}: got {value!r}, expected where the copies go: backends, model, version or label")
+        raise UsageError(f"{key}: got {value!r}, expected the target of the copies: backends, model, version or label")
     return ShadowConfig(target, float(section.number("share", 1.0, most=1)))
 
 
 def _check_targets(models: Mapping[str, ModelConfig], default: PoolConfig | None) -> None:
-    """A target that names no backends goes to those of its model: there must be some."""
+    """Raises UsageError for a target that names neither backends nor a model that has some."""
     for name, model in models.items():
         targets: dict[str, TargetConfig] = {}
         if model.experiment is not None:
@@ -328,7 +334,7 @@ def _check_targets(models: Mapping[str, ModelConfig], default: PoolConfig | None
         for key, target in targets.items():
             if target.pool is None and target.model is not None and target.model not in models and default is None:
                 raise UsageError(
-                    f"models.{name}.{key}.model: got {target.model!r}, expected one of the models, or backends too"
+                    f"models.{name}.{key}.model: got {target.model!r}, expected one of the configured models, or give backends as well"
                 )
 
 

@@ -14,43 +14,55 @@ from collections.abc import Iterable, Sequence
 
 Labels = tuple[str, ...]
 
-# Every metric: name -> (type, names of its labels, help). docs/proxy.md lists them.
+# Every metric: name -> (type, label names, help text). docs/proxy.md lists them too.
 METRICS: dict[str, tuple[str, Labels, str]] = {
     "dpsr_proxy_requests_total": (
         "counter",
         ("method", "model", "experiment", "arm", "code"),
-        "Requests answered, by what was asked for and the gRPC status code.",
+        "Requests answered, by method, model, experiment arm and gRPC status code.",
     ),
     "dpsr_proxy_request_seconds": (
         "histogram",
         ("model", "experiment", "arm"),
-        "Time from the request's arrival to its answer, inference methods only.",
+        "Seconds from the arrival of an inference request to its answer.",
     ),
-    "dpsr_proxy_retries_total": ("counter", ("model",), "Calls made again on another backend."),
-    "dpsr_proxy_rejected_total": ("counter", ("model",), "Requests refused because all backends were full."),
-    "dpsr_proxy_backend_failures_total": ("counter", ("backend", "code"), "Calls that a backend did not answer OK."),
-    "dpsr_proxy_backend_outstanding": ("gauge", ("backend",), "Calls under way."),
-    "dpsr_proxy_backend_up": ("gauge", ("backend",), "1 where every worker finds the backend up, else 0."),
-    "dpsr_proxy_ejections_total": ("counter", ("backend",), "Times that a backend was taken out."),
+    "dpsr_proxy_retries_total": ("counter", ("model",), "Calls that were made again on another backend."),
+    "dpsr_proxy_rejected_total": (
+        "counter",
+        ("model",),
+        "Requests refused because all backends had max_outstanding calls under way.",
+    ),
+    "dpsr_proxy_backend_failures_total": (
+        "counter",
+        ("backend", "code"),
+        "Calls to a backend that did not end with the status OK.",
+    ),
+    "dpsr_proxy_backend_outstanding": ("gauge", ("backend",), "Calls to the backend that are under way."),
+    "dpsr_proxy_backend_up": ("gauge", ("backend",), "1 if all workers of the proxy see the backend up, else 0."),
+    "dpsr_proxy_ejections_total": ("counter", ("backend",), "Times that the backend was taken out of service."),
     "dpsr_proxy_shadow_total": (
         "counter",
         ("model", "code"),
-        "Shadow copies by the code of their answer, which is dropped.",
+        "Shadow copies of requests, by the status code of the answer, which is dropped.",
     ),
     "dpsr_proxy_shards_missing_total": (
         "counter",
         ("model", "shard"),
-        "Answers merged without a shard, or failed for it.",
+        "Answers that were merged without the shard, or failed because it was missing.",
     ),
-    "dpsr_proxy_config_reloads_total": ("counter", ("result",), "Configuration files read again: ok or refused."),
+    "dpsr_proxy_config_reloads_total": (
+        "counter",
+        ("result",),
+        "Reloads of the configuration file, by result: ok or refused.",
+    ),
 }
-_SMALLEST = ("dpsr_proxy_backend_up",)  # merged by the least, all others by the sum
+_SMALLEST = ("dpsr_proxy_backend_up",)  # workers are merged by the minimum; all other metrics by the sum
 
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
 class Metrics:
-    """The values of one process. A histogram's value is its counts by bucket, the last above all, then the sum."""
+    """The values of one process. A histogram is a list: a count for each bucket, one above all buckets, and the sum."""
 
     def __init__(self) -> None:
         self._values: dict[str, dict[Labels, float]] = {name: {} for name in METRICS}
@@ -75,7 +87,7 @@ class Metrics:
         counts[-1] += value
 
     def dump(self) -> str:
-        """All values as JSON, for merge()."""
+        """Returns all values as JSON, for merge()."""
         tables: dict[str, dict[Labels, list[float]]] = {
             name: {labels: [value] for labels, value in values.items()} for name, values in self._values.items()
         }
@@ -84,7 +96,7 @@ class Metrics:
 
 
 def merge(dumps: Iterable[str]) -> str:
-    """The text that Prometheus reads, of the dumps of all workers together."""
+    """Adds up the dumps of all workers, and returns the text that Prometheus reads."""
     tables: dict[str, dict[Labels, list[float]]] = {name: {} for name in METRICS}
     for dump in dumps:
         for name, labels, values in json.loads(dump):

@@ -1,8 +1,8 @@
-"""The proxy's processes: one that serves, or several on one port under one that keeps them running.
+"""The proxy's processes: a single one that serves, or several workers on one port and a parent that restarts them.
 
-The first process answers HTTP: /healthz (it lives), /readyz (it takes requests), /metrics (the workers' together).
-A worker talks with it over a socket, a line each way: it announces its address, then answers each "report" with
-[ready, metrics].
+The parent (or the single process) answers HTTP: /healthz (the process lives), /readyz (it takes requests) and /metrics
+(of all workers together). A worker and the parent talk over a socket in lines of JSON: the worker announces its address,
+and then answers each line "report" with [ready, metrics].
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from dpsr_serving.proxy.metrics import merge
 Report = Callable[[], Awaitable[list[tuple[bool, str]]]]
 
 _RELOAD_EVERY_S = 1.0
-_REPORT_S = 2.0  # that a worker may take for a report
-_RESTART_S = 1.0  # between two starts of a worker that ends
+_REPORT_S = 2.0  # time that a worker has for a report
+_RESTART_S = 1.0  # pause before a worker that ended is started again
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The flags of the command; `config_path` None means one backend for everything."""
+    """The flags of the command. Without `config_path`, `backend` serves all models."""
 
     config_path: str | None
     backend: str | None
@@ -52,13 +52,13 @@ class Settings:
 
 
 def _say(text: str) -> None:
-    """A line to standard error. Whoever reads it may be gone, which must not end what keeps the workers running."""
+    """Writes a line to standard error. A reader that has gone away must not end the parent of the workers."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
 
 async def serve_alone(settings: Settings, config: ProxyConfig) -> None:
-    """Serves in this process until SIGTERM or SIGINT. Raises CommandError where it cannot."""
+    """Serves in this process until SIGTERM or SIGINT. Raises CommandError if it cannot start."""
     server = await _start(settings, config, share_port=False)
     signals = _Signals()
 
@@ -71,7 +71,7 @@ async def serve_alone(settings: Settings, config: ProxyConfig) -> None:
 
 
 async def serve_workers(settings: Settings) -> None:
-    """Keeps workers running until SIGTERM or SIGINT, and passes SIGHUP on. Raises CommandError where they cannot."""
+    """Keeps workers running until SIGTERM or SIGINT, and forwards SIGHUP. Raises CommandError if one cannot start."""
     reserved = _reserve(settings.host, settings.port)
     settings = dataclasses.replace(settings, port=reserved.getsockname()[1])
     signals = _Signals()
@@ -102,7 +102,7 @@ async def serve_workers(settings: Settings) -> None:
 
 
 def run_worker() -> None:
-    """A worker process: settings as JSON and the socket's number are its arguments."""
+    """Runs a worker. Its command-line arguments are the settings as JSON and the file descriptor of the socket."""
     settings = Settings(**json.loads(sys.argv[1]))
     channel = socket.socket(fileno=int(sys.argv[2]))
 
@@ -125,7 +125,7 @@ def run_worker() -> None:
             except OSError:
                 pass
             finally:
-                signals.stop_now()  # the first process is gone
+                signals.stop_now()  # the parent has ended
 
         answering = asyncio.create_task(answer())
         await _serve(settings, server, signals)
@@ -136,7 +136,7 @@ def run_worker() -> None:
 
 
 class _Signals:
-    """SIGTERM and SIGINT ask to stop, the second time at once; SIGHUP to read the configuration again."""
+    """SIGTERM and SIGINT ask to stop, a second one ends the process; SIGHUP asks to read the configuration again."""
 
     def __init__(self) -> None:
         self.stop = asyncio.Event()
@@ -156,18 +156,19 @@ class _Signals:
         self._any.set()
 
     async def next(self, timeout_s: float | None = None) -> None:
-        """Waits for a signal."""
+        """Waits for a signal, at most `timeout_s` seconds."""
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._any.wait(), timeout_s)
         if not self.stop.is_set():
             self._any.clear()
 
     def take_reload(self) -> bool:
+        """Returns whether a reload was asked for since the last call."""
         reload, self._reload = self._reload, False
         return reload
 
     def forget(self) -> None:
-        """From now on a signal ends the process."""
+        """Restores the default handlers: from now on SIGTERM or SIGINT ends the process."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.remove_signal_handler(number)
 
@@ -183,12 +184,12 @@ async def _start(settings: Settings, config: ProxyConfig, share_port: bool) -> A
         server.address = await server.start(settings.host, settings.port, settings.unix_socket)
     except OSError as error:
         await server.stop(0)
-        raise CommandError(f"{error}: is the port in use, or the host not one of this machine?") from error
+        raise CommandError(f"{error}: is the port in use, or is the host not an address of this machine?") from error
     return server
 
 
 async def _serve(settings: Settings, server: Any, signals: _Signals) -> None:
-    """Follows the configuration file until it is time to stop, then drains."""
+    """Reloads the configuration file whenever it changes, until it is time to stop; then drains."""
     path = settings.config_path
     seen = _stamp(path)
     while not signals.stop.is_set():
@@ -201,10 +202,10 @@ async def _serve(settings: Settings, server: Any, signals: _Signals) -> None:
             server.reload(load_config(Path(path)))
         except (UsageError, ValueError, OSError) as error:
             server.metrics.count("dpsr_proxy_config_reloads_total", ("refused",))
-            _say(f"dpsr proxy: {error}; going on with the configuration before")
+            _say(f"dpsr proxy: {error}; keeping the last good configuration")
         else:
             server.metrics.count("dpsr_proxy_config_reloads_total", ("ok",))
-            _say(f"dpsr proxy: {path}: taken over")
+            _say(f"dpsr proxy: {path}: configuration reloaded")
     signals.forget()
     await server.stop(settings.drain_s)
 
@@ -220,11 +221,12 @@ def _stamp(path: str | None) -> tuple[int, ...] | None:
 
 
 def _reserve(host: str, port: int) -> socket.socket:
-    """A socket that holds the port for workers to share, without listening. Raises CommandError where it is taken."""
+    """Binds a socket that keeps the port for the workers but does not listen. Raises CommandError if it is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         if port:
-            with socket.socket(family) as probe:  # without SO_REUSEPORT: another proxy's workers must not be joined
+            # The probe has no SO_REUSEPORT, so that it fails where the workers of another proxy share the port.
+            with socket.socket(family) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind((host, port))
                 probe.listen()
@@ -233,7 +235,7 @@ def _reserve(host: str, port: int) -> socket.socket:
         reserved.bind((host, port))
     except OSError as error:
         raise CommandError(
-            f"cannot listen on {join_address(host, port)}: is the port in use, or the host not one of this machine?"
+            f"cannot listen on {join_address(host, port)}: is the port in use, or is the host not an address of this machine?"
         ) from error
     return reserved
 
@@ -249,7 +251,7 @@ class _Worker:
         self._lock = asyncio.Lock()
 
     async def start(self) -> None:
-        """Starts it and waits until it serves. Raises CommandError."""
+        """Starts the worker and waits until it serves. Raises CommandError."""
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
@@ -263,7 +265,7 @@ class _Worker:
             )
         reader, writer = await asyncio.open_connection(sock=ours, limit=2**26)
         line = await reader.readline()
-        message = json.loads(line) if line else {"error": f"a worker ended with {await self._process.wait()}"}
+        message = json.loads(line) if line else {"error": f"a worker ended with status {await self._process.wait()}"}
         if "error" in message:
             writer.close()
             await self._process.wait()
@@ -271,7 +273,7 @@ class _Worker:
         self._reader, self._writer = reader, writer
 
     async def keep(self) -> None:
-        """Starts it again whenever it ends."""
+        """Starts the worker again whenever it ends."""
         while True:
             assert self._process is not None
             status = await self._process.wait()
@@ -286,7 +288,7 @@ class _Worker:
                 _say(f"dpsr proxy: {error}")
 
     async def report(self) -> tuple[bool, str]:
-        """Whether it takes requests, and its metrics; not, and none, where it does not answer."""
+        """Returns whether the worker takes requests, and its metrics; (False, "[]") if it does not answer."""
         async with self._lock:
             if self._reader is None or self._writer is None:
                 return False, "[]"
@@ -294,25 +296,25 @@ class _Worker:
                 self._writer.write(b"report\n")
                 ready, dump = json.loads(await asyncio.wait_for(self._reader.readline(), _REPORT_S))
             except (asyncio.TimeoutError, OSError, ValueError):
-                # A late line would be taken for the answer to the next question: it shall see the end of the stream.
+                # Its late answer would be mistaken for the answer to the next report, so it is asked no more.
                 self._reader = None
                 return False, "[]"
             return bool(ready), str(dump)
 
     def signal(self, number: int) -> None:
-        """Sends it a signal."""
+        """Sends the worker a signal."""
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
 
     async def wait(self) -> None:
-        """Waits for its end."""
+        """Waits until the worker has ended."""
         if self._process is not None:
             await self._process.wait()
 
 
 async def _listen_http(settings: Settings, report: Report, address: str) -> Any:
-    """Announces the proxy and starts its HTTP port, if there is one to be. Raises CommandError if it cannot listen."""
+    """Prints the ready line and starts the HTTP port, if one is wanted. Raises CommandError if it cannot listen."""
     if settings.http_port is None:
         print(f"proxy ready on {address}", flush=True)
         return contextlib.ExitStack()
@@ -323,7 +325,7 @@ async def _listen_http(settings: Settings, report: Report, address: str) -> Any:
             method, _, rest = head.split(b"\r\n", 1)[0].partition(b" ")
             status, body = await _page(rest.split(b" ")[0].split(b"?")[0].decode("latin-1"), report)
             if method not in (b"GET", b"HEAD"):
-                status, body = "405 Method Not Allowed", "only GET\n"
+                status, body = "405 Method Not Allowed", "only GET and HEAD are allowed\n"
             content = body.encode()
             kind = "text/plain; version=0.0.4; charset=utf-8"
             fields = f"Content-Type: {kind}\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n"
@@ -351,4 +353,4 @@ async def _page(path: str, report: Report) -> tuple[str, str]:
         return ("200 OK", "ready\n") if ready else ("503 Service Unavailable", "not ready\n")
     if path == "/metrics":
         return "200 OK", merge(dump for _, dump in await report())
-    return "404 Not Found", "there are /healthz, /readyz and /metrics\n"
+    return "404 Not Found", "the pages are /healthz, /readyz and /metrics\n"
