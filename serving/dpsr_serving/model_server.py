@@ -76,7 +76,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list(
         "op_library",
         None,
-        f"Comma-separated libraries of custom ops. The default is all that installed packages register ({OP_LIBRARY_GROUP}).",
+        f"Comma-separated libraries of custom ops. The default is all that installed packages register "
+        f"({OP_LIBRARY_GROUP}).",
         flag_values=values,
     )
 
@@ -142,7 +143,7 @@ class ModelServer:
         return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode("utf-8", "replace")
 
     def stop(self, timeout_s: float = 10.0) -> int:
-        """Asks the server to end, kills it after `timeout_s` seconds, and returns its exit status. May be called again."""
+        """Ends the server, killing it after `timeout_s` seconds, and returns its exit status. May be called again."""
         atexit.unregister(self.stop)
         if self.process.poll() is None:
             self.process.terminate()
@@ -211,7 +212,8 @@ def registered_op_libraries() -> list[str]:
     for path, provider in libraries.items():
         if not os.path.isfile(path):
             raise CommandError(
-                f"the op library {path} of {provider} is not built; run `make setup`, or name the libraries with --op_library"
+                f"the op library {path} of {provider} is not built; run `make setup`, or name the libraries with "
+                "--op_library"
             )
     return sorted(libraries)
 

@@ -42,7 +42,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "titles",
         None,
-        "Item titles to print: a gzipped TSV file of item_id and title, or a servable version directory with such a file.",
+        "Item titles to print: a gzipped TSV file of item_id and title, or a servable version directory with such a "
+        "file.",
         flag_values=values,
     )
     flags.DEFINE_string(

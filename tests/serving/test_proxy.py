@@ -418,8 +418,8 @@ def test_config() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "no backend at all"),
-        ("models: {}", "no backend at all"),
+        ("", "no backends are configured"),
+        ("models: {}", "no backends are configured"),
         ("[1, 2]", "the configuration: got [1, 2], expected a mapping with the keys models, default, "),
         ("{", "not valid YAML"),
         ("models: [a]", "models: got ['a'], expected a mapping"),

@@ -377,7 +377,7 @@ def test_whole_config() -> None:
         ),
         (
             "models: {m: {backends: ['h:1'], experiment: {name: e, key: k, arms: {a: {weight: 1, model: x}}}}}",
-            "models.m.experiment.arms.a.model: got 'x', expected one of the models",
+            "models.m.experiment.arms.a.model: got 'x', expected one of the configured models",
         ),
         ("models: {m: {backends: ['h:1'], shadow: {share: 1}}}", "expected the target of the copies"),
         ("models: {m: {backends: ['h:1'], shadow: {share: 2, version: 1}}}", "shadow.share: got 2"),

@@ -1,8 +1,8 @@
-"""The model servers behind the proxy: whether they live, what they hold, and asking one of several that hold the same.
+"""The model servers behind the proxy: their health, the models that they hold, and the choice among replicas.
 
-A server is up until it is found down: a lost connection puts it down at once, and so do some checks or answers of
-UNAVAILABLE in a row. Its calls under way are then given up and made elsewhere. Only a check brings it back, and its
-share of the requests grows gradually.
+A server counts as up until something shows that it is down: a lost connection at once, or several failed checks or
+UNAVAILABLE answers in a row. The proxy then gives up its calls under way and makes them on another server. Only a
+successful check brings the server up again, and its share of the requests then grows gradually.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dpsr_serving.proxy.config import HealthConfig, PoolConfig, RetryConfig, Tls
 from dpsr_serving.proxy.metrics import Metrics
 from dpsr_serving.proxy.routing import Spec, least_outstanding
 
-# Marks the proxy's own calls, for the logs of the servers.
+# Metadata that marks the proxy's own calls in the logs of the servers.
 CHECK_METADATA = ((b"dpsr-proxy", b"check"),)
-_ANSWERS_IN_A_ROW = 5  # of UNAVAILABLE, that put a server down which is there
+_ANSWERS_IN_A_ROW = 5  # UNAVAILABLE answers in a row after which a reachable server counts as down
 _DISCOVER_EVERY_CHECKS = 3
 _ABSENT_LIMIT = 4096
 
@@ -29,14 +29,15 @@ _NO_LIFE = (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED, Code.CANCELLED)
 
 
 class Backend:
-    """A connection to one model server, shared by all pools that have it.
+    """A connection to one model server, shared by all pools that contain it.
 
     Attributes:
         address: "host:port" or "unix:/path".
-        outstanding: calls under way.
+        outstanding: number of calls under way.
         up: whether it takes requests.
-        holds: model -> its versions that are AVAILABLE, of the models that were asked for and that it knows.
-        asked: the models that it was asked for since it last came up.
+        checked: whether it has been checked at least once.
+        holds: model -> its AVAILABLE versions, for those models of `asked` that the server knows.
+        asked: models whose status the proxy asked for since the server last came up.
     """
 
     def __init__(self, address: str, metrics: Metrics, tls: ssl.SSLContext | None, server_name: str) -> None:
@@ -55,14 +56,15 @@ class Backend:
         self._channel = Channel(address, tls, server_name)
 
     async def call(self, path: str, request: bytes, timeout_s: float | None, metadata: Metadata) -> Reply:
-        """Makes one call with serialized messages. A call given up because the server went down is UNAVAILABLE."""
+        """Makes one call with serialized messages. UNAVAILABLE also means that the server went down meanwhile."""
         self.outstanding += 1
         try:
             reply = await self._channel.call(path, request, timeout_s, metadata)
         finally:
             self.outstanding -= 1
         if reply.code not in _NO_LIFE:
-            self._failures = 0  # it is slow at most, whatever its checks say
+            # The server answers, so failed checks only mean that it is slow.
+            self._failures = 0
         if reply.code is not Code.UNAVAILABLE:
             self._unavailable = 0
         elif reply.lost:
@@ -74,7 +76,7 @@ class Backend:
         return reply
 
     def put_down(self) -> None:
-        """Takes the server out until a check succeeds, and gives up the calls under way: they hang or are lost."""
+        """Takes the server out of service until a check succeeds, and gives up its calls, which hang or are lost."""
         if not self.up:
             return
         self.up = False
@@ -82,14 +84,14 @@ class Backend:
         self._channel.drop()
 
     def bring_up(self, return_s: float) -> None:
-        """Lets it take requests, a growing share of its own over `return_s` seconds."""
+        """Puts the server back into service; its share of requests grows to the full one over `return_s` seconds."""
         self.up = True
         self._failures = self._unavailable = 0
         self._returned, self._return_s = time.monotonic(), return_s
         self.asked.clear()
 
     def takes(self, draw: float) -> bool:
-        """Whether a server on its way back takes the request that drew this number of [0, 1)."""
+        """Returns whether a server that is coming back takes a request, which drew a random number from [0, 1)."""
         if not self._return_s:
             return True
         share = (time.monotonic() - self._returned) / self._return_s
@@ -98,7 +100,7 @@ class Backend:
         return draw < max(share, 0.05)
 
     def watch(self, health: HealthConfig) -> None:
-        """Starts the checks, or goes on with them by another configuration."""
+        """Starts the health checks, or restarts them with another configuration."""
         self._unwatch()
         self._watching = asyncio.create_task(self._watch(health))
 
@@ -110,11 +112,12 @@ class Backend:
                 for model in list(self.holds):
                     await self.ask(model, health.timeout_s)
             turn += 1
-            if not (self.up and self._failures):  # one that may hang is asked again at once
+            # A server that may hang is checked again at once.
+            if not (self.up and self._failures):
                 await asyncio.sleep(health.every_s)
 
     async def check(self, health: HealthConfig) -> None:
-        """Asks for the status of no model: any answer is a sign of life."""
+        """Checks the server with a GetModelStatus that names no model: any answer, also an error, shows that it lives."""
         reply = await self._own_call(b"", health.timeout_s)
         self.checked = True
         if reply.code not in _NO_LIFE:
@@ -127,7 +130,7 @@ class Backend:
             self.put_down()
 
     async def ask(self, model: str, timeout_s: float) -> None:
-        """Learns which versions of the model it holds."""
+        """Asks the server which versions of the model it holds."""
         request = serving_apis.GetModelStatusRequest()
         request.model_spec.name = model
         reply = await self._own_call(request.SerializeToString(), timeout_s)
@@ -152,12 +155,12 @@ class Backend:
             self._watching = None
 
     def close(self) -> None:
-        """Ends the checks and closes the connection; calls under way fail."""
+        """Stops the checks and closes the connection; calls under way fail."""
         self._unwatch()
         self._channel.drop()
 
     async def retire(self) -> None:
-        """Closes once the calls under way have ended."""
+        """Closes the connection once the calls under way have ended."""
         self._unwatch()
         while self.outstanding:
             await asyncio.sleep(0.1)
@@ -165,19 +168,19 @@ class Backend:
 
 
 class RetryBudget:
-    """Bounds retries to a share of the requests, so that they do not multiply the load of servers in trouble."""
+    """Limits retries to a share of the requests, so that retries do not multiply the load of overloaded servers."""
 
     def __init__(self, config: RetryConfig) -> None:
         self._per_request = config.budget
         self._most = self._tokens = float(config.reserve)
 
     def request(self) -> None:
-        """A request came: it earns a part of a retry."""
+        """Counts a request, which adds a fraction of a retry to the budget."""
         if self._tokens < self._most:
             self._tokens = min(self._most, self._tokens + self._per_request)
 
     def retry(self) -> bool:
-        """Takes one retry; False where none is left."""
+        """Takes one retry from the budget; False if none is left."""
         if self._tokens < 1:
             return False
         self._tokens -= 1
@@ -185,7 +188,7 @@ class RetryBudget:
 
 
 class Replicas:
-    """Servers that hold the same, of which each request needs one."""
+    """Servers that hold the same models; each request needs an answer from one of them."""
 
     def __init__(
         self,
@@ -208,11 +211,11 @@ class Replicas:
         self._next_ask: dict[str, float] = {}  # model -> when all backends are asked about it again
 
     async def ask(self, spec: Spec, path: str, request: bytes, deadline: float | None, metadata: Metadata) -> Reply:
-        """Asks one of the servers and, where that cannot be reached, others.
+        """Sends the request to one of the servers and, if that one cannot be reached, to others.
 
         Args:
             spec: the request's model spec, for discovery and messages.
-            deadline: by the clock of time.monotonic, or None.
+            deadline: a time of time.monotonic(), or None.
         """
         self._budget.request()
         tried: list[Backend] = []
@@ -236,10 +239,11 @@ class Replicas:
             if reply.code is Code.OK:
                 return reply._replace(attempts=len(tried)) if len(tried) > 1 else reply
             self._metrics.count("dpsr_proxy_backend_failures_total", (backend.address, reply.code.name))
-            if spec.model and backend.address in reply.details:  # our words, not the server's
+            # Only messages that the proxy itself wrote contain the address.
+            if spec.model and backend.address in reply.details:
                 reply = reply._replace(details=f"model {spec.model!r}: {reply.details}")
             if reply.code is Code.NOT_FOUND and self._discover and spec.model in backend.holds:
-                # It no longer holds what it held when last asked: not an error of the request, which went astray.
+                # The server no longer holds the model that it reported: the request is good and goes to another one.
                 self._next_ask.pop(spec.model, None)
                 await backend.ask(spec.model, self._health.timeout_s)
             elif reply.code is not Code.UNAVAILABLE:
@@ -273,7 +277,7 @@ class Replicas:
         return Reply(Code.UNAVAILABLE, f"{whose}{which} can{'not' if len(holders) == 1 else ''} be reached")
 
     async def _holders(self, spec: Spec, path: str) -> list[Backend]:
-        """The servers that hold what the request asks for; else those that know the model, which say what is wrong."""
+        """Returns the servers that hold the version asked for; else those that know the model, which report the error."""
         model = spec.model
         unasked = [backend for backend in self.backends if backend.up and model not in backend.asked]
         serving = [backend for backend in self.backends if backend.up and backend.holds.get(model)]
@@ -300,13 +304,13 @@ class Replicas:
     def _none_holds(self, spec: Spec, path: str) -> Reply:
         silent = [b.address for b in self.backends if not b.up or spec.model not in b.asked]
         if silent:
-            words = f"model {spec.model!r}: not on the backends that answer; cannot be reached: {', '.join(silent)}"
+            words = f"model {spec.model!r}: no reachable backend holds it; cannot be reached: {', '.join(silent)}"
             return Reply(Code.UNAVAILABLE, words)
         return Reply(Code.NOT_FOUND, not_found(path, spec))
 
 
 class Pool:
-    """The servers of a PoolConfig: one set of replicas for each shard."""
+    """The servers of a PoolConfig: a set of replicas for each shard."""
 
     def __init__(self, config: PoolConfig, shards: Sequence[Replicas]) -> None:
         self.config = config
@@ -314,7 +318,7 @@ class Pool:
 
 
 def not_found(path: str, spec: Spec) -> str:
-    """TensorFlow Serving's words for a model that it does not know."""
+    """Returns TensorFlow Serving's message for a model that it does not know."""
     if path == serving_apis.GET_MODEL_STATUS:
         which = "any versions" if spec.version is None else f"version {spec.version}"
         return f"Could not find {which} of model {spec.model}"
@@ -323,5 +327,5 @@ def not_found(path: str, spec: Spec) -> str:
 
 
 def channel_tls(tls: TlsConfig | None) -> ssl.SSLContext | None:
-    """What connections to the servers use. Raises OSError where a file cannot be read."""
+    """Returns the TLS settings of connections to the servers. Raises OSError if a file cannot be read."""
     return None if tls is None else client_tls(tls.certificate, tls.key, tls.ca)

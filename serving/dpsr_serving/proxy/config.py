@@ -107,7 +107,10 @@ class HealthConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RetryConfig:
-    """Limits of retries: `attempts` for one request; overall `budget` (a share of all requests) plus `reserve` retries."""
+    """Limits of retries.
+
+    A request is sent at most `attempts` times. Retries in all may be a share `budget` of the requests, plus `reserve`.
+    """
 
     attempts: int = 3
     budget: float = 0.2
@@ -334,7 +337,8 @@ def _check_targets(models: Mapping[str, ModelConfig], default: PoolConfig | None
         for key, target in targets.items():
             if target.pool is None and target.model is not None and target.model not in models and default is None:
                 raise UsageError(
-                    f"models.{name}.{key}.model: got {target.model!r}, expected one of the configured models, or give backends as well"
+                    f"models.{name}.{key}.model: got {target.model!r}, expected one of the configured models, or give "
+                    "backends as well"
                 )
 
 

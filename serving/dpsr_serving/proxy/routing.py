@@ -1,6 +1,6 @@
-"""Where a request goes: reading its model spec out of the bytes, and the configuration's answer to it.
+"""Decides where a request goes: finds the model spec in its bytes, and looks it up in the configuration.
 
-Plain functions on plain data; the server beside them moves the bytes.
+These are pure functions on plain data; server.py moves the bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 
 
 class Loaded(Protocol):
-    """Something with a number of requests that it has not answered yet."""
+    """Anything that counts the requests that it has not answered yet."""
 
     outstanding: int
 
@@ -28,7 +28,7 @@ L = TypeVar("L", bound=Loaded)
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What a request asks for; a signature of "" means `serving_default`, and no version and label the latest."""
+    """A model spec. The signature "" means `serving_default`; neither version nor label means the latest version."""
 
     model: str
     version: int | None = None
@@ -37,7 +37,7 @@ class Spec:
 
 
 def parse_spec(message: bytes) -> Spec:
-    """Reads a serialized ModelSpec. Raises ValueError where the bytes are none."""
+    """Reads a serialized ModelSpec. Raises ValueError if the bytes are not one."""
     try:
         proto = serving_apis.ModelSpec.FromString(message)
     except DecodeError as error:
@@ -52,7 +52,7 @@ def parse_spec(message: bytes) -> Spec:
 
 
 def route(config: ProxyConfig, spec: Spec) -> PoolConfig | None:
-    """The servers of a request: those of the first rule of its model that matches, else of the model, else default."""
+    """Returns a request's servers: of the first matching rule of its model, else of the model, else the default."""
     model = config.models.get(spec.model)
     if model is None:
         return config.default
@@ -67,10 +67,10 @@ def route(config: ProxyConfig, spec: Spec) -> PoolConfig | None:
 
 
 def redirect(config: ProxyConfig, spec: Spec, target: TargetConfig) -> tuple[Spec, PoolConfig | None]:
-    """The request as the target has it, and its servers.
+    """Returns the model spec of a request that goes to a target, and the servers for it.
 
-    A target's version or label takes the place of the request's. Another model's versions are its own: a target that
-    names a model and neither of them means the latest.
+    A target's version or label replaces the request's. A target that names another model but no version or label means
+    that model's latest version, because version numbers of different models are unrelated.
     """
     version, label = spec.version, spec.label
     if target.version is not None or target.label is not None or target.model not in (None, spec.model):
@@ -80,9 +80,9 @@ def redirect(config: ProxyConfig, spec: Spec, target: TargetConfig) -> tuple[Spe
 
 
 def model_spec_path(request: Any) -> tuple[int, ...] | None:
-    """The field numbers that lead to the model spec in a message of this descriptor; None where there is none.
+    """Returns the field numbers that lead to the model spec in a message of this descriptor; None if it has none.
 
-    MultiInference has a spec in each of its tasks, which all have to name one model: the first stands for all.
+    MultiInference has a spec in each of its tasks. All must name the same model, so the first one decides.
     """
     fields = request.fields_by_name
     if "model_spec" in fields:
@@ -93,7 +93,7 @@ def model_spec_path(request: Any) -> tuple[int, ...] | None:
 
 
 def find_model_spec(request: bytes, path: tuple[int, ...]) -> bytes | None:
-    """The serialized ModelSpec at `path` of a request, without decoding the tensors around it; None: it has none.
+    """Returns the serialized ModelSpec at `path` of a request, or None, without decoding the tensors around it.
 
     Raises:
         ValueError: the bytes are not a protocol buffer message.
@@ -104,16 +104,16 @@ def find_model_spec(request: bytes, path: tuple[int, ...]) -> bytes | None:
         occurrences = [message[start:end] for _, start, end in _occurrences(message, field)]
         if not occurrences:
             return None
-        # A message given in several pieces means their merge, which is what their concatenation parses to. Of a
-        # repeated field (the steps before the last), the pieces are elements, and the first counts.
+        # A message field may occur several times; it means the merge of all, which their concatenation parses to. The
+        # steps before the last are repeated fields, whose occurrences are elements: the first one counts.
         message = b"".join(occurrences) if last else occurrences[0]
     return message
 
 
 def rewrite_model_spec(request: bytes, path: tuple[int, ...], spec: Spec) -> bytes:
-    """The request with model, version and label of `spec` in its model spec, or in that of each of its tasks.
+    """Returns the request with model, version and label of `spec` in its model spec, or in that of each of its tasks.
 
-    The signature and everything else stay as they are, byte for byte, unknown fields too.
+    The signature and everything else stay the same byte for byte, including unknown fields.
 
     Raises:
         ValueError: a model spec after the first is broken.
@@ -141,7 +141,7 @@ def rewrite_model_spec(request: bytes, path: tuple[int, ...], spec: Spec) -> byt
 
 
 def least_outstanding(backends: Sequence[L], turn: int) -> L:
-    """The backend with the fewest unanswered requests; among equals `turn` decides, so that idle ones take turns."""
+    """Returns the backend with the fewest unanswered requests. `turn` breaks ties, so that idle ones take turns."""
     count = len(backends)
     best = backends[turn % count]
     for step in range(1, count):
@@ -165,7 +165,7 @@ def _varint(value: int) -> bytes:
 
 
 def _occurrences(message: bytes, wanted: int) -> list[tuple[int, int, int]]:
-    """Where the length-delimited field `wanted` stands: its tag, its content's start and end. Raises ValueError."""
+    """Finds all occurrences of a length-delimited field: offsets of tag, content and end. Raises ValueError."""
     found = []
     offset, size = 0, len(message)
     while offset < size:
@@ -185,14 +185,14 @@ def _occurrences(message: bytes, wanted: int) -> list[tuple[int, int, int]]:
         else:
             raise ValueError(f"wire type {wire_type} at byte {start}")
         if field == 0 or offset > size:
-            raise ValueError(f"a field that is cut off or has number 0 at byte {start}")
+            raise ValueError(f"a field that is cut off or has the number 0 at byte {start}")
         if field == wanted and wire_type == _LENGTH_DELIMITED:
             found.append((begin, start, offset))
     return found
 
 
 def _read_varint(message: bytes, offset: int) -> tuple[int, int]:
-    """The varint at `offset` and the offset after it."""
+    """Returns the varint at `offset` and the offset after it. Raises ValueError."""
     value = 0
     for shift in range(0, 70, 7):
         if offset >= len(message):

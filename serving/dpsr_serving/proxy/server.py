@@ -1,4 +1,4 @@
-"""The proxy's server: passes each call on to a backend, and the backend's answer back, as the bytes they are."""
+"""The proxy's server: forwards each call to a backend and returns the answer, both as unchanged bytes."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ from dpsr_serving.proxy.routing import Spec
 ARM_METADATA = b"dpsr-arm"
 SHARDS_METADATA = b"dpsr-shards"
 
-_PLANS = 10_000  # model specs whose route is remembered
-_SHADOWS = 256  # copies under way
-_SHADOW_S = 60.0  # that one may take
-_MARGIN = 0.9  # of the time left that shards may take, so that an answer without the slow ones comes in time
+_PLANS = 10_000  # number of model specs whose routes are cached
+_SHADOWS = 256  # shadow copies that may be under way at the same time
+_SHADOW_S = 60.0  # time limit of one shadow copy
+# Share of the remaining time that shards may use, so that an answer without the slow shards still arrives in time.
+_MARGIN = 0.9
 _ASK_MODELS = (serving_apis.GET_MODEL_STATUS, serving_apis.GET_MODEL_METADATA)
 _SEARCHES = ("", "serving_default", "search")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Destination:
-    """A request's servers, and its model spec where that differs from the one it came with."""
+    """Where a request goes. `rewrite` says that its model spec has to be replaced by `spec`."""
 
     spec: Spec
     pool: Pool | None
@@ -45,10 +46,11 @@ class _Destination:
 
 @dataclasses.dataclass
 class _Plan:
-    """What is done with requests of one model spec; all but `plain` only for inference."""
+    """How requests with one model spec are handled. Everything but `plain` is for inference only."""
 
     plain: _Destination
-    model: str  # as metrics call it: "" for names that nothing is configured for, which anybody can invent
+    # The model's name in metrics: "" for names that are not configured, because clients can invent any number of them.
+    model: str
     experiment: str = ""
     key: str = ""
     override: str | None = None
@@ -59,19 +61,20 @@ class _Plan:
 
 
 class ProxyServer:
-    """Serves PredictionService and ModelService by asking the backends of a configuration.
+    """Serves PredictionService and ModelService by forwarding calls to the backends of a configuration.
 
-    Passed through unchanged: the messages, the deadline, metadata (gRPC sets `user-agent` anew on each hop), the
-    status code, its message, initial and trailing metadata. The proxy itself answers only:
+    Forwarded unchanged: the messages, the deadline, metadata (but gRPC sets `user-agent` anew on each hop), the status
+    code and its message, initial and trailing metadata. The proxy answers by itself only in these cases:
 
     - INVALID_ARGUMENT: the request names no model;
     - NOT_FOUND: no backend is configured for the model, or none holds it, in TensorFlow Serving's words;
-    - UNAVAILABLE: no backend of the model can be reached, with model and addresses; or, by policy, a shard is missing;
-    - RESOURCE_EXHAUSTED: all backends of the model have as many requests under way as they may;
-    - FAILED_PRECONDITION: HandleReloadConfigRequest, which names no model, where there are several backends.
+    - UNAVAILABLE: no backend of the model can be reached (the message names model and addresses), or a shard is
+      missing and the configuration demands all;
+    - RESOURCE_EXHAUSTED: all backends of the model have `max_outstanding` requests under way;
+    - FAILED_PRECONDITION: HandleReloadConfigRequest, which names no model, if there are several backends.
 
     Raises:
-        OSError: a certificate or the access log cannot be read or opened.
+        OSError: a certificate cannot be read, or the access log cannot be opened.
     """
 
     def __init__(self, config: ProxyConfig, share_port: bool = False) -> None:
@@ -99,7 +102,7 @@ class ProxyServer:
         self._server = calls.Server(handlers)
 
     async def start(self, host: str, port: int, unix_socket: str | None = None) -> str:
-        """Begins to serve; returns "host:port" (port 0 takes a free one). Raises OSError where it cannot listen."""
+        """Begins to serve and returns "host:port"; port 0 chooses a free port. Raises OSError if it cannot listen."""
         listening = join_address(host, port)
         try:
             bound = await self._server.listen(host, port, self._tls, self._share_port)
@@ -113,7 +116,7 @@ class ProxyServer:
         return join_address(host, bound)
 
     async def stop(self, grace_s: float) -> None:
-        """Takes no new calls, lets those in flight end within `grace_s` seconds, then closes the connections."""
+        """Accepts no new calls, gives calls in flight `grace_s` seconds to finish, and closes all connections."""
         self._draining = True
         await self._server.stop(grace_s)
         for task in list(self._tasks):
@@ -123,11 +126,11 @@ class ProxyServer:
         self._log.close()
 
     def reload(self, config: ProxyConfig) -> None:
-        """Routes by another configuration from the next request on; backends that stay keep connections and state.
+        """Routes by a new configuration from the next request on. Backends in both keep their connections and state.
 
         Raises:
-            ValueError: the configuration changes what is read only at the start; all stays as it was.
-            OSError: the access log cannot be opened; all stays as it was.
+            ValueError: the configuration changes `tls`, which is read only at the start. Nothing was changed.
+            OSError: the access log cannot be opened. Nothing was changed.
         """
         if (config.listen_tls, config.backend_tls) != (self._config.listen_tls, self._config.backend_tls):
             raise ValueError("tls: it is read only when the proxy starts; restart it")
@@ -143,12 +146,12 @@ class ProxyServer:
             backend.watch(config.health)
 
     def ready(self) -> bool:
-        """Whether all backends have been looked at, one is up, and the proxy is not about to end."""
+        """Returns whether all backends have been checked once, at least one is up, and the proxy is not draining."""
         found = self._backends.values()
         return not self._draining and all(b.checked for b in found) and any(b.up for b in found)
 
     def dump(self) -> str:
-        """The metrics as of now, for metrics.merge."""
+        """Returns the present metrics for metrics.merge()."""
         found = self._backends.items()
         self.metrics.set("dpsr_proxy_backend_up", {(address,): float(b.up) for address, b in found})
         self.metrics.set("dpsr_proxy_backend_outstanding", {(address,): float(b.outstanding) for address, b in found})
@@ -176,7 +179,8 @@ class ProxyServer:
                     )
                 )
             if len(shards) > 1:
-                from dpsr_serving.proxy import shards as _  # noqa: F401 (NumPy: load it now, not at the first request)
+                # It imports NumPy, which should not happen during the first request.
+                from dpsr_serving.proxy import shards as _  # noqa: F401
             pools[pool] = Pool(pool, shards)
         self._config, self._backends, self._pools, self._plans = config, found, pools, {}
 
@@ -208,8 +212,8 @@ class ProxyServer:
                     self._start(self._shadow(plan, path, spec_path, request, deadline, metadata))
                 reply = await self._ask(destination, path, spec_path, request, deadline, metadata)
                 if arm:
-                    told = (ARM_METADATA, f"{plan.experiment}/{arm}".encode())
-                    reply = reply._replace(trailing=(*reply.trailing, told))
+                    arm_header = (ARM_METADATA, f"{plan.experiment}/{arm}".encode())
+                    reply = reply._replace(trailing=(*reply.trailing, arm_header))
         seconds = time.monotonic() - start
         model, experiment = ("", "") if plan is None else (plan.model, plan.experiment)
         self.metrics.count("dpsr_proxy_requests_total", (_short(path), model, experiment, arm, reply.code.name))
@@ -220,7 +224,7 @@ class ProxyServer:
         return reply
 
     def _plan(self, path: str, spec_path: tuple[int, ...], inference: bool, request: bytes) -> _Plan | Reply:
-        """What to do with a request, or the answer to one that cannot be routed."""
+        """Returns how to handle a request, or the answer to a request that cannot be routed."""
         try:
             message = routing.find_model_spec(request, spec_path)
             if message is None:
@@ -276,14 +280,14 @@ class ProxyServer:
                 return Reply(Code.INVALID_ARGUMENT, f"cannot decode the request of {path}: {error}")
         if len(pool.shards) > 1 and path == serving_apis.PREDICT and spec.signature in _SEARCHES:
             return await self._ask_shards(pool, spec, request, deadline, metadata)
-        # What concerns no items, every shard can answer.
+        # A request that searches no items can be answered by any shard.
         replicas = pool.shards[0] if len(pool.shards) == 1 else random.choice(pool.shards)
         return await replicas.ask(spec, path, request, deadline, metadata)
 
     async def _ask_shards(
         self, pool: Pool, spec: Spec, request: bytes, deadline: float | None, metadata: Metadata
     ) -> Reply:
-        """Asks all shards at once and merges what they find; leaves out those that fail or are late, if it may."""
+        """Asks all shards at once and merges their answers. Leaves out shards that fail or are late, if that is allowed."""
         limit = deadline
         now = time.monotonic()
         if pool.config.allow_partial and deadline is not None:
@@ -298,7 +302,8 @@ class ProxyServer:
         for index, reply in enumerate(replies):
             if reply.code is Code.OK:
                 continue
-            if reply.code not in _MISSING:  # an error of the request: all shards have it
+            # Any other code is an error of the request, which all shards report alike.
+            if reply.code not in _MISSING:
                 return reply
             self.metrics.count("dpsr_proxy_shards_missing_total", (spec.model, str(index)))
             if not answers or not pool.config.allow_partial:
@@ -325,7 +330,8 @@ class ProxyServer:
         if len(self._backends) > 1:
             return Reply(
                 Code.FAILED_PRECONDITION,
-                f"{path} names no model, and this proxy has {len(self._backends)} backends: ask a model server itself",
+                f"{path} names no model, and this proxy has {len(self._backends)} backends; send it to a model server "
+                "directly",
             )
         (pool,) = self._pools.values()
         return await pool.shards[0].ask(Spec(""), path, request, deadline, metadata)
@@ -354,7 +360,7 @@ class ProxyServer:
         task.add_done_callback(self._tasks.discard)
 
 
-# What a shard fails with that is not the request's fault.
+# Codes with which a shard fails through no fault of the request.
 _MISSING = (
     Code.UNAVAILABLE,
     Code.DEADLINE_EXCEEDED,
@@ -366,7 +372,7 @@ _MISSING = (
 
 
 class AccessLog:
-    """Writes a line of JSON for some requests. Raises OSError where the file cannot be opened."""
+    """Writes lines of JSON for some requests. Raises OSError if the file cannot be opened."""
 
     def __init__(self, config: AccessLogConfig | None) -> None:
         self._config = config
@@ -375,7 +381,7 @@ class AccessLog:
             self._file = os.open(config.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
     def wants(self, ok: bool) -> bool:
-        """Whether to write a line for a request of this outcome."""
+        """Returns whether to log a request that succeeded (`ok`) or failed."""
         config = self._config
         return config is not None and ((config.errors and not ok) or random.random() < config.sample)
 
@@ -390,7 +396,7 @@ class AccessLog:
         request: bytes,
         metadata: Metadata,
     ) -> None:
-        """Writes the line; a full disk loses it, not the request."""
+        """Writes the line of a request. On an error, such as a full disk, the line is lost and the request goes on."""
         assert self._config is not None
         line: dict[str, Any] = {"time": round(time.time(), 3), "method": _short(path)}
         if spec is not None:
@@ -424,7 +430,10 @@ class AccessLog:
 
 
 def _arm(plan: _Plan, metadata: Metadata) -> str:
-    """The request's arm: a tester's choice, else by its key; without one, that of the empty key."""
+    """Returns the request's arm: the one that its metadata names, else the one that its key is assigned to.
+
+    A request without the key is assigned by the empty key.
+    """
     value: str | bytes = ""
     for name, given in calls.readable(metadata):
         if name == plan.override and given in plan.arms:
@@ -439,7 +448,7 @@ def _short(path: str) -> str:
 
 
 def _pool_configs(config: ProxyConfig) -> dict[PoolConfig, None]:
-    """All pools of a configuration, each once."""
+    """Returns all pools of a configuration, each once."""
     targets: list[TargetConfig] = []
     pools: list[PoolConfig | None] = [config.default]
     for model in config.models.values():

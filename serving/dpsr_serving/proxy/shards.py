@@ -1,7 +1,7 @@
-"""One answer out of those of several servers that hold a part of the items each.
+"""Merges the answers of several servers, each of which holds a part of the items, into one.
 
-All parts share the query tower, so their scores compare, and the best k of the whole corpus are the best k of what the
-parts found: by score, ties by ascending id, as a server with all items has it.
+All parts share the query tower, so their scores are comparable: the best k items of the whole corpus are the best k of
+all that the parts found, ordered by score and then by ascending id, as on a server that holds all items.
 """
 
 from __future__ import annotations
@@ -22,24 +22,26 @@ _PADDING_ID = -1
 def merge_answers(answers: Sequence[bytes]) -> bytes:
     """Merges serialized PredictResponses of a search signature.
 
-    `item_ids` int64 [batch, columns] and `scores` float [batch, columns] decide; every output whose first two
-    dimensions are theirs (heads, item_keys) goes along, any other is taken from the first answer. An item that several
-    parts have stands once, with its best score. There are as many columns as the widest answer has.
+    `item_ids` int64 [batch, columns] and `scores` float [batch, columns] decide the order. Outputs with the same first
+    two dimensions (heads, item_keys) are reordered with them; any other output is taken from the first answer. An item
+    that several parts hold appears once, with its best score. The result has as many columns as the widest answer.
 
     Raises:
-        ValueError: the answers are not those of one request to parts of one servable.
+        ValueError: the answers do not belong to one request to parts of one servable.
     """
     try:
         responses = [serving_apis.PredictResponse.FromString(answer) for answer in answers]
     except DecodeError as error:
-        raise ValueError(f"an answer is no PredictResponse: {error}") from error
+        raise ValueError(f"an answer is not a PredictResponse: {error}") from error
     if len(responses) == 1 or not all({"item_ids", "scores"} <= set(response.outputs) for response in responses):
         return answers[0]
     parts = [{name: to_numpy(tensor) for name, tensor in response.outputs.items()} for response in responses]
     shapes = [part["item_ids"].shape for part in parts]
     batches = {shape[0] if len(shape) == 2 else None for shape in shapes}
     if len(batches) > 1 or None in batches or any(p["scores"].shape != p["item_ids"].shape for p in parts):
-        raise ValueError(f"item_ids of the shapes {shapes}, expected [batch, k] with one batch, and scores as many")
+        raise ValueError(
+            f"item_ids have the shapes {shapes}, expected [batch, k] with the same batch, and scores of the same shape"
+        )
     columns = max(shape[1] for shape in shapes)
     names = [
         name
@@ -56,13 +58,16 @@ def merge_answers(answers: Sequence[bytes]) -> bytes:
 
 
 def _best(ids: NDArray[np.int64], scores: NDArray[np.floating[Any]], count: int) -> NDArray[np.intp]:
-    """Columns of the best `count` of each row, padding last: [batch, count] indices into [batch, columns]."""
+    """Returns the columns of the best `count` items of each row, padding last.
+
+    The result [batch, count] indexes into [batch, columns].
+    """
     padding = ids == _PADDING_ID
     order = np.lexsort((ids, -scores, padding), axis=-1)
     for row in range(len(order)):
         found = ids[row, order[row]]
-        # A repeated id is pushed behind everything; there, between padding, it would show: only ever cut off, as
-        # each part brings as many columns of its own.
+        # Repeated ids are moved behind everything else, where they are always cut off: a repeated id came with a part
+        # that has as many columns as the result.
         _, first = np.unique(found, return_index=True)
         real = int(np.count_nonzero(found != _PADDING_ID))
         if len(first) < real + bool(real < len(found)):

@@ -1,8 +1,8 @@
 """The proxy's processes: a single one that serves, or several workers on one port and a parent that restarts them.
 
 The parent (or the single process) answers HTTP: /healthz (the process lives), /readyz (it takes requests) and /metrics
-(of all workers together). A worker and the parent talk over a socket in lines of JSON: the worker announces its address,
-and then answers each line "report" with [ready, metrics].
+(of all workers together). A worker and the parent talk over a socket in lines of JSON: the worker announces its
+address, and then answers each line "report" with [ready, metrics].
 """
 
 from __future__ import annotations
@@ -235,7 +235,8 @@ def _reserve(host: str, port: int) -> socket.socket:
         reserved.bind((host, port))
     except OSError as error:
         raise CommandError(
-            f"cannot listen on {join_address(host, port)}: is the port in use, or is the host not an address of this machine?"
+            f"cannot listen on {join_address(host, port)}: is the port in use, or is the host not an address of this "
+            "machine?"
         ) from error
     return reserved
 
