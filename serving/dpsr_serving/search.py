@@ -1,4 +1,4 @@
-"""What is asked of a search servable and what it answers, as typed values: requests and results of any transport."""
+"""Requests to a search servable and its results as typed values, for any transport."""
 
 from __future__ import annotations
 
@@ -41,14 +41,15 @@ _INPUTS = {
 
 @dataclasses.dataclass(frozen=True)
 class User:
-    """Who asks. What is left out is unknown to the model, as for an anonymous user.
+    """The user who searches. The model treats whatever is left out as unknown, as for an anonymous user.
 
     Attributes:
-        features: the schema's user features by name: a text or category is a str, a number a float (None and NaN are
-            unknown), a multi-valued one a sequence of str.
-        clicked_items: what the user clicked, oldest first: item ids, or keys where the shop's own ids are texts.
-        past_queries: what the user searched for, oldest first.
-        clicked_item_types: what the user did with each of `clicked_items`: click, cart or order; click where left out.
+        features: name -> value of the schema's user features: str for a text or category, float for a number (None and
+            NaN mean unknown), a sequence of str for a multi-valued feature.
+        clicked_items: items that the user clicked, oldest first: item ids, or keys if the shop's own ids are texts.
+        past_queries: queries that the user made, oldest first.
+        clicked_item_types: what the user did with each of `clicked_items`: click, cart or order. Items without a type
+            count as clicks.
     """
 
     features: Mapping[str, Feature] = dataclasses.field(default_factory=dict)
@@ -59,16 +60,16 @@ class User:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SearchResult:
-    """What one query found, best first; n is at most the k asked for.
+    """The items found for one query, best first; n is at most the k asked for.
 
     Attributes:
         item_ids: [n] int64.
-        scores: [n] float32, an item's largest inner product over the heads of the query tower.
+        scores: [n] float32, the largest inner product of item and query over the heads of the query tower.
         heads: [n] int32, the head that gave this score.
-        item_keys: the shop's own ids, where those are texts; else None.
-        version: the model's version that answered; 0 where the server does not say.
-        arm: "experiment/arm" that a proxy sent the request to, or "".
-        shards: (how many index shards took part, of how many) behind a proxy, else None.
+        item_keys: the shop's own ids if those are texts, else None.
+        version: the model version that answered; 0 if the server does not say.
+        arm: "experiment/arm" to which a proxy sent the request, or "".
+        shards: (number of index shards that answered, number of all shards) behind a proxy with shards, else None.
     """
 
     item_ids: NDArray[np.int64]
@@ -80,13 +81,13 @@ class SearchResult:
     shards: tuple[int, int] | None = None
 
     def __len__(self) -> int:
-        """How many items were found."""
+        """Returns the number of items found."""
         return len(self.item_ids)
 
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """One request: queries, and what holds for all of them, but users, of which there is one a query."""
+    """One request: queries, a user for each query, and settings that hold for all queries."""
 
     queries: Sequence[Text]
     k: int | None
@@ -98,7 +99,7 @@ class Search:
 
     @property
     def plain(self) -> bool:
-        """Whether `serving_default` can answer it."""
+        """Whether the signature `serving_default` can answer the request."""
         asked = self.include or self.exclude or self.exclude_items or self.search_parameters
         return self.k is None and not asked and not any(self.users)
 
@@ -112,7 +113,7 @@ def make_search(
     exclude_items: Sequence[int | str],
     search_parameters: str,
 ) -> Search:
-    """Checks what can be checked without knowing the model. Raises ValueError, TypeError."""
+    """Makes a request, and checks what can be checked without knowing the model. Raises ValueError or TypeError."""
     batch = [queries] if isinstance(queries, (str, bytes)) else list(queries)
     if k is not None and not 0 < k < 2**31:
         raise ValueError(f"k must be a positive int32, got {k}")
@@ -131,44 +132,45 @@ def _user(user: User | Mapping[str, Any] | None) -> User | None:
         return user
     known = [field.name for field in dataclasses.fields(User)]
     if unknown := sorted(set(user) - set(known)):
-        raise ValueError(f"a user has {', '.join(known)}; got {', '.join(map(repr, unknown))}")
+        raise ValueError(f"unknown user attribute {', '.join(map(repr, unknown))}, expected {', '.join(known)}")
     return User(**user)
 
 
 def expressions(filters: Filters) -> list[str]:
-    """Filter expressions of the `include` and `exclude` inputs, one an attribute.
+    """Returns filter expressions for the inputs `include` and `exclude`, one for each attribute.
 
         >>> expressions({"brand": ["Acme", "A|B"], "price": (10, 20), "rating": (4, None)})
         ['brand=Acme|A\\\\|B', 'price=10..20', 'rating=4..']
 
     Args:
-        filters: attribute -> one value, a collection of alternatives, or a tuple (low, high) of numbers, both ends
-            included, None for an open one. A sequence of expressions is passed on as it is.
+        filters: attribute -> one value, a collection of alternatives, or a range of numbers: a tuple (low, high) that
+            includes both ends, with None for an open end. A sequence of expressions is returned as it is.
 
     Raises:
-        ValueError: a name or value that no expression can say.
+        ValueError: no expression can be written for a name or value.
     """
     if not isinstance(filters, Mapping):
         if isinstance(filters, (str, bytes)):
-            raise ValueError(f"filters are a dict or a list of expressions, got {filters!r}")
+            raise ValueError(f"filters must be a dict or a list of expressions, got {filters!r}")
         return list(filters)
     return [_expression(name, value) for name, value in filters.items()]
 
 
 def _expression(name: str, value: Filter) -> str:
     if not name or "=" in name:
-        raise ValueError(f"an attribute's name is not empty and has no '=', got {name!r}")
+        raise ValueError(f"the name of an attribute must not be empty or contain '=', got {name!r}")
     if isinstance(value, tuple):
         if len(value) != 2 or value == (None, None) or any(isinstance(end, (str, bytes)) for end in value):
             raise ValueError(
-                f"filter {name!r}: got {value!r}; a tuple is a range of numbers (low, high), one of which may be None; "
-                "alternatives are a list"
+                f"filter {name!r}: got {value!r}; a tuple means a range of numbers (low, high), one of which may be "
+                "None; "
+                "give alternatives as a list"
             )
         low, high = ("" if end is None else _literal(name, end) for end in value)
         return f"{name}={low}..{high}"
     alternatives = [value] if not isinstance(value, (list, Set)) else list(value)
     if not alternatives:
-        raise ValueError(f"filter {name!r} has no values; leave it out, or give one")
+        raise ValueError(f"filter {name!r} has no values; give at least one, or leave the filter out")
     return f"{name}={'|'.join(_literal(name, one) for one in alternatives)}"
 
 
@@ -178,16 +180,16 @@ def _literal(name: str, value: Text | float) -> str:
     if isinstance(value, str):
         return value.replace("\\", "\\\\").replace("|", "\\|")
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ValueError(f"filter {name!r}: {value!r} is neither a text nor a finite number")
+        raise ValueError(f"filter {name!r}: got {value!r}, expected a text or a finite number")
     return str(int(value)) if float(value).is_integer() else repr(float(value))
 
 
 class Signature:
-    """The inputs of a servable's `search`, and how many results `serving_default` gives.
+    """The inputs of a servable's signature `search`, and the number of results of `serving_default`.
 
     Attributes:
-        version: the model's version that has them.
-        default_k: results of `serving_default`, None where the model does not say.
+        version: the model version that has these inputs.
+        default_k: number of results of `serving_default`; None if the model does not say.
     """
 
     def __init__(self, inputs: Mapping[str, tuple[int, int]], version: int = 0, default_k: int | None = None) -> None:
@@ -197,11 +199,11 @@ class Signature:
 
     @classmethod
     def parse(cls, response: Any) -> Signature:
-        """Reads it from a GetModelMetadataResponse. Raises ValueError where there is no `search`."""
+        """Reads the signature from a GetModelMetadataResponse. Raises ValueError if the model has no `search`."""
         signatures = serving_apis.SignatureDefMap()
         signatures.ParseFromString(response.metadata["signature_def"].value)
         if "search" not in signatures.signature_def:
-            raise ValueError(f"no signature 'search' among {sorted(signatures.signature_def)}")
+            raise ValueError(f"the model has no signature 'search', only {sorted(signatures.signature_def)}")
         inputs = {
             name: (info.dtype, len(info.tensor_shape.dim))
             for name, info in signatures.signature_def["search"].inputs.items()
@@ -211,7 +213,7 @@ class Signature:
         return cls(inputs, response.model_spec.version.value, default_k)
 
     def __eq__(self, other: object) -> bool:
-        """Whether both take the same."""
+        """Whether both have the same inputs."""
         return isinstance(other, Signature) and self._inputs == other._inputs
 
     __hash__ = None  # type: ignore[assignment]
@@ -227,10 +229,10 @@ class Signature:
         return sorted(name.removeprefix(_USER) for name in self._inputs if name.startswith(_USER))
 
     def tensors(self, search: Search) -> dict[str, NDArray[Any]]:
-        """The inputs for a request; what it leaves out is empty.
+        """Returns the input tensors of a request; whatever the request leaves out is empty.
 
         Raises:
-            ValueError: it gives something that the model does not take, or in another type.
+            ValueError: the request has something that the model does not take, or of another type.
         """
         batch = len(search.queries)
         users = [user or User() for user in search.users]
@@ -256,7 +258,10 @@ class Signature:
         for name, (dtype, rank) in self._inputs.items():
             if name == "k":
                 if search.k is None and self.default_k is None:
-                    raise ValueError("k is needed beside a user, filters or parameters: say how many results")
+                    raise ValueError(
+                        "k is missing: the model has no default number of results for requests with a user, filters "
+                        "or parameters"
+                    )
                 arrays[name] = np.array(search.k or self.default_k, np.int32)
             elif name == "search_parameters":
                 arrays[name] = np.array(search.search_parameters.encode(), object)
@@ -267,8 +272,8 @@ class Signature:
                 arrays[name] = _rows(name, given.get(name, [()] * batch), dtype)
             elif name != "query":
                 raise ValueError(
-                    f"the model's input {name!r}, {_NAMES.get(dtype, dtype)} of rank {rank}, is none that this client "
-                    "knows; use the client of the release that exported it"
+                    f"this client does not know the model's input {name!r}, {_NAMES.get(dtype, dtype)} of rank {rank}; "
+                    "use the client of the release that exported the model"
                 )
         return arrays
 
@@ -278,15 +283,15 @@ class Signature:
             raise ValueError(f"the model reads no user feature {name!r}; those it reads: {known}")
 
     def _items(self, ids: str, keys: str, rows: Sequence[Sequence[Any]]) -> tuple[str, Sequence[Sequence[Any]]]:
-        """The input that takes these items, by id or by key, and the items as it takes them."""
+        """Returns the name of the input for items, which is by id or by key, and the items in that form."""
         if keys in self._inputs:
             if wrong := [item for row in rows for item in row if not isinstance(item, (str, bytes))]:
-                raise ValueError(f"this model knows items by key, a text; got {wrong[0]!r}")
+                raise ValueError(f"this model identifies items by key, a text; got {wrong[0]!r}")
             return keys, rows
         try:
             return ids, [[int(item) for item in row] for row in rows]
         except ValueError as error:
-            raise ValueError(f"this model knows items by id, an integer: {error}") from None
+            raise ValueError(f"this model identifies items by id, an integer: {error}") from None
 
 
 def _texts(texts: Sequence[Text]) -> NDArray[Any]:
@@ -296,7 +301,7 @@ def _texts(texts: Sequence[Text]) -> NDArray[Any]:
 
 
 def _types_of(users: Sequence[User]) -> Sequence[Sequence[Text]]:
-    """What each user did with each of the clicked items, "" where that is not said; nothing where nobody says."""
+    """Returns the types of each user's clicks, "" for missing ones; no types at all if no user has any."""
     for user in users:
         if len(user.clicked_item_types) > len(user.clicked_items):
             raise ValueError(
@@ -310,7 +315,7 @@ def _types_of(users: Sequence[User]) -> Sequence[Sequence[Text]]:
 
 
 def _rows(name: str, rows: Sequence[Sequence[Any]], dtype: int) -> NDArray[Any]:
-    """[batch, n], padded with -1 or empty texts."""
+    """Returns rows of different lengths as an array [batch, n], padded with -1 or empty texts."""
     width = max(map(len, rows), default=0)
     if dtype == _INT64:
         ids = np.full((len(rows), width), PADDING_ID, np.int64)
@@ -326,7 +331,10 @@ def _rows(name: str, rows: Sequence[Sequence[Any]], dtype: int) -> NDArray[Any]:
 
 
 def _feature(name: str, dtype: int, rank: int, values: Sequence[Feature]) -> NDArray[Any]:
-    """A user feature of every row: [batch] float, NaN where unknown, or string, "" where unknown; [batch, n] string."""
+    """Returns a user feature of all users as an array.
+
+    [batch] float, NaN if unknown; [batch] string, "" if unknown; or [batch, n] string for a multi-valued feature.
+    """
     if dtype == _FLOAT and rank == 1:
         if wrong := [value for value in values if value is not None and not isinstance(value, numbers.Real)]:
             raise ValueError(f"user feature {name!r}: expected a number, got {wrong[0]!r}")
@@ -345,7 +353,7 @@ def _feature(name: str, dtype: int, rank: int, values: Sequence[Feature]) -> NDA
 
 
 def make_request(spec: Any, signature: str, arrays: Mapping[str, NDArray[Any]]) -> Any:
-    """A PredictRequest."""
+    """Returns a PredictRequest for a signature with these inputs."""
     request = serving_apis.PredictRequest()
     request.model_spec.CopyFrom(spec)
     request.model_spec.signature_name = signature
@@ -355,15 +363,15 @@ def make_request(spec: Any, signature: str, arrays: Mapping[str, NDArray[Any]]) 
 
 
 def results(response: Any, batch: int, trailing: Iterable[tuple[str, Text]]) -> list[SearchResult]:
-    """The answer to `batch` queries. Raises ValueError where the response is not that of a search servable."""
+    """Returns the results of `batch` queries. Raises ValueError if the response is not that of a search servable."""
     outputs = _decode(response.outputs, batch)
     ids, scores, heads = outputs["item_ids"], outputs["scores"], outputs["heads"]
     keys = outputs.get("item_keys")
-    said = dict(trailing)
-    arm, shards = str(said.get("dpsr-arm", "")), None
-    if "dpsr-shards" in said:
-        there, _, total = str(said["dpsr-shards"]).partition("/")
-        shards = (int(there), int(total))
+    metadata = dict(trailing)
+    arm, shards = str(metadata.get("dpsr-arm", "")), None
+    if "dpsr-shards" in metadata:
+        answered, _, total = str(metadata["dpsr-shards"]).partition("/")
+        shards = (int(answered), int(total))
     version = response.model_spec.version.value
     found_results = []
     for row in range(batch):
@@ -385,7 +393,7 @@ def _decode(outputs: Any, batch: int) -> dict[str, NDArray[Any]]:
         if name not in outputs:
             if name == "item_keys":
                 continue
-            raise ValueError(f"no output {name!r} among {sorted(outputs)}")
+            raise ValueError(f"the output {name!r} is missing; there are {sorted(outputs)}")
         array = to_numpy(outputs[name])
         if array.dtype != np.dtype(kind) or array.ndim != 2 or array.shape[0] != batch:
             raise ValueError(
@@ -393,7 +401,7 @@ def _decode(outputs: Any, batch: int) -> dict[str, NDArray[Any]]:
                 f"expected {np.dtype(kind).name} [{batch}, k]"
             )
         if shape is not None and array.shape != shape:
-            raise ValueError(f"output {name!r} is {list(array.shape)}, the ids are {list(shape)}")
+            raise ValueError(f"output {name!r} has the shape {list(array.shape)}, but item_ids have {list(shape)}")
         shape = array.shape
         decoded[name] = array
     return decoded

@@ -1,7 +1,7 @@
-"""NumPy arrays to and from TensorFlow's `TensorProto`, without TensorFlow.
+"""Converts NumPy arrays to and from TensorFlow's `TensorProto`, without TensorFlow.
 
-Floats (16, 32, 64 bits), integers (8 to 64 bits, signed and unsigned), bool and strings. A string tensor is an object
-array of bytes, as in TensorFlow.
+Supports floats (16, 32, 64 bits), integers (8 to 64 bits, signed and unsigned), bool and strings. A string tensor is an
+object array of bytes, as in TensorFlow.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TensorLike = NDArray[Any] | np.generic | Sequence[str | bytes] | str | bytes | i
 
 _STRING = 7  # DT_STRING of tensorflow/core/framework/types.proto
 
-# Number in types.proto -> (dtype as it lies in tensor_content, field of the typed values).
+# Number in types.proto -> (dtype in tensor_content, name of the typed field).
 _NUMERIC: dict[int, tuple[np.dtype[Any], str]] = {
     1: (np.dtype("<f4"), "float_val"),
     2: (np.dtype("<f8"), "double_val"),
@@ -42,14 +42,14 @@ def make_tensor(values: TensorLike) -> Any:
     """Encodes `values` as a TensorProto.
 
     Args:
-        values: a NumPy array of any shape, of a numeric dtype, bool, or strings (dtype object, U or S); a flat list of
-            str or bytes, which becomes a string tensor [n]; or one scalar. str is encoded as UTF-8.
+        values: a NumPy array of any shape with a numeric dtype, bool or strings (dtype object, U or S); a flat list of
+            str or bytes, which becomes a string tensor [n]; or a scalar. str is encoded as UTF-8.
 
     Raises:
-        ValueError: a dtype that has no place here, or a str with lone surrogates.
-        TypeError: an object array with something that is neither str nor bytes.
+        ValueError: the dtype is not supported, or a str has lone surrogates.
+        TypeError: an object array holds something that is neither str nor bytes.
     """
-    # Straight to the field, not by way of a NumPy string array, which drops trailing zero bytes.
+    # Strings do not become a NumPy string array first, because that would drop trailing zero bytes.
     if isinstance(values, (str, bytes)):
         return _string_tensor([values], ())
     if isinstance(values, (list, tuple)) and any(isinstance(value, (str, bytes)) for value in values):
@@ -87,14 +87,14 @@ def _set_shape(proto: Any, shape: tuple[int, ...]) -> None:
 def to_numpy(proto: Any) -> NDArray[Any]:
     """Decodes a TensorProto.
 
-    Values come from `tensor_content` where that is set, else from the typed field of the dtype. As TensorFlow has it, a
-    typed field with fewer values than the shape has elements repeats its last value, and an empty one means zeros.
+    Values come from `tensor_content` if that is set, else from the typed field of the dtype. As in TensorFlow, the last
+    value of a typed field with too few values for the shape is repeated, and an empty field means zeros.
 
     Returns:
-        An array that the caller may write to; strings as dtype object holding bytes.
+        A writable array; strings have the dtype object and are bytes.
 
     Raises:
-        ValueError: the proto is broken or its dtype has no place here; says which.
+        ValueError: the proto is broken, or its dtype is not supported.
     """
     shape = _shape(proto)
     count = math.prod(shape)
@@ -111,7 +111,7 @@ def to_numpy(proto: Any) -> NDArray[Any]:
         if len(proto.tensor_content) != count * dtype.itemsize:
             raise ValueError(
                 f"tensor_content has {len(proto.tensor_content)} bytes; "
-                f"shape {list(shape)} of {dtype.name} takes {count * dtype.itemsize}"
+                f"shape {list(shape)} of {dtype.name} needs {count * dtype.itemsize}"
             )
         if dtype.kind == "b":  # any byte may arrive, but a NumPy bool is 0 or 1
             flat = np.frombuffer(proto.tensor_content, np.uint8) != 0
@@ -130,13 +130,13 @@ def to_numpy(proto: Any) -> NDArray[Any]:
 def _shape(proto: Any) -> tuple[int, ...]:
     sizes = tuple(dim.size for dim in proto.tensor_shape.dim)
     if proto.tensor_shape.unknown_rank or any(size < 0 for size in sizes):
-        known = "of unknown rank" if proto.tensor_shape.unknown_rank else str(list(sizes))
-        raise ValueError(f"a tensor's value needs a complete shape, got one {known}")
+        known = "an unknown rank" if proto.tensor_shape.unknown_rank else str(list(sizes))
+        raise ValueError(f"the value of a tensor needs a complete shape, got {known}")
     return sizes
 
 
 def _bounded(count: int, itemsize: int) -> int:
-    """`count`, unless an array of that many elements is more than any message could mean."""
+    """Returns `count`. Raises ValueError if an array of so many elements is larger than any message."""
     if count * itemsize > serving_apis.MAX_MESSAGE_BYTES:
         raise ValueError(
             f"a tensor of {count} elements is larger than any message ({serving_apis.MAX_MESSAGE_BYTES} bytes)"
@@ -145,27 +145,27 @@ def _bounded(count: int, itemsize: int) -> int:
 
 
 def _fill(flat: NDArray[Any], values: Sequence[Any], default: Any) -> None:
-    """`values` into `flat` [n], the last one repeated to the end."""
+    """Writes `values` into `flat` [n] and repeats the last one to the end. Raises ValueError."""
     given = len(values)
     if given > flat.size:
-        raise ValueError(f"the tensor has {given} values, its shape {flat.size} elements")
+        raise ValueError(f"the tensor has {given} values, but its shape has {flat.size} elements")
     if flat.dtype.kind in "iu" and given:
         limits = np.iinfo(flat.dtype)
         low, high = min(values), max(values)
         if low < limits.min or high > limits.max:
-            raise ValueError(f"a value outside of {flat.dtype.name}: {low if low < limits.min else high}")
+            raise ValueError(f"the value {low if low < limits.min else high} is out of the range of {flat.dtype.name}")
     flat[:given] = values
     flat[given:] = values[-1] if given else default
 
 
 def _string_list(content: bytes, count: int) -> list[bytes]:
-    """`tensor_content` of a string tensor: `count` lengths as varints, then the strings one after the other."""
+    """Decodes the `tensor_content` of a string tensor: `count` lengths as varints, then the strings in order."""
     lengths, offset = [], 0
     for _ in range(count):
         length, shift = 0, 0
         while True:
             if offset >= len(content) or shift > 28:
-                raise ValueError("tensor_content of a string tensor is broken: its lengths do not end")
+                raise ValueError("tensor_content of a string tensor is broken: a length is too long or cut off")
             byte = content[offset]
             offset += 1
             length |= (byte & 0x7F) << shift
@@ -174,7 +174,9 @@ def _string_list(content: bytes, count: int) -> list[bytes]:
                 break
         lengths.append(length)
     if offset + sum(lengths) != len(content):
-        raise ValueError(f"tensor_content of a string tensor has {len(content)} bytes, not {offset + sum(lengths)}")
+        raise ValueError(
+            f"tensor_content of a string tensor has {len(content)} bytes, expected {offset + sum(lengths)}"
+        )
     strings = []
     for length in lengths:
         strings.append(content[offset : offset + length])

@@ -130,13 +130,13 @@ def test_string_tensor_content(tf: Any) -> None:
         (typed(1, (-1,), float_val=[1.0]), "complete shape, got one [-1]"),
         (typed(1, (1 << 40,), float_val=[1.0]), "larger than any message"),
         (typed(7, (1 << 62, 1 << 62), string_val=[b"a"]), "larger than any message"),
-        (typed(6, (1,), int_val=[200]), "outside of int8: 200"),
-        (typed(17, (1,), int_val=[-1]), "outside of uint16: -1"),
+        (typed(6, (1,), int_val=[200]), "value 200 is out of the range of int8"),
+        (typed(17, (1,), int_val=[-1]), "value -1 is out of the range of uint16"),
         (typed(8, (1,), scomplex_val=[1.0, 0.0]), "dtype 8"),
         (typed(0, (1,)), "dtype 0"),
         (typed(7, (2,), tensor_content=b"\x01"), "lengths do not end"),
         (typed(7, (1,), tensor_content=b"\xff\xff\xff\xff\xff\xff\x01"), "lengths do not end"),
-        (typed(7, (1,), tensor_content=b"\x05abc"), "has 4 bytes, not 6"),
+        (typed(7, (1,), tensor_content=b"\x05abc"), "has 4 bytes, expected 6"),
     ],
 )
 def test_broken_tensors_are_value_errors(proto: Any, words: str) -> None:

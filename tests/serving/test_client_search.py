@@ -191,9 +191,9 @@ def test_what_the_model_does_not_take_is_a_value_error_that_says_what_it_takes(
         ({"user": User({"likes": "tea"})}, "'likes': expected a list of texts, got 'tea'"),
         ({"user": User({"likes": [1]})}, "expected a sequence of texts"),
         ({"user": User(past_queries="red")}, "past_queries: expected a sequence of texts, got 'red'"),
-        ({"user": {"age": 3}}, "a user has features, clicked_items, past_queries.*; got 'age'"),
+        ({"user": {"age": 3}}, "unknown user attribute 'age', expected features, clicked_items, past_queries"),
         ({"user": [None, None]}, "2 users for 1 queries"),
-        ({"exclude_items": ["sku-1"]}, "knows items by id, an integer: .*'sku-1'"),
+        ({"exclude_items": ["sku-1"]}, "identifies items by id, an integer: .*'sku-1'"),
     ]
     with SearchClient(echo["echo"].target, "echo") as client:
         for arguments, words in wrong:
@@ -279,7 +279,7 @@ def test_an_input_that_no_client_knows_is_named() -> None:
     signature = Signature({"query": (7, 1), "k": (3, 0), "weather": (1, 1)})
     with pytest.raises(ValueError, match="'weather', float of rank 1"):
         signature.tensors(make_search(["a"], 3, None, (), (), (), ""))
-    with pytest.raises(ValueError, match="k is needed"):
+    with pytest.raises(ValueError, match="k is missing"):
         Signature({"query": (7, 1), "k": (3, 0)}).tensors(make_search(["a"], None, None, (), (), (), ""))
 
 

@@ -280,7 +280,7 @@ def test_what_a_dead_server_held_goes_elsewhere(start_fleet: Callable[[int, int]
     assert status == 1 and "server s0 (" in err and "does not answer" in err
     fleet.keys["s0"] += ", leaving: true"
     status, out, err = fleet.place("s0", "s1")
-    assert status == 1 and "m000" in out and "wants 2 servers, there are 1 that stay" in out
+    assert status == 1 and "m000" in out and "wants 2 servers, but only 1 stay" in out
     fleet.models = {name: keys.partition(", replicas")[0] for name, keys in fleet.models.items()}
     status, out, err = fleet.place("s0", "s1")
     assert (status, err) == (0, "") and "leaves, does not answer" in out

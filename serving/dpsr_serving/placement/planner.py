@@ -21,12 +21,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 Assignment = Mapping[str, frozenset[str]]  # server -> models on it
 
-_CHAIN_LENGTH = 3  # replicas that may make room for each other, one after another
-_CHAIN_TRIES = 5_000  # to move a replica for another, in one filling of the servers
-_SEARCH_NODES = 20_000  # of the exhaustive search
-_SEARCH_MODELS = 200  # above which there is none
-_SEARCH_CHOICES = 500  # sets of servers for one model, above which there is none
-_BALANCED = 1.1  # load above the mean that rebalancing leaves alone
+_CHAIN_LENGTH = 3  # longest chain of replicas that make room for each other
+_CHAIN_TRIES = 5_000  # attempts to move one replica for another, in one call of fill()
+_SEARCH_NODES = 20_000  # most nodes that the exhaustive search visits
+_SEARCH_MODELS = 200  # more models than this are not searched exhaustively
+_SEARCH_CHOICES = 500  # nor are models with more possible sets of servers than this
+_BALANCED = 1.1  # rebalancing stops when no load is above this multiple of the mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Model:
     """A model to place.
 
     Attributes:
-        name: what requests call it by.
-        memory: bytes of one replica, all its versions together.
-        swap: bytes that must be free beside for its next version; 0 where versions are not changed under load.
-        replicas: servers that shall hold it.
-        requests: requests per second to all replicas together; shares out the work, never refuses a place.
+        name: the model's name in requests.
+        memory: bytes that one replica takes, all its versions together.
+        swap: further bytes that must stay free for its next version; 0 if versions do not change while it serves.
+        replicas: number of servers that should hold it.
+        requests: requests per second to all replicas together. They spread the load and never rule out a place.
     """
 
     name: str
@@ -50,7 +50,14 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Server:
-    """A server: bytes for models; replicas go to different zones where they can; one that leaves gets nothing."""
+    """A server to place models on.
+
+    Attributes:
+        name: the server's name.
+        memory: bytes that its models may take.
+        zone: replicas of a model go to different zones where possible.
+        leaving: whether it must lose all its models.
+    """
 
     name: str
     memory: int
@@ -60,7 +67,7 @@ class Server:
 
 @dataclasses.dataclass(frozen=True)
 class Misfit:
-    """Replicas of a model that found no server, and why."""
+    """The number of replicas of a model that fit on no server, and the reason."""
 
     model: str
     replicas: int
@@ -69,14 +76,14 @@ class Misfit:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Changes that may be made at the same time: either additions or removals, each a (server, model)."""
+    """Changes that can be made at the same time: either additions or removals, each a pair (server, model)."""
 
     adds: tuple[tuple[str, str], ...] = ()
     removes: tuple[tuple[str, str], ...] = ()
 
 
 class StuckError(Exception):
-    """No order of steps keeps every model answering within the memory; `models` are those that wait for room."""
+    """No order of steps keeps every model answering within the memory; there is no room to load `models`."""
 
     def __init__(self, models: Sequence[str]) -> None:
         super().__init__(", ".join(models))
@@ -84,7 +91,7 @@ class StuckError(Exception):
 
 
 def memory_needed(models: Iterable[Model]) -> int:
-    """Bytes that a server with these models must have."""
+    """Returns the bytes that a server needs for these models, room for a next version included."""
     models = list(models)
     return sum(model.memory for model in models) + max((model.swap for model in models), default=0)
 
@@ -92,16 +99,17 @@ def memory_needed(models: Iterable[Model]) -> int:
 def assign(
     models: Sequence[Model], servers: Sequence[Server], present: Assignment, rebalance: bool = False
 ) -> tuple[dict[str, frozenset[str]], list[Misfit]]:
-    """Places the models.
+    """Decides which servers hold which models.
 
     Args:
-        models: names are distinct.
-        servers: names are distinct.
-        present: what the servers hold now; other models and servers are passed over.
-        rebalance: also moves replicas until no server is loaded more than a tenth above the mean.
+        models: the models, with distinct names.
+        servers: the servers, with distinct names.
+        present: what the servers hold now; models and servers that are not in the lists are ignored.
+        rebalance: whether to also move replicas until no server has over a tenth more load than the mean.
 
     Returns:
-        The models of every server, and what has no place; without misfits every model has its replicas.
+        The models of every server, and the replicas that fit nowhere; if there are none of those, every model has all
+        its replicas.
     """
     models = sorted(models, key=lambda model: (-model.memory, model.name))
     active = sorted((server for server in servers if not server.leaving), key=lambda server: server.name)
@@ -136,14 +144,14 @@ def assign(
 
 
 def schedule(models: Sequence[Model], servers: Sequence[Server], present: Assignment, target: Assignment) -> list[Step]:
-    """The steps from `present` to `target`, in order.
+    """Returns the steps from `present` to `target`, in order.
 
-    After every step a model that has a server in both is on one at least, and while a step is taken no server holds
-    more than its memory (room for a new version is not kept free meanwhile). A replica goes when the model's new ones
-    have come; only where nothing else makes room, earlier, or by way of a third server.
+    After every step, a model that has a server in both assignments is on at least one. During a step, no server holds
+    more than its memory (but room for new versions is not kept free). A replica is removed after the model's new
+    replicas have been loaded. Only where nothing else makes room is it removed earlier or moved to a third server.
 
     Raises:
-        StuckError: there is no such order.
+        StuckError: no such order was found.
     """
     by_name = {model.name: model for model in models}
     memory = {server.name: server.memory for server in servers}
@@ -187,7 +195,7 @@ def schedule(models: Sequence[Model], servers: Sequence[Server], present: Assign
             continue
         if not waiting:
             return steps
-        # Nothing fits. A model with several replicas can spare one that goes anyway; else one takes a detour.
+        # Nothing fits. Remove early a replica of a model that has others; if there is none, move one to a third server.
         full = {server for server, _ in waiting}
         going = [(server, model) for server, model in surplus() if server in full and detours.get(model) != server]
         spare = [pair for pair in going if sum(pair[1] in names for names in state.values()) > 1]
@@ -213,14 +221,14 @@ def _wanted(model: Model, servers: Sequence[Server]) -> int:
 
 
 class _Packing:
-    """Models on servers, while they are being placed. `models` are the largest first, `servers` by name."""
+    """A changeable assignment of models to servers. `models` are sorted by size, largest first, `servers` by name."""
 
     def __init__(self, models: Sequence[Model], servers: Sequence[Server]) -> None:
         self.models = models
         self.servers = servers
         self.on: dict[str, dict[str, Model]] = {server.name: {} for server in servers}
         self._held = dict.fromkeys(self.on, 0)
-        self._swap = dict.fromkeys(self.on, 0)  # the largest
+        self._swap = dict.fromkeys(self.on, 0)  # the largest `swap` among the models of a server
         self._requests = dict.fromkeys(self.on, 0.0)
         self._tries = 0
 
@@ -248,14 +256,14 @@ class _Packing:
         return [server for server, held in self.on.items() if model in held]
 
     def room(self, server: Server, swap: int = 0) -> int:
-        """Bytes for a model more, whose own next version takes `swap`; negative where the server is too full."""
+        """Returns the bytes left for one more model, whose next version takes `swap`; negative if already too full."""
         return server.memory - self._held[server.name] - max(self._swap[server.name], swap)
 
     def fits(self, model: Model, server: Server) -> bool:
         return model.name not in self.on[server.name] and model.memory <= self.room(server, model.swap)
 
     def trim(self) -> None:
-        """Takes away what is too much: replicas above the wanted number, and what a server has no memory for."""
+        """Removes superfluous replicas, and models for which a server has no memory."""
         for model in self.models:
             holders = [server for server in self.servers if model.name in self.on[server.name]]
             kept: list[Server] = []
@@ -278,7 +286,7 @@ class _Packing:
         return room
 
     def fill(self, tight: bool) -> None:
-        """Places what is missing, the largest first, on the least loaded server or, `tight`, on the fullest."""
+        """Places missing replicas, largest first, on the least loaded server or, if `tight`, on the fullest one."""
         self._tries = _CHAIN_TRIES
         for model in self.models:
             for _ in range(_wanted(model, self.servers) - len(self.holders(model.name))):
@@ -286,7 +294,7 @@ class _Packing:
                     break
 
     def _put(self, model: Model, chain: int, tight: bool, barred: tuple[str, ...]) -> bool:
-        """Adds a replica, if need be by moving others (not to the servers that are `barred`)."""
+        """Adds a replica, moving up to `chain` - 1 others if needed, none of them to the `barred` servers."""
         zones = {server.zone for server in self.servers if model.name in self.on[server.name]}
         options = [s for s in self.servers if model.name not in self.on[s.name] and s.name not in barred]
         if tight:
@@ -314,7 +322,7 @@ class _Packing:
         return False
 
     def _load(self, server: Server) -> tuple[float, float]:
-        """Requests and memory for each byte of the server."""
+        """Returns the server's load: requests and memory in use, each divided by the server's memory."""
         return self._requests[server.name] / server.memory, self._held[server.name] / server.memory
 
     def _load_with(self, model: Model, server: Server) -> tuple[float, float]:
@@ -322,25 +330,25 @@ class _Packing:
         return requests / server.memory, (self._held[server.name] + model.memory) / server.memory
 
     def cost(self, held: Mapping[str, set[str]]) -> tuple[int, int]:
-        """Replicas without a place, and moves: replicas on servers that did not hold the model."""
+        """Returns the number of unplaced replicas, and of moves: replicas on servers that did not hold the model."""
         placed = sum(map(len, self.on.values()))
         wanted = sum(_wanted(model, self.servers) for model in self.models)
         return wanted - placed, sum(name not in held[server] for server, names in self.on.items() for name in names)
 
     def why_not(self, model: Model) -> str:
-        """Why there is no place for one more replica."""
+        """Returns why there is no place for one more replica."""
         if model.replicas > len(self.servers):
-            return f"wants {model.replicas} servers, there are {len(self.servers)} that stay"
+            return f"wants {model.replicas} servers, but only {len(self.servers)} stay"
         others = [server for server in self.servers if model.name not in self.on[server.name]]
         roomiest = max(others, key=lambda server: (self.room(server, model.swap), server.name))
         free = format_bytes(max(0, roomiest.memory - self._held[roomiest.name]))
         swap = max(self._swap[roomiest.name], model.swap)
-        beside = f", and {format_bytes(swap)} for a next version" if swap else ""
-        needs = f"needs {format_bytes(model.memory)}{beside}"
-        return f"{needs}; of the servers without it {roomiest.name} has most free: {free}"
+        next_version = f", and {format_bytes(swap)} for a next version" if swap else ""
+        needs = f"needs {format_bytes(model.memory)}{next_version}"
+        return f"{needs}; of the servers without it, {roomiest.name} has the most free memory: {free}"
 
     def rebalance(self) -> None:
-        """Moves replicas off the most loaded server, the best move first, while that evens the loads."""
+        """Moves replicas off the most loaded server, best move first, as long as that makes the loads more even."""
         memory = sum(server.memory for server in self.servers) or 1
         means = sum(self._requests.values()) / memory, sum(self._held.values()) / memory
 
@@ -348,7 +356,7 @@ class _Packing:
             return max(part / mean if mean else 0.0 for part, mean in zip(self._load(server), means, strict=True))
 
         def unevenness(*two: Server) -> float:
-            """The part of the servers in the sum of squares that is least when all are loaded alike."""
+            """Returns these servers' share of a sum of squares that is smallest when all servers have equal load."""
             return sum(
                 server.memory * sum((p / m) ** 2 for p, m in zip(self._load(server), means, strict=True) if m)
                 for server in two
@@ -381,7 +389,7 @@ class _Packing:
 def _search(
     models: Sequence[Model], servers: Sequence[Server], held: Mapping[str, set[str]], known: _Packing
 ) -> _Packing:
-    """Branch and bound for an assignment that is cheaper than `known`; within its effort, exact."""
+    """Searches by branch and bound for an assignment cheaper than `known`; exact unless the node limit stops it."""
     most_choices = max((math.comb(len(servers), _wanted(model, servers)) for model in models), default=0)
     if len(models) > _SEARCH_MODELS or most_choices > _SEARCH_CHOICES:
         return known
@@ -390,7 +398,7 @@ def _search(
         sets = itertools.combinations(servers, _wanted(model, servers))
         costs = [(sum(model.name not in held[server.name] for server in chosen), chosen) for chosen in sets]
         choices.append(sorted(costs, key=lambda cost: cost[0]))
-    # What the models from each on cost at least, and take.
+    # For each model: the fewest moves and the memory that it and all models after it need.
     rest_moves = list(itertools.accumulate((sets[0][0] for sets in reversed(choices)), initial=0))[::-1]
     sizes = (model.memory * _wanted(model, servers) for model in reversed(models))
     rest_memory = list(itertools.accumulate(sizes, initial=0))[::-1]
@@ -424,7 +432,7 @@ def _search(
 
 
 def format_bytes(number: float) -> str:
-    """Bytes for people, "12.3 GiB"."""
+    """Formats a number of bytes for people, such as "12.3 GiB"."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if abs(number) < 1024:
             return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"

@@ -117,7 +117,7 @@ class Backend:
                 await asyncio.sleep(health.every_s)
 
     async def check(self, health: HealthConfig) -> None:
-        """Checks the server with a GetModelStatus that names no model: any answer, also an error, shows that it lives."""
+        """Sends the server a GetModelStatus that names no model: any answer, also an error, shows that it lives."""
         reply = await self._own_call(b"", health.timeout_s)
         self.checked = True
         if reply.code not in _NO_LIFE:
@@ -277,7 +277,7 @@ class Replicas:
         return Reply(Code.UNAVAILABLE, f"{whose}{which} can{'not' if len(holders) == 1 else ''} be reached")
 
     async def _holders(self, spec: Spec, path: str) -> list[Backend]:
-        """Returns the servers that hold the version asked for; else those that know the model, which report the error."""
+        """Returns the servers that hold the wanted version; else those that know the model and report the error."""
         model = spec.model
         unasked = [backend for backend in self.backends if backend.up and model not in backend.asked]
         serving = [backend for backend in self.backends if backend.up and backend.holds.get(model)]

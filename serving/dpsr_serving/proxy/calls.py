@@ -1,7 +1,7 @@
-"""gRPC's unary calls over HTTP/2, as bytes: a server of them, and a channel to another server.
+"""gRPC's unary calls over HTTP/2 with messages as bytes: a server, and a channel to another server.
 
-Messages are neither decoded nor copied into objects of a call: what a proxy does to most of them is to pass them on.
-grpc.aio does the same at five times the CPU; benchmarks/proxy.py measures both.
+Messages are not decoded, because the proxy only forwards most of them. grpc.aio does the same at five times the CPU
+cost; benchmarks/proxy.py measures both.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from dpsr_serving.proxy.hpack import Header, encode, literal
 
 Metadata = tuple[Header, ...]
 
-_CONNECT_S = 5.0  # that a server may take to accept a connection and to say hello
-_REFUSALS = 4  # before a server that refuses a call is believed
+_CONNECT_S = 5.0  # time that a server has to accept a connection and to send its settings
+_REFUSALS = 4  # attempts before a call counts as refused
 _DRAIN_PING = b"draining"
 
 
@@ -56,9 +56,10 @@ class Code(enum.IntEnum):
 
 
 class Reply(NamedTuple):
-    """What a call came to: a server's answer, or the proxy's own words where `backend` is "".
+    """The result of a call: a server's answer, or the proxy's own if `backend` is "".
 
-    Metadata is as it is sent: pairs of bytes, values of keys in "-bin" as base64. `lost` says that no server answered.
+    Metadata is in its form on the wire: pairs of bytes, with the values of keys that end in "-bin" in base64. `lost`
+    says that no server answered.
     """
 
     code: Code
@@ -75,7 +76,7 @@ Handler = Callable[[bytes, "float | None", Metadata], Awaitable[Reply]]
 
 
 def readable(metadata: Metadata) -> Iterable[tuple[str, str | bytes]]:
-    """Metadata as it is meant: texts, and bytes of keys in "-bin"."""
+    """Decodes metadata: names as str, values as str, or as bytes for keys that end in "-bin"."""
     for name, value in metadata:
         if name.endswith(b"-bin"):
             yield name.decode("latin-1"), base64.b64decode(value + b"=" * (-len(value) % 4))
@@ -90,11 +91,11 @@ class _Request(NamedTuple):
     metadata: Metadata
     timeout_s: float | None
     encoding: bytes
-    refusal: bytes  # a block of headers that ends the call; b"" where there is nothing wrong
+    refusal: bytes  # a block of headers that refuses the call; b"" if nothing is wrong
 
 
 class _Response(NamedTuple):
-    """A block of headers of an answer: those it begins with, or with a code those it ends with."""
+    """A block of headers of an answer: the first block, or the last one if it has a code."""
 
     http: int
     code: Code | None
@@ -102,7 +103,7 @@ class _Response(NamedTuple):
     metadata: Metadata
 
 
-# Not metadata: they concern one hop, and each side makes its own.
+# Headers that are not metadata: they concern a single hop, and each side makes its own.
 _HOP = frozenset(
     b"te content-type content-length user-agent host connection grpc-timeout grpc-encoding grpc-accept-encoding "
     b"grpc-status grpc-message".split()
@@ -121,7 +122,7 @@ def _parse_request(headers: list[Header]) -> _Request:
     if timeout is not None:
         unit = _UNITS.get(timeout[-1:])
         if unit is None or not timeout[:-1].isdigit() or len(timeout) > 9:
-            refusal = _end_block(Code.INTERNAL, f"a grpc-timeout of {timeout!r}", ())
+            refusal = _end_block(Code.INTERNAL, f"cannot parse the header grpc-timeout: {timeout!r}", ())
         else:
             timeout_s = int(timeout[:-1]) * unit
     if found.get(b":method") != b"POST":
@@ -144,14 +145,14 @@ def _parse_response(headers: list[Header]) -> _Response:
 
 
 def _end_block(code: Code, details: str, metadata: Metadata) -> bytes:
-    """The headers of an answer that consists of its end."""
+    """Returns the only block of headers of an answer without a message."""
     return _STATUS_OK + _GRPC + _trailers(code, details, metadata)
 
 
 def _trailers(code: Code, details: str, metadata: Metadata) -> bytes:
     block = literal(b"grpc-status", b"%d" % code)
     if details:
-        # What is printable in ASCII stays, but for the percent sign.
+        # Printable ASCII characters other than the percent sign are not quoted.
         quoted = urllib.parse.quote(details.encode("utf-8", "replace"), safe=_PLAIN)
         block += encode([(b"grpc-message", quoted.encode())])
     return block + encode(metadata) if metadata else block
@@ -161,7 +162,7 @@ _PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if code != 0x25)
 
 
 def _headers_frames(number: int, block: bytes, flags: int = 0) -> bytes:
-    """A block of headers, in CONTINUATION frames where it is long."""
+    """Returns the frames of a block of headers, with CONTINUATION frames if it is long."""
     if len(block) <= 16384:
         return http2.frame(http2.HEADERS, flags | http2.END_HEADERS, number, block)
     pieces = [block[begin : begin + 16384] for begin in range(0, len(block), 16384)]
@@ -171,22 +172,24 @@ def _headers_frames(number: int, block: bytes, flags: int = 0) -> bytes:
 
 
 def _message(stream: http2.Stream, encoding: bytes) -> bytes:
-    """The one message in a stream's data. Raises ValueError."""
+    """Returns the single message in a stream's data. Raises ValueError."""
     data = stream.chunks[0] if len(stream.chunks) == 1 else b"".join(stream.chunks)
     stream.chunks = []
     if len(data) < 5 or int.from_bytes(data[1:5], "big") != len(data) - 5:
-        raise ValueError(f"expected one message, got {len(data)} bytes that are not one")
+        raise ValueError(f"expected exactly one message, got {len(data)} bytes that are not one")
     if not data[0]:
         return data[5:]
     if encoding not in (b"gzip", b"deflate"):
-        raise ValueError(f"a message compressed by {encoding.decode('latin-1')!r}, expected gzip, deflate or identity")
+        raise ValueError(
+            f"the message is compressed by {encoding.decode('latin-1')!r}, expected gzip, deflate or identity"
+        )
     unpack = zlib.decompressobj(31 if encoding == b"gzip" else 15)
     try:
         message = unpack.decompress(data[5:], MAX_MESSAGE_BYTES)
     except zlib.error as error:
-        raise ValueError(f"a message that does not decompress: {error}") from None
+        raise ValueError(f"the message cannot be decompressed: {error}") from None
     if not unpack.eof or unpack.unconsumed_tail:
-        raise ValueError("a compressed message that is cut off or too large")
+        raise ValueError("the compressed message is cut off or too large")
     return message
 
 
@@ -198,18 +201,18 @@ def _framed(message: bytes) -> bytes:
 
 
 class _Incoming(http2.Connection[_Request]):
-    """A client's connection."""
+    """The connection of a client."""
 
     def __init__(self, server: Server) -> None:
         super().__init__(_parse_request, b"", http2.PREFACE)
         self._server = server
         self._last = 0
-        self._final: int | None = None  # the last stream that is taken, once it is settled
+        self._final: int | None = None  # the last stream that is accepted, once that is decided
         self.draining = False
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is under way, nor can be."""
+        """Whether no call is under way and none can come."""
         return self._final is not None and not self.streams
 
     def connection_made(self, transport: Any) -> None:
@@ -224,18 +227,18 @@ class _Incoming(http2.Connection[_Request]):
 
     def on_headers(self, number: int, head: _Request, ended: bool) -> None:
         stream = self.streams.get(number)
-        if stream is not None:  # trailers, which gRPC's clients have no use for
+        if stream is not None:  # trailers, which gRPC clients do not send
             if not ended or stream.ended:
                 raise http2.ProtocolError(http2.PROTOCOL_ERROR, "headers in the middle of a stream")
             stream.ended = True
             self.on_end(stream)
             return
         if number <= self._last:
-            return  # of a stream that has been answered or given up
+            return  # the stream has been answered or given up
         if not number & 1:
-            raise http2.ProtocolError(http2.PROTOCOL_ERROR, f"a client's stream of the number {number}")
+            raise http2.ProtocolError(http2.PROTOCOL_ERROR, f"a client opened a stream with the even number {number}")
         if self._final is not None:
-            return  # it has been told that it may send this one elsewhere
+            return  # the client knows by our GOAWAY that it may make this call elsewhere
         self._last = number
         if len(self.streams) >= http2.STREAMS:
             refused = http2.REFUSED_STREAM.to_bytes(4, "big")
@@ -273,7 +276,7 @@ class _Incoming(http2.Connection[_Request]):
             self._settle()
 
     def drain(self) -> None:
-        """Asks the client for no more calls. Those that are on their way may come until it has heard of that."""
+        """Asks the client to make no more calls. Calls that it sends before it learns of that are still answered."""
         self.draining = True
         if self._transport is None or self._expects:
             self._settle()
@@ -282,7 +285,7 @@ class _Incoming(http2.Connection[_Request]):
         self.write(http2.frame(http2.GOAWAY, 0, 0, goaway) + http2.frame(http2.PING, 0, 0, _DRAIN_PING))
 
     def finish(self) -> None:
-        """Closes; calls under way are cancelled."""
+        """Closes the connection and cancels the calls under way."""
         self.end(last=self._last)
         self.connection_lost(None)
 
@@ -291,7 +294,7 @@ class _Incoming(http2.Connection[_Request]):
         self.write(http2.frame(http2.GOAWAY, 0, 0, struct.pack(">II", self._last, http2.NO_ERROR)))
 
     def _refuse(self, stream: http2.Stream, block: bytes, ended: bool) -> None:
-        """Answers without having asked anybody."""
+        """Refuses a call without calling a handler."""
         self.write(_headers_frames(stream.number, block, http2.END_STREAM))
         if ended:
             self.forget(stream)
@@ -305,7 +308,7 @@ class _Incoming(http2.Connection[_Request]):
             reply = await self._server.handlers[head.path](message, deadline, head.metadata)
         except Exception:
             traceback.print_exc(file=sys.stderr)
-            reply = Reply(Code.UNKNOWN, "the proxy failed; its log says how")
+            reply = Reply(Code.UNKNOWN, "the proxy failed; see its log")
         if stream.number not in self.streams:
             return
         number, code = stream.number, reply.code
@@ -388,7 +391,7 @@ class _Call:
 
 
 class _Outgoing(http2.Connection[_Response]):
-    """A connection to a server."""
+    """The connection to a server."""
 
     def __init__(self, channel: Channel) -> None:
         super().__init__(_parse_response, http2.PREFACE, b"")
@@ -408,7 +411,7 @@ class _Outgoing(http2.Connection[_Response]):
         self._channel.forget(self)
         if not self.hello.done():
             self.hello.set_exception(ConnectionError("the connection was closed"))
-            self.hello.exception()  # somebody may have stopped to wait for it
+            self.hello.exception()  # marks it as seen: perhaps no one waits for it any more
         for stream in self.streams.values():
             self._finish(stream, self._channel.lost("the connection was lost"))
         self._wake_all()
@@ -439,15 +442,15 @@ class _Outgoing(http2.Connection[_Response]):
             self._finish(stream, Reply(code, words, backend=self._channel.address))
             return
         if head.code is Code.CANCELLED and head.details in ("", "CANCELLED"):
-            # gRPC's servers say so of calls that come while they end, in these words. A client's cancellation never
-            # gets here, so that it is the server which gave up.
-            words = f"backend {self._channel.address} gave the call up: is it about to end?"
+            # gRPC servers answer like this to calls that arrive while they shut down. A client's cancellation never
+            # reaches this place, so it was the server that gave up.
+            words = f"backend {self._channel.address} gave up the call: is it shutting down?"
             self._finish(stream, Reply(Code.UNAVAILABLE, words, backend=self._channel.address))
             return
         body = b""
         if head.code is Code.OK:
             try:
-                body = _message(stream, b"identity")  # we accept nothing else
+                body = _message(stream, b"identity")  # our requests accept no other encoding
             except ValueError as error:
                 words = f"the answer of backend {self._channel.address}: {error}"
                 self._finish(stream, Reply(Code.INTERNAL, words, backend=self._channel.address))
@@ -467,13 +470,13 @@ class _Outgoing(http2.Connection[_Response]):
         if code == http2.REFUSED_STREAM:
             self._finish(stream, None)
             return
-        # Nobody but us has a reason to cancel a call: a server that does is about to end.
+        # Only a client has a reason to cancel a call, so a server that does is shutting down.
         status = Code.UNAVAILABLE if code == http2.CANCEL else _OF_RESET.get(code, Code.INTERNAL)
-        words = f"backend {self._channel.address} gave the call up (HTTP/2 error {code})"
+        words = f"backend {self._channel.address} gave up the call (HTTP/2 error {code})"
         self._finish(stream, Reply(status, words, backend=self._channel.address))
 
     async def call(self, head: bytes, message: bytes, timeout_s: float | None) -> Reply | None:
-        """Makes a call; None where the server has done nothing for it."""
+        """Makes a call. Returns None if the server has not begun to handle it."""
         while self.usable and len(self.streams) >= self.max_streams:
             waiter = self._loop.create_future()
             self._waiting.append(waiter)
@@ -508,7 +511,7 @@ class _Outgoing(http2.Connection[_Response]):
         self._close_idle()
 
     def _drop(self, stream: http2.Stream) -> None:
-        """Ends a stream that the server has ended, whether or not it wanted to have all of ours."""
+        """Ends a stream that the server has ended, perhaps before it had all of our data."""
         if stream.number in self._blocked:
             self.reset(stream, http2.CANCEL)
         else:
@@ -528,7 +531,7 @@ class _Outgoing(http2.Connection[_Response]):
                 return
 
     def _wake_all(self) -> None:
-        """Of a connection that takes no more calls: those that wait for a place go elsewhere."""
+        """Wakes all calls that wait for a place, once the connection takes no more: they go elsewhere."""
         for waiter in self._waiting:
             if not waiter.done():
                 waiter.set_result(None)
@@ -553,24 +556,24 @@ _OF_RESET = {http2.ENHANCE_YOUR_CALM: Code.RESOURCE_EXHAUSTED, 12: Code.PERMISSI
 
 
 class Channel:
-    """Calls to one server, "host:port" or "unix:/path", over one connection, which is made anew when it is lost."""
+    """Calls to one server, at "host:port" or "unix:/path", over one connection, which is renewed when it is lost."""
 
     def __init__(self, address: str, tls: ssl.SSLContext | None, server_name: str = "") -> None:
         self.address = address
         self._tls, self._server_name = tls, server_name
         self._connection: _Outgoing | None = None
-        self._connections: set[_Outgoing] = set()  # with those that only end what is under way
+        self._connections: set[_Outgoing] = set()  # also those that only finish calls under way
         self._connecting: asyncio.Future[_Outgoing] | None = None
         self._task: asyncio.Task[None] | None = None
         authority = "localhost" if address.startswith("unix:") else address
         self._heads = functools.cache(functools.partial(_request_head, server_name or authority, tls is not None))
 
     async def call(self, path: str, message: bytes, timeout_s: float | None, metadata: Metadata) -> Reply:
-        """Makes one call. Never raises but CancelledError."""
+        """Makes one call. Raises nothing but CancelledError."""
         loop = asyncio.get_running_loop()
         deadline = None if timeout_s is None else loop.time() + timeout_s
-        # A server that ends refuses a call, which another connection may bring; and one that takes few at a time may
-        # not have noticed yet that another call has ended.
+        # A server that shuts down refuses calls, which another connection may be able to make. A server with a limit of
+        # calls may not have noticed yet that another call has ended.
         for attempt in range(_REFUSALS):
             connection = self._connection
             if connection is None or not connection.usable:
@@ -596,13 +599,13 @@ class Channel:
         return Reply(Code.UNAVAILABLE, f"backend {self.address} refuses calls", backend=self.address)
 
     def lost(self, why: str) -> Reply:
-        """The reply where no server answers."""
+        """Returns the reply for a server that cannot be reached."""
         return Reply(
             Code.UNAVAILABLE, f"backend {self.address} cannot be reached: {why}", backend=self.address, lost=True
         )
 
     def drop(self) -> None:
-        """Gives up the calls under way, and the connection: the next call makes another."""
+        """Gives up the connection and its calls; the next call opens another connection."""
         self._connection = None
         for connection in list(self._connections):
             connection.abort()
@@ -610,12 +613,12 @@ class Channel:
             self._task.cancel()
             self._task = None
         if self._connecting is not None and not self._connecting.done():
-            self._connecting.set_exception(ConnectionError("it does not answer"))
+            self._connecting.set_exception(ConnectionError("the server does not answer"))
             self._connecting.exception()
         self._connecting = None
 
     def forget(self, connection: _Outgoing) -> None:
-        """Of a connection that is closed."""
+        """Forgets a connection that is closed."""
         self._connections.discard(connection)
 
     async def _connected(self, timeout_s: float | None) -> _Outgoing:
@@ -648,7 +651,7 @@ class Channel:
             if self._connecting is connecting:
                 self._connecting = self._task = None
             if not connecting.done():
-                # Not the error itself: a TimeoutError would be taken for the caller's deadline.
+                # Not the error itself, because a TimeoutError would look like the caller's deadline.
                 connecting.set_exception(ConnectionError(str(error) or f"no connection within {_CONNECT_S:g} s"))
                 connecting.exception()
         except asyncio.CancelledError:
@@ -666,8 +669,9 @@ def _host(address: str) -> str:
 
 
 def _request_head(authority: str, tls: bool, path: str) -> bytes:
-    """What the headers of all calls of a path begin with."""
-    return (b"\x83\x87" if tls else b"\x83\x86") + encode(  # POST, the scheme: of the static table
+    """Returns the headers that all calls of one method begin with."""
+    # Entries of the static table: the method POST and the scheme.
+    return (b"\x83\x87" if tls else b"\x83\x86") + encode(
         [
             (b":path", path.encode()),
             (b":authority", authority.encode()),
@@ -679,14 +683,14 @@ def _request_head(authority: str, tls: bool, path: str) -> bytes:
 
 
 def _timeout(seconds: float) -> bytes:
-    """The header `grpc-timeout`, rounded up: at most 8 digits and a unit."""
+    """Returns the header `grpc-timeout`, rounded up: at most 8 digits and a unit."""
     if seconds < 90:
         value = b"%du" % math.ceil(seconds * 1e6)
     elif seconds < 90_000:
         value = b"%dm" % math.ceil(seconds * 1e3)
     else:
         value = b"%dS" % min(math.ceil(seconds), 99_999_999)
-    # Not by literal(), which remembers: each is another.
+    # Not by literal(), which caches its results: each timeout is different.
     return b"\0\x0cgrpc-timeout%c%b" % (len(value), value)
 
 
@@ -694,7 +698,7 @@ def _timeout(seconds: float) -> bytes:
 
 
 def server_tls(certificate: str, key: str, ca: str | None) -> ssl.SSLContext:
-    """What a server listens with; with `ca` clients must show a certificate. Raises OSError, which names the file."""
+    """Returns a server's TLS settings. With `ca` clients must show a certificate. Raises OSError, naming the file."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.set_alpn_protocols(["h2"])
     _load(context, certificate, key, ca)
@@ -704,7 +708,7 @@ def server_tls(certificate: str, key: str, ca: str | None) -> ssl.SSLContext:
 
 
 def client_tls(certificate: str | None, key: str | None, ca: str | None) -> ssl.SSLContext:
-    """What a channel uses; without `ca` the system's authorities count. Raises OSError, which names the file."""
+    """Returns a channel's TLS settings. Without `ca` it trusts the system's authorities. Raises OSError, as above."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_alpn_protocols(["h2"])
     if ca is None:
@@ -717,7 +721,7 @@ def _load(context: ssl.SSLContext, certificate: str | None, key: str | None, ca:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     for path in (key, certificate, ca):
         if path is not None:
-            os.close(os.open(path, os.O_RDONLY))  # ssl's own error does not say which file it was
+            os.close(os.open(path, os.O_RDONLY))  # the error of the ssl module would not name the file
     try:
         if certificate is not None:
             context.load_cert_chain(certificate, key)
@@ -726,5 +730,5 @@ def _load(context: ssl.SSLContext, certificate: str | None, key: str | None, ca:
     except ssl.SSLError as error:
         paths = ", ".join(path for path in (key, certificate, ca) if path is not None)
         raise OSError(
-            error.errno, f"no PEM files of a key, its certificate and an authority ({error.reason})", paths
+            error.errno, f"not PEM files of a key, its certificate and an authority ({error.reason})", paths
         ) from None

@@ -2,7 +2,7 @@
 
     assign("ranker-v2", "user-17", {"treatment": 10, "control": 90})
 
-The rule, to be implemented in any language: compute SHA-256 of the experiment's name in UTF-8, a zero byte, and the key.
+The rule, to be implemented in any language: compute SHA-256 of the experiment's name in UTF-8, a zero byte, the key.
 Read its first 8 bytes as a big-endian integer and divide by 2**64, which gives a number u in [0, 1). The arms divide
 [0, 1) in their order and in proportion to their weights; the user is in the arm whose part contains u. Experiments with
 different names split users independently.

@@ -1,8 +1,8 @@
 """HPACK (RFC 7541): the header blocks of HTTP/2.
 
-Ours because of what a proxy needs and a library does not give: a block that only refers to the tables, which is what
-most calls of a connection send, is decoded once and remembered. Encoding is stateless: what we send to all is made of
-literals, which are computed once as well.
+This module exists because the proxy needs something that libraries do not offer: most calls of a connection send the
+same block, which only refers to the tables, and such a block is decoded once and cached. Encoding has no state: blocks
+consist of literals, which are computed once as well.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ Header = tuple[bytes, bytes]
 T = TypeVar("T")
 
 TABLE_BYTES = 4096  # the default of SETTINGS_HEADER_TABLE_SIZE, which we leave as it is
-LIST_BYTES = 65536  # that headers may have, decoded
+LIST_BYTES = 65536  # largest size of the decoded headers of a block
 _REMEMBERED = 256
 
-# Appendix A: index 1 to 61; "name" alone has an empty value.
+# The static table of appendix A, index 1 to 61. A name alone has an empty value.
 _STATIC = tuple(
     (line.partition(b" ")[0], line.partition(b" ")[2])
     for line in b""":authority
@@ -85,8 +85,8 @@ via
 www-authenticate""".split(b"\n")
 )
 
-# Appendix B: bits of the code of each byte, and of the end of a string (256). The code is canonical: shorter codes
-# come first, and among those of a length the order is that of the bytes.
+# Lengths in bits of the Huffman codes of appendix B, for each byte and for the end of a string (256). The code is
+# canonical: shorter codes come first, and codes of the same length are in the order of the bytes.
 _CODE_BITS = bytes.fromhex(
     "0d171c1c1c1c1c1c1c181e1c1c1e1c1c1c1c1c1c1c1c1e1c1c1c1c1c1c1c1c1c060a0a0c0d06080b0a0a080b080606060505050606060606"
     "060607080f060c0a0d06070707070707070707070707070707070707070707070807080d130d0e060f050605060506060605070706060605"
@@ -97,15 +97,15 @@ _CODE_BITS = bytes.fromhex(
 
 
 class HpackError(ValueError):
-    """A block that cannot be decoded; its connection cannot go on, for the tables of both sides differ from now on."""
+    """A block that cannot be decoded. Its connection must end, because the tables of the two sides now differ."""
 
 
 class Decoder(Generic[T]):
     """Decodes the blocks of one connection, in their order.
 
     Args:
-        parse: what becomes of a block's headers. It must be a function of them alone: of a block that neither changes
-            the table nor holds a literal, what it returned is given again.
+        parse: turns the headers of a block into the result of decode(). It must depend on the headers alone: its result
+            is cached for blocks that neither change the table nor hold a literal.
     """
 
     def __init__(self, parse: Callable[[list[Header]], T]) -> None:
@@ -116,7 +116,7 @@ class Decoder(Generic[T]):
         self._known: dict[bytes, T] = {}
 
     def decode(self, block: bytes) -> T:
-        """What `parse` makes of the block. Raises HpackError."""
+        """Returns what `parse` makes of the headers of a block. Raises HpackError."""
         known = self._known.get(block)
         if known is not None:
             return known
@@ -133,7 +133,7 @@ class Decoder(Generic[T]):
             if byte & 0xE0 == 0x20:
                 limit, offset = _integer(block, offset, 0x1F)
                 if limit > TABLE_BYTES or headers:
-                    raise HpackError(f"a table of {limit} bytes, or its size after a header")
+                    raise HpackError(f"a table size of {limit} bytes is too large or comes after a header")
                 self._limit = limit
                 self._shrink()
                 continue
@@ -165,7 +165,7 @@ class Decoder(Generic[T]):
         return self._table[index]
 
     def _shrink(self) -> None:
-        """After any change of the table: its size is kept, and what is remembered forgotten."""
+        """Evicts entries above the size limit, and clears the cache. Called after every change of the table."""
         self._known.clear()
         while self._bytes > self._limit:
             name, value = self._table.pop()
@@ -173,18 +173,18 @@ class Decoder(Generic[T]):
 
 
 def encode(headers: Iterable[Header]) -> bytes:
-    """A block of literals that stay out of the table."""
+    """Returns a block of literals that do not enter the table."""
     return b"".join([literal(name, value) for name, value in headers])
 
 
 @functools.lru_cache(4096)
 def literal(name: bytes, value: bytes) -> bytes:
-    """One header; names in lower case."""
+    """Returns one header as a literal. The name must be in lower case."""
     return b"\0" + _prefixed(len(name)) + name + _prefixed(len(value)) + value
 
 
 def _prefixed(value: int) -> bytes:
-    """An integer with a prefix of 7 bits, the eighth zero: a length, not Huffman coded."""
+    """Returns the length of a string without Huffman coding: an integer with a 7-bit prefix, the eighth bit zero."""
     if value < 0x7F:
         return bytes((value,))
     out = bytearray((0x7F,))
@@ -197,7 +197,7 @@ def _prefixed(value: int) -> bytes:
 
 
 def _integer(block: bytes, offset: int, mask: int) -> tuple[int, int]:
-    """The integer in the low bits of a byte and those after it, and the offset behind."""
+    """Returns the integer that begins in the low bits of a byte, and the offset after it."""
     value = block[offset] & mask
     offset += 1
     if value < mask:
@@ -210,17 +210,17 @@ def _integer(block: bytes, offset: int, mask: int) -> tuple[int, int]:
         value += (byte & 0x7F) << shift
         if byte < 0x80:
             return value, offset
-    raise HpackError("a number that does not end")
+    raise HpackError("a number is too long or cut off")
 
 
 def _string(block: bytes, offset: int) -> tuple[bytes, int]:
     if offset >= len(block):
-        raise HpackError("a string that is cut off")
+        raise HpackError("a string is cut off")
     coded = block[offset] & 0x80
     length, offset = _integer(block, offset, 0x7F)
     end = offset + length
     if end > len(block):
-        raise HpackError("a string that is cut off")
+        raise HpackError("a string is cut off")
     text = block[offset:end]
     return (_decode_huffman(text) if coded else text), end
 
@@ -237,19 +237,19 @@ def _decode_huffman(text: bytes) -> bytes:
             symbol = symbols.get((bits, code))
             if symbol is not None:
                 if symbol == 256:
-                    raise HpackError("the end of a string within it")
+                    raise HpackError("the end-of-string code inside a string")
                 out.append(symbol)
                 code, bits = 0, 0
             elif bits > 30:
-                raise HpackError("no Huffman code")
+                raise HpackError("not a Huffman code")
     if bits > 7 or code != (1 << bits) - 1:
-        raise HpackError("a Huffman code that is cut off")
+        raise HpackError("a Huffman code is cut off")
     return bytes(out)
 
 
 @functools.cache
 def _symbols() -> dict[tuple[int, int], int]:
-    """(bits, code) -> byte, or 256."""
+    """Returns the Huffman table: (bits, code) -> byte, or 256 for the end of a string."""
     symbols: dict[tuple[int, int], int] = {}
     code = last = 0
     for bits, symbol in sorted((bits, symbol) for symbol, bits in enumerate(_CODE_BITS)):

@@ -1,7 +1,7 @@
-"""HTTP/2 (RFC 9113) as far as gRPC needs it: one connection's frames, streams and flow control.
+"""The part of HTTP/2 (RFC 9113) that gRPC needs: frames, streams and flow control of one connection.
 
-Whole messages in, whole messages out: what a stream brings is collected until it ends, and what is sent waits here for
-the other side's windows. What the messages mean, and which side opens streams, is the business of the subclasses.
+Messages are handled whole: the data of a stream is collected until the stream ends, and data to send waits here until
+the other side's flow-control windows allow it. Subclasses know what messages mean and which side opens streams.
 """
 
 from __future__ import annotations
@@ -32,25 +32,26 @@ _DEFAULT_WINDOW = 65535
 _MAX_STREAMS, _INITIAL_WINDOW, _MAX_FRAME = 3, 4, 5  # settings
 _ENABLE_PUSH = 2
 
-# What we let the other side send before we say more: messages are collected whole, so the limit is on their size.
+# What the other side may send before it needs our permission for more. Messages are collected whole, so the real limit
+# is on their size.
 _STREAM_WINDOW = 2**24
 _CONNECTION_WINDOW = 2**30
 _FRAME_BYTES = 2**18
 STREAMS = 2**14
-_DATA_BYTES = MAX_MESSAGE_BYTES + 5  # of a stream: one message and its prefix
-_WRITE_BYTES = 2**20  # that may wait in the transport before streams wait instead
+_DATA_BYTES = MAX_MESSAGE_BYTES + 5  # most data of one stream: a message and its prefix
+_WRITE_BYTES = 2**20  # bytes that may wait in the transport before streams wait instead
 _OWN_SETTINGS = struct.pack(
     ">HIHIHIHI", _ENABLE_PUSH, 0, _MAX_STREAMS, STREAMS, _INITIAL_WINDOW, _STREAM_WINDOW, _MAX_FRAME, _FRAME_BYTES
 )
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    """A frame as it is sent."""
+    """Returns the bytes of a frame."""
     return struct.pack(">HBBBI", len(payload) >> 8, len(payload) & 0xFF, kind, flags, stream) + payload
 
 
 class ProtocolError(Exception):
-    """The other side broke the protocol; the connection ends with this HTTP/2 error code."""
+    """The other side violated the protocol; the connection ends with this HTTP/2 error code."""
 
     def __init__(self, code: int, words: str) -> None:
         super().__init__(words)
@@ -61,11 +62,11 @@ class Stream:
     """One exchange of messages.
 
     Attributes:
-        number: of the stream.
-        head: the first block of headers that came, as the connection parses it.
-        chunks, size: the data that came so far, and its bytes.
-        ended: whether that was all.
-        owner: what the connection's subclass needs to know.
+        number: the stream's number.
+        head: the first block of headers received, as the connection parses it.
+        chunks, size: the data received so far, and its number of bytes.
+        ended: whether the other side has sent everything.
+        owner: for the use of the connection's subclass.
     """
 
     __slots__ = ("chunks", "data", "ended", "head", "number", "owner", "sent", "size", "tail", "unacked", "window")
@@ -77,23 +78,24 @@ class Stream:
         self.size = 0
         self.ended = False
         self.owner: Any = None
-        self.window = window  # that the other side lets us send
-        self.unacked = 0  # of its data, beyond what we told it that it may send more
-        self.data = b""  # of ours, from `sent` on, waits for a window,
+        self.window = window  # bytes that we may still send
+        self.unacked = 0  # bytes received that we have not yet allowed the other side to send again
+        # Our data that waits for the window begins at `sent`; the frame `tail` follows it.
+        self.data = b""
         self.sent = 0
-        self.tail = b""  # and then this frame is sent
+        self.tail = b""
 
 
 H = TypeVar("H")
 
 
 class Connection(asyncio.Protocol, ABC, Generic[H]):
-    """One side of a connection; `parse` makes of a block of headers what `on_headers` gets."""
+    """One side of a connection. `parse` turns a block of headers into what `on_headers` receives."""
 
     def __init__(self, parse: Callable[[list[Header]], H], preface: bytes, expects: bytes) -> None:
         self.streams: dict[int, Stream] = {}
         self.closed = False
-        self.max_streams = STREAMS  # that the other side lets us open
+        self.max_streams = STREAMS  # number of streams that the other side lets us open
         self._decoder: Decoder[H] = Decoder(parse)
         self._preface, self._expects = preface, expects
         self._transport: Any = None
@@ -106,47 +108,47 @@ class Connection(asyncio.Protocol, ABC, Generic[H]):
         self._first_window = _DEFAULT_WINDOW
         self._frame_bytes = 16384
         self._unacked = 0
-        self._block: tuple[int, int, list[bytes]] | None = None  # headers that CONTINUATION frames go on with
+        self._block: tuple[int, int, list[bytes]] | None = None  # headers that CONTINUATION frames continue
 
-    # What subclasses do.
+    # Subclasses implement these.
 
     @abstractmethod
     def on_headers(self, number: int, head: H, ended: bool) -> None:
-        """A block of headers came."""
+        """A block of headers was received."""
 
     @abstractmethod
     def on_end(self, stream: Stream) -> None:
-        """All data of a stream came, and it has ended without trailers."""
+        """A stream ended after its data, without trailers."""
 
     @abstractmethod
     def on_reset(self, stream: Stream, code: int) -> None:
-        """The other side gave a stream up."""
+        """The other side gave up a stream."""
 
     def on_goaway(self, last: int) -> None:
-        """The other side takes no more streams, and does nothing for those above `last`."""
+        """The other side accepts no more streams and ignores those with numbers above `last`."""
 
     def on_settings(self) -> None:
-        """Settings came."""
+        """Settings were received."""
 
     def on_pong(self, payload: bytes) -> None:
-        """The answer to a ping of ours came."""
+        """The answer to one of our pings was received."""
 
     @abstractmethod
     def on_closed(self) -> None:
-        """The connection is lost; of its streams nothing more comes."""
+        """The connection is lost, and with it all of its streams."""
 
-    # What subclasses use.
+    # Subclasses use these.
 
     def write(self, data: bytes) -> None:
-        """Sends bytes, together with what else is written in this turn of the loop."""
+        """Sends bytes, in one write with everything else that is sent in this turn of the event loop."""
         if not self._out:
             self._loop.call_soon(self._flush)
         self._out.append(data)
 
     def send(self, stream: Stream, head: bytes, data: bytes, tail: bytes) -> None:
-        """Sends a stream all that we have for it: a frame of headers, data, and a frame that ends it.
+        """Sends everything that a stream needs: a frame of headers, data, and a frame that ends the stream.
 
-        Without `tail` the last frame of the data ends it.
+        Without `tail` the last frame of data ends the stream.
         """
         size = len(data)
         if size <= self._frame_bytes and size <= self._window and size <= stream.window and not self._paused:
@@ -162,36 +164,38 @@ class Connection(asyncio.Protocol, ABC, Generic[H]):
         self._pump()
 
     def reset(self, stream: Stream, code: int) -> None:
-        """Gives a stream up."""
+        """Gives up a stream."""
         self.forget(stream)
         if not self.closed:
             self.write(frame(RST_STREAM, 0, stream.number, struct.pack(">I", code)))
 
     def forget(self, stream: Stream) -> None:
-        """Ends a stream that has nothing more to send or to get."""
+        """Forgets a stream that has nothing more to send or to receive."""
         self.streams.pop(stream.number, None)
         self._blocked.pop(stream.number, None)
 
     def end(self, code: int = NO_ERROR, words: str = "", last: int = 0) -> None:
-        """Says goodbye, and closes once that is sent."""
+        """Sends GOAWAY, and closes the connection when that is sent."""
         if not self.closed and self._transport is not None:
             self.write(frame(GOAWAY, 0, 0, struct.pack(">II", last, code) + words.encode()[:200]))
             self._flush()
             self._transport.close()
 
     def abort(self) -> None:
-        """Closes at once."""
+        """Closes the connection at once."""
         if self._transport is not None:
             self._transport.abort()
         self.connection_lost(None)
 
-    # asyncio's calls.
+    # asyncio calls these.
 
     def connection_made(self, transport: Any) -> None:
-        """Says hello."""
+        """Sends our settings."""
         self._transport = transport
         transport.set_write_buffer_limits(_WRITE_BYTES)
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a peer may vanish
+        transport.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1
+        )  # notices a peer that vanished
         tls = transport.get_extra_info("ssl_object")
         if tls is not None and tls.selected_alpn_protocol() != "h2":
             self.abort()
@@ -214,12 +218,12 @@ class Connection(asyncio.Protocol, ABC, Generic[H]):
         self._paused = True
 
     def resume_writing(self) -> None:
-        """It has caught up."""
+        """The other side has caught up."""
         self._paused = False
         self._pump()
 
     def data_received(self, data: bytes) -> None:
-        """Takes what came apart into frames."""
+        """Splits the received bytes into frames."""
         if self.closed:
             return
         buffer = self._buffer + data if self._buffer else data
@@ -238,7 +242,7 @@ class Connection(asyncio.Protocol, ABC, Generic[H]):
                 end = offset + 9 + (high << 8 | low)
                 if end > size:
                     if end - offset - 9 > _FRAME_BYTES:
-                        raise ProtocolError(FRAME_SIZE_ERROR, "a frame above the size that was agreed on")
+                        raise ProtocolError(FRAME_SIZE_ERROR, "a frame larger than allowed")
                     break
                 self._frame(kind, flags, number & MAX_ID, buffer[offset + 9 : end])
                 offset = end
@@ -293,7 +297,7 @@ class Connection(asyncio.Protocol, ABC, Generic[H]):
             self.on_goaway(int.from_bytes(payload[:4], "big") & MAX_ID)
         elif kind == CONTINUATION:
             if self._block is None:
-                raise ProtocolError(PROTOCOL_ERROR, "headers that go on without a beginning")
+                raise ProtocolError(PROTOCOL_ERROR, "a CONTINUATION frame without a beginning")
             pieces = self._block[2]
             pieces.append(payload)
             if len(pieces) > 64 or sum(map(len, pieces)) > LIST_BYTES:
@@ -303,11 +307,11 @@ class Connection(asyncio.Protocol, ABC, Generic[H]):
                 self._block = None
                 self.on_headers(number, self._decoder.decode(b"".join(pieces)), bool(ended))
         elif kind == PUSH_PROMISE:
-            raise ProtocolError(PROTOCOL_ERROR, "a push, which was forbidden")
+            raise ProtocolError(PROTOCOL_ERROR, "a PUSH_PROMISE frame, which our settings forbid")
 
     def _on_data(self, flags: int, number: int, payload: bytes) -> None:
-        # Padding counts for the windows. Those of a connection are only there to be refilled: what is kept is kept by
-        # streams, whose number is bounded.
+        # Padding counts towards the windows. The connection's window is always refilled: streams hold the data, and their
+        # number and size have limits.
         count = len(payload)
         self._unacked += count
         if self._unacked >= _CONNECTION_WINDOW // 2:
@@ -316,7 +320,7 @@ class Connection(asyncio.Protocol, ABC, Generic[H]):
         stream = self.streams.get(number)
         if stream is None:
             if not number:
-                raise ProtocolError(PROTOCOL_ERROR, "data of no stream")
+                raise ProtocolError(PROTOCOL_ERROR, "data without a stream")
             return
         if stream.ended:
             self.reset(stream, STREAM_CLOSED)
@@ -387,7 +391,7 @@ class Connection(asyncio.Protocol, ABC, Generic[H]):
         return stream
 
     def _pump(self) -> None:
-        """Sends of the data that waits what the windows allow, a frame of each stream at a time."""
+        """Sends as much waiting data as the windows allow, one frame of each stream at a time."""
         while self._blocked and not self._paused:
             progress = False
             for number, stream in list(self._blocked.items()):
@@ -409,10 +413,10 @@ class Connection(asyncio.Protocol, ABC, Generic[H]):
                     self.on_sent(stream)
             if not progress:
                 return
-            self._flush()  # and learn whether it is too much for the transport
+            self._flush()  # may call pause_writing()
 
     def on_sent(self, stream: Stream) -> None:
-        """All data of a stream that had to wait has been sent."""
+        """A stream whose data had to wait has been sent completely."""
 
     def _flush(self) -> None:
         if self._out and not self.closed:

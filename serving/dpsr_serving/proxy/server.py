@@ -287,7 +287,7 @@ class ProxyServer:
     async def _ask_shards(
         self, pool: Pool, spec: Spec, request: bytes, deadline: float | None, metadata: Metadata
     ) -> Reply:
-        """Asks all shards at once and merges their answers. Leaves out shards that fail or are late, if that is allowed."""
+        """Asks all shards at once and merges their answers, if allowed without those that fail or are late."""
         limit = deadline
         now = time.monotonic()
         if pool.config.allow_partial and deadline is not None:
