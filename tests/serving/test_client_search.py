@@ -255,7 +255,7 @@ def test_expressions() -> None:
         with pytest.raises(ValueError):
             expressions(bad)  # type: ignore[arg-type]
     for value in (float("nan"), float("inf"), True, None):
-        with pytest.raises(ValueError, match="neither a text nor a finite number"):
+        with pytest.raises(ValueError, match="expected a text or a finite number"):
             expressions({"a": value})  # type: ignore[dict-item]
 
 

@@ -171,16 +171,17 @@ def test_reasons() -> None:
     models = [Model("big", 120), Model("wide", 1, replicas=3), Model("swapped", 60, swap=60)]
     after, misfits = assign(models, servers, {})
     assert misfits == [
-        Misfit("big", 1, "needs 120 bytes; of the servers without it x has most free: 99 bytes"),
+        Misfit("big", 1, "needs 120 bytes; of the servers without it, x has the most free memory: 99 bytes"),
         Misfit(
             "swapped",
             1,
-            "needs 60 bytes, and 60 bytes for a next version; of the servers without it x has most free: 99 bytes",
+            "needs 60 bytes, and 60 bytes for a next version; of the servers without it, x has the most free memory: "
+            "99 bytes",
         ),
-        Misfit("wide", 1, "wants 3 servers, there are 2 that stay"),
+        Misfit("wide", 1, "wants 3 servers, but only 2 stay"),
     ]
     assert holders(after, "wide") == {"x", "y"}
-    assert assign(models, [], {})[1][0].reason == "wants 1 servers, there are 0 that stay"
+    assert assign(models, [], {})[1][0].reason == "wants 1 servers, but only 0 stay"
 
 
 def test_replicas_go_to_different_zones_and_by_load() -> None:

@@ -310,8 +310,8 @@ class Connection(asyncio.Protocol, ABC, Generic[H]):
             raise ProtocolError(PROTOCOL_ERROR, "a PUSH_PROMISE frame, which our settings forbid")
 
     def _on_data(self, flags: int, number: int, payload: bytes) -> None:
-        # Padding counts towards the windows. The connection's window is always refilled: streams hold the data, and their
-        # number and size have limits.
+        # Padding counts towards the windows. The connection's window is always refilled, because streams hold the data
+        # and their number and size have limits.
         count = len(payload)
         self._unacked += count
         if self._unacked >= _CONNECTION_WINDOW // 2:
