@@ -373,7 +373,11 @@ def test_query_failures_are_one_line(
         ),
         (1, (target, "--model=shop", "--ca=missing.pem", "a"), "missing.pem: No such file"),
         (2, (target, "--model=shop", "--certificate=missing.pem", "a"), "--certificate and --key need each other"),
-        (2, (target, "--model=shop", "--ca=missing.pem", "--key=missing.pem", "a"), "--certificate and --key go"),
+        (
+            2,
+            (target, "--model=shop", "--ca=missing.pem", "--key=missing.pem", "a"),
+            "--certificate and --key need each other",
+        ),
         (1, (target, "--model=nowhere", "a"), "does not serve a model 'nowhere'"),
         (1, ("--target=127.0.0.1:1", "--model=shop", "a"), "127.0.0.1:1"),
         (1, (target, "--model=shop", f"--titles={tmp_path / 'missing'}", "a"), "no such file"),
