@@ -1,4 +1,4 @@
-"""Clients of a search servable: text in, typed results out. They need no TensorFlow.
+"""Clients of a search servable: they send query texts and return typed results. They need no TensorFlow.
 
     with SearchClient("127.0.0.1:8500", "demo") as client:
         for result in client.search(["red shoes", "angle bracket"], k=10, filters={"price": (10, 20)}):
@@ -7,8 +7,8 @@
     async with AsyncSearchClient("127.0.0.1:8500", "demo") as client:
         (result,) = await client.search("red shoes", user=User(features={"gender": "f"}, clicked_items=[17, 4]), k=10)
 
-The target is a model server or a proxy: both speak TensorFlow Serving's API. What the model takes beside the query is
-learnt from it (GetModelMetadata), at the first request and when another version answers.
+The target is a model server or a proxy: both speak TensorFlow Serving's API. The client asks the target which inputs
+the model has besides the query (GetModelMetadata), at the first request and whenever another version answers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ __all__ = ["AsyncSearchClient", "ModelVersion", "SearchClient", "SearchResult", 
 Retriever = Callable[[Sequence[Text], Sequence[Any] | None, int], tuple[NDArray[np.int64], NDArray[np.float32]]]
 Users = User | Mapping[str, Any] | Sequence[User | Mapping[str, Any] | None] | None
 
-# gRPC retries by itself, within the deadline: only what no server has answered, few times, and rarely once many fail.
+# gRPC itself retries within the deadline: only calls that no server has answered, a few times, and less often once many
+# calls fail.
 _RETRIES = {
     "methodConfig": [
         {
@@ -71,7 +72,7 @@ _OPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class ModelVersion:
-    """A version that the server knows: its state, such as "AVAILABLE", and the error that it ended with, or ""."""
+    """A version that the server knows, its state, such as "AVAILABLE", and the error that ended it, or ""."""
 
     version: int
     state: str
@@ -80,12 +81,13 @@ class ModelVersion:
 
 @dataclasses.dataclass(frozen=True)
 class Tls:
-    """An encrypted connection; paths of PEM files.
+    """Settings of an encrypted connection: paths of PEM files, and a name.
 
     Attributes:
-        ca: who signs the server's certificate; None means the authorities that gRPC knows.
-        certificate, key: the client's own, where the server asks for one.
-        server_name: the name in the server's certificate, where it is not the target's host.
+        ca: certificate of the authority that signed the server's certificate; None means the authorities that gRPC
+            trusts.
+        certificate, key: the client's own certificate and key, if the server asks for one.
+        server_name: the name in the server's certificate, if it is not the target's host.
     """
 
     ca: str | Path | None = None
@@ -94,7 +96,7 @@ class Tls:
     server_name: str | None = None
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """As gRPC takes them. Raises OSError where a file cannot be read."""
+        """Returns the credentials for a gRPC channel. Raises OSError if a file cannot be read."""
         ca, key, certificate = (
             None if path is None else Path(path).read_bytes() for path in (self.ca, self.key, self.certificate)
         )
@@ -102,12 +104,12 @@ class Tls:
 
 
 class ServingError(CommandError):
-    """The server did not answer, or not with results. A command that lets it pass ends with status 1.
+    """The server did not answer, or answered with an error. A command that does not catch it ends with status 1.
 
     Attributes:
         code: the gRPC status code.
         message: what failed, where, and what to do about it.
-        details: the server's own words.
+        details: the server's own message.
     """
 
     def __init__(self, code: grpc.StatusCode, message: str, details: str = "") -> None:
@@ -118,11 +120,11 @@ class ServingError(CommandError):
 
 
 class InvalidRequestError(ServingError, ValueError):
-    """The server says that the request is wrong: a filter on an attribute that the model does not have, say."""
+    """The server refused the request, for example a filter on an attribute that the model does not have."""
 
 
 class _Call(NamedTuple):
-    """A call that a flow asks its transport to make; it gets (response, trailing metadata), or a grpc.RpcError."""
+    """A call that a flow wants to be made. The flow receives (response, trailing metadata), or a grpc.RpcError."""
 
     path: str
     request: Any
@@ -142,7 +144,7 @@ _RESPONSES = {
 
 
 class _Client(ABC, Generic[_ChannelT]):
-    """What both clients share, all but making a call: a flow is a generator that yields calls and gets the answers."""
+    """Everything that both clients share. A flow is a generator that yields calls and receives their answers."""
 
     def __init__(
         self,
@@ -160,10 +162,15 @@ class _Client(ABC, Generic[_ChannelT]):
         Args:
             target: "host:port" of a model server or a proxy.
             model: name of the model.
-            timeout_s: how long one search may take, seconds, retries included; the server sees the deadline too.
-            version, label: which version of the model; without them the latest.
-            tls: without it the connection is not encrypted.
-            metadata: sent with each call, such as {"user-id": "u17"}, by which a proxy assigns experiments.
+            timeout_s: seconds that one search may take, retries included. The server sees the deadline too.
+            version, label: the version of the model to ask; without them the latest.
+            tls: settings of an encrypted connection; None means that the connection is not encrypted.
+            metadata: gRPC metadata to send with each call, such as {"user-id": "u17"}, by which a proxy assigns the
+                arms of experiments.
+
+        Raises:
+            ValueError: an argument is wrong.
+            OSError: a TLS file cannot be read.
         """
         if not target or not model:
             raise ValueError(f"a client needs a target (host:port) and a model name, got {target!r} and {model!r}")
@@ -192,7 +199,7 @@ class _Client(ABC, Generic[_ChannelT]):
 
     @abstractmethod
     def _open(self, tls: Tls | None) -> _ChannelT:
-        """A channel to the target."""
+        """Opens a channel to the target."""
 
     def _search_flow(self, search: Search, metadata: Mapping[str, str] | None) -> _Flow[list[SearchResult]]:
         if not search.queries:
@@ -210,7 +217,8 @@ class _Client(ABC, Generic[_ChannelT]):
                 request = make_request(self._spec, "search", signature.tensors(search))
                 return (yield from self._predict(request, search, deadline, sent))
             except ValueError:
-                # Of the client, or the server's INVALID_ARGUMENT: another version may take other inputs by now.
+                # Raised by this client, or INVALID_ARGUMENT from the server: by now another version, with other inputs,
+                # may be serving.
                 if fresh:
                     raise
                 known, signature = signature, (yield from self._learn(deadline, sent))
@@ -232,11 +240,11 @@ class _Client(ABC, Generic[_ChannelT]):
             raise ServingError(
                 grpc.StatusCode.INTERNAL,
                 f"the answer of {self._target}, model {self._model!r}, is not that of a search servable: {error}; "
-                "is the model one that `dpsr export` wrote?",
+                "was the model written by `dpsr export`?",
             ) from error
 
     def _learn(self, deadline: float, metadata: tuple[tuple[str, str], ...]) -> _Flow[Signature]:
-        """Asks for the model's signature, and remembers it."""
+        """Asks the server for the model's signature, and keeps it."""
         request = serving_apis.GetModelMetadataRequest(model_spec=self._spec, metadata_field=["signature_def"])
         response, _ = yield from self._call(serving_apis.GET_MODEL_METADATA, request, deadline, metadata)
         try:
@@ -244,7 +252,7 @@ class _Client(ABC, Generic[_ChannelT]):
         except ValueError as error:
             raise ServingError(
                 grpc.StatusCode.FAILED_PRECONDITION,
-                f"{self._target}, model {self._model!r}: {error}; leave k, user and filters out, or serve a model that "
+                f"{self._target}, model {self._model!r}: {error}; leave out k, user and filters, or serve a model that "
                 "`dpsr export` wrote",
             ) from None
         self._signature = signature
@@ -279,11 +287,12 @@ class _Client(ABC, Generic[_ChannelT]):
             raise kind(code, self._explain(code, details), details) from None
 
     def _with(self, metadata: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
+        """Returns the client's metadata, overridden by that of a call."""
         return tuple({**self._metadata, **(metadata or {})}.items())
 
     def _explain(self, code: grpc.StatusCode, details: str) -> str:
         where = f"{self._target}, model {self._model!r}"
-        details = details.partition("\n\t [[{{node ")[0]  # where in its graph TensorFlow met the error
+        details = details.partition("\n\t [[{{node ")[0]  # drops the place in the graph where TensorFlow met the error
         if code is grpc.StatusCode.UNAVAILABLE:
             return f"{where}: no server answers: {details}; is it running? `dpsr serve` starts one"
         if code is grpc.StatusCode.NOT_FOUND:
@@ -297,7 +306,7 @@ class _Client(ABC, Generic[_ChannelT]):
 
 
 class SearchClient(_Client[grpc.Channel]):
-    """Asks one model at one address. Threads may share a client. Arguments: see _Client."""
+    """Searches with one model at one address. Threads may share a client. _Client.__init__ explains the arguments."""
 
     def _open(self, tls: Tls | None) -> grpc.Channel:
         if tls is None:
@@ -328,31 +337,31 @@ class SearchClient(_Client[grpc.Channel]):
         search_parameters: str = "",
         metadata: Mapping[str, str] | None = None,
     ) -> list[SearchResult]:
-        """Asks for the best items of each query, all queries in one request.
+        """Finds the best items for each query, with one request for all queries.
 
         Args:
             queries: one query or several; bytes need not be valid UTF-8. An empty query finds nothing.
-            k: how many items each; None leaves it to the servable.
-            user: who asks: a User, the same as a dict, or one or None for each query.
-            filters: what each item has to meet: attribute -> a value, a list of alternatives, or a range of numbers
-                (low, high), None for an open end; or a list of filter expressions.
-            exclude_filters: what no item may meet, given alike.
-            exclude_items: item ids (keys, where the shop's own are texts) that are not to be found.
-            search_parameters: of the index, in place of the servable's own, such as "nprobe=64".
-            metadata: sent with this call, over that of the client.
+            k: number of items for each query; None means the number that the servable was exported with.
+            user: who searches: a User, a dict with the same keys, or a list with one of these or None for each query.
+            filters: conditions that every item must meet: attribute -> a value, a list of alternatives, or a range of
+                numbers (low, high) with None for an open end; or a list of filter expressions.
+            exclude_filters: conditions that no item may meet, in the same form.
+            exclude_items: items to leave out: ids, or keys if the shop's own ids are texts.
+            search_parameters: settings of the index that replace the servable's own, such as "nprobe=64".
+            metadata: gRPC metadata of this call; it overrides the client's.
 
         Returns:
-            One result a query, in their order.
+            One result for each query, in the same order.
 
         Raises:
             ServingError: the server refused the request or did not answer in time.
-            ValueError: a value that cannot be sent; a user feature or input that the model does not take.
+            ValueError: a value cannot be sent, or the model does not take a user feature or input.
         """
         asked = make_search(queries, k, user, filters, exclude_filters, exclude_items, search_parameters)
         return self._run(self._search_flow(asked, metadata))
 
     def model_status(self) -> list[ModelVersion]:
-        """The model's versions, newest first.
+        """Returns the model's versions, newest first.
 
         Raises:
             ServingError: the server does not know the model or did not answer in time.
@@ -360,7 +369,7 @@ class SearchClient(_Client[grpc.Channel]):
         return self._run(self._status_flow())
 
     def signature(self) -> Signature:
-        """What the model's `search` takes. Raises ServingError."""
+        """Asks for the inputs of the model's signature `search`. Raises ServingError."""
         return self._run(self._learn(time.monotonic() + self._timeout_s, self._with(None)))
 
     def _run(self, flow: _Flow[T]) -> T:
@@ -380,7 +389,7 @@ class SearchClient(_Client[grpc.Channel]):
 
 
 class AsyncSearchClient(_Client[grpc.aio.Channel]):
-    """SearchClient for asyncio. To be made, used and closed within one event loop."""
+    """SearchClient for asyncio. Create, use and close it within one event loop."""
 
     def _open(self, tls: Tls | None) -> grpc.aio.Channel:
         if tls is None:
@@ -446,16 +455,19 @@ def retriever(
     timeout_s: float = 60.0,
     to_user: Callable[[Any], User | Mapping[str, Any] | None] | None = None,
 ) -> Retriever:
-    """A server as the callable that evaluation takes.
+    """Returns a function that retrieves from a server, in the form that evaluation expects.
 
     Args:
-        to_user: what the model is told of a user of evaluation; None: it is asked for anonymous users.
+        target: "host:port" of a model server or a proxy.
+        model: name of the model.
+        batch_size: number of queries in one request.
+        timeout_s: seconds that one request may take.
+        to_user: turns a user of evaluation into the User to send; None means to search as an anonymous user.
 
     Returns:
         `retrieve(queries, users, k)` -> (item_ids [n, k] int64 padded with -1, scores [n, k] float32 padded with -inf),
-        n = len(queries), asked in batches of `batch_size`; its attribute `personal` says whether it makes use of
-        users. Without `to_user`, users must be None: leaving given ones out would measure something else than what was
-        asked for. Raises ServingError, ValueError.
+        n = len(queries). Its attribute `personal` says whether it uses users. Without `to_user`, users must be None,
+        because ignoring them would measure something else than what was asked for. It raises ServingError, ValueError.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -465,7 +477,7 @@ def retriever(
         queries: Sequence[Text], users: Sequence[Any] | None, k: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         if to_user is None and users is not None and any(user is not None for user in users):
-            raise ValueError(f"model {model!r} at {target} was opened with no user features; pass users=None")
+            raise ValueError(f"model {model!r} at {target} was opened without user features; pass users=None")
         ids = np.full((len(queries), k), PADDING_ID, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
         for start in range(0, len(queries), batch_size):
@@ -484,10 +496,10 @@ def retriever(
 
 
 def server_system(corpus: Any, target: str, model: str) -> Retriever:
-    """`--system=server:HOST:PORT/MODEL` of `dpsr evaluate`: a model server or proxy.
+    """Returns the retriever for `dpsr evaluate --system=server:HOST:PORT/MODEL`: a model server or proxy.
 
     Args:
-        corpus: dpsr_tf.evaluation.corpus.Corpus; where it has a store, the model is told what the store knows of users.
+        corpus: a dpsr_tf.evaluation.corpus.Corpus. If it has a store, requests carry what the store knows of users.
         target: "HOST:PORT".
         model: name of the model.
     """

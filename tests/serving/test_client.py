@@ -262,7 +262,7 @@ def test_retriever_pads_and_batches(servers: dict[str, ModelServer]) -> None:
     assert np.array_equal(np.isneginf(scores), ids == -1)
     assert retrieve([], None, 4)[0].shape == (0, 4)
     assert retrieve(["a"], [None], 1)[0].tolist() == [[100]]
-    with pytest.raises(ValueError, match="no user features"):
+    with pytest.raises(ValueError, match="without user features"):
         retrieve(["a"], [{"age": 3}], 1)
     assert not retrieve.personal  # type: ignore[attr-defined]
 
