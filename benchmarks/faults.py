@@ -1,16 +1,16 @@
-"""What clients see when model servers behind the proxy fail: requests, failed ones, and latency, fault by fault.
+"""Measures what clients see when model servers behind the proxy fail: failed requests and latency, for each fault.
 
     python benchmarks/faults.py --json [--seconds=S] [--faults=kill,hang] [--quick]
 
-Two model servers hold the same model, whose answers are 12 KB; clients ask through the proxy, 8 requests under way all
-the time, with a deadline of 10 s. The fault comes after a third of the time, and is over after two thirds:
+Two model servers hold the same model, whose answers are 12 KB. Clients send requests through the proxy, 8 under way all
+the time, with a deadline of 10 s. The fault begins after a third of the time and ends after two thirds:
 
-    kill     one server is killed (-9), and started again
-    hang     one is stopped (SIGSTOP), and goes on: calls that it has wait until the proxy's checks have found out
-    end      one is told to end (SIGTERM), and started again
+    kill     one server is killed (SIGKILL) and started again
+    hang     one server is stopped (SIGSTOP) and continued; its calls wait until the proxy's checks notice
+    end      one server is asked to end (SIGTERM) and started again
     reload   the proxy's configuration changes all the time: one server, the other, both
-    rollout  both servers load version 2 and unload version 1, one after the other; the proxy follows (`discover`)
-    none     nothing, for comparison
+    rollout  the servers load version 2 and unload version 1, one after the other; the proxy follows (`discover`)
+    none     no fault, for comparison
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CONCURRENCY = 8
 
 
 class Shop:
-    """Two model servers and a proxy before them."""
+    """Two model servers and a proxy in front of them."""
 
     def __init__(self, folder: Path, discover: bool) -> None:
         self.bases = [folder / "a", folder / "b"]
@@ -48,13 +48,13 @@ class Shop:
         self.proxy = servers.Server(command, "proxy ready on ")
 
     def publish(self, base: Path, version: int) -> None:
-        """Puts a version in place at once."""
+        """Puts a version in place by one rename."""
         base.mkdir(exist_ok=True)
         shutil.copytree(self._model, base / "new")
         (base / "new").rename(base / str(version))
 
     def configure(self, *which: int) -> None:
-        """Has the proxy use these servers."""
+        """Writes a proxy configuration with these servers only."""
         addresses = [self.servers[index].target for index in which]
         new = self._config.with_suffix(".new")
         new.write_text(
@@ -63,13 +63,13 @@ class Shop:
         new.rename(self._config)
 
     def restart(self, index: int) -> None:
-        """Starts a server again, where it was."""
+        """Starts a server again, on the same port."""
         port = self.servers[index].target.rpartition(":")[2]
         self.servers[index].stop()
         self.servers[index] = self._serve(self.bases[index], port)
 
     def stop(self) -> None:
-        """Ends all."""
+        """Ends the proxy and the servers."""
         self.proxy.stop()
         for server in self.servers:
             server.process.send_signal(signal.SIGCONT)
@@ -126,10 +126,12 @@ FAULTS: dict[str, Callable[[Shop, float], None]] = {
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON, last line")
-    parser.add_argument("--seconds", type=float, default=9.0, help="of each fault, the time before and after included")
-    parser.add_argument("--quick", action="store_true", help="few requests: does it run at all")
-    parser.add_argument("--faults", default=",".join(FAULTS), help="which of them, with commas")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument(
+        "--seconds", type=float, default=9.0, help="seconds for each fault, the time before and after it included"
+    )
+    parser.add_argument("--quick", action="store_true", help="make few requests, to check that the benchmark works")
+    parser.add_argument("--faults", default=",".join(FAULTS), help="comma-separated faults to measure")
     arguments = parser.parse_args()
     if unknown := set(arguments.faults.split(",")) - set(FAULTS):
         parser.error(f"--faults: got {', '.join(sorted(unknown))}, expected some of {', '.join(FAULTS)}")
@@ -153,7 +155,7 @@ def main() -> None:
 def measure(
     folder: Path, requests: Path, name: str, fault: Callable[[Shop, float], None], seconds: float
 ) -> dict[str, Any]:
-    """What the load generator found while the fault came and went. Raises what the fault raised."""
+    """Returns the result of a load during which the fault came and went. Raises what the fault raised."""
     with running(folder, name == "rollout") as shop:
         raised: list[BaseException] = []
 

@@ -1,16 +1,18 @@
-"""The model server under load, beside a gRPC server written in Python, on the same SavedModels in the same run.
+"""Compares the model server under load with a gRPC server in Python, on the same SavedModels in the same run.
 
     python benchmarks/model_server.py --json [--servable=DIR] [--quick]
 
-Models: `12kb` looks up 1000 ids and scores a query, an answer of 12 KB, so that the server's own cost stands out;
-`fused` is a servable of `dpsr export` (tokenizer, query tower and index in one graph): that of --servable, or a small
-one made here. Loads: closed loops of 1, 8 and 32 requests, and open loops at half of what the closed one of 32 reached,
-whose latencies count from when a request was due. Both servers run, and take turns under load: the bars of rates are
-medians of the ratios of neighbouring turns.
+Models: `12kb` looks up 1000 ids and scores for each query, an answer of 12 KB, so that the server's own cost stands
+out. `fused` is a servable of `dpsr export` (tokenizer, query tower and index in one graph): the one of --servable, or a
+small one that the benchmark makes.
 
-`cpu` is the CPU time of the server's process a request; that of the graph alone (`session_run`) is measured on the same
-requests in one thread and without a server. Generator and server share the machine's cores: rates are of this machine,
-their ratio is what counts.
+Loads: closed loops of 1, 8 and 32 requests, and open loops at half the rate that the closed loop of 32 reached.
+Latencies of an open loop count from when a request was due. Both servers run all the time and take turns under load;
+the bars for rates are medians of the ratios of neighbouring turns.
+
+`cpu` is the CPU time of the server's process for one request. `session_run` is the CPU time of the graph alone, for the
+same requests in one thread and without a server. Load generator and server share the machine's cores, so only the ratio
+of two rates carries over to other machines.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ IMPLS = ("dpsr", "python")
 
 
 class Model(NamedTuple):
-    """What is served: the folder of a version, the libraries of its ops, and requests."""
+    """A model to serve: the folder of a version, the libraries of its ops, and a file of requests."""
 
     version: Path
     op_libraries: Sequence[str]
@@ -53,13 +55,13 @@ def serving(impl: str, model: Model) -> Iterator[servers.Server]:
 
 
 def session_run_us(model: Model, seconds: float) -> float:
-    """CPU time of the graph alone, in microseconds a request."""
+    """Returns the CPU time of the graph alone, in microseconds for one request."""
     (found,) = session_runs_us(model, [model.requests], seconds)
     return found
 
 
 def session_runs_us(model: Model, files: Sequence[Path], seconds: float) -> list[float]:
-    """The same of each of some files of requests, one after the other."""
+    """Returns session_run_us() for each of several files of requests, measured one after the other."""
     requests = ",".join(map(str, files))
     command = [servers.BIN / "dpsr_session_run", model.version, requests, str(seconds), *model.op_libraries]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
@@ -69,7 +71,7 @@ def session_runs_us(model: Model, files: Sequence[Path], seconds: float) -> list
 
 
 def make_fused(folder: Path) -> Path:
-    """A small servable, made by the commands of a user from a generated shop."""
+    """Makes a small servable from a generated shop, by the commands that a user would run."""
     small = ["train.steps=30", "train.batch_size=64"]
     commands = [
         ["generate", f"--out={folder / 'shop'}", "--items=5000", "--users=50", "--interactions=10000"],
@@ -88,7 +90,7 @@ def make_fused(folder: Path) -> Path:
 
 
 def models(folder: Path, servable: str | None) -> dict[str, Model]:
-    """The models of the benchmark, made where they are not given."""
+    """Returns the models of the benchmark, and makes those that are not given."""
     import dpsr_export
     import dpsr_tokenizer
 
@@ -105,7 +107,7 @@ def models(folder: Path, servable: str | None) -> dict[str, Model]:
 
 
 def add_loads(result: report.Report, impl: str, workload: str, loads: list[dict[str, Any]], **more: Any) -> None:
-    """Rows of repeated measurements of one load."""
+    """Adds the rows of one load, which was measured several times."""
     failed = sum(load["failed"] + load["unsent"] for load in loads)
     name = f"{loads[0]['loop']}_{more.get('concurrency', 'half')}"
     result.add_samples(impl, workload, f"{name}_qps", [load["qps"] for load in loads], "1/s", **more)
@@ -128,7 +130,7 @@ def measure(result: report.Report, workload: str, model: Model, repeat: int, sec
         with contextlib.ExitStack() as stack:
             running = {impl: stack.enter_context(serving(impl, model)) for impl in IMPLS}
             for concurrency in (*CONCURRENCIES, 0):  # 0: the open loop
-                # One after the other, so that a change of the machine's speed meets both: the idle one costs nothing.
+                # The servers take turns, so that a change of the machine's speed affects both. Idle, they cost nothing.
                 for impl in IMPLS if turn % 2 == 0 else IMPLS[::-1]:
                     load = f"--concurrency={concurrency}" if concurrency else f"--rate={rate[impl]:.0f}"
                     (found,) = servers.load(running[impl], model.requests, load, *times)
@@ -152,7 +154,7 @@ def measure(result: report.Report, workload: str, model: Model, repeat: int, sec
 
 
 def bars(result: report.Report) -> dict[str, float]:
-    """Each of the worse model; CPU times are those at 8 requests."""
+    """Returns the bars, each for the model with the worse result. CPU times are those at 8 concurrent requests."""
     workloads = list(dict.fromkeys(row["workload"] for row in result.rows))
 
     def cpu(impl: str) -> list[float]:
@@ -173,11 +175,13 @@ def bars(result: report.Report) -> dict[str, float]:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_boolean("json", False, "prints one JSON object as the last line")
-    flags.DEFINE_string("servable", None, "base path of a servable of `dpsr export`; none: a small one is made")
-    flags.DEFINE_integer("repeat", 3, "measurements of each server", lower_bound=1)
-    flags.DEFINE_float("seconds", 5, "of each load", lower_bound=0.1)
-    flags.DEFINE_boolean("quick", False, "one short measurement: shows that it works")
+    flags.DEFINE_boolean("json", False, "print one JSON object as the last line")
+    flags.DEFINE_string(
+        "servable", None, "base path of a servable of `dpsr export`; the default is to make a small one"
+    )
+    flags.DEFINE_integer("repeat", 3, "number of measurements of each server", lower_bound=1)
+    flags.DEFINE_float("seconds", 5, "seconds of each load", lower_bound=0.1)
+    flags.DEFINE_boolean("quick", False, "make one short measurement, to check that the benchmark works")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,18 +1,18 @@
-"""What the proxy adds to a request: latency beside the server itself, and CPU time of the proxy.
+"""Measures what the proxy adds to a request: latency compared with the server alone, and CPU time of the proxy.
 
     python benchmarks/proxy.py --json [--seconds=S] [--turns=N] [--quick]
 
-The backend is the model server with a SavedModel whose answers are 12 KB, the size of a search answer of 1,000 items;
-the load generator is the one in C++. Asked in turns: the server (`direct`), the proxy before it (`proxy`), and a proxy
-of grpc.aio that does nothing but pass bytes on (`grpc.aio`): what Python's gRPC costs without anything of ours.
+The backend is the model server with a SavedModel whose answers are 12 KB, the size of a search answer of 1,000 items.
+The load generator sends requests in turns to the server (`direct`), to the proxy in front of it (`proxy`), and to a
+proxy of grpc.aio that only forwards bytes (`grpc.aio`), which shows the cost of Python's gRPC alone.
 
-`open R`: R requests a second, a moderate load, whose latencies count from when a request was due. `closed N`: N
-requests under way all the time. The added latency is the difference of the medians of one turn, the row the median of
-the turns.
-CPU is user and system time of the proxy's processes a request; a core does 10^6 / CPU of them.
+`open R`: R requests per second, a moderate load; latencies count from when a request was due. `closed N`: N requests
+under way all the time. The added latency is the difference of the medians in one turn; the row is the median over the
+turns. CPU is the user and system time of the proxy's processes in us for one request: one core forwards 10^6 / CPU
+requests per second.
 
-Two workers: generator, server and proxy share the cores of this machine. `limit` is how many times the rate of one
-worker they could reach together with all cores busy and nothing wasted; the ratio cannot be above it.
+Two workers: load generator, server and proxy share the cores of this machine. `limit` is the highest possible ratio of
+the rate of two workers to that of one: the rate that all cores, fully busy, could reach.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ import report
 import servers
 
 CONCURRENCY = (1, 8, 32)
-RATE = 300  # requests a second: moderate, a small part of what one worker does
+RATE = 300  # requests per second, a small part of what one worker can do
 BARE = "bare pass-through on "
 
 
 class Proxy(servers.Server):
-    """A proxy's processes, the first and those it started."""
+    """A proxy: its first process and the workers that it started."""
 
     def cpu_seconds(self) -> float:
-        """User and system time of all of them so far."""
+        """Returns the CPU time (user and system) of all processes so far, in seconds."""
         pid = self.process.pid
         below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return sum(servers.cpu_seconds_of(process) for process in (pid, *map(int, below)))
 
 
 def main() -> None:
-    """Runs the benchmark, or the bare proxy of one."""
+    """Runs the benchmark, or with --bare the grpc.aio proxy that it compares with."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON, last line")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each load in each turn")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="few requests: does it run at all")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds of each load in each turn")
+    parser.add_argument("--turns", type=int, default=5, help="number of turns")
+    parser.add_argument("--quick", action="store_true", help="make few requests, to check that the benchmark works")
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.bare is not None:
@@ -124,7 +124,7 @@ def measure(result: report.Report, folder: Path, seconds: float, turns: int, con
 
 
 def add(result: report.Report, workload: str, found: dict[str, list[dict[str, Any]]]) -> None:
-    """The rows of one load on all targets."""
+    """Adds the rows of one load on all targets."""
     for impl, runs in found.items():
         result.add_samples(impl, workload, "rate", [run["qps"] for run in runs], "1/s")
         for quantile in ("p50", "p99"):
@@ -141,14 +141,18 @@ def add(result: report.Report, workload: str, found: dict[str, list[dict[str, An
 def load(
     target: servers.Server, backend: servers.Server, requests: Path, seconds: float, *flags: str
 ) -> dict[str, Any]:
-    """One load on a target: rate, latencies in ms, CPU time a request in us of proxy, server and generator."""
+    """Runs one load on a target.
+
+    Returns:
+        The rate per second, latencies in ms, and the CPU time of proxy, server and generator in us for one request.
+    """
     times = (f"--seconds={seconds}", "--warmup_seconds=0.2")
     before = target.cpu_seconds(), backend.cpu_seconds()
     (found,) = servers.load(target, requests, *times, *flags)
     proxy, server = target.cpu_seconds() - before[0], backend.cpu_seconds() - before[1]
     if found["failed"] or found["unsent"]:
         raise RuntimeError(f"{found['failed']} requests failed, {found['unsent']} were not sent: {found['errors']}")
-    # The warm-up's requests are part of the CPU times; its rate is that of the load.
+    # The CPU times include the requests of the warm-up, which has the same rate as the load.
     count = found["qps"] * (seconds + 0.2)
     return {
         "qps": found["qps"],
@@ -161,7 +165,7 @@ def load(
 
 
 async def pass_through(target: str) -> None:
-    """The least that a proxy of grpc.aio can do: bytes, deadline and metadata on, bytes back."""
+    """Runs the smallest possible proxy of grpc.aio: it forwards bytes, deadline and metadata, and returns bytes."""
     channel = grpc.aio.insecure_channel(target)
     method = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
 

@@ -1,9 +1,9 @@
-"""A model server as one writes it in Python: the peer of benchmarks/model_server.py.
+"""A model server written in Python, with which benchmarks/model_server.py compares ours.
 
     python python_server.py SAVED_MODEL [OP_LIBRARY...]
 
-grpcio with 8 threads, a TF1 session with a callable (faster than a TF2 signature), and answers written as raw bytes
-(faster than tf.make_tensor_proto).
+It uses grpcio with 8 threads, a TF1 session with a callable (faster than a TF2 signature), and writes answers as raw
+bytes (faster than tf.make_tensor_proto).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ THREADS = 8
 
 
 class Service(prediction_service_pb2_grpc.PredictionServiceServicer):
-    """Predict of one SavedModel, every signature whose inputs are lists of strings."""
+    """Serves Predict on one SavedModel, for every signature whose inputs are lists of strings."""
 
     def __init__(self, path: str) -> None:
         v1 = tf.compat.v1
@@ -39,7 +39,7 @@ class Service(prediction_service_pb2_grpc.PredictionServiceServicer):
             self._calls[name] = (inputs, outputs, call)
 
     def Predict(self, request: predict_pb2.PredictRequest, context: grpc.ServicerContext) -> object:
-        """Answers with every output of the signature."""
+        """Returns every output of the signature."""
         inputs, outputs, call = self._calls[request.model_spec.signature_name or "serving_default"]
         found = call(*(np.array(list(request.inputs[key].string_val), dtype=object) for key in inputs))
         response = predict_pb2.PredictResponse()

@@ -1,4 +1,4 @@
-"""What the benchmarks of serving share: models to serve, servers in processes of their own, and the load generator."""
+"""Parts that the serving benchmarks share: models to serve, servers in their own processes, and the load generator."""
 
 from __future__ import annotations
 
@@ -22,17 +22,23 @@ from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
 BIN = Path(__file__).resolve().parents[1] / "serving" / "dpsr_serving" / "bin"
 MODEL = "default"
-RESULTS = 1000  # ids (int64) and scores (float32) of an answer: 12 KB
+RESULTS = 1000  # ids (int64) and scores (float32) in an answer, 12 KB in all
 
 
 def cpu_seconds_of(process: int) -> float:
-    """User and system time of a process since it began."""
+    """Returns the CPU time (user and system) of a process since its start, in seconds."""
     stat = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Server:
-    """A model server that listens on 127.0.0.1:`port`; `start_seconds` from its start until it answers."""
+    """A server in a process of its own.
+
+    Attributes:
+        process: the process.
+        target: "host:port" that it listens on.
+        start_seconds: seconds from its start until it answered.
+    """
 
     def __init__(self, command: Sequence[str], ready: str, environment: dict[str, str] | None = None) -> None:
         begin = time.monotonic()
@@ -51,12 +57,12 @@ class Server:
         self.target = line.removeprefix(ready).split()[0]
 
     def rss_mib(self) -> float:
-        """Memory that the process holds now."""
+        """Returns the resident memory of the process, in MiB."""
         fields = Path(f"/proc/{self.process.pid}/status").read_text().split()
         return int(fields[fields.index("VmRSS:") + 1]) / 1024
 
     def cpu_seconds(self) -> float:
-        """User and system time of the process since it began."""
+        """Returns the CPU time (user and system) of the process since its start, in seconds."""
         return cpu_seconds_of(self.process.pid)
 
     def stop(self) -> None:
@@ -72,7 +78,7 @@ class Server:
 
 @contextlib.contextmanager
 def model_server(base_path: Path, *arguments: str) -> Iterator[Server]:
-    """Our server of the versions below `base_path`, without op libraries but those of `arguments`."""
+    """Runs our model server on the versions below `base_path`, without op libraries unless `arguments` name some."""
     command = [str(BIN / "dpsr_model_server"), "--port=0", f"--model_name={MODEL}", f"--model_base_path={base_path}"]
     server = Server([*command, *arguments], "Running gRPC ModelServer at ")
     try:
@@ -83,7 +89,7 @@ def model_server(base_path: Path, *arguments: str) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def python_server(version: Path, op_libraries: Sequence[str] = ()) -> Iterator[Server]:
-    """A gRPC server in Python of one SavedModel."""
+    """Runs a gRPC server in Python on one SavedModel."""
     script = Path(__file__).with_name("python_server.py")
     command = [sys.executable, str(script), str(version), *op_libraries]
     server = Server(command, "listening on ", {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"})
@@ -94,7 +100,7 @@ def python_server(version: Path, op_libraries: Sequence[str] = ()) -> Iterator[S
 
 
 def load(server: Server, requests: Path, *arguments: str) -> list[dict[str, Any]]:
-    """Applies the loads of `arguments` (see dpsr_load_generator --help), and returns what it found of each."""
+    """Runs the load generator, and returns its result for each load of `arguments` (see dpsr_load_generator --help)."""
     command = [
         str(BIN / "dpsr_load_generator"),
         f"--target={server.target}",
@@ -113,7 +119,7 @@ def load(server: Server, requests: Path, *arguments: str) -> list[dict[str, Any]
 
 
 def add_load(result: report.Report, impl: str, workload: str, found: dict[str, Any], failed: int) -> None:
-    """Adds what a load found: rate, latencies, failures, CPU time of the server."""
+    """Adds the results of a load: rate, latencies, failed requests, CPU time of the server."""
     result.add(impl, workload, "qps", found["qps"], "1/s")
     for quantile in ("p50", "p99", "p99.9", "max"):
         result.add(impl, workload, quantile, found["latency_us"][quantile] / 1e3, "ms")
@@ -122,14 +128,16 @@ def add_load(result: report.Report, impl: str, workload: str, found: dict[str, A
 
 
 def run(name: str, measure: Callable[[report.Report, Path, list[str]], None]) -> None:
-    """Runs a benchmark of the model server alone, which has defined its other flags.
+    """Runs a benchmark of the model server alone. The caller has defined all other flags.
 
     Args:
-        name: of the report.
-        measure: fills the report; gets a folder for its files, and flags for the server.
+        name: name of the report.
+        measure: fills the report. It receives the report, a folder for its files, and flags for the server.
     """
-    flags.DEFINE_boolean("json", False, "prints one JSON object as the last line")
-    flags.DEFINE_multi_string("server_flag", [], "of the server, such as --server_flag=--enable_batching")
+    flags.DEFINE_boolean("json", False, "print one JSON object as the last line")
+    flags.DEFINE_multi_string(
+        "server_flag", [], "flag for the model server, for example --server_flag=--enable_batching"
+    )
 
     def main(arguments: Sequence[str]) -> None:
         if arguments[1:]:
@@ -144,10 +152,10 @@ def run(name: str, measure: Callable[[report.Report, Path, list[str]], None]) ->
 
 
 def write_model(path: Path, megabytes: float = 0.0) -> None:
-    """A SavedModel that answers each query with RESULTS ids and scores, as retrieval does, without computing much.
+    """Saves a model that answers each query with RESULTS ids and scores, as retrieval does, but computes little.
 
-    `query` string [n] -> `item_ids` int64 [n, RESULTS], `scores` float [n, RESULTS]. `megabytes` of variables make it
-    as large as models are.
+    `query` string [n] -> `item_ids` int64 [n, RESULTS], `scores` float [n, RESULTS]. `megabytes` of unused variables
+    give it the size of a real model.
     """
     import tensorflow as tf
 
@@ -167,7 +175,7 @@ def write_model(path: Path, megabytes: float = 0.0) -> None:
 
     model = Model()
     tf.saved_model.save(model, str(path), signatures={"serving_default": model.serve})
-    # As models in production do, it brings a request to warm up with.
+    # A request to warm up with, as models in production have it.
     extra = path / "assets.extra"
     extra.mkdir()
     with tf.io.TFRecordWriter(str(extra / "tf_serving_warmup_requests")) as writer:
@@ -177,13 +185,13 @@ def write_model(path: Path, megabytes: float = 0.0) -> None:
 
 
 def write_requests(path: Path, texts: Sequence[str], signature: str = "serving_default", batch: int = 1) -> None:
-    """PredictRequests of `batch` queries each, as the load generator reads them."""
+    """Writes a file of PredictRequests with `batch` queries each, for the load generator."""
     begins = range(0, len(texts) - batch + 1, batch)
     write_messages(path, [request(texts[begin : begin + batch], signature) for begin in begins])
 
 
 def write_messages(path: Path, requests: Sequence[predict_pb2.PredictRequest]) -> None:
-    """A file of any PredictRequests, as the load generator reads them."""
+    """Writes a file of PredictRequests for the load generator: each is preceded by its size as a varint."""
     with path.open("wb") as file:
         for one in requests:
             message = one.SerializeToString()
@@ -206,7 +214,7 @@ def request(texts: Sequence[str], signature: str) -> predict_pb2.PredictRequest:
 
 
 def queries(count: int = 1000) -> list[str]:
-    """Texts as long as searches are."""
+    """Returns texts of the length of typical queries."""
     words = ["red", "running", "shoes", "steel", "garden", "chair", "12v", "cordless", "drill", "lamp", "oak"]
     return [" ".join(words[(i * 7 + k * k) % len(words)] for k in range(2 + i % 4)) + f" {i}" for i in range(count)]
 

@@ -1,9 +1,9 @@
-"""The model server at full load for minutes: no request may fail, and its memory must not grow.
+"""Runs the model server at full load for minutes: no request may fail, and its memory must not grow.
 
     python benchmarks/soak.py --json [--minutes=10] [--server_flag=--enable_batching ...]
 
-A closed loop of 32 requests keeps every core busy; memory is read every second. `rss_end_over_begin` compares its
-median in the last tenth of the time with that in the second tenth, when everything has been allocated once.
+A closed loop of 32 requests keeps every core busy, and memory is read every second. `rss_end_over_begin` is the median
+memory in the last tenth of the time divided by the median in the second tenth, when everything has been allocated once.
 """
 
 from __future__ import annotations
@@ -45,6 +45,6 @@ def measure(result: report.Report, folder: Path, server_flags: list[str]) -> Non
 
 
 if __name__ == "__main__":
-    flags.DEFINE_float("minutes", 10, "of load", lower_bound=0.01)
-    flags.DEFINE_boolean("quick", False, "five seconds: shows that it works")
+    flags.DEFINE_float("minutes", 10, "minutes of load", lower_bound=0.01)
+    flags.DEFINE_boolean("quick", False, "run for five seconds, to check that the benchmark works")
     servers.run("soak", measure)

@@ -1,10 +1,11 @@
-"""The model server while new versions of its model come and old ones go, under steady load.
+"""Measures the model server under steady load while it loads new versions of its model and unloads old ones.
 
     python benchmarks/version_swap.py --json [--quick]
 
-An open loop of requests (latencies count from when a request was due) runs for a while on one version, then through
---versions swaps: a version is published, the server loads it, and unloads the one before. `failed` counts requests of
-both phases that did not succeed. Memory is read when a version has gone: after the first swap, and after the last.
+An open loop of requests (latencies count from when a request was due) runs first on one version, then through
+--versions swaps: a new version is published, the server loads it and unloads the previous one. `failed` counts the
+requests of both phases that did not succeed. Memory is read when a version has been unloaded: after the first swap and
+after the last.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ WORKLOAD = "swaps"
 
 
 def publish(saved: Path, base_path: Path, version: int) -> None:
-    """Puts `saved` in place at once; its files are linked, so that copying does not compete for the machine."""
+    """Puts `saved` in place by one rename. Its files are hard links, so that copying takes no time from the server."""
     hidden = base_path / f".{version}.tmp"
     shutil.copytree(saved, hidden, copy_function=os.link)
     hidden.rename(base_path / str(version))
 
 
 def await_swap(target: str, version: int) -> None:
-    """Returns when `version` answers, and the one before has been unloaded."""
+    """Waits until `version` answers and the previous one has been unloaded."""
     state = get_model_status_pb2.ModelVersionStatus.State
     request = get_model_status_pb2.GetModelStatusRequest()
     request.model_spec.name = servers.MODEL
@@ -98,7 +99,12 @@ def measure(result: report.Report, folder: Path, server_flags: list[str]) -> Non
     result.add("swaps", WORKLOAD, "rss_peak", swaps["server_peak_rss_mib"], "MiB")
     result.add("swaps", WORKLOAD, "rss_after", after, "MiB")
     result.add(
-        "swaps", WORKLOAD, "duration", statistics.median(durations), "s", note="publish to unloaded, polls in it"
+        "swaps",
+        WORKLOAD,
+        "duration",
+        statistics.median(durations),
+        "s",
+        note="from publishing to unloaded, polling included",
     )
     result.bars = {
         "failed": result.value("steady", WORKLOAD, "failed") + result.value("swaps", WORKLOAD, "failed"),
@@ -108,9 +114,9 @@ def measure(result: report.Report, folder: Path, server_flags: list[str]) -> Non
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("versions", 20, "that come and go", lower_bound=1)
-    flags.DEFINE_float("rate", 1000, "requests a second", lower_bound=1)
+    flags.DEFINE_integer("versions", 20, "number of versions to swap in", lower_bound=1)
+    flags.DEFINE_float("rate", 1000, "requests per second", lower_bound=1)
     flags.DEFINE_float("interval", 2, "seconds from one version to the next", lower_bound=0.1)
-    flags.DEFINE_float("megabytes", 50, "of variables in each version", lower_bound=0)
-    flags.DEFINE_boolean("quick", False, "three versions: shows that it works")
+    flags.DEFINE_float("megabytes", 50, "size of the variables in each version, in MB", lower_bound=0)
+    flags.DEFINE_boolean("quick", False, "swap three versions in, to check that the benchmark works")
     servers.run("version_swap", measure)

@@ -61,17 +61,17 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string(
         "past_queries",
         [],
-        "A query that the user made before. Repeat the flag for more queries, oldest first.",
+        "A query that the user made before, oldest first",
         flag_values=values,
     )
     flags.DEFINE_multi_string(
         "include",
         [],
-        "A filter that every result must meet: NAME=VALUE|VALUE or NAME=LOW..HIGH. May be repeated.",
+        "A filter that every result must meet: NAME=VALUE|VALUE or NAME=LOW..HIGH",
         flag_values=values,
     )
     flags.DEFINE_multi_string(
-        "exclude", [], "A filter that no result may meet, written like --include. May be repeated.", flag_values=values
+        "exclude", [], "A filter that no result may meet, written like --include", flag_values=values
     )
     flags.DEFINE_list("exclude_items", [], "Comma-separated items to leave out of the results.", flag_values=values)
     flags.DEFINE_string(
@@ -85,7 +85,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string(
         "metadata",
         [],
-        "gRPC metadata to send, as KEY=VALUE, for example user-id=u17. May be repeated.",
+        "gRPC metadata to send, as KEY=VALUE, for example user-id=u17",
         flag_values=values,
     )
     flags.DEFINE_string(

@@ -46,11 +46,13 @@ REQUIRED_FLAGS = ("config",)
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
     flags.DEFINE_string("config", None, "YAML file that lists the servers and the models.", flag_values=values)
-    flags.DEFINE_boolean("apply", False, "Carry the plan out; without it, it is only printed.", flag_values=values)
+    flags.DEFINE_boolean(
+        "apply", False, "Carry the plan out. Without this flag it is only printed.", flag_values=values
+    )
     flags.DEFINE_boolean(
         "rebalance",
         False,
-        "Also move models between servers until no server has over a tenth more load than the average.",
+        "Also move models between servers until no server's load is more than a tenth above the average.",
         flag_values=values,
     )
     flags.DEFINE_boolean(
@@ -69,8 +71,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "config_dir",
         None,
-        "Directory to write each server's list of models to, as NAME.config. Start the server with "
-        "--model_config_file=NAME.config, and it has its models again after a restart.",
+        "Directory to write each server's list of models to, as NAME.config. A server that is started with "
+        "--model_config_file=NAME.config has its models again after a restart.",
         flag_values=values,
     )
     flags.DEFINE_float(
