@@ -1,4 +1,4 @@
-"""The model server's executable as a child process, and what clients of it send."""
+"""The model server's executable as a child process, and requests that clients send to it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Reply:
 
     @property
     def error(self) -> tuple[int, str]:
-        """Status and text of an error; nothing else may stand beside it."""
+        """Status and text of an error, which must be the only key of the answer."""
         assert self.headers["Content-Type"] == "application/json"
         assert list(self.json) == ["error"]
         return self.status, self.json["error"]
@@ -107,7 +107,7 @@ class Server:
     def rest(
         self, path: str, body: object = None, method: str | None = None, headers: Mapping[str, str] | None = None
     ) -> Reply:
-        """Sends GET without a body, POST with one, unless `method` says otherwise; bytes and texts go as they are."""
+        """Sends GET without a body and POST with one, unless `method` is given. Bodies become JSON unless bytes or str."""
         connection = http.client.HTTPConnection("127.0.0.1", self.rest_port, timeout=PATIENCE_S)
         try:
             data = body if isinstance(body, bytes | str) or body is None else json.dumps(body)

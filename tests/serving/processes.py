@@ -12,7 +12,8 @@ from pathlib import Path
 import dpsr_serving
 import dpsr_tf
 
-PATIENCE_S = 60.0  # until a thing that must happen counts as missing; nothing waits so long when all is well
+# Seconds after which something that must happen counts as missing. No test that passes waits so long.
+PATIENCE_S = 60.0
 
 _reserved: list[socket.socket] = []
 
@@ -20,8 +21,8 @@ _reserved: list[socket.socket] = []
 def free_port() -> int:
     """A port that stays free until its server listens on it.
 
-    It lies below the range from which the kernel gives ports to connections and to port 0, and no other test process
-    is told the same: a socket in the kernel's abstract namespace, which goes with this process, reserves its number.
+    The kernel never assigns it to a connection or to port 0, because it lies below the range of ephemeral ports. No
+    other test process gets it either: an abstract UNIX socket, which ends with this process, reserves the number.
     """
     lowest_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
@@ -39,7 +40,7 @@ def free_port() -> int:
 
 
 def alive(pid: int) -> bool:
-    """Whether the process runs; a zombie, whose parent has not asked for its status, does not."""
+    """Whether the process runs; a zombie, which has ended but still has an entry in /proc, does not."""
     try:
         return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -47,7 +48,7 @@ def alive(pid: int) -> bool:
 
 
 def child_environment(**extra: str) -> dict[str, str]:
-    """The environment of a child process that imports our packages from where this process does."""
+    """An environment in which a child process imports our packages from the same place as this process."""
     roots = [str(Path(package.__file__).parents[1]) for package in (dpsr_serving, dpsr_tf)]
     inherited = os.environ.get("PYTHONPATH", "")
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [*roots, inherited])), **extra}

@@ -20,11 +20,11 @@ from dpsr_serving.tensors import make_tensor, to_numpy
 
 
 class RecordingBackend:
-    """A gRPC server of raw bytes, for what no model server can be made to do or would not let one see."""
+    """A gRPC server of raw bytes that records its calls, for tests that a real model server does not allow."""
 
     def __init__(self, options: Sequence[tuple[str, Any]] = ()) -> None:
         self.calls: list[tuple[str, bytes, dict[str, Any], float | None]] = []
-        self.peers: set[str] = set()  # the connections that calls came over
+        self.peers: set[str] = set()  # addresses of the client ends of the connections
         self.entered = threading.Semaphore(0)
         self.answer: Callable[[bytes, Any], bytes] = lambda request, context: request
         self._server = grpc.server(futures.ThreadPoolExecutor(8), options=(*serving_apis.GRPC_OPTIONS, *options))
@@ -34,7 +34,7 @@ class RecordingBackend:
             def service(self, details: Any) -> Any:
                 def handle(request: bytes, context: Any) -> bytes:
                     metadata = dict(context.invocation_metadata())
-                    if metadata.get("dpsr-proxy") == "check":  # the proxy's own
+                    if metadata.get("dpsr-proxy") == "check":  # a health check of the proxy
                         return b""
                     backend.peers.add(context.peer())
                     backend.calls.append((details.method, request, metadata, context.time_remaining()))
@@ -51,7 +51,7 @@ class RecordingBackend:
         self._server.stop(0).wait()
 
 
-# Two checks without an answer put a server down: the time-out is long enough for one that only gets no processor.
+# Two unanswered checks put a server down. The time-out is long enough for a server that has to wait for a processor.
 FAST = "health: {every_s: 0.1, timeout_s: 1, return_s: 0.2}\n"
 
 StartProxy = Callable[..., ProxyProcess]  # the fixtures of conftest.py
@@ -86,7 +86,7 @@ def ask_ids(target: str, model: str, query: str = "a", timeout: float = PATIENCE
 
 
 class Load:
-    """Threads that send the request, or each of several in turn, until the end of the block; counts what they got."""
+    """Threads that send a request, or several in turn, until the end of the block, and record the answers."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ def wait_until(condition: Callable[[], bool], limit_s: float = PATIENCE_S) -> No
 
 
 def http_address(proxy: ProxyProcess) -> str:
-    """Where a proxy that was started with --http_port=0 answers HTTP; once a proxy."""
+    """The HTTP address of a proxy that was started with --http_port=0. Can be read only once for each proxy."""
     assert proxy.process.stdout is not None
     line = proxy.process.stdout.readline()
     assert line.startswith("proxy HTTP on "), line
@@ -171,7 +171,7 @@ def metric(address: str, name: str, **labels: str) -> float:
 
 
 def write_yaml(path: Path, text: str) -> str:
-    """Writes a configuration, in place at once as a deployment does; returns the flag for it."""
+    """Writes a configuration and puts it in place by one rename, as a deployment does; returns the flag for it."""
     temporary = path.with_suffix(".new")
     temporary.write_text(text)
     temporary.rename(path)

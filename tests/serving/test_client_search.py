@@ -1,4 +1,4 @@
-"""The whole `search` signature: what both clients fill in, from real model servers that say what they were given."""
+"""The inputs that both clients fill into the `search` signature, as echoed by real model servers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PLAIN = {
 
 
 def save_echo(path: Path, keyed: bool = False, **features: str) -> None:
-    """A model with every input of `search`, which answers with what it was given, as "NAME: VALUE" in item_keys.
+    """A model with every input of `search` that echoes its inputs, as "NAME: VALUE" in item_keys.
 
     A row's lists are their values joined by ",", with "n:" in front: how wide the tensor was. `features` are user
     features: name -> "text", "number" or "texts".
@@ -77,7 +77,7 @@ def save_echo(path: Path, keyed: bool = False, **features: str) -> None:
     class Echo(tf.Module):
         @tf.function(input_signature=[specs["query"]])
         def serve(self, query: tf.Tensor) -> dict[str, tf.Tensor]:
-            # As of an exported servable: how many results there are is known.
+            # The number of results is a constant, as in an exported servable.
             return {name: tf.ensure_shape(value, [None, 1]) for name, value in answer(tf.size(query), [query]).items()}
 
         def search(self, **inputs: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -126,7 +126,7 @@ def echo(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 def said(result: Any) -> dict[str, str]:
-    """What the model was given; of lists only the width where it is zero, else "width:values"."""
+    """The inputs that the model got. A list is written as its width and, if that is not zero, ":values"."""
     pairs = (line.split(": ", 1) for line in result.item_keys)
     return {name: value.removesuffix(":") for name, value in pairs}
 
@@ -416,7 +416,7 @@ def test_deadline_against_a_server_that_hangs(models: dict[str, Path], tmp_path:
 
 
 def test_tls(certificates: Path, servers: dict[str, ModelServer], start_proxy: Any, tmp_path: Path) -> None:
-    """A proxy that wants to see certificates, before a real server."""
+    """A proxy that demands client certificates, in front of a real server."""
     pem = {
         name: str(certificates / name) for name in ("ca.pem", "server.pem", "server.key", "client.pem", "client.key")
     }

@@ -1,4 +1,4 @@
-"""serving/deploy: what its files say is true of the programs, and holds together."""
+"""The files of serving/deploy agree with the programs and with each other."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def workload(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def unit_arguments(name: str) -> list[str]:
-    """What a systemd unit gives to dpsr."""
+    """The arguments that a systemd unit passes to dpsr."""
     text = (DEPLOY / "systemd" / f"dpsr-{name}.service").read_text().replace("\\\n", " ")
     line = re.search(r"^ExecStart=(.*)", text, re.MULTILINE)
     assert line is not None
@@ -60,7 +60,7 @@ def unit_arguments(name: str) -> list[str]:
 
 
 def entry_point(target: str) -> list[str]:
-    """The arguments that the image gives before those of its command."""
+    """The arguments in the image's entry point, which come before those of the command."""
     stage = (DEPLOY / "docker" / "Dockerfile").read_text().partition(f" AS {target}\n")[2].partition("\nFROM ")[0]
     program, *arguments = yaml.safe_load(stage.partition("ENTRYPOINT ")[2].partition("\n")[0])
     assert program == "dpsr"
@@ -68,7 +68,7 @@ def entry_point(target: str) -> list[str]:
 
 
 def all_arguments(name: str) -> dict[str, list[str]]:
-    """Everything that some file gives to the server or the proxy."""
+    """File -> the arguments that it passes to the server or the proxy."""
     services = load("docker", "docker-compose.yaml")["services"]
     of_compose = [services["proxy"]] if name == "proxy" else [services["server-1"], services["server-2"]]
     return {
@@ -136,8 +136,8 @@ def test_kubernetes_resources_fit_together(name: str) -> None:
     scaler = kinds["HorizontalPodAutoscaler"]["spec"]
     target = {"apiVersion": "apps/v1", "kind": controller["kind"], "name": controller["metadata"]["name"]}
     assert scaler["scaleTargetRef"] == target
-    assert "replicas" not in controller["spec"]  # they are the autoscaler's
-    assert "cpu" in container["resources"]["requests"]  # what its utilization is of
+    assert "replicas" not in controller["spec"]  # the autoscaler sets them
+    assert "cpu" in container["resources"]["requests"]  # the autoscaler's utilization is a share of it
     if name == "server":
         assert controller["spec"]["serviceName"] == kinds["Service"]["metadata"]["name"]
         # The proxy lists an address for each pod that there may be.
@@ -209,7 +209,7 @@ def names_in(expression: str) -> set[str]:
 
 
 def labels_of(expression: str, metric: str) -> set[str]:
-    """The labels that an expression asks for beside a metric."""
+    """The labels by which an expression selects a metric."""
     matchers = re.findall(rf"(?<![\w:]){re.escape(metric)}\{{([^}}]*)\}}", expression)
     return {label for matcher in matchers for label in re.findall(r"(\w+)\s*[=!]", re.sub(r'"[^"]*"', "", matcher))}
 
@@ -267,7 +267,7 @@ def test_every_metric_of_the_rules_exists(
 
 
 def test_dashboard() -> None:
-    """Panels stand side by side, and a legend names labels that its expression leaves."""
+    """Panels do not overlap, and a legend names only labels that its expression keeps."""
     panels = json.loads(DASHBOARD.read_text())["panels"]
     cells = [
         (x, y)

@@ -1,4 +1,4 @@
-"""What must not be seen by clients: servers that are killed, hang, end, come back, or get another version, under load.
+"""Clients under load must not notice that servers are killed, hang, end, come back, or get another version.
 
 Real model servers and proxies, each a process; benchmarks/faults.py measures the same.
 """
@@ -55,7 +55,7 @@ def test_killed_backend_fails_no_request_and_gets_no_more(
         pair[0].process.kill()
         load.wait_for(400)
     assert load.failed == 0, load.details
-    # What it lost was asked again, once each: a dead server attracts nothing.
+    # Each lost call was made again once, and the dead server gets no new calls.
     assert metric(http, "dpsr_proxy_backend_failures_total", backend=pair[0].target) <= 8
     wait_until(lambda: metric(http, "dpsr_proxy_backend_up", backend=pair[0].target) == 0)
     wait_until(lambda: metric(http, "dpsr_proxy_backend_up", backend=pair[1].target) == 1)
@@ -76,7 +76,7 @@ def test_hanging_backend_fails_no_request_and_comes_back(
         load.wait_for(100)
     assert load.failed == 0, load.details
     assert metric(http, "dpsr_proxy_retries_total", model="shop") >= 1
-    pair[1].process.kill()  # the one that came back has to do it alone
+    pair[1].process.kill()  # the server that came back has to answer alone
     assert ask_ids(proxy.target, "shop") == [100]
 
 
@@ -127,13 +127,13 @@ def test_all_gone_under_load_is_unavailable_by_name_and_ends_when_one_is_back(
             server.process.kill()
             server.process.wait()
         wait_until(lambda: get(http, "/readyz")[0] == 503)
-        load.wait_for(50)  # each would take its minute if anything waited for a server
+        load.wait_for(50)  # each would take a minute if the proxy waited for a server
         with start_model_server(model_paths["shop"], "shop", pair[0].port, op_libraries=()):
             wait_until(lambda: get(http, "/readyz")[0] == 200)
             good = load.codes.count(grpc.StatusCode.OK)
             wait_until(lambda: load.codes.count(grpc.StatusCode.OK) > good + 100)
     assert set(load.codes) == {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
-    words = {words for words in load.details if "server is starting" not in words}  # that one has a voice of its own
+    words = {words for words in load.details if "server is starting" not in words}  # the starting server's own message
     assert words and all(text.startswith("model 'shop': ") for text in words), words
 
 
@@ -142,7 +142,7 @@ def test_all_backends_gone_is_told_at_once(pair: list[ModelServer], start_proxy:
     for server in pair:
         server.process.kill()
         server.process.wait()
-    for _ in range(3):  # no deadline: whoever waited for a server would wait for ever
+    for _ in range(3):  # without a deadline, a proxy that waited for a server would wait for ever
         code, details, *_ = call(proxy.target, serving_apis.PREDICT, predict("shop", query=["a"]), timeout=None)
         assert code is grpc.StatusCode.UNAVAILABLE and "model 'shop'" in details
         assert any(server.target in details for server in pair)
@@ -184,7 +184,7 @@ def test_version_rollout_over_two_backends_fails_no_request(
             for number, base in enumerate(bases):
                 publish(tmp_path / "new", base, 8)
                 wait_until(lambda n=number: ask_ids(running[n].target, "shop") == [300])
-                # Whoever asks for version 8 gets it, wherever it is by now; and 7 as long as one has it.
+                # A request for version 8 reaches a server that has it, and one for 7 as long as a server has that.
                 wait_until(
                     lambda: (
                         call(proxy.target, serving_apis.PREDICT, pinned.SerializeToString())[0] is grpc.StatusCode.OK

@@ -97,7 +97,7 @@ def test_texts_and_bytes(rest: Server) -> None:
     doubled, mangled, empty = rest.rest(SIG, body).json["predictions"]
     assert doubled == {"bytes": 5, "doubled": '三"\n三"\n'}
     assert mangled["bytes"] == 2
-    # What is no UTF-8 cannot stand as text.
+    # Bytes that are not UTF-8 cannot be written as text.
     assert base64.b64decode(mangled["doubled"]["b64"]) == b"\xff\x00\xff\x00"
     assert empty == {"bytes": 0, "doubled": ""}
     named = rest.rest(SIG, {"signature_name": "text", "inputs": {"text": [{"b64": raw}]}}).json
@@ -599,7 +599,7 @@ def test_time_limit_and_full_queue(exported: Path, base_path: Path, tmp_path: Pa
     with serving(
         tmp_path, f"--model_base_path={base_path}", *flags, "--rest_api_timeout_in_ms=1000", rest_port=free_port()
     ) as running:
-        # One runs, one more may wait; others are told so at once.
+        # One request runs, one may wait, and others are refused at once.
         request, begun, release = gate_request(tmp_path)
         held = running.prediction.Predict.future(request, timeout=PATIENCE_S)
         eventually(begun.exists, "the request runs")
@@ -609,7 +609,7 @@ def test_time_limit_and_full_queue(exported: Path, base_path: Path, tmp_path: Pa
             if call.done():
                 code, message = error_of(call.result)
                 assert code == grpc.StatusCode.RESOURCE_EXHAUSTED and "--max_queued_requests" in message
-        # So by REST, where those that run and wait are too late in the end.
+        # The same over REST, where the running and the waiting request exceed their time limit in the end.
         path = "/v1/models/default:predict"
         gate = {name: str(tmp_path / f"rest_{name}") for name in ("begun", "release")}
         with concurrent.futures.ThreadPoolExecutor(4) as threads:
@@ -621,7 +621,7 @@ def test_time_limit_and_full_queue(exported: Path, base_path: Path, tmp_path: Pa
             refused = [reply.result() for reply in replies if reply not in late]
             assert [reply.status for reply in refused] == [429, 429]
             assert "--max_queued_requests" in refused[0].text
-            time.sleep(1.2)  # beyond their time limit, which began when they came
+            time.sleep(1.2)  # longer than the time limit of both, which began when they arrived
             Path(gate["release"]).touch()
             assert [reply.result().status for reply in late] == [504, 504]
         release.touch()
@@ -717,5 +717,5 @@ def test_a_server_out_of_files_goes_on_when_it_has_some_again(exported: Path, ba
                 stack.enter_context(connection(running))
             before = cpu_s()
             time.sleep(1)
-            assert cpu_s() - before < 0.5  # of two CPUs' seconds: it does not spin
+            assert cpu_s() - before < 0.5  # CPU seconds: the server does not busy-wait
         eventually(lambda: running.rest("/healthz").status == 200, "it answers again")

@@ -56,7 +56,7 @@ def test_whole_file(tmp_path: Path) -> None:
 
 
 def test_the_guides_file_is_one() -> None:
-    """It names every key there is, and `memory` is the only one that may stay out."""
+    """The example in the guide has every key but `latest`, which excludes `versions`."""
     text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
     (example,) = re.findall(r"^```yaml\n(servers:\n.*?)^```", text, re.DOTALL | re.MULTILINE)
     config = parse_config(example)
@@ -195,7 +195,7 @@ def start_fleet(exported: Path, tmp_path: Path) -> Iterator[Callable[[int, int],
 def test_200_models_move_between_4_servers_without_a_failed_request(
     start_fleet: Callable[[int, int], Fleet], start_proxy: StartProxy, tmp_path: Path
 ) -> None:
-    """A fourth server comes, another leaves, while clients ask a proxy that reads our file and one that discovers."""
+    """A fourth server comes and another leaves, under load by way of two proxies: one reads our file, one discovers."""
     fleet = start_fleet(4, 200)
     routes = tmp_path / "proxy.yaml"
     health = "health: {every_s: 0.3, return_s: 0}\n"
@@ -233,7 +233,7 @@ def test_200_models_move_between_4_servers_without_a_failed_request(
 
 @pytest.mark.slow
 def test_a_model_that_does_not_load_stops_the_plan(start_fleet: Callable[[int, int], Fleet], tmp_path: Path) -> None:
-    """The rest stands; what stands where is told; the next run goes on from there, with another version and a label."""
+    """The other models are placed, the output says where; the next run continues, with another version and a label."""
     fleet = start_fleet(2, 3)
     version = tmp_path / "m001" / "1"
     model = version.resolve()
@@ -252,7 +252,7 @@ def test_a_model_that_does_not_load_stops_the_plan(start_fleet: Callable[[int, i
     assert answering(fleet.servers[place], "m001") == {2}
     request = serving_apis.PredictRequest.FromString(predict("m001", x=np.float32([2])))
     request.model_spec.version_label = "stable"
-    # A label to a version that does not load: the reason is told.
+    # A label for a version that does not load: the error gives the reason.
     version = tmp_path / "m001" / "3"
     saved_models.write_unknown_op(version, "NoSuchOp")
     fleet.models["m001"] = fleet.models["m001"].replace("[2]", "[2, 3]").replace("stable: 2", "stable: 3")
@@ -263,7 +263,7 @@ def test_a_model_that_does_not_load_stops_the_plan(start_fleet: Callable[[int, i
         and "model m001 version 3: " in err
         and "NoSuchOp" in err
     )
-    # A server that starts again knows what it had.
+    # A server that starts again with the written file has its models again.
     with serving(tmp_path, f"--model_config_file={tmp_path}/{place}.config") as again:
         assert answering(again, "m001") == {2}
     address = f"127.0.0.1:{fleet.servers[place].port}"

@@ -29,7 +29,7 @@ Held = dict[str, frozenset[str]]
 def instances(
     draw: st.DrawFn, most_models: int = 12, most_servers: int = 5
 ) -> tuple[list[Model], list[Server], dict[str, frozenset[str]]]:
-    """Models, servers, and what the servers hold, which may be too much, and models that nobody knows any more."""
+    """Models, servers, and what the servers hold, which may exceed their memory and include unknown models."""
     models = [
         Model(
             f"m{i}",
@@ -75,7 +75,7 @@ def test_assignments_keep_the_rules(instance: tuple[list[Model], list[Server], H
     assert len(missing) == len(misfits)
     for model in models:
         assert len(holders(after, model.name)) == model.replicas - missing.get(model.name, 0)
-    # What stands as wanted stays; and nothing depends on the order of the input.
+    # Replicas that are placed as wanted stay, and the order of the input does not matter.
     if not misfits:
         assert assign(models, servers, after, rebalance) == (after, [])
     assert assign(models[::-1], servers[::-1], present, rebalance) == (after, misfits)
@@ -119,7 +119,7 @@ def test_steps_keep_every_model_answering(instance: tuple[list[Model], list[Serv
     try:
         steps = schedule(models, servers, present, after)
     except StuckError as stuck:
-        # Only what is waited for, and only where memory is short.
+        # Only models that wait for room, and only if memory is short.
         assert stuck.models and set(stuck.models) <= set(by_name)
         assert any(sum(by_name[n].memory for n in state[s] | after[s]) > memory[s] for s in memory)
         return
@@ -211,7 +211,7 @@ def test_rebalancing_evens_what_stood_and_ends() -> None:
 
 
 def test_hundreds_of_models_on_many_servers() -> None:
-    """Packed to 85 %, then a server leaves: what it held moves, and little else."""
+    """A server leaves when all are 85 % full: its models move, and few others."""
     draw = random.Random(2)
     models = [Model(f"m{i:03}", draw.randint(1, 30), swap=1, replicas=draw.choice([1, 2, 3])) for i in range(500)]
     total = sum(model.memory * model.replicas for model in models)

@@ -34,7 +34,7 @@ def write_config(path: Path, servers: dict[str, ModelServer]) -> Path:
 
 @pytest.fixture
 def proxy(servers: dict[str, ModelServer], tmp_path: Path, start_proxy: StartProxy) -> ProxyProcess:
-    """A proxy before the servers of both models, each on its own backend."""
+    """A proxy in front of the servers of both models, each on a backend of its own."""
     return start_proxy(f"--config={write_config(tmp_path / 'proxy.yaml', servers)}")
 
 
@@ -160,7 +160,7 @@ def test_default_backends_take_all_other_models(
     for model, base in (("shop", 100), ("keyed", 200)):
         with SearchClient(proxy.target, model) as client:
             assert client.search("a")[0].item_ids.tolist() == [base]
-    # Unknown to the default server too: the answer is the server's.
+    # The default server does not know the model either: its answer is returned.
     code, details, *_ = call(proxy.target, serving_apis.PREDICT, predict("nowhere", query=["a"]))
     assert code is grpc.StatusCode.NOT_FOUND and "nowhere" in details
 
@@ -259,7 +259,7 @@ def test_passes_cancellation_on(start_backend: Callable[[], RecordingBackend], s
         pending.cancel()
         assert cancelled.wait(PATIENCE_S)
     proxy.process.terminate()
-    assert proxy.process.communicate(timeout=PATIENCE_S)[1] == ""  # nothing to log: clients do that
+    assert proxy.process.communicate(timeout=PATIENCE_S)[1] == ""  # clients may cancel calls, so nothing is logged
 
 
 def test_least_outstanding_backend_gets_the_next_request(
@@ -545,7 +545,7 @@ def test_ipv6(start_backend: Callable[[], RecordingBackend], start_proxy: StartP
 
 
 def test_tensors_pass_undecoded(start_backend: Callable[[], RecordingBackend], start_proxy: StartProxy) -> None:
-    # A tensor that no server would take: the proxy does not look at it.
+    # No server would accept this tensor, but the proxy does not decode it.
     request = serving_apis.PredictRequest.FromString(predict("m", query=["a"]))
     request.inputs["query"].tensor_shape.dim[0].size = 1 << 40
     backend = start_backend()

@@ -1,4 +1,4 @@
-"""Experiments: who is in which arm, where arms and shadow copies go, and what metrics and logs tell of them."""
+"""Experiments: the assignment to arms, the targets of arms and shadow copies, and their metrics and logs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from dpsr_serving.proxy.experiments import assign
 
 
 def test_assignment_is_pinned() -> None:
-    """Logs of years ago must join: these values may never change."""
+    """These values must never change, so that old logs can be joined."""
     weights = {"t": 10, "c": 40, "o": 50}
     assert "".join(assign("ranker-v2", f"user-{n}", weights) for n in range(12)) == "ctotcooocooc"
     # By hand: SHA-256("e\0k") starts with these 8 bytes.
@@ -119,7 +119,7 @@ access_log: {{path: {log}, sample: 1, metadata: [user-id]}}
     joined = [line for line in lines if "metadata" in line][: 4 * len(users)]
     assert all(assign("keys", line["metadata"]["user-id"], weights) == line["arm"] for line in joined)
     assert {line["backend"] for line in lines} == {server.target for server in servers.values()}
-    # What is not inference is of the model itself.
+    # Requests other than inference go to the model itself, not to an arm.
     status = serving_apis.GetModelStatusRequest()
     status.model_spec.name = "shop"
     response = call(

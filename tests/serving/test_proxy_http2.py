@@ -1,4 +1,4 @@
-"""The proxy's HTTP/2: HPACK by the RFC's examples, frames that gRPC's own clients never send, and servers that end."""
+"""The proxy's HTTP/2: the RFC's examples of HPACK, frames that gRPC clients never send, and servers that shut down."""
 
 from __future__ import annotations
 
@@ -216,12 +216,14 @@ def message(data: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def echo() -> Iterator[tuple[RecordingBackend, ProxyProcess]]:
-    """A backend that gives back what it gets, and a proxy before it."""
+    """A backend that echoes its requests, and a proxy in front of it."""
     backend = RecordingBackend()
     proxy = ProxyProcess(f"--backend={backend.target}")
     yield backend, proxy
     proxy.process.terminate()
-    assert proxy.process.communicate(timeout=PATIENCE_S)[1] == ""  # nothing that came over the wire is our failure
+    assert (
+        proxy.process.communicate(timeout=PATIENCE_S)[1] == ""
+    )  # bad input from the wire is not an error of the proxy
     backend.stop()
 
 
@@ -246,7 +248,7 @@ LAST = http2.END_STREAM
 def test_frames_in_every_form(wire: Callable[..., Wire]) -> None:
     client = wire()
     block, body = head(), message(REQUEST)
-    # Headers in pieces, padded, with a priority; data in pieces, padded, empty; frames of kinds that nobody knows.
+    # Headers in pieces, padded, with a priority; data in pieces, padded, empty; frames of unknown kinds.
     padded = bytes((3,)) + struct.pack(">IB", 0, 16) + block[:20] + b"\0\0\0"
     client.send(frame(http2.HEADERS, http2.PADDED | http2.PRIORITIZED, 1, padded))
     client.send(frame(http2.CONTINUATION, 0, 1, block[20:60]) + frame(http2.CONTINUATION, WHOLE, 1, block[60:]))
@@ -350,7 +352,7 @@ def test_a_broken_protocol_ends_the_connection_and_says_why(wire: Callable[..., 
     assert client.goodbye() == code
 
 
-def test_what_is_no_http2_is_not_answered(echo: tuple[RecordingBackend, ProxyProcess]) -> None:
+def test_bytes_that_are_not_http2_are_not_answered(echo: tuple[RecordingBackend, ProxyProcess]) -> None:
     host, _, port = echo[1].target.rpartition(":")
     with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
@@ -373,7 +375,7 @@ def test_what_is_no_http2_is_not_answered(echo: tuple[RecordingBackend, ProxyPro
         (head(grpc_timeout="0n"), message(REQUEST), {b"grpc-status": b"4"}),
     ],
 )
-def test_calls_that_are_none_are_refused_and_the_connection_goes_on(
+def test_invalid_calls_are_refused_and_the_connection_goes_on(
     wire: Callable[..., Wire], headers: bytes, body: bytes, expected: dict[bytes, bytes]
 ) -> None:
     client = wire()
@@ -445,7 +447,7 @@ def test_a_server_that_takes_few_calls_at_a_time_gets_no_more(start_proxy: Start
 
 
 class RawBackend:
-    """A server that answers the n-th call, on stream s, by the frames of answer(n, s), and the proxy's checks well."""
+    """A server that answers the n-th call, on stream s, with the frames answer(n, s), and health checks with OK."""
 
     def __init__(self, answer: Callable[[int, int], bytes]) -> None:
         self._calls = 0

@@ -69,7 +69,7 @@ def test_pages(servers: dict[str, ModelServer], start_proxy: StartProxy) -> None
     assert all(series.fullmatch(line) for line in text.splitlines())
     assert metric(http, "dpsr_proxy_requests_total", method="Predict", code="OK") == 1
     assert metric(http, "dpsr_proxy_requests_total", code="INVALID_ARGUMENT") == 1
-    assert "invented" not in text  # anybody can invent names: they make no series
+    assert "invented" not in text  # clients can invent names, which must not create series
     assert metric(http, "dpsr_proxy_backend_up", backend=servers["shop"].target) == 1
     assert metric(http, "dpsr_proxy_backend_outstanding", backend=servers["shop"].target) == 0
 
@@ -240,7 +240,7 @@ def test_workers_share_the_port_and_are_replaced(
     wait_until(lambda: metric(http, "dpsr_proxy_backend_up", backend=servers["shop"].target) == 1)
     for _ in range(20):
         assert ask_ids(proxy.target, "shop") == [100]
-    # Another proxy does not join in silently.
+    # A second proxy must not share the port unnoticed.
     port = proxy.target.rpartition(":")[2]
     for more in ((), ("--workers=2",)):
         result = run_command("proxy", f"--backend={servers['shop'].target}", f"--port={port}", *more)
@@ -281,7 +281,7 @@ def test_sigterm_under_load_answers_or_is_unavailable(servers: dict[str, ModelSe
         proxy.process.terminate()
         assert proxy.process.wait(PATIENCE_S) == 0
         wait_until(lambda: load.failed > 0)
-    # gRPC cancels a call that reaches the server in the moment of its shutdown: one a thread at most.
+    # gRPC cancels a call that arrives at the moment of the shutdown: at most one for each thread.
     cancelled = load.codes.count(grpc.StatusCode.CANCELLED)
     assert cancelled <= 4
     assert set(load.codes) - {grpc.StatusCode.CANCELLED} == {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
