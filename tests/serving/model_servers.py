@@ -107,7 +107,7 @@ class Server:
     def rest(
         self, path: str, body: object = None, method: str | None = None, headers: Mapping[str, str] | None = None
     ) -> Reply:
-        """Sends GET without a body and POST with one, unless `method` is given. Bodies become JSON unless bytes or str."""
+        """Sends GET without a body and POST with one, unless `method` is given. Bodies are JSON unless bytes or str."""
         connection = http.client.HTTPConnection("127.0.0.1", self.rest_port, timeout=PATIENCE_S)
         try:
             data = body if isinstance(body, bytes | str) or body is None else json.dumps(body)
