@@ -251,6 +251,23 @@ def test_workers_share_the_port_and_are_replaced(
     assert not any(alive(pid) for pid in rest)
 
 
+def test_a_worker_that_stops_for_a_while_is_counted_again(
+    servers: dict[str, ModelServer], start_proxy: StartProxy
+) -> None:
+    proxy = start_proxy(f"--backend={servers['shop'].target}", "--workers=2", "--http_port=0")
+    http = http_address(proxy)
+    wait_until(lambda: get(http, "/readyz")[0] == 200)
+    for _ in range(20):
+        assert ask_ids(proxy.target, "shop") == [100]
+    stopped = children(proxy.process.pid)[0]
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        assert metric(http, "dpsr_proxy_requests_total", code="OK") < 20
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    wait_until(lambda: metric(http, "dpsr_proxy_requests_total", code="OK") == 20)
+
+
 def test_workers_drain(start_backend: StartBackend, start_proxy: StartProxy) -> None:
     backend = start_backend()
     release = threading.Event()

@@ -2,7 +2,7 @@
 
 The parent (or the single process) answers HTTP: /healthz (the process lives), /readyz (it takes requests) and /metrics
 (of all workers together). A worker and the parent talk over a socket in lines of JSON: the worker announces its
-address, and then answers each line "report" with [ready, metrics].
+address, and then answers each line, which holds a number, with [number, ready, metrics].
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def run_worker() -> None:
         async def answer() -> None:
             try:
                 writer.write(json.dumps({"address": server.address}).encode() + b"\n")
-                while await reader.readline():
-                    writer.write(json.dumps([server.ready(), server.dump()]).encode() + b"\n")
+                while line := await reader.readline():
+                    writer.write(json.dumps([int(line), server.ready(), server.dump()]).encode() + b"\n")
                     await writer.drain()
             except OSError:
                 pass
@@ -250,6 +250,7 @@ class _Worker:
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._lock = asyncio.Lock()
+        self._reports = 0  # number of the last report that was asked for
 
     async def start(self) -> None:
         """Starts the worker and waits until it serves. Raises CommandError."""
@@ -293,14 +294,12 @@ class _Worker:
         async with self._lock:
             if self._reader is None or self._writer is None:
                 return False, "[]"
+            self._reports += 1
             try:
-                self._writer.write(b"report\n")
-                ready, dump = json.loads(await asyncio.wait_for(self._reader.readline(), _REPORT_S))
+                self._writer.write(b"%d\n" % self._reports)
+                return await asyncio.wait_for(_read_report(self._reader, self._reports), _REPORT_S)
             except (asyncio.TimeoutError, OSError, ValueError):
-                # Its late answer would be mistaken for the answer to the next report, so it is asked no more.
-                self._reader = None
                 return False, "[]"
-            return bool(ready), str(dump)
 
     def signal(self, number: int) -> None:
         """Sends the worker a signal."""
@@ -312,6 +311,14 @@ class _Worker:
         """Waits until the worker has ended."""
         if self._process is not None:
             await self._process.wait()
+
+
+async def _read_report(reader: asyncio.StreamReader, number: int) -> tuple[bool, str]:
+    """Returns the report of this number; skips late answers to earlier ones. Raises ValueError at the stream's end."""
+    while True:
+        answered, ready, dump = json.loads(await reader.readline())
+        if answered == number:
+            return bool(ready), str(dump)
 
 
 async def _listen_http(settings: Settings, report: Report, address: str) -> Any:
