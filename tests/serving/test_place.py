@@ -17,6 +17,7 @@ from processes import run_command
 from proxy_backends import Load, StartProxy, call, predict, write_yaml
 
 from dpsr_common import serving_apis
+from dpsr_common.command_line import main
 from dpsr_common.errors import UsageError
 from dpsr_serving.placement.config import parse_config
 from dpsr_serving.placement.planner import Model
@@ -100,13 +101,17 @@ def test_wrong_files_are_refused(text: str, words: str) -> None:
     assert words in str(raised.value)
 
 
-def test_plan_without_servers(tmp_path: Path) -> None:
+def test_plan_without_servers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def place(*arguments: str) -> tuple[int, str, str]:
+        status = main(["place", *arguments])
+        return status, *capsys.readouterr()
+
     text = "servers: {a: {address: 'h:1', memory: 10GiB}, b: {address: 'h:2', memory: 4GiB}}\nmodels:\n"
     models = "  shop: {base_path: /m, memory: 2GiB, replicas: 2}\n"
     flag = write_yaml(tmp_path / "p.yaml", text + models)
-    result = run_command("place", flag, "--offline")
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.splitlines() == [
+    status, out, errors = place(flag, "--offline")
+    assert (status, errors) == (0, "")
+    assert out.splitlines() == [
         "server    memory  models     need       ->  models     need",
         "a       10.0 GiB       0  0 bytes  0 %  ->       1  4.0 GiB   40 %",
         "b        4.0 GiB       0  0 bytes  0 %  ->       1  4.0 GiB  100 %",
@@ -118,20 +123,19 @@ def test_plan_without_servers(tmp_path: Path) -> None:
         "nothing was changed; --apply carries it out",
     ]
     write_yaml(tmp_path / "p.yaml", f"{text}{models}  large: {{base_path: /m, memory: 9GiB}}")
-    result = run_command("place", flag, "--offline")
-    assert result.returncode == 1
-    assert "1 of 1  needs 9.0 GiB, and 9.0 GiB for a next version; of the servers" in result.stdout
-    assert result.stderr.startswith("dpsr place: error: 1 replicas of 1 models do not fit; nothing was changed")
+    status, out, errors = place(flag, "--offline")
+    assert status == 1
+    assert "1 of 1  needs 9.0 GiB, and 9.0 GiB for a next version; of the servers" in out
+    assert errors.startswith("dpsr place: error: 1 replicas of 1 models do not fit; nothing was changed")
     for wrong in (("--offline", "--apply"), ("--offline", "--proxy_config=x"), ("--config=none",)):
-        assert run_command("place", flag, *wrong).returncode == 2
-    result = run_command(
-        "place",
+        assert place(flag, *wrong)[0] == 2
+    status, _, errors = place(
         write_yaml(
             tmp_path / "p.yaml",
             "servers: {a: {address: '127.0.0.1:1', memory: 9}}\nmodels: {m: {base_path: /m, memory: 1}}",
         ),
     )
-    assert result.returncode == 1 and "server a (127.0.0.1:1) does not answer; start it, or say" in result.stderr
+    assert status == 1 and "server a (127.0.0.1:1) does not answer; start it, or say" in errors
 
 
 class Fleet:

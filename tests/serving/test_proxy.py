@@ -18,6 +18,7 @@ from processes import PATIENCE_S, ProxyProcess, child_environment, run_command
 from proxy_backends import RecordingBackend, StartProxy, call, predict
 
 from dpsr_common import serving_apis
+from dpsr_common.command_line import main
 from dpsr_common.errors import UsageError
 from dpsr_serving.client import SearchClient, ServingError
 from dpsr_serving.model_server import ModelServer
@@ -377,7 +378,7 @@ def test_port_in_use_is_one_clear_line(start_backend: Callable[[], RecordingBack
     assert result.stderr.count("\n") == 1
 
 
-def test_bad_usage_is_one_clear_line(tmp_path: Path) -> None:
+def test_bad_usage_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "proxy.yaml"
     config.write_text("modles: {}")
     for arguments, words in (
@@ -390,10 +391,9 @@ def test_bad_usage_is_one_clear_line(tmp_path: Path) -> None:
         ((f"--config={tmp_path / 'missing.yaml'}",), "missing.yaml"),
         ((f"--config={config}",), f"{config}: the configuration: unknown key 'modles', allowed: models, default, "),
     ):
-        result = run_command("proxy", *arguments)
-        assert result.returncode == 2, arguments
-        assert result.stderr.startswith("dpsr proxy: error: ") and result.stderr.count("\n") == 1
-        assert words in result.stderr
+        assert main(["proxy", *arguments]) == 2, arguments
+        errors = capsys.readouterr().err
+        assert errors.startswith("dpsr proxy: error: ") and errors.count("\n") == 1 and words in errors, errors
 
 
 def test_help() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from processes import PATIENCE_S, alive, child_environment, command_line, run_command
 
+from dpsr_common.command_line import main
 from dpsr_common.errors import CommandError
 from dpsr_serving import model_server
 from dpsr_serving.client import SearchClient
@@ -85,7 +86,9 @@ def test_relative_base_path_and_flags_of_the_server(model_paths: dict[str, Path]
         assert client.search("ab")[0].item_ids.tolist() == [100, 101]
 
 
-def test_failures_are_one_line(tmp_path: Path, model_paths: dict[str, Path]) -> None:
+def test_failures_are_one_line(
+    tmp_path: Path, model_paths: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "no_version" / "abc").mkdir(parents=True)
     shop = model_paths["shop"]
     for status, arguments, words in (
@@ -96,10 +99,9 @@ def test_failures_are_one_line(tmp_path: Path, model_paths: dict[str, Path]) -> 
         (1, (f"--model_base_path={shop / '7'}",), "give its parent"),
         (1, (f"--model_base_path={shop}", "--op_library=nowhere.so"), "no such file"),
     ):
-        result = run_command("serve", *arguments)
-        assert result.returncode == status, (arguments, result)
-        assert result.stderr.startswith("dpsr serve: error: ") and result.stderr.count("\n") == 1
-        assert words in result.stderr
+        assert main(["serve", *arguments]) == status, arguments
+        errors = capsys.readouterr().err
+        assert errors.startswith("dpsr serve: error: ") and errors.count("\n") == 1 and words in errors, errors
 
 
 def test_help() -> None:
