@@ -163,8 +163,7 @@ def _expression(name: str, value: Filter) -> str:
         if len(value) != 2 or value == (None, None) or any(isinstance(end, (str, bytes)) for end in value):
             raise ValueError(
                 f"filter {name!r}: got {value!r}; a tuple means a range of numbers (low, high), one of which may be "
-                "None; "
-                "give alternatives as a list"
+                "None; give alternatives as a list"
             )
         low, high = ("" if end is None else _literal(name, end) for end in value)
         return f"{name}={low}..{high}"

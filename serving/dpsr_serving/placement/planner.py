@@ -24,8 +24,9 @@ Assignment = Mapping[str, frozenset[str]]  # server -> models on it
 _CHAIN_LENGTH = 3  # longest chain of replicas that make room for each other
 _CHAIN_TRIES = 5_000  # attempts to move one replica for another, in one call of fill()
 _SEARCH_NODES = 20_000  # most nodes that the exhaustive search visits
-_SEARCH_MODELS = 200  # more models than this are not searched exhaustively
-_SEARCH_CHOICES = 500  # nor are models with more possible sets of servers than this
+# There is no exhaustive search for more models than this, or if one model has more possible sets of servers than this.
+_SEARCH_MODELS = 200
+_SEARCH_CHOICES = 500
 _BALANCED = 1.1  # rebalancing stops when no load is above this multiple of the mean
 
 
