@@ -329,6 +329,7 @@ def test_units(name: str, tmp_path: Path) -> None:
         pytest.skip("systemd-analyze is not installed: run make test-tools")
     here = tmp_path / unit.name
     here.write_text(text.replace("/opt/dpsr/bin/dpsr", command_line()[0]))
+    shutil.copytree(unit.parent / "dpsr-.service.d", tmp_path / "dpsr-.service.d")
     done = subprocess.run([analyze, "verify", "--man=no", str(here)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     done = subprocess.run(
