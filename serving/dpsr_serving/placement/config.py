@@ -57,7 +57,7 @@ class PlacementConfig:
 
 def parse_config(text: str) -> PlacementConfig:
     """Reads a placement file. Raises UsageError that names the key, its value and what is allowed."""
-    top = Section("the configuration", load_yaml(text), ("servers", "models", "swap_room", "tls"))
+    top = Section("", load_yaml(text), ("servers", "models", "swap_room", "tls"))
     servers, addresses = {}, {}
     for name, section in _sections(top, "servers", ("address", "memory", "zone", "leaving")):
         addresses[name] = check_address(f"{section.key}address", section.tree.get("address"))
@@ -119,7 +119,7 @@ def _model(name: str, section: Section, swap_room: bool) -> ModelEntry:
         memory=version_memory * num_versions,
         swap=version_memory if swap_room else 0,
         replicas=section.integer("replicas", 1, 1),
-        requests=float(section.number("requests_per_s", 0.0, below=-1e-9)),
+        requests=float(section.number("requests_per_s", 0.0, least=0)),
     )
     return ModelEntry(model, base_path, tuple(sorted(set(versions))), latest, labels)
 
