@@ -27,6 +27,12 @@ def dpsr_repositories():
             debian_package = "libxxhash-dev",
             headers = ["xxhash.h"],
         )
+    if "rapidjson" not in defined:
+        system_repository(
+            name = "rapidjson",
+            debian_package = "rapidjson-dev",
+            headers = ["rapidjson"],
+        )
     if "googletest" not in defined:
         system_repository(
             name = "googletest",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -42,6 +42,8 @@ class ModelConfig:
 class TrainConfig:
     """Optimisation (sections 4.3 and 4.4). Where the paper gives a number, it is the default."""
 
+    RENAMED: ClassVar = {"own_negatives": ("own_negative_source", {"supervised": "labels"})}
+
     steps: int = option(10_000, "training steps in all", 1)
     batch_size: int = option(64, "b, positive pairs a step", 2, 1 << 16)
     num_title_queries: int = option(0, "pairs of a batch whose query is a piece of a random item's title", 0, 1 << 16)
@@ -65,7 +67,11 @@ class TrainConfig:
     num_hard_negatives: int = option(0, "hardest negatives of a pair that count; 0: all, as in the paper", 0, 1 << 17)
     num_supervised_negatives: int = option(0, "places of the random set for labelled negatives (4.5)", 0, 1 << 16)
     num_own_negatives: int = option(0, "negatives that a pair has for itself alone", 0, 1024)
-    own_negatives: str = option("impressions", "what those are", choices=("impressions", "supervised", "both"))
+    own_negative_source: str = option(
+        "impressions",
+        "where a pair's own negatives come from: items shown with it and not clicked, labelled negatives of its query",
+        choices=("impressions", "labels", "both"),
+    )
     own_negative_weight: float = option(1.0, "how much one of them counts in the loss", 0, 1e6)
     seed: int = option(1, "of initial weights, shuffle and negatives", 0, 2**31 - 1)
     checkpoint_steps: int = option(2_000, "steps between checkpoints", 1)

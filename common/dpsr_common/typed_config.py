@@ -71,10 +71,10 @@ def from_dict(cls: type[T], data: Any, where: str, check: bool = True) -> T:
 
     Args:
         cls: the dataclass. It may have a method `problem`, which returns what is wrong with values that are each
-        allowed
-            but cannot be combined, or None.
+            allowed but cannot be combined, or None.
             Two class variables are optional. SHORTHAND names a key: a text in place of the mapping is the value of that
-            key. RENAMED maps a key of earlier versions to how it is written now: {"old_key": "new_key: VALUE"}.
+            key. RENAMED maps a key of earlier versions to its new name and to the new names of values:
+            {"own_negatives": ("own_negative_source", {"supervised": "labels"})}.
         data: the mapping. None, which an empty section of YAML gives, is a mapping without keys.
         where: the file and the section; errors begin with it.
         check: whether to call `problem`.
@@ -93,7 +93,9 @@ def from_dict(cls: type[T], data: Any, where: str, check: bool = True) -> T:
     renamed = getattr(cls, "RENAMED", {})
     for key in data:
         if key in renamed:
-            raise UsageError(f"{where}: key '{key}' was renamed; write {renamed[key]}")
+            name, values = renamed[key]
+            value = values.get(data[key], data[key]) if isinstance(data[key], str) else data[key]
+            raise UsageError(f"{where}: key '{key}' was renamed; write '{name}: {value}'")
         if key not in fields:
             near = difflib.get_close_matches(str(key), list(fields), 1)
             hint = f"; did you mean '{near[0]}'?" if near else ""

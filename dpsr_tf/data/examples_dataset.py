@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import json
+import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import tensorflow as tf
 
@@ -82,31 +84,37 @@ class Batch(NamedTuple):
 class BatchOptions:
     """What a batch holds, and in which order the examples come.
 
+    An option that the `train` section of a config also has bears the same name there, and all bear the same name in C++
+    (dpsr_tf/ops/batch_options.h), which checks the values.
+
     Attributes:
-        batch_size: b, positive pairs.
-        num_title_queries: pairs whose query is a piece of a random item's title.
-        pretrain_steps: first batches, in which all pairs are such ones.
-        title_subsampling: a word that stands in a larger share s of the titles stays in such a query's title with
-            probability sqrt(title_subsampling / s) only; 0: always.
-        title_typo_rate: probability that a word of such a query gets a typing error (dpsr_tf/ops/query_noise.h).
-        query_typo_rate: the same of the log's queries.
-        num_random_negatives: r, items shared by the batch, uniform over all items (section 4.4.1).
-        num_supervised_negatives: places of those for labelled negatives of the batch's queries (section 4.5).
-        num_own_negatives: m, items that are negatives of one pair only.
-        own_negative_source: "impressions": items shown with the positive and not clicked; "labels": labelled negatives
-            of the query; "both".
-        seed: of shuffle and negatives.
-        user_features: names of features of the users, in the order wanted.
-        item_features: the same of all n items.
-        history_length: last events of the user, 0 for none.
-        history_types: names of EVENT_TYPES that count as such; () is all that the store keeps.
-        history_text: gives the text of the history's items.
-        history_features: item features of the history's items.
-        query_history_length: last queries of the user, 0 for none.
-        negative_mask: gives the mask, which every loss over shared or in-batch negatives needs.
-        shuffle_buffer: positives shuffled among themselves. A log that fits is shuffled as a whole; of a longer one,
-            blocks of 4,096 positives are shuffled, and as many blocks at a time as fit are mixed.
-        num_parallel_calls: batches assembled ahead, 0 for none; the batches are the same.
+        batch_size: b, number of positive pairs.
+        num_title_queries: number of pairs whose query is a piece of a random item's title.
+        pretrain_steps: number of batches at the start of training in which every pair has a title query.
+        title_subsampling: in a title query, a word that occurs in a larger share s of the titles is kept with
+            probability sqrt(title_subsampling / s) only. 0 turns this off.
+        title_typo_rate: share of the words in title queries that get a typing error (dpsr_tf/ops/query_noise.h).
+        query_typo_rate: share of the words in logged queries that get a typing error.
+        num_random_negatives: r, number of random items that are negatives of every pair of the batch, drawn uniformly
+            from all items (section 4.4.1).
+        num_supervised_negatives: how many of the random negatives are replaced by labelled negatives of the batch's
+            queries (section 4.5).
+        num_own_negatives: m, number of items for each pair that are negatives of this pair only.
+        own_negative_source: "impressions": own negatives are items shown with the positive and not clicked; "labels":
+            labelled negatives of the query; "both".
+        seed: seed of the shuffle and of the random draws.
+        user_features: names of the user features, in the order wanted.
+        item_features: names of the features of all n items, in the order wanted.
+        history_length: number of the user's last events, 0 for none.
+        history_types: names in EVENT_TYPES of the events that belong to the history; () for all that the store keeps.
+        history_text: whether the batch has the texts of the items in histories.
+        history_features: names of the features of the items in histories, in the order wanted.
+        query_history_length: number of the user's last queries, 0 for none.
+        negative_mask: whether the batch has the mask of negatives, which every loss over shared or in-batch negatives
+            needs.
+        shuffle_buffer: number of positives that are shuffled together. A log that fits is shuffled as a whole. In a
+            longer one, blocks of 4,096 positives are shuffled, and as many blocks as fit are mixed at a time.
+        num_parallel_calls: number of batches that are assembled ahead, 0 for none. It does not change the batches.
     """
 
     batch_size: int = 64
@@ -133,43 +141,46 @@ class BatchOptions:
 
     @staticmethod
     def from_config(config: TrainConfig, **options: Any) -> BatchOptions:
-        """The options that a training config has, with `options` for those that it has not."""
-        return BatchOptions(
-            batch_size=config.batch_size,
-            num_title_queries=config.num_title_queries,
-            pretrain_steps=config.pretrain_steps,
-            title_subsampling=config.title_subsampling,
-            title_typo_rate=config.title_typo_rate,
-            query_typo_rate=config.query_typo_rate,
-            num_random_negatives=config.num_random_negatives,
-            num_supervised_negatives=config.num_supervised_negatives,
-            num_own_negatives=config.num_own_negatives,
-            own_negative_source="labels" if config.own_negatives == "supervised" else config.own_negatives,
-            seed=config.seed,
-            **options,
-        )
+        """Returns the options that a training config has, with `options` for the others."""
+        names = {field.name for field in dataclasses.fields(BatchOptions)}
+        shared = {field.name for field in dataclasses.fields(config)} & names
+        return BatchOptions(**{name: getattr(config, name) for name in shared}, **options)
+
+    def message(self, manifest: dict[str, Any], **epochs_and_shard: int) -> str:
+        """Returns the JSON object that the op reads.
+
+        Args:
+            manifest: the store's, which says how each feature is held.
+            **epochs_and_shard: num_epochs, shard_index and num_shards, as in batch_options.h.
+
+        Raises:
+            UsageError: the store has no feature of a name, or there is no event type of a name.
+        """
+        for event_type in self.history_types:
+            if event_type not in EVENT_TYPES:
+                raise UsageError(f"history_types has '{event_type}', expected some of {', '.join(EVENT_TYPES)}")
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        options |= epochs_and_shard
+        options["history_types"] = sum(1 << EVENT_TYPES.index(event_type) for event_type in set(self.history_types))
+        options["user_features"] = _by_kind(manifest, "users", self.user_features)
+        options["item_features"] = _by_kind(manifest, "items", self.item_features)
+        options["history_features"] = _by_kind(manifest, "items", self.history_features)
+        return json.dumps(options)
 
 
-class FeatureKinds(NamedTuple):
-    """Names of features by how a store holds them; each in the order asked for."""
-
-    fixed: list[str]
-    lists: list[str]
-
-    @staticmethod
-    def of(manifest: dict[str, Any], table: str, names: Sequence[str]) -> FeatureKinds:
-        """Looks features up in a store's manifest; `table` is "items" or "users". UsageError for one it has not."""
-        kinds = {feature["name"]: feature["kind"] for feature in manifest["features"][table]}
-        for name in names:
-            if name not in kinds:
-                raise UsageError(
-                    f"the store has no feature '{name}' of {table}, expected some of {', '.join(kinds) or 'none'}; "
-                    f"name it in the schema's {table}.features and ingest again, or leave it out of the config"
-                )
-        return FeatureKinds(
-            [name for name in names if kinds[name] in FIXED_KINDS],
-            [name for name in names if kinds[name] not in FIXED_KINDS],
-        )
+def _by_kind(manifest: dict[str, Any], table: str, names: Sequence[str]) -> dict[str, list[str]]:
+    """Splits names of features of a table ("items" or "users") by how the store holds them, in their order."""
+    kinds = {feature["name"]: feature["kind"] for feature in manifest["features"][table]}
+    for name in names:
+        if name not in kinds:
+            raise UsageError(
+                f"the store has no feature '{name}' of {table}, expected some of {', '.join(kinds) or 'none'}; "
+                f"name it in the schema's {table}.features and ingest again, or leave it out of the config"
+            )
+    return {
+        "fixed": [name for name in names if kinds[name] in FIXED_KINDS],
+        "lists": [name for name in names if kinds[name] not in FIXED_KINDS],
+    }
 
 
 class _ExamplesDataset(tf.data.Dataset):
@@ -216,85 +227,55 @@ def examples_dataset(
         tf.errors.InvalidArgumentError, NotFoundError, DataLossError, FailedPreconditionError: on the first use, with
             the option or the file that is wrong.
     """
-    for event_type in options.history_types:
-        if event_type not in EVENT_TYPES:
-            raise UsageError(f"history_types has '{event_type}', expected some of {', '.join(EVENT_TYPES)}")
-    user = FeatureKinds.of(store.manifest, "users", options.user_features)
-    item = FeatureKinds.of(store.manifest, "items", options.item_features)
-    history = FeatureKinds.of(store.manifest, "items", options.history_features)
+    message = options.message(
+        store.manifest, num_epochs=num_epochs or 0, shard_index=shard_index, num_shards=num_shards
+    )
+    spec = batch_spec(message)
     variant = ops.load().dpsr_examples_dataset(
         users=_path(store, "users.dpsr"),
         items=_path(store, "items.dpsr"),
         interactions=[_path(store, name) for name in interactions_names(store.manifest["shards"])],
-        batch_size=options.batch_size,
         titles=_path(store, "titles.dpsr"),
         vocabulary=_path(store, vocabulary_name()),
-        num_title_queries=options.num_title_queries,
-        pretrain_steps=options.pretrain_steps,
-        title_subsampling=options.title_subsampling,
-        title_typo_rate=options.title_typo_rate,
-        query_typo_rate=options.query_typo_rate,
-        num_shared_negatives=options.num_random_negatives,
-        num_supervised_negatives=options.num_supervised_negatives,
-        shuffle_buffer=options.shuffle_buffer,
-        seed=options.seed,
-        num_epochs=num_epochs or 0,
-        shard_index=shard_index,
-        num_shards=num_shards,
         first_step=first_step,
-        num_own_negatives=options.num_own_negatives,
-        own_negative_source=options.own_negative_source,
-        user_fixed=user.fixed,
-        user_lists=user.lists,
-        item_fixed=item.fixed,
-        item_lists=item.lists,
-        history_length=options.history_length,
-        history_types=sum(1 << EVENT_TYPES.index(event_type) for event_type in set(options.history_types)),
-        history_text=options.history_text,
-        history_fixed=history.fixed,
-        history_lists=history.lists,
-        query_history_length=options.query_history_length,
-        negative_mask=options.negative_mask,
-        num_parallel_calls=options.num_parallel_calls,
+        options=message,
     )
-    return _ExamplesDataset(variant, _element_spec(options, user, item, history))
+    return _ExamplesDataset(variant, spec)
 
 
-def _element_spec(options: BatchOptions, user: FeatureKinds, item: FeatureKinds, history: FeatureKinds) -> Batch:
-    b, r, m = options.batch_size, options.num_random_negatives, options.num_own_negatives
-    n = b + r + b * m
+def batch_spec(message: str) -> Batch:
+    """Returns types and shapes of the components of a batch, as C++ describes them (dpsr_tf/ops/batch_components.h).
 
-    def spec(shape: list[int | None], dtype: tf.DType = tf.int32) -> tf.TensorSpec:
-        return tf.TensorSpec(shape, dtype)
+    Args:
+        message: BatchOptions.message().
 
-    def tokens(texts: int | None) -> Tokens:
-        return Tokens(spec([None]), spec([None if texts is None else texts + 1], tf.int64))
+    Raises:
+        tf.errors.InvalidArgumentError: the option that is wrong, its value, and what is allowed.
+    """
+    described = json.loads(ops.load_c().DpsrDescribeBatchComponents(message.encode()))
+    if "error" in described:
+        raise tf.errors.InvalidArgumentError(None, None, described["error"])
+    components = {
+        name: tf.TensorSpec([None if size < 0 else size for size in shape], tf.as_dtype(dtype))
+        for name, dtype, shape in described["components"]
+    }
+    # tf.data gives the components in the order of the structure.
+    order = tf.nest.flatten(_fill(Batch, "", {name: name for name in components}))
+    if order != list(components):
+        raise RuntimeError(f"Batch has the components {order}, the op library {list(components)}; run `make setup`")
+    return cast(Batch, _fill(Batch, "", components))
 
-    def features(rows: int | None, kinds: FeatureKinds) -> Features:
-        return Features(spec([rows, len(kinds.fixed)]), tuple(tokens(rows) for _ in kinds.lists))
 
-    return Batch(
-        query=tokens(b),
-        query_rows=spec([b]),
-        item=tokens(n),
-        item_rows=spec([n]),
-        item_features=features(n, item),
-        user_rows=spec([b]),
-        user_features=features(b, user),
-        history=History(
-            items=tokens(b),
-            types=spec([None]),
-            text=tokens(None if options.history_text else 0),
-            features=features(None, history),
-            query_splits=spec([b + 1], tf.int64),
-            query=tokens(None),
-        ),
-        weights=spec([b], tf.float32),
-        labels=spec([b], tf.float32),
-        types=spec([b]),
-        negative_mask=spec([b, b + r if options.negative_mask else 0], tf.bool),
-        own_negative_mask=spec([b, m], tf.bool),
-    )
+def _fill(kind: Any, name: str, components: Mapping[str, Any]) -> Any:
+    """Returns a `kind`, such as Batch, that holds the components whose names begin with `name`."""
+    if kind is tf.Tensor:
+        return components[name]
+    prefix = f"{name}." if name else ""
+    if typing.get_origin(kind) is tuple:  # tuple[Tokens, ...]
+        indices = {int(other.removeprefix(prefix).split(".")[0]) for other in components if other.startswith(prefix)}
+        return tuple(_fill(typing.get_args(kind)[0], f"{prefix}{index}", components) for index in sorted(indices))
+    hints = typing.get_type_hints(kind)
+    return kind(**{field: _fill(hint, f"{prefix}{field}", components) for field, hint in hints.items()})
 
 
 def _path(store: StoreFiles, name: str) -> str:

@@ -49,7 +49,7 @@ class EmbeddingTable:
         train_op = tf.group(table.apply_adagrad(of_table, 0.01), optimizer.apply_gradients(zip(of_dense, ...)))
 
     Implementations, equal to rounding:
-        fused: an op that sums rows, and one that applies AdaGrad from gradients of texts (dpsr_tf/ops/embedding_bag.h).
+        fused: an op that sums rows, and one that applies AdaGrad from gradients of texts (dpsr_tf/ops/embedding.h).
             Every process of a cluster must have loaded the op library, ps too, which run no model_fn: call
             dpsr_tf.ops.load() there, or `device_function`, which does it.
         stock: TensorFlow's own ops, placed so that the same bytes travel. With it, turn grappler's

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from pathlib import Path
 from typing import Any
@@ -21,3 +22,13 @@ def load() -> Any:
     import tensorflow as tf
 
     return tf.load_op_library(op_library_path())
+
+
+@functools.cache
+def load_c() -> ctypes.CDLL:
+    """The C functions of the training op library."""
+    load()  # brings the TensorFlow library that it needs
+    library = ctypes.CDLL(op_library_path())
+    library.DpsrDescribeBatchComponents.argtypes = [ctypes.c_char_p]
+    library.DpsrDescribeBatchComponents.restype = ctypes.c_char_p
+    return library

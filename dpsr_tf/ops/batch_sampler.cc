@@ -29,69 +29,7 @@ void Prefetch(const T* array, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < last; i += kLine) __builtin_prefetch(array + i);
 }
 
-Status AtLeast(const char* name, int64_t value, int64_t minimum) {
-  if (value >= minimum) return Status();
-  return MakeStatus(StatusCode::kInvalidArgument, name, " is ", value, ", expected ", minimum, " or more");
-}
-
-Status AtMost(const char* name, int64_t value, int64_t maximum) {
-  if (value <= maximum) return Status();
-  return MakeStatus(StatusCode::kInvalidArgument, name, " is ", value, ", expected at most ", maximum);
-}
-
 }  // namespace
-
-Status BatchSampler::Validate(const BatchOptions& o) {
-  DPSR_RETURN_IF_ERROR(AtLeast("batch_size", o.batch_size, 1));
-  DPSR_RETURN_IF_ERROR(AtLeast("num_shared_negatives", o.num_shared_negatives, 0));
-  DPSR_RETURN_IF_ERROR(AtLeast("num_supervised_negatives", o.num_supervised_negatives, 0));
-  DPSR_RETURN_IF_ERROR(AtLeast("num_own_negatives", o.num_own_negatives, 0));
-  DPSR_RETURN_IF_ERROR(AtLeast("pretrain_steps", o.pretrain_steps, 0));
-  DPSR_RETURN_IF_ERROR(AtMost("pretrain_steps", o.pretrain_steps, kMaxStep));
-  DPSR_RETURN_IF_ERROR(AtLeast("history_length", o.history_length, 0));
-  DPSR_RETURN_IF_ERROR(AtLeast("query_history_length", o.query_history_length, 0));
-  DPSR_RETURN_IF_ERROR(AtLeast("history_types", o.history_types, 0));
-  DPSR_RETURN_IF_ERROR(AtLeast("shuffle_buffer", o.shuffle_buffer, 1));
-  DPSR_RETURN_IF_ERROR(AtLeast("num_epochs", o.num_epochs, 0));
-  DPSR_RETURN_IF_ERROR(AtLeast("num_shards", o.num_shards, 1));
-  // A mask larger than this is a mistake, and keeps the products below within 64 bits.
-  constexpr int64_t kMaxItems = 1 << 20, kMaxEpochs = 1 << 24, kMaxOwn = 1 << 24;
-  if (o.batch_size > kMaxItems || o.num_shared_negatives > kMaxItems) {
-    return MakeStatus(StatusCode::kInvalidArgument, "batch_size ", o.batch_size, " and num_shared_negatives ",
-                      o.num_shared_negatives, ", expected at most ", kMaxItems, " each");
-  }
-  DPSR_RETURN_IF_ERROR(AtMost("num_own_negatives", o.num_own_negatives, kMaxOwn / o.batch_size));
-  DPSR_RETURN_IF_ERROR(AtMost("history_length", o.history_length, kMaxItems));
-  DPSR_RETURN_IF_ERROR(AtMost("query_history_length", o.query_history_length, kMaxItems));
-  DPSR_RETURN_IF_ERROR(AtMost("history_types", o.history_types, (1 << kNumEventTypes) - 1));
-  // None is a real training's; they keep steps times batch sizes within 64 bits.
-  DPSR_RETURN_IF_ERROR(AtMost("shuffle_buffer", o.shuffle_buffer, int64_t{1} << 40));
-  DPSR_RETURN_IF_ERROR(AtMost("num_epochs", o.num_epochs, kMaxEpochs));
-  DPSR_RETURN_IF_ERROR(AtMost("num_shards", o.num_shards, kMaxEpochs));
-  if (o.num_title_queries < 0 || o.num_title_queries >= o.batch_size) {
-    return MakeStatus(StatusCode::kInvalidArgument, "num_title_queries is ", o.num_title_queries,
-                      ", expected 0 to batch_size - 1, ", o.batch_size - 1, ": the others come from the log");
-  }
-  for (auto [name, rate] : {std::pair{"title_typo_rate", o.title_typo_rate}, {"query_typo_rate", o.query_typo_rate},
-                            {"title_subsampling", o.title_subsampling}}) {
-    if (rate >= 0 && rate <= 1) continue;
-    return MakeStatus(StatusCode::kInvalidArgument, name, " is ", rate, ", expected 0 to 1");
-  }
-  if (o.num_supervised_negatives > o.num_shared_negatives) {
-    return MakeStatus(StatusCode::kInvalidArgument, "num_supervised_negatives is ", o.num_supervised_negatives,
-                      ", expected at most num_shared_negatives, ", o.num_shared_negatives,
-                      ": they take places of the shared set");
-  }
-  if (o.num_own_negatives > 0 && !o.own_impressions && !o.own_labels) {
-    return MakeStatus(StatusCode::kInvalidArgument, "num_own_negatives is ", o.num_own_negatives,
-                      ", expected a source for them: impressions, labels or both");
-  }
-  if (o.shard_index < 0 || o.shard_index >= o.num_shards) {
-    return MakeStatus(StatusCode::kInvalidArgument, "shard_index is ", o.shard_index, ", expected 0 to num_shards - 1, ",
-                      o.num_shards - 1);
-  }
-  return Status();
-}
 
 BatchSampler::BatchSampler(const TrainingStore& store, const BatchOptions& options)
     : store_(store),
@@ -112,7 +50,7 @@ void BatchSampler::Sample(int64_t step, Batch* batch) const {
   batch->weight.resize(b);
   batch->label.resize(b);
   batch->type.resize(b);
-  batch->item.resize(b + options_.num_shared_negatives + b * options_.num_own_negatives);
+  batch->item.resize(b + options_.num_random_negatives + b * options_.num_own_negatives);
   SampleLog(step, batch);
   batch->made_tokens.clear();
   batch->made_splits.assign(1, 0);
@@ -203,7 +141,7 @@ void BatchSampler::SampleTitles(int64_t step, Batch* batch) const {
 void BatchSampler::SampleNegatives(int64_t step, Batch* batch) const {
   RandomStream random = Random(step, kNegativeStream);
   int32_t* out = batch->item.data() + options_.batch_size;
-  for (int64_t i = 0; i < options_.num_shared_negatives; ++i) {
+  for (int64_t i = 0; i < options_.num_random_negatives; ++i) {
     if (i < options_.num_supervised_negatives && !batch->rows.empty()) {
       const Batch::Row& r = batch->rows[random.Uniform(batch->rows.size())];
       const Span<const int32_t> labelled = r.shard->negatives[r.query];
@@ -223,16 +161,16 @@ void BatchSampler::SampleOwnNegatives(int64_t step, Batch* batch) const {
   batch->own_negative_mask.assign(options_.batch_size * m, 0);
   if (m == 0) return;
   RandomStream random = Random(step, kOwnStream);
-  int32_t* out = batch->item.data() + options_.batch_size + options_.num_shared_negatives;
+  int32_t* out = batch->item.data() + options_.batch_size + options_.num_random_negatives;
   std::fill(out, out + options_.batch_size * m, 0);
   std::vector<int32_t>& candidates = batch->candidates;
   for (size_t i = 0; i < batch->rows.size(); ++i, out += m) {
     const Batch::Row& r = batch->rows[i];
     Span<const int32_t> shown, labelled;
-    if (options_.own_impressions && !r.shard->request.empty() && r.shard->request[r.row] >= 0) {
+    if (options_.own_impressions() && !r.shard->request.empty() && r.shard->request[r.row] >= 0) {
       shown = r.shard->impressions[r.shard->request[r.row]];
     }
-    if (options_.own_labels) labelled = r.shard->negatives[r.query];
+    if (options_.own_labels()) labelled = r.shard->negatives[r.query];
     candidates.clear();
     std::set_union(shown.begin(), shown.end(), labelled.begin(), labelled.end(), std::back_inserter(candidates));
     const size_t taken = std::min(m, candidates.size());
@@ -343,7 +281,7 @@ RandomStream BatchSampler::Random(int64_t step, uint64_t purpose) const {
 }
 
 void BatchSampler::NegativeMask(Batch* batch, bool* mask) const {
-  const size_t b = batch->query.size(), columns = b + static_cast<size_t>(options_.num_shared_negatives);
+  const size_t b = batch->query.size(), columns = b + static_cast<size_t>(options_.num_random_negatives);
   const int32_t* items = batch->item.data();
   batch->columns.Build(items, columns);
   batch->queries.Build(batch->query.data(), b);

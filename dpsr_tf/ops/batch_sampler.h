@@ -2,7 +2,7 @@
 //
 // A batch holds `batch_size` positive pairs: the last `num_title_queries` of them, all of them in the first
 // `pretrain_steps` batches, are a random item under a piece of its title (what a shop has when its log is small), the
-// others come from one shuffle of the log an epoch. To these it adds `num_shared_negatives` items that serve as
+// others come from one shuffle of the log an epoch. To these it adds `num_random_negatives` items that serve as
 // negatives for every query of the batch (section 4.4.1): first up to `num_supervised_negatives` labelled negatives of
 // the batch's own queries (section 4.5), the rest uniform over all items; and `num_own_negatives` items for each pair
 // alone, which were shown with it and not clicked, or are labelled negatives of its query. Each pair comes with the
@@ -14,34 +14,12 @@
 #include <cstdint>
 #include <vector>
 
+#include "dpsr_tf/ops/batch_options.h"
 #include "dpsr_tf/ops/permutation.h"
 #include "dpsr_tf/ops/training_store.h"
 #include "common/status.h"
 
 namespace dpsr {
-
-struct BatchOptions {
-  int64_t batch_size = 64;
-  int64_t num_title_queries = 0;         // less than batch_size
-  int64_t pretrain_steps = 0;            // batches before the first one with pairs of the log
-  float title_subsampling = 0;           // of words in more than this share of the titles; 0: none is left out for it
-  float title_typo_rate = 0;             // of the words of a title query, see query_noise.h
-  float query_typo_rate = 0;             // of those of a query of the log
-  int64_t num_shared_negatives = 64;
-  int64_t num_supervised_negatives = 0;  // at most num_shared_negatives
-  int64_t num_own_negatives = 0;
-  bool own_impressions = true;  // own negatives are unclicked impressions of the pair's request
-  bool own_labels = false;      // and labelled negatives of its query
-  // Last events of the pair's user, before its time and before what it repeats: the same item under the same query.
-  int64_t history_length = 0;
-  int64_t query_history_length = 0;  // last queries, likewise; of consecutive equal ones one
-  int64_t history_types = 0;         // bit t: events of type t count as items of a history; 0: all do
-  int64_t shuffle_buffer = 1 << 22;  // positives that are shuffled among themselves; a log that fits, as a whole
-  int64_t seed = 0;
-  int64_t num_epochs = 0;  // 0: forever
-  int64_t shard_index = 0;
-  int64_t num_shards = 1;
-};
 
 // Where each of n values stands. Built again and again, it keeps its memory.
 class PositionIndex {
@@ -91,7 +69,7 @@ class PositionIndex {
   int bits_shift_ = 0, first_shift_ = 0;
 };
 
-// Rows of the store's tables, and what goes with them. n = batch_size + num_shared_negatives +
+// Rows of the store's tables, and what goes with them. n = batch_size + num_random_negatives +
 // batch_size * num_own_negatives. A batch that is filled again and again keeps its memory.
 struct Batch {
   std::vector<int32_t> query;  // [batch_size] global rows, kTitleQuery where the query is a piece of the item's text
@@ -133,20 +111,18 @@ struct Batch {
 // Thread-safe. Refers to the store, which must outlive it.
 class BatchSampler {
  public:
-  static constexpr int64_t kMaxStep = int64_t{1} << 40;
   // Consecutive positives that are shuffled as one where the log does not fit the shuffle buffer.
   static constexpr int64_t kShuffleBlock = 4096;
 
-  // Errors: InvalidArgument for options out of range (got and expected).
-  static Status Validate(const BatchOptions& options);
-  // The store was opened with what the options ask for: events, impressions, titles, query texts, the same shard.
+  // The options are valid, and the store was opened with what they ask for: events, impressions, titles, query texts,
+  // the same shard.
   BatchSampler(const TrainingStore& store, const BatchOptions& options);
 
   // Batches that num_epochs give; the examples of a last partial batch are left out. Forever: -1.
   int64_t num_batches() const { return num_batches_; }
   // Batch `step`, 0 <= step <= kMaxStep, and step < num_batches() unless that is -1.
   void Sample(int64_t step, Batch* batch) const;
-  // mask[i * columns + j] = 1 where item j of the batch, j < columns = batch_size + num_shared_negatives, may serve as a
+  // mask[i * columns + j] = 1 where item j of the batch, j < columns = batch_size + num_random_negatives, may serve as a
   // negative for query i: the query has no click on it anywhere in the log, its own positive included. Uses the batch's
   // working memory.
   void NegativeMask(Batch* batch, bool* mask) const;

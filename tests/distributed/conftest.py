@@ -93,7 +93,7 @@ class Launch:
 
     def steps_of(self, task: str) -> list[int]:
         """What a task says it did, of each time it came to its end."""
-        return self._numbers(rf"^{task}: did ([\d,]+) of the steps")
+        return self._numbers(rf"^{task}: this process trained ([\d,]+) steps")
 
     def _numbers(self, pattern: str) -> list[int]:
         return [int(number.replace(",", "")) for number in re.findall(pattern, self.text(), re.MULTILINE)]

@@ -117,7 +117,7 @@ def test_no_better_figures_stop_the_cluster(launch, shop_store, tmp_path):
     cluster = launch("--ps=1", "--workers=2", f"--store={shop_store.path}", f"--out={model}", *sets(*options))
     assert cluster.end() == 0, cluster.text()
     assert re.search(
-        r"^chief 0: model .*: stopped, as 2 measurements brought no better recall@100", cluster.text(), re.M
+        r"^chief 0: model .*: training has stopped: 2 measurements brought no better recall@100", cluster.text(), re.M
     )
     assert 600 <= last_step(model) < 1_000_000
 

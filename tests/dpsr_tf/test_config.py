@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from dpsr_tf.config import (
     save_config,
     shipped_config,
 )
+from dpsr_tf.training.train import config_from_flags
 
 
 def message(tmp_path, text):
@@ -115,6 +117,16 @@ def test_unknown_keys_without_a_near_name_get_the_list_only(tmp_path):
     text = message(tmp_path, "index: {zzz: 1}")
     assert "index: unknown key 'zzz', expected one of factory, parameters" in text
     assert "did you mean" not in text
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("supervised", "labels"), ("both", "both"), ("impressions", "impressions"), ("[a]", "['a']")]
+)
+def test_a_renamed_key_names_the_new_key_and_value(tmp_path, old, new):
+    expected = f"train: key 'own_negatives' is now called 'own_negative_source'; write 'own_negative_source: {new}'"
+    assert expected in message(tmp_path, f"train: {{own_negatives: {old}}}")
+    with pytest.raises(UsageError, match=f"--set=train.own_negatives={re.escape(old)}: {re.escape(expected)}"):
+        config_from_flags(None, [f"train.own_negatives={old}"])
 
 
 def test_a_key_that_is_no_text_is_unknown(tmp_path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import json
 import threading
 
 import numpy as np
@@ -275,7 +276,7 @@ def test_a_mask_that_nobody_asks_for(small):
 
 def test_options_of_a_config(small):
     config = TrainConfig(
-        batch_size=16, num_random_negatives=4, num_own_negatives=2, own_negatives="supervised", num_title_queries=3
+        batch_size=16, num_random_negatives=4, num_own_negatives=2, own_negative_source="labels", num_title_queries=3
     )
     chosen = BatchOptions.from_config(config, history_length=5)
     assert (chosen.batch_size, chosen.own_negative_source, chosen.history_length) == (16, "labels", 5)
@@ -557,78 +558,61 @@ def test_serving_reads_the_history_that_training_reads(small, rows):
 # Errors.
 
 
+INPUTS = ("users", "items", "interactions", "titles", "vocabulary", "first_step")
+OPTIONS = options(
+    shuffle_buffer=100,
+    num_own_negatives=1,
+    user_features=("profile0", "profile1", "interests"),
+    item_features=("code0", "code1", "tags", "note"),
+    history_length=2,
+)
+
+
 def create(store, **changes):
-    """The op with these arguments instead of good ones."""
-    arguments = {
-        "users": str(store.path / "users.dpsr"),
-        "items": str(store.path / "items.dpsr"),
-        "interactions": [str(store.path / name) for name in interactions_names(store.manifest["shards"])],
-        "titles": str(store.path / "titles.dpsr"),
-        "vocabulary": str(store.path / "vocabulary.dpsr"),
-        "batch_size": 8,
-        "num_title_queries": 0,
-        "pretrain_steps": 0,
-        "num_shared_negatives": 6,
-        "num_supervised_negatives": 0,
-        "shuffle_buffer": 100,
-        "seed": 1,
-        "num_epochs": 0,
-        "shard_index": 0,
-        "num_shards": 1,
-        "first_step": 0,
-    }
-    attributes = {
-        "num_own_negatives": 1,
-        "own_negative_source": "impressions",
-        "user_fixed": ["profile0", "profile1"],
-        "user_lists": ["interests"],
-        "item_fixed": ["code0", "code1"],
-        "item_lists": ["tags", "note"],
-        "history_length": 2,
-        "history_types": 0,
-        "num_parallel_calls": 0,
-        "title_subsampling": 0.0,
-        "title_typo_rate": 0.0,
-        "query_typo_rate": 0.0,
-    }
-    assert set(changes) <= set(arguments | attributes)
-    return ops.load().dpsr_examples_dataset(**(arguments | attributes | changes))
+    """The op with these inputs and options instead of good ones."""
+    inputs = {name: str(store.path / f"{name}.dpsr") for name in INPUTS}
+    inputs["interactions"] = [str(store.path / name) for name in interactions_names(store.manifest["shards"])]
+    inputs["first_step"] = 0
+    message = json.loads(OPTIONS.message(store.manifest, num_epochs=0, shard_index=0, num_shards=1))
+    assert set(changes) <= set(inputs | message)
+    inputs |= {name: changes.pop(name) for name in INPUTS if name in changes}
+    return ops.load().dpsr_examples_dataset(options=json.dumps(message | changes), **inputs)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, "batch_size is 0, expected 1 or more"),
-        ({"batch_size": -3}, "batch_size is -3, expected 1 or more"),
-        ({"batch_size": 2**20 + 1}, "batch_size 1048577 .*expected at most 1048576"),
-        ({"num_shared_negatives": -1}, "num_shared_negatives is -1, expected 0 or more"),
-        ({"num_shared_negatives": 2**40}, "num_shared_negatives 1099511627776, expected at most 1048576"),
-        ({"num_supervised_negatives": -1}, "num_supervised_negatives is -1, expected 0 or more"),
-        ({"num_supervised_negatives": 7}, "num_supervised_negatives is 7, expected at most num_shared_negatives, 6"),
-        ({"num_title_queries": -1}, "num_title_queries is -1, expected 0 to batch_size - 1, 7"),
-        ({"num_title_queries": 8}, "num_title_queries is 8, expected 0 to batch_size - 1, 7"),
-        ({"pretrain_steps": -1}, "pretrain_steps is -1, expected 0 or more"),
+        ({"batch_size": 0}, "batch_size is 0, expected 1 to 1048576"),
+        ({"batch_size": -3}, "batch_size is -3, expected 1 to 1048576"),
+        ({"batch_size": 2**20 + 1}, "batch_size is 1048577, expected 1 to 1048576"),
+        ({"num_random_negatives": -1}, "num_random_negatives is -1, expected 0 to 1048576"),
+        ({"num_random_negatives": 2**40}, "num_random_negatives is 1099511627776, expected 0 to 1048576"),
+        ({"num_supervised_negatives": -1}, "num_supervised_negatives is -1, expected 0 to"),
+        ({"num_supervised_negatives": 7}, "num_supervised_negatives is 7, expected at most num_random_negatives, 6"),
+        ({"num_title_queries": -1}, "num_title_queries is -1, expected 0 to"),
+        ({"num_title_queries": 8}, "num_title_queries is 8, expected at most batch_size - 1, 7"),
+        ({"pretrain_steps": -1}, "pretrain_steps is -1, expected 0 to"),
         ({"query_typo_rate": -0.5}, "query_typo_rate is -0.5, expected 0 to 1"),
         ({"title_subsampling": 2.0}, "title_subsampling is 2, expected 0 to 1"),
         ({"title_typo_rate": 1.5}, "title_typo_rate is 1.5, expected 0 to 1"),
-        ({"num_own_negatives": -1}, "num_own_negatives is -1, expected 0 or more"),
-        ({"num_own_negatives": 2**40}, "num_own_negatives is 1099511627776, expected at most 2097152"),
-        ({"own_negative_source": "none"}, 'own_negative_source.*"none" is not in the list of allowed values'),
-        ({"history_length": -1}, "history_length is -1, expected 0 or more"),
-        ({"history_length": 2**40}, "history_length is 1099511627776, expected at most 1048576"),
-        ({"history_types": 32}, "history_types is 32, expected at most 31"),
-        ({"shuffle_buffer": 0}, "shuffle_buffer is 0, expected 1 or more"),
+        ({"num_own_negatives": -1}, "num_own_negatives is -1, expected 0 to"),
+        ({"num_own_negatives": 2**21 + 1}, "num_own_negatives is 2097153, expected at most 2097152"),
+        ({"own_negative_source": "none"}, 'own_negative_source is "none", expected one of impressions, labels, both'),
+        ({"history_length": -1}, "history_length is -1, expected 0 to"),
+        ({"history_length": 2**40}, "history_length is 1099511627776, expected 0 to 1048576"),
+        ({"history_types": 32}, "history_types is 32, expected 0 to 31"),
+        ({"shuffle_buffer": 0}, "shuffle_buffer is 0, expected 1 to"),
         ({"num_parallel_calls": -1}, "num_parallel_calls is -1, expected 0 to 1024"),
-        ({"num_epochs": -1}, "num_epochs is -1, expected 0 or more"),
+        ({"num_epochs": -1}, "num_epochs is -1, expected 0 to"),
         ({"num_epochs": 2**62}, "num_epochs is 4611686018427387904, expected "),
-        ({"num_shards": 0}, "num_shards is 0, expected 1 or more"),
+        ({"num_shards": 0}, "num_shards is 0, expected 1 to"),
         ({"num_shards": 2**63 - 1}, "num_shards is 9223372036854775807, expected "),
-        ({"shard_index": -1}, "shard_index is -1, expected 0 to num_shards - 1, 0"),
-        ({"shard_index": 3, "num_shards": 3}, "shard_index is 3, expected 0 to num_shards - 1, 2"),
+        ({"shard_index": -1}, "shard_index is -1, expected 0 to"),
+        ({"shard_index": 3, "num_shards": 3}, "shard_index is 3, expected at most num_shards - 1, 2"),
         ({"first_step": -1}, "first_step is -1, expected 0 to"),
         ({"first_step": 2**62}, "first_step is 4611686018427387904, expected "),
         ({"interactions": tf.zeros([0], tf.string)}, "no interactions file is given"),
-        ({"batch_size": tf.constant([8], tf.int64)}, "scalar"),
+        ({"first_step": tf.constant([8], tf.int64)}, "scalar"),
     ],
 )
 def test_bad_arguments_name_got_and_expected(small, changes, message):
@@ -636,25 +620,32 @@ def test_bad_arguments_name_got_and_expected(small, changes, message):
         create(small, **changes)
 
 
+def test_bad_options_are_named_before_the_graph_runs(small):
+    with (
+        tf.Graph().as_default(),
+        pytest.raises(tf.errors.InvalidArgumentError, match="shuffle_buffer is 0, expected 1 to"),
+    ):
+        examples_dataset(small, options(shuffle_buffer=0))
+
+
 def test_bad_arguments_in_a_graph_fail_when_it_runs(small):
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         handle = create(small, batch_size=0)
-        with pytest.raises(tf.errors.InvalidArgumentError, match="batch_size is 0, expected 1 or more"):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="batch_size is 0, expected 1 to 1048576"):
             session.run(tf.raw_ops.DatasetCardinality(input_dataset=handle))
 
 
 def test_shape_function(small):
     with tf.Graph().as_default():
         assert create(small).shape == []
-        assert create(small, batch_size=tf.compat.v1.placeholder(tf.int64)).shape == []
-        for name in ("users", "items"):
+        assert create(small, first_step=tf.compat.v1.placeholder(tf.int64)).shape == []
+        for name in ("users", "items", "titles", "vocabulary"):
             with pytest.raises(ValueError, match="Shape must be rank 0 but is rank 1"):
                 create(small, **{name: ["a", "b"]})
         with pytest.raises(ValueError, match="Shape must be rank 1 but is rank 0"):
             create(small, interactions="a")
-        for name in ("batch_size", "num_shared_negatives", "shuffle_buffer", "seed", "shard_index", "first_step"):
-            with pytest.raises(ValueError, match="Shape must be rank 0 but is rank 1"):
-                create(small, **{name: [1]})
+        with pytest.raises(ValueError, match="Shape must be rank 0 but is rank 1"):
+            create(small, first_step=[1])
 
 
 def test_unknown_names(small, tmp_path):
@@ -664,7 +655,7 @@ def test_unknown_names(small, tmp_path):
         examples_dataset(small, options(history_types=("view",)))
     # The manifest knows one that the file has not.
     with pytest.raises(tf.errors.NotFoundError, match=r"items\.dpsr: no item feature 'price'.*schema"):
-        create(small, item_fixed=["price"])
+        create(small, item_features={"fixed": ["price"], "lists": []})
     without = random_store(tmp_path / "store", with_impressions=False)
     with pytest.raises(tf.errors.FailedPreconditionError, match="has no impressions to take negatives from"):
         examples_dataset(without, options(num_own_negatives=1))

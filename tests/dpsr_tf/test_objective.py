@@ -300,7 +300,7 @@ def test_presets_are_the_models_of_table_2():
     assert not dpsr.model.user_features and not dpsr.model.history_length
     assert dsr.model.num_heads == 1 and dsr.train.loss == "hinge"
     assert dssm.train.loss == "softmax" and dssm.train.num_own_negatives == 4
-    assert dssm.train.own_negatives == "impressions" and dssm.train.num_random_negatives == 0
+    assert dssm.train.own_negative_source == "impressions" and dssm.train.num_random_negatives == 0
 
 
 @pytest.mark.parametrize("name", ["dpsr", "dpsr_p", "dpsr_h", "dsr", "dssm"])

@@ -33,7 +33,7 @@ from dpsr_tf.models.embedding import TABLE_VARIABLES, weights_saver
 from dpsr_tf.models.encoders import exact_search
 from dpsr_tf.models.model_directory import FILES, ModelDirectory, feature_spec
 from dpsr_tf.models.two_tower import TwoTower
-from dpsr_tf.training.estimator import FiniteWeights, model_fn, no_number
+from dpsr_tf.training.estimator import FiniteWeights, loss_problem, model_fn
 from dpsr_tf.training.train import batch_options, config_from_flags, train
 from dpsr_tf.training.validation import is_over
 
@@ -176,8 +176,8 @@ def test_a_step_without_a_number_changes_nothing(click_store):
     with tf.Graph().as_default(), v1.Session() as session:
         batch, _ = graph_of(click_store, CONFIG)
         rows = [session.run((batch.query_rows, batch.item_rows, batch.user_rows)) for _ in range(3)][2]
-    message = no_number(caught.value)
-    assert message.startswith("the loss is no number any more at step 2, in a batch of query_rows [")
+    message = loss_problem(caught.value)
+    assert message.startswith("the loss became NaN or infinite at step 2, in a batch of query_rows [")
     found = re.search(r"query_rows \[(.*)\], item_rows \[(.*)\], user_rows \[(.*)\]$", message)
     for text, row in zip(found.groups(), rows, strict=True):
         assert [int(number) for number in text.split()] == row.tolist()
@@ -226,7 +226,7 @@ def test_where_adagrad_starts(click_store):
 
 
 def test_another_error_is_not_taken_for_a_loss_without_a_number():
-    assert no_number(tf.errors.InvalidArgumentError(None, None, "ids out of range")) is None
+    assert loss_problem(tf.errors.InvalidArgumentError(None, None, "ids out of range")) is None
 
 
 def test_weights_without_a_number_are_not_saved(click_store):
@@ -591,7 +591,7 @@ def test_a_damaged_checkpoint_is_named(dpsr, click_store, uninterrupted, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number(shop, dpsr, tmp_path):
+def test_a_loss_that_is_not_finite(shop, dpsr, tmp_path):
     """Weights as large as a float holds, and a huge learning rate."""
     for row in shop.log:
         row["weight"] = 1e38
@@ -601,7 +601,7 @@ def test_a_loss_that_is_no_number(shop, dpsr, tmp_path):
     )
     flags = [f"--store={tmp_path / 'store'}", f"--config={tmp_path / 'config.yaml'}", f"--out={tmp_path / 'm'}"]
     outcome = dpsr("train", *flags)
-    outcome.fails(1, "the loss is no number any more at step", "query_rows [", "item_rows [", "user_rows [")
+    outcome.fails(1, "the loss became NaN or infinite at step", "query_rows [", "item_rows [", "user_rows [")
     for fragment in ("the last checkpoint, of step 0, is sound", "train.learning_rate", "now 100", "--out"):
         assert fragment in outcome.errors[0]
     assert all(np.isfinite(value).all() for value in weights(tmp_path / "m").values())
@@ -694,11 +694,11 @@ def test_training_stops_when_it_gets_no_better(held_out_store, tmp_path, capfd):
     assert [line["step"] for line in lines_of(path)] == [10, 20, 30]
     assert weights(path)["global_step"] == 30 and weights(path / "best")["global_step"] == 10
     out = capfd.readouterr().out
-    assert f"model {path}: stopped, as 2 measurements brought no better recall@5 than" in out
+    assert f"model {path}: training has stopped: 2 measurements brought no better recall@5 than" in out
     assert f"of step 10, which is in {path / 'best'}" in out
     before = weights(path)
     train(held_out_store, config, path)
-    assert "stopped, as 2 measurements" in capfd.readouterr().out, "what has been stopped stays so"
+    assert "training has stopped: 2 measurements" in capfd.readouterr().out, "what has been stopped stays so"
     assert_same_weights(weights(path), before)
     train(held_out_store, with_validation(with_train(steps=40, learning_rate=1e-8), patience=5), path)
     assert weights(path)["global_step"] == 40, "with more patience it goes on"

@@ -2,8 +2,8 @@
 // ids of its texts and gets one vector a text; it sends back one gradient a text. Rows themselves never travel.
 //
 // Tables and accumulators are [rows, dim] float32, row by row. Ids travel packed, see PackTokens.
-#ifndef DPSR_TF_OPS_EMBEDDING_BAG_H_
-#define DPSR_TF_OPS_EMBEDDING_BAG_H_
+#ifndef DPSR_DPSR_TF_OPS_EMBEDDING_H_
+#define DPSR_DPSR_TF_OPS_EMBEDDING_H_
 
 #include <atomic>
 #include <cstdint>
@@ -124,4 +124,4 @@ void UseHugePages(void* data, int64_t bytes);
 
 }  // namespace dpsr
 
-#endif  // DPSR_TF_OPS_EMBEDDING_BAG_H_
+#endif  // DPSR_DPSR_TF_OPS_EMBEDDING_H_

@@ -1,4 +1,4 @@
-#include "dpsr_tf/ops/embedding_bag.h"
+#include "dpsr_tf/ops/embedding.h"
 
 #include <gtest/gtest.h>
 

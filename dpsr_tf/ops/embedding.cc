@@ -1,4 +1,4 @@
-#include "dpsr_tf/ops/embedding_bag.h"
+#include "dpsr_tf/ops/embedding.h"
 
 #ifdef __linux__
 #include <sys/mman.h>

@@ -1,4 +1,4 @@
-// The ops of embedding tables: thin adapters of embedding_bag.h. Table and accumulator are ordinary resource variables.
+// The ops of embedding tables: thin adapters of embedding.h. Table and accumulator are ordinary resource variables.
 //
 // Locks. An update, a sum and a snapshot each take the mutexes of the variables they use, in the order of their
 // addresses: sums and updates shared, so that several workers' steps run at once and meet only in the locks of rows;
@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "dpsr_tf/ops/embedding_bag.h"
+#include "dpsr_tf/ops/embedding.h"
 #include "dpsr_tf/ops/tf_check_shape.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
