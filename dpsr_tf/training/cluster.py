@@ -1,7 +1,8 @@
-"""Which part of a training cluster this process is: TF_CONFIG, read and checked before TensorFlow sees it.
+"""Reads TF_CONFIG, which tells a process its part in a training cluster, before TensorFlow sees it.
 
-Parameter servers hold the variables; chief and workers each train on their own part of the log and update them without
-waiting for one another (asynchronous between-graph replication); an evaluator, if there is one, measures checkpoints.
+Parameter servers hold the variables. The chief and the workers each train on their own part of the log and update the
+variables without waiting for one another (asynchronous between-graph replication). An evaluator, if there is one,
+measures checkpoints.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ TASK_TYPES = ("chief", "worker", "ps", "evaluator")
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """One process's view. Without TF_CONFIG: a chief alone, without parameter servers."""
+    """The cluster as one process sees it. Without TF_CONFIG, a single chief without parameter servers."""
 
     task_type: str = "chief"
     task_index: int = 0
@@ -29,7 +30,7 @@ class Cluster:
 
     @property
     def worker_index(self) -> int:
-        """This process's part of the log, 0 to num_workers - 1; the chief's is 0."""
+        """Number of this process's part of the log, 0 to num_workers - 1. The chief has part 0."""
         return self.task_index + 1 if self.task_type == "worker" else 0
 
     @property
@@ -46,7 +47,7 @@ class Cluster:
         try:
             config = json.loads(text)
         except ValueError as error:
-            raise UsageError(f"TF_CONFIG is no JSON: {error}; expected {_EXAMPLE}") from None
+            raise UsageError(f"TF_CONFIG is not valid JSON: {error}; expected {_EXAMPLE}") from None
         cluster = _mapping(config, "cluster", "TF_CONFIG") if config != {} else {}
         if not cluster:
             return Cluster()
@@ -59,24 +60,26 @@ class Cluster:
         everyone = [address for addresses in cluster.values() for address in addresses]
         twice = sorted({address for address in everyone if everyone.count(address) > 1})
         if twice:
-            raise UsageError(f"TF_CONFIG: cluster: {twice[0]} stands more than once, expected one address a task")
+            raise UsageError(
+                f"TF_CONFIG: cluster: {twice[0]} is listed more than once, expected a different address for each task"
+            )
         if len(cluster.get("chief", [])) != 1:
             raise UsageError(f"TF_CONFIG: cluster has {len(cluster.get('chief', []))} chiefs, expected one")
         workers, ps = len(cluster.get("worker", [])), len(cluster.get("ps", []))
         if workers and not ps:
             raise UsageError(
-                f"TF_CONFIG: cluster has {workers} workers beside the chief and no ps, expected at least one ps, "
-                f"which holds what they share"
+                f"TF_CONFIG: cluster has {workers} workers beside the chief but no ps, expected at least one ps to "
+                f"hold the variables that they share"
             )
         task = _mapping(config, "task", "TF_CONFIG")
         kind, index = task.get("type"), task.get("index")
         if kind not in TASK_TYPES:
             raise UsageError(f"TF_CONFIG: task: type is {kind!r}, expected one of {', '.join(TASK_TYPES)}")
-        # Estimator lets the evaluator stand outside the cluster: nobody connects to it.
+        # Estimator allows an evaluator that the cluster does not list: no process connects to it.
         count = max(1, len(cluster.get("evaluator", []))) if kind == "evaluator" else len(cluster.get(kind, []))
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < count:
             raise UsageError(
-                f"TF_CONFIG: task: index is {index!r}, expected 0 to {count - 1}: there are {count} {kind}"
+                f"TF_CONFIG: task: index is {index!r}, expected 0 to {count - 1}: the cluster has {count} {kind}"
             )
         return Cluster(kind, index, workers + 1, ps)
 

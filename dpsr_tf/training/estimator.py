@@ -1,4 +1,4 @@
-"""The Estimator: Algorithm 1 of the DPSR paper as a model_fn, and what a run needs around it."""
+"""The Estimator: Algorithm 1 of the DPSR paper as a model_fn, with the session config and the hooks of a run."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from dpsr_tf.training.cluster import Cluster
 
 v1 = tf.compat.v1
 
-_CHECKPOINTS = 3  # that are kept
+# Number of checkpoints that are kept.
+_CHECKPOINTS = 3
 SUMMARY_STEPS = 100
-# Up to here a step on one thread is as quick as one on several, which mostly wait for one another.
+# Up to this batch size a step on one thread is as fast as on several threads, which mostly wait for one another.
 _SMALL_BATCH = 128
 _NOT_FINITE = "the loss became NaN or infinite at step"
 
@@ -41,10 +42,10 @@ def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[s
             `item_shares` (float32 [items], each item's share of the positive pairs; only where
             `train.log_q_correction` is on).
 
-    A step whose loss is no number is an InvalidArgumentError (see `loss_problem`), and changes nothing.
+    A step whose loss is NaN or infinite raises InvalidArgumentError (see `loss_problem`) and changes no variable.
 
     Raises:
-        ValueError: for another mode.
+        ValueError: `mode` is not TRAIN.
     """
     if mode != tf.estimator.ModeKeys.TRAIN:
         raise ValueError(f"mode is {mode!r}, expected {tf.estimator.ModeKeys.TRAIN!r}")
@@ -69,8 +70,8 @@ def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[s
     for name, value in metrics.items():
         v1.summary.scalar(name, value)
     global_step = v1.train.get_or_create_global_step()
-    # Every update waits for the learning rate, and that for a loss that is a number. The bare op: tf.debugging's has a
-    # branch around it, which costs.
+    # Every update waits for the learning rate, and the learning rate waits for this check of the loss. The raw op is
+    # used because the one in tf.debugging has a branch around it, which takes time.
     check = tf.raw_ops.Assert(
         condition=tf.math.is_finite(loss),
         data=[_NOT_FINITE, global_step, batch.query_rows, batch.item_rows, batch.user_rows],
@@ -91,12 +92,13 @@ def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[s
 
 
 def run_config(model_dir: str, config: Config, cluster: Cluster) -> tf.estimator.RunConfig:
-    """Checkpoints, seed, placement and session of this process. A ps gets the op library here, too."""
+    """Returns checkpoint times, seed, placement and session config of this process, and loads the op library."""
     session = v1.ConfigProto(allow_soft_placement=True)
     if cluster.is_local and config.train.batch_size <= _SMALL_BATCH:
         session.intra_op_parallelism_threads = session.inter_op_parallelism_threads = 1
         session.experimental.executor_type = "SINGLE_THREADED_EXECUTOR"
-    # Estimator's own, which a session config given here replaces: a process waits for those it needs only.
+    # A session config replaces Estimator's own device filters, so they are set again: with them a process waits only
+    # for the processes that it needs.
     if not cluster.is_local and cluster.task_type != "evaluator":
         own = "/job:chief" if cluster.task_type == "chief" else f"/job:{cluster.task_type}/task:{cluster.task_index}"
         others = ["/job:worker", "/job:chief"] if cluster.task_type == "ps" else [own]
@@ -114,7 +116,7 @@ def run_config(model_dir: str, config: Config, cluster: Cluster) -> tf.estimator
 
 
 def loss_problem(error: tf.errors.OpError) -> str | None:
-    """What went wrong, with step and rows of the batch, if `error` is that of a loss that is no number."""
+    """Returns what went wrong, with the step and the rows of the batch, if `error` is about the loss; else None."""
     parts = re.search(rf"{_NOT_FINITE}\]\s*" + r"\[(.*?)\]\s*" * 4, str(error.message), re.DOTALL)
     if parts is None:
         return None
@@ -124,10 +126,10 @@ def loss_problem(error: tf.errors.OpError) -> str | None:
 
 
 class FiniteWeights(tf.estimator.CheckpointSaverListener):
-    """Refuses to save weights that are no numbers, so that what is on disk can always be gone on with."""
+    """Refuses to save weights that are NaN or infinite, so that training can resume from every checkpoint on disk."""
 
     def begin(self) -> None:
-        """Adds the check to the graph, each variable's where it lies."""
+        """Adds the check to the graph, on the device of each variable."""
         checks = []
         for variable in v1.global_variables():
             if variable.dtype.is_floating:
@@ -136,37 +138,37 @@ class FiniteWeights(tf.estimator.CheckpointSaverListener):
         self._finite = tf.reduce_all(tf.stack(checks))
 
     def before_save(self, session: tf.compat.v1.Session, global_step_value: int) -> None:
-        """Raises CommandError."""
+        """Raises CommandError if a weight is NaN or infinite."""
         if not session.run(self._finite):
-            raise CommandError(f"weights are no numbers any more at step {global_step_value}, and are not saved")
+            raise CommandError(f"weights became NaN or infinite at step {global_step_value} and are not saved")
 
 
 class QuickSteps(tf.estimator.SessionRunHook):
-    """Does most steps of a training in one process by itself, without what Estimator does around each of them.
+    """Runs most steps of a training in one process by itself, without Estimator's work around each step.
 
-    Estimator and hooks see every 20th step, those at which a checkpoint is due or training ends, and the first one. The
-    steps are the same: with small batches it is the work around them that takes a third of the time.
+    Estimator and its hooks see the first step, every 20th step, and the steps at which a checkpoint is due or training
+    ends. The steps themselves are the same. With small batches, the work around them takes a third of the time.
     """
 
     _EVERY = 20
 
     def __init__(self, train_op: tf.Operation, last_step: int, checkpoint_steps: int):
-        """Of one training.
+        """Makes the hook of one training.
 
         Args:
-            train_op: does one step.
-            last_step: the global step where training ends.
-            checkpoint_steps: between checkpoints, counted from where the session began.
+            train_op: runs one step.
+            last_step: the global step at which training ends.
+            checkpoint_steps: number of steps between checkpoints, counted from where the session began.
         """
         self._train_op, self._last_step, self._checkpoint_steps = train_op, last_step, checkpoint_steps
 
     def after_create_session(self, session: tf.compat.v1.Session, coord: tf.train.Coordinator) -> None:
-        """Finds out where it goes on."""
+        """Reads the step at which the session begins."""
         self._run = session.make_callable(self._train_op)
         self._first = self._step = int(session.run(v1.train.get_global_step()))
 
     def before_run(self, run_context: tf.estimator.SessionRunContext) -> None:
-        """Does the steps up to the next one that others shall see."""
+        """Runs the steps before the next one that Estimator sees."""
         done = self._step - self._first
         if done:
             distances = (self._EVERY, self._checkpoint_steps)
@@ -178,22 +180,23 @@ class QuickSteps(tf.estimator.SessionRunHook):
 
 
 class ProgressBar(tf.estimator.SessionRunHook):
-    """Shows examples, examples a second, time left and the last loss; the rate goes to TensorBoard, too.
+    """Shows examples, examples per second, time left and the last loss. The rate goes to TensorBoard too.
 
     Attributes:
-        num_steps: what this process has done of the training, where it is one of a cluster.
+        num_steps: number of steps that this process of a cluster has trained.
     """
 
-    _EVERY = 20  # steps between updates in a cluster: fetching the loss costs
+    # Steps between updates in a cluster, where fetching the loss takes time.
+    _EVERY = 20
 
     def __init__(self, total_steps: int, batch_size: int, summary_dir: str | None, says_start: bool = False):
-        """Of one process.
+        """Makes the bar of one process.
 
         Args:
-            total_steps: the global step where training ends.
-            batch_size: examples a step.
-            summary_dir: where the chief's rate goes; None, for others, shows no bar.
-            says_start: a line whenever a session is made, or made again after a loss: for processes of a cluster.
+            total_steps: the global step at which training ends.
+            batch_size: examples per step.
+            summary_dir: folder of the chief's TensorBoard events; None, for other processes, shows no bar.
+            says_start: whether to print a line each time a session starts; for the processes of a cluster.
         """
         self._total, self._batch_size = total_steps, batch_size
         self._summary_dir, self._says_start = summary_dir, says_start
@@ -208,7 +211,7 @@ class ProgressBar(tf.estimator.SessionRunHook):
     def after_create_session(self, session: tf.compat.v1.Session, coord: tf.train.Coordinator) -> None:
         """Starts the bar where the checkpoint left off."""
         first = int(session.run(self._step))
-        self.close()  # of a session that was lost
+        self.close()  # the bar of a session that was lost
         if self._says_start:
             print(f"training from step {first:,}", flush=True)
         self._bar = tqdm(
@@ -222,9 +225,10 @@ class ProgressBar(tf.estimator.SessionRunHook):
         self._since = (first, time.monotonic())
 
     def before_run(self, run_context: tf.estimator.SessionRunContext) -> tf.estimator.SessionRunArgs | None:
-        """Asks for the loss now and then."""
+        """Asks for step and loss when an update is due."""
         self.num_steps += 1
-        every = self._EVERY if self._says_start else 1  # alone, QuickSteps sees to it
+        # A process that trains alone is called by QuickSteps every 20th step only.
+        every = self._EVERY if self._says_start else 1
         return tf.estimator.SessionRunArgs([self._step, self._loss]) if self.num_steps % every == 0 else None
 
     def after_run(self, run_context: tf.estimator.SessionRunContext, run_values: tf.estimator.SessionRunValues) -> None:
@@ -250,6 +254,6 @@ class ProgressBar(tf.estimator.SessionRunHook):
             self._bar.update(int(session.run(self._step)) * self._batch_size - self._bar.n)
 
     def close(self) -> None:
-        """Ends the bar's line; after a failure too, which hooks are not told of."""
+        """Ends the line of the bar. Callers do this after failures too, of which hooks are not told."""
         if self._bar is not None:
             self._bar.close()

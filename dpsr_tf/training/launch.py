@@ -1,8 +1,8 @@
 """`dpsr launch`: trains on a cluster of processes on this machine.
 
-What a cluster manager does elsewhere: gives each process its TF_CONFIG, starts again those that were killed (training
-goes on: a worker picks up where the others are, a parameter server's variables come back from the last checkpoint),
-ends the parameter servers, which never end by themselves, once the work is done, and passes on the first failure.
+It does the work of a cluster manager. It gives each process its TF_CONFIG and restarts processes that were killed:
+a worker continues where the others are, and a parameter server's variables come back from the last checkpoint. When the
+work is done it ends the parameter servers, which never end by themselves. It passes on the first failure.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ from dpsr_tf.training.validation import Validation
 USAGE = """
 Usage: dpsr launch --workers=N --ps=N --store=STORE --out=MODEL [--config=FILE] [--set=KEY=VALUE ...]
 
-Runs `dpsr train` as a cluster of processes on this machine: N workers (the first is the chief), N parameter servers,
-and an evaluator where the config asks for validation. A process that is killed is started again.
+Runs `dpsr train` as a cluster of processes on this machine: workers (the first one is the chief), parameter servers,
+and an evaluator if the config asks for validation. Processes that are killed are restarted.
 """
 
 REQUIRED_FLAGS = train.REQUIRED_FLAGS
 
-# Seconds a process has to end after SIGTERM.
+# Seconds that a process has to end after SIGTERM.
 _GRACE = 15.0
 _POLL = 0.2
-# Seconds between the lines that stand for a progress bar.
+# Seconds between the printed lines of a progress bar.
 _PROGRESS = 10.0
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Flags of `dpsr launch`: those of `dpsr train`, and what the cluster is made of."""
+    """Flags of `dpsr launch`: the flags of `dpsr train`, and the size of the cluster."""
     train.define_flags(values)
-    flags.DEFINE_integer("workers", 2, "training processes, the chief among them", 1, flag_values=values)
-    flags.DEFINE_integer("ps", 1, "parameter servers", 1, flag_values=values)
-    flags.DEFINE_integer("max_restarts", 10, "times that killed processes are started again", 0, flag_values=values)
+    flags.DEFINE_integer("workers", 2, "number of training processes, including the chief", 1, flag_values=values)
+    flags.DEFINE_integer("ps", 1, "number of parameter servers", 1, flag_values=values)
+    flags.DEFINE_integer(
+        "max_restarts", 10, "number of restarts of killed processes, all processes together", 0, flag_values=values
+    )
 
 
 def run(values: flags.FlagValues, arguments: list[str]) -> int:
     """Runs `dpsr launch`."""
     if "TF_CONFIG" in os.environ:
-        raise UsageError(
-            "TF_CONFIG is set, but `dpsr launch` makes one for each process; unset it, or run `dpsr train`"
-        )
-    # What is wrong with flags, store, config or model is said here, once, before there is any process.
+        raise UsageError("TF_CONFIG is set, but `dpsr launch` sets it for each process; unset it, or run `dpsr train`")
+    # Errors in flags, store, config or model are reported here, once, before any process starts.
     store, config = train.read_flags(values)
     model = ModelDirectory.create_or_resume(values.out, config, store)
     tasks = [("ps", i) for i in range(values.ps)] + [("chief", 0)]
@@ -73,7 +73,7 @@ def run(values: flags.FlagValues, arguments: list[str]) -> int:
 
 
 class _Failed(CommandError):
-    """A process of the cluster has failed."""
+    """A process of the cluster failed, and so does the command, with the same status."""
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
@@ -81,7 +81,7 @@ class _Failed(CommandError):
 
 
 class _Processes:
-    """The cluster's processes. On leaving the block none of them is left."""
+    """The processes of the cluster, as a context manager that ends all of them on leaving."""
 
     def __init__(self, tasks: list[tuple[str, int]], arguments: list[str], max_restarts: int):
         self._arguments, self._restarts_left = arguments, max_restarts
@@ -104,7 +104,7 @@ class _Processes:
             printer.join()
 
     def run(self) -> int:
-        """Until every worker is done (0), or one has failed (its status)."""
+        """Runs until every worker is done. Raises CommandError if one fails."""
         for task in self._tasks:
             self._start(task)
         while any(kind != "ps" for kind, _ in self._running):
@@ -116,15 +116,17 @@ class _Processes:
                 del self._running[task]
                 if status == 0 and task[0] != "ps":
                     continue
-                # A command that failed has said why, and would fail again; what was killed, or lost a process that was,
-                # deserves another try.
+                # A command that failed has said why and would fail again. A process that was killed, or that lost
+                # another process, is restarted.
                 if status > 0 and status != train.LostError.status:
                     self._end(list(self._running))
-                    raise _Failed(f"{_name(task)} ended with status {status}; its message stands above", status)
+                    raise _Failed(f"{_name(task)} failed with status {status}; see its message above", status)
                 if self._restarts_left == 0:
-                    raise CommandError(f"{_name(task)} was ended by {_cause(status)}, and --max_restarts is used up")
+                    raise CommandError(
+                        f"{_name(task)} was ended by {_cause(status)}, and no restart is left (--max_restarts)"
+                    )
                 self._restarts_left -= 1
-                print(f"launch: {_name(task)} was ended by {_cause(status)}, starting it again", flush=True)
+                print(f"launch: {_name(task)} was ended by {_cause(status)}; restarting it", flush=True)
                 self._start(task)
         return 0
 
@@ -132,7 +134,8 @@ class _Processes:
         kind, index = task
         config = {"cluster": self._cluster, "task": {"type": kind, "index": index}}
         command = [sys.executable, "-m", "dpsr_common", *self._arguments]
-        if (setpriv := shutil.which("setpriv")) is not None:  # a launcher that is killed takes its processes along
+        # A launcher that is killed takes its processes along.
+        if (setpriv := shutil.which("setpriv")) is not None:
             command = [setpriv, "--pdeathsig", "KILL", *command]
         process = subprocess.Popen(
             command,
@@ -140,7 +143,7 @@ class _Processes:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for us to pass on
+            start_new_session=True,  # Ctrl-C reaches the launcher only, which ends its processes
         )
         self._running[task] = process
         assert process.stdout is not None
@@ -162,7 +165,7 @@ class _Processes:
 
 
 def _print_lines(name: str, stream: IO[bytes]) -> None:
-    """Passes on what a process prints, a line at a time; of a progress bar a line every few seconds, and its last."""
+    """Passes on what a process prints, line by line; of a progress bar, a line every few seconds and its last."""
     rest, next_progress = b"", time.monotonic() + _PROGRESS
     while data := os.read(stream.fileno(), 1 << 16):
         *lines, rest = (rest + data).split(b"\n")
@@ -179,7 +182,7 @@ def _print_lines(name: str, stream: IO[bytes]) -> None:
 def _print_line(name: str, line: bytes) -> None:
     text = line.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2].strip()
     if text:
-        # One write: lines of several processes do not run into one another.
+        # One write, so that lines of several processes do not mix.
         sys.stdout.write(f"{name}: {text}\n")
         sys.stdout.flush()
 
@@ -193,7 +196,7 @@ def _cause(status: int) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, found all at once so that they differ."""
+    """Returns free ports of this machine, found all at once so that they differ."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -203,7 +206,7 @@ def free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM leaves the block by an exception, so that its processes are ended."""
+    """Turns SIGTERM into an exception inside the block, so that the processes are ended."""
 
     def leave(number: int, frame: object) -> None:
         sys.exit(128 + number)

@@ -1,10 +1,10 @@
-"""How good a training is so far: recall@k on what the store held out of its log, measured at checkpoints.
+"""Measures recall@k at checkpoints, on the interactions that the store held out of its log.
 
-Beside the checkpoints of a model directory:
+It writes into the model directory, beside the checkpoints:
 
-validation.jsonl   a line a measurement: {"step": 2000, "recall@100": 0.41, "queries": 500}
-best/              the best checkpoint yet, a model directory in itself that any command takes; measured.json: its line
-validation/        the figures as TensorBoard reads them
+validation.jsonl   one line for each measurement: {"step": 2000, "recall@100": 0.41, "queries": 500}
+best/              the best checkpoint so far, as a model directory that any command reads; measured.json has its line
+validation/        the measurements for TensorBoard
 """
 
 from __future__ import annotations
@@ -29,28 +29,30 @@ v1 = tf.compat.v1
 BEST = "best"
 _RECORDS = "validation.jsonl"
 _CANDIDATE, _PREVIOUS = ".best.candidate", ".best.previous"
-# Of the queries that are drawn: the same ones for every training on a store.
+# Seed of the draw of queries: every training on a store asks the same ones.
 _SEED = 1
-# Seconds between an evaluator's looks at the model directory, and a trainer's at the figures.
+# Seconds between an evaluator's looks at the model directory, and between a trainer's looks at the measurements.
 _POLL = 1.0
 _LOOK = 5.0
 
 
 class Validation:
-    """Measures the checkpoints of a model directory and keeps the best. One process of a training has it."""
+    """Measures the checkpoints of a model directory and keeps the best. Exactly one process of a training does this."""
 
     def __init__(self, model: ModelDirectory, store: Store, config: Config):
-        """Raises CommandError if the store holds nothing out."""
-        from dpsr_tf.evaluation.judgments import Judgments  # DuckDB and, below, SciPy: not for a training without this
+        """Raises CommandError if the store has no held-out interactions."""
+        # Imported here so that a training without validation loads neither DuckDB nor, below, SciPy.
+        from dpsr_tf.evaluation.judgments import Judgments
 
         self._path, self._store, self._config = model.path, store, config
         self._judgments = Judgments.of_held_out(store).sample(config.validation.queries, _SEED)
         self._writer: tf.compat.v1.summary.FileWriter | None = None
-        if not (self._path / BEST).exists() and (self._path / _PREVIOUS).exists():  # killed between two renames
+        # An earlier process may have been killed between the two renames in _measure.
+        if not (self._path / BEST).exists() and (self._path / _PREVIOUS).exists():
             os.rename(self._path / _PREVIOUS, self._path / BEST)
 
     def after_checkpoint(self, checkpoint: str | Path) -> bool:
-        """Measures a checkpoint, model.ckpt-STEP, if it is time to. Whether training should stop."""
+        """Measures a checkpoint, model.ckpt-STEP, if one is due. Returns whether training should stop."""
         step = _step(checkpoint)
         records = measurements(self._path, self._config)
         last = records[-1]["step"] if records else 0
@@ -60,7 +62,7 @@ class Validation:
         return is_over(self._path, self._config)
 
     def watch(self) -> None:
-        """An evaluator's work: measures each new checkpoint until training ends."""
+        """Measures each new checkpoint until training ends: the work of an evaluator."""
         seen = None
         while not is_over(self._path, self._config):
             checkpoint = tf.train.latest_checkpoint(str(self._path))
@@ -77,7 +79,7 @@ class Validation:
         candidate = self._path / _CANDIDATE
         try:
             self._copy(checkpoint, candidate)
-        except FileNotFoundError:  # training went on meanwhile, and has removed it
+        except FileNotFoundError:  # training has removed this old checkpoint meanwhile
             return
         k, name = self._config.validation.recall_at, metric(self._config)
         ids, scores = exact_search(candidate, self._store)(self._judgments.queries, self._judgments.users, k)
@@ -97,10 +99,12 @@ class Validation:
         temporary.write_text(before + json.dumps(record) + "\n")
         os.replace(temporary, file)
         self._summarise(name, recall, step)
-        tqdm.write(f"validation step {step:,}: {name} {recall:.4f}{', the best yet' if best else ''}")  # above the bar
+        tqdm.write(
+            f"validation step {step:,}: {name} {recall:.4f}{', the best so far' if best else ''}"
+        )  # above the bar
 
     def _copy(self, checkpoint: Path, to: Path) -> None:
-        """A model directory of this one checkpoint."""
+        """Makes a model directory that holds this checkpoint only."""
         shutil.rmtree(to, ignore_errors=True)
         to.mkdir()
         for name in FILES:
@@ -121,12 +125,12 @@ class Validation:
 
 
 def metric(config: Config) -> str:
-    """The name of what is measured."""
+    """Returns the name of the metric, such as "recall@100"."""
     return f"recall@{config.validation.recall_at}"
 
 
 def measurements(model_dir: Path, config: Config) -> list[dict[str, Any]]:
-    """What has been measured of a model with this metric, in order of steps; none if nothing has."""
+    """Returns the measurements of a model with this metric, in order of steps."""
     try:
         lines = (model_dir / _RECORDS).read_text().splitlines()
     except FileNotFoundError:
@@ -135,12 +139,12 @@ def measurements(model_dir: Path, config: Config) -> list[dict[str, Any]]:
 
 
 def best_of(records: list[dict[str, Any]], config: Config) -> dict[str, Any]:
-    """The best measurement, of equal ones the first."""
+    """Returns the best measurement, the first one of equals."""
     return max(records, key=lambda record: record[metric(config)])
 
 
 def is_over(model_dir: Path, config: Config) -> bool:
-    """Whether the last `validation.patience` measurements have brought nothing better (early stopping)."""
+    """Returns whether the last `validation.patience` measurements brought nothing better (early stopping)."""
     patience, records = config.validation.patience, measurements(model_dir, config)
     if not config.validation.queries or not patience or not records:
         return False
@@ -148,27 +152,27 @@ def is_over(model_dir: Path, config: Config) -> bool:
 
 
 class ValidationListener(tf.estimator.CheckpointSaverListener):
-    """Validation in the process that trains."""
+    """Runs validation in the process that trains."""
 
     def __init__(self, validation: Validation, model_dir: Path):
-        """`model_dir`: where the checkpoints are."""
+        """`model_dir` holds the checkpoints."""
         self._validation, self._path = validation, model_dir
 
     def after_save(self, session: tf.compat.v1.Session, global_step_value: int) -> bool:
-        """Measures; true stops the training."""
+        """Measures the checkpoint. Returning true stops the training."""
         return self._validation.after_checkpoint(self._path / f"model.ckpt-{global_step_value}")
 
 
 class StopWhenOver(tf.estimator.SessionRunHook):
-    """Stops a process of a cluster when the evaluator's figures no longer get better."""
+    """Stops a process of a cluster when the evaluator's measurements no longer improve."""
 
     def __init__(self, model_dir: Path, config: Config):
-        """`model_dir`: where the evaluator writes."""
+        """`model_dir` is where the evaluator writes its measurements."""
         self._path, self._config = model_dir, config
         self._next_look = 0.0
 
     def after_run(self, run_context: tf.estimator.SessionRunContext, run_values: tf.estimator.SessionRunValues) -> None:
-        """Looks every few seconds."""
+        """Looks at the measurements every few seconds."""
         if time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + _LOOK
             if is_over(self._path, self._config):
@@ -180,7 +184,10 @@ def _step(checkpoint: str | Path) -> int:
 
 
 def _link(file: Path, directory: Path) -> None:
-    """The file once more, without its bytes where the file system can do that: a checkpoint is never written over."""
+    """Hard-links a file into a directory, or copies it where the file system has no links.
+
+    A link is safe because a checkpoint file is never overwritten.
+    """
     try:
         os.link(file, directory / file.name)
     except FileNotFoundError:

@@ -66,7 +66,7 @@ class Launch:
         os.kill(pid, signal.SIGKILL)
         self.until(lambda: self.task(kind, index) not in (None, pid))
         # The line may be on its way to us yet.
-        self.until(lambda: f"launch: {kind} {index} was ended by SIGKILL, starting it again" in self.text())
+        self.until(lambda: f"launch: {kind} {index} was ended by SIGKILL; restarting it" in self.text())
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Waits for a condition while the launcher runs."""

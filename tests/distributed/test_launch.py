@@ -167,7 +167,7 @@ def test_a_task_that_fails_ends_everything(launch, shop_store, tmp_path):
     cluster = launch("--ps=2", "--workers=2", f"--store={store}", f"--out={tmp_path / 'model'}", *sets())
     assert cluster.end() == 1
     assert cluster.lines[-1].startswith("dpsr launch: error: chief 0 ended with status 1"), cluster.text()
-    assert "starting it again" not in cluster.text()
+    assert "restarting it" not in cluster.text()
     assert f"{path}: " in cluster.text(), "whichever meets it first says which file"
 
 
@@ -179,7 +179,7 @@ def test_the_restarts_are_used_up(launch, shop_store, tmp_path):
     cluster.until(lambda: cluster.task("chief") is not None)
     os.kill(cluster.task("chief"), signal.SIGKILL)
     assert cluster.end() == 1
-    assert cluster.lines[-1] == "dpsr launch: error: chief 0 was ended by SIGKILL, and --max_restarts is used up"
+    assert cluster.lines[-1] == "dpsr launch: error: chief 0 was ended by SIGKILL, and no restart is left (--max_restarts)"
 
 
 @pytest.mark.distributed

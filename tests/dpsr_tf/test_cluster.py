@@ -43,8 +43,8 @@ def test_each_task_knows_its_part(task: str, index: int, worker_index: int) -> N
         (CLUSTER, {"type": "master", "index": 0}, "type is 'master', expected one of chief, worker, ps, evaluator"),
         (CLUSTER, None, "task is None"),
         ({**CLUSTER, "chief": []}, {"type": "ps", "index": 0}, "cluster has 0 chiefs"),
-        ({**CLUSTER, "ps": []}, {"type": "chief", "index": 0}, "2 workers beside the chief and no ps"),
-        ({**CLUSTER, "ps": ["c:1", "a:1"]}, {"type": "chief", "index": 0}, "a:1 stands more than once"),
+        ({**CLUSTER, "ps": []}, {"type": "chief", "index": 0}, "2 workers beside the chief but no ps"),
+        ({**CLUSTER, "ps": ["c:1", "a:1"]}, {"type": "chief", "index": 0}, "a:1 is listed more than once"),
         ({**CLUSTER, "ps": ["c"]}, {"type": "chief", "index": 0}, "ps is ['c'], expected a list of HOST:PORT"),
         ({**CLUSTER, "ps": "c:1"}, {"type": "chief", "index": 0}, "ps is 'c:1', expected a list of HOST:PORT"),
         ({**CLUSTER, "ps": ["c:0"]}, {"type": "chief", "index": 0}, "expected a list of HOST:PORT"),
@@ -60,5 +60,5 @@ def test_what_is_wrong_is_named(cluster: Any, task: Any, expected: str) -> None:
 
 
 def test_no_json_is_named() -> None:
-    with pytest.raises(UsageError, match="TF_CONFIG is no JSON"):
+    with pytest.raises(UsageError, match="TF_CONFIG is not valid JSON"):
         Cluster.from_environment({"TF_CONFIG": "{cluster"})
