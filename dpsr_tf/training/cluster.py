@@ -68,8 +68,8 @@ class Cluster:
         workers, ps = len(cluster.get("worker", [])), len(cluster.get("ps", []))
         if workers and not ps:
             raise UsageError(
-                f"TF_CONFIG: cluster has {workers} workers beside the chief but no ps, expected at least one ps to "
-                f"hold the variables that they share"
+                f"TF_CONFIG: cluster has {workers} workers beside the chief and no ps, expected at least one ps, "
+                f"which holds the variables that they share"
             )
         task = _mapping(config, "task", "TF_CONFIG")
         kind, index = task.get("type"), task.get("index")

@@ -192,7 +192,7 @@ def _explained(error: tf.errors.OpError, model_dir: Path, config: Config, cluste
     if (problem := loss_problem(error)) is not None:
         return CommandError(
             f"{problem}; the last checkpoint, of step {_global_step(model_dir)}, is sound; lower train.learning_rate, "
-            f"now {config.train.learning_rate:g}, and train from the start with another --out or with --overwrite"
+            f"now {config.train.learning_rate:g}, and start anew with another --out or with --overwrite"
         )
     if not cluster.is_local and isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError)):
         return LostError(f"a parameter server was lost: {op_message(error)}; start this task again")

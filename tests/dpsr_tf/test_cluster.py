@@ -43,7 +43,7 @@ def test_each_task_knows_its_part(task: str, index: int, worker_index: int) -> N
         (CLUSTER, {"type": "master", "index": 0}, "type is 'master', expected one of chief, worker, ps, evaluator"),
         (CLUSTER, None, "task is None"),
         ({**CLUSTER, "chief": []}, {"type": "ps", "index": 0}, "cluster has 0 chiefs"),
-        ({**CLUSTER, "ps": []}, {"type": "chief", "index": 0}, "2 workers beside the chief but no ps"),
+        ({**CLUSTER, "ps": []}, {"type": "chief", "index": 0}, "2 workers beside the chief and no ps"),
         ({**CLUSTER, "ps": ["c:1", "a:1"]}, {"type": "chief", "index": 0}, "a:1 is listed more than once"),
         ({**CLUSTER, "ps": ["c"]}, {"type": "chief", "index": 0}, "ps is ['c'], expected a list of HOST:PORT"),
         ({**CLUSTER, "ps": "c:1"}, {"type": "chief", "index": 0}, "ps is 'c:1', expected a list of HOST:PORT"),
