@@ -1,1 +1,1 @@
-"""The two towers and their loss."""
+"""The two towers, their loss, and the models that training leaves behind."""

@@ -1,4 +1,7 @@
-"""A model directory's last checkpoint as a retriever. The only file of evaluation that knows the towers."""
+"""Runs the towers of a checkpoint on NumPy arrays: item embeddings, query embeddings, and exact search over both.
+
+Validation, evaluation and `dpsr index` use it; training and export build graphs of their own.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ _BATCH = 4096
 
 
 def exact_search(directory: str | Path, store: Store) -> ExactSearch:
-    """Exact search over the embeddings of all items of a store, for the users of the store.
+    """Returns exact search over the embeddings of all items of a store, for the users of the store.
 
     Raises:
         CommandError: no model or checkpoint is there, or the store has another vocabulary.
@@ -37,7 +40,7 @@ def exact_search(directory: str | Path, store: Store) -> ExactSearch:
 
 
 def item_embeddings(directory: str | Path, store: Store) -> np.ndarray:
-    """Embeddings of all items of a store by a model's last checkpoint, float32 [items, embedding_dim], in its order.
+    """Embeds all items of a store, in its order, by a model's last checkpoint: float32 [items, embedding_dim].
 
     Raises:
         CommandError: no model or checkpoint is there, or the store has another vocabulary.
@@ -52,9 +55,9 @@ def item_embeddings(directory: str | Path, store: Store) -> np.ndarray:
 
 
 def item_encoder(model: ModelDirectory, store: Store, checkpoint: str) -> Callable[[np.ndarray], np.ndarray]:
-    """The item tower of a checkpoint (a path): rows of the item table [n] to float32 [n, embedding_dim].
+    """Returns the item tower of a checkpoint: a function from rows of the item table [n] to float32 [n, embedding_dim].
 
-    After its first call, which makes the graph, threads may call it at once.
+    The first call makes the graph. After it, several threads may call the function at the same time.
 
     Raises:
         CommandError: the store has another vocabulary or other features than the model. When called: the checkpoint
@@ -66,7 +69,7 @@ def item_encoder(model: ModelDirectory, store: Store, checkpoint: str) -> Callab
 
 
 def query_encoder(directory: str | Path, store: Store, checkpoint: str | None = None) -> QueryEncoder:
-    """The query tower of a checkpoint, the last one if none is named.
+    """Returns the query tower of a checkpoint, by default of the last one.
 
     Raises:
         CommandError: no model or checkpoint is there, or the store has another vocabulary.
@@ -79,17 +82,17 @@ def query_encoder(directory: str | Path, store: Store, checkpoint: str | None = 
 
 
 def is_personal(config: ModelConfig) -> bool:
-    """Whether the query tower reads anything of the user."""
+    """Returns whether the query tower reads features or history of the user."""
     return bool(config.user_features or config.history_length or config.query_history_length)
 
 
 class StoreTables:
-    """What the towers read of a store, in NumPy: features of items and users, and the users' histories.
+    """Reads from a store what the towers need, as NumPy arrays: features of items and users, and users' histories.
 
-    The history is that of training: what the user did strictly before the time, oldest first.
+    A history is the same as in training: what the user did strictly before a time, oldest first.
 
     Attributes:
-        spec: what the model's config names.
+        spec: the features that the towers read.
     """
 
     def __init__(self, model: ModelDirectory, store: Store):
@@ -108,12 +111,12 @@ class StoreTables:
             self._log_tokens = np.concatenate([shard["query.tokens"] for shard in shards])
 
     def items(self, rows: np.ndarray) -> ItemFeatures:
-        """Of rows of the item table [n]."""
+        """Returns the features of rows of the item table [n]."""
         text = _take(self._items["tokens.values"], self._items["tokens.splits"], rows)
         return ItemFeatures(text, _features(self._items, self.spec.item, rows))
 
     def queries(self, queries: Sequence[str], users: Sequence[User] | None) -> QueryFeatures:
-        """Of n texts and users; a user whom the store does not know is anonymous."""
+        """Returns the features of n queries and users. A user whom the store does not have counts as anonymous."""
         users = users or [User(-1)] * len(queries)
         rows = np.maximum(self._user_rows(np.array([user.id for user in users], np.int64)), 0)
         text = Tokens(*self._vocabulary.encode_batch(list(queries)))
@@ -153,7 +156,7 @@ def _splits(lists: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _take(values: np.ndarray, splits: np.ndarray, rows: np.ndarray) -> Tokens:
-    """These rows of a ragged table."""
+    """Returns some rows of a ragged table."""
     begins, lengths = splits[rows], splits[rows + 1] - splits[rows]
     taken = np.concatenate([[0], np.cumsum(lengths)])
     places = np.repeat(begins - taken[:-1], lengths) + np.arange(taken[-1])
@@ -161,7 +164,7 @@ def _take(values: np.ndarray, splits: np.ndarray, rows: np.ndarray) -> Tokens:
 
 
 def _features(table: PackedFile, features: Sequence[Feature], rows: np.ndarray) -> Features | None:
-    """Codes [rows, fixed features] and lists of these rows of a table; None without features."""
+    """Returns codes [rows, fixed features] and lists of some rows of a table; None without features."""
     if not features:
         return None
     fixed = [table[f"feature.{feature.name}"][rows] for feature in features if feature.kind in FIXED_KINDS]
@@ -177,7 +180,7 @@ def _features(table: PackedFile, features: Sequence[Feature], rows: np.ndarray) 
 def _tower(
     model: ModelDirectory, spec: FeatureSpec, checkpoint: str, name: str
 ) -> Callable[[ItemFeatures | QueryFeatures], np.ndarray]:
-    """A tower of a checkpoint as a function of NumPy features; the graph is made at the first call."""
+    """Returns a tower of a checkpoint as a function of NumPy features. The first call makes the graph."""
     graph = tf.Graph()
     session = v1.Session(graph=graph)
     inputs: Any = None
@@ -193,7 +196,7 @@ def _tower(
                     weights_saver(model.config.train.average_decay > 0).restore(session, checkpoint)
                 except (tf.errors.OpError, ValueError):
                     raise CommandError(
-                        f"{model.path}: {Path(checkpoint).name} cannot be read, or is not of its config; "
+                        f"{model.path}: {Path(checkpoint).name} cannot be read, or does not fit the config; "
                         f"train the model again"
                     ) from None
         pairs = zip(tf.nest.flatten(inputs), tf.nest.flatten(features), strict=True)

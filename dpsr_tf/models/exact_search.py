@@ -1,4 +1,4 @@
-"""Exact search over embeddings, and the rules of every ranking: order, ties, padding. Needs NumPy only."""
+"""Exact search over embeddings, and the order, ties and padding of every ranking. It needs NumPy only."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import numpy as np
 from dpsr_tf.data.store import RowsById
 from dpsr_tf.data.user_requests import User
 
-# Queries whose scores of all items are in memory at once.
+# Number of queries whose scores of all items are in memory at the same time.
 _BATCH = 64
 
-# Embeds queries: (queries [n], users [n] or None) -> float32 [n, heads, dim]; a row of zeros finds nothing.
+# Embeds queries: (queries [n], users [n] or None) -> float32 [n, heads, dim]. A query whose embedding is all zeros
+# finds no items.
 QueryEncoder = Callable[[Sequence[str], "Sequence[User] | None"], np.ndarray]
 
 
 class ExactSearch:
-    """The items with the largest inner products, every one of them computed.
+    """Finds the items with the largest inner products by computing all of them.
 
     With several heads an item's score is its largest inner product over them, as at serving time (end of section 4.3),
     not the soft dot product of training.
@@ -32,7 +33,7 @@ class ExactSearch:
         self.personal = personal
 
     def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """See Retriever."""
+        """Implements dpsr_tf.evaluation.retriever.Retriever."""
         ids, scores = no_results(len(queries), k)
         for begin in range(0, len(queries), _BATCH):
             heads = self._encode(queries[begin : begin + _BATCH], users[begin : begin + _BATCH] if users else None)
@@ -46,7 +47,7 @@ class ExactSearch:
         return ids, scores
 
     def score(self, queries: Sequence[str], users: Sequence[User] | None, items: np.ndarray) -> np.ndarray:
-        """See Retriever."""
+        """Implements dpsr_tf.evaluation.retriever.Retriever."""
         result = np.empty(items.shape, np.float32)
         for begin in range(0, len(queries), _BATCH):
             heads = self._encode(queries[begin : begin + _BATCH], users[begin : begin + _BATCH] if users else None)
@@ -57,9 +58,9 @@ class ExactSearch:
 
 
 def top_positions(ids: np.ndarray, scores: np.ndarray, k: int) -> np.ndarray:
-    """Positions of the k highest `scores` [n], ties by ascending id, also where k cuts through one; NaN comes last."""
+    """Returns the positions of the k highest `scores` [n]. Ties go by ascending id, also at rank k; NaN comes last."""
     if k < len(scores):
-        # Every item that ties with the k-th, so that ids decide which of them are in.
+        # Keep every item that ties with the k-th one, so that ids decide which of them are returned.
         kept = np.flatnonzero(~(scores < -np.partition(-scores, k - 1)[k - 1]))
     else:
         kept = np.arange(len(scores))
@@ -67,7 +68,7 @@ def top_positions(ids: np.ndarray, scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def is_repeat(ids: np.ndarray) -> np.ndarray:
-    """Whether the same id stands further left in its row: [n, k] bool of `ids` [n, k]."""
+    """Returns bool [n, k]: whether the same id stands further left in its row of `ids` [n, k]."""
     order = np.argsort(ids, axis=1, kind="stable")
     ordered = np.take_along_axis(ids, order, axis=1)
     repeat = np.zeros(ids.shape, bool)
@@ -76,5 +77,5 @@ def is_repeat(ids: np.ndarray) -> np.ndarray:
 
 
 def no_results(num_queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """An answer without items: ids -1 and scores -inf, [num_queries, k] each."""
+    """Returns an answer without items: ids -1 and scores -inf, [num_queries, k] each."""
     return np.full((num_queries, k), -1, np.int64), np.full((num_queries, k), -np.inf, np.float32)

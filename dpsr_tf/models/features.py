@@ -1,4 +1,4 @@
-"""What the towers read: which features with how many values, and the tensors that carry them."""
+"""The input of the towers: which features they read, how many values these have, and the tensors that carry them."""
 
 from __future__ import annotations
 
@@ -21,20 +21,24 @@ class Feature:
     """One feature that a tower reads, as the store codes it."""
 
     name: str
-    kind: str = option("categorical", "what its codes are", choices=KINDS)
-    num_ids: int = option(1, "codes 0 to num_ids - 1; of kind text: ids of its vocabulary", 1)
-    vocabulary: str | None = option(None, "of kind text: its vocabulary; that of query and item text if left out")
+    kind: str = option("categorical", "kind of the feature", choices=KINDS)
+    num_ids: int = option(
+        1, "number of codes, 0 to num_ids - 1; for kind text, number of token ids of its vocabulary", 1
+    )
+    vocabulary: str | None = option(
+        None, "for kind text, name of its vocabulary; by default the vocabulary of query and item text"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSpec:
-    """All that TwoTower must know of a store, in the order in which a batch holds it.
+    """What TwoTower must know about a store: its features, in the order in which a batch holds them.
 
-    It is saved with a checkpoint (dpsr_tf.config.to_dict and from_dict), so that the towers can be built without the
-    store.
+    It is saved with a checkpoint (to_dict and from_dict of dpsr_common.typed_config), so that the towers can be built
+    without the store.
     """
 
-    num_tokens: int = option(1, "ids of the vocabulary of query and item text", 1)
+    num_tokens: int = option(1, "number of token ids of the vocabulary of query and item text", 1)
     user: tuple[Feature, ...] = option((), "profile features that the query tower reads")
     item: tuple[Feature, ...] = option((), "features that the item tower reads beside the text")
 
@@ -44,12 +48,12 @@ class FeatureSpec:
     def choose(
         config: ModelConfig, features: Mapping[str, Sequence[Mapping[str, Any]]], num_ids: Mapping[str | None, int]
     ) -> FeatureSpec:
-        """The features that a config names, out of those that a store has.
+        """Looks up the features that a config names among the features of a store.
 
         Args:
             config: names them in `user_features` and `item_features`.
             features: `features` of a store's manifest.
-            num_ids: ids of each vocabulary of the store; None is that of query and item text.
+            num_ids: number of token ids by vocabulary of the store; None is the vocabulary of query and item text.
 
         Raises:
             UsageError: the store has no feature of that name, or one is named twice.
@@ -82,7 +86,7 @@ def _feature(known: Mapping[str, Any], num_ids: Mapping[str | None, int]) -> Fea
 
 
 class QueryFeatures(NamedTuple):
-    """What the query tower reads of b queries. What its config does not name may be None."""
+    """Input of the query tower for b queries. Parts that its config does not name may be None."""
 
     text: Tokens  # b texts
     user: Features | None = None  # of the b users, in the order of FeatureSpec.user
@@ -90,17 +94,17 @@ class QueryFeatures(NamedTuple):
 
     @staticmethod
     def of(batch: Batch) -> QueryFeatures:
-        """Of a training batch."""
+        """Returns the queries of a training batch."""
         return QueryFeatures(batch.query, batch.user_features, batch.history)
 
 
 class ItemFeatures(NamedTuple):
-    """What the item tower reads of n items, and the query tower of an item of a history."""
+    """Input of the item tower for n items. The query tower reads the items of a history in the same form."""
 
     text: Tokens  # n texts
     features: Features | None = None  # of the n items, in the order of FeatureSpec.item
 
     @staticmethod
     def of(batch: Batch) -> ItemFeatures:
-        """Of a training batch: the positives, the shared negatives, each example's own negatives."""
+        """Returns the items of a training batch: positives, random negatives, each pair's own negatives."""
         return ItemFeatures(batch.item, batch.item_features)

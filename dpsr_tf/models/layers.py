@@ -1,7 +1,8 @@
-"""What a tower does with dense vectors: layers and vectors of length 1, in stock ops or in fused ones.
+"""Dense layers and normalisation to length 1, in stock ops or in fused ops.
 
-Both compute the same, to rounding, gradients too. The fused ones (dpsr_tf/ops/layers.h) make a training step quicker:
-with small batches the work around TensorFlow's many ops is much of it. A graph of stock ops needs no op library.
+Both compute the same up to rounding, gradients included. The fused ops (dpsr_tf/ops/layers.h) make a training step
+faster: with small batches, much of its time is the work around TensorFlow's many ops. A graph of stock ops needs no op
+library.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from dpsr_tf import ops
 
 
 class Layers(Protocol):
-    """The two things, float32."""
+    """A set of kernels for the towers. All tensors are float32."""
 
     def dense(self, x: tf.Tensor, kernel: Any, bias: Any, relu: bool) -> tf.Tensor:
-        """x [n, inputs] times kernel [inputs, outputs], plus bias [outputs]; with `relu` not below 0: [n, outputs]."""
+        """Returns x [n, inputs] times kernel [inputs, outputs] plus bias [outputs], cut at 0 if `relu`."""
 
     def unit(self, x: tf.Tensor, row_splits: tf.Tensor) -> tf.Tensor:
-        """The vectors x [texts, ..., dim] at length 1.
+        """Scales the vectors x [texts, ..., dim] to length 1.
 
-        Those shorter than 1e-6 are divided by that; those of a text without tokens, by row_splits int64 [texts + 1],
-        are zero.
+        Vectors shorter than 1e-6 are divided by 1e-6. The vectors of a text without tokens, as row_splits int64
+        [texts + 1] tells, become zero.
         """
 
 
@@ -40,7 +41,8 @@ class _Stock:
 
 class _Fused:
     def dense(self, x: tf.Tensor, kernel: Any, bias: Any, relu: bool) -> tf.Tensor:
-        # Not one op with the product: TensorFlow's fused one packs the weights anew each step and takes twice as long.
+        # The product is an op of its own: TensorFlow's op that fuses both packs the weights anew at each step and takes
+        # twice as long.
         return ops.load().dpsr_add_bias(tf.matmul(x, kernel), bias, relu=relu)
 
     def unit(self, x: tf.Tensor, row_splits: tf.Tensor) -> tf.Tensor:

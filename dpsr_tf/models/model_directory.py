@@ -1,10 +1,12 @@
-"""What a model directory holds beside TensorFlow's checkpoints, so that it can be read without its store.
+"""A model directory: TensorFlow's checkpoints, with what is needed to read them without the store.
 
-config.yaml        the config it was trained with
-features.json      which features its towers read (FeatureSpec), and what their codes mean
-vocabulary.dpsr    the vocabulary its token ids come from
-checkpoint, model.ckpt-*, events.*   TensorFlow's
-validation.jsonl, best/, validation/   of training with validation (validation.py)
+Training writes it; evaluation, `dpsr index` and `dpsr export` read it. Its files:
+
+config.yaml        the config of the training
+features.json      the features that the towers read (FeatureSpec), and a hash of what the codes of each one mean
+vocabulary.dpsr    the vocabulary of the token ids
+checkpoint, model.ckpt-*, events.*     written by TensorFlow
+validation.jsonl, best/, validation/   written by training with validation (training/validation.py)
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from dpsr_tf.data.store import Store
 from dpsr_tf.models.features import FeatureSpec
 from dpsr_tokenizer import Vocabulary
 
-# What makes a directory of checkpoints a model.
+# The files that make a directory of checkpoints a model.
 FILES = ("vocabulary.dpsr", "features.json", "config.yaml")
 
 
@@ -38,17 +40,17 @@ class ModelDirectory:
     path: Path
     config: Config
     features: FeatureSpec
-    meanings: dict[str, str]  # of each feature's codes, as a hash: "users.gender", ...
+    meanings: dict[str, str]  # feature name, such as "users.gender", to a hash of what its codes mean
     vocabulary: Vocabulary
 
     @property
     def vocabulary_path(self) -> Path:
-        """The vocabulary file."""
+        """Path of the vocabulary file."""
         return self.path / "vocabulary.dpsr"
 
     @staticmethod
     def open(path: str | Path) -> ModelDirectory:
-        """Raises CommandError if there is no model at `path`."""
+        """Opens the model at `path`. Raises CommandError if there is none."""
         directory = Path(path)
         if not (directory / "config.yaml").is_file():
             raise CommandError(f"{path}: holds no model (no config.yaml); make one with `dpsr train`")
@@ -67,11 +69,11 @@ class ModelDirectory:
         return ModelDirectory(directory, load_config(directory / "config.yaml"), spec, meanings, vocabulary)
 
     def last_checkpoint(self) -> str:
-        """The path of the last checkpoint, "MODEL/model.ckpt-2000".
+        """Returns the path of the last checkpoint, "MODEL/model.ckpt-2000".
 
         Raises:
-            CommandError: there is none, or none but that of random weights, which a training saves before its first
-                step.
+            CommandError: there is no checkpoint, or only the one of the random weights that training saves before its
+                first step.
         """
         checkpoint = tf.train.latest_checkpoint(str(self.path))
         if checkpoint is None:
@@ -84,9 +86,9 @@ class ModelDirectory:
         return checkpoint
 
     def difference(self, config: Config, store: Store) -> str | None:
-        """Why a training with `config` on `store` cannot go on with this model; None if it can.
+        """Returns why training with `config` on `store` cannot resume this model; None if it can.
 
-        A longer training, other checkpoint times, and index and serving settings need no new model.
+        More steps, other checkpoint times, and other index and serving settings are no reason.
         """
         train = dataclasses.replace(
             self.config.train, steps=config.train.steps, checkpoint_steps=config.train.checkpoint_steps
@@ -99,7 +101,7 @@ class ModelDirectory:
         return self.store_difference(store)
 
     def store_difference(self, store: Store) -> str | None:
-        """Why this model cannot read `store`; None if it can."""
+        """Returns why this model cannot read `store`; None if it can."""
         if self.vocabulary.fingerprint != store.vocabulary.fingerprint:
             return f"holds a model of another vocabulary than that of {store.path}"
         try:
@@ -116,7 +118,7 @@ class ModelDirectory:
 
     @staticmethod
     def create_or_resume(path: str | Path, config: Config, store: Store) -> ModelDirectory:
-        """Makes a model directory for `config` and `store`, or opens one that has been begun with the same.
+        """Makes a model directory for `config` and `store`, or opens one that was started with the same.
 
         Raises:
             CommandError: another model is there; the message names what differs.
@@ -133,7 +135,8 @@ class ModelDirectory:
         except OSError as error:
             raise CommandError(f"{path}: cannot be made: {error.strerror}; choose another --out") from None
         held = {"features": to_dict(spec), "meanings": _meanings(spec, store)}
-        # The config comes last: a directory without one is not yet a model. Workers of a cluster may do this at once.
+        # The config is written last, because a directory without one is not yet a model. Several workers of a cluster
+        # may do this at the same time.
         for name, write in (
             ("vocabulary.dpsr", lambda p: shutil.copyfile(store.vocabulary_path, p)),
             ("features.json", lambda p: p.write_text(json.dumps(held, indent=2) + "\n")),
@@ -146,14 +149,14 @@ class ModelDirectory:
 
 
 def feature_spec(config: Config, store: Store) -> FeatureSpec:
-    """What the towers of `config` read of `store`. Raises UsageError for a feature that the store does not have."""
+    """Returns the features of `store` that the towers of `config` read. Raises UsageError if one is missing."""
     num_ids: dict[str | None, int] = {name: vocabulary.num_ids for name, vocabulary in store.vocabularies.items()}
     num_ids[None] = store.vocabulary.num_ids
     return FeatureSpec.choose(config.model, store.manifest["features"], num_ids)
 
 
 def _meanings(spec: FeatureSpec, store: Store) -> dict[str, str]:
-    """Of each feature that is read, a hash of what its codes stand for."""
+    """Returns for each feature that the towers read a hash of what its codes stand for."""
     meanings = {}
     for side, features, table in (("users", spec.user, store.users()), ("items", spec.item, store.items())):
         stored = {feature["name"]: feature for feature in store.manifest["features"][side]}

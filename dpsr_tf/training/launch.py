@@ -56,7 +56,9 @@ def define_flags(values: flags.FlagValues) -> None:
 def run(values: flags.FlagValues, arguments: list[str]) -> int:
     """Runs `dpsr launch`."""
     if "TF_CONFIG" in os.environ:
-        raise UsageError("TF_CONFIG is set, but `dpsr launch` makes one for each process; unset it, or run `dpsr train`")
+        raise UsageError(
+            "TF_CONFIG is set, but `dpsr launch` makes one for each process; unset it, or run `dpsr train`"
+        )
     # Errors in flags, store, config or model are reported here, once, before any process starts.
     store, config = train.read_flags(values)
     model = ModelDirectory.create_or_resume(values.out, config, store)

@@ -736,5 +736,5 @@ def test_an_evaluator_without_validation(dpsr, click_store, tmp_path, monkeypatc
     monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": {"type": "evaluator", "index": 0}}))
     flags = [f"--store={click_store.path}", f"--out={tmp_path / 'm'}"]
     dpsr("train", *flags).fails(2, "type is 'evaluator', but validation.queries is 0")
-    dpsr("train", *flags, "--overwrite").fails(2, "--overwrite and TF_CONFIG")
+    dpsr("train", *flags, "--overwrite").fails(2, "--overwrite: cannot be combined with TF_CONFIG")
     assert not (tmp_path / "m").exists()
