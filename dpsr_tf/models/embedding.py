@@ -1,7 +1,7 @@
-"""Embedding tables that are read and trained where they lie: in the parameter server (DPSR section 5.1.3).
+"""Embedding tables that are read and trained where they are stored, on the parameter server (DPSR section 5.1.3).
 
-A worker sends the ids of its texts and gets one vector a text; it sends back one gradient a text. Rows and their
-gradients, one a token, never travel.
+A worker sends the ids of its texts and receives one vector for each text. It sends back one gradient for each text. The
+rows and their gradients, of which there is one for each token, never travel.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ v1 = tf.compat.v1
 COMBINERS = ("sum", "mean", "sqrtn")
 IMPLEMENTATIONS = ("fused", "stock")
 PLACEMENTS = ("whole", "rows")
-# Where TensorFlow's AdagradOptimizer starts.
+# Start value of the accumulators, as in TensorFlow's AdagradOptimizer.
 INITIAL_ACCUMULATOR = 0.1
-# Steps from one update of the moving average of the weights to the next.
+# Number of steps from one update of the moving average of the weights to the next.
 AVERAGE_STEPS = 10
 # Graph collection of the variables of all tables.
 TABLE_VARIABLES = "embedding_table_variables"
@@ -32,9 +32,9 @@ _HALF_ON_WIRE = "half_on_wire"
 
 
 class EmbeddingTable:
-    """A table of embeddings, float32 [num_ids, dim], with AdaGrad on the rows that a step has touched.
+    """A table of embeddings, float32 [num_ids, dim], that AdaGrad trains on the rows that a step has read.
 
-    Use: read it any number of times with `bag`, `bags` and `lookup`; then give the gradients of `outputs` to
+    Read it any number of times with `bag`, `bags` and `lookup`, then give the gradients of `outputs` to
     `apply_adagrad`. The function `minimize` does that together with the dense variables, in one backward pass:
 
         table = EmbeddingTable("token_embedding", vocabulary.num_ids, 64)
@@ -43,36 +43,38 @@ class EmbeddingTable:
         train_op = minimize(loss, [table], learning_rate=0.01, global_step=v1.train.get_global_step())
         scaffold = v1.train.Scaffold(saver=saver([table]))
 
-    in steps, say to clip the gradients:
+    To clip the gradients, for example, do it step by step:
 
-        (of_table,), of_dense = gradients(loss, [table], dense_variables)
-        train_op = tf.group(table.apply_adagrad(of_table, 0.01), optimizer.apply_gradients(zip(of_dense, ...)))
+        (table_gradients,), dense_gradients = gradients(loss, [table], dense_variables)
+        train_op = tf.group(
+            table.apply_adagrad(table_gradients, 0.01), optimizer.apply_gradients(zip(dense_gradients, ...))
+        )
 
-    Implementations, equal to rounding:
-        fused: an op that sums rows, and one that applies AdaGrad from gradients of texts (dpsr_tf/ops/embedding.h).
-            Every process of a cluster must have loaded the op library, ps too, which run no model_fn: call
-            dpsr_tf.ops.load() there, or `device_function`, which does it.
-        stock: TensorFlow's own ops, placed so that the same bytes travel. With it, turn grappler's
-            `arithmetic_optimization` off: it makes copies of whole tables out of lookups. The fused one does not care.
+    There are two implementations, which agree up to rounding:
+        fused: one op sums rows, another applies AdaGrad from the gradients of texts (dpsr_tf/ops/embedding.h). Every
+            process of a cluster must load the op library. A ps runs no model_fn, so call dpsr_tf.ops.load() there, or
+            `device_function`, which does it.
+        stock: TensorFlow's own ops, placed so that the same bytes travel. Turn grappler's `arithmetic_optimization` off
+            with this one, because it turns lookups into copies of whole tables. The fused one is not affected.
 
-    Where it lies: the table is a resource variable, placed as any variable by the device function in effect
-    (`device_function` for a balanced one). "whole": in one piece. "rows": in `num_shards` pieces of consecutive ids
-    (which of them frequent ids are in is as the ids are), each of which sends a vector a text: for tables that are too
-    large for one ps. A checkpoint is the same for both, and for any number of shards: `<name>` and, from training,
-    `<name>/Adagrad`, as AdagradOptimizer names it. So is the variable itself for warm start and export.
+    Placement: the table is a resource variable, which the device function in effect places like any other variable
+    (`device_function` balances the load). "whole" keeps it in one piece. "rows" splits it into `num_shards` pieces of
+    consecutive ids, each of which sends one vector for each text; it is for tables that are too large for one ps. A
+    checkpoint is the same for both, and for any number of shards: it has `<name>` and, from training, `<name>/Adagrad`,
+    as AdagradOptimizer names it. Warm start and export see the same variable too.
 
-    Concurrent workers, with "fused": the AdaGrad step of a row, table and accumulator together, is atomic: no update is
-    lost, and a read sees a row before or after it. With `saver`, a checkpoint holds each worker's update of a piece of
-    the table in all its rows, in table and accumulator alike, or not at all, while training goes on. Between pieces,
-    tables and dense variables nothing is promised, as ever in asynchronous training. With "stock", updates of the same
-    row may be lost, as TensorFlow's are.
+    Concurrent workers: with "fused", the AdaGrad step of a row is atomic, table and accumulator together. No update is
+    lost, and a read sees the row before or after the step. With `saver`, a checkpoint that is written during training
+    holds a worker's update of a piece of the table in all its rows, table and accumulator, or in none. Between pieces,
+    tables and dense variables there is no such promise, as always in asynchronous training. With "stock", updates of
+    the same row may be lost, as with TensorFlow's own ops.
 
-    Ids out of range are an InvalidArgumentError that names the id, and change nothing.
+    An id out of range raises InvalidArgumentError, which names the id, and changes nothing.
 
     Attributes:
         name, num_ids, dim: as given; `name` without the variable scope in effect.
-        variables: the pieces of the table in order of ids, one for "whole".
-        outputs: the sums that have been read so far, float32 [texts, dim] each; gradients are with respect to these.
+        variables: the pieces of the table in order of ids; one piece for "whole".
+        outputs: the sums that were read so far, float32 [texts, dim] each. Gradients are taken with respect to these.
     """
 
     def __init__(
@@ -88,21 +90,21 @@ class EmbeddingTable:
         initial_accumulator: float = INITIAL_ACCUMULATOR,
         exclusive: bool = False,
     ):
-        """Makes the variables, or takes those of this name where variable scopes allow it.
+        """Makes the variables, or reuses the ones of this name where variable scopes allow it.
 
         Args:
-            name: of the variable.
-            num_ids: rows, at least 1.
+            name: name of the variable.
+            num_ids: number of rows, at least 1.
             dim: width, at least 1.
-            initializer: of the table; uniform within 1 / sqrt(dim) if left out.
+            initializer: initializer of the table; by default uniform within +-1 / sqrt(dim).
             placement: "whole" or "rows".
-            num_shards: pieces for "rows", usually the number of ps; more than num_ids count as num_ids.
+            num_shards: number of pieces for "rows", usually the number of ps; num_ids if it is larger than that.
             implementation: "fused" or "stock".
-            initial_accumulator: where AdaGrad's sums of squared gradients start.
-            exclusive: only one step at a time trains the table, as where there are no ps: "fused" then locks no rows.
+            initial_accumulator: start value of AdaGrad's sums of squared gradients.
+            exclusive: whether only one step at a time trains the table, as without ps. "fused" then locks no rows.
 
         Raises:
-            ValueError: a value that is not allowed.
+            ValueError: a value is not allowed.
         """
         _check("placement", placement, PLACEMENTS)
         _check("implementation", implementation, IMPLEMENTATIONS)
@@ -130,22 +132,22 @@ class EmbeddingTable:
         )
 
     def bag(self, tokens: Tokens, weights: tf.Tensor | None = None, combiner: str = "sum") -> tf.Tensor:
-        """One vector a text, float32 [texts, dim], zero for a text without tokens. Arguments as those of `bags`."""
+        """Returns one vector for each text, float32 [texts, dim]; see `bags`."""
         return self.bags([tokens], None if weights is None else [weights], combiner)[0]
 
     def bags(
         self, lists: Sequence[Tokens], weights: Sequence[tf.Tensor] | None = None, combiner: str = "sum"
     ) -> list[tf.Tensor]:
-        """One vector a text of several lists of texts, which share one way to the ps and back.
+        """Returns one vector for each text of several lists of texts, with a single request to each ps.
 
         Args:
             lists: values int32 [tokens], row_splits int64 [texts + 1] each.
-            weights: of the tokens, float32 [tokens] for each list; 1 if left out. They are not trained through.
-            combiner: of the weighted rows: "sum"; "mean", over the sum of the weights; "sqrtn", over the root of the
-                sum of their squares.
+            weights: weights of the tokens, float32 [tokens] for each list; 1 by default. They get no gradient.
+            combiner: how the weighted rows are combined: "sum"; "mean", the sum divided by the sum of the weights;
+                "sqrtn", the sum divided by the square root of the sum of the squared weights.
 
         Returns:
-            float32 [texts, dim] for each list, zero for a text without tokens.
+            float32 [texts, dim] for each list; zero for a text without tokens.
         """
         _check("combiner", combiner, COMBINERS)
         weights = None if weights is None else [tf.stop_gradient(weight) for weight in weights]
@@ -161,20 +163,20 @@ class EmbeddingTable:
         ]
 
     def lookup(self, codes: tf.Tensor) -> tf.Tensor:
-        """The rows of `codes`, int32 [n]: float32 [n, dim]."""
+        """Returns the rows of `codes`, int32 [n]: float32 [n, dim]."""
         return self.bag(Tokens(codes, tf.range(tf.size(codes, out_type=tf.int64) + 1)))
 
     def apply_adagrad(self, gradients: Sequence[tf.Tensor | None], learning_rate: float | tf.Tensor) -> tf.Operation:
-        """One AdaGrad step on every row that has been read; to be called once a graph.
+        """Applies one AdaGrad step to every row that was read. Call it once in a graph.
 
-        The gradients of all occurrences of a row, in all reads, are summed before the step, as AdagradOptimizer does.
+        Like AdagradOptimizer, it sums the gradients of all occurrences of a row, in all reads, before the step.
 
         Args:
-            gradients: of `outputs`, float32 [texts, dim] each; None for an output that the loss does not depend on.
+            gradients: gradients of `outputs`, float32 [texts, dim] each; None for an output that the loss does not use.
             learning_rate: number or float32 [].
 
         Raises:
-            ValueError: not as many gradients as outputs.
+            ValueError: the number of gradients is not the number of outputs.
         """
         if len(gradients) != len(self.outputs):
             raise ValueError(f"{len(gradients)} gradients, expected one for each of the {len(self.outputs)} outputs")
@@ -183,7 +185,7 @@ class EmbeddingTable:
 
     @property
     def snapshots(self) -> list[saveable_object.SaveableObject]:
-        """What a Saver takes in place of `variables` and their accumulators; empty when there is nothing better."""
+        """What a Saver must save in place of `variables` and accumulators; empty if it can save these directly."""
         return self._kernels.snapshots()
 
 
@@ -194,14 +196,15 @@ def minimize(
     global_step: tf.Variable | None = None,
     optimizer: tf.compat.v1.train.Optimizer | None = None,
 ) -> tf.Operation:
-    """The training step: one backward pass over the tables' outputs and all other trainable variables.
+    """Returns the training step: one backward pass over the tables' outputs and all other trainable variables.
 
     Args:
         loss: float32 [].
         tables: all tables that `loss` depends on.
-        learning_rate: of the tables' AdaGrad, and of `optimizer` if it is left out.
-        global_step: incremented by the step.
-        optimizer: of the other variables; AdaGrad from INITIAL_ACCUMULATOR, all of a device in one op, if left out.
+        learning_rate: learning rate of the tables, and of the other variables if there is no `optimizer`.
+        global_step: the step increments it.
+        optimizer: optimizer of the other variables; by default AdaGrad that starts at INITIAL_ACCUMULATOR, with one op
+            for all variables of a device.
     """
     in_tables = {id(variable) for table in tables for variable in table.variables}
     dense = [variable for variable in v1.trainable_variables() if id(variable) not in in_tables]
@@ -222,7 +225,7 @@ def _adagrad(
     gradients: Sequence[tf.Tensor | None],
     learning_rate: float | tf.Tensor,
 ) -> list[tf.Operation]:
-    """A step on dense variables, those of a device in one op."""
+    """Applies AdaGrad to dense variables, with one op for all variables of a device."""
     used = [pair for pair in zip(variables, map(_dense, gradients), strict=True) if pair[1] is not None]
     by_device: dict[str, list[tuple[tf.Variable, tf.Variable, tf.Tensor]]] = {}
     accumulators = _accumulators([variable for variable, _ in used], INITIAL_ACCUMULATOR)
@@ -236,7 +239,7 @@ def _adagrad(
 
 
 def _accumulators(variables: Sequence[tf.Variable], initial: float) -> list[tf.Variable]:
-    """Made by TensorFlow's optimizer, so that their names, places and slices are its own."""
+    """Lets TensorFlow's optimizer make the accumulators, so that they have its names, devices and slices."""
     optimizer = v1.train.AdagradOptimizer(1.0, initial)
     optimizer._create_slots(variables)
     return [optimizer.get_slot(variable, "accumulator") for variable in variables]
@@ -245,9 +248,10 @@ def _accumulators(variables: Sequence[tf.Variable], initial: float) -> list[tf.V
 def gradients(
     loss: tf.Tensor, tables: Sequence[EmbeddingTable], variables: Sequence[tf.Variable]
 ) -> tuple[list[list[tf.Tensor | None]], list[tf.Tensor | None]]:
-    """What `minimize` applies, for those who clip or watch it: of every table's outputs, and of dense variables.
+    """Returns the gradients that `minimize` applies, of each table's outputs and of dense variables, to clip or watch.
 
-    None where the loss does not depend on it. The gradients of variables under `half_on_wire` are taken to the ps.
+    A gradient is None where the loss does not depend on the tensor. Gradients of variables under `half_on_wire`
+    travel to the ps as 16-bit numbers.
     """
     outputs = [output for table in tables for output in table.outputs]
     on_worker = {id(variable): value for variable, value in v1.get_collection(_HALF_ON_WIRE)}
@@ -265,26 +269,27 @@ def gradients(
 
 
 def average(train_op: tf.Operation, decay: float, global_step: tf.Variable) -> tf.Operation:
-    """Keeps a moving average of all trainable variables beside them (Polyak and Juditsky, 1992).
+    """Adds a moving average of all trainable variables to the training step (Polyak and Juditsky, 1992).
 
     Args:
         train_op: the training step.
-        decay: what a step leaves of the average; 0.998 averages over some 500 steps. At first, when that would be more
-            than there are, the average is over about as many steps as were made.
-        global_step: incremented by train_op.
+        decay: the share of the average that one step keeps; 0.998 averages over some 500 steps. At the start of
+            training, the average is over about as many steps as there were.
+        global_step: the step counter, which train_op increments.
 
     Returns:
-        The training step with the average, which costs one pass over all variables every AVERAGE_STEPS steps.
+        The training step with the average, which takes one pass over all variables every AVERAGE_STEPS steps.
     """
     with tf.control_dependencies([train_op]):
         step = global_step.read_value()
     averages = tf.train.ExponentialMovingAverage(decay**AVERAGE_STEPS, step // AVERAGE_STEPS)
-    averages.apply(v1.trainable_variables())  # makes the averages, outside of the branch below
+    # This call makes the variables of the averages, which must be made outside of the branch below.
+    averages.apply(v1.trainable_variables())
     return tf.cond(tf.equal(step % AVERAGE_STEPS, 0), lambda: averages.apply(v1.trainable_variables()), tf.no_op)
 
 
 def weights_saver(is_average: bool) -> tf.compat.v1.train.Saver:
-    """A Saver that restores the weights of a checkpoint into a graph of the towers: `average`'s where that ran."""
+    """Returns a Saver that restores weights into a graph of the towers: their averages if `is_average`."""
     if not is_average:
         return v1.train.Saver()
     averages = tf.train.ExponentialMovingAverage(0.5)
@@ -292,14 +297,14 @@ def weights_saver(is_average: bool) -> tf.compat.v1.train.Saver:
 
 
 def saver(tables: Sequence[EmbeddingTable], **arguments: Any) -> tf.compat.v1.train.Saver:
-    """A Saver of all variables of the graph that keeps each table and its accumulator consistent.
+    """Returns a Saver of all variables of the graph that keeps each table and its accumulator consistent.
 
-    To be called when the training graph is complete, and given to v1.train.Scaffold. The checkpoints are those of any
-    Saver. While it saves, it needs room for a second table and accumulator, as any does.
+    Call it when the training graph is complete, and give it to v1.train.Scaffold. The checkpoints have the usual
+    format. Like any Saver, it needs memory for a second table and accumulator while it saves.
 
     Args:
-        tables: those of the graph.
-        arguments: of v1.train.Saver, over those that Estimator takes: sharded, save_relative_paths.
+        tables: all tables of the graph.
+        arguments: arguments of v1.train.Saver. The defaults are Estimator's: sharded, save_relative_paths.
     """
     snapshots = [snapshot for table in tables for snapshot in table.snapshots]
     taken = {id(variable) for snapshot in snapshots for variable in snapshot.pair}
@@ -309,19 +314,19 @@ def saver(tables: Sequence[EmbeddingTable], **arguments: Any) -> tf.compat.v1.tr
 
 
 class GreedyBySize:
-    """Gives every variable to the ps that has the fewest bytes yet: a `ps_strategy` of v1.train.replica_device_setter.
+    """Places each variable on the ps that has the fewest bytes so far; a `ps_strategy` of replica_device_setter.
 
-    Counts anew in every graph, so that all processes of a cluster, and a restarted one, place alike. Make the largest
-    tables first for the best balance.
+    It counts anew in each graph, so that all processes of a cluster, restarted ones too, place variables alike. Make
+    the largest tables first for the best balance.
     """
 
     def __init__(self, num_ps: int):
-        """`num_ps`: parameter servers of the cluster."""
+        """`num_ps` is the number of parameter servers."""
         self._num_ps = num_ps
         self._bytes: weakref.WeakKeyDictionary[tf.Graph, list[int]] = weakref.WeakKeyDictionary()
 
     def __call__(self, op: tf.Operation) -> int:
-        """The task of the ps for a variable's op."""
+        """Returns the task index of the ps for a variable's op."""
         loads = self._bytes.setdefault(op.graph, [0] * self._num_ps)
         task = loads.index(min(loads))
         if op.type == "VarHandleOp":
@@ -331,9 +336,9 @@ class GreedyBySize:
 
 
 def device_function(run_config: tf.estimator.RunConfig) -> Callable[[tf.Operation], str] | None:
-    """For RunConfig(device_fn=...): Estimator's own placement, but whole tables are spread over ps by size.
+    """Returns a `device_fn` for RunConfig: Estimator's own placement, but with variables spread over the ps by size.
 
-    None without ps, which is what `device_fn` takes then. Loads the op library, so that a ps has it.
+    Without ps it returns None, as RunConfig expects. It also loads the op library, so that a ps has it.
     """
     ops.load()
     if not run_config.num_ps_replicas:
@@ -346,17 +351,18 @@ def device_function(run_config: tf.estimator.RunConfig) -> Callable[[tf.Operatio
 
 
 def half_on_wire(getter: Callable[..., tf.Variable], name: str, *args: Any, **kwargs: Any) -> tf.Variable | tf.Tensor:
-    """A custom getter that halves what the dense weights of the towers cost between ps and worker.
+    """A custom getter that halves the traffic of the towers' dense weights between ps and worker.
 
         with v1.variable_scope(v1.get_variable_scope(), custom_getter=half_on_wire):
             ...  # build the towers
 
-    The ps keeps weights and accumulators in float32 and applies float32 AdaGrad. What travels is the weight as float16
-    (small numbers, 11 significant bits) and its gradient as bfloat16 (any size, 8 significant bits), once a step each
-    however often the graph reads the weight. Variables that do not lie on a ps, and tables, are left as they are.
+    The ps keeps weights and accumulators in float32 and applies float32 AdaGrad. A weight travels as float16, which has
+    11 significant bits and suits small numbers. Its gradient travels as bfloat16, which has 8 significant bits and any
+    magnitude. Each travels once in a step, however often the graph reads the weight. Embedding tables, and variables
+    that are not on a ps, are not affected.
 
-    Take the gradients by `minimize` or `gradients`. A term of the loss that reads the variable itself, not what
-    get_variable returned, has no part in them.
+    Take the gradients with `minimize` or `gradients`. They leave out terms of the loss that read the variable itself
+    and not the tensor that get_variable returned.
     """
     variable = getter(name, *args, **kwargs)
     is_table = TABLE_VARIABLES in (kwargs.get("collections") or [])
@@ -379,7 +385,7 @@ def _to_ps(gradient: tf.Tensor, variable: tf.Variable) -> tf.Tensor:
 
 
 class _Fused:
-    """Our ops; one packed array of ids a shard and call."""
+    """The implementation with our ops: each call sends one packed array of ids to each shard."""
 
     def __init__(self, variables: list[tf.Variable], initial_accumulator: float, exclusive: bool):
         self._ops = ops.load()
@@ -387,7 +393,7 @@ class _Fused:
         self._first_rows = [0]
         for variable in variables:
             self._first_rows.append(self._first_rows[-1] + int(variable.shape[0]))
-        self._packed: list[list[tf.Tensor]] = []  # of each output, of each shard
+        self._packed: list[list[tf.Tensor]] = []  # for each output, the packed ids for each shard
         self._accumulators: list[tf.Variable] = []
 
     def sums(self, lists: Sequence[Tokens], weights: Sequence[tf.Tensor] | None) -> tf.Tensor:
@@ -436,7 +442,7 @@ class _Fused:
 
 
 class _Stock:
-    """TensorFlow's ops on the tables' devices, gradients too."""
+    """The implementation with TensorFlow's ops, which run on the tables' devices, gradients included."""
 
     def __init__(self, variables: list[tf.Variable], initial_accumulator: float):
         self._variables, self._initial_accumulator = variables, initial_accumulator
@@ -448,7 +454,7 @@ class _Stock:
         weight = None if weights is None else tf.concat(weights, 0)
         if len(self._variables) == 1:
             return self._sum(self._variables[0], values, row_splits, weight)
-        # The shard of each id, then for each shard its ids and how many of them each text has.
+        # Find the shard of each id; then, for each shard, its ids and how many of them each text has.
         last_rows = tf.cumsum([int(variable.shape[0]) for variable in self._variables])[:-1]
         shards = tf.searchsorted(last_rows, values, side="right")
         segments = tf.ragged.row_splits_to_segment_ids(row_splits)
@@ -499,7 +505,7 @@ class _Stock:
 
 
 class _Snapshot(saveable_object.SaveableObject):
-    """Table and accumulator read by one op, under the locks of both."""
+    """Saves a table and its accumulator by one op, which reads both under their locks."""
 
     def __init__(self, variable: tf.Variable, accumulator: tf.Variable):
         self.pair = (variable, accumulator)
@@ -513,7 +519,7 @@ class _Snapshot(saveable_object.SaveableObject):
         super().__init__(variable.handle, specs, variable.op.name)
 
     def restore(self, restored_tensors: Sequence[tf.Tensor], restored_shapes: Any) -> tf.Operation:
-        """Assigns both; InvalidArgumentError where the checkpoint has another shape."""
+        """Assigns both. Raises InvalidArgumentError if the checkpoint has another shape."""
         assigned = []
         for variable, value in zip(self.pair, restored_tensors, strict=True):
             with tf.device(variable.device):
@@ -524,8 +530,8 @@ class _Snapshot(saveable_object.SaveableObject):
 @tf.RegisterGradient("DpsrEmbeddingBag")
 def _no_gradient(op: tf.Operation, gradient: tf.Tensor) -> None:
     raise LookupError(
-        f"{op.name}: an embedding table has no gradient with respect to its variable; take that of "
-        "EmbeddingTable.outputs and give it to apply_adagrad, or use dpsr_tf.models.embedding.minimize"
+        f"{op.name}: an embedding table has no gradient with respect to its variable; take the gradients of "
+        "EmbeddingTable.outputs and give them to apply_adagrad, or use dpsr_tf.models.embedding.minimize"
     )
 
 
@@ -535,7 +541,7 @@ def _check(what: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _dense(gradient: tf.Tensor | tf.IndexedSlices | None) -> tf.Tensor | None:
-    # A gather from the pooled vectors has a sparse gradient.
+    # The gradient of a gather from the pooled vectors is sparse.
     return tf.convert_to_tensor(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
 
 
@@ -544,7 +550,7 @@ def _num_texts(tokens: Tokens) -> tf.Tensor:
 
 
 def _norm(tokens: Tokens, weights: tf.Tensor | None, combiner: str) -> tf.Tensor:
-    """What the sum of each text is divided by, float32 [texts]."""
+    """Returns the divisor of the sum of each text, float32 [texts]."""
     if weights is None:
         total = tf.cast(tokens.row_splits[1:] - tokens.row_splits[:-1], tf.float32)
     else:

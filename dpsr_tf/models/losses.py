@@ -1,6 +1,6 @@
-"""The losses over the negatives of DPSR section 4.4: the hinge of section 4.3, and softmax.
+"""The losses over the negatives of DPSR section 4.4: the hinge loss of section 4.3, and softmax.
 
-Their gradients are written out: TensorFlow's own keep a [b, n] matrix for nearly every operation.
+Their gradients are written by hand, because TensorFlow's own keep a [b, n] matrix for nearly every operation.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import tensorflow as tf
 
 from dpsr_tf import ops
 
-# Takes the gradient of a loss, gives those of the scores of the positives and of the negatives.
+# Maps the gradient of a loss to the gradients of the positives' scores and of the negatives' scores.
 Gradient = Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
 
 def negative_weights(negative_mask: tf.Tensor, mixing_ratio: float) -> tf.Tensor:
-    """Weight of each item of the batch as a negative of each query (section 4.4.3).
+    """Returns the weight of each item of the batch as a negative of each query (section 4.4.3).
 
-    A query's random negatives share `mixing_ratio`, its batch negatives the rest, each group evenly among the items
-    that the mask allows, the whole multiplied by their number: as if that many negatives had been drawn, a share
-    alpha of them at random. Where a query has none of one group, the whole weight goes to the other, unless alpha gives
-    that other one nothing: 0 and 1 are exact.
+    The random negatives of a query get the share `mixing_ratio` of the weight, its batch negatives the rest. Within a
+    group, the weight is spread evenly over the items that the mask allows. The weights of a query sum to the number of
+    its negatives: as if that many had been drawn, a share alpha of them at random. If one group is empty, the whole
+    weight goes to the other, unless alpha is 0 or 1 and gives the other group nothing.
 
     Args:
         negative_mask: bool [b, b + r], True where item j may serve as a negative for query i; the first b items are
@@ -42,18 +42,19 @@ def hinge_loss(
     example_weights: tf.Tensor,
     num_hard_negatives: int = 0,
 ) -> tf.Tensor:
-    """For each positive pair the sum over its negatives of max(0, margin - positive + negative), averaged over b.
+    """Returns the hinge loss: the sum over a pair's negatives of max(0, margin - positive + negative), averaged over b.
 
-    Section 4.3, the last formula. The sum may be cut to each pair's hardest negatives, which the paper does not do:
-    with a small log most negatives are easy, and what tells two sizes of one product apart drowns in their number.
+    This is the last formula of section 4.3. The sum can be limited to each pair's hardest negatives, which the paper
+    does not do. With a small log most negatives are easy, and their number hides the few that teach the model to tell,
+    for example, two sizes of one product apart.
 
     Args:
-        positive_scores: float32 [b]; None: they are on the diagonal of `scores`, which is cheaper.
-        scores: float32 [b, n], of every item of the batch with every query.
-        weights: float32 [b, n], how much each item counts as a negative; zero where it does not.
+        positive_scores: float32 [b]. None means that they are the diagonal of `scores`, which is cheaper.
+        scores: float32 [b, n], score of every item of the batch with every query.
+        weights: float32 [b, n], weight of each item as a negative; zero where it is none.
         margin: delta.
-        example_weights: float32 [b], of the positive pairs.
-        num_hard_negatives: how many negatives of each pair count, those with the largest terms; 0 is all.
+        example_weights: float32 [b], weights of the positive pairs.
+        num_hard_negatives: number of negatives of each pair, those with the largest terms, that count; 0 for all.
 
     Returns:
         float32 [].
@@ -72,14 +73,14 @@ def hinge_loss(
 def mixed_hinge_loss(
     scores: tf.Tensor, negative_mask: tf.Tensor, mixing_ratio: float, margin: float, example_weights: tf.Tensor
 ) -> tf.Tensor:
-    """`hinge_loss` of the `negative_weights` of a mask, all in one: for large batches half the work.
+    """Returns `hinge_loss` with the `negative_weights` of a mask, in one op: half the work for large batches.
 
     Args:
-        scores: float32 [b, b + r], of every item of the batch with every query, positives on the diagonal.
+        scores: float32 [b, b + r], score of every item of the batch with every query; positives on the diagonal.
         negative_mask: bool [b, b + r], see `negative_weights`.
         mixing_ratio: alpha.
         margin: delta.
-        example_weights: float32 [b], of the positive pairs.
+        example_weights: float32 [b], weights of the positive pairs.
 
     Returns:
         float32 [].
@@ -105,16 +106,16 @@ def _hinge_gradient(op: tf.Operation, upstream: tf.Tensor, *unused: tf.Tensor) -
 def softmax_loss(
     positive_logits: tf.Tensor, logits: tf.Tensor, weights: tf.Tensor, example_weights: tf.Tensor
 ) -> tf.Tensor:
-    """For each positive pair -log(exp(positive) / (exp(positive) + sum of weight * exp(negative))), averaged over b.
+    """Returns the softmax loss, averaged over b pairs: -log(exp(p) / (exp(p) + sum of weight * exp(negative))).
 
-    With unclicked impressions as the only negatives this is DSSM's loss; with the weights of `negative_weights` it is
-    sampled softmax. A pair without negatives adds nothing.
+    p is the logit of the positive. With unclicked impressions as the only negatives this is DSSM's loss; with the
+    weights of `negative_weights` it is sampled softmax. A pair without negatives adds nothing.
 
     Args:
-        positive_logits: float [b], scores divided by the temperature, with `log_q` taken off where that is wanted.
-        logits: float [b, n], the same of every item with every query.
-        weights: float [b, n], how much each item counts as a negative; zero where it does not.
-        example_weights: float [b], of the positive pairs.
+        positive_logits: float [b], scores divided by the temperature, minus `log_q` if that correction is wanted.
+        logits: float [b, n], logits of every item with every query.
+        weights: float [b, n], weight of each item as a negative; zero where it is none.
+        example_weights: float [b], weights of the positive pairs.
 
     Returns:
         float [].
@@ -123,7 +124,7 @@ def softmax_loss(
 
     @tf.custom_gradient
     def loss(positive: tf.Tensor, negative: tf.Tensor) -> tuple[tf.Tensor, Gradient]:
-        # What does not count must not decide what is subtracted before exp.
+        # An item that is no negative must not decide the maximum that is subtracted before exp.
         negative = tf.where(weights > 0, negative, negative.dtype.min)
         top = tf.maximum(positive, tf.reduce_max(negative, axis=1))
         terms = weights * tf.exp(negative - top[:, tf.newaxis])
@@ -140,20 +141,20 @@ def softmax_loss(
 
 
 def log_q(shares: tf.Tensor, num_items: int, mixing_ratio: float, title_share: float | tf.Tensor = 0.0) -> tf.Tensor:
-    """Logarithm of how often an item is a negative; sampled softmax takes it off each logit.
+    """Returns the logarithm of how often an item is a negative, which sampled softmax subtracts from each logit.
 
-    A random negative is any item alike, one from the batch comes as often as it is a positive, and alpha mixes them
-    (section 4.4.3). Without the correction popular items are pushed away more than they deserve (Yi et al., RecSys
-    2019); a factor common to all items has no effect.
+    Every item is equally likely to be a random negative. An item is a batch negative as often as it is a positive.
+    alpha mixes the two (section 4.4.3). Without the correction, popular items are pushed away too much (Yi et al.,
+    RecSys 2019). A factor common to all items has no effect.
 
     Args:
         shares: float [n], share of the log's positive pairs that have this item.
-        num_items: items in all.
+        num_items: number of all items.
         mixing_ratio: alpha.
-        title_share: share of the batch's pairs that have a random item under a piece of its text.
+        title_share: share of the batch's pairs that have a title query, and so a random item.
 
     Returns:
-        float [n]. Never below a hundredth of what a random item has: an item that no negative can be has a number too.
+        float [n], at least the logarithm of 0.01 / num_items, so that an item that is never a negative has a value too.
     """
     in_batch = (1 - title_share) * shares + title_share / num_items
     q = mixing_ratio / num_items + (1 - mixing_ratio) * in_batch
@@ -161,5 +162,5 @@ def log_q(shares: tf.Tensor, num_items: int, mixing_ratio: float, title_share: f
 
 
 def _shares(example_weights: tf.Tensor) -> tf.Tensor:
-    """Of each pair in the average over the batch."""
+    """Returns the share of each pair in the average over the batch."""
     return example_weights / tf.cast(tf.size(example_weights), example_weights.dtype)

@@ -1,4 +1,4 @@
-"""What training minimises (Algorithm 1, lines 5 to 7): towers, scores, negatives and loss of a batch put together."""
+"""The training objective (Algorithm 1, lines 5 to 7): puts towers, scores, negatives and loss of a batch together."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from dpsr_tf.models.two_tower import TwoTower, head_scores
 if TYPE_CHECKING:
     from dpsr_tf.data.examples_dataset import Batch
 
-# Of the metric recall@10.
+# k of the metric recall@10.
 RECALL_AT = 10
 
 
 def build_loss(
     config: Config, batch: Batch, towers: TwoTower, item_log_q: tf.Tensor | None = None
 ) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
-    """Loss of a batch of b positive pairs, and what to watch.
+    """Builds the loss of a batch of b positive pairs, and the metrics to watch.
 
-    The negatives of a pair are the batch's other positives and the shared random ones, weighted by `mixing_ratio`
-    (section 4.4.3), and its own ones, each with `own_negative_weight`.
+    The negatives of a pair are the batch's other positives and the random negatives, weighted by `mixing_ratio`
+    (section 4.4.3), and the pair's own negatives, each with `own_negative_weight`.
 
     Args:
-        config: `train` says which loss.
-        batch: the examples; b, r and the number of own negatives are those of its masks.
+        config: its section `train` chooses the loss.
+        batch: the examples. The shapes of its masks give b, r and the number of own negatives.
         towers: made with `config.model`.
-        item_log_q: float32 [n] of the batch's items, losses.log_q; only for `train.log_q_correction`.
+        item_log_q: losses.log_q of the batch's n items, float32 [n]; needed for `train.log_q_correction` only.
 
     Returns:
         The loss, float32 [], and metrics by name, float32 [] each:
-        margin_violations: share of the negatives that come closer to the positive than the margin.
-        recall@10: share of the pairs whose positive ranks in the first 10 among its negatives, behind its equals.
-        norm/query, norm/item: mean length of embeddings before they are normalised.
-        head_usage/<i>: share of the pairs whose positive is nearest to head i, where there is more than one.
+        margin_violations: share of the negatives whose score is closer to the positive's than the margin.
+        recall@10: share of the pairs whose positive ranks in the top 10 among its negatives, last among equals.
+        norm/query, norm/item: mean length of the embeddings before normalisation.
+        head_usage/<i>: share of the pairs whose positive is nearest to head i; for several heads only.
 
     Raises:
         ValueError: `log_q_correction` is on and `item_log_q` is missing.
@@ -47,7 +47,7 @@ def build_loss(
     query = towers.query_embedding(QueryFeatures.of(batch))  # [b, m, d]
     items = towers.item_embedding(ItemFeatures.of(batch))  # [n, d]
     positives = tf.slice(items, [0, 0], [b, -1])
-    # Not the diagonal of `scores`: TensorFlow's gradient of that would be a second [b, b + r] matrix.
+    # Computed apart from `scores`, because TensorFlow's gradient of a diagonal is a second [b, b + r] matrix.
     positive_scores = towers.pair_scores(query, positives)  # [b]
     shared = items[:num_shared] if train.num_own_negatives else items
     scores = towers.scores(query, shared)  # [b, b + r]
@@ -75,7 +75,7 @@ def build_loss(
             logits -= tf.concat([columns, tf.reshape(item_log_q[num_shared:], [b, train.num_own_negatives])], axis=1)
         loss = softmax_loss(positive_logits, logits, weights, batch.weights)
 
-    # What counts in the loss: with alpha 1 no item of the batch does.
+    # Metrics count the negatives that enter the loss: with alpha 1, no other positive of the batch does.
     counted = mask & (weights > 0)
     count = tf.reduce_sum(tf.cast(counted, tf.float32))
     violations = counted & (scores > positive_scores[:, tf.newaxis] - train.margin)

@@ -1,4 +1,4 @@
-"""The two towers (DPSR sections 4.1 to 4.3): features in, unit vectors out, trained together and used apart."""
+"""The two towers (DPSR sections 4.1 to 4.3), which map features to unit vectors. They are trained together."""
 
 from __future__ import annotations
 
@@ -25,49 +25,49 @@ T = TypeVar("T")
 
 
 class Table(Protocol):
-    """What the towers ask of an embedding table, however and wherever it is kept; models.embedding has ours."""
+    """An embedding table as the towers see it. models.embedding has the implementations."""
 
     def bag(self, tokens: Tokens) -> tf.Tensor:
-        """Sum of the rows of each text's tokens, [texts, dim] float32; zero for a text without tokens."""
+        """Returns the sum of the rows of each text's tokens, [texts, dim] float32; zero for a text without tokens."""
 
     def lookup(self, codes: tf.Tensor) -> tf.Tensor:
-        """The row of each of `codes`, int32 [n]: [n, dim] float32."""
+        """Returns the row of each of `codes`, int32 [n]: [n, dim] float32."""
 
 
-# Makes the table of a name, a number of rows and a width.
+# Makes a table: (name, number of rows, width) -> Table.
 TableFactory = Callable[[str, int, int], Table]
-# Makes one vector a text, [texts, a fixed width] float32. It may make variables, and must share them between calls.
+# Encodes each text as one vector, [texts, a fixed width] float32. It may make variables, which all calls must share.
 TextEncoder = Callable[[Table, Tokens], tf.Tensor]
 
 
 def stock_table(name: str, num_rows: int, dim: int) -> EmbeddingTable:
-    """A table of stock ops: a graph that holds it needs no op library, and any optimizer trains it."""
+    """Makes a table of stock ops. Its graph needs no op library, and any optimizer can train it."""
     return EmbeddingTable(name, num_rows, dim, implementation="stock")
 
 
 def bag_of_tokens(table: Table, tokens: Tokens) -> tf.Tensor:
-    """The text encoder of the paper: the sum of the tokens' embeddings."""
+    """Encodes texts as the paper does, by the sum of the tokens' embeddings."""
     return table.bag(tokens)
 
 
 class TwoTower:
     """Query tower and item tower.
 
-    Each tower has an input layer, the concatenation of what it reads: text, features, and for the query tower the
-    user's history. The item tower sends it through ReLU layers and a last linear one; the query tower does so for each
-    of m heads, with layers of their own, after projecting it to m vectors (section 4.2; one head has nothing to
-    project). Embeddings are normalised to length 1.
+    The input layer of a tower is the concatenation of what it reads: text, features and, in the query tower, the user's
+    history. The item tower sends it through ReLU layers and a last linear layer. The query tower projects it to m
+    vectors, one for each head, and sends each through layers of its own (section 4.2). With one head there is no
+    projection. Embeddings are normalised to length 1.
 
-    Code 0 of a feature is the unknown value and adds nothing; so do an empty list and an empty history: an anonymous
-    user's query is embedded from its text.
+    Code 0 of a feature is the unknown value and adds nothing, as an empty list and an empty history do. So the query of
+    an anonymous user is embedded from its text alone.
 
-    Variables are made on the first call and shared by all later ones of a graph; their names (`token_embedding`,
-    `query_tower/...`, `item_tower/...`) are what a checkpoint holds.
+    The first call makes the variables, and all later calls in a graph share them. A checkpoint holds them by their
+    names: `token_embedding`, `query_tower/...`, `item_tower/...`.
 
     Attributes:
         config, features: as given.
-        tables: every embedding table by name.
-        norms: mean length of query and item embeddings before they were normalised, float32 [], of the last calls.
+        tables: all embedding tables by name.
+        norms: mean length of query and item embeddings before normalisation, float32 [], of the last calls.
 
     Example:
         towers = TwoTower(ModelConfig(num_heads=2), FeatureSpec(num_tokens=vocabulary.num_ids))
@@ -87,9 +87,10 @@ class TwoTower:
 
         Args:
             config: shape of the towers.
-            features: what they read, FeatureSpec.choose(config, ...); a number is FeatureSpec(num_tokens=number).
+            features: what the towers read, from FeatureSpec.choose(config, ...). A number stands for
+                FeatureSpec(num_tokens=number).
             table: makes the embedding tables.
-            text_encoder: makes a vector of a text: query, item text, text features, past queries.
+            text_encoder: encodes queries, item texts, text features and past queries.
             layers: models.layers.STOCK or, for training, FUSED.
         """
         self.config = config
@@ -102,13 +103,13 @@ class TwoTower:
                 self._text_table(side, text)
             coded = sum(feature.num_ids for feature in chosen if feature.kind != "text")
             if coded:
-                # One table for all features of a side: one lookup a batch instead of one a feature.
+                # All features of a side share one table, so that a batch needs one lookup, not one for each feature.
                 self._table(f"{side}_feature_embedding", coded, config.feature_dim)
 
     def query_embedding(self, query: QueryFeatures | Tokens) -> tf.Tensor:
-        """Unit vectors [queries, heads, embedding_dim] float32; zero for a text without tokens, which matches nothing.
+        """Embeds queries: unit vectors [queries, heads, embedding_dim] float32; zero for a text without tokens.
 
-        `query` may be the bare text where the config names nothing else.
+        `query` can be the text alone if the config names nothing else.
         """
         query = QueryFeatures(query) if isinstance(query, Tokens) else query
         x = self._query_input(query)
@@ -124,9 +125,9 @@ class TwoTower:
         return self._normalised("query", tf.stack(heads, axis=1), query.text)
 
     def item_embedding(self, item: ItemFeatures | Tokens) -> tf.Tensor:
-        """Unit vectors [items, embedding_dim] float32; zero for a text without tokens.
+        """Embeds items: unit vectors [items, embedding_dim] float32; zero for a text without tokens.
 
-        `item` may be the bare text where the config names nothing else.
+        `item` can be the text alone if the config names nothing else.
         """
         item = ItemFeatures(item) if isinstance(item, Tokens) else item
         x = self.item_vector(item)
@@ -135,22 +136,22 @@ class TwoTower:
         return self._normalised("item", outputs, item.text)
 
     def item_vector(self, item: ItemFeatures) -> tf.Tensor:
-        """The item tower's input layer, [items, width] float32; it also stands for an item in a user's history."""
+        """Returns the item tower's input layer, [items, width] float32, which also represents items in a history."""
         text = self._encode(self._text_table("item"), item.text)
         return tf.concat([text, *self._feature_vectors("item", self.features.item, item.features)], axis=1)
 
     def scores(self, query: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
-        """Every query with every item: [b, m, d] and [n, d] to float32 [b, n], soft dot products (equation 1)."""
+        """Scores every query with every item (equation 1): [b, m, d] and [n, d] to float32 [b, n]."""
         inner = [tf.matmul(head, items, transpose_b=True) for head in tf.unstack(query, axis=1)]
         return soft_dot_product(inner, self.config.temperature)
 
     def own_scores(self, query: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
-        """Every query with items of its own: [b, m, d] and [b, o, d] to float32 [b, o]."""
+        """Scores every query with items of its own: [b, m, d] and [b, o, d] to float32 [b, o]."""
         inner = tf.unstack(tf.matmul(query, items, transpose_b=True), axis=1)
         return soft_dot_product(inner, self.config.temperature)
 
     def pair_scores(self, query: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
-        """Query i with item i: [b, m, d] and [b, d] to float32 [b]."""
+        """Scores query i with item i: [b, m, d] and [b, d] to float32 [b]."""
         return soft_dot_product(tf.unstack(head_scores(query, items), axis=1), self.config.temperature)
 
     def _query_input(self, query: QueryFeatures) -> tf.Tensor:
@@ -170,7 +171,7 @@ class TwoTower:
         return tf.concat(parts, axis=1)
 
     def _history_vectors(self, history: History) -> tf.Tensor:
-        """The vector of each event's item, [h, width]. What stands in several histories is embedded once."""
+        """Returns the vector of each event's item, [h, width]. An item in several histories is embedded once."""
         rows, places = tf.unique(history.items.values)
         first = tf.math.unsorted_segment_min(tf.range(tf.size(places)), places, tf.size(rows))
         features = history.features
@@ -181,9 +182,9 @@ class TwoTower:
         return tf.gather(self.item_vector(ItemFeatures(text, features)), places)
 
     def _pooled(self, query: tf.Tensor, events: tf.Tensor, row_splits: tf.Tensor) -> tf.Tensor:
-        """One vector [b, width] a user of its `events` [h, width]; zero for a user without events."""
+        """Pools `events` [h, width] into one vector for each user, [b, width]; zero for a user without events."""
         if self.config.history_pooling == "attention":
-            # A bias of the key would add the same to all events of a user, which the softmax does not see.
+            # The key has no bias: it would add the same to all events of a user, which does not change the softmax.
             wanted = _dense("query", query, self.config.token_dim)
             keys = _dense("key", events, self.config.token_dim, bias=False)
             users = tf.ragged.row_splits_to_segment_ids(row_splits)
@@ -192,7 +193,7 @@ class TwoTower:
         return _segment_sum(events, row_splits)
 
     def _feature_vectors(self, side: str, chosen: tuple[Feature, ...], given: Features | None) -> list[tf.Tensor]:
-        """The fixed features' vectors side by side, [rows, width]; then those of each list."""
+        """Returns one tensor for all fixed features, [rows, width], and one for each list feature."""
         if not chosen:
             return []
         given = _given(given, f"{side} features")
@@ -218,7 +219,10 @@ class TwoTower:
         return vectors
 
     def _text_table(self, side: str, feature: Feature | None = None) -> Table:
-        """Of the query or item text, or of a text feature: one a vocabulary, and a side where they do not share."""
+        """Returns the table of the query or item text, or of a text feature.
+
+        There is one table for each vocabulary, or one for each vocabulary and side without share_text_table.
+        """
         prefix = "" if self.config.share_text_table else {"user": "query_", "item": "item_"}[side]
         if feature is None or feature.vocabulary is None:
             return self._table(f"{prefix}token_embedding", self.features.num_tokens, self.config.token_dim)
@@ -230,12 +234,13 @@ class TwoTower:
         return self.tables[name]
 
     def _layers(self, x: tf.Tensor) -> tf.Tensor:
-        """ReLU layers and a linear one.
+        """Applies the ReLU layers and the linear layer of a tower or head.
 
-        With an aligned start they are alike in all towers and heads and, where they read the text, only turn it: so a
-        text starts next to texts with its tokens, those too that training never sees. All outputs of ReLU layers with
-        random weights lie in one narrow cone. Towers in different cones never find together under the hinge; of heads
-        in different ones, one wins for all queries, and the soft dot product never lets go of it.
+        With an aligned start, the layers start equal in all towers and heads, and they only rotate the text. So a text
+        starts close to texts with the same tokens, also if training never sees it. Without it, the outputs of ReLU
+        layers with random weights all lie in one narrow cone. Towers in different cones never come together under the
+        hinge loss. If heads lie in different cones, one of them wins for all queries, and the soft dot product keeps it
+        so.
         """
         rows = self.config.token_dim
         for i, width in enumerate((*self.config.hidden, self.config.embedding_dim)):
@@ -247,32 +252,33 @@ class TwoTower:
         return x
 
     def _normalised(self, tower: str, x: tf.Tensor, text: Tokens) -> tf.Tensor:
-        """`x` [texts, ..., embedding_dim] at length 1; zero where the text has no tokens."""
+        """Scales `x` [texts, ..., embedding_dim] to length 1; zero where the text has no tokens."""
         self.norms[tower] = tf.reduce_mean(tf.norm(x, axis=-1))
         return self._kernels.unit(x, text.row_splits)
 
 
 def head_scores(query: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
-    """Inner products of each head of query i with item i: [b, m, d] and [b, d] to float32 [b, m]."""
+    """Returns the inner products of each head of query i with item i: [b, m, d] and [b, d] to float32 [b, m]."""
     return tf.reduce_sum(query * tf.expand_dims(items, 1), axis=2)
 
 
 def soft_dot_product(inner: Sequence[tf.Tensor], temperature: float) -> tf.Tensor:
-    """The score of section 4.3, equation 1: the sum over heads of softmax(inner / beta) * inner.
+    """Returns the score of section 4.3, equation 1: the sum over heads of softmax(inner / beta) * inner.
 
     Args:
-        inner: of each head, its inner products with the items, floats of one shape.
-        temperature: beta. Below 1e-6 the score is the largest inner product, the limit.
+        inner: for each head, its inner products with the items; floats of one shape.
+        temperature: beta. Below 1e-6 the score is its limit, the largest inner product.
 
     Returns:
-        Floats of that shape.
+        Floats of the same shape.
     """
     if len(inner) == 1:
         return inner[0]
     if temperature < 1e-6:
         return functools.reduce(tf.maximum, inner)
 
-    # By hand, gradient too, with a tensor a head: TensorFlow is slow at reducing over a short axis amid longer ones.
+    # Written by hand, gradient included, with a tensor for each head: TensorFlow is slow at reducing over a short axis
+    # between longer ones.
     @tf.custom_gradient
     def weighted_sum(*heads: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], list[tf.Tensor]]]:
         top = functools.reduce(tf.maximum, heads)
@@ -293,7 +299,7 @@ def soft_dot_product(inner: Sequence[tf.Tensor], temperature: float) -> tf.Tenso
 
 
 def segment_softmax(logits: tf.Tensor, row_splits: tf.Tensor) -> tf.Tensor:
-    """Softmax of logits[row_splits[i]:row_splits[i + 1]] for each i by itself, float [values], any of them empty."""
+    """Computes the softmax of each segment logits[row_splits[i]:row_splits[i + 1]], float [values]."""
     segments = tf.ragged.row_splits_to_segment_ids(row_splits)
     count = tf.shape(row_splits, tf.int64)[0] - 1
     top = tf.math.unsorted_segment_max(tf.stop_gradient(logits), segments, count)
@@ -302,7 +308,7 @@ def segment_softmax(logits: tf.Tensor, row_splits: tf.Tensor) -> tf.Tensor:
 
 
 def _taken(texts: Tokens, rows: tf.Tensor) -> Tokens:
-    """Some of the texts."""
+    """Returns the texts of some rows."""
     found = tf.gather(tf.RaggedTensor.from_row_splits(texts.values, texts.row_splits, validate=False), rows)
     return Tokens(found.values, found.row_splits)
 
@@ -317,7 +323,10 @@ Initializer = Callable[..., tf.Tensor]
 
 
 def _turned(seed: int, rows: int) -> Initializer:
-    """Of a kernel: an orthogonal matrix, alike for a seed, for the first `rows` inputs; random for the others."""
+    """Returns an initializer of a kernel: an orthogonal matrix for the first `rows` inputs, random for the others.
+
+    Kernels with the same seed and shape have the same orthogonal matrix.
+    """
 
     def kernel(shape: Sequence[int], dtype: tf.DType, partition_info: None = None) -> tf.Tensor:
         turn = v1.orthogonal_initializer(seed=seed)([rows, shape[1]], dtype)
@@ -327,7 +336,7 @@ def _turned(seed: int, rows: int) -> Initializer:
 
 
 def _kept_and_mixed(shape: Sequence[int], dtype: tf.DType, partition_info: None = None) -> tf.Tensor:
-    """Of a kernel: keeps the first inputs and adds a random mixture of all."""
+    """Initializes a kernel that keeps the first inputs and adds a random mixture of all."""
     return tf.eye(*shape, dtype=dtype) + v1.glorot_uniform_initializer()(shape, dtype)
 
 
@@ -351,5 +360,5 @@ def _dense(
 
 def _given(value: T | None, name: str) -> T:
     if value is None:
-        raise ValueError(f"the config asks for {name}, but None was given")
+        raise ValueError(f"the config asks for {name}, but got None")
     return value

@@ -25,7 +25,8 @@ class Describer {
   void PastQueries(const char* name, int64_t texts) { AddTexts(name, texts); }
   void ItemTexts(const char* name, int64_t texts, std::vector<int32_t> Batch::*) { AddTexts(name, texts); }
   template <typename Columns>
-  void Features(const std::string& name, int64_t num_rows, const FeatureNames& names, Columns, std::vector<int32_t> Batch::*) {
+  void Features(const std::string& name, int64_t num_rows, const FeatureNames& names, Columns,
+                std::vector<int32_t> Batch::*) {
     Add(name + ".codes", "int32", {num_rows, static_cast<int64_t>(names.fixed.size())});
     for (size_t i = 0; i < names.lists.size(); ++i) AddTexts(StrCat(name, ".lists.", i), num_rows);
   }

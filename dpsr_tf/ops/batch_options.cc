@@ -186,7 +186,8 @@ Status BatchOptions::Parse(const std::string& json, BatchOptions* options) {
     ++num_fields;
     const auto found = document.FindMember(field.name);
     if (found == document.MemberEnd()) {
-      return MakeStatus(StatusCode::kInvalidArgument, "the batch options have no ", field.name, ", expected all of them");
+      return MakeStatus(StatusCode::kInvalidArgument, "the batch options have no ", field.name,
+                        ", expected all of them");
     }
     return Read(field, found->value, options);
   }));
@@ -212,7 +213,8 @@ Status BatchOptions::Validate() const {
   }
   if (num_supervised_negatives > num_random_negatives) {
     return Unexpected("num_supervised_negatives", num_supervised_negatives,
-                      StrCat("at most num_random_negatives, ", num_random_negatives, ": they replace random negatives"));
+                      StrCat("at most num_random_negatives, ", num_random_negatives,
+                             ": they replace random negatives"));
   }
   if (num_own_negatives > kMaxOwnNegatives / batch_size) {
     return Unexpected("num_own_negatives", num_own_negatives,

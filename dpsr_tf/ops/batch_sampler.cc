@@ -13,15 +13,15 @@
 namespace dpsr {
 namespace {
 
-// Keep the random numbers of one purpose apart from another's.
+// Seeds that give each purpose random numbers of its own.
 constexpr uint64_t kNegativeStream = 0x6e65676174697665ULL;
 constexpr uint64_t kTitleStream = 0x7469746c65717279ULL;
 constexpr uint64_t kTypoStream = 0x7479706f2d717279ULL;
 constexpr uint64_t kOwnStream = 0x6f776e2d6e656761ULL;
-// Examples between a prefetch and its use.
+// Number of examples between a prefetch and its use.
 constexpr size_t kAhead = 8;
 
-// A few cache lines of elements begin to end, which are used soon.
+// Prefetches a few cache lines of the elements begin to end, which are used soon.
 template <typename T>
 void Prefetch(const T* array, int64_t begin, int64_t end) {
   constexpr int64_t kLine = 64 / sizeof(T), kMostLines = 4;
@@ -37,7 +37,7 @@ BatchSampler::BatchSampler(const TrainingStore& store, const BatchOptions& optio
       log_batch_(options.batch_size - options.num_title_queries),
       stride_(store.sharded_by_file() ? 1 : options.num_shards),
       first_(store.sharded_by_file() ? 0 : options.shard_index),
-      // A shard beyond the last interaction has nothing to give.
+      // A shard beyond the last interaction is empty.
       shard_size_(std::max<int64_t>(0, (store.num_positives() - first_ + stride_ - 1) / stride_)),
       num_batches_(shard_size_ == 0          ? 0
                    : options.num_epochs == 0 ? -1
@@ -111,13 +111,13 @@ void BatchSampler::MisspellQueries(int64_t step, Batch* batch) const {
 }
 
 void BatchSampler::SampleTitles(int64_t step, Batch* batch) const {
-  if (batch->rows.size() == batch->query.size()) return;  // and there may be no vocabulary
+  if (batch->rows.size() == batch->query.size()) return;  // without title queries there may be no vocabulary
   RandomStream random = Random(step, kTitleStream);
   const Vocabulary& vocabulary = store_.vocabulary();
   KeepRate keep_rate;
   if (options_.title_subsampling > 0) {
-    // As word2vec does (Mikolov et al., NIPS 2013): what stands in every other title tells no item from another, and is
-    // rarely typed.
+    // Subsampling as in word2vec (Mikolov et al., NIPS 2013): a word that stands in every other title does not tell
+    // items apart, and users rarely type it.
     const double frequent = options_.title_subsampling * static_cast<double>(store_.num_items());
     keep_rate = [&vocabulary, frequent](std::string_view word) {
       const double count = static_cast<double>(vocabulary.Count(vocabulary.Lookup(word)));
@@ -154,8 +154,8 @@ void BatchSampler::SampleNegatives(int64_t step, Batch* batch) const {
   }
 }
 
-// Items shown with the pair stay its negatives when others clicked them for the same query: that this user did not is
-// what a personalised query tower learns from.
+// Items that were shown with the pair stay its negatives even if other users clicked them for the same query. That this
+// user did not click them is what a personalised query tower learns from.
 void BatchSampler::SampleOwnNegatives(int64_t step, Batch* batch) const {
   const size_t m = static_cast<size_t>(options_.num_own_negatives);
   batch->own_negative_mask.assign(options_.batch_size * m, 0);
@@ -194,7 +194,7 @@ void BatchSampler::SampleHistories(Batch* batch) const {
   const uint32_t* times = store_.event_time().data();
   const int32_t* items = store_.event_item().data();
   const int32_t* queries = store_.event_query().data();
-  // Half of what is left at a time, without a branch that nobody could predict.
+  // A binary search without a branch, which no CPU could predict.
   const auto first_not_before = [times](int64_t begin, int64_t end, uint32_t time) {
     for (int64_t left = end - begin; left > 0;) {
       const int64_t half = (left + 1) / 2;
@@ -206,11 +206,11 @@ void BatchSampler::SampleHistories(Batch* batch) const {
   for (size_t i = 0; i < count; ++i) {
     if (i + 2 * kAhead < count) __builtin_prefetch(splits + batch->user[i + 2 * kAhead]);
     if (i + kAhead < count) Prefetch(times, splits[batch->user[i + kAhead]], splits[batch->user[i + kAhead] + 1]);
-    // Strictly before: neither the pair itself nor what happened at the same second is known when the query comes.
+    // Strictly before: neither the pair itself nor events of the same second are known when the query comes.
     Batch::Row& r = batch->rows[i];
     r.event_begin = splits[batch->user[i]];
     r.event_end = first_not_before(r.event_begin, splits[batch->user[i] + 1], r.time);
-    // Nor is the click that a cart or an order repeats: with it a model learns to find what was clicked last.
+    // The click that a cart or an order repeats is left out too. With it, a model learns to find the last clicked item.
     while (r.event_end > r.event_begin && items[r.event_end - 1] == batch->item[i] &&
            queries[r.event_end - 1] == batch->query[i]) {
       --r.event_end;
@@ -233,7 +233,7 @@ void BatchSampler::SampleHistories(Batch* batch) const {
     AppendQueryHistory(r.event_begin, r.event_end, batch);
     batch->query_history_splits[i + 1] = static_cast<int64_t>(batch->query_history.size());
   }
-  // Title queries are nobody's.
+  // Title queries have no user.
   for (size_t i = count; i < b; ++i) {
     batch->history_splits[i + 1] = batch->history_splits[i];
     batch->query_history_splits[i + 1] = batch->query_history_splits[i];
@@ -310,7 +310,7 @@ void BatchSampler::NegativeMask(Batch* batch, bool* mask) const {
       batch->columns.ForEach(items[i], leave_out);
       continue;
     }
-    // Queries are as skewed as the log: a large batch has some of them many times.
+    // Queries are as skewed as the log, so a large batch has some of them many times.
     const size_t same = batch->queries.First(query);
     if (same < i) {
       std::memcpy(row, mask + same * columns, columns);
@@ -322,7 +322,7 @@ void BatchSampler::NegativeMask(Batch* batch, bool* mask) const {
       batch->columns.ForEachOf(clicks.items, leave_out);
       continue;
     }
-    // Look the batch up in the clicks, not the other way round.
+    // The query has more clicks than the batch has items, so look up the items in the clicks.
     int32_t* hits = batch->hits.data();
     size_t num_hits = 0;
     for (size_t j = 0; j < columns; ++j) {
@@ -340,11 +340,11 @@ void PositionIndex::Build(const int32_t* values, size_t n) {
   int log = 4;
   while ((size_t{1} << log) < 2 * n) ++log;
   first_shift_ = 32 - log;
-  bits_shift_ = std::max(0, 32 - log - 5);  // 64 bits a value: few absent ones get past them
+  bits_shift_ = std::max(0, 32 - log - 5);  // 64 bits for each value, so that few absent values pass
   first_.assign(size_t{1} << log, -1);
   next_.resize(n);
   bits_.assign((size_t{1} << (32 - bits_shift_)) / 64, 0);
-  for (size_t j = n; j-- > 0;) {  // backwards: chains ascend
+  for (size_t j = n; j-- > 0;) {  // backwards, so that chains ascend
     const uint32_t hash = Hash(values[j]);
     bits_[hash >> bits_shift_ >> 6] |= uint64_t{1} << (hash >> bits_shift_ & 63);
     int32_t& first = first_[hash >> first_shift_];

@@ -1,13 +1,15 @@
-// Which examples make up training batch number n: Algorithm 1 of the DPSR paper, lines 3 and 4, as a pure function.
+// Chooses the examples of training batch number n: Algorithm 1 of the DPSR paper, lines 3 and 4, as a pure function.
 //
-// A batch holds `batch_size` positive pairs: the last `num_title_queries` of them, all of them in the first
-// `pretrain_steps` batches, are a random item under a piece of its title (what a shop has when its log is small), the
-// others come from one shuffle of the log an epoch. To these it adds `num_random_negatives` items that serve as
-// negatives for every query of the batch (section 4.4.1): first up to `num_supervised_negatives` labelled negatives of
-// the batch's own queries (section 4.5), the rest uniform over all items; and `num_own_negatives` items for each pair
-// alone, which were shown with it and not clicked, or are labelled negatives of its query. Each pair comes with the
-// history of its user as of its own time. Since the batch depends only on (store, options, step), an iterator's whole
-// state is its step.
+// A batch holds `batch_size` positive pairs. The last `num_title_queries` of them are a random item with a title query,
+// a piece of the item's title; this helps shops with a small log. In the first `pretrain_steps` batches all pairs are
+// of this kind. The other pairs come from the log, which is shuffled anew for each epoch.
+//
+// To the pairs it adds `num_random_negatives` items that serve as negatives of every query of the batch (section
+// 4.4.1): up to `num_supervised_negatives` labelled negatives of the batch's queries (section 4.5), the rest uniform
+// over all items. It also adds `num_own_negatives` items for each pair alone, which were shown with it and not clicked
+// or are labelled negatives of its query. Each pair comes with the history of its user as of the pair's own time.
+//
+// A batch depends on (store, options, step) only, so the step is the whole state of an iterator.
 #ifndef DPSR_DPSR_TF_OPS_BATCH_SAMPLER_H_
 #define DPSR_DPSR_TF_OPS_BATCH_SAMPLER_H_
 
@@ -21,10 +23,10 @@
 
 namespace dpsr {
 
-// Where each of n values stands. Built again and again, it keeps its memory.
+// Finds the positions of values in an array. It keeps its memory when it is built again.
 class PositionIndex {
  public:
-  // Refers to `values`.
+  // `values` must outlive the index.
   void Build(const int32_t* values, size_t n);
   // Calls found(j) for each j with values[j] == value, ascending.
   template <typename Found>
@@ -33,10 +35,10 @@ class PositionIndex {
       if (values_[j] == value) found(static_cast<size_t>(j));
     }
   }
-  // The same for each of many values, most of which stand nowhere.
+  // Does the same for each of many values, most of which are not in the array.
   template <typename Found>
   void ForEachOf(Span<const int32_t> values, Found found) const {
-    constexpr size_t kBlock = 8;  // values that cost one branch
+    constexpr size_t kBlock = 8;  // values that share one branch
     const int32_t* value = values.begin();
     for (; value + kBlock <= values.end(); value += kBlock) {
       uint64_t any = 0;
@@ -48,7 +50,7 @@ class PositionIndex {
     }
     for (; value != values.end(); ++value) ForEach(*value, found);
   }
-  // The smallest such j; there is one.
+  // Returns the smallest such j, which must exist.
   size_t First(int32_t value) const {
     int32_t j = first_[Hash(value) >> first_shift_];
     while (values_[j] != value) j = next_[j];
@@ -57,15 +59,15 @@ class PositionIndex {
 
  private:
   static uint32_t Hash(int32_t value) { return static_cast<uint32_t>(value) * 0x9e3779b1u; }
-  // Its lowest bit is 0 when the value stands nowhere.
+  // The lowest bit of the result is 0 if the value is not in the array.
   uint64_t MayStand(int32_t value) const {
     const uint32_t bit = Hash(value) >> bits_shift_;
     return bits_[bit >> 6] >> (bit & 63);
   }
 
   const int32_t* values_ = nullptr;
-  std::vector<uint64_t> bits_;         // of the hashes of the values
-  std::vector<int32_t> first_, next_;  // chains of equal hash
+  std::vector<uint64_t> bits_;         // bit set of the hashes of the values
+  std::vector<int32_t> first_, next_;  // chains of positions with equal hash
   int bits_shift_ = 0, first_shift_ = 0;
 };
 
@@ -91,13 +93,13 @@ struct Batch {
 
   static constexpr int32_t kTitleQuery = -1;
 
-  // Working memory of the sampler.
+  // The working memory of the sampler.
   struct Row {
     const InteractionsShard* shard;
     int64_t row;
-    int64_t query;  // local
+    int64_t query;  // row in the shard
     uint32_t time;
-    int64_t event_begin, event_end;  // its user's events before it
+    int64_t event_begin, event_end;  // events of its user before it
   };
   std::vector<Row> rows;
   std::vector<Span<const int32_t>> texts;
@@ -108,23 +110,23 @@ struct Batch {
   PositionIndex columns, queries;
 };
 
-// Thread-safe. Refers to the store, which must outlive it.
+// Thread-safe. The store must outlive it.
 class BatchSampler {
  public:
-  // Consecutive positives that are shuffled as one where the log does not fit the shuffle buffer.
+  // Number of consecutive positives that are shuffled as one block if the log does not fit into the shuffle buffer.
   static constexpr int64_t kShuffleBlock = 4096;
 
   // The options are valid, and the store was opened with what they ask for: events, impressions, titles, query texts,
   // the same shard.
   BatchSampler(const TrainingStore& store, const BatchOptions& options);
 
-  // Batches that num_epochs give; the examples of a last partial batch are left out. Forever: -1.
+  // Returns the number of batches, without a last partial one; -1 if there is no end.
   int64_t num_batches() const { return num_batches_; }
-  // Batch `step`, 0 <= step <= kMaxStep, and step < num_batches() unless that is -1.
+  // Fills `batch` with batch number `step`, 0 <= step <= kMaxStep, and step < num_batches() unless that is -1.
   void Sample(int64_t step, Batch* batch) const;
-  // mask[i * columns + j] = 1 where item j of the batch, j < columns = batch_size + num_random_negatives, may serve as a
-  // negative for query i: the query has no click on it anywhere in the log, its own positive included. Uses the batch's
-  // working memory.
+  // mask[i * columns + j] = 1 where item j of the batch, j < columns = batch_size + num_random_negatives, may serve as
+  // a negative for query i: the query has no click on it anywhere in the log, its own positive included. Uses the
+  // batch's working memory.
   void NegativeMask(Batch* batch, bool* mask) const;
 
  private:
@@ -140,9 +142,9 @@ class BatchSampler {
 
   const TrainingStore& store_;
   const BatchOptions options_;
-  const int64_t log_batch_;  // pairs that come from the log, of a batch that has some
+  const int64_t log_batch_;  // number of pairs from the log in a batch after pretraining
   int64_t stride_, first_;   // this worker takes positions first_, first_ + stride_, ... of the shuffle
-  int64_t shard_size_;       // how many those are
+  int64_t shard_size_;       // number of these positions
   int64_t num_batches_;
 };
 

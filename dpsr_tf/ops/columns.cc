@@ -5,7 +5,7 @@
 namespace dpsr {
 namespace {
 
-// Rows between a prefetch and its use: a cache miss takes as long as some ten rows.
+// Number of rows between a prefetch and its use. A cache miss takes as long as about ten rows.
 constexpr size_t kAhead = 12;
 
 template <typename T>
@@ -117,7 +117,7 @@ Status SectionReader::Features(const FeatureNames& names, int64_t rows, const ch
   return Status();
 }
 
-// Codes are rows of an embedding table: 0 and one for each of the feature's values, where the store holds those.
+// Codes are rows of an embedding table: 0, and one for each value of the feature if the store lists its values.
 template <typename T>
 Status SectionReader::CheckCodes(const std::string& feature, const std::string& section, Span<const T> codes) const {
   int64_t limit = int64_t{1} << 31;
@@ -167,7 +167,7 @@ void GatherValues(const RaggedColumn& column, Span<const int32_t> rows, int32_t*
 
 void GatherCodes(const std::vector<CodeColumn>& columns, Span<const int32_t> rows, int32_t* codes) {
   const size_t width = columns.size();
-  // A column at a time: its loads do not wait for one another, and few columns are touched at once.
+  // One column at a time, so that loads do not wait for each other and few columns are in use at once.
   for (size_t c = 0; c < width; ++c) {
     if (columns[c].words.empty()) {
       GatherColumn(columns[c].bytes.data(), rows, width, codes + c);

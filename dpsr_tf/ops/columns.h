@@ -1,5 +1,5 @@
-// Columns of a store's tables, read from packed files and checked, and the gathers that make tensors of them. Training
-// and serving use the same gathers, so an item looks the same to both.
+// Columns of a store's tables, read from packed files and checked, and the gathers that turn them into tensors.
+// Training and serving use the same gathers, so that they see the same item.
 #ifndef DPSR_DPSR_TF_OPS_COLUMNS_H_
 #define DPSR_DPSR_TF_OPS_COLUMNS_H_
 
@@ -23,13 +23,13 @@ struct RaggedColumn {
   Span<const int32_t> operator[](int64_t row) const { return {values.data() + splits[row], size_t(length(row))}; }
 };
 
-// Codes from 0, one a row: in bytes where all of them fit.
+// One code for each row, from 0; in bytes if all of them fit.
 struct CodeColumn {
   Span<const uint8_t> bytes;  // one of the two is empty
   Span<const int32_t> words;
 };
 
-// Numbers, one a row: codes of a few values where there are few, otherwise the numbers themselves.
+// One number for each row: codes if there are few different numbers, otherwise the numbers themselves.
 struct NumberColumn {
   Span<const uint8_t> codes;  // may be empty
   Span<const float> values;
@@ -45,10 +45,10 @@ struct NumberColumn {
   }
 };
 
-// Names of features of one table, by how the store holds them.
+// Names of features of one table, split by how the store holds them.
 struct FeatureNames {
-  std::vector<std::string> fixed;  // kinds categorical and number: one code a row
-  std::vector<std::string> lists;  // kinds multi and text: a list of codes or token ids a row
+  std::vector<std::string> fixed;  // kinds categorical and number: one code for each row
+  std::vector<std::string> lists;  // kinds multi and text: a list of codes or token ids for each row
 };
 
 // The features themselves, in the order of their names.
@@ -57,8 +57,8 @@ struct FeatureColumns {
   std::vector<RaggedColumn> lists;
 };
 
-// Reads sections of one packed file; each is verified when it is read, so sections nobody asks for cost nothing.
-// Errors: DataLoss, with file, section and row, for what is damaged, missing, or does not fit together.
+// Reads sections of one packed file. A section is verified when it is read, so other sections take no time. Errors:
+// DataLoss, with file, section and row, for sections that are damaged, missing, or do not fit together.
 class SectionReader {
  public:
   static constexpr int64_t kAnyLength = -1;
@@ -67,27 +67,27 @@ class SectionReader {
 
   const PackedFile& file() const { return file_; }
   bool Has(const std::string& name) const { return file_.Find(name) != nullptr; }
-  // The section, which has `rows` elements.
+  // Reads a section of `rows` elements.
   template <typename T>
   Status Array(const std::string& name, int64_t rows, Span<const T>* array) const {
     DPSR_RETURN_IF_ERROR(file_.Get(name, array));
     DPSR_RETURN_IF_ERROR(file_.Verify(*file_.Find(name)));
     return CheckLength(name, array->size(), rows);
   }
-  // The section `name` of `rows` codes of the values in section `name`.values, or of the numbers themselves.
+  // Reads `rows` numbers: the section `name` has codes of the values in the section `name`.values, or the numbers.
   Status Numbers(const std::string& name, int64_t rows, NumberColumn* column) const;
-  // The ragged column of `rows` rows; its splits start at 0, never fall, and end with the values.
+  // Reads a ragged column of `rows` rows. Its splits start at 0, never fall, and end with the values.
   Status Ragged(const std::string& splits, const std::string& values, int64_t rows, RaggedColumn* column) const;
-  // The same without values: splits over the `values` elements of other sections.
+  // Reads and checks splits over the `values` elements of other sections.
   Status Splits(const std::string& name, int64_t rows, int64_t values, Span<const int64_t>* splits) const;
-  // Each row refers to one of `table_size` rows of a table. `minimum` -1 allows for rows that refer to none.
+  // Checks that each row refers to one of `table_size` rows of a table. `minimum` -1 allows rows that refer to none.
   Status CheckRows(const std::string& name, Span<const int32_t> rows, int64_t table_size, const char* table,
                    int32_t minimum = 0) const;
-  // Each row's values ascend without repeats.
+  // Checks that the values of each row ascend without repeats.
   Status CheckAscending(const std::string& name, const RaggedColumn& column) const;
-  // Each type is the code of an interaction type.
+  // Checks that each type is the code of an interaction type.
   Status CheckTypes(const std::string& name, Span<const uint8_t> types) const;
-  // The features of a table of `rows` rows. NotFound for one that the table does not have; `table` is its name ("item").
+  // Reads features of a table of `rows` rows, named `table` ("item"). NotFound for a feature that it does not have.
   Status Features(const FeatureNames& names, int64_t rows, const char* table, FeatureColumns* columns) const;
 
  private:
@@ -99,18 +99,18 @@ class SectionReader {
   const PackedFile& file_;
 };
 
-// What an interaction can be; the code is the index in dpsr_tf.data.schema.EVENT_TYPES: impression, skip, click, cart,
-// order.
+// Types of interactions: impression, skip, click, cart, order. A code is the index in dpsr_tf.data.schema.EVENT_TYPES.
 constexpr uint8_t kNumEventTypes = 5;
 constexpr uint8_t kClick = 2;
 
-// The gathers. A row of -1 is one that the table does not have: its texts and lists are empty, its codes 0.
+// The gathers. Row -1 stands for a row that the table does not have: its texts and lists are empty, its codes 0.
 
-// splits[0] = 0, splits[i + 1] = splits[i] + length of rows[i]; returns the last. `splits` has rows.size() + 1 elements.
+// Writes splits[0] = 0, splits[i + 1] = splits[i] + length of rows[i], and returns the last one. `splits` has
+// rows.size() + 1 elements.
 int64_t GatherSplits(const RaggedColumn& column, Span<const int32_t> rows, int64_t* splits);
-// The values of all rows, one row after the other: as many as GatherSplits returned.
+// Writes the values of all rows, one row after the other: as many as GatherSplits returned.
 void GatherValues(const RaggedColumn& column, Span<const int32_t> rows, int32_t* values);
-// codes [rows.size(), columns.size()], row by row.
+// Writes codes [rows.size(), columns.size()], row by row.
 void GatherCodes(const std::vector<CodeColumn>& columns, Span<const int32_t> rows, int32_t* codes);
 
 }  // namespace dpsr

@@ -19,10 +19,10 @@ namespace dpsr {
 namespace {
 
 constexpr int64_t kHeader = 2;
-// How many rows ahead of their use are fetched: enough to hide the latency of memory, few enough to stay in the cache.
+// Number of rows that are prefetched: enough to hide the latency of memory, few enough to stay in the cache.
 constexpr int64_t kRowsAhead = 12;
 
-// What `dim` is in the loops over rows: widths that are used much are known to the compiler.
+// Type of `dim` in the loops over rows, so that the compiler knows the most common widths.
 template <int64_t kDim>
 using Fixed = std::integral_constant<int64_t, kDim>;
 
@@ -38,8 +38,8 @@ struct Occurrence {
   const float* gradient;
 };
 
-// Sorts by row and keeps the order of equal ones: least significant digits first, as many as `num_rows` has. Both
-// arrays hold `n`; the one that is returned holds the result.
+// Sorts by row and keeps the order of equal rows: a radix sort from the least significant digit, with as many digits as
+// `num_rows` needs. Both arrays hold `n` elements; the one that is returned has the result.
 Occurrence* SortByRow(int64_t num_rows, int64_t n, Occurrence* occurrences, Occurrence* sorted) {
   constexpr int kDigitBits = 11, kDigits = 1 << kDigitBits;
   for (int shift = 0; shift < 32 && (num_rows - 1) >> shift != 0; shift += kDigitBits) {
@@ -171,7 +171,7 @@ RowLocks* RowLocks::OfProcess() {
 
 void RowLocks::Holder::Wait() {
   do {
-    // A row's step is short, so the holder is nearly done, unless it has lost its core.
+    // The step of a row is short, so the holder is nearly done, unless it has lost its core.
     for (int i = 0; i < 100 && held_->load(std::memory_order_relaxed); ++i) {
     }
     if (held_->load(std::memory_order_relaxed)) std::this_thread::yield();
@@ -208,7 +208,7 @@ DPSR_INLINE void AdagradStep(const float* __restrict gradient, Dim n, float lear
   }
 }
 
-// `sum` is room for a row.
+// `sum` is working memory for one row.
 template <typename Dim>
 DPSR_INLINE void ApplyAdagradTo(const Occurrence* occurrences, int64_t n, float learning_rate, Dim dim, RowLocks* locks,
                                 float* __restrict sum, float* __restrict table, float* __restrict accumulators) {
@@ -255,7 +255,7 @@ void ApplyAdagrad(const std::vector<PooledGradient>& gradients, float learning_r
                   RowLocks* locks, float* table, float* accumulator) {
   int64_t n = 0;
   for (const PooledGradient& pooled : gradients) n += pooled.tokens.num_values();
-  // Not vectors, which would fill them with zeros first.
+  // Plain arrays, because vectors would be filled with zeros first.
   const std::unique_ptr<Occurrence[]> occurrences(new Occurrence[n]), sorted(new Occurrence[n]);
   Occurrence* next = occurrences.get();
   for (const PooledGradient& pooled : gradients) {
@@ -279,7 +279,7 @@ DPSR_FOR_EACH_CPU void ApplyDenseAdagrad(const float* gradient, int64_t n, float
 void UseHugePages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
 #ifndef MADV_COLLAPSE
-#define MADV_COLLAPSE 25  // Linux 6.1; before that, huge pages come when the kernel finds time
+#define MADV_COLLAPSE 25  // since Linux 6.1; older kernels make huge pages later, in the background
 #endif
   const uintptr_t page = sysconf(_SC_PAGESIZE), address = reinterpret_cast<uintptr_t>(data);
   const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;

@@ -1,5 +1,6 @@
-// Sums of table rows and their AdaGrad step, at the place where the table lies (DPSR section 5.1.3): a worker sends the
-// ids of its texts and gets one vector a text; it sends back one gradient a text. Rows themselves never travel.
+// Sums of table rows and their AdaGrad step, on the machine that holds the table (DPSR section 5.1.3). A worker sends
+// the ids of its texts and receives one vector for each text; it sends back one gradient for each text. Rows never
+// travel.
 //
 // Tables and accumulators are [rows, dim] float32, row by row. Ids travel packed, see PackTokens.
 #ifndef DPSR_DPSR_TF_OPS_EMBEDDING_H_
@@ -15,35 +16,35 @@
 
 namespace dpsr {
 
-// Texts as lists of ids: text i has the ids values[row_splits[i]] to values[row_splits[i + 1] - 1].
+// Texts as lists of ids. Text i has the ids values[row_splits[i]] to values[row_splits[i + 1] - 1].
 struct TokenLists {
   const int32_t* values;
   int64_t num_values;
   const int64_t* row_splits;  // [num_texts + 1]
   int64_t num_texts;
-  const float* weights;  // [num_values], or null: each 1
+  const float* weights;  // [num_values]; null: every weight is 1
 };
 
-// Writes all texts of `lists`, one list after the other, into one int32 array for each shard of a table. Shard s has the
-// ids first_rows[s] to first_rows[s + 1] - 1; its array holds every text, with those of its ids that lie in the shard.
-// `allocate(shard, size)` gives the place for `size` numbers. The array:
+// Writes all texts of `lists`, one list after the other, into one int32 array for each shard of a table. Shard s has
+// the ids first_rows[s] to first_rows[s + 1] - 1. Its array holds every text, with those of its ids that are in the
+// shard. `allocate(shard, size)` returns memory for `size` numbers. The layout of the array:
 //
-//   [0]       number of texts; kOnePerText when each text has exactly one id: `ends` is left out then
-//   [1]       1 when there are weights, else 0
-//   ends      [texts] where each text ends in `rows`
+//   [0]       number of texts; kOnePerText if each text has exactly one id, and then there is no `ends`
+//   [1]       1 if there are weights, else 0
+//   ends      [texts] position in `rows` where each text ends
 //   rows      [n] id - first_rows[s]
-//   weights   [n] bits of float32, when there are any
+//   weights   [n] bits of float32, if there are weights
 //
-// InvalidArgument for an id outside of the table and for row splits that do not fit; nothing is allocated then. Either
-// all lists have weights or none has.
+// Either all lists have weights or none has. InvalidArgument for an id outside of the table and for row splits that do
+// not fit; nothing is allocated then.
 constexpr int32_t kOnePerText = -1;
 Status PackTokens(const std::vector<TokenLists>& lists, const std::vector<int64_t>& first_rows,
                   const std::function<int32_t*(int shard, int64_t size)>& allocate);
 
-// A packed array, checked. Points into it.
+// A packed array that has been checked. Points into it.
 class PackedTokens {
  public:
-  // InvalidArgument when the array is no packed one, or names rows that a table of `num_rows` does not have.
+  // InvalidArgument if the array was not made by PackTokens, or names rows that a table of `num_rows` does not have.
   static Status Parse(const int32_t* data, int64_t size, int64_t num_rows, PackedTokens* tokens);
 
   int64_t num_texts() const { return num_texts_; }
@@ -63,16 +64,16 @@ class PackedTokens {
   const int32_t* weights_ = nullptr;
 };
 
-// Locks of rows. Many rows share one, those of different tables too; no thread holds two at a time.
+// Locks of rows. Many rows, also rows of different tables, share one lock. No thread holds two at a time.
 class RowLocks {
  public:
-  // The locks of all tables of this process: two steps that meet in a table take the same ones.
+  // The locks of all tables of this process, so that two steps that use the same table take the same locks.
   static RowLocks* OfProcess();
 
   class Holder {
    public:
-    // Holds nothing where `locks` is null. Rows that are used much lie side by side (ids go by frequency): the low bits
-    // spread them.
+    // Holds nothing if `locks` is null. Frequent rows are neighbours, because ids are sorted by frequency; taking the
+    // low bits of the row gives them different locks.
     Holder(RowLocks* locks, int64_t row)
         : held_(locks == nullptr ? nullptr : &locks->locks_[row & ((1 << kBits) - 1)].held) {
       if (held_ != nullptr && held_->exchange(true, std::memory_order_acquire)) Wait();
@@ -91,7 +92,7 @@ class RowLocks {
 
  private:
   static constexpr int kBits = 10;
-  // A cache line each, or locks of different rows would be in each other's way.
+  // Each lock has a cache line of its own, so that threads with different locks do not slow each other down.
   struct alignas(64) Lock {
     std::atomic<bool> held{false};
   };
@@ -99,27 +100,29 @@ class RowLocks {
 };
 
 // out[t] = sum over the ids of text t of weight * table[id]; zeros for a text without ids. `out` is [num_texts, dim].
-// A row is read as it is before or after a concurrent step, never in between; with null for `locks` there must be none.
+// A row is read as it is before or after a concurrent step, never in between. If `locks` is null, no step may run
+// concurrently.
 void SumRows(const float* table, int64_t dim, const PackedTokens& tokens, RowLocks* locks, float* out);
 
-// d(loss)/d(sum) of texts that have been summed in this step.
+// d(loss)/d(sum) of texts that SumRows has summed in this step.
 struct PooledGradient {
   PackedTokens tokens;
   const float* gradient;  // [num_texts, dim]
 };
 
-// One AdaGrad step on the rows of all these texts. The gradient g of a row is the sum over all its occurrences, then
-// once: accumulator += g^2, table -= learning_rate * g / sqrt(accumulator). Rows that do not occur are not touched.
-// Each row's step is atomic against other calls of this and SumRows on the same table; with null for `locks` there must
-// be none meanwhile. The order of summation is that of the occurrences: the same input gives the same bits.
+// Applies one AdaGrad step to the rows of all these texts. The gradient g of a row is the sum over all its occurrences;
+// then accumulator += g^2 and table -= learning_rate * g / sqrt(accumulator), once. Rows that do not occur are not
+// touched. The step of a row is atomic with respect to other calls of this function and of SumRows on the same table;
+// if `locks` is null, there must be no concurrent calls. Gradients are summed in the order of the occurrences, so the
+// same input gives the same bits.
 void ApplyAdagrad(const std::vector<PooledGradient>& gradients, float learning_rate, int64_t num_rows, int64_t dim,
                   RowLocks* locks, float* table, float* accumulator);
 
-// The same step on `n` numbers that lie side by side: the weights of a layer.
+// Applies the same step to `n` consecutive numbers, the weights of a layer.
 void ApplyDenseAdagrad(const float* gradient, int64_t n, float learning_rate, float* values, float* accumulator);
 
-// Asks the system to keep this memory, a table, in pages of megabytes: rows that are read at random then need fewer
-// lookups of where a page lies. Its content stays. Where a system has no such pages, nothing happens.
+// Asks the system to keep the memory of a table in huge pages, which saves page table lookups when rows are read at
+// random. The content does not change. Without huge pages nothing happens.
 void UseHugePages(void* data, int64_t bytes);
 
 }  // namespace dpsr

@@ -1,10 +1,11 @@
 // The ops of embedding tables: thin adapters of embedding.h. Table and accumulator are ordinary resource variables.
 //
-// Locks. An update, a sum and a snapshot each take the mutexes of the variables they use, in the order of their
-// addresses: sums and updates shared, so that several workers' steps run at once and meet only in the locks of rows;
-// a snapshot alone. So a row's update is atomic, and a snapshot holds each update as a whole, in table and accumulator,
-// or not at all. Where all ops of a table are `exclusive`, its updates take the mutexes alone, and nobody locks rows:
-// quicker, where there is one step at a time anyway.
+// Locks. An update, a sum and a snapshot each take the mutexes of the variables that they use, in the order of their
+// addresses. Sums and updates take them shared, so that the steps of several workers run at the same time and wait for
+// each other at the locks of rows only. A snapshot takes them exclusively. So the update of a row is atomic, and a
+// snapshot holds each update completely, in table and accumulator, or not at all. If all ops of a table are
+// `exclusive`, its updates take the mutexes exclusively and no row is locked, which is faster if there is one step at a
+// time anyway.
 
 #include <algorithm>
 #include <cstring>
@@ -42,13 +43,13 @@ using ::tensorflow::shape_inference::DimensionHandle;
 using ::tensorflow::shape_inference::InferenceContext;
 using ::tensorflow::shape_inference::ShapeHandle;
 
-// The shape of a variable by its handle; unknown when the handle does not tell.
+// Returns the shape of a variable by its handle; unknown if the handle does not tell it.
 ShapeHandle VariableShape(InferenceContext* c, int input) {
   const auto* handle = c->input_handle_shapes_and_types(input);
   return handle == nullptr || handle->empty() ? c->UnknownShape() : (*handle)[0].shape;
 }
 
-// Checks handles `input` and `input + 1`: table and accumulator of one shape [rows, dim].
+// Checks that the handles `input` and `input + 1`, table and accumulator, have the same shape [rows, dim].
 tensorflow::Status PairShape(InferenceContext* c, int input, ShapeHandle* shape) {
   ShapeHandle handle;
   TF_RETURN_IF_ERROR(c->WithRank(c->input(input), 0, &handle));
@@ -87,11 +88,11 @@ class VariableLocks {
   std::optional<Lock> first_, second_;
 };
 
-// Below that, the CPU remembers where all pages of a table lie.
+// A smaller table needs no huge pages: the CPU caches the addresses of all its pages.
 constexpr int64_t kLeastHugeTable = 4 << 20;
 
-// Sparse access in place needs a tensor that no dense read shares: TensorFlow's "copy on read" mode, which a variable
-// keeps once it has it. Must be called before its mutex is taken.
+// Puts a variable into TensorFlow's "copy on read" mode, which it then keeps: sparse access in place needs a tensor
+// that no dense read shares. Must be called before the variable's mutex is taken.
 void UseSparsely(Var* variable) {
   if (variable->copy_on_read_mode.load()) return;
   const tensorflow::mutex_lock lock(*variable->mu());
@@ -283,14 +284,14 @@ class EmbeddingAdagradOp : public OpKernel {
  private:
   enum Input { kTable, kAccumulator, kLearningRate };
 
-  // Under the mutexes of both.
+  // The caller holds the mutexes of both variables.
   static void Apply(OpKernelContext* context, Var* table, Var* accumulator, const OpInputList& packed,
                     const OpInputList& gradient, RowLocks* locks) {
     OP_REQUIRES_OK(context, CheckTable("table", *table, -1));
     OP_REQUIRES_OK(context, CheckTable("accumulator", *accumulator, -1));
     OP_REQUIRES_OK(context, CheckShape("accumulator", accumulator->tensor()->shape(), table->tensor()->shape()));
     const int64_t num_rows = table->tensor()->dim_size(0), dim = table->tensor()->dim_size(1);
-    // All is checked before anything is changed.
+    // Everything is checked before anything is changed.
     std::vector<PooledGradient> gradients(packed.size());
     for (int i = 0; i < packed.size(); ++i) {
       OP_REQUIRES_OK(context, Parse(packed[i], num_rows, &gradients[i].tokens));
@@ -306,8 +307,8 @@ class EmbeddingAdagradOp : public OpKernel {
 };
 REGISTER_KERNEL_BUILDER(Name("DpsrEmbeddingAdagrad").Device(DEVICE_CPU), EmbeddingAdagradOp);
 
-// AdaGrad of dense variables, all of them in one op: with small batches TensorFlow's op a variable costs more than its
-// arithmetic.
+// AdaGrad of all dense variables in one op. With small batches, running TensorFlow's op for each variable takes more
+// time than the arithmetic.
 REGISTER_OP("DpsrDenseAdagrad")
     .Input("variables: n * resource")
     .Input("accumulators: n * resource")
@@ -345,7 +346,7 @@ class DenseAdagradOp : public OpKernel {
         OP_REQUIRES(context, each->tensor()->dtype() == tensorflow::DT_FLOAT,
                     errors::InvalidArgument("variable ", i, " is ", tensorflow::DataTypeString(each->tensor()->dtype()),
                                             ", expected float"));
-        // A read that is still in use keeps what it has read.
+        // A tensor from an earlier read that is still in use keeps its values.
         if (!each->tensor()->RefCountIsOne()) *each->tensor() = tensorflow::tensor::DeepCopy(*each->tensor());
       }
       ApplyDenseAdagrad(gradient.flat<float>().data(), gradient.NumElements(), learning_rate.scalar<float>()(),

@@ -1,5 +1,5 @@
-// tf.data source over the files of a store (DPSR section 5.1.2): each element is one ready training batch.
-// A thin adapter of BatchSampler and TrainingStore; the Python wrapper is dpsr_tf/data/examples_dataset.py.
+// A tf.data source over the files of a store (DPSR section 5.1.2), each element of which is a complete training batch:
+// a thin adapter of BatchSampler and TrainingStore. The Python wrapper is dpsr_tf/data/examples_dataset.py.
 
 #include <deque>
 #include <iterator>
@@ -114,7 +114,7 @@ class ExamplesDataset : public data::DatasetBase {
   }
 
  private:
-  // A batch that is assembled ahead, by the runner or, where that has not begun, by whoever needs it.
+  // A batch that is assembled ahead, by the runner or, if that has not begun, by the thread that needs it.
   class Slot {
    public:
     explicit Slot(int64_t step) : step_(step) {}
@@ -130,7 +130,7 @@ class ExamplesDataset : public data::DatasetBase {
       Wait();
       return std::move(tensors_);
     }
-    // After this nobody works on it.
+    // After this no thread works on the batch.
     void Abandon() {
       if (!Claim()) Wait();
     }
@@ -144,7 +144,8 @@ class ExamplesDataset : public data::DatasetBase {
       state_ = kClaimed;
       return true;
     }
-    void Wait() {  // for a computation that is going on: never long, so there is nothing to cancel
+    // Waits for a thread that is assembling the batch. That takes little time, so there is no cancellation.
+    void Wait() {
       tensorflow::mutex_lock lock(mu_);
       while (state_ != kDone) done_.wait(lock);
     }
@@ -182,8 +183,8 @@ class ExamplesDataset : public data::DatasetBase {
             const int64_t next = step_ + static_cast<int64_t>(ahead_.size());
             if (d.IsEnd(next)) break;
             ahead_.push_back(std::make_shared<Slot>(next));
-            // A slot that the runner comes to late has been taken or abandoned by then; only while it works on one does
-            // it need the dataset, and whoever destroys the iterator waits for that.
+            // The runner may start after the slot was taken or abandoned, and then does nothing. It needs the dataset
+            // only while it assembles a batch, and the destructor of the iterator waits for that.
             (*context->runner())([slot = ahead_.back(), &d, allocator] { slot->Assemble(d, allocator); });
           }
         }
@@ -333,7 +334,7 @@ class ExamplesDataset : public data::DatasetBase {
     ReturnBatch(std::move(batch));
   }
 
-  // Batches keep their memory from one step to the next; there are as many as are assembled at once.
+  // Batches keep their memory from one step to the next. There are as many as are assembled at the same time.
   std::unique_ptr<Batch> TakeBatch() const {
     tensorflow::mutex_lock lock(mu_);
     if (spare_.empty()) return std::make_unique<Batch>();

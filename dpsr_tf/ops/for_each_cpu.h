@@ -1,11 +1,11 @@
-// Loops over many numbers are compiled for several kinds of CPU; which one runs is chosen when the library loads.
+// Macros that compile loops over many numbers for several kinds of CPU. The loader chooses the one that runs.
 #ifndef DPSR_TF_OPS_FOR_EACH_CPU_H_
 #define DPSR_TF_OPS_FOR_EACH_CPU_H_
 
 #include <cstdint>
 
-// Before a function that has such loops. What it calls must be inline to have a part in it (DPSR_INLINE). Sanitizers do
-// not go with that.
+// Put DPSR_FOR_EACH_CPU before a function that has such loops, and DPSR_INLINE before the functions that it calls,
+// which are compiled for each CPU only if they are inlined. It cannot be combined with sanitizers.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && \
     !defined(__SANITIZE_THREAD__)
 #define DPSR_FOR_EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
@@ -17,7 +17,7 @@
 
 namespace dpsr {
 
-// Sums are kept in as many parts as a wide register holds, so that they are the same on every kind of CPU.
+// A sum has as many parts as the widest register, on every kind of CPU, so that results do not depend on the CPU.
 constexpr int64_t kLanes = 16;
 
 template <typename T>

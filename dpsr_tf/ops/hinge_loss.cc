@@ -7,7 +7,7 @@
 namespace dpsr {
 namespace {
 
-// Compilers make vectors of bytes, not of bool. And a product, not a choice, for which CPUs would need masks of bytes.
+// Compilers vectorise bytes but not bool. A product is used, because a choice would need masks of bytes.
 DPSR_INLINE const uint8_t* Bytes(const bool* mask) { return reinterpret_cast<const uint8_t*>(mask); }
 DPSR_INLINE float Masked(uint8_t mask, float weight) { return static_cast<float>(int32_t{mask}) * weight; }
 
@@ -35,7 +35,7 @@ struct Row {
   T loss, slope;
 };
 
-// `slopes` become weight * share where the margin is violated; their sum, and that of slope * violation.
+// Sets `slopes` to weight * share where the margin is violated, and returns their sum and the sum of slope * violation.
 template <typename T>
 DPSR_INLINE Row<T> HingeRow(const T* __restrict scores, const T* __restrict weights, int64_t n, T bound, T share,
                             T* __restrict slopes) {

@@ -1,6 +1,6 @@
-// The hinge loss over mixed negatives (DPSR sections 4.3 and 4.4.3) in one pass a matrix, its gradient with it.
+// The hinge loss over mixed negatives (DPSR sections 4.3 and 4.4.3) and its gradient, with one pass over each matrix.
 //
-// Matrices are [b, n], row by row: row i is pair i, column j an item that may serve as its negative.
+// Matrices are [b, n], row by row. Row i is pair i; column j is an item that may serve as its negative.
 #ifndef DPSR_TF_OPS_HINGE_LOSS_H_
 #define DPSR_TF_OPS_HINGE_LOSS_H_
 
@@ -8,14 +8,15 @@
 
 namespace dpsr {
 
-// Weights of negatives: in each row, those that `mask` allows of the first b columns share 1 - mixing_ratio, those of
-// the others mixing_ratio, evenly, times how many are allowed in all. Where a row has none of one group, all goes to the
-// other, unless mixing_ratio gives that one nothing. Zero where the mask is false. `n` is at least `b`.
+// Writes the weights of negatives. In each row, the columns that `mask` allows form two groups: the first b columns
+// share 1 - mixing_ratio evenly, the others share mixing_ratio. Both are multiplied by the number of allowed columns.
+// If a group is empty, the other one gets everything, unless its share is 0. The weight is 0 where the mask is false.
+// `n` is at least `b`.
 void NegativeWeights(const bool* mask, int64_t b, int64_t n, float mixing_ratio, float* weights);
 
-// The sum over pairs i of example_weights[i] / b * weights[i, j] * max(0, margin - positive[i] + scores[i, j]), and its
-// gradient. The order of summation depends on nothing but the sizes. Where `positive` is null, those are the diagonal of
-// `scores`, and so is their gradient.
+// Returns the sum over i and j of example_weights[i] / b * weights[i, j] * max(0, margin - positive[i] + scores[i, j]),
+// and writes its gradient. The order of summation depends on the sizes only. If `positive` is null, the positives are
+// the diagonal of `scores`, and so is their gradient.
 template <typename T>
 struct HingeInput {
   const T* positive;         // [b], or null
@@ -25,7 +26,7 @@ struct HingeInput {
 };
 template <typename T>
 struct HingeGradient {
-  T* positive;  // [b]: is added to; null where there are no positives
+  T* positive;  // [b], is added to; null if the positives are on the diagonal
   T* scores;    // [b, n]
 };
 float HingeLoss(const HingeInput<float>& input, int64_t b, int64_t n, float margin,
@@ -33,8 +34,8 @@ float HingeLoss(const HingeInput<float>& input, int64_t b, int64_t n, float marg
 double HingeLoss(const HingeInput<double>& input, int64_t b, int64_t n, double margin,
                  const HingeGradient<double>& gradient);
 
-// HingeLoss of the NegativeWeights of `mask` [b, n], to the bit, positives on the diagonal of `scores`; its gradient with
-// respect to those [b, n]. There is no matrix of weights to write and read.
+// Returns the same bits as HingeLoss with the NegativeWeights of `mask` [b, n] and positives on the diagonal of
+// `scores`, and writes the gradient with respect to `scores` [b, n]. It needs no matrix of weights.
 float MixedHingeLoss(const float* scores, const bool* mask, const float* example_weights, int64_t b, int64_t n,
                      float mixing_ratio, float margin, float* gradient);
 

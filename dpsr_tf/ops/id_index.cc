@@ -15,7 +15,7 @@ Status IdIndex::Open(const SectionReader& reader, int64_t rows) {
   for (int64_t b = 0; good && b < buckets; ++b) {
     const int32_t begin = bucket_splits_[b], end = bucket_splits_[b + 1];
     good = begin <= end && end <= rows;
-    // Each row stands in its bucket, and once: so all of them stand somewhere.
+    // Each entry is in its own bucket and none repeats, so every row has an entry.
     for (int32_t i = begin; good && i < end; ++i) {
       good = Bucket(ids_[bucket_rows_[i]]) == static_cast<uint64_t>(b) &&
              (i == begin || bucket_rows_[i] > bucket_rows_[i - 1]);

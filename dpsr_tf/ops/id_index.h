@@ -1,4 +1,5 @@
-// Rows by id in constant time: sections id, id_index.splits and id_index.rows of a packed file (item_table.h).
+// Looks up rows by id in constant time, in the sections id, id_index.splits and id_index.rows of a packed file
+// (item_table.h).
 #ifndef DPSR_DPSR_TF_OPS_ID_INDEX_H_
 #define DPSR_DPSR_TF_OPS_ID_INDEX_H_
 
@@ -13,11 +14,11 @@ namespace dpsr {
 // Immutable after Open, so thread-safe. The file must outlive it.
 class IdIndex {
  public:
-  // Errors: DataLoss for sections that are damaged or do not fit `rows` rows; they are all checked.
+  // Reads and checks all sections. DataLoss for sections that are damaged or do not fit `rows` rows.
   Status Open(const SectionReader& reader, int64_t rows);
 
   Span<const int64_t> ids() const { return ids_; }
-  // The row of an id, -1 when there is none.
+  // Returns the row of an id, -1 if there is none.
   int32_t Find(int64_t id) const;
 
  private:

@@ -15,7 +15,7 @@ Status ItemTable::Open(std::unique_ptr<PackedFile> file, const FeatureNames& fea
     return MakeStatus(StatusCode::kFailedPrecondition, t->file_->path(), ": ", t->rows(),
                       " items, at most 2147483647 fit one store; split the corpus");
   }
-  // A negative id is a row of no embedding table.
+  // No embedding table has a row for a negative id.
   DPSR_RETURN_IF_ERROR(reader.CheckRows("tokens.values", t->text_.values, int64_t{1} << 31, "tokens"));
   DPSR_RETURN_IF_ERROR(reader.Features(features, t->rows(), "item", &t->features_));
   if (with_ids) DPSR_RETURN_IF_ERROR(t->index_.Open(reader, t->rows()));

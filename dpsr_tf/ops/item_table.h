@@ -1,5 +1,5 @@
-// The items of a store, by row or by id: what training reads of the items of a history, and what serving reads when a
-// caller sends a history as item ids.
+// The items of a store, by row or by id. Training reads the items of batches and histories; serving reads histories
+// that a caller sends as item ids.
 //
 // items.dpsr (kind "items"), rows in ascending order of id
 //   id               int64 [items]
@@ -25,8 +25,8 @@ namespace dpsr {
 // Immutable after Open, so thread-safe.
 class ItemTable {
  public:
-  // `with_ids` reads what Find needs. Errors: DataLoss for what is damaged or does not fit together, NotFound for a
-  // feature that the file does not have, FailedPrecondition for more than 2^31 - 1 items.
+  // `with_ids` reads the sections that Find needs. Errors: DataLoss for sections that are damaged or do not fit
+  // together, NotFound for a feature that the file does not have, FailedPrecondition for more than 2^31 - 1 items.
   static Status Open(std::unique_ptr<PackedFile> file, const FeatureNames& features, bool with_ids,
                      std::unique_ptr<ItemTable>* table);
 
@@ -34,7 +34,7 @@ class ItemTable {
   int64_t rows() const { return text_.rows(); }
   const RaggedColumn& text() const { return text_; }
   const FeatureColumns& features() const { return features_; }
-  // The row of an id, -1 when there is none. Constant time; `with_ids` only.
+  // Returns the row of an id, -1 if there is none, in constant time. Needs `with_ids`.
   int32_t Find(int64_t id) const { return index_.Find(id); }
 
  private:

@@ -67,7 +67,7 @@ DPSR_FOR_EACH_CPU void UnitVectorsGradient(const float* upstream, const float* y
                                            int64_t dim, float* of_x) {
   const float largest = 1 / std::sqrt(kLeastSquaredNorm);
   for (int64_t i = 0; i < n; ++i, upstream += dim, y += dim, of_x += dim) {
-    // A vector that is too short for length 1 is multiplied by a constant.
+    // The scale of a vector below kLeastSquaredNorm is a constant.
     const float along = scales[i] < largest ? Dot(upstream, y, dim) : 0.f;
     for (int64_t k = 0; k < dim; ++k) of_x[k] = scales[i] * (upstream[k] - along * y[k]);
   }

@@ -1,4 +1,4 @@
-// Randomness of the training stream as pure functions of (seed, position): nothing to store, nothing to replay. An
+// Randomness of the training stream as pure functions of (seed, position). There is nothing to store or to replay: an
 // iterator that can compute any position needs only that position in its checkpoint.
 #ifndef DPSR_DPSR_TF_OPS_PERMUTATION_H_
 #define DPSR_DPSR_TF_OPS_PERMUTATION_H_
@@ -32,8 +32,8 @@ class RandomStream {
   uint64_t state_;
 };
 
-// A pseudo-random permutation of [0, n), n <= 2^62: a Feistel network over the next power of two, walked until it lands
-// inside (fewer than two steps expected, but for the smallest n). Constant memory whatever n.
+// A pseudo-random permutation of [0, n), n <= 2^62, in constant memory: a Feistel network over the next power of two,
+// applied until the result is below n. The expected number of applications is below two, except for the smallest n.
 class Permutation {
  public:
   Permutation(uint64_t n, uint64_t seed) : n_(n) {
@@ -45,7 +45,7 @@ class Permutation {
     for (uint64_t& key : keys_) key = seed = Mix64(seed);
   }
 
-  // Where position `i` (< n) goes.
+  // Returns the position that `i` (< n) goes to.
   uint64_t operator()(uint64_t i) const {
     do {
       uint64_t left = i >> right_bits_, right = i & right_mask_;
@@ -58,7 +58,7 @@ class Permutation {
     return i;
   }
 
-  // The position that goes to `i` (< n).
+  // Returns the position that goes to `i` (< n).
   uint64_t Inverse(uint64_t i) const {
     do {
       uint64_t left = i >> right_bits_, right = i & right_mask_;
@@ -73,7 +73,7 @@ class Permutation {
 
  private:
   static constexpr int kRounds = 6;
-  // The smallest networks reach few of the permutations; four bits walked down to n reach them well.
+  // Smaller networks reach few of the permutations; with four bits, cut down to n, all are reached well.
   static constexpr int kFewestBits = 4;
 
   uint64_t n_;
@@ -83,9 +83,9 @@ class Permutation {
 };
 
 // A shuffle of [0, n) for a table that may be larger than memory. The table is cut into blocks of `block` consecutive
-// rows; the blocks are permuted, and cut in that order into windows of `window` blocks; the rows of a window are permuted
-// among themselves. Whoever reads positions in order touches the pages of one window at a time, and a table that fits
-// into one window is shuffled as a whole. Not thread-safe: it keeps the keys of the window it was asked last.
+// rows. The blocks are permuted and, in that order, grouped into windows of `window` blocks. Then the rows of each
+// window are permuted among themselves. Reading positions in order touches the pages of one window at a time. A table
+// that fits into one window is shuffled as a whole. Not thread-safe: it keeps the keys of the last window.
 class BlockShuffle {
  public:
   BlockShuffle(uint64_t n, uint64_t block, uint64_t window, uint64_t seed)
@@ -96,11 +96,11 @@ class BlockShuffle {
         missing_(blocks_ * block - n),
         seed_(seed),
         order_(blocks_, Mix64(seed)),
-        // The last block of the table may be short; all that is known of a window's size depends on where it went.
+        // The last block of the table may be short. The size of a window depends on where that block went.
         short_at_(blocks_ > window ? order_.Inverse(blocks_ - 1) : 0),
         rows_(0, 0) {}
 
-  // The row at position `i` (< n).
+  // Returns the row at position `i` (< n).
   uint64_t operator()(uint64_t i) {
     if (blocks_ <= window_) {
       Enter(0, n_);
@@ -112,7 +112,7 @@ class BlockShuffle {
     Enter(w, slots * block_ - (w == short_window ? missing_ : 0));
     const uint64_t row = rows_(i - (w * full - (w > short_window ? missing_ : 0)));
     uint64_t slot = row / block_;
-    if (w == short_window) {  // the short block comes last in its window, in exchange with the one that does
+    if (w == short_window) {  // the short block changes places with the last block of its window
       const uint64_t short_slot = short_at_ % window_;
       slot = slot == slots - 1 ? short_slot : slot == short_slot ? slots - 1 : slot;
     }

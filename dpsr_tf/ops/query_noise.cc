@@ -10,12 +10,12 @@
 namespace dpsr {
 namespace {
 
-// Of a piece of a title, every so manieth word is left out.
+// One in this many words of a piece of a title is left out.
 constexpr uint64_t kDropOneIn = 8;
-// A word this long and longer has typing errors.
+// Length of the shortest words that get typing errors.
 constexpr size_t kShortestTypo = 4;
 constexpr double kJoinRate = 0.4;
-// Of the misspelt words, every so manieth falls apart.
+// One in this many misspelt words is split in two.
 constexpr uint64_t kSplitOneIn = 10;
 
 constexpr std::string_view kVowels = "aeiou";
@@ -108,7 +108,7 @@ void Append(const Letters& letters, std::string* text) {
 
 constexpr uint32_t kSpace = ' ';
 
-// Leaves those that `keeps` says, or all where it says none.
+// Keeps the elements that `keeps` selects, or all if it selects none.
 template <typename Keeps>
 void Filter(std::vector<Piece>* pieces, Keeps keeps) {
   std::vector<Piece> kept;
@@ -117,7 +117,7 @@ void Filter(std::vector<Piece>* pieces, Keeps keeps) {
     const bool stays = keeps(piece);
     if (stays) {
       kept.push_back(piece);
-      // A character whose neighbour was left out makes no pair with the one before that.
+      // A character whose left neighbour was left out does not adjoin the character before that.
       kept.back().adjoins = piece.adjoins && follows;
     }
     follows = stays;
@@ -125,7 +125,7 @@ void Filter(std::vector<Piece>* pieces, Keeps keeps) {
   if (!kept.empty()) *pieces = std::move(kept);
 }
 
-// The pieces as one text.
+// Joins the pieces to one text.
 std::string Write(std::vector<Piece> pieces, double typo_rate, RandomStream* random) {
   std::string text;
   size_t joined = 0;  // piece that is written without a space before it

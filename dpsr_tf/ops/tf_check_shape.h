@@ -1,4 +1,4 @@
-// What an op says of an input of another shape, for op files.
+// Checks the shape of an op's input, for op files.
 #ifndef DPSR_DPSR_TF_OPS_TF_CHECK_SHAPE_H_
 #define DPSR_DPSR_TF_OPS_TF_CHECK_SHAPE_H_
 

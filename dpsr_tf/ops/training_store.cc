@@ -7,11 +7,11 @@
 namespace dpsr {
 namespace {
 
-// Fewer positives than this are looked through faster than they are looked up.
+// With fewer positives than this, a scan is faster than a lookup.
 constexpr int64_t kHeadPositives = 128;
 constexpr size_t kItemsPerFilterWord = 4;
 
-// The mask of clicked items is looked up in the positives of a query.
+// Checks the order of positives: the mask of clicked items searches the positives of a query.
 Status CheckPositives(const SectionReader& reader, const InteractionsShard& shard) {
   const RaggedColumn& items = shard.positives;
   for (int64_t q = 0; q < items.rows(); ++q) {
@@ -43,7 +43,7 @@ void InteractionsShard::FindQueries() {
       query_of.push_back(static_cast<int32_t>(q));
     }
   }
-  // The last positive's, which may be followed by queries without any.
+  // Add the query of the last positive, which queries without positives may follow.
   int64_t last = positives.rows();
   while (last > 0 && positives.length(last - 1) == 0) --last;
   if (last > 0) query_of.push_back(static_cast<int32_t>(last - 1));
@@ -201,7 +201,7 @@ Status TrainingStore::OpenVocabulary(const std::string& path, const FileOpener& 
   return Vocabulary::Open(std::move(file), &vocabulary_);
 }
 
-// Histories are cut by a binary search in the times; an anonymous user has none.
+// Checks that times ascend, because a binary search in them cuts histories, and that the anonymous user has no events.
 Status TrainingStore::CheckEvents(const SectionReader& reader) const {
   if (num_users_ > 0 && event_splits_[1] != 0) {
     return MakeStatus(StatusCode::kDataLoss, reader.file().path(), ": section event.splits row 1 is ",

@@ -1,7 +1,7 @@
-// The files of a store (DPSR section 5.1.2) as the trainer sees them: user features and events, item features, and the
-// interactions that refer to both by row. Nothing is copied: the files stay memory-mapped. Sections in [brackets] are
-// only there when the store's schema declares what they hold; docs/data_format.md has all sections, dpsr_tf/ops/
-// item_table.h those of items.dpsr.
+// The files of a store (DPSR section 5.1.2) as training reads them: user features and events, item features, and the
+// interactions that refer to both by row. Nothing is copied: the files stay memory-mapped. Sections in [brackets] exist
+// only if the store's schema declares their content. docs/data_format.md lists all sections, item_table.h the sections
+// of items.dpsr.
 //
 // users.dpsr (kind "users"); row 0 is the anonymous user
 //   id               int64 [users]
@@ -11,9 +11,9 @@
 //   event.item       int32 [events]
 //   event.query      int32 [events]           global row: over the queries of all interactions files
 //   event.type       uint8 [events]
-// interactions*.dpsr (kind "interactions"), each with all that belongs to its queries
+// interactions*.dpsr (kind "interactions"), each with everything that belongs to its queries
 //   query.splits     int64 [queries + 1]      row splits of
-//   query.tokens     int32 [tokens]           the token ids of each distinct query text
+//   query.tokens     int32 [tokens]           token ids of each distinct query text
 //   query_text.splits  int64 [queries + 1]    row splits of
 //   query_text.bytes   uint8 [bytes]          that text, UTF-8
 //   positive.splits  int64 [queries + 1]      rows of each query: positives are sorted by (query, item)
@@ -51,9 +51,9 @@
 
 namespace dpsr {
 
-// Which items a Bloom filter has: two bits of one word for each. Of 100 items that it has not, 2 seem to be there.
+// A Bloom filter of items, with two bits of one word for each. It finds about 2 in 100 items that it does not have.
 struct ItemFilter {
-  // What a filter of any size asks of an item.
+  // The hash of an item, for filters of any size.
   struct Key {
     uint64_t bits;
     uint32_t word;
@@ -62,7 +62,7 @@ struct ItemFilter {
     const uint64_t hash = Mix64(static_cast<uint64_t>(item));
     return {uint64_t{1} << (hash & 63) | uint64_t{1} << (hash >> 6 & 63), static_cast<uint32_t>(hash >> 32)};
   }
-  // 16 bits an item.
+  // Makes a filter with 16 bits for each item.
   static std::vector<uint64_t> Of(Span<const int32_t> items);
 
   Span<const uint64_t> words;
@@ -75,17 +75,17 @@ struct ItemFilter {
 // The items that were clicked for a query.
 struct Clicks {
   Span<const int32_t> items;  // ascending, perhaps repeated
-  ItemFilter filter;          // of them; no words where they are few
+  ItemFilter filter;          // of these items; without words if they are few
 };
 
-// The same of a query with many positives: its items, once each, where that halves the list (a head query of a large log
-// has 1,000 times as many positives as items), otherwise none; and the filter.
+// The same of a query with many positives: its items, once each, where that halves the list (a head query of a large
+// log has 1,000 times as many positives as items), otherwise none; and the filter.
 struct HeadClicks {
   std::vector<int32_t> items;
   std::vector<uint64_t> filter;
 };
 
-// Texts, one a row.
+// One text for each row.
 struct TextColumn {
   Span<const int64_t> splits;
   Span<const uint8_t> bytes;
@@ -94,11 +94,11 @@ struct TextColumn {
     const char* text = reinterpret_cast<const char*>(bytes.data());
     return {text + splits[row], static_cast<size_t>(splits[row + 1] - splits[row])};
   }
-  // Sections `name`.splits and `name`.bytes, of `rows` rows.
+  // Reads the sections `name`.splits and `name`.bytes, of `rows` rows.
   Status Read(const SectionReader& reader, const std::string& name, int64_t rows);
 };
 
-// One interactions file. What is below `own` is there for a worker's own shards only.
+// One interactions file. The members below `own` are set for a worker's own shards only.
 struct InteractionsShard {
   std::unique_ptr<PackedFile> file;
   int64_t first_query = 0;  // global row of its first query
@@ -112,18 +112,18 @@ struct InteractionsShard {
   NumberColumn weight, label;       // empty: all 1
   RaggedColumn impressions;         // of each request
   RaggedColumn negatives;           // of each query
-  // Local queries of positives 0, kQueryStride, 2 * kQueryStride, ... and of the last one.
+  // Local queries of the positives 0, kQueryStride, 2 * kQueryStride, ... and of the last one.
   std::vector<int32_t> query_of;
-  // Queries with many positives, ascending. Takes at most 3 bytes a positive.
+  // Queries with many positives, ascending. They take at most 3 bytes for each positive.
   std::vector<int32_t> heads;
   std::vector<HeadClicks> head_clicks;
 
   static constexpr int64_t kQueryStride = 32;
 
-  // Makes query_of, and heads with head_clicks, of the positives.
+  // Fill query_of, and heads with head_clicks, from the positives.
   void FindQueries();
   void FindHeads();
-  // The local query of a positive.
+  // Returns the local query of a positive.
   int64_t QueryOfPositive(int64_t row) const {
     const int64_t* splits = positives.splits.data();
     const int32_t* around = &query_of[row / kQueryStride];
@@ -141,12 +141,12 @@ class TrainingStore {
     std::string users, items;
     std::vector<std::string> interactions;
     std::string titles, vocabulary;
-    bool has_titles = false, has_query_texts = false;  // reads those, and the vocabulary with them
+    bool has_titles = false, has_query_texts = false;  // whether to read these, and the vocabulary with them
     FeatureNames user_features, item_features;
-    FeatureNames history_features;  // of the items of histories
-    bool events = false;            // reads the users' events
-    bool impressions = false;       // reads unclicked impressions; FailedPrecondition when the store has none
-    bool impressions_if_any = false;  // the same without the error
+    FeatureNames history_features;  // features of the items in histories
+    bool events = false;            // whether to read the users' events
+    bool impressions = false;       // whether to read unclicked impressions; FailedPrecondition if there are none
+    bool impressions_if_any = false;  // whether to read them if there are any
     // With at least as many files as workers, worker w owns files w, w + num_shards, ...; with fewer, every worker owns
     // all of them and takes its part by position.
     int64_t shard_index = 0;
@@ -154,8 +154,9 @@ class TrainingStore {
   };
 
   // Errors: those of `open` (by default PackedFile::Open); DataLoss when the files do not fit together (a row that
-  // refers beyond a table, splits that fall, rows in another order than the one above); NotFound for an unknown feature;
-  // FailedPrecondition when there is no positive interaction or no item; InvalidArgument for no interactions file.
+  // refers beyond a table, splits that fall, rows in another order than the one above); NotFound for an unknown
+  // feature; FailedPrecondition when there is no positive interaction or no item; InvalidArgument for no interactions
+  // file.
   static Status Open(const Options& options, const FileOpener& open, std::unique_ptr<TrainingStore>* store);
   static Status OpenLocalFile(const std::string& path, const char* kind, std::unique_ptr<PackedFile>* file) {
     return PackedFile::Open(path, kind, /*verify=*/false, file);
@@ -164,7 +165,7 @@ class TrainingStore {
   int64_t num_users() const { return num_users_; }
   int64_t num_items() const { return items_->rows(); }
   int64_t num_queries() const { return num_queries_; }
-  // Positives of the files that this worker owns, and whether those are its alone.
+  // Number of positives in the files that this worker owns, and whether it owns them alone.
   int64_t num_positives() const { return own_rows_.back(); }
   bool sharded_by_file() const { return sharded_by_file_; }
 
@@ -172,18 +173,18 @@ class TrainingStore {
   const FeatureColumns& item_features() const { return items_->features(); }
   const FeatureColumns& history_features() const { return history_features_; }
   const FeatureColumns& user_features() const { return user_features_; }
-  // Of each item; empty unless Options::has_titles.
+  // The title of each item; empty unless Options::has_titles.
   const TextColumn& titles() const { return title_; }
-  // What makes tokens of texts; only with Options::has_titles or has_query_texts.
+  // The vocabulary that turns texts into tokens; only with Options::has_titles or has_query_texts.
   const Vocabulary& vocabulary() const { return *vocabulary_; }
 
-  // A positive by its number among those owned; `row` is set to its row in the shard.
+  // Finds a positive by its number among the owned ones. Sets `row` to its row in the shard.
   const InteractionsShard& ShardOfPositive(int64_t positive, int64_t* row) const {
     const size_t s = Find(own_rows_, positive);
     *row = positive - own_rows_[s];
     return *own_shards_[s];
   }
-  // A query by its global row; `local` is set to its row in the shard.
+  // Finds a query by its global row. Sets `local` to its row in the shard.
   const InteractionsShard& ShardOfQuery(int64_t query, int64_t* local) const {
     const size_t s = Find(first_queries_, query);
     *local = query - first_queries_[s];
@@ -195,7 +196,7 @@ class TrainingStore {
     return shard.query_tokens[local];
   }
 
-  // Query `query` is soon asked for.
+  // Prefetches a query that is needed soon.
   void PrefetchQuery(int64_t query) const {
     int64_t local;
     const InteractionsShard& shard = ShardOfQuery(query, &local);
@@ -211,7 +212,7 @@ class TrainingStore {
 
  private:
   TrainingStore() = default;
-  // The last of the ascending `begins` that is not beyond `row`; begins[0] is 0.
+  // Returns the position of the last of the ascending `begins` that is at most `row`; begins[0] is 0.
   static size_t Find(const std::vector<int64_t>& begins, int64_t row) {
     if (begins.size() <= 2) return begins.size() == 2 && row >= begins[1];
     return static_cast<size_t>(std::upper_bound(begins.begin(), begins.end(), row) - begins.begin()) - 1;
@@ -227,8 +228,8 @@ class TrainingStore {
   std::unique_ptr<ItemTable> items_;
   std::vector<InteractionsShard> shards_;
   std::vector<const InteractionsShard*> own_shards_;
-  std::vector<int64_t> own_rows_;  // positives in own_shards_ before each, and in all
-  std::vector<int64_t> first_queries_;  // of each of shards_
+  std::vector<int64_t> own_rows_;  // number of positives before each of own_shards_, and in total
+  std::vector<int64_t> first_queries_;  // first query of each of shards_
   bool sharded_by_file_ = false;
   int64_t num_users_ = 0, num_queries_ = 0;
   FeatureColumns user_features_, history_features_;

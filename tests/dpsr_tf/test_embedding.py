@@ -285,7 +285,7 @@ def test_arguments_are_checked():
         vectors = table.bag(tokens(QUERIES))
         with pytest.raises(ValueError, match="0 gradients, expected one for each of the 1 outputs"):
             table.apply_adagrad([], 0.1)
-        with pytest.raises(LookupError, match=r"take that of EmbeddingTable\.outputs"):
+        with pytest.raises(LookupError, match=r"take the gradients of EmbeddingTable\.outputs"):
             tf.gradients(tf.reduce_sum(vectors), table.variables)
 
 

@@ -248,7 +248,7 @@ def test_two_heads_find_both_meanings_of_a_query(loss):
     [
         ({"mixing_ratio": 1.0, "num_random_negatives": 0}, "so no negative counts"),
         ({"mixing_ratio": 1.0, "num_random_negatives": 0, "num_own_negatives": 1}, None),
-        ({"loss": "softmax", "num_hard_negatives": 8}, "num_hard_negatives is 8, which cannot be combined with loss softmax"),
+        ({"loss": "softmax", "num_hard_negatives": 8}, "num_hard_negatives is 8, which cannot be combined with loss"),
         ({"log_q_correction": True}, "log_q_correction is on, which cannot be combined with loss hinge"),
         ({"log_q_correction": True, "loss": "softmax"}, None),
     ],
