@@ -1,23 +1,23 @@
-"""Bytes between parameter servers and a worker in a training step: ours beside what others write.
+"""Traffic between parameter servers and a worker in a training step: ours beside TensorFlow's stock ways.
 
     python benchmarks/ps_traffic.py --json [--quick]
 
-A real cluster on this machine, 2 ps and 1 worker, each a process; queries of 20 tokens and titles of 30, drawn Zipf
-(and uniformly) over two tables of 200,000 rows and 64 dimensions, a whole table on each ps; two towers 256-128-64,
-hinge loss over the batch's own negatives, AdaGrad. Implementations:
+It runs a real cluster on this machine: 2 ps and 1 worker, each a process. Queries have 20 tokens and titles 30, drawn
+by Zipf's law (and uniformly) from two tables of 200,000 rows and 64 dimensions, one on each ps. The model is two towers
+256-128-64 with the hinge loss over in-batch negatives and AdaGrad. The implementations:
 
     stock    tf.nn.embedding_lookup_sparse and AdagradOptimizer.minimize, as users write it
     placed   stock ops, summing on the ps (EmbeddingTable, implementation="stock")
     fused    our ops (EmbeddingTable, the default)
-    half     fused, and the towers' weights half as long on the wire (half_on_wire)
-    dense    the towers alone, on vectors that the worker has: what is not due to embeddings
+    half     fused, with the towers' weights as 16-bit numbers on the wire (half_on_wire)
+    dense    the towers alone, on vectors that the worker has: the traffic without embeddings
 
-Bytes are what TCP has delivered on the connections to these three processes, both ways (`ss -ti`), so other traffic on
-the machine does not count. Embedding bytes: those of the step less those of `dense`. Floor: for each text 64 x 4 bytes
-down and as many up, and 4 bytes a token up.
+Bytes are the bytes that TCP delivered on the connections between these three processes, in both directions (`ss -ti`),
+so other traffic on the machine does not count. Embedding bytes are the bytes of a step minus the bytes of `dense`. The
+floor is 64 x 4 bytes down and as many up for each text, and 4 bytes up for each token.
 
-Beside them the loss after the same steps, which must not suffer from what travels less; and one process without ps:
-examples a CPU second with 10 and 30 tokens and 64 shared random negatives.
+It also reports the loss after the same steps, which must not suffer from the lower traffic, and the examples per CPU
+second of one process without ps, with 10 and 30 tokens and 64 shared random negatives.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ NUM_IDS, DIM, HIDDEN, MARGIN, LEARNING_RATE = 200_000, 64, (256, 128), 0.1, 0.01
 TOKENS = (20, 30)  # of a query and of a title
 LOCAL_TOKENS, LOCAL_NEGATIVES = (10, 30), 64
 CLUSTER = ("dense", "stock", "placed", "fused", "half")
-BATCHES = 32  # different ones, in turn
+BATCHES = 32  # number of different batches, used in turn
 
 
 class Workload(NamedTuple):
-    """What a step reads."""
+    """The input of a step."""
 
     distribution: str  # "zipf" or "uniform"
     batch_size: int
@@ -64,17 +64,17 @@ class Workload(NamedTuple):
 
     @property
     def name(self) -> str:
-        """In the report."""
+        """Name of the workload in the report."""
         return f"{self.distribution}_b{self.batch_size}"
 
     @property
     def texts(self) -> tuple[int, int]:
-        """Queries and titles of a batch."""
+        """Number of queries and titles in a batch."""
         return self.batch_size, self.batch_size + self.shared_negatives
 
     @property
     def floor(self) -> int:
-        """Bytes that embeddings must cost a step."""
+        """Bytes that the embeddings of a step need at least."""
         tokens = sum(texts * length for texts, length in zip(self.texts, self.tokens, strict=True))
         return sum(self.texts) * DIM * 4 * 2 + tokens * 4
 
@@ -89,7 +89,7 @@ def draw(random: np.random.Generator, distribution: str, count: int) -> np.ndarr
 
 
 def batches(workload: Workload, seed: int) -> tuple[Tokens, Tokens]:
-    """Query and title tokens of the next step."""
+    """Returns query and title tokens of the next step."""
     random = np.random.default_rng(seed)
     drawn = tuple(
         np.stack([draw(random, workload.distribution, texts * length) for _ in range(BATCHES)])
@@ -115,7 +115,10 @@ def tower(name: str, x: tf.Tensor) -> tf.Tensor:
 
 
 def loss_of(query: tf.Tensor, title: tf.Tensor) -> tf.Tensor:
-    """Hinge over all titles of the batch; the gradient in one piece, as a diagonal's would be a matrix more."""
+    """Returns the hinge loss over all titles of the batch.
+
+    Its gradient is written by hand, because the gradient of a diagonal would need another matrix.
+    """
 
     @tf.custom_gradient
     def hinge(scores: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
@@ -134,7 +137,7 @@ def loss_of(query: tf.Tensor, title: tf.Tensor) -> tf.Tensor:
 
 
 def step_of(impl: str, workload: Workload, seed: int) -> tuple[tf.Operation, tf.Tensor]:
-    """The training step and the loss, in the graph in effect."""
+    """Builds the training step and the loss in the current graph."""
     texts = batches(workload, seed)
     # One seed: all implementations begin alike.
     initializer = v1.random_uniform_initializer(-0.125, 0.125, seed=seed)
@@ -173,7 +176,7 @@ def session_config(threads: int = 0) -> Any:
 
 
 class Usage(NamedTuple):
-    """Bytes to the ps, bytes to the worker, CPU seconds of all processes; so far, or in a step."""
+    """Bytes to the ps, bytes to the worker, and CPU seconds of all processes: so far, or in a step."""
 
     up: float
     down: float
@@ -181,7 +184,7 @@ class Usage(NamedTuple):
 
 
 class Cluster:
-    """Two ps processes, and this process as the worker."""
+    """A cluster of two ps processes, with this process as the worker."""
 
     def __init__(self) -> None:
         self._ports = free_ports(3)
@@ -194,13 +197,16 @@ class Cluster:
         self._server = tf.distribute.Server(self._spec, "worker", 0, config=session_config())
 
     def stop(self) -> None:
-        """Ends the ps, which never end by themselves."""
+        """Ends the ps processes, which never end by themselves."""
         for process in self._ps:
             process.kill()
             process.wait()
 
     def usage(self) -> Usage:
-        """Every connection has an end at one of our server ports: a receiver asks the sender's server for a tensor."""
+        """Measures the traffic so far.
+
+        A receiver asks the sender's server for a tensor, so each connection has one end at one of our server ports.
+        """
         listing = subprocess.run(["ss", "-tinH", "state", "established"], capture_output=True, text=True, check=True)
         lines = listing.stdout.splitlines()
         up = down = 0
@@ -220,7 +226,7 @@ class Cluster:
         return Usage(up, down, _own_cpu() + sum(_cpu_of(process.pid) for process in self._ps))
 
     def measure(self, impl: str, workload: Workload, seed: int, warm_up: int, steps: int) -> tuple[Usage, float]:
-        """What a step takes, and the mean loss of the last of the BATCHES steps."""
+        """Returns the usage of a step, and the mean loss of the last BATCHES steps."""
         setter = v1.train.replica_device_setter(
             cluster=self._spec, worker_device="/job:worker/task:0", ps_strategy=GreedyBySize(2)
         )
@@ -260,7 +266,7 @@ def running_cluster() -> Iterator[Cluster]:
 
 
 def measure_cluster(result: report.Report, workload: Workload, quick: bool) -> None:
-    """Adds the rows of one workload, all implementations on one cluster."""
+    """Adds the rows of one workload, with all implementations on one cluster."""
     steps = 5 if quick else 300 if workload.batch_size <= 64 else 60
     totals = {}
     with running_cluster() as cluster:
@@ -279,7 +285,7 @@ def measure_cluster(result: report.Report, workload: Workload, quick: bool) -> N
 
 
 def measure_local(result: report.Report, batch_size: int, quick: bool) -> None:
-    """Adds examples a CPU second in one process, one thread a pool."""
+    """Adds examples per CPU second of one process, with one thread in each pool."""
     workload = Workload("zipf", batch_size, LOCAL_TOKENS, LOCAL_NEGATIVES)
     name = f"local_b{batch_size}"
     with contextlib.ExitStack() as stack:
@@ -297,7 +303,7 @@ def measure_local(result: report.Report, batch_size: int, quick: bool) -> None:
 
 
 def bars(result: report.Report) -> dict[str, float]:
-    """Of the Zipf workloads."""
+    """Returns the bars, from the Zipf workloads."""
     found = {}
     for b in (64, 1024):
         ours = result.value("fused", f"zipf_b{b}", "embedding_bytes")
@@ -309,11 +315,11 @@ def bars(result: report.Report) -> dict[str, float]:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_boolean("json", False, "prints one JSON object as the last line")
-    flags.DEFINE_boolean("quick", False, "few steps, Zipf only: shows that it works")
-    flags.DEFINE_integer("seed", 1, "of tokens and initial values", lower_bound=0)
-    flags.DEFINE_integer("ps", None, "runs the ps of this number: the benchmark starts itself so")
-    flags.DEFINE_list("cluster", [], "addresses of the worker and the ps, for --ps")
+    flags.DEFINE_boolean("json", False, "prints the results as one JSON object in the last line")
+    flags.DEFINE_boolean("quick", False, "runs few steps, with Zipf only, to try the benchmark out")
+    flags.DEFINE_integer("seed", 1, "seed of tokens and initial values", lower_bound=0)
+    flags.DEFINE_integer("ps", None, "internal: runs the ps with this number")
+    flags.DEFINE_list("cluster", [], "internal: addresses of the worker and the ps, for --ps")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,23 +1,24 @@
-"""The store beside flat training examples: bytes, speed of reading, and what ingest costs.
+"""The store compared with flat training examples: size, reading speed, and the cost of ingest.
 
     python benchmarks/store.py --json [--quick] [--folder=DIR]
 
-A log is generated with numpy, to the sizes of the flags: 2 million interactions of 100,000 users with 200,000 items by
-50,000 distinct queries of 4 words, titles of 30 words, five profile and five item features (ten in all), a weight and a
-label. Words, queries and items are popular by Zipf's law, users are active by a log-normal one, so that histories are
-of all lengths up to the limit of 20 (their mean is a row). Each word is one token: there are no letter trigrams.
+The log is generated with NumPy. Flags set its size; by default it has 2 million interactions of 100,000 users with
+200,000 items and 50,000 distinct queries. Queries have 4 words and titles 30. There are five profile features, five
+item features, a weight and a label. The popularity of words, queries and items follows Zipf's law. The activity of
+users is log-normal, so that histories have all lengths up to the limit of 20 (a row reports their mean). Each word is
+one token; there are no letter trigrams.
 
-It is ingested by `dpsr ingest`, and the same content is written as a flat TFRecord of tf.train.Example in the order of
-time, an example an interaction: token ids of query and title, codes of the ten features, the last 20 items before the
-interaction with their types, token ids of the last 5 queries before it, rows of query, user and item, weight, label,
-type; each under a short name. Bytes are those of the store's vocabulary, users, items and interactions (its dictionary
-of query text too) over those of the TFRecord.
+`dpsr ingest` reads the log. The same content is also written as a flat TFRecord of tf.train.Example, one for each
+interaction, in the order of time. An example has, under short names: token ids of query and title, codes of the ten
+features, the last 20 items before the interaction with their types, token ids of the last 5 queries before it, rows of
+query, user and item, weight, label and type. The bytes of the store's vocabulary, users, items and interactions
+(including the text of the queries) are compared with the bytes of the TFRecord.
 
-The op and TFRecordDataset -> shuffle -> batch -> parse_example emit the same fields, shuffled, on one thread each, and
-are drained in C++; neither gives negatives or a mask. What training asks for beyond the flat examples, 64 shared
-negatives with their text and features and the mask of clicked items, has rows of its own. Each measurement is a process
-of its own; they take turns. A rate is the examples between a short and a long drain over the CPU time (user and system,
-whole process) between them: start-up and the first filling of buffers are in neither.
+The op, and TFRecordDataset -> shuffle -> batch -> parse_example, emit the same fields, shuffled, on one thread each,
+and are drained in C++. Neither has negatives or a mask. Rows of their own measure what training needs beyond the flat
+examples: 64 shared negatives with text and features, and the mask of clicked items. Each measurement is a process of
+its own, and they take turns. A rate is the difference in examples between a short and a long drain, divided by the
+difference in CPU time (user and system, whole process), so that start-up and the first filling of buffers do not count.
 """
 
 from __future__ import annotations
@@ -56,21 +57,21 @@ TYPES = ("click", "cart", "order")
 CODEC = ("zstd", 3)
 SHUFFLE_BUFFER = 16_384
 BATCH_SIZES = (64, 1024)
-# What is read of the store: the fields of the flat examples, and a training batch.
+# What the op reads from the store: the fields of the flat examples, or a training batch.
 OPTIONS: dict[str, dict[str, Any]] = {
     "op": {"num_random_negatives": 0, "negative_mask": False},
     "op_training": {"num_random_negatives": 64},
 }
 NOTES = {
-    "store": "each text once, as token ids; an interaction is rows, time, codes; histories: one event list a user",
-    "tfrecord": f"each example: two texts, 10 codes, {HISTORY} past items, tokens of {QUERY_HISTORY} past queries",
-    "op": "the flat example's fields; no negatives, no mask",
-    "op_training": "and 64 shared negatives with text and features, and the mask of clicked items",
+    "store": "each text once, as token ids; interactions are rows, time and codes; one event list for each user",
+    "tfrecord": f"each example has two texts, 10 codes, {HISTORY} past items, tokens of {QUERY_HISTORY} past queries",
+    "op": "the fields of the flat example; no negatives, no mask",
+    "op_training": "op, with 64 shared negatives with text and features, and the mask of clicked items",
 }
 
 
 class Sizes(NamedTuple):
-    """How much is generated."""
+    """Size of the generated log."""
 
     interactions: int
     users: int
@@ -114,7 +115,7 @@ def generate(sizes: Sizes, seed: int, folder: Path) -> Path:
 
 
 def _write_log(path: Path, queries: list[str], sizes: Sizes, draw: np.random.Generator) -> None:
-    """Interactions in the order of time, a chunk at a time."""
+    """Yields interactions in the order of time, in chunks."""
     activity = np.cumsum(draw.lognormal(0, 1, sizes.users))
     start = 1_700_000_000
     writer, written = None, 0
@@ -147,7 +148,7 @@ def _write_log(path: Path, queries: list[str], sizes: Sizes, draw: np.random.Gen
 
 
 def _zipf(values: int, size: int, draw: np.random.Generator) -> np.ndarray:
-    """int64 [size] below `values`, value i in proportion to 1 / (i + 1)."""
+    """Draws int64 [size] below `values`, value i with probability proportional to 1 / (i + 1)."""
     mass = np.cumsum(1 / np.arange(1, values + 1))
     return np.searchsorted(mass, draw.uniform(0, mass[-1], size))
 
@@ -169,7 +170,7 @@ def _texts(words: np.ndarray, count: int, length: int, draw: np.random.Generator
 
 
 def ingest(schema: Path, out: Path) -> tuple[float, int]:
-    """Runs `dpsr ingest`; CPU seconds of it and its children, and the peak of its memory in bytes."""
+    """Runs `dpsr ingest`. Returns its CPU seconds, children included, and its peak memory in bytes."""
     command = [sys.executable, "-m", "dpsr_common", "ingest", f"--schema={schema}", f"--out={out}"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -192,7 +193,7 @@ def ingest(schema: Path, out: Path) -> tuple[float, int]:
 
 
 def _family(pid: int) -> list[int]:
-    """A process and all that come from it."""
+    """Returns a process and all its descendants."""
     family = [pid]
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -210,12 +211,12 @@ def _high_water(pid: int) -> int:
 
 
 def store_files(store: Path) -> list[Path]:
-    """The files of a store that training reads; titles are for people."""
+    """Returns the files of a store that training reads: all but the titles."""
     return [path for path in sorted(store.glob("*.dpsr")) if path.name != "titles.dpsr"]
 
 
 def compressed_bytes(paths: Sequence[Path]) -> int:
-    """Bytes of the files, each through CODEC."""
+    """Returns the bytes of the files, each compressed with CODEC."""
     codec, total = pa.Codec(CODEC[0], compression_level=CODEC[1]), 0
     for path in paths:
         with path.open("rb") as file:
@@ -300,10 +301,10 @@ def write_flat(store: Path, path: Path) -> float:
 
 
 def histories(positive: dict[str, np.ndarray], event: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """First and last + 1 of the events that are the history of each positive.
+    """Returns the first event, and the last + 1, of the history of each positive.
 
-    They are the last HISTORY ones of its user strictly before its time, and before those of its own query and item that
-    it repeats.
+    A history is the last HISTORY events of the user strictly before the positive, without the events at its end that the
+    positive repeats: the same query and item.
     """
     user, splits = positive["user"], event["splits"]
     owner = np.repeat(np.arange(len(splits) - 1, dtype=np.int64), np.diff(splits))
@@ -319,8 +320,11 @@ def histories(positive: dict[str, np.ndarray], event: dict[str, np.ndarray]) -> 
 def past_queries(
     user: np.ndarray, last: np.ndarray, splits: np.ndarray, event_query: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The queries of all events, of equal ones of a user one after the other only one; and first and last + 1 of those
-    that are the last QUERY_HISTORY ones of `user` before event `last`."""
+    """Returns the queries of all events, and the range of them that is the query history of each positive.
+
+    Of equal consecutive queries of a user, one is kept. A query history is the last QUERY_HISTORY queries of `user`
+    before event `last`.
+    """
     new = np.ones(len(event_query), bool)
     new[1:] = event_query[1:] != event_query[:-1]
     new[splits[:-1][np.diff(splits) > 0]] = True
@@ -342,7 +346,7 @@ def _varint(value: int) -> bytes:
 
 
 def op_dataset(store: Path, batch_size: int, seed: int, impl: str = "op") -> Any:
-    """The op with one of OPTIONS."""
+    """Returns the dataset of the op with one of OPTIONS."""
     from dpsr_tf.data.examples_dataset import BatchOptions, examples_dataset
     from dpsr_tf.data.store import Store
 
@@ -360,7 +364,7 @@ def op_dataset(store: Path, batch_size: int, seed: int, impl: str = "op") -> Any
 
 
 def flat_dataset(path: Path, batch_size: int, seed: int) -> Any:
-    """TFRecordDataset, shuffle, batch, parse_example: the same fields."""
+    """Returns the dataset of the same fields by TFRecordDataset, shuffle, batch and parse_example."""
     import tensorflow as tf
 
     single = [*USER_FEATURES, *ITEM_FEATURES, "query_row", "user_row", "item_row", "type"]
@@ -378,7 +382,7 @@ def flat_dataset(path: Path, batch_size: int, seed: int) -> Any:
 
 
 def drain(impl: str, path: Path, batch_size: int, examples: int, seed: int) -> dict[str, float]:
-    """Examples and CPU seconds between a short drain and one that is longer by `examples`."""
+    """Returns examples and CPU seconds between a short drain and one that is longer by `examples`."""
     import tensorflow as tf
 
     tf.config.threading.set_inter_op_parallelism_threads(1)
@@ -402,7 +406,7 @@ def drain(impl: str, path: Path, batch_size: int, examples: int, seed: int) -> d
 
 
 def measured(impl: str, path: Path, batch_size: int, examples: int, seed: int) -> float:
-    """Examples per second of CPU time, of a process that drains and does nothing else."""
+    """Measures examples per CPU second in a process that does nothing but drain."""
     command = [sys.executable, __file__, f"--drain={impl}", f"--folder={path}"]
     command += [f"--batch_size={batch_size}", f"--examples={examples}", f"--seed={seed}"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -416,7 +420,7 @@ def measured(impl: str, path: Path, batch_size: int, examples: int, seed: int) -
 
 
 def measure(result: report.Report, sizes: Sizes, folder: Path, seed: int, repeat: int, growth: int) -> None:
-    """Fills the report: rows, then bars."""
+    """Fills the report with rows and bars."""
     workload = f"{sizes.interactions:,} interactions"
     say("generate the log")
     schema = generate(sizes, seed, folder / "log")
@@ -479,13 +483,13 @@ def measure(result: report.Report, sizes: Sizes, folder: Path, seed: int, repeat
 
 
 def say(what: str) -> None:
-    """Progress, for people."""
+    """Prints progress."""
     print(f"store: {what}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def working_folder(path: str | None) -> Iterator[Path]:
-    """An empty folder: a temporary one, or a new one that stays."""
+    """Yields an empty folder: a temporary one, or a new one that is kept."""
     if path is None:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
@@ -497,22 +501,24 @@ def working_folder(path: str | None) -> Iterator[Path]:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_boolean("json", False, "prints one JSON object as the last line")
-    flags.DEFINE_string("folder", None, "new folder for log, stores and TFRecord, which stay; none: a temporary one")
-    flags.DEFINE_integer("interactions", 2_000_000, "of the log", lower_bound=1)
-    flags.DEFINE_integer("users", 100_000, "of the log", lower_bound=1)
-    flags.DEFINE_integer("items", 200_000, "of the log", lower_bound=1)
-    flags.DEFINE_integer("queries", 50_000, "distinct ones of the log", lower_bound=1)
-    flags.DEFINE_integer("repeat", 5, "measurements of each rate", lower_bound=1)
-    flags.DEFINE_integer("seed", 1, "of the log and of the shuffle", lower_bound=0)
-    flags.DEFINE_boolean("quick", False, "a small log and one measurement: shows that it works")
-    flags.DEFINE_enum("drain", None, [*OPTIONS, "tfrecord"], "used by the script itself: one measurement of --folder")
-    flags.DEFINE_integer("batch_size", 64, "of --drain")
-    flags.DEFINE_integer("examples", 0, "of --drain")
+    flags.DEFINE_boolean("json", False, "prints the results as one JSON object in the last line")
+    flags.DEFINE_string(
+        "folder", None, "new folder for log, stores and TFRecord, which is kept. By default, a temporary folder"
+    )
+    flags.DEFINE_integer("interactions", 2_000_000, "number of interactions in the log", lower_bound=1)
+    flags.DEFINE_integer("users", 100_000, "number of users in the log", lower_bound=1)
+    flags.DEFINE_integer("items", 200_000, "number of items in the log", lower_bound=1)
+    flags.DEFINE_integer("queries", 50_000, "number of distinct queries in the log", lower_bound=1)
+    flags.DEFINE_integer("repeat", 5, "number of measurements of each rate", lower_bound=1)
+    flags.DEFINE_integer("seed", 1, "seed of the log and of the shuffle", lower_bound=0)
+    flags.DEFINE_boolean("quick", False, "uses a small log and one measurement, to try the benchmark out")
+    flags.DEFINE_enum("drain", None, [*OPTIONS, "tfrecord"], "internal: runs one measurement on --folder")
+    flags.DEFINE_integer("batch_size", 64, "internal: batch size of --drain")
+    flags.DEFINE_integer("examples", 0, "internal: number of examples of --drain")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the benchmark, or one measurement of it."""
+    """Runs the benchmark, or a single measurement."""
     values = flags.FLAGS
     if arguments[1:]:
         raise app.UsageError(f"unexpected argument '{arguments[1]}'")

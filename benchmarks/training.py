@@ -1,24 +1,25 @@
-"""Examples a core-second of training: ours from the store beside what others use, and beside the limit.
+"""Training speed in examples per core-second: ours, what others use, and a hand-written limit.
 
     python benchmarks/training.py --json [--quick] [--torch_python=PYTHON]
 
-Queries of 10 tokens and titles of 30, drawn Zipf over a vocabulary of 200,000; one table of 64 dimensions; two towers
-256-128-64, embeddings of length 1; for each pair the hinge over the batch's other titles and 64 random ones that the
-batch shares, half the weight on either group; AdaGrad with rate 0.01. Implementations:
+The task: queries of 10 tokens and titles of 30, drawn by Zipf's law from a vocabulary of 200,000; one table of 64
+dimensions; two towers 256-128-64 with embeddings of length 1; for each pair the hinge loss over the batch's other
+titles and 64 random titles that the batch shares, with half the weight on each group; AdaGrad with learning rate 0.01.
+The implementations:
 
     ours            the Estimator of `dpsr train`, from a store: the dataset op, fused tables, its hooks and summaries
     stock           Estimator as users write it: TFRecord, parse_example, embedding_lookup_sparse, AdagradOptimizer
-    stock_noarith   the same, grappler's arithmetic optimization off: it makes copies of the whole table
-    torch           EmbeddingBag with sparse gradients, Adagrad; tokens are in memory; left out where there is no torch
+    stock_noarith   as stock, without grappler's arithmetic optimization, which makes copies of the whole table
+    torch           EmbeddingBag with sparse gradients, Adagrad; tokens are in memory; left out without torch
     limit           a loop in C++ with Eigen (training_limit.cc), compiled for this machine; tokens are in memory
 
-Each is a process of its own and takes turns with the others; TensorFlow has the threads that it takes by itself, torch
-and the limit one. A rate is examples over the CPU time (user and system, all threads of the process) of a turn, the
-figure the median of the turns; making graphs and saving checkpoints is in none. First, all train a few steps from the
-same weights on the same batches: their losses must be the same.
+Each implementation is a process of its own, and they take turns. TensorFlow uses its default number of threads, torch
+and the limit one thread. The rate of a turn is examples divided by CPU time (user and system, all threads of the
+process); the result is the median over the turns. Making graphs and saving checkpoints do not count. First, all
+implementations train a few steps from the same weights on the same batches, and their losses must be equal.
 
-Beside them the CPU time of an example with a table of 10 million rows over that with one of 100,000, tokens drawn over
-all of them.
+Another row is the CPU time per example with a table of 10 million rows, divided by the time with 100,000 rows. Tokens
+are drawn from the whole table.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from absl import app, flags
 NUM_IDS, DIM, WIDTHS = 200_000, 64, (256, 128, 64)
 QUERY_TOKENS, TITLE_TOKENS, RANDOM = 10, 30, 64
 MARGIN, LEARNING_RATE, INITIAL_ACCUMULATOR, ALPHA = 0.1, 0.01, 0.1, 0.5
-PAIRS = 50_000  # of the log: as many queries as titles
+PAIRS = 50_000  # in the log: as many queries as titles
 BATCH_SIZES = (64, 1024)
 IMPLEMENTATIONS = ("ours", "stock", "stock_noarith", "torch", "limit")
 ROWS = {"rows_10m": 10_000_000, "rows_100k": 100_000}
@@ -52,14 +53,14 @@ CHECK_ROWS, CHECK_BATCH, CHECK_STEPS = 2_000, 64, 5
 
 
 class Log(NamedTuple):
-    """One click a query, each on an item of its own."""
+    """A log with one click for each query, each on a different item."""
 
     queries: np.ndarray  # int32 [pairs, QUERY_TOKENS]
     titles: np.ndarray  # int32 [pairs, TITLE_TOKENS]
 
 
 def draw(pairs: int, num_ids: int, seed: int) -> Log:
-    """Zipf with exponent 1, shifted by 10: the inverse of its distribution function."""
+    """Draws from Zipf's law with exponent 1, shifted by 10, by the inverse of its distribution function."""
     random = np.random.default_rng(seed)
 
     def tokens(length: int) -> np.ndarray:
@@ -70,16 +71,16 @@ def draw(pairs: int, num_ids: int, seed: int) -> Log:
 
 
 def group_weights(batch_size: int) -> tuple[float, float]:
-    """Weight of another title of the batch, and of a random one, in the loss of a pair (section 4.4.3)."""
+    """Returns the weights of a batch title and of a random title in the loss of a pair (section 4.4.3)."""
     count = batch_size - 1 + RANDOM
     return count * (1 - ALPHA) / (batch_size - 1), count * ALPHA / RANDOM
 
 
-# Files of a log.
+# The files of a log.
 
 
 def write_store(log: Log, folder: Path) -> None:
-    """What training reads of a store; there is no text, so no vocabulary."""
+    """Writes the files of a store that training reads. There is no text, so there is no vocabulary."""
     from dpsr_common.packed_file import PackedFileWriter
     from dpsr_tf.data.id_index import id_index
 
@@ -125,7 +126,7 @@ def write_store(log: Log, folder: Path) -> None:
 
 
 class StoreFiles(NamedTuple):
-    """What the dataset op needs of it."""
+    """Returns the store as the dataset op needs it."""
 
     path: Path
     manifest: dict[str, Any]
@@ -137,7 +138,7 @@ def open_store(folder: Path) -> StoreFiles:
 
 
 def write_records(log: Log, folder: Path) -> None:
-    """Pairs and titles, an Example each, as TFRecord."""
+    """Writes pairs and titles as TFRecord, one Example each."""
     import tensorflow as tf
 
     folder.mkdir()
@@ -157,11 +158,11 @@ def write_records(log: Log, folder: Path) -> None:
             titles.write(tf.train.Example(features=alone).SerializeToString())
 
 
-# The check: weights and batches that all implementations start from.
+# The check: all implementations start from the same weights and batches.
 
 
 class Start(NamedTuple):
-    """Weights, and the batches of CHECK_STEPS steps."""
+    """The initial weights, and the batches of CHECK_STEPS steps."""
 
     table: np.ndarray  # float32 [CHECK_ROWS, DIM]
     layers: list[np.ndarray]  # kernel [in, out], bias [out] of each layer, query tower first
@@ -188,7 +189,7 @@ def make_start(seed: int) -> Start:
 
 
 def write_start(start: Start, path: Path) -> None:
-    """All numbers of a start, one after the other, as training_limit.cc reads them."""
+    """Writes all numbers of a start, one after the other, as training_limit.cc reads them."""
     path.write_bytes(b"".join(part.tobytes() for part in (start.table, *start.layers, start.queries, start.titles)))
 
 
@@ -204,18 +205,18 @@ def read_start(path: Path) -> Start:
     return Start(parts[0], parts[1:-2], *parts[-2:])
 
 
-# The implementations: each a process, which trains for a turn whenever it is told how long.
+# The implementations. Each is a process that trains for a turn whenever it reads how long.
 
 
 class Turns:
-    """A process's side: waits for a line with the CPU seconds of a turn, and prints what was done in them."""
+    """The turns of a process: it reads the CPU seconds of a turn from a line, trains, and prints what it did."""
 
     def __init__(self) -> None:
         self._left: float | None = None
         self._say({"ready": True})
 
     def go_on(self, step: int) -> bool:
-        """To be called every few steps with the number of those done; whether to do more."""
+        """Counts steps and returns whether to train more. Call it every few steps."""
         if self._left is None or time.process_time() >= self._left:
             if self._left is not None:
                 cpu, wall = time.process_time() - self._cpu, time.perf_counter() - self._wall
@@ -233,7 +234,7 @@ class Turns:
 
 
 def run_estimator(impl: str, folder: Path, batch_size: int, num_ids: int) -> None:
-    """Ours or stock, until there are no turns any more."""
+    """Trains ours or stock until there are no more turns."""
     import tensorflow as tf
 
     v1 = tf.compat.v1
@@ -249,7 +250,7 @@ def run_estimator(impl: str, folder: Path, batch_size: int, num_ids: int) -> Non
 
         def after_run(self, run_context: Any, run_values: Any) -> None:
             self._turns = self._turns or Turns()
-            # What is fetched beside a step is the number before it or after it, as it happens.
+            # A step counter that is fetched together with a step may be read before or after it.
             if not self._turns.go_on(int(run_values.results)):
                 run_context.request_stop()
 
@@ -284,7 +285,7 @@ def our_params(batch_size: int, num_ids: int) -> dict[str, Any]:
 
 
 def our_training(folder: Path, batch_size: int, num_ids: int, model_dir: str) -> tuple[Any, Callable[[], Any], list]:
-    """What dpsr_tf.training.train does, but for checkpoints."""
+    """Trains like dpsr_tf.training.train, but without checkpoints."""
     import tensorflow as tf
 
     from dpsr_tf.data.examples_dataset import examples_dataset, training_input
@@ -339,7 +340,7 @@ def stock_training(
 
 
 def stock_loss(query: Any, title: Any, batch_size: int, num_ids: int) -> Any:
-    """The loss on sparse int64 tokens [batch_size, any] and [batch_size + RANDOM, any]."""
+    """Returns the loss on sparse int64 tokens [batch_size, any] and [batch_size + RANDOM, any]."""
     import tensorflow as tf
 
     v1 = tf.compat.v1
@@ -363,7 +364,7 @@ def stock_loss(query: Any, title: Any, batch_size: int, num_ids: int) -> Any:
 
 
 def check_estimator(impl: str, start: Start) -> list[float]:
-    """The losses of the steps from `start`."""
+    """Returns the losses of the steps from `start`."""
     import tensorflow as tf
 
     v1 = tf.compat.v1
@@ -392,7 +393,7 @@ def check_estimator(impl: str, start: Start) -> list[float]:
 
 
 def _our_step(queries: Any, titles: Any) -> tuple[Any, Any]:
-    """Loss and step of our model_fn on a batch of these tokens."""
+    """Returns loss and training step of our model_fn on a batch of these tokens."""
     import tensorflow as tf
 
     from dpsr_tf.data.examples_dataset import Batch, Features, History, Tokens
@@ -426,7 +427,7 @@ def _our_step(queries: Any, titles: Any) -> tuple[Any, Any]:
 
 
 class Torch:
-    """The model in torch, one thread."""
+    """The model in torch, on one thread."""
 
     def __init__(self, batch_size: int, num_ids: int):
         import torch
@@ -453,7 +454,7 @@ class Torch:
         self.weights[:, :batch_size] = of_batch * (1 - torch.eye(batch_size))
 
     def load(self, start: Start) -> None:
-        """Begins from these weights."""
+        """Sets the initial weights."""
         torch = self.torch
         layers = [parameter for tower in self.towers for parameter in tower.parameters()]
         with torch.no_grad():
@@ -462,7 +463,7 @@ class Torch:
                 parameter.copy_(torch.tensor(value.T))  # a Linear holds [out, in]
 
     def step(self, queries: Any, titles: Any) -> Any:
-        """One step on int64 tokens [batch_size, n], [batch_size + RANDOM, m]; its loss."""
+        """Trains one step on int64 tokens [batch_size, n], [batch_size + RANDOM, m] and returns its loss."""
         torch = self.torch
         query, title = (
             torch.nn.functional.normalize(tower(self.table(tokens)), eps=1e-6)
@@ -511,11 +512,11 @@ def read_tokens(folder: Path) -> Log:
     )
 
 
-# The other side: starts the processes, and gives them their turns.
+# The main process starts the other processes and gives them their turns.
 
 
 def compile_limit(folder: Path) -> Path:
-    """training_limit.cc for this machine, with the Eigen of TensorFlow's wheel."""
+    """Compiles training_limit.cc for this machine, with the Eigen of TensorFlow's wheel."""
     source, program = Path(__file__).with_name("training_limit.cc"), folder / "training_limit"
     include = Path(sysconfig.get_path("purelib")) / "tensorflow" / "include"
     command = ["g++", "-std=c++17", "-O3", "-march=native", "-fno-math-errno", f"-isystem{include}"]
@@ -524,13 +525,13 @@ def compile_limit(folder: Path) -> Path:
 
 
 class Commands:
-    """How each implementation is started."""
+    """Starts the implementations."""
 
     def __init__(self, torch_python: str, limit: Path):
         self._torch_python, self._limit = torch_python, limit
 
     def of(self, impl: str, *arguments: object) -> list[str]:
-        """The command that runs `impl` with these arguments (`_run`)."""
+        """Returns the command that runs `impl` with these arguments (`_run`)."""
         if impl == "limit":
             return [str(self._limit), *map(str, arguments)]
         python = self._torch_python if impl == "torch" else sys.executable
@@ -538,7 +539,7 @@ class Commands:
 
 
 class Runner:
-    """An implementation that waits for its turns."""
+    """A process of an implementation, which waits for its turns."""
 
     def __init__(self, command: list[str], batch_size: int):
         self._command, self._batch_size = command, batch_size
@@ -548,7 +549,7 @@ class Runner:
         )
 
     def wait(self) -> dict[str, Any]:
-        """What it says next."""
+        """Returns the next message of the process."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -556,7 +557,7 @@ class Runner:
         return dict(json.loads(line))
 
     def turn(self, cpu_seconds: float) -> float:
-        """Trains for about that long; examples a CPU second."""
+        """Trains for about this long and returns the examples per CPU second."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{cpu_seconds}\n")
         self._process.stdin.flush()
@@ -564,7 +565,7 @@ class Runner:
         return float(done["steps"] * self._batch_size / done["cpu"])
 
     def stop(self) -> None:
-        """Ends the process, which removes its files then."""
+        """Ends the process, which then removes its files."""
         try:
             self._process.communicate(timeout=30)  # closes its input
         except subprocess.TimeoutExpired:
@@ -579,7 +580,7 @@ def _tail(file: IO[bytes]) -> str:
 
 
 def measure(runners: dict[str, Runner], turns: int, cpu_seconds: float) -> dict[str, list[float]]:
-    """Rates of the turns, after one to warm up; every round begins with another one."""
+    """Returns the rates of the turns after a warm-up turn. Each round starts with another implementation."""
     try:
         for runner in runners.values():
             runner.wait()
@@ -596,7 +597,7 @@ def measure(runners: dict[str, Runner], turns: int, cpu_seconds: float) -> dict[
 
 
 def check(commands: Commands, implementations: Sequence[str], folder: Path, seed: int) -> dict[str, list[float]]:
-    """Losses of all implementations from the same start. Raises SystemExit where they differ."""
+    """Compares the losses of all implementations from the same start. Raises SystemExit if they differ."""
     write_start(make_start(seed), folder / "start")
     losses = {}
     for impl in implementations:
@@ -616,7 +617,7 @@ def has_torch(python: str) -> bool:
 
 
 def bars(result: report.Report) -> dict[str, float]:
-    """Those of implementations that were there."""
+    """Returns the bars of the implementations that ran."""
     found = {}
 
     def ratio(name: str, workload: str, peer: str, ours: str = "ours") -> None:
@@ -638,16 +639,16 @@ def bars(result: report.Report) -> dict[str, float]:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_boolean("json", False, "prints one JSON object as the last line")
-    flags.DEFINE_boolean("quick", False, "short turns, small tables: shows that it works")
-    flags.DEFINE_integer("seed", 1, "of tokens and weights", lower_bound=0)
-    flags.DEFINE_string("torch_python", sys.executable, "the Python that has torch, absl-py and numpy")
+    flags.DEFINE_boolean("json", False, "prints the results as one JSON object in the last line")
+    flags.DEFINE_boolean("quick", False, "uses short turns and small tables, to try the benchmark out")
+    flags.DEFINE_integer("seed", 1, "seed of tokens and weights", lower_bound=0)
+    flags.DEFINE_string("torch_python", sys.executable, "Python interpreter that has torch, absl-py and numpy")
     flags.DEFINE_list("only", list(IMPLEMENTATIONS), "implementations to measure")
-    flags.DEFINE_enum("run", None, IMPLEMENTATIONS[:-1], "runs one implementation: the benchmark starts itself so")
+    flags.DEFINE_enum("run", None, IMPLEMENTATIONS[:-1], "internal: runs one implementation")
 
 
 def _run(impl: str, arguments: Sequence[str]) -> None:
-    """`check START`, or FOLDER BATCH_SIZE NUM_IDS."""
+    """Runs `check START`, or trains with FOLDER BATCH_SIZE NUM_IDS."""
     if arguments[0] == "check":
         start = read_start(Path(arguments[1]))
         print(json.dumps(check_torch(start) if impl == "torch" else check_estimator(impl, start)))

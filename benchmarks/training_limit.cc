@@ -1,8 +1,8 @@
-// The limit that benchmarks/training.py compares with: its model and training step by hand, on one thread, without a
-// framework. Tokens are in memory and each text has the same number of them; a framework has neither.
+// The limit in benchmarks/training.py: its model and training step, written by hand for one thread, without a framework.
+// It has two advantages over a framework: tokens are in memory, and all texts have the same number of tokens.
 //
-//   training_limit FOLDER BATCH_SIZE NUM_IDS   trains from FOLDER/queries.bin and titles.bin (int32 ids). A line on the
-//                                              standard input says how many CPU seconds; what was done is the answer.
+//   training_limit FOLDER BATCH_SIZE NUM_IDS   trains from FOLDER/queries.bin and titles.bin (int32 ids). Each line on
+//                                              standard input is a number of CPU seconds; the answer is what was done.
 //   training_limit check START                 prints the losses of the steps from START (write_start of training.py)
 #include <sys/mman.h>
 

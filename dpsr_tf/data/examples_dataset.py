@@ -1,4 +1,4 @@
-"""Training batches straight from the files of a store, assembled in C++ (DPSR section 5.1.2)."""
+"""Training batches, which C++ assembles from the memory-mapped files of a store (DPSR section 5.1.2)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from dpsr_tf.data.store import interactions_names, vocabulary_name
 
 
 class StoreFiles(Protocol):
-    """What a dataset needs of a store: dpsr_tf.data.store.Store has it.
+    """What a dataset needs to know about a store. dpsr_tf.data.store.Store implements it.
 
     Attributes:
-        path: the directory: a Path, or a text such as "ram://store".
-        manifest: what manifest.json holds.
+        path: the directory, as a Path or as a text such as "ram://store".
+        manifest: the content of manifest.json.
     """
 
     path: Any
@@ -31,53 +31,56 @@ class StoreFiles(Protocol):
 
 
 class Tokens(NamedTuple):
-    """Lists of ids, one a text: text i holds values[row_splits[i]:row_splits[i + 1]]."""
+    """Lists of ids, one for each text: text i has the ids values[row_splits[i]:row_splits[i + 1]]."""
 
     values: tf.Tensor  # int32 [tokens]
     row_splits: tf.Tensor  # int64 [texts + 1]
 
 
 class Features(NamedTuple):
-    """Features of some rows of the item or user table, each kind in the order asked for."""
+    """Features of some rows of the item or user table. Each of the two groups is in the order asked for."""
 
-    codes: tf.Tensor  # int32 [rows, features of the kinds categorical and number]; 0 is unknown
-    lists: tuple[Tokens, ...]  # one a feature of the kinds multi (codes) and text (token ids)
+    codes: tf.Tensor  # int32 [rows, features of kind categorical or number]; 0 is the unknown value
+    lists: tuple[Tokens, ...]  # one for each feature of kind multi (codes) or text (token ids)
 
 
 class History(NamedTuple):
-    """What the user of each example did strictly before the example's time, oldest first; h items, p queries in all.
+    """What the user of each example did strictly before the example, oldest first: h items and p queries in all.
 
-    Empty for anonymous users and title queries. DPSR keeps one history a user; this one never sees the future, nor at
-    its end the click that the example, a cart or an order, repeats.
+    It is empty for anonymous users and title queries. The paper keeps one history for each user. Here, each example has
+    its own: it never has events of the future, nor at its end the click that an example of type cart or order repeats.
     """
 
     items: Tokens  # item rows [h], row_splits [b + 1]
     types: tf.Tensor  # int32 [h], index in EVENT_TYPES
-    text: Tokens  # h texts; none unless BatchOptions.history_text
+    text: Tokens  # h texts; no texts without BatchOptions.history_text
     features: Features  # of the h items
     query_splits: tf.Tensor  # int64 [b + 1], over the p texts
-    query: Tokens  # p texts; of equal queries one after the other only one is kept
+    query: Tokens  # p texts; of equal consecutive queries, one is kept
 
 
 class Batch(NamedTuple):
     """A training batch of b positive pairs and n = b + r + b * m items (Algorithm 1, lines 3 and 4).
 
-    What is not asked for is empty: [b, 0] codes, () lists, row splits of zeros.
+    Parts that the options do not ask for are empty: [b, 0] codes, () lists, row splits of zeros.
+
+    C++ defines the components (dpsr_tf/ops/batch_components.h). The fields here have the same names and order, which
+    `batch_spec` checks.
     """
 
     query: Tokens  # b texts
     query_rows: tf.Tensor  # int32 [b], rows over all interaction files; -1 for a title query
-    item: Tokens  # n texts: the positives in order, the r shared negatives, the m own negatives of each pair
+    item: Tokens  # n texts: the positives in order, the r random negatives, the m own negatives of each pair
     item_rows: tf.Tensor  # int32 [n]
     item_features: Features  # of the n items
     user_rows: tf.Tensor  # int32 [b]; 0 is the anonymous user
     user_features: Features  # of the b users
     history: History
     weights: tf.Tensor  # float32 [b]
-    labels: tf.Tensor  # float32 [b]; 1 where there is none
+    labels: tf.Tensor  # float32 [b]; 1 if the log has no labels
     types: tf.Tensor  # int32 [b], index in EVENT_TYPES
     negative_mask: tf.Tensor  # bool [b, b + r]: item j may serve as a negative for query i; [b, 0] if not asked for
-    own_negative_mask: tf.Tensor  # bool [b, m]: own negative j of pair i is there; otherwise its place holds row 0
+    own_negative_mask: tf.Tensor  # bool [b, m]: pair i has an own negative j; otherwise its place has row 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +198,7 @@ class _ExamplesDataset(tf.data.Dataset):
 
     @property
     def element_spec(self) -> Batch:
-        """Types and shapes of the components."""
+        """The types and shapes of the components."""
         return self._spec
 
 
@@ -207,25 +210,26 @@ def examples_dataset(
     num_shards: int = 1,
     first_step: int | tf.Tensor = 0,
 ) -> tf.data.Dataset:
-    """A dataset of Batch: each element one training step.
+    """Returns a dataset of Batch, each element of which is the batch of one training step.
 
-    Batch n depends only on the arguments and n. The log is shuffled anew each epoch. Workers of one training give the
-    same seed and their own `shard_index`: where the store has at least as many interaction files as there are workers,
-    worker w reads the files w, w + num_shards, ... and no other's examples; with fewer files each worker takes its part
-    of one shuffle of all of them.
+    Batch n depends on the arguments and n only. The log is shuffled anew for each epoch. The workers of a training use
+    the same seed and different values of `shard_index`. If the store has at least as many interaction files as there
+    are workers, worker w reads the files w, w + num_shards, ... only. With fewer files, each worker takes its part of
+    one shuffle of all files.
 
     Args:
-        store: where the files are, on any file system that TensorFlow knows, and what they hold.
+        store: the files, on any file system that TensorFlow knows, and their manifest.
         options: what a batch holds.
-        num_epochs: passes over the log; None is forever.
+        num_epochs: number of passes over the log; None for no end.
         shard_index: this worker's number, 0 to num_shards - 1.
-        num_shards: how many workers share the log.
-        first_step: number of the first batch; a resumed training gives its global step.
+        num_shards: number of workers that share the log.
+        first_step: number of the first batch. A resumed training gives its global step.
 
     Raises:
-        UsageError: the store has no feature of that name.
-        tf.errors.InvalidArgumentError, NotFoundError, DataLossError, FailedPreconditionError: on the first use, with
-            the option or the file that is wrong.
+        UsageError: the store does not have a feature.
+        tf.errors.InvalidArgumentError: an option has a value that is not allowed.
+        tf.errors.NotFoundError, DataLossError, FailedPreconditionError: a file is missing or damaged, or does not have
+            what the options ask for. In a graph, this is raised when the graph runs.
     """
     message = options.message(
         store.manifest, num_epochs=num_epochs or 0, shard_index=shard_index, num_shards=num_shards
@@ -279,10 +283,10 @@ def _fill(kind: Any, name: str, components: Mapping[str, Any]) -> Any:
 
 
 def _path(store: StoreFiles, name: str) -> str:
-    # Not Path: it makes one slash of the two of "ram://".
+    # A text is not converted to a Path, which would make one slash of the two in "ram://".
     return str(store.path / name) if isinstance(store.path, Path) else f"{str(store.path).rstrip('/')}/{name}"
 
 
 def training_input(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """A dataset of Batch as an Estimator's input_fn gives it: Estimator takes a tuple for (features, labels)."""
+    """Wraps each Batch in a dict for an Estimator's input_fn, because Estimator takes a tuple for (features, labels)."""
     return dataset.map(lambda batch: {"batch": batch})

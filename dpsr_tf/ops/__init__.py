@@ -1,4 +1,4 @@
-"""C++ TensorFlow ops of training, and the store reader behind them."""
+"""The C++ TensorFlow ops of training, and the store reader behind them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def op_library_path() -> str:
-    """Absolute path of the training op library. Raises FileNotFoundError if the native parts are not built."""
+    """Returns the absolute path of the training op library. Raises FileNotFoundError if it is not built."""
     path = Path(__file__).parent / "libdpsr_training_ops.so"
     if not path.exists():
         raise FileNotFoundError(f"{path}: the native parts are not built; run `make setup`, or install the wheel")
@@ -18,7 +18,7 @@ def op_library_path() -> str:
 
 @functools.cache
 def load() -> Any:
-    """The generated Python functions of the training ops; loads the library once a process."""
+    """Loads the op library, once in a process, and returns the generated Python functions of its ops."""
     import tensorflow as tf
 
     return tf.load_op_library(op_library_path())
@@ -26,7 +26,7 @@ def load() -> Any:
 
 @functools.cache
 def load_c() -> ctypes.CDLL:
-    """The C functions of the training op library."""
+    """Returns the C functions of the training op library."""
     load()  # brings the TensorFlow library that it needs
     library = ctypes.CDLL(op_library_path())
     library.DpsrDescribeBatchComponents.argtypes = [ctypes.c_char_p]

@@ -78,8 +78,8 @@ struct Clicks {
   ItemFilter filter;          // of these items; without words if they are few
 };
 
-// The same of a query with many positives: its items, once each, where that halves the list (a head query of a large
-// log has 1,000 times as many positives as items), otherwise none; and the filter.
+// The clicks of a query with many positives: a filter and, if this halves the list, each item once. A head query of a
+// large log has 1,000 times as many positives as items.
 struct HeadClicks {
   std::vector<int32_t> items;
   std::vector<uint64_t> filter;
@@ -153,10 +153,9 @@ class TrainingStore {
     int64_t num_shards = 1;
   };
 
-  // Errors: those of `open` (by default PackedFile::Open); DataLoss when the files do not fit together (a row that
-  // refers beyond a table, splits that fall, rows in another order than the one above); NotFound for an unknown
-  // feature; FailedPrecondition when there is no positive interaction or no item; InvalidArgument for no interactions
-  // file.
+  // Errors: the errors of `open` (by default PackedFile::Open); DataLoss if the files do not fit together (a row that
+  // refers beyond a table, splits that fall, rows in another order than above); NotFound for an unknown feature;
+  // FailedPrecondition without any positive interaction or item; InvalidArgument without an interactions file.
   static Status Open(const Options& options, const FileOpener& open, std::unique_ptr<TrainingStore>* store);
   static Status OpenLocalFile(const std::string& path, const char* kind, std::unique_ptr<PackedFile>* file) {
     return PackedFile::Open(path, kind, /*verify=*/false, file);
