@@ -303,8 +303,8 @@ def write_flat(store: Path, path: Path) -> float:
 def histories(positive: dict[str, np.ndarray], event: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Returns the first event, and the last + 1, of the history of each positive.
 
-    A history is the last HISTORY events of the user strictly before the positive, without the events at its end that the
-    positive repeats: the same query and item.
+    A history is the last HISTORY events of the user strictly before the positive, without the events at its end that
+    the positive repeats: the same query and item.
     """
     user, splits = positive["user"], event["splits"]
     owner = np.repeat(np.arange(len(splits) - 1, dtype=np.int64), np.diff(splits))

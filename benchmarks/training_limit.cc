@@ -56,7 +56,7 @@ class Layer {
     return output_;
   }
 
-  // Takes the gradient of the output, gives that of the input, and does the step. `gradient` is overwritten.
+  // Takes the gradient of the output, returns the gradient of the input, and trains one step. Overwrites `gradient`.
   const Matrix& Backward(Matrix* gradient) {
     if (relu_) *gradient = (output_.array() > 0).select(*gradient, 0.f);
     input_gradient_.noalias() = *gradient * kernel_.transpose();
@@ -80,7 +80,7 @@ class Layer {
   Vector bias_gradient_;
 };
 
-// Layers, then length 1.
+// The layers of a tower, whose outputs are scaled to length 1.
 class Tower {
  public:
   Tower() {
@@ -95,7 +95,7 @@ class Tower {
     return unit_;
   }
 
-  // Takes the gradient of the unit vectors, gives that of the input, and does the step.
+  // Takes the gradient of the unit vectors, returns the gradient of the input, and trains one step.
   const Matrix& Backward(Matrix* gradient) {
     for (int64_t i = 0; i < gradient->rows(); ++i) {
       gradient->row(i) = scale_[i] * (gradient->row(i) - gradient->row(i).dot(unit_.row(i)) * unit_.row(i));
@@ -119,7 +119,7 @@ void Prefetch(const float* row) {
   for (int k = 0; k < kDim; k += 16) __builtin_prefetch(row + k, 1);
 }
 
-// As ours has them: pages of megabytes, so that rows read at random need fewer lookups of where a page lies.
+// Huge pages, which ours uses too: they save page table lookups when rows are read at random.
 void UseHugePages(const std::vector<float>& values) {
   constexpr uintptr_t kPage = 4096;
   constexpr int kCollapse = 25;  // MADV_COLLAPSE, Linux 6.1
@@ -154,7 +154,7 @@ class Table {
     }
   }
 
-  // The gradients of all occurrences of a row are summed, then it takes one step.
+  // The gradients of all occurrences of a row are summed before its step.
   void Step(const std::vector<int32_t>& queries, const Matrix& of_queries, const std::vector<int32_t>& titles,
             const Matrix& of_titles) {
     occurrences_.clear();
@@ -213,7 +213,7 @@ class Model {
     of_random_ = count * kAlpha / kRandom;
   }
 
-  // One step on [batch_size] queries and [batch_size + kRandom] titles; its loss.
+  // Trains one step on [batch_size] queries and [batch_size + kRandom] titles, and returns its loss.
   float Step(const std::vector<int32_t>& queries, const std::vector<int32_t>& titles) {
     table_.Sum(queries, kQueryTokens, &query_input_);
     table_.Sum(titles, kTitleTokens, &title_input_);
@@ -241,7 +241,7 @@ class Model {
   }
 
  private:
-  // The loss of `scores_`, which become its gradient.
+  // Returns the loss of `scores_`, and overwrites them with its gradient.
   float Hinge() {
     float loss = 0;
     const int n = batch_size_ + kRandom;
@@ -260,7 +260,7 @@ class Model {
         loss += slope * total;
         return count;
       };
-      // The pair's own title is none of its negatives.
+      // The pair's own title is not a negative.
       const float slopes = group(0, i, of_batch_) + group(i + 1, batch_size_, of_batch_) + group(batch_size_, n, of_random_);
       row[i] = -slopes;
     }

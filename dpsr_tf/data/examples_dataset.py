@@ -288,5 +288,5 @@ def _path(store: StoreFiles, name: str) -> str:
 
 
 def training_input(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Wraps each Batch in a dict for an Estimator's input_fn, because Estimator takes a tuple for (features, labels)."""
+    """Wraps each Batch in a dict for an Estimator's input_fn, as Estimator takes a tuple for (features, labels)."""
     return dataset.map(lambda batch: {"batch": batch})

@@ -186,7 +186,7 @@ def test_models_that_cannot_be_asked(store, tmp_path):
         exact_search(untrained.path, store)
     model = make_model(tmp_path / "model", store, token_dim=8, embedding_dim=6)
     (tmp_path / "model" / "config.yaml").write_text("model: {token_dim: 8, embedding_dim: 6, hidden: [4]}\n")
-    with pytest.raises(CommandError, match=r"model.ckpt-7 cannot be read, or is not of its config"):
+    with pytest.raises(CommandError, match=r"model.ckpt-7 cannot be read, or does not fit the config"):
         exact_search(model.path, store)
     (tmp_path / "model" / "config.yaml").write_text("model: {item_features: [weight]}\n")
     with pytest.raises(CommandError, match="weight"):
