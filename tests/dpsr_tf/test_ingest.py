@@ -787,7 +787,7 @@ def refuses(dpsr, tree, shop, tmp_path):
     [
         (lambda s: s.pop("items"), ["key 'items' is missing"]),
         (lambda s: s.pop("interactions"), ["key 'interactions' is missing"]),
-        (lambda s: s["items"].pop("files"), ["items: key 'files' is missing", "directories or globs"]),
+        (lambda s: s["items"].pop("files"), ["items: key 'files' is missing", "directories or glob patterns"]),
         (lambda s: s["items"].pop("id"), ["items: key 'id' is missing", "column with the item id"]),
         (lambda s: s["items"].pop("text"), ["items: key 'text' is missing"]),
         (lambda s: s["items"].update(text=[]), ["items: text is []"]),
