@@ -189,7 +189,7 @@ def main(arguments: Sequence[str]) -> None:
     if arguments[1:]:
         raise app.UsageError(f"unexpected argument '{arguments[1]}'")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    repeat, seconds = (1, 0.3) if values.quick else (values.repeat, values.seconds)
+    repeat, seconds = (1, 1.0) if values.quick else (values.repeat, values.seconds)
     result = report.Report("model_server", 1, servers.hardware())
     with tempfile.TemporaryDirectory() as folder:
         for workload, model in models(Path(folder), values.servable).items():

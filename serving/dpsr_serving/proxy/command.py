@@ -93,10 +93,10 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         workers=values.workers,
     )
     try:
-        config = settings.load()
+        config, stamp = settings.load()
     except UsageError as error:
         raise UsageError(str(error).replace(settings.config_path or "", values.config or "", 1)) from None
     if values.workers == 1:
-        asyncio.run(workers.serve_alone(settings, config))
+        asyncio.run(workers.serve_alone(settings, config, stamp))
     else:
         asyncio.run(workers.serve_workers(settings))

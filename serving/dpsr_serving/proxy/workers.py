@@ -25,6 +25,7 @@ from dpsr_serving.proxy.config import ProxyConfig, load_config, parse_config
 from dpsr_serving.proxy.metrics import merge
 
 Report = Callable[[], Awaitable[list[tuple[bool, str]]]]
+Stamp = tuple[int, ...] | None  # changes whenever another file is put in place, or the file is written
 
 _RELOAD_EVERY_S = 1.0
 _REPORT_S = 2.0  # time that a worker has for a report
@@ -44,11 +45,13 @@ class Settings:
     http_port: int | None
     workers: int
 
-    def load(self) -> ProxyConfig:
-        """Reads the configuration. Raises UsageError."""
-        if self.config_path is not None:
-            return load_config(Path(self.config_path))
-        return parse_config(json.dumps({"default": {"backends": [self.backend]}}))
+    def load(self) -> tuple[ProxyConfig, Stamp]:
+        """Reads the configuration, and returns it with the stamp of the file that was read. Raises UsageError."""
+        if self.config_path is None:
+            return parse_config(json.dumps({"default": {"backends": [self.backend]}})), None
+        # Before reading, so that a change while the proxy starts is noticed afterwards.
+        stamp = _stamp(self.config_path)
+        return load_config(Path(self.config_path)), stamp
 
 
 def _say(text: str) -> None:
@@ -57,7 +60,7 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-async def serve_alone(settings: Settings, config: ProxyConfig) -> None:
+async def serve_alone(settings: Settings, config: ProxyConfig, stamp: Stamp) -> None:
     """Serves in this process until SIGTERM or SIGINT. Raises CommandError if it cannot start."""
     server = await _start(settings, config, share_port=False)
     signals = _Signals()
@@ -66,7 +69,7 @@ async def serve_alone(settings: Settings, config: ProxyConfig) -> None:
         return [(server.ready(), server.dump())]
 
     http = await _listen_http(settings, report, server.address)
-    await _serve(settings, server, signals)
+    await _serve(settings, server, signals, stamp)
     http.close()
 
 
@@ -110,7 +113,8 @@ def run_worker() -> None:
         reader, writer = await asyncio.open_connection(sock=channel)
         signals = _Signals()
         try:
-            server = await _start(settings, settings.load(), share_port=True)
+            config, stamp = settings.load()
+            server = await _start(settings, config, share_port=True)
         except CommandError as error:
             writer.write(json.dumps({"error": str(error)}).encode() + b"\n")
             await writer.drain()
@@ -128,7 +132,7 @@ def run_worker() -> None:
                 signals.stop_now()  # the parent has ended
 
         answering = asyncio.create_task(answer())
-        await _serve(settings, server, signals)
+        await _serve(settings, server, signals, stamp)
         answering.cancel()
 
     with contextlib.suppress(KeyboardInterrupt):
@@ -188,10 +192,9 @@ async def _start(settings: Settings, config: ProxyConfig, share_port: bool) -> A
     return server
 
 
-async def _serve(settings: Settings, server: Any, signals: _Signals) -> None:
+async def _serve(settings: Settings, server: Any, signals: _Signals, seen: Stamp) -> None:
     """Reloads the configuration file whenever it changes, until it is time to stop; then drains."""
     path = settings.config_path
-    seen = _stamp(path)
     while not signals.stop.is_set():
         await signals.next(_RELOAD_EVERY_S)
         stamp = _stamp(path)
@@ -210,7 +213,7 @@ async def _serve(settings: Settings, server: Any, signals: _Signals) -> None:
     await server.stop(settings.drain_s)
 
 
-def _stamp(path: str | None) -> tuple[int, ...] | None:
+def _stamp(path: str | None) -> Stamp:
     if path is None:
         return None
     try:
