@@ -20,7 +20,7 @@ from proxy_backends import RecordingBackend, wait_until, write_yaml
 from saved_models import publish
 
 from dpsr_common import serving_apis
-from dpsr_serving.client import AsyncSearchClient, SearchClient, ServingError, Tls, User, retriever
+from dpsr_serving.client import AsyncSearchClient, ModelVersion, SearchClient, ServingError, Tls, User, retriever
 from dpsr_serving.model_server import ModelServer, start_model_server
 from dpsr_serving.search import Signature, expressions, make_search
 
@@ -302,7 +302,7 @@ def test_another_version_is_learnt(models: dict[str, Path], tmp_path: Path) -> N
         wait_until(lambda: client.search("a", 2)[0].version == 2)
         assert said(client.search("a", 2, user=User({"age": 3}))[0])["user_age"] == "3"
         publish(models["more"], base, 3)
-        wait_until(lambda: client.model_status()[0].state == "AVAILABLE" and client.model_status()[0].version == 3)
+        wait_until(lambda: client.model_status()[0] == ModelVersion(3, "AVAILABLE", ""))
         assert said(client.search("a", 2, user=User({"city": "Oslo"}))[0])["user_city"] == "Oslo"
         with pytest.raises(ValueError, match="'height'; those it reads: age, city, gender, likes"):
             client.search("a", 2, user=User({"height": 3}))

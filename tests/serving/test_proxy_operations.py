@@ -236,7 +236,12 @@ def test_workers_share_the_port_and_are_replaced(
     wait_until(lambda: metric(http, "dpsr_proxy_config_reloads_total", result="ok") == 2)
     assert {tuple(ask_ids(proxy.target, "keyed")) for _ in range(10)} == {(200,)}
     os.kill(workers[0], signal.SIGKILL)
-    wait_until(lambda: len(children(proxy.process.pid)) == 2 and workers[0] not in children(proxy.process.pid))
+
+    def replaced() -> bool:
+        now = children(proxy.process.pid)
+        return len(now) == 2 and workers[0] not in now
+
+    wait_until(replaced)
     wait_until(lambda: metric(http, "dpsr_proxy_backend_up", backend=servers["shop"].target) == 1)
     for _ in range(20):
         assert ask_ids(proxy.target, "shop") == [100]
