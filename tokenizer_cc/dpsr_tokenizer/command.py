@@ -30,8 +30,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list(
         "config",
         [],
-        "changes to the default configuration, separated by commas; a switch turns a kind of tokens on, a switch with "
-        f"'no' before it turns it off: {', '.join(_switch_names())}",
+        f"kinds of tokens to turn on or, with 'no' before the name, off: {', '.join(_switch_names())}",
         flag_values=values,
     )
     flags.DEFINE_boolean("ids", False, "print ids of the vocabulary instead of tokens", flag_values=values)
