@@ -271,7 +271,7 @@ bool SignalHasCome(const sigset_t& signals) {
   return sigtimedwait(&signals, nullptr, &no_wait) > 0;
 }
 
-// What the files that flags name say, and what follows from it.
+// The settings of the server, read from the flags and from the files that they name.
 struct ServerSetup {
   ModelManagerOptions manager;
   GrpcServerOptions grpc;
