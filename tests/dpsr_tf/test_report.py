@@ -29,7 +29,7 @@ TINY = (
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_report_is_whole_goes_on_and_repeats(dpsr: Callable, tmp_path: Path) -> None:
     out = tmp_path / "report"
 
