@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "export/faiss_search/faiss_library.h"
+#include "export/faiss_binding/faiss_index.h"
 #include "export/faiss_search/filtered_search.h"
 #include "export/faiss_search/item_filter.h"
 #include "export/faiss_search/retrieval.h"

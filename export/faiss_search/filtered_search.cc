@@ -9,6 +9,8 @@
 #include <immintrin.h>
 #endif
 
+#include "export/faiss_binding/faiss_list_scanner.h"
+
 namespace dpsr {
 namespace {
 

@@ -19,7 +19,7 @@
 #include <memory>
 #include <vector>
 
-#include "export/faiss_search/faiss_library.h"
+#include "export/faiss_binding/faiss_index.h"
 #include "export/faiss_search/item_filter.h"
 #include "common/status.h"
 

@@ -1,19 +1,17 @@
 // Runs against the FAISS library that FAISS_LIBRARY names.
 #include "export/faiss_search/filtered_search.h"
 
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <cmath>
 #include <memory>
 #include <numeric>
-#include <random>
 #include <set>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "common/test_util.h"
+#include "export/faiss_binding/test_util.h"
 
 namespace dpsr {
 namespace {
@@ -21,41 +19,18 @@ namespace {
 constexpr int kDim = 8;
 constexpr int64_t kItems = 20000;
 
-std::vector<float> RandomVectors(int64_t n, int seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  std::vector<float> x(n * kDim);
-  for (float& value : x) value = normal(random);
-  return x;
-}
-
 class FilteredSearchTest : public FileTest {
  protected:
   void SetUp() override {
     FileTest::SetUp();
     ASSERT_TRUE(IsOk(FaissLibrary::Get(&library_)));
-    vectors_ = RandomVectors(kItems, 1);
+    vectors_ = RandomVectors(kItems, kDim, 1);
   }
 
-  // Builds an index of the vectors with functions that the binding itself has no use for, and opens it.
+  // Builds an index of the vectors and opens it.
   void Build(const char* factory, bool lists, const std::string& parameters) {
-    void* handle = dlopen(library_->path().c_str(), RTLD_NOW | RTLD_LOCAL);
-    ASSERT_NE(handle, nullptr);
-    const auto create = reinterpret_cast<void* (*)(int, const char*, FaissMetric, bool)>(
-        dlsym(handle, "_ZN5faiss13index_factoryEiPKcNS_10MetricTypeEb"));
-    const auto train =
-        reinterpret_cast<void (*)(void*, int64_t, const float*)>(dlsym(handle, "_ZN5faiss8IndexIVF5trainElPKf"));
-    const auto add = reinterpret_cast<void (*)(void*, int64_t, const float*)>(
-        dlsym(handle, lists ? "_ZN5faiss8IndexIVF3addElPKf" : "_ZN5faiss14IndexFlatCodes3addElPKf"));
-    const auto write = reinterpret_cast<void (*)(const void*, const char*, int)>(
-        dlsym(handle, "_ZN5faiss11write_indexEPKNS_5IndexEPKci"));
-    const auto set_threads = reinterpret_cast<void (*)(int)>(dlsym(handle, "omp_set_num_threads"));
-    ASSERT_TRUE(create && train && add && write && set_threads);
-    set_threads(1);
-    void* index = create(kDim, factory, FaissMetric::kInnerProduct, true);
-    if (lists) train(index, 4000, vectors_.data());
-    add(index, kItems, vectors_.data());
-    write(index, path_.c_str(), 0);  // the index itself is left to the end of the test program
+    constexpr int64_t kTrain = 4000;
+    WriteTestIndex(*library_, path_, factory, kDim, FaissMetric::kInnerProduct, vectors_, kTrain);
     ASSERT_TRUE(IsOk(FaissIndex::Read(*library_, path_, /*mmap=*/true, &index_)));
     ASSERT_TRUE(IsOk(index_->SetParameters(parameters)));
     EXPECT_EQ(index_->has_lists(), lists);
@@ -117,7 +92,7 @@ TEST_F(FilteredSearchTest, FewItemsAreAllScored) {
     Build(lists ? "IVF32,Flat" : "Flat", lists, lists ? "nprobe=2" : "");
     for (const int64_t step : {3, 10, 100, 5000}) {
       const ItemMask mask = Mask([&](int64_t i) { return i % step == 0; });
-      const std::vector<float> queries = RandomVectors(5, 2);
+      const std::vector<float> queries = RandomVectors(5, kDim, 2);
       for (int query = 0; query < 5; ++query) {
         const float* const x = &queries[query * kDim];
         const std::vector<int64_t> expected = Exact(x, 50, step);
@@ -138,7 +113,7 @@ TEST_F(FilteredSearchTest, FewItemsAreAllScored) {
 
 TEST_F(FilteredSearchTest, AsManyAreScoredAsWithoutAFilter) {
   Build("IVF32,SQ8", true, "nprobe=8");
-  const std::vector<float> queries = RandomVectors(50, 3);
+  const std::vector<float> queries = RandomVectors(50, kDim, 3);
   double recall[2] = {0, 0};
   for (const int64_t step : {1, 2}) {
     const ItemMask mask = Mask([&](int64_t i) { return i % step == 0; });
@@ -160,7 +135,7 @@ TEST_F(FilteredSearchTest, AsManyAreScoredAsWithoutAFilter) {
 // What passes lies to one side, far from half of the queries.
 TEST_F(FilteredSearchTest, OneRegionIsFoundFromElsewhere) {
   Build("IVF64,SQ8", true, "nprobe=4");
-  std::vector<float> queries = RandomVectors(60, 6);
+  std::vector<float> queries = RandomVectors(60, kDim, 6);
   for (int query = 0; query < 60; ++query) queries[query * kDim] = -2;
   const ItemMask region = Mask([&](int64_t i) { return vectors_[i * kDim] > 0.2f; });
   ASSERT_GT(region.count, FilteredSearch::kFewItems);
@@ -180,7 +155,7 @@ TEST_F(FilteredSearchTest, OneRegionIsFoundFromElsewhere) {
 // The bits of a list are computed when a search looks into it; that so many pass is an estimate, right or wrong.
 TEST_F(FilteredSearchTest, BitsThatAreNotKnownBeforehand) {
   Build("IVF64,SQ8", true, "nprobe=8");
-  const std::vector<float> queries = RandomVectors(20, 7);
+  const std::vector<float> queries = RandomVectors(20, kDim, 7);
   for (const int64_t step : {2, 20, 3000}) {
     for (const bool region : {false, true}) {
       const auto passes = [&](int64_t i) { return region ? i < kItems / step && vectors_[i * kDim] > 0 : i % step == 0; };
@@ -222,7 +197,7 @@ TEST_F(FilteredSearchTest, NothingPasses) {
 TEST_F(FilteredSearchTest, ParametersHoldForOneCall) {
   Build("IVF32,Flat", true, "nprobe=1");
   const ItemMask all = Mask([](int64_t) { return true; });
-  const std::vector<float> x = RandomVectors(1, 4);
+  const std::vector<float> x = RandomVectors(1, kDim, 4);
   SearchParameters every_list;
   every_list.nprobe = 32;
   EXPECT_EQ(Search(x.data(), 100, all, every_list).positions, Exact(x.data(), 100, 1));
@@ -237,7 +212,7 @@ TEST_F(FilteredSearchTest, ParametersHoldForOneCall) {
 
 TEST_F(FilteredSearchTest, EightThreadsShareOne) {
   Build("IVF32,SQ8", true, "nprobe=4");
-  const std::vector<float> queries = RandomVectors(16, 5);
+  const std::vector<float> queries = RandomVectors(16, kDim, 5);
   std::vector<ItemMask> masks;
   for (const int64_t step : {1, 2, 7, 300}) masks.push_back(Mask([&](int64_t i) { return i % step == 0; }));
   std::vector<Found> expected;

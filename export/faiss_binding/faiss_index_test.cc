@@ -1,23 +1,21 @@
-// Runs against the FAISS library that FAISS_LIBRARY names; DPSR_WRONG_VERSION_FAISS names one of another version.
-#include "export/faiss_search/faiss_library.h"
+// Runs against the FAISS library that the environment variable FAISS_LIBRARY names.
+#include "export/faiss_binding/faiss_index.h"
 
 #include <dlfcn.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <fstream>
 #include <iterator>
-#include <limits>
 #include <memory>
 #include <numeric>
-#include <random>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "common/packed_file.h"
+#include "export/faiss_binding/test_util.h"
 #include "gtest/gtest.h"
 
 namespace dpsr {
@@ -26,45 +24,14 @@ namespace {
 constexpr int kDim = 8;
 constexpr int64_t kVectors = 300;
 
-std::string Environment(const char* name) {
-  const char* value = std::getenv(name);
-  return value == nullptr ? "" : value;
-}
-
-std::vector<float> RandomVectors(int64_t n, int seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  std::vector<float> x(n * kDim);
-  for (float& value : x) value = normal(random);
-  return x;
-}
-
-// Writes an index of `vectors` (trained by FAISS only where it needs no training) with functions that the binding
-// itself has no use for.
-void WriteIndex(const FaissLibrary& library, const std::string& path, const std::vector<float>& vectors,
-                FaissMetric metric) {
-  void* handle = dlopen(library.path().c_str(), RTLD_NOW | RTLD_LOCAL);
-  ASSERT_NE(handle, nullptr);
-  const auto create = reinterpret_cast<void* (*)(int, const char*, FaissMetric, bool)>(
-      dlsym(handle, "_ZN5faiss13index_factoryEiPKcNS_10MetricTypeEb"));
-  const auto add = reinterpret_cast<void (*)(void*, int64_t, const float*)>(
-      dlsym(handle, "_ZN5faiss14IndexFlatCodes3addElPKf"));
-  const auto write = reinterpret_cast<void (*)(const void*, const char*, int)>(
-      dlsym(handle, "_ZN5faiss11write_indexEPKNS_5IndexEPKci"));
-  ASSERT_TRUE(create != nullptr && add != nullptr && write != nullptr);
-  void* index = create(kDim, "Flat", metric, true);
-  add(index, static_cast<int64_t>(vectors.size()) / kDim, vectors.data());
-  write(index, path.c_str(), 0);  // the index itself is left to the end of the test program
-}
-
 class FaissIndexTest : public testing::Test {
  protected:
   void SetUp() override {
     const Status status = FaissLibrary::Get(&library_);
     ASSERT_TRUE(status.ok()) << status.message();
-    path_ = testing::TempDir() + "faiss_library_test_" + std::to_string(getpid()) + ".faiss";
-    vectors_ = RandomVectors(kVectors, 1);
-    WriteIndex(*library_, path_, vectors_, FaissMetric::kInnerProduct);
+    path_ = testing::TempDir() + "faiss_index_test_" + std::to_string(getpid()) + ".faiss";
+    vectors_ = RandomVectors(kVectors, kDim, 1);
+    WriteTestIndex(*library_, path_, "Flat", kDim, FaissMetric::kInnerProduct, vectors_);
   }
   void TearDown() override { std::remove(path_.c_str()); }
 
@@ -96,38 +63,6 @@ class FaissIndexTest : public testing::Test {
   std::vector<float> vectors_;
 };
 
-TEST(FaissLibraryTest, LoadsOnceFromTheEnvironment) {
-  const FaissLibrary* first = nullptr;
-  const FaissLibrary* second = nullptr;
-  const Status status = FaissLibrary::Get(&first);
-  ASSERT_TRUE(status.ok()) << status.message();
-  ASSERT_TRUE(FaissLibrary::Get(&second).ok());
-  EXPECT_EQ(first, second);
-  EXPECT_EQ(first->path(), Environment("FAISS_LIBRARY"));
-}
-
-TEST(FaissLibraryTest, RefusesAnotherVersion) {
-  const std::string path = Environment("DPSR_WRONG_VERSION_FAISS");
-  std::unique_ptr<FaissLibrary> library;
-  const Status status = FaissLibrary::Load(path, &library);
-  EXPECT_EQ(status.code(), StatusCode::kFailedPrecondition);
-  EXPECT_EQ(library, nullptr);
-  for (const std::string& part : std::vector<std::string>{path, "9.8.7", "1.15.1 is needed", "install"}) {
-    EXPECT_NE(status.message().find(part), std::string::npos) << part << " in " << status.message();
-  }
-}
-
-TEST(FaissLibraryTest, RefusesWhatIsNoFaiss) {
-  std::unique_ptr<FaissLibrary> library;
-  const Status missing = FaissLibrary::Load("/no/such/libfaiss.so", &library);
-  EXPECT_EQ(missing.code(), StatusCode::kFailedPrecondition);
-  EXPECT_NE(missing.message().find("/no/such/libfaiss.so"), std::string::npos) << missing.message();
-  const Status other = FaissLibrary::Load("libm.so.6", &library);
-  EXPECT_EQ(other.code(), StatusCode::kFailedPrecondition);
-  EXPECT_NE(other.message().find("does not export"), std::string::npos) << other.message();
-  EXPECT_EQ(library, nullptr);
-}
-
 TEST(FaissMetricNameTest, NamesAll) {
   EXPECT_EQ(FaissMetricName(FaissMetric::kInnerProduct), "inner product");
   EXPECT_EQ(FaissMetricName(FaissMetric::kL2), "L2");
@@ -143,14 +78,14 @@ TEST_F(FaissIndexTest, ReadsTheFields) {
     EXPECT_TRUE(index->is_trained());
     EXPECT_EQ(index->metric(), FaissMetric::kInnerProduct);
   }
-  WriteIndex(*library_, path_, vectors_, FaissMetric::kL2);
+  WriteTestIndex(*library_, path_, "Flat", kDim, FaissMetric::kL2, vectors_);
   EXPECT_EQ(Read()->metric(), FaissMetric::kL2);
 }
 
 TEST_F(FaissIndexTest, SearchesExactly) {
   constexpr int64_t kQueries = 5;
   constexpr int64_t kResults = 20;
-  const std::vector<float> queries = RandomVectors(kQueries, 2);
+  const std::vector<float> queries = RandomVectors(kQueries, kDim, 2);
   for (const bool mmap : {false, true}) {
     const std::unique_ptr<FaissIndex> index = Read(mmap);
     ASSERT_NE(index, nullptr);
@@ -168,7 +103,7 @@ TEST_F(FaissIndexTest, SearchesExactly) {
 TEST_F(FaissIndexTest, PadsBeyondNtotal) {
   const std::unique_ptr<FaissIndex> index = Read();
   ASSERT_NE(index, nullptr);
-  const std::vector<float> query = RandomVectors(1, 3);
+  const std::vector<float> query = RandomVectors(1, kDim, 3);
   std::vector<float> distances(kVectors + 2);
   std::vector<int64_t> labels(kVectors + 2);
   ASSERT_TRUE(index->Search(1, query.data(), kVectors + 2, distances.data(), labels.data()).ok());
@@ -180,7 +115,7 @@ TEST_F(FaissIndexTest, PadsBeyondNtotal) {
 TEST_F(FaissIndexTest, RefusesBadSearchSizes) {
   const std::unique_ptr<FaissIndex> index = Read();
   ASSERT_NE(index, nullptr);
-  const std::vector<float> query = RandomVectors(1, 3);
+  const std::vector<float> query = RandomVectors(1, kDim, 3);
   float distance;
   int64_t label;
   EXPECT_EQ(index->Search(-1, query.data(), 1, &distance, &label).code(), StatusCode::kInvalidArgument);
@@ -198,38 +133,6 @@ TEST_F(FaissIndexTest, SetParametersReportsWhatFaissDoesNotKnow) {
     const Status status = index->SetParameters(parameters);
     EXPECT_EQ(status.code(), StatusCode::kInvalidArgument) << parameters;
     EXPECT_NE(status.message().find(parameters), std::string::npos) << status.message();
-  }
-}
-
-TEST(SearchParametersTest, ReadsWhatItNames) {
-  SearchParameters parameters;
-  ASSERT_TRUE(SearchParameters::Parse("", &parameters).ok());
-  EXPECT_TRUE(parameters.empty());
-  ASSERT_TRUE(SearchParameters::Parse("efSearch=20,nprobe=3,k_factor_rf=1.5", &parameters).ok());
-  EXPECT_EQ(parameters.nprobe, 3);
-  EXPECT_EQ(parameters.ef_search, 20);
-  EXPECT_EQ(parameters.k_factor, 1.5);
-  for (const char* text : {",", "nprobe", "nprobe=", "nprobe=x", "nprobe=1x", "nprobe=0", "nprobe=-1", "nprobe=1.5",
-                           "nprobe=nan", "nprobe=inf", "nprobe=1e10", "nprobe=1,nprobe=2", "nprobe=1,", ",nprobe=1",
-                           "nprobes=1", "=1", "k_factor_rf=0.5", "nprobe=1;efSearch=2"}) {
-    const Status status = SearchParameters::Parse(text, &parameters);
-    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument) << text;
-    EXPECT_NE(status.message().find(text), std::string::npos) << status.message();
-  }
-}
-
-TEST(SearchParametersTest, KeepsWithinBounds) {
-  SearchParameters bounds;
-  ASSERT_TRUE(SearchParameters::Parse("nprobe=64,k_factor_rf=4", &bounds).ok());
-  for (const char* text : {"", "nprobe=64", "nprobe=1,k_factor_rf=4"}) {
-    SearchParameters parameters;
-    ASSERT_TRUE(SearchParameters::Parse(text, &parameters).ok());
-    EXPECT_TRUE(parameters.CheckBounds(bounds).ok()) << text;
-  }
-  for (const char* text : {"nprobe=65", "k_factor_rf=4.1", "efSearch=1"}) {
-    SearchParameters parameters;
-    ASSERT_TRUE(SearchParameters::Parse(text, &parameters).ok());
-    EXPECT_EQ(parameters.CheckBounds(bounds).code(), StatusCode::kInvalidArgument) << text;
   }
 }
 
@@ -308,7 +211,7 @@ TEST_F(FaissIndexTest, ThreadsSearchOneIndex) {
   constexpr int64_t kResults = 10;
   const std::unique_ptr<FaissIndex> index = Read();
   ASSERT_NE(index, nullptr);
-  const std::vector<float> queries = RandomVectors(kQueries, 4);
+  const std::vector<float> queries = RandomVectors(kQueries, kDim, 4);
   const std::vector<int64_t> expected = Exact(queries, kResults);
   std::vector<std::vector<int64_t>> labels(8, std::vector<int64_t>(kQueries * kResults));
   std::vector<std::thread> threads;
@@ -334,7 +237,7 @@ TEST_F(FaissIndexTest, LeavesTheOpenMpSettingOfTheCallerAlone) {
   const std::unique_ptr<FaissIndex> index = Read();
   ASSERT_NE(index, nullptr);
   set_threads(3);
-  const std::vector<float> query = RandomVectors(1, 3);
+  const std::vector<float> query = RandomVectors(1, kDim, 3);
   float distance;
   int64_t label;
   ASSERT_TRUE(index->Search(1, query.data(), 1, &distance, &label).ok());

@@ -1,0 +1,123 @@
+// A FAISS index, read from a file.
+//
+// Names and conventions are FAISS's: matrices are row-major, n is the number of queries, d the dimension, k the number
+// of results for each query; distances and labels are [n, k], best first. Missing results have the label -1.
+#ifndef DPSR_EXPORT_FAISS_BINDING_FAISS_INDEX_H_
+#define DPSR_EXPORT_FAISS_BINDING_FAISS_INDEX_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "common/span.h"
+#include "common/status.h"
+#include "export/faiss_binding/faiss_library.h"
+#include "export/faiss_binding/faiss_metric.h"
+#include "export/faiss_binding/search_parameters.h"
+
+namespace faiss {
+struct Index;
+struct InvertedLists;
+struct SearchParameters;
+}  // namespace faiss
+
+namespace dpsr {
+
+class FaissGpuCopy;
+class MappedFile;
+
+// The positions that a search may return, one bit for each. Position i is bit i % 64 of word i / 64.
+using PositionSet = Span<const uint64_t>;
+
+// Search and the other const methods are safe from any number of threads. The others are to be called before.
+class FaissIndex {
+ public:
+  // Reads an index file into memory or, with `mmap`, maps its large arrays read-only. Mapping takes milliseconds, and
+  // processes share the pages (FastScan lists and small arrays are copied all the same). A mapped file must not change
+  // while the index lives: replace it by renaming another file over it.
+  // Errors: NotFound (no such file), DataLoss (not an index, truncated, corrupt), ResourceExhausted.
+  static Status Read(const FaissLibrary& library, const std::string& path, bool mmap,
+                     std::unique_ptr<FaissIndex>* index);
+  // Returns OK when the file has this size and this Checksum (common/packed_file.h).
+  // Errors: NotFound (no such file), DataLoss (another size or checksum), with the expected and the actual value.
+  static Status CheckFile(const std::string& path, uint64_t bytes, uint64_t checksum);
+  ~FaissIndex();
+  FaissIndex(const FaissIndex&) = delete;
+  FaissIndex& operator=(const FaissIndex&) = delete;
+
+  int64_t d() const;
+  int64_t ntotal() const;
+  bool is_trained() const;
+  FaissMetric metric() const;
+
+  // Sets search parameters, in the syntax of faiss::ParameterSpace: "nprobe=32", "efSearch=64", "nprobe=64,k_factor_rf=4".
+  // Empty text changes nothing. Errors: InvalidArgument, with FAISS's own words.
+  Status SetParameters(const std::string& parameters);
+  // Returns the parameters in force. Those that this kind of index does not have are 0.
+  SearchParameters parameters() const;
+  // Returns OK when the index has each parameter that is set. Errors: InvalidArgument, with the names that it has.
+  Status CheckParameters(const SearchParameters& parameters) const;
+
+  // Copies the index to a GPU. From then on it is searched there, one call at a time. Searches that the GPU does not
+  // support still run on the CPU: among allowed positions, with parameters for one call, or for more than kMaxGpuResults
+  // results. To be called at most once, before any search. Errors: FailedPrecondition (a FAISS without GPUs, no such
+  // device, an index of a kind that GPUs do not have, no memory); the index is then as before.
+  static constexpr int64_t kMaxGpuResults = 2048;
+  Status CopyToGpu(int device);
+
+  // Searches for the k best vectors for each query: x [n, d] -> distances [n, k], labels [n, k]. Uses `nthreads` OpenMP
+  // threads, and leaves the calling thread's own setting as it was. `parameters` hold for this call; those that the
+  // index does not have are ignored. With `allowed`, which has a bit for each of the ntotal positions, only allowed
+  // positions are returned; an approximate index may miss some of them.
+  // Errors: InvalidArgument (n < 0, k < 1, nthreads < 1), Internal (FAISS failed).
+  Status Search(int64_t n, const float* x, int64_t k, float* distances, int64_t* labels, int nthreads = 1,
+                const SearchParameters& parameters = {}, const PositionSet* allowed = nullptr) const;
+
+  // Returns whether Reconstruct works. It does not for inverted lists, which would need a table for it.
+  bool can_reconstruct() const { return ivf_ == nullptr || refine_ != nullptr; }
+  // Calls use(position, x [d]) with the vector of each position, as the index holds it. Errors: Internal (FAISS failed).
+  Status Reconstruct(Span<const int64_t> positions, const std::function<void(int64_t, const float*)>& use) const;
+
+  // Inverted lists. All of these need has_lists(). FastScan lists, whose codes are interleaved, cannot be read; neither
+  // are the lists below a refinement, because their codes do not decide the final score.
+  bool has_lists() const { return lists_ != nullptr; }
+  int64_t num_lists() const;
+  int64_t list_size(int64_t list) const;
+  // Copies the positions of the items in a list to ids [list_size].
+  void ReadListIds(int64_t list, int64_t* ids) const;
+  // Returns the codes of the items in a list, [list_size, code_size].
+  const uint8_t* list_codes(int64_t list) const;
+  int64_t code_size() const;
+  // Returns the dimension of the vectors in the lists. It is d(), unless a transform such as PCA comes before the lists.
+  int64_t list_dim() const;
+  // Applies the transforms before the lists, if there are any: x [d] -> y [list_dim].
+  Status Transform(const float* x, float* y) const;
+  // Copies the centroids of the lists to centroids [num_lists, list_dim]. To be called at most once, before any search.
+  // Errors: Internal (FAISS failed).
+  Status ReadCentroids(float* centroids);
+
+ private:
+  friend class FaissListScanner;
+  struct ParameterObjects;
+
+  FaissIndex(const FaissFunctions& faiss, faiss::Index* index, std::unique_ptr<MappedFile> file);
+  void FindParts();
+  const faiss::SearchParameters* FillObjects(const SearchParameters& parameters, const PositionSet* allowed,
+                                             ParameterObjects* objects) const;
+
+  const FaissFunctions& faiss_;
+  const std::unique_ptr<MappedFile> file_;  // index_ points into it; null when the index is in memory
+  faiss::Index* const index_;
+  // The parts that index_ consists of, from the outside to the inside. A part that it does not have is null.
+  const faiss::Index* refine_ = nullptr;     // IndexRefine
+  const faiss::Index* transform_ = nullptr;  // IndexPreTransform
+  const faiss::Index* hnsw_ = nullptr;       // IndexHNSW
+  const faiss::Index* ivf_ = nullptr;        // IndexIVF
+  const faiss::InvertedLists* lists_ = nullptr;  // of ivf_, if they can be read
+  std::unique_ptr<FaissGpuCopy> gpu_;
+};
+
+}  // namespace dpsr
+
+#endif  // DPSR_EXPORT_FAISS_BINDING_FAISS_INDEX_H_
