@@ -56,6 +56,7 @@ TensorProto = _message("tensorflow.TensorProto")
 ModelSpec = _message("tensorflow.serving.ModelSpec")
 PredictRequest = _message("tensorflow.serving.PredictRequest")
 PredictResponse = _message("tensorflow.serving.PredictResponse")
+PredictionLog = _message("tensorflow.serving.PredictionLog")  # a warm-up request
 ClassificationRequest = _message("tensorflow.serving.ClassificationRequest")
 ClassificationResponse = _message("tensorflow.serving.ClassificationResponse")
 RegressionRequest = _message("tensorflow.serving.RegressionRequest")

@@ -215,6 +215,27 @@ def export(model: ModelDirectory, index: Index, out: Path) -> dict[str, Any]:
         CommandError: the index was made from another model or checkpoint or is damaged, or the written servable does
             not answer.
     """
+    _check_index_of_model(model, index)
+    checkpoint = model.path / index.manifest["checkpoint"]
+    shutil.rmtree(out)  # the builder insists on making it
+    inputs = write_saved_model(model, index.manifest, index.path, index.max_parameters(), str(checkpoint), out)
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "version": MANIFEST_VERSION,
+        "tensorflow_version": tf.__version__,
+        "faiss_version": faiss.__version__,
+        "op_libraries": ["libdpsr_tokenizer_ops.so", "libdpsr_retrieval_ops.so"],
+        "op_libraries_version": __version__,
+        "k": model.config.serving.k,
+        "inputs": inputs,
+        "config": to_dict(model.config),
+    }
+    (out / "assets.extra").mkdir()
+    return _finish(index, manifest, out)
+
+
+def _check_index_of_model(model: ModelDirectory, index: Index) -> None:
+    """Raises CommandError if the index was made from another model or checkpoint, or the model cannot be exported."""
     checkpoint = model.path / index.manifest["checkpoint"]
     expected = {
         "vocabulary_fingerprint": f"{model.vocabulary.fingerprint:016x}",
@@ -242,21 +263,6 @@ def export(model: ModelDirectory, index: Index, out: Path) -> dict[str, Any]:
             f"{model.path}: its item feature 'text' would be the input item_text, which is the item's text; give it "
             f"another `name` in the schema"
         )
-    shutil.rmtree(out)  # the builder insists on making it
-    inputs = write_saved_model(model, index.manifest, index.path, index.max_parameters(), str(checkpoint), out)
-    manifest = {
-        "format": MANIFEST_FORMAT,
-        "version": MANIFEST_VERSION,
-        "tensorflow_version": tf.__version__,
-        "faiss_version": faiss.__version__,
-        "op_libraries": ["libdpsr_tokenizer_ops.so", "libdpsr_retrieval_ops.so"],
-        "op_libraries_version": __version__,
-        "k": model.config.serving.k,
-        "inputs": inputs,
-        "config": to_dict(model.config),
-    }
-    (out / "assets.extra").mkdir()
-    return _finish(index, manifest, out)
 
 
 def renew_index(old: Path, index: Index, out: Path) -> dict[str, Any]:
@@ -289,7 +295,14 @@ def renew_index(old: Path, index: Index, out: Path) -> dict[str, Any]:
     shutil.copytree(old, out, dirs_exist_ok=True, ignore=left_out)
     for name in renewed:
         shutil.copyfile(index.path / name, out / "assets" / name)
-    path = out / "saved_model.pb"
+    _renew_graph(out, renewed, index.max_parameters())
+    (out / "assets.extra").mkdir()
+    return _finish(index, manifest, out)
+
+
+def _renew_graph(servable: Path, renewed: set[str], max_parameters: str) -> None:
+    """Writes what the graph says of the index: the bounds of its search parameters, and which asset files it accepts."""
+    path = servable / "saved_model.pb"
     saved_model = saved_model_pb2.SavedModel.FromString(path.read_bytes())
     (meta_graph,) = saved_model.meta_graphs
     assets = {}
@@ -298,12 +311,10 @@ def renew_index(old: Path, index: Index, out: Path) -> dict[str, Any]:
         assets[asset.tensor_info.name.partition(":")[0]] = asset.filename
     for node in meta_graph.graph_def.node:
         if node.op == "DpsrFaissIndexLoad":
-            node.attr["max_parameters"].s = index.max_parameters().encode()
+            node.attr["max_parameters"].s = max_parameters.encode()
         elif node.op == "DpsrFileFingerprint" and assets[node.input[0]] in renewed:
-            node.attr["expected"].s = file_fingerprint(out / "assets" / assets[node.input[0]]).encode()
+            node.attr["expected"].s = file_fingerprint(servable / "assets" / assets[node.input[0]]).encode()
     path.write_bytes(saved_model.SerializeToString(deterministic=True))
-    (out / "assets.extra").mkdir()
-    return _finish(index, manifest, out)
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:

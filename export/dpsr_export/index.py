@@ -14,12 +14,9 @@ The index directory holds
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
 import hashlib
 import json
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,8 @@ from absl import flags
 
 from dpsr_common.errors import CommandError
 from dpsr_common.typed_config import to_dict
-from dpsr_export import ann, embeddings, faiss_search, item_attributes, servable_assets
+from dpsr_export import ann, embeddings, faiss_search, item_attributes, recall_report, servable_assets
+from dpsr_export.recall_report import MeasuredIndex
 from dpsr_tf.config import Config, IndexConfig
 from dpsr_tf.data.store import Store, new_directory
 from dpsr_tf.models.model_directory import ModelDirectory
@@ -109,16 +107,8 @@ def build_index(
         CommandError: model and store do not go together, the model is not trained, FAISS refuses the factory string
             or the parameters, nothing fits index.memory, the device is not there, or ann_recall is too low.
     """
-    difference = model.store_difference(store)
-    if difference:
-        raise CommandError(f"{model.path}: {difference}; give the store the model was trained on")
+    _check_inputs(model, store, config, device)
     checkpoint = model.last_checkpoint()
-    # What can be refused now is not refused after an hour.
-    ann.check_device(device)
-    dim = model.config.model.embedding_dim
-    if config.index.factory != "auto":
-        ann.set_parameters(ann.make(config.index.factory, dim), config.index.parameters)
-    _candidates(config.index, store.counts.items, dim)
     source = embeddings.source_fingerprint(model, store, checkpoint)
     with (
         new_directory(out, overwrite, "index", "index.json") as directory,
@@ -126,29 +116,10 @@ def build_index(
     ):
         path = embeddings.embed_items(model, store, checkpoint, work)
         embeddings.link_or_copy(path, directory / path.name)
-        items = embeddings.ItemEmbeddings(path, dim)
-        queries, what = embeddings.sample_queries(model, store, checkpoint, _RECALL_QUERIES)
-        if not len(queries):
-            queries = items.vectors[:: max(1, len(items.ids) // _RECALL_QUERIES)][:_RECALL_QUERIES]
-            what = f"{len(queries):,} items, as there is no query to ask"
-        result = choose_and_build(items.vectors, queries, config, device)
-        print(f"ann_recall of {result.factory} ({what})\n{table(result)}")
-        k = config.serving.k
-        recall = result.chosen.ann_recall[k]
-        if recall < min_ann_recall:
-            raise CommandError(
-                f"ann_recall@{k} of {result.factory} is {recall:.4f} at most ({result.chosen.parameters}), below "
-                f"--min_ann_recall={min_ann_recall:g}; take another index.factory or index.parameters (the embeddings "
-                f"are kept for the next run)"
-            )
-        faiss.write_index(result.index, str(directory / "items.faiss"))
-        faiss_search.write_item_ids(directory / "item_ids.dpsr", items.ids, directory / "items.faiss")
-        filtered_by = item_attributes.write(directory, store)
-        write_titles(directory / "item_titles.tsv.gz", store.items()["id"], store.titles())
-        _write_report(directory, result, what)
-        texts, users, _ = embeddings.log_sample(store, servable_assets.NUM_REQUESTS)
-        serving = servable_assets.write_assets(model, store, texts, users, directory)
-        files = ["items.faiss", "item_ids.dpsr", *filtered_by, servable_assets.REQUESTS, *serving["serving_files"]]
+        items = embeddings.ItemEmbeddings(path, model.config.model.embedding_dim)
+        measured = _build_and_report(model, store, checkpoint, items, config, device, directory)
+        _check_recall(measured, min_ann_recall)
+        files = _write_files(model, store, items, measured, directory)
         manifest = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -160,35 +131,79 @@ def build_index(
             "items": len(items.ids),
             "empty_items": items.num_empty,
             "not_finite_items": items.num_not_finite,
-            "embedding_dim": dim,
-            "factory": result.factory,
-            "parameters": result.chosen.parameters,
+            "embedding_dim": model.config.model.embedding_dim,
+            "factory": measured.factory,
+            "parameters": measured.chosen.parameters,
             "metric": "inner_product",
             "config": to_dict(config.index),
             "bytes": (directory / "items.faiss").stat().st_size,
-            **{f"ann_recall@{at}": value for at, value in result.chosen.ann_recall.items()},
-            "p50_ms": result.chosen.p50_ms,
-            "p99_ms": result.chosen.p99_ms,
-            **serving,
-            "files": {name: file_record(directory / name) for name in files},
+            **{f"ann_recall@{at}": value for at, value in measured.chosen.ann_recall.items()},
+            "p50_ms": measured.chosen.p50_ms,
+            "p99_ms": measured.chosen.p99_ms,
+            **files,
         }
         (directory / "index.json").write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
-@dataclasses.dataclass(frozen=True)
-class Built:
-    """A measured index, with its search parameters set."""
+def _check_inputs(model: ModelDirectory, store: Store, config: Config, device: str) -> None:
+    """Raises CommandError for what can be refused now instead of after an hour."""
+    difference = model.store_difference(store)
+    if difference:
+        raise CommandError(f"{model.path}: {difference}; give the store the model was trained on")
+    ann.check_device(device)
+    dim = model.config.model.embedding_dim
+    if config.index.factory != "auto":
+        ann.set_parameters(ann.make(config.index.factory, dim), config.index.parameters)
+    _candidates(config.index, store.counts.items, dim)
 
-    index: faiss.Index
-    factory: str
-    settings: list[ann.Setting]
-    chosen: ann.Setting
-    k: int  # of the recall target
-    recall_target: float
+
+def _build_and_report(
+    model: ModelDirectory,
+    store: Store,
+    checkpoint: str,
+    items: embeddings.ItemEmbeddings,
+    config: Config,
+    device: str,
+    directory: Path,
+) -> MeasuredIndex:
+    """Builds the index, measures it with queries of the log, and prints and writes the recall report."""
+    queries, what = embeddings.sample_queries(model, store, checkpoint, _RECALL_QUERIES)
+    if not len(queries):
+        queries = items.vectors[:: max(1, len(items.ids) // _RECALL_QUERIES)][:_RECALL_QUERIES]
+        what = f"{len(queries):,} items, because the log has no queries"
+    measured = choose_and_build(items.vectors, queries, config, device)
+    print(f"ann_recall of {measured.factory} ({what})\n{recall_report.table(measured)}")
+    recall_report.write(directory, measured, what)
+    return measured
 
 
-def choose_and_build(vectors: np.ndarray, queries: np.ndarray, config: Config, device: str = "cpu") -> Built:
+def _check_recall(measured: MeasuredIndex, min_ann_recall: float) -> None:
+    """Raises CommandError if the index finds less than --min_ann_recall."""
+    recall = measured.chosen.ann_recall[measured.k]
+    if recall < min_ann_recall:
+        raise CommandError(
+            f"ann_recall@{measured.k} of {measured.factory} is {recall:.4f} at most ({measured.chosen.parameters}), "
+            f"below --min_ann_recall={min_ann_recall:g}; choose another index.factory or index.parameters (the "
+            f"embeddings are kept for the next run)"
+        )
+
+
+def _write_files(
+    model: ModelDirectory, store: Store, items: embeddings.ItemEmbeddings, measured: MeasuredIndex, directory: Path
+) -> dict[str, Any]:
+    """Writes the files that a servable is made from; returns what index.json says of them."""
+    faiss.write_index(measured.index, str(directory / "items.faiss"))
+    faiss_search.write_item_ids(directory / "item_ids.dpsr", items.ids, directory / "items.faiss")
+    filtered_by = item_attributes.write(directory, store)
+    write_titles(directory / "item_titles.tsv.gz", store.items()["id"], store.titles())
+    texts, users, _ = embeddings.log_sample(store, servable_assets.NUM_REQUESTS)
+    serving = servable_assets.write_assets(model, store, texts, users, directory)
+    names = ["items.faiss", "item_ids.dpsr", *filtered_by, servable_assets.REQUESTS, *serving["serving_files"]]
+    return {**serving, "files": {name: file_record(directory / name) for name in names}}
+
+
+def choose_and_build(vectors: np.ndarray, queries: np.ndarray, config: Config, device: str = "cpu") -> MeasuredIndex:
     """Builds the index of `config.index` over float32 [n, dim]; with `auto` a larger one where recall is too low.
 
     Raises:
@@ -196,7 +211,7 @@ def choose_and_build(vectors: np.ndarray, queries: np.ndarray, config: Config, d
     """
     k, target = config.serving.k, config.index.recall_target
     exact = ann.Exact(vectors, queries, sorted({*ann.RECALL_AT, k}), device)
-    best: Built | None = None
+    best: MeasuredIndex | None = None
     best_bytes = 0
     fitting = _candidates(config.index, len(vectors), vectors.shape[1])
     if config.index.factory == "auto":
@@ -210,7 +225,8 @@ def choose_and_build(vectors: np.ndarray, queries: np.ndarray, config: Config, d
         settings = ann.sweep(index, exact, queries, k, config.index.parameters)
         chosen = settings[0] if config.index.parameters else ann.choose(settings, k, target)
         if best is None or chosen.ann_recall[k] > best.chosen.ann_recall[k]:
-            best, best_bytes = Built(index, candidate.factory, settings, chosen, k, target), candidate.bytes
+            best = MeasuredIndex(index, candidate.factory, settings, chosen, k, target)
+            best_bytes = candidate.bytes
         if chosen.ann_recall[k] >= target:
             break
         print(f"{candidate.factory}: ann_recall@{k} is {chosen.ann_recall[k]:.4f} at most, below {target:g}")
@@ -232,75 +248,6 @@ def _candidates(config: IndexConfig, items: int, dim: int) -> list[ann.Candidate
             f"{smallest.factory}, takes about {smallest.bytes / 1e9:.3g} GB; allow more, or lower model.embedding_dim"
         )
     return fitting
-
-
-def table(built: Built) -> str:
-    """The recall report for people; an asterisk marks what was chosen."""
-    ks = list(built.chosen.ann_recall)
-    lines = [f"  {'parameters':<28}" + "".join(f"{f'@{k}':>9}" for k in ks) + f"{'p50 ms':>10}{'p99 ms':>10}"]
-    for setting in built.settings:
-        mark = "*" if setting == built.chosen else " "
-        recalls = "".join(f"{recall:>9.4f}" for recall in setting.ann_recall.values())
-        lines.append(f"{mark} {setting.parameters or '-':<28}{recalls}{setting.p50_ms:>10.3f}{setting.p99_ms:>10.3f}")
-    if built.chosen.ann_recall[built.k] < built.recall_target:
-        lines.append(f"index.recall_target={built.recall_target:g} of ann_recall@{built.k} is not reached")
-    return "\n".join(lines)
-
-
-def _write_report(directory: Path, built: Built, queries: str) -> None:
-    report = {
-        "queries": queries,
-        "factory": built.factory,
-        "k": built.k,
-        "recall_target": built.recall_target,
-        "chosen": built.chosen.parameters,
-        "latency": f"one query at a time, one thread, k={built.k}",
-        "settings": [
-            {
-                "parameters": setting.parameters,
-                **{f"ann_recall@{k}": recall for k, recall in setting.ann_recall.items()},
-                "p50_ms": setting.p50_ms,
-                "p99_ms": setting.p99_ms,
-            }
-            for setting in built.settings
-        ],
-    }
-    (directory / "recall.json").write_text(json.dumps(report, indent=2) + "\n")
-    if len(built.settings) > 1:
-        (directory / "recall.svg").write_text(plot(built.settings, built.factory))
-
-
-def plot(settings: Sequence[ann.Setting], title: str) -> str:
-    """An SVG of ann_recall over the median latency (logarithmic): a colour a k, a dot a setting."""
-    width, height, margin = 640, 400, 60
-    times = [max(setting.p50_ms, 1e-6) for setting in settings]
-    low, high = math.log10(min(times)), math.log10(max(times))
-
-    def x(ms: float) -> float:
-        return margin + (width - 2 * margin) * (math.log10(max(ms, 1e-6)) - low) / (high - low or 1)
-
-    def y(recall: float) -> float:
-        return height - margin - (height - 2 * margin) * recall
-
-    def text(left: float, top: float, words: str, anchor: str = "middle", fill: str = "black") -> str:
-        return f'<text x="{left:.0f}" y="{top:.0f}" text-anchor="{anchor}" fill="{fill}">{words}</text>'
-
-    parts = [text(width / 2, 30, f"ann_recall of {title}"), text(width / 2, height - 15, "median latency, ms")]
-    for recall in (0, 0.25, 0.5, 0.75, 1):
-        parts.append(f'<path d="M{margin} {y(recall):.0f}H{width - margin}" stroke="lightgrey"/>')
-        parts.append(text(margin - 8, y(recall) + 4, f"{recall:g}", "end"))
-    parts += [text(x(ms), height - margin + 18, f"{ms:.2g}") for ms in (min(times), max(times))]
-    for i, (k, colour) in enumerate(zip(settings[0].ann_recall, ("crimson", "teal", "navy", "orange"), strict=False)):
-        parts.append(text(width - margin + 8, margin + 16 * i, f"@{k}", "start", colour))
-        for setting in settings:
-            place = f'cx="{x(setting.p50_ms):.1f}" cy="{y(setting.ann_recall[k]):.1f}"'
-            label = f"<title>{setting.parameters} {setting.ann_recall[k]:.4f}</title>"
-            parts.append(f'<circle {place} r="4" fill="{colour}">{label}</circle>')
-    body = "\n".join(parts)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
-        f'font-size="12">\n{body}\n</svg>\n'
-    )
 
 
 def file_record(path: Path) -> dict[str, Any]:

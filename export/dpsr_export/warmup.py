@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from dpsr_common.errors import CommandError, op_message
+from dpsr_common.serving_apis import PredictionLog
 from dpsr_export import faiss_search
 from dpsr_export.ann import RECALL_AT
 from dpsr_export.signatures import input_types
@@ -95,30 +96,13 @@ def write_warmup(path: Path, requests: Sequence[Request]) -> None:
     """Writes the file that TensorFlow Serving reads: TFRecords of PredictionLog messages."""
     with tf.io.TFRecordWriter(str(path)) as file:
         for signature, inputs in requests:
-            file.write(_prediction_log(signature, inputs))
-
-
-def _prediction_log(signature: str, inputs: Mapping[str, np.ndarray]) -> bytes:
-    """A PredictionLog of tensorflow_serving/apis/prediction_log.proto, whose classes come with a server's package."""
-    spec = _field(3, signature.encode())  # ModelSpec.signature_name
-    request = _field(1, spec)  # PredictRequest.model_spec
-    for name, value in sorted(inputs.items()):
-        tensor = tf.make_tensor_proto(value).SerializeToString(deterministic=True)
-        request += _field(2, _field(1, name.encode()) + _field(2, tensor))  # PredictRequest.inputs
-    return _field(6, _field(1, request))  # PredictionLog.predict_log, PredictLog.request
-
-
-def _field(number: int, data: bytes) -> bytes:
-    """A field of a protocol buffer that is a message or a text."""
-    return _varint(number << 3 | 2) + _varint(len(data)) + data
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*encoded, value])
+            log = PredictionLog()
+            request = log.predict_log.request
+            request.model_spec.signature_name = signature
+            for name, value in inputs.items():
+                # TensorFlow's own TensorProto is another Python class with the same wire format.
+                request.inputs[name].ParseFromString(tf.make_tensor_proto(value).SerializeToString())
+            file.write(log.SerializeToString(deterministic=True))
 
 
 def replay(

@@ -166,7 +166,10 @@ std::string TestSearchParameters(const FaissFunctions& faiss) {
   };
   const OwnedIndex ivf = MakeIndex(faiss, 4, "IVF1,Flat");
   const OmpThreads one_thread(faiss, 1);
-  faiss.ivf_train(ivf.get(), 1, kQuery);
+  // FAISS prints a warning when it has fewer vectors than this for one centroid.
+  constexpr int64_t kTrain = 39;
+  const std::array<float, 4 * kTrain> vectors = {1, 0, 0, 0};
+  faiss.ivf_train(ivf.get(), kTrain, vectors.data());
   faiss::SearchParametersIVF ivf_parameters;
   ivf_parameters.nprobe = 0;
   const bool refuses_nprobe = !accepts(ivf, ivf_parameters);

@@ -423,44 +423,47 @@ class PastQueriesOp : public OpKernel {
   int length_;
 };
 
-enum KeysInput { kKeysHandle = kHandle, kKeysInput };
+enum MapInput { kMapHandle = kHandle, kMapValues };
 
-class ItemIdsOfKeysOp : public OpKernel {
+// Gives each element of the input what a key table has for it, in an output of the same shape.
+template <typename Mapping>
+class KeyTableMapOp : public OpKernel {
  public:
   using OpKernel::OpKernel;
 
   void Compute(OpKernelContext* c) override {
     std::shared_ptr<const KeyTable> table;
     OP_REQUIRES_OK(c, LoadedTable(c, &table));
-    const Tensor& keys = c->input(kKeysInput);
-    Tensor* ids;
-    OP_REQUIRES_OK(c, c->allocate_output(0, keys.shape(), &ids));
-    int64_t* out = static_cast<int64_t*>(ids->data());
-    for (int64_t i = 0; i < keys.NumElements(); ++i) {
-      const std::string_view key = Trimmed(View(keys.flat<tstring>()(i)));
-      const int32_t row = key.empty() ? -1 : table->Find(key);
-      out[i] = row < 0 ? -1 : table->id(row);
-    }
+    const Tensor& values = c->input(kMapValues);
+    Tensor* mapped;
+    OP_REQUIRES_OK(c, c->allocate_output(0, values.shape(), &mapped));
+    // Through void*: TensorFlow's own int64 may be another type of the same size.
+    const auto* from = static_cast<const typename Mapping::From*>(values.data());
+    auto* to = static_cast<typename Mapping::To*>(mapped->data());
+    for (int64_t i = 0; i < values.NumElements(); ++i) Mapping::Map(*table, from[i], &to[i]);
   }
 };
 
-class ItemKeysOfIdsOp : public OpKernel {
- public:
-  using OpKernel::OpKernel;
+// An item id of the shop's own text id, or -1.
+struct IdOfKey {
+  using From = tstring;
+  using To = int64_t;
+  static void Map(const KeyTable& table, const tstring& key, int64_t* id) {
+    const std::string_view text = Trimmed(View(key));
+    const int32_t row = text.empty() ? -1 : table.Find(text);
+    *id = row < 0 ? -1 : table.id(row);
+  }
+};
 
-  void Compute(OpKernelContext* c) override {
-    std::shared_ptr<const KeyTable> table;
-    OP_REQUIRES_OK(c, LoadedTable(c, &table));
-    const Tensor& ids = c->input(kKeysInput);
-    const int64_t* id = static_cast<const int64_t*>(ids.data());
-    Tensor* keys;
-    OP_REQUIRES_OK(c, c->allocate_output(0, ids.shape(), &keys));
-    for (int64_t i = 0; i < ids.NumElements(); ++i) {
-      const int32_t row = id[i] < 0 ? -1 : table->FindId(id[i]);
-      if (row < 0) continue;  // the empty text
-      const std::string_view key = table->key(row);
-      keys->flat<tstring>()(i).assign(key.data(), key.size());
-    }
+// The shop's own text id of an item id, or the empty text, which a new tensor holds.
+struct KeyOfId {
+  using From = int64_t;
+  using To = tstring;
+  static void Map(const KeyTable& table, int64_t id, tstring* key) {
+    const int32_t row = id < 0 ? -1 : table.FindId(id);
+    if (row < 0) return;
+    const std::string_view text = table.key(row);
+    key->assign(text.data(), text.size());
   }
 };
 
@@ -643,22 +646,22 @@ length: How many of a user count.
 row_splits: [batch + 1], where each user's queries are.
 )doc");
 
-#define DPSR_REGISTER_LOOKUP(name, from, to, doc)                      \
-  REGISTER_OP(name)                                                    \
-      .Input("handle: resource")                                       \
-      .Input(from)                                                     \
-      .Output(to)                                                      \
-      .SetIsStateful()                                                 \
-      .SetShapeFn([](InferenceContext* c) {                            \
-        c->set_output(0, c->input(kKeysInput));                        \
-        return tensorflow::OkStatus();                                 \
-      })                                                               \
+#define DPSR_REGISTER_KEY_TABLE_MAP(name, from, to, doc) \
+  REGISTER_OP(name)                                      \
+      .Input("handle: resource")                         \
+      .Input(from)                                       \
+      .Output(to)                                        \
+      .SetIsStateful()                                   \
+      .SetShapeFn([](InferenceContext* c) {              \
+        c->set_output(0, c->input(kMapValues));          \
+        return tensorflow::OkStatus();                   \
+      })                                                 \
       .Doc(doc)
-DPSR_REGISTER_LOOKUP("DpsrItemIdsOfKeys", "keys: string", "ids: int64",
-                     "Item ids of the shop's own text ids, of the same shape; -1 where there is none.");
-DPSR_REGISTER_LOOKUP("DpsrItemKeysOfIds", "ids: int64", "keys: string",
-                     "The shop's own text ids of item ids, of the same shape; empty where there is none.");
-#undef DPSR_REGISTER_LOOKUP
+DPSR_REGISTER_KEY_TABLE_MAP("DpsrItemIdsOfKeys", "keys: string", "ids: int64",
+                            "Item ids of the shop's own text ids, of the same shape; -1 where there is none.");
+DPSR_REGISTER_KEY_TABLE_MAP("DpsrItemKeysOfIds", "ids: int64", "keys: string",
+                            "The shop's own text ids of item ids, of the same shape; empty where there is none.");
+#undef DPSR_REGISTER_KEY_TABLE_MAP
 
 REGISTER_OP("DpsrFileFingerprint")
     .Input("filename: string")
@@ -685,8 +688,8 @@ DPSR_REGISTER("DpsrItemTableLoad", ItemTableLoadOp);
 DPSR_REGISTER("DpsrFeatureCodes", FeatureCodesOp);
 DPSR_REGISTER("DpsrItemHistory", ItemHistoryOp);
 DPSR_REGISTER("DpsrPastQueries", PastQueriesOp);
-DPSR_REGISTER("DpsrItemIdsOfKeys", ItemIdsOfKeysOp);
-DPSR_REGISTER("DpsrItemKeysOfIds", ItemKeysOfIdsOp);
+DPSR_REGISTER("DpsrItemIdsOfKeys", KeyTableMapOp<IdOfKey>);
+DPSR_REGISTER("DpsrItemKeysOfIds", KeyTableMapOp<KeyOfId>);
 DPSR_REGISTER("DpsrFileFingerprint", FileFingerprintOp);
 #undef DPSR_REGISTER
 

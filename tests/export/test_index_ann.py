@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 
 from dpsr_common.errors import CommandError
 from dpsr_export import ann
-from dpsr_export.index import choose_and_build, plot, table
+from dpsr_export.index import choose_and_build
+from dpsr_export.recall_report import MeasuredIndex, plot, table, write
 from dpsr_tf.config import Config, IndexConfig, ServingConfig
 
 DIM = 16
@@ -242,7 +244,7 @@ def test_the_cheapest_setting_that_meets_the_target_is_chosen(vectors: np.ndarra
 def test_a_target_out_of_reach_gives_the_best_and_says_so(vectors: np.ndarray, queries: np.ndarray) -> None:
     built = choose_and_build(vectors, queries, config("IVF32,PQ4np", recall_target=1.0))
     assert built.chosen.ann_recall[10] == max(setting.ann_recall[10] for setting in built.settings) < 1
-    assert "index.recall_target=1 of ann_recall@10 is not reached" in table(built)
+    assert "ann_recall@10 does not reach index.recall_target=1" in table(built)
 
 
 def test_given_parameters_are_taken(vectors: np.ndarray, queries: np.ndarray) -> None:
@@ -269,9 +271,22 @@ def test_latency_leaves_the_number_of_threads_alone(vectors: np.ndarray, queries
 def test_the_plot_is_svg_with_a_dot_a_setting() -> None:
     found = [ann.Setting(f"nprobe={i}", {10: i / 4, 100: i / 5}, 0.1 * i, 1.0) for i in (1, 2, 4)]
     root = ElementTree.fromstring(plot(found, "IVF4,Flat"))
-    dots = root.findall("{http://www.w3.org/2000/svg}circle")
-    assert len(dots) == 6 and len({(dot.get("cx"), dot.get("cy")) for dot in dots}) == 6
-    assert all(0 <= float(dot.get("cx", -1)) <= 640 and 0 <= float(dot.get("cy", -1)) <= 400 for dot in dots)
+    svg = "{http://www.w3.org/2000/svg}"
+    _, _, width, height = map(float, root.get("viewBox", "").split())
+    groups = [root.find(f".//{svg}g[@id='ann_recall@{k}']") for k in (10, 100)]
+    dots = [dot for group in groups if group is not None for dot in group.iter(f"{svg}use")]
+    assert len(dots) == 6 and len({(dot.get("x"), dot.get("y")) for dot in dots}) == 6
+    assert all(0 <= float(dot.get("x", -1)) <= width and 0 <= float(dot.get("y", -1)) <= height for dot in dots)
+
+
+def test_without_matplotlib_the_report_has_no_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [ann.Setting(f"nprobe={i}", {10: i / 4}, 0.1 * i, 1.0) for i in (1, 2)]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    write(tmp_path, MeasuredIndex(None, "IVF4,Flat", found, found[0], 10, 0.2), "two queries")
+    assert [path.name for path in tmp_path.iterdir()] == ["recall.json"]
+    assert "recall.svg is not written" in capsys.readouterr().out
 
 
 def test_a_faiss_without_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
