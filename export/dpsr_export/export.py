@@ -301,7 +301,7 @@ def renew_index(old: Path, index: Index, out: Path) -> dict[str, Any]:
 
 
 def _renew_graph(servable: Path, renewed: set[str], max_parameters: str) -> None:
-    """Writes what the graph says of the index: the bounds of its search parameters, and which asset files it accepts."""
+    """Updates what the graph says about the index: bounds of search parameters, and the accepted asset files."""
     path = servable / "saved_model.pb"
     saved_model = saved_model_pb2.SavedModel.FromString(path.read_bytes())
     (meta_graph,) = saved_model.meta_graphs
