@@ -333,12 +333,12 @@ def test_an_index_that_is_not_the_one_of_the_item_ids(files: Files, tmp_path: Pa
     whole = Path(files.index).read_bytes()
     for place in (9, 100, len(whole) // 2, len(whole) - 1):
         Path(files.index).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        assert_refused(files, tf.errors.DataLossError, files.index, "checksum", "damaged, or another one")
+        assert_refused(files, tf.errors.DataLossError, files.index, "checksum", "damaged, or it is another file")
     Path(files.index).write_bytes(whole + b"x")
     assert_refused(files, tf.errors.DataLossError, f"{len(whole) + 1} bytes, expected {len(whole)}")
     (tmp_path / "other").mkdir()
     shutil.copy(Files(tmp_path / "other", items=vectors(ITEMS, seed=77)).index, files.index)
-    assert_refused(files, tf.errors.DataLossError, files.index, "another one")
+    assert_refused(files, tf.errors.DataLossError, files.index, "another file")
 
 
 def test_item_ids_of_an_older_version(files: Files) -> None:

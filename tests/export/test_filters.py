@@ -377,14 +377,14 @@ def test_k_factor_of_a_request(shop: Callable[[str], Shop]) -> None:
     [
         ("nprobe=65", "nprobe is 65, expected at most 64"),
         ("efSearch=10", "this index has no efSearch, only nprobe"),
-        ("nprobe=0", "nprobe is no whole number from 1"),
-        ("nprobe=-3", "nprobe is no whole number"),
-        ("nprobe=1.5", "nprobe is no whole number"),
-        ("nprobe=", "nprobe is no whole number"),
-        ("nprobe", "nprobe is no whole number"),
-        ("nprobe=8,nprobe=9", "nprobe stands twice"),
+        ("nprobe=0", "nprobe is not a whole number from 1"),
+        ("nprobe=-3", "nprobe is not a whole number"),
+        ("nprobe=1.5", "nprobe is not a whole number"),
+        ("nprobe=", "nprobe is not a whole number"),
+        ("nprobe", "nprobe is not a whole number"),
+        ("nprobe=8,nprobe=9", "nprobe is given twice"),
         ("nprobe=8,", "ends in a comma"),
-        ("nprobe=1e400", "nprobe is no whole number"),
+        ("nprobe=1e400", "nprobe is not a whole number"),
         ("nprobe = 8", "not one of nprobe, efSearch, k_factor_rf"),
         ("verbose=1", "not one of nprobe, efSearch, k_factor_rf"),
     ],
@@ -396,7 +396,7 @@ def test_parameters_that_are_refused(shop: Callable[[str], Shop], given: str, me
 
 
 def test_no_parameter_may_be_set_where_none_is_declared(shop: Callable[[str], Shop]) -> None:
-    with pytest.raises(tf.errors.InvalidArgumentError, match="nprobe cannot be set by a request here"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="a request to this index cannot set nprobe"):
         search(shop("IVF64,SQ8").table(), queries(1, seed=17), 5, parameters="nprobe=1")
     with pytest.raises(tf.errors.InvalidArgumentError, match="this index has no nprobe, only efSearch"):
         shop("HNSW16").table(max_parameters="nprobe=4")
