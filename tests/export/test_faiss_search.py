@@ -36,7 +36,7 @@ FACTORIES = [
     ("OPQ8,IVF16,PQ8x4", "nprobe=8"),
     ("HNSW16", "efSearch=40"),
 ]
-FAISS_SEARCH = Path(__file__).parents[2] / "export" / "faiss_search"
+FAISS_BINDING = Path(__file__).parents[2] / "export" / "faiss_binding"
 
 # item_ids [batch, k] int64, scores [batch, k] float32, heads [batch, k] int32
 Result = tuple[NDArray[Any], ...]
@@ -663,7 +663,7 @@ def test_devices(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_libraries_that_do_not_fit_are_refused(files: Files, tmp_path: Path) -> None:
     wrong, missing = str(tmp_path / "wrong" / "libfaiss.so"), str(tmp_path / "missing" / "libfaiss.so")
     Path(wrong).parent.mkdir()
-    source = FAISS_SEARCH / "wrong_version_faiss.cc"
+    source = FAISS_BINDING / "wrong_version_faiss.cc"
     subprocess.run(["c++", "-std=c++17", "-shared", "-fPIC", str(source), "-o", wrong], check=True)
     right = str(Path(faiss.__file__).parent / "libfaiss.so")
     (other_version, not_there, loaded), _ = load_in_a_process(files, wrong, missing, right)
