@@ -43,7 +43,7 @@ template <typename Number>
 Status CheckBound(const char* name, Number value, Number bound) {
   if (value == 0 || value <= bound) return Status();
   if (bound == 0) {
-    return MakeStatus(StatusCode::kInvalidArgument, "search parameters: a request to this index cannot set ", name);
+    return MakeStatus(StatusCode::kInvalidArgument, "search parameters: ", name, " cannot be set by a request here");
   }
   return MakeStatus(StatusCode::kInvalidArgument, "search parameters: ", name, " is ", value, ", expected at most ",
                     bound);

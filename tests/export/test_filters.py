@@ -396,7 +396,7 @@ def test_parameters_that_are_refused(shop: Callable[[str], Shop], given: str, me
 
 
 def test_no_parameter_may_be_set_where_none_is_declared(shop: Callable[[str], Shop]) -> None:
-    with pytest.raises(tf.errors.InvalidArgumentError, match="a request to this index cannot set nprobe"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="nprobe cannot be set by a request here"):
         search(shop("IVF64,SQ8").table(), queries(1, seed=17), 5, parameters="nprobe=1")
     with pytest.raises(tf.errors.InvalidArgumentError, match="this index has no nprobe, only efSearch"):
         shop("HNSW16").table(max_parameters="nprobe=4")
