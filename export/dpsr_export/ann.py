@@ -1,7 +1,7 @@
-"""Approximate nearest neighbours by FAISS: which index, how it is built, and how much of the exact result it finds.
+"""Approximate nearest neighbours (ANN) with FAISS: choosing an index, building it, and measuring its recall.
 
-Vectors and queries are float32 [n, dim] and [queries, dim]; the metric is the inner product; labels are positions 0 to
-n - 1, -1 where an index finds nothing. Vectors may be memory-mapped: they are read in blocks.
+Vectors are float32 [n, dim], queries float32 [queries, dim]. The metric is the inner product. Labels are the positions
+0 to n - 1, or -1 where an index finds nothing. Vectors may be memory-mapped: they are read in blocks.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ import numpy as np
 
 from dpsr_common.errors import CommandError
 
-# k of the ann_recall@k that every report gives, beside the k that is served.
+# Every report gives ann_recall@k for these k, and for the k that is served.
 RECALL_AT = (10, 100, 1000)
 
-# Up to here `auto` takes Flat: reading all vectors takes few milliseconds.
+# `auto` chooses Flat up to this number of items: comparing with all of them takes a few milliseconds.
 _FLAT_ITEMS = 50_000
-# From here on centroids come from k-means in two levels, and vectors are put into lists by a search in two levels.
+# From this number of lists on, k-means runs in two levels, and so does the search for the list of a vector.
 _TWO_LEVEL_LISTS = 4096
-# Of the sqrt(lists) groups of centroids, those looked into for a vector's list: it is found for 996 of 1,000.
+# The list of a vector is looked for in this many of the sqrt(lists) groups. It is found for 996 of 1,000 vectors.
 _ASSIGN_NPROBE = 8
-# From here on a search finds its lists by an HNSW graph. Of fewer centroids (16,384) comparing with all takes no longer
-# than a graph that finds nearly all of the nearest, and finds all.
+# From this number of lists on, a search finds its lists with an HNSW graph. With fewer (16,384), comparing with all
+# centroids takes no longer than a graph that finds nearly all of the nearest, and it finds all of them.
 _GRAPH_LISTS = 32_768
-# 8 bits a dimension seldom reach more; for a higher target `auto` starts with whole floats.
+# Codes with 8 bits for each dimension seldom reach a higher recall. For a higher target `auto` starts with floats.
 _SQ8_RECALL = 0.99
-# Vectors that k-means sees for each centroid, and least of a training sample (for the codes of PQ and SQ).
+# Number of vectors that k-means uses for each centroid, and the smallest training sample (for PQ and SQ codes).
 _POINTS_PER_CENTROID, _SAMPLE = 64, 1 << 17
 _BLOCK = 1 << 18
 _KMEANS_ITERATIONS = 10
-# Measuring latency: searches, and seconds, after which it ends.
+# A measurement of latency ends after this many searches or seconds.
 _LATENCY_SEARCHES, _LATENCY_SECONDS = 200, 1.0
 
 
@@ -46,34 +46,35 @@ class Candidate:
     """An index that `auto` may choose."""
 
     factory: str
-    bytes: int  # estimated, of the file and of the server's memory
-    verdict: str  # why it is not taken; empty: it may be
+    bytes: int  # estimated size of the file, and of the memory of a server
+    verdict: str  # why it cannot be chosen; empty if it can
 
     def line(self) -> str:
-        """A line of the table that explains the choice."""
+        """Returns a line of the table that explains the choice."""
         return f"  {self.factory:<28} {self.bytes / 1e6:>10,.1f} MB  {self.verdict or 'fits'}"
 
 
 def candidates(items: int, dim: int, recall_target: float, memory: float = 0) -> list[Candidate]:
-    """What `auto` looks at, in the order of preference.
+    """Returns the indexes that `auto` considers, the preferred one first.
 
-    Flat while it is fast enough. Else inverted lists, about 4 sqrt(items) of them, the codes as long as the target
-    asks and the memory allows: 8 bits a dimension (a quarter of the floats, and as fast as shorter ones where a
-    thousand items are wanted), floats, and where neither fits product codes behind a learnt rotation.
+    A Flat index is preferred while it is fast enough. Otherwise there are about 4 sqrt(items) inverted lists. Their codes
+    depend on the recall target and on the memory: 8 bits for each dimension (a quarter of the size of floats, and as
+    fast as shorter codes when a thousand items are wanted), floats, or, if neither fits, product codes with a learnt
+    rotation.
 
     Args:
-        items: vectors of the index.
-        dim: their length.
-        recall_target: ann_recall to reach.
-        memory: bytes that the index may take; 0 is any number.
+        items: number of vectors in the index.
+        dim: dimension of the vectors.
+        recall_target: ann_recall that the index should reach.
+        memory: bytes that the index may take. 0 means no limit.
     """
     lists = 1 << round(math.log2(max(4 * math.sqrt(items), 1)))
     graph = "_HNSW32" if lists >= _GRAPH_LISTS else ""
-    # A centroid, and in the graph its 64 links, of 4 bytes each.
+    # Each centroid has dim floats and, in a graph, 64 links of 4 bytes.
     centroids = lists * (4 * dim + (4 * 64 + 16 if graph else 0))
     ivf = f"IVF{lists}{graph}"
     flat = 4 * dim * items
-    # A code beside its id of 8 bytes. "np": without polysemous training, which takes long and serves nothing here.
+    # Each code is stored with an id of 8 bytes. "np" skips polysemous training, which takes long and is not used here.
     codes_of_8_bits, floats = (
         (f"{ivf},SQ8", items * (dim + 8) + centroids),
         (f"{ivf},Flat", flat + 8 * items + centroids),
@@ -87,7 +88,7 @@ def candidates(items: int, dim: int, recall_target: float, memory: float = 0) ->
 
     def verdict(factory: str, size: int) -> str:
         if factory == "Flat" and items > _FLAT_ITEMS:
-            return f"reads all items for every query, slow above {_FLAT_ITEMS:,}"
+            return f"compares each query with all items, slow above {_FLAT_ITEMS:,}"
         if memory and size > memory:
             return f"more than index.memory, {memory / 1e6:,.1f} MB"
         return ""
@@ -96,20 +97,20 @@ def candidates(items: int, dim: int, recall_target: float, memory: float = 0) ->
 
 
 def check_device(device: str) -> None:
-    """Raises CommandError if `device`, cpu or gpu, is not there."""
+    """Checks that `device`, "cpu" or "gpu", can be used. Raises CommandError."""
     if device == "cpu":
         return
     if not hasattr(faiss, "StandardGpuResources"):
         raise CommandError(
-            "--device=gpu: the installed FAISS has no GPU part; put faiss-gpu in the place of faiss-cpu, "
-            "or leave --device out"
+            "--device=gpu: the installed FAISS does not support GPUs; install faiss-gpu instead of faiss-cpu, "
+            "or leave out --device"
         )
     if faiss.get_num_gpus() == 0:
-        raise CommandError("--device=gpu: FAISS sees no GPU here; check nvidia-smi, or leave --device out")
+        raise CommandError("--device=gpu: FAISS finds no GPU on this machine; check nvidia-smi, or leave out --device")
 
 
 def make(factory: str, dim: int) -> faiss.Index:
-    """An empty, untrained index. Raises CommandError if FAISS does not know the factory string."""
+    """Makes an empty, untrained index. Raises CommandError if FAISS does not know the factory string."""
     try:
         return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
@@ -119,10 +120,10 @@ def make(factory: str, dim: int) -> faiss.Index:
 def build(vectors: np.ndarray, factory: str, device: str = "cpu") -> faiss.Index:
     """Trains an index on a sample of `vectors` [n, dim] and adds all of them.
 
-    On a GPU, k-means runs and vectors are added there; the index that is returned is on the CPU.
+    With device "gpu", k-means and adding run on the GPU. The index that is returned is always on the CPU.
 
     Raises:
-        CommandError: FAISS refuses the factory string, has too few vectors for it, or cannot build it on a GPU.
+        CommandError: FAISS refuses the factory string, there are too few vectors, or the GPU does not support it.
     """
     index = make(factory, vectors.shape[1])
     try:
@@ -147,10 +148,10 @@ def build(vectors: np.ndarray, factory: str, device: str = "cpu") -> faiss.Index
 
 
 def two_level_kmeans(vectors: np.ndarray, clusters: int, device: str = "cpu") -> np.ndarray:
-    """Centroids of length 1, float32 [clusters, dim], of n >= clusters vectors of length 1.
+    """Computes unit-length centroids, float32 [clusters, dim], of n >= clusters unit vectors.
 
-    k-means with sqrt(clusters) centroids, and in each of those clusters k-means with a share of the centroids as large
-    as its share of the vectors: O(n sqrt(clusters)) instead of O(n clusters) for each iteration.
+    k-means first makes sqrt(clusters) coarse clusters. Then it runs in each of them, with a number of centroids
+    proportional to the number of vectors. An iteration costs O(n sqrt(clusters)) instead of O(n clusters).
     """
 
     def kmeans(points: np.ndarray, count: int) -> Any:
@@ -173,12 +174,12 @@ def two_level_kmeans(vectors: np.ndarray, clusters: int, device: str = "cpu") ->
     ends = np.cumsum(np.bincount(assigned, minlength=coarse.k))
     shares = np.diff(ends * clusters // len(vectors), prepend=0)
     parts = np.split(order, ends[:-1])
-    # A share never exceeds its vectors by more than rounding up: with n >= clusters by none.
+    # Because n >= clusters, no part gets more centroids than it has vectors.
     return np.vstack([kmeans(vectors[part], int(n)).centroids for part, n in zip(parts, shares, strict=True) if n])
 
 
 def _train(index: faiss.Index, sample: np.ndarray, device: str) -> None:
-    """index.train(sample), but with two_level_kmeans where there are many lists."""
+    """Trains an index as index.train(sample) does, but with two_level_kmeans if it has many lists."""
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexRefine):
         _train(index.base_index, sample, device)
@@ -189,7 +190,7 @@ def _train(index: faiss.Index, sample: np.ndarray, device: str) -> None:
         for i in range(chain.size()):
             transform = faiss.downcast_VectorTransform(chain.at(i))
             if isinstance(transform, faiss.OPQMatrix):
-                transform.niter = _KMEANS_ITERATIONS  # FAISS's 50 take minutes for little
+                transform.niter = _KMEANS_ITERATIONS  # FAISS's default of 50 takes minutes and gains little
             if not transform.is_trained:
                 transform.train(sample)
             sample = transform.apply(sample)
@@ -199,25 +200,27 @@ def _train(index: faiss.Index, sample: np.ndarray, device: str) -> None:
         if isinstance(index, faiss.IndexIVF):
             _train_quantizer(index, sample, device)
             if isinstance(index, faiss.IndexIVFScalarQuantizer):
-                # The 8 bits of a dimension span all but its two in 10,000 outermost values: fewer errors than by all.
+                # The 8 bits of a dimension leave out the outermost two of 10,000 values. That gives smaller errors than
+                # spanning all values.
                 index.sq.rangestat, index.sq.rangestat_arg = faiss.ScalarQuantizer.RS_quantiles, 1e-4
-            # The codes need no more.
+            # A smaller sample is enough for the codes.
             sample = sample[:: max(1, len(sample) // _SAMPLE)]
         index.train(sample)
 
 
 def _train_quantizer(index: faiss.IndexIVF, sample: np.ndarray, device: str) -> None:
-    """Prepares the coarse quantizer; where there are many lists it gets their centroids, by two_level_kmeans."""
-    # No warnings on stderr: small shops have small lists.
+    """Prepares the coarse quantizer. If there are many lists, it gets their centroids from two_level_kmeans."""
+    # Keeps FAISS from printing warnings about few training vectors: small shops have small lists.
     for trained in (index, index.pq) if isinstance(index, faiss.IndexIVFPQ) else (index,):
         trained.cp.min_points_per_centroid = 1
     quantizer = faiss.downcast_index(index.quantizer)
     if isinstance(quantizer, faiss.IndexHNSW):
-        quantizer.hnsw.efConstruction = 200  # few nodes: a better graph costs nothing
-    if isinstance(quantizer, faiss.IndexIVF):  # residuals are taken from centroids that lie in lists themselves
+        quantizer.hnsw.efConstruction = 200  # a better graph costs little, because it has few nodes
+    if isinstance(quantizer, faiss.IndexIVF):
+        # Residuals need the centroids, and FAISS reconstructs vectors in lists only with this map.
         quantizer.make_direct_map()
     if _TWO_LEVEL_LISTS <= index.nlist <= len(sample):
-        # FAISS keeps a quantizer that holds as many centroids as there are lists.
+        # FAISS does not train a quantizer again that already has a centroid for each list.
         centroids = two_level_kmeans(sample, index.nlist, device)
         if not quantizer.is_trained:
             quantizer.train(centroids)
@@ -238,7 +241,7 @@ def _add(index: faiss.Index, vectors: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def _two_level_assignment(ivf: faiss.IndexIVF | None) -> Iterator[None]:
-    """Within it, vectors that are added find their list in two levels: most of the time that adding takes."""
+    """Makes index.add find the list of a vector in two levels. Finding it takes most of the time of adding."""
     if ivf is None or ivf.nlist < _TWO_LEVEL_LISTS:
         yield
         return
@@ -248,7 +251,7 @@ def _two_level_assignment(ivf: faiss.IndexIVF | None) -> Iterator[None]:
     groups = faiss.IndexIVFFlat(nearest, ivf.d, math.isqrt(ivf.nlist), faiss.METRIC_INNER_PRODUCT)
     groups.cp.min_points_per_centroid = 1
     groups.train(centroids)
-    groups.make_direct_map()  # gives the centroid of a list, from which residuals are taken
+    groups.make_direct_map()  # lets FAISS reconstruct the centroids, which residuals need
     groups.add(centroids)
     groups.nprobe = _ASSIGN_NPROBE
     ivf.quantizer = groups
@@ -259,7 +262,7 @@ def _two_level_assignment(ivf: faiss.IndexIVF | None) -> Iterator[None]:
 
 
 def _ivf(index: faiss.Index) -> faiss.IndexIVF | None:
-    """The inverted lists inside an index, if it has some."""
+    """Returns the part of an index that has inverted lists, or None."""
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexRefine):
         return _ivf(index.base_index)
@@ -267,18 +270,18 @@ def _ivf(index: faiss.Index) -> faiss.IndexIVF | None:
 
 
 def _probes(ivf: faiss.IndexIVF) -> Iterator[str]:
-    """nprobe in steps of about 1.4, and where a graph finds the lists, how hard that looks."""
+    """Returns parameters with nprobe in steps of about 1.4 and, if a graph finds the lists, the graph's efSearch."""
     graph = isinstance(faiss.downcast_index(ivf.quantizer), faiss.IndexHNSW)
     for nprobe in sorted({*itertools.takewhile(lambda n: n < ivf.nlist, _steps(1)), ivf.nlist}):
-        # With FAISS's efSearch of 16 a graph finds but half of the nearest 256 lists, and few beyond.
+        # With FAISS's default efSearch of 16, a graph finds only half of the nearest 256 lists.
         yield f"nprobe={nprobe}" + (f",quantizer_efSearch={max(16, 2 * nprobe)}" if graph else "")
 
 
 def set_parameters(index: faiss.Index, parameters: str) -> None:
-    """Sets search parameters in FAISS's words: "nprobe=64,k_factor_rf=4". Raises CommandError where it refuses."""
+    """Sets search parameters as FAISS names them: "nprobe=64,k_factor_rf=4". Raises CommandError if FAISS refuses."""
     if parameters:
         try:
-            # The stub of this overload names its second argument's type wrongly.
+            # FAISS's type stub has a wrong type for the second argument.
             faiss.ParameterSpace().set_index_parameters(index, parameters)  # type: ignore[arg-type]
         except RuntimeError as error:
             raise CommandError(f"FAISS refuses index.parameters '{parameters}': {_last(error)}") from None
@@ -286,19 +289,19 @@ def set_parameters(index: faiss.Index, parameters: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What an index does with some search parameters."""
+    """Search parameters of an index, and the recall and latency that were measured with them."""
 
     parameters: str
-    ann_recall: dict[int, float]  # of each k
-    p50_ms: float  # of one query at a time, on one thread, for the served k
-    p99_ms: float
+    ann_recall: dict[int, float]  # by k
+    p50_ms: float  # median latency of one query at a time on one thread, with the served k
+    p99_ms: float  # 99th percentile
 
 
 class Exact:
-    """The exact result of some queries, which ann_recall compares with."""
+    """The exact results of some queries, with which ann_recall compares."""
 
     def __init__(self, vectors: np.ndarray, queries: np.ndarray, ks: Sequence[int], device: str = "cpu"):
-        """Computes all inner products; k above n counts as n."""
+        """Computes the inner products of all queries and vectors. A k above n counts as n."""
         self._vectors, self._queries = vectors, queries
         self.ks = tuple(ks)
         largest = min(max(ks), len(vectors))
@@ -311,9 +314,10 @@ class Exact:
         self._floors = {k: scores[:, min(k, largest) - 1] for k in ks}
 
     def ann_recall(self, index: faiss.Index, k: int) -> float:
-        """Of the exact top k, the share that the index finds, averaged over the queries.
+        """Returns the share of the exact top k that the index finds, averaged over the queries.
 
-        By score, not by label: items with equal vectors are equally right. Scores within 1e-6, rounding, are equal.
+        Scores are compared, not labels, because items with equal vectors are equally right. Scores that differ by less
+        than 1e-6 are equal: that is rounding.
         """
         found = index.search(self._queries, min(k, len(self._vectors)))[1]
         right = 0
@@ -324,16 +328,17 @@ class Exact:
 
 
 def sweep(index: faiss.Index, exact: Exact, queries: np.ndarray, k: int, parameters: str = "") -> list[Setting]:
-    """Measures an index at `parameters`, if given, and over its own: nprobe or efSearch, k_factor of a refinement.
+    """Measures an index at several values of its search parameters: nprobe or efSearch, and k_factor_rf.
 
-    nprobe and efSearch grow by about 1.4, from their least value until recall is all but 1 or rises no more.
+    nprobe and efSearch grow by a factor of about 1.4, from the smallest value until recall is nearly 1 or no longer
+    rises.
 
     Args:
-        index: changed: it is left with the parameters of the last setting.
-        exact: the right answers for `queries`.
+        index: the index. It is left with the parameters of the last setting.
+        exact: the exact results of `queries`.
         queries: float32 [queries, dim].
-        k: whose latency is measured.
-        parameters: measured first.
+        k: latency is measured with this k.
+        parameters: if not empty, these search parameters are measured first.
     """
     found: list[Setting] = []
     if parameters:
@@ -351,7 +356,7 @@ def sweep(index: faiss.Index, exact: Exact, queries: np.ndarray, k: int, paramet
 
 
 def choose(settings: Sequence[Setting], k: int, recall_target: float) -> Setting:
-    """The fastest setting whose ann_recall@k meets the target; the one with the highest recall if none does."""
+    """Returns the fastest setting whose ann_recall@k reaches the target, or else the one with the highest recall."""
     good = [setting for setting in settings if setting.ann_recall[k] >= recall_target]
     if good:
         return min(good, key=lambda setting: setting.p50_ms)
@@ -359,7 +364,7 @@ def choose(settings: Sequence[Setting], k: int, recall_target: float) -> Setting
 
 
 def _grids(index: faiss.Index) -> Iterator[Iterator[str]]:
-    """For each value of the refinement, the settings of the other parameter in the order of their cost."""
+    """Returns, for each value of k_factor_rf, settings of the other parameter in the order of their cost."""
     space = faiss.ParameterSpace()
     space.initialize(index)
     names = {space.parameter_ranges.at(i).name for i in range(space.parameter_ranges.size())}
@@ -376,7 +381,7 @@ def _grids(index: faiss.Index) -> Iterator[Iterator[str]]:
 
 
 def _steps(first: int) -> Iterator[int]:
-    """first, and then twice and three times each power of two of it."""
+    """Returns `first`, and then 2, 3, 4, 6, 8, 12, 16 ... times `first`."""
     yield first
     for i in itertools.count():
         yield first << i + 1
@@ -390,7 +395,7 @@ def _measured(index: faiss.Index, exact: Exact, queries: np.ndarray, k: int, par
 
 
 def latency(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[float, float]:
-    """Median and 99th percentile, in ms, of searching one query at a time on one thread."""
+    """Measures searches of one query at a time on one thread. Returns median and 99th percentile in ms."""
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
@@ -408,5 +413,5 @@ def latency(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[float, flo
 
 
 def _last(error: Exception) -> str:
-    """FAISS's own words, without the place in its code."""
+    """Returns the last line of a FAISS error: its message without the place in the code."""
     return str(error).strip().splitlines()[-1]

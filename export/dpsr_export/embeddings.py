@@ -1,11 +1,11 @@
-"""Bulk embeddings: all items of a store by the item tower, and the queries that an index is measured with.
+"""Embeddings of all items of a store, and of the queries that an index is measured with.
 
-`item_embeddings.dpsr` is a packed file (memory-mapped, checksummed) of kind "item_embeddings":
+`item_embeddings.dpsr` is a packed file (memory-mapped, with checksums) of kind "item_embeddings":
 
-    id           int64 [items]          the items that go into the index, by ascending id, then those that do not
-    embedding    float32 [items * dim]  their unit vectors; zeros for those that are left out
-    empty        int64 [..]             ids left out because nothing is known of the item: its vector is zero
-    not_finite   int64 [..]             ids left out because their vector holds a NaN or an infinity
+    id           int64 [items]          the items that are indexed, by ascending id, then those that are not
+    embedding    float32 [items * dim]  their unit vectors; zeros for items that are not indexed
+    empty        int64 [..]             ids not indexed because no token or feature of the item is known: a zero vector
+    not_finite   int64 [..]             ids not indexed because their vector holds a NaN or an infinity
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from dpsr_tf.models.encoders import is_personal, item_encoder, query_encoder
 from dpsr_tf.models.model_directory import ModelDirectory
 
 KIND = "item_embeddings"
-# A model of which more of the items have no finite embedding has not learnt anything: training diverged.
+# If a larger share of the items has no finite embedding, training has diverged and the model is useless.
 MAX_NOT_FINITE = 0.01
-# Items whose embeddings one file holds until all are there: what a killed run loses at most, for each core.
+# Number of items in each of the files that are written on the way. A killed run loses at most one of them.
 CHUNK = 1 << 16
 _BATCH = 4096
 
@@ -42,13 +42,14 @@ class ItemEmbeddings:
     """An open item_embeddings.dpsr.
 
     Attributes:
-        ids: int64 [n], the items that go into the index, ascending.
+        ids: int64 [n], the items that are indexed, ascending.
         vectors: float32 [n, dim], memory-mapped.
-        num_empty, num_not_finite: items left out.
+        num_empty: number of items that are not indexed because their vector is zero.
+        num_not_finite: number of items that are not indexed because their vector holds a NaN or an infinity.
     """
 
     def __init__(self, path: Path, dim: int):
-        """Raises FormatError or FileNotFoundError."""
+        """Opens the file. Raises FormatError or FileNotFoundError."""
         file = PackedFile(str(path), KIND)
         self.num_empty, self.num_not_finite = len(file["empty"]), len(file["not_finite"])
         count = len(file["id"]) - self.num_empty - self.num_not_finite
@@ -57,12 +58,12 @@ class ItemEmbeddings:
 
 
 def checkpoint_fingerprint(checkpoint: str) -> str:
-    """16 hex digits that tell a checkpoint of the same name from another; its index holds checksums of all tensors."""
+    """Returns 16 hex digits that identify the weights: a hash of the .index file, which has the tensors' checksums."""
     return hashlib.sha256(Path(f"{checkpoint}.index").read_bytes()).hexdigest()[:16]
 
 
 def source_fingerprint(model: ModelDirectory, store: Store, checkpoint: str) -> str:
-    """16 hex digits of all that embeddings depend on: checkpoint, config of the towers, items with their features."""
+    """Returns 16 hex digits that identify what embeddings depend on: checkpoint, config of the towers, and items."""
     parts = [checkpoint_fingerprint(checkpoint), f"{model.vocabulary.fingerprint:016x}", repr(model.config.model)]
     parts.append(store.manifest["files"]["items.dpsr"])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -70,14 +71,14 @@ def source_fingerprint(model: ModelDirectory, store: Store, checkpoint: str) -> 
 
 @contextmanager
 def kept_embeddings(index_dir: Path, source: str) -> Iterator[Path]:
-    """A directory for the embeddings of an index while it is made: hidden, beside it; it vanishes when all went well.
+    """Gives a hidden directory beside the index, for embeddings while the index is made. It is removed on success.
 
-    A run that was killed or refused leaves there what it has computed, and the next one goes on with it; so does an
-    index that replaces one of the same source. Embeddings of another checkpoint or store are removed.
+    A run that was killed or failed leaves its embeddings there, and the next run continues with them. An index that
+    replaces one of the same source also reuses its embeddings. Embeddings of another checkpoint or store are removed.
 
     Args:
-        index_dir: where the index will lie; its parent is there.
-        source: what the embeddings are made from, a source_fingerprint.
+        index_dir: directory of the index. Its parent exists.
+        source: source_fingerprint of the embeddings.
 
     Raises:
         CommandError: the directory cannot be made.
@@ -111,7 +112,7 @@ def _source_of(index_dir: Path) -> object:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Gives a file that is never changed another name, or copies it where that cannot be."""
+    """Makes a hard link to a file that is never changed. Copies the file where links are not possible."""
     try:
         os.link(source, target)
     except OSError:
@@ -119,23 +120,24 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def embed_items(model: ModelDirectory, store: Store, checkpoint: str, work: Path) -> Path:
-    """Embeds all items of a store, with all cores, into the file item_embeddings.dpsr of the directory `work`.
+    """Embeds all items of a store, on all cores, and writes item_embeddings.dpsr in the directory `work`.
 
-    What an earlier call for the same checkpoint and store left in `work` is not computed again.
+    Embeddings that an earlier call for the same checkpoint and store left in `work` are used again. Memory is bounded,
+    because batches are read from the mapped store.
 
     Returns:
-        The file; see the module. Memory stays bounded: the batches come straight from the mapped store.
+        The path of the file. The head of this module describes its format.
 
     Raises:
-        CommandError: model and store do not go together, the checkpoint cannot be read, more than a hundredth of the
-            embeddings are no numbers, or no item has an embedding.
+        CommandError: the model was not trained on this store, the checkpoint cannot be read, more than
+            MAX_NOT_FINITE of the embeddings hold a NaN or an infinity, or no item has an embedding.
     """
     path = work / f"{KIND}.dpsr"
     if _is_whole(path):
         return path
     ids = store.items()["id"]
     if (np.diff(ids) <= 0).any():
-        raise CommandError(f"{store.path}: items.dpsr holds an item id twice; ingest the log again")
+        raise CommandError(f"{store.path}: items.dpsr has an item id twice; ingest the log again")
     encode: Callable[[np.ndarray], np.ndarray] | None = None
     chunks = []
     with (
@@ -149,7 +151,7 @@ def embed_items(model: ModelDirectory, store: Store, checkpoint: str, work: Path
                 batches = np.array_split(np.arange(begin, end), max(1, (end - begin) // _BATCH))
                 if encode is None:
                     encode = item_encoder(model, store, checkpoint)
-                    encode(batches[0][:1])  # makes the graph, which only one thread may do
+                    encode(batches[0][:1])  # builds the graph, which only one thread may do
                 _write_chunk(chunk, ids[begin:end], np.concatenate(list(threads.map(encode, batches))))
             chunks.append(chunk)
             bar.update(end - begin)
@@ -158,7 +160,8 @@ def embed_items(model: ModelDirectory, store: Store, checkpoint: str, work: Path
         count, bad = sum(map(len, left_out.values())), len(left_out["not_finite"])
         if bad > MAX_NOT_FINITE * len(ids):
             raise CommandError(
-                f"{model.path}: {bad:,} of {len(ids):,} item embeddings are no numbers; train with a lower rate"
+                f"{model.path}: {bad:,} of {len(ids):,} item embeddings hold a NaN or an infinity; train the model "
+                f"again with a lower train.learning_rate"
             )
         if count == len(ids):
             raise CommandError(f"{store.path}: no item has a text that the vocabulary knows; nothing can be indexed")
@@ -199,14 +202,14 @@ def _is_whole(path: Path) -> bool:
 
 
 def sample_queries(model: ModelDirectory, store: Store, checkpoint: str, count: int) -> tuple[np.ndarray, str]:
-    """Query vectors to measure an index with, each head's by itself.
+    """Samples query vectors to measure an index with. Each head of a query is one vector.
 
-    Of held-out interactions if the store has some, else of the log: a query comes as often as people ask it, with the
-    user and time where the model reads those. The same call gives the same vectors.
+    They come from held-out interactions if the store has some, otherwise from the log. So a query is sampled as
+    often as people ask it, and with user and time if the model reads them. The same call gives the same vectors.
 
     Returns:
-        float32 [at most count, dim], none of them zero, and what they are, for people. None at all: no query has a
-        vector.
+        Vectors, float32 [at most count, dim], without zero vectors (there may be none), and a phrase for people that
+        says which queries they are.
     """
     wanted = max(1, count // model.config.model.num_heads)
     texts, users, what = log_sample(store, wanted)
@@ -219,7 +222,7 @@ def sample_queries(model: ModelDirectory, store: Store, checkpoint: str, count: 
 
 
 def log_sample(store: Store, count: int) -> tuple[list[str], list[User], str]:
-    """Texts and users of `count` interactions by chance, held-out ones if there are; and what they are, for people."""
+    """Samples texts and users of `count` interactions, held-out ones if there are any; and a phrase that says which."""
     rng = np.random.default_rng(1)
     shards = store.interactions()
     user_ids = store.users()["id"]
@@ -245,7 +248,7 @@ def log_sample(store: Store, count: int) -> tuple[list[str], list[User], str]:
 
 
 def _query_texts(shards: list[PackedFile], rows: np.ndarray) -> Iterator[str]:
-    """Texts of global query rows."""
+    """Returns the texts of queries, which are numbered over all shards."""
     starts = _first_queries(shards)
     for row in rows.tolist():
         number = int(np.searchsorted(starts, row, side="right")) - 1
@@ -254,5 +257,5 @@ def _query_texts(shards: list[PackedFile], rows: np.ndarray) -> Iterator[str]:
 
 
 def _first_queries(shards: list[PackedFile]) -> np.ndarray:
-    """Global row of the first query of each shard, and the number of all."""
+    """Returns the number of the first query of each shard, counted over all shards, and the number of all queries."""
     return np.cumsum([0, *(len(shard["query.splits"]) - 1 for shard in shards)])

@@ -1,4 +1,4 @@
-"""`dpsr export`: fuses query tower and index into a servable."""
+"""`dpsr export`: joins the query tower and the index in one servable."""
 
 from __future__ import annotations
 
@@ -36,27 +36,31 @@ USAGE = """
 Usage: dpsr export --model=MODEL --index=INDEX --out=BASE [--version_number=N] [--shards=N]
        dpsr export --index_only --index=INDEX --out=BASE [--version_number=N] [--shards=N]
 
-Writes the servable BASE/N: a SavedModel whose graph tokenizes a query, embeds it with what is known of the user, and
-looks its nearest items up in the index it carries. N is one more than the highest version there if left out. BASE is
-what `dpsr serve` takes. The version appears when it has answered its warm-up requests, or not at all.
+Writes the servable BASE/N: a SavedModel that tokenizes a query, computes its embedding from the query and the user's
+features, and looks up the nearest items in its index. Without --version_number, N is one more than the highest version
+in BASE. `dpsr serve` takes BASE. The version appears only after it has answered its warm-up requests.
 
---index_only takes the model of the highest version in BASE, to the bit, and gives it another index.
---shards=N writes BASE/shard-0-of-N/VERSION and so on, with every N-th item each, for a proxy that merges their answers.
+--index_only copies the model of the highest version in BASE unchanged, and gives it another index.
+--shards=N writes BASE/shard-0-of-N/VERSION and so on. Each shard has every N-th item; a proxy merges their answers.
 """
 
 MANIFEST_FORMAT, MANIFEST_VERSION = "dpsr-servable", 2
-# How many items one call adds to a shard.
+# Number of items that one call adds to a shard.
 _BLOCK = 1 << 20
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Flags of `dpsr export`."""
-    flags.DEFINE_string("model", None, "model directory", flag_values=values)
-    flags.DEFINE_string("index", None, "index directory made from that model", flag_values=values)
-    flags.DEFINE_string("out", None, "base path of the servable's versions", flag_values=values)
-    flags.DEFINE_integer("version_number", None, "version directory to write", 0, flag_values=values)
-    flags.DEFINE_boolean("index_only", False, "gives the servable that is there a new index", flag_values=values)
-    flags.DEFINE_integer("shards", 1, "servables to spread the items over", 1, 1000, flag_values=values)
+    """Defines the flags of `dpsr export`."""
+    flags.DEFINE_string("model", None, "model directory, made by `dpsr train`", flag_values=values)
+    flags.DEFINE_string("index", None, "index directory that `dpsr index` made from this model", flag_values=values)
+    flags.DEFINE_string(
+        "out", None, "base path: the directory that holds the versions of the servable", flag_values=values
+    )
+    flags.DEFINE_integer("version_number", None, "number of the version to write", 0, flag_values=values)
+    flags.DEFINE_boolean(
+        "index_only", False, "keeps the model of the newest version and gives it a new index", flag_values=values
+    )
+    flags.DEFINE_integer("shards", 1, "number of servables to spread the items over", 1, 1000, flag_values=values)
 
 
 REQUIRED_FLAGS = ("index", "out")
@@ -65,9 +69,13 @@ REQUIRED_FLAGS = ("index", "out")
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """Runs `dpsr export`."""
     if values.index_only and values.model:
-        raise UsageError(f"--model={values.model}: goes not with --index_only, which keeps the model that is there")
+        raise UsageError(
+            f"--model={values.model}: cannot be combined with --index_only, which keeps the model of the servable"
+        )
     if not values.index_only and not values.model:
-        raise UsageError("--model is missing (model directory); to renew the index of a servable give --index_only")
+        raise UsageError(
+            "--model is missing (model directory); to renew only the index of a servable, give --index_only"
+        )
     base = Path(values.out)
     bases = [base]
     if values.shards > 1:
@@ -79,7 +87,7 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     model = None if values.index_only else ModelDirectory.open(values.model)
     with contextlib.ExitStack() as made:
         for number, path in enumerate(bases):
-            # All of them appear when the last is good.
+            # All shards appear together, after the last one is complete.
             out = made.enter_context(new_directory(path / str(version)))
             with index.part(number, values.shards, out.parent) as part:
                 measured = export(model, part, out) if model is not None else renew_index(_newest(path), part, out)
@@ -88,31 +96,31 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
 
 def _figures(measured: dict[str, Any]) -> str:
     if not measured["queries"]:
-        return "not measured, as the log has no query"
+        return "not measured, because the log has no queries"
     recall = measured[f"ann_recall@{measured['k']}"]
     shown = "" if recall is None else f"ann_recall@{measured['k']} {recall:.4f}, "
     return f"{shown}p50 {measured['p50_ms']:.2f} ms, p99 {measured['p99_ms']:.2f} ms ({measured['queries']} queries)"
 
 
 def versions(base: Path) -> list[int]:
-    """The versions below a base path, ascending."""
+    """Returns the version numbers in a base path, ascending."""
     return sorted(int(path.name) for path in base.glob("*") if path.name.isdigit())
 
 
 def _newest(base: Path) -> Path:
     there = versions(base)
     if not there:
-        raise CommandError(f"{base}: holds no servable; leave --index_only out and give --model")
+        raise CommandError(f"{base}: holds no servable; leave out --index_only and give --model")
     return base / str(there[-1])
 
 
 class Index:
-    """An index directory, or the part of one that a shard has.
+    """An index directory, or one shard of it.
 
     Attributes:
-        path: where its files lie.
-        manifest: what index.json says, also where this is a part.
-        shard: number and count of shards.
+        path: the directory with the files.
+        manifest: content of index.json. That of a shard has the shard's own counts and files.
+        shard: number of this shard, and number of all shards.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], shard: tuple[int, int] = (0, 1)):
@@ -120,20 +128,20 @@ class Index:
 
     @staticmethod
     def open(path: Path) -> Index:
-        """Raises CommandError if there is none, or its files are not those it was made with."""
+        """Opens and checks an index directory. Raises CommandError if there is none, or a file of it was changed."""
         manifest = read_manifest(path / "index.json", FORMAT, FORMAT_VERSION, "dpsr index")
         check_files(path, manifest)
         return Index(path, manifest)
 
     def item_ids(self) -> np.ndarray:
-        """int64 [items], by position."""
+        """Returns the item id of each position, int64 [items]."""
         try:
             return PackedFile(str(self.path / "item_ids.dpsr"), "item_ids")["id"]
         except (FormatError, FileNotFoundError) as error:
             raise CommandError(f"{error}; run `dpsr index` again") from None
 
     def vectors(self) -> np.ndarray:
-        """float32 [items, dim], memory-mapped, by position: what the index was made from."""
+        """Returns the embeddings that the index was made from, by position: float32 [items, dim], memory-mapped."""
         try:
             vectors = ItemEmbeddings(self.path / "item_embeddings.dpsr", self.manifest["embedding_dim"]).vectors
         except (FormatError, FileNotFoundError) as error:
@@ -141,18 +149,18 @@ class Index:
         return vectors
 
     def requests(self) -> list[dict[str, Any]]:
-        """Queries of the log."""
+        """Returns requests with queries of the log."""
         return warmup.read_requests(self.path / servable_assets.REQUESTS)
 
     def max_parameters(self) -> str:
-        """The search parameters that a request may set, with their largest values: what `dpsr index` has measured."""
+        """Returns the search parameters that a request may set, with the largest values that `dpsr index` measured."""
         bounds: dict[str, float] = {}
         try:
             settings = json.loads((self.path / "recall.json").read_text())["settings"]
             for setting in [*settings, {"parameters": self.manifest["parameters"]}]:
                 for part in filter(None, setting["parameters"].split(",")):
                     name, _, value = part.partition("=")
-                    if not name.strip().startswith("quantizer_"):  # stays what the file holds
+                    if not name.strip().startswith("quantizer_"):  # a request cannot set it
                         bounds[name.strip()] = max(float(value), bounds.get(name.strip(), 0.0))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CommandError(
@@ -162,24 +170,24 @@ class Index:
 
     @contextlib.contextmanager
     def part(self, number: int, shards: int, work: Path) -> Iterator[Index]:
-        """Every `shards`-th item from position `number` on, in an index that was trained on all of them.
+        """Makes one shard: every `shards`-th item from position `number` on. Its index stays trained on all items.
 
         Args:
-            number: of the shard.
-            shards: 1 is the whole.
-            work: an existing directory, in which the files lie until the block ends.
+            number: number of the shard.
+            shards: number of shards. 1 gives the whole index.
+            work: an existing directory that holds the files of the shard until the block ends.
         """
         if shards == 1:
             yield self
             return
         ids = self.item_ids()
         if shards > len(ids):
-            raise UsageError(f"--shards={shards}: there are {len(ids):,} items only; give fewer shards")
+            raise UsageError(f"--shards={shards}: must be at most the number of items, {len(ids):,}")
         positions = np.arange(number, len(ids), shards)
         with tempfile.TemporaryDirectory(prefix=".shard-", dir=work) as name:
             path = Path(name)
             index = faiss.read_index(str(self.path / "items.faiss"))
-            index.reset()  # the vectors go, what was trained and the search parameters stay
+            index.reset()  # removes the vectors, keeps the trained parts and the search parameters
             vectors = self.vectors()
             for begin in range(0, len(positions), _BLOCK):
                 index.add(np.ascontiguousarray(vectors[positions[begin : begin + _BLOCK]]))
@@ -206,10 +214,10 @@ def _take_titles(source: Path, item_ids: set[int], target: Path) -> None:
 
 
 def export(model: ModelDirectory, index: Index, out: Path) -> dict[str, Any]:
-    """Writes a servable into the directory `out`, and has it answer its warm-up requests.
+    """Writes a servable into the directory `out`, and lets it answer its warm-up requests.
 
     Returns:
-        What was measured (warmup.measure).
+        ann_recall and latency, as warmup.measure returns them.
 
     Raises:
         CommandError: the index was made from another model or checkpoint or is damaged, or the written servable does
@@ -217,7 +225,7 @@ def export(model: ModelDirectory, index: Index, out: Path) -> dict[str, Any]:
     """
     _check_index_of_model(model, index)
     checkpoint = model.path / index.manifest["checkpoint"]
-    shutil.rmtree(out)  # the builder insists on making it
+    shutil.rmtree(out)  # the builder fails if the directory exists
     inputs = write_saved_model(model, index.manifest, index.path, index.max_parameters(), str(checkpoint), out)
     manifest = {
         "format": MANIFEST_FORMAT,
@@ -249,33 +257,33 @@ def _check_index_of_model(model: ModelDirectory, index: Index) -> None:
             )
     if not tf.io.gfile.exists(f"{checkpoint}.index"):
         raise CommandError(
-            f"{index.path}: was made from {checkpoint.name}, which {model.path} no longer holds; run `dpsr index` again"
+            f"{index.path}: was made from {checkpoint.name}, which is no longer in {model.path}; run `dpsr index` again"
         )
     fingerprint = checkpoint_fingerprint(str(checkpoint))
     made_from = index.manifest["checkpoint_fingerprint"]
     if made_from != fingerprint:
         raise CommandError(
             f"{index.path}: was made from another {checkpoint.name} (fingerprint {made_from}) "
-            f"than that of {model.path} ({fingerprint}); run `dpsr index` again"
+            f"than the one in {model.path} ({fingerprint}); run `dpsr index` again"
         )
     if any(feature.name == "text" for feature in model.features.item):
         raise CommandError(
-            f"{model.path}: its item feature 'text' would be the input item_text, which is the item's text; give it "
-            f"another `name` in the schema"
+            f"{model.path}: the item feature 'text' needs an input item_text, but the text of the item has this name "
+            f"already; give the feature another `name` in the schema"
         )
 
 
 def renew_index(old: Path, index: Index, out: Path) -> dict[str, Any]:
-    """Copies a servable with another index into the directory `out`, and has it answer its warm-up requests.
+    """Copies a servable into the directory `out` with another index, and lets it answer its warm-up requests.
 
-    Graph and variables stay as they are, but for what the graph says of the index: its search parameters' bounds, and
+    The variables stay. The graph changes only in what it says about the index: bounds of the search parameters, and
     which files it accepts.
 
     Returns:
-        What was measured (warmup.measure).
+        ann_recall and latency, as warmup.measure returns them.
 
     Raises:
-        CommandError: `old` is no servable, the index was made by another model, or the servable does not answer.
+        CommandError: `old` is not a servable, the index was made from another model, or the servable does not answer.
     """
     manifest = read_manifest(
         old / "assets.extra" / "dpsr_manifest.json", MANIFEST_FORMAT, MANIFEST_VERSION, "dpsr export"
@@ -318,32 +326,30 @@ def _renew_graph(servable: Path, renewed: set[str], max_parameters: str) -> None
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """Why an index is not of the model that another one, both as index.json says, was made for; None if it is."""
+    """Compares the index.json of two indexes. Returns why they are not from the same model, or None if they are."""
     for key in (
         "vocabulary_fingerprint", "embedding_dim", "checkpoint_fingerprint", "metric", "string_ids", "features",
         "serving_files",
     ):  # fmt: skip
         if before[key] != now[key]:
-            return f"{key} is {now[key]}, that of the servable {before[key]}"
+            return f"{key} is {now[key]}, but {before[key]} in the servable"
     for name in now["serving_files"]:
         if name != servable_assets.ITEMS and before["files"][name]["sha256"] != now["files"][name]["sha256"]:
-            return f"{name} is another than that of the servable"
+            return f"{name} differs from the one in the servable"
     if (item_attributes.FILE in before["files"]) != (item_attributes.FILE in now["files"]):
-        return (
-            f"it has {'no' if item_attributes.FILE in before['files'] else 'some'} item attributes, unlike the servable"
-        )
+        return f"it has {'no ' if item_attributes.FILE in before['files'] else ''}item attributes, unlike the servable"
     return None
 
 
 def _finish(index: Index, manifest: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Replays the warm-up requests and writes assets.extra; returns what was measured."""
+    """Replays the warm-up requests and writes assets.extra. Returns ann_recall and latency."""
     extra = out / "assets.extra"
     shutil.copyfile(index.path / "item_titles.tsv.gz", extra / "item_titles.tsv.gz")
     queries = index.requests()
     servable = warmup.LoadedServable(out)
     try:
         requests = warmup.warmup_requests(servable, queries, manifest["k"])
-        # A shard need not have an item for any query.
+        # A single shard may have no item for any of the queries.
         warmup.replay(servable, requests, index.item_ids(), bool(queries) and index.shard[1] == 1)
         measured = warmup.measure(servable, queries, index.item_ids(), index.vectors(), manifest["k"])
     finally:

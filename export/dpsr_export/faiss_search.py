@@ -1,4 +1,4 @@
-"""Item retrieval inside a TensorFlow graph: the FAISS lookup op (end of section 4.3 and section 5.2.1 of the paper)."""
+"""Item retrieval in a TensorFlow graph: the FAISS lookup op (end of section 4.3 and section 5.2.1 of the paper)."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ v1 = tf.compat.v1
 
 @functools.cache
 def load() -> Any:
-    """The generated Python functions of the retrieval ops; loads the op library once a process.
+    """Loads the op library, once in a process, and returns the generated Python functions of its ops.
 
-    Call it before loading a SavedModel that holds a FaissIndexTable. Unless FAISS_LIBRARY is set already, sets it to
-    the libfaiss.so of the installed faiss package, which is not imported: the ops open it when they load an index.
+    Call it before you load a SavedModel that contains a FaissIndexTable. If the environment variable FAISS_LIBRARY is
+    not set, this sets it to the libfaiss.so of the installed faiss package. The package is not imported: the ops open
+    the library when they load an index.
 
     Raises:
         FileNotFoundError: the native parts are not built.
@@ -42,9 +43,14 @@ def load() -> Any:
 
 
 def write_item_ids(path: str | Path, item_ids: NDArray[np.int64], index_path: str | Path) -> None:
-    """Writes the item ids [ntotal], all >= 0, of an index whose file is complete.
+    """Writes the item ids of the positions of an index.
 
-    The file also holds size and checksum of the index: with another one, or one that is damaged, it is refused.
+    The file also holds the size and checksum of the index file, so that it is refused with another or a damaged index.
+
+    Args:
+        path: the file to write.
+        item_ids: int64 [ntotal], all at least 0.
+        index_path: the index file, which must be complete.
     """
     index = np.memmap(index_path, np.uint8, "r")
     with PackedFileWriter(str(path), "item_ids") as file:
@@ -54,13 +60,13 @@ def write_item_ids(path: str | Path, item_ids: NDArray[np.int64], index_path: st
 
 
 class FaissIndexTable:
-    """A FAISS index and the item ids of its positions, searched inside the graph.
+    """A FAISS index and the item ids of its positions, which a TensorFlow graph can search.
 
-    In a TensorFlow 1 graph the load op joins the collection TABLE_INITIALIZERS (run `tables_initializer()`) and the
-    files join ASSET_FILEPATHS, so that `tf.compat.v1.saved_model.Builder` copies them and the SavedModel can be moved.
-    Eagerly the index is loaded at once and freed with this object.
+    In a TensorFlow 1 graph the load op is added to the collection TABLE_INITIALIZERS (run `tables_initializer()`), and
+    the files to ASSET_FILEPATHS. So `tf.compat.v1.saved_model.Builder` copies them, and the SavedModel can be moved. In
+    eager mode the index is loaded at once, and freed with this object.
 
-    The files must not change while they are loaded: replace them by renaming others over them.
+    The files must not change while they are loaded. To replace them, rename other files over them.
     """
 
     def __init__(
@@ -73,31 +79,31 @@ class FaissIndexTable:
         dim: int = 0,
         mmap: bool = True,
     ):
-        """Loads or, in a graph, prepares to load an index.
+        """Loads an index or, in a graph, adds the op that loads it.
 
         Args:
             index_path: an inner-product index that `faiss.write_index` wrote, with positions as labels.
-            item_ids_path: the item ids of the positions, which write_item_ids wrote for this very index.
-            attributes_path: a packed file of kind "item_attributes" (dpsr_export/attributes.py), what filters compare;
-                None where the shop has none: then no filter can be given.
+            item_ids_path: the item ids of the positions, which write_item_ids wrote for this index.
+            attributes_path: a packed file of kind "item_attributes" (dpsr_export/item_attributes.py), which filters are
+                evaluated on. Without it a search cannot have filters.
             parameters: search parameters as `faiss.ParameterSpace` names them, for example "nprobe=32".
-            max_parameters: the parameters that a request may set, each with its largest value, for example
-                "nprobe=512,k_factor_rf=8"; empty: none.
-            dim: the dimension that queries will have: an index of another is refused; 0: any.
-            mmap: maps the index instead of copying it: processes share its memory.
+            max_parameters: the parameters that a request may set, with their largest values, for example
+                "nprobe=512,k_factor_rf=8". Empty means none.
+            dim: dimension of the queries. An index of another dimension is refused. 0 accepts any dimension.
+            mmap: maps the index instead of copying it, so that processes share its memory.
 
         Raises:
-            tf.errors.NotFoundError: a file does not exist. This and all below at once when eager, else when the load op
-                runs.
-            tf.errors.DataLossError: a file is damaged, or the index is not the one of the item ids.
-            tf.errors.FailedPreconditionError: the metric is not the inner product, the index is not trained or of
-                another dimension, there are not as many item ids as vectors, an item id is negative, the attributes are
-                of other items, or no FAISS library of the right version is found.
-            tf.errors.InvalidArgumentError: FAISS does not take the parameters.
+            tf.errors.NotFoundError: a file does not exist. All errors are raised here in eager mode, and otherwise when
+                the load op runs.
+            tf.errors.DataLossError: a file is damaged, or the item ids belong to another index.
+            tf.errors.FailedPreconditionError: the metric is not the inner product, the index is not trained or has
+                another dimension, the numbers of item ids and vectors differ, an item id is negative, the attributes
+                belong to other items, or no FAISS library of the right version is found.
+            tf.errors.InvalidArgumentError: FAISS refuses the parameters.
         """
         ops = load()
         with tf.name_scope("faiss_index"):
-            # A name of its own: in eager mode all tables of a process live side by side.
+            # Each table needs its own name, because in eager mode all tables of a process share one resource manager.
             self._handle = ops.dpsr_faiss_index_handle(shared_name=f"faiss_index_{uuid.uuid4().hex}")
             paths = [tf.constant(str(path or "")) for path in (index_path, item_ids_path, attributes_path)]
             loaded = ops.dpsr_faiss_index_load(
@@ -119,30 +125,30 @@ class FaissIndexTable:
         excluded_item_ids: tf.Tensor | None = None,
         parameters: tf.Tensor | str | None = None,
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Retrieves the items with the largest inner products, over all heads.
+        """Retrieves the items with the largest inner products over all heads.
 
-        Each head retrieves k items; the results are united; an item's score is its largest inner product over heads
-        (not the soft dot product, which training uses); equal scores are ordered by ascending item id; the best k
-        remain. A row that holds a NaN or an infinity, and a head of zeros, as an empty query has, retrieve nothing.
+        Each head retrieves k items, and the results are united. The score of an item is its largest inner product over
+        the heads (not the soft dot product, which training uses). Equal scores are ordered by ascending item id. The
+        best k remain. Nothing is retrieved for a row that holds a NaN or an infinity, nor by a head that is all zeros,
+        as that of an empty query.
 
         Args:
             query_embedding: [batch, heads, dim] float32, at most 16 heads.
             k: [] int32, 1 to 10,000.
-            include: [batch, n] string, filter expressions (docs/index.md, "Filters"); an item is found where it meets
-                each of its row. "" is padding. This and the next two may be absent: None, or a tensor without elements.
-            exclude: [batch, n] string, filter expressions; an item is found where it meets none of its row.
-            excluded_item_ids: [batch, n] int64, items that are not found; -1 is padding.
-            parameters: [] string, search parameters of this call, within `max_parameters`; "" or None: those of the
-                index.
+            include: [batch, n] string, filter expressions (docs/index.md, "Filters"). Results meet all expressions of
+                their row. "" is padding. This and the next two may be absent: None, or a tensor without elements.
+            exclude: [batch, n] string, filter expressions. Results meet none of the expressions of their row.
+            excluded_item_ids: [batch, n] int64, items that are not retrieved. -1 is padding.
+            parameters: [] string, search parameters of this call, within `max_parameters`. With "" or None the
+                parameters of the index are used.
 
         Returns:
-            item_ids [batch, k] int64, scores [batch, k] float32 and heads [batch, k] int32, the best first: heads holds
-            the head that gave the score, the lowest of those that gave the same. Missing results are -1, -inf and -1.
+            item_ids [batch, k] int64, scores [batch, k] float32 and heads [batch, k] int32, best first. heads has the
+            head that gave the score (the lowest, if several gave the same). Missing results are -1, -inf and -1.
 
         Raises:
-            tf.errors.InvalidArgumentError: another shape, k out of range, an expression that is malformed or names an
-                attribute that is not there, parameters out of bounds. In a graph what is known statically is a
-                ValueError.
+            tf.errors.InvalidArgumentError: a wrong shape, k out of range, a malformed expression, an unknown attribute,
+                or parameters out of bounds. In a graph, errors that are known statically are ValueErrors.
             tf.errors.FailedPreconditionError: the load op has not run.
         """
         item_ids, scores, heads = load().dpsr_faiss_search(
@@ -162,6 +168,6 @@ def _absent(dtype: tf.DType) -> tf.Tensor:
 
 
 def _destroy(handle: tf.Tensor) -> None:
-    # The table may be collected while a graph is being built; the handle is eager.
+    # The handle is eager, but Python may free the table while a graph is being built.
     with tf.init_scope():
         tf.raw_ops.DestroyResourceOp(resource=handle, ignore_lookup_error=True)

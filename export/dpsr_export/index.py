@@ -2,14 +2,16 @@
 
 The index directory holds
 
-    items.faiss            the FAISS index; labels are positions 0 to items - 1
-    item_ids.dpsr          position -> item id; checksum of the index
-    item_attributes.dpsr   what searches may filter by, where the schema names filters (dpsr_export/attributes.py)
-    item_embeddings.dpsr   the embeddings the index was built from (dpsr_export/embeddings.py)
-    item_titles.tsv.gz     item id -> title, for tools that show results
-    recall.json            the recall report: ann_recall and latency over the search parameters; recall.svg its plot
-    requests.json, ...     what a servable needs beside it (dpsr_export/servable_assets.py)
-    index.json             what it was made from, counts, factory, search parameters, ann_recall, sizes and checksums
+    items.faiss            the FAISS index; its labels are the positions 0 to items - 1
+    item_ids.dpsr          item id of each position; checksum of the index
+    item_attributes.dpsr   attributes that searches may filter by, if the schema has filters (item_attributes.py)
+    item_embeddings.dpsr   the embeddings that the index was built from (embeddings.py)
+    item_titles.tsv.gz     title of each item id, for tools that show results
+    recall.json            the recall report: ann_recall and latency for each setting of the search parameters
+    recall.svg             a plot of the report (recall_report.py)
+    requests.json, ...     other files that a servable needs (servable_assets.py)
+    index.json             the model and store it was made from, counts, factory, search parameters, ann_recall, and
+                           sizes and checksums of the files
 """
 
 from __future__ import annotations
@@ -36,31 +38,40 @@ from dpsr_tf.training.train import config_from_flags
 USAGE = """
 Usage: dpsr index --model=MODEL --store=STORE --out=INDEX [--set=index.factory=FACTORY ...]
 
-Computes the embeddings of all items with the last checkpoint of a model, builds the FAISS index that the model's config
-names (index.factory, or auto), measures how much of the exact result it finds over its search parameters (ann_recall),
-and takes the cheapest that reach index.recall_target. A run that was killed goes on where it was.
+Computes the embeddings of all items with the last checkpoint of a model, and builds a FAISS index over them. The config
+value index.factory says which kind of index; "auto" chooses one by the number of items. Then the command measures which
+share of the exact results the index finds (ann_recall) at several search parameters, and keeps the fastest that reach
+index.recall_target. If a run is killed, the next run continues where it stopped.
 """
 
 FORMAT = "dpsr-index"
 FORMAT_VERSION = 3
-# Query vectors that the recall report asks with.
+# Number of query vectors that the recall report is measured with.
 _RECALL_QUERIES = 1000
 
 REQUIRED_FLAGS = ("model", "store", "out")
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Flags of `dpsr index`."""
-    flags.DEFINE_string("model", None, "model directory", flag_values=values)
-    flags.DEFINE_string("store", None, "store with the items", flag_values=values)
-    flags.DEFINE_string("out", None, "directory of the index, made by this command", flag_values=values)
-    flags.DEFINE_boolean("overwrite", False, "replaces an index that is there", flag_values=values)
-    flags.DEFINE_multi_string(
-        "set", [], "a value over the model's config, for example index.factory=auto", flag_values=values
+    """Defines the flags of `dpsr index`."""
+    flags.DEFINE_string("model", None, "model directory, made by `dpsr train`", flag_values=values)
+    flags.DEFINE_string(
+        "store", None, "store with the items, the one that the model was trained on", flag_values=values
     )
-    flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "where FAISS trains, adds and compares", flag_values=values)
+    flags.DEFINE_string("out", None, "directory to write the index to", flag_values=values)
+    flags.DEFINE_boolean("overwrite", False, "replaces an index that is already in the directory", flag_values=values)
+    flags.DEFINE_multi_string(
+        "set", [], "changes a value of the model's config, for example index.factory=auto", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "device",
+        "cpu",
+        ["cpu", "gpu"],
+        "device on which FAISS builds the index and computes exact results",
+        flag_values=values,
+    )
     flags.DEFINE_float(
-        "min_ann_recall", 0.0, "refuses an index with a lower ann_recall@k, k of serving.k", 0, 1, flag_values=values
+        "min_ann_recall", 0.0, "fails if ann_recall@k is lower, with k = serving.k (0 to 1)", 0, 1, flag_values=values
     )
 
 
@@ -72,8 +83,8 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         model, Store(values.store), Path(values.out), config, values.overwrite, values.device, values.min_ann_recall
     )
     left_out = ", ".join(
-        f"{manifest[key]:,} items left out ({why})"
-        for key, why in (("empty_items", "no token known"), ("not_finite_items", "embedding is no number"))
+        f"{manifest[key]:,} items not indexed ({why})"
+        for key, why in (("empty_items", "no known token"), ("not_finite_items", "embedding is NaN or infinite"))
         if manifest[key]
     )
     print(
@@ -92,20 +103,24 @@ def build_index(
     device: str = "cpu",
     min_ann_recall: float = 0.0,
 ) -> dict[str, Any]:
-    """Makes the index directory `out`; returns what index.json holds. On failure there is none, as before.
+    """Writes the index directory `out`. If it fails, no directory is written, and an earlier one stays.
 
     Args:
-        model: whose last checkpoint embeds items and queries.
-        store: items, and the queries that the index is measured with.
-        out: the directory to make.
-        config: sections index and serving are used.
-        overwrite: replaces an index that is there.
-        device: cpu or gpu, where FAISS trains, adds and computes the exact result.
-        min_ann_recall: least ann_recall@k, k that of section serving.
+        model: the model. Its last checkpoint embeds items and queries.
+        store: has the items, and the queries that the index is measured with.
+        out: the directory to write.
+        config: only the sections `index` and `serving` are used.
+        overwrite: replaces an index that is already there.
+        device: "cpu" or "gpu", where FAISS builds the index and computes the exact result.
+        min_ann_recall: lowest ann_recall@k that is accepted, with the k of section `serving`.
+
+    Returns:
+        The content of index.json.
 
     Raises:
-        CommandError: model and store do not go together, the model is not trained, FAISS refuses the factory string
-            or the parameters, nothing fits index.memory, the device is not there, or ann_recall is too low.
+        CommandError: the model was not trained on this store, the model has no checkpoint, FAISS refuses the factory
+            string or the parameters, no index fits into index.memory, there is no such device, or ann_recall is too
+            low.
     """
     _check_inputs(model, store, config, device)
     checkpoint = model.last_checkpoint()
@@ -147,7 +162,7 @@ def build_index(
 
 
 def _check_inputs(model: ModelDirectory, store: Store, config: Config, device: str) -> None:
-    """Raises CommandError for what can be refused now instead of after an hour."""
+    """Checks now what would otherwise fail after an hour. Raises CommandError."""
     difference = model.store_difference(store)
     if difference:
         raise CommandError(f"{model.path}: {difference}; give the store the model was trained on")
@@ -192,7 +207,7 @@ def _check_recall(measured: MeasuredIndex, min_ann_recall: float) -> None:
 def _write_files(
     model: ModelDirectory, store: Store, items: embeddings.ItemEmbeddings, measured: MeasuredIndex, directory: Path
 ) -> dict[str, Any]:
-    """Writes the files that a servable is made from; returns what index.json says of them."""
+    """Writes the files that a servable is made from. Returns what index.json says about them."""
     faiss.write_index(measured.index, str(directory / "items.faiss"))
     faiss_search.write_item_ids(directory / "item_ids.dpsr", items.ids, directory / "items.faiss")
     filtered_by = item_attributes.write(directory, store)
@@ -204,10 +219,18 @@ def _write_files(
 
 
 def choose_and_build(vectors: np.ndarray, queries: np.ndarray, config: Config, device: str = "cpu") -> MeasuredIndex:
-    """Builds the index of `config.index` over float32 [n, dim]; with `auto` a larger one where recall is too low.
+    """Builds and measures the index that `config.index` asks for.
+
+    With "auto" a larger index is built if the recall of the first one is too low.
+
+    Args:
+        vectors: float32 [items, dim].
+        queries: float32 [queries, dim], which it is measured with.
+        config: only the sections `index` and `serving` are used.
+        device: "cpu" or "gpu".
 
     Raises:
-        CommandError: nothing fits index.memory, or FAISS refuses.
+        CommandError: no index fits into index.memory, or FAISS refuses the factory string or the parameters.
     """
     k, target = config.serving.k, config.index.recall_target
     exact = ann.Exact(vectors, queries, sorted({*ann.RECALL_AT, k}), device)
@@ -216,11 +239,11 @@ def choose_and_build(vectors: np.ndarray, queries: np.ndarray, config: Config, d
     fitting = _candidates(config.index, len(vectors), vectors.shape[1])
     if config.index.factory == "auto":
         looked_at = ann.candidates(len(vectors), vectors.shape[1], target, config.index.memory * 1e9)
-        print(f"index.factory auto: {fitting[0].factory}, the first that fits (sizes are estimates)")
+        print(f"index.factory auto chooses {fitting[0].factory}, the first one that fits (sizes are estimates)")
         print("\n".join(candidate.line() for candidate in looked_at))
     for candidate in fitting:
         if best is not None and candidate.bytes <= best_bytes:
-            continue  # shorter codes find no more
+            continue  # an index with shorter codes does not find more
         index = ann.build(vectors, candidate.factory, device)
         settings = ann.sweep(index, exact, queries, k, config.index.parameters)
         chosen = settings[0] if config.index.parameters else ann.choose(settings, k, target)
@@ -229,14 +252,14 @@ def choose_and_build(vectors: np.ndarray, queries: np.ndarray, config: Config, d
             best_bytes = candidate.bytes
         if chosen.ann_recall[k] >= target:
             break
-        print(f"{candidate.factory}: ann_recall@{k} is {chosen.ann_recall[k]:.4f} at most, below {target:g}")
+        print(f"{candidate.factory}: ann_recall@{k} is {chosen.ann_recall[k]:.4f} at most, below the target {target:g}")
     assert best is not None
     ann.set_parameters(best.index, best.chosen.parameters)
     return best
 
 
 def _candidates(config: IndexConfig, items: int, dim: int) -> list[ann.Candidate]:
-    """What may be built, in the order of preference. Raises CommandError if nothing fits index.memory."""
+    """Returns the indexes to try, the preferred one first. Raises CommandError if none fits into index.memory."""
     if config.factory != "auto":
         return [ann.Candidate(config.factory, 0, "")]
     found = ann.candidates(items, dim, config.recall_target, config.memory * 1e9)
@@ -244,14 +267,14 @@ def _candidates(config: IndexConfig, items: int, dim: int) -> list[ann.Candidate
     if not fitting:
         smallest = min(found, key=lambda candidate: candidate.bytes)
         raise CommandError(
-            f"index.memory is {config.memory:g} GB, but of {items:,} items of {dim} dimensions the smallest index, "
+            f"index.memory is {config.memory:g} GB, but the smallest index of {items:,} items with {dim} dimensions, "
             f"{smallest.factory}, takes about {smallest.bytes / 1e9:.3g} GB; allow more, or lower model.embedding_dim"
         )
     return fitting
 
 
 def file_record(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, as index.json holds them."""
+    """Returns size and SHA-256 of a file, in the form of index.json."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
@@ -260,7 +283,7 @@ def file_record(path: Path) -> dict[str, Any]:
 
 
 def check_files(index_dir: Path, manifest: dict[str, Any]) -> None:
-    """Raises CommandError if a file of an index is not the one that index.json was written for."""
+    """Checks sizes and checksums of the files of an index against index.json. Raises CommandError."""
     for name, expected in manifest["files"].items():
         try:
             found = file_record(index_dir / name)
@@ -276,7 +299,7 @@ def check_files(index_dir: Path, manifest: dict[str, Any]) -> None:
 
 
 def write_titles(path: Path, item_ids: np.ndarray, titles: list[str]) -> None:
-    """A gzip file with one line `item_id<TAB>title` an item; tabs and line breaks inside a title become spaces."""
+    """Writes a gzip file with the line `item_id<TAB>title` for each item. White space in titles becomes one space."""
     with gzip.GzipFile(path, "wb", mtime=0) as file:
         for item_id, title in zip(item_ids, titles, strict=True):
             file.write(f"{item_id}\t{' '.join(title.split())}\n".encode())

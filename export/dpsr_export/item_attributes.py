@@ -1,16 +1,16 @@
-"""Item attributes that searches filter by: from the store into `item_attributes.dpsr`, beside the index.
+"""The attributes of items that searches filter by, written from the store to `item_attributes.dpsr` beside the index.
 
-A packed file of kind "item_attributes", which export/faiss_search/item_filter.h reads. Its rows are positions of the
-index. For each filter NAME of the schema, in its order:
+It is a packed file of kind "item_attributes", which export/faiss_search/item_filter.h reads. Its rows are positions of
+the index. For each filter NAME of the schema, in this order:
 
-    value.NAME           kind number: float32 if that holds every value exactly, else float64; NaN where there is none
-                         categorical: code of the value, uint8, uint16 or int32, whichever suffices; 0 is none
+    value.NAME           kind number: float32 if that holds every value exactly, otherwise float64; NaN if missing
+                         categorical: code of the value, in the smallest of uint8, uint16 and int32; 0 if missing
                          multi: codes of all values, one position after the other
-    splits.NAME          multi: int64 [positions + 1], where the values of a position begin
-    text.NAME.splits,    text of codes 1, 2, ..., ascending by its UTF-8 bytes
+    splits.NAME          multi: int64 [positions + 1], where the values of each position begin
+    text.NAME.splits,    texts of the codes 1, 2, ..., ascending by their UTF-8 bytes
     text.NAME.bytes
 
-and `item_ids.fingerprint`, uint64 [1], of the item ids with which the file was written.
+The section `item_ids.fingerprint`, uint64 [1], identifies the item ids with which the file was written.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Column:
     """One attribute of the items of an index.
 
     Attributes:
-        name: in filters.
-        values: [positions] numbers, NaN where there is none, or codes from 1 on into `texts`, 0 where there is none; of
-            a multi-valued attribute [values] codes.
-        texts: what codes stand for, in any order, each once; None for numbers.
-        splits: int64 [positions + 1], of a multi-valued attribute: where the values of a position begin.
+        name: its name in filters.
+        values: [positions] numbers, with NaN for a missing value; or [positions] codes, where code i stands for
+            texts[i - 1] and 0 for a missing value; or [values] codes of a multi-valued attribute.
+        texts: distinct texts of the codes, in any order. None for numbers.
+        splits: int64 [positions + 1], where the values of each position begin. Only for multi-valued attributes.
     """
 
     name: str
@@ -50,10 +50,10 @@ class Column:
 
 
 def write(directory: Path, store: Store) -> list[str]:
-    """Writes the attributes of the items of `directory`/item_ids.dpsr, if the schema of their store names filters.
+    """Writes the attributes of the items in `directory`/item_ids.dpsr, if the schema of the store has filters.
 
     Returns:
-        The names of the files written: one, or none.
+        The names of the written files: one or none.
 
     Raises:
         CommandError: the store is damaged.
@@ -66,7 +66,7 @@ def write(directory: Path, store: Store) -> list[str]:
 
 
 def write_columns(directory: Path, columns: Iterable[Column]) -> None:
-    """Writes attributes of the items of `directory`/item_ids.dpsr, in their order."""
+    """Writes given attributes of the items in `directory`/item_ids.dpsr, in the order of their positions."""
     with _writer(directory) as file:
         for column in columns:
             values = column.values
@@ -83,7 +83,7 @@ def write_columns(directory: Path, columns: Iterable[Column]) -> None:
 
 
 def take(source: Path, directory: Path, positions: NDArray[np.int64]) -> None:
-    """Writes the attributes of some positions of the index in `source` beside the item ids of these in `directory`."""
+    """Copies the attributes of some positions of the index in `source` to `directory`, which has their item ids."""
     attributes = PackedFile(str(source / FILE), _KIND)
     with _writer(directory) as file:
         for section in attributes:
@@ -100,7 +100,7 @@ def take(source: Path, directory: Path, positions: NDArray[np.int64]) -> None:
 
 @contextmanager
 def _writer(directory: Path) -> Iterator[PackedFileWriter]:
-    """A file for the items of the item ids that are there."""
+    """Opens an attributes file for the items in `directory`/item_ids.dpsr."""
     item_ids = PackedFile(str(directory / "item_ids.dpsr"), "item_ids")
     with PackedFileWriter(str(directory / FILE), _KIND) as file:
         file.add("item_ids.fingerprint", np.array([item_ids.fingerprint], np.uint64))
@@ -108,7 +108,7 @@ def _writer(directory: Path) -> Iterator[PackedFileWriter]:
 
 
 def _columns(store: Store, rows: NDArray[np.int64]) -> Iterator[Column]:
-    """The filters of a store, of some of its items."""
+    """Returns the filter attributes of some items of a store."""
     filters = store.filters()
     assert filters is not None
     for attribute in store.schema.items.filters:
@@ -125,7 +125,7 @@ def _columns(store: Store, rows: NDArray[np.int64]) -> Iterator[Column]:
 
 
 def _ordered(texts: list[str]) -> tuple[NDArray[np.uint8 | np.uint16 | np.int32], list[str]]:
-    """By the code of the store, 0 to values, the code in the order of the texts; and the texts in that order."""
+    """Returns the sorted texts, and an array that maps each code of the store, 0 to len(texts), to the sorted code."""
     encoded = [text.encode() for text in texts]
     order = sorted(range(len(texts)), key=encoded.__getitem__)
     codes = np.zeros(len(texts) + 1, np.int64)
@@ -141,7 +141,7 @@ def _narrow(values: NDArray[np.float64]) -> NDArray[np.float32 | np.float64]:
 
 
 def _take(splits: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Splits int64 [rows + 1] of some rows, and the places of their values."""
+    """Selects rows of a ragged array. Returns their splits, int64 [rows + 1], and the positions of their values."""
     lengths = np.diff(splits)[rows]
     taken = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     places = np.arange(taken[-1]) + np.repeat(splits[rows] - taken[:-1], lengths)

@@ -1,7 +1,8 @@
-"""Tables of a servable inside the graph: what a request says of a user, as training read it, and text item ids.
+"""Tables in the graph of a servable. They turn the values of a request into what the towers read in training.
 
-In a TensorFlow 1 graph the load ops join the collection TABLE_INITIALIZERS and the files ASSET_FILEPATHS, as those of
-FaissIndexTable do. The C++ is in export/request_tables.
+There are values of features, items of a history, past queries, and item ids that are texts. In a TensorFlow 1 graph the
+load ops are added to the collection TABLE_INITIALIZERS and the files to ASSET_FILEPATHS, as FaissIndexTable does it. The
+C++ is in export/request_tables.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ v1 = tf.compat.v1
 
 
 class KeyTable:
-    """Texts and what they stand for, from a packed file (export/request_tables/key_table.h)."""
+    """A table of texts with an id or a code each, from a packed file (export/request_tables/key_table.h)."""
 
     def __init__(self, path: str | Path):
-        """Loads, or in a graph prepares to load, the file.
+        """Loads the file or, in a graph, adds the op that loads it.
 
         Raises:
-            tf.errors.NotFoundError, DataLossError, FailedPreconditionError: no such file, a damaged one, another kind;
-                at once when eager, else when the load op runs.
+            tf.errors.NotFoundError, DataLossError, FailedPreconditionError: the file does not exist, is damaged, or is
+                of another kind. Raised here in eager mode, and otherwise when the load op runs.
         """
         handle = load().dpsr_key_table_handle(shared_name=f"key_table_{uuid.uuid4().hex}")
         self._handle = _loaded(handle, load().dpsr_key_table_load, path)
 
     def item_ids(self, keys: tf.Tensor) -> tf.Tensor:
-        """Item ids int64 of the shop's own text ids, of any shape; -1 where there is none."""
+        """Returns the item id, int64, of each of the shop's own text ids, in the same shape. Unknown texts give -1."""
         return load().dpsr_item_ids_of_keys(self._handle, keys)
 
     def item_keys(self, ids: tf.Tensor) -> tf.Tensor:
-        """The reverse: "" where there is none."""
+        """Returns the shop's own text id of each item id, in the same shape. Unknown ids give ""."""
         return load().dpsr_item_keys_of_ids(self._handle, ids)
 
     def feature_codes(
@@ -50,21 +51,22 @@ class KeyTable:
         texts: tf.Tensor,
         values: Sequence[tf.Tensor],
     ) -> tuple[tf.Tensor, dict[str, Tokens]]:
-        """Codes of features of the kinds categorical, number and multi, 0 for what is absent or unknown.
+        """Returns the codes of features of the kinds categorical, number and multi. 0 is absent or unknown.
 
         Args:
             side: "user" or "item".
-            features: in the order of `values`.
-            boundaries: of each feature of kind number.
-            texts: string [batch], what the values belong to.
-            values: string [batch], float [batch] (NaN is absent) or string [batch, n] ("" is padding); a tensor without
-                elements is absent.
+            features: the features, in the order of `values`.
+            boundaries: bucket boundaries of each feature of kind number.
+            texts: string [batch], the texts that the values belong to. Only their number counts.
+            values: for each feature string [batch] (categorical), float [batch] (number; NaN is absent) or string
+                [batch, n] (multi; "" is padding). A tensor without elements is absent.
 
         Returns:
-            Codes int32 [batch, features of the kinds categorical and number]; codes of each feature of kind multi.
+            Codes int32 [batch, features of the kinds categorical and number], and the codes of each feature of kind
+            multi by its name.
 
         Raises:
-            tf.errors.InvalidArgumentError: another shape.
+            tf.errors.InvalidArgumentError: a tensor has a wrong shape.
         """
         multi = [feature.name for feature in features if feature.kind not in FIXED_KINDS]
         ends = [boundaries[feature.name] if feature.kind == "number" else () for feature in features]
@@ -83,14 +85,14 @@ class KeyTable:
 
 
 class ItemTable:
-    """Texts and features of the items of a store, by id: what the query tower reads of a history."""
+    """A table of the texts and features of items by id, which the query tower reads for a history."""
 
     def __init__(self, path: str | Path, features: Sequence[Feature]):
-        """Loads, or in a graph prepares to load, items.dpsr, or a part of it that has these features.
+        """Loads items.dpsr or, in a graph, adds the op that loads it. The file may lack other features than `features`.
 
         Raises:
-            tf.errors.NotFoundError, DataLossError, FailedPreconditionError: as KeyTable; also a feature that the file
-                does not have.
+            tf.errors.NotFoundError, DataLossError, FailedPreconditionError: as for KeyTable, or the file lacks a
+                feature.
         """
         fixed = [feature.name for feature in features if feature.kind in FIXED_KINDS]
         lists = [feature.name for feature in features if feature.kind not in FIXED_KINDS]
@@ -99,16 +101,17 @@ class ItemTable:
         self._handle = _loaded(handle, load().dpsr_item_table_load, path, fixed=fixed, lists=lists)
 
     def history(self, texts: tf.Tensor, item_ids: tf.Tensor, types: tf.Tensor, length: int) -> History:
-        """The last `length` known items of each user, oldest first, as training has them; no past queries.
+        """Returns the last `length` known items of each user, oldest first, as in training. It has no past queries.
 
         Args:
-            texts: string [batch], one a user; only their number counts.
-            item_ids: int64 [batch, n], oldest first; -1 is padding. No element where all are absent.
-            types: string [batch, n], names of EVENT_TYPES, "" for a click; no element where all are clicks.
+            texts: string [batch], one for each user. Only their number counts.
+            item_ids: int64 [batch, n], oldest first. -1 is padding. A tensor without elements means no history.
+            types: string [batch, n], names of EVENT_TYPES, or "" for a click. A tensor without elements means that all
+                are clicks.
             length: at least 1.
 
         Raises:
-            tf.errors.InvalidArgumentError: another shape, an unknown type.
+            tf.errors.InvalidArgumentError: a tensor has a wrong shape, or a type is unknown.
         """
         found = load().dpsr_item_history(
             self._handle,
@@ -131,31 +134,31 @@ class ItemTable:
 
 
 def past_queries(texts: tf.Tensor, queries: tf.Tensor, length: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """The last `length` queries of each user, of equal ones in a row one, as training has them.
+    """Returns the last `length` queries of each user, as in training. Equal queries in a row count once.
 
     Args:
-        texts: string [batch], one a user; only their number counts.
-        queries: string [batch, n], oldest first; "" is padding. No element where all are absent.
+        texts: string [batch], one for each user. Only their number counts.
+        queries: string [batch, n], oldest first. "" is padding. A tensor without elements means no past queries.
         length: at least 1.
 
     Returns:
-        Texts string [p], and where each user's are: row splits int64 [batch + 1].
+        Texts, string [p], and the row splits of the users, int64 [batch + 1].
 
     Raises:
-        tf.errors.InvalidArgumentError: another shape.
+        tf.errors.InvalidArgumentError: a tensor has a wrong shape.
     """
     found = load().dpsr_past_queries(texts, queries, length=length)
     return found.queries, found.row_splits
 
 
 def file_fingerprint(path: str | Path) -> str:
-    """16 hex digits that tell a file from another in its place (export/request_tables/file_fingerprint.h)."""
+    """Returns 16 hex digits that identify the content of a file (export/request_tables/file_fingerprint.h)."""
     with tf.Graph().as_default(), v1.Session() as session:
         return str(session.run(load().dpsr_file_fingerprint(str(path))).decode())
 
 
 def check_assets() -> None:
-    """Makes the graph refuse at load any asset, of those it has so far, that is not the file it is now."""
+    """Adds checks to the graph: it refuses to load if one of its assets so far is no longer the file it is now."""
     for path in v1.get_collection(v1.GraphKeys.ASSET_FILEPATHS):
         expected = file_fingerprint(tf.get_static_value(path).item().decode())
         with tf.name_scope("check_asset"):

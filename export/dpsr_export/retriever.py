@@ -1,4 +1,4 @@
-"""Indices and servables as the callables that evaluation takes, in this process, without a server."""
+"""Retrievers for evaluation that search an index or a servable in this process, without a server."""
 
 from __future__ import annotations
 
@@ -26,32 +26,33 @@ _BATCH = 64
 
 
 def index_system(corpus: Corpus, directory: str) -> Retriever:
-    """`--system=index:DIR`: the query tower of an index directory's model, and FAISS.
+    """Makes the system `--system=index:DIR`: the query tower of the index's model, and FAISS.
 
-    The tower reads the users of the store. Pairs are scored with the item embeddings that lie beside the index.
+    The tower reads users from the store. Pairs of query and item are scored with the exact item embeddings, which are
+    in the index directory.
 
     Raises:
         UsageError: the corpus has no store.
-        CommandError: the directory holds no index, or one that cannot be read.
+        CommandError: the directory has no index, or the index cannot be read.
     """
     return _Index(Path(directory), corpus.need_store(f"index:{directory}"))
 
 
 def servable_system(corpus: Corpus, directory: str) -> Retriever:
-    """`--system=servable:DIR`: a version directory, or the base path, whose highest version is taken.
+    """Makes the system `--system=servable:DIR`. DIR is a version directory, or a base path with versions.
 
-    Requests tell the servable what the store knows of users, as a shop's requests would. It does not score pairs.
+    Of a base path the highest version is used. Requests contain the user features that the store knows, like the
+    requests of a shop. This system does not score pairs.
 
     Raises:
         UsageError: the corpus has no store.
-        CommandError: the directory holds no servable, or one that cannot be read, or the store does not know what it
-            asks for.
+        CommandError: the directory has no servable, the servable cannot be read, or the store lacks one of its inputs.
     """
     return _Servable(Path(directory), corpus.need_store(f"servable:{directory}"))
 
 
 class _Index:
-    """The query tower of the checkpoint that the index was made from, and FAISS."""
+    """A retriever with the query tower of the checkpoint that the index was made from, and FAISS."""
 
     def __init__(self, directory: Path, store: Store):
         manifest = read_manifest(directory / "index.json", FORMAT, FORMAT_VERSION, "dpsr index")
@@ -69,7 +70,7 @@ class _Index:
         self._exact = ExactSearch(self._encode, embeddings["id"], vectors)
 
     def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """See Retriever: each head's k items, united, an item with its largest inner product."""
+        """See Retriever. The k items of each head are united; an item's score is its largest inner product."""
         ids, scores = no_results(len(queries), k)
         for begin in range(0, len(queries), _BATCH):
             heads = self._encode(queries[begin : begin + _BATCH], users[begin : begin + _BATCH] if users else None)
@@ -84,23 +85,23 @@ class _Index:
         return ids, scores
 
     def score(self, queries: Sequence[str], users: Sequence[User] | None, items: np.ndarray) -> np.ndarray:
-        """See Retriever; by the embeddings, not by what the index makes of them."""
+        """See Retriever. Uses the exact embeddings, not the index's codes."""
         return self._exact.score(queries, users, items)
 
 
 class _Servable:
-    """The signature `search` of a SavedModel, told what the store knows of users."""
+    """A retriever with the signature `search` of a SavedModel. Its requests contain the store's user features."""
 
     def __init__(self, directory: Path, store: Store):
         path = directory
         if not (directory / "saved_model.pb").is_file():
             there = [number for number in versions(directory) if (directory / str(number) / "saved_model.pb").is_file()]
             if not there:
-                raise CommandError(f"{directory}: holds no servable (no saved_model.pb); make one with `dpsr export`")
+                raise CommandError(f"{directory}: holds no servable (no saved_model.pb); write one with `dpsr export`")
             path = directory / str(there[-1])
         self._servable = LoadedServable(path)
         if "search" not in self._servable.inputs:
-            raise CommandError(f"{path}: has no signature search; is it a servable that `dpsr export` wrote?")
+            raise CommandError(f"{path}: has no signature `search`; give a servable that `dpsr export` wrote")
         names = self._servable.inputs["search"]
         self.personal = any(name.startswith(USER) or name in HISTORY for name in names)
         self._users = UserRequests(store, names) if self.personal else None
@@ -112,7 +113,7 @@ class _Servable:
             requests: list[dict[str, Any]] = [{"query": query} for query in queries[begin : begin + _BATCH]]
             if self._users is not None and users is not None:
                 asking = users[begin : begin + _BATCH]
-                requests = [told | self._users.of(user) for told, user in zip(requests, asking, strict=True)]
+                requests = [request | self._users.of(user) for request, user in zip(requests, asking, strict=True)]
             found = self._servable("search", self._servable.search_inputs(requests, k))
             end = begin + len(requests)
             ids[begin:end], scores[begin:end] = found["item_ids"], found["scores"]

@@ -1,11 +1,11 @@
-"""What a servable needs of a store beside the index, as `dpsr index` puts it into the index directory.
+"""The files from the store that a servable needs besides the index. `dpsr index` writes them to the index directory.
 
-items.dpsr            for models that read histories: ids, texts and features of the items; where ids are text, keys
-feature_values.dpsr   for models that read features: the values that stand behind their codes
-vocabulary-NAME.dpsr  of the text features that do not share that of query and item text
-requests.json         queries of the log with what the model reads of those who asked: what servables warm up with
+items.dpsr            if the model reads histories: ids, texts and features of the items; if item ids are texts: keys
+feature_values.dpsr   if the model reads features: the value of each code
+vocabulary-NAME.dpsr  the vocabulary of text features that do not use the one of query and item text
+requests.json         queries of the log with the features of the users who asked, for warm-up
 
-index.json names them, and says of what kind the features are.
+index.json lists these files, and the kinds of the features.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from dpsr_tf.data.user_requests import User, UserRequests
 from dpsr_tf.models.model_directory import ModelDirectory
 
 ITEMS, FEATURE_VALUES, REQUESTS = "items.dpsr", "feature_values.dpsr", "requests.json"
-# Requests that are kept for warm-up and for the measurements of `dpsr export`.
+# Number of requests that are kept for warm-up and for the measurements of `dpsr export`.
 NUM_REQUESTS = 100
 
 
 def write_assets(
     model: ModelDirectory, store: Store, texts: Sequence[str], users: Sequence[User], directory: Path
 ) -> dict[str, Any]:
-    """Writes the files, those of them that the model needs, into an index directory.
+    """Writes the files that the model needs to an index directory.
 
     Args:
-        model: says what its towers read.
-        store: that the model goes with.
+        model: the model, which says what its towers read.
+        store: the store that the model was trained on.
         texts: queries of the log.
-        users: who asked each.
-        directory: of the index.
+        users: the user who asked each query.
+        directory: the index directory.
 
     Returns:
-        For index.json: `serving_files`, the names of the files but requests.json; `string_ids`, whether the shop's item
-        ids are texts; `features`: kind, boundaries and vocabulary of the features that the towers read.
+        Entries for index.json: `serving_files`, names of the files except requests.json; `string_ids`, whether the
+        shop's item ids are texts; `features`, kind, boundaries and vocabulary of the features that the towers read.
     """
     config, spec = model.config.model, model.features
     files = []
@@ -59,7 +59,7 @@ def write_assets(
             names = [f"feature.{feature.name}" for feature in spec.item]
             wanted = ("tokens", *names)
             parts = [part for name in wanted for part in (name, f"{name}.splits", f"{name}.values")]
-            # How many values a feature has, so that its codes can be checked.
+            # These tell how many values a feature has, so that its codes can be checked.
             parts += [f"values.{feature.name}.splits" for feature in spec.item]
             sections += [name for name in parts if name in items]
         if string_ids:
@@ -100,7 +100,10 @@ def write_assets(
 
 
 def _write_feature_values(model: ModelDirectory, store: Store, path: Path) -> None:
-    """A key table: "SIDE\\0NAME\\0VALUE" of every value of every feature that the towers read, and its code."""
+    """Writes a key table with the code of each value of each feature that the towers read.
+
+    Its keys are "SIDE\\0NAME\\0VALUE".
+    """
     keys: list[str] = []
     codes: list[np.ndarray] = []
     for side, table, features in (
@@ -131,16 +134,16 @@ def _write_requests(
     model: ModelDirectory, store: Store, texts: Sequence[str], users: Sequence[User], path: Path
 ) -> None:
     config = model.config.model
-    # A store keeps no text of text features: nobody has one here.
+    # The store does not keep the texts of text features, so requests leave them out.
     names = [f"user_{feature.name}" for feature in model.features.user if feature.kind != "text"]
     if config.history_length:
         names += ["clicked_item_keys" if store.item_keys() is not None else "clicked_items", "clicked_item_types"]
     if config.query_history_length:
         names.append("past_queries")
-    told = UserRequests(store, names)
+    user_requests = UserRequests(store, names)
     requests = []
     for text, user in list(zip(texts, users, strict=True))[:NUM_REQUESTS]:
-        values = told.of(user)
+        values = user_requests.of(user)
         for name, longest in (
             ("clicked_items", config.history_length),
             ("clicked_item_keys", config.history_length),

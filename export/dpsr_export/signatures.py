@@ -1,4 +1,4 @@
-"""The graph of a servable and its signatures (docs/serving.md): raw values of a request in, item ids out."""
+"""The graph of a servable and its signatures (docs/serving.md), from raw values of a request to item ids."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ v1 = tf.compat.v1
 def write_saved_model(
     model: ModelDirectory, index: dict[str, Any], index_dir: Path, max_parameters: str, checkpoint: str, out: Path
 ) -> dict[str, list[str]]:
-    """Writes the SavedModel of a model and an index into the directory `out`, which is not there yet.
+    """Writes a SavedModel with the towers of a model and an index.
 
     Args:
-        model: whose towers it holds.
-        index: what its index.json says.
-        index_dir: with the files.
+        model: the model.
+        index: content of index.json.
+        index_dir: directory with the files of the index.
         max_parameters: the search parameters that a request may set, with their largest values.
         checkpoint: path of the weights.
-        out: to make.
+        out: the directory to write. It must not exist.
 
     Returns:
-        The inputs of each signature.
+        The names of the inputs of each signature.
     """
     with tf.Graph().as_default():
         graph = _Graph(model, index, index_dir, max_parameters)
@@ -57,7 +57,7 @@ def write_saved_model(
 
 
 class _Graph:
-    """The nodes that the signatures share. What a caller leaves out of `serving_default` is absent by default."""
+    """The nodes that the signatures share. Inputs that a signature does not have are absent by default."""
 
     def __init__(self, model: ModelDirectory, index: dict[str, Any], index_dir: Path, max_parameters: str):
         self._model, self._index, self._dir = model, index, index_dir
@@ -70,7 +70,7 @@ class _Graph:
             self._vocabularies[name] = tf_ops.VocabularyTable(str(index_dir / vocabulary_name(name)))
         self._values = request_tables.KeyTable(index_dir / FEATURE_VALUES) if self._has(FEATURE_VALUES) else None
         self._keys = request_tables.KeyTable(index_dir / ITEMS) if index["string_ids"] else None
-        # The file itself holds its search parameters (dpsr_export/index.py).
+        # The index file already contains its search parameters (dpsr_export/index.py).
         self._items = faiss_search.FaissIndexTable(
             str(index_dir / "items.faiss"),
             str(index_dir / "item_ids.dpsr"),
@@ -84,7 +84,7 @@ class _Graph:
         return name in self._index["serving_files"]
 
     def signatures(self) -> dict[str, Any]:
-        """SignatureDefs by name."""
+        """Returns the SignatureDefs by name."""
         query = v1.placeholder(tf.string, [None], "query")
         user: dict[str, tf.Tensor] = {}
         query_embedding = self._towers.query_embedding(
@@ -133,7 +133,7 @@ class _Graph:
         return Tokens(ragged.values, ragged.row_splits)
 
     def _features(self, side: str, texts: tf.Tensor, inputs: dict[str, tf.Tensor]) -> Features | None:
-        """What the tower reads of `texts` beside them; adds what a request gives to `inputs`."""
+        """Returns the features that a tower reads beside `texts`, and adds their placeholders to `inputs`."""
         chosen = self._model.features.user if side == "user" else self._model.features.item
         if not chosen:
             return None
@@ -186,14 +186,14 @@ class _Graph:
 
 
 def _absent(dtype: tf.DType, rank: int, name: str) -> tf.Tensor:
-    """An input that is absent where nobody gives it."""
+    """Makes an input that is an empty tensor, which means absent, unless it is fed."""
     return v1.placeholder_with_default(tf.zeros([0] * rank, dtype), [None] * rank, name)
 
 
 def _padded(name: str, values: tf.Tensor, texts: tf.Tensor) -> tf.Tensor:
-    """`values` [batch], or empty texts where they are absent."""
+    """Returns `values` [batch], or as many empty texts if they are absent."""
     given, batch = tf.size(values), tf.size(texts)
-    message = f"{name}: expected a value for each text, or none at all"
+    message = f"{name}: expected one value for each text, or no values"
     absent = tf.equal(given, 0)
     whole = tf.logical_or(absent, tf.equal(given, batch))
     with tf.control_dependencies([tf.debugging.Assert(whole, [message, given, batch])]):
@@ -201,7 +201,7 @@ def _padded(name: str, values: tf.Tensor, texts: tf.Tensor) -> tf.Tensor:
 
 
 def input_types(signature: Any) -> dict[str, tuple[np.dtype, int]]:
-    """NumPy type (object for text) and rank of each input of a SignatureDef."""
+    """Returns NumPy type (object for text) and rank of each input of a SignatureDef."""
     return {
         name: (np.dtype(tf.as_dtype(info.dtype).as_numpy_dtype), len(info.tensor_shape.dim))
         for name, info in signature.inputs.items()

@@ -1,4 +1,4 @@
-"""Warm-up requests of a servable, which servers replay before it takes traffic, and what is measured with them."""
+"""Warm-up requests of a servable, which servers replay before it takes traffic, and measurements of the servable."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ from dpsr_tokenizer import tf_ops  # noqa: F401 - its import loads the tokenizer
 
 v1 = tf.compat.v1
 
-# Where TensorFlow Serving looks for them.
+# The name under which TensorFlow Serving looks for warm-up requests in assets.extra.
 FILE = "tf_serving_warmup_requests"
 _BATCHES = (1, 2, 8, 32)
 
-# A signature and its inputs.
+# The name of a signature, and its inputs.
 Request = tuple[str, dict[str, np.ndarray]]
 
 
 class LoadedServable:
-    """A servable in a session of this process, as a model server has it.
+    """A servable that is loaded into a session of this process, as a model server does it.
 
     Attributes:
-        inputs: NumPy type and rank of the inputs of each signature.
+        inputs: for each signature, NumPy type and rank of its inputs by name.
     """
 
     def __init__(self, path: Path):
-        """Raises CommandError if it does not load."""
+        """Loads a version directory. Raises CommandError if it cannot be loaded."""
         faiss_search.load()
         self._session = v1.Session(graph=tf.Graph())
         with self._session.graph.as_default():
             try:
                 loaded = v1.saved_model.load(self._session, [tf.saved_model.SERVING], str(path))
             except tf.errors.OpError as error:
-                raise CommandError(f"{path}: does not load: {op_message(error)}; export the model again") from None
+                raise CommandError(f"{path}: cannot be loaded: {op_message(error)}; export the model again") from None
         self._signatures = dict(loaded.signature_def)
         self.inputs = {name: input_types(signature) for name, signature in self._signatures.items()}
 
     def __call__(self, signature: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Its outputs. Raises tf.errors.OpError."""
+        """Runs a signature and returns its outputs. Raises tf.errors.OpError."""
         definition = self._signatures[signature]
         fetches = {name: info.name for name, info in definition.outputs.items()}
         found: dict[str, np.ndarray] = self._session.run(
@@ -60,36 +60,38 @@ class LoadedServable:
         return found
 
     def search_inputs(self, requests: Sequence[Mapping[str, Any]], k: int, parameters: str = "") -> dict[str, Any]:
-        """The inputs of `search` for requests that hold values by input's name; what they leave out is absent."""
+        """Returns the inputs of `search` for requests, which map names of inputs to values. Other inputs are absent."""
         arrays = input_arrays(requests, self.inputs["search"])
         return arrays | {"k": np.array(k, np.int32), "search_parameters": np.array(parameters, object)}
 
     def close(self) -> None:
-        """Frees it."""
+        """Frees the servable."""
         self._session.close()
 
 
 def warmup_requests(servable: LoadedServable, queries: Sequence[Mapping[str, Any]], serving_k: int) -> list[Request]:
-    """Requests of several signatures, batch sizes and k, out of queries of the log (servable_assets.REQUESTS)."""
+    """Makes requests for several signatures, batch sizes and k from queries of the log (servable_assets.REQUESTS)."""
     queries = list(queries) or [{"query": ""}]
-    made: list[Request] = []
+    requests: list[Request] = []
     place = 0
 
-    def take(count: int) -> list[Mapping[str, Any]]:
+    def next_queries(count: int) -> list[Mapping[str, Any]]:
         nonlocal place
-        taken = [queries[(place + i) % len(queries)] for i in range(count)]
+        chosen = [queries[(place + i) % len(queries)] for i in range(count)]
         place += count
-        return taken
+        return chosen
 
     for batch in _BATCHES:
-        made.append(("serving_default", input_arrays(take(batch), servable.inputs["serving_default"])))
-        made += [("search", servable.search_inputs(take(batch), k)) for k in sorted({*RECALL_AT, serving_k})]
-    made.append(("query_embedding", input_arrays(take(1), servable.inputs["query_embedding"])))
-    # The way through the filter.
-    inputs = servable.search_inputs(take(1), serving_k)
+        requests.append(("serving_default", input_arrays(next_queries(batch), servable.inputs["serving_default"])))
+        requests += [
+            ("search", servable.search_inputs(next_queries(batch), k)) for k in sorted({*RECALL_AT, serving_k})
+        ]
+    requests.append(("query_embedding", input_arrays(next_queries(1), servable.inputs["query_embedding"])))
+    # The last request warms up the search with a filter.
+    inputs = servable.search_inputs(next_queries(1), serving_k)
     excluded = "excluded_item_ids" if "excluded_item_ids" in inputs else "excluded_item_keys"
     inputs[excluded] = np.array([[0 if excluded == "excluded_item_ids" else b"0"]], inputs[excluded].dtype)
-    return [*made, ("search", inputs)]
+    return [*requests, ("search", inputs)]
 
 
 def write_warmup(path: Path, requests: Sequence[Request]) -> None:
@@ -108,16 +110,17 @@ def write_warmup(path: Path, requests: Sequence[Request]) -> None:
 def replay(
     servable: LoadedServable, requests: Sequence[Request], item_ids: np.ndarray, answerable: bool = True
 ) -> None:
-    """Sends the warm-up requests. What cannot answer them must not be deployed.
+    """Sends the warm-up requests. A servable that cannot answer them must not be deployed.
 
     Args:
-        servable: that has just been written.
-        requests: of warmup_requests.
-        item_ids: int64, of the index.
-        answerable: the queries are real ones, so at least one finds items.
+        servable: the servable that has just been written.
+        requests: as warmup_requests returns them.
+        item_ids: int64, the item ids of the index.
+        answerable: whether the queries are real, so that at least one of them must find items.
 
     Raises:
-        CommandError: an error, an item that is not in the index, no results at all.
+        CommandError: a request fails, an answer has a NaN or an item that is not in the index, or no request finds
+            anything.
     """
     found_any = False
     for signature, inputs in requests:
@@ -127,12 +130,14 @@ def replay(
             raise CommandError(f"the servable does not answer its warm-up requests: {op_message(error)}") from None
         for name, values in found.items():
             if values.dtype.kind == "f" and np.isnan(values).any():
-                raise CommandError(f"the servable answers NaN in {name} of {signature}; train the model again")
+                raise CommandError(f"the servable returns NaN in {name} of {signature}; train the model again")
         if "item_ids" in found:
             ids = found["item_ids"]
             strange = ids[(ids != -1) & ~np.isin(ids, item_ids)]
             if len(strange):
-                raise CommandError(f"the servable finds the item {strange[0]}, which is not in the index")
+                raise CommandError(
+                    f"the servable finds the item {strange[0]}, which is not in the index; run `dpsr index` and `dpsr export` again"
+                )
             found_any = found_any or bool((ids != -1).any())
     if answerable and not found_any:
         raise CommandError("the servable finds nothing for any query of the log; train the model again")
@@ -141,14 +146,17 @@ def replay(
 def measure(
     servable: LoadedServable, queries: Sequence[Mapping[str, Any]], item_ids: np.ndarray, vectors: np.ndarray, k: int
 ) -> dict[str, Any]:
-    """What the manifest says of a servable: ann_recall against exact search, and latency, one query at a time.
+    """Measures ann_recall against exact search, and the latency of one query at a time.
 
     Args:
-        servable: warmed up.
-        queries: of the log.
+        servable: the servable, which has answered its warm-up requests.
+        queries: queries of the log.
         item_ids: int64 [items].
-        vectors: float32 [items, dim], what the index was made from.
-        k: whose latency is measured.
+        vectors: float32 [items, dim], the embeddings that the index was made from.
+        k: latency is measured with this k.
+
+    Returns:
+        The entry `measured` of the servable's manifest.
     """
     depth = max(k, *RECALL_AT)
     ids, seconds = [], []
@@ -176,7 +184,7 @@ def measure(
 
 
 def _exact(heads: np.ndarray, item_ids: np.ndarray, vectors: np.ndarray, k: int) -> list[np.ndarray]:
-    """The exact result of each query, [queries, heads, dim], as the lookup op defines it: heads united, best first."""
+    """Returns the exact result of each query [queries, heads, dim], with heads united as the lookup op does it."""
     count, _, dim = heads.shape
     found = min(k, len(item_ids))
     scores, rows = faiss.knn(
@@ -192,7 +200,7 @@ def _exact(heads: np.ndarray, item_ids: np.ndarray, vectors: np.ndarray, k: int)
 
 
 def unite_heads(items: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """What all heads found, int64 [n] and float32 [n]: the best k items, each once with its largest score."""
+    """Unites the results of all heads, int64 [n] and float32 [n]. Returns the best k items with their largest scores."""
     found, which = np.unique(items, return_inverse=True)
     largest = np.full(len(found), -np.inf, np.float32)
     np.maximum.at(largest, which, scores)
@@ -201,7 +209,7 @@ def unite_heads(items: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarr
 
 
 def read_requests(path: Path) -> list[dict[str, Any]]:
-    """What `dpsr index` has kept of the log. Raises CommandError if the file cannot be read."""
+    """Reads the queries that `dpsr index` has kept from the log. Raises CommandError if the file cannot be read."""
     try:
         requests = json.loads(path.read_text())
         assert isinstance(requests, list) and all(isinstance(request, dict) for request in requests)
