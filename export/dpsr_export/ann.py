@@ -57,10 +57,9 @@ class Candidate:
 def candidates(items: int, dim: int, recall_target: float, memory: float = 0) -> list[Candidate]:
     """Returns the indexes that `auto` considers, the preferred one first.
 
-    A Flat index is preferred while it is fast enough. Otherwise there are about 4 sqrt(items) inverted lists. Their codes
-    depend on the recall target and on the memory: 8 bits for each dimension (a quarter of the size of floats, and as
-    fast as shorter codes when a thousand items are wanted), floats, or, if neither fits, product codes with a learnt
-    rotation.
+    A Flat index is preferred while it is fast enough, otherwise about 4 sqrt(items) inverted lists. Their codes depend
+    on the recall target and on the memory: 8 bits for each dimension (a quarter of the size of floats, and as fast as
+    shorter codes when a thousand items are wanted), floats, or, if neither fits, product codes with a learnt rotation.
 
     Args:
         items: number of vectors in the index.

@@ -200,7 +200,7 @@ def _exact(heads: np.ndarray, item_ids: np.ndarray, vectors: np.ndarray, k: int)
 
 
 def unite_heads(items: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Unites the results of all heads, int64 [n] and float32 [n]. Returns the best k items with their largest scores."""
+    """Unites the results of all heads, int64 [n] and float32 [n]; returns the best k items with their largest scores."""
     found, which = np.unique(items, return_inverse=True)
     largest = np.full(len(found), -np.inf, np.float32)
     np.maximum.at(largest, which, scores)
