@@ -1,19 +1,20 @@
-"""What a filter costs: searches of the FAISS op with and without one, on one thread.
+"""The cost of a filter: searches of the FAISS op with and without one, on one thread.
 
     python benchmarks/filter_cost.py --json [--items=1000000]
 
-Clustered unit vectors (benchmarks/vectors.py), the index that `auto` takes for so many, nprobe the least of powers of
-two with which ann_recall@1000 is at least 0.9 without a filter; benchmarks/servable.py measures it on the index that it
-has built. Filters leave 50 %, 10 %, 1 % and 0.1 % of the items:
+The vectors are clustered unit vectors (benchmarks/vectors.py) in the index that `auto` chooses. nprobe is the smallest
+power of two with which ann_recall@1000 is at least 0.9 without a filter. benchmarks/servable.py runs the same
+measurement on the index that it has built. Filters let 50 %, 10 %, 1 % and 0.1 % of the items pass:
 
-- `category`: one value of an attribute that has nothing to do with the vectors, the same in all queries;
-- `price`: a range of a number that has nothing to do with them, another one in every query, so that nothing is kept
-  from the query before;
-- `region`: those furthest along one direction of the vectors: some queries have their neighbours there, others none.
+- `category`: one value of an attribute that is independent of the vectors, the same in all queries;
+- `price`: a range of a number that is independent of the vectors, different in each query, so that no cached result can
+  be used;
+- `region`: the items furthest along one direction of the vectors. Some queries have their neighbours there, others
+  none.
 
-`core_ms` is the CPU time of a query (k = 1000) in a graph without a server, of requests of seven, which one thread
-answers; ann_recall is of the exact result among the items that pass. The bar `filter_cost_ratio_worst` is the largest
-ratio of `core_ms` to that of the search without a filter, in the same process.
+`core_ms` is the CPU time of a query (k = 1000) in a graph without a server, with seven queries in each request, which
+one thread answers. ann_recall compares with the exact result among the items that pass. The bar
+`filter_cost_ratio_worst` is the largest ratio of `core_ms` with a filter to `core_ms` without one, in the same process.
 """
 
 from __future__ import annotations
@@ -42,22 +43,22 @@ v1 = tf.compat.v1
 
 K = 1000
 SHARES = (0.5, 0.1, 0.01, 0.001)
-# Fewer head searches than the op spreads over threads.
+# Few enough queries for the op to answer them on one thread.
 _BATCH = 7
 _QUERIES = 12 * _BATCH
-# Requests with ranges that are all different: more than what is kept of them.
+# Number of rounds with different ranges, so that there are more of them than the cache holds.
 _ROUNDS = 10
-# Items whose exact scores are computed at a time.
+# Number of items whose exact scores are computed at a time.
 _BLOCK = 1 << 20
 
 
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--items", type=int, default=1_000_000)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--repeat", type=int, default=5, help="measurements of each, side by side")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of each")
+    parser.add_argument("--items", type=int, default=1_000_000, help="number of items")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the vectors and attributes")
+    parser.add_argument("--repeat", type=int, default=5, help="number of measurements of each search, side by side")
+    parser.add_argument("--seconds", type=float, default=0.5, help="length of each measurement in seconds")
     parser.add_argument("--json", action="store_true", help="prints one JSON object as the last line")
     arguments = parser.parse_args()
     report = Report("filter_cost", arguments.seed, hardware("faiss-cpu", "tensorflow"))
@@ -71,15 +72,15 @@ def main() -> None:
 def filter_cost(
     report: Report, vectors: np.ndarray, queries: np.ndarray, folder: Path, repeat: int = 5, seconds: float = 0.5
 ) -> None:
-    """Adds the rows and the bar to a report.
+    """Measures searches with filters, and adds rows and the bar to a report.
 
     Args:
-        report: to add to.
+        report: the report.
         vectors: float32 [items, dim], which may be mapped.
         queries: float32 [84, dim].
-        folder: for the files; items.faiss, the index that `auto` takes, is built unless it is there.
-        repeat: measurements of each.
-        seconds: of each.
+        folder: directory for the files. items.faiss, the index that `auto` chooses, is built if it does not exist.
+        repeat: number of measurements of each search.
+        seconds: length of each measurement.
     """
     items = len(vectors)
     factory = next(c.factory for c in ann.candidates(items, vectors.shape[1], 0.9) if not c.verdict)
@@ -108,7 +109,7 @@ def filter_cost(
         if not parameters or _recall(_ids(table, queries), exact) >= 0.9:
             break
 
-    # Of each: the exact result, an expression for all queries, or one for each.
+    # For each kind of search: the exact result, and an expression for all queries or one for each query.
     asked: dict[tuple[str, str], tuple[np.ndarray, str, list[str]]] = {("none", "all items"): (exact, "", [])}
     for share in SHARES:
         workload = f"{100 * share:g} % of the items"
@@ -144,7 +145,7 @@ def filter_cost(
 
 
 def save_graph(path: Path, inputs: dict[str, tf.Tensor], outputs: dict[str, tf.Tensor], checkpoint: str = "") -> None:
-    """Writes a SavedModel of the default graph; its variables, if any, have the values of a checkpoint."""
+    """Writes a SavedModel of the default graph. If it has variables, their values come from a checkpoint."""
     with v1.Session() as session:
         if checkpoint:
             v1.train.Saver().restore(session, checkpoint)
@@ -160,13 +161,13 @@ def save_graph(path: Path, inputs: dict[str, tf.Tensor], outputs: dict[str, tf.T
 
 
 def _ranges(random: np.random.Generator, share: float) -> list[str]:
-    """A range of prices for each of many queries, none of them twice."""
+    """Returns many different ranges of prices, one for each query."""
     begins = random.random(_ROUNDS * _QUERIES) * (1 - share)
     return [f"price={begin!r}..{begin + share!r}" for begin in begins.tolist()]
 
 
 def _requests(queries: np.ndarray, include: list[str]) -> list[predict_pb2.PredictRequest]:
-    """Requests of _BATCH queries, in turn, with an expression each; "" is none."""
+    """Returns requests of _BATCH queries, in turn, with one expression for each query. "" is no filter."""
     found = []
     for begin in range(0, len(include), _BATCH):
         rows = np.arange(begin, begin + _BATCH)
@@ -179,13 +180,13 @@ def _requests(queries: np.ndarray, include: list[str]) -> list[predict_pb2.Predi
 
 
 def _ids(table: Any, queries: np.ndarray, include: str = "") -> np.ndarray:
-    """Ids int64 [queries, K]; one at a time, since FAISS takes others for many at once."""
+    """Searches with the op. Returns ids, int64 [queries, K]."""
     texts = np.full((len(queries), 1), include)
     return table.search(queries[:, np.newaxis], K, include=texts)[0].numpy()
 
 
 def _exact(vectors: np.ndarray, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Rows int64 [queries, at most K] with the largest inner products, of those given."""
+    """Returns those of the given rows with the largest inner products, int64 [queries, at most K]."""
     scores, found = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
     for begin in range(0, len(rows), _BLOCK):
         block = rows[begin : begin + _BLOCK]

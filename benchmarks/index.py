@@ -1,16 +1,17 @@
-"""FAISS indices built and searched as `dpsr index` does it: build time and memory, recall, latency, throughput, size.
+"""FAISS indices, built and searched as by `dpsr index`: build time, memory, recall, latency, throughput and size.
 
     python benchmarks/index.py --json [--items=15000000] [--factories="IVF16384,SQ8;..."] [--quick]
 
-The vectors are those of benchmarks/vectors.py, in a file that is mapped. Left out, --factories are what `auto` chooses
-and the other kinds of index with as many lists; below two million items also HNSW, which takes hours above. With
---folder the vectors and the figures of each factory are kept there: a run that asks for more measures only that.
+The vectors come from benchmarks/vectors.py, in a mapped file. Without --factories, the script measures the index that
+`auto` chooses and the other kinds of index with the same number of lists. Below two million items it also measures
+HNSW, which takes hours for more. With --folder the vectors and the figures of each factory are kept there, and later
+runs measure only what is missing.
 
-ann_recall is by exact search; p50, p99 and core_ms are of the top 1,000, one query at a time on one thread; wall_qps of
-all queries at once, on all cores; building uses as many as OMP_NUM_THREADS says. peak_memory is what the process has
-allocated at most while it built (sampled; the system caches the mapped file as well, and drops it where memory is
-needed); size is that of the written file. The bars are of the first factory: `build_wall_s`, and core_ms at
-ann_recall@1000 of 0.90 and 0.95.
+ann_recall compares with exact search. p50, p99 and core_ms are measured with the top 1,000, one query at a time on one
+thread; wall_qps with all queries at once, on all cores. Building uses as many cores as OMP_NUM_THREADS says.
+peak_memory is the most memory that the process allocated while it built the index (sampled, without the mapped file,
+which the system can drop from memory). size is the size of the written file. The bars belong to the first factory:
+`build_wall_s`, and core_ms at ann_recall@1000 of 0.90 and 0.95.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ from dpsr_export import ann
 
 K = 1000
 TARGETS = (0.90, 0.95, 0.99)
-_MANY_ITEMS = 2_000_000  # from here on no HNSW
+_MANY_ITEMS = 2_000_000  # from this number of items on, HNSW is not measured
 
 FLAGS = flags.FLAGS
 
 
 def factories(items: int) -> list[str]:
-    """What is measured if --factories does not say."""
+    """Returns the factory strings that are measured without --factories."""
     if items <= 50_000:
         return ["IVF256,SQ8", "Flat"]
     chosen = next(c.factory for c in ann.candidates(items, DIM, 0.95)[1:] if not c.verdict)
@@ -53,7 +54,7 @@ def factories(items: int) -> list[str]:
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[list[float]]:
-    """Fills the list, at the end, with the most GB of anonymous memory that the process held within the block."""
+    """Yields a list, to which the peak of the process's anonymous memory in GB is added when the block ends."""
     found: list[float] = []
     most = 0
     done = threading.Event()
@@ -79,7 +80,7 @@ def peak_memory() -> Iterator[list[float]]:
 def measure(
     result: report.Report, items: np.ndarray, queries: np.ndarray, exact: ann.Exact, factory: str, folder: Path
 ) -> None:
-    """Builds one index and adds its rows."""
+    """Builds and measures one index, and adds its rows to the report."""
     workload = f"{len(items):,} x {DIM}"
     with peak_memory() as peak:
         wall, cpu = time.perf_counter(), report.cpu_seconds()
@@ -112,7 +113,7 @@ def measure(
 
 
 def core_ms(index: faiss.Index, queries: np.ndarray) -> float:
-    """CPU time of one search for the top K, one at a time on one thread."""
+    """Returns the CPU time in ms of a search for the top K, one query at a time on one thread."""
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     start, done = time.process_time(), 0
@@ -127,7 +128,7 @@ def core_ms(index: faiss.Index, queries: np.ndarray) -> float:
 
 
 def bars(result: report.Report, factory: str) -> dict[str, float]:
-    """Of one factory; a recall that was not reached has no bar."""
+    """Returns the bars of one factory. A recall that was not reached has no bar."""
     rows = [row for row in result.rows if row["impl"] == factory]
     found = {"build_wall_s": next(row["value"] for row in rows if row["metric"] == "build_wall")}
     cost = {row["workload"]: row["value"] for row in rows if row["metric"] == "core_ms"}
@@ -140,17 +141,17 @@ def bars(result: report.Report, factory: str) -> dict[str, float]:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_integer("items", 15_000_000, "vectors", 1000)
-    flags.DEFINE_integer("queries", 500, "queries", 10)
-    flags.DEFINE_string("factories", "", "FAISS factory strings, separated by ;")
-    flags.DEFINE_integer("seed", 1, "of the vectors")
-    flags.DEFINE_string("folder", None, "where vectors and figures are kept; else a temporary one")
-    flags.DEFINE_boolean("json", False, "prints the JSON line")
-    flags.DEFINE_boolean("quick", False, "20,000 items, 100 queries: shows that it runs")
+    flags.DEFINE_integer("items", 15_000_000, "number of vectors", 1000)
+    flags.DEFINE_integer("queries", 500, "number of queries", 10)
+    flags.DEFINE_string("factories", "", "FAISS factory strings, separated by semicolons")
+    flags.DEFINE_integer("seed", 1, "seed of the vectors")
+    flags.DEFINE_string("folder", None, "directory that keeps vectors and figures; a temporary one if left out")
+    flags.DEFINE_boolean("json", False, "prints one JSON object as the last line")
+    flags.DEFINE_boolean("quick", False, "only tests the script, with 20,000 items and 100 queries")
 
 
 def main(_: list[str]) -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints the results."""
     items, asked = (20_000, 100) if FLAGS.quick else (FLAGS.items, FLAGS.queries)
     chosen = [factory for factory in FLAGS.factories.split(";") if factory] or factories(items)
     result = report.Report("index", FLAGS.seed, report.hardware("faiss-cpu", "faiss-gpu", "numpy"))

@@ -1,25 +1,26 @@
-"""A fused servable from query text to the top 1,000: in process, over gRPC, and beside two services in its place.
+"""A fused servable, from query text to the top 1,000 items: in one process, over gRPC, and compared with two services.
 
     python benchmarks/servable.py --json [--items=1000000] [--folder=DIR] [--quick]
 
-Items are those of benchmarks/vectors.py in the index that `auto` takes, with the cheapest search parameters whose
-ann_recall@1000 is 0.90. The model is one of `dpsr export` of the default config, of one head and of two. It is not
-trained: its embedding table is filled so that each of 500 query texts gets a query vector of benchmarks/vectors.py
-(with two heads, two of them), which costs what a trained one costs.
+The items come from benchmarks/vectors.py, in the index that `auto` chooses, with the fastest search parameters whose
+ann_recall@1000 is 0.90. The model has the default config and is exported as by `dpsr export`, with one head and with
+two. It is not trained. Its embedding table is filled so that each of 500 query texts gets a query vector of
+benchmarks/vectors.py (or two vectors, with two heads), which costs as much as a trained model.
 
-- in process: CPU time of a query, in one thread and without a server; `fused` from the text on, `op` and `bare` from
-  the vector on, by the op (50 to a call) and by FAISS alone (Python, one at a time) in the same mapped file.
-- load: a model server from its start until it answers, wall and CPU time, with the files of the version in the system's
-  cache (`load`) and without (`load_cold`): of the query tower by itself, `fused`, and `filters`, an index with the six
-  attributes of benchmarks/filter_cost.py.
+- in process: CPU time of a query, on one thread and without a server. `fused` begins with the text. `op` and `bare`
+  begin with the vector: the op (50 queries in a call) and FAISS alone (Python, one query at a time), with the same
+  mapped file.
+- load: wall and CPU time of a model server from its start until it answers, with the files of the version in the
+  system's cache (`load`) and without (`load_cold`). It is measured for the query tower alone, for `fused`, and for
+  `filters`, an index with the six attributes of benchmarks/filter_cost.py.
 - grpc: one model server under closed loops of the load generator, with CPU time and memory.
-- called in turn: p50 of a Python client on the same machine, one call at a time; `fused` asks one server for the
-  answer, `two_services` asks a server of the query tower for the vector and then a server of the index with it, as must
-  be done where tower and index are not in one graph. All three servers are ours.
+- called in turn: p50 of a Python client on the same machine, one call at a time. `fused` asks one server.
+  `two_services` asks a server of the query tower for the vector, and then a server of the index, as it must be done
+  when tower and index are not in one graph. All three servers are DPSR's model server.
 
-Bars: `op_over_bare_faiss`, `two_service_over_fused_p50`, `head2_over_head1` (of `fused`), and `filter_cost_ratio_worst`
-(benchmarks/filter_cost.py, which says how it is measured). With --folder the vectors are kept there, as
-benchmarks/index.py keeps them.
+Bars: `op_over_bare_faiss`, `two_service_over_fused_p50`, `head2_over_head1` (for `fused`), and
+`filter_cost_ratio_worst` (benchmarks/filter_cost.py describes it). With --folder the vectors are kept in that
+directory, as by benchmarks/index.py.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ K = 1000
 TARGET = 0.90
 QUERIES = 500
 _BATCH = 50
-_IO_FLAG_MMAP = 0x200  # what the op maps an index with (faiss::IO_FLAG_MMAP_IFC)
+_IO_FLAG_MMAP = 0x200  # maps the index, as the op does (faiss::IO_FLAG_MMAP_IFC)
 _PREDICT = "/tensorflow.serving.PredictionService/Predict"
 
 v1 = tf.compat.v1
@@ -69,12 +70,12 @@ FLAGS = flags.FLAGS
 
 
 def texts() -> list[str]:
-    """The query texts: words, and one of their own in each."""
+    """Returns the query texts. Each of them has one word that no other has."""
     return [f"{text} q{1000 + i}x" for i, text in enumerate(servers.queries(QUERIES))]
 
 
 def make_index(result: report.Report, folder: Path, items: np.ndarray, queries: np.ndarray) -> str:
-    """Writes items.faiss, with its search parameters set, and item_ids.dpsr; returns the workload's name."""
+    """Writes items.faiss, with its search parameters set, and item_ids.dpsr. Returns the name of the workload."""
     candidates = [c.factory for c in ann.candidates(len(items), DIM, TARGET) if not c.verdict]
     index = ann.build(items, candidates[0])
     exact = ann.Exact(items, queries, [K])
@@ -88,7 +89,7 @@ def make_index(result: report.Report, folder: Path, items: np.ndarray, queries: 
 
 
 def make_model(folder: Path, vectors: np.ndarray) -> ModelDirectory:
-    """A model whose query i has the vectors [queries, heads, DIM] [i], with the checkpoint model.ckpt."""
+    """Writes a model, with the checkpoint model.ckpt, whose query i has the embedding vectors[i], [heads, DIM]."""
     heads = vectors.shape[1]
     folder.mkdir()
     builder = dpsr_tokenizer.VocabularyBuilder()
@@ -103,7 +104,7 @@ def make_model(folder: Path, vectors: np.ndarray) -> ModelDirectory:
         {},
         vocabulary,
     )
-    # All rows are zero but those of one word of each query that no other has.
+    # Only the rows of the words that a single query has are not zero.
     tokens, splits = vocabulary.encode_batch(texts())
     counts = np.bincount(tokens, minlength=vocabulary.num_ids)
     table = np.zeros((vocabulary.num_ids, heads * DIM), np.float32)
@@ -129,7 +130,7 @@ def make_model(folder: Path, vectors: np.ndarray) -> ModelDirectory:
 
 
 def make_servables(folder: Path, index: Path, queries: np.ndarray) -> dict[str, Path]:
-    """Version directories: fused models of one and of two heads, the query tower of the first, and the index."""
+    """Writes version directories: fused models with one and two heads, the query tower of the first, and the index."""
     made = {}
     said: dict[str, Any] = {"files": {"items.faiss": {}, "item_ids.dpsr": {}}, "serving_files": [], "string_ids": False}
     said["features"] = {"user": [], "item": []}
@@ -162,7 +163,7 @@ def make_servables(folder: Path, index: Path, queries: np.ndarray) -> dict[str, 
 def in_process(
     result: report.Report, workload: str, index: Path, made: dict[str, Path], queries: np.ndarray, repeat: int, s: float
 ) -> None:
-    """CPU time of a query: op beside bare FAISS on the same vectors, and the fused graphs."""
+    """Measures CPU time of a query: the op and FAISS alone on the same vectors, and the fused graphs."""
     table = faiss_search.FaissIndexTable(str(index / "items.faiss"), str(index / "item_ids.dpsr"))
     bare = faiss.read_index(str(index / "items.faiss"), _IO_FLAG_MMAP)
     places = np.concatenate([bare.search(query[np.newaxis], K)[1] for query in queries[:QUERIES]])
@@ -192,12 +193,12 @@ def in_process(
 
 
 def item_ids(items: int) -> np.ndarray:
-    """Ids as a shop has them: ascending, with gaps."""
+    """Returns item ids like those of a shop: ascending, with gaps."""
     return np.cumsum(np.random.default_rng(1).integers(1, 1000, items))
 
 
 def bare_ms(index: faiss.Index, queries: np.ndarray, seconds: float) -> float:
-    """CPU time of a search by FAISS from Python, one at a time on one thread."""
+    """Returns the CPU time in ms of a search by FAISS from Python, one query at a time on one thread."""
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     rounds, begin, start = 0, time.perf_counter(), time.process_time()
@@ -210,7 +211,7 @@ def bare_ms(index: faiss.Index, queries: np.ndarray, seconds: float) -> float:
 
 
 def _of_vectors(queries: np.ndarray) -> predict_pb2.PredictRequest:
-    """What the index by itself is asked."""
+    """Returns a request for the servable that has only the index."""
     request = predict_pb2.PredictRequest()
     request.model_spec.name, request.model_spec.signature_name = servers.MODEL, "serving_default"
     request.inputs["query_embedding"].CopyFrom(tf.make_tensor_proto(queries[:, np.newaxis]))
@@ -220,7 +221,7 @@ def _of_vectors(queries: np.ndarray) -> predict_pb2.PredictRequest:
 def over_grpc(
     result: report.Report, workload: str, made: dict[str, Path], requests: Path, repeat: int, seconds: float
 ) -> None:
-    """The fused servable under load, and one call at a time beside two services."""
+    """Measures the fused servable under load, and one call at a time compared with two services."""
     times = [f"--seconds={seconds}", f"--warmup_seconds={seconds / 4}"]
     with contextlib.ExitStack() as stack:
         running = {
@@ -254,14 +255,14 @@ def over_grpc(
 
 
 def load(result: report.Report, impl: str, workload: str, model: model_server.Model, repeat: int) -> None:
-    """What it takes to start a server of a version, by wall and CPU time."""
+    """Measures wall and CPU time of starting a server of a version."""
     files = [path for path in model.version.rglob("*") if path.is_file()]
     for name in ("load_cold", "load"):
         wall, cpu = [], []
         for _ in range(repeat):
             for path in files if name == "load_cold" else ():
                 with path.open("rb") as file:
-                    os.fsync(file.fileno())  # the system keeps what is not written yet
+                    os.fsync(file.fileno())  # pages that are not written yet cannot be dropped from the cache
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             with model_server.serving("dpsr", model) as server:
                 wall.append(server.start_seconds)
@@ -272,13 +273,13 @@ def load(result: report.Report, impl: str, workload: str, model: model_server.Mo
 
 @contextlib.contextmanager
 def caller(server: servers.Server) -> Iterator[Callable[[bytes], bytes]]:
-    """Sends serialized PredictRequests and gives serialized answers."""
+    """Yields a function that sends a serialized PredictRequest and returns the serialized answer."""
     with grpc.insecure_channel(server.target) as channel:
         yield channel.unary_unary(_PREDICT)
 
 
 def median_ms(ask: Callable[[bytes], bytes], requests: list[bytes], seconds: float) -> float:
-    """Median time of a call, one after the other for so long."""
+    """Returns the median time in ms of calls that follow one another for some seconds."""
     taken: list[float] = []
     begin = time.perf_counter()
     while (start := time.perf_counter()) - begin < seconds or not taken:
@@ -293,7 +294,7 @@ def _model(version: Path, requests: Path) -> model_server.Model:
 
 
 def bars(result: report.Report, workload: str) -> dict[str, float]:
-    """Medians of the ratios of neighbouring turns."""
+    """Returns the bars: medians of the ratios of neighbouring turns."""
     return {
         "op_over_bare_faiss": result.value("op_over_bare", workload, "core_ms"),
         "two_service_over_fused_p50": result.value("two_services_over_fused", workload, "called_in_turn_p50"),
@@ -302,17 +303,17 @@ def bars(result: report.Report, workload: str) -> dict[str, float]:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_integer("items", 1_000_000, "in the index", 1000)
-    flags.DEFINE_integer("seed", 1, "of the vectors")
-    flags.DEFINE_string("folder", None, "where the vectors are kept; else they are temporary")
-    flags.DEFINE_integer("repeat", 5, "measurements of each", 1)
-    flags.DEFINE_float("seconds", 3, "of each measurement", 0.1)
+    flags.DEFINE_integer("items", 1_000_000, "number of items in the index", 1000)
+    flags.DEFINE_integer("seed", 1, "seed of the vectors")
+    flags.DEFINE_string("folder", None, "directory that keeps the vectors; a temporary one if left out")
+    flags.DEFINE_integer("repeat", 5, "number of measurements of each figure", 1)
+    flags.DEFINE_float("seconds", 3, "length of each measurement in seconds", 0.1)
     flags.DEFINE_boolean("json", False, "prints one JSON object as the last line")
-    flags.DEFINE_boolean("quick", False, "5,000 items, one short measurement: shows that it works")
+    flags.DEFINE_boolean("quick", False, "only tests the script, with 5,000 items and one short measurement")
 
 
 def main(_: list[str]) -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints the results."""
     items, repeat, seconds = (5000, 1, 0.5) if FLAGS.quick else (FLAGS.items, FLAGS.repeat, FLAGS.seconds)
     logging.set_verbosity(logging.WARNING)
     tf.config.threading.set_intra_op_parallelism_threads(1)

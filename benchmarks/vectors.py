@@ -1,17 +1,17 @@
-"""The vectors that benchmarks of the index and of the servable share: clustered, of unit length, made from a seed.
+"""Clustered unit vectors, made from a seed, that the benchmarks of the index and of the servable share.
 
-They are drawn as a catalogue's embeddings lie. There is a topic for each 500 items. Topic t is drawn with probability
-proportional to 1 / (t + 50), Zipf's law without its few giants: of 15 million items 47,000 are of the largest topic and
-80 of the smallest. Topics lie in departments, sqrt(topics) of them. A vector is
+They imitate the embeddings of a catalogue. There is one topic for every 500 items. Topic t is drawn with probability
+proportional to 1 / (t + 50), which is Zipf's law without its few giants: of 15 million items, the largest topic has
+47,000 and the smallest has 80. Topics are grouped in sqrt(topics) departments. A vector is
 
     normalize(s * (0.6 department + 0.8 topic) + 0.7 * s_t * item)
 
-with standard normal department, topic and item, and with the spectrum s[i] proportional to 1 / sqrt(i + 4), squares
-adding up to the dimension: as in learnt embeddings few directions hold much of the variance. s_t is s turned by t
-places, so that each topic is long in directions of its own. Two items of a topic have a cosine of 0.67 on average, two
-of a department 0.24, others 0.
+where department, topic and item are standard normal. The spectrum s[i] is proportional to 1 / sqrt(i + 4), and its
+squares add up to the dimension: as in learnt embeddings, few directions hold much of the variance. s_t is s rotated by
+t places, so that each topic extends in its own directions. Two items of a topic have a cosine of 0.67 on average, two
+items of a department 0.24, and others 0.
 
-Queries are drawn as items are, by another stream of random numbers: they have the topics of items and are none.
+Queries are drawn like items, with another stream of random numbers: they have the same topics, but are not items.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Vectors:
     """The distribution of the vectors of a catalogue of `items` items.
 
     Attributes:
-        items: their number.
-        dim: length of a vector.
-        probabilities: float64 [topics], of each topic.
+        items: number of items.
+        dim: dimension of a vector.
+        probabilities: float64 [topics], the probability of each topic.
     """
 
     def __init__(self, items: int, seed: int, dim: int = DIM):
-        """Draws departments and topics; the same arguments give the same vectors."""
+        """Draws departments and topics. The same arguments give the same vectors."""
         self.items, self.dim, self._seed = items, dim, seed
         topics = max(1, items // ITEMS_PER_TOPIC)
         weights = 1 / (np.arange(topics) + _ZIPF_SHIFT)
@@ -55,12 +55,12 @@ class Vectors:
         self._spectra = _ITEM * np.stack([np.roll(spectrum, turn) for turn in range(dim)])
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """All items, float32 [at most 2^18, dim] at a time."""
+        """Yields the vectors of all items in blocks, float32 [at most 2^18, dim]."""
         for number, begin in enumerate(range(0, self.items, _BLOCK)):
             yield self._draw(min(_BLOCK, self.items - begin), 2 + number)[0]
 
     def write(self, path: Path) -> np.ndarray:
-        """Writes all items into a .npy file and maps it: float32 [items, dim]."""
+        """Writes the vectors of all items to a .npy file and maps it: float32 [items, dim]."""
         mapped = np.lib.format.open_memmap(path, "w+", np.float32, (self.items, self.dim))
         begin = 0
         for block in self.blocks():
@@ -71,7 +71,7 @@ class Vectors:
         return np.load(path, mmap_mode="r")
 
     def kept(self, folder: Path) -> np.ndarray:
-        """All items in a file of the folder, written unless it is there, and mapped: float32 [items, dim]."""
+        """Maps the vectors of all items from a file in the folder, and writes the file first if it is missing."""
         path = folder / f"{self.items}-{self._seed}.npy"
         if not path.exists():
             partial = path.with_suffix(".part")
@@ -80,11 +80,11 @@ class Vectors:
         return np.load(path, mmap_mode="r")
 
     def queries(self, count: int) -> np.ndarray:
-        """float32 [count, dim]."""
+        """Returns query vectors, float32 [count, dim]."""
         return self._draw(count, 1)[0]
 
     def _draw(self, count: int, stream: int) -> tuple[np.ndarray, np.ndarray]:
-        """Vectors and their topics."""
+        """Returns vectors and their topics."""
         rng = np.random.default_rng([self._seed, stream])
         topics = np.searchsorted(self._ends, rng.random(count), side="right").clip(max=len(self._ends) - 1)
         found = rng.standard_normal((count, self.dim), np.float32)

@@ -1,9 +1,10 @@
-// Asks a servable with the ops linked into the program, as a TensorFlow Serving build would have them, instead of loaded
+// Runs queries on a servable with the ops linked into the program, as in a TensorFlow Serving build, instead of loaded
 // from op libraries (docs/tensorflow_serving.md):
 //
 //   linked_servable BASE/VERSION "first query" "second query" ...
 //
-// prints the item ids that `serving_default` finds, a line a query. libfaiss.so is looked for as ever: $FAISS_LIBRARY.
+// prints the item ids that `serving_default` finds, one line for each query. Set FAISS_LIBRARY to the path of
+// libfaiss.so.
 #include <cstdint>
 #include <cstdio>
 #include <fstream>
@@ -17,7 +18,7 @@
 
 namespace {
 
-// An op library that this process has loaded, or "".
+// Returns the path of an op library that this process has loaded, or "".
 std::string LoadedOpLibrary() {
   std::ifstream maps("/proc/self/maps");
   for (std::string line; std::getline(maps, line);) {
@@ -59,7 +60,7 @@ int main(int argc, char** argv) {
     return 1;
   }
   if (const std::string library = LoadedOpLibrary(); !library.empty()) {
-    std::cerr << "linked_servable: " << library << " is loaded, expected the ops of this program\n";
+    std::cerr << "linked_servable: " << library << " is loaded, expected only the ops of this program\n";
     return 1;
   }
   return 0;

@@ -135,9 +135,7 @@ def replay(
             ids = found["item_ids"]
             strange = ids[(ids != -1) & ~np.isin(ids, item_ids)]
             if len(strange):
-                raise CommandError(
-                    f"the servable finds the item {strange[0]}, which is not in the index; run `dpsr index` and `dpsr export` again"
-                )
+                raise CommandError(f"the servable finds the item {strange[0]}, which is not in the index")
             found_any = found_any or bool((ids != -1).any())
     if answerable and not found_any:
         raise CommandError("the servable finds nothing for any query of the log; train the model again")
@@ -200,7 +198,7 @@ def _exact(heads: np.ndarray, item_ids: np.ndarray, vectors: np.ndarray, k: int)
 
 
 def unite_heads(items: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Unites the results of all heads, int64 [n] and float32 [n]; returns the best k items with their largest scores."""
+    """Unites the results of all heads, int64 [n] and float32 [n]. Returns the best k items and their largest scores."""
     found, which = np.unique(items, return_inverse=True)
     largest = np.full(len(found), -np.inf, np.float32)
     np.maximum.at(largest, which, scores)

@@ -39,8 +39,8 @@ inline constexpr char kFaissRemedy[] =
 // The io_flags argument of FAISS's read functions: none of the options.
 inline constexpr int kFaissIoFlags = 0;
 
-// Memory in which FAISS constructs an object of unknown size is filled with this before. Bytes that still have the value
-// afterwards show that the object fits.
+// Memory in which FAISS constructs an object of unknown size is filled with this before. Bytes that still have the
+// value afterwards show that the object fits.
 inline constexpr unsigned char kUntouched = 0xA5;
 
 // Runs a call into FAISS. An exception becomes a Status with `code` whose message begins with `what`.

@@ -14,8 +14,8 @@ namespace dpsr {
 
 class FaissGpuCopy {
  public:
-  // Errors: FailedPrecondition (the library is faiss-cpu, there is no such device, no memory, FAISS has no such index on
-  // a GPU).
+  // Errors: FailedPrecondition (the library is faiss-cpu, there is no such device, no memory, FAISS has no such index
+  // on a GPU).
   static Status Create(const FaissFunctions& faiss, const faiss::Index* index, int device,
                        std::unique_ptr<FaissGpuCopy>* copy);
   ~FaissGpuCopy();

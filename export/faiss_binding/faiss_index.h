@@ -51,8 +51,8 @@ class FaissIndex {
   bool is_trained() const;
   FaissMetric metric() const;
 
-  // Sets search parameters, in the syntax of faiss::ParameterSpace: "nprobe=32", "efSearch=64", "nprobe=64,k_factor_rf=4".
-  // Empty text changes nothing. Errors: InvalidArgument, with FAISS's own words.
+  // Sets search parameters, in the syntax of faiss::ParameterSpace: "nprobe=32", "efSearch=64",
+  // "nprobe=64,k_factor_rf=4". Empty text changes nothing. Errors: InvalidArgument, with FAISS's own words.
   Status SetParameters(const std::string& parameters);
   // Returns the parameters in force. Those that this kind of index does not have are 0.
   SearchParameters parameters() const;
@@ -60,9 +60,9 @@ class FaissIndex {
   Status CheckParameters(const SearchParameters& parameters) const;
 
   // Copies the index to a GPU. From then on it is searched there, one call at a time. Searches that the GPU does not
-  // support still run on the CPU: among allowed positions, with parameters for one call, or for more than kMaxGpuResults
-  // results. To be called at most once, before any search. Errors: FailedPrecondition (a FAISS without GPUs, no such
-  // device, an index of a kind that GPUs do not have, no memory); the index is then as before.
+  // support still run on the CPU: among allowed positions, with parameters for one call, or for more than
+  // kMaxGpuResults results. To be called at most once, before any search. Errors: FailedPrecondition (a FAISS without
+  // GPUs, no such device, an index of a kind that GPUs do not have, no memory); the index is then as before.
   static constexpr int64_t kMaxGpuResults = 2048;
   Status CopyToGpu(int device);
 
@@ -76,7 +76,8 @@ class FaissIndex {
 
   // Returns whether Reconstruct works. It does not for inverted lists, which would need a table for it.
   bool can_reconstruct() const { return ivf_ == nullptr || refine_ != nullptr; }
-  // Calls use(position, x [d]) with the vector of each position, as the index holds it. Errors: Internal (FAISS failed).
+  // Calls use(position, x [d]) with the vector of each position, as the index holds it. Errors: Internal (FAISS
+  // failed).
   Status Reconstruct(Span<const int64_t> positions, const std::function<void(int64_t, const float*)>& use) const;
 
   // Inverted lists. All of these need has_lists(). FastScan lists, whose codes are interleaved, cannot be read; neither
@@ -89,7 +90,8 @@ class FaissIndex {
   // Returns the codes of the items in a list, [list_size, code_size].
   const uint8_t* list_codes(int64_t list) const;
   int64_t code_size() const;
-  // Returns the dimension of the vectors in the lists. It is d(), unless a transform such as PCA comes before the lists.
+  // Returns the dimension of the vectors in the lists. It is d(), unless a transform such as PCA comes before the
+  // lists.
   int64_t list_dim() const;
   // Applies the transforms before the lists, if there are any: x [d] -> y [list_dim].
   Status Transform(const float* x, float* y) const;

@@ -68,9 +68,9 @@ inline constexpr size_t kRefineBaseIndex = 40;
 inline constexpr size_t kRefineKFactor = 60;
 inline constexpr size_t kHnswEfSearch = 5232;  // IndexHNSW::hnsw.efSearch
 
-// Slots in the vtable of InvertedListScanner. set_list, iterate_codes and scan_codes are not pure virtual, so that their
-// slots are checked by their addresses. set_query and distance_to_code, which are pure virtual, are declared just before
-// and just after set_list. The two destructors follow scan_codes, the last function.
+// Slots in the vtable of InvertedListScanner. set_list, iterate_codes and scan_codes are not pure virtual, so that
+// their slots are checked by their addresses. set_query and distance_to_code, which are pure virtual, are declared just
+// before and just after set_list. The two destructors follow scan_codes, the last function.
 inline constexpr int kScannerSetQuery = 0;
 inline constexpr int kScannerSetList = 1;
 inline constexpr int kScannerDistanceToCode = 2;

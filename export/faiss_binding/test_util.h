@@ -24,8 +24,8 @@ inline std::vector<float> RandomVectors(int64_t n, int d, int seed) {
   return x;
 }
 
-// Writes an index of `vectors` [n, d] to a file. `description` is that of index_factory: "Flat", or one that begins with
-// "IVF", which is trained with the first `num_train` vectors. The index in memory is not freed.
+// Writes an index of `vectors` [n, d] to a file. `description` is that of index_factory: "Flat", or one that begins
+// with "IVF", which is trained with the first `num_train` vectors. The index in memory is not freed.
 inline void WriteTestIndex(const FaissLibrary& library, const std::string& path, const std::string& description, int d,
                            FaissMetric metric, const std::vector<float>& vectors, int64_t num_train = 0) {
   using AddFunction = void(void* index, int64_t n, const float* x);

@@ -1,4 +1,4 @@
-// The ops of item retrieval: a resource that holds a FAISS index and its item ids, an op that loads it, and an op that
+// The ops of item retrieval: a resource with a FAISS index and its item ids, an op that loads it, and an op that
 // searches it. Python: dpsr_export.faiss_search.FaissIndexTable.
 #include <algorithm>
 #include <charconv>
@@ -41,7 +41,7 @@ using ::tensorflow::shape_inference::InferenceContext;
 using ::tensorflow::shape_inference::ShapeHandle;
 namespace errors = ::tensorflow::errors;
 
-// The kind and the sections of the packed file that maps positions in the index to item ids, and that knows the index.
+// Kind and sections of the packed file with the item ids of the positions. It also identifies the index file.
 constexpr char kItemIdsKind[] = "item_ids";
 constexpr char kItemIdsSection[] = "id";
 constexpr char kIndexBytesSection[] = "index.bytes";
@@ -49,11 +49,12 @@ constexpr char kIndexChecksumSection[] = "index.checksum";
 
 constexpr char kDeviceVariable[] = "DPSR_FAISS_DEVICE";
 
-// batch * k of one call, which bounds the memory that its results take (16 bytes each).
+// Largest batch * k of one call. It bounds the memory for results, which take 16 bytes each.
 constexpr int64_t kMaxResultsPerCall = int64_t{1} << 27;
-// From this many head searches on a call is spread over the intra-op threads; below, the hand-over costs more.
+// With at least this many searches (rows * heads), a call uses the intra-op threads. With fewer, handing over costs
+// more than it gains.
 constexpr int64_t kMinParallelSearches = 8;
-// Roughly the time of a search; large enough that each row of a batch becomes its own piece of work.
+// The rough time of a search. It is large enough for each row of a batch to become its own piece of work.
 constexpr int64_t kNanosecondsPerHead = 1000000;
 
 enum LoadInput { kLoadHandle, kLoadIndexFilename, kLoadItemIdsFilename, kLoadAttributesFilename };
@@ -73,14 +74,14 @@ tensorflow::Status CheckK(int64_t k) {
   return errors::InvalidArgument("k is ", k, ", expected 1 to ", kMaxResults);
 }
 
-// What an index is loaded from.
+// The files and options that an index is loaded with.
 struct LoadArguments {
   std::string index_filename;
   std::string item_ids_filename;
   std::string attributes_filename;  // may be empty
   std::string parameters;
   std::string max_parameters;
-  int64_t dim = 0;  // 0: any
+  int64_t dim = 0;  // 0 accepts any dimension
   bool mmap = true;
 
   bool operator==(const LoadArguments& other) const {
@@ -90,7 +91,7 @@ struct LoadArguments {
   }
 };
 
-// A loaded index with its items' ids and attributes. Immutable; searched by any number of threads.
+// A loaded index with the ids and attributes of its items. Immutable and thread-safe.
 struct ItemIndex {
   LoadArguments arguments;
   SearchParameters max_parameters;
@@ -100,7 +101,7 @@ struct ItemIndex {
   std::unique_ptr<ItemFilters> filters;
   ItemIds item_ids;
 
-  // Of all items, or of those in `mask`, which may change between searches.
+  // Returns the search among all items, or among those in `mask`, which may change between searches.
   HeadSearch Search(const SearchParameters& parameters, const std::shared_ptr<const ItemMask>* mask = nullptr) const {
     return [this, parameters, mask](const float* query, int64_t k, float* scores, int64_t* labels) {
       if (mask == nullptr || *mask == nullptr) {
@@ -111,7 +112,7 @@ struct ItemIndex {
   }
 };
 
-// A search of one vector: shows at load what would otherwise fail every request.
+// Searches for one vector, so that an error that would fail every request shows when the index is loaded.
 Status Probe(const ItemIndex& items) {
   const int64_t dim = items.index->d();
   constexpr int64_t kResults = 10;
@@ -126,7 +127,7 @@ Status Probe(const ItemIndex& items) {
                     " with the item ids ", items.arguments.item_ids_filename, " cannot be searched: ", status.message());
 }
 
-// Reads the item ids, and verifies that the index is the one that they were written with.
+// Reads the item ids, and checks that they were written for this index file.
 Status OpenItemIds(const LoadArguments& arguments, ItemIndex* items) {
   const std::string& filename = arguments.item_ids_filename;
   DPSR_RETURN_IF_ERROR(PackedFile::Open(filename, kItemIdsKind, /*verify=*/true, &items->item_ids_file));
@@ -137,21 +138,21 @@ Status OpenItemIds(const LoadArguments& arguments, ItemIndex* items) {
   Span<const uint64_t> checksum;
   if (file.Find(kIndexBytesSection) == nullptr || file.Find(kIndexChecksumSection) == nullptr) {
     return MakeStatus(StatusCode::kFailedPrecondition, filename,
-                      ": does not say which index it belongs to, as those of older versions; run `dpsr index` again");
+                      ": was written by an older version and does not identify its index; run `dpsr index` again");
   }
   DPSR_RETURN_IF_ERROR(file.Get(kIndexBytesSection, &bytes));
   DPSR_RETURN_IF_ERROR(file.Get(kIndexChecksumSection, &checksum));
   if (bytes.size() != 1 || checksum.size() != 1) {
     return MakeStatus(StatusCode::kDataLoss, filename, ": ", kIndexBytesSection, " and ", kIndexChecksumSection,
-                      " have ", bytes.size(), " and ", checksum.size(), " values, expected one");
+                      " have ", bytes.size(), " and ", checksum.size(), " values, expected one each");
   }
   DPSR_RETURN_IF_ERROR(FaissIndex::CheckFile(arguments.index_filename, bytes[0], checksum[0]));
   const Status ids_ok = ItemIds::Check(ids, &items->item_ids);
   return ids_ok.ok() ? ids_ok : MakeStatus(ids_ok.code(), filename, ": ", ids_ok.message());
 }
 
-// $DPSR_FAISS_DEVICE says where to search: cpu (as when it is not set), gpu, or gpu:N. Where the GPU cannot be used, one
-// line says why, and the CPU is.
+// Copies the index to a GPU if the environment variable DPSR_FAISS_DEVICE asks for one. Its values are cpu (the
+// default), gpu, and gpu:N. If the GPU cannot be used, a warning says why, and searches run on the CPU.
 Status UseDevice(FaissIndex* index) {
   const char* const given = std::getenv(kDeviceVariable);
   const std::string_view device = given == nullptr ? "" : given;
@@ -163,7 +164,7 @@ Status UseDevice(FaissIndex* index) {
                            read.ptr == digits.data() + digits.size();
   if (device != "gpu" && !is_numbered) {
     return MakeStatus(StatusCode::kInvalidArgument, kDeviceVariable, " is \"", device,
-                      "\", expected cpu, gpu, or gpu:N with the number of a device");
+                      "\", expected cpu, gpu, or gpu:N, where N is the number of a device");
   }
   const Status copied = index->CopyToGpu(device == "gpu" ? 0 : number);
   if (!copied.ok()) LOG(WARNING) << kDeviceVariable << "=" << device << ": " << copied.message() << "; the CPU is used";
@@ -191,7 +192,7 @@ Status LoadItemIndex(const LoadArguments& arguments, std::shared_ptr<const ItemI
   }
   if (arguments.dim != 0 && arguments.dim != index.d()) {
     return MakeStatus(StatusCode::kFailedPrecondition, "the FAISS index ", index_filename, " has the dimension ",
-                      index.d(), ", but queries have ", arguments.dim, ": it is of another model");
+                      index.d(), ", but queries have ", arguments.dim, ": it was made from another model");
   }
   DPSR_RETURN_IF_ERROR(index.SetParameters(arguments.parameters));
   DPSR_RETURN_IF_ERROR(SearchParameters::Parse(arguments.max_parameters, &items->max_parameters));
@@ -199,7 +200,7 @@ Status LoadItemIndex(const LoadArguments& arguments, std::shared_ptr<const ItemI
   if (static_cast<int64_t>(items->item_ids.ids.size()) != index.ntotal()) {
     return MakeStatus(StatusCode::kFailedPrecondition, arguments.item_ids_filename, " holds ", items->item_ids.ids.size(),
                       " item ids, but the FAISS index ", index_filename, " holds ", index.ntotal(),
-                      " vectors: they are not of the same export");
+                      " vectors: they belong to different exports");
   }
   const Status lists_ok = FilteredSearch::Create(&index, &items->filtered);
   if (!lists_ok.ok()) {
@@ -214,7 +215,7 @@ Status LoadItemIndex(const LoadArguments& arguments, std::shared_ptr<const ItemI
   return Status();
 }
 
-// Shared by all sessions that use the handle's name in one resource manager.
+// The resource behind a handle. All sessions that use the same name in one resource manager share it.
 class FaissIndexResource : public tensorflow::ResourceBase {
  public:
   std::string DebugString() const override {
@@ -222,14 +223,14 @@ class FaissIndexResource : public tensorflow::ResourceBase {
     return items == nullptr ? "FAISS index, not loaded" : StrCat("FAISS index ", items->arguments.index_filename);
   }
 
-  // Null before Load has succeeded.
+  // Returns null before Load has succeeded.
   std::shared_ptr<const ItemIndex> Get() const {
     const tensorflow::tf_shared_lock lock(mutex_);
     return items_;
   }
 
-  // Loading the same files again changes nothing; other files are refused, since searches may be under way and a name
-  // that two exports share would silently give one of them the other's items.
+  // Loads an index. Loading the same files again does nothing. Other files are refused: searches may be running, and
+  // two exports that share a name by mistake would return each other's items.
   Status Load(const LoadArguments& arguments) {
     const tensorflow::mutex_lock lock(mutex_);
     if (items_ == nullptr) return LoadItemIndex(arguments, &items_);
@@ -356,7 +357,7 @@ class FaissSearchOp : public OpKernel {
     return ToTensorFlow(read());
   }
 
-  // What is not empty in a row of [batch, n] strings.
+  // Returns the texts in a row of [batch, n] strings that are not empty.
   static std::vector<std::string_view> Expressions(const Tensor& given, int64_t row) {
     std::vector<std::string_view> expressions;
     if (IsAbsent(given)) return expressions;
@@ -367,7 +368,8 @@ class FaissSearchOp : public OpKernel {
     return expressions;
   }
 
-  // The items that a row's filters leave, null where it has none; and what it excludes by id.
+  // Computes the items that pass the filters of a row (null if it has none), and passes its excluded ids to
+  // `retriever`.
   static Status ReadFilters(OpKernelContext* context, const ItemIndex& items, int64_t row,
                             std::shared_ptr<const ItemMask>* mask, Retriever* retriever) {
     const auto include = Expressions(context->input(kSearchInclude), row);
@@ -380,8 +382,8 @@ class FaissSearchOp : public OpKernel {
     return retriever->Exclude({static_cast<const int64_t*>(excluded.data()) + row * count, static_cast<size_t>(count)});
   }
 
-  // Each row is searched by itself, one FAISS thread each, so that an answer does not depend on what else is in the
-  // batch (FAISS takes other code paths, with other roundings, for many queries at once).
+  // Each row is searched separately, on one FAISS thread. So a result does not depend on the rest of the batch: for
+  // many queries at once FAISS uses other code, which rounds differently.
   static Status SearchBatch(OpKernelContext* context, const ItemIndex& items, int64_t k,
                             const SearchParameters& parameters, Tensor* item_ids, Tensor* scores, Tensor* heads) {
     const Tensor& query_embedding = context->input(kSearchQueryEmbedding);
@@ -389,7 +391,7 @@ class FaissSearchOp : public OpKernel {
     const int64_t num_heads = query_embedding.dim_size(1);
     const int64_t dim = query_embedding.dim_size(2);
     const float* queries = query_embedding.flat<float>().data();
-    // Through void*: TensorFlow's own int64 may be another type of the same size.
+    // The cast goes through void*, because TensorFlow's int64 may be another type of the same size.
     int64_t* ids_out = static_cast<int64_t*>(item_ids->data());
     float* scores_out = scores->flat<float>().data();
     int32_t* heads_out = heads->flat<int32_t>().data();
@@ -426,9 +428,9 @@ REGISTER_OP("DpsrFaissIndexHandle")
     .SetIsStateful()
     .SetShapeFn(tensorflow::shape_inference::ScalarShape)
     .Doc(R"doc(
-A handle to a FAISS index, empty until DpsrFaissIndexLoad has run.
+Creates a handle to a FAISS index. It is empty until DpsrFaissIndexLoad has run.
 
-shared_name: Handles of the same name share one index; give each index its own.
+shared_name: Handles with the same name share one index. Give each index its own name.
 handle: The resource.
 )doc");
 
@@ -452,16 +454,18 @@ REGISTER_OP("DpsrFaissIndexLoad")
     .Doc(R"doc(
 Loads an inner-product FAISS index and the item ids of its positions into a handle.
 
-Loading the same files twice is a no-op; loading others into the same handle is FailedPrecondition. Files that are
-missing, damaged, or do not belong together are refused.
+Loading the same files again does nothing. Loading other files into the same handle is FailedPrecondition. Files that
+are missing, damaged, or do not belong together are refused.
 
 index_filename: A file that faiss.write_index wrote; positions are its labels.
 item_ids_filename: A packed file of the kind "item_ids" with sections "id", int64 [ntotal], all >= 0, and "index.bytes"
   and "index.checksum", uint64 [1]: size and XXH3 of the index file.
-attributes_filename: A packed file of the kind "item_attributes", what filters compare; empty where there is none.
+attributes_filename: A packed file of the kind "item_attributes", which filters are evaluated on; empty if there is
+  none.
 parameters: Search parameters as faiss.ParameterSpace names them, for example "nprobe=32".
-max_parameters: What a request may set (nprobe, efSearch, k_factor_rf), with the largest value; empty: nothing.
-dim: The dimension that queries will have; an index of another is refused. 0: any.
+max_parameters: The parameters that a request may set (nprobe, efSearch, k_factor_rf), with their largest values; empty
+  means none.
+dim: The dimension of the queries. An index with another dimension is refused. 0 accepts any dimension.
 mmap: Map the index instead of reading it into memory.
 )doc");
 
@@ -498,22 +502,22 @@ REGISTER_OP("DpsrFaissSearch")
     .Doc(R"doc(
 Retrieves the k items with the largest inner products for each query, over all its heads.
 
-Each head retrieves k items; results are united; an item's score is its largest inner product over heads; equal scores
-are ordered by ascending item id; the best k remain. Missing results are padded with -1, -inf and -1. A row that holds a
-NaN or an infinity, and a head of zeros, retrieve nothing.
+Each head retrieves k items, and the results are united. The score of an item is its largest inner product over the
+heads. Equal scores are ordered by ascending item id, and the best k remain. Missing results are padded with -1, -inf
+and -1. A row that holds a NaN or an infinity retrieves nothing, and neither does a head of zeros.
 
-Only items that pass the filters of their row are retrieved. An expression is NAME=VALUE, NAME=A|B|C or, of a number,
-NAME=LOW..HIGH. Each filter input may be absent: a tensor without elements.
+Only items that pass the filters of their row are retrieved. An expression is NAME=VALUE, NAME=A|B|C or, for a number,
+NAME=LOW..HIGH. Each filter input may be absent, which is a tensor without elements.
 
 query_embedding: [batch, heads, dim]; at most 16 heads.
 k: scalar, 1 to 10000.
-parameters: scalar, search parameters of this call, for example "nprobe=64"; empty: those of the index.
-include: [batch, n], expressions that an item meets, all of them; "" is padding.
-exclude: [batch, n], expressions of which an item meets none; "" is padding.
-excluded_item_ids: [batch, n], at most 10000 a row; -1 is padding.
-item_ids: [batch, k], the best first.
+parameters: scalar, search parameters of this call, for example "nprobe=64"; empty means those of the index.
+include: [batch, n], expressions; an item has to meet all of its row. "" is padding.
+exclude: [batch, n], expressions; an item must not meet any of its row. "" is padding.
+excluded_item_ids: [batch, n], at most 10000 in each row. -1 is padding.
+item_ids: [batch, k], best first.
 scores: [batch, k], inner products.
-heads: [batch, k], the head that gave the score, the lowest of those that gave the same.
+heads: [batch, k], the head that gave the score, the lowest one if several gave the same.
 )doc");
 
 REGISTER_KERNEL_BUILDER(Name("DpsrFaissIndexHandle").Device(DEVICE_CPU), FaissIndexHandleOp);

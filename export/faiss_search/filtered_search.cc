@@ -15,19 +15,19 @@ namespace dpsr {
 namespace {
 
 constexpr int64_t kBits = 64;
-// A code that will be scored so many places later is fetched from memory.
+// A code is prefetched from memory this many codes before it is scored.
 constexpr size_t kAhead = 16;
-// Scores that differ by less, of 1, are the same: sums in another order.
+// Scores that differ by a smaller share are equal: the sums were computed in another order.
 constexpr float kRounding = 1e-3f;
-// A search goes on while the last half of what it had to score holds more than one in so many of its results, ...
+// A search continues while the last portion of scored items gave more than one in this many of the results.
 constexpr int64_t kResultsOverLate = 12;
-// ... up to so many times as much.
+// A search scores at most this many times the items that it has to.
 constexpr int64_t kMostTimes = 4;
-// A graph takes about k * ntotal / passing steps under a filter; to score one item takes about a fortieth of a step.
+// With a filter, a graph search takes about k * ntotal / passing steps. One step takes as long as scoring 40 items.
 constexpr double kStepOverScore = 40;
 
 float InnerProduct(const float* a, const float* b, int64_t dim) {
-  // Independent sums, so that the compiler may use vector instructions without reordering one.
+  // The sums are independent, so the compiler can use vector instructions without reordering additions.
   float sums[8] = {};
   int64_t i = 0;
   for (; i + 8 <= dim; i += 8) {
@@ -54,7 +54,7 @@ __attribute__((target("avx2,fma"))) float InnerProductAvx2(const float* a, const
 }
 #endif
 
-// Of a query with many vectors: all centroids, for one.
+// Returns the fastest function for this processor, for one query and many vectors, such as all centroids.
 auto* FastInnerProduct() {
 #if defined(__x86_64__)
   static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -63,7 +63,7 @@ auto* FastInnerProduct() {
   return InnerProduct;
 }
 
-// Calls use(slot) for each bit of [begin, end).
+// Calls use(slot) for each bit in [begin, end) that is 1.
 template <typename Use>
 void ForEachBit(const uint64_t* words, int64_t begin, int64_t end, const Use& use) {
   if (begin >= end) return;
@@ -77,28 +77,28 @@ void ForEachBit(const uint64_t* words, int64_t begin, int64_t end, const Use& us
 
 }  // namespace
 
-// The k best of what is added, by halving a buffer of 2k whenever it is full.
-class FilteredSearch::Best {
+// Collects the k best of the items that are added. When its buffer of 2k items is full, the worse half is dropped.
+class FilteredSearch::BestItems {
  public:
-  explicit Best(int64_t k) : k_(static_cast<size_t>(k)) { found_.reserve(std::max<size_t>(2 * k_, 64)); }
+  explicit BestItems(int64_t k) : k_(static_cast<size_t>(k)) { found_.reserve(std::max<size_t>(2 * k_, 64)); }
 
   int64_t k() const { return static_cast<int64_t>(k_); }
 
-  // Drops NaN. A portion is what is added between two calls of Late.
+  // Adds an item, unless its score is NaN. The items between two calls of EndPortion are a portion.
   void Add(float score, int64_t slot) {
     if (!(score > floor_)) return;
     found_.push_back({score, portion_, slot});
     if (found_.size() == found_.capacity()) Halve();
   }
 
-  // Of the k best so far, those of the portion that ends now.
-  int64_t Late() {
+  // Ends a portion. Returns how many of the k best so far come from it.
+  int64_t EndPortion() {
     if (found_.size() > k_) Halve();
     const int32_t portion = portion_++;
     return std::count_if(found_.begin(), found_.end(), [portion](const Found& found) { return found.portion == portion; });
   }
 
-  // Writes them in descending order, as positions; pads.
+  // Writes scores and positions of the best items in descending order, and pads them to k.
   void Write(const std::vector<int32_t>& order, int64_t k, float* scores, int64_t* positions) {
     if (found_.size() > k_) Halve();
     std::sort(found_.begin(), found_.end(), Higher);
@@ -131,7 +131,7 @@ class FilteredSearch::Best {
 Status FilteredSearch::Create(FaissIndex* index, std::unique_ptr<FilteredSearch>* search) {
   if (index->ntotal() > std::numeric_limits<int32_t>::max()) {
     return MakeStatus(StatusCode::kFailedPrecondition, "the index has ", index->ntotal(), " items, expected at most ",
-                      std::numeric_limits<int32_t>::max(), ": spread them over several");
+                      std::numeric_limits<int32_t>::max(), ": spread the items over several shards");
   }
   std::unique_ptr<FilteredSearch> created(new FilteredSearch(*index));
   if (index->has_lists()) DPSR_RETURN_IF_ERROR(created->ReadLists(index));
@@ -152,13 +152,13 @@ Status FilteredSearch::ReadLists(FaissIndex* index) {
   for (int64_t list = 0; list < lists; ++list) {
     const int64_t size = index_.list_size(list);
     if (size > ntotal - order_.group_begins.back()) {
-      return MakeStatus(StatusCode::kDataLoss, "its lists hold more than its ", ntotal, " items");
+      return MakeStatus(StatusCode::kDataLoss, "its lists hold more items than its ntotal, ", ntotal);
     }
     ids.resize(size);
     index_.ReadListIds(list, ids.data());
     for (int64_t i = 0; i < size; ++i) {
       if (ids[i] < 0 || ids[i] >= ntotal || seen[ids[i]]) {
-        return MakeStatus(StatusCode::kDataLoss, "its labels are not the positions 0 to ", ntotal - 1, " (it holds ",
+        return MakeStatus(StatusCode::kDataLoss, "its labels are not the positions 0 to ", ntotal - 1, " (there is ",
                           ids[i], "): it is damaged, or was built with ids instead of positions");
       }
       seen[ids[i]] = true;
@@ -168,7 +168,7 @@ Status FilteredSearch::ReadLists(FaissIndex* index) {
     order_.group_begins.push_back(order_.group_begins.back() + size);
     list_codes_.push_back(index_.list_codes(list));
   }
-  // Vectors that hold a NaN are in no list. They get the last slots, which are of no group, so that nothing looks there.
+  // Vectors that hold a NaN are in no list. They get the last slots, which belong to no group, so no search reads them.
   for (int64_t position = 0; order_.group_begins.back() < ntotal && position < ntotal; ++position) {
     if (seen[position]) continue;
     in_order = in_order && position == static_cast<int64_t>(order_.positions.size());
@@ -179,8 +179,8 @@ Status FilteredSearch::ReadLists(FaissIndex* index) {
   return index->ReadCentroids(centroids_.data());
 }
 
-// Ten items that FAISS finds have to get the same scores here: this proves order, centroids, transforms and scanner on
-// the very index.
+// Checks that ten items that FAISS finds get the same scores here. This proves that order, centroids, transforms and
+// scanner of this index are read correctly.
 Status FilteredSearch::CompareScores() const {
   const int64_t ntotal = index_.ntotal();
   const int64_t k = std::min<int64_t>(10, ntotal);
@@ -216,7 +216,7 @@ Status FilteredSearch::CompareScores() const {
                                                        : again[found - positions_again.begin()];
     if (!(std::fabs(score - scores[i]) <= kRounding * std::max(1.0f, std::fabs(scores[i])))) {
       return MakeStatus(StatusCode::kDataLoss, "position ", positions[i], " scores ", scores[i],
-                        " in a search by FAISS and ", score, " in its lists: it is damaged");
+                        " in a search by FAISS, but ", score, " in its lists: the index is damaged");
     }
   }
   return Status();
@@ -225,7 +225,7 @@ Status FilteredSearch::CompareScores() const {
 Status FilteredSearch::Search(const float* x, int64_t k, const ItemMask& mask, const SearchParameters& parameters,
                               float* scores, int64_t* positions) const {
   const int64_t wanted = mask.keep ? k : std::min(k, mask.count);
-  Best best(std::max<int64_t>(wanted, 1));
+  BestItems best(std::max<int64_t>(wanted, 1));
   if (wanted == 0) {
     best.Write(order_.positions, k, scores, positions);
     return Status();
@@ -256,7 +256,7 @@ Status FilteredSearch::Search(const float* x, int64_t k, const ItemMask& mask, c
   return Status();
 }
 
-// By FAISS with a selector; a search that is told to take so many lists or candidates takes more the fewer items pass.
+// Lets FAISS search with a selector. The fewer items pass, the more lists or candidates it gets.
 Status FilteredSearch::SearchSelected(const float* x, int64_t k, const ItemMask& mask,
                                       const SearchParameters& parameters, float* scores, int64_t* positions) const {
   const double over_share = static_cast<double>(index_.ntotal()) / static_cast<double>(mask.count);
@@ -277,7 +277,7 @@ Status FilteredSearch::SearchSelected(const float* x, int64_t k, const ItemMask&
 }
 
 Status FilteredSearch::SearchLists(const float* x, const ItemMask& mask, const SearchParameters& parameters,
-                                   Best* best) const {
+                                   BestItems* best) const {
   const int64_t dim = index_.list_dim();
   const int64_t code_size = index_.code_size();
   std::vector<float> query(dim);
@@ -290,31 +290,32 @@ Status FilteredSearch::SearchLists(const float* x, const ItemMask& mask, const S
   const double unfiltered = static_cast<double>(parameters.nprobe) * static_cast<double>(index_.ntotal()) /
                             static_cast<double>(index_.num_lists());
   const int64_t wanted = std::max(best->k(), static_cast<int64_t>(std::min(unfiltered, 1e18)));
-  Found found;
+  PassingItems passing;
   std::vector<size_t> ends;
-  // Scores what passes in the lists from `begin` on, to the end or until there are `enough`; moves `begin` behind them.
-  // Codes lie far apart where few items pass: all are known before the first is scored, to be fetched ahead of it.
+  // Scores the items that pass in the lists from `begin` on, until there are `enough` or the lists end. Moves `begin`
+  // behind these lists. If few items pass, their codes are far apart in memory. So all of them are collected before the
+  // first one is scored, and prefetched.
   const auto score = [&](Lists::iterator* begin, Lists::iterator end, double enough) {
-    found.codes.clear();
-    found.slots.clear();
+    passing.codes.clear();
+    passing.slots.clear();
     ends.clear();
-    for (auto list = *begin; list != end && static_cast<double>(found.codes.size()) < enough; ++list) {
-      FindPassing(list->list, mask, &found);
-      ends.push_back(found.codes.size());
+    for (auto list = *begin; list != end && static_cast<double>(passing.codes.size()) < enough; ++list) {
+      FindPassing(list->list, mask, &passing);
+      ends.push_back(passing.codes.size());
     }
     size_t i = 0;
     for (const size_t list_end : ends) {
       if (i < list_end) scanner->SetList((*begin)->list, (*begin)->centroid_score);
       ++*begin;
       for (; i < list_end; ++i) {
-        if (i + kAhead < found.codes.size()) {
-          __builtin_prefetch(found.codes[i + kAhead]);
-          __builtin_prefetch(found.codes[i + kAhead] + code_size - 1);
+        if (i + kAhead < passing.codes.size()) {
+          __builtin_prefetch(passing.codes[i + kAhead]);
+          __builtin_prefetch(passing.codes[i + kAhead] + code_size - 1);
         }
-        best->Add(scanner->Score(found.codes[i]), found.slots[i]);
+        best->Add(scanner->Score(passing.codes[i]), passing.slots[i]);
       }
     }
-    return static_cast<int64_t>(found.codes.size());
+    return static_cast<int64_t>(passing.codes.size());
   };
 
   auto begin = lists.begin();
@@ -325,7 +326,7 @@ Status FilteredSearch::SearchLists(const float* x, const ItemMask& mask, const S
   int64_t scored = 0;
   const double portion = static_cast<double>(wanted) / 2;
   double ahead = mask.keep ? static_cast<double>(wanted) : portion;
-  auto near = begin;  // before it are the nearest of those that are left
+  auto near = begin;  // the lists in [begin, near) are the nearest of those that are left
   while (begin != lists.end() && scored < kMostTimes * wanted) {
     double in_portion = 0;
     while (begin != lists.end() && in_portion < portion) {
@@ -333,19 +334,19 @@ Status FilteredSearch::SearchLists(const float* x, const ItemMask& mask, const S
         near = Nearest(ahead, begin, lists.end());
         if (mask.keep) {
           std::sort(begin, near, Nearer);
-          ahead *= 2;  // fewer may pass here than elsewhere
+          ahead *= 2;  // fewer items than estimated may pass here
         }
       }
       const int64_t count = score(&begin, near, portion - in_portion);
       in_portion += static_cast<double>(count);
       scored += count;
     }
-    if (best->Late() * kResultsOverLate <= best->k() && scored >= wanted) break;
+    if (best->EndPortion() * kResultsOverLate <= best->k() && scored >= wanted) break;
   }
   return Status();
 }
 
-// The lists in which items pass. Where it is not known how many pass in one, it is taken for as many as everywhere.
+// Returns the lists in which items pass. If the number is not known, the share is assumed to be equal in all lists.
 FilteredSearch::Lists FilteredSearch::ListsOf(const float* query, const ItemMask& mask) const {
   const int64_t dim = index_.list_dim();
   const double share = static_cast<double>(std::max<int64_t>(mask.count, 1)) / static_cast<double>(index_.ntotal());
@@ -363,28 +364,28 @@ FilteredSearch::Lists FilteredSearch::ListsOf(const float* query, const ItemMask
   return lists;
 }
 
-// Adds the items of a list that pass.
-void FilteredSearch::FindPassing(int32_t list, const ItemMask& mask, Found* found) const {
+// Adds the items of a list that pass to `passing`.
+void FilteredSearch::FindPassing(int32_t list, const ItemMask& mask, PassingItems* passing) const {
   const int64_t begin = order_.group_begins[list];
   const int64_t end = order_.group_begins[list + 1];
   const int64_t code_size = index_.code_size();
   const uint64_t* words = mask.words.data();
-  int64_t words_begin = 0;  // the slot of their first bit
+  int64_t words_begin = 0;  // slot of the first bit in `words`
   if (mask.keep) {
     words_begin = begin / kBits * kBits;
-    found->words.assign((end - words_begin + kBits - 1) / kBits, ~uint64_t{0});
-    words = found->words.data();
-    mask.keep(words_begin, end, found->words.data());
+    passing->words.assign((end - words_begin + kBits - 1) / kBits, ~uint64_t{0});
+    words = passing->words.data();
+    mask.keep(words_begin, end, passing->words.data());
   }
   ForEachBit(words, begin - words_begin, end - words_begin, [&](int64_t bit) {
     const int64_t slot = words_begin + bit;
-    found->codes.push_back(list_codes_[list] + (slot - begin) * code_size);
-    found->slots.push_back(slot);
+    passing->codes.push_back(list_codes_[list] + (slot - begin) * code_size);
+    passing->slots.push_back(slot);
   });
 }
 
-// Moves the lists with the highest scores in which `wanted` items pass, or a few more, to the front, and gives their
-// end: quickselect by weight.
+// Moves to the front the lists with the highest scores in which together at least `wanted` items pass, and returns
+// their end. This is a quickselect by weight.
 FilteredSearch::Lists::iterator FilteredSearch::Nearest(double wanted, Lists::iterator begin, Lists::iterator end) {
   while (end - begin > 1) {
     const auto middle = begin + (end - begin) / 2;
@@ -401,8 +402,8 @@ FilteredSearch::Lists::iterator FilteredSearch::Nearest(double wanted, Lists::it
   return end;
 }
 
-Status FilteredSearch::ScoreAll(const float* x, const ItemMask& mask, Best* best) const {
-  // Here slots are positions: only lists have an order of their own.
+Status FilteredSearch::ScoreAll(const float* x, const ItemMask& mask, BestItems* best) const {
+  // Slots are positions here, because only lists have their own order.
   std::vector<int64_t> slots;
   slots.reserve(mask.count);
   ForEachBit(mask.words.data(), 0, index_.ntotal(), [&](int64_t slot) { slots.push_back(slot); });

@@ -1,17 +1,20 @@
-// Search among the items that pass a filter: FAISS's own scores, at a cost that a filter does not raise.
+// Search among the items that pass a filter. Scores are FAISS's own, and a filter does not make the search more
+// expensive.
 //
-// Where the index has inverted lists, these are read directly, in an order of the items in which each list is a run of
-// bits of the mask. An unfiltered search scores about nprobe * ntotal / nlist items. A filtered one scores as many that
-// pass: it takes the lists in the order of their centroids' scores, without those in which nothing passes, until it has
-// them. So it goes through more lists the fewer items pass. Where the last half of them still gave more than a twelfth
-// of the k results it goes on, by another half, up to four times as many in all: a query whose neighbours do not pass
-// has the items that do all over their lists. Where no more pass than it would score, or few at all, it scores all of
-// them: the result is then exact.
+// If the index has inverted lists, the search reads them directly. The items are numbered so that each list is a range
+// of bits of the mask. An unfiltered search scores about nprobe * ntotal / nlist items. A filtered search scores as
+// many items that pass. It goes through the lists in the order of their centroids' scores, skips lists in which nothing
+// passes, and stops when it has scored enough. So the fewer items pass, the more lists it reads.
 //
-// Other indexes (Flat, HNSW, refined ones) score the items that pass one by one where they are few enough for that to be
-// the cheaper way; otherwise FAISS searches with a selector, and with nprobe or efSearch divided by the share of items
-// that pass. If that finds fewer than there are, they are scored one by one after all. FastScan lists, whose items cannot
-// be taken one by one, are searched through to the end instead.
+// The neighbours of a query may not pass, so that the items that pass are spread over many lists. Therefore the search
+// continues while the last half of the scored items gave more than a twelfth of the k results, each time by another
+// half, up to four times as many items in all. If no more items pass than it would score, or only a few, it scores all
+// of them, and the result is exact.
+//
+// Other indexes (Flat, HNSW, refined ones) score the items that pass one by one if this is cheaper. Otherwise FAISS
+// searches with a selector, and with nprobe or efSearch divided by the share of items that pass. If FAISS then finds
+// too few, the items are scored one by one after all. FastScan lists, whose items cannot be scored one by one, are
+// searched completely instead.
 #ifndef DPSR_EXPORT_FAISS_SEARCH_FILTERED_SEARCH_H_
 #define DPSR_EXPORT_FAISS_SEARCH_FILTERED_SEARCH_H_
 
@@ -28,48 +31,49 @@ namespace dpsr {
 // Immutable and thread-safe.
 class FilteredSearch {
  public:
-  // Items that pass are all scored where they are no more than this.
+  // If no more items than this pass, all of them are scored.
   static constexpr int64_t kFewItems = 8192;
 
-  // Reads where the items of the index lie; the index must outlive the object. Compares its own scores with FAISS's.
+  // Reads the order of the items in the index, and checks that its own scores agree with FAISS's. The index must
+  // outlive the object.
   // Errors: DataLoss (labels that are not the positions 0 to ntotal - 1, scores that differ), FailedPrecondition (more
   // than 2^31 - 1 items), Internal (FAISS failed).
   static Status Create(FaissIndex* index, std::unique_ptr<FilteredSearch>* search);
 
-  // How masks number the items.
+  // Returns how masks number the items.
   const ItemOrder& order() const { return order_; }
 
-  // As FaissIndex::Search for one query and one thread, among the items of `mask`: min(k, mask.count) of them are found,
-  // in any order, the rest of scores [k] and positions [k] is padded with position -1.
+  // Searches like FaissIndex::Search, with one query and one thread, among the items of `mask`. Finds min(k,
+  // mask.count) items, in any order. The rest of scores [k] and positions [k] is padded with position -1.
   Status Search(const float* x, int64_t k, const ItemMask& mask, const SearchParameters& parameters, float* scores,
                 int64_t* positions) const;
 
  private:
-  class Best;
+  class BestItems;
 
   explicit FilteredSearch(const FaissIndex& index) : index_(index) {}
   Status ReadLists(FaissIndex* index);
   Status CompareScores() const;
-  Status SearchLists(const float* x, const ItemMask& mask, const SearchParameters& parameters, Best* best) const;
+  Status SearchLists(const float* x, const ItemMask& mask, const SearchParameters& parameters, BestItems* best) const;
   Status SearchSelected(const float* x, int64_t k, const ItemMask& mask, const SearchParameters& parameters,
                         float* scores, int64_t* positions) const;
-  Status ScoreAll(const float* x, const ItemMask& mask, Best* best) const;
-  // What SearchLists goes through: lists with their centroids' scores, and how many items pass there, or may.
+  Status ScoreAll(const float* x, const ItemMask& mask, BestItems* best) const;
+  // A list that SearchLists may read.
   struct List {
     float centroid_score;
     int32_t list;
-    float passing;
+    float passing;  // number of its items that pass, estimated if it is not known
   };
   using Lists = std::vector<List>;
   static bool Nearer(const List& a, const List& b) { return a.centroid_score > b.centroid_score; }
-  // Items that pass, and room for the bits of a list.
-  struct Found {
+  // Items that pass.
+  struct PassingItems {
     std::vector<const uint8_t*> codes;
     std::vector<int64_t> slots;
-    std::vector<uint64_t> words;
+    std::vector<uint64_t> words;  // working memory for the bits of one list
   };
   Lists ListsOf(const float* query, const ItemMask& mask) const;
-  void FindPassing(int32_t list, const ItemMask& mask, Found* found) const;
+  void FindPassing(int32_t list, const ItemMask& mask, PassingItems* passing) const;
   static Lists::iterator Nearest(double wanted, Lists::iterator begin, Lists::iterator end);
 
   const FaissIndex& index_;

@@ -17,21 +17,23 @@ namespace dpsr {
 namespace {
 
 constexpr char kKind[] = "item_attributes";
-constexpr char kValues[] = "value.";   // of every attribute: codes or numbers
-constexpr char kSplits[] = "splits.";  // of multi-valued ones: where the values of a position begin
-constexpr char kTexts[] = "text.";     // of all but numbers: what codes 1, 2, ... stand for, ascending
+// Prefixes of section names.
+constexpr char kValues[] = "value.";   // codes or numbers
+constexpr char kSplits[] = "splits.";  // where the values of each position begin, for multi-valued attributes
+constexpr char kTexts[] = "text.";     // texts of the codes 1, 2, ..., ascending; numbers have none
 constexpr char kItemIds[] = "item_ids.fingerprint";
 
 constexpr int64_t kBits = 64;
-// Up to so many codes are compared one after the other; more are looked up in a table.
+// Up to this many codes are compared one after the other. More codes are looked up in a table.
 constexpr size_t kFewCodes = 4;
 constexpr size_t kQuotedBytes = 100;
-// Slots are looked up by value where they are at most one in so many; a pass over the column is faster for more.
+// Slots are looked up by value if at most one in this many meets the expression. Otherwise a pass over the column is
+// faster.
 constexpr int64_t kOverFew = 8;
-// Words of bits, spread over all, that tell how many pass.
+// Number of words, evenly spread, from which the number of passing items is estimated.
 constexpr int64_t kSampledWords = 256;
 
-// The bytes of the UTF-8 character that `text` begins with; 0 when it begins with none.
+// Returns the size of the UTF-8 character at the start of `text`, or 0 when there is none.
 size_t CharacterBytes(std::string_view text) {
   const auto byte = [&text](size_t i) { return static_cast<unsigned char>(text[i]); };
   const size_t size = byte(0) < 0x80 ? 1 : byte(0) < 0xC2 ? 0 : byte(0) < 0xE0 ? 2 : byte(0) < 0xF0 ? 3 : 4;
@@ -44,7 +46,7 @@ size_t CharacterBytes(std::string_view text) {
   return bad ? 0 : size;
 }
 
-// A text as a message may hold it: in quotes, in UTF-8, without control characters, not too long.
+// Returns a text for a message: in quotes, valid UTF-8, without control characters, and not too long.
 std::string Quoted(std::string_view text) {
   std::string quoted = "\"";
   while (!text.empty() && quoted.size() <= kQuotedBytes) {
@@ -61,7 +63,7 @@ struct Range {
   double high;
 };
 
-// "10", "10..20", "..20", "10.." .
+// Reads "10", "10..20", "..20" or "10..". Returns false for other texts.
 bool ParseRange(std::string_view text, Range* range) {
   const auto number = [](std::string_view digits, double* value) {
     const auto read = std::from_chars(digits.data(), digits.data() + digits.size(), *value);
@@ -82,7 +84,7 @@ bool ParseRange(std::string_view text, Range* range) {
          range->low <= range->high;
 }
 
-// 64 bytes that are 0 or 1 -> 64 bits.
+// Packs 64 bytes that are 0 or 1 into 64 bits.
 uint64_t Pack(const uint8_t* flags) {
   uint64_t bits = 0;
   for (int i = 0; i < 8; ++i) {
@@ -93,7 +95,7 @@ uint64_t Pack(const uint8_t* flags) {
   return bits;
 }
 
-// `mark(flags)` sets flags[i] to 1, or leaves it 0; these as bits.
+// Returns 64 bits. `mark(flags)` sets flags[i] to 1 for the bits that are 1.
 template <typename Mark>
 uint64_t Marked(const Mark& mark) {
   alignas(64) uint8_t flags[kBits] = {};
@@ -101,7 +103,8 @@ uint64_t Marked(const Mark& mark) {
   return Pack(flags);
 }
 
-// Slots [begin, end), begin a multiple of 64, and their bits; those are cleared that meet an expression, or do not.
+// The slots [begin, end) and their bits. begin is a multiple of 64. The bits of slots that meet an expression are
+// cleared if it is to be excluded; otherwise the bits of those that do not.
 struct Slots {
   int64_t begin;
   int64_t end;
@@ -109,8 +112,8 @@ struct Slots {
   uint64_t* words;
 };
 
-// Clears the bits of the slots that do not pass: bit i of `met(first, count)` is slot first + i. Where nothing is left
-// to clear it is not asked.
+// Clears the bits of the slots that do not pass. Bit i of `met(first, count)` tells whether slot first + i meets the
+// expression. It is not called for words that are already 0.
 template <typename Met>
 void Keep64(const Slots& slots, const Met& met) {
   for (int64_t first = slots.begin; first < slots.end; first += kBits) {
@@ -122,7 +125,7 @@ void Keep64(const Slots& slots, const Met& met) {
 }
 
 #if defined(__x86_64__)
-// Of 64 values.
+// Returns which of 64 values are in [low, high].
 __attribute__((target("avx2"))) uint64_t InRangeAvx2(const float* from, float low, float high) {
   const __m256 lows = _mm256_set1_ps(low), highs = _mm256_set1_ps(high);
   uint64_t bits = 0;
@@ -148,7 +151,7 @@ uint64_t InRange(const T* from, int64_t count, T low, T high) {
   });
 }
 
-// The least value of type T that is not below `bound`, or the largest not above it.
+// AtLeast returns the smallest value of type T that is not below `bound`; AtMost the largest that is not above it.
 template <typename T>
 T AtLeast(double bound) {
   const T value = static_cast<T>(bound);
@@ -171,7 +174,8 @@ void KeepRanges(Span<const T> values, const std::vector<Range>& ranges, const Sl
   });
 }
 
-// `values` are below wanted.size(); those that are met are `codes`, and 1 in `wanted`.
+// Slots whose value is one of `codes` meet the expression. wanted[code] is 1 for these codes. All values are below
+// wanted.size().
 template <typename T>
 void KeepCodes(Span<const T> values, const std::vector<uint32_t>& codes, const std::vector<uint8_t>& wanted,
                const Slots& slots) {
@@ -205,13 +209,13 @@ void KeepAnyCode(Span<const int64_t> splits, Span<const T> values, const std::ve
   });
 }
 
-// Whether splits [rows + 1] ascend from 0 to `values`.
+// Returns whether splits [rows + 1] ascend from 0 to `values`.
 bool AreSplits(Span<const int64_t> splits, size_t rows, size_t values) {
   return splits.size() == rows + 1 && splits[0] == 0 && splits[rows] == static_cast<int64_t>(values) &&
          std::is_sorted(splits.begin(), splits.end());
 }
 
-// Without the processor's own instruction, which not all have, a count is a call.
+// Not all processors have the popcnt instruction. Without it, counting the bits of a word is a function call.
 #if defined(__x86_64__)
 __attribute__((target("popcnt"))) int64_t CountWordsPopcnt(const uint64_t* words, int64_t count) {
   int64_t found = 0;
@@ -266,7 +270,7 @@ Status FilterExpression::Parse(std::string_view text, FilterExpression* expressi
     }
     if (text[i] == '\\') {
       if (++i == text.size() || (text[i] != '|' && text[i] != '\\')) {
-        return refuse("has a backslash that stands before neither | nor another backslash");
+        return refuse("has a backslash that is not followed by | or another backslash");
       }
     }
     expression->values.back() += text[i];
@@ -275,23 +279,23 @@ Status FilterExpression::Parse(std::string_view text, FilterExpression* expressi
   return Status();
 }
 
-// One attribute, in the order of slots. Of the spans of values one is filled.
+// One attribute, in the order of slots. Exactly one of the spans of values is filled.
 struct ItemFilters::Column {
   std::string name;
-  size_t num_codes = 0;  // 1 + values of the dictionary; 0: a number
+  size_t num_codes = 0;  // 1 + number of distinct texts; 0 for a number
   Span<const uint8_t> values8;
   Span<const uint16_t> values16;
   Span<const int32_t> values32;
   Span<const float> floats;
   Span<const double> doubles;
-  Span<const int64_t> splits;  // of a multi-valued attribute
+  Span<const int64_t> splits;  // only for a multi-valued attribute
   Span<const int64_t> text_splits;
   Span<const uint8_t> text_bytes;
-  // The slots in the order of their values, of those that are single: of code c [code_begins[c], code_begins[c + 1]), of
-  // numbers ascending, without NaN.
+  // The slots in the order of their values, if the attribute is not multi-valued. Code c has the range
+  // [code_begins[c], code_begins[c + 1]). Numbers are in ascending order, without NaN.
   std::vector<int32_t> by_value;
   std::vector<int64_t> code_begins;
-  // What the spans point into where slots are not positions.
+  // Memory that the spans point into if slots are not positions.
   std::vector<char> own_values;
   std::vector<int64_t> own_splits;
 
@@ -300,7 +304,7 @@ struct ItemFilters::Column {
             static_cast<size_t>(text_splits[code] - text_splits[code - 1])};
   }
 
-  // The codes of the values that there are, ascending.
+  // Returns the codes of those of the given values that exist, ascending.
   std::vector<uint32_t> Codes(const std::vector<std::string>& values) const {
     std::vector<uint32_t> codes;
     for (const std::string& value : values) {
@@ -320,7 +324,7 @@ struct ItemFilters::Column {
     return codes;
   }
 
-  // Calls `use` with the values that there are, codes or numbers.
+  // Calls `use` with the span of codes that is filled.
   template <typename Use>
   void WithCodes(const Use& use) const {
     if (values8.data() != nullptr) {
@@ -354,7 +358,7 @@ struct ItemFilters::Column {
     }
   }
 
-  // The slots of by_value whose numbers are within.
+  // Returns the part of by_value whose numbers are in the range.
   template <typename T>
   Span<const int32_t> SlotsWithin(Span<const T> values, const Range& range) const {
     const T low = AtLeast<T>(range.low), high = AtMost<T>(range.high);
@@ -364,7 +368,7 @@ struct ItemFilters::Column {
     return {by_value.data() + (begin - by_value.begin()), static_cast<size_t>(end - begin)};
   }
 
-  // Copies values, and splits, from the order of positions into that of slots.
+  // Copies values and splits from the order of positions into the order of slots.
   template <typename T>
   void Reorder(const std::vector<int32_t>& positions, Span<const T>* values) {
     own_values.resize(values->size() * sizeof(T));
@@ -385,15 +389,16 @@ struct ItemFilters::Column {
   }
 };
 
-// What one expression asks of a column.
-struct ItemFilters::Test {
+// An expression, compiled for the column that it names.
+struct ItemFilters::Predicate {
   const Column* column = nullptr;
   bool exclude = false;
-  std::vector<Range> ranges;     // of a number
-  std::vector<uint32_t> codes;   // of any other: ascending, ...
-  std::vector<uint8_t> wanted;   // ... and 1 for each of them, [num_codes]
-  std::vector<Span<const int32_t>> slots;  // all that meet it, where the column has them in the order of values
-  int64_t num_slots = 0;                   // in `slots`; one may stand in two of them
+  std::vector<Range> ranges;    // for a number
+  std::vector<uint32_t> codes;  // for other attributes, ascending
+  std::vector<uint8_t> wanted;  // [num_codes], 1 for each of `codes`
+  // The slots that meet the expression, if the column has by_value. A slot may be in several of the parts.
+  std::vector<Span<const int32_t>> slots;
+  int64_t num_slots = 0;  // sum of the sizes of `slots`
 
   bool IsFew(int64_t items) const { return !column->by_value.empty() && num_slots <= items / kOverFew; }
 
@@ -415,7 +420,7 @@ struct ItemFilters::Test {
     }
   }
 
-  // The same of all slots, by those that meet it.
+  // Clears the bits of all slots that do not pass, from the slots that meet the expression.
   void KeepFew(std::vector<uint64_t>* words) const {
     std::vector<uint64_t> before;
     if (!exclude) {
@@ -446,7 +451,7 @@ Status ItemFilters::Open(const std::string& path, int64_t items, uint64_t item_i
     DPSR_RETURN_IF_ERROR(opened->file_->Get(kItemIds, &fingerprint));
     if (fingerprint.size() != 1 || fingerprint[0] != item_ids_fingerprint) {
       return MakeStatus(StatusCode::kFailedPrecondition, path,
-                        ": was written for other item ids: it is not of the same index; run `dpsr index` again");
+                        ": was written for other item ids, so it belongs to another index; run `dpsr index` again");
     }
     for (const PackedFile::Section& section : opened->file_->sections()) {
       if (section.name.rfind(kValues, 0) != 0) continue;
@@ -473,7 +478,7 @@ Status ItemFilters::AddColumn(const std::string& name, const std::vector<int32_t
   }
   if (static_cast<int64_t>(rows) != items_) {
     return MakeStatus(StatusCode::kFailedPrecondition, file_->path(), ": attribute ", Quoted(name), " has ", rows,
-                      " items, but the index has ", items_, ": they are not of the same index");
+                      " items, but the index has ", items_, ": they belong to different indexes");
   }
   const auto read = [&](auto* values) {
     DPSR_RETURN_IF_ERROR(file_->Get(kValues + name, values));
@@ -514,7 +519,7 @@ Status ItemFilters::AddColumn(const std::string& name, const std::vector<int32_t
 
 Status ItemFilters::Apply(const std::vector<std::string_view>& include, const std::vector<std::string_view>& exclude,
                           std::shared_ptr<const ItemMask>* mask) const {
-  // What is the same filter has the same key: the expressions of each side in order, each once, with their lengths.
+  // Equal filters have equal keys: the distinct expressions of each side in order, with their lengths.
   std::string key;
   std::set<std::string_view> sides[2];
   for (const int side : {0, 1}) {
@@ -528,40 +533,41 @@ Status ItemFilters::Apply(const std::vector<std::string_view>& include, const st
     for (const std::string_view text : sides[side]) key += StrCat(text.size(), ':', text);
     key += ';';
   }
-  *mask = Find(key);
+  *mask = FindInCache(key);
   if (*mask != nullptr) return Status();
 
-  std::vector<Test> tests;
+  std::vector<Predicate> predicates;
   for (const int side : {0, 1}) {
     for (const std::string_view text : sides[side]) {
-      DPSR_RETURN_IF_ERROR(Compile(text, /*exclude=*/side == 1, &tests.emplace_back()));
+      DPSR_RETURN_IF_ERROR(Compile(text, /*exclude=*/side == 1, &predicates.emplace_back()));
     }
   }
-  // Where few are left by the first, the others have little to clear.
-  std::stable_sort(tests.begin(), tests.end(), [this](const Test& a, const Test& b) {
-    const auto left = [this](const Test& test) {
-      return test.exclude ? items_ - test.num_slots : test.column->by_value.empty() ? items_ : test.num_slots;
+  // The predicates that leave the fewest items come first, so that the others have little to clear.
+  std::stable_sort(predicates.begin(), predicates.end(), [this](const Predicate& a, const Predicate& b) {
+    const auto left = [this](const Predicate& predicate) {
+      if (predicate.exclude) return items_ - predicate.num_slots;
+      return predicate.column->by_value.empty() ? items_ : predicate.num_slots;
     };
     return left(a) < left(b);
   });
   if (WasAsked(key)) {
-    *mask = Evaluate(tests);
-    Keep(key, *mask);
+    *mask = Evaluate(predicates);
+    AddToCache(key, *mask);
     return Status();
   }
   if (!group_begins_.empty() && items_ >= kManyItems) {
-    const int64_t count = EstimateCount(tests);
+    const int64_t count = EstimateCount(predicates);
     if (count >= items_ / kOverMany) {
       auto unknown = std::make_shared<ItemMask>();
       unknown->count = count;
-      unknown->keep = [tests = std::move(tests)](int64_t begin, int64_t end, uint64_t* words) {
-        for (const Test& test : tests) test.Keep(begin, end, words);
+      unknown->keep = [predicates = std::move(predicates)](int64_t begin, int64_t end, uint64_t* words) {
+        for (const Predicate& predicate : predicates) predicate.Keep(begin, end, words);
       };
       *mask = std::move(unknown);
       return Status();
     }
   }
-  *mask = Evaluate(tests);
+  *mask = Evaluate(predicates);
   return Status();
 }
 
@@ -571,15 +577,15 @@ bool ItemFilters::WasAsked(const std::string& key) const {
   return std::exchange(asked_[hash % asked_.size()], hash) == hash;
 }
 
-std::shared_ptr<ItemMask> ItemFilters::Evaluate(const std::vector<Test>& tests) const {
+std::shared_ptr<ItemMask> ItemFilters::Evaluate(const std::vector<Predicate>& predicates) const {
   auto computed = std::make_shared<ItemMask>();
   computed->words.assign((items_ + kBits - 1) / kBits, ~uint64_t{0});
   if (items_ % kBits != 0) computed->words.back() = (uint64_t{1} << (items_ % kBits)) - 1;
-  for (const Test& test : tests) {
-    if (test.IsFew(items_)) {
-      test.KeepFew(&computed->words);
+  for (const Predicate& predicate : predicates) {
+    if (predicate.IsFew(items_)) {
+      predicate.KeepFew(&computed->words);
     } else {
-      test.Keep(0, items_, computed->words.data());
+      predicate.Keep(0, items_, computed->words.data());
     }
   }
   const Span<const uint64_t> bits(computed->words.data(), computed->words.size());
@@ -596,52 +602,54 @@ std::shared_ptr<ItemMask> ItemFilters::Evaluate(const std::vector<Test>& tests) 
   return computed;
 }
 
-// Of words that are spread evenly; 0 where few are known to meet an expression.
-int64_t ItemFilters::EstimateCount(const std::vector<Test>& tests) const {
-  for (const Test& test : tests) {
-    if (!test.exclude && !test.column->by_value.empty() && test.num_slots < items_ / kOverMany) return 0;
+// Estimates the number of items that pass from evenly spread words. Returns 0 if few are known to meet an expression.
+int64_t ItemFilters::EstimateCount(const std::vector<Predicate>& predicates) const {
+  for (const Predicate& predicate : predicates) {
+    if (!predicate.exclude && !predicate.column->by_value.empty() && predicate.num_slots < items_ / kOverMany) return 0;
   }
   int64_t passing = 0;
   for (int64_t i = 0; i < kSampledWords; ++i) {
     const int64_t begin = i * (items_ / kBits) / kSampledWords * kBits;
     uint64_t word = ~uint64_t{0};
-    for (const Test& test : tests) test.Keep(begin, begin + kBits, &word);
+    for (const Predicate& predicate : predicates) predicate.Keep(begin, begin + kBits, &word);
     passing += __builtin_popcountll(word);
   }
   return passing * items_ / (kSampledWords * kBits);
 }
 
-Status ItemFilters::Compile(std::string_view text, bool exclude, Test* test) const {
+Status ItemFilters::Compile(std::string_view text, bool exclude, Predicate* predicate) const {
   FilterExpression expression;
   DPSR_RETURN_IF_ERROR(FilterExpression::Parse(text, &expression));
   const auto found = std::find_if(columns_.begin(), columns_.end(),
                                   [&](const auto& column) { return column->name == expression.name; });
   if (found == columns_.end()) return UnknownName(expression.name);
   const Column& column = **found;
-  test->column = &column;
-  test->exclude = exclude;
+  predicate->column = &column;
+  predicate->exclude = exclude;
   if (column.num_codes == 0) {
-    test->ranges.resize(expression.values.size());
-    for (size_t i = 0; i < test->ranges.size(); ++i) {
-      if (!ParseRange(expression.values[i], &test->ranges[i])) {
+    predicate->ranges.resize(expression.values.size());
+    for (size_t i = 0; i < predicate->ranges.size(); ++i) {
+      if (!ParseRange(expression.values[i], &predicate->ranges[i])) {
         return MakeStatus(StatusCode::kInvalidArgument, "filter ", Quoted(text), ": ", Quoted(column.name),
                           " is a number, but ", Quoted(expression.values[i]),
-                          " is neither one nor a range; expected, for example, 10, 10..20, ..20 or 10..");
+                          " is neither a number nor a range; expected, for example, 10, 10..20, ..20 or 10..");
       }
-      test->slots.push_back(column.floats.data() != nullptr ? column.SlotsWithin(column.floats, test->ranges[i])
-                                                            : column.SlotsWithin(column.doubles, test->ranges[i]));
+      const Range& range = predicate->ranges[i];
+      predicate->slots.push_back(column.floats.data() != nullptr ? column.SlotsWithin(column.floats, range)
+                                                                 : column.SlotsWithin(column.doubles, range));
     }
   } else {
-    test->codes = column.Codes(expression.values);
-    test->wanted.assign(column.num_codes, 0);
-    for (const uint32_t code : test->codes) {
-      test->wanted[code] = 1;
+    predicate->codes = column.Codes(expression.values);
+    predicate->wanted.assign(column.num_codes, 0);
+    for (const uint32_t code : predicate->codes) {
+      predicate->wanted[code] = 1;
       if (column.by_value.empty()) continue;
       const int64_t begin = column.code_begins[code];
-      test->slots.emplace_back(column.by_value.data() + begin, static_cast<size_t>(column.code_begins[code + 1] - begin));
+      const auto size = static_cast<size_t>(column.code_begins[code + 1] - begin);
+      predicate->slots.emplace_back(column.by_value.data() + begin, size);
     }
   }
-  for (const auto& part : test->slots) test->num_slots += static_cast<int64_t>(part.size());
+  for (const auto& part : predicate->slots) predicate->num_slots += static_cast<int64_t>(part.size());
   return Status();
 }
 
@@ -657,33 +665,33 @@ Status ItemFilters::UnknownName(const std::string& name) const {
                     ": there is no such attribute, expected one of: ", known);
 }
 
-std::shared_ptr<const ItemMask> ItemFilters::Find(const std::string& key) const {
+std::shared_ptr<const ItemMask> ItemFilters::FindInCache(const std::string& key) const {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto found = by_key_.find(key);
   if (found == by_key_.end()) return nullptr;
-  kept_.splice(kept_.begin(), kept_, found->second);
+  cached_.splice(cached_.begin(), cached_, found->second);
   return found->second->mask;
 }
 
-void ItemFilters::Keep(const std::string& key, const std::shared_ptr<const ItemMask>& mask) const {
+void ItemFilters::AddToCache(const std::string& key, const std::shared_ptr<const ItemMask>& mask) const {
   const size_t bytes = key.size() + mask->words.size() * sizeof(uint64_t) +
-                       mask->group_counts.size() * sizeof(int32_t) + sizeof(Kept) + sizeof(ItemMask);
+                       mask->group_counts.size() * sizeof(int32_t) + sizeof(CachedMask) + sizeof(ItemMask);
   if (bytes > cache_bytes_) return;
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (by_key_.count(key) != 0) return;  // another thread was first
-  while (kept_bytes_ + bytes > cache_bytes_) {
-    by_key_.erase(kept_.back().key);
-    kept_bytes_ -= kept_.back().bytes;
-    kept_.pop_back();
+  if (by_key_.count(key) != 0) return;  // another thread has added it
+  while (cached_bytes_ + bytes > cache_bytes_) {
+    by_key_.erase(cached_.back().key);
+    cached_bytes_ -= cached_.back().bytes;
+    cached_.pop_back();
   }
-  kept_.push_front({key, mask, bytes});
-  by_key_.emplace(kept_.front().key, kept_.begin());
-  kept_bytes_ += bytes;
+  cached_.push_front({key, mask, bytes});
+  by_key_.emplace(cached_.front().key, cached_.begin());
+  cached_bytes_ += bytes;
 }
 
 size_t ItemFilters::cached_bytes() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return kept_bytes_;
+  return cached_bytes_;
 }
 
 }  // namespace dpsr

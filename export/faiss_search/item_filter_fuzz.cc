@@ -1,6 +1,6 @@
-// libFuzzer: an attribute file of any content is opened or refused, and any filter on an open one is answered or refused
-// without leaving its memory. Input: a filter expression, a zero byte, then the file; checksums are mended first, so that
-// mutations reach what lies behind them.
+// libFuzzer: an attribute file of any content is opened or refused, and any filter on an open one is answered or
+// refused without leaving its memory. Input: a filter expression, a zero byte, then the file; checksums are mended
+// first, so that mutations reach what lies behind them.
 #define XXH_INLINE_ALL
 #include <sys/mman.h>
 #include <unistd.h>

@@ -82,7 +82,8 @@ Status Retriever::SearchAlone(const float* query, int64_t k, int64_t* ids, float
     const int64_t position = ids[i];
     if (position == -1 || std::isnan(scores[i])) continue;
     if (position < 0 || position >= ntotal) return PositionOutOfRange(position);
-    ids[end] = item_ids_[position];  // all over a large array; nothing here waits for it, so that many are fetched at once
+    // The ids are all over a large array. The loop does not wait for them, so the processor fetches many at once.
+    ids[end] = item_ids_[position];
     scores[end++] = scores[i];
   }
   for (int64_t i = 1; i < end; ++i) {
@@ -96,7 +97,7 @@ Status Retriever::SearchAlone(const float* query, int64_t k, int64_t* ids, float
 }
 
 Status Retriever::SearchHead(const float* query, int32_t head, int64_t k) {
-  // No more can be found than there is; an empty index is not asked at all.
+  // At most ntotal results can be found. An empty index is not searched.
   const auto ntotal = static_cast<int64_t>(item_ids_.size());
   const size_t begin = candidates_.size();
   for (int64_t wanted = std::min(k + num_excluded_, ntotal); wanted > 0;) {
@@ -104,7 +105,7 @@ Status Retriever::SearchHead(const float* query, int32_t head, int64_t k) {
     labels_.resize(wanted);
     DPSR_RETURN_IF_ERROR(search_(query, wanted, scores_.data(), labels_.data()));
 
-    // The ids lie all over a large array. In a loop of their own many are fetched at once, not one after the other.
+    // The ids are all over a large array. This loop only reads them, so the processor fetches many at once.
     ids_.resize(wanted);
     for (int64_t i = 0; i < wanted; ++i) {
       ids_[i] = labels_[i] >= 0 && labels_[i] < ntotal ? item_ids_[labels_[i]] : kNoItem;
@@ -123,7 +124,7 @@ Status Retriever::SearchHead(const float* query, int32_t head, int64_t k) {
       }
       candidates_.push_back({scores_[i], id});
     }
-    // More positions than ids were dropped only where ids repeat.
+    // If ids repeat, more positions than ids may have been dropped. Then the search is repeated with more results.
     if (exhausted || dropped <= num_excluded_) break;
     wanted = std::min(2 * wanted, ntotal);
   }
@@ -137,8 +138,9 @@ Status Retriever::SearchHead(const float* query, int32_t head, int64_t k) {
   return Status();
 }
 
-// Merges the ordered candidates of all heads; returns how many results there are, at most k. Since the best comes
-// first, an item's first appearance has its score, and its head, as heads_ is in ascending order.
+// Merges the sorted candidates of all heads. Returns the number of results, at most k. The best candidate comes first,
+// so the first appearance of an item has its final score. It also has the right head, because heads_ is in ascending
+// order.
 int64_t Retriever::Merge(int64_t k, int64_t* ids, float* scores, int32_t* heads_out) {
   seen_.Reset(std::min<int64_t>(k, static_cast<int64_t>(candidates_.size())));
   int64_t found = 0;
@@ -174,7 +176,7 @@ bool Retriever::IdSet::Insert(int64_t id) {
 }
 
 size_t Retriever::IdSet::Slot(int64_t id) const {
-  // Multiplication spreads runs of consecutive ids over the table; its upper bits are the well mixed ones.
+  // The multiplication spreads consecutive ids over the table. The upper bits of the product are mixed best.
   size_t slot = (static_cast<uint64_t>(id) * 0x9E3779B97F4A7C15ull) >> 32 & mask_;
   while (slots_[slot] != kNoItem && slots_[slot] != id) slot = (slot + 1) & mask_;
   return slot;

@@ -11,7 +11,7 @@
 #include <cstring>
 #include <vector>
 
-// The hash is in the header, not in a library that a program has to find.
+// Compiles the hash into this file, so that no library is needed at run time.
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
@@ -46,7 +46,7 @@ Status FileFingerprint(const std::string& path, std::string* fingerprint) {
   const int64_t blocks = std::min(kBlocks, (size + kBlock - 1) / kBlock);
   std::vector<char> block(static_cast<size_t>(std::min(kBlock, size)));
   for (int64_t i = 0; i < blocks; ++i) {
-    // Of a small file, block after block; of a large one, from 0 to size - kBlock.
+    // A small file is read block after block. The blocks of a large file begin between 0 and size - kBlock.
     const bool whole = size <= kBlocks * kBlock;
     const int64_t begin = whole ? i * kBlock : i * ((size - kBlock) / (kBlocks - 1)) +
                                                    (i == kBlocks - 1 ? (size - kBlock) % (kBlocks - 1) : 0);
@@ -55,7 +55,7 @@ Status FileFingerprint(const std::string& path, std::string* fingerprint) {
       const ssize_t got = pread(file.descriptor, block.data(), static_cast<size_t>(end - at), at);
       if (got < 0 && errno == EINTR) continue;
       if (got < 0) return Failed(path);
-      if (got == 0) return MakeStatus(StatusCode::kInternal, path, ": has become shorter while it was read");
+      if (got == 0) return MakeStatus(StatusCode::kInternal, path, ": the file became shorter while it was read");
       XXH3_64bits_update(&hash, block.data(), static_cast<size_t>(got));
       at += got;
     }

@@ -65,7 +65,7 @@ constexpr std::string_view kWhiteSpace[] = {
     "\xe2\x80\x88", "\xe2\x80\x89", "\xe2\x80\x8a", "\xe2\x80\xa8", "\xe2\x80\xa9", "\xe2\x80\xaf", "\xe2\x81\x9f",
     "\xe3\x80\x80"};
 
-// Whether white space can begin, or end, with this byte: most text is not looked at any further.
+// Returns whether white space can begin or end with this byte. Most text does not need a closer look.
 bool MayBeWhiteSpace(char c) {
   return static_cast<unsigned char>(c) <= ' ' || static_cast<unsigned char>(c) >= 0x80;
 }

@@ -1,6 +1,6 @@
-// The ops that turn what a request says of a user into what the query tower reads, the same as in training: values into
-// codes, a history of items into their texts and features, and past queries; and a shop's own item ids into ours and
-// back. Python: dpsr_export/request_tables.py.
+// The ops that turn the values of a request into what the towers read in training: feature values into codes, a history
+// of items into their texts and features, and past queries. Also the ops between a shop's own text ids and item ids.
+// Python: dpsr_export/request_tables.py.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -41,19 +41,19 @@ using ::tensorflow::shape_inference::ShapeHandle;
 
 std::string_view View(const tstring& text) { return {text.data(), text.size()}; }
 
-// A table of a servable, shared by all sessions that use the handle's name in one resource manager.
+// A table of a servable. All sessions that use the same name in one resource manager share it.
 template <typename Table>
 class TableResource : public tensorflow::ResourceBase {
  public:
   std::string DebugString() const override { return StrCat("table of ", path_); }
 
-  // Null before Load has succeeded.
+  // Returns null before Load has succeeded.
   std::shared_ptr<const Table> Get() const {
     const tensorflow::tf_shared_lock lock(mutex_);
     return table_;
   }
 
-  // `open` makes the table of `path`. The same path again changes nothing; another one is refused.
+  // Loads a table: `open` opens the file `path`. The same path again does nothing; another path is refused.
   template <typename Open>
   Status Load(const std::string& path, const Open& open) {
     const tensorflow::mutex_lock lock(mutex_);
@@ -87,7 +87,7 @@ class TableHandleOp : public tensorflow::ResourceOpKernel<TableResource<Table>> 
   }
 };
 
-// The first input of every op here but DpsrPastQueries and DpsrFileFingerprint.
+// The first input of all ops here except DpsrPastQueries and DpsrFileFingerprint.
 constexpr int kHandle = 0;
 
 template <typename Table>
@@ -107,7 +107,7 @@ tensorflow::Status CheckRank(const Tensor& tensor, int rank, const char* name, c
 
 enum LoadInput { kLoadHandle = kHandle, kLoadFilename };
 
-// Loads a table into a handle. Subclasses say how a file is opened.
+// Loads a table into a handle. Subclasses open the file.
 template <typename Table>
 class TableLoadOp : public OpKernel {
  public:
@@ -216,7 +216,7 @@ class FeatureCodesOp : public OpKernel {
       if (value.NumElements() == 0) continue;
       OP_REQUIRES(c, value.shape() == TensorShape({batch}),
                   errors::InvalidArgument(feature.input, " has shape ", value.shape().DebugString(), ", expected [",
-                                          batch, "], a value for each text, or [0] where all are absent"));
+                                          batch, "], one value for each text, or [0] if all are absent"));
       for (int64_t row = 0; row < batch; ++row) {
         code[row * num_fixed_ + column] = value.dtype() == tensorflow::DT_STRING
                                               ? Code(*table, feature, View(value.flat<tstring>()(row)))
@@ -228,12 +228,12 @@ class FeatureCodesOp : public OpKernel {
  private:
   struct Feature {
     std::string input;   // its name in a signature
-    std::string prefix;  // of its values in the table
+    std::string prefix;  // begins the keys of its values in the table
     bool is_list;
     std::vector<float> boundaries;
   };
 
-  // The code of a value, 0 where it is empty or unknown.
+  // Returns the code of a value, or 0 if it is empty or unknown.
   static int32_t Code(const KeyTable& table, const Feature& feature, std::string_view value) {
     value = Trimmed(value);
     if (value.empty()) return 0;
@@ -241,20 +241,20 @@ class FeatureCodesOp : public OpKernel {
     return row < 0 ? 0 : table.code(row);
   }
 
-  // 1 + the boundaries that are not above the number; 0 for NaN.
+  // Returns 1 + the number of boundaries that are not above the number, or 0 for NaN.
   static int32_t Bucket(const Feature& feature, float number) {
     if (std::isnan(number)) return 0;
     const auto above = std::upper_bound(feature.boundaries.begin(), feature.boundaries.end(), number);
     return static_cast<int32_t>(above - feature.boundaries.begin()) + 1;
   }
 
-  // Codes of the known values of each row.
+  // Outputs the codes of the known values of each row.
   tensorflow::Status List(OpKernelContext* c, const KeyTable& table, const Feature& feature, const Tensor& value,
                           int64_t batch, int list) {
     const bool absent = value.NumElements() == 0;
     if (!absent && !(value.dims() == 2 && value.dim_size(0) == batch)) {
       return errors::InvalidArgument(feature.input, " has shape ", value.shape().DebugString(), ", expected [", batch,
-                                     ", n], values for each text, or no element where all are absent");
+                                     ", n], values for each text, or no elements if all are absent");
     }
     Tensor* splits;
     TF_RETURN_IF_ERROR(c->allocate_output(kFeatureLists + num_lists_ + list, {batch + 1}, &splits));
@@ -310,11 +310,11 @@ class ItemHistoryOp : public OpKernel {
     const Tensor& types = c->input(kHistoryTypes);
     OP_REQUIRES(c, ids.NumElements() == 0 || (ids.dims() == 2 && ids.dim_size(0) == batch),
                 errors::InvalidArgument("clicked_items has shape ", ids.shape().DebugString(), ", expected [", batch,
-                                        ", n], the items of each query's user, or no element where all are absent"));
+                                        ", n], the items of each query's user, or no elements if all are absent"));
     OP_REQUIRES(c, types.NumElements() == 0 || types.shape() == ids.shape(),
                 errors::InvalidArgument("clicked_item_types has shape ", types.shape().DebugString(), ", expected ",
                                         ids.shape().DebugString(),
-                                        " as clicked_items, or no element where all are clicks"));
+                                        " as clicked_items, or no elements if all are clicks"));
 
     const int64_t width = ids.NumElements() == 0 ? 0 : ids.dim_size(1);
     // Through void*: TensorFlow's own int64 may be another type of the same size.
@@ -325,7 +325,7 @@ class ItemHistoryOp : public OpKernel {
     int64_t* split = splits->flat<int64_t>().data();
     split[0] = 0;
     for (int64_t user = 0; user < batch; ++user) {
-      // The last ones that are known; from the newest on, then turned round.
+      // Collects the last known items, from the newest on, and then reverses their order.
       const size_t begin = rows.size();
       for (int64_t i = width - 1; i >= 0 && rows.size() - begin < static_cast<size_t>(length_); --i) {
         const int64_t place = user * width + i;
@@ -364,7 +364,7 @@ class ItemHistoryOp : public OpKernel {
       std::string names;
       for (const std::string& known : event_types_) names += (names.empty() ? "" : ", ") + known;
       return errors::InvalidArgument("clicked_item_types has '", std::string(name), "', expected one of ", names,
-                                     ", or nothing for a click");
+                                     ", or an empty text for a click");
     }
     *type = static_cast<int32_t>(found - event_types_.begin());
     return tensorflow::OkStatus();
@@ -395,7 +395,7 @@ class PastQueriesOp : public OpKernel {
     const Tensor& past = c->input(kQueriesPast);
     OP_REQUIRES(c, past.NumElements() == 0 || (past.dims() == 2 && past.dim_size(0) == batch),
                 errors::InvalidArgument("past_queries has shape ", past.shape().DebugString(), ", expected [", batch,
-                                        ", n], the queries of each query's user, or no element where all are absent"));
+                                        ", n], the queries of each query's user, or no elements if all are absent"));
     const int64_t width = past.NumElements() == 0 ? 0 : past.dim_size(1);
     Tensor* splits;
     OP_REQUIRES_OK(c, c->allocate_output(kQueriesSplits, {batch + 1}, &splits));
@@ -404,7 +404,8 @@ class PastQueriesOp : public OpKernel {
     split[0] = 0;
     for (int64_t user = 0; user < batch; ++user) {
       const size_t begin = texts.size();
-      // The last ones, of equal ones in a row one; from the newest on, then turned round.
+      // Collects the last queries, from the newest on, and then reverses their order. Equal queries in a row count
+      // once.
       for (int64_t i = width - 1; i >= 0 && texts.size() - begin < static_cast<size_t>(length_); --i) {
         const std::string_view text = Trimmed(View(past.flat<tstring>()(user * width + i)));
         if (!text.empty() && (texts.size() == begin || texts.back() != text)) texts.push_back(text);
@@ -498,7 +499,7 @@ tensorflow::Status LoadShapes(InferenceContext* c) {
   return c->WithRank(c->input(kLoadFilename), 0, &scalar);
 }
 
-// Checks the rank of the texts, [batch], and gives the dimension of the splits of one list a text.
+// Checks that the texts have the shape [batch], and returns the dimension of row splits with one list for each text.
 tensorflow::Status SplitsDim(InferenceContext* c, int texts_input, DimensionHandle* splits) {
   ShapeHandle texts;
   TF_RETURN_IF_ERROR(c->WithRank(c->input(texts_input), 1, &texts));
@@ -512,7 +513,7 @@ tensorflow::Status SplitsDim(InferenceContext* c, int texts_input, DimensionHand
       .Output("handle: resource")                            \
       .SetIsStateful()                                       \
       .SetShapeFn(tensorflow::shape_inference::ScalarShape)  \
-      .Doc("A handle for " what ", empty until its load op has run. Handles of one shared_name share one table.")
+      .Doc("Creates a handle for " what ". It is empty until its load op has run. Handles with one name share a table.")
 DPSR_REGISTER_HANDLE("DpsrKeyTableHandle", "a key table");
 DPSR_REGISTER_HANDLE("DpsrItemTableHandle", "an item table");
 #undef DPSR_REGISTER_HANDLE
@@ -534,10 +535,10 @@ REGISTER_OP("DpsrItemTableLoad")
     .SetIsStateful()
     .SetShapeFn(LoadShapes)
     .Doc(R"doc(
-Maps items.dpsr (dpsr_tf/ops/item_table.h) into a handle. A damaged file, or one without a feature, is refused.
+Maps items.dpsr (dpsr_tf/ops/item_table.h) into a handle. A file that is damaged or lacks a feature is refused.
 
-fixed: Features of the kinds categorical and number that lookups give.
-lists: Those of the kinds multi and text.
+fixed: Names of features of the kinds categorical and number.
+lists: Names of features of the kinds multi and text.
 )doc");
 
 REGISTER_OP("DpsrFeatureCodes")
@@ -571,16 +572,17 @@ REGISTER_OP("DpsrFeatureCodes")
       return tensorflow::OkStatus();
     })
     .Doc(R"doc(
-Codes of feature values, as ingest gave them to training: 0 for what is absent or unknown.
+Returns the codes of feature values, as training has them. 0 is absent or unknown.
 
 handle: A key table whose keys are "SIDE\0NAME\0VALUE", with their codes.
-texts: [batch], what the values belong to; it only tells how many there are.
-values: Of each feature: strings [batch] (categorical), floats [batch] (number; NaN is absent), strings [batch, n] (one
-  of `lists`; "" is padding); a tensor without elements where it is absent for all.
+texts: [batch], the texts that the values belong to. Only their number counts.
+values: For each feature strings [batch] (categorical), floats [batch] (number; NaN is absent), or strings [batch, n]
+  (one of `lists`; "" is padding). A tensor without elements is absent for all texts.
 side: "user" or "item".
-lists: Whether a feature is of kind multi.
-boundaries: Of all features of kind number, one after the other; a number is in the bucket after those not above it.
-codes: [batch, features that are no lists].
+lists: Whether each feature is of kind multi.
+boundaries: Bucket boundaries of all features of kind number, one feature after the other. The code of a number is 1 +
+  the number of boundaries that are not above it.
+codes: [batch, features that are not lists].
 )doc");
 
 REGISTER_OP("DpsrItemHistory")
@@ -613,15 +615,15 @@ REGISTER_OP("DpsrItemHistory")
       return tensorflow::OkStatus();
     })
     .Doc(R"doc(
-Texts and features of the last known items of users, oldest first, as training read them.
+Returns texts and features of the last known items of users, oldest first, as training has them.
 
-texts: [batch], one a user; it only tells how many there are.
-ids: [batch, n] item ids, oldest first; -1 and unknown ones are left out. No element where all are absent.
-types: [batch, n] names of `event_types`, "" for the default; no element where all are that.
-length: How many items of a user count.
+texts: [batch], one for each user. Only their number counts.
+ids: [batch, n] item ids, oldest first. -1 and unknown ids are left out. A tensor without elements means no history.
+types: [batch, n] names of `event_types`, or "" for the default. A tensor without elements means the default for all.
+length: The largest number of items of a user.
 rows: [h] rows of the item table.
-row_splits: [batch + 1], where each user's items are.
-type_codes: [h] places in event_types.
+row_splits: [batch + 1], row splits of the users.
+type_codes: [h] positions in event_types.
 )doc");
 
 REGISTER_OP("DpsrPastQueries")
@@ -638,12 +640,12 @@ REGISTER_OP("DpsrPastQueries")
       return tensorflow::OkStatus();
     })
     .Doc(R"doc(
-The last past queries of users, oldest first; of equal ones in a row, one.
+Returns the last queries of users, oldest first. Equal queries in a row count once.
 
-texts: [batch], one a user; it only tells how many there are.
-past_queries: [batch, n], oldest first; "" is padding. No element where all are absent.
-length: How many of a user count.
-row_splits: [batch + 1], where each user's queries are.
+texts: [batch], one for each user. Only their number counts.
+past_queries: [batch, n], oldest first. "" is padding. A tensor without elements means no past queries.
+length: The largest number of queries of a user.
+row_splits: [batch + 1], row splits of the users.
 )doc");
 
 #define DPSR_REGISTER_KEY_TABLE_MAP(name, from, to, doc) \
@@ -658,9 +660,9 @@ row_splits: [batch + 1], where each user's queries are.
       })                                                 \
       .Doc(doc)
 DPSR_REGISTER_KEY_TABLE_MAP("DpsrItemIdsOfKeys", "keys: string", "ids: int64",
-                            "Item ids of the shop's own text ids, of the same shape; -1 where there is none.");
+                            "Returns the item ids of the shop's own text ids, in the same shape, or -1.");
 DPSR_REGISTER_KEY_TABLE_MAP("DpsrItemKeysOfIds", "ids: int64", "keys: string",
-                            "The shop's own text ids of item ids, of the same shape; empty where there is none.");
+                            "Returns the shop's own text ids of item ids, in the same shape, or empty texts.");
 #undef DPSR_REGISTER_KEY_TABLE_MAP
 
 REGISTER_OP("DpsrFileFingerprint")
@@ -675,9 +677,9 @@ REGISTER_OP("DpsrFileFingerprint")
       return tensorflow::OkStatus();
     })
     .Doc(R"doc(
-Tells a file of a servable from others (export/request_tables/file_fingerprint.h).
+Returns the fingerprint of a file (export/request_tables/file_fingerprint.h).
 
-expected: Where it is not empty, another fingerprint is FailedPrecondition.
+expected: If this is not empty, another fingerprint is FailedPrecondition.
 )doc");
 
 #define DPSR_REGISTER(name, kernel) REGISTER_KERNEL_BUILDER(Name(name).Device(tensorflow::DEVICE_CPU), kernel)

@@ -184,7 +184,7 @@ def test_values_are_trimmed_and_histories_cut(text_shop: TextShop, servable: Loa
         ("user_gender", ["f"], r"user_gender has shape \[1\], expected \[2\]"),
         ("user_age", np.zeros(3, np.float32), r"user_age has shape \[3\], expected \[2\]"),
         ("user_interests", np.full((3, 1), "a", object), r"user_interests has shape \[3,1\], expected \[2, n\]"),
-        ("user_about", ["a"] * 3, "user_about: expected a value for each text"),
+        ("user_about", ["a"] * 3, "user_about: expected one value for each text"),
         ("clicked_item_keys", np.full((1, 4), "a", object), r"clicked_items has shape \[1,4\], expected \[2, n\]"),
         ("clicked_item_types", np.full((2, 4), "click", object), r"clicked_item_types has shape \[2,4\], expected"),
         ("past_queries", np.full((3, 4), "a", object), r"past_queries has shape \[3,4\], expected \[2, n\]"),

@@ -267,7 +267,7 @@ def test_index_only_refuses_the_index_of_another_model(
     ):
         (index / "index.json").write_text(json.dumps({**original, key: value}))
         error = failed(capsys, "export", "--index_only", f"--index={index}", f"--out={base}")
-        assert f"{key} is {value}, that of the servable {original[key]}" in error
+        assert f"{key} is {value}, but {original[key]} in the servable" in error
     assert [path.name for path in base.iterdir()] == ["1"]
 
 

@@ -416,7 +416,7 @@ def test_no_parameter_may_be_set_where_none_is_declared(shop: Callable[[str], Sh
         ("colour=|", "has an empty value"),
         ("colour=a\\", "has a backslash"),
         ("colour=a\\b", "has a backslash"),
-        ("price=cheap", '"price" is a number, but "cheap" is neither one nor a range'),
+        ("price=cheap", '"price" is a number, but "cheap" is neither a number nor a range'),
         ("price=20..10", '"20..10" is neither'),
         ("price=..", r'"\.\." is neither'),
         ("price=nan", '"nan" is neither'),

@@ -223,12 +223,12 @@ def test_auto_takes_longer_codes_where_short_ones_miss_the_target(
     assert built.factory == "IVF256,Flat" and built.chosen.ann_recall[10] == 1.0
     printed = capsys.readouterr().out
     assert (
-        "index.factory auto: IVF256,SQ8, the first that fits" in printed and "IVF256,SQ8: ann_recall@10 is" in printed
+        "index.factory auto chooses IVF256,SQ8, the first one that fits" in printed and "IVF256,SQ8: ann_recall@10 is" in printed
     )
 
 
 def test_auto_says_what_is_needed_where_nothing_fits(vectors: np.ndarray, queries: np.ndarray) -> None:
-    with pytest.raises(CommandError, match=r"index.memory is 1e-06 GB, but of 3,000 items .* OPQ4,IVF256,PQ4np, takes"):
+    with pytest.raises(CommandError, match=r"index.memory is 1e-06 GB, but the smallest index of 3,000 items .* OPQ4,IVF256,PQ4np, takes"):
         choose_and_build(vectors, queries, config(memory=1e-6))
 
 
@@ -291,5 +291,5 @@ def test_without_matplotlib_the_report_has_no_plot(
 
 def test_a_faiss_without_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(faiss, "StandardGpuResources", raising=False)  # of a faiss-gpu, if that is what is installed
-    with pytest.raises(CommandError, match="--device=gpu: the installed FAISS has no GPU part; put faiss-gpu"):
+    with pytest.raises(CommandError, match="--device=gpu: the installed FAISS does not support GPUs; install faiss-gpu"):
         ann.check_device("gpu")

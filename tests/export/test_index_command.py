@@ -98,7 +98,7 @@ def test_refused_recall_leaves_no_index_and_keeps_the_embeddings(
         ("--set=index.recall_target=2", "recall_target is 2"),
         ("--min_ann_recall=2", "min_ann_recall"),
         ("--device=tpu", "device"),
-        ("--device=gpu", "--device=gpu: the installed FAISS has no GPU part; put faiss-gpu"),
+        ("--device=gpu", "--device=gpu: the installed FAISS does not support GPUs; install faiss-gpu"),
     ],
 )
 def test_what_is_refused(
@@ -180,7 +180,7 @@ def test_items_without_a_vector_are_left_out_and_counted(
 
     monkeypatch.setattr(embeddings, "item_encoder", encoder(spoil))
     dpsr(*index_arguments(job, tmp_path / "index"))
-    assert "3 items left out (no token known), 1 items left out (embedding is no number)" in capsys.readouterr().out
+    assert "3 items not indexed (no known token), 1 items not indexed (embedding is NaN or infinite)" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "index" / "index.json").read_text())
     assert (manifest["items"], manifest["empty_items"], manifest["not_finite_items"]) == (396, 3, 1)
     ids = Store(job.store).items()["id"]
