@@ -93,7 +93,7 @@ def measure(
     result.add(factory, workload, "size", path.stat().st_size / 1e9, "GB")
     result.add(factory, workload, "bytes_per_item", path.stat().st_size / len(items), "bytes")
     path.unlink()
-    settings = ann.sweep(index, exact, queries, K)
+    settings = ann.measure_settings(index, exact, queries, K)
     chosen = [ann.choose(settings, K, target) for target in TARGETS]
     for setting in {setting.parameters: setting for setting in chosen}.values():
         name = f"{workload}, {setting.parameters or '-'}"

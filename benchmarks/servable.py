@@ -79,7 +79,7 @@ def make_index(result: report.Report, folder: Path, items: np.ndarray, queries: 
     candidates = [c.factory for c in ann.candidates(len(items), DIM, TARGET) if not c.verdict]
     index = ann.build(items, candidates[0])
     exact = ann.Exact(items, queries, [K])
-    chosen = ann.choose(ann.sweep(index, exact, queries, K), K, TARGET)
+    chosen = ann.choose(ann.measure_settings(index, exact, queries, K), K, TARGET)
     ann.set_parameters(index, chosen.parameters)
     faiss.write_index(index, str(folder / "items.faiss"))
     faiss_search.write_item_ids(folder / "item_ids.dpsr", item_ids(len(items)), folder / "items.faiss")

@@ -326,7 +326,9 @@ class Exact:
         return right / found.size
 
 
-def sweep(index: faiss.Index, exact: Exact, queries: np.ndarray, k: int, parameters: str = "") -> list[Setting]:
+def measure_settings(
+    index: faiss.Index, exact: Exact, queries: np.ndarray, k: int, parameters: str = ""
+) -> list[Setting]:
     """Measures an index at several values of its search parameters: nprobe or efSearch, and k_factor_rf.
 
     nprobe and efSearch grow by a factor of about 1.4, from the smallest value until recall is nearly 1 or no longer

@@ -199,8 +199,8 @@ class Index:
                 file.add("empty", np.zeros(0, np.int64))
                 file.add("not_finite", np.zeros(0, np.int64))
             if item_attributes.FILE in self.manifest["files"]:
-                item_attributes.take(self.path, path, positions)
-            _take_titles(self.path / "item_titles.tsv.gz", set(ids[positions].tolist()), path / "item_titles.tsv.gz")
+                item_attributes.copy_positions(self.path, path, positions)
+            _copy_titles(self.path / "item_titles.tsv.gz", set(ids[positions].tolist()), path / "item_titles.tsv.gz")
             for same in (servable_assets.REQUESTS, "recall.json", *self.manifest["serving_files"]):
                 link_or_copy(self.path / same, path / same)
             files = {name: file_record(path / name) for name in self.manifest["files"]}
@@ -208,7 +208,7 @@ class Index:
             yield Index(path, manifest, (number, shards))
 
 
-def _take_titles(source: Path, item_ids: set[int], target: Path) -> None:
+def _copy_titles(source: Path, item_ids: set[int], target: Path) -> None:
     with gzip.open(source, "rb") as lines, gzip.GzipFile(target, "wb", mtime=0) as file:
         file.writelines(line for line in lines if int(line.partition(b"\t")[0]) in item_ids)
 

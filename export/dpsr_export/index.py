@@ -245,7 +245,7 @@ def choose_and_build(vectors: np.ndarray, queries: np.ndarray, config: Config, d
         if best is not None and candidate.bytes <= best_bytes:
             continue  # an index with shorter codes does not find more
         index = ann.build(vectors, candidate.factory, device)
-        settings = ann.sweep(index, exact, queries, k, config.index.parameters)
+        settings = ann.measure_settings(index, exact, queries, k, config.index.parameters)
         chosen = settings[0] if config.index.parameters else ann.choose(settings, k, target)
         if best is None or chosen.ann_recall[k] > best.chosen.ann_recall[k]:
             best = MeasuredIndex(index, candidate.factory, settings, chosen, k, target)

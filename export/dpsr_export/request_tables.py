@@ -1,7 +1,7 @@
 """Tables in the graph of a servable. They turn the values of a request into what the towers read in training.
 
 They cover values of features, items of a history, past queries, and item ids that are texts. In a TensorFlow 1 graph
-the load ops are added to the collection TABLE_INITIALIZERS and the files to ASSET_FILEPATHS, as FaissIndexTable does it.
+the load ops are added to the collection TABLE_INITIALIZERS and the files to ASSET_FILEPATHS, as FaissIndexTable does.
 The C++ is in export/request_tables.
 """
 

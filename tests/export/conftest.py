@@ -16,7 +16,7 @@ from dpsr_common.command_line import main
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Where each stage's output lies."""
+    """The output directories of the stages."""
 
     store: Path
     model: Path
@@ -190,5 +190,5 @@ def untrained_model(job: Job, **model: Any) -> None:
 
 
 def runs(values: list[Any]) -> list[Any]:
-    """Of equal values in a row, one."""
+    """Drops repeats of equal values in a row."""
     return [value for value, _ in itertools.groupby(values)]

@@ -1,4 +1,4 @@
-"""Servables of personalised models: what is said of a user is read as in training, whatever kind of feature it is."""
+"""Servables of personalised models read user features of every kind as in training."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def raw_request(shop: TextShop, query: str, user: str | None, until: int | None 
 
 
 def asks(shop: TextShop) -> list[tuple[str, str | None, int | None]]:
-    """Queries, who asks them, and what is known: everything, or what was done before a time."""
+    """Queries with their users and histories: the whole history, or only the part before a time."""
     people: list[str | None] = [*shop.users, None]
     return [(query, user, until) for query in QUERIES for user in people for until in (None, 1000, 1040)]
 
@@ -63,7 +63,7 @@ def store_keys(store: Store) -> list[str]:
 
 
 def python_search(job: Job, heads: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """What the fused op should find: FAISS for each head, united, an item with its largest product, ties by id."""
+    """The expected result of the fused op: FAISS results of each head, united by largest product, ties by id."""
     index = faiss.read_index(str(job.index / "items.faiss"))
     item_ids = PackedFile(str(job.index / "item_ids.dpsr"), "item_ids")["id"]
     ids, scores = np.full((len(heads), k), -1, np.int64), np.full((len(heads), k), -np.inf, np.float32)

@@ -1,4 +1,4 @@
-"""What a servable goes through: warm-up, every loader, a new index, shards, files that are swapped."""
+"""The life of a servable: warm-up, every loader, a new index, shards, exchanged files."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def swap_index(version: Path, work: Path) -> None:
 
 
 def test_files_of_another_export_are_refused_at_load(job: Job, personal: Job, tmp_path: Path) -> None:
-    """Every asset: another vocabulary would tokenize otherwise, other values would mean other codes."""
+    """A servable refuses exchanged assets: another vocabulary has other tokens, other values have other codes."""
     other = tmp_path / "other"
     shutil.copytree(personal.servable / "1", other)
     builder = VocabularyBuilder(TokenizerConfig(letter_trigrams=False))
@@ -332,7 +332,7 @@ def test_shards_share_the_items_and_are_renewed(
 
 
 def test_shards_keep_what_was_trained_on_all_items(ivf: Path, tmp_path: Path) -> None:
-    """Equal centroids and codes, so equal scores: the merged answer is the whole one's, approximate as it is."""
+    """Shards have the same centroids and codes, so the merged answer equals that of the whole index."""
     index = Index.open(ivf)
     whole = faiss.read_index(str(ivf / "items.faiss"))
     queries = index.vectors()[::37]

@@ -620,7 +620,7 @@ for library in libraries:
 
 
 def load_in_a_process(files: Files, *libraries: str, **variables: str) -> tuple[list[str], str]:
-    """What loading an index says in a new process, a line for each value of FAISS_LIBRARY, and what is logged."""
+    """Loads an index in a new process for each value of FAISS_LIBRARY. Returns the messages and the log."""
     environment = {name: value for name, value in os.environ.items() if name != "FAISS_LIBRARY"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     environment |= {"TF_CPP_MIN_LOG_LEVEL": "3"} | variables

@@ -1,4 +1,4 @@
-"""Searches under filters against NumPy, for each kind of index, and what is refused."""
+"""Searches with filters compared with NumPy, for each kind of index, and bad requests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dpsr_tf.data.store import unpack_strings
 v1 = tf.compat.v1
 
 ITEMS, DIM = 20_000, 16
-# Each kind of index that a config may name; those of lists are read list by list, the others scored item by item.
+# Each kind of index that a config may name. Inverted lists are read directly; other indexes are scored item by item.
 FACTORIES = {
     "Flat": "",
     "IVF64,Flat": "nprobe=8",
@@ -123,7 +123,7 @@ def search(table: faiss_search.FaissIndexTable, x: NDArray[np.float32], k: int, 
 
 
 def recall(shop: Shop, x: NDArray[np.float32], ids: NDArray[np.int64], k: int, passing: NDArray[np.bool_]) -> float:
-    """The share of the k best of what the index holds, among the items that pass, that was found; checks the rest."""
+    """Recall of the k best codes of the index among the items that pass. Also checks ids and their number."""
     positions = np.flatnonzero(passing)
     allowed = set(shop.ids[positions].tolist())
     found = wanted = 0
@@ -177,7 +177,7 @@ def test_a_filter_that_all_items_pass_changes_nothing(shop: Callable[[str], Shop
 
 
 def meets(shop: Shop, expression: str) -> NDArray[np.bool_]:
-    """What an expression without escapes says, in NumPy."""
+    """Evaluates an expression without escapes in NumPy."""
     name, _, text = expression.partition("=")
     column = shop.columns[name]
     passing = np.zeros(ITEMS, bool)
@@ -530,7 +530,7 @@ def test_attributes_that_do_not_fit(shop: Callable[[str], Shop], tmp_path: Path)
 
 
 def values(file: PackedFile, name: str) -> list[Any]:
-    """What each position has of an attribute."""
+    """The values of an attribute at each position."""
     codes = file[f"value.{name}"].tolist()
     if f"text.{name}.bytes" not in file:
         return codes
@@ -559,7 +559,7 @@ def test_attributes_of_some_positions(shop: Callable[[str], Shop], tmp_path: Pat
     index.add(here.vectors[positions])
     faiss.write_index(index, str(tmp_path / "items.faiss"))
     faiss_search.write_item_ids(tmp_path / "item_ids.dpsr", here.ids[positions], tmp_path / "items.faiss")
-    item_attributes.take(here.path, tmp_path, positions)
+    item_attributes.copy_positions(here.path, tmp_path, positions)
     whole, part = (PackedFile(str(path / item_attributes.FILE)) for path in (here.path, tmp_path))
     assert set(part) == set(whole)
     for name in here.columns:

@@ -111,7 +111,7 @@ def test_every_kind_of_index(
     index = ann.build(vectors, factory)
     assert index.is_trained and index.ntotal == len(vectors)
     exact = ann.Exact(vectors, queries, [10, 100])
-    found = ann.sweep(index, exact, queries, 10)
+    found = ann.measure_settings(index, exact, queries, 10)
     assert max(setting.ann_recall[100] for setting in found) >= least
     assert all(0 < setting.p50_ms <= setting.p99_ms for setting in found)
     if "IVF" in factory:
@@ -134,7 +134,7 @@ def test_the_coarse_quantizer_looks_as_hard_as_nprobe_needs(quantizer: str) -> N
     assert efforts == ([max(16, 2 * int(setting["nprobe"])) for setting in grid] if quantizer else [0] * len(grid))
     asked = unit_vectors(50, 2)
     exact = ann.Exact(unit_vectors(6000, 1), asked, [100])
-    assert ann.sweep(index, exact, asked, 100)[-1].ann_recall[100] > 0.998
+    assert ann.measure_settings(index, exact, asked, 100)[-1].ann_recall[100] > 0.998
 
 
 @pytest.mark.parametrize("factory", ["IVF64,Flat", "IVF64_HNSW16,SQ8", "IVF64,PQ8x4fs,RFlat"])
@@ -223,12 +223,16 @@ def test_auto_takes_longer_codes_where_short_ones_miss_the_target(
     assert built.factory == "IVF256,Flat" and built.chosen.ann_recall[10] == 1.0
     printed = capsys.readouterr().out
     assert (
-        "index.factory auto chooses IVF256,SQ8, the first one that fits" in printed and "IVF256,SQ8: ann_recall@10 is" in printed
+        "index.factory auto chooses IVF256,SQ8, the first one that fits" in printed
+        and "IVF256,SQ8: ann_recall@10 is" in printed
     )
 
 
 def test_auto_says_what_is_needed_where_nothing_fits(vectors: np.ndarray, queries: np.ndarray) -> None:
-    with pytest.raises(CommandError, match=r"index.memory is 1e-06 GB, but the smallest index of 3,000 items .* OPQ4,IVF256,PQ4np, takes"):
+    with pytest.raises(
+        CommandError,
+        match=r"index.memory is 1e-06 GB, but the smallest index of 3,000 items .* OPQ4,IVF256,PQ4np, takes",
+    ):
         choose_and_build(vectors, queries, config(memory=1e-6))
 
 
@@ -291,5 +295,7 @@ def test_without_matplotlib_the_report_has_no_plot(
 
 def test_a_faiss_without_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(faiss, "StandardGpuResources", raising=False)  # of a faiss-gpu, if that is what is installed
-    with pytest.raises(CommandError, match="--device=gpu: the installed FAISS does not support GPUs; install faiss-gpu"):
+    with pytest.raises(
+        CommandError, match="--device=gpu: the installed FAISS does not support GPUs; install faiss-gpu"
+    ):
         ann.check_device("gpu")

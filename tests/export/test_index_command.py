@@ -1,4 +1,4 @@
-"""`dpsr index` beyond Flat: what it keeps, reuses, reports and refuses."""
+"""`dpsr index` with approximate indexes: files it keeps and reuses, reports, errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 
 def retriever(kind: str, directory: str, store: Store) -> Retriever:
-    """What `--system=KIND:DIR` of `dpsr evaluate` asks."""
+    """Makes the system of `dpsr evaluate --system=KIND:DIR`."""
     return Systems(Corpus.of_store(store)).make(f"{kind}:{directory}")
 
 
@@ -180,7 +180,10 @@ def test_items_without_a_vector_are_left_out_and_counted(
 
     monkeypatch.setattr(embeddings, "item_encoder", encoder(spoil))
     dpsr(*index_arguments(job, tmp_path / "index"))
-    assert "3 items not indexed (no known token), 1 items not indexed (embedding is NaN or infinite)" in capsys.readouterr().out
+    assert (
+        "3 items not indexed (no known token), 1 items not indexed (embedding is NaN or infinite)"
+        in capsys.readouterr().out
+    )
     manifest = json.loads((tmp_path / "index" / "index.json").read_text())
     assert (manifest["items"], manifest["empty_items"], manifest["not_finite_items"]) == (396, 3, 1)
     ids = Store(job.store).items()["id"]

@@ -20,7 +20,7 @@ v1 = tf.compat.v1
 
 
 def write_keys(path: Path, keys: list[str], codes: list[int] | None = None) -> np.ndarray:
-    """A key table; returns the keys' ids as ingest makes them."""
+    """Writes a key table. Returns the keys' ids, as ingest makes them."""
     import pyarrow as pa
 
     texts = pa.array(keys, pa.large_string())

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def retriever(kind: str, directory: str, store: Store) -> Retriever:
-    """What `--system=KIND:DIR` of `dpsr evaluate` asks."""
+    """Makes the system of `dpsr evaluate --system=KIND:DIR`."""
     return Systems(Corpus.of_store(store)).make(f"{kind}:{directory}")
 
 
