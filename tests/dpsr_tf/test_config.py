@@ -123,7 +123,7 @@ def test_unknown_keys_without_a_near_name_get_the_list_only(tmp_path):
     ("old", "new"), [("supervised", "labels"), ("both", "both"), ("impressions", "impressions"), ("[a]", "['a']")]
 )
 def test_a_renamed_key_names_the_new_key_and_value(tmp_path, old, new):
-    expected = f"train: key 'own_negatives' is now called 'own_negative_source'; write 'own_negative_source: {new}'"
+    expected = f"train: key 'own_negatives' was renamed; write 'own_negative_source: {new}'"
     assert expected in message(tmp_path, f"train: {{own_negatives: {old}}}")
     with pytest.raises(UsageError, match=f"--set=train.own_negatives={re.escape(old)}: {re.escape(expected)}"):
         config_from_flags(None, [f"train.own_negatives={old}"])
