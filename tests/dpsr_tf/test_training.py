@@ -238,7 +238,7 @@ def test_weights_without_a_number_are_not_saved(click_store):
         listener.before_save(session, 7)
         table = next(variable for variable in v1.global_variables() if variable.op.name == "token_embedding")
         session.run(table[3, 2].assign(np.inf))
-        with pytest.raises(CommandError, match="weights became NaN or infinite at step 8, and are not saved"):
+        with pytest.raises(CommandError, match="weights became NaN or infinite at step 8 and are not saved"):
             listener.before_save(session, 8)
 
 
