@@ -289,7 +289,7 @@ TEST_F(ItemFilterTest, RefusesFilesOfOtherItems) {
   std::unique_ptr<ItemFilters> filters;
   Status status = ItemFilters::Open(path_, kItems, kFingerprint + 1, {}, &filters);
   EXPECT_EQ(status.code(), StatusCode::kFailedPrecondition);
-  EXPECT_TRUE(Contains(status.message(), "not of the same index"));
+  EXPECT_TRUE(Contains(status.message(), "belongs to another index"));
   status = ItemFilters::Open(path_, kItems + 1, kFingerprint, {}, &filters);
   EXPECT_EQ(status.code(), StatusCode::kFailedPrecondition);
   EXPECT_TRUE(Contains(status.message(), "has 1000 items, but the index has 1001"));

@@ -413,7 +413,7 @@ def test_an_index_with_ids_of_its_own(files: Files) -> None:
     index.add_with_ids(files.items, np.arange(ITEMS) + 1)
     faiss.write_index(index, files.index)
     files.write_item_ids()
-    assert_refused(files, tf.errors.DataLossError, files.index, f"it holds {ITEMS}", "built with ids")
+    assert_refused(files, tf.errors.DataLossError, files.index, f"there is {ITEMS}", "built with ids")
 
 
 def test_parameters_that_faiss_does_not_take(files: Files) -> None:

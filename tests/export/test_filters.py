@@ -498,7 +498,7 @@ def test_attributes_that_do_not_fit(shop: Callable[[str], Shop], tmp_path: Path)
     # Of other items: the ids of the same index, but the other way round.
     faiss_search.write_item_ids(tmp_path / "item_ids.dpsr", here.ids[::-1].copy(), tmp_path / "items.faiss")
     shutil.copy(here.path / item_attributes.FILE, file)
-    refused(tf.errors.FailedPreconditionError, "not of the same index")
+    refused(tf.errors.FailedPreconditionError, "belongs to another index")
 
     fingerprint = np.array([PackedFile(str(tmp_path / "item_ids.dpsr")).fingerprint], np.uint64)
     codes = np.zeros(ITEMS, np.uint8)
