@@ -6,12 +6,8 @@
 #include <utility>
 #include <vector>
 
-#include "common/tf_status.h"
+#include "common/tf_op.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
-#include "tensorflow/core/framework/op.h"
-#include "tensorflow/core/framework/op_kernel.h"
-#include "tensorflow/core/framework/resource_mgr.h"
-#include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/util/work_sharder.h"
 #include "tokenizer_cc/tokenizer.h"
 #include "tokenizer_cc/vocabulary.h"
@@ -20,9 +16,6 @@ namespace dpsr {
 namespace {
 
 namespace tf = ::tensorflow;
-using ::tensorflow::shape_inference::DimensionHandle;
-using ::tensorflow::shape_inference::InferenceContext;
-using ::tensorflow::shape_inference::ShapeHandle;
 
 // The resource behind a handle: the vocabulary that was loaded last, or none before the first load.
 class VocabularyResource : public tf::ResourceBase {

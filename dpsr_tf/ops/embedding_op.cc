@@ -14,34 +14,16 @@
 #include <utility>
 #include <vector>
 
+#include "common/tf_op.h"
 #include "dpsr_tf/ops/embedding.h"
-#include "dpsr_tf/ops/tf_check_shape.h"
-#include "tensorflow/core/framework/op.h"
-#include "tensorflow/core/framework/op_kernel.h"
-#include "tensorflow/core/framework/resource_mgr.h"
 #include "tensorflow/core/framework/resource_var.h"
-#include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/framework/tensor_util.h"
-#include "common/tf_status.h"
 
 namespace dpsr {
 namespace {
 
-namespace errors = ::tensorflow::errors;
-using ::tensorflow::DEVICE_CPU;
-using ::tensorflow::int32;
-using ::tensorflow::OpInputList;
-using ::tensorflow::OpKernel;
-using ::tensorflow::OpKernelConstruction;
-using ::tensorflow::OpKernelContext;
-using ::tensorflow::OpOutputList;
-using ::tensorflow::Tensor;
-using ::tensorflow::TensorShape;
 using ::tensorflow::Var;
 using ::tensorflow::core::RefCountPtr;
-using ::tensorflow::shape_inference::DimensionHandle;
-using ::tensorflow::shape_inference::InferenceContext;
-using ::tensorflow::shape_inference::ShapeHandle;
 
 // Returns the shape of a variable by its handle; unknown if the handle does not tell it.
 ShapeHandle VariableShape(InferenceContext* c, int input) {

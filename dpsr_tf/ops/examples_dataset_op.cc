@@ -8,31 +8,23 @@
 #include <utility>
 #include <vector>
 
+#include "common/tf_op.h"
 #include "common/tf_packed_file.h"
-#include "common/tf_status.h"
 #include "dpsr_tf/ops/batch_components.h"
 #include "dpsr_tf/ops/batch_options.h"
 #include "dpsr_tf/ops/batch_sampler.h"
 #include "dpsr_tf/ops/tf_columns.h"
 #include "dpsr_tf/ops/training_store.h"
 #include "tensorflow/core/framework/dataset.h"
-#include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/partial_tensor_shape.h"
-#include "tensorflow/core/framework/shape_inference.h"
 
 namespace dpsr {
 namespace {
 
 namespace data = ::tensorflow::data;
-namespace errors = ::tensorflow::errors;
 using ::tensorflow::Allocator;
 using ::tensorflow::DataTypeVector;
-using ::tensorflow::int32;
-using ::tensorflow::OpKernelConstruction;
-using ::tensorflow::OpKernelContext;
 using ::tensorflow::PartialTensorShape;
-using ::tensorflow::Tensor;
-using ::tensorflow::tstring;
 
 // TensorFlow requires the name of a dataset op to end in "Dataset".
 enum Input { kUsers, kItems, kInteractions, kTitles, kVocabulary, kFirstStep };

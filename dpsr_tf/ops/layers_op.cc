@@ -2,24 +2,10 @@
 
 #include "dpsr_tf/ops/layers.h"
 
-#include "dpsr_tf/ops/tf_check_shape.h"
-#include "tensorflow/core/framework/op.h"
-#include "tensorflow/core/framework/op_kernel.h"
-#include "tensorflow/core/framework/shape_inference.h"
+#include "common/tf_op.h"
 
 namespace dpsr {
 namespace {
-
-namespace errors = ::tensorflow::errors;
-using ::tensorflow::DEVICE_CPU;
-using ::tensorflow::OpKernel;
-using ::tensorflow::OpKernelConstruction;
-using ::tensorflow::OpKernelContext;
-using ::tensorflow::Tensor;
-using ::tensorflow::TensorShape;
-using ::tensorflow::shape_inference::DimensionHandle;
-using ::tensorflow::shape_inference::InferenceContext;
-using ::tensorflow::shape_inference::ShapeHandle;
 
 REGISTER_OP("DpsrAddBias")
     .Input("x: float")

@@ -10,36 +10,19 @@
 #include <utility>
 #include <vector>
 
+#include "common/packed_file.h"
+#include "common/tf_op.h"
 #include "export/faiss_binding/faiss_index.h"
 #include "export/faiss_search/filtered_search.h"
 #include "export/faiss_search/item_filter.h"
 #include "export/faiss_search/retrieval.h"
-#include "tensorflow/core/framework/op.h"
-#include "tensorflow/core/framework/op_kernel.h"
-#include "tensorflow/core/framework/resource_mgr.h"
 #include "tensorflow/core/framework/resource_op_kernel.h"
-#include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/lib/core/threadpool.h"
-#include "tensorflow/core/platform/errors.h"
 #include "tensorflow/core/platform/logging.h"
 #include "tensorflow/core/platform/mutex.h"
-#include "common/packed_file.h"
-#include "common/tf_status.h"
 
 namespace dpsr {
 namespace {
-
-using ::tensorflow::DEVICE_CPU;
-using ::tensorflow::OpKernel;
-using ::tensorflow::OpKernelConstruction;
-using ::tensorflow::OpKernelContext;
-using ::tensorflow::Tensor;
-using ::tensorflow::TensorShape;
-using ::tensorflow::TensorShapeUtils;
-using ::tensorflow::tstring;
-using ::tensorflow::shape_inference::InferenceContext;
-using ::tensorflow::shape_inference::ShapeHandle;
-namespace errors = ::tensorflow::errors;
 
 // Kind and sections of the packed file with the item ids of the positions. It also identifies the index file.
 constexpr char kItemIdsKind[] = "item_ids";

@@ -10,34 +10,16 @@
 #include <utility>
 #include <vector>
 
+#include "common/tf_op.h"
 #include "dpsr_tf/ops/item_table.h"
 #include "dpsr_tf/ops/tf_columns.h"
 #include "export/request_tables/file_fingerprint.h"
 #include "export/request_tables/key_table.h"
-#include "tensorflow/core/framework/op.h"
-#include "tensorflow/core/framework/op_kernel.h"
-#include "tensorflow/core/framework/resource_mgr.h"
 #include "tensorflow/core/framework/resource_op_kernel.h"
-#include "tensorflow/core/framework/shape_inference.h"
-#include "tensorflow/core/platform/errors.h"
 #include "tensorflow/core/platform/mutex.h"
-#include "common/tf_status.h"
 
 namespace dpsr {
 namespace {
-
-namespace errors = ::tensorflow::errors;
-using ::tensorflow::OpInputList;
-using ::tensorflow::OpKernel;
-using ::tensorflow::OpKernelConstruction;
-using ::tensorflow::OpKernelContext;
-using ::tensorflow::Tensor;
-using ::tensorflow::TensorShape;
-using ::tensorflow::TensorShapeUtils;
-using ::tensorflow::tstring;
-using ::tensorflow::shape_inference::DimensionHandle;
-using ::tensorflow::shape_inference::InferenceContext;
-using ::tensorflow::shape_inference::ShapeHandle;
 
 std::string_view View(const tstring& text) { return {text.data(), text.size()}; }
 
