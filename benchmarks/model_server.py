@@ -148,7 +148,9 @@ def measure(result: report.Report, workload: str, model: Model, repeat: int, sec
             add_loads(result, impl, workload, loads[impl, concurrency], **more)
         result.add(impl, workload, "answer", loads[impl, 1][0]["response_bytes"], "bytes")
     for concurrency in CONCURRENCIES:
-        pairs = zip(*(loads[impl, concurrency] for impl in IMPLS), strict=True)
+        pairs = list(zip(*(loads[impl, concurrency] for impl in IMPLS), strict=True))
+        if any(theirs["qps"] == 0 for _, theirs in pairs):
+            raise SystemExit(f"{workload}: the Python server completed no request; run again with less other load")
         ratios = [ours["qps"] / theirs["qps"] for ours, theirs in pairs]
         result.add_samples("dpsr_over_python", workload, f"closed_{concurrency}_qps", ratios, "ratio")
 

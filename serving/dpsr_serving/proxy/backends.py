@@ -210,6 +210,11 @@ class Replicas:
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._next_ask: dict[str, float] = {}  # model -> when all backends are asked about it again
 
+    @property
+    def is_up(self) -> bool:
+        """Whether one of the servers is up."""
+        return any(backend.up for backend in self.backends)
+
     async def ask(self, spec: Spec, path: str, request: bytes, deadline: float | None, metadata: Metadata) -> Reply:
         """Sends the request to one of the servers and, if that one cannot be reached, to others.
 

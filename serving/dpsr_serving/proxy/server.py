@@ -280,8 +280,9 @@ class ProxyServer:
                 return Reply(Code.INVALID_ARGUMENT, f"cannot decode the request of {path}: {error}")
         if len(pool.shards) > 1 and path == serving_apis.PREDICT and spec.signature in _SEARCHES:
             return await self._ask_shards(pool, spec, request, deadline, metadata)
-        # A request that searches no items can be answered by any shard.
-        replicas = pool.shards[0] if len(pool.shards) == 1 else random.choice(pool.shards)
+        # A request that searches no items can be answered by any shard that has a server which is up.
+        healthy = [shard for shard in pool.shards if shard.is_up] or pool.shards
+        replicas = healthy[0] if len(healthy) == 1 else random.choice(healthy)
         return await replicas.ask(spec, path, request, deadline, metadata)
 
     async def _ask_shards(
