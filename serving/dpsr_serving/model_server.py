@@ -1,4 +1,4 @@
-"""`dpsr serve`, and functions that start the model server as a child process."""
+"""`dpsr serve`: starts the model server on a servable."""
 
 from __future__ import annotations
 

@@ -116,5 +116,5 @@ def test_the_json_line(generated, tmp_path):
 
 
 def test_a_directory_without_the_corpora(tmp_path):
-    with pytest.raises(SystemExit, match="has no multicpr_ecom"):
+    with pytest.raises(SystemExit, match="no file multicpr_ecom"):
         benchmark.corpora(str(tmp_path), 10, 1)

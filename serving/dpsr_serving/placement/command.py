@@ -1,4 +1,4 @@
-"""`dpsr place`: its flags, the plan as tables, and the order of the work."""
+"""`dpsr place`: decides which servers hold which models, and moves them."""
 
 from __future__ import annotations
 
