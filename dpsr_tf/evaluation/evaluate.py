@@ -67,10 +67,10 @@ def define_flags(values: flags.FlagValues) -> None:
     boolean(
         "held_out",
         False,
-        "measures on the interactions that the store held out, instead of --judgments",
+        "measure on the interactions that the store held out, instead of --judgments",
         flag_values=values,
     )
-    boolean("skip_unknown", False, "ignores judgments of items that are not in the store", flag_values=values)
+    boolean("skip_unknown", False, "ignore judgments of items that are not in the store", flag_values=values)
 
     text("queries", None, "table with one row per judged query; see --ask_column and --query_slice", flag_values=values)
     text("key_column", "query", "column of --queries with the query as it is in --judgments", flag_values=values)
@@ -85,7 +85,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
     default_ks = ",".join(map(str, DEFAULT_KS))
     flags.DEFINE_list("k", None, f"cut-offs k, separated by commas (default {default_ks})", flag_values=values)
-    boolean("compare", False, "compares every system with the first one, query by query", flag_values=values)
+    boolean("compare", False, "compare every system with the first one, query by query", flag_values=values)
     integer(
         "bootstrap",
         1000,
@@ -94,7 +94,7 @@ def define_flags(values: flags.FlagValues) -> None:
         1_000_000,
         flag_values=values,
     )
-    integer("max_queries", None, "measures on a random sample of at most this many queries", 1, flag_values=values)
+    integer("max_queries", None, "measure on a random sample of at most this many queries", 1, flag_values=values)
     integer(
         "latency_queries",
         100,

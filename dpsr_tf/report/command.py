@@ -48,12 +48,12 @@ def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of `dpsr report`."""
     flags.DEFINE_string("out", None, "directory for the report, its shops, models and results", flag_values=values)
     flags.DEFINE_boolean(
-        "quick", False, "runs small experiments, which take minutes instead of an hour", flag_values=values
+        "quick", False, "run small experiments, which take minutes instead of an hour", flag_values=values
     )
     flags.DEFINE_boolean(
         "ablations",
         False,
-        "also runs the ablations: variants that change one part of the model or training",
+        "also run the ablations: variants that change one part of the model or training",
         flag_values=values,
     )
     for name, title in (("homedepot", "Home Depot"), ("movielens", "MovieLens 100K"), ("qbqtc", "QBQTC")):
@@ -67,7 +67,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "jobs", None, "number of trainings to run at once (default: the number of cores)", 1, 1024, flag_values=values
     )
     flags.DEFINE_multi_string(
-        "set", [], "overrides one size of the experiments, for example steps=500", flag_values=values
+        "set", [], "override one size of the experiments, for example steps=500", flag_values=values
     )
 
 

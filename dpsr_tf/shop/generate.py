@@ -108,7 +108,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "parameters", None, "YAML file with parameters; flags and --set override it", flag_values=values
     )
-    flags.DEFINE_multi_string("set", [], "sets one parameter, as name=value; can be repeated", flag_values=values)
+    flags.DEFINE_multi_string("set", [], "set one parameter, as name=value", flag_values=values)
     for name in _FLAGS:
         field = Parameters.__dataclass_fields__[name]
         flags.DEFINE_integer(name, field.default, field.metadata["help"], flag_values=values)

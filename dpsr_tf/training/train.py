@@ -47,10 +47,10 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", None, "directory of the model, created if it does not exist", flag_values=values)
     flags.DEFINE_string("config", None, "config file (YAML). By default, the values of the paper", flag_values=values)
     flags.DEFINE_boolean(
-        "overwrite", False, "removes the model in --out, if there is one, and trains from the start", flag_values=values
+        "overwrite", False, "remove the model in --out, if there is one, and train from the start", flag_values=values
     )
     flags.DEFINE_multi_string(
-        "set", [], "overrides a value of the config, for example train.steps=500. Can be repeated", flag_values=values
+        "set", [], "override a value of the config, for example train.steps=500", flag_values=values
     )
 
 

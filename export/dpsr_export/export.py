@@ -58,7 +58,7 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_integer("version_number", None, "number of the version to write", 0, flag_values=values)
     flags.DEFINE_boolean(
-        "index_only", False, "keeps the model of the newest version and gives it a new index", flag_values=values
+        "index_only", False, "keep the model of the newest version and give it a new index", flag_values=values
     )
     flags.DEFINE_integer("shards", 1, "number of servables to spread the items over", 1, 1000, flag_values=values)
 

@@ -59,9 +59,9 @@ def define_flags(values: flags.FlagValues) -> None:
         "store", None, "store with the items, the one that the model was trained on", flag_values=values
     )
     flags.DEFINE_string("out", None, "directory to write the index to", flag_values=values)
-    flags.DEFINE_boolean("overwrite", False, "replaces an index that is already in the directory", flag_values=values)
+    flags.DEFINE_boolean("overwrite", False, "replace an index that is already in the directory", flag_values=values)
     flags.DEFINE_multi_string(
-        "set", [], "changes a value of the model's config, for example index.factory=auto", flag_values=values
+        "set", [], "change a value of the model's config, for example index.factory=auto", flag_values=values
     )
     flags.DEFINE_enum(
         "device",
@@ -71,7 +71,7 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_float(
-        "min_ann_recall", 0.0, "fails if ann_recall@k is lower, with k = serving.k (0 to 1)", 0, 1, flag_values=values
+        "min_ann_recall", 0.0, "fail if ann_recall@k is lower, with k = serving.k (0 to 1)", 0, 1, flag_values=values
     )
 
 

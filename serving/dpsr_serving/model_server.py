@@ -54,30 +54,30 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "model_base_path",
         None,
-        "Directory that holds the versions of one model, in subdirectories named by numbers.",
+        "directory that holds the versions of one model, in subdirectories named by numbers",
         flag_values=values,
     )
-    flags.DEFINE_string("model_name", "default", "Name of the model in requests.", flag_values=values)
+    flags.DEFINE_string("model_name", "default", "name of the model in requests", flag_values=values)
     flags.DEFINE_string(
         "model_config_file",
         None,
-        "File that lists several models, a ModelServerConfig in text form. Replaces --model_base_path.",
+        "file that lists several models, a ModelServerConfig in text form. Replaces --model_base_path",
         flag_values=values,
     )
     flags.DEFINE_string(
         "host",
         "127.0.0.1",
-        "Address to listen on. 0.0.0.0 listens on all addresses of this machine.",
+        "address to listen on. 0.0.0.0 listens on all addresses of this machine",
         flag_values=values,
     )
     flags.DEFINE_integer(
-        "port", 8500, "Port to listen on. 0 chooses a free port.", lower_bound=0, upper_bound=65535, flag_values=values
+        "port", 8500, "port to listen on. 0 chooses a free port", lower_bound=0, upper_bound=65535, flag_values=values
     )
     flags.DEFINE_list(
         "op_library",
         None,
-        f"Comma-separated libraries of custom ops. The default is all that installed packages register "
-        f"({OP_LIBRARY_GROUP}).",
+        f"comma-separated libraries of custom ops. The default is all that installed packages register "
+        f"({OP_LIBRARY_GROUP})",
         flag_values=values,
     )
 

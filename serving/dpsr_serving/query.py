@@ -30,58 +30,58 @@ _TITLES_IN_SERVABLE = "assets.extra/item_titles.tsv.gz"
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string("target", "127.0.0.1:8500", "Address of a model server or proxy.", flag_values=values)
-    flags.DEFINE_string("model", "default", "Name of the model.", flag_values=values)
+    flags.DEFINE_string("target", "127.0.0.1:8500", "address of a model server or proxy", flag_values=values)
+    flags.DEFINE_string("model", "default", "name of the model", flag_values=values)
     flags.DEFINE_integer(
         "k",
         None,
-        "Number of results for each query. The default is the number that the model was exported with.",
+        "number of results for each query. The default is the number that the model was exported with",
         lower_bound=1,
         flag_values=values,
     )
     flags.DEFINE_string(
         "titles",
         None,
-        "Item titles to print: a gzipped TSV file of item_id and title, or a servable version directory with such a "
-        "file.",
+        "item titles to print: a gzipped TSV file of item_id and title, or a servable version directory with such a "
+        "file",
         flag_values=values,
     )
     flags.DEFINE_string(
-        "user_features", None, "Features of the user, as a JSON object of names and values.", flag_values=values
+        "user_features", None, "features of the user, as a JSON object of names and values", flag_values=values
     )
     flags.DEFINE_list(
-        "clicked_items", [], "Comma-separated items that the user clicked, oldest first.", flag_values=values
+        "clicked_items", [], "comma-separated items that the user clicked, oldest first", flag_values=values
     )
     flags.DEFINE_list(
         "clicked_item_types",
         [],
-        "What the user did with each clicked item: click, cart or order. Items without a type count as clicks.",
+        "what the user did with each clicked item: click, cart or order. Items without a type count as clicks",
         flag_values=values,
     )
     flags.DEFINE_multi_string(
         "past_queries",
         [],
-        "A query that the user made before, oldest first",
+        "a query that the user made before, oldest first",
         flag_values=values,
     )
     flags.DEFINE_multi_string(
         "include",
         [],
-        "A filter that every result must meet: NAME=VALUE|VALUE or NAME=LOW..HIGH",
+        "a filter that every result must meet: NAME=VALUE|VALUE or NAME=LOW..HIGH",
         flag_values=values,
     )
     flags.DEFINE_multi_string(
-        "exclude", [], "A filter that no result may meet, written like --include", flag_values=values
+        "exclude", [], "a filter that no result may meet, written like --include", flag_values=values
     )
-    flags.DEFINE_list("exclude_items", [], "Comma-separated items to leave out of the results.", flag_values=values)
+    flags.DEFINE_list("exclude_items", [], "comma-separated items to leave out of the results", flag_values=values)
     flags.DEFINE_string(
         "search_parameters",
         "",
-        "Search parameters of the index that replace the model's own, for example nprobe=64.",
+        "search parameters of the index that replace the model's own, for example nprobe=64",
         flag_values=values,
     )
-    flags.DEFINE_integer("version", None, "Version of the model to ask. The default is the latest.", flag_values=values)
-    flags.DEFINE_string("label", None, "Label of the version to ask, instead of --version.", flag_values=values)
+    flags.DEFINE_integer("version", None, "version of the model to ask. The default is the latest", flag_values=values)
+    flags.DEFINE_string("label", None, "label of the version to ask, instead of --version", flag_values=values)
     flags.DEFINE_multi_string(
         "metadata",
         [],
@@ -89,20 +89,20 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_string(
-        "ca", None, "PEM file of the authority that signed the server's certificate. Turns TLS on.", flag_values=values
+        "ca", None, "PEM file of the authority that signed the server's certificate. Turns TLS on", flag_values=values
     )
     flags.DEFINE_string(
-        "certificate", None, "PEM file of the client's certificate. Turns TLS on; needs --key.", flag_values=values
+        "certificate", None, "PEM file of the client's certificate. Turns TLS on; needs --key", flag_values=values
     )
-    flags.DEFINE_string("key", None, "PEM file of the key of --certificate.", flag_values=values)
+    flags.DEFINE_string("key", None, "PEM file of the key of --certificate", flag_values=values)
     flags.DEFINE_string(
         "server_name",
         None,
-        "Name in the server's certificate, where it is not the host of --target. Turns TLS on.",
+        "name in the server's certificate, where it is not the host of --target. Turns TLS on",
         flag_values=values,
     )
-    flags.DEFINE_float("timeout_s", 10.0, "Seconds to wait for an answer.", lower_bound=0.001, flag_values=values)
-    flags.DEFINE_boolean("json", False, "Print one JSON object for each query instead of a table.", flag_values=values)
+    flags.DEFINE_float("timeout_s", 10.0, "seconds to wait for an answer", lower_bound=0.001, flag_values=values)
+    flags.DEFINE_boolean("json", False, "print one JSON object for each query instead of a table", flag_values=values)
 
 
 def run(values: flags.FlagValues, texts: list[str]) -> None:

@@ -45,45 +45,43 @@ REQUIRED_FLAGS = ("config",)
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string("config", None, "YAML file that lists the servers and the models.", flag_values=values)
-    flags.DEFINE_boolean(
-        "apply", False, "Carry the plan out. Without this flag it is only printed.", flag_values=values
-    )
+    flags.DEFINE_string("config", None, "YAML file that lists the servers and the models", flag_values=values)
+    flags.DEFINE_boolean("apply", False, "carry the plan out. Without this flag it is only printed", flag_values=values)
     flags.DEFINE_boolean(
         "rebalance",
         False,
-        "Also move models between servers until no server's load is more than a tenth above the average.",
+        "also move models between servers until no server's load is more than a tenth above the average",
         flag_values=values,
     )
     flags.DEFINE_boolean(
         "offline",
         False,
-        "Contact no server and plan as if all were empty, to see whether everything fits.",
+        "contact no server and plan as if all were empty, to see whether everything fits",
         flag_values=values,
     )
     flags.DEFINE_string(
         "proxy_config",
         None,
-        "Configuration file of the proxy. The backends of each model are written into it whenever they change. "
-        "All other settings are kept, but comments are lost.",
+        "configuration file of the proxy. The backends of each model are written into it whenever they change. "
+        "All other settings are kept, but comments are lost",
         flag_values=values,
     )
     flags.DEFINE_string(
         "config_dir",
         None,
-        "Directory to write each server's list of models to, as NAME.config. A server that is started with "
-        "--model_config_file=NAME.config has its models again after a restart.",
+        "directory to write each server's list of models to, as NAME.config. A server that is started with "
+        "--model_config_file=NAME.config has its models again after a restart",
         flag_values=values,
     )
     flags.DEFINE_float(
         "settle_s",
         5.0,
-        "Seconds to wait before models leave their old servers, so that proxies notice the new ones.",
+        "seconds to wait before models leave their old servers, so that proxies notice the new ones",
         lower_bound=0,
         flag_values=values,
     )
     flags.DEFINE_float(
-        "timeout_s", 600.0, "Seconds that the models of one step may take to load.", lower_bound=1, flag_values=values
+        "timeout_s", 600.0, "seconds that the models of one step may take to load", lower_bound=1, flag_values=values
     )
 
 

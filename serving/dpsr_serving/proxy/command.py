@@ -31,37 +31,37 @@ On SIGTERM the proxy accepts no new calls and lets calls in flight finish. A sec
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
     flags.DEFINE_string(
-        "config", None, "YAML file that lists the backends (model servers) of each model.", flag_values=values
+        "config", None, "YAML file that lists the backends (model servers) of each model", flag_values=values
     )
     flags.DEFINE_string(
         "backend",
         None,
-        "host:port of a single model server that holds all models. Replaces --config.",
+        "host:port of a single model server that holds all models. Replaces --config",
         flag_values=values,
     )
     flags.DEFINE_string(
         "host",
         "127.0.0.1",
-        "Address to listen on. 0.0.0.0 listens on all addresses of this machine.",
+        "address to listen on. 0.0.0.0 listens on all addresses of this machine",
         flag_values=values,
     )
     flags.DEFINE_integer(
-        "port", 8600, "Port to listen on. 0 chooses a free port.", lower_bound=0, upper_bound=65535, flag_values=values
+        "port", 8600, "port to listen on. 0 chooses a free port", lower_bound=0, upper_bound=65535, flag_values=values
     )
     flags.DEFINE_string(
-        "unix_socket", None, "Path of a UNIX socket to listen on in addition to the port.", flag_values=values
+        "unix_socket", None, "path of a UNIX socket to listen on in addition to the port", flag_values=values
     )
     flags.DEFINE_integer(
         "http_port",
         None,
-        "Port for /healthz, /readyz and /metrics. 0 chooses a free port. Without the flag there is no HTTP port.",
+        "port for /healthz, /readyz and /metrics. 0 chooses a free port. Without the flag there is no HTTP port",
         lower_bound=0,
         upper_bound=65535,
         flag_values=values,
     )
-    flags.DEFINE_integer("workers", 1, "Number of processes that share the port.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("workers", 1, "number of processes that share the port", lower_bound=1, flag_values=values)
     flags.DEFINE_float(
-        "drain_s", 30.0, "Seconds that calls in flight may still take after SIGTERM.", lower_bound=0, flag_values=values
+        "drain_s", 30.0, "seconds that calls in flight may still take after SIGTERM", lower_bound=0, flag_values=values
     )
 
 
