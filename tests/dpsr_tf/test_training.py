@@ -695,7 +695,7 @@ def test_training_stops_when_it_gets_no_better(held_out_store, tmp_path, capfd):
     assert weights(path)["global_step"] == 30 and weights(path / "best")["global_step"] == 10
     out = capfd.readouterr().out
     assert f"model {path}: training has stopped: 2 measurements brought no better recall@5 than" in out
-    assert f"of step 10, which is in {path / 'best'}" in out
+    assert f"at step 10; that checkpoint is in {path / 'best'}" in out
     before = weights(path)
     train(held_out_store, config, path)
     assert "training has stopped: 2 measurements" in capfd.readouterr().out, "what has been stopped stays so"

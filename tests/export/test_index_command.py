@@ -193,7 +193,7 @@ def test_items_without_a_vector_are_left_out_and_counted(
     assert sorted(found[found >= 0].tolist()) == left.tolist()
 
     monkeypatch.setattr(embeddings, "item_encoder", encoder(lambda rows, found: found.fill(np.nan)))
-    with pytest.raises(CommandError, match="400 of 400 item embeddings are no numbers"):
+    with pytest.raises(CommandError, match="400 of 400 item embeddings hold a NaN or an infinity"):
         embed_items(
             ModelDirectory.open(job.model), Store(job.store), tf.train.latest_checkpoint(str(job.model)), tmp_path
         )
