@@ -328,7 +328,9 @@ def test_shards_share_the_items_and_are_renewed(
     dpsr(*renewed, f"--out={base}", "--shards=2")
     assert [manifest_of(part.parent / "8")["shard"] for part in parts] == [[0, 2], [1, 2]]
     assert "is shard [1, 2], expected [0, 1]" in failed(capsys, *renewed, f"--out={parts[1].parent}")
-    assert "--shards=401: must be at most the number of items, 400" in failed(capsys, *renewed, f"--out={tmp_path / 'x'}", "--shards=401")
+    assert "must be at most the number of items, 400" in failed(
+        capsys, *renewed, f"--out={tmp_path / 'x'}", "--shards=401"
+    )
 
 
 def test_shards_keep_what_was_trained_on_all_items(ivf: Path, tmp_path: Path) -> None:
