@@ -149,9 +149,9 @@ bazel-test: debian $(VENV)/.packages build/offline.bazelrc
 	@/usr/bin/bazel --batch --output_user_root=$(CURDIR)/build/bazel --host_jvm_args=-Xmx1g \
 	  test --config=offline --repo_env=PYTHON_BIN_PATH=$(CURDIR)/$(BIN)/python --jobs=2 --noshow_progress //...
 
-# Runs the tests in three processes, because many tests wait for servers and commands most of their time. tests/conftest.py
-# says in which order, and which tests share a process. `python -m pytest` alone uses one process.
-PYTEST := $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+# Runs the tests in two processes; all tests of a file run in the same one. `python -m pytest` alone uses one process.
+# Three processes on 2 cores were slower: TensorFlow and OpenMP threads then wait for one another.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # promtool checks the alert rules. It is taken out of Debian's package and not installed, because the package would also
 # start a Prometheus server. A promtool that is on the PATH is used instead.
@@ -173,8 +173,11 @@ test-tools: build/promtool
 test-fast: native test-tools
 	$(PYTEST) -m "not slow"
 
+# The fast tests run first, so that most failures show early. Files of slow tests start in the order of
+# tests/conftest.py, not by the number of their tests.
 test: lint test-cpp sanitize test-tools
-	$(PYTEST) -m "not distributed"
+	$(PYTEST) -m "not slow"
+	$(PYTEST) --no-loadscope-reorder -m "slow and not distributed"
 
 # Kills and stops processes of clusters, and compares them with local training. Takes minutes.
 test-distributed: native

@@ -15,8 +15,8 @@ from dpsr_common.command_line import main
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The files with the longest slow tests, the longest first. If one of these started last, all other processes of
-# pytest-xdist would be idle until it ended. All other files follow in the order of their paths.
+# The files that take longest, the longest first. `make test` runs two files at a time; if one of these started last,
+# the other processor would be idle until it ended. All other files follow in the order of their paths.
 _FIRST = (
     "end_to_end/test_demo.py",
     "dpsr_tf/test_report.py",
@@ -30,21 +30,9 @@ _FIRST = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts fast tests before slow ones, so that most failures show early, and the slow files in the order of _FIRST.
-
-    Under pytest-xdist (`--dist loadgroup`) the fast tests of a file run in one process, and so do its slow ones.
-    """
-
-    def place(item: pytest.Item) -> tuple[bool, int]:
-        slow = item.get_closest_marker("slow") is not None
-        first = next((at for at, name in enumerate(_FIRST) if item.path.match(name)), len(_FIRST))
-        return slow, first if slow else 0
-
-    items.sort(key=place)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}{'-slow' if place(item)[0] else ''}"))
+    """Sorts the files by _FIRST. The tests of a file keep their order."""
+    items.sort(key=lambda item: next((at for at, name in enumerate(_FIRST) if item.path.match(name)), len(_FIRST)))
 
 
 @dataclasses.dataclass(frozen=True)
