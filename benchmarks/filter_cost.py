@@ -167,7 +167,7 @@ def _ranges(random: np.random.Generator, share: float) -> list[str]:
 
 
 def _requests(queries: np.ndarray, include: list[str]) -> list[predict_pb2.PredictRequest]:
-    """Returns requests of _BATCH queries, in turn, with one expression for each query. "" is no filter."""
+    """Returns requests of _BATCH queries, in turn, with one expression for each query ("": no filter)."""
     found = []
     for begin in range(0, len(include), _BATCH):
         rows = np.arange(begin, begin + _BATCH)

@@ -100,7 +100,7 @@ class Report:
         self.add(impl, workload, metric, statistics.median(samples), unit, **spread, **more)
 
     def value(self, impl: str, workload: str, metric: str) -> float:
-        """Returns the value of a row. Raises KeyError if there is no such row."""
+        """Returns the value of a row. Raises KeyError if the row does not exist."""
         for row in self.rows:
             if (row["impl"], row["workload"], row["metric"]) == (impl, workload, metric):
                 return float(row["value"])

@@ -6,7 +6,7 @@ The log is generated with NumPy. Flags set its size; by default it has 2 million
 200,000 items and 50,000 distinct queries. Queries have 4 words and titles 30. There are five profile features, five
 item features, a weight and a label. The popularity of words, queries and items follows Zipf's law. The activity of
 users is log-normal, so that histories have all lengths up to the limit of 20 (a row reports their mean). Each word is
-one token; there are no letter trigrams.
+one token, without letter trigrams.
 
 `dpsr ingest` reads the log. The same content is also written as a flat TFRecord of tf.train.Example, one for each
 interaction, in the order of time. An example has, under short names: token ids of query and title, codes of the ten

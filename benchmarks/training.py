@@ -80,7 +80,7 @@ def group_weights(batch_size: int) -> tuple[float, float]:
 
 
 def write_store(log: Log, folder: Path) -> None:
-    """Writes the files of a store that training reads. There is no text, so there is no vocabulary."""
+    """Writes the files of a store that training reads. It has neither texts nor a vocabulary."""
     from dpsr_common.packed_file import PackedFileWriter
     from dpsr_tf.data.id_index import id_index
 
@@ -234,7 +234,7 @@ class Turns:
 
 
 def run_estimator(impl: str, folder: Path, batch_size: int, num_ids: int) -> None:
-    """Trains ours or stock until there are no more turns."""
+    """Trains ours or stock until all turns are done."""
     import tensorflow as tf
 
     v1 = tf.compat.v1

@@ -133,7 +133,7 @@ class PackedFile {
   // Identifies the content. This is the checksum of the table, which has all names, dtypes, sizes and section
   // checksums.
   uint64_t fingerprint() const { return fingerprint_; }
-  // Returns null if there is no section with this name.
+  // Returns null if the file lacks the section.
   const Section* Find(std::string_view name) const;
   // Computes the checksum of one of sections(). Error: DataLoss, with file and offset, if it or the padding is wrong.
   Status Verify(const Section& section) const;

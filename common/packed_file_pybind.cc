@@ -47,13 +47,7 @@ class SharedWriter {
   }
 
   void Add(const std::string& name, const py::array& values) {
-    DataType dtype;
-    const py::array array = ToContiguous(name, values, &dtype);
-    const void* data = array.data();
-    const auto bytes = static_cast<size_t>(array.nbytes());
-    RunReleased([&]() -> Status {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      DPSR_RETURN_IF_ERROR(CheckOpen());
+    Write(name, values, [&](DataType dtype, const void* data, size_t bytes) -> Status {
       DPSR_RETURN_IF_ERROR(writer_->Add(name, dtype, data, bytes));
       streaming_.clear();
       return Status();
@@ -61,13 +55,7 @@ class SharedWriter {
   }
 
   void Append(const std::string& name, const py::array& values) {
-    DataType dtype;
-    const py::array array = ToContiguous(name, values, &dtype);
-    const void* data = array.data();
-    const auto bytes = static_cast<size_t>(array.nbytes());
-    RunReleased([&]() -> Status {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      DPSR_RETURN_IF_ERROR(CheckOpen());
+    Write(name, values, [&](DataType dtype, const void* data, size_t bytes) -> Status {
       if (streaming_ != name) {
         DPSR_RETURN_IF_ERROR(writer_->Begin(name, dtype));
         streaming_ = name;
@@ -90,6 +78,20 @@ class SharedWriter {
   }
 
  private:
+  // Calls write(dtype, data, bytes) for the memory of `values`, while no other thread writes.
+  template <typename Function>
+  void Write(const std::string& name, const py::array& values, const Function& write) {
+    DataType dtype;
+    const py::array array = ToContiguous(name, values, &dtype);
+    const void* data = array.data();
+    const auto bytes = static_cast<size_t>(array.nbytes());
+    RunReleased([&]() -> Status {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      DPSR_RETURN_IF_ERROR(CheckOpen());
+      return write(dtype, data, bytes);
+    });
+  }
+
   Status CheckOpen() const {
     if (writer_ != nullptr) return Status();
     return MakeStatus(StatusCode::kInvalidArgument, path_, ": the file is closed");
@@ -126,7 +128,7 @@ std::unique_ptr<PackedFile> OpenPackedFile(const std::filesystem::path& path, co
   return file;
 }
 
-// Returns a read-only array over the memory of a section, or None if there is no such section. The array keeps the
+// Returns a read-only array over the memory of a section, or None if the file lacks the section. The array keeps the
 // file's Python object alive.
 py::object GetSection(const py::object& self, const std::string& name) {
   const PackedFile::Section* section = self.cast<const PackedFile&>().Find(name);

@@ -42,7 +42,7 @@ class PackedFile(Mapping[str, "npt.NDArray[Any]"]):
         return self._file.fingerprint
 
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        """Returns a section as an array. Raises KeyError if there is no section with this name."""
+        """Returns a section as an array. Raises KeyError if the file lacks the section."""
         section = self._file.get(name)
         if section is None:
             raise KeyError(f"{self.path}: has no section {name!r} (it has: {', '.join(self._names)})")

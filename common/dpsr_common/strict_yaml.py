@@ -23,7 +23,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Reads the mapping in a YAML file; an empty file is {}.
 
     Raises:
-        UsageError: there is no such file, it cannot be read, or it does not hold a YAML mapping. Names the file.
+        UsageError: the file is missing, cannot be read, or does not hold a YAML mapping. Names the file.
     """
     return read_file(path, _load_mapping)
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +16,8 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from dpsr_common.quiet_matplotlib import quiet_matplotlib
 
 ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, BLACK = (
     "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000",
@@ -38,7 +38,7 @@ _STYLE = {
 def svg(figure: Figure, name: str) -> str:
     """Returns the figure as an SVG element, reproducibly. `name` makes its ids distinct from those of other figures."""
     out = io.StringIO()
-    with _quiet(), matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+    with quiet_matplotlib(), matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
@@ -144,24 +144,8 @@ def bars(groups: Mapping[str, Sequence[tuple[str, float, Sequence[float] | None]
 
 @contextlib.contextmanager
 def _new(size: tuple[float, float]) -> Iterator[Figure]:
-    with _quiet(), matplotlib.rc_context(_STYLE):
+    with quiet_matplotlib(), matplotlib.rc_context(_STYLE):
         yield Figure(figsize=size)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppresses matplotlib's warnings about characters that the font for measuring texts lacks."""
-    logger = logging.getLogger("matplotlib")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing")
-            # From NumPy 1.25 on.
-            warnings.filterwarnings("ignore", category=DeprecationWarning, module="matplotlib")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _hide_axes(axes: Axes) -> None:

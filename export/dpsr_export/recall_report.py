@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
 import json
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import faiss
 
+from dpsr_common.quiet_matplotlib import quiet_matplotlib
 from dpsr_export import ann
 
 JSON_FILE = "recall.json"
@@ -103,7 +101,7 @@ def plot(settings: Sequence[ann.Setting], title: str) -> str:
     from matplotlib.figure import Figure
 
     style = {"svg.fonttype": "none", "svg.hashsalt": title, "figure.constrained_layout.use": True}
-    with _quiet(), matplotlib.rc_context(style):
+    with quiet_matplotlib(), matplotlib.rc_context(style):
         figure = Figure(figsize=(6.4, 4))
         axes = figure.add_subplot()
         milliseconds = [max(setting.p50_ms, 1e-6) for setting in settings]
@@ -116,17 +114,3 @@ def plot(settings: Sequence[ann.Setting], title: str) -> str:
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
     return drawn.getvalue()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps matplotlib from logging about fonts and from warning about its own use of NumPy."""
-    logger = logging.getLogger("matplotlib")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning, module="matplotlib")
-            yield
-    finally:
-        logger.setLevel(level)
