@@ -44,7 +44,7 @@ _ORDER = (
 )
 
 # The extra of DPSR that installs a package. All other packages come with `train`.
-_EXTRAS = {"faiss": "faiss-cpu"} | dict.fromkeys(("markdown", "matplotlib", "sklearn", "threadpoolctl"), "report")
+_EXTRAS = {"faiss": "faiss-cpu"} | dict.fromkeys(("markdown", "sklearn", "threadpoolctl"), "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

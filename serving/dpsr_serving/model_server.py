@@ -19,7 +19,7 @@ from typing import NoReturn
 from absl import flags
 
 from dpsr_common.errors import CommandError, UsageError
-from dpsr_serving.addresses import join_address
+from dpsr_serving.addresses import define_listen_flags, join_address
 
 BINARY = Path(__file__).parent / "bin" / "dpsr_model_server"
 OP_LIBRARY_GROUP = "dpsr.op_libraries"
@@ -64,15 +64,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "file that lists several models, a ModelServerConfig in text form. Replaces --model_base_path",
         flag_values=values,
     )
-    flags.DEFINE_string(
-        "host",
-        "127.0.0.1",
-        "address to listen on. 0.0.0.0 listens on all addresses of this machine",
-        flag_values=values,
-    )
-    flags.DEFINE_integer(
-        "port", 8500, "port to listen on. 0 chooses a free port", lower_bound=0, upper_bound=65535, flag_values=values
-    )
+    define_listen_flags(values, 8500)
     flags.DEFINE_list(
         "op_library",
         None,

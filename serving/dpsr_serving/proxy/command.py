@@ -8,7 +8,7 @@ import os
 from absl import flags
 
 from dpsr_common.errors import UsageError
-from dpsr_serving.addresses import check_address
+from dpsr_serving.addresses import check_address, define_listen_flags
 from dpsr_serving.proxy import workers
 
 USAGE = """
@@ -39,15 +39,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "host:port of a single model server that holds all models. Replaces --config",
         flag_values=values,
     )
-    flags.DEFINE_string(
-        "host",
-        "127.0.0.1",
-        "address to listen on. 0.0.0.0 listens on all addresses of this machine",
-        flag_values=values,
-    )
-    flags.DEFINE_integer(
-        "port", 8600, "port to listen on. 0 chooses a free port", lower_bound=0, upper_bound=65535, flag_values=values
-    )
+    define_listen_flags(values, 8600)
     flags.DEFINE_string(
         "unix_socket", None, "path of a UNIX socket to listen on in addition to the port", flag_values=values
     )
