@@ -134,7 +134,7 @@ class StoreFiles(NamedTuple):
 
 def open_store(folder: Path) -> StoreFiles:
     features: dict[str, list[Any]] = {"items": [], "users": []}
-    return StoreFiles(folder, {"format": "dpsr-store", "version": 2, "shards": 1, "features": features})
+    return StoreFiles(folder, {"format": "dpsr-store", "version": 3, "shards": 1, "features": features})
 
 
 def write_records(log: Log, folder: Path) -> None:

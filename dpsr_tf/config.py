@@ -58,7 +58,11 @@ class TrainConfig:
     steps: int = option(10_000, "number of training steps", 1)
     batch_size: int = option(64, "b, the number of positive pairs in a batch", 2, 1 << 16)
     num_title_queries: int = option(
-        0, "number of pairs in a batch whose query is a piece of a random item's title", 0, 1 << 16
+        0,
+        "number of pairs in a batch whose query is a piece of a random item's title. As many as batch_size: training "
+        "reads titles only, and needs no clicks",
+        0,
+        1 << 16,
     )
     pretrain_steps: int = option(
         0, "number of steps at the start of training in which every pair has such a title query", 0
@@ -117,10 +121,10 @@ class TrainConfig:
 
     def problem(self) -> str | None:
         """Returns what is wrong with values that are allowed one by one but not together."""
-        if self.num_title_queries >= self.batch_size:
+        if self.num_title_queries > self.batch_size:
             return (
-                f"num_title_queries is {self.num_title_queries}, expected at most batch_size - 1, "
-                f"{self.batch_size - 1}: the other pairs come from the log"
+                f"num_title_queries is {self.num_title_queries}, expected at most batch_size, "
+                f"{self.batch_size}: the other pairs come from the log"
             )
         if self.num_supervised_negatives > self.num_random_negatives:
             return (

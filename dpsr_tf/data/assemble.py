@@ -25,10 +25,12 @@ import pyarrow as pa
 
 from dpsr_common.errors import CommandError
 from dpsr_common.packed_file import PackedFileWriter
+from dpsr_tf.data.code_book import CodeBook
 from dpsr_tf.data.column_files import ColumnFile, RaggedColumnFile, string_bytes
 from dpsr_tf.data.database import TEXT_ROWS, Database
 from dpsr_tf.data.feature_table import FeatureTable, floats_of
 from dpsr_tf.data.interaction_log import InteractionLog
+from dpsr_tf.data.log_parts import KeptLog
 from dpsr_tf.data.parallel import Workers
 from dpsr_tf.data.schema import Feature, Schema, TokenizerSchema, VocabularySchema
 from dpsr_tf.data.store import Counts, Features, StoredFeature, vocabulary_name
@@ -38,7 +40,15 @@ from dpsr_tokenizer import TokenizerConfig, Vocabulary, VocabularyBuilder
 class Assembler:
     """Takes the rows of three tables, one after another, and writes all packed files of a store."""
 
-    def __init__(self, schema: Schema, out: Path, workers: Workers, memory: int):
+    def __init__(
+        self,
+        schema: Schema,
+        out: Path,
+        workers: Workers,
+        memory: int,
+        codes: CodeBook | None = None,
+        log: KeptLog | None = None,
+    ):
         """Begins a store.
 
         Args:
@@ -47,8 +57,11 @@ class Assembler:
             workers: threads that encode text; DuckDB and the vocabulary builder use as many of their own.
             memory: bytes that DuckDB and the vocabulary builder use at most. Other rows wait in a folder of `out`,
                 which is removed at the end.
+            codes: token ids and feature codes that the store takes over; None makes new ones.
+            log: keeps the interactions in the store, beside those of an earlier one.
         """
         self._schema, self._out, self._workers, self._memory = schema, out, workers, memory
+        self._codes, self._kept = codes, log
         self._folder = out / "unfinished"
         self._folder.mkdir()
         self._ids: dict[str, np.ndarray] = {}
@@ -76,6 +89,8 @@ class Assembler:
         """
         if table == "interactions":
             self._log.add(rows)
+            if self._kept:
+                self._kept.add(rows)
             return
         # Names of features may differ in case only, which SQL does not see.
         names = itertools.count()
@@ -91,6 +106,12 @@ class Assembler:
         Raises:
             CommandError: two text ids have the same hash.
         """
+        repeated = self._close(table)
+        if table == "users" and self._kept:
+            self._kept.begin(self._out, self._ids["items"], self._ids["users"])
+        return repeated
+
+    def _close(self, table: str) -> tuple[np.ndarray, list[str]]:
         if table == "users":
             self._add_anonymous_user()
         if table not in self._database:
@@ -126,6 +147,8 @@ class Assembler:
         Raises:
             CommandError: no interaction is a positive pair for training.
         """
+        for rows in self._kept.older() if self._kept else ():
+            self._log.add(rows)
         self._log.number_queries(shards)
         vocabularies = self._write_vocabularies()
         item_features = self._write_items(vocabularies)
@@ -195,6 +218,11 @@ class Assembler:
         texts: list[tuple[str, int, str]],
     ) -> Vocabulary:
         """Writes the vocabulary of some texts, each given as a label, a number of rows and a query."""
+        path = self._out / vocabulary_name(name)
+        known = self._codes.vocabulary(name) if self._codes else None
+        if known is not None:
+            shutil.copyfile(known, path)
+            return Vocabulary(path)
         builder = VocabularyBuilder(
             TokenizerConfig(**dataclasses.asdict(tokenizer)),
             num_threads=self._workers.threads,
@@ -204,7 +232,6 @@ class Assembler:
         for label, rows, query in texts:
             for batch in self._database.batches(query, f"count {label}", rows, TEXT_ROWS):
                 builder.add(batch.column(0))
-        path = self._out / vocabulary_name(name)
         try:
             builder.write(path, **dataclasses.asdict(limits))
         except ValueError as error:
@@ -227,7 +254,9 @@ class Assembler:
 
         schema, ids = self._schema.items, self._ids["items"]
         with PackedFileWriter(self._out / "items.dpsr", "items") as file:
-            table = FeatureTable(self._database, "items", ids, schema.features, vocabularies, schema.filters)
+            table = FeatureTable(
+                self._database, "items", ids, schema.features, vocabularies, schema.filters, self._codes
+            )
             table.read(["title", "text", "popularity"], encode, append)
             table.write_ids(file)
             if schema.popularity:
@@ -247,7 +276,7 @@ class Assembler:
         """Writes users.dpsr. Returns the features and the number of events."""
         ids = self._ids["users"]
         with PackedFileWriter(self._out / "users.dpsr", "users") as file:
-            table = FeatureTable(self._database, "users", ids, self._user_features(), vocabularies)
+            table = FeatureTable(self._database, "users", ids, self._user_features(), vocabularies, codes=self._codes)
             table.read([], lambda batch: None, lambda batch, encoded: None)
             table.write_ids(file)
             features = table.write_features(file)

@@ -176,9 +176,13 @@ def encode_interactions(
         - `session` uint64, a hash; 0 is none;
         - `position` uint8; 0 is none, 255 stands for 255 or more;
         - `weight` float32, already multiplied by the weight of the type;
-        - `label` float32; 1 if the schema names no label;
+        - `label` float32; 1 where there is no label;
+        - `labelled` bool, whether the row has a label;
         - `role` uint8: 1 positive, 2 supervised negative, 0 neither. The label decides it, or the type where there is
           no label.
+
+        A row with a label needs neither time nor type, because people who grade pairs have none: its time is then 0,
+        and its type is a click.
 
         A row is rejected for the first of these reasons that applies:
 
@@ -186,10 +190,11 @@ def encode_interactions(
         2. a query without text;
         3. an item id that is missing; an item that is not in the table;
         4. a user that is not in the table;
-        5. a time that is missing, unreadable, not after 1970-01-01T00:00:00Z, or after 2106-02-07T06:28:15Z;
-        6. a type that is neither in `types` nor in EVENT_TYPES, or is missing;
-        7. a position that is not a whole number of 1 or more; a weight that is missing, negative, not finite or not a
-           number; a label that is missing, not finite or not a number.
+        5. a label that is not finite or not a number;
+        6. a time that is missing, unreadable, not after 1970-01-01T00:00:00Z, or after 2106-02-07T06:28:15Z;
+        7. a type that is neither in `types` nor in EVENT_TYPES, or is missing;
+        8. a position that is not a whole number of 1 or more; a weight that is missing, negative, not finite or not a
+           number.
     """
     s = schema
     rows = _Rows(batch)
@@ -201,11 +206,11 @@ def encode_interactions(
     rows.reject(flags_of(pc.equal(query, "")), "query is empty", s.query)
     item = _item_rows(rows, s, item_ids, items)
     user = _user_rows(rows, s, user_ids, users)
-    time = _times(rows, s)
-    event_type = _event_types(rows, s)
+    label, labelled = _labels(rows, s)
+    time = _times(rows, s, labelled)
+    event_type = _event_types(rows, s, labelled)
     position = _positions(rows, s)
     weight = _weights(rows, s, event_type)
-    label, role = _labels_and_roles(rows, s, event_type)
     return rows.encoded(
         {
             "query": query,
@@ -216,8 +221,9 @@ def encode_interactions(
             "session": pa.array(session),
             "position": pa.array(position),
             "weight": pa.array(weight),
-            "label": pa.array(label),
-            "role": pa.array(role),
+            "label": pa.array(_float32(label)),
+            "labelled": pa.array(labelled),
+            "role": pa.array(_roles(s, label, labelled, event_type)),
         }
     )
 
@@ -251,22 +257,42 @@ def _user_rows(rows: _Rows, schema: InteractionsSchema, ids: Ids | None, users: 
     return np.where(anonymous, 0, user + first_row).astype(np.int32)
 
 
-def _times(rows: _Rows, schema: InteractionsSchema) -> np.ndarray:
+def _labels(rows: _Rows, schema: InteractionsSchema) -> tuple[np.ndarray, np.ndarray]:
+    if schema.label is None:
+        return np.ones(len(rows)), np.zeros(len(rows), bool)
+    label, missing, bad = numbers_of(rows.batch[schema.label])
+    rows.reject(bad | ~(missing | np.isfinite(_float32(label))), "label is not a number", schema.label)
+    return np.where(missing, 1, label), ~missing
+
+
+def _roles(schema: InteractionsSchema, label: np.ndarray, labelled: np.ndarray, event_type: np.ndarray) -> np.ndarray:
+    by_type = np.array([POSITIVE if name in schema.positive_types else 0 for name in EVENT_TYPES], np.uint8)[event_type]
+    by_label = np.where(label >= schema.positive_from, POSITIVE, 0)
+    if schema.negative_to is not None:
+        by_label = np.where(label <= schema.negative_to, NEGATIVE, by_label)
+    return np.where(labelled, by_label, by_type).astype(np.uint8)
+
+
+def _times(rows: _Rows, schema: InteractionsSchema, labelled: np.ndarray) -> np.ndarray:
     if schema.time is None:
         return np.zeros(len(rows), np.uint32)
     time = seconds_of(rows.batch[schema.time], _UNITS_PER_SECOND[schema.time_unit])
-    rows.reject((time <= 0) | (time >= 2**32), "time is missing, unreadable, or outside 1970 to 2106", schema.time)
-    return np.clip(time, 0, 2**32 - 1).astype(np.uint32)
+    without = _blanks(labelled, rows.batch[schema.time])
+    bad = ((time <= 0) | (time >= 2**32)) & ~without
+    rows.reject(bad, "time is missing, unreadable, or outside 1970 to 2106", schema.time)
+    return np.where(without, 0, np.clip(time, 0, 2**32 - 1)).astype(np.uint32)
 
 
-def _event_types(rows: _Rows, schema: InteractionsSchema) -> np.ndarray:
+def _event_types(rows: _Rows, schema: InteractionsSchema, labelled: np.ndarray) -> np.ndarray:
+    click = EVENT_TYPES.index("click")
     if schema.type is None:
-        return np.full(len(rows), EVENT_TYPES.index("click"), np.uint8)
+        return np.full(len(rows), click, np.uint8)
     encoded = trimmed(texts_of(rows.batch[schema.type])[0]).dictionary_encode()
     names = [schema.types.get(value, value) for value in encoded.dictionary.to_pylist()]
     codes = [EVENT_TYPES.index(name) if name in EVENT_TYPES else _NO_TYPE for name in names]
     indices = pc.fill_null(encoded.indices, len(codes)).to_numpy(zero_copy_only=False)
     event_type = np.array([*codes, _NO_TYPE], np.uint8)[indices]
+    event_type = np.where(_blanks(labelled, rows.batch[schema.type]), np.uint8(click), event_type)
     rows.reject(event_type == _NO_TYPE, "type is not known", schema.type)
     return np.where(event_type == _NO_TYPE, np.uint8(0), event_type)
 
@@ -292,16 +318,12 @@ def _weights(rows: _Rows, schema: InteractionsSchema, event_type: np.ndarray) ->
     return _float32(weight)
 
 
-def _labels_and_roles(rows: _Rows, schema: InteractionsSchema, event_type: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if schema.label is None:
-        roles = np.array([POSITIVE if name in schema.positive_types else 0 for name in EVENT_TYPES], np.uint8)
-        return np.ones(len(rows), np.float32), roles[event_type]
-    label, missing, bad = numbers_of(rows.batch[schema.label])
-    rows.reject(missing | bad | ~np.isfinite(_float32(label)), "label is not a number", schema.label)
-    role = np.where(label >= schema.positive_from, POSITIVE, 0)
-    if schema.negative_to is not None:
-        role = np.where(label <= schema.negative_to, NEGATIVE, role)
-    return _float32(label), role.astype(np.uint8)
+def _blanks(labelled: np.ndarray, column: pa.Array) -> np.ndarray:
+    """Tells which rows have a label and no value in a column, bool [rows]."""
+    if not labelled.any():
+        return labelled
+    texts, bad = texts_of(column)
+    return labelled & flags_of(pc.is_null(trimmed(texts))) & ~bad
 
 
 def _float32(numbers: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpsr_common.packed_file import PackedFileWriter
+from dpsr_tf.data.code_book import CodeBook
 from dpsr_tf.data.column_files import ColumnFile, RaggedColumnFile, row_splits, string_bytes
 from dpsr_tf.data.database import Database
 from dpsr_tf.data.id_index import id_index
@@ -35,6 +36,7 @@ class FeatureTable:
         features: tuple[Feature, ...],
         vocabularies: dict[str | None, Vocabulary],
         filters: tuple[Filter, ...] = (),
+        codes: CodeBook | None = None,
     ):
         """Gives each value of a feature its code.
 
@@ -45,6 +47,7 @@ class FeatureTable:
             features: features of the schema.
             vocabularies: for features of kind text; None is the vocabulary of the item text.
             filters: filters of the schema.
+            codes: codes that the values of some features have already; other values of these features are unknown.
         """
         self._database, self._name, self._ids = database, name, ids
         self._features, self._vocabularies = features, vocabularies
@@ -64,8 +67,15 @@ class FeatureTable:
         }
         self._texts = {i: RaggedColumnFile(folder, np.int32) for i, f in enumerate(features) if f.kind == "text"}
         for i, feature in enumerate(self._all):
-            if feature.kind in ("categorical", "multi"):
+            if feature.kind not in ("categorical", "multi"):
+                continue
+            known = codes.values(name, feature.key) if codes and isinstance(feature, Feature) else None
+            if known is None:
                 self._number_values(i, feature)
+            else:
+                numbers = pa.array(np.arange(1, len(known) + 1), pa.int32())
+                rows = pa.record_batch({"value": pa.array(known, pa.large_string()), "code": numbers})
+                self._database.insert(f"{name}_values_{i}", rows)
 
     def _number_values(self, i: int, feature: Feature | Filter) -> None:
         """Creates the table values_i of values and codes. Frequent values come first, ties in order of their bytes."""

@@ -26,22 +26,39 @@ from dpsr_common.packed_file import PackedFile
 from dpsr_common.typed_config import to_dict
 from dpsr_tf.data.adapters import Adapter, open_adapter
 from dpsr_tf.data.assemble import Assembler
+from dpsr_tf.data.code_book import CodeBook
 from dpsr_tf.data.encode import Encoded, IdIndex, encode_interactions, encode_items, encode_users
 from dpsr_tf.data.interruption import end_on_signal, record_signals
+from dpsr_tf.data.log_parts import KeptLog
 from dpsr_tf.data.parallel import Workers
 from dpsr_tf.data.rejects import Rejects
 from dpsr_tf.data.schema import Feature, Filter, Schema, load_schema
-from dpsr_tf.data.store import FORMAT, FORMAT_VERSION, Counts, Features, file_names, manifest_checksum, new_directory
+from dpsr_tf.data.store import (
+    FORMAT,
+    FORMAT_VERSION,
+    Counts,
+    Features,
+    Store,
+    file_names,
+    manifest_checksum,
+    new_directory,
+)
 from dpsr_tf.data.tables import Source, find_files, read_batches
 
 USAGE = """
 Usage: dpsr ingest --schema=FILE --out=STORE
        dpsr ingest --adapter=NAME --input=DIR --out=STORE
+       dpsr ingest --schema=FILE --items_only --like=MODEL --out=STORE
+       dpsr ingest --schema=FILE --append=OLD_STORE --out=STORE
 
 Turns raw tables of items, users and interactions into a store, the input of `dpsr train`. Tables are Parquet, Arrow,
 CSV, TSV or JSON lines files; the last three may be compressed (.gz, .zst).
 
 A schema file (YAML) says what each column means. An adapter is a ready schema for a public data set.
+
+A model reads only stores whose token ids and feature codes are its own. --like=MODEL makes such a store of new tables,
+so that `dpsr index` can embed new items with a model that is already there. --append adds a day to the log of another
+store without reading its old days again.
 
 Rows that cannot be used are left out. A file beside the store lists them, each with the reason.
 """
@@ -64,6 +81,33 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_string("out", None, "directory of the new store", flag_values=values)
     flags.DEFINE_boolean("overwrite", False, "replace the store if --out exists already", flag_values=values)
+    flags.DEFINE_boolean(
+        "items_only", False, "read only the items, not the users and interactions of the schema", flag_values=values
+    )
+    flags.DEFINE_string(
+        "like",
+        None,
+        "model whose token ids and feature codes the store takes over; tokens and values that the model does not know "
+        "count as unknown",
+        flag_values=values,
+    )
+    flags.DEFINE_boolean(
+        "keep_log", False, "keep the interactions in the store, so that --append can add to them", flag_values=values
+    )
+    flags.DEFINE_string(
+        "append",
+        None,
+        "store, made with --keep_log or --append, whose interactions come before those of the schema's files; items "
+        "and users are read anew",
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "keep_days",
+        None,
+        "with --append: leave out interactions that are more than this many days older than the newest one",
+        0,
+        flag_values=values,
+    )
     flags.DEFINE_float(
         "max_reject_fraction",
         0.01,
@@ -94,6 +138,10 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     adapter = open_adapter(values.adapter) if values.adapter else None
     schema_path = adapter.schema_path if adapter else Path(values.schema)
     schema = load_schema(schema_path)
+    if values.items_only:
+        schema = dataclasses.replace(schema, interactions=None)
+    codes = CodeBook.read(values.like) if values.like else None
+    log = _kept_log(values, schema)
     base = Path(values.input) if values.input else schema_path.parent
     out = Path(values.out)
     rejects = Path(values.rejects) if values.rejects else _rejects_path(out.resolve())
@@ -113,6 +161,8 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
             shards=values.shards,
             threads=values.threads,
             memory=memory,
+            codes=codes,
+            log=log,
         )
         shutil.rmtree(temporary / _CONVERTED, ignore_errors=True)
     print(
@@ -133,9 +183,29 @@ def _check_flags(values: flags.FlagValues) -> int:
         raise UsageError(f"--max_reject_fraction={values.max_reject_fraction:g}: expected a number from 0 to 1")
     if not 1 <= values.shards <= 99_999:
         raise UsageError(f"--shards={values.shards}: expected 1 to 99999")
+    if values.items_only and (values.append or values.keep_log):
+        other = "--append" if values.append else "--keep_log"
+        raise UsageError(f"{other}: cannot be combined with --items_only, which reads no interactions")
+    if values.keep_days is not None and not values.append:
+        raise UsageError(f"--keep_days={values.keep_days:g}: needs --append, the store whose old days are left out")
     if not 0 <= values.threads <= 1024:
         raise UsageError(f"--threads={values.threads}: expected 0 to 1024")
     return _memory(values.memory)
+
+
+def _kept_log(values: flags.FlagValues, schema: Schema) -> KeptLog | None:
+    """Returns the log that --append and --keep_log ask for. Raises CommandError if it cannot be kept or appended to."""
+    if not values.append and not values.keep_log:
+        return None
+    flag = f"--append={values.append}" if values.append else "--keep_log"
+    if schema.interactions is None:
+        raise CommandError(f"{flag}: the schema has no section interactions, so there is no log; add the section")
+    if values.keep_days is not None and not schema.interactions.time:
+        raise CommandError(
+            f"--keep_days={values.keep_days:g}: the schema names no column with the time of interactions; "
+            f"name it with `time`, or leave --keep_days out"
+        )
+    return KeptLog(Store(values.append) if values.append else None, schema.interactions, values.keep_days)
 
 
 def _memory(text: str) -> int:
@@ -177,6 +247,8 @@ def ingest(
     threads: int = 0,
     memory: int = 256 * 10**6,
     batch_rows: int = _BATCH_ROWS,
+    codes: CodeBook | None = None,
+    log: KeptLog | None = None,
 ) -> Counts:
     """Writes the files of a store into the directory `out`, the manifest last.
 
@@ -196,6 +268,8 @@ def ingest(
         memory: bytes for sorting, joining and counting. The process takes this, some 300 MB for itself, and some 20
             bytes for each item and user.
         batch_rows: rows that are encoded at a time.
+        codes: token ids and feature codes of a model, which the store takes over.
+        log: keeps the interactions in the store, after those of an earlier one; None keeps nothing.
 
     Returns:
         The counts of the manifest.
@@ -205,22 +279,32 @@ def ingest(
             memory do not suffice. The message names file and column, or the flag.
     """
     threads = threads or os.cpu_count() or 1
+    if codes:
+        codes.check(schema)
     files = {
         "items": find_files(schema.items.files, base),
-        "users": find_files(schema.users.files, base) if schema.users else [],
-        "interactions": find_files(schema.interactions.files, base),
+        # Without interactions, nothing refers to a user.
+        "users": find_files(schema.users.files, base) if schema.users and schema.interactions else [],
+        "interactions": find_files(schema.interactions.files, base) if schema.interactions else [],
     }
+    more: dict[str, Any] = {}
     with _resource_errors(out, memory), Rejects(rejects or _rejects_path(out), max_reject_fraction) as rejected:
-        with Workers(threads) as workers, Assembler(schema, out, workers, memory) as store:
+        with Workers(threads) as workers, Assembler(schema, out, workers, memory, codes, log) as store:
             _read_tables(schema, files, _TableReader(store, workers, batch_rows, rejected))
             counts, features = store.write(shards)
         counts = dataclasses.replace(counts, rejected=rejected.total)
-        _write_manifest(out, schema, shards, counts, features)
+        if log:
+            more["log"] = log.parts()
+        if codes:
+            more["like"] = str(codes.path)
+        _write_manifest(out, schema, shards, counts, features, more)
         rejected.report()
     return counts
 
 
-def _write_manifest(out: Path, schema: Schema, shards: int, counts: Counts, features: Features) -> None:
+def _write_manifest(
+    out: Path, schema: Schema, shards: int, counts: Counts, features: Features, more: dict[str, Any]
+) -> None:
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -234,6 +318,7 @@ def _write_manifest(out: Path, schema: Schema, shards: int, counts: Counts, feat
             for table, stored in to_dict(features).items()
         },
         "schema": to_dict(schema),
+        **more,
     }
     manifest["checksum"] = manifest_checksum(manifest)
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
@@ -247,6 +332,8 @@ def _read_tables(schema: Schema, files: dict[str, list[Path]], reader: _TableRea
     text_items = _read_items(schema, files["items"], reader)
     text_users = _read_users(schema, files["users"], reader)
     s = schema.interactions
+    if s is None:
+        return
     items, users = IdIndex(reader.store.ids("items")), IdIndex(reader.store.ids("users")) if s.user else None
     columns = _columns([s.query, s.item, s.user, s.type, s.session], [s.time, s.position, s.weight, s.label], [])
     reader.read(
@@ -271,7 +358,7 @@ def _read_items(schema: Schema, files: Sequence[Path], reader: _TableReader) -> 
 def _read_users(schema: Schema, files: Sequence[Path], reader: _TableReader) -> bool:
     """Reads the users, if there are any. Returns whether their ids are text."""
     s = schema.users
-    if s is None:
+    if s is None or not files:
         reader.store.close_table("users")
         return False
     columns = _columns([s.id], [], s.features)

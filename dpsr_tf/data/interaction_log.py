@@ -33,15 +33,24 @@ class InteractionLog:
     The methods are called in this order: add, number_queries, then the others.
     """
 
-    def __init__(self, schema: InteractionsSchema, database: Database):
-        """Begins an empty log."""
-        self._schema, self._database = schema, database
+    def __init__(self, schema: InteractionsSchema | None, database: Database):
+        """Begins an empty log. Without a schema it stays empty: the store gets items and no interactions."""
+        self._is_empty = schema is None
+        self._schema = schema = schema or InteractionsSchema(files=(), query="", item="")
+        self._database = database
         self._last_time = 0
         # Whether a positive pair may have another weight than 1.
         self._has_weights = schema.weight is not None or any(w != 1 for w in schema.type_weights.values())
         # Whether the log may say which items were shown and not clicked. `types` does not decide that: a type with a
-        # name of EVENT_TYPES needs no entry there.
-        self._has_requests = schema.type is not None
+        # name of EVENT_TYPES needs no entry there. Without times and sessions, nothing tells one request from another.
+        self._has_requests = schema.type is not None and bool(schema.time or schema.session)
+        if schema.type is not None and not self._has_requests:
+            print(
+                "interactions: the schema names neither `time` nor `session`, so unclicked impressions are not used: "
+                "nothing tells which of them belong to one request",
+                flush=True,
+            )
+        self._mines = self._has_requests and schema.mined_negatives > 0
         named = {"weight": self._has_weights, "label": schema.label, "position": schema.position}
         self._optional = [name for name, there in named.items() if there]
 
@@ -54,8 +63,10 @@ class InteractionLog:
         if self._has_requests:
             used = pc.or_(used, pc.is_in(rows["type"], pa.array(_UNCLICKED, pa.uint8())))
         kept = ["query", "user", "item", "time", "type", "role", *self._optional]
-        if self._has_requests and self._schema.session:
+        if self._schema.session:
             kept.append("session")
+        if self._schema.label:
+            kept.append("labelled")
         rows = rows.filter(used).select(kept)
         self._database.insert("log", rows.rename_columns([_SQL_NAMES.get(name, name) for name in kept]))
 
@@ -64,14 +75,17 @@ class InteractionLog:
     def number_queries(self, shards: int) -> None:
         """Creates the table `queries`, with text, shard and row of each query, and the table `pairs`.
 
-        `pairs` is the log with the row of the query in place of its text.
+        `pairs` is the log with the row of the query in place of its text, and with `asked`, the time at which the
+        request of the row began.
 
         Raises:
             CommandError: no interaction is a positive pair for training.
         """
         held_out = self._schema.held_out
         if "log" not in self._database:
-            raise self._no_positive_pairs()
+            if not self._is_empty:
+                raise self._no_positive_pairs()
+            self._create_empty_log()
         held_time = held_query = "FALSE"
         if held_out and held_out.query_share is not None:
             # The second half of the hash: the first decides on the shard.
@@ -88,10 +102,59 @@ class InteractionLog:
         others = [name for name in self._database.columns("log") if name != "query"]
         self._database.create(
             "pairs",
-            f"SELECT query_row, {', '.join(others)}, held OR {held_time} AS held FROM log JOIN queries ON query = text",
+            self._with_requests(
+                f"""SELECT query_row, {", ".join(others)}, held OR {held_time} AS held
+                FROM log JOIN queries ON query = text"""
+            ),
         )
         self._database.drop("log")
-        if not self._database.scalar(f"SELECT count(*) FROM pairs WHERE role = {POSITIVE} AND NOT held"):
+        self._check_positives()
+
+    def _create_empty_log(self) -> None:
+        self._database.create(
+            "log",
+            """SELECT '' AS query, 0::INTEGER AS user_row, 0::INTEGER AS item_row, 0::UINTEGER AS time,
+                0::UTINYINT AS type, 0::UTINYINT AS role LIMIT 0""",
+        )
+
+    def _with_requests(self, log: str) -> str:
+        """Returns SQL for the rows of the query `log` with a further column `asked`, when the request began.
+
+        The rows of a request have the same query and user. They have the same session, too; without one, no more than
+        `session_gap` minutes lie between two of them.
+        """
+        if not self._schema.time:
+            return f"SELECT *, 0::UINTEGER AS asked FROM ({log})"
+        session = "AND session = 0" if self._schema.session else ""
+        begins = f"before IS NULL OR (time - before > {round(60 * self._schema.session_gap)} {session})"
+        request = f"(PARTITION BY {self._request_key()} ORDER BY time)"
+        return f"""SELECT * EXCLUDE (before), max(CASE WHEN {begins} THEN time END) OVER {request} AS asked
+            FROM (SELECT *, lag(time) OVER {request} AS before FROM ({log}))"""
+
+    def _request_key(self) -> str:
+        return ", ".join(["query_row", "user_row", *(["session"] if self._schema.session else [])])
+
+    def _overrule_clicks(self) -> None:
+        """Removes clicks on items that a label calls negative for the query, if no other label calls them positive."""
+        if not self._schema.label or self._schema.negative_to is None:
+            return
+        self._database.create(
+            "overruled",
+            f"""SELECT query_row, item_row, bool_and(held) AS held FROM pairs WHERE labelled AND role <> 0
+                GROUP BY query_row, item_row HAVING bool_and(role = {NEGATIVE})""",
+        )
+        # What was held out must not change what training reads.
+        self._database.execute(
+            f"""DELETE FROM pairs USING overruled WHERE role = {POSITIVE} AND NOT labelled
+                AND pairs.query_row = overruled.query_row AND pairs.item_row = overruled.item_row
+                AND (pairs.held OR NOT overruled.held)"""
+        )
+        self._database.drop("overruled")
+
+    def _check_positives(self) -> None:
+        if not self._is_empty and not self._database.scalar(
+            f"SELECT count(*) FROM pairs WHERE role = {POSITIVE} AND NOT held"
+        ):
             raise self._no_positive_pairs()
 
     def _no_positive_pairs(self) -> CommandError:
@@ -119,7 +182,7 @@ class InteractionLog:
         past = "TRUE" if held_out is None or held_out.query_share is None else "NOT held"
         events = self._database.sorted_columns(
             ["time", "item_row", "query_row", "type"],
-            f"FROM pairs WHERE role = {POSITIVE} AND user_row > 0 AND {past} AND {bool(self._schema.time)}",
+            f"FROM pairs WHERE role = {POSITIVE} AND user_row > 0 AND {past} AND time > 0",
             ["user_row", "time", "query_row", "item_row", "type"],
             "write events",
             group="user_row",
@@ -131,7 +194,13 @@ class InteractionLog:
         return int(events.splits[-1])
 
     def write_interactions(self, out: Path, shards: int, vocabulary: Vocabulary) -> dict[str, int]:
-        """Writes the interaction files into the directory `out`. Returns the counts of queries and pairs."""
+        """Writes the interaction files into the directory `out`. Returns the counts of queries and pairs.
+
+        Raises:
+            CommandError: labels have overruled every positive pair for training.
+        """
+        self._overrule_clicks()
+        self._check_positives()
         queries = self._database.count("queries")
         tokens, texts = self._encode_queries(queries, vocabulary)
         self._number_requests()
@@ -162,11 +231,11 @@ class InteractionLog:
         if self._schema.held_out is None:
             return 0
         weight = ["weight"] if self._has_weights else []
-        columns = ["query_row", "user_row", "item_row", "time", "type", *weight]
+        columns = ["query_row", "user_row", "item_row", "asked", "type", *weight]
         held = self._database.sorted_columns(
             columns,
             f"FROM pairs WHERE role = {POSITIVE} AND held",
-            ["query_row", "item_row", "user_row", "time", "type", *weight],
+            ["query_row", "item_row", "user_row", "asked", "type", *weight],
             "write held out",
         )
         with PackedFileWriter(out / "held_out.dpsr", "held_out") as file:
@@ -198,7 +267,7 @@ class InteractionLog:
             self._database.create("unclicked", "SELECT 0 AS request, 0::INTEGER AS item_row LIMIT 0")
             self._database.create("requests", "SELECT 0::INTEGER AS query_row, 0 AS request LIMIT 0")
             return
-        key = self._request_key()
+        key = f"{self._request_key()}, asked"
         self._database.create(
             "clicked", f"SELECT DISTINCT {key}, item_row FROM pairs WHERE role = {POSITIVE} AND NOT held"
         )
@@ -216,22 +285,19 @@ class InteractionLog:
         self._database.drop("clicked")
         self._database.drop("shown")
 
-    def _request_key(self) -> str:
-        return ", ".join(["query_row", "user_row", *(["session"] if self._schema.session else [])])
-
     def _positive_names(self) -> list[str]:
         """Returns the names of the columns that _positives returns."""
         return ["user", "item", "type", "time", *self._optional, *(["request"] if self._has_requests else [])]
 
     def _positives(self, queries: int) -> SortedColumns:
         """Returns the positive pairs of each query."""
-        columns = ["user_row", "item_row", "type", "time", *(_SQL_NAMES.get(n, n) for n in self._optional)]
-        order = ["query_row", "item_row", "user_row", "time", "type", *columns[4:]]
+        columns = ["user_row", "item_row", "type", "asked", *(_SQL_NAMES.get(n, n) for n in self._optional)]
+        order = ["query_row", "item_row", "user_row", "asked", "type", *columns[4:]]
         source = "FROM pairs"
         if self._has_requests:
             columns.append("coalesce(request, -1)::INTEGER AS request_row")
             order.append("request_row")
-            source = f"FROM pairs LEFT JOIN requests USING ({self._request_key()})"
+            source = f"FROM pairs LEFT JOIN requests USING ({self._request_key()}, asked)"
         return self._database.sorted_columns(
             columns,
             f"{source} WHERE role = {POSITIVE} AND NOT held",
@@ -253,17 +319,43 @@ class InteractionLog:
         )
 
     def _negatives(self, queries: int) -> SortedColumns:
-        """Returns the items of each query that the labels call negative and no pair calls positive."""
+        """Returns the items of each query that a label calls negative and none positive, and the mined ones."""
+        positive = f"SELECT query_row, item_row FROM pairs WHERE role = {POSITIVE} AND NOT held"
+        labelled = f"SELECT DISTINCT query_row, item_row FROM pairs WHERE role = {NEGATIVE} AND NOT held"
+        mined = f"UNION SELECT query_row, item_row FROM ({self._mined()})" if self._mines else ""
         return self._database.sorted_columns(
             ["item_row"],
-            f"""FROM (SELECT DISTINCT query_row, item_row FROM pairs WHERE role = {NEGATIVE} AND NOT held)
-                ANTI JOIN (SELECT query_row, item_row FROM pairs WHERE role = {POSITIVE} AND NOT held)
-                USING (query_row, item_row)""",
+            f"FROM ({labelled} {mined}) ANTI JOIN ({positive}) USING (query_row, item_row)",
             ["query_row", "item_row"],
             "write negatives",
             group="query_row",
             num_groups=queries,
         )
+
+    def _mined(self) -> str:
+        """Returns SQL for the items of each query that were shown often and never clicked.
+
+        An item that is shown at position p is expected to be clicked as often as items at p are clicked in the whole
+        log, times how much more or less often items are clicked for this query. So an item far down must be shown more
+        often than one at the top before its missing clicks say something.
+        """
+        position = "coalesce(min(nullif(shown_at, 0)), 0)" if self._schema.position else "0"
+        return f"""
+            WITH shown AS (
+                SELECT query_row, item_row, bool_or(role = {POSITIVE})::INTEGER AS clicked, {position} AS place
+                FROM pairs WHERE NOT held AND (role = {POSITIVE} OR type IN {_UNCLICKED})
+                GROUP BY {self._request_key()}, asked, item_row),
+            rates AS (SELECT place, avg(clicked) AS rate FROM shown GROUP BY place),
+            expected AS (
+                SELECT query_row, item_row, sum(rate) AS clicks, sum(clicked) AS clicked
+                FROM shown JOIN rates USING (place) GROUP BY query_row, item_row),
+            scaled AS (
+                SELECT query_row, item_row, clicked,
+                    clicks * sum(clicked) OVER query / sum(clicks) OVER query AS clicks
+                FROM expected WINDOW query AS (PARTITION BY query_row))
+            SELECT query_row, item_row FROM scaled WHERE clicked = 0 AND clicks >= {self._schema.mined_from}
+            QUALIFY row_number() OVER (PARTITION BY query_row ORDER BY clicks DESC, item_row)
+                <= {self._schema.mined_negatives}"""
 
     def _few_values(self, column: str) -> np.ndarray | None:
         """Returns the distinct values of a column of the positives, float32, ascending; None if there are over 256."""

@@ -213,15 +213,35 @@ class InteractionsSchema:
     session: str | None = option(
         None, "column with the session; rows with the same session, user and query form one request"
     )
+    session_gap: float = option(
+        30.0,
+        "minutes without a row after which the same user and query begin a new request; for rows without a session",
+        0,
+        1e6,
+    )
     position: str | None = option(None, "column with the position at which the item was shown, from 1 on")
     weight: str | None = option(None, "column with the weight in the loss; default: weight 1")
     label: str | None = option(
         None,
-        "column with a relevance label, such as a human grade; the label, not the type, then decides what is positive",
+        "column with a relevance label, such as a human grade; a label wins over the clicks for its query and item, "
+        "and a row without a label counts by its type",
     )
     positive_from: float = option(1.0, "lowest label that makes a row a positive pair")
     negative_to: float | None = option(
         None, "highest label that makes a row a supervised negative (section 4.5); default: no label does"
+    )
+    mined_negatives: int = option(
+        0,
+        "largest number of items per query that become supervised negatives because they were shown often and never "
+        "clicked; 0 turns this off",
+        0,
+        10_000,
+    )
+    mined_from: float = option(
+        3.0,
+        "for mined_negatives: the item was shown so often, and at such positions, that this many clicks were expected",
+        0.1,
+        1e6,
     )
     held_out: HeldOut | None = option(None, "interactions that are kept out of training")
 
@@ -248,6 +268,11 @@ class InteractionsSchema:
         for name, weight in self.type_weights.items():
             if not 0 <= weight <= 1e6:
                 return f"type_weights: {name} is {weight:g}, expected 0 to 1000000"
+        if self.mined_negatives and self.type is None:
+            return (
+                f"mined_negatives is {self.mined_negatives}, but there is no column that tells impressions from "
+                f"clicks; name it with `type`, or leave mined_negatives out"
+            )
         if self.types and self.type is None:
             return "types is given, but there is no column with the type; name it with `type`, or leave types out"
         timed = self.held_out is not None and self.held_out.query_share is None
@@ -302,7 +327,7 @@ class Schema:
     """The whole schema file."""
 
     items: ItemsSchema
-    interactions: InteractionsSchema
+    interactions: InteractionsSchema | None = None
     users: UsersSchema | None = None
     tokenizer: TokenizerSchema = dataclasses.field(default_factory=TokenizerSchema)
     vocabulary: VocabularySchema = dataclasses.field(default_factory=VocabularySchema)
@@ -323,7 +348,7 @@ class Schema:
         for name in self.vocabularies:
             if not name.isidentifier():
                 return f"vocabularies: the name '{name}' becomes part of a file name, expected letters, digits and _"
-        if self.interactions.user is not None and self.users is None:
+        if self.interactions is not None and self.interactions.user is not None and self.users is None:
             return (
                 f"interactions: user is '{self.interactions.user}', but there is no section `users`; "
                 f"add one, or leave user out"

@@ -38,7 +38,7 @@ from dpsr_tf.data.schema import Schema
 from dpsr_tokenizer import Vocabulary
 
 FORMAT = "dpsr-store"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Store:
 
         `query` is the row of the query among those of all shards.
         """
-        return self._open("held_out.dpsr") if self.schema.interactions.held_out else None
+        return self._open("held_out.dpsr") if _holds_out(self.schema) else None
 
     def titles(self) -> list[str]:
         """Returns the title of each item, in the order of the item file."""
@@ -215,10 +215,14 @@ def interactions_names(shards: int) -> list[str]:
 
 def file_names(schema: Schema, shards: int) -> list[str]:
     """Returns the names of all packed files of a store."""
-    held_out = ["held_out.dpsr"] if schema.interactions.held_out else []
+    held_out = ["held_out.dpsr"] if _holds_out(schema) else []
     vocabularies = [vocabulary_name(name) for name in (None, *schema.vocabularies)]
     filters = ["filters.dpsr"] if schema.items.filters else []
     return [*vocabularies, "users.dpsr", "items.dpsr", *interactions_names(shards), *held_out, "titles.dpsr", *filters]
+
+
+def _holds_out(schema: Schema) -> bool:
+    return schema.interactions is not None and schema.interactions.held_out is not None
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ Training writes it; evaluation, `dpsr index` and `dpsr export` read it. Its file
 config.yaml        the config of the training
 features.json      the features that the towers read (FeatureSpec), and a hash of what the codes of each one mean
 vocabulary.dpsr    the vocabulary of the token ids
+codes/             what the codes of the features mean (data/code_book.py)
 checkpoint, model.ckpt-*, events.*     written by TensorFlow
 validation.jsonl, best/, validation/   written by training with validation (training/validation.py)
 """
@@ -25,12 +26,13 @@ from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.packed_file import FormatError
 from dpsr_common.typed_config import from_dict, to_dict
 from dpsr_tf.config import Config, load_config, save_config
+from dpsr_tf.data.code_book import CODES, CodeBook
 from dpsr_tf.data.store import Store
 from dpsr_tf.models.features import FeatureSpec
 from dpsr_tokenizer import Vocabulary
 
 # The files that make a directory of checkpoints a model.
-FILES = ("vocabulary.dpsr", "features.json", "config.yaml")
+_FILES = ("vocabulary.dpsr", "features.json", "config.yaml")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +139,8 @@ class ModelDirectory:
         held = {"features": to_dict(spec), "meanings": _meanings(spec, store)}
         # The config is written last, because a directory without one is not yet a model. Several workers of a cluster
         # may do this at the same time.
+        CodeBook.write(directory, store, [f.name for f in spec.item], [f.name for f in spec.user])
         for name, write in (
-            ("vocabulary.dpsr", lambda p: shutil.copyfile(store.vocabulary_path, p)),
             ("features.json", lambda p: p.write_text(json.dumps(held, indent=2) + "\n")),
             ("config.yaml", lambda p: save_config(config, p)),
         ):
@@ -146,6 +148,13 @@ class ModelDirectory:
             write(temporary)
             os.replace(temporary, directory / name)
         return ModelDirectory.open(directory)
+
+
+def copy_model(source: Path, to: Path) -> None:
+    """Copies what makes a model of a directory of checkpoints, without a checkpoint, into the directory `to`."""
+    for name in _FILES:
+        shutil.copyfile(source / name, to / name)
+    shutil.copytree(source / CODES, to / CODES)
 
 
 def feature_spec(config: Config, store: Store) -> FeatureSpec:

@@ -207,9 +207,12 @@ Status BatchOptions::Parse(const std::string& json, BatchOptions* options) {
 
 Status BatchOptions::Validate() const {
   DPSR_RETURN_IF_ERROR(ForEachField([this](const auto& field) { return Check(field, *this); }));
-  if (num_title_queries >= batch_size) {
+  if (num_title_queries > batch_size) {
     return Unexpected("num_title_queries", num_title_queries,
-                      StrCat("at most batch_size - 1, ", batch_size - 1, ": the other pairs come from the log"));
+                      StrCat("at most batch_size, ", batch_size, ": the other pairs come from the log"));
+  }
+  if (num_title_queries == batch_size && num_epochs > 0) {
+    return Unexpected("num_epochs", num_epochs, "0: with title queries only, there are no passes over the log");
   }
   if (num_supervised_negatives > num_random_negatives) {
     return Unexpected("num_supervised_negatives", num_supervised_negatives,

@@ -27,7 +27,7 @@ enum class OwnNegativeSource {
 struct BatchOptions {
   // Positive pairs of a batch.
   int64_t batch_size = 64;
-  // Pairs whose query is a piece of a random item's title. Fewer than batch_size.
+  // Pairs whose query is a piece of a random item's title. At most batch_size; with as many, the log is not read.
   int64_t num_title_queries = 0;
   // Number of batches at the start of training in which every pair has a title query.
   int64_t pretrain_steps = 0;
@@ -48,14 +48,13 @@ struct BatchOptions {
   bool negative_mask = true;
   // Features of the users, of the items, and of the items in histories.
   FeatureNames user_features, item_features, history_features;
-  // Number of the user's last events before the pair, without the event that the pair repeats: the same item under the
-  // same query.
+  // Number of the user's last events before the pair's request began.
   int64_t history_length = 0;
   // Bit t is set where events of type t belong to the history. 0: events of all types do.
   int64_t history_types = 0;
   // Whether the batch has the texts of the items in histories.
   bool history_text = false;
-  // Number of the user's last queries before the pair. Of equal queries in a row, one counts.
+  // Number of the user's last queries before the pair's request began. Of equal queries in a row, one counts.
   int64_t query_history_length = 0;
   // Number of positives that are shuffled together. A log that fits is shuffled as a whole.
   int64_t shuffle_buffer = 1 << 22;

@@ -136,8 +136,14 @@ TEST(BatchOptionsTest, ValuesOutOfRangeAreNamed) {
   EXPECT_EQ(ErrorOf("num_own_negatives", "-1"), "num_own_negatives is -1, expected 0 to 16777216");
   EXPECT_EQ(ErrorOf("num_own_negatives", "2097153"),
             "num_own_negatives is 2097153, expected at most 2097152 with batch_size 8");
-  EXPECT_EQ(ErrorOf("num_title_queries", "8"),
-            "num_title_queries is 8, expected at most batch_size - 1, 7: the other pairs come from the log");
+  EXPECT_EQ(ErrorOf("num_title_queries", "9"),
+            "num_title_queries is 9, expected at most batch_size, 8: the other pairs come from the log");
+  BatchOptions titles_only;
+  titles_only.num_title_queries = titles_only.batch_size;
+  EXPECT_TRUE(titles_only.Validate().ok());
+  titles_only.num_epochs = 1;
+  EXPECT_EQ(titles_only.Validate().message(),
+            "num_epochs is 1, expected 0: with title queries only, there are no passes over the log");
   EXPECT_EQ(ErrorOf("history_types", "32"), "history_types is 32, expected 0 to 31");
   EXPECT_EQ(ErrorOf("pretrain_steps", "-1"), "pretrain_steps is -1, expected 0 to 1099511627776");
   EXPECT_EQ(ErrorOf("title_typo_rate", "1.5"), "title_typo_rate is 1.5, expected 0 to 1");

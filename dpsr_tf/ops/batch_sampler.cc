@@ -39,7 +39,8 @@ BatchSampler::BatchSampler(const TrainingStore& store, const BatchOptions& optio
       first_(store.sharded_by_file() ? 0 : options.shard_index),
       // A shard beyond the last interaction is empty.
       shard_size_(std::max<int64_t>(0, (store.num_positives() - first_ + stride_ - 1) / stride_)),
-      num_batches_(shard_size_ == 0          ? 0
+      num_batches_(log_batch_ == 0           ? -1
+                   : shard_size_ == 0        ? 0
                    : options.num_epochs == 0 ? -1
                                              : options.pretrain_steps + shard_size_ * options.num_epochs / log_batch_) {}
 
@@ -66,6 +67,7 @@ void BatchSampler::SampleLog(int64_t step, Batch* batch) const {
   const uint64_t window = std::max<int64_t>(1, (options_.shuffle_buffer + kShuffleBlock - 1) / kShuffleBlock);
   const size_t count = step < options_.pretrain_steps ? 0 : static_cast<size_t>(log_batch_);
   batch->rows.resize(count);
+  if (count == 0) return;
   int64_t position = (step - options_.pretrain_steps) * log_batch_;
   for (size_t i = 0; i < count;) {
     const int64_t epoch = position / shard_size_;
@@ -192,8 +194,6 @@ void BatchSampler::SampleHistories(Batch* batch) const {
   if (options_.history_length == 0 && options_.query_history_length == 0) return;
   const int64_t* splits = store_.event_splits().data();
   const uint32_t* times = store_.event_time().data();
-  const int32_t* items = store_.event_item().data();
-  const int32_t* queries = store_.event_query().data();
   // A binary search without a branch, which no CPU could predict.
   const auto first_not_before = [times](int64_t begin, int64_t end, uint32_t time) {
     for (int64_t left = end - begin; left > 0;) {
@@ -206,15 +206,11 @@ void BatchSampler::SampleHistories(Batch* batch) const {
   for (size_t i = 0; i < count; ++i) {
     if (i + 2 * kAhead < count) __builtin_prefetch(splits + batch->user[i + 2 * kAhead]);
     if (i + kAhead < count) Prefetch(times, splits[batch->user[i + kAhead]], splits[batch->user[i + kAhead] + 1]);
-    // Strictly before: neither the pair itself nor events of the same second are known when the query comes.
+    // Strictly before the request began: neither the pair itself nor what else the user clicked for this request is
+    // known when the query comes.
     Batch::Row& r = batch->rows[i];
     r.event_begin = splits[batch->user[i]];
     r.event_end = first_not_before(r.event_begin, splits[batch->user[i] + 1], r.time);
-    // The click that a cart or an order repeats is left out too. With it, a model learns to find the last clicked item.
-    while (r.event_end > r.event_begin && items[r.event_end - 1] == batch->item[i] &&
-           queries[r.event_end - 1] == batch->query[i]) {
-      --r.event_end;
-    }
   }
   for (size_t i = 0; i < count; ++i) {
     if (i + kAhead < count) {

@@ -7,7 +7,8 @@
 // To the pairs it adds `num_random_negatives` items that serve as negatives of every query of the batch (section
 // 4.4.1): up to `num_supervised_negatives` labelled negatives of the batch's queries (section 4.5), the rest uniform
 // over all items. It also adds `num_own_negatives` items for each pair alone, which were shown with it and not clicked
-// or are labelled negatives of its query. Each pair comes with the history of its user as of the pair's own time.
+// or are labelled negatives of its query. Each pair comes with the history of its user as of the time when the pair's request
+// began: a click or an order comes after its query, and so do the other clicks for it.
 //
 // A batch depends on (store, options, step) only, so the step is the whole state of an iterator.
 #ifndef DPSR_DPSR_TF_OPS_BATCH_SAMPLER_H_
@@ -98,7 +99,7 @@ struct Batch {
     const InteractionsShard* shard;
     int64_t row;
     int64_t query;  // row in the shard
-    uint32_t time;
+    uint32_t time;  // when its request began
     int64_t event_begin, event_end;  // events of its user before it
   };
   std::vector<Row> rows;

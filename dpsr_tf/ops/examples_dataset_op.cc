@@ -364,6 +364,7 @@ class ExamplesDatasetOp : public data::DatasetOpKernel {
     files.history_features = options_.history_features;
     files.has_titles = options_.num_title_queries > 0 || options_.pretrain_steps > 0;
     files.has_query_texts = options_.query_typo_rate > 0;
+    files.reads_log = options_.num_title_queries < options_.batch_size;
     files.events = options_.history_length > 0 || options_.query_history_length > 0;
     files.impressions = options_.num_own_negatives > 0 && !options_.own_labels();
     files.impressions_if_any = options_.num_own_negatives > 0 && options_.own_impressions();

@@ -112,9 +112,13 @@ Status TrainingStore::Open(const Options& options, const FileOpener& open, std::
     s->own_shards_.push_back(&shard);
     s->own_rows_.push_back(s->own_rows_.back() + static_cast<int64_t>(shard.user.size()));
   }
-  if (positives == 0 || s->num_items() == 0) {
-    return MakeStatus(StatusCode::kFailedPrecondition, options.interactions[0], ": ", positives,
-                      " positive interactions and ", s->num_items(), " items; training needs at least one of each");
+  if (s->num_items() == 0) {
+    return MakeStatus(StatusCode::kFailedPrecondition, s->items_->file().path(), ": has no items to train with");
+  }
+  if (positives == 0 && options.reads_log) {
+    return MakeStatus(StatusCode::kFailedPrecondition, options.interactions[0],
+                      ": has no positive interactions; ingest a log, or train on titles alone, with num_title_queries "
+                      "as large as batch_size");
   }
   DPSR_RETURN_IF_ERROR(s->OpenUsers(options));
   if (options.has_titles) DPSR_RETURN_IF_ERROR(s->OpenTitles(options.titles, open));

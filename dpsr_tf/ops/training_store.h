@@ -18,7 +18,7 @@
 //   query_text.bytes   uint8 [bytes]          that text, UTF-8
 //   positive.splits  int64 [queries + 1]      rows of each query: positives are sorted by (query, item)
 //   positive.user, positive.item  int32 [positives]
-//   positive.time    uint32 [positives]
+//   positive.time    uint32 [positives]       when the request began
 //   positive.type    uint8 [positives]
 //   [positive.weight, positive.label]  float32 [positives], or uint8 codes of the values in
 //   [positive.weight.values, positive.label.values]  float32 [at most 256]
@@ -144,6 +144,7 @@ class TrainingStore {
     bool has_titles = false, has_query_texts = false;  // whether to read these, and the vocabulary with them
     FeatureNames user_features, item_features;
     FeatureNames history_features;  // features of the items in histories
+    bool reads_log = true;          // whether there must be a positive pair
     bool events = false;            // whether to read the users' events
     bool impressions = false;       // whether to read unclicked impressions; FailedPrecondition if there are none
     bool impressions_if_any = false;  // whether to read them if there are any
@@ -155,7 +156,7 @@ class TrainingStore {
 
   // Errors: the errors of `open` (by default PackedFile::Open); DataLoss if the files do not fit together (a row that
   // refers beyond a table, splits that fall, rows in another order than above); NotFound for an unknown feature;
-  // FailedPrecondition without any positive interaction or item; InvalidArgument without an interactions file.
+  // FailedPrecondition without items, or without the positive interactions that are asked for; InvalidArgument without an interactions file.
   static Status Open(const Options& options, const FileOpener& open, std::unique_ptr<TrainingStore>* store);
   static Status OpenLocalFile(const std::string& path, const char* kind, std::unique_ptr<PackedFile>* file) {
     return PackedFile::Open(path, kind, /*verify=*/false, file);

@@ -78,6 +78,11 @@ def read_flags(values: flags.FlagValues) -> tuple[Store, Config]:
     """
     config, out = config_from_flags(values.config, values.set), Path(values.out)
     store = Store(values.store)
+    if not store.counts.positives and config.train.num_title_queries < config.train.batch_size:
+        raise CommandError(
+            f"{values.store}: holds no positive pair, because it was made without interactions; train on titles alone, "
+            f"with --config=dpsr_tf/configs/catalogue.yaml or train.num_title_queries as large as train.batch_size"
+        )
     if values.overwrite and out.exists():
         check_replaceable(out, "model", "config.yaml")
         shutil.rmtree(out)
@@ -230,7 +235,7 @@ def _item_shares(store: Store, config: Config) -> np.ndarray | None:
     counts = np.zeros(store.counts.items)
     for shard in store.interactions():
         counts += np.bincount(shard["positive.item"], minlength=len(counts))
-    return (counts / counts.sum()).astype(np.float32)
+    return (counts / max(1, counts.sum())).astype(np.float32)
 
 
 def _global_step(model_dir: Path) -> int:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dpsr_tf.config import Config
 from dpsr_tf.data.store import Store
 from dpsr_tf.models.encoders import exact_search
-from dpsr_tf.models.model_directory import FILES, ModelDirectory
+from dpsr_tf.models.model_directory import ModelDirectory, copy_model
 
 v1 = tf.compat.v1
 
@@ -107,8 +107,7 @@ class Validation:
         """Makes a model directory that holds this checkpoint only."""
         shutil.rmtree(to, ignore_errors=True)
         to.mkdir()
-        for name in FILES:
-            shutil.copyfile(self._path / name, to / name)
+        copy_model(self._path, to)
         for suffix in ("index", "meta"):
             _link(checkpoint.with_name(f"{checkpoint.name}.{suffix}"), to)
         for file in checkpoint.parent.glob(f"{checkpoint.name}.data-*"):

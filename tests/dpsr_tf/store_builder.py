@@ -207,7 +207,7 @@ def write_store(path: Path, items: Table, text: Ragged, users: Table, log: Log, 
     )
     manifest = {
         "format": "dpsr-store",
-        "version": 2,
+        "version": 3,
         "shards": shards,
         "features": {"items": _described(items), "users": _described(users)},
     }

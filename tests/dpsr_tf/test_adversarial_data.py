@@ -51,6 +51,7 @@ class World:
             for _ in range(rows)
         ]
         self.log[0]["event"] = "click"
+        self.asked = self._request_times()
         path.mkdir()
         self._write(path / "items.jsonl", [{"id": sku, "title": f"{sku} thing{i}"} for i, sku in enumerate(self.items)])
         self._write(path / "users.jsonl", [{"id": user} for user in self.users])
@@ -98,6 +99,19 @@ class World:
         for row in self.training:
             self.clicked[row["query"]].add(row["item"])
 
+    def _request_times(self):
+        """When the request of each row began, by the row's place in memory: rows of a session, or of half an hour."""
+        requests = collections.defaultdict(list)
+        for row in sorted(self.log, key=lambda row: row["time"]):
+            key = row["query"], known(row["user"]), row["session"]
+            if row["session"] is None and requests[key] and row["time"] - requests[key][-1][-1]["time"] <= 1800:
+                requests[key][-1].append(row)
+            elif row["session"] is None or not requests[key]:
+                requests[key].append([row])
+            else:
+                requests[key][0].append(row)
+        return {id(row): rows[0]["time"] for found in requests.values() for rows in found for row in rows}
+
     @staticmethod
     def _write(path, rows):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -122,7 +136,7 @@ class World:
         )
 
     def shown(self, query, user, time):
-        """For each request of a user's query that has a click at a time: what it showed and nobody took."""
+        """For each request of a user's query that began at a time: what it showed and nobody took."""
         shown = collections.defaultdict(set)
         taken = collections.defaultdict(set)
         clicks = set()
@@ -130,13 +144,14 @@ class World:
         for row in self.log:
             if row["query"] != query or known(row["user"]) != user or id(row) in held:
                 continue
+            request = row["session"], self.asked[id(row)]
             if row["event"] in TAKEN:
-                taken[row["session"]].add(row["item"])
-                if row["time"] == time:
-                    clicks.add(row["session"])
+                taken[request].add(row["item"])
+                if self.asked[id(row)] == time:
+                    clicks.add(request)
             elif not self.by_time or row["time"] <= max(r["time"] for r in self.training):
-                shown[row["session"]].add(row["item"])
-        return [shown[session] - taken[session] for session in clicks]
+                shown[request].add(row["item"])
+        return [shown[request] - taken[request] for request in clicks]
 
 
 def known(user):
@@ -193,7 +208,7 @@ def test_batches_are_what_the_log_says(tmp_path, shards, workers, held_out):
     seen, whole = collections.Counter(), rows_as_examples(w.training)
     times = collections.defaultdict(set)
     for row in w.training:
-        times[row["query"], known(row["user"]), row["item"], row["event"]].add(row["time"])
+        times[row["query"], known(row["user"]), row["item"], row["event"]].add(w.asked[id(row)])
     own = 0
     for worker in range(workers):
         data = examples_dataset(w.store, OPTIONS, num_epochs=1, shard_index=worker, num_shards=workers)
@@ -211,14 +226,12 @@ def test_batches_are_what_the_log_says(tmp_path, shards, workers, held_out):
                 query, user, item, event, _ = seen_as = example(w, batch, i)
                 seen[seen_as] += 1
                 assert query_tokens[i] == w.store.vocabulary.encode(query).tolist()
-                # The batch does not give the time of an example: its history must be that of one of the times at
-                # which the log has it, and so no later event can be in it.
+                # The batch does not give the time of an example: its history must be that of the beginning of one of
+                # the requests in which the log has it, and so no event of that request can be in it.
                 found = [(w.item_of[row], EVENT_TYPES[kind]) for row, kind in zip(histories[i], kinds[i], strict=True)]
                 fits = []
                 for time in times[query, user, item, event]:
                     events = list(w.events(user, time))
-                    while events and (events[-1]["query"], events[-1]["item"]) == (query, item):
-                        events.pop()  # the click that a cart repeats
                     asked = [q for q, _ in itertools.groupby(row["query"] for row in events)][-2:]
                     if found == [(row["item"], row["event"]) for row in events[-3:]] and past[i] == [
                         w.store.vocabulary.encode(q).tolist() for q in asked

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from dpsr_tf.data.column_values import ids_of, numbers_of, texts_of
 from dpsr_tf.data.encode import IdIndex, encode_interactions, encode_items, encode_users
-from dpsr_tf.data.schema import Feature, InteractionsSchema, ItemsSchema, UsersSchema
+from dpsr_tf.data.schema import EVENT_TYPES, Feature, InteractionsSchema, ItemsSchema, UsersSchema
 from dpsr_tf.data.tables import read_batches
 
 IMPRESSION, SKIP, CLICK, CART, ORDER = range(5)
@@ -386,9 +386,10 @@ def test_the_least_schema():
         "position": [0, 0],
         "weight": [1.0, 1.0],
         "label": [1.0, 1.0],
+        "labelled": [False, False],
         "role": [1, 1],
     }
-    types = "large_string int32 int32 uint32 uint8 uint64 uint8 float float uint8"
+    types = "large_string int32 int32 uint32 uint8 uint64 uint8 float float bool uint8"
     assert " ".join(map(str, encoded.rows.schema.types)) == types
 
 
@@ -579,14 +580,30 @@ def test_weights():
 
 
 def test_labels_decide_on_the_role():
-    values = ["3", "2.33", "2.32999999", "1.67", "1.68", "", "nan", "good"]
+    values = ["3", "2.33", "2.32999999", "1.67", "1.68", "inf", "good"]
     encoded = encode_log(
-        {"label": values, "type": ["skip"] * 8}, positive_from=2.33, negative_to=1.67, positive_types=("click",)
+        {"label": values, "type": ["skip"] * 7}, positive_from=2.33, negative_to=1.67, positive_types=("click",)
     )
     assert column(encoded, "role") == [1, 1, 0, 2, 0]
     assert column(encoded, "label") == np.float32([3, 2.33, 2.33, 1.67, 1.68]).tolist()
-    assert [row[:2] for row in rejects(encoded)] == [(i, "label is not a number") for i in (5, 6, 7)]
+    assert [row[:2] for row in rejects(encoded)] == [(i, "label is not a number") for i in (5, 6)]
     assert column(encode_log({"label": [0, 1, 2]}), "role") == [0, 1, 1], "no negatives without negative_to"
+
+
+def test_rows_with_and_without_a_label_in_one_log():
+    encoded = encode_log({"label": ["", None, "2", "0"], "type": ["click", "skip", "skip", "click"]}, negative_to=0)
+    assert column(encoded, "role") == [1, 0, 1, 2], "a row without a label counts by its type"
+    assert column(encoded, "labelled") == [False, False, True, True]
+    assert column(encoded, "label") == [1, 1, 2, 0]
+
+
+def test_a_label_needs_neither_time_nor_type():
+    values = {"label": ["2", "0", ""], "time": ["", None, ""], "type": ["", "", "click"]}
+    encoded = encode_log(values, negative_to=0)
+    assert column(encoded, "time") == [0, 0] and column(encoded, "type") == [EVENT_TYPES.index("click")] * 2
+    assert rejects(encoded) == [(2, "time is missing, unreadable, or outside 1970 to 2106", "")]
+    encoded = encode_log({"label": ["2"], "time": ["soon"], "type": ["share"]})
+    assert rejects(encoded) == [(0, "time is missing, unreadable, or outside 1970 to 2106", "soon")]
 
 
 GOOD = {
@@ -610,6 +627,8 @@ BAD = [
     ("item", b" ", "item id is missing"),
     ("item", b"99", "item is not in the item table"),
     ("user", b"99", "user is not in the user table"),
+    ("label", b"\xff", "label is not a number"),
+    ("label", b"x", "label is not a number"),
     ("time", b"soon", "time is missing, unreadable, or outside 1970 to 2106"),
     ("time", b"\xff", "time is missing, unreadable, or outside 1970 to 2106"),
     ("type", b"share", "type is not known"),
@@ -617,8 +636,6 @@ BAD = [
     ("position", b"0", "position is not a whole number of 1 or more"),
     ("position", b"\xff", "position is not a whole number of 1 or more"),
     ("weight", b"-1", "weight is not a number of 0 or more"),
-    ("label", b"\xff", "label is not a number"),
-    ("label", b"x", "label is not a number"),
 ]
 
 
@@ -738,6 +755,6 @@ def test_every_format_gives_the_same(tmp_path, batch_rows):
         results[file.name] = (rows_of_file, [(row, reason) for row, reason, _ in rejected])
     assert len(results) == 10
     first = results["t.parquet"]
-    assert 5 < len(first[0]) < 200 and len({reason for _, reason in first[1]}) == 9
+    assert 5 < len(first[0]) < 200 and len({reason for _, reason in first[1]}) == 8
     for name, result in results.items():
         assert result == first, name

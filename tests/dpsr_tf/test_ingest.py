@@ -329,6 +329,36 @@ def expected_table(features, rows, ids, store):
     return sections
 
 
+def mined_items(schema, rows):
+    """{query: items} that were shown often and never clicked, of pairs with their role."""
+    shown = {}
+    for pair, role in rows:
+        if role == "positive" or EVENT_TYPES[pair["type"]] in ("impression", "skip"):
+            clicked, place = shown.get((pair["request"], pair["item"]), (0, 0))
+            here = pair["position"] if schema.position else 0
+            place = min(filter(None, (place, here)), default=0)
+            shown[pair["request"], pair["item"]] = (max(clicked, int(role == "positive")), place)
+    at = collections.defaultdict(list)
+    for clicked, place in shown.values():
+        at[place].append(clicked)
+    expected, found = collections.defaultdict(float), collections.Counter()
+    for (request, item), (clicked, place) in shown.items():
+        expected[request[0], item] += np.mean(at[place])
+        found[request[0], item] += clicked
+    mined = collections.defaultdict(set)
+    for query in {query for query, _ in expected}:
+        items = {item: clicks for (q, item), clicks in expected.items() if q == query}
+        total = sum(items.values())
+        factor = sum(found[query, item] for item in items) / total if total else 0
+        strong = [
+            (-clicks * factor, item)
+            for item, clicks in items.items()
+            if not found[query, item] and clicks * factor >= schema.mined_from
+        ]
+        mined[query] = {item for _, item in sorted(strong)[: schema.mined_negatives]}
+    return mined
+
+
 def expected_store(schema, items, users, log, shards, store):
     """{file name: {section: list}} of all files but the vocabularies."""
     s = schema.interactions
@@ -363,7 +393,7 @@ def expected_store(schema, items, users, log, shards, store):
         return row["time"] >= float(held_out.after)
 
     def role(row):
-        if s.label:
+        if s.label and row["label"] is not None:
             low = s.negative_to if s.negative_to is not None else -np.inf
             return "positive" if row["label"] >= s.positive_from else "negative" if row["label"] <= low else None
         return "positive" if kind(row) in s.positive_types else None
@@ -379,32 +409,69 @@ def expected_store(schema, items, users, log, shards, store):
 
     queries = sorted({row["query"] for row in log if role(row)}, key=lambda q: (shard(q), q.encode()))
     query_row = {query: i for i, query in enumerate(queries)}
-    positives = [row for row in log if role(row) == "positive" and not is_held(row)]
+    shows = s.type is not None and bool(s.time or s.session)
+
+    # A label wins over the clicks for its query and item.
+    labels = collections.defaultdict(list)
+    for row in log:
+        if s.label and s.negative_to is not None and row["label"] is not None and role(row):
+            labels[row["query"], row["item"]].append((role(row), is_held(row)))
+
+    def overruled(row):
+        told = labels[row["query"], row["item"]]
+        wrong = bool(told) and all(label == "negative" for label, _ in told)
+        return wrong and (is_held(row) or not all(held for _, held in told))
+
+    def is_positive(row):
+        return role(row) == "positive" and (bool(s.label and row["label"] is not None) or not overruled(row))
+
+    positives = [row for row in log if is_positive(row) and not is_held(row)]
+
+    # When the request of each row began.
+    def request_of(row):
+        user = user_row[row["user"]] if s.user else 0
+        return query_row[row["query"]], user, (row["session"] or 0) if s.session else 0
+
+    def is_shown(row):
+        return shows and kind(row) in ("impression", "skip")
+
+    asked = {}
+    rows_of = collections.defaultdict(list)
+    for row in log:
+        if row["query"] in query_row and (role(row) or is_shown(row)):
+            rows_of[request_of(row)].append(row)
+    for (_, _, session), rows in rows_of.items():
+        begin = before = None
+        for row in sorted(rows, key=lambda row: row["time"]):
+            if before is None or (not session and row["time"] - before > 60 * s.session_gap):
+                begin = row["time"]
+            before = row["time"]
+            asked[id(row)] = begin if s.time else 0
 
     def pair(row):
         return {
             "query": query_row[row["query"]],
             "item": item_row[row["item"]],
             "user": user_row[row["user"]] if s.user else 0,
-            "time": row["time"] if s.time else 0,
+            "time": asked[id(row)],
             "type": EVENT_TYPES.index(kind(row)),
             "weight": weight(row),
-            "label": row["label"],
+            "label": 1 if row["label"] is None else row["label"],
             "position": min(row["position"] or 0, 255),
-            "request": (query_row[row["query"]], user_row[row["user"]] if s.user else 0, s.session and row["session"]),
+            "request": (*request_of(row), asked[id(row)]),
         }
 
     # Items and users.
     files = {}
     texts = [" ".join(row[column] or "" for column in schema.items.text) for row in items]
-    clicks = collections.Counter(row["item"] for row in positives)
+    clicks = collections.Counter(row["item"] for row in log if role(row) == "positive" and not is_held(row))
     files["items.dpsr"] = expected_table(schema.items.features, items, item_ids, store) | {
         "popularity": [row["sold"] or 0 if schema.items.popularity else clicks[row["id"]] for row in items],
         **packed([store.vocabulary.encode(text).tolist() for text in texts], "tokens.", "values"),
     }
     files["titles.dpsr"] = packed_texts([row["title"] or "" for row in items], "title.")
     told = [
-        pair(row)
+        pair(row) | {"time": row["time"]}
         for row in log
         if role(row) == "positive" and s.time and not (held_out and held_out.query_share is not None and is_held(row))
     ]
@@ -421,21 +488,19 @@ def expected_store(schema, items, users, log, shards, store):
     }
 
     # Interactions.
-    shows = s.type is not None
     clicked = collections.defaultdict(set)
     for row in positives:
         clicked[pair(row)["request"]].add(item_row[row["item"]])
     unclicked = collections.defaultdict(set)
     for row in log:
-        if (
-            kind(row) in ("impression", "skip")
-            and role(row) != "positive"
-            and not is_held(row)
-            and row["query"] in query_row
-        ):
+        if is_shown(row) and role(row) != "positive" and not is_held(row) and row["query"] in query_row:
             request, item = pair(row)["request"], item_row[row["item"]]
             if request in clicked and item not in clicked[request]:
                 unclicked[request].add(item)
+    mined = collections.defaultdict(set)
+    if shows and s.mined_negatives:
+        used = [r for r in log if id(r) in asked and not is_held(r) and (role(r) != "positive" or is_positive(r))]
+        mined = mined_items(s, [(pair(row), role(row)) for row in used])
     columns = ["query", "item", "user", "time", "type"]
     columns += ["weight"] if s.weight or set(s.type_weights.values()) - {1} else []
     columns += [name for name in ("label", "position") if getattr(s, name)]
@@ -452,7 +517,14 @@ def expected_store(schema, items, users, log, shards, store):
         rows.sort()
         negatives = [
             sorted(
-                {item_row[r["item"]] for r in log if r["query"] == query and role(r) == "negative" and not is_held(r)}
+                (
+                    {
+                        item_row[r["item"]]
+                        for r in log
+                        if r["query"] == query and role(r) == "negative" and not is_held(r)
+                    }
+                    | mined[query_row[query]]
+                )
                 - {item_row[r["item"]] for r in positives if r["query"] == query}
             )
             for query in mine
@@ -476,7 +548,7 @@ def expected_store(schema, items, users, log, shards, store):
         if shows:
             files[name] |= packed([sorted(unclicked[request]) for request in requests], "impression.", "item")
     if held_out:
-        rows = [pair(row) for row in log if role(row) == "positive" and is_held(row)]
+        rows = [pair(row) for row in log if is_positive(row) and is_held(row)]
         names = columns[: 5 + ("weight" in columns)]
         rows = sorted([row[name] for name in names] for row in rows)
         # Sorted by (query, item, user, ...), as the columns of positives are.
@@ -523,19 +595,20 @@ def worlds(draw):
             "user": draw(st.sampled_from([None, *(user["id"] for user in users)])),
             "time": draw(st.integers(1, 7)) * day,
             "type": draw(st.sampled_from("iikkco")),
-            "session": draw(st.integers(1, 3)),
+            "session": draw(st.sampled_from([None, 1, 2, 3])),
             "position": draw(maybe(st.sampled_from([1, 2, 254, 255, 256, 1000]))),
             "weight": draw(st.sampled_from([0.5, 1.0, 2.0])),
-            "label": draw(st.sampled_from([0.0, 1.0, 2.0])),
+            "label": draw(st.sampled_from([None, 0.0, 1.0, 2.0])),
         }
         for _ in range(draw(st.integers(1, 40)))
     ]
-    s = {"files": "log.parquet", "query": "query", "item": "item"}
+    s = {"files": "log.parquet", "query": "query", "item": "item", "session_gap": draw(st.sampled_from([30, 1440]))}
     s |= {name: name for name in ("user", "time", "session", "position", "weight", "label") if there()}
     if there():
         s |= {"type": "type", "types": {"i": "impression", "k": "click", "c": "cart", "o": "order"}}
         s |= {"positive_types": draw(st.sampled_from([["click", "order"], ["order"], ["click", "cart", "order"]]))}
         s |= {"type_weights": draw(st.sampled_from([{}, {"click": 0.25}, {"order": 1.0}]))}
+        s |= draw(st.sampled_from([{}, {"mined_negatives": 50, "mined_from": 0.2301}]))
     if "label" in s:
         s |= draw(st.sampled_from([{}, {"negative_to": 0.0}, {"positive_from": 2.0, "negative_to": 1.0}]))
     held = [{"query_share": 0.4}, None]
@@ -786,7 +859,6 @@ def refuses(dpsr, tree, shop, tmp_path):
     ("change", "fragments"),
     [
         (lambda s: s.pop("items"), ["key 'items' is missing"]),
-        (lambda s: s.pop("interactions"), ["key 'interactions' is missing"]),
         (lambda s: s["items"].pop("files"), ["items: key 'files' is missing", "directories or glob patterns"]),
         (lambda s: s["items"].pop("id"), ["items: key 'id' is missing", "column with the item id"]),
         (lambda s: s["items"].pop("text"), ["items: key 'text' is missing"]),
@@ -989,7 +1061,6 @@ def test_bad_utf8_in_a_column_that_is_not_used(shop, tmp_path, dpsr):
         ("items", "title", ["a", "b"], ["1 of 7 items", "title"]),
         ("log", "item_id", "x", ["1 of 11 interactions", "item is not in the item table, first log.jsonl row 1: 'x'"]),
         ("log", "label", "good", ["label is not a number, first log.jsonl row 1: 'good'"]),
-        ("log", "label", None, ["label is not a number, first log.jsonl row 1: None"]),
         ("log", "label", {"a": 1}, ["label is not a number"]),
         ("log", "weight", "heavy", ["weight is not a number of 0 or more, first log.jsonl row 1: 'heavy'"]),
         ("log", "weight", None, ["weight is not a number of 0 or more"]),
@@ -1003,8 +1074,10 @@ def test_values_of_the_wrong_kind(shop, refuses, name, column, value, fragments)
     refuses(1, "cannot be used (", *fragments)
 
 
-@pytest.mark.parametrize("text", ["nan", "inf", "-inf"])
-@pytest.mark.parametrize("column", ["weight", "label"])
+# A label that is "nan" is no label.
+@pytest.mark.parametrize(
+    ("column", "text"), [("weight", "nan"), *itertools.product(["weight", "label"], ["inf", "-inf"])]
+)
 def test_numbers_that_are_not_finite(shop, refuses, column, text):
     shop.log[0][column] = text
     shop.write()
@@ -1018,6 +1091,162 @@ def test_a_row_without_a_user_is_anonymous(shop, store, tmp_path, dpsr):
     dpsr(*shop.write().flags(tmp_path / "again")).succeeds()
     for name in ("users.dpsr", "interactions.dpsr"):
         assert (tmp_path / "again" / name).read_bytes() == (store.path / name).read_bytes()
+
+
+def log_of(shop, rows, **schema):
+    """Replaces the log by rows of (query, item, user, time, type, ...), whose further columns `schema` names."""
+    names = ["query", "item_id", "user_id", "time", "type", *(name for name in ("session", "label") if name in schema)]
+    shop.log = [dict(zip(names, row, strict=True)) for row in rows]
+    kept = {name: shop.schema["interactions"][name] for name in ("files", "query", "item", "user")}
+    shop.schema["interactions"] = kept | {"time": "time", "type": "type"} | schema
+    return shop
+
+
+def pairs_of(store):
+    """{(query, item id, type): time of the request} of the positive pairs."""
+    (file,) = store.interactions()
+    queries, items = list(store.queries()), store.items()["id"]
+    columns = queries_of(file), file["positive.item"], file["positive.type"], file["positive.time"]
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return {(queries[query], int(items[item]), EVENT_TYPES[kind]): time for query, item, kind, time in rows}
+
+
+def unclicked_of(store):
+    """{(query, item id): unclicked items of the same request} of the positive pairs."""
+    (file,) = store.interactions()
+    queries, items = list(store.queries()), store.items()["id"]
+    shown = ragged(file, "impression.splits", "impression.item")
+    rows = zip(queries_of(file).tolist(), file["positive.item"].tolist(), file["positive.request"], strict=True)
+    return {
+        (queries[query], int(items[item])): sorted(items[shown[request]].tolist()) if request >= 0 else []
+        for query, item, request in rows
+    }
+
+
+def test_a_pair_has_the_time_of_its_request(shop, tmp_path, dpsr):
+    """Click A, click B, order A: the query came before all of them, and a history as of then has none of them."""
+    minute = 60
+    log_of(
+        shop,
+        [
+            ("red shoes", 30, 5, 1000, "impression"),
+            ("red shoes", 30, 5, 1000 + minute, "click"),
+            ("bolt", 10, 5, 1000 + 2 * minute, "click"),
+            ("red shoes", 20, 5, 1000 + 3 * minute, "click"),
+            ("red shoes", 30, 5, 1000 + 30 * minute, "order"),
+            ("red shoes", 70, 5, 1001 + 60 * minute, "click"),
+            ("red shoes", 50, 3, 1000 + minute, "click"),
+        ],
+    )
+    dpsr(*shop.write().flags(tmp_path / "store")).succeeds()
+    store = Store(tmp_path / "store")
+    assert pairs_of(store) == {
+        ("red shoes", 30, "click"): 1000,
+        ("red shoes", 20, "click"): 1000,
+        ("red shoes", 30, "order"): 1000,
+        # More than half an hour after the order.
+        ("red shoes", 70, "click"): 1001 + 60 * minute,
+        # Another user.
+        ("red shoes", 50, "click"): 1000 + minute,
+        ("bolt", 10, "click"): 1000 + 2 * minute,
+    }
+    events = store.users()["event.time"].tolist()
+    assert events == [1060, 1060, 1120, 1180, 2800, 4601], "events keep their own times"
+
+
+def test_a_session_is_one_request_and_rows_without_one_are_split_by_a_gap(shop, tmp_path, dpsr):
+    rows = [
+        ("red", 30, None, 1000, "click", "s1"),
+        ("red", 20, None, 90_000, "impression", "s1"),
+        ("red", 30, None, 1000, "impression", None),
+        ("red", 20, None, 2000, "click", None),
+        ("red", 70, None, 9000, "impression", None),
+        ("red", 10, None, 9060, "click", None),
+    ]
+    dpsr(*log_of(shop, rows, session="session").write(".jsonl").flags(tmp_path / "store")).succeeds()
+    assert unclicked_of(Store(tmp_path / "store")) == {("red", 30): [20], ("red", 20): [30], ("red", 10): [70]}
+    shop.schema["interactions"]["session_gap"] = 200
+    dpsr(*shop.write(".jsonl").flags(tmp_path / "wide")).succeeds()
+    assert unclicked_of(Store(tmp_path / "wide")) == {("red", 30): [20], ("red", 20): [30, 70], ("red", 10): [30, 70]}
+
+
+def test_without_time_and_session_no_impression_is_used(shop, tmp_path, dpsr):
+    log_of(shop, [("red", 30, 5, 0, "click"), ("red", 20, 5, 0, "impression")])
+    del shop.schema["interactions"]["time"]
+    printed = dpsr(*shop.write().flags(tmp_path / "store")).succeeds().out
+    assert "neither `time` nor `session`, so unclicked impressions are not used" in printed
+    (file,) = Store(tmp_path / "store").interactions()
+    assert "positive.request" not in file and len(file["positive.item"]) == 1
+
+
+def test_labels_win_over_clicks(shop, tmp_path, dpsr):
+    """The paper's example: phone cases are clicked for "cell-phone" (section 4.5)."""
+    rows = [
+        ("cell-phone", 30, 5, 1000, "click", None),
+        ("cell-phone", 20, 5, 1001, "click", None),
+        ("cell-phone", 20, 3, 1002, "order", None),
+        ("cell-phone", 20, None, None, None, 0),
+        ("cell-phone", 70, None, None, None, 2),
+        # Two people do not agree.
+        ("cell-phone", 10, 8, 1003, "click", None),
+        ("cell-phone", 10, None, None, None, 0),
+        ("cell-phone", 10, None, None, None, 2),
+        ("case", 20, 5, 1004, "click", None),
+    ]
+    log_of(shop, rows, label="label", negative_to=0, positive_from=2)
+    dpsr(*shop.write(".jsonl").flags(tmp_path / "store")).succeeds()
+    store = Store(tmp_path / "store")
+    assert {pair[:2] for pair in pairs_of(store)} == {
+        ("cell-phone", 30),
+        ("cell-phone", 70),
+        ("cell-phone", 10),
+        ("case", 20),
+    }
+    (file,) = store.interactions()
+    negatives = ragged(file, "negative.splits", "negative.item")
+    assert [store.items()["id"][rows].tolist() for rows in negatives] == [[], [20]]
+    assert len(store.users()["event.item"]) == 5, "what users clicked stays in their histories"
+
+
+def test_labels_that_overrule_every_click(shop, refuses):
+    rows = [("red", 30, 5, 1000, "click", None), ("red", 30, None, None, None, 0)]
+    log_of(shop, rows, label="label", negative_to=0).write(".jsonl")
+    refuses(1, "there is no positive pair: no label in column label is 1 or more")
+
+
+def test_the_most_skipped_items_are_mined(shop, tmp_path, dpsr):
+    """Item 20 is shown first, as often as item 30, and never clicked. Item 70 is as often shown, but far down."""
+    rows = []
+    for request in range(40):
+        time = 10_000 * (request + 1)
+        clicked = request % 2 == 0
+        rows += [
+            ("red", 20, None, time, "impression", 1),
+            ("red", 30, None, time, "click" if clicked else "impression", 2),
+            ("red", 70, None, time, "impression", 50),
+            ("bolt", 10, None, time, "click", 1),
+            ("bolt", 20, None, time, "impression", 2),
+            ("bolt", 50, None, time, "impression", 50),
+        ]
+    names = ["query", "item_id", "user_id", "time", "type", "rank"]
+    shop.log = [dict(zip(names, row, strict=True)) for row in rows]
+    shop.schema["interactions"] = {
+        "files": "log.*",
+        "query": "query",
+        "item": "item_id",
+        "time": "time",
+        "type": "type",
+        "position": "rank",
+        "mined_negatives": 5,
+    }
+    dpsr(*shop.write(".jsonl").flags(tmp_path / "store")).succeeds()
+    (file,) = Store(tmp_path / "store").interactions()
+    negatives = ragged(file, "negative.splits", "negative.item")
+    ids = Store(tmp_path / "store").items()["id"]
+    assert [ids[rows].tolist() for rows in negatives] == [[20], [20]], "bolt, red; nobody clicks at position 50"
+    shop.schema["interactions"]["mined_from"] = 1000
+    dpsr(*shop.write(".jsonl").flags(tmp_path / "strict")).succeeds()
+    assert len(Store(tmp_path / "strict").interactions()[0]["negative.item"]) == 0
 
 
 def test_no_positive_pair(shop, refuses):

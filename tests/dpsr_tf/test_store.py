@@ -162,18 +162,18 @@ def test_swapped_vocabulary(store, shop, tmp_path, dpsr):
     assert f"{store.vocabulary.fingerprint:016x}" in str(caught.value)
 
 
-@pytest.mark.parametrize(("version", "got"), [(1, "1"), (3, "3"), ("2", "2"), (None, "None")])
+@pytest.mark.parametrize(("version", "got"), [(2, "2"), (4, "4"), ("3", "3"), (None, "None")])
 def test_another_version_of_the_store(store, version, got):
     edit_manifest(store, version=version)
     with pytest.raises(
-        CommandError, match=f"is of {FORMAT} version {got}, expected {FORMAT} version 2; run `dpsr ingest`"
+        CommandError, match=f"is of {FORMAT} version {got}, expected {FORMAT} version 3; run `dpsr ingest`"
     ):
         Store(store.path)
 
 
 def test_another_format(store):
     edit_manifest(store, format="tar")
-    with pytest.raises(CommandError, match=f"is of tar version 2, expected {FORMAT} version 2"):
+    with pytest.raises(CommandError, match=f"is of tar version 3, expected {FORMAT} version 3"):
         Store(store.path)
 
 
@@ -186,8 +186,8 @@ def test_another_format(store):
         "[]",
         "7",
         '"text"',
-        '{"format": "dpsr-store", "version": 2}',
-        '{"format": "dpsr-store", "version": 2, "counts": {"users": 1}, "files": {}}',
+        '{"format": "dpsr-store", "version": 3}',
+        '{"format": "dpsr-store", "version": 3, "counts": {"users": 1}, "files": {}}',
     ],
 )
 def test_damaged_manifest(store, text):

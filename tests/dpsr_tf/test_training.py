@@ -542,7 +542,7 @@ def test_overwrite_keeps_the_old_model_if_the_new_one_cannot_begin(dpsr, click_s
     shutil.copytree(uninterrupted.path, tmp_path / "m")
     before = tree(tmp_path / "m")
     flags = ["train", f"--store={click_store.path}", f"--out={tmp_path / 'm'}", "--overwrite"]
-    dpsr(*flags, "--set=train.num_title_queries=64").fails(2, "num_title_queries")
+    dpsr(*flags, "--set=train.num_title_queries=65").fails(2, "num_title_queries")
     assert tree(tmp_path / "m") == before
 
 
@@ -550,7 +550,7 @@ def test_overwrite_keeps_the_old_model_if_the_new_one_cannot_begin(dpsr, click_s
     ("setting", "fragments"),
     [
         ("num_supervised_negatives=9", ["num_supervised_negatives", "9", "8"]),
-        ("num_title_queries=8", ["num_title_queries", "8", "7"]),
+        ("num_title_queries=9", ["num_title_queries", "9", "8"]),
     ],
 )
 def test_settings_that_do_not_go_together(dpsr, click_store, tmp_path, setting, fragments):
