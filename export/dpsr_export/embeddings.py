@@ -204,7 +204,8 @@ def _is_whole(path: Path) -> bool:
 def sample_queries(model: ModelDirectory, store: Store, checkpoint: str, count: int) -> tuple[np.ndarray, str]:
     """Samples query vectors to measure an index with. Each head of a query is one vector.
 
-    They come from held-out interactions if the store has some, otherwise from the log. So a query is sampled as
+    They come from held-out interactions if the store has some, otherwise from the log, or from titles if there is no
+    log. So a query is sampled as
     often as people ask it, and with user and time if the model reads them. The same call gives the same vectors.
 
     Returns:
@@ -222,7 +223,10 @@ def sample_queries(model: ModelDirectory, store: Store, checkpoint: str, count: 
 
 
 def log_sample(store: Store, count: int) -> tuple[list[str], list[User], str]:
-    """Samples texts and users of `count` interactions, held-out ones if there are any; and a phrase that says which."""
+    """Samples texts and users of `count` interactions, held-out ones if there are any; and a phrase that says which.
+
+    A store without interactions gives titles of items, asked by the anonymous user.
+    """
     rng = np.random.default_rng(1)
     shards = store.interactions()
     user_ids = store.users()["id"]
@@ -231,17 +235,21 @@ def log_sample(store: Store, count: int) -> tuple[list[str], list[User], str]:
         rows = np.sort(rng.choice(len(held_out["query"]), min(count, len(held_out["query"])), replace=False))
         queries, users, times = (held_out[name][rows] for name in ("query", "user", "time"))
         what = f"{len(rows):,} held-out queries"
+    elif not store.counts.positives:
+        titles = store.titles()
+        picked = np.sort(rng.choice(len(titles), min(count, len(titles)), replace=False)).tolist()
+        return [titles[row] for row in picked], [User(-1)] * len(picked), f"{len(picked):,} titles of items"
     else:
         ends = np.cumsum([len(shard["positive.item"]) for shard in shards])
         rows = np.sort(rng.choice(ends[-1], min(count, int(ends[-1])), replace=False))
         starts = _first_queries(shards)
-        picked = []
+        found = []
         for shard, start, end in zip(shards, starts, ends, strict=False):
             begin = end - len(shard["positive.item"])
             here = rows[(rows >= begin) & (rows < end)] - begin
             local = np.searchsorted(shard["positive.splits"], here, side="right") - 1
-            picked.append([start + local, shard["positive.user"][here], shard["positive.time"][here]])
-        queries, users, times = (np.concatenate(column) for column in zip(*picked, strict=True))
+            found.append([start + local, shard["positive.user"][here], shard["positive.time"][here]])
+        queries, users, times = (np.concatenate(column) for column in zip(*found, strict=True))
         what = f"{len(rows):,} queries of the log"
     texts = list(_query_texts(shards, queries))
     return texts, [User(int(user_ids[user]), int(time)) for user, time in zip(users, times, strict=True)], what
