@@ -1,4 +1,4 @@
-"""The day after a training: new items and prices reach the server with the same model, and a shop without any clicks."""
+"""The day after a training: new items and prices reach the server with the same model. And a shop without clicks."""
 
 from __future__ import annotations
 
