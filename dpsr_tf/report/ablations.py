@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute
 import pyarrow.parquet
 
 from dpsr_tf.data.store import Store, new_directory
@@ -18,13 +17,17 @@ from dpsr_tf.evaluation.measure import Options, measure_all
 from dpsr_tf.models.encoders import exact_search
 from dpsr_tf.report.runner import Artifact, Result
 from dpsr_tf.report.shop import SCHEMA, TRAINING, Shop, Size
-from dpsr_tf.shop.log import START
 
-# These groups need a store of their own: with another tokenizer, and with human labels in the log.
+# These groups need a store of their own: with another tokenizer, with human labels in the log, with mined negatives.
 TRIGRAMS: dict[str, dict[str, Any]] = {"with": {}, "off": {}}
 SUPERVISION: dict[str, dict[str, Any]] = {
     "none": {},
     "positives only": {},
+    "added to the random negatives": {"train.num_supervised_negatives": 32},
+    "for their own query only": {"train.own_negative_source": "both", "train.num_own_negatives": 8},
+}
+MINED: dict[str, dict[str, Any]] = {
+    "none": {},
     "added to the random negatives": {"train.num_supervised_negatives": 32},
     "for their own query only": {"train.own_negative_source": "both", "train.num_own_negatives": 8},
 }
@@ -72,6 +75,7 @@ def groups_of(size: Size) -> dict[str, dict[str, dict[str, Any]]]:
         "item features": {"all": {}, "title only": {"model.item_features": []}},
         "letter trigrams": TRIGRAMS,
         "supervision": SUPERVISION,
+        "mined negatives": MINED,
     }
 
 
@@ -80,9 +84,11 @@ def ablate(shop: Shop) -> Result:
     runner = shop.runner
     wanted: dict[str, tuple[str, Mapping[str, Any], Artifact | None]] = {}
     plain = {**SCHEMA, "tokenizer": {"letter_trigrams": False}}
+    mined = {**SCHEMA, "interactions": {**SCHEMA["interactions"], "mined_negatives": 20}}
     stores = {
         "letter trigrams": runner.store(shop.experiment_name("store-words"), shop.directory, plain),
         "supervision": _supervised_store(shop),
+        "mined negatives": runner.store(shop.experiment_name("store-mined"), shop.directory, mined),
     }
     groups = groups_of(shop.size)
     for group, variants in groups.items():
@@ -135,7 +141,7 @@ def _ablation(shop: Shop, group: str, labels: Mapping[str, Artifact], store: Art
 
 
 def _supervised_store(shop: Shop) -> Artifact:
-    """Returns the store of the log with human labels: grade 3 is positive, 0 and 1 are negative, 2 is ignored."""
+    """Returns the store of the log and human labels: grade 3 is positive, 0 and 1 are negative, 2 decides nothing."""
     runner = shop.runner
     definition = {"labelled": shop.directory.digest}
     path = runner.out / "work" / f"{shop.experiment_name('labelled')}-{shop.directory.digest}"
@@ -145,15 +151,12 @@ def _supervised_store(shop: Shop) -> Artifact:
             for name in ("items", "users"):
                 (out / f"{name}.parquet").symlink_to((shop.directory.path / f"{name}.parquet").resolve())
             log = pyarrow.parquet.read_table(shop.directory.path / "interactions")
-            clicked = pa.compute.is_in(log["event"], pa.array(["click", "cart", "order"]))
-            log = log.append_column("grade", pa.compute.if_else(clicked, 3, 2))
+            log = log.append_column("grade", pa.nulls(len(log), pa.int64()))
             labels = pyarrow.parquet.read_table(shop.directory.path / "labels.parquet").to_pydict()
             count = len(labels["query"])
             values: dict[str, Any] = {
                 "query": labels["query"],
                 "item_id": labels["item"],
-                "event": ["click"] * count,
-                "time": [START] * count,
                 "grade": labels["grade"],
             }
             columns = [
