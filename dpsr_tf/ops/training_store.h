@@ -156,7 +156,8 @@ class TrainingStore {
 
   // Errors: the errors of `open` (by default PackedFile::Open); DataLoss if the files do not fit together (a row that
   // refers beyond a table, splits that fall, rows in another order than above); NotFound for an unknown feature;
-  // FailedPrecondition without items, or without the positive interactions that are asked for; InvalidArgument without an interactions file.
+  // FailedPrecondition without items, or without the positive interactions that are asked for; InvalidArgument without
+  // an interactions file.
   static Status Open(const Options& options, const FileOpener& open, std::unique_ptr<TrainingStore>* store);
   static Status OpenLocalFile(const std::string& path, const char* kind, std::unique_ptr<PackedFile>* file) {
     return PackedFile::Open(path, kind, /*verify=*/false, file);

@@ -25,7 +25,7 @@ from dpsr_tf.data.examples_dataset import (
     training_input,
 )
 from dpsr_tf.data.schema import EVENT_TYPES
-from dpsr_tf.data.store import interactions_names
+from dpsr_tf.data.store import Store, interactions_names
 from dpsr_tf.models.features import Feature
 from dpsr_tokenizer import Vocabulary
 
@@ -459,6 +459,22 @@ def test_title_queries(small, rows):
             items.add(row)
             lengths.append(len(queries[i]) / max(1, len(title)))
     assert len(items) > 50 and min(lengths) < 0.5 < max(lengths)
+
+
+def test_titles_alone_need_no_log(shop, tmp_path, dpsr):
+    del shop.schema["interactions"], shop.schema["users"]
+    dpsr(*shop.write().flags(tmp_path / "store")).succeeds()
+    store = Store(tmp_path / "store")
+    found = batches(examples_dataset(store, options(num_title_queries=8)), 30)
+    assert {row for batch in found for row in batch.item_rows[:8].tolist()} == set(range(len(shop.items)))
+    assert all((batch.query_rows == -1).all() for batch in found)
+    # The same batches, whatever the log holds.
+    np.testing.assert_array_equal(
+        found[7].item_rows,
+        next(iter(batches(examples_dataset(store, options(num_title_queries=8), first_step=7), 1))).item_rows,
+    )
+    with pytest.raises(tf.errors.FailedPreconditionError, match="has no positive interactions; ingest a log, or train"):
+        batches(examples_dataset(store, options(num_title_queries=7)), 1)
 
 
 def test_title_queries_with_typing_errors(small):
