@@ -1,6 +1,7 @@
-"""Measures the recall of models on two public data sets, with 95 % intervals over the queries.
+"""Measures the recall of models on public data sets, with 95 % intervals over the queries.
 
     python benchmarks/quality.py --homedepot=DIR --movielens=DIR [--seeds=1,2] [--out=DIR] --json
+    python benchmarks/quality.py --esci=DIR --icecat=DIR --json
 
 Home Depot (DIR as for `dpsr ingest --adapter=homedepot`, with the dev folds). The systems are BM25, a model trained
 with the paper's hinge loss (dpsr_tf/configs/homedepot_hinge.yaml), that model with ReLU layers, the best known model
@@ -11,8 +12,14 @@ MovieLens 100K (DIR as for `--adapter=movielens_100k`). The systems are populari
 (dpsr_tf/configs/movielens.yaml), measured on the last interactions in time with the history that each user had at that
 moment, for all queries and for the most frequent ones (head), which have the most films to choose from.
 
-Give one data set or both. With several seeds, models are trained for each seed; the value of a row is the mean over the
-seeds, its interval is that of the first seed. Models that are in `--out` are not trained again. A seed takes minutes.
+ESCI and Icecat are catalogues without clicks: a shop's first day. DIR holds products.tsv.gz (ESCI: asin, title, brand,
+category) or products.jsonl.gz (Icecat: id, title, brand), and judgments.dev.tsv (query, item, grade). The systems are
+BM25 and a model that is trained on the texts alone (dpsr_tf/configs/catalogue.yaml). Relevant are grade 3 (ESCI), and
+grades 2 and 3 (Icecat).
+
+Give one data set or several. With several seeds, models are trained for each seed; the value of a row is the mean over
+the seeds, its interval is that of the first seed. Models that are in `--out` are not trained again. A seed takes
+minutes.
 """
 
 from __future__ import annotations
@@ -26,10 +33,12 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import report
+import yaml
 from absl import app, flags
 
 from dpsr_tf.config import CONFIGS
@@ -154,13 +163,42 @@ def movielens(result: report.Report, data: Path, seeds: Sequence[int], out: Path
                 result.bars[f"{metric.replace('@', '')}{key}_{name}_over_dpsr"] = values[0] - values[1]
 
 
+@dataclasses.dataclass(frozen=True)
+class Catalogue:
+    """A catalogue with judged queries and without a log."""
+
+    items: dict[str, Any]  # section `items` of the schema
+    relevant_from: int
+
+
+CATALOGUE_MODEL = Model("titles", "catalogue")
+CATALOGUES = {
+    "esci": Catalogue({"files": "products.tsv.gz", "id": "asin", "text": ["title", "brand", "category"]}, 3),
+    "icecat": Catalogue({"files": "products.jsonl.gz", "id": "id", "text": ["title", "brand"]}, 2),
+}
+
+
+def catalogue(result: report.Report, name: str, data: Path, seeds: Sequence[int], out: Path) -> None:
+    """Trains and measures a model of a catalogue without clicks."""
+    chosen, store = CATALOGUES[name], out / name
+    schema = out / f"{name}.yaml"
+    schema.write_text(yaml.safe_dump({"items": chosen.items}))
+    dpsr("ingest", f"--schema={schema}", f"--input={data}", f"--out={store}", "--overwrite")
+    models = [trained(CATALOGUE_MODEL, store, seed, out) for seed in seeds]
+    systems = {"bm25": ["bm25"], "titles": [f"model:{model}" for model in models]}
+    judged = [f"--judgments={data / 'judgments.dev.tsv'}", f"--relevant_from={chosen.relevant_from}", "--skip_unknown"]
+    measure(result, name, store, Fold("dev", judged), systems, out)
+    for system in systems:
+        result.bars[f"recall100_{name}_{system}"] = result.value(system, f"{name} dev", "recall@100")
+
+
 def main(arguments: list[str]) -> None:
     """Runs the benchmark."""
     values = flags.FLAGS
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected argument {arguments[1]!r}")
-    if not values.homedepot and not values.movielens:
-        raise app.UsageError("no data set is given; expected --homedepot=DIR, --movielens=DIR or both")
+    if not any((values.homedepot, values.movielens, values.esci, values.icecat)):
+        raise app.UsageError("no data set is given; expected --homedepot, --movielens, --esci or --icecat, with =DIR")
     if not values.seeds or not all(seed.isdecimal() for seed in values.seeds):
         raise app.UsageError(f"--seeds={','.join(values.seeds)}: expected whole numbers, as in --seeds=1,2")
     seeds = [int(seed) for seed in values.seeds]
@@ -174,12 +212,17 @@ def main(arguments: list[str]) -> None:
             homedepot(result, Path(values.homedepot), seeds, out)
         if values.movielens:
             movielens(result, Path(values.movielens), seeds, out)
+        for name in CATALOGUES:
+            if values[name].value:
+                catalogue(result, name, Path(values[name].value), seeds, out)
     result.print(values.json)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("homedepot", None, "directory of the Home Depot files")
     flags.DEFINE_string("movielens", None, "directory of the MovieLens 100K files")
+    flags.DEFINE_string("esci", None, "directory of a catalogue of ESCI and its judgments")
+    flags.DEFINE_string("icecat", None, "directory of the Icecat catalogue and its judgments")
     flags.DEFINE_list("seeds", ["1"], "seeds of the trainings, separated by commas")
     flags.DEFINE_string("out", None, "directory for stores and models (default: a temporary directory)")
     flags.DEFINE_boolean("json", False, "prints the results as one JSON object on the last line")

@@ -19,7 +19,7 @@ benchmark = importlib.import_module("quality")
 
 def test_every_model_has_a_config_that_its_changes_fit():
 
-    for model in (*benchmark.HOMEDEPOT_MODELS, *benchmark.MOVIELENS_MODELS):
+    for model in (*benchmark.HOMEDEPOT_MODELS, *benchmark.MOVIELENS_MODELS, benchmark.CATALOGUE_MODEL):
         path = benchmark.CONFIGS / f"{model.config}.yaml"
         changes = [change.removeprefix("--set=") for change in model.changes]
         assert (config_from_flags(str(path), changes) == load_config(path)) == (not changes)
@@ -41,7 +41,7 @@ def test_folds_of_home_depot(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no data set is given; expected --homedepot=DIR, --movielens=DIR or both"),
+        ([], "no data set is given; expected --homedepot, --movielens, --esci or --icecat"),
         (["--movielens=x", "--seeds=1,b"], "--seeds=1,b: expected whole numbers, as in --seeds=1,2"),
         (["--homedepot=none"], "--homedepot=none: has no judgments.dev.tsv, judgments.misspelt_dev.tsv, spelling"),
         (["--movielens=none", "more"], "unexpected argument 'more'"),
