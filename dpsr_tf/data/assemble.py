@@ -241,23 +241,26 @@ class Assembler:
 
     def _write_items(self, vocabularies: dict[str | None, Vocabulary]) -> tuple[StoredFeature, ...]:
         """Writes items.dpsr, titles.dpsr and filters.dpsr."""
-        tokens, titles = RaggedColumnFile(self._folder, np.int32), RaggedColumnFile(self._folder, np.uint8)
+        schema, ids = self._schema.items, self._ids["items"]
+        others = [name for name in schema.text_names.values() if name != "title"]
+        tokens = RaggedColumnFile(self._folder, np.int32)
+        texts = {name: RaggedColumnFile(self._folder, np.uint8) for name in ("title", *others)}
         popularity = ColumnFile(self._folder, np.float32)
 
         def encode(batch: pa.RecordBatch) -> Any:
-            return vocabularies[None].encode_batch(batch["text"]), string_bytes(batch["title"])
+            return vocabularies[None].encode_batch(batch["text"]), {name: string_bytes(batch[name]) for name in texts}
 
         def append(batch: pa.RecordBatch, encoded: Any) -> None:
             tokens.append(*encoded[0])
-            titles.append(*encoded[1])
+            for name, text in texts.items():
+                text.append(*encoded[1][name])
             popularity.append(floats_of(batch["popularity"], 0))
 
-        schema, ids = self._schema.items, self._ids["items"]
         with PackedFileWriter(self._out / "items.dpsr", "items") as file:
             table = FeatureTable(
                 self._database, "items", ids, schema.features, vocabularies, schema.filters, self._codes
             )
-            table.read(["title", "text", "popularity"], encode, append)
+            table.read([*texts, "text", "popularity"], encode, append)
             table.write_ids(file)
             if schema.popularity:
                 popularity.copy(file, "popularity")
@@ -266,7 +269,8 @@ class Assembler:
             tokens.copy(file, "tokens.splits", "tokens.values")
             features = table.write_features(file)
         with PackedFileWriter(self._out / "titles.dpsr", "titles") as file:
-            titles.copy(file, "title.splits", "title.bytes")
+            for name, text in texts.items():
+                text.copy(file, f"{name}.splits", f"{name}.bytes")
         if schema.filters:
             with PackedFileWriter(self._out / "filters.dpsr", "filters") as file:
                 table.write_filters(file)

@@ -103,6 +103,7 @@ def encode_items(batch: pa.RecordBatch, schema: ItemsSchema, string_ids: bool) -
         - `id` int64; for text ids a 63-bit hash, which is the same on every machine;
         - `key` large_string, the text id; only for text ids;
         - `title` and `text` large_string; a null title or text is empty here;
+        - `text0`, `text1`, ... large_string: the columns of `text` but the title, see ItemsSchema.text_names;
         - `popularity` float32; null where it is missing or the schema names no column;
         - `feature.NAME` for each feature: large_string (kinds categorical and text), float64 (number), or
           large_list<large_string> (multi); null where it is unknown;
@@ -124,6 +125,7 @@ def encode_items(batch: pa.RecordBatch, schema: ItemsSchema, string_ids: bool) -
     columns = _id_columns(ids) | {
         "title": texts[title],
         "text": pc.binary_join_element_wise(*(texts[name] for name in schema.text), pa.scalar(" ", TEXT)),
+        **{name: texts[column] for column, name in schema.text_names.items() if name != "title"},
         "popularity": pa.nulls(len(batch), pa.float32()),
     }
     if schema.popularity is not None:

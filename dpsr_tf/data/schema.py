@@ -141,6 +141,13 @@ class ItemsSchema:
         (), "attributes that searches can filter by, such as brand, price and whether the item is in stock"
     )
 
+    @property
+    def text_names(self) -> dict[str, str]:
+        """Column of `text` -> its name in encoded rows and in titles.dpsr: `title`, or `text` and a number."""
+        title = self.title or self.text[0]
+        columns = dict.fromkeys(self.text)
+        return {column: "title" if column == title else f"text{i}" for i, column in enumerate(columns)}
+
     def problem(self) -> str | None:
         """Describes values that are allowed one by one but not together; None if there are none."""
         return _repeated("features", self.features) or _repeated("filters", self.filters)

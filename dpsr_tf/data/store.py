@@ -7,7 +7,7 @@
     items.dpsr                item ids, popularity, token ids, features
     interactions.dpsr         queries, positive pairs, impressions, supervised negatives; or one file per shard
     held_out.dpsr             positive pairs kept out of training, if the schema names any
-    titles.dpsr               item titles, for people and for the title queries of training
+    titles.dpsr               item titles, for people and for title queries; the other texts that the towers read
     filters.dpsr              attributes that searches filter items by, if the schema names any; training never reads it
 
 dpsr_tf/ops/training_store.h and docs/data_format.md describe the layout of each file.
@@ -172,6 +172,11 @@ class Store:
     def titles(self) -> list[str]:
         """Returns the title of each item, in the order of the item file."""
         return unpack_strings(self._open("titles.dpsr"), "title")
+
+    def texts(self) -> dict[str, list[str]]:
+        """Returns the texts of each item that the towers read: column of `items.text` -> one text per item."""
+        file = self._open("titles.dpsr")
+        return {column: unpack_strings(file, name) for column, name in self.schema.items.text_names.items()}
 
     def filters(self) -> PackedFile | None:
         """Opens the filters: sections `filter.*`, `values.*`. None if the schema has no filters."""

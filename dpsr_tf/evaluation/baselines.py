@@ -1,15 +1,19 @@
-"""Retrievers that need no model: BM25 over the titles, popularity, random items."""
+"""Retrievers that need no model: BM25, popularity, random items."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import bm25s
 import numpy as np
 import scipy.sparse
+import Stemmer
 
+from dpsr_common.errors import UsageError
 from dpsr_tf.data.store import RowsById
 from dpsr_tf.data.user_requests import User
 from dpsr_tf.models.exact_search import no_results, top_positions
@@ -37,42 +41,122 @@ def plain_words() -> Tokenize:
     return lambda text: words.findall(text.lower())
 
 
-class Bm25:
-    """BM25 over the tokens of the titles. Section 6.2.2 has it with unigrams, and with unigrams and bigrams.
+def letter_trigrams() -> Tokenize:
+    """Returns a tokenizer into the letter trigrams of each word: they find misspelt words, and parts of words."""
+    kinds = {"word_unigrams": False, "number_parts": False, "char_unigrams": False, "char_bigrams": False}
+    return Tokenizer(TokenizerConfig(letter_trigrams=True, **kinds)).tokenize
 
-    Tokens come from our tokenizer. The library bm25s (Lucene's variant of BM25) computes the score of each token and
-    title, and a sparse product sums the scores for many queries at once. An item that shares no token with the query is
-    not retrieved, and its score is 0.
+
+def stems() -> Tokenize:
+    """Returns the tokenizer of `unigrams` with English words cut to their stems by Snowball: shelves gives shelv."""
+    tokenize, stemmer = unigrams(), Stemmer.Stemmer("english")
+    return lambda text: list(stemmer.stemWords(tokenize(text)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One text of each item, for Bm25.
+
+    Attributes:
+        texts: one text per item.
+        tokenize: splits texts and queries into tokens.
+        weight: what the field's score is multiplied by.
     """
 
-    def __init__(
-        self,
-        item_ids: np.ndarray,
-        titles: Sequence[str],
-        k1: float = 1.2,
-        b: float = 0.75,
-        tokenize: Tokenize | None = None,
-    ):
-        """Takes `item_ids` int64 [items], `titles`, one text per item, and the constants `k1` and `b` of BM25."""
+    texts: Sequence[str]
+    tokenize: Tokenize = dataclasses.field(default_factory=unigrams)
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Bm25Options:
+    """What `--system=bm25:OPTIONS` changes.
+
+    Attributes:
+        stem: whether English words are cut to their stems.
+        trigrams: weight of the letter trigrams, which are a field of their own; 0 leaves them out.
+        k1: how soon repeated words stop adding to the score.
+        b: how much long texts are scored down, 0 to 1.
+        columns: text column -> its weight. Each column is then a field of its own, and columns that are not named are
+            left out. Empty: the texts of all columns are joined to one field.
+    """
+
+    stem: bool = False
+    trigrams: float = 0.0
+    k1: float = 1.2
+    b: float = 0.75
+    columns: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @staticmethod
+    def parse(text: str, where: str) -> Bm25Options:
+        """Reads options such as "stem+trigrams=0.3+k1=0.9". Raises UsageError, which begins with `where`."""
+        found: dict[str, Any] = {"columns": {}}
+        for option in text.split("+"):
+            name, _, value = option.partition("=")
+            if option == "stem":
+                found["stem"] = True
+                continue
+            if not name or not re.fullmatch(r"\d+(\.\d*)?|\.\d+", value) or (name == "b" and float(value) > 1):
+                raise UsageError(
+                    f"{where}: has the option '{option}', expected stem, trigrams=WEIGHT, k1=NUMBER, b=NUMBER (0 to 1) "
+                    f"or COLUMN=WEIGHT, joined by +, as in bm25:stem+trigrams=0.3+k1=0.9"
+                )
+            (found if name in ("trigrams", "k1", "b") else found["columns"])[name] = float(value)
+        return Bm25Options(**found)
+
+    def fields(self, texts: Mapping[str, Sequence[str]], where: str) -> list[Field]:
+        """Returns the fields of items with these texts (column -> one text per item).
+
+        Raises UsageError, which begins with `where`, if a column is not among them.
+        """
+        for column in self.columns:
+            if column not in texts:
+                raise UsageError(f"{where}: has the column '{column}', expected a text column: {', '.join(texts)}")
+        weights = self.columns or dict.fromkeys(texts, 1.0)
+        joined = [" ".join(parts) for parts in zip(*(texts[column] for column in weights), strict=True)]
+        words = stems() if self.stem else unigrams()
+        fields = [Field(joined, words)]
+        if self.columns:
+            fields = [Field(texts[column], words, weight) for column, weight in self.columns.items()]
+        return [*fields, Field(joined, letter_trigrams(), self.trigrams)] if self.trigrams else fields
+
+
+class Bm25:
+    """BM25 over the tokens of one or several texts of each item. Section 6.2.2 has it with words, and with bigrams too.
+
+    The library bm25s (Lucene's variant of BM25) computes the score of each token and text, and a sparse product sums
+    the scores for many queries at once. The score of an item is the weighted sum over its fields. An item that shares
+    no token with the query is not retrieved, and its score is 0.
+    """
+
+    def __init__(self, item_ids: np.ndarray, fields: Sequence[Field], k1: float = 1.2, b: float = 0.75):
+        """Takes `item_ids` int64 [items], the fields, and the constants `k1` and `b` of BM25."""
         self._item_ids = np.asarray(item_ids)
         self._rows = RowsById(self._item_ids)
-        self._tokenize = tokenize or unigrams()
-        self._vocabulary: dict[str, int] = {}
-        tokens = [self._tokenize(title) for title in titles]
-        # bm25s rejects a corpus without words.
-        if any(tokens):
+        # Of each field with words: its tokenizer, and the row of each token in `_weights` [tokens, items].
+        self._fields: list[tuple[Tokenize, dict[str, int]]] = []
+        weights: list[scipy.sparse.csr_matrix] = []
+        for field in fields:
+            tokens = [field.tokenize(text) for text in field.texts]
+            # bm25s rejects a corpus without words.
+            if not any(tokens):
+                continue
             index = bm25s.BM25(k1=k1, b=b, method="lucene", backend="numpy")
             index.index(tokens, show_progress=False)
-            self._vocabulary = index.vocab_dict
+            first = sum(matrix.shape[0] for matrix in weights)
+            self._fields.append((field.tokenize, {token: first + row for token, row in index.vocab_dict.items()}))
             data, indices, indptr = (index.scores[name] for name in ("data", "indices", "indptr"))
             # One row per token. bm25s stores the transposed matrix by columns, which is the same.
-            self._weights = scipy.sparse.csr_matrix((data, indices, indptr), (len(indptr) - 1, len(titles)))
+            shape = (len(indptr) - 1, len(field.texts))
+            weights.append(scipy.sparse.csr_matrix((data * np.float32(field.weight), indices, indptr), shape))
+        if weights:
+            self._weights = scipy.sparse.vstack(weights, "csr")
 
     def _scores(self, queries: Sequence[str]) -> scipy.sparse.csr_matrix:
         """Returns the summed weights of each query's tokens, [n, items]; repeated tokens count repeatedly."""
         # A token that is in no title adds nothing to a score.
         known = [
-            [self._vocabulary[token] for token in self._tokenize(query) if token in self._vocabulary]
+            [rows[token] for tokenize, rows in self._fields for token in tokenize(query) if token in rows]
             for query in queries
         ]
         splits = np.cumsum([0, *map(len, known)])
@@ -85,7 +169,7 @@ class Bm25:
     def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See Retriever; `users` is not used."""
         ids, scores = no_results(len(queries), k)
-        if not self._vocabulary:
+        if not self._fields:
             return ids, scores
         for begin in range(0, len(queries), _BATCH):
             found = self._scores(queries[begin : begin + _BATCH])
@@ -100,7 +184,7 @@ class Bm25:
     def score(self, queries: Sequence[str], users: Sequence[User] | None, items: np.ndarray) -> np.ndarray:
         """See Retriever."""
         result = np.zeros(items.shape, np.float32)
-        if not self._vocabulary:
+        if not self._fields:
             return result
         rows = self._rows(items)
         of_all = np.zeros(len(self._item_ids), np.float32)

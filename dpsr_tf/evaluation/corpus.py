@@ -55,6 +55,10 @@ class Corpus:
             store=store,
         )
 
+    def texts(self) -> Mapping[str, Sequence[str]]:
+        """Returns the texts that the towers read: column -> n texts. Without a store they are the titles."""
+        return {"title": self.titles} if self.store is None else self.store.texts()
+
     def need_store(self, spec: str) -> Store:
         """Returns the store. Raises UsageError, which names the system `spec`, if there is none."""
         if self.store is None:

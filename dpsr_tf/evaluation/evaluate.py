@@ -236,7 +236,7 @@ def _write_json(report: Mapping[str, Any], path: str) -> None:
 
 def _versions() -> dict[str, str]:
     """Returns the versions of the installed packages that decide the figures."""
-    packages = ("numpy", "scipy", "bm25s", "ir-measures", "tensorflow", "faiss-cpu", "faiss-gpu")
+    packages = ("numpy", "scipy", "bm25s", "PyStemmer", "ir-measures", "tensorflow", "faiss-cpu", "faiss-gpu")
     versions = {"dpsr": __version__, "python": platform.python_version()}
     for package in packages:
         try:

@@ -11,6 +11,7 @@ only when the kind is asked for.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
@@ -28,9 +29,10 @@ GROUP = "dpsr.systems"
 # How each system is written after --system=, and what it is. Kinds that other packages register and that are not here
 # are listed after these.
 _DESCRIPTIONS = {
-    "bm25": "BM25 over the titles: words, and characters and their bigrams in scripts without spaces",
+    "bm25": "BM25 over the text that the towers read: words, and in scripts without spaces characters and bigrams",
     "bm25-bigrams": "BM25 as above, with pairs of neighbouring words in addition",
-    "bm25-words": "BM25 over runs of ASCII letters and digits, with k1 1.2 and b 0.75",
+    "bm25-words": "BM25 over runs of ASCII letters and digits in the titles, as in published figures",
+    "bm25:OPTIONS": "bm25 with options joined by +: stem, trigrams=WEIGHT, k1=NUMBER, b=NUMBER, COLUMN=WEIGHT",
     "popularity": "the most popular items, for every query",
     "random": "random items",
     "model:DIR": "the last checkpoint of a model, with exact search over all items of the store",
@@ -41,11 +43,7 @@ _DESCRIPTIONS = {
     "weighted(A:0.7,B:0.3)": "weighted sum of the systems' scores, each scaled to 0 .. 1 per query",
 }
 
-_TOKENIZE: dict[str, Callable[[], baselines.Tokenize]] = {
-    "bm25": baselines.unigrams,
-    "bm25-bigrams": baselines.unigrams_and_bigrams,
-    "bm25-words": baselines.plain_words,
-}
+_BASELINES = ("bm25", "bm25-bigrams", "bm25-words", "popularity", "random")
 
 
 def systems_help() -> str:
@@ -92,8 +90,8 @@ class Systems:
         corpus = self._corpus
         if kind in ("rrf", "weighted"):
             return Fusion([self._get(part) for part in parts], weights)
-        if kind in _TOKENIZE:
-            return baselines.Bm25(corpus.item_ids, corpus.titles, tokenize=_TOKENIZE[kind]())
+        if kind.startswith("bm25"):
+            return _bm25(corpus, spec, kind, *parts)
         if kind == "popularity":
             return baselines.Popularity(corpus.item_ids, np.asarray(corpus.popularity))
         if kind == "random":
@@ -105,6 +103,18 @@ class Systems:
             return exact_search(parts[0], corpus.need_store(spec))
         make: Callable[..., Retriever] = _registered()[kind].load()
         return make(corpus, *parts)
+
+
+def _bm25(corpus: Corpus, spec: str, kind: str, options: str = "") -> baselines.Bm25:
+    """Opens one of the systems `bm25`, `bm25:OPTIONS`, `bm25-bigrams` and `bm25-words`."""
+    where = f"--system={spec}"
+    chosen = baselines.Bm25Options.parse(options, where) if options else baselines.Bm25Options()
+    fields = chosen.fields(corpus.texts(), where)
+    if kind == "bm25-bigrams":
+        fields = [dataclasses.replace(fields[0], tokenize=baselines.unigrams_and_bigrams())]
+    elif kind == "bm25-words":
+        fields = [baselines.Field(corpus.titles, baselines.plain_words())]
+    return baselines.Bm25(corpus.item_ids, fields, chosen.k1, chosen.b)
 
 
 def _registered() -> dict[str, EntryPoint]:
@@ -140,9 +150,12 @@ def _parse(spec: str, where: str) -> tuple[str, list[str], list[float] | None]:
         for part in parts:
             _parse(part, where)
         return fusion[1], parts, weights
-    if spec in (*_TOKENIZE, "popularity", "random"):
+    if spec in _BASELINES:
         return spec, [], None
     kind, _, rest = spec.partition(":")
+    if kind == "bm25" and rest:
+        baselines.Bm25Options.parse(rest, where)
+        return kind, [rest], None
     if kind == "server" and kind in _registered():
         target, slash, model = rest.rpartition("/")
         if slash and target and model:

@@ -30,6 +30,8 @@
 // titles.dpsr (kind "titles")
 //   title.splits     int64 [items + 1]        row splits of
 //   title.bytes      uint8 [bytes]            the title of each item, UTF-8
+//   [text<N>.splits] int64 [items + 1]        of column N of the schema's `text`, for columns but the title; training
+//   [text<N>.bytes]  uint8 [bytes]            does not read them
 // vocabulary.dpsr: tokenizer_cc/vocabulary.h
 #ifndef DPSR_DPSR_TF_OPS_TRAINING_STORE_H_
 #define DPSR_DPSR_TF_OPS_TRAINING_STORE_H_

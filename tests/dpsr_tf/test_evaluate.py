@@ -14,7 +14,7 @@ from dpsr_common import command_line
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_tf.data.store import Store
 from dpsr_tf.data.user_requests import User
-from dpsr_tf.evaluation.baselines import Bm25, Popularity, Random
+from dpsr_tf.evaluation.baselines import Bm25, Field, Popularity, Random
 from dpsr_tf.evaluation.corpus import Corpus
 from dpsr_tf.evaluation.judgments import Judgments
 from dpsr_tf.evaluation.measure import Options, evaluate, measure_all
@@ -399,7 +399,8 @@ def test_command(dpsr, flags, store, tmp_path):
     assert found["settings"]["seed"] == 1 and found["settings"]["relevant_from"] == 2.5
     assert found["versions"]["numpy"] == np.__version__
     bm25 = found["systems"]["bm25"]
-    expected = evaluate(Bm25(store.items()["id"], store.titles()), read(tmp_path / "judgments.tsv"))
+    texts = [" ".join(parts) for parts in zip(*store.texts().values(), strict=True)]
+    expected = evaluate(Bm25(store.items()["id"], [Field(texts)]), read(tmp_path / "judgments.tsv"))
     assert {name: bm25[name] for name in expected} == pytest.approx(expected)
     # "red shoes" finds 30 but not 10, 红鞋 finds 70: by hand.
     assert (bm25["recall@10"], bm25["mrr@10"]) == pytest.approx((0.75, 1.0))
@@ -492,10 +493,22 @@ def test_unknown_items_end_the_command_or_are_skipped(dpsr, store, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "system", ["bm26", "", "server", "server:", "server:localhost:1", "server:/model", "server:localhost:1/", "bm25:x"]
+    "system", ["bm26", "", "server", "server:", "server:localhost:1", "server:/model", "server:localhost:1/", "bm25:"]
 )
 def test_bad_systems(dpsr, flags, system):
     dpsr(*flags, f"--system={system}").fails(2, f"--system={system}: expected one of bm25,")
+
+
+def test_bm25_reads_the_text_that_the_towers_read(dpsr, flags, tmp_path):
+    """A query of brands: no title holds them. `bm25-words` stays over titles, as in published figures."""
+    rows = ["query\titem\tgrade", "acme\t30\t3", "acme\t20\t3", "hex bolts\t10\t3"]
+    (tmp_path / "judgments.tsv").write_text("\n".join(rows) + "\n")
+    systems = ["bm25", "bm25-bigrams", "bm25-words", "bm25:stem+brand=1", "bm25:title=1"]
+    out = tmp_path / "figures.json"
+    dpsr(*flags, *(f"--system={name}" for name in systems), f"--json={out}").succeeds()
+    recall = {name: found["recall@10"] for name, found in figures(out)["systems"].items()}
+    assert recall == {"bm25": 1, "bm25-bigrams": 1, "bm25-words": 0.5, "bm25:stem+brand=1": 1, "bm25:title=1": 0.5}
+    dpsr(*flags, "--system=bm25:color=1").fails(2, "has the column 'color', expected a text column: title, brand")
 
 
 def test_a_bad_system_is_found_before_any_is_asked(dpsr, flags, capfd):

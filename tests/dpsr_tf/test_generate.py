@@ -21,7 +21,7 @@ from dpsr_common import command_line
 from dpsr_common.errors import UsageError
 from dpsr_common.typed_config import to_dict
 from dpsr_tf.data.schema import load_schema
-from dpsr_tf.evaluation.baselines import Bm25, unigrams
+from dpsr_tf.evaluation.baselines import Bm25, Field, unigrams
 from dpsr_tf.shop import generate as g
 from dpsr_tf.shop.log import Log, Rows
 from dpsr_tf.shop.parameters import Parameters
@@ -111,7 +111,7 @@ class Written:
 
     @functools.cached_property
     def retriever(self) -> Bm25:
-        return Bm25(self.items["item_id"], self.items["title"].tolist())
+        return Bm25(self.items["item_id"], [Field(self.items["title"].tolist())])
 
     @functools.cache  # noqa: B019
     def bm25(self, k: int) -> dict[str, float]:

@@ -69,7 +69,24 @@ def test_items(shop, store):
 def test_title_column(shop, tmp_path, dpsr):
     shop.schema["items"]["title"] = "brand"
     dpsr(*shop.write().flags(tmp_path / "store")).succeeds()
-    assert Store(tmp_path / "store").titles() == [row["brand"] or "" for row in by_id(shop)]
+    store = Store(tmp_path / "store")
+    assert store.titles() == [row["brand"] or "" for row in by_id(shop)]
+    assert store.texts() == {name: [row[name] or "" for row in by_id(shop)] for name in ("title", "brand")}
+
+
+def test_texts_are_those_that_the_towers_read(shop, store, tmp_path, dpsr):
+    assert store.texts() == {name: [row[name] or "" for row in by_id(shop)] for name in ("title", "brand")}
+    sections = {"title.splits", "title.bytes", "text1.splits", "text1.bytes"}
+    assert PackedFile(str(store.path / "titles.dpsr"), "titles").keys() == sections
+    for out, text, title, sections in (
+        ("one", ["title"], None, {"title.splits", "title.bytes"}),
+        ("other", ["brand", "brand"], "title", {"title.splits", "title.bytes", "text0.splits", "text0.bytes"}),
+    ):
+        shop.schema["items"] |= {"text": text, "title": title or text[0]}
+        dpsr(*shop.write().flags(tmp_path / out)).succeeds()
+        found = Store(tmp_path / out)
+        assert found.texts() == {text[0]: [row[text[0]] or "" for row in by_id(shop)]}
+        assert PackedFile(str(found.path / "titles.dpsr"), "titles").keys() == sections, "a text is stored once"
 
 
 def test_interactions(shop, store):
@@ -470,6 +487,8 @@ def expected_store(schema, items, users, log, shards, store):
         **packed([store.vocabulary.encode(text).tolist() for text in texts], "tokens.", "values"),
     }
     files["titles.dpsr"] = packed_texts([row["title"] or "" for row in items], "title.")
+    for column, name in schema.items.text_names.items():
+        files["titles.dpsr"] |= packed_texts([row[column] or "" for row in items], f"{name}.")
     told = [
         pair(row) | {"time": row["time"]}
         for row in log

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 
 import numpy as np
@@ -10,7 +11,18 @@ import pytest
 from dpsr_common.errors import UsageError
 from dpsr_tf.data.store import RowsById
 from dpsr_tf.data.user_requests import User
-from dpsr_tf.evaluation.baselines import Bm25, Popularity, Random, plain_words, unigrams_and_bigrams
+from dpsr_tf.evaluation.baselines import (
+    Bm25,
+    Bm25Options,
+    Field,
+    Popularity,
+    Random,
+    letter_trigrams,
+    plain_words,
+    stems,
+    unigrams,
+    unigrams_and_bigrams,
+)
 from dpsr_tf.evaluation.corpus import Corpus
 from dpsr_tf.evaluation.fusion import Fusion
 from dpsr_tf.evaluation.retriever import ask
@@ -127,6 +139,11 @@ def bm25(query, titles=TITLES, ids=IDS, k1=1.2, b=0.75):
     return [(item, -score) for score, item in sorted(scored)]
 
 
+def of_texts(ids, texts, tokenize=None, **constants):
+    """BM25 over one text of each item."""
+    return Bm25(np.array(ids), [Field(texts, tokenize or unigrams())], **constants)
+
+
 QUERIES = [
     "red",
     "RED SHOES",
@@ -144,7 +161,7 @@ QUERIES = [
 @pytest.mark.parametrize("query", QUERIES)
 @pytest.mark.parametrize(("k1", "b"), [(1.2, 0.75), (0.9, 0.4)])
 def test_bm25_equals_its_definition(query, k1, b):
-    ids, scores = Bm25(np.array(IDS), TITLES, k1, b)([query], None, 9)
+    ids, scores = of_texts(IDS, TITLES, k1=k1, b=b)([query], None, 9)
     expected = bm25(query, k1=k1, b=b)
     assert 0 < len(expected) < 9
     assert ids[0, : len(expected)].tolist() == [item for item, _ in expected]
@@ -153,7 +170,7 @@ def test_bm25_equals_its_definition(query, k1, b):
 
 
 def test_bm25_shapes_types_and_batches():
-    retriever = Bm25(np.array(IDS), TITLES)
+    retriever = of_texts(IDS, TITLES)
     for k in (1, 3, 9, 50):
         ids, scores = retriever(QUERIES, None, k)
         assert ids.shape == scores.shape == (len(QUERIES), k)
@@ -167,25 +184,25 @@ def test_bm25_shapes_types_and_batches():
 
 @pytest.mark.parametrize("query", ["", "   ", "unheard", "!!!", "鞋子"])
 def test_bm25_finds_nothing(query):
-    ids, scores = Bm25(np.array(IDS), [title for title in TITLES if "鞋" not in title] + ["x"] * 1)([query], None, 4)
+    ids, scores = of_texts(IDS, [title for title in TITLES if "鞋" not in title] + ["x"] * 1)([query], None, 4)
     assert (ids == -1).all() and (scores == -np.inf).all()
 
 
 @pytest.mark.parametrize("k", [1, 3, 5, 20, 40])
 def test_bm25_breaks_ties_by_id_also_where_k_cuts(k):
     ids = np.random.default_rng(0).permutation(40)
-    found, _ = Bm25(ids, ["red shoes"] * 40)(["red"], None, k)
+    found, _ = of_texts(ids, ["red shoes"] * 40)(["red"], None, k)
     assert found[0].tolist() == list(range(k))
 
 
 def test_bm25_of_titles_without_words():
-    ids, _ = Bm25(np.array([1, 2]), ["", "!!!"])(["red"], None, 2)
+    ids, _ = of_texts([1, 2], ["", "!!!"])(["red"], None, 2)
     assert (ids == -1).all()
 
 
 @pytest.mark.parametrize("tokenize", [None, unigrams_and_bigrams(), plain_words()])
 def test_bm25_scores_pairs_as_it_ranks_them(tokenize):
-    retriever = Bm25(np.array(IDS), TITLES, tokenize=tokenize)
+    retriever = of_texts(IDS, TITLES, tokenize=tokenize)
     many = QUERIES * 15  # more than one batch
     ids, scores = retriever(many, None, 9)
     items = np.tile(sorted(IDS), (len(many), 1))
@@ -200,12 +217,44 @@ def test_bm25_scores_pairs_as_it_ranks_them(tokenize):
 
 
 def test_bm25_tokenizers():
-    words = Bm25(np.array([1, 2, 3]), ["Café 10-in. ABC", "caf abc", "红鞋"], tokenize=plain_words())
+    words = of_texts([1, 2, 3], ["Café 10-in. ABC", "caf abc", "红鞋"], tokenize=plain_words())
     assert sorted(answer(words, "CAF")[0]) == [1, 2], "é is no letter of a to z"
     assert answer(words, "红鞋")[0] == []
-    pairs = Bm25(np.array([1, 2]), ["red dress blue shoes", "red shoes blue dress"], tokenize=unigrams_and_bigrams())
+    pairs = of_texts([1, 2], ["red dress blue shoes", "red shoes blue dress"], tokenize=unigrams_and_bigrams())
     assert answer(pairs, "red shoes")[0] == [2, 1]
-    assert answer(Bm25(np.array([1, 2]), ["red dress blue shoes", "red shoes blue dress"]), "red shoes")[0] == [1, 2]
+    assert answer(of_texts([1, 2], ["red dress blue shoes", "red shoes blue dress"]), "red shoes")[0] == [1, 2]
+
+
+def test_bm25_sums_the_weighted_scores_of_its_fields():
+    brands = ["Acme", "Red", "", "Acme", "Red", "", "", "bolt", ""]
+    both = Bm25(np.array(IDS), [Field(TITLES, weight=2.0), Field(brands, weight=0.5)])
+    for query in ("red shoes", "acme", "bolt", "红色"):
+        expected = collections.Counter()
+        for texts, weight in ((TITLES, 2.0), (brands, 0.5)):
+            for item, score in bm25(query, texts):
+                expected[item] += weight * score
+        found = dict(zip(*answer(both, query), strict=True))
+        assert found == pytest.approx(dict(expected), rel=1e-5) and len(found) > 0
+        ids, scores = answer(both, query)
+        assert scores == sorted(scores, reverse=True)
+        assert both.score([query], None, np.array([ids]))[0].tolist() == scores
+    only = Bm25(np.array(IDS), [Field([""] * 9), Field(brands)])
+    assert answer(only, "acme")[0] == [20, 50], "a field without words is left out"
+
+
+def test_bm25_finds_other_forms_of_a_word_by_its_stem():
+    titles = ["wall shelves", "shelf, walled", "手机壳"]
+    assert stems()("Shelves RUNNING 手机壳") == ["shelv", "run", *unigrams()("手机壳")]
+    assert answer(of_texts([1, 2, 3], titles), "walls")[0] == []
+    assert answer(of_texts([1, 2, 3], titles, stems()), "walls")[0] == [1, 2]
+    assert answer(of_texts([1, 2, 3], titles, stems()), "手机")[0] == [3]
+
+
+def test_bm25_finds_misspelt_words_by_their_letter_trigrams():
+    titles = ["refrigerator", "microwave oven", "手机壳"]
+    assert letter_trigrams()("oven 手机") == ["##ov", "#ove", "#ven", "#en#"]
+    assert answer(of_texts([1, 2, 3], titles), "refridgerator")[0] == []
+    assert answer(of_texts([1, 2, 3], titles, letter_trigrams()), "refridgerator")[0] == [1]
 
 
 # Baselines without text.
@@ -329,6 +378,8 @@ CORPUS = Corpus(np.array(IDS), TITLES, np.arange(len(IDS), dtype=np.float32))
     [
         ("bm25", ("bm25", [], None)),
         ("bm25-bigrams", ("bm25-bigrams", [], None)),
+        ("bm25:stem+k1=0.9", ("bm25", ["stem+k1=0.9"], None)),
+        ("weighted(bm25:stem+b=.4:0.3,random:1)", ("weighted", ["bm25:stem+b=.4", "random"], [0.3, 1])),
         ("model:a/b:c", ("model", ["a/b:c"], None)),
         ("index:x", ("index", ["x"], None)),
         ("servable:/x/1", ("servable", ["/x/1"], None)),
@@ -351,11 +402,19 @@ def test_parse(spec, expected):
 @pytest.mark.parametrize(
     ("spec", "fragment"),
     [
-        ("bm26", "--system=bm26: expected one of bm25, bm25-bigrams, bm25-words, popularity, random, model:DIR"),
+        ("bm26", "--system=bm26: expected one of bm25, bm25-bigrams, bm25-words, bm25:OPTIONS, popularity, random,"),
         ("", "--system=: expected one of"),
         ("model", "expected one of"),
         ("model:", "expected one of"),
-        ("bm25:x", "expected one of"),
+        ("bm25:", "expected one of"),
+        ("bm25-words:stem", "expected one of"),
+        ("bm25:x", "--system=bm25:x: has the option 'x', expected stem, trigrams=WEIGHT, k1=NUMBER, b=NUMBER (0 to 1)"),
+        ("bm25:stem+", "has the option '', expected"),
+        ("bm25:stem=1+k1=-1", "has the option 'k1=-1', expected"),
+        ("bm25:b=1.5", "has the option 'b=1.5', expected"),
+        ("bm25:k1=nan", "has the option 'k1=nan', expected"),
+        ("bm25:=2", "has the option '=2', expected"),
+        ("rrf(bm25,bm25:x)", "--system=rrf(bm25,bm25:x): has the option 'x'"),
         ("server:localhost:1", "server:HOST:PORT/MODEL"),
         ("server:/model", "expected one of"),
         ("server:localhost:1/", "expected one of"),
@@ -383,12 +442,44 @@ def test_systems_are_made_by_name_and_shared():
     assert systems.make("bm25") is systems.make("bm25")
     assert answer(systems.make("popularity"), k=1)[0] == [IDS[-1]]
     assert answer(systems.make("random"))[0] == answer(Random(np.array(IDS), 5))[0]
-    bigrams = Bm25(np.array(IDS), TITLES, tokenize=unigrams_and_bigrams())
+    bigrams = of_texts(IDS, TITLES, tokenize=unigrams_and_bigrams())
     assert answer(systems.make("bm25-bigrams"), "red shoes") == answer(bigrams, "red shoes")
     fused = Fusion([systems.make("bm25"), systems.make("popularity")], [2, 1])
     assert answer(systems.make("weighted(bm25:2,popularity:1)"), "red") == answer(fused, "red")
     with pytest.raises(UsageError, match="model:x: needs a store"):
         systems.make("model:x")
+
+
+def test_bm25_options():
+    """Of the options of a name, each changes the answer as the class does."""
+    systems, ids = Systems(CORPUS), np.array(IDS)
+    expected = {
+        "bm25": Bm25(ids, [Field(TITLES)]),
+        "bm25:k1=0.9+b=0.4": Bm25(ids, [Field(TITLES)], 0.9, 0.4),
+        "bm25:stem": Bm25(ids, [Field(TITLES, stems())]),
+        "bm25:stem+trigrams=0.3": Bm25(ids, [Field(TITLES, stems()), Field(TITLES, letter_trigrams(), 0.3)]),
+        "bm25:title=2+trigrams=1": Bm25(ids, [Field(TITLES, weight=2), Field(TITLES, letter_trigrams())]),
+    }
+    answers = [answer(systems.make(spec), "running red shoe") for spec in expected]
+    assert answers == [answer(retriever, "running red shoe") for retriever in expected.values()]
+    assert len({str(one) for one in answers}) == len(expected), "every option matters for this query"
+    with pytest.raises(
+        UsageError, match="--system=bm25:brand=1: has the column 'brand', expected a text column: title"
+    ):
+        systems.make("bm25:brand=1")
+
+
+def test_bm25_reads_the_columns_that_it_is_told():
+    texts = {"title": ["red shoes", "blue shoes"], "brand": ["Acme", "Red"]}
+
+    def found(options, query):
+        chosen = Bm25Options.parse(options, "") if options else Bm25Options()
+        return answer(Bm25(np.array([1, 2]), chosen.fields(texts, ""), chosen.k1, chosen.b), query)[0]
+
+    assert found("", "acme") == [1] and found("", "red") == [1, 2], "joined, and so of the same length: ties by id"
+    assert found("title=1", "acme") == [], "a column that is not named is not read"
+    assert found("title=1+brand=3", "red") == [2, 1] and found("title=3+brand=1", "red") == [1, 2]
+    assert found("title=1+trigrams=1", "acme") == [], "nor by its trigrams"
 
 
 def test_bm25_words_on_the_home_depot_folds(homedepot):
