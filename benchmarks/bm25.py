@@ -106,7 +106,7 @@ def judgments_of(values: flags.FlagValues, corpus: Corpus, store: Store) -> dict
         )
         for name in values.judgments
     }  # fmt: skip
-    return found | ({"held out": Judgments.of_held_out(store)} if values.held_out else {})
+    return found | ({"held out": Judgments.of_held_out(store, "validation")} if values.held_out else {})
 
 
 def main(arguments: list[str]) -> None:

@@ -151,9 +151,11 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ValidationConfig:
-    """Recall on the interactions that the store held out, measured at checkpoints. The best checkpoint is kept."""
+    """Recall on the validation fold of the held-out interactions, at checkpoints. The best checkpoint is kept."""
 
-    queries: int = option(0, "number of held-out queries that are asked. 0 turns validation off", 0, 10_000_000)
+    queries: int = option(
+        0, "number of queries of the validation fold that are asked. 0 turns validation off", 0, 10_000_000
+    )
     recall_at: int = option(100, "k of recall@k over all items", 1, 10_000)
     every: int = option(1, "number of checkpoints from one measurement to the next", 1)
     patience: int = option(

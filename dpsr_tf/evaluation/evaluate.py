@@ -20,9 +20,10 @@ from dpsr_tf import __version__
 from dpsr_tf.data.store import Store
 from dpsr_tf.evaluation import metrics
 from dpsr_tf.evaluation.corpus import FREQUENCY, Corpus
-from dpsr_tf.evaluation.judgments import Judgments
+from dpsr_tf.evaluation.judgments import FOLDS, Judgments
 from dpsr_tf.evaluation.measure import DEFAULT_KS, Options, measure_all
 from dpsr_tf.evaluation.result_tables import format_report
+from dpsr_tf.evaluation.retriever import Retriever, is_validated
 from dpsr_tf.evaluation.systems import Systems, system_names, systems_help
 
 USAGE = f"""
@@ -67,7 +68,15 @@ def define_flags(values: flags.FlagValues) -> None:
     boolean(
         "held_out",
         False,
-        "measure on the interactions that the store held out, instead of --judgments",
+        "measure on the interactions that the store held out, instead of --judgments; see --fold",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "fold",
+        None,
+        list(FOLDS),
+        "with --held_out, which queries to measure on: validation (the half that training looks at), test (the other "
+        "half; the default), or all",
         flag_values=values,
     )
     boolean("skip_unknown", False, "ignore judgments of items that are not in the store", flag_values=values)
@@ -135,11 +144,25 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         **measure_all(retrievers, judgments, corpus, options, values.compare),
     }
     report["settings"]["relevant_from"] = None if values.held_out else values.relevant_from
+    if values.held_out:
+        report["settings"]["fold"] = values.fold or "test"
+        if values.fold in ("validation", "all"):
+            _warn_of_validated(retrievers, report["notes"], values.fold)
     print(f"{judgments.path}: {len(judgments.queries):,} queries with a relevant item, {len(corpus.item_ids):,} items")
     print("".join(f"left out: {count:,} {what}\n" for what, count in left_out.items() if count), end="")
     print(format_report(report))
     if values.json:
         _write_json(report, values.json)
+
+
+def _warn_of_validated(retrievers: Mapping[str, Retriever], notes: Mapping[str, list[str]], fold: str) -> None:
+    """Adds a warning to the notes of each system whose training looked at the queries of this fold."""
+    for spec, retriever in retrievers.items():
+        if is_validated(retriever):
+            notes[spec].append(
+                f"warning: its training looked at {'half of ' if fold == 'all' else ''}these queries, to choose its "
+                f"best checkpoint and when to stop, so its figures may be too high; measure it with --fold=test"
+            )
 
 
 def _check_flags(values: flags.FlagValues) -> None:
@@ -152,6 +175,8 @@ def _check_flags(values: flags.FlagValues) -> None:
         raise UsageError("--relevant_from=nan: expected a number")
     if values.held_out and values.judgments:
         raise UsageError(f"--judgments={values.judgments}: cannot be combined with --held_out; give one of them")
+    if values.fold and not values.held_out:
+        raise UsageError(f"--fold={values.fold}: needs --held_out; a fold is a part of what the store held out")
     if not values.held_out and not values.judgments:
         raise UsageError("--judgments is missing; give a table of judged pairs, or --held_out")
     if (values.ask_column or values.query_slice) and not values.queries:
@@ -220,7 +245,7 @@ def _read_judgments(values: flags.FlagValues, corpus: Corpus) -> Judgments:
     assert corpus.store is not None
     if columns:
         raise UsageError(f"--slice={columns[0]}: held-out interactions have no columns, expected {FREQUENCY}")
-    return Judgments.of_held_out(corpus.store)
+    return Judgments.of_held_out(corpus.store, values.fold or "test")
 
 
 def _write_json(report: Mapping[str, Any], path: str) -> None:

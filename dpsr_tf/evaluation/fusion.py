@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpsr_tf.data.user_requests import User
-from dpsr_tf.evaluation.retriever import Retriever, ask, is_personal
+from dpsr_tf.evaluation.retriever import Retriever, ask, is_personal, is_validated
 from dpsr_tf.models.exact_search import is_repeat, no_results, top_positions
 
 
@@ -26,6 +26,7 @@ class Fusion:
         """Takes the retrievers and a weight for each of them; no weights means reciprocal rank fusion."""
         self._parts, self._weights, self._depth = parts, weights, depth
         self.personal = any(is_personal(part) for part in parts)
+        self.validated = any(is_validated(part) for part in parts)
 
     def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See Retriever."""

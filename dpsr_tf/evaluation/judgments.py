@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,18 @@ from dpsr_common.errors import CommandError, UsageError
 from dpsr_tf.data.store import Store
 from dpsr_tf.data.tables import Table, check_kind
 from dpsr_tf.data.user_requests import User
+
+# The folds of what a store holds out: training looks at the first one (section `validation` of the config).
+FOLDS = ("validation", "test", "all")
+
+
+def fold_of(query: str) -> str:
+    """Returns the fold of a held-out query, "validation" or "test", each for half of the queries.
+
+    A hash of the text decides, so a query has the same fold in every store. The hash is another one than that of
+    `query_share`, which chooses the queries to hold out.
+    """
+    return FOLDS[hashlib.blake2b(query.encode(), digest_size=1).digest()[0] % 2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,14 +137,16 @@ class Judgments:
         )
 
     @staticmethod
-    def of_held_out(store: Store) -> Judgments:
+    def of_held_out(store: Store, fold: str) -> Judgments:
         """Reads what the store held out of its log: every held-out item of a user's query is relevant.
+
+        `fold` is one of FOLDS: the queries that training looks at, the others, or all.
 
         The time of a user's query is that of its first held-out interaction, so that no retriever sees that
         interaction in the user's history.
 
         Raises:
-            CommandError: the store has no held-out interactions.
+            CommandError: the store has no held-out interactions, or none in this fold.
         """
         file = store.held_out()
         if file is None or not len(file["query"]):
@@ -142,9 +157,18 @@ class Judgments:
         query, user, item, time = (np.asarray(file[name], np.int64) for name in ("query", "user", "item", "time"))
         order = np.lexsort((item, user, query))
         query, user, item, time = query[order], user[order], item[order], time[order]
+        texts, user_ids = list(store.queries()), store.users()["id"]
+        if fold != "all":
+            asked, row_of_asked = np.unique(query, return_inverse=True)
+            inside = np.array([fold_of(texts[row]) == fold for row in asked.tolist()])[row_of_asked]
+            if not inside.any():
+                raise CommandError(
+                    f"{store.path}: none of the {len(asked):,} held-out queries is in the fold '{fold}', which a hash "
+                    f"gives half of the queries; hold out more of the log and ingest it again, or give --fold=all"
+                )
+            query, user, item, time = query[inside], user[inside], item[inside], time[inside]
         begins = np.flatnonzero(np.r_[True, (np.diff(query) != 0) | (np.diff(user) != 0)])
         first = np.minimum.reduceat(time, begins)
-        texts, user_ids = list(store.queries()), store.users()["id"]
         item_ids = store.items()["id"][item]
         return Judgments(
             store.path / "held_out.dpsr",

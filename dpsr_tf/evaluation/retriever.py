@@ -13,8 +13,9 @@ from dpsr_tf.data.user_requests import User
 class Retriever(Protocol):
     """Anything that finds items for queries: a baseline, a model, an index, a servable, a server.
 
-    Two attributes are optional. `personal = True` says that the answers depend on the user; retrievers without it are
-    given no users. `score(queries, users, items)`, with items int64 [n, m], returns the score of each pair of query and
+    Three attributes are optional. `personal = True` says that the answers depend on the user; retrievers without it are
+    given no users. `validated = True` says that a training looked at the validation fold of the held-out interactions.
+    `score(queries, users, items)`, with items int64 [n, m], returns the score of each pair of query and
     item, float32 [n, m], whether or not the item would be retrieved. An item of -1 is padding; its score is ignored.
     Top-k among 1,024 items and AUC need `score`.
     """
@@ -44,6 +45,11 @@ def ask(
             f"expected both [{len(queries)}, {k}]"
         )
     return ids, scores
+
+
+def is_validated(retriever: Retriever) -> bool:
+    """Returns whether the training of the retriever looked at the validation fold of the held-out interactions."""
+    return bool(getattr(retriever, "validated", False))
 
 
 def is_personal(retriever: Retriever) -> bool:

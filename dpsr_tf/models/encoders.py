@@ -35,8 +35,9 @@ def exact_search(directory: str | Path, store: Store) -> ExactSearch:
     Raises:
         CommandError: no model or checkpoint is there, or the store has another vocabulary.
     """
-    embeddings, config = item_embeddings(directory, store), ModelDirectory.open(directory).config.model
-    return ExactSearch(query_encoder(directory, store), store.items()["id"], embeddings, is_personal(config))
+    embeddings, model = item_embeddings(directory, store), ModelDirectory.open(directory)
+    encode, personal = query_encoder(directory, store), is_personal(model.config.model)
+    return ExactSearch(encode, store.items()["id"], embeddings, personal, model.validated)
 
 
 def item_embeddings(directory: str | Path, store: Store) -> np.ndarray:

@@ -25,12 +25,19 @@ class ExactSearch:
     not the soft dot product of training.
     """
 
-    def __init__(self, encode: QueryEncoder, item_ids: np.ndarray, item_embeddings: np.ndarray, personal: bool = False):
-        """`item_ids` int64 [items], `item_embeddings` float32 [items, dim]."""
+    def __init__(
+        self,
+        encode: QueryEncoder,
+        item_ids: np.ndarray,
+        item_embeddings: np.ndarray,
+        personal: bool = False,
+        validated: bool = False,
+    ):
+        """`item_ids` int64 [items], `item_embeddings` float32 [items, dim]; Retriever says what the two flags mean."""
         self._encode = encode
         self._item_ids, self._item_embeddings = np.asarray(item_ids), item_embeddings
         self._rows = RowsById(self._item_ids)
-        self.personal = personal
+        self.personal, self.validated = personal, validated
 
     def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Implements dpsr_tf.evaluation.retriever.Retriever."""

@@ -50,6 +50,11 @@ class ModelDirectory:
         """Path of the vocabulary file."""
         return self.path / "vocabulary.dpsr"
 
+    @property
+    def validated(self) -> bool:
+        """Whether training measured its checkpoints on the validation fold of the held-out interactions."""
+        return self.config.validation.queries > 0
+
     @staticmethod
     def open(path: str | Path) -> ModelDirectory:
         """Opens the model at `path`. Raises CommandError if there is none."""

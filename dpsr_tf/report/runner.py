@@ -36,7 +36,7 @@ Result = dict[str, Any]
 
 # Increase this when a change of the code changes the results of experiments. Results of other versions
 # are not used.
-VERSION = 2
+VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)

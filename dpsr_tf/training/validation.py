@@ -1,4 +1,4 @@
-"""Measures recall@k at checkpoints, on the interactions that the store held out of its log.
+"""Measures recall@k at checkpoints, on the validation fold of what the store held out of its log.
 
 It writes into the model directory, beside the checkpoints:
 
@@ -40,12 +40,12 @@ class Validation:
     """Measures the checkpoints of a model directory and keeps the best. Exactly one process of a training does this."""
 
     def __init__(self, model: ModelDirectory, store: Store, config: Config):
-        """Raises CommandError if the store has no held-out interactions."""
+        """Raises CommandError if the store has no held-out interactions in the validation fold."""
         # Imported here so that a training without validation loads neither DuckDB nor, below, SciPy.
         from dpsr_tf.evaluation.judgments import Judgments
 
         self._path, self._store, self._config = model.path, store, config
-        self._judgments = Judgments.of_held_out(store).sample(config.validation.queries, _SEED)
+        self._judgments = Judgments.of_held_out(store, "validation").sample(config.validation.queries, _SEED)
         self._writer: tf.compat.v1.summary.FileWriter | None = None
         # An earlier process may have been killed between the two renames in _measure.
         if not (self._path / BEST).exists() and (self._path / _PREVIOUS).exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ class _Index:
     def __init__(self, directory: Path, store: Store):
         manifest = read_manifest(directory / "index.json", FORMAT, FORMAT_VERSION, "dpsr index")
         self._encode = query_encoder(manifest["model"], store, manifest["checkpoint"])
-        self.personal = is_personal(ModelDirectory.open(manifest["model"]).config.model)
+        model = ModelDirectory.open(manifest["model"])
+        self.personal, self.validated = is_personal(model.config.model), model.validated
         try:
             embeddings = PackedFile(str(directory / "item_embeddings.dpsr"), "item_embeddings")
             self._item_ids = PackedFile(str(directory / "item_ids.dpsr"), "item_ids")["id"]
@@ -105,6 +107,9 @@ class _Servable:
         names = self._servable.inputs["search"]
         self.personal = any(name.startswith(USER) or name in HISTORY for name in names)
         self._users = UserRequests(store, names) if self.personal else None
+        manifest = path / "assets.extra" / "dpsr_manifest.json"
+        config = json.loads(manifest.read_text())["config"] if manifest.is_file() else {}
+        self.validated = config.get("validation", {}).get("queries", 0) > 0
 
     def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See Retriever."""

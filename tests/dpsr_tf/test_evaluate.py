@@ -16,7 +16,7 @@ from dpsr_tf.data.store import Store
 from dpsr_tf.data.user_requests import User
 from dpsr_tf.evaluation.baselines import Bm25, Field, Popularity, Random
 from dpsr_tf.evaluation.corpus import Corpus
-from dpsr_tf.evaluation.judgments import Judgments
+from dpsr_tf.evaluation.judgments import FOLDS, Judgments, fold_of
 from dpsr_tf.evaluation.measure import Options, evaluate, measure_all
 from dpsr_tf.evaluation.result_tables import format_report
 from dpsr_tf.evaluation.systems import Systems
@@ -446,7 +446,7 @@ def test_held_out(dpsr, shop, tmp_path):
     shop.schema["interactions"]["held_out"] = {"query_share": 0.5}
     dpsr(*shop.write().flags(tmp_path / "store")).succeeds()
     store = Store(tmp_path / "store")
-    judgments = Judgments.of_held_out(store)
+    judgments = Judgments.of_held_out(store, "all")
     good = {(row["query"].strip(), row["user_id"]): [] for row in shop.log if row["label"] == 2}
     for row in shop.log:
         if row["label"] == 2 and row["item_id"] not in good[row["query"].strip(), row["user_id"]]:
@@ -456,7 +456,7 @@ def test_held_out(dpsr, shop, tmp_path):
     assert judgments.relevant == [sorted(good[one]) for one in asked]
     assert sum(map(len, judgments.relevant)) == store.counts.held_out
     out = tmp_path / "figures.json"
-    flags = ["evaluate", f"--store={store.path}", "--held_out", "--system=bm25", f"--json={out}"]
+    flags = ["evaluate", f"--store={store.path}", "--held_out", "--fold=all", "--system=bm25", f"--json={out}"]
     dpsr(*flags, "--slice=frequency").succeeds()
     assert figures(out)["queries"] == len(asked)
     assert set(figures(out)["slices"]["frequency"]) == {"unseen"}, "its clicks are not in the training log"
@@ -464,6 +464,41 @@ def test_held_out(dpsr, shop, tmp_path):
     assert figures(out)["queries"] == 1
     assert figures(out)["left_out"]["queries that --max_queries did not draw"] == len(asked) - 1
     dpsr(*flags, "--slice=kind").fails(2, "--slice=kind: held-out interactions have no columns, expected frequency")
+
+
+def test_folds_of_what_is_held_out(dpsr, shop, tmp_path):
+    """Validation and test share no query, are all together, and do not depend on the store."""
+    shop.log = [row | {"query": f"{row['query'].strip()} {i}"} for i in range(40) for row in shop.log]
+    asked = {}
+    for share in (0.3, 0.5):
+        shop.schema["interactions"]["held_out"] = {"query_share": share}
+        dpsr(*shop.write().flags(tmp_path / f"{share}")).succeeds()
+        store = Store(tmp_path / f"{share}")
+        asked[share] = {fold: Judgments.of_held_out(store, fold).queries for fold in FOLDS}
+        validation, test, both = (set(asked[share][fold]) for fold in ("validation", "test", "all"))
+        assert not validation & test and validation | test == both
+        assert 0.35 < len(test) / len(both) < 0.65, "about half, although a hash of the same text held them out"
+    assert set(asked[0.3]["test"]) < set(asked[0.5]["test"]), "what is held out of one store has the same fold"
+
+    out = tmp_path / "figures.json"
+    flags = ["evaluate", f"--store={tmp_path / '0.5'}", "--held_out", "--system=bm25", f"--json={out}"]
+    for fold in (None, *FOLDS):
+        outcome = dpsr(*flags, *([f"--fold={fold}"] if fold else [])).succeeds()
+        assert figures(out)["queries"] == len(asked[0.5][fold or "test"]), "test is the default"
+        assert figures(out)["settings"]["fold"] == (fold or "test")
+        assert "warning" not in outcome.out, "bm25 has no training"
+
+
+def test_a_fold_without_a_query(dpsr, shop, tmp_path):
+    only = next(word for word in ("a", "b", "c", "d", "e", "f", "g") if fold_of(word) == "validation")
+    shop.log.append(shop.log[0] | {"query": only, "time": 900})
+    shop.log = [{"time": 100} | row for row in shop.log]
+    shop.schema["interactions"] |= {"time": "time", "held_out": {"after": "500"}}
+    dpsr(*shop.write().flags(tmp_path / "store")).succeeds()
+    flags = ["evaluate", f"--store={tmp_path / 'store'}", "--held_out", "--system=bm25"]
+    dpsr(*flags).fails(1, "none of the 1 held-out queries is in the fold 'test'", "or give --fold=all")
+    dpsr(*flags, "--fold=validation").succeeds()
+    dpsr(*flags, "--fold=dev").fails(2, "--fold")
 
 
 def test_a_store_that_holds_nothing_out(dpsr, store):
@@ -529,6 +564,7 @@ def test_a_server_that_is_not_there(dpsr, flags):
     ("change", "status", "fragment"),
     [
         ({"--judgments": None}, 2, "--judgments is missing; give a table of judged pairs, or --held_out"),
+        ({"--fold": "test"}, 2, "--fold=test: needs --held_out"),
         ({"--held_out": "true"}, 2, "--judgments=judgments.tsv: cannot be combined with --held_out"),
         ({"--store": None}, 2, "--store is missing"),
         ({"--system": None}, 2, "--system is missing, expected at least one of: bm25"),

@@ -151,14 +151,18 @@ def test_model_index_and_servable_give_the_same_figures(own, tmp_path, capfd):
     path, *_ = own
     store = tmp_path / "store"
     dpsr(capfd, "ingest", f"--schema={path}/schema.yaml", f"--out={store}")
-    flags = ["--set=train.steps=20", "--set=model.num_heads=2"]
+    flags = ["--set=train.steps=20", "--set=model.num_heads=2", "--set=validation.queries=20"]
     dpsr(capfd, "train", f"--store={store}", f"--out={tmp_path}/model", *flags)
     dpsr(capfd, "index", f"--model={tmp_path}/model", f"--store={store}", f"--out={tmp_path}/index")
     dpsr(capfd, "export", f"--model={tmp_path}/model", f"--index={tmp_path}/index", f"--out={tmp_path}/servable")
     kinds = ("model", "index", "servable")
     flags = [f"--store={store}", "--held_out", *(f"--system={kind}:{tmp_path}/{kind}" for kind in kinds)]
-    dpsr(capfd, "evaluate", *flags, f"--json={tmp_path}/report.json", "--latency_queries=2", "--k=10,80")
-    figures = json.loads((tmp_path / "report.json").read_text())["systems"]
+    flags += [f"--json={tmp_path}/report.json", "--latency_queries=2", "--k=10,80"]
+    dpsr(capfd, "evaluate", *flags, "--fold=all")
+    found = json.loads((tmp_path / "report.json").read_text())
+    figures, notes = found["systems"], found["notes"].values()
+    warning = "warning: its training looked at half of these queries"
+    assert [any(warning in note for note in of_system) for of_system in notes] == [True, True, True]
     recall = [figures[f"{kind}:{tmp_path}/{kind}"]["recall@10"] for kind in kinds]
     assert recall == pytest.approx([recall[0]] * 3, abs=0.02)
     assert figures[f"model:{tmp_path}/model"]["recall@80"] > 0.9, "only a query without a known token finds less"
