@@ -38,6 +38,11 @@ class ModelConfig:
         True,
         "whether towers and heads start as the same rotation of the text. If false, each starts with random weights",
     )
+    encoder: str = option(
+        "",
+        "package.module:function, which makes an encoder of texts of your own (docs/own_encoder.md). If empty, a text "
+        "is the sum of its tokens' embeddings",
+    )
     item_features: tuple[str, ...] = option((), "item features that the item tower reads beside the text")
     user_features: tuple[str, ...] = option((), "profile features that the query tower reads (DPSR-p)")
     history_length: int = option(0, "number of the user's last items that the query tower reads (DPSR-h)", 0, 1000)

@@ -121,7 +121,11 @@ def test_every_room_is_used() -> None:
     assert {room_of_module(module) for module in MODULES} == set(ROOMS)
 
 
-@pytest.mark.parametrize("module", MODULES)
+# The one module that imports what a user names: `model.encoder`.
+IMPORTS_CODE_OF_USERS = "dpsr_tf.models.text_encoder"
+
+
+@pytest.mark.parametrize("module", sorted({*MODULES} - {IMPORTS_CODE_OF_USERS}))
 def test_nothing_is_imported_by_a_computed_name(module: str) -> None:
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""

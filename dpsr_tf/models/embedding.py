@@ -293,7 +293,13 @@ def weights_saver(is_average: bool) -> tf.compat.v1.train.Saver:
     if not is_average:
         return v1.train.Saver()
     averages = tf.train.ExponentialMovingAverage(0.5)
-    return v1.train.Saver({averages.average_name(variable): variable for variable in v1.global_variables()})
+    trained = {id(variable) for variable in v1.trainable_variables()}
+    return v1.train.Saver(
+        {
+            averages.average_name(variable) if id(variable) in trained else variable.op.name: variable
+            for variable in v1.global_variables()
+        }
+    )
 
 
 def saver(tables: Sequence[EmbeddingTable], **arguments: Any) -> tf.compat.v1.train.Saver:

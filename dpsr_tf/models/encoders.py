@@ -196,8 +196,10 @@ def _tower(
                 try:
                     weights_saver(model.config.train.average_decay > 0).restore(session, checkpoint)
                 except (tf.errors.OpError, ValueError):
+                    encoder = model.config.model.encoder
+                    shape = f"the config or the code of {encoder}" if encoder else "the config"
                     raise CommandError(
-                        f"{model.path}: {Path(checkpoint).name} cannot be read, or does not fit the config; "
+                        f"{model.path}: {Path(checkpoint).name} cannot be read, or does not fit {shape}; "
                         f"train the model again"
                     ) from None
         pairs = zip(tf.nest.flatten(inputs), tf.nest.flatten(features), strict=True)

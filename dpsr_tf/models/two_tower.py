@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import tensorflow as tf
 
@@ -15,6 +15,7 @@ from dpsr_tf.data.schema import EVENT_TYPES
 from dpsr_tf.models.embedding import EmbeddingTable
 from dpsr_tf.models.features import FIXED_KINDS, Feature, FeatureSpec, ItemFeatures, QueryFeatures
 from dpsr_tf.models.layers import STOCK, Layers
+from dpsr_tf.models.text_encoder import EncoderInput, Table, make_encoder
 
 if TYPE_CHECKING:
     from dpsr_tf.data.examples_dataset import Features, History
@@ -24,30 +25,16 @@ v1 = tf.compat.v1
 T = TypeVar("T")
 
 
-class Table(Protocol):
-    """An embedding table as the towers see it. models.embedding has the implementations."""
-
-    def bag(self, tokens: Tokens) -> tf.Tensor:
-        """Returns the sum of the rows of each text's tokens, [texts, dim] float32; zero for a text without tokens."""
-
-    def lookup(self, codes: tf.Tensor) -> tf.Tensor:
-        """Returns the row of each of `codes`, int32 [n]: [n, dim] float32."""
-
+# The tower that reads the texts of a side.
+_TOWERS = {"user": "query", "item": "item"}
 
 # Makes a table: (name, number of rows, width) -> Table.
 TableFactory = Callable[[str, int, int], Table]
-# Encodes each text as one vector, [texts, a fixed width] float32. It may make variables, which all calls must share.
-TextEncoder = Callable[[Table, Tokens], tf.Tensor]
 
 
 def stock_table(name: str, num_rows: int, dim: int) -> EmbeddingTable:
     """Makes a table of stock ops. Its graph needs no op library, and any optimizer can train it."""
     return EmbeddingTable(name, num_rows, dim, implementation="stock")
-
-
-def bag_of_tokens(table: Table, tokens: Tokens) -> tf.Tensor:
-    """Encodes texts as the paper does, by the sum of the tokens' embeddings."""
-    return table.bag(tokens)
 
 
 class TwoTower:
@@ -80,31 +67,37 @@ class TwoTower:
         config: ModelConfig,
         features: FeatureSpec | int,
         table: TableFactory = stock_table,
-        text_encoder: TextEncoder = bag_of_tokens,
         layers: Layers = STOCK,
+        training: bool = False,
     ):
-        """Makes the tables.
+        """Makes the tables and the text encoder that the config names.
 
         Args:
             config: shape of the towers.
             features: what the towers read, from FeatureSpec.choose(config, ...). A number stands for
                 FeatureSpec(num_tokens=number).
             table: makes the embedding tables.
-            text_encoder: encodes queries, item texts, text features and past queries.
             layers: models.layers.STOCK or, for training, FUSED.
+            training: whether the text encoder is told that it is trained.
+
+        Raises:
+            UsageError: the text encoder cannot be imported or does not return vectors.
         """
         self.config = config
         self.features = FeatureSpec(features) if isinstance(features, int) else features
         self.tables: dict[str, Table] = {}
         self.norms: dict[str, tf.Tensor] = {}
-        self._make_table, self._encode, self._kernels = table, text_encoder, layers
+        self._make_table, self._kernels, self._training = table, layers, training
+        texts: list[tuple[str, str | None]] = []
         for side, chosen in (("user", self.features.user), ("item", self.features.item)):
             for text in (None, *(feature for feature in chosen if feature.kind == "text")):
                 self._text_table(side, text)
+                texts.append((_TOWERS[side], None if text is None else text.name))
             coded = sum(feature.num_ids for feature in chosen if feature.kind != "text")
             if coded:
                 # All features of a side share one table, so that a batch needs one lookup, not one for each feature.
                 self._table(f"{side}_feature_embedding", coded, config.feature_dim)
+        self._encoder = make_encoder(config, texts)
 
     def query_embedding(self, query: QueryFeatures | Tokens) -> tf.Tensor:
         """Embeds queries: unit vectors [queries, heads, embedding_dim] float32; zero for a text without tokens.
@@ -137,7 +130,7 @@ class TwoTower:
 
     def item_vector(self, item: ItemFeatures) -> tf.Tensor:
         """Returns the item tower's input layer, [items, width] float32, which also represents items in a history."""
-        text = self._encode(self._text_table("item"), item.text)
+        text = self._encode("item", item.text)
         return tf.concat([text, *self._feature_vectors("item", self.features.item, item.features)], axis=1)
 
     def scores(self, query: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
@@ -155,7 +148,7 @@ class TwoTower:
         return soft_dot_product(tf.unstack(head_scores(query, items), axis=1), self.config.temperature)
 
     def _query_input(self, query: QueryFeatures) -> tf.Tensor:
-        text = self._encode(self._text_table("user"), query.text)
+        text = self._encode("user", query.text)
         parts = [text, *self._feature_vectors("user", self.features.user, query.user)]
         if self.config.history_length:
             history = _given(query.history, "history")
@@ -165,7 +158,7 @@ class TwoTower:
                 parts.append(self._pooled(text, items, history.items.row_splits))
         if self.config.query_history_length:
             history = _given(query.history, "history")
-            queries = self._encode(self._text_table("user"), history.query)
+            queries = self._encode("user", history.query)
             with v1.variable_scope("query_tower/query_history", reuse=v1.AUTO_REUSE):
                 parts.append(self._pooled(text, queries, history.query_splits))
         return tf.concat(parts, axis=1)
@@ -212,11 +205,16 @@ class TwoTower:
         lists = [feature for feature in chosen if feature.kind not in FIXED_KINDS]
         for feature, tokens in zip(lists, given.lists, strict=True):
             if feature.kind == "text":
-                vectors.append(self._encode(self._text_table(side, feature), tokens))
+                vectors.append(self._encode(side, tokens, feature))
             else:
                 rows = Tokens(tokens.values + offsets[feature.name], tokens.row_splits)
                 vectors.append(self.tables[f"{side}_feature_embedding"].bag(rows))
         return vectors
+
+    def _encode(self, side: str, tokens: Tokens, feature: Feature | None = None) -> tf.Tensor:
+        """Returns the vectors of texts, [texts, width]."""
+        table, name = self._text_table(side, feature), None if feature is None else feature.name
+        return self._encoder(EncoderInput(tokens, table, _TOWERS[side], name, self._training))
 
     def _text_table(self, side: str, feature: Feature | None = None) -> Table:
         """Returns the table of the query or item text, or of a text feature.
@@ -329,8 +327,9 @@ def _turned(seed: int, rows: int) -> Initializer:
     """
 
     def kernel(shape: Sequence[int], dtype: tf.DType, partition_info: None = None) -> tf.Tensor:
-        turn = v1.orthogonal_initializer(seed=seed)([rows, shape[1]], dtype)
-        return tf.concat([turn, v1.glorot_uniform_initializer()([shape[0] - rows, shape[1]], dtype)], axis=0)
+        turned = min(rows, shape[0])  # an own text encoder may give fewer numbers
+        turn = v1.orthogonal_initializer(seed=seed)([turned, shape[1]], dtype)
+        return tf.concat([turn, v1.glorot_uniform_initializer()([shape[0] - turned, shape[1]], dtype)], axis=0)
 
     return kernel
 

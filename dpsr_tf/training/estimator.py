@@ -63,8 +63,10 @@ def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[s
         shares = tf.gather(tf.constant(params["item_shares"]), batch.item_rows)
         title_share = tf.reduce_mean(tf.cast(batch.query_rows < 0, tf.float32))
         item_log_q = log_q(shares, len(params["item_shares"]), train.mixing_ratio, title_share)
+    if config.model.encoder:
+        tf.keras.utils.set_random_seed(train.seed)  # Keras layers do not start from the seed of the graph
     with v1.variable_scope(v1.get_variable_scope(), custom_getter=getter):
-        towers = TwoTower(config.model, spec, table=table, layers=FUSED)
+        towers = TwoTower(config.model, spec, table=table, layers=FUSED, training=True)
         loss, metrics = build_loss(config, batch, towers, item_log_q)
     tables = [table for table in towers.tables.values() if isinstance(table, EmbeddingTable)]
     for name, value in metrics.items():

@@ -18,6 +18,7 @@ from dpsr_tf.data.examples_dataset import BatchOptions, examples_dataset, traini
 from dpsr_tf.data.store import Store, check_replaceable
 from dpsr_tf.models.features import FeatureSpec
 from dpsr_tf.models.model_directory import ModelDirectory
+from dpsr_tf.models.text_encoder import load_encoder
 from dpsr_tf.training import validation
 from dpsr_tf.training.cluster import Cluster
 from dpsr_tf.training.estimator import FiniteWeights, ProgressBar, loss_problem, model_fn, run_config
@@ -113,9 +114,12 @@ def train(store: Store, config: Config, model_dir: str | Path, cluster: Cluster 
 
     Raises:
         CommandError: the model directory holds another model, or the loss became NaN or infinite.
-        UsageError: the config names features that the store does not have.
+        UsageError: the config names features that the store does not have, or a text encoder that cannot be imported or
+            does not return vectors.
     """
     cluster = cluster or Cluster()
+    if config.model.encoder and cluster.task_type != "ps":
+        load_encoder(config.model.encoder)  # fails here, before anything is written
     model = ModelDirectory.create_or_resume(model_dir, config, store)
     if cluster.task_type in ("chief", "worker"):
         if validation.is_over(model.path, config):

@@ -15,7 +15,7 @@ from dpsr_common.typed_config import from_dict, to_dict
 from dpsr_tf.config import ModelConfig
 from dpsr_tf.data.examples_dataset import Features, History, Tokens
 from dpsr_tf.models.features import Feature, FeatureSpec, ItemFeatures, QueryFeatures
-from dpsr_tf.models.two_tower import TwoTower, segment_softmax, soft_dot_product, stock_table
+from dpsr_tf.models.two_tower import TwoTower, segment_softmax, soft_dot_product
 
 v1 = tf.compat.v1
 
@@ -237,28 +237,6 @@ def test_later_calls_share_the_variables():
     np.testing.assert_array_equal(first, second)
     np.testing.assert_allclose(alone[0], first[3], atol=1e-6, err_msg="a text's vector does not depend on its batch")
     assert len(variables) == 5
-
-
-def test_the_text_encoder_is_a_part_to_replace():
-    """Here the mean of a text's tokens and a layer on it, for queries, item text, and the table beneath."""
-    made = []
-
-    def table(name, num_rows, dim):
-        made.append((name, num_rows, dim))
-        return stock_table(name, num_rows, dim)
-
-    def encoder(table, text):
-        count = tf.cast(text.row_splits[1:] - text.row_splits[:-1], tf.float32)
-        with v1.variable_scope("encoder", reuse=v1.AUTO_REUSE):
-            kernel = v1.get_variable("kernel", [6, 9], use_resource=True)
-        return tf.tanh(tf.matmul(tf.math.divide_no_nan(table.bag(text), count[:, tf.newaxis]), kernel))
-
-    config = ModelConfig(token_dim=6, embedding_dim=5)
-    (_, item), variables = run(config, both(TEXTS), table=table, text_encoder=encoder)
-    assert made == [("token_embedding", NUM_IDS, 6)]
-    means = bags(variables["token_embedding"].astype(np.float64), TEXTS) / np.maximum(1, [[len(t)] for t in TEXTS])
-    expected = layers(variables, "item_tower", np.tanh(means @ variables["encoder/kernel"]), TEXTS, 0)
-    np.testing.assert_allclose(item, expected, atol=1e-6)
 
 
 def test_order_of_tokens_does_not_matter():

@@ -1,4 +1,4 @@
-"""Runs the commands of the pages "quickstart" and "bring your own log" as they are written there."""
+"""Runs the commands of pages that show a whole path, as they are written there."""
 
 from __future__ import annotations
 
@@ -65,3 +65,21 @@ def test_bring_your_own_log(tmp_path: Path) -> None:
     assert re.search(r"boiler\n.*\n +1 .*Kettle", printed), printed
     assert re.search(r"hedset\n.*\n +1 .*Headphones", printed), printed
     assert '"item_keys"' in printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_text_encoder_of_ones_own(tmp_path: Path) -> None:
+    """The module is importable for training, evaluation, index and export only."""
+    page = (ROOT / "docs" / "own_encoder.md").read_text()
+    (tmp_path / "shop_encoders.py").write_text(re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[0])
+    printed = run_document("own_encoder.md", tmp_path)
+    assert re.search(r"^women shoes\n.*\n +1 ", printed, re.MULTILINE), printed
+    # Of the first two tables: ranks, then which items are found. Only the model can score pairs (auc).
+    tables = printed.split("latency_ms_p50")[0]
+    of_model, of_server = (
+        [row.split()[:4] for row in re.findall(rf"^{kind}:\S+ +(\d.*)$", tables, re.MULTILINE)]
+        for kind in ("model", "server")
+    )
+    assert len(of_model) == 2 and of_model == of_server, printed
+    assert float(of_model[0][0]) > 0.5, printed
