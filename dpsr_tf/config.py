@@ -80,7 +80,21 @@ class TrainConfig:
     )
     title_typo_rate: float = option(0.0, "share of the words in title queries that get a typing error", 0, 1)
     query_typo_rate: float = option(0.0, "share of the words in logged queries that get a typing error", 0, 1)
-    learning_rate: float = option(0.01, "AdaGrad's learning rate", 1e-8, 100)
+    learning_rate: float = option(0.01, "learning rate of AdaGrad, which trains the embedding tables", 1e-8, 100)
+    schedule: str = option(
+        "constant",
+        "how the learning rates go on after the warm-up: they stay, or they fall to 0 at the last step",
+        choices=("constant", "linear", "cosine"),
+    )
+    warmup_steps: int = option(0, "number of steps at the start in which the learning rates rise from 0", 0)
+    dense_optimizer: str = option(
+        "adagrad",
+        "optimizer of all weights but the embedding tables: of the layers, and of a text encoder of your own",
+        choices=("adagrad", "adam", "momentum"),
+    )
+    dense_learning_rate: float = option(
+        0.0, "learning rate of that optimizer. 0 takes the value of learning_rate", 0, 100
+    )
     initial_accumulator: float = option(
         0.1, "start value of AdaGrad's sums of squared gradients in embedding tables", 1e-30, 1e6
     )

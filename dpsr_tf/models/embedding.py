@@ -195,26 +195,31 @@ def minimize(
     learning_rate: float | tf.Tensor,
     global_step: tf.Variable | None = None,
     optimizer: tf.compat.v1.train.Optimizer | None = None,
+    dense_learning_rate: float | tf.Tensor | None = None,
 ) -> tf.Operation:
     """Returns the training step: one backward pass over the tables' outputs and all other trainable variables.
 
     Args:
         loss: float32 [].
         tables: all tables that `loss` depends on.
-        learning_rate: learning rate of the tables, and of the other variables if there is no `optimizer`.
+        learning_rate: learning rate of the tables.
         global_step: the step increments it.
         optimizer: optimizer of the other variables; by default AdaGrad that starts at INITIAL_ACCUMULATOR, with one op
             for all variables of a device.
+        dense_learning_rate: learning rate of that AdaGrad; by default `learning_rate`.
     """
     in_tables = {id(variable) for table in tables for variable in table.variables}
     dense = [variable for variable in v1.trainable_variables() if id(variable) not in in_tables]
     of_tables, of_dense = gradients(loss, tables, dense)
     if optimizer is None:
-        steps = _adagrad(dense, of_dense, learning_rate)
+        steps = _adagrad(dense, of_dense, learning_rate if dense_learning_rate is None else dense_learning_rate)
     else:
         steps = [optimizer.apply_gradients(zip(of_dense, dense, strict=True))] if dense else []
     if global_step is not None:
-        steps.append(global_step.assign_add(1, read_value=False))
+        # A learning rate that follows the step reads it before.
+        rates = [rate for rate in (learning_rate, dense_learning_rate) if tf.is_tensor(rate)]
+        with tf.control_dependencies(rates):
+            steps.append(global_step.assign_add(1, read_value=False))
     for table, of_table in zip(tables, of_tables, strict=True):
         steps.append(table.apply_adagrad(of_table, learning_rate))
     return tf.group(*steps)

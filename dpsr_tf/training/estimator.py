@@ -20,6 +20,7 @@ from dpsr_tf.models.losses import log_q
 from dpsr_tf.models.objective import build_loss
 from dpsr_tf.models.two_tower import TableFactory, TwoTower
 from dpsr_tf.training.cluster import Cluster
+from dpsr_tf.training.optimizers import dense_optimizer, rate_factor
 
 v1 = tf.compat.v1
 
@@ -81,7 +82,13 @@ def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[s
     )
     with tf.control_dependencies([check]):
         learning_rate = tf.identity(train.learning_rate)
-    train_op = minimize(loss, tables, learning_rate, global_step)
+        if train.schedule != "constant" or train.warmup_steps:
+            learning_rate *= rate_factor(train, global_step.read_value())
+            v1.summary.scalar("learning_rate", learning_rate)
+    ratio = train.dense_learning_rate / train.learning_rate
+    dense_learning_rate = ratio * learning_rate if ratio else learning_rate
+    dense = dense_optimizer(train, dense_learning_rate)
+    train_op = minimize(loss, tables, learning_rate, global_step, dense, dense_learning_rate)
     if train.average_decay:
         train_op = average(train_op, train.average_decay, global_step)
     return tf.estimator.EstimatorSpec(
