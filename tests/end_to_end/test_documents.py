@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -20,9 +21,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_document(name: str, folder: Path) -> str:
-    """Runs the `sh` blocks of a page as one script in `folder`, on free ports; returns what it printed."""
+def run_document(name: str, folder: Path, python: str | None = None) -> str:
+    """Runs the `sh` blocks of a page as one script in `folder`, on free ports; returns what it printed.
+
+    The page's first `python` block is saved as the file `python` before.
+    """
     page = (ROOT / "docs" / name).read_text()
+    if python is not None:
+        (folder / python).write_text(re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[0])
     script = "\n".join(re.findall(r"^```sh\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
     for port in ("8500", "8501"):
         script = script.replace(f"{port}", str(free_port()))
@@ -71,9 +77,7 @@ def test_bring_your_own_log(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_a_text_encoder_of_ones_own(tmp_path: Path) -> None:
     """The module is importable for training, evaluation, index and export only."""
-    page = (ROOT / "docs" / "own_encoder.md").read_text()
-    (tmp_path / "shop_encoders.py").write_text(re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[0])
-    printed = run_document("own_encoder.md", tmp_path)
+    printed = run_document("own_encoder.md", tmp_path, "shop_encoders.py")
     assert re.search(r"^women shoes\n.*\n +1 ", printed, re.MULTILINE), printed
     # Of the first two tables: ranks, then which items are found. Only the model can score pairs (auc).
     tables = printed.split("latency_ms_p50")[0]
@@ -83,3 +87,20 @@ def test_a_text_encoder_of_ones_own(tmp_path: Path) -> None:
     )
     assert len(of_model) == 2 and of_model == of_server, printed
     assert float(of_model[0][0]) > 0.5, printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_hyperparameter_search(tmp_path: Path) -> None:
+    printed = run_document("hyperparameter_search.md", tmp_path, "search.py")
+    number, best = re.search(
+        r"^best: trial (\d), recall@10 (0\.\d+) on the validation queries$", printed, re.M
+    ).groups()
+    assert sorted(path.name for path in (tmp_path / "search" / "trials").iterdir()) == [f"trial-{i}" for i in range(5)]
+    measured = {
+        path.name: max(json.loads(line)["recall@10"] for line in (path / "validation.jsonl").read_text().splitlines())
+        for path in (tmp_path / "search" / "trials").iterdir()
+    }
+    assert float(best) == pytest.approx(measured[f"trial-{number}"], abs=1e-3) and float(best) > 0.2
+    assert measured[f"trial-{number}"] == max(measured.values())
+    assert re.search(r"^model:search/best +0\.\d+", printed, re.MULTILINE), printed
