@@ -142,8 +142,8 @@ class Judgments:
 
         `fold` is one of FOLDS: the queries that training looks at, the others, or all.
 
-        The time of a user's query is that of its first held-out interaction, so that no retriever sees that
-        interaction in the user's history.
+        The time of a user's query is when the request of its first held-out interaction began. So a history has
+        neither that interaction nor others of the same request.
 
         Raises:
             CommandError: the store has no held-out interactions, or none in this fold.

@@ -376,7 +376,12 @@ def test_an_untrained_directory_opens_again(click_store, tmp_path):
     for model in (begin(click_store, tmp_path / "model"), begin(click_store, tmp_path / "model")):
         assert (model.path, model.config) == (tmp_path / "model", CONFIG)
         assert model.vocabulary_path.read_bytes() == click_store.vocabulary_path.read_bytes()
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["codes", "config.yaml", "features.json", "vocabulary.dpsr"]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "codes",
+        "config.yaml",
+        "features.json",
+        "vocabulary.dpsr",
+    ]
     assert ModelDirectory.open(str(tmp_path / "model")).config == CONFIG
 
 
