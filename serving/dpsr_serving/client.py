@@ -19,7 +19,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, Unpack
 
 import grpc
 import grpc.aio
@@ -30,8 +30,8 @@ from dpsr_common import serving_apis
 from dpsr_common.errors import CommandError
 from dpsr_serving.search import (
     PADDING_ID,
-    Filters,
     Search,
+    SearchOptions,
     SearchResult,
     Signature,
     Text,
@@ -44,7 +44,6 @@ from dpsr_serving.search import (
 __all__ = ["AsyncSearchClient", "ModelVersion", "SearchClient", "SearchResult", "ServingError", "Tls", "User"]
 
 Retriever = Callable[[Sequence[Text], Sequence[Any] | None, int], tuple[NDArray[np.int64], NDArray[np.float32]]]
-Users = User | Mapping[str, Any] | Sequence[User | Mapping[str, Any] | None] | None
 
 # gRPC itself retries within the deadline: only calls that no server has answered, a few times, and less often once many
 # calls fail.
@@ -330,25 +329,21 @@ class SearchClient(_Client[grpc.Channel]):
         queries: Text | Sequence[Text],
         k: int | None = None,
         *,
-        user: Users = None,
-        filters: Filters = (),
-        exclude_filters: Filters = (),
-        exclude_items: Sequence[int | str] = (),
-        search_parameters: str = "",
         metadata: Mapping[str, str] | None = None,
+        **options: Unpack[SearchOptions],
     ) -> list[SearchResult]:
         """Finds the best items for each query, with one request for all queries.
 
         Args:
             queries: one query or several; bytes need not be valid UTF-8. An empty query finds nothing.
             k: number of items for each query; None means the number that the servable was exported with.
+            metadata: gRPC metadata of this call; it overrides the client's.
             user: who searches: a User, a dict with the same keys, or a list with one of these or None for each query.
             filters: conditions that every item must meet: attribute -> a value, a list of alternatives, or a range of
                 numbers (low, high) with None for an open end; or a list of filter expressions.
             exclude_filters: conditions that no item may meet, in the same form.
             exclude_items: items to leave out: ids, or keys if the shop's own ids are texts.
             search_parameters: settings of the index that replace the servable's own, such as "nprobe=64".
-            metadata: gRPC metadata of this call; it overrides the client's.
 
         Returns:
             One result for each query, in the same order.
@@ -357,7 +352,7 @@ class SearchClient(_Client[grpc.Channel]):
             ServingError: the server refused the request or did not answer in time.
             ValueError: a value cannot be sent, or the model does not take a user feature or input.
         """
-        asked = make_search(queries, k, user, filters, exclude_filters, exclude_items, search_parameters)
+        asked = make_search(queries, k, **options)
         return self._run(self._search_flow(asked, metadata))
 
     def model_status(self) -> list[ModelVersion]:
@@ -413,15 +408,11 @@ class AsyncSearchClient(_Client[grpc.aio.Channel]):
         queries: Text | Sequence[Text],
         k: int | None = None,
         *,
-        user: Users = None,
-        filters: Filters = (),
-        exclude_filters: Filters = (),
-        exclude_items: Sequence[int | str] = (),
-        search_parameters: str = "",
         metadata: Mapping[str, str] | None = None,
+        **options: Unpack[SearchOptions],
     ) -> list[SearchResult]:
         """See SearchClient.search."""
-        asked = make_search(queries, k, user, filters, exclude_filters, exclude_items, search_parameters)
+        asked = make_search(queries, k, **options)
         return await self._run(self._search_flow(asked, metadata))
 
     async def model_status(self) -> list[ModelVersion]:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,16 +104,25 @@ class Search:
         return self.k is None and not asked and not any(self.users)
 
 
-def make_search(
-    queries: Text | Sequence[Text],
-    k: int | None,
-    user: User | Mapping[str, Any] | Sequence[User | Mapping[str, Any] | None] | None,
-    filters: Filters,
-    exclude_filters: Filters,
-    exclude_items: Sequence[int | str],
-    search_parameters: str,
-) -> Search:
+Users = User | Mapping[str, Any] | Sequence[User | Mapping[str, Any] | None] | None
+
+
+class SearchOptions(TypedDict, total=False):
+    """What SearchClient.search takes beside the queries; its docstring explains each option."""
+
+    user: Users
+    filters: Filters
+    exclude_filters: Filters
+    exclude_items: Sequence[int | str]
+    search_parameters: str
+
+
+def make_search(queries: Text | Sequence[Text], k: int | None, **options: Unpack[SearchOptions]) -> Search:
     """Makes a request, and checks what can be checked without knowing the model. Raises ValueError or TypeError."""
+    if unknown := sorted(options.keys() - SearchOptions.__annotations__):
+        expected = ", ".join(SearchOptions.__annotations__)
+        raise TypeError(f"unknown option {', '.join(map(repr, unknown))}, expected metadata, {expected}")
+    user = options.get("user")
     batch = [queries] if isinstance(queries, (str, bytes)) else list(queries)
     if k is not None and not 0 < k < 2**31:
         raise ValueError(f"k must be a positive int32, got {k}")
@@ -123,8 +132,9 @@ def make_search(
         users = [_user(one) for one in user]
         if len(users) != len(batch):
             raise ValueError(f"{len(users)} users for {len(batch)} queries; give one user, or one for each query")
-    include, exclude = expressions(filters), expressions(exclude_filters)
-    return Search(batch, k, users, include, exclude, list(exclude_items), search_parameters)
+    include, exclude = expressions(options.get("filters", ())), expressions(options.get("exclude_filters", ()))
+    excluded = list(options.get("exclude_items", ()))
+    return Search(batch, k, users, include, exclude, excluded, options.get("search_parameters", ""))
 
 
 def _user(user: User | Mapping[str, Any] | None) -> User | None:

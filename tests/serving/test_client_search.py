@@ -275,12 +275,18 @@ def test_escaped_alternatives_read_back(values: list[str]) -> None:
     assert read == values
 
 
+def test_an_option_that_does_not_exist_is_named() -> None:
+    options: dict[str, Any] = {"filter": {"brand": "Acme"}}
+    with pytest.raises(TypeError, match="unknown option 'filter', expected metadata, user, filters"):
+        make_search(["a"], 3, **options)
+
+
 def test_an_input_that_no_client_knows_is_named() -> None:
     signature = Signature({"query": (7, 1), "k": (3, 0), "weather": (1, 1)})
     with pytest.raises(ValueError, match="'weather', float of rank 1"):
-        signature.tensors(make_search(["a"], 3, None, (), (), (), ""))
+        signature.tensors(make_search(["a"], 3))
     with pytest.raises(ValueError, match="k is missing"):
-        Signature({"query": (7, 1), "k": (3, 0)}).tensors(make_search(["a"], None, None, (), (), (), ""))
+        Signature({"query": (7, 1), "k": (3, 0)}).tensors(make_search(["a"], None))
 
 
 # Versions, transports
