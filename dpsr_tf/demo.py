@@ -46,7 +46,9 @@ class _Job:
     Attributes:
         generate: flags of `dpsr generate`; empty if the data exists.
         ingest: flags of `dpsr ingest`.
-        judgments: judgments of the dev fold.
+        judgments: judgments of queries that are not in the log.
+        slices: columns of the judgments to report by.
+        bm25: the best BM25 that benchmarks/bm25.py found on the dev fold.
         columns: its columns of query, item and grade.
         relevant_from: lowest grade that counts as relevant.
         config: content of the config file.
@@ -55,6 +57,8 @@ class _Job:
     generate: list[str]
     ingest: list[str]
     judgments: Path
+    slices: list[str]
+    bm25: str
     columns: tuple[str, str, str]
     relevant_from: float
     config: dict[str, Any]
@@ -62,7 +66,7 @@ class _Job:
     def judgment_flags(self) -> list[str]:
         query, item, grade = self.columns
         names = [f"--query_column={query}", f"--item_column={item}", f"--grade_column={grade}"]
-        return [*names, f"--relevant_from={self.relevant_from:g}"]
+        return [*names, f"--relevant_from={self.relevant_from:g}", *(f"--slice={name}" for name in self.slices)]
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -110,9 +114,9 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         _background(out, r"Running gRPC ModelServer at (\S+)", *serve) as server,
         _background(out, r"proxy ready on (\S+)", "proxy", f"--backend={server}", "--port=0") as proxy,
     ):
-        _dpsr("query", f"--target={proxy}", f"--model={MODEL}", titles, "--k=10", *_dev_queries(job, Store(store)))
+        _dpsr("query", f"--target={proxy}", f"--model={MODEL}", titles, "--k=10", *_unseen_queries(job, Store(store)))
 
-        systems = ["--system=bm25", f"--system=server:{proxy}/{MODEL}"]
+        systems = ["--system=bm25", f"--system={job.bm25}", f"--system=server:{proxy}/{MODEL}"]
         _dpsr("evaluate", f"--judgments={job.judgments}", *job.judgment_flags(), f"--store={store}", *systems)
     print(
         f"""
@@ -140,7 +144,10 @@ def _shop(shop: Path) -> _Job:
     return _Job(
         generate=[f"--out={shop}"],
         ingest=[f"--schema={shop / 'schema.yaml'}"],
-        judgments=shop / "judgments.dev.tsv",
+        # No setting was chosen on this fold: neither those of configs/shop.yaml nor those of BM25.
+        judgments=shop / "judgments.test.tsv",
+        slices=["kind"],
+        bm25="bm25:trigrams=0.5+k1=0.3+b=0.15",
         columns=("query", "item", "grade"),
         relevant_from=1.0,
         config=shipped_config("shop"),
@@ -158,14 +165,16 @@ def _homedepot(data: Path) -> _Job:
         generate=[],
         ingest=["--adapter=homedepot", f"--input={data}"],
         judgments=data / "judgments.dev.tsv",
+        slices=[],
+        bm25="bm25:stem+trigrams=0.3+k1=0.3",
         columns=("search_term", "product_uid", "relevance"),
         relevant_from=2.33,
         config=shipped_config("homedepot"),
     )
 
 
-def _dev_queries(job: _Job, store: Store) -> list[str]:
-    """Returns the four queries of the dev fold with the most relevant items that are not in the log."""
+def _unseen_queries(job: _Job, store: Store) -> list[str]:
+    """Returns the four judged queries with the most relevant items that are not in the log."""
     judgments = Judgments.read(job.judgments, *job.columns, job.relevant_from)
     log = {query.casefold() for query in store.queries()}
     unseen = [

@@ -70,9 +70,9 @@ def measure_all(
 
     Returns:
         `systems`: system -> figure -> number, None if it is not defined. `intervals`: system -> figure -> [low, high].
-        `slices`: slicing -> value -> `queries`, `systems`, `intervals`. `comparisons`, if `compare`: one for each
-        system but the first, with `system`, `baseline` (the first) and `figures`, see metrics.compare. `notes`: system
-        -> lines.
+        `slices`: slicing -> value -> `queries`, `share` (of all queries), `systems`, `intervals`. `comparisons`, if
+        `compare`: one for each system but the first, with `system`, `baseline` (the first) and `figures`, see
+        metrics.compare. `notes`: system -> lines.
     """
     measured = {spec: measure(retriever, judgments, corpus, options, spec) for spec, retriever in retrievers.items()}
     auc_samples = {
@@ -88,8 +88,9 @@ def measure_all(
     for name, of_query in judgments.slices.items():
         occurring = {value for values in of_query for value in values}
         ordered = [value for value in FREQUENCIES if value in occurring] if name == FREQUENCY else sorted(occurring)
+        inside = {value: np.array([value in values for values in of_query]) for value in ordered}
         report["slices"][name] = {
-            value: _summary(measured, np.array([value in values for values in of_query]), options) for value in ordered
+            value: {"share": float(rows.mean()), **_summary(measured, rows, options)} for value, rows in inside.items()
         }
     if compare:
         baseline, *others = measured

@@ -30,11 +30,11 @@ def format_report(report: Mapping[str, Any]) -> str:
     blocks += [_table(more, rows), _table(speed, rows)]
     for slicing, values in report["slices"].items():
         of_slice = [
-            {slicing: value, "queries": part["queries"], "system": spec, **figures}
+            {slicing: value, "queries": part["queries"], "share": part["share"], "system": spec, **figures}
             for value, part in values.items()
             for spec, figures in part["systems"].items()
         ]
-        blocks.append(_table([slicing, "queries", *names], of_slice))
+        blocks.append(_table([slicing, "queries", "share", *names], of_slice))
     for comparison in report.get("comparisons", []):
         rows = [
             {

@@ -213,7 +213,7 @@ def test_format_report():
     assert lines[2].split()[:2] == ["a", "+-"] and float(lines[2].split()[2]) == pytest.approx(0.5, abs=0.01)
     assert lines[3].split()[0] == "random" and lines[3].split()[-1] == "0.500"
     assert len({len(line) for line in lines[:-1]}) == 1, "columns stand under their names"
-    assert any(block.startswith("kind  queries  system") for block in blocks)
+    assert any(block.startswith("kind  queries  share  system") for block in blocks)
     assert any(block.startswith("random minus a, query by query") for block in blocks)
     assert blocks[-1].splitlines()[0] == "a: no top-k and no AUC: the system cannot score given pairs"
 
@@ -425,6 +425,7 @@ def test_several_systems_slices_and_a_comparison(dpsr, flags, store, tmp_path):
     assert found["settings"]["ks"] == [1, 7]
     assert set(found["slices"]["kind"]) == {"en", "zh"}
     assert found["slices"]["kind"]["zh"]["systems"]["bm25"]["recall@1"] == 1
+    assert [part["share"] for part in found["slices"]["kind"].values()] == [0.5, 0.5]
     assert found["slices"]["frequency"]["head"]["queries"] + sum(
         part["queries"] for name, part in found["slices"]["frequency"].items() if name != "head"
     ) == 2  # fmt: skip

@@ -18,6 +18,7 @@ from dpsr_tf.report.runner import ExperimentRunner
 from dpsr_tf.report.sections import Report
 from dpsr_tf.report.shop import QUICK
 
+MODELS_OF_TABLE_2 = ("DSSM", "DSSM-our-start", "DPSR")
 # A report with a few seconds of training. Its models learn little, but every experiment runs.
 TINY = (
     "--quick",
@@ -50,11 +51,20 @@ def test_a_report_is_whole_goes_on_and_repeats(dpsr: Callable, tmp_path: Path) -
     assert [f'<h2 id="{name}' in page for name in ("table-2", "figure-5", "figure-6", "figure-7", "table-1")] == [
         True
     ] * 5
-    for system in ("BM25", "BM25-u&b", "DSSM", "DPSR", "DPSR-p", "DPSR-h"):
+    for system in sections.METHODS:
         for measured, figure in (("purchases", "top-1"), ("purchases", "top-10"), ("labels", "auc")):
             low, high = found["table2"][0][measured]["intervals"][system][figure]
             assert low <= found["table2"][0][measured]["systems"][system][figure] <= high
     assert found["seed"] == 3 and found["size"]["steps"] == 8
+    # DSSM differs from DPSR in its loss, its negatives and its start, not in what the towers read.
+    models = {label: json.loads((out / "runs" / f"model-{label}-3.json").read_text()) for label in MODELS_OF_TABLE_2}
+    configs = [one["definition"]["config"]["model"] for one in models.values()]
+    assert len({json.dumps([config["hidden"], config["item_features"]]) for config in configs}) == 1
+    assert [config.get("aligned_start", True) for config in configs] == [False, True, True]
+    # AUC of models that read users is measured with users.
+    graded = json.loads((out / "runs" / "labels-3.json").read_text())["definition"]
+    assert "--user_column=user_id" in graded["flags"]
+    assert "orders of the paper's Table 2" in text and "BM25 < BM25-u&b by top-1" in text
     assert found["bars"]["top_10_bm25"] == found["table2"][0]["purchases"]["systems"]["BM25"]["top-10"]
 
     # Rankers that know more of the truth find more.
@@ -177,6 +187,24 @@ def test_labels_do_not_lie_over_one_another() -> None:
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
     assert len(boxes) == 12
     assert not any(a.overlaps(b) for row, a in enumerate(boxes) for b in boxes[:row])
+
+
+def test_orders_of_the_paper_are_said_to_hold_or_not() -> None:
+    values = {"DSSM": 0.5, "BM25": 0.4, "BM25-u&b": 0.41, "DPSR": 0.6, "DPSR-p": 0.7, "DPSR-h": 0.8}
+
+    def measured(*figures: str) -> dict:
+        return {
+            "systems": {label: dict.fromkeys(figures, value) for label, value in values.items()},
+            "intervals": {
+                label: {figure: [value - 0.02, value + 0.02] for figure in figures} for label, value in values.items()
+            },
+        }
+
+    table = {"purchases": measured("top-1", "top-10"), "labels": measured("auc")}
+    clearly, overlapping, wrong = sections._orders_of_the_paper([table, table])
+    assert "BM25-u&b < DPSR by top-1; DPSR < DPSR-p by top-1" in clearly and "2 shops" in clearly
+    assert overlapping.endswith("BM25 < BM25-u&b by top-1; BM25 < BM25-u&b by top-10.")
+    assert "DSSM < BM25 by top-1 (holds on 0 of 2)" in wrong and "DPSR-h < DPSR-p by AUC (holds on 0 of 2)" in wrong
 
 
 def test_an_order_is_judged_by_values_and_by_intervals() -> None:

@@ -41,12 +41,19 @@ def test_demo_answers_four_queries_and_beats_bm25(demo: tuple[Path, str]) -> Non
     assert len(re.findall(r"^ +1 +0\.\d+ +\d+ +\S", text, re.MULTILINE)) == 4
     assert len(re.findall(r"^ +10 +0\.\d+ +\d+ +\S", text, re.MULTILINE)) == 4
     table = text[text.index("recall@10") :]  # the first table
-    bm25, model = (
+    bm25, tuned, model = (
         [float(x) for x in re.search(rf"^{system}((?: +\d\.\d{{3}}){{3}})", table, re.MULTILINE)[1].split()]
-        for system in ("bm25", r"server\S+")
+        for system in ("bm25", r"bm25:\S+", r"server\S+")
     )
-    # recall@10, recall@100, MRR@10 of held-out queries: unlike BM25, the model matches texts without common words.
-    assert model[0] > bm25[0] and model[1] > bm25[1] and model[2] > bm25[2], (bm25, model)
+    # recall@10, recall@100, MRR@10 on the test fold: unlike BM25, the model matches texts without common words.
+    for other in (bm25, tuned):
+        assert model[0] > other[0] and model[1] > other[1] and model[2] > other[2], (bm25, tuned, model)
+    # Each kind of query, with its number and its share of all.
+    kinds = re.findall(r"^(\w+) +(\d+) +(0\.\d{3}) +server", text, re.MULTILINE)
+    assert {kind for kind, _, _ in kinds} >= {"gap", "partial", "typo"}
+    assert sum(float(share) for _, _, share in kinds) == pytest.approx(1, abs=0.01)
+    asked = int(re.search(r"judgments.test.tsv: (\d+) queries", text)[1])
+    assert sum(int(queries) for _, queries, _ in kinds) == asked
     assert f"The servable lies in {out}/servable" in text
     for command in ("serve", "query"):
         to_go_on = re.search(rf"^  (\S*dpsr {command}) ", text, re.MULTILINE)
@@ -116,9 +123,9 @@ def test_demo_can_be_interrupted_and_run_again(demo: tuple[Path, str]) -> None:
     again = dpsr("demo", f"--out={out}")
     assert again.returncode == 0, again.stderr
     assert {p.name: p.stat().st_mtime_ns for p in (out / "model").glob("model.ckpt*")} == checkpoint
-    # All rows of the tables but those of the last table, which shows times.
-    *rows, _ = re.findall(r"^bm25.*\n", again.stdout, re.MULTILINE)
-    assert len(rows) == 3 and rows == re.findall(r"^bm25.*\n", first, re.MULTILINE)[:3]
+    # All rows of the two systems of BM25 but those of the table of times.
+    rows = re.findall(r"^bm25.*\n", again.stdout, re.MULTILINE)[:-2]
+    assert len(rows) == 6 and rows == re.findall(r"^bm25.*\n", first, re.MULTILINE)[:-2]
 
 
 def test_demo_trains_anew_when_the_settings_have_changed(demo: tuple[Path, str], tmp_path: Path) -> None:
