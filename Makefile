@@ -39,12 +39,12 @@ TEST_PACKAGES := openssl systemd
 FUZZ_TARGETS := $(addprefix tokenizer_cc/,tokenizer_fuzz tokenizer_config_fuzz vocabulary_fuzz) export/item_filter_fuzz
 SERVING_FUZZ_TARGETS := json_tensor_fuzz server_config_fuzz tensor_proto_fuzz
 
-THREADED_TESTS := item_filter_test filtered_search_test worker_pool_test
+THREADED_TESTS := embedding_test faiss_index_test filtered_search_test item_filter_test tokenizer_test vocabulary_test worker_pool_test
 empty :=
 space := $(empty) $(empty)
 
 .DELETE_ON_ERROR:
-.PHONY: setup debian native demo test test-fast test-tools test-distributed test-cpp sanitize sanitize-thread fuzz bazel-test bench-tokenizer bench-store bench-index bench-servable bench-training report ablations build/offline.bazelrc lint wheel clean
+.PHONY: setup debian native demo test test-fast test-tools test-distributed test-cpp test-native sanitize sanitize-cores sanitize-serving sanitize-thread fuzz bazel-test bench-tokenizer bench-store bench-index bench-servable bench-training report ablations build/offline.bazelrc lint wheel clean
 
 setup: native
 
@@ -96,23 +96,28 @@ lint: native
 test-cpp: native
 	@ctest --test-dir build/current --output-on-failure --parallel 2
 
+sanitize: sanitize-cores sanitize-serving
+
 # Tests the C++ cores, which need neither TensorFlow nor Python, under AddressSanitizer and UndefinedBehaviorSanitizer.
-# Then tests the parts of the model server that read clients' bytes, with a short run of their fuzz targets.
-sanitize: native
+sanitize-cores: native
 	@cmake -S . -B build/sanitize -G Ninja -DDPSR_CORE_ONLY=ON -DDPSR_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=Debug \
 	  -DDPSR_FAISS_LIBRARY=$$($(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("faiss").origin))')/libfaiss.so >/dev/null
 	@cmake --build build/sanitize
 	@ASAN_OPTIONS=detect_leaks=0 ctest --test-dir build/sanitize --output-on-failure --parallel 2
+
+# Tests the parts of the model server that read clients' bytes, with a short run of their fuzz targets.
+sanitize-serving: native
 	@cmake --build build/current --target serving_sanitized_tests
 	@ctest --test-dir build/current -C sanitized -L sanitized --output-on-failure --parallel 2
 
 # Tests the C++ code that threads share under ThreadSanitizer. FAISS is not built with it, so each call of FAISS runs on
-# one thread.
+# one thread. Only the tests run whose names say that threads share something.
 sanitize-thread: native
-	@cmake -S . -B build/sanitize-thread -G Ninja -DDPSR_CORE_ONLY=ON -DDPSR_SANITIZE=thread -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	@cmake -S . -B build/sanitize-thread -G Ninja -DDPSR_CORE_ONLY=ON -DDPSR_SANITIZE=thread -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1 \
 	  -DDPSR_FAISS_LIBRARY=$$($(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("faiss").origin))')/libfaiss.so >/dev/null
 	@cmake --build build/sanitize-thread --target $(THREADED_TESTS)
-	@OMP_NUM_THREADS=1 ctest --test-dir build/sanitize-thread --output-on-failure -R '^($(subst $(space),|,$(THREADED_TESTS)))$$'
+	@OMP_NUM_THREADS=1 GTEST_FILTER='*Thread*:*WorkerPool*' \
+	  ctest --test-dir build/sanitize-thread --output-on-failure --parallel 2 -R '^($(subst $(space),|,$(THREADED_TESTS)))$$'
 
 # Fuzzes the tokenizer and its files, the filters, and what the model server reads, with both sanitizers. Leaks are not
 # checked in the model server, because TensorFlow's libraries are not built with sanitizers. The corpus grows in
@@ -149,9 +154,10 @@ bazel-test: debian $(VENV)/.packages build/offline.bazelrc
 	@/usr/bin/bazel --batch --output_user_root=$(CURDIR)/build/bazel --host_jvm_args=-Xmx1g \
 	  test --config=offline --repo_env=PYTHON_BIN_PATH=$(CURDIR)/$(BIN)/python --jobs=2 --noshow_progress //...
 
-# Runs the tests in two processes; all tests of a file run in the same one. `python -m pytest` alone uses one process.
+# Runs the tests in two processes, in the order of tests/conftest.py: first the fast ones, so that most failures show
+# early. The fast tests of a file run in the same process, and so do its slow ones. `python -m pytest` alone uses one process.
 # Three processes were slower on 2 cores: not done after 12 minutes 40 seconds, against 11 minutes 50 seconds in all.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 # promtool checks the alert rules. It is taken out of Debian's package and not installed, because the package would also
 # start a Prometheus server. A promtool that is on the PATH is used instead.
@@ -173,11 +179,12 @@ test-tools: build/promtool
 test-fast: native test-tools
 	$(PYTEST) -m "not slow"
 
-# The fast tests run first, so that most failures show early. Files of slow tests start in the order of
-# tests/conftest.py, not by the number of their tests.
-test: lint test-cpp sanitize test-tools
-	$(PYTEST) -m "not slow"
-	$(PYTEST) --no-loadscope-reorder -m "slow and not distributed"
+# Two at a time, because each of these leaves a processor idle at its end.
+test-native: native
+	@$(MAKE) --no-print-directory -j2 sanitize-cores sanitize-serving sanitize-thread lint test-cpp
+
+test: test-native test-tools
+	$(PYTEST) -m "not distributed"
 
 # Kills and stops processes of clusters, and compares them with local training. Takes minutes.
 test-distributed: native

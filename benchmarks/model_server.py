@@ -31,6 +31,8 @@ import report
 import servers
 from absl import app, flags
 
+from dpsr_common import command_line
+
 CONCURRENCIES = (1, 8, 32)
 IMPLS = ("dpsr", "python")
 
@@ -71,7 +73,7 @@ def session_runs_us(model: Model, files: Sequence[Path], seconds: float) -> list
 
 
 def make_fused(folder: Path) -> Path:
-    """Makes a small servable from a generated shop, by the commands that a user would run."""
+    """Makes a small servable from a generated shop, by the commands that a user would run, in this process."""
     small = ["train.steps=30", "train.batch_size=64"]
     commands = [
         ["generate", f"--out={folder / 'shop'}", "--items=5000", "--users=50", "--interactions=10000"],
@@ -81,11 +83,9 @@ def make_fused(folder: Path) -> Path:
         ["export", f"--model={folder / 'model'}", f"--index={folder / 'index'}", f"--out={folder / 'servable'}"],
     ]
     for command in commands:
-        done = subprocess.run(
-            [sys.executable, "-m", "dpsr_common", *command], capture_output=True, text=True, check=False
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"dpsr {' '.join(command)} failed: {done.stderr}")
+        with contextlib.redirect_stdout(sys.stderr):
+            if command_line.main(command) != 0:
+                raise RuntimeError(f"dpsr {' '.join(command)} failed")
     return folder / "servable"
 
 
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str]) -> None:
     if arguments[1:]:
         raise app.UsageError(f"unexpected argument '{arguments[1]}'")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    repeat, seconds = (1, 1.0) if values.quick else (values.repeat, values.seconds)
+    repeat, seconds = (1, 0.4) if values.quick else (values.repeat, values.seconds)
     result = report.Report("model_server", 1, servers.hardware())
     with tempfile.TemporaryDirectory() as folder:
         for workload, model in models(Path(folder), values.servable).items():

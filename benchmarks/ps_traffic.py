@@ -10,11 +10,15 @@ by Zipf's law (and uniformly) from two tables of 200,000 rows and 64 dimensions,
     placed   stock ops, summing on the ps (EmbeddingTable, implementation="stock")
     fused    our ops (EmbeddingTable, the default)
     half     fused, with the towers' weights as 16-bit numbers on the wire (half_on_wire)
+    shared   fused, with one table for both texts, as `dpsr train` has by default (model.share_text_table)
     dense    the towers alone, on vectors that the worker has: the traffic without embeddings
 
 Bytes are the bytes that TCP delivered on the connections between these three processes, in both directions (`ss -ti`),
 so other traffic on the machine does not count. Embedding bytes are the bytes of a step minus the bytes of `dense`. The
 floor is 64 x 4 bytes down and as many up for each text, and 4 bytes up for each token.
+
+The CPU time of a parameter server says how many workers it carries: `workers_per_ps_core` is the worker's CPU time of
+a step divided by that of both ps. So many workers, each with one core, keep one core of parameter servers busy.
 
 It also reports the loss after the same steps, which must not suffer from the lower traffic, and the examples per CPU
 second of one process without ps, with 10 and 30 tokens and 64 shared random negatives.
@@ -30,6 +34,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 # Read when the libraries load.
@@ -50,7 +55,7 @@ v1 = tf.compat.v1
 NUM_IDS, DIM, HIDDEN, MARGIN, LEARNING_RATE = 200_000, 64, (256, 128), 0.1, 0.01
 TOKENS = (20, 30)  # of a query and of a title
 LOCAL_TOKENS, LOCAL_NEGATIVES = (10, 30), 64
-CLUSTER = ("dense", "stock", "placed", "fused", "half")
+CLUSTER = ("dense", "stock", "placed", "fused", "half", "shared")
 BATCHES = 32  # number of different batches, used in turn
 
 
@@ -154,8 +159,9 @@ def step_of(impl: str, workload: Workload, seed: int) -> tuple[tf.Operation, tf.
                    for tokens, count in zip(texts, workload.texts, strict=True)]  # fmt: skip
     else:
         kind = "stock" if impl == "placed" else "fused"
-        tables = [EmbeddingTable(name, NUM_IDS, DIM, initializer=initializer, implementation=kind) for name in names]
-        vectors = [table.bag(tokens) for table, tokens in zip(tables, texts, strict=True)]
+        distinct = ("text_table",) if impl == "shared" else names
+        tables = [EmbeddingTable(name, NUM_IDS, DIM, initializer=initializer, implementation=kind) for name in distinct]
+        vectors = [tables[at % len(tables)].bag(tokens) for at, tokens in enumerate(texts)]
     getter = half_on_wire if impl == "half" else None
     with v1.variable_scope(v1.get_variable_scope(), custom_getter=getter):
         towers = [
@@ -176,11 +182,27 @@ def session_config(threads: int = 0) -> Any:
 
 
 class Usage(NamedTuple):
-    """Bytes to the ps, bytes to the worker, and CPU seconds of all processes: so far, or in a step."""
+    """Bytes to the ps, bytes to the worker, and CPU seconds of the worker and of both ps: so far, or in a step."""
 
     up: float
     down: float
-    cpu: float
+    worker_cpu: float
+    ps_cpu: float
+
+
+class Counts(NamedTuple):
+    """Numbers of steps: before the measurement, measured, and those that tell the loss."""
+
+    warm_up: int
+    steps: int
+    losses: int
+
+
+def counts_of(workload: Workload, quick: bool) -> Counts:
+    small = workload.batch_size <= 64
+    if quick:
+        return Counts(3, 30, BATCHES) if small else Counts(2, 5, 2)
+    return Counts(20, 300 if small else 60, BATCHES)
 
 
 class Cluster:
@@ -223,10 +245,10 @@ class Cluster:
                 up, down = up + received, down + sent
             elif port == self._ports[0]:
                 up, down = up + sent, down + received
-        return Usage(up, down, _own_cpu() + sum(_cpu_of(process.pid) for process in self._ps))
+        return Usage(up, down, _own_cpu(), sum(_cpu_of(process.pid) for process in self._ps))
 
-    def measure(self, impl: str, workload: Workload, seed: int, warm_up: int, steps: int) -> tuple[Usage, float]:
-        """Returns the usage of a step, and the mean loss of the last BATCHES steps."""
+    def measure(self, impl: str, workload: Workload, seed: int, counts: Counts) -> tuple[Usage, float]:
+        """Returns the usage of a step, and the mean loss of the last steps."""
         setter = v1.train.replica_device_setter(
             cluster=self._spec, worker_device="/job:worker/task:0", ps_strategy=GreedyBySize(2)
         )
@@ -235,14 +257,14 @@ class Cluster:
             train, loss = step_of(impl, workload, seed)
             with v1.Session(self._server.target, config=session_config()) as session:
                 session.run(v1.global_variables_initializer())
-                for _ in range(warm_up):
+                for _ in range(counts.warm_up):
                     session.run(train)
                 before = self.usage()
-                for _ in range(steps):
+                for _ in range(counts.steps):
                     session.run(train)
                 after = self.usage()
-                losses = [session.run([loss, train])[0] for _ in range(BATCHES)]
-        return Usage(*((b - a) / steps for a, b in zip(before, after, strict=True))), float(np.mean(losses))
+                losses = [session.run([loss, train])[0] for _ in range(counts.losses)]
+        return Usage(*((b - a) / counts.steps for a, b in zip(before, after, strict=True))), float(np.mean(losses))
 
 
 def _own_cpu() -> float:
@@ -251,9 +273,8 @@ def _own_cpu() -> float:
 
 
 def _cpu_of(pid: int) -> float:
-    with open(f"/proc/{pid}/stat") as file:
-        fields = file.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    # In nanoseconds, where /proc/PID/stat counts ticks of 10 ms. The threads of a ps live as long as it does.
+    return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 
 
 @contextlib.contextmanager
@@ -265,22 +286,26 @@ def running_cluster() -> Iterator[Cluster]:
         cluster.stop()
 
 
-def measure_cluster(result: report.Report, workload: Workload, quick: bool) -> None:
-    """Adds the rows of one workload, with all implementations on one cluster."""
-    steps = 5 if quick else 300 if workload.batch_size <= 64 else 60
+def measure_cluster(result: report.Report, cluster: Cluster, workload: Workload, quick: bool) -> None:
+    """Adds the rows of one workload."""
+    counts = counts_of(workload, quick)
     totals = {}
-    with running_cluster() as cluster:
-        for impl in CLUSTER:
-            usage, loss = cluster.measure(impl, workload, result.seed, 3 if quick else 20, steps)
-            totals[impl] = usage.up + usage.down
-            for metric, value in (("to_ps", usage.up), ("to_worker", usage.down), ("total", totals[impl])):
-                result.add(impl, workload.name, f"{metric}_bytes", value, "bytes/step")
-            if impl in ("stock", "placed", "fused"):
-                of_embedding = totals[impl] - totals["dense"]
-                result.add(impl, workload.name, "embedding_bytes", of_embedding, "bytes/step")
-            if impl != "dense":
-                result.add(impl, workload.name, "loss", loss, "", note=f"mean of steps {steps} to {steps + BATCHES}")
-            result.add(impl, workload.name, "cpu", usage.cpu * 1e3, "ms/step", note="worker and both ps")
+    for impl in CLUSTER:
+        usage, loss = cluster.measure(impl, workload, result.seed, counts)
+        totals[impl] = usage.up + usage.down
+        for metric, value in (("to_ps", usage.up), ("to_worker", usage.down), ("total", totals[impl])):
+            result.add(impl, workload.name, f"{metric}_bytes", value, "bytes/step")
+        if impl in ("stock", "placed", "fused", "shared"):
+            of_embedding = totals[impl] - totals["dense"]
+            result.add(impl, workload.name, "embedding_bytes", of_embedding, "bytes/step")
+        if impl != "dense":
+            note = f"mean of {counts.losses} steps after {counts.warm_up + counts.steps}"
+            result.add(impl, workload.name, "loss", loss, "", note=note)
+        for metric, value in (("worker_cpu", usage.worker_cpu), ("ps_cpu", usage.ps_cpu)):
+            result.add(impl, workload.name, metric, value / workload.batch_size * 1e6, "us/example")
+        result.add(impl, workload.name, "ps_bytes", totals[impl] / workload.batch_size, "bytes/example")
+        workers = usage.worker_cpu / usage.ps_cpu
+        result.add(impl, workload.name, "workers_per_ps_core", workers, "", note="of one core each")
     result.add("floor", workload.name, "embedding_bytes", workload.floor, "bytes/step")
 
 
@@ -309,6 +334,11 @@ def bars(result: report.Report) -> dict[str, float]:
         ours = result.value("fused", f"zipf_b{b}", "embedding_bytes")
         found[f"embedding_bytes_over_floor_b{b}"] = ours / result.value("floor", f"zipf_b{b}", "embedding_bytes")
         found[f"embedding_bytes_ratio_to_stock_b{b}"] = ours / result.value("stock", f"zipf_b{b}", "embedding_bytes")
+        shared = result.value("shared", f"zipf_b{b}", "embedding_bytes")
+        found[f"shared_embedding_bytes_over_floor_b{b}"] = shared / result.value(
+            "floor", f"zipf_b{b}", "embedding_bytes"
+        )
+        found[f"workers_per_ps_core_b{b}"] = result.value("shared", f"zipf_b{b}", "workers_per_ps_core")
     total = result.value("half", "zipf_b64", "total_bytes")
     found["total_bytes_ratio_to_stock_b64"] = total / result.value("stock", "zipf_b64", "total_bytes")
     return found
@@ -333,9 +363,10 @@ def main(arguments: Sequence[str]) -> None:
     v1.disable_eager_execution()
     v1.logging.set_verbosity(v1.logging.ERROR)
     result = report.Report("ps_traffic", values.seed, report.hardware("dpsr", "tensorflow"))
-    for distribution in ("zipf",) if values.quick else ("zipf", "uniform"):
-        for batch_size in (64, 1024):
-            measure_cluster(result, Workload(distribution, batch_size), values.quick)
+    with running_cluster() as cluster:
+        for distribution in ("zipf",) if values.quick else ("zipf", "uniform"):
+            for batch_size in (64, 1024):
+                measure_cluster(result, cluster, Workload(distribution, batch_size), values.quick)
     for batch_size in (64, 1024):
         measure_local(result, batch_size, values.quick)
     result.bars = bars(result)

@@ -21,7 +21,7 @@ WORKLOAD = "full_load"
 
 
 def measure(result: report.Report, folder: Path, server_flags: list[str]) -> None:
-    seconds = 5.0 if flags.FLAGS.quick else flags.FLAGS.minutes * 60
+    seconds = 2.0 if flags.FLAGS.quick else flags.FLAGS.minutes * 60
     servers.write_model(folder / "model" / "1")
     servers.write_requests(folder / "requests", servers.queries())
     memory = []
@@ -46,5 +46,5 @@ def measure(result: report.Report, folder: Path, server_flags: list[str]) -> Non
 
 if __name__ == "__main__":
     flags.DEFINE_float("minutes", 10, "minutes of load", lower_bound=0.01)
-    flags.DEFINE_boolean("quick", False, "run for five seconds, to check that the benchmark works")
+    flags.DEFINE_boolean("quick", False, "run for two seconds, to check that the benchmark works")
     servers.run("soak", measure)

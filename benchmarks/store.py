@@ -16,9 +16,10 @@ query, user and item, weight, label and type. The bytes of the store's vocabular
 
 The op, and TFRecordDataset -> shuffle -> batch -> parse_example, emit the same fields, shuffled, on one thread each,
 and are drained in C++. Neither has negatives or a mask. Rows of their own measure what training needs beyond the flat
-examples: 64 shared negatives with text and features, and the mask of clicked items. Each measurement is a process of
-its own, and they take turns. A rate is the difference in examples between a short and a long drain, divided by the
-difference in CPU time (user and system, whole process), so that start-up and the first filling of buffers do not count.
+examples: 64 shared negatives with text and features, and the mask of clicked items. Each implementation reads all batch
+sizes in a process of its own, and they take turns. A rate is the difference in examples between a short and a long
+drain, divided by the difference in CPU time (user and system, whole process), so that start-up and the first filling of
+buffers do not count.
 """
 
 from __future__ import annotations
@@ -381,8 +382,8 @@ def flat_dataset(path: Path, batch_size: int, seed: int) -> Any:
     return dataset.batch(batch_size, drop_remainder=True).map(lambda records: tf.io.parse_example(records, spec))
 
 
-def drain(impl: str, path: Path, batch_size: int, examples: int, seed: int) -> dict[str, float]:
-    """Returns examples and CPU seconds between a short drain and one that is longer by `examples`."""
+def drain(impl: str, path: Path, examples: int, seed: int) -> dict[int, float]:
+    """Measures examples per CPU second of each batch size, between a short drain and one longer by `examples`."""
     import tensorflow as tf
 
     tf.config.threading.set_inter_op_parallelism_threads(1)
@@ -390,30 +391,32 @@ def drain(impl: str, path: Path, batch_size: int, examples: int, seed: int) -> d
     options = tf.data.Options()
     options.threading.private_threadpool_size = 1
     options.autotune.enabled = False
-    if impl in OPTIONS:
-        dataset = op_dataset(path, batch_size, seed, impl).with_options(options)
-    else:
-        dataset = flat_dataset(path, batch_size, seed).with_options(options)
-    batches = -(-examples // batch_size)
-    seconds = []
-    for count in (1, 1 + batches):
-        # skip() asks for each of these batches and drops it, in C++.
-        iterator = iter(dataset.skip(count).take(1))
-        start = report.cpu_seconds()
-        next(iterator)
-        seconds.append(report.cpu_seconds() - start)
-    return {"examples": batches * batch_size, "seconds": seconds[1] - seconds[0]}
+    rates = {}
+    for batch_size in BATCH_SIZES:
+        if impl in OPTIONS:
+            dataset = op_dataset(path, batch_size, seed, impl).with_options(options)
+        else:
+            dataset = flat_dataset(path, batch_size, seed).with_options(options)
+        batches = -(-examples // batch_size)
+        seconds = []
+        for count in (1, 1 + batches):
+            # skip() asks for each of these batches and drops it, in C++.
+            iterator = iter(dataset.skip(count).take(1))
+            start = report.cpu_seconds()
+            next(iterator)
+            seconds.append(report.cpu_seconds() - start)
+        rates[batch_size] = batches * batch_size / (seconds[1] - seconds[0])
+    return rates
 
 
-def measured(impl: str, path: Path, batch_size: int, examples: int, seed: int) -> float:
-    """Measures examples per CPU second in a process that does nothing but drain."""
+def measured(impl: str, path: Path, examples: int, seed: int) -> dict[int, float]:
+    """Measures examples per CPU second of each batch size, in a process that does nothing but drain."""
     command = [sys.executable, __file__, f"--drain={impl}", f"--folder={path}"]
-    command += [f"--batch_size={batch_size}", f"--examples={examples}", f"--seed={seed}"]
+    command += [f"--examples={examples}", f"--seed={seed}"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         raise SystemExit(f"store: {' '.join(command)} failed:\n{run.stderr[-2000:]}")
-    found = json.loads(run.stdout.splitlines()[-1])
-    return found["examples"] / found["seconds"]
+    return {int(batch_size): rate for batch_size, rate in json.loads(run.stdout.splitlines()[-1]).items()}
 
 
 # All of it.
@@ -450,18 +453,17 @@ def measure(result: report.Report, sizes: Sizes, folder: Path, seed: int, repeat
         ratio = result.value("store", workload, metric) / result.value("tfrecord", workload, metric)
         result.add("store/tfrecord", workload, f"{metric}_ratio", ratio, "")
 
-    for batch_size in BATCH_SIZES:
-        found: dict[str, list[float]] = {impl: [] for impl in (*OPTIONS, "tfrecord")}
-        for turn in range(repeat):
-            say(f"read batches of {batch_size}, {turn + 1} of {repeat}")
-            # Each begins a turn as often as the other.
-            for impl in sorted(found, reverse=turn % 2 == 1):
-                examples = max(sizes.interactions, 1_000_000) // (1 if impl in OPTIONS else 8)
-                path = store if impl in OPTIONS else flat
-                found[impl].append(measured(impl, path, batch_size, examples, seed))
-        for impl, samples in found.items():
-            note = NOTES.get(impl if impl in OPTIONS else "", "the same fields")
-            result.add_samples(impl, workload, f"rate_b{batch_size}", samples, "examples/core-second", note=note)
+    found: dict[str, list[dict[int, float]]] = {impl: [] for impl in (*OPTIONS, "tfrecord")}
+    for turn in range(repeat):
+        say(f"read batches, {turn + 1} of {repeat}")
+        # Each begins a turn as often as the other.
+        for impl in sorted(found, reverse=turn % 2 == 1):
+            examples = max(sizes.interactions, 1_000_000) // (1 if impl in OPTIONS else 8)
+            found[impl].append(measured(impl, store if impl in OPTIONS else flat, examples, seed))
+    for batch_size, (impl, rates_of) in itertools.product(BATCH_SIZES, found.items()):
+        note = NOTES.get(impl if impl in OPTIONS else "", "the same fields")
+        samples = [rates_of_turn[batch_size] for rates_of_turn in rates_of]
+        result.add_samples(impl, workload, f"rate_b{batch_size}", samples, "examples/core-second", note=note)
 
     say(f"a log {growth} times as long")
     larger = sizes._replace(interactions=growth * sizes.interactions)
@@ -513,7 +515,6 @@ def _define_flags() -> None:
     flags.DEFINE_integer("seed", 1, "seed of the log and of the shuffle", lower_bound=0)
     flags.DEFINE_boolean("quick", False, "uses a small log and one measurement, to try the benchmark out")
     flags.DEFINE_enum("drain", None, [*OPTIONS, "tfrecord"], "internal: runs one measurement on --folder")
-    flags.DEFINE_integer("batch_size", 64, "internal: batch size of --drain")
     flags.DEFINE_integer("examples", 0, "internal: number of examples of --drain")
 
 
@@ -523,7 +524,7 @@ def main(arguments: Sequence[str]) -> None:
     if arguments[1:]:
         raise app.UsageError(f"unexpected argument '{arguments[1]}'")
     if values.drain:
-        print(json.dumps(drain(values.drain, Path(values.folder), values.batch_size, values.examples, values.seed)))
+        print(json.dumps(drain(values.drain, Path(values.folder), values.examples, values.seed)))
         return
     sizes = Sizes(values.interactions, values.users, values.items, values.queries)
     if values.quick:

@@ -55,7 +55,7 @@ def await_swap(target: str, version: int) -> None:
 def measure(result: report.Report, folder: Path, server_flags: list[str]) -> None:
     values = flags.FLAGS
     versions, interval, megabytes = (
-        (3, 1.5, 1.0) if values.quick else (values.versions, values.interval, values.megabytes)
+        (3, 0.8, 1.0) if values.quick else (values.versions, values.interval, values.megabytes)
     )
     rate = 200.0 if values.quick else values.rate
     saved, base_path, requests = folder / "saved", folder / "model", folder / "requests"
@@ -68,7 +68,11 @@ def measure(result: report.Report, folder: Path, server_flags: list[str]) -> Non
     durations = []
     with servers.model_server(base_path, *server_flags) as server, concurrent.futures.ThreadPoolExecutor(1) as threads:
         (steady,) = servers.load(
-            server, requests, load[0], f"--seconds={min(10.0, versions * interval)}", "--warmup_seconds=2"
+            server,
+            requests,
+            load[0],
+            f"--seconds={min(10.0, versions * interval)}",
+            f"--warmup_seconds={0.5 if values.quick else 2}",
         )
         begin = time.monotonic()
         running = threads.submit(servers.load, server, requests, *load, "--warmup_seconds=0")

@@ -21,7 +21,10 @@ CONFIGS = Path(__file__).parent / "configs"
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The two towers (DPSR sections 4.1 to 4.3). Features have the names of the schema; "*" stands for all of them."""
+    """The two towers (DPSR sections 4.1 to 4.3). Features have the names of the schema; "*" stands for all of them.
+
+    The defaults make a small model: texts only, one head, no ReLU layers. The paper's is `dpsr_tf/configs/dpsr.yaml`.
+    """
 
     token_dim: int = option(
         64, "width of the token embeddings, and of the vector that the layers of a head read", 1, 4096
@@ -56,7 +59,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Optimisation (sections 4.3 and 4.4). Where the paper gives a number, it is the default."""
+    """Optimisation (sections 4.3 and 4.4). Batch size, learning rate and margin are the paper's (section 6)."""
 
     RENAMED: ClassVar = {"own_negatives": ("own_negative_source", {"supervised": "labels"})}
 

@@ -1,4 +1,4 @@
-"""Shared by all tests: the order of the files, SIGINT as in a terminal, and the fixture `dpsr`."""
+"""Shared by all tests: their order, SIGINT as in a terminal, and the fixture `dpsr`."""
 
 from __future__ import annotations
 
@@ -22,17 +22,32 @@ _FIRST = (
     "dpsr_tf/test_report.py",
     "end_to_end/test_wheel.py",
     "end_to_end/test_documents.py",
-    "serving/test_place.py",
+    "distributed/test_launch.py",
     "benchmarks/test_serving_benchmarks.py",
+    "dpsr_tf/test_embedding.py",
+    "serving/test_place.py",
     "dpsr_tf/test_training.py",
     "export/test_export_personal.py",
     "export/test_export_versions.py",
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts the files by _FIRST. The tests of a file keep their order."""
-    items.sort(key=lambda item: next((at for at, name in enumerate(_FIRST) if item.path.match(name)), len(_FIRST)))
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Puts the fast tests first, then the slow ones in files sorted by _FIRST. The tests of a file keep their order.
+
+    Of each file the fast tests are one group of pytest-xdist, and the slow ones another.
+    """
+
+    def place(item: pytest.Item) -> int:
+        if item.get_closest_marker("slow") is None:
+            return -1
+        return next((at for at, name in enumerate(_FIRST) if item.path.match(name)), len(_FIRST))
+
+    items.sort(key=place)
+    for item in items:
+        speed = "fast" if item.get_closest_marker("slow") is None else "slow"
+        item.add_marker(pytest.mark.xdist_group(f"{speed} {item.path.relative_to(config.rootpath)}"))
 
 
 @dataclasses.dataclass(frozen=True)

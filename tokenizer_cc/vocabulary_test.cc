@@ -6,6 +6,7 @@
 #include <random>
 #include <set>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -158,12 +159,12 @@ TEST_F(VocabularyTest, ManyTokensAgainstAMap) {
 TEST_F(VocabularyTest, ThreadsAndMemoryDoNotChangeTheFile) {
   std::mt19937 random(4);
   std::vector<std::string> texts;
-  for (int i = 0; i < 30000; ++i) {
+  for (int i = 0; i < 12000; ++i) {  // 500 KB: enough for five threads
     texts.push_back(StrCat("Red", random() % 5000, " shoes 手机壳 été𠀀𠀁 ", random() % 700));
   }
   texts.push_back(std::string(200000, 'x'));  // a token larger than any buffer
   const std::vector<std::string_view> all(texts.begin(), texts.end());
-  const std::vector<std::string_view> few(all.end() - 500, all.end());  // a run for each text takes its time
+  const std::vector<std::string_view> few(all.end() - 150, all.end());  // a run for each text takes its time
   const auto write = [&](const std::vector<std::string_view>& views, const VocabularyBuilder::Options& options,
                          int64_t max_size) {
     VocabularyBuilder builder({true, true, true, true, true, true, true}, options);
@@ -215,6 +216,23 @@ TEST_F(VocabularyTest, EncodeIsLookupOfTheTokens) {
       }
     }
   }
+}
+
+TEST_F(VocabularyTest, ThreadsShareOne) {
+  VocabularyBuilder builder({true, true, true, true, true, true, true});
+  const std::string texts[] = {"Red shoes 12mm", "12,500.5/3x red", "手机 机手𠀀𠀁𠀀 ét", "#re ##"};
+  for (const std::string& text : texts) ASSERT_TRUE(IsOk(builder.Add(text)));
+  WriteAndOpen(builder, 1, kNoLimit, 7);
+  std::vector<std::vector<int32_t>> expected;
+  for (const std::string& text : texts) expected.push_back(Encode(text));
+  WriteAndOpen(builder, 1, kNoLimit, 7);  // a new one, whose caches are empty
+  std::vector<std::thread> threads;
+  for (int thread = 0; thread < 4; ++thread) {
+    threads.emplace_back([&, thread] {
+      for (int i = 0; i < 100; ++i) EXPECT_EQ(Encode(texts[(thread + i) % 4]), expected[(thread + i) % 4]);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
 }
 
 TEST_F(VocabularyTest, OtherFilesAreRefused) {

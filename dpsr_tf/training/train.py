@@ -46,7 +46,13 @@ def define_flags(values: flags.FlagValues) -> None:
     """Flags of `dpsr train`."""
     flags.DEFINE_string("store", None, "directory of the store, from `dpsr ingest`", flag_values=values)
     flags.DEFINE_string("out", None, "directory of the model, created if it does not exist", flag_values=values)
-    flags.DEFINE_string("config", None, "config file (YAML). By default, the values of the paper", flag_values=values)
+    flags.DEFINE_string(
+        "config",
+        None,
+        "config file (YAML). Without it the model reads texts only, with one head and no ReLU layers; "
+        "dpsr_tf/configs/dpsr.yaml is the paper's model",
+        flag_values=values,
+    )
     flags.DEFINE_boolean(
         "overwrite", False, "remove the model in --out, if there is one, and train from the start", flag_values=values
     )

@@ -42,7 +42,18 @@ def test_the_whole_benchmark_runs():
     for b in (64, 1024):
         # Bytes do not depend on how busy the machine is.
         assert 1 < bars[f"embedding_bytes_over_floor_b{b}"] < 1.1
+        assert 1 < bars[f"shared_embedding_bytes_over_floor_b{b}"] < 1.1
         assert bars[f"embedding_bytes_ratio_to_stock_b{b}"] < 0.15
+        assert bars[f"workers_per_ps_core_b{b}"] > 0
     assert bars["total_bytes_ratio_to_stock_b64"] < 0.5
     losses = [row["value"] for row in result["rows"] if row["metric"] == "loss" and row["workload"] == "zipf_b64"]
-    assert len(losses) == 4 and np.ptp(losses) < 1e-3
+    assert len(losses) == 5
+    # A table for both texts is another model.
+    *of_two_tables, of_one = losses
+    assert np.ptp(of_two_tables) < 1e-3 and abs(of_one - of_two_tables[0]) < 0.05
+    cpu = {
+        row["metric"]: row["value"]
+        for row in result["rows"]
+        if row["workload"] == "zipf_b64" and row["impl"] == "shared"
+    }
+    assert cpu["workers_per_ps_core"] == cpu["worker_cpu"] / cpu["ps_cpu"]

@@ -17,7 +17,7 @@ SCRIPT = ROOT / "benchmarks" / "store.py"
 sys.path.append(str(SCRIPT.parent))
 benchmark = importlib.import_module("store")
 
-SIZES = benchmark.Sizes(interactions=3_000, users=40, items=300, queries=70)
+SIZES = benchmark.Sizes(interactions=1_200, users=16, items=300, queries=70)
 
 
 @pytest.fixture(scope="module")

@@ -37,19 +37,27 @@ def test_a_start_survives_its_file(tmp_path):
 
 @pytest.mark.slow
 def test_the_benchmark_runs(tmp_path):
-    """Ours beside the limit, which compute the same; without torch that is said, and its bar is left out."""
+    """Ours beside two others, which compute the same; without torch that is said, and its bar is left out."""
     no_torch = tmp_path / "python"
     no_torch.write_text("#!/bin/sh\nexit 1\n")
     no_torch.chmod(0o755)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, SCRIPT, "--quick", "--json", "--only=ours,torch,limit", f"--torch_python={no_torch}"]
+    command = [
+        sys.executable,
+        SCRIPT,
+        "--quick",
+        "--json",
+        "--only=ours,stock_1thread,torch,limit",
+        f"--torch_python={no_torch}",
+    ]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr
     assert f"{no_torch} has no torch (extra `bench`); its row and bar are left out" in run.stderr
     result = json.loads(run.stdout.splitlines()[-1])
     assert result["benchmark"] == "training"
-    assert set(result["bars"]) == {"ratio_to_limit_b64", "ratio_to_limit_b1024", "cost_10m_over_100k_rows"}
+    ratios = {"ratio_to_stock_1thread_b64", "ratio_to_limit_b64", "ratio_to_limit_b1024"}
+    assert set(result["bars"]) == {*ratios, "cost_10m_over_100k_rows"}
     assert all(value > 0 for value in result["bars"].values())
     losses = {row["impl"]: row["value"] for row in result["rows"] if row["metric"] == "loss"}
-    assert set(losses) == {"ours", "limit"}
-    np.testing.assert_allclose(losses["ours"], losses["limit"], rtol=1e-4)
+    assert set(losses) == {"ours", "stock_1thread", "limit"}
+    np.testing.assert_allclose(list(losses.values()), losses["limit"], rtol=1e-4)

@@ -555,22 +555,33 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def start(*arguments: object, **more: str) -> subprocess.Popen[str]:
+    """Starts PROGRAM."""
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "", **more}
+    command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def alone(implementation: str, model_dir: Path, steps: int, *more: object) -> dict[str, np.ndarray]:
+    """The checkpoint of a training in one process."""
+    process = start(implementation, model_dir, 1, "float", steps, *more)
+    errors = process.communicate(timeout=100)[1]
+    assert process.returncode == 0, errors
+    return checkpoint(model_dir)
+
+
+@pytest.fixture(scope="module")
+def stock_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model directory of stock ops in one process after 20 steps."""
+    path = tmp_path_factory.mktemp("stock") / "model"
+    alone("stock", path, 20)
+    return path
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("wire,tolerance", [("float", 1e-5), ("half", 2e-2)])
-def test_a_cluster_trains_as_one_process_does(wire, tolerance, tmp_path):
+def test_a_cluster_trains_as_one_process_does(wire, tolerance, stock_model, tmp_path):
     """2 ps, 1 worker, real processes: the checkpoint is that of stock ops in one process, which goes on with it."""
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
-
-    def start(*arguments: object, **more: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
-        return subprocess.Popen(command, env={**environment, **more}, stderr=subprocess.PIPE, text=True)
-
-    def alone(implementation: str, model_dir: Path, steps: int, *more: object) -> dict[str, np.ndarray]:
-        process = start(implementation, model_dir, 1, "float", steps, *more)
-        errors = process.communicate(timeout=100)[1]
-        assert process.returncode == 0, errors
-        return checkpoint(model_dir)
-
     addresses = [f"127.0.0.1:{port}" for port in free_ports(3)]
     cluster = {"chief": addresses[:1], "ps": addresses[1:]}
     tasks = [{"type": "ps", "index": 0}, {"type": "ps", "index": 1}, {"type": "chief", "index": 0}]
@@ -586,7 +597,7 @@ def test_a_cluster_trains_as_one_process_does(wire, tolerance, tmp_path):
         for process in processes:
             process.kill()
             process.communicate()
-    of_cluster, of_stock = checkpoint(tmp_path / "cluster"), alone("stock", tmp_path / "stock", 20)
+    of_cluster, of_stock = checkpoint(tmp_path / "cluster"), checkpoint(stock_model)
     assert of_cluster["global_step"] == 20
     assert list(of_cluster) == list(of_stock)
     assert {"query_table", "query_table/Adagrad", "item_table", "item_table/Adagrad"} < set(of_cluster)
@@ -596,7 +607,7 @@ def test_a_cluster_trains_as_one_process_does(wire, tolerance, tmp_path):
         return
     # One process goes on with the cluster's checkpoint, in one piece; and a new training starts warm from it.
     assert alone("fused", tmp_path / "cluster", 22)["global_step"] == 22
-    warm = alone("fused", tmp_path / "warm", 1, tmp_path / "stock")
+    warm = alone("fused", tmp_path / "warm", 1, stock_model)
     for name in ("query_table", "item_table"):
         # A row moves by at most the learning rate; what was not read has stayed.
         moved = np.abs(warm[name] - of_stock[name]).max(axis=1)
