@@ -166,7 +166,13 @@ class Assembler:
     def _add_anonymous_user(self) -> None:
         if "users" not in self._database:
             # No row has created the table, because there are no known users.
-            types = {"categorical": "VARCHAR", "number": "DOUBLE", "multi": "VARCHAR[]", "text": "VARCHAR"}
+            types = {
+                "categorical": "VARCHAR",
+                "number": "DOUBLE",
+                "multi": "VARCHAR[]",
+                "text": "VARCHAR",
+                "vector": "FLOAT[]",
+            }
             columns = {"id": "BIGINT", "number": "BIGINT"}
             columns |= {f"f{i}": types[feature.kind] for i, feature in enumerate(self._user_features())}
             nulls = ", ".join(f"NULL::{kind} AS {name}" for name, kind in columns.items())

@@ -163,6 +163,44 @@ def lists_of(column: pa.Array, separator: str | None) -> tuple[pa.Array, np.ndar
     return pa.LargeListArray.from_arrays(pa.array(splits), texts.drop_null()), bad
 
 
+def vectors_of(column: pa.Array, separator: str | None, length: int) -> tuple[pa.Array, np.ndarray]:
+    """Reads a column as vectors of finite numbers.
+
+    Args:
+        column: lists of numbers, or texts that `separator` splits; n rows.
+        separator: text between two numbers of a cell, if the column holds texts.
+        length: number of values of a vector.
+
+    Returns:
+        The vectors, large_list<float> [n], and which rows have something else than `length` finite numbers, bool [n].
+        The vector of these rows, and of rows without a value, is an empty list.
+    """
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    count = len(column)
+    bad, rows = np.zeros(count, bool), np.arange(count)
+    if _is_list(column.type):
+        lengths, column = _elements(column)
+        rows = np.repeat(rows, lengths)
+    if separator is not None:
+        texts, garbled = texts_of(column)
+        bad[rows[garbled]] = True
+        lengths, column = _elements(pc.split_pattern(trimmed(texts), separator))
+        rows = np.repeat(rows, lengths)
+    numbers, missing, _ = numbers_of(column)
+    with np.errstate(over="ignore"):
+        numbers = numbers.astype(np.float32)
+    lengths = np.bincount(rows, minlength=count)
+    absent = (lengths == np.bincount(rows, missing, count)) & (lengths <= 1)
+    bad |= ~absent & ((lengths != length) | (np.bincount(rows, ~np.isfinite(numbers), count) > 0))
+    kept = ~absent & ~bad
+    splits = np.zeros(count + 1, np.int64)
+    np.cumsum(np.where(kept, length, 0), out=splits[1:])
+    return pa.LargeListArray.from_arrays(pa.array(splits), pa.array(numbers[kept[rows]])), bad
+
+
 def seconds_of(column: pa.Array, units_per_second: int) -> np.ndarray:
     """Reads a column as times.
 

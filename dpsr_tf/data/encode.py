@@ -26,6 +26,7 @@ from dpsr_tf.data.column_values import (
     seconds_of,
     texts_of,
     trimmed,
+    vectors_of,
 )
 from dpsr_tf.data.schema import EVENT_TYPES, Feature, Filter, InteractionsSchema, ItemsSchema, UsersSchema
 
@@ -106,7 +107,7 @@ def encode_items(batch: pa.RecordBatch, schema: ItemsSchema, string_ids: bool) -
         - `text0`, `text1`, ... large_string: the columns of `text` but the title, see ItemsSchema.text_names;
         - `popularity` float32; null where it is missing or the schema names no column;
         - `feature.NAME` for each feature: large_string (kinds categorical and text), float64 (number), or
-          large_list<large_string> (multi); null where it is unknown;
+          large_list<large_string> (multi), or large_list<float> (vector); null where it is unknown, or [] for a vector;
         - `filter.NAME` for each filter, with the same types.
 
         A row is rejected for the first of these reasons that applies:
@@ -115,7 +116,8 @@ def encode_items(batch: pa.RecordBatch, schema: ItemsSchema, string_ids: bool) -
         2. an id that is missing;
         3. an id that is not a whole number of 0 or more;
         4. a popularity that is negative or not a number;
-        5. a feature or filter that is not UTF-8, or, for kind number, neither empty nor a finite number.
+        5. a feature or filter that is not UTF-8, or, for kind number, neither empty nor a finite number, or, for kind
+           vector, neither empty nor as many finite numbers as its length.
     """
     rows = _Rows(batch)
     ids = rows.ids("item", schema.id, string_ids)
@@ -408,6 +410,9 @@ def _features(rows: _Rows, features: Sequence[Feature | Filter], word: str = "fe
         elif feature.kind == "multi":
             values, bad = lists_of(rows.batch[feature.column], feature.separator)
             rows.reject(bad, f"{what} is not UTF-8 text", feature.column)
+        elif isinstance(feature, Feature) and feature.length is not None:
+            values, bad = vectors_of(rows.batch[feature.column], feature.separator, feature.length)
+            rows.reject(bad, f"{what} is not a vector of {feature.length} finite numbers", feature.column)
         else:
             values = rows.text(what, feature.column)
             values = trimmed(values) if feature.kind == "categorical" else values

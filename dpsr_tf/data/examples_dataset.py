@@ -41,7 +41,9 @@ class Features(NamedTuple):
     """Features of some rows of the item or user table. Each of the two groups is in the order asked for."""
 
     codes: tf.Tensor  # int32 [rows, features of kind categorical or number]; 0 is the unknown value
-    lists: tuple[Tokens, ...]  # one for each feature of kind multi (codes) or text (token ids)
+    # One for each feature of kind multi (codes), text (token ids), or vector (the bits of its float32 numbers, or
+    # nothing; outside of batches, the values may also be float32).
+    lists: tuple[Tokens, ...]
 
 
 class History(NamedTuple):

@@ -66,6 +66,7 @@ class FeatureTable:
             if f.kind == "number" and isinstance(f, Filter)
         }
         self._texts = {i: RaggedColumnFile(folder, np.int32) for i, f in enumerate(features) if f.kind == "text"}
+        self._vectors = {i: RaggedColumnFile(folder, np.float32) for i, f in enumerate(features) if f.kind == "vector"}
         for i, feature in enumerate(self._all):
             if feature.kind not in ("categorical", "multi"):
                 continue
@@ -133,6 +134,9 @@ class FeatureTable:
                 column.append(floats_of(batch[f"f{i}"], np.nan, np.float64))
             for i, text in self._texts.items():
                 text.append(*texts[i])
+            for i, vectors in self._vectors.items():
+                lengths = pc.fill_null(pc.list_value_length(batch[f"f{i}"]), 0).to_numpy(zero_copy_only=False)
+                vectors.append(pc.list_flatten(batch[f"f{i}"]).to_numpy(), row_splits(lengths))
 
     def write_ids(self, file: PackedFileWriter) -> None:
         """Writes the sections id, key.* and id_index.*."""
@@ -150,11 +154,14 @@ class FeatureTable:
             name, num_values = f"feature.{feature.key}", None
             if feature.kind == "text":
                 self._texts[i].copy(file, f"{name}.splits", f"{name}.values")
+            elif feature.kind == "vector":
+                self._vectors[i].copy(file, f"{name}.splits", f"{name}.values")
+                num_values = feature.length
             elif feature.kind == "multi":
                 self._write_lists(file, i, name)
             if feature.kind == "number":
                 num_values = len(feature.boundaries) + 1
-            elif feature.kind != "text":
+            elif feature.kind in ("categorical", "multi"):
                 num_values = self._write_values(file, i, f"values.{feature.key}")
             if feature.kind in ("categorical", "number"):
                 assert num_values is not None

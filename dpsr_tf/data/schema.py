@@ -25,9 +25,11 @@ from dpsr_common.strict_yaml import read_yaml
 from dpsr_common.typed_config import from_dict, option
 
 FILES_HELP = "files, directories or glob patterns, relative to --input or, without it, to the schema file"
-KINDS = ("categorical", "number", "multi", "text")
+KINDS = ("categorical", "number", "multi", "text", "vector")
 # Kinds with one code per row. The others have a list per row.
 FIXED_KINDS = ("categorical", "number")
+# Kinds whose codes have embeddings. A text has token ids, a vector is read as it is.
+CODED_KINDS = ("categorical", "number", "multi")
 FILTER_KINDS = ("categorical", "number", "multi")
 # The types of interactions. A store holds their positions in this list.
 EVENT_TYPES = ("impression", "skip", "click", "cart", "order")
@@ -46,8 +48,9 @@ class Feature:
         (), "for kind number: ascending bounds of the buckets; a bound belongs to the bucket above it"
     )
     separator: str | None = option(
-        None, "for kind multi: text between two values of a cell; not needed if the column holds lists"
+        None, "for kinds multi and vector: text between two values of a cell; not needed if the column holds lists"
     )
+    length: int | None = option(None, "for kind vector: number of values in each row", 1, 65_536)
     max_values: int = option(
         1_000_000, "largest number of values with a code of their own; the most frequent ones get one", 1, 2**30
     )
@@ -77,7 +80,9 @@ class Feature:
             )
         if any(low >= high for low, high in itertools.pairwise(self.boundaries)):
             return f"boundaries is {list(self.boundaries)}, expected ascending numbers"
-        if separator := _separator_problem(self):
+        if (self.kind == "vector") != (self.length is not None):
+            return f"length is {self.length} and kind is {self.kind}: kind vector needs a length, other kinds have none"
+        if separator := _separator_problem(self, ("multi", "vector")):
             return separator
         if self.vocabulary is not None and self.kind != "text":
             return f"vocabulary is {self.vocabulary} and kind is {self.kind}: only kind text can have a vocabulary"
@@ -116,7 +121,7 @@ class Filter:
                 f"name is '{self.key}', expected at most {_LONGEST_FEATURE} bytes without a dot or =; "
                 f"give another with `name`"
             )
-        return _separator_problem(self)
+        return _separator_problem(self, ("multi",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,11 +374,14 @@ def _repeated(key: str, features: Sequence[Feature | Filter]) -> str | None:
     return f"{key} has {twice[0]} twice; give one of them another `name`" if twice else None
 
 
-def _separator_problem(column: Feature | Filter) -> str | None:
+def _separator_problem(column: Feature | Filter, kinds: Sequence[str]) -> str | None:
     if column.separator == "":
         return "separator is '', expected the text between two values, for example '|'"
-    if column.separator is not None and column.kind != "multi":
-        return f"separator is {column.separator!r} and kind is {column.kind}: only kind multi can have a separator"
+    if column.separator is not None and column.kind not in kinds:
+        return (
+            f"separator is {column.separator!r} and kind is {column.kind}: only kind {' or '.join(kinds)} can have a "
+            f"separator"
+        )
     return None
 
 

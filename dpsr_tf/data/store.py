@@ -62,7 +62,8 @@ class StoredFeature:
 
     name: str
     kind: str
-    # The highest code; None for kind text. Code 0 is unknown, so an embedding table has one row more.
+    # The highest code; None for kind text; for kind vector, its length. Code 0 is unknown, so an embedding table has
+    # one row more.
     num_values: int | None = None
     # For kind number: the bounds of the buckets.
     boundaries: tuple[float, ...] = ()

@@ -88,6 +88,9 @@ class UserRequests:
             splits = self._users[f"feature.{feature.name}.splits"]
             codes = self._users[f"feature.{feature.name}.values"][splits[row] : splits[row + 1]]
             return [self._values[name][code - 1] for code in codes.tolist()]
+        if feature.kind == "vector":
+            splits = self._users[f"feature.{feature.name}.splits"]
+            return self._users[f"feature.{feature.name}.values"][splits[row] : splits[row + 1]].tolist()
         code = int(self._users[f"feature.{feature.name}"][row])
         if feature.kind == "categorical":
             return self._values[name][code - 1] if code else ""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from dpsr_common.errors import UsageError
 from dpsr_common.typed_config import option
 from dpsr_tf.config import ModelConfig
+from dpsr_tf.data.schema import CODED_KINDS as CODED_KINDS
 from dpsr_tf.data.schema import FIXED_KINDS as FIXED_KINDS
 from dpsr_tf.data.schema import KINDS
 
@@ -23,7 +24,10 @@ class Feature:
     name: str
     kind: str = option("categorical", "kind of the feature", choices=KINDS)
     num_ids: int = option(
-        1, "number of codes, 0 to num_ids - 1; for kind text, number of token ids of its vocabulary", 1
+        1,
+        "number of codes, 0 to num_ids - 1; for kind text, number of token ids of its vocabulary; for kind vector, its "
+        "length",
+        1,
     )
     vocabulary: str | None = option(
         None, "for kind text, name of its vocabulary; by default the vocabulary of query and item text"
@@ -81,8 +85,9 @@ class FeatureSpec:
 
 def _feature(known: Mapping[str, Any], num_ids: Mapping[str | None, int]) -> Feature:
     vocabulary = known.get("vocabulary")
-    ids = num_ids[vocabulary] if known["kind"] == "text" else known["num_values"] + 1
-    return Feature(known["name"], known["kind"], ids, vocabulary)
+    kind = known["kind"]
+    ids = num_ids[vocabulary] if kind == "text" else known["num_values"] + (kind in CODED_KINDS)
+    return Feature(known["name"], kind, ids, vocabulary)
 
 
 class QueryFeatures(NamedTuple):

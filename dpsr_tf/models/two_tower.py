@@ -13,7 +13,7 @@ from dpsr_tf.config import ModelConfig
 from dpsr_tf.data.examples_dataset import Tokens
 from dpsr_tf.data.schema import EVENT_TYPES
 from dpsr_tf.models.embedding import EmbeddingTable
-from dpsr_tf.models.features import FIXED_KINDS, Feature, FeatureSpec, ItemFeatures, QueryFeatures
+from dpsr_tf.models.features import CODED_KINDS, FIXED_KINDS, Feature, FeatureSpec, ItemFeatures, QueryFeatures
 from dpsr_tf.models.layers import STOCK, Layers
 from dpsr_tf.models.text_encoder import EncoderInput, Table, make_encoder
 
@@ -93,7 +93,7 @@ class TwoTower:
             for text in (None, *(feature for feature in chosen if feature.kind == "text")):
                 self._text_table(side, text)
                 texts.append((_TOWERS[side], None if text is None else text.name))
-            coded = sum(feature.num_ids for feature in chosen if feature.kind != "text")
+            coded = sum(feature.num_ids for feature in chosen if feature.kind in CODED_KINDS)
             if coded:
                 # All features of a side share one table, so that a batch needs one lookup, not one for each feature.
                 self._table(f"{side}_feature_embedding", coded, config.feature_dim)
@@ -186,13 +186,13 @@ class TwoTower:
         return _segment_sum(events, row_splits)
 
     def _feature_vectors(self, side: str, chosen: tuple[Feature, ...], given: Features | None) -> list[tf.Tensor]:
-        """Returns one tensor for all fixed features, [rows, width], and one for each list feature."""
+        """Returns one tensor for all fixed features, [rows, width], and one for each other feature."""
         if not chosen:
             return []
         given = _given(given, f"{side} features")
         offsets, next_offset = {}, 0
         for feature in chosen:
-            if feature.kind != "text":
+            if feature.kind in CODED_KINDS:
                 offsets[feature.name] = next_offset
                 next_offset += feature.num_ids
         vectors = []
@@ -206,6 +206,8 @@ class TwoTower:
         for feature, tokens in zip(lists, given.lists, strict=True):
             if feature.kind == "text":
                 vectors.append(self._encode(side, tokens, feature))
+            elif feature.kind == "vector":
+                vectors.append(_dense_vectors(tokens, feature.num_ids))
             else:
                 rows = Tokens(tokens.values + offsets[feature.name], tokens.row_splits)
                 vectors.append(self.tables[f"{side}_feature_embedding"].bag(rows))
@@ -303,6 +305,18 @@ def segment_softmax(logits: tf.Tensor, row_splits: tf.Tensor) -> tf.Tensor:
     top = tf.math.unsorted_segment_max(tf.stop_gradient(logits), segments, count)
     weights = tf.exp(logits - tf.gather(top, segments))
     return weights / tf.gather(tf.math.unsorted_segment_sum(weights, segments, count), segments)
+
+
+def _dense_vectors(lists: Tokens, length: int) -> tf.Tensor:
+    """Returns vectors of a feature, float32 [rows, length]; zero for rows without one.
+
+    Batches carry the bits of the numbers as int32, like codes.
+    """
+    values = lists.values if lists.values.dtype == tf.float32 else tf.bitcast(lists.values, tf.float32)
+    given = tf.where(lists.row_splits[1:] > lists.row_splits[:-1])
+    num_rows = tf.size(lists.row_splits, tf.int64) - 1
+    vectors = tf.scatter_nd(given, tf.reshape(values, [-1, length]), [num_rows, length])
+    return tf.ensure_shape(vectors, [None, length])
 
 
 def _taken(texts: Tokens, rows: tf.Tensor) -> Tokens:

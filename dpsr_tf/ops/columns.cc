@@ -111,10 +111,22 @@ Status SectionReader::Features(const FeatureNames& names, int64_t rows, const ch
                         "; name it in the schema's ", table, "s.features and ingest again, or drop it from the config");
     }
     RaggedColumn& column = columns->lists.emplace_back();
+    const PackedFile::Section* values = file_.Find(section + ".values");
+    if (values != nullptr && values->dtype == DataType::kFloat32) {
+      DPSR_RETURN_IF_ERROR(Vectors(section, rows, &column));
+      continue;
+    }
     DPSR_RETURN_IF_ERROR(Ragged(section + ".splits", section + ".values", rows, &column));
     DPSR_RETURN_IF_ERROR(CheckCodes(name, section + ".values", column.values));
   }
   return Status();
+}
+
+Status SectionReader::Vectors(const std::string& section, int64_t rows, RaggedColumn* column) const {
+  Span<const float> numbers;
+  DPSR_RETURN_IF_ERROR(Array(section + ".values", kAnyLength, &numbers));
+  column->values = {reinterpret_cast<const int32_t*>(numbers.data()), numbers.size()};
+  return Splits(section + ".splits", rows, static_cast<int64_t>(numbers.size()), &column->splits);
 }
 
 // Codes are rows of an embedding table: 0, and one for each value of the feature if the store lists its values.

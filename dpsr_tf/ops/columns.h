@@ -48,7 +48,8 @@ struct NumberColumn {
 // Names of features of one table, split by how the store holds them.
 struct FeatureNames {
   std::vector<std::string> fixed;  // kinds categorical and number: one code for each row
-  std::vector<std::string> lists;  // kinds multi and text: a list of codes or token ids for each row
+  // Kinds multi and text: a list of codes or token ids for each row. Kind vector: the bits of its numbers, or nothing.
+  std::vector<std::string> lists;
 };
 
 // The features themselves, in the order of their names.
@@ -93,6 +94,8 @@ class SectionReader {
  private:
   Status CheckLength(const std::string& name, size_t got, int64_t expected) const;
   Status Codes(const std::string& section, int64_t rows, CodeColumn* column) const;
+  // Reads lists of numbers. The column holds their bits: the gathers copy values and look at none of them.
+  Status Vectors(const std::string& section, int64_t rows, RaggedColumn* column) const;
   template <typename T>
   Status CheckCodes(const std::string& feature, const std::string& section, Span<const T> codes) const;
 

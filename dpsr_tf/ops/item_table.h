@@ -8,7 +8,7 @@
 //   tokens.splits    int64 [items + 1]        row splits of
 //   tokens.values    int32 [tokens]           the token ids of the item's text
 //   feature.<name>   uint8 or int32 [items]   codes from 0; or for lists
-//   feature.<name>.splits int64 [items + 1], feature.<name>.values int32
+//   feature.<name>.splits int64 [items + 1], feature.<name>.values int32, or float for vectors
 #ifndef DPSR_DPSR_TF_OPS_ITEM_TABLE_H_
 #define DPSR_DPSR_TF_OPS_ITEM_TABLE_H_
 

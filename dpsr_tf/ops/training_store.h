@@ -5,7 +5,8 @@
 //
 // users.dpsr (kind "users"); row 0 is the anonymous user
 //   id               int64 [users]
-//   feature.<name>   uint8 or int32 [users], or feature.<name>.splits int64 [users + 1], feature.<name>.values int32
+//   feature.<name>   uint8 or int32 [users], or feature.<name>.splits int64 [users + 1], feature.<name>.values int32,
+//     or float for vectors
 //   event.splits     int64 [users + 1]        rows of each user's events, ascending by (time, query, item, type)
 //   event.time       uint32 [events]          seconds
 //   event.item       int32 [events]

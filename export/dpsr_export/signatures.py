@@ -14,7 +14,7 @@ from dpsr_tf.data.examples_dataset import Features, History, Tokens
 from dpsr_tf.data.store import vocabulary_name
 from dpsr_tf.data.user_requests import USER
 from dpsr_tf.models.embedding import weights_saver
-from dpsr_tf.models.features import FIXED_KINDS, ItemFeatures, QueryFeatures
+from dpsr_tf.models.features import CODED_KINDS, FIXED_KINDS, ItemFeatures, QueryFeatures
 from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.models.two_tower import TwoTower
 from dpsr_tokenizer import tf_ops
@@ -139,10 +139,10 @@ class _Graph:
             return None
         prefix = USER if side == "user" else "item_"
         for feature in chosen:
-            dtype = tf.float32 if feature.kind == "number" else tf.string
+            dtype = tf.float32 if feature.kind in ("number", "vector") else tf.string
             name = f"{prefix}{feature.name}"
-            inputs[name] = _absent(dtype, 2 if feature.kind == "multi" else 1, name)
-        coded = [feature for feature in chosen if feature.kind != "text"]
+            inputs[name] = _absent(dtype, 2 if feature.kind in ("multi", "vector") else 1, name)
+        coded = [feature for feature in chosen if feature.kind in CODED_KINDS]
         codes: tf.Tensor = tf.zeros([tf.shape(texts)[0], 0], tf.int32)
         lists: dict[str, Tokens] = {}
         if coded:
@@ -151,8 +151,10 @@ class _Graph:
             values = [inputs[f"{prefix}{feature.name}"] for feature in coded]
             codes, lists = self._values.feature_codes(side, coded, ends, texts, values)
         for feature in chosen:
+            name = f"{prefix}{feature.name}"
+            if feature.kind == "vector":
+                lists[feature.name] = _vectors(name, inputs[name], feature.num_ids, texts)
             if feature.kind == "text":
-                name = f"{prefix}{feature.name}"
                 lists[feature.name] = self._tokens(_padded(name, inputs[name], texts), feature.vocabulary)
         return Features(codes, tuple(lists[f.name] for f in chosen if f.kind not in FIXED_KINDS))
 
@@ -198,6 +200,23 @@ def _padded(name: str, values: tf.Tensor, texts: tf.Tensor) -> tf.Tensor:
     whole = tf.logical_or(absent, tf.equal(given, batch))
     with tf.control_dependencies([tf.debugging.Assert(whole, [message, given, batch])]):
         return tf.concat([values, tf.fill([tf.where(absent, batch, 0)], "")], axis=0)
+
+
+def _vectors(name: str, values: tf.Tensor, length: int, texts: tf.Tensor) -> Tokens:
+    """Returns `values` [batch, length] as lists, each with all numbers of a row; a row of NaN is empty, as absent."""
+    batch, shape = tf.size(texts), tf.shape(values)
+    absent = tf.equal(tf.size(values), 0)
+    whole = tf.logical_or(absent, tf.reduce_all(tf.equal(shape, tf.stack([batch, length]))))
+    message = f"{name}: expected {length} numbers for each text, or no values"
+    with tf.control_dependencies([tf.debugging.Assert(whole, [message, shape])]):
+        rows = tf.reshape(values, [-1, length])
+    missing = tf.reduce_all(tf.math.is_nan(rows), axis=1)
+    finite = tf.logical_or(missing, tf.reduce_all(tf.math.is_finite(rows), axis=1))
+    message = f"{name}: expected finite numbers, or only NaN for a text without a vector"
+    with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(finite), [message])]):
+        lengths = tf.where(missing, tf.constant(0, tf.int64), length)
+    lengths = tf.concat([[0], lengths, tf.zeros([tf.where(absent, batch, 0)], tf.int64)], axis=0)
+    return Tokens(tf.reshape(tf.boolean_mask(rows, ~missing), [-1]), tf.cumsum(lengths))
 
 
 def input_types(signature: Any) -> dict[str, tuple[np.dtype, int]]:

@@ -15,7 +15,7 @@ from dpsr_common import serving_apis
 from dpsr_serving.tensors import make_tensor, to_numpy
 
 Text = str | bytes
-Feature = str | bytes | float | Sequence[Text] | None
+Feature = str | bytes | float | Sequence[Text] | Sequence[float] | None
 Bound = float | None
 Filter = Text | float | tuple[Bound, Bound] | list[Any] | Set[Text] | Set[float]
 Filters = Mapping[str, Filter] | Sequence[str]
@@ -45,7 +45,7 @@ class User:
 
     Attributes:
         features: name -> value of the schema's user features: str for a text or category, float for a number (None and
-            NaN mean unknown), a sequence of str for a multi-valued feature.
+            NaN mean unknown), a sequence of str for a multi-valued feature, a sequence of float for a vector.
         clicked_items: items that the user clicked, oldest first: item ids, or keys if the shop's own ids are texts.
         past_queries: queries that the user made, oldest first.
         clicked_item_types: what the user did with each of `clicked_items`: click, cart or order. Items without a type
@@ -342,7 +342,8 @@ def _rows(name: str, rows: Sequence[Sequence[Any]], dtype: int) -> NDArray[Any]:
 def _feature(name: str, dtype: int, rank: int, values: Sequence[Feature]) -> NDArray[Any]:
     """Returns a user feature of all users as an array.
 
-    [batch] float, NaN if unknown; [batch] string, "" if unknown; or [batch, n] string for a multi-valued feature.
+    [batch] float, NaN if unknown; [batch] string, "" if unknown; [batch, n] string for a multi-valued feature; or
+    [batch, n] float for a vector, NaN if unknown.
     """
     if dtype == _FLOAT and rank == 1:
         if wrong := [value for value in values if value is not None and not isinstance(value, numbers.Real)]:
@@ -356,9 +357,26 @@ def _feature(name: str, dtype: int, rank: int, values: Sequence[Feature]) -> NDA
         if wrong := [value for value in values if not isinstance(value, (list, tuple, set, frozenset, type(None)))]:
             raise ValueError(f"user feature {name!r}: expected a list of texts, got {wrong[0]!r}")
         return _rows(f"user feature {name!r}", [list(value or ()) for value in values], dtype)  # type: ignore[arg-type]
+    if dtype == _FLOAT and rank == 2:
+        return _vectors(name, values)
     raise ValueError(
         f"user feature {name!r} is {_NAMES.get(dtype, dtype)} of rank {rank}, which this client cannot fill"
     )
+
+
+def _vectors(name: str, values: Sequence[Feature]) -> NDArray[np.float32]:
+    """Returns vectors of one length as an array [batch, length], with rows of NaN for unknown ones."""
+    try:
+        rows = [np.asarray(() if value is None else value, np.float32) for value in values]
+    except (TypeError, ValueError):
+        rows = []
+    lengths = {len(row) for row in rows if row.ndim == 1} - {0}
+    if len(rows) < len(values) or any(row.ndim != 1 for row in rows) or len(lengths) > 1:
+        raise ValueError(f"user feature {name!r}: expected a list of numbers, of the same length for all users")
+    array = np.full((len(rows), max(lengths, default=0)), math.nan, np.float32)
+    for index, row in enumerate(rows):
+        array[index, : len(row)] = row if len(row) else math.nan
+    return array
 
 
 def make_request(spec: Any, signature: str, arrays: Mapping[str, NDArray[Any]]) -> Any:

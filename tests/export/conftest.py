@@ -83,7 +83,10 @@ _TAGS = ["new", "sale", "夏季", "eco"]
 @pytest.fixture(scope="session")
 def text_shop(tmp_path_factory: pytest.TempPathFactory) -> TextShop:
     """50 items and 8 users; some values are missing, rare or odd."""
-    rng = np.random.default_rng(3)
+    rng, of_vectors = np.random.default_rng(3), np.random.default_rng(4)
+
+    def vector(length: int) -> list[float]:
+        return [round(float(value), 3) for value in of_vectors.normal(size=length)]
 
     def words(count: int) -> str:
         return " ".join(rng.choice(_WORDS, count))
@@ -95,6 +98,7 @@ def text_shop(tmp_path_factory: pytest.TempPathFactory) -> TextShop:
             "price": None if i % 9 == 0 else round(float(rng.uniform(0, 100)), 2),
             "tags": rng.choice(_TAGS, rng.integers(0, 4)).tolist(),
             "details": "" if i % 7 == 0 else words(3),
+            "photo": None if i % 6 == 0 else vector(5),
         }
         for i in range(50)
     }
@@ -104,6 +108,7 @@ def text_shop(tmp_path_factory: pytest.TempPathFactory) -> TextShop:
             "age": None if i == 4 else 15.5 + 9 * i,
             "interests": rng.choice(_TAGS, i % 4).tolist(),
             "about": "" if i == 5 else words(2),
+            "taste": None if i == 6 else vector(3),
         }
         for i in range(8)
     }
@@ -135,6 +140,7 @@ items:
     - brand
     - {column: details, kind: text, vocabulary: words}
     - {column: tags, kind: multi}
+    - {column: photo, kind: vector, length: 5}
     - {column: price, kind: number, boundaries: [10, 33.3, 70.1]}
   filters: [brand, {column: price, kind: number}, {column: tags, kind: multi}]
 users:
@@ -142,6 +148,7 @@ users:
   id: user
   features:
     - {column: about, kind: text, vocabulary: words}
+    - {column: taste, kind: vector, length: 3}
     - gender
     - {column: interests, kind: multi}
     - {column: age, kind: number, boundaries: [24.5, 42.5]}

@@ -16,6 +16,8 @@ from conftest import Job, TextShop, dpsr, runs, untrained_model
 from dpsr_common.errors import CommandError
 from dpsr_common.packed_file import PackedFile
 from dpsr_export.warmup import LoadedServable
+from dpsr_serving.client import SearchClient
+from dpsr_serving.client import User as ClientUser
 from dpsr_serving.model_server import start_model_server
 from dpsr_tf.data.store import Store
 from dpsr_tf.data.user_requests import User, UserRequests, input_arrays
@@ -88,8 +90,8 @@ def test_users_are_embedded_as_in_training(text_shop: TextShop, servable: Loaded
     requests = [raw_request(text_shop, *one) for one in asked]
     types = servable.inputs["query_embedding"]
     assert set(types) == {
-        "query", "user_about", "user_gender", "user_interests", "user_age", "clicked_item_keys", "clicked_item_types",
-        "past_queries",
+        "query", "user_about", "user_gender", "user_interests", "user_age", "user_taste", "clicked_item_keys",
+        "clicked_item_types", "past_queries",
     }  # fmt: skip
     found = servable("query_embedding", input_arrays(requests, types))["query_embedding"]
     np.testing.assert_array_equal(found, expected)
@@ -138,6 +140,7 @@ def test_absent_values_in_every_form(text_shop: TextShop, servable: LoadedServab
         "user_gender": [[""] * n, ["never heard"] * n, [" \u3000"] * n],
         "user_about": [[""] * n, ["!!"] * n],
         "user_age": [np.full(n, np.nan, np.float32)],
+        "user_taste": [np.zeros((n, 3), np.float32), np.full((n, 3), np.nan, np.float32), np.zeros((n, 0), np.float32)],
         "user_interests": [np.full((n, 2), "", object), np.full((n, 1), "unknown", object), np.zeros((n, 0), object)],
         "clicked_item_keys": [
             np.full((n, 3), "", object),
@@ -184,6 +187,10 @@ def test_values_are_trimmed_and_histories_cut(text_shop: TextShop, servable: Loa
         ("user_gender", ["f"], r"user_gender has shape \[1\], expected \[2\]"),
         ("user_age", np.zeros(3, np.float32), r"user_age has shape \[3\], expected \[2\]"),
         ("user_interests", np.full((3, 1), "a", object), r"user_interests has shape \[3,1\], expected \[2, n\]"),
+        ("user_taste", np.zeros((2, 4), np.float32), "user_taste: expected 3 numbers for each text, or no values"),
+        ("user_taste", np.zeros((1, 3), np.float32), "user_taste: expected 3 numbers for each text"),
+        ("user_taste", np.array([[0, 0, np.inf]] * 2, np.float32), "user_taste: expected finite numbers"),
+        ("user_taste", np.array([[0, np.nan, 0]] * 2, np.float32), "user_taste: expected finite numbers"),
         ("user_about", ["a"] * 3, "user_about: expected one value for each text"),
         ("clicked_item_keys", np.full((1, 4), "a", object), r"clicked_items has shape \[1,4\], expected \[2, n\]"),
         ("clicked_item_types", np.full((2, 4), "click", object), r"clicked_item_types has shape \[2,4\], expected"),
@@ -231,7 +238,7 @@ def test_score_is_the_soft_product_of_both_towers(text_shop: TextShop, servable:
     assert keys is not None
     requests, rows = [], []
     for place, (key, item) in enumerate(text_shop.items.items()):
-        features = {f"item_{name}": item[name] for name in ("brand", "price", "tags", "details")}
+        features = {f"item_{name}": item[name] for name in ("brand", "price", "tags", "details", "photo")}
         asked = raw_request(text_shop, QUERIES[place % 3], f"u{place % 8}")
         requests.append(asked | {"item_text": item["title"]} | features)
         rows.append(keys.index(key))
@@ -249,13 +256,14 @@ def test_a_store_tells_what_it_can_of_users(text_shop: TextShop) -> None:
         UserRequests(store, ["user_about"])
     with pytest.raises(CommandError, match="no user feature 'shoe_size'"):
         UserRequests(store, ["user_shoe_size"])
-    names = ["query", "user_gender", "user_interests", "user_age", "clicked_item_keys", "past_queries"]
+    names = ["query", "user_gender", "user_interests", "user_age", "user_taste", "clicked_item_keys", "past_queries"]
     told = UserRequests(store, names)
     tables = StoreTables(ModelDirectory.open(text_shop.job.model), store)
     for (_, user, until), known in zip(asks(text_shop)[:27], store_users(text_shop, asks(text_shop)[:27]), strict=True):
         raw, found = raw_request(text_shop, "red", user, until), told.of(known)
         assert found["user_gender"] == raw.get("user_gender", "")
         assert sorted(found["user_interests"]) == sorted(raw.get("user_interests", []))
+        assert found["user_taste"] == pytest.approx(raw.get("user_taste") or [])
         assert found["clicked_item_keys"] == raw.get("clicked_item_keys", [])
         assert found["past_queries"] == runs(raw.get("past_queries", []))
         code = tables.queries(["red"], [known]).user.codes[0, 1]
@@ -283,6 +291,34 @@ def test_model_and_servable_have_the_same_recall(personal: Job, tmp_path: Path) 
     anonymous = ["evaluate", f"--store={personal.store}", judgments[0], *few, f"--system={systems[1]}"]
     dpsr(*anonymous)
     assert json.loads(out.read_text())["systems"][systems[1]]["mrr@20"] != model["mrr@20"], "users matter"
+
+
+def test_a_client_sends_vectors(text_shop: TextShop, servable: LoadedServable) -> None:
+    """Users with and without one in a request, on the real server."""
+    people = ["u0", "u6", "u3"]
+    requests = [raw_request(text_shop, "red shoes", user) for user in people]
+    expected = servable("search", servable.search_inputs(requests, 5))
+    users = [
+        ClientUser(
+            text_shop.users[user], request["clicked_item_keys"], request["past_queries"], request["clicked_item_types"]
+        )
+        for user, request in zip(people, requests, strict=True)
+    ]
+    with start_model_server(text_shop.job.servable, "shop") as server, SearchClient(server.target, "shop") as client:
+        found = client.search(["red shoes"] * 3, 5, user=users)
+        for result, keys, scores in zip(found, expected["item_keys"], expected["scores"], strict=True):
+            assert [key.encode() for key in result.item_keys] == keys.tolist()
+            np.testing.assert_allclose(result.scores, scores, atol=1e-6)
+        (alone,) = client.search("red shoes", 5, user=ClientUser({"taste": np.zeros(3)}))
+        (unknown,) = client.search("red shoes", 5, user=ClientUser({"taste": None}))
+        assert alone.item_ids.tolist() == unknown.item_ids.tolist()
+        for wrong in (["a", "b", "c"], 3.0, [[1.0, 2.0, 3.0]]):
+            with pytest.raises(ValueError, match="user feature 'taste': expected a list of numbers"):
+                client.search("red shoes", 5, user=ClientUser({"taste": wrong}))
+        with pytest.raises(ValueError, match="of the same length for all users"):
+            client.search(["red"] * 2, 5, user=[ClientUser({"taste": [1.0]}), ClientUser({"taste": [1.0, 2.0]})])
+        with pytest.raises(Exception, match="user_taste: expected 3 numbers for each text"):
+            client.search("red", 5, user=ClientUser({"taste": [1.0, 2.0]}))
 
 
 def test_text_ids_without_a_history(text_shop: TextShop, tmp_path: Path) -> None:
