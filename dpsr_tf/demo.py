@@ -142,7 +142,14 @@ def _program() -> str:
 
 def _shop(shop: Path) -> _Job:
     return _Job(
-        generate=[f"--out={shop}"],
+        generate=[
+            f"--out={shop}",
+            "--items=10000",
+            "--types=500",
+            "--set=titled_synonyms=0.02",
+            "--set=rare_synonyms=0.5",
+            "--set=unasked_synonyms=0.5",
+        ],
         ingest=[f"--schema={shop / 'schema.yaml'}"],
         # No setting was chosen on this fold: neither those of configs/shop.yaml nor those of BM25.
         judgments=shop / "judgments.test.tsv",
@@ -174,15 +181,20 @@ def _homedepot(data: Path) -> _Job:
 
 
 def _unseen_queries(job: _Job, store: Store) -> list[str]:
-    """Returns the four judged queries with the most relevant items that are not in the log."""
-    judgments = Judgments.read(job.judgments, *job.columns, job.relevant_from)
+    """Returns four judged queries that are not in the log, though their words are, with many relevant items.
+
+    Of the generated shop's queries they are some that share no word with what they mean.
+    """
+    judgments = Judgments.read(job.judgments, *job.columns, job.relevant_from, slices=("kind",) if job.generate else ())
+    kinds = judgments.slices.get("kind", [()] * len(judgments.queries))
     log = {query.casefold() for query in store.queries()}
+    words = {word for query in log for word in query.split()}
     unseen = [
-        (-len(items), query)
-        for query, items in zip(judgments.queries, judgments.relevant, strict=True)
+        ("gap" not in kind, not words.issuperset(query.casefold().split()), -len(items), query)
+        for query, items, kind in zip(judgments.queries, judgments.relevant, kinds, strict=True)
         if query.casefold() not in log
     ]
-    return [query for _, query in sorted(unseen)[:4]]
+    return [query for *_, query in sorted(unseen)[:4]]
 
 
 def _dpsr(*arguments: str) -> None:

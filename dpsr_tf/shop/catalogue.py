@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -22,8 +23,7 @@ class Catalogue:
     """Names and codes of categories, types, brands, words of attributes, and shops."""
 
     def __init__(self, parameters: Parameters):
-        lexicon = load_lexicon()
-        self.languages: tuple[Language, ...] = (lexicon.en, lexicon.zh)
+        self.languages = _with_types_of_families(parameters)
         self.categories: list[Category] = [c for language in self.languages for c in language.categories]
         self.category_language = np.repeat([0, 1], [len(language.categories) for language in self.languages])
         # The place of a category among those of its language.
@@ -46,7 +46,14 @@ class Catalogue:
             self._add_words(language)
             per_category = max(2, parameters.shops // len(self.categories))
             self._add_shops(language, per_category, rng)
+        # Whether the second type is an accessory of the first. The last row is for no type (-1) and all false.
+        self.fits = np.zeros((len(self.types) + 1, len(self.types)), bool)
+        for code, item_type in enumerate(self.types):
+            if item_type.fits is not None:
+                same = self.types_of(int(self.category_language[self.type_category[code]]))
+                self.fits[same, code] = [self.types[t].word == item_type.fits for t in same]
         self.homonyms = self._add_homonyms(parameters)
+        self.unasked = self._unasked(parameters)  # for each type, the synonyms that nobody uses in the log
         shares = ((0.0, 1 - parameters.chinese_share), (1 - parameters.chinese_share, 1.0))
         self.num_items = [_between(parameters.items, share) for share in shares]
         self.num_users = [_between(parameters.users, share) for share in shares]
@@ -57,9 +64,35 @@ class Catalogue:
 
     def accessories(self, item_type: int) -> list[int]:
         """Returns the codes of the types that are accessories of a type."""
-        word = self.types[item_type].word
-        same = self.types_of(int(self.category_language[self.type_category[item_type]]))
-        return [int(t) for t in same if self.types[t].fits == word]
+        return np.flatnonzero(self.fits[item_type]).tolist()
+
+    def own_synonyms(self, item_type: int) -> list[str]:
+        """Returns the synonyms of a type, without those that it shares with another type."""
+        return [synonym for synonym in self.types[item_type].synonyms if synonym not in self.homonyms]
+
+    def _unasked(self, parameters: Parameters) -> list[frozenset[str]]:
+        """Chooses rare words, which the log never holds, and further synonyms that it never holds for one type."""
+        rng = random_stream(parameters, "unasked synonyms")
+        parts = {
+            one + language.separator + other: (one, other)
+            for language in self.languages
+            for category in language.categories
+            for family in category.families
+            for modifier, base in itertools.product(family.modifiers, family.bases)
+            for one, other in itertools.product(modifier.synonyms, base.synonyms)
+        }
+        own = [self.own_synonyms(code) for code in range(len(self.types))]
+        words = list(dict.fromkeys(word for mine in own for synonym in mine for word in parts.get(synonym, (synonym,))))
+        is_rare = rng.random(len(words)) < parameters.rare_synonyms
+        rare = {word for word, never in zip(words, is_rare, strict=True) if never}
+        return [
+            frozenset(
+                synonym
+                for synonym, draw in zip(mine, rng.random(len(mine)), strict=True)
+                if draw < parameters.unasked_synonyms or not rare.isdisjoint(parts.get(synonym, (synonym,)))
+            )
+            for mine in own
+        ]
 
     def _add_brands(self, language: Language, parameters: Parameters, rng: np.random.Generator) -> None:
         invented, shared = parameters.invented_brands, parameters.shared_brands
@@ -114,6 +147,32 @@ class Catalogue:
             begin = len(self.shops)
             self.shops += names[place * per_category : (place + 1) * per_category]
             self.category_shops.append(np.arange(begin, len(self.shops)))
+
+
+def _with_types_of_families(parameters: Parameters) -> tuple[Language, ...]:
+    """Returns the languages of the lexicon. Each category has its own types, and some types of its families."""
+    lexicon = load_lexicon()
+    languages = (lexicon.en, lexicon.zh)
+    composed = {
+        (language.separator, category.name): [
+            t for family in category.families for t in family.types(language.separator)
+        ]
+        for language in languages
+        for category in language.categories
+    }
+    own = sum(len(category.types) for language in languages for category in language.categories)
+    order = random_stream(parameters, "types of families").permutation(sum(map(len, composed.values())))
+    is_chosen = iter(order < parameters.types - own)
+    chosen = {key: tuple(t for t in types if next(is_chosen)) for key, types in composed.items()}
+
+    def enlarged(language: Language) -> Language:
+        categories = tuple(
+            dataclasses.replace(category, types=category.types + chosen[language.separator, category.name])
+            for category in language.categories
+        )
+        return dataclasses.replace(language, categories=categories)
+
+    return tuple(map(enlarged, languages))
 
 
 def _invent(
@@ -199,7 +258,10 @@ class Items:
         columns["sales"] = rng.poisson(columns["popularity"] * 200 * n * rng.lognormal(0, 0.5, n))
         columns["in_stock"] = rng.random(n) >= _OUT_OF_STOCK_SHARE
         columns["liking"] = self._liking(columns)
-        columns["titles"] = np.array(list(self._titles(language, columns, rng)), object)
+        nouns = self._nouns(
+            columns["type"], parameters, random_stream(parameters, f"{LANGUAGE_CODES[language]}.titles")
+        )
+        columns["titles"] = np.array(list(self._titles(language, columns, nouns, rng)), object)
         return columns
 
     def _liking(self, columns: dict[str, np.ndarray]) -> np.ndarray:
@@ -223,7 +285,20 @@ class Items:
         liking = gender[:, :, None, None] + age[:, None, :, None] + power[:, None, None, :]
         return liking.reshape(n, USER_CLASSES).astype(np.float32)
 
-    def _titles(self, language: int, columns: dict[str, np.ndarray], rng: np.random.Generator) -> Iterator[str]:
+    def _nouns(self, types: np.ndarray, parameters: Parameters, rng: np.random.Generator) -> list[str]:
+        """Returns what each title calls its item: the word of the item's type or, now and then, a synonym of it."""
+        catalogue = self._catalogue
+        names = [[t.word, *catalogue.own_synonyms(code)] for code, t in enumerate(catalogue.types)]
+        is_synonym, place = rng.random(len(types)) < parameters.titled_synonyms, rng.random(len(types))
+        # A type without synonyms always has its word.
+        return [
+            _titled(names[code][int(1 + at * (len(names[code]) - 1)) if other and len(names[code]) > 1 else 0])
+            for code, other, at in zip(types.tolist(), is_synonym.tolist(), place.tolist(), strict=True)
+        ]
+
+    def _titles(
+        self, language: int, columns: dict[str, np.ndarray], nouns: list[str], rng: np.random.Generator
+    ) -> Iterator[str]:
         """Yields titles: brand, attributes and type in varying order, the product that an accessory fits, fillers."""
         catalogue, words = self._catalogue, self._catalogue.languages[language]
         n = len(columns["type"])
@@ -232,13 +307,12 @@ class Items:
         order, noun_first = rng.random((n, 3)).argsort(1), rng.random(n) < 0.3
         host_brand, fillers = rng.random(n), rng.integers(0, 3, n)
         filler = rng.random((n, len(words.fillers))).argsort(1)[:, :2]
-        hosts = {t.word: code for code, t in enumerate(catalogue.types) if code in catalogue.types_of(language)}
+        hosts = {catalogue.types[code].word: int(code) for code in catalogue.types_of(language)}
         titled = [[_titled(value.word) for value in catalogue.words], [_titled(brand) for brand in catalogue.brands]]
-        nouns = [_titled(t.word) for t in catalogue.types]
         for row in range(n):
             code = columns["type"][row]
             middle = [titled[0][w] for w in columns["words"][row][order[row]] if w >= 0]
-            middle.insert(0 if noun_first[row] else len(middle), nouns[code])
+            middle.insert(0 if noun_first[row] else len(middle), nouns[row])
             parts = [titled[1][columns["brand"][row]], *middle, f"{'BCDFGHKMPRTVX'[letter[row]]}{number[row]}"]
             host = catalogue.types[code].fits
             if host is not None:
@@ -246,7 +320,7 @@ class Items:
                 parts += [
                     _titled(words.fits),
                     titled[1][brands[int(host_brand[row] * len(brands))]],
-                    nouns[hosts[host]],
+                    _titled(host),
                 ]
             parts += [_titled(words.fillers[i]) for i in filler[row, : fillers[row]]]
             yield " ".join(parts)

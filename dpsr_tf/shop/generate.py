@@ -48,7 +48,7 @@ files, byte for byte.
 docs/generated_shop.md describes all files and all parameters.
 """
 
-_FLAGS = ("seed", "items", "users", "interactions")
+_FLAGS = ("seed", "items", "users", "interactions", "types")
 # Batches in each file of the log, which has some 3 million rows then.
 _BATCHES_PER_FILE = 16
 # Ids are drawn from this range, so that no id is a row number.
@@ -393,12 +393,17 @@ def _segments(requests: np.ndarray) -> np.ndarray:
 def _truth(world: World, log: Log, counts: dict[str, int]) -> dict[str, Any]:
     """Returns what truth.json holds."""
     catalogue = world.catalogue
-    synonyms, polysemous, across = {}, {}, {}
+    synonyms, unasked, polysemous, across = {}, {}, {}, {}
     for number, name in enumerate(LANGUAGE_CODES):
         types = [catalogue.types[code] for code in catalogue.types_of(number)]
         codes = sorted({int(code) for mine in catalogue.attributes[number].values() for code in mine})
         entries = [*types, *(catalogue.words[code] for code in codes)]
         synonyms[name] = {entry.word: list(entry.synonyms) for entry in entries if entry.synonyms}
+        unasked[name] = {
+            catalogue.types[code].word: sorted(catalogue.unasked[code])
+            for code in catalogue.types_of(number)
+            if catalogue.unasked[code]
+        }
         mine = np.flatnonzero(catalogue.category_language == number)
         of_brand: dict[str, list[str]] = {}
         for category in mine:
@@ -421,6 +426,7 @@ def _truth(world: World, log: Log, counts: dict[str, int]) -> dict[str, Any]:
         },
         "styles": dict(zip(LANGUAGE_CODES, catalogue.styles, strict=True)),
         "synonyms": synonyms,
+        "unasked_synonyms": unasked,
         "polysemous": polysemous,
         "brands_across_categories": across,
         "homonyms": catalogue.homonyms,

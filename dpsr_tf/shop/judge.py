@@ -82,11 +82,7 @@ def grades(world: World, text: np.ndarray, item: np.ndarray) -> np.ndarray:
         other items.
     """
     best = np.zeros(len(text), np.int64)
-    types = len(world.catalogue.types)
-    # Which types are accessories of which type. The last row is for meanings without a type (-1), and is all false.
-    fits = np.zeros((types + 1, types), bool)
-    for code in range(types):
-        fits[code, world.catalogue.accessories(code)] = True
+    fits = world.catalogue.fits
     senses = [world.senses[row] for row in text.tolist()]
     for number in range(max(map(len, senses))):
         rows = np.flatnonzero([len(meanings) > number for meanings in senses])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 from dpsr_common.strict_yaml import read_yaml
@@ -64,12 +65,32 @@ class ItemType:
 
 
 @dataclasses.dataclass(frozen=True)
+class Family:
+    """Types whose names have two parts, such as "garden chair": a modifier and a base."""
+
+    modifiers: tuple[Value, ...]
+    bases: tuple[ItemType, ...]
+
+    def types(self, separator: str) -> list[ItemType]:
+        """Returns a type for each modifier with each base; its synonyms are those of the modifier with the base's."""
+        return [
+            dataclasses.replace(
+                base,
+                word=modifier.word + separator + base.word,
+                synonyms=tuple(a + separator + b for a in modifier.synonyms for b in base.synonyms),
+            )
+            for modifier, base in itertools.product(self.modifiers, self.bases)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
 class Category:
     """Types of products that are made by the same brands."""
 
     name: str
     brands: tuple[str, ...]
     types: tuple[ItemType, ...]
+    families: tuple[Family, ...] = ()  # further types
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,17 +8,22 @@ from dpsr_common.typed_config import option
 
 # The syllables of a language do not give more names than these.
 _MOST_BRANDS, _MOST_SHOPS = 200, 5_000
+# The types that lexicon.yaml lists one by one, and those with the types of its families.
+_FEWEST_TYPES, _MOST_TYPES = 58, 560
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """The parameters of a shop. The first four also have flags. truth.json records all of them."""
+    """The parameters of a shop. The first five also have flags. truth.json records all of them."""
 
     seed: int = option(1, "seed of all random numbers; another seed gives another shop", 0, 2**63 - 1)
     items: int = option(3_000, "number of items, English and Chinese together", 200, 5_000_000)
     users: int = option(500, "number of users, English and Chinese together", 10, 20_000_000)
     interactions: int = option(
         30_000, "number of clicks in the log; the log has about seven times as many rows", 100, 1_000_000_000
+    )
+    types: int = option(
+        _FEWEST_TYPES, "number of types of product, English and Chinese together", _FEWEST_TYPES, _MOST_TYPES
     )
     chinese_share: float = option(1 / 3, "share of the items and of the users that are Chinese", 0.1, 0.9)
     days: int = option(60, "number of days that the log covers", 1, 3650)
@@ -57,6 +62,15 @@ class Parameters:
     )
     homonyms: int = option(
         0, "number of English query words that are synonyms of two types in different categories", 0, 12
+    )
+    titled_synonyms: float = option(
+        0.0, "share of titles that name the item's type by one of the type's synonyms", 0, 0.5
+    )
+    rare_synonyms: float = option(
+        0.0, "share of the words of types' synonyms that no query of the log holds, but judged queries do", 0, 1
+    )
+    unasked_synonyms: float = option(
+        0.0, "chance that no query of the log holds a type's synonym, even if it holds its words for other types", 0, 1
     )
     held_out_share: float = option(
         0.1, "share of meanings that the log never asks for; half of them are judged in dev, half in test", 0.01, 0.5

@@ -137,16 +137,18 @@ class World:
     def _make_texts(self) -> None:
         """Makes the texts of all meanings, and the pairs of meanings and texts."""
         texts: dict[str, int] = {}
-        meanings, rows, gaps = [], [], []
+        meanings, rows, gaps, asked = [], [], [], []
         for meaning, codes in enumerate(self.meaning.tolist()):
-            for text, gap in self._phrasings(codes):
+            for text, gap, is_asked in self._phrasings(codes):
                 meanings.append(meaning)
                 rows.append(texts.setdefault(text, len(texts)))
                 gaps.append(gap)
-        self.pair_meaning, self.pair_text, self.pair_gap = (
+                asked.append(is_asked)
+        self.pair_meaning, self.pair_text, self.pair_gap, self.pair_asked = (
             np.array(meanings),
             np.array(rows),
             np.array(gaps, np.int8),
+            np.array(asked),
         )
         self.texts = list(texts)
         self.senses: list[list[int]] = [[] for _ in texts]
@@ -159,13 +161,14 @@ class World:
         self.text_language = np.zeros(len(texts), np.int64)
         self.text_language[self.pair_text] = self.catalogue.category_language[self.meaning[self.pair_meaning, 0]]
 
-    def _phrasings(self, codes: list[int]) -> Iterator[tuple[str, int]]:
-        """Yields the texts that ask for a meaning, each with 0, SOME_SYNONYMS or ALL_SYNONYMS."""
+    def _phrasings(self, codes: list[int]) -> Iterator[tuple[str, int, bool]]:
+        """Yields the texts that ask for a meaning: text; 0, SOME_SYNONYMS or ALL_SYNONYMS; whether the log holds it."""
         category, noun, brand, *words = codes
         separator = self.catalogue.languages[self.catalogue.category_language[category]].separator
         brands = [self.catalogue.brands[brand]] if brand >= 0 else []
         entries: list[ItemType | Value] = [self.catalogue.words[word] for word in words if word >= 0]
         entries += [self.catalogue.types[noun]] if noun >= 0 else []
+        unasked = self.catalogue.unasked[noun] if noun >= 0 else frozenset()
         for choice in itertools.product(*([(e.word, False), *((s, True) for s in e.synonyms)] for e in entries)):
             parts = [text for text, _ in choice]
             parts[len(parts) - (noun >= 0) : len(parts) - (noun >= 0)] = brands
@@ -174,7 +177,7 @@ class World:
             synonyms = sum(synonym for _, synonym in choice)
             # `parts` holds the brand, too, which has no synonym: a text with a brand never is all synonyms.
             gap = ALL_SYNONYMS if synonyms == len(parts) else SOME_SYNONYMS if synonyms else 0
-            yield separator.join(parts), gap
+            yield separator.join(parts), gap, noun < 0 or choice[-1][0] not in unasked
 
     def _hold_out(self, rng: np.random.Generator) -> None:
         """Sets the fold of each meaning and text: 0 is the log, 1 dev, 2 test.
@@ -280,8 +283,8 @@ class World:
         catalogue, parameters = self.catalogue, self.parameters
         category = self.meaning[self.pair_meaning, 0]
         order = np.argsort(category, kind="stable")
-        self.pair_meaning, self.pair_text, self.pair_gap = (
-            column[order] for column in (self.pair_meaning, self.pair_text, self.pair_gap)
+        self.pair_meaning, self.pair_text, self.pair_gap, self.pair_asked = (
+            column[order] for column in (self.pair_meaning, self.pair_text, self.pair_gap, self.pair_asked)
         )
         category = category[order]
         language = catalogue.category_language[category]
@@ -296,7 +299,7 @@ class World:
             mine = np.flatnonzero(language == number)
             rank = np.argsort(rng.gumbel(size=len(mine)) * 1.5 + rarity[mine])
             self.pair_weight[mine[rank]] = zipf(len(mine), parameters.query_exponent)
-        self.pair_weight[self.fold[self.pair_meaning] > 0] = 0
+        self.pair_weight[(self.fold[self.pair_meaning] > 0) | ~self.pair_asked] = 0
         self.meaning_weight = np.bincount(self.pair_meaning, self.pair_weight, len(self.meaning))
         # The pairs of each meaning, for the second query of a session.
         self._by_meaning = np.argsort(self.pair_meaning, kind="stable")

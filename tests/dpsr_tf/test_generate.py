@@ -420,6 +420,96 @@ def test_invented_brands_stay_clear_of_synonyms() -> None:
     assert len(set(world.catalogue.brands)) == len(world.catalogue.brands) > 14 * 50
 
 
+# A harder shop.
+
+HARD = {"types": 500, "titled_synonyms": 0.02, "rare_synonyms": 0.5, "unasked_synonyms": 0.5}
+
+
+@pytest.fixture(scope="module")
+def hard(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """A shop with many types, rare synonyms, and synonyms in titles."""
+    out = tmp_path_factory.mktemp("generate") / "hard"
+    flags = [f"--set={name}={value}" for name, value in HARD.items()]
+    assert command_line.main(["generate", f"--out={out}", "--items=4000", *flags]) == 0
+    return Written(out)
+
+
+def test_number_of_types() -> None:
+    counts = {types: len(worlds(types=types).catalogue.types) for types in (58, 300, 560)}
+    assert counts == {58: 58, 300: 300, 560: 560}
+    low, high = (Parameters.__dataclass_fields__["types"].metadata[bound] for bound in ("minimum", "maximum"))
+    assert (low, high) == (58, 560)
+    few, many, other = (worlds(types=types, seed=seed).catalogue.types for types, seed in ((58, 1), (300, 1), (300, 2)))
+    assert set(few) < set(many) and set(few) < set(other) and set(many) != set(other)
+
+
+def test_names_of_all_types_are_clear() -> None:
+    """No two types share a word or a synonym, and synonyms stand in no title, as among the lexicon's own types."""
+    world = worlds(types=560, items=12_000, users=10)
+    types, tokenizer = world.catalogue.types, Tokenizer(TokenizerConfig(letter_trigrams=False, char_unigrams=False))
+    names = [name for t in types for name in (t.word, *t.synonyms)]
+    assert len(set(names)) == len(names) and len({code for code in world.items.type}) == 560
+    in_titles = {token for title in world.items.titles for token in tokenizer.tokenize(title)}
+    for phrase in (phrase for entry in (*types, *world.catalogue.words) for phrase in entry.synonyms):
+        assert not set(tokenizer.tokenize(phrase)) & in_titles, phrase
+    tokenize = unigrams()
+    titles = [set(tokenize(title)) for title in world.items.titles]
+    gaps = np.flatnonzero(world.text_gap == 2)
+    assert len(gaps) > 1_000
+    for text in gaps:
+        tokens = set(tokenize(world.texts[text]))
+        assert not any(tokens & titles[row] for row in world.answer_rows(int(world.text_answer[text]))), text
+
+
+def test_judgments_of_a_harder_shop(hard: Written) -> None:
+    test_judged_queries_are_not_in_the_log(hard)
+    test_judged_items(hard)
+    recall = hard.bm25(100)
+    assert recall["plain"] > 0.9 and recall["gap"] < 0.2, "BM25 finds the few items whose titles hold a synonym"
+
+
+def test_some_synonyms_stand_in_few_titles(hard: Written) -> None:
+    synonyms = {word: mine for words in hard.truth["synonyms"].values() for word, mine in words.items()}
+    kinds = hard.table("truth/items.parquet")["type"]
+    by_synonym = sum(
+        any(phrase in title.lower() for phrase in synonyms.get(kind, []))
+        for kind, title in zip(kinds, hard.items["title"], strict=True)
+    )
+    assert 0.01 * len(kinds) < by_synonym < 0.03 * len(kinds)
+    # Every other title holds the word itself.
+    by_word = sum(kind in title.lower() for kind, title in zip(kinds, hard.items["title"], strict=True))
+    assert by_word + by_synonym >= len(kinds)
+
+
+def test_homonyms_stand_in_no_title_and_are_asked() -> None:
+    world = worlds(homonyms=12, titled_synonyms=0.5, rare_synonyms=1, unasked_synonyms=1)
+    titles = "\n".join(world.items.titles).lower()
+    assert not [word for word in world.catalogue.homonyms if word in titles]
+    asked = {world.texts[text] for text in world.pair_text[world.pair_weight > 0]}
+    assert world.catalogue.homonyms.keys() <= asked
+
+
+def test_unasked_synonyms_are_judged_but_not_in_the_log(hard: Written) -> None:
+    queries, log = hard.table("truth/queries.parquet"), set(hard.log["query"].tolist())
+    kind_of = hard.table("truth/meanings.parquet")["type"]
+    unasked = {word: mine for words in hard.truth["unasked_synonyms"].values() for word, mine in words.items()}
+    rows = {
+        query: [
+            phrase for meaning in meanings for phrase in unasked.get(kind_of[meaning], []) if phrase in query
+        ]
+        for query, meanings in zip(queries["query"], queries["meanings"], strict=True)
+    }  # fmt: skip
+    assert sum(map(bool, rows.values())) > 1_000
+    assert not [query for query in log if rows.get(query)]
+    judged = [bool(rows[query]) for query, kind in hard.kinds("dev").items() if kind == "gap"]
+    assert 0.5 < np.mean(judged) < 1
+    # The log holds the words of some of them, for other types. It does not hold the words of others at all.
+    words = collections.Counter(word for query in log for word in query.split())
+    phrases = {phrase for mine in unasked.values() for phrase in mine if phrase.isascii() and " " in phrase}
+    known = [all(words[word] for word in phrase.split()) for phrase in phrases]
+    assert 5 < sum(known) < 0.5 * len(known)
+
+
 def check_bm25(shop: Written) -> None:
     recall, deep = shop.bm25(10), shop.bm25(100)
     assert recall["plain"] > 0.9

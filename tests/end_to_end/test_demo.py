@@ -71,6 +71,7 @@ def test_demo_answers_four_queries_and_beats_bm25(demo: Demo) -> None:
     assert sum(float(share) for _, _, share in kinds) == pytest.approx(1, abs=0.01)
     asked = int(re.search(r"judgments.test.tsv: (\d+) queries", text)[1])
     assert sum(int(queries) for _, queries, _ in kinds) == asked
+    assert model[1] < 0.97, "the shop is hard enough to tell models apart"
     assert f"The servable lies in {out}/servable" in text
     for command in ("serve", "query"):
         to_go_on = re.search(rf"^  (\S*dpsr {command}) ", text, re.MULTILINE)
