@@ -30,7 +30,8 @@ def build_loss(
         config: its section `train` chooses the loss.
         batch: the examples. The shapes of its masks give b, r and the number of own negatives.
         towers: made with `config.model`.
-        item_log_q: losses.log_q of the batch's n items, float32 [n]; needed for `train.log_q_correction` only.
+        item_log_q: losses.log_q of the batch's n items, float32 [n]; needed for `train.log_q_correction` only. Own
+            negatives are not drawn from q, so their values are not read.
 
     Returns:
         The loss, float32 [], and metrics by name, float32 [] each:
@@ -70,9 +71,13 @@ def build_loss(
         if train.log_q_correction:
             if item_log_q is None:
                 raise ValueError("train.log_q_correction is on, but no item_log_q is given")
-            positive_logits -= item_log_q[:b]
-            columns = tf.broadcast_to(item_log_q[:num_shared], tf.shape(batch.negative_mask))
-            logits -= tf.concat([columns, tf.reshape(item_log_q[num_shared:], [b, train.num_own_negatives])], axis=1)
+            # Each logit loses the logarithm of how often its item is expected among the candidates: n q for an item
+            # that is drawn n times from q, and 1 for an own negative, whatever its q.
+            log_n = tf.math.log(tf.reduce_sum(weights[:, :num_shared], axis=1, keepdims=True))  # [b, 1]
+            # Without shared negatives nothing is drawn from q.
+            counts = tf.where(tf.math.is_finite(log_n), log_n + item_log_q[tf.newaxis, :num_shared], 0.0)
+            positive_logits -= tf.linalg.diag_part(counts)
+            logits -= tf.pad(counts, [[0, 0], [0, train.num_own_negatives]])
         loss = softmax_loss(positive_logits, logits, weights, batch.weights)
 
     # Metrics count the negatives that enter the loss: with alpha 1, no other positive of the batch does.

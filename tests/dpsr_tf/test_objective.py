@@ -133,9 +133,12 @@ def numpy_loss(config, query, item, batch, log_q_of_items=None):
             terms = sorted(terms, reverse=True)[: train.num_hard_negatives or None]
             total += batch.weights[i] * sum(terms)
         else:
-            q = np.zeros(len(item)) if log_q_of_items is None else log_q_of_items
-            positive = np.exp(scores[i, i] / train.softmax_temperature - q[i])
-            others = sum(w * np.exp(s / train.softmax_temperature - q[j]) for s, w, j in negatives)
+            # Expected counts: n q for shared items, 1 for own ones, to which no correction applies.
+            expected = np.ones(len(item))
+            if log_q_of_items is not None and count:
+                expected[:num_shared] = count * np.exp(log_q_of_items[:num_shared])
+            positive = np.exp(scores[i, i] / train.softmax_temperature) / expected[i]
+            others = sum(w * np.exp(s / train.softmax_temperature) / expected[j] for s, w, j in negatives)
             total -= batch.weights[i] * np.log(positive / (positive + others))
     return total / b
 
@@ -175,9 +178,37 @@ def test_log_q_correction_equals_numpy(own):
     (loss,), _, (query, item), batch = run(config, item_log_q=item_log_q)
     q = np.log(0.3 / NUM_ITEMS + 0.7 * shares[batch.item_rows])
     assert loss == pytest.approx(numpy_loss(config, query, item, batch, q), rel=1e-4)
-    assert loss != pytest.approx(numpy_loss(config, query, item, batch), rel=1e-2), "it does something"
+    assert loss != pytest.approx(numpy_loss(config, query, item, batch), rel=3e-3), "it does something"
     with pytest.raises(ValueError, match="no item_log_q"):
         run(config)
+
+
+def test_popularity_of_an_own_negative_changes_nothing():
+    """It is in the batch because of its pair and was not drawn, so q says nothing of it."""
+    config = config_with(loss="softmax", log_q_correction=True, num_own_negatives=2)
+    num_shared = config.train.batch_size + config.train.num_random_negatives
+    num_items = num_shared + config.train.batch_size * 2
+
+    def loss_of(own_share):
+        shares = np.full(num_items, 0.01, np.float32)
+        shares[num_shared:] = own_share
+        return run(config, item_log_q=lambda batch: log_q(tf.constant(shares), NUM_ITEMS, 0.5))[0]
+
+    assert loss_of(0.001) == loss_of(0.1)
+
+
+def test_log_q_correction_without_shared_negatives():
+    """A pair that is compared with its own negatives only is not corrected: none of them was drawn."""
+    changes = {"loss": "softmax", "mixing_ratio": 1.0, "num_own_negatives": 3}
+    plain = Config(MODEL, TrainConfig(batch_size=6, num_random_negatives=0, **changes))
+    corrected = dataclasses.replace(plain, train=dataclasses.replace(plain.train, log_q_correction=True))
+
+    def item_log_q(batch):
+        return log_q(tf.cast(batch.item_rows, tf.float32) / 100, NUM_ITEMS, 1.0)
+
+    (expected,), *_ = run(plain)
+    (loss,), *_ = run(corrected, item_log_q=item_log_q)
+    assert expected > 0 and loss == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
