@@ -19,7 +19,8 @@ from dpsr_common.typed_config import from_dict
 from dpsr_tf.config import Config, ModelConfig, TrainConfig
 from dpsr_tf.data.column_values import vectors_of
 from dpsr_tf.data.examples_dataset import BatchOptions, Features, Tokens, examples_dataset
-from dpsr_tf.data.schema import Schema
+from dpsr_tf.data.ingest import ingest
+from dpsr_tf.data.schema import Schema, load_schema
 from dpsr_tf.data.store import Store
 from dpsr_tf.data.user_requests import User
 from dpsr_tf.models.encoders import StoreTables, item_encoder, query_encoder
@@ -150,6 +151,15 @@ def test_the_store_holds_the_numbers(store):
         found = dict(zip(table["id"].tolist(), np.split(values, splits[1:-1]), strict=True))
         for i in range(count):
             np.testing.assert_array_equal(found[i], np.array(value(i) or [], np.float32))
+
+
+def test_order_threads_and_batches_do_not_change_the_store(store, tmp_path):
+    write_tables(tmp_path, item_rows()[::-1])
+    (tmp_path / "store").mkdir()
+    schema = load_schema(tmp_path / "schema.yaml")
+    ingest(schema, tmp_path, tmp_path / "store", threads=3, batch_rows=7)
+    for name in ("items.dpsr", "users.dpsr"):
+        assert (tmp_path / "store" / name).read_bytes() == (store.path / name).read_bytes()
 
 
 @pytest.mark.parametrize(
