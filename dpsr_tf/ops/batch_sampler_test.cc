@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <fstream>
 #include <iterator>
 #include <map>
@@ -889,6 +890,37 @@ TEST(ItemTableTest, FindsEveryIdAndNoOther) {
     bucket_splits.back() -= 1;
     EXPECT_EQ(open(&table).code(), StatusCode::kDataLoss);
   }
+}
+
+TEST(ItemTableTest, VectorsKeepTheirBits) {
+  const std::string path = StrCat(::testing::TempDir(), "item_table_vectors");
+  const std::vector<float> numbers{1.5f, -2.0f, -0.0f, 1e-30f};  // bits of negative numbers are negative codes
+  std::vector<int64_t> splits{0, 2, 2, 4};
+  const auto open = [&](std::unique_ptr<ItemTable>* table) {
+    WriteFile(path, "items", std::pair("tokens.splits", std::vector<int64_t>(4)),
+              std::pair("tokens.values", std::vector<int32_t>()), std::pair("feature.photo.splits", splits),
+              std::pair("feature.photo.values", numbers));
+    std::unique_ptr<PackedFile> file;
+    EXPECT_TRUE(IsOk(PackedFile::Open(path, "items", true, &file)));
+    FeatureNames names;
+    names.lists = {"photo"};
+    return ItemTable::Open(std::move(file), names, /*with_ids=*/false, table);
+  };
+  std::unique_ptr<ItemTable> table;
+  ASSERT_TRUE(IsOk(open(&table)));
+  const RaggedColumn& column = table->features().lists[0];
+  const std::vector<int32_t> rows{2, -1, 1, 0};
+  std::vector<int64_t> found_splits(5);
+  ASSERT_EQ(GatherSplits(column, {rows.data(), rows.size()}, found_splits.data()), 4);
+  EXPECT_EQ(found_splits, (std::vector<int64_t>{0, 2, 2, 2, 4}));
+  std::vector<int32_t> bits(4);
+  GatherValues(column, {rows.data(), rows.size()}, bits.data());
+  const std::vector<float> expected{-0.0f, 1e-30f, 1.5f, -2.0f};
+  EXPECT_EQ(std::memcmp(bits.data(), expected.data(), sizeof(float) * 4), 0);
+  splits.back() = 3;
+  const Status status = open(&table);
+  EXPECT_EQ(status.code(), StatusCode::kDataLoss);
+  EXPECT_TRUE(Contains(status.message(), "feature.photo.splits does not span its 4 values"));
 }
 
 }  // namespace
