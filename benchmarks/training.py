@@ -524,13 +524,13 @@ def read_tokens(folder: Path) -> Log:
 # The main process starts the other processes and gives them their turns.
 
 
-def compile_limit(folder: Path, optimisation: str) -> Path:
+def compile_limit(folder: Path) -> Path:
     """Compiles training_limit.cc for this machine, with the Eigen of TensorFlow's wheel."""
     source, program = Path(__file__).with_name("training_limit.cc"), folder / "training_limit"
     wheel = importlib.util.find_spec("tensorflow")
     assert wheel is not None and wheel.origin is not None
     include = Path(wheel.origin).parent / "include"
-    command = ["g++", "-std=c++17", optimisation, "-march=native", "-fno-math-errno", f"-isystem{include}"]
+    command = ["g++", "-std=c++17", "-O3", "-march=native", "-fno-math-errno", f"-isystem{include}"]
     subprocess.run([*command, str(source), "-o", str(program)], check=True)
     return program
 
@@ -691,7 +691,7 @@ def main(arguments: Sequence[str]) -> None:
     turns, cpu_seconds = (2, 0.2) if quick else (7, 1.0)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        commands = Commands(values.torch_python, compile_limit(folder, "-O1" if quick else "-O3"))
+        commands = Commands(values.torch_python, compile_limit(folder))
         losses = check(commands, implementations, folder, values.seed)
         for impl, found in losses.items():
             result.add(impl, "check", "loss", found[-1], "", note=f"of step {CHECK_STEPS} from the same weights")

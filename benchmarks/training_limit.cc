@@ -1,4 +1,5 @@
-// The limit in benchmarks/training.py: its model and training step, written by hand for one thread, without a framework.
+// The reference `limit` in benchmarks/training.py: its model and training step, written by hand for one thread, without
+// a framework. It is not a limit, despite its name: a better loop is possible.
 // It has two advantages over a framework: tokens are in memory, and all texts have the same number of tokens.
 //
 //   training_limit FOLDER BATCH_SIZE NUM_IDS   trains from FOLDER/queries.bin and titles.bin (int32 ids). Each line on

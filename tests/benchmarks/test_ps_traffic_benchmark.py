@@ -56,4 +56,4 @@ def test_the_whole_benchmark_runs():
         for row in result["rows"]
         if row["workload"] == "zipf_b64" and row["impl"] == "shared"
     }
-    assert cpu["workers_per_ps_core"] == cpu["worker_cpu"] / cpu["ps_cpu"]
+    assert cpu["workers_per_ps_core"] == pytest.approx(cpu["worker_cpu"] / cpu["ps_cpu"])
