@@ -41,7 +41,8 @@ def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[s
         mode: tf.estimator.ModeKeys.TRAIN; inference graphs are built from TwoTower by dpsr_export.
         params: `config` (Config), `features` (FeatureSpec), `num_ps` (parameter servers, 0 for none), and
             `item_shares` (float32 [items], each item's share of the positive pairs; only where
-            `train.log_q_correction` is on).
+            `train.log_q_correction` is on), and `warm_start` (makes the Scaffold's `init_fn` from the towers; None for
+            none).
 
     A step whose loss is NaN or infinite raises InvalidArgumentError (see `loss_problem`) and changes no variable.
 
@@ -95,7 +96,10 @@ def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[s
         mode,
         loss=loss,
         train_op=train_op,
-        scaffold=v1.train.Scaffold(saver=saver(tables, max_to_keep=_CHECKPOINTS)),
+        scaffold=v1.train.Scaffold(
+            saver=saver(tables, max_to_keep=_CHECKPOINTS),
+            init_fn=params["warm_start"](towers) if params.get("warm_start") else None,
+        ),
         training_hooks=[QuickSteps(train_op, train.steps, train.checkpoint_steps)] if not params["num_ps"] else [],
     )
 

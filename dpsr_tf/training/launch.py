@@ -60,7 +60,7 @@ def run(values: flags.FlagValues, arguments: list[str]) -> int:
             "TF_CONFIG is set, but `dpsr launch` makes one for each process; unset it, or run `dpsr train`"
         )
     # Errors in flags, store, config or model are reported here, once, before any process starts.
-    store, config = train.read_flags(values)
+    store, config, _ = train.read_flags(values)
     model = ModelDirectory.create_or_resume(values.out, config, store)
     tasks = [("ps", i) for i in range(values.ps)] + [("chief", 0)]
     tasks += [("worker", i) for i in range(values.workers - 1)]
@@ -70,6 +70,8 @@ def run(values: flags.FlagValues, arguments: list[str]) -> int:
     command = ["train", f"--store={values.store}", f"--out={values.out}", *(f"--set={value}" for value in values.set)]
     if values.config:
         command.append(f"--config={values.config}")
+    if values.warm_start:
+        command += [f"--warm_start={values.warm_start}", f"--warm_start_sums={values.warm_start_sums}"]
     with _ended_by_signals(), _Processes(tasks, command, values.max_restarts) as processes:
         return processes.run()
 

@@ -22,12 +22,14 @@ from dpsr_tf.models.text_encoder import load_encoder
 from dpsr_tf.training import validation
 from dpsr_tf.training.cluster import Cluster
 from dpsr_tf.training.estimator import FiniteWeights, ProgressBar, loss_problem, model_fn, run_config
+from dpsr_tf.training.warm_start import SUMS, WarmStart
 
 USAGE = """
-Usage: dpsr train --store=STORE --out=MODEL [--config=FILE] [--set=KEY=VALUE ...]
+Usage: dpsr train --store=STORE --out=MODEL [--config=FILE] [--set=KEY=VALUE ...] [--warm_start=MODEL]
 
 Trains the query tower and the item tower on a store. If OUT already holds a model, training resumes from its last
-checkpoint.
+checkpoint. With --warm_start, a new model begins with the weights of another one, whose store may have had other
+tokens and other values of features.
 """
 
 REQUIRED_FLAGS = ("store", "out")
@@ -56,6 +58,19 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean(
         "overwrite", False, "remove the model in --out, if there is one, and train from the start", flag_values=values
     )
+    flags.DEFINE_string(
+        "warm_start",
+        None,
+        "model whose weights the training begins with; it is not read again if --out holds a checkpoint",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "warm_start_sums",
+        "keep",
+        SUMS,
+        "for --warm_start, whether AdaGrad's sums of squared gradients are taken from that model or start as usual",
+        flag_values=values,
+    )
     flags.DEFINE_multi_string(
         "set", [], "override a value of the config, for example train.steps=500", flag_values=values
     )
@@ -69,16 +84,16 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
             "--overwrite: cannot be combined with TF_CONFIG, because the tasks of a cluster share --out; remove the "
             "model first"
         )
-    store, config = read_flags(values)
+    store, config, warm_start = read_flags(values)
     if cluster.task_type == "evaluator" and not config.validation.queries:
         raise UsageError(
             "TF_CONFIG: task: type is 'evaluator', but validation.queries is 0; set how many queries the evaluator asks"
         )
-    train(store, config, values.out, cluster)
+    train(store, config, values.out, cluster, warm_start)
 
 
-def read_flags(values: flags.FlagValues) -> tuple[Store, Config]:
-    """Returns the store and the config that the flags name, and removes what --overwrite tells to remove.
+def read_flags(values: flags.FlagValues) -> tuple[Store, Config, WarmStart | None]:
+    """Returns store, config and warm start that the flags name, and removes what --overwrite tells to remove.
 
     Raises:
         UsageError, CommandError: what is wrong with a flag, the config or the store.
@@ -90,10 +105,16 @@ def read_flags(values: flags.FlagValues) -> tuple[Store, Config]:
             f"{values.store}: holds no positive pair, because it was made without interactions; train on titles alone, "
             f"with --config=dpsr_tf/configs/catalogue.yaml or train.num_title_queries as large as train.batch_size"
         )
+    warm_start = None
+    if values.warm_start is not None:
+        old = Path(values.warm_start).resolve()
+        if values.overwrite and (out.resolve() == old or out.resolve() in old.parents):
+            raise UsageError(f"--warm_start={values.warm_start}: --overwrite removes this model; choose another --out")
+        warm_start = WarmStart.open(values.warm_start, config, values.warm_start_sums)
     if values.overwrite and out.exists():
         check_replaceable(out, "model", "config.yaml")
         shutil.rmtree(out)
-    return store, config
+    return store, config, warm_start
 
 
 def config_from_flags(path: str | None, assignments: list[str]) -> Config:
@@ -108,7 +129,13 @@ def config_from_flags(path: str | None, assignments: list[str]) -> Config:
     return from_dict(Config, data, " ".join(f"--set={assignment}" for assignment in assignments) or path or "")
 
 
-def train(store: Store, config: Config, model_dir: str | Path, cluster: Cluster | None = None) -> ModelDirectory:
+def train(
+    store: Store,
+    config: Config,
+    model_dir: str | Path,
+    cluster: Cluster | None = None,
+    warm_start: WarmStart | None = None,
+) -> ModelDirectory:
     """Trains until the global step is `config.train.steps`, from the last checkpoint if there is one.
 
     Args:
@@ -117,6 +144,8 @@ def train(store: Store, config: Config, model_dir: str | Path, cluster: Cluster 
         model_dir: directory of the model, made if it does not exist.
         cluster: this process's part of a cluster, as TF_CONFIG describes it; by default the process trains alone. A
             parameter server does not return.
+        warm_start: the model whose weights a new training begins with. Nothing of it is read if the model directory
+            holds a checkpoint.
 
     Raises:
         CommandError: the model directory holds another model, or the loss became NaN or infinite.
@@ -131,7 +160,11 @@ def train(store: Store, config: Config, model_dir: str | Path, cluster: Cluster 
         if validation.is_over(model.path, config):
             print(f"model {model.path}: {_stopped(model.path, config)}")
             return model
-        _global_step(model.path)  # fails here if the checkpoint cannot be read
+        step = _global_step(model.path)  # fails here if the checkpoint cannot be read
+        if warm_start and tf.train.latest_checkpoint(str(model.path)) and cluster.task_type == "chief":
+            print(
+                f"model {model.path}: resumes at step {step:,}; --warm_start={warm_start.model.path} is not read again"
+            )
     listeners: list[tf.estimator.CheckpointSaverListener] = [FiniteWeights()]
     if config.validation.queries and (cluster.is_local or cluster.task_type == "evaluator"):
         validator = validation.Validation(model, store, config)
@@ -143,7 +176,8 @@ def train(store: Store, config: Config, model_dir: str | Path, cluster: Cluster 
     summary_dir = str(model.path) if is_chief else None
     bar = ProgressBar(config.train.steps, config.train.batch_size, summary_dir, says_start=not cluster.is_local)
     try:
-        _run_estimator(_estimator(model, store, config, cluster), store, config, cluster, bar, listeners)
+        estimator = _estimator(model, store, config, cluster, warm_start)
+        _run_estimator(estimator, store, config, cluster, bar, listeners)
     except tf.errors.OpError as error:
         raise _explained(error, model.path, config, cluster) from None
     finally:
@@ -157,7 +191,9 @@ def train(store: Store, config: Config, model_dir: str | Path, cluster: Cluster 
     return model
 
 
-def _estimator(model: ModelDirectory, store: Store, config: Config, cluster: Cluster) -> tf.estimator.Estimator:
+def _estimator(
+    model: ModelDirectory, store: Store, config: Config, cluster: Cluster, warm_start: WarmStart | None
+) -> tf.estimator.Estimator:
     return tf.estimator.Estimator(
         model_fn,
         config=run_config(str(model.path), config, cluster),
@@ -166,6 +202,8 @@ def _estimator(model: ModelDirectory, store: Store, config: Config, cluster: Clu
             "features": model.features,
             "num_ps": cluster.num_ps,
             "item_shares": _item_shares(store, config),
+            # A function, because Estimator copies all other values.
+            "warm_start": warm_start and (lambda towers: warm_start.init_fn(model, towers)),
         },
     )
 

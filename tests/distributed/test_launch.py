@@ -32,6 +32,24 @@ def weights(path):
     return {name: tf.train.load_variable(checkpoint, name) for name, _ in tf.train.list_variables(checkpoint)}
 
 
+def test_a_cluster_begins_with_another_model(launch, shop_store, tmp_path):
+    """The chief loads all tables, which lie in pieces on two parameter servers, once."""
+    old = train(shop_store, config_from_flags(None, [*SMALL, "train.steps=200"]), tmp_path / "old")
+    options = ["train.steps=20", "cluster.placement=rows", "train.learning_rate=1e-8", "train.average_decay=0.9"]
+    cluster = launch("--ps=2", "--workers=2", f"--store={shop_store.path}", f"--out={tmp_path / 'model'}",
+                     f"--warm_start={old.path}", *sets(*options))  # fmt: skip
+    assert cluster.end() == 0, cluster.text()
+    lines = [line for line in cluster.lines if "warm start from" in line]
+    tokens = len(shop_store.vocabulary)
+    assert len(lines) == 1 and lines[0].startswith("chief 0: "), cluster.text()
+    assert f"{tokens:,} of {tokens:,} tokens" in lines[0]
+    before, after = weights(old.path), weights(tmp_path / "model")
+    for name, value in before.items():
+        if name != "global_step" and "Adagrad" not in name:
+            np.testing.assert_allclose(after[name], value, atol=1e-4, err_msg=name)
+            np.testing.assert_allclose(after[f"{name}/ExponentialMovingAverage"], value, atol=1e-4, err_msg=name)
+
+
 def test_a_cluster_trains_to_its_end(launch, shop_store, tmp_path):
     """With every option of a cluster, and an evaluator."""
     model = tmp_path / "model"
