@@ -120,16 +120,19 @@ class WarmStart:
         """Loads all variables. Returns the line that says what was taken over."""
         trained = {loader.name for loader in loaders if loader.is_trained}
         skipped_widths = _changed_inputs(self.model, new)
+        shapes = reader.get_variable_to_shape_map()
         layers = trained - matches.keys()
         taken = set()
         # Pieces of a table stand together, so that each variable of the old model is read once.
         source, values = None, np.zeros(0)
         for loader in sorted(loaders, key=lambda loader: (loader.name, loader.first_row)):
             base, name = _sources(loader.name, trained, reader, self.keeps_sums)
-            if name is None or not (shape := reader.get_variable_to_shape_map().get(name)):
+            if name is None or name not in shapes:
                 continue
             match = matches.get(base)
-            if match is None and (loader.shape != shape or (base in layers and shape[0] in skipped_widths)):
+            if match is None and (
+                loader.shape != shapes[name] or (base in layers and loader.shape[0] in skipped_widths)
+            ):
                 continue
             if name != source:
                 source, values = name, reader.get_tensor(name)

@@ -170,6 +170,21 @@ def test_it_begins_with_the_averages_that_the_old_model_serves(two_days, tmp_pat
             )
 
 
+def test_state_of_another_optimizer(two_days, tmp_path):
+    """All of Adam's state comes along, its scalars too."""
+    one, two = two_days
+    old = train(one, with_train(dense_optimizer="adam"), tmp_path / "old")
+    config = with_train(dense_optimizer="adam", steps=1)
+    for sums in ("keep", "reset"):
+        train(two, config, tmp_path / sums, warm_start=WarmStart.open(old.path, config, sums))
+    before, kept, reset = weights(old.path), weights(tmp_path / "keep", 0), weights(tmp_path / "reset", 0)
+    states = [name for name in before if name.endswith("/Adam") or name.startswith("beta")]
+    assert len(states) > 4 and "beta1_power" in states
+    for name in states:
+        np.testing.assert_array_equal(kept[name], before[name], err_msg=name)
+        assert not np.array_equal(reset[name], before[name]) or not before[name].any(), name
+
+
 def test_other_layers_and_features_start_as_usual(two_days, tmp_path, capfd):
     """Reordered features move the rows of a kernel, so it is not taken, although its shape is equal."""
     one, two = two_days
