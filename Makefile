@@ -181,7 +181,7 @@ test-fast: native test-tools
 
 # Two at a time, because each of these leaves a processor idle at its end.
 test-native: native
-	@$(MAKE) --no-print-directory -j2 sanitize-cores sanitize-serving sanitize-thread lint test-cpp
+	@$(MAKE) --no-print-directory -j2 sanitize-cores lint test-cpp sanitize-serving sanitize-thread
 
 test: test-native test-tools
 	$(PYTEST) -m "not distributed"

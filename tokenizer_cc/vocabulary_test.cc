@@ -159,7 +159,7 @@ TEST_F(VocabularyTest, ManyTokensAgainstAMap) {
 TEST_F(VocabularyTest, ThreadsAndMemoryDoNotChangeTheFile) {
   std::mt19937 random(4);
   std::vector<std::string> texts;
-  for (int i = 0; i < 12000; ++i) {  // 500 KB: enough for five threads
+  for (int i = 0; i < 6000; ++i) {  // with the long token, the second half is enough for five threads
     texts.push_back(StrCat("Red", random() % 5000, " shoes 手机壳 été𠀀𠀁 ", random() % 700));
   }
   texts.push_back(std::string(200000, 'x'));  // a token larger than any buffer
