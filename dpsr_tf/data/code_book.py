@@ -131,6 +131,8 @@ def _difference(stored: StoredFeature, declared: Feature | None) -> str | None:
         was, now = getattr(stored, key), getattr(declared, key)
         if was != now:
             return f"whose {key} was {was!r} and is {now!r} in the schema"
+    if stored.kind == "vector" and stored.num_values != declared.length:
+        return f"whose length was {stored.num_values} and is {declared.length} in the schema"
     return None
 
 
