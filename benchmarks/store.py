@@ -8,11 +8,12 @@ item features, a weight and a label. The popularity of words, queries and items 
 users is log-normal, so that histories have all lengths up to the limit of 20 (a row reports their mean). Each word is
 one token, without letter trigrams.
 
-`dpsr ingest` reads the log. The same content is also written as a flat TFRecord of tf.train.Example, one for each
-interaction, in the order of time. An example has, under short names: token ids of query and title, codes of the ten
-features, the last 20 items before the interaction with their types, token ids of the last 5 queries before it, rows of
-query, user and item, weight, label and type. The bytes of the store's vocabulary, users, items and interactions
-(including the text of the queries) are compared with the bytes of the TFRecord.
+`dpsr ingest` reads the log. It also reads it as CSV, at once and one day onto the days before (`--append`). The same
+content is also written as a flat TFRecord of tf.train.Example, one for each interaction, in the order of time. An
+example has, under short names: token ids of query and title, codes of the ten features, the last 20 items before the
+interaction with their types, token ids of the last 5 queries before it, rows of query, user and item, weight, label and
+type. The bytes of the store's vocabulary, users, items and interactions (including the text of the queries) are
+compared with the bytes of the TFRecord.
 
 The op, and TFRecordDataset -> shuffle -> batch -> parse_example, emit the same fields, shuffled, on one thread each,
 and are drained in C++. Neither has negatives or a mask. Rows of their own measure what training needs beyond the flat
@@ -43,6 +44,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when TensorFlow loads
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet
 import report
 import yaml
@@ -170,9 +172,9 @@ def _texts(words: np.ndarray, count: int, length: int, draw: np.random.Generator
 # Ingest.
 
 
-def ingest(schema: Path, out: Path) -> tuple[float, int]:
+def ingest(schema: Path, out: Path, *flags: str) -> tuple[float, int]:
     """Runs `dpsr ingest`. Returns its CPU seconds, children included, and its peak memory in bytes."""
-    command = [sys.executable, "-m", "dpsr_common", "ingest", f"--schema={schema}", f"--out={out}"]
+    command = [sys.executable, "-m", "dpsr_common", "ingest", f"--schema={schema}", f"--out={out}", *flags]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peak = 0
@@ -191,6 +193,31 @@ def ingest(schema: Path, out: Path) -> tuple[float, int]:
         raise SystemExit(f"store: {' '.join(command)} failed:\n{error.decode(errors='replace')[-2000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime, peak
+
+
+def append_a_day(schema: Path, folder: Path) -> tuple[float, float]:
+    """Ingests a log as CSV, all at once, and its last day onto a store of the days before.
+
+    Returns:
+        The CPU seconds of both.
+    """
+    folder.mkdir()
+    log = pyarrow.parquet.read_table(schema.parent / "log.parquet")
+    times = log["time"].to_numpy()
+    last = times >= times.max() - 86_400
+    described = yaml.safe_load(schema.read_text())
+    schemas = {}
+    for name, rows in (("whole", log), ("before", log.filter(pa.array(~last))), ("last", log.filter(pa.array(last)))):
+        pyarrow.csv.write_csv(rows, folder / f"{name}.csv")
+        for table in ("items", "users"):
+            described[table]["files"] = str(schema.parent / f"{table}.parquet")
+        described["interactions"]["files"] = f"{name}.csv"
+        schemas[name] = folder / f"{name}.yaml"
+        schemas[name].write_text(yaml.safe_dump(described))
+    ingest(schemas["before"], folder / "store_before", "--keep_log")
+    whole, _ = ingest(schemas["whole"], folder / "store_whole", "--keep_log")
+    day, _ = ingest(schemas["last"], folder / "store_last", f"--append={folder / 'store_before'}")
+    return whole, day
 
 
 def _family(pid: int) -> list[int]:
@@ -304,17 +331,12 @@ def write_flat(store: Path, path: Path) -> float:
 def histories(positive: dict[str, np.ndarray], event: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Returns the first event, and the last + 1, of the history of each positive.
 
-    A history is the last HISTORY events of the user strictly before the positive, without the events at its end that
-    the positive repeats: the same query and item.
+    A history is the last HISTORY events of the user strictly before the request of the positive.
     """
     user, splits = positive["user"], event["splits"]
     owner = np.repeat(np.arange(len(splits) - 1, dtype=np.int64), np.diff(splits))
     keys = (owner << 32) + event["time"]
     last = np.searchsorted(keys, (user.astype(np.int64) << 32) + positive["time"], side="left")
-    own = (positive["query"].astype(np.int64) << 32) + positive["item"]
-    asked = (event["query"].astype(np.int64) << 32) + event["item"]
-    while (repeats := (last > splits[user]) & (asked[last - 1] == own)).any():
-        last = last - repeats
     return np.maximum(splits[user], last - HISTORY), last
 
 
@@ -438,6 +460,11 @@ def measure(result: report.Report, sizes: Sizes, folder: Path, seed: int, repeat
     result.add_samples("ingest", workload, "rate", rates, "interactions/core-second")
     result.add_samples("ingest", workload, "peak_memory", [float(peak) for peak in peaks], "bytes")
 
+    say("append a day")
+    whole, day = append_a_day(schema, folder / "days")
+    note = f"one day more, onto a store of {DAYS - 1} days, against a store of all days at once; the log is CSV"
+    result.add("append", workload, "cpu_over_whole", day / whole, "", note=note)
+
     say("write the flat file")
     flat = folder / "flat.tfrecord"
     result.add("store", workload, "history_length", write_flat(store, flat), "items", note="mean, of 20 at most")
@@ -480,6 +507,7 @@ def measure(result: report.Report, sizes: Sizes, folder: Path, seed: int, repeat
         "bytes_ratio_to_flat": result.value("store/tfrecord", workload, "bytes_ratio"),
         **{f"ratio_to_tfrecord_b{size}": rate("op", size) / rate("tfrecord", size) for size in BATCH_SIZES},
         "ingest_interactions_per_core_second": statistics.median(rates),
+        "append_day_cpu_over_whole": day / whole,
         "peak_memory_growth_10x": peak / statistics.median(peaks),
     }
 

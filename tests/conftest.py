@@ -32,12 +32,8 @@ _FIRST = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Puts the fast tests first, then the slow ones in files sorted by _FIRST. The tests of a file keep their order.
-
-    Of each file the fast tests are one group of pytest-xdist, and the slow ones another.
-    """
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the fast tests first, then the slow ones in files sorted by _FIRST. The tests of a file keep their order."""
 
     def place(item: pytest.Item) -> int:
         if item.get_closest_marker("slow") is None:
@@ -45,9 +41,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return next((at for at, name in enumerate(_FIRST) if item.path.match(name)), len(_FIRST))
 
     items.sort(key=place)
-    for item in items:
-        speed = "fast" if item.get_closest_marker("slow") is None else "slow"
-        item.add_marker(pytest.mark.xdist_group(f"{speed} {item.path.relative_to(config.rootpath)}"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,20 +53,11 @@ def test_histories_are_the_last_events_before():
     draw = np.random.default_rng(1)
     splits = np.cumsum([0, 0, 3, 90, 1])
     times = np.concatenate([np.sort(draw.integers(0, 60, count)) for count in np.diff(splits)]).astype(np.uint32)
-    asked, taken = (draw.integers(0, 2, times.size).astype(np.int32) for _ in range(2))
-    event = {"splits": splits, "time": times, "query": asked, "item": taken}
     positive = {"user": draw.integers(0, 4, 500), "time": draw.integers(0, 60, 500).astype(np.uint32)}
-    positive |= {name: draw.integers(0, 2, 500).astype(np.int32) for name in ("query", "item")}
-    first, last = benchmark.histories(positive, event)
-    repeated = 0
-    columns = [positive[name] for name in ("user", "time", "query", "item")]
-    for u, t, q, i, begin, end in zip(*columns, first, last, strict=True):
-        before = [event for event in range(splits[u], splits[u + 1]) if times[event] < t]
-        while before and (asked[before[-1]], taken[before[-1]]) == (q, i):
-            before.pop()
-            repeated += 1
+    first, last = benchmark.histories(positive, {"splits": splits, "time": times})
+    for user, time, begin, end in zip(positive["user"], positive["time"], first, last, strict=True):
+        before = [event for event in range(splits[user], splits[user + 1]) if times[event] < time]
         assert list(range(begin, end)) == before[-20:]
-    assert repeated > 0
     assert (last - first).max() == 20
 
 
@@ -103,7 +94,8 @@ def test_both_sides_hold_the_same(folder):
 
     examples = flat_examples()
     assert len(examples) == n
-    assert examples == op_examples()
+    # One by one, because a difference of the whole lists takes minutes to print.
+    assert all(one == other for one, other in zip(examples, op_examples(), strict=True))
     lengths = [len(example[2]) for example in examples]
     assert max(lengths) == 20
     assert np.mean(lengths) == pytest.approx(float((folder / "mean").read_text()))
@@ -134,6 +126,7 @@ def test_the_json_line():
     assert list(found) == ["benchmark", "schema", "seed", "hardware", "rows", "bars"]
     assert (found["benchmark"], found["schema"], found["seed"]) == ("store", 1, 1)
     assert set(found["bars"]) == {
+        "append_day_cpu_over_whole",
         "bytes_ratio_to_flat",
         "ratio_to_tfrecord_b64",
         "ratio_to_tfrecord_b1024",

@@ -189,7 +189,9 @@ def test_an_own_label_beside_own_types(own, tmp_path, capfd):
     path, *_ = own
     rows = [("impression", 0), ("click", 1), ("impression", 2), ("buy", 3)]
     (tmp_path / "log.jsonl").write_text(
-        "".join(json.dumps({"q": "lamp", "sku": f"SKU/{i:04}", "event": event}) + "\n" for event, i in rows)
+        "".join(
+            json.dumps({"q": "lamp", "sku": f"SKU/{i:04}", "event": event, "session": "s"}) + "\n" for event, i in rows
+        )
     )
     schema = {
         "items": {"files": str(path / "items"), "id": "sku", "text": ["title"]},
@@ -199,6 +201,7 @@ def test_an_own_label_beside_own_types(own, tmp_path, capfd):
             "item": "sku",
             "type": "event",
             "types": {"buy": "order"},
+            "session": "session",
         },
     }
     (tmp_path / "schema.yaml").write_text(yaml.safe_dump(schema))
