@@ -29,7 +29,9 @@ from dpsr_serving.proxy.hpack import Header, encode, literal
 Metadata = tuple[Header, ...]
 
 _CONNECT_S = 5.0  # time that a server has to accept a connection and to send its settings
-_REFUSALS = 4  # attempts before a call counts as refused
+_REFUSALS = 8  # attempts before a call counts as refused
+# Seconds between them: they grow to the longest, some 0.4 s in all. Calls that wait for their turn may come first.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
 _DRAIN_PING = b"draining"
 
 
@@ -595,7 +597,7 @@ class Channel:
             if reply is not None:
                 return reply
             if connection.usable:
-                await asyncio.sleep(0.002 * 4**attempt)
+                await asyncio.sleep(min(_LONGEST_PAUSE, _FIRST_PAUSE * 4**attempt))
         return Reply(Code.UNAVAILABLE, f"backend {self.address} refuses calls", backend=self.address)
 
     def lost(self, why: str) -> Reply:
