@@ -69,7 +69,11 @@ class CodeBook:
 
     @staticmethod
     def read(directory: str | Path) -> CodeBook:
-        """Opens the codes of a model. Raises CommandError if there is no model, or an older one without codes."""
+        """Opens the codes of a model.
+
+        Raises:
+            CommandError: the directory holds no model, or the model was trained by a version that kept no codes.
+        """
         path = Path(directory)
         if not (path / "config.yaml").is_file():
             raise CommandError(f"{directory}: holds no model (no config.yaml); make one with `dpsr train`")
@@ -98,7 +102,12 @@ class CodeBook:
             raise CommandError(f"{path}: cannot be read: {error}; train the model again") from None
 
     def check(self, schema: Schema) -> None:
-        """Raises CommandError if a store of this schema cannot have the model's codes."""
+        """Checks that a store of this schema can use the model's codes.
+
+        Raises:
+            CommandError: a feature that the model reads is missing or has another kind, bounds, vocabulary or length, or
+                a tokenizer differs.
+        """
         tables: Mapping[str, Sequence[Feature]] = {
             "items": schema.items.features,
             "users": schema.users.features if schema.users else (),

@@ -180,7 +180,7 @@ def encode_interactions(
         - `session` uint64, a hash; 0 is none;
         - `position` uint8; 0 is none, 255 stands for 255 or more;
         - `weight` float32, already multiplied by the weight of the type;
-        - `label` float32; 1 where there is no label;
+        - `label` float32; rows without a label get 1;
         - `labelled` bool, whether the row has a label;
         - `role` uint8: 1 positive, 2 supervised negative, 0 neither. The label decides it, or the type where there is
           no label.

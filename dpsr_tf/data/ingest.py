@@ -199,7 +199,7 @@ def _kept_log(values: flags.FlagValues, schema: Schema) -> KeptLog | None:
         return None
     flag = f"--append={values.append}" if values.append else "--keep_log"
     if schema.interactions is None:
-        raise CommandError(f"{flag}: the schema has no section interactions, so there is no log; add the section")
+        raise CommandError(f"{flag}: needs the section interactions, which the schema does not have; add it")
     if values.keep_days is not None and not schema.interactions.time:
         raise CommandError(
             f"--keep_days={values.keep_days:g}: the schema names no column with the time of interactions; "

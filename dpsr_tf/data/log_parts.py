@@ -57,7 +57,7 @@ class KeptLog:
             keep_days: how many days before its newest row the log begins; None keeps everything.
 
         Raises:
-            CommandError: the store has not kept its log, or the schema gives its rows another meaning.
+            CommandError: the store has not kept its log, or read it with other settings than those of `schema`.
         """
         self._earlier, self._keep_days = earlier, keep_days
         self._old = [LogPart(**part) for part in earlier.manifest.get("log", [])] if earlier else []
@@ -93,7 +93,7 @@ class KeptLog:
     def older(self) -> Iterator[pa.RecordBatch]:
         """Yields the rows of the earlier store as encode_interactions returns them, and takes over their files.
 
-        Rows are left out if they are too old, or if their item or user is no longer in the tables.
+        Drops rows that are too old, and rows whose item or user is not in the tables.
         """
         earliest = 0
         if self._keep_days is not None:
@@ -115,9 +115,7 @@ class KeptLog:
             except (pa.ArrowException, OSError) as error:
                 raise CommandError(f"{path}: cannot be read: {error}; ingest all days again with --keep_log") from None
         if dropped:
-            print(
-                f"log: {dropped:,} earlier rows left out, which are too old or whose item or user is gone", flush=True
-            )
+            print(f"log: dropped {dropped:,} earlier rows: too old, or item or user not in the tables", flush=True)
 
     def parts(self) -> list[dict[str, Any]]:
         """Ends the new part. Returns what the manifest says about all parts."""
@@ -129,7 +127,7 @@ class KeptLog:
 
 
 def _check_same(earlier: Store, schema: InteractionsSchema, has_parts: bool) -> None:
-    """Raises CommandError if a log of `earlier` and of `schema` do not go together."""
+    """Raises CommandError if `earlier` has not kept its log, or read it with other settings than those of `schema`."""
     before = earlier.schema.interactions
     if before is None or not has_parts:
         raise CommandError(

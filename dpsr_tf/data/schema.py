@@ -282,8 +282,8 @@ class InteractionsSchema:
                 return f"type_weights: {name} is {weight:g}, expected 0 to 1000000"
         if self.mined_negatives and self.type is None:
             return (
-                f"mined_negatives is {self.mined_negatives}, but there is no column that tells impressions from "
-                f"clicks; name it with `type`, or leave mined_negatives out"
+                f"mined_negatives is {self.mined_negatives}, which needs a column with the type of each interaction; "
+                f"name it with `type`, or leave mined_negatives out"
             )
         if self.types and self.type is None:
             return "types is given, but there is no column with the type; name it with `type`, or leave types out"

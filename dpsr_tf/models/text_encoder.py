@@ -70,8 +70,8 @@ class EncoderInput:
             max_tokens: number of tokens of a text that count; by default all. It limits the work for long texts.
 
         Returns:
-            Embeddings float32 [texts, longest, token_dim], zero where there is no token, and a mask bool
-            [texts, longest], true where there is one. `longest` is at least 1.
+            Embeddings float32 [texts, longest, token_dim], padded with zeros, and a mask bool [texts, longest], true
+            for tokens and false for padding. `longest` is at least 1.
         """
         texts = tf.RaggedTensor.from_row_splits(self.tokens.values, self.tokens.row_splits, validate=False)
         if max_tokens is not None:

@@ -89,7 +89,7 @@ def test_items_and_users_that_are_gone(timed, tmp_path, dpsr):
     timed.users = [user for user in timed.users if user["user_id"] != 3]
     write_days(timed, 3)
     printed = dpsr(*timed.flags(tmp_path / "three"), f"--append={tmp_path / 'two'}").succeeds().out
-    assert "log: 4 earlier rows left out" in printed
+    assert "log: dropped 4 earlier rows" in printed
     store = Store(tmp_path / "three")
     assert store.counts.positives == 3 and 20 not in store.items()["id"] and 3 not in store.users()["id"]
     # Their rows are in the log still: they count again if the item comes back.
