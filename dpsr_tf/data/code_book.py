@@ -105,8 +105,8 @@ class CodeBook:
         """Checks that a store of this schema can use the model's codes.
 
         Raises:
-            CommandError: a feature that the model reads is missing or has another kind, bounds, vocabulary or length, or
-                a tokenizer differs.
+            CommandError: a feature that the model reads is missing or has another kind, bounds, vocabulary or length.
+                Also when a tokenizer differs.
         """
         tables: Mapping[str, Sequence[Feature]] = {
             "items": schema.items.features,
