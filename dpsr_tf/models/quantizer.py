@@ -1,0 +1,102 @@
+"""The quantizer of a learned index: rotation, coarse centroids and codebooks, as NumPy arrays.
+
+It is section 4 of JD's talk on search retrieval, and the layer of Poeem: z = x R; the coarse centroid nearest to z; the
+residual split into M parts, each replaced by the nearest centroid of its codebook. T(x) = (coarse + product code) R^T
+is what an index scores in the place of x. Training learns it (models/quantizer_layer.py), a checkpoint holds it, and
+`dpsr index` makes a FAISS index of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import numpy as np
+import tensorflow as tf
+
+from dpsr_common.errors import CommandError
+
+# Names of the variables in a checkpoint.
+ROTATION, COARSE, CODEBOOKS = "quantizer/rotation", "quantizer/coarse", "quantizer/codebooks"
+# Rows whose distances to all centroids are in memory at the same time.
+_BLOCK = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizer:
+    """A quantizer with its values. d is the embedding_dim of the model.
+
+    Attributes:
+        rotation: R, float32 [d, d], orthogonal.
+        coarse: coarse centroids in the rotated space, float32 [lists, d].
+        codebooks: centroids of the residual's parts, float32 [M, 2^bits, d / M].
+    """
+
+    rotation: np.ndarray
+    coarse: np.ndarray
+    codebooks: np.ndarray
+
+    @staticmethod
+    def read(checkpoint: str) -> Quantizer:
+        """Reads the quantizer of a checkpoint, "MODEL/model.ckpt-2000". Raises CommandError if it has none."""
+        reader = tf.train.load_checkpoint(checkpoint)
+        if not reader.has_tensor(CODEBOOKS):
+            raise CommandError(
+                f"{checkpoint}: has no trained quantizer, because it is of a step before quantizer.start_step; run "
+                f"`dpsr train` to a later checkpoint"
+            )
+        return Quantizer(*(reader.get_tensor(name) for name in (ROTATION, COARSE, CODEBOOKS)))
+
+    @property
+    def bits(self) -> int:
+        """Number of bits of a code."""
+        return int(self.codebooks.shape[1]).bit_length() - 1
+
+    @property
+    def code_bytes(self) -> int:
+        """Number of bytes of an item's codes, without the number of its list."""
+        return -(-len(self.codebooks) * self.bits // 8)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that identify the values."""
+        digest = hashlib.sha256()
+        for values in (self.rotation, self.coarse, self.codebooks):
+            digest.update(f"{values.shape}".encode())
+            digest.update(np.ascontiguousarray(values, np.float32).tobytes())
+        return digest.hexdigest()[:16]
+
+    def encode(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Quantizes vectors, as the layer does in training: the nearest centroid by Euclidean distance.
+
+        Args:
+            vectors: float32 [n, d].
+
+        Returns:
+            Numbers of the coarse centroids, int64 [n], and codes, uint8 [n, M]. Of equally near centroids, the one with
+            the lower number.
+        """
+        lists = np.empty(len(vectors), np.int64)
+        codes = np.empty((len(vectors), len(self.codebooks)), np.uint8)
+        for begin in range(0, len(vectors), _BLOCK):
+            end = begin + _BLOCK
+            z = np.asarray(vectors[begin:end], np.float32) @ self.rotation
+            lists[begin:end] = nearest(z, self.coarse)
+            residual = z - self.coarse[lists[begin:end]]
+            for m, part in enumerate(np.split(residual, len(self.codebooks), axis=1)):
+                codes[begin:end, m] = nearest(part, self.codebooks[m])
+        return lists, codes
+
+    def decode(self, lists: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Returns T of each item from its list, int64 [n], and its codes, uint8 [n, M]: float32 [n, d]."""
+        parts = [codebook[codes[:, m]] for m, codebook in enumerate(self.codebooks)]
+        return (self.coarse[lists] + np.concatenate(parts, axis=1)) @ self.rotation.T
+
+    def __call__(self, vectors: np.ndarray) -> np.ndarray:
+        """Returns T(x) of vectors, float32 [n, d] to float32 [n, d]."""
+        return self.decode(*self.encode(vectors))
+
+
+def nearest(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """Returns the number of the centroid nearest to each row of x: [n, d] and [k, d] to int64 [n]."""
+    return np.argmin((centroids**2).sum(axis=1) - 2 * (x @ centroids.T), axis=1)
