@@ -198,6 +198,66 @@ class ClusterConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class QuantizerConfig:
+    """The quantizer that is trained with the towers and becomes the index (docs/learned_index.md)."""
+
+    sub_spaces: int = option(
+        0, "M, the number of parts of an item's vector, each with a code of its own. 0 trains no quantizer", 0, 4096
+    )
+    bits: int = option(8, "bits of a code: 4 or 8", 4, 8)
+    lists: int = option(1, "number of coarse centroids, which become the inverted lists of the index", 1, 1 << 20)
+    start_step: int = option(
+        0, "number of steps that train the towers alone. Then the quantizer starts, from the items' embeddings", 0
+    )
+    warmup_items: int = option(
+        65_536, "number of items whose embeddings the start of the quantizer is computed from", 16, 10_000_000
+    )
+    objective: str = option(
+        "distillation",
+        "what the quantizer learns: small reconstruction errors, the model's own loss over quantized items (ranking), "
+        "or the order of the exact scores (distillation)",
+        choices=("reconstruction", "ranking", "distillation"),
+    )
+    weight: float = option(1.0, "weight of the quantizer's loss beside the model's own", 1e-6, 1e6)
+    towers: str = option(
+        "frozen",
+        "which towers go on training when the quantizer has started: none of them, the query tower, or both",
+        choices=("frozen", "query", "both"),
+    )
+    tower_rate: float = option(
+        0.1, "the learning rates of towers that go on training are multiplied by this number", 1e-6, 1
+    )
+    learning_rate: float = option(1e-3, "learning rate of Adam, which trains the codebooks", 1e-8, 10)
+    coarse_learning_rate: float = option(1e-3, "learning rate of Adam for the coarse centroids", 1e-8, 10)
+    rotation: str = option(
+        "opq",
+        "rotation of the vectors before they are split: none, the one that OPQ finds at the start (opq), or one that is "
+        "learned by Givens rotations (givens)",
+        choices=("none", "opq", "givens"),
+    )
+    givens_start: str = option("opq", "the rotation that givens begins with", choices=("opq", "identity"))
+    givens_pairs: str = option(
+        "steepest",
+        "how givens chooses the pairs of axes that a step rotates: those with the largest gradients, or by chance",
+        choices=("steepest", "random"),
+    )
+    rotation_learning_rate: float = option(1e-3, "learning rate of givens, in radians for a gradient of 1", 1e-8, 10)
+    teacher_queries: int = option(
+        100_000, "number of the log's queries whose exact best items distillation looks up at the start", 0, 10_000_000
+    )
+    teacher_items: int = option(200, "number of exact best items that are looked up for each of them", 1, 10_000)
+    candidates: int = option(
+        8,
+        "number of these items that distillation draws for each query of a batch, beside the batch's own items",
+        0,
+        10_000,
+    )
+    temperature: float = option(
+        0.0, "distillation divides scores by this number. 0 takes train.softmax_temperature", 0, 1e3
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class IndexConfig:
     """The FAISS index over all item embeddings."""
 
@@ -226,6 +286,7 @@ class Config:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
     cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
+    quantizer: QuantizerConfig = dataclasses.field(default_factory=QuantizerConfig)
     index: IndexConfig = dataclasses.field(default_factory=IndexConfig)
     serving: ServingConfig = dataclasses.field(default_factory=ServingConfig)
 
