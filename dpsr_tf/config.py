@@ -231,8 +231,8 @@ class QuantizerConfig:
     coarse_learning_rate: float = option(1e-3, "learning rate of Adam for the coarse centroids", 1e-8, 10)
     rotation: str = option(
         "opq",
-        "rotation of the vectors before they are split: none, the one that OPQ finds at the start (opq), or one that is "
-        "learned by Givens rotations (givens)",
+        "rotation of the vectors before they are split: none, the one that OPQ finds at the start (opq), or one that "
+        "Givens rotations learn (givens)",
         choices=("none", "opq", "givens"),
     )
     givens_start: str = option("opq", "the rotation that givens begins with", choices=("opq", "identity"))
