@@ -8,8 +8,6 @@ name items and users by their ids, because these get other rows when items and u
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from dpsr_common.errors import CommandError
+from dpsr_common.files import link_or_copy
 from dpsr_tf.data.encode import IdIndex
 from dpsr_tf.data.schema import InteractionsSchema
 from dpsr_tf.data.store import Store
@@ -105,7 +104,7 @@ class KeptLog:
         for part in self._old:
             assert self._earlier is not None
             path = self._earlier.path / part.file
-            _link(path, self._out / part.file)
+            link_or_copy(path, self._out / part.file)
             try:
                 with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
                     for batch in file.iter_batches(_BATCH_ROWS, use_threads=False):
@@ -140,14 +139,6 @@ def _check_same(earlier: Store, schema: InteractionsSchema, has_parts: bool) -> 
             f"--append={earlier.path}: its log was read with other values of {', '.join(differing)} in the section "
             f"interactions; use the same schema, or ingest all days again with --keep_log"
         )
-
-
-def _link(source: Path, path: Path) -> None:
-    """Makes a hard link, or a copy where the file system has no links."""
-    try:
-        os.link(source, path)
-    except OSError:
-        shutil.copyfile(source, path)
 
 
 def _with_rows(batch: pa.RecordBatch, earliest: int, items: IdIndex, users: IdIndex) -> pa.RecordBatch:

@@ -19,6 +19,7 @@ from typing import Any
 import tensorflow as tf
 from tqdm import tqdm
 
+from dpsr_common.files import link_or_copy
 from dpsr_tf.config import Config
 from dpsr_tf.data.store import Store
 from dpsr_tf.models.encoders import exact_search
@@ -108,10 +109,10 @@ class Validation:
         shutil.rmtree(to, ignore_errors=True)
         to.mkdir()
         copy_model(self._path, to)
-        for suffix in ("index", "meta"):
-            _link(checkpoint.with_name(f"{checkpoint.name}.{suffix}"), to)
-        for file in checkpoint.parent.glob(f"{checkpoint.name}.data-*"):
-            _link(file, to)
+        # Links are safe because a checkpoint's files are never overwritten.
+        files = [checkpoint.with_name(f"{checkpoint.name}.{suffix}") for suffix in ("index", "meta")]
+        for file in [*files, *checkpoint.parent.glob(f"{checkpoint.name}.data-*")]:
+            link_or_copy(file, to / file.name)
         (to / "checkpoint").write_text(f'model_checkpoint_path: "{checkpoint.name}"\n')
 
     def _summarise(self, name: str, value: float, step: int) -> None:
@@ -180,16 +181,3 @@ class StopWhenOver(tf.estimator.SessionRunHook):
 
 def _step(checkpoint: str | Path) -> int:
     return int(str(checkpoint).rpartition("-")[2])
-
-
-def _link(file: Path, directory: Path) -> None:
-    """Hard-links a file into a directory, or copies it where the file system has no links.
-
-    A link is safe because a checkpoint file is never overwritten.
-    """
-    try:
-        os.link(file, directory / file.name)
-    except FileNotFoundError:
-        raise
-    except OSError:
-        shutil.copyfile(file, directory / file.name)

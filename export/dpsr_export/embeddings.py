@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dpsr_common.errors import CommandError
+from dpsr_common.files import link_or_copy
 from dpsr_common.packed_file import FormatError, PackedFile, PackedFileWriter
 from dpsr_tf.data.store import Store
 from dpsr_tf.data.user_requests import User
@@ -109,14 +110,6 @@ def _source_of(index_dir: Path) -> object:
         return json.loads((index_dir / "index.json").read_text())["embeddings_source"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Makes a hard link to a file that is never changed. Copies the file where links are not possible."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def embed_items(model: ModelDirectory, store: Store, checkpoint: str, work: Path) -> Path:

@@ -20,10 +20,11 @@ from absl import flags
 from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
 from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.files import link_or_copy
 from dpsr_common.packed_file import FormatError, PackedFile, PackedFileWriter
 from dpsr_common.typed_config import to_dict
 from dpsr_export import item_attributes, servable_assets, warmup
-from dpsr_export.embeddings import ItemEmbeddings, checkpoint_fingerprint, link_or_copy
+from dpsr_export.embeddings import ItemEmbeddings, checkpoint_fingerprint
 from dpsr_export.faiss_search import write_item_ids
 from dpsr_export.index import FORMAT, FORMAT_VERSION, check_files, file_record
 from dpsr_export.request_tables import file_fingerprint

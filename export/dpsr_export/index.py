@@ -27,6 +27,7 @@ import numpy as np
 from absl import flags
 
 from dpsr_common.errors import CommandError
+from dpsr_common.files import link_or_copy
 from dpsr_common.typed_config import to_dict
 from dpsr_export import ann, embeddings, faiss_search, item_attributes, recall_report, servable_assets
 from dpsr_export.recall_report import MeasuredIndex
@@ -130,7 +131,7 @@ def build_index(
         embeddings.kept_embeddings(out, source) as work,
     ):
         path = embeddings.embed_items(model, store, checkpoint, work)
-        embeddings.link_or_copy(path, directory / path.name)
+        link_or_copy(path, directory / path.name)
         items = embeddings.ItemEmbeddings(path, model.config.model.embedding_dim)
         measured = _build_and_report(model, store, checkpoint, items, config, device, directory)
         _check_recall(measured, min_ann_recall)
