@@ -21,12 +21,11 @@ from pathlib import Path
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.packed_file import FormatError, PackedFile, PackedFileWriter
 from dpsr_common.typed_config import from_dict, to_dict
-from dpsr_tf.data.schema import Feature, Schema
+from dpsr_tf.data.schema import VALUE_KINDS, Feature, Schema
 from dpsr_tf.data.store import Features, Store, StoredFeature, unpack_strings, vocabulary_name
 from dpsr_tokenizer import TokenizerConfig, Vocabulary
 
 CODES = "codes"
-_CODED = ("categorical", "multi")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +58,7 @@ class CodeBook:
         for table, features, file in (("items", chosen.items, store.items()), ("users", chosen.users, store.users())):
             temporary = _temporary(folder / f"{table}.dpsr")
             with PackedFileWriter(temporary, "codes") as writer:
-                for section in (f"values.{feature.name}" for feature in features if feature.kind in _CODED):
+                for section in (f"values.{feature.name}" for feature in features if feature.kind in VALUE_KINDS):
                     for part in ("splits", "bytes"):
                         writer.add(f"{section}.{part}", file[f"{section}.{part}"])
             temporary.replace(folder / f"{table}.dpsr")
@@ -93,7 +92,7 @@ class CodeBook:
     def values(self, table: str, feature: str) -> list[str] | None:
         """Returns the texts of code 1, 2, ... of a feature of "items" or "users"; None if the model reads none."""
         stored = {stored.name: stored for stored in getattr(self.features, table)}
-        if feature not in stored or stored[feature].kind not in _CODED:
+        if feature not in stored or stored[feature].kind not in VALUE_KINDS:
             return None
         path = self.path / CODES / f"{table}.dpsr"
         try:

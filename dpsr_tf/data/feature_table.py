@@ -14,7 +14,7 @@ from dpsr_tf.data.code_book import CodeBook
 from dpsr_tf.data.column_files import ColumnFile, RaggedColumnFile, row_splits, string_bytes
 from dpsr_tf.data.database import Database
 from dpsr_tf.data.id_index import id_index
-from dpsr_tf.data.schema import Feature, Filter
+from dpsr_tf.data.schema import FIXED_KINDS, VALUE_KINDS, Feature, Filter
 from dpsr_tf.data.store import StoredFeature
 from dpsr_tokenizer import Vocabulary
 
@@ -68,7 +68,7 @@ class FeatureTable:
         self._texts = {i: RaggedColumnFile(folder, np.int32) for i, f in enumerate(features) if f.kind == "text"}
         self._vectors = {i: RaggedColumnFile(folder, np.float32) for i, f in enumerate(features) if f.kind == "vector"}
         for i, feature in enumerate(self._all):
-            if feature.kind not in ("categorical", "multi"):
+            if feature.kind not in VALUE_KINDS:
                 continue
             known = codes.values(name, feature.key) if codes and isinstance(feature, Feature) else None
             if known is None:
@@ -161,9 +161,9 @@ class FeatureTable:
                 self._write_lists(file, i, name)
             if feature.kind == "number":
                 num_values = len(feature.boundaries) + 1
-            elif feature.kind in ("categorical", "multi"):
+            elif feature.kind in VALUE_KINDS:
                 num_values = self._write_values(file, i, f"values.{feature.key}")
-            if feature.kind in ("categorical", "number"):
+            if feature.kind in FIXED_KINDS:
                 assert num_values is not None
                 self._codes[i].copy(file, name, dtype=np.uint8 if num_values < BYTE_VALUES else np.int32)
             stored.append(StoredFeature(feature.key, feature.kind, num_values, feature.boundaries, feature.vocabulary))

@@ -30,6 +30,8 @@ KINDS = ("categorical", "number", "multi", "text", "vector")
 FIXED_KINDS = ("categorical", "number")
 # Kinds whose codes have embeddings. A text has token ids, a vector is read as it is.
 CODED_KINDS = ("categorical", "number", "multi")
+# Kinds whose codes stand for values that are texts. The codes of numbers stand for buckets.
+VALUE_KINDS = ("categorical", "multi")
 FILTER_KINDS = ("categorical", "number", "multi")
 # The types of interactions. A store holds their positions in this list.
 EVENT_TYPES = ("impression", "skip", "click", "cart", "order")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpsr_common.errors import CommandError
-from dpsr_tf.data.schema import EVENT_TYPES
+from dpsr_tf.data.schema import EVENT_TYPES, VALUE_KINDS
 from dpsr_tf.data.store import RowsById, Store, StoredFeature, unpack_strings
 
 # The names of inputs with profile features begin with this.
@@ -64,7 +64,7 @@ class UserRequests:
                     f"text; measure the model instead of the servable, with --system=model:DIR"
                 )
             self._features[name] = feature
-            if feature.kind in ("categorical", "multi"):
+            if feature.kind in VALUE_KINDS:
                 self._values[name] = unpack_strings(self._users, f"values.{feature.name}")
         self._history = [name for name in HISTORY if name in names]
         # The ids of items in requests.

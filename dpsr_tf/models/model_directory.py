@@ -27,6 +27,7 @@ from dpsr_common.packed_file import FormatError
 from dpsr_common.typed_config import from_dict, to_dict
 from dpsr_tf.config import Config, load_config, save_config
 from dpsr_tf.data.code_book import CODES, CodeBook
+from dpsr_tf.data.schema import VALUE_KINDS
 from dpsr_tf.data.store import Store
 from dpsr_tf.models.features import FeatureSpec
 from dpsr_tokenizer import Vocabulary
@@ -179,7 +180,7 @@ def _meanings(spec: FeatureSpec, store: Store) -> dict[str, str]:
             if feature.kind == "text":
                 vocabulary = store.vocabularies[feature.vocabulary] if feature.vocabulary else store.vocabulary
                 digest.update(f"{vocabulary.fingerprint:016x}".encode())
-            if feature.kind in ("categorical", "multi"):
+            if feature.kind in VALUE_KINDS:
                 for part in ("splits", "bytes"):
                     digest.update(table[f"values.{feature.name}.{part}"].tobytes())
             meanings[f"{side}.{feature.name}"] = digest.hexdigest()

@@ -19,7 +19,7 @@ import tensorflow as tf
 from dpsr_common.errors import CommandError, UsageError, op_message
 from dpsr_tf.config import Config, ModelConfig
 from dpsr_tf.data.code_book import CodeBook
-from dpsr_tf.models.features import FIXED_KINDS, Feature, FeatureSpec
+from dpsr_tf.models.features import CODED_KINDS, Feature, FeatureSpec
 from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.models.two_tower import TwoTower
 from dpsr_tokenizer import Vocabulary
@@ -29,8 +29,6 @@ v1 = tf.compat.v1
 SUMS = ("keep", "reset")
 _AVERAGE = "/ExponentialMovingAverage"
 _SIDES = {"user": "users", "item": "items"}
-# Kinds of features whose values have codes, which are rows of a table.
-_CODED = (*FIXED_KINDS, "multi")
 # Rows that are sent to a table at once.
 _CHUNK = 1 << 15
 
@@ -236,7 +234,7 @@ def _match_codes(side: str, old: Sequence[Feature], new: Sequence[Feature], befo
     table = _SIDES[side]
     offsets = dict(_offsets(old))
     stored = [{feature.name: feature for feature in getattr(book.features, table)} for book in (before, now)]
-    rows = np.full(sum(feature.num_ids for feature in new if feature.kind in _CODED), -1)
+    rows = np.full(sum(feature.num_ids for feature in new if feature.kind in CODED_KINDS), -1)
     found = total = 0
     for feature, first in _offsets(new):
         total += feature.num_ids - 1
@@ -260,7 +258,7 @@ def _offsets(features: Sequence[Feature]) -> Iterator[tuple[Feature, int]]:
     """Yields each coded feature with its first row in the table of its side."""
     first = 0
     for feature in features:
-        if feature.kind in _CODED:
+        if feature.kind in CODED_KINDS:
             yield feature, first
             first += feature.num_ids
 
@@ -284,6 +282,6 @@ def _changed_inputs(old: ModelDirectory, new: ModelDirectory) -> set[int]:
 
 
 def _input_width(features: FeatureSpec, config: ModelConfig, side: str) -> int:
-    widths = {"text": config.token_dim, **dict.fromkeys(_CODED, config.feature_dim)}
+    widths = {"text": config.token_dim, **dict.fromkeys(CODED_KINDS, config.feature_dim)}
     chosen: Sequence[Feature] = getattr(features, side)
     return config.token_dim + sum(widths.get(feature.kind, feature.num_ids) for feature in chosen)

@@ -24,6 +24,7 @@ from dpsr_common.packed_file import PackedFileWriter
 from dpsr_tf.data.column_files import string_bytes
 from dpsr_tf.data.column_values import ids_of
 from dpsr_tf.data.id_index import id_index
+from dpsr_tf.data.schema import VALUE_KINDS
 from dpsr_tf.data.store import Store, unpack_strings, vocabulary_name
 from dpsr_tf.data.user_requests import User, UserRequests
 from dpsr_tf.models.model_directory import ModelDirectory
@@ -111,7 +112,7 @@ def _write_feature_values(model: ModelDirectory, store: Store, path: Path) -> No
         ("item", store.items(), model.features.item),
     ):
         for feature in features:
-            if feature.kind in ("categorical", "multi"):
+            if feature.kind in VALUE_KINDS:
                 values = unpack_strings(table, f"values.{feature.name}")
                 keys += [f"{side}\0{feature.name}\0{value}" for value in values]
                 codes.append(np.arange(1, len(values) + 1, dtype=np.int32))
