@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.files import replaced, write_text
 from dpsr_common.packed_file import FormatError, PackedFile, PackedFileWriter
 from dpsr_common.typed_config import from_dict, to_dict
 from dpsr_tf.data.schema import VALUE_KINDS, Feature, Schema
@@ -56,15 +56,11 @@ class CodeBook:
         for name in {feature.vocabulary for feature in (*chosen.items, *chosen.users)} - {None}:
             _copy(store.path / vocabulary_name(name), folder / vocabulary_name(name))
         for table, features, file in (("items", chosen.items, store.items()), ("users", chosen.users, store.users())):
-            temporary = _temporary(folder / f"{table}.dpsr")
-            with PackedFileWriter(temporary, "codes") as writer:
+            with PackedFileWriter(folder / f"{table}.dpsr", "codes") as writer:
                 for section in (f"values.{feature.name}" for feature in features if feature.kind in VALUE_KINDS):
                     for part in ("splits", "bytes"):
                         writer.add(f"{section}.{part}", file[f"{section}.{part}"])
-            temporary.replace(folder / f"{table}.dpsr")
-        temporary = _temporary(folder / "codes.json")
-        temporary.write_text(json.dumps(to_dict(chosen), indent=2) + "\n")
-        temporary.replace(folder / "codes.json")
+        write_text(folder / "codes.json", json.dumps(to_dict(chosen), indent=2) + "\n")
 
     @staticmethod
     def read(directory: str | Path) -> CodeBook:
@@ -144,11 +140,6 @@ def _difference(stored: StoredFeature, declared: Feature | None) -> str | None:
     return None
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
 def _copy(source: Path, path: Path) -> None:
-    temporary = _temporary(path)
-    shutil.copyfile(source, temporary)
-    temporary.replace(path)
+    with replaced(path) as temporary:
+        shutil.copyfile(source, temporary)

@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags
 
 from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.files import write_text
 from dpsr_tf import __version__
 from dpsr_tf.data.store import Store
 from dpsr_tf.evaluation import metrics
@@ -249,13 +250,10 @@ def _read_judgments(values: flags.FlagValues, corpus: Corpus) -> Judgments:
 
 
 def _write_json(report: Mapping[str, Any], path: str) -> None:
-    """Writes the report to a temporary file and renames it. Raises CommandError if that fails."""
-    temporary = Path(f"{path}.tmp{os.getpid()}")
+    """Writes the report to a file. Raises CommandError if that fails."""
     try:
-        temporary.write_text(json.dumps(_jsonable(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-        os.replace(temporary, path)
+        write_text(Path(path), json.dumps(_jsonable(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CommandError(f"--json={path}: cannot be written: {error.strerror}") from None
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import tensorflow as tf
 
 from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.files import replaced, write_text
 from dpsr_common.packed_file import FormatError
 from dpsr_common.typed_config import from_dict, to_dict
 from dpsr_tf.config import Config, load_config, save_config
@@ -146,13 +146,9 @@ class ModelDirectory:
         # The config is written last, because a directory without one is not yet a model. Several workers of a cluster
         # may do this at the same time.
         CodeBook.write(directory, store, [f.name for f in spec.item], [f.name for f in spec.user])
-        for name, write in (
-            ("features.json", lambda p: p.write_text(json.dumps(held, indent=2) + "\n")),
-            ("config.yaml", lambda p: save_config(config, p)),
-        ):
-            temporary = directory / f".{name}.{os.getpid()}.tmp"
-            write(temporary)
-            os.replace(temporary, directory / name)
+        write_text(directory / "features.json", json.dumps(held, indent=2) + "\n")
+        with replaced(directory / "config.yaml") as temporary:
+            save_config(config, temporary)
         return ModelDirectory.open(directory)
 
 

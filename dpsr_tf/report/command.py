@@ -18,11 +18,12 @@ import numpy as np
 from absl import flags
 
 from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.files import write_text
 from dpsr_common.typed_config import from_dict, read_assignment, to_dict
 from dpsr_tf import __version__
 from dpsr_tf.report import experiments, plots, sections
 from dpsr_tf.report.public_data import DATA_SETS
-from dpsr_tf.report.runner import ExperimentRunner, Result, write
+from dpsr_tf.report.runner import ExperimentRunner, Result
 from dpsr_tf.report.shop import QUICK, Size
 
 USAGE = """
@@ -115,14 +116,14 @@ def size_from_flags(quick: bool, assignments: list[str]) -> Size:
 
 def write_report(results: Result, out: Path) -> None:
     """Writes report.json, report.md with plots/, and index.html."""
-    write(out / "report.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write_text(out / "report.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     page = sections.report(results)
     drawn = {name: plots.svg(figure, name) for name, figure in page.figures.items()}
     (out / "plots").mkdir(exist_ok=True)
     for name, text in drawn.items():
-        write(out / "plots" / f"{name}.svg", '<?xml version="1.0" encoding="utf-8"?>\n' + text)
-    write(out / "report.md", page.markdown)
-    write(out / "index.html", html(page.markdown, drawn))
+        write_text(out / "plots" / f"{name}.svg", '<?xml version="1.0" encoding="utf-8"?>\n' + text)
+    write_text(out / "report.md", page.markdown)
+    write_text(out / "index.html", html(page.markdown, drawn))
 
 
 def html(text: str, drawn: dict[str, str]) -> str:

@@ -28,6 +28,7 @@ import yaml
 
 from dpsr_common import command_line
 from dpsr_common.errors import CommandError
+from dpsr_common.files import write_text
 from dpsr_tf import __version__
 
 K = TypeVar("K")
@@ -92,7 +93,7 @@ class ExperimentRunner:
         result = compute()
         seconds = time.monotonic() - start
         record = {"digest": digest, "definition": definition, "seconds": round(seconds, 1), "result": result}
-        write(kept, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+        write_text(kept, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
         self._add_seconds(seconds)
         self._print(f"{name}: {seconds:.0f} s")
         # Through JSON, so that a new result equals a kept one, for example in the types of keys.
@@ -147,7 +148,7 @@ class ExperimentRunner:
 
         def command(path: Path) -> list[str]:
             file = self.out / "runs" / f"{name}.schema.yaml"
-            write(file, yaml.safe_dump(dict(schema), sort_keys=False, allow_unicode=True))
+            write_text(file, yaml.safe_dump(dict(schema), sort_keys=False, allow_unicode=True))
             return ["ingest", f"--schema={file}", f"--input={source.path}", f"--out={path}", "--overwrite"]
 
         return self.artifact(name, {"ingest": source.digest, "schema": schema}, command)
@@ -167,7 +168,7 @@ class ExperimentRunner:
 
         def command(path: Path) -> list[str]:
             file = self.out / "runs" / f"{name}.config.yaml"
-            write(file, yaml.safe_dump(config, sort_keys=False))
+            write_text(file, yaml.safe_dump(config, sort_keys=False))
             return ["train", f"--store={store.path}", f"--config={file}", f"--out={path}"]
 
         return self.artifact(name, {"train": store.digest, "config": config}, command)
@@ -229,7 +230,7 @@ class ExperimentRunner:
         """Runs a Python script and returns its standard output. Raises CommandError if it fails."""
         log = self.out / "runs" / f"{name}.log"
         done = subprocess.run([sys.executable, str(path), *arguments], capture_output=True, text=True, check=False)
-        write(log, done.stdout + done.stderr)
+        write_text(log, done.stdout + done.stderr)
         self._check(name, log, done.returncode)
         return done.stdout
 
@@ -264,13 +265,6 @@ def _run(log: Path, arguments: Sequence[str]) -> None:
     if not status:
         print(f"{time.process_time():.1f} s of CPU time", flush=True)
     sys.exit(status)
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file by way of a temporary file, so that it is never half written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _digest(definition: Mapping[str, Any]) -> str:

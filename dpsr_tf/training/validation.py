@@ -19,7 +19,7 @@ from typing import Any
 import tensorflow as tf
 from tqdm import tqdm
 
-from dpsr_common.files import link_or_copy
+from dpsr_common.files import link_or_copy, write_text
 from dpsr_tf.config import Config
 from dpsr_tf.data.store import Store
 from dpsr_tf.models.encoders import exact_search
@@ -95,10 +95,8 @@ class Validation:
             os.rename(candidate, self._path / BEST)
             shutil.rmtree(self._path / _PREVIOUS, ignore_errors=True)
         shutil.rmtree(candidate, ignore_errors=True)
-        file, temporary = self._path / _RECORDS, self._path / f".{_RECORDS}.tmp"
-        before = file.read_text() if file.exists() else ""
-        temporary.write_text(before + json.dumps(record) + "\n")
-        os.replace(temporary, file)
+        file = self._path / _RECORDS
+        write_text(file, (file.read_text() if file.exists() else "") + json.dumps(record) + "\n")
         self._summarise(name, recall, step)
         tqdm.write(
             f"validation step {step:,}: {name} {recall:.4f}{', the best so far' if best else ''}"

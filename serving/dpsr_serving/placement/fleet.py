@@ -6,7 +6,6 @@ a server's whole list of models, because the server unloads what the list leaves
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import time
@@ -14,6 +13,7 @@ from concurrent import futures
 from pathlib import Path
 
 from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.files import replaced
 from dpsr_serving.placement.config import PlacementConfig
 from dpsr_serving.placement.planner import Assignment
 
@@ -228,14 +228,10 @@ class Fleet:
 
 def write_file(path: Path, text: str) -> None:
     """Writes a file and puts it in place by one rename, so that no reader sees half of it. Raises CommandError."""
-    temporary = path.with_name(f".{path.name}.new")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        with replaced(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise CommandError(f"{path}: cannot be written: {error.strerror}") from error
