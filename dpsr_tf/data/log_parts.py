@@ -93,6 +93,9 @@ class KeptLog:
         """Yields the rows of the earlier store as encode_interactions returns them, and takes over their files.
 
         Drops rows that are too old, and rows whose item or user is not in the tables.
+
+        Raises:
+            CommandError: a file is missing or damaged, or does not hold the rows that the manifest says.
         """
         earliest = 0
         if self._keep_days is not None:
@@ -107,6 +110,11 @@ class KeptLog:
             link_or_copy(path, self._out / part.file)
             try:
                 with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+                    if file.metadata.num_rows != part.rows:
+                        raise CommandError(
+                            f"{path}: holds {file.metadata.num_rows:,} rows, expected {part.rows:,} as in the "
+                            f"manifest; ingest all days again with --keep_log"
+                        )
                     for batch in file.iter_batches(_BATCH_ROWS, use_threads=False):
                         rows = _with_rows(batch, earliest, items, users)
                         dropped += batch.num_rows - rows.num_rows

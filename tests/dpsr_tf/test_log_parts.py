@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from dpsr_tf.data.store import Store
@@ -130,6 +131,22 @@ def test_a_damaged_part_is_named(timed, tmp_path, dpsr):
     write_days(timed, 2)
     dpsr(*timed.flags(tmp_path / "two"), f"--append={tmp_path / 'one'}").fails(1, "part-00001.parquet: cannot be read")
     assert not (tmp_path / "two").exists()
+
+
+def test_a_part_with_other_rows_than_the_manifest_says_is_refused(timed, tmp_path, dpsr):
+    write_days(timed, 1)
+    dpsr(*timed.flags(tmp_path / "one"), "--keep_log").succeeds()
+    write_days(timed, 2)
+    dpsr(*timed.flags(tmp_path / "two"), f"--append={tmp_path / 'one'}").succeeds()
+    part = tmp_path / "two" / "log" / "part-00001.parquet"
+    table = pyarrow.parquet.read_table(part)
+    part.unlink()  # it is a link to the file of the first store
+    pyarrow.parquet.write_table(table.slice(1), part)
+    write_days(timed, 3)
+    dpsr(*timed.flags(tmp_path / "three"), f"--append={tmp_path / 'two'}").fails(
+        1, "part-00001.parquet: holds 2 rows, expected 3", "ingest all days again with --keep_log"
+    )
+    assert not (tmp_path / "three").exists()
 
 
 def test_codes_stay_and_unknown_values_are_unknown(shop, tmp_path, dpsr):
