@@ -27,6 +27,7 @@ from dpsr_tf.config import load_config, shipped_config
 from dpsr_tf.data.store import Store
 from dpsr_tf.evaluation.judgments import Judgments
 from dpsr_tf.models.model_directory import ModelDirectory
+from dpsr_tf.report.public_data import TUNED_BM25
 
 USAGE = """
 Usage: dpsr demo [--data=DIR] [--out=DIR]
@@ -173,7 +174,7 @@ def _homedepot(data: Path) -> _Job:
         ingest=["--adapter=homedepot", f"--input={data}"],
         judgments=data / "judgments.dev.tsv",
         slices=[],
-        bm25="bm25:stem+trigrams=0.3+k1=0.3",
+        bm25=TUNED_BM25["homedepot"],
         columns=("search_term", "product_uid", "relevance"),
         relevant_from=2.33,
         config=shipped_config("homedepot"),

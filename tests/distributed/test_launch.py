@@ -116,17 +116,24 @@ def test_one_worker_and_a_kill_are_the_training_of_one_process(launch, shop_stor
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
-def test_training_goes_on_without_a_killed_worker(launch, shop_store, tmp_path):
-    model, options = tmp_path / "model", ["train.steps=1500", "train.checkpoint_steps=100"]
-    cluster = launch("--ps=1", "--workers=2", f"--store={shop_store.path}", f"--out={model}", *sets(*options))
-    cluster.until_checkpoint(model, 100)
-    # The chief waits until the new worker trains, so that steps are left for it.
+def kill_the_worker(cluster):
+    """Kills the worker that is not the chief, and returns when its successor trains.
+
+    The chief stands still meanwhile, so that steps are left for the new worker, however slowly it starts.
+    """
     chief = cluster.task("chief")
     os.kill(chief, signal.SIGSTOP)
     cluster.until(lambda: len(cluster.starts_of("worker 0")) == 1)
     cluster.kill("worker")
     cluster.until(lambda: len(cluster.starts_of("worker 0")) == 2)
     os.kill(chief, signal.SIGCONT)
+
+
+def test_training_goes_on_without_a_killed_worker(launch, shop_store, tmp_path):
+    model, options = tmp_path / "model", ["train.steps=1500", "train.checkpoint_steps=100"]
+    cluster = launch("--ps=1", "--workers=2", f"--store={shop_store.path}", f"--out={model}", *sets(*options))
+    cluster.until_checkpoint(model, 100)
+    kill_the_worker(cluster)
     assert cluster.end() == 0, cluster.text()
     assert cluster.starts_of("worker 0")[-1] >= 100, "it goes on where the others are"
     assert cluster.starts_of("chief 0") == [0], "the chief goes on"
@@ -141,13 +148,7 @@ def test_training_goes_on_without_whom_is_killed(launch, shop_store, tmp_path):
     arguments = ["--ps=2", "--workers=2", f"--store={shop_store.path}", f"--out={model}"]
     cluster = launch(*arguments, *sets(*options))
     cluster.until_checkpoint(model, 400)
-    # Nobody trains while there is no worker, however slowly one starts: there is something left to do for the new one.
-    chief = cluster.task("chief")
-    os.kill(chief, signal.SIGSTOP)
-    cluster.until(lambda: len(cluster.starts_of("worker 0")) == 1)
-    cluster.kill("worker")
-    cluster.until(lambda: len(cluster.starts_of("worker 0")) == 2)
-    os.kill(chief, signal.SIGCONT)
+    kill_the_worker(cluster)
     assert cluster.starts_of("worker 0")[-1] >= 400, "it goes on where the others are"
 
     at = last_step(model)
