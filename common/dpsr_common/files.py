@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,10 @@ def replaced(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path` to write a file to, which then takes the place of `path`.
 
     Readers see the old file or the new one, never half of one. If the block fails, the temporary file is removed and
-    `path` stays as it was. Several processes may write the same path at the same time.
+    `path` stays as it was. Several processes, also of several machines, may write the same path at the same time.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Chosen by chance: in containers, processes of several machines often have the same number.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
