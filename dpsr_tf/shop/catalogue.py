@@ -71,8 +71,13 @@ class Catalogue:
         return [synonym for synonym in self.types[item_type].synonyms if synonym not in self.homonyms]
 
     def _unasked(self, parameters: Parameters) -> list[frozenset[str]]:
-        """Chooses rare words, which the log never holds, and further synonyms that it never holds for one type."""
+        """Returns for each type the synonyms that the log never holds.
+
+        Those are synonyms with a rare word, which no query of the log holds for any type, and synonyms that are chosen
+        for one type alone.
+        """
         rng = random_stream(parameters, "unasked synonyms")
+        # The two words of each synonym that a family composes.
         parts = {
             one + language.separator + other: (one, other)
             for language in self.languages
@@ -84,7 +89,7 @@ class Catalogue:
         own = [self.own_synonyms(code) for code in range(len(self.types))]
         words = list(dict.fromkeys(word for mine in own for synonym in mine for word in parts.get(synonym, (synonym,))))
         is_rare = rng.random(len(words)) < parameters.rare_synonyms
-        rare = {word for word, never in zip(words, is_rare, strict=True) if never}
+        rare = {word for word, chosen in zip(words, is_rare, strict=True) if chosen}
         return [
             frozenset(
                 synonym
@@ -178,7 +183,7 @@ def _with_types_of_families(parameters: Parameters) -> tuple[Language, ...]:
 def _invent(
     language: Language, n: int, syllables: int, known: set[str], rng: np.random.Generator, endings: bool = False
 ) -> list[str]:
-    """Invents n different names, none of them in `known`."""
+    """Invents n different names, none of them in `known`. With `endings` they are names of shops."""
     names: dict[str, None] = {}
     while len(names) < n:
         name = "".join(language.syllables[i] for i in rng.integers(0, len(language.syllables), syllables))

@@ -62,8 +62,8 @@ def judged(world: World, fold: int) -> Iterator[Judgment]:
         relevant = world.answer_rows(int(world.text_answer[text]))
         if len(relevant) > parameters.max_judged_items:
             relevant = np.sort(rng.choice(relevant, parameters.max_judged_items, replace=False))
-        beside = _beside(world, np.full(4 * _NOT_RELEVANT, text), rng)
-        wrong = np.unique(beside[grades(world, np.full(len(beside), text), beside) <= 1])
+        similar = _similar_items(world, np.full(4 * _NOT_RELEVANT, text), rng)
+        wrong = np.unique(similar[grades(world, np.full(len(similar), text), similar) <= 1])
         wrong = np.sort(rng.permutation(wrong)[:_NOT_RELEVANT])
         yield Judgment(query, kind, relevant, wrong)
 
@@ -107,7 +107,7 @@ def labels(world: World) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
     right = world.answer_items[
         draw(world.answer_sums, world.answer_splits[answer], world.answer_splits[answer + 1], rng)
     ]
-    item = np.where(rng.random(len(text)) < 0.4, right, _beside(world, text, rng))
+    item = np.where(rng.random(len(text)) < 0.4, right, _similar_items(world, text, rng))
     unique = np.sort(np.unique(text * len(world.items) + item, return_index=True)[1])[: parameters.labelled_pairs]
     text, item = text[unique], item[unique]
     true = grades(world, text, item)
@@ -116,8 +116,8 @@ def labels(world: World) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
     return text, item, np.where(is_wrong, true + step, true), true
 
 
-def _beside(world: World, text: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draws for each text an item that shares words or category with the meaning. Now and then it is a right one."""
+def _similar_items(world: World, text: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draws for each text an item that shares words or category with the meaning. Some of them do answer the text."""
     meaning = np.array([world.senses[row][0] for row in text.tolist()])
     misleading = world.misleading_answer[world.meaning[meaning, 1]]
     # An item's first meaning is its type alone.

@@ -56,7 +56,16 @@ class Rows:
 
 
 class Log:
-    """The log of a world. Its counts cover the batches that were read so far."""
+    """The log of a world. Its counts cover the batches that were read so far.
+
+    Attributes:
+        end: the first second after the log, seconds since 1970.
+        propensities: the probability that a user looks at each position, float64 [list_length].
+        user_clicks: number of clicks of each user, int64 [users].
+        text_requests: number of requests with each text, int64 [texts + misspelt texts].
+        events: number of rows with each code of EVENT_TYPES, int64.
+        sessions, requests, stray_clicks: numbers; a stray click is one on an item that is no answer.
+    """
 
     def __init__(self, world: World):
         self._world, self._parameters = world, world.parameters
@@ -70,7 +79,8 @@ class Log:
         self._text_answer = world.text_answer[right]
         # No session begins in the last hour, so that all of them end within the log.
         hours = self._parameters.days * 24 - 1
-        self._busy = np.concatenate([[0], np.cumsum(np.resize(HOURS, hours))])
+        # The relative number of sessions before each hour of the log.
+        self._sessions_before = np.concatenate([[0], np.cumsum(np.resize(HOURS, hours))])
 
     def batches(self) -> Iterator[Rows]:
         """Yields the whole log, in the order of time."""
@@ -95,7 +105,9 @@ class Log:
 
     def _time(self, share: np.ndarray) -> np.ndarray:
         """Returns the time at which this share of all sessions has begun, in seconds since 1970."""
-        hours = np.interp(share * self._busy[-1], self._busy, np.arange(len(self._busy)))
+        hours = np.interp(
+            share * self._sessions_before[-1], self._sessions_before, np.arange(len(self._sessions_before))
+        )
         return START + (hours * 3600).astype(np.int64)
 
     def _batch(self, clicks: int, shares: np.ndarray, rng: np.random.Generator) -> Rows:
@@ -163,11 +175,13 @@ class Log:
         # More items are drawn than a list has places, because an item may be drawn twice.
         shape = (len(text), length + length // 2 + 1)
         answer = np.broadcast_to(self._text_answer[text][:, None], shape)
-        beside = world.misleading_answer[world.meaning[meaning, 1]]
+        # A share of the places, stray_share, is for items that only look right: half of them mislead by their words, if
+        # there are such items, and half are of the same category.
+        misleading = world.misleading_answer[world.meaning[meaning, 1]]
         category = world.category_answer[world.meaning[meaning, 0]]
-        beside = np.where((world.meaning[meaning, 1] >= 0) & (beside >= 0), beside, category)
-        other = rng.random(shape, np.float32) / max(self._parameters.stray_share, 1e-9)
-        answer = np.where(other < 0.5, beside[:, None], np.where(other < 1, category[:, None], answer))
+        misleading = np.where((world.meaning[meaning, 1] >= 0) & (misleading >= 0), misleading, category)
+        stray = rng.random(shape, np.float32) / max(self._parameters.stray_share, 1e-9)
+        answer = np.where(stray < 0.5, misleading[:, None], np.where(stray < 1, category[:, None], answer))
         item = world.answer_items[
             draw(world.answer_sums, world.answer_splits[answer], world.answer_splits[answer + 1], rng)
         ]
@@ -208,8 +222,8 @@ class Log:
         wanted = target[request]
         right = world.missed(meaning[request], item) == 0
         same = (items.words[item] >= 0) & (items.words[item] == items.words[wanted])
-        like = (items.brand[item] == items.brand[wanted]) + same.mean(1)
-        odds = parameters.click_level + world.appeal(user[request], item) + parameters.intent * like
+        likeness = (items.brand[item] == items.brand[wanted]) + same.mean(1)
+        odds = parameters.click_level + world.appeal(user[request], item) + parameters.intent * likeness
         chance = np.where(right, 1 / (1 + np.exp(-odds)), parameters.noise)
         clicked[seen] = rng.random(len(seen)) < chance
         stray[seen] = ~right

@@ -135,7 +135,11 @@ class World:
         self.meaning[:, 1:] -= 1
 
     def _make_texts(self) -> None:
-        """Makes the texts of all meanings, and the pairs of meanings and texts."""
+        """Makes the texts of all meanings, and the pairs of meanings and texts.
+
+        Sets `texts`, for each text `senses` (its meanings), `polysemous`, `text_gap` and `text_language`; and
+        `pair_meaning`, `pair_text`, `pair_gap` and `pair_asked` (whether the log may hold the pair), [pairs] each.
+        """
         texts: dict[str, int] = {}
         meanings, rows, gaps, asked = [], [], [], []
         for meaning, codes in enumerate(self.meaning.tolist()):
@@ -203,16 +207,16 @@ class World:
         modifiers = (self.meaning[:, 2:] >= 0).sum(1)
         bare = np.zeros(len(group_of), bool)
         np.logical_or.at(bare, group_of, modifiers + has_type < 2)
-        many, gap = np.zeros(len(group_of), bool), np.zeros(len(group_of), np.int8)
-        np.logical_or.at(many, group_of[self.pair_meaning], self.polysemous[self.pair_text])
+        is_polysemous, gap = np.zeros(len(group_of), bool), np.zeros(len(group_of), np.int8)
+        np.logical_or.at(is_polysemous, group_of[self.pair_meaning], self.polysemous[self.pair_text])
         np.maximum.at(gap, group_of[self.pair_meaning], self.pair_gap)
         roots = np.unique(group_of)
         roots = roots[~bare[roots]]
         language = self.catalogue.category_language[self.meaning[roots, 0]]
         # One stratum for each language and kind of query: plain, partial, gap, polysemous.
-        stratum = language * 4 + np.where(many[roots], 3, gap[roots])
+        stratum = language * 4 + np.where(is_polysemous[roots], 3, gap[roots])
         # A meaning without a type is held out only if it is polysemous.
-        stratum[~has_type[roots] & ~many[roots]] = -1
+        stratum[~has_type[roots] & ~is_polysemous[roots]] = -1
         fold = np.zeros(len(group_of), np.int8)
         for kind in range(8):
             chosen = rng.permutation(roots[stratum == kind])
@@ -310,12 +314,12 @@ class World:
         self._places = int(catalogue.category_place.max()) + 1
         self._activity = running_sums(self.users.activity)
         weights, cells, begin = [], [], 0
-        pull = self._mean_pull()
+        attraction = self._attraction()
         for number in range(len(LANGUAGE_CODES)):
             mine = np.flatnonzero(language == number)
             bounds = np.searchsorted(catalogue.category_place[category[mine]], np.arange(self._places + 1))
             for profile in range(USER_CLASSES):
-                weight = self.pair_weight[mine] * pull[self.pair_meaning[mine], profile]
+                weight = self.pair_weight[mine] * attraction[self.pair_meaning[mine], profile]
                 weights.append(weight / weight.sum())
                 cells.append(bounds + begin)
                 begin += len(mine)
@@ -323,7 +327,7 @@ class World:
         self._cells = np.concatenate(cells)
         self._interest = running_sums(np.concatenate(weights))
 
-    def _mean_pull(self) -> np.ndarray:
+    def _attraction(self) -> np.ndarray:
         """Returns how much each class likes each meaning, float64 [meanings, USER_CLASSES].
 
         It is exp(0.5 * taste * liking), averaged over the meaning's items by popularity.
@@ -332,12 +336,12 @@ class World:
         rows = self.answer_items[: bounds[-1]]
         mass = self.items.popularity[rows]
         total = np.add.reduceat(mass, bounds[:-1])
-        pull = np.empty((len(self.meaning), USER_CLASSES))
+        attraction = np.empty((len(self.meaning), USER_CLASSES))
         for profile in range(USER_CLASSES):
             # The factor 0.5 is a square root: users who dislike pink things still ask for them now and then.
             liked = np.exp(0.5 * self.parameters.taste * self.items.liking[:, profile])
-            pull[:, profile] = np.add.reduceat(mass * liked[rows], bounds[:-1]) / total
-        return pull
+            attraction[:, profile] = np.add.reduceat(mass * liked[rows], bounds[:-1]) / total
+        return attraction
 
     def another_pair(self, item: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Draws a pair that each item answers, int64 [n]. A meaning's weight is the square root of its frequency."""
