@@ -39,10 +39,10 @@ def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[s
         features: {"batch": one batch}.
         labels: unused, the positives of the batch are the labels.
         mode: tf.estimator.ModeKeys.TRAIN; inference graphs are built from TwoTower by dpsr_export.
-        params: `config` (Config), `features` (FeatureSpec), `num_ps` (parameter servers, 0 for none), and
-            `item_shares` (float32 [items], each item's share of the positive pairs; only where
-            `train.log_q_correction` is on), and `warm_start` (makes the Scaffold's `init_fn` from the towers; None for
-            none).
+        params: `config` (Config); `features` (FeatureSpec); `num_ps`, the number of parameter servers, 0 for none;
+            `item_shares`, float32 [items], each item's share of the positive pairs, needed only if
+            `train.log_q_correction` is on; `warm_start`, a function that makes the Scaffold's `init_fn` from the
+            towers, or None.
 
     A step whose loss is NaN or infinite raises InvalidArgumentError (see `loss_problem`) and changes no variable.
 
@@ -105,7 +105,7 @@ def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[s
 
 
 def run_config(model_dir: str, config: Config, cluster: Cluster) -> tf.estimator.RunConfig:
-    """Returns checkpoint times, seed, placement and session config of this process, and loads the op library."""
+    """Returns checkpoint times, seed, placement and session config of this process. It also loads the op library."""
     session = v1.ConfigProto(allow_soft_placement=True)
     if cluster.is_local and config.train.batch_size <= _SMALL_BATCH:
         session.intra_op_parallelism_threads = session.inter_op_parallelism_threads = 1
