@@ -147,9 +147,9 @@ class _Graph:
         lists: dict[str, Tokens] = {}
         if coded:
             assert self._values is not None
-            ends = {feature["name"]: feature["boundaries"] for feature in self._index["features"][side]}
+            boundaries = {feature["name"]: feature["boundaries"] for feature in self._index["features"][side]}
             values = [inputs[f"{prefix}{feature.name}"] for feature in coded]
-            codes, lists = self._values.feature_codes(side, coded, ends, texts, values)
+            codes, lists = self._values.feature_codes(side, coded, boundaries, texts, values)
         for feature in chosen:
             name = f"{prefix}{feature.name}"
             if feature.kind == "vector":
@@ -159,16 +159,17 @@ class _Graph:
         return Features(codes, tuple(lists[f.name] for f in chosen if f.kind not in FIXED_KINDS))
 
     def _history(self, query: tf.Tensor, inputs: dict[str, tf.Tensor]) -> History | None:
+        """Returns the history that the query tower reads, if it reads one, and adds its placeholders to `inputs`."""
         config = self._config
         splits = tf.zeros([tf.shape(query)[0] + 1], tf.int64)
-        none = Tokens(tf.zeros([0], tf.int32), tf.zeros([1], tf.int64))
+        no_texts = Tokens(tf.zeros([0], tf.int32), tf.zeros([1], tf.int64))
         history = History(
             Tokens(tf.zeros([0], tf.int32), splits),
             tf.zeros([0], tf.int32),
-            none,
+            no_texts,
             Features(tf.zeros([0, 0], tf.int32), ()),
             splits,
-            none,
+            no_texts,
         )
         if config.history_length:
             clicked = "clicked_items" if self._keys is None else "clicked_item_keys"
@@ -197,18 +198,18 @@ def _padded(name: str, values: tf.Tensor, texts: tf.Tensor) -> tf.Tensor:
     given, batch = tf.size(values), tf.size(texts)
     message = f"{name}: expected one value for each text, or no values"
     absent = tf.equal(given, 0)
-    whole = tf.logical_or(absent, tf.equal(given, batch))
-    with tf.control_dependencies([tf.debugging.Assert(whole, [message, given, batch])]):
+    fits = tf.logical_or(absent, tf.equal(given, batch))
+    with tf.control_dependencies([tf.debugging.Assert(fits, [message, given, batch])]):
         return tf.concat([values, tf.fill([tf.where(absent, batch, 0)], "")], axis=0)
 
 
 def _vectors(name: str, values: tf.Tensor, length: int, texts: tf.Tensor) -> Tokens:
-    """Returns `values` [batch, length] as lists, each with all numbers of a row; a row of NaN is empty, as absent."""
+    """Returns `values` [batch, length] as one list per row. A row of NaN, which means absent, is an empty list."""
     batch, shape = tf.size(texts), tf.shape(values)
     absent = tf.equal(tf.size(values), 0)
-    whole = tf.logical_or(absent, tf.reduce_all(tf.equal(shape, tf.stack([batch, length]))))
+    fits = tf.logical_or(absent, tf.reduce_all(tf.equal(shape, tf.stack([batch, length]))))
     message = f"{name}: expected {length} numbers for each text, or no values"
-    with tf.control_dependencies([tf.debugging.Assert(whole, [message, shape])]):
+    with tf.control_dependencies([tf.debugging.Assert(fits, [message, shape])]):
         rows = tf.reshape(values, [-1, length])
     missing = tf.reduce_all(tf.math.is_nan(rows), axis=1)
     finite = tf.logical_or(missing, tf.reduce_all(tf.math.is_finite(rows), axis=1))
