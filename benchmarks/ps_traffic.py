@@ -15,7 +15,7 @@ by Zipf's law (and uniformly) from two tables of 200,000 rows and 64 dimensions,
 
 Bytes are the bytes that TCP delivered on the connections between these three processes, in both directions (`ss -ti`),
 so other traffic on the machine does not count. Embedding bytes are the bytes of a step minus the bytes of `dense`. The
-floor is 64 x 4 bytes down and as many up for each text, and 4 bytes up for each token.
+floor is one vector down and one gradient up for each text, 64 x 4 bytes each, and 4 bytes up for each token.
 
 The CPU time of a parameter server says how many workers it carries: `workers_per_ps_core` is the worker's CPU time of
 a step divided by that of both ps. So many workers, each with one core, keep one core of parameter servers busy.
@@ -84,7 +84,8 @@ class Workload(NamedTuple):
         return sum(self.texts) * DIM * 4 * 2 + tokens * 4
 
 
-def draw(random: np.random.Generator, distribution: str, count: int) -> np.ndarray:
+def draw_tokens(random: np.random.Generator, distribution: str, count: int) -> np.ndarray:
+    """Returns token ids, int32 [count]."""
     if distribution == "uniform":
         return random.integers(0, NUM_IDS, count, dtype=np.int32)
     # Zipf with exponent 1, shifted by 10: the inverse of its distribution function.
@@ -97,7 +98,7 @@ def batches(workload: Workload, seed: int) -> tuple[Tokens, Tokens]:
     """Returns query and title tokens of the next step."""
     random = np.random.default_rng(seed)
     drawn = tuple(
-        np.stack([draw(random, workload.distribution, texts * length) for _ in range(BATCHES)])
+        np.stack([draw_tokens(random, workload.distribution, texts * length) for _ in range(BATCHES)])
         for texts, length in zip(workload.texts, workload.tokens, strict=True)
     )
     values = v1.data.make_one_shot_iterator(tf.data.Dataset.from_tensor_slices(drawn).repeat().prefetch(4)).get_next()
@@ -109,6 +110,7 @@ def batches(workload: Workload, seed: int) -> tuple[Tokens, Tokens]:
 
 
 def tower(name: str, x: tf.Tensor) -> tf.Tensor:
+    """Adds a tower to the graph. Returns vectors of unit length, float32 [texts, DIM]."""
     for i, width in enumerate((*HIDDEN, DIM)):
         with v1.variable_scope(f"{name}_{i}"):
             initializer = v1.glorot_uniform_initializer(seed=1)
@@ -175,8 +177,9 @@ def step_of(impl: str, workload: Workload, seed: int) -> tuple[tf.Operation, tf.
 
 
 def session_config(threads: int = 0) -> Any:
+    """Returns the config of all sessions; 0 threads let TensorFlow choose."""
     config = v1.ConfigProto(intra_op_parallelism_threads=threads, inter_op_parallelism_threads=threads)
-    # Better for stock, indifferent to ours.
+    # Without this rewrite the stock ops run faster; ours run the same.
     config.graph_options.rewrite_options.arithmetic_optimization = 2  # RewriterConfig.OFF
     return config
 
@@ -191,7 +194,7 @@ class Usage(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Numbers of steps: before the measurement, measured, and those that tell the loss."""
+    """Numbers of steps: before the measurement, measured, and, after that, those whose losses are averaged."""
 
     warm_up: int
     steps: int
@@ -199,6 +202,7 @@ class Counts(NamedTuple):
 
 
 def counts_of(workload: Workload, quick: bool) -> Counts:
+    """Returns how many steps a workload is measured for."""
     small = workload.batch_size <= 64
     if quick:
         return Counts(3, 30, BATCHES) if small else Counts(2, 5, 2)

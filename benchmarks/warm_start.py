@@ -5,8 +5,8 @@
 The log is that of a generated shop of two days (20,000 items, 500 types, 100,000 clicks). The first day lacks a tenth
 of the items with their clicks, so that the second day brings new items, tokens and clicks. A model is trained on
 the first day. Then models are trained on both days, `store-2`: from nothing, and from the first model, with AdaGrad's
-sums kept or reset. Each is measured at several numbers of steps on queries that the log does not hold. The choice of
-`--warm_start_sums` was made on the fold dev; the rows of the fold test chose nothing.
+sums kept or reset. Each is measured at several numbers of steps on queries that the log does not hold.
+`--warm_start_sums` was chosen on the fold dev. Nothing was chosen on the fold test.
 
 The bar `warm_fifth_to_scratch` is recall@100 of the warm start after a fifth of the steps, divided by that of the
 training from nothing after all steps, on test, averaged over the seeds. Models and figures in `--out` are kept. A seed
@@ -66,9 +66,8 @@ def make_stores(folder: Path, seed: int) -> None:
     pyarrow.parquet.write_table(log.filter(is_first), first / "interactions" / "part-0.parquet")
     for name in ("users.parquet", "schema.yaml"):
         (first / name).write_bytes((shop / name).read_bytes())
-    for number, folder_of in (("1", first), ("2", shop)):
-        schema = folder_of / "schema.yaml"
-        dpsr("ingest", f"--schema={schema}", f"--out={folder / f'store-{number}'}", "--overwrite",
+    for number, tables in (("1", first), ("2", shop)):
+        dpsr("ingest", f"--schema={tables / 'schema.yaml'}", f"--out={folder / f'store-{number}'}", "--overwrite",
              "--max_reject_fraction=1")  # fmt: skip
 
 
@@ -92,7 +91,7 @@ def figures(folder: Path, names: list[str], fold: str) -> dict[str, dict[str, tu
 
 
 def curves(folder: Path, seed: int, steps: int) -> dict[str, dict[int, Path]]:
-    """Trains all models. Returns variant -> number of steps -> copy of the model at that step."""
+    """Trains all models, each on and on. Returns variant -> number of steps -> copy of the model at that step."""
     train(folder, "first", "store-1", seed, steps)
     warm = f"--warm_start={folder / 'first'}"
     variants = {
@@ -114,7 +113,7 @@ def curves(folder: Path, seed: int, steps: int) -> dict[str, dict[int, Path]]:
 
 
 def measure(result: report.Report, seeds: list[int], steps: int, out: Path) -> None:
-    """Adds the curves, as means over the seeds, and the bar."""
+    """Adds the curves, which are means over the seeds, and the bar."""
     found: dict[tuple[str, str, int, str], list[tuple[float, list[float]]]] = {}
     for seed in seeds:
         folder = out / f"seed-{seed}"
