@@ -9,6 +9,7 @@ import tensorflow as tf
 from dpsr_tf.config import Config
 from dpsr_tf.models.features import ItemFeatures, QueryFeatures
 from dpsr_tf.models.losses import hinge_loss, mixed_hinge_loss, negative_weights, softmax_loss
+from dpsr_tf.models.quantizer_layer import QuantizerLayer, TeacherItems, quantizer_loss, quantizer_metrics
 from dpsr_tf.models.two_tower import TwoTower, head_scores
 
 if TYPE_CHECKING:
@@ -19,19 +20,29 @@ RECALL_AT = 10
 
 
 def build_loss(
-    config: Config, batch: Batch, towers: TwoTower, item_log_q: tf.Tensor | None = None
+    config: Config,
+    batch: Batch,
+    towers: TwoTower,
+    item_log_q: tf.Tensor | None = None,
+    quantizer: QuantizerLayer | None = None,
+    teacher: TeacherItems | None = None,
 ) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
     """Builds the loss of a batch of b positive pairs, and the metrics to watch.
 
     The negatives of a pair are the batch's other positives and the random negatives, weighted by `mixing_ratio`
     (section 4.4.3), and the pair's own negatives, each with `own_negative_weight`.
 
+    With a quantizer, the loss is that of the towers that go on training plus the quantizer's. Frozen towers get no
+    gradient, and their own loss is left out. The objective `ranking` is the model's own loss over T(items).
+
     Args:
-        config: its section `train` chooses the loss.
+        config: its section `train` chooses the loss, its section `quantizer` the quantizer's.
         batch: the examples. The shapes of its masks give b, r and the number of own negatives.
         towers: made with `config.model`.
         item_log_q: losses.log_q of the batch's n items, float32 [n]; needed for `train.log_q_correction` only. Own
             negatives are not drawn from q, so their values are not read.
+        quantizer: made with `config.quantizer`, or None.
+        teacher: the best items of each query, for the objective `distillation`, or None.
 
     Returns:
         The loss, float32 [], and metrics by name, float32 [] each:
@@ -39,6 +50,7 @@ def build_loss(
         recall@10: share of the pairs whose positive ranks in the top 10 among its negatives, last among equals.
         norm/query, norm/item: mean length of the embeddings before normalisation.
         head_usage/<i>: share of the pairs whose positive is nearest to head i; for several heads only.
+        quantizer/...: see quantizer_loss; with a quantizer only.
 
     Raises:
         ValueError: `log_q_correction` is on and `item_log_q` is missing.
@@ -47,6 +59,27 @@ def build_loss(
     b, num_shared = tf.unstack(tf.shape(batch.negative_mask))
     query = towers.query_embedding(QueryFeatures.of(batch))  # [b, m, d]
     items = towers.item_embedding(ItemFeatures.of(batch))  # [n, d]
+    of_quantizer: tuple[tf.Tensor, dict[str, tf.Tensor]] | None = None
+    if quantizer is not None:
+        if config.quantizer.towers == "frozen":
+            query = tf.stop_gradient(query)
+        if config.quantizer.towers != "both":
+            items = tf.stop_gradient(items)
+        if config.quantizer.objective == "ranking":
+            quantized = quantizer(items)
+            of_quantizer = tf.constant(0.0), quantizer_metrics(quantizer, quantized)
+            items = quantized.full
+        else:
+            of_quantizer = quantizer_loss(
+                config.quantizer,
+                quantizer,
+                query,
+                items[:num_shared] if train.num_own_negatives else items,
+                teacher,
+                train.softmax_temperature,
+                batch.item_rows[:num_shared],
+                towers.config.temperature,
+            )
     positives = tf.slice(items, [0, 0], [b, -1])
     # Computed apart from `scores`, because TensorFlow's gradient of a diagonal is a second [b, b + r] matrix.
     positive_scores = towers.pair_scores(query, positives)  # [b]
@@ -80,6 +113,10 @@ def build_loss(
             logits -= tf.pad(counts, [[0, 0], [0, train.num_own_negatives]])
         loss = softmax_loss(positive_logits, logits, weights, batch.weights)
 
+    if of_quantizer is not None and config.quantizer.objective != "ranking":
+        weighted = config.quantizer.weight * of_quantizer[0]
+        loss = weighted if config.quantizer.towers == "frozen" else loss + weighted
+
     # Metrics count the negatives that enter the loss: with alpha 1, no other positive of the batch does.
     counted = mask & (weights > 0)
     count = tf.reduce_sum(tf.cast(counted, tf.float32))
@@ -95,4 +132,6 @@ def build_loss(
         best = tf.argmax(head_scores(query, positives), axis=1)
         usage = tf.reduce_mean(tf.one_hot(best, towers.config.num_heads), axis=0)
         metrics |= {f"head_usage/{head}": usage[head] for head in range(towers.config.num_heads)}
+    if of_quantizer is not None:
+        metrics |= of_quantizer[1]
     return loss, metrics

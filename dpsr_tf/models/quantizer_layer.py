@@ -1,0 +1,340 @@
+"""The quantizer as a layer of the training graph: its variables, T(x) with a straight-through gradient, and its losses.
+
+The values are those of models/quantizer.py. The losses are those of Poeem (reconstruction) and Distill-VQ (Xiao et al.,
+SIGIR 2022, section 3: ListNet against the exact scores). The rotation is learned by block coordinate descent over
+Givens rotations (JD's talk, section 4).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from dpsr_common.errors import UsageError
+from dpsr_tf.config import QuantizerConfig
+from dpsr_tf.models.quantizer import COARSE, CODEBOOKS, ROTATION, Quantizer
+from dpsr_tf.models.two_tower import soft_dot_product
+
+v1 = tf.compat.v1
+
+
+class Quantized(NamedTuple):
+    """What a quantizer makes of n vectors x. All floats are float32.
+
+    Attributes:
+        full: T(x), [n, d]. Its gradient passes to x as if T were the identity, to the chosen centroids, and to the
+            rotation as if the codes were constant.
+        coarse: the coarse centroid of x, rotated back, [n, d]. Its gradient passes to centroid and rotation only.
+        rotated: z = x R, [n, d], without a gradient to R.
+        rotated_full: T(x) R, [n, d].
+        rotated_coarse: the coarse centroid, [n, d].
+        lists: numbers of the coarse centroids, int32 [n].
+        codes: int32 [n, M].
+    """
+
+    full: tf.Tensor
+    coarse: tf.Tensor
+    rotated: tf.Tensor
+    rotated_full: tf.Tensor
+    rotated_coarse: tf.Tensor
+    lists: tf.Tensor
+    codes: tf.Tensor
+
+
+class TeacherItems(NamedTuple):
+    """For each of b queries, c of its exact best items.
+
+    Attributes:
+        rows: int64 [b, c].
+        vectors: their embeddings, float32 [b, c, d].
+        valid: bool [b, c], False where a query has fewer.
+    """
+
+    rows: tf.Tensor
+    vectors: tf.Tensor
+    valid: tf.Tensor
+
+
+class QuantizerLayer:
+    """The quantizer of a training graph.
+
+    Its variables are in no collection of trainable variables: an optimizer of the towers does not train them, and no
+    moving average is taken, which would not be a rotation. `minimize` trains them.
+
+    Attributes:
+        config: what it was made with.
+        variables: rotation [d, d], coarse [lists, d], codebooks [M, 2^bits, d / M], float32.
+    """
+
+    def __init__(self, config: QuantizerConfig, dim: int, values: Quantizer | None = None):
+        """Makes the variables.
+
+        Args:
+            config: its `sub_spaces` must not be 0.
+            dim: d, the embedding_dim of the model.
+            values: initial values; by default the identity and zeros, to be restored from a checkpoint.
+
+        Raises:
+            UsageError: the parts do not divide d.
+            ValueError: the shapes of `values` are not those of the config.
+        """
+        if config.sub_spaces < 1 or dim % config.sub_spaces:
+            fits = ", ".join(str(m) for m in range(1, dim + 1) if dim % m == 0)
+            raise UsageError(
+                f"quantizer.sub_spaces is {config.sub_spaces}, which does not divide embedding_dim {dim}; give one of "
+                f"{fits}"
+            )
+        self.config = config
+        shapes = {
+            ROTATION: (dim, dim),
+            COARSE: (config.lists, dim),
+            CODEBOOKS: (config.sub_spaces, 1 << config.bits, dim // config.sub_spaces),
+        }
+        given = (
+            {} if values is None else {ROTATION: values.rotation, COARSE: values.coarse, CODEBOOKS: values.codebooks}
+        )
+        for name, value in given.items():
+            if value.shape != shapes[name]:
+                raise ValueError(f"the {name} given has shape {value.shape}, the config expects {shapes[name]}")
+        default = {
+            ROTATION: v1.initializers.identity(),
+            COARSE: v1.zeros_initializer(),
+            CODEBOOKS: v1.zeros_initializer(),
+        }
+        self.variables = [
+            v1.get_variable(
+                name,
+                shape,
+                tf.float32,
+                v1.constant_initializer(given[name]) if given else default[name],
+                trainable=False,
+                use_resource=True,
+            )
+            for name, shape in shapes.items()
+        ]
+        self._rotation, self._coarse, self._codebooks = (variable.read_value() for variable in self.variables)
+
+    def __call__(self, x: tf.Tensor) -> Quantized:
+        """Quantizes x, float32 [n, d]."""
+        z = self._rotate(x, tf.stop_gradient(self._rotation))
+        lists, coarse = _quantize(z, self._coarse[tf.newaxis])
+        codes, parts = _quantize(z - coarse, self._codebooks)
+        full = coarse + parts
+        full += z - tf.stop_gradient(z)
+        return Quantized(
+            full=self._rotate(full, self._rotation, back=True),
+            coarse=self._rotate(coarse, self._rotation, back=True),
+            rotated=z,
+            rotated_full=full,
+            rotated_coarse=coarse,
+            lists=lists[:, 0],
+            codes=codes,
+        )
+
+    def rotate(self, x: tf.Tensor) -> tf.Tensor:
+        """Returns x R, float32 [n, d], with the gradient to both: x R y^T scores x with the rotated y."""
+        return self._rotate(x, self._rotation)
+
+    def minimize(self, loss: tf.Tensor, factor: float | tf.Tensor = 1.0) -> tf.Operation:
+        """Returns one training step: Adam for coarse centroids and codebooks, Givens rotations for the rotation.
+
+        Args:
+            loss: float32 [].
+            factor: multiplies all learning rates.
+        """
+        of_rotation, of_coarse, of_codebooks = tf.gradients(loss, self.variables)
+        steps = []
+        for variable, gradient, rate in (
+            (self.variables[1], of_coarse, self.config.coarse_learning_rate),
+            (self.variables[2], of_codebooks, self.config.learning_rate),
+        ):
+            if gradient is not None:
+                steps.append(v1.train.AdamOptimizer(rate * factor).apply_gradients([(gradient, variable)]))
+        if self.config.rotation == "givens" and of_rotation is not None:
+            rotation = self.variables[0]
+            new = tf.numpy_function(
+                _givens_step, [self._rotation, of_rotation, self.config.rotation_learning_rate * factor], tf.float32
+            )
+            steps.append(rotation.assign(new))
+        return tf.group(*steps)
+
+    def quantizer(self, session: tf.compat.v1.Session) -> Quantizer:
+        """Returns the values that the variables have in a session."""
+        return Quantizer(*session.run(self.variables))
+
+    def _rotate(self, x: tf.Tensor, rotation: tf.Tensor, back: bool = False) -> tf.Tensor:
+        return x if self.config.rotation == "none" else tf.matmul(x, rotation, transpose_b=back)
+
+
+def quantizer_loss(
+    config: QuantizerConfig,
+    layer: QuantizerLayer,
+    query: tf.Tensor,
+    items: tf.Tensor,
+    teacher: TeacherItems | None,
+    temperature: float,
+    item_rows: tf.Tensor | None = None,
+    head_temperature: float = 0.0,
+) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
+    """Builds the loss that trains the quantizer, beside the model's own.
+
+    `reconstruction` is Poeem's distortion: the mean over items of |T(x) - x|^2. `distillation` is that of Distill-VQ:
+    the cross-entropy of softmax(t / tau) with softmax(s / tau), averaged over queries, for the students s = q T(x) and
+    s = q coarse(x), whose losses are summed. t are the scores of the unquantized vectors. The candidates of a query are
+    the items of the batch and the teacher's items of this query; an item that is there several times counts once.
+
+    Args:
+        config: names the objective: reconstruction or distillation.
+        layer: made with `config`.
+        query: unit vectors, float32 [b, m, d].
+        items: unit vectors, float32 [n, d].
+        teacher: items for each query, or None.
+        temperature: tau, if `config.temperature` is 0.
+        item_rows: rows of `items`, int [n]; None: all are different, and the teacher has none of them.
+        head_temperature: beta of the soft dot product over heads, `model.temperature`.
+
+    Returns:
+        The loss, float32 [], and metrics of this batch's items by name, float32 [] each:
+        quantizer/distortion: mean of |T(x) - x|^2.
+        quantizer/codes_used: share of the codes that occur, mean over sub-spaces.
+        quantizer/entropy: entropy of the codes, mean over sub-spaces, bits.
+        quantizer/imbalance: number of lists times the probability that two items share a list; 1 is even.
+        quantizer/orthogonality_error: largest entry of |R^T R - 1|.
+
+    Raises:
+        ValueError: the objective is `ranking`, whose loss is the model's own.
+    """
+    if config.objective == "ranking":
+        raise ValueError("the loss of the objective ranking is the model's own; build_loss makes it")
+    quantized = layer(items)
+    metrics = quantizer_metrics(layer, quantized)
+    if config.objective == "reconstruction":
+        difference = quantized.full - tf.stop_gradient(items)
+        return tf.reduce_mean(tf.reduce_sum(difference**2, axis=1)), metrics
+
+    heads = query.shape[1]
+    dim = query.shape[2]
+    tau = config.temperature or temperature
+    rotated = tf.reshape(layer.rotate(tf.reshape(query, [-1, dim])), [-1, heads, dim])
+    exact = tf.stop_gradient(query)
+
+    def score(queries: tf.Tensor, vectors: tf.Tensor) -> tf.Tensor:
+        """[b, m, d] and [n, d] or [b, c, d] to [b, n] or [b, c]."""
+        if vectors.shape.rank == 3:
+            inner = tf.unstack(tf.matmul(queries, vectors, transpose_b=True), axis=1)
+        else:
+            inner = [tf.matmul(head, vectors, transpose_b=True) for head in tf.unstack(queries, axis=1)]
+        return soft_dot_product(inner, head_temperature) / tau
+
+    fixed = tf.stop_gradient(items)
+    scores = [score(exact, fixed), score(rotated, quantized.rotated_coarse), score(rotated, quantized.rotated_full)]
+    lowest = tf.float32.min
+    count_of_items = tf.shape(items)[0]
+    rows = None if item_rows is None else tf.cast(item_rows, tf.int64)
+    if rows is not None:
+        scores = [tf.where(_first(rows)[tf.newaxis], each, lowest) for each in scores]
+    if teacher is not None:
+        count = tf.shape(teacher.rows)[1]
+        found = layer(tf.reshape(tf.stop_gradient(teacher.vectors), [-1, dim]))
+
+        def of_queries(vectors: tf.Tensor) -> tf.Tensor:
+            return tf.reshape(vectors, [-1, count, dim])
+
+        own = [
+            score(exact, teacher.vectors),
+            score(rotated, of_queries(found.rotated_coarse)),
+            score(rotated, of_queries(found.rotated_full)),
+        ]
+        counted = _first_of_query(teacher, rows, count_of_items)
+        scores = [
+            tf.concat([shared, tf.where(counted, each, lowest)], axis=1)
+            for shared, each in zip(scores, own, strict=True)
+        ]
+    target, *students = scores
+    target = tf.stop_gradient(tf.nn.softmax(target))
+    losses = [tf.nn.softmax_cross_entropy_with_logits(target, student) for student in students]
+    return tf.reduce_mean(tf.add_n(losses)), metrics
+
+
+def quantizer_metrics(layer: QuantizerLayer, quantized: Quantized) -> dict[str, tf.Tensor]:
+    """Returns the metrics of `quantizer_loss`. A training step computes them only when they are fetched."""
+    config = layer.config
+    n = tf.cast(tf.shape(quantized.codes)[0], tf.float32)
+    size = 1 << config.bits
+    offsets = tf.range(config.sub_spaces) * size
+    counts = tf.math.bincount(tf.reshape(quantized.codes + offsets, [-1]), minlength=config.sub_spaces * size)
+    counts = tf.cast(tf.reshape(counts, [config.sub_spaces, size]), tf.float32)
+    shares = counts / tf.maximum(n, 1.0)
+    of_lists = tf.cast(tf.math.bincount(quantized.lists, minlength=config.lists), tf.float32)
+    pairs = tf.reduce_sum(of_lists * (of_lists - 1))
+    rotation = layer.variables[0]
+    product = tf.matmul(rotation, rotation, transpose_a=True)
+    error = quantized.rotated_full - quantized.rotated
+    return {
+        "quantizer/distortion": tf.reduce_mean(tf.reduce_sum(error**2, axis=1)),
+        "quantizer/codes_used": tf.reduce_mean(tf.cast(counts > 0, tf.float32)),
+        "quantizer/entropy": -tf.reduce_mean(tf.reduce_sum(tf.math.xlogy(shares, shares), axis=1)) / math.log(2),
+        "quantizer/imbalance": config.lists * tf.math.divide_no_nan(pairs, n * (n - 1)),
+        "quantizer/orthogonality_error": tf.reduce_max(tf.abs(product - tf.eye(rotation.shape[0]))),
+    }
+
+
+def _quantize(x: tf.Tensor, codebooks: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the nearest codes of the parts of x, int32 [n, M], and the centroids that they name, [n, d].
+
+    x is [n, d], `codebooks` [M, K, d / M]. Of equally near centroids, the one with the lower number. The gradient
+    passes to the codebooks only.
+    """
+    parts, size, width = codebooks.shape
+    split = tf.transpose(tf.reshape(tf.stop_gradient(x), [-1, parts, width]), [1, 0, 2])
+    fixed = tf.stop_gradient(codebooks)
+    distances = tf.reduce_sum(fixed**2, axis=2)[:, tf.newaxis] - 2 * tf.matmul(split, fixed, transpose_b=True)
+    codes = tf.transpose(tf.argmin(distances, axis=2, output_type=tf.int32))
+    found = tf.gather(tf.reshape(codebooks, [parts * size, width]), codes + tf.range(parts) * size)
+    return codes, tf.reshape(found, [-1, parts * width])
+
+
+def _first(rows: tf.Tensor) -> tf.Tensor:
+    """Returns where a number is in `rows` [n] for the first time, bool [n]."""
+    unique, places = tf.unique(rows)
+    positions = tf.range(tf.size(rows))
+    return tf.equal(tf.gather(tf.math.unsorted_segment_min(positions, places, tf.size(unique)), places), positions)
+
+
+def _first_of_query(teacher: TeacherItems, item_rows: tf.Tensor | None, num_items: tf.Tensor) -> tf.Tensor:
+    """Returns which of the teacher's items count, bool [b, c]: valid, not in the batch, the first in their list."""
+    # The row of an entry that is not valid may be that of a valid one.
+    rows = tf.where(teacher.valid, tf.cast(teacher.rows, tf.int64), -1)
+    shape = tf.shape(rows, tf.int64)
+    own = tf.reshape(rows, [-1])
+    if item_rows is None:
+        unique, places = tf.unique(own, tf.int64)
+        is_new = tf.ones_like(teacher.valid)
+    else:
+        unique, places = tf.unique(tf.concat([item_rows, own], axis=0), tf.int64)
+        known = tf.reduce_max(places[:num_items]) + 1
+        places = places[num_items:]
+        is_new = tf.reshape(places >= known, shape)
+    keys = tf.reshape(places, shape) + tf.range(shape[0])[:, tf.newaxis] * tf.size(unique, tf.int64)
+    return teacher.valid & is_new & tf.reshape(_first(tf.reshape(keys, [-1])), shape)
+
+
+def _givens_step(rotation: np.ndarray, gradient: np.ndarray, rate: np.float32) -> np.ndarray:
+    a = gradient.T @ rotation - rotation.T @ gradient
+    free = np.ones(len(a), bool)
+    upper = np.triu(np.abs(a), 1)
+    rotation = rotation.copy()
+    for flat in np.argsort(-upper, axis=None, kind="stable"):
+        i, j = divmod(int(flat), len(a))
+        if i >= j or not (free[i] and free[j]):
+            continue
+        free[i] = free[j] = False
+        c, s = np.cos(-rate * a[i, j]), np.sin(-rate * a[i, j])
+        x, y = rotation[:, i].copy(), rotation[:, j].copy()
+        rotation[:, i], rotation[:, j] = c * x + s * y, c * y - s * x
+        if free.sum() < 2:
+            break
+    return rotation.astype(np.float32)
