@@ -207,7 +207,10 @@ class QuantizerConfig:
     bits: int = option(8, "bits of a code: 4 or 8", 4, 8)
     lists: int = option(1, "number of coarse centroids, which become the inverted lists of the index", 1, 1 << 20)
     start_step: int = option(
-        0, "number of steps that train the towers alone. Then the quantizer starts, from the items' embeddings", 0
+        0,
+        "number of steps that train the towers alone. Then the quantizer starts, from the items' embeddings. 0 is for "
+        "a warm start, whose towers are trained already",
+        0,
     )
     warmup_items: int = option(
         65_536, "number of items whose embeddings the start of the quantizer is computed from", 16, 10_000_000
@@ -243,7 +246,11 @@ class QuantizerConfig:
     )
     rotation_learning_rate: float = option(1e-3, "learning rate of givens, in radians for a gradient of 1", 1e-8, 10)
     teacher_queries: int = option(
-        100_000, "number of the log's queries whose exact best items distillation looks up at the start", 0, 10_000_000
+        100_000,
+        "number of the log's queries whose exact best items distillation looks up at the start. That computes "
+        "teacher_queries * items * embedding_dim products",
+        0,
+        10_000_000,
     )
     teacher_items: int = option(200, "number of exact best items that are looked up for each of them", 1, 10_000)
     candidates: int = option(
@@ -255,6 +262,25 @@ class QuantizerConfig:
     temperature: float = option(
         0.0, "distillation divides scores by this number. 0 takes train.softmax_temperature", 0, 1e3
     )
+
+    def problem(self) -> str | None:
+        """Returns what is wrong with values that are allowed one by one but not together."""
+        if not self.sub_spaces:
+            return None
+        if self.bits not in (4, 8):
+            return f"bits is {self.bits}, expected 4 or 8"
+        for name, centroids in (("lists", self.lists), ("bits", 1 << self.bits)):
+            if centroids > self.warmup_items:
+                return (
+                    f"warmup_items is {self.warmup_items}, expected at least {centroids}, because {name} is "
+                    f"{getattr(self, name)} and each centroid needs an item"
+                )
+        if self.candidates > self.teacher_items:
+            return (
+                f"candidates is {self.candidates}, expected at most teacher_items, {self.teacher_items}, because they "
+                f"are drawn from those"
+            )
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,6 +315,24 @@ class Config:
     quantizer: QuantizerConfig = dataclasses.field(default_factory=QuantizerConfig)
     index: IndexConfig = dataclasses.field(default_factory=IndexConfig)
     serving: ServingConfig = dataclasses.field(default_factory=ServingConfig)
+
+    def problem(self) -> str | None:
+        """Returns what is wrong with values of different sections that are allowed one by one but not together."""
+        quantizer, d = self.quantizer, self.model.embedding_dim
+        if not quantizer.sub_spaces:
+            return None
+        if d % quantizer.sub_spaces:
+            fits = ", ".join(str(m) for m in range(1, d + 1) if d % m == 0)
+            return (
+                f"quantizer.sub_spaces is {quantizer.sub_spaces}, expected a divisor of model.embedding_dim, {d}: one "
+                f"of {fits}"
+            )
+        if quantizer.start_step >= self.train.steps:
+            return (
+                f"quantizer.start_step is {quantizer.start_step}, expected less than train.steps, {self.train.steps}: "
+                f"the quantizer is trained in the steps after it"
+            )
+        return None
 
 
 def load_config(path: str | Path) -> Config:

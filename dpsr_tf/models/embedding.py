@@ -7,7 +7,7 @@ rows and their gradients, of which there is one for each token, never travel.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -196,6 +196,7 @@ def minimize(
     global_step: tf.Variable | None = None,
     optimizer: tf.compat.v1.train.Optimizer | None = None,
     dense_learning_rate: float | tf.Tensor | None = None,
+    is_trained: Callable[[str], bool] = lambda name: True,
 ) -> tf.Operation:
     """Returns the training step: one backward pass over the tables' outputs and all other trainable variables.
 
@@ -207,13 +208,20 @@ def minimize(
         optimizer: optimizer of the other variables; by default AdaGrad that starts at INITIAL_ACCUMULATOR, with one op
             for all variables of a device.
         dense_learning_rate: learning rate of that AdaGrad; by default `learning_rate`.
+        is_trained: tells by its name whether the step changes a table or variable; by default all. The optimizer's
+            state of the others is made too, so that a checkpoint keeps it.
     """
     in_tables = {id(variable) for table in tables for variable in table.variables}
-    dense = [variable for variable in v1.trainable_variables() if id(variable) not in in_tables]
+    others = [variable for variable in v1.trainable_variables() if id(variable) not in in_tables]
+    dense = [variable for variable in others if is_trained(variable.op.name)]
+    fixed = [variable for variable in others if not is_trained(variable.op.name)]
     of_tables, of_dense = gradients(loss, tables, dense)
     if optimizer is None:
         steps = _adagrad(dense, of_dense, learning_rate if dense_learning_rate is None else dense_learning_rate)
+        _accumulators(fixed, INITIAL_ACCUMULATOR)
     else:
+        if fixed:
+            optimizer._create_slots(fixed)
         steps = [optimizer.apply_gradients(zip(of_dense, dense, strict=True))] if dense else []
     if global_step is not None:
         # A learning rate that follows the step reads it before.
@@ -221,7 +229,8 @@ def minimize(
         with tf.control_dependencies(rates):
             steps.append(global_step.assign_add(1, read_value=False))
     for table, of_table in zip(tables, of_tables, strict=True):
-        steps.append(table.apply_adagrad(of_table, learning_rate))
+        used = of_table if is_trained(table.name) else [None] * len(of_table)
+        steps.append(table.apply_adagrad(used, learning_rate))
     return tf.group(*steps)
 
 
@@ -293,6 +302,16 @@ def average(train_op: tf.Operation, decay: float, global_step: tf.Variable) -> t
     return tf.cond(tf.equal(step % AVERAGE_STEPS, 0), lambda: averages.apply(v1.trainable_variables()), tf.no_op)
 
 
+def take_averages() -> tf.Operation:
+    """Returns the op that sets each weight to its moving average, for a graph that `average` has been called in."""
+    by_name = {variable.op.name: variable for variable in v1.global_variables()}
+    steps = []
+    for variable in v1.trainable_variables():
+        with tf.device(variable.device):
+            steps.append(variable.assign(by_name[f"{variable.op.name}/ExponentialMovingAverage"], read_value=False))
+    return tf.group(*steps)
+
+
 def weights_saver(is_average: bool) -> tf.compat.v1.train.Saver:
     """Returns a Saver that restores weights into a graph of the towers: their averages if `is_average`."""
     if not is_average:
@@ -307,7 +326,12 @@ def weights_saver(is_average: bool) -> tf.compat.v1.train.Saver:
     )
 
 
-def saver(tables: Sequence[EmbeddingTable], **arguments: Any) -> tf.compat.v1.train.Saver:
+def saver(
+    tables: Sequence[EmbeddingTable],
+    known: Container[str] | None = None,
+    kind: Callable[..., tf.compat.v1.train.Saver] = v1.train.Saver,
+    **arguments: Any,
+) -> tf.compat.v1.train.Saver:
     """Returns a Saver of all variables of the graph that keeps each table and its accumulator consistent.
 
     Call it when the training graph is complete, and give it to v1.train.Scaffold. The checkpoints have the usual
@@ -315,13 +339,24 @@ def saver(tables: Sequence[EmbeddingTable], **arguments: Any) -> tf.compat.v1.tr
 
     Args:
         tables: all tables of the graph.
-        arguments: arguments of v1.train.Saver. The defaults are Estimator's: sharded, save_relative_paths.
+        known: names in a checkpoint. Variables of other names are left out; None leaves out none.
+        kind: the class to make.
+        arguments: arguments of `kind`. The defaults are Estimator's: sharded, save_relative_paths.
     """
     snapshots = [snapshot for table in tables for snapshot in table.snapshots]
     taken = {id(variable) for snapshot in snapshots for variable in snapshot.pair}
     others = v1.global_variables() + v1.get_collection(v1.GraphKeys.SAVEABLE_OBJECTS)
     values = [value for value in others if id(value) not in taken]
-    return v1.train.Saver(snapshots + values, **{"sharded": True, "save_relative_paths": True, **arguments})
+    if known is not None:
+        snapshots = [each for each in snapshots if all(name_in_checkpoint(part) in known for part in each.pair)]
+        values = [v for v in values if not isinstance(v, tf.Variable) or name_in_checkpoint(v) in known]
+    return kind(snapshots + values, **{"sharded": True, "save_relative_paths": True, **arguments})
+
+
+def name_in_checkpoint(variable: tf.Variable) -> str:
+    """Returns the name that a checkpoint has for a variable; pieces of a table have the same."""
+    part = variable._get_save_slice_info()
+    return part.full_name if part else variable.op.name
 
 
 class GreedyBySize:

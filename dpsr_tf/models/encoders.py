@@ -22,6 +22,7 @@ from dpsr_tf.models.embedding import weights_saver
 from dpsr_tf.models.exact_search import ExactSearch, QueryEncoder
 from dpsr_tf.models.features import FIXED_KINDS, Feature, FeatureSpec, ItemFeatures, QueryFeatures
 from dpsr_tf.models.model_directory import ModelDirectory
+from dpsr_tf.models.quantizer import Quantizer
 from dpsr_tf.models.two_tower import TwoTower
 
 v1 = tf.compat.v1
@@ -29,13 +30,21 @@ v1 = tf.compat.v1
 _BATCH = 4096
 
 
-def exact_search(directory: str | Path, store: Store) -> ExactSearch:
+def exact_search(directory: str | Path, store: Store, quantized: bool = False) -> ExactSearch:
     """Returns exact search over the embeddings of all items of a store, for the users of the store.
 
+    Args:
+        directory: the model.
+        store: its store.
+        quantized: whether to score T(x) in the place of the embeddings x, as the model's index does.
+
     Raises:
-        CommandError: no model or checkpoint is there, or the store has another vocabulary.
+        CommandError: no model or checkpoint is there, the store has another vocabulary, or the checkpoint has no
+            quantizer.
     """
     embeddings, model = item_embeddings(directory, store), ModelDirectory.open(directory)
+    if quantized:
+        embeddings = Quantizer.read(model.last_checkpoint())(embeddings)
     encode, personal = query_encoder(directory, store), is_personal(model.config.model)
     return ExactSearch(encode, store.items()["id"], embeddings, personal, model.validated)
 

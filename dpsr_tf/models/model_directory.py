@@ -7,6 +7,7 @@ features.json      the features that the towers read (FeatureSpec), and a hash o
 vocabulary.dpsr    the vocabulary of the token ids
 codes/             what the codes of the features mean (data/code_book.py)
 checkpoint, model.ckpt-*, events.*     written by TensorFlow
+teacher.dpsr       what the quantizer learns from (training/quantizer_start.py); nothing but its training reads it
 validation.jsonl, best/, validation/   written by training with validation (training/validation.py)
 """
 
@@ -30,6 +31,7 @@ from dpsr_tf.data.code_book import CODES, CodeBook
 from dpsr_tf.data.schema import VALUE_KINDS
 from dpsr_tf.data.store import Store
 from dpsr_tf.models.features import FeatureSpec
+from dpsr_tf.models.quantizer import Quantizer
 from dpsr_tokenizer import Vocabulary
 
 # The files that make a directory of checkpoints a model.
@@ -55,6 +57,11 @@ class ModelDirectory:
     def validated(self) -> bool:
         """Whether training measured its checkpoints on the validation fold of the held-out interactions."""
         return self.config.validation.queries > 0
+
+    @property
+    def has_quantizer(self) -> bool:
+        """Whether the last checkpoint has a quantizer. Raises tf.errors.OpError if the checkpoint cannot be read."""
+        return Quantizer.is_in(tf.train.latest_checkpoint(str(self.path)))
 
     @staticmethod
     def open(path: str | Path) -> ModelDirectory:
@@ -96,13 +103,18 @@ class ModelDirectory:
     def difference(self, config: Config, store: Store) -> str | None:
         """Returns why training with `config` on `store` cannot resume this model; None if it can.
 
-        More steps, other checkpoint times, and other index and serving settings are no reason.
+        More steps, other checkpoint times, and other index and serving settings are no reason. Nor is another section
+        `quantizer`, as long as the last checkpoint has no quantizer.
         """
         train = dataclasses.replace(
             self.config.train, steps=config.train.steps, checkpoint_steps=config.train.checkpoint_steps
         )
         before, now = _flat(dataclasses.replace(self.config, train=train)), _flat(config)
-        differing = [key for key in now if key.startswith(("model.", "train.")) and before[key] != now[key]]
+        differing = [key for key in now if before[key] != now[key]]
+        of_quantizer = [key for key in differing if key.startswith("quantizer.")]
+        differing = [key for key in differing if key.startswith(("model.", "train."))]
+        if of_quantizer and self.has_quantizer:
+            differing += of_quantizer
         if differing:
             changes = ", ".join(f"{key} was {before[key]!r} and is {now[key]!r}" for key in differing)
             return f"holds a model of another config: {changes}"

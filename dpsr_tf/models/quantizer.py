@@ -47,6 +47,11 @@ class Quantizer:
             )
         return Quantizer(*(reader.get_tensor(name) for name in (ROTATION, COARSE, CODEBOOKS)))
 
+    @staticmethod
+    def is_in(checkpoint: str | None) -> bool:
+        """Returns whether a checkpoint has a quantizer; False for None."""
+        return checkpoint is not None and tf.train.load_checkpoint(checkpoint).has_tensor(CODEBOOKS)
+
     @property
     def bits(self) -> int:
         """Number of bits of a code."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -13,11 +15,22 @@ from tqdm import tqdm
 from dpsr_common.errors import CommandError
 from dpsr_tf.config import Config
 from dpsr_tf.data.examples_dataset import Batch
-from dpsr_tf.models.embedding import EmbeddingTable, average, device_function, half_on_wire, minimize, saver
+from dpsr_tf.models.embedding import (
+    EmbeddingTable,
+    average,
+    device_function,
+    half_on_wire,
+    minimize,
+    name_in_checkpoint,
+    saver,
+    take_averages,
+)
 from dpsr_tf.models.features import FeatureSpec
 from dpsr_tf.models.layers import FUSED
 from dpsr_tf.models.losses import log_q
 from dpsr_tf.models.objective import build_loss
+from dpsr_tf.models.quantizer import Quantizer
+from dpsr_tf.models.quantizer_layer import QuantizerLayer, TeacherItems
 from dpsr_tf.models.two_tower import TableFactory, TwoTower
 from dpsr_tf.training.cluster import Cluster
 from dpsr_tf.training.optimizers import dense_optimizer, rate_factor
@@ -30,19 +43,38 @@ SUMMARY_STEPS = 100
 # Up to this batch size a step on one thread is as fast as on several threads, which mostly wait for one another.
 _SMALL_BATCH = 128
 _NOT_FINITE = "the loss became NaN or infinite at step"
+# What the names of weights begin with that no item is embedded with.
+_OF_QUERIES_ONLY = ("query_tower/", "query_token_embedding", "user_feature_embedding")
 
 
-def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[str, Any]) -> tf.estimator.EstimatorSpec:
+@dataclasses.dataclass(frozen=True)
+class QuantizerPhase:
+    """The second phase of a training, which trains a quantizer.
+
+    Attributes:
+        values: what the quantizer begins with; None in a process that does not begin it: a worker of a cluster, and a
+            training that resumes from a checkpoint with a quantizer.
+        known: names of the variables in the checkpoint that it begins from, if there are values.
+    """
+
+    values: Quantizer | None = None
+    known: frozenset[str] = frozenset()
+
+
+def model_fn(
+    features: dict[str, Batch | TeacherItems], labels: None, mode: str, params: dict[str, Any]
+) -> tf.estimator.EstimatorSpec:
     """Builds the training graph.
 
     Args:
-        features: {"batch": one batch}.
+        features: {"batch": one batch}, and {"teacher": TeacherItems} for a quantizer that learns from a teacher.
         labels: unused, the positives of the batch are the labels.
         mode: tf.estimator.ModeKeys.TRAIN; inference graphs are built from TwoTower by dpsr_export.
         params: `config` (Config); `features` (FeatureSpec); `num_ps`, the number of parameter servers, 0 for none;
             `item_shares`, float32 [items], each item's share of the positive pairs, needed only if
             `train.log_q_correction` is on; `warm_start`, a function that makes the Scaffold's `init_fn` from the
-            towers, or None.
+            towers, or None; `last_step`, the step at which the session ends, by default `train.steps`; and `quantizer`,
+            a function that returns the QuantizerPhase, or None for a graph without a quantizer.
 
     A step whose loss is NaN or infinite raises InvalidArgumentError (see `loss_problem`) and changes no variable.
 
@@ -55,6 +87,7 @@ def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[s
     spec: FeatureSpec = params["features"]
     batch = features["batch"]
     train = config.train
+    phase: QuantizerPhase | None = params["quantizer"]() if params.get("quantizer") else None
     layout: dict[str, Any] = {"exclusive": not params["num_ps"]}
     if config.cluster.placement == "rows" and params["num_ps"] > 1:
         layout |= {"placement": "rows", "num_shards": params["num_ps"]}
@@ -69,7 +102,13 @@ def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[s
         tf.keras.utils.set_random_seed(train.seed)  # Keras layers do not start from the seed of the graph
     with v1.variable_scope(v1.get_variable_scope(), custom_getter=getter):
         towers = TwoTower(config.model, spec, table=table, layers=FUSED, training=True)
-        loss, metrics = build_loss(config, batch, towers, item_log_q)
+        if phase is None:
+            loss, metrics = build_loss(config, batch, towers, item_log_q)
+    if phase is not None:
+        # Not with the getter, because it would give away values in the place of variables.
+        quantizer = QuantizerLayer(config.quantizer, config.model.embedding_dim)
+        with v1.variable_scope(v1.get_variable_scope(), custom_getter=getter):
+            loss, metrics = build_loss(config, batch, towers, item_log_q, quantizer, features.get("teacher"))
     tables = [table for table in towers.tables.values() if isinstance(table, EmbeddingTable)]
     for name, value in metrics.items():
         v1.summary.scalar(name, value)
@@ -82,26 +121,84 @@ def model_fn(features: dict[str, Batch], labels: None, mode: str, params: dict[s
         summarize=-1,
     )
     with tf.control_dependencies([check]):
-        learning_rate = tf.identity(train.learning_rate)
+        factor = tf.identity(1.0)
         if train.schedule != "constant" or train.warmup_steps:
-            learning_rate *= rate_factor(train, global_step.read_value())
-            v1.summary.scalar("learning_rate", learning_rate)
+            factor = rate_factor(train, global_step.read_value())
+            v1.summary.scalar("learning_rate", factor * train.learning_rate)
+    learning_rate = factor * (train.learning_rate * (config.quantizer.tower_rate if phase else 1.0))
     ratio = train.dense_learning_rate / train.learning_rate
     dense_learning_rate = ratio * learning_rate if ratio else learning_rate
     dense = dense_optimizer(train, dense_learning_rate)
-    train_op = minimize(loss, tables, learning_rate, global_step, dense, dense_learning_rate)
+    is_trained = _is_trained(config.quantizer.towers if phase else "both")
+    train_op = minimize(loss, tables, learning_rate, global_step, dense, dense_learning_rate, is_trained)
     if train.average_decay:
-        train_op = average(train_op, train.average_decay, global_step)
+        averaged = average(train_op, train.average_decay, global_step)
+        # Where the towers stay as they are, so do their averages, which a checkpoint has all the same.
+        train_op = train_op if phase and config.quantizer.towers == "frozen" else averaged
+    if phase:
+        with tf.name_scope("quantizer/"):
+            train_op = tf.group(train_op, quantizer.minimize(loss, factor))
+    last_step = params.get("last_step", train.steps)
     return tf.estimator.EstimatorSpec(
         mode,
         loss=loss,
         train_op=train_op,
         scaffold=v1.train.Scaffold(
-            saver=saver(tables, max_to_keep=_CHECKPOINTS),
+            saver=_saver(tables, phase, quantizer if phase else None, train.average_decay > 0),
             init_fn=params["warm_start"](towers) if params.get("warm_start") else None,
         ),
-        training_hooks=[QuickSteps(train_op, train.steps, train.checkpoint_steps)] if not params["num_ps"] else [],
+        training_hooks=[QuickSteps(train_op, last_step, train.checkpoint_steps)] if not params["num_ps"] else [],
     )
+
+
+def _is_trained(towers: str) -> Callable[[str], bool]:
+    """Returns what tells by its name whether a weight is trained; `towers` is that of QuantizerConfig."""
+    if towers == "both":
+        return lambda name: True
+    return lambda name: towers == "query" and name.startswith(_OF_QUERIES_ONLY)
+
+
+def _saver(
+    tables: Sequence[EmbeddingTable], phase: QuantizerPhase | None, layer: QuantizerLayer | None, has_averages: bool
+) -> tf.compat.v1.train.Saver:
+    """Returns the Saver of a graph. Where a quantizer begins, it restores checkpoints without one too."""
+    if layer is None or phase is None or phase.values is None:
+        return saver(tables, max_to_keep=_CHECKPOINTS)
+    values = (phase.values.rotation, phase.values.coarse, phase.values.codebooks)
+    before = saver(tables, phase.known)
+    averages = take_averages() if has_averages else tf.no_op()
+    own = {id(variable) for variable in layer.variables}
+    new = [v for v in v1.global_variables() if id(v) not in own and name_in_checkpoint(v) not in phase.known]
+    others = v1.variables_initializer(new)
+    given, loads = [], []
+    for variable in layer.variables:
+        with tf.device(variable.device):
+            given.append(v1.placeholder(variable.dtype, variable.shape))
+            loads.append(variable.assign(given[-1], read_value=False))
+
+    def begin(session: tf.compat.v1.Session, checkpoint: str) -> None:
+        before.restore(session, checkpoint)
+        # The quantizer was computed from what the averages embed, so the towers go on from there.
+        session.run(averages)
+        session.run(others)
+        session.run(loads, dict(zip(given, values, strict=True)))
+
+    return saver(tables, kind=functools.partial(_BeginningSaver, begin), max_to_keep=_CHECKPOINTS)
+
+
+class _BeginningSaver(v1.train.Saver):
+    """A Saver that calls `begin` for a checkpoint that has no quantizer, and restores all others as usual."""
+
+    def __init__(self, begin: Callable[[tf.compat.v1.Session, str], None], *args: Any, **arguments: Any):
+        self._begin = begin
+        super().__init__(*args, **arguments)
+
+    def restore(self, session: tf.compat.v1.Session, checkpoint: str) -> None:
+        """Restores a checkpoint, "MODEL/model.ckpt-1000"."""
+        if Quantizer.is_in(checkpoint):
+            super().restore(session, checkpoint)
+        else:
+            self._begin(session, checkpoint)
 
 
 def run_config(model_dir: str, config: Config, cluster: Cluster) -> tf.estimator.RunConfig:
@@ -154,6 +251,27 @@ class FiniteWeights(tf.estimator.CheckpointSaverListener):
         """Raises CommandError if a weight is NaN or infinite."""
         if not session.run(self._finite):
             raise CommandError(f"weights became NaN or infinite at step {global_step_value} and are not saved")
+
+
+class NothingLeft(tf.estimator.SessionRunHook):
+    """Ends a session before its first step if the last step is done already.
+
+    Estimator notices it after a step only. So a worker of a cluster that comes late would do one step too many, and a
+    quantizer could not begin with the very weights of a warm start.
+    """
+
+    def __init__(self, last_step: int):
+        """`last_step` is the global step at which training ends."""
+        self._last_step = last_step
+
+    def after_create_session(self, session: tf.compat.v1.Session, coord: tf.train.Coordinator) -> None:
+        """Reads the step at which the session begins."""
+        self._is_done = int(session.run(v1.train.get_global_step())) >= self._last_step
+
+    def before_run(self, run_context: tf.estimator.SessionRunContext) -> None:
+        """Ends the session as the end of the input does."""
+        if self._is_done:
+            raise tf.errors.OutOfRangeError(None, None, f"step {self._last_step} is done")
 
 
 class QuickSteps(tf.estimator.SessionRunHook):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +20,20 @@ from dpsr_tf.data.examples_dataset import BatchOptions, examples_dataset, traini
 from dpsr_tf.data.store import Store, check_replaceable
 from dpsr_tf.models.features import FeatureSpec
 from dpsr_tf.models.model_directory import ModelDirectory
+from dpsr_tf.models.quantizer import Quantizer
 from dpsr_tf.models.text_encoder import load_encoder
-from dpsr_tf.training import validation
+from dpsr_tf.training import quantizer_start, validation
 from dpsr_tf.training.cluster import Cluster
-from dpsr_tf.training.estimator import FiniteWeights, ProgressBar, loss_problem, model_fn, run_config
+from dpsr_tf.training.estimator import (
+    FiniteWeights,
+    NothingLeft,
+    ProgressBar,
+    QuantizerPhase,
+    loss_problem,
+    model_fn,
+    run_config,
+)
+from dpsr_tf.training.quantizer_start import Teacher
 from dpsr_tf.training.warm_start import SUMS, WarmStart
 
 USAGE = """
@@ -33,6 +45,9 @@ tokens and other values of features.
 """
 
 REQUIRED_FLAGS = ("store", "out")
+
+# Seconds between a worker's looks for the chief's quantizer.
+_POLL = 1.0
 
 
 class LostError(CommandError):
@@ -111,6 +126,13 @@ def read_flags(values: flags.FlagValues) -> tuple[Store, Config, WarmStart | Non
         if values.overwrite and (out.resolve() == old or out.resolve() in old.parents):
             raise UsageError(f"--warm_start={values.warm_start}: --overwrite removes this model; choose another --out")
         warm_start = WarmStart.open(values.warm_start, config, values.warm_start_sums)
+    quantizer_start.check(config, store)
+    is_new = values.overwrite or tf.train.latest_checkpoint(str(out)) is None
+    if config.quantizer.sub_spaces and not config.quantizer.start_step and warm_start is None and is_new:
+        raise UsageError(
+            "quantizer.start_step is 0, so the quantizer would start from random embeddings; give the number of steps "
+            "that train the towers first, or the trained model to begin with, --warm_start=MODEL"
+        )
     if values.overwrite and out.exists():
         check_replaceable(out, "model", "config.yaml")
         shutil.rmtree(out)
@@ -137,6 +159,10 @@ def train(
     warm_start: WarmStart | None = None,
 ) -> ModelDirectory:
     """Trains until the global step is `config.train.steps`, from the last checkpoint if there is one.
+
+    With a quantizer it trains the towers alone until `config.quantizer.start_step`, or not at all if there is a later
+    checkpoint. Then it computes the quantizer's start, and trains on with a second graph. A checkpoint with a quantizer
+    is resumed in the second graph.
 
     Args:
         store: the log.
@@ -175,9 +201,9 @@ def train(
     is_chief = cluster.task_type == "chief"
     summary_dir = str(model.path) if is_chief else None
     bar = ProgressBar(config.train.steps, config.train.batch_size, summary_dir, says_start=not cluster.is_local)
+    training = _Training(model, store, config, cluster, warm_start, bar, listeners)
     try:
-        estimator = _estimator(model, store, config, cluster, warm_start)
-        _run_estimator(estimator, store, config, cluster, bar, listeners)
+        training.run()
     except tf.errors.OpError as error:
         raise _explained(error, model.path, config, cluster) from None
     finally:
@@ -191,61 +217,128 @@ def train(
     return model
 
 
-def _estimator(
-    model: ModelDirectory, store: Store, config: Config, cluster: Cluster, warm_start: WarmStart | None
-) -> tf.estimator.Estimator:
-    return tf.estimator.Estimator(
-        model_fn,
-        config=run_config(str(model.path), config, cluster),
-        params={
-            "config": config,
-            "features": model.features,
-            "num_ps": cluster.num_ps,
-            "item_shares": _item_shares(store, config),
-            # A function, because Estimator copies all other values.
-            "warm_start": warm_start and (lambda towers: warm_start.init_fn(model, towers)),
-        },
-    )
+class _Training:
+    """The sessions of one training in this process."""
 
+    def __init__(
+        self,
+        model: ModelDirectory,
+        store: Store,
+        config: Config,
+        cluster: Cluster,
+        warm_start: WarmStart | None,
+        bar: ProgressBar,
+        listeners: list[tf.estimator.CheckpointSaverListener],
+    ):
+        self._model, self._store, self._config, self._cluster = model, store, config, cluster
+        self._warm_start, self._bar, self._listeners = warm_start, bar, listeners
+        self._item_shares = _item_shares(store, config)
+        self._has_server = cluster.is_local
 
-def _run_estimator(
-    estimator: tf.estimator.Estimator,
-    store: Store,
-    config: Config,
-    cluster: Cluster,
-    bar: ProgressBar,
-    listeners: list[tf.estimator.CheckpointSaverListener],
-) -> None:
-    options = batch_options(config, estimator.params["features"])
-    # The workers share the first steps too.
-    options = dataclasses.replace(options, pretrain_steps=-(-options.pretrain_steps // cluster.num_workers))
+    def run(self) -> None:
+        """Trains to the last step. A parameter server does not return."""
+        steps, quantizer = self._config.train.steps, self._config.quantizer
+        if not quantizer.sub_spaces or self._cluster.task_type == "ps":
+            self._train(steps)
+            return
+        if not self._model.has_quantizer:
+            self._train(quantizer.start_step)
+        if _global_step(self._model.path) < steps:
+            self._train(steps, self._start_quantizer())
 
-    def examples() -> tf.data.Dataset:
-        # The step is read whenever a session is made, also after a loss, so that training resumes at the batch where it
-        # was. Each of several workers takes about every num_workers-th step.
-        step = tf.compat.v1.train.get_global_step() // cluster.num_workers
-        dataset = examples_dataset(
-            store, options, shard_index=cluster.worker_index, num_shards=cluster.num_workers, first_step=step
+    def _start_quantizer(self) -> QuantizerPhase:
+        """Computes what the quantizer begins with, where it has not begun. The workers of a cluster wait for it."""
+        model, is_needed = self._model, Teacher.is_needed(self._config.quantizer)
+        if self._cluster.task_type != "chief":
+            print("waits until the chief has started the quantizer", flush=True)
+            while not _has_quantizer(model) or (is_needed and Teacher.open(model, self._store) is None):
+                time.sleep(_POLL)
+            return QuantizerPhase()
+        checkpoint, begins = tf.train.latest_checkpoint(str(model.path)), not model.has_quantizer
+        # A resumed training has the teacher already, unless it is a copy of the best checkpoint alone.
+        if is_needed and (begins or Teacher.open(model, self._store) is None):
+            Teacher.write(model, self._store, checkpoint)
+        if not begins:
+            return QuantizerPhase()
+        values, line = quantizer_start.start(model, self._store, checkpoint)
+        print(line, flush=True)
+        known = tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map()
+        return QuantizerPhase(values, frozenset(known))
+
+    def _train(self, last_step: int, phase: QuantizerPhase | None = None) -> None:
+        """Trains until the global step is `last_step`, without a quantizer or with one."""
+        model, cluster, warm_start = self._model, self._cluster, self._warm_start
+        estimator = tf.estimator.Estimator(
+            model_fn,
+            config=run_config(str(model.path), self._config, cluster),
+            params={
+                "config": self._config,
+                "features": model.features,
+                "num_ps": cluster.num_ps,
+                "item_shares": self._item_shares,
+                "last_step": last_step,
+                # Functions, because Estimator copies all other values.
+                "warm_start": warm_start and (lambda towers: warm_start.init_fn(model, towers)),
+                "quantizer": phase and (lambda: phase),
+            },
         )
-        return training_input(dataset).prefetch(2)
+        hooks = [NothingLeft(last_step), self._bar]
+        if not cluster.is_local:
+            hooks.append(validation.StopWhenOver(model.path, self._config))
+        # Estimator does not take 0, which makes the checkpoint of a warm start.
+        max_steps = max(1, last_step)
+        if self._has_server:
+            listeners = self._listeners if cluster.task_type == "chief" else None
+            estimator.train(self._examples_of(phase), hooks=hooks, max_steps=max_steps, saving_listeners=listeners)
+            return
+        self._has_server = True
+        tf.estimator.train_and_evaluate(
+            estimator,
+            tf.estimator.TrainSpec(self._examples_of(phase), max_steps, hooks, self._listeners),
+            # It is required, but unused: our evaluator takes the place of Estimator's.
+            tf.estimator.EvalSpec(self._examples_of(phase)),
+        )
 
-    if cluster.is_local:
-        estimator.train(examples, hooks=[bar], max_steps=config.train.steps, saving_listeners=listeners)
-        return
-    hooks = [bar, validation.StopWhenOver(Path(estimator.model_dir), config)]
-    tf.estimator.train_and_evaluate(
-        estimator,
-        tf.estimator.TrainSpec(examples, config.train.steps, hooks, listeners),
-        tf.estimator.EvalSpec(examples),  # required, but unused: our evaluator takes the place of Estimator's
-    )
+    def _examples_of(self, phase: QuantizerPhase | None) -> Callable[[], tf.data.Dataset]:
+        """Returns the input_fn of a graph."""
+        store, config, cluster = self._store, self._config, self._cluster
+        options = batch_options(config, self._model.features)
+        # The workers share the first steps too.
+        options = dataclasses.replace(options, pretrain_steps=-(-options.pretrain_steps // cluster.num_workers))
+        teacher = Teacher.open(self._model, store) if phase and Teacher.is_needed(config.quantizer) else None
+
+        def examples() -> tf.data.Dataset:
+            # The step is read whenever a session is made, also after a loss, so that training resumes at the batch
+            # where it was. Each of several workers takes about every num_workers-th step.
+            step = tf.compat.v1.train.get_global_step() // cluster.num_workers
+            dataset = examples_dataset(
+                store, options, shard_index=cluster.worker_index, num_shards=cluster.num_workers, first_step=step
+            )
+            joined = teacher.join(dataset, config, step, cluster.worker_index) if teacher else training_input(dataset)
+            return joined.prefetch(2)
+
+        return examples
+
+
+def _has_quantizer(model: ModelDirectory) -> bool:
+    try:
+        return model.has_quantizer
+    except (tf.errors.OpError, ValueError):  # the chief replaces this checkpoint
+        return False
 
 
 def _explained(error: tf.errors.OpError, model_dir: Path, config: Config, cluster: Cluster) -> CommandError:
     """Returns the error of a training step with its cause and what to do."""
     if (problem := loss_problem(error)) is not None:
+        rates = f"train.learning_rate, now {config.train.learning_rate:g}"
+        if Quantizer.is_in(tf.train.latest_checkpoint(str(model_dir))):
+            rates = (
+                f"quantizer.learning_rate, now {config.quantizer.learning_rate:g}, and quantizer.coarse_learning_rate, "
+                f"now {config.quantizer.coarse_learning_rate:g}"
+            )
         return CommandError(
-            f"{problem}; the last checkpoint, of step {_global_step(model_dir)}, is sound; lower train.learning_rate, "
-            f"now {config.train.learning_rate:g}, and start anew with another --out or with --overwrite"
+            f"{problem}; the last checkpoint, of step {_global_step(model_dir)}, is sound; lower {rates}, and start "
+            f"anew with another --out or with --overwrite"
         )
     if not cluster.is_local and isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError)):
         return LostError(f"a parameter server was lost: {op_message(error)}; start this task again")

@@ -2,7 +2,8 @@
 
 It writes into the model directory, beside the checkpoints:
 
-validation.jsonl   one line for each measurement: {"step": 2000, "recall@100": 0.41, "queries": 500}
+validation.jsonl   one line for each measurement: {"step": 2000, "recall@100": 0.41, "queries": 500}. Where the
+                   checkpoint has a quantizer, also "quantized": true: recall is then that of T(x), as the index has it
 best/              the best checkpoint so far, as a model directory that any command reads; measured.json has its line
 validation/        the measurements for TensorBoard
 """
@@ -24,6 +25,7 @@ from dpsr_tf.config import Config
 from dpsr_tf.data.store import Store
 from dpsr_tf.models.encoders import exact_search
 from dpsr_tf.models.model_directory import ModelDirectory, copy_model
+from dpsr_tf.models.quantizer import Quantizer
 
 v1 = tf.compat.v1
 
@@ -58,8 +60,12 @@ class Validation:
         records = measurements(self._path, self._config)
         last = records[-1]["step"] if records else 0
         due = step - last > (self._config.validation.every - 0.5) * self._config.train.checkpoint_steps
+        quantized = Quantizer.is_in(str(checkpoint))
+        if quantized and not _is_quantized(records):
+            due = True  # the start of the quantizer, the first that later ones can be better than
+            records = []
         if due or (step >= self._config.train.steps and step > last):
-            self._measure(Path(checkpoint), step, records)
+            self._measure(Path(checkpoint), step, records, quantized)
         return is_over(self._path, self._config)
 
     def watch(self) -> None:
@@ -74,7 +80,7 @@ class Validation:
             if self.after_checkpoint(checkpoint) or _step(checkpoint) >= self._config.train.steps:
                 return
 
-    def _measure(self, checkpoint: Path, step: int, records: list[dict[str, Any]]) -> None:
+    def _measure(self, checkpoint: Path, step: int, records: list[dict[str, Any]], quantized: bool) -> None:
         from dpsr_tf.evaluation.metrics import ranked_metrics
 
         candidate = self._path / _CANDIDATE
@@ -83,9 +89,12 @@ class Validation:
         except FileNotFoundError:  # training has removed this old checkpoint meanwhile
             return
         k, name = self._config.validation.recall_at, metric(self._config)
-        ids, scores = exact_search(candidate, self._store)(self._judgments.queries, self._judgments.users, k)
+        search = exact_search(candidate, self._store, quantized)
+        ids, scores = search(self._judgments.queries, self._judgments.users, k)
         recall = float(ranked_metrics(ids, scores, self._judgments, [k])[f"recall@{k}"].mean())
         record = {"step": step, name: round(recall, 6), "queries": len(self._judgments.queries)}
+        if quantized:
+            record["quantized"] = True
         best = all(record[name] > other[name] for other in records)
         if best:
             (candidate / "measured.json").write_text(json.dumps(record) + "\n")
@@ -99,7 +108,8 @@ class Validation:
         write_text(file, (file.read_text() if file.exists() else "") + json.dumps(record) + "\n")
         self._summarise(name, recall, step)
         tqdm.write(
-            f"validation step {step:,}: {name} {recall:.4f}{', the best so far' if best else ''}"
+            f"validation step {step:,}: {name} {recall:.4f}{' of quantized items' if quantized else ''}"
+            f"{', the best so far' if best else ''}"
         )  # above the bar
 
     def _copy(self, checkpoint: Path, to: Path) -> None:
@@ -128,12 +138,21 @@ def metric(config: Config) -> str:
 
 
 def measurements(model_dir: Path, config: Config) -> list[dict[str, Any]]:
-    """Returns the measurements of a model with this metric, in order of steps."""
+    """Returns the measurements of a model with this metric, in order of steps.
+
+    If there are some with a quantizer, only those: a quantized model finds less than the same model without a
+    quantizer, and is what the training is for.
+    """
     try:
         lines = (model_dir / _RECORDS).read_text().splitlines()
     except FileNotFoundError:
         return []
-    return [record for record in map(json.loads, lines) if metric(config) in record]
+    records = [record for record in map(json.loads, lines) if metric(config) in record]
+    return [record for record in records if record.get("quantized")] or records
+
+
+def _is_quantized(records: list[dict[str, Any]]) -> bool:
+    return any(record.get("quantized") for record in records)
 
 
 def best_of(records: list[dict[str, Any]], config: Config) -> dict[str, Any]:
@@ -142,9 +161,14 @@ def best_of(records: list[dict[str, Any]], config: Config) -> dict[str, Any]:
 
 
 def is_over(model_dir: Path, config: Config) -> bool:
-    """Returns whether the last `validation.patience` measurements brought nothing better (early stopping)."""
+    """Returns whether the last `validation.patience` measurements brought nothing better (early stopping).
+
+    A training that is to have a quantizer does not stop before it.
+    """
     patience, records = config.validation.patience, measurements(model_dir, config)
     if not config.validation.queries or not patience or not records:
+        return False
+    if config.quantizer.sub_spaces and not _is_quantized(records):
         return False
     return len(records) - 1 - records.index(best_of(records, config)) >= patience
 

@@ -19,6 +19,7 @@ import tensorflow as tf
 from dpsr_common.errors import CommandError, UsageError, op_message
 from dpsr_tf.config import Config, ModelConfig
 from dpsr_tf.data.code_book import CodeBook
+from dpsr_tf.models.embedding import name_in_checkpoint
 from dpsr_tf.models.features import CODED_KINDS, Feature, FeatureSpec
 from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.models.two_tower import TwoTower
@@ -160,7 +161,7 @@ class _Loader:
 
     def __init__(self, variable: tf.Variable):
         part = variable._get_save_slice_info()
-        self.name = part.full_name if part else variable.op.name
+        self.name = name_in_checkpoint(variable)
         self.first_row = part.var_offset[0] if part else 0
         self.shape = variable.shape.as_list()
         self.is_trained = any(variable is other for other in v1.trainable_variables())
