@@ -61,13 +61,11 @@ class QuantizerPhase:
     known: frozenset[str] = frozenset()
 
 
-def model_fn(
-    features: dict[str, Batch | TeacherItems], labels: None, mode: str, params: dict[str, Any]
-) -> tf.estimator.EstimatorSpec:
+def model_fn(features: dict[str, Any], labels: None, mode: str, params: dict[str, Any]) -> tf.estimator.EstimatorSpec:
     """Builds the training graph.
 
     Args:
-        features: {"batch": one batch}, and {"teacher": TeacherItems} for a quantizer that learns from a teacher.
+        features: {"batch": a Batch}, and with "teacher": TeacherItems for a quantizer that learns from a teacher.
         labels: unused, the positives of the batch are the labels.
         mode: tf.estimator.ModeKeys.TRAIN; inference graphs are built from TwoTower by dpsr_export.
         params: `config` (Config); `features` (FeatureSpec); `num_ps`, the number of parameter servers, 0 for none;
@@ -85,7 +83,8 @@ def model_fn(
         raise ValueError(f"mode is {mode!r}, expected {tf.estimator.ModeKeys.TRAIN!r}")
     config: Config = params["config"]
     spec: FeatureSpec = params["features"]
-    batch = features["batch"]
+    batch: Batch = features["batch"]
+    teacher: TeacherItems | None = features.get("teacher")
     train = config.train
     phase: QuantizerPhase | None = params["quantizer"]() if params.get("quantizer") else None
     layout: dict[str, Any] = {"exclusive": not params["num_ps"]}
@@ -108,7 +107,7 @@ def model_fn(
         # Not with the getter, because it would give away values in the place of variables.
         quantizer = QuantizerLayer(config.quantizer, config.model.embedding_dim)
         with v1.variable_scope(v1.get_variable_scope(), custom_getter=getter):
-            loss, metrics = build_loss(config, batch, towers, item_log_q, quantizer, features.get("teacher"))
+            loss, metrics = build_loss(config, batch, towers, item_log_q, quantizer, teacher)
     tables = [table for table in towers.tables.values() if isinstance(table, EmbeddingTable)]
     for name, value in metrics.items():
         v1.summary.scalar(name, value)
@@ -186,7 +185,7 @@ def _saver(
     return saver(tables, kind=functools.partial(_BeginningSaver, begin), max_to_keep=_CHECKPOINTS)
 
 
-class _BeginningSaver(v1.train.Saver):
+class _BeginningSaver(tf.compat.v1.train.Saver):
     """A Saver that calls `begin` for a checkpoint that has no quantizer, and restores all others as usual."""
 
     def __init__(self, begin: Callable[[tf.compat.v1.Session, str], None], *args: Any, **arguments: Any):

@@ -348,10 +348,8 @@ class _Search:
 def _queries(model: ModelDirectory, store: Store, checkpoint: str) -> tuple[np.ndarray, np.ndarray]:
     """Draws queries that have a positive pair and tokens. Returns rows int64 [n] and float32 [n, heads, d]."""
     config = model.config.quantizer
-    asked, texts = [], []
-    for file in store.interactions():
-        asked.append(np.diff(file["positive.splits"]) > 0)
-        texts.append((file["query_text.splits"], file["query_text.bytes"]))
+    shards = store.interactions()
+    asked = [np.diff(shard["positive.splits"]) > 0 for shard in shards]
     candidates = np.flatnonzero(np.concatenate(asked))
     generator = np.random.default_rng(model.config.train.seed)
     rows = candidates[_sample(generator, len(candidates), config.teacher_queries)]
@@ -360,16 +358,16 @@ def _queries(model: ModelDirectory, store: Store, checkpoint: str) -> tuple[np.n
     firsts = np.cumsum([0, *map(len, asked)])
     for begin in range(0, len(rows), _BATCH):
         part = rows[begin : begin + _BATCH]
-        files = np.searchsorted(firsts, part, side="right") - 1
-        vectors[begin : begin + _BATCH] = encode(
-            [_text(*texts[file], row - firsts[file]) for file, row in zip(files, part, strict=True)], None
-        )
+        places = np.searchsorted(firsts, part, side="right") - 1
+        texts = [_text(shards[place], row - firsts[place]) for place, row in zip(places, part, strict=True)]
+        vectors[begin : begin + _BATCH] = encode(texts, None)
     known = vectors.any(axis=(1, 2))
     return rows[known], vectors[known]
 
 
-def _text(splits: np.ndarray, data: np.ndarray, row: int) -> str:
-    return data[splits[row] : splits[row + 1]].tobytes().decode()
+def _text(shard: PackedFile, query: int) -> str:
+    begin, end = shard["query_text.splits"][query : query + 2]
+    return bytes(shard["query_text.bytes"][begin:end]).decode()
 
 
 def _about(model: ModelDirectory, store: Store) -> str:

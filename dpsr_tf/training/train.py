@@ -248,6 +248,7 @@ class _Training:
 
     def _start_quantizer(self) -> QuantizerPhase:
         """Computes what the quantizer begins with, where it has not begun. The workers of a cluster wait for it."""
+        self._bar.close()
         model, is_needed = self._model, Teacher.is_needed(self._config.quantizer)
         if self._cluster.task_type != "chief":
             print("waits until the chief has started the quantizer", flush=True)
