@@ -90,11 +90,20 @@ OWN = [
     "train.steps=700",  # with more, powers of Adam's decay underflow, which threads do in two ways
 ]
 
+QUANTIZER = [
+    "quantizer.sub_spaces=4",
+    "quantizer.bits=4",
+    "quantizer.lists=8",
+    "quantizer.start_step=150",
+    "train.average_decay=0.9",
+]
+
 
 @pytest.mark.parametrize(
     ("killed", "more"),
     [
         pytest.param("ps", [], id="ps"),
+        pytest.param("ps", QUANTIZER, id="ps, with a quantizer", marks=pytest.mark.distributed),
         pytest.param("chief", [], id="chief", marks=pytest.mark.distributed),
         pytest.param("ps", OWN, id="ps, with an own encoder, Adam and a schedule", marks=pytest.mark.distributed),
     ],
@@ -111,7 +120,7 @@ def test_one_worker_and_a_kill_are_the_training_of_one_process(launch, shop_stor
     assert cluster.end() == 0, cluster.text()
     local = train(shop_store, config_from_flags(None, [*SMALL, *options]), tmp_path / "local")
     expected, found = weights(local.path), weights(model)
-    assert set(found) == set(expected) and found["global_step"] == (700 if more else 800)
+    assert set(found) == set(expected) and found["global_step"] == (700 if more == OWN else 800)
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
@@ -139,6 +148,34 @@ def test_training_goes_on_without_a_killed_worker(launch, shop_store, tmp_path):
     assert cluster.starts_of("chief 0") == [0], "the chief goes on"
     assert cluster.steps_of("worker 0")[0] > 0
     assert 1500 <= weights(model)["global_step"] <= 1502
+
+
+def test_a_quantizer_is_trained_without_a_killed_worker(launch, shop_store, tmp_path):
+    """The chief starts it, all train it, and the frozen towers stay as they were."""
+    model, options = tmp_path / "model", ["train.steps=2500", "train.checkpoint_steps=100", *QUANTIZER]
+    options.append("cluster.half_on_wire=true")
+    cluster = launch("--ps=2", "--workers=2", f"--store={shop_store.path}", f"--out={model}", *sets(*options))
+    cluster.until_checkpoint(model, 200)
+    assert len(re.findall(r"^chief 0: quantizer starts at step 15\d: 2,000 items", cluster.text(), re.M)) == 1
+    # The chief waits until a new worker trains, so that steps are left for it.
+    chief = cluster.task("chief")
+    os.kill(chief, signal.SIGSTOP)
+    at = last_step(model)
+    cluster.until(lambda: any(step >= at for step in cluster.starts_of("worker 0")))
+    starts = len(cluster.starts_of("worker 0"))
+    cluster.kill("worker")
+    cluster.until(lambda: len(cluster.starts_of("worker 0")) > starts)
+    os.kill(chief, signal.SIGCONT)
+    assert cluster.end() == 0, cluster.text()
+    assert cluster.starts_of("worker 0")[-1] >= at, "it goes on where the others are"
+    assert cluster.steps_of("worker 0")[-1] > 0
+    found = weights(model)
+    assert 2500 <= found["global_step"] <= 2502
+    for name, value in found.items():
+        assert np.isfinite(value).all(), name
+        if f"{name}/ExponentialMovingAverage" in found:
+            np.testing.assert_array_equal(value, found[f"{name}/ExponentialMovingAverage"], err_msg=name)
+    assert found["quantizer/codebooks"].shape == (4, 16, 8) and np.abs(found["quantizer/codebooks/Adam"]).max() > 0
 
 
 @pytest.mark.distributed

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,18 @@ def _click(
         "weight": weight,
         "label": label,
     }
+
+
+@pytest.fixture(scope="session")
+def held_out_store(click_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The clicks of `click_store`, a third of the queries held out; it must not be changed."""
+    path = tmp_path_factory.mktemp("held_out")
+    schema = yaml.safe_load((click_store.path.parent / "shop" / "schema.yaml").read_text())
+    schema["interactions"]["held_out"] = {"query_share": 0.34}
+    shutil.copytree(click_store.path.parent / "shop", path / "shop")
+    (path / "shop" / "schema.yaml").write_text(yaml.safe_dump(schema))
+    assert command_line.main(["ingest", f"--schema={path / 'shop' / 'schema.yaml'}", f"--out={path / 'store'}"]) == 0
+    return Store(path / "store")
 
 
 @pytest.fixture

@@ -13,10 +13,8 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
-import yaml
 from store_builder import queries_of
 
-from dpsr_common import command_line
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_tf.config import (
     ClusterConfig,
@@ -29,7 +27,6 @@ from dpsr_tf.config import (
     save_config,
 )
 from dpsr_tf.data.examples_dataset import Tokens, examples_dataset, training_input
-from dpsr_tf.data.store import Store
 from dpsr_tf.models.embedding import TABLE_VARIABLES, weights_saver
 from dpsr_tf.models.encoders import exact_search
 from dpsr_tf.models.model_directory import ModelDirectory, feature_spec
@@ -617,18 +614,6 @@ def test_a_loss_that_is_not_finite(shop, dpsr, tmp_path):
 
 
 # Validation.
-
-
-@pytest.fixture(scope="module")
-def held_out_store(click_store, tmp_path_factory):
-    """The clicks of `click_store`, a third of the queries held out; it must not be changed."""
-    path = tmp_path_factory.mktemp("held_out")
-    schema = yaml.safe_load((click_store.path.parent / "shop" / "schema.yaml").read_text())
-    schema["interactions"]["held_out"] = {"query_share": 0.34}
-    shutil.copytree(click_store.path.parent / "shop", path / "shop")
-    (path / "shop" / "schema.yaml").write_text(yaml.safe_dump(schema))
-    assert command_line.main(["ingest", f"--schema={path / 'shop' / 'schema.yaml'}", f"--out={path / 'store'}"]) == 0
-    return Store(path / "store")
 
 
 def with_validation(config=CONFIG, **options):
