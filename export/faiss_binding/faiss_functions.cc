@@ -62,6 +62,7 @@ Status FaissFunctions::LookUpFunctions() {
   DPSR_RETURN_IF_ERROR(Find("_ZN5faiss13index_factoryEiPKcNS_10MetricTypeEb", &index_factory));
   DPSR_RETURN_IF_ERROR(Find("_ZN5faiss14IndexFlatCodes3addElPKf", &flat_add));
   DPSR_RETURN_IF_ERROR(Find("_ZN5faiss8IndexIVF5trainElPKf", &ivf_train));
+  DPSR_RETURN_IF_ERROR(Find("_ZN5faiss8IndexIVF3addElPKf", &ivf_add));
   DPSR_RETURN_IF_ERROR(Find("_ZNK5faiss17IndexPreTransform11apply_chainElPKf", &apply_chain));
   DPSR_RETURN_IF_ERROR(Find("_ZN5faiss8IndexIVF15make_direct_mapEb", &make_direct_map));
   DPSR_RETURN_IF_ERROR(Find("_ZN5faiss16ZeroCopyIOReaderC1EPKhm", &construct_memory_reader));

@@ -78,6 +78,7 @@ class FaissFunctions {
   faiss::Index* (*index_factory)(int d, const char* description, FaissMetric metric, bool own_inverted_lists) = nullptr;
   void (*flat_add)(faiss::Index*, int64_t n, const float* x) = nullptr;   // IndexFlat::add
   void (*ivf_train)(faiss::Index*, int64_t n, const float* x) = nullptr;  // IndexIVF::train
+  void (*ivf_add)(faiss::Index*, int64_t n, const float* x) = nullptr;    // IndexIVF::add
   void (*make_direct_map)(faiss::Index*, bool new_maintain) = nullptr;    // of IndexIVF
   const float* (*apply_chain)(const faiss::Index*, int64_t n, const float* x) = nullptr;  // of IndexPreTransform
   // Constructor, destructor and get_data_view of ZeroCopyIOReader.

@@ -96,8 +96,14 @@ FaissMetric FaissIndex::metric() const { return ReadField<FaissMetric>(index_, f
 
 // Search parameters.
 
+bool FaissIndex::obeys_max_codes() const { return ivf_ != nullptr && !faiss_.IsA(ivf_, faiss_.fast_scan_type); }
+
 Status FaissIndex::SetParameters(const std::string& parameters) {
   if (parameters.empty()) return Status();
+  if (parameters.find("max_codes") != std::string::npos && !obeys_max_codes()) {
+    return MakeStatus(StatusCode::kInvalidArgument, "cannot set the search parameters \"", parameters,
+                      "\": max_codes needs inverted lists, and not those of FastScan");
+  }
   return CatchExceptions(StatusCode::kInvalidArgument, StrCat("cannot set the search parameters \"", parameters, "\""),
                          [&] { faiss_.SetIndexParameters(index_, parameters.c_str()); });
 }
@@ -105,6 +111,7 @@ Status FaissIndex::SetParameters(const std::string& parameters) {
 SearchParameters FaissIndex::parameters() const {
   SearchParameters own;
   if (ivf_ != nullptr) own.nprobe = ReadField<int64_t>(ivf_, faiss_layout::kIvfNprobe);
+  if (obeys_max_codes()) own.max_codes = ReadField<int64_t>(ivf_, faiss_layout::kIvfMaxCodes);
   if (hnsw_ != nullptr) own.ef_search = ReadField<int32_t>(hnsw_, faiss_layout::kHnswEfSearch);
   if (refine_ != nullptr) own.k_factor = ReadField<float>(refine_, faiss_layout::kRefineKFactor);
   return own;
@@ -117,6 +124,7 @@ Status FaissIndex::CheckParameters(const SearchParameters& parameters) const {
     bool index_has_it;
   };
   const Parameter all[] = {{"nprobe", parameters.nprobe != 0, ivf_ != nullptr},
+                           {"max_codes", parameters.max_codes != 0, obeys_max_codes()},
                            {"efSearch", parameters.ef_search != 0, hnsw_ != nullptr},
                            {"k_factor_rf", parameters.k_factor != 0, refine_ != nullptr}};
   std::string names;
@@ -156,6 +164,7 @@ const faiss::SearchParameters* FaissIndex::FillObjects(const SearchParameters& p
   if (ivf_ != nullptr) {
     objects->ivf.sel = objects->plain.sel;
     objects->ivf.nprobe = static_cast<size_t>(parameters.nprobe != 0 ? parameters.nprobe : own.nprobe);
+    objects->ivf.max_codes = static_cast<size_t>(parameters.max_codes != 0 ? parameters.max_codes : own.max_codes);
     inner = &objects->ivf;
   } else if (hnsw_ != nullptr) {
     objects->hnsw.sel = objects->plain.sel;
@@ -192,7 +201,13 @@ Status FaissIndex::Search(int64_t n, const float* x, int64_t k, float* distances
   });
 }
 
-Status FaissIndex::CopyToGpu(int device) { return FaissGpuCopy::Create(faiss_, index_, device, &gpu_); }
+Status FaissIndex::CopyToGpu(int device) {
+  if (parameters().max_codes != 0) {
+    return MakeStatus(StatusCode::kFailedPrecondition, "the index has the search parameter max_codes=",
+                      parameters().max_codes, ", which a search on a GPU does not obey");
+  }
+  return FaissGpuCopy::Create(faiss_, index_, device, &gpu_);
+}
 
 Status FaissIndex::Reconstruct(Span<const int64_t> positions,
                                const std::function<void(int64_t, const float*)>& use) const {

@@ -52,7 +52,8 @@ class FaissIndex {
   FaissMetric metric() const;
 
   // Sets search parameters, in the syntax of faiss::ParameterSpace: "nprobe=32", "efSearch=64",
-  // "nprobe=64,k_factor_rf=4". Empty text changes nothing. Errors: InvalidArgument, with FAISS's own words.
+  // "nprobe=64,max_codes=20000", "nprobe=64,k_factor_rf=4". Empty text changes nothing. Errors: InvalidArgument, with
+  // FAISS's own words (or a max_codes, which FastScan lists do not obey).
   Status SetParameters(const std::string& parameters);
   // Returns the parameters in force. Those that this kind of index does not have are 0.
   SearchParameters parameters() const;
@@ -62,7 +63,8 @@ class FaissIndex {
   // Copies the index to a GPU. From then on it is searched there, one call at a time. Searches that the GPU does not
   // support still run on the CPU: among allowed positions, with parameters for one call, or for more than
   // kMaxGpuResults results. To be called at most once, before any search. Errors: FailedPrecondition (a FAISS without
-  // GPUs, no such device, an index of a kind that GPUs do not have, no memory); the index is then as before.
+  // GPUs, no such device, an index of a kind that GPUs do not have, no memory, a max_codes of the index, which a GPU
+  // does not obey); the index is then as before.
   static constexpr int64_t kMaxGpuResults = 2048;
   Status CopyToGpu(int device);
 
@@ -80,9 +82,11 @@ class FaissIndex {
   // failed).
   Status Reconstruct(Span<const int64_t> positions, const std::function<void(int64_t, const float*)>& use) const;
 
-  // Inverted lists. All of these need has_lists(). FastScan lists, whose codes are interleaved, cannot be read; neither
+  // Inverted lists. All of the following but is_ivf need has_lists(). FastScan lists, whose codes are interleaved, cannot be read; neither
   // are the lists below a refinement, because their codes do not decide the final score.
   bool has_lists() const { return lists_ != nullptr; }
+  // Returns whether there are inverted lists of any kind.
+  bool is_ivf() const { return ivf_ != nullptr; }
   int64_t num_lists() const;
   int64_t list_size(int64_t list) const;
   // Copies the positions of the items in a list to ids [list_size].
@@ -105,6 +109,8 @@ class FaissIndex {
 
   FaissIndex(const FaissFunctions& faiss, faiss::Index* index, std::unique_ptr<MappedFile> file);
   void FindParts();
+  // Returns whether searches obey max_codes. FastScan scores the codes of a list in blocks, and does not count them.
+  bool obeys_max_codes() const;
   const faiss::SearchParameters* FillObjects(const SearchParameters& parameters, const PositionSet* allowed,
                                              ParameterObjects* objects) const;
 

@@ -26,7 +26,8 @@ struct SearchParameters {
 
 struct SearchParametersIVF : SearchParameters {
   size_t nprobe = 1;
-  unsigned char others[248] = {};  // more limits, where 0 means none, and pointers
+  size_t max_codes = 0;            // 0 means no limit
+  unsigned char others[240] = {};  // pointers
 };
 
 struct SearchParametersHNSW : SearchParameters {
@@ -60,6 +61,7 @@ inline constexpr size_t kIndexMetricType = 28;
 inline constexpr size_t kIvfQuantizer = 48;  // of IndexIVF
 inline constexpr size_t kIvfNlist = 56;
 inline constexpr size_t kIvfNprobe = 144;
+inline constexpr size_t kIvfMaxCodes = 152;
 inline constexpr size_t kIvfInvlists = 160;
 inline constexpr size_t kInvertedListsNlist = 8;
 inline constexpr size_t kInvertedListsCodeSize = 16;

@@ -14,12 +14,13 @@ constexpr double kLargestValue = 1e9;
 std::string ParseOne(const std::string& part, SearchParameters* parameters) {
   const size_t equals = std::min(part.find('='), part.size());
   const std::string name = part.substr(0, equals);
-  // nprobe and efSearch are whole numbers. k_factor_rf is not.
-  int64_t* const whole = name == "nprobe"     ? &parameters->nprobe
-                         : name == "efSearch" ? &parameters->ef_search
-                                              : nullptr;
+  // All of them are whole numbers, except k_factor_rf.
+  int64_t* const whole = name == "nprobe"      ? &parameters->nprobe
+                         : name == "efSearch"  ? &parameters->ef_search
+                         : name == "max_codes" ? &parameters->max_codes
+                                               : nullptr;
   if (whole == nullptr && name != "k_factor_rf") {
-    return StrCat("\"", name, "\" is not one of nprobe, efSearch, k_factor_rf");
+    return StrCat("\"", name, "\" is not one of nprobe, max_codes, efSearch, k_factor_rf");
   }
   double value = 0;
   const char* const first = part.data() + std::min(equals + 1, part.size());
@@ -67,6 +68,7 @@ Status SearchParameters::Parse(const std::string& text, SearchParameters* parame
 
 Status SearchParameters::CheckBounds(const SearchParameters& bounds) const {
   DPSR_RETURN_IF_ERROR(CheckBound("nprobe", nprobe, bounds.nprobe));
+  if (bounds.max_codes != 0) DPSR_RETURN_IF_ERROR(CheckBound("max_codes", max_codes, bounds.max_codes));
   DPSR_RETURN_IF_ERROR(CheckBound("efSearch", ef_search, bounds.ef_search));
   return CheckBound("k_factor_rf", k_factor, bounds.k_factor);
 }

@@ -1,5 +1,6 @@
 #include "export/faiss_binding/self_test.h"
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <memory>
@@ -106,11 +107,12 @@ constexpr int64_t kParameter = 77;
 
 std::string TestIvfFields(const FaissFunctions& faiss) {
   const OwnedIndex index = MakeIndex(faiss, 4, "IVF3,SQ8");
-  faiss.SetIndexParameters(index.get(), "nprobe=77");
+  faiss.SetIndexParameters(index.get(), "nprobe=77,max_codes=78");
   const bool types = faiss.IsA(index.get(), faiss.ivf_type) && !faiss.IsA(index.get(), faiss.hnsw_type) &&
                      !faiss.IsA(index.get(), faiss.fast_scan_type);
   if (!types || ReadField<int64_t>(index.get(), faiss_layout::kIvfNlist) != 3 ||
-      ReadField<int64_t>(index.get(), faiss_layout::kIvfNprobe) != kParameter) {
+      ReadField<int64_t>(index.get(), faiss_layout::kIvfNprobe) != kParameter ||
+      ReadField<int64_t>(index.get(), faiss_layout::kIvfMaxCodes) != kParameter + 1) {
     return "the fields of IndexIVF are not where they are expected";
   }
   const auto* quantizer = ReadField<const faiss::Index*>(index.get(), faiss_layout::kIvfQuantizer);
@@ -174,12 +176,22 @@ std::string TestSearchParameters(const FaissFunctions& faiss) {
   ivf_parameters.nprobe = 0;
   const bool refuses_nprobe = !accepts(ivf, ivf_parameters);
   ivf_parameters.nprobe = 1;
+  faiss.ivf_add(ivf.get(), 2, vectors.data());
+  // Returns the number of results of a search that may score this many codes.
+  const auto found_within = [&](size_t max_codes) {
+    ivf_parameters.max_codes = max_codes;
+    std::array<float, 2> distances = {};
+    std::array<int64_t, 2> labels = {};
+    faiss.Search(ivf.get(), 1, kQuery, 2, distances.data(), labels.data(), &ivf_parameters);
+    return std::count_if(labels.begin(), labels.end(), [](int64_t position) { return position >= 0; });
+  };
+  const bool has_budget = found_within(1) == 1 && found_within(0) == 2;
   const OwnedIndex refine = MakeIndex(faiss, 4, "Flat,RFlat");
   faiss::IndexRefineSearchParameters refine_parameters;
   refine_parameters.k_factor = 0.5f;
   const bool refuses_k_factor = !accepts(refine, refine_parameters);
   refine_parameters.k_factor = 1;
-  if (refuses_nprobe && accepts(ivf, ivf_parameters) && refuses_k_factor && accepts(refine, refine_parameters)) {
+  if (refuses_nprobe && has_budget && accepts(ivf, ivf_parameters) && refuses_k_factor && accepts(refine, refine_parameters)) {
     return "";
   }
   return "its search parameters are not as expected";

@@ -29,6 +29,7 @@ constexpr char kItemIdsKind[] = "item_ids";
 constexpr char kItemIdsSection[] = "id";
 constexpr char kIndexBytesSection[] = "index.bytes";
 constexpr char kIndexChecksumSection[] = "index.checksum";
+constexpr char kIndexEntriesSection[] = "index.entries";  // may be absent
 
 constexpr char kDeviceVariable[] = "DPSR_FAISS_DEVICE";
 
@@ -37,6 +38,8 @@ constexpr int64_t kMaxResultsPerCall = int64_t{1} << 27;
 // With at least this many searches (rows * heads), a call uses the intra-op threads. With fewer, handing over costs
 // more than it gains.
 constexpr int64_t kMinParallelSearches = 8;
+// Largest number of lists that an item may be in.
+constexpr uint64_t kMaxEntries = 2;
 // The rough time of a search. It is large enough for each row of a batch to become its own piece of work.
 constexpr int64_t kNanosecondsPerHead = 1000000;
 
@@ -129,8 +132,20 @@ Status OpenItemIds(const LoadArguments& arguments, ItemIndex* items) {
     return MakeStatus(StatusCode::kDataLoss, filename, ": ", kIndexBytesSection, " and ", kIndexChecksumSection,
                       " have ", bytes.size(), " and ", checksum.size(), " values, expected one each");
   }
+  int64_t entries = 1;
+  if (file.Find(kIndexEntriesSection) != nullptr) {
+    Span<const uint64_t> section;
+    DPSR_RETURN_IF_ERROR(file.Get(kIndexEntriesSection, &section));
+    if (section.size() != 1 || section[0] < 1 || section[0] > kMaxEntries) {
+      return MakeStatus(StatusCode::kDataLoss, filename, ": ", kIndexEntriesSection, " has ", section.size(),
+                        " values", section.size() == 1 ? StrCat(", ", section[0]) : "",
+                        ", expected one value from 1 to ", kMaxEntries);
+    }
+    entries = static_cast<int64_t>(section[0]);
+  }
   DPSR_RETURN_IF_ERROR(FaissIndex::CheckFile(arguments.index_filename, bytes[0], checksum[0]));
   const Status ids_ok = ItemIds::Check(ids, &items->item_ids);
+  items->item_ids.entries = entries;
   return ids_ok.ok() ? ids_ok : MakeStatus(ids_ok.code(), filename, ": ", ids_ok.message());
 }
 
@@ -180,16 +195,19 @@ Status LoadItemIndex(const LoadArguments& arguments, std::shared_ptr<const ItemI
   DPSR_RETURN_IF_ERROR(index.SetParameters(arguments.parameters));
   DPSR_RETURN_IF_ERROR(SearchParameters::Parse(arguments.max_parameters, &items->max_parameters));
   DPSR_RETURN_IF_ERROR(index.CheckParameters(items->max_parameters));
-  if (static_cast<int64_t>(items->item_ids.ids.size()) != index.ntotal()) {
-    return MakeStatus(StatusCode::kFailedPrecondition, arguments.item_ids_filename, " holds ", items->item_ids.ids.size(),
-                      " item ids, but the FAISS index ", index_filename, " holds ", index.ntotal(),
+  const auto num_items = static_cast<int64_t>(items->item_ids.ids.size());
+  const int64_t entries = items->item_ids.entries;
+  if (num_items * entries != index.ntotal()) {
+    return MakeStatus(StatusCode::kFailedPrecondition, arguments.item_ids_filename, " holds ", num_items,
+                      " item ids", entries > 1 ? StrCat(" with ", entries, " entries each") : "",
+                      ", but the FAISS index ", index_filename, " holds ", index.ntotal(),
                       " vectors: they belong to different exports");
   }
-  const Status lists_ok = FilteredSearch::Create(&index, &items->filtered);
+  const Status lists_ok = FilteredSearch::Create(&index, &items->filtered, entries);
   if (!lists_ok.ok()) {
     return MakeStatus(lists_ok.code(), "the FAISS index ", index_filename, ": ", lists_ok.message());
   }
-  DPSR_RETURN_IF_ERROR(ItemFilters::Open(arguments.attributes_filename, index.ntotal(),
+  DPSR_RETURN_IF_ERROR(ItemFilters::Open(arguments.attributes_filename, num_items,
                                          items->item_ids_file->fingerprint(), items->filtered->order(),
                                          &items->filters));
   DPSR_RETURN_IF_ERROR(UseDevice(&index));
@@ -442,12 +460,13 @@ are missing, damaged, or do not belong together are refused.
 
 index_filename: A file that faiss.write_index wrote; positions are its labels.
 item_ids_filename: A packed file of the kind "item_ids" with sections "id", int64 [ntotal], all >= 0, and "index.bytes"
-  and "index.checksum", uint64 [1]: size and XXH3 of the index file.
+  and "index.checksum", uint64 [1]: size and XXH3 of the index file. If the index holds each position in two lists,
+  "index.entries", uint64 [1], is 2.
 attributes_filename: A packed file of the kind "item_attributes", which filters are evaluated on; empty if there is
   none.
 parameters: Search parameters as faiss.ParameterSpace names them, for example "nprobe=32".
-max_parameters: The parameters that a request may set (nprobe, efSearch, k_factor_rf), with their largest values; empty
-  means none.
+max_parameters: The parameters that a request may set (nprobe, max_codes, efSearch, k_factor_rf), with their largest
+  values; empty means none. max_codes may always be set if the index has lists that obey it.
 dim: The dimension of the queries. An index with another dimension is refused. 0 accepts any dimension.
 mmap: Map the index instead of reading it into memory.
 )doc");

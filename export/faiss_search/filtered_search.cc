@@ -128,12 +128,16 @@ class FilteredSearch::BestItems {
   float floor_ = -std::numeric_limits<float>::infinity();
 };
 
-Status FilteredSearch::Create(FaissIndex* index, std::unique_ptr<FilteredSearch>* search) {
+Status FilteredSearch::Create(FaissIndex* index, std::unique_ptr<FilteredSearch>* search, int64_t entries) {
   if (index->ntotal() > std::numeric_limits<int32_t>::max()) {
     return MakeStatus(StatusCode::kFailedPrecondition, "the index has ", index->ntotal(), " items, expected at most ",
                       std::numeric_limits<int32_t>::max(), ": spread the items over several shards");
   }
-  std::unique_ptr<FilteredSearch> created(new FilteredSearch(*index));
+  if (entries > 1 && (!index->is_ivf() || index->can_reconstruct())) {
+    return MakeStatus(StatusCode::kFailedPrecondition, "the index has ", entries,
+                      " entries for each item, expected one: it has no inverted lists, or refines their results");
+  }
+  std::unique_ptr<FilteredSearch> created(new FilteredSearch(*index, entries));
   if (index->has_lists()) DPSR_RETURN_IF_ERROR(created->ReadLists(index));
   DPSR_RETURN_IF_ERROR(created->CompareScores());
   *search = std::move(created);
@@ -146,7 +150,8 @@ Status FilteredSearch::ReadLists(FaissIndex* index) {
   order_.group_begins.reserve(lists + 1);
   order_.group_begins.push_back(0);
   order_.positions.reserve(ntotal);
-  std::vector<bool> seen(ntotal, false);
+  const int64_t items = num_items();
+  std::vector<uint8_t> seen(items, 0);  // number of entries of each position
   std::vector<int64_t> ids;
   bool in_order = true;
   for (int64_t list = 0; list < lists; ++list) {
@@ -157,11 +162,11 @@ Status FilteredSearch::ReadLists(FaissIndex* index) {
     ids.resize(size);
     index_.ReadListIds(list, ids.data());
     for (int64_t i = 0; i < size; ++i) {
-      if (ids[i] < 0 || ids[i] >= ntotal || seen[ids[i]]) {
-        return MakeStatus(StatusCode::kDataLoss, "its labels are not the positions 0 to ", ntotal - 1, " (there is ",
+      if (ids[i] < 0 || ids[i] >= items || seen[ids[i]] == entries_) {
+        return MakeStatus(StatusCode::kDataLoss, "its labels are not the positions 0 to ", items - 1, " (there is ",
                           ids[i], "): it is damaged, or was built with ids instead of positions");
       }
-      seen[ids[i]] = true;
+      ++seen[ids[i]];
       in_order = in_order && ids[i] == static_cast<int64_t>(order_.positions.size());
       order_.positions.push_back(static_cast<int32_t>(ids[i]));
     }
@@ -169,10 +174,11 @@ Status FilteredSearch::ReadLists(FaissIndex* index) {
     list_codes_.push_back(index_.list_codes(list));
   }
   // Vectors that hold a NaN are in no list. They get the last slots, which belong to no group, so no search reads them.
-  for (int64_t position = 0; order_.group_begins.back() < ntotal && position < ntotal; ++position) {
-    if (seen[position]) continue;
-    in_order = in_order && position == static_cast<int64_t>(order_.positions.size());
-    order_.positions.push_back(static_cast<int32_t>(position));
+  for (int64_t position = 0; order_.group_begins.back() < ntotal && position < items; ++position) {
+    for (; seen[position] < entries_; ++seen[position]) {
+      in_order = in_order && position == static_cast<int64_t>(order_.positions.size());
+      order_.positions.push_back(static_cast<int32_t>(position));
+    }
   }
   if (in_order) order_.positions = {};
   centroids_.resize(lists * index_.list_dim());
@@ -190,9 +196,9 @@ Status FilteredSearch::CompareScores() const {
   std::vector<float> scores(k);
   std::vector<int64_t> positions(k);
   DPSR_RETURN_IF_ERROR(index_.Search(1, x.data(), k, scores.data(), positions.data()));
-  std::vector<bool> found_there(ntotal, false);
+  std::vector<bool> found_there(num_items(), false);
   for (const int64_t position : positions) {
-    if (position >= 0 && position < ntotal) found_there[position] = true;
+    if (position >= 0 && position < num_items()) found_there[position] = true;
   }
   ItemMask mask;
   mask.words.assign((ntotal + kBits - 1) / kBits, 0);
@@ -206,17 +212,21 @@ Status FilteredSearch::CompareScores() const {
       ++mask.count;
     }
   }
-  std::vector<float> again(k);
-  std::vector<int64_t> positions_again(k);
-  DPSR_RETURN_IF_ERROR(Search(x.data(), k, mask, {}, again.data(), positions_again.data()));
+  // All entries of these items.
+  const int64_t all = std::max(k, mask.count);
+  std::vector<float> again(all);
+  std::vector<int64_t> positions_again(all);
+  DPSR_RETURN_IF_ERROR(Search(x.data(), all, mask, {}, again.data(), positions_again.data()));
   for (int64_t i = 0; i < k; ++i) {
     if (positions[i] < 0 || !std::isfinite(scores[i])) continue;
-    const auto found = std::find(positions_again.begin(), positions_again.end(), positions[i]);
-    const float score = found == positions_again.end() ? std::numeric_limits<float>::quiet_NaN()
-                                                       : again[found - positions_again.begin()];
-    if (!(std::fabs(score - scores[i]) <= kRounding * std::max(1.0f, std::fabs(scores[i])))) {
+    float nearest = std::numeric_limits<float>::quiet_NaN();  // of the scores of the item's entries
+    for (int64_t j = 0; j < all; ++j) {
+      if (positions_again[j] != positions[i]) continue;
+      if (!(std::fabs(nearest - scores[i]) <= std::fabs(again[j] - scores[i]))) nearest = again[j];
+    }
+    if (!(std::fabs(nearest - scores[i]) <= kRounding * std::max(1.0f, std::fabs(scores[i])))) {
       return MakeStatus(StatusCode::kDataLoss, "position ", positions[i], " scores ", scores[i],
-                        " in a search by FAISS, but ", score, " in its lists: the index is damaged");
+                        " in a search by FAISS, but ", nearest, " in its lists: the index is damaged");
     }
   }
   return Status();
@@ -224,7 +234,9 @@ Status FilteredSearch::CompareScores() const {
 
 Status FilteredSearch::Search(const float* x, int64_t k, const ItemMask& mask, const SearchParameters& parameters,
                               float* scores, int64_t* positions) const {
-  const int64_t wanted = mask.keep ? k : std::min(k, mask.count);
+  // Without lists that can be read, a mask has one bit for all entries of an item.
+  const int64_t passing_entries = index_.has_lists() ? mask.count : mask.count * entries_;
+  const int64_t wanted = mask.keep ? k : std::min(k, passing_entries);
   BestItems best(std::max<int64_t>(wanted, 1));
   if (wanted == 0) {
     best.Write(order_.positions, k, scores, positions);
@@ -233,12 +245,13 @@ Status FilteredSearch::Search(const float* x, int64_t k, const ItemMask& mask, c
   if (index_.has_lists()) {
     SearchParameters effort = parameters;
     if (effort.nprobe == 0) effort.nprobe = index_.parameters().nprobe;
+    if (effort.max_codes == 0) effort.max_codes = index_.parameters().max_codes;
     DPSR_RETURN_IF_ERROR(SearchLists(x, mask, effort, &best));
     best.Write(order_.positions, k, scores, positions);
     return Status();
   }
   const auto passing = static_cast<double>(mask.count);
-  const double steps = static_cast<double>(k) * static_cast<double>(index_.ntotal()) / passing;
+  const double steps = static_cast<double>(k) * static_cast<double>(num_items()) / passing;
   const bool one_by_one = mask.count <= kFewItems || passing <= kStepOverScore * steps;
   if (!one_by_one || !index_.can_reconstruct()) {
     SearchParameters effort = parameters;
@@ -259,9 +272,10 @@ Status FilteredSearch::Search(const float* x, int64_t k, const ItemMask& mask, c
 // Lets FAISS search with a selector. The fewer items pass, the more lists or candidates it gets.
 Status FilteredSearch::SearchSelected(const float* x, int64_t k, const ItemMask& mask,
                                       const SearchParameters& parameters, float* scores, int64_t* positions) const {
-  const double over_share = static_cast<double>(index_.ntotal()) / static_cast<double>(mask.count);
+  const double over_share = static_cast<double>(num_items()) / static_cast<double>(mask.count);
   SearchParameters effort = index_.parameters();
   if (parameters.k_factor != 0) effort.k_factor = parameters.k_factor;
+  if (parameters.max_codes != 0) effort.max_codes = parameters.max_codes;
   if (effort.nprobe != 0) {
     const int64_t lists = parameters.nprobe != 0 ? parameters.nprobe : effort.nprobe;
     effort.nprobe = static_cast<int64_t>(std::min(std::ceil(static_cast<double>(lists) * over_share),
@@ -289,20 +303,26 @@ Status FilteredSearch::SearchLists(const float* x, const ItemMask& mask, const S
   Lists lists = ListsOf(query.data(), mask);
   const double unfiltered = static_cast<double>(parameters.nprobe) * static_cast<double>(index_.ntotal()) /
                             static_cast<double>(index_.num_lists());
-  const int64_t wanted = std::max(best->k(), static_cast<int64_t>(std::min(unfiltered, 1e18)));
+  // The number of items that may still be scored.
+  int64_t budget = parameters.max_codes == 0 ? std::numeric_limits<int64_t>::max()
+                                             : std::max(best->k(), parameters.max_codes);
+  const int64_t wanted = std::min(budget, std::max(best->k(), static_cast<int64_t>(std::min(unfiltered, 1e18))));
   PassingItems passing;
   std::vector<size_t> ends;
-  // Scores the items that pass in the lists from `begin` on, until there are `enough` or the lists end. Moves `begin`
-  // behind these lists. If few items pass, their codes are far apart in memory. So all of them are collected before the
+  // Scores the items that pass in the lists from `begin` on, until there are `enough`, the budget is spent, or the lists
+  // end. Moves `begin` behind these lists. If few items pass, their codes are far apart in memory. So all of them are collected before the
   // first one is scored, and prefetched.
   const auto score = [&](Lists::iterator* begin, Lists::iterator end, double enough) {
     passing.codes.clear();
     passing.slots.clear();
     ends.clear();
-    for (auto list = *begin; list != end && static_cast<double>(passing.codes.size()) < enough; ++list) {
+    const double most = std::min(enough, static_cast<double>(budget));
+    for (auto list = *begin; list != end && static_cast<double>(passing.codes.size()) < most; ++list) {
       FindPassing(list->list, mask, &passing);
+      if (static_cast<int64_t>(passing.codes.size()) > budget) passing.codes.resize(budget);
       ends.push_back(passing.codes.size());
     }
+    budget -= static_cast<int64_t>(passing.codes.size());
     size_t i = 0;
     for (const size_t list_end : ends) {
       if (i < list_end) scanner->SetList((*begin)->list, (*begin)->centroid_score);
@@ -319,7 +339,7 @@ Status FilteredSearch::SearchLists(const float* x, const ItemMask& mask, const S
   };
 
   auto begin = lists.begin();
-  if (mask.count <= std::max(wanted, kFewItems)) {
+  if (mask.count <= std::max(wanted, std::min(budget, kFewItems))) {
     score(&begin, lists.end(), std::numeric_limits<double>::infinity());
     return Status();
   }
@@ -327,9 +347,9 @@ Status FilteredSearch::SearchLists(const float* x, const ItemMask& mask, const S
   const double portion = static_cast<double>(wanted) / 2;
   double ahead = mask.keep ? static_cast<double>(wanted) : portion;
   auto near = begin;  // the lists in [begin, near) are the nearest of those that are left
-  while (begin != lists.end() && scored < kMostTimes * wanted) {
+  while (begin != lists.end() && budget > 0 && scored < kMostTimes * wanted) {
     double in_portion = 0;
-    while (begin != lists.end() && in_portion < portion) {
+    while (begin != lists.end() && budget > 0 && in_portion < portion) {
       if (begin == near) {
         near = Nearest(ahead, begin, lists.end());
         if (mask.keep) {

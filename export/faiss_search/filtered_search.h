@@ -28,6 +28,9 @@
 
 namespace dpsr {
 
+// In an index with lists, an item has one entry, or one in each of several lists. All numbers of items below are then
+// numbers of entries, and a search finds the same item several times.
+//
 // Immutable and thread-safe.
 class FilteredSearch {
  public:
@@ -35,23 +38,26 @@ class FilteredSearch {
   static constexpr int64_t kFewItems = 8192;
 
   // Reads the order of the items in the index, and checks that its own scores agree with FAISS's. The index must
-  // outlive the object.
-  // Errors: DataLoss (labels that are not the positions 0 to ntotal - 1, scores that differ), FailedPrecondition (more
-  // than 2^31 - 1 items), Internal (FAISS failed).
-  static Status Create(FaissIndex* index, std::unique_ptr<FilteredSearch>* search);
+  // outlive the object. It has `entries` entries for each item, so its labels are the positions 0 to ntotal / entries -
+  // 1, each `entries` times.
+  // Errors: DataLoss (other labels, scores that differ), FailedPrecondition (more than 2^31 - 1 entries, several entries
+  // for an item in an index without lists), Internal (FAISS failed).
+  static Status Create(FaissIndex* index, std::unique_ptr<FilteredSearch>* search, int64_t entries = 1);
 
   // Returns how masks number the items.
   const ItemOrder& order() const { return order_; }
 
   // Searches like FaissIndex::Search, with one query and one thread, among the items of `mask`. Finds min(k,
-  // mask.count) items, in any order. The rest of scores [k] and positions [k] is padded with position -1.
+  // mask.count) items, in any order. The rest of scores [k] and positions [k] is padded with position -1. With a
+  // max_codes, a search of lists scores at most so many items, or k if that is more.
   Status Search(const float* x, int64_t k, const ItemMask& mask, const SearchParameters& parameters, float* scores,
                 int64_t* positions) const;
 
  private:
   class BestItems;
 
-  explicit FilteredSearch(const FaissIndex& index) : index_(index) {}
+  FilteredSearch(const FaissIndex& index, int64_t entries) : index_(index), entries_(entries) {}
+  int64_t num_items() const { return index_.ntotal() / entries_; }
   Status ReadLists(FaissIndex* index);
   Status CompareScores() const;
   Status SearchLists(const float* x, const ItemMask& mask, const SearchParameters& parameters, BestItems* best) const;
@@ -77,6 +83,7 @@ class FilteredSearch {
   static Lists::iterator Nearest(double wanted, Lists::iterator begin, Lists::iterator end);
 
   const FaissIndex& index_;
+  const int64_t entries_;  // of each item
   ItemOrder order_;
   std::vector<float> centroids_;            // [lists, list_dim]
   std::vector<const uint8_t*> list_codes_;  // [lists]

@@ -371,7 +371,12 @@ struct ItemFilters::Column {
   // Copies values and splits from the order of positions into the order of slots.
   template <typename T>
   void Reorder(const std::vector<int32_t>& positions, Span<const T>* values) {
-    own_values.resize(values->size() * sizeof(T));
+    size_t count = positions.size();
+    if (!splits.empty()) {
+      count = 0;
+      for (const int32_t position : positions) count += splits[position + 1] - splits[position];
+    }
+    own_values.resize(count * sizeof(T));
     T* const to = reinterpret_cast<T*>(own_values.data());
     if (splits.empty()) {
       for (size_t slot = 0; slot < positions.size(); ++slot) to[slot] = (*values)[positions[slot]];
@@ -379,13 +384,13 @@ struct ItemFilters::Column {
       own_splits.assign(1, 0);
       own_splits.reserve(positions.size() + 1);
       for (const int32_t position : positions) {
-        const int64_t count = splits[position + 1] - splits[position];
-        std::copy_n(values->data() + splits[position], count, to + own_splits.back());
-        own_splits.push_back(own_splits.back() + count);
+        const int64_t values_here = splits[position + 1] - splits[position];
+        std::copy_n(values->data() + splits[position], values_here, to + own_splits.back());
+        own_splits.push_back(own_splits.back() + values_here);
       }
       splits = Span<const int64_t>(own_splits.data(), own_splits.size());
     }
-    *values = Span<const T>(to, values->size());
+    *values = Span<const T>(to, count);
   }
 };
 
@@ -437,14 +442,15 @@ struct ItemFilters::Predicate {
   }
 };
 
-ItemFilters::ItemFilters(int64_t items, std::vector<int64_t> group_begins, size_t cache_bytes)
-    : items_(items), group_begins_(std::move(group_begins)), cache_bytes_(cache_bytes) {}
+ItemFilters::ItemFilters(int64_t slots, std::vector<int64_t> group_begins, size_t cache_bytes)
+    : slots_(slots), group_begins_(std::move(group_begins)), cache_bytes_(cache_bytes) {}
 
 ItemFilters::~ItemFilters() = default;
 
 Status ItemFilters::Open(const std::string& path, int64_t items, uint64_t item_ids_fingerprint, const ItemOrder& order,
                          std::unique_ptr<ItemFilters>* filters, size_t cache_bytes) {
-  std::unique_ptr<ItemFilters> opened(new ItemFilters(items, order.group_begins, cache_bytes));
+  const int64_t slots = order.positions.empty() ? items : static_cast<int64_t>(order.positions.size());
+  std::unique_ptr<ItemFilters> opened(new ItemFilters(slots, order.group_begins, cache_bytes));
   if (!path.empty()) {
     DPSR_RETURN_IF_ERROR(PackedFile::Open(path, kKind, /*verify=*/true, &opened->file_));
     Span<const uint64_t> fingerprint;
@@ -455,14 +461,14 @@ Status ItemFilters::Open(const std::string& path, int64_t items, uint64_t item_i
     }
     for (const PackedFile::Section& section : opened->file_->sections()) {
       if (section.name.rfind(kValues, 0) != 0) continue;
-      DPSR_RETURN_IF_ERROR(opened->AddColumn(section.name.substr(sizeof(kValues) - 1), order.positions));
+      DPSR_RETURN_IF_ERROR(opened->AddColumn(section.name.substr(sizeof(kValues) - 1), items, order.positions));
     }
   }
   *filters = std::move(opened);
   return Status();
 }
 
-Status ItemFilters::AddColumn(const std::string& name, const std::vector<int32_t>& positions) {
+Status ItemFilters::AddColumn(const std::string& name, int64_t items, const std::vector<int32_t>& positions) {
   const auto refuse = [&](const char* why) {
     return MakeStatus(StatusCode::kDataLoss, file_->path(), ": attribute ", Quoted(name), ": ", why);
   };
@@ -476,9 +482,9 @@ Status ItemFilters::AddColumn(const std::string& name, const std::vector<int32_t
   if (is_multi && (column->splits.empty() || !AreSplits(column->splits, rows, section.count))) {
     return refuse("its splits do not fit its values");
   }
-  if (static_cast<int64_t>(rows) != items_) {
+  if (static_cast<int64_t>(rows) != items) {
     return MakeStatus(StatusCode::kFailedPrecondition, file_->path(), ": attribute ", Quoted(name), " has ", rows,
-                      " items, but the index has ", items_, ": they belong to different indexes");
+                      " items, but the index has ", items, ": they belong to different indexes");
   }
   const auto read = [&](auto* values) {
     DPSR_RETURN_IF_ERROR(file_->Get(kValues + name, values));
@@ -545,8 +551,8 @@ Status ItemFilters::Apply(const std::vector<std::string_view>& include, const st
   // The predicates that leave the fewest items come first, so that the others have little to clear.
   std::stable_sort(predicates.begin(), predicates.end(), [this](const Predicate& a, const Predicate& b) {
     const auto left = [this](const Predicate& predicate) {
-      if (predicate.exclude) return items_ - predicate.num_slots;
-      return predicate.column->by_value.empty() ? items_ : predicate.num_slots;
+      if (predicate.exclude) return slots_ - predicate.num_slots;
+      return predicate.column->by_value.empty() ? slots_ : predicate.num_slots;
     };
     return left(a) < left(b);
   });
@@ -555,9 +561,9 @@ Status ItemFilters::Apply(const std::vector<std::string_view>& include, const st
     AddToCache(key, *mask);
     return Status();
   }
-  if (!group_begins_.empty() && items_ >= kManyItems) {
+  if (!group_begins_.empty() && slots_ >= kManyItems) {
     const int64_t count = EstimateCount(predicates);
-    if (count >= items_ / kOverMany) {
+    if (count >= slots_ / kOverMany) {
       auto unknown = std::make_shared<ItemMask>();
       unknown->count = count;
       unknown->keep = [predicates = std::move(predicates)](int64_t begin, int64_t end, uint64_t* words) {
@@ -579,18 +585,18 @@ bool ItemFilters::WasAsked(const std::string& key) const {
 
 std::shared_ptr<ItemMask> ItemFilters::Evaluate(const std::vector<Predicate>& predicates) const {
   auto computed = std::make_shared<ItemMask>();
-  computed->words.assign((items_ + kBits - 1) / kBits, ~uint64_t{0});
-  if (items_ % kBits != 0) computed->words.back() = (uint64_t{1} << (items_ % kBits)) - 1;
+  computed->words.assign((slots_ + kBits - 1) / kBits, ~uint64_t{0});
+  if (slots_ % kBits != 0) computed->words.back() = (uint64_t{1} << (slots_ % kBits)) - 1;
   for (const Predicate& predicate : predicates) {
-    if (predicate.IsFew(items_)) {
+    if (predicate.IsFew(slots_)) {
       predicate.KeepFew(&computed->words);
     } else {
-      predicate.Keep(0, items_, computed->words.data());
+      predicate.Keep(0, slots_, computed->words.data());
     }
   }
   const Span<const uint64_t> bits(computed->words.data(), computed->words.size());
   if (group_begins_.empty()) {
-    computed->count = CountBits(bits, 0, items_);
+    computed->count = CountBits(bits, 0, slots_);
     return computed;
   }
   computed->group_counts.reserve(group_begins_.size() - 1);
@@ -605,16 +611,16 @@ std::shared_ptr<ItemMask> ItemFilters::Evaluate(const std::vector<Predicate>& pr
 // Estimates the number of items that pass from evenly spread words. Returns 0 if few are known to meet an expression.
 int64_t ItemFilters::EstimateCount(const std::vector<Predicate>& predicates) const {
   for (const Predicate& predicate : predicates) {
-    if (!predicate.exclude && !predicate.column->by_value.empty() && predicate.num_slots < items_ / kOverMany) return 0;
+    if (!predicate.exclude && !predicate.column->by_value.empty() && predicate.num_slots < slots_ / kOverMany) return 0;
   }
   int64_t passing = 0;
   for (int64_t i = 0; i < kSampledWords; ++i) {
-    const int64_t begin = i * (items_ / kBits) / kSampledWords * kBits;
+    const int64_t begin = i * (slots_ / kBits) / kSampledWords * kBits;
     uint64_t word = ~uint64_t{0};
     for (const Predicate& predicate : predicates) predicate.Keep(begin, begin + kBits, &word);
     passing += __builtin_popcountll(word);
   }
-  return passing * items_ / (kSampledWords * kBits);
+  return passing * slots_ / (kSampledWords * kBits);
 }
 
 Status ItemFilters::Compile(std::string_view text, bool exclude, Predicate* predicate) const {

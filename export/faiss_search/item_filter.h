@@ -33,9 +33,10 @@ inline constexpr size_t kMaxExpressions = 256;
 inline constexpr size_t kMaxExpressionBytes = 1 << 16;
 
 // The order in which an index stores its items. Slot i holds the item with the position positions[i]. Group g, a list
-// of the index, has the slots [group_begins[g], group_begins[g + 1]).
+// of the index, has the slots [group_begins[g], group_begins[g + 1]). An item has several slots if it is in several
+// lists.
 struct ItemOrder {
-  std::vector<int32_t> positions;     // [items]; empty when slot i is position i
+  std::vector<int32_t> positions;     // [slots]; empty when slot i is position i
   std::vector<int64_t> group_begins;  // [groups + 1]; empty when there are no groups
 };
 
@@ -99,8 +100,8 @@ class ItemFilters {
     size_t bytes;
   };
 
-  ItemFilters(int64_t items, std::vector<int64_t> group_begins, size_t cache_bytes);
-  Status AddColumn(const std::string& name, const std::vector<int32_t>& positions);
+  ItemFilters(int64_t slots, std::vector<int64_t> group_begins, size_t cache_bytes);
+  Status AddColumn(const std::string& name, int64_t items, const std::vector<int32_t>& positions);
   Status Compile(std::string_view text, bool exclude, Predicate* predicate) const;
   std::shared_ptr<ItemMask> Evaluate(const std::vector<Predicate>& predicates) const;
   int64_t EstimateCount(const std::vector<Predicate>& predicates) const;
@@ -109,7 +110,7 @@ class ItemFilters {
   bool WasAsked(const std::string& key) const;
   void AddToCache(const std::string& key, const std::shared_ptr<const ItemMask>& mask) const;
 
-  const int64_t items_;
+  const int64_t slots_;  // as many as items, or more
   const std::vector<int64_t> group_begins_;
   const size_t cache_bytes_;
   std::unique_ptr<PackedFile> file_;

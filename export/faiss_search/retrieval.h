@@ -6,6 +6,9 @@
 // several items with equal scores a head retrieves is up to the index. Training differs: it joins the heads by the soft
 // dot product.
 //
+// An item may have several entries in an index: one in each of its lists. Each head then retrieves as many times more
+// results, and the best entry of an item counts.
+//
 // Items that a request excludes by id are dropped from the results of the heads. Each head retrieves as many more.
 //
 // Instead of wrong results there are none: a query embedding that holds a NaN or an infinity retrieves nothing, a head
@@ -42,6 +45,7 @@ using HeadSearch = std::function<Status(const float* query, int64_t k, float* sc
 struct ItemIds {
   Span<const int64_t> ids;
   bool distinct = false;  // whether they are known to be distinct; otherwise results with equal ids are joined
+  int64_t entries = 1;    // number of times that a search may return the same position
 
   // Checks ids. They are known to be distinct if they ascend, as `dpsr index` writes them.
   // Errors: FailedPrecondition for a negative id, which would look like padding, with its position.
@@ -98,7 +102,8 @@ class Retriever {
   static bool Better(const Candidate& a, const Candidate& b) {
     return a.score > b.score || (a.score == b.score && a.id < b.id);
   }
-  // Searches directly into the outputs. For one head and distinct ids without exclusions, there is nothing to merge.
+  // Searches directly into the outputs. For one head, distinct ids, one entry of each item and no exclusions, there is
+  // nothing to merge.
   Status SearchAlone(const float* query, int64_t k, int64_t* ids, float* scores, int64_t* found);
   Status SearchHead(const float* query, int32_t head, int64_t k);
   Status PositionOutOfRange(int64_t position) const;
@@ -106,6 +111,7 @@ class Retriever {
 
   const Span<const int64_t> item_ids_;
   const bool distinct_ids_;
+  const int64_t entries_;
   const HeadSearch search_;
   std::vector<float> scores_;
   std::vector<int64_t> labels_;
