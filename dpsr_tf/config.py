@@ -287,13 +287,25 @@ class QuantizerConfig:
 class IndexConfig:
     """The FAISS index over all item embeddings."""
 
-    factory: str = option("Flat", "FAISS index factory string. Flat is exact search; auto lets `dpsr index` choose")
+    factory: str = option(
+        "",
+        "FAISS index factory string. Flat is exact search; auto lets `dpsr index` choose; quantizer makes the index of "
+        "the quantizer that was trained with the model, and quantizer_fs one of FastScan, for codes of 4 bits. Empty: "
+        "quantizer if the model has one, otherwise Flat",
+    )
     parameters: str = option(
         "", "FAISS search parameters, for example nprobe=32. If empty, the cheapest ones that reach recall_target"
     )
     recall_target: float = option(0.95, "ann_recall@k to reach, with k of the section serving", 0.01, 1)
     memory: float = option(
         0.0, "memory limit in GB (10^9 bytes) for the index that auto chooses. 0 sets no limit", 0, 1e6
+    )
+    second_list: float = option(
+        0.0,
+        "if above 0, an index of product codes holds each item in two lists, so that fewer probes find it; this is "
+        "lambda, the weight of the direction of the first residual (SOAR has 1.5). 0 keeps items in one list",
+        0,
+        1e3,
     )
 
 

@@ -18,6 +18,8 @@ import faiss
 import numpy as np
 
 from dpsr_common.errors import CommandError
+from dpsr_export import product_codes
+from dpsr_tf.models.exact_search import top_positions
 
 # Every report gives ann_recall@k for these k, and for the k that is served.
 RECALL_AT = (10, 100, 1000)
@@ -116,28 +118,35 @@ def make(factory: str, dim: int) -> faiss.Index:
         raise CommandError(f"FAISS refuses index.factory '{factory}' for {dim} dimensions: {_last(error)}") from None
 
 
-def build(vectors: np.ndarray, factory: str, device: str = "cpu") -> faiss.Index:
+def build(vectors: np.ndarray, factory: str, device: str = "cpu", second_list: float = 0.0) -> faiss.Index:
     """Trains an index on a sample of `vectors` [n, dim] and adds all of them.
 
-    With device "gpu", k-means and adding run on the GPU. The index that is returned is always on the CPU.
+    With device "gpu", k-means and adding run on the GPU. The index that is returned is always on the CPU. With a
+    `second_list`, the CPU adds each vector to two lists (product_codes.add_in_two_lists).
 
     Raises:
-        CommandError: FAISS refuses the factory string, there are too few vectors, or the GPU does not support it.
+        CommandError: FAISS refuses the factory string, there are too few vectors, the GPU does not support it, or the
+            index cannot have second lists.
     """
     index = make(factory, vectors.shape[1])
+    product_codes.check_second_list(index, second_list)
     try:
         ivf = _ivf(index)
         wanted = max(_SAMPLE, _POINTS_PER_CENTROID * ivf.nlist if ivf is not None else 0)
         _train(index, _sample(vectors, wanted), device)
-        if device == "gpu":
+        if second_list:
+            with _two_level_assignment(ivf):
+                product_codes.add_in_two_lists(index, vectors, second_list)
+        elif device == "gpu":
             options = faiss.GpuClonerOptions()
             options.allowCpuCoarseQuantizer = True
             resources = faiss.StandardGpuResources()
             on_gpu = faiss.index_cpu_to_gpu(resources, 0, index, options)
             _add(on_gpu, vectors)
             return faiss.index_gpu_to_cpu(on_gpu)
-        with _two_level_assignment(ivf):
-            _add(index, vectors)
+        else:
+            with _two_level_assignment(ivf):
+                _add(index, vectors)
     except RuntimeError as error:
         where = " on a GPU" if device == "gpu" else ""
         raise CommandError(
@@ -277,13 +286,49 @@ def _probes(ivf: faiss.IndexIVF) -> Iterator[str]:
 
 
 def set_parameters(index: faiss.Index, parameters: str) -> None:
-    """Sets search parameters as FAISS names them: "nprobe=64,k_factor_rf=4". Raises CommandError if FAISS refuses."""
+    """Sets search parameters as FAISS names them: "nprobe=64,max_codes=20000", "nprobe=64,k_factor_rf=4".
+
+    FAISS keeps a parameter that is not named, and an index file holds all of them except max_codes.
+
+    Raises:
+        CommandError: FAISS refuses them, or the index does not obey max_codes.
+    """
+    ivf = _ivf(index)
+    if _max_codes(parameters) and ivf is not None and isinstance(faiss.downcast_index(ivf), faiss.IndexIVFFastScan):
+        raise CommandError(
+            f"index.parameters '{parameters}': FastScan does not obey max_codes, because it scores the codes of a list "
+            f"in blocks; leave max_codes out, or choose an index.factory without FastScan"
+        )
     if parameters:
         try:
             # FAISS's type stub has a wrong type for the second argument.
             faiss.ParameterSpace().set_index_parameters(index, parameters)  # type: ignore[arg-type]
         except RuntimeError as error:
             raise CommandError(f"FAISS refuses index.parameters '{parameters}': {_last(error)}") from None
+
+
+def _max_codes(parameters: str) -> str:
+    """Returns "max_codes=20000" if that is one of the search parameters, otherwise ""."""
+    return next((part for part in parameters.split(",") if part.strip().startswith("max_codes=")), "").strip()
+
+
+def search(index: faiss.Index, queries: np.ndarray, k: int, entries: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Searches an index that holds each position `entries` times, and gives each position once.
+
+    Returns:
+        Scores float32 [queries, k] and positions int64 [queries, k], best first. Missing results are at the end, with
+        position -1.
+    """
+    scores, found = index.search(queries, entries * k)
+    if entries == 1:
+        return scores, found
+    order = np.argsort(found, axis=1, kind="stable")
+    by_position = np.take_along_axis(found, order, axis=1)
+    repeats = np.zeros(found.shape, bool)
+    np.put_along_axis(repeats, order[:, 1:], by_position[:, 1:] == by_position[:, :-1], axis=1)
+    found[repeats] = -1
+    kept = np.argsort(found < 0, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, kept, axis=1), np.take_along_axis(found, kept, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +339,7 @@ class Setting:
     ann_recall: dict[int, float]  # by k
     p50_ms: float  # median latency of one query at a time on one thread, with the served k
     p99_ms: float  # 99th percentile
+    relevant_recall: dict[int, float] = dataclasses.field(default_factory=dict)  # by k, if there are judgments
 
 
 class Exact:
@@ -312,13 +358,15 @@ class Exact:
             scores = faiss.knn(queries, vectors, largest, metric=faiss.METRIC_INNER_PRODUCT)[0]
         self._floors = {k: scores[:, min(k, largest) - 1] for k in ks}
 
-    def ann_recall(self, index: faiss.Index, k: int) -> float:
+    def ann_recall(self, index: faiss.Index, k: int, entries: int = 1) -> float:
         """Returns the share of the exact top k that the index finds, averaged over the queries.
+
+        The index holds each position `entries` times.
 
         Scores are compared, not labels, because items with equal vectors are equally right. Scores that differ by less
         than 1e-6 are equal: that is rounding.
         """
-        found = index.search(self._queries, min(k, len(self._vectors)))[1]
+        found = search(index, self._queries, min(k, len(self._vectors)), entries)[1]
         right = 0
         for query, labels, floor in zip(self._queries, found, self._floors[k], strict=True):
             labels = labels[labels >= 0]
@@ -326,13 +374,63 @@ class Exact:
         return right / found.size
 
 
+def unite_heads(items: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Unites the results of all heads, int64 [n] and float32 [n]. Returns the best k items and their largest scores."""
+    found, which = np.unique(items, return_inverse=True)
+    largest = np.full(len(found), -np.inf, np.float32)
+    np.maximum.at(largest, which, scores)
+    order = top_positions(found, largest, k)
+    return found[order], largest[order]
+
+
+class Relevant:
+    """Judged queries, with which the recall of relevant items is measured."""
+
+    def __init__(self, vectors: np.ndarray, heads: np.ndarray, relevant: Sequence[np.ndarray], ks: Sequence[int]):
+        """Keeps what it is given.
+
+        Args:
+            vectors: float32 [items, dim], the vectors that the index was built from.
+            heads: float32 [queries, num_heads, dim]. Heads of zeros find nothing.
+            relevant: positions of the relevant items of each query, at least one; -1 for an item that has no vector.
+            ks: the k of the recall.
+        """
+        self._vectors, self._heads, self._relevant, self.ks = vectors, heads, relevant, tuple(ks)
+        queries = np.ascontiguousarray(heads.reshape(-1, heads.shape[2]))
+        scores, found = faiss.knn(queries, vectors, min(max(ks), len(vectors)), metric=faiss.METRIC_INNER_PRODUCT)
+        self.exact = {k: self._recall(scores, found, k) for k in self.ks}
+
+    def recall(self, index: faiss.Index, k: int, entries: int = 1) -> float:
+        """Returns the share of the relevant items among the k best results of all heads, averaged over the queries."""
+        queries = np.ascontiguousarray(self._heads.reshape(-1, self._heads.shape[2]))
+        scores, found = search(index, queries, min(k, len(self._vectors)), entries)
+        return self._recall(scores, found, k)
+
+    def _recall(self, scores: np.ndarray, found: np.ndarray, k: int) -> float:
+        num_heads = self._heads.shape[1]
+        there = (found[:, :k] >= 0) & self._heads.any(axis=2).reshape(-1, 1)
+        shares = []
+        for query, wanted in enumerate(self._relevant):
+            of_query = slice(query * num_heads, (query + 1) * num_heads)
+            kept = there[of_query]
+            positions = unite_heads(found[of_query, :k][kept], scores[of_query, :k][kept], k)[0]
+            shares.append(np.isin(wanted, positions).mean())
+        return float(np.mean(shares))
+
+
 def measure_settings(
-    index: faiss.Index, exact: Exact, queries: np.ndarray, k: int, parameters: str = ""
+    index: faiss.Index,
+    exact: Exact,
+    queries: np.ndarray,
+    k: int,
+    parameters: str = "",
+    entries: int = 1,
+    relevant: Relevant | None = None,
 ) -> list[Setting]:
     """Measures an index at several values of its search parameters: nprobe or efSearch, and k_factor_rf.
 
     nprobe and efSearch grow by a factor of about 1.4, from the smallest value until recall is nearly 1 or no longer
-    rises.
+    rises. A max_codes in `parameters` holds for all of them.
 
     Args:
         index: the index. It is left with the parameters of the last setting.
@@ -340,16 +438,19 @@ def measure_settings(
         queries: float32 [queries, dim].
         k: latency is measured with this k.
         parameters: if not empty, these search parameters are measured first.
+        entries: number of times that the index holds each position.
+        relevant: judged queries, if there are some.
     """
     found: list[Setting] = []
     if parameters:
         set_parameters(index, parameters)
-        found.append(_measured(index, exact, queries, k, parameters))
+        found.append(_measured(index, exact, queries, k, parameters, entries, relevant))
     for grid in _grids(index):
         best: list[float] = []
-        for setting in grid:
+        for part in grid:
+            setting = ",".join(filter(None, (part, _max_codes(parameters))))
             set_parameters(index, setting)
-            found.append(_measured(index, exact, queries, k, setting))
+            found.append(_measured(index, exact, queries, k, setting, entries, relevant))
             best.append(min(found[-1].ann_recall.values()))
             if best[-1] > 0.998 or (len(best) > 5 and best[-1] < best[-5] + 0.002 and best[-1] > 0.1):
                 break
@@ -389,21 +490,33 @@ def _steps(first: int) -> Iterator[int]:
         yield 3 * first << i
 
 
-def _measured(index: faiss.Index, exact: Exact, queries: np.ndarray, k: int, parameters: str) -> Setting:
-    recalls = {at: exact.ann_recall(index, at) for at in exact.ks}
-    p50, p99 = latency(index, queries, k)
-    return Setting(parameters, recalls, p50, p99)
+def _measured(
+    index: faiss.Index,
+    exact: Exact,
+    queries: np.ndarray,
+    k: int,
+    parameters: str,
+    entries: int,
+    relevant: Relevant | None,
+) -> Setting:
+    recalls = {at: exact.ann_recall(index, at, entries) for at in exact.ks}
+    of_relevant = {at: relevant.recall(index, at, entries) for at in relevant.ks} if relevant is not None else {}
+    p50, p99 = latency(index, queries, k, entries)
+    return Setting(parameters, recalls, p50, p99, of_relevant)
 
 
-def latency(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[float, float]:
-    """Measures searches of one query at a time on one thread. Returns median and 99th percentile in ms."""
+def latency(index: faiss.Index, queries: np.ndarray, k: int, entries: int = 1) -> tuple[float, float]:
+    """Measures searches of one query at a time on one thread. Returns median and 99th percentile in ms.
+
+    `entries` times as many results are searched for, as a server does with an index that holds each position so often.
+    """
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
         times: list[float] = []
         for query in queries[:_LATENCY_SEARCHES]:
             start = time.perf_counter()
-            index.search(query[np.newaxis], min(k, index.ntotal))
+            index.search(query[np.newaxis], min(entries * k, index.ntotal))
             times.append(time.perf_counter() - start)
             if sum(times) > _LATENCY_SECONDS:
                 break

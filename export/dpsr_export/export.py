@@ -23,7 +23,8 @@ from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.files import link_or_copy
 from dpsr_common.packed_file import FormatError, PackedFile, PackedFileWriter
 from dpsr_common.typed_config import to_dict
-from dpsr_export import item_attributes, servable_assets, warmup
+from dpsr_export import item_attributes, product_codes, servable_assets, warmup
+from dpsr_export.ann import set_parameters
 from dpsr_export.embeddings import ItemEmbeddings, checkpoint_fingerprint
 from dpsr_export.faiss_search import write_item_ids
 from dpsr_export.index import FORMAT, FORMAT_VERSION, check_files, file_record
@@ -32,6 +33,7 @@ from dpsr_export.signatures import write_saved_model
 from dpsr_tf import __version__
 from dpsr_tf.data.store import new_directory, read_manifest
 from dpsr_tf.models.model_directory import ModelDirectory
+from dpsr_tf.models.quantizer import CODEBOOKS, Quantizer
 
 USAGE = """
 Usage: dpsr export --model=MODEL --index=INDEX --out=BASE [--version_number=N] [--shards=N]
@@ -167,7 +169,7 @@ class Index:
             raise CommandError(
                 f"{self.path / 'recall.json'}: cannot be read: {error}; run `dpsr index` again"
             ) from None
-        return ",".join(f"{name}={value:g}" for name, value in bounds.items())
+        return ",".join(f"{name}={value:.10g}" for name, value in bounds.items())
 
     @contextlib.contextmanager
     def part(self, number: int, shards: int, work: Path) -> Iterator[Index]:
@@ -187,13 +189,11 @@ class Index:
         positions = np.arange(number, len(ids), shards)
         with tempfile.TemporaryDirectory(prefix=".shard-", dir=work) as name:
             path = Path(name)
-            index = faiss.read_index(str(self.path / "items.faiss"))
-            index.reset()  # removes the vectors, keeps the trained parts and the search parameters
             vectors = self.vectors()
-            for begin in range(0, len(positions), _BLOCK):
-                index.add(np.ascontiguousarray(vectors[positions[begin : begin + _BLOCK]]))
-            faiss.write_index(index, str(path / "items.faiss"))
-            write_item_ids(path / "item_ids.dpsr", ids[positions], path / "items.faiss")
+            faiss.write_index(self._index_of(positions), str(path / "items.faiss"))
+            write_item_ids(
+                path / "item_ids.dpsr", ids[positions], path / "items.faiss", self.manifest.get("entries", 1)
+            )
             with PackedFileWriter(str(path / "item_embeddings.dpsr"), "item_embeddings") as file:
                 file.add("id", ids[positions])
                 file.add("embedding", np.ascontiguousarray(vectors[positions]).reshape(-1))
@@ -207,6 +207,24 @@ class Index:
             files = {name: file_record(path / name) for name in self.manifest["files"]}
             manifest = self.manifest | {"items": len(positions), "files": files}
             yield Index(path, manifest, (number, shards))
+
+    def _index_of(self, positions: np.ndarray) -> faiss.Index:
+        """Returns the index of these positions only, as it is trained, with its search parameters."""
+        index = faiss.read_index(str(self.path / "items.faiss"))
+        vectors, second_list = self.vectors(), self.manifest["config"].get("second_list", 0.0)
+        if self.manifest.get("quantizer"):
+            quantizer, factory = product_codes.quantizer_of(index), self.manifest["config"]["factory"]
+            index, _, _ = product_codes.build(quantizer, factory, vectors[positions], second_list)
+            set_parameters(index, self.manifest["parameters"])
+            return index
+        index.reset()  # removes the vectors, keeps the trained parts and the search parameters
+        for begin in range(0, len(positions), _BLOCK):
+            part = np.ascontiguousarray(vectors[positions[begin : begin + _BLOCK]])
+            if second_list:
+                product_codes.add_in_two_lists(index, part, second_list)
+            else:
+                index.add(part)
+        return index
 
 
 def _copy_titles(source: Path, item_ids: set[int], target: Path) -> None:
@@ -235,6 +253,7 @@ def export(model: ModelDirectory, index: Index, out: Path) -> dict[str, Any]:
         "faiss_version": faiss.__version__,
         "op_libraries": ["libdpsr_tokenizer_ops.so", "libdpsr_retrieval_ops.so"],
         "op_libraries_version": __version__,
+        "quantizer": _quantizer_fingerprint(str(checkpoint)),
         "k": model.config.serving.k,
         "inputs": inputs,
         "config": to_dict(model.config),
@@ -260,6 +279,7 @@ def _check_index_of_model(model: ModelDirectory, index: Index) -> None:
         raise CommandError(
             f"{index.path}: was made from {checkpoint.name}, which is no longer in {model.path}; run `dpsr index` again"
         )
+    _check_quantizer(index, _quantizer_fingerprint(str(checkpoint)), f"model {checkpoint}")
     fingerprint = checkpoint_fingerprint(str(checkpoint))
     made_from = index.manifest["checkpoint_fingerprint"]
     if made_from != fingerprint:
@@ -274,10 +294,26 @@ def _check_index_of_model(model: ModelDirectory, index: Index) -> None:
         )
 
 
+def _quantizer_fingerprint(checkpoint: str) -> str | None:
+    """Returns the fingerprint of a checkpoint's quantizer, or None if it has none."""
+    has_quantizer = tf.train.load_checkpoint(checkpoint).has_tensor(CODEBOOKS)
+    return Quantizer.read(checkpoint).fingerprint if has_quantizer else None
+
+
+def _check_quantizer(index: Index, expected: str | None, where: str) -> None:
+    """Raises CommandError if the index is made of another quantizer than that of the model, `expected`."""
+    made_of = (index.manifest.get("quantizer") or {}).get("fingerprint")
+    if made_of is not None and made_of != expected:
+        raise CommandError(
+            f"{index.path}: was made of the quantizer {made_of}, but {where} has "
+            f"{f'the quantizer {expected}' if expected else 'none'}; run `dpsr index` with that model"
+        )
+
+
 def renew_index(old: Path, index: Index, out: Path) -> dict[str, Any]:
     """Copies a servable into the directory `out` with another index, and lets it answer its warm-up requests.
 
-    The variables stay. The graph changes only in what it says about the index: bounds of the search parameters, and
+    The variables stay. The graph changes only in what it says about the index: search parameters, their bounds, and
     which files it accepts.
 
     Returns:
@@ -291,6 +327,7 @@ def renew_index(old: Path, index: Index, out: Path) -> dict[str, Any]:
     )
     if tuple(manifest["shard"]) != index.shard:
         raise CommandError(f"{old}: is shard {manifest['shard']}, expected {list(index.shard)}; give the same --shards")
+    _check_quantizer(index, manifest.get("quantizer"), f"the servable {old}")
     difference = _difference(manifest["index"], index.manifest)
     if difference:
         raise CommandError(
@@ -304,13 +341,13 @@ def renew_index(old: Path, index: Index, out: Path) -> dict[str, Any]:
     shutil.copytree(old, out, dirs_exist_ok=True, ignore=left_out)
     for name in renewed:
         shutil.copyfile(index.path / name, out / "assets" / name)
-    _renew_graph(out, renewed, index.max_parameters())
+    _renew_graph(out, renewed, index.manifest["parameters"], index.max_parameters())
     (out / "assets.extra").mkdir()
     return _finish(index, manifest, out)
 
 
-def _renew_graph(servable: Path, renewed: set[str], max_parameters: str) -> None:
-    """Updates what the graph says about the index: bounds of search parameters, and the accepted asset files."""
+def _renew_graph(servable: Path, renewed: set[str], parameters: str, max_parameters: str) -> None:
+    """Updates what the graph says about the index: search parameters, their bounds, and the accepted asset files."""
     path = servable / "saved_model.pb"
     saved_model = saved_model_pb2.SavedModel.FromString(path.read_bytes())
     (meta_graph,) = saved_model.meta_graphs
@@ -320,6 +357,7 @@ def _renew_graph(servable: Path, renewed: set[str], max_parameters: str) -> None
         assets[asset.tensor_info.name.partition(":")[0]] = asset.filename
     for node in meta_graph.graph_def.node:
         if node.op == "DpsrFaissIndexLoad":
+            node.attr["parameters"].s = parameters.encode()
             node.attr["max_parameters"].s = max_parameters.encode()
         elif node.op == "DpsrFileFingerprint" and assets[node.input[0]] in renewed:
             node.attr["expected"].s = file_fingerprint(servable / "assets" / assets[node.input[0]]).encode()

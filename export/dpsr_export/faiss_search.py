@@ -42,21 +42,24 @@ def load() -> Any:
     return tf.load_op_library(op_library_path())
 
 
-def write_item_ids(path: str | Path, item_ids: NDArray[np.int64], index_path: str | Path) -> None:
+def write_item_ids(path: str | Path, item_ids: NDArray[np.int64], index_path: str | Path, entries: int = 1) -> None:
     """Writes the item ids of the positions of an index.
 
     The file also holds the size and checksum of the index file, so that it is refused with another or a damaged index.
 
     Args:
         path: the file to write.
-        item_ids: int64 [ntotal], all at least 0.
+        item_ids: int64 [ntotal / entries], all at least 0.
         index_path: the index file, which must be complete.
+        entries: number of times that the index holds each position: 2 if each is in two lists.
     """
     index = np.memmap(index_path, np.uint8, "r")
     with PackedFileWriter(str(path), "item_ids") as file:
         file.add("id", item_ids)
         file.add("index.bytes", np.array([index.size], np.uint64))
         file.add("index.checksum", np.array([checksum(index)], np.uint64))
+        if entries > 1:
+            file.add("index.entries", np.array([entries], np.uint64))
 
 
 class FaissIndexTable:
@@ -88,7 +91,8 @@ class FaissIndexTable:
                 evaluated on. Without it a search cannot have filters.
             parameters: search parameters as `faiss.ParameterSpace` names them, for example "nprobe=32".
             max_parameters: the parameters that a request may set, with their largest values, for example
-                "nprobe=512,k_factor_rf=8". Empty means none.
+                "nprobe=512,k_factor_rf=8". Empty means none. A request may always set max_codes where an index of lists
+                obeys it; if it is named here, up to this value.
             dim: dimension of the queries. An index of another dimension is refused. 0 accepts any dimension.
             mmap: maps the index instead of copying it, so that processes share its memory.
 

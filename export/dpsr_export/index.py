@@ -7,6 +7,7 @@ The index directory holds
     item_attributes.dpsr   attributes that searches may filter by, if the schema has filters (item_attributes.py)
     item_embeddings.dpsr   the embeddings that the index was built from (embeddings.py)
     item_titles.tsv.gz     title of each item id, for tools that show results
+    semantic_ids.parquet   list and codes of each item, if the model has a quantizer (product_codes.py)
     recall.json            the recall report: ann_recall and latency for each setting of the search parameters
     recall.svg             a plot of the report (recall_report.py)
     requests.json, ...     other files that a servable needs (servable_assets.py)
@@ -16,9 +17,11 @@ The index directory holds
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +32,32 @@ from absl import flags
 from dpsr_common.errors import CommandError
 from dpsr_common.files import link_or_copy
 from dpsr_common.typed_config import to_dict
-from dpsr_export import ann, embeddings, faiss_search, item_attributes, recall_report, servable_assets
+from dpsr_export import (
+    ann,
+    embeddings,
+    faiss_search,
+    item_attributes,
+    product_codes,
+    recall_report,
+    servable_assets,
+)
 from dpsr_export.recall_report import MeasuredIndex
 from dpsr_tf.config import Config, IndexConfig
 from dpsr_tf.data.store import Store, new_directory
+from dpsr_tf.evaluation.corpus import Corpus
+from dpsr_tf.evaluation.judgments import Judgments
+from dpsr_tf.models.encoders import query_encoder
 from dpsr_tf.models.model_directory import ModelDirectory
+from dpsr_tf.models.quantizer import Quantizer
 from dpsr_tf.training.train import config_from_flags
 
 USAGE = """
 Usage: dpsr index --model=MODEL --store=STORE --out=INDEX [--set=index.factory=FACTORY ...]
 
 Computes the embeddings of all items with the last checkpoint of a model, and builds a FAISS index over them. The config
-value index.factory says which kind of index; "auto" chooses one by the number of items. Then the command measures which
+value index.factory says which kind of index; "auto" chooses one by the number of items. If the model was trained with a
+quantizer, the index is made of it, with its codes, and nothing is trained; a FAISS factory string or "Flat" builds
+another index of the float embeddings, to compare. Then the command measures which
 share of the exact results the index finds (ann_recall) at several search parameters, and keeps the fastest that reach
 index.recall_target. If a run is killed, the next run continues where it stopped.
 """
@@ -74,14 +91,39 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "min_ann_recall", 0.0, "fail if ann_recall@k is lower, with k = serving.k (0 to 1)", 0, 1, flag_values=values
     )
+    text = flags.DEFINE_string
+    text(
+        "judgments",
+        None,
+        "table of judged query-item pairs (TSV, CSV, Parquet, JSON lines); the report then has the recall of relevant "
+        "items, too",
+        flag_values=values,
+    )
+    text("query_column", "query", "column of --judgments with the query text", flag_values=values)
+    text("item_column", "item", "column of --judgments with the item id", flag_values=values)
+    text(
+        "grade_column",
+        "",
+        "column of --judgments with the grade; if empty, every row is relevant",
+        flag_values=values,
+    )
+    flags.DEFINE_float("relevant_from", 1.0, "lowest grade of a relevant item", flag_values=values)
 
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """Runs `dpsr index`."""
-    model = ModelDirectory.open(values.model)
+    model, store = ModelDirectory.open(values.model), Store(values.store)
     config = config_from_flags(str(model.path / "config.yaml"), values.set) if values.set else model.config
+    judgments = None
+    if values.judgments:
+        corpus = Corpus.of_store(store)
+        columns = (values.query_column, values.item_column, values.grade_column)
+        judgments = Judgments.read(
+            Path(values.judgments), *columns, values.relevant_from, item_keys=corpus.item_keys
+        ).sample(_RECALL_QUERIES, seed=1)
+        judgments.check_items(corpus.item_ids)
     manifest = build_index(
-        model, Store(values.store), Path(values.out), config, values.overwrite, values.device, values.min_ann_recall
+        model, store, Path(values.out), config, values.overwrite, values.device, values.min_ann_recall, judgments
     )
     left_out = ", ".join(
         f"{manifest[key]:,} items not indexed ({why})"
@@ -103,6 +145,7 @@ def build_index(
     overwrite: bool = False,
     device: str = "cpu",
     min_ann_recall: float = 0.0,
+    judgments: Judgments | None = None,
 ) -> dict[str, Any]:
     """Writes the index directory `out`. If it fails, no directory is written, and an earlier one stays.
 
@@ -110,30 +153,36 @@ def build_index(
         model: the model. Its last checkpoint embeds items and queries.
         store: has the items, and the queries that the index is measured with.
         out: the directory to write.
-        config: only the sections `index` and `serving` are used.
+        config: only the sections `index`, `serving` and `quantizer` are used.
         overwrite: replaces an index that is already there.
         device: "cpu" or "gpu", where FAISS builds the index and computes the exact result.
         min_ann_recall: lowest ann_recall@k that is accepted, with the k of section `serving`.
+        judgments: queries with relevant items. If given, the report has the recall of relevant items, too.
 
     Returns:
         The content of index.json.
 
     Raises:
         CommandError: the model was not trained on this store, the model has no checkpoint, FAISS refuses the factory
-            string or the parameters, no index fits into index.memory, there is no such device, or ann_recall is too
-            low.
+            string or the parameters, no index fits into index.memory, there is no such device, ann_recall is too low,
+            or the index is to be made of a quantizer that the checkpoint does not have.
     """
-    _check_inputs(model, store, config, device)
     checkpoint = model.last_checkpoint()
+    config = _with_factory(config)
+    quantizer = _read_quantizer(config, checkpoint)
+    _check_inputs(model, store, config, device, quantizer)
     source = embeddings.source_fingerprint(model, store, checkpoint)
     with (
         new_directory(out, overwrite, "index", "index.json") as directory,
         embeddings.kept_embeddings(out, source) as work,
     ):
+        start = time.perf_counter()
         path = embeddings.embed_items(model, store, checkpoint, work)
+        embedding_seconds = time.perf_counter() - start
         link_or_copy(path, directory / path.name)
         items = embeddings.ItemEmbeddings(path, model.config.model.embedding_dim)
-        measured = _build_and_report(model, store, checkpoint, items, config, device, directory)
+        source_of = _Source(model, store, checkpoint, items)
+        measured = _build_and_report(source_of, config, device, directory, quantizer, judgments)
         _check_recall(measured, min_ann_recall)
         files = _write_files(model, store, items, measured, directory)
         manifest = {
@@ -151,47 +200,119 @@ def build_index(
             "factory": measured.factory,
             "parameters": measured.chosen.parameters,
             "metric": "inner_product",
+            "entries": measured.entries,
+            "quantizer": _identity(quantizer) if quantizer is not None else None,
             "config": to_dict(config.index),
             "bytes": (directory / "items.faiss").stat().st_size,
             **{f"ann_recall@{at}": value for at, value in measured.chosen.ann_recall.items()},
             "p50_ms": measured.chosen.p50_ms,
             "p99_ms": measured.chosen.p99_ms,
+            **{f"relevant_recall@{at}": value for at, value in measured.chosen.relevant_recall.items()},
+            "seconds": {"embeddings": round(embedding_seconds, 3), "index": round(measured.seconds, 3)},
             **files,
         }
         (directory / "index.json").write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
-def _check_inputs(model: ModelDirectory, store: Store, config: Config, device: str) -> None:
+def _with_factory(config: Config) -> Config:
+    """Returns the config with the index.factory that an empty one stands for."""
+    if config.index.factory:
+        return config
+    factory = product_codes.QUANTIZER if config.quantizer.sub_spaces else "Flat"
+    return dataclasses.replace(config, index=dataclasses.replace(config.index, factory=factory))
+
+
+def _read_quantizer(config: Config, checkpoint: str) -> Quantizer | None:
+    """Returns the quantizer that the index is to be made of, or None. Raises CommandError if there is none to read."""
+    if config.index.factory not in product_codes.FACTORIES:
+        return None
+    if not config.quantizer.sub_spaces:
+        raise CommandError(
+            f"index.factory '{config.index.factory}' takes the model's quantizer, but quantizer.sub_spaces is 0: the "
+            f"model was trained without one; give --set=index.factory=auto, or train it with a quantizer"
+        )
+    return Quantizer.read(checkpoint)
+
+
+def _identity(quantizer: Quantizer) -> dict[str, Any]:
+    """Returns what index.json says about a quantizer."""
+    return {
+        "fingerprint": quantizer.fingerprint,
+        "lists": len(quantizer.coarse),
+        "sub_spaces": len(quantizer.codebooks),
+        "bits": quantizer.bits,
+    }
+
+
+def _check_inputs(
+    model: ModelDirectory, store: Store, config: Config, device: str, quantizer: Quantizer | None
+) -> None:
     """Checks now what would otherwise fail after an hour. Raises CommandError."""
     difference = model.store_difference(store)
     if difference:
         raise CommandError(f"{model.path}: {difference}; give the store the model was trained on")
     ann.check_device(device)
     dim = model.config.model.embedding_dim
-    if config.index.factory != "auto":
-        ann.set_parameters(ann.make(config.index.factory, dim), config.index.parameters)
+    if quantizer is not None:
+        index, _, _ = product_codes.build(
+            quantizer, config.index.factory, np.zeros((1, dim), np.float32), config.index.second_list
+        )
+        ann.set_parameters(index, config.index.parameters)
+    elif config.index.factory != "auto":
+        index = ann.make(config.index.factory, dim)
+        ann.set_parameters(index, config.index.parameters)
+        product_codes.check_second_list(index, config.index.second_list)
+    elif config.index.second_list:
+        raise CommandError(
+            f"index.second_list is {config.index.second_list:g}, but index.factory auto chooses among indexes without "
+            f"second lists; give index.factory={product_codes.QUANTIZER} or, for example, IVF1024,PQ16, or set "
+            f"index.second_list=0"
+        )
     _candidates(config.index, store.counts.items, dim)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What an index is made from: the embeddings of a checkpoint."""
+
+    model: ModelDirectory
+    store: Store
+    checkpoint: str
+    items: embeddings.ItemEmbeddings
+
+
 def _build_and_report(
-    model: ModelDirectory,
-    store: Store,
-    checkpoint: str,
-    items: embeddings.ItemEmbeddings,
+    source: _Source,
     config: Config,
     device: str,
     directory: Path,
+    quantizer: Quantizer | None,
+    judgments: Judgments | None,
 ) -> MeasuredIndex:
     """Builds the index, measures it with queries of the log, and prints and writes the recall report."""
-    queries, what = embeddings.sample_queries(model, store, checkpoint, _RECALL_QUERIES)
+    items = source.items
+    queries, what = embeddings.sample_queries(source.model, source.store, source.checkpoint, _RECALL_QUERIES)
     if not len(queries):
         queries = items.vectors[:: max(1, len(items.ids) // _RECALL_QUERIES)][:_RECALL_QUERIES]
         what = f"{len(queries):,} items, because the log has no queries"
-    measured = choose_and_build(items.vectors, queries, config, device)
+    relevant = _relevant(source, judgments, config) if judgments is not None else None
+    measured = choose_and_build(items.vectors, queries, config, device, quantizer, relevant)
     print(f"ann_recall of {measured.factory} ({what})\n{recall_report.table(measured)}")
     recall_report.write(directory, measured, what)
     return measured
+
+
+def _relevant(source: _Source, judgments: Judgments, config: Config) -> ann.Relevant:
+    """Embeds the judged queries, asked by the anonymous user, and finds the positions of their relevant items."""
+    encode = query_encoder(source.model.path, source.store, Path(source.checkpoint).name)
+    heads = encode(judgments.queries, None)
+    ids = source.items.ids
+    positions = []
+    for wanted in judgments.relevant:
+        rows = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
+        positions.append(np.where(ids[rows] == wanted, rows, -1))
+    return ann.Relevant(source.items.vectors, heads, positions, sorted({*ann.RECALL_AT, config.serving.k}))
 
 
 def _check_recall(measured: MeasuredIndex, min_ann_recall: float) -> None:
@@ -210,7 +331,15 @@ def _write_files(
 ) -> dict[str, Any]:
     """Writes the files that a servable is made from. Returns what index.json says about them."""
     faiss.write_index(measured.index, str(directory / "items.faiss"))
-    faiss_search.write_item_ids(directory / "item_ids.dpsr", items.ids, directory / "items.faiss")
+    faiss_search.write_item_ids(directory / "item_ids.dpsr", items.ids, directory / "items.faiss", measured.entries)
+    if measured.semantic_ids is not None:
+        keys = store.item_keys()
+        rows = np.searchsorted(store.items()["id"], items.ids).tolist()
+        product_codes.write_semantic_ids(
+            directory / "semantic_ids.parquet",
+            items.ids if keys is None else [keys[row] for row in rows],
+            *measured.semantic_ids,
+        )
     filtered_by = item_attributes.write(directory, store)
     write_titles(directory / "item_titles.tsv.gz", store.items()["id"], store.titles())
     texts, users, _ = embeddings.log_sample(store, servable_assets.NUM_REQUESTS)
@@ -219,7 +348,14 @@ def _write_files(
     return {**serving, "files": {name: file_record(directory / name) for name in names}}
 
 
-def choose_and_build(vectors: np.ndarray, queries: np.ndarray, config: Config, device: str = "cpu") -> MeasuredIndex:
+def choose_and_build(
+    vectors: np.ndarray,
+    queries: np.ndarray,
+    config: Config,
+    device: str = "cpu",
+    quantizer: Quantizer | None = None,
+    relevant: ann.Relevant | None = None,
+) -> MeasuredIndex:
     """Builds and measures the index that `config.index` asks for.
 
     With "auto" a larger index is built if the recall of the first one is too low.
@@ -229,11 +365,15 @@ def choose_and_build(vectors: np.ndarray, queries: np.ndarray, config: Config, d
         queries: float32 [queries, dim], which it is measured with.
         config: only the sections `index` and `serving` are used.
         device: "cpu" or "gpu".
+        quantizer: what the index is made of, if index.factory is one of product_codes.FACTORIES.
+        relevant: judged queries, if there are some.
 
     Raises:
         CommandError: no index fits into index.memory, or FAISS refuses the factory string or the parameters.
     """
+    config = _with_factory(config)
     k, target = config.serving.k, config.index.recall_target
+    entries = 2 if config.index.second_list else 1
     exact = ann.Exact(vectors, queries, sorted({*ann.RECALL_AT, k}), device)
     best: MeasuredIndex | None = None
     best_bytes = 0
@@ -245,11 +385,29 @@ def choose_and_build(vectors: np.ndarray, queries: np.ndarray, config: Config, d
     for candidate in fitting:
         if best is not None and candidate.bytes <= best_bytes:
             continue  # an index with shorter codes does not find more
-        index = ann.build(vectors, candidate.factory, device)
-        settings = ann.measure_settings(index, exact, queries, k, config.index.parameters)
+        start = time.perf_counter()
+        semantic_ids = None
+        if quantizer is not None:
+            index, lists, codes = product_codes.build(quantizer, candidate.factory, vectors, config.index.second_list)
+            semantic_ids = lists, codes
+        else:
+            index = ann.build(vectors, candidate.factory, device, config.index.second_list)
+        seconds = time.perf_counter() - start
+        settings = ann.measure_settings(index, exact, queries, k, config.index.parameters, entries, relevant)
         chosen = settings[0] if config.index.parameters else ann.choose(settings, k, target)
         if best is None or chosen.ann_recall[k] > best.chosen.ann_recall[k]:
-            best = MeasuredIndex(index, candidate.factory, settings, chosen, k, target)
+            best = MeasuredIndex(
+                index,
+                candidate.factory if quantizer is None else product_codes.describe(quantizer, candidate.factory),
+                settings,
+                chosen,
+                k,
+                target,
+                entries,
+                seconds,
+                semantic_ids,
+                relevant.exact if relevant is not None else {},
+            )
             best_bytes = candidate.bytes
         if chosen.ann_recall[k] >= target:
             break

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import faiss
+import numpy as np
 
 from dpsr_common.quiet_matplotlib import quiet_matplotlib
 from dpsr_export import ann
@@ -28,6 +29,10 @@ class MeasuredIndex:
         chosen: the one of `settings` that is set in the index.
         k: the k of the recall target.
         recall_target: ann_recall@k that was asked for.
+        entries: number of times that the index holds each position: 2 if each is in two lists.
+        seconds: time that it took to train the index and to add the vectors.
+        semantic_ids: lists, int64 [n], and codes, uint8 [n, M], if the index is that of a trained quantizer.
+        exact_relevant_recall: recall of relevant items by exact search, by k, if there are judgments.
     """
 
     index: faiss.Index
@@ -36,16 +41,25 @@ class MeasuredIndex:
     chosen: ann.Setting
     k: int
     recall_target: float
+    entries: int = 1
+    seconds: float = 0.0
+    semantic_ids: tuple[np.ndarray, np.ndarray] | None = None
+    exact_relevant_recall: dict[int, float] = dataclasses.field(default_factory=dict)
 
 
 def table(measured: MeasuredIndex) -> str:
     """Returns the report as text. An asterisk marks the chosen search parameters."""
-    ks = list(measured.chosen.ann_recall)
-    lines = [f"  {'parameters':<28}" + "".join(f"{f'@{k}':>9}" for k in ks) + f"{'p50 ms':>10}{'p99 ms':>10}"]
+    names = [f"@{k}" for k in measured.chosen.ann_recall]
+    names += [f"rel@{k}" for k in measured.chosen.relevant_recall]
+    lines = [f"  {'parameters':<28}" + "".join(f"{name:>9}" for name in names) + f"{'p50 ms':>10}{'p99 ms':>10}"]
     for setting in measured.settings:
         mark = "*" if setting == measured.chosen else " "
-        recalls = "".join(f"{recall:>9.4f}" for recall in setting.ann_recall.values())
+        values = [*setting.ann_recall.values(), *setting.relevant_recall.values()]
+        recalls = "".join(f"{recall:>9.4f}" for recall in values)
         lines.append(f"{mark} {setting.parameters or '-':<28}{recalls}{setting.p50_ms:>10.3f}{setting.p99_ms:>10.3f}")
+    if measured.exact_relevant_recall:
+        exact = ", ".join(f"rel@{k} {recall:.4f}" for k, recall in measured.exact_relevant_recall.items())
+        lines.append(f"recall of relevant items by exact search: {exact}")
     if measured.chosen.ann_recall[measured.k] < measured.recall_target:
         lines.append(f"ann_recall@{measured.k} does not reach index.recall_target={measured.recall_target:g}")
     return "\n".join(lines)
@@ -67,11 +81,13 @@ def write(directory: Path, measured: MeasuredIndex, queries: str) -> None:
         "k": measured.k,
         "recall_target": measured.recall_target,
         "chosen": measured.chosen.parameters,
+        **{f"exact_relevant_recall@{k}": recall for k, recall in measured.exact_relevant_recall.items()},
         "latency": f"one query at a time, one thread, k={measured.k}",
         "settings": [
             {
                 "parameters": setting.parameters,
                 **{f"ann_recall@{k}": recall for k, recall in setting.ann_recall.items()},
+                **{f"relevant_recall@{k}": recall for k, recall in setting.relevant_recall.items()},
                 "p50_ms": setting.p50_ms,
                 "p99_ms": setting.p99_ms,
             }

@@ -12,9 +12,10 @@ import numpy as np
 
 from dpsr_common.errors import CommandError
 from dpsr_common.packed_file import FormatError, PackedFile
+from dpsr_export import ann
 from dpsr_export.export import versions
 from dpsr_export.index import FORMAT, FORMAT_VERSION
-from dpsr_export.warmup import LoadedServable, unite_heads
+from dpsr_export.warmup import LoadedServable
 from dpsr_tf.data.store import Store, read_manifest
 from dpsr_tf.data.user_requests import HISTORY, USER, User, UserRequests
 from dpsr_tf.evaluation.corpus import Corpus
@@ -64,6 +65,7 @@ class _Index:
             embeddings = PackedFile(str(directory / "item_embeddings.dpsr"), "item_embeddings")
             self._item_ids = PackedFile(str(directory / "item_ids.dpsr"), "item_ids")["id"]
             self._index = faiss.read_index(str(directory / "items.faiss"))
+            self._entries = manifest.get("entries", 1)
             if manifest["parameters"]:
                 faiss.ParameterSpace().set_index_parameters(self._index, manifest["parameters"])
         except (FormatError, FileNotFoundError, RuntimeError) as error:
@@ -77,12 +79,12 @@ class _Index:
         for begin in range(0, len(queries), _BATCH):
             heads = self._encode(queries[begin : begin + _BATCH], users[begin : begin + _BATCH] if users else None)
             batch, _, dim = heads.shape
-            products, rows = self._index.search(np.ascontiguousarray(heads.reshape(-1, dim)), k)
+            products, rows = ann.search(self._index, np.ascontiguousarray(heads.reshape(-1, dim)), k, self._entries)
             products, rows = products.reshape(batch, -1), rows.reshape(batch, -1)
             there = (rows >= 0) & np.repeat(heads.any(axis=2), k, axis=1)
             for row in range(batch):
                 items = self._item_ids[rows[row][there[row]]]
-                found, largest = unite_heads(items, products[row][there[row]], k)
+                found, largest = ann.unite_heads(items, products[row][there[row]], k)
                 ids[begin + row, : len(found)], scores[begin + row, : len(found)] = found, largest
         return ids, scores
 

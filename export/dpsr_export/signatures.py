@@ -70,11 +70,12 @@ class _Graph:
             self._vocabularies[name] = tf_ops.VocabularyTable(str(index_dir / vocabulary_name(name)))
         self._values = request_tables.KeyTable(index_dir / FEATURE_VALUES) if self._has(FEATURE_VALUES) else None
         self._keys = request_tables.KeyTable(index_dir / ITEMS) if index["string_ids"] else None
-        # The index file already contains its search parameters (dpsr_export/index.py).
         self._items = faiss_search.FaissIndexTable(
             str(index_dir / "items.faiss"),
             str(index_dir / "item_ids.dpsr"),
             attributes_path=str(index_dir / item_attributes.FILE) if item_attributes.FILE in index["files"] else None,
+            # The index file contains all search parameters but max_codes.
+            parameters=index.get("parameters", ""),
             max_parameters=max_parameters,
             dim=self._config.embedding_dim,
         )

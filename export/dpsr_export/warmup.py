@@ -15,10 +15,9 @@ import tensorflow as tf
 from dpsr_common.errors import CommandError, op_message
 from dpsr_common.serving_apis import PredictionLog
 from dpsr_export import faiss_search
-from dpsr_export.ann import RECALL_AT
+from dpsr_export.ann import RECALL_AT, unite_heads
 from dpsr_export.signatures import input_types
 from dpsr_tf.data.user_requests import input_arrays
-from dpsr_tf.models.exact_search import top_positions
 from dpsr_tokenizer import tf_ops  # noqa: F401 - its import loads the tokenizer's ops, which the servable's graph needs
 
 v1 = tf.compat.v1
@@ -195,15 +194,6 @@ def _exact(heads: np.ndarray, item_ids: np.ndarray, vectors: np.ndarray, k: int)
         items, products = item_ids[rows[row].reshape(-1)[there]], scores[row].reshape(-1)[there]
         results.append(unite_heads(items, products, k)[0])
     return results
-
-
-def unite_heads(items: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Unites the results of all heads, int64 [n] and float32 [n]. Returns the best k items and their largest scores."""
-    found, which = np.unique(items, return_inverse=True)
-    largest = np.full(len(found), -np.inf, np.float32)
-    np.maximum.at(largest, which, scores)
-    order = top_positions(found, largest, k)
-    return found[order], largest[order]
 
 
 def read_requests(path: Path) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ def test_defaults_are_the_numbers_of_the_paper():
     assert config.train.learning_rate == 0.01
     assert config.train.batch_size == 64
     assert config.model.embedding_dim == 64
-    assert config.index.factory == "Flat", "the default index is exact"
+    assert config.index.factory == "", "the default index is that of the model's quantizer, or exact"
 
 
 def test_an_empty_file_and_no_key_give_the_defaults(tmp_path):

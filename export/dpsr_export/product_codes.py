@@ -1,0 +1,275 @@
+"""Inverted lists with product codes: an index of a trained quantizer, and a second list for each vector.
+
+Vectors are float32 [n, dim]. Labels are the positions 0 to n - 1. With a second list, an index holds each label twice.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dpsr_common.errors import CommandError
+from dpsr_tf.models.quantizer import Quantizer
+
+# Values of index.factory that take the model's quantizer: IndexIVFPQ, or IndexIVFPQFastScan with the same codes.
+FACTORIES = QUANTIZER, QUANTIZER_FAST_SCAN = "quantizer", "quantizer_fs"
+# R^T R of a rotation may differ from the identity by this much.
+_ORTHOGONAL = 1e-3
+# Vectors that are encoded, and vectors that are compared with all centroids, in one step.
+_BLOCK, _SECOND_BLOCK = 1 << 16, 1 << 12
+
+
+def make(quantizer: Quantizer) -> faiss.IndexPreTransform:
+    """Makes an empty index whose scores are the products of queries and T(x), in which nothing is left to train.
+
+    Returns:
+        An IndexPreTransform: a LinearTransform by the transposed rotation, over an IndexIVFPQ.
+
+    Raises:
+        CommandError: the quantizer has wrong shapes, values that are not finite, or a rotation that is not orthogonal.
+    """
+    dim = _check(quantizer)
+    lists = faiss.IndexFlatIP(dim)
+    lists.add(np.ascontiguousarray(quantizer.coarse, np.float32))
+    sub_spaces = len(quantizer.codebooks)
+    ivf = faiss.IndexIVFPQ(lists, dim, len(quantizer.coarse), sub_spaces, quantizer.bits, faiss.METRIC_INNER_PRODUCT)
+    faiss.copy_array_to_vector(np.ravel(quantizer.codebooks).astype(np.float32), ivf.pq.centroids)
+    ivf.is_trained = True
+    rotate = faiss.LinearTransform(dim, dim, False)
+    # FAISS multiplies the matrix with a vector, so it is the transpose of the one that vectors are multiplied with.
+    faiss.copy_array_to_vector(np.ravel(quantizer.rotation.T).astype(np.float32), rotate.A)
+    rotate.is_trained = True
+    rotate.set_is_orthonormal()
+    return faiss.IndexPreTransform(rotate, ivf)
+
+
+def _check(quantizer: Quantizer) -> int:
+    """Returns the dimension. Raises CommandError if the quantizer has wrong shapes or values."""
+    rotation, coarse, codebooks = quantizer.rotation, quantizer.coarse, quantizer.codebooks
+    dim = rotation.shape[1]
+    sub_spaces, codes = codebooks.shape[:2]
+    expected = ((dim, dim), (len(coarse), dim), (sub_spaces, codes, dim // sub_spaces))
+    given = (rotation.shape, coarse.shape, codebooks.shape)
+    if given != expected or dim % sub_spaces or codes not in (16, 256):
+        raise CommandError(
+            f"the checkpoint has a quantizer with rotation {list(given[0])}, coarse centroids {list(given[1])} and "
+            f"codebooks {list(given[2])}, expected [d, d], [lists, d] and [M, 16 or 256, d / M]; train the model again"
+        )
+    for name, values in (("rotation", rotation), ("coarse centroids", coarse), ("codebooks", codebooks)):
+        if not np.isfinite(values).all():
+            raise CommandError(
+                f"the checkpoint has a quantizer with a NaN or an infinity in its {name}; train it again with a lower "
+                f"quantizer.learning_rate"
+            )
+    error = float(np.abs(rotation.astype(np.float64).T @ rotation - np.eye(dim)).max())
+    if error > _ORTHOGONAL:
+        raise CommandError(
+            f"the checkpoint has a quantizer whose rotation is not orthogonal: R^T R differs from the identity by "
+            f"{error:.2g}, expected at most {_ORTHOGONAL:g}; train it again with a lower "
+            f"quantizer.rotation_learning_rate"
+        )
+    return dim
+
+
+def quantizer_of(index: faiss.Index) -> Quantizer:
+    """Returns the quantizer that an index of `build` was made from."""
+    outer: Any = faiss.downcast_index(index)
+    rotate: Any = faiss.downcast_VectorTransform(outer.chain.at(0))
+    ivf: Any = faiss.downcast_index(outer.index)
+    dim, sub_spaces = ivf.d, ivf.pq.M
+    return Quantizer(
+        np.ascontiguousarray(faiss.vector_to_array(rotate.A).reshape(dim, dim).T),
+        ivf.quantizer.reconstruct_n(0, ivf.nlist),
+        faiss.vector_to_array(ivf.pq.centroids).reshape(sub_spaces, ivf.pq.ksub, dim // sub_spaces),
+    )
+
+
+def build(
+    quantizer: Quantizer, factory: str, vectors: np.ndarray, second_list: float = 0.0
+) -> tuple[faiss.Index, np.ndarray, np.ndarray]:
+    """Makes an index of `make` that holds `vectors` [n, dim] with the codes of the quantizer.
+
+    Args:
+        quantizer: the quantizer.
+        factory: one of FACTORIES.
+        vectors: float32 [n, dim]. They may be memory-mapped.
+        second_list: see add_in_two_lists. 0 keeps each vector in one list.
+
+    Returns:
+        The index, whose scores are the products of queries and T(x) (rounded by FastScan, whose tables have 8 bits).
+        And what Quantizer.encode returns for the vectors: lists, int64 [n], and codes, uint8 [n, M].
+
+    Raises:
+        CommandError: see `make` and check_second_list, or the codes do not fit FastScan.
+    """
+    if factory == QUANTIZER_FAST_SCAN and quantizer.bits != 4:
+        raise CommandError(
+            f"index.factory '{factory}' needs codes of 4 bits, but quantizer.bits is {quantizer.bits}; "
+            f"give --set=index.factory={QUANTIZER}"
+        )
+    index: Any = make(quantizer)
+    ivf: Any = faiss.downcast_index(index.index)
+    check_second_list(ivf, second_list)
+    lists, codes = [], []
+    for begin in range(0, len(vectors), _BLOCK):
+        z = np.asarray(vectors[begin : begin + _BLOCK], np.float32) @ quantizer.rotation
+        # FAISS compares with the same distances as Quantizer.encode does, on all cores.
+        nearest = faiss.knn(z, quantizer.coarse, 1)[1][:, 0]
+        residual = z - quantizer.coarse[nearest]
+        packed = ivf.pq.compute_codes(residual)
+        positions = np.arange(begin, begin + len(z))
+        _add_codes(ivf, nearest, packed, positions)
+        if second_list:
+            second = second_lists(z, residual, quantizer.coarse, nearest, second_list)
+            _add_codes(ivf, second, ivf.pq.compute_codes(z - quantizer.coarse[second]), positions)
+        lists.append(nearest)
+        codes.append(_unpack(packed, len(quantizer.codebooks), quantizer.bits))
+    index.ntotal = ivf.ntotal
+    if factory == QUANTIZER_FAST_SCAN:
+        # The copy owns its parts, and `index` may go.
+        fast = faiss.IndexPreTransform(faiss.downcast_VectorTransform(index.chain.at(0)), faiss.IndexIVFPQFastScan(ivf))
+        index = faiss.clone_index(fast)
+    return index, np.concatenate(lists), np.concatenate(codes)
+
+
+def describe(quantizer: Quantizer, factory: str) -> str:
+    """Returns a name of the index, such as "quantizer (IVF1024,PQ16x8)"."""
+    fast_scan = "fs" if factory == QUANTIZER_FAST_SCAN else ""
+    return f"{factory} (IVF{len(quantizer.coarse)},PQ{len(quantizer.codebooks)}x{quantizer.bits}{fast_scan})"
+
+
+def check_second_list(index: faiss.Index, second_list: float) -> None:
+    """Raises CommandError if vectors cannot stand in two lists of this index."""
+    if not second_list:
+        return
+    ivf = _ivfpq(index)
+    if ivf is None:
+        raise CommandError(
+            f"index.second_list is {second_list:g}, but only an index of product codes in lists can have second lists, "
+            f"such as index.factory={QUANTIZER} or IVF1024,PQ16; set index.second_list=0 for other indexes"
+        )
+    if ivf.nlist < 2:
+        raise CommandError(
+            f"index.second_list is {second_list:g}, but the index has {ivf.nlist} list; it needs at least 2, so set "
+            f"index.second_list=0 or more lists"
+        )
+
+
+def add_in_two_lists(index: faiss.Index, vectors: np.ndarray, second_list: float) -> None:
+    """Adds vectors to a trained IndexIVFPQ, which may be in an IndexPreTransform: each to two lists, with two codes.
+
+    The first list is the one that FAISS chooses, and the second one is that of second_lists.
+
+    Args:
+        index: the index. Its ntotal grows by 2n.
+        vectors: float32 [n, dim]. They may be memory-mapped.
+        second_list: lambda.
+
+    Raises:
+        CommandError: the index has no product codes in lists, or only one list.
+    """
+    check_second_list(index, second_list)
+    ivf = _ivfpq(index)
+    centroids = ivf.quantizer.reconstruct_n(0, ivf.nlist)
+    for begin in range(0, len(vectors), _BLOCK):
+        z = np.ascontiguousarray(vectors[begin : begin + _BLOCK], np.float32)
+        outer = faiss.downcast_index(index)
+        if isinstance(outer, faiss.IndexPreTransform):
+            chain: Any = outer.chain  # a std::vector, which the stub calls a list
+            for number in range(chain.size()):
+                z = chain.at(number).apply(z)
+        positions = np.arange(begin, begin + len(z))
+        first = ivf.quantizer.assign(z, 1).reshape(-1)
+        residual = z - centroids[first]
+        second = second_lists(z, residual, centroids, first, second_list)
+        for lists, coded in ((first, residual), (second, z - centroids[second])):
+            _add_codes(ivf, lists, ivf.pq.compute_codes(coded if ivf.by_residual else z), positions)
+    index.ntotal = ivf.ntotal
+
+
+def second_lists(
+    z: np.ndarray, residual: np.ndarray, centroids: np.ndarray, first: np.ndarray, second_list: float
+) -> np.ndarray:
+    """Chooses the second list c' of each vector as SOAR does: with |r'|^2 + lambda (r' . r / |r|)^2 smallest.
+
+    r is the residual in the first list, r' that in the second. A query that finds neither is one for which both
+    residuals have a large inner product, so the second residual should not be parallel to the first. (Sun et al.,
+    SOAR: improved indexing for approximate nearest neighbor search, NeurIPS 2023, theorem 3.1.)
+
+    Args:
+        z: vectors, float32 [n, d], in the space of the centroids.
+        residual: float32 [n, d], their residuals in the first list.
+        centroids: float32 [lists, d].
+        first: int64 [n], numbers of the first lists.
+        second_list: lambda.
+
+    Returns:
+        Numbers of the second lists, int64 [n], which differ from the first ones.
+    """
+    second = np.empty(len(z), np.int64)
+    squares = np.einsum("ld,ld->l", centroids, centroids)
+    for begin in range(0, len(z), _SECOND_BLOCK):
+        rows = slice(begin, begin + _SECOND_BLOCK)
+        x, r = z[rows], residual[rows]
+        unit = r / np.maximum(np.linalg.norm(r, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        # r' . r / |r| for all lists, [rows, lists].
+        loss = np.einsum("nd,nd->n", x, unit)[:, np.newaxis] - unit @ centroids.T
+        loss *= loss
+        loss *= second_list
+        # |r'|^2 without |x|^2, which all lists have in common.
+        loss += squares
+        loss -= 2 * (x @ centroids.T)
+        np.put_along_axis(loss, first[rows, np.newaxis], np.inf, axis=1)
+        second[rows] = loss.argmin(axis=1)
+    return second
+
+
+def write_semantic_ids(path: Path, item_ids: np.ndarray | list[str], lists: np.ndarray, codes: np.ndarray) -> None:
+    """Writes the codes of items as a Parquet table that `dpsr ingest` reads as a column of the kind `multi`.
+
+    Columns: item_id (int64, or text where the shop's ids are texts), and semantic_id, the number of the list and the
+    code of each sub-space, such as "list:71 0:5 1:231". Each value has its own name, because the order of the values of
+    a `multi` column does not count.
+
+    Args:
+        path: the file to write.
+        item_ids: n ids.
+        lists: int64 [n].
+        codes: uint8 [n, M].
+    """
+    columns = [("list", lists), *((str(m), codes[:, m]) for m in range(codes.shape[1]))]
+    parts = []
+    for name, values in columns:
+        names = pa.array([f"{name}:{value}" for value in range(int(values.max(initial=0)) + 1)], pa.large_string())
+        parts.append(names.take(pa.array(values)))
+    joined = pc.binary_join_element_wise(*parts, pa.scalar(" ", pa.large_string()))
+    table = pa.table({"item_id": pa.array(item_ids), "semantic_id": joined})
+    pq.write_table(table, str(path))
+
+
+def _add_codes(ivf: Any, lists: np.ndarray, codes: np.ndarray, positions: np.ndarray) -> None:
+    """Adds codes [n, code_size] with add_sa_codes, which wants the list before each of them, lowest byte first."""
+    size = ivf.coarse_code_size()
+    numbers = np.ascontiguousarray(lists, "<u8").view(np.uint8).reshape(-1, 8)[:, :size]
+    ivf.add_sa_codes(np.ascontiguousarray(np.hstack([numbers, codes])), positions)
+
+
+def _unpack(packed: np.ndarray, sub_spaces: int, bits: int) -> np.ndarray:
+    """Returns one byte for each code of [n, code_size] bytes: uint8 [n, M]."""
+    if bits == 8:
+        return packed
+    return np.stack([packed & 15, packed >> 4], axis=2).reshape(len(packed), -1)[:, :sub_spaces]
+
+
+def _ivfpq(index: faiss.Index) -> Any:
+    """Returns the IndexIVFPQ of an index that is one, or has one behind transforms; otherwise None."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        index = faiss.downcast_index(index.index)
+    return index if isinstance(index, faiss.IndexIVFPQ) else None
