@@ -188,6 +188,43 @@ TEST_F(FilteredSearchTest, BitsThatAreNotKnownBeforehand) {
   }
 }
 
+// A budget bounds how many of the items that pass are scored, but k of them always are.
+TEST_F(FilteredSearchTest, MaxCodesBoundsWhatIsScored) {
+  Build("IVF32,Flat", true, "nprobe=32");
+  const std::vector<float> queries = RandomVectors(10, kDim, 8);
+  const ItemMask half = Mask([](int64_t i) { return i % 2 == 0; });
+  ASSERT_GT(half.count, FilteredSearch::kFewItems);
+  for (int query = 0; query < 10; ++query) {
+    const float* const x = &queries[query * kDim];
+    for (const int64_t budget : {1, 50, 2000, 100000}) {
+      SearchParameters parameters;
+      parameters.max_codes = budget;
+      const Found found = Search(x, 100, half, parameters);
+      EXPECT_EQ(std::count(found.positions.begin(), found.positions.end(), -1), 0);
+      for (const int64_t position : found.positions) EXPECT_EQ(position % 2, 0);
+      if (budget == 100000) {
+        EXPECT_EQ(found.positions, Exact(x, 100, 2));
+      }
+    }
+    // The index's own budget holds if a search sets none.
+    ASSERT_TRUE(IsOk(index_->SetParameters("max_codes=150")));
+    SearchParameters budget;
+    budget.max_codes = 150;
+    EXPECT_EQ(Search(x, 100, half).positions, Search(x, 100, half, budget).positions);
+    ASSERT_TRUE(IsOk(index_->SetParameters("max_codes=0")));
+  }
+}
+
+TEST_F(FilteredSearchTest, IndexesThatCannotHoldItemsTwice) {
+  Build("Flat", false, "");
+  std::unique_ptr<FilteredSearch> search;
+  const Status status = FilteredSearch::Create(index_.get(), &search, 2);
+  EXPECT_EQ(status.code(), StatusCode::kFailedPrecondition);
+  EXPECT_NE(status.message().find("2 entries for each item, expected one"), std::string::npos) << status.message();
+  Build("IVF32,Flat", true, "");
+  EXPECT_EQ(FilteredSearch::Create(index_.get(), &search, 2).code(), StatusCode::kDataLoss);  // positions end at n / 2
+}
+
 TEST_F(FilteredSearchTest, NothingPasses) {
   Build("IVF32,SQ8", true, "nprobe=8");
   const Found found = Search(vectors_.data(), 3, Mask([](int64_t) { return false; }));

@@ -359,15 +359,6 @@ TEST_F(ItemFilterTest, ManyThatPassAreNotLookedForBeforehand) {
   Add(&writer, "splits.tags", tag_splits);
   AddTexts(&writer, "tags", {"t0", "t1"});
   ASSERT_TRUE(IsOk(writer.Finish()));
-  ItemOrder order;
-  for (int64_t begin = 0; begin < items; begin += 1 + begin % 997) order.group_begins.push_back(begin);
-  order.group_begins.push_back(items);
-  order.positions.resize(items);
-  for (int64_t i = 0; i < items; ++i) order.positions[i] = static_cast<int32_t>(i);
-  std::shuffle(order.positions.begin(), order.positions.end(), random);
-  std::unique_ptr<ItemFilters> filters;
-  ASSERT_TRUE(IsOk(ItemFilters::Open(path_, items, kFingerprint, order, &filters)));
-
   struct Case {
     Filter include;
     Filter exclude;
@@ -394,31 +385,43 @@ TEST_F(ItemFilterTest, ManyThatPassAreNotLookedForBeforehand) {
        }},
       {{"colour=pink"}, {}, false, [](int64_t) { return false; }},
   };
-  for (const Case& one : cases) {
-    std::shared_ptr<const ItemMask> first;
-    std::shared_ptr<const ItemMask> second;
-    ASSERT_TRUE(IsOk(filters->Apply(one.include, one.exclude, &first)));
-    ASSERT_TRUE(IsOk(filters->Apply(one.include, one.exclude, &second)));
-    EXPECT_EQ(first->keep != nullptr, one.many);
-    EXPECT_EQ(second->keep, nullptr) << "asked again, all is known";
-    EXPECT_NEAR(static_cast<double>(first->count), static_cast<double>(second->count), 0.1 * second->count);
-    int64_t count = 0;
-    for (size_t group = 0; group + 1 < order.group_begins.size(); ++group) {
-      const int64_t end = order.group_begins[group + 1];
-      const int64_t begin = order.group_begins[group] / 64 * 64;
-      std::vector<uint64_t> words((end - begin + 63) / 64, ~uint64_t{0});
-      if (first->keep) first->keep(begin, end, words.data());
-      int64_t in_group = 0;
-      for (int64_t slot = order.group_begins[group]; slot < end; ++slot) {
-        const bool expected = one.passes(order.positions[slot]);
-        ASSERT_EQ(IsSet(second->words, slot), expected) << "slot " << slot;
-        ASSERT_EQ(first->keep ? IsSet(words, slot - begin) : IsSet(first->words, slot), expected) << "slot " << slot;
-        in_group += expected ? 1 : 0;
+  // An item has as many slots as the index has entries for it.
+  for (const int64_t entries : {1, 2}) {
+    ItemOrder order;
+    const int64_t slots = entries * items;
+    for (int64_t begin = 0; begin < slots; begin += 1 + begin % 997) order.group_begins.push_back(begin);
+    order.group_begins.push_back(slots);
+    order.positions.resize(slots);
+    for (int64_t i = 0; i < slots; ++i) order.positions[i] = static_cast<int32_t>(i % items);
+    std::shuffle(order.positions.begin(), order.positions.end(), random);
+    std::unique_ptr<ItemFilters> filters;
+    ASSERT_TRUE(IsOk(ItemFilters::Open(path_, items, kFingerprint, order, &filters)));
+    for (const Case& one : cases) {
+      std::shared_ptr<const ItemMask> first;
+      std::shared_ptr<const ItemMask> second;
+      ASSERT_TRUE(IsOk(filters->Apply(one.include, one.exclude, &first)));
+      ASSERT_TRUE(IsOk(filters->Apply(one.include, one.exclude, &second)));
+      EXPECT_EQ(first->keep != nullptr, one.many);
+      EXPECT_EQ(second->keep, nullptr) << "asked again, all is known";
+      EXPECT_NEAR(static_cast<double>(first->count), static_cast<double>(second->count), 0.1 * second->count);
+      int64_t count = 0;
+      for (size_t group = 0; group + 1 < order.group_begins.size(); ++group) {
+        const int64_t end = order.group_begins[group + 1];
+        const int64_t begin = order.group_begins[group] / 64 * 64;
+        std::vector<uint64_t> words((end - begin + 63) / 64, ~uint64_t{0});
+        if (first->keep) first->keep(begin, end, words.data());
+        int64_t in_group = 0;
+        for (int64_t slot = order.group_begins[group]; slot < end; ++slot) {
+          const bool expected = one.passes(order.positions[slot]);
+          ASSERT_EQ(IsSet(second->words, slot), expected) << "slot " << slot;
+          ASSERT_EQ(first->keep ? IsSet(words, slot - begin) : IsSet(first->words, slot), expected) << "slot " << slot;
+          in_group += expected ? 1 : 0;
+        }
+        EXPECT_EQ(second->group_counts[group], in_group);
+        count += in_group;
       }
-      EXPECT_EQ(second->group_counts[group], in_group);
-      count += in_group;
+      EXPECT_EQ(second->count, count);
     }
-    EXPECT_EQ(second->count, count);
   }
 }
 

@@ -325,6 +325,63 @@ TEST(RetrieverTest, LooksFurtherWhereExcludedIdsRepeat) {
   EXPECT_EQ(asked.back(), 100);
 }
 
+// The items of an index with two entries for each, from searches that find either of them.
+TEST(RetrieverTest, AnItemWithTwoEntriesCountsOnce) {
+  constexpr int64_t kItems = 40;
+  constexpr int64_t kHeads = 3;
+  std::mt19937 random(11);
+  for (int round = 0; round < 300; ++round) {
+    std::vector<int64_t> item_ids(kItems);
+    for (int64_t i = 0; i < kItems; ++i) item_ids[i] = 3 * i;
+    if (round % 2 == 1) std::shuffle(item_ids.begin(), item_ids.end(), random);
+    // Entry e of a head is one of position e / 2. Some scores are equal.
+    std::vector<std::vector<Hit>> entries(kHeads);
+    std::map<int64_t, float> best;
+    for (std::vector<Hit>& head : entries) {
+      for (int64_t e = 0; e < 2 * kItems; ++e) {
+        head.emplace_back(e / 2, static_cast<float>(random() % 500));
+        const auto added = best.emplace(item_ids[e / 2], head.back().second).first;
+        added->second = std::max(added->second, head.back().second);
+      }
+      std::stable_sort(head.begin(), head.end(), [](const Hit& a, const Hit& b) { return a.second > b.second; });
+    }
+    std::vector<int64_t> excluded;
+    while (random() % 4 != 0) {
+      excluded.push_back(3 * static_cast<int64_t>(random() % kItems));
+      best.erase(excluded.back());
+    }
+    std::vector<float> expected;
+    for (const auto& [id, score] : best) expected.push_back(score);
+    std::sort(expected.rbegin(), expected.rend());
+
+    ItemIds checked = Checked(item_ids);
+    checked.entries = 2;
+    Retriever retriever(checked, [&entries](const float* head, int64_t wanted, float* scores, int64_t* labels) {
+      EXPECT_LE(wanted, 2 * kItems);
+      for (int64_t i = 0; i < wanted; ++i) {
+        std::tie(labels[i], scores[i]) = entries[static_cast<size_t>(*head) - 1][i];
+      }
+      return Status();
+    });
+    ASSERT_TRUE(retriever.Exclude({excluded.data(), excluded.size()}).ok());
+    const auto k = static_cast<int64_t>(1 + random() % (kItems + 5));
+    const float query[kHeads] = {1, 2, 3};
+    std::vector<int64_t> ids(k);
+    std::vector<float> scores(k);
+    std::vector<int32_t> heads(k);
+    ASSERT_TRUE(retriever.Retrieve(query, kHeads, 1, k, ids.data(), scores.data(), heads.data()).ok());
+    for (int64_t i = 0; i < k; ++i) {
+      if (i < static_cast<int64_t>(expected.size())) {
+        ASSERT_EQ(scores[i], expected[i]) << "round " << round;
+        ASSERT_EQ(best.at(ids[i]), scores[i]);
+        best.erase(ids[i]);  // no item is found again
+      } else {
+        ASSERT_EQ(ids[i], kNoItem);
+      }
+    }
+  }
+}
+
 TEST(RetrieverTest, RefusesTooManyExcludedIds) {
   const std::vector<int64_t> ids(kMaxExcluded + 1, 1);
   std::vector<int64_t> asked;
