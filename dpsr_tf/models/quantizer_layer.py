@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
 from dpsr_common.errors import UsageError
+from dpsr_tf import ops
 from dpsr_tf.config import QuantizerConfig
 from dpsr_tf.models.quantizer import COARSE, CODEBOOKS, ROTATION, Quantizer
 from dpsr_tf.models.two_tower import soft_dot_product
@@ -152,18 +152,30 @@ class QuantizerLayer:
             (self.variables[2], of_codebooks, self.config.learning_rate),
         ):
             if gradient is not None:
-                steps.append(v1.train.AdamOptimizer(rate * factor).apply_gradients([(gradient, variable)]))
+                # The names of Adam's variables must not depend on what else the graph has.
+                with tf.name_scope(f"{variable.op.name}/"):
+                    steps.append(v1.train.AdamOptimizer(rate * factor).apply_gradients([(gradient, variable)]))
         if self.config.rotation == "givens" and of_rotation is not None:
-            rotation = self.variables[0]
-            new = tf.numpy_function(
-                _givens_step, [self._rotation, of_rotation, self.config.rotation_learning_rate * factor], tf.float32
-            )
-            steps.append(rotation.assign(new))
+            steps.append(self._givens_step(of_rotation, self.config.rotation_learning_rate * factor))
         return tf.group(*steps)
 
     def quantizer(self, session: tf.compat.v1.Session) -> Quantizer:
         """Returns the values that the variables have in a session."""
         return Quantizer(*session.run(self.variables))
+
+    def _givens_step(self, gradient: tf.Tensor, learning_rate: float | tf.Tensor) -> tf.Operation:
+        """Returns the step of the rotation, which also counts the steps: the seed of random pairs."""
+        with tf.device(self.variables[0].device):
+            done = v1.get_variable(
+                "quantizer/steps", [], tf.int64, v1.zeros_initializer(), trainable=False, use_resource=True
+            )
+            step = done.read_value()
+            product = tf.matmul(self._rotation, gradient, transpose_a=True)
+            givens = ops.load().dpsr_givens_step(
+                self.variables[0].handle, product, learning_rate, step, pairs=self.config.givens_pairs
+            )
+            with tf.control_dependencies([givens]):
+                return done.assign_add(1, read_value=False)
 
     def _rotate(self, x: tf.Tensor, rotation: tf.Tensor, back: bool = False) -> tf.Tensor:
         return x if self.config.rotation == "none" else tf.matmul(x, rotation, transpose_b=back)
@@ -288,13 +300,16 @@ def _quantize(x: tf.Tensor, codebooks: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]
     x is [n, d], `codebooks` [M, K, d / M]. Of equally near centroids, the one with the lower number. The gradient
     passes to the codebooks only.
     """
-    parts, size, width = codebooks.shape
-    split = tf.transpose(tf.reshape(tf.stop_gradient(x), [-1, parts, width]), [1, 0, 2])
-    fixed = tf.stop_gradient(codebooks)
-    distances = tf.reduce_sum(fixed**2, axis=2)[:, tf.newaxis] - 2 * tf.matmul(split, fixed, transpose_b=True)
-    codes = tf.transpose(tf.argmin(distances, axis=2, output_type=tf.int32))
-    found = tf.gather(tf.reshape(codebooks, [parts * size, width]), codes + tf.range(parts) * size)
-    return codes, tf.reshape(found, [-1, parts * width])
+    codes = ops.load().dpsr_nearest_codes(x, codebooks)
+    return codes, ops.load().dpsr_look_up_codes(codes, codebooks)
+
+
+tf.no_gradient("DpsrNearestCodes")
+
+
+@tf.RegisterGradient("DpsrLookUpCodes")
+def _look_up_gradient(op: tf.Operation, upstream: tf.Tensor) -> list[tf.Tensor | None]:
+    return [None, ops.load().dpsr_look_up_codes_gradient(*op.inputs, upstream)]
 
 
 def _first(rows: tf.Tensor) -> tf.Tensor:
@@ -320,21 +335,3 @@ def _first_of_query(teacher: TeacherItems, item_rows: tf.Tensor | None, num_item
         is_new = tf.reshape(places >= known, shape)
     keys = tf.reshape(places, shape) + tf.range(shape[0])[:, tf.newaxis] * tf.size(unique, tf.int64)
     return teacher.valid & is_new & tf.reshape(_first(tf.reshape(keys, [-1])), shape)
-
-
-def _givens_step(rotation: np.ndarray, gradient: np.ndarray, rate: np.float32) -> np.ndarray:
-    a = gradient.T @ rotation - rotation.T @ gradient
-    free = np.ones(len(a), bool)
-    upper = np.triu(np.abs(a), 1)
-    rotation = rotation.copy()
-    for flat in np.argsort(-upper, axis=None, kind="stable"):
-        i, j = divmod(int(flat), len(a))
-        if i >= j or not (free[i] and free[j]):
-            continue
-        free[i] = free[j] = False
-        c, s = np.cos(-rate * a[i, j]), np.sin(-rate * a[i, j])
-        x, y = rotation[:, i].copy(), rotation[:, j].copy()
-        rotation[:, i], rotation[:, j] = c * x + s * y, c * y - s * x
-        if free.sum() < 2:
-            break
-    return rotation.astype(np.float32)
