@@ -153,7 +153,7 @@ class QuantizerLayer:
         ):
             if gradient is not None:
                 # The names of Adam's variables must not depend on what else the graph has.
-                with tf.name_scope(f"{variable.op.name}/"):
+                with tf.name_scope(f"{variable.op.name}_step/"):
                     steps.append(v1.train.AdamOptimizer(rate * factor).apply_gradients([(gradient, variable)]))
         if self.config.rotation == "givens" and of_rotation is not None:
             steps.append(self._givens_step(of_rotation, self.config.rotation_learning_rate * factor))
