@@ -214,8 +214,7 @@ class Teacher:
         num_items, d = store.counts.items, model.config.model.embedding_dim
         search = _Search(vectors, min(config.teacher_items, num_items))
         encode = item_encoder(model, store, checkpoint)
-        path = model.path / TEACHER
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        path, temporary = model.path / TEACHER, model.path / f".{TEACHER}.tmp"
         with PackedFileWriter(temporary, "teacher") as file, _bar(num_items) as bar:
             file.add("about", np.frombuffer(_about(model, store).encode(), np.uint8))
             for begin in range(0, num_items, _ITEMS):
@@ -259,12 +258,11 @@ class Teacher:
         count = min(candidates, self.items.shape[1])
         keys = np.random.default_rng(seed).random((len(queries), self.items.shape[1]), np.float32)
         chosen = np.argpartition(keys, count - 1, axis=1)[:, :count]
-        places = np.minimum(np.searchsorted(self.queries, queries), len(self.queries) - 1)
-        known = self.queries[places] == queries
-        rows = np.zeros((len(queries), candidates), np.int64)
-        rows[:, :count] = np.where(known[:, np.newaxis], np.take_along_axis(self.items[places], chosen, axis=1), 0)
-        valid = np.zeros(rows.shape, bool)
-        valid[:, :count] = known[:, np.newaxis]
+        places = np.searchsorted(self.queries, queries)
+        known = np.flatnonzero(np.isin(queries, self.queries))
+        rows, valid = np.zeros((len(queries), candidates), np.int64), np.zeros((len(queries), candidates), bool)
+        rows[known, :count] = np.take_along_axis(self.items[places[known]], chosen[known], axis=1)
+        valid[known, :count] = True
         vectors = np.zeros((*rows.shape, self.vectors.shape[1]), np.float32)
         vectors[valid] = self.vectors[rows[valid]]
         return TeacherItems(rows, vectors, valid)

@@ -241,7 +241,7 @@ class _Training:
         if not quantizer.sub_spaces or self._cluster.task_type == "ps":
             self._train(steps)
             return
-        if not self._model.has_quantizer:
+        if not _has_quantizer(self._model):
             self._train(quantizer.start_step)
         if _global_step(self._model.path) < steps:
             self._train(steps, self._start_quantizer())
@@ -279,7 +279,7 @@ class _Training:
                 "item_shares": self._item_shares,
                 "last_step": last_step,
                 # Functions, because Estimator copies all other values.
-                "warm_start": warm_start and (lambda towers: warm_start.init_fn(model, towers)),
+                "warm_start": (lambda towers: warm_start.init_fn(model, towers)) if warm_start and not phase else None,
                 "quantizer": phase and (lambda: phase),
             },
         )

@@ -60,7 +60,10 @@ class Validation:
         records = measurements(self._path, self._config)
         last = records[-1]["step"] if records else 0
         due = step - last > (self._config.validation.every - 0.5) * self._config.train.checkpoint_steps
-        quantized = Quantizer.is_in(str(checkpoint))
+        try:
+            quantized = Quantizer.is_in(str(checkpoint))
+        except (tf.errors.OpError, ValueError):  # training has removed this old checkpoint meanwhile
+            return is_over(self._path, self._config)
         if quantized and not _is_quantized(records):
             due = True  # the start of the quantizer, the first that later ones can be better than
             records = []

@@ -18,6 +18,7 @@ from store_builder import queries_of
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_tf.config import Config, ModelConfig, QuantizerConfig, TrainConfig, ValidationConfig, save_config
 from dpsr_tf.data.examples_dataset import examples_dataset, training_input
+from dpsr_tf.data.store import Store
 from dpsr_tf.models.encoders import exact_search, item_embeddings, query_encoder
 from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.models.quantizer import Quantizer
@@ -571,6 +572,24 @@ def test_more_teacher_items_than_items(click_store, taught):
     model = dataclasses.replace(taught, config=with_quantizer(teacher_items=500, teacher_queries=4))
     Teacher.write(model, click_store, tf.train.latest_checkpoint(str(taught.path)))
     assert Teacher.open(model, click_store).items.shape == (4, 60)
+
+
+@pytest.mark.slow
+def test_a_store_without_clicks_has_no_teacher(shop, dpsr, tmp_path):
+    """All queries of a batch are titles, so distillation has the batch's own items alone."""
+    del shop.schema["interactions"]
+    dpsr(*shop.write().flags(tmp_path / "store")).succeeds()
+    config = with_train(with_quantizer(lists=2, warmup_items=16, bits=4, start_step=3), steps=6, num_title_queries=8)
+    save_config(config, tmp_path / "config.yaml")
+    flags = [f"--store={tmp_path / 'store'}", f"--config={tmp_path / 'config.yaml'}", f"--out={tmp_path / 'm'}"]
+    dpsr("train", *flags).fails(1, "has 7 items; quantizer.bits is 4, which makes 16 codes")
+    for number in range(16):
+        shop.items.append({"item_id": 1000 + number, "title": f"lamp of kind {number}", "brand": None, "color": None})
+    dpsr(*shop.write().flags(tmp_path / "store"), "--overwrite").succeeds()
+    dpsr("train", *flags).succeeds()
+    model = ModelDirectory.open(tmp_path / "m")
+    assert len(Teacher.open(model, Store(tmp_path / "store")).queries) == 0
+    assert weights(tmp_path / "m")["global_step"] == 6
 
 
 @pytest.mark.parametrize(
