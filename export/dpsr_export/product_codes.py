@@ -21,7 +21,7 @@ from dpsr_tf.models.quantizer import Quantizer
 FACTORIES = QUANTIZER, QUANTIZER_FAST_SCAN = "quantizer", "quantizer_fs"
 # R^T R of a rotation may differ from the identity by this much.
 _ORTHOGONAL = 1e-3
-# Vectors that are encoded, and vectors that are compared with all centroids, in one step.
+# Vectors that are added, and vectors that are compared with all centroids, in one step.
 _BLOCK, _SECOND_BLOCK = 1 << 16, 1 << 12
 
 
@@ -116,26 +116,22 @@ def build(
     index: Any = make(quantizer)
     ivf: Any = faiss.downcast_index(index.index)
     check_second_list(ivf, second_list)
-    lists, codes = [], []
+    lists, codes = quantizer.encode(vectors)
     for begin in range(0, len(vectors), _BLOCK):
-        z = np.asarray(vectors[begin : begin + _BLOCK], np.float32) @ quantizer.rotation
-        # FAISS compares with the same distances as Quantizer.encode does, on all cores.
-        nearest = faiss.knn(z, quantizer.coarse, 1)[1][:, 0]
-        residual = z - quantizer.coarse[nearest]
-        packed = ivf.pq.compute_codes(residual)
-        positions = np.arange(begin, begin + len(z))
-        _add_codes(ivf, nearest, packed, positions)
+        rows = slice(begin, begin + _BLOCK)
+        first = lists[rows]
+        positions = np.arange(begin, begin + len(first))
+        _add_codes(ivf, first, _pack(codes[rows], quantizer.bits), positions)
         if second_list:
-            second = second_lists(z, residual, quantizer.coarse, nearest, second_list)
+            z = np.asarray(vectors[rows], np.float32) @ quantizer.rotation
+            second = second_lists(z, z - quantizer.coarse[first], quantizer.coarse, first, second_list)
             _add_codes(ivf, second, ivf.pq.compute_codes(z - quantizer.coarse[second]), positions)
-        lists.append(nearest)
-        codes.append(_unpack(packed, len(quantizer.codebooks), quantizer.bits))
     index.ntotal = ivf.ntotal
     if factory == QUANTIZER_FAST_SCAN:
         # The copy owns its parts, and `index` may go.
         fast = faiss.IndexPreTransform(faiss.downcast_VectorTransform(index.chain.at(0)), faiss.IndexIVFPQFastScan(ivf))
         index = faiss.clone_index(fast)
-    return index, np.concatenate(lists), np.concatenate(codes)
+    return index, lists, codes
 
 
 def describe(quantizer: Quantizer, factory: str) -> str:
@@ -260,11 +256,12 @@ def _add_codes(ivf: Any, lists: np.ndarray, codes: np.ndarray, positions: np.nda
     ivf.add_sa_codes(np.ascontiguousarray(np.hstack([numbers, codes])), positions)
 
 
-def _unpack(packed: np.ndarray, sub_spaces: int, bits: int) -> np.ndarray:
-    """Returns one byte for each code of [n, code_size] bytes: uint8 [n, M]."""
+def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Returns codes, uint8 [n, M], as FAISS packs them: codes of 4 bits by two, the first one in the low half."""
     if bits == 8:
-        return packed
-    return np.stack([packed & 15, packed >> 4], axis=2).reshape(len(packed), -1)[:, :sub_spaces]
+        return codes
+    even = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
+    return even[:, ::2] | even[:, 1::2] << 4
 
 
 def _ivfpq(index: faiss.Index) -> Any:
