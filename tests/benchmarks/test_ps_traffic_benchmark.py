@@ -22,7 +22,7 @@ def test_floor_is_that_of_the_documentation():
 
 def test_zipf_is_skewed_and_uniform_is_not():
     random = np.random.default_rng(1)
-    zipf, uniform = (benchmark.draw(random, kind, 100_000) for kind in ("zipf", "uniform"))
+    zipf, uniform = (benchmark.draw_tokens(random, kind, 100_000) for kind in ("zipf", "uniform"))
     for drawn in (zipf, uniform):
         assert drawn.min() >= 0 and drawn.max() < benchmark.NUM_IDS
     # The share of ranks below 1,000 is log(101) / log(20,001), against 1,000 in 200,000.
