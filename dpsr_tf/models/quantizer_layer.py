@@ -221,54 +221,43 @@ def quantizer_loss(
     """
     if config.objective == "ranking":
         raise ValueError("the loss of the objective ranking is the model's own; build_loss makes it")
-    quantized = layer(items)
-    metrics = quantizer_metrics(layer, quantized)
     if config.objective == "reconstruction":
+        quantized = layer(items)
         difference = quantized.full - tf.stop_gradient(items)
-        return tf.reduce_mean(tf.reduce_sum(difference**2, axis=1)), metrics
+        return tf.reduce_mean(tf.reduce_sum(difference**2, axis=1)), quantizer_metrics(layer, quantized)
 
-    heads = query.shape[1]
-    dim = query.shape[2]
-    tau = config.temperature or temperature
-    rotated = tf.reshape(layer.rotate(tf.reshape(query, [-1, dim])), [-1, heads, dim])
-    exact = tf.stop_gradient(query)
-
-    def score(queries: tf.Tensor, vectors: tf.Tensor) -> tf.Tensor:
-        """[b, m, d] and [n, d] or [b, c, d] to [b, n] or [b, c]."""
-        if vectors.shape.rank == 3:
-            inner = tf.unstack(tf.matmul(queries, vectors, transpose_b=True), axis=1)
-        else:
-            inner = [tf.matmul(head, vectors, transpose_b=True) for head in tf.unstack(queries, axis=1)]
-        return soft_dot_product(inner, head_temperature) / tau
-
-    fixed = tf.stop_gradient(items)
-    scores = [score(exact, fixed), score(rotated, quantized.rotated_coarse), score(rotated, quantized.rotated_full)]
-    lowest = tf.float32.min
-    count_of_items = tf.shape(items)[0]
-    rows = None if item_rows is None else tf.cast(item_rows, tf.int64)
-    if rows is not None:
-        scores = [tf.where(_first(rows)[tf.newaxis], each, lowest) for each in scores]
+    if item_rows is not None:
+        item_rows = tf.cast(item_rows, tf.int64)
+        first = tf.where(_first(item_rows))[:, 0]
+        items, item_rows = tf.gather(items, first), tf.gather(item_rows, first)
+    vectors, num_shared = items, tf.shape(items)[0]
     if teacher is not None:
-        count = tf.shape(teacher.rows)[1]
-        found = layer(tf.reshape(tf.stop_gradient(teacher.vectors), [-1, dim]))
+        # Only what counts is quantized. Its place is (query, number in the query's list).
+        places = tf.where(_first_of_query(teacher, item_rows))  # [v, 2]
+        vectors = tf.concat([items, tf.stop_gradient(tf.gather_nd(teacher.vectors, places))], axis=0)
+    quantized = layer(vectors)
 
-        def of_queries(vectors: tf.Tensor) -> tf.Tensor:
-            return tf.reshape(vectors, [-1, count, dim])
+    heads, dim = query.shape[1:]
+    tau = config.temperature or temperature
+    query /= tau
+    rotated = tf.reshape(layer.rotate(tf.reshape(query, [-1, dim])), [-1, heads, dim])
 
-        own = [
-            score(exact, teacher.vectors),
-            score(rotated, of_queries(found.rotated_coarse)),
-            score(rotated, of_queries(found.rotated_full)),
-        ]
-        counted = _first_of_query(teacher, rows, count_of_items)
-        scores = [
-            tf.concat([shared, tf.where(counted, each, lowest)], axis=1)
-            for shared, each in zip(scores, own, strict=True)
-        ]
-    target, *students = scores
-    target = tf.stop_gradient(tf.nn.softmax(target))
+    def logits(queries: tf.Tensor, scored: tf.Tensor) -> tf.Tensor:
+        """Returns the scores of all candidates over tau: [b, m, d] and [shared + v, d] to [b, shared + c]."""
+        of_heads = tf.unstack(queries, axis=1)
+        shared = [tf.matmul(head, scored[:num_shared], transpose_b=True) for head in of_heads]
+        result = soft_dot_product(shared, head_temperature / tau)
+        if teacher is None:
+            return result
+        own = [tf.reduce_sum(tf.gather(head, places[:, 0]) * scored[num_shared:], axis=1) for head in of_heads]
+        lowest = tf.fill(tf.shape(teacher.rows), tf.float32.min)
+        own_scores = soft_dot_product(own, head_temperature / tau)
+        return tf.concat([result, tf.tensor_scatter_nd_update(lowest, places, own_scores)], axis=1)
+
+    target = tf.stop_gradient(tf.nn.softmax(logits(query, vectors)))
+    students = logits(rotated, quantized.rotated_coarse), logits(rotated, quantized.rotated_full)
     losses = [tf.nn.softmax_cross_entropy_with_logits(target, student) for student in students]
-    return tf.reduce_mean(tf.add_n(losses)), metrics
+    return tf.reduce_mean(tf.add_n(losses)), quantizer_metrics(layer, quantized)
 
 
 def quantizer_metrics(layer: QuantizerLayer, quantized: Quantized) -> dict[str, tf.Tensor]:
@@ -319,19 +308,14 @@ def _first(rows: tf.Tensor) -> tf.Tensor:
     return tf.equal(tf.gather(tf.math.unsorted_segment_min(positions, places, tf.size(unique)), places), positions)
 
 
-def _first_of_query(teacher: TeacherItems, item_rows: tf.Tensor | None, num_items: tf.Tensor) -> tf.Tensor:
+def _first_of_query(teacher: TeacherItems, item_rows: tf.Tensor | None) -> tf.Tensor:
     """Returns which of the teacher's items count, bool [b, c]: valid, not in the batch, the first in their list."""
     # The row of an entry that is not valid may be that of a valid one.
-    rows = tf.where(teacher.valid, tf.cast(teacher.rows, tf.int64), -1)
-    shape = tf.shape(rows, tf.int64)
-    own = tf.reshape(rows, [-1])
-    if item_rows is None:
-        unique, places = tf.unique(own, tf.int64)
-        is_new = tf.ones_like(teacher.valid)
-    else:
-        unique, places = tf.unique(tf.concat([item_rows, own], axis=0), tf.int64)
-        known = tf.reduce_max(places[:num_items]) + 1
-        places = places[num_items:]
-        is_new = tf.reshape(places >= known, shape)
-    keys = tf.reshape(places, shape) + tf.range(shape[0])[:, tf.newaxis] * tf.size(unique, tf.int64)
-    return teacher.valid & is_new & tf.reshape(_first(tf.reshape(keys, [-1])), shape)
+    own = tf.reshape(tf.where(teacher.valid, tf.cast(teacher.rows, tf.int64), -1), [-1])
+    batch = own[:0] if item_rows is None else item_rows
+    unique, places = tf.unique(tf.concat([batch, own], axis=0), tf.int64)
+    known, places = tf.split(places, [tf.size(batch), tf.size(own)])
+    is_new = places > tf.reduce_max(known)  # of the numbers of unique rows, those of the batch come first
+    queries, count = tf.unstack(tf.shape(teacher.rows, tf.int64))
+    keys = tf.repeat(tf.range(queries), count) * tf.size(unique, tf.int64) + places
+    return teacher.valid & tf.reshape(is_new & _first(keys), tf.shape(teacher.rows))
