@@ -40,8 +40,8 @@ _BATCH = 4096
 _ITEMS, _QUERIES = 65_536, 16_384
 # Iterations of k-means.
 _ITERATIONS = 25
-# Iterations of OPQ, and of k-means before the first one. Each moves the rotation, then the centroids once; on Home Depot
-# (256 dimensions, 8 parts) this leaves a smaller error than FAISS's 4 moves of the centroids in the same time.
+# Iterations of OPQ, and of k-means before the first one. Each moves the rotation and then the centroids once, which on
+# Home Depot (256 dimensions, 8 parts) leaves a smaller error in the same time than FAISS's 4 moves of the centroids.
 _OPQ_ITERATIONS, _OPQ_FIRST = 30, 10
 
 
