@@ -163,7 +163,8 @@ class Index:
             for setting in [*settings, {"parameters": self.manifest["parameters"]}]:
                 for part in filter(None, setting["parameters"].split(",")):
                     name, _, value = part.partition("=")
-                    if not name.strip().startswith("quantizer_"):  # a request cannot set it
+                    # A request cannot set parameters of the coarse quantizer, and 0 is no limit (of max_codes).
+                    if not name.strip().startswith("quantizer_") and float(value) > 0:
                         bounds[name.strip()] = max(float(value), bounds.get(name.strip(), 0.0))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CommandError(

@@ -169,8 +169,7 @@ def build_index(
     """
     checkpoint = model.last_checkpoint()
     config = _with_factory(config)
-    quantizer = _read_quantizer(config, checkpoint)
-    _check_inputs(model, store, config, device, quantizer)
+    quantizer = _check_inputs(model, store, config, device, checkpoint)
     source = embeddings.source_fingerprint(model, store, checkpoint)
     with (
         new_directory(out, overwrite, "index", "index.json") as directory,
@@ -246,14 +245,19 @@ def _identity(quantizer: Quantizer) -> dict[str, Any]:
 
 
 def _check_inputs(
-    model: ModelDirectory, store: Store, config: Config, device: str, quantizer: Quantizer | None
-) -> None:
-    """Checks now what would otherwise fail after an hour. Raises CommandError."""
+    model: ModelDirectory, store: Store, config: Config, device: str, checkpoint: str
+) -> Quantizer | None:
+    """Checks now what would otherwise fail after an hour. Returns the quantizer to make the index of, or None.
+
+    Raises:
+        CommandError: see build_index.
+    """
     difference = model.store_difference(store)
     if difference:
         raise CommandError(f"{model.path}: {difference}; give the store the model was trained on")
     ann.check_device(device)
     dim = model.config.model.embedding_dim
+    quantizer = _read_quantizer(config, checkpoint)
     if quantizer is not None:
         index, _, _ = product_codes.build(
             quantizer, config.index.factory, np.zeros((1, dim), np.float32), config.index.second_list
@@ -270,6 +274,7 @@ def _check_inputs(
             f"index.second_list=0"
         )
     _candidates(config.index, store.counts.items, dim)
+    return quantizer
 
 
 @dataclasses.dataclass(frozen=True)

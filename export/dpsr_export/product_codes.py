@@ -106,8 +106,14 @@ def build(
         And what Quantizer.encode returns for the vectors: lists, int64 [n], and codes, uint8 [n, M].
 
     Raises:
-        CommandError: see `make` and check_second_list, or the codes do not fit FastScan.
+        CommandError: see `make` and check_second_list, the quantizer is for vectors of another dimension, or the codes
+            do not fit FastScan.
     """
+    if vectors.shape[1] != len(quantizer.rotation):
+        raise CommandError(
+            f"the checkpoint has a quantizer for vectors of {len(quantizer.rotation)} dimensions, but the embeddings "
+            f"have {vectors.shape[1]} (model.embedding_dim); train the model again"
+        )
     if factory == QUANTIZER_FAST_SCAN and quantizer.bits != 4:
         raise CommandError(
             f"index.factory '{factory}' needs codes of 4 bits, but quantizer.bits is {quantizer.bits}; "

@@ -148,6 +148,8 @@ def test_a_quantizer_that_no_index_can_have() -> None:
     ):
         with pytest.raises(CommandError, match=message):
             product_codes.build(dataclasses.replace(good, **changed), "quantizer", unit_vectors(3, 1))
+    with pytest.raises(CommandError, match=r"for vectors of 24 dimensions, but the embeddings have 23"):
+        product_codes.build(good, "quantizer", unit_vectors(3, 1, 23))
     with pytest.raises(CommandError, match=r"'quantizer_fs' needs codes of 4 bits, but quantizer.bits is 8"):
         product_codes.build(good, "quantizer_fs", unit_vectors(3, 1))
     with pytest.raises(CommandError, match=r"index.second_list is 1.5, but the index has 1 list"):
