@@ -7,7 +7,7 @@ Rows wait in a temporary database. When all are there, they are sorted, joined a
             store.add("items", rows, numbers)
         repeated = store.close_table("items")
         ...
-        counts, features = store.write(shards=1)
+        counts, features, ranking = store.write(shards=1)
 
 docs/data_format.md describes the layout of the files.
 """
@@ -32,6 +32,7 @@ from dpsr_tf.data.feature_table import FeatureTable, floats_of
 from dpsr_tf.data.interaction_log import InteractionLog
 from dpsr_tf.data.log_parts import KeptLog
 from dpsr_tf.data.parallel import Workers
+from dpsr_tf.data.request_log import RequestLog
 from dpsr_tf.data.schema import Feature, Schema, TokenizerSchema, VocabularySchema
 from dpsr_tf.data.store import Counts, Features, StoredFeature, vocabulary_name
 from dpsr_tokenizer import TokenizerConfig, Vocabulary, VocabularyBuilder
@@ -67,6 +68,7 @@ class Assembler:
         self._ids: dict[str, np.ndarray] = {}
         self._database = Database(self._folder, workers, memory)
         self._log = InteractionLog(schema.interactions, self._database)
+        self._requests = RequestLog(schema, self._database) if schema.ranking else None
 
     def __enter__(self) -> Assembler:
         """Returns the assembler itself."""
@@ -88,7 +90,7 @@ class Assembler:
                 with the same id the one with the lower number is kept.
         """
         if table == "interactions":
-            self._log.add(rows)
+            self._add_to_log(rows)
             if self._kept:
                 self._kept.add(rows)
             return
@@ -96,6 +98,11 @@ class Assembler:
         names = itertools.count()
         plain = [f"f{next(names)}" if name.startswith(("feature.", "filter.")) else name for name in rows.schema.names]
         self._database.insert(table, rows.rename_columns(plain).append_column("number", pa.array(numbers, pa.int64())))
+
+    def _add_to_log(self, rows: pa.RecordBatch) -> None:
+        self._log.add(rows)
+        if self._requests:
+            self._requests.add(rows)
 
     def close_table(self, table: str) -> tuple[np.ndarray, list[str]]:
         """Ends "items" or "users": keeps the first row of each id, and adds the anonymous user as row 0 of the users.
@@ -141,14 +148,17 @@ class Assembler:
         """
         return self._ids[table]
 
-    def write(self, shards: int) -> tuple[Counts, Features]:
-        """Writes all packed files of the store. Returns what the manifest says about them.
+    def write(self, shards: int) -> tuple[Counts, Features, dict[str, Any] | None]:
+        """Writes all packed files of the store.
+
+        Returns:
+            What the manifest says about tables, features, and requests; None if the schema has no section `ranking`.
 
         Raises:
             CommandError: no interaction is a positive pair for training.
         """
         for rows in self._kept.older() if self._kept else ():
-            self._log.add(rows)
+            self._add_to_log(rows)
         self._log.number_queries(shards)
         vocabularies = self._write_vocabularies()
         item_features = self._write_items(vocabularies)
@@ -156,7 +166,10 @@ class Assembler:
         counts = self._log.write_interactions(self._out, shards, vocabularies[None])
         counts["held_out"] = self._log.write_held_out(self._out)
         counts |= {"users": len(self._ids["users"]), "items": len(self._ids["items"]), "events": events, "rejected": 0}
-        return Counts(**counts), Features(item_features, user_features)
+        ranking = None
+        if self._requests:
+            ranking = self._requests.write(self._out, shards, vocabularies[None], len(self._ids["users"]))
+        return Counts(**counts), Features(item_features, user_features), ranking
 
     # Tables.
 

@@ -115,9 +115,14 @@ class Database:
     def batches(
         self, query: str, label: str, total: int | None = None, rows: int = _NUMBER_ROWS
     ) -> Iterator[pa.RecordBatch]:
-        """Yields a result in batches of `rows` rows, under a progress bar with this label and total."""
-        with tqdm(total=total, desc=f"{label:<16}", unit=" rows", unit_scale=True) as bar:
-            for batch in self._connection.sql(query).to_arrow_reader(rows):
+        """Yields a result in batches of `rows` rows, under a progress bar with this label and total.
+
+        Between two batches, other statements may run.
+        """
+        # While a result is read, its connection cannot run anything else.
+        reading = self._connection.cursor()
+        with tqdm(total=total, desc=f"{label:<16}", unit=" rows", unit_scale=True) as bar, reading:
+            for batch in reading.sql(query).to_arrow_reader(rows):
                 yield batch
                 bar.update(batch.num_rows)
 

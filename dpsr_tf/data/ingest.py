@@ -139,7 +139,7 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     schema_path = adapter.schema_path if adapter else Path(values.schema)
     schema = load_schema(schema_path)
     if values.items_only:
-        schema = dataclasses.replace(schema, interactions=None)
+        schema = dataclasses.replace(schema, interactions=None, ranking=None)
     codes = CodeBook.read(values.like) if values.like else None
     log = _kept_log(values, schema)
     base = Path(values.input) if values.input else schema_path.parent
@@ -291,12 +291,14 @@ def ingest(
     with _resource_errors(out, memory), Rejects(rejects or _rejects_path(out), max_reject_fraction) as rejected:
         with Workers(threads) as workers, Assembler(schema, out, workers, memory, codes, log) as store:
             _read_tables(schema, files, _TableReader(store, workers, batch_rows, rejected))
-            counts, features = store.write(shards)
+            counts, features, ranking = store.write(shards)
         counts = dataclasses.replace(counts, rejected=rejected.total)
         if log:
             more["log"] = log.parts()
         if codes:
             more["like"] = str(codes.path)
+        if ranking:
+            more["ranking"] = ranking
         _write_manifest(out, schema, shards, counts, features, more)
         rejected.report()
     return counts
@@ -305,6 +307,10 @@ def ingest(
 def _write_manifest(
     out: Path, schema: Schema, shards: int, counts: Counts, features: Features, more: dict[str, Any]
 ) -> None:
+    written_schema = to_dict(schema)
+    if schema.ranking is None:
+        # The manifest is then that of a version without this section, which can read the store.
+        del written_schema["ranking"]
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -317,7 +323,7 @@ def _write_manifest(
             table: [{key: value for key, value in feature.items() if value not in (None, [])} for feature in stored]
             for table, stored in to_dict(features).items()
         },
-        "schema": to_dict(schema),
+        "schema": written_schema,
         **more,
     }
     manifest["checksum"] = manifest_checksum(manifest)

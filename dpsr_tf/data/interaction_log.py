@@ -81,30 +81,25 @@ class InteractionLog:
         Raises:
             CommandError: no interaction is a positive pair for training.
         """
-        held_out = self._schema.held_out
         if "log" not in self._database:
             if not self._is_empty:
                 raise self._no_positive_pairs()
             self._create_empty_log()
-        held_time = held_query = "FALSE"
-        if held_out and held_out.query_share is not None:
-            # The second half of the hash: the first decides on the shard.
-            held_query = f"{_md5_number('query', 17)} < {int(held_out.query_share * 2**64)}::UBIGINT"
-        elif held_out:
-            held_time = f"time >= {held_out_from(self._schema, self._last_time)}"
+        held_query, held_time = held_out_conditions(self._schema, self._last_time)
         self._database.create(
             "queries",
             f"""SELECT text, shard, held, training AND NOT held AS training,
                 (row_number() OVER (ORDER BY shard, text) - 1)::INTEGER AS query_row
-            FROM (SELECT query AS text, {_md5_number("query", 1)} % {shards} AS shard, {held_query} AS held,
+            FROM (SELECT query AS text, {shard_of_query(shards)} AS shard, {held_query} AS held,
                 bool_or(NOT {held_time}) AS training FROM log WHERE role <> 0 GROUP BY query)""",
         )
         others = [name for name in self._database.columns("log") if name != "query"]
         self._database.create(
             "pairs",
-            self._with_requests(
+            with_asked(
                 f"""SELECT query_row, {", ".join(others)}, held OR {held_time} AS held
-                FROM log JOIN queries ON query = text"""
+                FROM log JOIN queries ON query = text""",
+                self._schema,
             ),
         )
         self._database.drop("log")
@@ -117,22 +112,8 @@ class InteractionLog:
                 0::UTINYINT AS type, 0::UTINYINT AS role LIMIT 0""",
         )
 
-    def _with_requests(self, log: str) -> str:
-        """Returns SQL for the rows of the query `log` with a further column `asked`, when the request began.
-
-        The rows of a request have the same query and user. They have the same session, too; without one, no more than
-        `session_gap` minutes lie between two of them.
-        """
-        if not self._schema.time:
-            return f"SELECT *, 0::UINTEGER AS asked FROM ({log})"
-        session = "AND session = 0" if self._schema.session else ""
-        begins = f"before IS NULL OR (time - before > {round(60 * self._schema.session_gap)} {session})"
-        request = f"(PARTITION BY {self._request_key()} ORDER BY time)"
-        return f"""SELECT * EXCLUDE (before), max(CASE WHEN {begins} THEN time END) OVER {request} AS asked
-            FROM (SELECT *, lag(time) OVER {request} AS before FROM ({log}))"""
-
     def _request_key(self) -> str:
-        return ", ".join(["query_row", "user_row", *(["session"] if self._schema.session else [])])
+        return request_key(self._schema)
 
     def _overrule_clicks(self) -> None:
         """Removes clicks on items that a label calls negative for the query, if no other label calls them positive."""
@@ -421,6 +402,45 @@ def _counted_from(first: int) -> Callable[[np.ndarray], np.ndarray]:
 def _md5_number(text: str, begin: int) -> str:
     """Returns SQL for 64 bits of the MD5 of a text, big endian, from hex digit `begin` (1 or 17) on."""
     return f"('0x' || substr(md5({text}), {begin}, 16))::UBIGINT"
+
+
+def request_key(schema: InteractionsSchema) -> str:
+    """Returns the columns that all rows of a request have in common, for SQL."""
+    return ", ".join(["query_row", "user_row", *(["session"] if schema.session else [])])
+
+
+def with_asked(log: str, schema: InteractionsSchema) -> str:
+    """Returns SQL for the rows of the query `log` with a further column `asked`, when the request began.
+
+    The rows of a request have the same query and user. They have the same session, too; without one, no more than
+    `session_gap` minutes lie between two of them.
+    """
+    if not schema.time:
+        return f"SELECT *, 0::UINTEGER AS asked FROM ({log})"
+    session = "AND session = 0" if schema.session else ""
+    begins = f"before IS NULL OR (time - before > {round(60 * schema.session_gap)} {session})"
+    request = f"(PARTITION BY {request_key(schema)} ORDER BY time)"
+    return f"""SELECT * EXCLUDE (before), max(CASE WHEN {begins} THEN time END) OVER {request} AS asked
+        FROM (SELECT *, lag(time) OVER {request} AS before FROM ({log}))"""
+
+
+def shard_of_query(shards: int) -> str:
+    """Returns SQL for the shard of the text in the column `query`."""
+    return f"{_md5_number('query', 1)} % {shards}"
+
+
+def held_out_conditions(schema: InteractionsSchema, last_time: int) -> tuple[str, str]:
+    """Returns SQL that tells from `query`, and SQL that tells from `time`, whether a row is held out.
+
+    `last_time` is the time of the last interaction. Raises CommandError as held_out_from.
+    """
+    held_out = schema.held_out
+    if held_out is None:
+        return "FALSE", "FALSE"
+    if held_out.query_share is not None:
+        # The second half of the hash: the first decides on the shard.
+        return f"{_md5_number('query', 17)} < {int(held_out.query_share * 2**64)}::UBIGINT", "FALSE"
+    return "FALSE", f"time >= {held_out_from(schema, last_time)}"
 
 
 def held_out_from(schema: InteractionsSchema, last_time: int) -> int:

@@ -35,6 +35,8 @@ VALUE_KINDS = ("categorical", "multi")
 FILTER_KINDS = ("categorical", "number", "multi")
 # The types of interactions. A store holds their positions in this list.
 EVENT_TYPES = ("impression", "skip", "click", "cart", "order")
+# What a store with requests counts events of, beside the attributes of the section `ranking`.
+COUNTED = ("item", "query_item", "all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,6 +298,38 @@ class InteractionsSchema:
 
 
 @dataclasses.dataclass(frozen=True)
+class RankingSchema:
+    """What a ranker needs: whole requests, numbers, and counts as of each request (docs/ranking.md)."""
+
+    attributes: tuple[str, ...] = option(
+        (),
+        "categorical item features whose items are counted together, such as brand, shop and category: impressions, "
+        "clicks, carts and orders of all items with the same value",
+    )
+    brand: str | None = option(
+        None, "categorical item feature with the brand, which is looked for in queries; default: no brand is"
+    )
+    price: str | None = option(
+        None, "item feature of kind number with the price; default: what users spend is not computed"
+    )
+    smoothing_impressions: float = option(
+        20.0, "number of impressions at the global rate that are added to each click-through rate", 0, 1e9
+    )
+    smoothing_clicks: float = option(
+        20.0, "number of clicks at the global rate that are added to each conversion rate", 0, 1e9
+    )
+
+    def problem(self) -> str | None:
+        """Describes values that are allowed one by one but not together; None if there are none."""
+        for name in self.attributes:
+            if name in COUNTED:
+                return f"attributes has '{name}', a name that the store uses itself; give the feature another `name`"
+            if self.attributes.count(name) > 1:
+                return f"attributes has '{name}' twice, expected each feature once"
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenizerSchema:
     """The kinds of tokens that a text is split into. They have the names of dpsr_tokenizer.TokenizerConfig."""
 
@@ -343,6 +377,7 @@ class Schema:
     items: ItemsSchema
     interactions: InteractionsSchema | None = None
     users: UsersSchema | None = None
+    ranking: RankingSchema | None = None
     tokenizer: TokenizerSchema = dataclasses.field(default_factory=TokenizerSchema)
     vocabulary: VocabularySchema = dataclasses.field(default_factory=VocabularySchema)
     vocabularies: dict[str, FeatureVocabulary] = option(
@@ -367,6 +402,22 @@ class Schema:
                 f"interactions: user is '{self.interactions.user}', but there is no section `users`; "
                 f"add one, or leave user out"
             )
+        return self._ranking_problem() if self.ranking is not None else None
+
+    def _ranking_problem(self) -> str | None:
+        assert self.ranking is not None
+        if self.interactions is None:
+            return "ranking: needs the section interactions, which says what was shown; add it, or leave ranking out"
+        for key in ("type", "time"):
+            if getattr(self.interactions, key) is None:
+                return f"ranking: needs a column with the {key} of each interaction; name it with interactions: {key}"
+        kinds = {feature.key: feature.kind for feature in self.items.features}
+        wanted = [("attributes", name, "categorical") for name in self.ranking.attributes]
+        wanted += [("brand", self.ranking.brand, "categorical"), ("price", self.ranking.price, "number")]
+        for key, name, kind in wanted:
+            if name is not None and kinds.get(name) != kind:
+                known = ", ".join(key for key, found in kinds.items() if found == kind) or "none"
+                return f"ranking: {key} has '{name}', expected an item feature of kind {kind}: {known}"
         return None
 
 

@@ -10,6 +10,13 @@
     titles.dpsr               item titles, for people and for title queries; the other texts that the towers read
     filters.dpsr              attributes that searches filter items by, if the schema names any; training never reads it
 
+With a section `ranking` in the schema also (dpsr_tf/data/request_log.py):
+
+    requests.dpsr             whole requests, with counts as of each; or one file per shard
+    held_requests.dpsr        requests kept out of training, if the schema names any
+    statistics.dpsr           counts as of the end of the log
+    numbers.dpsr              numeric features of items and users as numbers
+
 dpsr_tf/ops/training_store.h and docs/data_format.md describe the layout of each file.
 """
 
@@ -170,6 +177,25 @@ class Store:
         """
         return self._open("held_out.dpsr") if _holds_out(self.schema) else None
 
+    def requests(self) -> list[PackedFile]:
+        """Opens the requests of all shards; [] if the schema has no section `ranking`.
+
+        Sections `query.*`, `query_text.*`, `request.*`, `shown.*`, `stat.*`, `all.*`, [`spend.*`].
+        """
+        return [self._open(name) for name in requests_names(self._shards)] if self.schema.ranking else []
+
+    def held_requests(self) -> PackedFile | None:
+        """Opens the requests that are kept out of training, with the sections of `requests`; None without them."""
+        return self._open("held_requests.dpsr") if self.schema.ranking and _holds_out(self.schema) else None
+
+    def statistics(self) -> PackedFile | None:
+        """Opens the counts as of the end of the log; None if the schema has no section `ranking`."""
+        return self._open("statistics.dpsr") if self.schema.ranking else None
+
+    def numbers(self) -> PackedFile | None:
+        """Opens the numeric features: sections `item.*`, `user.*`; None if the schema has no section `ranking`."""
+        return self._open("numbers.dpsr") if self.schema.ranking else None
+
     def titles(self) -> list[str]:
         """Returns the title of each item, in the order of the item file."""
         return unpack_strings(self._open("titles.dpsr"), "title")
@@ -214,9 +240,18 @@ def vocabulary_name(name: str | None = None) -> str:
 
 def interactions_names(shards: int) -> list[str]:
     """Returns the file names of the interactions, one per shard."""
+    return _sharded("interactions", shards)
+
+
+def requests_names(shards: int) -> list[str]:
+    """Returns the file names of the requests for training, one per shard."""
+    return _sharded("requests", shards)
+
+
+def _sharded(kind: str, shards: int) -> list[str]:
     if shards == 1:
-        return ["interactions.dpsr"]
-    return [f"interactions-{shard:05}-of-{shards:05}.dpsr" for shard in range(shards)]
+        return [f"{kind}.dpsr"]
+    return [f"{kind}-{shard:05}-of-{shards:05}.dpsr" for shard in range(shards)]
 
 
 def file_names(schema: Schema, shards: int) -> list[str]:
@@ -224,7 +259,11 @@ def file_names(schema: Schema, shards: int) -> list[str]:
     held_out = ["held_out.dpsr"] if _holds_out(schema) else []
     vocabularies = [vocabulary_name(name) for name in (None, *schema.vocabularies)]
     filters = ["filters.dpsr"] if schema.items.filters else []
-    return [*vocabularies, "users.dpsr", "items.dpsr", *interactions_names(shards), *held_out, "titles.dpsr", *filters]
+    names = [*vocabularies, "users.dpsr", "items.dpsr", *interactions_names(shards), *held_out, "titles.dpsr", *filters]
+    if schema.ranking is None:
+        return names
+    held_requests = ["held_requests.dpsr"] if held_out else []
+    return [*names, *requests_names(shards), *held_requests, "statistics.dpsr", "numbers.dpsr"]
 
 
 def _holds_out(schema: Schema) -> bool:

@@ -40,6 +40,7 @@ Writes a synthetic shop with English and Chinese items, and its search log, into
 files, byte for byte.
 
   items.parquet, users.parquet, interactions/    tables for `dpsr ingest`, described by schema.yaml
+  schema.ranking.yaml                            the same tables, described for a ranker
   judgments.dev.tsv, judgments.test.tsv          judged queries that the log does not hold, for `dpsr evaluate`
   judgments.personal.tsv                         purchases of users after the end of the log, for `dpsr evaluate`
   labels.parquet                                 pairs of queries and items with a human grade
@@ -95,6 +96,11 @@ SCHEMA: dict[str, Any] = {
     },
     "vocabulary": {"min_count": 2},
 }
+
+# What schema.ranking.yaml has beside it, together with a part of the log that is held out.
+RANKING = {"attributes": ["brand", "shop", "category"], "brand": "brand", "price": "price"}
+# The share of the log's days, at its end, that schema.ranking.yaml holds out.
+_HELD_OUT = 1 / 6
 
 REQUIRED_FLAGS = ("out",)
 
@@ -169,6 +175,9 @@ def generate(parameters: Parameters, out: Path) -> dict[str, int]:
     judged_kinds = {FOLDS[fold]: _write_judgments(world, fold, item_ids, out) for fold in (1, 2)}
     _write_purchases(world, log, item_ids, user_ids, out / "judgments.personal.tsv")
     (out / "schema.yaml").write_text(yaml.safe_dump(SCHEMA, sort_keys=False))
+    held_out = {"held_out": {"last_days": round(parameters.days * _HELD_OUT, 3)}}
+    ranking = SCHEMA | {"interactions": SCHEMA["interactions"] | held_out, "ranking": RANKING}
+    (out / "schema.ranking.yaml").write_text(yaml.safe_dump(ranking, sort_keys=False))
     (out / "truth").mkdir()
     _write_labels(world, item_ids, out)
     _write_truth(world, log, item_ids, user_ids, out / "truth")
