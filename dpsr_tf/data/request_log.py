@@ -190,14 +190,15 @@ class RequestLog:
     # Items and users.
 
     def _describe_items(self, out: Path) -> None:
-        """Creates the table `item_facts`: price, and code of each attribute less 1, by row of the item."""
+        """Creates the table `item_facts`: price, and code of each attribute (-1 is none), by row of the item."""
         items = PackedFile(str(out / "items.dpsr"), "items", verify=False)
         prices = self._numbers("items", self._ranking.price) if self._ranking.price else None
         for begin in range(0, len(items["id"]), _BATCH):
             piece = slice(begin, min(begin + _BATCH, len(items["id"])))
             columns = {"item_row": pa.array(np.arange(piece.start, piece.stop, dtype=np.int32))}
             for i, name in enumerate(self._ranking.attributes):
-                columns[f"a{i}"] = pa.array(items[f"feature.{name}"][piece].astype(np.int64) - 1)
+                codes = items[f"feature.{name}"][piece].astype(np.int64)
+                columns[f"a{i}"] = pa.array(np.where(codes == 0, -1, codes))
             if prices is not None:
                 price = prices[piece].astype(np.float64)
                 columns["price"] = pa.array(price, mask=np.isnan(price))
@@ -322,7 +323,8 @@ class RequestLog:
         database, end = self._database, self._end
         items = PackedFile(str(out / "items.dpsr"), "items", verify=False)
         rows = {"item": len(items["id"])}
-        rows |= {name: len(items[f"values.{name}.splits"]) - 1 for name in self._ranking.attributes}
+        # Code 0, which is no value, has counts of 0.
+        rows |= {name: len(items[f"values.{name}.splits"]) for name in self._ranking.attributes}
         entities = self._entities()
         with PackedFileWriter(out / "statistics.dpsr", "statistics") as file:
             file.add("until", np.array([end], np.uint32))
