@@ -178,11 +178,17 @@ class RequestLog:
             FROM asks JOIN ({per_request}) USING (request)"""
         )[0]
         outcomes = dict(self._database.rows("SELECT outcome, count(*) FROM shown GROUP BY outcome"))
+        requests, held_requests, shown, held_shown, without_positive, with_pairs = map(int, found)
         return RequestCounts(
-            *map(int, found[:4]),
-            *(outcomes.get(place, 0) for place in range(1, len(OUTCOMES))),
-            requests_without_positive=int(found[4]),
-            requests_with_pairs=int(found[5]),
+            requests=requests,
+            held_requests=held_requests,
+            shown=shown,
+            held_shown=held_shown,
+            clicks=outcomes.get(OUTCOMES.index("click"), 0),
+            carts=outcomes.get(OUTCOMES.index("cart"), 0),
+            orders=outcomes.get(OUTCOMES.index("order"), 0),
+            requests_without_positive=without_positive,
+            requests_with_pairs=with_pairs,
             without_position=self._database.scalar("SELECT count(*) FROM shown WHERE shown_at = 0"),
             graded_rows=self._graded,
         )

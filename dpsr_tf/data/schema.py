@@ -412,8 +412,11 @@ class Schema:
             if getattr(self.interactions, key) is None:
                 return f"ranking: needs a column with the {key} of each interaction; name it with interactions: {key}"
         kinds = {feature.key: feature.kind for feature in self.items.features}
-        wanted = [("attributes", name, "categorical") for name in self.ranking.attributes]
-        wanted += [("brand", self.ranking.brand, "categorical"), ("price", self.ranking.price, "number")]
+        wanted: list[tuple[str, str | None, str]] = [
+            *(("attributes", name, "categorical") for name in self.ranking.attributes),
+            ("brand", self.ranking.brand, "categorical"),
+            ("price", self.ranking.price, "number"),
+        ]
         for key, name, kind in wanted:
             if name is not None and kinds.get(name) != kind:
                 known = ", ".join(key for key, found in kinds.items() if found == kind) or "none"

@@ -198,11 +198,15 @@ class Store:
 
     def titles(self) -> list[str]:
         """Returns the title of each item, in the order of the item file."""
-        return unpack_strings(self._open("titles.dpsr"), "title")
+        return unpack_strings(self.packed_texts(), "title")
+
+    def packed_texts(self) -> PackedFile:
+        """Opens the texts of the items: sections `title.*`, [`text0.*`, ...]; see ItemsSchema.text_names."""
+        return self._open("titles.dpsr")
 
     def texts(self) -> dict[str, list[str]]:
         """Returns the texts of each item that the towers read: column of `items.text` -> one text per item."""
-        file = self._open("titles.dpsr")
+        file = self.packed_texts()
         return {column: unpack_strings(file, name) for column, name in self.schema.items.text_names.items()}
 
     def filters(self) -> PackedFile | None:

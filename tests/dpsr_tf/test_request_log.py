@@ -385,7 +385,7 @@ def test_bad_input_is_counted_and_reported(ingested):
 
 def test_numbers_stay_numbers_and_are_scaled_by_the_training_part(ingested):
     log = random_log(13)
-    store, out = ingested(log, changed("interactions", held_out={"last_days": 15}))
+    store, _ = ingested(log, changed("interactions", held_out={"last_days": 15}))
     file = store.numbers()
     np.testing.assert_array_equal(file["item.price"], np.array([5, 7.5, 20, 11, np.nan], np.float32))
     np.testing.assert_array_equal(file["user.age"], np.array([np.nan, 30, np.nan, 41], np.float32))

@@ -1,0 +1,173 @@
+"""How well a query matches the texts of an item: numbers for a ranker.
+
+All of them come from the words of query and item (characters and their pairs for scripts without spaces), so they
+need no training and hold for queries that no log has seen. docs/ranking.md lists them.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dpsr_tf.data.column_files import row_splits
+from dpsr_tf.data.store import Store, unpack_strings
+from dpsr_tokenizer import Tokenizer, TokenizerConfig
+
+# The constants of BM25 in Lucene's form.
+_K1, _B = 1.2, 0.75
+_WORDS = TokenizerConfig(letter_trigrams=False, number_parts=False)
+
+
+class _Postings(NamedTuple):
+    """The distinct tokens of each of n texts."""
+
+    splits: np.ndarray  # int64 [n + 1]
+    tokens: np.ndarray  # int64, ascending within a text
+    counts: np.ndarray  # int64: how often the text has the token
+
+    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns, for the tokens of some rows one after another, the place in `rows` and the place in `tokens`."""
+        lengths = self.splits[rows + 1] - self.splits[rows]
+        of_row = np.repeat(np.arange(len(rows)), lengths)
+        begins = np.repeat(self.splits[rows] - row_splits(lengths)[:-1], lengths)
+        return of_row, begins + np.arange(len(of_row))
+
+
+class MatchFeatures:
+    """Computes the match of pairs of queries and items of a store. Memory grows with the items' texts.
+
+    Attributes:
+        names: the names of the features.
+    """
+
+    def __init__(self, store: Store):
+        """Reads the texts of all items of a store, whose schema has the section `ranking`."""
+        assert store.schema.ranking is not None
+        self._tokenizer = Tokenizer(_WORDS)
+        # Token -> id, in the order in which tokens first occur in texts of items.
+        self._ids: dict[str, int] = {}
+        # The title comes first: it need not be among the texts that the towers read.
+        schema = store.schema.items
+        self._title = schema.title or schema.text[0]
+        names, file = {self._title: "title"} | schema.text_names, store.packed_texts()
+        tokens = {column: list(map(self._tokens, unpack_strings(file, name))) for column, name in names.items()}
+        self._fields = {column: self._postings(of_column) for column, of_column in tokens.items()}
+        self._weights = {column: _bm25_weights(field) for column, field in self._fields.items()}
+        self._has_digit = np.array([_has_digit(token) for token in self._ids], bool)
+        self._brands: np.ndarray | None = None
+        brand = store.schema.ranking.brand
+        if brand is not None:
+            items = store.items()
+            self._brands = items[f"feature.{brand}"]
+            self._brand_tokens = [
+                set(self._tokenizer.tokenize(text)) for text in unpack_strings(items, f"values.{brand}")
+            ]
+            # A brand is found by its rarest token.
+            frequency = collections.Counter(token for of_brand in self._brand_tokens for token in of_brand)
+            self._brands_by_token: dict[str, list[int]] = {}
+            for code, of_brand in enumerate(self._brand_tokens, 1):
+                if of_brand:
+                    rarest = min(of_brand, key=lambda token: (frequency[token], token))
+                    self._brands_by_token.setdefault(rarest, []).append(code)
+        self.names = [
+            *(f"bm25.{column}" for column in self._fields),
+            "query_in_title",
+            "title_in_query",
+            "number_match",
+        ]
+        self.names += ["brand_match", "brand_other"] if brand is not None else []
+
+    def __call__(self, queries: Sequence[str], query: np.ndarray, item: np.ndarray) -> dict[str, np.ndarray]:
+        """Computes the features of n pairs.
+
+        Args:
+            queries: texts.
+            query: int [n]: the query of each pair, a place in `queries`.
+            item: int [n]: the item of each pair, a row of the store.
+
+        Returns:
+            float32 [n] by name, NaN where a feature is not defined.
+        """
+        words = [self._tokenizer.tokenize(text) for text in queries]
+        asked = self._postings([[self._ids[w] for w in of_query if w in self._ids] for of_query in words])
+        distinct = np.array([len(set(of_query)) for of_query in words], np.int64)
+        numbers = np.array([len({w for w in of_query if _has_digit(w)}) for of_query in words], np.int64)
+        size, n = max(len(self._ids), 1), len(query)
+        row, place = asked.take(query)
+        # Ascending, because the tokens of a query are.
+        wanted, times = row * size + asked.tokens[place], asked.counts[place]
+        found: dict[str, np.ndarray] = {}
+        numbers_found = [np.zeros(0, np.int64)]
+        for column, field in self._fields.items():
+            row, place = field.take(item)
+            keys = row * size + field.tokens[place]
+            at = np.minimum(np.searchsorted(wanted, keys), max(len(wanted) - 1, 0))
+            same = wanted[at] == keys if len(wanted) else np.zeros(len(keys), bool)
+            row, place, at, keys = row[same], place[same], at[same], keys[same]
+            found[f"bm25.{column}"] = np.bincount(row, self._weights[column][place] * times[at], n)
+            if column == self._title:
+                matched = np.bincount(row, minlength=n)
+                length = field.splits[item + 1] - field.splits[item]
+                found["query_in_title"] = _share(matched, distinct[query])
+                found["title_in_query"] = _share(matched, length)
+            numbers_found.append(keys[self._has_digit[field.tokens[place]]])
+        keys = np.unique(np.concatenate(numbers_found))
+        found["number_match"] = _share(np.bincount(keys // size, minlength=n), numbers[query])
+        if self._brands is not None:
+            found |= self._brand_matches(words, query, item)
+        return {name: found[name].astype(np.float32) for name in self.names}
+
+    def _brand_matches(
+        self, words: Sequence[Sequence[str]], query: np.ndarray, item: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        assert self._brands is not None
+        named = [
+            {
+                code
+                for word in set(of_query)
+                for code in self._brands_by_token.get(word, ())
+                if self._brand_tokens[code - 1] <= set(of_query)
+            }
+            for of_query in words
+        ]
+        brand = self._brands[item].astype(np.int64)
+        pairs = np.array([code + place * 2**32 for place, codes in enumerate(named) for code in codes], np.int64)
+        match = np.isin(query.astype(np.int64) * 2**32 + brand, pairs)
+        names_any = np.array([bool(codes) for codes in named], bool)[query]
+        unknown = brand == 0
+        return {
+            "brand_match": np.where(unknown, np.nan, match),
+            "brand_other": np.where(unknown, np.nan, names_any & ~match),
+        }
+
+    def _tokens(self, text: str) -> list[int]:
+        return [self._ids.setdefault(token, len(self._ids)) for token in self._tokenizer.tokenize(text)]
+
+    def _postings(self, texts: Sequence[Sequence[int]]) -> _Postings:
+        size = max(len(self._ids), 1)
+        lengths = [len(text) for text in texts]
+        tokens = np.fromiter((token for text in texts for token in text), np.int64, sum(lengths))
+        keys, counts = np.unique(np.repeat(np.arange(len(texts)), lengths) * size + tokens, return_counts=True)
+        return _Postings(row_splits(np.bincount(keys // size, minlength=len(texts))), keys % size, counts)
+
+
+def _bm25_weights(field: _Postings) -> np.ndarray:
+    """Returns what each token of each text adds to BM25 when a query has it once, float64 [tokens]."""
+    texts = len(field.splits) - 1
+    of_text = np.repeat(np.arange(texts), np.diff(field.splits))
+    length = np.bincount(of_text, field.counts, texts)
+    average = length.mean() if texts and length.any() else 1.0
+    frequency = np.bincount(field.tokens)[field.tokens] if len(field.tokens) else np.zeros(0)
+    rarity = np.log(1 + (texts - frequency + 0.5) / (frequency + 0.5))
+    return rarity * field.counts / (field.counts + _K1 * (1 - _B + _B * length[of_text] / average))
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
+
+
+def _has_digit(token: str) -> bool:
+    return any(letter.isdigit() for letter in token)

@@ -1,0 +1,198 @@
+"""`dpsr features`: writes the features of requests as one table, so that every ranker reads the same."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+from absl import flags
+from tqdm import tqdm
+
+from dpsr_common.errors import CommandError
+from dpsr_common.packed_file import PackedFile
+from dpsr_tf.data.ranking_features import RankingFeatures, Shown
+from dpsr_tf.data.store import Store, unpack_strings
+from dpsr_tf.data.user_requests import User
+from dpsr_tf.evaluation.judgments import FOLDS, fold_of
+
+USAGE = """
+Usage: dpsr features --store=STORE --out=FILE.parquet [--fold=FOLD] [--model=MODEL]
+
+Writes one row for each item shown in the requests of a store: what came of it, its position, and all features that a
+ranker reads. XGBoost, LightGBM and other rankers can be trained with this table on the same data as DPSR's own.
+
+The store must be made by `dpsr ingest` with the section `ranking` in its schema. docs/ranking.md lists the columns.
+"""
+
+REQUIRED_FLAGS = ("store", "out")
+
+TRAIN = "train"
+# The key of the Parquet file's metadata with the names of the features, as JSON.
+METADATA = b"dpsr_features"
+# Rows of a row group, and the items shown that are in memory at a time.
+_ROWS = 1 << 16
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of `dpsr features`."""
+    flags.DEFINE_string("store", None, "store with requests", flag_values=values)
+    flags.DEFINE_string("out", None, "Parquet file to write", flag_values=values)
+    flags.DEFINE_enum(
+        "fold",
+        TRAIN,
+        [TRAIN, *FOLDS[:2]],
+        "requests to write: those for training, or a half of those that the store holds out",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "model",
+        None,
+        "model whose score of query and item becomes the column dpsr_score; it must be trained on this store, or the "
+        "store made with --like=MODEL",
+        flag_values=values,
+    )
+    flags.DEFINE_boolean("overwrite", False, "replace the file if --out exists already", flag_values=values)
+
+
+def run(values: flags.FlagValues, arguments: list[str]) -> None:
+    """Runs `dpsr features`."""
+    out = Path(values.out)
+    if out.exists() and not values.overwrite:
+        raise CommandError(f"--out={out}: exists already; choose another file, or give --overwrite to replace it")
+    if not out.resolve().parent.is_dir():
+        raise CommandError(f"--out={out}: the directory {out.parent} does not exist; create it first")
+    requests, rows = write_features(Store(values.store), out, values.fold, values.model)
+    print(f"features {out}: {rows:,} items shown in {requests:,} requests, fold {values.fold}")
+
+
+def write_features(store: Store, out: Path, fold: str = TRAIN, model: str | None = None) -> tuple[int, int]:
+    """Writes the features of a fold to the Parquet file `out`. Returns the number of requests and of rows.
+
+    Memory grows with the number of items (their texts, and their embeddings if there is a model) and of distinct
+    queries, not with the number of requests.
+
+    Raises:
+        CommandError: the store has no requests in this fold, the model cannot read the store, or the file cannot be
+            written.
+    """
+    features = RankingFeatures(store)
+    score = _scorer(model, store) if model else None
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    schema = _schema(features, score is not None)
+    requests = rows = 0
+    try:
+        with pyarrow.parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            for first, file, chosen in tqdm(_batches(store, fold), desc="write features", unit=" batches"):
+                table = _table(store, features.of(file, chosen), first + chosen, schema, score)
+                writer.write_table(table)
+                requests, rows = requests + len(chosen), rows + len(table)
+        if not requests:
+            why = "add `held_out` to its schema" if store.held_requests() is None else "hold out more"
+            raise CommandError(
+                f"--fold={fold}: {store.path} has no requests in this fold; "
+                + ("give another store" if fold == TRAIN else f"{why}, and ingest the log again")
+            )
+        temporary.replace(out)
+    except OSError as error:
+        raise CommandError(f"--out={out}: cannot be written: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return requests, rows
+
+
+def _batches(store: Store, fold: str) -> Iterator[tuple[int, PackedFile, np.ndarray]]:
+    """Yields batches: the number of the file's first request, the file, and rows of its requests."""
+    held = store.held_requests()
+    files = store.requests() if fold == TRAIN else [held] if held is not None else []
+    first = 0
+    for file in files:
+        lengths = np.diff(file["request.splits"])
+        chosen = np.arange(len(lengths))
+        if fold != TRAIN:
+            inside = np.array([fold_of(text) == fold for text in unpack_strings(file, "query_text")], bool)
+            chosen = chosen[inside[file["request.query"]]]
+        # A batch has at least one request, and else at most _ROWS rows.
+        ends = np.cumsum(lengths[chosen])
+        begin = 0
+        while begin < len(chosen):
+            before = int(ends[begin - 1]) if begin else 0
+            end = max(begin + 1, int(np.searchsorted(ends, before + _ROWS, side="right")))
+            yield first, file, chosen[begin:end]
+            begin = end
+        first += len(lengths)
+
+
+def _schema(features: RankingFeatures, scored: bool) -> pa.Schema:
+    numbers = [*features.numbers, *(["dpsr_score"] if scored else [])]
+    columns = [
+        ("request", pa.int64()),
+        ("query", pa.string()),
+        ("user_id", pa.int64()),
+        ("item_id", pa.int64()),
+        ("time", pa.int64()),
+        ("position", pa.uint8()),
+        ("outcome", pa.uint8()),
+        *((name, pa.float32()) for name in numbers),
+        *((name, pa.int32()) for name in features.codes),
+    ]
+    metadata = {METADATA: json.dumps({"numbers": numbers, "codes": features.codes}).encode()}
+    return pa.schema(columns, metadata)
+
+
+def _table(
+    store: Store, shown: Shown, requests: np.ndarray, schema: pa.Schema, score: Callable[[Shown], np.ndarray] | None
+) -> pa.Table:
+    queries = pa.array(shown.queries, pa.string()).take(pa.array(shown.request))
+    columns = {
+        "request": requests[shown.request],
+        "query": queries,
+        "user_id": store.users()["id"][shown.user],
+        "item_id": store.items()["id"][shown.item],
+        "time": shown.time.astype(np.int64),
+        "position": shown.position,
+        "outcome": shown.outcome,
+        **shown.numbers,
+        **shown.codes,
+    }
+    if score is not None:
+        columns["dpsr_score"] = score(shown)
+    # NaN stands for a missing number, and every reader of Parquet knows null.
+    arrays = [
+        column if isinstance(column, pa.Array) else pa.array(column, from_pandas=True)
+        for column in (columns[name] for name in schema.names)
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _scorer(model: str, store: Store) -> Callable[[Shown], np.ndarray]:
+    """Returns a function from items shown to the model's scores, float32 [n]: the largest product over query heads."""
+    # TensorFlow is loaded only if there is a model.
+    from dpsr_tf.models.encoders import item_embeddings, query_encoder
+
+    items, encode, ids = item_embeddings(model, store), query_encoder(model, store), store.users()["id"]
+
+    def score(shown: Shown) -> np.ndarray:
+        firsts = np.flatnonzero(np.diff(shown.request, prepend=-1))
+        users = [User(int(ids[shown.user[row]]), int(shown.time[row])) for row in firsts]
+        heads = np.concatenate(
+            [
+                encode(shown.queries[begin : begin + _QUERIES], users[begin : begin + _QUERIES])
+                for begin in range(0, len(users), _QUERIES)
+            ]
+        )
+        products = np.empty(len(shown.item), np.float32)
+        for begin in range(0, len(products), _PAIRS):
+            piece = slice(begin, begin + _PAIRS)
+            products[piece] = np.einsum("nhd,nd->nh", heads[shown.request[piece]], items[shown.item[piece]]).max(1)
+        return products
+
+    return score
+
+
+# Queries that are embedded at a time, and pairs that are scored at a time.
+_QUERIES, _PAIRS = 1024, 8192
