@@ -1,0 +1,262 @@
+"""`dpsr features`: the table of a fold against the store, against BM25, and against exact search of a model."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import yaml
+from test_encoders import make_model
+
+from dpsr_tf.data.event_counts import EVENTS
+from dpsr_tf.data.ranking_features import RankingFeatures
+from dpsr_tf.data.store import Store, unpack_strings
+from dpsr_tf.data.user_requests import User
+from dpsr_tf.evaluation import features
+from dpsr_tf.evaluation.baselines import Bm25, Field
+from dpsr_tf.evaluation.judgments import fold_of
+from dpsr_tf.models.encoders import exact_search
+
+ITEMS = [
+    {"item_id": 1, "title": "Acme drill 12mm AB-300", "detail": "12mm drill for steel, 500 W", "brand": "Acme"},
+    {"item_id": 2, "title": "New Balance running shoes", "detail": "", "brand": "New Balance"},
+    {"item_id": 3, "title": "红色跑鞋 43码", "detail": "阿克梅", "brand": None},
+    {"item_id": 4, "title": "", "detail": "spare part", "brand": "Acme"},
+    {"item_id": 5, "title": "Shoes shoes shoes", "detail": "balance board", "brand": "Bolt"},
+]
+QUERIES = ["acme drill 12mm", "new balance shoes", "balance shoes shoes", "红色 跑鞋", "AB-300 part 99", "zzz"]
+DAY = 86_400
+SCHEMA = {
+    "items": {
+        "files": "items.jsonl",
+        "id": "item_id",
+        "text": ["title", "detail"],
+        "features": ["brand", {"column": "price", "kind": "number", "boundaries": [10]}],
+    },
+    "users": {"files": "users.jsonl", "id": "user_id", "features": ["gender"]},
+    "interactions": {
+        "files": "log.jsonl",
+        "query": "query",
+        "item": "item_id",
+        "user": "user_id",
+        "type": "type",
+        "time": "time",
+        "position": "position",
+        "held_out": {"last_days": 5},
+    },
+    "ranking": {
+        "attributes": ["brand"], "brand": "brand", "price": "price", "smoothing_impressions": 7, "smoothing_clicks": 3
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """A store with requests of six queries, each with all five items in some order."""
+    folder = tmp_path_factory.mktemp("ranking")
+    rng = np.random.default_rng(1)
+    log = []
+    for number in range(300):
+        query, user = QUERIES[rng.integers(len(QUERIES))], int(rng.choice([7, 9, -1]))
+        time = 1_700_000_000 + number * 5000
+        for position, item in enumerate(rng.permutation(5) + 1, 1):
+            kind = rng.choice(["impression", "click", "cart", "order"], p=[0.6, 0.2, 0.1, 0.1])
+            row = {"query": query, "item_id": int(item), "user_id": user, "type": kind, "position": position}
+            log.append(row | {"time": time + int(rng.integers(100))})
+    items = [item | {"price": None if item["item_id"] == 3 else 1.5 * item["item_id"]} for item in ITEMS]
+    users = [{"user_id": 7, "gender": "f"}, {"user_id": 9, "gender": None}]
+    for name, rows in (("items", items), ("users", users), ("log", log)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    (folder / "schema.yaml").write_text(yaml.safe_dump(SCHEMA))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(shop):
+    from dpsr_common.command_line import main
+
+    assert main(["ingest", f"--schema={shop / 'schema.yaml'}", f"--out={shop / 'store'}", "--shards=2"]) == 0
+    return Store(shop / "store")
+
+
+def table_of(path):
+    table = pyarrow.parquet.read_table(path)
+    columns = {
+        name: table[name].to_pylist() if name == "query" else table[name].to_numpy() for name in table.column_names
+    }
+    return table, columns
+
+
+def test_the_table_holds_every_item_shown(store, tmp_path, dpsr):
+    out = dpsr("features", f"--store={store.path}", f"--out={tmp_path / 'train.parquet'}").succeeds().out
+    table, columns = table_of(tmp_path / "train.parquet")
+    counts = store.manifest["ranking"]["counts"]
+    assert len(table) == counts["shown"]
+    assert f"{counts['shown']:,} items shown in {counts['requests']:,} requests" in out
+    place, first = 0, 0
+    ids, users = store.items()["id"], store.users()["id"]
+    for file in store.requests():
+        splits, texts = file["request.splits"], unpack_strings(file, "query_text")
+        for request in range(len(splits) - 1):
+            begin, end = splits[request : request + 2]
+            rows = slice(place, place + end - begin)
+            assert set(columns["request"][rows]) == {first + request}
+            assert set(columns["query"][rows]) == {texts[file["request.query"][request]]}
+            assert set(columns["user_id"][rows]) == {users[file["request.user"][request]]}
+            assert set(columns["time"][rows]) == {file["request.time"][request]}
+            np.testing.assert_array_equal(columns["item_id"][rows], ids[file["shown.item"][begin:end]])
+            np.testing.assert_array_equal(columns["position"][rows], file["shown.position"][begin:end])
+            np.testing.assert_array_equal(columns["outcome"][rows], file["shown.outcome"][begin:end])
+            np.testing.assert_array_equal(columns["item.7.click"][rows], file["stat.item.7.click"][begin:end])
+            np.testing.assert_array_equal(
+                columns["spend.mean"][rows], np.repeat(file["spend.mean"][request], end - begin)
+            )
+            # The formula of docs/ranking.md, with the constants of the schema.
+            whole = {event: int(file[f"all.30.{event}"][request]) for event in EVENTS}
+            rate = whole["click"] / whole["shown"] if whole["shown"] else 0
+            click, shown = (file[f"stat.brand.1.{event}"][begin:end].astype(float) for event in ("click", "shown"))
+            known = store.items()["feature.brand"][file["shown.item"][begin:end]] > 0
+            expected = np.where(known, (click + 7 * rate) / (shown + 7), np.nan)
+            np.testing.assert_allclose(columns["brand.1.ctr"][rows], expected, rtol=1e-5)
+            rate = whole["order"] / whole["click"] if whole["click"] else 0
+            order, click = (
+                file[f"stat.query_item.30.{event}"][begin:end].astype(float) for event in ("order", "click")
+            )
+            np.testing.assert_allclose(columns["query_item.30.cvr"][rows], (order + 3 * rate) / (click + 3), rtol=1e-5)
+            place += end - begin
+        first += len(splits) - 1
+    assert place == len(table)
+    names = json.loads(table.schema.metadata[features.METADATA])
+    assert names["codes"] == ["item.brand", "user.gender"]
+    given = {"request", "query", "user_id", "item_id", "time", "position", "outcome"}
+    assert given | set(names["numbers"]) | set(names["codes"]) == set(table.column_names)
+    assert table["brand.1.ctr"].null_count == sum(item == 3 for item in columns["item_id"]), "missing is null"
+
+
+def test_small_batches_give_the_same_table(store, tmp_path, monkeypatch):
+    features.write_features(store, tmp_path / "whole.parquet")
+    monkeypatch.setattr(features, "_ROWS", 12)
+    features.write_features(store, tmp_path / "parts.parquet")
+    assert pyarrow.parquet.ParquetFile(tmp_path / "parts.parquet").num_row_groups > 100
+    whole, parts = (pyarrow.parquet.read_table(tmp_path / f"{name}.parquet") for name in ("whole", "parts"))
+    assert whole.equals(parts)
+
+
+def test_folds_are_those_of_evaluation(store, tmp_path):
+    texts = {}
+    for fold in ("train", "validation", "test"):
+        path = tmp_path / f"{fold}.parquet"
+        features.write_features(store, path, fold)
+        _, columns = table_of(path)
+        texts[fold] = set(columns["query"])
+        border = max(columns["time"]) if fold == "train" else min(columns["time"])
+        texts[fold, "border"] = border
+    assert all(fold_of(text) == fold for fold in ("validation", "test") for text in texts[fold])
+    assert texts["train", "border"] < min(texts["validation", "border"], texts["test", "border"])
+    rows = sum(len(pyarrow.parquet.read_table(tmp_path / f"{fold}.parquet")) for fold in ("validation", "test"))
+    assert rows == store.manifest["ranking"]["counts"]["held_shown"]
+
+
+def pairs(store, queries):
+    """All pairs of these queries and the items: texts, query and item of each pair."""
+    items = store.counts.items
+    return queries, np.repeat(np.arange(len(queries)), items), np.tile(np.arange(items), len(queries))
+
+
+def test_matches_are_those_of_bm25_and_of_sets_of_words(store):
+    queries, query, item = pairs(store, [*QUERIES, "", "drill drill ACME bolt"])
+    found = RankingFeatures(store)._match(queries, query, item)
+    for column, texts in store.texts().items():
+        expected = Bm25(store.items()["id"], [Field(texts)]).score(
+            queries, None, np.tile(store.items()["id"], (len(queries), 1))
+        )
+        np.testing.assert_allclose(found[f"bm25.{column}"], expected.ravel(), rtol=1e-5, atol=1e-6)
+        assert expected.any()
+
+    def value(name, text, item_id):
+        return found[name][queries.index(text) * store.counts.items + item_id - 1]
+
+    assert (
+        value("query_in_title", "new balance shoes", 2) == 1 and value("title_in_query", "new balance shoes", 2) == 0.75
+    )
+    assert value("query_in_title", "balance shoes shoes", 5) == 0.5 and value("title_in_query", "zzz", 2) == 0
+    assert np.isnan(value("title_in_query", "zzz", 4)) and np.isnan(value("query_in_title", "", 2))
+    # 12mm stands in title and detail of item 1, 300 in its title, 99 nowhere.
+    assert value("number_match", "acme drill 12mm", 1) == 1 and value("number_match", "AB-300 part 99", 1) == 0.5
+    assert value("number_match", "AB-300 part 99", 2) == 0 and np.isnan(value("number_match", "zzz", 1))
+    assert value("brand_match", "acme drill 12mm", 1) == 1 and value("brand_other", "acme drill 12mm", 1) == 0
+    assert value("brand_match", "acme drill 12mm", 2) == 0 and value("brand_other", "acme drill 12mm", 2) == 1
+    assert value("brand_match", "balance shoes shoes", 2) == 0, "one word of two is not the brand"
+    assert (
+        value("brand_match", "drill drill ACME bolt", 5) == 1 and value("brand_match", "drill drill ACME bolt", 4) == 1
+    )
+    assert np.isnan(value("brand_match", "acme drill 12mm", 3))
+
+
+def test_the_score_is_that_of_exact_search(store, tmp_path, dpsr):
+    model = make_model(tmp_path / "model", store, token_dim=8, embedding_dim=6, num_heads=2, history_length=3)
+    path = tmp_path / "test.parquet"
+    dpsr("features", f"--store={store.path}", f"--out={path}", "--fold=test", f"--model={model.path}").succeeds()
+    _, columns = table_of(path)
+    asks = [User(int(user), int(time)) for user, time in zip(columns["user_id"], columns["time"], strict=True)]
+    expected = exact_search(model.path, store).score(columns["query"], asks, columns["item_id"][:, None])[:, 0]
+    np.testing.assert_allclose(columns["dpsr_score"], expected, atol=1e-5)
+    assert np.ptp(expected) > 0.1
+
+
+def test_wrong_use(store, shop, tmp_path, dpsr):
+    out = tmp_path / "out.parquet"
+    out.write_text("mine")
+    dpsr("features", f"--store={store.path}", f"--out={out}").fails(1, "exists already", "--overwrite")
+    assert out.read_text() == "mine"
+    dpsr("features", f"--store={store.path}", f"--out={tmp_path / 'no' / 'x'}").fails(1, "does not exist")
+    schema = {key: value for key, value in SCHEMA.items() if key != "ranking"}
+    (shop / "plain.yaml").write_text(yaml.safe_dump(schema))
+    dpsr("ingest", f"--schema={shop / 'plain.yaml'}", f"--out={tmp_path / 'plain'}").succeeds()
+    dpsr("features", f"--store={tmp_path / 'plain'}", f"--out={tmp_path / 'x'}").fails(
+        1, "holds no requests", "`ranking`"
+    )
+    del schema["interactions"]["held_out"]
+    (shop / "all.yaml").write_text(yaml.safe_dump(schema | {"ranking": {}}))
+    dpsr("ingest", f"--schema={shop / 'all.yaml'}", f"--out={tmp_path / 'all'}").succeeds()
+    flags = [f"--store={tmp_path / 'all'}", f"--out={tmp_path / 'x'}", "--fold=test"]
+    dpsr("features", *flags).fails(1, "no requests in this fold", "held_out")
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_an_empty_section_gives_counts_of_items_and_queries(shop, tmp_path, dpsr):
+    (shop / "empty.yaml").write_text(yaml.safe_dump(SCHEMA | {"ranking": {}}))
+    dpsr("ingest", f"--schema={shop / 'empty.yaml'}", f"--out={tmp_path / 'store'}").succeeds()
+    dpsr("features", f"--store={tmp_path / 'store'}", f"--out={tmp_path / 'train.parquet'}").succeeds()
+    table, columns = table_of(tmp_path / "train.parquet")
+    counted = {name.partition(".")[0] for name in table.column_names if name.endswith(".ctr")}
+    assert counted == {"item", "query_item"}
+    assert not {"brand_match", "spend.mean", "spend.price_ratio"} & set(columns)
+    assert "item.brand" in columns and "item.price" in columns and "bm25.title" in columns
+
+
+@pytest.mark.slow
+def test_generate_ingest_features(tmp_path, dpsr):
+    small = ["--items=300", "--users=40", "--interactions=2000"]
+    dpsr("generate", f"--out={tmp_path / 'shop'}", *small, "--set=judged_queries=20").succeeds()
+    schema = tmp_path / "shop" / "schema.ranking.yaml"
+    dpsr("ingest", f"--schema={schema}", f"--out={tmp_path / 'store'}").succeeds()
+    dpsr("features", f"--store={tmp_path / 'store'}", f"--out={tmp_path / 'train.parquet'}").succeeds()
+    dpsr("features", f"--store={tmp_path / 'store'}", f"--out={tmp_path / 'test.parquet'}", "--fold=test").succeeds()
+    truth = json.loads((tmp_path / "shop" / "truth.json").read_text())["counts"]
+    counts = Store(tmp_path / "store").manifest["ranking"]["counts"]
+    # Every item shown of the log is in the store once, with the best that came of it. A session that asks the same
+    # again goes on with its request.
+    log = pyarrow.parquet.read_table(tmp_path / "shop" / "interactions")
+    shown = log.group_by(["session", "query", "item_id"]).aggregate([])
+    assert (
+        counts["shown"] + counts["held_shown"] == len(shown) <= truth["impressions"] + truth["skips"] + truth["clicks"]
+    )
+    assert 0.9 * truth["orders"] < counts["orders"] <= truth["orders"]
+    _, columns = table_of(tmp_path / "train.parquet")
+    assert (columns["outcome"] == 3).any() and set(columns["position"]) == set(range(1, 9))
+    # The past tells something of the future: what is clicked was clicked more often before.
+    clicked = columns["outcome"] > 0
+    assert columns["item.30.ctr"][clicked].mean() > columns["item.30.ctr"][~clicked].mean()
