@@ -122,12 +122,6 @@ class RequestLog:
     def _group_requests(self) -> None:
         """Creates the tables `asked_queries`, `asks` (one row per request) and `shown` (one row per item shown)."""
         database, key = self._database, f"{request_key(self._schema)}, asked"
-        if "events" not in database:
-            database.create(
-                "events",
-                """SELECT '' AS query, 0::INTEGER AS user_row, 0::INTEGER AS item_row, 0::UINTEGER AS time,
-                    0::UTINYINT AS type, 0::UTINYINT AS shown_at, 0::UBIGINT AS session LIMIT 0""",
-            )
         held_query, held_time = held_out_conditions(self._schema, self._last_time)
         database.create(
             "asked_queries",
@@ -145,7 +139,7 @@ class RequestLog:
             ),
         )
         database.drop("events")
-        self._end = 1 + (database.scalar("SELECT coalesce(max(time), 0) FROM event_rows"))
+        self._end = 1 + database.scalar("SELECT coalesce(max(time), 0) FROM event_rows")
         # A request with any row that is held out is held out as a whole.
         database.create(
             "asks",

@@ -383,6 +383,16 @@ def test_bad_input_is_counted_and_reported(ingested):
     }  # fmt: skip
 
 
+def test_grades_alone_give_no_requests(ingested):
+    log = [row | {"label": 1, "type": "", "time": None} for row in random_log(15, 20)]
+    store, out = ingested(log, changed("interactions", label="label", held_out={"query_share": 0.4}))
+    counts = store.manifest["ranking"]["counts"]
+    assert (counts["requests"], counts["held_requests"], counts["graded_rows"]) == (0, 0, len(log))
+    assert len(store.requests()[0]["request.query"]) == 0 and len(store.held_requests()["shown.item"]) == 0
+    assert not store.statistics()["stat.item.30.shown"].any()
+    assert f"left out {len(log)} rows" in out
+
+
 def test_numbers_stay_numbers_and_are_scaled_by_the_training_part(ingested):
     log = random_log(13)
     store, _ = ingested(log, changed("interactions", held_out={"last_days": 15}))
