@@ -20,6 +20,10 @@ from dpsr_tf.models.two_tower import soft_dot_product
 
 v1 = tf.compat.v1
 
+# Distillation takes about so many of a batch's items as candidates of all queries. More of them cost time and gain
+# nothing that could be measured: the teacher's items decide.
+_SHARED = 256
+
 
 class Quantized(NamedTuple):
     """What a quantizer makes of n vectors x. All floats are float32.
@@ -226,33 +230,40 @@ def quantizer_loss(
         difference = quantized.full - tf.stop_gradient(items)
         return tf.reduce_mean(tf.reduce_sum(difference**2, axis=1)), quantizer_metrics(layer, quantized)
 
+    every = tf.maximum(1, tf.shape(items)[0] // _SHARED)
+    items = items[::every]
     if item_rows is not None:
-        item_rows = tf.cast(item_rows, tf.int64)
+        item_rows = tf.cast(item_rows[::every], tf.int64)
         first = tf.where(_first(item_rows))[:, 0]
         items, item_rows = tf.gather(items, first), tf.gather(item_rows, first)
+    heads, dim = query.shape[1:]
     vectors, num_shared = items, tf.shape(items)[0]
     if teacher is not None:
-        # Only what counts is quantized. Its place is (query, number in the query's list).
-        places = tf.where(_first_of_query(teacher, item_rows))  # [v, 2]
-        vectors = tf.concat([items, tf.stop_gradient(tf.gather_nd(teacher.vectors, places))], axis=0)
+        # Queries without valid items, such as pieces of titles, have nothing to quantize.
+        counted = _first_of_query(teacher, item_rows)
+        taught = tf.where(tf.reduce_any(counted, axis=1))  # [t, 1]
+        counted = tf.gather_nd(counted, taught)
+        of_teacher = tf.reshape(tf.stop_gradient(tf.gather_nd(teacher.vectors, taught)), [-1, dim])
+        vectors = tf.concat([items, of_teacher], axis=0)
     quantized = layer(vectors)
 
-    heads, dim = query.shape[1:]
     tau = config.temperature or temperature
     query /= tau
     rotated = tf.reshape(layer.rotate(tf.reshape(query, [-1, dim])), [-1, heads, dim])
 
     def logits(queries: tf.Tensor, scored: tf.Tensor) -> tf.Tensor:
-        """Returns the scores of all candidates over tau: [b, m, d] and [shared + v, d] to [b, shared + c]."""
-        of_heads = tf.unstack(queries, axis=1)
-        shared = [tf.matmul(head, scored[:num_shared], transpose_b=True) for head in of_heads]
+        """Returns the scores of all candidates over tau: [b, m, d] and [shared + t c, d] to [b, shared + c]."""
+        scored, own = tf.split(scored, [num_shared, tf.shape(scored)[0] - num_shared])
+        shared = [tf.matmul(head, scored, transpose_b=True) for head in tf.unstack(queries, axis=1)]
         result = soft_dot_product(shared, head_temperature / tau)
         if teacher is None:
             return result
-        own = [tf.reduce_sum(tf.gather(head, places[:, 0]) * scored[num_shared:], axis=1) for head in of_heads]
-        lowest = tf.fill(tf.shape(teacher.rows), tf.float32.min)
-        own_scores = soft_dot_product(own, head_temperature / tau)
-        return tf.concat([result, tf.tensor_scatter_nd_update(lowest, places, own_scores)], axis=1)
+        own = tf.reshape(own, [-1, tf.shape(teacher.rows)[1], dim])
+        inner = tf.matmul(tf.gather_nd(queries, taught), own, transpose_b=True)  # [t, m, c]
+        own_scores = soft_dot_product(tf.unstack(inner, axis=1), head_temperature / tau)
+        none = tf.fill(tf.shape(teacher.rows), tf.float32.min)
+        own_scores = tf.where(counted, own_scores, tf.float32.min)
+        return tf.concat([result, tf.tensor_scatter_nd_update(none, taught, own_scores)], axis=1)
 
     target = tf.stop_gradient(tf.nn.softmax(logits(query, vectors)))
     students = logits(rotated, quantized.rotated_coarse), logits(rotated, quantized.rotated_full)
