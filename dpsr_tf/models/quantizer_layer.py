@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from dpsr_common.errors import UsageError
@@ -23,6 +24,8 @@ v1 = tf.compat.v1
 # Distillation takes about so many of a batch's items as candidates of all queries. More of them cost time and gain
 # nothing that could be measured: the teacher's items decide.
 _SHARED = 256
+# Error of R^T R up to which a matrix counts as a rotation.
+_ORTHOGONAL = 1e-3
 
 
 class Quantized(NamedTuple):
@@ -83,7 +86,8 @@ class QuantizerLayer:
 
         Raises:
             UsageError: the parts do not divide d.
-            ValueError: the shapes of `values` are not those of the config.
+            ValueError: the shapes of `values` are not those of the config, or the rotation is not orthogonal, or not
+                the identity with rotation `none`.
         """
         if config.sub_spaces < 1 or dim % config.sub_spaces:
             fits = ", ".join(str(m) for m in range(1, dim + 1) if dim % m == 0)
@@ -103,6 +107,15 @@ class QuantizerLayer:
         for name, value in given.items():
             if value.shape != shapes[name]:
                 raise ValueError(f"the {name} given has shape {value.shape}, the config expects {shapes[name]}")
+        if values is not None:
+            start = np.eye(dim) if config.rotation == "none" else values.rotation.astype(np.float64)
+            error = np.abs(start.T @ values.rotation - np.eye(dim)).max()
+            if not error < _ORTHOGONAL:
+                raise ValueError(
+                    f"the {ROTATION} given is off by {error:.2g} from "
+                    f"{'the identity' if config.rotation == 'none' else 'an orthogonal matrix'}, expected less than "
+                    f"{_ORTHOGONAL:g}"
+                )
         default = {
             ROTATION: v1.initializers.identity(),
             COARSE: v1.zeros_initializer(),
