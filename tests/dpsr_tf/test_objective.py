@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dpsr_tf.config import CONFIGS, Config, ModelConfig, TrainConfig, load_config
+from dpsr_tf.config import CONFIGS, Config, ModelConfig, QuantizerConfig, TrainConfig, load_config
 from dpsr_tf.data.examples_dataset import Batch, Features, History, Tokens
 from dpsr_tf.models.embedding import EmbeddingTable, minimize
 from dpsr_tf.models.features import FeatureSpec, ItemFeatures, QueryFeatures
 from dpsr_tf.models.losses import log_q
 from dpsr_tf.models.objective import build_loss
+from dpsr_tf.models.quantizer import Quantizer
+from dpsr_tf.models.quantizer_layer import QuantizerLayer, TeacherItems, quantizer_loss
 from dpsr_tf.models.two_tower import TwoTower, stock_table
 
 v1 = tf.compat.v1
@@ -272,6 +274,72 @@ def test_two_heads_find_both_meanings_of_a_query(loss):
     two, usage = recall_of_two_meanings(2, loss)
     assert two > one + 0.1, (one, two)
     assert min(usage) > 0.1, usage
+
+
+# With a quantizer.
+
+
+def run_quantized(**options):
+    """Loss, metrics, the quantizer's own loss, which towers have a gradient, embeddings, batch, and the quantizer."""
+    quantizer = QuantizerConfig(sub_spaces=3, bits=4, lists=2, **options)
+    model = dataclasses.replace(MODEL, embedding_dim=6, share_text_table=False)
+    config = Config(model, TrainConfig(batch_size=8, num_random_negatives=4, num_own_negatives=2), quantizer=quantizer)
+    rng = np.random.default_rng(1)
+    values = Quantizer(
+        np.linalg.qr(rng.normal(size=(6, 6)))[0].astype(np.float32),
+        rng.normal(0, 0.4, (2, 6)).astype(np.float32),
+        rng.normal(0, 0.2, (3, 16, 2)).astype(np.float32),
+    )
+    with tf.Graph().as_default(), v1.Session() as session:
+        v1.set_random_seed(1)
+        batch = make_batch(config)
+        towers = TwoTower(model, FeatureSpec(NUM_TOKENS))
+        layer = QuantizerLayer(quantizer, 6, values)
+        vectors = tf.constant(rng.normal(size=(8, 3, 6)).astype(np.float32))
+        rows = tf.constant(rng.integers(0, NUM_ITEMS, (8, 3)))
+        teacher = TeacherItems(rows, vectors, tf.constant(rng.random((8, 3)) < 0.8))
+        loss, metrics = build_loss(config, batch, towers, quantizer=layer, teacher=teacher)
+        query, items = towers.query_embedding(QueryFeatures.of(batch)), towers.item_embedding(ItemFeatures.of(batch))
+        own = tf.zeros([])
+        if quantizer.objective != "ranking":
+            shared = (items[:12], teacher, config.train.softmax_temperature, batch.item_rows[:12])
+            own, _ = quantizer_loss(quantizer, layer, query, *shared, model.temperature)
+        trained = {
+            side: any(
+                gradient is not None
+                for variable, gradient in zip(
+                    v1.trainable_variables(), tf.gradients(loss, v1.trainable_variables()), strict=True
+                )
+                if variable.name.startswith(side)
+            )
+            for side in ("query", "item")
+        }
+        assert any(gradient is not None for gradient in tf.gradients(loss, layer.variables))
+        session.run(v1.global_variables_initializer())
+        loss, metrics, own, query, items, batch = session.run((loss, metrics, own, query, items, batch))
+    return loss, metrics, own, trained, (query, items, batch), values, config
+
+
+@pytest.mark.parametrize("objective", ["reconstruction", "distillation", "ranking"])
+@pytest.mark.parametrize(
+    ("towers", "trained"),
+    [
+        ("frozen", {"query": False, "item": False}),
+        ("query", {"query": True, "item": False}),
+        ("both", {"query": True, "item": True}),
+    ],
+)
+def test_losses_with_a_quantizer(objective, towers, trained):
+    loss, metrics, own, got, (query, items, batch), values, config = run_quantized(
+        objective=objective, towers=towers, weight=3.0
+    )
+    if objective == "ranking":
+        expected = numpy_loss(config, query, values(items), batch)
+    else:
+        expected = 3 * own + (0 if towers == "frozen" else numpy_loss(config, query, items, batch))
+    assert loss == pytest.approx(expected, rel=1e-4)
+    assert got == trained
+    assert metrics["quantizer/distortion"] > 0 and all(np.isfinite(value) for value in metrics.values())
 
 
 @pytest.mark.parametrize(
