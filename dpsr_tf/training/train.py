@@ -287,17 +287,17 @@ class _Training:
         if not cluster.is_local:
             hooks.append(validation.StopWhenOver(model.path, self._config))
         # Estimator does not take 0, which makes the checkpoint of a warm start.
-        max_steps = max(1, last_step)
+        max_steps, examples = max(1, last_step), self._examples_of(phase)
         if self._has_server:
             listeners = self._listeners if cluster.task_type == "chief" else None
-            estimator.train(self._examples_of(phase), hooks=hooks, max_steps=max_steps, saving_listeners=listeners)
+            estimator.train(examples, hooks=hooks, max_steps=max_steps, saving_listeners=listeners)
             return
+        # This starts the server of a process, which stays until the process ends.
         self._has_server = True
         tf.estimator.train_and_evaluate(
             estimator,
-            tf.estimator.TrainSpec(self._examples_of(phase), max_steps, hooks, self._listeners),
-            # It is required, but unused: our evaluator takes the place of Estimator's.
-            tf.estimator.EvalSpec(self._examples_of(phase)),
+            tf.estimator.TrainSpec(examples, max_steps, hooks, self._listeners),
+            tf.estimator.EvalSpec(examples),  # required, but unused: our evaluator takes the place of Estimator's
         )
 
     def _examples_of(self, phase: QuantizerPhase | None) -> Callable[[], tf.data.Dataset]:
