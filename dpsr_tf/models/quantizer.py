@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tensorflow as tf
@@ -20,9 +18,8 @@ from dpsr_common.errors import CommandError
 
 # Names of the variables in a checkpoint.
 ROTATION, COARSE, CODEBOOKS = "quantizer/rotation", "quantizer/coarse", "quantizer/codebooks"
-# Rows whose distances to all centroids are in memory at the same time; they fit into a core's cache. And rows that one
-# thread takes at a time.
-_BLOCK, _PART = 1024, 1 << 14
+# Rows whose distances to all centroids are in memory at the same time.
+_BLOCK = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +72,10 @@ class Quantizer:
         return digest.hexdigest()[:16]
 
     def encode(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Quantizes vectors on all cores, as the layer does in training: the nearest centroid by Euclidean distance.
+        """Quantizes vectors, as the layer does in training: the nearest centroid by Euclidean distance.
 
         Args:
-            vectors: float32 [n, d]. They may be memory-mapped.
+            vectors: float32 [n, d].
 
         Returns:
             Numbers of the coarse centroids, int64 [n], and codes, uint8 [n, M]. Of equally near centroids, the one with
@@ -86,18 +83,13 @@ class Quantizer:
         """
         lists = np.empty(len(vectors), np.int64)
         codes = np.empty((len(vectors), len(self.codebooks)), np.uint8)
-
-        def encode_part(part: int) -> None:
-            for begin in range(part, min(part + _PART, len(vectors)), _BLOCK):
-                end = begin + _BLOCK
-                z = np.asarray(vectors[begin:end], np.float32) @ self.rotation
-                lists[begin:end] = nearest(z, self.coarse)
-                residual = z - self.coarse[lists[begin:end]]
-                for m, values in enumerate(np.split(residual, len(self.codebooks), axis=1)):
-                    codes[begin:end, m] = nearest(values, self.codebooks[m])
-
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-            list(threads.map(encode_part, range(0, len(vectors), _PART)))
+        for begin in range(0, len(vectors), _BLOCK):
+            end = begin + _BLOCK
+            z = np.asarray(vectors[begin:end], np.float32) @ self.rotation
+            lists[begin:end] = nearest(z, self.coarse)
+            residual = z - self.coarse[lists[begin:end]]
+            for m, part in enumerate(np.split(residual, len(self.codebooks), axis=1)):
+                codes[begin:end, m] = nearest(part, self.codebooks[m])
         return lists, codes
 
     def decode(self, lists: np.ndarray, codes: np.ndarray) -> np.ndarray:
@@ -112,7 +104,4 @@ class Quantizer:
 
 def nearest(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """Returns the number of the centroid nearest to each row of x: [n, d] and [k, d] to int64 [n]."""
-    # |x - c|^2 = |x|^2 - 2 (x c - |c|^2 / 2)
-    scores = x @ centroids.T
-    scores -= (centroids**2).sum(axis=1) / 2
-    return np.argmax(scores, axis=1)
+    return np.argmin((centroids**2).sum(axis=1) - 2 * (x @ centroids.T), axis=1)

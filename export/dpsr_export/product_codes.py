@@ -5,6 +5,8 @@ Vectors are float32 [n, dim]. Labels are the positions 0 to n - 1. With a second
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ FACTORIES = QUANTIZER, QUANTIZER_FAST_SCAN = "quantizer", "quantizer_fs"
 _ORTHOGONAL = 1e-3
 # Vectors that are added, and vectors that are compared with all centroids, in one step.
 _BLOCK, _SECOND_BLOCK = 1 << 16, 1 << 12
+# Vectors that one thread encodes at a time.
+_PART = 1 << 13
 
 
 def make(quantizer: Quantizer) -> faiss.IndexPreTransform:
@@ -122,7 +126,7 @@ def build(
     index: Any = make(quantizer)
     ivf: Any = faiss.downcast_index(index.index)
     check_second_list(ivf, second_list)
-    lists, codes = quantizer.encode(vectors)
+    lists, codes = encode(quantizer, vectors)
     for begin in range(0, len(vectors), _BLOCK):
         rows = slice(begin, begin + _BLOCK)
         first = lists[rows]
@@ -138,6 +142,48 @@ def build(
         fast = faiss.IndexPreTransform(faiss.downcast_VectorTransform(index.chain.at(0)), faiss.IndexIVFPQFastScan(ivf))
         index = faiss.clone_index(fast)
     return index, lists, codes
+
+
+def encode(quantizer: Quantizer, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Computes what Quantizer.encode returns, with FAISS's kernels and on all cores.
+
+    The results differ where two centroids are equally near but for rounding. Of equal centroids, the first is taken.
+
+    Args:
+        quantizer: the quantizer.
+        vectors: float32 [n, dim]. They may be memory-mapped.
+
+    Returns:
+        Lists, int64 [n], and codes, uint8 [n, M].
+    """
+    empty: Any = make(quantizer)
+    ivf: Any = faiss.downcast_index(empty.index)
+    rotate, books = empty.chain.at(0), ivf.pq
+    first_list = _first_equal(quantizer.coarse)
+    first_codes = [_first_equal(book).astype(np.uint8) for book in quantizer.codebooks]
+    lists = np.empty(len(vectors), np.int64)
+    codes = np.empty((len(vectors), len(quantizer.codebooks)), np.uint8)
+
+    def encode_part(begin: int) -> None:
+        rows = slice(begin, begin + _PART)
+        z = rotate.apply(np.ascontiguousarray(vectors[rows], np.float32))
+        lists[rows] = first_list[faiss.knn(z, quantizer.coarse, 1)[1][:, 0]]
+        packed = books.compute_codes(z - quantizer.coarse[lists[rows]])
+        for m, code in enumerate(_unpack(packed, len(first_codes), quantizer.bits).T):
+            codes[rows, m] = first_codes[m][code]
+
+    # FAISS runs on one thread in each of these threads: its own threads, and those of NumPy's matrix products, wait for
+    # one another actively, which takes many times as long where other programs need the cores.
+    workers = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(workers, initializer=faiss.omp_set_num_threads, initargs=(1,)) as threads:
+        list(threads.map(encode_part, range(0, len(vectors), _PART)))
+    return lists, codes
+
+
+def _first_equal(centroids: np.ndarray) -> np.ndarray:
+    """Returns, for each centroid, the number of the first one that is equal to it: int64 [n]."""
+    _, first, which = np.unique(centroids, axis=0, return_index=True, return_inverse=True)
+    return first[which.reshape(-1)]
 
 
 def describe(quantizer: Quantizer, factory: str) -> str:
@@ -260,6 +306,13 @@ def _add_codes(ivf: Any, lists: np.ndarray, codes: np.ndarray, positions: np.nda
     size = ivf.coarse_code_size()
     numbers = np.ascontiguousarray(lists, "<u8").view(np.uint8).reshape(-1, 8)[:, :size]
     ivf.add_sa_codes(np.ascontiguousarray(np.hstack([numbers, codes])), positions)
+
+
+def _unpack(packed: np.ndarray, sub_spaces: int, bits: int) -> np.ndarray:
+    """Returns one byte for each code of [n, code_size] bytes: uint8 [n, M]."""
+    if bits == 8:
+        return packed
+    return np.stack([packed & 15, packed >> 4], axis=2).reshape(len(packed), -1)[:, :sub_spaces]
 
 
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
