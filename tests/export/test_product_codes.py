@@ -77,7 +77,7 @@ def lists_of(index: Any) -> dict[int, list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("lists", "sub_spaces", "bits"), [(32, 8, 8), (1, 8, 8), (32, 12, 4), (300, 3, 4), (300, 24, 8)]
+    ("lists", "sub_spaces", "bits"), [(32, 8, 8), (1, 8, 8), (32, 12, 4), (300, 3, 4), (300, 6, 8)]
 )
 def test_scores_are_products_with_the_quantized_vectors(tmp_path: Path, lists: int, sub_spaces: int, bits: int) -> None:
     quantizer, x, queries = made_quantizer(lists, sub_spaces, bits), unit_vectors(ITEMS, 2), unit_vectors(20, 3)
