@@ -33,6 +33,7 @@ import pyarrow.parquet
 import report
 import xgboost
 from absl import app, flags
+from tqdm import tqdm
 
 from dpsr_tf.data.ingest import ingest
 from dpsr_tf.data.request_log import OUTCOMES
@@ -167,7 +168,7 @@ def best_of(
 ) -> Found:
     """Measures every setting on the validation fold, and returns the best one."""
     best = None
-    for setting, predict in models:
+    for setting, predict in tqdm(models, desc=f"{workload}, {impl}", unit=" settings"):
         for trees in steps:
             value = float(validation.figures(predict(validation, trees))["session_auc"].mean())
             text = " ".join(f"{name}={value}" for name, value in (setting | {"trees": trees}).items())
