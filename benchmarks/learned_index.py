@@ -1,0 +1,819 @@
+"""Compares indexes that are learned with the model and indexes that are made after training, at equal size.
+
+    python benchmarks/learned_index.py --json [--data=DIR] [--out=DIR] [--only=poeem,homedepot,...] [--full]
+
+All methods get the same vectors, the same number of inverted lists and the same bytes an item, and FAISS searches all
+of them but ScaNN's. After training: PQ, OPQ+PQ, a residual quantizer, LSQ, RaBitQ, ScaNN. Learned (docs/learned_index.md):
+reconstruction, ranking, distillation. Bytes are those of an item's code; the number of its list is not counted.
+
+Parts of the comparison, by the names that --only takes:
+
+poeem       The synthetic setting of the tutorial in JD's repository jdcomsearch/poeem: 10,000 queries and items with
+            numbers of four digits, a million pairs, d 64, cosines times 30, AdaGrad 0.1, 8 lists, 8 bytes, one list
+            probed. Towers and quantizer are trained together from step 16,384 on. precision@100 is the share of the
+            first 100 items in which two or more digits are one of the last two digits of the query, as in the tutorial.
+homedepot   Home Depot's judged queries of the dev fold, and the model of dpsr_tf/configs/homedepot.yaml.
+many_items  A generated shop, with 1,024 lists: how many lists have to be probed for the same recall?
+costs       What training the quantizer, a Givens step, and `dpsr index` cost.
+movielens, amazon, shop: with --full only. MovieLens 1M and Amazon Beauty, of which the last items of each user are held
+            out, and a generated shop with its judged queries.
+
+In all but poeem the towers are frozen: the quantizer learns from fixed vectors, with the layer and the losses of
+`dpsr train`. recall@100 is the share of the relevant items among the first 100, ann_recall@100 the share of the exact
+first 100 that the index finds (the talk's precision@100 for a list of 100 results). Intervals are 95 % intervals over
+the queries. --full adds sizes, methods that encode slowly, more probes, three seeds, and a million items.
+
+DIR holds homedepot/, movielens/ml-1m-lightgcn/ and amazon_s3rec/ (docs/adapters.md). It is $DPSR_DATA by default, or else
+../shared/data beside the repository. Stores, models and vectors are kept in --out, and not made again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import faiss
+import numpy as np
+import report
+import tensorflow as tf
+from absl import app, flags
+from quality import dpsr
+
+from dpsr_export import product_codes
+from dpsr_tf.config import CONFIGS, QuantizerConfig
+from dpsr_tf.data.store import RowsById, Store
+from dpsr_tf.evaluation.judgments import Judgments
+from dpsr_tf.models import encoders
+from dpsr_tf.models.quantizer import Quantizer
+from dpsr_tf.models.quantizer_layer import QuantizerLayer, quantizer_loss
+from dpsr_tf.training import quantizer_start
+
+v1 = tf.compat.v1
+
+K = 100
+OBJECTIVES = ("reconstruction", "ranking", "distillation")
+REPOSITORY = Path(__file__).resolve().parent.parent
+# Vectors that rotation and codebooks start from.
+_SAMPLE = 32_768
+_BATCH = 128
+
+FLAGS = flags.FLAGS
+
+
+# Data
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Vectors of one model. Rows are positions in `items`.
+
+    Attributes:
+        name: name of the data set.
+        items: unit vectors, float32 [n, d].
+        log: vectors of the log's queries, float32 [t, d].
+        pairs: row of the query and row of the item of each positive pair of the log, int64 [p, 2].
+        pieces: vectors of pieces of titles, float32 [m, d]: queries beside those of the log.
+        asked: vectors of the judged queries, float32 [q, d].
+        relevant: rows of the relevant items of each of them.
+        lists: number of inverted lists.
+        temperature: the temperature that the model was trained with.
+    """
+
+    name: str
+    items: np.ndarray
+    log: np.ndarray
+    pairs: np.ndarray
+    pieces: np.ndarray
+    asked: np.ndarray
+    relevant: list[np.ndarray]
+    lists: int
+    temperature: float
+
+    @functools.cached_property
+    def exact(self) -> np.ndarray:
+        """The K best items of each judged query by exact search, int64 [q, K]."""
+        return best(self.asked, self.items, K)
+
+
+def best(queries: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
+    """Returns the rows of the k items with the largest products: int64 [n, k]."""
+    return faiss.knn(queries, items, min(k, len(items)), metric=faiss.METRIC_INNER_PRODUCT)[1]
+
+
+def workload(
+    name: str, store_path: Path, model: Path, judgments: Judgments, lists: int, temperature: float, seed: int
+) -> Workload:
+    """Embeds items, queries of the log, pieces of titles and judged queries. Vectors are kept beside the model."""
+    kept = model / "vectors.npz"
+    if kept.exists():
+        with np.load(kept) as file:
+            found = dict(file)
+    else:
+        store = Store(store_path)
+        embed = encoders.query_encoder(model, store)
+
+        def encode(texts: Sequence[str]) -> np.ndarray:
+            return np.concatenate([embed(texts[i : i + 4096], None)[:, 0] for i in range(0, len(texts), 4096)])
+
+        row_of = RowsById(store.items()["id"])
+        relevant = [row_of(np.array(items)) for items in judgments.relevant]
+        found = {
+            "items": encoders.item_embeddings(model, store),
+            "log": encode(list(store.queries())),
+            "pairs": _pairs(store),
+            "pieces": encode(title_pieces(store.titles(), seed)),
+            "asked": encode(judgments.queries),
+            "relevant": np.concatenate(relevant),
+            "splits": np.cumsum([len(rows) for rows in relevant]),
+        }
+        np.savez(kept, **found)
+    # A query or piece without a known token is zero, and finds nothing.
+    pieces = found["pieces"][found["pieces"].any(axis=1)]
+    relevant = np.split(found["relevant"], found["splits"][:-1])
+    return Workload(
+        name, found["items"], found["log"], found["pairs"], pieces, found["asked"], relevant, lists, temperature
+    )
+
+
+def title_pieces(titles: Sequence[str], seed: int, most: int = 20_000) -> list[str]:
+    """Returns one to four words of each of `most` random titles, in their order. Frequent words are rarer in them."""
+    words = [title.split() for title in titles]
+    count: dict[str, int] = {}
+    for title in words:
+        for word in set(title):
+            count[word] = count.get(word, 0) + 1
+    generator = np.random.default_rng(seed)
+    pieces = []
+    for row in generator.permutation(len(words))[:most]:
+        chance = [0.01 * len(words) / count[word] for word in words[row]]
+        kept = [word for word, c in zip(words[row], chance, strict=True) if generator.random() < c**0.5] or words[row]
+        chosen = generator.permutation(len(kept))[: generator.integers(1, 5)]
+        pieces.append(" ".join(kept[place] for place in sorted(chosen)))
+    return pieces
+
+
+def _pairs(store: Store) -> np.ndarray:
+    """Returns the row of the query, over all shards, and the row of the item of each positive pair: int64 [p, 2]."""
+    found, first = [], 0
+    for shard in store.interactions():
+        counts = np.diff(shard["positive.splits"])
+        found.append(np.stack([first + np.repeat(np.arange(len(counts)), counts), shard["positive.item"]], axis=1))
+        first += len(counts)
+    return np.concatenate(found).astype(np.int64)
+
+
+# Learned quantizers
+
+
+def config_of(data: Workload, code_bytes: int, objective: str, **changes: Any) -> QuantizerConfig:
+    """Returns the config of a quantizer with 8 bits a code."""
+    return QuantizerConfig(
+        sub_spaces=code_bytes, lists=data.lists, objective=objective, warmup_items=1 << 20, **changes
+    )
+
+
+def start_of(data: Workload, code_bytes: int, rotation: str, seed: int) -> Quantizer:
+    """Returns the quantizer before training: lists from all vectors, rotation and codebooks from a sample."""
+    generator = np.random.default_rng(seed)
+    rows = generator.permutation(len(data.items))[: max(_SAMPLE, 32 * data.lists)]
+    config = dataclasses.replace(config_of(data, code_bytes, "reconstruction"), rotation=rotation)
+    return quantizer_start.fit(data.items[rows], config, seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Learning:
+    """How a quantizer learns from fixed vectors.
+
+    Attributes:
+        steps: number of steps.
+        queries: number of queries in a batch.
+        candidates: number of items drawn for each of them from its exact best 200.
+        random_items: number of random items beside them, shared by all queries of the batch.
+        temperature: temperature of distillation as a multiple of the one that the model was trained with.
+        rate: learning rate of coarse centroids and codebooks, which falls to zero as half a cosine.
+    """
+
+    steps: int = 1000
+    queries: int = _BATCH
+    candidates: int = 8
+    random_items: int = 128
+    temperature: float = 0.5
+    rate: float = 1e-3
+
+
+def learn(
+    data: Workload, code_bytes: int, objective: str, start: Quantizer, seed: int, how: Learning = Learning()
+) -> Quantizer:
+    """Trains a quantizer with frozen towers, with the layer and the loss of `dpsr train`.
+
+    Distillation sees queries of the log and pieces of titles. Its candidates, which all queries of a batch share, are
+    items drawn from the exact best 200 of each query, and random items. Ranking is the softmax loss over the items of
+    the batch, on pairs of the log; reconstruction sees random items. No judgment of a measured query is read.
+    """
+    config = config_of(data, code_bytes, objective, learning_rate=how.rate, coarse_learning_rate=how.rate)
+    generator = np.random.default_rng(seed)
+    queries = np.concatenate([data.log, data.pieces])
+    teacher = best(queries, data.items, 200) if objective == "distillation" else np.zeros((0, 0), np.int64)
+    tau = data.temperature * (how.temperature if objective == "distillation" else 1)
+
+    def batch() -> tuple[np.ndarray, np.ndarray]:
+        """Returns query vectors [b, d] and rows of items."""
+        if objective == "ranking":
+            pairs = data.pairs[generator.integers(0, len(data.pairs), how.queries * 4)]
+            return data.log[pairs[:, 0]], pairs[:, 1]
+        rows = generator.integers(0, len(queries), how.queries)
+        chosen = generator.integers(0, len(data.items), how.random_items)
+        if objective == "distillation":
+            drawn = generator.integers(0, teacher.shape[1], (how.queries, how.candidates))
+            chosen = np.concatenate([np.take_along_axis(teacher[rows], drawn, axis=1).ravel(), chosen])
+        else:
+            chosen = np.concatenate(
+                [generator.integers(0, len(data.items), how.queries * how.candidates), chosen]
+            )
+        return queries[rows], np.unique(chosen)
+
+    graph = tf.Graph()
+    with graph.as_default():
+        d = data.items.shape[1]
+        query, items = (v1.placeholder(tf.float32, [None, d]) for _ in range(2))
+        factor = v1.placeholder(tf.float32, [])
+        layer = QuantizerLayer(config, d, start)
+        if objective == "ranking":
+            scores = tf.matmul(query, layer(items).full, transpose_b=True) / tau
+            b = tf.shape(query)[0]
+            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(tf.range(b), scores))
+        else:
+            loss, _ = quantizer_loss(config, layer, query[:, tf.newaxis], items, None, tau)
+        step = layer.minimize(loss, factor)
+        initialize = v1.global_variables_initializer()
+    with v1.Session(graph=graph) as session:
+        session.run(initialize)
+        for number in range(how.steps):
+            vectors, rows = batch()
+            falling = 0.5 * (1 + np.cos(np.pi * number / how.steps))
+            session.run(step, {query: vectors, items: data.items[rows], factor: falling})
+        return layer.quantizer(session)
+
+
+# Indexes
+
+
+Search = Callable[[np.ndarray, int], np.ndarray]  # (queries [n, d], probes) -> rows [n, K]
+
+
+def faiss_search(index: faiss.Index) -> Search:
+    """Returns the search of an IVF index, which may be behind a transform."""
+    ivf = faiss.extract_index_ivf(index)
+
+    def search(queries: np.ndarray, probes: int) -> np.ndarray:
+        ivf.nprobe = min(probes, ivf.nlist)
+        return index.search(np.ascontiguousarray(queries), K)[1]
+
+    return search
+
+
+def of_quantizer(data: Workload, quantizer: Quantizer) -> Search:
+    """Returns the search of the index of a quantizer, which `dpsr index` would make."""
+    return faiss_search(product_codes.build(quantizer, product_codes.QUANTIZER, data.items)[0])
+
+
+def of_factory(data: Workload, codec: str, start: Quantizer) -> Search:
+    """Returns the search of an IVF index with the lists of `start` and another codec: RQ8x8, LSQ8x8, RaBitQ."""
+    d = data.items.shape[1]
+    index = faiss.index_factory(d, f"IVF{data.lists},{codec}", faiss.METRIC_INNER_PRODUCT)
+    ivf = faiss.extract_index_ivf(index)
+    coarse = faiss.IndexFlatIP(d)
+    # RaBitQ wants vectors that are rotated at random; the rotation that OPQ found is one as good as another.
+    vectors, centroids = data.items @ start.rotation, start.coarse
+    coarse.add(np.ascontiguousarray(centroids))
+    ivf.quantizer = coarse
+    index.train(vectors[:: -(-len(vectors) // _SAMPLE)])
+    lists = faiss.knn(vectors, centroids, 1)[1][:, 0]
+    add_in_lists(ivf, vectors, lists)
+    plain = faiss_search(index)
+    # `coarse` must live as long as the index.
+    return lambda queries, probes, _keep=coarse: plain(queries @ start.rotation, probes)
+
+
+def add_in_lists(ivf: Any, vectors: np.ndarray, lists: np.ndarray) -> None:
+    """Adds vectors to the lists [n] that are given, not to those that the index would choose."""
+    vectors, lists = np.ascontiguousarray(vectors), np.ascontiguousarray(lists)
+    ivf.add_core(len(vectors), faiss.swig_ptr(vectors), None, faiss.swig_ptr(lists))
+
+
+def of_scann(data: Workload, code_bytes: int) -> Search | None:
+    """Returns ScaNN's search with 4-bit codes of the same size; None if ScaNN is not installed."""
+    try:
+        scann: Any = importlib.import_module("scann")
+    except ImportError:
+        return None
+    width = data.items.shape[1] // (2 * code_bytes)
+    if not width:
+        return None
+    builder = scann.scann_ops_pybind.builder(data.items, K, "dot_product")
+    builder = builder.tree(num_leaves=data.lists, num_leaves_to_search=1, training_sample_size=len(data.items))
+    searcher = builder.score_ah(width, anisotropic_quantization_threshold=0.2).build()
+
+    def search(queries: np.ndarray, probes: int) -> np.ndarray:
+        return searcher.search_batched(queries, K, K, min(probes, data.lists))[0].astype(np.int64)
+
+    return search
+
+
+def methods(data: Workload, code_bytes: int, seed: int, full: bool, how: Learning) -> Iterator[tuple[str, Search]]:
+    """Yields the indexes of one size by name."""
+    opq = start_of(data, code_bytes, "opq", seed)
+    yield "opq", of_quantizer(data, opq)
+    for objective in reversed(OBJECTIVES):
+        yield objective, of_quantizer(data, learn(data, code_bytes, objective, opq, seed, how))
+    if full:
+        yield "pq", of_quantizer(data, start_of(data, code_bytes, "none", seed))
+        yield "residual_quantizer", of_factory(data, f"RQ{code_bytes}x8", opq)
+        if code_bytes <= 8:
+            yield "lsq", of_factory(data, f"LSQ{code_bytes}x8", opq)
+        # One bit for each dimension and two numbers of 4 bytes.
+        if code_bytes == data.items.shape[1] // 8 + 8:
+            yield "rabitq", of_factory(data, "RaBitQ", opq)
+    scann = of_scann(data, code_bytes)
+    if scann:
+        yield "scann", scann
+
+
+# Measuring
+
+
+def share_found(found: np.ndarray, wanted: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the share of the wanted rows of each query that are in its row of `found` [q, K]: float64 [q]."""
+    return np.array([np.isin(rows, hits).mean() for rows, hits in zip(wanted, found, strict=True)])
+
+
+def interval(values: np.ndarray, seed: int = 1) -> list[float]:
+    """Returns the 95 % bootstrap interval of a mean."""
+    draws = np.random.default_rng(seed).integers(0, len(values), (1000, len(values)))
+    return [round(float(bound), 4) for bound in np.percentile(values[draws].mean(axis=1), [2.5, 97.5])]
+
+
+def add(result: report.Report, impl: str, workload_name: str, metric: str, per_query: list[np.ndarray]) -> float:
+    """Adds a row with the mean over seeds, its interval from the first one. Returns the mean."""
+    values = [float(one.mean()) for one in per_query]
+    low, high = interval(per_query[0])
+    note = f"95 % interval {low:.3f} to {high:.3f}" + (f", {len(values)} seeds" if len(values) > 1 else "")
+    more = {"interval": [low, high], "values": values, "queries": len(per_query[0]), "note": note}
+    result.add(impl, workload_name, metric, statistics.fmean(values), "", **more)
+    print(f"{workload_name} {impl} {metric} {statistics.fmean(values):.4f}", file=sys.stderr, flush=True)
+    return statistics.fmean(values)
+
+
+def compare(
+    result: report.Report,
+    make: Callable[[int], Workload],
+    sizes: Sequence[int],
+    seeds: Sequence[int],
+    full: bool,
+    how: Learning = Learning(),
+) -> None:
+    """Measures all methods of all sizes on a workload, with all lists probed and with few."""
+    found: dict[tuple[str, str, str], list[np.ndarray]] = {}
+
+    def keep(impl: str, name: str, data: Workload, rows: np.ndarray) -> None:
+        found.setdefault((impl, name, "recall@100"), []).append(share_found(rows, data.relevant))
+        found.setdefault((impl, name, "ann_recall@100"), []).append(share_found(rows, data.exact))
+
+    for seed in seeds:
+        data = make(seed)
+        keep("exact", f"{data.name} float", data, data.exact)
+        for size in sizes:
+            for impl, search in methods(data, size, seed, full, how):
+                probes = [1, 2, 5, 10, 20, 30, 50, data.lists] if full else [10, data.lists]
+                for count in sorted({min(count, data.lists) for count in probes}):
+                    where = "all lists" if count == data.lists else f"{count} of {data.lists} lists"
+                    keep(impl, f"{data.name} {size} bytes, {where}", data, search(data.asked, count))
+    for (impl, name, metric), per_query in found.items():
+        add(result, impl, name, metric, per_query)
+
+
+# Poeem's synthetic setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Synthetic:
+    """The setting of the tutorial. A query is a number of four digits, of which the last two count, as an item is."""
+
+    numbers: int = 10_000
+    pairs: int = 1_000_000
+    epochs: int = 3
+    batch: int = 128
+    dim: int = 64
+    scale: float = 30.0
+    rate: float = 0.1
+    lists: int = 8
+    sub_spaces: int = 8
+    warm_up: int = 16_384
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of a training."""
+        return self.epochs * (self.pairs // self.batch)
+
+    def log(self, seed: int) -> np.ndarray:
+        """Draws the pairs, int64 [pairs, 2]: the query's last two digits are two of the item's four, in any order."""
+        generator = np.random.default_rng(seed)
+        item = generator.integers(0, self.numbers, self.pairs)
+        digits = item[:, np.newaxis] // np.array([1000, 100, 10, 1]) % 10
+        places = generator.random(digits.shape).argsort(axis=1)[:, :2]
+        last = np.take_along_axis(digits, places, axis=1) @ np.array([10, 1])
+        query = generator.integers(0, self.numbers // 100, self.pairs) * 100 + last
+        return np.stack([query, item], axis=1)
+
+    def precision(self, found: np.ndarray) -> np.ndarray:
+        """Returns the share of right items for each query 0 to numbers - 1, from rows [numbers, K]."""
+        query = np.arange(self.numbers)[:, np.newaxis, np.newaxis]
+        digits = found[:, :, np.newaxis] // np.array([1000, 100, 10, 1]) % 10
+        same = (digits == query % 10) | (digits == query // 10 % 10)
+        return ((same.sum(axis=2) >= 2) & (found >= 0)).mean(axis=1)
+
+
+class SyntheticModel:
+    """Two tables of embeddings, trained with the softmax loss over the items of the batch, as the tutorial does.
+
+    With an objective, the quantizer is trained with them. Poeem's, `reconstruction`, is the model's loss over T(items)
+    and the distortion of all items of the batch. `ranking` is the model's loss over T(items) alone. `distillation` is
+    the model's loss over the float vectors and the quantizer's loss, with the batch's items as candidates.
+    """
+
+    def __init__(self, setting: Synthetic, seed: int, objective: str = "", start: Quantizer | None = None):
+        self._setting = setting
+        self._graph = tf.Graph()
+        with self._graph.as_default():
+            v1.set_random_seed(seed)
+            first = v1.truncated_normal_initializer(stddev=setting.dim**-0.5)
+            shape = (setting.numbers, setting.dim)
+            self._tables = [v1.get_variable(name, shape, initializer=first) for name in ("query", "item")]
+            self._pairs = v1.placeholder(tf.int64, [None, 2])
+            self._factor = v1.placeholder(tf.float32, [])
+            query, items = (
+                tf.nn.l2_normalize(tf.gather(table, self._pairs[:, side]), axis=1)
+                for side, table in enumerate(self._tables)
+            )
+            b, extra, steps = tf.shape(query)[0], tf.constant(0.0), []
+            if objective:
+                config = QuantizerConfig(sub_spaces=setting.sub_spaces, lists=setting.lists, objective=objective)
+                self.layer = QuantizerLayer(config, setting.dim, start)
+                if objective == "distillation":
+                    row, tau = self._pairs[:, 1], 1 / setting.scale
+                    of_mean, _ = quantizer_loss(config, self.layer, query[:, tf.newaxis], items, None, tau, row)
+                    extra = of_mean * tf.cast(b, tf.float32)
+                else:
+                    quantized = self.layer(items).full
+                    if objective == "reconstruction":
+                        extra = tf.reduce_sum((quantized - tf.stop_gradient(items)) ** 2)
+                    items = quantized
+            scores = setting.scale * tf.matmul(query, items, transpose_b=True)
+            loss = extra + tf.reduce_sum(
+                tf.nn.sparse_softmax_cross_entropy_with_logits(labels=tf.range(b), logits=scores)
+            )
+            steps.append(v1.train.AdagradOptimizer(setting.rate).minimize(loss, var_list=self._tables))
+            if objective:
+                steps.append(self.layer.minimize(loss, self._factor))
+            self._step = tf.group(*steps)
+            initialize = v1.global_variables_initializer()
+        self._session = v1.Session(graph=self._graph)
+        self._session.run(initialize)
+
+    def train(self, log: np.ndarray, first: int, last: int, falling: bool = False) -> None:
+        """Takes the steps `first` to `last` - 1. `falling`: the quantizer's rates fall as half a cosine."""
+        size = self._setting.batch
+        of_epoch = len(log) // size
+        for step in range(first, last):
+            begin = step % of_epoch * size
+            factor = 0.5 * (1 + np.cos(np.pi * (step - first) / (last - first))) if falling else 1.0
+            self._session.run(self._step, {self._pairs: log[begin : begin + size], self._factor: factor})
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Returns the values of tables and sums of AdaGrad by name."""
+        with self._graph.as_default():
+            variables = [variable for variable in v1.global_variables() if not variable.name.startswith("quantizer")]
+        return dict(zip((v.op.name for v in variables), self._session.run(variables), strict=True))
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Sets the values of `state` of another model."""
+        with self._graph.as_default():
+            for variable in v1.global_variables():
+                if variable.op.name in state:
+                    variable.load(state[variable.op.name], self._session)
+
+    def vectors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns unit vectors of all queries and items, float32 [numbers, dim] each."""
+        tables = self._session.run(self._tables)
+        queries, items = (table / np.linalg.norm(table, axis=1, keepdims=True) for table in tables)
+        return queries, items
+
+    def quantizer(self) -> Quantizer:
+        """Returns the trained quantizer."""
+        return self.layer.quantizer(self._session)
+
+
+def poeem(result: report.Report, seeds: Sequence[int], setting: Synthetic) -> None:
+    """Trains and measures the indexes of Poeem's synthetic setting."""
+    found: dict[str, list[np.ndarray]] = {}
+
+    def keep(impl: str, rows: np.ndarray) -> None:
+        found.setdefault(impl, []).append(setting.precision(rows))
+        print(f"poeem {impl} {found[impl][-1].mean():.4f}", file=sys.stderr, flush=True)
+
+    for seed in seeds:
+        log = setting.log(seed)
+        model = SyntheticModel(setting, seed)
+        warm_up = min(setting.warm_up, setting.steps * 7 // 10)
+        model.train(log, 0, warm_up)
+        state, (_, items) = model.state(), model.vectors()
+        model.train(log, warm_up, setting.steps)
+        plain = functools.partial(
+            Workload, "poeem", pairs=log, pieces=log[:0], relevant=[], lists=setting.lists, temperature=1 / setting.scale
+        )
+        queries, finished = model.vectors()
+        data = plain(items=finished, log=queries, asked=queries)
+        keep("exact", data.exact)
+        for rotation, impl in (("none", "pq"), ("opq", "opq")):
+            after = start_of(data, setting.sub_spaces, rotation, seed)
+            keep(impl, of_quantizer(data, after)(queries, 1))
+        start = start_of(plain(items=items, log=queries, asked=queries), setting.sub_spaces, "opq", seed)
+        for objective in OBJECTIVES:
+            joint = SyntheticModel(setting, seed, objective, start)
+            joint.restore(state)
+            joint.train(log, warm_up, setting.steps, falling=True)
+            queries, items_now = joint.vectors()
+            data = plain(items=items_now, log=queries, asked=queries)
+            keep(objective, of_quantizer(data, joint.quantizer())(queries, 1))
+    means = {}
+    for impl, per_query in found.items():
+        name = f"poeem {setting.sub_spaces} bytes, 1 of {setting.lists} lists" if impl != "exact" else "poeem float"
+        means[impl] = add(result, impl, name, "precision@100", per_query)
+    result.bars["poeem_precision100"] = max(means[objective] for objective in OBJECTIVES)
+    result.bars["poeem_precision100_reconstruction"] = means["reconstruction"]
+
+
+# Models of data sets
+
+
+def trained(store: Path, config: str, out: Path, seed: int, *changes: str) -> Path:
+    """Returns the directory of a model, and trains the model unless it is there."""
+    path = out / f"{store.name}_{config}_{seed}"
+    dpsr(
+        "train",
+        f"--store={store}",
+        f"--config={CONFIGS / config}.yaml",
+        f"--out={path}",
+        f"--set=train.seed={seed}",
+        *(f"--set={change}" for change in changes),
+    )
+    return path
+
+
+def ingested(name: str, out: Path, *arguments: str) -> Path:
+    """Returns a store, and makes it unless it is there."""
+    path = out / name
+    if not (path / "manifest.json").exists():
+        dpsr("ingest", f"--out={path}", "--overwrite", *arguments)
+    return path
+
+
+def generated(name: str, out: Path, items: int, interactions: int) -> tuple[Path, Path]:
+    """Returns the store of a generated shop and its judged queries, and makes both unless they are there."""
+    shop = out / f"{name}_log"
+    if not (shop / "schema.yaml").exists():
+        dpsr(
+            "generate",
+            f"--out={shop}",
+            "--overwrite",
+            f"--items={items}",
+            f"--users={max(100, items // 20)}",
+            f"--interactions={interactions}",
+            "--types=560" if items > 50_000 else "--types=58",
+            "--set=judged_queries=1000",
+        )
+    return ingested(name, out, f"--schema={shop / 'schema.yaml'}", f"--input={shop}"), shop / "judgments.dev.tsv"
+
+
+def homedepot_data(data: Path, out: Path, lists: int, seed: int) -> Workload:
+    """Returns Home Depot's vectors by the model of dpsr_tf/configs/homedepot.yaml."""
+    store = ingested("homedepot", out, "--adapter=homedepot", f"--input={data / 'homedepot'}")
+    model = trained(store, "homedepot", out, seed)
+    judged = Judgments.read(data / "homedepot" / "judgments.dev.tsv", "search_term", "product_uid", "relevance", 2.33)
+    return workload("homedepot", store, model, judged, lists, 0.07, seed)
+
+
+def homedepot(result: report.Report, data: Path, out: Path, seeds: Sequence[int], full: bool) -> None:
+    """Measures Home Depot."""
+    make = functools.partial(homedepot_data, data, out, HOMEDEPOT_LISTS)
+    for size in (4, 8, 16, 32) if full else (8, 32):
+        compare(result, make, [size], seeds, full)
+    exact = result.value("exact", "homedepot float", "recall@100")
+    for size in (8, 32):
+        name = f"homedepot {size} bytes, all lists"
+        best_one = max(result.value(objective, name, "recall@100") for objective in OBJECTIVES)
+        result.bars[f"homedepot_recall100_{size}_bytes_over_float"] = best_one / exact
+        result.bars[f"homedepot_recall100_{size}_bytes_over_float_opq"] = result.value("opq", name, "recall@100") / exact
+
+
+def shop_data(out: Path, name: str, items: int, interactions: int, lists: int, steps: int, seed: int) -> Workload:
+    """Returns a generated shop's vectors by a model of dpsr_tf/configs/shop.yaml."""
+    store, judgments = generated(name, out, items, interactions)
+    temperature = 0.07
+    changes = ["train.loss=softmax", f"train.softmax_temperature={temperature}", f"train.steps={steps}"]
+    model = trained(store, "shop", out, seed, *changes)
+    judged = Judgments.read(judgments, "query", "item_id", "", 1.0)
+    return workload(name, store, model, judged, lists, temperature, seed)
+
+
+def held_out_data(
+    name: str, adapter: str, source: Path, out: Path, lists: int, changes: Sequence[str], seed: int
+) -> Workload:
+    """Returns the vectors of a data set whose held-out interactions are what is relevant."""
+    store = ingested(name, out, f"--adapter={adapter}", f"--input={source}")
+    model = trained(store, "movielens", out, seed, *changes)
+    return workload(name, store, model, Judgments.of_held_out(Store(store), "all"), lists, 0.1, seed)
+
+
+def many_items(result: report.Report, out: Path, seeds: Sequence[int], items: int, lists: int, how: Learning) -> None:
+    """Measures how many lists have to be probed, learned ones and those of k-means, with 16 bytes an item."""
+    ratios, size, fixed = [], 16, 30
+    for seed in seeds:
+        data = shop_data(out, f"shop_{items}", items, max(3_000, min(items, 300_000)), lists, 2000, seed)
+        start = start_of(data, size, "opq", seed)
+        before = of_quantizer(data, start)
+        after = of_quantizer(data, learn(data, size, "distillation", start, seed, how))
+        name = f"{data.name} {size} bytes, {{}} of {lists} lists"
+        recalls: dict[str, dict[int, float]] = {"opq": {}, "distillation": {}}
+        for probes in sorted({min(lists, count) for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 25, 30, 50)}):
+            for impl, search in (("opq", before), ("distillation", after)):
+                rows = search(data.asked, probes)
+                found = share_found(rows, data.exact)
+                add(result, impl, name.format(probes), "ann_recall@100", [found])
+                add(result, impl, name.format(probes), "recall@100", [share_found(rows, data.relevant)])
+                recalls[impl][probes] = found.mean()
+        aim = recalls["opq"][min(fixed, lists)]
+        enough = [probes for probes, recall in recalls["distillation"].items() if recall >= aim]
+        ratios.append((enough[0] if enough else lists) / min(fixed, lists))
+    result.bars["nprobe_ratio_at_equal_recall"] = statistics.fmean(ratios)
+
+
+# Costs
+
+
+def givens_over_svd(result: report.Report, dims: Sequence[int]) -> None:
+    """Measures a Givens step, and the SVD of Procrustes that OPQ and Poeem take instead, in CPU time."""
+    for d in dims:
+        generator = np.random.default_rng(1)
+        rotation = np.linalg.qr(generator.standard_normal((d, d)))[0].astype(np.float32)
+        gradient = generator.standard_normal((d, d)).astype(np.float32)
+        graph = tf.Graph()
+        with graph.as_default():
+            config = QuantizerConfig(sub_spaces=1, rotation="givens", rotation_learning_rate=1e-3)
+            layer = QuantizerLayer(config, d, Quantizer(rotation, np.zeros((1, d)), np.zeros((1, 256, d))))
+            given = v1.placeholder(tf.float32, [d, d])
+            givens = layer.minimize(tf.reduce_sum(given * layer.variables[0]))
+            initialize = v1.global_variables_initializer()
+        with v1.Session(graph=graph) as session:
+            session.run(initialize)
+            step = session.make_callable(givens, [given])
+            passes: dict[str, Callable[[], object]] = {
+                "givens": lambda: step(gradient),
+                "svd": lambda: np.linalg.svd(gradient),
+            }
+            samples = report.rates(passes, 1, repeat=5, min_seconds=0.2)
+        for impl, rates in samples.items():
+            result.add_samples(impl, f"rotation of {d} dimensions", "step_ms", [1000 / rate for rate in rates], "ms")
+    value = functools.partial(result.value, workload=f"rotation of {dims[-1]} dimensions", metric="step_ms")
+    result.bars["givens_over_svd_cost"] = value("givens") / value("svd")
+
+
+def training_rate(result: report.Report, store: Path, config: str, out: Path, batch: int, steps: int) -> Path:
+    """Measures the training with and without a quantizer, in examples per second of CPU time, side by side.
+
+    Both go on from the same number of steps. A second run of each takes more steps, so that the difference of the CPU
+    times is that of the steps alone. Returns the directory of the model with a quantizer.
+    """
+    changes = {"plain": [], "quantizer": ["sub_spaces=8", "lists=256", f"start_step={steps}", "teacher_queries=10000"]}
+    rates: dict[str, list[float]] = {name: [] for name in changes}
+    for name, values in changes.items():
+        path = out / f"{store.name}_rate_{name}"
+        seconds = []
+        for last in (2 * steps, 3 * steps, 6 * steps):
+            start = report.cpu_seconds()
+            dpsr(
+                "train",
+                f"--store={store}",
+                f"--config={CONFIGS / config}.yaml",
+                f"--out={path}",
+                f"--set=train.steps={last}",
+                f"--set=train.checkpoint_steps={steps}",
+                *(f"--set=quantizer.{value}" for value in values),
+            )
+            seconds.append(report.cpu_seconds() - start)
+        # The first run has phase 1 in it. The other two resume, and differ by two times `steps`.
+        rates[name].append(batch * 2 * steps / (seconds[2] - seconds[1]))
+    for name, found in rates.items():
+        result.add_samples(name, f"{store.name}, batches of {batch}", "train_rate", found, "examples/s")
+    result.bars["train_rate_over_unquantized"] = rates["quantizer"][0] / rates["plain"][0]
+    return out / f"{store.name}_rate_quantizer"
+
+
+def index_time(result: report.Report, store: Path, model: Path, out: Path) -> None:
+    """Measures `dpsr index` on a model with a quantizer: the embedding of all items, and the rest."""
+    index = out / f"{model.name}_index"
+    dpsr("index", f"--model={model}", f"--store={store}", f"--out={index}", "--overwrite")
+    seconds = json.loads((index / "index.json").read_text())["seconds"]
+    for part, value in seconds.items():
+        result.add("dpsr index", store.name, part, value, "s")
+    result.bars["index_seconds_over_embedding_seconds"] = sum(seconds.values()) / seconds["embeddings"]
+
+
+PARTS = ("poeem", "homedepot", "many_items", "costs", "movielens", "amazon", "shop")
+# FAISS advises 4 to 16 times the square root of the number of items.
+HOMEDEPOT_LISTS = 4096
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the benchmark."""
+    if len(arguments) > 1:
+        raise app.UsageError(f"unexpected argument {arguments[1]!r}")
+    full, quick = FLAGS.full, FLAGS.quick
+    default = [part for part in PARTS if full or part in PARTS[:4]]
+    parts = FLAGS.only or (["poeem", "shop", "many_items", "costs"] if quick else default)
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise app.UsageError(f"--only={','.join(parts)}: '{unknown[0]}' is unknown; expected some of {', '.join(PARTS)}")
+    data = Path(FLAGS.data or os.environ.get("DPSR_DATA") or REPOSITORY.parent / "shared" / "data")
+    folders = {"homedepot": "homedepot", "movielens": "movielens/ml-1m-lightgcn", "amazon": "amazon_s3rec"}
+    for part in parts:
+        if part in folders and not (data / folders[part]).is_dir():
+            raise app.UsageError(
+                f"--data={data}: has no {folders[part]}; give the folder of the data sets, or leave '{part}' out of --only"
+            )
+    seeds = [FLAGS.seed, FLAGS.seed + 1, FLAGS.seed + 2] if full else [FLAGS.seed]
+    result = report.Report("learned_index", FLAGS.seed, report.hardware("tensorflow", "faiss-cpu", "numpy", "scann"))
+    if not importlib.util.find_spec("scann"):
+        print("ScaNN is not installed (pip install scann==1.3.0), so its rows are left out", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(FLAGS.out or temporary)
+        out.mkdir(parents=True, exist_ok=True)
+        for part in parts:
+            begin = time.perf_counter()
+            run_part(part, result, data, out, seeds, full, quick)
+            print(f"{part}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+    result.print(FLAGS.json)
+
+
+def run_part(
+    part: str, result: report.Report, data: Path, out: Path, seeds: Sequence[int], full: bool, quick: bool
+) -> None:
+    """Runs one of PARTS."""
+    sizes = (4, 8, 16, 32) if full else (8,)
+    few = Learning(steps=20) if quick else Learning()
+    if part == "poeem":
+        poeem(result, seeds, Synthetic(pairs=20_000, epochs=1) if quick else Synthetic())
+    elif part == "homedepot":
+        homedepot(result, data, out, seeds, full)
+    elif part == "many_items":
+        items, lists = (3_000, 64) if quick else (1_000_000, 4_096) if full else (200_000, 1_024)
+        many_items(result, out, seeds[:1], items, lists, few)
+    elif part == "costs":
+        store, _ = generated("shop_costs", out, 3_000 if quick else 50_000, 10_000 if quick else 100_000)
+        givens_over_svd(result, (64,) if quick else (64, 256, 512))
+        model = training_rate(result, store, "shop", out, 256, 20 if quick else 200)
+        index_time(result, store, model, out)
+    elif part == "movielens":
+        make = functools.partial(held_out_data, part, "movielens_1m_lightgcn", data / "movielens/ml-1m-lightgcn", out)
+        compare(result, lambda seed: make(64, ["model.item_features=[]"], seed), sizes, seeds, full, few)
+    elif part == "amazon":
+        make = functools.partial(held_out_data, part, "amazon_s3rec", data / "amazon_s3rec/Beauty.txt", out)
+        compare(result, lambda seed: make(256, [], seed), sizes, seeds, full, few)
+    else:
+        items, lists = (3_000, 64) if quick else (50_000, 1_024)
+        make_shop = functools.partial(shop_data, out, part, items, 100_000, lists, 50 if quick else 2_000)
+        compare(result, make_shop, sizes, seeds, full, few)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("data", None, "folder of the data sets (default: $DPSR_DATA, or ../shared/data)")
+    flags.DEFINE_string("out", None, "directory that keeps stores, models and vectors (default: a temporary one)")
+    flags.DEFINE_list("only", [], f"parts to run, separated by commas: {', '.join(PARTS)}")
+    flags.DEFINE_integer("seed", 1, "first seed of data, models and quantizers")
+    flags.DEFINE_boolean("full", False, "adds sizes, methods, probes, two more seeds and a million items; takes hours")
+    flags.DEFINE_boolean("quick", False, "only tests the script, with small shops and few steps")
+    flags.DEFINE_boolean("json", False, "prints one JSON object as the last line")
+    app.run(main)
