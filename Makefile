@@ -16,6 +16,7 @@
 # make bench-index      FAISS indices: build time, recall, latency (ITEMS=15000000)
 # make bench-servable   a fused servable, compared with bare FAISS and with two services; filters, heads
 # make bench-training   compare training with a plain Estimator, torch and a loop in C++
+# make bench-learned-index   compare an index learned with the model with others of its size (DATA=DIR OUT=DIR)
 # make report           run the paper's experiments and write a report to report/ (QUICK=1: in minutes; OUT=DIR)
 # make ablations        the same report with the ablations
 # make wheel            build the wheel in dist/
@@ -44,7 +45,7 @@ empty :=
 space := $(empty) $(empty)
 
 .DELETE_ON_ERROR:
-.PHONY: setup debian native demo test test-fast test-tools test-distributed test-cpp test-native sanitize sanitize-cores sanitize-serving sanitize-thread fuzz bazel-test bench-tokenizer bench-store bench-index bench-servable bench-training report ablations build/offline.bazelrc lint wheel clean
+.PHONY: setup debian native demo test test-fast test-tools test-distributed test-cpp test-native sanitize sanitize-cores sanitize-serving sanitize-thread fuzz bazel-test bench-tokenizer bench-store bench-index bench-servable bench-training bench-learned-index report ablations build/offline.bazelrc lint wheel clean
 
 setup: native
 
@@ -214,6 +215,9 @@ bench-servable: native
 
 bench-training: native $(VENV)/.bench
 	@$(BIN)/python benchmarks/training.py --json
+
+bench-learned-index: native $(VENV)/.bench
+	@$(BIN)/python benchmarks/learned_index.py --json $(if $(DATA),--data=$(DATA)) $(if $(OUT),--out=$(OUT))
 
 report: native
 	@$(BIN)/dpsr report --out=$(or $(OUT),report) $(if $(QUICK),--quick)

@@ -3,8 +3,9 @@
     python benchmarks/learned_index.py --json [--data=DIR] [--out=DIR] [--only=poeem,homedepot,...] [--full]
 
 All methods get the same vectors, the same number of inverted lists and the same bytes an item, and FAISS searches all
-of them but ScaNN's. After training: PQ, OPQ+PQ, a residual quantizer, LSQ, RaBitQ, ScaNN. Learned (docs/learned_index.md):
-reconstruction, ranking, distillation. Bytes are those of an item's code; the number of its list is not counted.
+of them but ScaNN's. After training: PQ, OPQ+PQ, a residual quantizer, LSQ, RaBitQ, ScaNN. Learned
+(docs/learned_index.md): reconstruction, ranking, distillation. Bytes are those of an item's code; the number of its
+list is not counted.
 
 Parts of the comparison, by the names that --only takes:
 
@@ -23,8 +24,8 @@ In all but poeem the towers are frozen: the quantizer learns from fixed vectors,
 first 100 that the index finds (the talk's precision@100 for a list of 100 results). Intervals are 95 % intervals over
 the queries. --full adds sizes, methods that encode slowly, more probes, three seeds, and a million items.
 
-DIR holds homedepot/, movielens/ml-1m-lightgcn/ and amazon_s3rec/ (docs/adapters.md). It is $DPSR_DATA by default, or else
-../shared/data beside the repository. Stores, models and vectors are kept in --out, and not made again.
+DIR holds homedepot/, movielens/ml-1m-lightgcn/ and amazon_s3rec/ (docs/adapters.md). It is $DPSR_DATA by default, or
+else ../shared/data beside the repository. Stores, models and vectors are kept in --out, and not made again.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ import importlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -90,6 +90,7 @@ class Workload:
         relevant: rows of the relevant items of each of them.
         lists: number of inverted lists.
         temperature: the temperature that the model was trained with.
+        folder: keeps quantizers of the vectors, if there is one.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Workload:
     relevant: list[np.ndarray]
     lists: int
     temperature: float
+    folder: Path | None = None
 
     @functools.cached_property
     def exact(self) -> np.ndarray:
@@ -143,9 +145,8 @@ def workload(
     # A query or piece without a known token is zero, and finds nothing.
     pieces = found["pieces"][found["pieces"].any(axis=1)]
     relevant = np.split(found["relevant"], found["splits"][:-1])
-    return Workload(
-        name, found["items"], found["log"], found["pairs"], pieces, found["asked"], relevant, lists, temperature
-    )
+    vectors = (found["items"], found["log"], found["pairs"], pieces, found["asked"], relevant)
+    return Workload(name, *vectors, lists, temperature, model)
 
 
 def title_pieces(titles: Sequence[str], seed: int, most: int = 20_000) -> list[str]:
@@ -185,6 +186,22 @@ def config_of(data: Workload, code_bytes: int, objective: str, **changes: Any) -
     )
 
 
+def kept_quantizer(
+    make: Callable[..., Quantizer], data: Workload, code_bytes: int, name: str, seed: int, *more: Any
+) -> Quantizer:
+    """Returns make(data, code_bytes, name, seed, *more), or reads it from the workload's folder."""
+    if data.folder is None:
+        return make(data, code_bytes, name, seed, *more)
+    path = data.folder / f"quantizer_{data.lists}_{code_bytes}_{name}_{seed}.npz"
+    if not path.exists():
+        found = make(data, code_bytes, name, seed, *more)
+        partial = path.with_suffix(".part.npz")
+        np.savez(partial, rotation=found.rotation, coarse=found.coarse, codebooks=found.codebooks)
+        os.replace(partial, path)
+    with np.load(path) as file:
+        return Quantizer(file["rotation"], file["coarse"], file["codebooks"])
+
+
 def start_of(data: Workload, code_bytes: int, rotation: str, seed: int) -> Quantizer:
     """Returns the quantizer before training: lists from all vectors, rotation and codebooks from a sample."""
     generator = np.random.default_rng(seed)
@@ -215,7 +232,7 @@ class Learning:
 
 
 def learn(
-    data: Workload, code_bytes: int, objective: str, start: Quantizer, seed: int, how: Learning = Learning()
+    data: Workload, code_bytes: int, objective: str, seed: int, start: Quantizer, how: Learning = Learning()
 ) -> Quantizer:
     """Trains a quantizer with frozen towers, with the layer and the loss of `dpsr train`.
 
@@ -240,9 +257,7 @@ def learn(
             drawn = generator.integers(0, teacher.shape[1], (how.queries, how.candidates))
             chosen = np.concatenate([np.take_along_axis(teacher[rows], drawn, axis=1).ravel(), chosen])
         else:
-            chosen = np.concatenate(
-                [generator.integers(0, len(data.items), how.queries * how.candidates), chosen]
-            )
+            chosen = np.concatenate([generator.integers(0, len(data.items), how.queries * how.candidates), chosen])
         return queries[rows], np.unique(chosen)
 
     graph = tf.Graph()
@@ -335,12 +350,12 @@ def of_scann(data: Workload, code_bytes: int) -> Search | None:
 
 def methods(data: Workload, code_bytes: int, seed: int, full: bool, how: Learning) -> Iterator[tuple[str, Search]]:
     """Yields the indexes of one size by name."""
-    opq = start_of(data, code_bytes, "opq", seed)
+    opq = kept_quantizer(start_of, data, code_bytes, "opq", seed)
     yield "opq", of_quantizer(data, opq)
     for objective in reversed(OBJECTIVES):
-        yield objective, of_quantizer(data, learn(data, code_bytes, objective, opq, seed, how))
+        yield objective, of_quantizer(data, kept_quantizer(learn, data, code_bytes, objective, seed, opq, how))
     if full:
-        yield "pq", of_quantizer(data, start_of(data, code_bytes, "none", seed))
+        yield "pq", of_quantizer(data, kept_quantizer(start_of, data, code_bytes, "none", seed))
         yield "residual_quantizer", of_factory(data, f"RQ{code_bytes}x8", opq)
         if code_bytes <= 8:
             yield "lsq", of_factory(data, f"LSQ{code_bytes}x8", opq)
@@ -449,9 +464,15 @@ class Synthetic:
 class SyntheticModel:
     """Two tables of embeddings, trained with the softmax loss over the items of the batch, as the tutorial does.
 
-    With an objective, the quantizer is trained with them. Poeem's, `reconstruction`, is the model's loss over T(items)
-    and the distortion of all items of the batch. `ranking` is the model's loss over T(items) alone. `distillation` is
-    the model's loss over the float vectors and the quantizer's loss, with the batch's items as candidates.
+    With an objective, a quantizer is trained with them. The loss of all but `distillation` is the model's loss with
+    T(items) in the place of items, and
+
+    poeem            the distortion of the items of the batch, as in Poeem,
+    reconstruction   the same distortion, and the model's loss with the coarse centroids in the place of items,
+    ranking          the latter only.
+
+    `distillation` is the model's loss over the float vectors, and the quantizer's loss over the items of the batch.
+    Gradients of T(items) and of the coarse centroids pass to the items as if nothing had been quantized.
     """
 
     def __init__(self, setting: Synthetic, seed: int, objective: str = "", start: Quantizer | None = None):
@@ -468,24 +489,32 @@ class SyntheticModel:
                 tf.nn.l2_normalize(tf.gather(table, self._pairs[:, side]), axis=1)
                 for side, table in enumerate(self._tables)
             )
-            b, extra, steps = tf.shape(query)[0], tf.constant(0.0), []
-            if objective:
-                config = QuantizerConfig(sub_spaces=setting.sub_spaces, lists=setting.lists, objective=objective)
+            b = tf.shape(query)[0]
+
+            def model_loss(vectors: tf.Tensor) -> tf.Tensor:
+                scores = setting.scale * tf.matmul(query, vectors, transpose_b=True)
+                of_queries = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=tf.range(b), logits=scores)
+                return tf.reduce_sum(of_queries)
+
+            if not objective:
+                loss = model_loss(items)
+            else:
+                known = objective if objective in OBJECTIVES else "reconstruction"
+                config = QuantizerConfig(sub_spaces=setting.sub_spaces, lists=setting.lists, objective=known)
                 self.layer = QuantizerLayer(config, setting.dim, start)
                 if objective == "distillation":
-                    row, tau = self._pairs[:, 1], 1 / setting.scale
-                    of_mean, _ = quantizer_loss(config, self.layer, query[:, tf.newaxis], items, None, tau, row)
-                    extra = of_mean * tf.cast(b, tf.float32)
+                    rows, tau = self._pairs[:, 1], 1 / setting.scale
+                    of_mean, _ = quantizer_loss(config, self.layer, query[:, tf.newaxis], items, None, tau, rows)
+                    loss = model_loss(items) + of_mean * tf.cast(b, tf.float32)
                 else:
-                    quantized = self.layer(items).full
-                    if objective == "reconstruction":
-                        extra = tf.reduce_sum((quantized - tf.stop_gradient(items)) ** 2)
-                    items = quantized
-            scores = setting.scale * tf.matmul(query, items, transpose_b=True)
-            loss = extra + tf.reduce_sum(
-                tf.nn.sparse_softmax_cross_entropy_with_logits(labels=tf.range(b), logits=scores)
-            )
-            steps.append(v1.train.AdagradOptimizer(setting.rate).minimize(loss, var_list=self._tables))
+                    fixed = tf.stop_gradient(items)
+                    quantized = self.layer(fixed)
+                    loss = model_loss(quantized.full + items - fixed)
+                    if objective != "poeem":
+                        loss += model_loss(quantized.coarse + items - fixed)
+                    if objective != "ranking":
+                        loss += tf.reduce_sum((quantized.full - fixed) ** 2)
+            steps = [v1.train.AdagradOptimizer(setting.rate).minimize(loss, var_list=self._tables)]
             if objective:
                 steps.append(self.layer.minimize(loss, self._factor))
             self._step = tf.group(*steps)
@@ -542,7 +571,13 @@ def poeem(result: report.Report, seeds: Sequence[int], setting: Synthetic) -> No
         state, (_, items) = model.state(), model.vectors()
         model.train(log, warm_up, setting.steps)
         plain = functools.partial(
-            Workload, "poeem", pairs=log, pieces=log[:0], relevant=[], lists=setting.lists, temperature=1 / setting.scale
+            Workload,
+            "poeem",
+            pairs=log,
+            pieces=log[:0],
+            relevant=[],
+            lists=setting.lists,
+            temperature=1 / setting.scale,
         )
         queries, finished = model.vectors()
         data = plain(items=finished, log=queries, asked=queries)
@@ -551,7 +586,7 @@ def poeem(result: report.Report, seeds: Sequence[int], setting: Synthetic) -> No
             after = start_of(data, setting.sub_spaces, rotation, seed)
             keep(impl, of_quantizer(data, after)(queries, 1))
         start = start_of(plain(items=items, log=queries, asked=queries), setting.sub_spaces, "opq", seed)
-        for objective in OBJECTIVES:
+        for objective in ("poeem", *OBJECTIVES):
             joint = SyntheticModel(setting, seed, objective, start)
             joint.restore(state)
             joint.train(log, warm_up, setting.steps, falling=True)
@@ -626,7 +661,9 @@ def homedepot(result: report.Report, data: Path, out: Path, seeds: Sequence[int]
         name = f"homedepot {size} bytes, all lists"
         best_one = max(result.value(objective, name, "recall@100") for objective in OBJECTIVES)
         result.bars[f"homedepot_recall100_{size}_bytes_over_float"] = best_one / exact
-        result.bars[f"homedepot_recall100_{size}_bytes_over_float_opq"] = result.value("opq", name, "recall@100") / exact
+        result.bars[f"homedepot_recall100_{size}_bytes_over_float_opq"] = (
+            result.value("opq", name, "recall@100") / exact
+        )
 
 
 def shop_data(out: Path, name: str, items: int, interactions: int, lists: int, steps: int, seed: int) -> Workload:
@@ -653,9 +690,9 @@ def many_items(result: report.Report, out: Path, seeds: Sequence[int], items: in
     ratios, size, fixed = [], 16, 30
     for seed in seeds:
         data = shop_data(out, f"shop_{items}", items, max(3_000, min(items, 300_000)), lists, 2000, seed)
-        start = start_of(data, size, "opq", seed)
+        start = kept_quantizer(start_of, data, size, "opq", seed)
         before = of_quantizer(data, start)
-        after = of_quantizer(data, learn(data, size, "distillation", start, seed, how))
+        after = of_quantizer(data, kept_quantizer(learn, data, size, "distillation", seed, start, how))
         name = f"{data.name} {size} bytes, {{}} of {lists} lists"
         recalls: dict[str, dict[int, float]] = {"opq": {}, "distillation": {}}
         for probes in sorted({min(lists, count) for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 25, 30, 50)}):
@@ -691,8 +728,8 @@ def givens_over_svd(result: report.Report, dims: Sequence[int]) -> None:
             session.run(initialize)
             step = session.make_callable(givens, [given])
             passes: dict[str, Callable[[], object]] = {
-                "givens": lambda: step(gradient),
-                "svd": lambda: np.linalg.svd(gradient),
+                "givens": functools.partial(step, gradient),
+                "svd": functools.partial(np.linalg.svd, gradient),
             }
             samples = report.rates(passes, 1, repeat=5, min_seconds=0.2)
         for impl, rates in samples.items():
@@ -756,13 +793,16 @@ def main(arguments: list[str]) -> None:
     parts = FLAGS.only or (["poeem", "shop", "many_items", "costs"] if quick else default)
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
-        raise app.UsageError(f"--only={','.join(parts)}: '{unknown[0]}' is unknown; expected some of {', '.join(PARTS)}")
+        raise app.UsageError(
+            f"--only={','.join(parts)}: '{unknown[0]}' is unknown; expected some of {', '.join(PARTS)}"
+        )
     data = Path(FLAGS.data or os.environ.get("DPSR_DATA") or REPOSITORY.parent / "shared" / "data")
     folders = {"homedepot": "homedepot", "movielens": "movielens/ml-1m-lightgcn", "amazon": "amazon_s3rec"}
     for part in parts:
         if part in folders and not (data / folders[part]).is_dir():
             raise app.UsageError(
-                f"--data={data}: has no {folders[part]}; give the folder of the data sets, or leave '{part}' out of --only"
+                f"--data={data}: has no {folders[part]}; give the folder of the data sets, or leave '{part}' out of "
+                f"--only"
             )
     seeds = [FLAGS.seed, FLAGS.seed + 1, FLAGS.seed + 2] if full else [FLAGS.seed]
     result = report.Report("learned_index", FLAGS.seed, report.hardware("tensorflow", "faiss-cpu", "numpy", "scann"))
