@@ -85,7 +85,6 @@ class Workload:
         items: unit vectors, float32 [n, d].
         log: vectors of the log's queries, float32 [t, d].
         pairs: row of the query and row of the item of each positive pair of the log, int64 [p, 2].
-        pieces: vectors of pieces of titles, float32 [m, d]: queries beside those of the log.
         asked: vectors of the judged queries, float32 [q, d].
         relevant: rows of the relevant items of each of them.
         lists: number of inverted lists.
@@ -97,7 +96,6 @@ class Workload:
     items: np.ndarray
     log: np.ndarray
     pairs: np.ndarray
-    pieces: np.ndarray
     asked: np.ndarray
     relevant: list[np.ndarray]
     lists: int
@@ -116,9 +114,9 @@ def best(queries: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
 
 
 def workload(
-    name: str, store_path: Path, model: Path, judgments: Judgments, lists: int, temperature: float, seed: int
+    name: str, store_path: Path, model: Path, judgments: Judgments, lists: int, temperature: float
 ) -> Workload:
-    """Embeds items, queries of the log, pieces of titles and judged queries. Vectors are kept beside the model."""
+    """Embeds items, queries of the log and judged queries. Vectors are kept beside the model."""
     kept = model / "vectors.npz"
     if kept.exists():
         with np.load(kept) as file:
@@ -136,34 +134,14 @@ def workload(
             "items": encoders.item_embeddings(model, store),
             "log": encode(list(store.queries())),
             "pairs": _pairs(store),
-            "pieces": encode(title_pieces(store.titles(), seed)),
             "asked": encode(judgments.queries),
             "relevant": np.concatenate(relevant),
             "splits": np.cumsum([len(rows) for rows in relevant]),
         }
         np.savez(kept, **found)
-    # A query or piece without a known token is zero, and finds nothing.
-    pieces = found["pieces"][found["pieces"].any(axis=1)]
     relevant = np.split(found["relevant"], found["splits"][:-1])
-    vectors = (found["items"], found["log"], found["pairs"], pieces, found["asked"], relevant)
+    vectors = (found["items"], found["log"], found["pairs"], found["asked"], relevant)
     return Workload(name, *vectors, lists, temperature, model)
-
-
-def title_pieces(titles: Sequence[str], seed: int, most: int = 20_000) -> list[str]:
-    """Returns one to four words of each of `most` random titles, in their order. Frequent words are rarer in them."""
-    words = [title.split() for title in titles]
-    count: dict[str, int] = {}
-    for title in words:
-        for word in set(title):
-            count[word] = count.get(word, 0) + 1
-    generator = np.random.default_rng(seed)
-    pieces = []
-    for row in generator.permutation(len(words))[:most]:
-        chance = [0.01 * len(words) / count[word] for word in words[row]]
-        kept = [word for word, c in zip(words[row], chance, strict=True) if generator.random() < c**0.5] or words[row]
-        chosen = generator.permutation(len(kept))[: generator.integers(1, 5)]
-        pieces.append(" ".join(kept[place] for place in sorted(chosen)))
-    return pieces
 
 
 def _pairs(store: Store) -> np.ndarray:
@@ -236,14 +214,14 @@ def learn(
 ) -> Quantizer:
     """Trains a quantizer with frozen towers, with the layer and the loss of `dpsr train`.
 
-    Distillation sees queries of the log and pieces of titles. Its candidates, which all queries of a batch share, are
-    items drawn from the exact best 200 of each query, and random items. Ranking is the softmax loss over the items of
-    the batch, on pairs of the log; reconstruction sees random items. No judgment of a measured query is read.
+    Distillation sees queries of the log. Its candidates, which all queries of a batch share, are items drawn from the
+    exact best 200 of each query, and random items. Ranking is the softmax loss over the items of the batch, on pairs of
+    the log, for T(items) and for the coarse centroids. Reconstruction sees random items. No judgment of a measured
+    query is read.
     """
     config = config_of(data, code_bytes, objective, learning_rate=how.rate, coarse_learning_rate=how.rate)
     generator = np.random.default_rng(seed)
-    queries = np.concatenate([data.log, data.pieces])
-    teacher = best(queries, data.items, 200) if objective == "distillation" else np.zeros((0, 0), np.int64)
+    teacher = best(data.log, data.items, 200) if objective == "distillation" else np.zeros((0, 0), np.int64)
     tau = data.temperature * (how.temperature if objective == "distillation" else 1)
 
     def batch() -> tuple[np.ndarray, np.ndarray]:
@@ -251,14 +229,14 @@ def learn(
         if objective == "ranking":
             pairs = data.pairs[generator.integers(0, len(data.pairs), how.queries * 4)]
             return data.log[pairs[:, 0]], pairs[:, 1]
-        rows = generator.integers(0, len(queries), how.queries)
+        rows = generator.integers(0, len(data.log), how.queries)
         chosen = generator.integers(0, len(data.items), how.random_items)
         if objective == "distillation":
             drawn = generator.integers(0, teacher.shape[1], (how.queries, how.candidates))
             chosen = np.concatenate([np.take_along_axis(teacher[rows], drawn, axis=1).ravel(), chosen])
         else:
             chosen = np.concatenate([generator.integers(0, len(data.items), how.queries * how.candidates), chosen])
-        return queries[rows], np.unique(chosen)
+        return data.log[rows], np.unique(chosen)
 
     graph = tf.Graph()
     with graph.as_default():
@@ -267,9 +245,10 @@ def learn(
         factor = v1.placeholder(tf.float32, [])
         layer = QuantizerLayer(config, d, start)
         if objective == "ranking":
-            scores = tf.matmul(query, layer(items).full, transpose_b=True) / tau
-            b = tf.shape(query)[0]
-            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(tf.range(b), scores))
+            quantized, labels = layer(items), tf.range(tf.shape(query)[0])
+            scores = [tf.matmul(query, each, transpose_b=True) / tau for each in (quantized.full, quantized.coarse)]
+            losses = [tf.nn.sparse_softmax_cross_entropy_with_logits(labels, of_one) for of_one in scores]
+            loss = tf.reduce_mean(tf.add_n(losses))
         else:
             loss, _ = quantizer_loss(config, layer, query[:, tf.newaxis], items, None, tau)
         step = layer.minimize(loss, factor)
@@ -574,7 +553,6 @@ def poeem(result: report.Report, seeds: Sequence[int], setting: Synthetic) -> No
             Workload,
             "poeem",
             pairs=log,
-            pieces=log[:0],
             relevant=[],
             lists=setting.lists,
             temperature=1 / setting.scale,
@@ -648,7 +626,7 @@ def homedepot_data(data: Path, out: Path, lists: int, seed: int) -> Workload:
     store = ingested("homedepot", out, "--adapter=homedepot", f"--input={data / 'homedepot'}")
     model = trained(store, "homedepot", out, seed)
     judged = Judgments.read(data / "homedepot" / "judgments.dev.tsv", "search_term", "product_uid", "relevance", 2.33)
-    return workload("homedepot", store, model, judged, lists, 0.07, seed)
+    return workload("homedepot", store, model, judged, lists, 0.07)
 
 
 def homedepot(result: report.Report, data: Path, out: Path, seeds: Sequence[int], full: bool) -> None:
@@ -673,7 +651,7 @@ def shop_data(out: Path, name: str, items: int, interactions: int, lists: int, s
     changes = ["train.loss=softmax", f"train.softmax_temperature={temperature}", f"train.steps={steps}"]
     model = trained(store, "shop", out, seed, *changes)
     judged = Judgments.read(judgments, "query", "item_id", "", 1.0)
-    return workload(name, store, model, judged, lists, temperature, seed)
+    return workload(name, store, model, judged, lists, temperature)
 
 
 def held_out_data(
@@ -682,14 +660,14 @@ def held_out_data(
     """Returns the vectors of a data set whose held-out interactions are what is relevant."""
     store = ingested(name, out, f"--adapter={adapter}", f"--input={source}")
     model = trained(store, "movielens", out, seed, *changes)
-    return workload(name, store, model, Judgments.of_held_out(Store(store), "all"), lists, 0.1, seed)
+    return workload(name, store, model, Judgments.of_held_out(Store(store), "all"), lists, 0.1)
 
 
 def many_items(result: report.Report, out: Path, seeds: Sequence[int], items: int, lists: int, how: Learning) -> None:
     """Measures how many lists have to be probed, learned ones and those of k-means, with 16 bytes an item."""
     ratios, size, fixed = [], 16, 30
     for seed in seeds:
-        data = shop_data(out, f"shop_{items}", items, max(3_000, min(items, 300_000)), lists, 2000, seed)
+        data = shop_data(out, f"shop_{items}", items, max(3_000, min(items, 100_000)), lists, 2000, seed)
         start = kept_quantizer(start_of, data, size, "opq", seed)
         before = of_quantizer(data, start)
         after = of_quantizer(data, kept_quantizer(learn, data, size, "distillation", seed, start, how))

@@ -28,7 +28,7 @@ def workload():
     items, log, asked = (unit(generator, n, 16) for n in (3_000, 400, 50))
     pairs = np.stack([np.arange(400), benchmark.best(log, items, 1)[:, 0]], axis=1)
     relevant = list(benchmark.best(asked, items, 3))
-    return benchmark.Workload("random", items, log, pairs, log[:0], asked, relevant, 16, 0.1)
+    return benchmark.Workload("random", items, log, pairs, asked, relevant, 16, 0.1)
 
 
 def test_the_log_of_the_synthetic_setting_has_right_pairs_only():
@@ -50,14 +50,6 @@ def test_precision_of_the_synthetic_setting_is_that_of_the_tutorial():
     precision = setting.precision(found)
     assert precision[98] == 0.75 and precision[77] == 0.5
     assert precision[0] == 1  # 0000 has two zeros
-
-
-def test_pieces_are_words_of_their_titles_in_order():
-    titles = ["red shoe for men", "blue shoe", "green"]
-    for piece in benchmark.title_pieces(titles, 1):
-        words = piece.split()
-        assert 1 <= len(words) <= 4
-        assert any([word for word in title.split() if word in words] == words for title in titles)
 
 
 @pytest.mark.parametrize("objective", benchmark.OBJECTIVES)
