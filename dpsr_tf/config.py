@@ -217,8 +217,8 @@ class QuantizerConfig:
     )
     objective: str = option(
         "distillation",
-        "what the quantizer learns: small reconstruction errors, the model's own loss over quantized items (ranking), "
-        "or the order of the exact scores (distillation)",
+        "what the quantizer learns: small reconstruction errors, the model's own loss over quantized items and over "
+        "their coarse centroids (ranking), or the order of the exact scores (distillation)",
         choices=("reconstruction", "ranking", "distillation"),
     )
     weight: float = option(1.0, "weight of the quantizer's loss beside the model's own", 1e-6, 1e6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import tensorflow as tf
 
@@ -33,7 +33,8 @@ def build_loss(
     (section 4.4.3), and the pair's own negatives, each with `own_negative_weight`.
 
     With a quantizer, the loss is that of the towers that go on training plus the quantizer's. Frozen towers get no
-    gradient, and their own loss is left out. The objective `ranking` is the model's own loss over T(items).
+    gradient, and their own loss is left out. The objective `ranking` is the model's own loss over T(items), plus the
+    same loss over their coarse centroids if there are several.
 
     Args:
         config: its section `train` chooses the loss, its section `quantizer` the quantizer's.
@@ -55,12 +56,12 @@ def build_loss(
     Raises:
         ValueError: `log_q_correction` is on and `item_log_q` is missing.
     """
-    train = config.train
-    b, num_shared = tf.unstack(tf.shape(batch.negative_mask))
     query = towers.query_embedding(QueryFeatures.of(batch))  # [b, m, d]
     items = towers.item_embedding(ItemFeatures.of(batch))  # [n, d]
+    coarse: tf.Tensor | None = None
     of_quantizer: tuple[tf.Tensor, dict[str, tf.Tensor]] | None = None
     if quantizer is not None:
+        num_shared = tf.shape(batch.negative_mask)[1]
         if config.quantizer.towers == "frozen":
             query = tf.stop_gradient(query)
         if config.quantizer.towers != "both":
@@ -68,18 +69,70 @@ def build_loss(
         if config.quantizer.objective == "ranking":
             quantized = quantizer(items)
             of_quantizer = tf.constant(0.0), quantizer_metrics(quantizer, quantized)
+            if config.quantizer.lists > 1:
+                # The lists that a search probes are those whose centroids score best, so these are to rank, too. Their
+                # gradient passes to the items as that of T does.
+                coarse = quantized.coarse + items - tf.stop_gradient(items)
             items = quantized.full
         else:
             of_quantizer = quantizer_loss(
                 config.quantizer,
                 quantizer,
                 query,
-                items[:num_shared] if train.num_own_negatives else items,
+                items[:num_shared],
                 teacher,
-                train.softmax_temperature,
+                config.train.softmax_temperature,
                 batch.item_rows[:num_shared],
                 towers.config.temperature,
             )
+    loss, found = _model_loss(config, batch, towers, query, items, item_log_q)
+    if coarse is not None:
+        loss += _model_loss(config, batch, towers, query, coarse, item_log_q)[0]
+    if of_quantizer is not None and config.quantizer.objective != "ranking":
+        weighted = config.quantizer.weight * of_quantizer[0]
+        loss = weighted if config.quantizer.towers == "frozen" else loss + weighted
+
+    # Metrics count the negatives that enter the loss: with alpha 1, no other positive of the batch does.
+    counted = found.mask & (found.weights > 0)
+    count = tf.reduce_sum(tf.cast(counted, tf.float32))
+    positive = found.positive_scores[:, tf.newaxis]
+    violations = counted & (found.scores > positive - config.train.margin)
+    before = tf.reduce_sum(tf.cast(found.mask & (found.scores >= positive), tf.int32), axis=1)
+    metrics = {
+        "margin_violations": tf.math.divide_no_nan(tf.reduce_sum(tf.cast(violations, tf.float32)), count),
+        f"recall@{RECALL_AT}": tf.reduce_mean(tf.cast(before < RECALL_AT, tf.float32)),
+        "norm/query": towers.norms["query"],
+        "norm/item": towers.norms["item"],
+    }
+    if towers.config.num_heads > 1:
+        best = tf.argmax(head_scores(query, tf.slice(items, [0, 0], [tf.shape(query)[0], -1])), axis=1)
+        usage = tf.reduce_mean(tf.one_hot(best, towers.config.num_heads), axis=0)
+        metrics |= {f"head_usage/{head}": usage[head] for head in range(towers.config.num_heads)}
+    if of_quantizer is not None:
+        metrics |= of_quantizer[1]
+    return loss, metrics
+
+
+class _Ranked(NamedTuple):
+    """Scores of b queries with their candidates, of which there are n."""
+
+    positive_scores: tf.Tensor  # float32 [b]
+    scores: tf.Tensor  # float32 [b, n]
+    mask: tf.Tensor  # bool [b, n], which candidates are negatives
+    weights: tf.Tensor  # float32 [b, n], their weights in the loss
+
+
+def _model_loss(
+    config: Config,
+    batch: Batch,
+    towers: TwoTower,
+    query: tf.Tensor,
+    items: tf.Tensor,
+    item_log_q: tf.Tensor | None,
+) -> tuple[tf.Tensor, _Ranked]:
+    """Returns the loss that section `train` names, for query vectors [b, m, d] and item vectors [n, d]."""
+    train = config.train
+    b, num_shared = tf.unstack(tf.shape(batch.negative_mask))
     positives = tf.slice(items, [0, 0], [b, -1])
     # Computed apart from `scores`, because TensorFlow's gradient of a diagonal is a second [b, b + r] matrix.
     positive_scores = towers.pair_scores(query, positives)  # [b]
@@ -112,26 +165,4 @@ def build_loss(
             positive_logits -= tf.linalg.diag_part(counts)
             logits -= tf.pad(counts, [[0, 0], [0, train.num_own_negatives]])
         loss = softmax_loss(positive_logits, logits, weights, batch.weights)
-
-    if of_quantizer is not None and config.quantizer.objective != "ranking":
-        weighted = config.quantizer.weight * of_quantizer[0]
-        loss = weighted if config.quantizer.towers == "frozen" else loss + weighted
-
-    # Metrics count the negatives that enter the loss: with alpha 1, no other positive of the batch does.
-    counted = mask & (weights > 0)
-    count = tf.reduce_sum(tf.cast(counted, tf.float32))
-    violations = counted & (scores > positive_scores[:, tf.newaxis] - train.margin)
-    before = tf.reduce_sum(tf.cast(mask & (scores >= positive_scores[:, tf.newaxis]), tf.int32), axis=1)
-    metrics = {
-        "margin_violations": tf.math.divide_no_nan(tf.reduce_sum(tf.cast(violations, tf.float32)), count),
-        f"recall@{RECALL_AT}": tf.reduce_mean(tf.cast(before < RECALL_AT, tf.float32)),
-        "norm/query": towers.norms["query"],
-        "norm/item": towers.norms["item"],
-    }
-    if towers.config.num_heads > 1:
-        best = tf.argmax(head_scores(query, positives), axis=1)
-        usage = tf.reduce_mean(tf.one_hot(best, towers.config.num_heads), axis=0)
-        metrics |= {f"head_usage/{head}": usage[head] for head in range(towers.config.num_heads)}
-    if of_quantizer is not None:
-        metrics |= of_quantizer[1]
-    return loss, metrics
+    return loss, _Ranked(positive_scores, scores, mask, weights)

@@ -334,7 +334,9 @@ def test_losses_with_a_quantizer(objective, towers, trained):
         objective=objective, towers=towers, weight=3.0
     )
     if objective == "ranking":
-        expected = numpy_loss(config, query, values(items), batch)
+        lists, _ = values.encode(items)
+        coarse = values.coarse[lists] @ values.rotation.T
+        expected = numpy_loss(config, query, values(items), batch) + numpy_loss(config, query, coarse, batch)
     else:
         expected = 3 * own + (0 if towers == "frozen" else numpy_loss(config, query, items, batch))
     assert loss == pytest.approx(expected, rel=1e-4)
