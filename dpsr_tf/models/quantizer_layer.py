@@ -8,6 +8,7 @@ Givens rotations (JD's talk, section 4).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -139,8 +140,7 @@ class QuantizerLayer:
         z = self._rotate(x, tf.stop_gradient(self._rotation))
         lists, coarse = _quantize(z, self._coarse[tf.newaxis])
         codes, parts = _quantize(z - coarse, self._codebooks)
-        full = coarse + parts
-        full += z - tf.stop_gradient(z)
+        full = _straight_through(coarse + parts, z)
         return Quantized(
             full=self._rotate(full, self._rotation, back=True),
             coarse=self._rotate(coarse, self._rotation, back=True),
@@ -213,7 +213,9 @@ def quantizer_loss(
     `reconstruction` is Poeem's distortion: the mean over items of |T(x) - x|^2. `distillation` is that of Distill-VQ:
     the cross-entropy of softmax(t / tau) with softmax(s / tau), averaged over queries, for the students s = q T(x) and
     s = q coarse(x), whose losses are summed. t are the scores of the unquantized vectors. The candidates of a query are
-    the items of the batch and the teacher's items of this query; an item that is there several times counts once.
+    items of the batch, the same for all queries, and the teacher's items of this query. An item that is there several
+    times counts once. Of a large batch, every k-th item is taken, so that the teacher's are the larger part of the
+    work.
 
     Args:
         config: names the objective: reconstruction or distillation.
@@ -305,6 +307,14 @@ def quantizer_metrics(layer: QuantizerLayer, quantized: Quantized) -> dict[str, 
         "quantizer/imbalance": config.lists * tf.math.divide_no_nan(pairs, n * (n - 1)),
         "quantizer/orthogonality_error": tf.reduce_max(tf.abs(product - tf.eye(rotation.shape[0]))),
     }
+
+
+@tf.custom_gradient
+def _straight_through(
+    y: tf.Tensor, z: tf.Tensor
+) -> tuple[tf.Tensor, Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]]:
+    """Returns y. The gradient passes to both y and z, as if they were the same."""
+    return tf.identity(y), lambda upstream: (upstream, upstream)
 
 
 def _quantize(x: tf.Tensor, codebooks: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
