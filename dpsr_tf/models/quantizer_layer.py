@@ -22,8 +22,8 @@ from dpsr_tf.models.two_tower import soft_dot_product
 
 v1 = tf.compat.v1
 
-# Distillation takes about so many of a batch's items as candidates of all queries. Scoring the whole batch of 1,024 with
-# itself would be the larger part of a step's work.
+# Distillation takes about so many of a batch's items as candidates of all queries. To score a whole batch of 1,024
+# with itself would be the larger part of the work of a step.
 _SHARED = 256
 # Error of R^T R up to which a matrix counts as a rotation.
 _ORTHOGONAL = 1e-3
