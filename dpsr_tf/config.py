@@ -232,6 +232,11 @@ class QuantizerConfig:
     )
     learning_rate: float = option(1e-3, "learning rate of Adam, which trains the codebooks", 1e-8, 10)
     coarse_learning_rate: float = option(1e-3, "learning rate of Adam for the coarse centroids", 1e-8, 10)
+    schedule: str = option(
+        "cosine",
+        "how the quantizer's learning rates go on from start_step: they stay, or they fall to 0 at the last step",
+        choices=("constant", "linear", "cosine"),
+    )
     rotation: str = option(
         "opq",
         "rotation of the vectors before they are split: none, the one that OPQ finds at the start (opq), or one that "

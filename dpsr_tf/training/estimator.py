@@ -124,7 +124,15 @@ def model_fn(features: dict[str, Any], labels: None, mode: str, params: dict[str
         if train.schedule != "constant" or train.warmup_steps:
             factor = rate_factor(train, global_step.read_value())
             v1.summary.scalar("learning_rate", factor * train.learning_rate)
-    learning_rate = factor * (train.learning_rate * (config.quantizer.tower_rate if phase else 1.0))
+        if phase:
+            # It begins when train.schedule's warm-up would be over, and falls from there.
+            of_quantizer = dataclasses.replace(
+                train, schedule=config.quantizer.schedule, warmup_steps=config.quantizer.start_step
+            )
+            quantizer_factor = rate_factor(of_quantizer, global_step.read_value())
+    # The step is counted when this rate is known, which must be after the other factor has read it.
+    with tf.control_dependencies([quantizer_factor] if phase else []):
+        learning_rate = factor * (train.learning_rate * (config.quantizer.tower_rate if phase else 1.0))
     ratio = train.dense_learning_rate / train.learning_rate
     dense_learning_rate = ratio * learning_rate if ratio else learning_rate
     dense = dense_optimizer(train, dense_learning_rate)
@@ -136,7 +144,7 @@ def model_fn(features: dict[str, Any], labels: None, mode: str, params: dict[str
         train_op = train_op if phase and config.quantizer.towers == "frozen" else averaged
     if phase:
         with tf.name_scope("quantizer/"):
-            train_op = tf.group(train_op, quantizer.minimize(loss, factor))
+            train_op = tf.group(train_op, quantizer.minimize(loss, quantizer_factor))
     last_step = params.get("last_step", train.steps)
     return tf.estimator.EstimatorSpec(
         mode,

@@ -45,7 +45,14 @@ NONE = Config(
 CONFIG = dataclasses.replace(
     NONE,
     quantizer=QuantizerConfig(
-        sub_spaces=3, bits=4, lists=4, start_step=20, teacher_queries=20, teacher_items=10, candidates=3
+        sub_spaces=3,
+        bits=4,
+        lists=4,
+        start_step=20,
+        schedule="constant",  # so that the number of steps changes nothing but where the training ends
+        teacher_queries=20,
+        teacher_items=10,
+        candidates=3,
     ),
 )
 
@@ -206,6 +213,19 @@ def test_a_small_rate_for_the_towers(click_store, without, tmp_path):
         moved.append(weights(path)[name] - weights(path, 20)[name])
     assert np.abs(moved[0]).max() > 1e-4
     np.testing.assert_allclose(moved[0], 100 * moved[1], atol=0.05 * np.abs(moved[0]).max())
+
+
+@pytest.mark.slow
+def test_the_rates_of_the_quantizer_fall(click_store, without, tmp_path):
+    """From start_step to the last step. Adam's first step is as long as its rate, and so is the sum of all."""
+    moved = {}
+    for schedule, steps in (("constant", 21), ("cosine", 21), ("cosine", 22), ("linear", 22)):
+        path = copy_of(without, tmp_path / f"{schedule}{steps}")
+        train(click_store, with_quantizer(with_train(steps=steps), schedule=schedule), path)
+        moved[schedule, steps] = np.abs(quantizer_of(path).coarse - quantizer_of(path, 20).coarse).max()
+    assert moved["constant", 21] == pytest.approx(1e-3, rel=0.01) and moved["cosine", 21] == moved["constant", 21]
+    assert moved["cosine", 22] == moved["linear", 22], "half the rate at the second of two steps"
+    assert 1.2e-3 < moved["cosine", 22] < 1.55e-3
 
 
 # Resuming.
