@@ -31,6 +31,12 @@ pytestmark = pytest.mark.slow
 LISTS, SUB_SPACES, DIM = 16, 8, 16
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    """Searches with more threads than free cores take many times as long."""
+    faiss.omp_set_num_threads(1)
+
+
 def add_quantizer(model: Path, vectors: np.ndarray, bits: int, seed: int = 1) -> Quantizer:
     """Gives the last checkpoint of a model a quantizer, as training would, and the config its section."""
     rng = np.random.default_rng(seed)
