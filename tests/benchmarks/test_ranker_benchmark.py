@@ -22,9 +22,9 @@ def test_the_command(tmp_path):
     found = json.loads(run.stdout.splitlines()[-1])
     assert sorted(found["bars"]) == sorted(BARS)
     value = {(row["impl"], row["metric"]): row["value"] for row in found["rows"]}
-    # The trees know the past of items and queries, so they beat words alone.
+    # The trees know the past of items and queries, so they beat words alone. Requests with a click are many.
     for bar in ("xgboost", "lightgbm"):
-        assert found["bars"][f"session_auc_{bar}"] > value["bm25", "session_auc"]
+        assert found["bars"][f"ndcg5_{bar}"] > value["bm25", "ndcg5"]
     tried = [row for row in found["rows"] if row["metric"] == "validation_session_auc"]
     for impl in ("xgboost orders", "xgboost lambdamart", "lightgbm lambdamart"):
         mine = [row for row in tried if row["impl"] == impl]
