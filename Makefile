@@ -76,9 +76,10 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	  e = p["optional-dependencies"]; print(*(d.replace(" ", "") for d in p["dependencies"] + e["train"] + e["report"] + e["search"] + e["faiss-cpu"] + e["dev"]))')
 	@touch $@
 
-# Makes .venv use the packages of this checkout.
+# Makes .venv use the packages of this checkout. An egg-info that an older `make wheel` left here would hide new commands.
 $(VENV)/.installed: $(VENV)/.packages setup.py | debian
 	@echo "building the native parts and installing the packages in place"
+	@rm -rf dpsr.egg-info
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
