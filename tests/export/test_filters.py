@@ -385,8 +385,8 @@ def test_k_factor_of_a_request(shop: Callable[[str], Shop]) -> None:
         ("nprobe=8,nprobe=9", "nprobe is given twice"),
         ("nprobe=8,", "ends in a comma"),
         ("nprobe=1e400", "nprobe is not a whole number"),
-        ("nprobe = 8", "not one of nprobe, efSearch, k_factor_rf"),
-        ("verbose=1", "not one of nprobe, efSearch, k_factor_rf"),
+        ("nprobe = 8", "not one of nprobe, max_codes, efSearch, k_factor_rf"),
+        ("verbose=1", "not one of nprobe, max_codes, efSearch, k_factor_rf"),
     ],
 )
 def test_parameters_that_are_refused(shop: Callable[[str], Shop], given: str, message: str) -> None:
