@@ -14,7 +14,7 @@ poeem       The synthetic setting of the tutorial in JD's repository jdcomsearch
             probed. Towers and quantizer are trained together from step 16,384 on. precision@100 is the share of the
             first 100 items in which two or more digits are one of the last two digits of the query, as in the tutorial.
 homedepot   Home Depot's judged queries of the dev fold, and the model of dpsr_tf/configs/homedepot.yaml.
-many_items  A generated shop, with 1,024 lists: how many lists have to be probed for the same recall?
+many_items  A generated shop, with 4,096 lists: how many lists have to be probed for the same recall?
 costs       What training the quantizer, a Givens step, and `dpsr index` cost.
 movielens, amazon, shop: with --full only. MovieLens 1M and Amazon Beauty, of which the last items of each user are held
             out, and a generated shop with its judged queries.
@@ -40,6 +40,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ from dpsr_tf.data.store import RowsById, Store
 from dpsr_tf.evaluation.judgments import Judgments
 from dpsr_tf.models import encoders
 from dpsr_tf.models.quantizer import Quantizer
-from dpsr_tf.models.quantizer_layer import QuantizerLayer, quantizer_loss
+from dpsr_tf.models.quantizer_layer import QuantizerLayer, TeacherItems, quantizer_loss
 from dpsr_tf.training import quantizer_start
 
 v1 = tf.compat.v1
@@ -214,8 +215,8 @@ def learn(
 ) -> Quantizer:
     """Trains a quantizer with frozen towers, with the layer and the loss of `dpsr train`.
 
-    Distillation sees queries of the log. Its candidates, which all queries of a batch share, are items drawn from the
-    exact best 200 of each query, and random items. Ranking is the softmax loss over the items of the batch, on pairs of
+    Distillation sees queries of the log. The candidates of a query are items drawn from its exact best 200, and random
+    items, which all queries of a batch share. Ranking is the softmax loss over the items of the batch, on pairs of
     the log, for T(items) and for the coarse centroids. Reconstruction sees random items. No judgment of a measured
     query is read.
     """
@@ -224,24 +225,25 @@ def learn(
     teacher = best(data.log, data.items, 200) if objective == "distillation" else np.zeros((0, 0), np.int64)
     tau = data.temperature * (how.temperature if objective == "distillation" else 1)
 
-    def batch() -> tuple[np.ndarray, np.ndarray]:
-        """Returns query vectors [b, d] and rows of items."""
+    def batch() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns query vectors [b, d], rows of items [n], and rows of the teacher's items of each query [b, c]."""
         if objective == "ranking":
-            pairs = data.pairs[generator.integers(0, len(data.pairs), how.queries * 4)]
-            return data.log[pairs[:, 0]], pairs[:, 1]
+            pairs = data.pairs[generator.integers(0, len(data.pairs), 4 * how.queries)]
+            return data.log[pairs[:, 0]], pairs[:, 1], nothing
         rows = generator.integers(0, len(data.log), how.queries)
-        chosen = generator.integers(0, len(data.items), how.random_items)
         if objective == "distillation":
-            drawn = generator.integers(0, teacher.shape[1], (how.queries, how.candidates))
-            chosen = np.concatenate([np.take_along_axis(teacher[rows], drawn, axis=1).ravel(), chosen])
-        else:
-            chosen = np.concatenate([generator.integers(0, len(data.items), how.queries * how.candidates), chosen])
-        return data.log[rows], np.unique(chosen)
+            places = generator.random((how.queries, teacher.shape[1])).argsort(axis=1)[:, : how.candidates]
+            drawn = np.take_along_axis(teacher[rows], places, axis=1)
+            return data.log[rows], generator.integers(0, len(data.items), how.random_items), drawn
+        return data.log[rows], generator.integers(0, len(data.items), how.queries * how.candidates), nothing
 
+    nothing = np.zeros((how.queries, 0), np.int64)
     graph = tf.Graph()
     with graph.as_default():
         d = data.items.shape[1]
         query, items = (v1.placeholder(tf.float32, [None, d]) for _ in range(2))
+        rows, taught_rows = (v1.placeholder(tf.int64, [None] * rank) for rank in (1, 2))
+        taught = v1.placeholder(tf.float32, [None, None, d])
         factor = v1.placeholder(tf.float32, [])
         layer = QuantizerLayer(config, d, start)
         if objective == "ranking":
@@ -250,15 +252,18 @@ def learn(
             losses = [tf.nn.sparse_softmax_cross_entropy_with_logits(labels, of_one) for of_one in scores]
             loss = tf.reduce_mean(tf.add_n(losses))
         else:
-            loss, _ = quantizer_loss(config, layer, query[:, tf.newaxis], items, None, tau)
+            given = TeacherItems(taught_rows, taught, tf.ones_like(taught_rows, tf.bool))
+            loss, _ = quantizer_loss(config, layer, query[:, tf.newaxis], items, given, tau, rows)
         step = layer.minimize(loss, factor)
         initialize = v1.global_variables_initializer()
     with v1.Session(graph=graph) as session:
         session.run(initialize)
         for number in range(how.steps):
-            vectors, rows = batch()
+            vectors, chosen, drawn = batch()
+            feeds = {query: vectors, items: data.items[chosen], rows: chosen}
+            feeds |= {taught_rows: drawn, taught: data.items[drawn]}
             falling = 0.5 * (1 + np.cos(np.pi * number / how.steps))
-            session.run(step, {query: vectors, items: data.items[rows], factor: falling})
+            session.run(step, feeds | {factor: falling})
         return layer.quantizer(session)
 
 
@@ -604,7 +609,7 @@ def ingested(name: str, out: Path, *arguments: str) -> Path:
     return path
 
 
-def generated(name: str, out: Path, items: int, interactions: int) -> tuple[Path, Path]:
+def generated(name: str, out: Path, items: int) -> tuple[Path, Path]:
     """Returns the store of a generated shop and its judged queries, and makes both unless they are there."""
     shop = out / f"{name}_log"
     if not (shop / "schema.yaml").exists():
@@ -614,7 +619,7 @@ def generated(name: str, out: Path, items: int, interactions: int) -> tuple[Path
             "--overwrite",
             f"--items={items}",
             f"--users={max(100, items // 20)}",
-            f"--interactions={interactions}",
+            f"--interactions={min(3 * items, 100_000)}",
             "--types=560" if items > 50_000 else "--types=58",
             "--set=judged_queries=1000",
         )
@@ -644,13 +649,15 @@ def homedepot(result: report.Report, data: Path, out: Path, seeds: Sequence[int]
         )
 
 
-def shop_data(out: Path, name: str, items: int, interactions: int, lists: int, steps: int, seed: int) -> Workload:
+def shop_data(out: Path, items: int, lists: int, steps: int, seed: int) -> Workload:
     """Returns a generated shop's vectors by a model of dpsr_tf/configs/shop.yaml."""
-    store, judgments = generated(name, out, items, interactions)
+    name = f"shop_{items}"
+    store, judgments = generated(name, out, items)
     temperature = 0.07
-    changes = ["train.loss=softmax", f"train.softmax_temperature={temperature}", f"train.steps={steps}"]
+    softmax = ["loss=softmax", f"softmax_temperature={temperature}", "num_hard_negatives=0", f"steps={steps}"]
+    changes = [f"train.{change}" for change in softmax]
     model = trained(store, "shop", out, seed, *changes)
-    judged = Judgments.read(judgments, "query", "item_id", "", 1.0)
+    judged = Judgments.read(judgments, "query", "item", "grade", 1.0)
     return workload(name, store, model, judged, lists, temperature)
 
 
@@ -663,27 +670,33 @@ def held_out_data(
     return workload(name, store, model, Judgments.of_held_out(Store(store), "all"), lists, 0.1)
 
 
-def many_items(result: report.Report, out: Path, seeds: Sequence[int], items: int, lists: int, how: Learning) -> None:
+def many_items(
+    result: report.Report, out: Path, seeds: Sequence[int], items: int, lists: int, steps: int, how: Learning
+) -> None:
     """Measures how many lists have to be probed, learned ones and those of k-means, with 16 bytes an item."""
-    ratios, size, fixed = [], 16, 30
+    size, fixed = 16, min(30, lists)
+    counts = sorted({min(lists, count) for count in (*range(1, 16), 20, 25, 30, 50)})
+    ratios: dict[str, list[float]] = {"recall@100": [], "ann_recall@100": []}
     for seed in seeds:
-        data = shop_data(out, f"shop_{items}", items, max(3_000, min(items, 100_000)), lists, 2000, seed)
+        data = shop_data(out, items, lists, steps, seed)
         start = kept_quantizer(start_of, data, size, "opq", seed)
-        before = of_quantizer(data, start)
-        after = of_quantizer(data, kept_quantizer(learn, data, size, "distillation", seed, start, how))
-        name = f"{data.name} {size} bytes, {{}} of {lists} lists"
-        recalls: dict[str, dict[int, float]] = {"opq": {}, "distillation": {}}
-        for probes in sorted({min(lists, count) for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 25, 30, 50)}):
-            for impl, search in (("opq", before), ("distillation", after)):
+        learned = kept_quantizer(learn, data, size, "distillation", seed, start, how)
+        recalls: dict[tuple[str, str], dict[int, float]] = {}
+        for impl, quantizer in (("opq", start), ("distillation", learned)):
+            search = of_quantizer(data, quantizer)
+            for probes in counts:
                 rows = search(data.asked, probes)
-                found = share_found(rows, data.exact)
-                add(result, impl, name.format(probes), "ann_recall@100", [found])
-                add(result, impl, name.format(probes), "recall@100", [share_found(rows, data.relevant)])
-                recalls[impl][probes] = found.mean()
-        aim = recalls["opq"][min(fixed, lists)]
-        enough = [probes for probes, recall in recalls["distillation"].items() if recall >= aim]
-        ratios.append((enough[0] if enough else lists) / min(fixed, lists))
-    result.bars["nprobe_ratio_at_equal_recall"] = statistics.fmean(ratios)
+                for metric, wanted in (("recall@100", data.relevant), ("ann_recall@100", data.exact)):
+                    name = f"{data.name} {size} bytes, {probes} of {lists} lists"
+                    mean = add(result, impl, name, metric, [share_found(rows, wanted)])
+                    recalls.setdefault((impl, metric), {})[probes] = mean
+        for metric, of_seeds in ratios.items():
+            aim = recalls["opq", metric][fixed]
+            enough = [probes for probes, recall in recalls["distillation", metric].items() if recall >= aim]
+            of_seeds.append((enough[0] if enough else lists) / fixed)
+    result.bars["nprobe_ratio_at_equal_recall"] = statistics.fmean(ratios["recall@100"])
+    name = f"shop_{items} {size} bytes, {lists} lists"
+    result.add("distillation", name, "nprobe_ratio_at_equal_ann_recall", statistics.fmean(ratios["ann_recall@100"]), "")
 
 
 # Costs
@@ -712,8 +725,8 @@ def givens_over_svd(result: report.Report, dims: Sequence[int]) -> None:
             samples = report.rates(passes, 1, repeat=5, min_seconds=0.2)
         for impl, rates in samples.items():
             result.add_samples(impl, f"rotation of {d} dimensions", "step_ms", [1000 / rate for rate in rates], "ms")
-    value = functools.partial(result.value, workload=f"rotation of {dims[-1]} dimensions", metric="step_ms")
-    result.bars["givens_over_svd_cost"] = value("givens") / value("svd")
+    costs = [result.value(impl, f"rotation of {dims[-1]} dimensions", "step_ms") for impl in ("givens", "svd")]
+    result.bars["givens_over_svd_cost"] = costs[0] / costs[1]
 
 
 def training_rate(result: report.Report, store: Path, config: str, out: Path, batch: int, steps: int) -> Path:
@@ -784,7 +797,7 @@ def main(arguments: list[str]) -> None:
             )
     seeds = [FLAGS.seed, FLAGS.seed + 1, FLAGS.seed + 2] if full else [FLAGS.seed]
     result = report.Report("learned_index", FLAGS.seed, report.hardware("tensorflow", "faiss-cpu", "numpy", "scann"))
-    if not importlib.util.find_spec("scann"):
+    if find_spec("scann") is None:
         print("ScaNN is not installed (pip install scann==1.3.0), so its rows are left out", file=sys.stderr)
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(FLAGS.out or temporary)
@@ -801,29 +814,29 @@ def run_part(
 ) -> None:
     """Runs one of PARTS."""
     sizes = (4, 8, 16, 32) if full else (8,)
-    few = Learning(steps=20) if quick else Learning()
+    how = Learning(steps=20) if quick else Learning()
+    items, lists, steps = (3_000, 64, 50) if quick else (1_000_000, 4_096, 2_000) if full else (200_000, 4_096, 2_000)
     if part == "poeem":
         poeem(result, seeds, Synthetic(pairs=20_000, epochs=1) if quick else Synthetic())
     elif part == "homedepot":
         homedepot(result, data, out, seeds, full)
     elif part == "many_items":
-        items, lists = (3_000, 64) if quick else (1_000_000, 4_096) if full else (200_000, 1_024)
-        many_items(result, out, seeds[:1], items, lists, few)
+        many_items(result, out, seeds[:1], items, lists, steps, dataclasses.replace(how, temperature=1.0))
     elif part == "costs":
-        store, _ = generated("shop_costs", out, 3_000 if quick else 50_000, 10_000 if quick else 100_000)
         givens_over_svd(result, (64,) if quick else (64, 256, 512))
+        store, _ = generated(f"shop_{items}", out, items)
         model = training_rate(result, store, "shop", out, 256, 20 if quick else 200)
         index_time(result, store, model, out)
     elif part == "movielens":
         make = functools.partial(held_out_data, part, "movielens_1m_lightgcn", data / "movielens/ml-1m-lightgcn", out)
-        compare(result, lambda seed: make(64, ["model.item_features=[]"], seed), sizes, seeds, full, few)
+        compare(result, lambda seed: make(64, ["model.item_features=[]"], seed), sizes, seeds, full, how)
     elif part == "amazon":
         make = functools.partial(held_out_data, part, "amazon_s3rec", data / "amazon_s3rec/Beauty.txt", out)
-        compare(result, lambda seed: make(256, [], seed), sizes, seeds, full, few)
+        compare(result, lambda seed: make(256, [], seed), sizes, seeds, full, how)
     else:
         items, lists = (3_000, 64) if quick else (50_000, 1_024)
-        make_shop = functools.partial(shop_data, out, part, items, 100_000, lists, 50 if quick else 2_000)
-        compare(result, make_shop, sizes, seeds, full, few)
+        make_shop = functools.partial(shop_data, out, items, lists, steps)
+        compare(result, make_shop, sizes, seeds, full, how)
 
 
 if __name__ == "__main__":
