@@ -35,6 +35,7 @@ import functools
 import importlib
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -735,10 +736,11 @@ def training_rate(result: report.Report, store: Path, config: str, out: Path, ba
     Both go on from the same number of steps. A second run of each takes more steps, so that the difference of the CPU
     times is that of the steps alone. Returns the directory of the model with a quantizer.
     """
-    changes = {"plain": [], "quantizer": ["sub_spaces=8", "lists=256", f"start_step={steps}", "teacher_queries=10000"]}
+    changes: dict[str, list[str]] = {"plain": [], "quantizer": ["sub_spaces=8", "lists=1024", f"start_step={steps}"]}
     rates: dict[str, list[float]] = {name: [] for name in changes}
     for name, values in changes.items():
         path = out / f"{store.name}_rate_{name}"
+        shutil.rmtree(path, ignore_errors=True)
         seconds = []
         for last in (2 * steps, 3 * steps, 6 * steps):
             start = report.cpu_seconds()
@@ -749,6 +751,8 @@ def training_rate(result: report.Report, store: Path, config: str, out: Path, ba
                 f"--out={path}",
                 f"--set=train.steps={last}",
                 f"--set=train.checkpoint_steps={steps}",
+                # The steps that are measured are those after it, with queries of the log.
+                "--set=train.pretrain_steps=0",
                 *(f"--set=quantizer.{value}" for value in values),
             )
             seconds.append(report.cpu_seconds() - start)
@@ -788,9 +792,14 @@ def main(arguments: list[str]) -> None:
             f"--only={','.join(parts)}: '{unknown[0]}' is unknown; expected some of {', '.join(PARTS)}"
         )
     data = Path(FLAGS.data or os.environ.get("DPSR_DATA") or REPOSITORY.parent / "shared" / "data")
-    folders = {"homedepot": "homedepot", "movielens": "movielens/ml-1m-lightgcn", "amazon": "amazon_s3rec"}
+    folders = {
+        "homedepot": "homedepot",
+        "costs": "homedepot",
+        "movielens": "movielens/ml-1m-lightgcn",
+        "amazon": "amazon_s3rec",
+    }
     for part in parts:
-        if part in folders and not (data / folders[part]).is_dir():
+        if part in folders and not quick and not (data / folders[part]).is_dir():
             raise app.UsageError(
                 f"--data={data}: has no {folders[part]}; give the folder of the data sets, or leave '{part}' out of "
                 f"--only"
@@ -824,9 +833,13 @@ def run_part(
         many_items(result, out, seeds[:1], items, lists, steps, dataclasses.replace(how, temperature=1.0))
     elif part == "costs":
         givens_over_svd(result, (64,) if quick else (64, 256, 512))
-        store, _ = generated(f"shop_{items}", out, items)
-        model = training_rate(result, store, "shop", out, 256, 20 if quick else 200)
-        index_time(result, store, model, out)
+        # The measurement of the bars comes last.
+        runs = [(generated(f"shop_{items}", out, items)[0], "shop", 256, 20 if quick else 100)]
+        if not quick:
+            store = ingested("homedepot", out, "--adapter=homedepot", f"--input={data / 'homedepot'}")
+            runs.append((store, "homedepot", 1024, 40))
+        for store, config, batch, steps in runs:
+            index_time(result, store, training_rate(result, store, config, out, batch, steps), out)
     elif part == "movielens":
         make = functools.partial(held_out_data, part, "movielens_1m_lightgcn", data / "movielens/ml-1m-lightgcn", out)
         compare(result, lambda seed: make(64, ["model.item_features=[]"], seed), sizes, seeds, full, how)
