@@ -198,7 +198,8 @@ class Learning:
         steps: number of steps.
         queries: number of queries in a batch.
         candidates: number of items drawn for each of them from its exact best 200.
-        random_items: number of random items beside them, shared by all queries of the batch.
+        shared_items: number of items of all queries of the batch that are candidates of each of them.
+        random_items: number of random items that are candidates of all queries of the batch.
         temperature: temperature of distillation as a multiple of the one that the model was trained with.
         rate: learning rate of coarse centroids and codebooks, which falls to zero as half a cosine.
     """
@@ -206,6 +207,7 @@ class Learning:
     steps: int = 1000
     queries: int = _BATCH
     candidates: int = 8
+    shared_items: int = 380
     random_items: int = 128
     temperature: float = 0.5
     rate: float = 1e-3
@@ -216,8 +218,8 @@ def learn(
 ) -> Quantizer:
     """Trains a quantizer with frozen towers, with the layer and the loss of `dpsr train`.
 
-    Distillation sees queries of the log. The candidates of a query are items drawn from its exact best 200, and random
-    items, which all queries of a batch share. Ranking is the softmax loss over the items of the batch, on pairs of
+    Distillation sees queries of the log. The candidates of a query are items drawn from its exact best 200, and items
+    that all queries of a batch share: some of the other queries' items, and random ones. Ranking is the softmax loss over the items of the batch, on pairs of
     the log, for T(items) and for the coarse centroids. Reconstruction sees random items. No judgment of a measured
     query is read.
     """
@@ -235,7 +237,10 @@ def learn(
         if objective == "distillation":
             places = generator.random((how.queries, teacher.shape[1])).argsort(axis=1)[:, : how.candidates]
             drawn = np.take_along_axis(teacher[rows], places, axis=1)
-            return data.log[rows], generator.integers(0, len(data.items), how.random_items), drawn
+            # Items of other queries are harder than random ones. quantizer_loss takes all of fewer than 512.
+            of_others = generator.permutation(np.unique(drawn))[: how.shared_items]
+            chosen = generator.integers(0, len(data.items), how.random_items)
+            return data.log[rows], np.concatenate([of_others, chosen]), drawn
         return data.log[rows], generator.integers(0, len(data.items), how.queries * how.candidates), nothing
 
     nothing = np.zeros((how.queries, 0), np.int64)
@@ -355,7 +360,7 @@ def methods(data: Workload, code_bytes: int, seed: int, full: bool, how: Learnin
 # Measuring
 
 
-def share_found(found: np.ndarray, wanted: Sequence[np.ndarray]) -> np.ndarray:
+def share_found(found: np.ndarray, wanted: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
     """Returns the share of the wanted rows of each query that are in its row of `found` [q, K]: float64 [q]."""
     return np.array([np.isin(rows, hits).mean() for rows, hits in zip(wanted, found, strict=True)])
 
