@@ -219,9 +219,9 @@ def learn(
     """Trains a quantizer with frozen towers, with the layer and the loss of `dpsr train`.
 
     Distillation sees queries of the log. The candidates of a query are items drawn from its exact best 200, and items
-    that all queries of a batch share: some of the other queries' items, and random ones. Ranking is the softmax loss over the items of the batch, on pairs of
-    the log, for T(items) and for the coarse centroids. Reconstruction sees random items. No judgment of a measured
-    query is read.
+    that all queries of a batch share: some of the other queries' items, and random ones. Ranking is the softmax loss
+    over the items of the batch, on pairs of the log, for T(items) and for the coarse centroids. Reconstruction sees
+    random items. No judgment of a measured query is read.
     """
     config = config_of(data, code_bytes, objective, learning_rate=how.rate, coarse_learning_rate=how.rate)
     generator = np.random.default_rng(seed)
