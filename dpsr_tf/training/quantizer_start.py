@@ -262,7 +262,8 @@ class Teacher:
         keys = np.random.default_rng(seed).random((len(queries), self.items.shape[1]), np.float32)
         chosen = np.argpartition(keys, count - 1, axis=1)[:, :count]
         places = np.searchsorted(self.queries, queries)
-        known = np.flatnonzero(np.isin(queries, self.queries))
+        known = np.flatnonzero(places < len(self.queries))
+        known = known[self.queries[places[known]] == queries[known]]
         rows, valid = np.zeros((len(queries), candidates), np.int64), np.zeros((len(queries), candidates), bool)
         rows[known, :count] = np.take_along_axis(self.items[places[known]], chosen[known], axis=1)
         valid[known, :count] = True
