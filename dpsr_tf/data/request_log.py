@@ -81,7 +81,7 @@ class RequestLog:
         if rows.num_rows == 0:
             return
         self._last_time = max(self._last_time, pc.max(rows["time"]).as_py())
-        # A grade was given by people, or by a program. It is no event of a request.
+        # A row with a label is a grade, given by people or by a program. Requests hold only what users did.
         self._graded += pc.sum(rows["labelled"]).as_py()
         rows = rows.filter(pc.invert(rows["labelled"]))
         session = ["session"] if self._schema.session else []
@@ -323,7 +323,7 @@ class RequestLog:
         database, end = self._database, self._end
         items = PackedFile(str(out / "items.dpsr"), "items", verify=False)
         rows = {"item": len(items["id"])}
-        # Code 0, which is no value, has counts of 0.
+        # Code 0 stands for an unknown value. Its counts are 0.
         rows |= {name: len(items[f"values.{name}.splits"]) for name in self._ranking.attributes}
         entities = self._entities()
         with PackedFileWriter(out / "statistics.dpsr", "statistics") as file:

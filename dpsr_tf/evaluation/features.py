@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from absl import flags
 from tqdm import tqdm
 
 from dpsr_common.errors import CommandError
+from dpsr_common.files import replaced
 from dpsr_common.packed_file import PackedFile
 from dpsr_tf.data.ranking_features import RankingFeatures, Shown
 from dpsr_tf.data.store import Store, unpack_strings
@@ -23,8 +23,8 @@ from dpsr_tf.evaluation.judgments import FOLDS, fold_of
 USAGE = """
 Usage: dpsr features --store=STORE --out=FILE.parquet [--fold=FOLD] [--model=MODEL]
 
-Writes one row for each item shown in the requests of a store: what came of it, its position, and all features that a
-ranker reads. XGBoost, LightGBM and other rankers can be trained with this table on the same data as DPSR's own.
+Writes a table with one row for each item shown in the requests of a store. A row has the item's position, its outcome
+(unclicked, click, cart or order), and its features. Train XGBoost, LightGBM or another ranker with it.
 
 The store must be made by `dpsr ingest` with the section `ranking` in its schema. docs/ranking.md lists the columns.
 """
@@ -82,26 +82,23 @@ def write_features(store: Store, out: Path, fold: str = TRAIN, model: str | None
     """
     features = RankingFeatures(store)
     score = _scorer(model, store) if model else None
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     schema = _schema(features, score is not None)
     requests = rows = 0
     try:
-        with pyarrow.parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            for first, file, chosen in tqdm(_batches(store, fold), desc="write features", unit=" batches"):
-                table = _table(store, features.of(file, chosen), first + chosen, schema, score)
-                writer.write_table(table)
-                requests, rows = requests + len(chosen), rows + len(table)
-        if not requests:
-            why = "add `held_out` to its schema" if store.held_requests() is None else "hold out more"
-            raise CommandError(
-                f"--fold={fold}: {store.path} has no requests in this fold; "
-                + ("give another store" if fold == TRAIN else f"{why}, and ingest the log again")
-            )
-        temporary.replace(out)
+        with replaced(out) as temporary:
+            with pyarrow.parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
+                for first, file, chosen in tqdm(_batches(store, fold), desc="write features", unit=" batches"):
+                    table = _table(store, features.of(file, chosen), first + chosen, schema, score)
+                    writer.write_table(table)
+                    requests, rows = requests + len(chosen), rows + len(table)
+            if not requests:
+                why = "add `held_out` to its schema" if store.held_requests() is None else "hold out more"
+                raise CommandError(
+                    f"--fold={fold}: {store.path} has no requests in this fold; "
+                    + ("give another store" if fold == TRAIN else f"{why}, and ingest the log again")
+                )
     except OSError as error:
         raise CommandError(f"--out={out}: cannot be written: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return requests, rows
 
 

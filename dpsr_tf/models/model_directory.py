@@ -103,8 +103,8 @@ class ModelDirectory:
     def difference(self, config: Config, store: Store) -> str | None:
         """Returns why training with `config` on `store` cannot resume this model; None if it can.
 
-        More steps, other checkpoint times, and other index and serving settings are no reason. Nor is another section
-        `quantizer`, as long as the last checkpoint has no quantizer.
+        Training can resume with more steps, with other checkpoint times, and with other sections `index` and `serving`.
+        The section `quantizer` may change until a checkpoint has a quantizer.
         """
         train = dataclasses.replace(
             self.config.train, steps=config.train.steps, checkpoint_steps=config.train.checkpoint_steps

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -217,8 +216,7 @@ class Teacher:
         num_items, d = store.counts.items, model.config.model.embedding_dim
         search = _Search(vectors, min(config.teacher_items, num_items))
         encode = item_encoder(model, store, checkpoint)
-        path, temporary = model.path / TEACHER, model.path / f".{TEACHER}.tmp"
-        with PackedFileWriter(temporary, "teacher") as file, _bar(num_items) as bar:
+        with PackedFileWriter(model.path / TEACHER, "teacher") as file, _bar(num_items) as bar:
             file.add("about", np.frombuffer(_about(model, store).encode(), np.uint8))
             for begin in range(0, num_items, _ITEMS):
                 block = np.arange(begin, min(begin + _ITEMS, num_items))
@@ -230,7 +228,6 @@ class Teacher:
                 bar.update(len(block))
             file.add("queries", rows)
             file.add("items", search.best().astype(np.int32).reshape(-1))
-        os.replace(temporary, path)
 
     @staticmethod
     def open(model: ModelDirectory, store: Store) -> Teacher | None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from dpsr_common.errors import CommandError
 from dpsr_export import product_codes
-from dpsr_tf.models.exact_search import top_positions
+from dpsr_tf.models.exact_search import is_repeat, top_positions
 
 # Every report gives ann_recall@k for these k, and for the k that is served.
 RECALL_AT = (10, 100, 1000)
@@ -322,11 +322,7 @@ def search(index: faiss.Index, queries: np.ndarray, k: int, entries: int = 1) ->
     scores, found = index.search(queries, entries * k)
     if entries == 1:
         return scores, found
-    order = np.argsort(found, axis=1, kind="stable")
-    by_position = np.take_along_axis(found, order, axis=1)
-    repeats = np.zeros(found.shape, bool)
-    np.put_along_axis(repeats, order[:, 1:], by_position[:, 1:] == by_position[:, :-1], axis=1)
-    found[repeats] = -1
+    found[is_repeat(found)] = -1
     kept = np.argsort(found < 0, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, kept, axis=1), np.take_along_axis(found, kept, axis=1)
 

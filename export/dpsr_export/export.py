@@ -33,7 +33,7 @@ from dpsr_export.signatures import write_saved_model
 from dpsr_tf import __version__
 from dpsr_tf.data.store import new_directory, read_manifest
 from dpsr_tf.models.model_directory import ModelDirectory
-from dpsr_tf.models.quantizer import CODEBOOKS, Quantizer
+from dpsr_tf.models.quantizer import Quantizer
 
 USAGE = """
 Usage: dpsr export --model=MODEL --index=INDEX --out=BASE [--version_number=N] [--shards=N]
@@ -297,8 +297,7 @@ def _check_index_of_model(model: ModelDirectory, index: Index) -> None:
 
 def _quantizer_fingerprint(checkpoint: str) -> str | None:
     """Returns the fingerprint of a checkpoint's quantizer, or None if it has none."""
-    has_quantizer = tf.train.load_checkpoint(checkpoint).has_tensor(CODEBOOKS)
-    return Quantizer.read(checkpoint).fingerprint if has_quantizer else None
+    return Quantizer.read(checkpoint).fingerprint if Quantizer.is_in(checkpoint) else None
 
 
 def _check_quantizer(index: Index, expected: str | None, where: str) -> None:
