@@ -103,7 +103,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text("item_column", "item", "column of --judgments with the item id", flag_values=values)
     text(
         "grade_column",
-        "",
+        "grade",
         "column of --judgments with the grade; if empty, every row is relevant",
         flag_values=values,
     )
