@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
+from checkpoints import assert_same_weights, weights, with_train
 from store_builder import queries_of
 
 from dpsr_common.errors import CommandError, UsageError
@@ -59,22 +60,6 @@ CONFIG = dataclasses.replace(
 
 def with_quantizer(config=CONFIG, **options):
     return dataclasses.replace(config, quantizer=dataclasses.replace(config.quantizer, **options))
-
-
-def with_train(config=CONFIG, **options):
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, **options))
-
-
-def weights(path, step=None):
-    """Every variable of a checkpoint, the optimizer's too."""
-    checkpoint = tf.train.latest_checkpoint(str(path)) if step is None else str(path / f"model.ckpt-{step}")
-    return {name: tf.train.load_variable(checkpoint, name) for name, _ in tf.train.list_variables(checkpoint)}
-
-
-def assert_same_weights(ones, others):
-    assert set(ones) == set(others) and any("Adagrad" in name for name in ones)
-    for name, value in ones.items():
-        np.testing.assert_array_equal(value, others[name], err_msg=name)
 
 
 def towers_of(values):
@@ -173,7 +158,7 @@ def test_two_runs_are_equal_to_the_bit(click_store, quantized, tmp_path, capfd):
 @pytest.mark.parametrize("towers", ["frozen", "query", "both"])
 def test_which_weights_each_choice_of_towers_trains(click_store, without, tmp_path, towers, objective):
     path = copy_of(without, tmp_path / "model")
-    train(click_store, with_quantizer(with_train(steps=35), towers=towers, objective=objective), path)
+    train(click_store, with_quantizer(with_train(CONFIG, steps=35), towers=towers, objective=objective), path)
     before, after = weights(without.path), weights(path)
     changed = {n for n, value in towers_of(after).items() if np.abs(value - averages_of(before)[n]).max() > 0}
     expected = {
@@ -192,7 +177,7 @@ def test_which_weights_each_choice_of_towers_trains(click_store, without, tmp_pa
 @pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
 def test_towers_that_rest_keep_the_state_of_their_optimizer(click_store, tmp_path, optimizer):
     """So that a warm start from the model finds it."""
-    config = with_train(dense_optimizer=optimizer, average_decay=0.0, steps=25)
+    config = with_train(CONFIG, dense_optimizer=optimizer, average_decay=0.0, steps=25)
     path = tmp_path / "model"
     train(click_store, config, path)
     first, last = weights(path, 20), weights(path)
@@ -208,7 +193,7 @@ def test_a_small_rate_for_the_towers(click_store, without, tmp_path):
     moved = []
     for rate in (0.1, 0.001):
         path = copy_of(without, tmp_path / str(rate))
-        train(click_store, with_quantizer(with_train(steps=21), towers="both", tower_rate=rate), path)
+        train(click_store, with_quantizer(with_train(CONFIG, steps=21), towers="both", tower_rate=rate), path)
         name = "item_tower/embedding/kernel"
         moved.append(weights(path)[name] - weights(path, 20)[name])
     assert np.abs(moved[0]).max() > 1e-4
@@ -221,7 +206,7 @@ def test_the_rates_of_the_quantizer_fall(click_store, without, tmp_path):
     moved = {}
     for schedule, steps in (("constant", 21), ("cosine", 21), ("cosine", 22), ("linear", 22)):
         path = copy_of(without, tmp_path / f"{schedule}{steps}")
-        train(click_store, with_quantizer(with_train(steps=steps), schedule=schedule), path)
+        train(click_store, with_quantizer(with_train(CONFIG, steps=steps), schedule=schedule), path)
         moved[schedule, steps] = np.abs(quantizer_of(path).coarse - quantizer_of(path, 20).coarse).max()
     assert moved["constant", 21] == pytest.approx(1e-3, rel=0.01) and moved["cosine", 21] == moved["constant", 21]
     assert moved["cosine", 22] == moved["linear", 22], "half the rate at the second of two steps"
@@ -267,9 +252,9 @@ def test_a_killed_training_resumes_to_the_bit(click_store, tmp_path, when, start
 @pytest.mark.slow
 def test_more_steps_and_another_order_of_starts(click_store, quantized, tmp_path):
     path = tmp_path / "model"
-    train(click_store, with_train(steps=27), path)
+    train(click_store, with_train(CONFIG, steps=27), path)
     assert weights(path)["global_step"] == 27
-    train(click_store, with_train(steps=22), path)
+    train(click_store, with_train(CONFIG, steps=22), path)
     assert weights(path)["global_step"] == 27, "nothing to do"
     train(click_store, CONFIG, path)
     assert_same_weights(weights(path), weights(quantized.path))
@@ -290,8 +275,8 @@ def test_a_trained_model_gets_a_quantizer_later(click_store, without, quantized,
     """The section may change until the quantizer has started, and not after it."""
     path = copy_of(without, tmp_path / "model")
     with pytest.raises(CommandError, match=r"train\.margin was 0.1 and is 0.2"):
-        ModelDirectory.create_or_resume(path, with_train(margin=0.2), click_store)
-    train(click_store, with_quantizer(with_train(steps=40), start_step=7), path)
+        ModelDirectory.create_or_resume(path, with_train(CONFIG, margin=0.2), click_store)
+    train(click_store, with_quantizer(with_train(CONFIG, steps=40), start_step=7), path)
     assert_same_weights(weights(path), weights(quantized.path))
     with pytest.raises(CommandError, match=r"another config: quantizer\.lists was 4 and is 8; choose another --out"):
         train(click_store, with_quantizer(start_step=7, lists=8), path)
@@ -396,12 +381,14 @@ def test_a_quantizer_without_a_number_stops_the_training(click_store, quantized,
     path = copy_of(quantized, tmp_path / "model")
     spoiled(path, f"quantizer/{variable}", np.nan)
     with pytest.raises(CommandError, match="weights became NaN or infinite at step 40 and are not saved"):
-        train(click_store, with_train(steps=50), path)
+        train(click_store, with_train(CONFIG, steps=50), path)
 
 
 def test_a_loss_without_a_number_changes_nothing(click_store, taught):
     """Neither a weight of the towers nor of the quantizer."""
-    config = with_quantizer(with_train(average_decay=0.0), towers="both", objective="reconstruction", rotation="givens")
+    config = with_quantizer(
+        with_train(CONFIG, average_decay=0.0), towers="both", objective="reconstruction", rotation="givens"
+    )
     with tf.Graph().as_default(), v1.Session() as session:
         dataset = training_input(examples_dataset(click_store, batch_options(config, taught.features)))
         v1.train.get_or_create_global_step()

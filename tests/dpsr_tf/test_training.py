@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
+from checkpoints import assert_same_weights, weights, with_train
 from store_builder import queries_of
 
 from dpsr_common.errors import CommandError, UsageError
@@ -54,22 +55,6 @@ CONFIG = Config(
 )
 
 
-def with_train(config=CONFIG, **options):
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, **options))
-
-
-def weights(path, step=None):
-    """Every variable of a checkpoint, the optimizer's too."""
-    checkpoint = tf.train.latest_checkpoint(str(path)) if step is None else str(path / f"model.ckpt-{step}")
-    return {name: tf.train.load_variable(checkpoint, name) for name, _ in tf.train.list_variables(checkpoint)}
-
-
-def assert_same_weights(ones, others):
-    assert set(ones) == set(others) and any("Adagrad" in name for name in ones)
-    for name, value in ones.items():
-        np.testing.assert_array_equal(value, others[name], err_msg=name)
-
-
 def losses(path):
     """Loss by step, from the event files."""
     found = {}
@@ -93,7 +78,7 @@ def scores(model, store):
 
 @pytest.mark.slow
 def test_loss_falls_and_relevant_items_rank_first(click_store, tmp_path):
-    config = with_train(steps=400, checkpoint_steps=100, num_title_queries=0, pretrain_steps=0)
+    config = with_train(CONFIG, steps=400, checkpoint_steps=100, num_title_queries=0, pretrain_steps=0)
     model = train(click_store, config, tmp_path / "model")
     found = losses(tmp_path / "model")
     first, last = found[min(found)], found[max(found)]
@@ -109,7 +94,7 @@ def test_loss_falls_and_relevant_items_rank_first(click_store, tmp_path):
 @pytest.mark.slow
 def test_hardly_any_learning_at_a_tiny_learning_rate(click_store, tmp_path):
     """The counterpart: what the test above measures is learnt, not given."""
-    model = train(click_store, with_train(steps=50, learning_rate=1e-8), tmp_path / "model")
+    model = train(click_store, with_train(CONFIG, steps=50, learning_rate=1e-8), tmp_path / "model")
     (log,), all_scores = click_store.interactions(), scores(model, click_store)
     positive = all_scores[queries_of(log), log["positive.item"]].mean()
     assert abs(positive - all_scores.mean()) < 0.3
@@ -128,7 +113,7 @@ def graph_of(store, config, num_ps=0, change=lambda batch: batch):
 
 def test_one_step_of_the_graph_is_algorithm_1(click_store):
     """Loss of the model_fn against NumPy on the same batch, with weights, mask and mixing as the paper has them."""
-    config = with_train(num_supervised_negatives=3, mixing_ratio=0.3, pretrain_steps=0)
+    config = with_train(CONFIG, num_supervised_negatives=3, mixing_ratio=0.3, pretrain_steps=0)
     with tf.Graph().as_default(), v1.Session() as session:
         batch, spec = graph_of(click_store, config)
         with v1.variable_scope(v1.get_variable_scope(), reuse=True):
@@ -159,7 +144,7 @@ def test_a_step_without_a_number_changes_nothing(click_store, optimizer):
         return batch._replace(weights=batch.weights * weight)
 
     with tf.Graph().as_default(), v1.Session() as session:
-        config = with_train(dense_optimizer=optimizer, schedule="cosine", warmup_steps=2)
+        config = with_train(CONFIG, dense_optimizer=optimizer, schedule="cosine", warmup_steps=2)
         batch, spec = graph_of(click_store, config, change=spoil)
         session.run(v1.global_variables_initializer())
         # Averages follow every tenth step.
@@ -186,7 +171,7 @@ def test_a_step_without_a_number_changes_nothing(click_store, optimizer):
 @pytest.mark.parametrize("placement", ["whole", "rows"])
 def test_moving_average_of_the_weights(click_store, tmp_path, placement):
     """Against NumPy; what evaluation and export restore is the average."""
-    config = dataclasses.replace(with_train(average_decay=0.95), cluster=ClusterConfig(placement=placement))
+    config = dataclasses.replace(with_train(CONFIG, average_decay=0.95), cluster=ClusterConfig(placement=placement))
     names = ["token_embedding", "item_tower/embedding/kernel"]
     with tf.Graph().as_default(), v1.Session() as session:
         _, spec = graph_of(click_store, config, num_ps=2)
@@ -215,7 +200,7 @@ def test_moving_average_of_the_weights(click_store, tmp_path, placement):
 
 def test_where_adagrad_starts(click_store):
     with tf.Graph().as_default(), v1.Session() as session:
-        graph_of(click_store, with_train(initial_accumulator=0.25, average_decay=0.0))
+        graph_of(click_store, with_train(CONFIG, initial_accumulator=0.25, average_decay=0.0))
         session.run(v1.global_variables_initializer())
         tables = {variable.op.name for variable in v1.get_collection(TABLE_VARIABLES)}
         names = {variable.op.name for variable in v1.trainable_variables()}
@@ -294,7 +279,9 @@ def test_same_seed_same_weights_another_seed_others(click_store, uninterrupted, 
     assert_same_weights(weights(again.path), weights(uninterrupted.path))
     # Hardly moved by two steps at this rate: these are the initial weights.
     initial = [
-        weights(train(click_store, with_train(seed=seed, steps=2, learning_rate=1e-8), tmp_path / str(seed)).path)
+        weights(
+            train(click_store, with_train(CONFIG, seed=seed, steps=2, learning_rate=1e-8), tmp_path / str(seed)).path
+        )
         for seed in (1, 2)
     ]
     assert np.abs(initial[0]["token_embedding"] - initial[1]["token_embedding"]).max() > 0.01
@@ -304,7 +291,7 @@ def test_same_seed_same_weights_another_seed_others(click_store, uninterrupted, 
 def test_a_longer_training_equals_an_uninterrupted_one(click_store, uninterrupted, tmp_path, capfd):
     """13 steps, then up to 30: weights, optimizer state and position in the log go on where they were."""
     path = tmp_path / "model"
-    train(click_store, with_train(steps=13), path)
+    train(click_store, with_train(CONFIG, steps=13), path)
     assert weights(path)["global_step"] == 13
     capfd.readouterr()
     train(click_store, CONFIG, path)
@@ -320,13 +307,13 @@ def test_nothing_to_do_changes_nothing(click_store, uninterrupted, tmp_path):
     (path / "checkpoint").write_text('model_checkpoint_path: "model.ckpt-30"\n')
     before = weights(path)
     train(click_store, CONFIG, path)
-    train(click_store, with_train(steps=5), path)
+    train(click_store, with_train(CONFIG, steps=5), path)
     assert_same_weights(weights(path), before)
 
 
 @pytest.mark.slow
 def test_a_model_directory_may_be_moved(click_store, uninterrupted, tmp_path):
-    train(click_store, with_train(steps=13), tmp_path / "here")
+    train(click_store, with_train(CONFIG, steps=13), tmp_path / "here")
     shutil.move(tmp_path / "here", tmp_path / "there")
     train(click_store, CONFIG, tmp_path / "there")
     assert_same_weights(weights(tmp_path / "there"), weights(uninterrupted.path))
@@ -335,7 +322,7 @@ def test_a_model_directory_may_be_moved(click_store, uninterrupted, tmp_path):
 @pytest.mark.slow
 def test_a_killed_run_resumes(click_store, uninterrupted, tmp_path):
     path = tmp_path / "model"
-    save_config(with_train(steps=1_000_000), tmp_path / "config.yaml")
+    save_config(with_train(CONFIG, steps=1_000_000), tmp_path / "config.yaml")
     command = [
         sys.executable,
         "-m",
@@ -356,8 +343,8 @@ def test_a_killed_run_resumes(click_store, uninterrupted, tmp_path):
     killed_at = int(weights(path)["global_step"])
     assert killed_at % 10 == 0
     steps = killed_at + 15
-    train(click_store, with_train(steps=steps), path)
-    reference = train(click_store, with_train(steps=steps), tmp_path / "reference")
+    train(click_store, with_train(CONFIG, steps=steps), path)
+    reference = train(click_store, with_train(CONFIG, steps=steps), tmp_path / "reference")
     assert_same_weights(weights(path), weights(reference.path))
 
 
@@ -384,7 +371,9 @@ def test_an_untrained_directory_opens_again(click_store, tmp_path):
 
 def test_another_config_is_refused_and_named(click_store, tmp_path):
     begin(click_store, tmp_path / "model")
-    config = dataclasses.replace(with_train(margin=0.2, steps=99), model=ModelConfig(token_dim=8, embedding_dim=12))
+    config = dataclasses.replace(
+        with_train(CONFIG, margin=0.2, steps=99), model=ModelConfig(token_dim=8, embedding_dim=12)
+    )
     with pytest.raises(CommandError) as caught:
         begin(click_store, tmp_path / "model", config)
     text = str(caught.value)
@@ -397,7 +386,7 @@ def test_another_config_is_refused_and_named(click_store, tmp_path):
 
 def test_steps_checkpoints_and_serving_may_change(click_store, tmp_path):
     begin(click_store, tmp_path / "model")
-    config = dataclasses.replace(with_train(steps=7, checkpoint_steps=3), serving=ServingConfig(k=5))
+    config = dataclasses.replace(with_train(CONFIG, steps=7, checkpoint_steps=3), serving=ServingConfig(k=5))
     assert begin(click_store, tmp_path / "model", config).config == config
     assert load_config(tmp_path / "model" / "config.yaml") == config
 
@@ -656,7 +645,7 @@ def test_validation_measures_every_checkpoint_and_keeps_the_best(held_out_store,
     # The best one is a model like any other, and can be trained further.
     assert weights(path / "best")["global_step"] == best["step"]
     shutil.copytree(path / "best", tmp_path / "on")
-    train(held_out_store, with_train(steps=35), tmp_path / "on")
+    train(held_out_store, with_train(CONFIG, steps=35), tmp_path / "on")
     assert weights(tmp_path / "on")["global_step"] == 35
 
 
@@ -689,19 +678,19 @@ def test_validation_changes_no_weight(held_out_store, tmp_path):
 def test_validation_goes_on_with_its_training(held_out_store, tmp_path):
     """Every second checkpoint and the last, whether the training is stopped in between or not."""
     path = tmp_path / "m"
-    train(held_out_store, with_validation(with_train(steps=20), every=2), path)
+    train(held_out_store, with_validation(with_train(CONFIG, steps=20), every=2), path)
     assert [line["step"] for line in lines_of(path)] == [20]
     (path / "best").rename(path / ".best.previous")  # killed while the best one was replaced
-    train(held_out_store, with_validation(with_train(steps=50), every=2), path)
+    train(held_out_store, with_validation(with_train(CONFIG, steps=50), every=2), path)
     assert [line["step"] for line in lines_of(path)] == [20, 40, 50]
     assert (path / "best" / "measured.json").exists()
-    train(held_out_store, with_validation(with_train(steps=50), every=2), path)
+    train(held_out_store, with_validation(with_train(CONFIG, steps=50), every=2), path)
     assert [line["step"] for line in lines_of(path)] == [20, 40, 50], "nothing is measured twice"
 
 
 @pytest.mark.slow
 def test_training_stops_when_it_gets_no_better(held_out_store, tmp_path, capfd):
-    config = with_validation(with_train(steps=1000, learning_rate=1e-8), patience=2)
+    config = with_validation(with_train(CONFIG, steps=1000, learning_rate=1e-8), patience=2)
     path = tmp_path / "m"
     train(held_out_store, config, path)
     assert [line["step"] for line in lines_of(path)] == [10, 20, 30]
@@ -713,7 +702,7 @@ def test_training_stops_when_it_gets_no_better(held_out_store, tmp_path, capfd):
     train(held_out_store, config, path)
     assert "training has stopped: 2 measurements" in capfd.readouterr().out, "what has been stopped stays so"
     assert_same_weights(weights(path), before)
-    train(held_out_store, with_validation(with_train(steps=40, learning_rate=1e-8), patience=5), path)
+    train(held_out_store, with_validation(with_train(CONFIG, steps=40, learning_rate=1e-8), patience=5), path)
     assert weights(path)["global_step"] == 40, "with more patience it goes on"
 
 
