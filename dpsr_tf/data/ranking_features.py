@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -15,12 +16,16 @@ from dpsr_common.packed_file import PackedFile
 from dpsr_tf.data.column_files import row_splits
 from dpsr_tf.data.event_counts import EVENTS, SPENDING, WINDOWS
 from dpsr_tf.data.match_features import MatchFeatures
-from dpsr_tf.data.store import Store
+from dpsr_tf.data.store import Store, unpack_strings
 
+# What a number depends on: the item alone, query and user alone, or both.
+Kind = Literal["item", "request", "pair"]
 # The window whose global rates smooth the rates of all windows.
 _GLOBAL_WINDOW = WINDOWS[-1]
 # What is derived from the counts of each entity and window, beside the counts themselves.
 RATES = ("ctr", "cvr")
+# More than any number of items, so that a query and an item make one number.
+_ITEMS = 1 << 32
 
 
 class Shown(NamedTuple):
@@ -42,6 +47,7 @@ class RankingFeatures:
 
     Attributes:
         numbers: the names of the numeric features.
+        kinds: the kind of each of them, by name.
         codes: the names of the categorical features.
     """
 
@@ -51,7 +57,7 @@ class RankingFeatures:
             raise CommandError(
                 f"{store.path}: holds no requests; add the section `ranking` to the schema and ingest the log again"
             )
-        self._ranking = store.schema.ranking
+        self._store, self._ranking = store, store.schema.ranking
         numbers = store.numbers()
         assert numbers is not None
         self._numbers = {name: numbers[name] for name in numbers}
@@ -65,11 +71,19 @@ class RankingFeatures:
         self._attributes = {name: self._codes[f"item.{name}"] for name in self._ranking.attributes}
         self._match = MatchFeatures(store)
         self.codes = list(self._codes)
-        self.numbers = [*self._numbers, *self._match.names]
-        for entity in ("item", "query_item", *self._attributes):
-            self.numbers += [f"{entity}.{days}.{what}" for days in WINDOWS for what in (*EVENTS, *RATES)]
+        kinds: dict[str, Kind] = {name: "item" if name.startswith("item.") else "request" for name in self._numbers}
+        kinds |= dict.fromkeys(self._match.names, "pair")
+        for entity in self._entities:
+            rates = (f"{entity}.{days}.{what}" for days in WINDOWS for what in (*EVENTS, *RATES))
+            kinds |= dict.fromkeys(rates, "pair" if entity == "query_item" else "item")
         if self._ranking.price is not None:
-            self.numbers += [*(f"spend.{name}" for name in SPENDING), "spend.price_ratio"]
+            kinds |= dict.fromkeys((f"spend.{name}" for name in SPENDING), "request")
+            kinds["spend.price_ratio"] = "pair"
+        self.kinds, self.numbers = kinds, list(kinds)
+
+    @property
+    def _entities(self) -> tuple[str, ...]:
+        return ("item", "query_item", *self._attributes)
 
     def of(self, file: PackedFile, requests: np.ndarray) -> Shown:
         """Returns all items shown in some requests.
@@ -85,36 +99,84 @@ class RankingFeatures:
         of_request = {name: file[f"request.{name}"][requests] for name in ("query", "user", "time")}
         asked, query = np.unique(of_request["query"], return_inverse=True)
         texts = _texts(file, asked)
-        item, user = file["shown.item"][place], of_request["user"][request]
-        numbers = {name: values[item if name.startswith("item.") else user] for name, values in self._numbers.items()}
-        numbers |= self._match(texts, query[request], item)
-        numbers |= self._statistics(file, requests[request], place, item)
+        queries = [texts[number] for number in query.tolist()]
+        shown = Shown(queries, request, of_request["user"][request], of_request["time"][request],
+            file["shown.item"][place], file["shown.position"][place], file["shown.outcome"][place], {}, {}
+        )  # fmt: skip
+        rows = requests[request]
+        numbers = self._match(texts, query[request], shown.item)
+        numbers |= self._statistics(
+            shown.item,
+            lambda entity, name: file[f"stat.{entity}.{name}"][place],
+            {event: file[f"all.{_GLOBAL_WINDOW}.{event}"][rows] for event in EVENTS},
+        )
+        return self._complete(shown, numbers, lambda name: file[f"spend.{name}"][rows])
+
+    def at_end(self, queries: Sequence[str], request: np.ndarray, user: np.ndarray, item: np.ndarray) -> Shown:
+        """Returns the features of any n pairs as of the end of the log, as a server knows them.
+
+        Args:
+            queries: the query of each request. The log need not have it.
+            request: int64 [n]: the request of each pair, a place in `queries`.
+            user: int64 [n], row of the user; 0 is the anonymous user.
+            item: int64 [n], row of the item.
+
+        Returns:
+            The pairs in this order. Time is the second after the last event; position and outcome are 0.
+        """
+        end = self._end
+        zeros, time = np.zeros(len(item), np.uint8), np.full(len(item), end.file["until"][0])
+        shown = Shown(list(queries), request, user, time, item, zeros, zeros, {}, {})
+        pair = end.pairs(queries, request, item)
+
+        def count(entity: str, name: str) -> np.ndarray:
+            values = end.file[f"stat.{entity}.{name}"]
+            if entity == "query_item":
+                return np.where(pair < 0, 0, values[pair]) if len(values) else np.zeros(len(pair), values.dtype)
+            return values[item if entity == "item" else self._attributes[entity][item]]
+
+        numbers = self._match(queries, request, item)
+        whole = {event: np.full(len(item), end.file[f"all.{_GLOBAL_WINDOW}.{event}"][0]) for event in EVENTS}
+        numbers |= self._statistics(item, count, whole)
+        return self._complete(shown, numbers, lambda name: end.file[f"spend.{name}"][user])
+
+    @functools.cached_property
+    def _end(self) -> _End:
+        return _End(self._store)
+
+    def _complete(self, shown: Shown, numbers: dict[str, np.ndarray], spent: Callable[[str], np.ndarray]) -> Shown:
+        """Returns `shown` with numbers and codes; `spent` returns one of SPENDING for each pair, float32 [n]."""
+        item, user = shown.item, shown.user
+        numbers |= {name: values[item if name.startswith("item.") else user] for name, values in self._numbers.items()}
         if self._ranking.price is not None:
-            numbers |= self._spending(file, requests[request], numbers[f"item.{self._ranking.price}"])
-        return Shown(
-            [texts[number] for number in query.tolist()],
-            request,
-            user,
-            of_request["time"][request],
-            item,
-            file["shown.position"][place],
-            file["shown.outcome"][place],
-            {name: numbers[name].astype(np.float32, copy=False) for name in self.numbers},
-            {
-                name: values[item if name.startswith("item.") else user].astype(np.int32)
-                for name, values in self._codes.items()
-            },
+            numbers |= {f"spend.{name}": spent(name) for name in SPENDING}
+            numbers["spend.price_ratio"] = numbers[f"item.{self._ranking.price}"] / numbers["spend.mean"]
+        codes = {
+            name: values[item if name.startswith("item.") else user].astype(np.int32)
+            for name, values in self._codes.items()
+        }
+        return shown._replace(
+            numbers={name: numbers[name].astype(np.float32, copy=False) for name in self.numbers}, codes=codes
         )
 
     def _statistics(
-        self, file: PackedFile, request: np.ndarray, place: np.ndarray, item: np.ndarray
+        self,
+        item: np.ndarray,
+        count: Callable[[str, str], np.ndarray],
+        everything: Mapping[str, np.ndarray],
     ) -> dict[str, np.ndarray]:
-        everything = {event: file[f"all.{_GLOBAL_WINDOW}.{event}"][request] for event in EVENTS}
+        """Returns counts and rates of n pairs.
+
+        Args:
+            item: row of the item of each pair.
+            count: from an entity and the name of a count ("7.click") to the counts of the pairs.
+            everything: the counts of the whole log in the longest window, by EVENTS.
+        """
         found = {}
-        for entity in ("item", "query_item", *self._attributes):
+        for entity in self._entities:
             known = self._attributes[entity][item] > 0 if entity in self._attributes else None
             for days in WINDOWS:
-                counts = {event: file[f"stat.{entity}.{days}.{event}"][place] for event in EVENTS}
+                counts = {event: count(entity, f"{days}.{event}") for event in EVENTS}
                 values = counts | self.rates(counts, everything)
                 for name, value in values.items():
                     number = value.astype(np.float32)
@@ -134,9 +196,25 @@ class RankingFeatures:
             "cvr": _smoothed(counts, everything, "order", "click", r.smoothing_clicks),
         }
 
-    def _spending(self, file: PackedFile, request: np.ndarray, price: np.ndarray) -> dict[str, np.ndarray]:
-        spent = {f"spend.{name}": file[f"spend.{name}"][request] for name in SPENDING}
-        return spent | {"spend.price_ratio": price / spent["spend.mean"]}
+
+class _End:
+    """Counts as of the end of the log, and the rows of the pairs that have any."""
+
+    def __init__(self, store: Store):
+        file = store.statistics()
+        assert file is not None
+        self.file = file
+        self._queries = {text: row for row, text in enumerate(unpack_strings(file, "query_text"))}
+        # Ascending, because the pairs are sorted by query and item.
+        pairs = np.diff(file["query_item.splits"])
+        self._keys = np.repeat(np.arange(len(pairs)), pairs) * _ITEMS + file["query_item.item"]
+
+    def pairs(self, queries: Sequence[str], request: np.ndarray, item: np.ndarray) -> np.ndarray:
+        """Returns the row of each pair, -1 for a pair without counts."""
+        query = np.array([self._queries.get(text, -1) for text in queries], np.int64)[request]
+        wanted = query * _ITEMS + item
+        at = np.searchsorted(self._keys, wanted)
+        return np.where((query >= 0) & (np.append(self._keys, -1)[at] == wanted), at, -1)
 
 
 def _smoothed(

@@ -206,6 +206,53 @@ def test_the_score_is_that_of_exact_search(store, tmp_path, dpsr):
     assert np.ptp(expected) > 0.1
 
 
+def test_at_the_end_of_the_log_is_what_the_next_request_would_see(store, shop, tmp_path, dpsr):
+    # Requests in the second after the last event see the whole log, and not each other.
+    end = int(store.statistics()["until"][0])
+    asked = [*QUERIES, "never asked drill 12mm"]
+    next_rows = [
+        {"query": text, "item_id": item, "user_id": user, "type": "order", "time": end}
+        for text in asked
+        for user in (7, 9, -1)
+        for item in range(1, 6)
+    ]
+    for name in ("items", "users"):
+        (tmp_path / f"{name}.jsonl").write_text((shop / f"{name}.jsonl").read_text())
+    rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in next_rows)
+    (tmp_path / "log.jsonl").write_text((shop / "log.jsonl").read_text() + rows)
+    (tmp_path / "schema.yaml").write_text(yaml.safe_dump(SCHEMA))
+    dpsr("ingest", f"--schema={tmp_path / 'schema.yaml'}", f"--out={tmp_path / 'store'}").succeeds()
+    longer = Store(tmp_path / "store")
+    file = longer.held_requests()
+    expected = RankingFeatures(longer).of(file, np.flatnonzero(file["request.time"] == end))
+    # The last request of the log goes on with the same query.
+    assert len(expected.item) == len(next_rows) - 5
+    features = RankingFeatures(store)
+    found = features.at_end(expected.queries, expected.request, expected.user, expected.item)
+    for name in features.numbers:
+        np.testing.assert_array_equal(found.numbers[name], expected.numbers[name], name)
+    for name in features.codes:
+        np.testing.assert_array_equal(found.codes[name], expected.codes[name], name)
+    assert (found.time == end).all() and not found.position.any() and not found.outcome.any()
+    new = np.array([text == asked[-1] for text in found.queries])[found.request]
+    for name in ("query_item.30.shown", "query_item.30.ctr", "spend.price_ratio", "brand.7.ctr"):
+        assert len(np.unique(found.numbers[name])) > 2, name
+    assert not found.numbers["query_item.30.shown"][new].any() and found.numbers["query_item.30.shown"][~new].all()
+    # A number of the item is the same for all requests, one of the request for all its items.
+    for name, kind in features.kinds.items():
+        key = {"item": found.item, "request": found.request}.get(kind)
+        if key is not None:
+            for one in np.unique(key):
+                assert len(np.unique(found.numbers[name][key == one])) == 1, name
+    assert [features.kinds[name] for name in ("item.price", "item.7.ctr", "brand.1.click", "spend.high")] == [
+        "item", "item", "item", "request"
+    ]  # fmt: skip
+    assert {name for name, kind in features.kinds.items() if kind == "pair" and "query_item" not in name} == {
+        "bm25.title", "bm25.detail", "query_in_title", "title_in_query", "number_match", "brand_match", "brand_other",
+        "spend.price_ratio",
+    }  # fmt: skip
+
+
 def test_wrong_use(store, shop, tmp_path, dpsr):
     out = tmp_path / "out.parquet"
     out.write_text("mine")
