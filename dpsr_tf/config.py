@@ -17,6 +17,9 @@ from dpsr_common.typed_config import from_dict, option, to_dict
 
 # Folder of the config files that come with this package.
 CONFIGS = Path(__file__).parent / "configs"
+# What came of an item shown, from worst to best.
+UNCLICKED = "unclicked"
+LADDER = (UNCLICKED, "click", "cart", "order")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +141,22 @@ class TrainConfig:
         choices=("impressions", "labels", "both"),
     )
     own_negative_weight: float = option(1.0, "weight of each own negative in the loss", 0, 1e6)
+    type_weights: dict[str, float] = option(
+        {},
+        "weight in the loss for positive pairs of the types click, cart and order, multiplied by the weight that the "
+        "store has; types that are not named have weight 1. unclicked: weight of each own negative in a second loss, "
+        "in which it is the positive and should rank above the random and the batch negatives; by default 0, which "
+        "leaves that loss out",
+        0,
+        1e6,
+    )
+    type_margins: dict[str, float] = option(
+        {},
+        "how far above a random item the hinge loss wants items of the types unclicked, click, cart and order; between "
+        "two types it wants the difference. By default 0 for unclicked, and for the others `margin`",
+        0,
+        2,
+    )
     seed: int = option(1, "seed of the initial weights, the shuffle and the negatives", 0, 2**31 - 1)
     checkpoint_steps: int = option(2_000, "number of steps between checkpoints", 1)
 
@@ -168,6 +187,32 @@ class TrainConfig:
                 f"log_q_correction is on, which cannot be combined with loss {self.loss}; set loss to softmax, or turn "
                 f"log_q_correction off"
             )
+        return self._ladder_problem()
+
+    def margin_of(self, event_type: str) -> float:
+        """Returns how far above a random item the hinge loss wants items of a type, or "unclicked" ones."""
+        return self.type_margins.get(event_type, 0.0 if event_type == UNCLICKED else self.margin)
+
+    def _ladder_problem(self) -> str | None:
+        for key, values in (("type_weights", self.type_weights), ("type_margins", self.type_margins)):
+            for name in values:
+                if name not in LADDER:
+                    return f"{key} has '{name}', expected some of {', '.join(LADDER)}"
+            if values.get(UNCLICKED) and (not self.num_own_negatives or self.own_negative_source != "impressions"):
+                return (
+                    f"{key} has {UNCLICKED}, which are the own negatives from impressions, but num_own_negatives is "
+                    f"{self.num_own_negatives} and own_negative_source is {self.own_negative_source}; set them to 1 or "
+                    f"more and to impressions, or leave {UNCLICKED} out"
+                )
+        if self.type_margins and self.loss != "hinge":
+            return (
+                f"type_margins is given, which cannot be combined with loss {self.loss}; set loss to hinge, or use "
+                f"type_weights"
+            )
+        margins = [self.margin_of(name) for name in LADDER]
+        if self.type_margins and margins != sorted(margins):
+            found = ", ".join(f"{name} {margin:g}" for name, margin in zip(LADDER, margins, strict=True))
+            return f"type_margins: gives {found}, expected margins that do not fall in this order"
         return None
 
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import tensorflow as tf
 
-from dpsr_tf.config import Config
+from dpsr_tf.config import UNCLICKED, Config, TrainConfig
+from dpsr_tf.data.schema import EVENT_TYPES
 from dpsr_tf.models.features import ItemFeatures, QueryFeatures
 from dpsr_tf.models.losses import hinge_loss, mixed_hinge_loss, negative_weights, softmax_loss
 from dpsr_tf.models.quantizer_layer import QuantizerLayer, TeacherItems, quantizer_loss, quantizer_metrics
@@ -30,7 +31,8 @@ def build_loss(
     """Builds the loss of a batch of b positive pairs, and the metrics to watch.
 
     The negatives of a pair are the batch's other positives and the random negatives, weighted by `mixing_ratio`
-    (section 4.4.3), and the pair's own negatives, each with `own_negative_weight`.
+    (section 4.4.3), and the pair's own negatives, each with `own_negative_weight`. `type_weights` and `type_margins`
+    make a ladder of orders, carts, clicks, unclicked impressions, and random items.
 
     With a quantizer, the loss is that of the towers that go on training plus the quantizer's. Frozen towers get no
     gradient, and their own loss is left out. The objective `ranking` is the model's own loss over T(items), plus the
@@ -140,18 +142,22 @@ def _model_loss(
     scores = towers.scores(query, shared)  # [b, b + r]
     mask = batch.negative_mask
     weights = negative_weights(mask, train.mixing_ratio)
+    own_scores: tf.Tensor | None = None
     if train.num_own_negatives:
         own = tf.reshape(items[num_shared:], [b, train.num_own_negatives, towers.config.embedding_dim])
-        scores = tf.concat([scores, towers.own_scores(query, own)], axis=1)
+        own_scores = towers.own_scores(query, own)  # [b, o]
+        scores = tf.concat([scores, own_scores], axis=1)
         mask = tf.concat([mask, batch.own_negative_mask], axis=1)
         own_weights = train.own_negative_weight * tf.cast(batch.own_negative_mask, tf.float32)
         weights = tf.concat([weights, own_weights], axis=1)
+    example_weights = batch.weights
+    if train.type_weights:
+        of_types = [train.type_weights.get(name, 1.0) for name in EVENT_TYPES]
+        example_weights *= tf.gather(tf.constant(of_types, tf.float32), batch.types)
 
-    if train.loss == "hinge" and not (train.num_hard_negatives or train.num_own_negatives):
-        loss = mixed_hinge_loss(scores, mask, train.mixing_ratio, train.margin, batch.weights)
-    elif train.loss == "hinge":
-        positives_apart = positive_scores if train.num_hard_negatives else None
-        loss = hinge_loss(positives_apart, scores, weights, train.margin, batch.weights, train.num_hard_negatives)
+    counts: tf.Tensor | None = None
+    if train.loss == "hinge":
+        loss = _hinge(train, batch, positive_scores, scores, weights, mask, example_weights)
     else:
         positive_logits, logits = positive_scores / train.softmax_temperature, scores / train.softmax_temperature
         if train.log_q_correction:
@@ -164,5 +170,60 @@ def _model_loss(
             counts = tf.where(tf.math.is_finite(log_n), log_n + item_log_q[tf.newaxis, :num_shared], 0.0)
             positive_logits -= tf.linalg.diag_part(counts)
             logits -= tf.pad(counts, [[0, 0], [0, train.num_own_negatives]])
-        loss = softmax_loss(positive_logits, logits, weights, batch.weights)
+        loss = softmax_loss(positive_logits, logits, weights, example_weights)
+    if train.type_weights.get(UNCLICKED) and own_scores is not None:
+        loss += _unclicked_loss(train, batch, own_scores, scores[:, :num_shared], weights[:, :num_shared], counts)
     return loss, _Ranked(positive_scores, scores, mask, weights)
+
+
+def _hinge(
+    train: TrainConfig,
+    batch: Batch,
+    positive_scores: tf.Tensor,
+    scores: tf.Tensor,
+    weights: tf.Tensor,
+    mask: tf.Tensor,
+    example_weights: tf.Tensor,
+) -> tf.Tensor:
+    if train.type_margins:
+        # A score less its own margin, so that the loss needs none: max(0, (margin - positive) - (margin_j - score_j)).
+        of_types = [train.margin_of(name) for name in EVENT_TYPES]
+        positive_scores -= tf.gather(tf.constant(of_types, tf.float32), batch.types)
+        of_columns = tf.range(tf.shape(scores)[1]) >= tf.shape(batch.negative_mask)[1]
+        scores -= tf.where(of_columns, train.margin_of(UNCLICKED), 0.0)
+        return hinge_loss(positive_scores, scores, weights, 0.0, example_weights, train.num_hard_negatives)
+    if not (train.num_hard_negatives or train.num_own_negatives):
+        return mixed_hinge_loss(scores, mask, train.mixing_ratio, train.margin, example_weights)
+    positives_apart = positive_scores if train.num_hard_negatives else None
+    return hinge_loss(positives_apart, scores, weights, train.margin, example_weights, train.num_hard_negatives)
+
+
+def _unclicked_loss(
+    train: TrainConfig,
+    batch: Batch,
+    own_scores: tf.Tensor,
+    scores: tf.Tensor,
+    weights: tf.Tensor,
+    counts: tf.Tensor | None,
+) -> tf.Tensor:
+    """Returns the loss with unclicked impressions as positives and the shared items as negatives.
+
+    Whoever ranked the list thought that they answer the query. So they are better than random items.
+
+    Args:
+        own_scores: float32 [b, o], scores of the impressions.
+        scores, weights: float32 [b, b + r], of the shared items.
+        counts: float32 [b, b + r], what log_q_correction takes off the logits of the shared items, or None.
+    """
+    losses = []
+    there = train.type_weights[UNCLICKED] * tf.cast(batch.own_negative_mask, tf.float32)
+    for positive, example_weights in zip(tf.unstack(own_scores, axis=1), tf.unstack(there, axis=1), strict=True):
+        example_weights *= batch.weights
+        if train.loss == "hinge":
+            margin = train.margin_of(UNCLICKED)
+            losses.append(hinge_loss(positive, scores, weights, margin, example_weights, train.num_hard_negatives))
+        else:
+            logits = scores / train.softmax_temperature
+            logits = logits if counts is None else logits - counts
+            losses.append(softmax_loss(positive / train.softmax_temperature, logits, weights, example_weights))
+    return tf.add_n(losses)

@@ -184,6 +184,26 @@ def test_out_of_range_names_key_value_and_range(tmp_path, text, where, value, al
     assert allowed in text
 
 
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("type_weights: {buy: 2}", "type_weights has 'buy', expected some of unclicked, click, cart, order"),
+        ("type_margins: {skip: 0.1}", "type_margins has 'skip', expected some of unclicked, click, cart, order"),
+        ("type_weights: {order: -1}", "type_weights: order is -1.0, expected 0 to 1000000"),
+        ("type_weights: {unclicked: 0.5}", "but num_own_negatives is 0 and own_negative_source is impressions"),
+        (
+            "{num_own_negatives: 2, own_negative_source: both, type_margins: {unclicked: 0.05}}",
+            "but num_own_negatives is 2 and own_negative_source is both",
+        ),
+        ("{loss: softmax, type_margins: {order: 0.2}}", "cannot be combined with loss softmax"),
+        ("type_margins: {cart: 0.2, order: 0.15}", "gives unclicked 0, click 0.1, cart 0.2, order 0.15"),
+        ("{margin: 0.3, type_margins: {order: 0.2}}", "gives unclicked 0, click 0.3, cart 0.3, order 0.2"),
+    ],
+)
+def test_ladders_that_cannot_be(tmp_path, text, fragment):
+    assert fragment in message(tmp_path, f"train: {text if text.startswith('{') else '{' + text + '}'}")
+
+
 def test_errors_carry_the_help_of_the_key(tmp_path):
     assert "(delta of the hinge loss)" in message(tmp_path, "train: {margin: 3}")
     assert "(delta of the hinge loss)" in message(tmp_path, "train: {margin: x}")

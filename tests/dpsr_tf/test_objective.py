@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from dpsr_tf.config import CONFIGS, Config, ModelConfig, QuantizerConfig, TrainConfig, load_config
 from dpsr_tf.data.examples_dataset import Batch, Features, History, Tokens
+from dpsr_tf.data.schema import EVENT_TYPES
 from dpsr_tf.models.embedding import EmbeddingTable, minimize
 from dpsr_tf.models.features import FeatureSpec, ItemFeatures, QueryFeatures
 from dpsr_tf.models.losses import log_q
@@ -74,7 +75,7 @@ def make_batch(config, seed=0):
         ),
         weights=tf.constant(rng.uniform(0.5, 2, b), tf.float32),
         labels=tf.ones([b]),
-        types=tf.fill([b], 2),
+        types=tf.constant(2 + (np.arange(b) + seed) % 3, tf.int32),
         negative_mask=tf.constant(mask),
         own_negative_mask=tf.constant(rng.random((b, o)) < 0.7),
     )
@@ -117,31 +118,54 @@ def numpy_loss(config, query, item, batch, log_q_of_items=None):
     train = config.train
     b, num_shared = batch.negative_mask.shape
     scores, own, columns = numpy_scores(config, query, item, batch)
+    margin_of = {2: train.margin, 3: train.margin, 4: train.margin}
+    margin_of |= {EVENT_TYPES.index(name): m for name, m in train.type_margins.items() if name != "unclicked"}
+    unclicked_margin = train.type_margins.get("unclicked", 0.0)
+    unclicked_weight = train.type_weights.get("unclicked", 0.0)
+
+    def hinge(score, margins_and_negatives):
+        terms = [w * max(0.0, margin - score + s) for margin, (s, w, _) in margins_and_negatives]
+        return sum(sorted(terms, reverse=True)[: train.num_hard_negatives or None])
+
     total = 0.0
     for i in range(b):
+        kind = batch.types[i]
+        weight = batch.weights[i] * train.type_weights.get(EVENT_TYPES[kind], 1.0)
         batch_items = [j for j in range(b) if batch.negative_mask[i, j]]
         random_items = [j for j in range(b, num_shared) if batch.negative_mask[i, j]]
         groups = [(batch_items, 1 - train.mixing_ratio), (random_items, train.mixing_ratio)]
         groups = [(items, share) for items, share in groups if items and share]
         count, shares = len(batch_items) + len(random_items), sum(share for _, share in groups)
         negatives = [(scores[i, j], count * share / shares / len(items), j) for items, share in groups for j in items]
+        drawn = list(negatives)
         negatives += [
             (own[i, k], train.own_negative_weight, columns[i, k])
             for k in range(train.num_own_negatives)
             if batch.own_negative_mask[i, k]
         ]
         if train.loss == "hinge":
-            terms = [w * max(0.0, train.margin - scores[i, i] + s) for s, w, _ in negatives]
-            terms = sorted(terms, reverse=True)[: train.num_hard_negatives or None]
-            total += batch.weights[i] * sum(terms)
+            of_own = [margin_of[kind] - unclicked_margin] * (len(negatives) - len(drawn))
+            margins = [margin_of[kind]] * len(drawn) + of_own
+            total += weight * hinge(scores[i, i], zip(margins, negatives, strict=True))
         else:
             # Expected counts: n q for shared items, 1 for own ones, to which no correction applies.
             expected = np.ones(len(item))
             if log_q_of_items is not None and count:
                 expected[:num_shared] = count * np.exp(log_q_of_items[:num_shared])
-            positive = np.exp(scores[i, i] / train.softmax_temperature) / expected[i]
-            others = sum(w * np.exp(s / train.softmax_temperature) / expected[j] for s, w, j in negatives)
-            total -= batch.weights[i] * np.log(positive / (positive + others))
+
+            def softmax(positive, others, expected=expected):
+                others = sum(w * np.exp(s / train.softmax_temperature) / expected[j] for s, w, j in others)
+                return -np.log(positive / (positive + others))
+
+            positive = np.exp(scores[i, i] / train.softmax_temperature)
+            total += weight * softmax(positive / expected[i], negatives)
+        for k in np.flatnonzero(batch.own_negative_mask[i]) if unclicked_weight else ():
+            # The rung between clicks and random items.
+            if train.loss == "hinge":
+                found = hinge(own[i, k], [(unclicked_margin, negative) for negative in drawn])
+            else:
+                found = softmax(np.exp(own[i, k] / train.softmax_temperature), drawn)
+            total += batch.weights[i] * unclicked_weight * found
     return total / b
 
 
@@ -160,6 +184,27 @@ def config_with(model=MODEL, **train):
         {"num_own_negatives": 2, "num_hard_negatives": 2},
         {"loss": "softmax"},
         {"loss": "softmax", "mixing_ratio": 0.2, "num_own_negatives": 3, "own_negative_weight": 0.5},
+        {"type_weights": {"cart": 2.0, "order": 5.0}},
+        {"type_margins": {"cart": 0.2, "order": 0.5}},
+        {
+            "type_margins": {"click": 0.2, "cart": 0.3, "order": 0.4},
+            "num_hard_negatives": 3,
+            "type_weights": {"cart": 3.0},
+        },
+        {"type_margins": {"unclicked": 0.05}, "num_own_negatives": 2},
+        {
+            "type_margins": {"unclicked": 0.3, "click": 0.4, "cart": 0.5, "order": 0.9},
+            "type_weights": {"unclicked": 0.5, "order": 3.0},
+            "num_own_negatives": 3,
+        },
+        {
+            "type_margins": {"order": 0.2},
+            "type_weights": {"unclicked": 2.0},
+            "num_own_negatives": 2,
+            "num_hard_negatives": 2,
+        },
+        {"loss": "softmax", "type_weights": {"click": 0.5, "order": 4.0}},
+        {"loss": "softmax", "type_weights": {"unclicked": 0.25, "order": 4.0}, "num_own_negatives": 3},
     ],
 )
 @pytest.mark.parametrize("heads", [1, 2])
@@ -169,9 +214,10 @@ def test_loss_of_a_batch_equals_numpy(train, heads):
     assert loss == pytest.approx(numpy_loss(config, query, item, batch), rel=1e-4)
 
 
-@pytest.mark.parametrize("own", [0, 2])
-def test_log_q_correction_equals_numpy(own):
-    config = config_with(loss="softmax", log_q_correction=True, num_own_negatives=own, mixing_ratio=0.3)
+@pytest.mark.parametrize(("own", "weights"), [(0, {}), (2, {}), (2, {"unclicked": 0.5, "order": 2.0})])
+def test_log_q_correction_equals_numpy(own, weights):
+    train = {"loss": "softmax", "log_q_correction": True, "mixing_ratio": 0.3, "type_weights": weights}
+    config = config_with(num_own_negatives=own, **train)
     shares = np.random.default_rng(4).dirichlet(np.ones(NUM_ITEMS))
 
     def item_log_q(batch):
@@ -183,6 +229,18 @@ def test_log_q_correction_equals_numpy(own):
     assert loss != pytest.approx(numpy_loss(config, query, item, batch), rel=3e-3), "it does something"
     with pytest.raises(ValueError, match="no item_log_q"):
         run(config)
+
+
+def test_a_ladder_of_equal_steps_is_the_loss_without_one():
+    """Weights and margins that are the defaults, given by name."""
+    for loss in ("hinge", "softmax"):
+        own = {"num_own_negatives": 3}
+        (plain,), *_ = run(config_with(loss=loss, **own))
+        ladder = {"type_weights": {"unclicked": 0.0, "click": 1.0, "cart": 1.0, "order": 1.0}}
+        if loss == "hinge":
+            ladder["type_margins"] = {"unclicked": 0.0, "click": 0.1, "cart": 0.1, "order": 0.1}
+        (named,), *_ = run(config_with(loss=loss, **own, **ladder))
+        assert named == pytest.approx(plain, rel=1e-5)
 
 
 def test_popularity_of_an_own_negative_changes_nothing():
