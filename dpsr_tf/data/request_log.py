@@ -11,6 +11,7 @@ docs/ranking.md says what is counted, and docs/data_format.md describes the layo
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from dpsr_tf.data.event_counts import (
 )
 from dpsr_tf.data.interaction_log import held_out_conditions, request_key, shard_of_query, with_asked
 from dpsr_tf.data.numbers import NumericFeature
-from dpsr_tf.data.schema import EVENT_TYPES, Schema
+from dpsr_tf.data.schema import EVENT_TYPES, GRADED, Schema
 from dpsr_tf.data.store import requests_names
 from dpsr_tokenizer import Vocabulary
 
@@ -60,7 +61,8 @@ class RequestCounts:
     requests_without_positive: int  # nothing was clicked
     requests_with_pairs: int  # two items have different outcomes, so that one can be preferred to the other
     without_position: int  # items shown whose position is unknown
-    graded_rows: int  # rows with a label, which say nothing of a request and are left out of requests
+    graded_rows: int  # rows with a label, left out of the requests of a log
+    ungraded_rows: int  # rows without a label, left out of judged lists
 
 
 class RequestLog:
@@ -74,16 +76,20 @@ class RequestLog:
         assert schema.ranking is not None and schema.interactions is not None
         self._all, self._schema, self._ranking = schema, schema.interactions, schema.ranking
         self._database = database
-        self._last_time = self._graded = 0
+        self._last_time = self._left_out = 0
 
     def add(self, rows: pa.RecordBatch) -> None:
         """Adds rows as encode_interactions returns them."""
         if rows.num_rows == 0:
             return
         self._last_time = max(self._last_time, pc.max(rows["time"]).as_py())
-        # A row with a label is a grade, given by people or by a program. Requests hold only what users did.
-        self._graded += pc.sum(rows["labelled"]).as_py()
-        rows = rows.filter(pc.invert(rows["labelled"]))
+        # A row with a label is a grade, given by people or by a program. Requests hold either what users did, or grades.
+        used = rows["labelled"] if self._ranking.grades else pc.invert(rows["labelled"])
+        self._left_out += rows.num_rows - pc.sum(used).as_py()
+        rows = rows.filter(used)
+        if self._ranking.grades:
+            types = _types_of_grades(rows["label"].to_numpy(), self._ranking.grades)
+            rows = rows.set_column(rows.schema.get_field_index("type"), "type", pa.array(types))
         session = ["session"] if self._schema.session else []
         kept = ["query", "user", "item", "time", "type", "position", *session]
         self._database.insert("events", rows.select(kept).rename_columns([_RENAMED.get(name, name) for name in kept]))
@@ -147,8 +153,9 @@ class RequestLog:
             FROM (SELECT {key}, CASE WHEN bool_or(held) THEN {self._shards} ELSE any_value(shard) END::INTEGER AS file
                 FROM event_rows GROUP BY {key})""",
         )
+        # Grades are no events: nothing was clicked at any time, and all counts are 0.
         best = ", ".join(
-            f"min(time) FILTER (type >= {_FIRST_OUTCOME + place}) AS {event}_at"
+            f"min(time) FILTER (type >= {_FIRST_OUTCOME + place} AND {not self._ranking.grades}) AS {event}_at"
             for place, event in enumerate(EVENTS[1:], 1)
         )
         database.create(
@@ -184,7 +191,8 @@ class RequestLog:
             requests_without_positive=without_positive,
             requests_with_pairs=with_pairs,
             without_position=self._database.scalar("SELECT count(*) FROM shown WHERE shown_at = 0"),
-            graded_rows=self._graded,
+            graded_rows=0 if self._ranking.grades else self._left_out,
+            ungraded_rows=self._left_out if self._ranking.grades else 0,
         )
 
     # Items and users.
@@ -244,7 +252,8 @@ class RequestLog:
 
     def _units(self, entity: str, row: str = "row") -> str:
         """Returns SQL for all events of an entity, and with `row` for the moment of each item shown."""
-        what = f"{entity}::BIGINT AS entity, asked::BIGINT AS time, {row} AS row, 0::UTINYINT AS event"
+        shown = len(EVENTS) if self._ranking.grades else EVENTS.index("shown")
+        what = f"{entity}::BIGINT AS entity, asked::BIGINT AS time, {row} AS row, {shown}::UTINYINT AS event"
         events = [
             f"SELECT {entity}, {event}_at, -1, {place} {_JOINED} WHERE {event}_at IS NOT NULL"
             for place, event in enumerate(EVENTS[1:], 1)
@@ -376,6 +385,15 @@ _QUERY_ITEM = f"query_row::BIGINT * {_ITEMS} + item_row"
 _JOINED = "FROM shown JOIN item_facts USING (item_row)"
 
 
+def _types_of_grades(label: np.ndarray, grades: Mapping[str, float]) -> np.ndarray:
+    """Returns the type of event that each label stands for, uint8 [rows]; `label` is float32 [rows]."""
+    types = np.full(len(label), EVENT_TYPES.index("impression"), np.uint8)
+    for name in GRADED:
+        if name in grades:
+            types[label >= np.float32(grades[name])] = EVENT_TYPES.index(name)
+    return types
+
+
 def _report(counts: RequestCounts, numbers: list[NumericFeature]) -> None:
     """Prints what the requests hold, and what of them says nothing."""
     c = counts
@@ -388,6 +406,8 @@ def _report(counts: RequestCounts, numbers: list[NumericFeature]) -> None:
         print(f"requests: {c.without_position:,} items shown have no position, which is 0 for them")
     if c.graded_rows:
         print(f"requests: left out {c.graded_rows:,} rows with a label, which are grades and no events")
+    if c.ungraded_rows:
+        print(f"requests: left out {c.ungraded_rows:,} rows without a label; the lists have graded items only")
     for feature in numbers:
         if feature.problem:
             print(f"requests: the number {feature.table}.{feature.name} {feature.problem} in requests for training")

@@ -35,6 +35,8 @@ VALUE_KINDS = ("categorical", "multi")
 FILTER_KINDS = ("categorical", "number", "multi")
 # The types of interactions. A store holds their positions in this list.
 EVENT_TYPES = ("impression", "skip", "click", "cart", "order")
+# The types that a grade can stand for, from the lowest on.
+GRADED = ("click", "cart", "order")
 # What a store with requests counts events of, beside the attributes of the section `ranking`.
 COUNTED = ("item", "query_item", "all")
 
@@ -318,9 +320,20 @@ class RankingSchema:
     smoothing_clicks: float = option(
         20.0, "number of clicks at the global rate that are added to each conversion rate", 0, 1e9
     )
+    grades: dict[str, float] = option(
+        {},
+        "for judged lists in place of a log: the lowest label that counts as a click, as a cart and as an order; the "
+        "judged items of a query then form one request, and nothing is counted",
+    )
 
     def problem(self) -> str | None:
         """Describes values that are allowed one by one but not together; None if there are none."""
+        for name in self.grades:
+            if name not in GRADED:
+                return f"grades has '{name}', expected one of {', '.join(GRADED)}"
+        ladder = [self.grades[name] for name in GRADED if name in self.grades]
+        if not all(map(math.isfinite, ladder)) or any(low >= high for low, high in itertools.pairwise(ladder)):
+            return f"grades is {self.grades}, expected numbers that rise from click to cart to order"
         for name in self.attributes:
             if name in COUNTED:
                 return f"attributes has '{name}', a name that the store uses itself; give the feature another `name`"
@@ -408,7 +421,15 @@ class Schema:
         assert self.ranking is not None
         if self.interactions is None:
             return "ranking: needs the section interactions, which says what was shown; add it, or leave ranking out"
-        for key in ("type", "time"):
+        if self.ranking.grades:
+            if self.interactions.label is None:
+                return "ranking: grades needs a column with the label of each pair; name it with interactions: label"
+            if self.interactions.type is not None:
+                return (
+                    f"ranking: grades cannot be combined with interactions: type '{self.interactions.type}', because "
+                    f"a list of grades is no log of events; leave one of them out"
+                )
+        for key in () if self.ranking.grades else ("type", "time"):
             if getattr(self.interactions, key) is None:
                 return f"ranking: needs a column with the {key} of each interaction; name it with interactions: {key}"
         kinds = {feature.key: feature.kind for feature in self.items.features}
