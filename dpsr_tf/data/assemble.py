@@ -7,7 +7,7 @@ Rows wait in a temporary database. When all are there, they are sorted, joined a
             store.add("items", rows, numbers)
         repeated = store.close_table("items")
         ...
-        counts, features, ranking = store.write(shards=1)
+        counts, features, sections = store.write(shards=1)
 
 docs/data_format.md describes the layout of the files.
 """
@@ -25,6 +25,7 @@ import pyarrow as pa
 
 from dpsr_common.errors import CommandError
 from dpsr_common.packed_file import PackedFileWriter
+from dpsr_tf.data.click_graph import write_graph
 from dpsr_tf.data.code_book import CodeBook
 from dpsr_tf.data.column_files import ColumnFile, RaggedColumnFile, string_bytes
 from dpsr_tf.data.database import TEXT_ROWS, Database
@@ -148,11 +149,12 @@ class Assembler:
         """
         return self._ids[table]
 
-    def write(self, shards: int) -> tuple[Counts, Features, dict[str, Any] | None]:
+    def write(self, shards: int) -> tuple[Counts, Features, dict[str, Any]]:
         """Writes all packed files of the store.
 
         Returns:
-            What the manifest says about tables, features, and requests; None if the schema has no section `ranking`.
+            What the manifest says about tables and features, and its parts `ranking` and `graph`, if the schema has
+            these sections.
 
         Raises:
             CommandError: no interaction is a positive pair for training.
@@ -166,10 +168,13 @@ class Assembler:
         counts = self._log.write_interactions(self._out, shards, vocabularies[None])
         counts["held_out"] = self._log.write_held_out(self._out)
         counts |= {"users": len(self._ids["users"]), "items": len(self._ids["items"]), "events": events, "rejected": 0}
-        ranking = None
+        sections: dict[str, Any] = {}
+        if self._schema.graph:
+            clicks = self._log.item_clicks(len(self._ids["items"]))
+            sections["graph"] = write_graph(self._database, self._schema, self._out, shards, clicks)
         if self._requests:
-            ranking = self._requests.write(self._out, shards, vocabularies[None], len(self._ids["users"]))
-        return Counts(**counts), Features(item_features, user_features), ranking
+            sections["ranking"] = self._requests.write(self._out, shards, vocabularies[None], len(self._ids["users"]))
+        return Counts(**counts), Features(item_features, user_features), sections
 
     # Tables.
 

@@ -291,14 +291,13 @@ def ingest(
     with _resource_errors(out, memory), Rejects(rejects or _rejects_path(out), max_reject_fraction) as rejected:
         with Workers(threads) as workers, Assembler(schema, out, workers, memory, codes, log) as store:
             _read_tables(schema, files, _TableReader(store, workers, batch_rows, rejected))
-            counts, features, ranking = store.write(shards)
+            counts, features, sections = store.write(shards)
         counts = dataclasses.replace(counts, rejected=rejected.total)
         if log:
             more["log"] = log.parts()
         if codes:
             more["like"] = str(codes.path)
-        if ranking:
-            more["ranking"] = ranking
+        more |= sections
         _write_manifest(out, schema, shards, counts, features, more)
         rejected.report()
     return counts
@@ -308,9 +307,10 @@ def _write_manifest(
     out: Path, schema: Schema, shards: int, counts: Counts, features: Features, more: dict[str, Any]
 ) -> None:
     written_schema = to_dict(schema)
-    if schema.ranking is None:
-        # The manifest is then that of a version without this section, which can read the store.
-        del written_schema["ranking"]
+    for section in ("ranking", "graph"):
+        if written_schema[section] is None:
+            # The manifest is then that of a version without this section, which can read the store.
+            del written_schema[section]
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "version": FORMAT_VERSION,

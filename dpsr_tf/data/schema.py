@@ -343,6 +343,25 @@ class RankingSchema:
 
 
 @dataclasses.dataclass(frozen=True)
+class GraphSchema:
+    """The click graph of queries, items and attributes of items (docs/graph.md)."""
+
+    attributes: tuple[str, ...] = option(
+        (), "categorical item features whose values are nodes of the graph, such as brand, shop and category"
+    )
+    max_edges: int = option(
+        1000, "largest number of edges that a node keeps in each direction; the strongest ones are kept", 1, 1_000_000
+    )
+
+    def problem(self) -> str | None:
+        """Describes values that are allowed one by one but not together; None if there are none."""
+        for name in self.attributes:
+            if self.attributes.count(name) > 1:
+                return f"attributes has '{name}' twice, expected each feature once"
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenizerSchema:
     """The kinds of tokens that a text is split into. They have the names of dpsr_tokenizer.TokenizerConfig."""
 
@@ -391,6 +410,7 @@ class Schema:
     interactions: InteractionsSchema | None = None
     users: UsersSchema | None = None
     ranking: RankingSchema | None = None
+    graph: GraphSchema | None = None
     tokenizer: TokenizerSchema = dataclasses.field(default_factory=TokenizerSchema)
     vocabulary: VocabularySchema = dataclasses.field(default_factory=VocabularySchema)
     vocabularies: dict[str, FeatureVocabulary] = option(
@@ -415,7 +435,17 @@ class Schema:
                 f"interactions: user is '{self.interactions.user}', but there is no section `users`; "
                 f"add one, or leave user out"
             )
-        return self._ranking_problem() if self.ranking is not None else None
+        return self._graph_problem() or (self._ranking_problem() if self.ranking is not None else None)
+
+    def _graph_problem(self) -> str | None:
+        known = [feature.key for feature in self.items.features if feature.kind == "categorical"]
+        for name in self.graph.attributes if self.graph else ():
+            if name not in known:
+                return (
+                    f"graph: attributes has '{name}', expected an item feature of kind categorical: "
+                    f"{', '.join(known) or 'none'}"
+                )
+        return None
 
     def _ranking_problem(self) -> str | None:
         assert self.ranking is not None

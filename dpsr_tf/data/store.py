@@ -17,6 +17,10 @@ With a section `ranking` in the schema also (dpsr_tf/data/request_log.py):
     statistics.dpsr           counts as of the end of the log
     numbers.dpsr              numeric features of items and users as numbers
 
+With a section `graph` also (dpsr_tf/data/click_graph.py):
+
+    graph.dpsr                the edges between queries, items and attributes; or one file per shard
+
 dpsr_tf/ops/training_store.h and docs/data_format.md describe the layout of each file.
 """
 
@@ -196,6 +200,13 @@ class Store:
         """Opens the numeric features: sections `item.*`, `user.*`; None if the schema has no section `ranking`."""
         return self._open("numbers.dpsr") if self.schema.ranking else None
 
+    def graph(self) -> list[PackedFile]:
+        """Opens the click graph of all shards: sections `query.*`, `item.*`, in the first one `value.*`.
+
+        [] if the schema has no section `graph`.
+        """
+        return [self._open(name) for name in graph_names(self._shards)] if self.schema.graph else []
+
     def titles(self) -> list[str]:
         """Returns the title of each item, in the order of the item file."""
         return unpack_strings(self.packed_texts(), "title")
@@ -252,6 +263,11 @@ def requests_names(shards: int) -> list[str]:
     return _sharded("requests", shards)
 
 
+def graph_names(shards: int) -> list[str]:
+    """Returns the file names of the click graph, one per shard."""
+    return _sharded("graph", shards)
+
+
 def _sharded(kind: str, shards: int) -> list[str]:
     if shards == 1:
         return [f"{kind}.dpsr"]
@@ -264,6 +280,8 @@ def file_names(schema: Schema, shards: int) -> list[str]:
     vocabularies = [vocabulary_name(name) for name in (None, *schema.vocabularies)]
     filters = ["filters.dpsr"] if schema.items.filters else []
     names = [*vocabularies, "users.dpsr", "items.dpsr", *interactions_names(shards), *held_out, "titles.dpsr", *filters]
+    if schema.graph is not None:
+        names += graph_names(shards)
     if schema.ranking is None:
         return names
     held_requests = ["held_requests.dpsr"] if held_out else []
