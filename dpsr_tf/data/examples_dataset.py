@@ -15,7 +15,7 @@ from dpsr_common.errors import UsageError
 from dpsr_tf import ops
 from dpsr_tf.config import TrainConfig
 from dpsr_tf.data.schema import EVENT_TYPES, FIXED_KINDS
-from dpsr_tf.data.store import interactions_names, vocabulary_name
+from dpsr_tf.data.store import graph_names, interactions_names, vocabulary_name
 
 
 class StoreFiles(Protocol):
@@ -61,6 +61,26 @@ class History(NamedTuple):
     query: Tokens  # p texts; of equal consecutive queries, one is kept
 
 
+class Graph(NamedTuple):
+    """The neighbourhoods of b queries and n items in the click graph, one or two hops wide.
+
+    They consist of u queries, i items and v values of attributes, each of which stands here once. All other numbers are
+    places among these. The lists of a part give the neighbours of each element of the part before it: `query_items` the
+    items next to each of the b queries, and `query_items_queries` the queries next to each of those p items.
+    """
+
+    query: Tokens  # u texts
+    item: Tokens  # i texts
+    value: tf.Tensor  # int32 [v], rows of the table of values: the codes of all attributes, one after the other
+    value_items: Tokens  # items [..], row_splits [v + 1]; no items for values that only `node_attributes` has
+    attributes: tf.Tensor  # int32 [n * attributes], value of each attribute of each item, row by row; -1 without one
+    node_attributes: tf.Tensor  # int32 [.. * attributes], the same for the first ones of the i items
+    query_items: Tokens  # items [p], row_splits [b + 1]; all of them have `node_attributes`
+    query_items_queries: Tokens  # queries [..], row_splits [p + 1]
+    item_queries: Tokens  # queries [s], row_splits [n + 1]
+    item_queries_items: Tokens  # items [..], row_splits [s + 1]
+
+
 class Batch(NamedTuple):
     """A training batch of b positive pairs and n = b + r + b * m items (Algorithm 1, lines 3 and 4).
 
@@ -83,6 +103,7 @@ class Batch(NamedTuple):
     types: tf.Tensor  # int32 [b], index in EVENT_TYPES
     negative_mask: tf.Tensor  # bool [b, b + r]: item j may serve as a negative for query i; [b, 0] if not asked for
     own_negative_mask: tf.Tensor  # bool [b, m]: pair i has an own negative j; otherwise its place has row 0
+    graph: tuple[Graph, ...]  # of the b queries and n items; () without BatchOptions.graph_fan_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +138,11 @@ class BatchOptions:
         query_history_length: number of the user's last queries, 0 for none.
         negative_mask: whether the batch has the mask of negatives, which every loss over shared or in-batch negatives
             needs.
+        graph_fan_out: largest number of neighbours in the click graph, for each of one or two hops; () for no graph.
+            The edge of a pair is on no path from its query or item, nor is an edge that is not older than the pair.
+        graph_sampling: "weighted": neighbours are drawn by the clicks of their edges; "strongest": those with the most.
+        graph_dropout: share of the queries and items that get no neighbours by clicks.
+        graph_attributes: names of the item features whose values are nodes of the graph, in the order wanted.
         shuffle_buffer: number of positives that are shuffled together. A log that fits is shuffled as a whole. In a
             longer one, blocks of 4,096 positives are shuffled, and as many blocks as fit are mixed at a time.
         num_parallel_calls: number of batches that are assembled ahead, 0 for none. It does not change the batches.
@@ -141,6 +167,10 @@ class BatchOptions:
     history_features: tuple[str, ...] = ()
     query_history_length: int = 0
     negative_mask: bool = True
+    graph_fan_out: tuple[int, ...] = ()
+    graph_sampling: str = "weighted"
+    graph_dropout: float = 0.0
+    graph_attributes: tuple[str, ...] = ()
     shuffle_buffer: int = 1 << 22
     num_parallel_calls: int = 0
 
@@ -170,6 +200,7 @@ class BatchOptions:
         options["user_features"] = _by_kind(manifest, "users", self.user_features)
         options["item_features"] = _by_kind(manifest, "items", self.item_features)
         options["history_features"] = _by_kind(manifest, "items", self.history_features)
+        options["graph_attributes"] = _by_kind(manifest, "items", self.graph_attributes)
         return json.dumps(options)
 
 
@@ -243,10 +274,15 @@ def examples_dataset(
         interactions=[_path(store, name) for name in interactions_names(store.manifest["shards"])],
         titles=_path(store, "titles.dpsr"),
         vocabulary=_path(store, vocabulary_name()),
+        graph=[_path(store, name) for name in _graph_names(store.manifest)],
         first_step=first_step,
         options=message,
     )
     return _ExamplesDataset(variant, spec)
+
+
+def _graph_names(manifest: dict[str, Any]) -> list[str]:
+    return graph_names(manifest["shards"]) if "graph" in manifest else []
 
 
 def batch_spec(message: str) -> Batch:
@@ -277,7 +313,7 @@ def _fill(kind: Any, name: str, components: Mapping[str, Any]) -> Any:
     if kind is tf.Tensor:
         return components[name]
     prefix = f"{name}." if name else ""
-    if typing.get_origin(kind) is tuple:  # tuple[Tokens, ...]
+    if typing.get_origin(kind) is tuple:  # tuple[Tokens, ...], tuple[Graph, ...]
         indices = {int(other.removeprefix(prefix).split(".")[0]) for other in components if other.startswith(prefix)}
         return tuple(_fill(typing.get_args(kind)[0], f"{prefix}{index}", components) for index in sorted(indices))
     hints = typing.get_type_hints(kind)

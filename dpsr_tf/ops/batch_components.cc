@@ -22,7 +22,7 @@ class Describer {
     Add(name, DtypeName(T()), {size});
   }
   void PairQueries(const char* name, int64_t texts) { AddTexts(name, texts); }
-  void PastQueries(const char* name, int64_t texts) { AddTexts(name, texts); }
+  void LogQueries(const char* name, int64_t texts, std::vector<int32_t> Batch::*) { AddTexts(name, texts); }
   void ItemTexts(const char* name, int64_t texts, std::vector<int32_t> Batch::*) { AddTexts(name, texts); }
   template <typename Columns>
   void Features(const std::string& name, int64_t num_rows, const FeatureNames& names, Columns,

@@ -24,7 +24,8 @@ constexpr int64_t kAnySize = -1;
 // [rows, fixed features] and the texts x.lists.0, x.lists.1, ..., one for each list feature. The methods are
 //
 //   Vector(name, size, values): a vector of the batch
-//   PairQueries(name, texts), PastQueries(name, texts): texts of the queries of the pairs, and of the query histories
+//   PairQueries(name, texts): texts of the queries of the pairs
+//   LogQueries(name, texts, rows): texts of the queries of the log with these rows
 //   ItemTexts(name, texts, rows): texts of the items with these rows
 //   Features(name, num_rows, names, columns, rows): features of the items or users with these rows
 //   NegativeMask(name, rows, columns), OwnNegativeMask(name, rows, columns): bool [rows, columns]
@@ -47,12 +48,29 @@ void VisitBatchComponents(const BatchOptions& o, Visitor* visitor) {
   visitor->Features("history.features", kAnySize, o.history_features, &TrainingStore::history_features,
                     &Batch::history_item);
   visitor->Vector("history.query_splits", b + 1, &Batch::query_history_splits);
-  visitor->PastQueries("history.query", kAnySize);
+  visitor->LogQueries("history.query", kAnySize, &Batch::query_history);
   visitor->Vector("weights", b, &Batch::weight);
   visitor->Vector("labels", b, &Batch::label);
   visitor->Vector("types", b, &Batch::type);
   visitor->NegativeMask("negative_mask", b, o.negative_mask ? shared : 0);
   visitor->OwnNegativeMask("own_negative_mask", b, o.num_own_negatives);
+  if (o.graph_fan_out.empty()) return;
+  const int64_t attributes = static_cast<int64_t>(o.graph_attributes.fixed.size());
+  visitor->LogQueries("graph.0.query", kAnySize, &Batch::graph_query);
+  visitor->ItemTexts("graph.0.item", kAnySize, &Batch::graph_item);
+  visitor->Vector("graph.0.value", kAnySize, &Batch::graph_value);
+  visitor->Vector("graph.0.value_items.values", kAnySize, &Batch::graph_value_item);
+  visitor->Vector("graph.0.value_items.row_splits", kAnySize, &Batch::graph_value_item_splits);
+  visitor->Vector("graph.0.attributes", n * attributes, &Batch::graph_attributes);
+  visitor->Vector("graph.0.node_attributes", kAnySize, &Batch::graph_node_attributes);
+  visitor->Vector("graph.0.query_items.values", kAnySize, &Batch::graph_query_item);
+  visitor->Vector("graph.0.query_items.row_splits", b + 1, &Batch::graph_query_item_splits);
+  visitor->Vector("graph.0.query_items_queries.values", kAnySize, &Batch::graph_query_item_query);
+  visitor->Vector("graph.0.query_items_queries.row_splits", kAnySize, &Batch::graph_query_item_query_splits);
+  visitor->Vector("graph.0.item_queries.values", kAnySize, &Batch::graph_item_query);
+  visitor->Vector("graph.0.item_queries.row_splits", n + 1, &Batch::graph_item_query_splits);
+  visitor->Vector("graph.0.item_queries_items.values", kAnySize, &Batch::graph_item_query_item);
+  visitor->Vector("graph.0.item_queries_items.row_splits", kAnySize, &Batch::graph_item_query_item_splits);
 }
 
 struct BatchComponent {

@@ -4,6 +4,7 @@
 #include <iterator>
 #include <limits>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "rapidjson/document.h"
@@ -34,6 +35,14 @@ struct Source {
   const char* name;
   OwnNegativeSource BatchOptions::*member;
 };
+struct Sampling {
+  const char* name;
+  GraphSampling BatchOptions::*member;
+};
+struct FanOut {
+  const char* name;
+  std::vector<int64_t> BatchOptions::*member;
+};
 struct Features {
   const char* name;
   FeatureNames BatchOptions::*member;
@@ -45,6 +54,8 @@ constexpr int64_t kMaxOwnNegatives = 1 << 24;
 // No real training reaches these. They keep steps times batch sizes within 64 bits.
 constexpr int64_t kMaxEpochs = 1 << 24, kMaxShards = 1 << 24, kMaxShuffleBuffer = int64_t{1} << 40;
 constexpr int64_t kMaxParallelCalls = 1024;
+constexpr size_t kMaxHops = 2;
+constexpr int64_t kMaxFanOut = 256;
 
 // The table of fields: the only place that lists the options for reading and checking.
 constexpr std::tuple kFields{
@@ -66,6 +77,10 @@ constexpr std::tuple kFields{
     WholeNumber{"history_types", &BatchOptions::history_types, 0, (1 << kNumEventTypes) - 1},
     Flag{"history_text", &BatchOptions::history_text},
     WholeNumber{"query_history_length", &BatchOptions::query_history_length, 0, kMaxItems},
+    FanOut{"graph_fan_out", &BatchOptions::graph_fan_out},
+    Sampling{"graph_sampling", &BatchOptions::graph_sampling},
+    Share{"graph_dropout", &BatchOptions::graph_dropout},
+    Features{"graph_attributes", &BatchOptions::graph_attributes},
     WholeNumber{"shuffle_buffer", &BatchOptions::shuffle_buffer, 1, kMaxShuffleBuffer},
     WholeNumber{"seed", &BatchOptions::seed, std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max()},
     WholeNumber{"num_epochs", &BatchOptions::num_epochs, 0, kMaxEpochs},
@@ -76,6 +91,8 @@ constexpr std::tuple kFields{
 
 // In the order of OwnNegativeSource.
 constexpr const char* kSourceNames[] = {"impressions", "labels", "both"};
+// In the order of GraphSampling.
+constexpr const char* kSamplingNames[] = {"weighted", "strongest"};
 
 // Calls visit(field) for each field up to the first error, which it returns.
 template <typename Visit>
@@ -102,6 +119,15 @@ Status Check(const Share& field, const BatchOptions& options) {
   const float value = options.*field.member;
   if (value >= 0 && value <= 1) return Status();
   return Unexpected(field.name, value, "0 to 1");
+}
+
+Status Check(const FanOut& field, const BatchOptions& options) {
+  const std::vector<int64_t>& hops = options.*field.member;
+  if (hops.size() > kMaxHops) return Unexpected(field.name, hops.size(), StrCat("at most ", kMaxHops, " numbers"));
+  for (int64_t most : hops) {
+    if (most < 1 || most > kMaxFanOut) return Unexpected(field.name, most, StrCat("numbers from 1 to ", kMaxFanOut));
+  }
+  return Status();
 }
 
 // The other members have no values out of range.
@@ -137,16 +163,39 @@ Status Read(const Flag& field, const Json& value, BatchOptions* options) {
   return Status();
 }
 
-Status Read(const Source& field, const Json& value, BatchOptions* options) {
+// Reads one of the names of an enumeration, which are in its order.
+template <typename Field, size_t n>
+Status ReadName(const Field& field, const Json& value, const char* const (&names)[n], BatchOptions* options) {
   std::string allowed;
-  for (size_t i = 0; i < std::size(kSourceNames); ++i) {
-    if (value == kSourceNames[i]) {
-      options->*field.member = static_cast<OwnNegativeSource>(i);
+  for (size_t i = 0; i < n; ++i) {
+    if (value == names[i]) {
+      options->*field.member = static_cast<std::decay_t<decltype(options->*field.member)>>(i);
       return Status();
     }
-    allowed += StrCat(i == 0 ? "" : ", ", kSourceNames[i]);
+    allowed += StrCat(i == 0 ? "" : ", ", names[i]);
   }
   return Unexpected(field.name, Written(value), "one of " + allowed);
+}
+
+Status Read(const Source& field, const Json& value, BatchOptions* options) {
+  return ReadName(field, value, kSourceNames, options);
+}
+
+Status Read(const Sampling& field, const Json& value, BatchOptions* options) {
+  return ReadName(field, value, kSamplingNames, options);
+}
+
+Status Read(const FanOut& field, const Json& value, BatchOptions* options) {
+  std::vector<int64_t>* hops = &(options->*field.member);
+  hops->clear();
+  bool is_list = value.IsArray();
+  if (is_list) {
+    for (const Json& most : value.GetArray()) {
+      is_list &= most.IsInt64();
+      if (is_list) hops->push_back(most.GetInt64());
+    }
+  }
+  return is_list ? Status() : Unexpected(field.name, Written(value), "a list of whole numbers");
 }
 
 bool ReadNames(const Json& object, const char* key, std::vector<std::string>* names) {

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "common/status.h"
 #include "dpsr_tf/ops/columns.h"
@@ -22,6 +23,9 @@ enum class OwnNegativeSource {
   kLabels,       // labelled negatives of the pair's query
   kBoth,
 };
+
+// Which edges of a node lead to its neighbours.
+enum class GraphSampling { kWeighted, kStrongest };
 
 // The table of fields in batch_options.cc gives each member its key and its allowed values.
 struct BatchOptions {
@@ -56,6 +60,15 @@ struct BatchOptions {
   bool history_text = false;
   // Number of the user's last queries before the pair's request began. Of equal queries in a row, one counts.
   int64_t query_history_length = 0;
+  // Largest number of neighbours in the click graph, for each hop from a query or item of the batch: none, one or two
+  // numbers. Without numbers, batches have no neighbours.
+  std::vector<int64_t> graph_fan_out;
+  // Whether neighbours are drawn by the weights of their edges, or are those of the strongest edges.
+  GraphSampling graph_sampling = GraphSampling::kWeighted;
+  // Share of the queries and items that get no neighbours by clicks.
+  float graph_dropout = 0;
+  // Item features whose values are nodes of the graph.
+  FeatureNames graph_attributes;
   // Number of positives that are shuffled together. A log that fits is shuffled as a whole.
   int64_t shuffle_buffer = 1 << 22;
   int64_t seed = 0;

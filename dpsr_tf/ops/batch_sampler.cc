@@ -17,6 +17,7 @@ namespace {
 constexpr uint64_t kNegativeStream = 0x6e65676174697665ULL;
 constexpr uint64_t kTitleStream = 0x7469746c65717279ULL;
 constexpr uint64_t kTypoStream = 0x7479706f2d717279ULL;
+constexpr uint64_t kGraphStream = 0x6e65696768626f72ULL;
 constexpr uint64_t kOwnStream = 0x6f776e2d6e656761ULL;
 // Number of examples between a prefetch and its use.
 constexpr size_t kAhead = 8;
@@ -60,6 +61,7 @@ void BatchSampler::Sample(int64_t step, Batch* batch) const {
   SampleNegatives(step, batch);
   SampleOwnNegatives(step, batch);
   SampleHistories(batch);
+  if (!options_.graph_fan_out.empty()) SampleGraph(step, batch);
 }
 
 void BatchSampler::SampleLog(int64_t step, Batch* batch) const {
@@ -270,6 +272,120 @@ void BatchSampler::AppendQueryHistory(int64_t begin, int64_t end, Batch* batch) 
     --left;
   }
   std::reverse(batch->query_history.begin() + first, batch->query_history.end());
+}
+
+void BatchSampler::SampleGraph(int64_t step, Batch* batch) const {
+  RandomStream random = Random(step, kGraphStream);
+  const size_t b = batch->query.size(), count = batch->rows.size(), n = batch->item.size();
+  const size_t shared = b + static_cast<size_t>(options_.num_random_negatives);
+  const int64_t second = options_.graph_fan_out.size() > 1 ? options_.graph_fan_out[1] : 0;
+  const bool strongest = options_.graph_sampling == GraphSampling::kStrongest;
+  const auto is_dropped = [&] { return random.Fraction() < options_.graph_dropout; };
+  // A pair without a time is older than nothing: there is no moment to compare with.
+  const auto moment = [&](size_t pair) {
+    const uint32_t time = pair < count ? batch->rows[pair].time : 0;
+    return time == 0 ? NeighbourLimits::kAnyTime : time;
+  };
+  for (RowNumbers* numbers : {&batch->graph_query_numbers, &batch->graph_item_numbers, &batch->graph_value_numbers}) {
+    numbers->Clear();
+  }
+  // Appends the neighbours of `target`, and theirs, to two ragged lists.
+  const auto expand = [&](int32_t target, const NeighbourLimits& limits, Edges (ClickGraph::*near)(int64_t) const,
+                          Edges (ClickGraph::*far)(int64_t) const, RowNumbers* near_numbers, RowNumbers* far_numbers,
+                          std::vector<int32_t>* near_out, std::vector<int64_t>* far_splits,
+                          std::vector<int32_t>* far_out) {
+    const ClickGraph& graph = store_.graph();
+    std::vector<int32_t>& found = batch->neighbours;
+    found.clear();
+    PickNeighbours((graph.*near)(target), limits, &random, &batch->weights, &found);
+    const size_t neighbours = found.size();
+    for (size_t j = 0; j < neighbours; ++j) {
+      near_out->push_back(near_numbers->NumberOf(found[j]));
+      if (second > 0) {
+        const size_t begin = found.size();
+        PickNeighbours((graph.*far)(found[j]), {second, strongest, limits.before, target}, &random, &batch->weights,
+                       &found);
+        for (size_t k = begin; k < found.size(); ++k) far_out->push_back(far_numbers->NumberOf(found[k]));
+      }
+      far_splits->push_back(static_cast<int64_t>(far_out->size()));
+    }
+  };
+  const int64_t first = options_.graph_fan_out[0];
+
+  batch->graph_query_item.clear();
+  batch->graph_query_item_query.clear();
+  batch->graph_query_item_splits.assign(1, 0);
+  batch->graph_query_item_query_splits.assign(1, 0);
+  for (size_t i = 0; i < b; ++i) {
+    if (i < count && !is_dropped()) {
+      expand(batch->query[i], {first, strongest, moment(i), batch->item[i]}, &ClickGraph::OfQuery, &ClickGraph::OfItem,
+             &batch->graph_item_numbers, &batch->graph_query_numbers, &batch->graph_query_item,
+             &batch->graph_query_item_query_splits, &batch->graph_query_item_query);
+    }
+    batch->graph_query_item_splits.push_back(static_cast<int64_t>(batch->graph_query_item.size()));
+  }
+  // Only the items of queries need their attributes, and so far there are no other item nodes.
+  const size_t items_of_queries = batch->graph_item_numbers.rows().size();
+
+  batch->graph_item_query.clear();
+  batch->graph_item_query_item.clear();
+  batch->graph_item_query_splits.assign(1, 0);
+  batch->graph_item_query_item_splits.assign(1, 0);
+  for (size_t j = 0; j < n; ++j) {
+    // A pair's own negatives are without its query, too: otherwise this edge would tell them from the positive.
+    const bool is_of_pair = j < b || j >= shared;
+    const size_t pair = j < b ? j : j >= shared ? (j - shared) / options_.num_own_negatives
+                                                : count == 0 ? 0 : (j - b) % count;
+    if (!is_dropped()) {
+      expand(batch->item[j], {first, strongest, moment(pair), is_of_pair ? batch->query[pair] : -1},
+             &ClickGraph::OfItem, &ClickGraph::OfQuery, &batch->graph_query_numbers, &batch->graph_item_numbers,
+             &batch->graph_item_query, &batch->graph_item_query_item_splits, &batch->graph_item_query_item);
+    }
+    batch->graph_item_query_splits.push_back(static_cast<int64_t>(batch->graph_item_query.size()));
+  }
+  SampleValues(&random, items_of_queries, batch);
+  batch->graph_query = batch->graph_query_numbers.rows();
+  batch->graph_item = batch->graph_item_numbers.rows();
+  batch->graph_value = batch->graph_value_numbers.rows();
+}
+
+// Finds the values of attributes, and the items of those values that the items of the batch have.
+void BatchSampler::SampleValues(RandomStream* random, size_t first_items, Batch* batch) const {
+  const FeatureColumns& attributes = store_.graph_attributes();
+  const size_t count = attributes.fixed.size();
+  const bool strongest = options_.graph_sampling == GraphSampling::kStrongest;
+  const auto find = [&](Span<const int32_t> items, std::vector<int32_t>* out) {
+    out->resize(items.size() * count);
+    GatherCodes(attributes.fixed, items, out->data());
+    int64_t offset = 0;
+    for (size_t a = 0; a < count; ++a) {
+      for (size_t i = a; i < out->size(); i += count) {
+        int32_t& code = (*out)[i];
+        code = code == 0 ? -1 : batch->graph_value_numbers.NumberOf(static_cast<int32_t>(offset + code));
+      }
+      offset += store_.graph().num_codes(a);
+    }
+  };
+  find({batch->item.data(), batch->item.size()}, &batch->graph_attributes);
+  const size_t of_batch = batch->graph_value_numbers.rows().size();
+  find({batch->graph_item_numbers.rows().data(), first_items}, &batch->graph_node_attributes);
+  batch->graph_value_item.clear();
+  batch->graph_value_item_splits.assign(1, 0);
+  const std::vector<int32_t>& values = batch->graph_value_numbers.rows();
+  for (size_t v = 0; v < values.size(); ++v) {
+    if (v < of_batch && options_.graph_fan_out.size() > 1) {
+      int32_t code = values[v];
+      size_t a = 0;
+      while (code >= store_.graph().num_codes(a)) code -= static_cast<int32_t>(store_.graph().num_codes(a++));
+      batch->neighbours.clear();
+      PickNeighbours(store_.graph().OfValue(a, code), {options_.graph_fan_out[1], strongest}, random, &batch->weights,
+                     &batch->neighbours);
+      for (int32_t item : batch->neighbours) {
+        batch->graph_value_item.push_back(batch->graph_item_numbers.NumberOf(item));
+      }
+    }
+    batch->graph_value_item_splits.push_back(static_cast<int64_t>(batch->graph_value_item.size()));
+  }
 }
 
 RandomStream BatchSampler::Random(int64_t step, uint64_t purpose) const {

@@ -10,6 +10,11 @@
 // or are labelled negatives of its query. Each pair comes with the history of its user as of the time when the pair's request
 // began: a click or an order comes after its query, and so do the other clicks for it.
 //
+// With `graph_fan_out` a batch also holds the neighbourhoods of its queries and items in the click graph, one or two hops
+// wide. The neighbourhood of a pair's query is without its item, and that of its item without its query, so the edge of
+// the pair is on no path. Only edges count whose first click was before the pair's request began. A random negative sees
+// the graph of the moment of one of the pairs; otherwise it would be known by its many edges.
+//
 // A batch depends on (store, options, step) only, so the step is the whole state of an iterator.
 #ifndef DPSR_DPSR_TF_OPS_BATCH_SAMPLER_H_
 #define DPSR_DPSR_TF_OPS_BATCH_SAMPLER_H_
@@ -92,6 +97,24 @@ struct Batch {
   std::vector<int64_t> query_history_splits;  // [batch_size + 1], over
   std::vector<int32_t> query_history;         // global query rows, oldest first
 
+  // The neighbourhoods in the click graph. Query nodes and item nodes are numbered within the batch, each row once; t are
+  // the n items of the batch. Lists hold numbers of nodes. An attribute of an item without a value is -1.
+  RowNumbers graph_query_numbers, graph_item_numbers, graph_value_numbers;
+  std::vector<int32_t> graph_query, graph_item;  // rows of the nodes
+  std::vector<int32_t> graph_value;  // rows of the values: those of attribute a follow all codes of those before it
+  std::vector<int64_t> graph_value_item_splits;  // [values + 1]
+  std::vector<int32_t> graph_value_item;         // item nodes of each value
+  std::vector<int32_t> graph_attributes;         // [t * attributes] values of the items of the batch, row by row
+  std::vector<int32_t> graph_node_attributes;    // [items of queries * attributes] of the first item nodes
+  std::vector<int64_t> graph_query_item_splits;  // [batch_size + 1], over p neighbours of queries
+  std::vector<int32_t> graph_query_item;         // item nodes
+  std::vector<int64_t> graph_query_item_query_splits;  // [p + 1]
+  std::vector<int32_t> graph_query_item_query;         // query nodes
+  std::vector<int64_t> graph_item_query_splits;        // [t + 1], over s neighbours of items
+  std::vector<int32_t> graph_item_query;
+  std::vector<int64_t> graph_item_query_item_splits;  // [s + 1]
+  std::vector<int32_t> graph_item_query_item;
+
   static constexpr int32_t kTitleQuery = -1;
 
   // The working memory of the sampler.
@@ -109,6 +132,8 @@ struct Batch {
   std::vector<ItemFilter::Key> keys;
   std::vector<int32_t> hits;
   PositionIndex columns, queries;
+  std::vector<float> weights;
+  std::vector<int32_t> neighbours;
 };
 
 // Thread-safe. The store must outlive it.
@@ -139,6 +164,8 @@ class BatchSampler {
   void SampleHistories(Batch* batch) const;
   void AppendHistory(int64_t begin, int64_t end, Batch* batch) const;
   void AppendQueryHistory(int64_t begin, int64_t end, Batch* batch) const;
+  void SampleGraph(int64_t step, Batch* batch) const;
+  void SampleValues(RandomStream* random, size_t first_items, Batch* batch) const;
   RandomStream Random(int64_t step, uint64_t purpose) const;
 
   const TrainingStore& store_;

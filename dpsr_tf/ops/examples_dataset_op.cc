@@ -27,8 +27,8 @@ using ::tensorflow::DataTypeVector;
 using ::tensorflow::PartialTensorShape;
 
 // TensorFlow requires the name of a dataset op to end in "Dataset".
-enum Input { kUsers, kItems, kInteractions, kTitles, kVocabulary, kFirstStep };
-constexpr const char* kInputNames[] = {"users", "items", "interactions", "titles", "vocabulary", "first_step"};
+enum Input { kUsers, kItems, kInteractions, kTitles, kVocabulary, kGraph, kFirstStep };
+constexpr const char* kInputNames[] = {"users", "items", "interactions", "titles", "vocabulary", "graph", "first_step"};
 
 REGISTER_OP("DpsrExamplesDataset")
     .Input("users: string")         // files of the store
@@ -36,6 +36,7 @@ REGISTER_OP("DpsrExamplesDataset")
     .Input("interactions: string")  // [files]
     .Input("titles: string")        // read for title queries only
     .Input("vocabulary: string")    // read for title queries and for logged queries with typing errors only
+    .Input("graph: string")         // [files]; read for neighbours only
     .Input("first_step: int64")     // number of the first batch
     .Attr("options: string")        // JSON, see batch_options.h
     .Output("handle: variant")
@@ -43,7 +44,7 @@ REGISTER_OP("DpsrExamplesDataset")
     .SetShapeFn([](tensorflow::shape_inference::InferenceContext* c) {
       for (int i = 0; i < c->num_inputs(); ++i) {
         tensorflow::shape_inference::ShapeHandle checked;
-        TF_RETURN_IF_ERROR(c->WithRank(c->input(i), i == kInteractions ? 1 : 0, &checked));
+        TF_RETURN_IF_ERROR(c->WithRank(c->input(i), i == kInteractions || i == kGraph ? 1 : 0, &checked));
       }
       c->set_output(0, c->Scalar());
       return tensorflow::OkStatus();
@@ -93,12 +94,14 @@ class ExamplesDataset : public data::DatasetBase {
                                         tensorflow::Node** output) const override {
     const TrainingStore::Options& files = arguments_.store;
     const std::vector<tstring> interactions(files.interactions.begin(), files.interactions.end());
+    const std::vector<tstring> graph(files.graph.begin(), files.graph.end());
     std::vector<tensorflow::Node*> nodes(std::size(kInputNames));
     TF_RETURN_IF_ERROR(b->AddScalar(tstring(files.users), &nodes[kUsers]));
     TF_RETURN_IF_ERROR(b->AddScalar(tstring(files.items), &nodes[kItems]));
     TF_RETURN_IF_ERROR(b->AddVector(interactions, &nodes[kInteractions]));
     TF_RETURN_IF_ERROR(b->AddScalar(tstring(files.titles), &nodes[kTitles]));
     TF_RETURN_IF_ERROR(b->AddScalar(tstring(files.vocabulary), &nodes[kVocabulary]));
+    TF_RETURN_IF_ERROR(b->AddVector(graph, &nodes[kGraph]));
     TF_RETURN_IF_ERROR(b->AddScalar(arguments_.first_step, &nodes[kFirstStep]));
     tensorflow::AttrValue options;
     b->BuildAttrValue(arguments_.options_json, &options);
@@ -249,8 +252,8 @@ class ExamplesDataset : public data::DatasetBase {
       }
       AppendTexts();
     }
-    void PastQueries(const char*, int64_t) {
-      FindQueryTexts(View(batch_->query_history));
+    void LogQueries(const char*, int64_t, std::vector<int32_t> Batch::*rows) {
+      FindQueryTexts(View(batch_->*rows));
       AppendTexts();
     }
     void ItemTexts(const char*, int64_t, std::vector<int32_t> Batch::*rows) {
@@ -368,6 +371,8 @@ class ExamplesDatasetOp : public data::DatasetOpKernel {
     files.events = options_.history_length > 0 || options_.query_history_length > 0;
     files.impressions = options_.num_own_negatives > 0 && !options_.own_labels();
     files.impressions_if_any = options_.num_own_negatives > 0 && options_.own_impressions();
+    files.has_graph = !options_.graph_fan_out.empty();
+    files.graph_attributes = options_.graph_attributes;
     files.shard_index = options_.shard_index;
     files.num_shards = options_.num_shards;
     std::unique_ptr<TrainingStore> store;
@@ -384,9 +389,11 @@ class ExamplesDatasetOp : public data::DatasetOpKernel {
       TF_RETURN_IF_ERROR(data::ParseScalarArgument<tstring>(c, kInputNames[input], &value));
       *path = value;
     }
-    std::vector<tstring> interactions;
-    TF_RETURN_IF_ERROR(data::ParseVectorArgument<tstring>(c, kInputNames[kInteractions], &interactions));
-    files.interactions.assign(interactions.begin(), interactions.end());
+    for (auto [input, paths] : {std::pair{kInteractions, &files.interactions}, {kGraph, &files.graph}}) {
+      std::vector<tstring> values;
+      TF_RETURN_IF_ERROR(data::ParseVectorArgument<tstring>(c, kInputNames[input], &values));
+      paths->assign(values.begin(), values.end());
+    }
     TF_RETURN_IF_ERROR(data::ParseScalarArgument<int64_t>(c, kInputNames[kFirstStep], &arguments->first_step));
     if (arguments->first_step >= 0 && arguments->first_step <= kMaxStep) return tensorflow::OkStatus();
     return errors::InvalidArgument("first_step is ", arguments->first_step, ", expected 0 to ", kMaxStep);

@@ -125,6 +125,7 @@ Status TrainingStore::Open(const Options& options, const FileOpener& open, std::
   if (options.has_titles || options.has_query_texts) {
     DPSR_RETURN_IF_ERROR(s->OpenVocabulary(options.vocabulary, open));
   }
+  if (options.has_graph) DPSR_RETURN_IF_ERROR(s->OpenGraph(options, open));
   *store = std::move(s);
   return Status();
 }
@@ -203,6 +204,24 @@ Status TrainingStore::OpenVocabulary(const std::string& path, const FileOpener& 
   DPSR_RETURN_IF_ERROR(open(path, Vocabulary::kKind, &file));
   for (const PackedFile::Section& section : file->sections()) DPSR_RETURN_IF_ERROR(file->Verify(section));
   return Vocabulary::Open(std::move(file), &vocabulary_);
+}
+
+Status TrainingStore::OpenGraph(const Options& options, const FileOpener& open) {
+  const SectionReader items(items_->file());
+  DPSR_RETURN_IF_ERROR(items.Features(options.graph_attributes, num_items(), "item", &graph_attributes_));
+  const std::vector<std::string>& names = options.graph_attributes.fixed;
+  DPSR_RETURN_IF_ERROR(ClickGraph::Open(options.graph, names, num_queries_, num_items(), open, &graph_));
+  for (size_t a = 0; a < names.size(); ++a) {
+    const CodeColumn& codes = graph_attributes_.fixed[a];
+    for (int64_t item = 0; item < num_items(); ++item) {
+      const int32_t code = codes.bytes.empty() ? codes.words[item] : codes.bytes[item];
+      if (code < graph_->num_codes(a)) continue;
+      return MakeStatus(StatusCode::kDataLoss, items.file().path(), ": section feature.", names[a], " row ", item,
+                        " is ", code, ", expected at most ", graph_->num_codes(a) - 1,
+                        ", the last value in the graph; ingest the log again");
+    }
+  }
+  return Status();
 }
 
 // Checks that times ascend, because a binary search in them cuts histories, and that the anonymous user has no events.

@@ -45,6 +45,7 @@
 #include <string_view>
 #include <vector>
 
+#include "dpsr_tf/ops/click_graph.h"
 #include "dpsr_tf/ops/columns.h"
 #include "dpsr_tf/ops/item_table.h"
 #include "dpsr_tf/ops/permutation.h"
@@ -151,6 +152,9 @@ class TrainingStore {
     bool events = false;            // whether to read the users' events
     bool impressions = false;       // whether to read unclicked impressions; FailedPrecondition if there are none
     bool impressions_if_any = false;  // whether to read them if there are any
+    bool has_graph = false;           // whether to read the click graph
+    std::vector<std::string> graph;   // its files
+    FeatureNames graph_attributes;    // item features of kind categorical whose values are nodes of it
     // With at least as many files as workers, worker w owns files w, w + num_shards, ...; with fewer, every worker owns
     // all of them and takes its part by position.
     int64_t shard_index = 0;
@@ -177,6 +181,9 @@ class TrainingStore {
   const FeatureColumns& item_features() const { return items_->features(); }
   const FeatureColumns& history_features() const { return history_features_; }
   const FeatureColumns& user_features() const { return user_features_; }
+  // The code of each attribute of each item, and the graph; only with Options::has_graph.
+  const FeatureColumns& graph_attributes() const { return graph_attributes_; }
+  const ClickGraph& graph() const { return *graph_; }
   // The title of each item; empty unless Options::has_titles.
   const TextColumn& titles() const { return title_; }
   // The vocabulary that turns texts into tokens; only with Options::has_titles or has_query_texts.
@@ -225,10 +232,12 @@ class TrainingStore {
   Status OpenUsers(const Options& options);
   Status OpenTitles(const std::string& path, const FileOpener& open);
   Status OpenVocabulary(const std::string& path, const FileOpener& open);
+  Status OpenGraph(const Options& options, const FileOpener& open);
   Status CheckEvents(const SectionReader& reader) const;
 
   std::unique_ptr<PackedFile> users_, titles_;
   std::unique_ptr<Vocabulary> vocabulary_;
+  std::unique_ptr<ClickGraph> graph_;
   std::unique_ptr<ItemTable> items_;
   std::vector<InteractionsShard> shards_;
   std::vector<const InteractionsShard*> own_shards_;
@@ -236,7 +245,7 @@ class TrainingStore {
   std::vector<int64_t> first_queries_;  // first query of each of shards_
   bool sharded_by_file_ = false;
   int64_t num_users_ = 0, num_queries_ = 0;
-  FeatureColumns user_features_, history_features_;
+  FeatureColumns user_features_, history_features_, graph_attributes_;
   TextColumn title_;
   Span<const int64_t> event_splits_;
   Span<const uint32_t> event_time_;
