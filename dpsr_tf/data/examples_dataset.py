@@ -103,7 +103,7 @@ class Batch(NamedTuple):
     types: tf.Tensor  # int32 [b], index in EVENT_TYPES
     negative_mask: tf.Tensor  # bool [b, b + r]: item j may serve as a negative for query i; [b, 0] if not asked for
     own_negative_mask: tf.Tensor  # bool [b, m]: pair i has an own negative j; otherwise its place has row 0
-    graph: tuple[Graph, ...]  # of the b queries and n items; () without BatchOptions.graph_fan_out
+    graph: tuple[Graph, ...] = ()  # of the b queries and n items; () without BatchOptions.graph_fan_out
 
 
 @dataclasses.dataclass(frozen=True)

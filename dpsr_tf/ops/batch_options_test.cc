@@ -172,7 +172,13 @@ TEST(BatchComponentsTest, AreDescribedInOrder) {
             R"({"components":[["query.values","int32",[-1]],["query.row_splits","int64",[9]],["query_rows","int32",[8]],["ite)");
   EXPECT_NE(described.find(R"(["item_features.codes","int32",[54,0]],["item_features.lists.0.values","int32",[-1]])"),
             std::string::npos);
-  EXPECT_NE(described.find(R"(["negative_mask","bool",[8,0]],["own_negative_mask","bool",[8,5]]]})"), std::string::npos);
+  EXPECT_NE(described.find(R"(["negative_mask","bool",[8,0]],["own_negative_mask","bool",[8,5]],["graph.0.query.values")"),
+            std::string::npos);
+  EXPECT_NE(described.find(R"(["graph.0.attributes","int32",[54]])"), std::string::npos);
+  Options without = Good();
+  for (auto& [name, value] : without) value = name == "graph_fan_out" ? "[]" : value;
+  const std::string plain = DescribeBatchComponents(ToJson(without));
+  EXPECT_EQ(plain.find("graph"), std::string::npos) << "a batch without neighbours has no component for them";
   EXPECT_EQ(DescribeBatchComponents("[]"),
             R"({"error":"the text of the batch options is [], expected a JSON object"})");
 }

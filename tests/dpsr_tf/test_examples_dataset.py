@@ -572,7 +572,7 @@ def test_serving_reads_the_history_that_training_reads(small, rows):
 # Errors.
 
 
-INPUTS = ("users", "items", "interactions", "titles", "vocabulary", "first_step")
+INPUTS = ("users", "items", "interactions", "titles", "vocabulary", "graph", "first_step")
 OPTIONS = options(
     shuffle_buffer=100,
     num_own_negatives=1,
@@ -586,7 +586,7 @@ def create(store, **changes):
     """The op with these inputs and options instead of good ones."""
     inputs = {name: str(store.path / f"{name}.dpsr") for name in INPUTS}
     inputs["interactions"] = [str(store.path / name) for name in interactions_names(store.manifest["shards"])]
-    inputs["first_step"] = 0
+    inputs |= {"graph": tf.zeros([0], tf.string), "first_step": 0}
     message = json.loads(OPTIONS.message(store.manifest, num_epochs=0, shard_index=0, num_shards=1))
     assert set(changes) <= set(inputs | message)
     inputs |= {name: changes.pop(name) for name in INPUTS if name in changes}
@@ -615,6 +615,11 @@ def create(store, **changes):
         ({"history_length": -1}, "history_length is -1, expected 0 to"),
         ({"history_length": 2**40}, "history_length is 1099511627776, expected 0 to 1048576"),
         ({"history_types": 32}, "history_types is 32, expected 0 to 31"),
+        ({"graph_fan_out": [5, 0]}, "graph_fan_out is 0, expected numbers from 1 to 256"),
+        ({"graph_fan_out": [1, 2, 3]}, "graph_fan_out is 3, expected at most 2 numbers"),
+        ({"graph_fan_out": ["a"]}, "graph_fan_out is .*, expected a list of whole numbers"),
+        ({"graph_sampling": "any"}, 'graph_sampling is "any", expected one of weighted, strongest'),
+        ({"graph_dropout": 1.5}, "graph_dropout is 1.5, expected 0 to 1"),
         ({"shuffle_buffer": 0}, "shuffle_buffer is 0, expected 1 to"),
         ({"num_parallel_calls": -1}, "num_parallel_calls is -1, expected 0 to 1024"),
         ({"num_epochs": -1}, "num_epochs is -1, expected 0 to"),
@@ -656,8 +661,9 @@ def test_shape_function(small):
         for name in ("users", "items", "titles", "vocabulary"):
             with pytest.raises(ValueError, match="Shape must be rank 0 but is rank 1"):
                 create(small, **{name: ["a", "b"]})
-        with pytest.raises(ValueError, match="Shape must be rank 1 but is rank 0"):
-            create(small, interactions="a")
+        for name in ("interactions", "graph"):
+            with pytest.raises(ValueError, match="Shape must be rank 1 but is rank 0"):
+                create(small, **{name: "a"})
         with pytest.raises(ValueError, match="Shape must be rank 0 but is rank 1"):
             create(small, first_step=[1])
 
