@@ -138,6 +138,7 @@ def kill_the_worker(cluster):
     os.kill(chief, signal.SIGCONT)
 
 
+@pytest.mark.distributed
 def test_training_goes_on_without_a_killed_worker(launch, shop_store, tmp_path):
     model, options = tmp_path / "model", ["train.steps=1500", "train.checkpoint_steps=100"]
     cluster = launch("--ps=1", "--workers=2", f"--store={shop_store.path}", f"--out={model}", *sets(*options))
