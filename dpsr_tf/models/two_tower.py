@@ -5,39 +5,33 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
 from dpsr_tf.config import ModelConfig
 from dpsr_tf.data.examples_dataset import Tokens
 from dpsr_tf.data.schema import EVENT_TYPES
-from dpsr_tf.models.embedding import EmbeddingTable
-from dpsr_tf.models.features import CODED_KINDS, FIXED_KINDS, Feature, FeatureSpec, ItemFeatures, QueryFeatures
+from dpsr_tf.models.features import FeatureSpec, ItemFeatures, QueryFeatures
+from dpsr_tf.models.input_layers import (
+    Initializer,
+    InputLayers,
+    TableFactory,
+    dense,
+    required,
+    segment_softmax,
+    segment_sum,
+    stock_table,
+)
 from dpsr_tf.models.layers import STOCK, Layers
-from dpsr_tf.models.text_encoder import EncoderInput, Table, make_encoder
 
 if TYPE_CHECKING:
-    from dpsr_tf.data.examples_dataset import Features, History
+    from dpsr_tf.data.examples_dataset import History
 
 v1 = tf.compat.v1
 
-T = TypeVar("T")
 
-
-# The tower that reads the texts of a side.
-_TOWERS = {"user": "query", "item": "item"}
-
-# Makes a table: (name, number of rows, width) -> Table.
-TableFactory = Callable[[str, int, int], Table]
-
-
-def stock_table(name: str, num_rows: int, dim: int) -> EmbeddingTable:
-    """Makes a table of stock ops. Its graph needs no op library, and any optimizer can train it."""
-    return EmbeddingTable(name, num_rows, dim, implementation="stock")
-
-
-class TwoTower:
+class TwoTower(InputLayers):
     """Query tower and item tower.
 
     The input layer of a tower is the concatenation of what it reads: text, features and, in the query tower, the user's
@@ -83,21 +77,8 @@ class TwoTower:
         Raises:
             UsageError: the text encoder cannot be imported or does not return vectors.
         """
-        self.config = config
-        self.features = FeatureSpec(features) if isinstance(features, int) else features
-        self.tables: dict[str, Table] = {}
+        super().__init__(config, features, table, layers, training)
         self.norms: dict[str, tf.Tensor] = {}
-        self._make_table, self._kernels, self._training = table, layers, training
-        texts: list[tuple[str, str | None]] = []
-        for side, chosen in (("user", self.features.user), ("item", self.features.item)):
-            for text in (None, *(feature for feature in chosen if feature.kind == "text")):
-                self._text_table(side, text)
-                texts.append((_TOWERS[side], None if text is None else text.name))
-            coded = sum(feature.num_ids for feature in chosen if feature.kind in CODED_KINDS)
-            if coded:
-                # All features of a side share one table, so that a batch needs one lookup, not one for each feature.
-                self._table(f"{side}_feature_embedding", coded, config.feature_dim)
-        self._encoder = make_encoder(config, texts)
 
     def query_embedding(self, query: QueryFeatures | Tokens) -> tf.Tensor:
         """Embeds queries: unit vectors [queries, heads, embedding_dim] float32; zero for a text without tokens.
@@ -113,7 +94,7 @@ class TwoTower:
                     heads.append(self._layers(x))
                     continue
                 start = _kept_and_mixed if self.config.aligned_start else None
-                projected = _dense("projection", x, self.config.token_dim, start, kernels=self._kernels)
+                projected = dense("projection", x, self.config.token_dim, start, kernels=self.kernels)
                 heads.append(self._layers(projected))
         return self._normalised("query", tf.stack(heads, axis=1), query.text)
 
@@ -127,11 +108,6 @@ class TwoTower:
         with v1.variable_scope("item_tower", reuse=v1.AUTO_REUSE):
             outputs = self._layers(x)
         return self._normalised("item", outputs, item.text)
-
-    def item_vector(self, item: ItemFeatures) -> tf.Tensor:
-        """Returns the item tower's input layer, [items, width] float32, which also represents items in a history."""
-        text = self._encode("item", item.text)
-        return tf.concat([text, *self._feature_vectors("item", self.features.item, item.features)], axis=1)
 
     def scores(self, query: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
         """Scores every query with every item (equation 1): [b, m, d] and [n, d] to float32 [b, n]."""
@@ -148,17 +124,17 @@ class TwoTower:
         return soft_dot_product(tf.unstack(head_scores(query, items), axis=1), self.config.temperature)
 
     def _query_input(self, query: QueryFeatures) -> tf.Tensor:
-        text = self._encode("user", query.text)
-        parts = [text, *self._feature_vectors("user", self.features.user, query.user)]
+        text = self.encode("user", query.text)
+        parts = [text, *self.feature_vectors("user", self.features.user, query.user)]
         if self.config.history_length:
-            history = _given(query.history, "history")
+            history = required(query.history, "history")
             items = self._history_vectors(history)
             with v1.variable_scope("query_tower/history", reuse=v1.AUTO_REUSE):
-                items += _dense("type", tf.one_hot(history.types, len(EVENT_TYPES)), items.shape[1], bias=False)
+                items += dense("type", tf.one_hot(history.types, len(EVENT_TYPES)), items.shape[1], bias=False)
                 parts.append(self._pooled(text, items, history.items.row_splits))
         if self.config.query_history_length:
-            history = _given(query.history, "history")
-            queries = self._encode("user", history.query)
+            history = required(query.history, "history")
+            queries = self.encode("user", history.query)
             with v1.variable_scope("query_tower/query_history", reuse=v1.AUTO_REUSE):
                 parts.append(self._pooled(text, queries, history.query_splits))
         return tf.concat(parts, axis=1)
@@ -171,67 +147,19 @@ class TwoTower:
         if features is not None:
             lists = tuple(_taken(tokens, first) for tokens in features.lists)
             features = type(features)(tf.gather(features.codes, first), lists)
-        text = _taken(_given(history.text, "text of the history"), first)
+        text = _taken(required(history.text, "text of the history"), first)
         return tf.gather(self.item_vector(ItemFeatures(text, features)), places)
 
     def _pooled(self, query: tf.Tensor, events: tf.Tensor, row_splits: tf.Tensor) -> tf.Tensor:
         """Pools `events` [h, width] into one vector for each user, [b, width]; zero for a user without events."""
         if self.config.history_pooling == "attention":
             # The key has no bias: it would add the same to all events of a user, which does not change the softmax.
-            wanted = _dense("query", query, self.config.token_dim)
-            keys = _dense("key", events, self.config.token_dim, bias=False)
+            wanted = dense("query", query, self.config.token_dim)
+            keys = dense("key", events, self.config.token_dim, bias=False)
             users = tf.ragged.row_splits_to_segment_ids(row_splits)
             logits = tf.reduce_sum(tf.gather(wanted, users) * keys, axis=1) / math.sqrt(self.config.token_dim)
             events *= tf.expand_dims(segment_softmax(logits, row_splits), 1)
-        return _segment_sum(events, row_splits)
-
-    def _feature_vectors(self, side: str, chosen: tuple[Feature, ...], given: Features | None) -> list[tf.Tensor]:
-        """Returns one tensor for all fixed features, [rows, width], and one for each other feature."""
-        if not chosen:
-            return []
-        given = _given(given, f"{side} features")
-        offsets, next_offset = {}, 0
-        for feature in chosen:
-            if feature.kind in CODED_KINDS:
-                offsets[feature.name] = next_offset
-                next_offset += feature.num_ids
-        vectors = []
-        fixed = [feature for feature in chosen if feature.kind in FIXED_KINDS]
-        if fixed:
-            rows = given.codes + tf.constant([offsets[feature.name] for feature in fixed], given.codes.dtype)
-            found = self.tables[f"{side}_feature_embedding"].lookup(tf.reshape(rows, [-1]))
-            known = tf.cast(tf.reshape(given.codes, [-1, 1]) > 0, found.dtype)
-            vectors.append(tf.reshape(found * known, [-1, len(fixed) * self.config.feature_dim]))
-        lists = [feature for feature in chosen if feature.kind not in FIXED_KINDS]
-        for feature, tokens in zip(lists, given.lists, strict=True):
-            if feature.kind == "text":
-                vectors.append(self._encode(side, tokens, feature))
-            elif feature.kind == "vector":
-                vectors.append(_dense_vectors(tokens, feature.num_ids))
-            else:
-                rows = Tokens(tokens.values + offsets[feature.name], tokens.row_splits)
-                vectors.append(self.tables[f"{side}_feature_embedding"].bag(rows))
-        return vectors
-
-    def _encode(self, side: str, tokens: Tokens, feature: Feature | None = None) -> tf.Tensor:
-        """Returns the vectors of texts, [texts, width]."""
-        table, name = self._text_table(side, feature), None if feature is None else feature.name
-        return self._encoder(EncoderInput(tokens, table, _TOWERS[side], name, self._training))
-
-    def _text_table(self, side: str, feature: Feature | None = None) -> Table:
-        """Returns the table of the query or item text, or of a text feature.
-
-        There is one table for each vocabulary, or one for each vocabulary and side without share_text_table.
-        """
-        prefix = "" if self.config.share_text_table else {"user": "query_", "item": "item_"}[side]
-        if feature is None or feature.vocabulary is None:
-            return self._table(f"{prefix}token_embedding", self.features.num_tokens, self.config.token_dim)
-        return self._table(f"{prefix}token_embedding_{feature.vocabulary}", feature.num_ids, self.config.token_dim)
-
-    def _table(self, name: str, num_rows: int, dim: int) -> Table:
-        if name not in self.tables:
-            self.tables[name] = self._make_table(name, num_rows, dim)
-        return self.tables[name]
+        return segment_sum(events, row_splits)
 
     def _layers(self, x: tf.Tensor) -> tf.Tensor:
         """Applies the ReLU layers and the linear layer of a tower or head.
@@ -247,14 +175,14 @@ class TwoTower:
             is_last = i == len(self.config.hidden)
             name = "embedding" if is_last else f"hidden_{i}"
             start = _turned(i, rows) if self.config.aligned_start else None
-            x = _dense(name, x, width, start, relu=not is_last, kernels=self._kernels)
+            x = dense(name, x, width, start, relu=not is_last, kernels=self.kernels)
             rows = width
         return x
 
     def _normalised(self, tower: str, x: tf.Tensor, text: Tokens) -> tf.Tensor:
         """Scales `x` [texts, ..., embedding_dim] to length 1; zero where the text has no tokens."""
         self.norms[tower] = tf.reduce_mean(tf.norm(x, axis=-1))
-        return self._kernels.unit(x, text.row_splits)
+        return self.kernels.unit(x, text.row_splits)
 
 
 def head_scores(query: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
@@ -298,40 +226,10 @@ def soft_dot_product(inner: Sequence[tf.Tensor], temperature: float) -> tf.Tenso
     return weighted_sum(*inner)
 
 
-def segment_softmax(logits: tf.Tensor, row_splits: tf.Tensor) -> tf.Tensor:
-    """Computes the softmax of each segment logits[row_splits[i]:row_splits[i + 1]], float [values]."""
-    segments = tf.ragged.row_splits_to_segment_ids(row_splits)
-    count = tf.shape(row_splits, tf.int64)[0] - 1
-    top = tf.math.unsorted_segment_max(tf.stop_gradient(logits), segments, count)
-    weights = tf.exp(logits - tf.gather(top, segments))
-    return weights / tf.gather(tf.math.unsorted_segment_sum(weights, segments, count), segments)
-
-
-def _dense_vectors(lists: Tokens, length: int) -> tf.Tensor:
-    """Returns vectors of a feature, float32 [rows, length]; zero for rows without one.
-
-    Batches carry the bits of the numbers as int32, like codes.
-    """
-    values = lists.values if lists.values.dtype == tf.float32 else tf.bitcast(lists.values, tf.float32)
-    given = tf.where(lists.row_splits[1:] > lists.row_splits[:-1])
-    num_rows = tf.size(lists.row_splits, tf.int64) - 1
-    vectors = tf.scatter_nd(given, tf.reshape(values, [-1, length]), [num_rows, length])
-    return tf.ensure_shape(vectors, [None, length])
-
-
 def _taken(texts: Tokens, rows: tf.Tensor) -> Tokens:
     """Returns the texts of some rows."""
     found = tf.gather(tf.RaggedTensor.from_row_splits(texts.values, texts.row_splits, validate=False), rows)
     return Tokens(found.values, found.row_splits)
-
-
-def _segment_sum(rows: tf.Tensor, row_splits: tf.Tensor) -> tf.Tensor:
-    segments = tf.ragged.row_splits_to_segment_ids(row_splits)
-    total = tf.math.unsorted_segment_sum(rows, segments, tf.shape(row_splits, tf.int64)[0] - 1)
-    return tf.ensure_shape(total, [None, rows.shape[1]])
-
-
-Initializer = Callable[..., tf.Tensor]
 
 
 def _turned(seed: int, rows: int) -> Initializer:
@@ -351,27 +249,3 @@ def _turned(seed: int, rows: int) -> Initializer:
 def _kept_and_mixed(shape: Sequence[int], dtype: tf.DType, partition_info: None = None) -> tf.Tensor:
     """Initializes a kernel that keeps the first inputs and adds a random mixture of all."""
     return tf.eye(*shape, dtype=dtype) + v1.glorot_uniform_initializer()(shape, dtype)
-
-
-def _dense(
-    name: str,
-    x: tf.Tensor,
-    width: int,
-    initializer: Initializer | None = None,
-    bias: bool = True,
-    relu: bool = False,
-    kernels: Layers = STOCK,
-) -> tf.Tensor:
-    with v1.variable_scope(name, reuse=v1.AUTO_REUSE):
-        initializer = initializer or v1.glorot_uniform_initializer()
-        kernel = v1.get_variable("kernel", [x.shape[1], width], initializer=initializer, use_resource=True)
-        if not bias:
-            return tf.matmul(x, kernel)
-        zeros = v1.zeros_initializer()
-        return kernels.dense(x, kernel, v1.get_variable("bias", [width], initializer=zeros, use_resource=True), relu)
-
-
-def _given(value: T | None, name: str) -> T:
-    if value is None:
-        raise ValueError(f"the config asks for {name}, but got None")
-    return value

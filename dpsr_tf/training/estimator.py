@@ -26,12 +26,13 @@ from dpsr_tf.models.embedding import (
     take_averages,
 )
 from dpsr_tf.models.features import FeatureSpec
+from dpsr_tf.models.input_layers import TableFactory
 from dpsr_tf.models.layers import FUSED
 from dpsr_tf.models.losses import log_q
 from dpsr_tf.models.objective import build_loss
 from dpsr_tf.models.quantizer import Quantizer
 from dpsr_tf.models.quantizer_layer import QuantizerLayer, TeacherItems
-from dpsr_tf.models.two_tower import TableFactory, TwoTower
+from dpsr_tf.models.two_tower import TwoTower
 from dpsr_tf.training.cluster import Cluster
 from dpsr_tf.training.optimizers import dense_optimizer, rate_factor
 

@@ -13,11 +13,12 @@ from dpsr_tf.data.examples_dataset import Batch, Features, History, Tokens
 from dpsr_tf.data.schema import EVENT_TYPES
 from dpsr_tf.models.embedding import EmbeddingTable, minimize
 from dpsr_tf.models.features import FeatureSpec, ItemFeatures, QueryFeatures
+from dpsr_tf.models.input_layers import stock_table
 from dpsr_tf.models.losses import log_q
 from dpsr_tf.models.objective import build_loss
 from dpsr_tf.models.quantizer import Quantizer
 from dpsr_tf.models.quantizer_layer import QuantizerLayer, TeacherItems, quantizer_loss
-from dpsr_tf.models.two_tower import TwoTower, stock_table
+from dpsr_tf.models.two_tower import TwoTower
 
 v1 = tf.compat.v1
 

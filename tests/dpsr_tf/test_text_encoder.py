@@ -13,8 +13,9 @@ from dpsr_tf.config import Config, ModelConfig, TrainConfig
 from dpsr_tf.data.examples_dataset import Tokens
 from dpsr_tf.models.encoders import exact_search
 from dpsr_tf.models.features import ItemFeatures
+from dpsr_tf.models.input_layers import stock_table
 from dpsr_tf.models.text_encoder import EncoderInput, load_encoder
-from dpsr_tf.models.two_tower import TwoTower, stock_table
+from dpsr_tf.models.two_tower import TwoTower
 from dpsr_tf.training.train import train
 
 v1 = tf.compat.v1

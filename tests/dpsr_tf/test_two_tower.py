@@ -15,7 +15,8 @@ from dpsr_common.typed_config import from_dict, to_dict
 from dpsr_tf.config import ModelConfig
 from dpsr_tf.data.examples_dataset import Features, History, Tokens
 from dpsr_tf.models.features import Feature, FeatureSpec, ItemFeatures, QueryFeatures
-from dpsr_tf.models.two_tower import TwoTower, segment_softmax, soft_dot_product
+from dpsr_tf.models.input_layers import segment_softmax
+from dpsr_tf.models.two_tower import TwoTower, soft_dot_product
 
 v1 = tf.compat.v1
 
