@@ -24,16 +24,25 @@ LADDER = (UNCLICKED, "click", "cart", "order")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The two towers (DPSR sections 4.1 to 4.3). Features have the names of the schema; "*" stands for all of them.
+    """The two towers (DPSR sections 4.1 to 4.3), or a ranker (docs/ranking.md), which has one tower.
 
-    The defaults make a small model: texts only, one head, no ReLU layers. The paper's is `dpsr_tf/configs/dpsr.yaml`.
+    Features have the names of the schema; "*" stands for all of them. The defaults make a small retrieval model: texts
+    only, one head, no ReLU layers. The paper's is `dpsr_tf/configs/dpsr.yaml`, and its ranker
+    `dpsr_tf/configs/ranker.yaml`.
     """
 
+    kind: str = option(
+        "retrieval",
+        "what is trained: two towers, which find items for a query, or a ranker, which orders items that were found",
+        choices=("retrieval", "ranker"),
+    )
     token_dim: int = option(
         64, "width of the token embeddings, and of the vector that the layers of a head read", 1, 4096
     )
     feature_dim: int = option(16, "width of the embedding of a categorical, number or multi feature", 1, 4096)
-    hidden: tuple[int, ...] = option((), "widths of the ReLU layers of the item tower and of each query head", 1, 65536)
+    hidden: tuple[int, ...] = option(
+        (), "widths of the ReLU layers of the item tower and of each query head, or of a ranker", 1, 65536
+    )
     embedding_dim: int = option(64, "d, the width of query and item embeddings", 1, 4096)
     num_heads: int = option(1, "m, the number of query heads: embeddings of one query (4.2)", 1, 16)
     temperature: float = option(
@@ -56,8 +65,29 @@ class ModelConfig:
         0, "number of the user's last queries that the query tower reads (DPSR-h)", 0, 1000
     )
     history_pooling: str = option(
-        "attention", "how the events of a history become one vector", choices=("attention", "sum")
+        "attention",
+        "how the events of a history become one vector. In a ranker, attention is that of each item to be ranked",
+        choices=("attention", "sum"),
     )
+
+    def problem(self) -> str | None:
+        """Returns what is wrong with values that are allowed one by one but not together."""
+        if self.kind != "ranker":
+            return None
+        if not self.hidden:
+            return "hidden is [], expected at least one layer, because kind is ranker; the paper has three"
+        # What a ranker does not read stays at its default, so that no setting is silently without effect.
+        for field in dataclasses.fields(self):
+            if field.name in _OF_TOWERS and getattr(self, field.name) != field.default:
+                return (
+                    f"{field.name} is {getattr(self, field.name)}, which cannot be combined with kind ranker; leave it "
+                    f"out"
+                )
+        return None
+
+
+# What only the two towers read.
+_OF_TOWERS = ("embedding_dim", "num_heads", "temperature", "aligned_start", "query_history_length")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +97,9 @@ class TrainConfig:
     RENAMED: ClassVar = {"own_negatives": ("own_negative_source", {"supervised": "labels"})}
 
     steps: int = option(10_000, "number of training steps", 1)
-    batch_size: int = option(64, "b, the number of positive pairs in a batch", 2, 1 << 16)
+    batch_size: int = option(
+        64, "b, the number of positive pairs in a batch; for a ranker, the number of requests", 2, 1 << 16
+    )
     num_title_queries: int = option(
         0,
         "number of pairs in a batch whose query is a piece of a random item's title. As many as batch_size: training "
@@ -213,6 +245,51 @@ class TrainConfig:
         if self.type_margins and margins != sorted(margins):
             found = ", ".join(f"{name} {margin:g}" for name, margin in zip(LADDER, margins, strict=True))
             return f"type_margins: gives {found}, expected margins that do not fall in this order"
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class RankerConfig:
+    """What only a ranker has (docs/ranking.md). Its sections `model` and `train` are those of a retrieval model."""
+
+    numbers: bool = option(True, "whether the ranker reads the numbers that `dpsr features` writes, as past clicks are")
+    products: bool = option(
+        True, "whether the first layer also reads products of vectors: of query and item, and of history and item"
+    )
+    crosses: int = option(0, "number of cross layers beside the ReLU layers (DCN-v2)", 0, 16)
+    loss: str = option(
+        "pairwise",
+        "pairwise is the cross entropy over all pairs of a request with different outcomes, as in the paper. listwise "
+        "is the cross entropy of a softmax over the items of a request",
+        choices=("pairwise", "listwise"),
+    )
+    gains: tuple[float, ...] = option(
+        (0.0, 1.0, 2.0, 3.0),
+        "gain of each outcome: unclicked, click, cart, order. A pair of items counts by the difference of their gains, "
+        "and is left out if that is 0",
+        0,
+        1e6,
+    )
+    position: bool = option(
+        False, "whether training adds a learned bias for the position at which an item was shown. Scores never have it"
+    )
+    propensity_weights: bool = option(
+        False,
+        "whether a clicked item counts by 1 / the estimated chance that its position is looked at, in relation to the "
+        "first one",
+    )
+    most_propensity_weight: float = option(10.0, "the largest of these weights", 1, 1e6)
+    dropout: float = option(0.0, "share of the outputs of each ReLU layer that training leaves out", 0, 0.95)
+    dpsr_model: str = option(
+        "", "directory of a retrieval model. If given, the ranker reads its score of query and item, dpsr_score"
+    )
+
+    def problem(self) -> str | None:
+        """Returns what is wrong with values that are allowed one by one but not together."""
+        if len(self.gains) != 4:
+            return f"gains has {len(self.gains)} numbers, expected 4: of unclicked, click, cart and order"
+        if list(self.gains) != sorted(self.gains) or self.gains[0] == self.gains[-1]:
+            return f"gains is {list(self.gains)}, expected numbers that rise from unclicked to order"
         return None
 
 
@@ -372,6 +449,7 @@ class Config:
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    ranker: RankerConfig = dataclasses.field(default_factory=RankerConfig)
     validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
     cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
     quantizer: QuantizerConfig = dataclasses.field(default_factory=QuantizerConfig)
@@ -380,6 +458,8 @@ class Config:
 
     def problem(self) -> str | None:
         """Returns what is wrong with values of different sections that are allowed one by one but not together."""
+        if self.model.kind == "ranker":
+            return self._problem_of_ranker()
         quantizer, d = self.quantizer, self.model.embedding_dim
         if not quantizer.sub_spaces:
             return None
@@ -395,6 +475,25 @@ class Config:
                 f"the quantizer is trained in the steps after it"
             )
         return None
+
+    def _problem_of_ranker(self) -> str | None:
+        """Returns which setting is for retrieval models only."""
+        if self.quantizer.sub_spaces:
+            return f"quantizer.sub_spaces is {self.quantizer.sub_spaces}, expected 0, because a ranker has no index"
+        names = {f.name for f in dataclasses.fields(TrainConfig)} - _TRAIN_OF_ALL
+        default = TrainConfig()
+        for name in sorted(names):
+            value = getattr(self.train, name)
+            if value != getattr(default, name):
+                return f"train.{name} is {value!r}, which cannot be combined with model.kind ranker; leave it out"
+        return None
+
+
+# What a ranker reads of the section `train`.
+_TRAIN_OF_ALL = frozenset({
+    "steps", "batch_size", "learning_rate", "schedule", "warmup_steps", "dense_optimizer", "dense_learning_rate",
+    "initial_accumulator", "average_decay", "seed", "checkpoint_steps",
+})  # fmt: skip
 
 
 def load_config(path: str | Path) -> Config:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,6 @@ from dpsr_common.files import replaced
 from dpsr_common.packed_file import PackedFile
 from dpsr_tf.data.ranking_features import RankingFeatures, Shown
 from dpsr_tf.data.store import Store, unpack_strings
-from dpsr_tf.data.user_requests import User
 from dpsr_tf.evaluation.judgments import FOLDS, fold_of
 
 USAGE = """
@@ -81,14 +80,20 @@ def write_features(store: Store, out: Path, fold: str = TRAIN, model: str | None
             written.
     """
     features = RankingFeatures(store)
-    score = _scorer(model, store) if model else None
+    score = None
+    if model:
+        # TensorFlow is loaded only if there is a model.
+        from dpsr_tf.models.ranker_inputs import dpsr_scorer
+
+        score = dpsr_scorer(model, store)
     schema = _schema(features, score is not None)
     requests = rows = 0
     try:
         with replaced(out) as temporary:
             with pyarrow.parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
                 for first, file, chosen in tqdm(_batches(store, fold), desc="write features", unit=" batches"):
-                    table = _table(store, features.of(file, chosen), first + chosen, schema, score)
+                    shown = features.of(file, chosen)
+                    table = _table(store, score(shown) if score else shown, first + chosen, schema)
                     writer.write_table(table)
                     requests, rows = requests + len(chosen), rows + len(table)
             if not requests:
@@ -141,9 +146,7 @@ def _schema(features: RankingFeatures, scored: bool) -> pa.Schema:
     return pa.schema(columns, metadata)
 
 
-def _table(
-    store: Store, shown: Shown, requests: np.ndarray, schema: pa.Schema, score: Callable[[Shown], np.ndarray] | None
-) -> pa.Table:
+def _table(store: Store, shown: Shown, requests: np.ndarray, schema: pa.Schema) -> pa.Table:
     queries = pa.array(shown.queries, pa.string()).take(pa.array(shown.request))
     columns = {
         "request": requests[shown.request],
@@ -156,40 +159,9 @@ def _table(
         **shown.numbers,
         **shown.codes,
     }
-    if score is not None:
-        columns["dpsr_score"] = score(shown)
     # NaN stands for a missing number, and every reader of Parquet knows null.
     arrays = [
         column if isinstance(column, pa.Array) else pa.array(column, from_pandas=True)
         for column in (columns[name] for name in schema.names)
     ]
     return pa.Table.from_arrays(arrays, schema=schema)
-
-
-def _scorer(model: str, store: Store) -> Callable[[Shown], np.ndarray]:
-    """Returns a function from items shown to the model's scores, float32 [n]: the largest product over query heads."""
-    # TensorFlow is loaded only if there is a model.
-    from dpsr_tf.models.encoders import item_embeddings, query_encoder
-
-    items, encode, ids = item_embeddings(model, store), query_encoder(model, store), store.users()["id"]
-
-    def score(shown: Shown) -> np.ndarray:
-        firsts = np.flatnonzero(np.diff(shown.request, prepend=-1))
-        users = [User(int(ids[shown.user[row]]), int(shown.time[row])) for row in firsts]
-        heads = np.concatenate(
-            [
-                encode(shown.queries[begin : begin + _QUERIES], users[begin : begin + _QUERIES])
-                for begin in range(0, len(users), _QUERIES)
-            ]
-        )
-        products = np.empty(len(shown.item), np.float32)
-        for begin in range(0, len(products), _PAIRS):
-            piece = slice(begin, begin + _PAIRS)
-            products[piece] = np.einsum("nhd,nd->nh", heads[shown.request[piece]], items[shown.item[piece]]).max(1)
-        return products
-
-    return score
-
-
-# Queries that are embedded at a time, and pairs that are scored at a time.
-_QUERIES, _PAIRS = 1024, 8192

@@ -55,7 +55,7 @@ def item_embeddings(directory: str | Path, store: Store) -> np.ndarray:
     Raises:
         CommandError: no model or checkpoint is there, or the store has another vocabulary.
     """
-    model = ModelDirectory.open(directory)
+    model = ModelDirectory.open(directory, "retrieval")
     encode = item_encoder(model, store, model.last_checkpoint())
     embeddings = np.empty((store.counts.items, model.config.model.embedding_dim), np.float32)
     for begin in range(0, len(embeddings), _BATCH):
@@ -84,7 +84,7 @@ def query_encoder(directory: str | Path, store: Store, checkpoint: str | None = 
     Raises:
         CommandError: no model or checkpoint is there, or the store has another vocabulary.
     """
-    model = ModelDirectory.open(directory)
+    model = ModelDirectory.open(directory, "retrieval")
     tables = StoreTables(model, store)
     path = str(model.path / checkpoint) if checkpoint else model.last_checkpoint()
     encode = _tower(model, tables.spec, path, "query_embedding")
@@ -122,8 +122,8 @@ class StoreTables:
 
     def items(self, rows: np.ndarray) -> ItemFeatures:
         """Returns the features of rows of the item table [n]."""
-        text = _take(self._items["tokens.values"], self._items["tokens.splits"], rows)
-        return ItemFeatures(text, _features(self._items, self.spec.item, rows))
+        text = take(self._items["tokens.values"], self._items["tokens.splits"], rows)
+        return ItemFeatures(text, features_of(self._items, self.spec.item, rows))
 
     def queries(self, queries: Sequence[str], users: Sequence[User] | None) -> QueryFeatures:
         """Returns the features of n queries and users. A user whom the store does not have counts as anonymous."""
@@ -133,7 +133,7 @@ class StoreTables:
         history = None
         if self._config.history_length or self._config.query_history_length:
             history = self._history(rows, [user.time for user in users])
-        return QueryFeatures(text, _features(self._users, self.spec.user, rows), history)
+        return QueryFeatures(text, features_of(self._users, self.spec.user, rows), history)
 
     def _history(self, rows: np.ndarray, times: Sequence[int | None]) -> History:
         splits, time, query = (self._users[f"event.{name}"] for name in ("splits", "time", "query"))
@@ -152,20 +152,21 @@ class StoreTables:
         text, features = self.items(item)
         none = Features(np.zeros((len(item), 0), np.int32), ())
         return History(
-            items=Tokens(item, _splits(events)),
+            items=Tokens(item, splits_of(events)),
             types=self._users["event.type"][event].astype(np.int32),
             text=text,
             features=none if features is None else features,
-            query_splits=_splits(queries),
-            query=_take(self._log_tokens, self._log_splits, np.concatenate(queries)),
+            query_splits=splits_of(queries),
+            query=take(self._log_tokens, self._log_splits, np.concatenate(queries)),
         )
 
 
-def _splits(lists: Sequence[np.ndarray]) -> np.ndarray:
+def splits_of(lists: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the row splits of some lists, int64 [lists + 1]."""
     return np.cumsum([0, *map(len, lists)], dtype=np.int64)
 
 
-def _take(values: np.ndarray, splits: np.ndarray, rows: np.ndarray) -> Tokens:
+def take(values: np.ndarray, splits: np.ndarray, rows: np.ndarray) -> Tokens:
     """Returns some rows of a ragged table."""
     begins, lengths = splits[rows], splits[rows + 1] - splits[rows]
     taken = np.concatenate([[0], np.cumsum(lengths)])
@@ -173,13 +174,13 @@ def _take(values: np.ndarray, splits: np.ndarray, rows: np.ndarray) -> Tokens:
     return Tokens(values[places], taken.astype(np.int64))
 
 
-def _features(table: PackedFile, features: Sequence[Feature], rows: np.ndarray) -> Features | None:
+def features_of(table: PackedFile, features: Sequence[Feature], rows: np.ndarray) -> Features | None:
     """Returns codes [rows, fixed features] and lists of some rows of a table; None without features."""
     if not features:
         return None
     fixed = [table[f"feature.{feature.name}"][rows] for feature in features if feature.kind in FIXED_KINDS]
     lists = [
-        _take(table[f"feature.{feature.name}.values"], table[f"feature.{feature.name}.splits"], rows)
+        take(table[f"feature.{feature.name}.values"], table[f"feature.{feature.name}.splits"], rows)
         for feature in features
         if feature.kind not in FIXED_KINDS
     ]
@@ -200,7 +201,7 @@ def _tower(
         nonlocal inputs, output
         if output is None:
             with graph.as_default():
-                inputs = tf.nest.map_structure(_placeholder, features)
+                inputs = tf.nest.map_structure(placeholder, features)
                 output = getattr(TwoTower(model.config.model, spec), name)(inputs)
                 try:
                     weights_saver(model.config.train.average_decay > 0).restore(session, checkpoint)
@@ -217,5 +218,6 @@ def _tower(
     return encode
 
 
-def _placeholder(array: np.ndarray | None) -> tf.Tensor | None:
+def placeholder(array: np.ndarray | None) -> tf.Tensor | None:
+    """Returns a placeholder for arrays like this one, with any number of rows; None for None."""
     return None if array is None else v1.placeholder(array.dtype, [None, *array.shape[1:]])

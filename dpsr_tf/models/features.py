@@ -14,7 +14,12 @@ from dpsr_tf.data.schema import FIXED_KINDS as FIXED_KINDS
 from dpsr_tf.data.schema import KINDS
 
 if TYPE_CHECKING:
+    import tensorflow as tf
+
     from dpsr_tf.data.examples_dataset import Batch, Features, History, Tokens
+
+# What a number may depend on; RankingFeatures.kinds has the same names.
+NUMBER_KINDS = ("item", "request", "pair")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +40,25 @@ class Feature:
 
 
 @dataclasses.dataclass(frozen=True)
+class Number:
+    """One number that a ranker reads, and how it is scaled.
+
+    A value x becomes (sign(x) log(1 + |x| / unit) - mean) / std, cut at -CUT and CUT; a missing one becomes 0.
+    """
+
+    CUT: ClassVar[float] = 5.0
+
+    name: str
+    kind: str = option("pair", "what it depends on: the item, query and user (request), or both", choices=NUMBER_KINDS)
+    unit: float = option(1.0, "median of the values' sizes, without zeros")
+    mean: float = option(0.0, "mean of the logarithms")
+    std: float = option(1.0, "standard deviation of the logarithms")
+    may_miss: bool = option(False, "whether some values are missing; the ranker then reads that, too, as 0 or 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class FeatureSpec:
-    """What TwoTower must know about a store: its features, in the order in which a batch holds them.
+    """What a model must know about a store: its features, in the order in which a batch holds them.
 
     It is saved with a checkpoint (to_dict and from_dict of dpsr_common.typed_config), so that the towers can be built
     without the store.
@@ -45,8 +67,13 @@ class FeatureSpec:
     num_tokens: int = option(1, "number of token ids of the vocabulary of query and item text", 1)
     user: tuple[Feature, ...] = option((), "profile features that the query tower reads")
     item: tuple[Feature, ...] = option((), "features that the item tower reads beside the text")
+    numbers: tuple[Number, ...] = option((), "numbers that a ranker reads")
 
     ALL: ClassVar[str] = "*"
+
+    def numbers_of(self, kind: str) -> tuple[Number, ...]:
+        """Returns the numbers of a kind, one of NUMBER_KINDS."""
+        return tuple(number for number in self.numbers if number.kind == kind)
 
     @staticmethod
     def choose(
@@ -88,6 +115,32 @@ def _feature(known: Mapping[str, Any], num_ids: Mapping[str | None, int]) -> Fea
     kind = known["kind"]
     ids = num_ids[vocabulary] if kind == "text" else known["num_values"] + (kind in CODED_KINDS)
     return Feature(known["name"], kind, ids, vocabulary)
+
+
+class Lists(NamedTuple):
+    """Input of a ranker: b requests, and n items to be ranked for them, those of a request one after another.
+
+    Items are those to be ranked and those of histories. Each of the u distinct ones is there once.
+    """
+
+    query: Tokens  # b texts
+    user: Features  # of the b users, in the order of FeatureSpec.user
+    items: ItemFeatures  # of the u items
+    candidates: Tokens  # values int32 [n], places in `items`; row_splits int64 [b + 1]
+    history: Tokens  # values int32 [h], places in `items`, oldest event first; row_splits int64 [b + 1]
+    history_types: tf.Tensor  # int32 [h], index in EVENT_TYPES
+    item_numbers: tf.Tensor  # float32 [n, numbers of kind item], NaN where there is none
+    request_numbers: tf.Tensor  # float32 [b, numbers of kind request]
+    pair_numbers: tf.Tensor  # float32 [n, numbers of kind pair]
+
+
+class RankingBatch(NamedTuple):
+    """A training batch of a ranker: requests with two different outcomes at least."""
+
+    lists: Lists
+    outcomes: tf.Tensor  # int32 [n], place in OUTCOMES of request_log.py
+    positions: tf.Tensor  # int32 [n], from 1 on; 0 is unknown
+    requests: tf.Tensor  # int64 [b], numbers of the requests in the store
 
 
 class QueryFeatures(NamedTuple):

@@ -3,7 +3,7 @@
 Training writes it; evaluation, `dpsr index` and `dpsr export` read it. Its files:
 
 config.yaml        the config of the training
-features.json      the features that the towers read (FeatureSpec), and a hash of what the codes of each one mean
+features.json      the features that the model reads (FeatureSpec), and a hash of what the codes of each one mean
 vocabulary.dpsr    the vocabulary of the token ids
 codes/             what the codes of the features mean (data/code_book.py)
 checkpoint, model.ckpt-*, events.*     written by TensorFlow
@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,17 @@ from dpsr_tf.config import Config, load_config, save_config
 from dpsr_tf.data.code_book import CODES, CodeBook
 from dpsr_tf.data.schema import VALUE_KINDS
 from dpsr_tf.data.store import Store
-from dpsr_tf.models.features import FeatureSpec
+from dpsr_tf.models.features import FeatureSpec, Number
 from dpsr_tf.models.quantizer import Quantizer
 from dpsr_tokenizer import Vocabulary
 
 # The files that make a directory of checkpoints a model.
 _FILES = ("vocabulary.dpsr", "features.json", "config.yaml")
+# What each kind of model is for, in errors about the other one.
+_MADE_FOR = {
+    "retrieval": "it finds items; train a ranker with model.kind=ranker",
+    "ranker": "it orders items that were found; give it to `dpsr evaluate` or `dpsr export` as a ranker",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +70,13 @@ class ModelDirectory:
         return Quantizer.is_in(tf.train.latest_checkpoint(str(self.path)))
 
     @staticmethod
-    def open(path: str | Path) -> ModelDirectory:
-        """Opens the model at `path`. Raises CommandError if there is none."""
+    def open(path: str | Path, kind: str | None = None) -> ModelDirectory:
+        """Opens the model at `path`. Raises CommandError if there is none, or if it is not of this kind.
+
+        Args:
+            path: the directory.
+            kind: "retrieval" or "ranker" for a caller that can use only one of them.
+        """
         directory = Path(path)
         if not (directory / "config.yaml").is_file():
             raise CommandError(f"{path}: holds no model (no config.yaml); make one with `dpsr train`")
@@ -81,7 +92,12 @@ class ModelDirectory:
             raise CommandError(
                 f"{directory / 'features.json'}: cannot be read: {error}; train the model again"
             ) from None
-        return ModelDirectory(directory, load_config(directory / "config.yaml"), spec, meanings, vocabulary)
+        config = load_config(directory / "config.yaml")
+        if kind not in (None, config.model.kind):
+            raise CommandError(
+                f"{path}: holds a model of kind {config.model.kind}, expected {kind}; {_MADE_FOR[config.model.kind]}"
+            )
+        return ModelDirectory(directory, config, spec, meanings, vocabulary)
 
     def last_checkpoint(self) -> str:
         """Returns the path of the last checkpoint, "MODEL/model.ckpt-2000".
@@ -112,7 +128,8 @@ class ModelDirectory:
         before, now = _flat(dataclasses.replace(self.config, train=train)), _flat(config)
         differing = [key for key in now if before[key] != now[key]]
         of_quantizer = [key for key in differing if key.startswith("quantizer.")]
-        differing = [key for key in differing if key.startswith(("model.", "train."))]
+        sections = ("model.", "train.", "ranker.") if config.model.kind == "ranker" else ("model.", "train.")
+        differing = [key for key in differing if key.startswith(sections)]
         if of_quantizer and self.has_quantizer:
             differing += of_quantizer
         if differing:
@@ -132,13 +149,22 @@ class ModelDirectory:
         differing = [name for name in {**self.meanings, **meanings} if self.meanings.get(name) != meanings.get(name)]
         if differing:
             return f"holds a model that reads {', '.join(differing)} with other values or codes than {store.path}"
+        now = dataclasses.replace(now, numbers=self.features.numbers)  # their scales are those of the training
         if now != self.features:
             return f"holds a model of other features than {store.path}: {_flat_spec(self.features, now)}"
         return None
 
     @staticmethod
-    def create_or_resume(path: str | Path, config: Config, store: Store) -> ModelDirectory:
+    def create_or_resume(
+        path: str | Path, config: Config, store: Store, numbers: Callable[[], tuple[Number, ...]] = tuple
+    ) -> ModelDirectory:
         """Makes a model directory for `config` and `store`, or opens one that was started with the same.
+
+        Args:
+            path: the directory.
+            config: the config of the training.
+            store: the store to train on.
+            numbers: returns the numbers that a new ranker reads.
 
         Raises:
             CommandError: another model is there; the message names what differs.
@@ -147,9 +173,13 @@ class ModelDirectory:
         directory = Path(path)
         spec = feature_spec(config, store)
         if (directory / "config.yaml").is_file():
-            difference = ModelDirectory.open(directory).difference(config, store)
+            model = ModelDirectory.open(directory)
+            difference = model.difference(config, store)
             if difference:
                 raise CommandError(f"{path}: {difference}; choose another --out, or give --overwrite")
+            spec = model.features
+        else:
+            spec = dataclasses.replace(spec, numbers=numbers())
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -7,7 +7,7 @@ import functools
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 from tqdm import tqdm
@@ -25,13 +25,15 @@ from dpsr_tf.models.embedding import (
     saver,
     take_averages,
 )
-from dpsr_tf.models.features import FeatureSpec
-from dpsr_tf.models.input_layers import TableFactory
+from dpsr_tf.models.features import FeatureSpec, RankingBatch
+from dpsr_tf.models.input_layers import InputLayers, TableFactory, required
 from dpsr_tf.models.layers import FUSED
 from dpsr_tf.models.losses import log_q
 from dpsr_tf.models.objective import build_loss
 from dpsr_tf.models.quantizer import Quantizer
 from dpsr_tf.models.quantizer_layer import QuantizerLayer, TeacherItems
+from dpsr_tf.models.ranker import Ranker
+from dpsr_tf.models.ranking_losses import ranker_loss
 from dpsr_tf.models.two_tower import TwoTower
 from dpsr_tf.training.cluster import Cluster
 from dpsr_tf.training.optimizers import dense_optimizer, rate_factor
@@ -62,16 +64,28 @@ class QuantizerPhase:
     known: frozenset[str] = frozenset()
 
 
+class _Built(NamedTuple):
+    """The model of a training graph, and what a step minimizes."""
+
+    model: InputLayers
+    loss: tf.Tensor
+    metrics: dict[str, tf.Tensor]
+    quantizer: QuantizerLayer | None
+    rows: dict[str, tf.Tensor]  # what the batch consists of, for errors
+
+
 def model_fn(features: dict[str, Any], labels: None, mode: str, params: dict[str, Any]) -> tf.estimator.EstimatorSpec:
     """Builds the training graph.
 
     Args:
-        features: {"batch": a Batch}, and with "teacher": TeacherItems for a quantizer that learns from a teacher.
+        features: {"batch": a Batch, or a RankingBatch for a ranker}, and with "teacher": TeacherItems for a quantizer
+            that learns from a teacher.
         labels: unused, the positives of the batch are the labels.
         mode: tf.estimator.ModeKeys.TRAIN; inference graphs are built from TwoTower by dpsr_export.
         params: `config` (Config); `features` (FeatureSpec); `num_ps`, the number of parameter servers, 0 for none;
             `item_shares`, float32 [items], each item's share of the positive pairs, needed only if
-            `train.log_q_correction` is on; `warm_start`, a function that makes the Scaffold's `init_fn` from the
+            `train.log_q_correction` is on; `propensities`, float32 [positions], needed only if
+            `ranker.propensity_weights` is on; `warm_start`, a function that makes the Scaffold's `init_fn` from the
             towers, or None; `last_step`, the step at which the session ends, by default `train.steps`; and `quantizer`,
             a function that returns the QuantizerPhase, or None for a graph without a quantizer.
 
@@ -84,31 +98,16 @@ def model_fn(features: dict[str, Any], labels: None, mode: str, params: dict[str
         raise ValueError(f"mode is {mode!r}, expected {tf.estimator.ModeKeys.TRAIN!r}")
     config: Config = params["config"]
     spec: FeatureSpec = params["features"]
-    batch: Batch = features["batch"]
-    teacher: TeacherItems | None = features.get("teacher")
     train = config.train
     phase: QuantizerPhase | None = params["quantizer"]() if params.get("quantizer") else None
     layout: dict[str, Any] = {"exclusive": not params["num_ps"]}
     if config.cluster.placement == "rows" and params["num_ps"] > 1:
         layout |= {"placement": "rows", "num_shards": params["num_ps"]}
     table: TableFactory = functools.partial(EmbeddingTable, initial_accumulator=train.initial_accumulator, **layout)
-    getter = half_on_wire if config.cluster.half_on_wire else None
-    item_log_q = None
-    if train.log_q_correction:
-        shares = tf.gather(tf.constant(params["item_shares"]), batch.item_rows)
-        title_share = tf.reduce_mean(tf.cast(batch.query_rows < 0, tf.float32))
-        item_log_q = log_q(shares, len(params["item_shares"]), train.mixing_ratio, title_share)
     if config.model.encoder:
         tf.keras.utils.set_random_seed(train.seed)  # Keras layers do not start from the seed of the graph
-    with v1.variable_scope(v1.get_variable_scope(), custom_getter=getter):
-        towers = TwoTower(config.model, spec, table=table, layers=FUSED, training=True)
-        if phase is None:
-            loss, metrics = build_loss(config, batch, towers, item_log_q)
-    if phase is not None:
-        # Not with the getter, because it would give away values in the place of variables.
-        quantizer = QuantizerLayer(config.quantizer, config.model.embedding_dim)
-        with v1.variable_scope(v1.get_variable_scope(), custom_getter=getter):
-            loss, metrics = build_loss(config, batch, towers, item_log_q, quantizer, teacher)
+    build = _build_ranker if config.model.kind == "ranker" else _build_towers
+    towers, loss, metrics, quantizer, rows = build(features, config, spec, table, params, phase)
     tables = [table for table in towers.tables.values() if isinstance(table, EmbeddingTable)]
     for name, value in metrics.items():
         v1.summary.scalar(name, value)
@@ -117,7 +116,7 @@ def model_fn(features: dict[str, Any], labels: None, mode: str, params: dict[str
     # used because the one in tf.debugging has a branch around it, which takes time.
     check = tf.raw_ops.Assert(
         condition=tf.math.is_finite(loss),
-        data=[_NOT_FINITE, global_step, batch.query_rows, batch.item_rows, batch.user_rows],
+        data=[_NOT_FINITE, global_step, *(part for row in rows.items() for part in row)],
         summarize=-1,
     )
     with tf.control_dependencies([check]):
@@ -145,18 +144,67 @@ def model_fn(features: dict[str, Any], labels: None, mode: str, params: dict[str
         train_op = train_op if phase and config.quantizer.towers == "frozen" else averaged
     if phase:
         with tf.name_scope("quantizer/"):
-            train_op = tf.group(train_op, quantizer.minimize(loss, quantizer_factor))
+            train_op = tf.group(train_op, required(quantizer, "quantizer").minimize(loss, quantizer_factor))
     last_step = params.get("last_step", train.steps)
     return tf.estimator.EstimatorSpec(
         mode,
         loss=loss,
         train_op=train_op,
         scaffold=v1.train.Scaffold(
-            saver=_saver(tables, phase, quantizer if phase else None, train.average_decay > 0),
+            saver=_saver(tables, phase, quantizer, train.average_decay > 0),
             init_fn=params["warm_start"](towers) if params.get("warm_start") else None,
         ),
         training_hooks=[QuickSteps(train_op, last_step, train.checkpoint_steps)] if not params["num_ps"] else [],
     )
+
+
+def _build_towers(
+    features: dict[str, Any],
+    config: Config,
+    spec: FeatureSpec,
+    table: TableFactory,
+    params: dict[str, Any],
+    phase: QuantizerPhase | None,
+) -> _Built:
+    """Builds the two towers and their loss."""
+    batch: Batch = features["batch"]
+    teacher: TeacherItems | None = features.get("teacher")
+    train = config.train
+    getter = half_on_wire if config.cluster.half_on_wire else None
+    item_log_q = None
+    if train.log_q_correction:
+        shares = tf.gather(tf.constant(params["item_shares"]), batch.item_rows)
+        title_share = tf.reduce_mean(tf.cast(batch.query_rows < 0, tf.float32))
+        item_log_q = log_q(shares, len(params["item_shares"]), train.mixing_ratio, title_share)
+    with v1.variable_scope(v1.get_variable_scope(), custom_getter=getter):
+        towers = TwoTower(config.model, spec, table=table, layers=FUSED, training=True)
+        if phase is None:
+            loss, metrics = build_loss(config, batch, towers, item_log_q)
+    quantizer = None
+    if phase is not None:
+        # Not with the getter, because it would give away values in the place of variables.
+        quantizer = QuantizerLayer(config.quantizer, config.model.embedding_dim)
+        with v1.variable_scope(v1.get_variable_scope(), custom_getter=getter):
+            loss, metrics = build_loss(config, batch, towers, item_log_q, quantizer, teacher)
+    rows = {"query_rows": batch.query_rows, "item_rows": batch.item_rows, "user_rows": batch.user_rows}
+    return _Built(towers, loss, metrics, quantizer, rows)
+
+
+def _build_ranker(
+    features: dict[str, Any],
+    config: Config,
+    spec: FeatureSpec,
+    table: TableFactory,
+    params: dict[str, Any],
+    phase: QuantizerPhase | None,
+) -> _Built:
+    """Builds a ranker and its loss."""
+    batch: RankingBatch = features["batch"]
+    getter = half_on_wire if config.cluster.half_on_wire else None
+    with v1.variable_scope(v1.get_variable_scope(), custom_getter=getter):
+        ranker = Ranker(config, spec, table=table, layers=FUSED, training=True)
+        loss, metrics = ranker_loss(batch, ranker, params.get("propensities"))
+    return _Built(ranker, loss, metrics, None, {"requests": batch.requests})
 
 
 def _is_trained(towers: str) -> Callable[[str], bool]:
@@ -235,12 +283,12 @@ def run_config(model_dir: str, config: Config, cluster: Cluster) -> tf.estimator
 
 def loss_problem(error: tf.errors.OpError) -> str | None:
     """Returns what went wrong, with the step and the rows of the batch, if `error` is about the loss; else None."""
-    parts = re.search(rf"{_NOT_FINITE}\]\s*" + r"\[(.*?)\]\s*" * 4, str(error.message), re.DOTALL)
+    parts = re.search(rf"{_NOT_FINITE}\]\s*\[(.*?)\](.*)", str(error.message), re.DOTALL)
     if parts is None:
         return None
-    step, *rows = (" ".join(part.split()) for part in parts.groups())
-    names = ("query_rows", "item_rows", "user_rows")
-    return f"{_NOT_FINITE} {step}, in a batch of " + ", ".join(f"{n} [{r}]" for n, r in zip(names, rows, strict=True))
+    step, rest = parts.groups()
+    rows = re.findall(r"\[(\w+_?rows|requests)\]\s*\[(.*?)\]", rest, re.DOTALL)
+    return f"{_NOT_FINITE} {step}, in a batch of " + ", ".join(f"{name} [{' '.join(r.split())}]" for name, r in rows)
 
 
 class FiniteWeights(tf.estimator.CheckpointSaverListener):

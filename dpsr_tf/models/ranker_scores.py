@@ -1,0 +1,108 @@
+"""Scores items shown in requests by the checkpoint of a ranker, on NumPy arrays.
+
+Validation, evaluation and benchmarks use it; training and export build graphs of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from dpsr_common.errors import CommandError
+from dpsr_tf.data.ranking_features import Shown
+from dpsr_tf.data.store import Store
+from dpsr_tf.models.embedding import weights_saver
+from dpsr_tf.models.encoders import placeholder
+from dpsr_tf.models.features import Lists
+from dpsr_tf.models.model_directory import ModelDirectory
+from dpsr_tf.models.ranker import Ranker
+from dpsr_tf.models.ranker_inputs import DPSR_SCORE, RankerInputs, dpsr_scorer
+
+v1 = tf.compat.v1
+
+# Items that are scored at a time, at least those of one request.
+_ITEMS = 1 << 14
+
+
+def ranker_scores(model_dir: str | Path, store: Store, checkpoint: str | None = None) -> Callable[[Shown], np.ndarray]:
+    """Returns the ranker of a model directory as a function from items shown to scores, float32 [n].
+
+    Items may stand in any order. Only scores of items of one request can be compared. If the ranker reads
+    `dpsr_score`, and the items have none, the retrieval model of its config computes it.
+
+    Args:
+        model_dir: the model.
+        store: the store that it was trained on, or one with the same vocabulary and features.
+        checkpoint: name of a checkpoint in the directory, such as "model.ckpt-200"; by default the last one.
+
+    Raises:
+        CommandError: no ranker or checkpoint is there, the store has another vocabulary, other features or no requests,
+            or the checkpoint cannot be read.
+    """
+    model = ModelDirectory.open(model_dir, "ranker")
+    difference = model.store_difference(store)
+    if difference:
+        raise CommandError(f"{model.path}: {difference}; give the store the model was trained on")
+    path = str(model.path / checkpoint) if checkpoint else model.last_checkpoint()
+    inputs = RankerInputs(store, model.features, model.config.model.history_length)
+    reads_score = any(number.name == DPSR_SCORE for number in model.features.numbers)
+    score = dpsr_scorer(model.config.ranker.dpsr_model, store) if reads_score else None
+    run = _runner(model, path)
+
+    def scores(shown: Shown) -> np.ndarray:
+        if score is not None and DPSR_SCORE not in shown.numbers:
+            shown = score(shown)
+        order = np.argsort(shown.request, kind="stable")
+        found = np.empty(len(order), np.float32)
+        ends = np.cumsum(np.bincount(shown.request, minlength=len(shown.queries)))
+        first = begin = 0
+        while first < len(ends):
+            last = max(first + 1, int(np.searchsorted(ends, begin + _ITEMS, side="right")))
+            rows = order[begin : ends[last - 1]]
+            if len(rows):
+                found[rows] = run(inputs(_rows(shown, rows, first, last)))
+            first, begin = last, int(ends[last - 1])
+        return found
+
+    return scores
+
+
+def _rows(shown: Shown, rows: np.ndarray, first: int, last: int) -> Shown:
+    """Returns some rows, which are those of the requests `first` to `last` - 1."""
+    arrays = {name: getattr(shown, name)[rows] for name in ("user", "time", "item", "position", "outcome")}
+    return shown._replace(
+        queries=shown.queries[first:last],
+        request=shown.request[rows] - first,
+        numbers={name: values[rows] for name, values in shown.numbers.items()},
+        codes={},
+        **arrays,
+    )
+
+
+def _runner(model: ModelDirectory, checkpoint: str) -> Callable[[Lists], np.ndarray]:
+    """Returns the graph of a checkpoint as a function. The first call makes it."""
+    graph = tf.Graph()
+    session = v1.Session(graph=graph)
+    inputs: Any = None
+    output: Any = None
+
+    def run(lists: Lists) -> np.ndarray:
+        nonlocal inputs, output
+        if output is None:
+            with graph.as_default():
+                inputs = tf.nest.map_structure(placeholder, lists)
+                output = Ranker(model.config, model.features).scores(inputs)
+                try:
+                    weights_saver(model.config.train.average_decay > 0).restore(session, checkpoint)
+                except (tf.errors.OpError, ValueError):
+                    raise CommandError(
+                        f"{model.path}: {Path(checkpoint).name} cannot be read, or does not fit the config; train the "
+                        f"model again"
+                    ) from None
+        return session.run(output, dict(zip(tf.nest.flatten(inputs), tf.nest.flatten(lists), strict=True)))
+
+    return run
