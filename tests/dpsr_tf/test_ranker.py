@@ -1,0 +1,356 @@
+"""The ranker: what it learns, its parts, resuming, and scores of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import yaml
+
+from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.typed_config import from_dict
+from dpsr_tf.config import Config
+from dpsr_tf.data.ranking_batches import RankingBatches
+from dpsr_tf.data.ranking_features import RankingFeatures
+from dpsr_tf.data.request_log import OUTCOMES
+from dpsr_tf.data.store import Store
+from dpsr_tf.evaluation.ranking_metrics import session_auc
+from dpsr_tf.models.encoders import item_embeddings, placeholder
+from dpsr_tf.models.model_directory import ModelDirectory
+from dpsr_tf.models.ranker import Ranker
+from dpsr_tf.models.ranker_inputs import RankerInputs
+from dpsr_tf.models.ranker_scores import ranker_scores
+from dpsr_tf.training.train import config_from_flags, train
+
+v1 = tf.compat.v1
+
+DAY = 86_400
+SCHEMA = {
+    "items": {
+        "files": "items.jsonl",
+        "id": "item_id",
+        "text": "title",
+        "features": ["brand", {"column": "price", "kind": "number", "boundaries": [50]}],
+    },
+    "users": {"files": "users.jsonl", "id": "user_id", "features": ["gender"]},
+    "interactions": {
+        "files": "log.jsonl",
+        "query": "query",
+        "item": "item_id",
+        "user": "user_id",
+        "type": "type",
+        "time": "time",
+        "position": "position",
+        "held_out": {"last_days": 2},
+    },
+    "ranking": {"attributes": [], "price": "price"},
+}
+SMALL = {
+    "model": {
+        "kind": "ranker", "token_dim": 8, "feature_dim": 8, "hidden": [16, 8], "item_features": ["brand"],
+        "history_length": 8,
+    },
+    "train": {
+        "steps": 150, "batch_size": 32, "learning_rate": 0.1, "dense_optimizer": "adam", "dense_learning_rate": 0.01,
+        "checkpoint_steps": 100,
+    },
+}  # fmt: skip
+# What only texts, only numbers, or only histories tell.
+KINDS = ("text", "number", "history")
+WORDS, BRANDS = ("silk", "wool"), ("acme", "bolt")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    """A log of three kinds of requests. In its last days all items are new, so that no counts tell which is good.
+
+    text: "winter" wants wool, "summer" wants silk. number: the cheapest item is ordered. history: users buy the brand
+    that they have bought before.
+    """
+    folder = tmp_path_factory.mktemp("ranker")
+    rng = np.random.default_rng(1)
+    items, log = [], []
+
+    def item(title: str, brand: str, price: int) -> int:
+        items.append({"item_id": len(items) + 1, "title": title, "brand": brand, "price": price})
+        return len(items)
+
+    pool: dict[tuple[int, str], list[int]] = {}
+    for late in (0, 1):
+        for kind in KINDS:
+            # Of each pair of items, the second one has the other word, brand and a higher price, if its kind tells.
+            of_kind = pool.setdefault((late, kind), [])
+            for number in range(12):
+                second = number % 2
+                title = f"{WORDS[second]} coat" if kind == "text" else "coat"
+                brand = BRANDS[second] if kind == "history" else "none"
+                price = 20 + 60 * second + number if kind == "number" else 50
+                of_kind.append(item(title, brand, price))
+    users = [{"user_id": user, "gender": None} for user in range(1, 31)]
+    for number in range(1200):
+        late = number >= 900
+        kind = KINDS[number % 3]
+        user = int(rng.integers(1, 31))
+        time = 1_700_000_000 + (number * DAY // 60 if not late else 18 * DAY + (number - 900) * DAY // 600)
+        query, wanted = "coat", 0
+        if kind == "text":
+            query, wanted = ("summer", 0) if rng.random() < 0.5 else ("winter", 1)
+        elif kind == "history":
+            wanted = user % 2
+        shown = rng.permutation(pool[late, kind])[:4]
+        row = {"query": query, "user_id": user, "time": time}
+        good = [i for i in shown if (int(i) - 1) % 2 == wanted]
+        for place, i in enumerate(shown, 1):
+            log.append(row | {"item_id": int(i), "type": "impression", "position": place})
+            if i in good:
+                log.append(row | {"item_id": int(i), "type": "order", "time": time + 5, "position": place})
+    for name, rows in (("items", items), ("users", users), ("log", log)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return _ingested(folder, SCHEMA, "store")
+
+
+def _ingested(folder, schema, name):
+    from dpsr_tf.data.ingest import ingest
+    from dpsr_tf.data.schema import load_schema
+    from dpsr_tf.data.store import new_directory
+
+    (folder / "schema.yaml").write_text(yaml.safe_dump(schema))
+    with new_directory(folder / name) as out:
+        ingest(load_schema(folder / "schema.yaml"), folder, out)
+    return Store(folder / name)
+
+
+def _config(**changes):
+    data = {section: dict(values) for section, values in SMALL.items()}
+    for key, value in changes.items():
+        section, name = key.split("__")
+        data.setdefault(section, {})[name] = value
+    return from_dict(Config, data, "test")
+
+
+@pytest.fixture(scope="module")
+def model(store, tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "all"
+    train(store, _config(), path)
+    return path
+
+
+def _held(store):
+    file = store.held_requests()
+    return RankingFeatures(store).of(file, np.arange(len(file["request.splits"]) - 1))
+
+
+def _auc_by_kind(store, path):
+    """Returns the session AUC of held-out requests of each kind."""
+    shown = _held(store)
+    score = ranker_scores(path, store)(shown)
+    price, kinds = shown.numbers["item.price"], np.full(len(shown.item), 2)
+    kinds[np.array(shown.queries)[shown.request] != "coat"] = 0
+    kinds[(kinds == 2) & (price != 50)] = 1
+    found = {}
+    for place, kind in enumerate(KINDS):
+        rows = kinds == place
+        ordered = shown.outcome[rows] == OUTCOMES.index("order")
+        found[kind] = session_auc(shown.request[rows], ordered, score[rows]).mean()
+    return found
+
+
+def test_it_learns_what_only_texts_only_numbers_or_only_histories_tell(store, model):
+    assert min(_auc_by_kind(store, model).values()) > 0.9, _auc_by_kind(store, model)
+
+
+def test_without_numbers_and_histories_only_texts_tell(store, tmp_path):
+    path = tmp_path / "texts"
+    train(store, _config(ranker__numbers=False, model__history_length=0), path)
+    found = _auc_by_kind(store, path)
+    assert found["text"] > 0.9 and found["number"] == 0.5
+    assert 0.3 < found["history"] < 0.7
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ranker__loss": "listwise", "model__history_pooling": "sum"},
+        {"ranker__crosses": 2, "ranker__products": False, "train__average_decay": 0.9},
+        {"ranker__position": True, "ranker__dropout": 0.1, "model__user_features": ["gender"]},
+    ],
+)
+def test_options_train_and_score(store, tmp_path, changes):
+    train(store, _config(train__steps=5, **changes), tmp_path / "model")
+    shown = _held(store)
+    scores = ranker_scores(tmp_path / "model", store)(shown)
+    assert scores.dtype == np.float32 and np.isfinite(scores).all() and scores.std() > 0
+
+
+def test_a_resumed_training_is_the_same_training(store, tmp_path):
+    config = _config(train__steps=12, train__checkpoint_steps=6, train__average_decay=0.9)
+    train(store, config, tmp_path / "whole")
+    train(store, _config(train__steps=6, train__checkpoint_steps=6, train__average_decay=0.9), tmp_path / "parts")
+    train(store, config, tmp_path / "parts")
+    whole, parts = (tf.train.load_checkpoint(tf.train.latest_checkpoint(str(tmp_path / n))) for n in ("whole", "parts"))
+    names = whole.get_variable_to_shape_map()
+    assert names.keys() == parts.get_variable_to_shape_map().keys() and "ranker/hidden_0/item_kernel" in names
+    for name in names:
+        np.testing.assert_allclose(whole.get_tensor(name), parts.get_tensor(name), rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_scores_do_not_depend_on_the_order_or_on_other_requests(store, model):
+    shown, rng = _held(store), np.random.default_rng(2)
+    score = ranker_scores(model, store)
+    order = rng.permutation(len(shown.item))
+    mixed = shown._replace(
+        numbers={name: values[order] for name, values in shown.numbers.items()},
+        codes={},
+        **{n: getattr(shown, n)[order] for n in ("request", "user", "time", "item", "position", "outcome")},
+    )
+    all_scores = score(shown)
+    np.testing.assert_allclose(score(mixed), all_scores[order], rtol=1e-4, atol=1e-5)
+    rows = shown.request == 3
+    one = RankingFeatures(store).of(store.held_requests(), np.array([3]))
+    np.testing.assert_allclose(score(one), all_scores[rows], rtol=1e-4, atol=1e-5)
+    features = RankingFeatures(store)
+    none = features.at_end(["coat", "winter"], np.zeros(0, int), np.zeros(0, int), np.zeros(0, int))
+    assert score(none).shape == (0,)
+
+
+def test_the_parts_that_a_server_computes_give_the_score(store, model):
+    """Item parts one by one, the request once, pairs last, against `scores`."""
+    directory = ModelDirectory.open(model)
+    shown = RankingFeatures(store).of(store.held_requests(), np.array([7]))
+    lists, n = RankerInputs(store, directory.features, 8)(shown), len(shown.item)
+    with tf.Graph().as_default(), v1.Session() as session:
+        inputs = tf.nest.map_structure(placeholder, lists)
+        ranker = Ranker(directory.config, directory.features)
+        whole = ranker.scores(inputs)
+        vectors = ranker.item_vectors(inputs.items)
+        mine = tf.gather(vectors, inputs.candidates.values)
+        items = tf.stack([ranker.item_hidden(mine[i : i + 1], inputs.item_numbers[i : i + 1])[0] for i in range(n)])
+        history = tf.gather(vectors, inputs.history.values)
+        request = ranker.request(
+            inputs.query, inputs.user, history, inputs.history.row_splits, inputs.history_types, inputs.request_numbers
+        )
+        alone = tf.constant([0, 1], tf.int64)
+        rows = [slice(i, i + 1) for i in range(n)]
+        one = [ranker.logits(request, mine[row], items[row], alone, inputs.pair_numbers[row])[0] for row in rows]
+        v1.train.Saver().restore(session, directory.last_checkpoint())
+        feed = dict(zip(tf.nest.flatten(inputs), tf.nest.flatten(lists), strict=True))
+        expected, found = session.run([whole, tf.stack(one)], feed)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(ranker_scores(model, store)(shown), expected, rtol=1e-4, atol=1e-5)
+
+
+# Batches.
+
+
+def test_batches_are_a_function_of_the_step(store):
+    features = RankingFeatures(store)
+    batches = RankingBatches(store, features, seed=3)
+
+    def first(steps, **options):
+        return [numbers for _, (_, numbers) in zip(range(steps), batches.batches(7, **options), strict=False)]
+
+    whole = first(20, first_step=0)
+    np.testing.assert_array_equal(first(9, first_step=11), whole[11:])
+    workers = [first(10, first_step=0, worker_index=i, num_workers=2) for i in range(2)]
+    np.testing.assert_array_equal(np.stack(workers, 1).reshape(20, 7), whole)
+    many = np.concatenate(first(-(-batches.usable // 7), first_step=0))[: batches.usable]
+    assert len(np.unique(many)) == batches.usable
+    file = store.requests()[0]
+    for shown, numbers in [next(batches.batches(7, 5))]:
+        expected = features.of(file, numbers)
+        np.testing.assert_array_equal(shown.item, expected.item)
+        np.testing.assert_array_equal(shown.request, expected.request)
+        assert shown.queries == expected.queries
+        np.testing.assert_array_equal(shown.numbers["bm25.title"], expected.numbers["bm25.title"])
+
+
+def test_batches_of_several_shards_have_the_requests_they_name(store, tmp_path):
+    from dpsr_tf.data.ingest import ingest
+    from dpsr_tf.data.schema import load_schema
+    from dpsr_tf.data.store import new_directory
+
+    folder = store.path.parent
+    with new_directory(tmp_path / "sharded") as out:
+        ingest(load_schema(folder / "schema.yaml"), folder, out, shards=3)
+    sharded = Store(tmp_path / "sharded")
+    features = RankingFeatures(sharded)
+    batches = RankingBatches(sharded, features, seed=1)
+    shown, numbers = next(batches.batches(16, 2))
+    firsts = np.cumsum([0, *(len(file["request.splits"]) - 1 for file in sharded.requests())])
+    for place, number in enumerate(numbers):
+        shard = int(np.searchsorted(firsts, number, side="right") - 1)
+        expected = features.of(sharded.requests()[shard], np.array([number - firsts[shard]]))
+        rows = shown.request == place
+        np.testing.assert_array_equal(shown.item[rows], expected.item)
+        np.testing.assert_array_equal(shown.numbers["item.30.click"][rows], expected.numbers["item.30.click"])
+        assert shown.queries[place] == expected.queries[0]
+
+
+def test_requests_without_a_preference_are_left_out(store):
+    features = RankingFeatures(store)
+    batches = RankingBatches(store, features, seed=1)
+    outcome, splits = store.requests()[0]["shown.outcome"], store.requests()[0]["request.splits"]
+    differing = [i for i in range(len(splits) - 1) if len(set(outcome[splits[i] : splits[i + 1]])) > 1]
+    assert batches.usable == len(differing) < batches.requests
+    _, numbers = next(batches.batches(batches.usable, 0))
+    assert sorted(numbers) == differing
+    # Clicks and orders count the same, so nothing is preferred.
+    with pytest.raises(CommandError, match="has nothing to learn"):
+        RankingBatches(store, features, seed=1, gains=(1, 1, 1, 1))
+
+
+# Bad input.
+
+
+def test_numbers_that_say_nothing_are_reported(store, tmp_path, capsys):
+    train(store, _config(train__steps=1), tmp_path / "model")
+    out = capsys.readouterr().out
+    assert "of 889 requests for training have an item that is preferred to another" in out
+    assert "which say nothing: " in out and "number_match has no value" in out and "item.1.cart" not in out
+    names = {number.name for number in ModelDirectory.open(tmp_path / "model").features.numbers}
+    assert "item.price" in names and "number_match" not in names
+    # A resumed training reads what it read before.
+    train(store, _config(train__steps=2), tmp_path / "model")
+    assert "which say nothing" not in capsys.readouterr().out
+
+
+def test_a_store_without_requests_is_an_error(store, tmp_path):
+    schema = {key: value for key, value in SCHEMA.items() if key != "ranking"}
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    for name in ("items", "users", "log"):
+        (folder / f"{name}.jsonl").write_bytes((store.path.parent / f"{name}.jsonl").read_bytes())
+    plain = _ingested(folder, schema, "store")
+    with pytest.raises(CommandError, match="add the section `ranking` to the schema"):
+        train(plain, _config(), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_each_kind_of_model_refuses_the_work_of_the_other(store, model, tmp_path):
+    with pytest.raises(CommandError, match="holds a model of kind ranker, expected retrieval"):
+        item_embeddings(model, store)
+    with pytest.raises(CommandError, match=r"model\.kind was 'ranker' and is 'retrieval'"):
+        train(store, Config(), model)
+    config = from_dict(Config, {"model": {"token_dim": 4, "embedding_dim": 4}, "train": {"steps": 1}}, "test")
+    train(store, config, tmp_path / "towers")
+    with pytest.raises(CommandError, match="holds a model of kind retrieval, expected ranker"):
+        ranker_scores(tmp_path / "towers", store)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("model.num_heads=2", "num_heads is 2, which cannot be combined with kind ranker"),
+        ("model.hidden=[]", "expected at least one layer"),
+        ("train.loss=softmax", "train.loss is 'softmax', which cannot be combined with model.kind ranker"),
+        ("quantizer.sub_spaces=8", "expected 0, because a ranker has no index"),
+        ("ranker.gains=[0, 1]", "expected 4: of unclicked, click, cart and order"),
+        ("ranker.gains=[0, 2, 1, 3]", "expected numbers that rise"),
+    ],
+)
+def test_settings_that_a_ranker_cannot_have(tmp_path, assignment, message):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(SMALL))
+    with pytest.raises(UsageError, match=message.replace("[", r"\[")):
+        config_from_flags(str(tmp_path / "config.yaml"), [assignment])
