@@ -7,13 +7,14 @@ need no training and hold for queries that no log has seen. docs/ranking.md list
 from __future__ import annotations
 
 import collections
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from dpsr_tf.data.column_files import row_splits
-from dpsr_tf.data.store import Store, unpack_strings
+from dpsr_tf.data.store import Store, pack_strings, unpack_strings
 from dpsr_tokenizer import Tokenizer, TokenizerConfig
 
 # The constants of BM25 in Lucene's form.
@@ -119,6 +120,35 @@ class MatchFeatures:
         if self._brands is not None:
             found |= self._brand_matches(words, query, item)
         return {name: found[name].astype(np.float32) for name in self.names}
+
+    def sections(self) -> dict[str, np.ndarray]:
+        """Returns what a server needs to compute the same: sections of a file (export/rank_features/rank_table.h)."""
+        words = list(self._ids)
+        sections: dict[str, np.ndarray] = {}
+        for place, (column, field) in enumerate(self._fields.items()):
+            sections |= {
+                f"text{place}.splits": field.splits,
+                f"text{place}.values": field.tokens.astype(np.int32),
+                f"text{place}.weights": self._weights[column].astype(np.float32),
+            }
+        if self._brands is not None:
+            ids = dict(self._ids)
+            of_brands = [sorted(ids.setdefault(word, len(ids)) for word in brand) for brand in self._brand_tokens]
+            words = list(ids)
+            sections |= {
+                "brand": self._brands.astype(np.int32),
+                "brand_words.splits": row_splits(np.array([len(brand) for brand in of_brands], np.int64)),
+                "brand_words.values": np.array([word for brand in of_brands for word in brand], np.int32),
+            }
+        digits = np.array([chr(point).isdigit() for point in range(sys.maxunicode + 1)])
+        edges = np.flatnonzero(np.diff(digits, prepend=False, append=False)).reshape(-1, 2)
+        splits, data = pack_strings(words)
+        return sections | {
+            "tokenizer": np.frombuffer(self._tokenizer.config.serialize().encode(), np.uint8),
+            "word.splits": splits,
+            "word.bytes": data,
+            "digits": (edges - [0, 1]).reshape(-1).astype(np.int32),
+        }
 
     def _brand_matches(
         self, words: Sequence[Sequence[str]], query: np.ndarray, item: np.ndarray

@@ -136,9 +136,41 @@ class RankingFeatures:
             return values[item if entity == "item" else self._attributes[entity][item]]
 
         numbers = self._match(queries, request, item)
-        whole = {event: np.full(len(item), end.file[f"all.{_GLOBAL_WINDOW}.{event}"][0]) for event in EVENTS}
-        numbers |= self._statistics(item, count, whole)
+        numbers |= self._statistics(item, count, end.whole)
         return self._complete(shown, numbers, lambda name: end.file[f"spend.{name}"][user])
+
+    def sections(self) -> dict[str, np.ndarray]:
+        """Returns what a server needs to compute the numbers of requests and pairs at the end of the log.
+
+        Returns:
+            Sections of a file, by name, as export/rank_features/rank_table.h describes them. They lack the numbers of
+            items, and those of users that a request brings.
+        """
+        file, items = self._end.file, self._store.items()
+        names = [name for name in self.numbers if name.startswith("query_item.")]
+        sections = {name: items[name] for name in items if name.partition(".")[0] in ("id", "id_index", "key")}
+        sections |= self._match.sections()
+        sections |= {f"query.{part}": file[f"query_text.{part}"] for part in ("splits", "bytes")}
+        sections |= {"query_item.splits": file["query_item.splits"], "query_item.values": file["query_item.item"]}
+        for section, counts in (
+            ("numbers", lambda name: file[f"stat.query_item.{name}"]),
+            ("missing", lambda name: np.zeros(1, np.uint32)),
+        ):
+            values = self._counts_and_rates("query_item", None, counts, self._end.whole)
+            sections[f"query_item.{section}"] = np.stack([values[name] for name in names], axis=1).reshape(-1)
+        if self._ranking.price is not None:
+            spent = np.stack([file[f"spend.{name}"] for name in SPENDING], axis=1).astype(np.float32)
+            buyers = np.flatnonzero(file[f"spend.{SPENDING[0]}"])
+            ids = self._store.users()["id"][buyers]
+            order = np.argsort(ids)
+            sections |= {
+                "price": self._numbers[f"item.{self._ranking.price}"],
+                "user.id": ids[order],
+                "user.spending": spent[buyers][order].reshape(-1),
+                # The anonymous user has no orders.
+                "user.missing": spent[0],
+            }
+        return sections
 
     @functools.cached_property
     def _end(self) -> _End:
@@ -172,15 +204,26 @@ class RankingFeatures:
             count: from an entity and the name of a count ("7.click") to the counts of the pairs.
             everything: the counts of the whole log in the longest window, by EVENTS.
         """
-        found = {}
+        found: dict[str, np.ndarray] = {}
         for entity in self._entities:
             known = self._attributes[entity][item] > 0 if entity in self._attributes else None
-            for days in WINDOWS:
-                counts = {event: count(entity, f"{days}.{event}") for event in EVENTS}
-                values = counts | self.rates(counts, everything)
-                for name, value in values.items():
-                    number = value.astype(np.float32)
-                    found[f"{entity}.{days}.{name}"] = number if known is None else np.where(known, number, np.nan)
+            found |= self._counts_and_rates(entity, known, functools.partial(count, entity), everything)
+        return found
+
+    def _counts_and_rates(
+        self,
+        entity: str,
+        known: np.ndarray | None,
+        count: Callable[[str], np.ndarray],
+        everything: Mapping[str, np.ndarray],
+    ) -> dict[str, np.ndarray]:
+        """Returns the counts and rates of an entity by name, float32 [n], NaN where `known` is false."""
+        found = {}
+        for days in WINDOWS:
+            counts = {event: count(f"{days}.{event}") for event in EVENTS}
+            for name, value in (counts | self.rates(counts, everything)).items():
+                number = value.astype(np.float32)
+                found[f"{entity}.{days}.{name}"] = number if known is None else np.where(known, number, np.nan)
         return found
 
     def rates(self, counts: Mapping[str, np.ndarray], everything: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -188,7 +231,7 @@ class RankingFeatures:
 
         Args:
             counts: by EVENTS, [n].
-            everything: the same for the whole log over the longest window, [n].
+            everything: the same for the whole log over the longest window, [n] or [1].
         """
         r = self._ranking
         return {
@@ -204,6 +247,7 @@ class _End:
         file = store.statistics()
         assert file is not None
         self.file = file
+        self.whole = {event: file[f"all.{_GLOBAL_WINDOW}.{event}"] for event in EVENTS}
         self._queries = {text: row for row, text in enumerate(unpack_strings(file, "query_text"))}
         # Ascending, because the pairs are sorted by query and item.
         pairs = np.diff(file["query_item.splits"])
@@ -226,7 +270,7 @@ def _smoothed(
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.zeros(len(part)), where=whole > 0)
+    return np.divide(part, whole, out=np.zeros(np.broadcast(part, whole).shape), where=whole > 0)
 
 
 def _texts(file: PackedFile, rows: np.ndarray) -> list[str]:
