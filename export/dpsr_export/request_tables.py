@@ -33,7 +33,7 @@ class KeyTable:
                 of another kind. Raised here in eager mode, and otherwise when the load op runs.
         """
         handle = load().dpsr_key_table_handle(shared_name=f"key_table_{uuid.uuid4().hex}")
-        self._handle = _loaded(handle, load().dpsr_key_table_load, path)
+        self._handle = loaded(handle, load().dpsr_key_table_load, path)
 
     def item_ids(self, keys: tf.Tensor) -> tf.Tensor:
         """Returns the item id, int64, of each of the shop's own text ids, in the same shape. Unknown texts give -1."""
@@ -98,7 +98,7 @@ class ItemTable:
         lists = [feature.name for feature in features if feature.kind not in FIXED_KINDS]
         self._num_lists = len(lists)
         handle = load().dpsr_item_table_handle(shared_name=f"item_table_{uuid.uuid4().hex}")
-        self._handle = _loaded(handle, load().dpsr_item_table_load, path, fixed=fixed, lists=lists)
+        self._handle = loaded(handle, load().dpsr_item_table_load, path, fixed=fixed, lists=lists)
 
     def history(self, texts: tf.Tensor, item_ids: tf.Tensor, types: tf.Tensor, length: int) -> History:
         """Returns the last `length` known items of each user, oldest first, as in training. It has no past queries.
@@ -166,7 +166,8 @@ def check_assets() -> None:
         v1.add_to_collection(v1.GraphKeys.TABLE_INITIALIZERS, checked.op)
 
 
-def _loaded(handle: tf.Tensor, load_op: Any, path: str | Path, **attributes: Any) -> tf.Tensor:
+def loaded(handle: tf.Tensor, load_op: Any, path: str | Path, **attributes: Any) -> tf.Tensor:
+    """Loads a file into the handle of a table or, in a graph, adds the op that does it. Returns the handle."""
     filename = tf.constant(str(path))
     loaded = load_op(handle, filename, **attributes)
     if not tf.executing_eagerly():

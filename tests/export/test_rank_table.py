@@ -1,0 +1,189 @@
+"""The numbers that a servable computes for a ranker, against those of RankingFeatures.at_end; and hostile requests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import yaml
+
+from dpsr_common.command_line import main
+from dpsr_export.faiss_search import load
+from dpsr_export.rank_table import RankTable, write_rank_table
+from dpsr_tf.data.ranking_features import RankingFeatures
+from dpsr_tf.data.store import Store
+
+v1 = tf.compat.v1
+
+WORDS = [
+    "drill", "12mm", "ab300", "acme", "bolt", "tools", "red", "Ünïcode", "straße", "手机", "红色", "٣٤", "½", "Ⅻ",
+    "ไทย", "한국어", "x²", "3.5mm", "1,000", "e\u0301", "shoes",
+]  # fmt: skip
+BRANDS = ["Acme", "Bolt Tools", "手机", "Tools", "bolt bolt", "!!!", None]
+QUERIES = [
+    "", "   ", "unknown words only", "drill drill drill", "acme drill 12MM", "bolt tools red", "手机 红色手机",
+    " acme drill 12MM\u3000", "straße x² 12 mm", "ÿ", "٣٤ ½ ⅻ", "😀", "shoes\x00 1,000",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["text_ids", "number_ids"])
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A shop of 60 items in several scripts; some lack a title, a brand or a price."""
+    folder, rng = tmp_path_factory.mktemp("shop"), np.random.default_rng(5)
+    text_ids = request.param
+
+    def words(count: int) -> str:
+        return " ".join(rng.choice(WORDS, count))
+
+    def id_of(number: int) -> str | int:
+        return f"sku-{number}" if text_ids else number * 3
+
+    items = [
+        {
+            "item": id_of(i),
+            "title": words(int(rng.integers(0, 7))),
+            "detail": words(int(rng.integers(0, 12))),
+            "brand": BRANDS[rng.integers(len(BRANDS))],
+            "price": None if i % 7 == 0 else round(float(rng.uniform(1, 90)), 2),
+        }
+        for i in range(60)
+    ]
+    asked = [text for text in QUERIES if text.strip()] + [words(2) for _ in range(20)]
+    log = [
+        {
+            "query": asked[rng.integers(len(asked))],
+            "item": id_of(int(rng.integers(60))),
+            "user": ["u1", "u2", "u3", None][rng.integers(4)],
+            "type": str(rng.choice(["impression", "click", "order"], p=[0.5, 0.3, 0.2])),
+            "time": 1_700_000_000 + int(rng.integers(40 * 86_400)),
+        }
+        for _ in range(3000)
+    ]
+    schema = {
+        "items": {
+            "files": "items.jsonl",
+            "id": "item",
+            "text": ["title", "detail"],
+            "features": ["brand", {"column": "price", "kind": "number", "boundaries": [10]}],
+        },
+        "users": {"files": "users.jsonl", "id": "user"},
+        "interactions": {
+            "files": "log.jsonl", "query": "query", "item": "item", "user": "user", "type": "type", "time": "time"
+        },
+        "ranking": {"attributes": ["brand"], "brand": "brand", "price": "price"} if text_ids else {},
+    }  # fmt: skip
+    users = [{"user": f"u{i}"} for i in range(1, 6)]
+    for name, rows in (("items", items), ("users", users), ("log", log)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    (folder / "schema.yaml").write_text(yaml.safe_dump(schema))
+    assert main(["ingest", f"--schema={folder / 'schema.yaml'}", f"--out={folder / 'store'}"]) == 0
+    return Store(folder / "store")
+
+
+def test_numbers_are_those_at_the_end_of_the_log(store: Store, tmp_path: Path) -> None:
+    rng, features = np.random.default_rng(6), RankingFeatures(store)
+    of_items = rng.normal(size=(store.counts.items, 3))
+    write_rank_table(features, [of_items[:, :1], of_items], tmp_path / "rank_table.dpsr")
+    table = RankTable(tmp_path / "rank_table.dpsr", features, [1, 3])
+    ids, users = store.items()["id"], store.users()["id"]
+    logged = store.statistics()
+    assert logged is not None and len(table.pairs) > 20
+    queries = [*QUERIES, *(" ".join(rng.choice([*WORDS, "other"], rng.integers(1, 9))) for _ in range(40))]
+    for query in queries:
+        user = int(rng.integers(store.counts.users))
+        item = rng.integers(0, store.counts.items, 30)
+        # The log's queries have no white space at their ends.
+        expected = features.at_end([query.strip()], np.zeros(30, np.int64), np.full(30, user), item)
+        asked = ids[item]
+        asked[3] = 5
+        found = table.numbers(tf.constant([query]), users[user : user + 1], asked, 30)
+        item[3] = -1
+        np.testing.assert_array_equal(found.rows, item)
+        for place, name in enumerate(table.pairs):
+            right = expected.numbers[name].copy()
+            right[3] = np.nan
+            np.testing.assert_allclose(found.pairs[:, place], right, rtol=1e-6, atol=1e-6, err_msg=f"{name} {query!r}")
+        for place, name in enumerate(table.spending):
+            np.testing.assert_array_equal(found.spending[0, place], expected.numbers[name][0], name)
+        values = table.rows(1, found.rows).numpy()
+        np.testing.assert_allclose(values[:3], of_items[item[:3]], rtol=1e-6)
+        assert not values[3].any() and table.rows(0, found.rows).shape == [30, 1]
+    # Bytes that are not UTF-8 separate words.
+    broken, clean = (
+        table.numbers(tf.constant([text]), users[:1], ids[:9], 9) for text in (b"red\xffdrill", "red drill")
+    )
+    fields = [place for place, name in enumerate(table.pairs) if name.startswith("bm25.")]
+    np.testing.assert_array_equal(broken.pairs.numpy()[:, fields], clean.pairs.numpy()[:, fields])
+    if "spend.mean" in table.spending:
+        spent = table.numbers(tf.constant(["red"]), users[users > 0][:1], ids[:1], 1).spending.numpy()
+        assert spent[0, 0] > 0, "the first user has orders"
+        for unknown in ([], [-1], [123]):
+            anonymous = table.numbers(tf.constant(["red"]), np.array(unknown, np.int64), ids[:1], 1).spending.numpy()
+            assert anonymous[0, 0] == 0 and np.isnan(anonymous[0, 1:]).all()
+
+
+def test_wrong_requests(store: Store, tmp_path: Path) -> None:
+    features = RankingFeatures(store)
+    write_rank_table(features, [np.zeros((store.counts.items, 2))], tmp_path / "rank_table.dpsr")
+    table = RankTable(tmp_path / "rank_table.dpsr", features, [2])
+    query, nobody, ids = tf.constant(["red"]), tf.constant([], tf.int64), store.items()["id"][:4]
+    assert table.numbers(query, nobody, ids[:0], 4).pairs.shape == [0, len(table.pairs)]
+    hostile = np.array([-1, -(2**63), 2**63 - 1, 0], np.int64)
+    unknown = table.numbers(query, nobody, hostile, 4)
+    assert unknown.rows.numpy().tolist()[:3] == [-1, -1, -1] and np.isnan(unknown.pairs[:3]).all()
+    for arguments, message in (
+        ((query, nobody, ids, 3), "item_ids has 4 items, expected at most 3; send the best"),
+        ((tf.constant(["a", "b"]), nobody, ids, 4), r"query has shape \[2\], expected \[1\], one query for all items"),
+        ((tf.constant([], tf.string), nobody, ids, 4), r"query has shape \[0\]"),
+        ((tf.constant("a"), nobody, ids, 4), r"query has shape \[\]|Shape must be rank 1"),
+        ((query, tf.constant([1, 2], tf.int64), ids, 4), r"user_id has shape \[2\], expected \[1\], or \[0\]"),
+        ((query, nobody, ids.reshape(2, 2), 4), r"item_ids has shape \[2,2\], expected \[n\]"),
+        ((tf.constant(["x" * 2**20]), nobody, ids, 4), "query has 1048576 bytes, expected at most 65536"),
+    ):
+        with pytest.raises((tf.errors.InvalidArgumentError, ValueError), match=message):
+            table.numbers(*arguments)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="expected less than 60"):
+        table.rows(0, tf.constant([60]))
+    assert table.rows(0, tf.constant([-5])).numpy().tolist() == [[0, 0]]
+    wrong = RankTable(tmp_path / "rank_table.dpsr", features, [3])
+    with pytest.raises(tf.errors.FailedPreconditionError, match="has no table 0 of width 3"):
+        wrong.rows(0, tf.constant([1]))
+
+
+def test_shapes_and_damaged_files(store: Store, tmp_path: Path) -> None:
+    features, path = RankingFeatures(store), tmp_path / "rank_table.dpsr"
+    write_rank_table(features, [np.ones((store.counts.items, 2))], path)
+    with tf.Graph().as_default(), v1.Session() as session:
+        table = RankTable(path, features, [2])
+        found = table.numbers(
+            v1.placeholder(tf.string, [1]), v1.placeholder(tf.int64, [None]), v1.placeholder(tf.int64, [None]), 10
+        )
+        assert [tensor.shape.as_list() for tensor in found] == [
+            [None], [1, len(table.spending)], [None, len(table.pairs)]
+        ]  # fmt: skip
+        assert table.rows(0, found.rows).shape.as_list() == [None, 2]
+        for place in range(3):
+            shapes: list[list[int | None]] = [[1], [None], [None]]
+            shapes[place] = [2, 2]
+            with pytest.raises(ValueError, match="rank 1"):
+                types = (tf.string, tf.int64, tf.int64)
+                table.numbers(*(v1.placeholder(t, s) for t, s in zip(types, shapes, strict=True)), 10)
+        with pytest.raises(tf.errors.FailedPreconditionError, match="the table is not loaded"):
+            session.run(table.rows(0, tf.constant([1])))
+    bytes_ = path.read_bytes()
+    for at in range(64, len(bytes_), len(bytes_) // 40):
+        path.write_bytes(bytes_[:at] + bytes([bytes_[at] ^ 0x40]) + bytes_[at + 1 :])
+        with pytest.raises(tf.errors.DataLossError):
+            RankTable(path, features, [2])
+    path.write_bytes(bytes_[:100])
+    with pytest.raises(tf.errors.DataLossError):
+        RankTable(path, features, [2])
+    path.unlink()
+    with pytest.raises(tf.errors.NotFoundError):
+        RankTable(path, features, [2])
+    handle = load().dpsr_rank_table_handle(shared_name="of another kind")
+    with pytest.raises(tf.errors.FailedPreconditionError):
+        load().dpsr_rank_table_load(handle, str(store.items_path))
