@@ -18,6 +18,7 @@ from dpsr_export.faiss_search import load
 from dpsr_export.request_tables import loaded
 from dpsr_tf.data.event_counts import SPENDING
 from dpsr_tf.data.ranking_features import RankingFeatures
+from dpsr_tf.data.schema import EVENT_TYPES
 
 
 def write_rank_table(features: RankingFeatures, tables: Sequence[np.ndarray], path: str | Path) -> None:
@@ -87,6 +88,27 @@ class RankTable:
             num_pairs=len(self.pairs),
         )  # fmt: skip
         return RankNumbers(*found)
+
+    def history(self, item_ids: tf.Tensor, types: tf.Tensor, length: int) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns rows and types (index in EVENT_TYPES) of the last `length` known items of one user, oldest first.
+
+        Args:
+            item_ids: int64 [1, n], oldest first. -1 is padding. A tensor without elements means no history.
+            types: string [1, n], names of EVENT_TYPES, or "" for a click. A tensor without elements: all are clicks.
+            length: at least 1.
+
+        Raises:
+            tf.errors.InvalidArgumentError: a tensor has a wrong shape, or a type is unknown.
+        """
+        found = load().dpsr_rank_history(
+            self._handle,
+            item_ids,
+            types,
+            length=length,
+            event_types=EVENT_TYPES,
+            default_type=EVENT_TYPES.index("click"),
+        )
+        return found.rows, found.type_codes
 
     def rows(self, table: int, rows: tf.Tensor) -> tf.Tensor:
         """Returns rows of a table, float32 [n, width]; `rows` int32 [n], -1 gives zeros."""

@@ -8,6 +8,7 @@
 
 #include "common/tf_packed_file.h"
 #include "export/rank_features/rank_table.h"
+#include "export/request_tables/history.h"
 #include "export/request_tables/table_resource.h"
 
 namespace dpsr {
@@ -75,6 +76,31 @@ class RankNumbersOp : public OpKernel {
  private:
   int64_t max_items_;
   int num_spending_, num_pairs_;
+};
+
+enum HistoryInput { kHistoryHandle = kHandle, kHistoryIds, kHistoryTypes };
+enum HistoryOutput { kHistoryRows, kHistoryTypeCodes };
+
+class RankHistoryOp : public OpKernel {
+ public:
+  explicit RankHistoryOp(OpKernelConstruction* c) : OpKernel(c) { OP_REQUIRES_OK(c, reader_.Init(c)); }
+
+  void Compute(OpKernelContext* c) override {
+    std::shared_ptr<const RankTable> table;
+    OP_REQUIRES_OK(c, LoadedTable(c, &table));
+    KnownHistory history;
+    OP_REQUIRES_OK(c, reader_.Read(1, c->input(kHistoryIds), c->input(kHistoryTypes),
+                                   [&](int64_t id) { return table->FindItem(id); }, &history));
+    const auto count = static_cast<int64_t>(history.rows.size());
+    Tensor *rows, *types;
+    OP_REQUIRES_OK(c, c->allocate_output(kHistoryRows, {count}, &rows));
+    OP_REQUIRES_OK(c, c->allocate_output(kHistoryTypeCodes, {count}, &types));
+    std::copy(history.rows.begin(), history.rows.end(), rows->flat<int32>().data());
+    std::copy(history.types.begin(), history.types.end(), types->flat<int32>().data());
+  }
+
+ private:
+  HistoryReader reader_;
 };
 
 enum RowsInput { kRowsHandle = kHandle, kRowsRows };
@@ -163,6 +189,30 @@ spending: [1, num_spending], numbers of the user; NaN is missing.
 pairs: [n, num_pairs], numbers of query and item; NaN is missing, and all of an unknown item.
 )doc");
 
+REGISTER_OP("DpsrRankHistory")
+    .Input("handle: resource")
+    .Input("ids: int64")
+    .Input("types: string")
+    .Attr("length: int >= 1")
+    .Attr("event_types: list(string)")
+    .Attr("default_type: int >= 0")
+    .Output("rows: int32")
+    .Output("type_codes: int32")
+    .SetIsStateful()
+    .SetShapeFn([](InferenceContext* c) {
+      const ShapeHandle unknown = c->Vector(InferenceContext::kUnknownDim);
+      c->set_output(kHistoryRows, unknown);
+      c->set_output(kHistoryTypeCodes, unknown);
+      return tensorflow::OkStatus();
+    })
+    .Doc(R"doc(
+Returns the last known items of one user, oldest first. Inputs and attributes are those of DpsrItemHistory for a batch
+of 1.
+
+rows: [h] rows of the rank table.
+type_codes: [h] positions in event_types.
+)doc");
+
 REGISTER_OP("DpsrRankRows")
     .Input("handle: resource")
     .Input("rows: int32")
@@ -189,6 +239,7 @@ values: [n, width].
 DPSR_REGISTER("DpsrRankTableHandle", TableHandleOp<RankTable>);
 DPSR_REGISTER("DpsrRankTableLoad", RankTableLoadOp);
 DPSR_REGISTER("DpsrRankNumbers", RankNumbersOp);
+DPSR_REGISTER("DpsrRankHistory", RankHistoryOp);
 DPSR_REGISTER("DpsrRankRows", RankRowsOp);
 #undef DPSR_REGISTER
 

@@ -13,6 +13,7 @@
 #include "dpsr_tf/ops/item_table.h"
 #include "dpsr_tf/ops/tf_columns.h"
 #include "export/request_tables/file_fingerprint.h"
+#include "export/request_tables/history.h"
 #include "export/request_tables/key_table.h"
 #include "export/request_tables/table_resource.h"
 
@@ -186,10 +187,8 @@ enum HistoryOutput {
 class ItemHistoryOp : public OpKernel {
  public:
   explicit ItemHistoryOp(OpKernelConstruction* c) : OpKernel(c) {
-    OP_REQUIRES_OK(c, c->GetAttr("length", &length_));
+    OP_REQUIRES_OK(c, reader_.Init(c));
     OP_REQUIRES_OK(c, c->GetAttr("num_lists", &num_lists_));
-    OP_REQUIRES_OK(c, c->GetAttr("event_types", &event_types_));
-    OP_REQUIRES_OK(c, c->GetAttr("default_type", &default_type_));
   }
 
   void Compute(OpKernelContext* c) override {
@@ -199,46 +198,18 @@ class ItemHistoryOp : public OpKernel {
                 errors::InvalidArgument("num_lists is ", num_lists_, ", expected ", table->features().lists.size()));
     OP_REQUIRES_OK(c, CheckRank(c->input(kHistoryTexts), 1, "texts", "[batch]"));
     const int64_t batch = c->input(kHistoryTexts).dim_size(0);
-    const Tensor& ids = c->input(kHistoryIds);
-    const Tensor& types = c->input(kHistoryTypes);
-    OP_REQUIRES(c, ids.NumElements() == 0 || (ids.dims() == 2 && ids.dim_size(0) == batch),
-                errors::InvalidArgument("clicked_items has shape ", ids.shape().DebugString(), ", expected [", batch,
-                                        ", n], the items of each query's user, or no elements if all are absent"));
-    OP_REQUIRES(c, types.NumElements() == 0 || types.shape() == ids.shape(),
-                errors::InvalidArgument("clicked_item_types has shape ", types.shape().DebugString(), ", expected ",
-                                        ids.shape().DebugString(),
-                                        " as clicked_items, or no elements if all are clicks"));
-
-    const int64_t width = ids.NumElements() == 0 ? 0 : ids.dim_size(1);
-    // Through void*: TensorFlow's own int64 may be another type of the same size.
-    const int64_t* id = static_cast<const int64_t*>(ids.data());
-    std::vector<int32_t> rows, codes;
-    Tensor* splits;
+    KnownHistory history;
+    OP_REQUIRES_OK(c, reader_.Read(batch, c->input(kHistoryIds), c->input(kHistoryTypes),
+                                   [&](int64_t id) { return table->Find(id); }, &history));
+    const auto& [rows, types, row_splits] = history;
+    const auto count = static_cast<int64_t>(rows.size());
+    Tensor *rows_tensor, *splits, *types_tensor;
+    OP_REQUIRES_OK(c, c->allocate_output(kHistoryRows, {count}, &rows_tensor));
     OP_REQUIRES_OK(c, c->allocate_output(kHistorySplits, {batch + 1}, &splits));
-    int64_t* split = splits->flat<int64_t>().data();
-    split[0] = 0;
-    for (int64_t user = 0; user < batch; ++user) {
-      // Collects the last known items, from the newest on, and then reverses their order.
-      const size_t begin = rows.size();
-      for (int64_t i = width - 1; i >= 0 && rows.size() - begin < static_cast<size_t>(length_); --i) {
-        const int64_t place = user * width + i;
-        int32_t type = default_type_;
-        if (types.NumElements() > 0) OP_REQUIRES_OK(c, Type(View(types.flat<tstring>()(place)), &type));
-        const int32_t row = id[place] < 0 ? -1 : table->Find(id[place]);
-        if (row < 0) continue;
-        rows.push_back(row);
-        codes.push_back(type);
-      }
-      std::reverse(rows.begin() + static_cast<int64_t>(begin), rows.end());
-      std::reverse(codes.begin() + static_cast<int64_t>(begin), codes.end());
-      split[user + 1] = static_cast<int64_t>(rows.size());
-    }
-
-    Tensor *rows_tensor, *types_tensor;
-    OP_REQUIRES_OK(c, c->allocate_output(kHistoryRows, {split[batch]}, &rows_tensor));
-    OP_REQUIRES_OK(c, c->allocate_output(kHistoryTypeCodes, {split[batch]}, &types_tensor));
+    OP_REQUIRES_OK(c, c->allocate_output(kHistoryTypeCodes, {count}, &types_tensor));
     std::copy(rows.begin(), rows.end(), rows_tensor->flat<tensorflow::int32>().data());
-    std::copy(codes.begin(), codes.end(), types_tensor->flat<tensorflow::int32>().data());
+    std::copy(row_splits.begin(), row_splits.end(), splits->flat<int64_t>().data());
+    std::copy(types.begin(), types.end(), types_tensor->flat<tensorflow::int32>().data());
     tensorflow::Allocator* allocator = c->get_allocator(tensorflow::AllocatorAttributes());
     const Span<const int32_t> view(rows.data(), rows.size());
     SetTokens(c, table->text(), view, allocator, kHistoryTextValues, kHistoryTextSplits);
@@ -250,19 +221,6 @@ class ItemHistoryOp : public OpKernel {
   }
 
  private:
-  tensorflow::Status Type(std::string_view name, int32_t* type) const {
-    if (name.empty()) return tensorflow::OkStatus();
-    const auto found = std::find(event_types_.begin(), event_types_.end(), name);
-    if (found == event_types_.end()) {
-      std::string names;
-      for (const std::string& known : event_types_) names += (names.empty() ? "" : ", ") + known;
-      return errors::InvalidArgument("clicked_item_types has '", std::string(name), "', expected one of ", names,
-                                     ", or an empty text for a click");
-    }
-    *type = static_cast<int32_t>(found - event_types_.begin());
-    return tensorflow::OkStatus();
-  }
-
   static void SetTokens(OpKernelContext* c, const RaggedColumn& column, Span<const int32_t> rows,
                         tensorflow::Allocator* allocator, int values_output, int splits_output) {
     Tensor values, splits;
@@ -271,8 +229,8 @@ class ItemHistoryOp : public OpKernel {
     c->set_output(splits_output, splits);
   }
 
-  int length_, num_lists_, default_type_;
-  std::vector<std::string> event_types_;
+  HistoryReader reader_;
+  int num_lists_;
 };
 
 enum QueriesInput { kQueriesTexts, kQueriesPast };

@@ -14,6 +14,7 @@ from dpsr_common.command_line import main
 from dpsr_export.faiss_search import load
 from dpsr_export.rank_table import RankTable, write_rank_table
 from dpsr_tf.data.ranking_features import RankingFeatures
+from dpsr_tf.data.schema import EVENT_TYPES
 from dpsr_tf.data.store import Store
 
 v1 = tf.compat.v1
@@ -151,6 +152,30 @@ def test_wrong_requests(store: Store, tmp_path: Path) -> None:
     wrong = RankTable(tmp_path / "rank_table.dpsr", features, [3])
     with pytest.raises(tf.errors.FailedPreconditionError, match="has no table 0 of width 3"):
         wrong.rows(0, tf.constant([1]))
+
+
+def test_history(store: Store, tmp_path: Path) -> None:
+    features = RankingFeatures(store)
+    write_rank_table(features, [], tmp_path / "rank_table.dpsr")
+    table = RankTable(tmp_path / "rank_table.dpsr", features)
+    ids = store.items()["id"]
+    clicked = np.array([[ids[4], -1, 5, ids[7], ids[4], ids[0]]])
+    no_types = np.zeros([0, 0], object)
+    rows, types = table.history(clicked, no_types, 3)
+    assert rows.numpy().tolist() == [7, 4, 0] and types.numpy().tolist() == [EVENT_TYPES.index("click")] * 3
+    given = np.array([["order", "", "", "cart", "", "order"]], object)
+    rows, types = table.history(clicked, given, 10)
+    assert rows.numpy().tolist() == [4, 7, 4, 0]
+    assert [EVENT_TYPES[code] for code in types.numpy()] == ["order", "cart", "click", "order"]
+    assert table.history(np.zeros([0, 0], np.int64), no_types, 3)[0].shape == [0]
+    for arguments, message in (
+        ((clicked[0], no_types), r"clicked_items has shape \[6\], expected \[1, n\]"),
+        ((clicked.reshape(2, 3), no_types), r"clicked_items has shape \[2,3\]"),
+        ((clicked, given[:, :2]), r"clicked_item_types has shape \[1,2\], expected \[1,6\]"),
+        ((clicked, np.full([1, 6], "bought", object)), "clicked_item_types has 'bought', expected one of"),
+    ):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+            table.history(*arguments, 3)
 
 
 def test_shapes_and_damaged_files(store: Store, tmp_path: Path) -> None:
