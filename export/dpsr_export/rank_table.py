@@ -6,7 +6,7 @@ The C++ is in export/rank_features.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from dpsr_export.request_tables import loaded
 from dpsr_tf.data.event_counts import SPENDING
 from dpsr_tf.data.ranking_features import RankingFeatures
 from dpsr_tf.data.schema import EVENT_TYPES
+from dpsr_tf.models.ranker_inputs import DPSR_SCORE
 
 
 def write_rank_table(features: RankingFeatures, tables: Sequence[np.ndarray], path: str | Path) -> None:
@@ -41,17 +42,12 @@ class RankNumbers(NamedTuple):
     """What a ranker reads of a query, a user and n items."""
 
     rows: tf.Tensor  # int32 [n], rows of the items; -1 is unknown
-    spending: tf.Tensor  # float32 [1, 4 or 0], the numbers `spend.*` of kind request
-    pairs: tf.Tensor  # float32 [n, numbers], the numbers of kind pair, without dpsr_score
+    request: tf.Tensor  # float32 [1, numbers of kind request]
+    pairs: tf.Tensor  # float32 [n, numbers of kind pair]
 
 
 class RankTable:
-    """A rank table in a graph, or in eager mode.
-
-    Attributes:
-        spending: names of the numbers of a user.
-        pairs: names of the numbers of pairs.
-    """
+    """A rank table in a graph, or in eager mode."""
 
     def __init__(self, path: str | Path, features: RankingFeatures, widths: Sequence[int] = ()):
         """Loads the file or, in a graph, adds the op that loads it.
@@ -65,27 +61,48 @@ class RankTable:
             tf.errors.NotFoundError, DataLossError, FailedPreconditionError: the file does not exist, is damaged, or is
                 of another kind. Raised here in eager mode, and otherwise when the load op runs.
         """
-        self.spending = [f"spend.{name}" for name in SPENDING if f"spend.{name}" in features.kinds]
-        self.pairs = [name for name, kind in features.kinds.items() if kind == "pair"]
+        self._spending = [f"spend.{name}" for name in SPENDING if f"spend.{name}" in features.kinds]
+        self._pairs = [name for name, kind in features.kinds.items() if kind == "pair"]
         self._widths = widths
         handle = load().dpsr_rank_table_handle(shared_name=f"rank_table_{uuid.uuid4().hex}")
         self._handle = loaded(handle, load().dpsr_rank_table_load, path)
 
-    def numbers(self, query: tf.Tensor, user_id: tf.Tensor, item_ids: tf.Tensor, max_items: int) -> RankNumbers:
-        """Returns the numbers as of the end of the log; NaN is missing, and all of an unknown item.
+    def numbers(
+        self,
+        query: tf.Tensor,
+        user_id: tf.Tensor,
+        item_ids: tf.Tensor,
+        dpsr_score: tf.Tensor,
+        of_user: Mapping[str, tf.Tensor],
+        request: Sequence[str],
+        pairs: Sequence[str],
+        max_items: int,
+    ) -> RankNumbers:
+        """Returns numbers as of the end of the log. NaN is missing, and all but `dpsr_score` of an unknown item.
 
         Args:
             query: string [1], at most 65,536 bytes. White space at its ends does not count.
             user_id: int64 [1], or [0] for an anonymous user.
             item_ids: int64 [n].
+            dpsr_score: float32 [n], or [0] if it is missing for all items.
+            of_user: the numbers of the user that the request brings, float32 [1] or [0], by name ("user.age").
+            request: names of the numbers of kind request.
+            pairs: names of the numbers of kind pair.
             max_items: the largest n.
 
         Raises:
-            tf.errors.InvalidArgumentError: a tensor has a wrong shape, or the query or the list is too long.
+            tf.errors.InvalidArgumentError: a tensor has a wrong shape, the query or the list is too long, or a score is
+                infinite.
         """
+        of_request, of_pairs = [*self._spending, *of_user], [*self._pairs, DPSR_SCORE]
         found = load().dpsr_rank_numbers(
-            self._handle, query, user_id, item_ids, max_items=max_items, num_spending=len(self.spending),
-            num_pairs=len(self.pairs),
+            self._handle, query, user_id, item_ids, dpsr_score, list(of_user.values()),
+            names=[name.removeprefix("user.") for name in of_user],
+            max_items=max_items,
+            num_spending=len(self._spending),
+            num_pairs=len(self._pairs),
+            request=[of_request.index(name) for name in request],
+            pairs=[of_pairs.index(name) for name in pairs],
         )  # fmt: skip
         return RankNumbers(*found)
 

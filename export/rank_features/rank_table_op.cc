@@ -1,6 +1,8 @@
 // The ops that turn a request to rank into the numbers that a ranker reads. Python: dpsr_export/rank_table.py.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <string>
 #include <utility>
@@ -26,15 +28,41 @@ class RankTableLoadOp : public TableLoadOp<RankTable> {
   }
 };
 
-enum NumbersInput { kNumbersHandle = kHandle, kNumbersQuery, kNumbersUserId, kNumbersItemIds };
-enum NumbersOutput { kNumbersRows, kNumbersSpending, kNumbersPairs };
+enum NumbersInput {
+  kNumbersHandle = kHandle,
+  kNumbersQuery,
+  kNumbersUserId,
+  kNumbersItemIds,
+  kNumbersScores,
+  kNumbersOfUser
+};
+enum NumbersOutput { kNumbersRows, kNumbersRequest, kNumbersPairs };
+
+// Returns whether a tensor has one element, or none, which means absent.
+bool IsOneOrAbsent(const Tensor& tensor) { return tensor.NumElements() == 0 || tensor.shape() == TensorShape({1}); }
 
 class RankNumbersOp : public OpKernel {
  public:
   explicit RankNumbersOp(OpKernelConstruction* c) : OpKernel(c) {
     OP_REQUIRES_OK(c, c->GetAttr("max_items", &max_items_));
+    OP_REQUIRES_OK(c, c->GetAttr("names", &names_));
+    OP_REQUIRES_OK(c, c->GetAttr("request", &request_));
+    OP_REQUIRES_OK(c, c->GetAttr("pairs", &pairs_));
     OP_REQUIRES_OK(c, c->GetAttr("num_spending", &num_spending_));
     OP_REQUIRES_OK(c, c->GetAttr("num_pairs", &num_pairs_));
+    int num_user;
+    OP_REQUIRES_OK(c, c->GetAttr("num_user", &num_user));
+    OP_REQUIRES(c, names_.size() == static_cast<size_t>(num_user),
+                errors::InvalidArgument("names has ", names_.size(), " elements, expected ", num_user));
+    for (const int32_t column : request_) {
+      OP_REQUIRES(c, column >= 0 && column < num_spending_ + num_user,
+                  errors::InvalidArgument("request has column ", column, ", expected 0 to ",
+                                          num_spending_ + num_user - 1));
+    }
+    for (const int32_t column : pairs_) {
+      OP_REQUIRES(c, column >= 0 && column <= num_pairs_,
+                  errors::InvalidArgument("pairs has column ", column, ", expected 0 to ", num_pairs_));
+    }
   }
 
   void Compute(OpKernelContext* c) override {
@@ -47,10 +75,11 @@ class RankNumbersOp : public OpKernel {
     const Tensor& query = c->input(kNumbersQuery);
     const Tensor& user_id = c->input(kNumbersUserId);
     const Tensor& item_ids = c->input(kNumbersItemIds);
+    const Tensor& scores = c->input(kNumbersScores);
     OP_REQUIRES(c, query.shape() == TensorShape({1}),
                 errors::InvalidArgument("query has shape ", query.shape().DebugString(),
                                         ", expected [1], one query for all items"));
-    OP_REQUIRES(c, user_id.NumElements() == 0 || user_id.shape() == TensorShape({1}),
+    OP_REQUIRES(c, IsOneOrAbsent(user_id),
                 errors::InvalidArgument("user_id has shape ", user_id.shape().DebugString(),
                                         ", expected [1], or [0] for an anonymous user"));
     OP_REQUIRES_OK(c, CheckRank(item_ids, 1, "item_ids", "[n], the items to rank"));
@@ -58,24 +87,63 @@ class RankNumbersOp : public OpKernel {
     OP_REQUIRES(c, n <= max_items_,
                 errors::InvalidArgument("item_ids has ", n, " items, expected at most ", max_items_,
                                         "; send the best of them, or export the model with a higher --max_items"));
-    Tensor *rows, *spending, *pairs;
-    OP_REQUIRES_OK(c, c->allocate_output(kNumbersRows, {n}, &rows));
-    OP_REQUIRES_OK(c, c->allocate_output(kNumbersSpending, {1, num_spending_}, &spending));
-    OP_REQUIRES_OK(c, c->allocate_output(kNumbersPairs, {n, num_pairs_}, &pairs));
+    OP_REQUIRES_OK(c, CheckScores(scores, n));
+    const size_t num_spending = static_cast<size_t>(num_spending_);
+    std::vector<float> of_request(num_spending);
     // Through void*: TensorFlow's own int64 may be another type of the same size.
+    table->Spending(user_id.NumElements() == 0 ? -1 : *static_cast<const int64_t*>(user_id.data()), of_request.data());
+    for (size_t i = 0; i < names_.size(); ++i) {
+      const Tensor& number = c->input(kNumbersOfUser + static_cast<int>(i));
+      OP_REQUIRES(c, IsOneOrAbsent(number),
+                  errors::InvalidArgument("user_", names_[i], " has shape ", number.shape().DebugString(),
+                                          ", expected [1], or [0] if it is absent"));
+      of_request.push_back(number.NumElements() == 0 ? kMissing : number.flat<float>()(0));
+    }
+
+    Tensor *rows, *request, *pairs;
+    OP_REQUIRES_OK(c, c->allocate_output(kNumbersRows, {n}, &rows));
+    OP_REQUIRES_OK(c, c->allocate_output(kNumbersRequest, {1, static_cast<int64_t>(request_.size())}, &request));
+    OP_REQUIRES_OK(c, c->allocate_output(kNumbersPairs, {n, static_cast<int64_t>(pairs_.size())}, &pairs));
     const auto* ids = static_cast<const int64_t*>(item_ids.data());
     int32_t* row = rows->flat<int32>().data();
     for (int64_t i = 0; i < n; ++i) row[i] = table->FindItem(ids[i]);
-    const int64_t user = user_id.NumElements() == 0 ? -1 : *static_cast<const int64_t*>(user_id.data());
-    float* spent = spending->flat<float>().data();
-    table->Spending(user, spent);
-    OP_REQUIRES_OK(c, ToTensorFlow(table->Pairs(View(query.flat<tstring>()(0)), spent,
-                                                {row, static_cast<size_t>(n)}, pairs->flat<float>().data())));
+    std::transform(request_.begin(), request_.end(), request->flat<float>().data(),
+                   [&](int32_t column) { return of_request[static_cast<size_t>(column)]; });
+    std::vector<float> all(static_cast<size_t>(n) * static_cast<size_t>(num_pairs_));
+    OP_REQUIRES_OK(c, ToTensorFlow(table->Pairs(View(query.flat<tstring>()(0)), of_request.data(),
+                                                {row, static_cast<size_t>(n)}, all.data())));
+    float* out = pairs->flat<float>().data();
+    for (int64_t i = 0; i < n; ++i) {
+      for (const int32_t column : pairs_) {
+        const bool is_score = column == num_pairs_;
+        *out++ = !is_score ? all[static_cast<size_t>(i * num_pairs_ + column)]
+                 : scores.NumElements() == 0 ? kMissing
+                                             : scores.flat<float>()(i);
+      }
+    }
   }
 
  private:
+  static tensorflow::Status CheckScores(const Tensor& scores, int64_t n) {
+    if (scores.NumElements() == 0) return tensorflow::OkStatus();
+    if (scores.shape() != TensorShape({n})) {
+      return errors::InvalidArgument("dpsr_score has shape ", scores.shape().DebugString(), ", expected [", n,
+                                     "], one score for each item, or [0] if all are absent");
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      if (!std::isinf(scores.flat<float>()(i))) continue;
+      return errors::InvalidArgument("dpsr_score has ", scores.flat<float>()(i), " at ", i,
+                                     ", expected finite numbers, or NaN for an item without a score");
+    }
+    return tensorflow::OkStatus();
+  }
+
+  static constexpr float kMissing = std::numeric_limits<float>::quiet_NaN();
+
   int64_t max_items_;
   int num_spending_, num_pairs_;
+  std::vector<std::string> names_;
+  std::vector<int32_t> request_, pairs_;
 };
 
 enum HistoryInput { kHistoryHandle = kHandle, kHistoryIds, kHistoryTypes };
@@ -157,24 +225,29 @@ REGISTER_OP("DpsrRankNumbers")
     .Input("query: string")
     .Input("user_id: int64")
     .Input("item_ids: int64")
+    .Input("scores: float")
+    .Input("of_user: num_user * float")
+    .Attr("num_user: int >= 0 = 0")
+    .Attr("names: list(string) = []")
     .Attr("max_items: int >= 0")
     .Attr("num_spending: int >= 0")
     .Attr("num_pairs: int >= 0")
+    .Attr("request: list(int)")
+    .Attr("pairs: list(int)")
     .Output("rows: int32")
-    .Output("spending: float")
-    .Output("pairs: float")
+    .Output("request_numbers: float")
+    .Output("pair_numbers: float")
     .SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
       ShapeHandle items, ignored;
-      TF_RETURN_IF_ERROR(c->WithRank(c->input(kNumbersQuery), 1, &ignored));
-      TF_RETURN_IF_ERROR(c->WithRank(c->input(kNumbersUserId), 1, &ignored));
+      for (int i = kNumbersQuery; i < c->num_inputs(); ++i) TF_RETURN_IF_ERROR(c->WithRank(c->input(i), 1, &ignored));
       TF_RETURN_IF_ERROR(c->WithRank(c->input(kNumbersItemIds), 1, &items));
-      int spending, pairs;
-      TF_RETURN_IF_ERROR(c->GetAttr("num_spending", &spending));
-      TF_RETURN_IF_ERROR(c->GetAttr("num_pairs", &pairs));
+      std::vector<int32_t> request, pairs;
+      TF_RETURN_IF_ERROR(c->GetAttr("request", &request));
+      TF_RETURN_IF_ERROR(c->GetAttr("pairs", &pairs));
       c->set_output(kNumbersRows, items);
-      c->set_output(kNumbersSpending, c->Matrix(1, spending));
-      c->set_output(kNumbersPairs, c->Matrix(c->Dim(items, 0), pairs));
+      c->set_output(kNumbersRequest, c->Matrix(1, static_cast<int64_t>(request.size())));
+      c->set_output(kNumbersPairs, c->Matrix(c->Dim(items, 0), static_cast<int64_t>(pairs.size())));
       return tensorflow::OkStatus();
     })
     .Doc(R"doc(
@@ -183,10 +256,17 @@ Returns what a ranker reads of one query, one user and n items, as of the end of
 query: [1]. White space at its ends does not count. At most 65,536 bytes.
 user_id: [1], or [0] for an anonymous user. A user who is not known has not spent anything.
 item_ids: [n].
+scores: [n], a number of each item that the request brings, or [0]. NaN is missing.
+of_user: For each number of the user that the request brings [1], or [0] if it is missing.
+names: Of these numbers, for messages.
 max_items: The largest n. More is InvalidArgument.
+num_spending: How many numbers the table has of a user.
+num_pairs: How many numbers the table has of a pair.
+request: What request_numbers has: places among the table's numbers of a user and then of_user.
+pairs: What pair_numbers has: places among the table's numbers of a pair; num_pairs is that of `scores`.
 rows: [n], the row of each item, -1 for an id that is not known.
-spending: [1, num_spending], numbers of the user; NaN is missing.
-pairs: [n, num_pairs], numbers of query and item; NaN is missing, and all of an unknown item.
+request_numbers: [1, columns]; NaN is missing.
+pair_numbers: [n, columns]; NaN is missing, and all numbers of the table are for an item that is not known.
 )doc");
 
 REGISTER_OP("DpsrRankHistory")

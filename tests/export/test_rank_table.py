@@ -84,72 +84,90 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Store(folder / "store")
 
 
+class Tables:
+    """A rank table with all numbers."""
+
+    def __init__(self, store: Store, path: Path, tables: list[np.ndarray]):
+        self.features = RankingFeatures(store)
+        write_rank_table(self.features, tables, path)
+        self.table = RankTable(path, self.features, [table.shape[1] for table in tables])
+        self.pairs = [name for name, kind in self.features.kinds.items() if kind == "pair"]
+        self.spending = [name for name in self.features.kinds if name.startswith("spend.") and name not in self.pairs]
+
+    def __call__(self, query, user_id, item_ids, max_items=1000, scores=(), **of_user):
+        given = {f"user.{name}": tf.constant(value, tf.float32) for name, value in of_user.items()}
+        request = [*reversed(self.spending), *given]
+        pairs = [*self.pairs, "dpsr_score"]
+        found = self.table.numbers(query, user_id, item_ids, scores, given, request, pairs, max_items)
+        return tf.nest.map_structure(lambda tensor: tensor.numpy(), found)
+
+
 def test_numbers_are_those_at_the_end_of_the_log(store: Store, tmp_path: Path) -> None:
-    rng, features = np.random.default_rng(6), RankingFeatures(store)
+    rng = np.random.default_rng(6)
     of_items = rng.normal(size=(store.counts.items, 3))
-    write_rank_table(features, [of_items[:, :1], of_items], tmp_path / "rank_table.dpsr")
-    table = RankTable(tmp_path / "rank_table.dpsr", features, [1, 3])
+    numbers = Tables(store, tmp_path / "rank_table.dpsr", [of_items[:, :1], of_items])
     ids, users = store.items()["id"], store.users()["id"]
-    logged = store.statistics()
-    assert logged is not None and len(table.pairs) > 20
+    assert len(numbers.pairs) > 20
     queries = [*QUERIES, *(" ".join(rng.choice([*WORDS, "other"], rng.integers(1, 9))) for _ in range(40))]
     for query in queries:
         user = int(rng.integers(store.counts.users))
         item = rng.integers(0, store.counts.items, 30)
         # The log's queries have no white space at their ends.
-        expected = features.at_end([query.strip()], np.zeros(30, np.int64), np.full(30, user), item)
-        asked = ids[item]
+        expected = numbers.features.at_end([query.strip()], np.zeros(30, np.int64), np.full(30, user), item)
+        asked, scores = ids[item], rng.normal(size=30).astype(np.float32)
         asked[3] = 5
-        found = table.numbers(tf.constant([query]), users[user : user + 1], asked, 30)
+        found = numbers(tf.constant([query]), users[user : user + 1], asked, scores=scores, age=[31.5], size=[])
         item[3] = -1
         np.testing.assert_array_equal(found.rows, item)
-        for place, name in enumerate(table.pairs):
+        for place, name in enumerate(numbers.pairs):
             right = expected.numbers[name].copy()
             right[3] = np.nan
             np.testing.assert_allclose(found.pairs[:, place], right, rtol=1e-6, atol=1e-6, err_msg=f"{name} {query!r}")
-        for place, name in enumerate(table.spending):
-            np.testing.assert_array_equal(found.spending[0, place], expected.numbers[name][0], name)
-        values = table.rows(1, found.rows).numpy()
+        np.testing.assert_array_equal(found.pairs[:, -1], scores)
+        for place, name in enumerate(reversed(numbers.spending)):
+            np.testing.assert_array_equal(found.request[0, place], expected.numbers[name][0], name)
+        assert found.request[0, -2] == 31.5 and np.isnan(found.request[0, -1])
+        values = numbers.table.rows(1, found.rows).numpy()
         np.testing.assert_allclose(values[:3], of_items[item[:3]], rtol=1e-6)
-        assert not values[3].any() and table.rows(0, found.rows).shape == [30, 1]
+        assert not values[3].any() and numbers.table.rows(0, found.rows).shape == [30, 1]
     # Bytes that are not UTF-8 separate words.
-    broken, clean = (
-        table.numbers(tf.constant([text]), users[:1], ids[:9], 9) for text in (b"red\xffdrill", "red drill")
-    )
-    fields = [place for place, name in enumerate(table.pairs) if name.startswith("bm25.")]
-    np.testing.assert_array_equal(broken.pairs.numpy()[:, fields], clean.pairs.numpy()[:, fields])
-    if "spend.mean" in table.spending:
-        spent = table.numbers(tf.constant(["red"]), users[users > 0][:1], ids[:1], 1).spending.numpy()
-        assert spent[0, 0] > 0, "the first user has orders"
+    broken, clean = (numbers(tf.constant([text]), users[:1], ids[:9]) for text in (b"red\xffdrill", "red drill"))
+    fields = [place for place, name in enumerate(numbers.pairs) if name.startswith("bm25.")]
+    np.testing.assert_array_equal(broken.pairs[:, fields], clean.pairs[:, fields])
+    if numbers.spending:
+        spent = numbers(tf.constant(["red"]), users[users > 0][:1], ids[:1]).request
+        assert spent[0, -1] > 0, "the first user has orders"
         for unknown in ([], [-1], [123]):
-            anonymous = table.numbers(tf.constant(["red"]), np.array(unknown, np.int64), ids[:1], 1).spending.numpy()
-            assert anonymous[0, 0] == 0 and np.isnan(anonymous[0, 1:]).all()
+            anonymous = numbers(tf.constant(["red"]), np.array(unknown, np.int64), ids[:1]).request
+            assert anonymous[0, -1] == 0 and np.isnan(anonymous[0, :-1]).all()
 
 
 def test_wrong_requests(store: Store, tmp_path: Path) -> None:
-    features = RankingFeatures(store)
-    write_rank_table(features, [np.zeros((store.counts.items, 2))], tmp_path / "rank_table.dpsr")
-    table = RankTable(tmp_path / "rank_table.dpsr", features, [2])
+    numbers = Tables(store, tmp_path / "rank_table.dpsr", [np.zeros((store.counts.items, 2))])
     query, nobody, ids = tf.constant(["red"]), tf.constant([], tf.int64), store.items()["id"][:4]
-    assert table.numbers(query, nobody, ids[:0], 4).pairs.shape == [0, len(table.pairs)]
+    assert numbers(query, nobody, ids[:0]).pairs.shape == (0, len(numbers.pairs) + 1)
     hostile = np.array([-1, -(2**63), 2**63 - 1, 0], np.int64)
-    unknown = table.numbers(query, nobody, hostile, 4)
-    assert unknown.rows.numpy().tolist()[:3] == [-1, -1, -1] and np.isnan(unknown.pairs[:3]).all()
-    for arguments, message in (
-        ((query, nobody, ids, 3), "item_ids has 4 items, expected at most 3; send the best"),
-        ((tf.constant(["a", "b"]), nobody, ids, 4), r"query has shape \[2\], expected \[1\], one query for all items"),
-        ((tf.constant([], tf.string), nobody, ids, 4), r"query has shape \[0\]"),
-        ((tf.constant("a"), nobody, ids, 4), r"query has shape \[\]|Shape must be rank 1"),
-        ((query, tf.constant([1, 2], tf.int64), ids, 4), r"user_id has shape \[2\], expected \[1\], or \[0\]"),
-        ((query, nobody, ids.reshape(2, 2), 4), r"item_ids has shape \[2,2\], expected \[n\]"),
-        ((tf.constant(["x" * 2**20]), nobody, ids, 4), "query has 1048576 bytes, expected at most 65536"),
+    unknown = numbers(query, nobody, hostile)
+    assert unknown.rows.tolist()[:3] == [-1, -1, -1] and np.isnan(unknown.pairs[:3]).all()
+    assert np.isnan(numbers(query, nobody, ids, scores=[np.nan, 1, 2, 3]).pairs[0, -1])
+    for arguments, more, message in (
+        ((query, nobody, ids, 3), {}, "item_ids has 4 items, expected at most 3; send the best"),
+        ((tf.constant(["a", "b"]), nobody, ids), {}, r"query has shape \[2\], expected \[1\], one query for all items"),
+        ((tf.constant([], tf.string), nobody, ids), {}, r"query has shape \[0\]"),
+        ((tf.constant("a"), nobody, ids), {}, r"query has shape \[\]"),
+        ((query, tf.constant([1, 2], tf.int64), ids), {}, r"user_id has shape \[2\], expected \[1\], or \[0\]"),
+        ((query, nobody, ids.reshape(2, 2)), {}, r"item_ids has shape \[2,2\], expected \[n\]"),
+        ((tf.constant(["x" * 2**20]), nobody, ids), {}, "query has 1048576 bytes, expected at most 65536"),
+        ((query, nobody, ids), {"scores": [1.0]}, r"dpsr_score has shape \[1\], expected \[4\], one score for each"),
+        ((query, nobody, ids), {"scores": [1, 2, -np.inf, 3]}, "dpsr_score has -inf at 2, expected finite numbers"),
+        ((query, nobody, ids), {"age": [1.0, 2.0]}, r"user_age has shape \[2\], expected \[1\], or \[0\]"),
     ):
-        with pytest.raises((tf.errors.InvalidArgumentError, ValueError), match=message):
-            table.numbers(*arguments)
+        with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+            numbers(*arguments, **more)
     with pytest.raises(tf.errors.InvalidArgumentError, match="expected less than 60"):
-        table.rows(0, tf.constant([60]))
-    assert table.rows(0, tf.constant([-5])).numpy().tolist() == [[0, 0]]
-    wrong = RankTable(tmp_path / "rank_table.dpsr", features, [3])
+        numbers.table.rows(0, tf.constant([60]))
+    assert numbers.table.rows(0, tf.constant([-5])).numpy().tolist() == [[0, 0]]
+    wrong = RankTable(tmp_path / "rank_table.dpsr", numbers.features, [3])
     with pytest.raises(tf.errors.FailedPreconditionError, match="has no table 0 of width 3"):
         wrong.rows(0, tf.constant([1]))
 
@@ -183,19 +201,19 @@ def test_shapes_and_damaged_files(store: Store, tmp_path: Path) -> None:
     write_rank_table(features, [np.ones((store.counts.items, 2))], path)
     with tf.Graph().as_default(), v1.Session() as session:
         table = RankTable(path, features, [2])
-        found = table.numbers(
-            v1.placeholder(tf.string, [1]), v1.placeholder(tf.int64, [None]), v1.placeholder(tf.int64, [None]), 10
-        )
-        assert [tensor.shape.as_list() for tensor in found] == [
-            [None], [1, len(table.spending)], [None, len(table.pairs)]
-        ]  # fmt: skip
-        assert table.rows(0, found.rows).shape.as_list() == [None, 2]
-        for place in range(3):
-            shapes: list[list[int | None]] = [[1], [None], [None]]
-            shapes[place] = [2, 2]
+
+        def numbers(*shapes: list[int | None]) -> list[tf.Tensor]:
+            types = (tf.string, tf.int64, tf.int64, tf.float32)
+            given = [v1.placeholder(t, s) for t, s in zip(types, shapes, strict=True)]
+            return table.numbers(*given, {}, [], ["bm25.title", "dpsr_score"], 10)
+
+        good = [[1], [None], [None], [None]]
+        found = numbers(*good)
+        assert [tensor.shape.as_list() for tensor in found] == [[None], [1, 0], [None, 2]]
+        assert table.rows(0, found[0]).shape.as_list() == [None, 2]
+        for place in range(4):
             with pytest.raises(ValueError, match="rank 1"):
-                types = (tf.string, tf.int64, tf.int64)
-                table.numbers(*(v1.placeholder(t, s) for t, s in zip(types, shapes, strict=True)), 10)
+                numbers(*good[:place], [2, 2], *good[place + 1 :])
         with pytest.raises(tf.errors.FailedPreconditionError, match="the table is not loaded"):
             session.run(table.rows(0, tf.constant([1])))
     bytes_ = path.read_bytes()
