@@ -69,49 +69,59 @@ def write_assets(
             for name in sections:
                 file.add(name, items[name])
         files.append(ITEMS)
-    if spec.user or spec.item:
-        _write_feature_values(model, store, directory / FEATURE_VALUES)
-        files.append(FEATURE_VALUES)
-    for vocabulary in dict.fromkeys(feature.vocabulary for feature in (*spec.user, *spec.item)):
-        if vocabulary is not None:
-            name = vocabulary_name(vocabulary)
-            shutil.copyfile(store.path / name, directory / name)
-            files.append(name)
+    files += write_feature_files(model, store, directory)
     _write_requests(model, store, texts, users, directory / REQUESTS)
+    return {"serving_files": files, "string_ids": string_ids, "features": describe(model, store)}
+
+
+def describe(model: ModelDirectory, store: Store) -> dict[str, list[dict[str, Any]]]:
+    """Returns kind, boundaries and vocabulary of the features that a model reads, by side, "user" or "item"."""
+    spec = model.features
     stored = {
         side: {feature.name: feature for feature in of_side}
         for side, of_side in (("user", store.features.users), ("item", store.features.items))
     }
     return {
-        "serving_files": files,
-        "string_ids": string_ids,
-        "features": {
-            side: [
-                {
-                    "name": feature.name,
-                    "kind": feature.kind,
-                    "boundaries": list(stored[side][feature.name].boundaries),
-                    "vocabulary": feature.vocabulary,
-                }
-                for feature in chosen
-            ]
-            for side, chosen in (("user", spec.user), ("item", spec.item))
-        },
+        side: [
+            {
+                "name": feature.name,
+                "kind": feature.kind,
+                "boundaries": list(stored[side][feature.name].boundaries),
+                "vocabulary": feature.vocabulary,
+            }
+            for feature in chosen
+        ]
+        for side, chosen in (("user", spec.user), ("item", spec.item))
     }
 
 
-def _write_feature_values(model: ModelDirectory, store: Store, path: Path) -> None:
-    """Writes a key table with the code of each value of each feature that the towers read.
+def write_feature_files(
+    model: ModelDirectory, store: Store, directory: Path, sides: Sequence[str] = ("user", "item")
+) -> list[str]:
+    """Writes feature_values.dpsr and vocabularies for the features of some sides. Returns the names of the files."""
+    features = [feature for side in sides for feature in getattr(model.features, side)]
+    files = []
+    if features:
+        _write_feature_values(model, store, directory / FEATURE_VALUES, sides)
+        files.append(FEATURE_VALUES)
+    for vocabulary in dict.fromkeys(feature.vocabulary for feature in features):
+        if vocabulary is not None:
+            name = vocabulary_name(vocabulary)
+            shutil.copyfile(store.path / name, directory / name)
+            files.append(name)
+    return files
+
+
+def _write_feature_values(model: ModelDirectory, store: Store, path: Path, sides: Sequence[str]) -> None:
+    """Writes a key table with the code of each value of each feature that the model reads.
 
     Its keys are "SIDE\\0NAME\\0VALUE".
     """
     keys: list[str] = []
     codes: list[np.ndarray] = []
-    for side, table, features in (
-        ("user", store.users(), model.features.user),
-        ("item", store.items(), model.features.item),
-    ):
-        for feature in features:
+    for side in sides:
+        table = store.users() if side == "user" else store.items()
+        for feature in getattr(model.features, side):
             if feature.kind in VALUE_KINDS:
                 values = unpack_strings(table, f"values.{feature.name}")
                 keys += [f"{side}\0{feature.name}\0{value}" for value in values]
