@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +17,27 @@ import faiss
 import numpy as np
 import tensorflow as tf
 from absl import flags
-from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.files import link_or_copy
 from dpsr_common.packed_file import FormatError, PackedFile, PackedFileWriter
 from dpsr_common.typed_config import to_dict
-from dpsr_export import item_attributes, product_codes, servable_assets, warmup
+from dpsr_export import item_attributes, product_codes, ranker, request_tables, servable_assets, warmup
 from dpsr_export.ann import set_parameters
 from dpsr_export.embeddings import ItemEmbeddings, checkpoint_fingerprint
 from dpsr_export.faiss_search import write_item_ids
 from dpsr_export.index import FORMAT, FORMAT_VERSION, check_files, file_record
-from dpsr_export.request_tables import file_fingerprint
 from dpsr_export.signatures import write_saved_model
 from dpsr_tf import __version__
-from dpsr_tf.data.store import new_directory, read_manifest
+from dpsr_tf.data.store import Store, new_directory, read_manifest
 from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.models.quantizer import Quantizer
 
 USAGE = """
 Usage: dpsr export --model=MODEL --index=INDEX --out=BASE [--version_number=N] [--shards=N]
        dpsr export --index_only --index=INDEX --out=BASE [--version_number=N] [--shards=N]
+       dpsr export --model=RANKER --store=STORE --out=BASE [--version_number=N] [--max_items=N]
+       dpsr export --index_only --store=STORE --out=BASE [--version_number=N]
 
 Writes the servable BASE/N: a SavedModel that tokenizes a query, computes its embedding from the query and the user's
 features, and looks up the nearest items in its index. Without --version_number, N is one more than the highest version
@@ -45,9 +45,11 @@ in BASE. `dpsr serve` takes BASE. The version appears only after it has answered
 
 --index_only copies the model of the highest version in BASE unchanged, and gives it another index.
 --shards=N writes BASE/shard-0-of-N/VERSION and so on. Each shard has every N-th item; a proxy merges their answers.
+
+A ranker has no index. Its servable holds what the ranker reads of items, queries and users, as of the end of the log of
+--store. --index_only gives the newest version in BASE the items and counts of a newer store (`dpsr ingest --like`).
 """
 
-MANIFEST_FORMAT, MANIFEST_VERSION = "dpsr-servable", 2
 # Number of items that one call adds to a shard.
 _BLOCK = 1 << 20
 
@@ -56,6 +58,7 @@ def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of `dpsr export`."""
     flags.DEFINE_string("model", None, "model directory, made by `dpsr train`", flag_values=values)
     flags.DEFINE_string("index", None, "index directory that `dpsr index` made from this model", flag_values=values)
+    flags.DEFINE_string("store", None, "for a ranker, store with its items and requests", flag_values=values)
     flags.DEFINE_string(
         "out", None, "base path: the directory that holds the versions of the servable", flag_values=values
     )
@@ -63,10 +66,13 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean(
         "index_only", False, "keep the model of the newest version and give it a new index", flag_values=values
     )
+    flags.DEFINE_integer(
+        "max_items", 1000, "for a ranker, largest number of items in a request", 1, 100_000, flag_values=values
+    )
     flags.DEFINE_integer("shards", 1, "number of servables to spread the items over", 1, 1000, flag_values=values)
 
 
-REQUIRED_FLAGS = ("index", "out")
+REQUIRED_FLAGS = ("out",)
 
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
@@ -79,15 +85,18 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         raise UsageError(
             "--model is missing (model directory); to renew only the index of a servable, give --index_only"
         )
+    if values.index is None and values.store is None:
+        raise UsageError("--index is missing (index directory); for a ranker, give --store")
+    if values.store is not None:
+        _export_ranker(values)
+        return
     base = Path(values.out)
     bases = [base]
     if values.shards > 1:
         bases = [base / f"shard-{number}-of-{values.shards}" for number in range(values.shards)]
-    version = values.version_number
-    if version is None:
-        version = 1 + max((number for path in bases for number in versions(path)), default=0)
+    version = _version(values, bases)
     index = Index.open(Path(values.index))
-    model = None if values.index_only else ModelDirectory.open(values.model)
+    model = None if values.index_only else ModelDirectory.open(values.model, "retrieval")
     with contextlib.ExitStack() as made:
         for number, path in enumerate(bases):
             # All shards appear together, after the last one is complete.
@@ -95,6 +104,36 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
             with index.part(number, values.shards, out.parent) as part:
                 measured = export(model, part, out) if model is not None else renew_index(_newest(path), part, out)
             print(f"servable {path / str(version)}: {part.manifest['items']:,} items; {_figures(measured)}")
+
+
+def _version(values: flags.FlagValues, bases: Sequence[Path]) -> int:
+    if values.version_number is not None:
+        return int(values.version_number)
+    return 1 + max((number for path in bases for number in versions(path)), default=0)
+
+
+def _export_ranker(values: flags.FlagValues) -> None:
+    if values.index is not None:
+        raise UsageError(
+            f"--store={values.store}: cannot be combined with --index; a ranker needs its store, and other models an "
+            f"index"
+        )
+    if values.shards > 1:
+        raise UsageError(f"--shards={values.shards}: cannot be combined with --store, because a ranker has no shards")
+    base = Path(values.out)
+    model = None if values.index_only else ModelDirectory.open(values.model, "ranker")
+    store = Store(values.store)
+    path = base / str(_version(values, [base]))
+    with new_directory(path) as out:
+        if model is not None:
+            measured = ranker.export(model, store, values.max_items, out)
+        else:
+            old = _newest(base)
+            measured = ranker.renew(old, _manifest(old, "ranker"), store, out)
+    shown = "not measured, because the log has no requests"
+    if measured["requests"]:
+        shown = f"p50 {measured['p50_ms']:.2f} ms, p99 {measured['p99_ms']:.2f} ms for {measured['items']} items"
+    print(f"servable {path}: ranks {store.counts.items:,} items; {shown} ({measured['requests']} requests)")
 
 
 def _figures(measured: dict[str, Any]) -> str:
@@ -115,6 +154,24 @@ def _newest(base: Path) -> Path:
     if not there:
         raise CommandError(f"{base}: holds no servable; leave out --index_only and give --model")
     return base / str(there[-1])
+
+
+def _manifest(servable: Path, kind: str) -> dict[str, Any]:
+    """Returns the manifest of a servable. Raises CommandError if it is not of this kind, "retrieval" or "ranker"."""
+    manifest = read_manifest(
+        servable / "assets.extra" / "dpsr_manifest.json",
+        servable_assets.MANIFEST_FORMAT,
+        servable_assets.MANIFEST_VERSION,
+        "dpsr export",
+    )
+    found = manifest.get("kind", "retrieval")
+    if found != kind:
+        needs = {"retrieval": "--index", "ranker": "--store"}
+        raise CommandError(
+            f"{servable}: is a {found} servable, expected a {kind} servable; renew it with {needs[found]}, not "
+            f"{needs[kind]}"
+        )
+    return manifest
 
 
 class Index:
@@ -248,8 +305,8 @@ def export(model: ModelDirectory, index: Index, out: Path) -> dict[str, Any]:
     shutil.rmtree(out)  # the builder fails if the directory exists
     inputs = write_saved_model(model, index.manifest, index.path, index.max_parameters(), str(checkpoint), out)
     manifest = {
-        "format": MANIFEST_FORMAT,
-        "version": MANIFEST_VERSION,
+        "format": servable_assets.MANIFEST_FORMAT,
+        "version": servable_assets.MANIFEST_VERSION,
         "tensorflow_version": tf.__version__,
         "faiss_version": faiss.__version__,
         "op_libraries": ["libdpsr_tokenizer_ops.so", "libdpsr_retrieval_ops.so"],
@@ -322,9 +379,7 @@ def renew_index(old: Path, index: Index, out: Path) -> dict[str, Any]:
     Raises:
         CommandError: `old` is not a servable, the index was made from another model, or the servable does not answer.
     """
-    manifest = read_manifest(
-        old / "assets.extra" / "dpsr_manifest.json", MANIFEST_FORMAT, MANIFEST_VERSION, "dpsr export"
-    )
+    manifest = _manifest(old, "retrieval")
     if tuple(manifest["shard"]) != index.shard:
         raise CommandError(f"{old}: is shard {manifest['shard']}, expected {list(index.shard)}; give the same --shards")
     _check_quantizer(index, manifest.get("quantizer"), f"the servable {old}")
@@ -341,27 +396,16 @@ def renew_index(old: Path, index: Index, out: Path) -> dict[str, Any]:
     shutil.copytree(old, out, dirs_exist_ok=True, ignore=left_out)
     for name in renewed:
         shutil.copyfile(index.path / name, out / "assets" / name)
-    _renew_graph(out, renewed, index.manifest["parameters"], index.max_parameters())
+
+    def set_parameters_of(node: Any) -> None:
+        if node.op == "DpsrFaissIndexLoad":
+            node.attr["parameters"].s = index.manifest["parameters"].encode()
+            node.attr["max_parameters"].s = index.max_parameters().encode()
+
+    # The graph says search parameters, their bounds, and the accepted files.
+    request_tables.accept_assets(out, renewed, set_parameters_of)
     (out / "assets.extra").mkdir()
     return _finish(index, manifest, out)
-
-
-def _renew_graph(servable: Path, renewed: set[str], parameters: str, max_parameters: str) -> None:
-    """Updates what the graph says about the index: search parameters, their bounds, and the accepted asset files."""
-    path = servable / "saved_model.pb"
-    saved_model = saved_model_pb2.SavedModel.FromString(path.read_bytes())
-    (meta_graph,) = saved_model.meta_graphs
-    assets = {}
-    for held in meta_graph.collection_def[tf.saved_model.ASSETS_KEY].any_list.value:
-        asset = meta_graph_pb2.AssetFileDef.FromString(held.value)
-        assets[asset.tensor_info.name.partition(":")[0]] = asset.filename
-    for node in meta_graph.graph_def.node:
-        if node.op == "DpsrFaissIndexLoad":
-            node.attr["parameters"].s = parameters.encode()
-            node.attr["max_parameters"].s = max_parameters.encode()
-        elif node.op == "DpsrFileFingerprint" and assets[node.input[0]] in renewed:
-            node.attr["expected"].s = file_fingerprint(servable / "assets" / assets[node.input[0]]).encode()
-    path.write_bytes(saved_model.SerializeToString(deterministic=True))
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:

@@ -21,6 +21,8 @@ from dpsr_tf.data.ranking_features import RankingFeatures
 from dpsr_tf.data.schema import EVENT_TYPES
 from dpsr_tf.models.ranker_inputs import DPSR_SCORE
 
+FILE = "rank_table.dpsr"
+
 
 def write_rank_table(features: RankingFeatures, tables: Sequence[np.ndarray], path: str | Path) -> None:
     """Writes a rank table (export/rank_features/rank_table.h).

@@ -8,11 +8,12 @@ The C++ is in export/request_tables.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
 from dpsr_export.faiss_search import load
 from dpsr_tf.data.examples_dataset import Features, History, Tokens
@@ -164,6 +165,29 @@ def check_assets() -> None:
         with tf.name_scope("check_asset"):
             checked = load().dpsr_file_fingerprint(path, expected=expected)
         v1.add_to_collection(v1.GraphKeys.TABLE_INITIALIZERS, checked.op)
+
+
+def accept_assets(servable: Path, names: Collection[str], change: Callable[[Any], None] | None = None) -> None:
+    """Changes the graph of a servable so that it accepts other files: the ones that its assets `names` now are.
+
+    Args:
+        servable: the version directory.
+        names: names of files in `assets`.
+        change: is called with each NodeDef of the graph, and may change it too.
+    """
+    path = servable / "saved_model.pb"
+    saved_model = saved_model_pb2.SavedModel.FromString(path.read_bytes())
+    (meta_graph,) = saved_model.meta_graphs
+    assets = {}
+    for held in meta_graph.collection_def[tf.saved_model.ASSETS_KEY].any_list.value:
+        asset = meta_graph_pb2.AssetFileDef.FromString(held.value)
+        assets[asset.tensor_info.name.partition(":")[0]] = asset.filename
+    for node in meta_graph.graph_def.node:
+        if change is not None:
+            change(node)
+        if node.op == "DpsrFileFingerprint" and assets[node.input[0]] in names:
+            node.attr["expected"].s = file_fingerprint(servable / "assets" / assets[node.input[0]]).encode()
+    path.write_bytes(saved_model.SerializeToString(deterministic=True))
 
 
 def loaded(handle: tf.Tensor, load_op: Any, path: str | Path, **attributes: Any) -> tf.Tensor:
