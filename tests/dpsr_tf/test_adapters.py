@@ -125,7 +125,8 @@ def test_schema_and_documentation(name):
     schema = load_schema(open_adapter(name).schema_path)
     held_out = schema.interactions.held_out
     if held_out is not None and held_out.after is not None and held_out.after.isdigit():
-        assert int(held_out.after) == raw.HELD_OUT_FROM
+        # The lists of JDsearch have five times, of which its second adapter holds out the last.
+        assert int(held_out.after) == raw.HELD_OUT_FROM + (4 if name == "jdsearch_ranker" else 0)
     docs = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
     assert f"`{name}`" in docs
 
@@ -543,3 +544,126 @@ def test_kuaisearch_lists_that_do_not_agree(dpsr, tmp_path):
     dpsr("ingest", "--adapter=kuaisearch", f"--input={source}", f"--out={tmp_path / 'x'}").fails(
         1, "recall.jsonl: is not as published"
     )
+
+
+# JDsearch. These lines are made up, in the layout of the published files; ^X stands for the code 24.
+JDSEARCH_USERS = [
+    "query\tcandidate_wid_list\tcandidate_label_list\thistory_qry_list\thistory_wid_list\thistory_type_list\t"
+    "history_time_list",
+    "12^X32\t456_457_789\t3.0_0.0_1.0\t323^X328_-1_12^X54\t889_256_456\tORD_CLICK_CART\t0_12_4_5",
+    "77\t457_456\t0.0_2.0\t\t\t\t0",
+    "12^X32\t457\t0.0\t12^X32\t457\tFLW\t7_0",
+    "5\t789_457\t0.0_1.0\t5\t789\tCLICK\t0_86400",
+]
+JDSEARCH_PRODUCTS = [
+    "wid\tname\tbrand_id\tbrand_name\tcate_id_1\tcate_name_1\tcate_id_2\tcate_name_2\tcate_id_3\tcate_name_3\t"
+    "cate_id_4\tcate_name_4\tshop_id",
+    "456\t12^X99\t7\t70^X71\t1\t10\t2\t20^X21\t3\t30\t4\t40\t8",
+    "457\t32\t\t\t1\t10\t2\t20^X21\t3\t30\t5\t50\t",
+]
+
+
+def jdsearch_files(folder, users=JDSEARCH_USERS, products=JDSEARCH_PRODUCTS, sample=""):
+    folder.mkdir()
+    for name, lines in (("user_behavior_data", users), ("product_meta_data", products)):
+        (folder / f"{name}{sample}.txt").write_text("".join(f"{line}\n" for line in lines).replace("^X", "\x18"))
+    return folder
+
+
+@pytest.mark.parametrize("header", [True, False])
+def test_jdsearch_tables(tmp_path, header):
+    first = 0 if header else 1
+    source = jdsearch_files(tmp_path / "in", JDSEARCH_USERS[first:], JDSEARCH_PRODUCTS[first:])
+    out = convert("jdsearch", source, tmp_path / "out")
+    log = [tuple(row.values()) for row in pyarrow.parquet.read_table(out / "log.parquet").to_pylist()]
+    end = raw.HELD_OUT_FROM
+    assert log == [
+        # Times go back from the test query; the first user's is at 1, the second's at 2, and so on.
+        ("323 328", 1, 889, "order", end + 1 - 21, "", 1),
+        ("-1", 1, 256, "click", end + 1 - 9, "", 0),
+        ("12 54", 1, 456, "cart", end + 1 - 5, "", 1),
+        ("12 32", 1, 456, "order", end + 1, "test", 1),
+        ("12 32", 1, 457, "impression", end + 1, "test", 1),
+        ("12 32", 1, 789, "click", end + 1, "test", 1),
+        ("77", 2, 457, "impression", end + 2, "test", 1),
+        ("77", 2, 456, "cart", end + 2, "test", 1),
+        # The history is never held out, even if it ends in the same second.
+        ("12 32", 3, 457, "follow", end - 1, "", 1),
+        ("12 32", 3, 457, "impression", end + 3, "test", 1),
+        ("5", 4, 789, "click", end + 4 - 86_400, "", 1),
+        ("5", 4, 789, "impression", end + 4, "test", 1),
+        ("5", 4, 457, "click", end + 4, "test", 1),
+    ]
+    items = pyarrow.parquet.read_table(out / "items.parquet").to_pylist()
+    assert [tuple(item.values()) for item in items[:2]] == [
+        (456, "12 99", "70 71", "10 20 21 30 40", "1", "2", "3", "4", "8"),
+        (457, "32", "", "10 20 21 30 50", "1", "2", "3", "5", ""),
+    ]
+    # Products without metadata.
+    assert [(item["item_id"], item["name"], item["shop"]) for item in items[2:]] == [
+        (256, None, None), (789, None, None), (889, None, None)
+    ]  # fmt: skip
+    assert pyarrow.parquet.read_table(out / "users.parquet")["user_id"].to_pylist() == [1, 2, 3, 4]
+
+
+def test_jdsearch_lists_are_requests_with_outcomes(ingest, tmp_path):
+    source = jdsearch_files(tmp_path / "in", sample="_sample")
+    store = Store(ingest("jdsearch", source).path)
+    held, (train,) = store.held_requests(), store.requests()
+    ids = store.items()["id"]
+
+    def requests(file):
+        places = zip(file["request.splits"], file["request.splits"][1:], strict=False)
+        found = [
+            {int(ids[item]): int(outcome) for item, outcome in
+             zip(file["shown.item"][begin:end], file["shown.outcome"][begin:end], strict=True)}
+            for begin, end in places
+        ]  # fmt: skip
+        queries = unpack_strings(file, "query_text")
+        return [(queries[q], lists) for q, lists in zip(file["request.query"], found, strict=True)]
+
+    assert requests(held) == [
+        ("12 32", {456: 3, 457: 0, 789: 1}), ("77", {456: 2, 457: 0}), ("12 32", {457: 0}), ("5", {789: 0, 457: 1})
+    ]  # fmt: skip
+    # A follow counts as a click. The same query in the history is another request.
+    assert sorted(requests(train)) == [
+        ("-1", {256: 1}), ("12 32", {457: 1}), ("12 54", {456: 2}), ("323 328", {889: 3}), ("5", {789: 1})
+    ]  # fmt: skip
+    # Weight 0: what was done without a query is in the history only.
+    file = Ingested(store.path).file("interactions")
+    weights = dict(zip(queries_of(file), file["positive.weight.values"][file["positive.weight"]], strict=True))
+    assert {list(store.queries())[query]: weight for query, weight in weights.items()}["-1"] == 0
+    assert np.diff(store.users()["event.splits"]).tolist() == [0, 5, 1, 1, 2]
+
+    ranker = Store(ingest("jdsearch_ranker", source).path)
+    assert [query for query, _ in requests(ranker.held_requests())] == ["5"]
+    (train,) = ranker.requests()
+    assert ("77", {456: 2, 457: 0}) in requests(train)
+
+
+@pytest.mark.parametrize(
+    ("line", "fragments"),
+    [
+        ("1\t2\t0.0\t\t\t\t", ["line 2 has", "0 queries, 0 products, 0 types and 0 times", "one time more"]),
+        ("1\t2_3\t0.0\t\t\t\t0", ["2 candidates with 1 labels"]),
+        ("1\t2\t4.0\t\t\t\t0", ["is not as published ('4.0')", "0.0, 1.0, 2.0, 3.0"]),
+        ("1\t2\t0.0\t5\t6\tBUY\t0_1", ["'BUY'", "CLICK, FLW, CART, ORD"]),
+        ("1\tx\t0.0\t\t\t\t0", ["'x'", "whole numbers"]),
+        ("1\t2\t0.0", ["line 2 has 3 fields, expected 7"]),
+    ],
+)
+def test_jdsearch_bad_lines(dpsr, tmp_path, line, fragments):
+    source = jdsearch_files(tmp_path / "in", [JDSEARCH_USERS[0], line])
+    dpsr("ingest", "--adapter=jdsearch", f"--input={source}", f"--out={tmp_path / 'x'}").fails(
+        1, "user_behavior_data.txt: ", *fragments
+    )
+
+
+def test_jdsearch_bad_products(dpsr, tmp_path):
+    for number, (line, fragment) in enumerate(
+        [("456\ta", "line 2 has 2 fields, expected 13"), ("w" + "\t" * 12, "'w'")]
+    ):
+        source = jdsearch_files(tmp_path / f"in{number}", products=[JDSEARCH_PRODUCTS[0], line])
+        dpsr("ingest", "--adapter=jdsearch", f"--input={source}", f"--out={tmp_path / 'x'}").fails(
+            1, "product_meta_data.txt: ", fragment
+        )
