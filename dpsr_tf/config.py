@@ -69,9 +69,34 @@ class ModelConfig:
         "how the events of a history become one vector. In a ranker, attention is that of each item to be ranked",
         choices=("attention", "sum"),
     )
+    graph_fan_out: tuple[int, ...] = option(
+        (),
+        "largest number of neighbours in the click graph that a query or item reads, for each of one or two hops, such "
+        "as [10, 5] (docs/graph.md). Empty: the towers read no graph",
+        1,
+        256,
+    )
+    graph_sampling: str = option(
+        "weighted",
+        "how training chooses neighbours: drawn by the clicks of their edges, or those with the most clicks. Embedding "
+        "takes those with the most clicks",
+        choices=("weighted", "strongest"),
+    )
+    graph_dropout: float = option(
+        0.5,
+        "share of the queries and items of a batch that get no neighbours by clicks, so that the towers also learn to "
+        "do without",
+        0,
+        1,
+    )
+    graph_temperature: float = option(
+        0.2, "temperature of the attention over neighbours; a high one gives all of them the same weight", 1e-3, 1e6
+    )
 
     def problem(self) -> str | None:
         """Returns what is wrong with values that are allowed one by one but not together."""
+        if len(self.graph_fan_out) > 2:
+            return f"graph_fan_out is {list(self.graph_fan_out)}, expected one number for each of at most two hops"
         if self.kind != "ranker":
             return None
         if not self.hidden:
@@ -87,7 +112,17 @@ class ModelConfig:
 
 
 # What only the two towers read.
-_OF_TOWERS = ("embedding_dim", "num_heads", "temperature", "aligned_start", "query_history_length")
+_OF_TOWERS = (
+    "embedding_dim",
+    "num_heads",
+    "temperature",
+    "aligned_start",
+    "query_history_length",
+    "graph_fan_out",
+    "graph_sampling",
+    "graph_dropout",
+    "graph_temperature",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -441,6 +476,13 @@ class ServingConfig:
     """The servable."""
 
     k: int = option(100, "number of items that the signature serving_default returns for a query", 1, 10_000)
+    graph_queries: int = option(
+        1_000_000,
+        "with model.graph_fan_out, number of queries of the log, the most frequent first, whose neighbourhoods are in "
+        "a table of the servable; all other queries are embedded from their text",
+        0,
+        100_000_000,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dpsr_common.errors import CommandError
 from dpsr_common.packed_file import PackedFile
 from dpsr_tf.config import ModelConfig
 from dpsr_tf.data.examples_dataset import Features, History, Tokens
+from dpsr_tf.data.neighbourhoods import Neighbourhoods
 from dpsr_tf.data.store import RowsById, Store
 from dpsr_tf.data.user_requests import User
 from dpsr_tf.models.embedding import weights_saver
@@ -119,11 +120,13 @@ class StoreTables:
             lengths = [np.diff(shard["query.splits"]) for shard in shards]
             self._log_splits = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
             self._log_tokens = np.concatenate([shard["query.tokens"] for shard in shards])
+        self.neighbourhoods = Neighbourhoods(store, self._config, self.spec) if self._config.graph_fan_out else None
 
     def items(self, rows: np.ndarray) -> ItemFeatures:
         """Returns the features of rows of the item table [n]."""
         text = take(self._items["tokens.values"], self._items["tokens.splits"], rows)
-        return ItemFeatures(text, features_of(self._items, self.spec.item, rows))
+        graph = self.neighbourhoods.of_items(rows) if self.neighbourhoods else None
+        return ItemFeatures(text, features_of(self._items, self.spec.item, rows), graph)
 
     def queries(self, queries: Sequence[str], users: Sequence[User] | None) -> QueryFeatures:
         """Returns the features of n queries and users. A user whom the store does not have counts as anonymous."""
@@ -133,7 +136,8 @@ class StoreTables:
         history = None
         if self._config.history_length or self._config.query_history_length:
             history = self._history(rows, [user.time for user in users])
-        return QueryFeatures(text, features_of(self._users, self.spec.user, rows), history)
+        graph = self.neighbourhoods.of_queries(self.neighbourhoods.known(text)) if self.neighbourhoods else None
+        return QueryFeatures(text, features_of(self._users, self.spec.user, rows), history, graph)
 
     def _history(self, rows: np.ndarray, times: Sequence[int | None]) -> History:
         splits, time, query = (self._users[f"event.{name}"] for name in ("splits", "time", "query"))
@@ -149,7 +153,7 @@ class StoreTables:
             queries.append(changes[max(0, len(changes) - self._config.query_history_length) :])
         event = np.concatenate(events)
         item = self._users["event.item"][event]
-        text, features = self.items(item)
+        text, features, _ = self.items(item)
         none = Features(np.zeros((len(item), 0), np.int32), ())
         return History(
             items=Tokens(item, splits_of(events)),

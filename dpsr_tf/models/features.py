@@ -16,7 +16,7 @@ from dpsr_tf.data.schema import KINDS
 if TYPE_CHECKING:
     import tensorflow as tf
 
-    from dpsr_tf.data.examples_dataset import Batch, Features, History, Tokens
+    from dpsr_tf.data.examples_dataset import Batch, Features, Graph, History, Tokens
 
 # What a number may depend on; RankingFeatures.kinds has the same names.
 NUMBER_KINDS = ("item", "request", "pair")
@@ -68,6 +68,7 @@ class FeatureSpec:
     user: tuple[Feature, ...] = option((), "profile features that the query tower reads")
     item: tuple[Feature, ...] = option((), "features that the item tower reads beside the text")
     numbers: tuple[Number, ...] = option((), "numbers that a ranker reads")
+    graph: tuple[Feature, ...] = option((), "item features whose values are nodes of the click graph")
 
     ALL: ClassVar[str] = "*"
 
@@ -77,7 +78,10 @@ class FeatureSpec:
 
     @staticmethod
     def choose(
-        config: ModelConfig, features: Mapping[str, Sequence[Mapping[str, Any]]], num_ids: Mapping[str | None, int]
+        config: ModelConfig,
+        features: Mapping[str, Sequence[Mapping[str, Any]]],
+        num_ids: Mapping[str | None, int],
+        attributes: Sequence[str] | None = None,
     ) -> FeatureSpec:
         """Looks up the features that a config names among the features of a store.
 
@@ -85,10 +89,16 @@ class FeatureSpec:
             config: names them in `user_features` and `item_features`.
             features: `features` of a store's manifest.
             num_ids: number of token ids by vocabulary of the store; None is the vocabulary of query and item text.
+            attributes: the attributes of the store's click graph; None if it has no graph.
 
         Raises:
-            UsageError: the store has no feature of that name, or one is named twice.
+            UsageError: the store has no feature of that name, or one is named twice; or it has no graph to read.
         """
+        if config.graph_fan_out and attributes is None:
+            raise UsageError(
+                f"model.graph_fan_out is {list(config.graph_fan_out)}, but the store has no click graph; add the "
+                f"section graph to its schema and ingest again"
+            )
 
         def chosen(side: str, key: str, names: tuple[str, ...]) -> tuple[Feature, ...]:
             known = {feature["name"]: feature for feature in features.get(side, ())}
@@ -107,6 +117,7 @@ class FeatureSpec:
             num_tokens=num_ids[None],
             user=chosen("users", "user_features", config.user_features),
             item=chosen("items", "item_features", config.item_features),
+            graph=chosen("items", "graph_fan_out", tuple(attributes or ()) if config.graph_fan_out else ()),
         )
 
 
@@ -149,11 +160,13 @@ class QueryFeatures(NamedTuple):
     text: Tokens  # b texts
     user: Features | None = None  # of the b users, in the order of FeatureSpec.user
     history: History | None = None
+    graph: Graph | None = None  # their neighbourhoods; None for queries without neighbours
+    context: tf.Tensor | None = None  # float32 [b, token_dim], TwoTower.query_context, in the place of `graph`
 
     @staticmethod
     def of(batch: Batch) -> QueryFeatures:
         """Returns the queries of a training batch."""
-        return QueryFeatures(batch.query, batch.user_features, batch.history)
+        return QueryFeatures(batch.query, batch.user_features, batch.history, *batch.graph)
 
 
 class ItemFeatures(NamedTuple):
@@ -161,8 +174,9 @@ class ItemFeatures(NamedTuple):
 
     text: Tokens  # n texts
     features: Features | None = None  # of the n items, in the order of FeatureSpec.item
+    graph: Graph | None = None  # their neighbourhoods; None for items without neighbours
 
     @staticmethod
     def of(batch: Batch) -> ItemFeatures:
         """Returns the items of a training batch: positives, random negatives, each pair's own negatives."""
-        return ItemFeatures(batch.item, batch.item_features)
+        return ItemFeatures(batch.item, batch.item_features, *batch.graph)

@@ -187,7 +187,8 @@ class ModelDirectory:
         held = {"features": to_dict(spec), "meanings": _meanings(spec, store)}
         # The config is written last, because a directory without one is not yet a model. Several workers of a cluster
         # may do this at the same time.
-        CodeBook.write(directory, store, [f.name for f in spec.item], [f.name for f in spec.user])
+        items = dict.fromkeys(f.name for f in (*spec.item, *spec.graph))
+        CodeBook.write(directory, store, list(items), [f.name for f in spec.user])
         write_text(directory / "features.json", json.dumps(held, indent=2) + "\n")
         with replaced(directory / "config.yaml") as temporary:
             save_config(config, temporary)
@@ -205,13 +206,15 @@ def feature_spec(config: Config, store: Store) -> FeatureSpec:
     """Returns the features of `store` that the towers of `config` read. Raises UsageError if one is missing."""
     num_ids: dict[str | None, int] = {name: vocabulary.num_ids for name, vocabulary in store.vocabularies.items()}
     num_ids[None] = store.vocabulary.num_ids
-    return FeatureSpec.choose(config.model, store.manifest["features"], num_ids)
+    attributes = None if store.schema.graph is None else store.schema.graph.attributes
+    return FeatureSpec.choose(config.model, store.manifest["features"], num_ids, attributes)
 
 
 def _meanings(spec: FeatureSpec, store: Store) -> dict[str, str]:
     """Returns for each feature that the towers read a hash of what its codes stand for."""
     meanings = {}
-    for side, features, table in (("users", spec.user, store.users()), ("items", spec.item, store.items())):
+    items = tuple(dict.fromkeys((*spec.item, *spec.graph)))
+    for side, features, table in (("users", spec.user, store.users()), ("items", items, store.items())):
         stored = {feature["name"]: feature for feature in store.manifest["features"][side]}
         for feature in features:
             digest = hashlib.sha256(json.dumps(stored[feature.name], sort_keys=True).encode())

@@ -13,6 +13,7 @@ from dpsr_tf.config import ModelConfig
 from dpsr_tf.data.examples_dataset import Tokens
 from dpsr_tf.data.schema import EVENT_TYPES
 from dpsr_tf.models.features import FeatureSpec, ItemFeatures, QueryFeatures
+from dpsr_tf.models.graph_encoder import VALUES, GraphEncoder
 from dpsr_tf.models.input_layers import (
     Initializer,
     InputLayers,
@@ -38,6 +39,9 @@ class TwoTower(InputLayers):
     history. The item tower sends it through ReLU layers and a last linear layer. The query tower projects it to m
     vectors, one for each head, and sends each through layers of its own (section 4.2). With one head there is no
     projection. Embeddings are normalised to length 1.
+
+    With `graph_fan_out`, what the neighbours in the click graph say is added to a text (GraphEncoder). Queries and
+    items without neighbours are embedded from their text.
 
     Code 0 of a feature is the unknown value and adds nothing, as an empty list and an empty history do. So the query of
     an anonymous user is embedded from its text alone.
@@ -79,6 +83,11 @@ class TwoTower(InputLayers):
         """
         super().__init__(config, features, table, layers, training)
         self.norms: dict[str, tf.Tensor] = {}
+        self._graph: GraphEncoder | None = None
+        if config.graph_fan_out:
+            rows = sum(attribute.num_ids for attribute in self.features.graph)
+            values = self._table(VALUES, rows, config.token_dim) if rows else None
+            self._graph = GraphEncoder(config, self.features.graph, self.encode, values, layers)
 
     def query_embedding(self, query: QueryFeatures | Tokens) -> tf.Tensor:
         """Embeds queries: unit vectors [queries, heads, embedding_dim] float32; zero for a text without tokens.
@@ -109,6 +118,21 @@ class TwoTower(InputLayers):
             outputs = self._layers(x)
         return self._normalised("item", outputs, item.text)
 
+    def item_vector(self, item: ItemFeatures) -> tf.Tensor:
+        """Returns the item tower's input layer, [items, width] float32, which also represents items in a history."""
+        text = self.encode("item", item.text)
+        if self._graph is not None and item.graph is not None:
+            text = self._graph.fused(text, self._graph.item_context(item.graph, text))
+        return tf.concat([text, *self.feature_vectors("item", self.features.item, item.features)], axis=1)
+
+    def query_context(self, query: QueryFeatures) -> tf.Tensor:
+        """Returns what the click graph adds to the texts of queries, [queries, token_dim] float32.
+
+        It depends on text and neighbourhood alone, so it can be computed before a query comes.
+        """
+        graph = required(self._graph, "a graph")
+        return graph.query_context(required(query.graph, "graph"), self.encode("user", query.text))
+
     def scores(self, query: tf.Tensor, items: tf.Tensor) -> tf.Tensor:
         """Scores every query with every item (equation 1): [b, m, d] and [n, d] to float32 [b, n]."""
         inner = [tf.matmul(head, items, transpose_b=True) for head in tf.unstack(query, axis=1)]
@@ -125,6 +149,9 @@ class TwoTower(InputLayers):
 
     def _query_input(self, query: QueryFeatures) -> tf.Tensor:
         text = self.encode("user", query.text)
+        if self._graph is not None and (query.graph is not None or query.context is not None):
+            context = self.query_context(query) if query.context is None else query.context
+            text = self._graph.fused(text, context)
         parts = [text, *self.feature_vectors("user", self.features.user, query.user)]
         if self.config.history_length:
             history = required(query.history, "history")

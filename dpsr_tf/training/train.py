@@ -397,6 +397,10 @@ def batch_options(config: Config, features: FeatureSpec) -> BatchOptions:
         history_text=model.history_length > 0,
         history_features=items if model.history_length else (),
         query_history_length=model.query_history_length,
+        graph_fan_out=model.graph_fan_out,
+        graph_sampling=model.graph_sampling,
+        graph_dropout=model.graph_dropout,
+        graph_attributes=tuple(feature.name for feature in features.graph),
     )
 
 

@@ -149,7 +149,7 @@ class _Source:
     def _items(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Returns what describes some items: the inputs of `item_tables`."""
         n, spec = len(rows), self.model.features
-        text, features = self.tables.items(rows)
+        text, features, _ = self.tables.items(rows)
         at_end = self.features.at_end([""], np.zeros(n, np.int64), np.zeros(n, np.int64), rows).numbers
         names = [number.name for number in spec.numbers_of("item")]
         numbers = np.empty((n, len(names)), np.float32)

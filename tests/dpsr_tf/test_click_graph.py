@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -12,8 +13,11 @@ import pytest
 import tensorflow as tf
 import yaml
 
-from dpsr_tf.data.examples_dataset import BatchOptions, examples_dataset
+from dpsr_tf.config import Config, ModelConfig
+from dpsr_tf.data.examples_dataset import BatchOptions, Tokens, examples_dataset
+from dpsr_tf.data.neighbourhoods import Neighbourhoods
 from dpsr_tf.data.store import Store, unpack_strings
+from dpsr_tf.models.model_directory import feature_spec
 
 DAY = 86_400
 ITEMS = [
@@ -56,7 +60,7 @@ def rows_of(files: list, node: str, neighbour: str, columns: tuple[str, ...]) ->
     for file in files:
         splits = file[f"{node}.splits"]
         values = [file[f"{node}.{name}"].tolist() for name in (neighbour, *columns)]
-        rows += [list(zip(*(v[a:b] for v in values), strict=True)) for a, b in zip(splits, splits[1:], strict=False)]
+        rows += [list(zip(*(v[a:b] for v in values), strict=True)) for a, b in itertools.pairwise(splits)]
     return rows
 
 
@@ -221,7 +225,7 @@ class Expected:
 
 def lists(tokens) -> list[tuple[int, ...]]:
     splits = np.asarray(tokens.row_splits)
-    return [tuple(np.asarray(tokens.values)[a:b].tolist()) for a, b in zip(splits, splits[1:], strict=False)]
+    return [tuple(np.asarray(tokens.values)[a:b].tolist()) for a, b in itertools.pairwise(splits)]
 
 
 def nodes_of(batch, expected: Expected):
@@ -234,7 +238,7 @@ def nodes_of(batch, expected: Expected):
 
 
 def test_neighbourhoods_are_without_the_pair_and_older_than_it(graph_store):
-    """With fan-outs above every degree, the neighbourhoods of a pair are those of exactly one of its clicks' moments."""
+    """With fan-outs above every degree, the neighbourhoods of a pair are those of a moment of one of its clicks."""
     store, log = graph_store
     expected = Expected(store, log)
     seen = 0
@@ -322,9 +326,7 @@ def test_dropout_takes_the_clicks_of_that_share(graph_store):
         options = dataclasses.replace(FAN_OUT, graph_dropout=dropout)
         batches = list(examples_dataset(graph_store[0], options).take(150).as_numpy_iterator())
         assert all((batch.graph[0].attributes >= 0).any() for batch in batches)
-        return np.mean(
-            [(np.diff(getattr(b.graph[0], part).row_splits) > 0).mean() for b in batches for part in PARTS]
-        )
+        return np.mean([(np.diff(getattr(b.graph[0], part).row_splits) > 0).mean() for b in batches for part in PARTS])
 
     PARTS = ("query_items", "item_queries")
     everything, half = with_neighbours(0), with_neighbours(0.5)
@@ -373,3 +375,54 @@ def test_title_queries_have_no_neighbours_and_their_items_have_all(graph_store):
 def test_a_store_without_a_graph_is_refused(click_store):
     with pytest.raises(tf.errors.FailedPreconditionError, match="has no click graph, expected the section graph"):
         next(iter(examples_dataset(click_store, BatchOptions(graph_fan_out=(3,)))))
+
+
+def test_served_neighbourhoods_are_the_strongest(graph_store):
+    """Those of training with the strongest edges, where neither a pair nor a time leaves edges out."""
+    store, log = graph_store
+    expected = Expected(store, log)
+    config = ModelConfig(graph_fan_out=(3, 2))
+    served = Neighbourhoods(store, config, feature_spec(Config(model=config), store))
+
+    def strongest(edges: list, row: int, other: int, most: int) -> list[int]:
+        return [node for node, *_ in edges[row] if node != other][:most]
+
+    rows = np.arange(12)
+    graph = served.of_items(rows)
+    queries = np.array([expected.query_of[t] for t in lists(graph.query)])
+    items = np.array([expected.item_of[t] for t in lists(graph.item)])
+    far = iter(lists(graph.item_queries_items))
+    for row, near in zip(rows, lists(graph.item_queries), strict=True):
+        assert queries[list(near)].tolist() == strongest(expected.of_item, row, -1, 3)
+        for query in queries[list(near)]:
+            assert items[list(next(far))].tolist() == strongest(expected.edges, query, row, 2)
+    options = dataclasses.replace(FAN_OUT, num_title_queries=8, graph_fan_out=(3, 2), graph_sampling="strongest")
+    batch = next(examples_dataset(store, options).as_numpy_iterator())
+    mine = served.of_items(batch.item_rows)
+
+    def values_of(graph) -> list:
+        """The value of each attribute of each item, and its items."""
+        texts = [[lists(graph.item)[i] for i in near] for near in lists(graph.value_items)]
+        return [(int(graph.value[v]), texts[v]) if v >= 0 else None for v in graph.attributes]
+
+    assert values_of(mine) == values_of(batch.graph[0])
+
+    rows = np.array([2, -1, 0, len(expected.edges) - 1, 2])
+    graph = served.of_queries(rows)
+    queries = np.array([expected.query_of[t] for t in lists(graph.query)])
+    items = np.array([expected.item_of[t] for t in lists(graph.item)])
+    far = iter(lists(graph.query_items_queries))
+    for row, near in zip(rows, lists(graph.query_items), strict=True):
+        assert items[list(near)].tolist() == (strongest(expected.edges, row, -1, 3) if row >= 0 else [])
+        for item in items[list(near)]:
+            assert queries[list(next(far))].tolist() == strongest(expected.of_item, item, row, 2)
+
+
+def test_a_query_is_known_by_its_tokens(graph_store):
+    store, _ = graph_store
+    config = ModelConfig(graph_fan_out=(3,))
+    served = Neighbourhoods(store, config, feature_spec(Config(model=config), store))
+    texts = ["QUERY  3", "query 3", "other", "", "query 3 4"]
+    rows = served.known(Tokens(*store.vocabulary.encode_batch(texts)))
+    assert list(store.queries())[rows[0]] == "query 3" and rows.tolist() == [rows[0], rows[0], -1, -1, -1]
+    assert served.rows().tolist() == [row for row, edges in enumerate(Expected(*graph_store).edges) if edges]
