@@ -92,6 +92,29 @@ def query_encoder(directory: str | Path, store: Store, checkpoint: str | None = 
     return lambda queries, users: encode(tables.queries(queries, users))
 
 
+def query_contexts(
+    model: ModelDirectory, store: Store, checkpoint: str
+) -> tuple[Callable[[np.ndarray], np.ndarray], Neighbourhoods]:
+    """Returns what a model with a graph adds to queries of the log, and the neighbourhoods that it reads.
+
+    Returns:
+        A function from rows of queries [n], counted over all shards, to float32 [n, token_dim], TwoTower.query_context;
+        and the neighbourhoods.
+
+    Raises:
+        CommandError: as item_encoder.
+    """
+    tables = StoreTables(model, store)
+    neighbourhoods = tables.neighbourhoods
+    assert neighbourhoods is not None
+    encode = _tower(model, tables.spec, checkpoint, "query_context")
+
+    def contexts(rows: np.ndarray) -> np.ndarray:
+        return encode(QueryFeatures(neighbourhoods.texts(rows), graph=neighbourhoods.of_queries(rows)))
+
+    return contexts, neighbourhoods
+
+
 def is_personal(config: ModelConfig) -> bool:
     """Returns whether the query tower reads features or history of the user."""
     return bool(config.user_features or config.history_length or config.query_history_length)

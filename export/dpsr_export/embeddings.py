@@ -64,9 +64,12 @@ def checkpoint_fingerprint(checkpoint: str) -> str:
 
 
 def source_fingerprint(model: ModelDirectory, store: Store, checkpoint: str) -> str:
-    """Returns 16 hex digits that identify what embeddings depend on: checkpoint, config of the towers, and items."""
+    """Returns 16 hex digits that identify what embeddings depend on: checkpoint, towers, items, and graph."""
     parts = [checkpoint_fingerprint(checkpoint), f"{model.vocabulary.fingerprint:016x}", repr(model.config.model)]
-    parts.append(store.manifest["files"]["items.dpsr"])
+    read = ["items.dpsr"]
+    if model.config.model.graph_fan_out:
+        read += [name for name in store.manifest["files"] if name.startswith(("graph", "interactions"))]
+    parts += [store.manifest["files"][name] for name in read]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

@@ -22,7 +22,7 @@ from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.files import link_or_copy
 from dpsr_common.packed_file import FormatError, PackedFile, PackedFileWriter
 from dpsr_common.typed_config import to_dict
-from dpsr_export import item_attributes, product_codes, ranker, request_tables, servable_assets, warmup
+from dpsr_export import item_attributes, product_codes, query_table, ranker, request_tables, servable_assets, warmup
 from dpsr_export.ann import set_parameters
 from dpsr_export.embeddings import ItemEmbeddings, checkpoint_fingerprint
 from dpsr_export.faiss_search import write_item_ids
@@ -50,6 +50,8 @@ A ranker has no index. Its servable holds what the ranker reads of items, querie
 --store. --index_only gives the newest version in BASE the items and counts of a newer store (`dpsr ingest --like`).
 """
 
+# Serving files that come with a new index. All others belong to the model.
+_RENEWED = (servable_assets.ITEMS, query_table.FILE)
 # Number of items that one call adds to a shard.
 _BLOCK = 1 << 20
 
@@ -389,9 +391,7 @@ def renew_index(old: Path, index: Index, out: Path) -> dict[str, Any]:
             f"{index.path}: {difference}, so it is not of the model in {old}; build the index from that model, or "
             f"export the new model with --model"
         )
-    renewed = {"items.faiss", "item_ids.dpsr", item_attributes.FILE, servable_assets.ITEMS} & set(
-        index.manifest["files"]
-    )
+    renewed = {"items.faiss", "item_ids.dpsr", item_attributes.FILE, *_RENEWED} & set(index.manifest["files"])
     left_out = shutil.ignore_patterns("assets.extra", *renewed)
     shutil.copytree(old, out, dirs_exist_ok=True, ignore=left_out)
     for name in renewed:
@@ -417,7 +417,7 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
         if before[key] != now[key]:
             return f"{key} is {now[key]}, but {before[key]} in the servable"
     for name in now["serving_files"]:
-        if name != servable_assets.ITEMS and before["files"][name]["sha256"] != now["files"][name]["sha256"]:
+        if name not in _RENEWED and before["files"][name]["sha256"] != now["files"][name]["sha256"]:
             return f"{name} differs from the one in the servable"
     if (item_attributes.FILE in before["files"]) != (item_attributes.FILE in now["files"]):
         return f"it has {'no ' if item_attributes.FILE in before['files'] else ''}item attributes, unlike the servable"

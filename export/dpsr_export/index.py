@@ -183,7 +183,7 @@ def build_index(
         source_of = _Source(model, store, checkpoint, items)
         measured = _build_and_report(source_of, config, device, directory, quantizer, judgments)
         _check_recall(measured, min_ann_recall)
-        files = _write_files(model, store, items, measured, directory)
+        files = _write_files(source_of, measured, directory, config.serving.graph_queries)
         manifest = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -331,10 +331,9 @@ def _check_recall(measured: MeasuredIndex, min_ann_recall: float) -> None:
         )
 
 
-def _write_files(
-    model: ModelDirectory, store: Store, items: embeddings.ItemEmbeddings, measured: MeasuredIndex, directory: Path
-) -> dict[str, Any]:
+def _write_files(source: _Source, measured: MeasuredIndex, directory: Path, graph_queries: int) -> dict[str, Any]:
     """Writes the files that a servable is made from. Returns what index.json says about them."""
+    model, store, items = source.model, source.store, source.items
     faiss.write_index(measured.index, str(directory / "items.faiss"))
     faiss_search.write_item_ids(directory / "item_ids.dpsr", items.ids, directory / "items.faiss", measured.entries)
     if measured.semantic_ids is not None:
@@ -348,9 +347,16 @@ def _write_files(
     filtered_by = item_attributes.write(directory, store)
     write_titles(directory / "item_titles.tsv.gz", store.items()["id"], store.titles())
     texts, users, _ = embeddings.log_sample(store, servable_assets.NUM_REQUESTS)
-    serving = servable_assets.write_assets(model, store, texts, users, directory)
+    serving = servable_assets.write_assets(model, store, source.checkpoint, texts, users, directory, graph_queries)
+    if serving["graph"]:
+        print(_graph_line(serving["graph"]))
     names = ["items.faiss", "item_ids.dpsr", *filtered_by, servable_assets.REQUESTS, *serving["serving_files"]]
     return {**serving, "files": {name: file_record(directory / name) for name in names}}
+
+
+def _graph_line(graph: dict[str, Any]) -> str:
+    coverage = "" if graph["coverage"] is None else f", {graph['coverage']:.1%} of {graph['measured_on']}"
+    return f"table of the click graph: {graph['queries']:,} queries{coverage}"
 
 
 def choose_and_build(

@@ -3,6 +3,7 @@
 items.dpsr            if the model reads histories: ids, texts and features of the items; if item ids are texts: keys
 feature_values.dpsr   if the model reads features: the value of each code
 vocabulary-NAME.dpsr  the vocabulary of text features that do not use the one of query and item text
+query_graph.dpsr      if the model reads the click graph: what it adds to queries of the log (query_table.py)
 requests.json         queries of the log with the features of the users who asked, for warm-up
 
 index.json lists these files, and the kinds of the features.
@@ -21,6 +22,7 @@ import pyarrow as pa
 
 from dpsr_common.errors import CommandError
 from dpsr_common.packed_file import PackedFileWriter
+from dpsr_export import query_table
 from dpsr_tf.data.column_files import string_bytes
 from dpsr_tf.data.column_values import ids_of
 from dpsr_tf.data.id_index import id_index
@@ -37,20 +39,29 @@ NUM_REQUESTS = 100
 
 
 def write_assets(
-    model: ModelDirectory, store: Store, texts: Sequence[str], users: Sequence[User], directory: Path
+    model: ModelDirectory,
+    store: Store,
+    checkpoint: str,
+    texts: Sequence[str],
+    users: Sequence[User],
+    directory: Path,
+    graph_queries: int,
 ) -> dict[str, Any]:
     """Writes the files that the model needs to an index directory.
 
     Args:
         model: the model, which says what its towers read.
         store: the store that the model was trained on.
+        checkpoint: path of the weights.
         texts: queries of the log.
         users: the user who asked each query.
         directory: the index directory.
+        graph_queries: largest number of queries in the table of the click graph.
 
     Returns:
         Entries for index.json: `serving_files`, names of the files except requests.json; `string_ids`, whether the
-        shop's item ids are texts; `features`, kind, boundaries and vocabulary of the features that the towers read.
+        shop's item ids are texts; `features`, kind, boundaries and vocabulary of the features that the towers read;
+        `graph`, what query_table.write says, or None for a model without a graph.
     """
     config, spec = model.config.model, model.features
     files = []
@@ -72,8 +83,12 @@ def write_assets(
                 file.add(name, items[name])
         files.append(ITEMS)
     files += write_feature_files(model, store, directory)
+    graph = None
+    if config.graph_fan_out:
+        graph = query_table.write(model, store, checkpoint, graph_queries, directory / query_table.FILE)
+        files.append(query_table.FILE)
     _write_requests(model, store, texts, users, directory / REQUESTS)
-    return {"serving_files": files, "string_ids": string_ids, "features": describe(model, store)}
+    return {"serving_files": files, "string_ids": string_ids, "graph": graph, "features": describe(model, store)}
 
 
 def describe(model: ModelDirectory, store: Store) -> dict[str, list[dict[str, Any]]]:

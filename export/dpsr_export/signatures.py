@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dpsr_export import faiss_search, item_attributes, request_tables
+from dpsr_export import faiss_search, item_attributes, query_table, request_tables
 from dpsr_export.request_inputs import RequestInputs, absent
 from dpsr_export.servable_assets import ITEMS
 from dpsr_tf.data.examples_dataset import Features, History, Tokens
@@ -72,14 +72,21 @@ class _Graph:
             dim=self._config.embedding_dim,
         )
         self._towers = TwoTower(self._config, model.features)
+        self._graph = (
+            query_table.QueryTable(index_dir / query_table.FILE, self._config.token_dim)
+            if query_table.FILE in index["serving_files"]
+            else None
+        )
 
     def signatures(self) -> dict[str, Any]:
         """Returns the SignatureDefs by name."""
         query = v1.placeholder(tf.string, [None], "query")
         user: dict[str, tf.Tensor] = {}
+        tokens = self._inputs.tokens(query)
+        context = self._graph.context(tokens) if self._graph else None
         query_embedding = self._towers.query_embedding(
             QueryFeatures(
-                self._inputs.tokens(query), self._inputs.features("user", query, user), self._history(query, user)
+                tokens, self._inputs.features("user", query, user), self._history(query, user), context=context
             )
         )
         serving_k = self._model.config.serving.k
