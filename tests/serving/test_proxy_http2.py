@@ -1,4 +1,4 @@
-"""The proxy's HTTP/2: the RFC's examples of HPACK, frames that gRPC clients never send, and servers that shut down."""
+"""The proxy's HTTP/2: frames that gRPC clients never send, and servers that shut down."""
 
 from __future__ import annotations
 
@@ -10,208 +10,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
+import hpack
 import numpy
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import raw_http2 as http2
 from processes import PATIENCE_S, ProxyProcess
 from proxy_backends import Load, RecordingBackend, call, predict, wait_until
+from raw_http2 import Wire, encode, frame, head, message
 
 from dpsr_common import serving_apis
-from dpsr_serving.proxy import http2
-from dpsr_serving.proxy.hpack import Decoder, HpackError, encode
-from dpsr_serving.proxy.http2 import frame
 
 StartProxy = Callable[..., ProxyProcess]
 
-# HPACK
-
-REQUESTS = [  # RFC 7541, appendix C.3, then C.4: the same with Huffman codes
-    ["828684410f7777772e6578616d706c652e636f6d", "828684be58086e6f2d6361636865",
-     "828785bf400a637573746f6d2d6b65790c637573746f6d2d76616c7565"],
-    ["828684418cf1e3c2e5f23a6ba0ab90f4ff", "828684be5886a8eb10649cbf",
-     "828785bf408825a849e95ba97d7f8925a849e95bb8e8b4bf"],
-]  # fmt: skip
-REQUEST_HEADERS = [
-    [(b":method", b"GET"), (b":scheme", b"http"), (b":path", b"/"), (b":authority", b"www.example.com")],
-    [
-        (b":method", b"GET"),
-        (b":scheme", b"http"),
-        (b":path", b"/"),
-        (b":authority", b"www.example.com"),
-        (b"cache-control", b"no-cache"),
-    ],
-    [
-        (b":method", b"GET"),
-        (b":scheme", b"https"),
-        (b":path", b"/index.html"),
-        (b":authority", b"www.example.com"),
-        (b"custom-key", b"custom-value"),
-    ],
-]
-# Appendix C.5 and C.6: a table of 256 bytes, from which entries have to go.
-RESPONSES = [
-    ["4803333032580770726976617465611d4d6f6e2c203231204f637420323031332032303a31333a323120474d546e17"
-     "68747470733a2f2f7777772e6578616d706c652e636f6d", "4803333037c1c0bf",
-     "88c1611d4d6f6e2c203231204f637420323031332032303a31333a323220474d54c05a04677a69707738666f6f3d4153444a4b48514b425a"
-     "584f5157454f50495541585157454f49553b206d61782d6167653d333630303b2076657273696f6e3d31"],
-    ["488264025885aec3771a4b6196d07abe941054d444a8200595040b8166e082a62d1bff6e919d29ad171863c78f0b97c8e9ae82ae43d3",
-     "4883640effc1c0bf",
-     "88c16196d07abe941054d444a8200595040b8166e084a62d1bffc05a839bd9ab77ad94e7821dd7f2e6c7b335dfdfcd5b3960d5af27087f"
-     "3672c1ab270fb5291f9587316065c003ed4ee5b1063d5007"],
-]  # fmt: skip
-DATE = b"Mon, 21 Oct 2013 20:13:2"
-RESPONSE_HEADERS = [
-    [
-        (b":status", b"302"),
-        (b"cache-control", b"private"),
-        (b"date", DATE + b"1 GMT"),
-        (b"location", b"https://www.example.com"),
-    ],
-    [
-        (b":status", b"307"),
-        (b"cache-control", b"private"),
-        (b"date", DATE + b"1 GMT"),
-        (b"location", b"https://www.example.com"),
-    ],
-    [
-        (b":status", b"200"),
-        (b"cache-control", b"private"),
-        (b"date", DATE + b"2 GMT"),
-        (b"location", b"https://www.example.com"),
-        (b"content-encoding", b"gzip"),
-        (b"set-cookie", b"foo=ASDJKHQKBZXOQWEOPIUAXQWEOIU; max-age=3600; version=1"),
-    ],
-]
-
-
-@pytest.mark.parametrize("blocks", REQUESTS)
-def test_requests_of_the_rfc(blocks: list[str]) -> None:
-    decoder = Decoder(list)
-    assert [decoder.decode(bytes.fromhex(block)) for block in blocks] == REQUEST_HEADERS
-
-
-@pytest.mark.parametrize("blocks", RESPONSES)
-def test_responses_of_the_rfc_with_a_small_table(blocks: list[str]) -> None:
-    decoder = Decoder(list)
-    size = bytes.fromhex("3fe101")  # the table is to have 256 bytes
-    first, *others = map(bytes.fromhex, blocks)
-    assert [decoder.decode(block) for block in (size + first, *others)] == RESPONSE_HEADERS
-
-
-def test_a_block_means_something_else_once_the_table_has_changed() -> None:
-    decoder = Decoder(list)
-    newest = bytes((0x80 | 62,))
-    for value in (b"1", b"2", b"2", b"3"):
-        decoder.decode(b"\x40\x01a\x01" + value)
-        assert decoder.decode(newest) == decoder.decode(newest) == [(b"a", value)]
-    decoder.decode(b"\x20")  # empty the table
-    with pytest.raises(HpackError, match="beyond the table"):
-        decoder.decode(newest)
-
-
-@given(st.lists(st.tuples(st.binary(max_size=200), st.binary(max_size=300)), max_size=8))
-def test_what_is_encoded_is_decoded(headers: list[tuple[bytes, bytes]]) -> None:
-    assert Decoder(list).decode(encode(headers)) == headers
-
-
-@given(st.binary(max_size=40))
-def test_junk_is_decoded_or_refused(junk: bytes) -> None:
-    decoder = Decoder(list)
-    try:
-        decoder.decode(junk)
-    except HpackError:
-        return
-    except IndexError:
-        raise AssertionError(junk) from None
-
-
-@pytest.mark.parametrize(
-    "block",
-    ["80", "be", "3fe2ffff0f", "8220", "00", "0001", "000161", "7fffffffffff", "00826161", "0081ff", "0083ffffffff"],
-)
-def test_broken_blocks_are_refused(block: str) -> None:
-    with pytest.raises(HpackError):
-        Decoder(list).decode(bytes.fromhex(block))
-
-
-def test_a_block_cannot_grow_without_bounds() -> None:
-    decoder = Decoder(list)
-    decoder.decode(b"\x40" + encode([(b"a", b"x" * 4000)])[1:])
-    with pytest.raises(HpackError, match="65536"):
-        decoder.decode(bytes((0x80 | 62,)) * 1000)
-
-
 # Frames that come from a client
-
-
-class Wire:
-    """A client's connection, frame by frame."""
-
-    def __init__(self, target: str, settings: bytes = b"") -> None:
-        host, _, port = target.rpartition(":")
-        self._socket = socket.create_connection((host, int(port)), timeout=PATIENCE_S)
-        self._socket.settimeout(PATIENCE_S)
-        self._rest = b""
-        self.decoder: Decoder[Any] = Decoder(list)
-        self.send(http2.PREFACE + frame(http2.SETTINGS, 0, 0, settings))
-
-    def send(self, data: bytes) -> None:
-        self._socket.sendall(data)
-
-    def read(self) -> tuple[int, int, int, bytes] | None:
-        """The next frame: kind, flags, stream, payload; None at the end."""
-        while True:
-            if len(self._rest) >= 9:
-                size = int.from_bytes(self._rest[:3], "big")
-                if len(self._rest) >= 9 + size:
-                    head, payload = self._rest[:9], self._rest[9 : 9 + size]
-                    self._rest = self._rest[9 + size :]
-                    return head[3], head[4], int.from_bytes(head[5:9], "big"), payload
-            try:
-                more = self._socket.recv(65536)
-            except ConnectionResetError:
-                return None
-            if not more:
-                return None
-            self._rest += more
-
-    def answer(self, number: int) -> tuple[dict[bytes, bytes], bytes]:
-        """All headers of a stream's answer, and its data."""
-        headers: dict[bytes, bytes] = {}
-        data = b""
-        while (got := self.read()) is not None:
-            kind, flags, stream, payload = got
-            if kind == http2.HEADERS:
-                block = dict(self.decoder.decode(payload))
-                if stream == number:
-                    headers |= block
-            elif kind == http2.DATA and stream == number:
-                data += payload
-            if stream == number and kind in (http2.HEADERS, http2.DATA) and flags & http2.END_STREAM:
-                return headers, data
-        raise AssertionError(f"the connection ended: {headers}")
-
-    def goodbye(self) -> int | None:
-        """The error code of the GOAWAY that comes before the end; None where there is none."""
-        code = None
-        while (got := self.read()) is not None:
-            if got[0] == http2.GOAWAY:
-                code = int.from_bytes(got[3][4:8], "big")
-        return code
-
-    def close(self) -> None:
-        self._socket.close()
-
-
-def head(path: str = serving_apis.PREDICT, **more: str) -> bytes:
-    fields = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "x", "te": "trailers"}
-    fields |= {"content-type": "application/grpc", **{name.replace("_", "-"): value for name, value in more.items()}}
-    return encode([(name.encode(), value.encode()) for name, value in fields.items()])
-
-
-def message(data: bytes) -> bytes:
-    return struct.pack(">BI", 0, len(data)) + data
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +115,7 @@ def test_answers_wait_for_the_clients_windows(wire: Callable[..., Wire]) -> None
 
 def test_large_messages_wait_for_the_connections_window(wire: Callable[..., Wire]) -> None:
     client = wire(struct.pack(">HI", 4, 2**30))
+    client.acknowledge()
     body = message(predict("m", query=["x" * 3_000_000]))
     client.send(frame(http2.HEADERS, WHOLE, 1, head()))
     for begin in range(0, len(body), 16384):
@@ -465,7 +277,7 @@ class RawBackend:
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        data, checks = b"", set()
+        data, checks, decoder = b"", set(), hpack.Decoder()
         with connection, contextlib.suppress(OSError):  # the proxy may have gone
             connection.sendall(frame(http2.SETTINGS, 0, 0))
             while more := connection.recv(65536):
@@ -473,7 +285,7 @@ class RawBackend:
                 while len(data) >= 9 and len(data) >= 9 + int.from_bytes(data[:3], "big"):
                     size = int.from_bytes(data[:3], "big")
                     kind, flags, stream = data[3], data[4], int.from_bytes(data[5:9], "big")
-                    if kind == http2.HEADERS and b"dpsr-proxy\x05check" in data[9 : 9 + size]:
+                    if kind == http2.HEADERS and ("dpsr-proxy", "check") in decoder.decode(data[9 : 9 + size]):
                         checks.add(stream)
                     data = data[9 + size :]
                     if kind == http2.DATA and flags & http2.END_STREAM:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from dpsr_common import serving_apis
 from dpsr_serving.proxy.calls import Channel, Code, Metadata, Reply, client_tls
-from dpsr_serving.proxy.config import HealthConfig, PoolConfig, RetryConfig, TlsConfig
+from dpsr_serving.proxy.config import HealthConfig, LimitsConfig, PoolConfig, RetryConfig, TlsConfig
 from dpsr_serving.proxy.metrics import Metrics
 from dpsr_serving.proxy.routing import Spec, least_outstanding
 
@@ -24,6 +24,7 @@ CHECK_METADATA = ((b"dpsr-proxy", b"check"),)
 _ANSWERS_IN_A_ROW = 5  # UNAVAILABLE answers in a row after which a reachable server counts as down
 _DISCOVER_EVERY_CHECKS = 3
 _ABSENT_LIMIT = 4096
+_DEADLY = 1  # servers that may be lost with a request before it is no longer made again
 
 _NO_LIFE = (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED, Code.CANCELLED)
 
@@ -40,7 +41,14 @@ class Backend:
         asked: models whose status the proxy asked for since the server last came up.
     """
 
-    def __init__(self, address: str, metrics: Metrics, tls: ssl.SSLContext | None, server_name: str) -> None:
+    def __init__(
+        self,
+        address: str,
+        metrics: Metrics,
+        tls: ssl.SSLContext | None,
+        server_name: str,
+        limits: LimitsConfig,
+    ) -> None:
         self.address = address
         self.outstanding = 0
         self.up = True
@@ -53,7 +61,7 @@ class Backend:
         self._failures = 0
         self._unavailable = 0
         self._watching: asyncio.Task[None] | None = None
-        self._channel = Channel(address, tls, server_name)
+        self._channel = Channel(address, tls, server_name, limits)
 
     async def call(self, path: str, request: bytes, timeout_s: float | None, metadata: Metadata) -> Reply:
         """Makes one call with serialized messages. UNAVAILABLE also means that the server went down meanwhile."""
@@ -224,6 +232,7 @@ class Replicas:
         """
         self._budget.request()
         tried: list[Backend] = []
+        ended = 0  # servers that were lost while they had the request
         reply: Reply | None = None
         while True:
             holders = self.backends
@@ -244,6 +253,7 @@ class Replicas:
             if reply.code is Code.OK:
                 return reply._replace(attempts=len(tried)) if len(tried) > 1 else reply
             self._metrics.count("dpsr_proxy_backend_failures_total", (backend.address, reply.code.name))
+            ended += reply.begun
             # Only messages that the proxy itself wrote contain the address.
             if spec.model and backend.address in reply.details:
                 reply = reply._replace(details=f"model {spec.model!r}: {reply.details}")
@@ -252,6 +262,9 @@ class Replicas:
                 self._next_ask.pop(spec.model, None)
                 await backend.ask(spec.model, self._health.timeout_s)
             elif reply.code is not Code.UNAVAILABLE:
+                return reply._replace(attempts=len(tried))
+            if ended > _DEADLY:
+                # Perhaps it was the request that ended them. It must not end all the others as well.
                 return reply._replace(attempts=len(tried))
             if len(tried) >= self._attempts or (deadline is not None and time.monotonic() >= deadline):
                 return reply._replace(attempts=len(tried))

@@ -1,4 +1,7 @@
-"""gRPC's unary calls over HTTP/2 with messages as bytes: a server, and a channel to another server.
+"""gRPC's unary calls with messages as bytes: a server, and a channel to another server.
+
+The wire (serving/wire/, in C++ on nghttp2) keeps HTTP/2 and gRPC's headers, and enforces the limits of calls and
+connections. This module moves bytes between sockets and the wire, and decides which connections live.
 
 Messages are not decoded, because the proxy only forwards most of them. grpc.aio does the same at five times the CPU
 cost; benchmarks/proxy.py measures both.
@@ -9,30 +12,41 @@ from __future__ import annotations
 import asyncio
 import base64
 import enum
-import functools
-import math
 import os
+import random
+import socket
 import ssl
-import struct
 import sys
 import traceback
-import urllib.parse
 import zlib
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NamedTuple
 
-from dpsr_common.serving_apis import MAX_MESSAGE_BYTES
-from dpsr_serving.proxy import http2
-from dpsr_serving.proxy.hpack import Header, encode, literal
+from dpsr_serving import _native
+from dpsr_serving.proxy.config import LimitsConfig
 
+Header = tuple[bytes, bytes]
 Metadata = tuple[Header, ...]
+
+# Kinds of the wire's events (enum EventKind in serving/wire/session.h), and HTTP/2's error codes.
+_CALL, _ANSWER, _END, _SETTINGS, _GOAWAY, _DRAINED = range(6)
+_NO_ERROR, _REFUSED_STREAM, _CANCEL, _ENHANCE_YOUR_CALM, _INADEQUATE_SECURITY = 0, 7, 8, 11, 12
 
 _CONNECT_S = 5.0  # time that a server has to accept a connection and to send its settings
 _REFUSALS = 8  # attempts before a call counts as refused
 # Seconds between them: they grow to the longest, some 0.4 s in all. Calls that wait for their turn may come first.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
-_DRAIN_PING = b"draining"
+# Bytes that may wait in the transport. What is beyond waits in the wire, where the limits count it.
+_WRITE_BYTES = 2**16
+_CLOSE_S = 5.0  # time to send the last bytes of a connection that ends
+_ACCEPTS = 16  # new connections that are accepted before calls have their turn again
+_BACKLOG = 1024  # connections that wait for that
+_SWEEP_S = 1.0  # time between two looks at the connections' time limits
+_AGE_JITTER = 0.1  # share of a connection's age, so that connections made together do not end together
+_ANSWER_HEADER_BYTES = 65536  # of a server, which is trusted with more than a client
+_UNPACKED_AT_ONCE = 2**18  # bytes that are decompressed on the event loop, in some 0.5 ms; more goes to a thread
 
 
 class Code(enum.IntEnum):
@@ -61,7 +75,7 @@ class Reply(NamedTuple):
     """The result of a call: a server's answer, or the proxy's own if `backend` is "".
 
     Metadata is in its form on the wire: pairs of bytes, with the values of keys that end in "-bin" in base64. `lost`
-    says that no server answered.
+    says that no server answered, and `begun` that the server was lost after it may have begun with the call.
     """
 
     code: Code
@@ -72,6 +86,7 @@ class Reply(NamedTuple):
     backend: str = ""
     attempts: int = 0
     lost: bool = False
+    begun: bool = False
 
 
 Handler = Callable[[bytes, "float | None", Metadata], Awaitable[Reply]]
@@ -86,327 +101,456 @@ def readable(metadata: Metadata) -> Iterable[tuple[str, str | bytes]]:
             yield name.decode("latin-1"), value.decode("utf-8", "replace")
 
 
-class _Request(NamedTuple):
-    """The headers of a call."""
+class _Connection(asyncio.Protocol):
+    """One side of a connection: moves bytes between a socket and a session of the wire."""
 
-    path: bytes
-    metadata: Metadata
-    timeout_s: float | None
-    encoding: bytes
-    refusal: bytes  # a block of headers that refuses the call; b"" if nothing is wrong
+    def __init__(self) -> None:
+        self.closed = False
+        self._loop = asyncio.get_running_loop()
+        self._session: _native.Session | None = None
+        self._transport: Any = None
+        self._scheduled = False
+        self._paused_at: float | None = None  # since when the other side reads too slowly
+        self._unsent = 0
 
+    # Subclasses implement these.
 
-class _Response(NamedTuple):
-    """A block of headers of an answer: the first block, or the last one if it has a code."""
+    @abstractmethod
+    def on_event(self, event: tuple[Any, ...]) -> None:
+        """The wire reports something."""
 
-    http: int
-    code: Code | None
-    details: str
-    metadata: Metadata
+    @abstractmethod
+    def on_closed(self) -> None:
+        """The connection is lost, and with it all of its calls."""
 
+    # Subclasses use these.
 
-# Headers that are not metadata: they concern a single hop, and each side makes its own.
-_HOP = frozenset(
-    b"te content-type content-length user-agent host connection grpc-timeout grpc-encoding grpc-accept-encoding "
-    b"grpc-status grpc-message".split()
-)
-_UNITS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
-_STATUS_OK = b"\x88"  # :status 200, of the static table
-_GRPC = literal(b"content-type", b"application/grpc")
+    def schedule(self) -> None:
+        """Sends what the session has, in one write with everything else of this turn of the event loop."""
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._flush)
 
+    def end(self) -> None:
+        """Closes the connection, when all that the session has to say is sent or after some seconds."""
+        if not self.closed:
+            if self._session is not None:
+                self._session.terminate(_NO_ERROR)
+                self._flush()
+            if not self.closed:
+                self._close()
 
-def _parse_request(headers: list[Header]) -> _Request:
-    found = dict(headers)
-    metadata = tuple(header for header in headers if header[0] not in _HOP and not header[0].startswith(b":"))
-    refusal = b""
-    timeout_s = None
-    timeout = found.get(b"grpc-timeout")
-    if timeout is not None:
-        unit = _UNITS.get(timeout[-1:])
-        if unit is None or not timeout[:-1].isdigit() or len(timeout) > 9:
-            refusal = _end_block(Code.INTERNAL, f"cannot parse the header grpc-timeout: {timeout!r}", ())
-        else:
-            timeout_s = int(timeout[:-1]) * unit
-    if found.get(b":method") != b"POST":
-        refusal = literal(b":status", b"405") + literal(b"allow", b"POST")
-    elif not found.get(b"content-type", b"").startswith(b"application/grpc"):
-        refusal = literal(b":status", b"415")
-    return _Request(found.get(b":path", b""), metadata, timeout_s, found.get(b"grpc-encoding", b"identity"), refusal)
+    def abort(self) -> None:
+        """Closes the connection at once."""
+        if self._transport is not None:
+            self._transport.abort()
+        self.connection_lost(None)
 
+    # asyncio calls these.
 
-def _parse_response(headers: list[Header]) -> _Response:
-    found = dict(headers)
-    metadata = tuple(header for header in headers if header[0] not in _HOP and not header[0].startswith(b":"))
-    code: Code | None = None
-    if b"grpc-status" in found:
-        status = found[b"grpc-status"]
-        code = Code(int(status)) if status.isdigit() and int(status) <= max(Code) else Code.UNKNOWN
-    details = urllib.parse.unquote_to_bytes(found.get(b"grpc-message", b"")).decode("utf-8", "replace")
-    http = found.get(b":status", b"0")
-    return _Response(int(http) if http.isdigit() else 0, code, details, metadata)
+    def connection_made(self, transport: Any) -> None:
+        """Prepares the socket."""
+        self._transport = transport
+        transport.set_write_buffer_limits(_WRITE_BYTES)
+        # Notices a peer that vanished.
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        tls = transport.get_extra_info("ssl_object")
+        if tls is not None and tls.selected_alpn_protocol() != "h2":
+            self.abort()
 
+    def connection_lost(self, error: Exception | None) -> None:
+        """Ends all calls."""
+        if not self.closed:
+            self.closed = True
+            self.on_closed()
+            self._session = None
 
-def _end_block(code: Code, details: str, metadata: Metadata) -> bytes:
-    """Returns the only block of headers of an answer without a message."""
-    return _STATUS_OK + _GRPC + _trailers(code, details, metadata)
+    def pause_writing(self) -> None:
+        """The other side reads more slowly than we write."""
+        self._paused_at = self._loop.time()
 
+    def resume_writing(self) -> None:
+        """The other side has caught up."""
+        self._paused_at = None
+        self._flush()
 
-def _trailers(code: Code, details: str, metadata: Metadata) -> bytes:
-    block = literal(b"grpc-status", b"%d" % code)
-    if details:
-        # Printable ASCII characters other than the percent sign are not quoted.
-        quoted = urllib.parse.quote(details.encode("utf-8", "replace"), safe=_PLAIN)
-        block += encode([(b"grpc-message", quoted.encode())])
-    return block + encode(metadata) if metadata else block
+    def data_received(self, data: bytes) -> None:
+        """Gives bytes to the wire."""
+        if self.closed:
+            return
+        assert self._session is not None
+        events = self._session.receive(data, self._loop.time())
+        if events is None:
+            self.abort()
+            return
+        for event in events:
+            self.on_event(event)
+            if self.closed:
+                return
+        if self._session.wants_write or self._session.finished:
+            self.schedule()
 
+    def eof_received(self) -> bool:
+        """The other side closed: there is nothing to wait for."""
+        return False
 
-_PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if code != 0x25)
+    def _flush(self) -> None:
+        self._scheduled = False
+        if self.closed:
+            return
+        session, transport = self._session, self._transport
+        assert session is not None
+        while self._paused_at is None:
+            data = session.send(_WRITE_BYTES)
+            if data:
+                transport.write(data)
+            if len(data) < _WRITE_BYTES:
+                break
+        unsent = transport.get_write_buffer_size()
+        if unsent or self._unsent:
+            self._unsent = unsent
+            session.set_unsent(unsent)
+        if session.has_events:
+            for event in session.take_events():
+                self.on_event(event)
+        if not self.closed and session.finished:
+            self._close()
 
-
-def _headers_frames(number: int, block: bytes, flags: int = 0) -> bytes:
-    """Returns the frames of a block of headers, with CONTINUATION frames if it is long."""
-    if len(block) <= 16384:
-        return http2.frame(http2.HEADERS, flags | http2.END_HEADERS, number, block)
-    pieces = [block[begin : begin + 16384] for begin in range(0, len(block), 16384)]
-    frames = [http2.frame(http2.HEADERS, flags, number, pieces[0])]
-    frames += [http2.frame(http2.CONTINUATION, 0, number, piece) for piece in pieces[1:-1]]
-    return b"".join([*frames, http2.frame(http2.CONTINUATION, http2.END_HEADERS, number, pieces[-1])])
-
-
-def _message(stream: http2.Stream, encoding: bytes) -> bytes:
-    """Returns the single message in a stream's data. Raises ValueError."""
-    data = stream.chunks[0] if len(stream.chunks) == 1 else b"".join(stream.chunks)
-    stream.chunks = []
-    if len(data) < 5 or int.from_bytes(data[1:5], "big") != len(data) - 5:
-        raise ValueError(f"expected exactly one message, got {len(data)} bytes that are not one")
-    if not data[0]:
-        return data[5:]
-    if encoding not in (b"gzip", b"deflate"):
-        raise ValueError(
-            f"the message is compressed by {encoding.decode('latin-1')!r}, expected gzip, deflate or identity"
-        )
-    unpack = zlib.decompressobj(31 if encoding == b"gzip" else 15)
-    try:
-        message = unpack.decompress(data[5:], MAX_MESSAGE_BYTES)
-    except zlib.error as error:
-        raise ValueError(f"the message cannot be decompressed: {error}") from None
-    if not unpack.eof or unpack.unconsumed_tail:
-        raise ValueError("the compressed message is cut off or too large")
-    return message
-
-
-def _framed(message: bytes) -> bytes:
-    return struct.pack(">BI", 0, len(message)) + message
+    def _close(self) -> None:
+        self._transport.close()
+        self._loop.call_later(_CLOSE_S, self._transport.abort)
+        self.connection_lost(None)
 
 
 # The server
 
 
-class _Incoming(http2.Connection[_Request]):
+class _Incoming(_Connection):
     """The connection of a client."""
 
     def __init__(self, server: Server) -> None:
-        super().__init__(_parse_request, b"", http2.PREFACE)
+        super().__init__()
         self._server = server
-        self._last = 0
-        self._final: int | None = None  # the last stream that is accepted, once that is decided
-        self.draining = False
+        self._made = self._loop.time()
+        self._ends = self._made + server.limits.age_s * random.uniform(1 - _AGE_JITTER, 1)
+        self._hello = False  # whether the client has sent its settings
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._drained: float | None = None  # when the client was asked to make no more calls
+        self._settled = False  # whether it knows
 
     @property
     def idle(self) -> bool:
         """Whether no call is under way and none can come."""
-        return self._final is not None and not self.streams
+        return self._settled and (self._session is None or not self._session.num_streams)
+
+    @property
+    def idle_since(self) -> float | None:
+        """Since when the connection has had no call; None if it has one."""
+        if self._session is None:
+            return self._made
+        return None if self._session.num_streams else self._session.idle_since
+
+    @property
+    def held(self) -> int:
+        """Bytes that the connection holds."""
+        return 0 if self._session is None else self._session.held
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the client keeps the connection from going on: it sends or reads too slowly."""
+        return self._paused_at is not None or (self._session is not None and self._session.is_stalled)
 
     def connection_made(self, transport: Any) -> None:
-        self._server.connections.add(self)
         super().connection_made(transport)
+        if not self.closed and not self._server.admit(self):
+            self.abort()
 
     def on_closed(self) -> None:
-        self._server.connections.discard(self)
-        for stream in self.streams.values():
-            if stream.owner is not None:
-                stream.owner.cancel()
+        self._server.forget(self)
+        for task in self._tasks.values():
+            task.cancel()
+        self._tasks.clear()
 
-    def on_headers(self, number: int, head: _Request, ended: bool) -> None:
-        stream = self.streams.get(number)
-        if stream is not None:  # trailers, which gRPC clients do not send
-            if not ended or stream.ended:
-                raise http2.ProtocolError(http2.PROTOCOL_ERROR, "headers in the middle of a stream")
-            stream.ended = True
-            self.on_end(stream)
-            return
-        if number <= self._last:
-            return  # the stream has been answered or given up
-        if not number & 1:
-            raise http2.ProtocolError(http2.PROTOCOL_ERROR, f"a client opened a stream with the even number {number}")
-        if self._final is not None:
-            return  # the client knows by our GOAWAY that it may make this call elsewhere
-        self._last = number
-        if len(self.streams) >= http2.STREAMS:
-            refused = http2.REFUSED_STREAM.to_bytes(4, "big")
-            self.write(http2.frame(http2.RST_STREAM, 0, number, refused))
-            return
-        stream = self._new_stream(number)
-        stream.head = head
-        if head.refusal:
-            self._refuse(stream, head.refusal, ended)
-        elif head.path not in self._server.handlers:
-            words = f"Method not found: {head.path.decode('latin-1')}"
-            self._refuse(stream, _end_block(Code.UNIMPLEMENTED, words, ()), ended)
-        elif ended:
-            stream.ended = True
-            self.on_end(stream)
+    def pause_writing(self) -> None:
+        # Calls that would add to the answers that the client does not read are not read either.
+        super().pause_writing()
+        self._transport.pause_reading()
 
-    def on_end(self, stream: http2.Stream) -> None:
-        head: _Request = stream.head
-        try:
-            message = _message(stream, head.encoding)
-        except ValueError as error:
-            self._refuse(stream, _end_block(Code.INTERNAL, str(error), ()), True)
-            return
-        stream.owner = self._loop.create_task(self._answer(stream, message))
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.closed and self._paused_at is None:
+            self._transport.resume_reading()
 
-    def on_reset(self, stream: http2.Stream, code: int) -> None:
-        if stream.owner is not None:
-            stream.owner.cancel()
+    def data_received(self, data: bytes) -> None:
+        if self._session is None and not self.closed:
+            # Not before, because connections on which nothing comes should cost little.
+            self._session = _native.server_session(self._server.wire_limits, self._server.host, self._loop.time())
+        super().data_received(data)
+        if self._server.host.over:
+            self._server.shed()
 
-    def on_sent(self, stream: http2.Stream) -> None:
-        self.forget(stream)
-
-    def on_pong(self, payload: bytes) -> None:
-        if payload == _DRAIN_PING and self.draining:
+    def on_event(self, event: tuple[Any, ...]) -> None:
+        kind, stream = event[0], event[1]
+        if kind == _CALL:
+            self._server.fresh.pop(self, None)
+            self._tasks[stream] = self._loop.create_task(self._answer(*event[1:]))
+        elif kind == _END:
+            task = self._tasks.get(stream)
+            if task is not None:
+                task.cancel()
+        elif kind == _SETTINGS:
+            self._hello = True
+        elif kind == _DRAINED and self._drained is not None and not self._settled:
             self._settle()
 
     def drain(self) -> None:
         """Asks the client to make no more calls. Calls that it sends before it learns of that are still answered."""
-        self.draining = True
-        if self._transport is None or self._expects:
-            self._settle()
+        if self._drained is not None or self.closed:
             return
-        goaway = struct.pack(">II", http2.MAX_ID, http2.NO_ERROR)
-        self.write(http2.frame(http2.GOAWAY, 0, 0, goaway) + http2.frame(http2.PING, 0, 0, _DRAIN_PING))
+        self._drained = self._loop.time()
+        if self._session is None or not self._hello:
+            self.end()
+            return
+        self._session.drain()
+        self.schedule()
 
-    def finish(self) -> None:
-        """Closes the connection and cancels the calls under way."""
-        self.end(last=self._last)
-        self.connection_lost(None)
+    def sweep(self, now: float, limits: LimitsConfig) -> None:
+        """Ends calls and the connection where they have passed their time limits."""
+        if not self._hello:
+            if now - self._made > limits.connect_s:
+                self.abort()
+            return
+        assert self._session is not None
+        if self._paused_at is not None and now - self._paused_at > limits.answer_s:
+            self.abort()
+            return
+        self._session.expire(now)
+        self.schedule()
+        if self._drained is not None:
+            if self.idle or now - self._drained > limits.answer_s:
+                self.end()
+            return
+        since = self.idle_since
+        if now > self._ends or (since is not None and now - since > limits.idle_s):
+            self.drain()
 
     def _settle(self) -> None:
-        self._final = self._last
-        self.write(http2.frame(http2.GOAWAY, 0, 0, struct.pack(">II", self._last, http2.NO_ERROR)))
+        assert self._session is not None
+        self._settled = True
+        self._session.settle()
+        self.schedule()
 
-    def _refuse(self, stream: http2.Stream, block: bytes, ended: bool) -> None:
-        """Refuses a call without calling a handler."""
-        self.write(_headers_frames(stream.number, block, http2.END_STREAM))
-        if ended:
-            self.forget(stream)
-        else:
-            self.reset(stream, http2.NO_ERROR)
-
-    async def _answer(self, stream: http2.Stream, message: bytes) -> None:
-        head: _Request = stream.head
-        deadline = None if head.timeout_s is None else self._loop.time() + head.timeout_s
+    async def _answer(
+        self, stream: int, path: str, message: bytes, encoding: bytes, timeout_s: float | None, metadata: Metadata
+    ) -> None:
+        deadline = None if timeout_s is None else self._loop.time() + timeout_s
         try:
-            reply = await self._server.handlers[head.path](message, deadline, head.metadata)
+            if encoding:
+                message = await self._unpacked(stream, message, encoding)
+            reply = await self._server.handlers[path](message, deadline, metadata)
+        except _Refused as error:
+            reply = Reply(error.code, str(error))
         except Exception:
             traceback.print_exc(file=sys.stderr)
             reply = Reply(Code.UNKNOWN, "the proxy failed; see its log")
-        if stream.number not in self.streams:
+        finally:
+            self._tasks.pop(stream, None)
+        if self._session is None:
             return
-        number, code = stream.number, reply.code
-        if code is not Code.OK and not reply.initial:
-            self.write(_headers_frames(number, _end_block(code, reply.details, reply.trailing), http2.END_STREAM))
-            self.forget(stream)
-            return
-        initial = _STATUS_OK + _GRPC
-        if reply.initial:
-            initial += encode(reply.initial)
-        if code is Code.OK and not reply.trailing:
-            trailers = _TRAILERS_OK
-        else:
-            trailers = _trailers(code, reply.details, reply.trailing)
-        data = _framed(reply.body) if code is Code.OK else b""
-        self.send(
-            stream,
-            _headers_frames(number, initial),
-            data,
-            _headers_frames(number, trailers, http2.END_STREAM),
-        )
-        if number not in self._blocked:
-            self.forget(stream)
+        body = reply.body if reply.code is Code.OK else b""
+        if self._session.answer(stream, reply.code, reply.details, reply.initial, body, reply.trailing):
+            self.schedule()
+            if self._server.host.over:
+                self._server.shed()
+
+    async def _unpacked(self, stream: int, message: bytes, encoding: bytes) -> bytes:
+        """Decompresses a message. Raises _Refused."""
+        most = self._server.limits.message_bytes
+        if encoding not in (b"gzip", b"deflate"):
+            name = encoding.decode("latin-1")
+            raise _Refused(Code.INTERNAL, f"the message is compressed by {name!r}, expected gzip, deflate or identity")
+        unpack = zlib.decompressobj(31 if encoding == b"gzip" else 15)
+        try:
+            unpacked = unpack.decompress(message, _UNPACKED_AT_ONCE)
+            if not unpack.eof and unpack.unconsumed_tail:
+                async with self._server.unpacking:
+                    more = await asyncio.to_thread(unpack.decompress, unpack.unconsumed_tail, most)
+                unpacked += more
+        except zlib.error as error:
+            raise _Refused(Code.INTERNAL, f"the message cannot be decompressed: {error}") from None
+        if len(unpacked) > most or (not unpack.eof and unpack.unconsumed_tail):
+            raise _Refused(Code.RESOURCE_EXHAUSTED, f"a message of more than {most} bytes")
+        if not unpack.eof:
+            raise _Refused(Code.INTERNAL, "the compressed message is cut off")
+        if self._session is None or not self._session.hold(stream, len(unpacked)):
+            raise _Refused(
+                Code.RESOURCE_EXHAUSTED,
+                f"the calls of this connection hold more than {self._server.limits.connection_bytes} bytes",
+            )
+        if self._server.host.over:
+            self._server.shed()
+        return unpacked
 
 
-_TRAILERS_OK = _trailers(Code.OK, "", ())
+class _Refused(Exception):
+    """A call that is answered with this code."""
+
+    def __init__(self, code: Code, words: str) -> None:
+        super().__init__(words)
+        self.code = code
 
 
 class Server:
     """Answers unary calls by `handlers`: path -> async function of message, deadline (loop time) and metadata."""
 
-    def __init__(self, handlers: dict[str, Handler]) -> None:
-        self.handlers = {path.encode(): handler for path, handler in handlers.items()}
-        self.connections: set[_Incoming] = set()
+    def __init__(self, handlers: dict[str, Handler], limits: LimitsConfig) -> None:
+        self.handlers = handlers
+        self.connections: dict[_Incoming, None] = {}  # in the order in which they were made
+        self.fresh: dict[_Incoming, None] = {}  # those that have not made a call yet
+        self.host = _native.Host(handlers, limits.total_bytes)
+        self.unpacking = asyncio.Semaphore(1)  # one message is decompressed at a time
         self._listeners: list[asyncio.AbstractServer] = []
+        self._sweeping: asyncio.Task[None] | None = None
+        self.set_limits(limits)
+
+    def set_limits(self, limits: LimitsConfig) -> None:
+        """Changes the limits. Those of the wire apply to connections that are made from now on."""
+        self.limits = limits
+        self.host.total_bytes = limits.total_bytes
+        self.wire_limits = _wire_limits(limits, limits.header_bytes)
 
     async def listen(self, host: str, port: int, tls: ssl.SSLContext | None, share_port: bool) -> int:
         """Listens; returns the port. Raises OSError."""
         loop = asyncio.get_running_loop()
         server = await loop.create_server(
-            lambda: _Incoming(self), host, port, ssl=tls, reuse_port=share_port or None, backlog=1024
+            lambda: _Incoming(self), host, port, **self._options(tls), reuse_port=share_port or None
         )
-        self._listeners.append(server)
+        self._start(server)
         return int(server.sockets[0].getsockname()[1])
 
     async def listen_unix(self, path: str, tls: ssl.SSLContext | None) -> None:
         """Listens on a UNIX socket as well. Raises OSError."""
         loop = asyncio.get_running_loop()
-        self._listeners.append(await loop.create_unix_server(lambda: _Incoming(self), path, ssl=tls, backlog=1024))
+        self._start(await loop.create_unix_server(lambda: _Incoming(self), path, **self._options(tls)))
 
     async def stop(self, grace_s: float) -> None:
         """Takes no new calls, lets those under way end within `grace_s` seconds, cancels the rest and closes."""
         for listener in self._listeners:
             listener.close()
+        if self._sweeping is not None:
+            self._sweeping.cancel()
         end = asyncio.get_running_loop().time() + grace_s
         for connection in list(self.connections):
             connection.drain()
         while self.connections and asyncio.get_running_loop().time() < end:
             for connection in list(self.connections):
                 if connection.idle:
-                    connection.finish()
+                    connection.end()
             await asyncio.sleep(0.01)
         for connection in list(self.connections):
-            connection.finish()
+            connection.end()
         await asyncio.sleep(0)
+
+    def admit(self, connection: _Incoming) -> bool:
+        """Takes a new connection. If there are too many, one without calls ends for it; False if there is none."""
+        while len(self.connections) >= self.limits.connections:
+            oldest = self._least_used()
+            if oldest is None:
+                return False
+            oldest.end()
+        self.connections[connection] = self.fresh[connection] = None
+        return True
+
+    def forget(self, connection: _Incoming) -> None:
+        """Forgets a connection that is closed."""
+        self.connections.pop(connection, None)
+        self.fresh.pop(connection, None)
+
+    def shed(self) -> None:
+        """Ends the connections that hold the most, until all hold less than the limit; first those that stall."""
+        for connection in sorted(self.connections, key=lambda c: (c.stalled, c.held), reverse=True):
+            if not self.host.over:
+                return
+            connection.abort()
+
+    def _least_used(self) -> _Incoming | None:
+        # Connections that never made a call come first, so that a flood of them ends none that is in use.
+        for connection in self.fresh:
+            if connection.idle_since is not None:
+                return connection
+        idle = [(since, id(c), c) for c in self.connections if (since := c.idle_since) is not None]
+        return min(idle)[2] if idle else None
+
+    @staticmethod
+    def _options(tls: ssl.SSLContext | None) -> dict[str, Any]:
+        return {"ssl": tls, "backlog": _ACCEPTS, **({"ssl_handshake_timeout": _CONNECT_S} if tls else {})}
+
+    def _start(self, server: asyncio.AbstractServer) -> None:
+        # asyncio accepts as many connections in one turn as it lets wait. So a flood of connections would keep calls
+        # waiting, unless the first number is small; the kernel gets a larger one for the second.
+        for listening in getattr(server, "sockets", ()):
+            with socket.socket(fileno=os.dup(listening.fileno())) as same:
+                same.listen(_BACKLOG)
+        self._listeners.append(server)
+        if self._sweeping is None:
+            self._sweeping = asyncio.create_task(self._sweep())
+
+    async def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            limits = self.limits
+            shortest = min(limits.connect_s, limits.headers_s, limits.body_s, limits.answer_s, limits.idle_s)
+            await asyncio.sleep(min(_SWEEP_S, shortest / 4))
+            now = loop.time()
+            for connection in list(self.connections):
+                connection.sweep(now, limits)
+
+
+def _wire_limits(limits: LimitsConfig, header_bytes: int) -> _native.Limits:
+    return _native.Limits(
+        streams=limits.streams,
+        header_bytes=header_bytes,
+        message_bytes=limits.message_bytes,
+        connection_bytes=limits.connection_bytes,
+        headers_s=limits.headers_s,
+        body_s=limits.body_s,
+        answer_s=limits.answer_s,
+    )
 
 
 # The channel
 
 
-class _Call:
-    """A call under way on a connection."""
-
-    __slots__ = ("future", "initial", "timer")
-
-    def __init__(self, future: asyncio.Future[Reply | None]) -> None:
-        self.future = future
-        self.initial: Metadata = ()
-        self.timer: asyncio.TimerHandle | None = None
-
-
-class _Outgoing(http2.Connection[_Response]):
+class _Outgoing(_Connection):
     """The connection to a server."""
 
     def __init__(self, channel: Channel) -> None:
-        super().__init__(_parse_response, http2.PREFACE, b"")
+        super().__init__()
         self._channel = channel
-        self._next = 1
+        self._calls: dict[int, asyncio.Future[Reply | None]] = {}
         self._waiting: deque[asyncio.Future[None]] = deque()
+        self._session = _native.client_session(channel.wire_limits, self._loop.time())
         self.hello: asyncio.Future[None] = self._loop.create_future()
         self.usable = True
 
-    def on_settings(self) -> None:
-        if not self.hello.done():
-            self.hello.set_result(None)
-        self._wake()
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.schedule()
+
+    def on_event(self, event: tuple[Any, ...]) -> None:
+        kind = event[0]
+        if kind == _ANSWER:
+            self._finish(event[1], self._reply(*event[2:]))
+        elif kind == _END:
+            self._on_end(event[1], event[2])
+        elif kind == _SETTINGS:
+            if not self.hello.done():
+                self.hello.set_result(None)
+            self._wake()
+        elif kind == _GOAWAY:
+            self.usable = False
+            self._close_idle()
+            self._wake_all()
 
     def on_closed(self) -> None:
         self.usable = False
@@ -414,119 +558,103 @@ class _Outgoing(http2.Connection[_Response]):
         if not self.hello.done():
             self.hello.set_exception(ConnectionError("the connection was closed"))
             self.hello.exception()  # marks it as seen: perhaps no one waits for it any more
-        for stream in self.streams.values():
-            self._finish(stream, self._channel.lost("the connection was lost"))
+        for future in self._calls.values():
+            if not future.done():
+                future.set_result(self._channel.lost("the connection was lost", begun=True))
+        self._calls.clear()
         self._wake_all()
 
-    def on_goaway(self, last: int) -> None:
-        self.usable = False
-        for stream in [stream for stream in self.streams.values() if stream.number > last]:
-            self.forget(stream)
-            self._finish(stream, None)
-        self._close_idle()
-        self._wake_all()
-
-    def on_headers(self, number: int, head: _Response, ended: bool) -> None:
-        stream = self.streams.get(number)
-        if stream is None:
-            return
-        if not ended:
-            if 100 <= head.http < 200:
-                return
-            stream.head = head
-            stream.owner.initial = head.metadata
-            return
-        self._drop(stream)
-        first: _Response = stream.head or head
-        if head.code is None:
-            code = _OF_HTTP.get(first.http, Code.UNKNOWN)
-            words = f"backend {self._channel.address} answered with HTTP status {first.http} and no gRPC status"
-            self._finish(stream, Reply(code, words, backend=self._channel.address))
-            return
-        if head.code is Code.CANCELLED and head.details in ("", "CANCELLED"):
-            # gRPC servers answer like this to calls that arrive while they shut down. A client's cancellation never
-            # reaches this place, so it was the server that gave up.
-            words = f"backend {self._channel.address} gave up the call: is it shutting down?"
-            self._finish(stream, Reply(Code.UNAVAILABLE, words, backend=self._channel.address))
-            return
-        body = b""
-        if head.code is Code.OK:
-            try:
-                body = _message(stream, b"identity")  # our requests accept no other encoding
-            except ValueError as error:
-                words = f"the answer of backend {self._channel.address}: {error}"
-                self._finish(stream, Reply(Code.INTERNAL, words, backend=self._channel.address))
-                return
-        self._finish(
-            stream,
-            Reply(head.code, head.details, body, stream.owner.initial, head.metadata, self._channel.address),
-        )
-
-    def on_end(self, stream: http2.Stream) -> None:
-        self._drop(stream)
-        words = f"the answer of backend {self._channel.address} ended without a status"
-        self._finish(stream, Reply(Code.INTERNAL, words, backend=self._channel.address))
-
-    def on_reset(self, stream: http2.Stream, code: int) -> None:
-        self._close_idle()
-        if code == http2.REFUSED_STREAM:
-            self._finish(stream, None)
-            return
-        # Only a client has a reason to cancel a call, so a server that does is shutting down.
-        status = Code.UNAVAILABLE if code == http2.CANCEL else _OF_RESET.get(code, Code.INTERNAL)
-        words = f"backend {self._channel.address} gave up the call (HTTP/2 error {code})"
-        self._finish(stream, Reply(status, words, backend=self._channel.address))
-
-    async def call(self, head: bytes, message: bytes, timeout_s: float | None) -> Reply | None:
+    async def call(self, path: str, message: bytes, timeout_s: float | None, metadata: Metadata) -> Reply | None:
         """Makes a call. Returns None if the server has not begun to handle it."""
-        while self.usable and len(self.streams) >= self.max_streams:
+        while self.usable and self._session is not None and len(self._calls) >= self._session.max_calls:
             waiter = self._loop.create_future()
             self._waiting.append(waiter)
             await waiter
-        if not self.usable:
+        if not self.usable or self._session is None:
             return None
-        stream = self._new_stream(self._next)
-        self._next += 2
-        if self._next > http2.MAX_ID:
-            self.usable = False
-        call = stream.owner = _Call(self._loop.create_future())
-        self.send(stream, _headers_frames(stream.number, head), _framed(message), b"")
-        if timeout_s is not None:
-            call.timer = self._loop.call_later(timeout_s, self._expire, stream)
+        channel = self._channel
+        stream = self._session.call(path, channel.authority, channel.is_tls, timeout_s, metadata, message)
+        if stream < 0:
+            self.usable = False  # it has used up its stream numbers
+            self._close_idle()
+            return None
+        future = self._calls[stream] = self._loop.create_future()
+        self.schedule()
+        timer = None if timeout_s is None else self._loop.call_later(timeout_s, self._expire, stream)
         try:
-            return await call.future
+            return await future
         except asyncio.CancelledError:
-            if self.streams.get(stream.number) is stream:
-                self._cancel(stream)
+            if stream in self._calls:
+                self._give_up(stream)
             raise
         finally:
-            if call.timer is not None:
-                call.timer.cancel()
+            if timer is not None:
+                timer.cancel()
 
-    def _expire(self, stream: http2.Stream) -> None:
-        self._cancel(stream)
+    def _reply(
+        self,
+        number: int,
+        details: str,
+        body: bytes | None,
+        initial: Metadata,
+        trailing: Metadata,
+        http: int,
+    ) -> Reply:
+        address = self._channel.address
+        if number < 0:
+            if http == 200:
+                words = f"the answer of backend {address} ended without a status"
+                return Reply(Code.INTERNAL, words, backend=address)
+            words = f"backend {address} answered with HTTP status {http} and no gRPC status"
+            return Reply(_OF_HTTP.get(http, Code.UNKNOWN), words, backend=address)
+        code = _CODES[number]
+        if code is Code.CANCELLED and details in ("", "CANCELLED"):
+            # gRPC servers answer like this to calls that arrive while they shut down. A client's cancellation never
+            # reaches this place, so it was the server that gave up.
+            words = f"backend {address} gave up the call: is it shutting down?"
+            return Reply(Code.UNAVAILABLE, words, backend=address)
+        if code is not Code.OK:
+            return Reply(code, details, b"", initial, trailing, address)
+        if body is None:
+            words = f"the answer of backend {address}: expected exactly one message that is not compressed"
+            return Reply(Code.INTERNAL, words, backend=address)
+        return Reply(code, details, body, initial, trailing, address)
+
+    def _on_end(self, stream: int, error: int) -> None:
+        if error == _REFUSED_STREAM:
+            self._finish(stream, None)
+            return
+        # Only a client has a reason to cancel a call, so a server that does is shutting down.
+        status = Code.UNAVAILABLE if error == _CANCEL else _OF_RESET.get(error, Code.INTERNAL)
+        words = f"backend {self._channel.address} gave up the call (HTTP/2 error {error})"
+        self._finish(stream, Reply(status, words, backend=self._channel.address))
+
+    def _expire(self, stream: int) -> None:
+        if stream not in self._calls:
+            return
         words = f"backend {self._channel.address} did not answer within the deadline"
-        self._finish(stream, Reply(Code.DEADLINE_EXCEEDED, words, backend=self._channel.address))
+        future = self._calls[stream]
+        self._give_up(stream)
+        if not future.done():
+            future.set_result(Reply(Code.DEADLINE_EXCEEDED, words, backend=self._channel.address))
 
-    def _cancel(self, stream: http2.Stream) -> None:
-        self.reset(stream, http2.CANCEL)
-        self._close_idle()
-
-    def _drop(self, stream: http2.Stream) -> None:
-        """Ends a stream that the server has ended, perhaps before it had all of our data."""
-        if stream.number in self._blocked:
-            self.reset(stream, http2.CANCEL)
-        else:
-            self.forget(stream)
-        self._close_idle()
-
-    def _finish(self, stream: http2.Stream, reply: Reply | None) -> None:
-        if not stream.owner.future.done():
-            stream.owner.future.set_result(reply)
+    def _give_up(self, stream: int) -> None:
+        del self._calls[stream]
+        if self._session is not None:
+            self._session.reset(stream, _CANCEL)
+            self.schedule()
         self._wake()
+        self._close_idle()
+
+    def _finish(self, stream: int, reply: Reply | None) -> None:
+        future = self._calls.pop(stream, None)
+        if future is not None and not future.done():
+            future.set_result(reply)
+        self._wake()
+        self._close_idle()
 
     def _wake(self) -> None:
-        while self._waiting and len(self.streams) < self.max_streams:
+        while self._waiting and self._session is not None and len(self._calls) < self._session.max_calls:
             waiter = self._waiting.popleft()
             if not waiter.done():
                 waiter.set_result(None)
@@ -539,11 +667,12 @@ class _Outgoing(http2.Connection[_Response]):
                 waiter.set_result(None)
 
     def _close_idle(self) -> None:
-        if not self.usable and not self.streams and not self.closed:
-            self.end()
-            self.connection_lost(None)
+        if not self.usable and not self._calls and not self.closed:
+            # Not at once, because the events of this turn may still name calls.
+            self._loop.call_soon(self.end)
 
 
+_CODES = tuple(Code)
 _OF_HTTP = {
     400: Code.INTERNAL,
     401: Code.UNAUTHENTICATED,
@@ -554,21 +683,24 @@ _OF_HTTP = {
     503: Code.UNAVAILABLE,
     504: Code.UNAVAILABLE,
 }
-_OF_RESET = {http2.ENHANCE_YOUR_CALM: Code.RESOURCE_EXHAUSTED, 12: Code.PERMISSION_DENIED}
+_OF_RESET = {_ENHANCE_YOUR_CALM: Code.RESOURCE_EXHAUSTED, _INADEQUATE_SECURITY: Code.PERMISSION_DENIED}
 
 
 class Channel:
     """Calls to one server, at "host:port" or "unix:/path", over one connection, which is renewed when it is lost."""
 
-    def __init__(self, address: str, tls: ssl.SSLContext | None, server_name: str = "") -> None:
+    def __init__(
+        self, address: str, tls: ssl.SSLContext | None, server_name: str, limits: LimitsConfig
+    ) -> None:
         self.address = address
+        self.authority = server_name or ("localhost" if address.startswith("unix:") else address)
+        self.is_tls = tls is not None
+        self.wire_limits = _wire_limits(limits, _ANSWER_HEADER_BYTES)
         self._tls, self._server_name = tls, server_name
         self._connection: _Outgoing | None = None
         self._connections: set[_Outgoing] = set()  # also those that only finish calls under way
         self._connecting: asyncio.Future[_Outgoing] | None = None
         self._task: asyncio.Task[None] | None = None
-        authority = "localhost" if address.startswith("unix:") else address
-        self._heads = functools.cache(functools.partial(_request_head, server_name or authority, tls is not None))
 
     async def call(self, path: str, message: bytes, timeout_s: float | None, metadata: Metadata) -> Reply:
         """Makes one call. Raises nothing but CancelledError."""
@@ -586,25 +718,18 @@ class Channel:
                     return Reply(Code.DEADLINE_EXCEEDED, words, backend=self.address)
                 except OSError as error:
                     return self.lost(str(error))
-            head = self._heads(path)
-            left = None
-            if deadline is not None:
-                left = max(deadline - loop.time(), 0.0)
-                head += _timeout(left)
-            if metadata:
-                head += encode(metadata)
-            reply = await connection.call(head, message, left)
+            left = None if deadline is None else max(deadline - loop.time(), 0.0)
+            reply = await connection.call(path, message, left, metadata)
             if reply is not None:
                 return reply
             if connection.usable:
                 await asyncio.sleep(min(_LONGEST_PAUSE, _FIRST_PAUSE * 4**attempt))
         return Reply(Code.UNAVAILABLE, f"backend {self.address} refuses calls", backend=self.address)
 
-    def lost(self, why: str) -> Reply:
-        """Returns the reply for a server that cannot be reached."""
-        return Reply(
-            Code.UNAVAILABLE, f"backend {self.address} cannot be reached: {why}", backend=self.address, lost=True
-        )
+    def lost(self, why: str, begun: bool = False) -> Reply:
+        """Returns the reply for a server that cannot be reached, or that was lost after a call had `begun`."""
+        words = f"backend {self.address} cannot be reached: {why}"
+        return Reply(Code.UNAVAILABLE, words, backend=self.address, lost=True, begun=begun)
 
     def drop(self) -> None:
         """Gives up the connection and its calls; the next call opens another connection."""
@@ -636,7 +761,7 @@ class Channel:
             name: str | None = None
             if self._tls is not None:
                 name = self._server_name or _host(self.address)
-            make = functools.partial(_Outgoing, self)
+            make = lambda: _Outgoing(self)  # noqa: E731
             if self.address.startswith("unix:"):
                 path = self.address.removeprefix("unix:")
                 opening = loop.create_unix_connection(make, path, ssl=self._tls, server_hostname=name)
@@ -668,32 +793,6 @@ class Channel:
 
 def _host(address: str) -> str:
     return "localhost" if address.startswith("unix:") else address.rpartition(":")[0].strip("[]")
-
-
-def _request_head(authority: str, tls: bool, path: str) -> bytes:
-    """Returns the headers that all calls of one method begin with."""
-    # Entries of the static table: the method POST and the scheme.
-    return (b"\x83\x87" if tls else b"\x83\x86") + encode(
-        [
-            (b":path", path.encode()),
-            (b":authority", authority.encode()),
-            (b"te", b"trailers"),
-            (b"content-type", b"application/grpc"),
-            (b"user-agent", b"dpsr-proxy"),
-        ]
-    )
-
-
-def _timeout(seconds: float) -> bytes:
-    """Returns the header `grpc-timeout`, rounded up: at most 8 digits and a unit."""
-    if seconds < 90:
-        value = b"%du" % math.ceil(seconds * 1e6)
-    elif seconds < 90_000:
-        value = b"%dm" % math.ceil(seconds * 1e3)
-    else:
-        value = b"%dS" % min(math.ceil(seconds), 99_999_999)
-    # Not by literal(), which caches its results: each timeout is different.
-    return b"\0\x0cgrpc-timeout%c%b" % (len(value), value)
 
 
 # TLS

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpsr_common.errors import UsageError
+from dpsr_common.serving_apis import MAX_MESSAGE_BYTES
 from dpsr_common.strict_yaml import Section, load_yaml, read_file
 from dpsr_serving.addresses import check_address
 
@@ -118,6 +119,40 @@ class RetryConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LimitsConfig:
+    """What clients may make one worker of the proxy hold, and how long they may take. Bytes and seconds.
+
+    Attributes:
+        connections: connections of clients. A new one above them takes the place of one without calls.
+        streams: calls under way on a connection.
+        header_bytes: headers of a call, each counted with 32 bytes more than its name and value.
+        message_bytes: one message, unpacked.
+        connection_bytes: all that the calls of a connection hold: their messages, and answers that are not yet read.
+        total_bytes: the same for all connections, with what waits in their sockets. Above it the connections that
+            hold the most are ended.
+        connect_s: from a connection's first byte to the client's settings.
+        headers_s: from the first byte of a call's headers to their last.
+        body_s: from there to the end of the call's message.
+        answer_s: from an answer to the last byte of it that the client takes.
+        idle_s: without a call, before a connection is ended.
+        age_s: before a connection is ended, once its calls are answered.
+    """
+
+    connections: int = 1024
+    streams: int = 1000
+    header_bytes: int = 8192
+    message_bytes: int = 2**25
+    connection_bytes: int = 2**25
+    total_bytes: int = 3 * 2**24
+    connect_s: float = 10.0
+    headers_s: float = 10.0
+    body_s: float = 60.0
+    answer_s: float = 60.0
+    idle_s: float = 300.0
+    age_s: float = 3600.0
+
+
+@dataclasses.dataclass(frozen=True)
 class TlsConfig:
     """Paths of PEM files. For listening, `ca` makes clients show a certificate; for backends, `ca` signed theirs."""
 
@@ -146,6 +181,7 @@ class ProxyConfig:
     max_outstanding: int = 1024
     health: HealthConfig = HealthConfig()
     retries: RetryConfig = RetryConfig()
+    limits: LimitsConfig = LimitsConfig()
     listen_tls: TlsConfig | None = None
     backend_tls: TlsConfig | None = None
     access_log: AccessLogConfig | None = None
@@ -161,7 +197,7 @@ def parse_config(text: str) -> ProxyConfig:
     top = Section(
         "",
         load_yaml(text),
-        ("models", "default", "max_outstanding", "health", "retries", "tls", "access_log"),
+        ("models", "default", "max_outstanding", "health", "retries", "limits", "tls", "access_log"),
     )
     models = top.tree.get("models", {})
     if not isinstance(models, dict):
@@ -186,6 +222,7 @@ def parse_config(text: str) -> ProxyConfig:
         max_outstanding=top.integer("max_outstanding", ProxyConfig.max_outstanding, least=1),
         health=_health(top.section("health", _fields(HealthConfig))),
         retries=_retries(top.section("retries", _fields(RetryConfig))),
+        limits=_limits(top.section("limits", _fields(LimitsConfig))),
         listen_tls=_tls(tls, "listen", ("certificate", "key", "ca")),
         backend_tls=_tls(tls, "backends", ("certificate", "key", "ca", "server_name")),
         access_log=_access_log(top),
@@ -363,6 +400,26 @@ def _retries(section: Section) -> RetryConfig:
         section.number("budget", preset.budget, least=0, most=1),
         section.integer("reserve", preset.reserve, 0),
     )
+
+
+def _limits(section: Section) -> LimitsConfig:
+    preset = LimitsConfig()
+    counts = ("connections", "streams", "header_bytes", "message_bytes", "connection_bytes", "total_bytes")
+    found: dict[str, Any] = {name: section.integer(name, getattr(preset, name), 1) for name in counts}
+    for name in _fields(LimitsConfig):
+        if name not in counts:
+            found[name] = section.number(name, getattr(preset, name))
+    limits = LimitsConfig(**found)
+    if limits.message_bytes > MAX_MESSAGE_BYTES:
+        raise UsageError(
+            f"{section.key}message_bytes: got {limits.message_bytes}, expected at most {MAX_MESSAGE_BYTES}"
+        )
+    if limits.message_bytes > limits.total_bytes:
+        raise UsageError(
+            f"{section.key}total_bytes: got {limits.total_bytes}, expected at least message_bytes, which is "
+            f"{limits.message_bytes}"
+        )
+    return limits
 
 
 def _tls(parent: Section, name: str, allowed: tuple[str, ...]) -> TlsConfig | None:

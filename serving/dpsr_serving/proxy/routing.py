@@ -14,6 +14,11 @@ from google.protobuf.message import DecodeError
 from dpsr_common import serving_apis
 from dpsr_serving.proxy.config import PoolConfig, ProxyConfig, TargetConfig
 
+# A model spec holds a name, a version or label, and a signature. A request holds a model spec, a tensor for each input,
+# and a name for each output.
+_SPEC_BYTES = 4096
+_MOST_FIELDS = 10_000
+
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 
 
@@ -38,6 +43,8 @@ class Spec:
 
 def parse_spec(message: bytes) -> Spec:
     """Reads a serialized ModelSpec. Raises ValueError if the bytes are not one."""
+    if len(message) > _SPEC_BYTES:
+        raise ValueError(f"a model spec of {len(message)} bytes, expected at most {_SPEC_BYTES}")
     try:
         proto = serving_apis.ModelSpec.FromString(message)
     except DecodeError as error:
@@ -167,9 +174,12 @@ def _varint(value: int) -> bytes:
 def _occurrences(message: bytes, wanted: int) -> list[tuple[int, int, int]]:
     """Finds all occurrences of a length-delimited field: offsets of tag, content and end. Raises ValueError."""
     found = []
-    offset, size = 0, len(message)
+    offset, size, count = 0, len(message), 0
     while offset < size:
         begin = offset
+        count += 1
+        if count > _MOST_FIELDS:
+            raise ValueError(f"more than {_MOST_FIELDS} fields")
         tag, offset = _read_varint(message, offset)
         field, wire_type = tag >> 3, tag & 7
         start = offset

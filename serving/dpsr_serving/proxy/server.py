@@ -27,6 +27,7 @@ ARM_METADATA = b"dpsr-arm"
 SHARDS_METADATA = b"dpsr-shards"
 
 _PLANS = 10_000  # number of model specs whose routes are cached
+_PLAN_BYTES = 256  # longest serialized model spec that is cached
 _SHADOWS = 256  # shadow copies that may be under way at the same time
 _SHADOW_S = 60.0  # time limit of one shadow copy
 # Share of the remaining time that shards may use, so that an answer without the slow shards still arrives in time.
@@ -99,7 +100,7 @@ class ProxyServer:
             spec_path = routing.model_spec_path(request)
             inference = spec_path is not None and path not in _ASK_MODELS
             handlers[path] = functools.partial(self._forward, path, spec_path, inference)
-        self._server = calls.Server(handlers)
+        self._server = calls.Server(handlers, config.limits)
 
     async def start(self, host: str, port: int, unix_socket: str | None = None) -> str:
         """Begins to serve and returns "host:port"; port 0 chooses a free port. Raises OSError if it cannot listen."""
@@ -139,6 +140,7 @@ class ProxyServer:
         self._log = log
         before = self._backends
         self._set_up(config)
+        self._server.set_limits(config.limits)
         for address, backend in before.items():
             if address not in self._backends:
                 self._start(backend.retire())
@@ -167,7 +169,9 @@ class ProxyServer:
             for addresses in pool.shards:
                 for address in addresses:
                     if address not in found:
-                        found[address] = self._backends.get(address) or Backend(address, self.metrics, tls, name)
+                        found[address] = self._backends.get(address) or Backend(
+                            address, self.metrics, tls, name, config.limits
+                        )
                 shards.append(
                     Replicas(
                         [found[address] for address in addresses],
@@ -235,9 +239,11 @@ class ProxyServer:
                 if not spec.model:
                     return Reply(Code.INVALID_ARGUMENT, "ModelSpec has no name specified.")
                 plan = self._make_plan(spec, inference)
+                # Clients choose these bytes, so both their number and their length are limited.
                 if len(self._plans) >= _PLANS:
                     self._plans.clear()
-                self._plans[inference, message] = plan
+                if len(message) <= _PLAN_BYTES:
+                    self._plans[inference, message] = plan
         except ValueError as error:
             return Reply(Code.INVALID_ARGUMENT, f"cannot decode the request of {path}: {error}")
         return plan

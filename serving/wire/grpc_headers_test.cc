@@ -1,0 +1,2 @@
+#include "serving/wire/grpc_headers.h"
+#include <gtest/gtest.h>

@@ -1,0 +1,699 @@
+#include "serving/wire/session.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
+#include <string>
+#include <utility>
+
+namespace dpsr::serving {
+namespace {
+
+constexpr size_t kPrefixBytes = 5;      // of a message: whether it is compressed, and its length
+constexpr size_t kHeaderOverhead = 32;  // bytes that a header counts beyond its name and value (RFC 9113, 10.5.1)
+// Headers of this many times the limit end their connection; with less, only the call is refused.
+constexpr size_t kHeaderExcess = 4;
+constexpr size_t kMostWords = 256;  // bytes of a refused call's details, which may repeat what the client sent
+
+// What the other side may send before it hears from us. The limits, not the windows, bound what a session holds.
+constexpr uint32_t kStreamWindow = 1 << 24;
+constexpr int32_t kConnectionWindow = 1 << 26;
+constexpr uint32_t kFrameBytes = 1 << 16;
+
+// Frames that carry nothing cost a client credit: pings, settings, priorities, window updates, resets, and data in small
+// pieces. Calls and answers earn some, and a second earns the rest. A client without credit loses its connection. So
+// floods end after a moment, while a client that makes calls never notices.
+constexpr double kMostCredit = 10'000;
+constexpr double kCreditPerSecond = 1000;
+constexpr double kCreditPerCall = 20;
+constexpr double kCreditPerDataFrame = 4;
+constexpr size_t kSmallData = 1024;
+constexpr double kCostOfReset = 2;
+constexpr double kCostOfOurReset = 10;  // a client can make us reset streams, which then no longer count as open
+
+// Calls that a client gives up: at first so many at once, later so many a second.
+constexpr uint64_t kMostResets = 1000;
+constexpr uint64_t kResetsPerSecond = 200;
+
+constexpr char kDrainPing[] = "draining";
+
+bool StartsWith(std::string_view text, std::string_view start) { return text.substr(0, start.size()) == start; }
+
+size_t MessageBytes(const std::string& data) {
+  const auto byte = [&](size_t i) { return static_cast<size_t>(static_cast<uint8_t>(data[i])); };
+  return byte(1) << 24 | byte(2) << 16 | byte(3) << 8 | byte(4);
+}
+
+bool IsOneMessage(const std::string& data) {
+  return data.size() >= kPrefixBytes && MessageBytes(data) == data.size() - kPrefixBytes;
+}
+
+std::string_view ToView(const uint8_t* data, size_t size) {
+  return std::string_view(reinterpret_cast<const char*>(data), size);
+}
+
+// Only headers that are the same in most calls enter the connection's table of headers. Metadata does not: the table of
+// a connection to a server is shared by all clients.
+bool IsIndexed(std::string_view name) {
+  return StartsWith(name, ":") || name == "te" || name == "content-type" || name == "user-agent" ||
+         name == "grpc-status";
+}
+
+nghttp2_nv ToNv(std::string_view name, std::string_view value) {
+  const auto bytes = [](std::string_view text) {
+    return const_cast<uint8_t*>(reinterpret_cast<const uint8_t*>(text.data()));
+  };
+  const uint8_t flags = IsIndexed(name) ? NGHTTP2_NV_FLAG_NONE : NGHTTP2_NV_FLAG_NO_INDEX;
+  return {bytes(name), bytes(value), name.size(), value.size(), flags};
+}
+
+}  // namespace
+
+struct Session::Stream {
+  int32_t id = 0;
+  Phase phase = Phase::kHeaders;
+  double since = 0;
+  size_t charged = 0;
+
+  // What was received.
+  size_t header_bytes = 0;
+  bool in_trailers = false;  // server: the headers that come now follow the message, and are ignored
+  bool ended = false;
+  bool refused = false;
+  int refusal = -1;  // a code, if the headers so far make the call fail
+  std::string refusal_details;
+  std::string method, content_type, path, encoding, timeout;
+  bool has_timeout = false;
+  double timeout_s = -1;
+  std::vector<Header> initial, block;
+  int http_status = 0;
+  int block_status = 0;
+  int code = -1;
+  std::string details;
+  std::string data;
+
+  // What is sent.
+  char prefix[kPrefixBytes] = {};
+  Message message;
+  size_t size = 0;  // of prefix and message
+  size_t sent = 0;
+  bool sent_all = false;
+  bool reset = false;
+  std::vector<Header> trailers;  // server: sent after the message
+};
+
+struct Session::Callbacks {
+  static Session* Self(void* user_data) { return static_cast<Session*>(user_data); }
+
+  static int Fail(Session* self, uint32_t error) {
+    self->failure_ = error;
+    return NGHTTP2_ERR_CALLBACK_FAILURE;
+  }
+
+  static int OnBeginFrame(nghttp2_session*, const nghttp2_frame_hd* head, void* user_data) {
+    Session* self = Self(user_data);
+    if (self->role_ == Role::kClient) return 0;
+    double cost = 1;
+    if (head->type == NGHTTP2_DATA && (head->length >= kSmallData || head->flags & NGHTTP2_FLAG_END_STREAM)) cost = 0;
+    if (head->type == NGHTTP2_RST_STREAM) cost = kCostOfReset;
+    return self->Spend(cost) ? 0 : Fail(self, NGHTTP2_ENHANCE_YOUR_CALM);
+  }
+
+  static int OnBeginHeaders(nghttp2_session*, const nghttp2_frame* frame, void* user_data) {
+    Session* self = Self(user_data);
+    const int32_t id = frame->hd.stream_id;
+    if (self->role_ == Role::kServer && frame->headers.cat == NGHTTP2_HCAT_REQUEST) {
+      self->Open(id);
+      return 0;
+    }
+    Stream* stream = self->Find(id);
+    if (stream == nullptr) return 0;
+    if (self->role_ == Role::kServer) {
+      // Only trailers may follow, and they end the stream.
+      if ((frame->hd.flags & NGHTTP2_FLAG_END_STREAM) == 0) return Fail(self, NGHTTP2_PROTOCOL_ERROR);
+      stream->in_trailers = true;
+    } else {
+      stream->block.clear();
+      stream->header_bytes = 0;
+      stream->block_status = 0;
+    }
+    return 0;
+  }
+
+  static int OnHeader(nghttp2_session*, const nghttp2_frame* frame, const uint8_t* name, size_t name_size,
+                      const uint8_t* value, size_t value_size, uint8_t, void* user_data) {
+    return Add(Self(user_data), frame->hd.stream_id, ToView(name, name_size), ToView(value, value_size), true);
+  }
+
+  static int OnInvalidHeader(nghttp2_session*, const nghttp2_frame* frame, const uint8_t* name, size_t name_size,
+                             const uint8_t* value, size_t value_size, uint8_t, void* user_data) {
+    return Add(Self(user_data), frame->hd.stream_id, ToView(name, name_size), ToView(value, value_size), false);
+  }
+
+  static int Add(Session* self, int32_t id, std::string_view name, std::string_view value, bool valid) {
+    Stream* stream = self->Find(id);
+    if (stream == nullptr) return 0;
+    self->OnHeader(stream, name, value, valid);
+    const bool excess = stream->header_bytes > kHeaderExcess * self->limits_.header_bytes;
+    return excess ? Fail(self, NGHTTP2_ENHANCE_YOUR_CALM) : 0;
+  }
+
+  static int OnDataChunk(nghttp2_session*, uint8_t, int32_t id, const uint8_t* data, size_t size, void* user_data) {
+    Session* self = Self(user_data);
+    if (Stream* stream = self->Find(id)) self->OnData(stream, ToView(data, size));
+    return 0;
+  }
+
+  static int OnFrame(nghttp2_session*, const nghttp2_frame* frame, void* user_data) {
+    Session* self = Self(user_data);
+    Event event{};
+    switch (frame->hd.type) {
+      case NGHTTP2_HEADERS: {
+        Stream* stream = self->Find(frame->hd.stream_id);
+        if (stream != nullptr && self->role_ == Role::kServer && !stream->in_trailers) self->OnRequestHeaders(stream);
+        if (stream != nullptr && self->role_ == Role::kClient && stream->block_status / 100 != 1) {
+          if (stream->block_status != 0) stream->http_status = stream->block_status;
+          if ((frame->hd.flags & NGHTTP2_FLAG_END_STREAM) == 0) stream->initial = std::move(stream->block);
+        }
+        if (frame->hd.flags & NGHTTP2_FLAG_END_STREAM) End(self, frame->hd.stream_id);
+        return 0;
+      }
+      case NGHTTP2_DATA:
+        if (frame->hd.flags & NGHTTP2_FLAG_END_STREAM) End(self, frame->hd.stream_id);
+        return 0;
+      case NGHTTP2_SETTINGS:
+        if (frame->hd.flags & NGHTTP2_FLAG_ACK) return 0;
+        event.kind = EventKind::kSettings;
+        break;
+      case NGHTTP2_GOAWAY:
+        event.kind = EventKind::kGoAway;
+        break;
+      case NGHTTP2_PING:
+        if ((frame->hd.flags & NGHTTP2_FLAG_ACK) == 0) return 0;
+        if (std::memcmp(frame->ping.opaque_data, kDrainPing, sizeof(frame->ping.opaque_data)) != 0) return 0;
+        event.kind = EventKind::kDrained;
+        break;
+      default:
+        return 0;
+    }
+    self->pending_.push_back(std::move(event));
+    return 0;
+  }
+
+  static void End(Session* self, int32_t id) {
+    if (Stream* stream = self->Find(id)) self->OnEnd(stream);
+  }
+
+  static int OnStreamClose(nghttp2_session*, int32_t id, uint32_t error, void* user_data) {
+    Session* self = Self(user_data);
+    Stream* stream = self->Find(id);
+    if (stream == nullptr) return 0;
+    if (self->role_ == Role::kClient || stream->phase == Phase::kOwner) {
+      Event event{};
+      event.kind = EventKind::kEnd;
+      event.stream = id;
+      event.error = error;
+      self->pending_.push_back(std::move(event));
+    }
+    self->Close(stream);
+    return 0;
+  }
+
+  static int OnFrameSent(nghttp2_session* session, const nghttp2_frame* frame, void* user_data) {
+    Session* self = Self(user_data);
+    if (self->role_ == Role::kClient) return 0;
+    if (frame->hd.type == NGHTTP2_DATA) {
+      self->credit_ = std::min(kMostCredit, self->credit_ + kCreditPerDataFrame);
+    } else if (frame->hd.type == NGHTTP2_RST_STREAM && frame->rst_stream.error_code != NGHTTP2_NO_ERROR) {
+      self->credit_ -= kCostOfOurReset;
+    } else if (frame->hd.type == NGHTTP2_HEADERS && frame->hd.flags & NGHTTP2_FLAG_END_STREAM) {
+      // The call is answered; what the client still wants to send of it is not needed (RFC 9113, 8.1).
+      const Stream* stream = self->Find(frame->hd.stream_id);
+      if (stream != nullptr && !stream->ended) {
+        nghttp2_submit_rst_stream(session, NGHTTP2_FLAG_NONE, frame->hd.stream_id, NGHTTP2_NO_ERROR);
+      }
+    }
+    return 0;
+  }
+
+  static int OnFrameNotSent(nghttp2_session* session, const nghttp2_frame* frame, int error, void* user_data) {
+    Session* self = Self(user_data);
+    if (frame->hd.type != NGHTTP2_HEADERS) return 0;
+    Stream* stream = self->Find(frame->hd.stream_id);
+    if (stream == nullptr) return 0;
+    if (self->role_ == Role::kServer) {
+      nghttp2_submit_rst_stream(session, NGHTTP2_FLAG_NONE, stream->id, NGHTTP2_INTERNAL_ERROR);
+      return 0;
+    }
+    return OnStreamClose(
+        session, stream->id,
+        error == NGHTTP2_ERR_START_STREAM_NOT_ALLOWED ? NGHTTP2_REFUSED_STREAM : NGHTTP2_INTERNAL_ERROR, user_data);
+  }
+
+  static ssize_t Send(nghttp2_session*, const uint8_t* data, size_t size, int, void* user_data) {
+    Session* self = Self(user_data);
+    if (self->out_.size() >= self->most_) return NGHTTP2_ERR_WOULDBLOCK;
+    self->out_.append(reinterpret_cast<const char*>(data), size);
+    return static_cast<ssize_t>(size);
+  }
+
+  // Says how much data of a stream the next frame holds; SendData() copies it.
+  static ssize_t ReadData(nghttp2_session* session, int32_t id, uint8_t*, size_t size, uint32_t* flags,
+                          nghttp2_data_source*, void* user_data) {
+    Session* self = Self(user_data);
+    Stream* stream = self->Find(id);
+    if (stream == nullptr) return NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE;
+    const size_t count = std::min(size, stream->size - stream->sent);
+    *flags |= NGHTTP2_DATA_FLAG_NO_COPY;
+    if (stream->sent + count == stream->size) {
+      *flags |= NGHTTP2_DATA_FLAG_EOF;
+      stream->sent_all = true;
+      if (!stream->trailers.empty()) {
+        *flags |= NGHTTP2_DATA_FLAG_NO_END_STREAM;
+        std::vector<nghttp2_nv> values;
+        for (const Header& header : stream->trailers) values.push_back(ToNv(header.name, header.value));
+        nghttp2_submit_trailer(session, id, values.data(), values.size());
+        stream->trailers.clear();
+      }
+    }
+    return static_cast<ssize_t>(count);
+  }
+
+  static int SendData(nghttp2_session*, nghttp2_frame* frame, const uint8_t* head, size_t size, nghttp2_data_source*,
+                      void* user_data) {
+    Session* self = Self(user_data);
+    if (self->out_.size() >= self->most_) return NGHTTP2_ERR_WOULDBLOCK;
+    Stream* stream = self->Find(frame->hd.stream_id);
+    if (stream == nullptr) return NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE;
+    self->out_.append(reinterpret_cast<const char*>(head), 9);
+    if (stream->sent < kPrefixBytes && size > 0) {
+      const size_t count = std::min(size, kPrefixBytes - stream->sent);
+      self->out_.append(stream->prefix + stream->sent, count);
+      stream->sent += count;
+      size -= count;
+    }
+    if (size > 0) self->out_.append(stream->message.data + (stream->sent - kPrefixBytes), size);
+    stream->sent += size;
+    return 0;
+  }
+
+  // The callbacks and options are the same for all sessions of a role.
+  static nghttp2_session_callbacks* All() {
+    static nghttp2_session_callbacks* const all = [] {
+      nghttp2_session_callbacks* made = nullptr;
+      nghttp2_session_callbacks_new(&made);
+      nghttp2_session_callbacks_set_on_begin_frame_callback(made, OnBeginFrame);
+      nghttp2_session_callbacks_set_on_begin_headers_callback(made, OnBeginHeaders);
+      nghttp2_session_callbacks_set_on_header_callback(made, OnHeader);
+      nghttp2_session_callbacks_set_on_invalid_header_callback(made, OnInvalidHeader);
+      nghttp2_session_callbacks_set_on_data_chunk_recv_callback(made, OnDataChunk);
+      nghttp2_session_callbacks_set_on_frame_recv_callback(made, OnFrame);
+      nghttp2_session_callbacks_set_on_stream_close_callback(made, OnStreamClose);
+      nghttp2_session_callbacks_set_on_frame_send_callback(made, OnFrameSent);
+      nghttp2_session_callbacks_set_on_frame_not_send_callback(made, OnFrameNotSent);
+      nghttp2_session_callbacks_set_send_callback(made, Send);
+      nghttp2_session_callbacks_set_send_data_callback(made, SendData);
+      return made;
+    }();
+    return all;
+  }
+
+  static nghttp2_option* Options() {
+    static nghttp2_option* const options = [] {
+      nghttp2_option* made = nullptr;
+      nghttp2_option_new(&made);
+      nghttp2_option_set_no_closed_streams(made, 1);  // they would only serve priorities
+      nghttp2_option_set_stream_reset_rate_limit(made, kMostResets, kResetsPerSecond);
+      return made;
+    }();
+    return options;
+  }
+};
+
+Session::Session(Role role, const SessionLimits& limits, const std::unordered_set<std::string>* paths, Budget* budget,
+                 double now)
+    : role_(role), limits_(limits), paths_(paths), budget_(budget), now_(now), idle_since_(now), credit_(kMostCredit) {
+  const auto make = role == Role::kServer ? nghttp2_session_server_new2 : nghttp2_session_client_new2;
+  make(&session_, Callbacks::All(), this, Callbacks::Options());
+  const auto header_bytes = static_cast<uint32_t>(std::min<size_t>(limits.header_bytes, UINT32_MAX));
+  std::vector<nghttp2_settings_entry> settings = {{NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, kStreamWindow},
+                                                  {NGHTTP2_SETTINGS_MAX_FRAME_SIZE, kFrameBytes},
+                                                  {NGHTTP2_SETTINGS_MAX_HEADER_LIST_SIZE, header_bytes}};
+  if (role == Role::kServer) {
+    settings.push_back({NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS, limits.streams});
+  } else {
+    settings.push_back({NGHTTP2_SETTINGS_ENABLE_PUSH, 0});
+  }
+  nghttp2_submit_settings(session_, NGHTTP2_FLAG_NONE, settings.data(), settings.size());
+  nghttp2_session_set_local_window_size(session_, NGHTTP2_FLAG_NONE, 0, kConnectionWindow);
+}
+
+Session::~Session() {
+  nghttp2_session_del(session_);
+  SetUnsent(0);
+  if (budget_ != nullptr) budget_->used -= held_;
+}
+
+bool Session::Receive(std::string_view data, double now, std::vector<Event>* events) {
+  credit_ = std::min(kMostCredit, credit_ + (now - now_) * kCreditPerSecond);
+  now_ = now;
+  bool speaks = true;
+  if (!ended_) {
+    const ssize_t taken =
+        nghttp2_session_mem_recv(session_, reinterpret_cast<const uint8_t*>(data.data()), data.size());
+    speaks = taken != NGHTTP2_ERR_BAD_CLIENT_MAGIC;
+    if (taken == NGHTTP2_ERR_FLOODED) failure_ = NGHTTP2_ENHANCE_YOUR_CALM;
+    if (taken < 0 && failure_ == NGHTTP2_NO_ERROR) failure_ = NGHTTP2_INTERNAL_ERROR;
+    if (taken < 0) Terminate(failure_);
+  }
+  TakeEvents(events);
+  return speaks;
+}
+
+void Session::TakeEvents(std::vector<Event>* events) {
+  std::move(pending_.begin(), pending_.end(), std::back_inserter(*events));
+  pending_.clear();
+}
+
+const std::string& Session::Send(size_t most) {
+  out_.clear();
+  most_ = most;
+  if (nghttp2_session_send(session_) != 0) ended_ = broken_ = true;
+  return out_;
+}
+
+bool Session::Hold(int32_t id, size_t bytes) {
+  Stream* stream = Find(id);
+  if (stream == nullptr || !MayCharge(*stream, bytes)) return false;
+  Charge(stream, bytes);
+  return true;
+}
+
+bool Session::Answer(int32_t id, int code, std::string_view details, const std::vector<Header>& initial,
+                     Message message, std::vector<Header> trailing) {
+  Stream* stream = Find(id);
+  if (stream == nullptr || stream->phase != Phase::kOwner) return false;
+  if (code == 0 && !MayCharge(*stream, message.size)) {
+    Refuse(stream, kGrpcResourceExhausted, HoldsTooMuch());
+    return true;
+  }
+  std::vector<Header> status = {{"grpc-status", std::to_string(code)}};
+  if (!details.empty()) status.push_back({"grpc-message", EscapeMessage(details)});
+  std::move(trailing.begin(), trailing.end(), std::back_inserter(status));
+  std::vector<Header> head = {{":status", "200"}, {"content-type", "application/grpc"}};
+  if (code != 0 && initial.empty()) {
+    std::move(status.begin(), status.end(), std::back_inserter(head));
+    SubmitAnswer(stream, head, false);
+    return true;
+  }
+  head.insert(head.end(), initial.begin(), initial.end());
+  stream->trailers = std::move(status);
+  if (code == 0) {
+    Charge(stream, message.size);
+    SetMessage(stream, std::move(message));
+  }
+  SubmitAnswer(stream, head, true);
+  return true;
+}
+
+int32_t Session::Call(std::string_view path, std::string_view authority, bool tls, double timeout_s,
+                      const std::vector<Header>& metadata, Message message) {
+  std::vector<nghttp2_nv> values = {ToNv(":method", "POST"),
+                                    ToNv(":scheme", tls ? "https" : "http"),
+                                    ToNv(":path", path),
+                                    ToNv(":authority", authority),
+                                    ToNv("te", "trailers"),
+                                    ToNv("content-type", "application/grpc"),
+                                    ToNv("user-agent", "dpsr-proxy")};
+  std::string timeout;
+  if (timeout_s >= 0) {
+    timeout = FormatTimeout(timeout_s);
+    values.push_back(ToNv("grpc-timeout", timeout));
+  }
+  for (const Header& header : metadata) values.push_back(ToNv(header.name, header.value));
+  nghttp2_data_provider provider = {};
+  provider.read_callback = Callbacks::ReadData;
+  const int32_t id = nghttp2_submit_request(session_, nullptr, values.data(), values.size(), &provider, nullptr);
+  if (id < 0) return id;
+  Stream* stream = Open(id);
+  SetMessage(stream, std::move(message));
+  return id;
+}
+
+void Session::Reset(int32_t id, uint32_t error) {
+  nghttp2_submit_rst_stream(session_, NGHTTP2_FLAG_NONE, id, error);
+  if (Stream* stream = Find(id)) Close(stream);
+}
+
+void Session::Drain() {
+  nghttp2_submit_shutdown_notice(session_);
+  nghttp2_submit_ping(session_, NGHTTP2_FLAG_NONE, reinterpret_cast<const uint8_t*>(kDrainPing));
+}
+
+void Session::Settle() {
+  nghttp2_submit_goaway(session_, NGHTTP2_FLAG_NONE, nghttp2_session_get_last_proc_stream_id(session_),
+                        NGHTTP2_NO_ERROR, nullptr, 0);
+}
+
+void Session::Terminate(uint32_t error) {
+  if (ended_) return;
+  ended_ = true;
+  nghttp2_session_terminate_session(session_, error);
+}
+
+void Session::Expire(double now) {
+  now_ = std::max(now, now_);
+  if (role_ == Role::kClient) return;
+  for (auto& entry : streams_) {
+    Stream* stream = entry.second.get();
+    const double age = now - stream->since;
+    if (stream->phase == Phase::kHeaders && age > limits_.headers_s) Terminate(NGHTTP2_ENHANCE_YOUR_CALM);
+    if (stream->phase == Phase::kBody && age > limits_.body_s) {
+      Refuse(stream, kGrpcDeadlineExceeded,
+             "the message was not complete after " + std::to_string(static_cast<int64_t>(limits_.body_s)) + " s");
+    } else if (stream->phase == Phase::kAnswer && age > limits_.answer_s && !stream->reset) {
+      stream->reset = true;
+      nghttp2_submit_rst_stream(session_, NGHTTP2_FLAG_NONE, stream->id, NGHTTP2_CANCEL);
+    }
+  }
+}
+
+void Session::SetUnsent(size_t bytes) {
+  if (budget_ != nullptr) budget_->used += bytes - unsent_;
+  unsent_ = bytes;
+}
+
+bool Session::is_stalled() const {
+  for (const auto& entry : streams_) {
+    if (entry.second->phase != Phase::kOwner && now_ - entry.second->since > 1) return true;
+  }
+  return false;
+}
+
+Session::Stream* Session::Find(int32_t id) {
+  const auto found = streams_.find(id);
+  return found == streams_.end() ? nullptr : found->second.get();
+}
+
+Session::Stream* Session::Open(int32_t id) {
+  auto made = std::make_unique<Stream>();
+  made->id = id;
+  made->since = now_;
+  Stream* stream = made.get();
+  streams_[id] = std::move(made);
+  return stream;
+}
+
+void Session::Close(Stream* stream) {
+  held_ -= stream->charged;
+  if (budget_ != nullptr) budget_->used -= stream->charged;
+  streams_.erase(stream->id);
+  if (streams_.empty()) idle_since_ = now_;
+}
+
+void Session::Charge(Stream* stream, size_t bytes) {
+  stream->charged += bytes;
+  held_ += bytes;
+  if (budget_ != nullptr) budget_->used += bytes;
+}
+
+// A single call may hold everything, or a message near the limit could never pass.
+bool Session::MayCharge(const Stream& stream, size_t bytes) const {
+  return held_ + bytes <= limits_.connection_bytes || held_ == stream.charged;
+}
+
+std::string Session::HoldsTooMuch() const {
+  return "the calls of this connection hold more than " + std::to_string(limits_.connection_bytes) + " bytes";
+}
+
+void Session::SetPhase(Stream* stream, Phase phase) {
+  stream->phase = phase;
+  stream->since = now_;
+}
+
+void Session::SetMessage(Stream* stream, Message message) {
+  for (size_t i = 0; i < 4; ++i) {
+    stream->prefix[4 - i] = static_cast<char>(static_cast<uint8_t>(message.size >> (8 * i)));
+  }
+  stream->size = kPrefixBytes + message.size;
+  stream->message = std::move(message);
+}
+
+bool Session::Spend(double cost) {
+  credit_ -= cost;
+  return credit_ >= 0;
+}
+
+void Session::OnHeader(Stream* stream, std::string_view name, std::string_view value, bool valid) {
+  const size_t bytes = name.size() + value.size() + kHeaderOverhead;
+  stream->header_bytes += bytes;
+  if (stream->in_trailers || stream->refusal >= 0) return;
+  if (stream->header_bytes > limits_.header_bytes) {
+    stream->refusal = kGrpcResourceExhausted;
+    stream->refusal_details = "headers of more than " + std::to_string(limits_.header_bytes) + " bytes";
+    stream->initial.clear();
+    stream->block.clear();
+    return;
+  }
+  if (role_ == Role::kServer) Charge(stream, bytes);
+  if (StartsWith(name, ":")) {
+    if (name == ":method") stream->method = value;
+    if (name == ":path") stream->path = value;
+    if (name == ":status") stream->block_status = std::atoi(std::string(value).c_str());
+  } else if (name == "content-type") {
+    stream->content_type = value;
+  } else if (name == "grpc-encoding") {
+    stream->encoding = value;
+  } else if (name == "grpc-timeout") {
+    stream->has_timeout = true;
+    stream->timeout = value;
+  } else if (role_ == Role::kClient && name == "grpc-status") {
+    const std::string text(value.substr(0, 4));
+    const bool digits = !text.empty() && text.find_first_not_of("0123456789") == std::string::npos;
+    const int code = digits ? std::atoi(text.c_str()) : kGrpcUnknown;
+    stream->code = code > kMaxGrpcCode ? kGrpcUnknown : code;
+  } else if (role_ == Role::kClient && name == "grpc-message") {
+    stream->details = UnescapeMessage(value);
+  } else if (!valid || (!IsHopHeader(name) && !IsMetadata(name, value))) {
+    // A server's header that a client may not have is left out; a client's makes its call fail.
+    if (role_ == Role::kClient) return;
+    stream->refusal = kGrpcInvalidArgument;
+    stream->refusal_details = "the header '" + std::string(name.substr(0, 64)) +
+                              "' has a name or a value that gRPC does not allow in metadata";
+  } else if (!IsHopHeader(name)) {
+    (role_ == Role::kServer ? stream->initial : stream->block).push_back({std::string(name), std::string(value)});
+  }
+}
+
+void Session::OnRequestHeaders(Stream* stream) {
+  SetPhase(stream, Phase::kBody);
+  double timeout_s = -1;
+  if (stream->method != "POST") {
+    SubmitRefusal(stream, {{":status", "405"}, {"allow", "POST"}});
+  } else if (stream->refusal >= 0) {
+    Refuse(stream, stream->refusal, stream->refusal_details);
+  } else if (!StartsWith(stream->content_type, "application/grpc")) {
+    SubmitRefusal(stream, {{":status", "415"}});
+  } else if (stream->has_timeout && !ParseTimeout(stream->timeout, &timeout_s)) {
+    Refuse(stream, kGrpcInternal, "cannot parse the header grpc-timeout: '" + stream->timeout + "'");
+  } else if (paths_ != nullptr && paths_->find(stream->path) == paths_->end()) {
+    Refuse(stream, kGrpcUnimplemented, "Method not found: " + stream->path);
+  }
+  stream->timeout_s = timeout_s;
+}
+
+void Session::OnData(Stream* stream, std::string_view data) {
+  if (stream->refused || stream->ended) return;
+  stream->data.append(data);
+  // A client is refused before it has sent all that its message is going to hold.
+  const bool is_announced = role_ == Role::kServer && stream->data.size() >= kPrefixBytes;
+  const bool is_large = stream->data.size() > limits_.message_bytes + kPrefixBytes ||
+                        (is_announced && MessageBytes(stream->data) > limits_.message_bytes);
+  if (is_large) {
+    const std::string words = "a message of more than " + std::to_string(limits_.message_bytes) + " bytes";
+    if (role_ == Role::kServer) {
+      Refuse(stream, kGrpcResourceExhausted, words);
+    } else {
+      Event event{};
+      event.kind = EventKind::kAnswer;
+      event.stream = stream->id;
+      event.code = kGrpcResourceExhausted;
+      event.details = words;
+      pending_.push_back(std::move(event));
+      Reset(stream->id, NGHTTP2_CANCEL);
+    }
+    return;
+  }
+  if (role_ == Role::kClient) return;
+  if (!MayCharge(*stream, data.size())) {
+    Refuse(stream, kGrpcResourceExhausted, HoldsTooMuch());
+    return;
+  }
+  Charge(stream, data.size());
+}
+
+void Session::OnEnd(Stream* stream) {
+  stream->ended = true;
+  if (stream->refused) return;
+  Event event{};
+  event.stream = stream->id;
+  event.has_message = IsOneMessage(stream->data);
+  const bool is_compressed = event.has_message && stream->data[0] != 0;
+  if (role_ == Role::kServer) {
+    if (!event.has_message) {
+      Refuse(stream, kGrpcInternal,
+             "expected exactly one message, got " + std::to_string(stream->data.size()) + " bytes that are not one");
+      return;
+    }
+    event.kind = EventKind::kCall;
+    event.path = std::move(stream->path);
+    if (is_compressed) event.encoding = stream->encoding.empty() ? "identity" : std::move(stream->encoding);
+    event.timeout_s = stream->timeout_s;
+    event.metadata = std::move(stream->initial);
+    event.data = std::move(stream->data);
+    SetPhase(stream, Phase::kOwner);
+    credit_ = std::min(kMostCredit, credit_ + kCreditPerCall);
+    pending_.push_back(std::move(event));
+    return;
+  }
+  event.kind = EventKind::kAnswer;
+  event.has_message = event.has_message && !is_compressed;  // our calls accept no compression
+  event.http_status = stream->http_status;
+  event.code = stream->refusal >= 0 ? stream->refusal : stream->code;
+  event.details = stream->refusal >= 0 ? std::move(stream->refusal_details) : std::move(stream->details);
+  event.metadata = std::move(stream->initial);
+  event.trailing = std::move(stream->block);
+  event.data = std::move(stream->data);
+  pending_.push_back(std::move(event));
+  if (stream->sent_all) {
+    Close(stream);
+  } else {
+    Reset(stream->id, NGHTTP2_CANCEL);  // the server has answered without reading all
+  }
+}
+
+void Session::Refuse(Stream* stream, int code, std::string_view details) {
+  SubmitRefusal(stream, {{":status", "200"},
+                         {"content-type", "application/grpc"},
+                         {"grpc-status", std::to_string(code)},
+                         {"grpc-message", EscapeMessage(details.substr(0, kMostWords))}});
+}
+
+void Session::SubmitRefusal(Stream* stream, const std::vector<Header>& head) {
+  stream->refused = true;
+  stream->data = std::string();
+  stream->initial.clear();
+  SubmitAnswer(stream, head, false);
+}
+
+void Session::SubmitAnswer(Stream* stream, const std::vector<Header>& head, bool with_data) {
+  SetPhase(stream, Phase::kAnswer);
+  std::vector<nghttp2_nv> values;
+  for (const Header& header : head) values.push_back(ToNv(header.name, header.value));
+  nghttp2_data_provider provider = {};
+  provider.read_callback = Callbacks::ReadData;
+  nghttp2_submit_response(session_, stream->id, values.data(), values.size(), with_data ? &provider : nullptr);
+}
+
+}  // namespace dpsr::serving

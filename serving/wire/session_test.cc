@@ -1,0 +1,2 @@
+#include "serving/wire/session.h"
+#include <gtest/gtest.h>
