@@ -9,7 +9,7 @@
 # make lint             ruff and mypy
 # make sanitize         the C++ cores under AddressSanitizer and UndefinedBehaviorSanitizer
 # make sanitize-thread  the C++ tests that share memory between threads, under ThreadSanitizer
-# make fuzz             the libFuzzer targets of tokenizer and model server (FUZZ_RUNS=1000000: inputs for each)
+# make fuzz             the libFuzzer targets of tokenizer, filters, proxy and model server (FUZZ_RUNS=1000000: inputs for each)
 # make bazel-test       build and test the C++ cores and the op libraries with Bazel
 # make bench-tokenizer  compare the tokenizer with others (DATA=PATH: on multicpr_ecom/ and homedepot/ there)
 # make bench-store      compare the store with flat examples
@@ -37,7 +37,7 @@ DEBIAN_PACKAGES := build-essential cmake ninja-build pkg-config libgrpc++-dev li
 # What tests call: openssl makes certificates, systemd-analyze checks the units.
 TEST_PACKAGES := openssl systemd
 
-FUZZ_TARGETS := $(addprefix tokenizer_cc/,tokenizer_fuzz tokenizer_config_fuzz vocabulary_fuzz) export/item_filter_fuzz
+FUZZ_TARGETS := $(addprefix tokenizer_cc/,tokenizer_fuzz tokenizer_config_fuzz vocabulary_fuzz) export/item_filter_fuzz serving/session_fuzz
 SERVING_FUZZ_TARGETS := json_tensor_fuzz server_config_fuzz tensor_proto_fuzz
 
 THREADED_TESTS := embedding_test faiss_index_test filtered_search_test item_filter_test product_quantizer_test rank_table_test tokenizer_test vocabulary_test worker_pool_test
@@ -121,7 +121,7 @@ sanitize-thread: native
 	@OMP_NUM_THREADS=1 GTEST_FILTER='*Thread*:*WorkerPool*' \
 	  ctest --test-dir build/sanitize-thread --output-on-failure --parallel 2 -R '^($(subst $(space),|,$(THREADED_TESTS)))$$'
 
-# Fuzzes the tokenizer and its files, the filters, and what the model server reads, with both sanitizers. Leaks are not
+# Fuzzes the tokenizer and its files, the filters, and what proxy and model server read, with both sanitizers. Leaks are not
 # checked in the model server, because TensorFlow's libraries are not built with sanitizers. The corpus grows in
 # build/fuzz/corpus; an input that fails is left in build/fuzz/.
 fuzz: native
@@ -131,7 +131,7 @@ fuzz: native
 	  -DDPSR_FAISS_LIBRARY=$$($(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("faiss").origin))')/libfaiss.so >/dev/null
 	@cmake --build build/fuzz --target $(notdir $(FUZZ_TARGETS))
 	@$(BIN)/python tests/tokenizer_cc/golden.py build/fuzz/seeds
-	@cp -r tests/export/fuzz_seeds/* build/fuzz/seeds
+	@cp -r tests/export/fuzz_seeds/* tests/serving/fuzz_seeds/session_fuzz build/fuzz/seeds
 	@for path in $(FUZZ_TARGETS); do target=$$(basename $$path); \
 	  mkdir -p build/fuzz/corpus/$$target && echo "$$target: $(FUZZ_RUNS) runs" && \
 	  build/fuzz/$$path -runs=$(FUZZ_RUNS) -seed=1 -timeout=10 -verbosity=0 -print_funcs=0 -print_final_stats=1 \

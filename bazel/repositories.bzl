@@ -27,6 +27,13 @@ def dpsr_repositories():
             debian_package = "libxxhash-dev",
             headers = ["xxhash.h"],
         )
+    if "nghttp2" not in defined:
+        # Its library is linked by name, because Debian's archive is not position-independent.
+        system_repository(
+            name = "nghttp2",
+            debian_package = "libnghttp2-dev",
+            headers = ["nghttp2"],
+        )
     if "rapidjson" not in defined:
         system_repository(
             name = "rapidjson",

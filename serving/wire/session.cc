@@ -32,9 +32,10 @@ constexpr size_t kSmallData = 1024;
 constexpr double kCostOfReset = 2;
 constexpr double kCostOfOurReset = 10;  // a client can make us reset streams, which then no longer count as open
 
-// Calls that a client gives up: at first so many at once, later so many a second.
-constexpr uint64_t kMostResets = 1000;
-constexpr uint64_t kResetsPerSecond = 200;
+// Calls that a client may give up: at first so many at once, later so many a second. nghttp2 would only ask the client
+// to make no more calls.
+constexpr double kMostResets = 1000;
+constexpr double kResetsPerSecond = 200;
 
 constexpr char kDrainPing[] = "draining";
 
@@ -182,6 +183,9 @@ struct Session::Callbacks {
       case NGHTTP2_DATA:
         if (frame->hd.flags & NGHTTP2_FLAG_END_STREAM) End(self, frame->hd.stream_id);
         return 0;
+      case NGHTTP2_RST_STREAM:
+        if (self->role_ == Role::kClient || --self->resets_ >= 0) return 0;
+        return Fail(self, NGHTTP2_ENHANCE_YOUR_CALM);
       case NGHTTP2_SETTINGS:
         if (frame->hd.flags & NGHTTP2_FLAG_ACK) return 0;
         event.kind = EventKind::kSettings;
@@ -324,7 +328,7 @@ struct Session::Callbacks {
       nghttp2_option* made = nullptr;
       nghttp2_option_new(&made);
       nghttp2_option_set_no_closed_streams(made, 1);  // they would only serve priorities
-      nghttp2_option_set_stream_reset_rate_limit(made, kMostResets, kResetsPerSecond);
+      nghttp2_option_set_stream_reset_rate_limit(made, UINT32_MAX, UINT32_MAX);  // OnFrame() has a limit of its own
       return made;
     }();
     return options;
@@ -333,7 +337,14 @@ struct Session::Callbacks {
 
 Session::Session(Role role, const SessionLimits& limits, const std::unordered_set<std::string>* paths, Budget* budget,
                  double now)
-    : role_(role), limits_(limits), paths_(paths), budget_(budget), now_(now), idle_since_(now), credit_(kMostCredit) {
+    : role_(role),
+      limits_(limits),
+      paths_(paths),
+      budget_(budget),
+      now_(now),
+      idle_since_(now),
+      credit_(kMostCredit),
+      resets_(kMostResets) {
   const auto make = role == Role::kServer ? nghttp2_session_server_new2 : nghttp2_session_client_new2;
   make(&session_, Callbacks::All(), this, Callbacks::Options());
   const auto header_bytes = static_cast<uint32_t>(std::min<size_t>(limits.header_bytes, UINT32_MAX));
@@ -357,6 +368,7 @@ Session::~Session() {
 
 bool Session::Receive(std::string_view data, double now, std::vector<Event>* events) {
   credit_ = std::min(kMostCredit, credit_ + (now - now_) * kCreditPerSecond);
+  resets_ = std::min(kMostResets, resets_ + (now - now_) * kResetsPerSecond);
   now_ = now;
   bool speaks = true;
   if (!ended_) {

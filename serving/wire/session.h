@@ -22,7 +22,7 @@
 namespace dpsr::serving {
 
 struct SessionLimits {
-  uint32_t streams = 1000;        // calls under way on the connection
+  uint32_t streams = 128;         // calls under way on the connection
   size_t header_bytes = 8192;     // headers of a call or an answer, each counted with 32 bytes more, as in RFC 9113
   size_t message_bytes = 1 << 25; // one message
   size_t connection_bytes = 1 << 25;  // all that the connection's calls hold; a call that holds all of it may go on
@@ -168,7 +168,8 @@ class Session {
   size_t unsent_ = 0;
   double now_;
   double idle_since_;
-  double credit_;
+  double credit_;  // for frames that carry nothing
+  double resets_;  // calls that the client may still give up
   uint32_t failure_ = NGHTTP2_NO_ERROR;  // why a callback failed
   bool ended_ = false;   // takes no more bytes
   bool broken_ = false;  // has no more bytes to send

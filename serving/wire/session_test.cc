@@ -1,2 +1,365 @@
 #include "serving/wire/session.h"
+
 #include <gtest/gtest.h>
+
+#include <algorithm>
+#include <string>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+namespace dpsr::serving {
+namespace {
+
+constexpr char kPath[] = "/s/Predict";
+constexpr char kPreface[] = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+const std::unordered_set<std::string>& Paths() {
+  static const auto* const paths = new std::unordered_set<std::string>{kPath};
+  return *paths;
+}
+
+Message MessageOf(const std::string& text) {
+  auto owner = std::make_shared<std::string>(text);
+  return {owner->data(), owner->size(), owner};
+}
+
+std::string Frame(int type, int flags, uint32_t stream, const std::string& payload) {
+  std::string out;
+  for (const int shift : {16, 8, 0}) out += static_cast<char>(payload.size() >> shift);
+  out += static_cast<char>(type);
+  out += static_cast<char>(flags);
+  for (const int shift : {24, 16, 8, 0}) out += static_cast<char>(stream >> shift);
+  return out + payload;
+}
+
+std::string Number(uint32_t value) {
+  std::string out;
+  for (const int shift : {24, 16, 8, 0}) out += static_cast<char>(value >> shift);
+  return out;
+}
+
+std::string Literal(const std::string& name, const std::string& value) {
+  return std::string("\0", 1) + static_cast<char>(name.size()) + name + static_cast<char>(value.size()) + value;
+}
+
+std::string Head(const std::string& path = kPath) {
+  return "\x83\x86" + Literal(":path", path) + Literal(":authority", "x") + Literal("te", "trailers") +
+         Literal("content-type", "application/grpc");
+}
+
+std::string Framed(const std::string& message) {
+  return std::string("\0", 1) + Number(static_cast<uint32_t>(message.size())) + message;
+}
+
+// A server's session that receives the bytes of a client.
+class Server {
+ public:
+  explicit Server(const SessionLimits& limits = SessionLimits())
+      : session(Session::Role::kServer, limits, &Paths(), &budget, 0) {
+    Receive(std::string(kPreface) + Frame(NGHTTP2_SETTINGS, 0, 0, ""));
+  }
+
+  bool Receive(const std::string& bytes, double now = 0) { return session.Receive(bytes, now, &events); }
+
+  // Sends all that can be sent now.
+  std::string Send() {
+    std::string all;
+    for (;;) {
+      const std::string& some = session.Send(1 << 16);
+      if (some.empty()) return all;
+      all += some;
+    }
+  }
+
+  void Call(uint32_t stream, const std::string& message = "m", const std::string& head = Head()) {
+    Receive(Frame(NGHTTP2_HEADERS, NGHTTP2_FLAG_END_HEADERS, stream, head) +
+            Frame(NGHTTP2_DATA, NGHTTP2_FLAG_END_STREAM, stream, Framed(message)));
+  }
+
+  size_t CountCalls() const {
+    return static_cast<size_t>(std::count_if(events.begin(), events.end(),
+                                             [](const Event& event) { return event.kind == EventKind::kCall; }));
+  }
+
+  Budget budget;
+  std::vector<Event> events;
+  Session session;
+};
+
+// A client and a server that are connected.
+struct Pair {
+  explicit Pair(const SessionLimits& limits = SessionLimits())
+      : server(Session::Role::kServer, limits, &Paths(), &budget, 0),
+        client(Session::Role::kClient, SessionLimits(), nullptr, nullptr, 0) {}
+
+  // Moves bytes until none are left.
+  void Run() {
+    for (bool moved = true; moved;) {
+      moved = false;
+      const std::string up = client.Send(1 << 14);
+      if (!up.empty()) moved = server.Receive(up, 0, &calls);
+      const std::string down = server.Send(1 << 14);
+      if (!down.empty()) moved = client.Receive(down, 0, &answers);
+    }
+  }
+
+  int32_t Call(const std::string& message, std::vector<Header> metadata = {}, const std::string& path = kPath) {
+    return client.Call(path, "x", false, 2.5, metadata, MessageOf(message));
+  }
+
+  const Event& Answer() {
+    for (const Event& event : answers) {
+      if (event.kind == EventKind::kAnswer) return event;
+    }
+    static const Event none{};
+    return none;
+  }
+
+  Budget budget;
+  std::vector<Event> calls, answers;
+  Session server, client;
+};
+
+TEST(SessionTest, ACallAndItsAnswerPass) {
+  Pair pair;
+  const int32_t stream = pair.Call("question", {{"user-id", "u1"}, {"grpclb_client_stats", "x"}});
+  pair.Run();
+  ASSERT_EQ(pair.calls.size(), 2u);  // settings, call
+  const Event& call = pair.calls[1];
+  EXPECT_EQ(call.kind, EventKind::kCall);
+  EXPECT_EQ(call.path, kPath);
+  EXPECT_EQ(call.data.substr(5), "question");
+  EXPECT_DOUBLE_EQ(call.timeout_s, 2.5);
+  ASSERT_EQ(call.metadata.size(), 1u);  // what only gRPC's libraries may send goes no further
+  EXPECT_EQ(call.metadata[0].name, "user-id");
+  ASSERT_TRUE(pair.server.Answer(call.stream, 0, "", {{"a", "1"}}, MessageOf("answer"), {{"b", "2"}}));
+  pair.Run();
+  const Event& answer = pair.Answer();
+  EXPECT_EQ(answer.stream, stream);
+  EXPECT_EQ(answer.code, 0);
+  EXPECT_EQ(answer.data.substr(5), "answer");
+  EXPECT_EQ(answer.metadata.at(0).value, "1");
+  EXPECT_EQ(answer.trailing.at(0).value, "2");
+  EXPECT_EQ(pair.server.num_streams(), 0u);
+  EXPECT_EQ(pair.budget.used, 0u);
+  EXPECT_FALSE(pair.server.Answer(call.stream, 0, "", {}, Message(), {}));
+}
+
+TEST(SessionTest, LargeMessagesPassThroughWindows) {
+  Pair pair;
+  std::string text(20'000'000, 'x');
+  text[12'345'678] = 'y';
+  pair.Call(text);
+  pair.Run();
+  ASSERT_EQ(pair.calls.size(), 2u);
+  EXPECT_TRUE(pair.calls[1].data.substr(5) == text);
+  EXPECT_GE(pair.budget.used, text.size());
+  pair.server.Answer(pair.calls[1].stream, 0, "", {}, MessageOf(text.substr(0, 12'400'000)), {});
+  pair.Run();
+  EXPECT_TRUE(pair.Answer().data.substr(5) == text.substr(0, 12'400'000));
+  EXPECT_EQ(pair.budget.used, 0u);
+}
+
+TEST(SessionTest, ErrorsKeepTheirDetails) {
+  Pair pair;
+  pair.Call("q");
+  pair.Run();
+  pair.server.Answer(pair.calls[1].stream, 5, "no \xC3\xA9 100%", {}, Message(), {{"b", "2"}});
+  pair.Run();
+  EXPECT_EQ(pair.Answer().code, 5);
+  EXPECT_EQ(pair.Answer().details, "no \xC3\xA9 100%");
+  EXPECT_EQ(pair.Answer().trailing.at(0).value, "2");
+  EXPECT_FALSE(pair.Answer().has_message);
+}
+
+TEST(SessionTest, UnknownMethodsAreRefused) {
+  Pair pair;
+  pair.Call("q", {}, "/s/Nothing");
+  pair.Run();
+  EXPECT_EQ(pair.Answer().code, kGrpcUnimplemented);
+  EXPECT_EQ(pair.calls.size(), 1u);
+}
+
+TEST(SessionTest, ATooLargeMessageIsRefusedBeforeItsEnd) {
+  SessionLimits limits;
+  limits.message_bytes = 1000;
+  Pair pair(limits);
+  pair.Call(std::string(1000, 'x'));
+  pair.Call(std::string(1001, 'x'));
+  pair.Run();
+  EXPECT_EQ(pair.calls.size(), 2u);
+  EXPECT_EQ(pair.Answer().code, kGrpcResourceExhausted);
+
+  Server server(limits);
+  server.Receive(Frame(NGHTTP2_HEADERS, NGHTTP2_FLAG_END_HEADERS, 1, Head()) +
+                 Frame(NGHTTP2_DATA, 0, 1, std::string("\0", 1) + Number(1 << 30)));
+  server.Send();
+  EXPECT_EQ(server.session.num_streams(), 0u);  // reset, after its answer
+}
+
+TEST(SessionTest, TooManyHeaderBytesAreRefusedAndFarTooManyEndTheConnection) {
+  Server server;
+  std::string head = Head();
+  for (int i = 0; i < 100; ++i) head += Literal("a", std::string(100, 'x'));
+  server.Call(1, "m", head);
+  server.Call(3);
+  EXPECT_EQ(server.CountCalls(), 1u);
+  EXPECT_FALSE(server.session.finished());
+  for (int i = 0; i < 200; ++i) head += Literal("a", std::string(100, 'x'));
+  server.Call(5, "m", head);
+  server.Send();
+  EXPECT_TRUE(server.session.finished());
+}
+
+TEST(SessionTest, HeadersThatGrpcDoesNotAllowAreRefused) {
+  const std::pair<const char*, const char*> bad[] = {
+      {"a", "b\r\nc: d"}, {"a", "\xC3\xA9"}, {"t-bin", "!"}, {"a", "b\x01"}, {"UPPER", "b"}, {"a b", "c"}};
+  Server server;
+  uint32_t stream = 1;
+  for (const auto& header : bad) {
+    server.Call(stream, "m", Head() + Literal(header.first, header.second));
+    stream += 2;
+  }
+  EXPECT_EQ(server.CountCalls(), 0u);
+  server.Call(stream);
+  EXPECT_EQ(server.CountCalls(), 1u);
+}
+
+TEST(SessionTest, AnswersThatAreNotReadAreHeldUpToTheLimit) {
+  SessionLimits limits;
+  limits.connection_bytes = 100'000;
+  Server server(limits);
+  server.Receive(Frame(NGHTTP2_SETTINGS, 0, 0, std::string("\0\4", 2) + Number(0)));  // windows of 0 bytes
+  for (uint32_t stream = 1; stream < 201; stream += 2) {
+    server.Call(stream);
+    EXPECT_TRUE(server.session.Answer(static_cast<int32_t>(stream), 0, "", {}, MessageOf(std::string(5000, 'x')), {}));
+    server.Send();
+    EXPECT_LE(server.session.held(), limits.connection_bytes + 20'000);
+  }
+  EXPECT_LT(server.session.num_streams(), 25u);  // the others were answered with RESOURCE_EXHAUSTED
+  EXPECT_EQ(server.budget.used, server.session.held());
+}
+
+TEST(SessionTest, FloodsEndTheConnectionAndLeaveLittleToSend) {
+  const std::string opened = Frame(NGHTTP2_HEADERS, NGHTTP2_FLAG_END_HEADERS, 1, Head());
+  const std::string floods[] = {
+      Frame(NGHTTP2_PING, 0, 0, "12345678"),
+      Frame(NGHTTP2_SETTINGS, 0, 0, std::string("\0\4", 2) + Number(65535)),
+      Frame(NGHTTP2_DATA, 0, 1, ""),
+      Frame(NGHTTP2_WINDOW_UPDATE, 0, 1, Number(1)),
+      Frame(NGHTTP2_PRIORITY, 0, 3, Number(0) + "x"),
+  };
+  for (const std::string& frame : floods) {
+    SCOPED_TRACE(static_cast<int>(frame[3]));
+    Server server;
+    server.Send();
+    server.Receive(opened);
+    std::string flood;
+    for (int i = 0; i < 20'000; ++i) flood += frame;
+    server.Receive(flood);
+    EXPECT_LT(server.Send().size(), 100'000u);
+    EXPECT_TRUE(server.session.finished());
+  }
+}
+
+TEST(SessionTest, CallsThatAreGivenUpAtOnceEndTheConnection) {
+  Server server;
+  uint32_t stream = 1;
+  for (int i = 0; i < 3000; ++i, stream += 2) {
+    server.Call(stream);
+    server.Receive(Frame(NGHTTP2_RST_STREAM, 0, stream, Number(NGHTTP2_CANCEL)));
+    server.Send();
+  }
+  EXPECT_TRUE(server.session.finished());
+  EXPECT_LT(server.CountCalls(), 1100u);
+}
+
+TEST(SessionTest, OrdinaryCallsNeverLackCredit) {
+  Pair pair;
+  for (int i = 0; i < 11'000; ++i) {
+    pair.calls.clear();
+    pair.Call("q");
+    pair.Run();
+    pair.server.Answer(pair.calls.back().stream, 0, "", {}, MessageOf("a"), {});
+    pair.Run();
+  }
+  EXPECT_FALSE(pair.server.finished());
+  EXPECT_EQ(pair.answers.size(), 11'001u);
+}
+
+TEST(SessionTest, WhatTakesTooLongEnds) {
+  Server server;
+  server.Receive(Frame(NGHTTP2_HEADERS, NGHTTP2_FLAG_END_HEADERS, 1, Head()));
+  server.session.Expire(59);
+  EXPECT_EQ(server.session.num_streams(), 1u);
+  server.session.Expire(61);  // the body
+  server.Send();
+  EXPECT_EQ(server.session.num_streams(), 0u);
+
+  Server blocked;
+  blocked.Receive(Frame(NGHTTP2_SETTINGS, 0, 0, std::string("\0\4", 2) + Number(0)));
+  blocked.Call(1);
+  blocked.session.Answer(1, 0, "", {}, MessageOf("a"), {});
+  blocked.Send();
+  EXPECT_EQ(blocked.session.num_streams(), 1u);
+  blocked.session.Expire(61);  // the answer
+  blocked.Send();
+  EXPECT_EQ(blocked.session.num_streams(), 0u);
+
+  Server slow;
+  slow.Receive(Frame(NGHTTP2_HEADERS, 0, 1, Head()));
+  slow.session.Expire(11);  // the headers
+  slow.Send();
+  EXPECT_TRUE(slow.session.finished());
+}
+
+TEST(SessionTest, ACallThatTheClientGivesUpIsReported) {
+  Server server;
+  server.Call(1);
+  server.Receive(Frame(NGHTTP2_RST_STREAM, 0, 1, Number(NGHTTP2_CANCEL)));
+  EXPECT_EQ(server.events.back().kind, EventKind::kEnd);
+  EXPECT_EQ(server.events.back().error, NGHTTP2_CANCEL);
+  EXPECT_FALSE(server.session.Answer(1, 0, "", {}, Message(), {}));
+  EXPECT_EQ(server.budget.used, 0u);
+}
+
+TEST(SessionTest, ADrainedConnectionAnswersWhatItHasAndIgnoresWhatComesLater) {
+  Pair pair;
+  pair.Call("q");
+  pair.Run();
+  pair.server.Drain();
+  pair.Run();
+  EXPECT_EQ(pair.answers.back().kind, EventKind::kGoAway);
+  EXPECT_EQ(pair.calls.back().kind, EventKind::kDrained);
+  pair.server.Settle();
+  pair.server.Answer(pair.calls[1].stream, 0, "", {}, MessageOf("a"), {});
+  pair.Run();
+  EXPECT_EQ(pair.Answer().code, 0);
+  EXPECT_EQ(pair.server.num_streams(), 0u);
+}
+
+TEST(SessionTest, BytesThatAreNotHttp2AreNotAnswered) {
+  Budget budget;
+  Session session(Session::Role::kServer, SessionLimits(), &Paths(), &budget, 0);
+  std::vector<Event> events;
+  EXPECT_FALSE(session.Receive("GET / HTTP/1.1\r\n\r\n", 0, &events));
+}
+
+TEST(SessionTest, AnEndedSessionGivesItsBytesBack) {
+  Budget budget;
+  {
+    Session session(Session::Role::kServer, SessionLimits(), &Paths(), &budget, 0);
+    std::vector<Event> events;
+    session.Receive(std::string(kPreface) + Frame(NGHTTP2_SETTINGS, 0, 0, "") +
+                        Frame(NGHTTP2_HEADERS, NGHTTP2_FLAG_END_HEADERS, 1, Head()) +
+                        Frame(NGHTTP2_DATA, 0, 1, Framed("mm").substr(0, 6)),
+                    0, &events);
+    session.SetUnsent(77);
+    EXPECT_GT(budget.used, 77u);
+  }
+  EXPECT_EQ(budget.used, 0u);
+}
+
+}  // namespace
+}  // namespace dpsr::serving

@@ -97,9 +97,11 @@ std::unique_ptr<Session> MakeClientSession(const SessionLimits& limits, double n
   return std::make_unique<Session>(Session::Role::kClient, limits, nullptr, nullptr, now);
 }
 
-py::object Receive(Session* self, const py::bytes& data, double now) {
+py::object Receive(Session* self, const py::buffer& buffer, size_t size, double now) {
+  const py::buffer_info info = buffer.request();
+  if (info.itemsize != 1 || static_cast<size_t>(info.size) < size) throw py::value_error("the buffer is too small");
   std::vector<Event> events;
-  if (!self->Receive(ToView(data), now, &events)) return py::none();
+  if (!self->Receive(std::string_view(static_cast<const char*>(info.ptr), size), now, &events)) return py::none();
   return ToList(events);
 }
 
@@ -136,7 +138,7 @@ PYBIND11_MODULE(_native, module) {
           [](Host& self, size_t bytes) { self.budget.limit = bytes; });
 
   py::class_<Session>(module, "Session")
-      .def("receive", &Receive, py::arg("data"), py::arg("now"))
+      .def("receive", &Receive, py::arg("buffer"), py::arg("size"), py::arg("now"))
       .def("take_events", &TakeEvents)
       .def("send", [](Session* self, size_t most) { return ToBytes(self->Send(most)); }, py::arg("most"))
       .def(

@@ -101,7 +101,12 @@ def readable(metadata: Metadata) -> Iterable[tuple[str, str | bytes]]:
             yield name.decode("latin-1"), value.decode("utf-8", "replace")
 
 
-class _Connection(asyncio.Protocol):
+# Where all connections receive bytes, one after the other: the wire has read them before the next ones come. Without it
+# asyncio makes a buffer for each read.
+_RECEIVED = bytearray(2**16)
+
+
+class _Connection(asyncio.BufferedProtocol):
     """One side of a connection: moves bytes between a socket and a session of the wire."""
 
     def __init__(self) -> None:
@@ -174,12 +179,16 @@ class _Connection(asyncio.Protocol):
         self._paused_at = None
         self._flush()
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> bytearray:
+        """Returns the buffer for the next read."""
+        return _RECEIVED
+
+    def buffer_updated(self, size: int) -> None:
         """Gives bytes to the wire."""
         if self.closed:
             return
         assert self._session is not None
-        events = self._session.receive(data, self._loop.time())
+        events = self._session.receive(_RECEIVED, size, self._loop.time())
         if events is None:
             self.abort()
             return
@@ -281,11 +290,11 @@ class _Incoming(_Connection):
         if not self.closed and self._paused_at is None:
             self._transport.resume_reading()
 
-    def data_received(self, data: bytes) -> None:
+    def buffer_updated(self, size: int) -> None:
         if self._session is None and not self.closed:
             # Not before, because connections on which nothing comes should cost little.
             self._session = _native.server_session(self._server.wire_limits, self._server.host, self._loop.time())
-        super().data_received(data)
+        super().buffer_updated(size)
         if self._server.host.over:
             self._server.shed()
 

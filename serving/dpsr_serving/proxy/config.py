@@ -139,7 +139,7 @@ class LimitsConfig:
     """
 
     connections: int = 1024
-    streams: int = 1000
+    streams: int = 128
     header_bytes: int = 8192
     message_bytes: int = 2**25
     connection_bytes: int = 2**25
