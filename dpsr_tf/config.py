@@ -291,6 +291,11 @@ class RankerConfig:
     products: bool = option(
         True, "whether the first layer also reads products of vectors: of query and item, and of history and item"
     )
+    matches: bool = option(
+        True,
+        "whether the first layer also reads how many items of the history have the same value of each feature of kind "
+        "categorical or number",
+    )
     crosses: int = option(0, "number of cross layers beside the ReLU layers (DCN-v2)", 0, 16)
     loss: str = option(
         "pairwise",
@@ -330,12 +335,18 @@ class RankerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ValidationConfig:
-    """Recall on the validation fold of the held-out interactions, at checkpoints. The best checkpoint is kept."""
+    """Recall on the validation fold of the held-out interactions, at checkpoints. The best checkpoint is kept.
+
+    Of a ranker, it is NDCG@10 over the requests with a click.
+    """
 
     queries: int = option(
-        0, "number of queries of the validation fold that are asked. 0 turns validation off", 0, 10_000_000
+        0,
+        "number of queries (for a ranker, of requests) of the validation fold that are asked. 0 turns validation off",
+        0,
+        10_000_000,
     )
-    recall_at: int = option(100, "k of recall@k over all items", 1, 10_000)
+    recall_at: int = option(100, "k of recall@k over all items, for a retrieval model", 1, 10_000)
     every: int = option(1, "number of checkpoints from one measurement to the next", 1)
     patience: int = option(
         0, "training stops after this many measurements in a row without a new best. 0 never stops it", 0

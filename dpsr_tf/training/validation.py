@@ -1,4 +1,7 @@
-"""Measures recall@k at checkpoints, on the validation fold of what the store held out of its log.
+"""Measures checkpoints on the validation fold of what the store held out of its log.
+
+The figure is recall@k of a retrieval model. Of a ranker it is NDCG@10 of the items shown, with gains of 2^outcome - 1,
+over the requests with a click.
 
 It writes into the model directory, beside the checkpoints:
 
@@ -14,18 +17,23 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
+from dpsr_common.errors import CommandError
 from dpsr_common.files import link_or_copy, write_text
 from dpsr_tf.config import Config
-from dpsr_tf.data.store import Store
+from dpsr_tf.data.ranking_features import RankingFeatures
+from dpsr_tf.data.store import Store, unpack_strings
 from dpsr_tf.models.encoders import exact_search
 from dpsr_tf.models.model_directory import ModelDirectory, copy_model
 from dpsr_tf.models.quantizer import Quantizer
+from dpsr_tf.models.ranker_scores import ranker_scores
 
 v1 = tf.compat.v1
 
@@ -34,6 +42,8 @@ _RECORDS = "validation.jsonl"
 _CANDIDATE, _PREVIOUS = ".best.candidate", ".best.previous"
 # Seed of the draw of queries: every training on a store asks the same ones.
 _SEED = 1
+# k of the NDCG@k of rankers.
+_NDCG_AT = 10
 # Seconds between an evaluator's looks at the model directory, and between a trainer's looks at the measurements.
 _POLL = 1.0
 _LOOK = 5.0
@@ -44,11 +54,9 @@ class Validation:
 
     def __init__(self, model: ModelDirectory, store: Store, config: Config):
         """Raises CommandError if the store has no held-out interactions in the validation fold."""
-        # Imported here so that a training without validation loads neither DuckDB nor, below, SciPy.
-        from dpsr_tf.evaluation.judgments import Judgments
-
         self._path, self._store, self._config = model.path, store, config
-        self._judgments = Judgments.of_held_out(store, "validation").sample(config.validation.queries, _SEED)
+        measure = _ranker_measure if config.model.kind == "ranker" else _retrieval_measure
+        self._figures = measure(store, config)
         self._writer: tf.compat.v1.summary.FileWriter | None = None
         # An earlier process may have been killed between the two renames in _measure.
         if not (self._path / BEST).exists() and (self._path / _PREVIOUS).exists():
@@ -84,18 +92,14 @@ class Validation:
                 return
 
     def _measure(self, checkpoint: Path, step: int, records: list[dict[str, Any]], quantized: bool) -> None:
-        from dpsr_tf.evaluation.metrics import ranked_metrics
-
         candidate = self._path / _CANDIDATE
         try:
             self._copy(checkpoint, candidate)
         except FileNotFoundError:  # training has removed this old checkpoint meanwhile
             return
-        k, name = self._config.validation.recall_at, metric(self._config)
-        search = exact_search(candidate, self._store, quantized)
-        ids, scores = search(self._judgments.queries, self._judgments.users, k)
-        recall = float(ranked_metrics(ids, scores, self._judgments, [k])[f"recall@{k}"].mean())
-        record = {"step": step, name: round(recall, 6), "queries": len(self._judgments.queries)}
+        name, figures = metric(self._config), self._figures(candidate, quantized)
+        value = float(figures.mean())
+        record = {"step": step, name: round(value, 6), "queries": len(figures)}
         if quantized:
             record["quantized"] = True
         best = all(record[name] > other[name] for other in records)
@@ -109,9 +113,9 @@ class Validation:
         shutil.rmtree(candidate, ignore_errors=True)
         file = self._path / _RECORDS
         write_text(file, (file.read_text() if file.exists() else "") + json.dumps(record) + "\n")
-        self._summarise(name, recall, step)
+        self._summarise(name, value, step)
         tqdm.write(
-            f"validation step {step:,}: {name} {recall:.4f}{' of quantized items' if quantized else ''}"
+            f"validation step {step:,}: {name} {value:.4f}{' of quantized items' if quantized else ''}"
             f"{', the best so far' if best else ''}"
         )  # above the bar
 
@@ -135,8 +139,58 @@ class Validation:
         self._writer.flush()
 
 
+# Measures the checkpoint of a model directory: a figure for each query or request, float [n].
+Measure = Callable[[Path, bool], np.ndarray]
+
+
+def _retrieval_measure(store: Store, config: Config) -> Measure:
+    # Imported here so that a training without validation loads neither DuckDB nor, below, SciPy.
+    from dpsr_tf.evaluation.judgments import Judgments
+
+    judgments = Judgments.of_held_out(store, "validation").sample(config.validation.queries, _SEED)
+    k = config.validation.recall_at
+
+    def measure(model: Path, quantized: bool) -> np.ndarray:
+        from dpsr_tf.evaluation.metrics import ranked_metrics
+
+        ids, scores = exact_search(model, store, quantized)(judgments.queries, judgments.users, k)
+        return ranked_metrics(ids, scores, judgments, [k])[f"recall@{k}"]
+
+    return measure
+
+
+def _ranker_measure(store: Store, config: Config) -> Measure:
+    from dpsr_tf.evaluation.judgments import fold_of
+    from dpsr_tf.evaluation.ranking_metrics import ndcg
+
+    file = store.held_requests()
+    if file is None:
+        raise CommandError(
+            f"{store.path}: holds no requests out of training, which validation needs; add `held_out` to the section "
+            f"interactions of the schema and ingest the log again, or set validation.queries to 0"
+        )
+    inside = np.array([fold_of(text) == "validation" for text in unpack_strings(file, "query_text")], bool)
+    splits = file["request.splits"]
+    clicks = np.concatenate([[0], np.cumsum(file["shown.outcome"] > 0)])
+    found = np.flatnonzero(inside[file["request.query"]] & (clicks[splits[1:]] > clicks[splits[:-1]]))
+    if not len(found):
+        raise CommandError(
+            f"{store.path}: no request of the validation fold has a click; hold out more and ingest the log again, or "
+            f"set validation.queries to 0"
+        )
+    chosen = np.random.default_rng(_SEED).permutation(found)[: config.validation.queries]
+    shown = RankingFeatures(store).of(file, np.sort(chosen))
+
+    def measure(model: Path, quantized: bool) -> np.ndarray:
+        return ndcg(shown.request, 2.0**shown.outcome - 1, ranker_scores(model, store)(shown), _NDCG_AT)
+
+    return measure
+
+
 def metric(config: Config) -> str:
     """Returns the name of the metric, such as "recall@100"."""
+    if config.model.kind == "ranker":
+        return f"ndcg@{_NDCG_AT}"
     return f"recall@{config.validation.recall_at}"
 
 

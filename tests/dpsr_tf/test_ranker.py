@@ -227,13 +227,24 @@ def test_the_parts_that_a_server_computes_give_the_score(store, model):
         vectors = ranker.item_vectors(inputs.items)
         mine = tf.gather(vectors, inputs.candidates.values)
         items = tf.stack([ranker.item_hidden(mine[i : i + 1], inputs.item_numbers[i : i + 1])[0] for i in range(n)])
-        history = tf.gather(vectors, inputs.history.values)
+        of_items = ranker.item_codes(inputs.items)
+        history, history_codes = (tf.gather(values, inputs.history.values) for values in (vectors, of_items))
         request = ranker.request(
-            inputs.query, inputs.user, history, inputs.history.row_splits, inputs.history_types, inputs.request_numbers
+            inputs.query,
+            inputs.user,
+            history,
+            inputs.history.row_splits,
+            inputs.history_types,
+            inputs.request_numbers,
+            history_codes,
         )
+        codes = tf.gather(of_items, inputs.candidates.values)
         alone = tf.constant([0, 1], tf.int64)
         rows = [slice(i, i + 1) for i in range(n)]
-        one = [ranker.logits(request, mine[row], items[row], alone, inputs.pair_numbers[row])[0] for row in rows]
+        one = [
+            ranker.logits(request, mine[row], items[row], alone, inputs.pair_numbers[row], codes[row])[0]
+            for row in rows
+        ]
         v1.train.Saver().restore(session, directory.last_checkpoint())
         feed = dict(zip(tf.nest.flatten(inputs), tf.nest.flatten(lists), strict=True))
         expected, found = session.run([whole, tf.stack(one)], feed)
