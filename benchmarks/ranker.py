@@ -1,17 +1,26 @@
-"""Ranks the items shown in requests of a generated shop with gradient boosted trees, from the table of `dpsr features`.
+"""Ranks the items shown in requests of a generated shop with DPR, and with gradient boosted trees.
 
     python benchmarks/ranker.py --out=DIR --json
 
 For each seed it generates a shop, ingests it with schema.ranking.yaml, and writes the features of the three folds. Then
 it trains the trees that shops use: XGBoost that predicts orders (as the paper's baseline does), XGBoost with LambdaMART
 (`rank:ndcg`), and LightGBM with LambdaMART. Each is trained with several settings; the setting and the number of trees
-with the highest session AUC on the validation fold are measured on the test fold. All settings tried are rows of the
-result. No model reads the position.
+with the highest session AUC on the validation fold are measured on the test fold.
+
+`dpr` is the ranker of `dpsr train` (configs/ranker.yaml with the settings of DPR below). It reads the numbers of the
+same table and, beside them, texts, features and histories. `dpr numbers` is the same ranker with the numbers alone. The
+checkpoint with the highest session AUC on the validation fold is measured on the test fold.
+
+All settings tried are rows of the result. No model reads the position.
 
 `session_auc` is the mean AUC of orders over the requests with an order; `ndcg5` has gains of 2^outcome - 1, over the
 requests with a click. Bars are means over the seeds, of XGBoost those of the objective with the higher session AUC on
 the validation fold. Beside the trees stand the order in which the shop has shown the items, BM25 of the title, and the
-click-through rate of 30 days.
+click-through rate of 30 days. Rows of `dpr - IMPL` are differences on the same requests, with paired bootstrap
+intervals.
+
+--parts adds what other files of this folder measure: judged lists (ranker_judged_lists.py), speed (ranker_speed.py),
+and position bias (ranker_position.py). By default all parts run.
 """
 
 from __future__ import annotations
@@ -19,6 +28,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import shutil
 import statistics
 import tempfile
@@ -35,17 +45,23 @@ import xgboost
 from absl import app, flags
 from tqdm import tqdm
 
+from dpsr_tf.config import CONFIGS
 from dpsr_tf.data.ingest import ingest
+from dpsr_tf.data.ranking_features import RankingFeatures
 from dpsr_tf.data.request_log import OUTCOMES
 from dpsr_tf.data.schema import load_schema
 from dpsr_tf.data.store import Store, new_directory
 from dpsr_tf.evaluation import metrics
-from dpsr_tf.evaluation.features import METADATA, TRAIN, write_features
+from dpsr_tf.evaluation.features import METADATA, TRAIN, request_batches, write_features
 from dpsr_tf.evaluation.ranking_metrics import ndcg, session_auc
+from dpsr_tf.models.ranker_scores import ranker_scores
 from dpsr_tf.shop.generate import generate
 from dpsr_tf.shop.parameters import Parameters
+from dpsr_tf.training.train import config_from_flags, train
 
 FOLDS = (TRAIN, "validation", "test")
+PARTS = ("shop", "judged_lists", "speed", "position")
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SAMPLES = 1000
 
 
@@ -59,9 +75,10 @@ class Fold:
     features: np.ndarray  # float32 [rows, features], NaN is missing
     names: list[str]
     codes: list[str]  # those of `names` that are categorical
+    name: str = ""
 
     @staticmethod
-    def read(path: Path) -> Fold:
+    def read(path: Path, name: str = "") -> Fold:
         """Reads a table that `dpsr features` has written."""
         table = pyarrow.parquet.read_table(path)
         names = json.loads(table.schema.metadata[METADATA])
@@ -70,12 +87,20 @@ class Fold:
         for place, name in enumerate(columns):
             features[:, place] = table[name].to_numpy()
         request, outcome, position = (table[name].to_numpy() for name in ("request", "outcome", "position"))
-        return Fold(request, outcome, position, features, columns, names["codes"])
+        return Fold(request, outcome, position, features, columns, names["codes"], name)
 
     @property
     def lengths(self) -> np.ndarray:
         """The number of rows of each request."""
         return np.unique(self.request, return_counts=True)[1]
+
+    def with_preference(self) -> Fold:
+        """Returns the requests whose items differ in their outcomes. LambdaMART learns from no others."""
+        begins = np.flatnonzero(np.diff(self.request, prepend=-1))
+        differs = np.maximum.reduceat(self.outcome, begins) > np.minimum.reduceat(self.outcome, begins)
+        rows = np.repeat(differs, np.diff(np.append(begins, len(self.request))))
+        arrays = {name: getattr(self, name)[rows] for name in ("request", "outcome", "position", "features")}
+        return dataclasses.replace(self, **arrays)
 
     def column(self, name: str) -> np.ndarray:
         """Returns a feature; missing values are the lowest."""
@@ -98,10 +123,23 @@ class Found:
     predict: Callable[[Fold], np.ndarray]
 
 
+# Scores a fold by some number of trees, or by the checkpoint of a step.
+Predict = Callable[[Fold, int], np.ndarray]
+
+# The rankers: overrides of configs/ranker.yaml. They were chosen on the validation fold of seed 1.
+DPR: Mapping[str, Mapping[str, Any]] = {
+    "dpr": {},
+    "dpr numbers": {
+        "ranker.texts": False, "ranker.products": False, "model.item_features": [], "model.user_features": [],
+        "model.history_length": 0,
+    },
+}  # fmt: skip
+STEPS, CHECKPOINTS = 1500, 3
+
 # Settings that are tried: depth or leaves, and the weight or number of rows of a leaf.
 GRID: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
-    "xgboost": {"max_depth": (3, 5), "min_child_weight": (1, 20)},
-    "lightgbm": {"num_leaves": (7, 31), "min_data_in_leaf": (20, 200)},
+    "xgboost": {"max_depth": (3, 5), "min_child_weight": (20,)},
+    "lightgbm": {"num_leaves": (7, 31), "min_data_in_leaf": (200,)},
 }
 FULL_GRID: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "xgboost": {"max_depth": (3, 4, 6, 8), "min_child_weight": (1, 20, 100), "eta": (0.05, 0.1)},
@@ -117,7 +155,7 @@ def settings(grid: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
 
 def xgboost_models(
     objective: str, folds: Mapping[str, Fold], grid: Mapping[str, tuple[Any, ...]], trees: int, seed: int
-) -> Iterator[tuple[dict[str, Any], Callable[[Fold, int], np.ndarray]]]:
+) -> Iterator[tuple[dict[str, Any], Predict]]:
     """Yields each setting with a function from a fold and a number of trees to scores."""
     ordered = objective.startswith("binary")
 
@@ -129,7 +167,7 @@ def xgboost_models(
             ref=reference,
         )  # fmt: skip
 
-    train = matrix(folds[TRAIN])
+    train = matrix(folds[TRAIN] if ordered else folds[TRAIN].with_preference())
     matrices = {id(fold): matrix(fold, train) for name, fold in folds.items() if name != TRAIN}
     for setting in settings(grid):
         parameters = {"objective": objective, "tree_method": "hist", "eta": 0.1, "seed": seed, **setting}
@@ -142,9 +180,9 @@ def xgboost_models(
 
 def lightgbm_models(
     folds: Mapping[str, Fold], grid: Mapping[str, tuple[Any, ...]], trees: int, seed: int
-) -> Iterator[tuple[dict[str, Any], Callable[[Fold, int], np.ndarray]]]:
+) -> Iterator[tuple[dict[str, Any], Predict]]:
     """Yields each setting with a function from a fold and a number of trees to scores."""
-    train = folds[TRAIN]
+    train = folds[TRAIN].with_preference()
     codes = [train.names.index(name) for name in train.codes]
     for setting in settings(grid):
         data = lightgbm.Dataset(
@@ -159,19 +197,20 @@ def lightgbm_models(
 
 
 def best_of(
-    models: Iterator[tuple[dict[str, Any], Callable[[Fold, int], np.ndarray]]],
+    models: Iterator[tuple[dict[str, Any], Predict]],
     impl: str,
     workload: str,
     validation: Fold,
     steps: list[int],
     result: report.Report,
+    counted: str = "trees",
 ) -> Found:
-    """Measures every setting on the validation fold, and returns the best one."""
+    """Measures every setting on the validation fold, and returns the best one; `counted` names `steps`."""
     best = None
     for setting, predict in tqdm(models, desc=f"{workload}, {impl}", unit=" settings"):
         for trees in steps:
             value = float(validation.figures(predict(validation, trees))["session_auc"].mean())
-            text = " ".join(f"{name}={value}" for name, value in (setting | {"trees": trees}).items())
+            text = " ".join(f"{name}={value}" for name, value in (setting | {counted: trees}).items())
             result.add(impl, workload, "validation_session_auc", value, "", note=text, setting=text)
             if best is None or value > best.validation:
                 best = Found(text, value, lambda fold, predict=predict, trees=trees: predict(fold, trees))
@@ -179,8 +218,27 @@ def best_of(
     return best
 
 
-def folds_of(seed: int, folder: Path, values: flags.FlagValues) -> dict[str, Fold]:
-    """Generates a shop, and returns the features of its folds."""
+def dpr_models(impl: str, store: Path, folder: Path, seed: int) -> Iterator[tuple[dict[str, Any], Predict]]:
+    """Trains a ranker, and yields its only setting with a function from a fold and a number of steps to scores."""
+    assignments = {"train.steps": STEPS, "train.checkpoint_steps": STEPS // CHECKPOINTS, "train.seed": seed}
+    values = [f"{name}={json.dumps(value)}" for name, value in (assignments | dict(DPR[impl])).items()]
+    config, opened = config_from_flags(str(CONFIGS / "ranker.yaml"), values), Store(store)
+    model = folder / f"{impl.replace(' ', '-')}-{seed}"
+    train(opened, config, model)
+    features = RankingFeatures(opened)
+
+    def predict(fold: Fold, steps: int) -> np.ndarray:
+        scores = ranker_scores(model, opened, f"model.ckpt-{steps}")
+        # The rows of the fold's table, in the same order.
+        return np.concatenate(
+            [scores(features.of(file, chosen)) for _, file, chosen in request_batches(opened, fold.name)]
+        )
+
+    yield {}, predict
+
+
+def folds_of(seed: int, folder: Path, values: flags.FlagValues) -> tuple[dict[str, Fold], Path]:
+    """Generates a shop, and returns the features of its folds and its store."""
     parameters = Parameters(seed=seed, items=values.items, users=values.users, interactions=values.interactions)
     shop, store = folder / f"shop-{seed}", folder / f"store-{seed}"
     if not (store / "manifest.json").exists():
@@ -193,14 +251,16 @@ def folds_of(seed: int, folder: Path, values: flags.FlagValues) -> dict[str, Fol
         path = folder / f"{fold}-{seed}.parquet"
         if not path.exists():
             write_features(Store(store), path, fold)
-        found[fold] = Fold.read(path)
-    return found
+        found[fold] = Fold.read(path, fold)
+    return found, store
 
 
-def measure(seed: int, folds: Mapping[str, Fold], values: flags.FlagValues, result: report.Report) -> None:
+def measure(
+    seed: int, folds: Mapping[str, Fold], store: Path, folder: Path, values: flags.FlagValues, result: report.Report
+) -> None:
     """Trains all models of a seed, and adds their figures to the result."""
     grid = FULL_GRID if values.full else GRID
-    trees = 500 if values.full else 150
+    trees = 500 if values.full else 120
     steps = [trees // 8, trees // 4, trees // 2, trees]
     workload, test, validation = f"shop {seed}", folds["test"], folds["validation"]
     orders = int((test.outcome == OUTCOMES.index("order")).sum())
@@ -220,6 +280,13 @@ def measure(seed: int, folds: Mapping[str, Fold], values: flags.FlagValues, resu
         found[impl] = best_of(models, impl, workload, validation, steps, result)
         result.add(impl, workload, "search_seconds", time.monotonic() - start, "s")
         scores[impl] = found[impl].predict(test)
+    for impl in DPR:
+        start = time.monotonic()
+        checkpoints = [STEPS * (i + 1) // CHECKPOINTS for i in range(CHECKPOINTS)]
+        models = dpr_models(impl, store, folder, seed)
+        found[impl] = best_of(models, impl, workload, validation, checkpoints, result, "steps")
+        result.add(impl, workload, "search_seconds", time.monotonic() - start, "s")
+        scores[impl] = found[impl].predict(test)
     for impl, score in scores.items():
         for metric, figures in test.figures(score).items():
             samples = metrics.bootstrap_means(figures[:, None], SAMPLES, values.seed)
@@ -229,11 +296,37 @@ def measure(seed: int, folds: Mapping[str, Fold], values: flags.FlagValues, resu
             if impl in found:
                 note, more = f"{note}; {found[impl].setting}", more | {"setting": found[impl].setting}
             result.add(impl, workload, metric, float(figures.mean()), "", note=note, **more)
+    figures = {impl: test.figures(scores[impl]) for impl in found}
+    for impl in figures:
+        for metric in figures[impl] if impl != "dpr" else ():
+            difference = figures["dpr"][metric] - figures[impl][metric]
+            samples = metrics.bootstrap_means(difference[:, None], SAMPLES, values.seed)
+            low, high = metrics.interval(samples[:, 0]) or (0.0, 0.0)
+            note = f"95 % interval {low:+.3f} to {high:+.3f}"
+            more = {"interval": [low, high], "requests": len(difference)}
+            result.add(f"dpr - {impl}", workload, metric, float(difference.mean()), "", note=note, **more)
     objective = max(("xgboost orders", "xgboost lambdamart"), key=lambda impl: found[impl].validation)
     result.add("xgboost", workload, "best_objective", found[objective].validation, "", note=objective)
     for metric in ("session_auc", "ndcg5"):
         value = result.value(objective, workload, metric)
         result.add("xgboost", workload, metric, value, "", note=objective)
+
+
+def run_parts(values: flags.FlagValues, folder: Path, seeds: list[int], result: report.Report) -> None:
+    """Runs the parts that other files measure."""
+    if "judged_lists" in values.parts:
+        import ranker_judged_lists
+
+        data = Path(values.data or os.environ.get("DPSR_DATA") or DATA)
+        ranker_judged_lists.measure(result, data, folder, values.seed, values.full)
+    if "speed" in values.parts:
+        import ranker_speed
+
+        ranker_speed.measure(result, folder, values.seed, values.full)
+    if "position" in values.parts:
+        import ranker_position
+
+        ranker_position.measure(result, folder, seeds, values.full)
 
 
 def main(arguments: list[str]) -> None:
@@ -242,28 +335,32 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected argument {arguments[1]!r}")
     result = report.Report("ranker", values.seed, report.hardware("numpy", "xgboost-cpu", "xgboost", "lightgbm"))
-    seeds = [values.seed + i for i in range(values.seeds or (3 if values.full else 1))]
+    seeds = [values.seed + i for i in range(values.seeds)]
     folder = Path(values.out or tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        for seed in seeds:
-            measure(seed, folds_of(seed, folder, values), values, result)
+        for seed in seeds if "shop" in values.parts else ():
+            folds, store = folds_of(seed, folder, values)
+            measure(seed, folds, store, folder, values, result)
+        run_parts(values, folder, seeds, result)
     finally:
         if not values.out:
             shutil.rmtree(folder)
-    for metric, name in (("session_auc", "session_auc"), ("ndcg5", "ndcg5")):
-        for bar, impl in (("xgboost", "xgboost"), ("lightgbm", "lightgbm lambdamart")):
-            result.bars[f"{name}_{bar}"] = statistics.fmean(result.value(impl, f"shop {s}", metric) for s in seeds)
+    for metric in ("session_auc", "ndcg5") if "shop" in values.parts else ():
+        for bar, impl in (("dpr", "dpr"), ("xgboost", "xgboost"), ("lightgbm", "lightgbm lambdamart")):
+            result.bars[f"{metric}_{bar}"] = statistics.fmean(result.value(impl, f"shop {s}", metric) for s in seeds)
     result.print(values.json)
 
 
 if __name__ == "__main__":
     flags.DEFINE_integer("seed", 1, "seed of the first shop, of the models and of the bootstrap samples")
-    flags.DEFINE_integer("seeds", None, "number of shops; default: 1, with --full 3")
+    flags.DEFINE_integer("seeds", 3, "number of shops")
+    flags.DEFINE_list("parts", PARTS, f"what is measured, some of {', '.join(PARTS)}")
+    flags.DEFINE_string("data", None, "folder of the judged catalogues; default: $DPSR_DATA, else ../shared/data")
     flags.DEFINE_integer("items", 3_000, "items of a shop")
     flags.DEFINE_integer("users", 1_000, "users of a shop")
     flags.DEFINE_integer("interactions", 60_000, "clicks of a shop")
     flags.DEFINE_string("out", None, "folder that keeps shops, stores and features, and reads those that it has")
-    flags.DEFINE_boolean("full", False, "a larger grid, more trees and three shops")
+    flags.DEFINE_boolean("full", False, "a larger grid and more trees; all figures of the other parts")
     flags.DEFINE_boolean("json", False, "prints the results as one JSON object on the last line")
     app.run(main)

@@ -287,6 +287,7 @@ class TrainConfig:
 class RankerConfig:
     """What only a ranker has (docs/ranking.md). Its sections `model` and `train` are those of a retrieval model."""
 
+    texts: bool = option(True, "whether the ranker reads the words of queries and items")
     numbers: bool = option(True, "whether the ranker reads the numbers that `dpsr features` writes, as past clicks are")
     products: bool = option(
         True, "whether the first layer also reads products of vectors: of query and item, and of history and item"
@@ -328,6 +329,8 @@ class RankerConfig:
         """Returns what is wrong with values that are allowed one by one but not together."""
         if len(self.gains) != 4:
             return f"gains has {len(self.gains)} numbers, expected 4: of unclicked, click, cart and order"
+        if not self.texts and not self.numbers:
+            return "texts and numbers are both off, expected at least one of them"
         if list(self.gains) != sorted(self.gains) or self.gains[0] == self.gains[-1]:
             return f"gains is {list(self.gains)}, expected numbers that rise from unclicked to order"
         return None

@@ -91,7 +91,7 @@ def write_features(store: Store, out: Path, fold: str = TRAIN, model: str | None
     try:
         with replaced(out) as temporary:
             with pyarrow.parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
-                for first, file, chosen in tqdm(_batches(store, fold), desc="write features", unit=" batches"):
+                for first, file, chosen in tqdm(request_batches(store, fold), desc="write features", unit=" batches"):
                     shown = features.of(file, chosen)
                     table = _table(store, score(shown) if score else shown, first + chosen, schema)
                     writer.write_table(table)
@@ -107,7 +107,7 @@ def write_features(store: Store, out: Path, fold: str = TRAIN, model: str | None
     return requests, rows
 
 
-def _batches(store: Store, fold: str) -> Iterator[tuple[int, PackedFile, np.ndarray]]:
+def request_batches(store: Store, fold: str) -> Iterator[tuple[int, PackedFile, np.ndarray]]:
     """Yields batches: the number of the file's first request, the file, and rows of its requests."""
     held = store.held_requests()
     files = store.requests() if fold == TRAIN else [held] if held is not None else []

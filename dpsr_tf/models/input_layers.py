@@ -53,15 +53,19 @@ class InputLayers:
         table: TableFactory = stock_table,
         layers: Layers = STOCK,
         training: bool = False,
+        reads_text: bool = True,
     ):
-        """Makes the tables and the text encoder that the config names; see TwoTower."""
+        """Makes the tables and the text encoder that the config names; see TwoTower.
+
+        `reads_text` is whether there is a table for the text of queries and items.
+        """
         self.config = config
         self.features = FeatureSpec(features) if isinstance(features, int) else features
         self.tables: dict[str, Table] = {}
         self.kernels, self._make_table, self._training = layers, table, training
         texts: list[tuple[str, str | None]] = []
         for side, chosen in (("user", self.features.user), ("item", self.features.item)):
-            for text in (None, *(feature for feature in chosen if feature.kind == "text")):
+            for text in (*((None,) if reads_text else ()), *(f for f in chosen if f.kind == "text")):
                 self._text_table(side, text)
                 texts.append((_TOWERS[side], None if text is None else text.name))
             coded = sum(feature.num_ids for feature in chosen if feature.kind in CODED_KINDS)

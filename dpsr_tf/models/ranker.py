@@ -43,7 +43,7 @@ class Request(NamedTuple):
 
     inputs: tf.Tensor  # [b, width], all of the following layers' inputs that depend on query and user
     hidden: tf.Tensor  # [b, l], part of the first layer before its ReLU
-    text: tf.Tensor  # [b, k]
+    text: tf.Tensor  # [b, k]; [b, 0] without texts
     wanted: tf.Tensor  # [b, k], is multiplied with `Ranker.offered` of an item
     pooled: tf.Tensor | None  # [b, w], mean vector of the history's items, zero without history; None if there is none
     events: tf.Tensor | None  # [b, H, w], vectors of the history's items, padded with zeros; None without attention
@@ -84,7 +84,7 @@ class Ranker(InputLayers):
             layers: models.layers.STOCK or, for training, FUSED.
             training: whether there is dropout.
         """
-        super().__init__(config.model, features, table, layers, training)
+        super().__init__(config.model, features, table, layers, training, config.ranker.texts)
         self.ranker = config.ranker
         self._fixed = [feature for feature in features.item if feature.kind in FIXED_KINDS]
         self._dropout = config.ranker.dropout if training else 0.0
@@ -128,7 +128,10 @@ class Ranker(InputLayers):
 
     def item_vectors(self, items: ItemFeatures) -> tf.Tensor:
         """Returns the vector of each item, [u, w]: its text and its features, one after another."""
-        return self.item_vector(items)
+        if self.ranker.texts:
+            return self.item_vector(items)
+        vectors = self.feature_vectors("item", self.features.item, items.features)
+        return tf.concat([tf.zeros([tf.size(items.text.row_splits) - 1, 0]), *vectors], 1)
 
     def item_hidden(self, vectors: tf.Tensor, numbers: tf.Tensor) -> tf.Tensor:
         """Returns the items' part of the first layer before its ReLU: [n, w] and [n, numbers of kind item] to [n, l].
@@ -166,7 +169,7 @@ class Ranker(InputLayers):
             numbers: [b, numbers of kind request], NaN where there is none.
             codes: `item_codes` of the items of all events, int32 [h, f]; needed if `has_matches`.
         """
-        text = self.encode("user", query)
+        text = self.encode("user", query) if self.ranker.texts else tf.zeros([tf.size(query.row_splits) - 1, 0])
         inputs = [text, *self.feature_vectors("user", self.features.user, user), *self._scaled("request", numbers)]
         pooled = events = keys = lengths = None
         if history is not None:
@@ -252,10 +255,11 @@ class Ranker(InputLayers):
     ) -> tf.Tensor | None:
         """Returns what the first layer reads of each pair, [n, width]; `of_item` is the request of each item."""
         inputs = list(self._scaled("pair", numbers))
-        if self.ranker.products:
+        if self.ranker.products and vectors.shape[1]:
             inputs.append(tf.gather(request.wanted, of_item) * self.offered(vectors))
-            text = vectors[:, : self.config.token_dim]
-            inputs.append(tf.reduce_sum(text * tf.gather(request.text, of_item), axis=1, keepdims=True))
+            if self.ranker.texts:
+                text = vectors[:, : self.config.token_dim]
+                inputs.append(tf.reduce_sum(text * tf.gather(request.text, of_item), axis=1, keepdims=True))
             if request.pooled is not None:
                 inputs.append(self._by_field(vectors * tf.gather(request.pooled, of_item)))
         if request.events is not None:
@@ -315,7 +319,8 @@ class Ranker(InputLayers):
 
     def _by_field(self, products: tf.Tensor) -> tf.Tensor:
         """Sums products of items' vectors [n, w] over each of their parts: text and each feature, [n, fields]."""
-        widths = [self.config.token_dim, *[self.config.feature_dim] * len(self._fixed)]
+        texts = [self.config.token_dim] if self.ranker.texts else []
+        widths = [*texts, *[self.config.feature_dim] * len(self._fixed)]
         rest = int(products.shape[1]) - sum(widths)
         parts = tf.split(products, [*widths, rest] if rest else widths, axis=1)
         return tf.stack([tf.reduce_sum(part, axis=1) for part in parts], axis=1)
