@@ -75,11 +75,11 @@ class Fold:
     features: np.ndarray  # float32 [rows, features], NaN is missing
     names: list[str]
     codes: list[str]  # those of `names` that are categorical
-    name: str = ""
+    fold: str  # one of FOLDS
 
     @staticmethod
-    def read(path: Path, name: str = "") -> Fold:
-        """Reads a table that `dpsr features` has written."""
+    def read(path: Path, fold: str) -> Fold:
+        """Reads the table of a fold that `dpsr features` has written."""
         table = pyarrow.parquet.read_table(path)
         names = json.loads(table.schema.metadata[METADATA])
         columns = [*names["numbers"], *names["codes"]]
@@ -87,7 +87,7 @@ class Fold:
         for place, name in enumerate(columns):
             features[:, place] = table[name].to_numpy()
         request, outcome, position = (table[name].to_numpy() for name in ("request", "outcome", "position"))
-        return Fold(request, outcome, position, features, columns, names["codes"], name)
+        return Fold(request, outcome, position, features, columns, names["codes"], fold)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -134,7 +134,7 @@ DPR: Mapping[str, Mapping[str, Any]] = {
         "model.history_length": 0,
     },
 }  # fmt: skip
-STEPS, CHECKPOINTS = 1500, 3
+CHECKPOINTS = 3
 
 # Settings that are tried: depth or leaves, and the weight or number of rows of a leaf.
 GRID: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
@@ -218,20 +218,20 @@ def best_of(
     return best
 
 
-def dpr_models(impl: str, store: Path, folder: Path, seed: int) -> Iterator[tuple[dict[str, Any], Predict]]:
+def dpr_models(impl: str, steps: int, store: Path, folder: Path, seed: int) -> Iterator[tuple[dict[str, Any], Predict]]:
     """Trains a ranker, and yields its only setting with a function from a fold and a number of steps to scores."""
-    assignments = {"train.steps": STEPS, "train.checkpoint_steps": STEPS // CHECKPOINTS, "train.seed": seed}
+    assignments = {"train.steps": steps, "train.checkpoint_steps": steps // CHECKPOINTS, "train.seed": seed}
     values = [f"{name}={json.dumps(value)}" for name, value in (assignments | dict(DPR[impl])).items()]
     config, opened = config_from_flags(str(CONFIGS / "ranker.yaml"), values), Store(store)
     model = folder / f"{impl.replace(' ', '-')}-{seed}"
     train(opened, config, model)
     features = RankingFeatures(opened)
 
-    def predict(fold: Fold, steps: int) -> np.ndarray:
-        scores = ranker_scores(model, opened, f"model.ckpt-{steps}")
+    def predict(fold: Fold, step: int) -> np.ndarray:
+        scores = ranker_scores(model, opened, f"model.ckpt-{step}")
         # The rows of the fold's table, in the same order.
         return np.concatenate(
-            [scores(features.of(file, chosen)) for _, file, chosen in request_batches(opened, fold.name)]
+            [scores(features.of(file, chosen)) for _, file, chosen in request_batches(opened, fold.fold)]
         )
 
     yield {}, predict
@@ -282,8 +282,8 @@ def measure(
         scores[impl] = found[impl].predict(test)
     for impl in DPR:
         start = time.monotonic()
-        checkpoints = [STEPS * (i + 1) // CHECKPOINTS for i in range(CHECKPOINTS)]
-        models = dpr_models(impl, store, folder, seed)
+        checkpoints = [values.steps * (i + 1) // CHECKPOINTS for i in range(CHECKPOINTS)]
+        models = dpr_models(impl, values.steps, store, folder, seed)
         found[impl] = best_of(models, impl, workload, validation, checkpoints, result, "steps")
         result.add(impl, workload, "search_seconds", time.monotonic() - start, "s")
         scores[impl] = found[impl].predict(test)
@@ -355,11 +355,12 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_integer("seed", 1, "seed of the first shop, of the models and of the bootstrap samples")
     flags.DEFINE_integer("seeds", 3, "number of shops")
-    flags.DEFINE_list("parts", PARTS, f"what is measured, some of {', '.join(PARTS)}")
+    flags.DEFINE_multi_enum("parts", PARTS, PARTS, "what is measured; give the flag once for each part")
     flags.DEFINE_string("data", None, "folder of the judged catalogues; default: $DPSR_DATA, else ../shared/data")
     flags.DEFINE_integer("items", 3_000, "items of a shop")
     flags.DEFINE_integer("users", 1_000, "users of a shop")
     flags.DEFINE_integer("interactions", 60_000, "clicks of a shop")
+    flags.DEFINE_integer("steps", 1_500, "training steps of the rankers, a multiple of 3", lower_bound=3)
     flags.DEFINE_string("out", None, "folder that keeps shops, stores and features, and reads those that it has")
     flags.DEFINE_boolean("full", False, "a larger grid and more trees; all figures of the other parts")
     flags.DEFINE_boolean("json", False, "prints the results as one JSON object on the last line")

@@ -68,7 +68,7 @@ class WarmStart:
             CommandError: there is no model or no trained checkpoint.
             UsageError: its embeddings have another width.
         """
-        model = ModelDirectory.open(path)
+        model = ModelDirectory.open(path, "retrieval")
         CodeBook.read(model.path)  # fails here, before anything is written
         for key in ("token_dim", "feature_dim"):
             was, now = getattr(model.config.model, key), getattr(config.model, key)

@@ -17,7 +17,8 @@ BARS = [f"{metric}_{impl}" for metric in ("session_auc", "ndcg5") for impl in ("
 def test_the_command(tmp_path):
     pytest.importorskip("xgboost")
     pytest.importorskip("lightgbm")
-    small = ["--items=300", "--users=60", "--interactions=6000", "--seeds=1", "--parts=shop", f"--out={tmp_path}", "--json"]
+    small = ["--items=300", "--users=60", "--interactions=6000", "--seeds=1", "--steps=60", "--parts=shop"]
+    small += [f"--out={tmp_path}", "--json"]
     run = subprocess.run([sys.executable, SCRIPT, *small], capture_output=True, text=True, check=True)
     found = json.loads(run.stdout.splitlines()[-1])
     assert sorted(found["bars"]) == sorted(BARS)
