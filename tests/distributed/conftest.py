@@ -23,12 +23,13 @@ from dpsr_tf.data.store import Store
 
 @pytest.fixture(scope="session")
 def shop_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """A small generated shop that holds out 15 % of its queries; it must not be changed."""
+    """A small generated shop with requests that holds out 15 % of its queries; it must not be changed."""
     path = tmp_path_factory.mktemp("shop")
     sizes = ["--items=2000", "--users=500", "--interactions=20000"]
     assert command_line.main(["generate", f"--out={path / 'log'}", *sizes]) == 0
     schema = yaml.safe_load((path / "log" / "schema.yaml").read_text())
     schema["interactions"]["held_out"] = {"query_share": 0.15}
+    schema["ranking"] = {}
     (path / "log" / "schema.yaml").write_text(yaml.safe_dump(schema))
     assert command_line.main(["ingest", f"--schema={path / 'log' / 'schema.yaml'}", f"--out={path / 'store'}"]) == 0
     return Store(path / "store")

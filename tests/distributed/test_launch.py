@@ -14,7 +14,9 @@ import pytest
 import tensorflow as tf
 
 from dpsr_tf.config import Config
+from dpsr_tf.data.ranking_features import RankingFeatures
 from dpsr_tf.models.encoders import exact_search
+from dpsr_tf.models.ranker_scores import ranker_scores
 from dpsr_tf.training.train import config_from_flags, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -298,3 +300,24 @@ def test_recall_is_that_of_local_training(launch, shop_store, tmp_path):
     print(f"recall@10 {recalls}, difference {difference:+.4f}, pooled standard deviation {pooled:.4f}")
     assert abs(difference) < 2 * pooled, recalls
     assert min(recalls["local"]) > 0.3, "chance is 0.005"
+
+
+def test_a_cluster_goes_on_with_a_ranker(launch, shop_store, tmp_path):
+    """A ranker that was trained alone is trained on by chief, worker and parameter servers."""
+    model = tmp_path / "ranker"
+    options = ["model.kind=ranker", "model.hidden=[16]", "model.token_dim=8", "model.history_length=8"]
+    options += ["train.batch_size=16", "train.checkpoint_steps=8", "cluster.placement=rows"]
+    train(shop_store, config_from_flags(None, [*options, "train.steps=8"]), model)
+    begun = weights(model)
+    flags = [f"--set={option}" for option in (*options, "train.steps=40")]
+    cluster = launch("--ps=2", "--workers=2", f"--store={shop_store.path}", f"--out={model}", *flags)
+    assert cluster.end() == 0, cluster.text()
+    assert cluster.starts_of("chief 0") == [8], cluster.text()
+    final = weights(model)
+    assert 40 <= final["global_step"] <= 42, "each worker may be one step ahead"
+    assert begun.keys() == final.keys()
+    assert all(np.isfinite(value).all() for value in final.values())
+    assert np.abs(final["ranker/logit/kernel"] - begun["ranker/logit/kernel"]).max() > 0
+    score = ranker_scores(model, shop_store)
+    shown = RankingFeatures(shop_store).of(shop_store.held_requests(), np.arange(5))
+    assert np.isfinite(score(shown)).all()

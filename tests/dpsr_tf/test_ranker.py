@@ -16,7 +16,8 @@ from dpsr_tf.data.ranking_batches import RankingBatches
 from dpsr_tf.data.ranking_features import RankingFeatures
 from dpsr_tf.data.request_log import OUTCOMES
 from dpsr_tf.data.store import Store
-from dpsr_tf.evaluation.ranking_metrics import session_auc
+from dpsr_tf.evaluation.judgments import fold_of
+from dpsr_tf.evaluation.ranking_metrics import ndcg, session_auc
 from dpsr_tf.models.encoders import item_embeddings, placeholder
 from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.models.ranker import Ranker
@@ -53,7 +54,7 @@ SMALL = {
         "history_length": 8,
     },
     "train": {
-        "steps": 150, "batch_size": 32, "learning_rate": 0.1, "dense_optimizer": "adam", "dense_learning_rate": 0.01,
+        "steps": 120, "batch_size": 32, "learning_rate": 0.1, "dense_optimizer": "adam", "dense_learning_rate": 0.01,
         "checkpoint_steps": 100,
     },
 }  # fmt: skip
@@ -163,7 +164,7 @@ def test_it_learns_what_only_texts_only_numbers_or_only_histories_tell(store, mo
 
 def test_without_numbers_and_histories_only_texts_tell(store, tmp_path):
     path = tmp_path / "texts"
-    train(store, _config(ranker__numbers=False, model__history_length=0), path)
+    train(store, _config(train__steps=60, ranker__numbers=False, model__history_length=0), path)
     found = _auc_by_kind(store, path)
     assert found["text"] > 0.9 and found["number"] == 0.5
     assert 0.3 < found["history"] < 0.7
@@ -172,23 +173,44 @@ def test_without_numbers_and_histories_only_texts_tell(store, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"ranker__loss": "listwise", "model__history_pooling": "sum"},
-        {"ranker__crosses": 2, "ranker__products": False, "train__average_decay": 0.9},
-        {"ranker__position": True, "ranker__dropout": 0.1, "model__user_features": ["gender"]},
+        {"ranker__loss": "listwise", "model__history_pooling": "sum", "ranker__crosses": 2, "ranker__products": False},
+        {"ranker__position": True, "ranker__propensity_weights": True, "ranker__dropout": 0.1,
+         "ranker__matches": False, "model__user_features": ["gender"], "validation__queries": 50},
     ],
-)
+)  # fmt: skip
 def test_options_train_and_score(store, tmp_path, changes):
-    train(store, _config(train__steps=5, **changes), tmp_path / "model")
+    train(store, _config(train__steps=4, train__checkpoint_steps=2, **changes), tmp_path / "model")
     shown = _held(store)
     scores = ranker_scores(tmp_path / "model", store)(shown)
     assert scores.dtype == np.float32 and np.isfinite(scores).all() and scores.std() > 0
+    if "validation__queries" not in changes:
+        return
+    # The best checkpoint is measured on requests with a click of the validation fold.
+    lines = [json.loads(line) for line in (tmp_path / "model" / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    best = max(lines, key=lambda line: line["ndcg@10"])
+    found = ranker_scores(tmp_path / "model" / "best", store)(shown)
+    inside = np.array([fold_of(query) == "validation" for query in shown.queries])[shown.request]
+    figures = ndcg(shown.request[inside], 2.0 ** shown.outcome[inside] - 1, found[inside], 10)
+    assert best["queries"] == min(50, len(figures))
+    if len(figures) <= 50:
+        assert best["ndcg@10"] == pytest.approx(figures.mean(), abs=1e-5)
 
 
-def test_a_resumed_training_is_the_same_training(store, tmp_path):
+def test_a_resumed_training_is_the_same_training(store, tmp_path, capsys):
     config = _config(train__steps=12, train__checkpoint_steps=6, train__average_decay=0.9)
     train(store, config, tmp_path / "whole")
+    out = capsys.readouterr().out
+    assert "of 889 requests for training have an item that is preferred to another" in out
+    # Numbers that say nothing are named.
+    assert "which say nothing: " in out and "number_match has no value" in out and "item.1.order" not in out
+    read = {number.name for number in ModelDirectory.open(tmp_path / "whole").features.numbers}
+    assert "item.price" in read and "number_match" not in read
+
     train(store, _config(train__steps=6, train__checkpoint_steps=6, train__average_decay=0.9), tmp_path / "parts")
+    capsys.readouterr()
     train(store, config, tmp_path / "parts")
+    assert "which say nothing" not in capsys.readouterr().out
     whole, parts = (tf.train.load_checkpoint(tf.train.latest_checkpoint(str(tmp_path / n))) for n in ("whole", "parts"))
     names = whole.get_variable_to_shape_map()
     assert names.keys() == parts.get_variable_to_shape_map().keys() and "ranker/hidden_0/item_kernel" in names
@@ -315,18 +337,6 @@ def test_requests_without_a_preference_are_left_out(store):
 # Bad input.
 
 
-def test_numbers_that_say_nothing_are_reported(store, tmp_path, capsys):
-    train(store, _config(train__steps=1), tmp_path / "model")
-    out = capsys.readouterr().out
-    assert "of 889 requests for training have an item that is preferred to another" in out
-    assert "which say nothing: " in out and "number_match has no value" in out and "item.1.cart" not in out
-    names = {number.name for number in ModelDirectory.open(tmp_path / "model").features.numbers}
-    assert "item.price" in names and "number_match" not in names
-    # A resumed training reads what it read before.
-    train(store, _config(train__steps=2), tmp_path / "model")
-    assert "which say nothing" not in capsys.readouterr().out
-
-
 def test_a_store_without_requests_is_an_error(store, tmp_path):
     schema = {key: value for key, value in SCHEMA.items() if key != "ranking"}
     folder = tmp_path / "plain"
@@ -345,7 +355,7 @@ def test_each_kind_of_model_refuses_the_work_of_the_other(store, model, tmp_path
     with pytest.raises(CommandError, match=r"model\.kind was 'ranker' and is 'retrieval'"):
         train(store, Config(), model)
     config = from_dict(Config, {"model": {"token_dim": 4, "embedding_dim": 4}, "train": {"steps": 1}}, "test")
-    train(store, config, tmp_path / "towers")
+    ModelDirectory.create_or_resume(tmp_path / "towers", config, store)
     with pytest.raises(CommandError, match="holds a model of kind retrieval, expected ranker"):
         ranker_scores(tmp_path / "towers", store)
 
