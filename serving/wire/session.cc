@@ -30,11 +30,12 @@ constexpr double kCreditPerCall = 20;
 constexpr double kCreditPerDataFrame = 4;
 constexpr size_t kSmallData = 1024;
 constexpr double kCostOfReset = 2;
+constexpr double kCostOfSettings = 50;
 constexpr double kCostOfOurReset = 10;  // a client can make us reset streams, which then no longer count as open
 
 // Calls that a client may give up: at first so many at once, later so many a second. nghttp2 would only ask the client
 // to make no more calls.
-constexpr double kMostResets = 1000;
+constexpr double kMostResets = 500;
 constexpr double kResetsPerSecond = 200;
 
 constexpr char kDrainPing[] = "draining";
@@ -118,6 +119,7 @@ struct Session::Callbacks {
     double cost = 1;
     if (head->type == NGHTTP2_DATA && (head->length >= kSmallData || head->flags & NGHTTP2_FLAG_END_STREAM)) cost = 0;
     if (head->type == NGHTTP2_RST_STREAM) cost = kCostOfReset;
+    if (head->type == NGHTTP2_SETTINGS) cost = kCostOfSettings;
     return self->Spend(cost) ? 0 : Fail(self, NGHTTP2_ENHANCE_YOUR_CALM);
   }
 
@@ -213,7 +215,11 @@ struct Session::Callbacks {
     Session* self = Self(user_data);
     Stream* stream = self->Find(id);
     if (stream == nullptr) return 0;
-    if (self->role_ == Role::kClient || stream->phase == Phase::kOwner) {
+    const auto is_call = [id](const Event& event) { return event.kind == EventKind::kCall && event.stream == id; };
+    const auto call = std::find_if(self->pending_.begin(), self->pending_.end(), is_call);
+    if (call != self->pending_.end()) {
+      self->pending_.erase(call);  // the owner never hears of a call that is given up at once
+    } else if (self->role_ == Role::kClient || stream->phase == Phase::kOwner) {
       Event event{};
       event.kind = EventKind::kEnd;
       event.stream = id;

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 
 import hpack
 from processes import PATIENCE_S
@@ -114,3 +116,50 @@ def head(path: str = serving_apis.PREDICT, **more: str) -> bytes:
 
 def message(data: bytes) -> bytes:
     return struct.pack(">BI", 0, len(data)) + data
+
+
+class RawBackend:
+    """A server that answers the n-th call, on stream s, with the frames answer(n, s), and health checks with OK."""
+
+    def __init__(self, answer: Callable[[int, int], bytes]) -> None:
+        self._calls = 0
+        self._answer = answer
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        data, checks, decoder = b"", set(), hpack.Decoder()
+        with connection, contextlib.suppress(OSError):  # the proxy may have gone
+            connection.sendall(frame(SETTINGS, 0, 0))
+            while more := connection.recv(65536):
+                data = (data + more).removeprefix(PREFACE)
+                while len(data) >= 9 and len(data) >= 9 + int.from_bytes(data[:3], "big"):
+                    size = int.from_bytes(data[:3], "big")
+                    kind, flags, stream = data[3], data[4], int.from_bytes(data[5:9], "big")
+                    if kind == HEADERS and ("dpsr-proxy", "check") in decoder.decode(data[9 : 9 + size]):
+                        checks.add(stream)
+                    data = data[9 + size :]
+                    if kind == DATA and flags & END_STREAM:
+                        if stream in checks:
+                            connection.sendall(good(stream))
+                            continue
+                        self._calls += 1
+                        connection.sendall(self._answer(self._calls, stream))
+
+    def stop(self) -> None:
+        self._listener.close()
+
+
+def good(stream: int) -> bytes:
+    begin = frame(HEADERS, END_HEADERS, stream, b"\x88" + encode([(b"content-type", b"application/grpc")]))
+    end = frame(HEADERS, END_HEADERS | END_STREAM, stream, encode([(b"grpc-status", b"0")]))
+    return begin + frame(DATA, 0, stream, message(b"well")) + end

@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
-import hpack
 import numpy
 import pytest
 import raw_http2 as http2
 from processes import PATIENCE_S, ProxyProcess
 from proxy_backends import Load, RecordingBackend, call, predict, wait_until
-from raw_http2 import Wire, encode, frame, head, message
+from raw_http2 import RawBackend, Wire, encode, frame, good, head, message
 
 from dpsr_common import serving_apis
 
@@ -256,53 +254,6 @@ def test_a_server_that_takes_few_calls_at_a_time_gets_no_more(start_proxy: Start
         assert load.failed == 0, load.details
     finally:
         backend.stop()
-
-
-class RawBackend:
-    """A server that answers the n-th call, on stream s, with the frames answer(n, s), and health checks with OK."""
-
-    def __init__(self, answer: Callable[[int, int], bytes]) -> None:
-        self._calls = 0
-        self._answer = answer
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        data, checks, decoder = b"", set(), hpack.Decoder()
-        with connection, contextlib.suppress(OSError):  # the proxy may have gone
-            connection.sendall(frame(http2.SETTINGS, 0, 0))
-            while more := connection.recv(65536):
-                data = (data + more).removeprefix(http2.PREFACE)
-                while len(data) >= 9 and len(data) >= 9 + int.from_bytes(data[:3], "big"):
-                    size = int.from_bytes(data[:3], "big")
-                    kind, flags, stream = data[3], data[4], int.from_bytes(data[5:9], "big")
-                    if kind == http2.HEADERS and ("dpsr-proxy", "check") in decoder.decode(data[9 : 9 + size]):
-                        checks.add(stream)
-                    data = data[9 + size :]
-                    if kind == http2.DATA and flags & http2.END_STREAM:
-                        if stream in checks:
-                            connection.sendall(good(stream))
-                            continue
-                        self._calls += 1
-                        connection.sendall(self._answer(self._calls, stream))
-
-    def stop(self) -> None:
-        self._listener.close()
-
-
-def good(stream: int) -> bytes:
-    begin = frame(http2.HEADERS, WHOLE, stream, b"\x88" + encode([(b"content-type", b"application/grpc")]))
-    end = frame(http2.HEADERS, WHOLE | LAST, stream, encode([(b"grpc-status", b"0")]))
-    return begin + frame(http2.DATA, 0, stream, message(b"well")) + end
 
 
 def reset(stream: int, code: int) -> bytes:

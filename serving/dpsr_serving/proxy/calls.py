@@ -323,6 +323,13 @@ class _Incoming(_Connection):
         self._session.drain()
         self.schedule()
 
+    def leave(self) -> None:
+        """Closes a connection without calls, to make room for another."""
+        if self._hello:
+            self.end()
+        else:
+            self.abort()
+
     def sweep(self, now: float, limits: LimitsConfig) -> None:
         """Ends calls and the connection where they have passed their time limits."""
         if not self._hello:
@@ -379,18 +386,18 @@ class _Incoming(_Connection):
             name = encoding.decode("latin-1")
             raise _Refused(Code.INTERNAL, f"the message is compressed by {name!r}, expected gzip, deflate or identity")
         unpack = zlib.decompressobj(31 if encoding == b"gzip" else 15)
+        pieces: list[bytes] = []
         try:
-            unpacked = unpack.decompress(message, _UNPACKED_AT_ONCE)
-            if not unpack.eof and unpack.unconsumed_tail:
+            if not _unpack(unpack, message, pieces, _UNPACKED_AT_ONCE):
                 async with self._server.unpacking:
-                    more = await asyncio.to_thread(unpack.decompress, unpack.unconsumed_tail, most)
-                unpacked += more
+                    await asyncio.to_thread(_unpack, unpack, unpack.unconsumed_tail, pieces, most)
         except zlib.error as error:
             raise _Refused(Code.INTERNAL, f"the message cannot be decompressed: {error}") from None
-        if len(unpacked) > most or (not unpack.eof and unpack.unconsumed_tail):
+        if sum(map(len, pieces)) > most:
             raise _Refused(Code.RESOURCE_EXHAUSTED, f"a message of more than {most} bytes")
         if not unpack.eof:
             raise _Refused(Code.INTERNAL, "the compressed message is cut off")
+        unpacked = b"".join(pieces)
         if self._session is None or not self._session.hold(stream, len(unpacked)):
             raise _Refused(
                 Code.RESOURCE_EXHAUSTED,
@@ -399,6 +406,19 @@ class _Incoming(_Connection):
         if self._server.host.over:
             self._server.shed()
         return unpacked
+
+
+def _unpack(unpack: Any, data: bytes, pieces: list[bytes], most: int) -> bool:
+    """Adds what `data` unpacks to, a little above `most` bytes at most. Returns whether that was all."""
+    size = 0
+    while size <= most:
+        piece = unpack.decompress(data, _UNPACKED_AT_ONCE)
+        size += len(piece)
+        pieces.append(piece)
+        data = unpack.unconsumed_tail
+        if unpack.eof or not data:
+            return True
+    return False
 
 
 class _Refused(Exception):
@@ -466,7 +486,7 @@ class Server:
             oldest = self._least_used()
             if oldest is None:
                 return False
-            oldest.end()
+            oldest.leave()
         self.connections[connection] = self.fresh[connection] = None
         return True
 
@@ -698,9 +718,7 @@ _OF_RESET = {_ENHANCE_YOUR_CALM: Code.RESOURCE_EXHAUSTED, _INADEQUATE_SECURITY: 
 class Channel:
     """Calls to one server, at "host:port" or "unix:/path", over one connection, which is renewed when it is lost."""
 
-    def __init__(
-        self, address: str, tls: ssl.SSLContext | None, server_name: str, limits: LimitsConfig
-    ) -> None:
+    def __init__(self, address: str, tls: ssl.SSLContext | None, server_name: str, limits: LimitsConfig) -> None:
         self.address = address
         self.authority = server_name or ("localhost" if address.startswith("unix:") else address)
         self.is_tls = tls is not None

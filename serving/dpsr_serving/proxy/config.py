@@ -143,7 +143,7 @@ class LimitsConfig:
     header_bytes: int = 8192
     message_bytes: int = 2**25
     connection_bytes: int = 2**25
-    total_bytes: int = 3 * 2**24
+    total_bytes: int = 5 * 2**23
     connect_s: float = 10.0
     headers_s: float = 10.0
     body_s: float = 60.0
