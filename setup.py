@@ -63,6 +63,8 @@ setup(
         "dpsr_tf": ["configs/*.yaml"],
         "dpsr_tf.data": ["adapters/*.yaml"],
     },
-    ext_modules=[Extension("dpsr_common._native", sources=[]), Extension("dpsr_tokenizer._native", sources=[])],
+    ext_modules=[
+        Extension(f"{package}._native", sources=[]) for package in ("dpsr_common", "dpsr_tokenizer", "dpsr_serving")
+    ],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -11,6 +11,9 @@ under way all the time. The added latency is the difference of the medians in on
 turns. CPU is the user and system time of the proxy's processes in us for one request: one core forwards 10^6 / CPU
 requests per second.
 
+`transport`: CPU time of one call of 12 KB between a client's and a server's session in this process, without sockets:
+the proxy's wire (nghttp2 in C++), and the Python library h2 that it could be built on.
+
 Two workers: load generator, server and proxy share the cores of this machine. `limit` is the highest possible ratio of
 the rate of two workers to that of one: the rate that all cores, fully busy, could reach.
 """
@@ -23,7 +26,8 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,8 @@ import servers
 CONCURRENCY = (1, 8, 32)
 RATE = 300  # requests per second, a small part of what one worker can do
 BARE = "bare pass-through on "
+PREDICT = "/tensorflow.serving.PredictionService/Predict"
+ANSWER_BYTES = 12_000
 
 
 class Proxy(servers.Server):
@@ -106,6 +112,8 @@ def measure(result: report.Report, folder: Path, seconds: float, turns: int, con
         finally:
             for server in started:
                 server.stop()
+    for impl, make_call in (("wire", wire_calls), ("h2", h2_calls)):
+        result.add(impl, "transport", "cpu", transport_us(make_call, 200 if turns == 1 else 2000), "us/call")
     for impl, runs in pair.items():
         name = "1 worker" if impl == "proxy" else impl
         result.add_samples(name, "workers, closed 32", "rate", [run["qps"] for run in runs], "1/s")
@@ -164,10 +172,78 @@ def load(
     }
 
 
+def transport_us(calls: Callable[[int], None], count: int) -> float:
+    """Returns the CPU time of one call in us, the median of five runs of `count` calls."""
+    calls(count // 10)
+    times = []
+    for _ in range(5):
+        begin = time.process_time()
+        calls(count)
+        times.append((time.process_time() - begin) / count * 1e6)
+    return statistics.median(times)
+
+
+def wire_calls(count: int) -> None:
+    """Makes calls between two sessions of the wire."""
+    from dpsr_serving import _native
+
+    limits = _native.Limits(
+        streams=128,
+        header_bytes=8192,
+        message_bytes=2**25,
+        connection_bytes=2**25,
+        headers_s=10,
+        body_s=60,
+        answer_s=60,
+    )
+    server = _native.server_session(limits, _native.Host([PREDICT], 2**30), 0.0)
+    client = _native.client_session(limits, 0.0)
+    body = bytes(ANSWER_BYTES)
+    for _ in range(count):
+        client.call(PREDICT, "x", False, 1.0, (), b"a" * 100)
+        up = client.send(2**16)
+        for event in server.receive(up, len(up), 0.0) or ():
+            if event[0] == 0:
+                server.answer(event[1], 0, "", (), body, ())
+        down = server.send(2**16)
+        client.receive(down, len(down), 0.0)
+
+
+def h2_calls(count: int) -> None:
+    """Makes the same calls between two connections of the library h2."""
+    import h2.config
+    import h2.connection
+    import h2.events
+
+    client = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True, header_encoding=None))
+    server = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding=None))
+    client.initiate_connection()
+    server.initiate_connection()
+    ask = [(":method", "POST"), (":scheme", "http"), (":path", PREDICT), (":authority", "x"), ("te", "trailers")]
+    ask += [("content-type", "application/grpc"), ("grpc-timeout", "1S")]
+    head, tail = [(":status", "200"), ("content-type", "application/grpc")], [("grpc-status", "0")]
+    body = bytes(5 + ANSWER_BYTES)
+    for _ in range(count):
+        stream = client.get_next_available_stream_id()
+        client.send_headers(stream, ask)
+        client.send_data(stream, b"a" * 105, end_stream=True)
+        for event in server.receive_data(client.data_to_send()):
+            if isinstance(event, h2.events.DataReceived):
+                server.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+            elif isinstance(event, h2.events.StreamEnded):
+                server.send_headers(event.stream_id, head)
+                server.send_data(event.stream_id, body)
+                server.send_headers(event.stream_id, tail, end_stream=True)
+        for event in client.receive_data(server.data_to_send()):
+            if isinstance(event, h2.events.DataReceived):
+                client.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+        server.receive_data(client.data_to_send())
+
+
 async def pass_through(target: str) -> None:
     """Runs the smallest possible proxy of grpc.aio: it forwards bytes, deadline and metadata, and returns bytes."""
     channel = grpc.aio.insecure_channel(target)
-    method = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
+    method = channel.unary_unary(PREDICT)
 
     async def forward(request: bytes, context: Any) -> bytes:
         answer: bytes = await method(request, timeout=context.time_remaining(), metadata=context.invocation_metadata())
