@@ -14,6 +14,8 @@ requests per second.
 `transport`: CPU time of one call of 12 KB between a client's and a server's session in this process, without sockets:
 the proxy's wire (nghttp2 in C++), and the Python library h2 that it could be built on.
 
+`merge`: CPU time to merge the answers of 4 shards with 1,000 items each.
+
 Two workers: load generator, server and proxy share the cores of this machine. `limit` is the highest possible ratio of
 the rate of two workers to that of one: the rate that all cores, fully busy, could reach.
 """
@@ -114,6 +116,7 @@ def measure(result: report.Report, folder: Path, seconds: float, turns: int, con
                 server.stop()
     for impl, make_call in (("wire", wire_calls), ("h2", h2_calls)):
         result.add(impl, "transport", "cpu", transport_us(make_call, 200 if turns == 1 else 2000), "us/call")
+    result.add("proxy", "4 shards of 1000", "merge", merge_us(4, 1000), "us/call")
     for impl, runs in pair.items():
         name = "1 worker" if impl == "proxy" else impl
         result.add_samples(name, "workers, closed 32", "rate", [run["qps"] for run in runs], "1/s")
@@ -128,6 +131,7 @@ def measure(result: report.Report, folder: Path, seconds: float, turns: int, con
     result.add_samples("2 workers", "workers, closed 32", "limit", limits, "x", note=f"of {cores} cores")
     result.bars["added_p50_ms"] = result.value("proxy", f"open {RATE}", "added p50")
     result.bars["qps_per_core"] = 1e6 / result.value("proxy", "closed 8", "cpu proxy")
+    result.bars["merge_us_4_shards_k1000"] = result.value("proxy", "4 shards of 1000", "merge")
     result.bars["workers2_over_1"] = statistics.median(ratios)
 
 
@@ -172,7 +176,7 @@ def load(
     }
 
 
-def transport_us(calls: Callable[[int], None], count: int) -> float:
+def transport_us(calls: Callable[[int], object], count: int) -> float:
     """Returns the CPU time of one call in us, the median of five runs of `count` calls."""
     calls(count // 10)
     times = []
@@ -181,6 +185,25 @@ def transport_us(calls: Callable[[int], None], count: int) -> float:
         calls(count)
         times.append((time.process_time() - begin) / count * 1e6)
     return statistics.median(times)
+
+
+def merge_us(shards: int, k: int) -> float:
+    """Returns the CPU time to merge the answers of shards with k items each, in us."""
+    import numpy as np
+
+    from dpsr_common import serving_apis
+    from dpsr_serving.proxy.shards import merge_answers
+    from dpsr_serving.tensors import make_tensor
+
+    random = np.random.default_rng(1)
+    answers = []
+    for shard in range(shards):
+        answer = serving_apis.PredictResponse()
+        answer.outputs["item_ids"].CopyFrom(make_tensor(np.arange(k, dtype=np.int64)[np.newaxis] * shards + shard))
+        scores = np.sort(random.random((1, k), np.float32))[:, ::-1]
+        answer.outputs["scores"].CopyFrom(make_tensor(np.ascontiguousarray(scores)))
+        answers.append(answer.SerializeToString())
+    return transport_us(lambda count: [merge_answers(answers) for _ in range(count)], 200)
 
 
 def wire_calls(count: int) -> None:

@@ -61,8 +61,10 @@ def test_soak() -> None:
 
 def test_proxy() -> None:
     found = run("proxy")
-    assert list(found["bars"]) == ["added_p50_ms", "qps_per_core", "workers2_over_1"]
-    assert found["bars"]["qps_per_core"] > 0 and found["bars"]["workers2_over_1"] > 0
+    assert list(found["bars"]) == ["added_p50_ms", "qps_per_core", "merge_us_4_shards_k1000", "workers2_over_1"]
+    assert all(found["bars"][name] > 0 for name in ("qps_per_core", "merge_us_4_shards_k1000", "workers2_over_1"))
+    transport = values(found, "cpu")
+    assert 0 < transport["transport", "wire"] < transport["transport", "h2"]
     cpu = values(found, "cpu proxy")
     assert {impl for _, impl in cpu} == {"proxy", "grpc.aio", "1 worker", "2 workers"}
     assert all(value > 0 for value in cpu.values())
