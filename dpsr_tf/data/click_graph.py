@@ -81,9 +81,10 @@ def write_graph(database: Database, schema: Schema, out: Path, shards: int, item
             for attribute in schema.graph.attributes if shard == 0 else ():
                 capped[attribute] = _write_values(file, out, attribute, item_clicks, limit)
         first_query = end_query
-    found = {"edges": database.count("edges"), "capped": {node: count for node, count in capped.items() if count}}
+    capped = {node: count for node, count in capped.items() if count}
+    found = {"edges": database.count("edges"), "capped": capped}
     database.drop("edges")
-    for node, count in found["capped"].items():
+    for node, count in capped.items():
         print(
             f"graph: {count:,} nodes of kind {node} have more than {limit:,} edges; each keeps its strongest {limit:,}",
             flush=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -114,9 +114,9 @@ class Neighbourhoods:
             item_queries_items=_lists(item_places[: len(far)], far_splits),
         )
 
-    def _graph(self, query: np.ndarray, item: np.ndarray, **parts: object) -> Graph:
+    def _graph(self, query: np.ndarray, item: np.ndarray, **parts: Any) -> Graph:
         empty = _lists(_NOTHING, np.zeros(1, np.int64))
-        everything: dict[str, object] = {name: empty for name in Graph._fields}
+        everything: dict[str, Any] = {name: empty for name in Graph._fields}
         everything |= {name: _NOTHING for name in ("attributes", "node_attributes")}
         texts = {"query": _tokens(self._query_texts.take(query)), "item": _tokens(self._item_texts.take(item))}
         return Graph(**everything | texts | parts)
@@ -173,8 +173,8 @@ class _Rows:
         places = begins[owner] + np.arange(taken[-1]) - taken[owner]
         values = np.zeros(taken[-1], np.int32)
         for i, (_, numbers) in enumerate(self._files):
-            here = file_of[owner] == i if len(self._files) > 1 else slice(None)
-            values[here] = numbers[places[here]]
+            mine = np.flatnonzero(file_of[owner] == i)
+            values[mine] = numbers[places[mine]]
         if skipped is None or most is None:
             return values, taken
         kept = values != skipped[owner]

@@ -1,10 +1,13 @@
 """Message passing over the click graph (SearchGCN): what the neighbours of queries and items add to their texts.
 
-Queries and items exchange messages over clicks, items and the values of their attributes over attributes. A node starts
-with the unit vector of its text, e0; a value of an attribute has an embedding of its own. A layer sums over the types
-of edges t, and within a type attends over the neighbours:
+Queries and items exchange messages over clicks, items and the values of their attributes over attributes. A node
+starts with the unit vector of its text, e0; a value of an attribute has an embedding of its own. A layer is the mean
+over the T types of edges t that such a node can have, and within a type attends over the neighbours:
 
-    e_v' = sum_t sum_u softmax_u(<W_t e_u, W_t e_v> / temperature) W_t e_u
+    e_v' = 1 / T sum_t sum_u softmax_u(<W_t e_u, W_t e_v> / temperature) W_t e_u
+
+T is 1 for queries and values, and 1 + the number of attributes for items. With a sum in the place of the mean, what the
+attributes say would be louder than the text.
 
 The layers of a node are summed: e0 + e1 + e2. e1 of the neighbours is computed from their own neighbours. The weights
 W_t, [token_dim, token_dim] without a bias, are the same in all layers, and the same around queries and around items.
@@ -77,7 +80,8 @@ class GraphEncoder:
         wanted = tf.gather(tf.matmul(items, to_item), near.values)
         of_items = self._attend(wanted, nodes.queries_to_item, graph.query_items_queries)
         if self._attributes:
-            of_items += tf.gather(self._from_values(nodes.value, graph.node_attributes), near.values)
+            of_values = tf.gather(self._from_values(nodes.value, graph.node_attributes), near.values)
+            of_items = self._mean(of_items, of_values)
         messages = tf.matmul(of_items, to_query)
         return e1 + self._attend(tf.matmul(e1, to_query), messages, _in_order(near))
 
@@ -88,14 +92,14 @@ class GraphEncoder:
         near = graph.item_queries
         e1 = self._attend(tf.matmul(e0, to_item), nodes.queries_to_item, near)
         if self._attributes:
-            e1 += self._from_values(nodes.value, graph.attributes)
+            e1 = self._mean(e1, self._from_values(nodes.value, graph.attributes))
         if self._layers == 1:
             return e1
         wanted = tf.gather(tf.matmul(nodes.query, to_query), near.values)
         of_queries = self._attend(wanted, nodes.items_to_query, graph.item_queries_items)
         e2 = self._attend(tf.matmul(e1, to_item), tf.matmul(of_queries, to_item), _in_order(near))
         if self._attributes:
-            e2 += self._from_values(self._items_of_values(graph, nodes), graph.attributes)
+            e2 = self._mean(e2, self._from_values(self._items_of_values(graph, nodes), graph.attributes))
         return e1 + e2
 
     @staticmethod
@@ -114,6 +118,10 @@ class GraphEncoder:
 
     def _attend(self, wanted: tf.Tensor, messages: tf.Tensor, near: Tokens) -> tf.Tensor:
         return self._kernels.attend(wanted, messages, near, self._config.graph_temperature)
+
+    def _mean(self, of_queries: tf.Tensor, of_values: tf.Tensor) -> tf.Tensor:
+        """Returns the mean of what queries say to items and the sum of what the values of their attributes say."""
+        return (of_queries + of_values) / (1 + len(self._attributes))
 
     def _items_of_values(self, graph: Graph, nodes: _Nodes) -> tf.Tensor:
         """Returns e1 of values of attributes, [v, token_dim]: what their items say."""
@@ -160,9 +168,9 @@ class GraphEncoder:
         return tf.math.l2_normalize(text, axis=1, epsilon=1e-12)
 
     def values(self, rows: tf.Tensor) -> tf.Tensor:
-        """Returns unit vectors of values of attributes, [v, token_dim]."""
+        """Returns e0 of values of attributes, [v, token_dim]."""
         assert self._values is not None
-        return tf.math.l2_normalize(self._values.lookup(rows), axis=1, epsilon=1e-12)
+        return self._values.lookup(rows)
 
     def unit_texts(self, side: str, texts: Tokens) -> tf.Tensor:
         """Returns e0 of texts, [texts, token_dim]."""

@@ -63,7 +63,7 @@ def reference(weights: dict[str, np.ndarray], layers: int) -> tuple[np.ndarray, 
 
     to_query, to_item = weights["graph/item_to_query"], weights["graph/query_to_item"]
     query, item = texts(rows_of(GRAPH.query)), texts(rows_of(GRAPH.item))
-    value = unit(weights["graph_value_embedding"][GRAPH.value])
+    value = weights["graph_value_embedding"][GRAPH.value]
     names = ("brand", "shop")
 
     def from_values(places, vectors):
@@ -85,15 +85,15 @@ def reference(weights: dict[str, np.ndarray], layers: int) -> tuple[np.ndarray, 
     for e0, near in zip(texts(QUERY_TEXTS), rows_of(GRAPH.query_items), strict=True):
         e1 = attend(e0, item[near], to_query)
         places = GRAPH.node_attributes.reshape(-1, 2)
-        of_near = [attend(item[u], query[next(far)], to_item) + from_values(places[u], value) for u in near]
+        of_near = [(attend(item[u], query[next(far)], to_item) + from_values(places[u], value)) / 3 for u in near]
         contexts[0].append(e1 + (attend(e1, of_near, to_query) if layers == 2 else 0))
     far = iter(rows_of(GRAPH.item_queries_items))
     for e0, near, places in zip(
         texts(ITEM_TEXTS), rows_of(GRAPH.item_queries), GRAPH.attributes.reshape(-1, 2), strict=True
     ):
-        e1 = attend(e0, query[near], to_item) + from_values(places, value)
+        e1 = (attend(e0, query[near], to_item) + from_values(places, value)) / 3
         of_near = [attend(query[u], item[next(far)], to_query) for u in near]
-        e2 = attend(e1, of_near, to_item) + from_values(places, of_values)
+        e2 = (attend(e1, of_near, to_item) + from_values(places, of_values)) / 3
         contexts[1].append(e1 + (e2 if layers == 2 else 0))
     return np.array(contexts[0]), np.array(contexts[1])
 

@@ -138,7 +138,7 @@ def test_a_table_of_another_model_is_refused(made, tmp_path, capsys):
     shutil.copyfile(
         tmp_path / "index" / "query_graph.dpsr", tmp_path / "servable" / "1" / "assets" / "query_graph.dpsr"
     )
-    with pytest.raises(Exception, match="query_graph.dpsr"):
+    with pytest.raises(Exception, match=r"query_graph\.dpsr"):
         LoadedServable(tmp_path / "servable" / "1")
 
 

@@ -1,0 +1,452 @@
+"""Measures the click graph: LightGCN on Gowalla, a generated shop and a catalogue with and without it, and its cost.
+
+    python benchmarks/graph.py [--data=DIR] [--parts=gowalla,shop,catalogue,cost] [--out=DIR] [--full] --json
+
+- gowalla: LightGCN (dpsr_tf/models/light_gcn.py) with 3 layers and 64 dimensions. It is trained with a softmax over all
+  items and all items of a user at once, in the place of BPR on single pairs, for a fixed number of epochs that was
+  chosen on a tenth of the training pairs; temperature and rate were, too. Recall@20 and NDCG@20 of all items that a
+  user has not in the training file, as published.
+- shop: DPSR and the same with a graph, trained alike on the same store. Queries are some that its log asks, some that
+  it misspells, and some that it never asks. Their right answers come from the truth of the shop. An item is in the tail
+  if its log has fewer than 5 positive pairs. The tail's recall@100 of a query is that of its right answers in the tail.
+- catalogue: ESCI's sample, which has no log, with brand nodes (--full: Home Depot too, which has no brands but judged
+  pairs). All queries of the training are pieces of titles.
+- cost: examples a core-second at batch 1,024, embeddings of items a core-second, and the latency of a query that the
+  table of the servable has and of one that it has not. Latencies are those of calls in this process.
+
+Intervals are 95 % by bootstrap over queries; those of differences are paired. With --out everything that was made is
+kept and used again.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import pyarrow.parquet
+import report
+import tensorflow as tf
+import yaml
+from absl import app, flags
+from tqdm import tqdm
+
+from dpsr_export.warmup import LoadedServable
+from dpsr_tf.config import CONFIGS
+from dpsr_tf.data.store import Store
+from dpsr_tf.models.encoders import exact_search, item_embeddings, item_encoder
+from dpsr_tf.models.light_gcn import LightGcn, softmax_loss, user_batches
+from dpsr_tf.models.model_directory import ModelDirectory
+
+PARTS = ("gowalla", "shop", "catalogue", "cost")
+SAMPLES = 1000
+# LightGCN on Gowalla, chosen on a tenth of the training pairs.
+LAYERS, DIM, TEMPERATURE, RATE, USERS, STEPS = 3, 64, 0.1, 0.02, 1024, 600
+PUBLISHED = {"recall@20": 0.1824, "ndcg@20": 0.1547}
+
+SHOP = {
+    "items": 20_000, "types": 560, "users": 2_000, "interactions": 15_000,
+    "shops": 400, "invented_brands": 20, "homonyms": 12, "typo_share": 0.1,
+}  # fmt: skip
+# Both models: DPSR of the shop's config, which reads these features too.
+TRAINING = ("--set=train.steps=800", "--set=model.item_features=[brand, shop, category]")
+GRAPH = ("--set=model.graph_fan_out=[10, 5]",)
+MODELS = {"DPSR": (), "SearchGCN": GRAPH}
+ATTRIBUTES = ["brand", "shop", "category"]
+TAIL = 5
+
+
+def dpsr(*arguments: str) -> None:
+    """Runs a command. Raises RuntimeError with its output if it fails."""
+    run = subprocess.run([sys.executable, "-m", "dpsr_common", *arguments], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"dpsr {' '.join(arguments)}: {run.stdout}{run.stderr}")
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """Returns the 95 % bootstrap interval of the mean of the values that are not NaN."""
+    values = values[np.isfinite(values)]
+    rng = np.random.default_rng(1)
+    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(SAMPLES)]
+    return [float(limit) for limit in np.percentile(means, [2.5, 97.5])]
+
+
+# LightGCN.
+
+
+def read_lists(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a file with a user and its items a line: the pairs, int64 [pairs] each."""
+    users, items = [], []
+    with gzip.open(path, "rt") as lines:
+        for line in lines:
+            user, *wanted = map(int, line.split())
+            users += [user] * len(wanted)
+            items += wanted
+    return np.array(users), np.array(items)
+
+
+def top_items(users: np.ndarray, items: np.ndarray, seen: list[np.ndarray], k: int) -> np.ndarray:
+    """Returns the k best items of each user, int64 [users, k], without those that the user has in training."""
+    found = []
+    for begin in range(0, len(users), 1024):
+        scores = users[begin : begin + 1024] @ items.T
+        for row, known in enumerate(seen[begin : begin + 1024]):
+            scores[row, known] = -np.inf
+        best = np.argpartition(-scores, k, axis=1)[:, :k]
+        order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1)
+        found.append(np.take_along_axis(best, order, axis=1))
+    return np.concatenate(found)
+
+
+def by_user(pairs: tuple[np.ndarray, np.ndarray], num_users: int) -> list[np.ndarray]:
+    """Returns the items of each user."""
+    order = np.argsort(pairs[0], kind="stable")
+    return np.split(pairs[1][order], np.cumsum(np.bincount(pairs[0], minlength=num_users))[:-1])
+
+
+def recall_and_ndcg(found: np.ndarray, wanted: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns recall@k and NDCG@k of each user with wanted items, as LightGCN computes them."""
+    k = found.shape[1]
+    discount = 1 / np.log2(np.arange(2, k + 2))
+    recall, ndcg = [], []
+    for row, right in zip(found, wanted, strict=True):
+        if len(right):
+            hits = np.isin(row, right)
+            recall.append(hits.sum() / len(right))
+            ndcg.append((hits * discount).sum() / discount[: min(k, len(right))].sum())
+    return np.array(recall), np.array(ndcg)
+
+
+def gowalla(result: report.Report, data: Path, out: Path) -> None:
+    """Trains LightGCN, or takes the embeddings that --out has, and adds its figures."""
+    train, test = (read_lists(data / "gowalla" / f"{name}.txt.gz") for name in ("train", "test"))
+    kept = out / "gowalla.npz"
+    if not kept.exists():
+        model = LightGcn(*train, DIM, LAYERS, seed=result.seed)
+        optimizer = tf.keras.optimizers.legacy.Adam(RATE)
+
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.int32)] * 3)
+        def step(batch: tf.Tensor, wanted: tf.Tensor, of: tf.Tensor) -> tf.Tensor:
+            with tf.GradientTape() as tape:
+                loss = softmax_loss(*model.final(), batch, wanted, of, TEMPERATURE)
+            variables = [model.embeddings]
+            optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+            return loss
+
+        start = report.cpu_seconds()
+        batches = user_batches(*train, USERS, seed=result.seed)
+        for number in tqdm(range(STEPS), desc="gowalla"):
+            # The rate falls to 0 at the last step.
+            optimizer.learning_rate.assign(RATE * 0.5 * (1 + np.cos(np.pi * number / STEPS)))
+            step(*next(batches))
+        users, items = (part.numpy() for part in model.final())
+        np.savez(kept, users=users, items=items, cpu=report.cpu_seconds() - start)
+    with np.load(kept) as arrays:
+        users, items, cpu = arrays["users"], arrays["items"], float(arrays["cpu"])
+    found = top_items(users, items, by_user(train, len(users)), 20)
+    recall, ndcg = recall_and_ndcg(found, by_user(test, len(users)))
+    for metric, values in (("recall@20", recall), ("ndcg@20", ndcg)):
+        low, high = interval(values)
+        note = f"published {PUBLISHED[metric]}; 95 % interval {low:.4f} to {high:.4f}"
+        result.add("LightGCN", "gowalla", metric, float(values.mean()), "", users=len(values), note=note)
+        result.bars[f"gowalla_{metric.replace('@', '')}"] = float(values.mean())
+    epochs = STEPS * USERS / len(users)
+    result.add("LightGCN", "gowalla", "training", cpu, "CPU s", note=f"{STEPS} steps, {epochs:.0f} epochs of users")
+
+
+# The shop.
+
+
+def make_shop(folder: Path, seed: int) -> None:
+    """Writes the shop and its store, with a graph."""
+    if (folder / "store").exists():
+        return
+    sizes = [f"--set={name}={value}" for name, value in SHOP.items()]
+    dpsr("generate", f"--out={folder / 'shop'}", f"--seed={seed}", *sizes, "--overwrite")
+    schema = yaml.safe_load((folder / "shop" / "schema.yaml").read_text())
+    schema["graph"] = {"attributes": ATTRIBUTES}
+    (folder / "shop" / "schema.graph.yaml").write_text(yaml.safe_dump(schema, sort_keys=False))
+    dpsr("ingest", f"--schema={folder / 'shop' / 'schema.graph.yaml'}", f"--out={folder / 'store'}", "--overwrite")
+
+
+def make_models(folder: Path, config: str, seed: int, training: tuple[str, ...] = TRAINING) -> None:
+    """Trains both models on folder/store."""
+    for name, more in MODELS.items():
+        if not (folder / name / "checkpoint").exists():
+            dpsr("train", f"--store={folder / 'store'}", f"--config={CONFIGS / config}", f"--out={folder / name}",
+                 f"--set=train.seed={seed}", "--overwrite", *training, *more)  # fmt: skip
+
+
+def judged_queries(shop: Path, seed: int) -> dict[str, list[tuple[str, set[int]]]]:
+    """Returns queries with all their right answers: asked in the log, misspelt in the log, and never asked."""
+    tables = {name: pyarrow.parquet.read_table(shop / "truth" / f"{name}.parquet") for name in
+              ("queries", "misspellings", "relevant")}  # fmt: skip
+    meaning, item = (tables["relevant"][name].to_numpy() for name in ("meaning", "item_id"))
+    order = np.argsort(meaning, kind="stable")
+    meaning, item = meaning[order], item[order]
+    queries = {row["query"]: row for row in tables["queries"].to_pylist()}
+
+    def answers(row: dict[str, Any]) -> set[int]:
+        parts = [np.searchsorted(meaning, [number, number + 1]) for number in row["meanings"]]
+        return {int(i) for begin, end in parts for i in item[begin:end]}
+
+    asked = [(text, row, row["requests"]) for text, row in queries.items() if row["fold"] == "log" and row["requests"]]
+    names = tables["misspellings"].schema.names
+    misspelt = [(row[names[0]], queries[row[names[1]]], row["requests"]) for row in tables["misspellings"].to_pylist()
+                if row["requests"] and row[names[1]] in queries]  # fmt: skip
+    unasked = [(text, row, 1) for text, row in queries.items() if row["fold"] == "test"]
+    rng, found = np.random.default_rng(seed), {}
+    for name, rows, most in (("asked", asked, 1500), ("misspelt", misspelt, 500), ("never asked", unasked, 700)):
+        share = np.array([count for *_, count in rows], float)
+        chosen = rng.choice(len(rows), min(most, len(rows)), replace=False, p=share / share.sum())
+        judged = [(rows[i][0], answers(rows[i][1])) for i in chosen]
+        found[name] = [(text, right) for text, right in judged if right]
+    return found
+
+
+def figures(search: Any, queries: list[tuple[str, set[int]]], tail: set[int]) -> dict[str, np.ndarray]:
+    """Returns the figures of each query, NaN where it has none."""
+    ids, _ = search([text for text, _ in queries], None, 100)
+    rows = []
+    for (text, right), row in zip(queries, ids.tolist(), strict=True):
+        found, rare = set(row), right & tail
+        gain = sum(1 / np.log2(place + 2) for place, i in enumerate(row[:10]) if i in right)
+        ideal = sum(1 / np.log2(place + 2) for place in range(min(10, len(right))))
+
+        def recall(wanted: set[int], found: set[int] = found) -> float:
+            return len(found & wanted) / min(100, len(wanted)) if wanted else np.nan
+
+        rows.append((recall(right), recall(rare), recall(right - rare), gain / ideal, len(text.split())))
+    columns = np.array(rows, float).T
+    return dict(zip(("recall@100", "tail recall@100", "other recall@100", "ndcg@10", "words"), columns, strict=True))
+
+
+def shop(result: report.Report, seeds: list[int], out: Path) -> None:
+    """Adds the figures of both models on the shops of some seeds."""
+    of_all: dict[tuple[str, str, str], list[np.ndarray]] = {}
+    for seed in seeds:
+        folder = out / f"shop-{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        make_shop(folder, seed)
+        make_models(folder, "shop.yaml", seed)
+        store = Store(folder / "store")
+        clicks = sum(np.bincount(file["positive.item"], minlength=store.counts.items) for file in store.interactions())
+        tail = set(store.items()["id"][clicks < TAIL].tolist())
+        if seed == seeds[0]:
+            note = f"of {store.counts.items:,}, {int((clicks == 0).sum()):,} of them without a click"
+            result.add("store", "shop", "items in the tail", len(tail), "items", note=note)
+            result.add("store", "shop", "edges by clicks", store.manifest["graph"]["edges"], "edges")
+        judged = judged_queries(folder / "shop", seed)
+        for model in MODELS:
+            search = exact_search(folder / model, store)
+            for fold, queries in judged.items():
+                found = figures(search, queries, tail)
+                words = found.pop("words")
+                for metric, values in found.items():
+                    of_all.setdefault((fold, metric, model), []).append(values)
+                for name, rows in (("one word", words == 1), ("more words", words > 1)):
+                    of_all.setdefault((f"{fold}, {name}", "ndcg@10", model), []).append(found["ndcg@10"][rows])
+                    of_all.setdefault((f"{fold}, {name}", "recall@100", model), []).append(found["recall@100"][rows])
+            _clusters(result, model, folder / model, store) if seed == seeds[0] else None
+    for (fold, metric, model), values in of_all.items():
+        joined = np.concatenate(values)
+        low, high = interval(joined)
+        more = {"values": [float(np.nanmean(part)) for part in values], "interval": [low, high]}
+        count = int(np.isfinite(joined).sum())
+        note = f"{count:,} queries; 95 % interval {low:.4f} to {high:.4f}"
+        if model == "SearchGCN":
+            low, high = interval(joined - np.concatenate(of_all[fold, metric, "DPSR"]))
+            more["difference"], note = [low, high], f"{note}; minus DPSR {low:+.4f} to {high:+.4f}"
+        result.add(model, f"shop, {fold}", metric, float(np.nanmean(joined)), "", queries=count, note=note, **more)
+
+    def tails(model: str) -> float:
+        folds = [fold for fold, metric, name in of_all if metric == "tail recall@100" and name == model]
+        return float(np.nanmean(np.concatenate([part for f in folds for part in of_all[f, "tail recall@100", model]])))
+
+    result.bars["shop_tail_recall100_gcn_over_dpsr"] = tails("SearchGCN") / tails("DPSR")
+
+
+def _clusters(result: report.Report, model: str, path: Path, store: Store) -> None:
+    """Adds how well the embeddings of items of the same category stand together: the silhouette by cosine distance."""
+    rng = np.random.default_rng(1)
+    rows = np.sort(rng.choice(store.counts.items, min(2000, store.counts.items), replace=False))
+    vectors, category = item_embeddings(path, store)[rows], store.items()["feature.category"][rows]
+    distance = 1 - vectors @ vectors.T
+    codes, category = np.unique(category, return_inverse=True)
+    member = (category[:, np.newaxis] == np.arange(len(codes))).astype(float)
+    sums, sizes = distance @ member, member.sum(axis=0)
+    own = sums[np.arange(len(rows)), category] / np.maximum(sizes[category] - 1, 1)
+    others = np.where(member > 0, np.inf, sums / sizes).min(axis=1)
+    silhouette = np.where(sizes[category] > 1, (others - own) / np.maximum(np.maximum(own, others), 1e-9), 0)
+    result.add(model, "shop", "silhouette by category", float(silhouette.mean()), "", note=f"{len(codes)} categories")
+
+
+# Catalogues without a log.
+
+
+def catalogue(result: report.Report, data: Path, out: Path, seed: int, full: bool) -> None:
+    """Adds recall@100 of both models on catalogues whose training queries are pieces of titles."""
+    sets = {
+        "esci150": ({"files": "products.tsv.gz", "id": "item", "text": ["title"], "features": ["brand"]}, ["brand"], 3),
+    }
+    if full:
+        sets["homedepot"] = ({"files": "products.tsv", "id": "product_uid", "text": ["product_title"]}, [], 2.33)
+    for name, (items, attributes, relevant_from) in sets.items():
+        folder = out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "store").exists():
+            schema = {"items": items, "graph": {"attributes": attributes}}
+            (folder / "schema.yaml").write_text(yaml.safe_dump(schema))
+            dpsr("ingest", f"--schema={folder / 'schema.yaml'}", f"--input={data / name}", f"--out={folder / 'store'}")
+        make_models(folder, "catalogue.yaml", seed, ())
+        store = Store(folder / "store")
+        found = {}
+        for model in MODELS:
+            file = folder / f"{model}.json"
+            columns = () if name == "esci150" else ("--query_column=search_term", "--item_column=product_uid",
+                                                     "--grade_column=relevance")  # fmt: skip
+            dpsr("evaluate", f"--store={store.path}", f"--judgments={data / name / 'judgments.dev.tsv'}",
+                 f"--system=model:{folder / model}", f"--relevant_from={relevant_from}", "--latency_queries=0",
+                 f"--json={file}", *columns)  # fmt: skip
+            read = json.loads(file.read_text())
+            found[model] = next(iter(read["systems"].values())), next(iter(read["intervals"].values()))
+        for model, (means, limits) in found.items():
+            for metric in ("recall@100", "ndcg@10"):
+                low, high = limits[metric]
+                note = f"95 % interval {low:.3f} to {high:.3f}"
+                result.add(model, name, metric, means[metric], "", interval=[low, high], note=note)
+
+
+# Cost.
+
+
+def cost(result: report.Report, out: Path, seed: int) -> None:
+    """Adds rates of training and embedding, and latencies, on the shop of a seed."""
+    folder = out / f"shop-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    make_shop(folder, seed)
+    make_models(folder, "shop.yaml", seed)
+    store = Store(folder / "store")
+    rates: dict[str, list[float]] = {model: [] for model in MODELS}
+    for turn in range(3):
+        for model in list(MODELS)[:: 1 if turn % 2 == 0 else -1]:
+            rates[model].append(_train_rate(folder, model, seed))
+    for model, values in rates.items():
+        result.add_samples(model, "shop", "training, batch 1024", values, "examples/core-s")
+    medians = {model: statistics.median(values) for model, values in rates.items()}
+    result.bars["train_rate_over_dpsr"] = medians["SearchGCN"] / medians["DPSR"]
+
+    rows = np.arange(4096)
+
+    def embeds(model: str) -> Callable[[], object]:
+        opened = ModelDirectory.open(folder / model)
+        encode = item_encoder(opened, store, opened.last_checkpoint())
+        return lambda: encode(rows)
+
+    for model, values in report.rates({model: embeds(model) for model in MODELS}, len(rows), 3, 2.0).items():
+        result.add_samples(model, "shop", "embedding", values, "items/core-s")
+    result.bars["embed_items_per_core_second"] = result.value("SearchGCN", "shop", "embedding")
+    _latencies(result, folder, store)
+
+
+def _train_rate(folder: Path, model: str, seed: int) -> float:
+    """Returns the examples a core-second of the steps between a short and a longer training."""
+    spent, steps = [], (30, 150)
+    for count in steps:
+        with tempfile.TemporaryDirectory() as name:
+            start = report.cpu_seconds()
+            dpsr("train", f"--store={folder / 'store'}", f"--config={CONFIGS / 'shop.yaml'}", f"--out={name}/model",
+                 *TRAINING, *MODELS[model], f"--set=train.seed={seed}", f"--set=train.steps={count}",
+                 "--set=train.batch_size=1024", "--set=train.num_title_queries=0")  # fmt: skip
+            spent.append(report.cpu_seconds() - start)
+    return (steps[1] - steps[0]) * 1024 / (spent[1] - spent[0])
+
+
+def _latencies(result: report.Report, folder: Path, store: Store) -> None:
+    asked = list(store.queries())[:200]
+    unknown = [f"{text} zzz" for text in asked]
+    servables = {}
+    for model in MODELS:
+        if not (folder / f"{model}-servable").exists():
+            index = folder / f"{model}-index"
+            dpsr("index", f"--model={folder / model}", f"--store={store.path}", f"--out={index}", "--overwrite")
+            dpsr("export", f"--model={folder / model}", f"--index={index}", f"--out={folder / f'{model}-servable'}")
+        servables[model] = LoadedServable(folder / f"{model}-servable" / "1")
+    cases = {("DPSR", "in the table"): asked, ("SearchGCN", "in the table"): asked,
+             ("SearchGCN", "not in the table"): unknown}  # fmt: skip
+    times: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
+    try:
+        for number in range(len(asked) * 3):
+            for (model, what), texts in cases.items():
+                inputs = {"query": np.array([texts[number % len(texts)]], object)}
+                start = time.perf_counter()
+                servables[model]("serving_default", inputs)
+                times[model, what].append(1000 * (time.perf_counter() - start))
+    finally:
+        for servable in servables.values():
+            servable.close()
+    # The first calls warm up.
+    medians = {case: statistics.median(values[len(asked) :]) for case, values in times.items()}
+    for (model, what), median in medians.items():
+        result.add(model, "shop", f"latency, query {what}", median, "ms", note="p50")
+    known = medians["SearchGCN", "in the table"]
+    result.bars["query_latency_over_dpsr"] = known / medians["DPSR", "in the table"]
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the benchmark."""
+    values = flags.FLAGS
+    if len(arguments) > 1:
+        raise app.UsageError(f"unexpected argument {arguments[1]!r}")
+    if unknown := [part for part in values.parts if part not in PARTS]:
+        raise app.UsageError(f"--parts: '{unknown[0]}' is not known, expected some of {', '.join(PARTS)}")
+    seeds, data = list(map(int, values.seeds)), Path(values.data)
+    result = report.Report("graph", seeds[0], report.hardware("tensorflow", "numpy"))
+    with _folder(values.out) as out:
+        if "gowalla" in values.parts:
+            gowalla(result, data, out)
+        if "shop" in values.parts:
+            shop(result, seeds, out)
+        if "catalogue" in values.parts:
+            catalogue(result, data, out, seeds[0], values.full)
+        if "cost" in values.parts:
+            cost(result, out, seeds[0])
+    result.print(values.json)
+
+
+class _folder:
+    """The directory --out, or a temporary one."""
+
+    def __init__(self, path: str | None):
+        self._temporary = tempfile.TemporaryDirectory() if path is None else None
+        self._path = Path(path or self._temporary.name)
+
+    def __enter__(self) -> Path:
+        self._path.mkdir(parents=True, exist_ok=True)
+        return self._path
+
+    def __exit__(self, *unused: object) -> None:
+        if self._temporary:
+            self._temporary.cleanup()
+
+
+if __name__ == "__main__":
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    flags.DEFINE_string("data", os.environ.get("DPSR_DATA", str(beside)), "directory with the data sets")
+    flags.DEFINE_string("out", None, "directory that keeps everything that is made; by default a temporary one")
+    flags.DEFINE_list("parts", list(PARTS), "parts to measure")
+    flags.DEFINE_list("seeds", ["1", "2", "3"], "seeds of the shops and their trainings")
+    flags.DEFINE_boolean("full", False, "whether to measure larger catalogues too")
+    flags.DEFINE_boolean("json", False, "whether to print one JSON object as the last line")
+    app.run(main)
