@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from dpsr_tf.data.column_files import row_splits
 from dpsr_tf.data.examples_dataset import Graph, Tokens
 from dpsr_tf.data.store import Store
-
-if TYPE_CHECKING:
-    from dpsr_tf.config import ModelConfig
-    from dpsr_tf.models.features import FeatureSpec
 
 _NOTHING = np.zeros(0, np.int32)
 
@@ -26,27 +22,26 @@ class Neighbourhoods:
     They are those of training with `graph_sampling: strongest`, without dropout, at the end of the log.
     """
 
-    def __init__(self, store: Store, config: ModelConfig, spec: FeatureSpec):
+    def __init__(self, store: Store, fan_out: Sequence[int], attributes: Mapping[str, int]):
         """Opens the graph of a store.
 
         Args:
             store: a store with a graph, whose files stay mapped.
-            config: has a `graph_fan_out`.
-            spec: has the attributes that are nodes of the graph.
+            fan_out: `graph_fan_out` of the model.
+            attributes: the item features whose values are nodes of the graph, with the number of codes of each.
         """
-        first, *second = config.graph_fan_out
+        first, *second = fan_out
         self._first, self._second, self._store = first, second[0] if second else 0, store
         graph, log, items = store.graph(), store.interactions(), store.items()
         self._of_query = _Rows([(file["query.splits"], file["query.item"]) for file in graph])
         self._of_item = _Rows([(file["item.splits"], file["item.query"]) for file in graph])
         self._query_texts = _Rows([(file["query.splits"], file["query.tokens"]) for file in log])
         self._item_texts = _Rows([(items["tokens.splits"], items["tokens.values"])])
-        names = [attribute.name for attribute in spec.graph]
-        self._codes = [items[f"feature.{name}"] for name in names]
-        self._offsets = row_splits(np.array([attribute.num_ids for attribute in spec.graph], np.int64))[:-1]
-        # The codes of all attributes one after the other, as in the table of values.
-        values = [_Rows([(graph[0][f"value.{name}.splits"], graph[0][f"value.{name}.item"])]) for name in names]
-        self._of_value = values
+        self._codes = [items[f"feature.{name}"] for name in attributes]
+        # The codes of all attributes stand one after the other, as in the table of values.
+        self._offsets = row_splits(np.array([*attributes.values()], np.int64))[:-1]
+        sections = [(f"value.{name}.splits", f"value.{name}.item") for name in attributes]
+        self._of_value = [_Rows([(graph[0][splits], graph[0][nodes])]) for splits, nodes in sections]
 
     @functools.cached_property
     def _known(self) -> dict[bytes, int]:

@@ -143,7 +143,10 @@ class StoreTables:
             lengths = [np.diff(shard["query.splits"]) for shard in shards]
             self._log_splits = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
             self._log_tokens = np.concatenate([shard["query.tokens"] for shard in shards])
-        self.neighbourhoods = Neighbourhoods(store, self._config, self.spec) if self._config.graph_fan_out else None
+        self.neighbourhoods: Neighbourhoods | None = None
+        if self._config.graph_fan_out:
+            attributes = {attribute.name: attribute.num_ids for attribute in self.spec.graph}
+            self.neighbourhoods = Neighbourhoods(store, self._config.graph_fan_out, attributes)
 
     def items(self, rows: np.ndarray) -> ItemFeatures:
         """Returns the features of rows of the item table [n]."""

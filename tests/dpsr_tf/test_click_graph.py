@@ -13,11 +13,9 @@ import pytest
 import tensorflow as tf
 import yaml
 
-from dpsr_tf.config import Config, ModelConfig
 from dpsr_tf.data.examples_dataset import BatchOptions, Tokens, examples_dataset
 from dpsr_tf.data.neighbourhoods import Neighbourhoods
 from dpsr_tf.data.store import Store, unpack_strings
-from dpsr_tf.models.model_directory import feature_spec
 
 DAY = 86_400
 ITEMS = [
@@ -381,8 +379,7 @@ def test_served_neighbourhoods_are_the_strongest(graph_store):
     """Those of training with the strongest edges, where neither a pair nor a time leaves edges out."""
     store, log = graph_store
     expected = Expected(store, log)
-    config = ModelConfig(graph_fan_out=(3, 2))
-    served = Neighbourhoods(store, config, feature_spec(Config(model=config), store))
+    served = Neighbourhoods(store, (3, 2), {"brand": 3, "shop": 3})
 
     def strongest(edges: list, row: int, other: int, most: int) -> list[int]:
         return [node for node, *_ in edges[row] if node != other][:most]
@@ -420,8 +417,7 @@ def test_served_neighbourhoods_are_the_strongest(graph_store):
 
 def test_a_query_is_known_by_its_tokens(graph_store):
     store, _ = graph_store
-    config = ModelConfig(graph_fan_out=(3,))
-    served = Neighbourhoods(store, config, feature_spec(Config(model=config), store))
+    served = Neighbourhoods(store, (3,), {})
     texts = ["QUERY  3", "query 3", "other", "", "query 3 4"]
     rows = served.known(Tokens(*store.vocabulary.encode_batch(texts)))
     assert list(store.queries())[rows[0]] == "query 3" and rows.tolist() == [rows[0], rows[0], -1, -1, -1]
