@@ -21,6 +21,7 @@ from dpsr_tf.config import Config, ModelConfig
 from dpsr_tf.data.code_book import CodeBook
 from dpsr_tf.models.embedding import name_in_checkpoint
 from dpsr_tf.models.features import CODED_KINDS, Feature, FeatureSpec
+from dpsr_tf.models.graph_encoder import VALUES
 from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.models.two_tower import TwoTower
 from dpsr_tokenizer import Vocabulary
@@ -206,7 +207,9 @@ def _matches(old: ModelDirectory, new: ModelDirectory, tables: Sequence[str]) ->
     before, now = CodeBook.read(old.path), CodeBook.read(new.path)
     found = {}
     for table in tables:
-        if table.endswith("_feature_embedding"):
+        if table == VALUES:
+            found[table] = _match_codes("item", old.features.graph, new.features.graph, before, now)
+        elif table.endswith("_feature_embedding"):
             side = table.removesuffix("_feature_embedding")
             found[table] = _match_codes(side, getattr(old.features, side), getattr(new.features, side), before, now)
         else:

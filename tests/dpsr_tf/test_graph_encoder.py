@@ -11,6 +11,7 @@ import yaml
 
 from dpsr_tf.config import ModelConfig
 from dpsr_tf.data.examples_dataset import Graph, Tokens
+from dpsr_tf.data.store import Store, unpack_strings
 from dpsr_tf.models.features import Feature, FeatureSpec, ItemFeatures, QueryFeatures
 from dpsr_tf.models.layers import FUSED, STOCK
 from dpsr_tf.models.two_tower import TwoTower
@@ -198,12 +199,12 @@ CONFIG = {
 }
 
 
-def train(folder, out: str, **changes) -> int:
+def train(folder, out: str, *more: str, store: str = "store", **changes) -> int:
     from dpsr_common import command_line
 
     config = CONFIG | {key.replace("__", "."): value for key, value in changes.items()}
     flags = [f"--set={key}={value}" for key, value in config.items()]
-    return command_line.main(["train", f"--store={folder / 'store'}", f"--out={folder / out}", *flags])
+    return command_line.main(["train", f"--store={folder / store}", f"--out={folder / out}", *flags, *more])
 
 
 def test_a_resumed_training_gives_the_same_weights(shop):
@@ -218,6 +219,32 @@ def test_a_resumed_training_gives_the_same_weights(shop):
         assert np.array_equal(whole.get_tensor(name), parts.get_tensor(name)), name
     # Both training and the message passing have changed the weights.
     assert np.abs(whole.get_tensor("graph/item_to_query") - np.eye(16)).max() > 1e-4
+
+
+def test_a_warm_start_finds_values_by_their_names(shop):
+    """The new day has a further brand, more frequent than the others, so that all codes differ."""
+    from dpsr_common import command_line
+
+    folder, _ = shop
+    day = folder / "day"
+    day.mkdir()
+    items = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+    items += [{"item": 100 + i, "title": f"new{i}", "brand": "new"} for i in range(12)]
+    (day / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in items))
+    for name in ("log.jsonl", "schema.yaml"):
+        (day / name).write_bytes((folder / name).read_bytes())
+    assert command_line.main(["ingest", f"--schema={day / 'schema.yaml'}", f"--out={folder / 'day-store'}"]) == 0
+    assert train(folder, "old", train__steps=20) == 0
+    warm = f"--warm_start={folder / 'old'}"
+    assert train(folder, "new", warm, store="day-store", train__steps=1, train__learning_rate=1e-8) == 0
+    old, new = (tf.train.load_checkpoint(str(folder / name)) for name in ("old", "new"))
+    for name in ("graph/item_to_query", "graph/brand_to_item"):
+        np.testing.assert_allclose(new.get_tensor(name), old.get_tensor(name), atol=1e-6)
+    before, now = (reader.get_tensor("graph_value_embedding") for reader in (old, new))
+    values = [unpack_strings(Store(folder / name).items(), "values.brand") for name in ("store", "day-store")]
+    assert values[1][0] == "new" and len(values[1]) == 9
+    for code, value in enumerate(values[0], 1):
+        np.testing.assert_allclose(now[1 + values[1].index(value)], before[code], atol=1e-6)
 
 
 def test_a_store_without_a_graph_is_refused(click_store, tmp_path, capsys):
