@@ -140,7 +140,7 @@ class MatchFeatures:
                 "brand_words.splits": row_splits(np.array([len(brand) for brand in of_brands], np.int64)),
                 "brand_words.values": np.array([word for brand in of_brands for word in brand], np.int32),
             }
-        digits = np.array([chr(point).isdigit() for point in range(sys.maxunicode + 1)])
+        digits = np.fromiter(map(str.isdigit, map(chr, range(sys.maxunicode + 1))), bool, sys.maxunicode + 1)
         edges = np.flatnonzero(np.diff(digits, prepend=False, append=False)).reshape(-1, 2)
         splits, data = pack_strings(words)
         return sections | {

@@ -66,6 +66,8 @@ class UserRequests:
             self._features[name] = feature
             if feature.kind in VALUE_KINDS:
                 self._values[name] = unpack_strings(self._users, f"values.{feature.name}")
+        # Numbers themselves, if the store holds them.
+        self._numbers: Mapping[str, np.ndarray] = store.numbers() or {}
         self._history = [name for name in HISTORY if name in names]
         # The ids of items in requests.
         self._items = store.items()["id"]
@@ -94,6 +96,9 @@ class UserRequests:
         code = int(self._users[f"feature.{feature.name}"][row])
         if feature.kind == "categorical":
             return self._values[name][code - 1] if code else ""
+        if f"user.{feature.name}" in self._numbers:
+            number = float(self._numbers[f"user.{feature.name}"][row])
+            return None if math.isnan(number) else number
         if code == 0:
             return None
         # The store holds the bucket only, so any number of the bucket will do. It is the lower bound, which belongs to

@@ -42,6 +42,8 @@ v1 = tf.compat.v1
 
 # The signature that computes the item tables, for a renewal. Nobody else calls it.
 ITEMS_SIGNATURE = "item_tables"
+# The input with the user's id. It has the name that a feature `id` would have.
+USER_ID = f"{USER}id"
 _BATCH = 4096
 # Requests that are kept for warm-up and measurement, and items in each.
 _NUM_REQUESTS, _ITEMS = 100, 100
@@ -135,7 +137,14 @@ class _Source:
 
     @staticmethod
     def open(model: ModelDirectory, store: Store) -> _Source:
-        """Raises CommandError if the model cannot read the store."""
+        """Raises CommandError if the model cannot be exported, or cannot read the store."""
+        if any(feature.name == "id" for feature in model.features.user) or any(
+            number.name == "user.id" for number in model.features.numbers
+        ):
+            raise CommandError(
+                f"{model.path}: the user feature 'id' needs an input {USER_ID}, but the id of the user has this name "
+                f"already; give the feature another `name` in the schema"
+            )
         features = RankingFeatures(store)
         check_numbers(features, model.features.numbers, str(model.path))
         return _Source(model, store, features, StoreTables(model, store))
@@ -156,9 +165,12 @@ class _Source:
         for place, name in enumerate(names):
             numbers[:, place] = at_end[name]
         codes = np.zeros((n, 0), np.int32) if features is None else features.codes
-        values = {"text_values": text.values, "text_splits": text.row_splits, "codes": codes, "numbers": numbers}
+        values = {"text.values": text.values, "text.splits": text.row_splits, "codes": codes, "numbers": numbers}
         for feature, tokens in zip(_lists(spec), () if features is None else features.lists, strict=True):
-            values |= {f"{feature.name}_values": tokens.values, f"{feature.name}_splits": tokens.row_splits}
+            values |= {
+                f"feature.{feature.name}.values": tokens.values,
+                f"feature.{feature.name}.splits": tokens.row_splits,
+            }
         return values
 
 
@@ -226,13 +238,13 @@ def _items(spec: FeatureSpec, ranker: Ranker) -> tuple[dict[str, tf.Tensor], lis
         return inputs[name]
 
     def tokens(name: str, dtype: tf.DType = tf.int32) -> Tokens:
-        return Tokens(placeholder(f"{name}_values", dtype), placeholder(f"{name}_splits", tf.int64))
+        return Tokens(placeholder(f"{name}.values", dtype), placeholder(f"{name}.splits", tf.int64))
 
     fixed = [feature for feature in spec.item if feature.kind in FIXED_KINDS]
     text = tokens("text")
     features = Features(
         placeholder("codes", tf.int32, len(fixed)),
-        tuple(tokens(f.name, tf.float32 if f.kind == "vector" else tf.int32) for f in _lists(spec)),
+        tuple(tokens(f"feature.{f.name}", tf.float32 if f.kind == "vector" else tf.int32) for f in _lists(spec)),
     )
     numbers = placeholder("numbers", tf.float32, len(spec.numbers_of("item")))
     vectors = ranker.item_vectors(ItemFeatures(text, features))
@@ -247,7 +259,7 @@ def _rank(
     config, spec = model.config.model, model.features
     # The fixed shape tells servers not to batch requests, which have any number of items.
     query = v1.placeholder(tf.string, [1], "query")
-    inputs: dict[str, tf.Tensor] = {"query": query, "user_id": absent(tf.int64, 1, "user_id")}
+    inputs: dict[str, tf.Tensor] = {"query": query, USER_ID: absent(tf.int64, 1, USER_ID)}
     keys = request_tables.KeyTable(assets / FILE) if store.item_keys() is not None else None
 
     def items(ids: str, texts: str, rank: int) -> tf.Tensor:
@@ -269,7 +281,7 @@ def _rank(
             of_user[name] = inputs.setdefault(feature, absent(tf.float32, 1, feature))
     table = RankTable(assets / FILE, source.features, widths)
     numbers = table.numbers(
-        query, inputs["user_id"], item_ids, score, of_user, names["request"], names["pair"], max_items
+        query, inputs[USER_ID], item_ids, score, of_user, names["request"], names["pair"], max_items
     )
     history, types = None, tf.zeros([0], tf.int32)
     if config.history_length:
@@ -302,8 +314,8 @@ def rank_inputs(servable: warmup.LoadedServable, request: Mapping[str, Any]) -> 
     return arrays
 
 
-def _requests(store: Store, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns requests of the log, held-out ones if there are any, each with 100 items: those shown, then others."""
+def _requests(store: Store, names: Sequence[str], count: int) -> list[dict[str, Any]]:
+    """Returns requests of the log, held-out ones if there are any, of `count` items: those shown, then others."""
     rng = np.random.default_rng(1)
     held = store.held_requests()
     file = held if held is not None and len(held["request.query"]) else store.requests()[0]
@@ -314,8 +326,8 @@ def _requests(store: Store, names: Sequence[str]) -> list[dict[str, Any]]:
     for row in np.sort(rng.choice(requests, min(requests, _NUM_REQUESTS), replace=False)).tolist():
         query = int(file["request.query"][row])
         shown = file["shown.item"][file["request.splits"][row] : file["request.splits"][row + 1]]
-        others = rng.integers(len(ids), size=max(0, _ITEMS - len(shown)))
-        items = np.concatenate([shown, others])[:_ITEMS]
+        others = rng.integers(len(ids), size=max(0, count - len(shown)))
+        items = np.concatenate([shown, others])[:count]
         # The time of the request, so that its own clicks are not in the history.
         user = User(int(users[file["request.user"][row]]), int(file["request.time"][row]))
         of_items = {"item_ids": ids[items].tolist()} if keys is None else {"item_keys": [keys[i] for i in items]}
@@ -330,7 +342,10 @@ def _finish(store: Store, manifest: dict[str, Any], out: Path) -> dict[str, Any]
     extra.mkdir()
     servable = warmup.LoadedServable(out)
     try:
-        requests = [rank_inputs(servable, request) for request in _requests(store, list(servable.inputs["rank"]))]
+        items = min(_ITEMS, manifest["max_items"])
+        # Warm-up requests are no place for the ids of users.
+        names = [name for name in servable.inputs["rank"] if name != USER_ID]
+        requests = [rank_inputs(servable, request) for request in _requests(store, names, items)]
         of_items = "item_keys" if "item_keys" in servable.inputs["rank"] else "item_ids"
         # Lists of other lengths, an empty one too.
         shorter = [inputs | {of_items: inputs[of_items][:n]} for n, inputs in zip((0, 1, 10), requests, strict=False)]
@@ -345,7 +360,7 @@ def _finish(store: Store, manifest: dict[str, Any], out: Path) -> dict[str, Any]
     measured: dict[str, Any] = {"requests": len(requests)}
     if requests:
         p50, p99 = np.percentile(seconds[-len(requests) :], [50, 99]) * 1000
-        measured |= {"items": _ITEMS, "p50_ms": round(float(p50), 4), "p99_ms": round(float(p99), 4)}
+        measured |= {"items": items, "p50_ms": round(float(p50), 4), "p99_ms": round(float(p99), 4)}
     statistics = store.statistics()
     assert statistics is not None
     manifest |= {

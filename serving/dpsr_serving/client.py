@@ -30,15 +30,19 @@ from dpsr_common import serving_apis
 from dpsr_common.errors import CommandError
 from dpsr_serving.search import (
     PADDING_ID,
+    Ranking,
+    RankOptions,
     Search,
     SearchOptions,
     SearchResult,
     Signature,
     Text,
     User,
+    make_ranking,
     make_request,
     make_search,
     results,
+    scores_of,
 )
 
 __all__ = ["AsyncSearchClient", "ModelVersion", "SearchClient", "SearchResult", "ServingError", "Tls", "User"]
@@ -184,7 +188,7 @@ class _Client(ABC, Generic[_ChannelT]):
             self._spec.version.value = version
         elif label is not None:
             self._spec.version_label = label
-        self._signature: Signature | None = None
+        self._signatures: dict[str, Signature] = {}
         self._versions: set[int] = set()
         self._channel = self._open(tls)
         self._methods = {
@@ -207,54 +211,78 @@ class _Client(ABC, Generic[_ChannelT]):
         sent = self._with(metadata)
         if search.plain:
             request = make_request(self._spec, "serving_default", {"query": np.array(search.queries, object)})
-            return (yield from self._predict(request, search, deadline, sent))
-        signature, fresh = self._signature, False
+            response, trailing = yield from self._predict(request, deadline, sent)
+            return self._read(lambda: results(response, len(search.queries), trailing), "search")
+        response, trailing = yield from self._ask("search", lambda known: known.tensors(search), deadline, sent)
+        return self._read(lambda: results(response, len(search.queries), trailing), "search")
+
+    def _rank_flow(self, ranking: Ranking, metadata: Mapping[str, str] | None) -> _Flow[NDArray[np.float32]]:
+        if not ranking.items:
+            return np.zeros(0, np.float32)
+        deadline = time.monotonic() + self._timeout_s
+        response, _ = yield from self._ask(
+            "rank", lambda known: known.rank_tensors(ranking), deadline, self._with(metadata)
+        )
+        return self._read(lambda: scores_of(response, len(ranking.items)), "rank")
+
+    def _ask(
+        self,
+        name: str,
+        tensors: Callable[[Signature], Mapping[str, NDArray[Any]]],
+        deadline: float,
+        metadata: tuple[tuple[str, str], ...],
+    ) -> _Flow[tuple[Any, Any]]:
+        """Sends a request to a signature whose inputs the server tells. Returns response and trailing metadata."""
+        signature, fresh = self._signatures.get(name), False
         while True:
             if signature is None:
-                signature, fresh = (yield from self._learn(deadline, sent)), True
+                signature, fresh = (yield from self._learn(name, deadline, metadata)), True
             try:
-                request = make_request(self._spec, "search", signature.tensors(search))
-                return (yield from self._predict(request, search, deadline, sent))
+                request = make_request(self._spec, name, tensors(signature))
+                return (yield from self._predict(request, deadline, metadata))
             except ValueError:
                 # Raised by this client, or INVALID_ARGUMENT from the server: by now another version, with other inputs,
                 # may be serving.
                 if fresh:
                     raise
-                known, signature = signature, (yield from self._learn(deadline, sent))
+                known, signature = signature, (yield from self._learn(name, deadline, metadata))
                 fresh = True
                 if signature == known:
                     raise
 
-    def _predict(
-        self, request: Any, search: Search, deadline: float, metadata: tuple[tuple[str, str], ...]
-    ) -> _Flow[list[SearchResult]]:
+    def _predict(self, request: Any, deadline: float, metadata: tuple[tuple[str, str], ...]) -> _Flow[tuple[Any, Any]]:
         response, trailing = yield from self._call(serving_apis.PREDICT, request, deadline, metadata)
         version = response.model_spec.version.value
-        if self._signature is not None and version not in self._versions:
+        if self._signatures and version not in self._versions:
             self._versions.add(version)
-            self._signature = None
+            self._signatures.clear()
+        return response, trailing
+
+    def _read(self, decode: Callable[[], T], kind: str) -> T:
+        """Returns what `decode` makes of a response. Raises ServingError if it is not that of a servable of a kind."""
         try:
-            return results(response, len(search.queries), trailing)
+            return decode()
         except ValueError as error:
             raise ServingError(
                 grpc.StatusCode.INTERNAL,
-                f"the answer of {self._target}, model {self._model!r}, is not that of a search servable: {error}; "
+                f"the answer of {self._target}, model {self._model!r}, is not that of a {kind} servable: {error}; "
                 "was the model written by `dpsr export`?",
             ) from error
 
-    def _learn(self, deadline: float, metadata: tuple[tuple[str, str], ...]) -> _Flow[Signature]:
-        """Asks the server for the model's signature, and keeps it."""
+    def _learn(self, name: str, deadline: float, metadata: tuple[tuple[str, str], ...]) -> _Flow[Signature]:
+        """Asks the server for a signature of the model, and keeps it."""
         request = serving_apis.GetModelMetadataRequest(model_spec=self._spec, metadata_field=["signature_def"])
         response, _ = yield from self._call(serving_apis.GET_MODEL_METADATA, request, deadline, metadata)
         try:
-            signature = Signature.parse(response)
+            signature = Signature.parse(response, name)
         except ValueError as error:
+            what = "leave out k, user and filters, or " if name == "search" else ""
             raise ServingError(
                 grpc.StatusCode.FAILED_PRECONDITION,
-                f"{self._target}, model {self._model!r}: {error}; leave out k, user and filters, or serve a model that "
-                "`dpsr export` wrote",
+                f"{self._target}, model {self._model!r}: {error}; {what}serve a "
+                f"{'model' if name == 'search' else 'ranker'} that `dpsr export` wrote",
             ) from None
-        self._signature = signature
+        self._signatures[name] = signature
         self._versions.add(signature.version)
         return signature
 
@@ -355,6 +383,35 @@ class SearchClient(_Client[grpc.Channel]):
         asked = make_search(queries, k, **options)
         return self._run(self._search_flow(asked, metadata))
 
+    def rank(
+        self,
+        query: Text,
+        items: Sequence[int | str],
+        *,
+        metadata: Mapping[str, str] | None = None,
+        **options: Unpack[RankOptions],
+    ) -> NDArray[np.float32]:
+        """Scores items for a query, with a servable that `dpsr export` wrote for a ranker.
+
+        Args:
+            query: the query; bytes need not be valid UTF-8.
+            items: n items: ids, or keys if the shop's own ids are texts.
+            metadata: gRPC metadata of this call; it overrides the client's.
+            user: who searches: a User or a dict with the same keys. A ranker takes no past_queries.
+            user_id: the user's id, for what the user has spent; None and unknown ids: nothing is known.
+            dpsr_scores: the scores of a retrieval model for the items, NaN where there is none, for a ranker that reads
+                them; () if there are none.
+
+        Returns:
+            float32 [n]. The higher, the better; only scores of one call can be compared. -inf for an item that the
+            servable does not know.
+
+        Raises:
+            ServingError: the server refused the request or did not answer in time.
+            ValueError: a value cannot be sent, or the model does not take a user feature or input.
+        """
+        return self._run(self._rank_flow(make_ranking(query, items, **options), metadata))
+
     def model_status(self) -> list[ModelVersion]:
         """Returns the model's versions, newest first.
 
@@ -365,7 +422,7 @@ class SearchClient(_Client[grpc.Channel]):
 
     def signature(self) -> Signature:
         """Asks for the inputs of the model's signature `search`. Raises ServingError."""
-        return self._run(self._learn(time.monotonic() + self._timeout_s, self._with(None)))
+        return self._run(self._learn("search", time.monotonic() + self._timeout_s, self._with(None)))
 
     def _run(self, flow: _Flow[T]) -> T:
         try:
@@ -414,6 +471,17 @@ class AsyncSearchClient(_Client[grpc.aio.Channel]):
         """See SearchClient.search."""
         asked = make_search(queries, k, **options)
         return await self._run(self._search_flow(asked, metadata))
+
+    async def rank(
+        self,
+        query: Text,
+        items: Sequence[int | str],
+        *,
+        metadata: Mapping[str, str] | None = None,
+        **options: Unpack[RankOptions],
+    ) -> NDArray[np.float32]:
+        """See SearchClient.rank."""
+        return await self._run(self._rank_flow(make_ranking(query, items, **options), metadata))
 
     async def model_status(self) -> list[ModelVersion]:
         """See SearchClient.model_status."""

@@ -24,6 +24,8 @@ PADDING_ID = -1
 _STRING, _FLOAT, _INT64 = 7, 1, 9  # DT_... of tensorflow/core/framework/types.proto
 _NAMES = {1: "float", 2: "double", 3: "int32", 7: "string", 9: "int64", 10: "bool"}
 _USER = "user_"
+# An input of `rank`, and no feature.
+_USER_ID = "user_id"
 
 # The inputs of `search` beside `query`, `k` and the user's features: name -> (type, rank).
 _INPUTS = {
@@ -104,6 +106,17 @@ class Search:
         return self.k is None and not asked and not any(self.users)
 
 
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """One request to a ranker."""
+
+    query: Text
+    items: Sequence[int | str]
+    user: User
+    user_id: int | None
+    dpsr_scores: Sequence[float]
+
+
 Users = User | Mapping[str, Any] | Sequence[User | Mapping[str, Any] | None] | None
 
 
@@ -135,6 +148,29 @@ def make_search(queries: Text | Sequence[Text], k: int | None, **options: Unpack
     include, exclude = expressions(options.get("filters", ())), expressions(options.get("exclude_filters", ()))
     excluded = list(options.get("exclude_items", ()))
     return Search(batch, k, users, include, exclude, excluded, options.get("search_parameters", ""))
+
+
+class RankOptions(TypedDict, total=False):
+    """What SearchClient.rank takes beside the query and the items; its docstring explains each option."""
+
+    user: User | Mapping[str, Any] | None
+    user_id: int | None
+    dpsr_scores: Sequence[float]
+
+
+def make_ranking(query: Text, items: Sequence[int | str], **options: Unpack[RankOptions]) -> Ranking:
+    """Makes a request, and checks what can be checked without knowing the model. Raises ValueError or TypeError."""
+    if unknown := sorted(options.keys() - RankOptions.__annotations__):
+        expected = ", ".join(RankOptions.__annotations__)
+        raise TypeError(f"unknown option {', '.join(map(repr, unknown))}, expected metadata, {expected}")
+    if not isinstance(query, (str, bytes)):
+        raise ValueError(f"query must be one text, got {query!r}")
+    if isinstance(items, (str, bytes)):
+        raise ValueError(f"items must be a list of items, got {items!r}")
+    scores = list(options.get("dpsr_scores", ()))
+    if scores and len(scores) != len(items):
+        raise ValueError(f"{len(scores)} dpsr_scores for {len(items)} items; give one for each item, or none")
+    return Ranking(query, list(items), _user(options.get("user")) or User(), options.get("user_id"), scores)
 
 
 def _user(user: User | Mapping[str, Any] | None) -> User | None:
@@ -194,7 +230,7 @@ def _literal(name: str, value: Text | float) -> str:
 
 
 class Signature:
-    """The inputs of a servable's signature `search`, and the number of results of `serving_default`.
+    """The inputs of a servable's signature `search` or `rank`, and the number of results of `serving_default`.
 
     Attributes:
         version: the model version that has these inputs.
@@ -207,15 +243,14 @@ class Signature:
         self._inputs = dict(inputs)
 
     @classmethod
-    def parse(cls, response: Any) -> Signature:
-        """Reads the signature from a GetModelMetadataResponse. Raises ValueError if the model has no `search`."""
+    def parse(cls, response: Any, name: str = "search") -> Signature:
+        """Reads a signature from a GetModelMetadataResponse. Raises ValueError if the model does not have it."""
         signatures = serving_apis.SignatureDefMap()
         signatures.ParseFromString(response.metadata["signature_def"].value)
-        if "search" not in signatures.signature_def:
-            raise ValueError(f"the model has no signature 'search', only {sorted(signatures.signature_def)}")
+        if name not in signatures.signature_def:
+            raise ValueError(f"the model has no signature '{name}', only {sorted(signatures.signature_def)}")
         inputs = {
-            name: (info.dtype, len(info.tensor_shape.dim))
-            for name, info in signatures.signature_def["search"].inputs.items()
+            key: (info.dtype, len(info.tensor_shape.dim)) for key, info in signatures.signature_def[name].inputs.items()
         }
         dims = signatures.signature_def["serving_default"].outputs["item_ids"].tensor_shape.dim
         default_k = dims[1].size if len(dims) == 2 and dims[1].size > 0 else None
@@ -235,7 +270,7 @@ class Signature:
     @property
     def user_features(self) -> list[str]:
         """The user features that the model reads."""
-        return sorted(name.removeprefix(_USER) for name in self._inputs if name.startswith(_USER))
+        return sorted(name.removeprefix(_USER) for name in self._inputs if name.startswith(_USER) and name != _USER_ID)
 
     def tensors(self, search: Search) -> dict[str, NDArray[Any]]:
         """Returns the input tensors of a request; whatever the request leaves out is empty.
@@ -280,6 +315,46 @@ class Signature:
             elif _INPUTS.get(name) == (dtype, rank):
                 arrays[name] = _rows(name, given.get(name, [()] * batch), dtype)
             elif name != "query":
+                raise ValueError(
+                    f"this client does not know the model's input {name!r}, {_NAMES.get(dtype, dtype)} of rank {rank}; "
+                    "use the client of the release that exported the model"
+                )
+        return arrays
+
+    def rank_tensors(self, ranking: Ranking) -> dict[str, NDArray[Any]]:
+        """Returns the input tensors of a request to rank; whatever the request leaves out is empty.
+
+        Raises:
+            ValueError: the request has something that the model does not take, or of another type.
+        """
+        user = ranking.user
+        for name in sorted(user.features):
+            self._check_feature(name)
+        if user.past_queries:
+            raise ValueError(f"a ranker takes no past_queries; its inputs are {', '.join(self.inputs)}")
+        to_rank, (items,) = self._items("item_ids", "item_keys", [ranking.items])
+        clicks, clicked = self._items("clicked_items", "clicked_item_keys", [user.clicked_items])
+        given = {clicks: clicked, "clicked_item_types": _types_of([user])}
+        scores = np.array(ranking.dpsr_scores, np.float32)
+        for name, there in ((clicks, user.clicked_items), ("dpsr_score", ranking.dpsr_scores)):
+            if there and name not in self._inputs:
+                raise ValueError(f"this model takes no {name}; its inputs are {', '.join(self.inputs)}")
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, (dtype, rank) in self._inputs.items():
+            if name == "query":
+                arrays[name] = _texts([ranking.query])
+            elif name == to_rank:
+                arrays[name] = np.array(items, np.int64) if dtype == _INT64 else _texts(items)
+            elif name == "dpsr_score":
+                arrays[name] = scores
+            elif name == _USER_ID:
+                arrays[name] = np.array([] if ranking.user_id is None else [ranking.user_id], np.int64)
+            elif name.startswith(_USER):
+                feature = name.removeprefix(_USER)
+                arrays[name] = _feature(feature, dtype, rank, [user.features.get(feature)])
+            elif _INPUTS.get(name) == (dtype, rank):
+                arrays[name] = _rows(name, given.get(name, [()]), dtype)
+            else:
                 raise ValueError(
                     f"this client does not know the model's input {name!r}, {_NAMES.get(dtype, dtype)} of rank {rank}; "
                     "use the client of the release that exported the model"
@@ -410,6 +485,16 @@ def results(response: Any, batch: int, trailing: Iterable[tuple[str, Text]]) -> 
             SearchResult(ids[row][found], scores[row][found], heads[row][found], row_keys, version, arm, shards)
         )
     return found_results
+
+
+def scores_of(response: Any, items: int) -> NDArray[np.float32]:
+    """Returns the score of each item. Raises ValueError if the response is not that of a ranker."""
+    if "scores" not in response.outputs:
+        raise ValueError(f"the output 'scores' is missing; there are {sorted(response.outputs)}")
+    scores = to_numpy(response.outputs["scores"])
+    if scores.dtype != np.float32 or scores.shape != (items,):
+        raise ValueError(f"output 'scores' is {scores.dtype.name} {list(scores.shape)}, expected float32 [{items}]")
+    return scores
 
 
 def _decode(outputs: Any, batch: int) -> dict[str, NDArray[Any]]:

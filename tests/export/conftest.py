@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ranking_shops import ranking_store
 
 from dpsr_common.command_line import main
+from dpsr_tf.data.store import Store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +196,25 @@ def untrained_model(job: Job, **model: Any) -> None:
         # Biases of zero would hide what an absent value does.
         session.run([v.assign_add(tf.fill(v.shape, 0.1)) for v in tf.compat.v1.global_variables() if "bias" in v.name])
         tf.compat.v1.train.Saver().save(session, str(job.model / "model.ckpt"), global_step=7)
+
+
+@pytest.fixture(scope="session")
+def ranking_shop_of_texts(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store with requests of 60 items, with text ids, attributes and prices."""
+    return ranking_store(tmp_path_factory.mktemp("ranking_shop"), text_ids=True)
+
+
+@pytest.fixture(scope="session")
+def ranking_shop_of_numbers(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The same items with numeric ids, and `ranking: {}`."""
+    return ranking_store(tmp_path_factory.mktemp("ranking_shop"), text_ids=False)
+
+
+@pytest.fixture(scope="module", params=["texts", "numbers"])
+def ranking_shop(request: pytest.FixtureRequest) -> Store:
+    """Both shops, one after the other."""
+    store: Store = request.getfixturevalue(f"ranking_shop_of_{request.param}")
+    return store
 
 
 def runs(values: list[Any]) -> list[Any]:

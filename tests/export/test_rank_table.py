@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
-import yaml
+from ranking_shops import QUERIES, WORDS
 
-from dpsr_common.command_line import main
 from dpsr_export.faiss_search import load
 from dpsr_export.rank_table import RankTable, write_rank_table
 from dpsr_tf.data.ranking_features import RankingFeatures
@@ -18,70 +16,6 @@ from dpsr_tf.data.schema import EVENT_TYPES
 from dpsr_tf.data.store import Store
 
 v1 = tf.compat.v1
-
-WORDS = [
-    "drill", "12mm", "ab300", "acme", "bolt", "tools", "red", "Ünïcode", "straße", "手机", "红色", "٣٤", "½", "Ⅻ",
-    "ไทย", "한국어", "x²", "3.5mm", "1,000", "e\u0301", "shoes",
-]  # fmt: skip
-BRANDS = ["Acme", "Bolt Tools", "手机", "Tools", "bolt bolt", "!!!", None]
-QUERIES = [
-    "", "   ", "unknown words only", "drill drill drill", "acme drill 12MM", "bolt tools red", "手机 红色手机",
-    " acme drill 12MM\u3000", "straße x² 12 mm", "ÿ", "٣٤ ½ ⅻ", "😀", "shoes\x00 1,000",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["text_ids", "number_ids"])
-def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """A shop of 60 items in several scripts; some lack a title, a brand or a price."""
-    folder, rng = tmp_path_factory.mktemp("shop"), np.random.default_rng(5)
-    text_ids = request.param
-
-    def words(count: int) -> str:
-        return " ".join(rng.choice(WORDS, count))
-
-    def id_of(number: int) -> str | int:
-        return f"sku-{number}" if text_ids else number * 3
-
-    items = [
-        {
-            "item": id_of(i),
-            "title": words(int(rng.integers(0, 7))),
-            "detail": words(int(rng.integers(0, 12))),
-            "brand": BRANDS[rng.integers(len(BRANDS))],
-            "price": None if i % 7 == 0 else round(float(rng.uniform(1, 90)), 2),
-        }
-        for i in range(60)
-    ]
-    asked = [text for text in QUERIES if text.strip()] + [words(2) for _ in range(20)]
-    log = [
-        {
-            "query": asked[rng.integers(len(asked))],
-            "item": id_of(int(rng.integers(60))),
-            "user": ["u1", "u2", "u3", None][rng.integers(4)],
-            "type": str(rng.choice(["impression", "click", "order"], p=[0.5, 0.3, 0.2])),
-            "time": 1_700_000_000 + int(rng.integers(40 * 86_400)),
-        }
-        for _ in range(3000)
-    ]
-    schema = {
-        "items": {
-            "files": "items.jsonl",
-            "id": "item",
-            "text": ["title", "detail"],
-            "features": ["brand", {"column": "price", "kind": "number", "boundaries": [10]}],
-        },
-        "users": {"files": "users.jsonl", "id": "user"},
-        "interactions": {
-            "files": "log.jsonl", "query": "query", "item": "item", "user": "user", "type": "type", "time": "time"
-        },
-        "ranking": {"attributes": ["brand"], "brand": "brand", "price": "price"} if text_ids else {},
-    }  # fmt: skip
-    users = [{"user": f"u{i}"} for i in range(1, 6)]
-    for name, rows in (("items", items), ("users", users), ("log", log)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    (folder / "schema.yaml").write_text(yaml.safe_dump(schema))
-    assert main(["ingest", f"--schema={folder / 'schema.yaml'}", f"--out={folder / 'store'}"]) == 0
-    return Store(folder / "store")
 
 
 class Tables:
@@ -102,7 +36,8 @@ class Tables:
         return tf.nest.map_structure(lambda tensor: tensor.numpy(), found)
 
 
-def test_numbers_are_those_at_the_end_of_the_log(store: Store, tmp_path: Path) -> None:
+def test_numbers_are_those_at_the_end_of_the_log(ranking_shop: Store, tmp_path: Path) -> None:
+    store = ranking_shop
     rng = np.random.default_rng(6)
     of_items = rng.normal(size=(store.counts.items, 3))
     numbers = Tables(store, tmp_path / "rank_table.dpsr", [of_items[:, :1], of_items])
@@ -142,7 +77,8 @@ def test_numbers_are_those_at_the_end_of_the_log(store: Store, tmp_path: Path) -
             assert anonymous[0, -1] == 0 and np.isnan(anonymous[0, :-1]).all()
 
 
-def test_wrong_requests(store: Store, tmp_path: Path) -> None:
+def test_wrong_requests(ranking_shop: Store, tmp_path: Path) -> None:
+    store = ranking_shop
     numbers = Tables(store, tmp_path / "rank_table.dpsr", [np.zeros((store.counts.items, 2))])
     query, nobody, ids = tf.constant(["red"]), tf.constant([], tf.int64), store.items()["id"][:4]
     assert numbers(query, nobody, ids[:0]).pairs.shape == (0, len(numbers.pairs) + 1)
@@ -172,7 +108,8 @@ def test_wrong_requests(store: Store, tmp_path: Path) -> None:
         wrong.rows(0, tf.constant([1]))
 
 
-def test_history(store: Store, tmp_path: Path) -> None:
+def test_history(ranking_shop: Store, tmp_path: Path) -> None:
+    store = ranking_shop
     features = RankingFeatures(store)
     write_rank_table(features, [], tmp_path / "rank_table.dpsr")
     table = RankTable(tmp_path / "rank_table.dpsr", features)
@@ -196,7 +133,8 @@ def test_history(store: Store, tmp_path: Path) -> None:
             table.history(*arguments, 3)
 
 
-def test_shapes_and_damaged_files(store: Store, tmp_path: Path) -> None:
+def test_shapes_and_damaged_files(ranking_shop: Store, tmp_path: Path) -> None:
+    store = ranking_shop
     features, path = RankingFeatures(store), tmp_path / "rank_table.dpsr"
     write_rank_table(features, [np.ones((store.counts.items, 2))], path)
     with tf.Graph().as_default(), v1.Session() as session:
