@@ -186,42 +186,47 @@ def _write_saved_model(
 ) -> dict[str, list[str]]:
     """Writes the SavedModel. Returns the names of the inputs of each signature."""
     model = source.model
-    with tf.Graph().as_default():
+
+    def restored(session: v1.Session) -> None:
+        try:
+            weights_saver(model.config.train.average_decay > 0).restore(session, checkpoint)
+        except (tf.errors.OpError, ValueError):
+            raise CommandError(
+                f"{model.path}: {Path(checkpoint).name} cannot be read, or does not fit the config; train the model "
+                f"again"
+            ) from None
+
+    # The table comes first, because the graph of the servable says which table it accepts.
+    with tf.Graph().as_default(), v1.Session() as session:
+        inputs, tables = _items(model.features, Ranker(model.config, model.features))
+        restored(session)
+        found = source.item_tables(
+            lambda values: session.run(_named(tables), {inputs[name]: value for name, value in values.items()})
+        )
+    write_rank_table(source.features, found, assets / FILE)
+    with tf.Graph().as_default(), v1.Session() as session:
         ranker = Ranker(model.config, model.features)
-        item_inputs, item_outputs = _items(model.features, ranker)
-        rank = _rank(source, ranker, [int(table.shape[1]) for table in item_outputs], max_items, assets)
-        with v1.Session() as session:
-            try:
-                weights_saver(model.config.train.average_decay > 0).restore(session, checkpoint)
-            except (tf.errors.OpError, ValueError):
-                raise CommandError(
-                    f"{model.path}: {Path(checkpoint).name} cannot be read, or does not fit the config; train the "
-                    f"model again"
-                ) from None
-
-            def run(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-                found: dict[str, np.ndarray] = session.run(
-                    _named(item_outputs), {item_inputs[name]: value for name, value in values.items()}
-                )
-                return found
-
-            write_rank_table(source.features, source.item_tables(run), assets / FILE)
-            request_tables.check_assets()
-            signature = v1.saved_model.predict_signature_def
-            signatures = {
-                "serving_default": signature(*rank),
-                "rank": signature(*rank),
-                ITEMS_SIGNATURE: signature(item_inputs, _named(item_outputs)),
-            }
-            builder = v1.saved_model.Builder(str(out))
-            builder.add_meta_graph_and_variables(
-                session,
-                [tf.saved_model.SERVING],
-                signature_def_map=signatures,
-                assets_collection=v1.get_collection(v1.GraphKeys.ASSET_FILEPATHS),
-                main_op=v1.tables_initializer(),
-            )
-            builder.save()
+        inputs, tables = _items(model.features, ranker)
+        rank = _rank(source, ranker, [table.shape[1] for table in found], max_items, assets)
+        request_tables.check_assets()
+        # All ops are made before the session runs one.
+        initializer = v1.tables_initializer()
+        restored(session)
+        signature = v1.saved_model.predict_signature_def
+        signatures = {
+            "serving_default": signature(*rank),
+            "rank": signature(*rank),
+            ITEMS_SIGNATURE: signature(inputs, _named(tables)),
+        }
+        builder = v1.saved_model.Builder(str(out))
+        builder.add_meta_graph_and_variables(
+            session,
+            [tf.saved_model.SERVING],
+            signature_def_map=signatures,
+            assets_collection=v1.get_collection(v1.GraphKeys.ASSET_FILEPATHS),
+            main_op=initializer,
+        )
+        builder.save()
     return {name: sorted(signature.inputs) for name, signature in signatures.items()}
 
 
