@@ -20,6 +20,9 @@ from dpsr_tokenizer import Tokenizer, TokenizerConfig
 # The constants of BM25 in Lucene's form.
 _K1, _B = 1.2, 0.75
 _WORDS = TokenizerConfig(letter_trigrams=False, number_parts=False)
+_TRIGRAMS = TokenizerConfig(word_unigrams=False, number_parts=False, char_unigrams=False, char_bigrams=False)
+# Numbers of the item alone.
+_OF_ITEM = ("title_words", "title_numbers")
 
 
 class _Postings(NamedTuple):
@@ -42,7 +45,10 @@ class MatchFeatures:
 
     Attributes:
         names: the names of the features.
+        of_item: those of them that depend on the item alone.
     """
+
+    of_item = _OF_ITEM
 
     def __init__(self, store: Store):
         """Reads the texts of all items of a store, whose schema has the section `ranking`."""
@@ -55,9 +61,23 @@ class MatchFeatures:
         self._title = schema.title or schema.text[0]
         names, file = {self._title: "title"} | schema.text_names, store.packed_texts()
         tokens = {column: list(map(self._tokens, unpack_strings(file, name))) for column, name in names.items()}
-        self._fields = {column: self._postings(of_column) for column, of_column in tokens.items()}
-        self._weights = {column: _bm25_weights(field) for column, field in self._fields.items()}
+        self._fields = {column: _postings(of_column) for column, of_column in tokens.items()}
+        self._rarities = {column: _rarities(field, len(self._ids)) for column, field in self._fields.items()}
+        self._weights = {column: _bm25_weights(field, self._rarities[column]) for column, field in self._fields.items()}
         self._has_digit = np.array([_has_digit(token) for token in self._ids], bool)
+        # A title has the trigrams of its words. So those of each word are enough.
+        self._split = Tokenizer(_TRIGRAMS)
+        self._trigram_ids: dict[str, int] = {}
+        self._trigrams = _postings(
+            [
+                [self._trigram_ids.setdefault(t, len(self._trigram_ids)) for t in self._split.tokenize(w)]
+                for w in self._ids
+            ]
+        )
+        title = self._fields[self._title]
+        self._title_trigrams = self._count_trigrams(title)
+        numbers = np.append(0, np.cumsum(self._has_digit[title.tokens]))[title.splits]
+        self._item_numbers = {"title_words": np.diff(title.splits), "title_numbers": np.diff(numbers)}
         self._brands: np.ndarray | None = None
         brand = store.schema.ranking.brand
         if brand is not None:
@@ -78,6 +98,13 @@ class MatchFeatures:
             "query_in_title",
             "title_in_query",
             "number_match",
+            *(f"bm25_share.{column}" for column in self._fields),
+            "query_in_texts",
+            "missing_rarity",
+            "last_word_in_title",
+            "trigrams_in_title",
+            "trigram_overlap",
+            *_OF_ITEM,
         ]
         self.names += ["brand_match", "brand_other"] if brand is not None else []
 
@@ -93,15 +120,15 @@ class MatchFeatures:
             float32 [n] by name, NaN where a feature is not defined.
         """
         words = [self._tokenizer.tokenize(text) for text in queries]
-        asked = self._postings([[self._ids[w] for w in of_query if w in self._ids] for of_query in words])
+        asked = _postings([[self._ids[w] for w in of_query if w in self._ids] for of_query in words])
         distinct = np.array([len(set(of_query)) for of_query in words], np.int64)
-        numbers = np.array([len({w for w in of_query if _has_digit(w)}) for of_query in words], np.int64)
+        unknown = [sum(w not in self._ids for w in of_query) for of_query in words]
         size, n = max(len(self._ids), 1), len(query)
         row, place = asked.take(query)
         # Ascending, because the tokens of a query are.
         wanted, times = row * size + asked.tokens[place], asked.counts[place]
         found: dict[str, np.ndarray] = {}
-        numbers_found = [np.zeros(0, np.int64)]
+        all_keys = [np.zeros(0, np.int64)]
         for column, field in self._fields.items():
             row, place = field.take(item)
             keys = row * size + field.tokens[place]
@@ -109,14 +136,31 @@ class MatchFeatures:
             same = wanted[at] == keys if len(wanted) else np.zeros(len(keys), bool)
             row, place, at, keys = row[same], place[same], at[same], keys[same]
             found[f"bm25.{column}"] = np.bincount(row, self._weights[column][place] * times[at], n)
+            largest = self._rarity_of_queries(column, asked, unknown)
+            found[f"bm25_share.{column}"] = _share(found[f"bm25.{column}"], largest[query])
             if column == self._title:
                 matched = np.bincount(row, minlength=n)
                 length = field.splits[item + 1] - field.splits[item]
                 found["query_in_title"] = _share(matched, distinct[query])
                 found["title_in_query"] = _share(matched, length)
-            numbers_found.append(keys[self._has_digit[field.tokens[place]]])
-        keys = np.unique(np.concatenate(numbers_found))
+                in_title = np.zeros(len(wanted), bool)
+                in_title[at] = True
+            all_keys.append(keys)
+        row, token = np.divmod(wanted, size)
+        lost = np.where(in_title, 0, self._rarities[self._title][token])
+        at_least = np.where(unknown, _rarity(0, len(self._item_numbers["title_words"])), 0)
+        found["missing_rarity"] = at_least[query]
+        np.maximum.at(found["missing_rarity"], row, lost)
+        last = np.array([self._ids.get(of_query[-1], -1) if of_query else -1 for of_query in words], np.int64)
+        is_last = np.bincount(row, in_title & (token == last[query][row]), n)
+        found["last_word_in_title"] = np.where(distinct[query] > 0, is_last, np.nan)
+        keys = np.unique(np.concatenate(all_keys))
+        found["query_in_texts"] = _share(np.bincount(keys // size, minlength=n), distinct[query])
+        numbers = np.array([len({w for w in of_query if _has_digit(w)}) for of_query in words], np.int64)
+        keys = keys[self._has_digit[keys % size]]
         found["number_match"] = _share(np.bincount(keys // size, minlength=n), numbers[query])
+        found |= self._trigram_matches(queries, query, item)
+        found |= {name: values[item] for name, values in self._item_numbers.items()}
         if self._brands is not None:
             found |= self._brand_matches(words, query, item)
         return {name: found[name].astype(np.float32) for name in self.names}
@@ -173,30 +217,85 @@ class MatchFeatures:
             "brand_other": np.where(unknown, np.nan, names_any & ~match),
         }
 
+    def _rarity_of_queries(self, column: str, asked: _Postings, unknown: Sequence[int]) -> np.ndarray:
+        """Returns the sum of the rarities of all words of each query, float64 [queries]: no BM25 is larger."""
+        query = np.repeat(np.arange(len(unknown)), np.diff(asked.splits))
+        known = np.bincount(query, self._rarities[column][asked.tokens] * asked.counts, len(unknown))
+        return known + np.array(unknown) * _rarity(0, len(self._item_numbers["title_words"]))
+
+    def _trigram_matches(self, queries: Sequence[str], query: np.ndarray, item: np.ndarray) -> dict[str, np.ndarray]:
+        ids = self._trigram_ids
+        split = [set(self._split.tokenize(text)) for text in queries]
+        distinct = np.array([len(of_query) for of_query in split], np.int64)[query]
+        # Which trigrams each query has: a table over those that any of them has. The last column is for all others.
+        columns = {ids[t]: 0 for of_query in split for t in of_query if t in ids}
+        column_of = np.full(len(ids), len(columns))
+        column_of[list(columns)] = np.arange(len(columns))
+        has = np.zeros((len(queries), len(columns) + 1), bool)
+        for number, of_query in enumerate(split):
+            has[number, [column_of[ids[t]] for t in of_query if t in ids]] = True
+        title = self._fields[self._title]
+        pair, place = title.take(item)
+        of_word, place = self._trigrams.take(title.tokens[place])
+        pair, column = pair[of_word], column_of[self._trigrams.tokens[place]]
+        same = has[query[pair], column]
+        keys = np.unique(pair[same] * (len(columns) + 1) + column[same])
+        both = np.bincount(keys // (len(columns) + 1), minlength=len(query))
+        either = distinct + self._title_trigrams[item] - both
+        return {
+            "trigrams_in_title": _share(both, distinct),
+            "trigram_overlap": np.where(distinct > 0, _share(both, either), np.nan),
+        }
+
+    def _count_trigrams(self, title: _Postings) -> np.ndarray:
+        """Returns the number of distinct trigrams of each title, int64 [items]."""
+        size, counts = max(len(self._trigram_ids), 1), [np.zeros(0, np.int64)]
+        for begin in range(0, len(title.splits) - 1, _ITEMS):
+            items = np.arange(begin, min(begin + _ITEMS, len(title.splits) - 1))
+            row, place = title.take(items)
+            of_word, place = self._trigrams.take(title.tokens[place])
+            keys = np.unique(row[of_word] * size + self._trigrams.tokens[place])
+            counts.append(np.bincount(keys // size, minlength=len(items)))
+        return np.concatenate(counts)
+
     def _tokens(self, text: str) -> list[int]:
         return [self._ids.setdefault(token, len(self._ids)) for token in self._tokenizer.tokenize(text)]
 
-    def _postings(self, texts: Sequence[Sequence[int]]) -> _Postings:
-        size = max(len(self._ids), 1)
-        lengths = [len(text) for text in texts]
-        tokens = np.fromiter((token for text in texts for token in text), np.int64, sum(lengths))
-        keys, counts = np.unique(np.repeat(np.arange(len(texts)), lengths) * size + tokens, return_counts=True)
-        return _Postings(row_splits(np.bincount(keys // size, minlength=len(texts))), keys % size, counts)
+
+# Items whose trigrams are counted at a time.
+_ITEMS = 1 << 14
 
 
-def _bm25_weights(field: _Postings) -> np.ndarray:
+def _postings(texts: Sequence[Sequence[int]]) -> _Postings:
+    lengths = [len(text) for text in texts]
+    tokens = np.fromiter((token for text in texts for token in text), np.int64, sum(lengths))
+    size = int(tokens.max(initial=0)) + 1
+    keys, counts = np.unique(np.repeat(np.arange(len(texts)), lengths) * size + tokens, return_counts=True)
+    return _Postings(row_splits(np.bincount(keys // size, minlength=len(texts))), keys % size, counts)
+
+
+def _rarities(field: _Postings, words: int) -> np.ndarray:
+    """Returns the rarity of each word, float64 [words]."""
+    return _rarity(np.bincount(field.tokens, minlength=words), len(field.splits) - 1)
+
+
+def _rarity(frequency: np.ndarray | int, texts: int) -> np.ndarray:
+    """Returns the inverse document frequency as BM25 has it, from how many of the texts have a word."""
+    return np.log(1 + (texts - frequency + 0.5) / (np.asarray(frequency) + 0.5))
+
+
+def _bm25_weights(field: _Postings, rarities: np.ndarray) -> np.ndarray:
     """Returns what each token of each text adds to BM25 when a query has it once, float64 [tokens]."""
     texts = len(field.splits) - 1
     of_text = np.repeat(np.arange(texts), np.diff(field.splits))
     length = np.bincount(of_text, field.counts, texts)
     average = length.mean() if texts and length.any() else 1.0
-    frequency = np.bincount(field.tokens)[field.tokens] if len(field.tokens) else np.zeros(0)
-    rarity = np.log(1 + (texts - frequency + 0.5) / (frequency + 0.5))
-    return rarity * field.counts / (field.counts + _K1 * (1 - _B + _B * length[of_text] / average))
+    strength = field.counts / (field.counts + _K1 * (1 - _B + _B * length[of_text] / average))
+    return rarities[field.tokens] * strength
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
+    return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
 
 
 def _has_digit(token: str) -> bool:

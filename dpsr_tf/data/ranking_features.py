@@ -72,7 +72,7 @@ class RankingFeatures:
         self._match = MatchFeatures(store)
         self.codes = list(self._codes)
         kinds: dict[str, Kind] = {name: "item" if name.startswith("item.") else "request" for name in self._numbers}
-        kinds |= dict.fromkeys(self._match.names, "pair")
+        kinds |= {name: "item" if name in self._match.of_item else "pair" for name in self._match.names}
         for entity in self._entities:
             rates = (f"{entity}.{days}.{what}" for days in WINDOWS for what in (*EVENTS, *RATES))
             kinds |= dict.fromkeys(rates, "pair" if entity == "query_item" else "item")

@@ -83,7 +83,7 @@ class RequestLog:
         if rows.num_rows == 0:
             return
         self._last_time = max(self._last_time, pc.max(rows["time"]).as_py())
-        # A row with a label is a grade, given by people or by a program. Requests hold either what users did, or grades.
+        # A row with a label is a grade, given by people or by a program. Requests hold what users did, or only grades.
         used = rows["labelled"] if self._ranking.grades else pc.invert(rows["labelled"])
         self._left_out += rows.num_rows - pc.sum(used).as_py()
         rows = rows.filter(used)

@@ -332,7 +332,7 @@ class RankingSchema:
             if name not in GRADED:
                 return f"grades has '{name}', expected one of {', '.join(GRADED)}"
         ladder = [self.grades[name] for name in GRADED if name in self.grades]
-        if not all(map(math.isfinite, ladder)) or any(low >= high for low, high in itertools.pairwise(ladder)):
+        if any(low >= high for low, high in itertools.pairwise(ladder)):
             return f"grades is {self.grades}, expected numbers that rise from click to cart to order"
         for name in self.attributes:
             if name in COUNTED:

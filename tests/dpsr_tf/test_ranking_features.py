@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pyarrow.parquet
@@ -18,6 +19,7 @@ from dpsr_tf.evaluation import features
 from dpsr_tf.evaluation.baselines import Bm25, Field
 from dpsr_tf.evaluation.judgments import fold_of
 from dpsr_tf.models.encoders import exact_search
+from dpsr_tokenizer import Tokenizer, TokenizerConfig
 
 ITEMS = [
     {"item_id": 1, "title": "Acme drill 12mm AB-300", "detail": "12mm drill for steel, 500 W", "brand": "Acme"},
@@ -195,6 +197,46 @@ def test_matches_are_those_of_bm25_and_of_sets_of_words(store):
     assert np.isnan(value("brand_match", "acme drill 12mm", 3))
 
 
+def test_more_matches_are_those_of_loops_over_sets(store):
+    queries, query, item = pairs(store, [*QUERIES, "", "12 unknown shoe", "shoes running", "part part drill"])
+    found = RankingFeatures(store)._match(queries, query, item)
+    words = Tokenizer(TokenizerConfig(letter_trigrams=False, number_parts=False)).tokenize
+
+    def trigrams(text):
+        latin = [f"#{word}#" for word in words(text) if word.isascii()]
+        return {padded[i : i + 3] for padded in latin for i in range(len(padded) - 2)}
+
+    def share(part, whole):
+        return part / whole if whole else math.nan
+
+    texts = {column: [words(text) for text in of_items] for column, of_items in store.texts().items()}
+
+    def rarity(column, word):
+        frequency = sum(word in text for text in texts[column])
+        return math.log(1 + (len(ITEMS) - frequency + 0.5) / (frequency + 0.5))
+
+    for pair, (text, row) in enumerate(zip([queries[place] for place in query], item, strict=True)):
+        asked, title = words(text), texts["title"][row]
+        ours, theirs = trigrams(text), trigrams(store.texts()["title"][row])
+        expected = {
+            f"bm25_share.{column}": share(found[f"bm25.{column}"][pair], sum(rarity(column, word) for word in asked))
+            for column in texts
+        }
+        everywhere = {word for column in texts for word in texts[column][row]}
+        expected |= {
+            "query_in_texts": share(len(set(asked) & everywhere), len(set(asked))),
+            "missing_rarity": max((rarity("title", word) for word in asked if word not in title), default=0),
+            "last_word_in_title": float(asked[-1] in title) if asked else math.nan,
+            "trigrams_in_title": share(len(ours & theirs), len(ours)),
+            "trigram_overlap": share(len(ours & theirs), len(ours | theirs)) if ours else math.nan,
+            "title_words": len(set(title)),
+            "title_numbers": sum(any(letter.isdigit() for letter in word) for word in set(title)),
+        }
+        for name, value in expected.items():
+            assert found[name][pair] == pytest.approx(value, rel=1e-5, nan_ok=True), (name, text, row)
+    assert len(np.unique(found["trigram_overlap"])) > 5 and len(np.unique(found["missing_rarity"])) > 3
+
+
 def test_the_score_is_that_of_exact_search(store, tmp_path, dpsr):
     model = make_model(tmp_path / "model", store, token_dim=8, embedding_dim=6, num_heads=2, history_length=3)
     path = tmp_path / "test.parquet"
@@ -249,7 +291,8 @@ def test_at_the_end_of_the_log_is_what_the_next_request_would_see(store, shop, t
     ]  # fmt: skip
     assert {name for name, kind in features.kinds.items() if kind == "pair" and "query_item" not in name} == {
         "bm25.title", "bm25.detail", "query_in_title", "title_in_query", "number_match", "brand_match", "brand_other",
-        "spend.price_ratio",
+        "bm25_share.title", "bm25_share.detail", "query_in_texts", "missing_rarity", "last_word_in_title",
+        "trigrams_in_title", "trigram_overlap", "spend.price_ratio",
     }  # fmt: skip
 
 

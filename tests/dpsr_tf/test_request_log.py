@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import yaml
 
+from dpsr_common.errors import UsageError
 from dpsr_common.packed_file import PackedFile
 from dpsr_tf.data.event_counts import EVENTS, WINDOWS
+from dpsr_tf.data.schema import load_schema
 from dpsr_tf.data.store import Store, unpack_strings
 
 DAY = 86_400
@@ -373,6 +375,7 @@ def test_bad_input_is_counted_and_reported(ingested):
         "requests_with_pairs": 1,
         "without_position": 1,
         "graded_rows": 2,
+        "ungraded_rows": 0,
     }
     assert "1 have no click" in out and "1 items shown have no position" in out and "left out 2 rows" in out
     assert "type is not known" in out
@@ -437,3 +440,60 @@ def test_items_alone_have_no_requests(tmp_path, dpsr):
     path = write(tmp_path / "shop", random_log(1))
     dpsr("ingest", f"--schema={path}", f"--out={tmp_path / 'store'}", "--items_only").succeeds()
     assert Store(tmp_path / "store").requests() == []
+
+
+GRADED = [
+    ("red", 10, 3), ("red", 20, 2.33), ("red", 30, 2.3), ("red", 40, 0), ("blue thing", 10, 1), ("blue thing", 20, 0.5),
+    ("red", 20, 1), ("blue thing", 30, None),
+]  # fmt: skip
+
+
+def test_grades_make_one_request_for_each_query(ingested):
+    schema = {"items": SCHEMA["items"], "interactions": {
+        "files": "log.jsonl", "query": "query", "item": "item_id", "label": "label", "positive_from": 2,
+    }, "ranking": SCHEMA["ranking"] | {"grades": {"click": 1, "order": 2.33}}}  # fmt: skip
+    log = [{"query": query, "item_id": item, "label": label} for query, item, label in GRADED]
+    store, out = ingested(log, schema)
+    (file,) = store.requests()
+    texts, splits = unpack_strings(file, "query_text"), file["request.splits"]
+    items = store.items()["id"][file["shown.item"]]
+    found = {
+        texts[query]: dict(zip(items[begin:end].tolist(), file["shown.outcome"][begin:end].tolist(), strict=True))
+        for query, begin, end in zip(file["request.query"].tolist(), splits[:-1], splits[1:], strict=True)
+    }
+    # Label 2.33 is an order although float32 holds a little less; the best of two labels of an item counts.
+    assert found == {"red": {10: 3, 20: 3, 30: 1, 40: 0}, "blue thing": {10: 1, 20: 0}}
+    assert not file["request.time"].any() and not file["request.user"].any() and not file["shown.position"].any()
+    # Grades are no events.
+    for packed in (file, store.statistics()):
+        counts = [name for name in packed if name.startswith(("stat.", "all.", "spend.orders"))]
+        assert len(counts) > 40 and not any(packed[name].any() for name in counts)
+    assert store.manifest["ranking"]["counts"]["ungraded_rows"] == 1 and "left out 1 rows without a label" in out
+    assert store.manifest["ranking"]["counts"]["graded_rows"] == 0
+
+
+def test_grades_that_are_held_out_by_query(ingested):
+    schema = {"items": SCHEMA["items"], "interactions": {
+        "files": "log.jsonl", "query": "query", "item": "item_id", "label": "label", "held_out": {"query_share": 0.5},
+    }, "ranking": {"grades": {"order": 1}}}  # fmt: skip
+    log = [{"query": f"q{i}", "item_id": item, "label": item // 10 % 2} for i in range(30) for item in (10, 20, 30)]
+    store, _ = ingested(log, schema)
+    counts = store.manifest["ranking"]["counts"]
+    assert counts["requests"] + counts["held_requests"] == 30 and counts["shown"] + counts["held_shown"] == 90
+    assert counts["held_requests"] > 5 and counts["orders"] == 60
+
+
+@pytest.mark.parametrize(
+    "interactions, grades, message",
+    [
+        ({"label": "g"}, {"sold": 1}, "grades has 'sold', expected one of click, cart, order"),
+        ({"label": "g"}, {"click": 2, "order": 1}, "expected numbers that rise from click to cart to order"),
+        ({}, {"click": 1}, "grades needs a column with the label of each pair"),
+        ({"label": "g", "type": "t"}, {"click": 1}, "grades cannot be combined with interactions: type 't'"),
+    ],
+)
+def test_bad_grades(tmp_path, interactions, grades, message):
+    base = {"files": "log.jsonl", "query": "query", "item": "item_id"}
+    schema = {"items": SCHEMA["items"], "interactions": base | interactions, "ranking": {"grades": grades}}
+    with pytest.raises(UsageError, match=message):
+        load_schema(write(tmp_path, [], schema))
