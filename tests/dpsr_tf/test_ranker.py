@@ -51,7 +51,7 @@ SCHEMA = {
 SMALL = {
     "model": {
         "kind": "ranker", "token_dim": 8, "feature_dim": 8, "hidden": [16, 8], "item_features": ["brand"],
-        "history_length": 8,
+        "history_length": 30,
     },
     "train": {
         "steps": 120, "batch_size": 32, "learning_rate": 0.1, "dense_optimizer": "adam", "dense_learning_rate": 0.01,
@@ -241,7 +241,7 @@ def test_the_parts_that_a_server_computes_give_the_score(store, model):
     """Item parts one by one, the request once, pairs last, against `scores`."""
     directory = ModelDirectory.open(model)
     shown = RankingFeatures(store).of(store.held_requests(), np.array([7]))
-    lists, n = RankerInputs(store, directory.features, 8)(shown), len(shown.item)
+    lists, n = RankerInputs(store, directory.features, 30)(shown), len(shown.item)
     with tf.Graph().as_default(), v1.Session() as session:
         inputs = tf.nest.map_structure(placeholder, lists)
         ranker = Ranker(directory.config, directory.features)
