@@ -2,8 +2,8 @@
 
     python benchmarks/ranker_speed.py --out=DIR --json
 
-The shop is generated, and the ranker is that of dpsr_tf/configs/ranker.yaml (ReLU layers 256, 128 and 64, 50 items of
-history with attention) after a few steps of training, since its weights do not change its speed. A request has a query
+The shop is generated, and the ranker is that of dpsr_tf/configs/ranker.yaml, but with ReLU layers of 256, 128 and 64,
+after a few steps of training, since its weights do not change its speed. A request has a query
 of the log, the features and the last 50 items of a user, and 100 items by id.
 
 `rank_core`: CPU time of the whole graph of the signature `rank` on one core, in this process, with a session of one
@@ -53,7 +53,7 @@ TREES, DEPTH = 500, 6
 # Variants of the ranker, beside that of the bar.
 VARIANTS: dict[str, list[str]] = {
     "": [],
-    ", sum of the history": ["model.history_pooling=sum"],
+    ", attention": ["model.history_pooling=attention"],
     ", no history": ["model.history_length=0"],
 }
 _REQUESTS, _BLOCKS = 50, 15
@@ -77,8 +77,8 @@ def export(folder: Path, name: str, settings: list[str]) -> Path:
     """Trains a ranker for a few steps and exports it. Returns the base path."""
     model, base = folder / f"model{name}", folder / f"servable{name}"
     if not (base / "1").exists():
-        steps = ["train.steps=20", "train.checkpoint_steps=20"]
-        flags_ = [f"--set={setting}" for setting in [*steps, *settings]]
+        shape = ["model.hidden=[256,128,64]", "model.history_length=50", "train.steps=20", "train.checkpoint_steps=20"]
+        flags_ = [f"--set={setting}" for setting in [*shape, *settings]]
         _run("train", f"--store={folder / 'store'}", f"--config={CONFIGS / 'ranker.yaml'}", f"--out={model}", *flags_)
         _run("export", f"--model={model}", f"--store={folder / 'store'}", f"--out={base}")
     return base

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -187,7 +187,7 @@ def _write_saved_model(
     """Writes the SavedModel. Returns the names of the inputs of each signature."""
     model = source.model
 
-    def restored(session: v1.Session) -> None:
+    def restored(session: Any) -> None:
         try:
             weights_saver(model.config.train.average_decay > 0).restore(session, checkpoint)
         except (tf.errors.OpError, ValueError):
@@ -201,13 +201,13 @@ def _write_saved_model(
         inputs, tables = _items(model.features, Ranker(model.config, model.features))
         restored(session)
         found = source.item_tables(
-            lambda values: session.run(_named(tables), {inputs[name]: value for name, value in values.items()})
+            lambda values: session.run(tables.named(), {inputs[name]: value for name, value in values.items()})
         )
     write_rank_table(source.features, found, assets / FILE)
     with tf.Graph().as_default(), v1.Session() as session:
         ranker = Ranker(model.config, model.features)
         inputs, tables = _items(model.features, ranker)
-        rank = _rank(source, ranker, [table.shape[1] for table in found], max_items, assets)
+        rank = _rank(source, ranker, tables, max_items, assets)
         request_tables.check_assets()
         # All ops are made before the session runs one.
         initializer = v1.tables_initializer()
@@ -216,7 +216,7 @@ def _write_saved_model(
         signatures = {
             "serving_default": signature(*rank),
             "rank": signature(*rank),
-            ITEMS_SIGNATURE: signature(inputs, _named(tables)),
+            ITEMS_SIGNATURE: signature(inputs, tables.named()),
         }
         builder = v1.saved_model.Builder(str(out))
         builder.add_meta_graph_and_variables(
@@ -230,11 +230,29 @@ def _write_saved_model(
     return {name: sorted(signature.inputs) for name, signature in signatures.items()}
 
 
-def _named(tables: Sequence[tf.Tensor]) -> dict[str, tf.Tensor]:
-    return {f"table{number}": table for number, table in enumerate(tables)}
+class _Tables(NamedTuple):
+    """What a ranker computes of each item, float32 [items, width]; None is what this ranker does not need."""
+
+    hidden: tf.Tensor  # part of the first layer
+    vectors: tf.Tensor
+    codes: tf.Tensor | None  # of features
+    inputs: tf.Tensor | None  # of the cross layers
+
+    def named(self) -> dict[str, tf.Tensor]:
+        """Returns those that there are, by the name of their section in the rank table."""
+        there = [table for table in self if table is not None]
+        return {f"table{number}": table for number, table in enumerate(there)}
+
+    def gather(self, table: RankTable, rows: tf.Tensor) -> _Tables:
+        """Returns rows of the tables that there are."""
+        there = [place for place, of_all in enumerate(self) if of_all is not None]
+        found: list[tf.Tensor | None] = [None] * len(self)
+        for number, place in enumerate(there):
+            found[place] = table.rows(number, rows)
+        return _Tables(*found)
 
 
-def _items(spec: FeatureSpec, ranker: Ranker) -> tuple[dict[str, tf.Tensor], list[tf.Tensor]]:
+def _items(spec: FeatureSpec, ranker: Ranker) -> tuple[dict[str, tf.Tensor], _Tables]:
     """Returns the inputs that describe some items, and what the ranker computes of each: its tables."""
     inputs: dict[str, tf.Tensor] = {}
 
@@ -252,14 +270,21 @@ def _items(spec: FeatureSpec, ranker: Ranker) -> tuple[dict[str, tf.Tensor], lis
         tuple(tokens(f"feature.{f.name}", tf.float32 if f.kind == "vector" else tf.int32) for f in _lists(spec)),
     )
     numbers = placeholder("numbers", tf.float32, len(spec.numbers_of("item")))
-    vectors = ranker.item_vectors(ItemFeatures(text, features))
-    return inputs, [ranker.item_hidden(vectors, numbers), vectors]
+    items = ItemFeatures(text, features)
+    vectors = ranker.item_vectors(items)
+    return inputs, _Tables(
+        hidden=ranker.item_hidden(vectors, numbers),
+        vectors=vectors,
+        # Codes are small enough to be exact as float32.
+        codes=tf.cast(ranker.item_codes(items), tf.float32) if ranker.has_matches else None,
+        inputs=ranker.item_inputs(vectors, numbers) if ranker.has_crosses else None,
+    )
 
 
 def _rank(
-    source: _Source, ranker: Ranker, widths: Sequence[int], max_items: int, assets: Path
+    source: _Source, ranker: Ranker, tables: _Tables, max_items: int, assets: Path
 ) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
-    """Returns the inputs and outputs of the signature `rank`; `widths` are those of the item tables."""
+    """Returns the inputs and outputs of the signature `rank`."""
     model, store = source.model, source.store
     config, spec = model.config.model, model.features
     # The fixed shape tells servers not to batch requests, which have any number of items.
@@ -284,21 +309,29 @@ def _rank(
         feature = f"{USER}{name.removeprefix('user.')}"
         if name.startswith("user."):
             of_user[name] = inputs.setdefault(feature, absent(tf.float32, 1, feature))
+    widths = [int(of_items.shape[1]) for of_items in tables.named().values()]
     table = RankTable(assets / FILE, source.features, widths)
     numbers = table.numbers(
         query, inputs[USER_ID], item_ids, score, of_user, names["request"], names["pair"], max_items
     )
-    history, types = None, tf.zeros([0], tf.int32)
+    history, types, past = None, tf.zeros([0], tf.int32), None
     if config.history_length:
         clicked = items("clicked_items", "clicked_item_keys", 2)
         inputs["clicked_item_types"] = absent(tf.string, 2, "clicked_item_types")
         rows, types = table.history(clicked, inputs["clicked_item_types"], config.history_length)
-        history = table.rows(1, rows)
-    asked = ranker.request(request.tokens(query), user, history, _splits(types), types, numbers.request)
-    hidden, vectors = table.rows(0, numbers.rows), table.rows(1, numbers.rows)
-    scores = ranker.logits(asked, vectors, hidden, _splits(numbers.rows), numbers.pairs)
+        past = tables.gather(table, rows)
+        history = past.vectors
+    asked = ranker.request(request.tokens(query), user, history, _splits(types), types, numbers.request, _codes(past))
+    mine = tables.gather(table, numbers.rows)
+    scores = ranker.logits(
+        asked, mine.vectors, mine.hidden, _splits(numbers.rows), numbers.pairs, _codes(mine), mine.inputs
+    )
     # An unknown item comes last, and its score tells that it is unknown.
     return inputs, {"scores": tf.where(numbers.rows < 0, -np.inf * tf.ones_like(scores), scores)}
+
+
+def _codes(tables: _Tables | None) -> tf.Tensor | None:
+    return None if tables is None or tables.codes is None else tf.cast(tables.codes, tf.int32)
 
 
 def _splits(values: tf.Tensor) -> tf.Tensor:
