@@ -18,25 +18,32 @@ from absl import flags
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.files import write_text
 from dpsr_tf import __version__
+from dpsr_tf.data.request_log import OUTCOMES
 from dpsr_tf.data.store import Store
-from dpsr_tf.evaluation import metrics
+from dpsr_tf.evaluation import judgments, metrics, rankings
 from dpsr_tf.evaluation.corpus import FREQUENCY, Corpus
 from dpsr_tf.evaluation.judgments import FOLDS, Judgments
 from dpsr_tf.evaluation.measure import DEFAULT_KS, Options, measure_all
-from dpsr_tf.evaluation.result_tables import format_report
+from dpsr_tf.evaluation.result_tables import format_rankings, format_report
 from dpsr_tf.evaluation.retriever import Retriever, is_validated
 from dpsr_tf.evaluation.systems import Systems, system_names, systems_help
 
 USAGE = f"""
 Usage: dpsr evaluate --store=STORE --judgments=FILE --system=bm25 --system=server:HOST:PORT/MODEL
        dpsr evaluate --store=STORE --held_out --system=bm25 --system=model:DIR --compare
+       dpsr evaluate --store=STORE --held_out --rank --system=shown --system=ranker:DIR --compare
 
 Sends every judged query to each system and prints recall, precision, MRR and NDCG over the whole corpus, top-k among
 1,024 items, AUC, coverage, popularity and latency. Figures are means over the queries with at least one relevant item.
 An item without a judgment counts as not relevant. docs/evaluation.md defines every figure.
 
+With --rank, each system orders the items of given lists, and the command prints session AUC, NDCG, MRR and calibration.
+
 Systems:
 {systems_help()}
+
+Systems with --rank: those above that can score given items (bm25, popularity, random, model, index), and
+{rankings.systems_help()}
 """
 
 REQUIRED_FLAGS = ("store",)
@@ -49,15 +56,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text("store", None, "store whose items the systems choose from", flag_values=values)
     texts("system", [], "system to measure, one of the list above", flag_values=values)
 
-    text("judgments", None, "table of judged query-item pairs (TSV, CSV, Parquet, JSON lines)", flag_values=values)
-    text("query_column", "query", "column of --judgments with the query text", flag_values=values)
-    text("item_column", "item", "column of --judgments with the item id", flag_values=values)
-    text(
-        "grade_column",
-        "grade",
-        "column of --judgments with the grade; if empty, every row is relevant",
-        flag_values=values,
-    )
+    judgments.define_flags(values, "table of judged query-item pairs (TSV, CSV, Parquet, JSON lines)")
     text("user_column", "", "column of --judgments with the user id, if there is one", flag_values=values)
     text(
         "time_column",
@@ -65,7 +64,6 @@ def define_flags(values: flags.FlagValues) -> None:
         "column of --judgments with the time of the query in seconds since 1970; needs --user_column",
         flag_values=values,
     )
-    flags.DEFINE_float("relevant_from", 1.0, "lowest grade that counts as relevant", flag_values=values)
     boolean(
         "held_out",
         False,
@@ -78,6 +76,21 @@ def define_flags(values: flags.FlagValues) -> None:
         list(FOLDS),
         "with --held_out, which queries to measure on: validation (the half that training looks at), test (the other "
         "half; the default), or all",
+        flag_values=values,
+    )
+    boolean(
+        "rank",
+        False,
+        "order the items of given lists, and retrieve nothing: the items of each request that was held out "
+        "(--held_out), or the judged items of each query (--judgments)",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "positive",
+        None,
+        list(OUTCOMES[1:]),
+        "with --rank and --held_out, the lowest outcome that is positive in session AUC, MRR and calibration (default "
+        "order)",
         flag_values=values,
     )
     boolean("skip_unknown", False, "ignore judgments of items that are not in the store", flag_values=values)
@@ -93,8 +106,13 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     texts("query_slice", [], "column of --queries to report by", flag_values=values)
 
-    default_ks = ",".join(map(str, DEFAULT_KS))
-    flags.DEFINE_list("k", None, f"cut-offs k, separated by commas (default {default_ks})", flag_values=values)
+    default_ks, ranking_ks = (",".join(map(str, ks)) for ks in (DEFAULT_KS, rankings.DEFAULT_KS))
+    flags.DEFINE_list(
+        "k",
+        None,
+        f"cut-offs k, separated by commas (default {default_ks}; with --rank {ranking_ks})",
+        flag_values=values,
+    )
     boolean("compare", False, "compare every system with the first one, query by query", flag_values=values)
     integer(
         "bootstrap",
@@ -125,45 +143,93 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """Runs `dpsr evaluate`."""
-    ks = _ks(values.k)
+    ks = _ks(values.k, rankings.DEFAULT_KS if values.rank else DEFAULT_KS)
     _check_flags(values)
+    if values.rank:
+        _run_rank(values, ks)
+        return
     corpus = Corpus.of_store(Store(values.store))
     if values.k and max(ks) > len(corpus.item_ids):
         raise UsageError(f"--k={max(ks)}: must be at most {len(corpus.item_ids)}, the number of items in the store")
-    judgments, left_out = _judgments(values, corpus)
+    judged, left_out = _judgments(values, corpus)
     systems = Systems(corpus, values.seed)
     retrievers = {spec: systems.make(spec) for spec in values.system}
     options = Options(ks, values.seed, values.bootstrap, values.latency_queries)
     report = {
-        "judgments": str(judgments.path),
+        "judgments": str(judged.path),
         "store": values.store,
-        "queries": len(judgments.queries),
+        "queries": len(judged.queries),
         "left_out": left_out,
         "items": len(corpus.item_ids),
         "settings": dataclasses.asdict(options) | {"confidence": metrics.CONFIDENCE, "relevant_from": None},
         "versions": _versions(),
-        **measure_all(retrievers, judgments, corpus, options, values.compare),
+        **measure_all(retrievers, judged, corpus, options, values.compare),
     }
     report["settings"]["relevant_from"] = None if values.held_out else values.relevant_from
     if values.held_out:
         report["settings"]["fold"] = values.fold or "test"
         if values.fold in ("validation", "all"):
             _warn_of_validated(retrievers, report["notes"], values.fold)
-    print(f"{judgments.path}: {len(judgments.queries):,} queries with a relevant item, {len(corpus.item_ids):,} items")
-    print("".join(f"left out: {count:,} {what}\n" for what, count in left_out.items() if count), end="")
+    print(f"{judged.path}: {len(judged.queries):,} queries with a relevant item, {len(corpus.item_ids):,} items")
+    _print_left_out(left_out)
     print(format_report(report))
     if values.json:
         _write_json(report, values.json)
+
+
+def _run_rank(values: flags.FlagValues, ks: Sequence[int]) -> None:
+    """Runs `dpsr evaluate --rank`."""
+    corpus = Corpus.of_store(Store(values.store))
+    left_out: dict[str, int] = {}
+    assert corpus.store is not None
+    lists: rankings.Lists
+    if values.held_out:
+        lists = rankings.HeldOutRequests(corpus.store, values.positive or "order")
+    else:
+        judged, left_out = _judgments(values, corpus)
+        lists = rankings.JudgedLists(corpus, judged, values.relevant_from)
+    rankers = rankings.Rankers(corpus, lists, values.seed)
+    opened = {spec: rankers.make(spec) for spec in values.system}
+    fold = (values.fold or "test") if values.held_out else "all"
+    report = {
+        "judgments": str(lists.path),
+        "store": values.store,
+        "left_out": left_out,
+        "settings": {
+            "ks": ks, "seed": values.seed, "bootstrap": values.bootstrap, "confidence": metrics.CONFIDENCE,
+            "fold": fold, "positive": values.positive or "order" if values.held_out else None,
+            "relevant_from": None if values.held_out else values.relevant_from,
+        },
+        "versions": _versions(),
+        **rankings.measure_rankings(opened, lists, fold, ks, values.bootstrap, values.seed, values.compare),
+    }  # fmt: skip
+    if values.held_out and fold != "test":
+        for spec in values.system:
+            if spec.startswith("ranker:") and rankings.is_validated(spec):
+                report["notes"][spec].append(_warning(fold))
+    print(f"{lists.path}: {report['lists']:,} lists with {report['items']:,} items, fold {fold}")
+    _print_left_out(left_out)
+    print(format_rankings(report))
+    if values.json:
+        _write_json(report, values.json)
+
+
+def _print_left_out(left_out: Mapping[str, int]) -> None:
+    print("".join(f"left out: {count:,} {what}\n" for what, count in left_out.items() if count), end="")
 
 
 def _warn_of_validated(retrievers: Mapping[str, Retriever], notes: Mapping[str, list[str]], fold: str) -> None:
     """Adds a warning to the notes of each system whose training looked at the queries of this fold."""
     for spec, retriever in retrievers.items():
         if is_validated(retriever):
-            notes[spec].append(
-                f"warning: its training looked at {'half of ' if fold == 'all' else ''}these queries, to choose its "
-                f"best checkpoint and when to stop, so its figures may be too high; measure it with --fold=test"
-            )
+            notes[spec].append(_warning(fold))
+
+
+def _warning(fold: str) -> str:
+    return (
+        f"warning: its training looked at {'half of ' if fold == 'all' else ''}these queries, to choose its best "
+        f"checkpoint and when to stop, so its figures may be too high; measure it with --fold=test"
+    )
 
 
 def _check_flags(values: flags.FlagValues) -> None:
@@ -182,6 +248,7 @@ def _check_flags(values: flags.FlagValues) -> None:
         raise UsageError("--judgments is missing; give a table of judged pairs, or --held_out")
     if (values.ask_column or values.query_slice) and not values.queries:
         raise UsageError("--queries is missing; --ask_column and --query_slice name columns of that table")
+    _check_rank_flags(values)
     if values.compare and len(values.system) < 2:
         raise UsageError("--compare needs at least two systems; the others are compared with the first one")
     if values.json:
@@ -192,10 +259,23 @@ def _check_flags(values: flags.FlagValues) -> None:
             raise CommandError(f"--json={values.json}: cannot be written; choose another file")
 
 
-def _ks(given: Sequence[str] | None) -> tuple[int, ...]:
+def _check_rank_flags(values: flags.FlagValues) -> None:
+    if values.positive and not (values.rank and values.held_out):
+        raise UsageError(f"--positive={values.positive}: needs --rank and --held_out; it chooses among their outcomes")
+    if not values.rank:
+        for spec in values.system:
+            if rankings.is_ranker(spec):
+                raise UsageError(f"--system={spec}: ranks given items and finds none; add --rank")
+        return
+    for name in ("queries", "slice", "query_slice", "max_queries"):
+        if getattr(values, name):
+            raise UsageError(f"--{name} cannot be combined with --rank; leave one of them out")
+
+
+def _ks(given: Sequence[str] | None, default: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the cut-offs of --k, ascending. Raises UsageError."""
     if given is None:
-        return DEFAULT_KS
+        return default
     if not given or not all(text.strip().isdecimal() and int(text) > 0 for text in given):
         raise UsageError(f"--k={','.join(given)}: expected cut-offs of 1 or more, as in --k=10,100")
     return tuple(sorted({int(text) for text in given}))
@@ -204,45 +284,33 @@ def _ks(given: Sequence[str] | None) -> tuple[int, ...]:
 def _judgments(values: flags.FlagValues, corpus: Corpus) -> tuple[Judgments, dict[str, int]]:
     """Returns the judgments that the flags name, and the number of judgments, users and queries left out by reason."""
     left_out = {}
-    judgments = _read_judgments(values, corpus)
+    judged = _read_judgments(values, corpus)
     if values.skip_unknown:
-        judgments, left_out["judgments of items that are not in the store"] = judgments.only_known(corpus.item_ids)
-    judgments.check_items(corpus.item_ids)
+        judged, left_out["judgments of items that are not in the store"] = judged.only_known(corpus.item_ids)
+    judged.check_items(corpus.item_ids)
     if values.user_column:
         known = corpus.store.users()["id"] if corpus.store is not None else np.zeros(0, np.int64)
-        unknown = {user.id for user in judgments.users or ()} - set(known.tolist())
+        unknown = {user.id for user in judged.users or ()} - set(known.tolist())
         left_out["users that are not in the store; their queries are asked as anonymous"] = len(unknown)
-    left_out["queries without a relevant item (they count for AUC only)"] = len(judgments.unanswered)
+    left_out["queries without a relevant item (they count for AUC only)"] = len(judged.unanswered)
     if FREQUENCY in values.slice:
-        frequencies: list[tuple[str, ...]] = [(name,) for name in corpus.frequencies(judgments.queries)]
-        judgments = dataclasses.replace(judgments, slices={FREQUENCY: frequencies, **judgments.slices})
+        frequencies: list[tuple[str, ...]] = [(name,) for name in corpus.frequencies(judged.queries)]
+        judged = dataclasses.replace(judged, slices={FREQUENCY: frequencies, **judged.slices})
     if values.queries:
-        judgments = judgments.with_queries(
-            Path(values.queries), values.key_column, values.ask_column, values.query_slice
-        )
+        judged = judged.with_queries(Path(values.queries), values.key_column, values.ask_column, values.query_slice)
     if values.max_queries:
-        total = len(judgments.queries)
-        judgments = judgments.sample(values.max_queries, values.seed)
-        left_out["queries that --max_queries did not draw"] = total - len(judgments.queries)
-    return judgments, left_out
+        total = len(judged.queries)
+        judged = judged.sample(values.max_queries, values.seed)
+        left_out["queries that --max_queries did not draw"] = total - len(judged.queries)
+    return judged, left_out
 
 
 def _read_judgments(values: flags.FlagValues, corpus: Corpus) -> Judgments:
     """Reads the table of --judgments, or what the store held out."""
     columns = [name for name in values.slice if name != FREQUENCY]
     if not values.held_out:
-        return Judgments.read(
-            Path(values.judgments),
-            values.query_column,
-            values.item_column,
-            values.grade_column,
-            values.relevant_from,
-            values.user_column,
-            values.time_column,
-            columns,
-            corpus.item_keys,
-            corpus.user_keys,
-        )
+        keys = (corpus.item_keys, corpus.user_keys)
+        return judgments.read_flags(values, *keys, values.user_column, values.time_column, columns)
     assert corpus.store is not None
     if columns:
         raise UsageError(f"--slice={columns[0]}: held-out interactions have no columns, expected {FREQUENCY}")

@@ -108,14 +108,17 @@ def write_features(store: Store, out: Path, fold: str = TRAIN, model: str | None
 
 
 def request_batches(store: Store, fold: str) -> Iterator[tuple[int, PackedFile, np.ndarray]]:
-    """Yields batches: the number of the file's first request, the file, and rows of its requests."""
+    """Yields batches: the number of the file's first request, the file, and rows of its requests.
+
+    `fold` is "train", or one of FOLDS: "all" are all requests that the store holds out.
+    """
     held = store.held_requests()
     files = store.requests() if fold == TRAIN else [held] if held is not None else []
     first = 0
     for file in files:
         lengths = np.diff(file["request.splits"])
         chosen = np.arange(len(lengths))
-        if fold != TRAIN:
+        if fold not in (TRAIN, "all"):
             inside = np.array([fold_of(text) == fold for text in unpack_strings(file, "query_text")], bool)
             chosen = chosen[inside[file["request.query"]]]
         # A batch has at least one request, and else at most _ROWS rows.

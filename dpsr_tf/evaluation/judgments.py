@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from absl import flags
 
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_tf.data.store import Store
@@ -93,7 +94,7 @@ class Judgments:
         table = Table(path, texts, others, "correct --query_column, --item_column, --grade_column or --slice")
         grades = table.numbers(grade, missing=-np.inf) if grade else np.full(len(table), max(1.0, relevant_from))
         columns = {name: table.text(name).to_pylist() for name in slices}
-        items, unknown_keys = _item_column(table, item, item_keys)
+        items, unknown_keys = item_column(table, item, item_keys)
         users = _user_column(table, user, user_keys)
         times = table.numbers(time, low=0) if time else np.zeros(len(table))
 
@@ -268,13 +269,43 @@ class Judgments:
         )
 
 
+def define_flags(values: flags.FlagValues, what: str) -> None:
+    """Defines --judgments, whose help is `what`, and the flags that name its columns."""
+    text = flags.DEFINE_string
+    text("judgments", None, what, flag_values=values)
+    text("query_column", "query", "column of --judgments with the query text", flag_values=values)
+    text("item_column", "item", "column of --judgments with the item id", flag_values=values)
+    text(
+        "grade_column",
+        "grade",
+        "column of --judgments with the grade; if empty, every row is relevant",
+        flag_values=values,
+    )
+    flags.DEFINE_float("relevant_from", 1.0, "lowest grade that counts as relevant", flag_values=values)
+
+
+def read_flags(
+    values: flags.FlagValues,
+    item_keys: Mapping[str, int] | None,
+    user_keys: Mapping[str, int] | None = None,
+    user: str = "",
+    time: str = "",
+    slices: Sequence[str] = (),
+) -> Judgments:
+    """Reads the table that the flags of define_flags name; the other arguments are those of Judgments.read."""
+    columns = (values.query_column, values.item_column, values.grade_column)
+    return Judgments.read(
+        Path(values.judgments), *columns, values.relevant_from, user, time, slices, item_keys, user_keys
+    )
+
+
 def _check_file(path: Path, flag: str) -> None:
     if not path.is_file():
         raise UsageError(f"{flag}={path}: is not a file" if path.exists() else f"{flag}={path}: no such file")
     check_kind(path)
 
 
-def _item_column(table: Table, column: str, keys: Mapping[str, int] | None) -> tuple[np.ndarray, dict[int, str]]:
+def item_column(table: Table, column: str, keys: Mapping[str, int] | None) -> tuple[np.ndarray, dict[int, str]]:
     """Returns the item id of each row, int64 [rows], and the text ids that are not in `keys`, see `unknown_keys`."""
     if keys is None:
         return table.ids(column), {}

@@ -18,14 +18,8 @@ def format_report(report: Mapping[str, Any]) -> str:
     more = ["system", *(f"precision@{k}" for k in ks), *(f"coverage@{k}" for k in ks), *(f"popularity@{k}" for k in ks)]
     speed = ["system", "latency_ms_p50", "latency_ms_p99", "cpu_ms", "queries_per_second"]
     rows = [{"system": spec, **figures} for spec, figures in report["systems"].items()]
-    blocks = [_table(names, rows)]
+    blocks = [_table(names, _with_widths(report, rows))]
     if report["settings"]["bootstrap"]:
-        widths = [
-            {"system": f"{spec} +-"}
-            | {name: (limits[1] - limits[0]) / 2 for name, limits in intervals.items() if limits}
-            for spec, intervals in report["intervals"].items()
-        ]
-        blocks[0] = _table(names, [row for pair in zip(rows, widths, strict=True) for row in pair])
         blocks[0] += f"\n+-: half the width of the {metrics.CONFIDENCE:.0%} bootstrap interval"
     blocks += [_table(more, rows), _table(speed, rows)]
     for slicing, values in report["slices"].items():
@@ -35,6 +29,32 @@ def format_report(report: Mapping[str, Any]) -> str:
             for spec, figures in part["systems"].items()
         ]
         blocks.append(_table([slicing, "queries", "share", *names], of_slice))
+    return "\n\n".join(blocks + _comparisons(report, names) + _notes(report))
+
+
+def format_rankings(report: Mapping[str, Any]) -> str:
+    """Returns the report of measure_rankings, with the `settings` of the command, as text for people."""
+    ndcg = [f"ndcg@{k}" for k in report["settings"]["ks"]]
+    names = ["system", "session_auc", *ndcg, "mrr", "ece", "log_loss", "log_loss_gain"]
+    rows = [{"system": spec, **figures} for spec, figures in report["systems"].items()]
+    lists = {"system": "lists", **report["counts"]}
+    blocks = [_table(names, [*_with_widths(report, rows), lists])]
+    return "\n\n".join(blocks + _comparisons(report, names) + _notes(report))
+
+
+def _with_widths(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Returns each row with another one below that has half the widths of its intervals."""
+    if not report["settings"]["bootstrap"]:
+        return list(rows)
+    widths = [
+        {"system": f"{spec} +-"} | {name: (limits[1] - limits[0]) / 2 for name, limits in intervals.items() if limits}
+        for spec, intervals in report["intervals"].items()
+    ]
+    return [row for pair in zip(rows, widths, strict=True) for row in pair]
+
+
+def _comparisons(report: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    blocks = []
     for comparison in report.get("comparisons", []):
         rows = [
             {
@@ -50,8 +70,12 @@ def format_report(report: Mapping[str, Any]) -> str:
         title = f"{comparison['system']} minus {comparison['baseline']}, query by query"
         columns = ["figure", "difference", "low", "high", "p (t-test)", "p (Wilcoxon)"]
         blocks.append(f"{title}\n{_table(columns, rows)}")
+    return blocks
+
+
+def _notes(report: Mapping[str, Any]) -> list[str]:
     notes = [f"{spec}: {note}" for spec, lines in report["notes"].items() for note in lines]
-    return "\n\n".join(blocks + (["\n".join(notes)] if notes else []))
+    return ["\n".join(notes)] if notes else []
 
 
 def _table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -44,6 +44,7 @@ from dpsr_export import (
 from dpsr_export.recall_report import MeasuredIndex
 from dpsr_tf.config import Config, IndexConfig
 from dpsr_tf.data.store import Store, new_directory
+from dpsr_tf.evaluation import judgments
 from dpsr_tf.evaluation.corpus import Corpus
 from dpsr_tf.evaluation.judgments import Judgments
 from dpsr_tf.models.encoders import query_encoder
@@ -91,39 +92,24 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "min_ann_recall", 0.0, "fail if ann_recall@k is lower, with k = serving.k (0 to 1)", 0, 1, flag_values=values
     )
-    text = flags.DEFINE_string
-    text(
-        "judgments",
-        None,
+    judgments.define_flags(
+        values,
         "table of judged query-item pairs (TSV, CSV, Parquet, JSON lines); the report then has the recall of relevant "
         "items, too",
-        flag_values=values,
     )
-    text("query_column", "query", "column of --judgments with the query text", flag_values=values)
-    text("item_column", "item", "column of --judgments with the item id", flag_values=values)
-    text(
-        "grade_column",
-        "grade",
-        "column of --judgments with the grade; if empty, every row is relevant",
-        flag_values=values,
-    )
-    flags.DEFINE_float("relevant_from", 1.0, "lowest grade of a relevant item", flag_values=values)
 
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """Runs `dpsr index`."""
     model, store = ModelDirectory.open(values.model), Store(values.store)
     config = config_from_flags(str(model.path / "config.yaml"), values.set) if values.set else model.config
-    judgments = None
+    judged = None
     if values.judgments:
         corpus = Corpus.of_store(store)
-        columns = (values.query_column, values.item_column, values.grade_column)
-        judgments = Judgments.read(
-            Path(values.judgments), *columns, values.relevant_from, item_keys=corpus.item_keys
-        ).sample(_RECALL_QUERIES, seed=1)
-        judgments.check_items(corpus.item_ids)
+        judged = judgments.read_flags(values, corpus.item_keys).sample(_RECALL_QUERIES, seed=1)
+        judged.check_items(corpus.item_ids)
     manifest = build_index(
-        model, store, Path(values.out), config, values.overwrite, values.device, values.min_ann_recall, judgments
+        model, store, Path(values.out), config, values.overwrite, values.device, values.min_ann_recall, judged
     )
     left_out = ", ".join(
         f"{manifest[key]:,} items not indexed ({why})"
