@@ -6,6 +6,7 @@ import contextlib
 import socket
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,12 +14,19 @@ import numpy
 import pytest
 import raw_http2 as http2
 from processes import PATIENCE_S, ProxyProcess
-from proxy_backends import Load, RecordingBackend, call, predict, wait_until
+from proxy_backends import (
+    Load,
+    RecordingBackend,
+    StartBackend,
+    StartProxy,
+    call,
+    predict,
+    wait_until,
+    write_yaml,
+)
 from raw_http2 import RawBackend, Wire, encode, frame, good, head, message
 
 from dpsr_common import serving_apis
-
-StartProxy = Callable[..., ProxyProcess]
 
 # Frames that come from a client
 
@@ -223,6 +231,25 @@ def test_compressed_requests(echo: tuple[RecordingBackend, ProxyProcess]) -> Non
         with grpc.insecure_channel(proxy.target, compression=compression) as channel:
             assert channel.unary_unary(serving_apis.PREDICT)(REQUEST * 20, timeout=PATIENCE_S) == REQUEST * 20
     assert backend.calls[-1][1] == REQUEST * 20
+
+
+def test_large_messages_pass_through_tls(
+    certificates: Path, start_proxy: StartProxy, start_backend: StartBackend, tmp_path: Path
+) -> None:
+    """TLS hands over what it has decrypted piece by piece."""
+    backend = start_backend()
+    listen = f"{{certificate: {certificates / 'server.pem'}, key: {certificates / 'server.key'}}}"
+    text = f"default: {{backends: ['{backend.target}']}}\ntls: {{listen: {listen}}}"
+    inner = start_proxy(write_yaml(tmp_path / "inner.yaml", text))
+    side = f"{{ca: {certificates / 'ca.pem'}, server_name: localhost}}"
+    text = f"default: {{backends: ['{inner.target}']}}\ntls: {{listen: {listen}, backends: {side}}}"
+    outer = start_proxy(write_yaml(tmp_path / "outer.yaml", text))
+    known = grpc.ssl_channel_credentials((certificates / "ca.pem").read_bytes())
+    request = predict("m", query=[numpy.random.default_rng(1).bytes(3_000_000)])
+    with grpc.secure_channel(outer.target, known, options=serving_apis.CHANNEL_OPTIONS) as channel:
+        method = channel.unary_unary(serving_apis.PREDICT)
+        for _ in range(3):
+            assert method(request, timeout=PATIENCE_S) == request
 
 
 # Servers that end, refuse, or take few calls at a time

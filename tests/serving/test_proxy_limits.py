@@ -21,6 +21,7 @@ from proxy_backends import (
     FAST,
     RecordingBackend,
     StartBackend,
+    StartProxy,
     call,
     get,
     http_address,
@@ -35,8 +36,6 @@ from dpsr_common import serving_apis
 from dpsr_common.errors import UsageError
 from dpsr_serving.proxy import routing
 from dpsr_serving.proxy.config import parse_config
-
-StartProxy = Callable[..., ProxyProcess]
 
 REQUEST = predict("m", query=["a" * 300])
 WHOLE, LAST = http2.END_HEADERS, http2.END_STREAM

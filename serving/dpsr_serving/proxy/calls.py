@@ -103,7 +103,7 @@ def readable(metadata: Metadata) -> Iterable[tuple[str, str | bytes]]:
 
 # Where all connections receive bytes, one after the other: the wire has read them before the next ones come. Without it
 # asyncio makes a buffer for each read.
-_RECEIVED = bytearray(2**16)
+_RECEIVED = memoryview(bytearray(2**16))
 
 
 class _Connection(asyncio.BufferedProtocol):
@@ -179,7 +179,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._paused_at = None
         self._flush()
 
-    def get_buffer(self, sizehint: int) -> bytearray:
+    def get_buffer(self, sizehint: int) -> memoryview:
         """Returns the buffer for the next read."""
         return _RECEIVED
 
@@ -304,7 +304,8 @@ class _Incoming(_Connection):
             self._server.fresh.pop(self, None)
             self._tasks[stream] = self._loop.create_task(self._answer(*event[1:]))
         elif kind == _END:
-            task = self._tasks.get(stream)
+            # A task that has not begun yet ends without a trace.
+            task = self._tasks.pop(stream, None)
             if task is not None:
                 task.cancel()
         elif kind == _SETTINGS:
@@ -341,7 +342,8 @@ class _Incoming(_Connection):
             self.abort()
             return
         self._session.expire(now)
-        self.schedule()
+        if self._session.wants_write:
+            self.schedule()
         if self._drained is not None:
             if self.idle or now - self._drained > limits.answer_s:
                 self.end()
