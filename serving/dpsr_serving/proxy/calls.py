@@ -22,6 +22,7 @@ import zlib
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from dpsr_serving import _native
@@ -390,13 +391,15 @@ class _Incoming(_Connection):
         unpack = zlib.decompressobj(31 if encoding == b"gzip" else 15)
         pieces: list[bytes] = []
         try:
+            if encoding == b"gzip" and int.from_bytes(message[-4:], "little") > most:
+                raise _too_large(most)  # a gzip file ends with its size
             if not _unpack(unpack, message, pieces, _UNPACKED_AT_ONCE):
-                async with self._server.unpacking:
-                    await asyncio.to_thread(_unpack, unpack, unpack.unconsumed_tail, pieces, most)
+                tail = unpack.unconsumed_tail
+                await self._loop.run_in_executor(self._server.unpacking, _unpack, unpack, tail, pieces, most)
         except zlib.error as error:
             raise _Refused(Code.INTERNAL, f"the message cannot be decompressed: {error}") from None
         if sum(map(len, pieces)) > most:
-            raise _Refused(Code.RESOURCE_EXHAUSTED, f"a message of more than {most} bytes")
+            raise _too_large(most)
         if not unpack.eof:
             raise _Refused(Code.INTERNAL, "the compressed message is cut off")
         unpacked = b"".join(pieces)
@@ -408,6 +411,10 @@ class _Incoming(_Connection):
         if self._server.host.over:
             self._server.shed()
         return unpacked
+
+
+def _too_large(most: int) -> _Refused:
+    return _Refused(Code.RESOURCE_EXHAUSTED, f"a message of more than {most} bytes")
 
 
 def _unpack(unpack: Any, data: bytes, pieces: list[bytes], most: int) -> bool:
@@ -439,7 +446,8 @@ class Server:
         self.connections: dict[_Incoming, None] = {}  # in the order in which they were made
         self.fresh: dict[_Incoming, None] = {}  # those that have not made a call yet
         self.host = _native.Host(handlers, limits.total_bytes)
-        self.unpacking = asyncio.Semaphore(1)  # one message is decompressed at a time
+        # One thread, so that one message is decompressed at a time, and always into the memory of the last one.
+        self.unpacking = ThreadPoolExecutor(1, "unpacking")
         self._listeners: list[asyncio.AbstractServer] = []
         self._sweeping: asyncio.Task[None] | None = None
         self.set_limits(limits)
@@ -480,6 +488,7 @@ class Server:
             await asyncio.sleep(0.01)
         for connection in list(self.connections):
             connection.end()
+        self.unpacking.shutdown(wait=False, cancel_futures=True)
         await asyncio.sleep(0)
 
     def admit(self, connection: _Incoming) -> bool:
