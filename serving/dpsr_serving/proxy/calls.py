@@ -391,9 +391,9 @@ class _Incoming(_Connection):
         unpack = zlib.decompressobj(31 if encoding == b"gzip" else 15)
         pieces: list[bytes] = []
         try:
-            if encoding == b"gzip" and int.from_bytes(message[-4:], "little") > most:
-                raise _too_large(most)  # a gzip file ends with its size
             if not _unpack(unpack, message, pieces, _UNPACKED_AT_ONCE):
+                if encoding == b"gzip" and int.from_bytes(message[-4:], "little") > most:
+                    raise _too_large(most)  # what is packed by gzip ends with its size
                 tail = unpack.unconsumed_tail
                 await self._loop.run_in_executor(self._server.unpacking, _unpack, unpack, tail, pieces, most)
         except zlib.error as error:

@@ -89,8 +89,7 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         config, stamp = settings.load()
     except UsageError as error:
         raise UsageError(str(error).replace(settings.config_path or "", values.config or "", 1)) from None
-    # Each connection is an open file. Many systems allow 1,024 unless a process asks for more. Workers inherit the
-    # limit.
+    # Each connection is an open file. Many systems allow 1,024 unless a process asks for more. Workers inherit it.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if values.workers == 1:
