@@ -165,8 +165,7 @@ def generate(parameters: Parameters, out: Path) -> dict[str, int]:
         UsageError: the parameters cannot be combined.
     """
     world = make_world(parameters)
-    rng = random_stream(parameters, "ids")
-    item_ids, user_ids = _random_ids(len(world.items), rng), _random_ids(len(world.users), rng)
+    item_ids, user_ids = random_ids(world)
     _write(out / "items.parquet", _item_columns(world, item_ids))
     _write(out / "users.parquet", _user_columns(world, user_ids))
     log = Log(world)
@@ -202,6 +201,12 @@ def generate(parameters: Parameters, out: Path) -> dict[str, int]:
         json.dumps(_truth(world, log, counts), ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
     )
     return counts
+
+
+def random_ids(world: World) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ids of the world's items and users, in the order of their rows; int64 each."""
+    rng = random_stream(world.parameters, "ids")
+    return _random_ids(len(world.items), rng), _random_ids(len(world.users), rng)
 
 
 def _random_ids(n: int, rng: np.random.Generator) -> np.ndarray:

@@ -75,6 +75,7 @@ class Log:
         self.text_requests = np.zeros(len(world.texts) + len(world.misspelt), np.int64)
         self.events = np.zeros(len(EVENT_TYPES), np.int64)
         self.requests = self.sessions = self.stray_clicks = 0
+        self._popularity_rank = np.argsort(np.argsort(-world.items.popularity, kind="stable"))
         right, _ = world.text_rows()
         self._text_answer = world.text_answer[right]
         # No session begins in the last hour, so that all of them end within the log.
@@ -190,6 +191,9 @@ class Log:
         keys = (item.astype(np.int64) << 8) | np.arange(shape[1])
         keys.sort(1)
         place, item = keys & 255, keys >> 8
+        if self._parameters.sorted_share > 0:
+            by_popularity = rng.random(len(text)) < self._parameters.sorted_share
+            place[by_popularity] = self._popularity_rank[item[by_popularity]]
         shuffled = rng.random(len(text)) < self._parameters.shuffled_share
         place[shuffled] = rng.integers(0, _REPEATED, (int(shuffled.sum()), shape[1]))
         place[:, 1:][item[:, 1:] == item[:, :-1]] = _REPEATED
@@ -215,19 +219,43 @@ class Log:
         Returns:
             Two bools per row: whether the item is clicked, and whether the user looks at it although it is no answer.
         """
-        world, items, parameters = self._world, self._world.items, self._parameters
         clicked, stray = np.zeros(len(item), bool), np.zeros(len(item), bool)
         seen = np.flatnonzero(rng.random(len(item), np.float32) < self.propensities[position - 1])
         request, item = request[seen], item[seen]
-        wanted = target[request]
-        right = world.missed(meaning[request], item) == 0
-        same = (items.words[item] >= 0) & (items.words[item] == items.words[wanted])
-        likeness = (items.brand[item] == items.brand[wanted]) + same.mean(1)
-        odds = parameters.click_level + world.appeal(user[request], item) + parameters.intent * likeness
-        chance = np.where(right, 1 / (1 + np.exp(-odds)), parameters.noise)
+        chance, right = self._chance(user[request], meaning[request], target[request], item)
         clicked[seen] = rng.random(len(seen)) < chance
         stray[seen] = ~right
         return clicked, stray
+
+    def click_chance(
+        self, user: np.ndarray, meaning: np.ndarray, item: np.ndarray, draws: int, seed: int
+    ) -> np.ndarray:
+        """Returns how likely users are to click items once they look at them, whatever the position.
+
+        It is the mean over `draws` items that the user may have in mind.
+
+        Args:
+            user, meaning, item: rows of the world, int64 [n].
+            draws: number of draws.
+            seed: of the draws.
+
+        Returns:
+            float64 [n].
+        """
+        rng = np.random.default_rng(seed)
+        chances = (self._chance(user, meaning, self._wanted(user, meaning, rng), item)[0] for _ in range(draws))
+        return np.asarray(sum(chances) / draws)
+
+    def _chance(
+        self, user: np.ndarray, meaning: np.ndarray, wanted: np.ndarray, item: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the chance of a click once an item is looked at, and whether the item is an answer."""
+        world, items, parameters = self._world, self._world.items, self._parameters
+        right = world.missed(meaning, item) == 0
+        same = (items.words[item] >= 0) & (items.words[item] == items.words[wanted])
+        likeness = (items.brand[item] == items.brand[wanted]) + same.mean(1)
+        odds = parameters.click_level + world.appeal(user, item) + parameters.intent * likeness
+        return np.where(right, 1 / (1 + np.exp(-odds)), parameters.noise), right
 
     def _rows(self, shown: _Shown, begin: np.ndarray, rng: np.random.Generator) -> Rows:
         """Turns shown items into rows, adds carts and orders, and counts them all."""

@@ -36,6 +36,9 @@ class Parameters:
         0.7, "position bias: users look at the item at position p with probability p ** -position_exponent", 0, 3
     )
     shuffled_share: float = option(0.1, "share of requests whose items are shown in random order", 0, 1)
+    sorted_share: float = option(
+        0.0, "share of requests whose items are shown in the order of popularity, without chance", 0, 1
+    )
     stray_share: float = option(
         0.15, "share of shown items that share words or the category with the query but do not answer it", 0, 0.9
     )
