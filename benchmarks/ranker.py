@@ -19,8 +19,8 @@ the validation fold. Beside the trees stand the order in which the shop has show
 click-through rate of 30 days. Rows of `dpr - IMPL` are differences on the same requests, with paired bootstrap
 intervals.
 
---parts adds what other files of this folder measure: judged lists (ranker_judged_lists.py), speed (ranker_speed.py),
-and position bias (ranker_position.py). By default all parts run.
+Other parts are measured by other files of this folder: judged lists (ranker_judged_lists.py), speed (ranker_speed.py)
+and, with --parts=position, position bias (ranker_position.py).
 """
 
 from __future__ import annotations
@@ -355,7 +355,9 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_integer("seed", 1, "seed of the first shop, of the models and of the bootstrap samples")
     flags.DEFINE_integer("seeds", 3, "number of shops")
-    flags.DEFINE_multi_enum("parts", PARTS, PARTS, "what is measured; give the flag once for each part")
+    flags.DEFINE_multi_enum(
+        "parts", PARTS[:3], PARTS, "what is measured; give the flag once for each part. position takes long"
+    )
     flags.DEFINE_string("data", None, "folder of the judged catalogues; default: $DPSR_DATA, else ../shared/data")
     flags.DEFINE_integer("items", 3_000, "items of a shop")
     flags.DEFINE_integer("users", 1_000, "users of a shop")

@@ -71,9 +71,10 @@ def item_encoder(model: ModelDirectory, store: Store, checkpoint: str) -> Callab
     The first call makes the graph. After it, several threads may call the function at the same time.
 
     Raises:
-        CommandError: the store has another vocabulary or other features than the model. When called: the checkpoint
-            cannot be read.
+        CommandError: the store has another vocabulary or other features than the model, or the model is a ranker. When
+            called: the checkpoint cannot be read.
     """
+    model.expect("retrieval")
     tables = StoreTables(model, store)
     encode = _tower(model, tables.spec, checkpoint, "item_embedding")
     return lambda rows: encode(tables.items(rows))

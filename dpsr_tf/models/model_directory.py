@@ -93,11 +93,18 @@ class ModelDirectory:
                 f"{directory / 'features.json'}: cannot be read: {error}; train the model again"
             ) from None
         config = load_config(directory / "config.yaml")
-        if kind not in (None, config.model.kind):
+        model = ModelDirectory(directory, config, spec, meanings, vocabulary)
+        if kind is not None:
+            model.expect(kind)
+        return model
+
+    def expect(self, kind: str) -> None:
+        """Raises CommandError if the model is not of this kind, "retrieval" or "ranker"."""
+        if self.config.model.kind != kind:
             raise CommandError(
-                f"{path}: holds a model of kind {config.model.kind}, expected {kind}; {_MADE_FOR[config.model.kind]}"
+                f"{self.path}: holds a model of kind {self.config.model.kind}, expected {kind}; "
+                f"{_MADE_FOR[self.config.model.kind]}"
             )
-        return ModelDirectory(directory, config, spec, meanings, vocabulary)
 
     def last_checkpoint(self) -> str:
         """Returns the path of the last checkpoint, "MODEL/model.ckpt-2000".

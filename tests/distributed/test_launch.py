@@ -289,7 +289,7 @@ def test_recall_is_that_of_local_training(launch, shop_store, tmp_path):
         train(shop_store, config, tmp_path / f"local{seed}")
         flags = [f"--set={assignment}" for assignment in assignments]
         model = tmp_path / f"cluster{seed}"
-        cluster = launch("--ps=2", "--workers=2", f"--store={shop_store.path}", f"--out={model}", *flags)
+        cluster = launch("--ps=1", "--workers=2", f"--store={shop_store.path}", f"--out={model}", *flags)
         assert cluster.end() == 0, cluster.text()
         assert cluster.steps_of("worker 0")[0] > 0, "a cluster of one worker shows nothing"
         for name, values in recalls.items():
@@ -303,14 +303,14 @@ def test_recall_is_that_of_local_training(launch, shop_store, tmp_path):
 
 
 def test_a_cluster_goes_on_with_a_ranker(launch, shop_store, tmp_path):
-    """A ranker that was trained alone is trained on by chief, worker and parameter servers."""
+    """A ranker that was trained alone is trained on by chief, worker and parameter server."""
     model = tmp_path / "ranker"
     options = ["model.kind=ranker", "model.hidden=[16]", "model.token_dim=8", "model.history_length=8"]
-    options += ["train.batch_size=16", "train.checkpoint_steps=8", "cluster.placement=rows"]
+    options += ["train.batch_size=16", "train.checkpoint_steps=8", "cluster.half_on_wire=true"]
     train(shop_store, config_from_flags(None, [*options, "train.steps=8"]), model)
     begun = weights(model)
     flags = [f"--set={option}" for option in (*options, "train.steps=40")]
-    cluster = launch("--ps=2", "--workers=2", f"--store={shop_store.path}", f"--out={model}", *flags)
+    cluster = launch("--ps=1", "--workers=2", f"--store={shop_store.path}", f"--out={model}", *flags)
     assert cluster.end() == 0, cluster.text()
     assert cluster.starts_of("chief 0") == [8], cluster.text()
     final = weights(model)
