@@ -343,12 +343,15 @@ class _Network:
         self._inputs = RankerInputs(store, spec, config.model.history_length)
         graph = tf.Graph()
         with graph.as_default():
-            self._seed = v1.placeholder(tf.int64, [])
             self._batch = tf.nest.map_structure(placeholder, self._as_batch(lists))
             loss, _ = ranker_loss(self._batch, Ranker(config, spec, training=True))
             self._scores = Ranker(config, spec).scores(self._batch.lists)
             self._step = v1.train.AdamOptimizer(rate).minimize(loss)
-            self._variables = v1.trainable_variables()
+            variables = v1.trainable_variables()
+            self._shapes = [variable.shape.as_list() for variable in variables]
+            self._values = [variable.read_value() for variable in variables]
+            self._given = [v1.placeholder(tf.float32, shape) for shape in self._shapes]
+            self._assign = [variable.assign(value).op for variable, value in zip(variables, self._given, strict=True)]
             self._start = v1.global_variables_initializer()
         options = v1.ConfigProto(intra_op_parallelism_threads=1, inter_op_parallelism_threads=1)
         self._session = v1.Session(graph=graph, config=options)
@@ -358,25 +361,27 @@ class _Network:
         run, fed = self._session.run, self._feed(lists)
         run(self._start)
         rng = np.random.default_rng([seed, 3])
-        for variable in self._variables:
-            if variable.shape.rank == 2:  # Glorot's initializer, with this seed
-                limit = np.sqrt(6 / sum(variable.shape.as_list()))
-                variable.load(rng.uniform(-limit, limit, variable.shape.as_list()), self._session)
+        # Glorot's initializer, with this seed.
+        limits = [np.sqrt(6 / sum(shape)) if len(shape) == 2 else 0.0 for shape in self._shapes]
+        start = [rng.uniform(-limit, limit, shape) for limit, shape in zip(limits, self._shapes, strict=True)]
+        self._load(start)
         weights = []
         for step in range(1, marks[-1] + 1):
             run(self._step, fed)
             if step in marks:
-                weights.append(run(self._variables))
+                weights.append(run(self._values))
 
         def scores(part: Shown) -> list[np.ndarray]:
             found, asked = [], self._feed(part)
             for values in weights:
-                for variable, value in zip(self._variables, values, strict=True):
-                    variable.load(value, self._session)
+                self._load(values)
                 found.append(run(self._scores, asked))
             return found
 
         return scores
+
+    def _load(self, values: Sequence[np.ndarray]) -> None:
+        self._session.run(self._assign, dict(zip(self._given, values, strict=True)))
 
     def _as_batch(self, lists: Shown) -> RankingBatch:
         zeros = np.zeros(len(lists.item), np.int32)
