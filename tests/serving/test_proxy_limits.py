@@ -283,7 +283,7 @@ def test_a_new_connection_takes_the_place_of_an_unused_one(
 def test_connections_end_at_their_age_and_fail_no_call(
     start_proxy: StartProxy, start_backend: StartBackend, tmp_path: Path
 ) -> None:
-    proxy = start(start_proxy, start_backend(), tmp_path, "limits: {age_s: 0.5, idle_s: 0.4}\n")
+    proxy = start(start_proxy, start_backend(), tmp_path, "limits: {age_s: 0.5, idle_s: 0.4, connect_s: 1}\n")
     with grpc.insecure_channel(proxy.target) as channel:
         method = channel.unary_unary(serving_apis.PREDICT)
         for _ in range(300):

@@ -345,11 +345,12 @@ class _Incoming(_Connection):
         self._session.expire(now)
         if self._session.wants_write:
             self.schedule()
+        since = self.idle_since
         if self._drained is not None:
-            if self.idle or now - self._drained > limits.answer_s:
+            silent = since is not None and now - self._drained > limits.connect_s
+            if self.idle or silent or now - self._drained > limits.answer_s:
                 self.end()
             return
-        since = self.idle_since
         if now > self._ends or (since is not None and now - since > limits.idle_s):
             self.drain()
 
