@@ -809,6 +809,37 @@ def test_propensities_are_what_shuffled_lists_show() -> None:
     np.testing.assert_allclose(log.propensities, np.arange(1, 9) ** -0.9)
 
 
+def test_sorted_lists_are_in_the_order_of_popularity() -> None:
+    """All of them but the shuffled ones; without sorted_share few long ones are."""
+    for share, low, high in ((0.0, 0.0, 0.02), (0.6, 0.5, 0.58)):
+        world = worlds(interactions=4_000, sorted_share=share)
+        rows = Rows.join(list(Log(world).batches()))
+        listed = rows.take(np.flatnonzero(rows.event <= 2))
+        order = np.lexsort((listed.position, listed.text, listed.session))
+        listed = listed.take(order)
+        inner = (listed.session[1:] == listed.session[:-1]) & (listed.text[1:] == listed.text[:-1])
+        falls = np.diff(world.items.popularity[listed.item]) <= 0
+        number = np.concatenate([[0], np.cumsum(~inner)])
+        length, wrong = np.bincount(number), np.bincount(number[1:], inner & ~falls, number[-1] + 1)
+        assert low <= (wrong[length == 8] == 0).mean() <= high, share
+
+
+def test_click_chance_is_how_often_seen_items_are_clicked() -> None:
+    """Where users look at all positions, clicks are as frequent as click_chance says, also of popular items."""
+    log = Log(worlds(interactions=30_000, position_exponent=0.0, requests_per_session=1))
+    world, rows = log._world, Rows.join(list(log.batches()))
+    listed = rows.take(np.flatnonzero((rows.event <= 2) & (rows.text < len(world.texts))))
+    listed = listed.take(np.flatnonzero(~world.polysemous[listed.text]))
+    meaning = np.array([senses[0] for senses in world.senses])[listed.text]
+    chance = log.click_chance(listed.user, meaning, listed.item, draws=5, seed=1)
+    clicked = listed.event == 2
+    # By chance, and by popularity, which only the item that a user has in mind brings in.
+    for column in (chance, world.items.popularity[listed.item]):
+        tenth = np.argsort(np.argsort(column)) * 10 // len(column)
+        expected, found = (np.bincount(tenth, values) / np.bincount(tenth) for values in (chance, clicked))
+        np.testing.assert_allclose(found, expected, rtol=0.1, atol=0.01)
+
+
 def test_labels(shop: Written) -> None:
     labels, true = shop.table("labels.parquet"), shop.table("truth/labels.parquet")
     assert len(labels["query"]) == 3_000 == len(set(zip(labels["query"], labels["item"], strict=True)))
