@@ -1,4 +1,4 @@
-"""benchmarks/ranker_judged_lists.py on grades of a rule: an item is good if its colour is in the query and it is cheap."""
+"""benchmarks/ranker_judged_lists.py on grades of a rule: an item is good if the query has its colour and it is cheap."""
 
 from __future__ import annotations
 
