@@ -19,6 +19,7 @@ from dpsr_export.request_tables import loaded
 from dpsr_tf.data.event_counts import SPENDING
 from dpsr_tf.data.ranking_features import RankingFeatures
 from dpsr_tf.data.schema import EVENT_TYPES
+from dpsr_tf.models.features import Number
 from dpsr_tf.models.ranker_inputs import DPSR_SCORE
 
 FILE = "rank_table.dpsr"
@@ -46,6 +47,15 @@ class RankNumbers(NamedTuple):
     rows: tf.Tensor  # int32 [n], rows of the items; -1 is unknown
     request: tf.Tensor  # float32 [1, numbers of kind request]
     pairs: tf.Tensor  # float32 [n, numbers of kind pair]
+
+
+class RankWeights(NamedTuple):
+    """The weights of a ranker that RankTable.scores reads."""
+
+    request: tf.Tensor  # kernel of the request's part of the first layer
+    pair: tf.Tensor  # kernel of the pairs' part of the first layer
+    wanted: tuple[tf.Tensor, tf.Tensor] | None  # kernel and bias of what is multiplied with items; None if nothing is
+    layers: Sequence[tf.Tensor]  # bias of the first layer, then kernel and bias of each other one
 
 
 class RankTable:
@@ -132,4 +142,65 @@ class RankTable:
     def rows(self, table: int, rows: tf.Tensor) -> tf.Tensor:
         """Returns rows of a table, float32 [n, width]; `rows` int32 [n], -1 gives zeros."""
         found: tf.Tensor = load().dpsr_rank_rows(self._handle, rows, table=table, width=self._widths[table])
+        return found
+
+    def scores(
+        self,
+        tables: Sequence[int],
+        rows: tf.Tensor,
+        history_rows: tf.Tensor | None,
+        numbers: RankNumbers,
+        scales: Mapping[str, Sequence[Number]],
+        text: tf.Tensor,
+        user: tf.Tensor,
+        fields: Sequence[int],
+        half_life: float,
+        weights: RankWeights,
+    ) -> tf.Tensor:
+        """Scores items for one request: Ranker.scores without attention and cross layers, in one op.
+
+        Args:
+            tables: which tables have `hidden`, `vectors`, `offered` and codes of items; -1 stands for none.
+            rows: int32 [n], of items; -1 is unknown.
+            history_rows: int32 [h], of the history's items, oldest first; None if the ranker reads no history.
+            numbers: of the request and its pairs.
+            scales: of the numbers of the kinds "request" and "pair".
+            text: float32 [1, width], vector of the query.
+            user: float32 [1, width], vectors of the user's features.
+            fields: widths of the parts of items' vectors.
+            half_life: of matches.
+            weights: of all layers.
+
+        Returns:
+            float32 [n], -inf for unknown items.
+        """
+        given = {
+            f"{kind}_scales": [part for number in of_kind for part in (number.unit, number.mean, number.std)]
+            for kind, of_kind in scales.items()
+        }
+        missing = {
+            f"{kind}_may_miss": [place for place, number in enumerate(of_kind) if number.may_miss]
+            for kind, of_kind in scales.items()
+        }
+        found: tf.Tensor = load().dpsr_rank_scores(
+            self._handle,
+            rows,
+            tf.zeros([0], tf.int32) if history_rows is None else history_rows,
+            numbers.pairs,
+            numbers.request,
+            text,
+            user,
+            weights.request,
+            weights.pair,
+            *(weights.wanted or (tf.zeros([0, 0]), tf.zeros([0]))),
+            list(weights.layers),
+            tables=list(tables),
+            cut=Number.CUT,
+            fields=list(fields),
+            half_life=half_life,
+            products=weights.wanted is not None,
+            has_history=history_rows is not None,
+            **given,
+            **missing,
+        )
         return found

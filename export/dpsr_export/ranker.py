@@ -21,7 +21,7 @@ from dpsr_common.typed_config import from_dict, to_dict
 from dpsr_export import request_tables, servable_assets, warmup
 from dpsr_export.embeddings import checkpoint_fingerprint
 from dpsr_export.index import file_record
-from dpsr_export.rank_table import FILE, RankTable, write_rank_table
+from dpsr_export.rank_table import FILE, RankNumbers, RankTable, RankWeights, write_rank_table
 from dpsr_export.request_inputs import RequestInputs, absent
 from dpsr_tf import __version__
 from dpsr_tf.config import Config
@@ -34,7 +34,7 @@ from dpsr_tf.models.embedding import weights_saver
 from dpsr_tf.models.encoders import StoreTables
 from dpsr_tf.models.features import Feature, FeatureSpec, ItemFeatures
 from dpsr_tf.models.model_directory import ModelDirectory
-from dpsr_tf.models.ranker import Ranker
+from dpsr_tf.models.ranker import _HALF_LIFE, Ranker
 from dpsr_tf.models.ranker_inputs import DPSR_SCORE, check_numbers
 from dpsr_tokenizer import Vocabulary
 
@@ -237,11 +237,17 @@ class _Tables(NamedTuple):
     vectors: tf.Tensor
     codes: tf.Tensor | None  # of features
     inputs: tf.Tensor | None  # of the cross layers
+    offered: tf.Tensor | None  # is multiplied with what a request wants
 
     def named(self) -> dict[str, tf.Tensor]:
         """Returns those that there are, by the name of their section in the rank table."""
         there = [table for table in self if table is not None]
         return {f"table{number}": table for number, table in enumerate(there)}
+
+    def number(self, name: str) -> int:
+        """Returns the number of a table, -1 if it is not there."""
+        there = [field for field, table in zip(self._fields, self, strict=True) if table is not None]
+        return there.index(name) if name in there else -1
 
     def gather(self, table: RankTable, rows: tf.Tensor) -> _Tables:
         """Returns rows of the tables that there are."""
@@ -278,7 +284,17 @@ def _items(spec: FeatureSpec, ranker: Ranker) -> tuple[dict[str, tf.Tensor], _Ta
         # Codes are small enough to be exact as float32.
         codes=tf.cast(ranker.item_codes(items), tf.float32) if ranker.has_matches else None,
         inputs=ranker.item_inputs(vectors, numbers) if ranker.has_crosses else None,
+        offered=ranker.offered(vectors) if _is_fused(ranker) and _has_products(ranker, vectors) else None,
     )
+
+
+def _is_fused(ranker: Ranker) -> bool:
+    """Whether one op computes the layers. Stock ops take some three times as long."""
+    return not ranker.has_attention and not ranker.has_crosses
+
+
+def _has_products(ranker: Ranker, vectors: tf.Tensor) -> bool:
+    return bool(ranker.ranker.products and vectors.shape[1])
 
 
 def _rank(
@@ -314,20 +330,71 @@ def _rank(
     numbers = table.numbers(
         query, inputs[USER_ID], item_ids, score, of_user, names["request"], names["pair"], max_items
     )
-    history, types, past = None, tf.zeros([0], tf.int32), None
+    rows, types, past = None, tf.zeros([0], tf.int32), None
     if config.history_length:
         clicked = items("clicked_items", "clicked_item_keys", 2)
         inputs["clicked_item_types"] = absent(tf.string, 2, "clicked_item_types")
         rows, types = table.history(clicked, inputs["clicked_item_types"], config.history_length)
         past = tables.gather(table, rows)
-        history = past.vectors
-    asked = ranker.request(request.tokens(query), user, history, _splits(types), types, numbers.request, _codes(past))
+    tokens = request.tokens(query)
+    history = None if past is None else past.vectors
+    asked = ranker.request(tokens, user, history, _splits(types), types, numbers.request, _codes(past))
     mine = tables.gather(table, numbers.rows)
     scores = ranker.logits(
         asked, mine.vectors, mine.hidden, _splits(numbers.rows), numbers.pairs, _codes(mine), mine.inputs
     )
     # An unknown item comes last, and its score tells that it is unknown.
-    return inputs, {"scores": tf.where(numbers.rows < 0, -np.inf * tf.ones_like(scores), scores)}
+    scores = tf.where(numbers.rows < 0, -np.inf * tf.ones_like(scores), scores)
+    # The stock ops above have made the variables. They do not run if the fused op takes their place.
+    fused = _fused_scores(ranker, table, tables, asked.text, user, rows, numbers) if _is_fused(ranker) else None
+    return inputs, {"scores": scores if fused is None else fused}
+
+
+def _fused_scores(
+    ranker: Ranker,
+    table: RankTable,
+    tables: _Tables,
+    text: tf.Tensor,
+    user: Features,
+    history_rows: tf.Tensor | None,
+    numbers: RankNumbers,
+) -> tf.Tensor | None:
+    """Returns the scores by one op, or None if the ranker compares nothing of request and item."""
+    config, spec = ranker.config, ranker.features
+    scales = {kind: spec.numbers_of(kind) for kind in ("request", "pair")}
+    products = _has_products(ranker, tables.vectors)
+    if not (scales["pair"] or products or ranker.has_matches):
+        return None
+    fixed = [feature for feature in spec.item if feature.kind in FIXED_KINDS]
+    fields = [*([config.token_dim] if ranker.ranker.texts else []), *[config.feature_dim] * len(fixed)]
+    rest = int(tables.vectors.shape[1]) - sum(fields)
+    variables = {variable.op.name: variable for variable in v1.trainable_variables()}
+
+    def weight(name: str) -> tf.Tensor:
+        return tf.convert_to_tensor(variables[f"ranker/{name}"])
+
+    def layer(name: str) -> tuple[tf.Tensor, tf.Tensor]:
+        return weight(f"{name}/kernel"), weight(f"{name}/bias")
+
+    others = [part for i in range(1, len(config.hidden)) for part in layer(f"hidden_{i}")]
+    vectors = ranker.feature_vectors("user", spec.user, user)
+    return table.scores(
+        [tables.number(name) for name in ("hidden", "vectors", "offered", "codes")],
+        numbers.rows,
+        history_rows,
+        numbers,
+        scales,
+        text,
+        tf.concat(vectors, 1) if vectors else tf.zeros([1, 0]),
+        [*fields, rest] if rest else fields,
+        _HALF_LIFE,
+        RankWeights(
+            request=weight("hidden_0/request_kernel"),
+            pair=weight("hidden_0/pair_kernel"),
+            wanted=layer("wanted") if products else None,
+            layers=[weight("hidden_0/bias"), *others, *layer("logit")],
+        ),
+    )
 
 
 def _codes(tables: _Tables | None) -> tf.Tensor | None:

@@ -1,0 +1,81 @@
+// The layers of a ranker for the items of one request, on one thread. TensorFlow's own ops would spend more time between
+// the layers than in them. dpsr_tf/models/ranker.py is the model; a test compares the scores.
+#ifndef DPSR_EXPORT_RANK_FEATURES_RANK_LAYERS_H_
+#define DPSR_EXPORT_RANK_FEATURES_RANK_LAYERS_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "common/span.h"
+
+namespace dpsr {
+
+// How a number is scaled (Number in dpsr_tf/models/features.py): (sign(x) log(1 + |x| / unit) - mean) / std, cut at
+// -cut and cut. A missing one becomes 0.
+struct NumberScale {
+  float unit, mean, std;
+};
+
+// How a ranker reads some numbers: scaled, then 1 or 0 for each of `may_miss`: whether this number is missing.
+struct Scales {
+  std::vector<NumberScale> numbers;
+  std::vector<int32_t> may_miss;  // places in `numbers`
+  float cut = 0;
+
+  size_t width() const { return numbers.size() + may_miss.size(); }
+  // Writes [width()]; NaN is missing. Returns the end of what it has written.
+  float* Apply(const float* values, float* out) const;
+};
+
+// What the first layer reads of a pair of request and item, in this order:
+//
+//   numbers             as `scales` says
+//   products            offered * wanted, element by element
+//   text                inner product of the item's text with the query's
+//   pooled fields       inner product of each field of the item's vector with that of the history's mean
+//   matches             of each code, how many events of the history have the same: the logarithm of 1 + their number,
+//                       then the share of all codes, then the sums with weights that halve every few events back
+//
+// Parts whose spans are empty are left out.
+struct PairLayout {
+  Scales scales;
+  std::vector<int32_t> fields;  // widths of the parts of an item's vector
+};
+
+// The events of a history whose items have one code.
+struct CodeMatch {
+  float code;
+  float count, recent;  // their number, and the sum of their weights
+};
+
+// What of a request the items are compared with.
+struct RankedRequest {
+  Span<const float> wanted;  // products; may be empty
+  Span<const float> text;    // may be empty
+  Span<const float> pooled;  // of the width of an item's vector; may be empty
+  size_t events = 0;
+  std::vector<std::vector<CodeMatch>> matches;  // of each code; empty leaves matches out
+
+  // Fills `events` and `matches` from the codes of a history, [events, codes], oldest first. 0 matches nothing.
+  void SetHistory(const float* history, size_t num_events, size_t codes, float half_life);
+  // The number of inputs that PairInputs writes.
+  size_t Width(const PairLayout& layout) const {
+    return layout.scales.width() + wanted.size() + (text.empty() ? 0 : 1) + (pooled.empty() ? 0 : layout.fields.size()) +
+           3 * matches.size();
+  }
+};
+
+// Writes the inputs of one pair, [request.Width(layout)].
+//
+// Args: numbers [scales], NaN is missing; vector, at least the sum of layout.fields, of which the text comes first;
+// offered [request.wanted]; codes [request.matches].
+void PairInputs(const PairLayout& layout, const RankedRequest& request, const float* numbers, const float* vector,
+                const float* offered, const float* codes, float* out);
+
+// Adds x [n, k] times kernel [k, m] to y [n, m], all row by row.
+void AddProduct(const float* x, const float* kernel, size_t n, size_t k, size_t m, float* y);
+
+}  // namespace dpsr
+
+#endif  // DPSR_EXPORT_RANK_FEATURES_RANK_LAYERS_H_
