@@ -79,8 +79,15 @@ float Scaled(const NumberScale& scale, float cut, float x) {
 }
 
 float Inner(const float* a, const float* b, size_t n) {
+  // Several sums at a time, because each addition waits for the one before it.
+  float sums[8] = {};
+  size_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (size_t j = 0; j < 8; ++j) sums[j] += a[i + j] * b[i + j];
+  }
   float sum = 0;
-  for (size_t i = 0; i < n; ++i) sum += a[i] * b[i];
+  for (; i < n; ++i) sum += a[i] * b[i];
+  for (const float part : sums) sum += part;
   return sum;
 }
 

@@ -56,6 +56,24 @@ TEST(PairInputsTest, AllParts) {
   for (size_t i = 0; i < out.size(); ++i) EXPECT_NEAR(out[i], expected[i], 1e-5) << i;
 }
 
+TEST(PairInputsTest, WideTexts) {
+  PairLayout layout;
+  layout.fields = {19};
+  std::vector<float> vector(19), text(19);
+  double expected = 0;
+  for (int i = 0; i < 19; ++i) {
+    vector[i] = static_cast<float>(i - 4);
+    text[i] = static_cast<float>(2 * i + 1);
+    expected += vector[i] * text[i];
+  }
+  RankedRequest request;
+  request.text = request.pooled = {text.data(), text.size()};
+  std::vector<float> out(request.Width(layout));
+  PairInputs(layout, request, nullptr, vector.data(), nullptr, nullptr, out.data());
+  EXPECT_FLOAT_EQ(out[0], static_cast<float>(expected));
+  EXPECT_FLOAT_EQ(out[1], static_cast<float>(expected));
+}
+
 TEST(PairInputsTest, NumbersOnlyAndAnEmptyHistory) {
   PairLayout layout;
   layout.scales.numbers = {{1, 0, 1}};
