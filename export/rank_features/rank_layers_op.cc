@@ -9,7 +9,7 @@
 
 #include "export/rank_features/rank_layers.h"
 #include "export/rank_features/rank_table.h"
-#include "export/request_tables/table_resource.h"
+#include "export/request_tables/tf_table_resource.h"
 
 namespace dpsr {
 namespace {

@@ -15,7 +15,7 @@
 #include "export/request_tables/file_fingerprint.h"
 #include "export/request_tables/history.h"
 #include "export/request_tables/key_table.h"
-#include "export/request_tables/table_resource.h"
+#include "export/request_tables/tf_table_resource.h"
 
 namespace dpsr {
 namespace {

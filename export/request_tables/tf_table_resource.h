@@ -1,6 +1,6 @@
 // Tables that a servable loads from its assets, as resources: what all their ops share.
-#ifndef DPSR_EXPORT_REQUEST_TABLES_TABLE_RESOURCE_H_
-#define DPSR_EXPORT_REQUEST_TABLES_TABLE_RESOURCE_H_
+#ifndef DPSR_EXPORT_REQUEST_TABLES_TF_TABLE_RESOURCE_H_
+#define DPSR_EXPORT_REQUEST_TABLES_TF_TABLE_RESOURCE_H_
 
 #include <memory>
 #include <string>
@@ -118,4 +118,4 @@ inline tensorflow::Status LoadShapes(InferenceContext* c) {
       .SetShapeFn(tensorflow::shape_inference::ScalarShape)  \
       .Doc("Creates a handle for " what ". It is empty until its load op has run. Handles with one name share a table.")
 
-#endif  // DPSR_EXPORT_REQUEST_TABLES_TABLE_RESOURCE_H_
+#endif  // DPSR_EXPORT_REQUEST_TABLES_TF_TABLE_RESOURCE_H_
