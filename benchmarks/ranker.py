@@ -139,7 +139,7 @@ CHECKPOINTS = 3
 # Settings that are tried: depth or leaves, and the weight or number of rows of a leaf.
 GRID: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "xgboost": {"max_depth": (3, 5), "min_child_weight": (20,)},
-    "lightgbm": {"num_leaves": (7, 31), "min_data_in_leaf": (200,)},
+    "lightgbm": {"num_leaves": (31,), "min_data_in_leaf": (200,), "learning_rate": (0.1, 0.2)},
 }
 FULL_GRID: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "xgboost": {"max_depth": (3, 4, 6, 8), "min_child_weight": (1, 20, 100), "eta": (0.05, 0.1)},
