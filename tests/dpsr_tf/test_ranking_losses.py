@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import types
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from dpsr_tf.models.ranking_losses import listwise_loss, pairwise_loss
+from dpsr_tf.config import RankerConfig
+from dpsr_tf.data.examples_dataset import Tokens
+from dpsr_tf.models.features import RankingBatch
+from dpsr_tf.models.ranking_losses import listwise_loss, pairwise_loss, ranker_loss
 
 v1 = tf.compat.v1
 SPLITS = np.array([0, 4, 4, 5, 8], np.int64)
@@ -63,3 +67,33 @@ def test_nothing_to_prefer_is_no_loss(loss):
         value = loss(x, tf.zeros([8]), tf.constant(SPLITS))
         found, gradient = session.run([value, tf.convert_to_tensor(tf.gradients(value, x)[0])], {x: np.arange(8)})
     assert found == 0 and not gradient.any()
+
+
+def test_positions_and_propensities_of_a_batch():
+    """Positions bias the logits of training, and inverse propensities weigh the preferred item."""
+    scores = np.random.default_rng(2).normal(size=8).astype(np.float32)
+    outcomes, positions = np.array([0, 1, 3, 0, 2, 1, 0, 0], np.int32), np.array([1, 3, 2, 4, 1, 9, 0, 1], np.int32)
+    bias = np.array([0, 0.5, 0.25, 0, -1, 0, 0, 0, 0, -2], np.float32)
+    config = RankerConfig(gains=(0, 1, 2, 4), position=True, propensity_weights=True, most_propensity_weight=3)
+    ranker = types.SimpleNamespace(
+        ranker=config,
+        scores=lambda lists: tf.constant(scores),
+        position_bias=lambda places: tf.gather(tf.constant(bias), places),
+    )
+    with tf.Graph().as_default(), v1.Session() as session:
+        lists = types.SimpleNamespace(candidates=Tokens(None, tf.constant(SPLITS)))
+        batch = RankingBatch(lists, tf.constant(outcomes), tf.constant(positions), tf.constant([0]))
+        found, metrics = session.run(ranker_loss(batch, ranker, np.array([1, 0.5, 0.4, 0.1])))
+    # Position 9 is beyond the last one, whose weight is cut at 3; an unknown position has weight 1.
+    weights = np.array([1, 2.5, 2, 3, 1, 3, 1, 1])
+    gains = np.array(config.gains)[outcomes]
+    np.testing.assert_allclose(found, pairwise(scores + bias[positions], gains, SPLITS, weights), rtol=1e-5)
+    # The metric is about scores, which have no bias.
+    pairs = [
+        scores[i] > scores[j]
+        for begin, end in itertools.pairwise(SPLITS)
+        for i in range(begin, end)
+        for j in range(begin, end)
+        if gains[i] > gains[j]
+    ]
+    np.testing.assert_allclose(metrics["right_pairs"], np.mean(pairs), rtol=1e-6)
