@@ -10,7 +10,7 @@
 
 #include "common/tf_packed_file.h"
 #include "export/rank_features/rank_table.h"
-#include "export/request_tables/history.h"
+#include "export/request_tables/tf_history.h"
 #include "export/request_tables/tf_table_resource.h"
 
 namespace dpsr {

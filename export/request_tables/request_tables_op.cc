@@ -13,7 +13,7 @@
 #include "dpsr_tf/ops/item_table.h"
 #include "dpsr_tf/ops/tf_columns.h"
 #include "export/request_tables/file_fingerprint.h"
-#include "export/request_tables/history.h"
+#include "export/request_tables/tf_history.h"
 #include "export/request_tables/key_table.h"
 #include "export/request_tables/tf_table_resource.h"
 

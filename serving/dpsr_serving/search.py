@@ -24,7 +24,7 @@ PADDING_ID = -1
 _STRING, _FLOAT, _INT64 = 7, 1, 9  # DT_... of tensorflow/core/framework/types.proto
 _NAMES = {1: "float", 2: "double", 3: "int32", 7: "string", 9: "int64", 10: "bool"}
 _USER = "user_"
-# An input of `rank`, and no feature.
+# The user's id, an input of `rank`.
 _USER_ID = "user_id"
 
 # The inputs of `search` beside `query`, `k` and the user's features: name -> (type, rank).

@@ -10,10 +10,11 @@ import tensorflow as tf
 from ranking_shops import QUERIES, WORDS
 
 from dpsr_export.faiss_search import load
-from dpsr_export.rank_table import RankTable, write_rank_table
+from dpsr_export.rank_table import RankNumbers, RankTable, RankWeights, write_rank_table
 from dpsr_tf.data.ranking_features import RankingFeatures
 from dpsr_tf.data.schema import EVENT_TYPES
 from dpsr_tf.data.store import Store
+from dpsr_tf.models.features import Number
 
 v1 = tf.compat.v1
 
@@ -131,6 +132,56 @@ def test_history(ranking_shop: Store, tmp_path: Path) -> None:
     ):
         with pytest.raises(tf.errors.InvalidArgumentError, match=message):
             table.history(*arguments, 3)
+
+
+def test_scores_of_wrong_shapes(ranking_shop_of_numbers: Store, tmp_path: Path) -> None:
+    """A table whose model is another than that of the weights is an error, and no crash."""
+    items, rng = ranking_shop_of_numbers.counts.items, np.random.default_rng(1)
+    of_items = [rng.normal(size=(items, width)) for width in (3, 4, 2)]
+    tables = Tables(ranking_shop_of_numbers, tmp_path / "rank_table.dpsr", of_items)
+    number = Number("bm25.title", "pair", may_miss=True)
+    good = {
+        "rows": np.array([5, -1, 7], np.int32), "past": np.array([1, 2], np.int32), "pairs": np.ones((3, 1)),
+        "request": np.zeros((1, 0)), "text": np.ones((1, 4)), "user": np.ones((1, 1)),
+        "request_kernel": rng.normal(size=(10, 3)), "pair_kernel": rng.normal(size=(6, 3)),
+        "wanted_kernel": rng.normal(size=(10, 2)), "wanted_bias": np.ones(2), "bias": np.ones(3),
+        "kernel": np.ones((3, 1)), "last": np.array([0.5]),
+    }  # fmt: skip
+
+    def scores(**changes: np.ndarray) -> np.ndarray:
+        v = {k: tf.constant(a, None if a.dtype == np.int32 else tf.float32) for k, a in (good | changes).items()}
+        weights = RankWeights(
+            v["request_kernel"], v["pair_kernel"], (v["wanted_kernel"], v["wanted_bias"]),
+            [v["bias"], v["kernel"], v["last"]],
+        )  # fmt: skip
+        numbers = RankNumbers(v["rows"], v["request"], v["pairs"])
+        return tables.table.scores(
+            [0, 1, 2, -1], v["rows"], v["past"], numbers, {"request": [], "pair": [number]}, v["text"], v["user"], [4],
+            5.0, weights,
+        ).numpy()  # fmt: skip
+
+    hidden, vectors, offered = (table.astype(np.float32) for table in of_items)
+    pooled = vectors[[1, 2]].mean(0)
+    inputs = np.concatenate([np.ones(5), pooled, [np.log(3)]])
+    for place, row in ((0, 5), (2, 7)):
+        wanted = inputs @ good["wanted_kernel"] + 1
+        pair = [np.log(2), 0, *(wanted * offered[row]), vectors[row].sum(), vectors[row] @ pooled]
+        first = hidden[row] + inputs @ good["request_kernel"] + np.array(pair) @ good["pair_kernel"] + 1
+        np.testing.assert_allclose(scores()[place], np.maximum(first, 0).sum() + 0.5, rtol=1e-4)
+    assert np.isneginf(scores()[1])
+    for name, wrong, message in (
+        ("rows", np.array([5, 60, 7], np.int32), "rows has 60, expected less than 60"),
+        ("past", np.array([-1], np.int32), "history_rows has -1, expected 0 to 59"),
+        ("pairs", np.ones((2, 1)), r"pair_numbers has shape \[2,1\], expected \[3,1\]"),
+        ("request", np.ones((1, 2)), r"request_numbers has shape \[1,2\], expected \[1,0\]"),
+        ("user", np.ones((1, 2)), r"request_kernel has shape \[10,3\], expected \[11,3\]"),
+        ("pair_kernel", np.ones((5, 3)), r"pair_kernel has shape \[5,3\], expected \[6,3\]"),
+        ("wanted_kernel", np.ones((10, 3)), r"wanted_kernel has shape \[10,3\], expected \[10,2\]"),
+        ("bias", np.ones(4), r"the first bias has shape \[4\], expected \[3\]"),
+        ("kernel", np.ones((4, 1)), r"a kernel has shape \[4,1\], expected \[3,1\]"),
+    ):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+            scores(**{name: wrong})
 
 
 def test_shapes_and_damaged_files(ranking_shop: Store, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 // Reads the history of users from the inputs clicked_items and clicked_item_types of a request, for op files.
-#ifndef DPSR_EXPORT_REQUEST_TABLES_HISTORY_H_
-#define DPSR_EXPORT_REQUEST_TABLES_HISTORY_H_
+#ifndef DPSR_EXPORT_REQUEST_TABLES_TF_HISTORY_H_
+#define DPSR_EXPORT_REQUEST_TABLES_TF_HISTORY_H_
 
 #include <algorithm>
 #include <cstdint>
@@ -84,4 +84,4 @@ class HistoryReader {
 
 }  // namespace dpsr
 
-#endif  // DPSR_EXPORT_REQUEST_TABLES_HISTORY_H_
+#endif  // DPSR_EXPORT_REQUEST_TABLES_TF_HISTORY_H_
