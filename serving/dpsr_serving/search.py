@@ -270,7 +270,12 @@ class Signature:
     @property
     def user_features(self) -> list[str]:
         """The user features that the model reads."""
-        return sorted(name.removeprefix(_USER) for name in self._inputs if name.startswith(_USER) and name != _USER_ID)
+        # The user's id in `rank` is no feature. Features are texts and floats.
+        return sorted(
+            name.removeprefix(_USER)
+            for name, (dtype, _) in self._inputs.items()
+            if name.startswith(_USER) and dtype != _INT64
+        )
 
     def tensors(self, search: Search) -> dict[str, NDArray[Any]]:
         """Returns the input tensors of a request; whatever the request leaves out is empty.
