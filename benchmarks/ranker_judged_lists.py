@@ -153,11 +153,11 @@ def _measure(name: str, store: Store, result: report.Report, towers: Path, seed:
     features, (file,) = RankingFeatures(store), store.requests()
     lists = features.of(file, np.arange(len(file["request.splits"]) - 1))
     lists = dpsr_scorer(str(towers), store)(lists)
-    fold = _folds(len(lists.queries), seed)
+    fold, systems = _folds(len(lists.queries), seed), Systems(Corpus.of_store(store))
     result.add("data", name, "rows", len(lists.item), "", note=f"{len(lists.queries)} queries")
     found = {
-        "bm25": _ndcg(lists, _bm25(store, lists, "bm25-words")),
-        "bm25 tuned": _tuned_bm25(name, store, lists, fold, result),
+        "bm25": _ndcg(lists, _bm25(systems, store, lists, "bm25-words")),
+        "bm25 tuned": _tuned_bm25(name, systems, store, lists, fold, result),
         "towers": _ndcg(lists, lists.numbers["dpsr_score"]),
         "lightgbm": _cross_validated(
             name, "lightgbm", lightgbm_settings(features, lists, full), lists, fold, seed, result
@@ -209,8 +209,8 @@ def _part(lists: Shown, inside: np.ndarray) -> tuple[Shown, np.ndarray]:
 # BM25.
 
 
-def _bm25(store: Store, lists: Shown, spec: str) -> np.ndarray:
-    retriever: Any = Systems(Corpus.of_store(store)).make(spec)
+def _bm25(systems: Systems, store: Store, lists: Shown, spec: str) -> np.ndarray:
+    retriever: Any = systems.make(spec)
     longest = int(np.bincount(lists.request).max())
     items = np.full((len(lists.queries), longest), -1, np.int64)
     place = np.arange(len(lists.item)) - np.searchsorted(lists.request, lists.request)
@@ -219,10 +219,12 @@ def _bm25(store: Store, lists: Shown, spec: str) -> np.ndarray:
     return scores[lists.request, place]
 
 
-def _tuned_bm25(name: str, store: Store, lists: Shown, fold: np.ndarray, result: report.Report) -> np.ndarray:
+def _tuned_bm25(
+    name: str, systems: Systems, store: Store, lists: Shown, fold: np.ndarray, result: report.Report
+) -> np.ndarray:
     columns = set(store.texts())
     options = [o.strip("+").replace("++", "+") for o in BM25_OPTIONS if "brand" not in o or "brand" in columns]
-    scores = {option: _bm25(store, lists, f"bm25:{option}") for option in options}
+    scores = {option: _bm25(systems, store, lists, f"bm25:{option}") for option in options}
     found = np.zeros(len(lists.item))
     for k in range(FOLDS):
         chosen = max(scores, key=lambda option: _mean_ndcg(*_scored_part(lists, fold != k, scores[option])))
@@ -307,7 +309,7 @@ def lightgbm_settings(features: RankingFeatures, lists: Shown, full: bool) -> li
 
 def dpr_settings(store: Store, features: RankingFeatures, lists: Shown, full: bool) -> list[Setting]:
     """Returns DPR with small networks, with and without dropout."""
-    marks = (20, 40, 80, 160)
+    marks = (40, 80, 160, 320)
 
     def setting(hidden: tuple[int, ...], dropout: float, rate: float, loss: str) -> Setting:
         config = Config(
@@ -326,11 +328,10 @@ def dpr_settings(store: Store, features: RankingFeatures, lists: Shown, full: bo
         return Setting(f"{loss} {'-'.join(map(str, hidden))}, dropout {dropout}, rate {rate}", make, marks)
 
     chosen = [
-        ((32, 16, 8), 0.0, 0.003, "pairwise"),
-        ((32, 16, 8), 0.3, 0.003, "pairwise"),
-        ((64, 32, 16), 0.3, 0.003, "pairwise"),
-    ]
-    more = [((64, 32, 16), 0.3, 0.003, "listwise"), ((32, 16, 8), 0.3, 0.001, "pairwise")]
+        ((32, 16, 8), 0.0, 0.003, "pairwise"), ((64, 32, 16), 0.0, 0.003, "pairwise"),
+        ((64, 32, 16), 0.2, 0.003, "pairwise"),
+    ]  # fmt: skip
+    more = [((64, 32, 16), 0.0, 0.003, "listwise"), ((32, 16, 8), 0.0, 0.001, "pairwise")]
     return [setting(*values) for values in (chosen + more if full else chosen)]
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/ranker_judged_lists.py with grades by a rule: good items have the colour of the query and are cheap."""
+"""benchmarks/ranker_judged_lists.py on grades of a rule: good items have the colour of the query, and long titles."""
 
 from __future__ import annotations
 
