@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -38,6 +38,7 @@ _KINDS = {name.partition(":")[0] for name in DESCRIPTIONS}
 _LAST = float(np.finfo(np.float32).min)
 # Judged lists whose features are computed at a time.
 _LISTS = 256
+_LARGEST_GRADE = 30
 
 
 def systems_help() -> str:
@@ -61,17 +62,22 @@ def is_validated(spec: str) -> bool:
 Scorer = Callable[[Shown, np.ndarray], np.ndarray]
 
 
+class Batch(NamedTuple):
+    """The n items of some lists."""
+
+    shown: Shown
+    numbers: np.ndarray  # int64 [lists], the number of each list
+    gain: np.ndarray  # float64 [n], for NDCG
+    positive: np.ndarray  # bool [n]
+
+
 class Lists(Protocol):
     """Lists of items to rank."""
 
     path: Path  # for messages
 
-    def batches(self, fold: str) -> Iterator[tuple[Shown, np.ndarray]]:
-        """Yields items of whole lists, and the number of each list; `fold` is one of FOLDS."""
-        ...
-
-    def gains(self, shown: Shown) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the gain of each item, float64 [n], and whether it is positive, bool [n]."""
+    def batches(self, fold: str) -> Iterator[Batch]:
+        """Yields whole lists; `fold` is one of FOLDS."""
         ...
 
 
@@ -88,15 +94,12 @@ class HeldOutRequests:
         self.path = store.path / "held_requests.dpsr"
         self._store, self._features, self._positive = store, RankingFeatures(store), OUTCOMES.index(positive)
 
-    def batches(self, fold: str) -> Iterator[tuple[Shown, np.ndarray]]:
-        """See Lists. The numbers are those of the table of `dpsr features`."""
+    def batches(self, fold: str) -> Iterator[Batch]:
+        """See Lists. The numbers are those of the table of `dpsr features`. The gain of an outcome is 2^outcome - 1."""
         for first, file, chosen in request_batches(self._store, fold):
             if len(chosen):
-                yield self._features.of(file, chosen), first + chosen
-
-    def gains(self, shown: Shown) -> tuple[np.ndarray, np.ndarray]:
-        """See Lists. The gain of an outcome is 2^outcome - 1."""
-        return 2.0**shown.outcome - 1, shown.outcome >= self._positive
+                shown = self._features.of(file, chosen)
+                yield Batch(shown, first + chosen, 2.0**shown.outcome - 1, shown.outcome >= self._positive)
 
 
 class JudgedLists:
@@ -119,14 +122,27 @@ class JudgedLists:
                 f"2^grade - 1; scale the grades"
             )
         self._rows, self._users = RowsById(corpus.item_ids), RowsById(corpus.store.users()["id"])
-        self._grades = np.zeros(0)
+        judged = np.unique([item for _, _, grades in self._lists for item in grades])
+        unknown = judged[self._rows(judged) < 0]
+        if len(unknown):
+            raise CommandError(
+                f"{self.path}: {len(unknown):,} of {len(judged):,} judged items are not in the store, first "
+                f"{judgments.unknown_keys.get(int(unknown[0]), unknown[0])}; give judgments of the items in this "
+                f"store, or --skip_unknown to ignore the others"
+            )
 
-    def batches(self, fold: str) -> Iterator[tuple[Shown, np.ndarray]]:
-        """See Lists. A list has the number of its query in the judgments."""
+    def batches(self, fold: str) -> Iterator[Batch]:
+        """See Lists. A list has the number of its query in the judgments.
+
+        The gain of a grade is 2^grade - 1, and 0 for a grade below 0.
+        """
         chosen = [i for i, (query, _, _) in enumerate(self._lists) if fold == "all" or fold_of(query) == fold]
         for begin in range(0, len(chosen), _LISTS):
             numbers = chosen[begin : begin + _LISTS]
-            yield self._shown([self._lists[number] for number in numbers]), np.array(numbers)
+            lists = [self._lists[number] for number in numbers]
+            grade = np.array([grade for _, _, grades in lists for grade in grades.values()], np.float64)
+            gain = 2.0 ** np.maximum(grade, 0) - 1
+            yield Batch(self._shown(lists), np.array(numbers), gain, grade >= self._relevant_from)
 
     def _shown(self, lists: Sequence[tuple[str, User, Mapping[int, float]]]) -> Shown:
         lengths = [len(grades) for _, _, grades in lists]
@@ -141,15 +157,7 @@ class JudgedLists:
         else:
             shown = self._features.at_end(queries, request, user, item)
         times = np.array([one.time or 0 for one in asked], np.int64)[request]
-        self._grades = np.array([grade for _, _, grades in lists for grade in grades.values()], np.float64)
         return shown._replace(time=np.where(times > 0, times, shown.time))
-
-    def gains(self, shown: Shown) -> tuple[np.ndarray, np.ndarray]:
-        """See Lists; of the batch that was yielded last. The gain is 2^grade - 1, 0 for a grade that is negative."""
-        return 2.0 ** np.maximum(self._grades, 0) - 1, self._grades >= self._relevant_from
-
-
-_LARGEST_GRADE = 30
 
 
 class Rankers:
@@ -322,8 +330,7 @@ def _score(rankers: Mapping[str, Scorer], lists: Lists, fold: str) -> _Scored:
     parts: dict[str, list[np.ndarray]] = {name: [] for name in ("request", "gain", "positive", "in_validation")}
     scores: dict[str, list[np.ndarray]] = {spec: [] for spec in rankers}
     found = 0
-    for shown, numbers in lists.batches("all"):
-        gain, positive = lists.gains(shown)
+    for shown, numbers, gain, positive in lists.batches("all"):
         in_validation = np.array([fold_of(text) == FOLDS[0] for text in shown.queries], bool)
         values = (found + shown.request, gain, positive, in_validation[shown.request])
         for part, value in zip(parts.values(), values, strict=True):

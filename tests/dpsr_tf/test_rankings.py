@@ -168,7 +168,7 @@ def test_only_judged_items_are_ranked(store, tmp_path, dpsr):
 def test_a_retriever_scores_the_items_of_each_request(store):
     lists = HeldOutRequests(store)
     score = Rankers(Corpus.of_store(store), lists).make("bm25")
-    for shown, numbers in lists.batches("test"):
+    for shown, numbers, _, _ in lists.batches("test"):
         assert all(fold_of(query) == "test" for query in shown.queries)
         np.testing.assert_allclose(score(shown, numbers), shown.numbers["bm25.title"], rtol=1e-5, atol=1e-6)
 
@@ -187,14 +187,23 @@ def test_a_retriever_scores_the_items_of_each_request(store):
         (["--held_out", "--system=ranker:nowhere"], 1, "nowhere: holds no model"),
         (["--held_out", "--system=scores:nowhere.parquet"], 2, "no such file"),
         (["--held_out", "--system=wonder"], 2, "--system=wonder: expected one of bm25"),
-        (["--judgments=J", "--system=shown"], 2, "were not shown in any order"),
+        (["--judgments=J", "--system=shown", "--skip_unknown"], 2, "were not shown in any order"),
         (["--judgments=J", "--system=bm25", "--positive=click"], 2, "--positive=click: needs --rank and --held_out"),
-        (["--judgments=J", "--system=bm25", "--grade_column=big"], 1, "has the grade 99, expected at most 30"),
+        (
+            ["--judgments=J", "--system=bm25", "--relevant_from=2"],
+            1,
+            "1 of 3 judged items are not in the store, first 99",
+        ),
+        (
+            ["--judgments=J", "--system=bm25", "--skip_unknown", "--grade_column=big"],
+            1,
+            "has the grade 99, expected at most 30",
+        ),
     ],
 )
 def test_wrong_use(store, tmp_path, dpsr, flags, status, message):
     file = tmp_path / "judged.tsv"
-    file.write_text("query\titem\tgrade\tbig\nred\t1\t2\t99\nred\t2\t0\t0\n")
+    file.write_text("query\titem\tgrade\tbig\nred\t1\t2\t99\nred\t2\t0\t0\nred\t99\t0\t0\n")
     dpsr(*of_store(store, *(flag.replace("=J", f"={file}") for flag in flags))).fails(status, message)
 
 
