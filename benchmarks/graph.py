@@ -352,7 +352,7 @@ def cost(result: report.Report, out: Path, seed: int) -> None:
     make_models(folder, "shop.yaml", seed)
     store = Store(folder / "store")
     rates: dict[str, list[float]] = {model: [] for model in MODELS}
-    for turn in range(3):
+    for turn in range(2):
         for model in list(MODELS)[:: 1 if turn % 2 == 0 else -1]:
             rates[model].append(_train_rate(folder, model, seed))
     for model, values in rates.items():

@@ -195,7 +195,7 @@ CONFIG = {
     "train.batch_size": 16,
     "train.learning_rate": 0.1,
     "train.num_random_negatives": 16,
-    "train.checkpoint_steps": 40,
+    "train.checkpoint_steps": 10,
 }
 
 
@@ -207,11 +207,12 @@ def train(folder, out: str, *more: str, store: str = "store", **changes) -> int:
     return command_line.main(["train", f"--store={folder / store}", f"--out={folder / out}", *flags, *more])
 
 
+@pytest.mark.slow
 def test_a_resumed_training_gives_the_same_weights(shop):
     folder, _ = shop
-    assert train(folder, "whole", train__steps=60) == 0
-    assert train(folder, "parts", train__steps=40) == 0
-    assert train(folder, "parts", train__steps=60) == 0
+    assert train(folder, "whole", train__steps=20) == 0
+    assert train(folder, "parts", train__steps=10) == 0
+    assert train(folder, "parts", train__steps=20) == 0
     whole, parts = (tf.train.load_checkpoint(str(folder / name)) for name in ("whole", "parts"))
     names = [name for name in whole.get_variable_to_shape_map() if name != "global_step"]
     assert {"graph/item_to_query", "graph/brand_to_item", "graph_value_embedding"} <= set(names)
@@ -221,6 +222,7 @@ def test_a_resumed_training_gives_the_same_weights(shop):
     assert np.abs(whole.get_tensor("graph/item_to_query") - np.eye(16)).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_a_warm_start_finds_values_by_their_names(shop):
     """The new day has a further brand, more frequent than the others, so that all codes differ."""
     from dpsr_common import command_line
@@ -234,7 +236,7 @@ def test_a_warm_start_finds_values_by_their_names(shop):
     for name in ("log.jsonl", "schema.yaml"):
         (day / name).write_bytes((folder / name).read_bytes())
     assert command_line.main(["ingest", f"--schema={day / 'schema.yaml'}", f"--out={folder / 'day-store'}"]) == 0
-    assert train(folder, "old", train__steps=20) == 0
+    assert train(folder, "old", train__steps=2) == 0
     warm = f"--warm_start={folder / 'old'}"
     assert train(folder, "new", warm, store="day-store", train__steps=1, train__learning_rate=1e-8) == 0
     old, new = (tf.train.load_checkpoint(str(folder / name)) for name in ("old", "new"))

@@ -14,13 +14,15 @@ from dpsr_export.warmup import LoadedServable
 from dpsr_tf.data.store import Store
 from dpsr_tf.models.encoders import item_embeddings, query_encoder
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "model.token_dim": 16,
     "model.embedding_dim": 8,
     "model.graph_fan_out": "[5, 3]",
     "train.batch_size": 16,
     "train.learning_rate": 0.1,
-    "train.steps": 60,
+    "train.steps": 20,
 }
 
 
