@@ -55,8 +55,11 @@ class LightGcn:
         return total / (self._layers + 1)
 
     def final(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns unit vectors of users [users, dim] and of items [items, dim]."""
-        final = tf.math.l2_normalize(self.propagate(tf.convert_to_tensor(self.embeddings)), axis=1)
+        """Returns the final embeddings of users [users, dim] and of items [items, dim].
+
+        Their lengths matter: a user's score of an item is the inner product (equation 6).
+        """
+        final = self.propagate(tf.convert_to_tensor(self.embeddings))
         return final[: self.num_users], final[self.num_users :]
 
     def _step(self, x: tf.Tensor) -> tf.Tensor:
@@ -77,7 +80,7 @@ def softmax_loss(
     """Returns the softmax loss of some users over all items, the mean over each user's items and over users.
 
     Args:
-        users, items: unit vectors, [users, dim] and [items, dim].
+        users, items: final embeddings, [users, dim] and [items, dim].
         batch: the users, int [b].
         wanted: their items, int [pairs].
         of: the place of each pair's user in `batch`, int [pairs], ascending.
