@@ -68,6 +68,7 @@ SIZE = {"items": 3000, "users": 500, "interactions": 30_000}
 BIASED = {"sorted_share": 0.8, "position_exponent": 1.0}
 EXPONENTS = (0.3, 0.7, 1.0, 1.5)
 MOST_WEIGHT = 10.0
+TREES = 80
 VARIANTS = ("plain", "position", "propensities", "true propensities")
 SAMPLES = 1000
 # Most items that are ranked for a purchase.
@@ -433,7 +434,7 @@ def figures(shop: Shop, scores: Scores) -> dict[str, np.ndarray]:
 def measure_rankers(result: report.Report, out: Path, seeds: list[int], full: bool, steps: int) -> None:
     """Adds the figures of each ranker, means over the seeds, with paired intervals of its gain over the plain one."""
     found: dict[str, dict[str, list[np.ndarray]]] = {}
-    makers = {"lightgbm": lambda shop, variant: lightgbm_ranker(shop, variant, 80)}
+    makers = {"lightgbm": lambda shop, variant: lightgbm_ranker(shop, variant, TREES)}
     if full:
         makers["ours"] = lambda shop, variant: our_ranker(shop, variant, steps)
     for seed in tqdm(seeds, desc="rankers", unit=" seeds"):

@@ -14,9 +14,8 @@ report = pytest.importorskip("report")
 pytest.importorskip("lightgbm")
 benchmark = pytest.importorskip("ranker_position")
 
-from dpsr_tf.shop import generate as generator  # noqa: E402
+from dpsr_tf.data.store import Store  # noqa: E402
 from dpsr_tf.shop.parameters import Parameters  # noqa: E402
-from dpsr_tf.shop.sampling import random_stream  # noqa: E402
 from dpsr_tf.shop.world import make_world  # noqa: E402
 
 CURVE = np.array([1, 0.6, 0.45, 0.35, 0.3])
@@ -55,7 +54,8 @@ def test_thinned_clicks_follow_the_curve(clicks):
 
 
 def test_rankers_and_truth_of_a_small_shop(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "SIZE", {"items": 300, "users": 60, "interactions": 3000})
+    monkeypatch.setattr(benchmark, "TREES", 5)
+    monkeypatch.setattr(benchmark, "SIZE", {"items": 300, "users": 60, "interactions": 2000})
     result = report.Report("ranker_position", 1, report.hardware())
     benchmark.measure_rankers(result, tmp_path, [1], False, 0)
     value = {(row["impl"], row["metric"]): row["value"] for row in result.rows}
@@ -64,16 +64,9 @@ def test_rankers_and_truth_of_a_small_shop(tmp_path, monkeypatch):
     assert value["shown order", "ndcg5_clicks"] > 0.5
     assert all(0.3 < value[f"lightgbm, {v}", "ndcg10_preference"] < 1 for v in benchmark.VARIANTS)
 
-    # The click probabilities are those of the world that the shop was generated from.
+    # What is true of an item of the world is said of the same item of the store.
     folder = tmp_path / "sorted-1"
-    shop, truth = benchmark.Shop.read(folder, 1), benchmark.Truth(folder / "shop")
-    parameters = Parameters(**truth.facts["parameters"])
-    world, rng = make_world(parameters), random_stream(parameters, "ids")
-    rows = []
-    for table, number in ((shop.store.items(), len(world.items)), (shop.store.users(), len(world.users))):
-        row_of = {int(i): row for row, i in enumerate(generator._random_ids(number, rng))}
-        rows.append(np.array([row_of.get(int(i), -1) for i in table["id"]]))
-    chance = 1 / (1 + np.exp(-parameters.click_level - world.appeal(rows[1][shop.test.user], rows[0][shop.test.item])))
-    right = shop.preference != parameters.noise
-    assert 0.5 < right.mean() < 1
-    np.testing.assert_allclose(shop.preference[right], chance[right], rtol=1e-5)
+    store = Store(folder / "store")
+    truth = benchmark.Truth(folder / "shop", store, seed=1)
+    world = make_world(Parameters(**truth.facts["parameters"]))
+    assert [world.items.titles[row] for row in truth._item] == store.titles()
