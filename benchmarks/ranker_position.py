@@ -153,19 +153,20 @@ def of_all_pairs(clicks: Clicks) -> np.ndarray:
 
 def of_regression_em(clicks: Clicks, features: np.ndarray, seed: int) -> np.ndarray:
     """Runs regression EM (Wang et al., 2018, algorithm 1) on a sample of the rows."""
-    rows = np.random.default_rng(seed).permutation(len(clicks.pair))[:50_000]
+    rows = np.random.default_rng(seed).permutation(len(clicks.pair))[:30_000]
     place, clicked, x = clicks.position[rows] - 1, clicks.clicked[rows], features[rows]
     deepest = int(place.max()) + 1
     p, relevance = np.full(deepest, 0.5), np.full(len(rows), clicked.mean())
     settings = {"objective": "cross_entropy", "num_leaves": 15, "verbose": -1, "seed": seed, "num_threads": 1}
     data = lightgbm.Dataset(x, relevance, free_raw_data=False)
-    for _ in range(10):
+    # Fewer rounds leave the deep positions too high.
+    for _ in range(40):
         neither = 1 - p[place] * relevance
         looked = np.where(clicked, 1, p[place] * (1 - relevance) / neither)
         relevant = np.where(clicked, 1, (1 - p[place]) * relevance / neither)
         p = np.bincount(place, looked, deepest) / np.bincount(place, minlength=deepest)
         data.set_label(relevant)
-        relevance = np.clip(lightgbm.train(settings, data, 20).predict(x), 1e-4, 1 - 1e-4)
+        relevance = np.clip(lightgbm.train(settings, data, 10).predict(x), 1e-4, 1 - 1e-4)
     return p
 
 
