@@ -6,9 +6,9 @@ outcome 0, the highest outcome 3. Items without a grade play no part.
 
 Every query is scored by models that have not seen its grades: five folds by query, and settings that are chosen inside
 the other four folds. For that, each setting is trained on all three of them in turn, and measured on the fourth. The
-score of an item is the mean over five trainings with different seeds, of trees and of networks alike. The
-scales of numbers need no grades and are those of all lists. `bm25` is BM25 of the titles with its usual constants;
-`bm25 tuned` has stems, trigrams, weights and constants that are chosen in the same way.
+score of an item is the mean over five trainings with different seeds, of trees and of networks alike. The scales of
+numbers need no grades and are those of all lists. `bm25` is BM25 of the titles with its usual constants; `bm25 tuned`
+has stems, trigrams, weights and constants that are chosen in the same way.
 
 All trees and networks read the same numbers: matches of query and item, prices and the like, and the score of two
 towers that are trained on the titles of the catalogue (dpsr_tf/configs/catalogue.yaml). With 75 to 130 queries there is
