@@ -311,7 +311,7 @@ def _clusters(result: report.Report, model: str, path: Path, store: Store) -> No
 def catalogue(result: report.Report, data: Path, out: Path, seed: int, full: bool) -> None:
     """Adds recall@100 of both models on catalogues whose training queries are pieces of titles."""
     sets = {
-        "esci150": ({"files": "products.tsv.gz", "id": "item", "text": ["title"], "features": ["brand"]}, ["brand"], 3),
+        "esci150": ({"files": "products.tsv.gz", "id": "asin", "text": ["title"], "features": ["brand"]}, ["brand"], 3),
     }
     if full:
         sets["homedepot"] = ({"files": "products.tsv", "id": "product_uid", "text": ["product_title"]}, [], 2.33)
