@@ -55,7 +55,7 @@ from dpsr_tf.models.model_directory import ModelDirectory
 PARTS = ("gowalla", "shop", "catalogue", "cost")
 SAMPLES = 1000
 # LightGCN on Gowalla.
-LAYERS, DIM, TEMPERATURE, RATE, USERS, STEPS = 3, 64, 1.0, 0.03, 1024, 400
+LAYERS, DIM, TEMPERATURE, RATE, USERS, STEPS = 3, 64, 1.0, 0.03, 1024, 600
 PUBLISHED = {"recall@20": 0.1824, "ndcg@20": 0.1547}
 
 SHOP = {
