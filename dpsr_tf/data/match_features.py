@@ -184,13 +184,22 @@ class MatchFeatures:
                 "brand_words.splits": row_splits(np.array([len(brand) for brand in of_brands], np.int64)),
                 "brand_words.values": np.array([word for brand in of_brands for word in brand], np.int32),
             }
+        trigrams, trigram_bytes = pack_strings(list(self._trigram_ids))
+        # Words of brands that no text has are not looked for in titles.
+        no_trigrams = np.full(len(words) - len(self._ids), self._trigrams.splits[-1])
         digits = np.fromiter(map(str.isdigit, map(chr, range(sys.maxunicode + 1))), bool, sys.maxunicode + 1)
         edges = np.flatnonzero(np.diff(digits, prepend=False, append=False)).reshape(-1, 2)
         splits, data = pack_strings(words)
         return sections | {
             "tokenizer": np.frombuffer(self._tokenizer.config.serialize().encode(), np.uint8),
+            "trigram_tokenizer": np.frombuffer(self._split.config.serialize().encode(), np.uint8),
             "word.splits": splits,
             "word.bytes": data,
+            "trigram.splits": trigrams,
+            "trigram.bytes": trigram_bytes,
+            "word_trigrams.splits": np.append(self._trigrams.splits, no_trigrams),
+            "word_trigrams.values": self._trigrams.tokens.astype(np.int32),
+            "title_trigrams": self._title_trigrams.astype(np.int32),
             "digits": (edges - [0, 1]).reshape(-1).astype(np.int32),
         }
 

@@ -136,13 +136,19 @@ class Lists(NamedTuple):
 
     query: Tokens  # b texts
     user: Features  # of the b users, in the order of FeatureSpec.user
-    items: ItemFeatures  # of the u items
-    candidates: Tokens  # values int32 [n], places in `items`; row_splits int64 [b + 1]
-    history: Tokens  # values int32 [h], places in `items`, oldest event first; row_splits int64 [b + 1]
+    item_text: Tokens  # of the u items
+    item_features: Features  # of the u items, in the order of FeatureSpec.item
+    candidates: Tokens  # values int32 [n], places in the u items; row_splits int64 [b + 1]
+    history: Tokens  # values int32 [h], places in the u items, oldest event first; row_splits int64 [b + 1]
     history_types: tf.Tensor  # int32 [h], index in EVENT_TYPES
     item_numbers: tf.Tensor  # float32 [n, numbers of kind item], NaN where there is none
     request_numbers: tf.Tensor  # float32 [b, numbers of kind request]
     pair_numbers: tf.Tensor  # float32 [n, numbers of kind pair]
+
+    @property
+    def items(self) -> ItemFeatures:
+        """The u items, without neighbourhoods."""
+        return ItemFeatures(self.item_text, self.item_features)
 
 
 class RankingBatch(NamedTuple):

@@ -13,7 +13,7 @@ from dpsr_tf.data.ranking_features import RankingFeatures, Shown
 from dpsr_tf.data.store import Store
 from dpsr_tf.data.user_requests import User
 from dpsr_tf.models.encoders import features_of, item_embeddings, query_encoder, splits_of, take
-from dpsr_tf.models.features import NUMBER_KINDS, FeatureSpec, ItemFeatures, Lists, Number
+from dpsr_tf.models.features import NUMBER_KINDS, FeatureSpec, Lists, Number
 
 # The number that a retrieval model gives. It is not in RankingFeatures.
 DPSR_SCORE = "dpsr_score"
@@ -50,10 +50,8 @@ class RankerInputs:
         return Lists(
             query=Tokens(*self._vocabulary.encode_batch(shown.queries)),
             user=_features(features_of(self._users, self._spec.user, user), b),
-            items=ItemFeatures(
-                take(self._items["tokens.values"], self._items["tokens.splits"], rows),
-                _features(features_of(self._items, self._spec.item, rows), len(rows)),
-            ),
+            item_text=take(self._items["tokens.values"], self._items["tokens.splits"], rows),
+            item_features=_features(features_of(self._items, self._spec.item, rows), len(rows)),
             candidates=Tokens(places[:n], splits),
             history=Tokens(places[n:], history_splits),
             history_types=self._users["event.type"][events].astype(np.int32),

@@ -13,11 +13,19 @@ namespace {
 constexpr float kMissing = std::numeric_limits<float>::quiet_NaN();
 constexpr int kSpending = 4;
 constexpr int kMeanPrice = 1;
-constexpr int kMatches = 3;  // query_in_title, title_in_query, number_match
+// query_in_title, title_in_query, number_match, query_in_texts, missing_rarity, last_word_in_title, trigrams_in_title,
+// trigram_overlap; and two of each text.
+constexpr int kMatches = 8, kTextMatches = 2;
 constexpr int kBrandMatches = 2;
 
 float Share(int part, int whole) {
   return whole > 0 ? static_cast<float>(static_cast<double>(part) / whole) : kMissing;
+}
+
+// The inverse document frequency as BM25 has it, of a word that `frequency` of `texts` have.
+double Rarity(int64_t frequency, int64_t texts) {
+  const auto f = static_cast<double>(frequency);
+  return std::log(1 + (static_cast<double>(texts) - f + 0.5) / (f + 0.5));
 }
 
 // Calls match(i, j) for each pair a[i] == b[j] of two ascending arrays, in ascending order. One of them is short as a
@@ -39,6 +47,16 @@ void Intersect(Span<const int32_t> a, Span<const int32_t> b, const Match& match)
 template <typename T>
 Span<const T> View(const std::vector<T>& values) {
   return {values.data(), values.size()};
+}
+
+Status ReadTokenizer(const SectionReader& reader, const std::string& name, Tokenizer* tokenizer) {
+  Span<const uint8_t> text;
+  DPSR_RETURN_IF_ERROR(reader.Array(name, SectionReader::kAnyLength, &text));
+  TokenizerConfig config;
+  DPSR_RETURN_IF_ERROR(
+      TokenizerConfig::Parse({reinterpret_cast<const char*>(text.data()), text.size()}, &config));
+  *tokenizer = Tokenizer(config);
+  return Status();
 }
 
 Status BadLength(const SectionReader& reader, const std::string& name, size_t got, size_t expected) {
@@ -86,12 +104,7 @@ Status RankTable::Open(std::unique_ptr<PackedFile> file, std::unique_ptr<RankTab
   const int64_t items = static_cast<int64_t>(ids.size());
   if (items > std::numeric_limits<int32_t>::max()) return BadLength(reader, "id", ids.size(), size_t{1} << 31);
   DPSR_RETURN_IF_ERROR(t->index_.Open(reader, items));
-  Span<const uint8_t> config_text;
-  DPSR_RETURN_IF_ERROR(reader.Array("tokenizer", SectionReader::kAnyLength, &config_text));
-  TokenizerConfig config;
-  DPSR_RETURN_IF_ERROR(TokenizerConfig::Parse(
-      {reinterpret_cast<const char*>(config_text.data()), config_text.size()}, &config));
-  t->tokenizer_ = Tokenizer(config);
+  DPSR_RETURN_IF_ERROR(ReadTokenizer(reader, "tokenizer", &t->tokenizer_));
   DPSR_RETURN_IF_ERROR(t->words_.Open(reader, "word"));
   DPSR_RETURN_IF_ERROR(reader.Array("digits", SectionReader::kAnyLength, &t->digits_));
   for (int i = 0; i == 0 || reader.Has(StrCat("text", i, ".splits")); ++i) {
@@ -102,8 +115,13 @@ Status RankTable::Open(std::unique_ptr<PackedFile> file, std::unique_ptr<RankTab
     DPSR_RETURN_IF_ERROR(reader.CheckAscending(name + ".values", text.words));
     DPSR_RETURN_IF_ERROR(
         reader.Array(name + ".weights", static_cast<int64_t>(text.words.values.size()), &text.weights));
-    t->texts_.push_back(text);
+    std::vector<int64_t> frequency(static_cast<size_t>(t->words_.size()));
+    for (const int32_t word : text.words.values) ++frequency[static_cast<size_t>(word)];
+    for (const int64_t f : frequency) text.rarities.push_back(static_cast<float>(Rarity(f, items)));
+    t->texts_.push_back(std::move(text));
   }
+  t->unknown_rarity_ = static_cast<float>(Rarity(0, items));
+  DPSR_RETURN_IF_ERROR(t->OpenTrigrams(reader));
   if (reader.Has("brand")) DPSR_RETURN_IF_ERROR(t->OpenBrands(reader));
   DPSR_RETURN_IF_ERROR(t->queries_.Open(reader, "query"));
   DPSR_RETURN_IF_ERROR(
@@ -142,6 +160,16 @@ Status RankTable::Open(std::unique_ptr<PackedFile> file, std::unique_ptr<RankTab
   return Status();
 }
 
+Status RankTable::OpenTrigrams(const SectionReader& reader) {
+  DPSR_RETURN_IF_ERROR(ReadTokenizer(reader, "trigram_tokenizer", &trigram_tokenizer_));
+  DPSR_RETURN_IF_ERROR(trigrams_.Open(reader, "trigram"));
+  DPSR_RETURN_IF_ERROR(
+      reader.Ragged("word_trigrams.splits", "word_trigrams.values", words_.size(), &word_trigrams_));
+  DPSR_RETURN_IF_ERROR(
+      reader.CheckRows("word_trigrams.values", word_trigrams_.values, trigrams_.size(), "trigrams"));
+  return reader.Array("title_trigrams", items(), &title_trigrams_);
+}
+
 Status RankTable::OpenBrands(const SectionReader& reader) {
   has_brands_ = true;
   DPSR_RETURN_IF_ERROR(reader.Array("brand", items(), &brands_));
@@ -164,7 +192,7 @@ Status RankTable::OpenBrands(const SectionReader& reader) {
 }
 
 int RankTable::pair_numbers() const {
-  return static_cast<int>(texts_.size()) + kMatches + (has_brands_ ? kBrandMatches : 0) +
+  return static_cast<int>(texts_.size()) * kTextMatches + kMatches + (has_brands_ ? kBrandMatches : 0) +
          static_cast<int>(no_pair_.size()) + (no_spending_.empty() ? 0 : 1);
 }
 
@@ -198,6 +226,7 @@ RankTable::Query RankTable::Read(std::string_view text) const {
   query.row = queries_.Find(Trimmed(text));
   std::vector<std::string> all;
   tokenizer_.Tokenize(text, [&](std::string_view word) { all.emplace_back(word); });
+  if (!all.empty()) query.last = words_.Find(all.back());
   std::sort(all.begin(), all.end());
   std::vector<std::pair<int32_t, size_t>> known;  // id, and where in `all` it begins
   std::vector<size_t> begins;
@@ -205,6 +234,7 @@ RankTable::Query RankTable::Read(std::string_view text) const {
     if (i > 0 && all[i] == all[i - 1]) continue;
     begins.push_back(i);
     const int32_t id = words_.Find(all[i]);
+    query.has_unknown |= id < 0;
     if (id >= 0) known.emplace_back(id, begins.size() - 1);
   }
   begins.push_back(all.size());
@@ -215,10 +245,16 @@ RankTable::Query RankTable::Read(std::string_view text) const {
     query.numbers += is_number[i] ? 1 : 0;
   }
   std::sort(known.begin(), known.end());
+  size_t known_words = 0;
+  for (const auto& [id, place] : known) known_words += begins[place + 1] - begins[place];
+  query.rarities.assign(texts_.size(), static_cast<double>(all.size() - known_words) * unknown_rarity_);
   for (const auto& [id, place] : known) {
     query.ids.push_back(id);
     query.times.push_back(static_cast<float>(begins[place + 1] - begins[place]));
     query.is_number.push_back(is_number[place]);
+    for (size_t i = 0; i < texts_.size(); ++i) {
+      query.rarities[i] += double{texts_[i].rarities[static_cast<size_t>(id)]} * query.times.back();
+    }
     // The brands that this word stands for, if the query has all of their words.
     auto brand = std::lower_bound(brands_by_word_.begin(), brands_by_word_.end(), std::make_pair(id, 0));
     for (; brand != brands_by_word_.end() && brand->first == id; ++brand) query.brands.push_back(brand->second);
@@ -231,7 +267,28 @@ RankTable::Query RankTable::Read(std::string_view text) const {
   };
   query.brands.erase(std::remove_if(query.brands.begin(), query.brands.end(), lacks_a_word), query.brands.end());
   std::sort(query.brands.begin(), query.brands.end());
+  ReadTrigrams(text, &query);
   return query;
+}
+
+void RankTable::ReadTrigrams(std::string_view text, Query* query) const {
+  std::vector<std::string> all;
+  trigram_tokenizer_.Tokenize(text, [&](std::string_view trigram) { all.emplace_back(trigram); });
+  std::sort(all.begin(), all.end());
+  all.erase(std::unique(all.begin(), all.end()), all.end());
+  query->trigrams = static_cast<int>(all.size());
+  size_t slots = 4;
+  while (slots < 4 * all.size()) slots *= 2;
+  query->trigram_slots.assign(slots, -1);
+  query->places.assign(slots, 0);
+  for (const std::string& trigram : all) {
+    const int32_t id = trigrams_.Find(trigram);
+    if (id < 0) continue;
+    size_t slot = static_cast<size_t>(id);
+    while (query->trigram_slots[slot & (slots - 1)] >= 0) ++slot;
+    query->trigram_slots[slot & (slots - 1)] = id;
+    query->places[slot & (slots - 1)] = query->known_trigrams++;
+  }
 }
 
 Status RankTable::Pairs(std::string_view text, const float* spending, Span<const int32_t> rows, float* out) const {
@@ -241,38 +298,82 @@ Status RankTable::Pairs(std::string_view text, const float* spending, Span<const
   }
   const Query query = Read(text);
   const int width = pair_numbers();
-  std::vector<bool> found;
+  Scratch scratch;
+  scratch.trigrams.assign(static_cast<size_t>(query.known_trigrams), 0);
   for (size_t i = 0; i < rows.size(); ++i, out += width) {
     if (rows[i] < 0) {
       std::fill_n(out, width, kMissing);
     } else {
-      Pair(query, spending, rows[i], out, &found);
+      Pair(query, spending, rows[i], out, &scratch);
     }
   }
   return Status();
 }
 
-void RankTable::Pair(const Query& query, const float* spending, int32_t item, float* out,
-                     std::vector<bool>* found) const {
+int RankTable::CommonTrigrams(const Query& query, int32_t item, Scratch* scratch) const {
+  const size_t mask = query.trigram_slots.size() - 1;
+  const int32_t pair = ++scratch->pair;
+  int common = 0;
+  // A title has the trigrams of its words.
+  for (const int32_t word : texts_[0].words[item]) {
+    for (const int32_t trigram : word_trigrams_[word]) {
+      size_t slot = static_cast<size_t>(trigram) & mask;
+      while (query.trigram_slots[slot] >= 0 && query.trigram_slots[slot] != trigram) slot = (slot + 1) & mask;
+      if (query.trigram_slots[slot] < 0) continue;
+      int32_t* last_pair = &scratch->trigrams[static_cast<size_t>(query.places[slot])];
+      common += *last_pair != pair ? 1 : 0;
+      *last_pair = pair;
+    }
+  }
+  return common;
+}
+
+float* RankTable::Matches(const Query& query, int32_t item, float* out, Scratch* scratch) const {
   const Span<const int32_t> ids = View(query.ids);
-  found->assign(query.numbers > 0 ? ids.size() : 0, false);
-  int in_title = 0, numbers_found = 0;
+  std::vector<bool>& found = scratch->found;
+  found.assign(ids.size(), false);
+  int in_title = 0, in_texts = 0, numbers_found = 0;
+  bool last_in_title = false;
+  float missing_rarity = query.has_unknown ? unknown_rarity_ : 0;
+  float* share = out + texts_.size() + 3;
   for (size_t i = 0; i < texts_.size(); ++i) {
     const TextColumn& text = texts_[i];
     const float* weights = text.weights.data() + text.words.splits[item];
     double sum = 0;
     Intersect(ids, text.words[item], [&](size_t in_query, size_t in_text) {
       sum += double{weights[in_text]} * query.times[in_query];
-      in_title += i == 0 ? 1 : 0;
-      if (!query.is_number[in_query] || (*found)[in_query]) return;
-      (*found)[in_query] = true;
-      ++numbers_found;
+      if (i == 0) {
+        ++in_title;
+        last_in_title |= ids[in_query] == query.last;
+      }
+      if (found[in_query]) return;
+      found[in_query] = true;
+      ++in_texts;
+      numbers_found += query.is_number[in_query] ? 1 : 0;
     });
+    if (i == 0) {
+      for (size_t word = 0; word < ids.size(); ++word) {
+        if (!found[word]) missing_rarity = std::max(missing_rarity, text.rarities[static_cast<size_t>(ids[word])]);
+      }
+    }
     *out++ = static_cast<float>(sum);
+    *share++ = query.rarities[i] > 0 ? static_cast<float>(sum / query.rarities[i]) : kMissing;
   }
   *out++ = Share(in_title, query.distinct);
   *out++ = Share(in_title, static_cast<int>(texts_[0].words.length(item)));
   *out++ = Share(numbers_found, query.numbers);
+  out = share;
+  *out++ = Share(in_texts, query.distinct);
+  *out++ = missing_rarity;
+  *out++ = query.distinct == 0 ? kMissing : last_in_title ? 1.0f : 0.0f;
+  const int common = CommonTrigrams(query, item, scratch);
+  *out++ = Share(common, query.trigrams);
+  *out++ = query.trigrams > 0 ? Share(common, query.trigrams + title_trigrams_[item] - common) : kMissing;
+  return out;
+}
+
+void RankTable::Pair(const Query& query, const float* spending, int32_t item, float* out, Scratch* scratch) const {
+  out = Matches(query, item, out, scratch);
   if (has_brands_) {
     const int32_t brand = brands_[item];
     const bool named = std::binary_search(query.brands.begin(), query.brands.end(), brand);

@@ -7,11 +7,16 @@
 //   id, id_index.splits, id_index.rows     ids of the items, see dpsr_tf/ops/item_table.h
 //   [key.splits, key.bytes]                the shop's own text ids, see export/request_tables/key_table.h
 //   tokenizer            uint8             TokenizerConfig::Serialize() of the words below
+//   trigram_tokenizer    uint8             the same of the letter trigrams below
 //   word.splits, .bytes  int64, uint8      the distinct words of texts and brands; a word's id is its row
 //   digits               int32 [2 d]       ranges of code points, first and last, of which one makes a word a number
 //   text<i>.splits, .values                int64 [items + 1], int32: the distinct words of text i, ascending; 0 is the
 //                                          title
 //   text<i>.weights      float32           what each of them adds to BM25 if the query has it once
+//   trigram.splits, .bytes                 the distinct letter trigrams of words; a trigram's id is its row
+//   word_trigrams.splits, .values          int64 [words + 1], int32: the distinct trigrams of each word, ascending. Words
+//                                          that are in no text have none
+//   title_trigrams       int32 [items]     number of distinct trigrams of each title
 //   [brand               int32 [items]     code of the brand, 0 is unknown
 //    brand_words.splits, .values]          int64 [codes + 1], int32: the distinct words of brand code 1, 2, ...
 //   query.splits, .bytes int64, uint8      the distinct queries of the log
@@ -74,7 +79,8 @@ class RankTable {
   int32_t FindItem(int64_t id) const { return id < 0 ? -1 : index_.Find(id); }
 
   // The number of numbers of a pair of query and item. They are, in this order: BM25 of each text, query_in_title,
-  // title_in_query, number_match, [brand_match, brand_other], those of query_item, [spend.price_ratio].
+  // title_in_query, number_match, bm25_share of each text, query_in_texts, missing_rarity, last_word_in_title,
+  // trigrams_in_title, trigram_overlap, [brand_match, brand_other], those of query_item, [spend.price_ratio].
   int pair_numbers() const;
   // The number of numbers of a user: 4, or 0 without prices.
   int spending() const { return static_cast<int>(no_spending_.size()); }
@@ -97,6 +103,7 @@ class RankTable {
   struct TextColumn {
     RaggedColumn words;
     Span<const float> weights;
+    std::vector<float> rarities;  // of each word, as BM25 has it
   };
   struct ItemNumbers {
     Span<const float> values;
@@ -108,22 +115,42 @@ class RankTable {
     std::vector<float> times;    // how often the query has each of them
     std::vector<bool> is_number;  // whether each of them has a digit
     int distinct = 0, numbers = 0;  // of all words
+    bool has_unknown = false;       // whether items lack one of its words
+    int32_t last = -1;              // id of the last word; -1 if items lack it
+    std::vector<double> rarities;   // for each text, the sum of the rarities of all words: no BM25 is larger
+    int trigrams = 0;               // distinct ones
+    // Those that items have, as a hash table of a power of two: id or -1. `places` numbers them.
+    std::vector<int32_t> trigram_slots, places;
+    int known_trigrams = 0;
     std::vector<int32_t> brands;  // codes of the brands that the query names, ascending
     int32_t row = -1;             // of the log's queries
   };
 
   RankTable() = default;
   Status OpenBrands(const SectionReader& reader);
+  Status OpenTrigrams(const SectionReader& reader);
   Query Read(std::string_view text) const;
+  void ReadTrigrams(std::string_view text, Query* query) const;
   bool HasDigit(std::string_view word) const;
-  void Pair(const Query& query, const float* spending, int32_t item, float* out, std::vector<bool>* found) const;
+  // What the pairs of a query need while they are computed.
+  struct Scratch {
+    std::vector<bool> found;        // whether the item has each word of the query
+    std::vector<int32_t> trigrams;  // the last pair that had each trigram of the query
+    int32_t pair = 0;
+  };
+  float* Matches(const Query& query, int32_t item, float* out, Scratch* scratch) const;
+  int CommonTrigrams(const Query& query, int32_t item, Scratch* scratch) const;
+  void Pair(const Query& query, const float* spending, int32_t item, float* out, Scratch* scratch) const;
 
   std::unique_ptr<PackedFile> file_;
-  Tokenizer tokenizer_;
+  Tokenizer tokenizer_, trigram_tokenizer_;
   IdIndex index_;
-  TextIndex words_, queries_;
+  TextIndex words_, queries_, trigrams_;
   Span<const int32_t> digits_;
   std::vector<TextColumn> texts_;
+  float unknown_rarity_ = 0;  // of a word that no item has
+  RaggedColumn word_trigrams_;
+  Span<const int32_t> title_trigrams_;
   bool has_brands_ = false;
   Span<const int32_t> brands_;
   RaggedColumn brand_words_;

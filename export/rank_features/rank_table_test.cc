@@ -35,7 +35,8 @@ void AddIds(const std::vector<int64_t>& ids, std::map<std::string, Section>* sec
   *sections = {{"id", ids}, {"id_index.splits", splits}, {"id_index.rows", rows}};
 }
 
-void AddTexts(const std::string& name, const std::vector<std::string>& texts, std::map<std::string, Section>* sections) {
+void AddTexts(const std::string& name, const std::vector<std::string>& texts, std::map<std::string,
+              Section>* sections) {
   std::vector<int64_t> splits{0};
   std::string bytes;
   for (const std::string& text : texts) {
@@ -55,6 +56,17 @@ class RankTableTest : public FileTest {
     TokenizerConfig words;
     words.letter_trigrams = words.number_parts = false;
     sections_["tokenizer"] = Bytes(words.Serialize());
+    TokenizerConfig trigrams;
+    trigrams.word_unigrams = trigrams.number_parts = trigrams.char_unigrams = trigrams.char_bigrams = false;
+    sections_["trigram_tokenizer"] = Bytes(trigrams.Serialize());
+    // Those of drill, 12mm and shoes; brands have none.
+    AddTexts("trigram",
+             {"##dr", "#dri", "#ril", "#ill", "#ll#", "##12", "#12m", "#2mm", "#mm#", "##sh", "#sho", "#hoe", "#oes",
+                           "#es#"},
+             &sections_);
+    sections_["word_trigrams.splits"] = std::vector<int64_t>{0, 5, 9, 14, 14, 14, 14, 14};
+    sections_["word_trigrams.values"] = std::vector<int32_t>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13};
+    sections_["title_trigrams"] = std::vector<int32_t>{9, 5, 0};
     AddTexts("word", {"drill", "12mm", "shoes", "tools", "bolt", "acme", "红"}, &sections_);
     sections_["digits"] = std::vector<int32_t>{'0', '9', 0x660, 0x669};
     sections_["text0.splits"] = std::vector<int64_t>{0, 2, 3, 3};
@@ -129,19 +141,27 @@ TEST_F(RankTableTest, NumbersOfPairs) {
   EXPECT_EQ(table_->FindItem(9), 1);
   EXPECT_EQ(table_->FindItem(8), -1);
   EXPECT_EQ(table_->FindItem(-1), -1);
-  // text0, text1, query_in_title, title_in_query, number_match, brand_match, brand_other, two of query_item, price ratio
-  ExpectNumbers(Pair("drill 12mm", 0), {3.5, 0.5, 1, 1, 1, 0, 0, 20, 21, 5});
-  ExpectNumbers(Pair("\u3000Drill 12MM", 0), {3.5, 0.5, 1, 1, 1, 0, 0, 0, 0.25, 5});
-  ExpectNumbers(Pair(" drill 12mm \n", 0), {3.5, 0.5, 1, 1, 1, 0, 0, 20, 21, 5});
+  // text0, text1, query_in_title, title_in_query, number_match, shares of text0 and text1, query_in_texts,
+  // missing_rarity, last_word_in_title, trigrams_in_title, trigram_overlap, brand_match, brand_other, two numbers of
+  // query_item, price ratio. The rarity of a word that 0, 1 or 2 of 3 texts have is log(8), log(8 / 3) or log(1.6).
+  ExpectNumbers(Pair("drill 12mm", 0), {3.5, 0.5, 1, 1, 1, 1.7842045f, 0.16338423f, 1, 0, 1, 1, 1, 0, 0, 20, 21, 5});
+  ExpectNumbers(Pair("\u3000Drill 12MM", 0), {3.5, 0.5, 1, 1, 1, 1.7842045f, 0.16338423f, 1, 0, 1, 1, 1, 0, 0, 0,
+                0.25, 5});
+  ExpectNumbers(Pair(" drill 12mm \n", 0), {3.5, 0.5, 1, 1, 1, 1.7842045f, 0.16338423f, 1, 0, 1, 1, 1, 0, 0, 20, 21,
+                5});
   // Only the text that the log has counts.
-  ExpectNumbers(Pair("drill drill 13mm 12mm unknown", 0), {5, 0.5, 0.5, 1, 0.5, 0, 0, 0, 0.25, 5});
-  ExpectNumbers(Pair("tools by bolt", 0), {0, 0, 0, 0, NAN, 1, 0, 0, 0.25, 5});
-  ExpectNumbers(Pair("tools by bolt", 1), {0, 0, 0, 0, NAN, 0, 1, 0, 0.25, 1.5});
-  ExpectNumbers(Pair("bolt shoes", 1), {4, 0, 0.5, 1, NAN, 0, 0, 0, 0.25, 1.5});
-  ExpectNumbers(Pair("红 ٣", 2), {0, 16, 0, NAN, 0, NAN, NAN, 0, 0.25, NAN});
-  ExpectNumbers(Pair("", 2), {0, 0, NAN, NAN, NAN, NAN, NAN, 0, 0.25, NAN});
-  ExpectNumbers(Pair("shoes", -1), std::vector<float>(10, NAN));
-  ExpectNumbers(Pair(std::string("\xff\x00 shoes", 8), 1), {4, 0, 1, 1, NAN, 0, 0, 0, 0.25, 1.5});
+  ExpectNumbers(Pair("drill drill 13mm 12mm unknown", 0), {5, 0.5, 0.5, 1, 0.5, 0.70408941f, 0.053771562f, 0.5f,
+                2.0794415f, 0, 0.47368421f, 0.47368421f, 0, 0, 0, 0.25, 5});
+  ExpectNumbers(Pair("tools by bolt", 0), {0, 0, 0, 0, NAN, 0, 0, 0, 2.0794415f, 0, 0, 0, 1, 0, 0, 0.25, 5});
+  ExpectNumbers(Pair("tools by bolt", 1), {0, 0, 0, 0, NAN, 0, 0, 0, 2.0794415f, 0, 0, 0, 0, 1, 0, 0.25, 1.5});
+  ExpectNumbers(Pair("bolt shoes", 1), {4, 0, 0.5, 1, NAN, 1.3070739f, 0, 0.5f, 2.0794415f, 1, 0.55555556f,
+                0.55555556f, 0, 0, 0, 0.25, 1.5});
+  ExpectNumbers(Pair("红 ٣", 2), {0, 16, 0, NAN, 0, 0, 6.2758753f, 0.5f, 2.0794415f, 0, NAN, NAN, NAN, NAN, 0, 0.25,
+                NAN});
+  ExpectNumbers(Pair("", 2), {0, 0, NAN, NAN, NAN, NAN, NAN, NAN, 0, NAN, NAN, NAN, NAN, NAN, 0, 0.25, NAN});
+  ExpectNumbers(Pair("shoes", -1), std::vector<float>(17, NAN));
+  ExpectNumbers(Pair(std::string("\xff\x00 shoes", 8), 1), {4, 0, 1, 1, NAN, 4.0781818f, 0, 1, 0, 1, 1, 1, 0, 0, 0,
+                0.25, 1.5});
   EXPECT_EQ(table_->tables(), 1);
   EXPECT_EQ(table_->width(0), 2);
   EXPECT_EQ(table_->Row(0, 2)[1], 6);
@@ -167,16 +187,17 @@ TEST_F(RankTableTest, OptionalSections) {
   ASSERT_TRUE(IsOk(Open()));
   EXPECT_EQ(table_->spending(), 0);
   EXPECT_EQ(table_->tables(), 0);
-  ExpectNumbers(Pair("drill 12mm", 0), {3.5, 1, 1, 1, 20, 21});
+  ExpectNumbers(Pair("drill 12mm", 0), {3.5, 1, 1, 1, 1.7842045f, 1, 0, 1, 1, 1, 20, 21});
 }
 
 TEST_F(RankTableTest, LongQueries) {
   ASSERT_TRUE(IsOk(Open()));
   std::string longest(RankTable::kMaxQueryBytes, 'x');
   longest.replace(0, 6, "shoes ");
-  ExpectNumbers(Pair(longest, 1), {4, 0, 0.5, 1, NAN, 0, 0, 0, 0.25, 1.5});
+  ExpectNumbers(Pair(longest, 1), {4, 0, 0.5, 1, NAN, 1.3070739f, 0, 0.5f, 2.0794415f, 0, 0.625f, 0.625f, 0, 0, 0,
+                0.25, 1.5});
   const int32_t row = 1;
-  std::vector<float> out(10), spending(4);
+  std::vector<float> out(17), spending(4);
   const Status status = table_->Pairs(longest + "x", spending.data(), Span<const int32_t>(&row, 1), out.data());
   EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
   EXPECT_TRUE(Contains(status.message(), "query has 65537 bytes, expected at most 65536"));
@@ -202,6 +223,11 @@ TEST_F(RankTableTest, SectionsThatDoNotFitTogether) {
   expect("text0.values", std::vector<int32_t>{1, 0, 2}, "ascending");
   expect("text0.splits", std::vector<int64_t>{0, 2, 3}, "text0.splits");
   expect("text1.weights", std::vector<float>{1}, "text1.weights");
+  expect("trigram.splits", std::vector<int64_t>{0, 3}, "trigram.splits");
+  expect("word_trigrams.splits", std::vector<int64_t>{0, 14}, "word_trigrams.splits");
+  expect("word_trigrams.values", std::vector<int32_t>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14},
+                "row 14 of 14 trigrams");
+  expect("title_trigrams", std::vector<int32_t>{9}, "title_trigrams");
   expect("brand", std::vector<int32_t>{1, 2, 4}, "row 4 of 4 brands");
   expect("brand", std::vector<int32_t>{1, -1, 0}, "row -1");
   expect("brand_words.values", std::vector<int32_t>{3, 4, 9}, "row 9 of 7 words");
