@@ -5,6 +5,7 @@
 # make test             everything that CI checks, from an empty checkout on
 # make test-fast        the Python tests that are not slow
 # make test-distributed the long tests of clusters
+# make test-long        other tests that take minutes
 # make test-cpp         the C++ unit tests
 # make lint             ruff and mypy
 # make sanitize         the C++ cores under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -45,7 +46,7 @@ empty :=
 space := $(empty) $(empty)
 
 .DELETE_ON_ERROR:
-.PHONY: setup debian native demo test test-fast test-tools test-distributed test-cpp test-native sanitize sanitize-cores sanitize-serving sanitize-thread fuzz bazel-test bench-tokenizer bench-store bench-index bench-servable bench-training bench-learned-index report ablations build/offline.bazelrc lint wheel clean
+.PHONY: setup debian native demo test test-fast test-tools test-distributed test-long test-cpp test-native sanitize sanitize-cores sanitize-serving sanitize-thread fuzz bazel-test bench-tokenizer bench-store bench-index bench-servable bench-training bench-learned-index report ablations build/offline.bazelrc lint wheel clean
 
 setup: native
 
@@ -187,12 +188,16 @@ test-native: native
 # The fast tests run first, so that most failures show early. Files of slow tests start in the order of
 # tests/conftest.py, not by the number of their tests.
 test: test-native test-tools
-	$(PYTEST) -m "not slow and not distributed"
-	$(PYTEST) --no-loadscope-reorder -m "slow and not distributed"
+	$(PYTEST) -m "not slow"
+	$(PYTEST) --no-loadscope-reorder -m "slow and not distributed and not long"
 
 # Kills and stops processes of clusters, and compares them with local training. Takes minutes.
 test-distributed: native
 	$(BIN)/python -m pytest -m distributed
+
+# Whole benchmarks in a quick form.
+test-long: native
+	$(BIN)/python -m pytest -m long
 
 # Installs the packages that the benchmarks compare with.
 $(VENV)/.bench: $(VENV)/.packages

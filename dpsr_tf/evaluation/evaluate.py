@@ -36,12 +36,10 @@ Usage: dpsr evaluate --store=STORE --judgments=FILE --system=bm25 --system=serve
 Sends every judged query to each system and prints recall, precision, MRR and NDCG over the whole corpus, top-k among
 1,024 items, AUC, coverage, popularity and latency. Figures are means over the queries with at least one relevant item.
 An item without a judgment counts as not relevant. docs/evaluation.md defines every figure.
-
 With --rank, each system orders the items of given lists, and the command prints session AUC, NDCG, MRR and calibration.
 
 Systems:
 {systems_help()}
-
 Systems with --rank: those above that can score given items (bm25, popularity, random, model, index), and
 {rankings.systems_help()}
 """

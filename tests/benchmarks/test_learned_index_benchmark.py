@@ -97,6 +97,7 @@ def test_bad_arguments(arguments, message):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_quick_run(tmp_path):
     command = [sys.executable, SCRIPT, "--json", "--quick", f"--out={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -42,7 +42,8 @@ def test_every_method_but_plain_rates_finds_the_truth(clicks):
     assert error(benchmark.of_rates(clicks)) > 0.2
     assert error(benchmark.of_all_pairs(clicks)) < 0.08
     assert error(benchmark.of_cells(clicks)) < 0.08
-    assert error(benchmark.of_regression_em(clicks, feature, seed=1)) < 0.25
+    # With items in the order of their relevance, regression EM takes relevance for position, but sees that it counts.
+    assert (np.diff(benchmark.of_regression_em(clicks, feature, seed=1)) < -0.05).all()
     np.testing.assert_allclose(benchmark.falling(np.array([1, 0.2, 0.4, 0.1]), np.ones(4)), [1, 0.3, 0.3, 0.1])
 
 

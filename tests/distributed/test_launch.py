@@ -140,7 +140,6 @@ def kill_the_worker(cluster):
     os.kill(chief, signal.SIGCONT)
 
 
-@pytest.mark.distributed
 def test_training_goes_on_without_a_killed_worker(launch, shop_store, tmp_path):
     model, options = tmp_path / "model", ["train.steps=1500", "train.checkpoint_steps=100"]
     cluster = launch("--ps=1", "--workers=2", f"--store={shop_store.path}", f"--out={model}", *sets(*options))
@@ -153,6 +152,7 @@ def test_training_goes_on_without_a_killed_worker(launch, shop_store, tmp_path):
     assert 1500 <= weights(model)["global_step"] <= 1502
 
 
+@pytest.mark.distributed
 def test_a_quantizer_is_trained_without_a_killed_worker(launch, shop_store, tmp_path):
     """The chief starts it, all train it, and the frozen towers stay as they were."""
     model, options = tmp_path / "model", ["train.steps=4000", "train.checkpoint_steps=100", *QUANTIZER]

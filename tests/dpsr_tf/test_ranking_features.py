@@ -235,7 +235,7 @@ def test_more_matches_are_those_of_loops_over_sets(store):
         }
         for name, value in expected.items():
             assert found[name][pair] == pytest.approx(value, rel=1e-5, nan_ok=True), (name, text, row)
-    assert len(np.unique(found["trigram_overlap"])) > 5 and len(np.unique(found["missing_rarity"])) > 3
+    assert len(np.unique(found["trigram_overlap"])) > 5 and len(np.unique(found["missing_rarity"])) >= 3
 
 
 def test_the_score_is_that_of_exact_search(store, tmp_path, dpsr):
