@@ -4,7 +4,7 @@
 
 - gowalla: LightGCN (dpsr_tf/models/light_gcn.py) with 3 layers and 64 dimensions. It is trained with a softmax over all
   items and all items of a user at once, in the place of BPR on single pairs, with a falling rate and a fixed number
-  of steps. Temperature, rate and steps were not tuned. Recall@20 and NDCG@20 are over all items that a
+  of steps. It does not reach the published figures (docs/graph.md). Recall@20 and NDCG@20 are over all items that a
   user has not in the training file, as published.
 - shop: DPSR and the same with a graph, trained alike on the same store. Titles of the shop are cut to a third, as of
   sellers who write little: where titles say all, towers without a graph find nearly everything. Queries are some that
