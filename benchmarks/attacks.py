@@ -434,7 +434,7 @@ def measure(result: Any, folder: Path, names: list[str], targets: list[str], sec
 
 
 class Target:
-    """The model server, or a proxy in front of it, which are started again when they end."""
+    """Runs the model server, or a proxy in front of it, and restarts a process that ends."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self._name, self._folder = name, folder

@@ -112,9 +112,7 @@ def main(arguments: list[str]) -> None:
     values = flags.FLAGS
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected argument {arguments[1]!r}")
-    if not values.seeds or not all(seed.isdecimal() for seed in values.seeds):
-        raise app.UsageError(f"--seeds={','.join(values.seeds)}: expected whole numbers, as in --seeds=1,2")
-    seeds = [int(seed) for seed in values.seeds]
+    seeds = report.read_seeds(values.seeds)
     result = report.Report("label_ladder", seeds[0], report.hardware("tensorflow", "numpy"))
     with tempfile.TemporaryDirectory() as temporary:
         measure(result, seeds, values.steps, Path(values.out or temporary))

@@ -211,9 +211,7 @@ def main(arguments: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {arguments[1]!r}")
     if not any((values.homedepot, values.movielens, values.esci, values.icecat)):
         raise app.UsageError("no data set is given; expected --homedepot, --movielens, --esci or --icecat, with =DIR")
-    if not values.seeds or not all(seed.isdecimal() for seed in values.seeds):
-        raise app.UsageError(f"--seeds={','.join(values.seeds)}: expected whole numbers, as in --seeds=1,2")
-    seeds = [int(seed) for seed in values.seeds]
+    seeds = report.read_seeds(values.seeds)
     if values.homedepot:
         homedepot_folds(Path(values.homedepot))
     result = report.Report("quality", seeds[0], report.hardware("tensorflow", "numpy"))

@@ -478,9 +478,7 @@ def main(arguments: list[str]) -> None:
     values = flags.FLAGS
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected argument {arguments[1]!r}")
-    if not values.seeds or not all(seed.isdecimal() for seed in values.seeds):
-        raise app.UsageError(f"--seeds={','.join(values.seeds)}: expected whole numbers, as in --seeds=1,2")
-    seeds = [int(seed) for seed in values.seeds]
+    seeds = report.read_seeds(values.seeds)
     result = report.Report("ranker_position", seeds[0], report.hardware("numpy", "lightgbm", "tensorflow"))
     with tempfile.TemporaryDirectory() as temporary:
         measure(result, Path(values.out or temporary), seeds, values.full, values.steps)

@@ -20,9 +20,18 @@ from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from absl import app
+
 SCHEMA = 1
 
 Key = TypeVar("Key", bound=Hashable)
+
+
+def read_seeds(given: list[str]) -> list[int]:
+    """Returns the seeds of the flag --seeds. Raises app.UsageError for others than whole numbers."""
+    if not given or not all(seed.isdecimal() for seed in given):
+        raise app.UsageError(f"--seeds={','.join(given)}: expected whole numbers, as in --seeds=1,2")
+    return [int(seed) for seed in given]
 
 
 def cpu_seconds() -> float:

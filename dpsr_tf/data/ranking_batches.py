@@ -36,7 +36,7 @@ class RankingBatches:
             gains: gain of each outcome. A request needs two items of different gains.
 
         Raises:
-            CommandError: there is no such request.
+            CommandError: no request has two items of different gains.
         """
         self._features, self._seed, self._files = features, seed, store.requests()
         gain = np.array(gains)

@@ -153,7 +153,7 @@ class RequestLog:
             FROM (SELECT {key}, CASE WHEN bool_or(held) THEN {self._shards} ELSE any_value(shard) END::INTEGER AS file
                 FROM event_rows GROUP BY {key})""",
         )
-        # Grades are no events: nothing was clicked at any time, and all counts are 0.
+        # A grade does not say that somebody clicked, so all counts are 0.
         best = ", ".join(
             f"min(time) FILTER (type >= {_FIRST_OUTCOME + place} AND {not self._ranking.grades}) AS {event}_at"
             for place, event in enumerate(EVENTS[1:], 1)

@@ -457,7 +457,7 @@ class Schema:
             if self.interactions.type is not None:
                 return (
                     f"ranking: grades cannot be combined with interactions: type '{self.interactions.type}', because "
-                    f"a list of grades is no log of events; leave one of them out"
+                    f"graded pairs have no event types; leave one of them out"
                 )
         for key in () if self.ranking.grades else ("type", "time"):
             if getattr(self.interactions, key) is None:

@@ -381,7 +381,7 @@ def _compare(
 def _compare_calibration(
     system: Calibration | None, baseline: Calibration | None, samples: int, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Returns differences with intervals but without tests: these figures are no means over lists."""
+    """Returns differences with intervals. The paired tests need means over lists, which these figures are not."""
     if system is None or baseline is None:
         return {}
     ours, theirs = system.samples(samples, seed), baseline.samples(samples, seed)

@@ -369,7 +369,7 @@ def scaled(numbers: Sequence[Number], values: tf.Tensor) -> tf.Tensor:
 
 
 def _flat(padded: tf.Tensor, row_splits: tf.Tensor, width: int | None = None) -> tf.Tensor:
-    """Returns the rows of a padded matrix [b, longest, width] that are no padding, [n, width]."""
+    """Removes the padding of a matrix [b, longest, width]: returns its other rows, [n, width]."""
     rows = tf.boolean_mask(padded, tf.sequence_mask(row_splits[1:] - row_splits[:-1], tf.shape(padded)[1]))
     return tf.ensure_shape(rows, [None, width or padded.shape[2]])
 

@@ -281,7 +281,7 @@ void BatchSampler::SampleGraph(int64_t step, Batch* batch) const {
   const int64_t second = options_.graph_fan_out.size() > 1 ? options_.graph_fan_out[1] : 0;
   const bool strongest = options_.graph_sampling == GraphSampling::kStrongest;
   const auto is_dropped = [&] { return random.Fraction() < options_.graph_dropout; };
-  // A pair without a time is older than nothing: there is no moment to compare with.
+  // If a pair has no time, edges of any time count.
   const auto moment = [&](size_t pair) {
     const uint32_t time = pair < count ? batch->rows[pair].time : 0;
     return time == 0 ? NeighbourLimits::kAnyTime : time;

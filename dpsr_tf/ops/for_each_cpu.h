@@ -27,6 +27,17 @@ DPSR_INLINE T Total(const T (&lanes)[kLanes]) {
   return total;
 }
 
+// Returns the inner product of two vectors of n numbers.
+DPSR_INLINE float Dot(const float* a, const float* b, int64_t n) {
+  float lanes[kLanes] = {};
+  int64_t k = 0;
+  for (; k + kLanes <= n; k += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += a[k + lane] * b[k + lane];
+  }
+  for (; k < n; ++k) lanes[k % kLanes] += a[k] * b[k];
+  return Total(lanes);
+}
+
 }  // namespace dpsr
 
 #endif  // DPSR_TF_OPS_FOR_EACH_CPU_H_

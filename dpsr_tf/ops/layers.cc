@@ -6,19 +6,6 @@
 #include "dpsr_tf/ops/for_each_cpu.h"
 
 namespace dpsr {
-namespace {
-
-DPSR_INLINE float Dot(const float* a, const float* b, int64_t n) {
-  float lanes[kLanes] = {};
-  int64_t k = 0;
-  for (; k + kLanes <= n; k += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += a[k + lane] * b[k + lane];
-  }
-  for (; k < n; ++k) lanes[k % kLanes] += a[k] * b[k];
-  return Total(lanes);
-}
-
-}  // namespace
 
 DPSR_FOR_EACH_CPU void AddBias(const float* x, const float* __restrict bias, int64_t n, int64_t width, bool relu,
                                float* y) {

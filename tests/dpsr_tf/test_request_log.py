@@ -464,7 +464,7 @@ def test_grades_make_one_request_for_each_query(ingested):
     # Label 2.33 is an order although float32 holds a little less; the best of two labels of an item counts.
     assert found == {"red": {10: 3, 20: 3, 30: 1, 40: 0}, "blue thing": {10: 1, 20: 0}}
     assert not file["request.time"].any() and not file["request.user"].any() and not file["shown.position"].any()
-    # Grades are no events.
+    # Grades do not count as events.
     for packed in (file, store.statistics()):
         counts = [name for name in packed if name.startswith(("stat.", "all.", "spend.orders"))]
         assert len(counts) > 40 and not any(packed[name].any() for name in counts)
