@@ -88,7 +88,7 @@ class RankingBatches:
                 if block * _BATCHES + number < first_step:
                     continue
                 first, last = number * batch_size, (number + 1) * batch_size
-                yield _piece(shown, first, last, slice(splits[first], splits[last])), requests[first:last]
+                yield shown.take(first, last, slice(splits[first], splits[last])), requests[first:last]
             block += 1
 
     def sample(self, items: int) -> Shown:
@@ -124,18 +124,6 @@ class RankingBatches:
             self._epoch = epoch
             self._order = np.random.default_rng([self._seed, epoch]).permutation(self.usable)
         return self._order
-
-
-def _piece(shown: Shown, first: int, last: int, rows: slice) -> Shown:
-    """Returns the requests `first` to `last` - 1, which have these rows."""
-    arrays = {name: getattr(shown, name)[rows] for name in ("user", "time", "item", "position", "outcome")}
-    return shown._replace(
-        queries=shown.queries[first:last],
-        request=shown.request[rows] - first,
-        numbers={name: values[rows] for name, values in shown.numbers.items()},
-        codes={name: values[rows] for name, values in shown.codes.items()},
-        **arrays,
-    )
 
 
 def _joined(parts: list[Shown], places: list[np.ndarray]) -> Shown:

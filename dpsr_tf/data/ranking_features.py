@@ -41,6 +41,17 @@ class Shown(NamedTuple):
     numbers: dict[str, np.ndarray]  # float32 by name, NaN where there is none
     codes: dict[str, np.ndarray]  # int32 by name, 0 is unknown
 
+    def take(self, first: int, last: int, rows: np.ndarray | slice) -> Shown:
+        """Returns the requests `first` to `last` - 1, whose items are in these rows."""
+        arrays = {name: getattr(self, name)[rows] for name in ("user", "time", "item", "position", "outcome")}
+        return self._replace(
+            queries=self.queries[first:last],
+            request=self.request[rows] - first,
+            numbers={name: values[rows] for name, values in self.numbers.items()},
+            codes={name: values[rows] for name, values in self.codes.items()},
+            **arrays,
+        )
+
 
 class RankingFeatures:
     """Makes the features of requests of a store.

@@ -219,6 +219,27 @@ def features_of(table: PackedFile, features: Sequence[Feature], rows: np.ndarray
     return Features(codes.astype(np.int32), tuple(lists))
 
 
+def restore(model: ModelDirectory, session: tf.compat.v1.Session, checkpoint: str) -> None:
+    """Restores the weights that are served into the default graph, whose variables are those of the model.
+
+    Args:
+        model: the model.
+        session: of the default graph.
+        checkpoint: path of a checkpoint.
+
+    Raises:
+        CommandError: the checkpoint cannot be read, or has other variables.
+    """
+    try:
+        weights_saver(model.config.train.average_decay > 0).restore(session, checkpoint)
+    except (tf.errors.OpError, ValueError):
+        encoder = model.config.model.encoder
+        shape = f"the config or the code of {encoder}" if encoder else "the config"
+        raise CommandError(
+            f"{model.path}: {Path(checkpoint).name} cannot be read, or does not fit {shape}; train the model again"
+        ) from None
+
+
 def _tower(
     model: ModelDirectory, spec: FeatureSpec, checkpoint: str, name: str
 ) -> Callable[[ItemFeatures | QueryFeatures], np.ndarray]:
@@ -234,15 +255,7 @@ def _tower(
             with graph.as_default():
                 inputs = tf.nest.map_structure(placeholder, features)
                 output = getattr(TwoTower(model.config.model, spec), name)(inputs)
-                try:
-                    weights_saver(model.config.train.average_decay > 0).restore(session, checkpoint)
-                except (tf.errors.OpError, ValueError):
-                    encoder = model.config.model.encoder
-                    shape = f"the config or the code of {encoder}" if encoder else "the config"
-                    raise CommandError(
-                        f"{model.path}: {Path(checkpoint).name} cannot be read, or does not fit {shape}; "
-                        f"train the model again"
-                    ) from None
+                restore(model, session, checkpoint)
         pairs = zip(tf.nest.flatten(inputs), tf.nest.flatten(features), strict=True)
         return session.run(output, {tensor: array for tensor, array in pairs if tensor is not None})
 

@@ -33,7 +33,7 @@ v1 = tf.compat.v1
 
 _SCOPE = "ranker"
 # Events back after which an event counts half among the recent ones.
-_HALF_LIFE = 5
+HALF_LIFE = 5
 # Positions above this one share its bias.
 MOST_POSITIONS = 255
 
@@ -300,7 +300,7 @@ class Ranker(InputLayers):
         same = tf.cast(same, tf.float32)
         lengths = required(request.lengths, "lengths of histories")
         age = tf.cast(lengths[:, tf.newaxis] - tf.range(tf.shape(history, tf.int64)[1]), tf.float32)  # [b, H]
-        recent = tf.where(age > 0, tf.pow(2.0, -age / _HALF_LIFE), tf.zeros_like(age))
+        recent = tf.where(age > 0, tf.pow(2.0, -age / HALF_LIFE), tf.zeros_like(age))
         count = tf.reduce_sum(same, 2)
         share = count / tf.cast(tf.maximum(lengths, 1), tf.float32)[:, tf.newaxis, tf.newaxis]
         recent = tf.reduce_sum(same * recent[:, tf.newaxis, :, tf.newaxis], 2)

@@ -15,8 +15,7 @@ import tensorflow as tf
 from dpsr_common.errors import CommandError
 from dpsr_tf.data.ranking_features import Shown
 from dpsr_tf.data.store import Store
-from dpsr_tf.models.embedding import weights_saver
-from dpsr_tf.models.encoders import placeholder
+from dpsr_tf.models.encoders import placeholder, restore
 from dpsr_tf.models.features import Lists
 from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.models.ranker import Ranker
@@ -64,23 +63,11 @@ def ranker_scores(model_dir: str | Path, store: Store, checkpoint: str | None = 
             last = max(first + 1, int(np.searchsorted(ends, begin + _ITEMS, side="right")))
             rows = order[begin : ends[last - 1]]
             if len(rows):
-                found[rows] = run(inputs(_rows(shown, rows, first, last)))
+                found[rows] = run(inputs(shown.take(first, last, rows)))
             first, begin = last, int(ends[last - 1])
         return found
 
     return scores
-
-
-def _rows(shown: Shown, rows: np.ndarray, first: int, last: int) -> Shown:
-    """Returns some rows, which are those of the requests `first` to `last` - 1."""
-    arrays = {name: getattr(shown, name)[rows] for name in ("user", "time", "item", "position", "outcome")}
-    return shown._replace(
-        queries=shown.queries[first:last],
-        request=shown.request[rows] - first,
-        numbers={name: values[rows] for name, values in shown.numbers.items()},
-        codes={},
-        **arrays,
-    )
 
 
 def _runner(model: ModelDirectory, checkpoint: str) -> Callable[[Lists], np.ndarray]:
@@ -96,13 +83,7 @@ def _runner(model: ModelDirectory, checkpoint: str) -> Callable[[Lists], np.ndar
             with graph.as_default():
                 inputs = tf.nest.map_structure(placeholder, lists)
                 output = Ranker(model.config, model.features).scores(inputs)
-                try:
-                    weights_saver(model.config.train.average_decay > 0).restore(session, checkpoint)
-                except (tf.errors.OpError, ValueError):
-                    raise CommandError(
-                        f"{model.path}: {Path(checkpoint).name} cannot be read, or does not fit the config; train the "
-                        f"model again"
-                    ) from None
+                restore(model, session, checkpoint)
         return session.run(output, dict(zip(tf.nest.flatten(inputs), tf.nest.flatten(lists), strict=True)))
 
     return run

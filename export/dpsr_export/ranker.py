@@ -30,11 +30,10 @@ from dpsr_tf.data.ranking_features import RankingFeatures
 from dpsr_tf.data.schema import FIXED_KINDS
 from dpsr_tf.data.store import Store
 from dpsr_tf.data.user_requests import USER, User, UserRequests, input_arrays
-from dpsr_tf.models.embedding import weights_saver
-from dpsr_tf.models.encoders import StoreTables
+from dpsr_tf.models.encoders import StoreTables, restore
 from dpsr_tf.models.features import Feature, FeatureSpec, ItemFeatures
 from dpsr_tf.models.model_directory import ModelDirectory
-from dpsr_tf.models.ranker import _HALF_LIFE, Ranker
+from dpsr_tf.models.ranker import HALF_LIFE, Ranker
 from dpsr_tf.models.ranker_inputs import DPSR_SCORE, check_numbers
 from dpsr_tokenizer import Vocabulary
 
@@ -187,19 +186,10 @@ def _write_saved_model(
     """Writes the SavedModel. Returns the names of the inputs of each signature."""
     model = source.model
 
-    def restored(session: Any) -> None:
-        try:
-            weights_saver(model.config.train.average_decay > 0).restore(session, checkpoint)
-        except (tf.errors.OpError, ValueError):
-            raise CommandError(
-                f"{model.path}: {Path(checkpoint).name} cannot be read, or does not fit the config; train the model "
-                f"again"
-            ) from None
-
     # The table comes first, because the graph of the servable says which table it accepts.
     with tf.Graph().as_default(), v1.Session() as session:
         inputs, tables = _items(model.features, Ranker(model.config, model.features))
-        restored(session)
+        restore(model, session, checkpoint)
         found = source.item_tables(
             lambda values: session.run(tables.named(), {inputs[name]: value for name, value in values.items()})
         )
@@ -211,7 +201,7 @@ def _write_saved_model(
         request_tables.check_assets()
         # All ops are made before the session runs one.
         initializer = v1.tables_initializer()
-        restored(session)
+        restore(model, session, checkpoint)
         signature = v1.saved_model.predict_signature_def
         signatures = {
             "serving_default": signature(*rank),
@@ -387,7 +377,7 @@ def _fused_scores(
         text,
         tf.concat(vectors, 1) if vectors else tf.zeros([1, 0]),
         [*fields, rest] if rest else fields,
-        _HALF_LIFE,
+        HALF_LIFE,
         RankWeights(
             request=weight("hidden_0/request_kernel"),
             pair=weight("hidden_0/pair_kernel"),
