@@ -12,6 +12,7 @@
 #include <numeric>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "common/packed_file.h"
@@ -164,12 +165,59 @@ TEST_F(FaissIndexTest, SearchesAmongAllowedPositions) {
 TEST_F(FaissIndexTest, WithoutAGpuItStaysOnTheCpu) {
   const auto index = Read();
   const Status status = index->CopyToGpu(0);
+  if (status.ok()) GTEST_SKIP() << "there is a GPU";
   EXPECT_EQ(status.code(), StatusCode::kFailedPrecondition);
   EXPECT_FALSE(status.message().empty());
   std::vector<float> distances(3);
   std::vector<int64_t> labels(3);
   ASSERT_TRUE(index->Search(1, vectors_.data(), 3, distances.data(), labels.data()).ok());
   EXPECT_EQ(labels, Exact({vectors_.begin(), vectors_.begin() + kDim}, 3));
+}
+
+// Needs faiss-gpu and a GPU.
+TEST_F(FaissIndexTest, AGpuFindsWhatTheCpuFinds) {
+  const std::vector<float> queries = RandomVectors(64, kDim, 2);
+  std::vector<uint64_t> even((kVectors + 63) / 64, 0x5555555555555555);
+  const PositionSet allowed(even.data(), even.size());
+  for (const std::string description : {"Flat", "IVF4,Flat", "IVF4,SQ8", "IVF4,PQ4"}) {
+    SCOPED_TRACE(description);
+    WriteTestIndex(*library_, path_, description, kDim, FaissMetric::kInnerProduct, vectors_, kVectors);
+    const auto cpu = Read(), gpu = Read();
+    const Status status = gpu->CopyToGpu(0);
+    if (!status.ok()) GTEST_SKIP() << status.message();
+    EXPECT_EQ(Read()->CopyToGpu(1000).code(), StatusCode::kFailedPrecondition);  // there are not that many
+    // Above 2,048 results, and with a filter, the CPU searches.
+    for (const auto& [k, filter] : {std::pair<int64_t, const PositionSet*>{1, nullptr},
+                                    {50, nullptr},
+                                    {FaissIndex::kMaxGpuResults, nullptr},
+                                    {FaissIndex::kMaxGpuResults + 1, nullptr},
+                                    {20, &allowed}}) {
+      std::vector<float> expected(64 * k), distances(64 * k);
+      std::vector<int64_t> expected_labels(64 * k), labels(64 * k);
+      ASSERT_TRUE(cpu->Search(64, queries.data(), k, expected.data(), expected_labels.data(), 1, {}, filter).ok());
+      ASSERT_TRUE(gpu->Search(64, queries.data(), k, distances.data(), labels.data(), 1, {}, filter).ok());
+      // Scores agree to rounding, so that items may change places only where scores are as good as equal.
+      for (size_t i = 0; i < labels.size(); ++i) {
+        ASSERT_EQ(labels[i] < 0, expected_labels[i] < 0) << "k " << k << ", result " << i;
+        if (labels[i] >= 0) {
+          ASSERT_NEAR(distances[i], expected[i], 1e-2) << "k " << k << ", result " << i;
+        }
+      }
+    }
+    // Threads take turns.
+    std::vector<std::thread> threads;
+    std::vector<std::vector<int64_t>> found(4, std::vector<int64_t>(64 * 10));
+    for (std::vector<int64_t>& labels : found) {
+      threads.emplace_back([&] {
+        std::vector<float> distances(64 * 10);
+        for (int i = 0; i < 50; ++i) {
+          EXPECT_TRUE(gpu->Search(64, queries.data(), 10, distances.data(), labels.data()).ok());
+        }
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    for (const std::vector<int64_t>& labels : found) EXPECT_EQ(labels, found[0]);
+  }
 }
 
 TEST_F(FaissIndexTest, KnowsItsParameters) {
