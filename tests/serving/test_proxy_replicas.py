@@ -16,6 +16,7 @@ from proxy_backends import (
     StartProxy,
     ask_ids,
     call,
+    get,
     http_address,
     metric,
     predict,
@@ -91,8 +92,8 @@ def test_full_backends_refuse(start_backend: StartBackend, start_proxy: StartPro
     release = threading.Event()
     for backend in backends:
         backend.answer = lambda request, context: (release.wait(PATIENCE_S), request)[1]
-    config = f"models: {{m: {{backends: {[backend.target for backend in backends]}}}}}\nmax_outstanding: 2\n"
-    proxy = start_proxy(write_yaml(tmp_path / "p.yaml", config))
+    config = f"default: {{backends: {[backend.target for backend in backends]}}}\nmax_outstanding: 2\n"
+    proxy = start_proxy(write_yaml(tmp_path / "p.yaml", config), "--http_port=0")
     with grpc.insecure_channel(proxy.target) as channel:
         pending = [channel.unary_unary(serving_apis.PREDICT).future(predict("m"), timeout=PATIENCE_S) for _ in range(4)]
         for backend in backends:
@@ -100,6 +101,10 @@ def test_full_backends_refuse(start_backend: StartBackend, start_proxy: StartPro
                 assert backend.entered.acquire(timeout=PATIENCE_S)
         code, details, *_ = call(proxy.target, serving_apis.PREDICT, predict("m"))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED and "model 'm'" in details and "2 requests" in details
+        # A client can invent any number of names, so metrics have only those that are configured.
+        http = http_address(proxy)
+        assert metric(http, "dpsr_proxy_rejected_total", model="") == 1
+        assert 'model="m"' not in get(http, "/metrics")[1]
         release.set()
         assert all(done.code() is grpc.StatusCode.OK for done in pending)
     assert call(proxy.target, serving_apis.PREDICT, predict("m"))[0] is grpc.StatusCode.OK

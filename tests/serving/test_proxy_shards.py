@@ -204,11 +204,73 @@ def test_slow_shard_is_left_out_after_its_time(
     assert code is grpc.StatusCode.INTERNAL and "model 'm': cannot merge" in details
 
 
+def shard_of(item: int, versions: list[int]) -> Callable[[bytes, Any], bytes]:
+    """Answers as a server that holds these versions, last the latest. The item's id ends with the version."""
+
+    def reply(request: bytes, context: Any) -> bytes:
+        spec = serving_apis.PredictRequest.FromString(request).model_spec
+        version = spec.version.value if spec.HasField("version") else versions[-1]
+        if version not in versions:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"Servable not found for request: Specific(m, {version})")
+        return answer([[10 * item + version]], [[1.0 / item]], version=version)
+
+    return reply
+
+
+@pytest.mark.parametrize("policy", ["partial", "error"])
+def test_answers_of_different_versions_are_never_merged(
+    policy: str, start_backend: Callable[[], RecordingBackend], start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    shards = [start_backend() for _ in range(3)]
+    addresses = ", ".join(f"['{shard.target}']" for shard in shards)
+    proxy = start_proxy(
+        write_yaml(tmp_path / "p.yaml", f"models: {{m: {{shards: [{addresses}], missing_shards: {policy}}}}}")
+    )
+
+    def ask(*held: list[int]) -> tuple[Any, Any, Any, str]:
+        for item, (shard, versions) in enumerate(zip(shards, held, strict=True), 1):
+            shard.answer = shard_of(item, versions)
+        code, details, response, _, trailing = call(proxy.target, serving_apis.PREDICT, predict("m", "search"))
+        return code, details, response and ids_of(response), dict(trailing)["dpsr-shards"]
+
+    assert ask([1], [1], [1])[2:] == ([[11]], "3/3")
+    # The first shard has loaded version 2 already; version 1 is on all of them. Then version 2 is.
+    code, _, ids, answered = ask([1, 2], [1], [1])
+    assert (code, ids, answered) == (grpc.StatusCode.OK, [[11]], "3/3")
+    assert ask([1, 2], [1, 2], [1])[2:] == ([[11]], "3/3")
+    assert ask([2, 3], [3, 2], [2, 3])[2:] == ([[13]], "3/3")
+    # No version is on all shards.
+    code, details, ids, answered = ask([2], [1], [1])
+    assert answered == "2/3"
+    if policy == "partial":
+        assert (code, ids) == (grpc.StatusCode.OK, [[21]])
+    else:
+        assert code is grpc.StatusCode.UNAVAILABLE
+        assert (
+            "shard 1 of 3 is missing: UNAVAILABLE: it answers with version 2 and other shards with version 1" in details
+        )
+
+
+def test_a_version_that_a_shard_lacks_is_the_error_of_the_request(
+    start_backend: Callable[[], RecordingBackend], start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    first, second = start_backend(), start_backend()
+    first.answer, second.answer = shard_of(1, [1, 2]), shard_of(2, [1])
+    proxy = start_proxy(
+        write_yaml(tmp_path / "p.yaml", f"models: {{m: {{shards: [['{first.target}'], ['{second.target}']]}}}}")
+    )
+    request = serving_apis.PredictRequest.FromString(predict("m", "search"))
+    request.model_spec.version.value = 2
+    code, details, *_ = call(proxy.target, serving_apis.PREDICT, request.SerializeToString())
+    assert code is grpc.StatusCode.NOT_FOUND and details == "Servable not found for request: Specific(m, 2)"
+
+
 # The merge itself
 
 
-def answer(ids: Any, scores: Any, **more: Any) -> bytes:
+def answer(ids: Any, scores: Any, version: int = 1, **more: Any) -> bytes:
     response = serving_apis.PredictResponse()
+    response.model_spec.version.value = version
     outputs = {"item_ids": np.array(ids, np.int64), "scores": np.array(scores, np.float32), **more}
     for name, value in outputs.items():
         response.outputs[name].CopyFrom(make_tensor(value))

@@ -223,12 +223,15 @@ class Replicas:
         """Whether one of the servers is up."""
         return any(backend.up for backend in self.backends)
 
-    async def ask(self, spec: Spec, path: str, request: bytes, deadline: float | None, metadata: Metadata) -> Reply:
+    async def ask(
+        self, spec: Spec, path: str, request: bytes, deadline: float | None, metadata: Metadata, label: str
+    ) -> Reply:
         """Sends the request to one of the servers and, if that one cannot be reached, to others.
 
         Args:
             spec: the request's model spec, for discovery and messages.
             deadline: a time of time.monotonic(), or None.
+            label: the model's name in metrics.
         """
         self._budget.request()
         tried: list[Backend] = []
@@ -242,11 +245,11 @@ class Replicas:
                     return reply or self._none_holds(spec, path)
             backend = self._choose(holders, tried)
             if backend is None:
-                return (reply or self._none_free(spec, holders))._replace(attempts=len(tried))
+                return (reply or self._none_free(spec, holders, label))._replace(attempts=len(tried))
             if reply is not None:
                 if not self._budget.retry():
                     return reply._replace(attempts=len(tried))
-                self._metrics.count("dpsr_proxy_retries_total", (spec.model,))
+                self._metrics.count("dpsr_proxy_retries_total", (label,))
             tried.append(backend)
             timeout_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
             reply = await backend.call(path, request, timeout_s, metadata)
@@ -280,11 +283,11 @@ class Replicas:
             free = [backend for backend in free if backend.takes(draw)] or free
         return least_outstanding(free, self._turn)
 
-    def _none_free(self, spec: Spec, holders: Sequence[Backend]) -> Reply:
+    def _none_free(self, spec: Spec, holders: Sequence[Backend], label: str) -> Reply:
         whose = f"model {spec.model!r}: " if spec.model else ""
         full = [backend for backend in holders if backend.up]
         if full:
-            self._metrics.count("dpsr_proxy_rejected_total", (spec.model,))
+            self._metrics.count("dpsr_proxy_rejected_total", (label,))
             return Reply(
                 Code.RESOURCE_EXHAUSTED,
                 f"{whose}all backends have {self._max_outstanding} requests under way: "

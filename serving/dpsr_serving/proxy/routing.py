@@ -19,6 +19,9 @@ from dpsr_serving.proxy.config import PoolConfig, ProxyConfig, TargetConfig
 _SPEC_BYTES = 4096
 _MOST_FIELDS = 10_000
 
+# Where a PredictResponse has its model spec.
+_ANSWER_SPEC = (serving_apis.PredictResponse.DESCRIPTOR.fields_by_name["model_spec"].number,)
+
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 
 
@@ -115,6 +118,17 @@ def find_model_spec(request: bytes, path: tuple[int, ...]) -> bytes | None:
         # steps before the last are repeated fields, whose occurrences are elements: the first one counts.
         message = b"".join(occurrences) if last else occurrences[0]
     return message
+
+
+def answer_versions(answers: Sequence[bytes | None]) -> list[int | None]:
+    """Returns the model version of each serialized PredictResponse; None for an answer that does not say it.
+
+    Raises:
+        ValueError: an answer is not a PredictResponse.
+    """
+    specs = [None if answer is None else find_model_spec(answer, _ANSWER_SPEC) for answer in answers]
+    known = {spec: parse_spec(spec).version for spec in set(specs) if spec is not None}
+    return [None if spec is None else known[spec] for spec in specs]
 
 
 def rewrite_model_spec(request: bytes, path: tuple[int, ...], spec: Spec) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import dataclasses
 import functools
 import json
@@ -10,7 +11,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from dpsr_common import serving_apis
@@ -38,10 +39,19 @@ _SEARCHES = ("", "serving_default", "search")
 
 @dataclasses.dataclass(frozen=True)
 class _Destination:
-    """Where a request goes. `rewrite` says that its model spec has to be replaced by `spec`."""
+    """Where a request goes.
+
+    Attributes:
+        spec: its model spec.
+        pool: the servers; None if none are configured.
+        label: the model's name in metrics; "" for names that are not configured, because clients can invent any number
+            of them.
+        rewrite: whether the request's own model spec has to be replaced by `spec`.
+    """
 
     spec: Spec
     pool: Pool | None
+    label: str
     rewrite: bool = False
 
 
@@ -50,8 +60,6 @@ class _Plan:
     """How requests with one model spec are handled. Everything but `plain` is for inference only."""
 
     plain: _Destination
-    # The model's name in metrics: "" for names that are not configured, because clients can invent any number of them.
-    model: str
     experiment: str = ""
     key: str = ""
     override: str | None = None
@@ -219,7 +227,7 @@ class ProxyServer:
                     arm_header = (ARM_METADATA, f"{plan.experiment}/{arm}".encode())
                     reply = reply._replace(trailing=(*reply.trailing, arm_header))
         seconds = time.monotonic() - start
-        model, experiment = ("", "") if plan is None else (plan.model, plan.experiment)
+        model, experiment = ("", "") if plan is None else (plan.plain.label, plan.experiment)
         self.metrics.count("dpsr_proxy_requests_total", (_short(path), model, experiment, arm, reply.code.name))
         if inference:
             self.metrics.observe("dpsr_proxy_request_seconds", (model, experiment, arm), seconds)
@@ -251,7 +259,7 @@ class ProxyServer:
     def _make_plan(self, spec: Spec, inference: bool) -> _Plan:
         model = self._config.models.get(spec.model)
         pool = routing.route(self._config, spec)
-        plan = _Plan(_Destination(spec, self._pools[pool] if pool else None), spec.model if model else "")
+        plan = _Plan(_Destination(spec, self._pools[pool] if pool else None, spec.model if model else ""))
         if model is None or not inference:
             return plan
         if model.experiment is not None:
@@ -265,7 +273,7 @@ class ProxyServer:
 
     def _destination(self, spec: Spec, target: TargetConfig) -> _Destination:
         new, pool = routing.redirect(self._config, spec, target)
-        return _Destination(new, self._pools[pool] if pool else None, new != spec)
+        return _Destination(new, self._pools[pool] if pool else None, spec.model, new != spec)
 
     async def _ask(
         self,
@@ -285,25 +293,46 @@ class ProxyServer:
             except ValueError as error:
                 return Reply(Code.INVALID_ARGUMENT, f"cannot decode the request of {path}: {error}")
         if len(pool.shards) > 1 and path == serving_apis.PREDICT and spec.signature in _SEARCHES:
-            return await self._ask_shards(pool, spec, request, deadline, metadata)
+            return await self._ask_shards(destination, pool, spec_path, request, deadline, metadata)
         # A request that searches no items can be answered by any shard that has a server which is up.
         healthy = [shard for shard in pool.shards if shard.is_up] or pool.shards
         replicas = healthy[0] if len(healthy) == 1 else random.choice(healthy)
-        return await replicas.ask(spec, path, request, deadline, metadata)
+        return await replicas.ask(spec, path, request, deadline, metadata, destination.label)
 
     async def _ask_shards(
-        self, pool: Pool, spec: Spec, request: bytes, deadline: float | None, metadata: Metadata
+        self,
+        destination: _Destination,
+        pool: Pool,
+        spec_path: tuple[int, ...],
+        request: bytes,
+        deadline: float | None,
+        metadata: Metadata,
     ) -> Reply:
-        """Asks all shards at once and merges their answers, if allowed without those that fail or are late."""
+        """Asks all shards at once and merges their answers, if allowed without those that fail or are late.
+
+        All answers that are merged come from one version of the model: scores of two versions do not compare.
+        """
+        spec = destination.spec
         limit = deadline
         now = time.monotonic()
         if pool.config.allow_partial and deadline is not None:
             limit = now + _MARGIN * (deadline - now)
         if pool.config.shard_timeout_s is not None:
             limit = min(limit or float("inf"), now + pool.config.shard_timeout_s)
-        replies = await asyncio.gather(
-            *(shard.ask(spec, serving_apis.PREDICT, request, limit, metadata) for shard in pool.shards)
-        )
+
+        async def ask(shards: Sequence[Replicas], body: bytes) -> list[Reply]:
+            label = destination.label
+            return await asyncio.gather(
+                *(shard.ask(spec, serving_apis.PREDICT, body, limit, metadata, label) for shard in shards)
+            )
+
+        replies = await ask(pool.shards, request)
+        try:
+            versions = routing.answer_versions([reply.body if reply.code is Code.OK else None for reply in replies])
+        except ValueError as error:
+            return _cannot_merge(spec, error)
+        if len({version for version in versions if version is not None}) > 1:
+            replies = await _of_one_version(spec, spec_path, pool.shards, request, replies, versions, ask)
         answers, total = [reply for reply in replies if reply.code is Code.OK], len(replies)
         count = ((SHARDS_METADATA, b"%d/%d" % (len(answers), total)),)
         for index, reply in enumerate(replies):
@@ -312,7 +341,7 @@ class ProxyServer:
             # Any other code is an error of the request, which all shards report alike.
             if reply.code not in _MISSING:
                 return reply
-            self.metrics.count("dpsr_proxy_shards_missing_total", (spec.model, str(index)))
+            self.metrics.count("dpsr_proxy_shards_missing_total", (destination.label, str(index)))
             if not answers or not pool.config.allow_partial:
                 code = reply.code if deadline is not None and limit == deadline else Code.UNAVAILABLE
                 words = (
@@ -324,11 +353,7 @@ class ProxyServer:
         try:
             body = merge_answers([answer.body for answer in answers])
         except ValueError as error:
-            return Reply(
-                Code.INTERNAL,
-                f"model {spec.model!r}: cannot merge the shards' answers: {error}",
-                trailing=count,
-            )
+            return _cannot_merge(spec, error)._replace(trailing=count)
         first = answers[0]
         attempts = max(answer.attempts for answer in answers)
         return Reply(Code.OK, "", body, first.initial, (*first.trailing, *count), first.backend, attempts)
@@ -341,7 +366,7 @@ class ProxyServer:
                 "directly",
             )
         (pool,) = self._pools.values()
-        return await pool.shards[0].ask(Spec(""), path, request, deadline, metadata)
+        return await pool.shards[0].ask(Spec(""), path, request, deadline, metadata, "")
 
     async def _shadow(
         self,
@@ -357,7 +382,7 @@ class ProxyServer:
         try:
             deadline = min(deadline or math.inf, time.monotonic() + _SHADOW_S)
             reply = await self._ask(plan.shadow, path, spec_path, request, deadline, metadata)
-            self.metrics.count("dpsr_proxy_shadow_total", (plan.model, reply.code.name))
+            self.metrics.count("dpsr_proxy_shadow_total", (plan.shadow.label, reply.code.name))
         finally:
             self._shadows -= 1
 
@@ -373,9 +398,53 @@ _MISSING = (
     Code.DEADLINE_EXCEEDED,
     Code.RESOURCE_EXHAUSTED,
     Code.CANCELLED,
-    Code.NOT_FOUND,
     Code.INTERNAL,
 )
+
+
+def _cannot_merge(spec: Spec, error: ValueError) -> Reply:
+    return Reply(Code.INTERNAL, f"model {spec.model!r}: cannot merge the shards' answers: {error}")
+
+
+async def _of_one_version(
+    spec: Spec,
+    spec_path: tuple[int, ...],
+    shards: Sequence[Replicas],
+    request: bytes,
+    replies: Sequence[Reply],
+    versions: Sequence[int | None],
+    ask: Callable[[Sequence[Replicas], bytes], Awaitable[list[Reply]]],
+) -> list[Reply]:
+    """Makes the answers of shards come from one version of the model.
+
+    During a rollout some shards have the new version and others do not. The others are asked for the version that most
+    answered with (the newest one under ties), and if they do not have it, the next one. If no version is on all shards,
+    the shards without the first one count as missing.
+
+    Args:
+        spec, spec_path, request: the request, and where it has its model spec.
+        shards: all shards.
+        replies: their answers.
+        versions: the version of each answer; None where there is no answer.
+        ask: sends a request to some shards.
+    """
+    counts = collections.Counter(version for version in versions if version is not None)
+    wanted = sorted(counts, key=lambda version: (counts[version], version), reverse=True)
+    for version in wanted:
+        others = [index for index, other in enumerate(versions) if other not in (None, version)]
+        body = routing.rewrite_model_spec(request, spec_path, dataclasses.replace(spec, version=version, label=None))
+        found = await ask([shards[index] for index in others], body)
+        if all(reply.code is Code.OK for reply in found):
+            again = dict(zip(others, found, strict=True))
+            return [again.get(index, reply) for index, reply in enumerate(replies)]
+    first = wanted[0]
+    words = "it answers with version {} and other shards with version {}, and no version is on all shards"
+    return [
+        reply
+        if version in (None, first)
+        else reply._replace(code=Code.UNAVAILABLE, details=words.format(version, first), body=b"")
+        for reply, version in zip(replies, versions, strict=True)
+    ]
 
 
 class AccessLog:
