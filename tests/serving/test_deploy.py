@@ -145,6 +145,14 @@ def test_kubernetes_resources_fit_together(name: str) -> None:
         assert config.default is not None and config.default.discover
         names = [f"{target['name']}-{i}.{controller['spec']['serviceName']}:8500" for i in range(scaler["maxReplicas"])]
         assert list(config.default.shards[0]) == names
+        # Nobody but the proxy reaches the port on which models can be loaded.
+        policy = kinds["NetworkPolicy"]["spec"]
+        assert policy["podSelector"] == {"matchLabels": app} and policy["policyTypes"] == ["Ingress"]
+        allowed = {rule["ports"][0]["port"]: rule["from"] for rule in policy["ingress"]}
+        assert set(allowed) == set(ports)
+        assert allowed["grpc"] == [
+            {"podSelector": {"matchLabels": resources("proxy")["Deployment"]["spec"]["template"]["metadata"]["labels"]}}
+        ]
         claim = kinds["PersistentVolumeClaim"]["metadata"]["name"]
         assert claim in [volume.get("persistentVolumeClaim", {}).get("claimName") for volume in pod["spec"]["volumes"]]
     else:
