@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ from proxy_backends import (
 from raw_http2 import RawBackend, Wire, encode, frame, good, head, message
 
 from dpsr_common import serving_apis
+from dpsr_serving.proxy.calls import Channel, Code, Reply
+from dpsr_serving.proxy.config import LimitsConfig
 
 # Frames that come from a client
 
@@ -316,3 +320,33 @@ def test_what_servers_do_instead_of_answering(
         assert response == (b"well" if code == "OK" else None)
     finally:
         backend.stop()
+
+
+def test_a_call_that_waits_for_a_place_keeps_its_deadline() -> None:
+    release = threading.Event()
+    backend = RecordingBackend([("grpc.max_concurrent_streams", 1)])
+    backend.answer = lambda request, context: (release.wait(PATIENCE_S), request)[1]
+
+    async def calls() -> list[Reply]:
+        channel = Channel(backend.target, None, "", LimitsConfig())
+        try:
+            first = asyncio.create_task(channel.call(serving_apis.PREDICT, b"first", None, ()))
+            await asyncio.get_running_loop().run_in_executor(None, backend.entered.acquire)
+            late = [channel.call(serving_apis.PREDICT, b"late", 0.2, ()) for _ in range(2)]
+            gone = asyncio.create_task(channel.call(serving_apis.PREDICT, b"gone", None, ()))
+            patient = asyncio.create_task(channel.call(serving_apis.PREDICT, b"patient", None, ()))
+            replies = await asyncio.gather(*late)
+            gone.cancel()
+            release.set()
+            return [*replies, await first, await patient]
+        finally:
+            channel.drop()
+
+    try:
+        *late, first, patient = asyncio.run(asyncio.wait_for(calls(), PATIENCE_S))
+    finally:
+        backend.stop()
+    for reply in late:
+        assert reply.code is Code.DEADLINE_EXCEEDED and "had 1 calls under way until the deadline" in reply.details
+    assert (first.body, patient.body) == (b"first", b"patient")
+    assert [request for _, request, *_ in backend.calls] == [b"first", b"patient"]

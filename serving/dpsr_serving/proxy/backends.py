@@ -24,6 +24,7 @@ CHECK_METADATA = ((b"dpsr-proxy", b"check"),)
 _ANSWERS_IN_A_ROW = 5  # UNAVAILABLE answers in a row after which a reachable server counts as down
 _DISCOVER_EVERY_CHECKS = 3
 _ABSENT_LIMIT = 4096
+_RETIRE_S = 60.0  # time that the calls of a removed server have to end
 _DEADLY = 1  # servers that may be lost with a request before it is no longer made again
 
 _NO_LIFE = (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED, Code.CANCELLED)
@@ -168,9 +169,10 @@ class Backend:
         self._channel.drop()
 
     async def retire(self) -> None:
-        """Closes the connection once the calls under way have ended."""
+        """Closes the connection once the calls under way have ended, after a minute in any case: some may hang."""
         self._unwatch()
-        while self.outstanding:
+        ends = time.monotonic() + _RETIRE_S
+        while self.outstanding and time.monotonic() < ends:
             await asyncio.sleep(0.1)
         self._channel.drop()
 

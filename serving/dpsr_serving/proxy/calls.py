@@ -569,7 +569,7 @@ class _Outgoing(_Connection):
         super().__init__()
         self._channel = channel
         self._calls: dict[int, asyncio.Future[Reply | None]] = {}
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[asyncio.Future[bool]] = deque()
         self._session = _native.client_session(channel.wire_limits, self._loop.time())
         self.hello: asyncio.Future[None] = self._loop.create_future()
         self.usable = True
@@ -607,10 +607,13 @@ class _Outgoing(_Connection):
 
     async def call(self, path: str, message: bytes, timeout_s: float | None, metadata: Metadata) -> Reply | None:
         """Makes a call. Returns None if the server has not begun to handle it."""
+        ends = None if timeout_s is None else self._loop.time() + timeout_s
         while self.usable and self._session is not None and len(self._calls) >= self._session.max_calls:
-            waiter = self._loop.create_future()
-            self._waiting.append(waiter)
-            await waiter
+            if not await self._free_place(ends):
+                words = f"backend {self._channel.address} had {len(self._calls)} calls under way until the deadline"
+                return Reply(Code.DEADLINE_EXCEEDED, words, backend=self._channel.address)
+        if ends is not None:
+            timeout_s = max(ends - self._loop.time(), 0.0)
         if not self.usable or self._session is None:
             return None
         channel = self._channel
@@ -627,6 +630,21 @@ class _Outgoing(_Connection):
         except asyncio.CancelledError:
             if stream in self._calls:
                 self._give_up(stream)
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    async def _free_place(self, ends: float | None) -> bool:
+        """Waits until a call ends, or the connection takes no more. Returns False if that lasts until `ends`."""
+        place: asyncio.Future[bool] = self._loop.create_future()
+        self._waiting.append(place)
+        timer = None if ends is None else self._loop.call_at(ends, _settle, place, False)
+        try:
+            return await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():
+                self._wake()  # the place was given to this call, and goes to the next one
             raise
         finally:
             if timer is not None:
@@ -698,14 +716,13 @@ class _Outgoing(_Connection):
         while self._waiting and self._session is not None and len(self._calls) < self._session.max_calls:
             waiter = self._waiting.popleft()
             if not waiter.done():
-                waiter.set_result(None)
+                waiter.set_result(True)
                 return
 
     def _wake_all(self) -> None:
         """Wakes all calls that wait for a place, once the connection takes no more: they go elsewhere."""
         for waiter in self._waiting:
-            if not waiter.done():
-                waiter.set_result(None)
+            _settle(waiter, True)
 
     def _close_idle(self) -> None:
         if not self.usable and not self._calls and not self.closed:
@@ -828,6 +845,11 @@ class Channel:
             self._connection, self._connecting, self._task = made, None, None
             if not connecting.done():
                 connecting.set_result(made)
+
+
+def _settle(future: asyncio.Future[bool], result: bool) -> None:
+    if not future.done():
+        future.set_result(result)
 
 
 def _host(address: str) -> str:
