@@ -11,33 +11,12 @@
 #include "tensorflow/core/util/work_sharder.h"
 #include "tokenizer_cc/tokenizer.h"
 #include "tokenizer_cc/vocabulary.h"
+#include "tokenizer_cc/vocabulary_resource.h"
 
 namespace dpsr {
 namespace {
 
 namespace tf = ::tensorflow;
-
-// The resource behind a handle: the vocabulary that was loaded last, or none before the first load.
-class VocabularyResource : public tf::ResourceBase {
- public:
-  std::string DebugString() const override {
-    const std::shared_ptr<const Vocabulary> vocabulary = Get();
-    return vocabulary == nullptr ? "no vocabulary" : StrCat("vocabulary ", vocabulary->path());
-  }
-  void Set(std::shared_ptr<const Vocabulary> vocabulary) {
-    tf::mutex_lock lock(mutex_);
-    vocabulary_ = std::move(vocabulary);
-  }
-  // Returns null before the first load. The caller's copy stays valid when another load replaces the vocabulary.
-  std::shared_ptr<const Vocabulary> Get() const {
-    tf::tf_shared_lock lock(mutex_);
-    return vocabulary_;
-  }
-
- private:
-  mutable tf::mutex mutex_;
-  std::shared_ptr<const Vocabulary> vocabulary_ TF_GUARDED_BY(mutex_);
-};
 
 class VocabularyLoadOp : public tf::OpKernel {
  public:
@@ -143,25 +122,13 @@ class TokenizeOp : public tf::OpKernel {
     const tf::Tensor& text = context->input(kText);
     OP_REQUIRES_OK(context, CheckText(text));
     std::shared_ptr<const Vocabulary> vocabulary;
-    OP_REQUIRES_OK(context, FindVocabulary(context, &vocabulary));
+    OP_REQUIRES_OK(context, FindVocabulary(context, kVocabulary, &vocabulary));
     ComputeRagged<int32_t>(
         context, text,
         [&](std::string_view each, std::vector<int32_t>* values) { vocabulary->Encode(each, values); },
         [](Block<int32_t>* block, tf::Tensor* values) {
           std::copy(block->values.begin(), block->values.end(), values->vec<int32_t>().data() + block->first_value);
         });
-  }
-
- private:
-  tf::Status FindVocabulary(tf::OpKernelContext* context, std::shared_ptr<const Vocabulary>* vocabulary) const {
-    tf::core::RefCountPtr<VocabularyResource> resource;
-    const tf::Status found = tf::LookupResource(context, tf::HandleFromInput(context, kVocabulary), &resource);
-    if (found.ok()) *vocabulary = resource->Get();
-    if (*vocabulary != nullptr) return tf::OkStatus();
-    if (!found.ok() && !tf::errors::IsNotFound(found)) return found;
-    return tf::errors::FailedPrecondition(
-        "no vocabulary is loaded for op ", name(),
-        "; run the initializer of the VocabularyTable (tf.compat.v1.tables_initializer()) first");
   }
 };
 

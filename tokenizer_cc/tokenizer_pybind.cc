@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -18,6 +19,7 @@
 #include "common/status.h"
 #include "tokenizer_cc/tokenizer.h"
 #include "tokenizer_cc/vocabulary.h"
+#include "tokenizer_cc/word_sequences.h"
 
 namespace py = pybind11;
 
@@ -334,6 +336,100 @@ py::tuple EncodeBatch(const Vocabulary& vocabulary, const py::object& sequence) 
   return py::make_tuple(ToArray(std::move(values)), ToArray(std::move(row_splits)));
 }
 
+// --- WordSequences ---
+
+WordSequences MakeWordSequences(const Vocabulary& vocabulary) {
+  RaiseIfError(WordSequences::Check(vocabulary));
+  return WordSequences(vocabulary);
+}
+
+// Raises ValueError unless low <= value <= high.
+void CheckRange(const char* name, int64_t value, int64_t low, int64_t high) {
+  if (value < low || value > high) {
+    throw py::value_error(StrCat(name, " is ", value, ", expected ", low, " to ", high));
+  }
+}
+
+void CheckPieces(int64_t max_pieces, int64_t num_pieces) {
+  CheckRange("max_pieces", max_pieces, 1, 256);
+  CheckRange("num_pieces", num_pieces, 2, std::numeric_limits<int32_t>::max());
+}
+
+// Returns an array [n, ...row_shape] of which encode(text, row) fills one row for each text.
+template <typename EncodeText>
+py::array_t<int32_t> EncodeRows(const py::object& sequence, std::vector<py::ssize_t> row_shape,
+                                const EncodeText& encode) {
+  if (IsText(sequence)) throw py::type_error("got one text, expected a sequence of str or bytes");
+  size_t row_size = 1;
+  for (py::ssize_t size : row_shape) row_size *= static_cast<size_t>(size);
+  std::vector<int32_t> values;
+  ForEachBatch(sequence, [&](Texts* texts) {
+    RunReleased([&] {
+      size_t row = values.size();
+      values.resize(row + row_size * texts->views().size());
+      for (std::string_view text : texts->views()) {
+        encode(text, values.data() + row);
+        row += row_size;
+      }
+      return Status();
+    });
+    texts->Clear();
+  });
+  row_shape.insert(row_shape.begin(), static_cast<py::ssize_t>(values.size() / row_size));
+  return ToArray(std::move(values)).reshape(row_shape);
+}
+
+py::array_t<int32_t> EncodeWords(const WordSequences& sequences, const py::object& texts, int64_t max_words,
+                                 bool ends) {
+  CheckRange("max_words", max_words, 1, 1024);
+  return EncodeRows(texts, {max_words}, [&](std::string_view text, int32_t* ids) {
+    sequences.Encode(text, max_words, ends, ids);
+  });
+}
+
+py::array_t<int32_t> EncodePieces(const WordSequences& sequences, const py::object& texts, int64_t max_words,
+                                  int64_t max_pieces, int64_t num_pieces) {
+  CheckRange("max_words", max_words, 1, 1024);
+  CheckPieces(max_pieces, num_pieces);
+  return EncodeRows(texts, {max_words, max_pieces}, [&](std::string_view text, int32_t* pieces) {
+    sequences.EncodePieces(text, max_words, max_pieces, static_cast<int32_t>(num_pieces), pieces);
+  });
+}
+
+py::array_t<int32_t> PiecesOfVocabulary(const WordSequences& sequences, int64_t max_pieces, int64_t num_pieces) {
+  CheckPieces(max_pieces, num_pieces);
+  std::vector<int32_t> pieces(static_cast<size_t>(sequences.num_ids() * max_pieces));
+  for (int32_t id = 0; id < sequences.num_ids(); ++id) {
+    PiecesOfWord(sequences.Word(id), max_pieces, static_cast<int32_t>(num_pieces), pieces.data() + id * max_pieces);
+  }
+  return ToArray(std::move(pieces)).reshape({static_cast<int64_t>(sequences.num_ids()), max_pieces});
+}
+
+py::list TextsOfIds(const WordSequences& sequences) {
+  py::list texts(static_cast<size_t>(sequences.num_ids()));
+  for (int32_t id = 0; id < sequences.num_ids(); ++id) {
+    const std::string_view word = sequences.Word(id);
+    std::string text = word.empty() || IsCharacter(word) ? "" : " ";
+    texts[static_cast<size_t>(id)] = ToStr(text.append(word));
+  }
+  return texts;
+}
+
+py::list NormalTexts(const py::object& sequence) {
+  if (IsText(sequence)) throw py::type_error("got one text, expected a sequence of str or bytes");
+  py::list normal;
+  ForEachBatch(sequence, [&](Texts* texts) {
+    std::vector<std::string> found;
+    RunReleased([&] {
+      for (std::string_view text : texts->views()) found.push_back(NormalText(text));
+      return Status();
+    });
+    for (const std::string& text : found) normal.append(ToStr(text));
+    texts->Clear();
+  });
+  return normal;
+}
+
 void DefineTokenizer(py::module_* module) {
   py::class_<TokenizerConfig>(*module, "TokenizerConfig", R"(Says which kinds of tokens the tokenizer makes. Immutable.
 
@@ -440,6 +536,40 @@ checksums of the whole file. Raises FileNotFoundError and FormatError.)")
            "values[row_splits[i]:row_splits[i + 1]].");
 }
 
+void DefineWordSequences(py::module_* module) {
+  py::class_<WordSequences>(*module, "WordSequences",
+                            R"(The words of texts in their order, over a vocabulary of words and characters.
+
+Ids 0 to 3 are padding, unknown word, start and end; word i of the vocabulary has the id 4 + i. A piece is the hashed
+trigram of a word's letters with ^ and $ at its ends. Immutable, thread-safe. Raises FormatError for a vocabulary of
+other tokens, or with hash buckets.
+
+len() returns the number of ids, with the four reserved ones.)")
+      .def(py::init(&MakeWordSequences), py::arg("vocabulary"), py::keep_alive<1, 2>())
+      .def_property_readonly_static("PADDING", [](const py::object&) { return int{WordSequences::kPadding}; })
+      .def_property_readonly_static("UNKNOWN", [](const py::object&) { return int{WordSequences::kUnknown}; })
+      .def_property_readonly_static("START", [](const py::object&) { return int{WordSequences::kStart}; })
+      .def_property_readonly_static("END", [](const py::object&) { return int{WordSequences::kEnd}; })
+      .def_property_readonly_static("FIRST_WORD", [](const py::object&) { return int{WordSequences::kFirstWord}; })
+      .def_static("config", [] { return WordTokens(); }, "Returns the TokenizerConfig that the vocabulary must have.")
+      .def("__len__", &WordSequences::num_ids)
+      .def("encode", &EncodeWords, py::arg("texts"), py::kw_only(), py::arg("max_words"), py::arg("ends") = false,
+           "Returns the ids of the first words of each text, an iterable or Arrow data as in VocabularyBuilder.add:\n"
+           "int32 [num_texts, max_words], 0 after the last. With `ends`, END follows the last word.")
+      .def("pieces", &EncodePieces, py::arg("texts"), py::kw_only(), py::arg("max_words"), py::arg("max_pieces") = 12,
+           py::arg("num_pieces") = 16384,
+           "Returns the pieces of the first words of each text, int32 [num_texts, max_words, max_pieces]: 1 to\n"
+           "num_pieces - 1, and 0 after the last piece of a word.")
+      .def("pieces_of_vocabulary", &PiecesOfVocabulary, py::kw_only(), py::arg("max_pieces") = 12,
+           py::arg("num_pieces") = 16384,
+           "Returns the pieces of the word of each id, int32 [len, max_pieces]; those of reserved ids are 0.")
+      .def("texts", &TextsOfIds,
+           "Returns the text of each id: a word after a space, a character of a script without spaces, and nothing\n"
+           "for reserved ids. A sequence of ids is these texts, joined, without the space at the beginning.")
+      .def_static("normal", &NormalTexts, py::arg("texts"),
+                  "Returns the words of each text, joined as texts() says. Texts with equal words become equal.");
+}
+
 PYBIND11_MODULE(_native, m) {
   m.doc() = "The C++ core of dpsr_tokenizer. Import dpsr_tokenizer, not this.";
   py::options options;
@@ -448,6 +578,7 @@ PYBIND11_MODULE(_native, m) {
   DefineTokenizer(&m);
   DefineVocabularyBuilder(&m);
   DefineVocabulary(&m);
+  DefineWordSequences(&m);
 }
 
 }  // namespace

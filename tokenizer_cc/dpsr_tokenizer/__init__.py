@@ -11,9 +11,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from dpsr_common.packed_file import FormatError
-from dpsr_tokenizer._native import Tokenizer, TokenizerConfig, Vocabulary, VocabularyBuilder
+from dpsr_tokenizer._native import Tokenizer, TokenizerConfig, Vocabulary, VocabularyBuilder, WordSequences
 
-__all__ = ["FormatError", "Tokenizer", "TokenizerConfig", "Vocabulary", "VocabularyBuilder", "op_library_path"]
+__all__ = [
+    "FormatError",
+    "Tokenizer",
+    "TokenizerConfig",
+    "Vocabulary",
+    "VocabularyBuilder",
+    "WordSequences",
+    "op_library_path",
+]
 
 
 def op_library_path() -> str:

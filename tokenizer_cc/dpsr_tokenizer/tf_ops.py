@@ -25,6 +25,19 @@ def tokenize_strings(text: Any, config: TokenizerConfig | None = None) -> tf.Rag
     return tf.RaggedTensor.from_row_splits(values, row_splits, validate=False)
 
 
+def join_words(texts: tf.Tensor, ids: tf.Tensor) -> tf.Tensor:
+    """Turns word ids into texts, with stock TensorFlow ops only.
+
+    Args:
+        texts: string [num_ids], the text of each id: tf.constant(WordSequences.texts()).
+        ids: int32 [..., max_words], each from 0 to num_ids - 1. Reserved ids have no text.
+
+    Returns:
+        string [...]: words after one space each, characters of scripts without spaces one after another.
+    """
+    return tf.strings.strip(tf.strings.reduce_join(tf.gather(texts, ids), axis=-1))
+
+
 class VocabularyTable(tf.saved_model.experimental.TrackableResource):
     """A vocabulary as a TensorFlow resource, for eager code, tf.function, tf.data and graphs of TensorFlow 1.
 
@@ -64,6 +77,34 @@ class VocabularyTable(tf.saved_model.experimental.TrackableResource):
         """
         values, row_splits = _ops.dpsr_tokenize(self.resource_handle, text)
         return tf.RaggedTensor.from_row_splits(values, row_splits, validate=False)
+
+    def word_sequences(
+        self, text: Any, max_words: int, max_pieces: int = 12, num_pieces: int = 16384
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the ids of the first words of each text, and the hashed letter trigrams (pieces) of each word.
+
+        The vocabulary must be one of words and characters (dpsr_tokenizer.WordSequences), such as a store's
+        `vocabulary.words.dpsr`. `WordSequences.pieces_of_vocabulary` has the pieces of known words by id, and
+        `join_words` turns ids into texts.
+
+        Args:
+            text: string [num_texts].
+            max_words: number of words of a text that are read, 1 to 1024.
+            max_pieces: number of pieces of a word that are read, 1 to 256.
+            num_pieces: number of values of a piece, with the 0, at least 2.
+
+        Returns:
+            words: int32 [num_texts, max_words]; 0 after the last word, 1 for an unknown word.
+            pieces: int32 [num_texts, max_words, max_pieces]; 1 to num_pieces - 1, and 0 after the last of a word.
+
+        Raises:
+            tf.errors.FailedPreconditionError: the table is not initialized, or its vocabulary has other tokens.
+            tf.errors.InvalidArgumentError, ValueError: `text` is not a vector, or a number is out of range.
+        """
+        words, pieces = _ops.dpsr_word_sequences(
+            self.resource_handle, text, max_words=max_words, max_pieces=max_pieces, num_pieces=num_pieces
+        )
+        return words, pieces
 
     def _create_resource(self) -> tf.Tensor:
         return _ops.dpsr_vocabulary_handle(shared_name=self._shared_name)
