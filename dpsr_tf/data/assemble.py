@@ -33,6 +33,7 @@ from dpsr_tf.data.feature_table import FeatureTable, floats_of
 from dpsr_tf.data.interaction_log import InteractionLog
 from dpsr_tf.data.log_parts import KeptLog
 from dpsr_tf.data.parallel import Workers
+from dpsr_tf.data.query_pairs import QueryPairs
 from dpsr_tf.data.request_log import RequestLog
 from dpsr_tf.data.schema import Feature, Schema, TokenizerSchema, VocabularySchema
 from dpsr_tf.data.store import Counts, Features, StoredFeature, vocabulary_name
@@ -70,6 +71,7 @@ class Assembler:
         self._database = Database(self._folder, workers, memory)
         self._log = InteractionLog(schema.interactions, self._database)
         self._requests = RequestLog(schema, self._database) if schema.ranking else None
+        self._query_pairs = QueryPairs(schema, self._database) if schema.rewriting else None
 
     def __enter__(self) -> Assembler:
         """Returns the assembler itself."""
@@ -153,14 +155,16 @@ class Assembler:
         """Writes all packed files of the store.
 
         Returns:
-            What the manifest says about tables and features, and its parts `ranking` and `graph`, if the schema has
-            these sections.
+            What the manifest says about tables and features, and its parts `ranking`, `graph` and `rewriting`, if the
+            schema has these sections.
 
         Raises:
             CommandError: no interaction is a positive pair for training.
         """
         for rows in self._kept.older() if self._kept else ():
             self._add_to_log(rows)
+        if self._query_pairs:
+            self._query_pairs.find_reformulations(self._log.last_time)
         self._log.number_queries(shards)
         vocabularies = self._write_vocabularies()
         item_features = self._write_items(vocabularies)
@@ -172,6 +176,8 @@ class Assembler:
         if self._schema.graph:
             clicks = self._log.item_clicks(len(self._ids["items"]))
             sections["graph"] = write_graph(self._database, self._schema, self._out, shards, clicks)
+        if self._query_pairs:
+            sections["rewriting"] = self._query_pairs.write(self._out, shards, self._codes, **self._counting())
         if self._requests:
             sections["ranking"] = self._requests.write(self._out, shards, vocabularies[None], len(self._ids["users"]))
         return Counts(**counts), Features(item_features, user_features), sections
@@ -247,12 +253,7 @@ class Assembler:
         if known is not None:
             shutil.copyfile(known, path)
             return Vocabulary(path)
-        builder = VocabularyBuilder(
-            TokenizerConfig(**dataclasses.asdict(tokenizer)),
-            num_threads=self._workers.threads,
-            max_memory_bytes=self._memory,
-            temporary_directory=self._folder,
-        )
+        builder = VocabularyBuilder(TokenizerConfig(**dataclasses.asdict(tokenizer)), **self._counting())
         for label, rows, query in texts:
             for batch in self._database.batches(query, f"count {label}", rows, TEXT_ROWS):
                 builder.add(batch.column(0))
@@ -262,6 +263,14 @@ class Assembler:
             # The limits leave no token that gets an id.
             raise CommandError(f"vocabulary: {error}; lower min_count, or give num_oov_buckets") from None
         return Vocabulary(path)
+
+    def _counting(self) -> dict[str, Any]:
+        """Returns the options of a VocabularyBuilder."""
+        return {
+            "num_threads": self._workers.threads,
+            "max_memory_bytes": self._memory,
+            "temporary_directory": self._folder,
+        }
 
     def _write_items(self, vocabularies: dict[str | None, Vocabulary]) -> tuple[StoredFeature, ...]:
         """Writes items.dpsr, titles.dpsr and filters.dpsr."""

@@ -30,11 +30,9 @@ from dpsr_common.packed_file import PackedFile, PackedFileWriter
 from dpsr_tf.data.column_files import add_splits, row_splits
 from dpsr_tf.data.database import Database, SortedColumns
 from dpsr_tf.data.encode import POSITIVE
+from dpsr_tf.data.interaction_log import summed_weights
 from dpsr_tf.data.schema import Schema
 from dpsr_tf.data.store import graph_names
-
-# Weights are added as whole multiples of this share of 1: sums of floats depend on their order.
-_WEIGHT_UNITS = 1 << 20
 
 
 def write_graph(database: Database, schema: Schema, out: Path, shards: int, item_clicks: np.ndarray) -> dict[str, Any]:
@@ -53,9 +51,7 @@ def write_graph(database: Database, schema: Schema, out: Path, shards: int, item
     """
     assert schema.graph is not None
     limit, queries = schema.graph.max_edges, database.count("queries")
-    weight = "count(*)"
-    if "weight" in database.columns("pairs"):
-        weight = f"sum(round(weight * {_WEIGHT_UNITS})::HUGEINT) / {_WEIGHT_UNITS}"
+    weight = summed_weights(database)
     database.create(
         "edges",
         f"""SELECT query_row, item_row, ({weight})::FLOAT AS weight, min(asked) AS time FROM pairs

@@ -4,6 +4,7 @@
 new values of their features, which it does not know. A model directory holds
 
     vocabulary.dpsr                  the vocabulary of query and item text
+    vocabulary.words.dpsr            the words of a rewriter
     codes/codes.json                 the features that the towers read, as in a store's manifest
     codes/items.dpsr, users.dpsr     values.NAME: the text of code 1, 2, ... of each categorical or multi feature
     codes/vocabulary-NAME.dpsr       the vocabularies of text features
@@ -22,7 +23,7 @@ from dpsr_common.files import replaced, write_text
 from dpsr_common.packed_file import FormatError, PackedFile, PackedFileWriter
 from dpsr_common.typed_config import from_dict, to_dict
 from dpsr_tf.data.schema import VALUE_KINDS, Feature, Schema
-from dpsr_tf.data.store import Features, Store, StoredFeature, unpack_strings, vocabulary_name
+from dpsr_tf.data.store import WORDS, Features, Store, StoredFeature, unpack_strings, vocabulary_name
 from dpsr_tokenizer import TokenizerConfig, Vocabulary
 
 CODES = "codes"
@@ -83,6 +84,11 @@ class CodeBook:
     def vocabulary(self, name: str | None = None) -> Path | None:
         """Returns the file of a vocabulary; None if the model does not read it."""
         path = self.path / CODES / vocabulary_name(name) if name else self.path / vocabulary_name()
+        return path if path.is_file() else None
+
+    def words(self) -> Path | None:
+        """Returns the vocabulary of the words that a rewriter reads and writes; None for another model."""
+        path = self.path / WORDS
         return path if path.is_file() else None
 
     def values(self, table: str, feature: str) -> list[str] | None:

@@ -307,7 +307,7 @@ def _write_manifest(
     out: Path, schema: Schema, shards: int, counts: Counts, features: Features, more: dict[str, Any]
 ) -> None:
     written_schema = to_dict(schema)
-    for section in ("ranking", "graph"):
+    for section in ("ranking", "graph", "rewriting"):
         if written_schema[section] is None:
             # The manifest is then that of a version without this section, which can read the store.
             del written_schema[section]

@@ -23,6 +23,7 @@ from dpsr_tf.data.store import interactions_names
 from dpsr_tokenizer import Vocabulary
 
 _UNCLICKED = tuple(EVENT_TYPES.index(name) for name in ("impression", "skip"))
+_WEIGHT_UNITS = 1 << 20
 # Columns whose names are keywords or functions of SQL have other names in the database.
 _SQL_NAMES = {"user": "user_row", "item": "item_row", "position": "shown_at"}
 
@@ -53,6 +54,11 @@ class InteractionLog:
         self._mines = self._has_requests and schema.mined_negatives > 0
         named = {"weight": self._has_weights, "label": schema.label, "position": schema.position}
         self._optional = [name for name, there in named.items() if there]
+
+    @property
+    def last_time(self) -> int:
+        """The time of the last row."""
+        return self._last_time
 
     def add(self, rows: pa.RecordBatch) -> None:
         """Adds rows as encode_interactions returns them. Rows that no file of the store needs are dropped."""
@@ -402,6 +408,13 @@ def _counted_from(first: int) -> Callable[[np.ndarray], np.ndarray]:
 def _md5_number(text: str, begin: int) -> str:
     """Returns SQL for 64 bits of the MD5 of a text, big endian, from hex digit `begin` (1 or 17) on."""
     return f"('0x' || substr(md5({text}), {begin}, 16))::UBIGINT"
+
+
+def summed_weights(database: Database) -> str:
+    """Returns SQL for the sum of the weights of rows of the table `pairs`."""
+    # Whole multiples of a small share of 1, because sums of floats depend on their order.
+    has_weights = "weight" in database.columns("pairs")
+    return f"sum(round(weight * {_WEIGHT_UNITS})::HUGEINT) / {_WEIGHT_UNITS}" if has_weights else "count(*)"
 
 
 def request_key(schema: InteractionsSchema) -> str:

@@ -362,6 +362,41 @@ class GraphSchema:
 
 
 @dataclasses.dataclass(frozen=True)
+class RewritingSchema:
+    """What a rewriter needs: words in their order, and pairs of queries that mean the same (docs/rewriting.md)."""
+
+    max_words: int = option(
+        16_384, "largest number of words with an id of their own; the most frequent ones get one", 1, 2**20
+    )
+    min_count: int = option(
+        2, "smallest number of titles and queries, together, in which a word gets an id of its own", 1
+    )
+    max_query_words: int = option(12, "number of words of a query that are kept, with the end of the query", 2, 128)
+    max_title_words: int = option(24, "number of words of a title that are kept, with the end of the title", 2, 512)
+    min_similarity: float = option(
+        0.1, "smallest cosine between the clicks of two queries with which they become a pair (0 to 1)", 0, 1
+    )
+    max_pairs: int = option(
+        20, "largest number of pairs that a query has as their source; the strongest ones are kept", 0, 10_000
+    )
+    max_queries_per_item: int = option(
+        100, "number of an item's queries, those with the most clicks, that are compared with one another", 1, 10_000
+    )
+    reformulation_minutes: float = option(
+        5.0,
+        "longest time between two queries of a session with which the second counts as a rewrite; 0 turns this off",
+        0,
+        1440,
+    )
+    min_reformulations: int = option(
+        2, "smallest number of times that a query must follow another with which they become a pair", 1, 1_000_000
+    )
+    min_lift: float = option(
+        10.0, "a query must follow the other this many times as often as it follows any query", 0, 1e9
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenizerSchema:
     """The kinds of tokens that a text is split into. They have the names of dpsr_tokenizer.TokenizerConfig."""
 
@@ -411,6 +446,7 @@ class Schema:
     users: UsersSchema | None = None
     ranking: RankingSchema | None = None
     graph: GraphSchema | None = None
+    rewriting: RewritingSchema | None = None
     tokenizer: TokenizerSchema = dataclasses.field(default_factory=TokenizerSchema)
     vocabulary: VocabularySchema = dataclasses.field(default_factory=VocabularySchema)
     vocabularies: dict[str, FeatureVocabulary] = option(

@@ -21,6 +21,12 @@ With a section `graph` also (dpsr_tf/data/click_graph.py):
 
     graph.dpsr                the edges between queries, items and attributes; or one file per shard
 
+With a section `rewriting` also (dpsr_tf/data/query_pairs.py):
+
+    vocabulary.words.dpsr     words and characters, for sequences
+    sequences.dpsr            the words of each title in their order
+    rewriting.dpsr            the words of each query, clicks, and pairs of queries; or one file per shard
+
 dpsr_tf/ops/training_store.h and docs/data_format.md describe the layout of each file.
 """
 
@@ -50,6 +56,8 @@ from dpsr_tokenizer import Vocabulary
 
 FORMAT = "dpsr-store"
 FORMAT_VERSION = 3
+# The vocabulary of sequences. No vocabulary of a text feature can have this name.
+WORDS = "vocabulary.words.dpsr"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +215,22 @@ class Store:
         """
         return [self._open(name) for name in graph_names(self._shards)] if self.schema.graph else []
 
+    @property
+    def words_path(self) -> Path:
+        """The vocabulary file of words and characters; only a store with a section `rewriting` has it."""
+        return self.path / WORDS
+
+    def sequences(self) -> PackedFile | None:
+        """Opens the words of the titles: sections `title.*`; None if the schema has no section `rewriting`."""
+        return self._open("sequences.dpsr") if self.schema.rewriting else None
+
+    def rewriting(self) -> list[PackedFile]:
+        """Opens queries, clicks and pairs of queries of all shards; [] if the schema has no section `rewriting`.
+
+        Sections `query_text.*`, `query.*`, `click.*`, `pair.*`.
+        """
+        return [self._open(name) for name in rewriting_names(self._shards)] if self.schema.rewriting else []
+
     def titles(self) -> list[str]:
         """Returns the title of each item, in the order of the item file."""
         return unpack_strings(self.packed_texts(), "title")
@@ -268,6 +292,11 @@ def graph_names(shards: int) -> list[str]:
     return _sharded("graph", shards)
 
 
+def rewriting_names(shards: int) -> list[str]:
+    """Returns the file names of queries and their pairs for a rewriter, one per shard."""
+    return _sharded("rewriting", shards)
+
+
 def _sharded(kind: str, shards: int) -> list[str]:
     if shards == 1:
         return [f"{kind}.dpsr"]
@@ -282,6 +311,8 @@ def file_names(schema: Schema, shards: int) -> list[str]:
     names = [*vocabularies, "users.dpsr", "items.dpsr", *interactions_names(shards), *held_out, "titles.dpsr", *filters]
     if schema.graph is not None:
         names += graph_names(shards)
+    if schema.rewriting is not None:
+        names += [WORDS, "sequences.dpsr", *rewriting_names(shards)]
     if schema.ranking is None:
         return names
     held_requests = ["held_requests.dpsr"] if held_out else []
