@@ -64,7 +64,8 @@ setup(
         "dpsr_tf.data": ["adapters/*.yaml"],
     },
     ext_modules=[
-        Extension(f"{package}._native", sources=[]) for package in ("dpsr_common", "dpsr_tokenizer", "dpsr_serving")
+        Extension(f"{package}._native", sources=[])
+        for package in ("dpsr_common", "dpsr_tokenizer", "dpsr_tf.ops", "dpsr_serving")
     ],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -94,6 +94,49 @@ class RaggedColumnFile:
     ) -> None:
         """Writes the lists `begin` to `end` as two sections of a packed file."""
         self._values.copy(file, values_name, *add_splits(file, splits_name, self._splits, begin, end))
+
+
+class RaggedRows:
+    """Lists of numbers that lie in several packed files, one after the other."""
+
+    def __init__(self, files: Sequence[tuple[np.ndarray, np.ndarray]]):
+        """`files` are row splits int64 [rows + 1] and values of one type."""
+        self._files = files
+        self._first = row_splits(np.array([len(splits) - 1 for splits, _ in files], np.int64))
+
+    def take(
+        self, rows: np.ndarray, most: int | None = None, skipped: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the first numbers of some lists, and their row splits.
+
+        Args:
+            rows: int [n]; -1 is an empty list.
+            most: how many numbers of a list, by default all.
+            skipped: int [n], a number that each list is taken without.
+        """
+        rows = np.asarray(rows, np.int64)
+        begins, lengths = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+        file_of = np.searchsorted(self._first, rows, side="right") - 1
+        for i, (splits, _) in enumerate(self._files):
+            here = np.flatnonzero((file_of == i) & (rows >= 0))
+            local = rows[here] - self._first[i]
+            begins[here], lengths[here] = splits[local], splits[local + 1] - splits[local]
+        if most is not None:
+            lengths = np.minimum(lengths, most + (skipped is not None) if most else 0)
+        taken = row_splits(lengths)
+        owner = np.repeat(np.arange(len(rows)), lengths)
+        places = begins[owner] + np.arange(taken[-1]) - taken[owner]
+        values = np.zeros(taken[-1], self._files[0][1].dtype if self._files else np.int32)
+        for i, (_, numbers) in enumerate(self._files):
+            mine = np.flatnonzero(file_of[owner] == i)
+            values[mine] = numbers[places[mine]]
+        if skipped is None or most is None:
+            return values, taken
+        kept = values != skipped[owner]
+        counts = np.bincount(owner[kept], minlength=len(rows))
+        # Where nothing was skipped, the list may be one too long.
+        rank = np.arange(int(counts.sum())) - np.repeat(row_splits(counts)[:-1], counts)
+        return values[kept][rank < most], row_splits(np.minimum(counts, most))
 
 
 def row_splits(lengths: np.ndarray) -> np.ndarray:

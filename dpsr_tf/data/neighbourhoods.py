@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dpsr_tf.data.column_files import row_splits
+from dpsr_tf.data.column_files import RaggedRows, row_splits
 from dpsr_tf.data.examples_dataset import Graph, Tokens
 from dpsr_tf.data.store import Store
 
@@ -33,15 +33,15 @@ class Neighbourhoods:
         first, *second = fan_out
         self._first, self._second, self._store = first, second[0] if second else 0, store
         graph, log, items = store.graph(), store.interactions(), store.items()
-        self._of_query = _Rows([(file["query.splits"], file["query.item"]) for file in graph])
-        self._of_item = _Rows([(file["item.splits"], file["item.query"]) for file in graph])
-        self._query_texts = _Rows([(file["query.splits"], file["query.tokens"]) for file in log])
-        self._item_texts = _Rows([(items["tokens.splits"], items["tokens.values"])])
+        self._of_query = RaggedRows([(file["query.splits"], file["query.item"]) for file in graph])
+        self._of_item = RaggedRows([(file["item.splits"], file["item.query"]) for file in graph])
+        self._query_texts = RaggedRows([(file["query.splits"], file["query.tokens"]) for file in log])
+        self._item_texts = RaggedRows([(items["tokens.splits"], items["tokens.values"])])
         self._codes = [items[f"feature.{name}"] for name in attributes]
         # The codes of all attributes stand one after the other, as in the table of values.
         self._offsets = row_splits(np.array([*attributes.values()], np.int64))[:-1]
         sections = [(f"value.{name}.splits", f"value.{name}.item") for name in attributes]
-        self._of_value = [_Rows([(graph[0][splits], graph[0][nodes])]) for splits, nodes in sections]
+        self._of_value = [RaggedRows([(graph[0][splits], graph[0][nodes])]) for splits, nodes in sections]
 
     @functools.cached_property
     def _known(self) -> dict[bytes, int]:
@@ -134,49 +134,6 @@ class Neighbourhoods:
             found.append(items)
             lengths.append(np.diff(splits))
         return np.concatenate(found), row_splits(np.concatenate(lengths))
-
-
-class _Rows:
-    """Lists of numbers that lie in several files one after the other."""
-
-    def __init__(self, files: Sequence[tuple[np.ndarray, np.ndarray]]):
-        """`files` are row splits int64 [rows + 1] and values int32."""
-        self._files = files
-        self._first = row_splits(np.array([len(splits) - 1 for splits, _ in files], np.int64))
-
-    def take(
-        self, rows: np.ndarray, most: int | None = None, skipped: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the first numbers of some lists, and their row splits.
-
-        Args:
-            rows: int [n]; -1 is an empty list.
-            most: how many numbers of a list, by default all.
-            skipped: int [n], a number that each list is taken without.
-        """
-        rows = np.asarray(rows, np.int64)
-        begins, lengths = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
-        file_of = np.searchsorted(self._first, rows, side="right") - 1
-        for i, (splits, _) in enumerate(self._files):
-            here = np.flatnonzero((file_of == i) & (rows >= 0))
-            local = rows[here] - self._first[i]
-            begins[here], lengths[here] = splits[local], splits[local + 1] - splits[local]
-        if most is not None:
-            lengths = np.minimum(lengths, most + (skipped is not None) if most else 0)
-        taken = row_splits(lengths)
-        owner = np.repeat(np.arange(len(rows)), lengths)
-        places = begins[owner] + np.arange(taken[-1]) - taken[owner]
-        values = np.zeros(taken[-1], np.int32)
-        for i, (_, numbers) in enumerate(self._files):
-            mine = np.flatnonzero(file_of[owner] == i)
-            values[mine] = numbers[places[mine]]
-        if skipped is None or most is None:
-            return values, taken
-        kept = values != skipped[owner]
-        counts = np.bincount(owner[kept], minlength=len(rows))
-        # Where nothing was skipped, the list may be one too long.
-        rank = np.arange(int(counts.sum())) - np.repeat(row_splits(counts)[:-1], counts)
-        return values[kept][rank < most], row_splits(np.minimum(counts, most))
 
 
 def _tokens(found: tuple[np.ndarray, np.ndarray]) -> Tokens:

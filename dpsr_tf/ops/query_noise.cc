@@ -169,4 +169,10 @@ std::string Misspelt(std::string_view text, double typo_rate, RandomStream* rand
   return Write(PiecesOf(text), typo_rate, random);
 }
 
+std::string Shortened(std::string_view text, double drop_rate, double typo_rate, RandomStream* random) {
+  std::vector<Piece> pieces = PiecesOf(text);
+  Filter(&pieces, [&](const Piece&) { return random->Fraction() >= drop_rate; });
+  return Write(std::move(pieces), typo_rate, random);
+}
+
 }  // namespace dpsr

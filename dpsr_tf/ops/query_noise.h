@@ -30,6 +30,8 @@ using KeepRate = std::function<double(std::string_view word)>;
 std::string PieceOf(std::string_view title, const KeepRate& keep_rate, double typo_rate, RandomStream* random);
 // Returns all of `text` with typing errors.
 std::string Misspelt(std::string_view text, double typo_rate, RandomStream* random);
+// Returns `text` with typing errors, and without each of its words with probability `drop_rate`; never without all.
+std::string Shortened(std::string_view text, double drop_rate, double typo_rate, RandomStream* random);
 
 constexpr size_t kLongestPiece = 6;
 

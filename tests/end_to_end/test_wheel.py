@@ -44,6 +44,7 @@ def test_wheel_holds_the_native_parts(wheel: Path) -> None:
         "dpsr_common/serving_apis.desc",
         "dpsr_tokenizer/_native.",
         "dpsr_tokenizer/libdpsr_tokenizer_ops.so",
+        "dpsr_tf/ops/_native.",
         "dpsr_tf/ops/libdpsr_training_ops.so",
         "dpsr_tf/configs/homedepot.yaml",
         "dpsr_tf/data/adapters/homedepot.yaml",
