@@ -275,7 +275,7 @@ class Assembler:
     def _write_items(self, vocabularies: dict[str | None, Vocabulary]) -> tuple[StoredFeature, ...]:
         """Writes items.dpsr, titles.dpsr and filters.dpsr."""
         schema, ids = self._schema.items, self._ids["items"]
-        others = [name for name in schema.text_names.values() if name != "title"]
+        others = [name for name in schema.text_names.values() if name != "title"] + list(schema.search_names)
         tokens = RaggedColumnFile(self._folder, np.int32)
         texts = {name: RaggedColumnFile(self._folder, np.uint8) for name in ("title", *others)}
         popularity = ColumnFile(self._folder, np.float32)

@@ -105,6 +105,7 @@ def encode_items(batch: pa.RecordBatch, schema: ItemsSchema, string_ids: bool) -
         - `key` large_string, the text id; only for text ids;
         - `title` and `text` large_string; a null title or text is empty here;
         - `text0`, `text1`, ... large_string: the columns of `text` but the title, see ItemsSchema.text_names;
+        - `searched0`, ..., `identifier0`, ..., `variants` large_string, empty for null: see ItemsSchema.search_names;
         - `popularity` float32; null where it is missing or the schema names no column;
         - `feature.NAME` for each feature: large_string (kinds categorical and text), float64 (number), or
           large_list<large_string> (multi), or large_list<float> (vector); null where it is unknown, or [] for a vector;
@@ -122,12 +123,15 @@ def encode_items(batch: pa.RecordBatch, schema: ItemsSchema, string_ids: bool) -
     rows = _Rows(batch)
     ids = rows.ids("item", schema.id, string_ids)
     title = schema.title or schema.text[0]
-    texts = {name: pc.fill_null(rows.text(name, name), "") for name in dict.fromkeys([*schema.text, title])}
+    search = schema.search_names
+    columns_of_text = dict.fromkeys([*schema.text, title, *search.values()])
+    texts = {name: pc.fill_null(rows.text(name, name), "") for name in columns_of_text}
     rows.reject_ids("item", schema.id, ids)
     columns = _id_columns(ids) | {
         "title": texts[title],
         "text": pc.binary_join_element_wise(*(texts[name] for name in schema.text), pa.scalar(" ", TEXT)),
         **{name: texts[column] for column, name in schema.text_names.items() if name != "title"},
+        **{name: texts[column] for name, column in search.items()},
         "popularity": pa.nulls(len(batch), pa.float32()),
     }
     if schema.popularity is not None:

@@ -353,7 +353,8 @@ def _read_tables(schema: Schema, files: dict[str, list[Path]], reader: _TableRea
 def _read_items(schema: Schema, files: Sequence[Path], reader: _TableReader) -> bool:
     """Reads the items. Returns whether their ids are text."""
     s = schema.items
-    columns = _columns([*s.text, s.title, s.id], [s.popularity], [*s.features, *s.filters])
+    texts = [*s.text, s.title, *s.search_names.values(), s.id]
+    columns = _columns(texts, [s.popularity], [*s.features, *s.filters])
     text_ids = _ids_are_text(files, s.id, columns)
     reader.read("items", files, *columns, lambda batch: encode_items(batch, s, text_ids))
     if len(reader.store.ids("items")) == 0:

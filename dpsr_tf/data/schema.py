@@ -151,6 +151,15 @@ class ItemsSchema:
     filters: tuple[Filter, ...] = option(
         (), "attributes that searches can filter by, such as brand, price and whether the item is in stock"
     )
+    searched: tuple[str, ...] = option(
+        (), "further columns with text that only the inverted index reads, such as bullet points; see docs/search.md"
+    )
+    identifiers: tuple[str, ...] = option(
+        (), "columns with an identifier, such as the model number: a query that is one is answered by its items"
+    )
+    group: str | None = option(
+        None, "column with the group of the item's variants, such as its colours; a search can show one of each group"
+    )
 
     @property
     def text_names(self) -> dict[str, str]:
@@ -158,6 +167,16 @@ class ItemsSchema:
         title = self.title or self.text[0]
         columns = dict.fromkeys(self.text)
         return {column: "title" if column == title else f"text{i}" for i, column in enumerate(columns)}
+
+    @property
+    def search_names(self) -> dict[str, str]:
+        """Name in encoded rows and in titles.dpsr -> column, of the texts that only searches read.
+
+        The names are `searched0`, ..., `identifier0`, ..., and `variants` for the group.
+        """
+        names = {f"searched{i}": column for i, column in enumerate(dict.fromkeys(self.searched))}
+        names |= {f"identifier{i}": column for i, column in enumerate(dict.fromkeys(self.identifiers))}
+        return names | ({"variants": self.group} if self.group is not None else {})
 
     def problem(self) -> str | None:
         """Describes values that are allowed one by one but not together; None if there are none."""

@@ -7,7 +7,8 @@
     items.dpsr                item ids, popularity, token ids, features
     interactions.dpsr         queries, positive pairs, impressions, supervised negatives; or one file per shard
     held_out.dpsr             positive pairs kept out of training, if the schema names any
-    titles.dpsr               item titles, for people and for title queries; the other texts that the towers read
+    titles.dpsr               item titles, for people and for title queries; the other texts that the towers read; what
+                              only `dpsr search` reads: further texts, identifiers, groups of variants
     filters.dpsr              attributes that searches filter items by, if the schema names any; training never reads it
 
 With a section `ranking` in the schema also (dpsr_tf/data/request_log.py):
@@ -236,7 +237,10 @@ class Store:
         return unpack_strings(self.packed_texts(), "title")
 
     def packed_texts(self) -> PackedFile:
-        """Opens the texts of the items: sections `title.*`, [`text0.*`, ...]; see ItemsSchema.text_names."""
+        """Opens the texts of the items: sections `title.*`, [`text0.*`, ...], [`searched0.*`, ...].
+
+        See ItemsSchema.text_names and ItemsSchema.search_names.
+        """
         return self._open("titles.dpsr")
 
     def texts(self) -> dict[str, list[str]]:

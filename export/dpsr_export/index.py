@@ -1,6 +1,6 @@
-"""`dpsr index`: embeds all items and builds the FAISS index.
+"""`dpsr index`: embeds all items and builds the FAISS index; with --inverted, an inverted index of their texts.
 
-The index directory holds
+The index directory of a model holds
 
     items.faiss            the FAISS index; its labels are the positions 0 to items - 1
     item_ids.dpsr          item id of each position; checksum of the index
@@ -29,7 +29,7 @@ import faiss
 import numpy as np
 from absl import flags
 
-from dpsr_common.errors import CommandError
+from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.files import link_or_copy
 from dpsr_common.typed_config import to_dict
 from dpsr_export import (
@@ -54,6 +54,7 @@ from dpsr_tf.training.train import config_from_flags
 
 USAGE = """
 Usage: dpsr index --model=MODEL --store=STORE --out=INDEX [--set=index.factory=FACTORY ...]
+       dpsr index --inverted --store=STORE --out=INVERTED [--analysis=OPTIONS]
 
 Computes the embeddings of all items with the last checkpoint of a model, and builds a FAISS index over them. The config
 value index.factory says which kind of index; "auto" chooses one by the number of items. If the model was trained with a
@@ -61,6 +62,9 @@ quantizer, the index is made of it, with its codes, and nothing is trained; a FA
 another index of the float embeddings, to compare. Then the command measures which
 share of the exact results the index finds (ann_recall) at several search parameters, and keeps the fastest that reach
 index.recall_target. If a run is killed, the next run continues where it stopped.
+
+With --inverted the command needs no model: it writes an inverted index of the texts of all items, and the catalogue
+that `dpsr search` filters, counts and groups items by.
 """
 
 FORMAT = "dpsr-index"
@@ -68,7 +72,14 @@ FORMAT_VERSION = 3
 # Number of query vectors that the recall report is measured with.
 _RECALL_QUERIES = 1000
 
-REQUIRED_FLAGS = ("model", "store", "out")
+_ANALYSIS_HELP = (
+    "how --inverted analyses texts: options joined by +, as in stem+trigrams=0.3+title=2. `stem` or `stem=LANGUAGE` "
+    "cuts words to their stems (English by default); `trigrams=WEIGHT` adds the letter trigrams of all words, and "
+    "`typos=WEIGHT` those of words that no item has, which find misspelt words; `simple` takes Tantivy's tokenizer in "
+    "place of the project's; COLUMN=WEIGHT makes a field of a text column. Without columns, all texts are one field"
+)
+
+REQUIRED_FLAGS = ("store", "out")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -79,6 +90,13 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_string("out", None, "directory to write the index to", flag_values=values)
     flags.DEFINE_boolean("overwrite", False, "replace an index that is already in the directory", flag_values=values)
+    flags.DEFINE_boolean(
+        "inverted",
+        False,
+        "write an inverted index of the texts, for `dpsr search`; needs no --model",
+        flag_values=values,
+    )
+    flags.DEFINE_string("analysis", "", _ANALYSIS_HELP, flag_values=values)
     flags.DEFINE_multi_string(
         "set", [], "change a value of the model's config, for example index.factory=auto", flag_values=values
     )
@@ -101,6 +119,13 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """Runs `dpsr index`."""
+    if values.inverted:
+        _run_inverted(values)
+        return
+    if values.model is None:
+        raise UsageError(f"--model is missing ({values['model'].help}); or give --inverted")
+    if values.analysis:
+        raise UsageError(f"--analysis={values.analysis}: is for inverted indexes; give --inverted, or leave it out")
     model, store = ModelDirectory.open(values.model), Store(values.store)
     config = config_from_flags(str(model.path / "config.yaml"), values.set) if values.set else model.config
     judged = None
@@ -121,6 +146,18 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         f"ann_recall@100 {manifest['ann_recall@100']:.4f}, {manifest['bytes'] / 1e6:.1f} MB"
         f"{'; ' + left_out if left_out else ''}"
     )
+
+
+def _run_inverted(values: flags.FlagValues) -> None:
+    for name in ("model", "set", "judgments", "min_ann_recall"):
+        if values[name].present:
+            raise UsageError(f"--{name} cannot be combined with --inverted: an inverted index has no model")
+    # Imports Tantivy, which other indexes do not need.
+    from dpsr_export import inverted_index
+
+    manifest = inverted_index.build(Store(values.store), Path(values.out), values.analysis, values.overwrite)
+    size = sum(record["bytes"] for record in manifest["files"].values())
+    print(f"inverted index {values.out}: {manifest['items']:,} items, {size / 1e6:.1f} MB")
 
 
 def build_index(

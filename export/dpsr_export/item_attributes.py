@@ -61,25 +61,30 @@ def write(directory: Path, store: Store) -> list[str]:
     if not store.schema.items.filters:
         return []
     ids = PackedFile(str(directory / "item_ids.dpsr"), "item_ids")["id"]
-    write_columns(directory, _columns(store, np.searchsorted(store.items()["id"], ids)))
+    write_columns(directory, columns(store, np.searchsorted(store.items()["id"], ids)))
     return [FILE]
 
 
 def write_columns(directory: Path, columns: Iterable[Column]) -> None:
     """Writes given attributes of the items in `directory`/item_ids.dpsr, in the order of their positions."""
     with _writer(directory) as file:
-        for column in columns:
-            values = column.values
-            if column.texts is None:
-                file.add(f"value.{column.name}", _narrow(values))
-                continue
-            codes, texts = _ordered(column.texts)
-            splits, data = pack_strings(texts)
-            file.add(f"value.{column.name}", codes[values])
-            if column.splits is not None:
-                file.add(f"splits.{column.name}", column.splits)
-            file.add(f"text.{column.name}.splits", splits)
-            file.add(f"text.{column.name}.bytes", data)
+        add_columns(file, columns)
+
+
+def add_columns(file: PackedFileWriter, columns: Iterable[Column]) -> None:
+    """Adds the sections value.*, splits.* and text.* of attributes to a packed file."""
+    for column in columns:
+        values = column.values
+        if column.texts is None:
+            file.add(f"value.{column.name}", _narrow(values))
+            continue
+        codes, texts = _ordered(column.texts)
+        splits, data = pack_strings(texts)
+        file.add(f"value.{column.name}", codes[values])
+        if column.splits is not None:
+            file.add(f"splits.{column.name}", column.splits)
+        file.add(f"text.{column.name}.splits", splits)
+        file.add(f"text.{column.name}.bytes", data)
 
 
 def copy_positions(source: Path, directory: Path, positions: NDArray[np.int64]) -> None:
@@ -107,8 +112,8 @@ def _writer(directory: Path) -> Iterator[PackedFileWriter]:
         yield file
 
 
-def _columns(store: Store, rows: NDArray[np.int64]) -> Iterator[Column]:
-    """Returns the filter attributes of some items of a store."""
+def columns(store: Store, rows: NDArray[np.int64]) -> Iterator[Column]:
+    """Returns the filter attributes of some items of a store, which has filters."""
     filters = store.filters()
     assert filters is not None
     for attribute in store.schema.items.filters:

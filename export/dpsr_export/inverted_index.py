@@ -1,0 +1,217 @@
+"""`dpsr index --inverted`: writes the inverted index of a store, with its catalogue of attributes.
+
+The directory holds
+
+    inverted.json     the store that it was made from, the fields with boosts and analyzers, the attributes, the columns
+                      of group and identifiers, and the sizes and checksums of the other files
+    catalogue.dpsr    what searches show, filter, count and group items by (dpsr_serving/gateway/catalogue.py)
+    tantivy/          the index; dpsr_serving/gateway/inverted.py reads it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tantivy
+from tqdm import tqdm
+
+from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.packed_file import PackedFile, PackedFileWriter
+from dpsr_export import item_attributes
+from dpsr_serving.gateway import catalogue as catalogue_file
+from dpsr_serving.gateway.catalogue import Catalogue, identifier_hash
+from dpsr_serving.gateway.inverted import Analysis, Field, column_name, tantivy_schema
+from dpsr_tf.data.store import Store, new_directory, pack_strings, unpack_strings
+
+# Bytes of memory in which Tantivy may collect items before it writes them: enough for one segment of a million items.
+_HEAP = 1 << 30
+
+
+def build(store: Store, out: Path, analysis: str = "", overwrite: bool = False) -> dict[str, Any]:
+    """Writes the directory `out`. If it fails, no directory is written, and an earlier one stays.
+
+    Args:
+        store: has the texts, attributes, groups and identifiers of the items.
+        out: the directory to write.
+        analysis: options as the help of the flag --analysis describes them.
+        overwrite: replaces an inverted index that is already there.
+
+    Returns:
+        The content of inverted.json.
+
+    Raises:
+        UsageError: the options are wrong.
+        CommandError: the directory cannot be written, or the store is damaged.
+    """
+    fields = parse_analysis(analysis, _texts(store))
+    items = store.schema.items
+    with new_directory(out, overwrite, "inverted index", catalogue_file.MANIFEST) as directory:
+        _write_catalogue(directory / catalogue_file.CATALOGUE, store)
+        manifest: dict[str, Any] = {
+            "format": catalogue_file.FORMAT,
+            "version": catalogue_file.FORMAT_VERSION,
+            "engine": "tantivy",
+            "tantivy_version": tantivy.__version__,
+            "store": {
+                "checksum": store.manifest["checksum"],
+                "vocabulary_fingerprint": f"{store.vocabulary.fingerprint:016x}",
+            },
+            "items": store.counts.items,
+            "fields": [dataclasses.asdict(field) for field in fields],
+            "attributes": [{"name": attribute.key, "kind": attribute.kind} for attribute in items.filters],
+            "group": items.group,
+            "identifiers": list(items.identifiers),
+        }
+        file = PackedFile(str(directory / catalogue_file.CATALOGUE), "catalogue", verify=False)
+        _write_tantivy(directory / catalogue_file.TANTIVY, Catalogue(manifest, file), fields, store)
+        # Tantivy lets only the owner read some files. Its lock files are made by whoever opens the index.
+        for path in directory.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.suffix != ".lock"]
+        manifest["files"] = {path.relative_to(directory).as_posix(): catalogue_file.file_record(path) for path in paths}
+        (directory / catalogue_file.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+def _texts(store: Store) -> dict[str, str]:
+    """Returns column -> name in titles.dpsr, of the texts that the inverted index reads by default."""
+    items = store.schema.items
+    searched = {column: name for name, column in items.search_names.items() if name.startswith("searched")}
+    return items.text_names | searched
+
+
+def parse_analysis(text: str, texts: Mapping[str, str]) -> list[Field]:
+    """Reads the options of --analysis.
+
+    Args:
+        text: options joined by +; "" for the defaults.
+        texts: column -> name in titles.dpsr, of the text columns.
+
+    Raises:
+        UsageError: an option is unknown, or a value is wrong.
+    """
+    where = f"--analysis={text}"
+    words, simple, weights = "words", False, dict.fromkeys(("trigrams", "typos"), 0.0)
+    columns: dict[str, float] = {}
+    language = ""
+    for option in text.split("+") if text else ():
+        name, equals, value = option.partition("=")
+        if name == "simple" and not equals:
+            simple = True
+        elif name == "stem" and bool(equals) == bool(value):
+            language = value or "english"
+        elif re.fullmatch(r"\d+(\.\d*)?|\.\d+", value) and float(value) > 0 and (name in weights or name in texts):
+            (weights if name in weights else columns)[name] = float(value)
+        else:
+            known = ", ".join(f"{column}=WEIGHT" for column in texts)
+            raise UsageError(
+                f"{where}: has the option '{option}', expected stem, stem=LANGUAGE, simple, trigrams=WEIGHT, "
+                f"typos=WEIGHT (weights above 0) or a text column: {known}"
+            )
+    if simple:
+        words = f"simple:{language}" if language else "simple"
+    elif language:
+        words = f"stems:{language}"
+    chosen = {column: texts[column] for column in columns or texts}
+    if columns:
+        fields = [Field(f"text{i}", (name,), words, columns[column]) for i, (column, name) in enumerate(chosen.items())]
+    else:
+        fields = [Field("text", tuple(chosen.values()), words)]
+    for name, weight in weights.items():
+        if weight:
+            fields.append(Field(name, tuple(chosen.values()), "trigrams", weight, name == "typos"))
+    try:
+        Analysis(fields)
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}") from None
+    return fields
+
+
+def _write_catalogue(path: Path, store: Store) -> None:
+    """Writes catalogue.dpsr."""
+    items, texts = store.items(), store.packed_texts()
+    with PackedFileWriter(str(path), "catalogue") as file:
+        file.add("id", items["id"])
+        for name, source in (("key", items), ("title", texts)):
+            for part in ("splits", "bytes"):
+                if f"{name}.{part}" in source:
+                    file.add(f"{name}.{part}", source[f"{name}.{part}"])
+        if store.schema.items.filters:
+            item_attributes.add_columns(file, item_attributes.columns(store, np.arange(len(items["id"]))))
+        if store.schema.items.group is not None:
+            names, codes = np.unique(np.array(_stripped(texts, "variants"), object), return_inverse=True)
+            groups = codes.astype(np.int32)
+            if len(names) and names[0] == "":  # the empty text is the first
+                names, groups = names[1:], groups - 1
+            splits, data = pack_strings(names.tolist())
+            file.add("group", groups.astype(np.int32))
+            file.add("group_text.splits", splits)
+            file.add("group_text.bytes", data)
+        hashes, rows = _identifiers(store, texts)
+        file.add("identifier.hash", hashes)
+        file.add("identifier.row", rows)
+
+
+def _stripped(texts: PackedFile, name: str) -> list[str]:
+    return [text.strip() for text in unpack_strings(texts, name)]
+
+
+def _identifiers(store: Store, texts: PackedFile) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the hashes of all identifiers and keys, uint64 ascending, and the rows that have them, int32."""
+    columns = [unpack_strings(texts, name) for name in store.schema.items.search_names if name.startswith("identifier")]
+    keys = store.item_keys()
+    pairs = {
+        (hashed, row)
+        for column in (*columns, *([keys] if keys is not None else []))
+        for row, text in enumerate(column)
+        if (hashed := identifier_hash(text)) is not None
+    }
+    ordered = sorted(pairs)
+    return np.array([hashed for hashed, _ in ordered], np.uint64), np.array([row for _, row in ordered], np.int32)
+
+
+def _write_tantivy(path: Path, catalogue: Catalogue, fields: Sequence[Field], store: Store) -> None:
+    """Writes the Tantivy index."""
+    path.mkdir()
+    analysis = Analysis(fields)
+    try:
+        index = tantivy.Index(tantivy_schema(catalogue, fields), path=str(path))
+        # One thread, so that the order of the documents is that of the rows: equal scores are then in order of ids.
+        writer = index.writer(heap_size=_HEAP, num_threads=1)
+        for row, document in enumerate(tqdm(documents(catalogue, analysis, store), "index", catalogue.num_items)):
+            entry = tantivy.Document()
+            entry.add_unsigned("row", row)
+            for field, tokens in zip(fields, document, strict=True):
+                entry.add_text(field.name, tokens)
+            for i, attribute in enumerate(catalogue.attributes.values()):
+                if attribute.numbers is not None:
+                    number = float(attribute.numbers[row])
+                    if number == number:  # not NaN
+                        entry.add_float(column_name(i), number)
+                else:
+                    codes, _ = attribute.codes_of(np.array([row]))
+                    for code in codes.tolist():
+                        entry.add_unsigned(column_name(i), code)
+            writer.add_document(entry)
+        writer.commit()
+        writer.wait_merging_threads()
+    except (ValueError, OSError) as error:
+        raise CommandError(f"{path}: Tantivy cannot write the index: {error}") from None
+
+
+def documents(catalogue: Catalogue, analysis: Analysis, store: Store) -> Iterator[list[str]]:
+    """Yields the tokens of each item in each field, joined by spaces."""
+    file = store.packed_texts()
+    names = list(dict.fromkeys(name for field in analysis.fields for name in field.texts))
+    columns = {name: unpack_strings(file, name) for name in names}
+    for row in range(catalogue.num_items):
+        yield [
+            " ".join(analysis.tokens(field, " ".join(columns[name][row] for name in field.texts)))
+            for field in analysis.fields
+        ]
