@@ -16,8 +16,11 @@ A field may be for unknown words only: then it is asked for those words of a que
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -215,8 +218,9 @@ class TantivyIndex:
         self.catalogue = catalogue
         self._analysis = Analysis(fields_of(catalogue.manifest))
         try:
-            index = tantivy.Index.open(str(directory / TANTIVY))
-            self._schema, self._searcher = index.schema, index.searcher()
+            with _with_lock_files(directory / TANTIVY) as path:
+                index = tantivy.Index.open(str(path))
+                self._schema, self._searcher = index.schema, index.searcher()
         except Exception as error:  # Tantivy raises ValueError, OSError, or its own errors
             raise CommandError(
                 f"{directory / TANTIVY}: cannot be opened: {error}; run `dpsr index --inverted` again"
@@ -281,6 +285,23 @@ class TantivyIndex:
         if not parts:
             return query.empty_query()
         return parts[0] if len(parts) == 1 else query.boolean_query([(tantivy.Occur.Should, part) for part in parts])
+
+
+@contextlib.contextmanager
+def _with_lock_files(path: Path) -> Iterator[Path]:
+    """Gives a path at which Tantivy can open the index in `path`, also if this process may not write there.
+
+    Tantivy makes a lock file beside the index whenever it opens one. A searcher has all its files mapped, so the path
+    is only needed until there is one.
+    """
+    if os.access(path, os.W_OK):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="dpsr-inverted-") as temporary:
+        for file in path.iterdir():
+            if file.suffix != ".lock":
+                (Path(temporary) / file.name).symlink_to(file.resolve())
+        yield Path(temporary)
 
 
 def column_name(place: int) -> str:
