@@ -60,6 +60,7 @@ setup(
     package_dir={name: os.path.normpath(f"{root}/{name}") for name, root in PACKAGE_ROOTS.items()},
     package_data={
         "": ["py.typed", "*.pyi", "*.yaml"],
+        "dpsr_serving.gateway": ["*.proto", "page/*"],
         "dpsr_tf": ["configs/*.yaml"],
         "dpsr_tf.data": ["adapters/*.yaml"],
     },

@@ -39,12 +39,16 @@ GROUP = "dpsr.commands"
 _ORDER = (
     *("demo", "generate", "tokenize", "ingest"),
     *("train", "launch", "index", "export"),
-    *("serve", "proxy", "place", "query"),
+    *("serve", "proxy", "place", "query", "search"),
     *("evaluate", "report"),
 )
 
 # The extra of DPSR that installs a package. All other packages come with `train`.
-_EXTRAS = {"faiss": "faiss-cpu"} | dict.fromkeys(("markdown", "sklearn", "threadpoolctl"), "report")
+_EXTRAS = (
+    {"faiss": "faiss-cpu"}
+    | dict.fromkeys(("markdown", "sklearn", "threadpoolctl"), "report")
+    | dict.fromkeys(("aiohttp", "grpc_reflection", "opensearchpy", "tantivy"), "gateway")
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,10 +46,18 @@ def read_file(path: str | Path, parse: Callable[[str], T]) -> T:
         raise UsageError(f"{path}: {error}") from error
 
 
-def load_yaml(text: str) -> Any:
-    """Returns the value that a YAML text stands for; {} for an empty text. Raises UsageError if it is not YAML."""
+def load_yaml(text: str, lines: bool = False) -> Any:
+    """Returns the value that a YAML text stands for; {} for an empty text.
+
+    Args:
+        text: the text.
+        lines: whether mappings remember the lines of their keys, which the errors of a Section then name.
+
+    Raises:
+        UsageError: the text is not YAML.
+    """
     try:
-        tree = yaml.load(text, Loader=_StrictLoader)
+        tree = yaml.load(text, Loader=_LineLoader if lines else _StrictLoader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         raise UsageError(f"not valid YAML: {error}") from error
     return {} if tree is None else tree
@@ -89,6 +97,28 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _LinedMapping(dict[Any, Any]):
+    """A mapping of a file. `lines` holds the line of each key, and of the mapping itself under None."""
+
+    lines: dict[Any, int]
+
+
+class _LineLoader(_StrictLoader):
+    """Makes mappings that remember the lines of their keys."""
+
+    def construct_lined_mapping(self, node: yaml.MappingNode) -> Iterator[_LinedMapping]:
+        mapping = _LinedMapping()
+        mapping.lines = {None: node.start_mark.line + 1}
+        yield mapping
+        mapping.update(self.construct_mapping(node))
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode):
+                mapping.lines[self.construct_object(key_node)] = key_node.start_mark.line + 1
+
+
+_LineLoader.add_constructor("tag:yaml.org,2002:map", _LineLoader.construct_lined_mapping)
+
+
 class Section:
     """One mapping of a configuration file, with typed readers of its values.
 
@@ -110,13 +140,21 @@ class Section:
             raise UsageError(f"{where}: got {tree!r}, expected a mapping with the keys {', '.join(allowed)}")
         for name in tree:
             if name not in allowed:
-                raise UsageError(f"{where}: unknown key {name!r}, allowed: {', '.join(allowed)}")
+                line = _line_of(tree, name)
+                raise UsageError(f"{line}{where}: unknown key {name!r}, allowed: {', '.join(allowed)}")
         self.key = f"{key}." if key else ""
         self.tree = tree
 
+    def error(self, name: str, words: str) -> UsageError:
+        """Returns the error for the value of a key; `words` say what was given and what is expected."""
+        return UsageError(f"{_line_of(self.tree, name)}{self.key}{name}: {words}")
+
     def section(self, name: str, allowed: tuple[str, ...]) -> Section:
         """Returns the section below a key; an empty one if the key is not there."""
-        return Section(f"{self.key}{name}", self.tree.get(name, {}), allowed)
+        value = self.tree.get(name, {})
+        if not isinstance(value, dict):
+            raise self.error(name, f"got {value!r}, expected a mapping with the keys {', '.join(allowed)}")
+        return Section(f"{self.key}{name}", value, allowed)
 
     def text(self, name: str, default: T, check: Callable[[str], bool] = bool, words: str = "") -> str | T:
         """Reads a string that is not empty and passes `check`. `words` say in the error what is expected."""
@@ -160,5 +198,12 @@ class Section:
             return default
         value = self.tree[name]
         if not valid(value):
-            raise UsageError(f"{self.key}{name}: got {value!r}, expected {words}")
+            raise self.error(name, f"got {value!r}, expected {words}")
         return value
+
+
+def _line_of(tree: Any, name: Any) -> str:
+    """Returns "line 7: " for a key of a mapping that remembers lines, else "". A missing key has its mapping's line."""
+    lines = getattr(tree, "lines", {})
+    line = lines.get(name, lines.get(None))
+    return "" if line is None else f"line {line}: "
