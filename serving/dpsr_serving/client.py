@@ -32,6 +32,7 @@ from dpsr_serving.search import (
     PADDING_ID,
     Ranking,
     RankOptions,
+    Rewrite,
     Search,
     SearchOptions,
     SearchResult,
@@ -42,10 +43,21 @@ from dpsr_serving.search import (
     make_request,
     make_search,
     results,
+    rewrite_tensors,
+    rewrites_of,
     scores_of,
 )
 
-__all__ = ["AsyncSearchClient", "ModelVersion", "SearchClient", "SearchResult", "ServingError", "Tls", "User"]
+__all__ = [
+    "AsyncSearchClient",
+    "ModelVersion",
+    "Rewrite",
+    "SearchClient",
+    "SearchResult",
+    "ServingError",
+    "Tls",
+    "User",
+]
 
 Retriever = Callable[[Sequence[Text], Sequence[Any] | None, int], tuple[NDArray[np.int64], NDArray[np.float32]]]
 
@@ -224,6 +236,18 @@ class _Client(ABC, Generic[_ChannelT]):
             "rank", lambda known: known.rank_tensors(ranking), deadline, self._with(metadata)
         )
         return self._read(lambda: scores_of(response, len(ranking.items)), "rank")
+
+    def _rewrite_flow(
+        self, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None
+    ) -> _Flow[list[list[Rewrite]]]:
+        batch = len(tensors["query"])
+        if not batch:
+            return []
+        deadline = time.monotonic() + self._timeout_s
+        # Every rewriter has the same inputs, so that there is nothing to learn from the server.
+        request = make_request(self._spec, "rewrite", tensors)
+        response, _ = yield from self._predict(request, deadline, self._with(metadata))
+        return self._read(lambda: rewrites_of(response, batch), "rewrite")
 
     def _ask(
         self,
@@ -412,6 +436,33 @@ class SearchClient(_Client[grpc.Channel]):
         """
         return self._run(self._rank_flow(make_ranking(query, items, **options), metadata))
 
+    def rewrite(
+        self,
+        queries: Text | Sequence[Text],
+        n: int = 3,
+        seed: int = 0,
+        *,
+        metadata: Mapping[str, str] | None = None,
+    ) -> list[list[Rewrite]]:
+        """Writes queries in other words, with a servable that `dpsr export` wrote for a rewriter.
+
+        Args:
+            queries: one query or several; bytes need not be valid UTF-8.
+            n: largest number of rewrites of a query. A servable has a limit, and refuses more.
+            seed: rewrites of a query that is not in the servable's table may be drawn by chance; the same seed draws
+                the same ones.
+            metadata: gRPC metadata of this call; it overrides the client's.
+
+        Returns:
+            For each query at most n rewrites, best first; none of them empty or the query itself. An empty query, or
+            one without a word, has no rewrites.
+
+        Raises:
+            ServingError: the server refused the request or did not answer in time.
+            ValueError: a value cannot be sent, or n is above the limit of the servable.
+        """
+        return self._run(self._rewrite_flow(rewrite_tensors(queries, n, seed), metadata))
+
     def model_status(self) -> list[ModelVersion]:
         """Returns the model's versions, newest first.
 
@@ -482,6 +533,17 @@ class AsyncSearchClient(_Client[grpc.aio.Channel]):
     ) -> NDArray[np.float32]:
         """See SearchClient.rank."""
         return await self._run(self._rank_flow(make_ranking(query, items, **options), metadata))
+
+    async def rewrite(
+        self,
+        queries: Text | Sequence[Text],
+        n: int = 3,
+        seed: int = 0,
+        *,
+        metadata: Mapping[str, str] | None = None,
+    ) -> list[list[Rewrite]]:
+        """See SearchClient.rewrite."""
+        return await self._run(self._rewrite_flow(rewrite_tensors(queries, n, seed), metadata))
 
     async def model_status(self) -> list[ModelVersion]:
         """See SearchClient.model_status."""

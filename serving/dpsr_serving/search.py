@@ -117,6 +117,20 @@ class Ranking:
     dpsr_scores: Sequence[float]
 
 
+@dataclasses.dataclass(frozen=True)
+class Rewrite:
+    """Another way to say a query.
+
+    Attributes:
+        text: the rewrite; never empty.
+        log_probability: the model's natural logarithm of the rewrite's probability, at most 0; the higher, the better.
+            0 for a rewrite that the shop's list prescribes.
+    """
+
+    text: str
+    log_probability: float
+
+
 Users = User | Mapping[str, Any] | Sequence[User | Mapping[str, Any] | None] | None
 
 
@@ -171,6 +185,18 @@ def make_ranking(query: Text, items: Sequence[int | str], **options: Unpack[Rank
     if scores and len(scores) != len(items):
         raise ValueError(f"{len(scores)} dpsr_scores for {len(items)} items; give one for each item, or none")
     return Ranking(query, list(items), _user(options.get("user")) or User(), options.get("user_id"), scores)
+
+
+def rewrite_tensors(queries: Text | Sequence[Text], n: int, seed: int) -> dict[str, NDArray[Any]]:
+    """Returns the input tensors of a request to rewrite. Raises ValueError for what is not a text or not an integer."""
+    batch = [queries] if isinstance(queries, (str, bytes)) else list(queries)
+    if wrong := [query for query in batch if not isinstance(query, (str, bytes))]:
+        raise ValueError(f"queries must be texts, got {wrong[0]!r}")
+    for name, value, least, most in (("n", n, 1, 2**31), ("seed", seed, -(2**63), 2**63)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value < most:
+            expected = "a positive int32" if name == "n" else "an int64"
+            raise ValueError(f"{name} must be {expected}, got {value!r}")
+    return {"query": _texts(batch), "n": np.array(n, np.int32), "seed": np.array(seed, np.int64)}
 
 
 def _user(user: User | Mapping[str, Any] | None) -> User | None:
@@ -500,6 +526,32 @@ def scores_of(response: Any, items: int) -> NDArray[np.float32]:
     if scores.dtype != np.float32 or scores.shape != (items,):
         raise ValueError(f"output 'scores' is {scores.dtype.name} {list(scores.shape)}, expected float32 [{items}]")
     return scores
+
+
+def rewrites_of(response: Any, batch: int) -> list[list[Rewrite]]:
+    """Returns the rewrites of each query, best first. Raises ValueError if the response is not that of a rewriter."""
+    arrays = []
+    for name, kind in (("rewrites", "O"), ("log_probabilities", "f4")):
+        if name not in response.outputs:
+            raise ValueError(f"the output {name!r} is missing; there are {sorted(response.outputs)}")
+        array = to_numpy(response.outputs[name])
+        if array.dtype != np.dtype(kind) or array.ndim != 2 or array.shape[0] != batch:
+            raise ValueError(
+                f"output {name!r} is {array.dtype.name} {list(array.shape)}, "
+                f"expected {'string' if kind == 'O' else 'float32'} [{batch}, n]"
+            )
+        arrays.append(array)
+    texts, scores = arrays
+    if texts.shape != scores.shape:
+        raise ValueError(f"rewrites have the shape {list(texts.shape)}, but log_probabilities {list(scores.shape)}")
+    return [
+        [
+            Rewrite(text.decode("utf-8", "replace"), float(score))
+            for text, score in zip(*row, strict=True)
+            if text  # the rows are padded with empty texts
+        ]
+        for row in zip(texts, scores, strict=True)
+    ]
 
 
 def _decode(outputs: Any, batch: int) -> dict[str, NDArray[Any]]:
