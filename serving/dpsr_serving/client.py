@@ -216,10 +216,12 @@ class _Client(ABC, Generic[_ChannelT]):
     def _open(self, tls: Tls | None) -> _ChannelT:
         """Opens a channel to the target."""
 
-    def _search_flow(self, search: Search, metadata: Mapping[str, str] | None) -> _Flow[list[SearchResult]]:
+    def _search_flow(
+        self, search: Search, metadata: Mapping[str, str] | None, timeout_s: float | None = None
+    ) -> _Flow[list[SearchResult]]:
         if not search.queries:
             return []
-        deadline = time.monotonic() + self._timeout_s
+        deadline = self._deadline(timeout_s)
         sent = self._with(metadata)
         if search.plain:
             request = make_request(self._spec, "serving_default", {"query": np.array(search.queries, object)})
@@ -228,22 +230,24 @@ class _Client(ABC, Generic[_ChannelT]):
         response, trailing = yield from self._ask("search", lambda known: known.tensors(search), deadline, sent)
         return self._read(lambda: results(response, len(search.queries), trailing), "search")
 
-    def _rank_flow(self, ranking: Ranking, metadata: Mapping[str, str] | None) -> _Flow[NDArray[np.float32]]:
+    def _rank_flow(
+        self, ranking: Ranking, metadata: Mapping[str, str] | None, timeout_s: float | None = None
+    ) -> _Flow[NDArray[np.float32]]:
         if not ranking.items:
             return np.zeros(0, np.float32)
-        deadline = time.monotonic() + self._timeout_s
+        deadline = self._deadline(timeout_s)
         response, _ = yield from self._ask(
             "rank", lambda known: known.rank_tensors(ranking), deadline, self._with(metadata)
         )
         return self._read(lambda: scores_of(response, len(ranking.items)), "rank")
 
     def _rewrite_flow(
-        self, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None
+        self, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None, timeout_s: float | None = None
     ) -> _Flow[list[list[Rewrite]]]:
         batch = len(tensors["query"])
         if not batch:
             return []
-        deadline = time.monotonic() + self._timeout_s
+        deadline = self._deadline(timeout_s)
         # Every rewriter has the same inputs, so that there is nothing to learn from the server.
         request = make_request(self._spec, "rewrite", tensors)
         response, _ = yield from self._predict(request, deadline, self._with(metadata))
@@ -336,6 +340,9 @@ class _Client(ABC, Generic[_ChannelT]):
             code, details = error.code(), error.details() or ""
             kind = InvalidRequestError if code is grpc.StatusCode.INVALID_ARGUMENT else ServingError
             raise kind(code, self._explain(code, details), details) from None
+
+    def _deadline(self, timeout_s: float | None) -> float:
+        return time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
 
     def _with(self, metadata: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
         """Returns the client's metadata, overridden by that of a call."""
@@ -517,11 +524,12 @@ class AsyncSearchClient(_Client[grpc.aio.Channel]):
         k: int | None = None,
         *,
         metadata: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
         **options: Unpack[SearchOptions],
     ) -> list[SearchResult]:
-        """See SearchClient.search."""
+        """See SearchClient.search. `timeout_s` are the seconds that this call may take; None: those of the client."""
         asked = make_search(queries, k, **options)
-        return await self._run(self._search_flow(asked, metadata))
+        return await self._run(self._search_flow(asked, metadata, timeout_s))
 
     async def rank(
         self,
@@ -529,10 +537,11 @@ class AsyncSearchClient(_Client[grpc.aio.Channel]):
         items: Sequence[int | str],
         *,
         metadata: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
         **options: Unpack[RankOptions],
     ) -> NDArray[np.float32]:
-        """See SearchClient.rank."""
-        return await self._run(self._rank_flow(make_ranking(query, items, **options), metadata))
+        """See SearchClient.rank, and `search` for `timeout_s`."""
+        return await self._run(self._rank_flow(make_ranking(query, items, **options), metadata, timeout_s))
 
     async def rewrite(
         self,
@@ -541,13 +550,18 @@ class AsyncSearchClient(_Client[grpc.aio.Channel]):
         seed: int = 0,
         *,
         metadata: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
     ) -> list[list[Rewrite]]:
-        """See SearchClient.rewrite."""
-        return await self._run(self._rewrite_flow(rewrite_tensors(queries, n, seed), metadata))
+        """See SearchClient.rewrite, and `search` for `timeout_s`."""
+        return await self._run(self._rewrite_flow(rewrite_tensors(queries, n, seed), metadata, timeout_s))
 
     async def model_status(self) -> list[ModelVersion]:
         """See SearchClient.model_status."""
         return await self._run(self._status_flow())
+
+    async def signature(self, name: str = "search") -> Signature:
+        """Asks for the inputs of a signature of the model, "search" or "rank". Raises ServingError."""
+        return await self._run(self._learn(name, self._deadline(None), self._with(None)))
 
     async def _run(self, flow: _Flow[T]) -> T:
         try:
