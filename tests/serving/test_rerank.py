@@ -1,0 +1,353 @@
+"""Re-ranking: collapse, diversity, and the rules of merchandisers."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpsr_common.errors import UsageError
+from dpsr_common.typed_config import from_dict
+from dpsr_serving.gateway.rerank import (
+    DiversityConfig,
+    Reranked,
+    RerankConfig,
+    Reranker,
+    RuleFile,
+    diversify,
+    normalise,
+    read_rules,
+)
+
+
+class Shop:
+    """A catalogue in memory: item i has the id 100 + i."""
+
+    def __init__(self, brands: str, groups: dict[int, int] | None = None) -> None:
+        self.brands = brands
+        self.groups = groups or {}
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        rows = np.asarray(ids) - 100
+        return np.where((rows >= 0) & (rows < len(self.brands)), rows, -1)
+
+    def group(self, rows: np.ndarray) -> np.ndarray:
+        return np.array([self.groups.get(int(row), -1 - int(row)) for row in rows], np.int64)
+
+    def matches(self, rows: np.ndarray, filters: Any) -> np.ndarray:
+        return np.array([row >= 0 and self.brands[row] in filters["brand"] for row in rows], bool)
+
+    def codes(self, name: str, rows: np.ndarray) -> list[list[int]]:
+        return [[ord(self.brands[row])] if row >= 0 and self.brands[row] != "-" else [] for row in rows]
+
+    def find(self, item: int | str) -> int:
+        number = int(str(item).removeprefix("key-"))
+        return number if self.rows(np.array([number]))[0] >= 0 else -1
+
+    def check_filters(self, filters: Any) -> Any:
+        if not isinstance(filters, dict) or set(filters) != {"brand"}:
+            raise ValueError(f"got {filters!r}, expected conditions on brand")
+        return filters
+
+
+def rerank(shop: Shop, config: dict[str, Any], rules: RuleFile | None = None, **options: Any) -> Reranked:
+    n = options.pop("n", len(shop.brands))
+    ids = np.arange(100, 100 + n)
+    scores = options.pop("scores", np.linspace(1, 0.5, n))
+    given = {"query": "red shoes", "now": 0.0, **options}
+    reranker = Reranker(from_dict(RerankConfig, config, "rerank"), shop, rules)
+    return reranker.apply(ids, shop.rows(ids), scores, **given)
+
+
+def rules_of(tmp_path: Path, shop: Shop, text: str) -> RuleFile:
+    path = tmp_path / "rules.yaml"
+    path.write_text(text)
+    return RuleFile(path, shop)
+
+
+NOTHING = {"collapse": False}
+
+
+def test_without_steps_the_list_stays() -> None:
+    found = rerank(Shop("AAAB"), NOTHING)
+    assert found.ids.tolist() == [100, 101, 102, 103]
+    assert found.source.tolist() == found.rows.tolist() == [0, 1, 2, 3]
+    assert found.variants.tolist() == [1, 1, 1, 1]
+    assert found.reasons(0) == []
+
+
+def test_an_empty_list_stays_empty() -> None:
+    config = {"collapse": True, "diversity": {"attributes": ["brand"]}}
+    found = rerank(Shop("AB"), config, n=0)
+    assert found.ids.tolist() == [] and found.ids.dtype == np.int64
+
+
+# Collapse.
+
+
+def test_the_best_variant_stands_for_its_group() -> None:
+    shop = Shop("AAAAA", groups={0: 7, 1: 8, 2: 7, 4: 7})
+    found = rerank(shop, {"collapse": True})
+    assert found.ids.tolist() == [100, 101, 103]
+    assert found.variants.tolist() == [3, 1, 1]
+    assert found.reasons(0) == ["stands for 3 variants"]
+    assert found.reasons(2) == ["moved from 4 to 3"]
+
+
+def test_items_that_the_catalogue_does_not_know_do_not_collapse() -> None:
+    shop = Shop("AA")
+    reranker = Reranker(RerankConfig(), shop)
+    found = reranker.apply(np.array([5, 101, 6]), np.array([-1, 1, -1]), np.array([3.0, 2.0, 1.0]), "q", 0)
+    assert found.ids.tolist() == [5, 101, 6] and found.variants.tolist() == [1, 1, 1]
+
+
+# Diversity.
+
+
+def test_mmr_takes_another_brand_where_scores_are_close() -> None:
+    shop = Shop("AAABA")
+    config = {"diversity": {"attributes": ["brand"]}}
+    assert rerank(shop, config, scores=np.array([1, 0.95, 0.94, 0.9, 0])).ids.tolist() == [100, 103, 101, 102, 104]
+    # An item that is much worse does not move up because it is different.
+    assert rerank(shop, config, scores=np.array([1, 0.95, 0.94, 0.1, 0])).ids.tolist() == [100, 101, 102, 103, 104]
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.2, 0.5, 0.8, 1.0])
+def test_mmr_is_the_formula(strength: float) -> None:
+    """Compares with a slow implementation of the formula."""
+    random = np.random.default_rng(7)
+    n, window = 40, 5
+    scores = np.sort(random.random(n))[::-1]
+    values = [
+        [[int(code)] for code in random.integers(1, 5, n)],
+        [random.permutation(6)[:2].tolist() for _ in range(n)],
+    ]
+    config = DiversityConfig(("brand", "colour"), strength=strength, window=window)
+
+    relevance = (scores - scores[-1]) / (scores[0] - scores[-1])
+    order: list[int] = []
+    left = list(range(n))
+    while left:
+
+        def value(result: int) -> float:
+            common = [any({*column[result]} & {*column[other]} for other in order[-window:]) for column in values]
+            return round((1 - strength) * relevance[result] - strength * sum(common) / 2, 9)
+
+        order.append(max(left, key=lambda result: (value(result), -result)))
+        left.remove(order[-1])
+    assert diversify(config, scores, values) == order
+
+
+@pytest.mark.parametrize("scores", [[1, 1, 1, 1], [np.inf, np.nan, -np.inf, -np.inf], [0.1, 0.9, 0.5, 0.2]])
+def test_mmr_bears_scores_that_are_equal_or_no_numbers(scores: list[float]) -> None:
+    found = rerank(Shop("AAAB"), {"diversity": {"attributes": ["brand"]}}, scores=np.array(scores))
+    assert sorted(found.ids.tolist()) == [100, 101, 102, 103] and found.ids[0] == 100
+
+
+def test_missing_values_resemble_nothing() -> None:
+    config = {"diversity": {"attributes": ["brand"], "strength": 1.0}}
+    assert rerank(Shop("----A"), config).ids.tolist() == [100, 101, 102, 103, 104]
+
+
+def test_window_allows_so_many_of_a_value_among_neighbours() -> None:
+    config = {"diversity": {"attributes": ["brand"], "method": "window", "window": 4, "most": 2}}
+    found = rerank(Shop("AAAAABBC"), config)
+    brands = "".join("AAAAABBC"[row] for row in found.rows)
+    assert brands == "AABBAACA"
+    assert all(brands[at : at + 4].count("A") <= 2 for at in range(4))
+
+
+def test_window_without_others_keeps_the_order() -> None:
+    config = {"diversity": {"attributes": ["brand"], "method": "window", "most": 1}}
+    assert rerank(Shop("AAA"), config).ids.tolist() == [100, 101, 102]
+
+
+def test_only_the_first_results_change_places() -> None:
+    config = {"diversity": {"attributes": ["brand"], "strength": 1.0, "size": 3}}
+    assert rerank(Shop("AAABBB"), config).ids.tolist() == [100, 101, 102, 103, 104, 105]
+    config["diversity"]["size"] = 4
+    assert rerank(Shop("AAABBB"), config).ids.tolist() == [100, 103, 101, 102, 104, 105]
+
+
+@pytest.mark.parametrize(
+    ("diversity", "words"),
+    [
+        ({}, "key 'attributes' is missing"),
+        ({"attributes": []}, "expected at least one"),
+        ({"attributes": ["brand"], "method": "best"}, "expected one of mmr, window"),
+        ({"attributes": ["brand"], "most": 2}, "most belongs to the method window"),
+        ({"attributes": ["brand"], "method": "window", "strength": 0.5}, "strength belongs to the method mmr"),
+        ({"attributes": ["brand"], "strength": 1.5}, "expected 0 to 1"),
+        ({"attributes": ["brand"], "windows": 3}, "did you mean 'window'"),
+    ],
+)
+def test_wrong_diversity(diversity: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        from_dict(RerankConfig, {"diversity": diversity}, "pipelines.full.rerank")
+
+
+# Rules.
+
+
+def test_pinned_items_take_their_places(tmp_path: Path) -> None:
+    shop = Shop("AAAAAA")
+    rules = rules_of(tmp_path, shop, "two:\n  pin: [104, 102]\nlater:\n  pin: [105]\n  pin_at: 4\n")
+    found = rerank(shop, NOTHING, rules)
+    assert found.ids.tolist() == [104, 102, 100, 105, 101, 103]
+    assert found.reasons(0) == ["moved from 5 to 1", "two: pinned"]
+    assert found.reasons(3) == ["moved from 6 to 4", "later: pinned"]
+
+
+def test_pins_for_one_place_follow_each_other(tmp_path: Path) -> None:
+    shop = Shop("AAAA")
+    rules = rules_of(tmp_path, shop, "a:\n  pin: [103]\nb:\n  pin: [102]\nc:\n  pin: [103]\n  pin_at: 4\n")
+    assert rerank(shop, NOTHING, rules).ids.tolist() == [103, 102, 100, 101]
+
+
+def test_a_pin_beyond_the_end_is_last(tmp_path: Path) -> None:
+    shop = Shop("AAAA")
+    rules = rules_of(tmp_path, shop, "a:\n  pin: [100, 101]\n  pin_at: 90\n")
+    assert rerank(shop, NOTHING, rules).ids.tolist() == [102, 103, 100, 101]
+
+
+def test_a_pinned_item_that_recall_did_not_find_is_added_if_it_matches_the_filters(tmp_path: Path) -> None:
+    shop = Shop("AAAB")
+    rules = rules_of(tmp_path, shop, "a:\n  pin: [103]\n")
+    found = rerank(shop, NOTHING, rules, n=2)
+    assert found.ids.tolist() == [103, 100, 101] and found.source.tolist() == [-1, 0, 1]
+    assert found.rows.tolist() == [3, 0, 1]
+    assert found.reasons(0) == ["not found by recall", "a: pinned"]
+    assert rerank(shop, NOTHING, rules, n=2, filters={"brand": ["A"]}).ids.tolist() == [100, 101]
+    assert rerank(shop, NOTHING, rules, n=0).ids.tolist() == [103]
+
+
+def test_a_pinned_variant_stands_for_its_group(tmp_path: Path) -> None:
+    shop = Shop("AAAAA", groups={0: 7, 2: 7, 3: 7})
+    rules = rules_of(tmp_path, shop, "a:\n  pin: [102]\n  pin_at: 2\n")
+    found = rerank(shop, {"collapse": True}, rules)
+    assert found.ids.tolist() == [101, 102, 104] and found.variants.tolist() == [1, 3, 1]
+    rules = rules_of(tmp_path, shop, "a:\n  pin: [103, 102]\n")
+    assert rerank(shop, {"collapse": True}, rules).ids.tolist() == [103, 102, 101, 104]
+
+
+def test_boost_and_bury_move_items_and_add_up(tmp_path: Path) -> None:
+    shop = Shop("AABABA")
+    rules = rules_of(tmp_path, shop, "a:\n  boost: {filters: {brand: [B]}, places: 2}\n")
+    assert rerank(shop, NOTHING, rules).ids.tolist() == [102, 100, 101, 104, 103, 105]
+    rules = rules_of(tmp_path, shop, "a:\n  bury: {items: [100, key-101]}\n")
+    found = rerank(shop, NOTHING, rules)
+    assert found.ids.tolist() == [102, 103, 104, 105, 100, 101]
+    assert found.reasons(5) == ["moved from 2 to 6", "a: buried"]
+    both = "a:\n  boost: {items: [103], places: 2}\n  bury: {items: [103], places: 1}\n"
+    assert rerank(shop, NOTHING, rules_of(tmp_path, shop, both)).ids.tolist() == [100, 101, 103, 102, 104, 105]
+
+
+def test_rules_come_after_diversity(tmp_path: Path) -> None:
+    shop = Shop("AAB")
+    rules = rules_of(tmp_path, shop, "a:\n  bury: {filters: {brand: [B]}}\n")
+    found = rerank(shop, {"diversity": {"attributes": ["brand"], "strength": 1.0}}, rules)
+    assert found.ids.tolist() == [100, 101, 102]
+
+
+@pytest.mark.parametrize(
+    ("condition", "query", "applies"),
+    [
+        ("queries: [red shoes]", "  Red  SHOES ", True),
+        ("queries: [red shoes]", "red shoes sale", False),
+        ("queries: red shoes", "red shoes", True),
+        ("contains: [shoes]", "red shoes sale", True),
+        ("contains: [shoes]", "snowshoes", False),
+        ("contains: [shoe]", "red shoes", False),
+        ("contains: [red shoes]", "cheap red shoes!", True),
+        ("contains: [手机]", "红色手机壳", True),
+        ("contains: [2 kg]", "sugar 2 kg", True),
+        ("contains: [ﬁne]", "FINE sand", True),
+        ("queries: [42]", "42", True),
+        ("{}", "anything", True),
+    ],
+)
+def test_rules_look_at_the_query(tmp_path: Path, condition: str, query: str, applies: bool) -> None:
+    text = f"a:\n  pin: [101]\n  {condition}\n" if condition != "{}" else "a:\n  pin: [101]\n"
+    rules = rules_of(tmp_path, Shop("AA"), text)
+    assert bool(rules.active(query, 0)) == applies
+
+
+def test_rules_look_at_the_time(tmp_path: Path) -> None:
+    text = "a:\n  pin: [101]\n  from: 2026-11-27\n  until: 2026-11-30T08:00+01:00\n"
+    rules = rules_of(tmp_path, Shop("AA"), text)
+    begins, ends = 1795737600, 1796022000  # 2026-11-27T00:00Z, 2026-11-30T07:00Z
+    assert [bool(rules.active("q", now)) for now in (begins - 1, begins, ends - 1, ends)] == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- a\n", "holds a list, expected rules"),
+        ("a: 3\n", "line 1: a: got 3, expected a mapping"),
+        ("# words\nb:\n  pin: [100]\na:\n  pins: [100]\n", "line 4: a: unknown key 'pins', allowed: queries, contains"),
+        ("a:\n  queries: [x]\n", "a: does nothing; give it at least one of pin, boost and bury"),
+        ("a:\n  pin: 100\n", "a.pin: got 100, expected a list of item ids"),
+        ("a:\n  pin: [100]\n  pin_at: 0\n", "a.pin_at: got 0, expected an integer of at least 1"),
+        ("a:\n  bury: {items: [100]}\n  pin_at: 2\n", "a.pin_at: got 2, but there is no `pin`"),
+        ("a:\n  boost: {}\n", "a.boost: says of no item that it moves"),
+        ("a:\n  boost: {filters: {colour: [red]}}\n", "a.boost.filters: got .*expected conditions on brand"),
+        ("a:\n  boost: {items: [100], places: -1}\n", "a.boost.places: got -1, expected an integer of at least 1"),
+        ("a:\n  pin: [100]\n  queries: ['  ']\n", "a.queries: got .*texts that are not empty"),
+        ("a:\n  pin: [100]\n  queries: []\n", "a.queries: got an empty list"),
+        ("a:\n  pin: [100]\n  from: soon\n", "a.from: got 'soon', expected a date or time"),
+        ("a:\n  pin: [100]\n  from: 2026-02-01\n  until: 2026-01-01\n", "a.until: .*expected a time after `from`"),
+        ("a:\n  pin: [100]\na:\n  pin: [101]\n", "'a' is given twice"),
+        ("a: [\n", "not valid YAML"),
+    ],
+)
+def test_wrong_rules(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "rules.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=words) as raised:
+        read_rules(path, Shop("AA"))
+    assert str(raised.value).startswith(f"{path}: ")
+
+
+def test_an_item_that_left_the_shop_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shop = Shop("AA")
+    rules = rules_of(tmp_path, shop, "a:\n  pin: [999, 101]\n")
+    assert "a.pin: the index has no item 999" in caplog.text
+    assert rerank(shop, NOTHING, rules).ids.tolist() == [101, 100]
+
+
+def test_rules_are_read_again_when_the_file_changes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shop = Shop("AA")
+    rules = rules_of(tmp_path, shop, "a:\n  pin: [101]\n")
+    rules.refresh()
+    assert rules.reloads == {"ok": 0, "refused": 0}
+
+    def replace(text: str) -> None:
+        (tmp_path / "new").write_text(text)
+        os.replace(tmp_path / "new", tmp_path / "rules.yaml")
+        rules.refresh()
+
+    replace("a:\n  bury: {items: [100, 101]}\n")
+    assert rules.reloads == {"ok": 1, "refused": 0} and rules.active("q", 0)[0].pin == ()
+    with caplog.at_level(logging.ERROR):
+        replace("a:\n  pins: [101]\n")
+    assert rules.reloads == {"ok": 1, "refused": 1} and rules.active("q", 0)[0].moves
+    assert "unknown key 'pins'" in caplog.text
+    (tmp_path / "rules.yaml").unlink()
+    rules.refresh()
+    rules.refresh()  # says it once
+    assert rules.reloads == {"ok": 1, "refused": 2} and rules.active("q", 0)
+    replace("{}\n")
+    assert rules.reloads["ok"] == 2 and not rules.active("q", 0)
+
+
+def test_no_file_is_an_error_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such file"):
+        RuleFile(tmp_path / "rules.yaml", Shop("A"))
+
+
+def test_texts_are_compared_without_case_width_and_spaces() -> None:
+    assert normalise("  ＲＥＤ\u3000Straße\n") == "red strasse"
