@@ -14,8 +14,8 @@ from dpsr_common.errors import UsageError
 from dpsr_common.typed_config import from_dict
 from dpsr_serving.gateway.rerank import (
     DiversityConfig,
-    Reranked,
     RerankConfig,
+    Reranked,
     Reranker,
     RuleFile,
     diversify,

@@ -1,4 +1,4 @@
-"""Re-ranking: variants of one product collapse, neighbouring results differ, and merchandisers' rules have the last word.
+"""Re-ranking: variants of one product collapse, neighbours differ, and merchandisers' rules have the last word.
 
 The steps run in this order on the candidates of the stages before, best first:
 
@@ -12,6 +12,7 @@ All steps are functions of their arguments: the same candidates give the same li
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import logging
@@ -570,10 +571,8 @@ def _time(section: Section, name: str, default: float) -> float:
     if given is None:
         return default
     if isinstance(given, str):
-        try:
+        with contextlib.suppress(ValueError):
             given = datetime.datetime.fromisoformat(re.sub("Z$", "+00:00", given))
-        except ValueError:
-            pass
     if isinstance(given, datetime.date) and not isinstance(given, datetime.datetime):
         given = datetime.datetime.combine(given, datetime.time())
     if not isinstance(given, datetime.datetime):
