@@ -118,7 +118,7 @@ class Item:
             "key": self.key,
             "title": self.title,
             "attributes": self.attributes,
-            "score": _finite(self.score),
+            "score": rounded(self.score),
             "group": self.group,
             "variants": self.variants,
             "sources": self.sources,
@@ -427,6 +427,6 @@ def _optional_number(where: str, value: Any) -> float | None:
     return _number(where, value)
 
 
-def _finite(score: float) -> float | None:
+def rounded(score: float) -> float | None:
     """Returns a score with the digits that a float32 has, or None where JSON has no number for it."""
     return float(f"{score:.7g}") if math.isfinite(score) else None

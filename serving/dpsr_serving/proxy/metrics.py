@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 Labels = tuple[str, ...]
 
@@ -64,8 +64,9 @@ BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 
 class Metrics:
     """The values of one process. A histogram is a list: a count for each bucket, one above all buckets, and the sum."""
 
-    def __init__(self) -> None:
-        self._values: dict[str, dict[Labels, float]] = {name: {} for name in METRICS}
+    def __init__(self, table: Mapping[str, tuple[str, Labels, str]] = METRICS) -> None:
+        """`table` lists the metrics: those of the proxy, or those of another program."""
+        self._values: dict[str, dict[Labels, float]] = {name: {} for name in table}
         self._histograms: dict[str, dict[Labels, list[float]]] = {}
 
     def count(self, name: str, labels: Labels, amount: float = 1) -> None:
@@ -76,6 +77,10 @@ class Metrics:
     def set(self, name: str, values: dict[Labels, float]) -> None:
         """Sets all values of a gauge."""
         self._values[name] = values
+
+    def set_one(self, name: str, labels: Labels, value: float) -> None:
+        """Sets one value of a gauge."""
+        self._values[name][labels] = value
 
     def observe(self, name: str, labels: Labels, value: float) -> None:
         """Adds an observation to a histogram."""
@@ -95,20 +100,20 @@ class Metrics:
         return json.dumps([[name, labels, v] for name, values in tables.items() for labels, v in values.items()])
 
 
-def merge(dumps: Iterable[str]) -> str:
-    """Adds up the dumps of all workers, and returns the text that Prometheus reads."""
-    tables: dict[str, dict[Labels, list[float]]] = {name: {} for name in METRICS}
+def merge(dumps: Iterable[str], table: Mapping[str, tuple[str, Labels, str]] = METRICS) -> str:
+    """Adds up the dumps of all workers, and returns the text that Prometheus reads. `table` lists the metrics."""
+    tables: dict[str, dict[Labels, list[float]]] = {name: {} for name in table}
     for dump in dumps:
         for name, labels, values in json.loads(dump):
-            table, key = tables[name], tuple(labels)
-            if key not in table:
-                table[key] = values
+            merged, key = tables[name], tuple(labels)
+            if key not in merged:
+                merged[key] = values
             elif name in _SMALLEST:
-                table[key] = [min(pair) for pair in zip(table[key], values, strict=True)]
+                merged[key] = [min(pair) for pair in zip(merged[key], values, strict=True)]
             else:
-                table[key] = [sum(pair) for pair in zip(table[key], values, strict=True)]
+                merged[key] = [sum(pair) for pair in zip(merged[key], values, strict=True)]
     lines = []
-    for name, (kind, label_names, help_text) in METRICS.items():
+    for name, (kind, label_names, help_text) in table.items():
         lines += [f"# HELP {name} {help_text}", f"# TYPE {name} {kind}"]
         for labels, values in sorted(tables[name].items()):
             pairs = list(zip(label_names, labels, strict=True))

@@ -1,0 +1,771 @@
+"""One search through the stages of a pipeline: recall, coarse ranking, fine ranking, re-ranking, a page.
+
+    recall   all sources at the same time, each with its own k and deadline; rewrites first, for the source "rewritten"
+    coarse   one list of all sources (fusion.py); an item whose identifier the query is comes first
+    fine     a ranker scores the best of the list
+    rerank   variants collapse, neighbours differ, rules of merchandisers (rerank.py)
+
+A stage that fails or is late is left out, and the answer names it in `degraded`. Only if no source of recall answers
+there is an error. The list is made once: a cursor carries it from page to page, so pages neither overlap nor search
+again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from dpsr_common.errors import CommandError
+from dpsr_serving.client import ServingError
+from dpsr_serving.gateway import cursor
+from dpsr_serving.gateway.catalogue import Catalogue, Condition
+from dpsr_serving.gateway.config import REWRITTEN, PipelineConfig, SearchConfig, SourceConfig
+from dpsr_serving.gateway.fusion import Fusion
+from dpsr_serving.gateway.inverted import Found, InvertedIndex
+from dpsr_serving.gateway.messages import (
+    Explanation,
+    Facet,
+    Item,
+    RequestError,
+    SearchRequest,
+    SearchResponse,
+    Stage,
+    rounded,
+)
+from dpsr_serving.gateway.metrics import METRICS
+from dpsr_serving.gateway.model_client import ModelClient, fitting
+from dpsr_serving.gateway.rerank import Reranker, RuleFile
+from dpsr_serving.proxy.experiments import assign
+from dpsr_serving.proxy.metrics import Metrics
+from dpsr_serving.search import User
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+IDENTIFIER = "identifier"  # the source of an item whose identifier the query is
+_FACET_VALUES = 50  # values of a keyword that a facet lists
+_SHOWN_VALUES = 200  # values of a keyword that `describe` lists
+_GRACE_S = 0.05  # beyond its deadline, before a source that does not keep it is given up
+_REFRESH_S = 1.0  # time between two looks at the files of rules
+_LEARN_S = 2.0  # time that a model server has to tell its inputs
+_SAID = 20  # different errors of stages that the log shows in full
+
+
+class RecallError(CommandError):
+    """No source of recall answered."""
+
+
+class _Late(Exception):
+    """A stage took longer than it may."""
+
+
+class _Busy(Exception):
+    """A stage has too much to do to begin with a request."""
+
+
+@dataclasses.dataclass
+class _Plan:
+    """A pipeline with what it needs. `names` are the sources of items, in the order of the bits of a mask."""
+
+    config: PipelineConfig
+    fusion: Fusion
+    reranker: Reranker | None
+    names: tuple[str, ...]
+
+
+class _Trace:
+    """What happened to one request."""
+
+    def __init__(self, plan: _Plan) -> None:
+        self.plan = plan
+        self.stages: list[Stage] = []
+        self.degraded: list[str] = []
+        self.rewrites: list[str] = []
+        self.heads: dict[str, list[int]] = {}
+
+
+class Searcher:
+    """Answers searches. Create and use it within one event loop.
+
+    Attributes:
+        metrics: counters and histograms; `metrics.METRICS` lists them.
+        catalogue: the items.
+    """
+
+    def __init__(self, config: SearchConfig, index: InvertedIndex) -> None:
+        """Raises UsageError if a file that the configuration names is wrong, CommandError if it cannot be read."""
+        self.metrics = Metrics(METRICS)
+        self.catalogue: Catalogue = index.catalogue
+        self._config = config
+        self._index = index
+        self._clients = {name: ModelClient(name, model.target, model.model) for name, model in config.models.items()}
+        self._threads = ThreadPoolExecutor(config.limits.searches, "inverted")
+        self._most_searches = config.limits.searches + config.limits.waiting_searches
+        self._searches = 0  # of the inverted index, under way or waiting for a thread
+        self._lock = threading.Lock()
+        self._rules: dict[str, RuleFile] = {}
+        self._plans = {name: self._plan(pipeline) for name, pipeline in config.pipelines.items()}
+        self._said: set[tuple[str, str]] = set()
+        self._background: list[asyncio.Task[None]] = []
+        self._fingerprint = cursor.fingerprint(self.catalogue.manifest)
+
+    def _plan(self, pipeline: PipelineConfig) -> _Plan:
+        coarse, reranker = pipeline.coarse, None
+        fusion = Fusion(
+            method=coarse.method,
+            weights={source.name: source.weight for source in pipeline.sources},
+            file=None if coarse.file is None else Path(coarse.file),
+            min_score=coarse.min_score,
+        )
+        if pipeline.rerank is not None:
+            path = pipeline.rerank.rules
+            if path is not None and path not in self._rules:
+                self._rules[path] = RuleFile(Path(path), self.catalogue)
+            reranker = Reranker(pipeline.rerank, self.catalogue, None if path is None else self._rules[path])
+        names = (*(source.name for source in pipeline.sources), IDENTIFIER)
+        return _Plan(pipeline, fusion, reranker, names)
+
+    def start(self) -> None:
+        """Begins to learn the models' inputs, and to look at the files of rules."""
+        self._background = [asyncio.create_task(self._learn()), asyncio.create_task(self._watch())]
+
+    async def close(self) -> None:
+        """Closes the connections to the models."""
+        for task in self._background:
+            task.cancel()
+        for client in self._clients.values():
+            await client.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _learn(self) -> None:
+        """Asks each model for its inputs, so that the first requests do not wait for them."""
+        wanted = {(fine.model, "rank") for plan in self._plans.values() if (fine := plan.config.fine)}
+        for plan in self._plans.values():
+            wanted |= {(source.model, "search") for source in plan.config.sources if source.model}
+        for model, signature in sorted(wanted):
+            try:
+                await self._clients[model].known_signature(signature, _LEARN_S)
+            except ServingError as error:
+                _log.warning("model %s: %s", model, error)
+
+    async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._rules:
+            await asyncio.sleep(_REFRESH_S)
+            for path, rules in self._rules.items():
+                await loop.run_in_executor(None, rules.refresh)
+                for result, count in rules.reloads.items():
+                    self.metrics.set_one("dpsr_search_rule_reloads_total", (path, result), count)
+
+    # Requests.
+
+    async def search(self, request: SearchRequest) -> SearchResponse:
+        """Answers a request.
+
+        Raises:
+            RequestError: the request is wrong.
+            RecallError: no source of recall answered.
+        """
+        config = self._config
+        if request.size > config.limits.page_size:
+            raise RequestError(f"size: got {request.size}, expected at most {config.limits.page_size}")
+        for name in request.facets:
+            if name not in self.catalogue.attributes:
+                raise RequestError(f"facets: there is no attribute {name!r}, expected one of {self._attributes()}")
+        if request.cursor:
+            return self._later_page(request)
+        plan, arm = self._assign(request)
+        try:
+            conditions = self.catalogue.conditions(request.filters)
+        except ValueError as error:
+            raise RequestError(f"filters: {error}") from None
+        self._check_features(request.user)
+        return await self._first_page(request, plan, arm, conditions)
+
+    def _assign(self, request: SearchRequest) -> tuple[_Plan, str]:
+        """Returns the pipeline of a request, and "experiment/arm" if an experiment chose it."""
+        asked = request.pipeline or self._config.default
+        if asked not in self._plans:
+            raise RequestError(f"pipeline: got {asked!r}, expected one of {', '.join(self._plans)}")
+        experiment = self._config.experiments.get(asked)
+        if experiment is None:
+            if request.arm:
+                raise RequestError(f"arm: got {request.arm!r}, but the pipeline {asked!r} has no experiment")
+            return self._plans[asked], ""
+        if request.arm and request.arm not in experiment.pipelines:
+            raise RequestError(f"arm: got {request.arm!r}, expected one of {', '.join(experiment.pipelines)}")
+        key = "" if request.user_id is None else str(request.user_id)
+        arm = request.arm or assign(experiment.name, key, experiment.weights)
+        return self._plans[experiment.pipelines[arm]], f"{experiment.name}/{arm}"
+
+    def _attributes(self) -> str:
+        return ", ".join(self.catalogue.attributes) or "none: name some in the schema under items.filters"
+
+    def _check_features(self, user: User) -> None:
+        """Raises RequestError for a feature that no model reads, once all models have told their inputs."""
+        if user.features:
+            known = self.user_features()
+            unknown = sorted(user.features.keys() - set(known or user.features))
+            if unknown:
+                raise RequestError(
+                    f"user.features: no model reads {unknown[0]!r}, expected one of {', '.join(known or ()) or 'none'}"
+                )
+
+    def user_features(self) -> list[str] | None:
+        """Returns the user features that any model reads; None as long as a model has not told its inputs."""
+        asked = [self._clients[source.model] for plan in self._plans.values() for source in plan.config.sources
+                 if source.model]  # fmt: skip
+        asked += [self._clients[plan.config.fine.model] for plan in self._plans.values() if plan.config.fine]
+        if not all(client.signatures for client in asked):
+            return None
+        return sorted({name for client in asked for one in client.signatures for name in one.user_features})
+
+    async def _first_page(
+        self, request: SearchRequest, plan: _Plan, arm: str, conditions: tuple[Condition, ...]
+    ) -> SearchResponse:
+        trace, config = _Trace(plan), plan.config
+        ends = time.monotonic() + config.deadline_ms / 1000
+        identified = np.zeros(0, np.int64)
+        if config.identifiers != "off":
+            identified = self._index.identifier(request.query)
+            identified = identified[self._kept(identified, conditions)]
+        found: dict[str, Found] = {}
+        if not (len(identified) and config.identifiers == "only"):
+            found = await self._recall(request, trace, conditions, ends)
+            if not found and not len(identified):
+                errors = "; ".join(f"{stage.name}: {stage.error}" for stage in trace.stages if stage.error)
+                raise RecallError(f"no source of recall answered: {errors}")
+        ranked = self._coarse(trace, found, identified)
+        if config.fine is not None and len(ranked.ids):
+            await self._fine(request, trace, found, ranked, ends)
+        final = self._rerank(request, trace, ranked, conditions)
+        return self._answer(request, trace, found, final, arm)
+
+    # Recall.
+
+    async def _recall(
+        self, request: SearchRequest, trace: _Trace, conditions: tuple[Condition, ...], ends: float
+    ) -> dict[str, Found]:
+        """Asks all sources at the same time. Returns what those found that answered in time."""
+        sources = trace.plan.config.sources
+        works = {source.name: self._source(request, trace, source, conditions, ends) for source in sources}
+        if len(works) == 1:
+            ((name, work),) = works.items()
+            answer = await work
+            return {} if answer is None else {name: answer}
+        tasks = {name: asyncio.ensure_future(work) for name, work in works.items()}
+        start = time.perf_counter()
+        longest = max(source.deadline_ms for source in sources) / 1000
+        if trace.plan.config.rewrite is not None:
+            longest += trace.plan.config.rewrite.deadline_ms / 1000
+        try:
+            # Each source keeps its own deadline; this only ends one that does not.
+            await asyncio.wait(tasks.values(), timeout=min(longest, max(ends - time.monotonic(), 0.0)) + _GRACE_S)
+        finally:
+            for name, task in tasks.items():
+                if not task.done():
+                    task.cancel()
+                    self._left_out(trace, f"recall.{name}", 0, start, _Late(), longest)
+        answers = {name: task.result() for name, task in tasks.items() if task.done() and not task.cancelled()}
+        return {name: answer for name, answer in answers.items() if answer is not None}
+
+    async def _source(
+        self,
+        request: SearchRequest,
+        trace: _Trace,
+        source: SourceConfig,
+        conditions: tuple[Condition, ...],
+        ends: float,
+    ) -> Found | None:
+        texts = [(request.query, 1.0)]
+        if source.name == REWRITTEN:
+            rewrites = await self._rewrite(request, trace, ends)
+            if rewrites is None:
+                return None
+            trace.rewrites = rewrites
+            texts = [(text, 1.0) for text in rewrites]
+            if not texts:
+                return Found.nothing()
+        work: Callable[[float], Awaitable[Found]]
+        if source.model is None:
+            work = lambda left_s: self._look_up(texts, source.k, conditions, left_s)  # noqa: E731
+        else:
+            work = lambda left_s: self._ask_model(request, trace, source, left_s)  # noqa: E731
+        found = await self._stage(trace, f"recall.{source.name}", 0, source.deadline_ms, ends, work)
+        if found is None:
+            return None
+        kept = self._kept(found.ids, conditions if source.model is not None else ())
+        if len(kept) < len(found):
+            found = Found(found.ids[kept], found.scores[kept])
+        return found
+
+    def _kept(self, ids: NDArray[np.int64], conditions: tuple[Condition, ...]) -> NDArray[np.int64]:
+        """Returns the places of the items that the catalogue knows and that pass the filters."""
+        rows = self.catalogue.rows(ids)
+        kept = np.flatnonzero(rows >= 0)
+        return kept[self.catalogue.matches(rows[kept], conditions)] if conditions else kept
+
+    async def _look_up(
+        self, texts: Sequence[tuple[str, float]], k: int, conditions: tuple[Condition, ...], left_s: float
+    ) -> Found:
+        """Searches the inverted index in a thread, which the engine does not hold the interpreter in."""
+        with self._lock:
+            if self._searches >= self._most_searches:
+                raise _Busy(f"{self._searches} searches of the inverted index are under way or wait for a thread")
+            self._searches += 1
+        search = self._threads.submit(self._search_index, texts, k, conditions)
+        search.add_done_callback(self._searched)
+        found, cpu_s = await asyncio.wait_for(asyncio.wrap_future(search), left_s)
+        self.metrics.count("dpsr_search_index_cpu_seconds_total", (), cpu_s)
+        return found
+
+    def _search_index(
+        self, texts: Sequence[tuple[str, float]], k: int, conditions: tuple[Condition, ...]
+    ) -> tuple[Found, float]:
+        start = time.thread_time()
+        found = self._index.search(texts, k, conditions)
+        return found, time.thread_time() - start
+
+    def _searched(self, _: Any) -> None:
+        with self._lock:
+            self._searches -= 1
+
+    async def _ask_model(self, request: SearchRequest, trace: _Trace, source: SourceConfig, left_s: float) -> Found:
+        """Asks a retrieval model."""
+        assert source.model is not None
+        client = self._clients[source.model]
+        start = time.monotonic()
+        signature = await client.known_signature("search", left_s)
+        (result,) = await client.search(
+            request.query,
+            source.k,
+            metadata=self._metadata(source.model, request),
+            timeout_s=max(left_s - (time.monotonic() - start), 0.0),
+            user=fitting(request.user, signature, self._as_models_know),
+            filters=request.filters,
+            search_parameters=source.parameters,
+        )
+        if request.explain and len(result):
+            trace.heads[source.name] = np.bincount(np.maximum(result.heads, 0)).tolist()
+        return Found(result.item_ids, result.scores)
+
+    async def _rewrite(self, request: SearchRequest, trace: _Trace, ends: float) -> list[str] | None:
+        config = trace.plan.config.rewrite
+        assert config is not None
+        client = self._clients[config.model]
+        least = -np.inf if config.min_log_probability is None else config.min_log_probability
+
+        async def ask(left_s: float) -> list[str]:
+            (rewrites,) = await client.rewrite(
+                request.query, config.n, metadata=self._metadata(config.model, request), timeout_s=left_s
+            )
+            return [rewrite.text for rewrite in rewrites if rewrite.log_probability >= least]
+
+        return await self._stage(trace, "rewrite", 1, config.deadline_ms, ends, ask)
+
+    def _metadata(self, model: str, request: SearchRequest) -> dict[str, str] | None:
+        """Returns the metadata by which a proxy assigns the arms of its own experiments."""
+        key = self._config.models[model].metadata_key
+        if key is None or request.user_id is None:
+            return None
+        text = str(request.user_id)
+        # gRPC's metadata is printable ASCII.
+        return {key: text} if text.isascii() and text.isprintable() else None
+
+    def _as_models_know(self, item: int | str) -> int | str | None:
+        """Returns an item, given by id or key, as models identify it; None for one that is not in the catalogue."""
+        found = self.catalogue.find(item)
+        if found < 0:
+            return None
+        if not self.catalogue.has_keys:
+            return found
+        return self.catalogue.key(int(self.catalogue.rows([found])[0]))
+
+    # The stages after recall.
+
+    def _coarse(self, trace: _Trace, found: Mapping[str, Found], identified: NDArray[np.int64]) -> _Ranked:
+        """Joins the sources to one list. If that fails, the list of the source with the largest weight stays."""
+        start, plan = time.perf_counter(), trace.plan
+        error = ""
+        size = plan.config.coarse.size
+        try:
+            combined = plan.fusion.combine(found, size)
+            ids, scores, cut_off = combined.ids, combined.scores, combined.cut_off
+        except Exception as failure:
+            error = self._say(plan, "coarse", failure)
+            trace.degraded.append("coarse")
+            weights = {source.name: source.weight for source in plan.config.sources}
+            best = found[max(found, key=lambda name: (len(found[name]) > 0, weights[name]))]
+            ids, scores, cut_off = best.ids[:size], best.scores[:size], 0
+        scores = scores.astype(np.float64)
+        if len(identified):
+            rest = ~np.isin(ids, identified)
+            # Above all others, whatever the scale of the scores.
+            top = scores.max(initial=0.0) + 1.0
+            ids = np.concatenate([identified, ids[rest]])
+            scores = np.concatenate([np.full(len(identified), top), scores[rest]])
+        masks = np.zeros(len(ids), np.uint16)
+        for bit, name in enumerate(plan.names):
+            items = identified if name == IDENTIFIER else found[name].ids if name in found else None
+            if items is not None and len(items):
+                masks |= np.isin(ids, items).astype(np.uint16) << bit
+        seen = sum(map(len, found.values()))
+        self._took(trace, "coarse", seen, len(ids), start, error)
+        return _Ranked(ids, self.catalogue.rows(ids), scores, scores, masks, len(identified), cut_off)
+
+    async def _fine(
+        self, request: SearchRequest, trace: _Trace, found: Mapping[str, Found], ranked: _Ranked, ends: float
+    ) -> None:
+        """Puts the best of the list into the order of the ranker's scores."""
+        config = trace.plan.config.fine
+        assert config is not None
+        size = min(config.size, len(ranked.ids))
+        client, keyed = self._clients[config.model], self.catalogue.has_keys
+        ids = ranked.ids[:size]
+        items = [self.catalogue.key(row) for row in ranked.rows[:size].tolist()] if keyed else ids.tolist()
+
+        async def ask(left_s: float) -> NDArray[np.float32]:
+            start = time.monotonic()
+            signature = await client.known_signature("rank", left_s)
+            options: dict[str, Any] = {}
+            if config.dpsr_source in found:
+                options["dpsr_scores"] = _scores_of(ids, found[config.dpsr_source])
+            user = dataclasses.replace(fitting(request.user, signature, self._as_models_know), past_queries=())
+            return await client.rank(
+                request.query,
+                items,  # type: ignore[arg-type]
+                metadata=self._metadata(config.model, request),
+                timeout_s=max(left_s - (time.monotonic() - start), 0.0),
+                user=user,
+                user_id=request.user_id if isinstance(request.user_id, int) else None,
+                **options,
+            )
+
+        scores = await self._stage(trace, "fine", size, config.deadline_ms, ends, ask)
+        if scores is not None:
+            ranked.put_fine(scores.astype(np.float64))
+
+    def _rerank(
+        self, request: SearchRequest, trace: _Trace, ranked: _Ranked, conditions: tuple[Condition, ...]
+    ) -> _Final:
+        start, reranker = time.perf_counter(), trace.plan.reranker
+        every = np.arange(len(ranked.ids))
+        plain = _Final(ranked, ranked.ids, ranked.rows, every, np.ones(len(every), np.int64), None)
+        if reranker is None:
+            return plain
+        try:
+            result = reranker.apply(
+                ranked.ids, ranked.rows, ranked.scores, request.query, time.time(), conditions or None
+            )
+        except Exception as failure:
+            trace.degraded.append("rerank")
+            self._took(trace, "rerank", len(every), len(every), start, self._say(trace.plan, "rerank", failure))
+            return plain
+        self._took(trace, "rerank", len(every), len(result.ids), start)
+        return _Final(ranked, result.ids, result.rows, result.source, result.variants, result.reasons)
+
+    # Stages in general.
+
+    async def _stage(
+        self,
+        trace: _Trace,
+        name: str,
+        items_in: int,
+        deadline_ms: float,
+        ends: float,
+        work: Callable[[float], Awaitable[T]],
+    ) -> T | None:
+        """Returns the result of a stage, or None if it failed or was late. `work` takes the seconds that are left."""
+        start = time.perf_counter()
+        left_s = min(deadline_ms / 1000, ends - time.monotonic())
+        try:
+            if left_s <= 0:
+                raise _Late
+            result = await work(left_s)
+        except asyncio.CancelledError:
+            raise
+        except Exception as failure:
+            self._left_out(trace, name, items_in, start, failure, left_s)
+            return None
+        self._took(trace, name, items_in, len(result), start)  # type: ignore[arg-type]
+        return result
+
+    def _left_out(
+        self, trace: _Trace, name: str, items_in: int, start: float, failure: Exception, left_s: float
+    ) -> None:
+        trace.degraded.append(name)
+        late = isinstance(failure, (_Late, asyncio.TimeoutError)) or (
+            isinstance(failure, ServingError) and failure.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        )
+        reason = "late" if late else "busy" if isinstance(failure, _Busy) else "failed"
+        self.metrics.count("dpsr_search_left_out_total", (trace.plan.config.name, name, reason))
+        error = f"no answer within {left_s * 1000:.3g} ms" if late else self._say(trace.plan, name, failure)
+        self._took(trace, name, items_in, 0, start, error)
+
+    def _took(
+        self, trace: _Trace, name: str, items_in: int, items_out: int, start: float, error: str = ""
+    ) -> None:
+        seconds = time.perf_counter() - start
+        self.metrics.observe("dpsr_search_stage_seconds", (trace.plan.config.name, name), seconds)
+        trace.stages.append(Stage(name, items_in, items_out, seconds * 1000, error))
+
+    def _say(self, plan: _Plan, stage: str, failure: Exception) -> str:
+        """Returns what went wrong in a stage, and logs an error once, with its traceback where it is our own."""
+        error = " ".join(str(failure).split()) or type(failure).__name__
+        expected = isinstance(failure, (ServingError, CommandError, ValueError, _Busy))
+        known = (stage, type(failure).__name__)
+        if known not in self._said and len(self._said) < _SAID:
+            self._said.add(known)
+            _log.warning("pipeline %s: %s: %s", plan.config.name, stage, error, exc_info=not expected)
+        return error if expected else f"{type(failure).__name__}: {error}"
+
+    # Answers.
+
+    def _answer(
+        self, request: SearchRequest, trace: _Trace, found: Mapping[str, Found], final: _Final, arm: str
+    ) -> SearchResponse:
+        plan, ranked, size = trace.plan, final.ranked, request.size
+        listed = cursor.List(
+            query=request.query,
+            pipeline=plan.config.name,
+            arm=arm,
+            filters=cursor.digest(request.filters),
+            degraded=tuple(trace.degraded),
+            rewrites=tuple(trace.rewrites),
+            rows=final.rows,
+            scores=final.scores(),
+            variants=final.variants,
+            sources=final.sources(),
+        )
+        items = self._items(listed, 0, size)
+        explanation = None
+        if request.explain:
+            items = [
+                dataclasses.replace(item, explain=self._why(final, found, place, item))
+                for place, item in enumerate(items)
+            ]
+            explanation = Explanation(
+                stages=trace.stages,
+                tokens=self._index.tokens(request.query),
+                heads=trace.heads,
+                cut_off=ranked.cut_off,
+                identifier=ranked.identified > 0,
+            )
+        if not items:
+            self.metrics.count("dpsr_search_empty_total", (plan.config.name,))
+        return self._page(listed, items, request, size, explanation)
+
+    def _later_page(self, request: SearchRequest) -> SearchResponse:
+        try:
+            listed, begin = cursor.unpack(request.cursor, self._fingerprint, self.catalogue.num_items)
+        except ValueError as error:
+            raise RequestError(f"cursor: {error}") from None
+        for name, given, of_list in (
+            ("query", request.query, listed.query),
+            ("filters", request.filters and cursor.digest(request.filters), listed.filters),
+        ):
+            if given and given != of_list:
+                raise RequestError(f"cursor: belongs to a search with another {name}; leave out {name} or the cursor")
+        if listed.pipeline not in self._plans:
+            raise RequestError("cursor: belongs to a pipeline that is not configured any more; search again")
+        return self._page(listed, self._items(listed, begin, request.size), request, begin + request.size, None)
+
+    def _page(
+        self,
+        listed: cursor.List,
+        items: Sequence[Item],
+        request: SearchRequest,
+        end: int,
+        explanation: Explanation | None,
+    ) -> SearchResponse:
+        facets = {}
+        if request.facets:
+            counted = self.catalogue.facets(listed.rows, request.facets, _FACET_VALUES)
+            facets = {name: _facet(one) for name, one in counted.items()}
+        return SearchResponse(
+            query=listed.query,
+            pipeline=listed.pipeline,
+            total=len(listed.rows),
+            items=items,
+            facets=facets,
+            next_cursor=cursor.pack(listed, end, self._fingerprint) if end < len(listed.rows) else "",
+            degraded=listed.degraded,
+            rewrites=listed.rewrites,
+            explain=explanation,
+            arm=listed.arm,
+        )
+
+    def _items(self, listed: cursor.List, begin: int, size: int) -> list[Item]:
+        catalogue, names = self.catalogue, self._plans[listed.pipeline].names
+        part = slice(begin, begin + size)
+        rows = listed.rows[part]
+        groups = catalogue.group(rows).tolist()
+        found_by = {mask: _named(mask, names) for mask in set(listed.sources[part].tolist())}
+        return [
+            Item(
+                id=id,
+                key=catalogue.key(row),
+                title=catalogue.title(row),
+                attributes=catalogue.attributes_of(row),
+                score=score,
+                group=catalogue.group_text(group),
+                variants=variants,
+                sources=found_by[mask],
+            )
+            for id, row, group, score, variants, mask in zip(
+                catalogue.ids[rows].tolist(),
+                rows.tolist(),
+                groups,
+                listed.scores[part].tolist(),
+                listed.variants[part].tolist(),
+                listed.sources[part].tolist(),
+                strict=True,
+            )
+        ]
+
+    def _why(self, final: _Final, found: Mapping[str, Found], place: int, item: Item) -> dict[str, Any]:
+        """Returns Item.explain: ranks and scores of an item by stage."""
+        why: dict[str, Any] = {}
+        for name, one in found.items():
+            ranks = np.flatnonzero(one.ids == item.id)
+            if len(ranks):
+                why[name] = {"rank": int(ranks[0]) + 1, "score": rounded(one.scores[ranks[0]])}
+        source, ranked = int(final.source[place]), final.ranked
+        if source >= 0:
+            why["coarse"] = rounded(ranked.coarse[source])
+            if ranked.fine is not None:
+                why["fine"] = rounded(ranked.fine[source])
+        if final.reasons is not None:
+            why["rerank"] = final.reasons(place)
+        return why
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what GET /v1/pipelines answers."""
+        pipelines = []
+        for name, plan in self._plans.items():
+            experiment, config = self._config.experiments.get(name), plan.config
+            stages = ["rewrite"] if config.rewrite else []
+            stages += [f"recall.{source.name}" for source in config.sources]
+            stages += ["coarse", *(["fine"] if config.fine else []), *(["rerank"] if plan.reranker else [])]
+            arms = list(experiment.pipelines) if experiment else []
+            pipelines.append({"name": name, "stages": stages, "arms": arms})
+        attributes: list[dict[str, Any]] = []
+        for name, attribute in self.catalogue.attributes.items():
+            entry: dict[str, Any] = {"name": name, "kind": attribute.kind}
+            if attribute.texts is not None:
+                entry["values"] = [attribute.texts[i] for i in range(min(len(attribute.texts), _SHOWN_VALUES))]
+            attributes.append(entry)
+        return {
+            "pipelines": pipelines,
+            "default": self._config.default,
+            "attributes": attributes,
+            "user_features": self.user_features() or [],
+        }
+
+
+@dataclasses.dataclass
+class _Ranked:
+    """The list after coarse ranking, and after fine ranking if there is one; n items, best first.
+
+    Attributes:
+        ids, rows: [n] int64.
+        scores: [n] float64, of the last stage that ranked them.
+        coarse: [n] float64, scores of coarse ranking.
+        sources: [n] uint16, masks of the sources that found each item.
+        identified: number of items whose identifier the query is; they are the first ones.
+        cut_off: items that were left out because their score was too low.
+        fine: [n] float64, the ranker's scores, NaN where it gave none; None without a ranker.
+    """
+
+    ids: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    scores: NDArray[np.float64]
+    coarse: NDArray[np.float64]
+    sources: NDArray[np.uint16]
+    identified: int
+    cut_off: int
+    fine: NDArray[np.float64] | None = None
+
+    def put_fine(self, given: NDArray[np.float64]) -> None:
+        """Orders the first items by the ranker's scores; the others follow in their order, with scores below."""
+        fine = np.full(len(self.ids), np.nan)
+        fine[: len(given)] = np.where(np.isfinite(given), given, np.nan)
+        scored = np.flatnonzero(~np.isnan(fine))
+        if not len(scored):
+            return
+        # Items whose identifier the query is stay in front.
+        first = (np.arange(len(fine)) < self.identified)[scored]
+        scored = scored[np.lexsort((-fine[scored], ~first))]
+        rest = np.flatnonzero(np.isnan(fine))
+        rest_first, rest = rest[rest < self.identified], rest[rest >= self.identified]
+        order = np.concatenate([rest_first, scored, rest])
+        scores = fine[order]
+        low = float(np.nanmin(scores))
+        if len(rest):
+            coarse = self.coarse[rest]
+            scores[len(order) - len(rest) :] = low - (coarse[0] - coarse) - 1e-3
+        scores = np.where(np.isnan(scores), np.nanmax(scores), scores)
+        self.ids, self.rows, self.coarse = self.ids[order], self.rows[order], self.coarse[order]
+        self.sources, self.fine, self.scores = self.sources[order], fine[order], scores
+
+
+@dataclasses.dataclass
+class _Final:
+    """The list after re-ranking; m items, best first.
+
+    Attributes:
+        ranked: the list before.
+        ids, rows: [m] int64.
+        source: [m] int64, the place of each item in `ranked`; -1 for one that only a rule put there.
+        variants: [m] int64, items of its group that each one stands for.
+        reasons: place -> what re-ranking did; None without re-ranking.
+    """
+
+    ranked: _Ranked
+    ids: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    source: NDArray[np.int64]
+    variants: NDArray[np.int64]
+    reasons: Callable[[int], list[str]] | None
+
+    def scores(self) -> NDArray[np.float64]:
+        """Returns [m] scores, NaN for items that only a rule put there."""
+        return self._of(self.ranked.scores, np.nan)
+
+    def sources(self) -> NDArray[np.uint16]:
+        """Returns [m] masks of sources, 0 for items that only a rule put there."""
+        return self._of(self.ranked.sources, 0)
+
+    def _of(self, values: NDArray[Any], otherwise: float) -> NDArray[Any]:
+        if not len(values):
+            return np.full(len(self.source), otherwise, values.dtype)
+        return np.where(self.source >= 0, values[self.source], values.dtype.type(otherwise))
+
+
+def _scores_of(ids: NDArray[np.int64], found: Found) -> list[float]:
+    """Returns the scores of items in what a source found, NaN for those that it did not find."""
+    scores = dict(zip(found.ids.tolist(), found.scores.tolist(), strict=True))
+    return [scores.get(one, float("nan")) for one in ids.tolist()]
+
+
+def _named(mask: int, names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for bit, name in enumerate(names) if mask >> bit & 1)
+
+
+def _facet(counted: Mapping[str, Any]) -> Facet:
+    if counted["kind"] == "number":
+        return Facet("number", minimum=counted["min"], maximum=counted["max"])
+    values = [(one["value"], one["count"]) for one in counted["values"]]
+    return Facet("keyword", values, more=counted["more"])

@@ -1,0 +1,266 @@
+"""The gateway's gRPC API (search.proto), with reflection and gRPC's health service.
+
+The messages come from descriptors in a pool of their own, as those of TensorFlow Serving do (dpsr_common.serving_apis).
+A request becomes the same tree that a JSON body is, so both APIs accept and refuse the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from dpsr_common.errors import CommandError
+from dpsr_serving.gateway.config import LimitsConfig
+from dpsr_serving.gateway.messages import Facet, Item, RequestError, SearchRequest, SearchResponse
+from dpsr_serving.gateway.pipeline import RecallError, Searcher
+
+SERVICE, HEALTH = "dpsr.search.v1.Search", "grpc.health.v1.Health"
+_DESCRIPTORS = Path(__file__).with_name("search.desc")
+_WATCH_S = 1.0
+
+
+def _load_pool() -> descriptor_pool.DescriptorPool:
+    try:
+        files = descriptor_pb2.FileDescriptorSet.FromString(_DESCRIPTORS.read_bytes()).file
+    except FileNotFoundError:
+        raise ImportError(
+            f"{_DESCRIPTORS} is missing: the native parts of DPSR are not built; run `make setup`"
+        ) from None
+    pool = descriptor_pool.DescriptorPool()
+    for file in files:
+        pool.AddSerializedFile(file.SerializeToString())
+    # Reflection describes itself too.
+    pool.AddSerializedFile(reflection_pb2.DESCRIPTOR.serialized_pb)
+    return pool
+
+
+POOL = _load_pool()
+
+
+def message(name: str) -> Any:
+    """Returns the class of a message, such as "dpsr.search.v1.SearchRequest"."""
+    return message_factory.GetMessageClass(POOL.FindMessageTypeByName(name))
+
+
+_SearchRequest = message("dpsr.search.v1.SearchRequest")
+_SearchResponse = message("dpsr.search.v1.SearchResponse")
+_ListPipelinesRequest = message("dpsr.search.v1.ListPipelinesRequest")
+_ListPipelinesResponse = message("dpsr.search.v1.ListPipelinesResponse")
+_HealthRequest = message("grpc.health.v1.HealthCheckRequest")
+_HealthResponse = message("grpc.health.v1.HealthCheckResponse")
+_SERVING, _NOT_SERVING, _SERVICE_UNKNOWN = 1, 2, 3
+
+
+class _Gateway(Protocol):
+    serving: bool
+
+    async def answer(self, api: str, read: Any) -> SearchResponse: ...
+
+
+def make_server(gateway: Any, searcher: Searcher, limits: LimitsConfig) -> Any:
+    """Returns a grpc.aio server without a port."""
+    server = grpc.aio.server(
+        options=(
+            ("grpc.max_receive_message_length", limits.body_bytes),
+            ("grpc.max_connection_idle_ms", int(limits.idle_s * 1000)),
+            ("grpc.so_reuseport", 1),
+        ),
+        maximum_concurrent_rpcs=2 * limits.concurrent,
+    )
+
+    async def search(request: Any, context: Any) -> Any:
+        try:
+            response = await gateway.answer("grpc", lambda: SearchRequest.from_dict(_request_tree(request)))
+        except RequestError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except RecallError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        except CommandError as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            await context.abort(grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}; the log has more")
+        return _response(response)
+
+    async def list_pipelines(_: Any, context: Any) -> Any:
+        return _pipelines(searcher.describe())
+
+    async def check(request: Any, context: Any) -> Any:
+        if request.service not in ("", SERVICE):
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {request.service!r}")
+        return _HealthResponse(status=_SERVING if gateway.serving else _NOT_SERVING)
+
+    async def watch(request: Any, context: Any) -> AsyncIterator[Any]:
+        last = None
+        while True:
+            known = request.service in ("", SERVICE)
+            status = _SERVICE_UNKNOWN if not known else _SERVING if gateway.serving else _NOT_SERVING
+            if status != last:
+                yield _HealthResponse(status=status)
+                last = status
+            await asyncio.sleep(_WATCH_S)
+
+    server.add_generic_rpc_handlers(
+        (
+            grpc.method_handlers_generic_handler(
+                SERVICE,
+                {
+                    "Search": _unary(search, _SearchRequest),
+                    "ListPipelines": _unary(list_pipelines, _ListPipelinesRequest),
+                },
+            ),
+            grpc.method_handlers_generic_handler(
+                HEALTH,
+                {
+                    "Check": _unary(check, _HealthRequest),
+                    "Watch": grpc.unary_stream_rpc_method_handler(
+                        watch, _HealthRequest.FromString, lambda response: response.SerializeToString()
+                    ),
+                },
+            ),
+        )
+    )
+    reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), server, pool=POOL)
+    return server
+
+
+def _unary(handler: Any, request: Any) -> Any:
+    return grpc.unary_unary_rpc_method_handler(
+        handler, request.FromString, lambda response: response.SerializeToString()
+    )
+
+
+# Requests.
+
+
+def _request_tree(request: Any) -> dict[str, Any]:
+    """Returns a request as the tree that a JSON body is."""
+    tree: dict[str, Any] = {
+        "query": request.query,
+        "pipeline": request.pipeline,
+        "arm": request.arm,
+        "filters": {name: _filter(one) for name, one in request.filters.items()},
+        "facets": list(request.facets),
+        "cursor": request.cursor,
+        "explain": request.explain,
+    }
+    if request.size:
+        tree["size"] = request.size
+    if request.HasField("user"):
+        tree["user"] = _user(request.user)
+    return tree
+
+
+def _filter(one: Any) -> Any:
+    if one.HasField("min") or one.HasField("max"):
+        if one.texts or one.numbers:
+            raise RequestError("filters: a filter has values and a range; give one of them")
+        return {name: getattr(one, name) for name in ("min", "max") if one.HasField(name)}
+    return [*one.texts, *one.numbers]
+
+
+def _user(user: Any) -> dict[str, Any]:
+    which = user.WhichOneof("id")
+    return {
+        "id": getattr(user, which) if which else None,
+        "features": {name: _feature(one) for name, one in user.features.items()},
+        "clicked_items": [getattr(item, item.WhichOneof("id") or "key") for item in user.clicked_items],
+        "clicked_item_types": list(user.clicked_item_types),
+        "past_queries": list(user.past_queries),
+    }
+
+
+def _feature(one: Any) -> Any:
+    which = one.WhichOneof("kind")
+    value = getattr(one, which) if which else None
+    return list(value.values) if which in ("texts", "numbers") else value
+
+
+# Answers.
+
+
+def _response(response: SearchResponse) -> Any:
+    found = _SearchResponse(
+        query=response.query,
+        pipeline=response.pipeline,
+        arm=response.arm,
+        total=response.total,
+        next_cursor=response.next_cursor,
+        degraded=response.degraded,
+        rewrites=response.rewrites,
+    )
+    for item in response.items:
+        _put_item(found.items.add(), item)
+    for name, facet in response.facets.items():
+        _put_facet(found.facets[name], facet)
+    if response.explain is not None:
+        explain = found.explain
+        for stage in response.explain.stages:
+            explain.stages.add(
+                name=stage.name, items_in=stage.items_in, items_out=stage.items_out, ms=stage.ms, error=stage.error
+            )
+        explain.tokens.extend(response.explain.tokens)
+        for name, heads in response.explain.heads.items():
+            explain.heads[name].items.extend(heads)
+        explain.cut_off, explain.identifier = response.explain.cut_off, response.explain.identifier
+    return found
+
+
+def _put_item(found: Any, item: Item) -> None:
+    found.id, found.key, found.title = item.id, item.key or "", item.title
+    found.score = item.score if math.isfinite(item.score) else 0.0
+    found.group, found.variants = item.group or "", item.variants
+    found.sources.extend(item.sources)
+    for name, value in item.attributes.items():
+        _put_value(found.attributes[name], value)
+    if item.explain is not None:
+        _put_explanation(found.explain, item.explain)
+
+
+def _put_value(found: Any, value: str | float | Sequence[str]) -> None:
+    if isinstance(value, str):
+        found.text = value
+    elif isinstance(value, (int, float)):
+        found.number = value
+    else:
+        found.texts.values.extend(value)
+
+
+def _put_explanation(found: Any, explain: Mapping[str, Any]) -> None:
+    for name, value in explain.items():
+        if name == "rerank":
+            found.rerank.extend(value)
+        elif name in ("coarse", "fine"):
+            if value is not None:
+                setattr(found, name, value)
+        else:
+            found.recall[name].rank = value["rank"]
+            found.recall[name].score = value["score"] or 0.0
+
+
+def _put_facet(found: Any, facet: Facet) -> None:
+    found.kind, found.more = facet.kind, facet.more
+    for value, count in facet.values:
+        found.values.add(value=value, count=count)
+    if facet.minimum is not None and facet.maximum is not None:
+        found.min, found.max = facet.minimum, facet.maximum
+
+
+def _pipelines(described: Mapping[str, Any]) -> Any:
+    found = _ListPipelinesResponse(
+        default_pipeline=described["default"], user_features=described["user_features"]
+    )
+    for pipeline in described["pipelines"]:
+        found.pipelines.add(**pipeline)
+    for attribute in described["attributes"]:
+        found.attributes.add(**attribute)
+    return found
