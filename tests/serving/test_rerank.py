@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from dpsr_common.errors import UsageError
-from dpsr_common.typed_config import from_dict
+from dpsr_common.strict_yaml import Section, load_yaml
 from dpsr_serving.gateway.rerank import (
+    RERANK_KEYS,
     DiversityConfig,
     RerankConfig,
     Reranked,
@@ -20,6 +21,7 @@ from dpsr_serving.gateway.rerank import (
     RuleFile,
     diversify,
     normalise,
+    read_config,
     read_rules,
 )
 
@@ -59,7 +61,7 @@ def rerank(shop: Shop, config: dict[str, Any], rules: RuleFile | None = None, **
     ids = np.arange(100, 100 + n)
     scores = options.pop("scores", np.linspace(1, 0.5, n))
     given = {"query": "red shoes", "now": 0.0, **options}
-    reranker = Reranker(from_dict(RerankConfig, config, "rerank"), shop, rules)
+    reranker = Reranker(read_config(Section("rerank", config, RERANK_KEYS), Path()), shop, rules)
     return reranker.apply(ids, shop.rows(ids), scores, **given)
 
 
@@ -173,21 +175,38 @@ def test_only_the_first_results_change_places() -> None:
     assert rerank(Shop("AAABBB"), config).ids.tolist() == [100, 103, 101, 102, 104, 105]
 
 
+def config_of(text: str) -> RerankConfig:
+    return read_config(
+        Section("", load_yaml(text, lines=True), ("rerank",)).section("rerank", RERANK_KEYS), Path("shop")
+    )
+
+
+def test_config() -> None:
+    assert config_of("{}") == RerankConfig(collapse=True, diversity=None, rules=None)
+    found = config_of("rerank:\n  collapse: false\n  rules: rules.yaml\n  diversity: {attributes: brand, size: 9}\n")
+    assert found == RerankConfig(False, DiversityConfig(("brand",), size=9), "shop/rules.yaml")
+
+
 @pytest.mark.parametrize(
-    ("diversity", "words"),
+    ("text", "words"),
     [
-        ({}, "key 'attributes' is missing"),
-        ({"attributes": []}, "expected at least one"),
-        ({"attributes": ["brand"], "method": "best"}, "expected one of mmr, window"),
-        ({"attributes": ["brand"], "most": 2}, "most belongs to the method window"),
-        ({"attributes": ["brand"], "method": "window", "strength": 0.5}, "strength belongs to the method mmr"),
-        ({"attributes": ["brand"], "strength": 1.5}, "expected 0 to 1"),
-        ({"attributes": ["brand"], "windows": 3}, "did you mean 'window'"),
+        ("collapses: true", "line 2: rerank: unknown key 'collapses', allowed: collapse, diversity, rules"),
+        ("collapse: 1", "line 2: rerank.collapse: got 1, expected true or false"),
+        ("diversity: brand", "rerank.diversity: got 'brand', expected a mapping with the keys attributes, method"),
+        ("diversity: {}", "line 2: rerank.diversity.attributes: got None, expected a list of keyword attributes"),
+        ("diversity: {attributes: []}", r"got \[\], expected a list of keyword attributes"),
+        ("diversity: {attributes: [a, a]}", "expected each attribute once"),
+        ("diversity: {attributes: a, method: best}", "got 'best', expected 'mmr' or 'window'"),
+        ("diversity: {attributes: a, most: 2}", "most: belongs to the method window"),
+        ("diversity: {attributes: a, method: window, strength: 0.5}", "strength: belongs to the method mmr"),
+        ("diversity: {attributes: a, strength: 1.5}", "expected a number of at least 0 and at most 1"),
+        ("diversity: {attributes: a, window: 1}", "expected an integer of at least 2"),
+        ("diversity: {attributes: a, size: 1000}", "expected at most 500"),
     ],
 )
-def test_wrong_diversity(diversity: dict[str, Any], words: str) -> None:
+def test_wrong_config(text: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        from_dict(RerankConfig, {"diversity": diversity}, "pipelines.full.rerank")
+        config_of(f"rerank:\n  {text}\n")
 
 
 # Rules.
@@ -287,13 +306,13 @@ def test_rules_look_at_the_time(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("- a\n", "holds a list, expected rules"),
-        ("a: 3\n", "line 1: a: got 3, expected a mapping"),
-        ("# words\nb:\n  pin: [100]\na:\n  pins: [100]\n", "line 4: a: unknown key 'pins', allowed: queries, contains"),
-        ("a:\n  queries: [x]\n", "a: does nothing; give it at least one of pin, boost and bury"),
+        ("a: 3\n", "line 1: a: got 3, expected a mapping with the keys queries, contains"),
+        ("# words\nb:\n  pin: [100]\na:\n  pins: [100]\n", "line 5: a: unknown key 'pins', allowed: queries, contains"),
+        ("a:\n  queries: [x]\n", "line 2: a.pin: the rule does nothing; give it at least one of pin, boost and bury"),
         ("a:\n  pin: 100\n", "a.pin: got 100, expected a list of item ids"),
         ("a:\n  pin: [100]\n  pin_at: 0\n", "a.pin_at: got 0, expected an integer of at least 1"),
         ("a:\n  bury: {items: [100]}\n  pin_at: 2\n", "a.pin_at: got 2, but there is no `pin`"),
-        ("a:\n  boost: {}\n", "a.boost: says of no item that it moves"),
+        ("a:\n  boost: {}\n", "line 2: a.boost: got {}, which moves no item"),
         ("a:\n  boost: {filters: {colour: [red]}}\n", "a.boost.filters: got .*expected conditions on brand"),
         ("a:\n  boost: {items: [100], places: -1}\n", "a.boost.places: got -1, expected an integer of at least 1"),
         ("a:\n  pin: [100]\n  queries: ['  ']\n", "a.queries: got .*texts that are not empty"),

@@ -22,80 +22,98 @@ import unicodedata
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from dpsr_common.errors import UsageError
 from dpsr_common.strict_yaml import Section, load_yaml, read_file
-from dpsr_common.typed_config import option
+from dpsr_serving.gateway.catalogue import KEYWORD, Catalogue, Condition
+from dpsr_serving.gateway.messages import RequestError, read_filters
+from dpsr_serving.search import Filters
 
 _log = logging.getLogger(__name__)
 
-Filters = Mapping[str, Any]
-
-
-class Items(Protocol):
-    """What re-ranking asks of the catalogue."""
-
-    def rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the row of each item, -1 for an unknown one."""
-
-    def group(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the group of each item; -1 - row for an item without one."""
-
-    def matches(self, rows: NDArray[np.int64], filters: Filters) -> NDArray[np.bool_]:
-        """Returns which items match the filters."""
-
-    def codes(self, name: str, rows: NDArray[np.int64]) -> Sequence[Sequence[int]]:
-        """Returns the codes of each item's values of a keyword attribute, none where it has no value."""
-
-    def find(self, item: int | str) -> int:
-        """Returns the id of an item by its id or key, -1 if there is none."""
-
-    def check_filters(self, filters: Any) -> Filters:
-        """Returns the filters as `matches` takes them. Raises ValueError for unknown attributes and wrong values."""
-
-
 @dataclasses.dataclass(frozen=True)
 class DiversityConfig:
-    """How neighbouring results are made to differ."""
+    """How neighbouring results are made to differ.
 
-    attributes: tuple[str, ...] = dataclasses.field(
-        metadata={"help": "keyword attributes in which neighbouring results should differ, such as brand and shop"}
-    )
-    method: str = option(
-        "mmr",
-        "mmr trades the score for difference; window allows at most `most` results with the same value in a window",
-        choices=("mmr", "window"),
-    )
-    strength: float | None = option(
-        None, "weight of the difference against the score, for the method mmr (0 to 1, default 0.3)", 0, 1
-    )
-    most: int | None = option(
-        None, "largest number of results with the same value in a window, for the method window (default 2)", 1
-    )
-    window: int = option(10, "number of neighbouring results that are compared", 1, 100)
-    size: int = option(50, "number of first results that are put in another order", 1, 500)
+    Attributes:
+        attributes: keyword attributes in which neighbours should differ, such as brand and shop.
+        method: "mmr" trades the score for difference, "window" allows `most` results with a value in a window.
+        strength: for mmr, the weight of the difference against the score, 0 to 1.
+        most: for window, the largest number of results with the same value in a window.
+        window: number of neighbouring results that are compared.
+        size: number of first results that are put in another order.
+    """
 
-    def problem(self) -> str | None:
-        """Returns what is wrong with values that cannot be combined."""
-        if self.method == "mmr" and self.most is not None:
-            return "most belongs to the method window; leave it out, or write method: window"
-        if self.method == "window" and self.strength is not None:
-            return "strength belongs to the method mmr; leave it out, or write method: mmr"
-        return None
+    attributes: tuple[str, ...]
+    method: str = "mmr"
+    strength: float = 0.3
+    most: int = 2
+    window: int = 10
+    size: int = 50
 
 
 @dataclasses.dataclass(frozen=True)
 class RerankConfig:
-    """The section `rerank` of a pipeline."""
+    """The section `rerank` of a pipeline.
 
-    collapse: bool = option(True, "whether the variants of one product become one result")
-    diversity: DiversityConfig | None = option(None, "how neighbouring results are made to differ")
-    rules: str | None = option(None, "file with the rules of merchandisers")
+    Attributes:
+        collapse: whether the variants of one product become one result.
+        diversity: how neighbouring results are made to differ; None: not at all.
+        rules: file with the rules of merchandisers; None: there are none.
+    """
+
+    collapse: bool = True
+    diversity: DiversityConfig | None = None
+    rules: str | None = None
+
+
+RERANK_KEYS = ("collapse", "diversity", "rules")
+_DIVERSITY_KEYS = ("attributes", "method", "strength", "most", "window", "size")
+
+
+def read_config(section: Section, folder: Path) -> RerankConfig:
+    """Reads the section `rerank` of a pipeline, with the keys RERANK_KEYS. Raises UsageError.
+
+    A relative path of the rules begins at `folder`.
+    """
+    rules = section.text("rules", None)
+    return RerankConfig(
+        collapse=section.flag("collapse", True),
+        diversity=_diversity(section.section("diversity", _DIVERSITY_KEYS)) if "diversity" in section.tree else None,
+        rules=None if rules is None else str(folder / rules),
+    )
+
+
+def _diversity(section: Section) -> DiversityConfig:
+    given = section.tree.get("attributes")
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise section.error("attributes", f"got {given!r}, expected a list of keyword attributes, such as [brand]")
+    if len(set(names)) < len(names):
+        raise section.error("attributes", f"got {given!r}, expected each attribute once")
+    method = section.text("method", DiversityConfig.method, ("mmr", "window").__contains__, "'mmr' or 'window'")
+    for name, other in (("strength", "mmr"), ("most", "window")):
+        if name in section.tree and method != other:
+            raise section.error(name, f"belongs to the method {other}; leave it out, or write `method: {other}`")
+    return DiversityConfig(
+        attributes=tuple(names),
+        method=method,
+        strength=section.number("strength", DiversityConfig.strength, least=0, most=1),
+        most=section.integer("most", DiversityConfig.most, 1),
+        window=section.integer("window", DiversityConfig.window, 2),
+        size=_size(section),
+    )
+
+
+def _size(section: Section) -> int:
+    size = section.integer("size", DiversityConfig.size, 1)
+    if size > 500:
+        raise section.error("size", f"got {size}, expected at most 500, because the time grows with it")
+    return size
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,7 +150,7 @@ class Reranked:
 class Reranker:
     """The re-ranking of one pipeline. Threads may share it."""
 
-    def __init__(self, config: RerankConfig, catalogue: Items, rules: RuleFile | None = None) -> None:
+    def __init__(self, config: RerankConfig, catalogue: Catalogue, rules: RuleFile | None = None) -> None:
         """`rules` is the file that config.rules names, which pipelines can share."""
         self._config = config
         self._catalogue = catalogue
@@ -267,8 +285,8 @@ def diversify(
         for result in range(len(scores))
     ]
     if config.method == "window":
-        return _sliding_window(of_result, config.window, 2 if config.most is None else config.most)
-    return _mmr(of_result, scores, config.window, 0.3 if config.strength is None else config.strength, len(values))
+        return _sliding_window(of_result, config.window, config.most)
+    return _mmr(of_result, scores, config.window, config.strength, len(values))
 
 
 def _mmr(
@@ -422,7 +440,7 @@ class RuleFile:
         reloads: how often the file was read again, by result: "ok" or "refused".
     """
 
-    def __init__(self, path: Path, catalogue: Items) -> None:
+    def __init__(self, path: Path, catalogue: Catalogue) -> None:
         """Reads the file. Raises UsageError if it cannot be read or is wrong; names the line."""
         self.reloads = {"ok": 0, "refused": 0}
         self._path = path
@@ -462,20 +480,15 @@ class RuleFile:
         return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def read_rules(path: Path, catalogue: Items) -> tuple[Rule, ...]:
+def read_rules(path: Path, catalogue: Catalogue) -> tuple[Rule, ...]:
     """Reads a file of rules. Raises UsageError if it cannot be read or is wrong; names file, line and key."""
 
     def parse(text: str) -> tuple[Rule, ...]:
-        tree = load_yaml(text)
+        tree = load_yaml(text, lines=True)
         if not isinstance(tree, dict):
             raise UsageError(f"holds a {type(tree).__name__}, expected rules as `name:` with keys below it")
-        rules = []
-        for name, value in tree.items():
-            try:
-                rules.append(_rule(str(name), value, catalogue))
-            except UsageError as error:
-                raise UsageError(f"line {_line_of(text, str(name))}: {error}") from None
-        return tuple(rules)
+        names = Section("", tree, tuple(tree))
+        return tuple(_rule(str(name), names.section(name, _RULE_KEYS), catalogue) for name in tree)
 
     return read_file(path, parse)
 
@@ -504,49 +517,47 @@ def _joined(left: str, right: str) -> bool:
     return left.isalnum() and right.isalnum() and left < "\u2e80" and right < "\u2e80"
 
 
-def _rule(name: str, tree: Any, catalogue: Items) -> Rule:
-    section = Section(name, tree, _RULE_KEYS)
+def _rule(name: str, section: Section, catalogue: Catalogue) -> Rule:
+    tree = section.tree
     begins, ends = _time(section, "from", -math.inf), _time(section, "until", math.inf)
     if begins >= ends:
-        raise UsageError(f"{name}.until: got {tree['until']}, expected a time after `from`, which is {tree['from']}")
-    moves = [_move(section, key, catalogue) for key in ("boost", "bury") if key in section.tree]
-    pin = _items(section, "pin", catalogue)
-    if not moves and "pin" not in section.tree:
-        raise UsageError(f"{name}: does nothing; give it at least one of pin, boost and bury")
-    if "pin_at" in section.tree and "pin" not in section.tree:
-        raise UsageError(f"{name}.pin_at: got {tree['pin_at']!r}, but there is no `pin`; leave it out or give items")
+        raise section.error("until", f"got {tree['until']}, expected a time after `from`, which is {tree['from']}")
+    moves = [_move(section, key, catalogue) for key in ("boost", "bury") if key in tree]
+    if not moves and "pin" not in tree:
+        raise section.error("pin", "the rule does nothing; give it at least one of pin, boost and bury")
+    if "pin_at" in tree and "pin" not in tree:
+        raise section.error("pin_at", f"got {tree['pin_at']!r}, but there is no `pin`; leave it out or give items")
     return Rule(
         name=name,
         queries=frozenset(_texts(section, "queries")),
         contains=_texts(section, "contains"),
         begins=begins,
         ends=ends,
-        pin=pin,
+        pin=_items(section, "pin", catalogue),
         pin_at=section.integer("pin_at", 1, 1),
         moves=tuple(moves),
     )
 
 
-def _move(section: Section, key: str, catalogue: Items) -> Move:
+def _move(section: Section, key: str, catalogue: Catalogue) -> Move:
     part = section.section(key, _MOVE_KEYS)
-    where = f"{section.key}{key}"
     if not part.tree.get("items") and not part.tree.get("filters"):
-        raise UsageError(f"{where}: says of no item that it moves; give items, filters or both")
+        raise section.error(key, f"got {part.tree}, which moves no item; give items, filters or both")
     filters = None
     if "filters" in part.tree:
         try:
             filters = catalogue.check_filters(part.tree["filters"])
         except ValueError as error:
-            raise UsageError(f"{where}.filters: {error}") from None
+            raise part.error("filters", str(error)) from None
     places = part.integer("places", 10 if key == "boost" else _TO_THE_END, 1)
     return Move(_items(part, "items", catalogue), filters, places if key == "boost" else -places)
 
 
-def _items(section: Section, name: str, catalogue: Items) -> tuple[int, ...]:
+def _items(section: Section, name: str, catalogue: Catalogue) -> tuple[int, ...]:
     """Returns the ids of the items in a list. An item that is not in the catalogue is left out, with a warning."""
     given = section.tree.get(name, [])
     if not isinstance(given, list) or not all(isinstance(i, (int, str)) and not isinstance(i, bool) for i in given):
-        raise UsageError(f"{section.key}{name}: got {given!r}, expected a list of item ids")
+        raise section.error(name, f"got {given!r}, expected a list of item ids")
     ids = [catalogue.find(item) for item in given]
     unknown = [item for item, found in zip(given, ids, strict=True) if found < 0]
     if unknown:
@@ -559,9 +570,9 @@ def _texts(section: Section, name: str) -> tuple[str, ...]:
     given = section.tree.get(name, [])
     given = [given] if isinstance(given, (str, int)) and not isinstance(given, bool) else given
     if not isinstance(given, list) or not all(isinstance(text, (str, int)) and normalise(str(text)) for text in given):
-        raise UsageError(f"{section.key}{name}: got {given!r}, expected a list of texts that are not empty")
+        raise section.error(name, f"got {given!r}, expected a list of texts that are not empty")
     if name in section.tree and not given:
-        raise UsageError(f"{section.key}{name}: got an empty list; give texts, or leave it out for all queries")
+        raise section.error(name, "got an empty list; give texts, or leave it out for all queries")
     return tuple(normalise(str(text)) for text in given)
 
 
@@ -576,12 +587,5 @@ def _time(section: Section, name: str, default: float) -> float:
     if isinstance(given, datetime.date) and not isinstance(given, datetime.datetime):
         given = datetime.datetime.combine(given, datetime.time())
     if not isinstance(given, datetime.datetime):
-        raise UsageError(f"{section.key}{name}: got {given!r}, expected a date or time such as 2026-11-27T08:00+01:00")
+        raise section.error(name, f"got {given!r}, expected a date or time such as 2026-11-27T08:00+01:00")
     return (given if given.tzinfo else given.replace(tzinfo=datetime.timezone.utc)).timestamp()
-
-
-def _line_of(text: str, name: str) -> int:
-    """Returns the line of a rule, from 1."""
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    pairs = root.value if isinstance(root, yaml.MappingNode) else []
-    return next((key.start_mark.line + 1 for key, _ in pairs if str(key.value) == name), 1)
