@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 from dpsr_common.errors import UsageError
+from dpsr_common.packed_file import PackedFile, PackedFileWriter
 from dpsr_common.strict_yaml import Section, load_yaml
+from dpsr_serving.gateway.catalogue import Catalogue
 from dpsr_serving.gateway.rerank import (
     RERANK_KEYS,
     DiversityConfig,
@@ -25,39 +28,38 @@ from dpsr_serving.gateway.rerank import (
     read_rules,
 )
 
-
-class Shop:
-    """A catalogue in memory: item i has the id 100 + i."""
-
-    def __init__(self, brands: str, groups: dict[int, int] | None = None) -> None:
-        self.brands = brands
-        self.groups = groups or {}
-
-    def rows(self, ids: np.ndarray) -> np.ndarray:
-        rows = np.asarray(ids) - 100
-        return np.where((rows >= 0) & (rows < len(self.brands)), rows, -1)
-
-    def group(self, rows: np.ndarray) -> np.ndarray:
-        return np.array([self.groups.get(int(row), -1 - int(row)) for row in rows], np.int64)
-
-    def matches(self, rows: np.ndarray, filters: Any) -> np.ndarray:
-        return np.array([row >= 0 and self.brands[row] in filters["brand"] for row in rows], bool)
-
-    def codes(self, name: str, rows: np.ndarray) -> list[list[int]]:
-        return [[ord(self.brands[row])] if row >= 0 and self.brands[row] != "-" else [] for row in rows]
-
-    def find(self, item: int | str) -> int:
-        number = int(str(item).removeprefix("key-"))
-        return number if self.rows(np.array([number]))[0] >= 0 else -1
-
-    def check_filters(self, filters: Any) -> Any:
-        if not isinstance(filters, dict) or set(filters) != {"brand"}:
-            raise ValueError(f"got {filters!r}, expected conditions on brand")
-        return filters
+ShopOf = Callable[..., Catalogue]
 
 
-def rerank(shop: Shop, config: dict[str, Any], rules: RuleFile | None = None, **options: Any) -> Reranked:
-    n = options.pop("n", len(shop.brands))
+def catalogue(
+    folder: Path, brands: str, groups: dict[int, int] | None = None, keys: list[str] | None = None
+) -> Catalogue:
+    """A catalogue in a file. Item i has the id 100 + i, and the brand brands[i] unless that is "-"."""
+    names = sorted({*brands} - {"-"})
+    path = folder / "catalogue.dpsr"
+    with PackedFileWriter(str(path), "catalogue") as file:
+        file.add("id", np.arange(100, 100 + len(brands)))
+        texts = {"title": ["" for _ in brands], "text.brand": names, "group_text": [str(i) for i in range(10)]}
+        for name, column in {**texts, **({"key": keys} if keys else {})}.items():
+            data = [text.encode() for text in column]
+            file.add(f"{name}.splits", np.cumsum([0, *map(len, data)]))
+            file.add(f"{name}.bytes", np.frombuffer(b"".join(data), np.uint8))
+        file.add("value.brand", np.array([names.index(brand) + 1 if brand != "-" else 0 for brand in brands], np.int32))
+        file.add("value.price", np.arange(len(brands), dtype=np.float32))
+        file.add("group", np.array([(groups or {}).get(row, -1) for row in range(len(brands))], np.int32))
+        file.add("identifier.hash", np.zeros(0, np.uint64))
+        file.add("identifier.row", np.zeros(0, np.int32))
+    manifest = {"attributes": [{"name": "brand", "kind": "categorical"}, {"name": "price", "kind": "number"}]}
+    return Catalogue(manifest, PackedFile(str(path), "catalogue"))
+
+
+@pytest.fixture
+def shop_of(tmp_path: Path) -> ShopOf:
+    return lambda *arguments, **options: catalogue(tmp_path, *arguments, **options)
+
+
+def rerank(shop: Catalogue, config: dict[str, Any], rules: RuleFile | None = None, **options: Any) -> Reranked:
+    n = options.pop("n", shop.num_items)
     ids = np.arange(100, 100 + n)
     scores = options.pop("scores", np.linspace(1, 0.5, n))
     given = {"query": "red shoes", "now": 0.0, **options}
@@ -65,7 +67,7 @@ def rerank(shop: Shop, config: dict[str, Any], rules: RuleFile | None = None, **
     return reranker.apply(ids, shop.rows(ids), scores, **given)
 
 
-def rules_of(tmp_path: Path, shop: Shop, text: str) -> RuleFile:
+def rules_of(tmp_path: Path, shop: Catalogue, text: str) -> RuleFile:
     path = tmp_path / "rules.yaml"
     path.write_text(text)
     return RuleFile(path, shop)
@@ -74,25 +76,25 @@ def rules_of(tmp_path: Path, shop: Shop, text: str) -> RuleFile:
 NOTHING = {"collapse": False}
 
 
-def test_without_steps_the_list_stays() -> None:
-    found = rerank(Shop("AAAB"), NOTHING)
+def test_without_steps_the_list_stays(shop_of: ShopOf) -> None:
+    found = rerank(shop_of("AAAB"), NOTHING)
     assert found.ids.tolist() == [100, 101, 102, 103]
     assert found.source.tolist() == found.rows.tolist() == [0, 1, 2, 3]
     assert found.variants.tolist() == [1, 1, 1, 1]
     assert found.reasons(0) == []
 
 
-def test_an_empty_list_stays_empty() -> None:
+def test_an_empty_list_stays_empty(shop_of: ShopOf) -> None:
     config = {"collapse": True, "diversity": {"attributes": ["brand"]}}
-    found = rerank(Shop("AB"), config, n=0)
+    found = rerank(shop_of("AB"), config, n=0)
     assert found.ids.tolist() == [] and found.ids.dtype == np.int64
 
 
 # Collapse.
 
 
-def test_the_best_variant_stands_for_its_group() -> None:
-    shop = Shop("AAAAA", groups={0: 7, 1: 8, 2: 7, 4: 7})
+def test_the_best_variant_stands_for_its_group(shop_of: ShopOf) -> None:
+    shop = shop_of("AAAAA", groups={0: 7, 1: 8, 2: 7, 4: 7})
     found = rerank(shop, {"collapse": True})
     assert found.ids.tolist() == [100, 101, 103]
     assert found.variants.tolist() == [3, 1, 1]
@@ -100,8 +102,8 @@ def test_the_best_variant_stands_for_its_group() -> None:
     assert found.reasons(2) == ["moved from 4 to 3"]
 
 
-def test_items_that_the_catalogue_does_not_know_do_not_collapse() -> None:
-    shop = Shop("AA")
+def test_items_that_the_catalogue_does_not_know_do_not_collapse(shop_of: ShopOf) -> None:
+    shop = shop_of("AA")
     reranker = Reranker(RerankConfig(), shop)
     found = reranker.apply(np.array([5, 101, 6]), np.array([-1, 1, -1]), np.array([3.0, 2.0, 1.0]), "q", 0)
     assert found.ids.tolist() == [5, 101, 6] and found.variants.tolist() == [1, 1, 1]
@@ -110,8 +112,8 @@ def test_items_that_the_catalogue_does_not_know_do_not_collapse() -> None:
 # Diversity.
 
 
-def test_mmr_takes_another_brand_where_scores_are_close() -> None:
-    shop = Shop("AAABA")
+def test_mmr_takes_another_brand_where_scores_are_close(shop_of: ShopOf) -> None:
+    shop = shop_of("AAABA")
     config = {"diversity": {"attributes": ["brand"]}}
     assert rerank(shop, config, scores=np.array([1, 0.95, 0.94, 0.9, 0])).ids.tolist() == [100, 103, 101, 102, 104]
     # An item that is much worse does not move up because it is different.
@@ -125,8 +127,8 @@ def test_mmr_is_the_formula(strength: float) -> None:
     n, window = 40, 5
     scores = np.sort(random.random(n))[::-1]
     values = [
-        [[int(code)] for code in random.integers(1, 5, n)],
-        [random.permutation(6)[:2].tolist() for _ in range(n)],
+        [(0, brand), *((1, colour) for colour in random.permutation(6)[:2].tolist())]
+        for brand in random.integers(1, 5, n).tolist()
     ]
     config = DiversityConfig(("brand", "colour"), strength=strength, window=window)
 
@@ -136,8 +138,8 @@ def test_mmr_is_the_formula(strength: float) -> None:
     while left:
 
         def value(result: int) -> float:
-            common = [any({*column[result]} & {*column[other]} for other in order[-window:]) for column in values]
-            return round((1 - strength) * relevance[result] - strength * sum(common) / 2, 9)
+            common = {a for other in order[-window:] for a, _ in {*values[result]} & {*values[other]}}
+            return round((1 - strength) * relevance[result] - strength * len(common) / 2, 9)
 
         order.append(max(left, key=lambda result: (value(result), -result)))
         left.remove(order[-1])
@@ -145,34 +147,34 @@ def test_mmr_is_the_formula(strength: float) -> None:
 
 
 @pytest.mark.parametrize("scores", [[1, 1, 1, 1], [np.inf, np.nan, -np.inf, -np.inf], [0.1, 0.9, 0.5, 0.2]])
-def test_mmr_bears_scores_that_are_equal_or_no_numbers(scores: list[float]) -> None:
-    found = rerank(Shop("AAAB"), {"diversity": {"attributes": ["brand"]}}, scores=np.array(scores))
+def test_mmr_bears_scores_that_are_equal_or_no_numbers(shop_of: ShopOf, scores: list[float]) -> None:
+    found = rerank(shop_of("AAAB"), {"diversity": {"attributes": ["brand"]}}, scores=np.array(scores))
     assert sorted(found.ids.tolist()) == [100, 101, 102, 103] and found.ids[0] == 100
 
 
-def test_missing_values_resemble_nothing() -> None:
+def test_missing_values_resemble_nothing(shop_of: ShopOf) -> None:
     config = {"diversity": {"attributes": ["brand"], "strength": 1.0}}
-    assert rerank(Shop("----A"), config).ids.tolist() == [100, 101, 102, 103, 104]
+    assert rerank(shop_of("----A"), config).ids.tolist() == [100, 101, 102, 103, 104]
 
 
-def test_window_allows_so_many_of_a_value_among_neighbours() -> None:
+def test_window_allows_so_many_of_a_value_among_neighbours(shop_of: ShopOf) -> None:
     config = {"diversity": {"attributes": ["brand"], "method": "window", "window": 4, "most": 2}}
-    found = rerank(Shop("AAAAABBC"), config)
+    found = rerank(shop_of("AAAAABBC"), config)
     brands = "".join("AAAAABBC"[row] for row in found.rows)
     assert brands == "AABBAACA"
     assert all(brands[at : at + 4].count("A") <= 2 for at in range(4))
 
 
-def test_window_without_others_keeps_the_order() -> None:
+def test_window_without_others_keeps_the_order(shop_of: ShopOf) -> None:
     config = {"diversity": {"attributes": ["brand"], "method": "window", "most": 1}}
-    assert rerank(Shop("AAA"), config).ids.tolist() == [100, 101, 102]
+    assert rerank(shop_of("AAA"), config).ids.tolist() == [100, 101, 102]
 
 
-def test_only_the_first_results_change_places() -> None:
+def test_only_the_first_results_change_places(shop_of: ShopOf) -> None:
     config = {"diversity": {"attributes": ["brand"], "strength": 1.0, "size": 3}}
-    assert rerank(Shop("AAABBB"), config).ids.tolist() == [100, 101, 102, 103, 104, 105]
+    assert rerank(shop_of("AAABBB"), config).ids.tolist() == [100, 101, 102, 103, 104, 105]
     config["diversity"]["size"] = 4
-    assert rerank(Shop("AAABBB"), config).ids.tolist() == [100, 103, 101, 102, 104, 105]
+    assert rerank(shop_of("AAABBB"), config).ids.tolist() == [100, 103, 101, 102, 104, 105]
 
 
 def config_of(text: str) -> RerankConfig:
@@ -212,8 +214,8 @@ def test_wrong_config(text: str, words: str) -> None:
 # Rules.
 
 
-def test_pinned_items_take_their_places(tmp_path: Path) -> None:
-    shop = Shop("AAAAAA")
+def test_pinned_items_take_their_places(shop_of: ShopOf, tmp_path: Path) -> None:
+    shop = shop_of("AAAAAA")
     rules = rules_of(tmp_path, shop, "two:\n  pin: [104, 102]\nlater:\n  pin: [105]\n  pin_at: 4\n")
     found = rerank(shop, NOTHING, rules)
     assert found.ids.tolist() == [104, 102, 100, 105, 101, 103]
@@ -221,20 +223,22 @@ def test_pinned_items_take_their_places(tmp_path: Path) -> None:
     assert found.reasons(3) == ["moved from 6 to 4", "later: pinned"]
 
 
-def test_pins_for_one_place_follow_each_other(tmp_path: Path) -> None:
-    shop = Shop("AAAA")
+def test_pins_for_one_place_follow_each_other(shop_of: ShopOf, tmp_path: Path) -> None:
+    shop = shop_of("AAAA")
     rules = rules_of(tmp_path, shop, "a:\n  pin: [103]\nb:\n  pin: [102]\nc:\n  pin: [103]\n  pin_at: 4\n")
     assert rerank(shop, NOTHING, rules).ids.tolist() == [103, 102, 100, 101]
 
 
-def test_a_pin_beyond_the_end_is_last(tmp_path: Path) -> None:
-    shop = Shop("AAAA")
+def test_a_pin_beyond_the_end_is_last(shop_of: ShopOf, tmp_path: Path) -> None:
+    shop = shop_of("AAAA")
     rules = rules_of(tmp_path, shop, "a:\n  pin: [100, 101]\n  pin_at: 90\n")
     assert rerank(shop, NOTHING, rules).ids.tolist() == [102, 103, 100, 101]
 
 
-def test_a_pinned_item_that_recall_did_not_find_is_added_if_it_matches_the_filters(tmp_path: Path) -> None:
-    shop = Shop("AAAB")
+def test_a_pinned_item_that_recall_did_not_find_is_added_if_it_matches_the_filters(
+    shop_of: ShopOf, tmp_path: Path
+) -> None:
+    shop = shop_of("AAAB")
     rules = rules_of(tmp_path, shop, "a:\n  pin: [103]\n")
     found = rerank(shop, NOTHING, rules, n=2)
     assert found.ids.tolist() == [103, 100, 101] and found.source.tolist() == [-1, 0, 1]
@@ -244,8 +248,8 @@ def test_a_pinned_item_that_recall_did_not_find_is_added_if_it_matches_the_filte
     assert rerank(shop, NOTHING, rules, n=0).ids.tolist() == [103]
 
 
-def test_a_pinned_variant_stands_for_its_group(tmp_path: Path) -> None:
-    shop = Shop("AAAAA", groups={0: 7, 2: 7, 3: 7})
+def test_a_pinned_variant_stands_for_its_group(shop_of: ShopOf, tmp_path: Path) -> None:
+    shop = shop_of("AAAAA", groups={0: 7, 2: 7, 3: 7})
     rules = rules_of(tmp_path, shop, "a:\n  pin: [102]\n  pin_at: 2\n")
     found = rerank(shop, {"collapse": True}, rules)
     assert found.ids.tolist() == [101, 102, 104] and found.variants.tolist() == [1, 3, 1]
@@ -253,11 +257,11 @@ def test_a_pinned_variant_stands_for_its_group(tmp_path: Path) -> None:
     assert rerank(shop, {"collapse": True}, rules).ids.tolist() == [103, 102, 101, 104]
 
 
-def test_boost_and_bury_move_items_and_add_up(tmp_path: Path) -> None:
-    shop = Shop("AABABA")
+def test_boost_and_bury_move_items_and_add_up(shop_of: ShopOf, tmp_path: Path) -> None:
+    shop = shop_of("AABABA")
     rules = rules_of(tmp_path, shop, "a:\n  boost: {filters: {brand: [B]}, places: 2}\n")
     assert rerank(shop, NOTHING, rules).ids.tolist() == [102, 100, 101, 104, 103, 105]
-    rules = rules_of(tmp_path, shop, "a:\n  bury: {items: [100, key-101]}\n")
+    rules = rules_of(tmp_path, shop, "a:\n  bury: {items: [100, '101']}\n")
     found = rerank(shop, NOTHING, rules)
     assert found.ids.tolist() == [102, 103, 104, 105, 100, 101]
     assert found.reasons(5) == ["moved from 2 to 6", "a: buried"]
@@ -265,8 +269,8 @@ def test_boost_and_bury_move_items_and_add_up(tmp_path: Path) -> None:
     assert rerank(shop, NOTHING, rules_of(tmp_path, shop, both)).ids.tolist() == [100, 101, 103, 102, 104, 105]
 
 
-def test_rules_come_after_diversity(tmp_path: Path) -> None:
-    shop = Shop("AAB")
+def test_rules_come_after_diversity(shop_of: ShopOf, tmp_path: Path) -> None:
+    shop = shop_of("AAB")
     rules = rules_of(tmp_path, shop, "a:\n  bury: {filters: {brand: [B]}}\n")
     found = rerank(shop, {"diversity": {"attributes": ["brand"], "strength": 1.0}}, rules)
     assert found.ids.tolist() == [100, 101, 102]
@@ -289,15 +293,15 @@ def test_rules_come_after_diversity(tmp_path: Path) -> None:
         ("{}", "anything", True),
     ],
 )
-def test_rules_look_at_the_query(tmp_path: Path, condition: str, query: str, applies: bool) -> None:
+def test_rules_look_at_the_query(shop_of: ShopOf, tmp_path: Path, condition: str, query: str, applies: bool) -> None:
     text = f"a:\n  pin: [101]\n  {condition}\n" if condition != "{}" else "a:\n  pin: [101]\n"
-    rules = rules_of(tmp_path, Shop("AA"), text)
+    rules = rules_of(tmp_path, shop_of("AA"), text)
     assert bool(rules.active(query, 0)) == applies
 
 
-def test_rules_look_at_the_time(tmp_path: Path) -> None:
+def test_rules_look_at_the_time(shop_of: ShopOf, tmp_path: Path) -> None:
     text = "a:\n  pin: [101]\n  from: 2026-11-27\n  until: 2026-11-30T08:00+01:00\n"
-    rules = rules_of(tmp_path, Shop("AA"), text)
+    rules = rules_of(tmp_path, shop_of("AA"), text)
     begins, ends = 1795737600, 1796022000  # 2026-11-27T00:00Z, 2026-11-30T07:00Z
     assert [bool(rules.active("q", now)) for now in (begins - 1, begins, ends - 1, ends)] == [False, True, True, False]
 
@@ -313,7 +317,11 @@ def test_rules_look_at_the_time(tmp_path: Path) -> None:
         ("a:\n  pin: [100]\n  pin_at: 0\n", "a.pin_at: got 0, expected an integer of at least 1"),
         ("a:\n  bury: {items: [100]}\n  pin_at: 2\n", "a.pin_at: got 2, but there is no `pin`"),
         ("a:\n  boost: {}\n", "line 2: a.boost: got {}, which moves no item"),
-        ("a:\n  boost: {filters: {colour: [red]}}\n", "a.boost.filters: got .*expected conditions on brand"),
+        (
+            "a:\n  boost: {filters: {colour: [red]}}\n",
+            "line 2: a.boost.filters: filter 'colour': there is no such attribute; expected one of",
+        ),
+        ("a:\n  boost: {filters: {price: cheap}}\n", "filter 'price': got 'cheap'; the attribute is a number"),
         ("a:\n  boost: {items: [100], places: -1}\n", "a.boost.places: got -1, expected an integer of at least 1"),
         ("a:\n  pin: [100]\n  queries: ['  ']\n", "a.queries: got .*texts that are not empty"),
         ("a:\n  pin: [100]\n  queries: []\n", "a.queries: got an empty list"),
@@ -323,23 +331,27 @@ def test_rules_look_at_the_time(tmp_path: Path) -> None:
         ("a: [\n", "not valid YAML"),
     ],
 )
-def test_wrong_rules(tmp_path: Path, text: str, words: str) -> None:
+def test_wrong_rules(shop_of: ShopOf, tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "rules.yaml"
     path.write_text(text)
     with pytest.raises(UsageError, match=words) as raised:
-        read_rules(path, Shop("AA"))
+        read_rules(path, shop_of("AA"))
     assert str(raised.value).startswith(f"{path}: ")
 
 
-def test_an_item_that_left_the_shop_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    shop = Shop("AA")
+def test_an_item_that_left_the_shop_is_no_error(
+    shop_of: ShopOf, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shop = shop_of("AA")
     rules = rules_of(tmp_path, shop, "a:\n  pin: [999, 101]\n")
     assert "a.pin: the index has no item 999" in caplog.text
     assert rerank(shop, NOTHING, rules).ids.tolist() == [101, 100]
 
 
-def test_rules_are_read_again_when_the_file_changes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    shop = Shop("AA")
+def test_rules_are_read_again_when_the_file_changes(
+    shop_of: ShopOf, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shop = shop_of("AA")
     rules = rules_of(tmp_path, shop, "a:\n  pin: [101]\n")
     rules.refresh()
     assert rules.reloads == {"ok": 0, "refused": 0}
@@ -363,9 +375,9 @@ def test_rules_are_read_again_when_the_file_changes(tmp_path: Path, caplog: pyte
     assert rules.reloads["ok"] == 2 and not rules.active("q", 0)
 
 
-def test_no_file_is_an_error_at_the_start(tmp_path: Path) -> None:
+def test_no_file_is_an_error_at_the_start(shop_of: ShopOf, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file"):
-        RuleFile(tmp_path / "rules.yaml", Shop("A"))
+        RuleFile(tmp_path / "rules.yaml", shop_of("A"))
 
 
 def test_texts_are_compared_without_case_width_and_spaces() -> None:

@@ -30,10 +30,11 @@ from numpy.typing import NDArray
 from dpsr_common.errors import UsageError
 from dpsr_common.strict_yaml import Section, load_yaml, read_file
 from dpsr_serving.gateway.catalogue import KEYWORD, Catalogue, Condition
-from dpsr_serving.gateway.messages import RequestError, read_filters
+from dpsr_serving.gateway.messages import _filters as read_filters
 from dpsr_serving.search import Filters
 
 _log = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass(frozen=True)
 class DiversityConfig:
@@ -151,7 +152,17 @@ class Reranker:
     """The re-ranking of one pipeline. Threads may share it."""
 
     def __init__(self, config: RerankConfig, catalogue: Catalogue, rules: RuleFile | None = None) -> None:
-        """`rules` is the file that config.rules names, which pipelines can share."""
+        """Checks the attributes of `diversity` and raises UsageError if the catalogue has no such keyword attribute.
+
+        `rules` is the file that config.rules names, which pipelines can share.
+        """
+        keywords = [name for name, attribute in catalogue.attributes.items() if attribute.kind == KEYWORD]
+        for name in config.diversity.attributes if config.diversity else ():
+            if name not in keywords:
+                raise UsageError(
+                    f"rerank.diversity.attributes: the index has no keyword attribute {name!r}, expected one of "
+                    f"{', '.join(keywords) or 'none (name some in the schema under items.filters)'}"
+                )
         self._config = config
         self._catalogue = catalogue
         self._rules = rules
@@ -163,7 +174,7 @@ class Reranker:
         scores: NDArray[np.floating[Any]],
         query: str,
         now: float,
-        filters: Filters | None = None,
+        filters: Filters | tuple[Condition, ...] | None = None,
     ) -> Reranked:
         """Returns the results in their last order.
 
@@ -190,8 +201,7 @@ class Reranker:
         diversity = self._config.diversity
         if diversity is not None and len(order) > 2:
             first = order[: diversity.size]
-            values = [self._catalogue.codes(name, rows[first]) for name in diversity.attributes]
-            places = diversify(diversity, np.asarray(scores, np.float64)[first], values)
+            places = diversify(diversity, np.asarray(scores, np.float64)[first], self._values(rows[first]))
             order = np.concatenate([first[places], order[diversity.size :]])
         reasons: dict[int, list[str]] = {}
         order = self._move(rules, order, ids, rows, reasons)
@@ -199,7 +209,21 @@ class Reranker:
         source = np.where(order < found, order, -1)
         return Reranked(ids[order], rows[order], source, variants[order], reasons)
 
-    def _pins(self, rules: Sequence[Rule], filters: Filters | None) -> dict[int, tuple[int, str]]:
+    def _values(self, rows: NDArray[np.int64]) -> list[list[Value]]:
+        """Returns the values of each item in the attributes of `diversity`."""
+        assert self._config.diversity is not None
+        values: list[list[Value]] = [[] for _ in rows]
+        known = np.flatnonzero(rows >= 0)
+        for number, name in enumerate(self._config.diversity.attributes):
+            codes, places = self._catalogue.attributes[name].codes_of(rows[known])
+            for code, item in zip(codes.tolist(), known[places].tolist(), strict=True):
+                if code:
+                    values[item].append((number, code))
+        return values
+
+    def _pins(
+        self, rules: Sequence[Rule], filters: Filters | tuple[Condition, ...] | None
+    ) -> dict[int, tuple[int, str]]:
         """Returns the pinned items: id -> (place from 0, name of the rule). The first rule that pins an item counts."""
         pins: dict[int, tuple[int, str]] = {}
         for rule in rules:
@@ -221,9 +245,8 @@ class Reranker:
         every = np.arange(len(rows))
         if not self._config.collapse or not len(rows):
             return every, np.ones(len(rows), np.int64)
-        groups = self._catalogue.group(rows)
         # An item that the catalogue does not know is alone.
-        groups = np.where(rows < 0, np.iinfo(np.int64).min + every, groups)
+        groups = np.where(rows < 0, np.iinfo(np.int64).min + every, self._catalogue.group(np.maximum(rows, 0)))
         best_first = np.argsort(~is_pinned, kind="stable")
         _, first, group, sizes = np.unique(
             groups[best_first], return_index=True, return_inverse=True, return_counts=True
@@ -261,13 +284,15 @@ class Reranker:
         return order[np.lexsort((place, -up, place - up))]
 
 
-def diversify(
-    config: DiversityConfig, scores: NDArray[np.float64], values: Sequence[Sequence[Sequence[int]]]
-) -> list[int]:
+# A value of an item: the number of the attribute and the code of the value.
+Value = tuple[int, int]
+
+
+def diversify(config: DiversityConfig, scores: NDArray[np.float64], values: Sequence[Sequence[Value]]) -> list[int]:
     """Returns an order of n results in which neighbours differ.
 
     The method mmr takes, place by place, the result with the largest (1 - strength) * relevance - strength * similarity
-    (Carbonell and Goldstein, SIGIR 1998, equation 2). The relevance is the score, scaled so that the n scores go from 0
+    (Carbonell and Goldstein, SIGIR 1998, section 2). The relevance is the score, scaled so that the n scores go from 0
     to 1. The similarity is the share of the attributes in which the result has a value in common with one of the last
     `window` results.
 
@@ -277,20 +302,15 @@ def diversify(
     Args:
         config: method and its parameters.
         scores: [n], best first.
-        values: for each attribute, the codes of each result's values.
+        values: [n], the values of each result.
     """
-    # A value is its attribute and its code.
-    of_result = [
-        [(attribute, code) for attribute, column in enumerate(values) for code in column[result]]
-        for result in range(len(scores))
-    ]
     if config.method == "window":
-        return _sliding_window(of_result, config.window, config.most)
-    return _mmr(of_result, scores, config.window, config.strength, len(values))
+        return _sliding_window(values, config.window, config.most)
+    return _mmr(values, scores, config.window, config.strength, len(config.attributes))
 
 
 def _mmr(
-    of_result: list[list[tuple[int, int]]], scores: NDArray[np.float64], window: int, strength: float, attributes: int
+    of_result: Sequence[Sequence[Value]], scores: NDArray[np.float64], window: int, strength: float, attributes: int
 ) -> list[int]:
     known = np.isfinite(scores)
     relevance = np.minimum.accumulate(np.where(known, scores, scores[known].min() if known.any() else 0.0))
@@ -300,7 +320,7 @@ def _mmr(
     gain = ((1 - strength) * scale / span * (relevance - relevance[-1]) if span > 0 else 0 * relevance).astype(np.int64)
     cost = round(strength * scale / attributes)
     value: list[int] = gain.tolist()
-    with_value: dict[tuple[int, int], list[int]] = {}
+    with_value: dict[Value, list[int]] = {}
     for result, pairs in enumerate(of_result):
         for pair in pairs:
             with_value.setdefault(pair, []).append(result)
@@ -308,7 +328,7 @@ def _mmr(
     recent = dict.fromkeys(with_value, 0)
     common = [[0] * len(value) for _ in range(attributes)]
 
-    def enter(pair: tuple[int, int]) -> None:
+    def enter(pair: Value) -> None:
         recent[pair] += 1
         if recent[pair] == 1:
             of_attribute = common[pair[0]]
@@ -317,7 +337,7 @@ def _mmr(
                 if of_attribute[result] == 1:
                     value[result] -= cost
 
-    def leave(pair: tuple[int, int]) -> None:
+    def leave(pair: Value) -> None:
         recent[pair] -= 1
         if recent[pair] == 0:
             of_attribute = common[pair[0]]
@@ -340,10 +360,10 @@ def _mmr(
     return order
 
 
-def _sliding_window(of_result: list[list[tuple[int, int]]], window: int, most: int) -> list[int]:
+def _sliding_window(of_result: Sequence[Sequence[Value]], window: int, most: int) -> list[int]:
     left = list(range(len(of_result)))
     order: list[int] = []
-    recent: dict[tuple[int, int], int] = {}
+    recent: dict[Value, int] = {}
     last: deque[int] = deque()  # at most window - 1 results, which the next one is compared with
     while left:
         at = next(
@@ -398,7 +418,7 @@ class Move:
     """Some items go up by a number of places, or down where it is negative."""
 
     items: tuple[int, ...]
-    filters: Filters | None
+    filters: tuple[Condition, ...]
     places: int
 
 
@@ -543,12 +563,10 @@ def _move(section: Section, key: str, catalogue: Catalogue) -> Move:
     part = section.section(key, _MOVE_KEYS)
     if not part.tree.get("items") and not part.tree.get("filters"):
         raise section.error(key, f"got {part.tree}, which moves no item; give items, filters or both")
-    filters = None
-    if "filters" in part.tree:
-        try:
-            filters = catalogue.check_filters(part.tree["filters"])
-        except ValueError as error:
-            raise part.error("filters", str(error)) from None
+    try:
+        filters = catalogue.conditions(read_filters("filters", part.tree.get("filters", {})))
+    except ValueError as error:
+        raise part.error("filters", str(error)) from None
     places = part.integer("places", 10 if key == "boost" else _TO_THE_END, 1)
     return Move(_items(part, "items", catalogue), filters, places if key == "boost" else -places)
 
@@ -558,12 +576,20 @@ def _items(section: Section, name: str, catalogue: Catalogue) -> tuple[int, ...]
     given = section.tree.get(name, [])
     if not isinstance(given, list) or not all(isinstance(i, (int, str)) and not isinstance(i, bool) for i in given):
         raise section.error(name, f"got {given!r}, expected a list of item ids")
-    ids = [catalogue.find(item) for item in given]
-    unknown = [item for item, found in zip(given, ids, strict=True) if found < 0]
+    rows = find_items(catalogue, given)
+    unknown = [item for item, row in zip(given, rows.tolist(), strict=True) if row < 0]
     if unknown:
         # Items leave a shop every day; that must not end the rules for the others.
         _log.warning("rules: %s%s: the index has no item %s", section.key, name, ", ".join(map(str, unknown[:5])))
-    return tuple(dict.fromkeys(found for found in ids if found >= 0))
+    return tuple(dict.fromkeys(catalogue.ids[rows[rows >= 0]].tolist()))
+
+
+def find_items(catalogue: Catalogue, items: Sequence[int | str]) -> NDArray[np.int64]:
+    """Returns the rows of items that people name by the shop's own id, int64 [k]; -1 where an item is unknown."""
+    if catalogue.has_keys:
+        return catalogue.rows_of_keys([str(item) for item in items])
+    numbers = [int(item) if re.fullmatch(r"\d{1,18}", str(item)) else -1 for item in items]
+    return catalogue.rows(np.array(numbers, np.int64))
 
 
 def _texts(section: Section, name: str) -> tuple[str, ...]:
