@@ -2,22 +2,103 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
+import resource
+import signal
+from pathlib import Path
+
 from absl import flags
 
 from dpsr_common.errors import UsageError
 from dpsr_serving.addresses import define_listen_flags
+from dpsr_serving.gateway.catalogue import check_same_store
+from dpsr_serving.gateway.config import SearchConfig, load_config
+from dpsr_serving.gateway.inverted import open_inverted_index
+from dpsr_serving.gateway.pipeline import Searcher
+from dpsr_serving.gateway.server import Gateway
 
 USAGE = """
 Usage: dpsr search --config=search.yaml [--host=127.0.0.1] [--port=8700] [--grpc_port=8701] [--page]
+
+Answers searches over REST and gRPC: recall with an inverted index and with models, coarse ranking, fine ranking,
+re-ranking. The smallest configuration:
+
+  index: inverted                  # what `dpsr index --inverted` wrote
+  models:
+    dpsr: {target: "127.0.0.1:8500"}
+  pipelines:
+    both: {recall: {inverted: {k: 300}, semantic: {model: dpsr, k: 300}}}
+
+docs/search.md explains every key. POST /v1/search answers a search; GET /v1/openapi.json describes the API.
+On SIGTERM the gateway accepts no new searches and lets those under way finish. A second SIGTERM ends it at once.
 """
+
+REQUIRED_FLAGS = ("config",)
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string("config", None, "YAML file of pipelines", flag_values=values)
+    flags.DEFINE_string("config", None, "YAML file with the index, the models and the pipelines", flag_values=values)
     define_listen_flags(values, 8700)
+    flags.DEFINE_integer(
+        "grpc_port",
+        None,
+        "port of the gRPC API. 0 chooses a free port. Without the flag there is no gRPC port",
+        lower_bound=0,
+        upper_bound=65535,
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "drain_s", 30.0, "seconds that searches under way may still take after SIGTERM", lower_bound=0,
+        flag_values=values,
+    )  # fmt: skip
 
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
-    """Serves until SIGTERM or SIGINT."""
-    raise UsageError("is not there yet")
+    """Serves until SIGTERM or SIGINT.
+
+    Raises:
+        UsageError: a flag or the configuration is wrong.
+        CommandError: the index cannot be read, or the gateway cannot listen.
+    """
+    if not values.host:
+        raise UsageError("--host must not be empty")
+    logging.basicConfig(level=logging.WARNING, format="dpsr search: %(message)s")
+    config = load_config(Path(values.config))
+    # Each connection is an open file. Many systems allow 1,024 unless a process asks for more.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    asyncio.run(_serve(values, config))
+
+
+async def _serve(values: flags.FlagValues, config: SearchConfig) -> None:
+    index = open_inverted_index(Path(config.index))
+    for model in config.models.values():
+        if model.servable is not None:
+            check_same_store(index.catalogue, _version(Path(model.servable)))
+    searcher = Searcher(config, index)
+    gateway = Gateway(searcher, config.limits)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        await gateway.start(values.host, values.port, values.grpc_port)
+        searcher.start()
+        print(f"search ready on http://{gateway.rest_address}", flush=True)
+        if gateway.grpc_address:
+            print(f"search gRPC on {gateway.grpc_address}", flush=True)
+        await stop.wait()
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):
+                loop.remove_signal_handler(number)
+        await gateway.stop(values.drain_s)
+
+
+def _version(servable: Path) -> Path:
+    """Returns the newest version below a directory of versions, or the directory itself if it has none."""
+    versions = [path for path in servable.glob("*") if path.name.isdecimal()]
+    return max(versions, key=lambda path: int(path.name), default=servable)

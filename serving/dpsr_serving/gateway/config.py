@@ -18,6 +18,7 @@ from typing import Any
 from dpsr_common.errors import UsageError
 from dpsr_common.strict_yaml import Section, load_yaml, read_file
 from dpsr_serving.addresses import check_address
+from dpsr_serving.gateway.rerank import RERANK_KEYS, RerankConfig, read_config
 
 # The two sources that ask the inverted index. Every other source asks a model.
 INVERTED, REWRITTEN = "inverted", "rewritten"
@@ -51,11 +52,14 @@ class ModelConfig:
         target: "host:port" or "unix:/path".
         model: name of the model there.
         metadata_key: gRPC metadata key that carries the user's id, by which a proxy assigns arms; None: not sent.
+        servable: a version directory, or a directory of versions, of the servable there; at the start the gateway
+            compares its store with that of the index. None: it does not.
     """
 
     target: str
     model: str
     metadata_key: str | None = None
+    servable: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +143,7 @@ class PipelineConfig:
     rewrite: RewriteConfig | None = None
     coarse: CoarseConfig = CoarseConfig()
     fine: FineConfig | None = None
-    rerank: Any | None = None
+    rerank: RerankConfig | None = None
     identifiers: str = "first"
     deadline_ms: float = 1000.0
 
@@ -212,7 +216,7 @@ def parse_config(text: str, folder: Path = Path()) -> SearchConfig:
     index = top.text("index", None)
     if index is None:
         raise top.error("index", "got None, expected the directory that `dpsr index --inverted` wrote")
-    models = {name: _model(section) for name, section in _named(top, "models", _fields(ModelConfig)).items()}
+    models = {name: _model(section, folder) for name, section in _named(top, "models", _fields(ModelConfig)).items()}
     pipelines = {
         name: _pipeline(name, section, models, folder)
         for name, section in _named(top, "pipelines", _PIPELINE_KEYS).items()
@@ -267,7 +271,7 @@ def _one_of(section: Section, name: str, known: Mapping[str, Any], what: str) ->
     return found
 
 
-def _model(section: Section) -> ModelConfig:
+def _model(section: Section, folder: Path) -> ModelConfig:
     target = section.tree.get("target")
     if target is None:
         raise section.error("target", "got None, expected host:port")
@@ -283,7 +287,10 @@ def _model(section: Section) -> ModelConfig:
         "a metadata key: lower case, not ending in -bin",
     )
     default = section.key.rstrip(".").rpartition(".")[2]
-    return ModelConfig(target, section.text("model", default), key)
+    servable = section.text("servable", None)
+    return ModelConfig(
+        target, section.text("model", default), key, None if servable is None else _path(servable, folder)
+    )
 
 
 _PIPELINE_KEYS = ("rewrite", "recall", "coarse", "fine", "rerank", "identifiers", "deadline_ms")
@@ -304,13 +311,16 @@ def _pipeline(name: str, section: Section, models: Mapping[str, ModelConfig], fo
     if "fine" in section.tree:
         semantic = {source.name: source for source in sources if source.model is not None}
         fine = _fine(section.section("fine", _fields(FineConfig)), models, semantic)
+    rerank = None
+    if "rerank" in section.tree:
+        rerank = read_config(section.section("rerank", RERANK_KEYS), folder)
     return PipelineConfig(
         name=name,
         sources=sources,
         rewrite=rewrite,
         coarse=_coarse(section.section("coarse", _fields(CoarseConfig)), folder),
         fine=fine,
-        rerank=None,
+        rerank=rerank,
         identifiers=section.text(
             "identifiers", "first", ("first", "only", "off").__contains__, "'first', 'only' or 'off'"
         ),
@@ -318,6 +328,8 @@ def _pipeline(name: str, section: Section, models: Mapping[str, ModelConfig], fo
     )
 
 
+# What answers call other things than sources.
+_RESERVED = ("identifier", "coarse", "fine", "rerank")
 _SOURCE_KEYS = ("k", "deadline_ms", "weight")
 _SEMANTIC_KEYS = ("model", *_SOURCE_KEYS, "parameters")
 
@@ -331,8 +343,11 @@ def _named_sources(section: Section) -> dict[str, Section]:
         )
     part = Section(f"{section.key}recall", recall, tuple(recall))
     for name in recall:
-        if not isinstance(name, str) or not name or len(name) > 100 or name == "identifier":
-            raise part.error(name, "expected a text of 1 to 100 characters as the name of a source, not 'identifier'")
+        if not isinstance(name, str) or not name or len(name) > 100 or name in _RESERVED:
+            raise part.error(
+                name,
+                f"expected a text of 1 to 100 characters as the name of a source, and none of {', '.join(_RESERVED)}",
+            )
     if len(recall) > 8:
         raise section.error("recall", f"got {len(recall)} sources, expected at most 8")
     return {

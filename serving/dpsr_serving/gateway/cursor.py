@@ -1,7 +1,7 @@
 """Cursors: the list of a search as a text, which the client sends back for the next page.
 
-The list is carried, not made again, so pages neither overlap nor leave gaps when models, rules or deadlines give another
-order meanwhile, and a page costs no search. A cursor is base64 of
+The list is carried, not made again. So pages neither overlap nor leave gaps when models, rules or deadlines give
+another order meanwhile, and a page costs no search. A cursor is base64 of
 
     crc32 (4 bytes), fingerprint of the catalogue (8), place of the next page (4), length of the JSON (4),
     JSON: query, pipeline, arm, ...

@@ -76,7 +76,7 @@ class SearchRequest:
             user_id=user.read("id", None, _item),
             pipeline=fields.read("pipeline", "", _text),
             arm=fields.read("arm", "", _text),
-            filters=fields.read("filters", {}, _filters),
+            filters=fields.read("filters", {}, read_filters),
             facets=tuple(fields.read("facets", (), _list_of(_name, MAX_NAMES))),
             size=fields.read("size", 20, _size),
             cursor=fields.read("cursor", "", _cursor),
@@ -406,7 +406,8 @@ def _features(where: str, value: Any) -> dict[str, Any]:
     return {name: read(f"{where}.{name}", one) for name, one in _object(where, value).items()}
 
 
-def _filters(where: str, value: Any) -> dict[str, Filter]:
+def read_filters(where: str, value: Any) -> dict[str, Filter]:
+    """Reads filters in their form in JSON. Raises RequestError, which begins with `where`."""
     return {name: _filter(f"{where}.{name}", one) for name, one in _object(where, value).items()}
 
 

@@ -385,13 +385,13 @@ class Searcher:
         return {key: text} if text.isascii() and text.isprintable() else None
 
     def _as_models_know(self, item: int | str) -> int | str | None:
-        """Returns an item, given by id or key, as models identify it; None for one that is not in the catalogue."""
-        found = self.catalogue.find(item)
-        if found < 0:
+        """Returns an item of the request as models identify it; None if it cannot be one."""
+        if self.catalogue.has_keys:
+            return str(item)
+        try:
+            return int(item)
+        except ValueError:
             return None
-        if not self.catalogue.has_keys:
-            return found
-        return self.catalogue.key(int(self.catalogue.rows([found])[0]))
 
     # The stages after recall.
 
@@ -420,7 +420,7 @@ class Searcher:
         for bit, name in enumerate(plan.names):
             items = identified if name == IDENTIFIER else found[name].ids if name in found else None
             if items is not None and len(items):
-                masks |= np.isin(ids, items).astype(np.uint16) << bit
+                masks |= np.where(np.isin(ids, items), 1 << bit, 0).astype(np.uint16)
         seen = sum(map(len, found.values()))
         self._took(trace, "coarse", seen, len(ids), start, error)
         return _Ranked(ids, self.catalogue.rows(ids), scores, scores, masks, len(identified), cut_off)
@@ -440,7 +440,7 @@ class Searcher:
             start = time.monotonic()
             signature = await client.known_signature("rank", left_s)
             options: dict[str, Any] = {}
-            if config.dpsr_source in found:
+            if config.dpsr_source is not None and config.dpsr_source in found:
                 options["dpsr_scores"] = _scores_of(ids, found[config.dpsr_source])
             user = dataclasses.replace(fitting(request.user, signature, self._as_models_know), past_queries=())
             return await client.rank(
@@ -514,9 +514,7 @@ class Searcher:
         error = f"no answer within {left_s * 1000:.3g} ms" if late else self._say(trace.plan, name, failure)
         self._took(trace, name, items_in, 0, start, error)
 
-    def _took(
-        self, trace: _Trace, name: str, items_in: int, items_out: int, start: float, error: str = ""
-    ) -> None:
+    def _took(self, trace: _Trace, name: str, items_in: int, items_out: int, start: float, error: str = "") -> None:
         seconds = time.perf_counter() - start
         self.metrics.observe("dpsr_search_stage_seconds", (trace.plan.config.name, name), seconds)
         trace.stages.append(Stage(name, items_in, items_out, seconds * 1000, error))

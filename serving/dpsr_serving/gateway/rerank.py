@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from dpsr_common.errors import UsageError
 from dpsr_common.strict_yaml import Section, load_yaml, read_file
 from dpsr_serving.gateway.catalogue import KEYWORD, Catalogue, Condition
-from dpsr_serving.gateway.messages import _filters as read_filters
+from dpsr_serving.gateway.messages import read_filters
 from dpsr_serving.search import Filters
 
 _log = logging.getLogger(__name__)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import grpc
 import grpc.aio
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from dpsr_common.errors import CommandError
@@ -52,20 +53,24 @@ def message(name: str) -> Any:
 
 _SearchRequest = message("dpsr.search.v1.SearchRequest")
 _SearchResponse = message("dpsr.search.v1.SearchResponse")
-_ListPipelinesRequest = message("dpsr.search.v1.ListPipelinesRequest")
 _ListPipelinesResponse = message("dpsr.search.v1.ListPipelinesResponse")
 _HealthRequest = message("grpc.health.v1.HealthCheckRequest")
 _HealthResponse = message("grpc.health.v1.HealthCheckResponse")
 _SERVING, _NOT_SERVING, _SERVICE_UNKNOWN = 1, 2, 3
 
 
-class _Gateway(Protocol):
-    serving: bool
+class Answers(Protocol):
+    """The gateway, as this module uses it."""
 
-    async def answer(self, api: str, read: Any) -> SearchResponse: ...
+    @property
+    def serving(self) -> bool:
+        """Whether new searches are answered."""
+
+    async def answer(self, api: str, read: Callable[[], SearchRequest]) -> SearchResponse:
+        """Answers one search."""
 
 
-def make_server(gateway: Any, searcher: Searcher, limits: LimitsConfig) -> Any:
+def make_server(gateway: Answers, searcher: Searcher, limits: LimitsConfig) -> Any:
     """Returns a grpc.aio server without a port."""
     server = grpc.aio.server(
         options=(
@@ -76,9 +81,9 @@ def make_server(gateway: Any, searcher: Searcher, limits: LimitsConfig) -> Any:
         maximum_concurrent_rpcs=2 * limits.concurrent,
     )
 
-    async def search(request: Any, context: Any) -> Any:
+    async def search(body: bytes, context: Any) -> Any:
         try:
-            response = await gateway.answer("grpc", lambda: SearchRequest.from_dict(_request_tree(request)))
+            response = await gateway.answer("grpc", lambda: SearchRequest.from_dict(_request_tree(body)))
         except RequestError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except RecallError as error:
@@ -91,16 +96,17 @@ def make_server(gateway: Any, searcher: Searcher, limits: LimitsConfig) -> Any:
             await context.abort(grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}; the log has more")
         return _response(response)
 
-    async def list_pipelines(_: Any, context: Any) -> Any:
+    async def list_pipelines(_: bytes, context: Any) -> Any:
         return _pipelines(searcher.describe())
 
-    async def check(request: Any, context: Any) -> Any:
+    async def check(body: bytes, context: Any) -> Any:
+        request = await _parsed(_HealthRequest, body, context)
         if request.service not in ("", SERVICE):
             await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {request.service!r}")
         return _HealthResponse(status=_SERVING if gateway.serving else _NOT_SERVING)
 
-    async def watch(request: Any, context: Any) -> AsyncIterator[Any]:
-        last = None
+    async def watch(body: bytes, context: Any) -> AsyncIterator[Any]:
+        request, last = await _parsed(_HealthRequest, body, context), None
         while True:
             known = request.service in ("", SERVICE)
             status = _SERVICE_UNKNOWN if not known else _SERVING if gateway.serving else _NOT_SERVING
@@ -113,18 +119,13 @@ def make_server(gateway: Any, searcher: Searcher, limits: LimitsConfig) -> Any:
         (
             grpc.method_handlers_generic_handler(
                 SERVICE,
-                {
-                    "Search": _unary(search, _SearchRequest),
-                    "ListPipelines": _unary(list_pipelines, _ListPipelinesRequest),
-                },
+                {"Search": _unary(search), "ListPipelines": _unary(list_pipelines)},
             ),
             grpc.method_handlers_generic_handler(
                 HEALTH,
                 {
-                    "Check": _unary(check, _HealthRequest),
-                    "Watch": grpc.unary_stream_rpc_method_handler(
-                        watch, _HealthRequest.FromString, lambda response: response.SerializeToString()
-                    ),
+                    "Check": _unary(check),
+                    "Watch": grpc.unary_stream_rpc_method_handler(watch, None, _serialize),
                 },
             ),
         )
@@ -133,17 +134,35 @@ def make_server(gateway: Any, searcher: Searcher, limits: LimitsConfig) -> Any:
     return server
 
 
-def _unary(handler: Any, request: Any) -> Any:
-    return grpc.unary_unary_rpc_method_handler(
-        handler, request.FromString, lambda response: response.SerializeToString()
-    )
+def _unary(handler: Any) -> Any:
+    # Handlers parse requests themselves: gRPC would answer INTERNAL to one that is malformed.
+    return grpc.unary_unary_rpc_method_handler(handler, None, _serialize)
+
+
+def _serialize(response: Any) -> bytes:
+    return bytes(response.SerializeToString())
+
+
+async def _parsed(kind: Any, body: bytes, context: Any) -> Any:
+    try:
+        return kind.FromString(body)
+    except DecodeError as error:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _not_a(kind, error))
 
 
 # Requests.
 
 
-def _request_tree(request: Any) -> dict[str, Any]:
-    """Returns a request as the tree that a JSON body is."""
+def _not_a(kind: Any, error: Exception) -> str:
+    return f"the message is no {kind.DESCRIPTOR.full_name}: {error}"
+
+
+def _request_tree(body: bytes) -> dict[str, Any]:
+    """Returns a request as the tree that a JSON body is. Raises RequestError."""
+    try:
+        request = _SearchRequest.FromString(body)
+    except DecodeError as error:
+        raise RequestError(_not_a(_SearchRequest, error)) from None
     tree: dict[str, Any] = {
         "query": request.query,
         "pipeline": request.pipeline,
@@ -181,7 +200,7 @@ def _user(user: Any) -> dict[str, Any]:
 
 def _feature(one: Any) -> Any:
     which = one.WhichOneof("kind")
-    value = getattr(one, which) if which else None
+    value: Any = getattr(one, which) if which else None
     return list(value.values) if which in ("texts", "numbers") else value
 
 
@@ -256,9 +275,7 @@ def _put_facet(found: Any, facet: Facet) -> None:
 
 
 def _pipelines(described: Mapping[str, Any]) -> Any:
-    found = _ListPipelinesResponse(
-        default_pipeline=described["default"], user_features=described["user_features"]
-    )
+    found = _ListPipelinesResponse(default_pipeline=described["default"], user_features=described["user_features"])
     for pipeline in described["pipelines"]:
         found.pipelines.add(**pipeline)
     for attribute in described["attributes"]:

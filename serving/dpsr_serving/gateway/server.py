@@ -9,12 +9,9 @@ import asyncio
 import contextlib
 import logging
 import time
-import weakref
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-import grpc
-import grpc.aio
 from aiohttp import web
 
 from dpsr_common.errors import CommandError
@@ -56,7 +53,7 @@ class Gateway:
         self._grpc: Any = None
         self._sweeper: asyncio.Task[None] | None = None
         # Connections that have not sent a whole request yet, and when they were opened.
-        self._new: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
+        self._new: dict[Any, float] = {}
 
     # What both APIs do.
 
@@ -215,7 +212,9 @@ class Gateway:
         await self._runner.setup()
         loop = asyncio.get_running_loop()
         try:
-            self._site = await loop.create_server(self._connect, host, port, backlog=1024, reuse_port=reuse_port or None)
+            self._site = await loop.create_server(
+                self._connect, host, port, backlog=1024, reuse_port=reuse_port or None
+            )
         except OSError as error:
             raise CommandError(
                 f"cannot listen on {join_address(host, port)}: {error.strerror}; is the port in use, or is the host "
