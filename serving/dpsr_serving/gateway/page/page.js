@@ -1,0 +1,793 @@
+// The search page: it asks POST /v1/search for one pipeline or two, and shows what they found and why.
+//
+// Everything that comes from the server or from the user gets into the page as text (textContent), never as HTML.
+
+const $ = (id) => document.getElementById(id);
+
+// Makes an element. Properties are set on the element, `data-` and `aria-` ones as attributes.
+function make(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (value === undefined || value === null) continue;
+    if (name.includes("-") || name === "role" || name === "for") element.setAttribute(name, value);
+    else element[name] = value;
+  }
+  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== ""));
+  return element;
+}
+
+const count = new Intl.NumberFormat("en");
+const number = (value) => value.toLocaleString("en", { maximumFractionDigits: 2 });
+const scoreText = (value) => (value === null || value === undefined ? "–" : Number(value).toPrecision(3));
+
+// Item ids have 64 bits. Those that a JavaScript number would round stay texts.
+function parse(text) {
+  return JSON.parse(text, (key, value, context) =>
+    typeof value === "number" && Number.isInteger(value) && !Number.isSafeInteger(value) && context?.source
+      ? context.source
+      : value,
+  );
+}
+
+async function ask(path, body, signal) {
+  const options = body === undefined ? {} : { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
+  let answer;
+  try {
+    answer = await fetch(path, { ...options, signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("The gateway does not answer.");
+  }
+  const text = await answer.text();
+  let tree;
+  try {
+    tree = parse(text);
+  } catch {
+    throw new Error(`The gateway answered with status ${answer.status}.`);
+  }
+  if (!answer.ok) throw new Error(tree?.error ?? `The gateway answered with status ${answer.status}.`);
+  return tree;
+}
+
+// State. What the address bar holds is enough to show the same lists again.
+
+const GRADES = ["does not fit", "fits partly", "fits", "fits exactly"];
+const COLOURS = 6;
+
+const state = {
+  query: "",
+  pipelines: ["", ""],
+  two: false,
+  judging: false,
+  filters: {}, // attribute -> array of texts, or {min, max}
+  user: { id: "", features: {}, past: "", clicked: [] }, // clicked: [{id, title}]
+};
+let known = { pipelines: [], attributes: [], user_features: [] };
+let settings = { judgments: null };
+let panes = [];
+let values = {}; // attribute -> values seen for this query, so that they stay when one of them filters
+let grades = {}; // item -> grade, for this query
+const colours = { inverted: 0, semantic: 1, rewritten: 2, identifier: 3 };
+
+function colour(source) {
+  if (!(source in colours)) colours[source] = Object.keys(colours).length % COLOURS;
+  return colours[source];
+}
+
+function readAddress() {
+  const given = new URLSearchParams(location.search);
+  state.query = given.get("q") ?? "";
+  const names = known.pipelines;
+  const one = (name, otherwise) => (names.includes(name) ? name : otherwise);
+  state.pipelines = [one(given.get("a"), names[0] ?? ""), one(given.get("b"), names[1] ?? names[0] ?? "")];
+  state.two = given.has("b");
+  state.judging = given.has("judge") && settings.judgments !== null;
+  state.filters = {};
+  for (const attribute of known.attributes) {
+    const texts = given.getAll(`f.${attribute.name}`);
+    const [low, high] = [given.get(`min.${attribute.name}`), given.get(`max.${attribute.name}`)].map((end) =>
+      end === null || end === "" || !Number.isFinite(Number(end)) ? null : Number(end),
+    );
+    if (attribute.kind === "number" && (low !== null || high !== null)) state.filters[attribute.name] = { min: low, max: high };
+    else if (texts.length) state.filters[attribute.name] = texts;
+  }
+  state.user = { id: given.get("user") ?? "", features: {}, past: given.get("past") ?? "", clicked: [] };
+  for (const { name } of known.user_features) if (given.has(`u.${name}`)) state.user.features[name] = given.get(`u.${name}`);
+  for (const id of given.getAll("clicked")) state.user.clicked.push({ id, title: id });
+}
+
+function writeAddress(push) {
+  const given = new URLSearchParams();
+  if (state.query) given.set("q", state.query);
+  if (state.pipelines[0] !== known.pipelines[0] || state.two) given.set("a", state.pipelines[0]);
+  if (state.two) given.set("b", state.pipelines[1]);
+  if (state.judging) given.set("judge", "");
+  for (const [name, filter] of Object.entries(state.filters)) {
+    if (Array.isArray(filter)) filter.forEach((text) => given.append(`f.${name}`, text));
+    else for (const end of ["min", "max"]) if (filter[end] !== null) given.set(`${end}.${name}`, filter[end]);
+  }
+  if (state.user.id) given.set("user", state.user.id);
+  if (state.user.past.trim()) given.set("past", state.user.past);
+  for (const [name, value] of Object.entries(state.user.features)) if (value) given.set(`u.${name}`, value);
+  for (const { id } of state.user.clicked) given.append("clicked", id);
+  const address = `${location.pathname}${[...given].length ? `?${given}` : ""}`;
+  if (address === `${location.pathname}${location.search}`) return;
+  history[push ? "pushState" : "replaceState"](null, "", address);
+}
+
+function featureValue(feature, text) {
+  const lines = text.split(",").map((part) => part.trim()).filter(Boolean);
+  if (feature.kind === "number") return Number(text);
+  if (feature.kind === "vector") return lines.map(Number);
+  if (feature.kind === "multi") return lines;
+  return text;
+}
+
+// Keys of shops are texts; an id that looks like a number goes as a number, unless it has too many digits.
+const itemValue = (id) => (/^-?\d+$/.test(id) && Number.isSafeInteger(Number(id)) && !settings.keys ? Number(id) : String(id));
+
+function userOf() {
+  const user = {};
+  const { id, features, past, clicked } = state.user;
+  if (id) user.id = /^\d{1,15}$/.test(id) ? Number(id) : id;
+  const given = {};
+  for (const feature of known.user_features) {
+    const text = (features[feature.name] ?? "").trim();
+    if (text) given[feature.name] = featureValue(feature, text);
+  }
+  if (Object.keys(given).length) user.features = given;
+  const queries = past.split("\n").map((line) => line.trim()).filter(Boolean);
+  if (queries.length) user.past_queries = queries;
+  if (clicked.length) user.clicked_items = clicked.map((item) => itemValue(item.id));
+  return user;
+}
+
+function filtersOf() {
+  const filters = {};
+  for (const [name, filter] of Object.entries(state.filters)) {
+    if (Array.isArray(filter)) filters[name] = filter;
+    else filters[name] = Object.fromEntries(Object.entries(filter).filter(([, end]) => end !== null));
+  }
+  return filters;
+}
+
+// One list: a pipeline, its answer, and the pages that were asked for.
+
+class Pane {
+  constructor(index) {
+    this.index = index;
+    this.items = [];
+    this.element = make("section", { className: "pane", "aria-label": index ? "Second list" : "First list" });
+    this.top = make("div", { className: "pane-top" });
+    this.body = make("div");
+    this.element.append(this.top, this.body);
+    this.showTop();
+  }
+
+  showTop(answer, milliseconds) {
+    const select = make("select", { "aria-label": this.index ? "Second pipeline" : "Pipeline" });
+    for (const name of known.pipelines) select.append(make("option", { value: name, textContent: name }));
+    select.value = state.pipelines[this.index];
+    select.addEventListener("change", () => {
+      state.pipelines[this.index] = select.value;
+      writeAddress(true);
+      // The facets are those of the first list.
+      this.search();
+    });
+    const hadFocus = this.top.contains(document.activeElement);
+    this.top.replaceChildren(select);
+    if (hadFocus) select.focus();
+    if (!answer) return;
+    this.top.append(make("span", { className: "n total", textContent: `${count.format(answer.total)} items` }));
+    this.top.append(make("span", { className: "n", textContent: `${milliseconds.toFixed(0)} ms`, title: "from the request to the answer, as this browser sees it" }));
+    if (answer.arm) this.top.append(make("span", { className: "chip", textContent: answer.arm, title: "experiment and arm" }));
+    for (const stage of answer.degraded ?? []) {
+      this.top.append(make("span", { className: "chip warn", textContent: `without ${stage}`, title: "the stage failed or was late, and was left out" }));
+    }
+  }
+
+  async search() {
+    this.aborter?.abort();
+    const aborter = (this.aborter = new AbortController());
+    this.element.setAttribute("aria-busy", "true");
+    const began = performance.now();
+    try {
+      const answer = await ask(
+        "v1/search",
+        {
+          query: state.query,
+          pipeline: state.pipelines[this.index],
+          user: userOf(),
+          filters: filtersOf(),
+          facets: known.attributes.map((attribute) => attribute.name),
+          size: 20,
+          explain: true,
+        },
+        aborter.signal,
+      );
+      this.show(answer, performance.now() - began);
+    } catch (error) {
+      if (error.name === "AbortError") return;
+      this.fail(error);
+    }
+    if (aborter === this.aborter) this.element.removeAttribute("aria-busy");
+    afterSearch();
+  }
+
+  fail(error) {
+    this.items = [];
+    this.answer = null;
+    this.showTop();
+    this.body.replaceChildren(make("p", { className: "notice error", role: "alert", textContent: error.message }));
+  }
+
+  show(answer, milliseconds) {
+    this.answer = answer;
+    this.items = answer.items;
+    this.tokens = wordPattern(answer.explain?.tokens ?? []);
+    this.showTop(answer, milliseconds);
+    this.list = make("ol", { className: "list" });
+    this.body.replaceChildren(how(answer), this.list);
+    if (!answer.items.length) {
+      const filtered = Object.keys(state.filters).length > 0;
+      this.body.append(make("p", { className: "notice", textContent: filtered ? "Nothing was found with these filters." : "Nothing was found." }));
+    }
+    this.append(answer.items, 0);
+    this.more(answer.next_cursor);
+    if (this.index === 0) showFacets(answer.facets ?? {});
+  }
+
+  append(items, before) {
+    items.forEach((item, at) => this.list.append(card(this, item, before + at + 1)));
+  }
+
+  more(cursor) {
+    this.button?.remove();
+    if (!cursor) return;
+    this.button = make("button", { type: "button", className: "more", textContent: "More results" });
+    this.button.addEventListener("click", async () => {
+      this.button.disabled = true;
+      try {
+        const page = await ask("v1/search", { cursor, size: 20, explain: true, query: state.query, pipeline: state.pipelines[this.index], user: userOf(), filters: filtersOf() });
+        const before = this.items.length;
+        this.items = [...this.items, ...page.items];
+        this.append(page.items, before);
+        this.more(page.next_cursor);
+        this.list.children[before]?.focus();
+        afterSearch();
+      } catch (error) {
+        this.button.replaceWith(make("p", { className: "notice error", role: "alert", textContent: error.message }));
+      }
+    });
+    this.body.append(this.button);
+  }
+}
+
+// How the answer came about: the funnel, tokens, rewrites and heads.
+
+const wide = matchMedia("(min-width: 821px)");
+let howOpen = wide.matches;
+
+function how(answer) {
+  const explain = answer.explain;
+  if (!explain) return "";
+  const inside = make("div", { className: "how-inside" });
+  const stages = explain.stages ?? [];
+  const most = Math.max(1, ...stages.filter((stage) => stage.name !== "rewrite").map((stage) => stage.out));
+  const rows = stages.map((stage) => {
+    const source = stage.name.startsWith("recall.") ? stage.name.slice(7) : null;
+    const bar = make("div", { className: `bar${source === null ? "" : ` b${colour(source)}`}` });
+    // Counts of queries and of items are not compared.
+    bar.style.width = stage.name === "rewrite" ? "2px" : `${(100 * stage.out) / most}%`;
+    const left = source !== null || stage.name === "rewrite" ? "" : `${count.format(stage.in)} → `;
+    return make(
+      "tr",
+      { className: stage.error ? "out" : "", title: stage.error || undefined },
+      make("th", { scope: "row", textContent: source === null ? stage.name : source }),
+      make("td", {}, bar, stage.error ? `left out: ${stage.error}` : ""),
+      make("td", { className: "n", textContent: stage.error ? "" : `${left}${count.format(stage.out)}` }),
+      make("td", { className: "n ms", textContent: `${stage.ms.toFixed(stage.ms < 10 ? 1 : 0)} ms` }),
+    );
+  });
+  if (rows.length) {
+    const head = make("tr", {}, make("th", { scope: "col", textContent: "stage" }), make("td"), make("th", { scope: "col", className: "right", textContent: "items" }), make("th", { scope: "col", className: "right", textContent: "time" }));
+    inside.append(make("table", { className: "funnel" }, make("thead", {}, head), make("tbody", {}, rows)));
+  }
+  const terms = make("dl", { className: "terms" });
+  const add = (name, ...chips) => chips.length && terms.append(make("dt", { textContent: name }), make("dd", {}, chips));
+  add("words", ...(explain.tokens ?? []).map((token) => make("span", { className: "chip", textContent: token })));
+  add("rewrites", ...(answer.rewrites ?? []).map((text) => {
+    const button = make("button", { type: "button", className: "chip", textContent: text, title: "search for it" });
+    button.addEventListener("click", () => searchFor(text));
+    return button;
+  }));
+  for (const [source, heads] of Object.entries(explain.heads ?? {})) {
+    const top = Math.max(1, ...heads);
+    const bars = heads.map((found) => {
+      const bar = make("i", { className: `b${colour(source)}` });
+      bar.style.height = `${(16 * found) / top}px`;
+      return bar;
+    });
+    add(heads.length > 1 ? `heads of ${source}` : `head of ${source}`, make("span", { className: "heads", "aria-hidden": "true" }, bars), make("span", { className: "n", textContent: heads.map(count.format).join(" · "), title: "items that each head of the query tower found" }));
+  }
+  if (explain.identifier) add("identifier", make("span", { className: "chip", textContent: "the query is one" }));
+  if (explain.cut_off) add("cut off", make("span", { className: "n", textContent: `${count.format(explain.cut_off)} items with a low score` }));
+  if (terms.children.length) inside.append(terms);
+  if (!inside.children.length) return "";
+  const details = make("details", { className: "how", open: howOpen }, make("summary", { textContent: "How it was found" }), inside);
+  details.addEventListener("toggle", () => (howOpen = details.open));
+  return details;
+}
+
+// Matches the query's words in titles, from their first letter on; scripts without spaces have no first letter.
+function wordPattern(tokens) {
+  const words = [...new Set(tokens.filter((token) => typeof token === "string" && token.trim()))].sort((a, b) => b.length - a.length);
+  if (!words.length) return null;
+  const escaped = words.map((word) => word.replace(/[\\^$.*+?()[\]{}|/-]/g, "\\$&"));
+  const start = (word) => (/^[\u2e80-\u9fff\uac00-\ud7af]/.test(word) ? word : `(?<![\\p{L}\\p{N}])${word}`);
+  try {
+    return new RegExp(escaped.map(start).join("|"), "giu");
+  } catch {
+    return null;
+  }
+}
+
+function marked(title, pattern) {
+  if (!pattern) return [title];
+  const parts = [];
+  let end = 0;
+  for (const match of title.matchAll(pattern)) {
+    if (!match[0]) continue;
+    parts.push(title.slice(end, match.index), make("mark", { textContent: match[0] }));
+    end = match.index + match[0].length;
+  }
+  return [...parts, title.slice(end)];
+}
+
+// One result.
+
+const nameOf = (item) => String(item.key ?? item.id);
+
+function card(pane, item, rank) {
+  const attributes = { ...item.attributes };
+  const taken = (name) => {
+    const value = attributes[name];
+    delete attributes[name];
+    return value;
+  };
+  const price = typeof attributes.price === "number" ? taken("price") : undefined;
+  const brand = typeof attributes.brand === "string" ? taken("brand") : undefined;
+  const about = make("div", { className: "about" }, brand === undefined ? "" : make("span", { className: "brand", textContent: brand }));
+  for (const [name, value] of Object.entries(attributes).slice(0, 8)) {
+    const text = Array.isArray(value) ? value.slice(0, 6).join(", ") : typeof value === "number" ? `${name} ${number(value)}` : String(value);
+    about.append(make("span", { textContent: text, title: name }));
+  }
+  const badges = make("div", { className: "badges" });
+  for (const source of item.sources ?? []) {
+    const found = item.explain?.[source];
+    badges.append(
+      make("span", {
+        className: `badge c${colour(source)}`,
+        textContent: found?.rank ? `${source} ${found.rank}` : source,
+        title: found?.rank ? `${source} found it at rank ${found.rank}, with the score ${scoreText(found.score)}` : `found by ${source}`,
+      }),
+    );
+  }
+  for (const reason of item.explain?.rerank ?? []) {
+    if (/: (pinned|boosted|buried)$/.test(reason)) badges.append(make("span", { className: "chip", textContent: reason, title: "a rule did this" }));
+  }
+  if (item.variants > 1) badges.append(make("span", { className: "chip", textContent: `${item.variants} variants`, title: item.group ?? undefined }));
+  badges.append(make("span", { className: "elsewhere" }));
+
+  const why = make("button", { type: "button", className: "quiet", textContent: "why", "aria-expanded": "false" });
+  const clicked = make("button", { type: "button", className: "quiet", textContent: "clicked", title: "search as somebody who clicked this" });
+  const element = make(
+    "li",
+    { className: "card", tabIndex: rank === 1 ? 0 : -1, "data-item": nameOf(item), "aria-label": `${rank}. ${item.title || nameOf(item)}` },
+    make("span", { className: "rank", textContent: rank }),
+    make("div", {}, make("div", { className: "title" }, marked(item.title || nameOf(item), pane.tokens)), about, badges, gradeButtons(item, pane.index)),
+    make(
+      "div",
+      { className: "right" },
+      make("div", { className: "price", textContent: price === undefined ? "" : number(price) }),
+      make("div", { className: "score", textContent: scoreText(item.score), title: "score of the last stage that ranked the list" }),
+      make("div", { className: "acts" }, why, clicked),
+    ),
+  );
+  why.addEventListener("click", () => {
+    const open = element.querySelector(".why");
+    if (open) open.remove();
+    else element.append(reasons(item));
+    why.setAttribute("aria-expanded", String(!open));
+  });
+  clicked.addEventListener("click", () => addClick(item));
+  element.addEventListener("mouseenter", () => markSame(nameOf(item)));
+  element.addEventListener("focusin", () => markSame(nameOf(item)));
+  element.addEventListener("mouseleave", () => markSame(null));
+  return element;
+}
+
+function reasons(item) {
+  const rows = [];
+  const row = (name, text) => rows.push(make("tr", {}, make("th", { scope: "row", textContent: name }), make("td", { textContent: text })));
+  for (const [stage, found] of Object.entries(item.explain ?? {})) {
+    if (stage === "rerank") (found ?? []).forEach((reason) => row("rerank", reason));
+    else if (found && typeof found === "object") row(stage, `rank ${found.rank ?? "–"}, score ${scoreText(found.score)}`);
+    else if (found !== null && found !== undefined) row(stage, `score ${scoreText(found)}`);
+  }
+  row("item", nameOf(item));
+  if (item.key) row("id", item.id);
+  if (item.group) row("group", item.group);
+  return make("div", { className: "why" }, make("table", {}, make("tbody", {}, rows)));
+}
+
+function markSame(name) {
+  if (!state.two) return;
+  for (const element of document.querySelectorAll(".card")) element.classList.toggle("same", name !== null && element.dataset.item === name);
+}
+
+// Judgments.
+
+function gradeButtons(item, pane) {
+  const name = nameOf(item);
+  const group = make("div", { className: "grades", role: "radiogroup", "aria-label": "Grade", hidden: !state.judging });
+  GRADES.forEach((words, grade) => {
+    const input = make("input", { type: "radio", name: `grade-${pane}-${name}`, value: grade, checked: grades[name] === grade, title: words, "aria-label": `${grade}, ${words}` });
+    input.addEventListener("change", () => judge(name, grade));
+    group.append(make("label", { title: words }, input, String(grade)));
+  });
+  return group;
+}
+
+async function judge(name, grade) {
+  const before = grades[name];
+  grades[name] = grade;
+  showGrades();
+  try {
+    const saved = await ask("v1/judgments", { query: state.query, item: name, grade });
+    say(grade === null ? `Judgment of ${name} taken back.` : `${name}: ${grade}, ${GRADES[grade]}. Saved.`);
+    showJudged(saved.judgments);
+  } catch (error) {
+    grades[name] = before;
+    showGrades();
+    panes[0].body.prepend(make("p", { className: "notice error", role: "alert", textContent: `Not saved: ${error.message}` }));
+  }
+}
+
+function showGrades() {
+  for (const element of document.querySelectorAll(".card")) {
+    const grade = grades[element.dataset.item];
+    const group = element.querySelector(".grades");
+    group.hidden = !state.judging;
+    for (const input of group.querySelectorAll("input")) input.checked = Number(input.value) === grade && grade !== null;
+  }
+}
+
+function showJudged(total) {
+  const here = Object.values(grades).filter((grade) => grade !== null && grade !== undefined).length;
+  $("judge").textContent = state.judging ? `Judging · ${here} of this query, ${count.format(total)} in all` : "Judge";
+}
+
+async function readGrades() {
+  if (!state.judging || !state.query) return;
+  const query = state.query;
+  const saved = await ask(`v1/judgments?query=${encodeURIComponent(query)}`);
+  if (query !== state.query) return;
+  grades = saved.grades;
+  showGrades();
+  showJudged(saved.judgments);
+}
+
+function toggleJudging() {
+  if (settings.judgments === null) return;
+  state.judging = !state.judging;
+  $("judge").setAttribute("aria-pressed", String(state.judging));
+  writeAddress(false);
+  showGrades();
+  showJudged(0);
+  readGrades().catch(showError);
+}
+
+// Facets and the user.
+
+function showFacets(facets) {
+  const box = $("facets");
+  const focused = box.contains(document.activeElement) ? document.activeElement.id : "";
+  const parts = known.attributes.flatMap((attribute) => {
+    const facet = facets[attribute.name];
+    return facet ? [facet.kind === "number" ? range(attribute.name, facet) : choices(attribute.name, facet)] : [];
+  });
+  box.replaceChildren(...parts.filter(Boolean));
+  if (!box.children.length) box.append(make("p", { className: "faint", textContent: known.attributes.length ? "No attribute to filter by." : "The index has no attributes. Name some in the schema under items.filters." }));
+  if (focused) document.getElementById(focused)?.focus();
+  $("clear").hidden = !Object.keys(state.filters).length;
+}
+
+function choices(name, facet) {
+  const counts = new Map(facet.values.map(({ value, count: found }) => [value, found]));
+  const chosen = new Set(state.filters[name] ?? []);
+  // The values that were there before one of them was chosen stay, so that another one can be added.
+  if (!chosen.size) values[name] = facet.values.map(({ value }) => value);
+  const all = [...new Set([...(values[name] ?? []), ...chosen, ...counts.keys()])];
+  if (!all.length) return null;
+  const box = make("fieldset", {}, make("legend", { textContent: name }));
+  const rows = all.map((value, at) => {
+    const input = make("input", { type: "checkbox", id: `facet-${name}-${at}`, checked: chosen.has(value) });
+    input.addEventListener("change", () => {
+      const left = new Set(state.filters[name] ?? []);
+      if (input.checked) left.add(value);
+      else left.delete(value);
+      setFilter(name, left.size ? [...left] : null);
+    });
+    return make("label", { className: "value" }, input, make("span", { textContent: value }), make("span", { className: "count", textContent: counts.has(value) ? count.format(counts.get(value)) : "" }));
+  });
+  box.append(...rows.slice(0, 8));
+  if (rows.length > 8) {
+    const rest = make("details", { open: rows.slice(8).some((row) => row.firstChild.checked) }, make("summary", { className: "faint", textContent: `${rows.length - 8} more${facet.more ? ` of ${count.format(rows.length - 8 + facet.more)}` : ""}` }), rows.slice(8));
+    box.append(rest);
+  }
+  return box;
+}
+
+function range(name, facet) {
+  const filter = state.filters[name];
+  if (facet.min === null && !filter) return null;
+  const ends = ["min", "max"].map((end) => {
+    const input = make("input", {
+      type: "number", step: "any", id: `facet-${name}-${end}`, "aria-label": `${name}, ${end === "min" ? "at least" : "at most"}`,
+      placeholder: facet[end] === null ? "" : String(facet[end]), value: filter?.[end] ?? "",
+    });
+    input.addEventListener("change", () => {
+      const given = Object.fromEntries(ends.map((one, at) => [at ? "max" : "min", one.value === "" || !Number.isFinite(one.valueAsNumber) ? null : one.valueAsNumber]));
+      setFilter(name, given.min === null && given.max === null ? null : given);
+    });
+    return input;
+  });
+  return make("fieldset", {}, make("legend", { textContent: name }), make("div", { className: "range" }, ends[0], make("span", { className: "faint", textContent: "to" }), ends[1]));
+}
+
+function setFilter(name, filter) {
+  if (filter === null) delete state.filters[name];
+  else state.filters[name] = filter;
+  changed();
+}
+
+function changed() {
+  writeAddress(true);
+  if (state.query) searchAll();
+}
+
+function showUser() {
+  $("user-id").value = state.user.id;
+  $("past").value = state.user.past;
+  const fields = known.user_features.map((feature) => {
+    const id = `feature-${feature.name}`;
+    const input = make("input", { id, type: feature.kind === "number" ? "number" : "text", step: "any", autocomplete: "off", placeholder: "unknown", value: state.user.features[feature.name] ?? "" });
+    if (feature.values?.length) {
+      input.setAttribute("list", `${id}-values`);
+      input.after(make("datalist", { id: `${id}-values` }, feature.values.map((value) => make("option", { value }))));
+    }
+    input.addEventListener("change", () => {
+      state.user.features[feature.name] = input.value;
+      changed();
+      showAnonymous();
+    });
+    const list = feature.values?.length ? make("datalist", { id: `${id}-values` }, feature.values.map((value) => make("option", { value }))) : "";
+    return make("label", { className: "field" }, make("span", { textContent: feature.name }), input, list);
+  });
+  $("features").replaceChildren(...fields);
+  showClicks();
+  showAnonymous();
+}
+
+function showAnonymous() {
+  const { id, features, past, clicked } = state.user;
+  $("anonymous").hidden = !(id || past.trim() || clicked.length || Object.values(features).some(Boolean));
+}
+
+function showClicks() {
+  const chips = state.user.clicked.map((item, at) => {
+    const button = make("button", { type: "button", className: "chip", textContent: `${item.title.length > 28 ? `${item.title.slice(0, 27)}…` : item.title} ×`, title: `${item.title}: take the click back`, "aria-label": `Take back the click on ${item.title}` });
+    button.addEventListener("click", () => {
+      state.user.clicked.splice(at, 1);
+      showClicks();
+      changed();
+    });
+    return button;
+  });
+  $("clicked").replaceChildren(...(chips.length ? chips : [make("span", { className: "faint", textContent: "Use “clicked” on a result." })]));
+  showAnonymous();
+}
+
+function addClick(item) {
+  state.user.clicked.push({ id: nameOf(item), title: item.title || nameOf(item) });
+  showClicks();
+  changed();
+  say(`Search as somebody who clicked ${item.title || nameOf(item)}.`);
+}
+
+// Searching.
+
+function searchFor(text) {
+  $("query").value = text;
+  submit();
+}
+
+function submit() {
+  const query = $("query").value.trim();
+  if (query !== state.query) {
+    values = {};
+    grades = {};
+  }
+  state.query = query;
+  writeAddress(true);
+  if (query) searchAll();
+}
+
+function searchAll() {
+  document.title = `${state.query} · DPSR`;
+  readGrades().catch(showError);
+  for (const pane of panes) pane.search();
+}
+
+function showPanes() {
+  const wanted = state.two ? 2 : 1;
+  while (panes.length > wanted) panes.pop().aborter?.abort();
+  while (panes.length < wanted) panes.push(new Pane(panes.length));
+  $("panes").replaceChildren(...panes.map((pane) => pane.element));
+  $("panes").classList.toggle("two", state.two);
+  $("compare").setAttribute("aria-pressed", String(state.two));
+}
+
+function toggleCompare() {
+  state.two = !state.two;
+  showPanes();
+  writeAddress(true);
+  if (state.two && state.query) panes[1].search();
+  else afterSearch();
+}
+
+// Says where each item stands in the other list, once both are there.
+function afterSearch() {
+  const ranks = panes.map((pane) => new Map(pane.items.map((item, at) => [nameOf(item), at + 1])));
+  panes.forEach((pane, index) => {
+    const other = panes.length === 2 ? ranks[1 - index] : null;
+    for (const element of pane.list?.children ?? []) {
+      const note = element.querySelector(".elsewhere");
+      const there = other?.get(element.dataset.item);
+      note.textContent = !other || !other.size ? "" : there ? `${index ? "←" : "→"} ${there}` : "only here";
+      note.title = other && there ? `rank ${there} in the ${index ? "first" : "second"} list` : "";
+    }
+  });
+  if (panes.some((pane) => pane.element.getAttribute("aria-busy"))) return;
+  const found = panes.map((pane) => (pane.answer ? `${pane.answer.pipeline}: ${count.format(pane.answer.total)} items` : "no answer"));
+  say(found.join(". "));
+}
+
+const say = (text) => ($("status").textContent = text);
+
+function showError(error) {
+  if (error.name === "AbortError") return;
+  $("panes").before(make("p", { className: "notice error", role: "alert", textContent: error.message }));
+}
+
+// Keys.
+
+function cards(pane) {
+  return [...(panes[pane]?.list?.children ?? [])];
+}
+
+function place() {
+  const current = document.activeElement?.closest?.(".card");
+  for (let pane = 0; pane < panes.length; pane++) {
+    const at = cards(pane).indexOf(current);
+    if (at >= 0) return { pane, at, element: current };
+  }
+  return { pane: 0, at: -1, element: null };
+}
+
+function move(pane, at) {
+  const all = cards(pane);
+  const target = all[Math.max(0, Math.min(at, all.length - 1))];
+  if (!target) return;
+  for (const element of document.querySelectorAll(".card[tabindex='0']")) element.tabIndex = -1;
+  target.tabIndex = 0;
+  target.focus();
+  target.scrollIntoView({ block: "nearest" });
+}
+
+function onKey(event) {
+  if (event.ctrlKey || event.metaKey || event.altKey || $("keys").open) return;
+  const target = event.target;
+  const typing = target instanceof HTMLTextAreaElement || target instanceof HTMLSelectElement || (target instanceof HTMLInputElement && !["radio", "checkbox"].includes(target.type));
+  if (typing) {
+    if (event.key === "Escape" && target === $("query")) target.blur();
+    return;
+  }
+  const { pane, at, element } = place();
+  const button = (text) => [...(element?.querySelectorAll(".acts button") ?? [])].find((one) => one.textContent === text);
+  const actions = {
+    "/": () => $("query").select() ?? $("query").focus(),
+    j: () => move(pane, at + 1),
+    k: () => move(pane, at - 1),
+    h: () => move(0, Math.max(at, 0)),
+    l: () => move(panes.length - 1, Math.max(at, 0)),
+    e: () => button("why")?.click(),
+    x: () => button("clicked")?.click(),
+    c: toggleCompare,
+    g: toggleJudging,
+    "?": () => $("keys").showModal(),
+  };
+  if (state.judging && element && "0123".includes(event.key) && event.key.length === 1) {
+    const grade = Number(event.key);
+    judge(element.dataset.item, grades[element.dataset.item] === grade ? null : grade);
+  } else if (event.key in actions) actions[event.key]();
+  else return;
+  event.preventDefault();
+}
+
+// Start.
+
+function restore() {
+  readAddress();
+  $("query").value = state.query;
+  $("judge").setAttribute("aria-pressed", String(state.judging));
+  values = {};
+  grades = {};
+  showUser();
+  panes = [];
+  showPanes();
+  if (state.query) searchAll();
+}
+
+async function start() {
+  try {
+    [known, settings] = await Promise.all([ask("v1/pipelines"), ask("page.json")]);
+  } catch (error) {
+    showError(error);
+    return;
+  }
+  known.pipelines = known.pipelines.map((one) => (typeof one === "string" ? one : one.name));
+  known.user_features = (known.user_features ?? []).map((one) => (typeof one === "string" ? { name: one, kind: "text" } : one));
+  if (settings.judgments !== null) {
+    $("judge").hidden = false;
+    $("evaluate").hidden = false;
+    $("file").textContent = settings.judgments;
+    $("command").textContent = `dpsr evaluate --judgments=${settings.judgments} --store=STORE --system=bm25`;
+  } else for (const element of document.querySelectorAll(".judging")) element.hidden = true;
+  if (!wide.matches) $("side").open = false;
+
+  $("search").addEventListener("submit", (event) => {
+    event.preventDefault();
+    submit();
+    $("query").blur();
+  });
+  $("user").addEventListener("submit", (event) => event.preventDefault());
+  $("user-id").addEventListener("change", () => {
+    state.user.id = $("user-id").value.trim();
+    showAnonymous();
+    changed();
+  });
+  $("past").addEventListener("change", () => {
+    state.user.past = $("past").value;
+    showAnonymous();
+    changed();
+  });
+  $("anonymous").addEventListener("click", () => {
+    state.user = { id: "", features: {}, past: "", clicked: [] };
+    showUser();
+    changed();
+  });
+  $("clear").addEventListener("click", () => {
+    state.filters = {};
+    changed();
+  });
+  $("compare").addEventListener("click", toggleCompare);
+  $("judge").addEventListener("click", toggleJudging);
+  $("help").addEventListener("click", () => $("keys").showModal());
+  document.addEventListener("keydown", onKey);
+  window.addEventListener("popstate", restore);
+  restore();
+}
+
+start();
