@@ -18,6 +18,7 @@ function make(tag, properties = {}, ...children) {
 
 const count = new Intl.NumberFormat("en");
 const number = (value) => value.toLocaleString("en", { maximumFractionDigits: 2 });
+const items = (total) => `${count.format(total)} ${total === 1 ? "item" : "items"}`;
 const scoreText = (value) => (value === null || value === undefined ? "–" : Number(value).toPrecision(3));
 
 // Item ids have 64 bits. Those that a JavaScript number would round stay texts.
@@ -178,7 +179,7 @@ class Pane {
     this.top.replaceChildren(select);
     if (hadFocus) select.focus();
     if (!answer) return;
-    this.top.append(make("span", { className: "n total", textContent: `${count.format(answer.total)} items` }));
+    this.top.append(make("span", { className: "n total", textContent: items(answer.total) }));
     this.top.append(make("span", { className: "n", textContent: `${milliseconds.toFixed(0)} ms`, title: "from the request to the answer, as this browser sees it" }));
     if (answer.arm) this.top.append(make("span", { className: "chip", textContent: answer.arm, title: "experiment and arm" }));
     for (const stage of answer.degraded ?? []) {
@@ -248,7 +249,8 @@ class Pane {
     this.button.addEventListener("click", async () => {
       this.button.disabled = true;
       try {
-        const page = await ask("v1/search", { cursor, size: 20, explain: true, query: state.query, pipeline: state.pipelines[this.index], user: userOf(), filters: filtersOf() });
+        // The cursor carries the list; the pages after the first one have no explanation.
+        const page = await ask("v1/search", { cursor, size: 20 });
         const before = this.items.length;
         this.items = [...this.items, ...page.items];
         this.append(page.items, before);
@@ -276,16 +278,17 @@ function how(answer) {
   const most = Math.max(1, ...stages.filter((stage) => stage.name !== "rewrite").map((stage) => stage.out));
   const rows = stages.map((stage) => {
     const source = stage.name.startsWith("recall.") ? stage.name.slice(7) : null;
-    const bar = make("div", { className: `bar${source === null ? "" : ` b${colour(source)}`}` });
-    // Counts of queries and of items are not compared.
-    bar.style.width = stage.name === "rewrite" ? "2px" : `${(100 * stage.out) / most}%`;
-    const left = source !== null || stage.name === "rewrite" ? "" : `${count.format(stage.in)} → `;
+    const rewrites = stage.name === "rewrite";
+    const bar = make("div", { className: `bar${source === null ? "" : ` b${colour(source)}`}`, hidden: rewrites });
+    bar.style.width = `${(100 * stage.out) / most}%`;
+    const left = source !== null || rewrites ? "" : `${count.format(stage.in)} → `;
+    const right = rewrites ? ` ${stage.out === 1 ? "query" : "queries"}` : "";
     return make(
       "tr",
       { className: stage.error ? "out" : "", title: stage.error || undefined },
       make("th", { scope: "row", textContent: source === null ? stage.name : source }),
       make("td", {}, bar, stage.error ? `left out: ${stage.error}` : ""),
-      make("td", { className: "n", textContent: stage.error ? "" : `${left}${count.format(stage.out)}` }),
+      make("td", { className: "n", textContent: stage.error ? "" : `${left}${count.format(stage.out)}${right}` }),
       make("td", { className: "n ms", textContent: `${stage.ms.toFixed(stage.ms < 10 ? 1 : 0)} ms` }),
     );
   });
@@ -319,14 +322,14 @@ function how(answer) {
   return details;
 }
 
-// Matches the query's words in titles, from their first letter on; scripts without spaces have no first letter.
+// Matches the query's words in titles, as whole words where the script has spaces between words.
 function wordPattern(tokens) {
   const words = [...new Set(tokens.filter((token) => typeof token === "string" && token.trim()))].sort((a, b) => b.length - a.length);
   if (!words.length) return null;
   const escaped = words.map((word) => word.replace(/[\\^$.*+?()[\]{}|/-]/g, "\\$&"));
-  const start = (word) => (/^[\u2e80-\u9fff\uac00-\ud7af]/.test(word) ? word : `(?<![\\p{L}\\p{N}])${word}`);
+  const whole = (word) => (/[\u2e80-\u9fff]/.test(word) ? word : `(?<![\\p{L}\\p{N}])${word}(?![\\p{L}\\p{N}])`);
   try {
-    return new RegExp(escaped.map(start).join("|"), "giu");
+    return new RegExp(escaped.map(whole).join("|"), "giu");
   } catch {
     return null;
   }
@@ -465,7 +468,7 @@ function showGrades() {
 
 function showJudged(total) {
   const here = Object.values(grades).filter((grade) => grade !== null && grade !== undefined).length;
-  $("judge").textContent = state.judging ? `Judging · ${here} of this query, ${count.format(total)} in all` : "Judge";
+  $("judge").textContent = state.judging ? `Judging · ${here} here, ${count.format(total)} in all` : "Judge";
 }
 
 async function readGrades() {
@@ -535,7 +538,8 @@ function range(name, facet) {
   const ends = ["min", "max"].map((end) => {
     const input = make("input", {
       type: "number", step: "any", id: `facet-${name}-${end}`, "aria-label": `${name}, ${end === "min" ? "at least" : "at most"}`,
-      placeholder: facet[end] === null ? "" : String(facet[end]), value: filter?.[end] ?? "",
+      // Rounded outwards, so that the shown ends hold all items.
+      placeholder: facet[end] === null ? "" : String((end === "min" ? Math.floor : Math.ceil)(facet[end] * 100) / 100), value: filter?.[end] ?? "",
     });
     input.addEventListener("change", () => {
       const given = Object.fromEntries(ends.map((one, at) => [at ? "max" : "min", one.value === "" || !Number.isFinite(one.valueAsNumber) ? null : one.valueAsNumber]));
@@ -655,12 +659,12 @@ function afterSearch() {
     for (const element of pane.list?.children ?? []) {
       const note = element.querySelector(".elsewhere");
       const there = other?.get(element.dataset.item);
-      note.textContent = !other || !other.size ? "" : there ? `${index ? "←" : "→"} ${there}` : "only here";
+      note.textContent = !other || !other.size ? "" : there ? `also at ${there}` : "only here";
       note.title = other && there ? `rank ${there} in the ${index ? "first" : "second"} list` : "";
     }
   });
   if (panes.some((pane) => pane.element.getAttribute("aria-busy"))) return;
-  const found = panes.map((pane) => (pane.answer ? `${pane.answer.pipeline}: ${count.format(pane.answer.total)} items` : "no answer"));
+  const found = panes.map((pane) => (pane.answer ? `${pane.answer.pipeline}: ${items(pane.answer.total)}` : "no answer"));
   say(found.join(". "));
 }
 
@@ -738,6 +742,7 @@ function restore() {
   panes = [];
   showPanes();
   if (state.query) searchAll();
+  else $("query").focus();
 }
 
 async function start() {
