@@ -61,9 +61,7 @@ class JudgmentFile:
         if not 0 < len(query) <= MAX_QUERY:
             raise ValueError(f"query: has {len(query)} characters, expected 1 to {MAX_QUERY}")
         if grade is not None and not 0 <= grade <= HIGHEST_GRADE:
-            raise ValueError(
-                f"grade: got {grade}, expected a number from 0 to {HIGHEST_GRADE}, or null to take it back"
-            )
+            raise ValueError(f"grade: got {grade}, expected 0 to {HIGHEST_GRADE}, or null to take the judgment back")
         with self._locked():
             judged = self._read()
             of_query = judged.setdefault(query, {})
@@ -117,9 +115,7 @@ class JudgmentFile:
             except (IndexError, ValueError):
                 grade = math.nan
             if len(cells) != 3 or math.isnan(grade):
-                raise CommandError(
-                    f"{self.path}: line {number}: expected a query, an item and a grade, with tabs between"
-                )
+                raise CommandError(f"{self.path}: line {number}: expected a query, an item and a grade, joined by tabs")
             judged.setdefault(query, {})[item] = grade
         return judged
 
