@@ -303,6 +303,12 @@ class Signature:
             if name.startswith(_USER) and dtype != _INT64
         )
 
+    @property
+    def feature_kinds(self) -> dict[str, str]:
+        """The user features that the model reads, each with its kind: "text", "number", "multi" or "vector"."""
+        kinds = {(_STRING, 1): "text", (_FLOAT, 1): "number", (_STRING, 2): "multi", (_FLOAT, 2): "vector"}
+        return {name: kinds.get(self._inputs[_USER + name], "") for name in self.user_features}
+
     def tensors(self, search: Search) -> dict[str, NDArray[Any]]:
         """Returns the input tensors of a request; whatever the request leaves out is empty.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import resource
 import signal
@@ -16,6 +17,8 @@ from dpsr_serving.addresses import define_listen_flags
 from dpsr_serving.gateway.catalogue import check_same_store
 from dpsr_serving.gateway.config import SearchConfig, load_config
 from dpsr_serving.gateway.inverted import open_inverted_index
+from dpsr_serving.gateway.judgments import JudgmentFile
+from dpsr_serving.gateway.page import add_page
 from dpsr_serving.gateway.pipeline import Searcher
 from dpsr_serving.gateway.server import Gateway
 
@@ -54,6 +57,13 @@ def define_flags(values: flags.FlagValues) -> None:
         "drain_s", 30.0, "seconds that searches under way may still take after SIGTERM", lower_bound=0,
         flag_values=values,
     )  # fmt: skip
+    flags.DEFINE_boolean("page", False, "serve the search page at / of the REST port", flag_values=values)
+    flags.DEFINE_string(
+        "judgments",
+        None,
+        "TSV file in which the page saves judgments. Without it the page has none",
+        flag_values=values,
+    )
 
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
@@ -65,6 +75,8 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """
     if not values.host:
         raise UsageError("--host must not be empty")
+    if values.judgments is not None and not values.page:
+        raise UsageError(f"--judgments={values.judgments}: only the page saves judgments; add --page")
     logging.basicConfig(level=logging.WARNING, format="dpsr search: %(message)s")
     config = load_config(Path(values.config))
     # Each connection is an open file. Many systems allow 1,024 unless a process asks for more.
@@ -84,12 +96,15 @@ async def _serve(values: flags.FlagValues, config: SearchConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    routes = None
+    if values.page:
+        judgments = None if values.judgments is None else JudgmentFile(Path(values.judgments))
+        routes = functools.partial(add_page, catalogue=index.catalogue, judgments=judgments, host=values.host)
     try:
-        await gateway.start(values.host, values.port, values.grpc_port)
+        await gateway.start(values.host, values.port, values.grpc_port, routes)
         searcher.start()
-        print(f"search ready on http://{gateway.rest_address}", flush=True)
-        if gateway.grpc_address:
-            print(f"search gRPC on {gateway.grpc_address}", flush=True)
+        also = f", gRPC on {gateway.grpc_address}" if gateway.grpc_address else ""
+        print(f"search ready on http://{gateway.rest_address}{also}", flush=True)
         await stop.wait()
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -147,7 +147,10 @@ _SCHEMAS: dict[str, Any] = {
                 "type": "array",
                 "items": _object({"name": _TEXT, "kind": _TEXT, "values": _TEXTS}, ("name", "kind")),
             },
-            "user_features": _TEXTS,
+            "user_features": {
+                "type": "array",
+                "items": _object({"name": _TEXT, "kind": _TEXT}, ("name", "kind")),
+            },
         },
         ("pipelines", "default", "attributes", "user_features"),
     ),
@@ -193,6 +196,17 @@ OPENAPI: dict[str, Any] = {
         },
         "/v1/openapi.json": {
             "get": {"summary": "This description.", "responses": {"200": {"description": "OpenAPI 3.1."}}}
+        },
+        "/v1/judgments": {
+            "get": {
+                "summary": "The judgments of a query by hand. Only with --page and --judgments.",
+                "parameters": [{"name": "query", "in": "query", "required": True, "schema": _TEXT}],
+                "responses": {"200": {"description": "Grades by item."}},
+            },
+            "post": {
+                "summary": "Saves a judgment by hand. Only with --page and --judgments.",
+                "responses": {"200": {"description": "Saved."}, "400": _answer("The judgment is wrong.", "Error")},
+            },
         },
         "/healthz": {"get": {"summary": "Whether the process lives.", "responses": {"200": _text("ok")}}},
         "/readyz": {

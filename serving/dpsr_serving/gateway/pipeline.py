@@ -215,22 +215,24 @@ class Searcher:
 
     def _check_features(self, user: User) -> None:
         """Raises RequestError for a feature that no model reads, once all models have told their inputs."""
-        if user.features:
-            known = self.user_features()
-            unknown = sorted(user.features.keys() - set(known or user.features))
-            if unknown:
-                raise RequestError(
-                    f"user.features: no model reads {unknown[0]!r}, expected one of {', '.join(known or ()) or 'none'}"
-                )
+        if user.features and all(client.signatures for client in self._reading_users()):
+            known = self._known_features()
+            for name in user.features:
+                if name not in known:
+                    expected = ", ".join(known) or "none"
+                    raise RequestError(f"user.features: no model reads {name!r}, expected one of {expected}")
 
-    def user_features(self) -> list[str] | None:
-        """Returns the user features that any model reads; None as long as a model has not told its inputs."""
-        asked = [self._clients[source.model] for plan in self._plans.values() for source in plan.config.sources
-                 if source.model]  # fmt: skip
-        asked += [self._clients[plan.config.fine.model] for plan in self._plans.values() if plan.config.fine]
-        if not all(client.signatures for client in asked):
-            return None
-        return sorted({name for client in asked for one in client.signatures for name in one.user_features})
+    def _known_features(self) -> dict[str, str]:
+        """Returns the user features that any model reads, as far as models have told their inputs: name -> kind."""
+        signatures = [signature for client in self._reading_users() for signature in client.signatures]
+        return dict(sorted(pair for signature in signatures for pair in signature.feature_kinds.items()))
+
+    def _reading_users(self) -> list[ModelClient]:
+        """Returns the models that read what is known about users."""
+        configs = [plan.config for plan in self._plans.values()]
+        names = {source.model for config in configs for source in config.sources if source.model is not None}
+        names |= {config.fine.model for config in configs if config.fine is not None}
+        return [self._clients[name] for name in sorted(names)]
 
     async def _first_page(
         self, request: SearchRequest, plan: _Plan, arm: str, conditions: tuple[Condition, ...]
@@ -669,7 +671,7 @@ class Searcher:
             "pipelines": pipelines,
             "default": self._config.default,
             "attributes": attributes,
-            "user_features": self.user_features() or [],
+            "user_features": [{"name": name, "kind": kind} for name, kind in self._known_features().items()],
         }
 
 

@@ -275,7 +275,9 @@ def _put_facet(found: Any, facet: Facet) -> None:
 
 
 def _pipelines(described: Mapping[str, Any]) -> Any:
-    found = _ListPipelinesResponse(default_pipeline=described["default"], user_features=described["user_features"])
+    found = _ListPipelinesResponse(default_pipeline=described["default"])
+    for feature in described["user_features"]:
+        found.user_features.add(**feature)
     for pipeline in described["pipelines"]:
         found.pipelines.add(**pipeline)
     for attribute in described["attributes"]:
