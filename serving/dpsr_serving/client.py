@@ -227,7 +227,9 @@ class _Client(ABC, Generic[_ChannelT]):
             request = make_request(self._spec, "serving_default", {"query": np.array(search.queries, object)})
             response, trailing = yield from self._predict(request, deadline, sent)
             return self._read(lambda: results(response, len(search.queries), trailing), "search")
-        response, trailing = yield from self._ask("search", lambda known: known.tensors(search), deadline, sent)
+        response, trailing = yield from self._ask(
+            "search", lambda known: self._search_request(known, search), deadline, sent
+        )
         return self._read(lambda: results(response, len(search.queries), trailing), "search")
 
     def _rank_flow(
@@ -237,7 +239,7 @@ class _Client(ABC, Generic[_ChannelT]):
             return np.zeros(0, np.float32)
         deadline = self._deadline(timeout_s)
         response, _ = yield from self._ask(
-            "rank", lambda known: known.rank_tensors(ranking), deadline, self._with(metadata)
+            "rank", lambda known: self._rank_request(known, ranking), deadline, self._with(metadata)
         )
         return self._read(lambda: scores_of(response, len(ranking.items)), "rank")
 
@@ -253,10 +255,16 @@ class _Client(ABC, Generic[_ChannelT]):
         response, _ = yield from self._predict(request, deadline, self._with(metadata))
         return self._read(lambda: rewrites_of(response, batch), "rewrite")
 
+    def _search_request(self, signature: Signature, search: Search) -> Any:
+        return make_request(self._spec, "search", signature.tensors(search))
+
+    def _rank_request(self, signature: Signature, ranking: Ranking) -> Any:
+        return make_request(self._spec, "rank", signature.rank_tensors(ranking))
+
     def _ask(
         self,
         name: str,
-        tensors: Callable[[Signature], Mapping[str, NDArray[Any]]],
+        make: Callable[[Signature], Any],
         deadline: float,
         metadata: tuple[tuple[str, str], ...],
     ) -> _Flow[tuple[Any, Any]]:
@@ -266,8 +274,7 @@ class _Client(ABC, Generic[_ChannelT]):
             if signature is None:
                 signature, fresh = (yield from self._learn(name, deadline, metadata)), True
             try:
-                request = make_request(self._spec, name, tensors(signature))
-                return (yield from self._predict(request, deadline, metadata))
+                return (yield from self._predict(make(signature), deadline, metadata))
             except ValueError:
                 # Raised by this client, or INVALID_ARGUMENT from the server: by now another version, with other inputs,
                 # may be serving.

@@ -303,6 +303,12 @@ class Signature:
             if name.startswith(_USER) and dtype != _INT64
         )
 
+    def only(self, names: Set[str]) -> Signature:
+        """Returns a signature with those inputs alone, for requests that are completed with the other ones later."""
+        return Signature(
+            {name: kind for name, kind in self._inputs.items() if name in names}, self.version, self.default_k
+        )
+
     @property
     def feature_kinds(self) -> dict[str, str]:
         """The user features that the model reads, each with its kind: "text", "number", "multi" or "vector"."""

@@ -149,12 +149,13 @@ def _fill(flat: NDArray[Any], values: Sequence[Any], default: Any) -> None:
     given = len(values)
     if given > flat.size:
         raise ValueError(f"the tensor has {given} values, but its shape has {flat.size} elements")
-    if flat.dtype.kind in "iu" and given:
+    # The fields of the message hold integers of 32 and 64 bits, so only smaller ones can be out of range.
+    if flat.dtype.kind in "iu" and flat.dtype.itemsize < 4 and given:
         limits = np.iinfo(flat.dtype)
         low, high = min(values), max(values)
         if low < limits.min or high > limits.max:
             raise ValueError(f"the value {low if low < limits.min else high} is out of the range of {flat.dtype.name}")
-    flat[:given] = values
+    flat[:given] = values[:]  # a list, which NumPy reads faster than the message's own sequence
     flat[given:] = values[-1] if given else default
 
 

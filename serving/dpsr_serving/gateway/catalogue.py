@@ -111,6 +111,21 @@ class Attribute:
         found = [self.texts[code - 1] for code in codes.tolist() if code]
         return (found or None) if self.multi else (found[0] if found else None)
 
+    def values(self, rows: NDArray[np.int64]) -> list[Any]:
+        """Returns the values of several items, each as `value` does, in much less time than one after the other."""
+        if self.numbers is not None:
+            return [None if number != number else number for number in self.numbers[rows].tolist()]
+        assert self.texts is not None
+        codes, places = self.codes_of(rows)
+        texts = [text if code else None for code, text in zip(codes.tolist(), self.texts.several(codes - 1), strict=True)]
+        if not self.multi:
+            return texts
+        found: list[Any] = [None] * len(rows)
+        for place, text in zip(places.tolist(), texts, strict=True):
+            if text is not None:
+                found[place] = [*(found[place] or ()), text]
+        return found
+
     def matches(self, rows: NDArray[np.int64], condition: Condition) -> NDArray[np.bool_]:
         """Tells which of the items meet a condition, bool [rows]."""
         found = np.zeros(len(rows), bool)
@@ -149,6 +164,7 @@ class _Texts(Sequence[str]):
 
     def __init__(self, file: PackedFile, name: str) -> None:
         self._splits, self._bytes = file[f"{name}.splits"], file[f"{name}.bytes"]
+        self._view = memoryview(self._bytes)  # slices of it cost a fraction of NumPy's
 
     def __len__(self) -> int:
         return len(self._splits) - 1
@@ -156,6 +172,11 @@ class _Texts(Sequence[str]):
     def encoded(self, place: int) -> bytes:
         """Returns a text in UTF-8."""
         return self._bytes[self._splits[place] : self._splits[place + 1]].tobytes()
+
+    def several(self, places: NDArray[Any]) -> list[str]:
+        """Returns several texts; any text for a place of -1."""
+        begins, ends, view = self._splits[places].tolist(), self._splits[places + 1].tolist(), self._view
+        return [str(view[begin:end], "utf-8", "replace") for begin, end in zip(begins, ends, strict=True)]
 
     def __getitem__(self, place: Any) -> Any:
         return self.encoded(place).decode("utf-8", "replace")
@@ -240,6 +261,16 @@ class Catalogue:
         """Returns attribute -> a text, a list of texts, or a float; without those that the item lacks."""
         values = {name: attribute.value(row) for name, attribute in self.attributes.items()}
         return {name: value for name, value in values.items() if value is not None}
+
+    def cards(self, rows: NDArray[np.int64]) -> list[tuple[str | None, str, dict[str, Any]]]:
+        """Returns key, title and attributes of several items, as `key`, `title` and `attributes_of` do."""
+        keys = [None] * len(rows) if self._keys is None else self._keys.several(rows)
+        attributes: list[dict[str, Any]] = [{} for _ in keys]
+        for name, attribute in self.attributes.items():
+            for found, value in zip(attributes, attribute.values(rows), strict=True):
+                if value is not None:
+                    found[name] = value
+        return list(zip(keys, self._titles.several(rows), attributes, strict=True))
 
     def conditions(self, filters: Mapping[str, Any] | None) -> tuple[Condition, ...]:
         """Reads the filters of a request. An item passes if it meets all conditions.

@@ -616,17 +616,17 @@ class Searcher:
         return [
             Item(
                 id=id,
-                key=catalogue.key(row),
-                title=catalogue.title(row),
-                attributes=catalogue.attributes_of(row),
+                key=key,
+                title=title,
+                attributes=attributes,
                 score=score,
                 group=catalogue.group_text(group),
                 variants=variants,
                 sources=found_by[mask],
             )
-            for id, row, group, score, variants, mask in zip(
+            for id, (key, title, attributes), group, score, variants, mask in zip(
                 catalogue.ids[rows].tolist(),
-                rows.tolist(),
+                catalogue.cards(rows),
                 groups,
                 listed.scores[part].tolist(),
                 listed.variants[part].tolist(),
