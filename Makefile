@@ -1,7 +1,8 @@
 # Targets for users and developers. Each one first makes what it needs, and nothing is made twice.
 #
 # make setup            prepare .venv, install the Debian packages and build the native parts
-# make demo             the main job, from a raw log to an answered query (DATA=PATH: on the Home Depot files there)
+# make demo             the main job, from a raw log to an answered query (DATA=PATH: on the Home Depot files there;
+#                       KEEP=1: its servers and the search page go on running until Ctrl-C)
 # make test             everything that CI checks, from an empty checkout on
 # make test-fast        the Python tests that are not slow
 # make test-distributed the long tests of clusters
@@ -28,6 +29,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA ?=
 OUT ?=
+KEEP ?=
 FUZZ_RUNS ?= 1000000
 ITEMS ?=
 
@@ -35,8 +37,8 @@ DEBIAN_PACKAGES := build-essential cmake ninja-build pkg-config libgrpc++-dev li
 	protobuf-compiler-grpc libnghttp2-dev libutf8proc-dev libxxhash-dev libgtest-dev libssl-dev zlib1g-dev libboost1.74-dev \
 	rapidjson-dev python3-dev python3-venv iproute2
 
-# What tests call: openssl makes certificates, systemd-analyze checks the units.
-TEST_PACKAGES := openssl systemd
+# What tests call: openssl makes certificates, systemd-analyze checks the units, Chromium shows the search page.
+TEST_PACKAGES := openssl systemd chromium chromium-driver
 
 FUZZ_TARGETS := $(addprefix tokenizer_cc/,tokenizer_fuzz tokenizer_config_fuzz vocabulary_fuzz) export/item_filter_fuzz serving/session_fuzz
 SERVING_FUZZ_TARGETS := json_tensor_fuzz server_config_fuzz tensor_proto_fuzz
@@ -89,7 +91,7 @@ native: $(VENV)/.installed
 	@$(BIN)/python setup.py -q build_ext --inplace
 
 demo: native
-	@$(BIN)/dpsr demo $(if $(DATA),--data=$(DATA)) $(if $(OUT),--out=$(OUT))
+	@$(BIN)/dpsr demo $(if $(DATA),--data=$(DATA)) $(if $(OUT),--out=$(OUT)) $(if $(KEEP),--keep)
 
 lint: native
 	$(BIN)/ruff check .

@@ -5,7 +5,9 @@ Every step is a separate process, as in production. The queries are answered by 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -14,14 +16,15 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 from absl import flags
 
+from dpsr_common import files
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_tf.config import load_config, shipped_config
 from dpsr_tf.data.store import Store
@@ -30,11 +33,12 @@ from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.report.public_data import TUNED_BM25
 
 USAGE = """
-Usage: dpsr demo [--data=DIR] [--out=DIR]
+Usage: dpsr demo [--data=DIR] [--out=DIR] [--keep]
 
 Runs every step once and shows its command: generate or read a log, ingest, train, index, export, serve through a proxy,
-query, evaluate. The data is a small generated shop or, with --data, the Home Depot product search files. A second run
-trains again only if the log or the settings have changed.
+query, evaluate, and search with an inverted index and the model together, on a page. The data is a small generated shop
+or, with --data, the Home Depot product search files. A second run trains again only if the log or the settings have
+changed.
 """
 
 MODEL = "demo"
@@ -87,6 +91,9 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "steps", None, "number of training steps (default: that of the data set's config)", 1, flag_values=values
     )
+    flags.DEFINE_bool(
+        "keep", False, "whether the servers and the search page go on running until Ctrl-C", flag_values=values
+    )
 
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
@@ -100,7 +107,8 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         job.config["train"]["steps"] = values.steps
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(yaml.safe_dump(job.config, sort_keys=False))
-    store, model, index, servable = (str(out / name) for name in ("store", "model", "index", "servable"))
+    names = ("store", "model", "index", "servable", "inverted")
+    store, model, index, servable, inverted = (str(out / name) for name in names)
     if job.generate:
         _dpsr("generate", *job.generate, "--overwrite")
     _dpsr("ingest", *job.ingest, f"--out={store}", "--overwrite")
@@ -109,23 +117,85 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     _dpsr("train", f"--store={store}", f"--config={out / 'config.yaml'}", f"--out={model}", *overwrite)
     _dpsr("index", f"--model={model}", f"--store={store}", f"--out={index}", "--overwrite")
     _dpsr("export", f"--model={model}", f"--index={index}", f"--out={servable}")
+    _dpsr("index", "--inverted", f"--store={store}", f"--out={inverted}", "--overwrite")
     serve = ["serve", f"--model_base_path={servable}", f"--model_name={MODEL}", "--port=0"]
     titles = f"--titles={index}/item_titles.tsv.gz"
     with (
         _background(out, r"Running gRPC ModelServer at (\S+)", *serve) as server,
         _background(out, r"proxy ready on (\S+)", "proxy", f"--backend={server}", "--port=0") as proxy,
     ):
-        _dpsr("query", f"--target={proxy}", f"--model={MODEL}", titles, "--k=10", *_unseen_queries(job, Store(store)))
+        queries = _unseen_queries(job, Store(store))
+        _dpsr("query", f"--target={proxy}", f"--model={MODEL}", titles, "--k=10", *queries)
 
         systems = ["--system=bm25", f"--system={job.bm25}", f"--system=server:{proxy}/{MODEL}"]
         _dpsr("evaluate", f"--judgments={job.judgments}", *job.judgment_flags(), f"--store={store}", *systems)
+
+        _write_pipelines(out, Store(store), proxy)
+        search = ["search", f"--config={out / 'search.yaml'}", "--page", f"--judgments={out / 'judgments.tsv'}"]
+        with _background(out, r"search ready on (\S+)", *search, "--port=0") as page:
+            _search(page, queries[0])
+            seconds = time.monotonic() - started
+            if values.keep:
+                print(f"\nDone in {seconds:.0f} s. The search page is on {page}/. Ctrl-C ends it.", flush=True)
+                with contextlib.suppress(KeyboardInterrupt):
+                    signal.pause()
+    # For those who start the servers themselves, as the last lines say.
+    _write_pipelines(out, Store(store), "127.0.0.1:8500")
+    keep = "make demo KEEP=1" + (f" DATA={values.data}" if values.data else "")
     print(
         f"""
-Done in {time.monotonic() - started:.0f} s. The servable lies in {servable}. To serve and query it yourself:
+Done in {seconds:.0f} s. The servable lies in {servable}. To serve and query it yourself:
   {_program()} serve --model_base_path={servable} --model_name={MODEL}
   {_program()} query --model={MODEL} {titles} "your query"
+The search page, which compares word search, the model and both, needs that server too (or `{keep}`):
+  {_program()} {shlex.join(search)}
 To use your own log, write a schema file and start with `dpsr ingest`; see docs/own_log.md."""
     )
+
+
+def _write_pipelines(out: Path, store: Store, target: str) -> None:
+    """Writes the configuration of `dpsr search`: word search, the model, and both with all that the items allow."""
+    inverted, semantic = {"k": 300}, {"model": MODEL, "k": 300}
+    both: dict[str, Any] = {"recall": {"inverted": inverted, "semantic": semantic}}
+    attributes = [attribute.key for attribute in store.schema.items.filters]
+    alike = [name for name in ("brand", "shop") if name in attributes]
+    if alike:
+        both["rerank"] = {"diversity": {"attributes": alike}}
+    if "in_stock" in attributes:
+        both.setdefault("rerank", {})["rules"] = "rules.yaml"
+        files.write_text(out / "rules.yaml", _RULES)
+    config = {
+        "index": "inverted",
+        "models": {MODEL: {"target": target}},
+        "pipelines": {
+            "both": both,
+            "dpsr": {"recall": {"semantic": semantic}},
+            "bm25": {"recall": {"inverted": inverted}},
+        },
+    }
+    files.write_text(out / "search.yaml", yaml.safe_dump(config, sort_keys=False))
+
+
+_RULES = """\
+# Rules of merchandisers, which `dpsr search` reads again when they change; see "Rules" in docs/search.md.
+sold out:
+  bury: {filters: {in_stock: "false"}}
+"""
+
+
+def _search(address: str, query: str) -> None:
+    """Shows a request to the gateway and the items of its answer."""
+    request = json.dumps({"query": query, "pipeline": "both", "size": 5}, ensure_ascii=False)
+    print(f"\n$ curl -s {address}/v1/search -d {shlex.quote(request)}", flush=True)
+    try:
+        call = urllib.request.Request(f"{address}/v1/search", request.encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(call, timeout=60) as answer:
+            tree = json.load(answer)
+    except OSError as error:
+        raise CommandError(f"{address}: does not answer a search: {error}") from None
+    for item in tree["items"]:
+        print(f"{' + '.join(item['sources']):<20}  {item['title']}")
+    print(f"{len(tree['items'])} of {tree['total']:,} items", flush=True)
 
 
 def _is_outdated(model: Path, config: Path, store: Store) -> bool:
@@ -206,7 +276,7 @@ def _dpsr(*arguments: str) -> None:
         raise CommandError(f"`dpsr {arguments[0]}` ended with status {status}; see its message above")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _background(out: Path, ready: str, *arguments: str) -> Iterator[str]:
     """Runs a server command during the `with` block. Yields the address in the line that says it is ready."""
     print(f"\n$ dpsr {shlex.join(arguments)} &", flush=True)
