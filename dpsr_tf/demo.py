@@ -6,6 +6,7 @@ Every step is a separate process, as in production. The queries are answered by 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -155,8 +156,8 @@ To use your own log, write a schema file and start with `dpsr ingest`; see docs/
 
 def _write_pipelines(out: Path, store: Store, target: str) -> None:
     """Writes the configuration of `dpsr search`: word search, the model, and both with all that the items allow."""
-    inverted, semantic = {"k": 300}, {"model": MODEL, "k": 300}
-    both: dict[str, Any] = {"recall": {"inverted": inverted, "semantic": semantic}}
+    sources: dict[str, Any] = {"inverted": {"k": 300}, "semantic": {"model": MODEL, "k": 300}}
+    both: dict[str, Any] = {"recall": copy.deepcopy(sources)}
     attributes = [attribute.key for attribute in store.schema.items.filters]
     alike = [name for name in ("brand", "shop") if name in attributes]
     if alike:
@@ -169,8 +170,8 @@ def _write_pipelines(out: Path, store: Store, target: str) -> None:
         "models": {MODEL: {"target": target}},
         "pipelines": {
             "both": both,
-            "dpsr": {"recall": {"semantic": semantic}},
-            "bm25": {"recall": {"inverted": inverted}},
+            "dpsr": {"recall": {"semantic": sources["semantic"]}},
+            "bm25": {"recall": {"inverted": sources["inverted"]}},
         },
     }
     files.write_text(out / "search.yaml", yaml.safe_dump(config, sort_keys=False))

@@ -79,8 +79,9 @@ function readAddress() {
   const given = new URLSearchParams(location.search);
   state.query = given.get("q") ?? "";
   const names = known.pipelines;
-  const one = (name, otherwise) => (names.includes(name) ? name : otherwise);
-  state.pipelines = [one(given.get("a"), names[0] ?? ""), one(given.get("b"), names[1] ?? names[0] ?? "")];
+  const first = names.includes(given.get("a")) ? given.get("a") : known.default;
+  const other = names.find((name) => name !== first) ?? first;
+  state.pipelines = [first, names.includes(given.get("b")) ? given.get("b") : other];
   state.two = given.has("b");
   state.judging = given.has("judge") && settings.judgments !== null;
   state.filters = {};
@@ -100,7 +101,7 @@ function readAddress() {
 function writeAddress(push) {
   const given = new URLSearchParams();
   if (state.query) given.set("q", state.query);
-  if (state.pipelines[0] !== known.pipelines[0] || state.two) given.set("a", state.pipelines[0]);
+  if (state.pipelines[0] !== known.default || state.two) given.set("a", state.pipelines[0]);
   if (state.two) given.set("b", state.pipelines[1]);
   if (state.judging) given.set("judge", "");
   for (const [name, filter] of Object.entries(state.filters)) {
@@ -753,6 +754,7 @@ async function start() {
     return;
   }
   known.pipelines = known.pipelines.map((one) => (typeof one === "string" ? one : one.name));
+  known.default ??= known.pipelines[0];
   known.user_features = (known.user_features ?? []).map((one) => (typeof one === "string" ? { name: one, kind: "text" } : one));
   if (settings.judgments !== null) {
     $("judge").hidden = false;
