@@ -117,7 +117,9 @@ class Attribute:
             return [None if number != number else number for number in self.numbers[rows].tolist()]
         assert self.texts is not None
         codes, places = self.codes_of(rows)
-        texts = [text if code else None for code, text in zip(codes.tolist(), self.texts.several(codes - 1), strict=True)]
+        texts = [
+            text if code else None for code, text in zip(codes.tolist(), self.texts.several(codes - 1), strict=True)
+        ]
         if not self.multi:
             return texts
         found: list[Any] = [None] * len(rows)

@@ -1,8 +1,10 @@
 """The model servers behind the proxy: their health, the models that they hold, and the choice among replicas.
 
-A server counts as up until something shows that it is down: a lost connection at once, or several failed checks or
-UNAVAILABLE answers in a row. The proxy then gives up its calls under way and makes them on another server. Only a
-successful check brings the server up again, and its share of the requests then grows gradually.
+A server counts as up until something shows that it is down: a lost connection at once, several failed checks or
+UNAVAILABLE answers in a row, or calls that fail or hang while those to its replicas do not (outcomes.py). The proxy
+then gives up its calls under way and makes them on another server. Only a successful check brings the server up again,
+and its share of the requests then grows gradually. A server that was taken out for its calls is checked with a call
+like those of clients.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from collections.abc import Sequence
 
 from dpsr_common import serving_apis
 from dpsr_serving.proxy.calls import Channel, Code, Metadata, Reply, client_tls
-from dpsr_serving.proxy.config import HealthConfig, LimitsConfig, PoolConfig, RetryConfig, TlsConfig
+from dpsr_serving.proxy.config import HealthConfig, HedgeConfig, LimitsConfig, PoolConfig, RetryConfig, TlsConfig
 from dpsr_serving.proxy.metrics import Metrics
+from dpsr_serving.proxy.outcomes import Outcomes, does_badly, is_silent
 from dpsr_serving.proxy.routing import Spec, least_outstanding
 
 # Metadata that marks the proxy's own calls in the logs of the servers.
@@ -25,9 +28,17 @@ _ANSWERS_IN_A_ROW = 5  # UNAVAILABLE answers in a row after which a reachable se
 _DISCOVER_EVERY_CHECKS = 3
 _ABSENT_LIMIT = 4096
 _RETIRE_S = 60.0  # time that the calls of a removed server have to end
+_OUTCOMES_S = 10.0  # time over which servers are compared
+_JUDGE_S = 0.25  # time between two comparisons
+_SAMPLE_BYTES = 1 << 16  # the largest request that a server is checked with
+_GIVEN_UP_S = 0.1  # a call that a client gives up after this time counts as failed
+_HEDGE_S = 60.0  # time over which latencies tell when to ask a second server
+_HEDGE_RESERVE = 10  # second calls that may be made beyond the budget
 _DEADLY = 1  # servers that may be lost with a request before it is no longer made again
 
 _NO_LIFE = (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED, Code.CANCELLED)
+# Answers that may be the server's own fault. If they are that of the request, other servers give them, too.
+_FAILED = (*_NO_LIFE, Code.INTERNAL, Code.UNKNOWN, Code.DATA_LOSS)
 
 
 class Backend:
@@ -40,6 +51,8 @@ class Backend:
         checked: whether it has been checked at least once.
         holds: model -> its AVAILABLE versions, for those models of `asked` that the server knows.
         asked: models whose status the proxy asked for since the server last came up.
+        outcomes: what came of its last calls.
+        ejected: whether it is down because of its calls.
     """
 
     def __init__(
@@ -61,16 +74,34 @@ class Backend:
         self._return_s = 0.0
         self._failures = 0
         self._unavailable = 0
+        self.outcomes = Outcomes(_OUTCOMES_S)
+        self.ejected = False
+        self._stays_out = 0.0
+        self._sample: tuple[str, bytes] | None = None
+        self._begun: dict[object, float] = {}  # calls under way -> their start, the oldest first
+        self._ended = 0.0  # when a call was last answered
         self._watching: asyncio.Task[None] | None = None
         self._channel = Channel(address, tls, server_name, limits)
 
     async def call(self, path: str, request: bytes, timeout_s: float | None, metadata: Metadata) -> Reply:
         """Makes one call with serialized messages. UNAVAILABLE also means that the server went down meanwhile."""
         self.outstanding += 1
+        key, begin = object(), time.monotonic()
+        self._begun[key] = begin
         try:
             reply = await self._channel.call(path, request, timeout_s, metadata)
+        except asyncio.CancelledError:
+            now = time.monotonic()
+            if now - begin > _GIVEN_UP_S:
+                self.outcomes.add(now, now - begin, False)
+            raise
         finally:
             self.outstanding -= 1
+            del self._begun[key]
+        now = time.monotonic()
+        self.outcomes.add(now, now - begin, reply.code not in _FAILED)
+        if reply.code is not Code.DEADLINE_EXCEEDED:
+            self._ended = now
         if reply.code not in _NO_LIFE:
             # The server answers, so failed checks only mean that it is slow.
             self._failures = 0
@@ -92,9 +123,23 @@ class Backend:
         self._metrics.count("dpsr_proxy_ejections_total", (self.address,))
         self._channel.drop()
 
+    def quiet_s(self, now: float) -> float:
+        """Returns for how long the server has had calls under way without ending one; 0 without calls."""
+        return now - max(self._ended, next(iter(self._begun.values()))) if self._begun else 0.0
+
+    def eject(self, sample: tuple[str, bytes] | None, eject_s: float) -> None:
+        """Takes the server out for its calls, for at least `eject_s` seconds, until a call like `sample` succeeds.
+
+        `sample`: method and request of a call that another server answered.
+        """
+        self.ejected, self._sample, self._stays_out = True, sample, time.monotonic() + eject_s
+        self.put_down()
+        self.outcomes = Outcomes(_OUTCOMES_S)
+
     def bring_up(self, return_s: float) -> None:
         """Puts the server back into service; its share of requests grows to the full one over `return_s` seconds."""
         self.up = True
+        self.ejected = False
         self._failures = self._unavailable = 0
         self._returned, self._return_s = time.monotonic(), return_s
         self.asked.clear()
@@ -126,7 +171,18 @@ class Backend:
                 await asyncio.sleep(health.every_s)
 
     async def check(self, health: HealthConfig) -> None:
-        """Sends the server a GetModelStatus that names no model: any answer, also an error, shows that it lives."""
+        """Sends the server a GetModelStatus that names no model: any answer, also an error, shows that it lives.
+
+        A server that was taken out for its calls gets such a call as well, because it may have answered checks all the
+        time.
+        """
+        if self.ejected:
+            if time.monotonic() < self._stays_out:
+                return
+            if self._sample is not None:
+                reply = await self._channel.call(*self._sample, health.timeout_s, CHECK_METADATA)
+                if reply.code in _FAILED:
+                    return
         reply = await self._own_call(b"", health.timeout_s)
         self.checked = True
         if reply.code not in _NO_LIFE:
@@ -206,6 +262,7 @@ class Replicas:
         discover: bool,
         max_outstanding: int,
         retries: RetryConfig,
+        hedge: HedgeConfig,
         health: HealthConfig,
         metrics: Metrics,
     ) -> None:
@@ -214,6 +271,11 @@ class Replicas:
         self._max_outstanding = max_outstanding
         self._attempts = retries.attempts
         self._budget = RetryBudget(retries)
+        self._hedges = RetryBudget(RetryConfig(budget=hedge.budget, reserve=_HEDGE_RESERVE)) if hedge.budget else None
+        self._hedge_after = hedge.quantile
+        self._latencies = Outcomes(_HEDGE_S)
+        self._sample: tuple[str, bytes] | None = None  # the last call that succeeded
+        self._next_judgment = 0.0
         self._health = health
         self._metrics = metrics
         self._turn = 0
@@ -236,6 +298,10 @@ class Replicas:
             label: the model's name in metrics.
         """
         self._budget.request()
+        now = time.monotonic()
+        if now >= self._next_judgment:
+            self._next_judgment = now + _JUDGE_S
+            self._judge(now)
         tried: list[Backend] = []
         ended = 0  # servers that were lost while they had the request
         reply: Reply | None = None
@@ -254,8 +320,13 @@ class Replicas:
                 self._metrics.count("dpsr_proxy_retries_total", (label,))
             tried.append(backend)
             timeout_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-            reply = await backend.call(path, request, timeout_s, metadata)
+            if self._hedges is None or len(holders) < 2:
+                reply = await backend.call(path, request, timeout_s, metadata)
+            else:
+                reply, backend = await self._hedged(holders, tried, path, request, timeout_s, metadata)
             if reply.code is Code.OK:
+                if path == serving_apis.PREDICT and len(request) <= _SAMPLE_BYTES:
+                    self._sample = path, request
                 return reply._replace(attempts=len(tried)) if len(tried) > 1 else reply
             self._metrics.count("dpsr_proxy_backend_failures_total", (backend.address, reply.code.name))
             ended += reply.begun
@@ -273,6 +344,60 @@ class Replicas:
                 return reply._replace(attempts=len(tried))
             if len(tried) >= self._attempts or (deadline is not None and time.monotonic() >= deadline):
                 return reply._replace(attempts=len(tried))
+
+    def _judge(self, now: float) -> None:
+        """Takes out servers that do worse than their peers; at most half of them all are out for their calls."""
+        most = len(self.backends) // 2 - sum(backend.ejected for backend in self.backends)
+        if not self._health.eject_s or most <= 0:
+            return
+        for backend in self.backends:
+            peers = [peer.outcomes for peer in self.backends if peer.up and peer is not backend]
+            if not backend.up or not peers or most <= 0:
+                continue
+            silent = is_silent(backend.outstanding, backend.quiet_s(now), peers, now)
+            if silent or does_badly(backend.outcomes, peers, now):
+                backend.eject(self._sample, self._health.eject_s)
+                most -= 1
+
+    async def _hedged(
+        self,
+        holders: Sequence[Backend],
+        tried: list[Backend],
+        path: str,
+        request: bytes,
+        timeout_s: float | None,
+        metadata: Metadata,
+    ) -> tuple[Reply, Backend]:
+        """Makes a call on the last server of `tried` and, if it takes long, on a second one, which is added to `tried`.
+
+        Returns the first good answer, or the last bad one, and its server. The other call is cancelled.
+        """
+        assert self._hedges is not None
+        self._hedges.request()
+        begin = time.monotonic()
+        after = self._latencies.quantile(begin, self._hedge_after)
+        calls = {asyncio.ensure_future(tried[-1].call(path, request, timeout_s, metadata)): tried[-1]}
+        try:
+            await asyncio.wait(calls, timeout=after)
+            waiting = [call for call in calls if not call.done()]
+            if waiting and after is not None:
+                other = self._choose(holders, tried)
+                if other is not None and self._hedges.retry():
+                    tried.append(other)
+                    left_s = None if timeout_s is None else max(begin + timeout_s - time.monotonic(), 0.0)
+                    calls[asyncio.ensure_future(other.call(path, request, left_s, metadata))] = other
+            while True:
+                done, waiting_for = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+                good = [call for call in done if call.result().code is Code.OK]
+                if good or not waiting_for:
+                    call = (good or list(done))[0]
+                    now = time.monotonic()
+                    self._latencies.add(now, now - begin, bool(good))
+                    return call.result(), calls[call]
+                await asyncio.wait(waiting_for, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for call in calls:
+                call.cancel()
 
     def _choose(self, holders: Sequence[Backend], tried: Sequence[Backend]) -> Backend | None:
         most = self._max_outstanding

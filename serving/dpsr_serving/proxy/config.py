@@ -97,13 +97,15 @@ class HealthConfig:
     """Health checks of the servers.
 
     Each server is checked every `every_s` seconds and has `timeout_s` seconds to answer. `failures` failed checks in a
-    row take it out of service. When it answers again, its share of the requests grows over `return_s` seconds.
+    row take it out of service. When it answers again, its share of the requests grows over `return_s` seconds. A server
+    whose calls fail or hang while those of its replicas do not is taken out for at least `eject_s` seconds; 0: never.
     """
 
     every_s: float = 1.0
     timeout_s: float = 1.0
     failures: int = 2
     return_s: float = 10.0
+    eject_s: float = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +118,19 @@ class RetryConfig:
     attempts: int = 3
     budget: float = 0.2
     reserve: int = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class HedgeConfig:
+    """Second calls for requests that take long.
+
+    A request that has no answer after the latency that the share `quantile` of the requests of the last minute did not
+    exceed is also sent to another server, and the first good answer counts. Second calls are at most a share `budget`
+    of the requests; 0: none.
+    """
+
+    budget: float = 0.0
+    quantile: float = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +196,7 @@ class ProxyConfig:
     max_outstanding: int = 1024
     health: HealthConfig = HealthConfig()
     retries: RetryConfig = RetryConfig()
+    hedge: HedgeConfig = HedgeConfig()
     limits: LimitsConfig = LimitsConfig()
     listen_tls: TlsConfig | None = None
     backend_tls: TlsConfig | None = None
@@ -197,7 +213,7 @@ def parse_config(text: str) -> ProxyConfig:
     top = Section(
         "",
         load_yaml(text),
-        ("models", "default", "max_outstanding", "health", "retries", "limits", "tls", "access_log"),
+        ("models", "default", "max_outstanding", "health", "retries", "hedge", "limits", "tls", "access_log"),
     )
     models = top.tree.get("models", {})
     if not isinstance(models, dict):
@@ -222,6 +238,7 @@ def parse_config(text: str) -> ProxyConfig:
         max_outstanding=top.integer("max_outstanding", ProxyConfig.max_outstanding, least=1),
         health=_health(top.section("health", _fields(HealthConfig))),
         retries=_retries(top.section("retries", _fields(RetryConfig))),
+        hedge=_hedge(top.section("hedge", _fields(HedgeConfig))),
         limits=_limits(top.section("limits", _fields(LimitsConfig))),
         listen_tls=_tls(tls, "listen", ("certificate", "key", "ca")),
         backend_tls=_tls(tls, "backends", ("certificate", "key", "ca", "server_name")),
@@ -390,6 +407,7 @@ def _health(section: Section) -> HealthConfig:
         section.number("timeout_s", preset.timeout_s),
         section.integer("failures", preset.failures, 1),
         section.number("return_s", preset.return_s, least=0),
+        section.number("eject_s", preset.eject_s, least=0),
     )
 
 
@@ -399,6 +417,14 @@ def _retries(section: Section) -> RetryConfig:
         section.integer("attempts", preset.attempts, 1),
         section.number("budget", preset.budget, least=0, most=1),
         section.integer("reserve", preset.reserve, 0),
+    )
+
+
+def _hedge(section: Section) -> HedgeConfig:
+    preset = HedgeConfig()
+    return HedgeConfig(
+        section.number("budget", preset.budget, least=0, most=1),
+        section.number("quantile", preset.quantile, most=1),
     )
 
 

@@ -186,6 +186,7 @@ class ProxyServer:
                         pool.discover,
                         config.max_outstanding,
                         config.retries,
+                        config.hedge,
                         config.health,
                         self.metrics,
                     )
