@@ -22,7 +22,7 @@ from dpsr_export import request_tables, servable_assets, warmup
 from dpsr_export.embeddings import checkpoint_fingerprint
 from dpsr_export.index import file_record
 from dpsr_export.rank_table import FILE, RankNumbers, RankTable, RankWeights, write_rank_table
-from dpsr_export.request_inputs import RequestInputs, absent
+from dpsr_export.request_inputs import RequestInputs, absent, signature
 from dpsr_tf import __version__
 from dpsr_tf.config import Config
 from dpsr_tf.data.examples_dataset import Features, Tokens
@@ -202,7 +202,6 @@ def _write_saved_model(
         # All ops are made before the session runs one.
         initializer = v1.tables_initializer()
         restore(model, session, checkpoint)
-        signature = v1.saved_model.predict_signature_def
         signatures = {
             "serving_default": signature(*rank),
             "rank": signature(*rank),
@@ -217,7 +216,7 @@ def _write_saved_model(
             main_op=initializer,
         )
         builder.save()
-    return {name: sorted(signature.inputs) for name, signature in signatures.items()}
+    return {name: sorted(made.inputs) for name, made in signatures.items()}
 
 
 class _Tables(NamedTuple):

@@ -85,6 +85,18 @@ def absent(dtype: tf.DType, rank: int, name: str) -> tf.Tensor:
     return v1.placeholder_with_default(tf.zeros([0] * rank, dtype), [None] * rank, name)
 
 
+def signature(inputs: Mapping[str, tf.Tensor], outputs: Mapping[str, tf.Tensor]) -> Any:
+    """Makes a SignatureDef for Predict. Requests may leave out the inputs that have a default, such as absent ones.
+
+    TensorFlow Serving and `dpsr serve` then feed SignatureDef.defaults, which are the graph's own defaults.
+    """
+    made = v1.saved_model.predict_signature_def(dict(inputs), dict(outputs))
+    for name, tensor in inputs.items():
+        if tensor.op.type == "PlaceholderWithDefault":
+            made.defaults[name].CopyFrom(tensor.op.inputs[0].op.get_attr("value"))
+    return made
+
+
 def _padded(name: str, values: tf.Tensor, texts: tf.Tensor) -> tf.Tensor:
     """Returns `values` [batch], or as many empty texts if they are absent."""
     given, batch = tf.size(values), tf.size(texts)

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from dpsr_export import faiss_search, item_attributes, query_table, request_tables
-from dpsr_export.request_inputs import RequestInputs, absent
+from dpsr_export.request_inputs import RequestInputs, absent, signature
 from dpsr_export.servable_assets import ITEMS
 from dpsr_tf.data.examples_dataset import Features, History, Tokens
 from dpsr_tf.models.embedding import weights_saver
@@ -114,14 +114,12 @@ class _Graph:
         )
         score = self._towers.pair_scores(query_embedding, items)
 
-        def signature(inputs: dict[str, tf.Tensor], outputs: dict[str, tf.Tensor]) -> Any:
-            return v1.saved_model.predict_signature_def({"query": query, **inputs}, outputs)
-
+        texts = {"query": query}
         made = {
-            "serving_default": signature({}, found),
-            "search": signature(search | user, found),
-            "query_embedding": signature(user, {"query_embedding": query_embedding}),
-            "score": signature(user | item, {"score": score}),
+            "serving_default": signature(texts, found),
+            "search": signature(texts | search | user, found),
+            "query_embedding": signature(texts | user, {"query_embedding": query_embedding}),
+            "score": signature(texts | user | item, {"score": score}),
         }
         for info in made["serving_default"].outputs.values():
             info.tensor_shape.dim[1].size = serving_k

@@ -81,6 +81,14 @@ Names NamesOf(const PredictRequest& request) {
   return names;
 }
 
+Names NamesWithDefault(const Signature& signature) {
+  Names names;
+  for (const Endpoint& input : signature.inputs) {
+    if (input.fallback.has_value()) names.insert(input.alias);
+  }
+  return names;
+}
+
 std::string Join(const Names& names) {
   std::string text;
   for (const std::string& name : names) text += (text.empty() ? "" : ",") + name;
@@ -102,26 +110,41 @@ double BytesNeeded(const TensorProto& proto, const tensorflow::TensorShape& shap
   return bytes + (elements - texts) * static_cast<double>(proto.string_val(texts - 1).size());
 }
 
-// Reads the inputs of a request as feeds of a session, in the order of the signature.
+// Returns the error of a request with other inputs than the signature has. Inputs with a default are not required.
+tensorflow::Status OtherInputs(const Signature& signature, const PredictRequest& request) {
+  const Names sent = NamesOf(request);
+  const Names expected = NamesOf(signature.inputs);
+  return InvalidArgument(StrCat("input size does not match signature: ", sent.size(), "!=", expected.size(), " len({",
+                                Join(sent), "}) != len({", Join(expected), "}). Sent extra: {",
+                                Join(Difference(sent, expected)), "}. Missing but required: {",
+                                Join(Difference(Difference(expected, sent), NamesWithDefault(signature))), "}."));
+}
+
+// Reads the inputs of a request as feeds of a session, in the order of the signature. Inputs that are left out get
+// their default.
 tensorflow::Status ReadInputs(const Signature& signature, const PredictRequest& request,
                               Feeds* feeds) {
-  if (request.inputs().size() != signature.inputs.size()) {
-    const Names sent = NamesOf(request);
-    const Names expected = NamesOf(signature.inputs);
-    return InvalidArgument(StrCat("input size does not match signature: ", sent.size(), "!=", expected.size(), " len({",
-                                  Join(sent), "}) != len({", Join(expected), "}). Sent extra: {",
-                                  Join(Difference(sent, expected)), "}. Missing but required: {",
-                                  Join(Difference(expected, sent)), "}."));
+  const size_t sent_inputs = request.inputs().size();
+  if (sent_inputs > signature.inputs.size() ||
+      (sent_inputs < signature.inputs.size() && NamesWithDefault(signature).empty())) {
+    return OtherInputs(signature, request);
   }
+  size_t known = 0;
   feeds->reserve(signature.inputs.size());
   for (const Endpoint& input : signature.inputs) {
     const auto sent = request.inputs().find(input.alias);
     if (sent == request.inputs().end()) {
+      if (input.fallback.has_value()) {
+        feeds->emplace_back(input.tensor, *input.fallback);
+        continue;
+      }
       return InvalidArgument(StrCat("Signature input alias: ", input.alias, "(feed name: ", input.tensor,
                                     ") not found in request and no default value provided. Inputs expected to be in "
                                     "the request {",
-                                    Join(NamesOf(request)), "}, or default input alias set: "));
+                                    Join(NamesOf(request)), "}, or default input alias set: ",
+                                    Join(NamesWithDefault(signature))));
     }
+    ++known;
     Tensor tensor;
     TF_RETURN_IF_ERROR(ParseTensor(input.alias, sent->second, &tensor));
     // The session would check this, too, but its message counts the feeds in another order.
@@ -131,6 +154,9 @@ tensorflow::Status ReadInputs(const Signature& signature, const PredictRequest& 
     }
     feeds->emplace_back(input.tensor, std::move(tensor));
   }
+  // TensorFlow Serving ignores an input with an unknown name if others are left out. A filter with a mistyped name
+  // would then have no effect.
+  if (known < sent_inputs) return OtherInputs(signature, request);
   return tensorflow::OkStatus();
 }
 

@@ -260,7 +260,24 @@ std::string Keys(const Inputs& inputs) {
   return text;
 }
 
-tensorflow::Status ReadRows(const Json& instances, const Inputs& inputs,
+using Defaults = google::protobuf::Map<std::string, TensorProto>;
+
+// Returns the names of the inputs that a request must have.
+std::set<std::string> Required(const Inputs& inputs, const Defaults& defaults) {
+  std::set<std::string> names;
+  for (const auto& [name, info] : inputs) {
+    if (defaults.count(name) == 0) names.insert(name);
+  }
+  return names;
+}
+
+// Returns the only input that a value without a name can be, or "" if there are several.
+std::string OnlyInput(const Inputs& inputs, const std::set<std::string>& required) {
+  if (inputs.size() == 1) return inputs.begin()->first;
+  return required.size() == 1 ? *required.begin() : "";
+}
+
+tensorflow::Status ReadRows(const Json& instances, const Inputs& inputs, const Defaults& defaults,
                             google::protobuf::Map<std::string, TensorProto>* tensors) {
   if (!instances.IsArray()) {
     return InvalidArgument(
@@ -270,17 +287,21 @@ tensorflow::Status ReadRows(const Json& instances, const Inputs& inputs,
   std::map<std::string, RowTensor> rows;
   for (const auto& [name, info] : inputs) rows.emplace(name, RowTensor(info.dtype()));
   const bool named = instances[0].IsObject() && !IsBytes(instances[0]);
-  if (!named && inputs.size() != 1) {
+  const std::set<std::string> required = Required(inputs, defaults);
+  const std::string only = OnlyInput(inputs, required);
+  if (!named && only.empty()) {
     return InvalidArgument(StrCat("instances is a plain list, but expecting list of objects as multiple input tensors "
                                   "required as per tensorinfo_map: ",
                                   Keys(inputs)));
   }
+  std::set<std::string> given;
+  if (!named) given.insert(only);
   for (const Json& instance : instances.GetArray()) {
     if (!named) {
       if (instance.IsObject() && !IsBytes(instance)) {
         return InvalidArgument("'instances' mixes objects and plain values; send either kind alone");
       }
-      TF_RETURN_IF_ERROR(rows.begin()->second.Add(instance));
+      TF_RETURN_IF_ERROR(rows.at(only).Add(instance));
       continue;
     }
     if (!instance.IsObject() || IsBytes(instance)) {
@@ -298,12 +319,19 @@ tensorflow::Status ReadRows(const Json& instances, const Inputs& inputs,
       }
       TF_RETURN_IF_ERROR(row->second.Add(member.value));
     }
-    if (seen.size() != rows.size()) {
-      return InvalidArgument(
-          StrCat("Failed to process element: ", Show(instance), " keys are missing; expected keys: ", Keys(inputs)));
+    for (const std::string& name : required) {
+      if (seen.count(name) == 0) {
+        return InvalidArgument(
+            StrCat("Failed to process element: ", Show(instance), " keys are missing; expected keys: ", Keys(inputs)));
+      }
+    }
+    if (&instance == instances.Begin()) given = seen;
+    if (seen != given) {
+      return InvalidArgument(StrCat("Failed to process element: ", Show(instance),
+                                    " has other keys than the first instance; give all instances the same keys"));
     }
   }
-  for (auto& [name, row] : rows) (*tensors)[name] = row.Finish(instances.Size());
+  for (const std::string& name : given) (*tensors)[name] = rows.at(name).Finish(instances.Size());
   return tensorflow::OkStatus();
 }
 
@@ -317,19 +345,22 @@ tensorflow::Status ReadColumn(const Json& value, DataType dtype, TensorProto* te
   return tensorflow::OkStatus();
 }
 
-tensorflow::Status ReadColumns(const Json& values, const Inputs& inputs,
+tensorflow::Status ReadColumns(const Json& values, const Inputs& inputs, const Defaults& defaults,
                                google::protobuf::Map<std::string, TensorProto>* tensors) {
   if (!values.IsObject() || IsBytes(values)) {
-    if (inputs.size() != 1) {
+    const std::set<std::string> required = Required(inputs, defaults);
+    const std::string only = OnlyInput(inputs, required);
+    if (only.empty()) {
       return InvalidArgument(StrCat("inputs is a plain value/list, but expecting an object as multiple input tensors "
                                     "required as per tensorinfo_map: ",
                                     Keys(inputs)));
     }
-    return ReadColumn(values, inputs.begin()->second.dtype(), &(*tensors)[inputs.begin()->first]);
+    return ReadColumn(values, inputs.at(only).dtype(), &(*tensors)[only]);
   }
   for (const auto& [name, info] : inputs) {
     const Json* value = Member(values, name.c_str());
     if (value == nullptr) {
+      if (defaults.count(name) > 0) continue;
       return InvalidArgument(StrCat("Missing named input: ", name, " in 'inputs' object; expected ", Keys(inputs)));
     }
     TF_RETURN_IF_ERROR(ReadColumn(*value, info.dtype(), &(*tensors)[name]));
@@ -524,8 +555,9 @@ tensorflow::Status ReadPredictJson(const std::string& text, const SignatureDefs&
     return InvalidArgument(StrCat("Signature ", signature->first, " has no inputs; send the request over gRPC"));
   }
   *format = instances != nullptr ? JsonFormat::kRow : JsonFormat::kColumn;
-  return instances != nullptr ? ReadRows(*instances, signature->second.inputs(), request->mutable_inputs())
-                              : ReadColumns(*inputs, signature->second.inputs(), request->mutable_inputs());
+  const tensorflow::SignatureDef& found = signature->second;
+  return instances != nullptr ? ReadRows(*instances, found.inputs(), found.defaults(), request->mutable_inputs())
+                              : ReadColumns(*inputs, found.inputs(), found.defaults(), request->mutable_inputs());
 }
 
 tensorflow::Status WritePredictJson(const google::protobuf::Map<std::string, TensorProto>& outputs, JsonFormat format,

@@ -23,6 +23,8 @@ enum class JsonFormat { kRow, kColumn };
 
 // Reads `{"signature_name": ..., "instances": [...]}` or `{..., "inputs": ...}`. Fills in everything except the model's
 // name and version. Numbers and texts are converted to the types of the signature; INVALID_ARGUMENT if that fails.
+// Inputs with a default may be left out, by all instances alike. Values without a name are those of the only input, or
+// of the only one without a default.
 tensorflow::Status ReadPredictJson(const std::string& text, const SignatureDefs& signatures,
                                    tensorflow::serving::PredictRequest* request, JsonFormat* format);
 

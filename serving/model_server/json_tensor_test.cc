@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 
 #include <limits>
+#include <set>
+#include <string>
 
 #include "google/protobuf/text_format.h"
 #include "tensorflow/core/framework/tensor.h"
@@ -38,6 +40,35 @@ std::string Write(const std::map<std::string, Tensor>& tensors, JsonFormat forma
   std::string text;
   const tensorflow::Status status = WritePredictJson(outputs, format, &text);
   return status.ok() ? text : std::string(status.message());
+}
+
+TEST(Defaults, InputsWithADefaultMayBeLeftOut) {
+  SignatureDefs signatures = Signatures({{"query", tensorflow::DT_STRING}, {"k", tensorflow::DT_INT32}});
+  (*signatures["serving_default"].mutable_defaults())["k"] = TensorProto();
+  const auto names = [&](const std::string& text) {
+    PredictRequest request;
+    JsonFormat format;
+    const tensorflow::Status status = ReadPredictJson(text, signatures, &request, &format);
+    if (!status.ok()) return std::string(status.message());
+    std::set<std::string> sent;
+    for (const auto& [name, tensor] : request.inputs()) sent.insert(name);
+    std::string joined;
+    for (const std::string& name : sent) joined += name + " ";
+    return joined;
+  };
+  EXPECT_EQ(names(R"({"inputs": {"query": ["a"]}})"), "query ");
+  EXPECT_EQ(names(R"({"inputs": {"query": ["a"], "k": 3}})"), "k query ");
+  EXPECT_EQ(names(R"({"inputs": ["a", "b"]})"), "query ");
+  EXPECT_EQ(names(R"({"instances": ["a", "b"]})"), "query ");
+  EXPECT_EQ(names(R"({"instances": [{"query": "a"}, {"query": "b"}]})"), "query ");
+  EXPECT_EQ(names(R"({"instances": [{"query": "a", "k": 1}]})"), "k query ");
+  EXPECT_NE(names(R"({"inputs": {"k": 3}})").find("Missing named input: query"), std::string::npos);
+  EXPECT_NE(names(R"({"instances": [{"k": 1}]})").find("keys are missing"), std::string::npos);
+  EXPECT_NE(names(R"({"instances": [{"query": "a"}, {"query": "b", "k": 1}]})").find("give all instances the same keys"),
+            std::string::npos);
+  EXPECT_NE(names(R"({"instances": [{"query": "a", "k": 1}, {"query": "b"}]})").find("give all instances the same keys"),
+            std::string::npos);
+  EXPECT_NE(names(R"({"instances": [{"query": "a", "n": 1}]})").find("key n is not expected"), std::string::npos);
 }
 
 // Every type goes in as numbers, at the ends of its range, and comes out as the same numbers.

@@ -24,7 +24,7 @@ constexpr size_t kMaxOutputSets = 64;
 std::vector<Endpoint> SortedEndpoints(const google::protobuf::Map<std::string, TensorInfo>& infos) {
   std::vector<Endpoint> endpoints;
   for (const auto& [alias, info] : infos) {
-    Endpoint endpoint{alias, info.name(), info.dtype(), {}};
+    Endpoint endpoint{alias, info.name(), info.dtype(), {}, {}};
     // A shape that is not valid stays unknown.
     tensorflow::PartialTensorShape::BuildPartialTensorShape(info.tensor_shape(), &endpoint.shape).IgnoreError();
     endpoints.push_back(std::move(endpoint));
@@ -32,6 +32,22 @@ std::vector<Endpoint> SortedEndpoints(const google::protobuf::Map<std::string, T
   std::sort(endpoints.begin(), endpoints.end(),
             [](const Endpoint& left, const Endpoint& right) { return left.alias < right.alias; });
   return endpoints;
+}
+
+// Reads the inputs that requests may leave out.
+tensorflow::Status ReadFallbacks(const tensorflow::SignatureDef& definition, Signature* signature) {
+  for (Endpoint& input : signature->inputs) {
+    const auto found = definition.defaults().find(input.alias);
+    if (found == definition.defaults().end()) continue;
+    tensorflow::Tensor tensor;
+    if (!tensor.FromProto(found->second) || tensor.dtype() != input.dtype) {
+      return InvalidArgument(StrCat("the default of input ", input.alias, " of signature ", signature->name,
+                                    " is no tensor of type ", tensorflow::DataTypeString(input.dtype),
+                                    "; export the model again"));
+    }
+    input.fallback = std::move(tensor);
+  }
+  return tensorflow::OkStatus();
 }
 
 // Returns the error of a load. If an op is missing, the error names the flag that loads op libraries.
@@ -74,8 +90,9 @@ tensorflow::Status Servable::Load(const ServableOptions& options, const std::str
   });
   if (!status.ok()) return ExplainLoadError(status, name, version);
   for (const auto& [key, signature] : loaded->bundle_.GetSignatures()) {
-    loaded->signatures_[key] = {key, signature.method_name(), SortedEndpoints(signature.inputs()),
-                                SortedEndpoints(signature.outputs())};
+    Signature& read = loaded->signatures_[key];
+    read = {key, signature.method_name(), SortedEndpoints(signature.inputs()), SortedEndpoints(signature.outputs())};
+    TF_RETURN_IF_ERROR(ReadFallbacks(signature, &read));
   }
   if (options.batch_threads != nullptr) {
     const auto run = [alone = loaded.get()](const Signature& signature, const Feeds& feeds,

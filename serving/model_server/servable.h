@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <string>
 #include <unordered_set>
@@ -47,6 +48,8 @@ struct Endpoint {
   std::string tensor;
   tensorflow::DataType dtype;
   tensorflow::PartialTensorShape shape;
+  // What an input is if a request leaves it out, from SignatureDef.defaults.
+  std::optional<tensorflow::Tensor> fallback;
 };
 
 // A SignatureDef, with its endpoints sorted by alias.

@@ -7,12 +7,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 from conftest import Job
 
+from dpsr_common import serving_apis
 from dpsr_serving.client import AsyncSearchClient, SearchClient, User
 from dpsr_serving.model_server import start_model_server
+from dpsr_serving.tensors import make_tensor, to_numpy
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "serving"))
 from processes import ProxyProcess
@@ -56,6 +59,17 @@ def test_what_a_user_did_and_filters_count(target: str) -> None:
             client.search(QUERY, 3, filters={"brnd": "x"})
         with pytest.raises(ValueError, match="'height'; those it reads: age"):
             client.search(QUERY, 3, user=User({"height": 180}))
+
+    # A plain gRPC client sends what it cares about: the servable has defaults for the rest.
+    request = serving_apis.PredictRequest()
+    request.model_spec.name, request.model_spec.signature_name = "shop", "search"
+    for given, expected in (({}, plain), ({"k": np.int32(5)}, anonymous), ({"include": [[b"price=..50"]]}, cheap)):
+        for name, value in ({"query": [QUERY.encode()]} | given).items():
+            request.inputs[name].CopyFrom(make_tensor(np.array(value)))
+        with grpc.insecure_channel(target) as channel:
+            answer = channel.unary_unary(serving_apis.PREDICT)(request.SerializeToString(), timeout=60)
+        found = to_numpy(serving_apis.PredictResponse.FromString(answer).outputs["item_ids"])[0]
+        assert found.tolist() == expected.item_ids[: len(found)].tolist()
 
     async def ask() -> list[int]:
         async with AsyncSearchClient(target, "shop") as client:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import tensorflow as tf
-from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
 v1 = tf.compat.v1
 
@@ -77,22 +79,35 @@ class _Signatures(tf.Module):
 
 
 def write_signatures(path: Path) -> None:
-    """A TF2 export whose signatures are `serving_default` (half) and the other methods of _Signatures."""
+    """A TF2 export whose signatures are `serving_default` (half) and the other methods of _Signatures.
+
+    `defaulted` is `pair` with a default for b: [7].
+    """
     module = _Signatures()
     names = ("pair", "text", "image", "scalar", "many", "negatives", "fail", "gate")
     signatures = {"serving_default": module.half} | {name: getattr(module, name) for name in names}
     tf.saved_model.save(module, str(path), signatures=signatures)
+    with _edited(path) as meta_graph:
+        meta_graph.signature_def["defaulted"].CopyFrom(meta_graph.signature_def["pair"])
+        meta_graph.signature_def["defaulted"].defaults["b"].CopyFrom(tf.make_tensor_proto([7], tf.int64))
+
+
+@contextmanager
+def _edited(path: Path) -> Iterator[meta_graph_pb2.MetaGraphDef]:
+    """Gives the graph of a SavedModel, and writes it back when it has been changed."""
+    file = path / "saved_model.pb"
+    saved_model = saved_model_pb2.SavedModel.FromString(file.read_bytes())
+    yield saved_model.meta_graphs[0]
+    file.write_bytes(saved_model.SerializeToString())
 
 
 def write_unknown_op(path: Path, op: str) -> None:
     """A model that needs `op`, which no TensorFlow has."""
     write_half_plus(path, 0.0)
-    file = path / "saved_model.pb"
-    saved_model = saved_model_pb2.SavedModel.FromString(file.read_bytes())
-    for node in saved_model.meta_graphs[0].graph_def.node:
-        if node.name == "y":
-            node.op = op
-    file.write_bytes(saved_model.SerializeToString())
+    with _edited(path) as meta_graph:
+        for node in meta_graph.graph_def.node:
+            if node.name == "y":
+                node.op = op
 
 
 def publish(source: Path, base_path: Path, version: int) -> None:

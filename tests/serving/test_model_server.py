@@ -119,6 +119,12 @@ def spec(**fields: object) -> predict_pb2.PredictRequest:
     return request
 
 
+def test_an_input_that_is_left_out_gets_its_default(server: Server) -> None:
+    for given, total in (({"b": np.int64([3, 4])}, [4, 6]), ({}, [8, 9])):
+        response = server.predict(predict_request("defaulted", {"a": np.float32([1, 2])} | given))
+        assert tf.make_ndarray(response.outputs["sum"]).tolist() == total
+
+
 def filtered(*outputs: str) -> predict_pb2.PredictRequest:
     request = predict_request("pair", {"a": np.float32([1]), "b": np.int64([3])})
     request.output_filter.extend(outputs)
@@ -164,6 +170,17 @@ ERRORS = {
         INVALID,
         "Signature input alias: x(feed name: serving_default_x:0) not found in request and no default value provided. "
         "Inputs expected to be in the request {z}, or default input alias set: ",
+    ),
+    "an input without a default is missing": (
+        predict_request("defaulted", {"b": np.int64([1])}),
+        INVALID,
+        "Signature input alias: a(feed name: pair_a:0) not found in request and no default value provided. "
+        "Inputs expected to be in the request {b}, or default input alias set: b",
+    ),
+    "an unknown input beside a missing one": (
+        predict_request("defaulted", {"a": np.float32([1]), "B": np.int64([1])}),
+        INVALID,
+        "input size does not match signature: 2!=2 len({B,a}) != len({a,b}). Sent extra: {B}. Missing but required: {}.",
     ),
     "wrong dtype": (
         predict_request(inputs={"x": np.int32([1])}),

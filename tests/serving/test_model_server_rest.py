@@ -91,6 +91,15 @@ def test_several_tensors(rest: Server) -> None:
     }
 
 
+@pytest.mark.parametrize("rows", [[{"a": 1}], [1]])
+@pytest.mark.parametrize("columns", [{"a": [1]}, [1]])
+def test_an_input_that_is_left_out_gets_its_default(rest: Server, rows: list, columns: dict | list) -> None:
+    found = rest.rest(SIG, {"signature_name": "defaulted", "instances": rows}).json
+    assert found == {"predictions": [{"a": 1.0, "b": 7, "sum": 8.0}]}
+    found = rest.rest(SIG, {"signature_name": "defaulted", "inputs": columns}).json
+    assert found == {"outputs": {"a": [1.0], "b": [7], "sum": [8.0]}}
+
+
 def test_texts_and_bytes(rest: Server) -> None:
     raw = base64.b64encode(b"\xff\x00").decode()
     body = {"signature_name": "text", "instances": ['三"\n', {"b64": raw}, {"b64": ""}]}
