@@ -40,13 +40,12 @@ from dpsr_tf.data.column_files import RaggedColumnFile, add_splits, row_splits, 
 from dpsr_tf.data.database import TEXT_ROWS, Database, SortedColumns
 from dpsr_tf.data.encode import POSITIVE
 from dpsr_tf.data.interaction_log import held_out_conditions, shard_of_query, summed_weights
+from dpsr_tf.data.query_meanings import DAMPED, find_wants, same_meaning
 from dpsr_tf.data.schema import Schema
 from dpsr_tf.data.store import WORDS, rewriting_names
 from dpsr_tokenizer import Vocabulary, VocabularyBuilder, WordSequences
 
-# Clicks are compared as whole numbers, because sums of floats depend on their order.
-_DAMPED = "round(1024 * ln(1 + weight))::BIGINT"
-# A click in the same units, on an item that no other query has: queries with few clicks are like no other by chance.
+# One click, damped, on an item that no other query has: queries with few clicks are like no other by chance.
 _ONE_CLICK = round(1024 * math.log(2))
 # The numbers of a text, each once: 6 and 1/2 of "6ft 1/2in".
 _NUMBERS = r"list_sort(list_distinct(regexp_extract_all(text, '[0-9]+(?:[.,/][0-9]+)*')))"
@@ -188,7 +187,7 @@ class QueryPairs:
     def _pair_queries(self) -> dict[str, int]:
         """Creates `query_pairs`. Returns how many pairs each filter against drift has dropped."""
         s, database = self._rewriting, self._database
-        database.create("damped", f"SELECT query_row, item_row, weight, {_DAMPED} AS clicks FROM clicks")
+        database.create("damped", f"SELECT query_row, item_row, weight, {DAMPED} AS clicks FROM clicks")
         rank = "row_number() OVER (PARTITION BY item_row ORDER BY weight DESC, query_row)"
         compared = f"SELECT * FROM damped QUALIFY {rank} <= {s.max_queries_per_item}"
         # How often the target follows the source, compared with how often it follows any query.
@@ -209,25 +208,17 @@ class QueryPairs:
                 coalesce(visits >= {s.min_reformulations} AND {lift} >= {s.min_lift}, FALSE) AS follows
             FROM alike FULL JOIN reformulations USING (source, target)""",
         )
-        # A filter counts the pairs that the filters before it have left.
         words = "string_split({}.text, ' ')".format
-        filters = {
-            "few_shared_clicks": f"follows OR cosine >= {s.min_similarity}",
-            "other_numbers": "a.numbers = b.numbers",
-            "no_new_word": f"NOT list_has_all({words('a')}, {words('b')})",
+        dropped = {
+            "few_shared_clicks": self._keep(f"follows OR cosine >= {s.min_similarity}"),
+            "other_numbers": self._keep("a.numbers = b.numbers"),
+            "no_new_word": self._keep(f"NOT list_has_all({words('a')}, {words('b')})"),
         }
-        dropped, before = {}, database.count("candidates")
-        for name, keeps in filters.items():
-            database.create(
-                f"passed_{name}",
-                f"""SELECT c.* FROM candidates AS c JOIN asked AS a ON source = a.row JOIN asked AS b ON target = b.row
-                WHERE {keeps}""",
-            )
-            database.drop("candidates")
-            database.create("candidates", f"FROM passed_{name}")
-            database.drop(f"passed_{name}")
-            after = database.count("candidates")
-            dropped[name], before = before - after, after
+        if s.meaning_share:
+            find_wants(database, s.meaning_share)
+            dropped["other_meaning"] = self._keep(same_meaning("a", "b", "follows"), "wants")
+            database.drop("wants")
+        before = database.count("candidates")
         database.create(
             "query_pairs",
             f"""SELECT source, target, (cosine + if(follows, share, 0))::FLOAT AS weight FROM candidates
@@ -237,6 +228,19 @@ class QueryPairs:
         for table in ("damped", "candidates", "reformulations"):
             database.drop(table)
         return dropped
+
+    def _keep(self, condition: str, table: str = "asked") -> int:
+        """Keeps the candidates that pass a filter, which sees rows a and b of a table. Returns how many it drops."""
+        before = self._database.count("candidates")
+        self._database.create(
+            "passed",
+            f"""SELECT c.* FROM candidates AS c JOIN {table} AS a ON source = a.row JOIN {table} AS b ON target = b.row
+            WHERE {condition}""",
+        )
+        self._database.drop("candidates")
+        self._database.create("candidates", "FROM passed")
+        self._database.drop("passed")
+        return before - self._database.count("candidates")
 
     # Files.
 

@@ -22,6 +22,9 @@ from dpsr_tokenizer import Vocabulary, WordSequences
 
 Batch = dict[str, np.ndarray]
 
+# A batch holds at most one in this many of the store's pairs of queries, so that few pairs are not learned by heart.
+_PAIRS_PER_DRAW = 50
+
 
 @dataclasses.dataclass(frozen=True)
 class RewritingOptions:
@@ -37,7 +40,8 @@ class RewritingOptions:
             clicks has no others.
         title_pairs: share of the p pairs that are a piece of a title with typing errors, and the piece.
         query_pairs: share of the p pairs that are a query with typing errors, and the query. The remaining pairs are
-            two queries of the store. Where a store has none of a kind, pieces of titles take their place.
+            two queries of the store, at most a fiftieth of those that it has. Where a store has too few of a kind,
+            pieces of titles take their place.
         click_power: a query and an item are drawn in proportion to this power of their clicks.
         target_power: a pair of queries is drawn in proportion to its weight, times this power of the clicks of the
             query that is written. So frequent queries, which are rarely misspelt, are written more often.
@@ -153,9 +157,8 @@ class RewritingBatches:
         """Returns p texts to read, object [p], and the words to write, int32 [p, max_query_words]."""
         options = self._options
         same = round(options.pair_batch_size * options.query_pairs) if len(self._clicks) else 0
-        different = round(options.pair_batch_size * (1 - options.query_pairs - options.title_pairs))
-        if not len(self._pairs):
-            different = 0
+        share = 1 - options.query_pairs - options.title_pairs
+        different = min(round(options.pair_batch_size * share), math.ceil(len(self._pairs) / _PAIRS_PER_DRAW))
         queries, _ = self._clicks.draw(random, same)
         sources, targets = self._pairs.draw(random, different)
         items = random.integers(0, self._items, options.pair_batch_size - same - different)
@@ -201,13 +204,15 @@ class _Links:
 
     def __init__(self, files: Sequence[tuple[int, PackedFile]], name: str, other: str):
         """Reads the sections `name`.splits, .`other` and .weight of files, each with the row of its first query."""
-        queries, others, weights = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], [np.zeros(0)]
+        queries, others = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+        weights = [np.zeros(0, np.float32)]
         for first, file in files:
             lengths = np.diff(file[f"{name}.splits"])
             queries.append(np.repeat(np.arange(first, first + len(lengths), dtype=np.int32), lengths))
             others.append(file[f"{name}.{other}"])
-            weights.append(file[f"{name}.weight"].astype(np.float64))
-        self.queries, self.others, self.weights = map(np.concatenate, (queries, others, weights))
+            weights.append(file[f"{name}.weight"])
+        self.queries, self.others = np.concatenate(queries), np.concatenate(others)
+        self.weights = np.concatenate(weights).astype(np.float64)
 
     def __len__(self) -> int:
         """Returns the number of links."""

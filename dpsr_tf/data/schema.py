@@ -393,7 +393,14 @@ class RewritingSchema:
     max_query_words: int = option(12, "number of words of a query that are kept, with the end of the query", 2, 128)
     max_title_words: int = option(24, "number of words of a title that are kept, with the end of the title", 2, 512)
     min_similarity: float = option(
-        0.1, "smallest cosine between the clicks of two queries with which they become a pair (0 to 1)", 0, 1
+        0.05, "smallest cosine between the clicks of two queries with which they become a pair (0 to 1)", 0, 1
+    )
+    meaning_share: float = option(
+        0.8,
+        "a word of queries asks for a word of titles if at least this share of the clicks for it go to titles with the "
+        "word (0 to 1); the two queries of a pair ask for the same. 0 turns this filter off",
+        0,
+        1,
     )
     max_pairs: int = option(
         20, "largest number of pairs that a query has as their source; the strongest ones are kept", 0, 10_000

@@ -177,6 +177,7 @@ def generate(parameters: Parameters, out: Path) -> dict[str, int]:
     held_out = {"held_out": {"last_days": round(parameters.days * _HELD_OUT, 3)}}
     ranking = SCHEMA | {"interactions": SCHEMA["interactions"] | held_out, "ranking": RANKING}
     (out / "schema.ranking.yaml").write_text(yaml.safe_dump(ranking, sort_keys=False))
+    (out / "schema.rewriting.yaml").write_text(yaml.safe_dump(SCHEMA | {"rewriting": {}}, sort_keys=False))
     (out / "truth").mkdir()
     _write_labels(world, item_ids, out)
     _write_truth(world, log, item_ids, user_ids, out / "truth")
