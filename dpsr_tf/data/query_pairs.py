@@ -40,7 +40,7 @@ from dpsr_tf.data.column_files import RaggedColumnFile, add_splits, row_splits, 
 from dpsr_tf.data.database import TEXT_ROWS, Database, SortedColumns
 from dpsr_tf.data.encode import POSITIVE
 from dpsr_tf.data.interaction_log import held_out_conditions, shard_of_query, summed_weights
-from dpsr_tf.data.query_meanings import DAMPED, find_wants, same_meaning
+from dpsr_tf.data.query_meanings import DAMPED, add_words, find_wants, same_meaning
 from dpsr_tf.data.schema import Schema
 from dpsr_tf.data.store import WORDS, rewriting_names
 from dpsr_tokenizer import Vocabulary, VocabularyBuilder, WordSequences
@@ -208,11 +208,11 @@ class QueryPairs:
                 coalesce(visits >= {s.min_reformulations} AND {lift} >= {s.min_lift}, FALSE) AS follows
             FROM alike FULL JOIN reformulations USING (source, target)""",
         )
-        words = "string_split({}.text, ' ')".format
+        add_words(database, "query_words", "SELECT row, text FROM asked", "words of queries")
         dropped = {
             "few_shared_clicks": self._keep(f"follows OR cosine >= {s.min_similarity}"),
             "other_numbers": self._keep("a.numbers = b.numbers"),
-            "no_new_word": self._keep(f"NOT list_has_all({words('a')}, {words('b')})"),
+            "no_new_word": self._keep("NOT list_has_all(a.words, b.words)", "query_words"),
         }
         if s.meaning_share:
             find_wants(database, s.meaning_share)
@@ -225,7 +225,7 @@ class QueryPairs:
             QUALIFY row_number() OVER (PARTITION BY source ORDER BY weight DESC, target) <= {s.max_pairs}""",
         )
         dropped["too_many"] = before - database.count("query_pairs")
-        for table in ("damped", "candidates", "reformulations"):
+        for table in ("damped", "candidates", "reformulations", "query_words"):
             database.drop(table)
         return dropped
 

@@ -118,10 +118,12 @@ class RewritingBatches:
             queries, titles: texts as bytes, object [b]; queries are with typing errors, titles as people see them.
             query_words: int32 [b, max_query_words], the words of the query as it was meant: ids, END, and then 0.
             title_words: int32 [b, max_title_words], those of the title.
-            weights: float32 [b].
+            weights: float32 [b]; 0 for a query without a known word, else 1.
             pair_source: texts to read, as bytes, object [p].
             pair_words: int32 [p, max_query_words], what to write.
-            pair_weights: float32 [p].
+            pair_weights: float32 [p]; 0 if there is no known word to write, else 1.
+
+            Words that the vocabulary does not have are UNKNOWN. A model should not learn to write them.
         """
         random = np.random.default_rng([self._options.seed, step, self._worker])
         queries, query_words, items = self._queries_with_items(random)
@@ -131,10 +133,10 @@ class RewritingBatches:
             "query_words": query_words,
             "titles": self._titles(items),
             "title_words": _padded(*self._title_words.take(items), self.max_title_words),
-            "weights": np.ones(len(items), np.float32),
+            "weights": _weights(query_words),
             "pair_source": sources,
             "pair_words": pair_words,
-            "pair_weights": np.ones(len(sources), np.float32),
+            "pair_weights": _weights(pair_words),
         }
 
     def batches(self, first_step: int = 0) -> Iterator[Batch]:
@@ -240,6 +242,10 @@ def _padded(values: np.ndarray, splits: np.ndarray, size: int) -> np.ndarray:
     rows = np.where(columns < lengths[:, None], rows, WordSequences.PADDING)
     rows[np.arange(len(lengths)), lengths] = WordSequences.END
     return rows.astype(np.int32)
+
+
+def _weights(words: np.ndarray) -> np.ndarray:
+    return (words >= WordSequences.FIRST_WORD).any(axis=1).astype(np.float32)
 
 
 def _keep_rates(vocabulary: Vocabulary, frequent: float) -> dict[str, float]:

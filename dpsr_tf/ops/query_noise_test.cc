@@ -179,5 +179,28 @@ TEST(MisspeltTest, WordsAreWrittenAsOneNowAndThen) {
   EXPECT_NEAR(joined, 0.4 * 0.5 * n, 0.03 * n);
 }
 
+TEST(ShortenedTest, WordsAreLeftOutAsOftenAsTheRateSays) {
+  std::map<std::string, int> counts;
+  const int n = 4000;
+  for (uint64_t seed = 0; seed < n; ++seed) {
+    RandomStream random(seed);
+    const std::vector<std::string> words = Words(Shortened("Saw, BLADE 10in", 0.2, 0, &random));
+    ASSERT_FALSE(words.empty()) << "rather than nothing, all stay";
+    for (const std::string& word : words) ++counts[word];
+  }
+  ASSERT_EQ(counts.size(), 3u);
+  for (const auto& [word, count] : counts) EXPECT_NEAR(count, (0.8 + 0.2 * 0.2 * 0.2) * n, 0.03 * n) << word;
+}
+
+TEST(ShortenedTest, WithoutDropsIsMisspelt) {
+  for (uint64_t seed = 0; seed < 200; ++seed) {
+    RandomStream random(seed);
+    const std::string all = Shortened("rain shower head 手机", 0, 0, &random);
+    EXPECT_EQ(all, "rain shower head 手机");
+  }
+  RandomStream random(1);
+  EXPECT_EQ(Shortened("\xff", 0.5, 0.5, &random), "");
+}
+
 }  // namespace
 }  // namespace dpsr
