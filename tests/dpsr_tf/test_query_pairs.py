@@ -314,10 +314,10 @@ def test_damaged_files_are_refused(ingest: Callable[..., Store], name: str) -> N
     path = ingest(clicks()).path
     data = (path / name).read_bytes()
     (path / name).write_bytes(data[:-40])
-    with pytest.raises(CommandError, match=f"{name}.*ingest the log again"):
+    with pytest.raises(CommandError, match=rf"{name}.*ingest the log again"):
         Store(path)
     (path / name).unlink()
-    with pytest.raises(CommandError, match=f"{name}.*ingest the log again"):
+    with pytest.raises(CommandError, match=rf"{name}.*ingest the log again"):
         Store(path)
 
 
