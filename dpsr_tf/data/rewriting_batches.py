@@ -17,6 +17,7 @@ from dpsr_common.errors import CommandError
 from dpsr_common.packed_file import PackedFile
 from dpsr_tf.data.column_files import RaggedRows, row_splits
 from dpsr_tf.data.store import Store
+from dpsr_tf.data.word_forms import WordForms
 from dpsr_tf.ops._native import TitlePieces, shortened
 from dpsr_tokenizer import Vocabulary, WordSequences
 
@@ -35,6 +36,8 @@ class RewritingOptions:
         pair_batch_size: p, number of pairs of texts.
         seed: of all random draws.
         typo_rate: probability of a typing error in a word that is read (dpsr_tf/ops/query_noise.h).
+        form_rate: probability that a word that is read has another form, such as the singular for the plural that is
+            written (dpsr_tf/data/word_forms.py). So inflections are learned from titles alone.
         drop_rate: probability that a word of a query is left out where the query is read.
         title_queries: share of the b queries that are pieces of their title, for items without clicks. A store without
             clicks has no others.
@@ -53,6 +56,7 @@ class RewritingOptions:
     pair_batch_size: int = 256
     seed: int = 1
     typo_rate: float = 0.2
+    form_rate: float = 0.1
     drop_rate: float = 0.0
     title_queries: float = 0.3
     title_pairs: float = 0.5
@@ -109,6 +113,8 @@ class RewritingBatches:
         self._pairs.weigh(self._pairs.weights * (1 + clicks[self._pairs.others]) ** options.target_power)
         vocabulary = Vocabulary(store.words_path)
         self._words = WordSequences(vocabulary)
+        # The text of a word begins with a space.
+        self._forms = WordForms(map(str.strip, self._words.texts()) if options.form_rate else ())
         self._pieces = TitlePieces(_keep_rates(vocabulary, options.title_subsampling * self._items))
 
     def batch(self, step: int) -> Batch:
@@ -178,7 +184,7 @@ class RewritingBatches:
         """Returns queries with typing errors, object [n], and their words without, int32 [n, max_query_words]."""
         texts = self._query_texts.take(rows)
         noisy = shortened(*texts, _seeds(random, len(rows)), drop_rate=drop_rate, typo_rate=self._options.typo_rate)
-        return _objects(noisy), self._words_of(rows)
+        return self._in_other_forms(noisy, random), self._words_of(rows)
 
     def _words_of(self, queries: np.ndarray) -> np.ndarray:
         return _padded(*self._query_words.take(queries), self.max_query_words)
@@ -192,7 +198,13 @@ class RewritingBatches:
         """Returns pieces of titles with typing errors, and the words of these pieces without."""
         titles = self._title_texts.take(items)
         pieces, noisy = self._pieces(*titles, _seeds(random, len(items)), typo_rate=self._options.typo_rate)
-        return _objects(noisy), self._words.encode(pieces, max_words=self.max_query_words, ends=True)
+        return self._in_other_forms(noisy, random), self._words.encode(
+            pieces, max_words=self.max_query_words, ends=True
+        )
+
+    def _in_other_forms(self, texts: list[bytes], random: np.random.Generator) -> np.ndarray:
+        rate = self._options.form_rate
+        return _objects(self._forms.replaced(texts, rate, random) if rate else texts)
 
 
 class _Links:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,18 @@ from dpsr_tf.data.store import Store
 from dpsr_tf.ops._native import TitlePieces, shortened
 from dpsr_tokenizer import Vocabulary, WordSequences
 
-CLEAN = RewritingOptions(batch_size=40, pair_batch_size=40, typo_rate=0, drop_rate=0)
+CLEAN = RewritingOptions(batch_size=40, pair_batch_size=40, typo_rate=0, form_rate=0, drop_rate=0)
 
 
-def ingest(path: Path, log: bool = True, shards: int = 1, **rewriting: Any) -> Store:
+def ingest(
+    path: Path, log: bool = True, shards: int = 1, titles: Sequence[str] | None = None, **rewriting: Any
+) -> Store:
     """A store of 30 items and 20 queries: two wordings of ten things, one of which has most clicks."""
     shop = Shop(path / "shop")
     things = [f"thing{chr(97 + i)}" for i in range(10)]
     shop.items = [{"item_id": i, "title": f"Good {things[i % 10].title()}, sort {i}", "brand": "b"} for i in range(30)]
+    for item, title in zip(shop.items, titles or [], strict=False):
+        item["title"] = title
     shop.log = [
         {
             "query": f"{owner} {name}",
@@ -156,6 +161,17 @@ def test_noise_is_in_what_is_read(store: Store) -> None:
     lengths = [len(text.split()) for text in batch["queries"]]
     assert min(lengths) == 1 and max(lengths) == 2
     assert all(len(text.split()) == 2 for text in texts(store, batch["query_words"]))
+
+
+def test_words_have_other_forms(tmp_path: Path) -> None:
+    stems = ["lamp", "door", "chair", "table", "window", "garden", "blind", "screw", "hinge", "bracket", "panel"]
+    store = ingest(tmp_path, titles=[stem + ending for stem in stems for ending in ("", "s")])
+    options = dataclasses.replace(CLEAN, form_rate=0.9, title_pairs=1, query_pairs=0, title_subsampling=0)
+    batch = RewritingBatches(store, dataclasses.replace(options, pair_batch_size=500)).batch(0)
+    read = [text.decode() for text in batch["pair_source"]]
+    forms = {(one, other) for one, other in zip(read, texts(store, batch["pair_words"]), strict=True) if one != other}
+    assert forms and forms <= {(s + a, s + b) for s in stems for a, b in (("", "s"), ("s", ""))}
+    assert len(forms) > len(stems)
 
 
 def test_frequent_words_are_rare_in_pieces(store: Store) -> None:
