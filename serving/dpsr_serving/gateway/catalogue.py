@@ -183,6 +183,24 @@ class _Texts(Sequence[str]):
     def __getitem__(self, place: Any) -> Any:
         return self.encoded(place).decode("utf-8", "replace")
 
+    def find(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """Returns the first place of each of some texts, int64 [k]; -1 for a text that is not here."""
+        found = np.full(len(texts), -1, np.int64)
+        wanted = [text.encode("utf-8", "surrogatepass") for text in texts]
+        lengths = np.diff(self._splits)
+        for length in {len(text) for text in wanted} - {0}:
+            rows = np.flatnonzero(lengths == length)
+            here = self._bytes[self._splits[rows][:, None] + np.arange(length)]
+            mine = [place for place, text in enumerate(wanted) if len(text) == length]
+            if len(mine) > 32:  # by then a table costs less than comparisons
+                row_of = dict(zip(reversed(here.view(f"V{length}").ravel().tolist()), rows[::-1].tolist(), strict=True))
+                found[mine] = [row_of.get(wanted[place], -1) for place in mine]
+                continue
+            for place in mine:
+                same = rows[(here == np.frombuffer(wanted[place], np.uint8)).all(axis=1)]
+                found[place] = same[0] if len(same) else -1
+        return found
+
 
 class Catalogue:
     """The items of a store, memory-mapped. Thread-safe: it never changes.
@@ -259,10 +277,22 @@ class Catalogue:
         """Returns the shop's own id of an item, or None where ids are numbers."""
         return None if self._keys is None else str(self._keys[row])
 
+    def rows_of_keys(self, keys: Sequence[str]) -> NDArray[np.int64]:
+        """Returns the rows of items by the shop's own ids, int64 [k]; -1 where a key is unknown.
+
+        It looks at all keys, which takes some tenths of a second for a million items, so it is not for searches.
+        """
+        return np.full(len(keys), -1, np.int64) if self._keys is None else self._keys.find(keys)
+
     def attributes_of(self, row: int) -> dict[str, Any]:
         """Returns attribute -> a text, a list of texts, or a float; without those that the item lacks."""
         values = {name: attribute.value(row) for name, attribute in self.attributes.items()}
         return {name: value for name, value in values.items() if value is not None}
+
+    def keys_of(self, rows: NDArray[np.int64]) -> list[str]:
+        """Returns the shop's own ids of several items of a shop whose ids are texts."""
+        assert self._keys is not None
+        return self._keys.several(rows)
 
     def cards(self, rows: NDArray[np.int64]) -> list[tuple[str | None, str, dict[str, Any]]]:
         """Returns key, title and attributes of several items, as `key`, `title` and `attributes_of` do."""
