@@ -11,6 +11,7 @@ The directory holds
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,7 +58,7 @@ def build(store: Store, out: Path, analysis: str = "", overwrite: bool = False) 
             "format": catalogue_file.FORMAT,
             "version": catalogue_file.FORMAT_VERSION,
             "engine": "tantivy",
-            "tantivy_version": tantivy.__version__,
+            "tantivy_version": importlib.metadata.version("tantivy"),
             "store": {
                 "checksum": store.manifest["checksum"],
                 "vocabulary_fingerprint": f"{store.vocabulary.fingerprint:016x}",

@@ -454,7 +454,9 @@ def _keyword(name: str, value: Any) -> str:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ValueError(f"filter {name!r}: got {value!r}; the attribute is a keyword, expected a text")
-    return str(int(value)) if float(value).is_integer() else repr(float(value))
+    if isinstance(value, int):
+        return str(value)
+    return str(int(float(value))) if float(value).is_integer() else repr(float(value))
 
 
 def _range(name: str, value: Any) -> tuple[float, float]:

@@ -39,6 +39,8 @@ RANK_CONSTANT = 60
 # Strength of the prior that draws weights to 0, in pairs. It matters for tens of judged queries, not for hundreds.
 _RIDGE = 10.0
 _FOLDS = 5
+# Items that are not relevant, of each query, from which is learned: a sample that stands for all of them.
+_SAMPLE = 100
 _MAKE_AGAIN = "make it with `dpsr search --learn`"
 
 
@@ -175,8 +177,10 @@ class _Union:
     def __init__(self, found: Mapping[str, Found]) -> None:
         self._found = found
         lists = [one.ids for one in found.values()]
-        self.ids = np.unique(np.concatenate(lists)) if lists else np.zeros(0, np.int64)
-        self.places = {name: np.searchsorted(self.ids, one.ids) for name, one in found.items()}
+        united = np.concatenate(lists) if lists else np.zeros(0, np.int64)
+        self.ids, places = np.unique(united, return_inverse=True)
+        ends = np.cumsum([len(ids) for ids in lists])
+        self.places = dict(zip(found, np.split(places, ends[:-1]), strict=True)) if lists else {}
 
     def numbers(self, name: str, depth: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Returns the scaled score and the score of each item in a source, float64 [m] each.
@@ -296,17 +300,24 @@ def _threshold(relevant: NDArray[np.float64], keep: float) -> float:
 def _logistic_regression(rows: Sequence[tuple[NDArray[np.float64], NDArray[np.bool_]]]) -> NDArray[np.float64]:
     """Fits a logistic regression by Newton's method, in which every query has the same weight.
 
+    Of the items that are not relevant a sample is used, whose weight stands for all of them.
+
     Args:
         rows: of each query, numbers [items, n] and labels [items].
 
     Returns:
         [1 + n]: the bias, and a weight for each number.
     """
-    rows = [row for row in rows if len(row[1])]
-    numbers = np.concatenate([values for values, _ in rows])
-    labels = np.concatenate([labels for _, labels in rows]).astype(np.float64)
-    weights = np.concatenate([np.full(len(labels), 1 / len(labels)) for _, labels in rows])
-    weights *= len(labels) / weights.sum()
+    rng = np.random.default_rng(1)
+    parts = []
+    for values, relevant in rows:
+        others = np.flatnonzero(~relevant)
+        drawn = rng.choice(others, min(len(others), _SAMPLE), replace=False)
+        chosen = np.concatenate([np.flatnonzero(relevant), drawn])
+        weight = np.where(relevant[chosen], 1.0, len(others) / max(1, len(drawn))) / max(1, len(relevant))
+        parts.append((values[chosen], relevant[chosen], weight))
+    numbers, labels, weights = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    weights *= sum(len(relevant) for _, relevant in rows) / weights.sum()
     mean = np.average(numbers, axis=0, weights=weights)
     deviation = np.sqrt(np.average((numbers - mean) ** 2, axis=0, weights=weights))
     deviation = np.where(deviation > 1e-9, deviation, 1.0)  # a number that never varies has no weight anyway
@@ -332,6 +343,12 @@ def _probabilities(weights: NDArray[np.float64], numbers: NDArray[np.float64]) -
 
 def _sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     return 1 / (1 + np.exp(-np.clip(logits, -60, 60)))
+
+
+class _Tsv(csv.excel_tab):
+    """Fields between tabs, where quotes are ordinary characters."""
+
+    quoting = csv.QUOTE_NONE
 
 
 def read_judgments(
@@ -360,16 +377,14 @@ def read_judgments(
     find = _item_finder(catalogue)
     found: dict[str, set[int]] = {}
     opened: Any = gzip.open if path.suffix == ".gz" else open
-    delimiter = "," if path.name.removesuffix(".gz").endswith(".csv") else "\t"
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    comma = path.name.removesuffix(".gz").endswith(".csv")
     try:
         with opened(path, "rt", encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, delimiter=delimiter, quoting=quoting)
-            missing = [name for name in columns if name not in (reader.fieldnames or ())]
+            reader = csv.DictReader(file, dialect="excel" if comma else _Tsv)
+            given = reader.fieldnames or ()
+            missing = [name for name in columns if name not in given]
             if missing:
-                raise CommandError(
-                    f"{path}: has no column {missing[0]}; its columns are {', '.join(reader.fieldnames or ())}"
-                )
+                raise CommandError(f"{path}: has no column {missing[0]}; its columns are {', '.join(given)}")
             for line in reader:
                 query, item, grade = (line[name] for name in columns)
                 wanted = found.setdefault(query.strip(), set())
