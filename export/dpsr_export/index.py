@@ -76,7 +76,8 @@ _ANALYSIS_HELP = (
     "how --inverted analyses texts: options joined by +, as in stem+trigrams=0.3+title=2. `stem` or `stem=LANGUAGE` "
     "cuts words to their stems (English by default); `trigrams=WEIGHT` adds the letter trigrams of all words, and "
     "`typos=WEIGHT` those of words that no item has, which find misspelt words; `simple` takes Tantivy's tokenizer in "
-    "place of the project's; COLUMN=WEIGHT makes a field of a text column. Without columns, all texts are one field"
+    "place of the project's; COLUMN=WEIGHT makes a field of a text column. Without columns, all texts are one field. "
+    "An empty value means plain words. Default: stem+typos=0.2, with --opensearch stem+trigrams=0.2"
 )
 
 REQUIRED_FLAGS = ("store", "out")
@@ -96,7 +97,14 @@ def define_flags(values: flags.FlagValues) -> None:
         "write an inverted index of the texts, for `dpsr search`; needs no --model",
         flag_values=values,
     )
-    flags.DEFINE_string("analysis", "", _ANALYSIS_HELP, flag_values=values)
+    flags.DEFINE_string("analysis", None, _ANALYSIS_HELP, flag_values=values)
+    flags.DEFINE_string(
+        "opensearch",
+        None,
+        "address of a server of OpenSearch or Elasticsearch that holds the inverted index in place of Tantivy, for "
+        "example http://127.0.0.1:9200",
+        flag_values=values,
+    )
     flags.DEFINE_multi_string(
         "set", [], "change a value of the model's config, for example index.factory=auto", flag_values=values
     )
@@ -124,8 +132,9 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         return
     if values.model is None:
         raise UsageError(f"--model is missing ({values['model'].help}); or give --inverted")
-    if values.analysis:
-        raise UsageError(f"--analysis={values.analysis}: is for inverted indexes; give --inverted, or leave it out")
+    for name in ("analysis", "opensearch"):
+        if values[name].present:
+            raise UsageError(f"--{name} is for inverted indexes; give --inverted, or leave it out")
     model, store = ModelDirectory.open(values.model), Store(values.store)
     config = config_from_flags(str(model.path / "config.yaml"), values.set) if values.set else model.config
     judged = None
@@ -155,7 +164,12 @@ def _run_inverted(values: flags.FlagValues) -> None:
     # Imports Tantivy, which other indexes do not need.
     from dpsr_export import inverted_index
 
-    manifest = inverted_index.build(Store(values.store), Path(values.out), values.analysis, values.overwrite)
+    analysis = inverted_index.DEFAULT_ANALYSIS if values.analysis is None else values.analysis
+    if values.opensearch and values.analysis is None:
+        analysis = "stem+trigrams=0.2"
+    manifest = inverted_index.build(
+        Store(values.store), Path(values.out), analysis, values.overwrite, values.opensearch or ""
+    )
     size = sum(record["bytes"] for record in manifest["files"].values())
     print(f"inverted index {values.out}: {manifest['items']:,} items, {size / 1e6:.1f} MB")
 

@@ -14,6 +14,8 @@ import dataclasses
 import importlib.metadata
 import json
 import re
+import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,14 @@ from dpsr_tf.data.store import Store, new_directory, pack_strings, unpack_string
 
 # Bytes of memory in which Tantivy may collect items before it writes them: enough for one segment of a million items.
 _HEAP = 1 << 30
+_TANTIVY_VERSION = importlib.metadata.version("tantivy")
+# Chosen on the dev folds of Home Depot (docs/search.md). Words that no item has are rare, so the letters cost little.
+DEFAULT_ANALYSIS = "stem+typos=0.2"
 
 
-def build(store: Store, out: Path, analysis: str = "", overwrite: bool = False) -> dict[str, Any]:
+def build(
+    store: Store, out: Path, analysis: str = DEFAULT_ANALYSIS, overwrite: bool = False, opensearch: str = ""
+) -> dict[str, Any]:
     """Writes the directory `out`. If it fails, no directory is written, and an earlier one stays.
 
     Args:
@@ -42,23 +49,31 @@ def build(store: Store, out: Path, analysis: str = "", overwrite: bool = False) 
         out: the directory to write.
         analysis: options as the help of the flag --analysis describes them.
         overwrite: replaces an inverted index that is already there.
+        opensearch: address of a server of OpenSearch or Elasticsearch that is to hold the index; "" is Tantivy.
 
     Returns:
         The content of inverted.json.
 
     Raises:
-        UsageError: the options are wrong.
-        CommandError: the directory cannot be written, or the store is damaged.
+        UsageError: the options or the address are wrong.
+        CommandError: the directory cannot be written, the store is damaged, or the server does not take the index.
     """
     fields = parse_analysis(analysis, _texts(store))
     items = store.schema.items
+    if opensearch:
+        # Imports the client, which Tantivy does not need.
+        from dpsr_serving.gateway import opensearch as engine
+
+        engine.check_address(opensearch)
+    if opensearch and any(field.unknown_words for field in fields):
+        raise UsageError(f"--analysis={analysis}: typos cannot be combined with --opensearch; give trigrams=WEIGHT")
     with new_directory(out, overwrite, "inverted index", catalogue_file.MANIFEST) as directory:
         _write_catalogue(directory / catalogue_file.CATALOGUE, store)
         manifest: dict[str, Any] = {
             "format": catalogue_file.FORMAT,
             "version": catalogue_file.FORMAT_VERSION,
-            "engine": "tantivy",
-            "tantivy_version": importlib.metadata.version("tantivy"),
+            "engine": "opensearch" if opensearch else "tantivy",
+            **(_opensearch_names(opensearch) if opensearch else {"tantivy_version": _TANTIVY_VERSION}),
             "store": {
                 "checksum": store.manifest["checksum"],
                 "vocabulary_fingerprint": f"{store.vocabulary.fingerprint:016x}",
@@ -70,7 +85,12 @@ def build(store: Store, out: Path, analysis: str = "", overwrite: bool = False) 
             "identifiers": list(items.identifiers),
         }
         file = PackedFile(str(directory / catalogue_file.CATALOGUE), "catalogue", verify=False)
-        _write_tantivy(directory / catalogue_file.TANTIVY, Catalogue(manifest, file), fields, store)
+        catalogue = Catalogue(manifest, file)
+        if opensearch:
+            texts = iter(tqdm(documents(catalogue, Analysis(fields), store), "index", catalogue.num_items))
+            engine.load(opensearch, manifest["index"], catalogue, fields, texts)
+        else:
+            _write_tantivy(directory / catalogue_file.TANTIVY, catalogue, fields, store)
         # Tantivy lets only the owner read some files. Its lock files are made by whoever opens the index.
         for path in directory.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)
@@ -78,6 +98,13 @@ def build(store: Store, out: Path, analysis: str = "", overwrite: bool = False) 
         manifest["files"] = {path.relative_to(directory).as_posix(): catalogue_file.file_record(path) for path in paths}
         (directory / catalogue_file.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
+
+
+def _opensearch_names(address: str) -> dict[str, str]:
+    """Returns what the manifest says about a server: its address, without a password, and the name of a new index."""
+    scheme, _, rest = address.rpartition("://")
+    plain = f"{scheme}://{rest.rpartition('@')[2]}"
+    return {"address": plain, "index": f"dpsr-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"}
 
 
 def _texts(store: Store) -> dict[str, str]:
@@ -91,7 +118,7 @@ def parse_analysis(text: str, texts: Mapping[str, str]) -> list[Field]:
     """Reads the options of --analysis.
 
     Args:
-        text: options joined by +; "" for the defaults.
+        text: options joined by +; "" for plain words.
         texts: column -> name in titles.dpsr, of the text columns.
 
     Raises:

@@ -118,7 +118,8 @@ class Attribute:
         assert self.texts is not None
         codes, places = self.codes_of(rows)
         texts = [
-            text if code else None for code, text in zip(codes.tolist(), self.texts.several(codes - 1), strict=True)
+            text if code else None
+            for code, text in zip(codes.tolist(), self.texts.several(codes.astype(np.int64) - 1), strict=True)
         ]
         if not self.multi:
             return texts

@@ -333,6 +333,12 @@ def open_inverted_index(directory: Path) -> InvertedIndex:
     """Opens what `dpsr index --inverted` wrote: the catalogue and the engine that inverted.json names.
 
     Raises:
-        CommandError: it is missing or damaged.
+        CommandError: it is missing or damaged, or OpenSearch does not have the index.
     """
-    return TantivyIndex(Catalogue.open(directory), directory)
+    catalogue = Catalogue.open(directory)
+    if catalogue.manifest["engine"] == "opensearch":
+        # Imports the client, which Tantivy does not need.
+        from dpsr_serving.gateway.opensearch import OpenSearchIndex
+
+        return OpenSearchIndex(catalogue)
+    return TantivyIndex(catalogue, directory)
