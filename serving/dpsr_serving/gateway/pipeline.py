@@ -31,7 +31,7 @@ from dpsr_serving.client import ServingError
 from dpsr_serving.gateway import cursor
 from dpsr_serving.gateway.catalogue import Catalogue, Condition
 from dpsr_serving.gateway.config import REWRITTEN, PipelineConfig, SearchConfig, SourceConfig
-from dpsr_serving.gateway.fusion import Fusion
+from dpsr_serving.gateway.fusion import Combined, LearnedFusion, RankFusion
 from dpsr_serving.gateway.inverted import Found, InvertedIndex
 from dpsr_serving.gateway.messages import (
     Explanation,
@@ -80,7 +80,7 @@ class _Plan:
     """A pipeline with what it needs. `names` are the sources of items, in the order of the bits of a mask."""
 
     config: PipelineConfig
-    fusion: Fusion
+    fusion: RankFusion | LearnedFusion
     reranker: Reranker | None
     names: tuple[str, ...]
 
@@ -123,12 +123,14 @@ class Searcher:
 
     def _plan(self, pipeline: PipelineConfig) -> _Plan:
         coarse, reranker = pipeline.coarse, None
-        fusion = Fusion(
-            method=coarse.method,
-            weights={source.name: source.weight for source in pipeline.sources},
-            file=None if coarse.file is None else Path(coarse.file),
-            min_score=coarse.min_score,
-        )
+        fusion: RankFusion | LearnedFusion
+        if coarse.file is None:
+            fusion = RankFusion({source.name: source.weight for source in pipeline.sources}, coarse.min_score)
+        else:
+            fusion = LearnedFusion.read(Path(coarse.file))
+            fusion.check_sources({source.name: source.k for source in pipeline.sources}, coarse.file)
+            if coarse.min_score is not None:
+                fusion = dataclasses.replace(fusion, min_score=coarse.min_score)
         if pipeline.rerank is not None:
             path = pipeline.rerank.rules
             if path is not None and path not in self._rules:
@@ -251,9 +253,9 @@ class Searcher:
                 raise RecallError(f"no source of recall answered: {errors}")
         ranked = self._coarse(trace, found, identified)
         if config.fine is not None and len(ranked.ids):
-            await self._fine(request, trace, found, ranked, ends)
+            await self._fine(request, trace, ranked, ends)
         final = self._rerank(request, trace, ranked, conditions)
-        return self._answer(request, trace, found, final, arm)
+        return self._answer(request, trace, final, arm)
 
     # Recall.
 
@@ -398,61 +400,42 @@ class Searcher:
     # The stages after recall.
 
     def _coarse(self, trace: _Trace, found: Mapping[str, Found], identified: NDArray[np.int64]) -> _Ranked:
-        """Joins the sources to one list. If that fails, the list of the source with the largest weight stays."""
+        """Joins the sources to one list. If that fails, they are joined by their ranks."""
         start, plan = time.perf_counter(), trace.plan
-        error = ""
-        size = plan.config.coarse.size
+        size, error = plan.config.coarse.size, ""
         try:
             combined = plan.fusion.combine(found, size)
-            ids, scores, cut_off = combined.ids, combined.scores, combined.cut_off
         except Exception as failure:
-            error = self._say(plan, "coarse", failure)
-            trace.degraded.append("coarse")
-            weights = {source.name: source.weight for source in plan.config.sources}
-            best = found[max(found, key=lambda name: (len(found[name]) > 0, weights[name]))]
-            ids, scores, cut_off = best.ids[:size], best.scores[:size], 0
-        scores = scores.astype(np.float64)
+            error = self._failed(trace, "coarse", failure)
+            combined = RankFusion().combine(found, size)
+        ranked = _Ranked(combined)
         if len(identified):
-            rest = ~np.isin(ids, identified)
-            # Above all others, whatever the scale of the scores.
-            top = scores.max(initial=0.0) + 1.0
-            ids = np.concatenate([identified, ids[rest]])
-            scores = np.concatenate([np.full(len(identified), top), scores[rest]])
-        masks = np.zeros(len(ids), np.uint16)
-        for bit, name in enumerate(plan.names):
-            items = identified if name == IDENTIFIER else found[name].ids if name in found else None
-            if items is not None and len(items):
-                masks |= np.where(np.isin(ids, items), 1 << bit, 0).astype(np.uint16)
-        seen = sum(map(len, found.values()))
-        self._took(trace, "coarse", seen, len(ids), start, error)
-        return _Ranked(ids, self.catalogue.rows(ids), scores, scores, masks, len(identified), cut_off)
+            ranked.put_first(identified)
+        self._took(trace, "coarse", sum(map(len, found.values())), len(ranked.ids), start, error)
+        return ranked
 
-    async def _fine(
-        self, request: SearchRequest, trace: _Trace, found: Mapping[str, Found], ranked: _Ranked, ends: float
-    ) -> None:
+    async def _fine(self, request: SearchRequest, trace: _Trace, ranked: _Ranked, ends: float) -> None:
         """Puts the best of the list into the order of the ranker's scores."""
         config = trace.plan.config.fine
         assert config is not None
         size = min(config.size, len(ranked.ids))
         client, keyed = self._clients[config.model], self.catalogue.has_keys
         ids = ranked.ids[:size]
-        items = [self.catalogue.key(row) for row in ranked.rows[:size].tolist()] if keyed else ids.tolist()
+        items = self.catalogue.keys_of(self.catalogue.rows(ids)) if keyed else ids.tolist()
+        dpsr_scores = ranked.source_scores.get(config.dpsr_source or "")
 
         async def ask(left_s: float) -> NDArray[np.float32]:
             start = time.monotonic()
             signature = await client.known_signature("rank", left_s)
-            options: dict[str, Any] = {}
-            if config.dpsr_source is not None and config.dpsr_source in found:
-                options["dpsr_scores"] = _scores_of(ids, found[config.dpsr_source])
             user = dataclasses.replace(fitting(request.user, signature, self._as_models_know), past_queries=())
             return await client.rank(
                 request.query,
-                items,  # type: ignore[arg-type]
+                items,
                 metadata=self._metadata(config.model, request),
                 timeout_s=max(left_s - (time.monotonic() - start), 0.0),
                 user=user,
                 user_id=request.user_id if isinstance(request.user_id, int) else None,
-                **options,
+                dpsr_scores=() if dpsr_scores is None else dpsr_scores[:size].tolist(),
             )
 
         scores = await self._stage(trace, "fine", size, config.deadline_ms, ends, ask)
@@ -462,21 +445,18 @@ class Searcher:
     def _rerank(
         self, request: SearchRequest, trace: _Trace, ranked: _Ranked, conditions: tuple[Condition, ...]
     ) -> _Final:
-        start, reranker = time.perf_counter(), trace.plan.reranker
-        every = np.arange(len(ranked.ids))
-        plain = _Final(ranked, ranked.ids, ranked.rows, every, np.ones(len(every), np.int64), None)
+        start, reranker, ids = time.perf_counter(), trace.plan.reranker, ranked.ids
+        rows = self.catalogue.rows(ids)
+        plain = _Final(ranked, rows, np.arange(len(ids)), np.ones(len(ids), np.int64), None)
         if reranker is None:
             return plain
         try:
-            result = reranker.apply(
-                ranked.ids, ranked.rows, ranked.scores, request.query, time.time(), conditions or None
-            )
+            result = reranker.apply(ids, rows, ranked.scores, request.query, time.time(), conditions or None)
         except Exception as failure:
-            trace.degraded.append("rerank")
-            self._took(trace, "rerank", len(every), len(every), start, self._say(trace.plan, "rerank", failure))
+            self._took(trace, "rerank", len(ids), len(ids), start, self._failed(trace, "rerank", failure))
             return plain
-        self._took(trace, "rerank", len(every), len(result.ids), start)
-        return _Final(ranked, result.ids, result.rows, result.source, result.variants, result.reasons)
+        self._took(trace, "rerank", len(ids), len(result.ids), start)
+        return _Final(ranked, result.rows, result.source, result.variants, result.reasons)
 
     # Stages in general.
 
@@ -503,6 +483,12 @@ class Searcher:
             return None
         self._took(trace, name, items_in, len(result), start)  # type: ignore[arg-type]
         return result
+
+    def _failed(self, trace: _Trace, name: str, failure: Exception) -> str:
+        """Notes that a stage of our own failed; returns what went wrong."""
+        trace.degraded.append(name)
+        self.metrics.count("dpsr_search_left_out_total", (trace.plan.config.name, name, "failed"))
+        return self._say(trace.plan, name, failure)
 
     def _left_out(
         self, trace: _Trace, name: str, items_in: int, start: float, failure: Exception, left_s: float
@@ -533,9 +519,7 @@ class Searcher:
 
     # Answers.
 
-    def _answer(
-        self, request: SearchRequest, trace: _Trace, found: Mapping[str, Found], final: _Final, arm: str
-    ) -> SearchResponse:
+    def _answer(self, request: SearchRequest, trace: _Trace, final: _Final, arm: str) -> SearchResponse:
         plan, ranked, size = trace.plan, final.ranked, request.size
         listed = cursor.List(
             query=request.query,
@@ -547,15 +531,12 @@ class Searcher:
             rows=final.rows,
             scores=final.scores(),
             variants=final.variants,
-            sources=final.sources(),
+            sources=final.sources(plan.names),
         )
         items = self._items(listed, 0, size)
         explanation = None
         if request.explain:
-            items = [
-                dataclasses.replace(item, explain=self._why(final, found, place, item))
-                for place, item in enumerate(items)
-            ]
+            items = [dataclasses.replace(item, explain=final.why(place)) for place, item in enumerate(items)]
             explanation = Explanation(
                 stages=trace.stages,
                 tokens=self._index.tokens(request.query),
@@ -635,22 +616,6 @@ class Searcher:
             )
         ]
 
-    def _why(self, final: _Final, found: Mapping[str, Found], place: int, item: Item) -> dict[str, Any]:
-        """Returns Item.explain: ranks and scores of an item by stage."""
-        why: dict[str, Any] = {}
-        for name, one in found.items():
-            ranks = np.flatnonzero(one.ids == item.id)
-            if len(ranks):
-                why[name] = {"rank": int(ranks[0]) + 1, "score": rounded(one.scores[ranks[0]])}
-        source, ranked = int(final.source[place]), final.ranked
-        if source >= 0:
-            why["coarse"] = rounded(ranked.coarse[source])
-            if ranked.fine is not None:
-                why["fine"] = rounded(ranked.fine[source])
-        if final.reasons is not None:
-            why["rerank"] = final.reasons(place)
-        return why
-
     def describe(self) -> dict[str, Any]:
         """Returns what GET /v1/pipelines answers."""
         pipelines = []
@@ -675,50 +640,69 @@ class Searcher:
         }
 
 
-@dataclasses.dataclass
 class _Ranked:
     """The list after coarse ranking, and after fine ranking if there is one; n items, best first.
 
     Attributes:
-        ids, rows: [n] int64.
+        ids: [n] int64.
         scores: [n] float64, of the last stage that ranked them.
         coarse: [n] float64, scores of coarse ranking.
-        sources: [n] uint16, masks of the sources that found each item.
+        fine: [n] float64, the ranker's scores, NaN where it gave none; None without a ranker.
+        ranks: source -> [n] the rank of each item in it, from 1; 0 if it did not find the item.
+        source_scores: source -> [n] the score there, NaN if it did not find the item.
         identified: number of items whose identifier the query is; they are the first ones.
         cut_off: items that were left out because their score was too low.
-        fine: [n] float64, the ranker's scores, NaN where it gave none; None without a ranker.
     """
 
-    ids: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    scores: NDArray[np.float64]
-    coarse: NDArray[np.float64]
-    sources: NDArray[np.uint16]
-    identified: int
-    cut_off: int
-    fine: NDArray[np.float64] | None = None
+    def __init__(self, combined: Combined) -> None:
+        self.ids = combined.ids
+        self.scores = self.coarse = combined.scores.astype(np.float64)
+        self.fine: NDArray[np.float64] | None = None
+        self.ranks, self.source_scores = dict(combined.ranks), dict(combined.source_scores)
+        self.identified, self.cut_off = 0, combined.cut_off
+
+    def put_first(self, identified: NDArray[np.int64]) -> None:
+        """Puts items first, whatever the scores of the others."""
+        rest = np.flatnonzero(~np.isin(self.ids, identified))
+        place_of = {item: place for place, item in enumerate(self.ids.tolist())}
+        places = np.concatenate([np.array([place_of.get(item, -1) for item in identified.tolist()], np.int64), rest])
+        known, top = places >= 0, self.coarse.max(initial=0.0) + 1.0
+        self._take(places)
+        self.ids = np.where(known, self.ids, np.concatenate([identified, np.zeros(len(rest), np.int64)]))
+        self.coarse[: len(identified)] = top
+        self.scores = self.coarse
+        self.identified = len(identified)
+        for name in self.ranks:
+            self.ranks[name] = np.where(known, self.ranks[name], 0)
+            self.source_scores[name] = np.where(known, self.source_scores[name], np.float32("nan"))
 
     def put_fine(self, given: NDArray[np.float64]) -> None:
         """Orders the first items by the ranker's scores; the others follow in their order, with scores below."""
         fine = np.full(len(self.ids), np.nan)
         fine[: len(given)] = np.where(np.isfinite(given), given, np.nan)
-        scored = np.flatnonzero(~np.isnan(fine))
-        if not len(scored):
+        is_scored = ~np.isnan(fine)
+        if not is_scored.any():
             return
         # Items whose identifier the query is stay in front.
-        first = (np.arange(len(fine)) < self.identified)[scored]
-        scored = scored[np.lexsort((-fine[scored], ~first))]
-        rest = np.flatnonzero(np.isnan(fine))
-        rest_first, rest = rest[rest < self.identified], rest[rest >= self.identified]
-        order = np.concatenate([rest_first, scored, rest])
-        scores = fine[order]
-        low = float(np.nanmin(scores))
-        if len(rest):
-            coarse = self.coarse[rest]
-            scores[len(order) - len(rest) :] = low - (coarse[0] - coarse) - 1e-3
-        scores = np.where(np.isnan(scores), np.nanmax(scores), scores)
-        self.ids, self.rows, self.coarse = self.ids[order], self.rows[order], self.coarse[order]
-        self.sources, self.fine, self.scores = self.sources[order], fine[order], scores
+        is_first = np.arange(len(fine)) < self.identified
+        order = np.lexsort((-np.where(is_scored, fine, 0), ~is_scored, ~is_first))
+        self._take(order)
+        self.fine = fine[order]
+        scores = np.where(np.isnan(self.fine), np.nanmax(fine), self.fine)
+        tail = np.isnan(self.fine) & (np.arange(len(order)) >= self.identified)
+        if tail.any():
+            coarse = self.coarse[tail]
+            scores[tail] = np.nanmin(fine) - 1e-3 - (coarse[0] - coarse)
+        self.scores = scores
+
+    def _take(self, places: NDArray[np.int64]) -> None:
+        if not len(self.ids):
+            self.ids, self.coarse = np.zeros(len(places), np.int64), np.zeros(len(places))
+            self.ranks, self.source_scores = {}, {}
+            return
+        self.ids, self.coarse = self.ids[places], self.coarse[places]
+        self.ranks = {name: ranks[places] for name, ranks in self.ranks.items()}
+        self.source_scores = {name: scores[places] for name, scores in self.source_scores.items()}
 
 
 @dataclasses.dataclass
@@ -727,14 +711,13 @@ class _Final:
 
     Attributes:
         ranked: the list before.
-        ids, rows: [m] int64.
+        rows: [m] int64.
         source: [m] int64, the place of each item in `ranked`; -1 for one that only a rule put there.
         variants: [m] int64, items of its group that each one stands for.
         reasons: place -> what re-ranking did; None without re-ranking.
     """
 
     ranked: _Ranked
-    ids: NDArray[np.int64]
     rows: NDArray[np.int64]
     source: NDArray[np.int64]
     variants: NDArray[np.int64]
@@ -744,20 +727,34 @@ class _Final:
         """Returns [m] scores, NaN for items that only a rule put there."""
         return self._of(self.ranked.scores, np.nan)
 
-    def sources(self) -> NDArray[np.uint16]:
-        """Returns [m] masks of sources, 0 for items that only a rule put there."""
-        return self._of(self.ranked.sources, 0)
+    def sources(self, names: Sequence[str]) -> NDArray[np.uint16]:
+        """Returns [m] masks of sources, with bits in the order of `names`; 0 for items that only a rule put there."""
+        masks = np.zeros(len(self.ranked.ids), np.uint16)
+        for bit, name in enumerate(names):
+            if name in self.ranked.ranks:
+                masks |= np.where(self.ranked.ranks[name] > 0, 1 << bit, 0).astype(np.uint16)
+        masks[: self.ranked.identified] |= np.uint16(1 << names.index(IDENTIFIER))
+        return self._of(masks, 0)
 
     def _of(self, values: NDArray[Any], otherwise: float) -> NDArray[Any]:
         if not len(values):
             return np.full(len(self.source), otherwise, values.dtype)
         return np.where(self.source >= 0, values[self.source], values.dtype.type(otherwise))
 
-
-def _scores_of(ids: NDArray[np.int64], found: Found) -> list[float]:
-    """Returns the scores of items in what a source found, NaN for those that it did not find."""
-    scores = dict(zip(found.ids.tolist(), found.scores.tolist(), strict=True))
-    return [scores.get(one, float("nan")) for one in ids.tolist()]
+    def why(self, place: int) -> dict[str, Any]:
+        """Returns Item.explain: ranks and scores of an item by stage."""
+        why: dict[str, Any] = {}
+        at, ranked = int(self.source[place]), self.ranked
+        if at >= 0:
+            for name, ranks in ranked.ranks.items():
+                if ranks[at]:
+                    why[name] = {"rank": int(ranks[at]), "score": rounded(ranked.source_scores[name][at])}
+            why["coarse"] = rounded(ranked.coarse[at])
+            if ranked.fine is not None:
+                why["fine"] = rounded(ranked.fine[at])
+        if self.reasons is not None:
+            why["rerank"] = self.reasons(place)
+        return why
 
 
 def _named(mask: int, names: Sequence[str]) -> tuple[str, ...]:
