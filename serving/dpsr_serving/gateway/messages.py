@@ -181,7 +181,7 @@ class Explanation:
     """How an answer came about.
 
     Attributes:
-        stages: in the order in which they began.
+        stages: in the order of the pipeline.
         tokens: the query's words as the inverted index looks them up.
         heads: semantic source -> number of its items by the head of the query tower that found them.
         cut_off: items that coarse ranking left out because their score was too low.

@@ -84,6 +84,14 @@ class _Plan:
     reranker: Reranker | None
     names: tuple[str, ...]
 
+    @property
+    def stages(self) -> list[str]:
+        """The names of all stages, in their order."""
+        config = self.config
+        recall = [f"recall.{source.name}" for source in config.sources]
+        last = [*(["fine"] if config.fine else []), *(["rerank"] if self.reranker else [])]
+        return [*(["rewrite"] if config.rewrite else []), *recall, "coarse", *last]
+
 
 class _Trace:
     """What happened to one request."""
@@ -521,6 +529,8 @@ class Searcher:
 
     def _answer(self, request: SearchRequest, trace: _Trace, final: _Final, arm: str) -> SearchResponse:
         plan, ranked, size = trace.plan, final.ranked, request.size
+        if trace.degraded:
+            trace.degraded.sort(key=plan.stages.index)
         listed = cursor.List(
             query=request.query,
             pipeline=plan.config.name,
@@ -537,8 +547,9 @@ class Searcher:
         explanation = None
         if request.explain:
             items = [dataclasses.replace(item, explain=final.why(place)) for place, item in enumerate(items)]
+            order = plan.stages
             explanation = Explanation(
-                stages=trace.stages,
+                stages=sorted(trace.stages, key=lambda stage: order.index(stage.name)),
                 tokens=self._index.tokens(request.query),
                 heads=trace.heads,
                 cut_off=ranked.cut_off,
@@ -620,12 +631,9 @@ class Searcher:
         """Returns what GET /v1/pipelines answers."""
         pipelines = []
         for name, plan in self._plans.items():
-            experiment, config = self._config.experiments.get(name), plan.config
-            stages = ["rewrite"] if config.rewrite else []
-            stages += [f"recall.{source.name}" for source in config.sources]
-            stages += ["coarse", *(["fine"] if config.fine else []), *(["rerank"] if plan.reranker else [])]
+            experiment = self._config.experiments.get(name)
             arms = list(experiment.pipelines) if experiment else []
-            pipelines.append({"name": name, "stages": stages, "arms": arms})
+            pipelines.append({"name": name, "stages": plan.stages, "arms": arms})
         attributes: list[dict[str, Any]] = []
         for name, attribute in self.catalogue.attributes.items():
             entry: dict[str, Any] = {"name": name, "kind": attribute.kind}
