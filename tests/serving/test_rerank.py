@@ -23,6 +23,7 @@ from dpsr_serving.gateway.rerank import (
     Reranker,
     RuleFile,
     diversify,
+    find_items,
     normalise,
     read_config,
     read_rules,
@@ -127,7 +128,7 @@ def test_mmr_is_the_formula(strength: float) -> None:
     n, window = 40, 5
     scores = np.sort(random.random(n))[::-1]
     values = [
-        [(0, brand), *((1, colour) for colour in random.permutation(6)[:2].tolist())]
+        [2 * brand, *(2 * colour + 1 for colour in random.permutation(6)[:2].tolist())]
         for brand in random.integers(1, 5, n).tolist()
     ]
     config = DiversityConfig(("brand", "colour"), strength=strength, window=window)
@@ -138,7 +139,7 @@ def test_mmr_is_the_formula(strength: float) -> None:
     while left:
 
         def value(result: int) -> float:
-            common = {a for other in order[-window:] for a, _ in {*values[result]} & {*values[other]}}
+            common = {value % 2 for other in order[-window:] for value in {*values[result]} & {*values[other]}}
             return round((1 - strength) * relevance[result] - strength * len(common) / 2, 9)
 
         order.append(max(left, key=lambda result: (value(result), -result)))
@@ -382,3 +383,21 @@ def test_no_file_is_an_error_at_the_start(shop_of: ShopOf, tmp_path: Path) -> No
 
 def test_texts_are_compared_without_case_width_and_spaces() -> None:
     assert normalise("  ＲＥＤ\u3000Straße\n") == "red strasse"
+
+
+def test_items_by_key(shop_of: ShopOf, tmp_path: Path) -> None:
+    keys = ["shoe", "boot", "手机", "shoe\0", "a", "sku-17"]
+    shop = shop_of("AAAAAA", keys=keys)
+    assert shop.rows_of_keys([*keys, "sku-18", "shoes", "", "boot"]).tolist() == [0, 1, 2, 3, 4, 5, -1, -1, -1, 1]
+    many = [f"key-{i:03}" for i in range(100)]  # so many that a table is made of the keys
+    assert catalogue(tmp_path, "A" * 102, keys=["key-000", *many, "x"]).rows_of_keys(many[::-1]).tolist() == [
+        *range(100, 1, -1),
+        0,
+    ]
+    rules = rules_of(tmp_path, shop, "a:\n  pin: [手机, sku-17, gone]\n")
+    assert rerank(shop, NOTHING, rules).ids.tolist() == [102, 105, 100, 101, 103, 104]
+
+
+def test_items_by_id(shop_of: ShopOf) -> None:
+    found = find_items(shop_of("AA"), [100, "101", 99, "-1", "1e2", "", str(2**63), 2**70])
+    assert found.tolist() == [0, 1, -1, -1, -1, -1, -1, -1]

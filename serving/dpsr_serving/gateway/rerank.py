@@ -19,7 +19,6 @@ import logging
 import math
 import re
 import unicodedata
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -212,13 +211,14 @@ class Reranker:
     def _values(self, rows: NDArray[np.int64]) -> list[list[Value]]:
         """Returns the values of each item in the attributes of `diversity`."""
         assert self._config.diversity is not None
+        names = self._config.diversity.attributes
         values: list[list[Value]] = [[] for _ in rows]
         known = np.flatnonzero(rows >= 0)
-        for number, name in enumerate(self._config.diversity.attributes):
+        for number, name in enumerate(names):
             codes, places = self._catalogue.attributes[name].codes_of(rows[known])
             for code, item in zip(codes.tolist(), known[places].tolist(), strict=True):
                 if code:
-                    values[item].append((number, code))
+                    values[item].append(code * len(names) + number)
         return values
 
     def _pins(
@@ -243,7 +243,7 @@ class Reranker:
         A pinned item stands for its group. If several items of a group are pinned, all of them stay.
         """
         every = np.arange(len(rows))
-        if not self._config.collapse or not len(rows):
+        if not (self._config.collapse and self._catalogue.has_groups and len(rows)):
             return every, np.ones(len(rows), np.int64)
         # An item that the catalogue does not know is alone.
         groups = np.where(rows < 0, np.iinfo(np.int64).min + every, self._catalogue.group(np.maximum(rows, 0)))
@@ -284,8 +284,8 @@ class Reranker:
         return order[np.lexsort((place, -up, place - up))]
 
 
-# A value of an item: the number of the attribute and the code of the value.
-Value = tuple[int, int]
+# A value of an item as one number: code * (number of attributes) + number of the attribute.
+Value = int
 
 
 def diversify(config: DiversityConfig, scores: NDArray[np.float64], values: Sequence[Sequence[Value]]) -> list[int]:
@@ -310,72 +310,55 @@ def diversify(config: DiversityConfig, scores: NDArray[np.float64], values: Sequ
 
 
 def _mmr(
-    of_result: Sequence[Sequence[Value]], scores: NDArray[np.float64], window: int, strength: float, attributes: int
+    values: Sequence[Sequence[Value]], scores: NDArray[np.float64], window: int, strength: float, attributes: int
 ) -> list[int]:
     known = np.isfinite(scores)
     relevance = np.minimum.accumulate(np.where(known, scores, scores[known].min() if known.any() else 0.0))
     span = relevance[0] - relevance[-1]
-    # Integers: what is added and taken away again leaves no rounding error, so ties stay ties.
-    scale = 2.0**40
-    gain = ((1 - strength) * scale / span * (relevance - relevance[-1]) if span > 0 else 0 * relevance).astype(np.int64)
-    cost = round(strength * scale / attributes)
-    value: list[int] = gain.tolist()
-    with_value: dict[Value, list[int]] = {}
-    for result, pairs in enumerate(of_result):
-        for pair in pairs:
-            with_value.setdefault(pair, []).append(result)
-    # For each value, how many of the last results have it; for each attribute and result, how many of its values do.
-    recent = dict.fromkeys(with_value, 0)
-    common = [[0] * len(value) for _ in range(attributes)]
-
-    def enter(pair: Value) -> None:
-        recent[pair] += 1
-        if recent[pair] == 1:
-            of_attribute = common[pair[0]]
-            for result in with_value[pair]:
-                of_attribute[result] += 1
-                if of_attribute[result] == 1:
-                    value[result] -= cost
-
-    def leave(pair: Value) -> None:
-        recent[pair] -= 1
-        if recent[pair] == 0:
-            of_attribute = common[pair[0]]
-            for result in with_value[pair]:
-                of_attribute[result] -= 1
-                if of_attribute[result] == 0:
-                    value[result] += cost
-
+    gains = ((1 - strength) / span * (relevance - relevance[-1]) if span > 0 else 0 * relevance).tolist()
+    cost = strength / attributes
+    left = list(range(len(values)))
     order: list[int] = []
-    taken = -(2**60)
-    for _ in range(len(value)):
-        best = value.index(max(value))
-        value[best] = taken
+    recent: dict[Value, int] = {}  # how many of the last results have a value
+    while left:
+        best_at, best_gain = 0, -math.inf
+        for at, result in enumerate(left):
+            gain = gains[result]
+            # No result after this one can be better than the best one so far, because gains only fall.
+            if gain <= best_gain:
+                break
+            alike = 0  # a bit for each attribute
+            for value in values[result]:
+                if recent.get(value):
+                    alike |= 1 << (value % attributes)
+            if alike:
+                gain -= cost * alike.bit_count()
+            if gain > best_gain:
+                best_at, best_gain = at, gain
+        best = left.pop(best_at)
         order.append(best)
-        for pair in of_result[best]:
-            enter(pair)
+        for value in values[best]:
+            recent[value] = recent.get(value, 0) + 1
         if len(order) > window:
-            for pair in of_result[order[-1 - window]]:
-                leave(pair)
+            for value in values[order[-1 - window]]:
+                recent[value] -= 1
     return order
 
 
-def _sliding_window(of_result: Sequence[Sequence[Value]], window: int, most: int) -> list[int]:
-    left = list(range(len(of_result)))
+def _sliding_window(values: Sequence[Sequence[Value]], window: int, most: int) -> list[int]:
+    left = list(range(len(values)))
     order: list[int] = []
-    recent: dict[Value, int] = {}
-    last: deque[int] = deque()  # at most window - 1 results, which the next one is compared with
+    recent: dict[Value, int] = {}  # how many of the last window - 1 results have a value
     while left:
         at = next(
-            (at for at, result in enumerate(left) if all(recent.get(pair, 0) < most for pair in of_result[result])), 0
+            (at for at, result in enumerate(left) if all(recent.get(value, 0) < most for value in values[result])), 0
         )
         order.append(left.pop(at))
-        last.append(order[-1])
-        for pair in of_result[order[-1]]:
-            recent[pair] = recent.get(pair, 0) + 1
-        if len(last) >= window:
-            for pair in of_result[last.popleft()]:
-                recent[pair] -= 1
+        for value in values[order[-1]]:
+            recent[value] = recent.get(value, 0) + 1
+        if len(order) >= window:
+            for value in values[order[-window]]:
+                recent[value] -= 1
     return order
 
 

@@ -102,7 +102,8 @@ class _JudgmentHandlers:
             raise RequestError("item: expected an id of the shop, a text or an integer")
         if grade is not None and (not isinstance(grade, (int, float)) or isinstance(grade, bool)):
             raise RequestError("grade: expected a number, or null to take the judgment back")
-        (row,) = find_items(self._catalogue, [item]).tolist()
+        # In a thread, as is what saves: both can take longer than a search may wait.
+        (row,) = (await asyncio.to_thread(find_items, self._catalogue, [item])).tolist()
         if row < 0:
             raise RequestError(f"item: the index has no item {str(item)[:80]!r}")
         name = self._catalogue.key(row) or str(self._catalogue.ids[row])
