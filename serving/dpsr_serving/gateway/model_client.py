@@ -11,6 +11,8 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import numpy as np
+from numpy.typing import NDArray
 
 from dpsr_common import serving_apis
 from dpsr_common.serving_apis import MAX_MESSAGE_BYTES
@@ -18,13 +20,16 @@ from dpsr_serving.client import AsyncSearchClient, Tls
 from dpsr_serving.proxy.calls import Channel, Code
 from dpsr_serving.proxy.config import LimitsConfig
 from dpsr_serving.search import (
+    PADDING_ID,
+    Filters,
     Ranking,
     Search,
     Signature,
     User,
+    expressions,
     make_ranking,
     make_request,
-    make_search,
+    results,
 )
 
 # Calls in a row that get no answer in time, after which the connection is renewed: its other end may be gone.
@@ -35,6 +40,8 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 _NO_SPEC = serving_apis.ModelSpec()
 _PARTS = 256
+_STRING = 7  # DT_STRING of tensorflow/core/framework/types.proto
+_COLUMNS = (("item_ids", "int64_val", np.int64), ("scores", "float_val", np.float32), ("heads", "int_val", np.int32))
 
 
 class _Joined:
@@ -45,6 +52,39 @@ class _Joined:
 
     def SerializeToString(self) -> bytes:
         return self._first + bytes(self._rest.SerializeToString())
+
+
+def _of_query(query: Any) -> Any:
+    """Returns a request that says nothing but the query."""
+    request = serving_apis.PredictRequest()
+    tensor = request.inputs["query"]
+    tensor.dtype = _STRING
+    tensor.tensor_shape.dim.add(size=1)
+    tensor.string_val.append(query.encode() if isinstance(query, str) else query)
+    return request
+
+
+def _row_of(response: Any) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Returns ids, scores and heads of the items found for the only query of a request.
+
+    Reads the form in which servers answer in a third of the time that `results` takes, and leaves others to that.
+
+    Raises:
+        ValueError: the response is not that of a search servable.
+    """
+    columns = []
+    for name, field, dtype in _COLUMNS:
+        output = response.outputs[name]
+        values, dims = getattr(output, field), output.tensor_shape.dim
+        if len(dims) != 2 or dims[0].size != 1 or len(values) != dims[1].size:
+            break
+        columns.append(np.array(values[:], dtype))
+    if len({len(column) for column in columns}) != 1 or len(columns) < len(_COLUMNS):
+        (result,) = results(response, 1, ())
+        return result.item_ids, result.scores, result.heads
+    ids, scores, heads = columns
+    found = ids != PADDING_ID
+    return (ids, scores, heads) if found.all() else (ids[found], scores[found], heads[found])
 
 
 def _names_of(user: User) -> set[str]:
@@ -69,44 +109,74 @@ class ModelClient(AsyncSearchClient):
     def __init__(self, name: str, target: str, model: str) -> None:
         super().__init__(target, model)
         self.name = name
-        self._encoded: dict[str, tuple[Signature, bytes]] = {}
+        self._encoded: dict[tuple[str, int, str], tuple[Signature, bytes]] = {}
         self._parts: dict[frozenset[str], Signature] = {}
         self._parts_of: Signature | None = None
 
     def _open(self, tls: Tls | None) -> Any:
         return _Connection(self._target)
 
+    async def find(
+        self,
+        query: str,
+        k: int,
+        user: User,
+        filters: Filters,
+        parameters: str,
+        metadata: Mapping[str, str] | None,
+        timeout_s: float,
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int32]]:
+        """Finds the best items for one query: ids, scores and heads, [n] each. Raises what `search` raises."""
+        search = Search([query], k, [user], expressions(filters), search_parameters=parameters)
+        flow = self._ask(
+            "search", lambda known: self._search_request(known, search), self._deadline(timeout_s), self._with(metadata)
+        )
+        response, _ = await self._run(flow)
+        return self._read(lambda: _row_of(response), "search")
+
     # A signature has a dozen inputs, of which a request gives a few. Encoding the empty ones again and again took more
     # time than everything else in a request. Now they are encoded once: protobuf reads two messages in a row as one,
     # whose map has the later value of a key.
 
     def _search_request(self, signature: Signature, search: Search) -> Any:
+        k, parameters = search.k or 1, search.search_parameters
+        anyone = self._encoded_for(
+            ("search", k, parameters),
+            signature,
+            lambda: make_request(
+                self._spec,
+                "search",
+                signature.tensors(Search([""], k, [None], search_parameters=parameters)),
+            ),
+        )
         (user,) = search.users
-        names = {"query", "k", "search_parameters" if search.search_parameters else "query"}
+        names = _names_of(user or User())
         if search.include:
             names.add("include")
-        if user is not None:
-            names |= _names_of(user)
-        empty = self._empty("search", signature, lambda: make_search("", 1))
-        return _Joined(empty, make_request(_NO_SPEC, "search", self._part(signature, names).tensors(search)))
+        if not names:
+            return _Joined(anyone, _of_query(search.queries[0]))
+        given = self._part(signature, {"query", *names}).tensors(search)
+        return _Joined(anyone, make_request(_NO_SPEC, "search", given))
 
     def _rank_request(self, signature: Signature, ranking: Ranking) -> Any:
+        anyone = self._encoded_for(
+            ("rank", 0, ""),
+            signature,
+            lambda: make_request(self._spec, "rank", signature.rank_tensors(make_ranking("", []))),
+        )
         names = {"query", "item_ids", "item_keys", *_names_of(ranking.user)}
         if ranking.dpsr_scores:
             names.add("dpsr_score")
         if ranking.user_id is not None:
             names.add("user_id")
-        empty = self._empty("rank", signature, lambda: make_ranking("", []))
-        return _Joined(empty, make_request(_NO_SPEC, "rank", self._part(signature, names).rank_tensors(ranking)))
+        given = self._part(signature, names).rank_tensors(ranking)
+        return _Joined(anyone, make_request(_NO_SPEC, "rank", given))
 
-    def _empty(self, name: str, signature: Signature, ask: Callable[[], Any]) -> bytes:
+    def _encoded_for(self, key: tuple[str, int, str], signature: Signature, make: Callable[[], Any]) -> bytes:
         """Returns the encoded request of an anonymous user without anything that can be left out."""
-        known = self._encoded.get(name)
+        known = self._encoded.get(key)
         if known is None or known[0] is not signature:
-            given = ask()
-            tensors = signature.tensors(given) if name == "search" else signature.rank_tensors(given)
-            known = (signature, bytes(make_request(self._spec, name, tensors).SerializeToString()))
-            self._encoded[name] = known
+            known = self._encoded[key] = (signature, bytes(make().SerializeToString()))
         return known[1]
 
     def _part(self, signature: Signature, names: set[str]) -> Signature:

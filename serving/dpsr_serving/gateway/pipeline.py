@@ -270,26 +270,41 @@ class Searcher:
     async def _recall(
         self, request: SearchRequest, trace: _Trace, conditions: tuple[Condition, ...], ends: float
     ) -> dict[str, Found]:
-        """Asks all sources at the same time. Returns what those found that answered in time."""
-        sources = trace.plan.config.sources
-        works = {source.name: self._source(request, trace, source, conditions, ends) for source in sources}
-        if len(works) == 1:
-            ((name, work),) = works.items()
-            answer = await work
-            return {} if answer is None else {name: answer}
-        tasks = {name: asyncio.ensure_future(work) for name, work in works.items()}
-        start = time.perf_counter()
-        longest = max(source.deadline_ms for source in sources) / 1000
-        if trace.plan.config.rewrite is not None:
-            longest += trace.plan.config.rewrite.deadline_ms / 1000
+        """Asks all sources at the same time. Returns what those found that answered in time.
+
+        As long as no source has answered, those that are late are waited for: a late answer is better than none.
+        """
+        config, start, began = trace.plan.config, time.perf_counter(), time.monotonic()
+        rewriting_ms = config.rewrite.deadline_ms if config.rewrite is not None else 0.0
+        tasks = {source.name: asyncio.ensure_future(self._source(request, trace, source, conditions, ends))
+                 for source in config.sources}  # fmt: skip
+        allowed = {
+            source.name: (source.deadline_ms + (rewriting_ms if source.name == REWRITTEN else 0.0)) / 1000
+            for source in config.sources
+        }
+
+        def is_answered() -> bool:
+            return any(task.done() and not task.cancelled() and task.result() is not None for task in tasks.values())
+
         try:
-            # Each source keeps its own deadline; this only ends one that does not.
-            await asyncio.wait(tasks.values(), timeout=min(longest, max(ends - time.monotonic(), 0.0)) + _GRACE_S)
+            for allowed_s in sorted({*allowed.values(), np.inf}):
+                running = [task for task in tasks.values() if not task.done()]
+                while running and (allowed_s < np.inf or not is_answered()):
+                    left_s = min(began + allowed_s, ends + _GRACE_S) - time.monotonic()
+                    if left_s <= 0:
+                        break
+                    first = asyncio.FIRST_COMPLETED if allowed_s == np.inf else asyncio.ALL_COMPLETED
+                    await asyncio.wait(running, timeout=left_s, return_when=first)
+                    running = [task for task in running if not task.done()]
+                if running and is_answered():
+                    for name, task in tasks.items():
+                        if allowed[name] <= allowed_s and not task.done():
+                            task.cancel()
         finally:
             for name, task in tasks.items():
-                if not task.done():
+                if not task.done() or task.cancelled():
                     task.cancel()
-                    self._left_out(trace, f"recall.{name}", 0, start, _Late(), longest)
+                    self._left_out(trace, f"recall.{name}", 0, start, _Late(), min(allowed[name], ends - began))
         answers = {name: task.result() for name, task in tasks.items() if task.done() and not task.cancelled()}
         return {name: answer for name, answer in answers.items() if answer is not None}
 
@@ -315,7 +330,8 @@ class Searcher:
             work = lambda left_s: self._look_up(texts, source.k, conditions, left_s)  # noqa: E731
         else:
             work = lambda left_s: self._ask_model(request, trace, source, left_s)  # noqa: E731
-        found = await self._stage(trace, f"recall.{source.name}", 0, source.deadline_ms, ends, work)
+        # `_recall` keeps the source's own deadline.
+        found = await self._stage(trace, f"recall.{source.name}", 0, trace.plan.config.deadline_ms, ends, work)
         if found is None:
             return None
         kept = self._kept(found.ids, conditions if source.model is not None else ())
@@ -360,18 +376,18 @@ class Searcher:
         client = self._clients[source.model]
         start = time.monotonic()
         signature = await client.known_signature("search", left_s)
-        (result,) = await client.search(
+        ids, scores, heads = await client.find(
             request.query,
             source.k,
-            metadata=self._metadata(source.model, request),
-            timeout_s=max(left_s - (time.monotonic() - start), 0.0),
-            user=fitting(request.user, signature, self._as_models_know),
-            filters=request.filters,
-            search_parameters=source.parameters,
+            fitting(request.user, signature, self._as_models_know),
+            request.filters,
+            source.parameters,
+            self._metadata(source.model, request),
+            max(left_s - (time.monotonic() - start), 0.0),
         )
-        if request.explain and len(result):
-            trace.heads[source.name] = np.bincount(np.maximum(result.heads, 0)).tolist()
-        return Found(result.item_ids, result.scores)
+        if request.explain and len(heads):
+            trace.heads[source.name] = np.bincount(np.maximum(heads, 0)).tolist()
+        return Found(ids, scores)
 
     async def _rewrite(self, request: SearchRequest, trace: _Trace, ends: float) -> list[str] | None:
         config = trace.plan.config.rewrite
