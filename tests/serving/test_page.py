@@ -25,6 +25,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from dpsr_common.command_line import main
+from dpsr_export import inverted_index
+from dpsr_tf.data.store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +71,7 @@ vocabulary: {min_count: 1}
 """
     )
     assert main(["ingest", f"--schema={folder / 'schema.yaml'}", f"--out={folder / 'store'}"]) == 0
-    assert main(["index", "--inverted", f"--store={folder / 'store'}", f"--out={folder / 'inverted'}"]) == 0
+    inverted_index.build(Store(folder / "store"), folder / "inverted")
     (folder / "rules.yaml").write_text(f"new boots:\n  contains: [shoes]\n  pin: [{FIRST_ID + 39}]\n")
     (folder / "search.yaml").write_text(
         f"""
