@@ -350,6 +350,16 @@ function marked(title, pattern) {
 
 // One result.
 
+// A text says what it is by itself; a number, true and false do not.
+function valueText(name, value) {
+  const words = name.replaceAll("_", " ");
+  if (Array.isArray(value)) return value.slice(0, 6).join(", ");
+  if (typeof value === "number") return `${words} ${number(value)}`;
+  if (value === "true") return words;
+  if (value === "false") return `not ${words}`;
+  return String(value);
+}
+
 const nameOf = (item) => String(item.key ?? item.id);
 
 function card(pane, item, rank) {
@@ -363,8 +373,7 @@ function card(pane, item, rank) {
   const brand = typeof attributes.brand === "string" ? taken("brand") : undefined;
   const about = make("div", { className: "about" }, brand === undefined ? "" : make("span", { className: "brand", textContent: brand }));
   for (const [name, value] of Object.entries(attributes).slice(0, 8)) {
-    const text = Array.isArray(value) ? value.slice(0, 6).join(", ") : typeof value === "number" ? `${name} ${number(value)}` : String(value);
-    about.append(make("span", { textContent: text, title: name }));
+    about.append(make("span", { textContent: valueText(name, value), title: name }));
   }
   const badges = make("div", { className: "badges" });
   for (const source of item.sources ?? []) {
