@@ -31,14 +31,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("address", help="address of the page, which `dpsr demo --keep` prints")
     parser.add_argument("--query", default="collapsible video call lens for my son", help="the query to show")
-    parser.add_argument("--first", default="dpsr", help="pipeline of the first list")
-    parser.add_argument("--second", default="bm25", help="pipeline of the second list")
+    parser.add_argument("--first", default="bm25", help="pipeline of the first list")
+    parser.add_argument("--second", default="dpsr", help="pipeline of the second list")
     arguments = parser.parse_args()
     asked = {"q": arguments.query, "a": arguments.first, "b": arguments.second}
     with chromium() as driver:
         show(driver, arguments.address, asked, 1280, 860, "light")
         save(driver, "search_page.png")
-        show(driver, arguments.address, {"q": arguments.query, "judge": ""}, 390, 760, "dark")
+        show(driver, arguments.address, {"q": arguments.query, "a": arguments.second, "judge": ""}, 390, 760, "dark")
         save(driver, "search_page_phone.png")
 
 

@@ -306,13 +306,14 @@ function how(answer) {
     return button;
   }));
   for (const [source, heads] of Object.entries(explain.heads ?? {})) {
+    if (heads.length < 2) continue;
     const top = Math.max(1, ...heads);
     const bars = heads.map((found) => {
       const bar = make("i", { className: `b${colour(source)}` });
       bar.style.height = `${(16 * found) / top}px`;
       return bar;
     });
-    add(heads.length > 1 ? `heads of ${source}` : `head of ${source}`, make("span", { className: "heads", "aria-hidden": "true" }, bars), make("span", { className: "n", textContent: heads.map(count.format).join(" · "), title: "items that each head of the query tower found" }));
+    add(`heads of ${source}`, make("span", { className: "heads", "aria-hidden": "true" }, bars), make("span", { className: "n", textContent: heads.map(count.format).join(" · "), title: "items that each head of the query tower found" }));
   }
   if (explain.identifier) add("identifier", make("span", { className: "chip", textContent: "the query is one" }));
   if (explain.cut_off) add("cut off", make("span", { className: "n", textContent: `${count.format(explain.cut_off)} items with a low score` }));
