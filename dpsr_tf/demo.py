@@ -55,6 +55,7 @@ class _Job:
         judgments: judgments of queries that are not in the log.
         slices: columns of the judgments to report by.
         bm25: the best BM25 that benchmarks/bm25.py found on the dev fold.
+        analysis: how the inverted index reads texts, as near to `bm25` as it comes.
         columns: its columns of query, item and grade.
         relevant_from: lowest grade that counts as relevant.
         config: content of the config file.
@@ -65,6 +66,7 @@ class _Job:
     judgments: Path
     slices: list[str]
     bm25: str
+    analysis: str
     columns: tuple[str, str, str]
     relevant_from: float
     config: dict[str, Any]
@@ -118,7 +120,7 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     _dpsr("train", f"--store={store}", f"--config={out / 'config.yaml'}", f"--out={model}", *overwrite)
     _dpsr("index", f"--model={model}", f"--store={store}", f"--out={index}", "--overwrite")
     _dpsr("export", f"--model={model}", f"--index={index}", f"--out={servable}")
-    _dpsr("index", "--inverted", f"--store={store}", f"--out={inverted}", "--overwrite")
+    _dpsr("index", "--inverted", f"--store={store}", f"--out={inverted}", f"--analysis={job.analysis}", "--overwrite")
     serve = ["serve", f"--model_base_path={servable}", f"--model_name={MODEL}", "--port=0"]
     titles = f"--titles={index}/item_titles.tsv.gz"
     with (
@@ -227,6 +229,7 @@ def _shop(shop: Path) -> _Job:
         judgments=shop / "judgments.test.tsv",
         slices=["kind"],
         bm25="bm25:trigrams=0.5+k1=0.3+b=0.15",
+        analysis="trigrams=0.5",
         columns=("query", "item", "grade"),
         relevant_from=1.0,
         config=shipped_config("shop"),
@@ -246,6 +249,7 @@ def _homedepot(data: Path) -> _Job:
         judgments=data / "judgments.dev.tsv",
         slices=[],
         bm25=TUNED_BM25["homedepot"],
+        analysis="stem+trigrams=0.3",
         columns=("search_term", "product_uid", "relevance"),
         relevant_from=2.33,
         config=shipped_config("homedepot"),

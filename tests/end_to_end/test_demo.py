@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -27,12 +29,13 @@ def run_dpsr(*arguments: object, timeout: float = 500) -> subprocess.CompletedPr
 
 
 class Demo(NamedTuple):
-    """A demo on the generated shop that was interrupted, then run again to its end."""
+    """A demo on the generated shop that was interrupted, then run again to its end, with the servers kept."""
 
     out: Path
     interrupted: str  # what the first run printed
     left: dict[str, int | bytes]  # what the first run left, see left_by()
     text: str  # what the second run printed
+    page: str  # what its search page answered
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +43,34 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     out = tmp_path_factory.mktemp("demo") / "shop"
     interrupted = interrupt(out, at="query")
     left = left_by(out)
-    result = subprocess.run(["make", "demo", f"OUT={out}"], capture_output=True, text=True, timeout=500, cwd=ROOT)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return Demo(out, interrupted, left, result.stdout + result.stderr)
+    command = ["make", "demo", f"OUT={out}", "KEEP=1"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True
+    ) as process:
+        assert process.stdout
+        printed, page = [], ""
+        try:
+            for line in process.stdout:
+                printed.append(line)
+                if found := re.search(r"The search page is on (\S+)\. Ctrl-C ends it", line):
+                    page = urllib.request.urlopen(found[1], timeout=60).read().decode()
+                    os.kill(pid_of(f"--out={out}", "--keep"), signal.SIGINT)
+            assert process.wait(60) == 0, "".join(printed)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert not list(commands_running(out))
+    return Demo(out, interrupted, left, "".join(printed), page)
+
+
+def pid_of(*arguments: str) -> int:
+    """The process of `dpsr` that was started with these arguments."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # The process has ended meanwhile.
+            words = path.read_text().split("\0")
+            if set(arguments) <= set(words) and "python" in words[0]:
+                return int(path.parent.name)
+    raise AssertionError(f"no process has the arguments {arguments}")
 
 
 def left_by(out: Path) -> dict[str, int | bytes]:
@@ -73,10 +101,19 @@ def test_demo_answers_four_queries_and_beats_bm25(demo: Demo) -> None:
     assert sum(int(queries) for _, queries, _ in kinds) == asked
     assert model[1] < 0.97, "the shop is hard enough to tell models apart"
     assert f"The servable lies in {out}/servable" in text
-    for command in ("serve", "query"):
+    for command in ("serve", "query", "search"):
         to_go_on = re.search(rf"^  (\S*dpsr {command}) ", text, re.MULTILINE)
         assert to_go_on
         subprocess.run([*to_go_on[1].split(), "--help"], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def test_demo_ends_with_a_search_page(demo: Demo) -> None:
+    assert "<title>Search" in demo.page
+    shown = demo.text[demo.text.index("$ curl -s") :]
+    found = re.findall(r"^((?:inverted|semantic)(?: \+ \w+)*)  +\S", shown, re.MULTILINE)
+    assert len(found) == 5 and any("semantic" in sources for sources in found)
+    # What is left can be served again as the last lines say.
+    assert "127.0.0.1:8500" in (demo.out / "search.yaml").read_text() and (demo.out / "inverted").is_dir()
 
 
 def test_demo_shows_progress_and_no_noise(demo: Demo) -> None:
