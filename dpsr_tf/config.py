@@ -24,7 +24,7 @@ LADDER = (UNCLICKED, "click", "cart", "order")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The two towers (DPSR sections 4.1 to 4.3), or a ranker (docs/ranking.md), which has one tower.
+    """The two towers (DPSR sections 4.1 to 4.3), a ranker (docs/ranking.md), or a rewriter (docs/rewriting.md).
 
     Features have the names of the schema; "*" stands for all of them. The defaults make a small retrieval model: texts
     only, one head, no ReLU layers. The paper's is `dpsr_tf/configs/dpsr.yaml`, and its ranker
@@ -33,11 +33,16 @@ class ModelConfig:
 
     kind: str = option(
         "retrieval",
-        "what is trained: two towers, which find items for a query, or a ranker, which orders items that were found",
-        choices=("retrieval", "ranker"),
+        "what is trained: two towers, which find items for a query; a ranker, which orders items that were found; or a "
+        "rewriter, which writes other words for a query",
+        choices=("retrieval", "ranker", "rewriter"),
     )
     token_dim: int = option(
-        64, "width of the token embeddings, and of the vector that the layers of a head read", 1, 4096
+        64,
+        "width of the token embeddings, and of the vector that the layers of a head read; for a rewriter, the width of "
+        "all layers",
+        1,
+        4096,
     )
     feature_dim: int = option(16, "width of the embedding of a categorical, number or multi feature", 1, 4096)
     hidden: tuple[int, ...] = option(
@@ -97,16 +102,15 @@ class ModelConfig:
         """Returns what is wrong with values that are allowed one by one but not together."""
         if len(self.graph_fan_out) > 2:
             return f"graph_fan_out is {list(self.graph_fan_out)}, expected one number for each of at most two hops"
-        if self.kind != "ranker":
-            return None
-        if not self.hidden:
+        if self.kind == "ranker" and not self.hidden:
             return "hidden is [], expected at least one layer, because kind is ranker; the paper has three"
-        # What a ranker does not read stays at its default, so that no setting is silently without effect.
+        # What a model does not read stays at its default, so that no setting is silently without effect.
         for field in dataclasses.fields(self):
-            if field.name in _OF_TOWERS and getattr(self, field.name) != field.default:
+            read = {"retrieval": True, "ranker": field.name not in _OF_TOWERS, "rewriter": field.name in _OF_REWRITER}
+            if not read[self.kind] and getattr(self, field.name) != field.default:
                 return (
-                    f"{field.name} is {getattr(self, field.name)}, which cannot be combined with kind ranker; leave it "
-                    f"out"
+                    f"{field.name} is {getattr(self, field.name)}, which cannot be combined with kind {self.kind}; "
+                    f"leave it out"
                 )
         return None
 
@@ -123,6 +127,8 @@ _OF_TOWERS = (
     "graph_dropout",
     "graph_temperature",
 )
+# All that a rewriter reads of the section `model`.
+_OF_REWRITER = ("kind", "token_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +139,11 @@ class TrainConfig:
 
     steps: int = option(10_000, "number of training steps", 1)
     batch_size: int = option(
-        64, "b, the number of positive pairs in a batch; for a ranker, the number of requests", 2, 1 << 16
+        64,
+        "b, the number of positive pairs in a batch; for a ranker, the number of requests; for a rewriter, the number "
+        "of pairs of query and title, and that of pairs of queries",
+        2,
+        1 << 16,
     )
     num_title_queries: int = option(
         0,
@@ -337,10 +347,89 @@ class RankerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RewriterConfig:
+    """What only a rewriter has (docs/rewriting.md)."""
+
+    layers: int = option(1, "number of layers of the Transformer that reads a text", 1, 24)
+    heads: int = option(4, "number of heads of its attention; a divisor of model.token_dim", 1, 64)
+    inner_width: int = option(256, "width of the ReLU layer inside each layer", 1, 65536)
+    decoder: str = option(
+        "gru",
+        "what writes a text word by word: a GRU with attention on the text that was read, or a Transformer",
+        choices=("gru", "transformer"),
+    )
+    decoder_layers: int = option(1, "number of layers of a decoder of kind transformer", 1, 24)
+    shared: bool = option(
+        True,
+        "whether the three directions (query to title, title to query, query to query) share encoder and decoder. If "
+        "false, each has its own, and only the embeddings of words are shared",
+    )
+    dropout: float = option(0.1, "share of the outputs of each layer that training leaves out", 0, 0.95)
+    forward_weight: float = option(0.2, "weight of the loss from query to title. 0 leaves it out", 0, 1e6)
+    backward_weight: float = option(1.0, "weight of the loss from title to query. 0 leaves it out", 0, 1e6)
+    direct_weight: float = option(1.0, "weight of the loss from query to query. 0 leaves it out", 0, 1e6)
+    cycle_weight: float = option(
+        0.0,
+        "weight of the loss from a query to titles that are drawn, and from these back to the query. 0 leaves it out",
+        0,
+        1e6,
+    )
+    cycle_start: int = option(1_000, "number of steps at the start of training in which that weight is 0", 0)
+    cycle_queries: int = option(16, "number of queries of a batch that this loss is computed for", 1, 1 << 16)
+    cycle_titles: int = option(3, "number of titles that are drawn for each of them", 1, 64)
+    cycle_top_words: int = option(40, "a word of such a title is drawn from this many most probable ones", 1, 1 << 20)
+    sampled_words: int = option(
+        2_000,
+        "number of words that are drawn at random for the softmax of a training step, beside all words that the batch "
+        "writes. 0 takes the whole vocabulary",
+        0,
+        1 << 20,
+    )
+    path: str = option(
+        "direct",
+        "how queries are rewritten: by the direction query to query, or over the most probable title",
+        choices=("direct", "titles"),
+    )
+    method: str = option(
+        "beam",
+        "how words are chosen: the most probable rewrites by beam search, or draws from the most probable words",
+        choices=("beam", "sampling"),
+    )
+    max_words: int = option(8, "largest number of words of a rewrite", 1, 64)
+    title_beams: int = option(2, "with path titles, number of beams that search for the title. 1 is greedy", 1, 64)
+    draws: int = option(
+        2, "with method sampling, number of draws for each rewrite that is asked for; equal ones count once", 1, 16
+    )
+    top_words: int = option(
+        40, "with method sampling, number of most probable words that the next word is drawn from", 1, 1 << 20
+    )
+    temperature: float = option(
+        1.0, "with method sampling, logits are divided by this number before a word is drawn", 1e-3, 1e3
+    )
+
+    def problem(self) -> str | None:
+        """Returns what is wrong with values that are allowed one by one but not together."""
+        weights = {name: getattr(self, f"{name}_weight") for name in ("forward", "backward", "direct")}
+        if not any(weights.values()):
+            return "forward_weight, backward_weight and direct_weight are all 0, expected at least one above 0"
+        needed = {"direct"} if self.path == "direct" else {"forward", "backward"}
+        for name in sorted(needed):
+            if not weights[name]:
+                return f"{name}_weight is 0, expected more, because path is {self.path}"
+        if self.cycle_weight and not (self.forward_weight and self.backward_weight):
+            return (
+                f"cycle_weight is {self.cycle_weight:g}, which needs forward_weight and backward_weight above 0; they "
+                f"are {self.forward_weight:g} and {self.backward_weight:g}"
+            )
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
 class ValidationConfig:
     """Recall on the validation fold of the held-out interactions, at checkpoints. The best checkpoint is kept.
 
-    Of a ranker, it is NDCG@10 over the requests with a click.
+    Of a ranker, it is NDCG@10 over the requests with a click. Of a rewriter, it is the mean log probability of a word
+    of the fold's queries, written for the titles that they clicked and for the queries themselves with typing errors.
     """
 
     queries: int = option(
@@ -506,6 +595,7 @@ class Config:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     ranker: RankerConfig = dataclasses.field(default_factory=RankerConfig)
+    rewriter: RewriterConfig = dataclasses.field(default_factory=RewriterConfig)
     validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
     cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
     quantizer: QuantizerConfig = dataclasses.field(default_factory=QuantizerConfig)
@@ -514,8 +604,8 @@ class Config:
 
     def problem(self) -> str | None:
         """Returns what is wrong with values of different sections that are allowed one by one but not together."""
-        if self.model.kind == "ranker":
-            return self._problem_of_ranker()
+        if self.model.kind != "retrieval":
+            return self._problem_of_others()
         quantizer, d = self.quantizer, self.model.embedding_dim
         if not quantizer.sub_spaces:
             return None
@@ -532,20 +622,26 @@ class Config:
             )
         return None
 
-    def _problem_of_ranker(self) -> str | None:
-        """Returns which setting is for retrieval models only."""
+    def _problem_of_others(self) -> str | None:
+        """Returns which setting of a ranker or rewriter is for retrieval models only."""
+        kind = self.model.kind
         if self.quantizer.sub_spaces:
-            return f"quantizer.sub_spaces is {self.quantizer.sub_spaces}, expected 0, because a ranker has no index"
+            return f"quantizer.sub_spaces is {self.quantizer.sub_spaces}, expected 0, because a {kind} has no index"
         names = {f.name for f in dataclasses.fields(TrainConfig)} - _TRAIN_OF_ALL
         default = TrainConfig()
         for name in sorted(names):
             value = getattr(self.train, name)
             if value != getattr(default, name):
-                return f"train.{name} is {value!r}, which cannot be combined with model.kind ranker; leave it out"
+                return f"train.{name} is {value!r}, which cannot be combined with model.kind {kind}; leave it out"
+        if kind == "rewriter" and self.model.token_dim % self.rewriter.heads:
+            return (
+                f"rewriter.heads is {self.rewriter.heads}, expected a divisor of model.token_dim, "
+                f"{self.model.token_dim}"
+            )
         return None
 
 
-# What a ranker reads of the section `train`.
+# What rankers and rewriters read of the section `train`.
 _TRAIN_OF_ALL = frozenset({
     "steps", "batch_size", "learning_rate", "schedule", "warmup_steps", "dense_optimizer", "dense_learning_rate",
     "initial_accumulator", "average_decay", "seed", "checkpoint_steps",
