@@ -61,19 +61,19 @@ def beam_search(step: Step, state: State, beams: int | tf.Tensor, length: int, w
         open_ends = tf.where(position < length, may, only_end)
         scores, following = _best(tf.nn.log_softmax(logits) + open_ends, n)  # [b, n, n]
         # A sequence that has ended goes on as itself, once.
-        stays = tf.where(tf.range(n) == 0, 0.0, _NEVER)
+        stays = tf.where(tf.equal(tf.range(n), 0), 0.0, _NEVER)
         ended = found.ended[:, :, tf.newaxis]
         scores = found.total[:, :, tf.newaxis] + tf.where(ended, stays, scores)
         following = tf.where(ended, words.end, following)
         total, place = tf.math.top_k(tf.reshape(scores, [b, n * n]), n)
         parent = place // n
         word = tf.gather(tf.reshape(following, [b, n * n]), place, batch_dims=1)
-        ended = tf.gather(found.ended, parent, batch_dims=1) | (word == words.end) | (total == _NEVER)
+        ended = tf.gather(found.ended, parent, batch_dims=1) | tf.equal(word, words.end) | tf.equal(total, _NEVER)
         texts = tf.gather(found.words, parent, batch_dims=1)
         texts = _written(texts, word, position, ended)
         return position + 1, word, _Found(texts, total, ended), _taken(state, parent)
 
-    start = _Found(tf.zeros([b, n, length], tf.int32), total, total == _NEVER)
+    start = _Found(tf.zeros([b, n, length], tf.int32), total, tf.equal(total, _NEVER))
     start = start._replace(words=_written(start.words, first, tf.constant(0), start.ended))
     found = _loop(body, first, start, state, length)
     return Decoded(found.words, found.total)
@@ -129,7 +129,7 @@ def sample(
         logits, state = step(last, state, position)
         word, logs = drawn(logits, tf.where(position < length, may, only_end), position)
         total = found.total + tf.where(found.ended, 0.0, logs)
-        ended = found.ended | (word == words.end)
+        ended = found.ended | tf.equal(word, words.end)
         return position + 1, word, _Found(_written(found.words, word, position, ended), total, ended), state
 
     start = _Found(tf.zeros([b, n, length], tf.int32), total, tf.zeros_like(first, tf.bool))
@@ -154,9 +154,9 @@ def distinct(decoded: Decoded, original: tf.Tensor, count: int | tf.Tensor) -> D
     of_text, of_original = (
         tf.pad(x, [[0, 0]] * (x.shape.rank - 1) + [[0, width - x.shape[-1]]]) for x in (words, original)
     )
-    same = tf.reduce_all(of_text == of_original[:, tf.newaxis], 2)
+    same = tf.reduce_all(tf.equal(of_text, of_original[:, tf.newaxis]), 2)
     # Whether a sequence before this one is equal.
-    equal = tf.reduce_all(words[:, :, tf.newaxis] == words[:, tf.newaxis], 3)
+    equal = tf.reduce_all(tf.equal(words[:, :, tf.newaxis], words[:, tf.newaxis]), 3)
     earlier = tf.range(n)[:, tf.newaxis] > tf.range(n)[tf.newaxis]
     logs = tf.where(same | tf.reduce_any(equal & earlier, 2), _NEVER, logs)
     kept = tf.minimum(count, n)

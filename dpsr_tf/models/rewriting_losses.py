@@ -76,7 +76,7 @@ def rewriter_loss(batch: RewritingBatch, rewriter: Rewriter, config: Config, ste
     logits = candidates.logits(tf.concat(hidden, 0))
     every = tf.concat(labels, 0)
     of_words = tf.nn.sparse_softmax_cross_entropy_with_logits(every, logits)
-    right = tf.cast(tf.argmax(logits, 1, tf.int32) == every, tf.float32)
+    right = tf.cast(tf.equal(tf.argmax(logits, 1, tf.int32), every), tf.float32)
 
     loss, metrics = tf.constant(0.0), {}
     sizes = [tf.size(part) for part in written]
@@ -130,7 +130,7 @@ def cycle_loss(
     # A title's target has its end, too.
     last = tf.math.count_nonzero(drawn, 1, dtype=tf.int32)[:, tf.newaxis]
     places = tf.range(length + 1)[tf.newaxis]
-    target = tf.where(places == last, end, tf.pad(drawn, [[0, 0], [0, 1]]))
+    target = tf.where(tf.equal(places, last), end, tf.pad(drawn, [[0, 0], [0, 1]]))
     again = Encoded(*(tf.repeat(part, titles, 0) for part in encoded))
     there = log_probability(rewriter, "forward", again, target, places <= last, candidates)
     read = rewriter.encode_candidates("backward", drawn, candidates)
