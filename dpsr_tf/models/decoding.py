@@ -50,7 +50,7 @@ def beam_search(step: Step, state: State, beams: int | tf.Tensor, length: int, w
     """
     n = tf.convert_to_tensor(beams, tf.int32)
     logits, state = step(None, state, tf.constant(0))
-    b, v = tf.shape(logits)[0], logits.shape[2]
+    b, v = tf.shape(logits)[0], tf.shape(logits)[2]
     never_first = _forbidden(v, words.reserved, words.end)
     total, first = _best(tf.nn.log_softmax(logits[:, 0]) + never_first, n)
     state = _taken(state, tf.zeros_like(first))
@@ -104,8 +104,8 @@ def sample(
     """
     n = tf.convert_to_tensor(count, tf.int32)
     logits, state = step(None, state, tf.constant(0))
-    b, v = tf.shape(logits)[0], logits.shape[2]
-    width = min(top, v) if top else v
+    b, v = tf.shape(logits)[0], tf.shape(logits)[2]
+    width = tf.minimum(top, v) if top else v
     seed = tf.cast(seed, tf.int64)
 
     def drawn(logits: tf.Tensor, forbidden: tf.Tensor, position: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -196,16 +196,19 @@ def _loop(body: Callable[..., tuple[Any, ...]], first: tf.Tensor, start: _Found,
 
 def _best(scores: tf.Tensor, n: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the n largest of scores [..., v] with their places; -inf and 0 beyond v of them."""
-    kept = tf.minimum(n, scores.shape[-1])
+    kept = tf.minimum(n, tf.shape(scores)[-1])
     values, places = tf.math.top_k(scores, kept)
     missing = [[0, 0]] * (scores.shape.rank - 1) + [[0, n - kept]]
     return tf.pad(values, missing, constant_values=_NEVER), tf.pad(places, missing)
 
 
-def _forbidden(v: int, reserved: int, end: int | None = None, only: bool = False) -> tf.Tensor:
+def _forbidden(v: tf.Tensor, reserved: int, end: int | None = None, only: bool = False) -> tf.Tensor:
     """Returns 0 for words that may be written and -inf for others, float32 [v]: without `end`, or with it only."""
-    allowed = [i >= reserved and (i == end) == only if end is not None else i >= reserved for i in range(v)]
-    return tf.constant([0.0 if each else _NEVER for each in allowed])
+    word = tf.range(v)
+    allowed = word >= reserved
+    if end is not None:
+        allowed &= tf.equal(tf.equal(word, end), only)
+    return tf.where(allowed, 0.0, _NEVER)
 
 
 def _written(words: tf.Tensor, word: tf.Tensor, position: tf.Tensor, ended: tf.Tensor) -> tf.Tensor:

@@ -57,6 +57,17 @@ class Number:
 
 
 @dataclasses.dataclass(frozen=True)
+class SequenceSpec:
+    """The sequences of words of a store, as a rewriter must know them."""
+
+    num_words: int = option(4, "number of words of the sequence vocabulary, the four reserved ones among them", 4)
+    num_pieces: int = option(16_384, "number of values of a piece of a word; 0 is padding", 2)
+    max_pieces: int = option(12, "largest number of pieces of a word", 1)
+    query_words: int = option(12, "largest number of words of a query, with its end", 2)
+    title_words: int = option(24, "largest number of words of a title, with its end", 2)
+
+
+@dataclasses.dataclass(frozen=True)
 class FeatureSpec:
     """What a model must know about a store: its features, in the order in which a batch holds them.
 
@@ -69,6 +80,7 @@ class FeatureSpec:
     item: tuple[Feature, ...] = option((), "features that the item tower reads beside the text")
     numbers: tuple[Number, ...] = option((), "numbers that a ranker reads")
     graph: tuple[Feature, ...] = option((), "item features whose values are nodes of the click graph")
+    sequences: SequenceSpec = dataclasses.field(default_factory=SequenceSpec)
 
     ALL: ClassVar[str] = "*"
 

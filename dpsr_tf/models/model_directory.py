@@ -5,6 +5,7 @@ Training writes it; evaluation, `dpsr index` and `dpsr export` read it. Its file
 config.yaml        the config of the training
 features.json      the features that the model reads (FeatureSpec), and a hash of what the codes of each one mean
 vocabulary.dpsr    the vocabulary of the token ids
+vocabulary.words.dpsr     the words that a rewriter reads and writes
 codes/             what the codes of the features mean (data/code_book.py)
 checkpoint, model.ckpt-*, events.*     written by TensorFlow
 teacher.dpsr       what the quantizer learns from (training/quantizer_start.py); nothing but its training reads it
@@ -30,10 +31,10 @@ from dpsr_common.typed_config import from_dict, to_dict
 from dpsr_tf.config import Config, load_config, save_config
 from dpsr_tf.data.code_book import CODES, CodeBook
 from dpsr_tf.data.schema import VALUE_KINDS
-from dpsr_tf.data.store import Store
-from dpsr_tf.models.features import FeatureSpec, Number
+from dpsr_tf.data.store import WORDS, Store
+from dpsr_tf.models.features import FeatureSpec, Number, SequenceSpec
 from dpsr_tf.models.quantizer import Quantizer
-from dpsr_tokenizer import Vocabulary
+from dpsr_tokenizer import Vocabulary, WordSequences
 
 # The files that make a directory of checkpoints a model.
 _FILES = ("vocabulary.dpsr", "features.json", "config.yaml")
@@ -41,7 +42,14 @@ _FILES = ("vocabulary.dpsr", "features.json", "config.yaml")
 _MADE_FOR = {
     "retrieval": "it finds items; train a ranker with model.kind=ranker",
     "ranker": "it orders items that were found; give it to `dpsr evaluate` or `dpsr export` as a ranker",
+    "rewriter": "it writes other words for a query; give it to `dpsr rewrite` or `dpsr export` as a rewriter",
 }
+
+
+# How a trained rewriter is asked; training does not read it.
+_OF_REWRITING = tuple(
+    f"rewriter.{name}" for name in ("path", "method", "max_words", "title_beams", "draws", "top_words", "temperature")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +68,19 @@ class ModelDirectory:
         return self.path / "vocabulary.dpsr"
 
     @property
+    def words_path(self) -> Path:
+        """Path of the vocabulary of a rewriter's words."""
+        return self.path / WORDS
+
+    @property
+    def words(self) -> Vocabulary:
+        """The vocabulary of a rewriter's words. Raises CommandError if it cannot be read."""
+        try:
+            return Vocabulary(str(self.words_path))
+        except (FormatError, FileNotFoundError) as error:
+            raise CommandError(f"{error}; train the model again") from None
+
+    @property
     def validated(self) -> bool:
         """Whether training measured its checkpoints on the validation fold of the held-out interactions."""
         return self.config.validation.queries > 0
@@ -75,7 +96,7 @@ class ModelDirectory:
 
         Args:
             path: the directory.
-            kind: "retrieval" or "ranker" for a caller that can use only one of them.
+            kind: "retrieval", "ranker" or "rewriter" for a caller that can use only one of them.
         """
         directory = Path(path)
         if not (directory / "config.yaml").is_file():
@@ -99,7 +120,7 @@ class ModelDirectory:
         return model
 
     def expect(self, kind: str) -> None:
-        """Raises CommandError if the model is not of this kind, "retrieval" or "ranker"."""
+        """Raises CommandError if the model is not of this kind."""
         if self.config.model.kind != kind:
             raise CommandError(
                 f"{self.path}: holds a model of kind {self.config.model.kind}, expected {kind}; "
@@ -135,8 +156,10 @@ class ModelDirectory:
         before, now = _flat(dataclasses.replace(self.config, train=train)), _flat(config)
         differing = [key for key in now if before[key] != now[key]]
         of_quantizer = [key for key in differing if key.startswith("quantizer.")]
-        sections = ("model.", "train.", "ranker.") if config.model.kind == "ranker" else ("model.", "train.")
-        differing = [key for key in differing if key.startswith(sections)]
+        sections = ["model.", "train."]
+        if config.model.kind != "retrieval":
+            sections.append(f"{config.model.kind}.")
+        differing = [key for key in differing if key.startswith(tuple(sections)) and key not in _OF_REWRITING]
         if of_quantizer and self.has_quantizer:
             differing += of_quantizer
         if differing:
@@ -148,6 +171,10 @@ class ModelDirectory:
         """Returns why this model cannot read `store`; None if it can."""
         if self.vocabulary.fingerprint != store.vocabulary.fingerprint:
             return f"holds a model of another vocabulary than that of {store.path}"
+        if self.config.model.kind == "rewriter" and store.schema.rewriting is not None:
+            own = self.words.fingerprint
+            if own != Vocabulary(str(store.words_path)).fingerprint:
+                return f"holds a model of other words than those of {store.path}"
         try:
             now = feature_spec(self.config, store)
         except UsageError as error:
@@ -196,6 +223,9 @@ class ModelDirectory:
         # may do this at the same time.
         items = dict.fromkeys(f.name for f in (*spec.item, *spec.graph))
         CodeBook.write(directory, store, list(items), [f.name for f in spec.user])
+        if config.model.kind == "rewriter":
+            with replaced(directory / WORDS) as temporary:
+                shutil.copyfile(store.words_path, temporary)
         write_text(directory / "features.json", json.dumps(held, indent=2) + "\n")
         with replaced(directory / "config.yaml") as temporary:
             save_config(config, temporary)
@@ -206,11 +236,26 @@ def copy_model(source: Path, to: Path) -> None:
     """Copies what makes a model of a directory of checkpoints, without a checkpoint, into the directory `to`."""
     for name in _FILES:
         shutil.copyfile(source / name, to / name)
+    if (source / WORDS).exists():
+        shutil.copyfile(source / WORDS, to / WORDS)
     shutil.copytree(source / CODES, to / CODES)
 
 
 def feature_spec(config: Config, store: Store) -> FeatureSpec:
-    """Returns the features of `store` that the towers of `config` read. Raises UsageError if one is missing."""
+    """Returns the features of `store` that the model of `config` reads. Raises UsageError if one is missing."""
+    if config.model.kind == "rewriter":
+        rewriting = store.schema.rewriting
+        if rewriting is None:
+            raise UsageError(
+                f"{store.path}: holds no sequences of words, which a rewriter learns from; add the section "
+                f"`rewriting: {{}}` to the schema and ingest the log again"
+            )
+        sequences = SequenceSpec(
+            num_words=len(WordSequences(Vocabulary(str(store.words_path)))),
+            query_words=rewriting.max_query_words,
+            title_words=rewriting.max_title_words,
+        )
+        return FeatureSpec(store.vocabulary.num_ids, sequences=sequences)
     num_ids: dict[str | None, int] = {name: vocabulary.num_ids for name, vocabulary in store.vocabularies.items()}
     num_ids[None] = store.vocabulary.num_ids
     attributes = None if store.schema.graph is None else store.schema.graph.attributes

@@ -14,7 +14,6 @@ word, n sequences for each text, c candidates of the output layer, d model.token
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,11 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from dpsr_common.typed_config import option
 from dpsr_tf.config import Config
 from dpsr_tf.data.examples_dataset import Tokens
 from dpsr_tf.models import decoding
 from dpsr_tf.models.decoding import Decoded
+from dpsr_tf.models.features import SequenceSpec
 from dpsr_tf.models.input_layers import TableFactory, dense, stock_table
 from dpsr_tf.models.layers import STOCK, Layers
 
@@ -43,20 +42,6 @@ METHODS = ("beam", "sampling")
 _SCOPE = "rewriter"
 _FAR = -1e9
 Drop = Callable[[tf.Tensor], tf.Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class SequenceSpec:
-    """The sequences of a store, as a rewriter must know them. It is saved with a model."""
-
-    num_words: int = option(4, "number of words of the sequence vocabulary, the four reserved ones among them", 4)
-    num_pieces: int = option(1, "number of pieces; 0 is padding", 1)
-    query_words: int = option(12, "largest number of words of a query", 1)
-    title_words: int = option(24, "largest number of words of a title", 1)
-
-    def length(self, kind: int) -> int:
-        """Returns the largest number of words of a QUERY or TITLE."""
-        return self.title_words if kind == TITLE else self.query_words
 
 
 class Encoded(NamedTuple):
@@ -179,14 +164,14 @@ class Rewriter:
         return made._replace(vectors=kept[0].read_value(), bias=kept[1].read_value()), compose
 
     def candidates(self, targets: tf.Tensor, count: int, seed: int) -> tuple[Candidates, tf.Tensor]:
-        """Returns the candidates of a sampled softmax: the targets, and words drawn by their frequency.
+        """Returns the candidates of a softmax over a sample: the targets, and other words drawn at random.
 
-        The logit of a word loses the logarithm of its chance to be among the candidates (Bengio and Senecal, 2008). Ids
-        fall by frequency, which is taken to be Zipf's.
+        A drawn word stands for all words of the vocabulary that are no candidates. Its logit gains the logarithm of
+        their number, so that the sum of all exponentials is right in the mean.
 
         Args:
             targets: int32 [m], words of the batch that are written.
-            count: number of draws; 0 takes all words, without a correction.
+            count: number of draws; 0 takes all words.
             seed: of the draws, beside the step.
 
         Returns:
@@ -195,26 +180,23 @@ class Rewriter:
         words = self.spec.num_words
         if not count:
             ids = tf.range(words)
-            found = Candidates(
-                self.word_vectors(ids, self.pieces_of(ids)), self._bias(), decoding.Words(END, RESERVED)
-            )
-            return found, targets
-        choices = words - RESERVED
-        uniform = tf.random.stateless_uniform([count], self._seeds(seed))
-        ranks = tf.exp(uniform * math.log(choices + 1)) - 1.0
-        drawn = tf.minimum(tf.cast(ranks, tf.int32), choices - 1) + RESERVED
+            vectors = self.word_vectors(ids, self.pieces_of(ids))
+            return Candidates(vectors, self._bias(), decoding.Words(END, RESERVED)), targets
+        uniform = tf.random.stateless_uniform([count], self._seeds(seed), RESERVED, words, tf.int32)
         # END becomes candidate 0.
-        ids, places = tf.unique(tf.concat([[END], targets, drawn], 0))
-        rank = tf.cast(ids - RESERVED, tf.float32)
-        chance = tf.math.log((rank + 2.0) / (rank + 1.0)) / math.log(choices + 1)
-        draws = tf.cast(tf.size(targets) + count, tf.float32)
-        correction = tf.math.log(-tf.math.expm1(draws * tf.math.log1p(-chance)))
+        ids, places = tf.unique(tf.concat([[END], targets, uniform], 0))
+        of_targets = places[: tf.size(targets) + 1]
+        known = tf.reduce_max(of_targets) + 1
+        drawn = tf.maximum(tf.size(ids) - known, 1)
+        others = tf.maximum(words - RESERVED - known, 1)
+        gain = tf.math.log(tf.cast(others, tf.float32) / tf.cast(drawn, tf.float32))
         vectors = self.word_vectors(ids, self.pieces_of(ids))
-        bias = tf.gather(self._bias(), ids) - correction
-        return Candidates(vectors, bias, decoding.Words(0), ids), places[1 : tf.size(targets) + 1]
+        bias = tf.gather(self._bias(), ids) + tf.where(tf.range(tf.size(ids)) < known, 0.0, gain)
+        return Candidates(vectors, bias, decoding.Words(0), ids), of_targets[1:]
 
     def _bias(self) -> tf.Tensor:
         with v1.variable_scope(_SCOPE, reuse=v1.AUTO_REUSE):
+            # Ids fall by frequency, which is about that of Zipf's law.
             zipf = v1.constant_initializer(-np.log(np.arange(self.spec.num_words) + 1.0))
             bias = v1.get_variable("word_bias", [self.spec.num_words], initializer=zipf, use_resource=True)
         return tf.convert_to_tensor(bias)
@@ -286,10 +268,10 @@ class Rewriter:
             start = tf.repeat(self._start(direction)[tf.newaxis], b, 0)
             x = self._drop(tf.concat([start, before * math.sqrt(self.dim)], 1))
             if self.config.decoder == "gru":
-                inputs = self._dense("gru_inputs", x, 3 * self.dim)
-                state, states = self._first_state(encoded)[:, 0], []
-                for t in range(length):
-                    state = self._gru(inputs[:, t], state)
+                inputs = tf.ensure_shape(self._dense("gru_inputs", x, 3 * self.dim), [None, length, 3 * self.dim])
+                gru, state, states = self._gru(), self._first_state(encoded)[:, 0], []
+                for each in tf.unstack(inputs, axis=1):
+                    state = gru(each, state)
                     states.append(state)
                 x = self._drop(tf.stack(states, 1))
             else:
@@ -331,14 +313,14 @@ class Rewriter:
                 n = tf.shape(x)[1]
                 if self.config.decoder == "gru":
                     inputs = self._dense("gru_inputs", tf.reshape(x, [-1, self.dim]), 3 * self.dim)
-                    flat = self._gru(inputs, tf.reshape(state, [-1, self.dim]))
+                    flat = self._gru()(inputs, tf.reshape(state, [-1, self.dim]))
                     x = state = tf.reshape(flat, tf.stack([b, n, self.dim]))
                 else:
                     x += self._rows("position", self._longest, position[tf.newaxis])
                     caches = []
                     for i, cache in enumerate(state):
                         with v1.variable_scope(f"layer_{i}", reuse=v1.AUTO_REUSE):
-                            x, cache = self._step(x, cache, position, n)
+                            x, cache = self._next(x, cache, position, n)
                             caches.append(cache)
                             x = self._crossed(x, encoded, _keep)
                     state = caches
@@ -455,7 +437,7 @@ class Rewriter:
         joined = self._dense("joined", _norm("attention_norm", x), 3 * self.dim)
         return [self._heads(part) for part in tf.split(joined, 3, axis=2)]
 
-    def _step(
+    def _next(
         self, x: tf.Tensor, cache: tuple[tf.Tensor, tf.Tensor], position: tf.Tensor, n: tf.Tensor
     ) -> tuple[tf.Tensor, tuple[tf.Tensor, tf.Tensor]]:
         """Runs self attention for the next word: x [b, n, d], and keys and values [b, n, length + 1, d] before it."""
@@ -487,13 +469,22 @@ class Rewriter:
         mean = tf.reduce_sum(encoded.memory, 1) / tf.maximum(count, 1.0)
         return tf.tanh(self._dense("first_state", mean, self.dim))[:, tf.newaxis]
 
-    def _gru(self, inputs: tf.Tensor, state: tf.Tensor) -> tf.Tensor:
-        """Returns the next state of the GRU: [m, 3 d] and [m, d] to [m, d] (Cho et al., 2014; reset after)."""
-        of_state = self._dense("gru_state", state, 3 * self.dim)
-        gates = tf.sigmoid(inputs[:, : 2 * self.dim] + of_state[:, : 2 * self.dim])
-        update, reset = tf.split(gates, 2, axis=1)
-        new = tf.tanh(inputs[:, 2 * self.dim :] + reset * of_state[:, 2 * self.dim :])
-        return new + update * (state - new)
+    def _gru(self) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+        """Returns the cell of the GRU (Cho et al., 2014; reset after): inputs [m, 3 d] and state [m, d] to [m, d]."""
+        d, zeros = self.dim, v1.zeros_initializer()
+        with v1.variable_scope("gru_state", reuse=v1.AUTO_REUSE):
+            kernel = tf.convert_to_tensor(
+                v1.get_variable("kernel", [d, 3 * d], initializer=v1.glorot_uniform_initializer(), use_resource=True)
+            )
+            bias = tf.convert_to_tensor(v1.get_variable("bias", [3 * d], initializer=zeros, use_resource=True))
+
+        def cell(inputs: tf.Tensor, state: tf.Tensor) -> tf.Tensor:
+            of_state = tf.nn.bias_add(tf.matmul(state, kernel), bias)
+            update, reset = tf.split(tf.sigmoid(inputs[:, : 2 * d] + of_state[:, : 2 * d]), 2, axis=1)
+            new = tf.tanh(inputs[:, 2 * d :] + reset * of_state[:, 2 * d :])
+            return new + update * (state - new)
+
+        return cell
 
     def _head(self, x: tf.Tensor, encoded: Encoded, drop: Drop) -> tf.Tensor:
         """Returns what the output layer reads, [b, m, d], from the decoder's states [b, m, d].

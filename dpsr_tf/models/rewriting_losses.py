@@ -89,7 +89,7 @@ def rewriter_loss(batch: RewritingBatch, rewriter: Rewriter, config: Config, ste
         # Before the cycle begins, it has no queries, and costs next to nothing.
         count = tf.where(step >= own.cycle_start, own.cycle_queries, 0)
         encoded = Encoded(*(part[:count] for part in encoded_of["forward"]))
-        seed = (tf.constant(config.train.seed, tf.int64) << 32) + tf.cast(step, tf.int64)
+        seed = tf.constant(config.train.seed << 32, tf.int64) + tf.cast(step, tf.int64)
         of_cycle = cycle_loss(rewriter, encoded, padded_of["backward"][:count], candidates, own.cycle_titles,
                               own.cycle_top_words, seed)
         metrics["loss/cycle"] = of_cycle
