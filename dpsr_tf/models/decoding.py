@@ -76,7 +76,7 @@ def beam_search(step: Step, state: State, beams: int | tf.Tensor, length: int, w
     start = _Found(tf.zeros([b, n, length], tf.int32), total, tf.equal(total, _NEVER))
     start = start._replace(words=_written(start.words, first, tf.constant(0), start.ended))
     found = _loop(body, first, start, state, length)
-    return Decoded(found.words, found.total)
+    return Decoded(tf.where(found.total[:, :, tf.newaxis] > _NEVER, found.words, 0), found.total)
 
 
 def sample(

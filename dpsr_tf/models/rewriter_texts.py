@@ -17,7 +17,8 @@ from dpsr_common.errors import CommandError
 from dpsr_tf.data.store import Store
 from dpsr_tf.models.encoders import restore
 from dpsr_tf.models.model_directory import ModelDirectory
-from dpsr_tf.models.rewriter import Candidates, Rewriter
+from dpsr_tf.models.rewriter import DIRECTIONS, TITLE, Candidates, Rewriter
+from dpsr_tf.models.rewriting_losses import log_probability
 from dpsr_tokenizer import WordSequences
 from dpsr_tokenizer.tf_ops import VocabularyTable, join_words
 
@@ -87,6 +88,65 @@ def rewriter(
             return [rewrites for batch in pool.map(of, batches) for rewrites in batch]
 
     return rewrite
+
+
+def log_probabilities(
+    model_dir: str | Path, checkpoint: str | None = None
+) -> Callable[[str, Sequence[str], np.ndarray], np.ndarray]:
+    """Returns a function that tells how probable it is that a rewriter writes given texts.
+
+    Its arguments are the direction (one of rewriter.DIRECTIONS), n texts that are read, and what is written, int32
+    [n, T]: words with their end, padded with 0. It returns the mean log probability of a word of each text, float32
+    [n], its end included.
+
+    Args:
+        model_dir: the model.
+        checkpoint: as `rewriter` has it.
+
+    Raises:
+        CommandError: as `rewriter`.
+    """
+    model = ModelDirectory.open(model_dir, "rewriter")
+    saved = str(model.path / checkpoint) if checkpoint else model.last_checkpoint()
+    spec = model.features.sequences
+    words = WordSequences(model.words)
+    runs: dict[tuple[str, int], Callable[..., np.ndarray]] = {}
+
+    def made(direction: str, length: int) -> Callable[..., np.ndarray]:
+        size = spec.title_words if DIRECTIONS[direction][0] == TITLE else spec.query_words
+        with tf.Graph().as_default():
+            read = v1.placeholder(tf.int32, [None, size])
+            pieces = v1.placeholder(tf.int32, [None, size, spec.max_pieces])
+            target = v1.placeholder(tf.int32, [None, length])
+            known = words.pieces_of_vocabulary(max_pieces=spec.max_pieces, num_pieces=spec.num_pieces)
+            graph = Rewriter(model.config, spec, known)
+            candidates, compose = graph.frozen()
+            encoded = graph.encode(direction, read, pieces)
+            logs = log_probability(graph, direction, encoded, target, target > 0, candidates)
+            mean = logs / tf.maximum(tf.cast(tf.math.count_nonzero(target, 1), tf.float32), 1.0)
+            session = v1.Session()
+            restore(model, session, saved)
+            session.run(v1.local_variables_initializer())
+            session.run(compose)
+            run = session.make_callable(mean, [read, pieces, target])
+
+        def score(texts: Sequence[str], target: np.ndarray) -> np.ndarray:
+            ids = words.encode(texts, max_words=size)
+            of_words = words.pieces(texts, max_words=size, max_pieces=spec.max_pieces, num_pieces=spec.num_pieces)
+            return run(ids, of_words, target)
+
+        return score
+
+    def scores(direction: str, texts: Sequence[str], target: np.ndarray) -> np.ndarray:
+        key = direction, target.shape[1]
+        if key not in runs:
+            runs[key] = made(*key)
+        found = [
+            runs[key](list(texts[i : i + _BATCH]), target[i : i + _BATCH]) for i in range(0, len(texts), _BATCH)
+        ]
+        return np.concatenate([np.zeros(0, np.float32), *found])
+
+    return scores
 
 
 class RewriteGraph:

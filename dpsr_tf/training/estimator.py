@@ -34,6 +34,8 @@ from dpsr_tf.models.quantizer import Quantizer
 from dpsr_tf.models.quantizer_layer import QuantizerLayer, TeacherItems
 from dpsr_tf.models.ranker import Ranker
 from dpsr_tf.models.ranking_losses import ranker_loss
+from dpsr_tf.models.rewriter import Rewriter
+from dpsr_tf.models.rewriting_losses import RewritingBatch, rewriter_loss
 from dpsr_tf.models.two_tower import TwoTower
 from dpsr_tf.training.cluster import Cluster
 from dpsr_tf.training.optimizers import dense_optimizer, rate_factor
@@ -67,7 +69,7 @@ class QuantizerPhase:
 class _Built(NamedTuple):
     """The model of a training graph, and what a step minimizes."""
 
-    model: InputLayers
+    model: InputLayers | Rewriter
     loss: tf.Tensor
     metrics: dict[str, tf.Tensor]
     quantizer: QuantizerLayer | None
@@ -78,14 +80,15 @@ def model_fn(features: dict[str, Any], labels: None, mode: str, params: dict[str
     """Builds the training graph.
 
     Args:
-        features: {"batch": a Batch, or a RankingBatch for a ranker}, and with "teacher": TeacherItems for a quantizer
+        features: {"batch": a Batch, a RankingBatch for a ranker, or a RewritingBatch for a rewriter}, and with "teacher": TeacherItems for a quantizer
             that learns from a teacher.
         labels: unused, the positives of the batch are the labels.
         mode: tf.estimator.ModeKeys.TRAIN; inference graphs are built from TwoTower by dpsr_export.
         params: `config` (Config); `features` (FeatureSpec); `num_ps`, the number of parameter servers, 0 for none;
             `item_shares`, float32 [items], each item's share of the positive pairs, needed only if
             `train.log_q_correction` is on; `propensities`, float32 [positions], needed only if
-            `ranker.propensity_weights` is on; `warm_start`, a function that makes the Scaffold's `init_fn` from the
+            `ranker.propensity_weights` is on; `pieces`, int32 [words, pieces], the pieces of a rewriter's words;
+            `warm_start`, a function that makes the Scaffold's `init_fn` from the
             towers, or None; `last_step`, the step at which the session ends, by default `train.steps`; and `quantizer`,
             a function that returns the QuantizerPhase, or None for a graph without a quantizer.
 
@@ -106,7 +109,7 @@ def model_fn(features: dict[str, Any], labels: None, mode: str, params: dict[str
     table: TableFactory = functools.partial(EmbeddingTable, initial_accumulator=train.initial_accumulator, **layout)
     if config.model.encoder:
         tf.keras.utils.set_random_seed(train.seed)  # Keras layers do not start from the seed of the graph
-    build = _build_ranker if config.model.kind == "ranker" else _build_towers
+    build = {"retrieval": _build_towers, "ranker": _build_ranker, "rewriter": _build_rewriter}[config.model.kind]
     towers, loss, metrics, quantizer, rows = build(features, config, spec, table, params, phase)
     tables = [table for table in towers.tables.values() if isinstance(table, EmbeddingTable)]
     for name, value in metrics.items():
@@ -207,6 +210,24 @@ def _build_ranker(
     return _Built(ranker, loss, metrics, None, {"requests": batch.requests})
 
 
+def _build_rewriter(
+    features: dict[str, Any],
+    config: Config,
+    spec: FeatureSpec,
+    table: TableFactory,
+    params: dict[str, Any],
+    phase: QuantizerPhase | None,
+) -> _Built:
+    """Builds a rewriter and its loss."""
+    batch: RewritingBatch = features["batch"]
+    step = v1.train.get_or_create_global_step().read_value()
+    getter = half_on_wire if config.cluster.half_on_wire else None
+    with v1.variable_scope(v1.get_variable_scope(), custom_getter=getter):
+        rewriter = Rewriter(config, spec.sequences, params["pieces"], table=table, layers=FUSED, step=step)
+        loss, metrics = rewriter_loss(batch, rewriter, config, step)
+    return _Built(rewriter, loss, metrics, None, {})
+
+
 def _is_trained(towers: str) -> Callable[[str], bool]:
     """Returns what tells by its name whether a weight is trained; `towers` is that of QuantizerConfig."""
     if towers == "both":
@@ -260,7 +281,7 @@ class _BeginningSaver(tf.compat.v1.train.Saver):
 def run_config(model_dir: str, config: Config, cluster: Cluster) -> tf.estimator.RunConfig:
     """Returns checkpoint times, seed, placement and session config of this process. It also loads the op library."""
     session = v1.ConfigProto(allow_soft_placement=True)
-    if cluster.is_local and config.train.batch_size <= _SMALL_BATCH:
+    if cluster.is_local and config.train.batch_size <= _SMALL_BATCH and config.model.kind != "rewriter":
         session.intra_op_parallelism_threads = session.inter_op_parallelism_threads = 1
         session.experimental.executor_type = "SINGLE_THREADED_EXECUTOR"
     # A session config replaces Estimator's own device filters, so they are set again: with them a process waits only
@@ -288,7 +309,8 @@ def loss_problem(error: tf.errors.OpError) -> str | None:
         return None
     step, rest = parts.groups()
     rows = re.findall(r"\[(\w+_?rows|requests)\]\s*\[(.*?)\]", rest, re.DOTALL)
-    return f"{_NOT_FINITE} {step}, in a batch of " + ", ".join(f"{name} [{' '.join(r.split())}]" for name, r in rows)
+    of = ", ".join(f"{name} [{' '.join(r.split())}]" for name, r in rows)
+    return f"{_NOT_FINITE} {step}" + (f", in a batch of {of}" if of else "")
 
 
 class FiniteWeights(tf.estimator.CheckpointSaverListener):

@@ -1,4 +1,4 @@
-"""`dpsr train`: trains the two towers, or a ranker, on a store."""
+"""`dpsr train`: trains the two towers, a ranker, or a rewriter on a store."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ from dpsr_tf.training.estimator import (
 )
 from dpsr_tf.training.quantizer_start import Teacher
 from dpsr_tf.training.ranker_examples import RankerExamples
+from dpsr_tf.training.rewriter_examples import RewriterExamples
 from dpsr_tf.training.warm_start import SUMS, WarmStart
 
 USAGE = """
 Usage: dpsr train --store=STORE --out=MODEL [--config=FILE] [--set=KEY=VALUE ...] [--warm_start=MODEL]
 
-Trains the query tower and the item tower on a store, or a ranker if the config has model.kind: ranker. If OUT already
-holds a model, training resumes from its last checkpoint. With --warm_start, a new model begins with the weights of
+Trains the query tower and the item tower on a store, or what model.kind of the config names: a ranker or a rewriter. If
+OUT already holds a model, training resumes from its last checkpoint. With --warm_start, a new model begins with the weights of
 another one, whose store may have had other tokens and other values of features.
 """
 
@@ -116,8 +117,8 @@ def read_flags(values: flags.FlagValues) -> tuple[Store, Config, WarmStart | Non
     """
     config, out = config_from_flags(values.config, values.set), Path(values.out)
     store = Store(values.store)
-    if config.model.kind == "ranker":
-        return store, _checked_ranker(store, config, values), None
+    if config.model.kind != "retrieval":
+        return store, _checked(store, config, values), None
     if not store.counts.positives and config.train.num_title_queries < config.train.batch_size:
         raise CommandError(
             f"{values.store}: holds no positive pair, because it was made without interactions; train on titles alone, "
@@ -140,17 +141,23 @@ def read_flags(values: flags.FlagValues) -> tuple[Store, Config, WarmStart | Non
     return store, config, warm_start
 
 
-def _checked_ranker(store: Store, config: Config, values: flags.FlagValues) -> Config:
-    """Returns the config of a ranker when flags and store fit it, and removes what --overwrite tells to remove."""
+def _checked(store: Store, config: Config, values: flags.FlagValues) -> Config:
+    """Returns the config of a ranker or rewriter when flags and store fit it, and removes what --overwrite tells to."""
+    kind = config.model.kind
     if values.warm_start is not None:
         raise UsageError(
-            f"--warm_start={values.warm_start}: cannot be combined with model.kind ranker; train the ranker from "
-            f"the start"
+            f"--warm_start={values.warm_start}: cannot be combined with model.kind {kind}; train the {kind} from the "
+            f"start"
         )
-    if store.schema.ranking is None:
+    if kind == "ranker" and store.schema.ranking is None:
         raise CommandError(
             f"{values.store}: holds no requests, which a ranker learns from; add the section `ranking` to the schema "
             f"and ingest the log again"
+        )
+    if kind == "rewriter" and store.schema.rewriting is None:
+        raise CommandError(
+            f"{values.store}: holds no sequences of words, which a rewriter learns from; add the section "
+            f"`rewriting: {{}}` to the schema and ingest the log again"
         )
     _remove(values)
     return config
@@ -206,8 +213,11 @@ def train(
     cluster = cluster or Cluster()
     if config.model.encoder and cluster.task_type != "ps":
         load_encoder(config.model.encoder)  # fails here, before anything is written
-    ranking = RankerExamples(store, config) if config.model.kind == "ranker" and cluster.task_type != "ps" else None
-    model = ModelDirectory.create_or_resume(model_dir, config, store, ranking.numbers if ranking else tuple)
+    own: RankerExamples | RewriterExamples | None = None
+    if cluster.task_type != "ps" and config.model.kind != "retrieval":
+        own = (RankerExamples if config.model.kind == "ranker" else RewriterExamples)(store, config)
+    numbers = own.numbers if isinstance(own, RankerExamples) else tuple
+    model = ModelDirectory.create_or_resume(model_dir, config, store, numbers)
     if cluster.task_type in ("chief", "worker"):
         if validation.is_over(model.path, config):
             print(f"model {model.path}: {_stopped(model.path, config)}")
@@ -227,7 +237,7 @@ def train(
     is_chief = cluster.task_type == "chief"
     summary_dir = str(model.path) if is_chief else None
     bar = ProgressBar(config.train.steps, config.train.batch_size, summary_dir, says_start=not cluster.is_local)
-    training = _Training(model, store, config, cluster, warm_start, bar, listeners, ranking)
+    training = _Training(model, store, config, cluster, warm_start, bar, listeners, own)
     try:
         training.run()
     except tf.errors.OpError as error:
@@ -237,7 +247,10 @@ def train(
     if not cluster.is_local:
         print(f"this process trained {bar.num_steps:,} steps", flush=True)
     if is_chief:
-        print(f"model {model.path}: step {_global_step(model.path):,}, {store.vocabulary.num_ids:,} token embeddings")
+        made = f"{store.vocabulary.num_ids:,} token embeddings"
+        if config.model.kind == "rewriter":
+            made = f"{model.features.sequences.num_words:,} words"
+        print(f"model {model.path}: step {_global_step(model.path):,}, {made}")
         if validation.is_over(model.path, config):
             print(f"model {model.path}: {_stopped(model.path, config)}")
     return model
@@ -255,11 +268,11 @@ class _Training:
         warm_start: WarmStart | None,
         bar: ProgressBar,
         listeners: list[tf.estimator.CheckpointSaverListener],
-        ranking: RankerExamples | None,
+        own: RankerExamples | RewriterExamples | None,
     ):
         self._model, self._store, self._config, self._cluster = model, store, config, cluster
         self._warm_start, self._bar, self._listeners = warm_start, bar, listeners
-        self._item_shares, self._ranking = _item_shares(store, config), ranking
+        self._item_shares, self._own = _item_shares(store, config), own
         self._has_server = cluster.is_local
 
     def run(self) -> None:
@@ -304,7 +317,8 @@ class _Training:
                 "features": model.features,
                 "num_ps": cluster.num_ps,
                 "item_shares": self._item_shares,
-                "propensities": self._ranking and self._ranking.propensities,
+                "propensities": self._own.propensities if isinstance(self._own, RankerExamples) else None,
+                "pieces": self._own.pieces(model) if isinstance(self._own, RewriterExamples) else None,
                 "last_step": last_step,
                 # Functions, because Estimator copies all other values.
                 "warm_start": (lambda towers: warm_start.init_fn(model, towers)) if warm_start and not phase else None,
@@ -331,8 +345,8 @@ class _Training:
     def _examples_of(self, phase: QuantizerPhase | None) -> Callable[[], tf.data.Dataset]:
         """Returns the input_fn of a graph."""
         store, config, cluster = self._store, self._config, self._cluster
-        if self._ranking:
-            return self._ranking.input_fn(self._model, cluster)
+        if self._own:
+            return self._own.input_fn(self._model, cluster)
         options = batch_options(config, self._model.features)
         # The workers share the first steps too.
         options = dataclasses.replace(options, pretrain_steps=-(-options.pretrain_steps // cluster.num_workers))

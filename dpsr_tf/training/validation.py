@@ -1,7 +1,8 @@
 """Measures checkpoints on the validation fold of what the store held out of its log.
 
 The figure is recall@k of a retrieval model. Of a ranker it is NDCG@10 of the items shown, with gains of 2^outcome - 1,
-over the requests with a click.
+over the requests with a click. Of a rewriter it is the mean log probability of a word of the fold's queries: written for
+the queries with typing errors and for a title that they clicked, as far as the config trains these directions.
 
 It writes into the model directory, beside the checkpoints:
 
@@ -34,6 +35,8 @@ from dpsr_tf.models.encoders import exact_search
 from dpsr_tf.models.model_directory import ModelDirectory, copy_model
 from dpsr_tf.models.quantizer import Quantizer
 from dpsr_tf.models.ranker_scores import ranker_scores
+from dpsr_tf.models.rewriter_texts import log_probabilities
+from dpsr_tokenizer import Vocabulary, WordSequences
 
 v1 = tf.compat.v1
 
@@ -55,8 +58,8 @@ class Validation:
     def __init__(self, model: ModelDirectory, store: Store, config: Config):
         """Raises CommandError if the store has no held-out interactions in the validation fold."""
         self._path, self._store, self._config = model.path, store, config
-        measure = _ranker_measure if config.model.kind == "ranker" else _retrieval_measure
-        self._figures = measure(store, config)
+        measures = {"retrieval": _retrieval_measure, "ranker": _ranker_measure, "rewriter": _rewriter_measure}
+        self._figures = measures[config.model.kind](store, config)
         self._writer: tf.compat.v1.summary.FileWriter | None = None
         # An earlier process may have been killed between the two renames in _measure.
         if not (self._path / BEST).exists() and (self._path / _PREVIOUS).exists():
@@ -187,10 +190,35 @@ def _ranker_measure(store: Store, config: Config) -> Measure:
     return measure
 
 
+def _rewriter_measure(store: Store, config: Config) -> Measure:
+    from dpsr_tf.evaluation.judgments import Judgments
+
+    judgments = Judgments.of_held_out(store, "validation").sample(config.validation.queries, _SEED)
+    words = WordSequences(Vocabulary(str(store.words_path)))
+    schema = store.schema.rewriting
+    assert schema is not None
+    target = words.encode(judgments.queries, max_words=schema.max_query_words, ends=True)
+    titles, row_of = store.titles(), {item: row for row, item in enumerate(store.items()["id"].tolist())}
+    read = {
+        "direct": misspelt(judgments.queries, _TYPO_RATE, _SEED),
+        "backward": [titles[row_of[items[0]]] for items in judgments.relevant],
+    }
+    weights = {"direct": config.rewriter.direct_weight, "backward": config.rewriter.backward_weight}
+    used = [name for name, weight in weights.items() if weight]
+
+    def measure(model: Path, quantized: bool) -> np.ndarray:
+        score = log_probabilities(model)
+        return np.mean([score(name, read[name], target) for name in used], axis=0)
+
+    return measure
+
+
 def metric(config: Config) -> str:
     """Returns the name of the metric, such as "recall@100"."""
     if config.model.kind == "ranker":
         return f"ndcg@{_NDCG_AT}"
+    if config.model.kind == "rewriter":
+        return "log_probability"
     return f"recall@{config.validation.recall_at}"
 
 

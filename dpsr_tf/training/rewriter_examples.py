@@ -1,0 +1,82 @@
+"""The training examples of a rewriter: pairs of texts of a store as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from dpsr_tf.config import Config
+from dpsr_tf.data.rewriting_batches import RewritingBatches
+from dpsr_tf.data.store import Store
+from dpsr_tf.models.features import SequenceSpec
+from dpsr_tf.models.model_directory import ModelDirectory
+from dpsr_tf.models.rewriting_losses import RewritingBatch
+from dpsr_tf.training.cluster import Cluster
+from dpsr_tokenizer import Vocabulary, WordSequences
+
+# Batches that are made ahead.
+_AHEAD = 4
+
+
+class RewriterExamples:
+    """Reads the examples of a training. Opening it finds out what cannot be trained on."""
+
+    def __init__(self, store: Store, config: Config):
+        """Raises CommandError if the store has nothing that the losses of the config can learn from."""
+        self._config = config
+        self._words = WordSequences(Vocabulary(str(store.words_path)))
+        self._batches = RewritingBatches(store, config)
+
+    def pieces(self, model: ModelDirectory) -> np.ndarray:
+        """Returns the pieces of each word of the vocabulary, int32 [words, max_pieces]."""
+        spec = model.features.sequences
+        return self._words.pieces_of_vocabulary(max_pieces=spec.max_pieces, num_pieces=spec.num_pieces)
+
+    def input_fn(self, model: ModelDirectory, cluster: Cluster) -> Callable[[], tf.data.Dataset]:
+        """Returns the input_fn of an Estimator, which begins at the global step."""
+        spec = model.features.sequences
+
+        def generate(first_step: np.ndarray) -> Iterator[RewritingBatch]:
+            for batch in self._batches.batches(int(first_step), cluster.worker_index, cluster.num_workers):
+                yield self._tensors(batch, spec)
+
+        example = self._tensors(next(iter(self._batches.batches(0))), spec)
+        signature = tf.nest.map_structure(lambda array: tf.TensorSpec([None, *array.shape[1:]], array.dtype), example)
+
+        def examples() -> tf.data.Dataset:
+            # The step is read whenever a session is made, also after a loss. Each of several workers takes about every
+            # num_workers-th step.
+            step = tf.compat.v1.train.get_global_step() // cluster.num_workers
+            dataset = tf.data.Dataset.from_generator(generate, output_signature=signature, args=(step,))
+            return dataset.map(lambda *parts: {"batch": RewritingBatch(*parts)}).prefetch(_AHEAD)
+
+        return examples
+
+    def _tensors(self, batch: dict[str, np.ndarray], spec: SequenceSpec) -> RewritingBatch:
+        queries, query_pieces = words_of(self._words, batch["queries"], spec.query_words, spec)
+        titles, title_pieces = words_of(self._words, batch["titles"], spec.title_words, spec)
+        sources, source_pieces = words_of(self._words, batch["pair_source"], spec.query_words, spec)
+        return RewritingBatch(
+            queries,
+            query_pieces,
+            batch["query_words"],
+            titles,
+            title_pieces,
+            batch["title_words"],
+            batch["weights"],
+            sources,
+            source_pieces,
+            batch["pair_words"],
+            batch["pair_weights"],
+        )
+
+
+def words_of(
+    words: WordSequences, texts: Sequence[str] | np.ndarray, size: int, spec: SequenceSpec
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the words of texts, int32 [b, size], and their pieces, int32 [b, size, max_pieces]."""
+    texts = list(texts)
+    pieces = words.pieces(texts, max_words=size, max_pieces=spec.max_pieces, num_pieces=spec.num_pieces)
+    return words.encode(texts, max_words=size), pieces
