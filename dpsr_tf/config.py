@@ -365,6 +365,12 @@ class RewriterConfig:
         "false, each has its own, and only the embeddings of words are shared",
     )
     dropout: float = option(0.1, "share of the outputs of each layer that training leaves out", 0, 0.95)
+    unknown_rate: float = option(
+        0.1,
+        "share of the words of a text that training reads by their letter trigrams alone, as if they were unknown",
+        0,
+        1,
+    )
     forward_weight: float = option(0.2, "weight of the loss from query to title. 0 leaves it out", 0, 1e6)
     backward_weight: float = option(1.0, "weight of the loss from title to query. 0 leaves it out", 0, 1e6)
     direct_weight: float = option(1.0, "weight of the loss from query to query. 0 leaves it out", 0, 1e6)

@@ -36,7 +36,14 @@ class Words(NamedTuple):
     reserved: int = 0  # the words 0, ..., reserved - 1 are never written
 
 
-def beam_search(step: Step, state: State, beams: int | tf.Tensor, length: int, words: Words) -> Decoded:
+def beam_search(
+    step: Step,
+    state: State,
+    beams: int | tf.Tensor,
+    length: int,
+    words: Words,
+    original: tf.Tensor | None = None,
+) -> Decoded:
     """Returns likely sequences, the most probable one first. One beam is greedy decoding.
 
     After each word the `beams` most probable beginnings of each text go on. A sequence that has `length` words ends.
@@ -47,6 +54,8 @@ def beam_search(step: Step, state: State, beams: int | tf.Tensor, length: int, w
         beams: n, 1 or more; int32 [] if it is a tensor.
         length: the largest number of words.
         words: what may be written.
+        original: int32 [b, any]. If given, a sequence has no word twice, or as often as the original of its text has
+            it. The log probabilities remain those of the decoder.
     """
     n = tf.convert_to_tensor(beams, tf.int32)
     logits, state = step(None, state, tf.constant(0))
@@ -59,7 +68,11 @@ def beam_search(step: Step, state: State, beams: int | tf.Tensor, length: int, w
     def body(position: tf.Tensor, last: tf.Tensor, found: _Found, state: State) -> tuple[Any, ...]:
         logits, state = step(last, state, position)
         open_ends = tf.where(position < length, may, only_end)
-        scores, following = _best(tf.nn.log_softmax(logits) + open_ends, n)  # [b, n, n]
+        # As many more as there are words that may be forbidden.
+        scores, following = _best(tf.nn.log_softmax(logits) + open_ends, n if original is None else n + length)
+        if original is not None:
+            scores, place = _best(scores + _repeated(following, found.words, original), n)
+            following = tf.gather(following, place, batch_dims=2)
         # A sequence that has ended goes on as itself, once.
         stays = tf.where(tf.equal(tf.range(n), 0), 0.0, _NEVER)
         ended = found.ended[:, :, tf.newaxis]
@@ -88,6 +101,7 @@ def sample(
     seed: tf.Tensor,
     top: int = 0,
     temperature: float = 1.0,
+    original: tf.Tensor | None = None,
 ) -> Decoded:
     """Draws sequences word by word (top-n sampling). Some of them may be equal.
 
@@ -96,7 +110,7 @@ def sample(
     batch.
 
     Args:
-        step, state, length, words: as in `beam_search`.
+        step, state, length, words, original: as in `beam_search`.
         count: n, the number of sequences for each text, 1 or more; int32 [] if it is a tensor.
         seed: int64 []. The same seed gives the same sequences.
         top: the number of most probable words that one is drawn from; 0 takes all.
@@ -108,10 +122,16 @@ def sample(
     width = tf.minimum(top, v) if top else v
     seed = tf.cast(seed, tf.int64)
 
-    def drawn(logits: tf.Tensor, forbidden: tf.Tensor, position: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def drawn(
+        logits: tf.Tensor, forbidden: tf.Tensor, position: tf.Tensor, written: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         """Draws n words from logits [b, 1 or n, v]: words [b, n], and their log probabilities."""
         logs = tf.nn.log_softmax(logits)
         values, ids = tf.math.top_k(logs + forbidden, width)
+        if original is not None and written is not None:
+            fresh = values + _repeated(ids, written, original)
+            # Where nothing else is left, words repeat themselves.
+            values = tf.where(tf.reduce_any(fresh > _NEVER, 2, keepdims=True), fresh, values)
         uniform = tf.random.stateless_uniform(
             [n, width], tf.stack([seed, tf.cast(position, tf.int64)]), minval=1e-30, maxval=1.0
         )
@@ -127,7 +147,7 @@ def sample(
 
     def body(position: tf.Tensor, last: tf.Tensor, found: _Found, state: State) -> tuple[Any, ...]:
         logits, state = step(last, state, position)
-        word, logs = drawn(logits, tf.where(position < length, may, only_end), position)
+        word, logs = drawn(logits, tf.where(position < length, may, only_end), position, found.words)
         total = found.total + tf.where(found.ended, 0.0, logs)
         ended = found.ended | tf.equal(word, words.end)
         return position + 1, word, _Found(_written(found.words, word, position, ended), total, ended), state
@@ -200,6 +220,19 @@ def _best(scores: tf.Tensor, n: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     values, places = tf.math.top_k(scores, kept)
     missing = [[0, 0]] * (scores.shape.rank - 1) + [[0, n - kept]]
     return tf.pad(values, missing, constant_values=_NEVER), tf.pad(places, missing)
+
+
+def _repeated(following: tf.Tensor, written: tf.Tensor, original: tf.Tensor) -> tf.Tensor:
+    """Returns -inf for words [b, n, k] that have been written as often as the original has them, else 0.
+
+    Args:
+        following: int32 [b, n, k], words that could be next.
+        written: int32 [b, n, length], words so far, padded with 0.
+        original: int32 [b, any].
+    """
+    times = tf.math.count_nonzero(tf.equal(following[..., tf.newaxis], written[:, :, tf.newaxis]), 3)
+    wanted = tf.math.count_nonzero(tf.equal(following[..., tf.newaxis], original[:, tf.newaxis, tf.newaxis]), 3)
+    return tf.where(times >= tf.maximum(wanted, 1), _NEVER, 0.0)
 
 
 def _forbidden(v: tf.Tensor, reserved: int, end: int | None = None, only: bool = False) -> tf.Tensor:

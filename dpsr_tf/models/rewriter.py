@@ -215,6 +215,10 @@ class Rewriter:
         places = tf.where(tf.reshape(words > 0, [-1]))[:, 0]
         flat = tf.gather(tf.reshape(words, [-1]), places)
         of_flat = tf.gather(tf.reshape(pieces, [-1, pieces.shape[2]]), places)
+        if self._step is not None and self.config.unknown_rate:
+            self._drops += 1
+            chance = tf.random.stateless_uniform(tf.shape(flat), self._seeds(self._drops))
+            flat = tf.where(chance < self.config.unknown_rate, UNKNOWN, flat)
         return self._encode(direction, self.word_vectors(flat, of_flat), places, words > 0)
 
     def encode_candidates(self, direction: str, texts: tf.Tensor, candidates: Candidates) -> Encoded:
@@ -273,7 +277,7 @@ class Rewriter:
                 for each in tf.unstack(inputs, axis=1):
                     state = gru(each, state)
                     states.append(state)
-                x = self._drop(tf.stack(states, 1))
+                x = self._drop(tf.stack(states, 1)) + self._rows("position", self._longest, tf.range(length))
             else:
                 x += self._rows("position", self._longest, tf.range(length))
                 causal = (1.0 - tf.linalg.band_part(tf.ones([length, length]), -1, 0)) * _FAR
@@ -314,7 +318,8 @@ class Rewriter:
                 if self.config.decoder == "gru":
                     inputs = self._dense("gru_inputs", tf.reshape(x, [-1, self.dim]), 3 * self.dim)
                     flat = self._gru()(inputs, tf.reshape(state, [-1, self.dim]))
-                    x = state = tf.reshape(flat, tf.stack([b, n, self.dim]))
+                    state = tf.reshape(flat, tf.stack([b, n, self.dim]))
+                    x = state + self._rows("position", self._longest, position[tf.newaxis])
                 else:
                     x += self._rows("position", self._longest, position[tf.newaxis])
                     caches = []
@@ -372,11 +377,11 @@ class Rewriter:
         step, state = self.decoder(direction, encoded, candidates, config.max_words)
         if (method or config.method) == "beam":
             # One more, because the query itself may be among them.
-            decoded = decoding.beam_search(step, state, n + 1, config.max_words, candidates.words)
+            decoded = decoding.beam_search(step, state, n + 1, config.max_words, candidates.words, read)
         else:
             decoded = decoding.sample(
                 step, state, n * config.draws, config.max_words, candidates.words, seed, config.top_words,
-                config.temperature,
+                config.temperature, read,
             )  # fmt: skip
         has_words = tf.reduce_any(words > 0, 1)[:, tf.newaxis]
         logs = tf.where(has_words, decoded.log_probabilities, float("-inf"))
