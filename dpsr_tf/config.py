@@ -141,7 +141,7 @@ class TrainConfig:
     batch_size: int = option(
         64,
         "b, the number of positive pairs in a batch; for a ranker, the number of requests; for a rewriter, the number "
-        "of pairs of query and title, and that of pairs of queries",
+        "of pairs of queries",
         2,
         1 << 16,
     )
@@ -365,6 +365,42 @@ class RewriterConfig:
         "false, each has its own, and only the embeddings of words are shared",
     )
     dropout: float = option(0.1, "share of the outputs of each layer that training leaves out", 0, 0.95)
+    click_pairs: int = option(32, "number of pairs of query and title in a batch", 1, 1 << 16)
+    title_queries: float = option(
+        0.3,
+        "share of these pairs whose query is a piece of the title, for items without clicks. A store without clicks "
+        "has no others",
+        0,
+        1,
+    )
+    title_pairs: float = option(
+        0.65, "share of the pairs of queries that are a piece of a title with typing errors, and the same piece", 0, 1
+    )
+    query_pairs: float = option(
+        0.15,
+        "share of the pairs of queries that are a query with typing errors, and the same query. The rest are two "
+        "queries with the same clicks, or of which users type one after the other",
+        0,
+        1,
+    )
+    typo_rate: float = option(0.25, "share of the words that are read with a typing error", 0, 1)
+    drop_rate: float = option(0.0, "share of the words of a query that are left out where it is read", 0, 1)
+    click_power: float = option(
+        0.5, "a pair of query and title is drawn in proportion to this power of its clicks", 0, 10
+    )
+    target_power: float = option(
+        0.5,
+        "two different queries are drawn in proportion to their similarity, times this power of the clicks of the one "
+        "that is written",
+        0,
+        10,
+    )
+    title_subsampling: float = option(
+        0.003,
+        "in a piece of a title, words that occur in more than this share of the titles are kept less often. 0 is off",
+        0,
+        1,
+    )
     unknown_rate: float = option(
         0.1,
         "share of the words of a text that training reads by their letter trigrams alone, as if they were unknown",
@@ -415,6 +451,11 @@ class RewriterConfig:
 
     def problem(self) -> str | None:
         """Returns what is wrong with values that are allowed one by one but not together."""
+        if self.title_pairs + self.query_pairs > 1:
+            return (
+                f"title_pairs and query_pairs are {self.title_pairs:g} and {self.query_pairs:g}, expected a sum of at "
+                f"most 1"
+            )
         weights = {name: getattr(self, f"{name}_weight") for name in ("forward", "backward", "direct")}
         if not any(weights.values()):
             return "forward_weight, backward_weight and direct_weight are all 0, expected at least one above 0"

@@ -17,7 +17,7 @@ from dpsr_common.errors import CommandError
 from dpsr_tf.data.store import Store
 from dpsr_tf.models.encoders import restore
 from dpsr_tf.models.model_directory import ModelDirectory
-from dpsr_tf.models.rewriter import DIRECTIONS, TITLE, Candidates, Rewriter
+from dpsr_tf.models.rewriter import DIRECTIONS, TITLE, UNKNOWN, Candidates, Rewriter
 from dpsr_tf.models.rewriting_losses import log_probability
 from dpsr_tokenizer import WordSequences
 from dpsr_tokenizer.tf_ops import VocabularyTable, join_words
@@ -96,7 +96,7 @@ def log_probabilities(
     """Returns a function that tells how probable it is that a rewriter writes given texts.
 
     Its arguments are the direction (one of rewriter.DIRECTIONS), n texts that are read, and what is written, int32
-    [n, T]: words with their end, padded with 0. It returns the mean log probability of a word of each text, float32
+    [n, T]: words with their end, padded with 0. It returns the mean log probability of a known word of each text, float32
     [n], its end included.
 
     Args:
@@ -122,8 +122,9 @@ def log_probabilities(
             graph = Rewriter(model.config, spec, known)
             candidates, compose = graph.frozen()
             encoded = graph.encode(direction, read, pieces)
-            logs = log_probability(graph, direction, encoded, target, target > 0, candidates)
-            mean = logs / tf.maximum(tf.cast(tf.math.count_nonzero(target, 1), tf.float32), 1.0)
+            known_words = target > UNKNOWN
+            logs = log_probability(graph, direction, encoded, target, known_words, candidates)
+            mean = logs / tf.maximum(tf.reduce_sum(tf.cast(known_words, tf.float32), 1), 1.0)
             session = v1.Session()
             restore(model, session, saved)
             session.run(v1.local_variables_initializer())

@@ -8,14 +8,14 @@ import tensorflow as tf
 
 from dpsr_tf.config import Config
 from dpsr_tf.models import decoding
-from dpsr_tf.models.rewriter import Candidates, Encoded, Rewriter
+from dpsr_tf.models.rewriter import UNKNOWN, Candidates, Encoded, Rewriter
 
 
 class RewritingBatch(NamedTuple):
     """A training batch: b pairs of query and title, and p pairs of queries.
 
     Words are int32, padded with 0. What is read has words and their pieces [.., words, P]. What is written ends with
-    END, in so far as there is room.
+    END. They may have UNKNOWN words, which are not learned to be written.
     """
 
     query_words: tf.Tensor  # int32 [b, S], the query as it is read, with typing errors
@@ -71,7 +71,9 @@ def rewriter_loss(batch: RewritingBatch, rewriter: Rewriter, config: Config, ste
         padded_of[name] = padded = tf.ensure_shape(padded, target.shape)
         states = rewriter.hidden(name, encoded, candidates.of(padded[:, :-1]))
         hidden.append(tf.gather(tf.reshape(states, [-1, rewriter.dim]), place))
-        of_word = tf.gather(weights, place // target.shape[1])
+        # An unknown word cannot be written. It is only what other words follow.
+        known = tf.cast(tf.not_equal(tf.gather(tf.reshape(target, [-1]), place), UNKNOWN), tf.float32)
+        of_word = tf.gather(weights, place // target.shape[1]) * known
         shares.append(tf.math.divide_no_nan(of_word, tf.reduce_sum(of_word)))
     logits = candidates.logits(tf.concat(hidden, 0))
     every = tf.concat(labels, 0)

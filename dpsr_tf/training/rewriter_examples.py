@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from dpsr_tf.config import Config
-from dpsr_tf.data.rewriting_batches import RewritingBatches
+from dpsr_tf.data.rewriting_batches import RewritingBatches, RewritingOptions
 from dpsr_tf.data.store import Store
 from dpsr_tf.models.features import SequenceSpec
 from dpsr_tf.models.model_directory import ModelDirectory
@@ -24,10 +25,16 @@ class RewriterExamples:
     """Reads the examples of a training. Opening it finds out what cannot be trained on."""
 
     def __init__(self, store: Store, config: Config):
-        """Raises CommandError if the store has nothing that the losses of the config can learn from."""
-        self._config = config
+        """Raises CommandError if the store has no sequences of words."""
+        self._store = store
         self._words = WordSequences(Vocabulary(str(store.words_path)))
-        self._batches = RewritingBatches(store, config)
+        own = {field.name: getattr(config.rewriter, field.name, None) for field in dataclasses.fields(RewritingOptions)}
+        own |= {
+            "batch_size": config.rewriter.click_pairs,
+            "pair_batch_size": config.train.batch_size,
+            "seed": config.train.seed,
+        }
+        self._options = RewritingOptions(**own)
 
     def pieces(self, model: ModelDirectory) -> np.ndarray:
         """Returns the pieces of each word of the vocabulary, int32 [words, max_pieces]."""
@@ -37,12 +44,13 @@ class RewriterExamples:
     def input_fn(self, model: ModelDirectory, cluster: Cluster) -> Callable[[], tf.data.Dataset]:
         """Returns the input_fn of an Estimator, which begins at the global step."""
         spec = model.features.sequences
+        batches = RewritingBatches(self._store, self._options, cluster.worker_index, cluster.num_workers)
 
         def generate(first_step: np.ndarray) -> Iterator[RewritingBatch]:
-            for batch in self._batches.batches(int(first_step), cluster.worker_index, cluster.num_workers):
+            for batch in batches.batches(int(first_step)):
                 yield self._tensors(batch, spec)
 
-        example = self._tensors(next(iter(self._batches.batches(0))), spec)
+        example = self._tensors(batches.batch(0), spec)
         signature = tf.nest.map_structure(lambda array: tf.TensorSpec([None, *array.shape[1:]], array.dtype), example)
 
         def examples() -> tf.data.Dataset:
@@ -50,7 +58,7 @@ class RewriterExamples:
             # num_workers-th step.
             step = tf.compat.v1.train.get_global_step() // cluster.num_workers
             dataset = tf.data.Dataset.from_generator(generate, output_signature=signature, args=(step,))
-            return dataset.map(lambda *parts: {"batch": RewritingBatch(*parts)}).prefetch(_AHEAD)
+            return dataset.map(lambda batch: {"batch": batch}).prefetch(_AHEAD)
 
         return examples
 

@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import tensorflow as tf
 from tqdm import tqdm
 
 from dpsr_common.errors import CommandError
 from dpsr_common.files import link_or_copy, write_text
 from dpsr_tf.config import Config
+from dpsr_tf.data.column_files import string_bytes
 from dpsr_tf.data.ranking_features import RankingFeatures
 from dpsr_tf.data.store import Store, unpack_strings
 from dpsr_tf.models.encoders import exact_search
@@ -36,6 +38,7 @@ from dpsr_tf.models.model_directory import ModelDirectory, copy_model
 from dpsr_tf.models.quantizer import Quantizer
 from dpsr_tf.models.ranker_scores import ranker_scores
 from dpsr_tf.models.rewriter_texts import log_probabilities
+from dpsr_tf.ops._native import shortened
 from dpsr_tokenizer import Vocabulary, WordSequences
 
 v1 = tf.compat.v1
@@ -199,8 +202,10 @@ def _rewriter_measure(store: Store, config: Config) -> Measure:
     assert schema is not None
     target = words.encode(judgments.queries, max_words=schema.max_query_words, ends=True)
     titles, row_of = store.titles(), {item: row for row, item in enumerate(store.items()["id"].tolist())}
+    data, splits = string_bytes(pa.array(judgments.queries))
+    seeds = np.random.default_rng(_SEED).integers(0, 1 << 64, len(judgments.queries), dtype=np.uint64)
     read = {
-        "direct": misspelt(judgments.queries, _TYPO_RATE, _SEED),
+        "direct": shortened(data, splits, seeds, drop_rate=0.0, typo_rate=config.rewriter.typo_rate),
         "backward": [titles[row_of[items[0]]] for items in judgments.relevant],
     }
     weights = {"direct": config.rewriter.direct_weight, "backward": config.rewriter.backward_weight}
