@@ -52,6 +52,16 @@ class Encoded(NamedTuple):
     mask: tf.Tensor  # float32 [b, S], 0 for words and _FAR beyond the end of a text
 
 
+class _Memory(NamedTuple):
+    """What a decoder reads of b texts at each step; it is computed once."""
+
+    keys: tf.Tensor  # [b, S, d]
+    values: tf.Tensor  # [b, S, 2 d], outputs of the encoder and word vectors
+    mask: tf.Tensor  # float32 [b, S]
+    # Keys and values [b, h, S, d / h] of each layer of a Transformer.
+    layers: tuple[tuple[tf.Tensor, tf.Tensor], ...]
+
+
 class Candidates(NamedTuple):
     """Words among which the output layer chooses."""
 
@@ -269,6 +279,7 @@ class Rewriter:
         """
         b, length = tf.shape(before)[0], before.shape[1] + 1
         with self._scope(direction, "decoder"):
+            memory = self._memory(encoded)
             start = tf.repeat(self._start(direction)[tf.newaxis], b, 0)
             x = self._drop(tf.concat([start, before * math.sqrt(self.dim)], 1))
             if self.config.decoder == "gru":
@@ -286,8 +297,8 @@ class Rewriter:
                         query, key, value = self._projections(x)
                         mixed = _joined(_attend(query, key, value, causal))
                         x += self._drop(self._dense("mixed", mixed, self.dim))
-                        x = self._crossed(x, encoded, self._drop)
-            return self._head(x, encoded, self._drop)
+                        x = self._crossed(x, memory.layers[i], memory.mask, self._drop)
+            return self._head(x, memory, self._drop)
 
     def decoder(
         self, direction: str, encoded: Encoded, candidates: Candidates, length: int
@@ -302,6 +313,7 @@ class Rewriter:
         """
         b = tf.shape(encoded.memory)[0]
         with self._scope(direction, "decoder"):
+            memory = self._memory(encoded)
             start = tf.reshape(self._start(direction), [1, 1, self.dim])
             if self.config.decoder == "gru":
                 first: decoding.State = self._first_state(encoded)
@@ -327,9 +339,9 @@ class Rewriter:
                         with v1.variable_scope(f"layer_{i}", reuse=v1.AUTO_REUSE):
                             x, cache = self._next(x, cache, position, n)
                             caches.append(cache)
-                            x = self._crossed(x, encoded, _keep)
+                            x = self._crossed(x, memory.layers[i], memory.mask, _keep)
                     state = caches
-                return candidates.logits(self._head(x, encoded, _keep)), state
+                return candidates.logits(self._head(x, memory, _keep)), state
 
         return step, first
 
@@ -458,13 +470,21 @@ class Rewriter:
         mixed = tf.reshape(mixed, tf.stack([-1, n, self.dim]))
         return x + self._dense("mixed", tf.ensure_shape(mixed, [None, None, self.dim]), self.dim), cache
 
-    def _crossed(self, x: tf.Tensor, encoded: Encoded, drop: Drop) -> tf.Tensor:
+    def _memory(self, encoded: Encoded) -> _Memory:
+        layers = []
+        for i in range(self.config.decoder_layers if self.config.decoder == "transformer" else 0):
+            with v1.variable_scope(f"layer_{i}", reuse=v1.AUTO_REUSE):
+                both = tf.split(self._dense("cross_memory", encoded.memory, 2 * self.dim), 2, axis=2)
+                layers.append((self._heads(both[0]), self._heads(both[1])))
+        keys = self._dense("head_key", encoded.memory, self.dim)
+        return _Memory(keys, tf.concat([encoded.memory, encoded.vectors], 2), encoded.mask, tuple(layers))
+
+    def _crossed(
+        self, x: tf.Tensor, layer: tuple[tf.Tensor, tf.Tensor], mask: tf.Tensor, drop: Drop
+    ) -> tf.Tensor:
         """Adds attention on the text that was read, and the inner layer, to x [b, m, d]."""
         query = self._heads(self._dense("cross_query", _norm("cross_norm", x), self.dim))
-        key, value = (
-            self._heads(part) for part in tf.split(self._dense("cross_memory", encoded.memory, 2 * self.dim), 2, axis=2)
-        )
-        mixed = _joined(_attend(query, key, value, encoded.mask[:, tf.newaxis, tf.newaxis]))
+        mixed = _joined(_attend(query, *layer, mask[:, tf.newaxis, tf.newaxis]))
         x += drop(self._dense("cross_mixed", mixed, self.dim))
         return x + drop(self._inner(x))
 
@@ -491,16 +511,15 @@ class Rewriter:
 
         return cell
 
-    def _head(self, x: tf.Tensor, encoded: Encoded, drop: Drop) -> tf.Tensor:
+    def _head(self, x: tf.Tensor, memory: _Memory, drop: Drop) -> tf.Tensor:
         """Returns what the output layer reads, [b, m, d], from the decoder's states [b, m, d].
 
         Attention on the text that was read gives its outputs, and a copy of its word vectors, which the output layer
         knows.
         """
         query = self._dense("head_query", x, self.dim)
-        key = self._dense("head_key", encoded.memory, self.dim)
-        logits = tf.matmul(query, key, transpose_b=True) / math.sqrt(self.dim) + encoded.mask[:, tf.newaxis]
-        found = tf.matmul(tf.nn.softmax(logits), tf.concat([encoded.memory, encoded.vectors], 2))
+        logits = tf.matmul(query, memory.keys, transpose_b=True) / math.sqrt(self.dim) + memory.mask[:, tf.newaxis]
+        found = tf.matmul(tf.nn.softmax(logits), memory.values)
         found, copied = tf.split(found, 2, axis=2)
         ones = v1.ones_initializer()
         share = v1.get_variable("copy", [self.dim], initializer=ones, use_resource=True)
