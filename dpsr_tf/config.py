@@ -384,6 +384,13 @@ class RewriterConfig:
         1,
     )
     typo_rate: float = option(0.25, "share of the words that are read with a typing error", 0, 1)
+    form_rate: float = option(
+        0.1,
+        "share of the words that are read in another form than they are written, such as the singular for the plural. "
+        "Forms are found by the endings of words in the vocabulary",
+        0,
+        1,
+    )
     drop_rate: float = option(0.0, "share of the words of a query that are left out where it is read", 0, 1)
     click_power: float = option(
         0.5, "a pair of query and title is drawn in proportion to this power of its clicks", 0, 10
