@@ -20,7 +20,7 @@ from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.models.rewriter import DIRECTIONS, TITLE, UNKNOWN, Candidates, Rewriter
 from dpsr_tf.models.rewriting_losses import log_probability
 from dpsr_tokenizer import WordSequences
-from dpsr_tokenizer.tf_ops import VocabularyTable, join_words
+from dpsr_tokenizer.tf_ops import VocabularyTable, join_words, tokenize_strings
 
 v1 = tf.compat.v1
 
@@ -188,12 +188,30 @@ class RewriteGraph:
 
         Returns:
             Rewrites, string [b, n], the most probable one first, and the logarithms of their probabilities, float32
-            [b, n]; "" and -inf where there are fewer than n.
+            [b, n]; "" and -inf where there are fewer than n. A text that the model cannot read has none: one with more
+            words than a query may have, or with a word of letters that training has never seen.
         """
         spec = self._spec
-        words, pieces = self._table.word_sequences(texts, spec.query_words, spec.max_pieces, spec.num_pieces)
+        # One word more tells which texts are too long.
+        words, pieces = self._table.word_sequences(texts, spec.query_words + 1, spec.max_pieces, spec.num_pieces)
+        readable = tf.logical_and(tf.equal(words[:, -1], 0), self._has_known_letters(texts))
+        words = tf.where(readable[:, tf.newaxis], words, 0)[:, :-1]
+        pieces = pieces[:, :-1]
         found = self._rewriter.rewrites(words, pieces, self._candidates, count, seed, method, path)
         return join_words(tf.constant(self._words), found.words), found.log_probabilities
+
+    def _has_known_letters(self, texts: tf.Tensor) -> tf.Tensor:
+        """Returns whether each word of texts, string [b], has a letter that some word of the vocabulary has: bool [b].
+
+        The pieces of other words are hashed to those of known words, so that the model would make something up.
+        """
+        known = tf.constant(sorted({ord(letter) for word in self._words for letter in word}), tf.int32)
+        words = tokenize_strings(texts, WordSequences.config())
+        letters = tf.strings.unicode_decode(words.values, "UTF-8")
+        places = tf.minimum(tf.searchsorted(known, letters.values), tf.size(known) - 1)
+        is_known = letters.with_values(tf.cast(tf.equal(tf.gather(known, places), letters.values), tf.int32))
+        unknown = tf.cast(tf.equal(tf.reduce_sum(is_known, 1), 0), tf.int32)
+        return tf.equal(tf.math.unsorted_segment_sum(unknown, words.value_rowids(), words.nrows()), 0)
 
 
 def _session_config() -> tf.compat.v1.ConfigProto:
