@@ -181,6 +181,13 @@ class TrainConfig:
     initial_accumulator: float = option(
         0.1, "start value of AdaGrad's sums of squared gradients in embedding tables", 1e-30, 1e6
     )
+    accumulator_decay: float = option(
+        1.0,
+        "share of these sums that a step keeps, in the rows that it reads. Below 1, AdaGrad becomes RMSProp, and the "
+        "steps of frequent rows do not shrink for ever",
+        0.5,
+        1,
+    )
     average_decay: float = option(
         0.0,
         "decay of the moving average of the weights. The average is what gets evaluated and exported. 0 turns it off",
@@ -698,7 +705,7 @@ class Config:
 # What rankers and rewriters read of the section `train`.
 _TRAIN_OF_ALL = frozenset({
     "steps", "batch_size", "learning_rate", "schedule", "warmup_steps", "dense_optimizer", "dense_learning_rate",
-    "initial_accumulator", "average_decay", "seed", "checkpoint_steps",
+    "initial_accumulator", "accumulator_decay", "average_decay", "seed", "checkpoint_steps",
 })  # fmt: skip
 
 

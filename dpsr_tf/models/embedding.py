@@ -88,6 +88,7 @@ class EmbeddingTable:
         num_shards: int = 1,
         implementation: str = "fused",
         initial_accumulator: float = INITIAL_ACCUMULATOR,
+        accumulator_decay: float = 1.0,
         exclusive: bool = False,
     ):
         """Makes the variables, or reuses the ones of this name where variable scopes allow it.
@@ -101,6 +102,8 @@ class EmbeddingTable:
             num_shards: number of pieces for "rows", usually the number of ps; num_ids if it is larger than that.
             implementation: "fused" or "stock".
             initial_accumulator: start value of AdaGrad's sums of squared gradients.
+            accumulator_decay: share of a row's sum that a step keeps, above 0 and at most 1. Below 1, the sum is a
+                moving average of squared gradients (RMSProp, on the rows that are read); "fused" only.
             exclusive: whether only one step at a time trains the table, as without ps. "fused" then locks no rows.
 
         Raises:
@@ -110,6 +113,8 @@ class EmbeddingTable:
         _check("implementation", implementation, IMPLEMENTATIONS)
         if num_ids < 1 or dim < 1 or num_shards < 1:
             raise ValueError(f"num_ids {num_ids}, dim {dim}, num_shards {num_shards}: expected at least 1 each")
+        if accumulator_decay != 1 and implementation != "fused":
+            raise ValueError(f"accumulator_decay is {accumulator_decay}, expected 1 for implementation 'stock'")
         if placement == "whole" and num_shards != 1:
             raise ValueError(f"num_shards is {num_shards}, expected 1 for placement 'whole'")
         self.name, self.num_ids, self.dim = name, num_ids, dim
@@ -126,7 +131,7 @@ class EmbeddingTable:
         self.variables: list[tf.Variable] = [variable] if placement == "whole" else list(variable)
         self.outputs: list[tf.Tensor] = []
         self._kernels: _Fused | _Stock = (
-            _Fused(self.variables, initial_accumulator, exclusive)
+            _Fused(self.variables, initial_accumulator, accumulator_decay, exclusive)
             if implementation == "fused"
             else _Stock(self.variables, initial_accumulator)
         )
@@ -433,9 +438,10 @@ def _to_ps(gradient: tf.Tensor, variable: tf.Variable) -> tf.Tensor:
 class _Fused:
     """The implementation with our ops: each call sends one packed array of ids to each shard."""
 
-    def __init__(self, variables: list[tf.Variable], initial_accumulator: float, exclusive: bool):
+    def __init__(self, variables: list[tf.Variable], initial_accumulator: float, decay: float, exclusive: bool):
         self._ops = ops.load()
         self._variables, self._initial_accumulator, self._exclusive = variables, initial_accumulator, exclusive
+        self._decay = decay
         self._first_rows = [0]
         for variable in variables:
             self._first_rows.append(self._first_rows[-1] + int(variable.shape[0]))
@@ -479,6 +485,7 @@ class _Fused:
                         [self._packed[i][shard] for i in used],
                         [gradients[i] for i in used],
                         exclusive=self._exclusive,
+                        decay=self._decay,
                     )
                 )
         return tf.group(*steps)

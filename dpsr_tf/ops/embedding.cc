@@ -199,10 +199,11 @@ DPSR_INLINE void SumRowsOf(const float* __restrict table, Dim dim, const PackedT
 }
 
 template <typename Dim>
-DPSR_INLINE void AdagradStep(const float* __restrict gradient, Dim n, float learning_rate, float* __restrict values,
-                             float* __restrict accumulator) {
+DPSR_INLINE void AdagradStep(const float* __restrict gradient, Dim n, float learning_rate, float decay,
+                             float* __restrict values, float* __restrict accumulator) {
+  const float added = decay < 1 ? 1 - decay : 1;
   for (int64_t k = 0; k < n; ++k) {
-    const float g = gradient[k], total = accumulator[k] + g * g;
+    const float g = gradient[k], total = decay * accumulator[k] + added * g * g;
     accumulator[k] = total;
     values[k] -= learning_rate * g / std::sqrt(total);
   }
@@ -210,8 +211,9 @@ DPSR_INLINE void AdagradStep(const float* __restrict gradient, Dim n, float lear
 
 // `sum` is working memory for one row.
 template <typename Dim>
-DPSR_INLINE void ApplyAdagradTo(const Occurrence* occurrences, int64_t n, float learning_rate, Dim dim, RowLocks* locks,
-                                float* __restrict sum, float* __restrict table, float* __restrict accumulators) {
+DPSR_INLINE void ApplyAdagradTo(const Occurrence* occurrences, int64_t n, float learning_rate, float decay, Dim dim,
+                                RowLocks* locks, float* __restrict sum, float* __restrict table,
+                                float* __restrict accumulators) {
   for (int64_t i = 0; i < n;) {
     const int64_t row = occurrences[i].row;
     std::fill(sum, sum + dim, 0.f);
@@ -225,18 +227,18 @@ DPSR_INLINE void ApplyAdagradTo(const Occurrence* occurrences, int64_t n, float 
       for (int64_t k = 0; k < dim; ++k) sum[k] += weight * gradient[k];
     }
     const RowLocks::Holder lock(locks, row);
-    AdagradStep(sum, dim, learning_rate, table + row * dim, accumulators + row * dim);
+    AdagradStep(sum, dim, learning_rate, decay, table + row * dim, accumulators + row * dim);
   }
 }
 
-DPSR_FOR_EACH_CPU void ApplyAdagradToRows(const Occurrence* occurrences, int64_t n, float learning_rate, int64_t dim,
-                                          RowLocks* locks, float* table, float* accumulator) {
+DPSR_FOR_EACH_CPU void ApplyAdagradToRows(const Occurrence* occurrences, int64_t n, float learning_rate, float decay,
+                                          int64_t dim, RowLocks* locks, float* table, float* accumulator) {
   if (dim == 64) {
     float sum[64];
-    ApplyAdagradTo(occurrences, n, learning_rate, Fixed<64>(), locks, sum, table, accumulator);
+    ApplyAdagradTo(occurrences, n, learning_rate, decay, Fixed<64>(), locks, sum, table, accumulator);
   } else {
     std::vector<float> sum(dim);
-    ApplyAdagradTo(occurrences, n, learning_rate, dim, locks, sum.data(), table, accumulator);
+    ApplyAdagradTo(occurrences, n, learning_rate, decay, dim, locks, sum.data(), table, accumulator);
   }
 }
 
@@ -252,7 +254,7 @@ DPSR_FOR_EACH_CPU void SumRows(const float* table, int64_t dim, const PackedToke
 }
 
 void ApplyAdagrad(const std::vector<PooledGradient>& gradients, float learning_rate, int64_t num_rows, int64_t dim,
-                  RowLocks* locks, float* table, float* accumulator) {
+                  RowLocks* locks, float* table, float* accumulator, float decay) {
   int64_t n = 0;
   for (const PooledGradient& pooled : gradients) n += pooled.tokens.num_values();
   // Plain arrays, because vectors would be filled with zeros first.
@@ -267,13 +269,13 @@ void ApplyAdagrad(const std::vector<PooledGradient>& gradients, float learning_r
       }
     }
   }
-  ApplyAdagradToRows(SortByRow(num_rows, n, occurrences.get(), sorted.get()), n, learning_rate, dim, locks, table,
+  ApplyAdagradToRows(SortByRow(num_rows, n, occurrences.get(), sorted.get()), n, learning_rate, decay, dim, locks, table,
                      accumulator);
 }
 
 DPSR_FOR_EACH_CPU void ApplyDenseAdagrad(const float* gradient, int64_t n, float learning_rate, float* values,
                                          float* accumulator) {
-  AdagradStep(gradient, n, learning_rate, values, accumulator);
+  AdagradStep(gradient, n, learning_rate, 1, values, accumulator);
 }
 
 void UseHugePages(void* data, int64_t bytes) {

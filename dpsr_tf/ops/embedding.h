@@ -114,11 +114,12 @@ struct PooledGradient {
 // then accumulator += g^2 and table -= learning_rate * g / sqrt(accumulator), once. Rows that do not occur are not
 // touched. The step of a row is atomic with respect to other calls of this function and of SumRows on the same table;
 // if `locks` is null, there must be no concurrent calls. Gradients are summed in the order of the occurrences, so the
-// same input gives the same bits.
+// same input gives the same bits. With `decay` below 1, accumulator = decay * accumulator + (1 - decay) * g^2, so that
+// the steps of frequent rows do not shrink for ever (RMSProp).
 void ApplyAdagrad(const std::vector<PooledGradient>& gradients, float learning_rate, int64_t num_rows, int64_t dim,
-                  RowLocks* locks, float* table, float* accumulator);
+                  RowLocks* locks, float* table, float* accumulator, float decay = 1);
 
-// Applies the same step to `n` consecutive numbers, the weights of a layer.
+// Applies the same step, without decay, to `n` consecutive numbers, the weights of a layer.
 void ApplyDenseAdagrad(const float* gradient, int64_t n, float learning_rate, float* values, float* accumulator);
 
 // Asks the system to keep the memory of a table in huge pages, which saves page table lookups when rows are read at

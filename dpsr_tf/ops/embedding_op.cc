@@ -225,6 +225,7 @@ REGISTER_OP("DpsrEmbeddingAdagrad")
     .Input("gradient: num_bags * float")
     .Attr("num_bags: int >= 1")
     .Attr("exclusive: bool = false")
+    .Attr("decay: float = 1.0")
     .SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
       ShapeHandle shape, input;
@@ -244,6 +245,9 @@ class EmbeddingAdagradOp : public OpKernel {
  public:
   explicit EmbeddingAdagradOp(OpKernelConstruction* context) : OpKernel(context) {
     OP_REQUIRES_OK(context, context->GetAttr("exclusive", &exclusive_));
+    OP_REQUIRES_OK(context, context->GetAttr("decay", &decay_));
+    OP_REQUIRES(context, decay_ > 0 && decay_ <= 1,
+                tensorflow::errors::InvalidArgument("decay is ", decay_, ", expected above 0 and at most 1"));
   }
 
   void Compute(OpKernelContext* context) override {
@@ -267,8 +271,8 @@ class EmbeddingAdagradOp : public OpKernel {
   enum Input { kTable, kAccumulator, kLearningRate };
 
   // The caller holds the mutexes of both variables.
-  static void Apply(OpKernelContext* context, Var* table, Var* accumulator, const OpInputList& packed,
-                    const OpInputList& gradient, RowLocks* locks) {
+  void Apply(OpKernelContext* context, Var* table, Var* accumulator, const OpInputList& packed,
+             const OpInputList& gradient, RowLocks* locks) const {
     OP_REQUIRES_OK(context, CheckTable("table", *table, -1));
     OP_REQUIRES_OK(context, CheckTable("accumulator", *accumulator, -1));
     OP_REQUIRES_OK(context, CheckShape("accumulator", accumulator->tensor()->shape(), table->tensor()->shape()));
@@ -282,10 +286,11 @@ class EmbeddingAdagradOp : public OpKernel {
       gradients[i].gradient = gradient[i].flat<float>().data();
     }
     ApplyAdagrad(gradients, context->input(kLearningRate).scalar<float>()(), num_rows, dim, locks,
-                 table->tensor()->flat<float>().data(), accumulator->tensor()->flat<float>().data());
+                 table->tensor()->flat<float>().data(), accumulator->tensor()->flat<float>().data(), decay_);
   }
 
   bool exclusive_;
+  float decay_;
 };
 REGISTER_KERNEL_BUILDER(Name("DpsrEmbeddingAdagrad").Device(DEVICE_CPU), EmbeddingAdagradOp);
 

@@ -193,6 +193,20 @@ TEST_P(EveryDim, DenseStepIsThatOfARow) {
   }
 }
 
+TEST_P(EveryDim, SquaresDecay) {
+  const int64_t dim = GetParam();
+  RowLocks locks;
+  std::vector<float> table = Random(dim, 1), accumulator(dim, 0.5f);
+  const std::vector<float> before = table, gradient = Random(dim, 2);
+  ApplyAdagrad({{Parsed({kOnePerText, 0, 0}, 1), gradient.data()}}, 0.5f, 1, dim, &locks, table.data(),
+               accumulator.data(), 0.9f);
+  for (int64_t i = 0; i < dim; ++i) {
+    const float total = 0.9f * 0.5f + 0.1f * gradient[i] * gradient[i];
+    ASSERT_NEAR(accumulator[i], total, 1e-5 * total);
+    ASSERT_NEAR(table[i], before[i] - 0.5f * gradient[i] / std::sqrt(total), 1e-5);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Dims, EveryDim, testing::Values(1, 3, 8, 17, 64, 100, 128));
 
 TEST(ApplyAdagradTest, NoUpdateOfARowIsLostBetweenThreads) {

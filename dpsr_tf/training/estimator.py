@@ -106,7 +106,8 @@ def model_fn(features: dict[str, Any], labels: None, mode: str, params: dict[str
     layout: dict[str, Any] = {"exclusive": not params["num_ps"]}
     if config.cluster.placement == "rows" and params["num_ps"] > 1:
         layout |= {"placement": "rows", "num_shards": params["num_ps"]}
-    table: TableFactory = functools.partial(EmbeddingTable, initial_accumulator=train.initial_accumulator, **layout)
+    sums = {"initial_accumulator": train.initial_accumulator, "accumulator_decay": train.accumulator_decay}
+    table: TableFactory = functools.partial(EmbeddingTable, **sums, **layout)
     if config.model.encoder:
         tf.keras.utils.set_random_seed(train.seed)  # Keras layers do not start from the seed of the graph
     build = {"retrieval": _build_towers, "ranker": _build_ranker, "rewriter": _build_rewriter}[config.model.kind]
