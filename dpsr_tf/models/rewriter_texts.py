@@ -142,9 +142,7 @@ def log_probabilities(
         key = direction, target.shape[1]
         if key not in runs:
             runs[key] = made(*key)
-        found = [
-            runs[key](list(texts[i : i + _BATCH]), target[i : i + _BATCH]) for i in range(0, len(texts), _BATCH)
-        ]
+        found = [runs[key](list(texts[i : i + _BATCH]), target[i : i + _BATCH]) for i in range(0, len(texts), _BATCH)]
         return np.concatenate([np.zeros(0, np.float32), *found])
 
     return scores
@@ -188,22 +186,19 @@ class RewriteGraph:
 
         Returns:
             Rewrites, string [b, n], the most probable one first, and the logarithms of their probabilities, float32
-            [b, n]; "" and -inf where there are fewer than n. A text that the model cannot read has none: one with more
-            words than a query may have, or with a word of letters that training has never seen.
+            [b, n]; "" and -inf where there are fewer than n, and for texts that are not `readable`.
         """
         spec = self._spec
-        # One word more tells which texts are too long.
-        words, pieces = self._table.word_sequences(texts, spec.query_words + 1, spec.max_pieces, spec.num_pieces)
-        readable = tf.logical_and(tf.equal(words[:, -1], 0), self._has_known_letters(texts))
-        words = tf.where(readable[:, tf.newaxis], words, 0)[:, :-1]
-        pieces = pieces[:, :-1]
+        words, pieces = self._table.word_sequences(texts, spec.query_words, spec.max_pieces, spec.num_pieces)
+        words = tf.where(self.readable(texts)[:, tf.newaxis], words, 0)
         found = self._rewriter.rewrites(words, pieces, self._candidates, count, seed, method, path)
         return join_words(tf.constant(self._words), found.words), found.log_probabilities
 
-    def _has_known_letters(self, texts: tf.Tensor) -> tf.Tensor:
-        """Returns whether each word of texts, string [b], has a letter that some word of the vocabulary has: bool [b].
+    def readable(self, texts: tf.Tensor) -> tf.Tensor:
+        """Returns which texts, string [b], the model can read: bool [b].
 
-        The pieces of other words are hashed to those of known words, so that the model would make something up.
+        They have words, not more than a query may have, and each word has a letter that some word of the vocabulary
+        has. The pieces of other words are hashed to those of known words, so that the model would make something up.
         """
         known = tf.constant(sorted({ord(letter) for word in self._words for letter in word}), tf.int32)
         words = tokenize_strings(texts, WordSequences.config())
@@ -211,7 +206,9 @@ class RewriteGraph:
         places = tf.minimum(tf.searchsorted(known, letters.values), tf.size(known) - 1)
         is_known = letters.with_values(tf.cast(tf.equal(tf.gather(known, places), letters.values), tf.int32))
         unknown = tf.cast(tf.equal(tf.reduce_sum(is_known, 1), 0), tf.int32)
-        return tf.equal(tf.math.unsorted_segment_sum(unknown, words.value_rowids(), words.nrows()), 0)
+        all_known = tf.equal(tf.math.unsorted_segment_sum(unknown, words.value_rowids(), words.nrows()), 0)
+        count = words.row_lengths()
+        return all_known & (count > 0) & (count <= self._spec.query_words)
 
 
 def _session_config() -> tf.compat.v1.ConfigProto:
