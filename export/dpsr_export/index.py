@@ -489,20 +489,26 @@ def file_record(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def check_files(index_dir: Path, manifest: dict[str, Any]) -> None:
-    """Checks sizes and checksums of the files of an index against index.json. Raises CommandError."""
-    for name, expected in manifest["files"].items():
+def check_files(
+    directory: Path, manifest: dict[str, Any], name: str = "index.json", made_by: str = "dpsr index"
+) -> None:
+    """Checks sizes and checksums of the files of a directory against its manifest. Raises CommandError.
+
+    Args:
+        directory: the directory.
+        manifest: content of its manifest.
+        name: name of the manifest's file.
+        made_by: the command that makes such directories.
+    """
+    for file, expected in manifest["files"].items():
+        path = directory / file
         try:
-            found = file_record(index_dir / name)
+            found = file_record(path)
         except OSError as error:
-            raise CommandError(
-                f"{index_dir / name}: cannot be read: {error.strerror}; run `dpsr index` again"
-            ) from None
+            raise CommandError(f"{path}: cannot be read: {error.strerror}; run `{made_by}` again") from None
         for key, value in expected.items():
             if found[key] != value:
-                raise CommandError(
-                    f"{index_dir / name}: {key} is {found[key]}, but index.json says {value}; run `dpsr index` again"
-                )
+                raise CommandError(f"{path}: {key} is {found[key]}, but {name} says {value}; run `{made_by}` again")
 
 
 def write_titles(path: Path, item_ids: np.ndarray, titles: list[str]) -> None:
