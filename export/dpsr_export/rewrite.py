@@ -33,9 +33,9 @@ Lets a rewriter write the most frequent queries of the log in other words, and d
 elsewhere. The directory TABLE is for `dpsr export --rewrites`: a servable looks up the queries that are in its table,
 and decodes all others. --explain prints the candidates of a query instead, with the reason why each one was dropped.
 
-A rewrite is kept if its words match titles that those of the query do not match; if it has the query's numbers, brand and
-size; if it leads to items that were clicked for the query; and, with --towers, if a retrieval model sees
-the same meaning in both. --never and --always are lists that people keep: one pair in a line, query<TAB>rewrite.
+A rewrite is kept if its words match titles that those of the query do not match; if it has the numbers, the brand and
+the size of the query; if it leads to items that were clicked for the query; and, with --towers, if a retrieval model
+sees the same meaning in both. --never and --always are lists that people keep: one pair a line, query<TAB>rewrite.
 """
 REQUIRED_FLAGS = ("model", "store")
 

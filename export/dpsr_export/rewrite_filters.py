@@ -12,9 +12,9 @@ import numpy as np
 
 from dpsr_common.errors import UsageError
 from dpsr_common.packed_file import PackedFile
-from dpsr_export.rewrite_table import key_of, words_of
+from dpsr_export.rewrite_table import WORDS, key_of, words_of
 from dpsr_tf.data.store import Store, unpack_strings
-from dpsr_tokenizer import TokenizerConfig, Vocabulary, VocabularyBuilder
+from dpsr_tokenizer import Vocabulary, VocabularyBuilder
 
 # float32 [texts, dim] of query texts: one unit vector each, or zeros for a text without a word.
 Embed = Callable[[Sequence[str]], np.ndarray]
@@ -215,13 +215,13 @@ class TitleIndex:
 
     def __init__(self, titles: Sequence[str]):
         """Indexes titles, one for each item."""
-        config = TokenizerConfig(letter_trigrams=False, char_bigrams=False, number_parts=False)
-        builder = VocabularyBuilder(config)
+        builder = VocabularyBuilder(WORDS)
         for begin in range(0, len(titles), _TITLES):
             builder.add(titles[begin : begin + _TITLES])
         with tempfile.TemporaryDirectory() as name:
             # The file may go when it is mapped.
-            builder.write(Path(name) / "words.dpsr")
+            # Words that no title has share an id, which no title has.
+            builder.write(Path(name) / "words.dpsr", num_oov_buckets=1)
             self._words = Vocabulary(Path(name) / "words.dpsr")
         pairs = []
         for begin in range(0, len(titles), _TITLES):

@@ -38,8 +38,8 @@ _FEATURE = "rewrites"
 # What the table keeps of a rewrite: two halves of an id, and a log-probability.
 _PARTS = 3
 # The words of a text in order, and single characters where a script has no spaces.
-_WORDS = TokenizerConfig(letter_trigrams=False, char_bigrams=False, number_parts=False)
-_tokenizer = Tokenizer(_WORDS)
+WORDS = TokenizerConfig(letter_trigrams=False, char_bigrams=False, number_parts=False)
+_tokenizer = Tokenizer(WORDS)
 
 
 def words_of(text: str) -> list[str]:
@@ -58,7 +58,7 @@ def key_of(text: str) -> str:
 
 def keys_of(texts: tf.Tensor) -> tf.Tensor:
     """Returns the keys of queries, string [batch], in a graph."""
-    words = tf_ops.tokenize_strings(texts, _WORDS)
+    words = tf_ops.tokenize_strings(texts, WORDS)
     # to_tensor would make all rows as wide as the longest query.
     rows = words.value_rowids()
     return tf.strings.unsorted_segment_join(words.values, rows, words.nrows(), separator=" ")
@@ -141,7 +141,7 @@ class RewriteTable:
         values = held.values if held.values.dtype == tf.int32 else tf.bitcast(held.values, tf.int32)
         ragged = tf.RaggedTensor.from_row_splits(values, held.row_splits, validate=False)
         # A last row of padding is for queries that are not in the table.
-        rows = tf.concat([ragged.to_tensor(-1, [None, 1 + _PARTS * n]), tf.fill([1, 1 + _PARTS * n], -1)], 0)
+        rows = tf.concat([ragged.to_tensor(-1, shape=[None, 1 + _PARTS * n]), tf.fill([1, 1 + _PARTS * n], -1)], 0)
         lengths = tf.concat([held.row_splits[1:] - held.row_splits[:-1], [0]], 0)
         last = tf.size(lengths, tf.int64) - 1
         row = tf.where(places[1:] > places[:-1], places[:-1], last)
