@@ -1,4 +1,4 @@
-"""`dpsr query`: sends queries to a model server or proxy and prints the items that it finds."""
+"""`dpsr query`: sends queries to a model server or proxy and prints the items, or the rewrites, that it finds."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ USAGE = """
 Usage: dpsr query --target=host:port --model=NAME [--k=10] [--titles=PATH] [--json] "text" ...
        dpsr query ... --user_features='{"gender": "f", "age": 31}' --clicked_items=17,4 --past_queries="red" "text"
        dpsr query ... --include="brand=Acme|Bolt" --include="price=10..20" --exclude="color=red" "text"
+       dpsr query --target=host:port --model=REWRITER --rewrite [--k=3] [--seed=0] [--json] "text" ...
 
 Searches for each text and prints a table: rank, score, item id and, with --titles, the item's title. A model with
-several heads also shows the head that found the item. Put `--` before a text that starts with a dash.
+several heads also shows the head that found the item. Put `--` before a text that starts with a dash. With --rewrite,
+the model is a rewriter, and the table has other words for each text instead: rank, log-probability, rewrite.
 """
 TAKES_ARGUMENTS = True
 _TITLES_IN_SERVABLE = "assets.extra/item_titles.tsv.gz"
@@ -35,7 +37,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "k",
         None,
-        "number of results for each query. The default is the number that the model was exported with",
+        "number of results for each query. The default is the number that the model was exported with, or 3 rewrites",
         lower_bound=1,
         flag_values=values,
     )
@@ -79,6 +81,10 @@ def define_flags(values: flags.FlagValues) -> None:
         "",
         "search parameters of the index that replace the model's own, for example nprobe=64",
         flag_values=values,
+    )
+    flags.DEFINE_boolean("rewrite", False, "ask a rewriter for other words for each text", flag_values=values)
+    flags.DEFINE_integer(
+        "seed", 0, "with --rewrite, seed of rewrites that the model draws by chance", flag_values=values
     )
     flags.DEFINE_integer("version", None, "version of the model to ask. The default is the latest", flag_values=values)
     flags.DEFINE_string("label", None, "label of the version to ask, instead of --version", flag_values=values)
@@ -125,6 +131,10 @@ def run(values: flags.FlagValues, texts: list[str]) -> None:
             text.encode()
         except UnicodeEncodeError:
             raise UsageError(f"the query {os.fsencode(text)!r} is not UTF-8 text; convert it to UTF-8") from None
+    if values.rewrite and (others := [f"--{name}" for name in _OF_SEARCH if values[name].present]):
+        raise UsageError(f"--rewrite cannot be combined with {', '.join(others)}, which a rewriter does not know")
+    if values["seed"].present and not values.rewrite:
+        raise UsageError(f"--seed={values.seed}: needs --rewrite")
     user = User(_features(values.user_features), values.clicked_items, values.past_queries, values.clicked_item_types)
     if (values.certificate is None) != (values.key is None):
         raise UsageError("--certificate and --key need each other; give both or neither")
@@ -140,6 +150,10 @@ def run(values: flags.FlagValues, texts: list[str]) -> None:
             tls=tls,
             metadata=dict(_pair(text) for text in values.metadata),
         ) as client:
+            if values.rewrite:
+                for text, found in zip(texts, client.rewrite(texts, values.k or 3, values.seed), strict=True):
+                    print(_rewrites(text, found, values.json))
+                return
             results = client.search(
                 texts,
                 values.k,
@@ -172,6 +186,21 @@ def run(values: flags.FlagValues, texts: list[str]) -> None:
         else:
             print(_table(text, rows))
     sys.stdout.flush()
+
+
+# Flags that say something of a search.
+_OF_SEARCH = ("titles", "user_features", "clicked_items", "clicked_item_types", "past_queries", "include", "exclude",
+              "exclude_items", "search_parameters")  # fmt: skip
+
+
+def _rewrites(query: str, found: list[Any], as_json: bool) -> str:
+    if as_json:
+        return json.dumps({"query": query, "rewrites": [dataclasses.asdict(one) for one in found]}, ensure_ascii=False)
+    if not found:
+        return f"{_printable(query)}\n  no rewrites\n"
+    lines = [_printable(query), "  rank  log-prob  rewrite"]
+    lines += [f"  {i:>4}  {one.log_probability:>8.4f}  {_printable(one.text)}" for i, one in enumerate(found, 1)]
+    return "\n".join(lines) + "\n"
 
 
 def _features(text: str | None) -> dict[str, Any]:
