@@ -10,7 +10,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,15 @@ from dpsr_common.typed_config import to_dict
 from dpsr_export import request_tables, rewrite, rewrite_table, servable_assets, warmup
 from dpsr_export.embeddings import checkpoint_fingerprint
 from dpsr_export.index import file_record
-from dpsr_export.rewrite_table import RewriteTable, key_of
+from dpsr_export.rewrite_table import Found, RewriteTable
 from dpsr_tf import __version__
 from dpsr_tf.models.encoders import restore
 from dpsr_tf.models.model_directory import ModelDirectory
+from dpsr_tf.models.rewriter_texts import RewriteGraph
+from dpsr_tokenizer import Vocabulary, WordSequences
 
 v1 = tf.compat.v1
+signature = v1.saved_model.predict_signature_def
 
 # Number of rewrites of a query where a request does not say it.
 DEFAULT_N = 3
@@ -110,36 +113,138 @@ def _copy_table(table: Path | None, assets: Path) -> None:
 # The graph.
 
 
-def _write_saved_model(model: ModelDirectory, checkpoint: str, most: int, table: Path, out: Path) -> dict[str, list[str]]:
+def _write_saved_model(
+    model: ModelDirectory, checkpoint: str, most: int, table: Path, out: Path
+) -> dict[str, list[str]]:
     """Writes the SavedModel. Returns the names of the inputs of each signature."""
     with tf.Graph().as_default(), v1.Session() as session:
         query = v1.placeholder(tf.string, [None], "query")
         n = v1.placeholder_with_default(tf.constant(min(DEFAULT_N, most)), [], "n")
         seed = v1.placeholder_with_default(tf.constant(0, tf.int64), [], "seed")
-        raise NotImplementedError
+        graph = RewriteGraph(model)
+        fits = tf.logical_and(n >= 1, n <= most)
+        message = f"expected 1 to {most}, the number of rewrites that this model was exported with (--max_rewrites)"
+        with tf.control_dependencies([tf.debugging.Assert(fits, ["n is", n, message])]):
+            count = tf.identity(n)
+        found = RewriteTable(table).find(query, most)
+        rewrites, scores = _known_or_decoded(found, query, count, lambda texts: graph(texts, count, seed))
+        request_tables.check_assets()
+        # All ops are made before the session runs one.
+        initializer = tf.group(v1.tables_initializer(), graph.compose)
+        restore(model, session, checkpoint)
+        outputs = {"rewrites": rewrites, "log_probabilities": scores}
+        signatures = {
+            "serving_default": signature({"query": query}, outputs),
+            "rewrite": signature({"query": query, "n": n, "seed": seed}, outputs),
+        }
+        builder = v1.saved_model.Builder(str(out))
+        builder.add_meta_graph_and_variables(
+            session,
+            [tf.saved_model.SERVING],
+            signature_def_map=signatures,
+            assets_collection=v1.get_collection(v1.GraphKeys.ASSET_FILEPATHS),
+            main_op=initializer,
+        )
+        builder.save()
+    return {name: sorted(made.inputs) for name, made in signatures.items()}
 
 
-def _known_or_decoded(found: rewrite_table.Found, queries: tf.Tensor, decode: Any) -> tuple[tf.Tensor, tf.Tensor]:
+def _known_or_decoded(
+    found: Found, queries: tf.Tensor, n: tf.Tensor, decode: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns what the table has for queries, and what `decode` writes for those that it does not have.
 
     Args:
-        found: of the table, [b, n].
+        found: of the table, [b, most].
         queries: string [b].
-        decode: a function from queries, string [m], to rewrites and log-probabilities [m, n], padded with "" and -inf.
+        n: int32 [], the number of rewrites to return, at most `most`.
+        decode: a function from queries, string [m], to rewrites and log-probabilities [m, n].
 
     Returns:
-        string and float32 [b, n].
+        Rewrites string [b, n] and log-probabilities float32 [b, n], padded with "" and -inf.
     """
     tail = tf.where(~found.known)[:, 0]
-    n = tf.shape(found.rewrites)[1]
+    # Only known queries, no decoding: a look-up takes microseconds.
     texts, scores = tf.cond(
         tf.size(tail) > 0,
         lambda: decode(tf.gather(queries, tail)),
-        lambda: (tf.zeros([0, n], tf.string), tf.zeros([0, n])),
+        lambda: (tf.zeros(tf.stack([0, n]), tf.string), tf.zeros(tf.stack([0, n]))),
     )
     b = tf.size(queries)
     row = tf.where(found.known, tf.range(b), b + tf.cumsum(tf.cast(~found.known, tf.int32)) - 1)
-    return (
-        tf.gather(tf.concat([found.rewrites, texts], 0), row),
-        tf.gather(tf.concat([found.log_probabilities, scores], 0), row),
-    )
+
+    def joined(of_table: tf.Tensor, decoded: tf.Tensor) -> tf.Tensor:
+        return tf.ensure_shape(tf.gather(tf.concat([of_table[:, :n], decoded], 0), row), [None, None])
+
+    return joined(found.rewrites, texts), joined(found.log_probabilities, scores)
+
+
+# Requests.
+
+
+def _tail(model: ModelDirectory) -> list[str]:
+    """Returns queries that hardly anybody asks: pairs of the most frequent words."""
+    words = [text.strip() for text in WordSequences(Vocabulary(str(model.words_path))).texts() if text.strip()]
+    return [f"{one} {other}" for one, other in itertools.pairwise(words[: _REQUESTS + 1])]
+
+
+def _finish(manifest: dict[str, Any], about: dict[str, Any] | None, table: Path | None, out: Path) -> dict[str, Any]:
+    """Replays warm-up requests and writes assets.extra. Returns the latencies."""
+    extra = out / "assets.extra"
+    extra.mkdir()
+    known = [] if table is None else _known(table)
+    requests = []
+    measured: dict[str, Any] = {"n": min(DEFAULT_N, manifest["max_rewrites"])}
+    servable = warmup.LoadedServable(out)
+    try:
+        for what, queries in (("known", known), ("tail", manifest["tail"])):
+            for texts in ([""], queries[:8], *([query] for query in queries)):
+                requests.append(("rewrite", rewrite_inputs(texts, measured["n"])))
+                _check(servable, requests[-1][1])
+            seconds = []
+            for query in queries:
+                start = time.perf_counter()
+                servable("rewrite", rewrite_inputs([query], measured["n"]))
+                seconds.append(time.perf_counter() - start)
+            if seconds:
+                p50, p99 = np.percentile(seconds, [50, 99]) * 1000
+                measured |= {f"{what}_p50_ms": round(float(p50), 4), f"{what}_p99_ms": round(float(p99), 4)}
+    finally:
+        servable.close()
+    warmup.write_warmup(extra / warmup.FILE, requests)
+    manifest |= {
+        "dpsr_version": __version__,
+        "table": about,
+        "measured": measured | {"hardware": f"{platform.machine()}, {os.cpu_count()} cores"},
+        "files": {path.name: file_record(path) for path in sorted((out / "assets").iterdir())},
+    }
+    (extra / "dpsr_manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    return measured
+
+
+def rewrite_inputs(queries: Sequence[str], n: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Returns the inputs of the signature `rewrite`."""
+    texts = np.empty(len(queries), object)
+    texts[:] = [query.encode() for query in queries]
+    return {"query": texts, "n": np.array(n, np.int32), "seed": np.array(seed, np.int64)}
+
+
+def _known(table: Path) -> list[str]:
+    """Returns queries of a table that have rewrites."""
+    with gzip.open(table / rewrite.LIST, "rt", encoding="utf-8") as lines:
+        queries = dict.fromkeys(line.partition("\t")[0] for line in lines)
+        return list(itertools.islice(queries, _REQUESTS))
+
+
+def _check(servable: warmup.LoadedServable, inputs: Mapping[str, np.ndarray]) -> None:
+    """Sends a request. Raises CommandError if the answer is an error or not one of a rewriter."""
+    try:
+        found = servable("rewrite", inputs)
+    except tf.errors.OpError as error:
+        raise CommandError(f"the servable does not answer its warm-up requests: {op_message(error)}") from None
+    texts, scores = found["rewrites"], found["log_probabilities"]
+    expected = (len(inputs["query"]), int(inputs["n"]))
+    if texts.shape != expected or scores.shape != expected or ((texts != b"") != np.isfinite(scores)).any():
+        raise CommandError(
+            "the servable does not give a finite log-probability for each rewrite; train the model again"
+        )

@@ -37,7 +37,7 @@ def save_rewriter(path: Path) -> None:
             queries, seeds = tf.broadcast_to(query[:, None], shape), tf.fill(shape, tf.strings.as_string(seed))
             texts = tf.strings.join([queries, seeds, numbers], separator=" ")
             there = tf.strings.length(queries) > 0
-            scores = tf.broadcast_to(0.0 - tf.cast(tf.range(n), tf.float32), shape)
+            scores = tf.broadcast_to(tf.cast(-tf.range(n), tf.float32), shape)
             return {
                 "rewrites": tf.where(there, texts, ""),
                 "log_probabilities": tf.where(there, scores, -float("inf")),
