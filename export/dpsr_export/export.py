@@ -38,6 +38,8 @@ Usage: dpsr export --model=MODEL --index=INDEX --out=BASE [--version_number=N] [
        dpsr export --index_only --index=INDEX --out=BASE [--version_number=N] [--shards=N]
        dpsr export --model=RANKER --store=STORE --out=BASE [--version_number=N] [--max_items=N]
        dpsr export --index_only --store=STORE --out=BASE [--version_number=N]
+       dpsr export --model=REWRITER [--rewrites=TABLE] --out=BASE [--version_number=N] [--max_rewrites=N]
+       dpsr export --index_only --rewrites=TABLE --out=BASE [--version_number=N]
 
 Writes the servable BASE/N: a SavedModel that tokenizes a query, computes its embedding from the query and the user's
 features, and looks up the nearest items in its index. Without --version_number, N is one more than the highest version
@@ -48,6 +50,9 @@ in BASE. `dpsr serve` takes BASE. The version appears only after it has answered
 
 A ranker has no index. Its servable holds what the ranker reads of items, queries and users, as of the end of the log of
 --store. --index_only gives the newest version in BASE the items and counts of a newer store (`dpsr ingest --like`).
+
+A rewriter has no index either. Its servable looks up the queries of --rewrites, a table that `dpsr rewrite` made with
+the same model, and writes rewrites for all others. --index_only gives the newest version in BASE another table.
 """
 
 # Serving files that come with a new index. All others belong to the model.
@@ -62,6 +67,9 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("index", None, "index directory that `dpsr index` made from this model", flag_values=values)
     flags.DEFINE_string("store", None, "for a ranker, store with its items and requests", flag_values=values)
     flags.DEFINE_string(
+        "rewrites", None, "for a rewriter, table of rewrites, made by `dpsr rewrite`", flag_values=values
+    )
+    flags.DEFINE_string(
         "out", None, "base path: the directory that holds the versions of the servable", flag_values=values
     )
     flags.DEFINE_integer("version_number", None, "number of the version to write", 0, flag_values=values)
@@ -71,6 +79,10 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "max_items", 1000, "for a ranker, largest number of items in a request", 1, 100_000, flag_values=values
     )
+    flags.DEFINE_integer(
+        "max_rewrites", 10, "for a rewriter, largest number of rewrites that a request asks for", 1, 100,
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_integer("shards", 1, "number of servables to spread the items over", 1, 1000, flag_values=values)
 
 
@@ -87,7 +99,13 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         raise UsageError(
             "--model is missing (model directory); to renew only the index of a servable, give --index_only"
         )
-    if values.index is None and values.store is None:
+    others = [flag for flag in ("index", "store") if values[flag].value is not None]
+    if values.rewrites is not None and others:
+        raise UsageError(f"--rewrites={values.rewrites}: cannot be combined with --{others[0]}")
+    if values.rewrites is not None or (values.model and not others and _kind(values.model) == "rewriter"):
+        _export_rewriter(values)
+        return
+    if not others:
         raise UsageError("--index is missing (index directory); for a ranker, give --store")
     if values.store is not None:
         _export_ranker(values)
@@ -138,6 +156,35 @@ def _export_ranker(values: flags.FlagValues) -> None:
     print(f"servable {path}: ranks {store.counts.items:,} items; {shown} ({measured['requests']} requests)")
 
 
+def _kind(model: str) -> str:
+    return ModelDirectory.open(model).config.model.kind
+
+
+def _export_rewriter(values: flags.FlagValues) -> None:
+    # Imported here: a servable without a rewriter needs none of it.
+    from dpsr_export import rewriter
+
+    if values.shards > 1:
+        raise UsageError(f"--shards={values.shards}: cannot be combined with a rewriter, which has no items")
+    base = Path(values.out)
+    model = None if values.index_only else ModelDirectory.open(values.model, "rewriter")
+    table = None if values.rewrites is None else Path(values.rewrites)
+    path = base / str(_version(values, [base]))
+    with new_directory(path) as out:
+        if model is not None:
+            measured = rewriter.export(model, table, values.max_rewrites, out)
+        else:
+            assert table is not None
+            old = _newest(base)
+            measured = rewriter.renew(old, _manifest(old, "rewriter"), table, out)
+    shown = [
+        f"{what} p50 {measured[f'{key}_p50_ms']:.2f} ms, p99 {measured[f'{key}_p99_ms']:.2f} ms"
+        for key, what in (("known", "of the table"), ("tail", "written"))
+        if f"{key}_p50_ms" in measured
+    ]
+    print(f"servable {path}: {measured['n']} rewrites of a query {', '.join(shown)}")
+
+
 def _figures(measured: dict[str, Any]) -> str:
     if not measured["queries"]:
         return "not measured, because the log has no queries"
@@ -159,7 +206,7 @@ def _newest(base: Path) -> Path:
 
 
 def _manifest(servable: Path, kind: str) -> dict[str, Any]:
-    """Returns the manifest of a servable. Raises CommandError if it is not of this kind, "retrieval" or "ranker"."""
+    """Returns the manifest of a servable. Raises CommandError if it is not of this kind, as model.kind has them."""
     manifest = read_manifest(
         servable / "assets.extra" / "dpsr_manifest.json",
         servable_assets.MANIFEST_FORMAT,
@@ -168,7 +215,7 @@ def _manifest(servable: Path, kind: str) -> dict[str, Any]:
     )
     found = manifest.get("kind", "retrieval")
     if found != kind:
-        needs = {"retrieval": "--index", "ranker": "--store"}
+        needs = {"retrieval": "--index", "ranker": "--store", "rewriter": "--rewrites"}
         raise CommandError(
             f"{servable}: is a {found} servable, expected a {kind} servable; renew it with {needs[found]}, not "
             f"{needs[kind]}"
