@@ -1,0 +1,235 @@
+"""The servable of a rewriter: against its checkpoint and its table, renewal, a real server, and wrong use."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from rewriting_shops import rewriting_store, untrained_rewriter
+
+from dpsr_common.command_line import main
+from dpsr_export.rewrite import FORMAT, MANIFEST
+from dpsr_export.rewriter import rewrite_inputs
+from dpsr_export.warmup import LoadedServable
+from dpsr_serving.client import AsyncSearchClient, SearchClient
+from dpsr_serving.model_server import start_model_server
+from dpsr_tf.data.store import Store
+from dpsr_tf.models.rewriter_texts import rewriter
+
+QUERIES = ["red drill", "手机 12mm", "cordless", "Straße  KIT", "zzz red", "blue blue blue shoes bit power"]
+# What no model can say in other words: nothing, no words, too many words, and a script that the shop does not use.
+UNREADABLE = ["", " \u3000", "?!", "red " * 7, "drill " * 5000, "ไทย", "red ไทย", "😀", "\x00"]
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def rewrites(servable: LoadedServable, queries: list[str], n: int = 3, seed: int = 0) -> list[list[tuple[str, float]]]:
+    found = servable("rewrite", rewrite_inputs(queries, n, seed))
+    assert found["rewrites"].shape == found["log_probabilities"].shape == (len(queries), n)
+    return [
+        [(text.decode(), float(score)) for text, score in zip(*row, strict=True) if text]
+        for row in zip(found["rewrites"], found["log_probabilities"], strict=True)
+    ]
+
+
+class Made:
+    """A shop, a rewriter of random weights, its table for some queries, and a servable of both, version 1."""
+
+    def __init__(self, folder: Path):
+        self.store: Store = rewriting_store(folder / "shop")
+        self.model = folder / "model"
+        untrained_rewriter(self.model, self.store)
+        self.table, self.servable = folder / "table", folder / "servable"
+        (folder / "queries.txt").write_text("red drill\nblue shoes\n\nzzz red\n", encoding="utf-8")
+        (folder / "always.tsv").write_text("red drill\tred driver\nNew One\t手机壳\n", encoding="utf-8")
+        (folder / "never.tsv").write_text("power kit\tpower\n", encoding="utf-8")
+        self.flags = [f"--model={self.model}", f"--store={self.store.path}"]
+        self.lists = [f"--{name}={folder / name}.tsv" for name in ("always", "never")]
+        assert run("rewrite", *self.flags, *self.lists, f"--queries={folder / 'queries.txt'}", f"--out={self.table}",
+                   "--n=2") == 0  # fmt: skip
+        assert run("export", f"--model={self.model}", f"--rewrites={self.table}", f"--out={self.servable}") == 0
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(tmp_path_factory.mktemp("rewriter"))
+
+
+@pytest.fixture(scope="module")
+def loaded(made: Made) -> LoadedServable:
+    return LoadedServable(made.servable / "1")
+
+
+def test_known_queries_come_from_the_table_and_others_from_the_model(made: Made, loaded: LoadedServable) -> None:
+    model = rewriter(made.model)
+    queries = ["red drill", "手机 12mm", "NEW  one", "", "zzz red", "power kit", "cordless drill"]
+    found = rewrites(loaded, queries)
+    assert found[0][0] == ("red driver", 0.0) and found[2] == [("手机壳", 0.0)]
+    decoded = model(queries, 3, 0)
+    for row in (1, 6):
+        assert [text for text, _ in found[row]] == [text for text, _ in decoded[row]] != []
+        np.testing.assert_allclose([s for _, s in found[row]], [s for _, s in decoded[row]], rtol=1e-4)
+    # The words of a random model lead elsewhere or nowhere: what the filters drop does not come back by decoding.
+    for row in (4, 5):
+        assert len(found[row]) < len(decoded[row]) == 3
+    assert found[3] == []
+    assert rewrites(loaded, []) == [] and rewrites(loaded, ["red drill"], 1) == [[("red driver", 0.0)]]
+
+
+def test_batches_do_not_matter(made: Made, loaded: LoadedServable) -> None:
+    queries = [*QUERIES, "red drill", ""] * 3
+    together = rewrites(loaded, queries)
+    for query, found in zip(queries, together, strict=True):
+        (alone,) = rewrites(loaded, [query])
+        assert [text for text, _ in alone] == [text for text, _ in found]
+    assert all(score <= 0 for row in together for _, score in row)
+    default = loaded("serving_default", {"query": rewrite_inputs(["cordless"], 1)["query"]})
+    assert default["rewrites"].shape == (1, 3)
+
+
+def test_bad_input(loaded: LoadedServable) -> None:
+    assert rewrites(loaded, UNREADABLE) == [[]] * len(UNREADABLE)
+    raw = rewrite_inputs([""] * 2, 3) | {"query": np.array([b"\xff\xfe", b"red \xff drill"], object)}
+    assert loaded("rewrite", raw)["rewrites"].shape == (2, 3)
+    for n in (0, -1, 11, 2**31 - 1):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=f"n is.*{n}.*expected 1 to 10"):
+            rewrites(loaded, ["red"], n)
+    assert len(rewrites(loaded, ["cordless"], 10)[0]) > 3
+
+
+def test_sampling_depends_on_the_seed_only(made: Made, tmp_path: Path) -> None:
+    untrained_rewriter(tmp_path / "model", made.store, method="sampling", path="titles", backward_weight=1.0)
+    assert run("export", f"--model={tmp_path / 'model'}", f"--out={tmp_path / 'servable'}", "--max_rewrites=4") == 0
+    servable = LoadedServable(tmp_path / "servable" / "1")
+    first, again, other = (rewrites(servable, QUERIES, 4, seed) for seed in (1, 1, -7))
+    assert first == again != other
+    alone = [rewrites(servable, [query], 4, 1)[0] for query in QUERIES]
+    assert [[text for text, _ in row] for row in alone] == [[text for text, _ in row] for row in first]
+    servable.close()
+
+
+def test_the_graph_has_stock_ops_and_ours(made: Made) -> None:
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    saved = saved_model_pb2.SavedModel.FromString((made.servable / "1" / "saved_model.pb").read_bytes())
+    graph = saved.meta_graphs[0].graph_def
+    nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
+    ours = {node.op for node in nodes if node.op.startswith("Dpsr")}
+    assert ours <= {
+        "DpsrFileFingerprint", "DpsrItemHistory", "DpsrItemIdsOfKeys", "DpsrItemKeysOfIds", "DpsrItemTableHandle",
+        "DpsrItemTableLoad", "DpsrKeyTableHandle", "DpsrKeyTableLoad", "DpsrTokenizeStrings", "DpsrVocabularyHandle",
+        "DpsrVocabularyLoad", "DpsrWordSequences",
+    }  # fmt: skip
+    assert not {node.op for node in nodes} & {"PyFunc", "EagerPyFunc", "PyFuncStateless"}
+
+
+def test_index_only_renews_the_table(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tmp_path / "servable"
+    assert run("export", f"--model={made.model}", f"--out={base}") == 0
+    (tmp_path / "always.tsv").write_text("cordless\tbattery driven\n")
+    assert run("rewrite", *made.flags, "--max_queries=5", f"--always={tmp_path / 'always.tsv'}",
+               f"--out={tmp_path / 'table'}") == 0  # fmt: skip
+    assert run("export", "--index_only", f"--rewrites={tmp_path / 'table'}", f"--out={base}") == 0
+    assert f"servable {base / '2'}: 3 rewrites of a query of the table p50" in capsys.readouterr().out
+    versions = [LoadedServable(base / name) for name in ("1", "2")]
+    before, now = (rewrites(servable, ["cordless", "手机 12mm"]) for servable in versions)
+    assert before[0][0][0] != "battery driven" == now[0][0][0] and before[1] == now[1]
+    manifests = [json.loads((base / name / "assets.extra" / "dpsr_manifest.json").read_text()) for name in ("1", "2")]
+    assert manifests[0]["table"] is None and manifests[1]["table"]["queries"] == 6
+    assert manifests[0]["kind"] == manifests[1]["kind"] == "rewriter"
+    assert (base / "2" / "assets.extra" / "tf_serving_warmup_requests").stat().st_size
+    for servable in versions:
+        servable.close()
+    # A servable refuses a table that it was not exported with.
+    table = base / "2" / "assets" / "rewrites.dpsr"
+    table.write_bytes((base / "1" / "assets" / "rewrites.dpsr").read_bytes())
+    assert run("export", "--index_only", f"--rewrites={tmp_path / 'table'}", f"--out={tmp_path / 'servable'}") == 0, (
+        "the table is replaced"
+    )
+
+
+def test_a_changed_table_is_refused_at_load(made: Made, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(made.servable / "1", tmp_path / "1")
+    shutil.copyfile(made.store.path / "vocabulary.dpsr", tmp_path / "1" / "assets" / "rewrites.dpsr")
+    with pytest.raises(Exception, match=r"rewrites\.dpsr"):
+        LoadedServable(tmp_path / "1")
+
+
+def test_wrong_use(made: Made, job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = rewriting_store(tmp_path / "other", seed=2)
+    untrained_rewriter(tmp_path / "model", other, seed=5)
+    (tmp_path / "both.tsv").write_text("red drill\tRED driver\n")
+    out, model = f"--out={tmp_path / 'out'}", f"--model={made.model}"
+    both = ["--always=" + str(tmp_path / "both.tsv"), "--never=" + str(tmp_path / "both.tsv")]
+    retrieval, store = f"--model={job.model}", f"--store={made.store.path}"
+    for arguments, status, message in (
+        (("export", f"--model={tmp_path / 'model'}", f"--rewrites={made.table}", out), 1, "made with another rewriter"),
+        (("export", model, f"--rewrites={tmp_path}", out), 1, "holds no rewrites (no table.json); make one with"),
+        (("export", model, f"--rewrites={made.table}", "--shards=2", out), 2, "--shards=2: cannot be combined"),
+        (("export", model, f"--rewrites={made.table}", f"--index={job.index}", out), 2, "be combined with --index"),
+        (("export", model, f"--index={job.index}", out), 1, "holds a model of kind rewriter, expected retrieval"),
+        (("export", retrieval, f"--rewrites={made.table}", out), 1, "of kind retrieval, expected rewriter"),
+        (("export", "--index_only", f"--rewrites={made.table}", f"--out={job.servable}"), 1, "is a retrieval servable"),
+        (("rewrite", model, store), 2, "give --out (directory of the table to make) or --explain"),
+        (("rewrite", model, store, out, "--explain=red"), 2, "give --out (directory of the table to make)"),
+        (("rewrite", model, store, out, "--min_cosine=0.5"), 2, "--min_cosine=0.5: needs --towers"),
+        (("rewrite", model, store, out, "--n=11"), 2, "--candidates=10: must be at least --n=11"),
+        (("rewrite", model, store, out, "--n=0"), 2, "n"),
+        (("rewrite", model, store, out, "--keep=colour"), 2, "no feature or filter 'colour'"),
+        (("rewrite", model, store, out, f"--queries={tmp_path / 'none'}"), 1, "cannot be read: No such file"),
+        (("rewrite", model, store, out, *both), 2, "is also in --never; remove one"),
+        (("rewrite", retrieval, store, out), 1, "holds a model of kind retrieval, expected rewriter"),
+        (("rewrite", model, store, out, f"--towers={job.model}"), 1, "holds a model of another vocabulary"),
+        (("rewrite", model, f"--store={job.store}", out), 1, ""),
+    ):  # fmt: skip
+        assert run(*arguments) == status, (arguments, capsys.readouterr().err)
+        assert message in capsys.readouterr().err, arguments
+        assert not (tmp_path / "out").exists()
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for path in made.table.iterdir():
+        (damaged / path.name).write_bytes(path.read_bytes())
+    (damaged / "rewrites.dpsr").write_bytes(b"x" * 100)
+    assert run("export", model, f"--rewrites={damaged}", out) == 1
+    assert "bytes is 100, but table.json says" in capsys.readouterr().err
+    (damaged / MANIFEST).write_text(json.dumps({"format": FORMAT, "version": 99}))
+    assert run("export", model, f"--rewrites={damaged}", out) == 1
+    assert "is of dpsr-rewrites version 99, expected dpsr-rewrites version 1" in capsys.readouterr().err
+
+
+def test_explain(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("rewrite", *made.flags, *made.lists, "--explain=red drill", "--explain=ไทย", "--n=2") == 0
+    shown = capsys.readouterr().out
+    assert "  0.000                      red driver  [kept: of the list]" in shown
+    assert "ไทย\n  the model writes nothing for it" in shown
+    assert shown.count("no items: its words match no other titles") + shown.count("[drift") > 3
+
+
+@pytest.mark.slow
+def test_a_server_rewrites(made: Made, loaded: LoadedServable) -> None:
+    queries = [*QUERIES, *UNREADABLE]
+    expected = rewrites(loaded, queries, 2)
+    with start_model_server(made.servable, "words") as server, SearchClient(server.target, "words") as client:
+        found = client.rewrite(queries, 2)
+        assert [[one.text for one in row] for row in found] == [[text for text, _ in row] for row in expected]
+        assert client.rewrite("NEW one")[0][0].text == "手机壳"
+        assert client.rewrite([b"\xff\xfe", b"red \xff"], 1)[0] == []
+        with pytest.raises(ValueError, match=r"n is.*11.*expected 1 to 10, .*--max_rewrites"):
+            client.rewrite("red", 11)
+        with pytest.raises(ValueError, match="n must be a positive int32, got 0"):
+            client.rewrite("red", 0)
+
+        async def ask() -> list[Any]:
+            async with AsyncSearchClient(server.target, "words") as other:
+                return await asyncio.gather(*(other.rewrite(query, 2) for query in queries))
+
+        assert [row for (row,) in asyncio.run(ask())] == found
