@@ -37,10 +37,16 @@ class LoadedServable:
         inputs: for each signature, NumPy type and rank of its inputs by name.
     """
 
-    def __init__(self, path: Path):
-        """Loads a version directory. Raises CommandError if it cannot be loaded."""
+    def __init__(self, path: Path, threads: int = 0):
+        """Loads a version directory. Raises CommandError if it cannot be loaded.
+
+        Args:
+            path: the directory.
+            threads: number of threads that a request may use; 0 is one for each core.
+        """
         faiss_search.load()
-        self._session = v1.Session(graph=tf.Graph())
+        config = v1.ConfigProto(intra_op_parallelism_threads=threads, inter_op_parallelism_threads=threads)
+        self._session = v1.Session(graph=tf.Graph(), config=config)
         with self._session.graph.as_default():
             try:
                 loaded = v1.saved_model.load(self._session, [tf.saved_model.SERVING], str(path))
