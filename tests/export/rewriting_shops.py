@@ -39,7 +39,7 @@ def rewriting_store(folder: Path, seed: int = 1) -> Store:
     return Store(folder / "store")
 
 
-def untrained_rewriter(path: Path, store: Store, seed: int = 1, **rewriter: Any) -> ModelDirectory:
+def untrained_rewriter(folder: Path, store: Store, seed: int = 1, **rewriter: Any) -> ModelDirectory:
     """Makes a model directory with a checkpoint of random weights."""
     import tensorflow as tf
 
@@ -48,7 +48,7 @@ def untrained_rewriter(path: Path, store: Store, seed: int = 1, **rewriter: Any)
     v1 = tf.compat.v1
     small = {"heads": 2, "inner_width": 16, "max_words": 5, **rewriter}
     sections = {"model": {"kind": "rewriter", "token_dim": 16}, "rewriter": small}
-    model = ModelDirectory.create_or_resume(path, from_dict(Config, sections, "config"), store)
+    model = ModelDirectory.create_or_resume(folder, from_dict(Config, sections, "config"), store)
     with tf.Graph().as_default(), v1.Session() as session:
         v1.set_random_seed(seed)
         RewriteGraph(model)(tf.constant(["red"]), 3, tf.constant(0, tf.int64))
@@ -57,5 +57,5 @@ def untrained_rewriter(path: Path, store: Store, seed: int = 1, **rewriter: Any)
         rng = np.random.default_rng(seed)
         for variable in v1.global_variables():
             variable.load(rng.normal(0, 0.5, variable.shape).astype(np.float32), session)
-        v1.train.Saver().save(session, str(path / "model.ckpt"), global_step=7)
+        v1.train.Saver().save(session, str(folder / "model.ckpt"), global_step=7)
     return model

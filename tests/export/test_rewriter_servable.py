@@ -69,7 +69,7 @@ def loaded(made: Made) -> LoadedServable:
 
 def test_known_queries_come_from_the_table_and_others_from_the_model(made: Made, loaded: LoadedServable) -> None:
     model = rewriter(made.model)
-    queries = ["red drill", "手机 12mm", "NEW  one", "", "zzz red", "power kit", "cordless drill"]
+    queries = ["red drill", "手机 12mm", "NEW  one", "", "blue shoes", "power kit", "cordless drill"]
     found = rewrites(loaded, queries)
     assert found[0][0] == ("red driver", 0.0) and found[2] == [("手机壳", 0.0)]
     decoded = model(queries, 3, 0)
@@ -189,7 +189,6 @@ def test_wrong_use(made: Made, job: Any, tmp_path: Path, capsys: pytest.CaptureF
         (("rewrite", model, store, out, *both), 2, "is also in --never; remove one"),
         (("rewrite", retrieval, store, out), 1, "holds a model of kind retrieval, expected rewriter"),
         (("rewrite", model, store, out, f"--towers={job.model}"), 1, "holds a model of another vocabulary"),
-        (("rewrite", model, f"--store={job.store}", out), 1, ""),
     ):  # fmt: skip
         assert run(*arguments) == status, (arguments, capsys.readouterr().err)
         assert message in capsys.readouterr().err, arguments
@@ -232,4 +231,5 @@ def test_a_server_rewrites(made: Made, loaded: LoadedServable) -> None:
             async with AsyncSearchClient(server.target, "words") as other:
                 return await asyncio.gather(*(other.rewrite(query, 2) for query in queries))
 
-        assert [row for (row,) in asyncio.run(ask())] == found
+        alone = [row for (row,) in asyncio.run(ask())]
+        assert [[one.text for one in row] for row in alone] == [[one.text for one in row] for row in found]
