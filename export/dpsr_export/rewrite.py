@@ -24,6 +24,7 @@ from dpsr_tf import __version__
 from dpsr_tf.data.store import Store, new_directory, read_manifest
 from dpsr_tf.models.encoders import query_encoder
 from dpsr_tf.models.model_directory import ModelDirectory
+from dpsr_tf.models.rewriter_texts import rewriter
 
 USAGE = """
 Usage: dpsr rewrite --model=REWRITER --store=STORE --out=TABLE [--towers=MODEL] [--never=FILE] [--always=FILE]
@@ -89,21 +90,19 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         if (key_of(query), key_of(text)) in forbidden:
             raise UsageError(f"--always={values.always}: the pair {query!r}, {text!r} is also in --never; remove one")
     model, store = ModelDirectory.open(values.model, "rewriter"), Store(values.store)
-    from dpsr_tf.models.rewriter_texts import rewriter
-
-    rewrite = rewriter(model.path)
     kept = list(values.keep) if values.keep is not None else [name for name in KEPT if name in value_names(store)]
     limits = Limits(values.min_cosine, values.min_clicks, values.min_click_share)
     embed = None if values.towers is None else embedder(values.towers, store)
     filters = Filters(store, limits, kept, forbidden, embed)
-    table = Table(rewrite, filters, _by_key(always), values.n, values.candidates, values.seed)
+    listed = [query for query, _ in [*always, *never]]
+    # The queries of the lists too: decoding a query that is not in the table would bring back what a list forbids.
+    queries = [] if values.explain else _distinct([*listed, *_queries(values, store)])
+    table = Table(rewriter(model.path), filters, _by_key(always), values.n, values.candidates, values.seed)
     if values.explain:
         for text in values.explain:
             (candidates,) = table.candidates([text])
             print(explanation(text, candidates, values.n))
         return
-    # The queries of the lists too: decoding a query that is not in the table would bring back what a list forbids.
-    queries = _distinct([*(query for query, _ in [*always, *never]), *_queries(values, store)])
     with new_directory(Path(values.out), values.overwrite, "table of rewrites", MANIFEST) as out:
         counts = table.write(queries, out)
         manifest = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,17 +105,6 @@ def test_bad_input(loaded: LoadedServable) -> None:
     assert len(rewrites(loaded, ["cordless"], 10)[0]) > 3
 
 
-def test_sampling_depends_on_the_seed_only(made: Made, tmp_path: Path) -> None:
-    untrained_rewriter(tmp_path / "model", made.store, method="sampling", path="titles", backward_weight=1.0)
-    assert run("export", f"--model={tmp_path / 'model'}", f"--out={tmp_path / 'servable'}", "--max_rewrites=4") == 0
-    servable = LoadedServable(tmp_path / "servable" / "1")
-    first, again, other = (rewrites(servable, QUERIES, 4, seed) for seed in (1, 1, -7))
-    assert first == again != other
-    alone = [rewrites(servable, [query], 4, 1)[0] for query in QUERIES]
-    assert [[text for text, _ in row] for row in alone] == [[text for text, _ in row] for row in first]
-    servable.close()
-
-
 def test_the_graph_has_stock_ops_and_ours(made: Made) -> None:
     from tensorflow.core.protobuf import saved_model_pb2
 
@@ -130,34 +120,34 @@ def test_the_graph_has_stock_ops_and_ours(made: Made) -> None:
     assert not {node.op for node in nodes} & {"PyFunc", "EagerPyFunc", "PyFuncStateless"}
 
 
-def test_index_only_renews_the_table(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = tmp_path / "servable"
-    assert run("export", f"--model={made.model}", f"--out={base}") == 0
+def test_sampling_and_a_new_table(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, model = tmp_path / "servable", f"--model={tmp_path / 'model'}"
+    untrained_rewriter(tmp_path / "model", made.store, method="sampling")
+    assert run("export", model, f"--out={base}", "--max_rewrites=4") == 0
+    before = LoadedServable(base / "1")
+    first, again, other = (rewrites(before, QUERIES, 4, seed) for seed in (1, 1, -7))
+    assert first == again != other, "the seed alone chooses"
+    alone = [rewrites(before, [query], 4, 1)[0] for query in QUERIES]
+    assert [[text for text, _ in row] for row in alone] == [[text for text, _ in row] for row in first]
+
     (tmp_path / "always.tsv").write_text("cordless\tbattery driven\n")
-    assert run("rewrite", *made.flags, "--max_queries=5", f"--always={tmp_path / 'always.tsv'}",
-               f"--out={tmp_path / 'table'}") == 0  # fmt: skip
+    assert run("rewrite", model, f"--store={made.store.path}", "--max_queries=5", "--candidates=4", "--seed=3",
+               f"--always={tmp_path / 'always.tsv'}", f"--out={tmp_path / 'table'}") == 0  # fmt: skip
     assert run("export", "--index_only", f"--rewrites={tmp_path / 'table'}", f"--out={base}") == 0
     assert f"servable {base / '2'}: 3 rewrites of a query of the table p50" in capsys.readouterr().out
-    versions = [LoadedServable(base / name) for name in ("1", "2")]
-    before, now = (rewrites(servable, ["cordless", "手机 12mm"]) for servable in versions)
-    assert before[0][0][0] != "battery driven" == now[0][0][0] and before[1] == now[1]
+    after = LoadedServable(base / "2")
+    was, now = (rewrites(servable, ["cordless", "手机 12mm"]) for servable in (before, after))
+    assert was[0][0][0] != "battery driven" == now[0][0][0]
+    assert [text for text, _ in was[1]] == [text for text, _ in now[1]]
     manifests = [json.loads((base / name / "assets.extra" / "dpsr_manifest.json").read_text()) for name in ("1", "2")]
     assert manifests[0]["table"] is None and manifests[1]["table"]["queries"] == 6
     assert manifests[0]["kind"] == manifests[1]["kind"] == "rewriter"
     assert (base / "2" / "assets.extra" / "tf_serving_warmup_requests").stat().st_size
-    for servable in versions:
+    for servable in (before, after):
         servable.close()
-    # A servable refuses a table that it was not exported with.
-    table = base / "2" / "assets" / "rewrites.dpsr"
-    table.write_bytes((base / "1" / "assets" / "rewrites.dpsr").read_bytes())
-    assert run("export", "--index_only", f"--rewrites={tmp_path / 'table'}", f"--out={tmp_path / 'servable'}") == 0, (
-        "the table is replaced"
-    )
 
 
 def test_a_changed_table_is_refused_at_load(made: Made, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(made.servable / "1", tmp_path / "1")
     shutil.copyfile(made.store.path / "vocabulary.dpsr", tmp_path / "1" / "assets" / "rewrites.dpsr")
     with pytest.raises(Exception, match=r"rewrites\.dpsr"):
@@ -165,14 +155,15 @@ def test_a_changed_table_is_refused_at_load(made: Made, tmp_path: Path) -> None:
 
 
 def test_wrong_use(made: Made, job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = rewriting_store(tmp_path / "other", seed=2)
-    untrained_rewriter(tmp_path / "model", other, seed=5)
+    damaged, other = (shutil.copytree(made.table, tmp_path / name) for name in ("damaged", "other"))
+    about = json.loads((other / MANIFEST).read_text())
+    (other / MANIFEST).write_text(json.dumps(about | {"checkpoint_fingerprint": "0" * 16}))
     (tmp_path / "both.tsv").write_text("red drill\tRED driver\n")
     out, model = f"--out={tmp_path / 'out'}", f"--model={made.model}"
     both = ["--always=" + str(tmp_path / "both.tsv"), "--never=" + str(tmp_path / "both.tsv")]
     retrieval, store = f"--model={job.model}", f"--store={made.store.path}"
     for arguments, status, message in (
-        (("export", f"--model={tmp_path / 'model'}", f"--rewrites={made.table}", out), 1, "made with another rewriter"),
+        (("export", model, f"--rewrites={other}", out), 1, "another rewriter (fingerprint 0000000000000000)"),
         (("export", model, f"--rewrites={tmp_path}", out), 1, "holds no rewrites (no table.json); make one with"),
         (("export", model, f"--rewrites={made.table}", "--shards=2", out), 2, "--shards=2: cannot be combined"),
         (("export", model, f"--rewrites={made.table}", f"--index={job.index}", out), 2, "be combined with --index"),
@@ -193,10 +184,6 @@ def test_wrong_use(made: Made, job: Any, tmp_path: Path, capsys: pytest.CaptureF
         assert run(*arguments) == status, (arguments, capsys.readouterr().err)
         assert message in capsys.readouterr().err, arguments
         assert not (tmp_path / "out").exists()
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    for path in made.table.iterdir():
-        (damaged / path.name).write_bytes(path.read_bytes())
     (damaged / "rewrites.dpsr").write_bytes(b"x" * 100)
     assert run("export", model, f"--rewrites={damaged}", out) == 1
     assert "bytes is 100, but table.json says" in capsys.readouterr().err
