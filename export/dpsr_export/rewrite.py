@@ -67,8 +67,8 @@ def define_flags(values: flags.FlagValues) -> None:
                       "brand and size, where the store has them", flag_values=values)  # fmt: skip
     integer("min_clicks", 10, "number of clicks from which on a query's clicks tell whether a rewrite leads elsewhere",
             1, flag_values=values)  # fmt: skip
-    number("min_click_share", 0.01, "smallest share of the query's clicks on items whose titles have all words of the "
-           "rewrite; 0 turns this filter off", 0, 1, flag_values=values)  # fmt: skip
+    number("min_click_share", 0.01, "smallest share of the query's clicks on items whose titles match the rewrite; "
+           "0 turns this filter off", 0, 1, flag_values=values)  # fmt: skip
     text("never", None, "TSV file of pairs that must never appear: query<TAB>rewrite", flag_values=values)
     text("always", None, "TSV file of pairs that always appear, before all others: query<TAB>rewrite",
          flag_values=values)  # fmt: skip

@@ -24,7 +24,10 @@ KEPT = ("brand", "size")
 # Sizes in words. Single letters are left out, because they are also parts of other words: the s of "men's".
 _SIZES = frozenset(("xs", "xl", "xxl", "xxxl", "small", "medium", "large"))
 _NUMBER = re.compile(r"\d+")
+# Titles that are tokenized at a time.
 _TITLES = 100_000
+# A title may miss one of this many words, as long queries are hardly ever met word by word.
+_MAY_MISS_ONE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Candidate:
         text: the rewrite.
         log_probability: the model's; 0 for one of a list.
         cosine: of the vectors of query and rewrite; None if it was not computed.
-        added: number of items whose title has all words of the rewrite and not all of the query.
+        added: number of items whose titles match the rewrite and not the query (TitleIndex.matches).
         reason: why it was dropped; "" for one that is kept.
         listed: whether it is of the list of rewrites that always appear.
     """
@@ -211,7 +214,7 @@ def _file_of(store: Store, name: str) -> PackedFile | None:
 
 
 class TitleIndex:
-    """Finds the items whose title has all of some words."""
+    """Finds the items whose titles match some words."""
 
     def __init__(self, titles: Sequence[str]):
         """Indexes titles, one for each item."""
@@ -233,20 +236,26 @@ class TitleIndex:
         self._splits = np.searchsorted(held, np.arange(self._words.num_ids + 1, dtype=np.int64) * len(titles))
 
     def matches(self, words: Sequence[str]) -> np.ndarray:
-        """Returns the items, ascending int32, whose title has all of the words; none for no words."""
+        """Returns the items, ascending int32, whose title has all of the words, or all but one of four or more."""
         lists = []
         for word in dict.fromkeys(words):
             ids = self._words.encode(word)
-            if len(ids) != 1:
-                return np.zeros(0, np.int32)
-            lists.append(self._items[self._splits[ids[0]] : self._splits[ids[0] + 1]])
-        if not lists:
-            return np.zeros(0, np.int32)
+            found = ids[0] if len(ids) == 1 else 0  # no title has token 0, which is padding
+            lists.append(self._items[self._splits[found] : self._splits[found + 1]])
         lists.sort(key=len)
-        found = lists[0]
-        for other in lists[1:]:
-            found = found[_in_sorted(found, other)]
-        return found
+        if len(lists) < _MAY_MISS_ONE:
+            return _in_all(lists)
+        return np.unique(np.concatenate([_in_all([*lists[:i], *lists[i + 1 :]]) for i in range(len(lists))]))
+
+
+def _in_all(lists: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns what is in all of some ascending arrays, the shortest one first; nothing if there are none."""
+    if not lists:
+        return np.zeros(0, np.int32)
+    found = lists[0]
+    for other in lists[1:]:
+        found = found[_in_sorted(found, other)]
+    return found
 
 
 def _in_sorted(values: np.ndarray, table: np.ndarray) -> np.ndarray:

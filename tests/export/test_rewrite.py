@@ -128,8 +128,11 @@ def test_title_index_against_sets() -> None:
     titles = [" ".join(rng.choice(list("abcdefgh"), rng.integers(0, 6))) for _ in range(200)]
     index = TitleIndex(titles)
     for _ in range(100):
-        words = list(rng.choice(list("abcdefgz"), rng.integers(0, 4)))
-        expected = [i for i, title in enumerate(titles) if words and set(words) <= set(title.split())]
+        words = list(rng.choice(list("abcdefgz"), rng.integers(0, 8)))
+        # One of four or more words may be missing.
+        may_miss = int(len(set(words)) >= 4)
+        missing = [len(set(words) - set(title.split())) for title in titles]
+        expected = [i for i, count in enumerate(missing) if words and count <= may_miss]
         assert index.matches(words).tolist() == expected
     assert TitleIndex([]).matches(["a"]).tolist() == []
 
