@@ -62,7 +62,9 @@ def define_flags(values: flags.FlagValues) -> None:
     integer("candidates", 10, "number of rewrites that the model writes for a query", 1, 100, flag_values=values)
     integer("seed", 0, "seed of rewrites that are drawn by chance", flag_values=values)
     text("towers", None, "model directory of a retrieval model, which compares query and rewrite", flag_values=values)
-    number("min_cosine", 0.6, "smallest cosine of a query and its rewrite; needs --towers", -1, 1, flag_values=values)
+    number("min_log_probability", None, "smallest natural logarithm of the probability of a rewrite, for example -5",
+           None, 0, flag_values=values)  # fmt: skip
+    number("min_cosine", 0.7, "smallest cosine of a query and its rewrite; needs --towers", -1, 1, flag_values=values)
     flags.DEFINE_list("keep", None, "features or filters of items whose values a rewrite may not lose. The default is "
                       "brand and size, where the store has them", flag_values=values)  # fmt: skip
     integer("min_clicks", 10, "number of clicks from which on a query's clicks tell whether a rewrite leads elsewhere",
@@ -91,7 +93,8 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
             raise UsageError(f"--always={values.always}: the pair {query!r}, {text!r} is also in --never; remove one")
     model, store = ModelDirectory.open(values.model, "rewriter"), Store(values.store)
     kept = list(values.keep) if values.keep is not None else [name for name in KEPT if name in value_names(store)]
-    limits = Limits(values.min_cosine, values.min_clicks, values.min_click_share)
+    least = -np.inf if values.min_log_probability is None else values.min_log_probability
+    limits = Limits(least, values.min_cosine, values.min_clicks, values.min_click_share)
     embed = None if values.towers is None else embedder(values.towers, store)
     filters = Filters(store, limits, kept, forbidden, embed)
     listed = [query for query, _ in [*always, *never]]
@@ -122,8 +125,8 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     )
 
 
-_SETTINGS = ("n", "candidates", "seed", "towers", "min_cosine", "min_clicks", "min_click_share", "queries",
-             "max_queries")  # fmt: skip
+_SETTINGS = ("n", "candidates", "seed", "towers", "min_log_probability", "min_cosine", "min_clicks",
+             "min_click_share", "queries", "max_queries")  # fmt: skip
 
 
 def _queries(values: flags.FlagValues, store: Store) -> Iterable[str]:

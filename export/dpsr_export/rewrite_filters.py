@@ -56,11 +56,13 @@ class Limits:
     """The thresholds of the filters.
 
     Attributes:
+        min_log_probability: smallest logarithm of a rewrite's probability.
         min_cosine: smallest cosine of query and rewrite, if there are towers.
         min_clicks: clicks of a query from which on a rewrite must lead to some of the clicked items.
         min_click_share: share of the query's clicks on items that the rewrite's words match.
     """
 
+    min_log_probability: float
     min_cosine: float
     min_clicks: int
     min_click_share: float
@@ -138,6 +140,8 @@ class Filters:
                 reason = "twice: is a better candidate already"
             elif (key, new) in self._never:
                 reason = "never: the list forbids the pair"
+            elif score < self._limits.min_log_probability:
+                reason = f"unlikely: log-probability below {self._limits.min_log_probability:g}"
             elif numbers != _numbers(new):
                 reason = _difference(numbers, _numbers(new))
             elif lost := next((phrase for phrase in phrases if not _contains(now, phrase)), None):

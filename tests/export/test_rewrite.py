@@ -46,7 +46,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 def filters(store: Store, never: Sequence[tuple[str, str]] = (), **options: Any) -> Filters:
-    limits = Limits(**({"min_cosine": 0.5, "min_clicks": 4, "min_click_share": 0.01} | options.pop("limits", {})))
+    limits = Limits(
+        **(
+            {"min_log_probability": -9.0, "min_cosine": 0.5, "min_clicks": 4, "min_click_share": 0.01}
+            | options.pop("limits", {})
+        )
+    )
     return Filters(store, limits, ["brand"], never, **options)
 
 
@@ -73,6 +78,11 @@ def test_each_filter_gives_its_reason(store: Store) -> None:
     assert [text.partition(":")[0] for text in reasons(checker, "red pail", "pail red", "red pail large")] == [
         "no items", "no items",
     ]  # fmt: skip
+
+
+def test_unlikely_rewrites(store: Store) -> None:
+    checker = filters(store, limits={"min_log_probability": -0.5})
+    assert reasons(checker, "drill", "power", "screwdriver") == ["", "unlikely: log-probability below -0.5"]
 
 
 def test_numbers_sizes_and_brands_stay(store: Store) -> None:
@@ -141,7 +151,7 @@ def test_frequent_queries(store: Store) -> None:
     assert list(frequent_queries(store, 10)) == ["Cordless drill", "red bucket", "acme drill 12v"]
     assert list(frequent_queries(store, 1)) == ["Cordless drill"] and value_names(store) == ["brand"]
     with pytest.raises(UsageError, match=r"no feature or filter 'colour' with values, expected some of: brand"):
-        Filters(store, Limits(0, 1, 0), ["colour"], ())
+        Filters(store, Limits(-9, 0, 1, 0), ["colour"], ())
 
 
 def words_of(found: dict[str, list[tuple[str, float]]]) -> Callable[..., list[list[tuple[str, float]]]]:
