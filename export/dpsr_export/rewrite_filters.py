@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,7 +27,7 @@ _SIZES = frozenset(("xs", "xl", "xxl", "xxxl", "small", "medium", "large"))
 _NUMBER = re.compile(r"\d+")
 # Titles that are tokenized at a time.
 _TITLES = 100_000
-# A title may miss one of this many words, as long queries are hardly ever met word by word.
+# From this many words on, a title may miss one of them: hardly any title has all words of a long query.
 _MAY_MISS_ONE = 4
 
 
@@ -66,6 +67,17 @@ class Limits:
     min_cosine: float
     min_clicks: int
     min_click_share: float
+
+
+class _Asked(NamedTuple):
+    """A query, and its words."""
+
+    text: str
+    words: Sequence[str]
+
+    @property
+    def key(self) -> str:
+        return " ".join(self.words)
 
 
 class Filters:
@@ -124,41 +136,57 @@ class Filters:
         return checked
 
     def _check(self, query: str, candidates: Sequence[tuple[str, float]]) -> list[Candidate]:
-        words = words_of(query)
-        key = " ".join(words)
-        matched, numbers, phrases = self._titles.matches(words), _numbers(key), self._phrases_of(words)
-        clicked = self._clicks.of(query)
-        seen, checked = set(), []
+        asked = _Asked(query, words_of(query))
+        asked_phrases = self._phrases_of(asked.words)
+        # A word that no title has is perhaps a misspelt brand.
+        may_add = any(not self._titles.knows(word) for word in asked.words)
+        seen: set[str] = set()
+        checked = []
         for text, score in candidates:
-            added, now = None, words_of(text)
-            new = " ".join(now)
-            if not now:
+            words, added = words_of(text), None
+            new, phrases = " ".join(words), self._phrases_of(words)
+            lost = next((phrase for phrase in asked_phrases if not _contains(words, phrase)), None)
+            more = next((phrase for phrase in phrases if not _contains(asked.words, phrase)), None)
+            if not words:
                 reason = "empty: has no words"
-            elif new == key:
+            elif new == asked.key:
                 reason = "same: has the words of the query"
             elif new in seen:
                 reason = "twice: is a better candidate already"
-            elif (key, new) in self._never:
+            elif (asked.key, new) in self._never:
                 reason = "never: the list forbids the pair"
             elif score < self._limits.min_log_probability:
                 reason = f"unlikely: log-probability below {self._limits.min_log_probability:g}"
-            elif numbers != _numbers(new):
-                reason = _difference(numbers, _numbers(new))
-            elif lost := next((phrase for phrase in phrases if not _contains(now, phrase)), None):
-                reason = f"{self._phrases.get(lost, 'size')}: loses {' '.join(lost)}"
+            elif _numbers(asked.key) != _numbers(new):
+                reason = _difference(_numbers(asked.key), _numbers(new))
+            elif lost is not None:
+                reason = f"{self._name_of(lost)}: loses {' '.join(lost)}"
+            elif more is not None and not may_add:
+                reason = f"{self._name_of(more)}: {' '.join(more)} is not in the query"
+            elif set(words) <= set(asked.words):
+                reason = "no words: has only words of the query"
             else:
-                items = self._titles.matches(now)
-                added = len(items) - len(np.intersect1d(items, matched, assume_unique=True))
-                reason = "" if added else "no items: its words match no other titles than those of the query"
-                if (
-                    not reason
-                    and (share := clicked.share(items)) < self._limits.min_click_share
-                    and (clicked.total >= self._limits.min_clicks)
-                ):
-                    reason = f"drift: matches {share:.0%} of the query's {clicked.total:,} clicks"
+                added, reason = self._found(asked, words)
             seen.add(new)
             checked.append(Candidate(text, score, None, added, reason))
         return checked
+
+    def _found(self, asked: _Asked, words: Sequence[str]) -> tuple[int, str]:
+        """Returns how many items a rewrite adds to what a query finds, and why it is dropped, or ""."""
+        # The same for both, so that a word more does not add items.
+        may_miss = max(len(set(words)), len(set(asked.words))) >= _MAY_MISS_ONE
+        items, matched = self._titles.matches(words, may_miss), self._titles.matches(asked.words, may_miss)
+        added = int(np.count_nonzero(~_in_sorted(items, matched)))
+        if not added:
+            return added, "no items: its words match no other titles than those of the query"
+        clicks = self._clicks.of(asked.text)
+        share = float(_in_sorted(clicks, items).mean()) if len(clicks) >= self._limits.min_clicks else 1.0
+        if share < self._limits.min_click_share:
+            return added, f"drift: matches {share:.0%} of the query's {len(clicks):,} clicks"
+        return added, ""
+
+    def _name_of(self, phrase: tuple[str, ...]) -> str:
+        return self._phrases.get(phrase, "size")
 
     def _phrases_of(self, words: Sequence[str]) -> list[tuple[str, ...]]:
         """Returns the values of features in a query, the longest at each place, and its sizes in words."""
@@ -239,17 +267,20 @@ class TitleIndex:
         self._items = (held % max(len(titles), 1)).astype(np.int32)
         self._splits = np.searchsorted(held, np.arange(self._words.num_ids + 1, dtype=np.int64) * len(titles))
 
-    def matches(self, words: Sequence[str]) -> np.ndarray:
-        """Returns the items, ascending int32, whose title has all of the words, or all but one of four or more."""
-        lists = []
-        for word in dict.fromkeys(words):
-            ids = self._words.encode(word)
-            found = ids[0] if len(ids) == 1 else 0  # no title has token 0, which is padding
-            lists.append(self._items[self._splits[found] : self._splits[found + 1]])
-        lists.sort(key=len)
-        if len(lists) < _MAY_MISS_ONE:
+    def knows(self, word: str) -> bool:
+        """Returns whether a title has this word."""
+        return bool(len(self._items_of(word)))
+
+    def matches(self, words: Sequence[str], may_miss: bool = False) -> np.ndarray:
+        """Returns the items, ascending int32, whose title has all of some words, or all but one if `may_miss`."""
+        lists = sorted((self._items_of(word) for word in dict.fromkeys(words)), key=len)
+        if not may_miss or len(lists) < 2:
             return _in_all(lists)
         return np.unique(np.concatenate([_in_all([*lists[:i], *lists[i + 1 :]]) for i in range(len(lists))]))
+
+    def _items_of(self, word: str) -> np.ndarray:
+        ids = self._words.encode(word)
+        return self._items[self._splits[ids[0]] : self._splits[ids[0] + 1]] if len(ids) == 1 else self._items[:0]
 
 
 def _in_all(lists: Sequence[np.ndarray]) -> np.ndarray:
@@ -269,21 +300,6 @@ def _in_sorted(values: np.ndarray, table: np.ndarray) -> np.ndarray:
     return table[np.minimum(np.searchsorted(table, values), len(table) - 1)] == values
 
 
-@dataclasses.dataclass(frozen=True)
-class _Clicked:
-    """The clicks of a query: items, int32, and how many there are in all."""
-
-    items: np.ndarray
-
-    @property
-    def total(self) -> int:
-        return len(self.items)
-
-    def share(self, matched: np.ndarray) -> float:
-        """Returns the share of the clicks on items of an ascending array; 1 without clicks."""
-        return float(_in_sorted(self.items, matched).mean()) if len(self.items) else 1.0
-
-
 class _Clicks:
     """The clicks of each query of a log."""
 
@@ -294,13 +310,13 @@ class _Clicks:
         texts = (unpack_strings(file, "query_text") for file in shards)
         self._place_of = {text: (shard, row) for shard, rows in enumerate(texts) for row, text in enumerate(rows)}
 
-    def of(self, query: str) -> _Clicked:
-        """Returns the clicks of a query; none for one that the log does not have."""
+    def of(self, query: str) -> np.ndarray:
+        """Returns the items of a query's clicks, int32 [clicks]; none for a query that the log does not have."""
         place = self._place_of.get(query.strip())
         if place is None:
-            return _Clicked(np.zeros(0, np.int32))
+            return np.zeros(0, np.int32)
         shard, row = place
-        return _Clicked(self._items[shard][self._splits[shard][row] : self._splits[shard][row + 1]])
+        return self._items[shard][self._splits[shard][row] : self._splits[shard][row + 1]]
 
 
 def frequent_queries(store: Store, most: int) -> Iterator[str]:
