@@ -152,8 +152,8 @@ class Bm25:
         if weights:
             self._weights = scipy.sparse.vstack(weights, "csr")
 
-    def _scores(self, queries: Sequence[str]) -> scipy.sparse.csr_matrix:
-        """Returns the summed weights of each query's tokens, [n, items]; repeated tokens count repeatedly."""
+    def counts(self, queries: Sequence[str]) -> scipy.sparse.csr_matrix:
+        """Returns how often each query has each token of the index, float32 [n, tokens]."""
         # A token that is in no title adds nothing to a score.
         known = [
             [rows[token] for tokenize, rows in self._fields for token in tokenize(query) if token in rows]
@@ -161,18 +161,28 @@ class Bm25:
         ]
         splits = np.cumsum([0, *map(len, known)])
         tokens = np.array([token for row in known for token in row], np.int64)
-        counts = scipy.sparse.csr_matrix(
-            (np.ones(len(tokens), np.float32), tokens, splits), (len(queries), self._weights.shape[0])
-        )
-        return counts @ self._weights
+        shape = (len(queries), self._weights.shape[0] if self._fields else 0)
+        return scipy.sparse.csr_matrix((np.ones(len(tokens), np.float32), tokens, splits), shape)
+
+    def _scores(self, queries: Sequence[str]) -> scipy.sparse.csr_matrix:
+        """Returns the summed weights of each query's tokens, [n, items]; repeated tokens count repeatedly."""
+        return self.counts(queries) @ self._weights
 
     def __call__(self, queries: Sequence[str], users: Sequence[User] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See Retriever; `users` is not used."""
-        ids, scores = no_results(len(queries), k)
+        return self.search(self.counts(queries), k)
+
+    def search(self, counts: scipy.sparse.csr_matrix, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Finds items for queries that are given by how much each token counts, float32 [n, tokens].
+
+        So a query and others that mean the same can be searched as one: by the weighted sum of their `counts`. Returns
+        what a Retriever returns.
+        """
+        ids, scores = no_results(counts.shape[0], k)
         if not self._fields:
             return ids, scores
-        for begin in range(0, len(queries), _BATCH):
-            found = self._scores(queries[begin : begin + _BATCH])
+        for begin in range(0, len(ids), _BATCH):
+            found = counts[begin : begin + _BATCH] @ self._weights
             for row in range(found.shape[0]):
                 part = slice(found.indptr[row], found.indptr[row + 1])
                 row_ids, row_scores = self._item_ids[found.indices[part]], found.data[part]
