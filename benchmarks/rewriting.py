@@ -13,14 +13,14 @@ ablation    Rewriters of the same shop, trained for a shorter time: directions t
             and without the loss from query to query and the loss of the cycle; greedy search, beam search and draws.
 cost        Latency of decoding, rewrites in a second of one core, for both kinds of decoder.
 
-BM25 has k1 1.2 and b 0.75. On Home Depot its words are lower-cased runs of [a-z0-9]; in the shop, which is English and
-Chinese, those of the project's tokenizer. The score of an item for a query with rewrites is
+BM25 has k1 1.2 and b 0.75. On Home Depot its words are lower-cased runs of [a-z0-9]; in the shop, which is English
+and Chinese, those of the project's tokenizer. The score of an item for a query with rewrites is
 
     BM25(query) + weight * sum over the rewrites of share * BM25(rewrite)
 
-where the shares of a query's rewrites sum to 1 (`united`). The weight, the number of rewrites and how shares follow from
-scores are chosen for each system, peers included, on the two dev folds together; rows `chosen` name them. Further folds
-are kept back for judging.
+where the shares of a query's rewrites sum to 1 (`united`). The weight, the number of rewrites and how shares follow
+from scores are chosen for each system, peers included, on the two dev folds together; rows `chosen` name them. Further
+folds are kept back for judging.
 
 Peers: symspellpy corrects spelling by edit distance and the frequency of words in titles and queries of the log;
 co-click replaces a word by one that stands in its place in another query with shared clicks.
@@ -57,6 +57,7 @@ import report
 import scipy.sparse
 import yaml
 from absl import app, flags
+from dpsr_tf.models.rewriter_texts import rewriter
 from quality import dpsr
 
 from dpsr_tf.config import CONFIGS
@@ -66,7 +67,6 @@ from dpsr_tf.evaluation import metrics
 from dpsr_tf.evaluation.baselines import Bm25, Field, plain_words, unigrams
 from dpsr_tf.evaluation.corpus import Corpus
 from dpsr_tf.evaluation.judgments import Judgments
-from dpsr_tf.models.rewriter_texts import rewriter
 
 K = 100
 SAMPLES = 1000
@@ -221,9 +221,8 @@ def homedepot(result: report.Report, data: Path, out: Path, seeds: Sequence[int]
     corrections = dict(_pairs(folder / "spelling.misspelt_dev.tsv"))
     systems["corrected by hand"] = [[(corrections[query], 0.0)] if query in corrections else [] for query in queries]
     for name, changes in _homedepot_models(seeds, full).items():
-        systems[name] = _rewrites(
-            trained(store, out / f"homedepot-{name}".replace(" ", "_"), changes), queries, seeds[0]
-        )
+        model = trained(store, out / f"homedepot-{name}".replace(" ", "-"), changes)
+        systems[name] = rewriter(model)(queries, _REWRITES, seeds[0])
     for name, rewrites in systems.items():
         chosen, figures = _best_union(bm25, queries, rewrites, relevant, fold_of)
         result.add(name, "homedepot", "chosen", chosen.weight, "", note=f"{chosen.count} rewrites, flat={chosen.flat}")
@@ -300,8 +299,8 @@ def trained(store: Path, model: Path, changes: Sequence[str]) -> Path:
     return model
 
 
-def _rewrites(model: Path, queries: Sequence[str], seed: int, count: int = _REWRITES) -> list[list[Rewrite]]:
-    return rewriter(model)(queries, count, seed)
+def _asking(rewrite: Callable[[Sequence[str], int, int], list[list[Rewrite]]], count: int, seed: int) -> Rewriter:
+    return lambda queries: rewrite(queries, count, seed)
 
 
 # The generated shop.
@@ -314,7 +313,8 @@ class Meanings:
     """What texts of a generated shop mean: sets of parts, each a type, a brand, a property or an unknown word.
 
     Attributes:
-        synonyms: phrase -> the phrases that mean the same and stand in titles, for synonyms with a meaning of their own.
+        kinds: part -> property, brand or type.
+        synonyms: synonym -> the word that stands in titles instead.
     """
 
     def __init__(self, shop: Path):
@@ -376,7 +376,7 @@ class Meanings:
     def cosine(self, query: str, rewrite: str) -> float:
         """Returns the cosine between the sets of items that have all parts of the query, and of the rewrite."""
         both = [
-            set.intersection(*(self._items.get(part, set()) for part in self.parts(text)) or [set()])
+            set.intersection(*[self._items.get(part, set()) for part in self.parts(text)] or [set()])
             for text in (query, rewrite)
         ]
         return len(both[0] & both[1]) / math.sqrt(max(len(both[0]) * len(both[1]), 1))
@@ -454,7 +454,7 @@ def _clicks(store: Store) -> np.ndarray:
     return np.array([counts.get(query, 0) for query in store.queries()])
 
 
-def measure_shop(result: report.Report, impl: str, shop: Shop, rewrite: Callable[[Sequence[str]], list[list[Rewrite]]],
+def measure_shop(result: report.Report, impl: str, shop: Shop, rewrite: Rewriter,
                  workload: str) -> dict[str, float]:  # fmt: skip
     """Adds the figures of a rewriter of a shop to the result, and returns them by name."""
     meanings, words = shop.meanings, _SYMBOLS.findall
@@ -493,7 +493,7 @@ def _mean(values: Iterable[float]) -> float:
     return float(np.mean(found)) if found else 0.0
 
 
-def _synonym_recall(shop: Shop, rewrite: Callable[[Sequence[str]], list[list[Rewrite]]], clicks: int = 20) -> float:
+def _synonym_recall(shop: Shop, rewrite: Rewriter, clicks: int = 20) -> float:
     """Returns the share of the synonyms with enough clicks that a rewrite replaces by the shop's word.
 
     For each synonym the five queries with the most clicks are asked that hold it. Rewrites with another meaning do not
@@ -532,9 +532,9 @@ def measure_shops(result: report.Report, out: Path, seeds: Sequence[int], clicks
     of_seed = []
     for seed in seeds:
         shop = make_shop(out, seed, clicks)
-        model = rewriter(trained(shop.store, out / f"rewriter-shop-{seed}", [f"train.seed={seed}", *changes]))
+        model = trained(shop.store, out / f"rewriter-shop-{seed}", [f"train.seed={seed}", *changes])
         nothing = measure_shop(result, "bm25", shop, lambda queries: [[] for _ in queries], f"shop {seed}")
-        figures = measure_shop(result, "rewriter", shop, lambda queries: model(queries, 3, seed), f"shop {seed}")
+        figures = measure_shop(result, "rewriter", shop, _asking(rewriter(model), 3, seed), f"shop {seed}")
         of_seed.append(figures | {"gap_recall100_bm25": nothing["gap_recall100"]})
     for bar, name in (
         ("rewrite_precision", "precision"), ("synonym_recall", "synonym_recall"),
@@ -564,9 +564,8 @@ def ablation(result: report.Report, out: Path, seed: int, clicks: int, changes: 
     for name, other in ABLATION.items():
         model = trained(shop.store, out / f"ablation-{name}".replace(" ", "-"), [*changes, *other])
         for how, chosen in DECODING.items():
-            rewrite = rewriter(model, changes=chosen)
-            count = 1 if how == "greedy" else 3
-            measure_shop(result, f"{name}, {how}", shop, lambda queries: rewrite(queries, count, seed), "ablation")
+            rewrite = _asking(rewriter(model, changes=chosen), 1 if how == "greedy" else 3, seed)
+            measure_shop(result, f"{name}, {how}", shop, rewrite, "ablation")
 
 
 def cost(result: report.Report, out: Path, seed: int, clicks: int, changes: Sequence[str]) -> None:
