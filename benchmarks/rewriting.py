@@ -57,7 +57,6 @@ import report
 import scipy.sparse
 import yaml
 from absl import app, flags
-from dpsr_tf.models.rewriter_texts import rewriter
 from quality import dpsr
 
 from dpsr_tf.config import CONFIGS
@@ -67,6 +66,7 @@ from dpsr_tf.evaluation import metrics
 from dpsr_tf.evaluation.baselines import Bm25, Field, plain_words, unigrams
 from dpsr_tf.evaluation.corpus import Corpus
 from dpsr_tf.evaluation.judgments import Judgments
+from dpsr_tf.models.rewriter_texts import rewriter
 
 K = 100
 SAMPLES = 1000
@@ -91,12 +91,12 @@ class Union:
     Attributes:
         weight: of the rewrites together; the query has 1.
         count: largest number of rewrites of a query.
-        flat: whether all rewrites have the same share; if not, shares are as their probabilities.
+        power: shares are as this power of the rewrites' probabilities; with 0 all rewrites have the same share.
     """
 
     weight: float
     count: int
-    flat: bool
+    power: float
 
     def shares(self, rewrites: Sequence[Rewrite]) -> list[Rewrite]:
         """Returns the rewrites that are used, with the factors of their scores, which sum to `weight`."""
@@ -104,14 +104,13 @@ class Union:
         if not used:
             return []
         best = max(score for _, score in used)
-        parts = [1.0 if self.flat else math.exp(score - best) for _, score in used]
+        parts = [math.exp(self.power * (score - best)) for _, score in used]
         return [(text, self.weight * part / sum(parts)) for (text, _), part in zip(used, parts, strict=True)]
 
 
 UNIONS = [
-    Union(weight, count, flat)
-    for weight, count, flat in itertools.product((0.25, 0.5, 1.0, 1.5), (1, 3, _REWRITES), (False, True))
-    if not (flat and count == 1)
+    Union(weight, count, power)
+    for weight, count, power in itertools.product((0.5, 1.0, 1.5, 2.0), (3, _REWRITES), (1.0, 0.5, 0.0))
 ]
 
 
@@ -225,7 +224,9 @@ def homedepot(result: report.Report, data: Path, out: Path, seeds: Sequence[int]
         systems[name] = rewriter(model)(queries, _REWRITES, seeds[0])
     for name, rewrites in systems.items():
         chosen, figures = _best_union(bm25, queries, rewrites, relevant, fold_of)
-        result.add(name, "homedepot", "chosen", chosen.weight, "", note=f"{chosen.count} rewrites, flat={chosen.flat}")
+        result.add(
+            name, "homedepot", "chosen", chosen.weight, "", note=f"{chosen.count} rewrites, power {chosen.power:g}"
+        )
         for fold in folds:
             _add(result, name, f"homedepot {fold}", "recall@100", figures[fold_of == fold])
     for fold in folds:
@@ -277,7 +278,7 @@ def _best_union(
     longest = max(map(len, rewrites))
     for union in UNIONS:
         # With fewer rewrites than that, or with one share, some unions are equal.
-        key = Union(union.weight if longest else 0, min(union.count, longest), union.flat or longest < 2)
+        key = Union(union.weight if longest else 0, min(union.count, longest), union.power if longest > 1 else 0)
         if key not in tried:
             tried[key] = recall(united(bm25, queries, rewrites, key), relevant)
     best = max(tried, key=lambda union: float(np.mean([tried[union][fold_of == fold].mean() for fold in folds])))
@@ -465,7 +466,7 @@ def measure_shop(result: report.Report, impl: str, shop: Shop, rewrite: Rewriter
     new_words = collections.defaultdict(set)
     for (query, _), (asked, written) in zip(rows, split, strict=True):
         new_words[query] |= set(written) - set(asked)
-    gap_ids = united(_shop_bm25(shop), shop.gaps.queries, rewrite(shop.gaps.queries), Union(1.0, 3, False))
+    gap_ids = united(_shop_bm25(shop), shop.gaps.queries, rewrite(shop.gaps.queries), Union(1.0, 3, 1.0))
     figures = {
         "rewrites": len(rows) / len(shop.asked),
         "precision": drifts[""] / max(len(rows), 1),
@@ -551,11 +552,8 @@ ABLATION = {
     "joint with query to query": [],
     "joint with query to query and cycle": ["rewriter.cycle_weight=0.1"],
 }
-DECODING = {
-    "greedy": ["rewriter.method=beam"],
-    "beam": ["rewriter.method=beam"],
-    "draws": ["rewriter.method=sampling"],
-}
+# How words are chosen: rewrites of a query, and the method.
+DECODING = {"greedy": (1, "beam"), "beam": (3, "beam"), "sampling": (3, "sampling")}
 
 
 def ablation(result: report.Report, out: Path, seed: int, clicks: int, changes: Sequence[str]) -> None:
@@ -563,8 +561,8 @@ def ablation(result: report.Report, out: Path, seed: int, clicks: int, changes: 
     shop = make_shop(out, seed, clicks)
     for name, other in ABLATION.items():
         model = trained(shop.store, out / f"ablation-{name}".replace(" ", "-"), [*changes, *other])
-        for how, chosen in DECODING.items():
-            rewrite = _asking(rewriter(model, changes=chosen), 1 if how == "greedy" else 3, seed)
+        for how, (count, method) in DECODING.items():
+            rewrite = _asking(rewriter(model, method=method), count, seed)
             measure_shop(result, f"{name}, {how}", shop, rewrite, "ablation")
 
 
