@@ -127,6 +127,8 @@ def _write_saved_model(
         with tf.control_dependencies([tf.debugging.Assert(fits, ["n is", n, message])]):
             count = tf.identity(n)
         found = RewriteTable(table).find(query, most)
+        # Those that the model cannot read need no decoding to get no rewrites.
+        found = found._replace(known=tf.logical_or(found.known, tf.logical_not(graph.readable(query))))
         rewrites, scores = _known_or_decoded(found, query, count, lambda texts: graph(texts, count, seed))
         request_tables.check_assets()
         # All ops are made before the session runs one.
