@@ -180,7 +180,8 @@ ERRORS = {
     "an unknown input beside a missing one": (
         predict_request("defaulted", {"a": np.float32([1]), "B": np.int64([1])}),
         INVALID,
-        "input size does not match signature: 2!=2 len({B,a}) != len({a,b}). Sent extra: {B}. Missing but required: {}.",
+        "input size does not match signature: 2!=2 len({B,a}) != len({a,b}). Sent extra: {B}. "
+        "Missing but required: {}.",
     ),
     "wrong dtype": (
         predict_request(inputs={"x": np.int32([1])}),

@@ -87,7 +87,8 @@ def test_a_server_is_silent_if_its_peers_are_not() -> None:
 
 def pool_of(backends: list[RecordingBackend], more: str = "") -> str:
     addresses = [backend.target for backend in backends]
-    return f"models: {{m: {{backends: {addresses}}}}}\nhealth: {{every_s: 0.1, timeout_s: 10, eject_s: 0.3, return_s: 0.2}}\n{more}"
+    health = "{every_s: 0.1, timeout_s: 10, eject_s: 0.3, return_s: 0.2}"
+    return f"models: {{m: {{backends: {addresses}}}}}\nhealth: {health}\n{more}"
 
 
 def test_a_server_that_hangs_on_requests_fails_none(
