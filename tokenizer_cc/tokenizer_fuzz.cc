@@ -1,5 +1,6 @@
 // A libFuzzer target: for any bytes and any configuration, all tokens are valid, not empty, and of the kinds that are
-// on. The input is a byte, whose bits are the switches in the order of TokenizerConfig, and then the text.
+// on, and a text has the words of its normal text. The input is a byte, whose bits are the switches in the order of
+// TokenizerConfig, and then the text.
 #include <utf8proc.h>
 
 #include <cstddef>
@@ -9,6 +10,7 @@
 #include <string_view>
 
 #include "tokenizer_cc/tokenizer.h"
+#include "tokenizer_cc/word_sequences.h"
 
 namespace {
 
@@ -59,5 +61,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   });
   if (config.markers) Check(tokens >= 2 && last == "</s>");
   if (!config.letter_trigrams) Check(trigrams == 0);
+
+  const auto words = [](std::string_view of) {
+    std::string joined;
+    dpsr::Tokenizer(dpsr::WordTokens()).Tokenize(of, [&](std::string_view word) { joined.append(word) += ' '; });
+    return joined;
+  };
+  const std::string normal = dpsr::NormalText(text);
+  Check(words(normal) == words(text));
+  Check(dpsr::NormalText(normal) == normal);
   return 0;
 }

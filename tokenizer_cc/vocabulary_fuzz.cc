@@ -16,6 +16,7 @@
 
 #include "common/packed_file.h"
 #include "tokenizer_cc/vocabulary.h"
+#include "tokenizer_cc/word_sequences.h"
 
 namespace {
 
@@ -53,7 +54,17 @@ void UseVocabulary(const std::string& path, bool verify) {
     const int32_t found = vocabulary->Lookup(vocabulary->Token(id));
     Check(found >= -1 && found < vocabulary->num_ids());
     (void)vocabulary->Count(id);
+    std::string text = "a";
+    dpsr::AppendWord(vocabulary->Token(id), &text);
+    int32_t pieces[3];
+    dpsr::PiecesOfWord(vocabulary->Token(id), 3, 10, pieces);
+    for (int32_t piece : pieces) Check(piece >= 0 && piece < 10);
   }
+  if (!dpsr::WordSequences::Check(*vocabulary).ok()) return;
+  int32_t words[4];
+  const dpsr::WordSequences sequences(*vocabulary);
+  sequences.Encode("red 手机 shoes", 4, /*ends=*/true, words);
+  for (int32_t word : words) Check(word >= 0 && word < sequences.num_ids());
 }
 
 }  // namespace

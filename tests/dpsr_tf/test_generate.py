@@ -37,6 +37,7 @@ FILES = [
     "judgments.test.tsv",
     "labels.parquet",
     "schema.ranking.yaml",
+    "schema.rewriting.yaml",
     "schema.yaml",
     "truth.json",
     "truth/items.parquet",
