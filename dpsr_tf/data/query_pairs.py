@@ -48,7 +48,7 @@ from dpsr_tokenizer import Vocabulary, VocabularyBuilder, WordSequences
 # One click, damped, on an item that no other query has: queries with few clicks are like no other by chance.
 _ONE_CLICK = round(1024 * math.log(2))
 # The numbers of a text, each once: 6 and 1/2 of "6ft 1/2in".
-_NUMBERS = r"list_sort(list_distinct(regexp_extract_all(text, '[0-9]+(?:[.,/][0-9]+)*')))"
+_NUMBERS = r"list_sort(list_distinct(regexp_extract_all(text, '[0-9]+(?:[.,/][0-9]+)*'))).array_to_string(' ')"
 
 
 class QueryPairs:
