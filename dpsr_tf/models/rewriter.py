@@ -25,8 +25,9 @@ from dpsr_tf.config import Config
 from dpsr_tf.data.examples_dataset import Tokens
 from dpsr_tf.models import decoding
 from dpsr_tf.models.decoding import Decoded
+from dpsr_tf.models.embedding import EmbeddingTable
 from dpsr_tf.models.features import SequenceSpec
-from dpsr_tf.models.input_layers import TableFactory, dense, stock_table
+from dpsr_tf.models.input_layers import dense, stock_table
 from dpsr_tf.models.layers import STOCK, Layers
 
 v1 = tf.compat.v1
@@ -109,7 +110,7 @@ class Rewriter:
         config: Config,
         spec: SequenceSpec,
         pieces: np.ndarray,
-        table: TableFactory = stock_table,
+        table: Callable[[str, int, int], EmbeddingTable] = stock_table,
         layers: Layers = STOCK,
         step: tf.Tensor | None = None,
     ):
@@ -244,8 +245,7 @@ class Rewriter:
         return self._encode(direction, vectors, places, texts > 0)
 
     def _encode(self, direction: str, vectors: tf.Tensor, places: tf.Tensor, there: tf.Tensor) -> Encoded:
-        """Reads words with vectors [m, d] at places int64 [m] of texts [b, S]; `there` bool [b, S] is where they are.
-        """
+        """Reads words with vectors [m, d], which have the places int64 [m] where `there`, bool [b, S], is true."""
         kind, _ = DIRECTIONS[direction]
         b, size = tf.shape(there)[0], there.shape[1]
         vectors = vectors * math.sqrt(self.dim)
@@ -413,9 +413,7 @@ class Rewriter:
         flat = dense(name, tf.reshape(x, [-1, x.shape[-1]]), width, relu=relu, kernels=self._kernels)
         if x.shape.rank == 2:
             return flat
-        return tf.ensure_shape(
-            tf.reshape(flat, tf.concat([tf.shape(x)[:-1], [width]], 0)), [*x.shape[:-1], width]
-        )
+        return tf.ensure_shape(tf.reshape(flat, tf.concat([tf.shape(x)[:-1], [width]], 0)), [*x.shape[:-1], width])
 
     def _rows(self, name: str, count: int, rows: tf.Tensor) -> tf.Tensor:
         """Looks up rows of a small table of vectors, int32 [m] to [m, d]."""
@@ -479,9 +477,7 @@ class Rewriter:
         keys = self._dense("head_key", encoded.memory, self.dim)
         return _Memory(keys, tf.concat([encoded.memory, encoded.vectors], 2), encoded.mask, tuple(layers))
 
-    def _crossed(
-        self, x: tf.Tensor, layer: tuple[tf.Tensor, tf.Tensor], mask: tf.Tensor, drop: Drop
-    ) -> tf.Tensor:
+    def _crossed(self, x: tf.Tensor, layer: tuple[tf.Tensor, tf.Tensor], mask: tf.Tensor, drop: Drop) -> tf.Tensor:
         """Adds attention on the text that was read, and the inner layer, to x [b, m, d]."""
         query = self._heads(self._dense("cross_query", _norm("cross_norm", x), self.dim))
         mixed = _joined(_attend(query, *layer, mask[:, tf.newaxis, tf.newaxis]))

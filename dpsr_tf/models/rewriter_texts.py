@@ -92,12 +92,12 @@ def rewriter(
 
 def log_probabilities(
     model_dir: str | Path, checkpoint: str | None = None
-) -> Callable[[str, Sequence[str], np.ndarray], np.ndarray]:
+) -> Callable[[str, Sequence[str | bytes], np.ndarray], np.ndarray]:
     """Returns a function that tells how probable it is that a rewriter writes given texts.
 
     Its arguments are the direction (one of rewriter.DIRECTIONS), n texts that are read, and what is written, int32
-    [n, T]: words with their end, padded with 0. It returns the mean log probability of a known word of each text, float32
-    [n], its end included.
+    [n, T]: words with their end, padded with 0. It returns the mean log probability of a known word of each text, the
+    end included, float32 [n].
 
     Args:
         model_dir: the model.
@@ -131,14 +131,14 @@ def log_probabilities(
             session.run(compose)
             run = session.make_callable(mean, [read, pieces, target])
 
-        def score(texts: Sequence[str], target: np.ndarray) -> np.ndarray:
+        def score(texts: Sequence[str | bytes], target: np.ndarray) -> np.ndarray:
             ids = words.encode(texts, max_words=size)
             of_words = words.pieces(texts, max_words=size, max_pieces=spec.max_pieces, num_pieces=spec.num_pieces)
             return run(ids, of_words, target)
 
         return score
 
-    def scores(direction: str, texts: Sequence[str], target: np.ndarray) -> np.ndarray:
+    def scores(direction: str, texts: Sequence[str | bytes], target: np.ndarray) -> np.ndarray:
         key = direction, target.shape[1]
         if key not in runs:
             runs[key] = made(*key)

@@ -82,8 +82,8 @@ def rewriter_loss(batch: RewritingBatch, rewriter: Rewriter, config: Config, ste
 
     loss, metrics = tf.constant(0.0), {}
     sizes = [tf.size(part) for part in written]
-    by_name = zip(used, shares, tf.split(of_words, sizes, num=len(sizes)), tf.split(right, sizes, num=len(sizes)))
-    for name, share, losses, rights in by_name:
+    of_words, right = (tf.split(values, sizes, num=len(sizes)) for values in (of_words, right))
+    for name, share, losses, rights in zip(used, shares, of_words, right, strict=True):
         metrics[f"loss/{name}"] = mean = tf.reduce_sum(share * losses)
         metrics[f"words/{name}"] = tf.reduce_sum(share * rights)
         loss += used[name][0] * mean
@@ -92,8 +92,9 @@ def rewriter_loss(batch: RewritingBatch, rewriter: Rewriter, config: Config, ste
         count = tf.where(step >= own.cycle_start, own.cycle_queries, 0)
         encoded = Encoded(*(part[:count] for part in encoded_of["forward"]))
         seed = tf.constant(config.train.seed << 32, tf.int64) + tf.cast(step, tf.int64)
-        of_cycle = cycle_loss(rewriter, encoded, padded_of["backward"][:count], candidates, own.cycle_titles,
-                              own.cycle_top_words, seed)
+        of_cycle = cycle_loss(
+            rewriter, encoded, padded_of["backward"][:count], candidates, own.cycle_titles, own.cycle_top_words, seed
+        )
         metrics["loss/cycle"] = of_cycle
         loss += own.cycle_weight * of_cycle
     return loss, metrics

@@ -26,7 +26,7 @@ from dpsr_tf.models.embedding import (
     take_averages,
 )
 from dpsr_tf.models.features import FeatureSpec, RankingBatch
-from dpsr_tf.models.input_layers import InputLayers, TableFactory, required
+from dpsr_tf.models.input_layers import InputLayers, required
 from dpsr_tf.models.layers import FUSED
 from dpsr_tf.models.losses import log_q
 from dpsr_tf.models.objective import build_loss
@@ -42,6 +42,8 @@ from dpsr_tf.training.optimizers import dense_optimizer, rate_factor
 
 v1 = tf.compat.v1
 
+# Makes a table: (name, number of rows, width).
+_Tables = Callable[[str, int, int], EmbeddingTable]
 # Number of checkpoints that are kept.
 _CHECKPOINTS = 3
 SUMMARY_STEPS = 100
@@ -80,8 +82,8 @@ def model_fn(features: dict[str, Any], labels: None, mode: str, params: dict[str
     """Builds the training graph.
 
     Args:
-        features: {"batch": a Batch, a RankingBatch for a ranker, or a RewritingBatch for a rewriter}, and with "teacher": TeacherItems for a quantizer
-            that learns from a teacher.
+        features: {"batch": a Batch, a RankingBatch for a ranker, or a RewritingBatch for a rewriter}, and with
+            "teacher": TeacherItems for a quantizer that learns from a teacher.
         labels: unused, the positives of the batch are the labels.
         mode: tf.estimator.ModeKeys.TRAIN; inference graphs are built from TwoTower by dpsr_export.
         params: `config` (Config); `features` (FeatureSpec); `num_ps`, the number of parameter servers, 0 for none;
@@ -106,8 +108,8 @@ def model_fn(features: dict[str, Any], labels: None, mode: str, params: dict[str
     layout: dict[str, Any] = {"exclusive": not params["num_ps"]}
     if config.cluster.placement == "rows" and params["num_ps"] > 1:
         layout |= {"placement": "rows", "num_shards": params["num_ps"]}
-    sums = {"initial_accumulator": train.initial_accumulator, "accumulator_decay": train.accumulator_decay}
-    table: TableFactory = functools.partial(EmbeddingTable, **sums, **layout)
+    layout |= {"initial_accumulator": train.initial_accumulator, "accumulator_decay": train.accumulator_decay}
+    table: _Tables = functools.partial(EmbeddingTable, **layout)
     if config.model.encoder:
         tf.keras.utils.set_random_seed(train.seed)  # Keras layers do not start from the seed of the graph
     build = {"retrieval": _build_towers, "ranker": _build_ranker, "rewriter": _build_rewriter}[config.model.kind]
@@ -166,7 +168,7 @@ def _build_towers(
     features: dict[str, Any],
     config: Config,
     spec: FeatureSpec,
-    table: TableFactory,
+    table: _Tables,
     params: dict[str, Any],
     phase: QuantizerPhase | None,
 ) -> _Built:
@@ -198,7 +200,7 @@ def _build_ranker(
     features: dict[str, Any],
     config: Config,
     spec: FeatureSpec,
-    table: TableFactory,
+    table: _Tables,
     params: dict[str, Any],
     phase: QuantizerPhase | None,
 ) -> _Built:
@@ -215,7 +217,7 @@ def _build_rewriter(
     features: dict[str, Any],
     config: Config,
     spec: FeatureSpec,
-    table: TableFactory,
+    table: _Tables,
     params: dict[str, Any],
     phase: QuantizerPhase | None,
 ) -> _Built:

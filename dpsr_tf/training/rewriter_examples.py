@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -28,13 +29,14 @@ class RewriterExamples:
         """Raises CommandError if the store has no sequences of words."""
         self._store = store
         self._words = WordSequences(Vocabulary(str(store.words_path)))
-        own = {field.name: getattr(config.rewriter, field.name, None) for field in dataclasses.fields(RewritingOptions)}
-        own |= {
+        own: dict[str, Any] = {
             "batch_size": config.rewriter.click_pairs,
             "pair_batch_size": config.train.batch_size,
             "seed": config.train.seed,
         }
-        self._options = RewritingOptions(**own)
+        # All others have the names of the config.
+        names = {field.name for field in dataclasses.fields(RewritingOptions)} - own.keys()
+        self._options = RewritingOptions(**own, **{name: getattr(config.rewriter, name) for name in names})
 
     def pieces(self, model: ModelDirectory) -> np.ndarray:
         """Returns the pieces of each word of the vocabulary, int32 [words, max_pieces]."""
@@ -82,7 +84,7 @@ class RewriterExamples:
 
 
 def words_of(
-    words: WordSequences, texts: Sequence[str] | np.ndarray, size: int, spec: SequenceSpec
+    words: WordSequences, texts: Sequence[str | bytes] | np.ndarray, size: int, spec: SequenceSpec
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the words of texts, int32 [b, size], and their pieces, int32 [b, size, max_pieces]."""
     texts = list(texts)

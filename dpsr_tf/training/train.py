@@ -42,8 +42,8 @@ USAGE = """
 Usage: dpsr train --store=STORE --out=MODEL [--config=FILE] [--set=KEY=VALUE ...] [--warm_start=MODEL]
 
 Trains the query tower and the item tower on a store, or what model.kind of the config names: a ranker or a rewriter. If
-OUT already holds a model, training resumes from its last checkpoint. With --warm_start, a new model begins with the weights of
-another one, whose store may have had other tokens and other values of features.
+OUT already holds a model, training resumes from its last checkpoint. With --warm_start, a new model begins with the
+weights of another one, whose store may have had other tokens and other values of features.
 """
 
 REQUIRED_FLAGS = ("store", "out")

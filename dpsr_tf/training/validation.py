@@ -1,8 +1,8 @@
 """Measures checkpoints on the validation fold of what the store held out of its log.
 
 The figure is recall@k of a retrieval model. Of a ranker it is NDCG@10 of the items shown, with gains of 2^outcome - 1,
-over the requests with a click. Of a rewriter it is the mean log probability of a word of the fold's queries: written for
-the queries with typing errors and for a title that they clicked, as far as the config trains these directions.
+over the requests with a click. Of a rewriter it is the mean log probability of a word of the fold's queries: written
+for the queries with typing errors and for a title that they clicked, as far as the config trains these directions.
 
 It writes into the model directory, beside the checkpoints:
 
@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +204,7 @@ def _rewriter_measure(store: Store, config: Config) -> Measure:
     titles, row_of = store.titles(), {item: row for row, item in enumerate(store.items()["id"].tolist())}
     data, splits = string_bytes(pa.array(judgments.queries))
     seeds = np.random.default_rng(_SEED).integers(0, 1 << 64, len(judgments.queries), dtype=np.uint64)
-    read = {
+    read: dict[str, Sequence[str | bytes]] = {
         "direct": shortened(data, splits, seeds, drop_rate=0.0, typo_rate=config.rewriter.typo_rate),
         "backward": [titles[row_of[items[0]]] for items in judgments.relevant],
     }
