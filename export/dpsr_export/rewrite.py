@@ -6,7 +6,7 @@ import collections
 import gzip
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -250,17 +250,9 @@ class Table:
         """
         rows: dict[str, list[tuple[str, float]]] = {}
         dropped: collections.Counter[str] = collections.Counter()
-        with gzip.GzipFile(out / LIST, "wb", mtime=0) as file, ThreadPoolExecutor(1) as ahead:
-            batches = [queries[at : at + _BATCH] for at in range(0, len(queries), _BATCH)]
-
-            def start(number: int) -> Any:
-                return ahead.submit(self._rewrite, batches[number], self._candidates, self._seed)
-
-            # The model writes the next batch while this one is filtered.
-            next_found = start(0) if batches else None
-            for number, batch in enumerate(batches):
-                found = next_found.result()
-                next_found = start(number + 1) if number + 1 < len(batches) else None
+        batches = [queries[at : at + _BATCH] for at in range(0, len(queries), _BATCH)]
+        with gzip.GzipFile(out / LIST, "wb", mtime=0) as file:
+            for batch, found in zip(batches, self._ahead(batches), strict=True):
                 for query, candidates in zip(batch, self._checked(batch, found), strict=True):
                     kept = chosen(candidates, self._n)
                     dropped.update(one.reason.partition(":")[0] for one in candidates if one.reason)
@@ -277,6 +269,17 @@ class Table:
             "rewrites": sum(map(len, rows.values())),
             "dropped": dict(dropped.most_common()),
         }
+
+    def _ahead(self, batches: Sequence[Sequence[str]]) -> Iterator[list[list[tuple[str, float]]]]:
+        """Yields what the model writes for each batch; it writes the next one while the caller checks this one."""
+        with ThreadPoolExecutor(1) as pool:
+            waiting: collections.deque[Future[list[list[tuple[str, float]]]]] = collections.deque()
+            for batch in batches:
+                waiting.append(pool.submit(self._rewrite, batch, self._candidates, self._seed))
+                if len(waiting) > 1:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
 
 def chosen(candidates: Sequence[Candidate], n: int) -> list[Candidate]:

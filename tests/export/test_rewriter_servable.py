@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ import tensorflow as tf
 from rewriting_shops import rewriting_store, untrained_rewriter
 
 from dpsr_common.command_line import main
-from dpsr_export.rewrite import FORMAT, MANIFEST
+from dpsr_export.rewrite import FORMAT, LIST, MANIFEST
 from dpsr_export.rewriter import rewrite_inputs
 from dpsr_export.warmup import LoadedServable
 from dpsr_serving.client import AsyncSearchClient, SearchClient
@@ -69,18 +70,23 @@ def loaded(made: Made) -> LoadedServable:
 
 
 def test_known_queries_come_from_the_table_and_others_from_the_model(made: Made, loaded: LoadedServable) -> None:
+    listed: dict[str, list[tuple[str, float]]] = {}
+    for line in gzip.decompress((made.table / LIST).read_bytes()).decode().splitlines():
+        query, text, score, _, _ = line.split("\t")
+        listed.setdefault(query, []).append((text, float(score)))
+    assert listed["red drill"][0] == ("red driver", 0.0) and listed["New One"][0] == ("手机壳", 0.0)
+    # All of the table: of --queries and of both lists, also where the filters have left nothing.
+    known = ["red drill", "New One", "blue shoes", "zzz red", "power kit"]
     model = rewriter(made.model)
-    queries = ["red drill", "手机 12mm", "NEW  one", "", "blue shoes", "power kit", "cordless drill"]
-    found = rewrites(loaded, queries)
-    assert found[0][0] == ("red driver", 0.0) and found[2] == [("手机壳", 0.0)]
-    decoded = model(queries, 3, 0)
-    for row in (1, 6):
-        assert [text for text, _ in found[row]] == [text for text, _ in decoded[row]] != []
-        np.testing.assert_allclose([s for _, s in found[row]], [s for _, s in decoded[row]], rtol=1e-4)
-    # The words of a random model lead elsewhere or nowhere: what the filters drop does not come back by decoding.
-    for row in (4, 5):
-        assert len(found[row]) < len(decoded[row]) == 3
-    assert found[3] == []
+    assert model(["power kit"], 3, 0) != [[]] and "power kit" not in listed
+    for query, found in zip(known, rewrites(loaded, [query.upper() for query in known]), strict=True):
+        expected = listed.get(query, [])
+        assert [text for text, _ in found] == [text for text, _ in expected]
+        np.testing.assert_allclose([s for _, s in found], [s for _, s in expected], atol=1e-4)
+    tail = ["手机 12mm", "cordless drill"]
+    for found, decoded in zip(rewrites(loaded, tail), model(tail, 3, 0), strict=True):
+        assert [text for text, _ in found] == [text for text, _ in decoded] != []
+        np.testing.assert_allclose([s for _, s in found], [s for _, s in decoded], rtol=1e-4)
     assert rewrites(loaded, []) == [] and rewrites(loaded, ["red drill"], 1) == [[("red driver", 0.0)]]
 
 
