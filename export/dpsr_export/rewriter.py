@@ -22,6 +22,7 @@ from dpsr_common.typed_config import to_dict
 from dpsr_export import request_tables, rewrite, rewrite_table, servable_assets, warmup
 from dpsr_export.embeddings import checkpoint_fingerprint
 from dpsr_export.index import file_record
+from dpsr_export.request_inputs import signature
 from dpsr_export.rewrite_table import Found, RewriteTable
 from dpsr_tf import __version__
 from dpsr_tf.models.encoders import restore
@@ -30,7 +31,6 @@ from dpsr_tf.models.rewriter_texts import RewriteGraph
 from dpsr_tokenizer import Vocabulary, WordSequences
 
 v1 = tf.compat.v1
-signature = v1.saved_model.predict_signature_def
 
 # Number of rewrites of a query where a request does not say it.
 DEFAULT_N = 3

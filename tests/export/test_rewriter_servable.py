@@ -111,10 +111,12 @@ def test_bad_input(loaded: LoadedServable) -> None:
     assert len(rewrites(loaded, ["cordless"], 10)[0]) > 3
 
 
-def test_the_graph_has_stock_ops_and_ours(made: Made) -> None:
+def test_the_graph_has_stock_ops_and_ours_and_defaults(made: Made) -> None:
     from tensorflow.core.protobuf import saved_model_pb2
 
     saved = saved_model_pb2.SavedModel.FromString((made.servable / "1" / "saved_model.pb").read_bytes())
+    defaults = saved.meta_graphs[0].signature_def["rewrite"].defaults
+    assert {name: tf.make_ndarray(value).item() for name, value in defaults.items()} == {"n": 3, "seed": 0}
     graph = saved.meta_graphs[0].graph_def
     nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
     ours = {node.op for node in nodes if node.op.startswith("Dpsr")}
