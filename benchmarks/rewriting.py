@@ -8,7 +8,9 @@ homedepot   A rewriter (dpsr_tf/configs/rewriter.yaml) learns from Home Depot's 
             of 2.33 and more counts as a click. No list of corrections is used. Then BM25 searches all titles for the
             query or its rewrites, for the judged queries of the folds dev and misspelt_dev as typed.
 shop        A rewriter of a generated shop, whose synonyms are known: share of rewrites with the same meaning, drift by
-            kind, share of synonyms found, variety, and BM25 on queries that share no word with what they mean.
+            kind, share of synonyms found, variety, and BM25 on queries that share no word with what they mean. Once as
+            the model writes (`rewriter`), and once with the filters of `dpsr rewrite` (`dpsr rewrite`), which bars are
+            about: that is what a servable has in its table.
 ablation    Rewriters of the same shop, trained for a shorter time: directions that are trained apart and together, with
             and without the loss from query to query and the loss of the cycle; greedy search, beam search and draws.
 cost        Latency of decoding, rewrites in a second of one core, for both kinds of decoder.
@@ -18,9 +20,9 @@ and Chinese, those of the project's tokenizer. The score of an item for a query 
 
     BM25(query) + weight * sum over the rewrites of share * BM25(rewrite)
 
-where the shares of a query's rewrites sum to 1 (`united`). The weight, the number of rewrites and how shares follow
-from scores are chosen for each system, peers included, on the two dev folds together; rows `chosen` name them. Further
-folds are kept back for judging.
+where the shares of a query's rewrites sum to 1 (`united`). The weight, and the power of
+the probabilities that shares are in proportion to, are chosen for each system, peers included, on the two dev folds
+together; rows `chosen` name them. Further folds are kept back for judging.
 
 Peers: symspellpy corrects spelling by edit distance and the frequency of words in titles and queries of the log;
 co-click replaces a word by one that stands in its place in another query with shared clicks.
@@ -37,13 +39,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import gzip
 import itertools
 import json
 import math
 import os
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -57,8 +58,12 @@ import report
 import scipy.sparse
 import yaml
 from absl import app, flags
+from dpsr_export.rewrite import LIST
+from dpsr_export.rewrite_table import key_of
+from dpsr_export.rewriter import latencies
 from quality import dpsr
 
+from dpsr_export.warmup import LoadedServable
 from dpsr_tf.config import CONFIGS
 from dpsr_tf.data import adapters
 from dpsr_tf.data.store import Store
@@ -108,10 +113,7 @@ class Union:
         return [(text, self.weight * part / sum(parts)) for (text, _), part in zip(used, parts, strict=True)]
 
 
-UNIONS = [
-    Union(weight, count, power)
-    for weight, count, power in itertools.product((0.5, 1.0, 1.5, 2.0), (3, _REWRITES), (1.0, 0.5, 0.0))
-]
+UNIONS = [Union(weight, _REWRITES, power) for weight in (0.5, 1.0, 1.5, 2.0) for power in (1.0, 0.5)]
 
 
 def united(bm25: Bm25, queries: Sequence[str], rewrites: Sequence[Sequence[Rewrite]], union: Union) -> np.ndarray:
@@ -494,30 +496,51 @@ def _mean(values: Iterable[float]) -> float:
     return float(np.mean(found)) if found else 0.0
 
 
-def _synonym_recall(shop: Shop, rewrite: Rewriter, clicks: int = 20) -> float:
-    """Returns the share of the synonyms with enough clicks that a rewrite replaces by the shop's word.
-
-    For each synonym the five queries with the most clicks are asked that hold it. Rewrites with another meaning do not
-    count.
-    """
+def _with_synonyms(shop: Shop, clicks: int = 20, queries: int = 5) -> dict[str, list[str]]:
+    """Returns each synonym with at least so many clicks in the log, and the most clicked queries that hold it."""
     holding: dict[str, list[str]] = {}
-    known = {" ".join(_SYMBOLS.findall(synonym.lower())): synonym for synonym in shop.meanings.synonyms}
+    known = {" ".join(_SYMBOLS.findall(synonym.lower())) for synonym in shop.meanings.synonyms}
     for query in sorted(shop.clicks, key=lambda query: (-shop.clicks[query], query)):
         for phrase, _ in shop.meanings.phrases(query):
             if phrase in known:
                 holding.setdefault(phrase, []).append(query)
-    enough = {
-        phrase: queries for phrase, queries in holding.items() if sum(shop.clicks[query] for query in queries) >= clicks
+    return {
+        phrase: found[:queries]
+        for phrase, found in holding.items()
+        if sum(shop.clicks[query] for query in found) >= clicks
     }
+
+
+def _synonym_recall(shop: Shop, rewrite: Rewriter) -> float:
+    """Returns the share of the frequent synonyms that a rewrite replaces, in a query that holds it.
+
+    Rewrites with another meaning than the query do not count.
+    """
+    asked = _with_synonyms(shop)
     found = 0
-    for phrase, queries in enough.items():
-        asked = queries[:5]
+    for phrase, queries in asked.items():
         found += any(
             phrase not in (part for part, _ in shop.meanings.phrases(text)) and not shop.meanings.drift(query, text)
-            for query, texts in zip(asked, rewrite(asked), strict=True)
+            for query, texts in zip(queries, rewrite(queries), strict=True)
             for text, _ in texts
         )
-    return found / max(len(enough), 1)
+    return found / max(len(asked), 1)
+
+
+def filtered(model: Path, shop: Shop, out: Path) -> Rewriter:
+    """Returns the rewrites that `dpsr rewrite` writes into a table for the queries that a shop is measured with."""
+    queries, table = out / "queries.txt", out / "table"
+    asked = [*shop.asked, *shop.gaps.queries, *itertools.chain(*_with_synonyms(shop).values())]
+    queries.write_text("\n".join(dict.fromkeys(asked)) + "\n")
+    dpsr(
+        "rewrite", f"--model={model}", f"--store={shop.store}", f"--queries={queries}", f"--out={table}", "--overwrite"
+    )
+    found: dict[str, list[Rewrite]] = {}
+    with gzip.open(table / LIST, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            query, text, score, *_ = line.rstrip("\n").split("\t")
+            found.setdefault(key_of(query), []).append((text, float(score)))
+    return lambda queries: [found.get(key_of(query), []) for query in queries]
 
 
 def _shop_bm25(shop: Shop) -> Bm25:
@@ -535,7 +558,8 @@ def measure_shops(result: report.Report, out: Path, seeds: Sequence[int], clicks
         shop = make_shop(out, seed, clicks)
         model = trained(shop.store, out / f"rewriter-shop-{seed}", [f"train.seed={seed}", *changes])
         nothing = measure_shop(result, "bm25", shop, lambda queries: [[] for _ in queries], f"shop {seed}")
-        figures = measure_shop(result, "rewriter", shop, _asking(rewriter(model), 3, seed), f"shop {seed}")
+        measure_shop(result, "rewriter", shop, _asking(rewriter(model), 3, seed), f"shop {seed}")
+        figures = measure_shop(result, "dpsr rewrite", shop, filtered(model, shop, out), f"shop {seed}")
         of_seed.append(figures | {"gap_recall100_bm25": nothing["gap_recall100"]})
     for bar, name in (
         ("rewrite_precision", "precision"), ("synonym_recall", "synonym_recall"),
@@ -552,6 +576,7 @@ ABLATION = {
     "joint with query to query": [],
     "joint with query to query and cycle": ["rewriter.cycle_weight=0.1"],
 }
+_ABLATION_QUERIES = 300
 # How words are chosen: rewrites of a query, and the method.
 DECODING = {"greedy": (1, "beam"), "beam": (3, "beam"), "sampling": (3, "sampling")}
 
@@ -559,60 +584,39 @@ DECODING = {"greedy": (1, "beam"), "beam": (3, "beam"), "sampling": (3, "samplin
 def ablation(result: report.Report, out: Path, seed: int, clicks: int, changes: Sequence[str]) -> None:
     """Measures rewriters that are trained with other losses, and other ways to choose words."""
     shop = make_shop(out, seed, clicks)
+    shop = dataclasses.replace(shop, asked=shop.asked[:_ABLATION_QUERIES])
     for name, other in ABLATION.items():
         model = trained(shop.store, out / f"ablation-{name}".replace(" ", "-"), [*changes, *other])
         for how, (count, method) in DECODING.items():
+            # How words are chosen matters alike in all of them.
+            if how != "beam" and other:
+                continue
             rewrite = _asking(rewriter(model, method=method), count, seed)
             measure_shop(result, f"{name}, {how}", shop, rewrite, "ablation")
 
 
-def cost(result: report.Report, out: Path, seed: int, clicks: int, changes: Sequence[str]) -> None:
-    """Measures how long one core takes for the rewrites of a query, and for many."""
+def cost(result: report.Report, out: Path, seed: int, clicks: int) -> None:
+    """Measures the latency of the signature `rewrite`, and the rewrites that a core writes in a second.
+
+    The rewriters are trained for a few steps only. So they write texts of the greatest length, which take longest.
+    """
     shop = make_shop(out, seed, clicks)
     for decoder in ("gru", "transformer"):
-        model = trained(shop.store, out / f"cost-{decoder}", [*changes, f"rewriter.decoder={decoder}"])
-        found = _on_one_core(model, shop.asked[:200])
-        for name, (value, unit) in found.items():
-            result.add(decoder, "cost", name, value, unit)
-    result.bars["decode_ms_p50"] = result.value("gru", "cost", "decode_ms_p50")
-    result.bars["rewrites_per_core_second"] = result.value("gru", "cost", "rewrites_per_core_second")
-
-
-def _on_one_core(model: Path, queries: Sequence[str]) -> dict[str, tuple[float, str]]:
-    """Measures a rewriter in a process of its own that may use one core and one thread only."""
-    command = [sys.executable, str(Path(__file__).resolve()), f"--measure_cost={model}"]
-    core = {min(os.sched_getaffinity(0))}
-    run = subprocess.run(
-        command, input=json.dumps(queries), capture_output=True, text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, core),
-    )  # fmt: skip
-    if run.returncode:
-        raise SystemExit(f"measuring the cost of {model} ended with status {run.returncode}:\n{run.stderr[-2000:]}")
-    found: dict[str, tuple[float, str]] = json.loads(run.stdout.splitlines()[-1])
-    return found
-
-
-def measure_cost(model: Path, queries: Sequence[str]) -> dict[str, tuple[float, str]]:
-    """Returns the latency of 3 rewrites of one query, and the rewrites of many queries in a second of CPU time."""
-    rewrite = rewriter(model)
-    for query in queries[:5]:
-        rewrite([query], 3, 1)
-    times = []
-    for query in queries:
+        changes = ["train.steps=20", "train.checkpoint_steps=20", f"rewriter.decoder={decoder}"]
+        model, base = trained(shop.store, out / f"cost-{decoder}", changes), out / f"servable-{decoder}"
+        if not base.exists():
+            dpsr("export", f"--model={model}", f"--out={base}")
+        times = latencies(LoadedServable(base / "1", threads=1), shop.asked[:200], 3)
+        for name, percent in (("decode_ms_p50", 50), ("decode_ms_p99", 99)):
+            result.add(decoder, "cost", name, float(np.percentile(times, percent)), "ms", note="3 rewrites, one core")
+        rewrite, queries = rewriter(model), (shop.asked * 4)[:2000]
+        rewrite(queries[:100], 3, seed)
         start = report.cpu_seconds()
-        rewrite([query], 3, 1)
-        times.append(1000 * (report.cpu_seconds() - start))
-    p50, p99 = np.percentile(times, [50, 99])
-    many = [f"{query} {number}" for number in range(math.ceil(1024 / len(queries))) for query in queries]
-    rewrite(many, 3, 1)
-    start = report.cpu_seconds()
-    written = sum(map(len, rewrite(many, 3, 1)))
-    rate = written / (report.cpu_seconds() - start)
-    return {
-        "decode_ms_p50": (float(p50), "ms of CPU time"),
-        "decode_ms_p99": (float(p99), "ms of CPU time"),
-        "rewrites_per_core_second": (rate, "1/s"),
-    }
+        written = sum(map(len, rewrite(queries, 3, seed)))
+        rate = written / (report.cpu_seconds() - start)
+        result.add(decoder, "cost", "rewrites_per_core_second", rate, "1/s", note="3 rewrites for each query")
+    for name in ("decode_ms_p50", "rewrites_per_core_second"):
+        result.bars[name] = result.value("gru", "cost", name)
 
 
 def main(arguments: list[str]) -> None:
@@ -620,9 +624,6 @@ def main(arguments: list[str]) -> None:
     values = flags.FLAGS
     if arguments[1:]:
         raise app.UsageError(f"unexpected argument '{arguments[1]}'")
-    if values.measure_cost:
-        print(json.dumps(measure_cost(Path(values.measure_cost), json.load(sys.stdin))))
-        return
     seeds = report.read_seeds(values.seeds or (["1", "2", "3"] if values.full else ["1"]))
     data = Path(values.data or os.environ.get("DPSR_DATA") or REPOSITORY.parent / "shared" / "data")
     result = report.Report("rewriting", seeds[0], report.hardware("tensorflow", "numpy", "bm25s", "symspellpy"))
@@ -643,7 +644,7 @@ def main(arguments: list[str]) -> None:
                 shop_changes if values.full else ["train.steps=300", "train.checkpoint_steps=300"],
             )
         if "cost" in values.parts:
-            cost(result, out, seeds[0], values.clicks, ["train.steps=20", "train.checkpoint_steps=20"])
+            cost(result, out, seeds[0], values.clicks)
     result.print(values.json)
 
 
@@ -655,8 +656,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("clicks", 60_000, "clicks of a shop", lower_bound=100)
     flags.DEFINE_integer("shop_steps", 1_000, "training steps of a shop's rewriter", lower_bound=1)
     flags.DEFINE_boolean("full", False, "three seeds, both decoders on Home Depot, and a longer ablation")
-    flags.DEFINE_string(
-        "measure_cost", None, "prints the cost of this model for queries on standard input; not for users"
-    )
     flags.DEFINE_boolean("json", False, "prints the results as one JSON object on the last line")
     app.run(main)
