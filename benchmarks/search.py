@@ -2,11 +2,11 @@
 
     python benchmarks/search.py [--data=DIR] [--parts=quality,speed] [--out=DIR] [--full] --json
 
-Quality (this file) is that of the stages themselves, in one process: the inverted index with the default analysis, exact
-search over the embeddings of a model, fusion as the gateway does it. Each source is asked for 300 items.
+Quality (this file) is that of the stages themselves, in one process: the inverted index, exact search over the
+embeddings of a model, fusion as the gateway does it. Each source is asked for 300 items.
 
-- homedepot: the folds dev and misspelt_dev as typed. The model is that of dpsr_tf/configs/homedepot.yaml, trained on the
-  train fold. `hybrid_two` has a second model, which is trained with more typing errors.
+- homedepot: the folds dev and misspelt_dev as typed. The model is that of dpsr_tf/configs/homedepot.yaml, trained on
+  the train fold. `hybrid_two` has a second model, which is trained with more typing errors.
 - shop: a generated shop, judged on its test fold, by kind of query. The model is that of configs/shop.yaml.
 - esci150, icecat135: catalogues without clicks. The model is that of configs/catalogue.yaml, of titles, brands and
   categories alone; the inverted index also reads bullet points and colours (ESCI), the texts of attributes (Icecat).
@@ -465,16 +465,18 @@ def quality(result: report.Report, data: Path, out: Path, seed: int, full: bool,
         "icecat135": lambda: icecat135(data, out, seed),
     }
     asked = {name: _queries_of(data / name / "judgments.dev.tsv") for name in ("esci150", "icecat135", "homedepot")}
-    foreign = {
-        "homedepot": asked["icecat135"], "esci150": asked["icecat135"], "icecat135": asked["homedepot"][:200], "shop": [],
-    }  # fmt: skip
+    foreign: dict[str, Sequence[str]] = {
+        "homedepot": asked["icecat135"],
+        "esci150": asked["icecat135"],
+        "icecat135": asked["homedepot"][:200],
+    }
     for name, make in makers.items():
         workload = make()
         rewrite = None
         if name == "homedepot" and (rewriter or full):
             model = Path(rewriter) if rewriter else trained(workload.store, "rewriter", out, seed)
             rewrite = rewrites_of(model)
-        measure_workload(result, workload, rewrite, foreign[name])
+        measure_workload(result, workload, rewrite, foreign.get(name, ()))
         if full:
             compare_analyses(result, workload, out)
     add_bars(result)

@@ -22,6 +22,7 @@ import dataclasses
 import gzip
 import json
 import math
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -391,7 +392,7 @@ def read_judgments(
                 row = find(item)
                 if float(grade) >= relevant_from and row is not None:
                     wanted.add(row)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise CommandError(f"{path}: cannot be read: {error}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise CommandError(f"{path}: has a row that is not query, item and grade: {error}") from None
