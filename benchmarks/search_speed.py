@@ -13,9 +13,9 @@ Rewrites come from a small servable that leaves out words, in the place of a rew
 benchmarks/rewriting.py measures. Queries are those of the log. Of all requests, half come from a user with features and
 20 clicked items; every fourth asks for facets.
 
-`closed`: as many requests as the gateway answers with 8 under way at any time. `open`: requests at random times, at half
-that rate; latencies count from when a request was due. `core`: requests for a second of CPU time of gateway and model
-servers together. `gateway`: CPU time of the gateway for one request, less that of the inverted index in its threads.
+`closed`: as many requests as the gateway answers with 8 under way at any time. `open`: requests at random times, at
+half that rate; latencies count from when a request was due. `core`: requests for a second of CPU time of gateway and
+model servers together. `gateway`: CPU time of the gateway for one request, less that of the index in its threads.
 
 `failures`: at a quarter of the rate, each of the model servers is stopped (SIGSTOP), continued, killed, and started
 again. `failed` counts requests without an answer of status 200, and those that needed a stage that was well.
@@ -104,7 +104,7 @@ def prepare(folder: Path, items: int, seed: int) -> Store:
 
 
 def write_rewriter(version: Path) -> None:
-    """Writes a servable with the signature of a rewriter. A query's rewrites lack its first, its last, or both words."""
+    """Writes a servable with a rewriter's signature. Rewrites of a query lack its first word, its last, or both."""
     import tensorflow as tf
 
     class Rewriter(tf.Module):

@@ -16,7 +16,7 @@ import grpc
 import numpy as np
 import pytest
 from gateway_shops import BRANDS, Models, Shop, call, running, write_index
-from processes import PATIENCE_S, free_port
+from processes import PATIENCE_S, free_port, run_command
 
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_serving.gateway import cursor, search_api
@@ -242,6 +242,19 @@ def test_stage_without_an_answer_is_left_out(folder: Path, models: Models, stage
             }
     finally:
         other.stop()
+
+
+def test_late_answer_is_better_than_none(folder: Path, models: Models) -> None:
+    models.delay_s = 0.3
+    config = (
+        "pipelines:\n"
+        "  a: {deadline_ms: 9000, recall: {one: {model: dpsr, deadline_ms: 20}, two: {model: dpsr, deadline_ms: 40}}}\n"
+        "  b: {deadline_ms: 100, recall: {one: {model: dpsr, deadline_ms: 9000}}}\n"
+    )
+    with running(config, folder, dpsr=models.target) as shop:
+        assert shop.search("red shoes")["total"] == 20
+        # But not later than the whole search may take.
+        assert "recall.one: no answer within" in shop.post({"query": "red shoes", "pipeline": "b"}).error
 
 
 class Faulty:
@@ -890,10 +903,6 @@ def test_other_paths_answer(words: Shop) -> None:
         ),
         ("index: a\npipelines: {a: {recall: {inverted: {}}}}\npipelines: {}", "given twice"),
         ("index: a\npipelines: [a]", "line 2: pipelines: got ['a'], expected a mapping of names"),
-        (
-            "index: a\npipelines: {a: {recall: {inverted: {}}}}\nopensearch: {url: 'ftp://a', index: b}",
-            "http://... or https://...",
-        ),
         ("index: [", "not valid YAML"),
     ],
 )
@@ -921,6 +930,20 @@ def test_files_of_a_configuration_are_read_at_the_start(folder: Path, tmp_path: 
         running(config.format("rerank: {rules: rules.yaml}"), folder),
     ):
         pass
+
+
+def test_servables_of_another_store_are_refused(folder: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "servable" / "3" / "assets.extra" / "dpsr_manifest.json"
+    manifest.parent.mkdir(parents=True)
+    config = tmp_path / "search.yaml"
+    config.write_text(
+        f"index: {folder / 'index'}\nmodels: {{dpsr: {{target: 'a:1', servable: servable}}}}\n"
+        "pipelines: {bm25: {recall: {inverted: {}}}}\n"
+    )
+    manifest.write_text(json.dumps({"vocabulary_fingerprint": "00ff"}))
+    refused = run_command("search", f"--config={config}", "--port=0")
+    assert refused.returncode == 1
+    assert "its vocabulary is 00ff, that of the inverted index is 0; make both from one store" in refused.stderr
 
 
 def test_rules_are_read_again(folder: Path) -> None:

@@ -25,26 +25,6 @@ INVERTED, REWRITTEN = "inverted", "rewritten"
 
 
 @dataclasses.dataclass(frozen=True)
-class OpenSearchConfig:
-    """An OpenSearch or Elasticsearch cluster that takes the place of the embedded index.
-
-    Attributes:
-        url: such as "http://10.0.0.7:9200".
-        index: name of the index there.
-        timeout_s: seconds that one search may take.
-        user, password_file: for basic authentication; None means none.
-        ca: PEM file of the authority that signed the cluster's certificate; None means the system's.
-    """
-
-    url: str
-    index: str
-    timeout_s: float = 1.0
-    user: str | None = None
-    password_file: str | None = None
-    ca: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A model on a model server, or on servers behind a proxy.
 
@@ -193,7 +173,6 @@ class SearchConfig:
     """The whole file. `default` is the pipeline of requests that name none."""
 
     index: str
-    opensearch: OpenSearchConfig | None
     models: Mapping[str, ModelConfig]
     pipelines: Mapping[str, PipelineConfig]
     default: str
@@ -211,7 +190,7 @@ def parse_config(text: str, folder: Path = Path()) -> SearchConfig:
     top = Section(
         "",
         load_yaml(text, lines=True),
-        ("index", "opensearch", "models", "pipelines", "default", "experiments", "limits"),
+        ("index", "models", "pipelines", "default", "experiments", "limits"),
     )
     index = top.text("index", None)
     if index is None:
@@ -234,7 +213,6 @@ def parse_config(text: str, folder: Path = Path()) -> SearchConfig:
             )
     return SearchConfig(
         index=_path(index, folder),
-        opensearch=_opensearch(top, folder),
         models=models,
         pipelines=pipelines,
         default=_one_of(top, "default", pipelines, "pipeline") or next(iter(pipelines)),
@@ -437,26 +415,6 @@ def _experiment(name: str, section: Section, pipelines: Mapping[str, PipelineCon
             raise one.error("weight", "got None, expected a number above 0")
         weights[arm], targets[arm] = float(one.number("weight", 0.0)), pipeline
     return ExperimentConfig(section.text("name", name), weights, targets)
-
-
-def _opensearch(top: Section, folder: Path) -> OpenSearchConfig | None:
-    if "opensearch" not in top.tree:
-        return None
-    section = top.section("opensearch", _fields(OpenSearchConfig))
-    url = section.text(
-        "url", None, lambda value: value.startswith(("http://", "https://")), "http://... or https://..."
-    )
-    index = section.text("index", None)
-    if url is None or index is None:
-        raise section.error("index" if url else "url", "got None, expected the address and the name of the index")
-    files = {name: section.text(name, None) for name in ("password_file", "ca")}
-    return OpenSearchConfig(
-        url,
-        index,
-        section.number("timeout_s", OpenSearchConfig.timeout_s),
-        section.text("user", None),
-        *(None if file is None else _path(file, folder) for file in files.values()),
-    )
 
 
 _COUNTS = {

@@ -523,7 +523,7 @@ class Searcher:
         )
         reason = "late" if late else "busy" if isinstance(failure, _Busy) else "failed"
         self.metrics.count("dpsr_search_left_out_total", (trace.plan.config.name, name, reason))
-        error = f"no answer within {left_s * 1000:.3g} ms" if late else self._say(trace.plan, name, failure)
+        error = f"no answer within {left_s * 1000:.0f} ms" if late else self._say(trace.plan, name, failure)
         self._took(trace, name, items_in, 0, start, error)
 
     def _took(self, trace: _Trace, name: str, items_in: int, items_out: int, start: float, error: str = "") -> None:
