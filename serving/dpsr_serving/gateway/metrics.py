@@ -23,7 +23,7 @@ METRICS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "dpsr_search_under_way": ("gauge", (), "Searches that are being answered."),
     "dpsr_search_index_cpu_seconds_total": ("counter", (), "Seconds of CPU time in the inverted index."),
     "dpsr_search_rule_reloads_total": (
-        "gauge",
+        "counter",
         ("file", "result"),
         "Times that a file of rules was read again, by result: ok or refused.",
     ),
