@@ -23,11 +23,8 @@ again. `failed` counts requests without an answer of status 200, and those that 
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -42,6 +39,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when TensorFlow loads
 import numpy as np
 import report
 from absl import app, flags
+from search_load import CONCURRENCY, Load
 from servers import Server, cpu_seconds_of
 
 from dpsr_common.command_line import main as dpsr
@@ -50,7 +48,6 @@ from dpsr_tf.config import CONFIGS
 from dpsr_tf.data.store import Store
 
 ITEMS = 1_000_000
-CONCURRENCY = 8
 _QUERIES, _HISTORY = 500, 20
 _MODELS = ("dpsr", "ranker", "rewriter")
 _STAGES = {"dpsr": "recall.semantic", "ranker": "fine", "rewriter": "rewrite"}
@@ -147,105 +144,6 @@ def bodies(store: Store, seed: int) -> list[bytes]:
     return found
 
 
-# The load generator: an HTTP client that costs a fraction of a library's, because it shares the cores with what it
-# measures. It runs in a process of its own.
-
-
-@dataclasses.dataclass
-class Load:
-    """What the load generator saw.
-
-    Attributes:
-        seconds: from the first request to the last answer.
-        latencies: seconds of each request; of an open loop from when it was due.
-        failed: requests without an answer of status 200.
-        degraded: stage -> number of answers without it.
-    """
-
-    seconds: float = 0.0
-    latencies: list[float] = dataclasses.field(default_factory=list)
-    failed: int = 0
-    degraded: dict[str, int] = dataclasses.field(default_factory=dict)
-
-
-class _Client:
-    """Keeps connections to the gateway, each for one request at a time."""
-
-    def __init__(self, address: str, load: Load) -> None:
-        self._host, _, port = address.rpartition(":")
-        self._port, self._load = int(port), load
-        self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-
-    async def ask(self, body: bytes, due: float) -> None:
-        connection = None
-        try:
-            connection = self._free.pop() if self._free else await asyncio.open_connection(self._host, self._port)
-            reader, writer = connection
-            writer.write(b"POST /v1/search HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-                         b"Content-Length: %d\r\n\r\n%b" % (len(body), body))  # fmt: skip
-            head = await reader.readuntil(b"\r\n\r\n")
-            at = head.lower().index(b"content-length: ") + 16
-            answer = await reader.readexactly(int(head[at : head.index(b"\r", at)]))
-            if not head.startswith(b"HTTP/1.1 200"):
-                self._load.failed += 1
-            begin = answer.rindex(b'"degraded":') + 11
-            for stage in json.loads(answer[begin : answer.index(b"]", begin) + 1]):
-                self._load.degraded[stage] = self._load.degraded.get(stage, 0) + 1
-            self._free.append(connection)
-        except (OSError, ValueError, asyncio.IncompleteReadError):
-            self._load.failed += 1
-            if connection is not None:
-                connection[1].close()
-        self._load.latencies.append(time.perf_counter() - due)
-
-
-async def _closed(client: _Client, requests: Sequence[bytes], seconds: float) -> None:
-    end = time.perf_counter() + seconds
-
-    async def one(number: int) -> None:
-        while (now := time.perf_counter()) < end:
-            await client.ask(requests[number % len(requests)], now)
-            number += 97
-
-    await asyncio.gather(*(one(13 * number) for number in range(CONCURRENCY)))
-
-
-async def _open(client: _Client, requests: Sequence[bytes], seconds: float, rate: float, seed: int) -> None:
-    chance, tasks = random.Random(seed), set()
-    due = time.perf_counter()
-    end = due + seconds
-    number = seed
-    while (due := due + chance.expovariate(rate)) < end:
-        pause = due - time.perf_counter()
-        if pause > 0:
-            await asyncio.sleep(pause)
-        task = asyncio.ensure_future(client.ask(requests[number % len(requests)], due))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-        number += 1
-    await asyncio.gather(*tasks)
-
-
-def generate_load(arguments: Sequence[str]) -> None:
-    """Puts load on a gateway, and prints what it saw: ADDRESS FILE SECONDS RATE SEED. Rate 0: a closed loop."""
-    address, file, seconds, rate, seed = arguments
-    requests = json.loads(Path(file).read_text())
-    encoded = [body.encode() for body in requests]
-    load = Load()
-
-    async def run() -> None:
-        client = _Client(address, load)
-        start = time.perf_counter()
-        if float(rate):
-            await _open(client, encoded, float(seconds), float(rate), int(seed))
-        else:
-            await _closed(client, encoded, float(seconds))
-        load.seconds = time.perf_counter() - start
-
-    asyncio.run(run())
-    print(json.dumps(dataclasses.asdict(load)))
-
-
 class Setup:
     """The processes of one measurement."""
 
@@ -270,8 +168,9 @@ class Setup:
 
     def start_load(self, seconds: float, rate: float, seed: int) -> subprocess.Popen[str]:
         """Starts the load generator."""
-        command = [sys.executable, __file__, "--load", self.gateway.target, str(self._file), str(seconds), str(rate)]
-        return subprocess.Popen([*command, str(seed)], stdout=subprocess.PIPE, text=True)
+        script = str(Path(__file__).with_name("search_load.py"))
+        command = [sys.executable, script, self.gateway.target, str(self._file), str(seconds), str(rate), str(seed)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def load(self, seconds: float, rate: float, seed: int) -> Load:
         """Puts load on the gateway and returns what the load generator saw."""
@@ -408,8 +307,5 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--load"]:
-        generate_load(sys.argv[2:])
-    else:
-        _define_flags()
-        app.run(main)
+    _define_flags()
+    app.run(main)

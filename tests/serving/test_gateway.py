@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -960,3 +962,21 @@ def test_rules_are_read_again(folder: Path) -> None:
             time.sleep(0.05)
         while not shop.metric("dpsr_search_rule_reloads_total"):
             assert time.monotonic() < end
+
+
+def test_load_generator_counts_what_it_sees(folder: Path, models: Models, tmp_path: Path) -> None:
+    """That of benchmarks/search_speed.py."""
+    script = Path(__file__).parents[2] / "benchmarks" / "search_load.py"
+    (tmp_path / "requests.json").write_text(
+        json.dumps(['{"query": "red"}', '{"query": "shoes", "explain": true}', "{"])
+    )
+    models.fails["search"] = grpc.StatusCode.INTERNAL
+    config = "pipelines: {both: {recall: {inverted: {deadline_ms: 9000}, semantic: {model: dpsr}}}}"
+    with running(config, folder, dpsr=models.target) as shop:
+        for rate in ("0", "60"):
+            given = [shop.gateway.rest_address, str(tmp_path / "requests.json"), "0.3", rate, "1"]
+            ended = subprocess.run([sys.executable, script, *given], capture_output=True, text=True, check=True)
+            seen = json.loads(ended.stdout)
+            answered = len(seen["latencies"]) - seen["failed"]
+            assert answered > 0 and seen["failed"] > 0
+            assert seen["degraded"] == {"recall.semantic": answered}

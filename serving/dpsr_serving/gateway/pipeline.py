@@ -300,11 +300,14 @@ class Searcher:
                     for name, task in tasks.items():
                         if allowed[name] <= allowed_s and not task.done():
                             task.cancel()
-        finally:
-            for name, task in tasks.items():
-                if not task.done() or task.cancelled():
-                    task.cancel()
-                    self._left_out(trace, f"recall.{name}", 0, start, _Late(), min(allowed[name], ends - began))
+        except asyncio.CancelledError:  # the client is gone
+            for task in tasks.values():
+                task.cancel()
+            raise
+        for name, task in tasks.items():
+            if not task.done() or task.cancelled():
+                task.cancel()
+                self._left_out(trace, f"recall.{name}", 0, start, _Late(), min(allowed[name], ends - began))
         answers = {name: task.result() for name, task in tasks.items() if task.done() and not task.cancelled()}
         return {name: answer for name, answer in answers.items() if answer is not None}
 

@@ -76,7 +76,7 @@ def make_server(gateway: Answers, searcher: Searcher, limits: LimitsConfig) -> A
         options=(
             ("grpc.max_receive_message_length", limits.body_bytes),
             ("grpc.max_connection_idle_ms", int(limits.idle_s * 1000)),
-            ("grpc.so_reuseport", 1),
+            ("grpc.so_reuseport", 0),
         ),
         maximum_concurrent_rpcs=2 * limits.concurrent,
     )
