@@ -39,6 +39,7 @@ _DESCRIPTIONS = {
     "index:DIR": "an index, with the query tower of its model",
     "servable:DIR": "a servable in this process: a version directory, or the base path of several versions",
     "server:HOST:PORT/MODEL": "a model server or proxy",
+    "search:HOST:PORT/PIPELINE": "a pipeline of a search gateway, for anonymous users",
     "rrf(A,B,...)": "reciprocal rank fusion of systems",
     "weighted(A:0.7,B:0.3)": "weighted sum of the systems' scores, each scaled to 0 .. 1 per query",
 }

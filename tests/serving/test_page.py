@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from processes import PATIENCE_S, free_port
 from selenium import webdriver
@@ -25,7 +26,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from dpsr_common.command_line import main
+from dpsr_common.errors import CommandError
 from dpsr_export import inverted_index
+from dpsr_serving.gateway.judgments import JudgmentFile
+from dpsr_serving.gateway.system import search_system
 from dpsr_tf.data.store import Store
 
 pytestmark = pytest.mark.slow
@@ -442,3 +446,29 @@ def test_a_judgment_without_the_page(address: str) -> None:
     assert saved["grades"] == {str(FIRST_ID): 2}
     assert json.loads(fetch(f"{address}/v1/judgments", {**body, "grade": None})[2])["grade"] is None
     assert json.loads(fetch(f"{address}/v1/judgments?query=blue%20shoes")[2])["grades"] == {}
+
+
+def test_dpsr_evaluate_asks_a_pipeline(address: str, shop: Path, dpsr: Callable[..., Any]) -> None:
+    """The judgments that the page saves measure the pipelines that it shows."""
+    file = JudgmentFile(shop / "by_hand.tsv")
+    for row, grade in ((39, 3), (30, 0), (7, 0)):
+        file.judge("red shoes", str(FIRST_ID + row), grade)
+    host = address.removeprefix("http://")
+    flags = ["evaluate", f"--judgments={file.path}", f"--store={shop / 'store'}"]
+    result = dpsr(*flags, *(f"--system=search:{host}/{name}" for name in ("ruled", "words")))
+    recall_at_10 = re.findall(r"^search:\S+/(\w+) +(\d\.\d+)", result.out, re.MULTILINE)[:2]
+    assert recall_at_10 == [("ruled", "1.000"), ("words", "0.000")], (result.out, result.errors)
+    dpsr(*flags, f"--system=search:{host}/none").fails(1, "has no pipeline 'none', expected one of ruled, words")
+    dpsr(*flags, f"--system=search:{host}").fails(2, "expected search:HOST:PORT/PIPELINE")
+    dpsr(*flags, f"--system=search:127.0.0.1:{free_port()}/x").fails(1, "the gateway does not answer")
+
+
+def test_a_pipeline_as_retriever(address: str) -> None:
+    retriever = search_system(None, f"{address}/words")
+    ids, scores = retriever(["red", "nothing of this"], None, 150)
+    assert ids.shape == scores.shape == (2, 150)
+    assert sorted(ids[0, :40].tolist()) == list(range(FIRST_ID, FIRST_ID + 40)) and (ids[0, 40:] == -1).all()
+    assert (ids[1] == -1).all() and scores[0, :2].tolist() == [-1, -2] and np.isneginf(scores[1]).all()
+    assert retriever(["red"], None, 3)[0].tolist() == [ids[0, :3].tolist()]
+    with pytest.raises(CommandError, match="query: has 1001 characters"):
+        retriever(["q" * 1001], None, 1)
