@@ -6,7 +6,6 @@ Every step is a separate process, as in production. The queries are answered by 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import json
 import os
@@ -37,7 +36,7 @@ USAGE = """
 Usage: dpsr demo [--data=DIR] [--out=DIR] [--keep]
 
 Runs every step once and shows its command: generate or read a log, ingest, train, index, export, serve through a proxy,
-query, evaluate, and search with an inverted index and the model together, on a page. The data is a small generated shop
+query, search with an inverted index and the model together, on a page, and evaluate. The data is a small generated shop
 or, with --data, the Home Depot product search files. A second run trains again only if the log or the settings have
 changed.
 """
@@ -53,6 +52,7 @@ class _Job:
         generate: flags of `dpsr generate`; empty if the data exists.
         ingest: flags of `dpsr ingest`.
         judgments: judgments of queries that are not in the log.
+        learn_from: other judgments, in the same columns, to learn from how to join two lists; None if there are none.
         slices: columns of the judgments to report by.
         bm25: the best BM25 that benchmarks/bm25.py found on the dev fold.
         analysis: how the inverted index reads texts, as near to `bm25` as it comes.
@@ -64,6 +64,7 @@ class _Job:
     generate: list[str]
     ingest: list[str]
     judgments: Path
+    learn_from: Path | None
     slices: list[str]
     bm25: str
     analysis: str
@@ -130,20 +131,24 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         queries = _unseen_queries(job, Store(store))
         _dpsr("query", f"--target={proxy}", f"--model={MODEL}", titles, "--k=10", *queries)
 
-        systems = ["--system=bm25", f"--system={job.bm25}", f"--system=server:{proxy}/{MODEL}"]
-        _dpsr("evaluate", f"--judgments={job.judgments}", *job.judgment_flags(), f"--store={store}", *systems)
-
-        _write_pipelines(out, Store(store), proxy)
-        search = ["search", f"--config={out / 'search.yaml'}", "--page", f"--judgments={out / 'judgments.tsv'}"]
-        with _background(out, r"search ready on (\S+)", *search, "--port=0") as page:
+        _write_pipelines(out, job, Store(store), proxy)
+        search = ["search", f"--config={out / 'search.yaml'}"]
+        if job.learn_from is not None:
+            _dpsr(*search, f"--learn={job.learn_from}", "--pipeline=both", f"--out={out / 'fusion.json'}")
+        search += ["--page", f"--judgments={out / 'judgments.tsv'}"]
+        with _background(out, r"search ready on (http://[^\s,]+)", *search, "--port=0") as page:
             _search(page, queries[0])
+
+            asked = [f"server:{proxy}/{MODEL}", f"search:{page.removeprefix('http://')}/both"]
+            systems = [f"--system={system}" for system in ("bm25", job.bm25, *asked)]
+            _dpsr("evaluate", f"--judgments={job.judgments}", *job.judgment_flags(), f"--store={store}", *systems)
             seconds = time.monotonic() - started
             if values.keep:
                 print(f"\nDone in {seconds:.0f} s. The search page is on {page}/. Ctrl-C ends it.", flush=True)
                 with contextlib.suppress(KeyboardInterrupt):
                     signal.pause()
     # For those who start the servers themselves, as the last lines say.
-    _write_pipelines(out, Store(store), "127.0.0.1:8500")
+    _write_pipelines(out, job, Store(store), "127.0.0.1:8500")
     keep = "make demo KEEP=1" + (f" DATA={values.data}" if values.data else "")
     print(
         f"""
@@ -156,26 +161,36 @@ To use your own log, write a schema file and start with `dpsr ingest`; see docs/
     )
 
 
-def _write_pipelines(out: Path, store: Store, target: str) -> None:
-    """Writes the configuration of `dpsr search`: word search, the model, and both with all that the items allow."""
-    sources: dict[str, Any] = {"inverted": {"k": 300}, "semantic": {"model": MODEL, "k": 300}}
-    both: dict[str, Any] = {"recall": copy.deepcopy(sources)}
+def _write_pipelines(out: Path, job: _Job, store: Store, target: str) -> None:
+    """Writes the configuration of `dpsr search`: word search, the model, both, and both with re-ranking."""
+    # Time limits that also a busy machine keeps; a shop's would be shorter.
+    sources = {"inverted": {"k": 300}, "semantic": {"model": MODEL, "k": 300}}
+    sources = {name: {**source, "deadline_ms": 3000} for name, source in sources.items()}
+    both: dict[str, Any] = {"recall": sources}
+    if job.learn_from is not None:
+        both["coarse"] = {"method": "learned", "file": "fusion.json"}
+    ranked: dict[str, Any] = {**both, "rerank": {"collapse": True}}
     attributes = [attribute.key for attribute in store.schema.items.filters]
     alike = [name for name in ("brand", "shop") if name in attributes]
     if alike:
-        both["rerank"] = {"diversity": {"attributes": alike}}
+        ranked["rerank"]["diversity"] = {"attributes": alike}
     if "in_stock" in attributes:
-        both.setdefault("rerank", {})["rules"] = "rules.yaml"
+        ranked["rerank"]["rules"] = "rules.yaml"
         files.write_text(out / "rules.yaml", _RULES)
-    config = {
+    config: dict[str, Any] = {
         "index": "inverted",
         "models": {MODEL: {"target": target}},
         "pipelines": {
+            "reranked": ranked,
             "both": both,
             "dpsr": {"recall": {"semantic": sources["semantic"]}},
             "bm25": {"recall": {"inverted": sources["inverted"]}},
         },
     }
+    for pipeline in config["pipelines"].values():
+        pipeline["deadline_ms"] = 5000
+    # A copy through JSON has no part twice, which YAML would write as a reference.
+    config = json.loads(json.dumps(config))
     files.write_text(out / "search.yaml", yaml.safe_dump(config, sort_keys=False))
 
 
@@ -227,6 +242,7 @@ def _shop(shop: Path) -> _Job:
         ingest=[f"--schema={shop / 'schema.yaml'}"],
         # No setting was chosen on this fold: neither those of configs/shop.yaml nor those of BM25.
         judgments=shop / "judgments.test.tsv",
+        learn_from=shop / "judgments.dev.tsv",
         slices=["kind"],
         bm25="bm25:trigrams=0.5+k1=0.3+b=0.15",
         analysis="trigrams=0.5",
@@ -247,6 +263,7 @@ def _homedepot(data: Path) -> _Job:
         generate=[],
         ingest=["--adapter=homedepot", f"--input={data}"],
         judgments=data / "judgments.dev.tsv",
+        learn_from=None,  # the model was trained on the others
         slices=[],
         bm25=TUNED_BM25["homedepot"],
         analysis="stem+trigrams=0.3",

@@ -470,5 +470,7 @@ def test_a_pipeline_as_retriever(address: str) -> None:
     assert sorted(ids[0, :40].tolist()) == list(range(FIRST_ID, FIRST_ID + 40)) and (ids[0, 40:] == -1).all()
     assert (ids[1] == -1).all() and scores[0, :2].tolist() == [-1, -2] and np.isneginf(scores[1]).all()
     assert retriever(["red"], None, 3)[0].tolist() == [ids[0, :3].tolist()]
+    with pytest.raises(CommandError, match="'red' was answered without recall"):
+        search_system(None, f"{address}/limping")(["red"], None, 3)
     with pytest.raises(CommandError, match="query: has 1001 characters"):
         retriever(["q" * 1001], None, 1)

@@ -16,14 +16,17 @@ from dpsr_common.errors import UsageError
 from dpsr_serving.addresses import define_listen_flags
 from dpsr_serving.gateway.catalogue import check_same_store
 from dpsr_serving.gateway.config import SearchConfig, load_config
+from dpsr_serving.gateway.fusion import read_judgments
 from dpsr_serving.gateway.inverted import open_inverted_index
 from dpsr_serving.gateway.judgments import JudgmentFile
+from dpsr_serving.gateway.learning import learn
 from dpsr_serving.gateway.page import add_page
 from dpsr_serving.gateway.pipeline import Searcher
 from dpsr_serving.gateway.server import Gateway
 
 USAGE = """
 Usage: dpsr search --config=search.yaml [--host=127.0.0.1] [--port=8700] [--grpc_port=8701] [--page]
+       dpsr search --config=search.yaml --learn=JUDGMENTS --pipeline=NAME --out=fusion.json
 
 Answers searches over REST and gRPC: recall with an inverted index and with models, coarse ranking, fine ranking,
 re-ranking. The smallest configuration:
@@ -35,6 +38,9 @@ re-ranking. The smallest configuration:
     both: {recall: {inverted: {k: 300}, semantic: {model: dpsr, k: 300}}}
 
 docs/search.md explains every key. POST /v1/search answers a search; GET /v1/openapi.json describes the API.
+With --learn it learns the coarse ranking of a pipeline from judged queries and ends; the pipeline then reads the file
+with `coarse: {method: learned, file: fusion.json}`.
+
 On SIGTERM the gateway accepts no new searches and lets those under way finish. A second SIGTERM ends it at once.
 """
 
@@ -64,10 +70,28 @@ def define_flags(values: flags.FlagValues) -> None:
         "TSV file in which the page saves judgments. Without it the page has none",
         flag_values=values,
     )
+    flags.DEFINE_string(
+        "learn", None, "TSV or CSV file of judged queries to learn the coarse ranking of --pipeline from",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_string("pipeline", None, "pipeline to learn the coarse ranking of", flag_values=values)
+    flags.DEFINE_string("out", None, "file for what --learn learned", flag_values=values)
+    flags.DEFINE_string("query_column", "query", "column of --learn with the query text", flag_values=values)
+    flags.DEFINE_string("item_column", "item", "column of --learn with the item id", flag_values=values)
+    flags.DEFINE_string("grade_column", "grade", "column of --learn with the grade", flag_values=values)
+    flags.DEFINE_float("relevant_from", 1.0, "lowest grade of --learn that counts as relevant", flag_values=values)
+    flags.DEFINE_float(
+        "keep",
+        0.99,
+        "share of the relevant items found that the learned cut-off keeps. 1 cuts nothing off",
+        lower_bound=0.01,
+        upper_bound=1,
+        flag_values=values,
+    )
 
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
-    """Serves until SIGTERM or SIGINT.
+    """Serves until SIGTERM or SIGINT, or learns.
 
     Raises:
         UsageError: a flag or the configuration is wrong.
@@ -79,10 +103,28 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         raise UsageError(f"--judgments={values.judgments}: only the page saves judgments; add --page")
     logging.basicConfig(level=logging.WARNING, format="dpsr search: %(message)s")
     config = load_config(Path(values.config))
+    if values.learn is not None:
+        _learn(values, config)
+        return
     # Each connection is an open file. Many systems allow 1,024 unless a process asks for more.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     asyncio.run(_serve(values, config))
+
+
+def _learn(values: flags.FlagValues, config: SearchConfig) -> None:
+    if values.pipeline is None or values.out is None:
+        raise UsageError(f"--learn={values.learn}: needs --pipeline and --out as well")
+    index = open_inverted_index(Path(config.index))
+    columns = (values.query_column, values.item_column, values.grade_column)
+    judged = read_judgments(Path(values.learn), index.catalogue, columns, values.relevant_from)
+    found = learn(config, index, values.pipeline, judged, values.keep, Path(values.out)).learned
+    others = "" if found["emptied_others"] is None else f" and {found['emptied_others']:.1%} of the others"
+    print(
+        f"{values.out}: learned from {found['queries']:,} queries and the {found['relevant']:,} relevant items found.\n"
+        f"The cut-off keeps {found['kept']:.1%} of the relevant items, leaves {found['length']:,.0f} items a query,\n"
+        f"and empties {found['emptied']:.1%} of the queries with a relevant item{others}."
+    )
 
 
 async def _serve(values: flags.FlagValues, config: SearchConfig) -> None:

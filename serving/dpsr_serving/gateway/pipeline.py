@@ -204,6 +204,20 @@ class Searcher:
         self._check_features(request.user)
         return await self._first_page(request, plan, arm, conditions)
 
+    async def found(self, query: str, pipeline: str) -> dict[str, Found]:
+        """Returns what each source of a pipeline finds for a query.
+
+        Raises:
+            RecallError: a source does not answer.
+        """
+        trace = _Trace(self._plans[pipeline])
+        ends = time.monotonic() + trace.plan.config.deadline_ms / 1000
+        found = await self._recall(SearchRequest(query), trace, (), ends)
+        errors = [f"{stage.name}: {stage.error}" for stage in trace.stages if stage.error]
+        if errors:
+            raise RecallError(f"the query {query!r}: {'; '.join(errors)}")
+        return found
+
     def _assign(self, request: SearchRequest) -> tuple[_Plan, str]:
         """Returns the pipeline of a request, and "experiment/arm" if an experiment chose it."""
         asked = request.pipeline or self._config.default

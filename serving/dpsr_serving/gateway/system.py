@@ -52,7 +52,7 @@ class PipelineRetriever:
         the order of items without changing their scores.
 
         Raises:
-            CommandError: the gateway does not answer, or refuses the query.
+            CommandError: the gateway does not answer, refuses the query, or answers without one of its stages.
         """
         ids = np.full((len(queries), k), -1, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
@@ -67,6 +67,12 @@ class PipelineRetriever:
         found: list[int] = []
         while len(found) < k:
             answer = self.call("POST", "/v1/search", {**body, "size": min(_PAGE, k - len(found))})
+            if answer["degraded"]:
+                stages = ", ".join(answer["degraded"])
+                raise CommandError(
+                    f"{self._address}: the query {query!r} was answered without {stages}, which would measure another "
+                    "pipeline; see the gateway's log, or give the stages a longer deadline_ms"
+                )
             found += [item["id"] for item in answer["items"]]
             if not answer["next_cursor"]:
                 break
