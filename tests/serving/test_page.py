@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gateway_shops import Models
 from processes import PATIENCE_S, free_port
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -57,7 +58,18 @@ def items() -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models() -> Iterator[Models]:
+    """A model server whose models are functions: the model finds boots, the ranker likes the last items best."""
+    started = Models()
+    started.search = lambda inputs: [(FIRST_ID + 30 + i, 1 - i / 10) for i in range(8)]
+    started.rank = lambda inputs: [float(item - FIRST_ID) for item in inputs["item_ids"]]
+    started.rewrite = lambda inputs: [("red boots", -0.5)]
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory, models: Models) -> Path:
     """Everything that `dpsr search` reads; judgments.tsv will be beside it."""
     folder = tmp_path_factory.mktemp("shop")
     (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items()))
@@ -82,11 +94,21 @@ vocabulary: {min_count: 1}
 index: inverted
 models:
   dead: {{target: "127.0.0.1:{free_port()}"}}
+  live: {{target: "{models.target}"}}
 pipelines:
   ruled: {{recall: {{inverted: {{k: 100}}}}, rerank: {{collapse: true, rules: rules.yaml}}}}
   words: {{recall: {{inverted: {{k: 100}}}}}}
   limping: {{recall: {{inverted: {{k: 100}}, semantic: {{model: dead, deadline_ms: 200}}}}}}
   broken: {{recall: {{semantic: {{model: dead, deadline_ms: 200}}}}}}
+  full:
+    rewrite: {{model: live, n: 1, deadline_ms: 9000}}
+    recall:
+      inverted: {{k: 20, deadline_ms: 9000}}
+      rewritten: {{k: 20, deadline_ms: 9000}}
+      semantic: {{model: live, k: 8, deadline_ms: 9000}}
+    fine: {{model: live, size: 30, deadline_ms: 9000}}
+    rerank: {{collapse: true}}
+    deadline_ms: 9000
 """
     )
     return folder
@@ -305,6 +327,35 @@ def test_judgments_are_saved_for_dpsr_evaluate(page: Page, shop: Path) -> None:
     page.wait(lambda: len(file.read_text().splitlines()) == 2)
     page.keys("?")
     assert page.one("#file").text == str(file) and "dpsr evaluate" in page.one("#command").text
+
+
+def test_all_stages(page: Page, models: Models) -> None:
+    page.open("/?q=shoes&a=full")
+    page.settle()
+    stages = ["rewrite", "inverted", "rewritten", "semantic", "coarse", "fine", "rerank"]
+    assert sorted(page.texts(".funnel tbody th")) == sorted(stages)
+    assert page.texts(".terms dt")[:2] == ["words", "rewrites"] and page.texts(".terms button") == ["red boots"]
+    assert {text.split()[0] for text in page.texts(".badge")} == {"inverted", "rewritten", "semantic"}
+    page.keys("j")
+    page.keys("e")
+    assert {"coarse", "fine", "item"} <= {*page.texts(".card:nth-child(1) .why th")}
+    # What the page says about the user reaches the models.
+    page.one("#feature-gender").send_keys("f", Keys.ENTER)
+    page.settle()
+    page.one("#feature-age").send_keys("31", Keys.ENTER)
+    page.settle()
+    page.one("#past").send_keys("red hats", Keys.TAB)
+    page.settle()
+    page.all(".card:nth-child(1) .acts button")[1].click()
+    page.wait(lambda: "clicked=" in page.driver.current_url)
+    page.settle()
+    asked = models.requests["search"][-1]
+    assert asked["user_gender"].tolist() == [b"f"] and asked["user_age"].tolist() == [31]
+    assert asked["past_queries"].tolist() == [[b"red hats"]]
+    assert len(asked["clicked_items"][0]) == 1 and asked["clicked_items"][0][0] >= FIRST_ID
+    page.one(".terms button").click()  # searches for the rewrite
+    page.wait(lambda: page.driver.title == "red boots · DPSR")
+    page.settle()
 
 
 def test_a_user_to_search_as(page: Page) -> None:

@@ -74,7 +74,11 @@ async def _ask(config: SearchConfig, index: InvertedIndex, pipeline: str, querie
         async with free:
             return await searcher.found(query, pipeline)
 
+    tasks = [asyncio.create_task(ask(query)) for query in queries]
     try:
-        return await asyncio.gather(*map(ask, queries))
+        return await asyncio.gather(*tasks)
     finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await searcher.close()
