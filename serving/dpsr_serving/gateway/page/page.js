@@ -770,7 +770,7 @@ async function start() {
     $("judge").hidden = false;
     $("evaluate").hidden = false;
     $("file").textContent = settings.judgments;
-    $("command").textContent = `dpsr evaluate --judgments=${settings.judgments} --store=STORE --system=bm25`;
+    $("command").textContent = ["dpsr evaluate", `--judgments=${settings.judgments}`, "--store=STORE", ...known.pipelines.map((name) => `--system=search:${location.host}/${name}`)].join(" \\\n  ");
   } else for (const element of document.querySelectorAll(".judging")) element.hidden = true;
   if (!wide.matches) $("side").open = false;
 
