@@ -16,6 +16,11 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
+// Makes an element with a class, a text, and perhaps a title that explains it.
+const text = (tag, className, textContent, title) => make(tag, { className, textContent, title });
+const notice = (words) => text("p", "notice", words);
+const alarm = (words) => make("p", { className: "notice error", role: "alert", textContent: words });
+
 const count = new Intl.NumberFormat("en");
 const number = (value) => value.toLocaleString("en", { maximumFractionDigits: 2 });
 const items = (total) => `${count.format(total)} ${total === 1 ? "item" : "items"}`;
@@ -31,18 +36,23 @@ function parse(text) {
 }
 
 async function ask(path, body, signal) {
-  const options = body === undefined ? {} : { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
+  const options = { signal };
+  if (body !== undefined) {
+    options.method = "POST";
+    options.headers = { "Content-Type": "application/json" };
+    options.body = JSON.stringify(body);
+  }
   let answer;
   try {
-    answer = await fetch(path, { ...options, signal });
+    answer = await fetch(path, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Error("The gateway does not answer.");
   }
-  const text = await answer.text();
+  const received = await answer.text();
   let tree;
   try {
-    tree = parse(text);
+    tree = parse(received);
   } catch {
     throw new Error(`The gateway answered with status ${answer.status}.`);
   }
@@ -90,11 +100,15 @@ function readAddress() {
     const [low, high] = [given.get(`min.${attribute.name}`), given.get(`max.${attribute.name}`)].map((end) =>
       end === null || end === "" || !Number.isFinite(Number(end)) ? null : Number(end),
     );
-    if (attribute.kind === "number" && (low !== null || high !== null)) state.filters[attribute.name] = { min: low, max: high };
-    else if (texts.length) state.filters[attribute.name] = texts;
+    if (attribute.kind !== "number" && texts.length) state.filters[attribute.name] = texts;
+    if (attribute.kind === "number" && (low !== null || high !== null)) {
+      state.filters[attribute.name] = { min: low, max: high };
+    }
   }
   state.user = { id: given.get("user") ?? "", features: {}, past: given.get("past") ?? "", clicked: [] };
-  for (const { name } of known.user_features) if (given.has(`u.${name}`)) state.user.features[name] = given.get(`u.${name}`);
+  for (const { name } of known.user_features) {
+    if (given.has(`u.${name}`)) state.user.features[name] = given.get(`u.${name}`);
+  }
   for (const id of given.getAll("clicked")) state.user.clicked.push({ id, title: id });
 }
 
@@ -126,7 +140,9 @@ function featureValue(feature, text) {
 }
 
 // Keys of shops are texts; an id that looks like a number goes as a number, unless it has too many digits.
-const itemValue = (id) => (/^-?\d+$/.test(id) && Number.isSafeInteger(Number(id)) && !settings.keys ? Number(id) : String(id));
+function itemValue(id) {
+  return !settings.keys && /^\d+$/.test(id) && Number.isSafeInteger(Number(id)) ? Number(id) : String(id);
+}
 
 function userOf() {
   const user = {};
@@ -180,11 +196,13 @@ class Pane {
     this.top.replaceChildren(select);
     if (hadFocus) select.focus();
     if (!answer) return;
-    this.top.append(make("span", { className: "n total", textContent: items(answer.total) }));
-    this.top.append(make("span", { className: "n", textContent: `${milliseconds.toFixed(0)} ms`, title: "from the request to the answer, as this browser sees it" }));
-    if (answer.arm) this.top.append(make("span", { className: "chip", textContent: answer.arm, title: "experiment and arm" }));
+    this.top.append(
+      text("span", "n total", items(answer.total)),
+      text("span", "n", `${milliseconds.toFixed(0)} ms`, "from the request to the answer, as this browser sees it"),
+      answer.arm ? text("span", "chip", answer.arm, "experiment and arm") : "",
+    );
     for (const stage of answer.degraded ?? []) {
-      this.top.append(make("span", { className: "chip warn", textContent: `without ${stage}`, title: "the stage failed or was late, and was left out" }));
+      this.top.append(text("span", "chip warn", `without ${stage}`, "the stage failed or was late, and was left out"));
     }
   }
 
@@ -220,7 +238,7 @@ class Pane {
     this.items = [];
     this.answer = null;
     this.showTop();
-    this.body.replaceChildren(make("p", { className: "notice error", role: "alert", textContent: error.message }));
+    this.body.replaceChildren(alarm(error.message));
   }
 
   show(answer, milliseconds) {
@@ -232,7 +250,7 @@ class Pane {
     this.body.replaceChildren(how(answer), this.list);
     if (!answer.items.length) {
       const filtered = Object.keys(state.filters).length > 0;
-      this.body.append(make("p", { className: "notice", textContent: filtered ? "Nothing was found with these filters." : "Nothing was found." }));
+      this.body.append(notice(filtered ? "Nothing was found with these filters." : "Nothing was found."));
     }
     this.append(answer.items, 0);
     this.more(answer.next_cursor);
@@ -259,7 +277,7 @@ class Pane {
         this.list.children[before]?.focus();
         afterSearch();
       } catch (error) {
-        this.button.replaceWith(make("p", { className: "notice error", role: "alert", textContent: error.message }));
+        this.button.replaceWith(alarm(error.message));
       }
     });
     this.body.append(this.button);
@@ -294,17 +312,21 @@ function how(answer) {
     );
   });
   if (rows.length) {
-    const head = make("tr", {}, make("th", { scope: "col", textContent: "stage" }), make("td"), make("th", { scope: "col", className: "right", textContent: "items" }), make("th", { scope: "col", className: "right", textContent: "time" }));
+    const column = (className, name) => make("th", { scope: "col", className, textContent: name });
+    const head = make("tr", {}, column("", "stage"), make("td"), column("right", "items"), column("right", "time"));
     inside.append(make("table", { className: "funnel" }, make("thead", {}, head), make("tbody", {}, rows)));
   }
   const terms = make("dl", { className: "terms" });
-  const add = (name, ...chips) => chips.length && terms.append(make("dt", { textContent: name }), make("dd", {}, chips));
-  add("words", ...(explain.tokens ?? []).map((token) => make("span", { className: "chip", textContent: token })));
-  add("rewrites", ...(answer.rewrites ?? []).map((text) => {
-    const button = make("button", { type: "button", className: "chip", textContent: text, title: "search for it" });
-    button.addEventListener("click", () => searchFor(text));
+  const add = (name, ...chips) => {
+    if (chips.length) terms.append(text("dt", "", name), make("dd", {}, chips));
+  };
+  const rewrite = (words) => {
+    const button = make("button", { type: "button", className: "chip", textContent: words, title: "search for it" });
+    button.addEventListener("click", () => searchFor(words));
     return button;
-  }));
+  };
+  add("words", ...(explain.tokens ?? []).map((token) => text("span", "chip", token)));
+  add("rewrites", ...(answer.rewrites ?? []).map(rewrite));
   for (const [source, heads] of Object.entries(explain.heads ?? {})) {
     if (heads.length < 2) continue;
     const top = Math.max(1, ...heads);
@@ -313,20 +335,25 @@ function how(answer) {
       bar.style.height = `${(16 * found) / top}px`;
       return bar;
     });
-    add(`heads of ${source}`, make("span", { className: "heads", "aria-hidden": "true" }, bars), make("span", { className: "n", textContent: heads.map(count.format).join(" · "), title: "items that each head of the query tower found" }));
+    const counts = heads.map((found) => count.format(found)).join(" · ");
+    add(
+      `heads of ${source}`,
+      make("span", { className: "heads", "aria-hidden": "true" }, bars),
+      text("span", "n", counts, "items that each head of the query tower found"),
+    );
   }
-  if (explain.identifier) add("identifier", make("span", { className: "chip", textContent: "the query is one" }));
-  if (explain.cut_off) add("cut off", make("span", { className: "n", textContent: `${count.format(explain.cut_off)} items with a low score` }));
+  if (explain.identifier) add("identifier", text("span", "chip", "the query is one"));
+  if (explain.cut_off) add("cut off", text("span", "n", `${items(explain.cut_off)} with a low score`));
   if (terms.children.length) inside.append(terms);
   if (!inside.children.length) return "";
-  const details = make("details", { className: "how", open: howOpen }, make("summary", { textContent: "How it was found" }), inside);
+  const details = make("details", { className: "how", open: howOpen }, text("summary", "", "How it was found"), inside);
   details.addEventListener("toggle", () => (howOpen = details.open));
   return details;
 }
 
 // Matches the query's words in titles, as whole words where the script has spaces between words.
 function wordPattern(tokens) {
-  const words = [...new Set(tokens.filter((token) => typeof token === "string" && token.trim()))].sort((a, b) => b.length - a.length);
+  const words = [...new Set(tokens.filter((token) => token.trim()))].sort((a, b) => b.length - a.length);
   if (!words.length) return null;
   const escaped = words.map((word) => word.replace(/[\\^$.*+?()[\]{}|/-]/g, "\\$&"));
   const whole = (word) => (/[\u2e80-\u9fff]/.test(word) ? word : `(?<![\\p{L}\\p{N}])${word}(?![\\p{L}\\p{N}])`);
@@ -372,39 +399,52 @@ function card(pane, item, rank) {
   };
   const price = typeof attributes.price === "number" ? taken("price") : undefined;
   const brand = typeof attributes.brand === "string" ? taken("brand") : undefined;
-  const about = make("div", { className: "about" }, brand === undefined ? "" : make("span", { className: "brand", textContent: brand }));
+  const about = make("div", { className: "about" }, brand === undefined ? "" : text("span", "brand", brand));
   for (const [name, value] of Object.entries(attributes).slice(0, 8)) {
-    about.append(make("span", { textContent: valueText(name, value), title: name }));
+    about.append(text("span", "", valueText(name, value), name));
   }
   const badges = make("div", { className: "badges" });
   for (const source of item.sources ?? []) {
     const found = item.explain?.[source];
-    badges.append(
-      make("span", {
-        className: `badge c${colour(source)}`,
-        textContent: found?.rank ? `${source} ${found.rank}` : source,
-        title: found?.rank ? `${source} found it at rank ${found.rank}, with the score ${scoreText(found.score)}` : `found by ${source}`,
-      }),
-    );
+    const badge = `badge c${colour(source)}`;
+    if (found?.rank) {
+      const words = `${source} found it at rank ${found.rank}, with the score ${scoreText(found.score)}`;
+      badges.append(text("span", badge, `${source} ${found.rank}`, words));
+    } else badges.append(text("span", badge, source, `found by ${source}`));
   }
   for (const reason of item.explain?.rerank ?? []) {
-    if (/: (pinned|boosted|buried)$/.test(reason)) badges.append(make("span", { className: "chip", textContent: reason, title: "a rule did this" }));
+    if (/: (pinned|boosted|buried)$/.test(reason)) badges.append(text("span", "chip", reason, "a rule did this"));
   }
-  if (item.variants > 1) badges.append(make("span", { className: "chip", textContent: `${item.variants} variants`, title: item.group ?? undefined }));
+  if (item.variants > 1) badges.append(text("span", "chip", `${item.variants} variants`, item.group ?? undefined));
   badges.append(make("span", { className: "elsewhere" }));
 
-  const why = make("button", { type: "button", className: "quiet", textContent: "why", "aria-expanded": "false" });
-  const clicked = make("button", { type: "button", className: "quiet", textContent: "clicked", title: "search as somebody who clicked this" });
+  const act = (words, title) => make("button", { type: "button", className: "quiet", textContent: words, title });
+  const why = act("why", "scores and ranks of all stages");
+  why.setAttribute("aria-expanded", "false");
+  const clicked = act("clicked", "search as somebody who clicked this");
+  const title = item.title || nameOf(item);
   const element = make(
     "li",
-    { className: "card", tabIndex: rank === 1 ? 0 : -1, "data-item": nameOf(item), "aria-label": `${rank}. ${item.title || nameOf(item)}` },
-    make("span", { className: "rank", textContent: rank }),
-    make("div", {}, make("div", { className: "title" }, marked(item.title || nameOf(item), pane.tokens)), about, badges, gradeButtons(item, pane.index)),
+    {
+      className: "card",
+      tabIndex: rank === 1 ? 0 : -1,
+      "data-item": nameOf(item),
+      "aria-label": `${rank}. ${title}`,
+    },
+    text("span", "rank", rank),
+    make(
+      "div",
+      {},
+      make("div", { className: "title" }, marked(title, pane.tokens)),
+      about,
+      badges,
+      gradeButtons(item, pane.index),
+    ),
     make(
       "div",
       { className: "right" },
-      make("div", { className: "price", textContent: price === undefined ? "" : number(price) }),
-      make("div", { className: "score", textContent: scoreText(item.score), title: "score of the last stage that ranked the list" }),
+      text("div", "price", price === undefined ? "" : number(price)),
+      text("div", "score", scoreText(item.score), "score of the last stage that ranked the list"),
       make("div", { className: "acts" }, why, clicked),
     ),
   );
@@ -423,11 +463,14 @@ function card(pane, item, rank) {
 
 function reasons(item) {
   const rows = [];
-  const row = (name, text) => rows.push(make("tr", {}, make("th", { scope: "row", textContent: name }), make("td", { textContent: text })));
+  const row = (name, words) => {
+    rows.push(make("tr", {}, make("th", { scope: "row", textContent: name }), text("td", "", words)));
+  };
   for (const [stage, found] of Object.entries(item.explain ?? {})) {
     if (stage === "rerank") (found ?? []).forEach((reason) => row("rerank", reason));
-    else if (found && typeof found === "object") row(stage, `rank ${found.rank ?? "–"}, score ${scoreText(found.score)}`);
-    else if (found !== null && found !== undefined) row(stage, `score ${scoreText(found)}`);
+    else if (found && typeof found === "object") {
+      row(stage, `rank ${found.rank ?? "–"}, score ${scoreText(found.score)}`);
+    } else if (found !== null && found !== undefined) row(stage, `score ${scoreText(found)}`);
   }
   row("item", nameOf(item));
   if (item.key) row("id", item.id);
@@ -437,7 +480,9 @@ function reasons(item) {
 
 function markSame(name) {
   if (!state.two) return;
-  for (const element of document.querySelectorAll(".card")) element.classList.toggle("same", name !== null && element.dataset.item === name);
+  for (const element of document.querySelectorAll(".card")) {
+    element.classList.toggle("same", name !== null && element.dataset.item === name);
+  }
 }
 
 // Judgments.
@@ -446,7 +491,13 @@ function gradeButtons(item, pane) {
   const name = nameOf(item);
   const group = make("div", { className: "grades", role: "radiogroup", "aria-label": "Grade", hidden: !state.judging });
   GRADES.forEach((words, grade) => {
-    const input = make("input", { type: "radio", name: `grade-${pane}-${name}`, value: grade, checked: grades[name] === grade, title: words, "aria-label": `${grade}, ${words}` });
+    const input = make("input", {
+      type: "radio",
+      name: `grade-${pane}-${name}`,
+      value: grade,
+      checked: grades[name] === grade,
+      "aria-label": `${grade}, ${words}`,
+    });
     input.addEventListener("change", () => judge(name, grade));
     group.append(make("label", { title: words }, input, String(grade)));
   });
@@ -464,7 +515,7 @@ async function judge(name, grade) {
   } catch (error) {
     grades[name] = before;
     showGrades();
-    panes[0].body.prepend(make("p", { className: "notice error", role: "alert", textContent: `Not saved: ${error.message}` }));
+    panes[0].body.prepend(alarm(`Not saved: ${error.message}`));
   }
 }
 
@@ -473,7 +524,7 @@ function showGrades() {
     const grade = grades[element.dataset.item];
     const group = element.querySelector(".grades");
     group.hidden = !state.judging;
-    for (const input of group.querySelectorAll("input")) input.checked = Number(input.value) === grade && grade !== null;
+    for (const input of group.querySelectorAll("input")) input.checked = input.value === String(grade);
   }
 }
 
@@ -512,7 +563,9 @@ function showFacets(facets) {
     return facet ? [facet.kind === "number" ? range(attribute.name, facet) : choices(attribute.name, facet)] : [];
   });
   box.replaceChildren(...parts.filter(Boolean));
-  if (!box.children.length) box.append(make("p", { className: "faint", textContent: known.attributes.length ? "No attribute to filter by." : "The index has no attributes. Name some in the schema under items.filters." }));
+  if (!known.attributes.length) {
+    box.append(text("p", "faint", "The index has no attributes. Name some in the schema under items.filters."));
+  } else if (!box.children.length) box.append(text("p", "faint", "No attribute to filter by."));
   if (focused) document.getElementById(focused)?.focus();
   $("clear").hidden = !Object.keys(state.filters).length;
 }
@@ -533,12 +586,15 @@ function choices(name, facet) {
       else left.delete(value);
       setFilter(name, left.size ? [...left] : null);
     });
-    return make("label", { className: "value" }, input, make("span", { textContent: value }), make("span", { className: "count", textContent: counts.has(value) ? count.format(counts.get(value)) : "" }));
+    const found = counts.has(value) ? count.format(counts.get(value)) : "";
+    return make("label", { className: "value" }, input, text("span", "", value), text("span", "count", found));
   });
   box.append(...rows.slice(0, 8));
   if (rows.length > 8) {
-    const rest = make("details", { open: rows.slice(8).some((row) => row.firstChild.checked) }, make("summary", { className: "faint", textContent: `${rows.length - 8} more${facet.more ? ` of ${count.format(rows.length - 8 + facet.more)}` : ""}` }), rows.slice(8));
-    box.append(rest);
+    const rest = rows.slice(8);
+    const words = `${rest.length} more${facet.more ? ` of ${count.format(rest.length + facet.more)}` : ""}`;
+    const open = rest.some((row) => row.firstChild.checked);
+    box.append(make("details", { open }, text("summary", "faint", words), rest));
   }
   return box;
 }
@@ -547,18 +603,24 @@ function range(name, facet) {
   const filter = state.filters[name];
   if (facet.min === null && !filter) return null;
   const ends = ["min", "max"].map((end) => {
+    // Rounded outwards, so that the shown ends hold all items.
+    const round = end === "min" ? Math.floor : Math.ceil;
     const input = make("input", {
-      type: "number", step: "any", id: `facet-${name}-${end}`, "aria-label": `${name}, ${end === "min" ? "at least" : "at most"}`,
-      // Rounded outwards, so that the shown ends hold all items.
-      placeholder: facet[end] === null ? "" : String((end === "min" ? Math.floor : Math.ceil)(facet[end] * 100) / 100), value: filter?.[end] ?? "",
+      type: "number",
+      step: "any",
+      id: `facet-${name}-${end}`,
+      "aria-label": `${name}, ${end === "min" ? "at least" : "at most"}`,
+      placeholder: facet[end] === null ? "" : String(round(facet[end] * 100) / 100),
+      value: filter?.[end] ?? "",
     });
     input.addEventListener("change", () => {
-      const given = Object.fromEntries(ends.map((one, at) => [at ? "max" : "min", one.value === "" || !Number.isFinite(one.valueAsNumber) ? null : one.valueAsNumber]));
-      setFilter(name, given.min === null && given.max === null ? null : given);
+      const [min, max] = ends.map((one) => (Number.isFinite(one.valueAsNumber) ? one.valueAsNumber : null));
+      setFilter(name, min === null && max === null ? null : { min, max });
     });
     return input;
   });
-  return make("fieldset", {}, make("legend", { textContent: name }), make("div", { className: "range" }, ends[0], make("span", { className: "faint", textContent: "to" }), ends[1]));
+  const between = text("span", "faint", "to");
+  return make("fieldset", {}, text("legend", "", name), make("div", { className: "range" }, ends[0], between, ends[1]));
 }
 
 function setFilter(name, filter) {
@@ -577,18 +639,20 @@ function showUser() {
   $("past").value = state.user.past;
   const fields = known.user_features.map((feature) => {
     const id = `feature-${feature.name}`;
-    const input = make("input", { id, type: feature.kind === "number" ? "number" : "text", step: "any", autocomplete: "off", placeholder: "unknown", value: state.user.features[feature.name] ?? "" });
-    if (feature.values?.length) {
-      input.setAttribute("list", `${id}-values`);
-      input.after(make("datalist", { id: `${id}-values` }, feature.values.map((value) => make("option", { value }))));
-    }
+    const input = make("input", {
+      id,
+      type: feature.kind === "number" ? "number" : "text",
+      step: "any",
+      autocomplete: "off",
+      placeholder: "unknown",
+      value: state.user.features[feature.name] ?? "",
+    });
     input.addEventListener("change", () => {
       state.user.features[feature.name] = input.value;
       changed();
       showAnonymous();
     });
-    const list = feature.values?.length ? make("datalist", { id: `${id}-values` }, feature.values.map((value) => make("option", { value }))) : "";
-    return make("label", { className: "field" }, make("span", { textContent: feature.name }), input, list);
+    return make("label", { className: "field" }, text("span", "", feature.name), input);
   });
   $("features").replaceChildren(...fields);
   showClicks();
@@ -602,7 +666,13 @@ function showAnonymous() {
 
 function showClicks() {
   const chips = state.user.clicked.map((item, at) => {
-    const button = make("button", { type: "button", className: "chip", textContent: `${item.title.length > 28 ? `${item.title.slice(0, 27)}…` : item.title} ×`, title: `${item.title}: take the click back`, "aria-label": `Take back the click on ${item.title}` });
+    const button = make("button", {
+      type: "button",
+      className: "chip",
+      textContent: `${item.title.length > 28 ? `${item.title.slice(0, 27)}…` : item.title} ×`,
+      title: `${item.title}: take the click back`,
+      "aria-label": `Take back the click on ${item.title}`,
+    });
     button.addEventListener("click", () => {
       state.user.clicked.splice(at, 1);
       showClicks();
@@ -610,7 +680,7 @@ function showClicks() {
     });
     return button;
   });
-  $("clicked").replaceChildren(...(chips.length ? chips : [make("span", { className: "faint", textContent: "Use “clicked” on a result." })]));
+  $("clicked").replaceChildren(...(chips.length ? chips : [text("span", "faint", "Use “clicked” on a result.")]));
   showAnonymous();
 }
 
@@ -675,15 +745,15 @@ function afterSearch() {
     }
   });
   if (panes.some((pane) => pane.element.getAttribute("aria-busy"))) return;
-  const found = panes.map((pane) => (pane.answer ? `${pane.answer.pipeline}: ${items(pane.answer.total)}` : "no answer"));
-  say(found.join(". "));
+  const total = ({ answer }) => (answer ? `${answer.pipeline}: ${items(answer.total)}` : "no answer");
+  say(panes.map(total).join(". "));
 }
 
 const say = (text) => ($("status").textContent = text);
 
 function showError(error) {
   if (error.name === "AbortError") return;
-  $("panes").before(make("p", { className: "notice error", role: "alert", textContent: error.message }));
+  $("panes").before(alarm(error.message));
 }
 
 // Keys.
@@ -714,21 +784,20 @@ function move(pane, at) {
 function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || $("keys").open) return;
   const target = event.target;
-  const typing = target instanceof HTMLTextAreaElement || target instanceof HTMLSelectElement || (target instanceof HTMLInputElement && !["radio", "checkbox"].includes(target.type));
-  if (typing) {
+  if (target.matches("textarea, select, input:not([type='radio'], [type='checkbox'])")) {
     if (event.key === "Escape" && target === $("query")) target.blur();
     return;
   }
   const { pane, at, element } = place();
-  const button = (text) => [...(element?.querySelectorAll(".acts button") ?? [])].find((one) => one.textContent === text);
+  const press = (which) => element?.querySelectorAll(".acts button")[which]?.click();
   const actions = {
     "/": () => $("query").select() ?? $("query").focus(),
     j: () => move(pane, at + 1),
     k: () => move(pane, at - 1),
     h: () => move(0, Math.max(at, 0)),
     l: () => move(panes.length - 1, Math.max(at, 0)),
-    e: () => button("why")?.click(),
-    x: () => button("clicked")?.click(),
+    e: () => press(0),
+    x: () => press(1),
     c: toggleCompare,
     g: toggleJudging,
     "?": () => $("keys").showModal(),
@@ -763,14 +832,14 @@ async function start() {
     showError(error);
     return;
   }
-  known.pipelines = known.pipelines.map((one) => (typeof one === "string" ? one : one.name));
-  known.default ??= known.pipelines[0];
-  known.user_features = (known.user_features ?? []).map((one) => (typeof one === "string" ? { name: one, kind: "text" } : one));
+  known.pipelines = known.pipelines.map((pipeline) => pipeline.name);
   if (settings.judgments !== null) {
     $("judge").hidden = false;
     $("evaluate").hidden = false;
     $("file").textContent = settings.judgments;
-    $("command").textContent = ["dpsr evaluate", `--judgments=${settings.judgments}`, "--store=STORE", ...known.pipelines.map((name) => `--system=search:${location.host}/${name}`)].join(" \\\n  ");
+    const systems = known.pipelines.map((name) => `--system=search:${location.host}/${name}`);
+    const command = ["dpsr evaluate", `--judgments=${settings.judgments}`, "--store=STORE", ...systems];
+    $("command").textContent = command.join(" \\\n  ");
   } else for (const element of document.querySelectorAll(".judging")) element.hidden = true;
   if (!wide.matches) $("side").open = false;
 
