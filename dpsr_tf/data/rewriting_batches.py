@@ -165,7 +165,7 @@ class RewritingBatches:
         """Returns p texts to read, object [p], and the words to write, int32 [p, max_query_words]."""
         options = self._options
         same = round(options.pair_batch_size * options.query_pairs) if len(self._clicks) else 0
-        share = 1 - options.query_pairs - options.title_pairs
+        share = max(0.0, 1 - options.query_pairs - options.title_pairs)
         different = min(round(options.pair_batch_size * share), math.ceil(len(self._pairs) / _PAIRS_PER_DRAW))
         queries, _ = self._clicks.draw(random, same)
         sources, targets = self._pairs.draw(random, different)
