@@ -44,7 +44,7 @@ def find_wants(database: Database, share: float) -> None:
             (source, target; rows of queries) and `items` (id, title).
         share: a word asks for a word of titles if at least this share of the clicks go to titles with it, 0 to 1.
     """
-    clicked = """SELECT item_row AS row, title AS text
+    clicked = """SELECT item_row AS row, coalesce(title, '') AS text
         FROM (SELECT (row_number() OVER (ORDER BY id) - 1)::INTEGER AS item_row, title FROM items)
         SEMI JOIN clicks USING (item_row)"""
     add_words(database, "title_words", clicked, "words of titles")

@@ -304,6 +304,19 @@ def test_a_store_without_the_section_is_as_before(tmp_path: Path, dpsr: Callable
     assert not list(store.path.glob("*words*"))
 
 
+def test_items_and_queries_without_words(tmp_path: Path, dpsr: Callable[..., Any]) -> None:
+    log = [row | {"query": "!?"} for row in clicks()[:3]]
+    flags = write(tmp_path / "shop", [*log, visit("s", 0, "...", None), visit("s", 1, "?", 10)], min_count=1)
+    items = [{**item, "title": [None, "", "!"][i % 3]} for i, item in enumerate(ITEMS)]
+    (tmp_path / "shop" / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in [*items, ITEMS[0]][1:]))
+    dpsr(*flags, f"--out={tmp_path / 'nothing'}", "--max_reject_fraction=1").succeeds()
+    store = Store(tmp_path / "nothing")
+    assert queries_of(store) == [] and store.manifest["rewriting"]["pairs"] == 0
+    (tmp_path / "shop" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*log, *clicks()]))
+    dpsr(*flags, f"--out={tmp_path / 'some'}", "--max_reject_fraction=1").succeeds()
+    assert "rosy trainers" in queries_of(Store(tmp_path / "some"))
+
+
 def test_no_frequent_word_is_an_error(tmp_path: Path, dpsr: Callable[..., Any]) -> None:
     flags = write(tmp_path / "shop", clicks(), min_count=1000)
     dpsr(*flags, f"--out={tmp_path / 'store'}").fails(1, "rewriting: ", "lower min_count")
