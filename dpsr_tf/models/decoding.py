@@ -67,20 +67,21 @@ def beam_search(
 
     def body(position: tf.Tensor, last: tf.Tensor, found: _Found, state: State) -> tuple[Any, ...]:
         logits, state = step(last, state, position)
-        open_ends = tf.where(position < length, may, only_end)
         # As many more as there are words that may be forbidden.
-        scores, following = _best(tf.nn.log_softmax(logits) + open_ends, n if original is None else n + length)
+        k = n if original is None else n + length
+        scores, following = _best(
+            tf.nn.log_softmax(logits) + tf.where(position < length, may, only_end), k
+        )  # [b, n, k]
         if original is not None:
-            scores, place = _best(scores + _repeated(following, found.words, original), n)
-            following = tf.gather(following, place, batch_dims=2)
+            scores += _repeated(following, found.words, original)
         # A sequence that has ended goes on as itself, once.
-        stays = tf.where(tf.equal(tf.range(n), 0), 0.0, _NEVER)
+        stays = tf.where(tf.equal(tf.range(k), 0), 0.0, _NEVER)
         ended = found.ended[:, :, tf.newaxis]
         scores = found.total[:, :, tf.newaxis] + tf.where(ended, stays, scores)
         following = tf.where(ended, words.end, following)
-        total, place = tf.math.top_k(tf.reshape(scores, [b, n * n]), n)
-        parent = place // n
-        word = tf.gather(tf.reshape(following, [b, n * n]), place, batch_dims=1)
+        total, place = tf.math.top_k(tf.reshape(scores, [b, n * k]), n)
+        parent = place // k
+        word = tf.gather(tf.reshape(following, [b, n * k]), place, batch_dims=1)
         ended = tf.gather(found.ended, parent, batch_dims=1) | tf.equal(word, words.end) | tf.equal(total, _NEVER)
         texts = tf.gather(found.words, parent, batch_dims=1)
         texts = _written(texts, word, position, ended)

@@ -66,28 +66,21 @@ class _Memory(NamedTuple):
 class Candidates(NamedTuple):
     """Words among which the output layer chooses."""
 
-    vectors: tf.Tensor  # [c, d], or [d, c] if `transposed`
+    vectors: tf.Tensor  # [c, d]
     bias: tf.Tensor  # [c]
     words: decoding.Words  # which candidate ends a text, and which are never written
     ids: tf.Tensor | None = None  # int32 [c], words of the candidates; None if candidate i is word i
-    transposed: bool = False
+    columns: tf.Tensor | None = None  # [d, c], the vectors again, with which few logits take a fraction of the time
 
     def logits(self, hidden: tf.Tensor) -> tf.Tensor:
-        """Returns the logits of the candidates, [..., d] to [..., c]."""
-        flat = tf.reshape(hidden, [-1, hidden.shape[-1]])
-        logits = tf.matmul(flat, self.vectors, transpose_b=not self.transposed) + self.bias
-        count = self.bias.shape[0]
-        return tf.ensure_shape(
-            tf.reshape(logits, tf.concat([tf.shape(hidden)[:-1], tf.shape(self.bias)], 0)),
-            [*hidden.shape[:-1], count],
-        )
+        """Returns the logits of the candidates, [m, d] to [m, c]."""
+        if self.columns is not None:
+            return tf.nn.bias_add(tf.matmul(hidden, self.columns), self.bias)
+        return tf.nn.bias_add(tf.matmul(hidden, self.vectors, transpose_b=True), self.bias)
 
     def of(self, places: tf.Tensor) -> tf.Tensor:
-        """Returns vectors of candidates, int32 [b, n] to [b, n, d]."""
-        if not self.transposed:
-            return tf.gather(self.vectors, places)
-        flat = tf.transpose(tf.gather(self.vectors, tf.reshape(places, [-1]), axis=1))
-        return tf.reshape(flat, tf.concat([tf.shape(places), [self.vectors.shape[0]]], 0))
+        """Returns vectors of candidates as decoder and encoder read them, int32 [...] to [..., d]."""
+        return tf.gather(self.vectors, places) * math.sqrt(self.vectors.shape[1])
 
 
 class Rewriter:
@@ -152,27 +145,24 @@ class Rewriter:
     def all_words(self) -> Candidates:
         """Returns all words as candidates. Composing their vectors takes time; see `frozen`."""
         ids = tf.range(self.spec.num_words)
-        vectors = self.word_vectors(ids, self.pieces_of(ids))
-        return Candidates(tf.transpose(vectors), self._bias(), decoding.Words(END, RESERVED), transposed=True)
+        return Candidates(self.word_vectors(ids, self.pieces_of(ids)), self._bias(), decoding.Words(END, RESERVED))
 
     def frozen(self) -> tuple[Candidates, tf.Operation]:
         """Returns all words as candidates that are composed once, in local variables, and the op that composes them.
 
         Run the op when the weights are restored. The variables are not in the collection that a Saver restores.
         """
-        made, kept = self.all_words(), []
-        for name, value, shape in (
-            ("vectors", made.vectors, [self.dim, self.spec.num_words]),
-            ("bias", made.bias, [self.spec.num_words]),
-        ):
-            kept.append(
-                v1.get_local_variable(
-                    f"{_SCOPE}_words/{name}", shape, initializer=v1.zeros_initializer(), use_resource=True
-                )
+        made, count = self.all_words(), self.spec.num_words
+        values = {"vectors": made.vectors, "columns": tf.transpose(made.vectors), "bias": made.bias}
+        shapes = {"vectors": [count, self.dim], "columns": [self.dim, count], "bias": [count]}
+        zeros, kept, steps = v1.zeros_initializer(), {}, []
+        for name, value in values.items():
+            variable = v1.get_local_variable(
+                f"{_SCOPE}_words/{name}", shapes[name], initializer=zeros, use_resource=True
             )
-            made = made._replace(**{name: tf.ensure_shape(value, shape)})
-        compose = tf.group(kept[0].assign(made.vectors), kept[1].assign(made.bias))
-        return made._replace(vectors=kept[0].read_value(), bias=kept[1].read_value()), compose
+            kept[name] = variable.read_value()
+            steps.append(variable.assign(tf.ensure_shape(value, shapes[name])))
+        return made._replace(**kept), tf.group(*steps)
 
     def candidates(self, targets: tf.Tensor, count: int, seed: int) -> tuple[Candidates, tf.Tensor]:
         """Returns the candidates of a softmax over a sample: the targets, and other words drawn at random.
@@ -190,9 +180,7 @@ class Rewriter:
         """
         words = self.spec.num_words
         if not count:
-            ids = tf.range(words)
-            vectors = self.word_vectors(ids, self.pieces_of(ids))
-            return Candidates(vectors, self._bias(), decoding.Words(END, RESERVED)), targets
+            return self.all_words(), targets
         uniform = tf.random.stateless_uniform([count], self._seeds(seed), RESERVED, words, tf.int32)
         # END becomes candidate 0.
         ids, places = tf.unique(tf.concat([[END], targets, uniform], 0))
@@ -230,7 +218,8 @@ class Rewriter:
             self._drops += 1
             chance = tf.random.stateless_uniform(tf.shape(flat), self._seeds(self._drops))
             flat = tf.where(chance < self.config.unknown_rate, UNKNOWN, flat)
-        return self._encode(direction, self.word_vectors(flat, of_flat), places, words > 0)
+        vectors = self.word_vectors(flat, of_flat) * math.sqrt(self.dim)
+        return self._encode(direction, vectors, places, words > 0)
 
     def encode_candidates(self, direction: str, texts: tf.Tensor, candidates: Candidates) -> Encoded:
         """Reads texts that were written, as `encode` does.
@@ -241,14 +230,13 @@ class Rewriter:
             candidates: the candidates.
         """
         places = tf.where(tf.reshape(texts > 0, [-1]))[:, 0]
-        vectors = candidates.of(tf.gather(tf.reshape(texts, [-1]), places)[:, tf.newaxis])[:, 0]
+        vectors = candidates.of(tf.gather(tf.reshape(texts, [-1]), places))
         return self._encode(direction, vectors, places, texts > 0)
 
     def _encode(self, direction: str, vectors: tf.Tensor, places: tf.Tensor, there: tf.Tensor) -> Encoded:
         """Reads words with vectors [m, d], which have the places int64 [m] where `there`, bool [b, S], is true."""
         kind, _ = DIRECTIONS[direction]
         b, size = tf.shape(there)[0], there.shape[1]
-        vectors = vectors * math.sqrt(self.dim)
         mask = tf.where(there, 0.0, _FAR)
         with self._scope(direction, "encoder"):
             x = vectors + self._rows("position", self._longest, tf.cast(places % size, tf.int32))
@@ -272,7 +260,7 @@ class Rewriter:
         Args:
             direction: as in `encode`.
             encoded: of `encode`.
-            before: word vectors of all words but the last of each text, [b, T - 1, d].
+            before: `Candidates.of` all words but the last of each text, [b, T - 1, d].
 
         Returns:
             [b, T, d]: at place t, what predicts word t.
@@ -280,8 +268,8 @@ class Rewriter:
         b, length = tf.shape(before)[0], before.shape[1] + 1
         with self._scope(direction, "decoder"):
             memory = self._memory(encoded)
-            start = tf.repeat(self._start(direction)[tf.newaxis], b, 0)
-            x = self._drop(tf.concat([start, before * math.sqrt(self.dim)], 1))
+            start = tf.repeat(self._start(direction)[tf.newaxis], b, 0)  # [b, 1, d]
+            x = self._drop(tf.concat([start, before], 1))
             if self.config.decoder == "gru":
                 inputs = tf.ensure_shape(self._dense("gru_inputs", x, 3 * self.dim), [None, length, 3 * self.dim])
                 gru, state, states = self._gru(), self._first_state(encoded)[:, 0], []
@@ -298,7 +286,8 @@ class Rewriter:
                         mixed = _joined(_attend(query, key, value, causal))
                         x += self._drop(self._dense("mixed", mixed, self.dim))
                         x = self._crossed(x, memory.layers[i], memory.mask, self._drop)
-            return self._head(x, memory, self._drop)
+            flat = self._head(tf.reshape(x, [-1, self.dim]), b, memory, self._drop)
+            return tf.reshape(flat, [-1, length, self.dim])
 
     def decoder(
         self, direction: str, encoded: Encoded, candidates: Candidates, length: int
@@ -314,7 +303,7 @@ class Rewriter:
         b = tf.shape(encoded.memory)[0]
         with self._scope(direction, "decoder"):
             memory = self._memory(encoded)
-            start = tf.reshape(self._start(direction), [1, 1, self.dim])
+            start = self._start(direction)
             if self.config.decoder == "gru":
                 first: decoding.State = self._first_state(encoded)
             else:
@@ -324,16 +313,17 @@ class Rewriter:
 
         def step(last: tf.Tensor | None, state: Any, position: tf.Tensor) -> tuple[tf.Tensor, Any]:
             with self._scope(direction, "decoder"):
-                x = tf.repeat(start, b, 0) if last is None else candidates.of(last) * math.sqrt(self.dim)
-                x = tf.ensure_shape(x, [None, None, self.dim])
-                n = tf.shape(x)[1]
+                # All layers work on [b * n, d], so that small steps have few ops.
+                x = tf.repeat(start, b, 0) if last is None else candidates.of(tf.reshape(last, [-1]))
+                place = self._rows("position", self._longest, position[tf.newaxis])
                 if self.config.decoder == "gru":
-                    inputs = self._dense("gru_inputs", tf.reshape(x, [-1, self.dim]), 3 * self.dim)
+                    inputs = self._dense("gru_inputs", x, 3 * self.dim)
                     flat = self._gru()(inputs, tf.reshape(state, [-1, self.dim]))
-                    state = tf.reshape(flat, tf.stack([b, n, self.dim]))
-                    x = state + self._rows("position", self._longest, position[tf.newaxis])
+                    state = tf.reshape(flat, tf.shape(state))
+                    x = flat + place
                 else:
-                    x += self._rows("position", self._longest, position[tf.newaxis])
+                    n = tf.shape(state[0][0])[1]
+                    x = tf.reshape(x + place, tf.stack([b, n, self.dim]))
                     caches = []
                     for i, cache in enumerate(state):
                         with v1.variable_scope(f"layer_{i}", reuse=v1.AUTO_REUSE):
@@ -341,7 +331,9 @@ class Rewriter:
                             caches.append(cache)
                             x = self._crossed(x, memory.layers[i], memory.mask, _keep)
                     state = caches
-                return candidates.logits(self._head(x, memory, _keep)), state
+                    x = tf.reshape(x, [-1, self.dim])
+                logits = candidates.logits(self._head(x, b, memory, _keep))
+                return tf.reshape(logits, tf.stack([b, -1, tf.shape(logits)[1]])), state
 
         return step, first
 
@@ -507,19 +499,18 @@ class Rewriter:
 
         return cell
 
-    def _head(self, x: tf.Tensor, memory: _Memory, drop: Drop) -> tf.Tensor:
-        """Returns what the output layer reads, [b, m, d], from the decoder's states [b, m, d].
+    def _head(self, x: tf.Tensor, b: tf.Tensor, memory: _Memory, drop: Drop) -> tf.Tensor:
+        """Returns what the output layer reads, [b * m, d], from the decoder's states [b * m, d].
 
         Attention on the text that was read gives its outputs, and a copy of its word vectors, which the output layer
         knows.
         """
-        query = self._dense("head_query", x, self.dim)
+        query = tf.reshape(self._dense("head_query", x, self.dim), tf.stack([b, -1, self.dim]))
         logits = tf.matmul(query, memory.keys, transpose_b=True) / math.sqrt(self.dim) + memory.mask[:, tf.newaxis]
-        found = tf.matmul(tf.nn.softmax(logits), memory.values)
-        found, copied = tf.split(found, 2, axis=2)
-        ones = v1.ones_initializer()
-        share = v1.get_variable("copy", [self.dim], initializer=ones, use_resource=True)
-        own = self._dense("head", tf.concat([x, found], 2), self.dim)
+        found = tf.reshape(tf.matmul(tf.nn.softmax(logits), memory.values), [-1, 2 * self.dim])
+        found, copied = tf.split(found, 2, axis=1)
+        share = v1.get_variable("copy", [self.dim], initializer=v1.ones_initializer(), use_resource=True)
+        own = self._dense("head", tf.concat([x, found], 1), self.dim)
         return drop(_norm("head_norm", own)) + share * copied
 
 

@@ -160,5 +160,6 @@ def log_probability(
         candidates: the words of the output layer.
     """
     states = rewriter.hidden(direction, encoded, candidates.of(target[:, :-1]))
-    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(target, candidates.logits(states))
-    return -tf.reduce_sum(tf.where(known, losses, 0.0), 1)
+    logits = candidates.logits(tf.reshape(states, [-1, rewriter.dim]))
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.reshape(target, [-1]), logits)
+    return -tf.reduce_sum(tf.where(known, tf.reshape(losses, tf.shape(target)), 0.0), 1)
