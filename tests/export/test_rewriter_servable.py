@@ -59,12 +59,13 @@ class Made:
         assert run("export", f"--model={self.model}", f"--rewrites={self.table}", f"--out={self.servable}") == 0
 
 
-@pytest.fixture(scope="module")
+# The slow test runs after those of other files, so that a fixture of the module would be made twice.
+@pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(tmp_path_factory.mktemp("rewriter"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def loaded(made: Made) -> LoadedServable:
     return LoadedServable(made.servable / "1")
 
