@@ -113,7 +113,7 @@ class Union:
         return [(text, self.weight * part / sum(parts)) for (text, _), part in zip(used, parts, strict=True)]
 
 
-UNIONS = [Union(weight, _REWRITES, power) for weight in (0.5, 1.0, 1.5, 2.0) for power in (1.0, 0.5)]
+UNIONS = [Union(weight, _REWRITES, power) for weight in (1.0, 1.5, 2.0, 3.0) for power in (1.0, 0.5)]
 
 
 def united(bm25: Bm25, queries: Sequence[str], rewrites: Sequence[Sequence[Rewrite]], union: Union) -> np.ndarray:
