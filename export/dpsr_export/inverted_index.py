@@ -28,8 +28,10 @@ from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.packed_file import PackedFile, PackedFileWriter
 from dpsr_export import item_attributes
 from dpsr_serving.gateway import catalogue as catalogue_file
+from dpsr_serving.gateway import opensearch as engine
+from dpsr_serving.gateway.analysis import Analysis, Field, column_name
 from dpsr_serving.gateway.catalogue import Catalogue, identifier_hash
-from dpsr_serving.gateway.inverted import Analysis, Field, column_name, tantivy_schema
+from dpsr_serving.gateway.inverted import tantivy_schema
 from dpsr_tf.data.store import Store, new_directory, pack_strings, unpack_strings
 
 # Bytes of memory in which Tantivy may collect items before it writes them: enough for one segment of a million items.
@@ -61,9 +63,6 @@ def build(
     fields = parse_analysis(analysis, _texts(store))
     items = store.schema.items
     if opensearch:
-        # Imports the client, which Tantivy does not need.
-        from dpsr_serving.gateway import opensearch as engine
-
         engine.check_address(opensearch)
     if opensearch and any(field.unknown_words for field in fields):
         raise UsageError(f"--analysis={analysis}: typos cannot be combined with --opensearch; give trigrams=WEIGHT")

@@ -20,8 +20,9 @@ from dpsr_common.errors import CommandError, UsageError
 from dpsr_export import inverted_index
 from dpsr_export.warmup import LoadedServable
 from dpsr_serving.gateway import opensearch
+from dpsr_serving.gateway.analysis import analyzer
 from dpsr_serving.gateway.catalogue import Catalogue, check_same_store, identifier_hash
-from dpsr_serving.gateway.inverted import MAX_K, MAX_TERMS, InvertedIndex, analyzer, open_inverted_index
+from dpsr_serving.gateway.inverted import MAX_K, MAX_TERMS, InvertedIndex, open_inverted_index
 from dpsr_serving.search import expressions
 from dpsr_tf.data.store import Store
 from dpsr_tf.evaluation.baselines import Bm25, Field

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from opensearchpy import helpers
 
 from dpsr_common.errors import CommandError, UsageError
+from dpsr_serving.gateway.analysis import Analysis, Field, Filters, Found, check_k, column_name, fields_of
 from dpsr_serving.gateway.catalogue import KEYWORD, Catalogue, Condition
-from dpsr_serving.gateway.inverted import Analysis, Field, Filters, Found, check_k, column_name, fields_of
 
 ADDRESS_VARIABLE = "DPSR_OPENSEARCH_URL"
 # Seconds to wait for an answer when an index is made; of one search.
