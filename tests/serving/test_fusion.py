@@ -74,6 +74,10 @@ def test_the_learned_score():
     assert (len(cut.ids), cut.cut_off) == (2, 2)
     nothing = dataclasses.replace(FUSION, min_score=1.0).combine(lists, 10)
     assert (len(nothing.ids), nothing.cut_off) == (0, 4)
+    best = float(combined.scores[0])
+    assert dataclasses.replace(FUSION, min_best=best).combine(lists, 10).ids.tolist() == combined.ids.tolist()
+    emptied = dataclasses.replace(FUSION, min_best=best + 1e-6).combine(lists, 10)
+    assert (len(emptied.ids), emptied.cut_off) == (0, 4)
 
 
 def test_items_beyond_the_depth_do_not_change_the_scale():
@@ -129,21 +133,24 @@ def test_learning_finds_the_source_that_tells():
     assert fusion == learn(lists, relevant, {"good": 40, "noise": 40}, keep=0.9)  # the same numbers
     learned = fusion.learned
     assert learned["queries"] == 100 and learned["relevant"] == 360 and learned["pairs"] == 4000
-    assert 0.88 <= learned["kept"] <= 0.92 and learned["emptied"] == 0 and learned["emptied_others"] > 0.5
+    # A tenth of the items, and a tenth of the queries, in part the same.
+    assert 0.8 <= learned["kept"] <= 0.91 and 0.05 <= learned["emptied"] <= 0.15 and learned["emptied_others"] > 0.5
     # On other queries it puts the relevant items first, keeps most of them, and leaves little else.
     others, wanted = judged(50, seed=2)
     kept = [set(fusion.combine(row, 100).ids.tolist()) for row in others]
     shares = [len(found & set(items)) / 4 for found, items in zip(kept, wanted, strict=True) if items]
-    assert np.mean(shares) > 0.8 and np.mean([len(found) for found in kept]) < 6
-    first = fusion.combine(others[1], 4).ids.tolist()
+    assert np.mean(shares) > 0.7 and np.mean([len(found) for found in kept]) < 6
+    first = dataclasses.replace(fusion, min_best=0.0).combine(others[1], 4).ids.tolist()
     assert len(set(first) & set(wanted[1])) >= 3
 
 
 def test_keep_says_what_the_cut_off_keeps():
     lists, relevant = judged(60)
     depths = {"good": 40, "noise": 40}
-    thresholds = [learn(lists, relevant, depths, keep).min_score for keep in (1.0, 0.99, 0.9, 0.5)]
-    assert thresholds[0] == 0 and thresholds == sorted(thresholds) and thresholds[-1] > thresholds[1]
+    fusions = [learn(lists, relevant, depths, keep) for keep in (1.0, 0.99, 0.9, 0.5)]
+    for thresholds in ([fusion.min_score for fusion in fusions], [fusion.min_best for fusion in fusions]):
+        assert thresholds[0] == 0 and thresholds == sorted(thresholds) and thresholds[-1] > thresholds[1]
+    assert fusions[0].learned["kept"] == 1 and fusions[0].learned["emptied_others"] == 0
 
 
 def test_a_source_that_finds_nothing_and_a_number_that_never_varies():
@@ -180,6 +187,7 @@ def test_the_file(tmp_path: Path):
         lambda tree: tree.pop("bias"),
         lambda tree: tree.update(bias=None),
         lambda tree: tree.update(min_score=float("nan")),
+        lambda tree: tree.pop("min_best"),
         lambda tree: tree.update(sources=[]),
         lambda tree: tree.update(sources={"a": {"scaled": 1}}),
         lambda tree: tree.update(version=2),

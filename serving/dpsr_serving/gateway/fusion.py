@@ -11,8 +11,11 @@ Learned: the probability that an item is relevant, by logistic regression on two
     probability = sigmoid(bias + sum over s of (scaled_weight_s * scaled_s + score_weight_s * score_s))
 
 The scaled score says how good an item is among those of this query, the score itself how good the query's items are at
-all. So a query that no item fits has low probabilities throughout, and the cut-off may leave nothing of it. The
-threshold is learned, too: the largest probability that keeps a given share of the relevant items.
+all. So a query that no item fits has low probabilities throughout.
+
+The cut-off has two thresholds, which are learned, too. Items below the one are left out: it is the largest probability
+that keeps a given share of the relevant items. If even the first item is below the other, nothing is left: it is the
+largest probability that keeps the same share of the queries that have a relevant item.
 """
 
 from __future__ import annotations
@@ -103,13 +106,15 @@ class LearnedFusion:
     Attributes:
         sources: name -> weights.
         bias: of the logistic regression.
-        min_score: the lowest probability that stays in the list.
+        min_score: the lowest probability of an item that stays in the list.
+        min_best: the lowest probability of a first item whose list stays.
         learned: how it was learned: numbers of queries and pairs, and what the cut-off does.
     """
 
     sources: Mapping[str, SourceWeights]
     bias: float
     min_score: float = 0.0
+    min_best: float = 0.0
     learned: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def combine(self, found: Mapping[str, Found], size: int) -> Combined:
@@ -120,7 +125,9 @@ class LearnedFusion:
             if name in found:
                 scaled, score = union.numbers(name, weights.depth)
                 logits += weights.scaled * scaled + weights.score * score
-        return union.best(_sigmoid(logits), size, self.min_score)
+        scores = _sigmoid(logits)
+        stays = np.float32(scores.max(initial=0.0)) >= np.float32(self.min_best)
+        return union.best(scores, size, self.min_score if stays else math.inf)
 
     def check_sources(self, depths: Mapping[str, int], where: str) -> None:
         """Raises CommandError, which begins with `where`, unless a pipeline has the sources that it was learned from.
@@ -150,10 +157,17 @@ class LearnedFusion:
                 name: SourceWeights(float(entry["scaled"]), float(entry["score"]), int(entry["depth"]))
                 for name, entry in tree["sources"].items()
             }
-            fusion = cls(sources, float(tree["bias"]), float(tree["min_score"]), dict(tree["learned"]))
+            fusion = cls(
+                sources, float(tree["bias"]), float(tree["min_score"]), float(tree["min_best"]), dict(tree["learned"])
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CommandError(f"{path}: cannot be read: {error}; {_MAKE_AGAIN}") from None
-        values = [fusion.bias, fusion.min_score, *(v for w in sources.values() for v in (w.scaled, w.score))]
+        values = [
+            fusion.bias,
+            fusion.min_score,
+            fusion.min_best,
+            *(v for w in sources.values() for v in (w.scaled, w.score)),
+        ]
         if not all(map(math.isfinite, values)):
             raise CommandError(f"{path}: holds a number that is not finite; {_MAKE_AGAIN}")
         return fusion
@@ -235,7 +249,8 @@ def learn(
         lists: of each query, what each source found.
         relevant: of each query, the ids of its relevant items; may be empty.
         depths: source -> number of items that it was asked for.
-        keep: share of the relevant items found that the cut-off is to keep, above 0 to 1. 1 cuts nothing off.
+        keep: share that the cut-off is to keep, above 0 to 1, of the relevant items found and of the queries that have
+            one. 1 cuts nothing off.
 
     Returns:
         The fusion. Its `learned` has `queries`, `pairs`, `relevant` (pairs), `keep`, and what the cut-off does on
@@ -269,17 +284,19 @@ def learn(
         for query in np.flatnonzero(fold == number):
             held_out[query] = _probabilities(weights, rows[query][0])
     labels = np.concatenate([labels for _, labels in rows])
-    threshold = _threshold(np.concatenate(held_out)[labels], keep)
-    stays = [int(np.count_nonzero(scores >= threshold)) for scores in held_out]
-    emptied = np.array(stays) == 0
+    best = np.array([scores.max(initial=0.0) for scores in held_out])
+    min_score = _threshold(np.concatenate(held_out)[labels], keep)
+    min_best = _threshold(best[has_relevant], keep)
+    stays = [scores >= (min_score if top >= min_best else math.inf) for scores, top in zip(held_out, best, strict=True)]
+    emptied = np.array([not kept.any() for kept in stays])
     weights = _logistic_regression(rows)
     learned = {
         "queries": len(rows),
         "pairs": len(labels),
         "relevant": int(labels.sum()),
         "keep": keep,
-        "kept": float((np.concatenate(held_out)[labels] >= threshold).mean()),
-        "length": float(np.mean(stays)),
+        "kept": float(np.concatenate(stays)[labels].mean()),
+        "length": float(np.mean([kept.sum() for kept in stays])),
         "emptied": float(emptied[has_relevant].mean()),
         "emptied_others": float(emptied[~has_relevant].mean()) if not has_relevant.all() else None,
     }
@@ -287,15 +304,15 @@ def learn(
         name: SourceWeights(float(weights[1 + 2 * i]), float(weights[2 + 2 * i]), depths[name])
         for i, name in enumerate(names)
     }
-    return LearnedFusion(sources, float(weights[0]), threshold, learned)
+    return LearnedFusion(sources, float(weights[0]), min_score, min_best, learned)
 
 
-def _threshold(relevant: NDArray[np.float64], keep: float) -> float:
-    """Returns the largest probability that keeps a share of the relevant items, given their probabilities."""
+def _threshold(probabilities: NDArray[np.float64], keep: float) -> float:
+    """Returns the largest threshold that keeps a share of these probabilities."""
     if keep >= 1:
         return 0.0
-    dropped = int((1 - keep) * len(relevant))
-    return float(np.float32(np.sort(relevant)[dropped]))
+    dropped = int((1 - keep) * len(probabilities))
+    return float(np.sort(probabilities)[dropped])
 
 
 def _logistic_regression(rows: Sequence[tuple[NDArray[np.float64], NDArray[np.bool_]]]) -> NDArray[np.float64]:
