@@ -3,8 +3,8 @@
     python benchmarks/search_load.py ADDRESS FILE SECONDS RATE SEED
 
 FILE holds a JSON list of bodies of POST /v1/search. RATE is the number of requests a second of an open loop, which
-sends at random times; 0 means a closed loop of 8 requests. It imports little and costs a fraction of an HTTP library, because
-it shares the cores with what it measures.
+sends at random times; 0 means a closed loop of 8 requests. It imports little and costs a fraction of an HTTP library,
+because it shares the cores with what it measures.
 """
 
 from __future__ import annotations

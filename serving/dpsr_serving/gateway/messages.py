@@ -19,6 +19,9 @@ MAX_TEXT = 1000  # characters of a name or a value
 MAX_CURSOR = 65536  # characters of a cursor
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False)
+
+
 class RequestError(ValueError):
     """A request that cannot be answered: what was given and what is expected."""
 
@@ -84,7 +87,7 @@ class SearchRequest:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Item:
     """An item of an answer.
 
@@ -253,7 +256,7 @@ class SearchResponse:
 
     def to_json(self) -> bytes:
         """Returns the body of the answer."""
-        return json.dumps(self.to_dict(), ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+        return _ENCODER.encode(self.to_dict()).encode()
 
 
 def load_json(body: bytes | str) -> Any:
