@@ -132,3 +132,21 @@ def test_the_whole_file_is_a_section_without_a_key():
         Section("", {"c": 0}, ("a", "b"))
     with pytest.raises(UsageError, match=r"^the configuration: got \[\], expected a mapping with the keys a, b$"):
         Section("", [], ("a", "b"))
+
+
+def test_errors_name_lines_if_the_text_was_read_with_them() -> None:
+    text = "a:\n  b: 1\n\n  c: &c {d: 2}\ne:\n  <<: *c\n  f: 3\n"
+    tree = load_yaml(text, lines=True)
+    assert tree == load_yaml(text)
+    top = Section("", tree, ("a", "e"))
+    inner = top.section("a", ("b", "c"))
+    with pytest.raises(UsageError, match=r"^line 2: a\.b: got 1, expected a string that is not empty"):
+        inner.text("b", None)
+    with pytest.raises(UsageError, match=r"^line 4: a\.c: unknown key 'd', allowed: g$"):
+        inner.section("c", ("g",))
+    with pytest.raises(UsageError, match=r"^line 5: e: got \{'d': 2, 'f': 3\}, expected a list$"):
+        top.value("e", None, lambda value: isinstance(value, list), "a list")
+    with pytest.raises(UsageError, match=r"^line 2: a\.x: is missing$"):
+        raise inner.error("x", "is missing")
+    with pytest.raises(UsageError, match=r"^a: unknown key 'b'"):
+        Section("", load_yaml(text), ("a", "e")).section("a", ("c",))

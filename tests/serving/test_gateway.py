@@ -602,7 +602,7 @@ def test_experiments_split_users(folder: Path) -> None:
         ({"query": "a", "user": {"features": {"age": {"x": 1}}}}, "user.features.age"),
         ({"query": "a", "explain": 1}, "true or false"),
         ({"query": "a", "pipeline": "none"}, "expected one of bm25"),
-        ({"query": "a", "cursor": "x" * 70_000}, "characters"),
+        ({"query": "a", "cursor": "x" * 140_000}, "characters"),
     ],
 )  # fmt: skip
 def test_wrong_requests_are_refused(words: Shop, body: Any, words_of_error: str) -> None:
@@ -980,3 +980,13 @@ def test_load_generator_counts_what_it_sees(folder: Path, models: Models, tmp_pa
             answered = len(seen["latencies"]) - seen["failed"]
             assert answered > 0 and seen["failed"] > 0
             assert seen["degraded"] == {"recall.semantic": answered}
+
+
+def test_cursor_of_the_longest_list_is_taken_back() -> None:
+    n = 5000
+    listed = cursor.List(
+        "手" * 1000, "p" * 100, "e/a", "", ("fine",), ("字" * 1000,) * 10, np.arange(n), np.ones(n), np.ones(n, np.int64),
+        np.ones(n, np.uint16),
+    )  # fmt: skip
+    packed = cursor.pack(listed, 20, b"12345678")
+    assert SearchRequest.from_dict({"cursor": packed}).cursor == packed

@@ -16,7 +16,7 @@ T = TypeVar("T")
 MAX_VALUES = 1000  # values of one filter, clicked items, past queries, numbers of one feature
 MAX_NAMES = 64  # filters, facets and user features
 MAX_TEXT = 1000  # characters of a name or a value
-MAX_CURSOR = 65536  # characters of a cursor
+MAX_CURSOR = 2**17  # characters of a cursor, which holds up to 5,000 items
 
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False)
