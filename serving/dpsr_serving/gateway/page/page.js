@@ -24,6 +24,7 @@ const alarm = (words) => make("p", { className: "notice error", role: "alert", t
 const count = new Intl.NumberFormat("en");
 const number = (value) => value.toLocaleString("en", { maximumFractionDigits: 2 });
 const items = (total) => `${count.format(total)} ${total === 1 ? "item" : "items"}`;
+const money = (value) => (Number.isInteger(value) ? count.format(value) : value.toFixed(2));
 const scoreText = (value) => (value === null || value === undefined ? "–" : Number(value).toPrecision(3));
 
 // Item ids have 64 bits. Those that a JavaScript number would round stay texts.
@@ -325,7 +326,11 @@ function how(answer) {
     button.addEventListener("click", () => searchFor(words));
     return button;
   };
-  add("words", ...(explain.tokens ?? []).map((token) => text("span", "chip", token)));
+  // Letter trigrams of the inverted index begin with #; dozens of them would hide the words.
+  const trigrams = (explain.tokens ?? []).filter((token) => token.startsWith("#"));
+  const words = (explain.tokens ?? []).filter((token) => !token.startsWith("#"));
+  const letters = text("span", "n", `and ${trigrams.length} letter trigrams`, trigrams.join(" "));
+  add("words", ...words.map((token) => text("span", "chip", token)), ...(trigrams.length ? [letters] : []));
   add("rewrites", ...(answer.rewrites ?? []).map(rewrite));
   for (const [source, heads] of Object.entries(explain.heads ?? {})) {
     if (heads.length < 2) continue;
@@ -443,7 +448,7 @@ function card(pane, item, rank) {
     make(
       "div",
       { className: "right" },
-      text("div", "price", price === undefined ? "" : number(price)),
+      text("div", "price", price === undefined ? "" : money(price)),
       text("div", "score", scoreText(item.score), "score of the last stage that ranked the list"),
       make("div", { className: "acts" }, why, clicked),
     ),
