@@ -164,7 +164,7 @@ To use your own log, write a schema file and start with `dpsr ingest`; see docs/
 def _write_pipelines(out: Path, job: _Job, store: Store, target: str) -> None:
     """Writes the configuration of `dpsr search`: word search, the model, both, and both with re-ranking."""
     # Time limits that also a busy machine keeps; a shop's would be shorter.
-    sources = {"inverted": {"k": 300}, "semantic": {"model": MODEL, "k": 300}}
+    sources: dict[str, dict[str, Any]] = {"inverted": {"k": 300}, "semantic": {"model": MODEL, "k": 300}}
     sources = {name: {**source, "deadline_ms": 3000} for name, source in sources.items()}
     both: dict[str, Any] = {"recall": sources}
     if job.learn_from is not None:
