@@ -13,7 +13,7 @@ from dpsr_tf.config import Config
 from dpsr_tf.data.rewriting_batches import RewritingBatches, RewritingOptions
 from dpsr_tf.data.store import Store
 from dpsr_tf.models.features import SequenceSpec
-from dpsr_tf.models.model_directory import ModelDirectory
+from dpsr_tf.models.model_directory import ModelDirectory, feature_spec
 from dpsr_tf.models.rewriting_losses import RewritingBatch
 from dpsr_tf.training.cluster import Cluster
 from dpsr_tokenizer import Vocabulary, WordSequences
@@ -26,7 +26,8 @@ class RewriterExamples:
     """Reads the examples of a training. Opening it finds out what cannot be trained on."""
 
     def __init__(self, store: Store, config: Config):
-        """Raises CommandError if the store has no sequences of words."""
+        """Raises UsageError if the store has no sequences of words."""
+        feature_spec(config, store)
         self._store = store
         self._words = WordSequences(Vocabulary(str(store.words_path)))
         own: dict[str, Any] = {

@@ -19,7 +19,7 @@ from dpsr_tf.config import Config
 from dpsr_tf.data.examples_dataset import BatchOptions, examples_dataset, training_input
 from dpsr_tf.data.store import Store, check_replaceable
 from dpsr_tf.models.features import FeatureSpec
-from dpsr_tf.models.model_directory import ModelDirectory
+from dpsr_tf.models.model_directory import ModelDirectory, feature_spec
 from dpsr_tf.models.quantizer import Quantizer
 from dpsr_tf.models.text_encoder import load_encoder
 from dpsr_tf.training import quantizer_start, validation
@@ -154,11 +154,8 @@ def _checked(store: Store, config: Config, values: flags.FlagValues) -> Config:
             f"{values.store}: holds no requests, which a ranker learns from; add the section `ranking` to the schema "
             f"and ingest the log again"
         )
-    if kind == "rewriter" and store.schema.rewriting is None:
-        raise CommandError(
-            f"{values.store}: holds no sequences of words, which a rewriter learns from; add the section "
-            f"`rewriting: {{}}` to the schema and ingest the log again"
-        )
+    if kind == "rewriter":
+        feature_spec(config, store)  # fails here, before anything is removed
     _remove(values)
     return config
 
