@@ -24,6 +24,8 @@ from dpsr_tokenizer.tf_ops import VocabularyTable, join_words, tokenize_strings
 
 v1 = tf.compat.v1
 
+# Longer texts are not queries.
+_MAX_BYTES = 1024
 # Texts that are rewritten at a time.
 _BATCH = 64
 
@@ -188,7 +190,7 @@ class RewriteGraph:
             Rewrites, string [b, n], the most probable one first, and the logarithms of their probabilities, float32
             [b, n]; "" and -inf where there are fewer than n, and for texts that are not `readable`.
         """
-        spec = self._spec
+        spec, texts = self._spec, without_long(texts)
         words, pieces = self._table.word_sequences(texts, spec.query_words, spec.max_pieces, spec.num_pieces)
         words = tf.where(self.readable(texts)[:, tf.newaxis], words, 0)
         found = self._rewriter.rewrites(words, pieces, self._candidates, count, seed, method, path)
@@ -204,11 +206,26 @@ class RewriteGraph:
         words = tokenize_strings(texts, WordSequences.config())
         letters = tf.strings.unicode_decode(words.values, "UTF-8")
         places = tf.minimum(tf.searchsorted(known, letters.values), tf.size(known) - 1)
-        is_known = letters.with_values(tf.cast(tf.equal(tf.gather(known, places), letters.values), tf.int32))
-        unknown = tf.cast(tf.equal(tf.reduce_sum(is_known, 1), 0), tf.int32)
-        all_known = tf.equal(tf.math.unsorted_segment_sum(unknown, words.value_rowids(), words.nrows()), 0)
+        is_known = tf.equal(tf.gather(known, places), letters.values)
+        unknown = tf.equal(_counts(is_known, letters.row_splits), 0)
+        all_known = tf.equal(_counts(unknown, words.row_splits), 0)
         count = words.row_lengths()
         return all_known & (count > 0) & (count <= self._spec.query_words)
+
+
+def without_long(texts: tf.Tensor) -> tf.Tensor:
+    """Returns texts, string [b], with "" in the place of those that are too long for a query (1,024 bytes).
+
+    So the cost of a text that is no query at all does not grow with its length.
+    """
+    return tf.where(tf.strings.length(texts) <= _MAX_BYTES, texts, "")
+
+
+def _counts(values: tf.Tensor, splits: tf.Tensor) -> tf.Tensor:
+    """Returns how many of the values of each row are true; bool [m] and row splits int64 [rows + 1] to int64 [rows]."""
+    # Sums of ragged tensors would make a mask of the size rows times longest row, which a long query could blow up.
+    sums = tf.concat([[0], tf.cumsum(tf.cast(values, tf.int64))], 0)
+    return tf.gather(sums, splits[1:]) - tf.gather(sums, splits[:-1])
 
 
 def _session_config() -> tf.compat.v1.ConfigProto:

@@ -59,8 +59,8 @@ def key_of(text: str) -> str:
 def keys_of(texts: tf.Tensor) -> tf.Tensor:
     """Returns the keys of queries, string [batch], in a graph."""
     words = tf_ops.tokenize_strings(texts, WORDS)
-    # to_tensor would make all rows as wide as the longest query.
-    rows = words.value_rowids()
+    # Neither to_tensor nor value_rowids: both make something of the size batch times longest query.
+    rows = tf.searchsorted(words.row_splits, tf.range(tf.size(words.values, tf.int64)), side="right") - 1
     return tf.strings.unsorted_segment_join(words.values, rows, words.nrows(), separator=" ")
 
 

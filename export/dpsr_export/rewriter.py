@@ -27,7 +27,7 @@ from dpsr_export.rewrite_table import Found, RewriteTable
 from dpsr_tf import __version__
 from dpsr_tf.models.encoders import restore
 from dpsr_tf.models.model_directory import ModelDirectory
-from dpsr_tf.models.rewriter_texts import RewriteGraph
+from dpsr_tf.models.rewriter_texts import RewriteGraph, without_long
 from dpsr_tokenizer import Vocabulary, WordSequences
 
 v1 = tf.compat.v1
@@ -126,10 +126,11 @@ def _write_saved_model(
         message = f"expected 1 to {most}, the number of rewrites that this model was exported with (--max_rewrites)"
         with tf.control_dependencies([tf.debugging.Assert(fits, ["n is", n, message])]):
             count = tf.identity(n)
-        found = RewriteTable(table).find(query, most)
+        texts = without_long(query)
+        found = RewriteTable(table).find(texts, most)
         # Those that the model cannot read need no decoding to get no rewrites.
-        found = found._replace(known=tf.logical_or(found.known, tf.logical_not(graph.readable(query))))
-        rewrites, scores = _known_or_decoded(found, query, count, lambda texts: graph(texts, count, seed))
+        found = found._replace(known=tf.logical_or(found.known, tf.logical_not(graph.readable(texts))))
+        rewrites, scores = _known_or_decoded(found, texts, count, lambda tail: graph(tail, count, seed))
         request_tables.check_assets()
         # All ops are made before the session runs one.
         initializer = tf.group(v1.tables_initializer(), graph.compose)

@@ -63,6 +63,9 @@ def test_keys_in_the_graph_are_those_of_python() -> None:
     found = rewrite_table.keys_of(tf.constant(texts))
     assert [key.decode() for key in found.numpy()] == list(map(key_of, texts))
     assert rewrite_table.keys_of(tf.zeros([0], tf.string)).shape == [0]
+    # A mask of the size batch times longest query would take 400 GB.
+    many = rewrite_table.keys_of(tf.constant([*["red"] * 50_000, "x " * 1_000_000]))
+    assert many[0] == b"red" and len(many[-1].numpy()) == 1_999_999
 
 
 def test_no_queries_and_no_rewrites(tmp_path: Path) -> None:

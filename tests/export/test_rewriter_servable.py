@@ -104,6 +104,8 @@ def test_batches_do_not_matter(made: Made, loaded: LoadedServable) -> None:
 
 def test_bad_input(loaded: LoadedServable) -> None:
     assert rewrites(loaded, UNREADABLE) == [[]] * len(UNREADABLE)
+    # Memory grows with the bytes of a request, not with the number of queries times the longest one.
+    assert rewrites(loaded, ["a" * 3_000_000, *["zzz"] * 30_000]) == [[]] * 30_001
     raw = rewrite_inputs([""] * 2, 3) | {"query": np.array([b"\xff\xfe", b"red \xff drill"], object)}
     assert loaded("rewrite", raw)["rewrites"].shape == (2, 3)
     for n in (0, -1, 11, 2**31 - 1):
