@@ -20,8 +20,9 @@ and Chinese, those of the project's tokenizer. The score of an item for a query 
 
     BM25(query) + weight * sum over the rewrites of share * BM25(rewrite)
 
-where the shares of a query's rewrites sum to 1 (`united`). The weight, and the power of
-the probabilities that shares are in proportion to, are chosen for each system, peers included, on the two dev folds
+with a larger weight if the query has a word that no title has, because then the query itself finds little,
+where the shares of a query's rewrites sum to 1 (`united`). The two weights, and the power
+of the probabilities that shares are in proportion to, are chosen for each system, peers included, on the two dev folds
 together; rows `chosen` name them. Further folds are kept back for judging.
 
 Peers: symspellpy corrects spelling by edit distance and the frequency of words in titles and queries of the log;
@@ -95,6 +96,7 @@ class Union:
 
     Attributes:
         weight: of the rewrites together; the query has 1.
+        unknown: what the weight is multiplied by if no title has one of the query's words.
         count: largest number of rewrites of a query.
         power: shares are as this power of the rewrites' probabilities; with 0 all rewrites have the same share.
     """
@@ -102,25 +104,35 @@ class Union:
     weight: float
     count: int
     power: float
+    unknown: float = 1.0
 
-    def shares(self, rewrites: Sequence[Rewrite]) -> list[Rewrite]:
-        """Returns the rewrites that are used, with the factors of their scores, which sum to `weight`."""
+    def shares(self, rewrites: Sequence[Rewrite], known: bool = True) -> list[Rewrite]:
+        """Returns the rewrites that are used, with the factors of their scores.
+
+        Args:
+            rewrites: rewrites of a query, best first.
+            known: whether titles have all words of the query.
+        """
         used = rewrites[: self.count]
         if not used:
             return []
         best = max(score for _, score in used)
         parts = [math.exp(self.power * (score - best)) for _, score in used]
-        return [(text, self.weight * part / sum(parts)) for (text, _), part in zip(used, parts, strict=True)]
+        factor = self.weight * (1 if known else self.unknown) / sum(parts)
+        return [(text, factor * part) for (text, _), part in zip(used, parts, strict=True)]
 
 
-UNIONS = [Union(weight, _REWRITES, power) for weight in (1.0, 1.5, 2.0, 3.0) for power in (1.0, 0.5)]
+UNIONS = [
+    Union(weight, _REWRITES, power, unknown)
+    for weight, power, unknown in itertools.product((1.0, 1.5, 2.0), (1.0, 0.5), (1.0, 4.0))
+]
 
 
 def united(bm25: Bm25, queries: Sequence[str], rewrites: Sequence[Sequence[Rewrite]], union: Union) -> np.ndarray:
     """Returns the ids of the K best items of each query or its rewrites, int64 [queries, K], padded with -1."""
     texts, row, factor = list(queries), list(range(len(queries))), [1.0] * len(queries)
-    for number, of_query in enumerate(rewrites):
-        for text, share in union.shares(of_query):
+    for number, (query, of_query) in enumerate(zip(queries, rewrites, strict=True)):
+        for text, share in union.shares(of_query, bm25.knows(query)):
             texts.append(text)
             row.append(number)
             factor.append(share)
@@ -227,7 +239,7 @@ def homedepot(result: report.Report, data: Path, out: Path, seeds: Sequence[int]
     for name, rewrites in systems.items():
         chosen, figures = _best_union(bm25, queries, rewrites, relevant, fold_of)
         result.add(
-            name, "homedepot", "chosen", chosen.weight, "", note=f"{chosen.count} rewrites, power {chosen.power:g}"
+            name, "homedepot", "chosen", chosen.weight, "", note=f"power {chosen.power:g}, unknown {chosen.unknown:g}"
         )
         for fold in folds:
             _add(result, name, f"homedepot {fold}", "recall@100", figures[fold_of == fold])
@@ -280,7 +292,9 @@ def _best_union(
     longest = max(map(len, rewrites))
     for union in UNIONS:
         # With fewer rewrites than that, or with one share, some unions are equal.
-        key = Union(union.weight if longest else 0, min(union.count, longest), union.power if longest > 1 else 0)
+        key = union
+        if longest < 2:
+            key = Union(union.weight * longest, longest, 0.0, union.unknown if longest else 1.0)
         if key not in tried:
             tried[key] = recall(united(bm25, queries, rewrites, key), relevant)
     best = max(tried, key=lambda union: float(np.mean([tried[union][fold_of == fold].mean() for fold in folds])))

@@ -164,6 +164,10 @@ class Bm25:
         shape = (len(queries), self._weights.shape[0] if self._fields else 0)
         return scipy.sparse.csr_matrix((np.ones(len(tokens), np.float32), tokens, splits), shape)
 
+    def knows(self, text: str) -> bool:
+        """Returns whether the index has all tokens of a text, in each of its fields."""
+        return all(token in rows for tokenize, rows in self._fields for token in tokenize(text))
+
     def _scores(self, queries: Sequence[str]) -> scipy.sparse.csr_matrix:
         """Returns the summed weights of each query's tokens, [n, items]; repeated tokens count repeatedly."""
         return self.counts(queries) @ self._weights

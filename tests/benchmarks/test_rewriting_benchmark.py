@@ -33,6 +33,11 @@ def test_shares_sum_to_the_weight():
     assert Union(2.0, 2, 1.0).shares(rewrites) == [("a", pytest.approx(1.6)), ("b", pytest.approx(0.4))]
     assert [share for _, share in Union(3.0, 9, 0.0).shares(rewrites)] == pytest.approx([1, 1, 1])
     assert Union(1.0, 3, 1.0).shares([]) == []
+    assert [share for _, share in Union(1.0, 3, 1.0, 4.0).shares([("a", 0.0)], known=False)] == [4.0]
+
+
+def test_bm25_knows_the_words_of_titles(bm25):
+    assert bm25.knows("small garden kettle") and bm25.knows("") and not bm25.knows("kettle unseen")
 
 
 def test_a_union_finds_what_its_rewrites_find(bm25):
