@@ -20,10 +20,10 @@ and Chinese, those of the project's tokenizer. The score of an item for a query 
 
     BM25(query) + weight * sum over the rewrites of share * BM25(rewrite)
 
-with a larger weight if the query has a word that no title has, because then the query itself finds little,
-where the shares of a query's rewrites sum to 1 (`united`). The two weights, and the power
-of the probabilities that shares are in proportion to, are chosen for each system, peers included, on the two dev folds
-together; rows `chosen` name them. Further folds are kept back for judging.
+where the shares of a query's rewrites sum to 1 (`united`). The weight is larger if the query has a word that no title
+has, because then the query itself finds little. Both weights, and the power of the probabilities that shares are in
+proportion to, are chosen for each system, peers included, on the two dev folds together; rows `chosen` name them.
+Further folds are kept back for judging.
 
 Peers: symspellpy corrects spelling by edit distance and the frequency of words in titles and queries of the log;
 co-click replaces a word by one that stands in its place in another query with shared clicks.
