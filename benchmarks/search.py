@@ -166,8 +166,10 @@ def shop(out: Path, seed: int) -> Workload:
         name: Judgments.read(folder / f"judgments.{name}.tsv", "query", "item", "grade", 1, slices=("kind",))
         for name in ("dev", "test")
     }
-    ranker = trained(store, "ranker", out, seed, "train.steps=1200", "train.checkpoint_steps=1200")
-    models = {"semantic": trained(store, "shop", out, seed), "ranker": ranker}
+    semantic = trained(store, "shop", out, seed)
+    # The ranker reads the model's score of query and item: among its candidates are many that the log has never shown.
+    changes = ("train.steps=1200", "train.checkpoint_steps=1200", f"ranker.dpsr_model={semantic}")
+    models = {"semantic": semantic, "ranker": trained(store, "ranker", out, seed, *changes)}
     index = indexed(store, ANALYSES["shop"][0], out)
     return Workload("shop", store, index, models, {"test": read["test"]}, {"dev": read["dev"]})
 
