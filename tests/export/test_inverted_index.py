@@ -17,15 +17,16 @@ from opensearch_server import OpenSearchServer
 
 from dpsr_common.command_line import main
 from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.search_index import connect_opensearch, identifier_hash
 from dpsr_export import inverted_index
 from dpsr_export.warmup import LoadedServable
 from dpsr_serving.gateway import opensearch
-from dpsr_serving.gateway.analysis import analyzer
-from dpsr_serving.gateway.catalogue import Catalogue, check_same_store, identifier_hash
+from dpsr_serving.gateway.catalogue import Catalogue, check_same_store
 from dpsr_serving.gateway.inverted import MAX_K, MAX_TERMS, InvertedIndex, open_inverted_index
 from dpsr_serving.search import expressions
 from dpsr_tf.data.store import Store
 from dpsr_tf.evaluation.baselines import Bm25, Field
+from dpsr_tokenizer.analysis import analyzer
 
 ITEMS = [
     # key, title, brand, details, tags, price, model number, product
@@ -478,7 +479,7 @@ def test_a_real_server(store: Path, tmp_path: Path):
             found = keys(index, "red blue green storage 苹果手机壳 cleaner running", filters=filters)
             assert sorted(found) == list(expected)
     finally:
-        opensearch.connect(address, 30).indices.delete(index=index.catalogue.manifest["index"])
+        connect_opensearch(address, 30).indices.delete(index=index.catalogue.manifest["index"])
 
 
 @pytest.mark.parametrize("name", ["word", "stems", "trigrams:x", "simple:klingon", ""])

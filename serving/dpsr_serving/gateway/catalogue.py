@@ -17,11 +17,9 @@ for each item, in ascending order of the ids:
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import numbers
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -30,13 +28,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpsr_common.errors import CommandError
-from dpsr_common.packed_file import FormatError, PackedFile, checksum
-
-FORMAT, FORMAT_VERSION = "dpsr-inverted", 1
-MANIFEST, CATALOGUE, TANTIVY = "inverted.json", "catalogue.dpsr", "tantivy"
-KEYWORD, NUMBER = "keyword", "number"
-# A query that is shorter, or has no digit, is never taken for an identifier.
-SHORTEST_IDENTIFIER = 4
+from dpsr_common.packed_file import FormatError, PackedFile
+from dpsr_common.search_index import (
+    CATALOGUE,
+    FORMAT,
+    FORMAT_VERSION,
+    KEYWORD,
+    MANIFEST,
+    NUMBER,
+    file_record,
+    identifier_hash,
+)
+from dpsr_common.search_index import (
+    TANTIVY as TANTIVY,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -384,20 +389,6 @@ class Catalogue:
             return np.zeros(0, np.int64)
         begin, end = (int(np.searchsorted(self._hashes, np.uint64(hashed), side)) for side in ("left", "right"))
         return self.ids[self._identified[begin:end]]
-
-
-def identifier_hash(text: str) -> int | None:
-    """Returns a hash of 64 bits of a normalised identifier; None if the text cannot be one."""
-    normal = "".join(filter(str.isalnum, unicodedata.normalize("NFKC", text).casefold()))
-    if len(normal) < SHORTEST_IDENTIFIER or not any(map(str.isdigit, normal)):
-        return None
-    return int.from_bytes(hashlib.blake2b(normal.encode("utf-8", "replace"), digest_size=8).digest(), "little")
-
-
-def file_record(path: Path) -> dict[str, Any]:
-    """Returns the size and checksum of a file, as the manifest holds them."""
-    data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
-    return {"bytes": path.stat().st_size, "xxh3": f"{checksum(data):016x}"}
 
 
 _MAKE_AGAIN = "run `dpsr index --inverted` again"

@@ -35,8 +35,8 @@ from numpy.typing import NDArray
 
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.files import write_text
-from dpsr_serving.gateway.analysis import Found
 from dpsr_serving.gateway.catalogue import Catalogue
+from dpsr_serving.gateway.found import Found
 
 FORMAT, FORMAT_VERSION = "dpsr-fusion", 1
 RANK_CONSTANT = 60

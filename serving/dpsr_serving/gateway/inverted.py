@@ -1,6 +1,6 @@
 """The inverted index: finds items by the words of their texts, with BM25 and filters. The engine is Tantivy.
 
-analysis.py has what it shares with OpenSearch (opensearch.py).
+dpsr_tokenizer/analysis.py makes terms of texts. opensearch.py has the other engine.
 """
 
 from __future__ import annotations
@@ -17,20 +17,11 @@ import tantivy
 from numpy.typing import NDArray
 
 from dpsr_common.errors import CommandError
-from dpsr_serving.gateway.analysis import (
-    MAX_K,
-    MAX_TERMS,
-    Analysis,
-    Field,
-    Filters,
-    Found,
-    InvertedIndex,
-    check_k,
-    column_name,
-    fields_of,
-)
-from dpsr_serving.gateway.catalogue import KEYWORD, TANTIVY, Catalogue, Condition
+from dpsr_common.search_index import KEYWORD, TANTIVY, column_name, tantivy_schema
+from dpsr_serving.gateway.catalogue import Catalogue, Condition
+from dpsr_serving.gateway.found import MAX_K, Filters, Found, InvertedIndex, check_k
 from dpsr_serving.gateway.opensearch import OpenSearchIndex
+from dpsr_tokenizer.analysis import MAX_TERMS, Analysis, Field, fields_of
 
 __all__ = [
     "MAX_K",
@@ -137,20 +128,6 @@ def _with_lock_files(path: Path) -> Iterator[Path]:
             if file.suffix != ".lock":
                 (Path(temporary) / file.name).symlink_to(file.resolve())
         yield Path(temporary)
-
-
-def tantivy_schema(catalogue: Catalogue, fields: Sequence[Field]) -> Any:
-    """Returns the schema of Tantivy for a catalogue and the fields of its texts."""
-    builder = tantivy.SchemaBuilder()
-    builder.add_unsigned_field("row", fast=True)
-    for field in fields:
-        builder.add_text_field(field.name, tokenizer_name="whitespace", index_option="freq")
-    for i, attribute in enumerate(catalogue.attributes.values()):
-        if attribute.kind == KEYWORD:
-            builder.add_unsigned_field(column_name(i), indexed=True)
-        else:
-            builder.add_float_field(column_name(i), fast=True)
-    return builder.build()
 
 
 def open_inverted_index(directory: Path) -> InvertedIndex:

@@ -1,92 +1,34 @@
-"""What all inverted indexes have in common: their interface, and how texts become terms.
+"""How texts become the tokens of an inverted index, and queries its terms.
 
-Text is analysed here, with the project's tokenizer, when `dpsr index --inverted` writes the index and when a query is
-looked up. Engines only see tokens. So a query is always a list of terms with weights: whatever a user types never
-reaches a query parser, and means no operator.
+Text is analysed by the same functions when `dpsr index --inverted` writes an index and when a query is looked up.
+Engines only see tokens. So a query is always a list of terms with weights: whatever a user types never reaches a query
+parser, and means no operator.
 
-inverted.json lists the fields of the index. Each has the texts that it joins, an analyzer, and a boost:
+inverted.json lists the fields of an index. Each has the texts that it joins, an analyzer, and a boost:
 
     words            the project's tokenizer: words, and in scripts without spaces characters and their bigrams
     stems:LANGUAGE   words, cut to their stems by Snowball: shelves gives shelv
     trigrams         three neighbouring letters of each word, which find misspelt words
     simple:LANGUAGE  Tantivy's own tokenizer, lower case, without accents, cut to stems; "simple" alone cuts nothing
 
-A field may be for unknown words only: then it is asked for those words of a query that no item has.
+A field may be for unknown words only: then it is asked for those words of a query that no item has. The analyzers stems
+and simple need the package tantivy.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import tantivy
-from numpy.typing import NDArray
-
-from dpsr_serving.gateway.catalogue import Catalogue, Condition
-from dpsr_tokenizer import Tokenizer, TokenizerConfig
+from dpsr_tokenizer._native import Tokenizer, TokenizerConfig
 
 Analyze = Callable[[str], list[str]]
-Filters = Mapping[str, Any] | tuple[Condition, ...] | None
 
 # Of one query, all its rewrites together: later terms are ignored. A term costs time, and no shopper types so many.
 MAX_TERMS = 256
-# The largest k of one search.
-MAX_K = 10_000
 
 _KINDS = ("word_unigrams", "letter_trigrams", "char_unigrams", "char_bigrams", "number_parts")
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """What a source found, best first.
-
-    Attributes:
-        ids: int64 [m], distinct.
-        scores: float32 [m], descending.
-    """
-
-    ids: NDArray[np.int64]
-    scores: NDArray[np.float32]
-
-    def __len__(self) -> int:
-        """Returns the number of items."""
-        return len(self.ids)
-
-    @classmethod
-    def nothing(cls) -> Found:
-        """Returns an empty list."""
-        return cls(np.zeros(0, np.int64), np.zeros(0, np.float32))
-
-
-class InvertedIndex(Protocol):
-    """Finds items by words. Implementations are thread-safe."""
-
-    catalogue: Catalogue
-
-    def search(self, texts: Sequence[tuple[str, float]], k: int, filters: Filters = None) -> Found:
-        """Finds the best k items.
-
-        Args:
-            texts: a query and its rewrites, each with a weight above 0. An item is found if it has a word of any of
-                them. Its score is the weighted sum of its BM25 scores for the texts.
-            k: largest number of items, 1 to MAX_K.
-            filters: as Catalogue.conditions reads them, or its result.
-
-        Raises:
-            ValueError: a filter is wrong, or k is out of range.
-            CommandError: the engine does not answer.
-        """
-        ...
-
-    def identifier(self, text: str) -> NDArray[np.int64]:
-        """Returns the ids of the items of which `text` is the exact identifier; [] if there is none."""
-        ...
-
-    def tokens(self, text: str) -> list[str]:
-        """Returns the words that a search for `text` looks up, for people."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,17 +120,23 @@ def _words() -> Analyze:
 
 
 def _stems(language: str) -> Analyze:
+    import tantivy
+
     words, stem = _words(), _built(tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.whitespace()), language)
     return lambda text: stem(" ".join(words(text)))
 
 
 def _simple(language: str) -> Analyze:
+    import tantivy
+
     builder = tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.simple())
     builder = builder.filter(tantivy.Filter.lowercase()).filter(tantivy.Filter.ascii_fold())
     return _built(builder, language)
 
 
 def _built(builder: Any, language: str) -> Analyze:
+    import tantivy
+
     if language:
         try:
             builder = builder.filter(tantivy.Filter.stemmer(language))
@@ -203,14 +151,3 @@ def _built(builder: Any, language: str) -> Analyze:
 def fields_of(manifest: Mapping[str, Any]) -> list[Field]:
     """Returns the fields that inverted.json lists."""
     return [Field(**{**entry, "texts": tuple(entry["texts"])}) for entry in manifest["fields"]]
-
-
-def check_k(k: int) -> None:
-    """Raises ValueError unless k is in range."""
-    if not 0 < k <= MAX_K:
-        raise ValueError(f"k={k}: expected 1 to {MAX_K:,}")
-
-
-def column_name(place: int) -> str:
-    """Returns the name in Tantivy of the attribute with this place among the attributes."""
-    return f"attribute{place}"
