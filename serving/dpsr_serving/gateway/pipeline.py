@@ -351,7 +351,9 @@ class Searcher:
         found = await self._stage(trace, f"recall.{source.name}", 0, trace.plan.config.deadline_ms, ends, work)
         if found is None:
             return None
-        kept = self._kept(found.ids, conditions if source.model is not None else ())
+        if source.model is None or not conditions:
+            return found  # the index keeps the filters; `_coarse` leaves out items that the catalogue does not have
+        kept = self._kept(found.ids, conditions)
         if len(kept) < len(found):
             found = Found(found.ids[kept], found.scores[kept])
         return found
@@ -449,9 +451,9 @@ class Searcher:
         except Exception as failure:
             error = self._failed(trace, "coarse", failure)
             combined = RankFusion().combine(found, size)
-        ranked = _Ranked(combined)
+        ranked = _Ranked(combined, self.catalogue.rows(combined.ids))
         if len(identified):
-            ranked.put_first(identified)
+            ranked.put_first(identified, self.catalogue.rows(identified))
         self._took(trace, "coarse", sum(map(len, found.values())), len(ranked.ids), start, error)
         return ranked
 
@@ -462,7 +464,7 @@ class Searcher:
         size = min(config.size, len(ranked.ids))
         client, keyed = self._clients[config.model], self.catalogue.has_keys
         ids = ranked.ids[:size]
-        items = self.catalogue.keys_of(self.catalogue.rows(ids)) if keyed else ids.tolist()
+        items = self.catalogue.keys_of(ranked.rows[:size]) if keyed else ids.tolist()
         dpsr_scores = ranked.source_scores.get(config.dpsr_source or "")
 
         async def ask(left_s: float) -> NDArray[np.float32]:
@@ -486,8 +488,7 @@ class Searcher:
     def _rerank(
         self, request: SearchRequest, trace: _Trace, ranked: _Ranked, conditions: tuple[Condition, ...]
     ) -> _Final:
-        start, reranker, ids = time.perf_counter(), trace.plan.reranker, ranked.ids
-        rows = self.catalogue.rows(ids)
+        start, reranker, ids, rows = time.perf_counter(), trace.plan.reranker, ranked.ids, ranked.rows
         plain = _Final(ranked, rows, np.arange(len(ids)), np.ones(len(ids), np.int64), None)
         if reranker is None:
             return plain
@@ -685,7 +686,7 @@ class _Ranked:
     """The list after coarse ranking, and after fine ranking if there is one; n items, best first.
 
     Attributes:
-        ids: [n] int64.
+        ids, rows: [n] int64.
         scores: [n] float64, of the last stage that ranked them.
         coarse: [n] float64, scores of coarse ranking.
         fine: [n] float64, the ranker's scores, NaN where it gave none; None without a ranker.
@@ -695,21 +696,25 @@ class _Ranked:
         cut_off: items that were left out because their score was too low.
     """
 
-    def __init__(self, combined: Combined) -> None:
-        self.ids = combined.ids
+    def __init__(self, combined: Combined, rows: NDArray[np.int64]) -> None:
+        """Takes the rows of the items; those that the catalogue does not have (-1) are left out."""
+        self.ids, self.rows = combined.ids, rows
         self.scores = self.coarse = combined.scores.astype(np.float64)
         self.fine: NDArray[np.float64] | None = None
         self.ranks, self.source_scores = dict(combined.ranks), dict(combined.source_scores)
         self.identified, self.cut_off = 0, combined.cut_off
+        if (rows < 0).any():
+            self._take(np.flatnonzero(rows >= 0))
+            self.scores = self.coarse
 
-    def put_first(self, identified: NDArray[np.int64]) -> None:
+    def put_first(self, identified: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
         """Puts items first, whatever the scores of the others."""
         rest = np.flatnonzero(~np.isin(self.ids, identified))
         place_of = {item: place for place, item in enumerate(self.ids.tolist())}
         places = np.concatenate([np.array([place_of.get(item, -1) for item in identified.tolist()], np.int64), rest])
         known, top = places >= 0, self.coarse.max(initial=0.0) + 1.0
         self._take(places)
-        self.ids = np.where(known, self.ids, np.concatenate([identified, np.zeros(len(rest), np.int64)]))
+        self.ids[: len(identified)], self.rows[: len(identified)] = identified, rows
         self.coarse[: len(identified)] = top
         self.scores = self.coarse
         self.identified = len(identified)
@@ -738,10 +743,11 @@ class _Ranked:
 
     def _take(self, places: NDArray[np.int64]) -> None:
         if not len(self.ids):
-            self.ids, self.coarse = np.zeros(len(places), np.int64), np.zeros(len(places))
+            self.ids, self.rows = np.zeros(len(places), np.int64), np.zeros(len(places), np.int64)
+            self.coarse = np.zeros(len(places))
             self.ranks, self.source_scores = {}, {}
             return
-        self.ids, self.coarse = self.ids[places], self.coarse[places]
+        self.ids, self.rows, self.coarse = self.ids[places], self.rows[places], self.coarse[places]
         self.ranks = {name: ranks[places] for name, ranks in self.ranks.items()}
         self.source_scores = {name: scores[places] for name, scores in self.source_scores.items()}
 
