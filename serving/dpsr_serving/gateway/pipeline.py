@@ -734,11 +734,13 @@ class _Ranked:
         order = np.lexsort((-np.where(is_scored, fine, 0), ~is_scored, ~is_first))
         self._take(order)
         self.fine = fine[order]
-        scores = np.where(np.isnan(self.fine), np.nanmax(fine), self.fine)
-        tail = np.isnan(self.fine) & (np.arange(len(order)) >= self.identified)
+        low, high = fine[is_scored].min(), fine[is_scored].max()
+        is_left = np.isnan(self.fine)
+        scores = np.where(is_left, high, self.fine)
+        tail = is_left & (np.arange(len(order)) >= self.identified)
         if tail.any():
             coarse = self.coarse[tail]
-            scores[tail] = np.nanmin(fine) - 1e-3 - (coarse[0] - coarse)
+            scores[tail] = low - 1e-3 - (coarse[0] - coarse)
         self.scores = scores
 
     def _take(self, places: NDArray[np.int64]) -> None:
