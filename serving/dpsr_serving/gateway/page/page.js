@@ -268,9 +268,11 @@ class Pane {
     this.button = make("button", { type: "button", className: "more", textContent: "More results" });
     this.button.addEventListener("click", async () => {
       this.button.disabled = true;
+      const list = this.list;
       try {
         // The cursor carries the list; the pages after the first one have no explanation.
         const page = await ask("v1/search", { cursor, size: 20 });
+        if (list !== this.list) return; // another search has begun
         const before = this.items.length;
         this.items = [...this.items, ...page.items];
         this.append(page.items, before);
@@ -824,6 +826,8 @@ function restore() {
   values = {};
   grades = {};
   showUser();
+  // What was asked before must not show up in the lists of now.
+  for (const pane of panes) pane.aborter?.abort();
   panes = [];
   showPanes();
   if (state.query) searchAll();
