@@ -134,7 +134,9 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         _write_pipelines(out, job, Store(store), proxy)
         search = ["search", f"--config={out / 'search.yaml'}"]
         if job.learn_from is not None:
-            _dpsr(*search, f"--learn={job.learn_from}", "--pipeline=both", f"--out={out / 'fusion.json'}")
+            # Something fits each of these queries, so that a cut-off could only lose items.
+            learned = f"--out={out / 'fusion.json'}"
+            _dpsr(*search, f"--learn={job.learn_from}", "--pipeline=both", learned, "--keep=1")
         search += ["--page", f"--judgments={out / 'judgments.tsv'}"]
         with _background(out, r"search ready on (http://[^\s,]+)", *search, "--port=0") as page:
             _search(page, queries[0])
