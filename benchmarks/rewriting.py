@@ -59,11 +59,11 @@ import report
 import scipy.sparse
 import yaml
 from absl import app, flags
+from quality import dpsr
+
 from dpsr_export.rewrite import LIST
 from dpsr_export.rewrite_table import key_of
 from dpsr_export.rewriter import latencies
-from quality import dpsr
-
 from dpsr_export.warmup import LoadedServable
 from dpsr_tf.config import CONFIGS
 from dpsr_tf.data import adapters

@@ -225,7 +225,7 @@ def test_a_model_is_refused_where_another_kind_is_needed(store, model, tmp_path)
 
 
 def test_a_store_without_sequences_is_refused(click_store, tmp_path):
-    with pytest.raises(UsageError, match="add the section `rewriting: {}` to the schema"):
+    with pytest.raises(UsageError, match=r"add the section `rewriting: {}` to the schema"):
         train(click_store, _config(), tmp_path / "model")
 
 

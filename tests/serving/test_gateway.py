@@ -984,9 +984,8 @@ def test_load_generator_counts_what_it_sees(folder: Path, models: Models, tmp_pa
 
 def test_cursor_of_the_longest_list_is_taken_back() -> None:
     n = 5000
-    listed = cursor.List(
-        "手" * 1000, "p" * 100, "e/a", "", ("fine",), ("字" * 1000,) * 10, np.arange(n), np.ones(n), np.ones(n, np.int64),
-        np.ones(n, np.uint16),
-    )  # fmt: skip
+    texts = ("字" * 1000,) * 10
+    numbers = (np.arange(n), np.ones(n), np.ones(n, np.int64), np.ones(n, np.uint16))
+    listed = cursor.List("手" * 1000, "p" * 100, "e/a", "", ("fine",), texts, *numbers)
     packed = cursor.pack(listed, 20, b"12345678")
     assert SearchRequest.from_dict({"cursor": packed}).cursor == packed

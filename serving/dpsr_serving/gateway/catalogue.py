@@ -172,7 +172,7 @@ class _Texts(Sequence[str]):
 
     def __init__(self, file: PackedFile, name: str) -> None:
         self._splits, self._bytes = file[f"{name}.splits"], file[f"{name}.bytes"]
-        self._view = memoryview(self._bytes)  # slices of it cost a fraction of NumPy's
+        self._view = memoryview(self._bytes.data)  # slices of it cost a fraction of NumPy's
 
     def __len__(self) -> int:
         return len(self._splits) - 1
