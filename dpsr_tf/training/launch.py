@@ -61,7 +61,7 @@ def run(values: flags.FlagValues, arguments: list[str]) -> int:
         )
     # Errors in flags, store, config or model are reported here, once, before any process starts.
     store, config, _ = train.read_flags(values)
-    model = ModelDirectory.create_or_resume(values.out, config, store)
+    model = ModelDirectory.create_or_resume(values.out, config, store, train.numbers_of(store, config))
     tasks = [("ps", i) for i in range(values.ps)] + [("chief", 0)]
     tasks += [("worker", i) for i in range(values.workers - 1)]
     if config.validation.queries:

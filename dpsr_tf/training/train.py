@@ -18,7 +18,7 @@ from dpsr_common.typed_config import from_dict, read_assignment, to_dict
 from dpsr_tf.config import Config
 from dpsr_tf.data.examples_dataset import BatchOptions, examples_dataset, training_input
 from dpsr_tf.data.store import Store, check_replaceable
-from dpsr_tf.models.features import FeatureSpec
+from dpsr_tf.models.features import FeatureSpec, Number
 from dpsr_tf.models.model_directory import ModelDirectory, feature_spec
 from dpsr_tf.models.quantizer import Quantizer
 from dpsr_tf.models.text_encoder import load_encoder
@@ -168,6 +168,11 @@ def _remove(values: flags.FlagValues) -> None:
         shutil.rmtree(out)
 
 
+def numbers_of(store: Store, config: Config) -> Callable[[], tuple[Number, ...]]:
+    """Returns what chooses the numbers that a new model reads. All processes of a cluster choose the same ones."""
+    return lambda: RankerExamples(store, config).numbers() if config.model.kind == "ranker" else ()
+
+
 def config_from_flags(path: str | None, assignments: list[str]) -> Config:
     """Reads a config file and overrides values by `section.key=value` assignments. Raises UsageError."""
     data = to_dict(from_dict(Config, read_yaml(path), path, check=not assignments)) if path else {}
@@ -213,7 +218,7 @@ def train(
     own: RankerExamples | RewriterExamples | None = None
     if cluster.task_type != "ps" and config.model.kind != "retrieval":
         own = (RankerExamples if config.model.kind == "ranker" else RewriterExamples)(store, config)
-    numbers = own.numbers if isinstance(own, RankerExamples) else tuple
+    numbers = own.numbers if isinstance(own, RankerExamples) else numbers_of(store, config)
     model = ModelDirectory.create_or_resume(model_dir, config, store, numbers)
     if cluster.task_type in ("chief", "worker"):
         if validation.is_over(model.path, config):

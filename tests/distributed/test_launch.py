@@ -16,6 +16,7 @@ import tensorflow as tf
 from dpsr_tf.config import Config
 from dpsr_tf.data.ranking_features import RankingFeatures
 from dpsr_tf.models.encoders import exact_search
+from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.models.ranker_scores import ranker_scores
 from dpsr_tf.training.train import config_from_flags, train
 
@@ -300,6 +301,17 @@ def test_recall_is_that_of_local_training(launch, shop_store, tmp_path):
     print(f"recall@10 {recalls}, difference {difference:+.4f}, pooled standard deviation {pooled:.4f}")
     assert abs(difference) < 2 * pooled, recalls
     assert min(recalls["local"]) > 0.3, "chance is 0.005"
+
+
+def test_a_cluster_begins_a_ranker_that_reads_numbers(launch, shop_store, tmp_path):
+    options = ["model.kind=ranker", "model.hidden=[16]", "model.token_dim=8", "train.batch_size=16", "train.steps=8"]
+    cluster = launch(
+        "--ps=1", "--workers=1", f"--store={shop_store.path}", f"--out={tmp_path}/m", *(f"--set={o}" for o in options)
+    )
+    assert cluster.end() == 0, cluster.text()
+    numbers = ModelDirectory.open(tmp_path / "m").features.numbers
+    train(shop_store, config_from_flags(None, options), tmp_path / "alone")
+    assert numbers and numbers == ModelDirectory.open(tmp_path / "alone").features.numbers
 
 
 def test_a_cluster_goes_on_with_a_ranker(launch, shop_store, tmp_path):
