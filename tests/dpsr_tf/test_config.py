@@ -110,7 +110,7 @@ def test_unknown_keys_get_a_suggestion(tmp_path):
 
     text = message(tmp_path, "trian: {steps: 1}")
     assert "unknown key 'trian'" in text and "did you mean 'train'?" in text
-    assert "model, train, ranker, validation, cluster, quantizer, index, serving" in text
+    assert "model, train, ranker, rewriter, validation, cluster, quantizer, index, serving" in text
 
 
 def test_unknown_keys_without_a_near_name_get_the_list_only(tmp_path):
