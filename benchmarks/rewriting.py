@@ -123,7 +123,7 @@ class Union:
 
 UNIONS = [
     Union(weight, _REWRITES, power, unknown)
-    for weight, power, unknown in itertools.product((1.0, 1.5, 2.0), (1.0, 0.5), (1.0, 4.0))
+    for weight, power, unknown in itertools.product((0.25, 1.0, 1.5, 2.0), (1.0, 0.5), (1.0, 4.0))
 ]
 
 
