@@ -72,14 +72,6 @@ FORMAT_VERSION = 3
 # Number of query vectors that the recall report is measured with.
 _RECALL_QUERIES = 1000
 
-_ANALYSIS_HELP = (
-    "how --inverted analyses texts: options joined by +, as in stem+trigrams=0.3+title=2. `stem` or `stem=LANGUAGE` "
-    "cuts words to their stems (English by default); `trigrams=WEIGHT` adds the letter trigrams of all words, and "
-    "`typos=WEIGHT` those of words that no item has, which find misspelt words; `simple` takes Tantivy's tokenizer in "
-    "place of the project's; COLUMN=WEIGHT makes a field of a text column. Without columns, all texts are one field. "
-    "An empty value means plain words. Default: stem+typos=0.2, with --opensearch stem+trigrams=0.2"
-)
-
 REQUIRED_FLAGS = ("store", "out")
 
 
@@ -97,7 +89,12 @@ def define_flags(values: flags.FlagValues) -> None:
         "write an inverted index of the texts, for `dpsr search`; needs no --model",
         flag_values=values,
     )
-    flags.DEFINE_string("analysis", None, _ANALYSIS_HELP, flag_values=values)
+    flags.DEFINE_string(
+        "analysis",
+        None,
+        "with --inverted, how texts become terms, such as stem+typos=0.2, the default; docs/search.md lists the options",
+        flag_values=values,
+    )
     flags.DEFINE_string(
         "opensearch",
         None,
