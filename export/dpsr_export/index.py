@@ -92,7 +92,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "analysis",
         None,
-        "with --inverted, how texts become terms, such as stem+typos=0.2, the default; docs/search.md lists the options",
+        "with --inverted, how texts become terms, such as stem+typos=0.2, the default; docs/search.md has the options",
         flag_values=values,
     )
     flags.DEFINE_string(
