@@ -178,9 +178,10 @@ def test_the_sampled_softmax_has_the_right_mean():
     targets = np.array([4, 9, 4, 20], np.int32)
     sums, exact = [], None
     with tf.Graph().as_default():
+        v1.set_random_seed(1)  # of the weights
         step = v1.placeholder(tf.int64, [])
         graph = Rewriter(_config(), spec, pieces, step=step)
-        hidden = tf.constant(rng.normal(size=(4, 32)).astype(np.float32) * 3)
+        hidden = tf.constant(rng.normal(size=(4, 32)).astype(np.float32))
         sampled, places = graph.candidates(tf.constant(targets), 10, 0)
         every, same = graph.candidates(tf.constant(targets), 0, 0)
         # Reserved words are never drawn.
@@ -197,7 +198,7 @@ def test_the_sampled_softmax_has_the_right_mean():
                 assert found.tolist() == targets.tolist() and session.run(same).tolist() == targets.tolist()
     assert sampled.words.end == 0 and every.words.end == END
     # The mean of Z is right, though its logarithm is smaller in the mean.
-    np.testing.assert_allclose(np.mean(sums, 0), exact, rtol=0.1)
+    np.testing.assert_allclose(np.mean(sums, 0), exact, rtol=0.05)
 
 
 def test_the_graph_of_a_rewriter_has_ops_of_tensorflow_and_of_the_tokenizer_only(model):
