@@ -63,7 +63,7 @@ def test_wheel_holds_the_native_parts(wheel: Path) -> None:
 def test_native_parts_name_no_path_of_this_machine(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     binaries = [*tmp_path.rglob("*.so"), tmp_path / "dpsr_serving" / "bin" / "dpsr_model_server"]
-    assert len(binaries) == 7
+    assert len(binaries) == 8
     for binary in binaries:
         dynamic = subprocess.run(["readelf", "-d", str(binary)], capture_output=True, text=True, check=True).stdout
         for line in dynamic.splitlines():
