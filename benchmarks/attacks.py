@@ -434,7 +434,7 @@ def measure(result: Any, folder: Path, names: list[str], targets: list[str], sec
 
 
 class Target:
-    """Runs the model server, or a proxy in front of it, and restarts a process that ends."""
+    """Runs the model server, or a proxy in front of it. Starts a process again when it has ended."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self._name, self._folder = name, folder

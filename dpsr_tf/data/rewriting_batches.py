@@ -127,7 +127,7 @@ class RewritingBatches:
             weights: float32 [b]; 0 for a query without a known word, else 1.
             pair_source: texts to read, as bytes, object [p].
             pair_words: int32 [p, max_query_words], what to write.
-            pair_weights: float32 [p]; 0 if there is no known word to write, else 1.
+            pair_weights: float32 [p]; 1, or 0 if the vocabulary has none of the words to write.
 
             Words that the vocabulary does not have are UNKNOWN. A model should not learn to write them.
         """

@@ -167,8 +167,8 @@ class Rewriter:
     def candidates(self, targets: tf.Tensor, count: int, seed: int) -> tuple[Candidates, tf.Tensor]:
         """Returns the candidates of a softmax over a sample: the targets, and other words drawn at random.
 
-        A drawn word stands for all words of the vocabulary that are no candidates. Its logit gains the logarithm of
-        their number, so that the sum of all exponentials is right in the mean.
+        The drawn words stand for all words of the vocabulary that are not candidates. Their logits are raised by the
+        logarithm of how many words each one stands for, so that the sum of all exponentials has the right mean.
 
         Args:
             targets: int32 [m], words of the batch that are written.
@@ -292,7 +292,7 @@ class Rewriter:
     def decoder(
         self, direction: str, encoded: Encoded, candidates: Candidates, length: int
     ) -> tuple[decoding.Step, decoding.State]:
-        """Returns the decoder for models.decoding, and its first state. There is no dropout.
+        """Returns the decoder for models.decoding, and its first state. It does not apply dropout.
 
         Args:
             direction: as in `encode`.

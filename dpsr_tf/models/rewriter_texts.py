@@ -216,7 +216,7 @@ class RewriteGraph:
 def without_long(texts: tf.Tensor) -> tf.Tensor:
     """Returns texts, string [b], with "" in the place of those that are too long for a query (1,024 bytes).
 
-    So the cost of a text that is no query at all does not grow with its length.
+    This bounds the cost of a hostile text.
     """
     return tf.where(tf.strings.length(texts) <= _MAX_BYTES, texts, "")
 

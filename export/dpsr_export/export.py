@@ -161,7 +161,7 @@ def _kind(model: str) -> str:
 
 
 def _export_rewriter(values: flags.FlagValues) -> None:
-    # Imported here: a servable without a rewriter needs none of it.
+    # Imported here, because other servables do not need it.
     from dpsr_export import rewriter
 
     if values.shards > 1:

@@ -195,7 +195,7 @@ def embedder(towers: str | Path, store: Store) -> Embed:
     The vectors of several heads stand side by side, so that an inner product is the mean of the heads' cosines.
 
     Raises:
-        CommandError: there is no retrieval model, or it is of another store.
+        CommandError: the directory does not hold a retrieval model, or the model belongs to another store.
     """
     encode = query_encoder(towers, store)
 
@@ -321,7 +321,7 @@ def open_table(path: str | Path, checkpoint: str) -> dict[str, Any]:
         Its manifest.
 
     Raises:
-        CommandError: there is no table, a file was changed, or it was made with another rewriter.
+        CommandError: the table is missing, one of its files was changed, or another rewriter made it.
     """
     directory = Path(path)
     manifest = read_manifest(directory / MANIFEST, FORMAT, FORMAT_VERSION, "dpsr rewrite")

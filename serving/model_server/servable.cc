@@ -42,7 +42,7 @@ tensorflow::Status ReadFallbacks(const tensorflow::SignatureDef& definition, Sig
     tensorflow::Tensor tensor;
     if (!tensor.FromProto(found->second) || tensor.dtype() != input.dtype) {
       return InvalidArgument(StrCat("the default of input ", input.alias, " of signature ", signature->name,
-                                    " is no tensor of type ", tensorflow::DataTypeString(input.dtype),
+                                    " is not a tensor of type ", tensorflow::DataTypeString(input.dtype),
                                     "; export the model again"));
     }
     input.fallback = std::move(tensor);

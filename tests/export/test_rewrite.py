@@ -97,7 +97,7 @@ def test_numbers_sizes_and_brands_stay(store: Store) -> None:
         "brand: loses bolt tools",
         "",
     ]
-    # A part of a brand is no brand.
+    # A part of a brand is not a brand.
     assert reasons(checker, "bolt", "drill") == [""]
     assert reasons(checker, "large bucket", "small pail", "large pail") == ["size: loses large", ""]
 

@@ -382,7 +382,7 @@ class Catalogue:
         """Returns the ids of the items of which `text` is the identifier, or the shop's own id; [] if there is none.
 
         Case, spaces and punctuation do not matter. A text without a digit, or with fewer than SHORTEST_IDENTIFIER
-        letters and digits, is no identifier.
+        letters and digits, is not an identifier.
         """
         hashed = identifier_hash(text)
         if hashed is None:

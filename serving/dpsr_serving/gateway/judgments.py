@@ -31,7 +31,7 @@ class JudgmentFile:
 
         Raises:
             UsageError: the name does not end in .tsv, or there is no such directory.
-            CommandError: the file cannot be read, or has other columns or rows that are no judgments.
+            CommandError: the file cannot be read, or has other columns or rows that are not judgments.
         """
         if path.suffix != ".tsv":
             raise UsageError(f"--judgments={path}: expected a file name that ends in .tsv")
