@@ -22,7 +22,7 @@ from dpsr_export import request_tables, servable_assets, warmup
 from dpsr_export.embeddings import checkpoint_fingerprint
 from dpsr_export.index import file_record
 from dpsr_export.rank_table import FILE, RankNumbers, RankTable, RankWeights, write_rank_table
-from dpsr_export.request_inputs import RequestInputs, absent, signature
+from dpsr_export.request_inputs import RequestInputs, absent, save_model, signature
 from dpsr_tf import __version__
 from dpsr_tf.config import Config
 from dpsr_tf.data.examples_dataset import Features, Tokens
@@ -207,16 +207,7 @@ def _write_saved_model(
             "rank": signature(*rank),
             ITEMS_SIGNATURE: signature(inputs, tables.named()),
         }
-        builder = v1.saved_model.Builder(str(out))
-        builder.add_meta_graph_and_variables(
-            session,
-            [tf.saved_model.SERVING],
-            signature_def_map=signatures,
-            assets_collection=v1.get_collection(v1.GraphKeys.ASSET_FILEPATHS),
-            main_op=initializer,
-        )
-        builder.save()
-    return {name: sorted(made.inputs) for name, made in signatures.items()}
+        return save_model(session, signatures, initializer, out)
 
 
 class _Tables(NamedTuple):

@@ -97,6 +97,32 @@ def signature(inputs: Mapping[str, tf.Tensor], outputs: Mapping[str, tf.Tensor])
     return made
 
 
+def save_model(
+    session: tf.compat.v1.Session, signatures: Mapping[str, Any], initializer: tf.Operation, out: Path
+) -> dict[str, list[str]]:
+    """Writes the graph of a session as a SavedModel.
+
+    Args:
+        session: holds the weights.
+        signatures: SignatureDefs by name.
+        initializer: what a server runs after it has read the weights.
+        out: the directory to write. It must not exist.
+
+    Returns:
+        The names of the inputs of each signature.
+    """
+    builder = v1.saved_model.Builder(str(out))
+    builder.add_meta_graph_and_variables(
+        session,
+        [tf.saved_model.SERVING],
+        signature_def_map=signatures,
+        assets_collection=v1.get_collection(v1.GraphKeys.ASSET_FILEPATHS),
+        main_op=initializer,
+    )
+    builder.save()
+    return {name: sorted(made.inputs) for name, made in signatures.items()}
+
+
 def _padded(name: str, values: tf.Tensor, texts: tf.Tensor) -> tf.Tensor:
     """Returns `values` [batch], or as many empty texts if they are absent."""
     given, batch = tf.size(values), tf.size(texts)

@@ -22,7 +22,7 @@ from dpsr_common.typed_config import to_dict
 from dpsr_export import request_tables, rewrite, rewrite_table, servable_assets, warmup
 from dpsr_export.embeddings import checkpoint_fingerprint
 from dpsr_export.index import file_record
-from dpsr_export.request_inputs import signature
+from dpsr_export.request_inputs import save_model, signature
 from dpsr_export.rewrite_table import Found, RewriteTable
 from dpsr_tf import __version__
 from dpsr_tf.models.encoders import restore
@@ -140,16 +140,7 @@ def _write_saved_model(
             "serving_default": signature({"query": query}, outputs),
             "rewrite": signature({"query": query, "n": n, "seed": seed}, outputs),
         }
-        builder = v1.saved_model.Builder(str(out))
-        builder.add_meta_graph_and_variables(
-            session,
-            [tf.saved_model.SERVING],
-            signature_def_map=signatures,
-            assets_collection=v1.get_collection(v1.GraphKeys.ASSET_FILEPATHS),
-            main_op=initializer,
-        )
-        builder.save()
-    return {name: sorted(made.inputs) for name, made in signatures.items()}
+        return save_model(session, signatures, initializer, out)
 
 
 def _known_or_decoded(

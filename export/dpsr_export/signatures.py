@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from dpsr_export import faiss_search, item_attributes, query_table, request_tables
-from dpsr_export.request_inputs import RequestInputs, absent, signature
+from dpsr_export.request_inputs import RequestInputs, absent, save_model, signature
 from dpsr_export.servable_assets import ITEMS
 from dpsr_tf.data.examples_dataset import Features, History, Tokens
 from dpsr_tf.models.embedding import weights_saver
@@ -42,16 +42,7 @@ def write_saved_model(
         request_tables.check_assets()
         with v1.Session() as session:
             weights_saver(model.config.train.average_decay > 0).restore(session, checkpoint)
-            builder = v1.saved_model.Builder(str(out))
-            builder.add_meta_graph_and_variables(
-                session,
-                [tf.saved_model.SERVING],
-                signature_def_map=signatures,
-                assets_collection=v1.get_collection(v1.GraphKeys.ASSET_FILEPATHS),
-                main_op=v1.tables_initializer(),
-            )
-            builder.save()
-    return {name: sorted(signature.inputs) for name, signature in signatures.items()}
+            return save_model(session, signatures, v1.tables_initializer(), out)
 
 
 class _Graph:
