@@ -16,11 +16,10 @@ from dpsr_tf.models.features import Number, RankingBatch
 from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.models.ranker_inputs import RankerInputs, check_numbers, choose_numbers, dpsr_scorer
 from dpsr_tf.training.cluster import Cluster
+from dpsr_tf.training.generated_input import generated_input
 
 # Items shown whose numbers the scales are fitted to.
 _FIT_ITEMS = 1 << 16
-# Batches that are made ahead.
-_AHEAD = 4
 
 
 class RankerExamples:
@@ -65,22 +64,13 @@ class RankerExamples:
                 inputs(self._scored(shown)), shown.outcome.astype(np.int32), shown.position.astype(np.int32), requests
             )
 
-        def generate(first_step: np.ndarray) -> Iterator[RankingBatch]:
+        def batches(first: int) -> Iterator[RankingBatch]:
             size, worker = config.train.batch_size, (cluster.worker_index, cluster.num_workers)
-            for shown, requests in self._batches.batches(size, int(first_step), *worker):
+            for shown, requests in self._batches.batches(size, first, *worker):
                 yield batch(shown, requests)
 
         example = batch(*next(self._batches.batches(config.train.batch_size, 0)))
-        signature = tf.nest.map_structure(lambda array: tf.TensorSpec([None, *array.shape[1:]], array.dtype), example)
-
-        def examples() -> tf.data.Dataset:
-            # The step is read whenever a session is made, also after a loss. Each of several workers takes about every
-            # num_workers-th step.
-            step = tf.compat.v1.train.get_global_step() // cluster.num_workers
-            dataset = tf.data.Dataset.from_generator(generate, output_signature=signature, args=(step,))
-            return dataset.map(lambda element: {"batch": element}).prefetch(_AHEAD)
-
-        return examples
+        return generated_input(example, batches, cluster)
 
     def _scored(self, shown: Shown) -> Shown:
         return self._score(shown) if self._score else shown

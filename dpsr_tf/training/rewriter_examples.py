@@ -16,10 +16,8 @@ from dpsr_tf.models.features import SequenceSpec
 from dpsr_tf.models.model_directory import ModelDirectory, feature_spec
 from dpsr_tf.models.rewriting_losses import RewritingBatch
 from dpsr_tf.training.cluster import Cluster
+from dpsr_tf.training.generated_input import generated_input
 from dpsr_tokenizer import Vocabulary, WordSequences
-
-# Batches that are made ahead.
-_AHEAD = 4
 
 
 class RewriterExamples:
@@ -47,23 +45,14 @@ class RewriterExamples:
     def input_fn(self, model: ModelDirectory, cluster: Cluster) -> Callable[[], tf.data.Dataset]:
         """Returns the input_fn of an Estimator, which begins at the global step."""
         spec = model.features.sequences
-        batches = RewritingBatches(self._store, self._options, cluster.worker_index, cluster.num_workers)
+        arrays = RewritingBatches(self._store, self._options, cluster.worker_index, cluster.num_workers)
 
-        def generate(first_step: np.ndarray) -> Iterator[RewritingBatch]:
-            for batch in batches.batches(int(first_step)):
+        def batches(first: int) -> Iterator[RewritingBatch]:
+            for batch in arrays.batches(first):
                 yield self._tensors(batch, spec)
 
-        example = self._tensors(batches.batch(0), spec)
-        signature = tf.nest.map_structure(lambda array: tf.TensorSpec([None, *array.shape[1:]], array.dtype), example)
-
-        def examples() -> tf.data.Dataset:
-            # The step is read whenever a session is made, also after a loss. Each of several workers takes about every
-            # num_workers-th step.
-            step = tf.compat.v1.train.get_global_step() // cluster.num_workers
-            dataset = tf.data.Dataset.from_generator(generate, output_signature=signature, args=(step,))
-            return dataset.map(lambda batch: {"batch": batch}).prefetch(_AHEAD)
-
-        return examples
+        example = self._tensors(arrays.batch(0), spec)
+        return generated_input(example, batches, cluster)
 
     def _tensors(self, batch: dict[str, np.ndarray], spec: SequenceSpec) -> RewritingBatch:
         queries, query_pieces = words_of(self._words, batch["queries"], spec.query_words, spec)

@@ -1,14 +1,26 @@
-"""Reads and compares the weights of checkpoints, for the tests of training."""
+"""Configs with changes, and the weights of checkpoints, for the tests of training."""
 
 import dataclasses
 
 import numpy as np
 import tensorflow as tf
 
+from dpsr_common.typed_config import from_dict
+from dpsr_tf.config import Config
+
 
 def with_train(config, **options):
     """Returns the config with other values in its section `train`."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **options))
+
+
+def changed_config(sections, **changes):
+    """Makes a config of sections, with changes such as train__steps=5."""
+    data = {section: dict(values) for section, values in sections.items()}
+    for key, value in changes.items():
+        section, name = key.split("__")
+        data.setdefault(section, {})[name] = value
+    return from_dict(Config, data, "test")
 
 
 def weights(path, step=None):

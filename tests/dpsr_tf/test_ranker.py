@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import yaml
+from checkpoints import changed_config
 
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.typed_config import from_dict
@@ -124,11 +125,7 @@ def _ingested(folder, schema, name):
 
 
 def _config(**changes):
-    data = {section: dict(values) for section, values in SMALL.items()}
-    for key, value in changes.items():
-        section, name = key.split("__")
-        data.setdefault(section, {})[name] = value
-    return from_dict(Config, data, "test")
+    return changed_config(SMALL, **changes)
 
 
 @pytest.fixture(scope="module")

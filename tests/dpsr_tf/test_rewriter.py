@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import yaml
+from checkpoints import changed_config
 
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.typed_config import from_dict
@@ -67,12 +68,8 @@ def store(tmp_path_factory) -> Store:
     return Store(folder / "store")
 
 
-def _config(**changes) -> Config:
-    data = {section: dict(values) for section, values in SMALL.items()}
-    for key, value in changes.items():
-        section, name = key.split("__")
-        data.setdefault(section, {})[name] = value
-    return from_dict(Config, data, "test")
+def _config(**changes):
+    return changed_config(SMALL, **changes)
 
 
 @pytest.fixture(scope="module")
