@@ -19,16 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import tensorflow as tf
 
-from dpsr_common.errors import CommandError
 from dpsr_common.packed_file import PackedFileWriter
 from dpsr_export import request_tables
-from dpsr_tf.data.column_files import string_bytes
-from dpsr_tf.data.column_values import ids_of
 from dpsr_tf.data.examples_dataset import Tokens
-from dpsr_tf.data.id_index import id_index
 from dpsr_tf.data.neighbourhoods import Neighbourhoods
 from dpsr_tf.data.store import Store
 from dpsr_tf.models.encoders import query_contexts
@@ -64,23 +59,14 @@ def write(model: ModelDirectory, store: Store, checkpoint: str, most: int, path:
     rows = neighbourhoods.rows()
     if len(rows) > most:
         rows = np.sort(rows[np.lexsort((rows, -counts[rows]))[:most]])
-    keys = pa.array(_keys(neighbourhoods.texts(rows)), pa.large_string())
-    ids = ids_of(keys, string_ids=True).values if len(rows) else np.zeros(0, np.int64)
-    order = np.argsort(ids)
-    ids, keys, rows = ids[order], keys.take(pa.array(order)), rows[order]
-    if len(ids) and (ids[1:] == ids[:-1]).any():
-        raise CommandError(f"{store.path}: two queries have the same 63-bit hash; lower serving.graph_queries")
-    data, splits = string_bytes(keys)
-    bucket_splits, bucket_rows = id_index(ids)
+    texts = request_tables.TextRows.of(
+        _keys(neighbourhoods.texts(rows)),
+        f"{store.path}: two queries have the same 63-bit hash; lower serving.graph_queries",
+    )
+    rows = rows[texts.order]
     dim = model.config.model.token_dim
     with PackedFileWriter(str(path), "items") as file:
-        file.add("id", ids)
-        file.add("id_index.splits", bucket_splits)
-        file.add("id_index.rows", bucket_rows)
-        file.add("key.splits", splits)
-        file.add("key.bytes", data)
-        file.add("tokens.splits", np.zeros(len(rows) + 1, np.int64))
-        file.add("tokens.values", np.zeros(0, np.int32))
+        texts.add_to(file)
         file.add(f"feature.{_FEATURE}.splits", np.arange(len(rows) + 1, dtype=np.int64) * dim)
         file.append(f"feature.{_FEATURE}.values", np.zeros(0, np.float32))
         for begin in range(0, len(rows), _BATCH):

@@ -7,20 +7,65 @@ The C++ is in export/request_tables.
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import tensorflow as tf
 from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
+from dpsr_common.errors import CommandError
+from dpsr_common.packed_file import PackedFileWriter
 from dpsr_export.faiss_search import load
+from dpsr_tf.data.column_files import string_bytes
+from dpsr_tf.data.column_values import ids_of
 from dpsr_tf.data.examples_dataset import Features, History, Tokens
+from dpsr_tf.data.id_index import id_index
 from dpsr_tf.data.schema import EVENT_TYPES
 from dpsr_tf.models.features import FIXED_KINDS, Feature
 
 v1 = tf.compat.v1
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRows:
+    """Texts as the rows of a packed file of kind "items", which KeyTable and ItemTable read.
+
+    Attributes:
+        ids: int64 [rows], hashes of the texts, ascending.
+        order: int64 [rows], the place of each row's text among those given.
+    """
+
+    ids: np.ndarray
+    order: np.ndarray
+    _keys: pa.Array
+
+    @classmethod
+    def of(cls, texts: Sequence[str], problem: str) -> TextRows:
+        """Sorts different texts by their hashes. Raises CommandError with `problem` if two have the same hash."""
+        keys = pa.array(texts, pa.large_string())
+        ids = ids_of(keys, string_ids=True).values if len(keys) else np.zeros(0, np.int64)
+        order = np.argsort(ids)
+        ids = ids[order]
+        if (ids[1:] == ids[:-1]).any():
+            raise CommandError(problem)
+        return cls(ids, order, keys.take(pa.array(order)))
+
+    def add_to(self, file: PackedFileWriter) -> None:
+        """Adds the sections `id`, `id_index.*`, `key.*`, and empty `tokens.*`."""
+        data, splits = string_bytes(self._keys)
+        bucket_splits, bucket_rows = id_index(self.ids)
+        file.add("id", self.ids)
+        file.add("id_index.splits", bucket_splits)
+        file.add("id_index.rows", bucket_rows)
+        file.add("key.splits", splits)
+        file.add("key.bytes", data)
+        file.add("tokens.splits", np.zeros(len(self.ids) + 1, np.int64))
+        file.add("tokens.values", np.zeros(0, np.int32))
 
 
 class KeyTable:

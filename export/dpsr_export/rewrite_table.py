@@ -21,15 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import tensorflow as tf
 
-from dpsr_common.errors import CommandError
 from dpsr_common.packed_file import PackedFileWriter
 from dpsr_export import request_tables
-from dpsr_tf.data.column_files import string_bytes
-from dpsr_tf.data.column_values import ids_of
-from dpsr_tf.data.id_index import id_index
 from dpsr_tf.models.features import Feature
 from dpsr_tokenizer import Tokenizer, TokenizerConfig, tf_ops
 
@@ -76,24 +71,14 @@ def write(rewrites: Mapping[str, Sequence[tuple[str, float]]], path: Path) -> No
         CommandError: two texts have the same hash.
     """
     texts = list(dict.fromkeys([*rewrites, *(text for found in rewrites.values() for text, _ in found)]))
-    keys = pa.array(texts, pa.large_string())
-    ids = ids_of(keys, string_ids=True).values if texts else np.zeros(0, np.int64)
-    order = np.argsort(ids)
-    if len(ids) and (np.diff(ids[order]) == 0).any():
-        raise CommandError(f"{path}: two of the texts have the same 63-bit hash; leave out one of the queries")
-    id_of = dict(zip(texts, ids.tolist(), strict=True))
-    lists = [_packed(rewrites.get(texts[row]), id_of) for row in order.tolist()]
+    rows = request_tables.TextRows.of(
+        texts, f"{path}: two of the texts have the same 63-bit hash; leave out one of the queries"
+    )
+    id_of = {texts[place]: one for place, one in zip(rows.order.tolist(), rows.ids.tolist(), strict=True)}
+    lists = [_packed(rewrites.get(texts[place]), id_of) for place in rows.order.tolist()]
     splits = np.cumsum([0, *map(len, lists)], dtype=np.int64)
-    data, key_splits = string_bytes(keys.take(pa.array(order)))
-    bucket_splits, bucket_rows = id_index(ids[order])
     with PackedFileWriter(str(path), "items") as file:
-        file.add("id", ids[order])
-        file.add("id_index.splits", bucket_splits)
-        file.add("id_index.rows", bucket_rows)
-        file.add("key.splits", key_splits)
-        file.add("key.bytes", data)
-        file.add("tokens.splits", np.zeros(len(texts) + 1, np.int64))
-        file.add("tokens.values", np.zeros(0, np.int32))
+        rows.add_to(file)
         file.add(f"feature.{_FEATURE}.splits", splits)
         # The reader takes vectors, which are floats, as they are; it would check integers as codes.
         values = np.concatenate(lists) if lists else np.zeros(0, np.int32)
