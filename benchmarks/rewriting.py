@@ -58,6 +58,7 @@ import numpy as np
 import pyarrow.parquet
 import report
 import scipy.sparse
+import yaml
 from absl import app, flags
 from quality import dpsr
 
@@ -66,7 +67,7 @@ from dpsr_export.rewrite_table import key_of
 from dpsr_export.rewriter import latencies
 from dpsr_export.warmup import LoadedServable
 from dpsr_tf.config import CONFIGS
-from dpsr_tf.data.store import Store
+from dpsr_tf.data.store import Store, unpack_strings
 from dpsr_tf.evaluation import metrics
 from dpsr_tf.evaluation.baselines import Bm25, Field, plain_words, unigrams
 from dpsr_tf.evaluation.corpus import Corpus
@@ -502,6 +503,28 @@ def measure_shop(result: report.Report, impl: str, shop: Shop, rewrite: Rewriter
     return figures
 
 
+def measure_pairs(result: report.Report, shop: Shop, seed: int, out: Path) -> None:
+    """Adds how many of the pairs of queries in a store mean the same, with the filter against drift and without it."""
+    folder = out / f"shop-{seed}"
+    unfiltered = out / f"store-shop-{seed}-unfiltered"
+    if not (unfiltered / "manifest.json").exists():
+        schema = yaml.safe_load((folder / "schema.rewriting.yaml").read_text())
+        schema["rewriting"] = {**(schema["rewriting"] or {}), "meaning_share": 0}
+        (folder / "schema.unfiltered.yaml").write_text(yaml.safe_dump(schema))
+        dpsr("ingest", f"--schema={folder / 'schema.unfiltered.yaml'}", f"--out={unfiltered}", "--overwrite")
+    for impl, path in (("all pairs", unfiltered), ("filtered pairs", shop.store)):
+        # A generated shop has one file, so that rows of pairs are rows of the file.
+        (file,) = Store(path).rewriting()
+        texts, splits = unpack_strings(file, "query_text"), file["pair.splits"]
+        same = [
+            not shop.meanings.drift(query, texts[other])
+            for row, query in enumerate(texts)
+            for other in file["pair.query"][splits[row] : splits[row + 1]]
+        ]
+        result.add(impl, f"shop {seed}", "pairs", len(same), "")
+        result.add(impl, f"shop {seed}", "precision", _mean(same), "")
+
+
 def _mean(values: Iterable[float]) -> float:
     found = list(values)
     return float(np.mean(found)) if found else 0.0
@@ -567,6 +590,7 @@ def measure_shops(result: report.Report, out: Path, seeds: Sequence[int], clicks
     of_seed = []
     for seed in seeds:
         shop = make_shop(out, seed, clicks)
+        measure_pairs(result, shop, seed, out)
         model = trained(shop.store, out / f"rewriter-shop-{seed}", [f"train.seed={seed}", *changes])
         nothing = measure_shop(result, "bm25", shop, lambda queries: [[] for _ in queries], f"shop {seed}")
         decoded = measure_shop(result, "rewriter", shop, _asking(rewriter(model), 3, seed), f"shop {seed}")
