@@ -32,20 +32,29 @@ CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
 )
 
 
-def _load_pool() -> descriptor_pool.DescriptorPool:
+def load_pool(path: Path, *more: bytes) -> descriptor_pool.DescriptorPool:
+    """Makes a descriptor pool of its own from a file with a FileDescriptorSet, which the build writes.
+
+    Args:
+        path: the file.
+        more: serialized FileDescriptorProtos that are added.
+
+    Raises:
+        ImportError: the file does not exist.
+    """
     try:
-        descriptors = descriptor_pb2.FileDescriptorSet.FromString(_DESCRIPTOR_SET.read_bytes())
+        descriptors = descriptor_pb2.FileDescriptorSet.FromString(path.read_bytes())
     except FileNotFoundError:
-        raise ImportError(
-            f"{_DESCRIPTOR_SET} is missing: the native parts of DPSR are not built; run `make setup`"
-        ) from None
+        raise ImportError(f"{path} is missing: the native parts of DPSR are not built; run `make setup`") from None
     pool = descriptor_pool.DescriptorPool()
     for file in descriptors.file:
         pool.AddSerializedFile(file.SerializeToString())
+    for serialized in more:
+        pool.AddSerializedFile(serialized)
     return pool
 
 
-_POOL = _load_pool()
+_POOL = load_pool(_DESCRIPTOR_SET)
 
 
 def _message(name: str) -> Any:

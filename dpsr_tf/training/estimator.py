@@ -7,6 +7,7 @@ import functools
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -164,6 +165,12 @@ def model_fn(features: dict[str, Any], labels: None, mode: str, params: dict[str
     )
 
 
+def _weights_on_wire(config: Config) -> AbstractContextManager[Any]:
+    """Returns a scope that reads weights in half precision if cluster.half_on_wire says so."""
+    getter = half_on_wire if config.cluster.half_on_wire else None
+    return v1.variable_scope(v1.get_variable_scope(), custom_getter=getter)
+
+
 def _build_towers(
     features: dict[str, Any],
     config: Config,
@@ -176,21 +183,20 @@ def _build_towers(
     batch: Batch = features["batch"]
     teacher: TeacherItems | None = features.get("teacher")
     train = config.train
-    getter = half_on_wire if config.cluster.half_on_wire else None
     item_log_q = None
     if train.log_q_correction:
         shares = tf.gather(tf.constant(params["item_shares"]), batch.item_rows)
         title_share = tf.reduce_mean(tf.cast(batch.query_rows < 0, tf.float32))
         item_log_q = log_q(shares, len(params["item_shares"]), train.mixing_ratio, title_share)
-    with v1.variable_scope(v1.get_variable_scope(), custom_getter=getter):
+    with _weights_on_wire(config):
         towers = TwoTower(config.model, spec, table=table, layers=FUSED, training=True)
         if phase is None:
             loss, metrics = build_loss(config, batch, towers, item_log_q)
     quantizer = None
     if phase is not None:
-        # Not with the getter, because it would give away values in the place of variables.
+        # Outside, because the getter would give away values in the place of variables.
         quantizer = QuantizerLayer(config.quantizer, config.model.embedding_dim)
-        with v1.variable_scope(v1.get_variable_scope(), custom_getter=getter):
+        with _weights_on_wire(config):
             loss, metrics = build_loss(config, batch, towers, item_log_q, quantizer, teacher)
     rows = {"query_rows": batch.query_rows, "item_rows": batch.item_rows, "user_rows": batch.user_rows}
     return _Built(towers, loss, metrics, quantizer, rows)
@@ -206,8 +212,7 @@ def _build_ranker(
 ) -> _Built:
     """Builds a ranker and its loss."""
     batch: RankingBatch = features["batch"]
-    getter = half_on_wire if config.cluster.half_on_wire else None
-    with v1.variable_scope(v1.get_variable_scope(), custom_getter=getter):
+    with _weights_on_wire(config):
         ranker = Ranker(config, spec, table=table, layers=FUSED, training=True)
         loss, metrics = ranker_loss(batch, ranker, params.get("propensities"))
     return _Built(ranker, loss, metrics, None, {"requests": batch.requests})
@@ -224,8 +229,7 @@ def _build_rewriter(
     """Builds a rewriter and its loss."""
     batch: RewritingBatch = features["batch"]
     step = v1.train.get_or_create_global_step().read_value()
-    getter = half_on_wire if config.cluster.half_on_wire else None
-    with v1.variable_scope(v1.get_variable_scope(), custom_getter=getter):
+    with _weights_on_wire(config):
         rewriter = Rewriter(config, spec.sequences, params["pieces"], table=table, layers=FUSED, step=step)
         loss, metrics = rewriter_loss(batch, rewriter, config, step)
     return _Built(rewriter, loss, metrics, None, {})

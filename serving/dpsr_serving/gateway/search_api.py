@@ -14,11 +14,12 @@ from typing import Any, Protocol
 
 import grpc
 import grpc.aio
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import message_factory
 from google.protobuf.message import DecodeError
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from dpsr_common.errors import CommandError
+from dpsr_common.serving_apis import load_pool
 from dpsr_serving.gateway.config import LimitsConfig
 from dpsr_serving.gateway.messages import Facet, Item, RequestError, SearchRequest, SearchResponse
 from dpsr_serving.gateway.pipeline import RecallError, Searcher
@@ -28,22 +29,8 @@ _DESCRIPTORS = Path(__file__).with_name("search.desc")
 _WATCH_S = 1.0
 
 
-def _load_pool() -> descriptor_pool.DescriptorPool:
-    try:
-        files = descriptor_pb2.FileDescriptorSet.FromString(_DESCRIPTORS.read_bytes()).file
-    except FileNotFoundError:
-        raise ImportError(
-            f"{_DESCRIPTORS} is missing: the native parts of DPSR are not built; run `make setup`"
-        ) from None
-    pool = descriptor_pool.DescriptorPool()
-    for file in files:
-        pool.AddSerializedFile(file.SerializeToString())
-    # Reflection describes itself too.
-    pool.AddSerializedFile(reflection_pb2.DESCRIPTOR.serialized_pb)
-    return pool
-
-
-POOL = _load_pool()
+# Reflection describes itself too.
+POOL = load_pool(_DESCRIPTORS, reflection_pb2.DESCRIPTOR.serialized_pb)
 
 
 def message(name: str) -> Any:
