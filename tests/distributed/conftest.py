@@ -29,7 +29,7 @@ def shop_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     assert command_line.main(["generate", f"--out={path / 'log'}", *sizes]) == 0
     schema = yaml.safe_load((path / "log" / "schema.yaml").read_text())
     schema["interactions"]["held_out"] = {"query_share": 0.15}
-    schema["ranking"] = {}
+    schema |= {"ranking": {}, "rewriting": {"meaning_share": 0}, "graph": {}}
     (path / "log" / "schema.yaml").write_text(yaml.safe_dump(schema))
     assert command_line.main(["ingest", f"--schema={path / 'log' / 'schema.yaml'}", f"--out={path / 'store'}"]) == 0
     return Store(path / "store")

@@ -101,6 +101,19 @@ QUANTIZER = [
     "train.average_decay=0.9",
 ]
 
+GRAPH = ["model.graph_fan_out=[4,2]"]
+
+REWRITER = [
+    "model.kind=rewriter",
+    "model.embedding_dim=64",  # the default, which is not used
+    "rewriter.inner_width=32",
+    "rewriter.click_pairs=16",
+    "rewriter.sampled_words=100",
+    "train.dense_optimizer=adam",
+    "train.dense_learning_rate=0.001",
+    "train.steps=300",
+]
+
 
 @pytest.mark.parametrize(
     ("killed", "more"),
@@ -108,6 +121,8 @@ QUANTIZER = [
         pytest.param("ps", [], id="ps"),
         pytest.param("ps", QUANTIZER, id="ps, with a quantizer", marks=pytest.mark.distributed),
         pytest.param("chief", [], id="chief", marks=pytest.mark.distributed),
+        pytest.param("ps", GRAPH, id="ps, with a graph", marks=pytest.mark.distributed),
+        pytest.param("ps", REWRITER, id="ps, a rewriter", marks=pytest.mark.distributed),
         pytest.param("ps", OWN, id="ps, with an own encoder, Adam and a schedule", marks=pytest.mark.distributed),
     ],
 )
@@ -121,9 +136,10 @@ def test_one_worker_and_a_kill_are_the_training_of_one_process(launch, shop_stor
     cluster.until_checkpoint(model, 200)
     cluster.kill(killed)
     assert cluster.end() == 0, cluster.text()
-    local = train(shop_store, config_from_flags(None, [*SMALL, *options]), tmp_path / "local")
+    config = config_from_flags(None, [*SMALL, *options])
+    local = train(shop_store, config, tmp_path / "local")
     expected, found = weights(local.path), weights(model)
-    assert set(found) == set(expected) and found["global_step"] == (700 if more == OWN else 800)
+    assert set(found) == set(expected) and found["global_step"] == config.train.steps
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
