@@ -1,10 +1,11 @@
-"""`dpsr query`: sends queries to a model server or proxy and prints the items, or the rewrites, that it finds."""
+"""`dpsr query`: sends queries to a model server or proxy, and prints items or rewrites."""
 
 from __future__ import annotations
 
 import dataclasses
 import gzip
 import json
+import math
 import os
 import sys
 import zlib
@@ -20,11 +21,14 @@ USAGE = """
 Usage: dpsr query --target=host:port --model=NAME [--k=10] [--titles=PATH] [--json] "text" ...
        dpsr query ... --user_features='{"gender": "f", "age": 31}' --clicked_items=17,4 --past_queries="red" "text"
        dpsr query ... --include="brand=Acme|Bolt" --include="price=10..20" --exclude="color=red" "text"
+       dpsr query --target=host:port --model=RANKER --rank=17,4,99 [--user_id=12] [--titles=PATH] [--json] "text" ...
        dpsr query --target=host:port --model=REWRITER --rewrite [--k=3] [--seed=0] [--json] "text" ...
 
 Searches for each text and prints a table: rank, score, item id and, with --titles, the item's title. A model with
-several heads also shows the head that found the item. Put `--` before a text that starts with a dash. With --rewrite,
-the model is a rewriter, and the table has other words for each text instead: rank, log-probability, rewrite.
+several heads also shows the head that found the item. Put `--` before a text that starts with a dash.
+
+With --rank the model is a ranker. It sorts the given items for each text, and the table has their scores. With
+--rewrite the model is a rewriter, and the table has other words for each text: rank, log-probability, rewrite.
 """
 TAKES_ARGUMENTS = True
 _TITLES_IN_SERVABLE = "assets.extra/item_titles.tsv.gz"
@@ -82,6 +86,13 @@ def define_flags(values: flags.FlagValues) -> None:
         "search parameters of the index that replace the model's own, for example nprobe=64",
         flag_values=values,
     )
+    flags.DEFINE_list("rank", None, "comma-separated items that a ranker sorts for each text", flag_values=values)
+    flags.DEFINE_integer(
+        "user_id",
+        None,
+        "with --rank, id of the user, by which the ranker knows what the user spends",
+        flag_values=values,
+    )
     flags.DEFINE_boolean("rewrite", False, "ask a rewriter for other words for each text", flag_values=values)
     flags.DEFINE_integer(
         "seed", 0, "with --rewrite, seed of rewrites that the model draws by chance", flag_values=values
@@ -131,10 +142,7 @@ def run(values: flags.FlagValues, texts: list[str]) -> None:
             text.encode()
         except UnicodeEncodeError:
             raise UsageError(f"the query {os.fsencode(text)!r} is not UTF-8 text; convert it to UTF-8") from None
-    if values.rewrite and (others := [f"--{name}" for name in _OF_SEARCH if values[name].present]):
-        raise UsageError(f"--rewrite cannot be combined with {', '.join(others)}, which a rewriter does not know")
-    if values["seed"].present and not values.rewrite:
-        raise UsageError(f"--seed={values.seed}: needs --rewrite")
+    _check_combination(values)
     user = User(_features(values.user_features), values.clicked_items, values.past_queries, values.clicked_item_types)
     if (values.certificate is None) != (values.key is None):
         raise UsageError("--certificate and --key need each other; give both or neither")
@@ -153,6 +161,10 @@ def run(values: flags.FlagValues, texts: list[str]) -> None:
             if values.rewrite:
                 for text, found in zip(texts, client.rewrite(texts, values.k or 3, values.seed), strict=True):
                     print(_rewrites(text, found, values.json))
+                return
+            if values.rank is not None:
+                ranked = [client.rank(text, values.rank, user=user, user_id=values.user_id) for text in texts]
+                _print_ranked(texts, values.rank, ranked, values)
                 return
             results = client.search(
                 texts,
@@ -188,9 +200,45 @@ def run(values: flags.FlagValues, texts: list[str]) -> None:
     sys.stdout.flush()
 
 
-# Flags that say something of a search.
-_OF_SEARCH = ("titles", "user_features", "clicked_items", "clicked_item_types", "past_queries", "include", "exclude",
-              "exclude_items", "search_parameters")  # fmt: skip
+# Flags that only a search has, and those that a search and a ranker have.
+_OF_SEARCH = ("past_queries", "include", "exclude", "exclude_items", "search_parameters")
+_OF_USERS = ("titles", "user_features", "clicked_items", "clicked_item_types")
+
+
+def _check_combination(values: flags.FlagValues) -> None:
+    """Raises UsageError if flags are given that belong to different kinds of models."""
+    unknown = {"rank": ("rewrite", "k", *_OF_SEARCH), "rewrite": ("rank", *_OF_SEARCH, *_OF_USERS)}
+    for flag, names in unknown.items():
+        others = [f"--{name}" for name in names if values[name].present]
+        if values[flag].value and others:
+            kind = "ranker" if flag == "rank" else "rewriter"
+            raise UsageError(f"--{flag} cannot be combined with {', '.join(others)}, which a {kind} does not know")
+    for name, flag in (("seed", "rewrite"), ("user_id", "rank")):
+        if values[name].present and not values[flag].value:
+            raise UsageError(f"--{name}={values[name].value}: needs --{flag}")
+    if values.rank == []:
+        raise UsageError("--rank is empty; expected items, such as --rank=17,4,99")
+
+
+def _print_ranked(texts: list[str], items: list[str], ranked: list[Any], values: flags.FlagValues) -> None:
+    """Prints the items of each text, best first. Items that the ranker does not know come last, without a score."""
+    titles = {}
+    if values.titles is not None:
+        titles = read_titles(Path(values.titles), (int(item) for item in items if item.removeprefix("-").isdecimal()))
+    for text, scores in zip(texts, ranked, strict=True):
+        rows: list[dict[str, Any]] = []
+        for place in sorted(range(len(items)), key=lambda place: -scores[place]):
+            score, item = float(scores[place]), items[place]
+            row = {"rank": len(rows) + 1, "score": score if math.isfinite(score) else None, "item_id": item, "head": 0}
+            if item.isdecimal() and int(item) in titles:
+                row["title"] = titles[int(item)]
+            rows.append(row)
+        if values.json:
+            shown = [{key: value for key, value in row.items() if key != "head"} for row in rows]
+            print(json.dumps({"query": text, "results": shown}, ensure_ascii=False))
+        else:
+            print(_table(text, rows))
+    sys.stdout.flush()
 
 
 def _rewrites(query: str, found: list[Any], as_json: bool) -> str:
@@ -277,7 +325,8 @@ def _table(query: str, rows: list[dict[str, Any]]) -> str:
     for row, item_id in zip(rows, ids, strict=True):
         head = f"{row['head']:>4}  " if heads else ""
         title = _printable(row.get("title", ""))
-        lines.append(f"  {row['rank']:>4}  {row['score']:>7.4f}  {head}{item_id:>{width}}  {title}".rstrip())
+        score = "unknown" if row["score"] is None else f"{row['score']:>7.4f}"
+        lines.append(f"  {row['rank']:>4}  {score}  {head}{item_id:>{width}}  {title}".rstrip())
     return "\n".join(lines) + "\n"
 
 

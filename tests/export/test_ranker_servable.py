@@ -152,7 +152,9 @@ def test_unknown_items_and_users(servable: tuple[Store, Path]) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_ranks_as_the_checkpoint_does(servable: tuple[Store, Path], no_scorer: None) -> None:
+def test_a_server_ranks_as_the_checkpoint_does(
+    servable: tuple[Store, Path], no_scorer: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     store, folder = servable
     expected = checkpoint_scores(folder / "model", store)
     ids, keys, users = store.items()["id"].tolist(), store.item_keys(), store.users()["id"]
@@ -175,6 +177,16 @@ def test_a_server_ranks_as_the_checkpoint_does(servable: tuple[Store, Path], no_
                 return await other.rank(b"red\xff", items[:2])
 
         np.testing.assert_allclose(asyncio.run(ask()), plain[:2], rtol=1e-5)
+
+        unknown = "none" if keys else "999999"
+        asked = ["query", f"--target={server.target}", "--model=ranker", f"--rank={unknown},{items[0]},{items[1]}"]
+        assert main([*asked, "--json", "red"]) == 0
+        (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+        best, second = np.argsort(-client.rank("red", items[:2]))
+        assert [row["item_id"] for row in line["results"]] == [str(items[best]), str(items[second]), unknown]
+        assert [row["score"] is None for row in line["results"]] == [False, False, True]
+        assert main([*asked, "red"]) == 0
+        assert capsys.readouterr().out.splitlines()[-2].split() == ["3", "unknown", unknown]
         for options, message in (
             (
                 {"user": {"features": {"height": 3}}},

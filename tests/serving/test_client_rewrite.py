@@ -147,7 +147,12 @@ def test_query_prints_rewrites(server: ModelServer, capsys: pytest.CaptureFixtur
     ("flags", "status", "message"),
     [
         (["--rewrite", "--include=brand=Acme"], 2, "--rewrite cannot be combined with --include"),
+        (["--rewrite", "--rank=1,2"], 2, "--rank cannot be combined with --rewrite"),
+        (["--rank=1,2", "--k=3"], 2, "--rank cannot be combined with --k, which a ranker does not know"),
+        (["--rank="], 2, "--rank is empty; expected items, such as --rank=17,4,99"),
+        (["--rank=1,2"], 1, "has no signature 'rank'"),
         (["--seed=1"], 2, "--seed=1: needs --rewrite"),
+        (["--user_id=1"], 2, "--user_id=1: needs --rank"),
         (["--rewrite", "--k=6"], 1, "n is"),
     ],
 )
