@@ -241,6 +241,13 @@ class TrainConfig:
         0,
         2,
     )
+    shuffle_buffer: int = option(
+        1 << 22,
+        "number of positive pairs that are shuffled together. A larger log is shuffled in blocks of 4,096 pairs, of "
+        "which so many are mixed at a time. More pairs take no memory, but read the log in more places at once",
+        1,
+        2**40,
+    )
     seed: int = option(1, "seed of the initial weights, the shuffle and the negatives", 0, 2**31 - 1)
     checkpoint_steps: int = option(2_000, "number of steps between checkpoints", 1)
 

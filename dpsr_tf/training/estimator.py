@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
@@ -185,9 +186,11 @@ def _build_towers(
     train = config.train
     item_log_q = None
     if train.log_q_correction:
-        shares = tf.gather(tf.constant(params["item_shares"]), batch.item_rows)
+        item_shares: np.ndarray = params["item_shares"]
+        # Looked up outside of the graph, which may have 2 GiB in all.
+        shares = tf.ensure_shape(tf.numpy_function(item_shares.take, [batch.item_rows], tf.float32), [None])
         title_share = tf.reduce_mean(tf.cast(batch.query_rows < 0, tf.float32))
-        item_log_q = log_q(shares, len(params["item_shares"]), train.mixing_ratio, title_share)
+        item_log_q = log_q(shares, len(item_shares), train.mixing_ratio, title_share)
     with _weights_on_wire(config):
         towers = TwoTower(config.model, spec, table=table, layers=FUSED, training=True)
         if phase is None:

@@ -100,14 +100,14 @@ def test_hardly_any_learning_at_a_tiny_learning_rate(click_store, tmp_path):
     assert abs(positive - all_scores.mean()) < 0.3
 
 
-def graph_of(store, config, num_ps=0, change=lambda batch: batch):
+def graph_of(store, config, num_ps=0, change=lambda batch: batch, item_shares=None):
     """The training graph of model_fn in the default graph; features and EstimatorSpec."""
     spec = feature_spec(config, store)
     dataset = training_input(examples_dataset(store, batch_options(config, spec)))
     features = v1.data.make_one_shot_iterator(dataset).get_next()
     features = {"batch": change(features["batch"])}
     v1.train.get_or_create_global_step()
-    params = {"config": config, "features": spec, "num_ps": num_ps, "item_shares": None}
+    params = {"config": config, "features": spec, "num_ps": num_ps, "item_shares": item_shares}
     return features["batch"], model_fn(features, None, tf.estimator.ModeKeys.TRAIN, params)
 
 
@@ -196,6 +196,21 @@ def test_moving_average_of_the_weights(click_store, tmp_path, placement):
             expected = decay * expected + (1 - decay) * value[name]
         np.testing.assert_allclose(restored[name], expected, rtol=1e-4, atol=1e-6)
         assert np.abs(restored[name] - values[-1][name]).max() > 1e-3
+
+
+def test_the_graph_does_not_hold_how_often_items_are_drawn(click_store):
+    """A graph may have 2 GiB, so 500 million items would not fit. The training steps look the shares up by row."""
+    config = with_train(CONFIG, loss="softmax", log_q_correction=True, num_random_negatives=0, num_title_queries=0)
+    shares = np.random.default_rng(1).random(500_000).astype(np.float32)
+    shares /= shares[: click_store.counts.items].sum()
+    with tf.Graph().as_default() as graph, v1.Session() as session:
+        batch, spec = graph_of(click_store, config, item_shares=shares)
+        assert graph.as_graph_def().ByteSize() < shares.nbytes / 2
+        (drawn,) = [op.outputs[0] for op in graph.get_operations() if op.type == "PyFunc"]
+        session.run(v1.global_variables_initializer())
+        found, rows, loss = session.run((drawn, batch.item_rows, spec.loss))
+        np.testing.assert_array_equal(found, shares[rows])
+        assert np.isfinite(loss)
 
 
 def test_where_adagrad_starts(click_store):
