@@ -229,27 +229,9 @@ class Cluster:
             process.wait()
 
     def usage(self) -> Usage:
-        """Measures the traffic so far.
-
-        A receiver asks the sender's server for a tensor, so each connection has one end at one of our server ports.
-        """
-        listing = subprocess.run(["ss", "-tinH", "state", "established"], capture_output=True, text=True, check=True)
-        lines = listing.stdout.splitlines()
-        up = down = 0
-        for head, info in itertools.pairwise(lines):
-            fields = head.split()
-            if len(fields) < 4 or "bytes_" not in info:
-                continue
-            port = int(fields[2].rpartition(":")[2])
-            sent, received = (
-                int(found[1]) if (found := re.search(rf"bytes_{way}:(\d+)", info)) else 0
-                for way in ("sent", "received")
-            )
-            if port in self._ports[1:]:
-                up, down = up + received, down + sent
-            elif port == self._ports[0]:
-                up, down = up + sent, down + received
-        return Usage(up, down, _own_cpu(), sum(_cpu_of(process.pid) for process in self._ps))
+        """Measures the traffic so far."""
+        up, down = bytes_between(set(self._ports[:1]), set(self._ports[1:]))
+        return Usage(up, down, _own_cpu(), sum(cpu_of(process.pid) for process in self._ps))
 
     def measure(self, impl: str, workload: Workload, seed: int, counts: Counts) -> tuple[Usage, float]:
         """Returns the usage of a step, and the mean loss of the last steps."""
@@ -276,9 +258,32 @@ def _own_cpu() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _cpu_of(pid: int) -> float:
-    # In nanoseconds, where /proc/PID/stat counts ticks of 10 ms. The threads of a ps live as long as it does.
+def cpu_of(pid: int) -> float:
+    """Returns the CPU seconds of a process whose threads live as long as it does."""
+    # In nanoseconds, where /proc/PID/stat counts ticks of 10 ms.
     return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
+
+
+def bytes_between(worker_ports: set[int], ps_ports: set[int]) -> tuple[int, int]:
+    """Returns the bytes so far from workers to parameter servers and back, over all connections that are open.
+
+    A receiver asks the sender's server for a tensor, so each connection has one end at a port of a server.
+    """
+    listing = subprocess.run(["ss", "-tinH", "state", "established"], capture_output=True, text=True, check=True)
+    up = down = 0
+    for head, info in itertools.pairwise(listing.stdout.splitlines()):
+        fields = head.split()
+        if len(fields) < 4 or "bytes_" not in info:
+            continue
+        port = int(fields[2].rpartition(":")[2])
+        sent, received = (
+            int(found[1]) if (found := re.search(rf"bytes_{way}:(\d+)", info)) else 0 for way in ("sent", "received")
+        )
+        if port in ps_ports:
+            up, down = up + received, down + sent
+        elif port in worker_ports:
+            up, down = up + sent, down + received
+    return up, down
 
 
 @contextlib.contextmanager
