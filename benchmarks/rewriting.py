@@ -605,12 +605,14 @@ def measure_shops(result: report.Report, out: Path, seeds: Sequence[int], clicks
 
 
 # Directions and losses of the ablation. JD trains forward and backward apart first, then together (arXiv 2103.00800).
+# The loss of the cycle begins after a third of the short trainings.
+_CYCLE = ["rewriter.cycle_weight=0.1", "rewriter.cycle_start=100"]
 ABLATION = {
     "separate": ["rewriter.shared=false", "rewriter.direct_weight=0", "rewriter.path=titles"],
     "joint": ["rewriter.direct_weight=0", "rewriter.path=titles"],
-    "joint with cycle": ["rewriter.direct_weight=0", "rewriter.path=titles", "rewriter.cycle_weight=0.1"],
+    "joint with cycle": ["rewriter.direct_weight=0", "rewriter.path=titles", *_CYCLE],
     "joint with query to query": [],
-    "joint with query to query and cycle": ["rewriter.cycle_weight=0.1"],
+    "joint with query to query and cycle": _CYCLE,
 }
 _ABLATION_QUERIES = 300
 # How words are chosen: rewrites of a query, and the method.
