@@ -21,7 +21,9 @@
 # make bench-learned-index   compare an index learned with the model with others of its size (DATA=DIR OUT=DIR)
 # make report           run the paper's experiments and write a report to report/ (QUICK=1: in minutes; OUT=DIR)
 # make ablations        the same report with the ablations
+# make docs             build the documentation site in build/site/, with all links checked
 # make wheel            build the wheel in dist/
+# make sdist            build the source distribution in dist/
 # make clean            delete everything that was built, except .venv
 
 PYTHON ?= python3.11
@@ -48,7 +50,7 @@ empty :=
 space := $(empty) $(empty)
 
 .DELETE_ON_ERROR:
-.PHONY: setup debian native demo test test-fast test-tools test-distributed test-long test-cpp test-native sanitize sanitize-cores sanitize-serving sanitize-thread fuzz bazel-test bench-tokenizer bench-store bench-index bench-servable bench-training bench-learned-index report ablations build/offline.bazelrc lint wheel clean
+.PHONY: setup debian native demo test test-fast test-tools test-distributed test-long test-cpp test-native sanitize sanitize-cores sanitize-serving sanitize-thread fuzz bazel-test bench-tokenizer bench-store bench-index bench-servable bench-training bench-learned-index report ablations build/offline.bazelrc lint docs wheel sdist clean
 
 setup: native
 
@@ -233,8 +235,24 @@ report: native
 ablations: native
 	@$(BIN)/dpsr report --out=$(or $(OUT),report) $(if $(QUICK),--quick) --ablations
 
+# Installs what builds the documentation site.
+$(VENV)/.docs: $(VENV)/.packages
+	@echo "installing the packages that build the documentation site"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+	  $$($(BIN)/python -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	@touch $@
+
+# A broken link, a heading that a link names and no page has, or a page that the navigation lacks is an error.
+docs: native $(VENV)/.docs
+	@NO_MKDOCS_2_WARNING=1 TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
+
 wheel: native
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
+
+sdist: $(VENV)/.packages
+	$(BIN)/python -m build --sdist --no-isolation -o dist .
 
 clean:
 	rm -rf build dist demo *.egg-info
