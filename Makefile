@@ -246,7 +246,7 @@ $(VENV)/.docs: $(VENV)/.packages
 # A broken link, a heading that a link names and no page has, or a page that the navigation lacks is an error.
 docs: native $(VENV)/.docs
 	@NO_MKDOCS_2_WARNING=1 TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/mkdocs build --strict --quiet
-	@echo "open build/site/index.html"
+	@echo "open build/site/index.html; for its search: $(PYTHON) -m http.server --directory build/site"
 
 wheel: native
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
