@@ -252,7 +252,8 @@ wheel: native
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
 
 sdist: $(VENV)/.packages
-	$(BIN)/python -m build --sdist --no-isolation -o dist .
+	@rm -rf dpsr.egg-info
+	@$(BIN)/python setup.py -q sdist --dist-dir dist
 
 clean:
 	rm -rf build dist demo *.egg-info
