@@ -58,6 +58,8 @@ setup(
         package for name, root in PACKAGE_ROOTS.items() for package in find_packages(root, include=[name, f"{name}.*"])
     ],
     package_dir={name: os.path.normpath(f"{root}/{name}") for name, root in PACKAGE_ROOTS.items()},
+    # MANIFEST.in is for the source distribution; the wheel has no C++ sources.
+    include_package_data=False,
     package_data={
         "": ["py.typed", "*.pyi", "*.yaml"],
         "dpsr_serving.gateway": ["*.proto", "page/*"],

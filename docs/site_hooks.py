@@ -1,13 +1,13 @@
 """What `make docs` changes on the way from this folder to the site (see mkdocs.yml).
 
 GitHub shows README.md, CHANGELOG.md and others at the root of the repository, so they stay there. The site shows them
-as pages too. Its first page is the README, and docs/index.md, the item index, becomes item_index.html. Files of the
-source tree that pages link to are copied, so that the site has no dead link.
+as pages too. Its first page is the README, and docs/index.md, the item index, becomes item_index.html. The notebook of
+the tutorial becomes a page. Files of the source tree that pages link to are copied, so that the site has no dead link.
 """
 
 from __future__ import annotations
 
-import os
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -23,6 +23,7 @@ PAGES = {
     "changes.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
     "security.md": "SECURITY.md",
+    "tutorial.md": "docs/tutorial.ipynb",
 }
 # A link to another file, but not to an address: text before the path, the path, an anchor.
 LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
@@ -31,7 +32,11 @@ LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages and files from outside docs/, and gives the first page and the item index their addresses."""
     for page, source in PAGES.items():
-        text = LINK.sub(lambda link: f"{link[1]}{posixpath.join('..', link[2])}{link[3] or ''}", read(source))
+        path = ROOT / source
+        text = text_of_notebook(path) if path.suffix == ".ipynb" else path.read_text()
+        # Links of a file at the root begin there, those of a page in docs/.
+        up = posixpath.relpath(posixpath.dirname(source) or ".", "docs")
+        text = LINK.sub(lambda link, up=up: f"{link[1]}{posixpath.join(up, link[2])}{link[3] or ''}", text)
         files.append(File.generated(config, page, content=text))
     addresses = {"home.md": "index.html", "index.md": "item_index.html"}
     for file in list(files.documentation_pages()):
@@ -63,6 +68,17 @@ def path_of(page: str, link: str) -> str:
     return posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), link))
 
 
-def read(name: str) -> str:
-    """Returns the text of a file at the root of the repository."""
-    return (ROOT / os.fspath(name)).read_text()
+
+def text_of_notebook(path: Path) -> str:
+    """Returns a notebook as Markdown, with what its cells have printed."""
+    parts = []
+    for cell in json.loads(path.read_text())["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        printed = "".join(line for output in cell["outputs"] for line in output["text"]).rstrip()
+        if printed:
+            parts.append(f"```\n{printed}\n```")
+    return "\n\n".join(parts) + "\n"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -16,7 +18,7 @@ from dpsr_tf.data.schema import Schema
 from dpsr_tf.reference import reference
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_configuration_reference_is_that_of_the_dataclasses() -> None:
@@ -47,6 +49,29 @@ def test_links_and_commands_exist(document: Path) -> None:
         module = commands()[command].load()
         if not getattr(module, "PASS_UNKNOWN_FLAGS", False):
             assert set(re.findall(r" \[?--(\w+)", rest)) <= flags_of(module), f"dpsr {command}{rest}"
+
+
+def test_navigation_of_the_site_has_every_page() -> None:
+    named = re.findall(r"^ +- .*: (\w+)\.md$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert len(named) == len(set(named))
+    assert {path.stem for path in (ROOT / "docs").glob("*.md")} <= set(named)
+
+
+def test_versions_of_the_site_are_pinned() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pinned = (ROOT / "constraints.txt").read_text().splitlines()
+    assert set(extras["docs"]) <= set(pinned)
+
+
+@pytest.mark.parametrize("picture", sorted((ROOT / "docs" / "images").glob("*.svg")), ids=lambda path: path.name)
+def test_pictures_are_complete_and_shown(picture: Path) -> None:
+    root = ElementTree.parse(picture).getroot()
+    width, height = (float(size) for size in root.attrib["viewBox"].split()[2:])
+    for element in root.iter():
+        x, y = float(element.get("x", 0)), float(element.get("y", 0))
+        assert 0 <= x <= width and 0 <= y <= height, ElementTree.tostring(element)
+    assert "http" not in picture.read_text().replace("http://www.w3.org/2000/svg", "")
+    assert any(f"](images/{picture.name})" in page.read_text() for page in DOCUMENTS)
 
 
 def anchors_of(page: Path) -> set[str]:

@@ -58,6 +58,8 @@ def test_wheel_holds_the_native_parts(wheel: Path) -> None:
     ):
         assert any(name.startswith(part) for name in names), part
     assert not [name for name in names if name.startswith("tests") or name.endswith((".cc", ".h"))]
+    notices = [name for name in names if ".dist-info/licenses/" in name]
+    assert sorted(name.rpartition("/")[2] for name in notices) == ["LICENSE", "THIRD_PARTY_NOTICES.txt"]
 
 
 def test_native_parts_name_no_path_of_this_machine(wheel: Path, tmp_path: Path) -> None:
