@@ -68,7 +68,6 @@ def path_of(page: str, link: str) -> str:
     return posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), link))
 
 
-
 def text_of_notebook(path: Path) -> str:
     """Returns a notebook as Markdown, with what its cells have printed."""
     parts = []

@@ -1,4 +1,6 @@
-"""Runs a notebook without Jupyter: `python tests/end_to_end/notebooks.py docs/tutorial.ipynb` writes what its cells print into it.
+"""Runs a notebook without Jupyter.
+
+`python tests/end_to_end/notebooks.py docs/tutorial.ipynb` writes what the cells of the tutorial print into it.
 
 Cells are Python. A line that begins with `!` is a command of the shell, as in Jupyter; a failing one ends the run.
 """
