@@ -13,6 +13,9 @@
 
 #define XXH_INLINE_ALL
 #include <xxhash.h>
+#if XXH_VERSION_NUMBER < 800
+#error "xxhash.h is older than 0.8.0, and its XXH3 gives other checksums: install xxhash 0.8.0 or later"
+#endif
 
 namespace dpsr {
 namespace {

@@ -47,11 +47,13 @@ Status FaissFunctions::Refuse(const std::string& reason) const {
 }
 
 Status FaissFunctions::CheckVersion() {
-  std::string (*get_version)() = nullptr;
+  faiss_layout::ReturnedString (*get_version)() = nullptr;
   DPSR_RETURN_IF_ERROR(Find("_ZN5faiss11get_versionB5cxx11Ev", &get_version));
   std::string version;
-  DPSR_RETURN_IF_ERROR(
-      CatchExceptions(StatusCode::kFailedPrecondition, path_ + ": get_version", [&] { version = get_version(); }));
+  DPSR_RETURN_IF_ERROR(CatchExceptions(StatusCode::kFailedPrecondition, path_ + ": get_version", [&] {
+    const faiss_layout::ReturnedString returned = get_version();
+    version.assign(returned.data, returned.size);
+  }));
   if (version == kFaissVersion) return Status();
   return Refuse(StrCat("it is FAISS version ", version, ", version ", kFaissVersion, " is needed"));
 }

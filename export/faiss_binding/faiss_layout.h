@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <new>
 
 // FAISS finds out by dynamic_cast which parameters it was given, and dynamic_cast compares the names of types. So these
 // structs need FAISS's own names and default visibility. Their `others` are fields that the binding leaves at zero.
@@ -83,6 +84,23 @@ inline constexpr int kScannerDelete = kScannerScanCodes + 2;
 // Number of words before the first function of a vtable: the offset to the top of the object, and the type info. The
 // symbol of a vtable points at them; the vtable pointer of an object points behind them.
 inline constexpr int kVtableHeaderWords = 2;
+
+// A std::string that FAISS returns. FAISS is compiled with the new ABI of libstdc++. This code may be compiled with the
+// old one (_GLIBCXX_USE_CXX11_ABI=0, as TensorFlow Serving's build has it), in which std::string is another type. Like
+// std::string it has a destructor, so the compiler passes it through memory that the caller provides.
+struct ReturnedString {
+  const char* data;
+  size_t size;
+  char local[16];  // the text, if it fits
+
+  ReturnedString() = delete;
+  ReturnedString(const ReturnedString&) = delete;
+  ReturnedString& operator=(const ReturnedString&) = delete;
+  ~ReturnedString() {
+    if (data != local) ::operator delete(const_cast<char*>(data));
+  }
+};
+static_assert(sizeof(ReturnedString) == 32);
 
 // Returns the field of type T that begins `offset` bytes after the start of `object`.
 template <typename T>

@@ -1,6 +1,7 @@
 #include "export/faiss_binding/faiss_library.h"
 
 #include <dlfcn.h>
+#include <link.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -26,11 +27,23 @@ std::string LastLinkerError() {
   return error == nullptr ? "unknown error" : error;
 }
 
+// Returns the path of the running program, or "" if the system does not say it.
+std::string ProgramPath() {
+  char path[4096];
+  const ssize_t size = readlink("/proc/self/exe", path, sizeof(path));
+  return size > 0 && static_cast<size_t>(size) < sizeof(path) ? std::string(path, size) : "";
+}
+
 // Returns the folder of the shared library or program that this code was linked into.
 std::string OwnFolder() {
   Dl_info info;
-  if (dladdr(reinterpret_cast<void*>(&OwnFolder), &info) == 0 || info.dli_fname == nullptr) return ".";
-  const std::string file = info.dli_fname;
+  void* object = nullptr;
+  if (dladdr1(reinterpret_cast<void*>(&OwnFolder), &info, &object, RTLD_DL_LINKMAP) == 0 || object == nullptr) {
+    return ".";
+  }
+  // For the program the linker knows argv[0], which is a mere name if the shell found the program on its PATH.
+  std::string file = static_cast<const link_map*>(object)->l_name;
+  if (file.empty()) file = ProgramPath();
   const size_t slash = file.rfind('/');
   return slash == std::string::npos ? "." : file.substr(0, slash);
 }
