@@ -317,22 +317,13 @@ std::vector<size_t> AllOutputs(const Signature& signature) {
   return outputs;
 }
 
-// Reads the examples of `input` as the only feed of `signature`, and records their number.
-tensorflow::Status FeedExamples(const Servable& servable, const Signature& signature, const Input& input, Feeds* feeds,
-                                int64_t* examples) {
-  feeds->resize(1);
-  feeds->front().first = signature.inputs[0].tensor;
-  TF_RETURN_IF_ERROR(ReadExamples(input, &feeds->front().second));
-  *examples = feeds->front().second.NumElements();
-  RecordExamples(servable.name(), *examples);
-  return tensorflow::OkStatus();
-}
-
 // Runs `signature` on the examples of `input`.
 tensorflow::Status RunOnExamples(const Servable& servable, const Signature& signature, const Input& input,
                                  Deadline deadline, int64_t* examples, std::vector<Tensor>* results) {
-  Feeds feeds;
-  TF_RETURN_IF_ERROR(FeedExamples(servable, signature, input, &feeds, examples));
+  Feeds feeds(1);
+  feeds[0].first = signature.inputs[0].tensor;
+  TF_RETURN_IF_ERROR(ReadExamples(input, &feeds[0].second));
+  *examples = feeds[0].second.NumElements();
   return servable.Run(signature, feeds, AllOutputs(signature), deadline, results);
 }
 
@@ -422,12 +413,12 @@ tensorflow::Status MultiInference(const Servable& servable, const MultiInference
   std::vector<const Signature*> signatures;
   std::vector<std::string> fetches;
   std::set<std::string> names;
+  std::set<std::string> inputs;
   for (const InferenceTask& task : request.tasks()) {
-    const Signature* signature;
-    TF_RETURN_IF_ERROR(FindSignature(servable, task.model_spec().signature_name(), &signature));
-    if (!names.insert(signature->name).second) {
-      return InvalidArgument("Duplicate evaluation of signature: " + signature->name);
-    }
+    const std::string name = ResolveSignatureName(task.model_spec().signature_name());
+    if (!names.insert(name).second) return InvalidArgument("Duplicate evaluation of signature: " + name);
+    const Signature* const signature = servable.FindSignature(name);
+    if (signature == nullptr) return InvalidArgument("Requested signature not found in model graph: " + name);
     if (task.method_name() == kClassifyMethod) {
       TF_RETURN_IF_ERROR(CheckClassify(servable, *signature));
     } else if (task.method_name() == kRegressMethod) {
@@ -435,18 +426,20 @@ tensorflow::Status MultiInference(const Servable& servable, const MultiInference
     } else {
       return absl::UnimplementedError("Unsupported signature method_name: " + task.method_name());
     }
-    if (!signatures.empty() && signature->inputs[0].tensor != signatures[0]->inputs[0].tensor) {
-      return InvalidArgument("Input tensor must be the same for all Signatures.");
-    }
     signatures.push_back(signature);
+    inputs.insert(signature->inputs[0].tensor);
     for (const Endpoint& output : signature->outputs) fetches.push_back(output.tensor);
   }
   if (signatures.empty()) return NoTasks();
+  Tensor serialized;
+  TF_RETURN_IF_ERROR(ReadExamples(request.input(), &serialized));
+  const int64_t examples = serialized.NumElements();
+  // The signatures of a TF2 SavedModel have an input tensor each.
   Feeds feeds;
-  int64_t examples;
-  TF_RETURN_IF_ERROR(FeedExamples(servable, *signatures[0], request.input(), &feeds, &examples));
+  for (const std::string& input : inputs) feeds.emplace_back(input, serialized);
   std::vector<Tensor> all;
   TF_RETURN_IF_ERROR(servable.Run(feeds, fetches, deadline, &all));
+  RecordExamples(servable.name(), examples);
   auto next = all.begin();
   for (const Signature* signature : signatures) {
     const std::vector<Tensor> results(next, next + signature->outputs.size());

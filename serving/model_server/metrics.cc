@@ -5,6 +5,7 @@
 #include <cctype>
 #include <charconv>
 #include <cmath>
+#include <cstring>
 #include <fstream>
 #include <memory>
 
@@ -124,7 +125,9 @@ void RecordRequest(const std::string& model, const char* api, const char* entryp
                    int64_t request_micros, int64_t runtime_micros) {
   kRequests->GetCell(model, absl::StatusCodeToString(status.code()))->IncrementBy(1);
   if (!status.ok()) return;
-  kRequestLatency->GetCell(model, api, entrypoint)->Add(request_micros);
+  std::string method = api;
+  if (std::strcmp(entrypoint, "REST") == 0) method[0] = static_cast<char>(std::tolower(method[0]));
+  kRequestLatency->GetCell(model, method, entrypoint)->Add(request_micros);
   kRuntimeLatency->GetCell(model, api, "TF1")->Add(runtime_micros);
 }
 

@@ -35,7 +35,8 @@ class RequestHandler {
                             const std::function<bool()>& cancelled,
                             tensorflow::serving::ReloadConfigResponse* response) const;
 
-  // Calls `run` with the version that `spec` asks for, and records it as a request of kind `api` ("Predict", ...).
+  // Calls `run` with the version that `spec` asks for, and records it as a request of kind `api` ("Predict", ...). In
+  // the latency of REST requests the kind is the method of the path ("predict", ...), as in TensorFlow Serving.
   tensorflow::Status Answer(const tensorflow::serving::ModelSpec& spec, const char* api, const char* entrypoint,
                             const std::function<tensorflow::Status(const Servable& servable)>& run) const;
 

@@ -167,12 +167,6 @@ tensorflow::Status RestApi::AnswerModel(const RestRequest& request, std::string*
   if (path.empty()) {
     tensorflow::serving::GetModelStatusRequest status;
     tensorflow::serving::GetModelStatusResponse response;
-    // REST accepts a label here, gRPC does not.
-    if (!spec.version_label().empty()) {
-      std::shared_ptr<const Servable> servable;
-      TF_RETURN_IF_ERROR(handler_->models().Find(spec, &servable));
-      spec.mutable_version()->set_value(servable->version());
-    }
     *status.mutable_model_spec() = spec;
     TF_RETURN_IF_ERROR(handler_->GetModelStatus(status, &response));
     return ToJson(response, body);
