@@ -7,6 +7,8 @@
 # make test-fast        the Python tests that are not slow
 # make test-distributed the long tests of clusters
 # make test-long        other tests that take minutes
+# make test-tensorflow-serving  compare our model server with TensorFlow Serving's (TENSORFLOW_MODEL_SERVER=PATH;
+#                       SERVABLE=BASE: on a servable of `dpsr export`, too)
 # make test-cpp         the C++ unit tests
 # make lint             ruff and mypy
 # make sanitize         the C++ cores under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -32,6 +34,8 @@ BIN := $(VENV)/bin
 DATA ?=
 OUT ?=
 KEEP ?=
+TENSORFLOW_MODEL_SERVER ?=
+SERVABLE ?=
 FUZZ_RUNS ?= 1000000
 ITEMS ?=
 
@@ -50,7 +54,7 @@ empty :=
 space := $(empty) $(empty)
 
 .DELETE_ON_ERROR:
-.PHONY: setup debian native demo test test-fast test-tools test-distributed test-long test-cpp test-native sanitize sanitize-cores sanitize-serving sanitize-thread fuzz bazel-test bench-tokenizer bench-store bench-index bench-servable bench-training bench-learned-index report ablations build/offline.bazelrc lint docs wheel sdist clean
+.PHONY: setup debian native demo test test-fast test-tools test-distributed test-long test-cpp test-native sanitize sanitize-cores sanitize-serving sanitize-thread fuzz bazel-test test-tensorflow-serving bench-tokenizer bench-store bench-index bench-servable bench-training bench-learned-index report ablations build/offline.bazelrc lint docs wheel sdist clean
 
 setup: native
 
@@ -202,6 +206,11 @@ test-distributed: native
 # Whole benchmarks in a quick form.
 test-long: native
 	$(BIN)/python -m pytest -m long
+
+# Sends the same requests to our model server and to TensorFlow Serving's.
+test-tensorflow-serving: native
+	@TENSORFLOW_MODEL_SERVER=$(TENSORFLOW_MODEL_SERVER) SERVABLE=$(SERVABLE) \
+	  $(BIN)/python -m pytest tests/serving/compare_tensorflow_serving.py
 
 # Installs the packages that the benchmarks compare with.
 $(VENV)/.bench: $(VENV)/.packages

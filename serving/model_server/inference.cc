@@ -240,8 +240,8 @@ tensorflow::Status CheckClassify(const Servable& servable, const Signature& sign
   for (const Endpoint& output : signature.outputs) {
     if (output.alias == kClasses || output.alias == kScores) continue;
     return InvalidArgument(
-        StrCat("Expected classification signature outputs to be \"classes\" and \"scores\", found \"", output.alias,
-               "\" in signature ", signature.name));
+        StrCat("Expected classification signature outputs to contain at least one of \"classes\" or \"scores\". "
+               "Signature was: ", signature.name, ", with the output \"", output.alias, "\""));
   }
   return tensorflow::OkStatus();
 }
@@ -285,8 +285,8 @@ tensorflow::Status WriteClasses(const Tensor* classes, const Tensor* scores, int
                                     tensor->shape().DebugString()));
     }
     if (n != -1 && tensor->dim_size(1) != n) {
-      return InvalidArgument(StrCat("Expected class and score outputs to have the same second dimension. Got ", n,
-                                    " and ", tensor->dim_size(1)));
+      return InvalidArgument(
+          StrCat("Tensors class and score should match in dim_size(1). Got ", n, " vs. ", tensor->dim_size(1)));
     }
     n = tensor->dim_size(1);
   }
@@ -483,11 +483,12 @@ const ModelSpec* SpecOf(const MultiInferenceRequest& request, tensorflow::Status
       *status = InvalidArgument("Missing ModelSpec");
       return nullptr;
     }
+    if (first == nullptr) first = &task.model_spec();
+    if (first->name().empty()) break;  // refused like any other request
     if (task.model_spec().name().empty()) {
       *status = InvalidArgument("Found ModelSpec with an empty model name.");
       return nullptr;
     }
-    if (first == nullptr) first = &task.model_spec();
     if (task.model_spec().name() != first->name()) {
       *status = InvalidArgument(
           "All ModelSpecs in a MultiInferenceRequest must access the same model name.");

@@ -94,11 +94,14 @@ bool NestsTooDeep(const std::string& text) {
 tensorflow::Status Parse(const std::string& text, rapidjson::Document* document) {
   if (NestsTooDeep(text)) return InvalidArgument(StrCat("JSON Parse error: nested deeper than ", kMaxDepth, " levels"));
   document->Parse<rapidjson::kParseNanAndInfFlag | rapidjson::kParseValidateEncodingFlag>(text.data(), text.size());
+  if (document->GetParseError() == rapidjson::kParseErrorDocumentEmpty) {
+    return InvalidArgument("JSON Parse error: The document is empty");
+  }
   if (document->HasParseError()) {
     return InvalidArgument(StrCat("JSON Parse error: ", rapidjson::GetParseError_En(document->GetParseError()),
                                   " at offset: ", document->GetErrorOffset()));
   }
-  if (!document->IsObject()) return TypeError(*document, "object");
+  if (!document->IsObject()) return InvalidArgument(StrCat("JSON Value: ", Show(*document), " Is not object"));
   return tensorflow::OkStatus();
 }
 
@@ -520,7 +523,7 @@ tensorflow::Status ReadFeature(const Json& value, const std::string& name, tenso
 }
 
 tensorflow::Status ReadExample(const Json& value, tensorflow::Example* example) {
-  if (!value.IsObject()) return InvalidArgument("Example must be JSON object but got JSON Type: " + TypeName(value));
+  if (!value.IsObject()) return InvalidArgument("Example must be JSON object but got JSON " + TypeName(value));
   auto* features = example->mutable_features()->mutable_feature();
   for (const auto& member : value.GetObject()) {
     const std::string name(member.name.GetString(), member.name.GetStringLength());

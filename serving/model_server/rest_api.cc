@@ -33,10 +33,22 @@ bool Consume(std::string_view* text, std::string_view prefix) {
   return true;
 }
 
-// Removes the text before the next '/' or ':', and returns it.
+// Returns the value of a hexadecimal digit, or -1.
+int HexValue(char c) {
+  if (c >= '0' && c <= '9') return c - '0';
+  const int letter = std::tolower(static_cast<unsigned char>(c));
+  return letter >= 'a' && letter <= 'f' ? letter - 'a' + 10 : -1;
+}
+
+// Removes the text before the next '/' or ':', and returns it. %XX stands for a byte.
 std::string ConsumeName(std::string_view* text) {
   const size_t end = std::min(text->find_first_of("/:"), text->size());
-  std::string name(text->substr(0, end));
+  std::string name;
+  for (size_t i = 0; i < end; ++i) {
+    const bool escaped = (*text)[i] == '%' && i + 2 < end && HexValue((*text)[i + 1]) >= 0 && HexValue((*text)[i + 2]) >= 0;
+    name += escaped ? static_cast<char>(HexValue((*text)[i + 1]) * 16 + HexValue((*text)[i + 2])) : (*text)[i];
+    if (escaped) i += 2;
+  }
   text->remove_prefix(end);
   return name;
 }
@@ -48,7 +60,7 @@ tensorflow::Status Malformed(const RestRequest& request) {
 // Reads `M[/versions/N|/labels/L]` and removes it from the front of `path`.
 tensorflow::Status ReadSpec(const RestRequest& request, std::string_view* path, ModelSpec* spec) {
   spec->set_name(ConsumeName(path));
-  if (spec->name().empty()) return InvalidArgument("Missing model name in request.");
+  if (spec->name().empty()) return Malformed(request);
   if (Consume(path, "/versions/")) {
     const std::string text = ConsumeName(path);
     const bool is_number =
@@ -152,7 +164,7 @@ RestReply RestApi::AnswerMetrics(const std::string& method) const {
 tensorflow::Status RestApi::AnswerModel(const RestRequest& request, std::string* body) const {
   std::string_view path = request.path;
   if (request.method != "GET" && request.method != "POST") return Malformed(request);
-  if (EqualsIgnoringCase(path, "/v1/models") || EqualsIgnoringCase(path, "/v1/models/")) {
+  if (EqualsIgnoringCase(path, "/v1/models")) {
     return request.method == "GET" ? InvalidArgument("Missing model name in request.") : Malformed(request);
   }
   if (!Consume(&path, "/v1/models/")) return Malformed(request);

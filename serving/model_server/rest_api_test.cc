@@ -30,19 +30,26 @@ TEST_F(RestApiTest, PathsThatReachAModel) {
   EXPECT_EQ(Ask("GET", "/v1/models/m/versions/9223372036854775807").status, 404);
 }
 
+TEST_F(RestApiTest, NamesAreDecoded) {
+  const auto error = [this](const std::string& path) { return Ask("GET", path).body; };
+  EXPECT_EQ(error("/v1/models/a%20%62%2fc"), "{\"error\":\"Could not find any versions of model a b/c\"}");
+  EXPECT_EQ(error("/v1/models/100%"), "{\"error\":\"Could not find any versions of model 100%\"}");
+  EXPECT_EQ(error("/v1/models/a%2"), "{\"error\":\"Could not find any versions of model a%2\"}");
+  EXPECT_EQ(error("/v1/models/a%zz"), "{\"error\":\"Could not find any versions of model a%zz\"}");
+}
+
 TEST_F(RestApiTest, PathsThatDoNot) {
   for (const char* path : {"/v1", "/v1/", "/v1/m", "/v1/models/m/", "/v1/models/m//", "/v1/models/m/versions",
                            "/v1/models/m/versions/", "/v1/models/m/versions/+1", "/v1/models/m/versions/1x",
                            "/v1/models/m/labels/", "/v1/models/m/labels/l/versions/1", "/v1/models/m:predict",
-                           "/v1/models/m/metadata/", "/v1/models/m/versions/1:"}) {
+                           "/v1/models/m/metadata/", "/v1/models/m/versions/1:", "/v1/models/", "/v1/models/:predict",
+                           "/v1/models//metadata"}) {
     const RestReply reply = Ask("GET", path);
     EXPECT_EQ(reply.status, 400) << path;
     EXPECT_EQ(reply.body, std::string("{\"error\":\"Malformed request: GET ") + path + "\"}");
     EXPECT_EQ(reply.content_type, "application/json");
   }
-  for (const char* path : {"/v1/models", "/v1/models/", "/v1/models/:predict", "/v1/models//metadata"}) {
-    EXPECT_EQ(Ask("GET", path).body, "{\"error\":\"Missing model name in request.\"}") << path;
-  }
+  EXPECT_EQ(Ask("GET", "/v1/models").body, "{\"error\":\"Missing model name in request.\"}");
   EXPECT_EQ(Ask("GET", "/v1/models/m/versions/9223372036854775808").body,
             "{\"error\":\"Failed to convert version: 9223372036854775808 to numeric.\"}");
   EXPECT_EQ(Ask("GET", "").status, 404);

@@ -160,7 +160,7 @@ def no_spec() -> inference_pb2.MultiInferenceRequest:
 MULTI_ERRORS = {
     "no task": (multi_request(input_of(2)), INVALID, "has no tasks"),
     "no spec": (no_spec(), INVALID, "Missing ModelSpec"),
-    "no name": (multi_request(input_of(2), (REGRESS, "r"), model=""), INVALID, "empty model name"),
+    "no name": (multi_request(input_of(2), (REGRESS, "r"), model=""), INVALID, "ModelSpec has no name specified."),
     "two models": (other_model(), INVALID, "must access the same model name"),
     "twice": (
         multi_request(input_of(2), (REGRESS, "regress_x_to_y"), (REGRESS, "regress_x_to_y")),
@@ -218,7 +218,7 @@ def test_classes_and_scores_that_do_not_go_together(examples_server: Server, for
     request = classify_request(form, "classify_wrongly", input_of(2))
     code, message = error_of(lambda: examples_server.prediction.Classify(request, timeout=PATIENCE_S))
     assert code == INVALID
-    assert "same second dimension. Got 0 and 1" in message
+    assert message == "Tensors class and score should match in dim_size(1). Got 0 vs. 1"
     assert examples_server.process.poll() is None
 
 
