@@ -83,6 +83,11 @@ def define_flags(values: flags.FlagValues) -> None:
         "max_rewrites", 10, "for a rewriter, largest number of rewrites that a request asks for", 1, 100,
         flag_values=values,
     )  # fmt: skip
+    flags.DEFINE_enum(
+        "warmup", "all", ["all", "batchable"],
+        "warm-up requests that the servable has: of all kinds, or only those that TensorFlow Serving can compute with "
+        "--enable_batching, where others keep the servable from loading", flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_integer("shards", 1, "number of servables to spread the items over", 1, 1000, flag_values=values)
 
 
@@ -123,6 +128,7 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
             out = made.enter_context(new_directory(path / str(version)))
             with index.part(number, values.shards, out.parent) as part:
                 measured = export(model, part, out) if model is not None else renew_index(_newest(path), part, out)
+                _select_warmup(values, out)
             print(f"servable {path / str(version)}: {part.manifest['items']:,} items; {_figures(measured)}")
 
 
@@ -130,6 +136,11 @@ def _version(values: flags.FlagValues, bases: Sequence[Path]) -> int:
     if values.version_number is not None:
         return int(values.version_number)
     return 1 + max((number for path in bases for number in versions(path)), default=0)
+
+
+def _select_warmup(values: flags.FlagValues, version: Path) -> None:
+    if values.warmup == "batchable":
+        warmup.keep_batchable(version)
 
 
 def _export_ranker(values: flags.FlagValues) -> None:
@@ -150,6 +161,7 @@ def _export_ranker(values: flags.FlagValues) -> None:
         else:
             old = _newest(base)
             measured = ranker.renew(old, _manifest(old, "ranker"), store, out)
+        _select_warmup(values, out)
     shown = "not measured, because the log has no requests"
     if measured["requests"]:
         shown = f"p50 {measured['p50_ms']:.2f} ms, p99 {measured['p99_ms']:.2f} ms for {measured['items']} items"
@@ -177,6 +189,7 @@ def _export_rewriter(values: flags.FlagValues) -> None:
             assert table is not None
             old = _newest(base)
             measured = rewriter.renew(old, _manifest(old, "rewriter"), table, out)
+        _select_warmup(values, out)
     shown = [
         f"{what} p50 {measured[f'{key}_p50_ms']:.2f} ms, p99 {measured[f'{key}_p99_ms']:.2f} ms"
         for key, what in (("known", "of the table"), ("tail", "written"))

@@ -11,6 +11,7 @@ from typing import Any
 import faiss
 import numpy as np
 import tensorflow as tf
+from tensorflow.core.framework.tensor_pb2 import TensorProto
 
 from dpsr_common.errors import CommandError, op_message
 from dpsr_common.serving_apis import PredictionLog
@@ -91,7 +92,7 @@ def warmup_requests(servable: LoadedServable, queries: Sequence[Mapping[str, Any
         requests += [
             ("search", servable.search_inputs(next_queries(batch), k)) for k in sorted({*RECALL_AT, serving_k})
         ]
-    requests.append(("query_embedding", input_arrays(next_queries(1), servable.inputs["query_embedding"])))
+        requests.append(("query_embedding", input_arrays(next_queries(batch), servable.inputs["query_embedding"])))
     # The last request warms up the search with a filter.
     inputs = servable.search_inputs(next_queries(1), serving_k)
     excluded = "excluded_item_ids" if "excluded_item_ids" in inputs else "excluded_item_keys"
@@ -110,6 +111,34 @@ def write_warmup(path: Path, requests: Sequence[Request]) -> None:
                 # TensorFlow's own TensorProto is another Python class with the same wire format.
                 request.inputs[name].ParseFromString(tf.make_tensor_proto(value).SerializeToString())
             file.write(log.SerializeToString(deterministic=True))
+
+
+def keep_batchable(path: Path) -> None:
+    """Keeps the warm-up requests of a version that a server can compute in a batch with others, one row in each.
+
+    TensorFlow Serving with --enable_batching refuses every request whose inputs do not all have the same first
+    dimension, and then the version does not load: `search`, `rank` and `rewrite` have scalars among their inputs. If no
+    request is left, the version has no warm-up file.
+
+    Args:
+        path: directory of the version.
+    """
+    file = path / "assets.extra" / FILE
+    kept: list[Request] = []
+    for record in v1.io.tf_record_iterator(str(file)):
+        request = PredictionLog.FromString(record).predict_log.request
+        inputs = {}
+        for name, tensor in request.inputs.items():
+            inputs[name] = tf.make_ndarray(TensorProto.FromString(tensor.SerializeToString()))
+        rows = {len(value) if value.ndim else 0 for value in inputs.values()}
+        if len(rows) == 1:
+            for row in range(rows.pop()):
+                kept.append(
+                    (request.model_spec.signature_name, {name: value[row : row + 1] for name, value in inputs.items()})
+                )
+    file.unlink()
+    if kept:
+        write_warmup(file, kept)
 
 
 def replay(

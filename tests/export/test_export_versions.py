@@ -85,6 +85,21 @@ def test_warmup_requests_are_real_and_varied(personal: Job) -> None:
     }
 
 
+def test_warmup_requests_that_batching_allows(personal: Job, tmp_path: Path) -> None:
+    export(personal, tmp_path / "servable", "--warmup=batchable")
+    version = tmp_path / "servable" / "1"
+    servable, asked = LoadedServable(version), []
+    for record in tf.data.TFRecordDataset(str(version / "assets.extra" / "tf_serving_warmup_requests")):
+        request = prediction_log_pb2.PredictionLog.FromString(record.numpy()).predict_log.request
+        inputs = {name: tf.make_ndarray(tensor) for name, tensor in request.inputs.items()}
+        # TensorFlow Serving's batches need one number of rows, and max_batch_size may be any number.
+        assert {value.shape[:1] for value in inputs.values()} == {(1,)}
+        servable(request.model_spec.signature_name, inputs)
+        asked.append((request.model_spec.signature_name, inputs["query"][0]))
+    assert {signature for signature, _ in asked} == {"serving_default", "query_embedding"}
+    assert len(set(asked)) > 20
+
+
 def test_the_servable_has_the_averaged_weights(personal: Job) -> None:
     trained = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(personal.model)))
     held = tf.train.load_checkpoint(str(personal.servable / "1" / "variables" / "variables"))
