@@ -1,4 +1,4 @@
-"""benchmarks/cluster_scale.py: its queueing model against what is known of queueing networks, and a short run."""
+"""benchmarks/scale.py: its queueing model against what is known of queueing networks, and a short run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "cluster_scale.py"
+SCRIPT = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "scale.py"
 sys.path.append(str(SCRIPT.parent))
-benchmark = importlib.import_module("cluster_scale")
+benchmark = importlib.import_module("scale")
 Costs, Station, rate = benchmark.Costs, benchmark.Station, benchmark.rate
 
 
@@ -71,10 +71,11 @@ def test_a_short_run(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout.splitlines()[-1])
-    assert report["benchmark"] == "cluster_scale"
+    assert report["benchmark"] == "scale"
     assert set(report["bars"]) == {
         "predicted_over_measured_2_workers", "predicted_over_measured_4_workers", "hours_400m_steps_40_workers",
-        "rate_ratio_to_stock_40_workers", "rate_ratio_to_stock_160_workers",
+        "rate_ratio_to_stock_40_workers", "rate_ratio_to_stock_160_workers", "core_hours_5600m_pairs",
+        "store_gb_5600m_pairs",
     }  # fmt: skip
     measured = [row for row in report["rows"] if row["impl"] == "measured"]
     assert all(row["value"] > 0 for row in measured) and len(measured) == 7

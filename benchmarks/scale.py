@@ -1,22 +1,29 @@
-"""Predicts how training scales with workers and parameter servers, from costs that it measures on this machine.
+"""How far training and its data scale: the paper's size, computed from costs that are measured on this machine.
 
-    python benchmarks/cluster_scale.py --json [--out=DIR] [--full]
+    python benchmarks/scale.py --json [--out=DIR] [--parts=steps,cluster] [--full]
 
-No cluster of many machines is at hand, so this is a model, fed by measured costs and checked where it can be:
+No cluster of many machines is at hand, and no log of 5.6 billion sessions. So this is arithmetic and a model, fed by
+measured costs and checked where they can be.
 
-1. `dpsr launch` trains the generated shop with 1, 2 and 4 workers and one parameter server, all on this machine. The
-   run with 1 worker gives the CPU time of a step in worker and parameter server, and the bytes between them. The model
-   predicts the steps a second of the other two runs, whose processes share this machine's cores.
-2. The same costs for the paper's workload (benchmarks/ps_traffic.py: batch 64, 20 and 30 tokens, 64 dimensions, towers
-   256-128-64) give the steps a second of the paper's cluster: five machines with 48 cores and 10 Gbit/s each, 5
-   parameter servers, and up to 160 workers. Once with embeddings summed in the parameter server (section 5.1.3 of the
-   DPSR paper), once with TensorFlow's stock lookups. The paper trains 400 million steps with 40 workers in 55 hours.
+steps     The commands run on generated shops. CPU time and bytes for each clicked pair, item and user come from the
+          difference between a smaller and a larger run, so that start-up does not count. They are multiplied by the
+          paper's sizes: 5.6 billion sessions (DPSR, section 6), 120 million items (DSR, table 2), and 400 million
+          users, which is our assumption. A session counts as one clicked pair, with the items shown beside it.
+cluster   How the rate grows with workers and parameter servers:
+          1. `dpsr launch` trains a shop with 1, 2 and 4 workers and one parameter server, all on this machine. The run
+             with 1 worker gives the CPU time of a step in worker and parameter server. The model predicts the steps a
+             second of the other two runs, whose processes share this machine's cores.
+          2. The same costs for the paper's workload (benchmarks/ps_traffic.py: batch 64, 20 and 30 tokens, 64
+             dimensions, towers 256-128-64) give the rate of the paper's cluster: five machines with 48 cores and 10
+             Gbit/s each, 5 parameter servers, and up to 160 workers. Once with embeddings summed in the parameter
+             server (section 5.1.3), once with TensorFlow's stock lookups. The paper trains 400 million steps with 40
+             workers in 55 hours.
 
-The model is a closed queueing network: each worker computes a step on one core of its own, then its step needs CPU time
-of the parameter servers, which share it equally, and time on their network links in both directions. Workers wait for
-one another where these are busy. The rate is that of mean value analysis (Reiser and Lavenberg, JACM 1980, section 3),
-which is exact for such networks. It knows nothing of stragglers, lost machines and other traffic, so it is an upper
-bound.
+The model of the cluster is a closed queueing network: each worker computes a step on one core of its own, then its step
+needs CPU time of the parameter servers, which share it equally, and time on their network links in both directions.
+Workers wait for one another where these are busy. The rate is that of mean value analysis (Reiser and Lavenberg, JACM
+1980, section 3), which is exact for such networks. It knows nothing of stragglers, lost machines and other traffic, so
+it is an upper bound.
 """
 
 from __future__ import annotations
@@ -39,12 +46,13 @@ import report
 from absl import app, flags
 from ps_traffic import TOKENS, Workload, bytes_between, counts_of, cpu_of, running_cluster
 
-from dpsr_common.command_line import main as dpsr
-
 # The paper's cluster (sections 5.1.3 and 6): machines, their network links, and what one parameter server may use.
 MACHINES, CORES, LINK_BYTES = 5, 48, 10e9 / 8
 WORKERS = (1, 5, 10, 20, 40, 80, 160)
 PAPER_STEPS, PAPER_HOURS, PAPER_WORKERS = 400e6, 55.0, 40
+# Sizes of the papers. The number of users is ours.
+PAIRS, ITEMS, USERS = 5.6e9, 120e6, 400e6
+PARTS = ("steps", "cluster")
 _LOCAL_WORKERS = (1, 2, 4)
 
 
@@ -184,17 +192,78 @@ class Training:
         return cpu["worker"], cpu["ps"], up, down
 
 
+def shop(out: Path, items: int, users: int, clicks: int, seed: int) -> tuple[Path, float]:
+    """Returns the store of a generated shop, and the CPU seconds of its ingestion; it is made if it is not there."""
+    folder = out / f"shop-{items}-{users}-{clicks}-{seed}"
+    store, cost = folder / "store", folder / "ingest.json"
+    if not cost.exists():
+        sizes = [f"--items={items}", f"--users={users}", f"--interactions={clicks}", f"--seed={seed}"]
+        cpu_of_command("generate", f"--out={folder / 'shop'}", *sizes)
+        arguments = [f"--schema={folder / 'shop' / 'schema.yaml'}", f"--out={store}", "--overwrite"]
+        cost.write_text(json.dumps(cpu_of_command("ingest", *arguments)))
+    return store, float(json.loads(cost.read_text()))
+
+
+def cpu_of_command(*arguments: str) -> float:
+    """Runs `dpsr ARGUMENTS...` and returns its CPU seconds. Raises SystemExit with its output if it fails."""
+    before = report.cpu_seconds()
+    run = subprocess.run([sys.executable, "-m", "dpsr_common", *arguments], capture_output=True, text=True)
+    if run.returncode:
+        raise SystemExit(f"dpsr {' '.join(arguments)}\n{run.stdout}{run.stderr}")
+    return report.cpu_seconds() - before
+
+
+def steps(result: report.Report, out: Path, quick: bool) -> None:
+    """Adds what each step costs for a pair, an item or a user, and what that makes at the paper's size."""
+    items, users, clicks, train_steps = (2_000, 300, 10_000, 100) if quick else (20_000, 2_000, 200_000, 4_000)
+    small, small_cpu = shop(out, items, users, clicks, result.seed)
+    long_log, long_cpu = shop(out, items, users, 4 * clicks, result.seed)
+    wide, wide_cpu = shop(out, 4 * items, 4 * users, clicks, result.seed)
+    counts = {store: json.loads((store / "manifest.json").read_text())["counts"] for store in (small, long_log, wide)}
+    pair_cpu = (long_cpu - small_cpu) / (counts[long_log]["positives"] - counts[small]["positives"])
+    pairs = counts[wide]["positives"] - counts[small]["positives"]
+    rows = sum(counts[wide][name] - counts[small][name] for name in ("items", "users"))
+    row_cpu = max(0.0, wide_cpu - small_cpu - pairs * pair_cpu) / rows
+
+    def bytes_of(store: Path, pattern: str) -> int:
+        return sum(path.stat().st_size for path in store.glob(pattern))
+
+    models = []
+    for count in (train_steps // 8, train_steps):
+        options = [f"train.steps={count}", f"train.checkpoint_steps={count}", "train.batch_size=64"]
+        model = out / f"model-{items}-{count}"
+        if not model.exists():
+            flags_of = [f"--store={small}", f"--out={model}", *(f"--set={option}" for option in options)]
+            (out / f"{model.name}.json").write_text(json.dumps(cpu_of_command("train", *flags_of)))
+        models.append((model, float(json.loads((out / f"{model.name}.json").read_text()))))
+    example_cpu = (models[1][1] - models[0][1]) / (train_steps - train_steps // 8) / 64
+    index = out / f"index-{items}"
+    if not (index / "index.json").exists():
+        cpu_of_command("index", f"--model={models[1][0]}", f"--store={small}", f"--out={index}")
+    manifest = json.loads((index / "index.json").read_text())
+    embed_cpu = manifest["seconds"]["embeddings"] * result.hardware["cores"] / manifest["items"]
+
+    for step, unit, cpu, size, number in (
+        ("ingest", "pair", pair_cpu, bytes_of(long_log, "interactions*.dpsr") / counts[long_log]["positives"], PAIRS),
+        ("ingest", "item", row_cpu, bytes_of(wide, "items*.dpsr") / counts[wide]["items"], ITEMS),
+        ("ingest", "user", row_cpu, bytes_of(wide, "users*.dpsr") / counts[wide]["users"], USERS),
+        ("train, once over the log", "pair", example_cpu, 0.0, PAIRS),
+        ("train, 400 million steps of 64", "pair", example_cpu, 0.0, PAPER_STEPS * 64),
+        ("embed", "item", embed_cpu, 4.0 * manifest["embedding_dim"], ITEMS),
+    ):
+        result.add(step, unit, "cpu", cpu * 1e6, f"us/{unit}")
+        result.add(step, f"{number:.3g} {unit}s", "core_hours", number * cpu / 3600, "h")
+        if size:
+            result.add(step, unit, "bytes", size, f"bytes/{unit}")
+            result.add(step, f"{number:.3g} {unit}s", "size", number * size / 1e9, "GB")
+    result.bars["core_hours_5600m_pairs"] = PAIRS * example_cpu / 3600
+    sizes = [row["value"] for row in result.rows if row["impl"] == "ingest" and row["metric"] == "size"]
+    result.bars["store_gb_5600m_pairs"] = sum(sizes)
+
+
 def check(result: report.Report, out: Path, steps: int) -> None:
     """Adds the measured and the predicted rates of 1, 2 and 4 workers on this machine, and the bars of their ratio."""
-    store = out / "store"
-    if not (store / "manifest.json").exists():
-        sizes = ["--items=20000", "--users=2000", "--interactions=200000", f"--seed={result.seed}"]
-        for arguments in (
-            ["generate", f"--out={out / 'shop'}", *sizes],
-            ["ingest", f"--schema={out / 'shop' / 'schema.yaml'}", f"--out={store}"],
-        ):
-            if dpsr(arguments):
-                raise SystemExit(f"dpsr {arguments[0]} failed")
+    store = shop(out, 20_000, 2_000, 200_000, result.seed)[0]
     costs, seconds = Costs(0, 0, 0, 0), 0.0
     for workers in _LOCAL_WORKERS:
         with tempfile.TemporaryDirectory(dir=out) as folder:
@@ -243,17 +312,21 @@ def main(arguments: Sequence[str]) -> None:
     values = flags.FLAGS
     if arguments[1:]:
         raise app.UsageError(f"unexpected argument '{arguments[1]}'")
-    result = report.Report("cluster_scale", values.seed, report.hardware("tensorflow", "numpy"))
+    result = report.Report("scale", values.seed, report.hardware("tensorflow", "numpy"))
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(values.out or temporary)
         out.mkdir(parents=True, exist_ok=True)
-        check(result, out, 400 if values.quick else 30_000 if values.full else 6_000)
-    paper(result, not values.full)
+        if "steps" in values.parts:
+            steps(result, out, values.quick)
+        if "cluster" in values.parts:
+            check(result, out, 400 if values.quick else 30_000 if values.full else 6_000)
+            paper(result, not values.full)
     result.print(values.json)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("out", None, "folder that keeps the store")
+    flags.DEFINE_string("out", None, "folder that keeps shops, stores and models")
+    flags.DEFINE_multi_enum("parts", list(PARTS), PARTS, "what is measured; give the flag once for each part")
     flags.DEFINE_integer("seed", 1, "seed of the shop, the batches and the weights")
     flags.DEFINE_boolean("json", False, "prints the results as one JSON object on the last line")
     flags.DEFINE_boolean("full", False, "trains five times as long, and measures ten times as many steps")
