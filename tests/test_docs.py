@@ -57,6 +57,17 @@ def test_navigation_of_the_site_has_every_page() -> None:
     assert {path.stem for path in (ROOT / "docs").glob("*.md")} <= set(named)
 
 
+def test_figures_beside_the_papers_stand_on_the_pages_they_link() -> None:
+    checked = 0
+    for cell in re.split(r" \| |\n", (ROOT / "docs" / "papers.md").read_text()):
+        linked = "".join((ROOT / "docs" / page).read_text() for page in re.findall(r"\]\((\w+\.md)", cell))
+        said = re.sub(r"\]\([^)]*\)", "]", cell)
+        for figure in re.findall(r"(?<![\d.,])(\d+\.\d{2,}|\d{1,3}(?:,\d{3})+)(?![\d.])", said) if linked else []:
+            assert figure in linked, f"{figure}: {cell}"
+            checked += 1
+    assert checked > 90
+
+
 def test_versions_of_the_site_are_pinned() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     pinned = (ROOT / "constraints.txt").read_text().splitlines()
