@@ -42,9 +42,10 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when TensorFlow loads
 
+import numpy as np
 import report
 from absl import app, flags
-from ps_traffic import TOKENS, Workload, bytes_between, counts_of, cpu_of, running_cluster
+from ps_traffic import NUM_IDS, TOKENS, Workload, bytes_between, counts_of, cpu_of, draw_tokens, running_cluster
 
 # The paper's cluster (sections 5.1.3 and 6): machines, their network links, and what one parameter server may use.
 MACHINES, CORES, LINK_BYTES = 5, 48, 10e9 / 8
@@ -215,12 +216,13 @@ def cpu_of_command(*arguments: str) -> float:
 
 def steps(result: report.Report, out: Path, quick: bool) -> None:
     """Adds what each step costs for a pair, an item or a user, and what that makes at the paper's size."""
-    items, users, clicks, train_steps = (2_000, 300, 10_000, 100) if quick else (20_000, 2_000, 200_000, 4_000)
+    items, users, clicks, train_steps = (2_000, 300, 10_000, 100) if quick else (20_000, 2_000, 200_000, 20_000)
     small, small_cpu = shop(out, items, users, clicks, result.seed)
     long_log, long_cpu = shop(out, items, users, 4 * clicks, result.seed)
     wide, wide_cpu = shop(out, 4 * items, 4 * users, clicks, result.seed)
     counts = {store: json.loads((store / "manifest.json").read_text())["counts"] for store in (small, long_log, wide)}
-    pair_cpu = (long_cpu - small_cpu) / (counts[long_log]["positives"] - counts[small]["positives"])
+    more_pairs = counts[long_log]["positives"] - counts[small]["positives"]
+    pair_cpu = (long_cpu - small_cpu) / more_pairs
     pairs = counts[wide]["positives"] - counts[small]["positives"]
     rows = sum(counts[wide][name] - counts[small][name] for name in ("items", "users"))
     row_cpu = max(0.0, wide_cpu - small_cpu - pairs * pair_cpu) / rows
@@ -228,28 +230,38 @@ def steps(result: report.Report, out: Path, quick: bool) -> None:
     def bytes_of(store: Path, pattern: str) -> int:
         return sum(path.stat().st_size for path in store.glob(pattern))
 
-    models = []
-    for count in (train_steps // 8, train_steps):
+    # The history of a user is in the file of users, and grows with the log.
+    history_bytes = (bytes_of(long_log, "users*.dpsr") - bytes_of(small, "users*.dpsr")) / more_pairs
+    pair_bytes = bytes_of(long_log, "interactions*.dpsr") / counts[long_log]["positives"] + history_bytes
+    user_bytes = (bytes_of(wide, "users*.dpsr") - counts[wide]["positives"] * history_bytes) / counts[wide]["users"]
+
+    def trained(store: Path, count: int) -> tuple[Path, float]:
         options = [f"train.steps={count}", f"train.checkpoint_steps={count}", "train.batch_size=64"]
-        model = out / f"model-{items}-{count}"
-        if not model.exists():
-            flags_of = [f"--store={small}", f"--out={model}", *(f"--set={option}" for option in options)]
-            (out / f"{model.name}.json").write_text(json.dumps(cpu_of_command("train", *flags_of)))
-        models.append((model, float(json.loads((out / f"{model.name}.json").read_text()))))
-    example_cpu = (models[1][1] - models[0][1]) / (train_steps - train_steps // 8) / 64
-    index = out / f"index-{items}"
-    if not (index / "index.json").exists():
-        cpu_of_command("index", f"--model={models[1][0]}", f"--store={small}", f"--out={index}")
-    manifest = json.loads((index / "index.json").read_text())
-    embed_cpu = manifest["seconds"]["embeddings"] * result.hardware["cores"] / manifest["items"]
+        return cached("train", store, f"model-{count}", *(f"--set={option}" for option in options))
+
+    def cached(command: str, store: Path, name: str, *more: str) -> tuple[Path, float]:
+        folder = store.parent / name
+        cost = folder.with_suffix(".json")
+        if not cost.exists():
+            arguments = (f"--store={store}", f"--out={folder}", "--overwrite", *more)
+            cost.write_text(json.dumps(cpu_of_command(command, *arguments)))
+        return folder, float(json.loads(cost.read_text()))
+
+    few, many = train_steps // 20, train_steps
+    example_cpu = (trained(small, many)[1] - trained(small, few)[1]) / (many - few) / 64
+    indexed = []
+    for store in (small, wide):
+        model = trained(store, few)[0]
+        indexed.append(cached("index", store, "index", f"--model={model}", "--set=index.factory=Flat")[1])
+    embed_cpu = (indexed[1] - indexed[0]) / (counts[wide]["items"] - counts[small]["items"])
 
     for step, unit, cpu, size, number in (
-        ("ingest", "pair", pair_cpu, bytes_of(long_log, "interactions*.dpsr") / counts[long_log]["positives"], PAIRS),
+        ("ingest", "pair", pair_cpu, pair_bytes, PAIRS),
         ("ingest", "item", row_cpu, bytes_of(wide, "items*.dpsr") / counts[wide]["items"], ITEMS),
-        ("ingest", "user", row_cpu, bytes_of(wide, "users*.dpsr") / counts[wide]["users"], USERS),
+        ("ingest", "user", row_cpu, user_bytes, USERS),
         ("train, once over the log", "pair", example_cpu, 0.0, PAIRS),
         ("train, 400 million steps of 64", "pair", example_cpu, 0.0, PAPER_STEPS * 64),
-        ("embed", "item", embed_cpu, 4.0 * manifest["embedding_dim"], ITEMS),
+        ("embed, and a flat index", "item", embed_cpu, bytes_of(small.parent / "index", "items.faiss") / items, ITEMS),
     ):
         result.add(step, unit, "cpu", cpu * 1e6, f"us/{unit}")
         result.add(step, f"{number:.3g} {unit}s", "core_hours", number * cpu / 3600, "h")
@@ -296,6 +308,15 @@ def paper(result: report.Report, quick: bool) -> None:
             steps = of_cluster(costs, workers)
             note = f"{PAPER_STEPS / steps / 3600:,.1f} hours for 400 million steps"
             result.add(impl, f"{workers} workers, 5 ps", "rate", steps, "steps/s", note=note)
+    ids = draw_tokens(np.random.default_rng(result.seed), "zipf", 1_000_000)
+    for servers in (2, MACHINES):
+        result.add(
+            "cluster.placement: rows",
+            f"{servers} ps",
+            "look_ups_at_the_first",
+            float(np.mean(ids < NUM_IDS / servers)),
+            "",
+        )
     at = f"{PAPER_WORKERS} workers, 5 ps"
     here = result.value("shared", at, "rate")
     result.add("paper", at, "rate", PAPER_STEPS / PAPER_HOURS / 3600, "steps/s", note="400 million steps in 55 hours")
