@@ -54,7 +54,7 @@ empty :=
 space := $(empty) $(empty)
 
 .DELETE_ON_ERROR:
-.PHONY: setup debian native demo test test-fast test-tools test-distributed test-long test-cpp test-native sanitize sanitize-cores sanitize-serving sanitize-thread fuzz bazel-test test-tensorflow-serving bench-tokenizer bench-store bench-index bench-servable bench-training bench-learned-index report ablations build/offline.bazelrc lint docs wheel sdist clean
+.PHONY: setup debian native demo test test-fast test-tools test-distributed test-long test-cpp test-native sanitize sanitize-cores sanitize-serving sanitize-thread fuzz bazel-test test-tensorflow-serving bench-tokenizer bench-store bench-index bench-servable bench-training bench-learned-index report ablations build/offline.bazelrc lint wheel clean
 
 setup: native
 
@@ -252,6 +252,7 @@ $(VENV)/.docs: $(VENV)/.packages
 	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 	@touch $@
 
+.PHONY: docs sdist
 # A broken link, a heading that a link names and no page has, or a page that the navigation lacks is an error.
 docs: native $(VENV)/.docs
 	@NO_MKDOCS_2_WARNING=1 TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/mkdocs build --strict --quiet
