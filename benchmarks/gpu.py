@@ -1,0 +1,193 @@
+"""FAISS indices on an NVIDIA GPU beside the CPU of the same machine: building, searching, and equal answers.
+
+    python benchmarks/gpu.py --json [--items=1000000,15000000] [--batches=1,16,256,4096] [--quick]
+
+It needs the package faiss-gpu in place of faiss-cpu, and a card. Without them only the CPU is measured; a row says why,
+and the bars of the GPU are missing. The vectors are those of benchmarks/vectors.py. For each number of items the index
+is the one that `dpsr index` chooses, with the setting that reaches an ann_recall@1000 of 0.90 on the CPU; the GPU then
+searches the same index with the same setting. Numbers of items that do not fit into the card's memory are left out, and
+a row says so; `--items=fit` adds the largest number that fits, doubling from 30 million.
+
+build     wall time of `dpsr index --device=gpu` and without it: training and adding, not the embedding
+search    milliseconds of a call with so many queries for the top 1,000, wall time; on the CPU with all cores
+same      share of the CPU's results that the GPU also returns, and the largest difference of the scores of equal items
+op        the same with the lookup op of a servable (DPSR_FAISS_DEVICE), one query a row, batch by batch
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when TensorFlow loads
+
+import faiss
+import numpy as np
+import report
+from absl import app, flags
+from index import factories
+from vectors import DIM, Vectors
+
+from dpsr_common.errors import CommandError
+from dpsr_export import ann
+from dpsr_export.faiss_search import FaissIndexTable, write_item_ids
+
+K, RECALL = 1000, 0.90
+# Share of the card's free memory that an index may take; FAISS needs the rest for searches.
+_MEMORY_SHARE = 0.7
+_SECONDS = 2.0  # that each search is measured for
+FLAGS = flags.FLAGS
+
+
+def problem() -> str:
+    """Returns why no GPU can be used, or "" if one can."""
+    try:
+        ann.check_device("gpu")
+    except CommandError as error:
+        return str(error).removeprefix("--device=gpu: ")
+    return ""
+
+
+def free_bytes() -> int:
+    """Returns the free memory of the first card, as nvidia-smi says it."""
+    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits", "--id=0"]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]) << 20
+
+
+def milliseconds(search: Callable[[], object]) -> float:
+    """Returns the median wall time of a call in ms, after one call to warm up."""
+    search()
+    times = []
+    end = time.perf_counter() + _SECONDS
+    while not times or time.perf_counter() < end:
+        start = time.perf_counter()
+        search()
+        times.append(1000 * (time.perf_counter() - start))
+    return float(np.median(times))
+
+
+def difference(expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Compares the results of two searches, each scores [n, k] and positions [n, k].
+
+    Returns:
+        The share of the first one's positions that the second one has in the same row, and the largest difference
+        between scores of positions that both have.
+    """
+    shares, most = [], 0.0
+    for scores, positions, others, places in zip(*expected, *found, strict=True):
+        known = dict(zip(places.tolist(), others.tolist(), strict=True))
+        both = [(score, known[place]) for place, score in zip(positions.tolist(), scores.tolist(), strict=True)
+                if place >= 0 and place in known]  # fmt: skip
+        shares.append(len(both) / max(1, int((positions >= 0).sum())))
+        most = max([most, *(abs(a - b) for a, b in both)])
+    return float(np.mean(shares)), most
+
+
+def on_gpu(index: faiss.Index) -> Any:
+    """Copies an index to the first card. Its search parameters go with it."""
+    options = faiss.GpuClonerOptions()
+    options.allowCpuCoarseQuantizer = True
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index, options)
+
+
+def add_op(
+    result: report.Report, impl: str, workload: str, index: faiss.Index, queries: np.ndarray, batches: Sequence[int]
+) -> None:
+    """Adds the times of the lookup op, on the device that DPSR_FAISS_DEVICE names now."""
+    with tempfile.TemporaryDirectory() as name:
+        path, ids = Path(name) / "items.faiss", Path(name) / "item_ids.dpsr"
+        faiss.write_index(index, str(path))
+        write_item_ids(ids, np.arange(index.ntotal), path)
+        table = FaissIndexTable(str(path), str(ids))
+        for batch in batches:
+            asked = np.ascontiguousarray(queries[:batch, np.newaxis])
+            spent = milliseconds(functools.partial(table.search, asked, K))
+            result.add(impl, f"{workload}, batch {batch}", "op_ms", spent, "ms")
+
+
+def measure(result: report.Report, items: int, batches: Sequence[int], has_gpu: bool, folder: Path) -> None:
+    """Adds the rows of one number of items."""
+    workload = f"{items:,} x {DIM}"
+    distribution = Vectors(items, result.seed)
+    vectors = distribution.kept(folder)
+    queries = np.resize(distribution.queries(min(max(batches), 4096)), (max(batches), DIM))
+    factory = factories(items)[0]
+    devices = ["cpu", "gpu"] if has_gpu else ["cpu"]
+    built = {}
+    for device in devices:
+        start = time.perf_counter()
+        built[device] = ann.build(vectors, factory, device)
+        result.add(device, workload, "build", time.perf_counter() - start, "s", note=factory)
+    index = built["cpu"]
+    settings = ann.measure_settings(index, ann.Exact(vectors, queries[:200], [K]), queries[:200], K)
+    chosen = ann.choose(settings, K, RECALL)
+    ann.set_parameters(index, chosen.parameters)
+    note = f"{chosen.parameters or '-'}, ann_recall@{K} {chosen.ann_recall[K]:.3f}"
+    searched = {"cpu": index} | ({"gpu": on_gpu(index)} if has_gpu else {})
+    for batch in batches:
+        asked = np.ascontiguousarray(queries[:batch])
+        for device, each in searched.items():
+            spent = milliseconds(functools.partial(each.search, asked, K))
+            result.add(device, f"{workload}, batch {batch}", "search", spent, "ms", note=note)
+    if has_gpu:
+        share, most = difference(index.search(queries[:200], K), searched["gpu"].search(queries[:200], K))
+        result.add("gpu", workload, "same_results", share, "share")
+        result.add("gpu", workload, "score_difference", most, "")
+        result.bars[f"gpu_build_ratio_{items}"] = result.value("gpu", workload, "build") / result.value(
+            "cpu", workload, "build"
+        )
+        for batch in batches:
+            at = f"{workload}, batch {batch}"
+            result.bars[f"gpu_search_ratio_{items}_b{batch}"] = result.value("gpu", at, "search") / result.value(
+                "cpu", at, "search"
+            )
+        result.bars[f"gpu_same_results_{items}"] = share
+    for device in devices:
+        os.environ["DPSR_FAISS_DEVICE"] = device
+        add_op(result, device, workload, index, queries, [batch for batch in batches if batch <= 256])
+
+
+def sizes(asked: str, has_gpu: bool, result: report.Report) -> list[int]:
+    """Returns the numbers of items that are measured. Those that do not fit on the card get a row that says so."""
+    fit = int(free_bytes() * _MEMORY_SHARE / (DIM + 12)) if has_gpu else sys.maxsize
+    wanted = [int(number) for number in asked.split(",") if number != "fit"]
+    if has_gpu and "fit" in asked.split(","):
+        wanted += [30_000_000 << shift for shift in range(8) if 30_000_000 << shift <= fit][-1:]
+    for items in wanted:
+        if items > fit:
+            result.add(
+                "gpu", f"{items:,} x {DIM}", "left_out", 1, "", note=f"at most {fit:,} fit into the card's memory"
+            )
+    return [items for items in wanted if items <= fit]
+
+
+def main(_: list[str]) -> None:
+    """Runs the benchmark and prints the results."""
+    result = report.Report("gpu", FLAGS.seed, report.hardware("faiss-cpu", "faiss-gpu", "tensorflow", "numpy"))
+    why = problem()
+    if why:
+        result.add("gpu", "-", "missing", 1, "", note=why)
+    asked, batches = FLAGS.items, [int(batch) for batch in FLAGS.batches]
+    if FLAGS.quick:
+        asked, batches = "20000", [1, 16]
+    with tempfile.TemporaryDirectory(dir=FLAGS.folder) as folder:
+        for items in sizes(asked, not why, result):
+            measure(result, items, batches, not why, Path(FLAGS.folder or folder))
+    result.print(FLAGS.json)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("items", "1000000,15000000", "numbers of vectors; fit: as many million as the card holds")
+    flags.DEFINE_list("batches", ["1", "16", "256", "4096"], "numbers of queries in one search")
+    flags.DEFINE_integer("seed", 1, "seed of the vectors")
+    flags.DEFINE_string("folder", None, "directory that keeps the vectors; a temporary one if left out")
+    flags.DEFINE_boolean("json", False, "prints one JSON object as the last line")
+    flags.DEFINE_boolean("quick", False, "only tests the script, with 20,000 items")
+    app.run(main)
