@@ -264,6 +264,7 @@ wheel: native
 sdist: $(VENV)/.packages
 	@rm -rf dpsr.egg-info
 	@$(BIN)/python setup.py -q sdist --dist-dir dist
+	@rm -rf dpsr.egg-info
 
 clean:
 	rm -rf build dist demo *.egg-info
