@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <string>
@@ -10,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/current_request.h"
 #include "common/packed_file.h"
 #include "common/tf_op.h"
 #include "export/faiss_binding/faiss_index.h"
@@ -33,8 +35,11 @@ constexpr char kIndexEntriesSection[] = "index.entries";  // may be absent
 
 constexpr char kDeviceVariable[] = "DPSR_FAISS_DEVICE";
 
-// Largest batch * k of one call. It bounds the memory for results, which take 16 bytes each.
-constexpr int64_t kMaxResultsPerCall = int64_t{1} << 27;
+// Largest batch * k of one call, unless the environment variable says another number. It bounds the work of a request,
+// and the memory for its results, which take 16 bytes each.
+constexpr int64_t kDefaultMaxResults = 1'000'000;
+constexpr char kMaxResultsVariable[] = "DPSR_MAX_RESULTS";
+constexpr char kRequestIsOver[] = "the search stopped, because the request was cancelled or its deadline has passed";
 // With at least this many searches (rows * heads), a call uses the intra-op threads. With fewer, handing over costs
 // more than it gains.
 constexpr int64_t kMinParallelSearches = 8;
@@ -54,6 +59,30 @@ enum SearchInput {
   kSearchExcludedItemIds
 };
 enum SearchOutput { kSearchItemIds, kSearchScores, kSearchHeads };
+
+int64_t MaxResultsPerCall() {
+  const char* const given = std::getenv(kMaxResultsVariable);
+  const std::string_view text = given == nullptr ? "" : given;
+  int64_t number = 0;
+  const auto read = std::from_chars(text.data(), text.data() + text.size(), number);
+  return read.ec == std::errc() && number > 0 ? number : kDefaultMaxResults;
+}
+
+// Says whether a request is over. Made in the thread that calls the op; then thread-safe.
+class RequestState {
+ public:
+  explicit RequestState(OpKernelContext* context)
+      : cancellation_(context->cancellation_manager()),
+        request_(&DpsrCurrentRequest == nullptr ? nullptr : DpsrCurrentRequest()) {}
+  bool IsOver() const {
+    return (cancellation_ != nullptr && cancellation_->IsCancelled()) ||
+           (request_ != nullptr && request_->is_over(request_->state));
+  }
+
+ private:
+  tensorflow::CancellationManager* const cancellation_;
+  const DpsrRequest* const request_;
+};
 
 tensorflow::Status CheckK(int64_t k) {
   if (k >= 1 && k <= kMaxResults) return tensorflow::OkStatus();
@@ -165,7 +194,11 @@ Status UseDevice(FaissIndex* index) {
                       "\", expected cpu, gpu, or gpu:N, where N is the number of a device");
   }
   const Status copied = index->CopyToGpu(device == "gpu" ? 0 : number);
-  if (!copied.ok()) LOG(WARNING) << kDeviceVariable << "=" << device << ": " << copied.message() << "; the CPU is used";
+  // Not in TensorFlow's log, which the model server turns off.
+  if (!copied.ok()) {
+    const std::string line = StrCat("W ", kDeviceVariable, "=", device, ": ", copied.message(), "; the CPU is used\n");
+    std::fputs(line.c_str(), stderr);
+  }
   return Status();
 }
 
@@ -317,9 +350,11 @@ class FaissSearchOp : public OpKernel {
     const int64_t k = k_tensor.scalar<int32_t>()();
     OP_REQUIRES_OK(context, CheckK(k));
     const int64_t batch = query_embedding.dim_size(0);
-    OP_REQUIRES(context, batch <= kMaxResultsPerCall / k,
-                errors::InvalidArgument("batch * k is ", batch, " * ", k, ", expected at most ", kMaxResultsPerCall,
-                                        " results a call: send fewer queries at once"));
+    const int64_t max_results = MaxResultsPerCall();
+    OP_REQUIRES(context, batch <= max_results / k,
+                errors::InvalidArgument("batch * k is ", batch, " * ", k, ", expected at most ", max_results,
+                                        " results a call: send fewer queries at once, or raise the limit "
+                                        "(--max_results_per_request of the server, or ", kMaxResultsVariable, ")"));
 
     SearchParameters parameters;
     OP_REQUIRES_OK(context, ReadParameters(context->input(kSearchParameters), *items, &parameters));
@@ -338,7 +373,10 @@ class FaissSearchOp : public OpKernel {
     OP_REQUIRES_OK(context, context->allocate_output(kSearchItemIds, shape, &item_ids));
     OP_REQUIRES_OK(context, context->allocate_output(kSearchScores, shape, &scores));
     OP_REQUIRES_OK(context, context->allocate_output(kSearchHeads, shape, &heads));
-    OP_REQUIRES_OK(context, ToTensorFlow(SearchBatch(context, *items, k, parameters, item_ids, scores, heads)));
+    const RequestState request(context);
+    const Status searched = SearchBatch(context, request, *items, k, parameters, item_ids, scores, heads);
+    OP_REQUIRES(context, searched.ok() || !request.IsOver(), errors::Cancelled(kRequestIsOver));
+    OP_REQUIRES_OK(context, ToTensorFlow(searched));
   }
 
  private:
@@ -385,7 +423,7 @@ class FaissSearchOp : public OpKernel {
 
   // Each row is searched separately, on one FAISS thread. So a result does not depend on the rest of the batch: for
   // many queries at once FAISS uses other code, which rounds differently.
-  static Status SearchBatch(OpKernelContext* context, const ItemIndex& items, int64_t k,
+  static Status SearchBatch(OpKernelContext* context, const RequestState& request, const ItemIndex& items, int64_t k,
                             const SearchParameters& parameters, Tensor* item_ids, Tensor* scores, Tensor* heads) {
     const Tensor& query_embedding = context->input(kSearchQueryEmbedding);
     const int64_t batch = query_embedding.dim_size(0);
@@ -401,6 +439,7 @@ class FaissSearchOp : public OpKernel {
       std::shared_ptr<const ItemMask> mask;
       Retriever retriever(items.item_ids, items.Search(parameters, &mask));
       for (int64_t row = begin; row < end; ++row) {
+        if (request.IsOver()) return Status(StatusCode::kInternal, kRequestIsOver);
         DPSR_RETURN_IF_ERROR(ReadFilters(context, items, row, &mask, &retriever));
         DPSR_RETURN_IF_ERROR(retriever.Retrieve(queries + row * num_heads * dim, num_heads, dim, k, ids_out + row * k,
                                                 scores_out + row * k, heads_out + row * k));

@@ -15,6 +15,7 @@
 
 #include "serving/model_server/metrics.h"
 #include "serving/model_server/parse_number.h"
+#include "serving/model_server/request_scope.h"
 #include "serving/model_server/server_options.h"
 #include "tensorflow_serving/apis/model_service.grpc.pb.h"
 #include "tensorflow_serving/apis/prediction_service.grpc.pb.h"
@@ -45,17 +46,27 @@ grpc::Status ToGrpc(const tensorflow::Status& status) {
   return grpc::Status(static_cast<grpc::StatusCode>(status.code()), message);
 }
 
-// Answers a call on the workers, because gRPC's own threads must not block.
-template <typename Answer>
-Reactor* OnWorkers(WorkerPool* workers, Context* context, Answer answer) {
+// Answers a call on the workers, because gRPC's own threads must not block. If too many calls wait, calls `refused`.
+template <typename Answer, typename Refused>
+Reactor* OnWorkers(WorkerPool* workers, Context* context, Answer answer, Refused refused) {
   Reactor* reactor = context->DefaultReactor();
   const auto arrival = std::chrono::steady_clock::now();
   const bool added = workers->Add([context, reactor, arrival, answer] {
     RecordQueueing(MicrosecondsSince(arrival));
     // A call that was cancelled in the queue, or whose deadline passed there, needs no answer.
-    reactor->Finish(context->IsCancelled() ? grpc::Status::CANCELLED : ToGrpc(answer()));
+    if (context->IsCancelled()) {
+      reactor->Finish(grpc::Status::CANCELLED);
+      return;
+    }
+    tensorflow::Status status;
+    {
+      const RequestScope scope(context->deadline(), [context] { return context->IsCancelled(); });
+      status = answer();
+    }
+    reactor->Finish(ToGrpc(status));
   });
   if (!added) {
+    refused();
     reactor->Finish(grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, kQueueIsFull));
   }
   return reactor;
@@ -68,33 +79,37 @@ class PredictionServiceImpl final : public PredictionService::CallbackService {
   Reactor* Predict(Context* context, const apis::PredictRequest* request, apis::PredictResponse* response) override {
     return OnWorkers(workers_, context, [=] {
       return handler_->Predict(*request, context->deadline(), kEntrypoint, response);
-    });
+    }, [=] { handler_->RecordRefused(request->model_spec(), "Predict", kEntrypoint); });
   }
 
   Reactor* Classify(Context* context, const apis::ClassificationRequest* request,
                     apis::ClassificationResponse* response) override {
     return OnWorkers(workers_, context, [=] {
       return handler_->Classify(*request, context->deadline(), kEntrypoint, response);
-    });
+    }, [=] { handler_->RecordRefused(request->model_spec(), "Classify", kEntrypoint); });
   }
 
   Reactor* Regress(Context* context, const apis::RegressionRequest* request,
                    apis::RegressionResponse* response) override {
     return OnWorkers(workers_, context, [=] {
       return handler_->Regress(*request, context->deadline(), kEntrypoint, response);
-    });
+    }, [=] { handler_->RecordRefused(request->model_spec(), "Regress", kEntrypoint); });
   }
 
   Reactor* MultiInference(Context* context, const apis::MultiInferenceRequest* request,
                           apis::MultiInferenceResponse* response) override {
     return OnWorkers(workers_, context, [=] {
       return handler_->MultiInference(*request, context->deadline(), kEntrypoint, response);
+    }, [=] {
+      tensorflow::Status status;
+      const apis::ModelSpec* const spec = SpecOf(*request, &status);
+      handler_->RecordRefused(spec == nullptr ? apis::ModelSpec() : *spec, "MultiInference", kEntrypoint);
     });
   }
 
   Reactor* GetModelMetadata(Context* context, const apis::GetModelMetadataRequest* request,
                             apis::GetModelMetadataResponse* response) override {
-    return OnWorkers(workers_, context, [=] { return handler_->GetModelMetadata(*request, response); });
+    return OnWorkers(workers_, context, [=] { return handler_->GetModelMetadata(*request, response); }, [] {});
   }
 
  private:
@@ -104,7 +119,8 @@ class PredictionServiceImpl final : public PredictionService::CallbackService {
 
 class ModelServiceImpl final : public ModelService::CallbackService {
  public:
-  explicit ModelServiceImpl(const RequestHandler* handler) : handler_(handler), reloads_(kReloads) {}
+  ModelServiceImpl(const RequestHandler* handler, bool takes_reloads)
+      : handler_(handler), takes_reloads_(takes_reloads), reloads_(takes_reloads ? kReloads : 0) {}
 
   Reactor* GetModelStatus(Context* context, const apis::GetModelStatusRequest* request,
                           apis::GetModelStatusResponse* response) override {
@@ -118,6 +134,11 @@ class ModelServiceImpl final : public ModelService::CallbackService {
   Reactor* HandleReloadConfigRequest(Context* context, const apis::ReloadConfigRequest* request,
                                      apis::ReloadConfigResponse* response) override {
     Reactor* reactor = context->DefaultReactor();
+    if (!takes_reloads_) {
+      reactor->Finish(grpc::Status(grpc::StatusCode::PERMISSION_DENIED,
+                                   "this address takes no HandleReloadConfigRequest; see --reload_address of the server"));
+      return reactor;
+    }
     reloads_.Add([=] {
       const auto cancelled = [context] { return context->IsCancelled(); };
       reactor->Finish(ToGrpc(handler_->Reload(*request, cancelled, response)));
@@ -127,6 +148,7 @@ class ModelServiceImpl final : public ModelService::CallbackService {
 
  private:
   const RequestHandler* const handler_;
+  const bool takes_reloads_;
   WorkerPool reloads_;
 };
 
@@ -178,9 +200,11 @@ std::shared_ptr<grpc::ServerCredentials> TlsCredentials(const TlsConfig& tls) {
 class GrpcServerImpl final : public GrpcServer {
  public:
   GrpcServerImpl(const RequestHandler* handler, WorkerPool* workers)
-      : prediction_service_(handler, workers), model_service_(handler) {}
+      : handler_(handler), prediction_service_(handler, workers) {}
 
   Status Listen(const GrpcServerOptions& options) {
+    model_service_ = std::make_unique<ModelServiceImpl>(handler_, options.reload_address.empty());
+    DPSR_RETURN_IF_ERROR(ListenForReloads(options));
     const std::string address = ServerAddress(options.host, options.port);
     grpc::EnableDefaultHealthCheckService(options.health_service);
     grpc::ServerBuilder builder;
@@ -202,7 +226,7 @@ class GrpcServerImpl final : public GrpcServer {
     }
     builder.SetMaxReceiveMessageSize(std::numeric_limits<int32_t>::max());
     builder.RegisterService(&prediction_service_);
-    builder.RegisterService(&model_service_);
+    builder.RegisterService(model_service_.get());
     server_ = builder.BuildAndStart();
     if (server_ != nullptr && port_ != 0 && socket_bound != 0) {
       SetServing(false);
@@ -240,14 +264,35 @@ class GrpcServerImpl final : public GrpcServer {
 
   void Shutdown(std::chrono::milliseconds drain) override {
     SetServing(false);
-    server_->Shutdown(std::chrono::system_clock::now() + drain);
+    const auto deadline = std::chrono::system_clock::now() + drain;
+    if (reload_server_ != nullptr) reload_server_->Shutdown(deadline);
+    server_->Shutdown(deadline);
   }
 
  private:
+  // Serves reloads at their own address, if they have one.
+  Status ListenForReloads(const GrpcServerOptions& options) {
+    if (options.reload_address.empty() || options.reload_address == kNoReloads) return {};
+    reload_service_ = std::make_unique<ModelServiceImpl>(handler_, true);
+    grpc::ServerBuilder builder;
+    builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+    int bound = 0;
+    builder.AddListeningPort(options.reload_address,
+                             options.use_tls ? TlsCredentials(options.tls) : grpc::InsecureServerCredentials(), &bound);
+    builder.RegisterService(reload_service_.get());
+    reload_server_ = builder.BuildAndStart();
+    if (reload_server_ != nullptr && bound != 0) return {};
+    return MakeStatus(StatusCode::kFailedPrecondition, "cannot listen on --reload_address=", options.reload_address,
+                      "; give HOST:PORT that is free, unix:/PATH, or off");
+  }
+
+  const RequestHandler* const handler_;
   // server_ is the last member, so that it is destroyed first: then no call uses the services any more.
   PredictionServiceImpl prediction_service_;
-  ModelServiceImpl model_service_;
+  std::unique_ptr<ModelServiceImpl> model_service_;
+  std::unique_ptr<ModelServiceImpl> reload_service_;
   int port_ = 0;
+  std::unique_ptr<grpc::Server> reload_server_;
   std::unique_ptr<grpc::Server> server_;
 };
 

@@ -31,7 +31,12 @@ struct GrpcServerOptions {
   // Settings of the gRPC library. A value that is a number is passed as a number.
   std::vector<std::pair<std::string, std::string>> channel_arguments;
   bool health_service = false;
+  // Where HandleReloadConfigRequest is taken: "" for the port above, kNoReloads, or an address of its own for the whole
+  // ModelService: HOST:PORT or unix:/PATH.
+  std::string reload_address;
 };
+
+inline constexpr char kNoReloads[] = "off";
 
 class GrpcServer {
  public:

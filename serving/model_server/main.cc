@@ -27,6 +27,7 @@
 #include "serving/model_server/log.h"
 #include "serving/model_server/model_manager.h"
 #include "serving/model_server/request_handler.h"
+#include "serving/model_server/request_scope.h"
 #include "serving/model_server/rest_api.h"
 #include "serving/model_server/rest_server.h"
 #include "serving/model_server/server_config.h"
@@ -184,6 +185,7 @@ tensorflow::Status ReadGrpcOptions(const ServerOptions& options, GrpcServerOptio
   result->port = options.port;
   result->socket_path = options.grpc_socket_path;
   result->health_service = options.enable_grpc_healthcheck_service;
+  result->reload_address = options.reload_address;
   result->channel_arguments = options.ChannelArguments();
   if (options.ssl_config_file.empty()) return tensorflow::OkStatus();
   SSLConfig tls;
@@ -415,6 +417,8 @@ int Main(int argc, char** argv) {
   // Our log reports the errors of gRPC and protobuf. Without this, clients could fill it with lines of these libraries.
   setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);
   google::protobuf::SetLogHandler(nullptr);
+  // The retrieval op reads it.
+  setenv("DPSR_MAX_RESULTS", std::to_string(options.max_results_per_request).c_str(), /*overwrite=*/1);
   for (const std::string& path : options.op_libraries) {
     const Status loaded = LoadOpLibrary(path);
     if (!loaded.ok()) return FailToStart(loaded.message());
@@ -426,5 +430,7 @@ int Main(int argc, char** argv) {
 
 }  // namespace
 }  // namespace dpsr::serving
+
+const DpsrRequest* DpsrCurrentRequest() { return dpsr::serving::current_request; }
 
 int main(int argc, char** argv) { return dpsr::serving::Main(argc, argv); }

@@ -2,12 +2,17 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cctype>
 #include <charconv>
 #include <cmath>
 #include <cstring>
 #include <fstream>
+#include <map>
 #include <memory>
+#include <mutex>
+#include <set>
+#include <utility>
 
 #include "common/status.h"
 #include "tensorflow/core/lib/monitoring/collected_metrics.h"
@@ -50,9 +55,6 @@ auto* const kRunning =
     monitoring::Gauge<int64_t, 0>::New("/dpsr/serving/requests_running", "Requests that are computed now.");
 auto* const kWaiting =
     monitoring::Gauge<int64_t, 0>::New("/dpsr/serving/requests_waiting", "Requests that wait for a thread now.");
-auto* const kMemory = monitoring::Gauge<int64_t, 2>::New(
-    "/dpsr/serving/version_memory_bytes", "Growth of the process when the version was loaded.", "model_name",
-    "version");
 
 auto* const kBatchQueueing = monitoring::Sampler<1>::New(
     {"/tensorflow/serving/batching_session/queuing_latency",
@@ -65,6 +67,17 @@ auto* const kBatchRows =
                                 monitoring::Buckets::Exponential(1, 2, 20));
 auto* const kBatchPadding =
     monitoring::Counter<0>::New("/dpsr/serving/batch_padding_rows", "Rows that fill batches up to an allowed size.");
+
+// What there is now. TensorFlow's metrics keep the labels of versions that are gone for ever.
+struct Versions {
+  std::mutex mutex;
+  std::map<std::pair<std::string, int64_t>, int64_t> memory;
+  std::set<std::string> paths;
+};
+Versions& CurrentVersions() {
+  static auto* const versions = new Versions;
+  return *versions;
+}
 
 // Returns a name that Prometheus allows: `/tensorflow/serving/x` becomes `:tensorflow:serving:x`.
 std::string Name(const std::string& name) {
@@ -165,11 +178,34 @@ int64_t ResidentBytes() {
 }
 
 void SetVersionMemory(const std::string& model, int64_t version, int64_t bytes) {
-  kMemory->GetCell(model, std::to_string(version))->Set(bytes);
+  Versions& versions = CurrentVersions();
+  const std::lock_guard<std::mutex> lock(versions.mutex);
+  if (bytes == 0) {
+    versions.memory.erase({model, version});
+  } else {
+    versions.memory[{model, version}] = bytes;
+  }
+}
+
+void ShowVersionPath(const std::string& path, bool shown) {
+  Versions& versions = CurrentVersions();
+  const std::lock_guard<std::mutex> lock(versions.mutex);
+  if (shown) {
+    versions.paths.insert(path);
+  } else {
+    versions.paths.erase(path);
+  }
 }
 
 std::string PrometheusText() {
   const auto metrics = monitoring::CollectionRegistry::Default()->CollectMetrics({});
+  Versions& versions = CurrentVersions();
+  const std::lock_guard<std::mutex> lock(versions.mutex);
+  const auto is_gone = [&](const monitoring::Point& point) {
+    return std::any_of(point.labels.begin(), point.labels.end(), [&](const monitoring::Point::Label& label) {
+      return label.name == "model_path" && versions.paths.count(label.value) == 0;
+    });
+  };
   std::string text;
   for (const auto& [path, descriptor] : metrics->metric_descriptor_map) {
     const auto points = metrics->point_set_map.find(path);
@@ -185,6 +221,7 @@ std::string PrometheusText() {
                                                                                  : "gauge";
     text += StrCat("# TYPE ", name, " ", kind, "\n");
     for (const auto& point : points->second->points) {
+      if (is_gone(*point)) continue;
       if (is_histogram) {
         AppendHistogram(name, *point, &text);
       } else if (is_text) {
@@ -195,6 +232,11 @@ std::string PrometheusText() {
         text += StrCat(name, Labels(point->labels), " ", point->int64_value, "\n");
       }
     }
+  }
+  const char* const memory = ":dpsr:serving:version_memory_bytes";
+  if (!versions.memory.empty()) text += StrCat("# TYPE ", memory, " gauge\n");
+  for (const auto& [version, bytes] : versions.memory) {
+    text += StrCat(memory, "{model_name=\"", Escaped(version.first), "\",version=\"", version.second, "\"} ", bytes, "\n");
   }
   return text;
 }

@@ -39,8 +39,11 @@ void RecordBatch(int64_t num_rows, int64_t num_padding_rows);
 // Returns the bytes of memory that the process uses now.
 int64_t ResidentBytes();
 
-// Sets the bytes of memory that loading a version took; 0 when it has been unloaded.
+// Sets the bytes of memory that loading a version took; 0 when it has been unloaded, and then it is shown no more.
 void SetVersionMemory(const std::string& model, int64_t version, int64_t bytes);
+
+// Shows the metrics of the version in this folder, or hides them when the version is gone.
+void ShowVersionPath(const std::string& path, bool shown);
 
 // Returns all metrics of the process, including TensorFlow's own, in Prometheus' text format, where
 // `/tensorflow/serving/request_count` is written `:tensorflow:serving:request_count`.

@@ -86,6 +86,7 @@ tensorflow::Status VersionsOnDisk(const std::string& base_path, std::map<int64_t
 
 ModelManager::ModelManager(ModelManagerOptions options)
     : options_(std::move(options)),
+      search_threads_(new WorkerPool(1)),
       load_threads_(new WorkerPool(std::max(1, options_.num_load_threads))),
       unload_threads_(new WorkerPool(std::max(1, options_.num_unload_threads))) {}
 
@@ -99,6 +100,7 @@ ModelManager::~ModelManager() {
 }
 
 void ModelManager::Start(const std::vector<ModelConfig>& models) {
+  Servable::StartSharedThreads(options_.servable);
   Lock lock(mutex_);
   for (const ModelConfig& config : models) {
     // Without a search for versions there is nothing to wait for.
@@ -217,6 +219,7 @@ tensorflow::Status ModelManager::CheckLabels(const ModelConfig& config, Lock* lo
 void ModelManager::ApplyConfig(const ModelConfig& config) {
   Model& model = models_[config.name];
   model.config = config;
+  model.generation = ++last_generation_;
   model.removed = false;
   model.polled = false;
   model.pending.clear();
@@ -333,7 +336,11 @@ void ModelManager::Run() {
     const bool due = poll_now_ || Clock::now() >= next_poll;
     if (due && options_.poll_wait_seconds >= 0) {
       poll_now_ = false;
-      for (auto& [name, model] : models_) Poll(&model, &lock);
+      // A search that still runs since the last time may hang, and does not delay the others.
+      search_threads_->GrowTo(searched_.size() + 1);
+      for (const auto& [name, model] : models_) {
+        if (!model.removed) Poll(name);
+      }
       if (options_.poll_wait_seconds > 0) next_poll = Clock::now() + wait;
     }
     auto wake = next_poll;
@@ -385,17 +392,29 @@ void ModelManager::StopAll(Lock* lock) {
   changed_.wait(*lock, [&] { return none([](const Version& version) { return version.busy; }); });
 }
 
-void ModelManager::Poll(Model* model, Lock* lock) {
-  if (model->removed) return;
-  const ModelConfig config = model->config;
-  lock->unlock();
-  std::vector<std::string> duplicates;
-  std::map<int64_t, std::string> existing;
-  const tensorflow::Status status = VersionsOnDisk(config.base_path, &existing, &duplicates);
-  lock->lock();
-  // The model may have been removed while the lock was released.
-  if (model->removed) return;
+void ModelManager::Poll(const std::string& name) {
+  if (!searched_.insert(name).second) return;
+  const Model& asked = models_.at(name);
+  search_threads_->Add([this, name, base_path = asked.config.base_path, generation = asked.generation] {
+    Found found;
+    found.status = VersionsOnDisk(base_path, &found.versions, &found.duplicates);
+    Lock lock(mutex_);
+    searched_.erase(name);
+    const auto model = models_.find(name);
+    if (model != models_.end() && !model->second.removed) {
+      if (model->second.generation != generation) {
+        poll_now_ = true;  // the configuration was replaced meanwhile
+        NotifyChanged();
+      } else if (ApplyFound(found, &model->second)) {
+        NotifyChanged();
+      }
+    }
+  });
+}
 
+bool ModelManager::ApplyFound(const Found& found, Model* model) {
+  const ModelConfig& config = model->config;
+  const auto& [status, existing, duplicates] = found;
   const std::set<int64_t> aspired = AspiredVersions(existing, config.policy);
   std::vector<int64_t> missing;
   std::set_difference(config.policy.specific.begin(), config.policy.specific.end(), aspired.begin(), aspired.end(),
@@ -416,14 +435,21 @@ void ModelManager::Poll(Model* model, Lock* lock) {
   }
   if (problem != model->problem && !problem.empty()) LogWarning(problem);
   model->problem = problem;
-  if (!status.ok()) return;
+  if (!status.ok()) return false;
 
+  bool changed = !model->polled;
   model->polled = true;
-  for (auto& [number, version] : model->versions) version.aspired = aspired.count(number) > 0;
+  for (auto& [number, version] : model->versions) {
+    const bool aspires = aspired.count(number) > 0;
+    changed |= version.aspired != aspires;
+    version.aspired = aspires;
+  }
   for (const int64_t number : aspired) {
     const auto [entry, fresh] = model->versions.try_emplace(number);
     if (fresh) entry->second.path = config.base_path + "/" + existing.at(number);
+    changed |= fresh;
   }
+  return changed;
 }
 
 void ModelManager::TakeActions(Model* model, Lock* lock) {
@@ -464,6 +490,7 @@ void ModelManager::TakeActions(Model* model, Lock* lock) {
 void ModelManager::Load(const std::string& name, int64_t number, Version* version) {
   version->state = VersionState::kLoading;
   version->busy = true;
+  ShowVersionPath(version->path, true);
   load_threads_->Add([this, name, number, version, path = version->path] {
     LogInfo("loading model ", name, " version ", number, " from ", path);
     std::unique_ptr<Servable> servable;
@@ -480,7 +507,7 @@ void ModelManager::Load(const std::string& name, int64_t number, Version* versio
       }
     }).join();
     if (options_.flush_file_system_caches) tensorflow::Env::Default()->FlushFileSystemCaches().IgnoreError();
-    if (status.ok()) SetVersionMemory(name, number, std::max<int64_t>(0, ResidentBytes() - memory));
+    if (status.ok()) SetVersionMemory(name, number, std::max<int64_t>(1, ResidentBytes() - memory));
     const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
 
     Lock lock(mutex_);
@@ -543,6 +570,7 @@ bool ModelManager::ForgetEndedVersions(Model* model) {
     auto& ended = ended_[model->config.name];
     ended[entry->first] = version.error;
     if (ended.size() > kMaxEnded) ended.erase(ended.begin());
+    ShowVersionPath(version.path, false);
     entry = model->versions.erase(entry);
   }
   return !model->versions.empty();

@@ -49,8 +49,8 @@ struct ModelManagerOptions {
   bool flush_file_system_caches = true;
 };
 
-// Thread-safe. One thread takes the decisions. Loads and unloads run on other threads, so that a slow load does not
-// delay other models. Requests only take a lock for a short time.
+// Thread-safe. One thread takes the decisions. Searches for versions, loads and unloads run on other threads, so that a
+// slow load, or a file system that hangs, does not delay other models. Requests only take a lock for a short time.
 class ModelManager {
  public:
   explicit ModelManager(ModelManagerOptions options);
@@ -116,6 +116,7 @@ class ModelManager {
     ModelConfig config;
     bool removed = false;  // from the configuration; forgotten when its versions have ended
     bool polled = false;   // whether its versions were searched for since its configuration changed
+    uint64_t generation = 0;  // of its configuration
     std::map<int64_t, Version> versions;
     std::map<std::string, int64_t> labels;   // in force
     std::map<std::string, int64_t> pending;  // labels to set when their version is available
@@ -124,8 +125,17 @@ class ModelManager {
 
   void Run();
   void StopAll(Lock* lock);
-  // Call these with the lock held. They release it while they wait for the file system or for TensorFlow.
-  void Poll(Model* model, Lock* lock);
+  // Call these with the lock held.
+  // Lets a thread search for versions of the model, unless one is doing so.
+  void Poll(const std::string& name);
+  // Takes over what a search has found with the model's configuration. Returns whether something has changed.
+  struct Found {
+    tensorflow::Status status;
+    std::map<int64_t, std::string> versions;
+    std::vector<std::string> duplicates;
+  };
+  static bool ApplyFound(const Found& found, Model* model);
+  // These release the lock while they wait for TensorFlow.
   void TakeActions(Model* model, Lock* lock);
   void Load(const std::string& name, int64_t number, Version* version);
   void Unload(const std::string& name, int64_t number, Version* version, Lock* lock);
@@ -157,8 +167,11 @@ class ModelManager {
   std::map<std::string, std::map<int64_t, tensorflow::Status>> ended_;
   std::set<std::string> first_models_;
   std::optional<tensorflow::Status> first_loads_;
+  uint64_t last_generation_ = 0;
+  std::set<std::string> searched_;  // the models whose versions a thread is searching for
   std::mutex configure_mutex_;  // allows one Configure at a time; locked before mutex_
 
+  std::unique_ptr<WorkerPool> search_threads_;
   std::unique_ptr<WorkerPool> load_threads_;
   std::unique_ptr<WorkerPool> unload_threads_;
   std::thread thread_;

@@ -37,6 +37,12 @@ tensorflow::Status RequestHandler::Answer(
   return status;
 }
 
+void RequestHandler::RecordRefused(const ModelSpec& spec, const char* api, const char* entrypoint) const {
+  std::shared_ptr<const Servable> servable;
+  const std::string name = models_->Find(spec, &servable).ok() ? servable->name() : "";
+  RecordRequest(name, api, entrypoint, absl::ResourceExhaustedError(""), 0, 0);
+}
+
 tensorflow::Status RequestHandler::Predict(const tensorflow::serving::PredictRequest& request, Deadline deadline,
                                            const char* entrypoint,
                                            tensorflow::serving::PredictResponse* response) const {

@@ -40,6 +40,9 @@ class RequestHandler {
   tensorflow::Status Answer(const tensorflow::serving::ModelSpec& spec, const char* api, const char* entrypoint,
                             const std::function<tensorflow::Status(const Servable& servable)>& run) const;
 
+  // Records a request of this kind that no thread can take, because too many wait.
+  void RecordRefused(const tensorflow::serving::ModelSpec& spec, const char* api, const char* entrypoint) const;
+
   const ModelManager& models() const { return *models_; }
 
  private:

@@ -11,6 +11,7 @@
 #include "serving/model_server/json_tensor.h"
 #include "serving/model_server/metrics.h"
 #include "serving/model_server/parse_number.h"
+#include "serving/model_server/request_scope.h"
 
 namespace dpsr::serving {
 namespace {
@@ -126,6 +127,15 @@ RestReply ErrorReply(int status, const std::string& message) {
   return {status, "application/json", WriteErrorJson(message)};
 }
 
+void RestApi::RecordRefused(const RestRequest& request) const {
+  std::string_view path = request.path;
+  ModelSpec spec;
+  if (!Consume(&path, "/v1/models/") || !ReadSpec(request, &path, &spec).ok()) spec.Clear();
+  const char* const api =
+      EqualsIgnoringCase(path, ":classify") ? "Classify" : EqualsIgnoringCase(path, ":regress") ? "Regress" : "Predict";
+  handler_->RecordRefused(spec, api, kEntrypoint);
+}
+
 RestReply RestApi::Answer(const RestRequest& request) const {
   RestReply reply;
   const tensorflow::Status status = CatchExceptions("the request", [&] { return AnswerPath(request, &reply); });
@@ -206,6 +216,7 @@ tensorflow::Status RestApi::AnswerModel(const RestRequest& request, std::string*
 
 tensorflow::Status RestApi::Infer(const std::string& method, const ModelSpec& spec, const RestRequest& request,
                                   std::string* body) const {
+  const RequestScope scope(request.deadline);
   if (method == "predict") {
     // The JSON is read with the signature of the version that answers, because the signature gives the types.
     return handler_->Answer(spec, "Predict", kEntrypoint, [&](const Servable& servable) {

@@ -41,6 +41,9 @@ class RestApi {
   // Answers a request. Does not throw. Only a POST may take long.
   RestReply Answer(const RestRequest& request) const;
 
+  // Records a POST request that no thread can take, because too many wait.
+  void RecordRefused(const RestRequest& request) const;
+
  private:
   tensorflow::Status AnswerPath(const RestRequest& request, RestReply* reply) const;
   RestReply AnswerMetrics(const std::string& method) const;

@@ -131,14 +131,16 @@ class Connection : public std::enable_shared_from_this<Connection> {
       return;
     }
     const auto arrival = std::chrono::steady_clock::now();
-    auto work = [self = shared_from_this(), request = std::move(request), keep_alive, arrival] {
+    const auto shared_request = std::make_shared<const RestRequest>(std::move(request));
+    auto work = [self = shared_from_this(), shared_request, keep_alive, arrival] {
       RecordQueueing(MicrosecondsSince(arrival));
-      RestReply reply = self->shared_->api->Answer(request);
+      RestReply reply = self->shared_->api->Answer(*shared_request);
       asio::post(self->stream_.get_executor(), [self, reply = std::move(reply), keep_alive]() mutable {
         self->Write(std::move(reply), keep_alive);
       });
     };
     if (!shared_->workers->Add(std::move(work))) {
+      shared_->api->RecordRefused(*shared_request);
       Write(ErrorReply(429, kQueueIsFull), keep_alive);
     }
   }

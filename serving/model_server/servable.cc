@@ -8,6 +8,7 @@
 #include "serving/model_server/batching.h"
 #include "serving/model_server/errors.h"
 #include "tensorflow/core/framework/types.h"
+#include "tensorflow/core/public/session.h"
 
 namespace dpsr::serving {
 namespace {
@@ -79,6 +80,12 @@ Servable::Servable(const ServableOptions& options, std::string name, int64_t ver
 }
 
 Servable::~Servable() = default;
+
+void Servable::StartSharedThreads(const ServableOptions& options) {
+  // If this fails, so do the loads, which say why.
+  tensorflow::Session* session = nullptr;
+  if (tensorflow::NewSession(options.session_options, &session).ok()) delete session;
+}
 
 tensorflow::Status Servable::Load(const ServableOptions& options, const std::string& name, int64_t version,
                                   const std::string& path, std::unique_ptr<Servable>* servable) {
@@ -158,12 +165,13 @@ tensorflow::Status Servable::Run(const Feeds& feeds, const std::vector<std::stri
     if (left <= 0) return absl::DeadlineExceededError("the deadline passed before the request was computed");
     run_options.set_timeout_in_ms(left);
   }
-  TF_RETURN_IF_ERROR(bundle_.GetSession()->Run(run_options, feeds, fetches, {}, results, nullptr));
-  // TensorFlow does not check the time while the graph runs in the caller's thread.
-  if (std::chrono::system_clock::now() > deadline) {
+  const tensorflow::Status status = bundle_.GetSession()->Run(run_options, feeds, fetches, {}, results, nullptr);
+  // TensorFlow does not check the time while the graph runs in the caller's thread. Our ops do, and then stop as if the
+  // request were cancelled.
+  if ((status.ok() || absl::IsCancelled(status)) && std::chrono::system_clock::now() >= deadline) {
     return absl::DeadlineExceededError("the deadline passed while the request was computed");
   }
-  return tensorflow::OkStatus();
+  return status;
 }
 
 }  // namespace dpsr::serving

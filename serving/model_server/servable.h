@@ -72,6 +72,10 @@ using Feeds = std::vector<std::pair<std::string, tensorflow::Tensor>>;
 // Thread-safe.
 class Servable {
  public:
+  // Starts the threads that all sessions of the process share. The first session starts them, and they keep the
+  // priority of the thread that opened it for ever, so this must come before a load, which has a low one.
+  static void StartSharedThreads(const ServableOptions& options);
+
   // Loads the SavedModel in `path`. If no library has one of its ops, returns NOT_FOUND, which names the op, the model
   // and the flag that loads op libraries. Other errors are TensorFlow's.
   static tensorflow::Status Load(const ServableOptions& options, const std::string& name, int64_t version,

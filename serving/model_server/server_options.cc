@@ -65,6 +65,12 @@ std::vector<Flag> Flags(ServerOptions* options) {
        "send the tensors of an answer as raw bytes (tensor_content) instead of typed fields"},
       {"max_queued_requests", Integer<int32_t>{&options->max_queued_requests, 1},
        "number of requests that may wait for a thread; any further request fails with RESOURCE_EXHAUSTED"},
+      {"max_results_per_request", Integer<int64_t>{&options->max_results_per_request, 1, int64_t{1} << 40},
+       "largest number of results, queries times k, that a request may ask of a servable of `dpsr export`"},
+      {"reload_address", Text{&options->reload_address},
+       "where HandleReloadConfigRequest is taken, by which clients replace the list of models: HOST:PORT or unix:/PATH "
+       "for an address of its own, off for nowhere; empty for the gRPC port, which is safe only if none but operators "
+       "reach it"},
       {"grpc_socket_path", Text{&options->grpc_socket_path},
        "path of a UNIX socket on which the server listens as well"},
       {"grpc_channel_arguments", Text{&options->grpc_channel_arguments},

@@ -26,6 +26,8 @@ struct ServerOptions {
   int32_t grpc_max_threads = 0;  // 0: four times the number of CPUs, more with batching
   bool enable_serialization_as_tensor_content = false;
   int32_t max_queued_requests = 10'000;
+  int64_t max_results_per_request = 1'000'000;
+  std::string reload_address;
   std::string grpc_socket_path;
   std::string grpc_channel_arguments;  // "k=v,k=v"
   bool enable_grpc_healthcheck_service = false;

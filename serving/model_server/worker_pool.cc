@@ -6,7 +6,7 @@ namespace dpsr::serving {
 
 WorkerPool::WorkerPool(int num_threads, size_t max_queued) : max_queued_(max_queued) {
   threads_.reserve(num_threads);
-  for (int i = 0; i < num_threads; ++i) threads_.emplace_back([this] { Work(); });
+  GrowTo(num_threads);
 }
 
 WorkerPool::~WorkerPool() {
@@ -26,6 +26,10 @@ bool WorkerPool::Add(std::function<void()> task) {
   }
   changed_.notify_one();
   return true;
+}
+
+void WorkerPool::GrowTo(size_t num_threads) {
+  while (threads_.size() < num_threads) threads_.emplace_back([this] { Work(); });
 }
 
 size_t WorkerPool::num_queued() const {

@@ -31,6 +31,9 @@ class WorkerPool {
   // Adds a task, which must not throw. Returns false, and adds nothing, if the queue is full.
   bool Add(std::function<void()> task);
 
+  // Adds threads until there are `num_threads`. Only one thread may call this.
+  void GrowTo(size_t num_threads);
+
   // The numbers of tasks that wait and that run.
   size_t num_queued() const;
   size_t num_running() const;

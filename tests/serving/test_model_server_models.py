@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,114 @@ from model_servers import (
     serving,
 )
 from processes import PATIENCE_S, free_port
-from tensorflow_serving.apis import get_model_status_pb2, model_management_pb2, prediction_service_pb2_grpc
+from tensorflow_serving.apis import (
+    get_model_status_pb2,
+    model_management_pb2,
+    model_service_pb2_grpc,
+    prediction_service_pb2_grpc,
+)
+
+# ---- reloads at an address of their own ----
+
+
+@pytest.mark.parametrize("where", ["off", "port", "socket"])
+def test_reloads_at_another_address(exported: Path, tmp_path: Path, where: str) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        saved_models.publish(exported / "half_plus_1", tmp_path / name, 1)
+    address = {"off": "off", "port": f"127.0.0.1:{free_port()}", "socket": f"unix:{tmp_path / 'admin'}"}[where]
+    flags = ["--model_name=a", f"--model_base_path={tmp_path / 'a'}", f"--reload_address={address}"]
+    with serving(tmp_path, *flags) as running:
+        config = config_list(model_config("b", tmp_path / "b"))
+        code, message = error_of(lambda: running.reload(config))
+        assert code == grpc.StatusCode.PERMISSION_DENIED and "--reload_address" in message
+        assert running.states("a") == {1: State.AVAILABLE}
+        if where != "off":
+            with grpc.insecure_channel(address) as channel:
+                stub = model_service_pb2_grpc.ModelServiceStub(channel)
+                stub.HandleReloadConfigRequest(
+                    model_management_pb2.ReloadConfigRequest(config=config), timeout=PATIENCE_S
+                )
+            assert running.states("b") == {1: State.AVAILABLE}
+
+
+def test_an_address_for_reloads_that_is_taken(tmp_path: Path) -> None:
+    status, error = failing_start(f"--model_base_path={tmp_path}", "--port=0", "--reload_address=nowhere:x")
+    assert status == 1
+    assert "--reload_address=nowhere:x" in error and "unix:/PATH" in error
+
+
+# ---- file systems that hang ----
+
+
+@pytest.fixture
+def blocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """While this file exists, servers wait when they list a folder with `blocked` in its path."""
+    library, block = tmp_path / "blocked_folders.so", tmp_path / "block"
+    source = Path(__file__).with_name("blocked_folders.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    monkeypatch.setenv("BLOCKED_FOLDER", "blocked")
+    monkeypatch.setenv("BLOCK_FILE", str(block))
+    return block
+
+
+def begin_to_block(block: Path) -> None:
+    block.touch()
+    eventually(lambda: block.with_suffix(".hit").exists(), "a listing waits")
+
+
+def test_a_file_system_that_hangs_stops_only_its_own_model(exported: Path, tmp_path: Path, blocked: Path) -> None:
+    for name in ("a_blocked", "b", "c_blocked", "d"):
+        (tmp_path / name).mkdir()
+        saved_models.publish(exported / "half_plus_1", tmp_path / name, 1)
+    models = config_list(*(model_config(name, tmp_path / name) for name in ("a_blocked", "b", "c_blocked", "d")))
+    (tmp_path / "models.config").write_text(str(models))
+    with serving(tmp_path, f"--model_config_file={tmp_path / 'models.config'}") as running:
+        begin_to_block(blocked)
+        for name in ("a_blocked", "b", "d"):
+            saved_models.publish(exported / "half_plus_2", tmp_path / name, 2)
+        for name in ("b", "d"):
+            eventually(lambda name=name: running.states(name).get(2) == State.AVAILABLE, f"{name} has a new version")
+        assert running.states("a_blocked") == {1: State.AVAILABLE}
+        blocked.unlink()
+        eventually(lambda: running.states("a_blocked").get(2) == State.AVAILABLE, "the file system is back")
+
+
+def test_a_listing_of_an_older_configuration_is_dropped(exported: Path, tmp_path: Path, blocked: Path) -> None:
+    old, new = tmp_path / "blocked", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+    saved_models.publish(exported / "half_plus_1", old, 1)
+    saved_models.publish(exported / "half_plus_4", new, 2)
+    (tmp_path / "models.config").write_text(str(config_list(model_config("m", old))))
+    with serving(tmp_path, f"--model_config_file={tmp_path / 'models.config'}") as running:
+        begin_to_block(blocked)
+        saved_models.publish(exported / "half_plus_3", old, 2)  # the listing that waits will find it
+        running.reload(config_list(model_config("m", new)))
+        blocked.unlink()
+        eventually(lambda: running.states("m").get(2) == State.AVAILABLE, "version 2")
+        response = running.predict(predict_request(inputs={"x": np.float32([2])}, name="m", version=2))
+        assert list(response.outputs["y"].float_val) == [5]
+
+
+# ---- priority ----
+
+
+def test_loads_leave_no_thread_of_low_priority(exported: Path, base_path: Path, tmp_path: Path) -> None:
+    saved_models.publish(exported / "signatures", base_path, 1)
+    with serving(tmp_path, f"--model_base_path={base_path}") as running:
+        running.predict(predict_request())
+
+        def niceness() -> set[int]:
+            found = set()
+            for stat in Path(f"/proc/{running.process.pid}/task").glob("*/stat"):
+                found.add(int(stat.read_text().rpartition(")")[2].split()[16]))
+            return found
+
+        # TensorFlow starts its threads with the first session, which must not be that of a load.
+        eventually(lambda: len(niceness()) == 1, "all threads have the same priority")
+
 
 # ---- versions ----
 

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import resource
+import shutil
 import signal
 import socket
 import time
@@ -31,6 +32,7 @@ from model_servers import (
     serving,
 )
 from processes import PATIENCE_S, free_port
+from tensorflow_serving.apis import prediction_log_pb2
 from test_model_server_inference import REGRESS, input_of, multi_request
 
 METRICS = "/monitoring/prometheus/metrics"
@@ -425,6 +427,27 @@ def test_metrics(rest: Server) -> None:
     assert ':dpsr:serving:version_memory_bytes{model_name="sig",version="7"}' in after
 
 
+def test_metrics_of_versions_that_are_gone_are_gone(exported: Path, base_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "monitoring.config").write_text("prometheus_config { enable: true }")
+    flags = [f"--model_base_path={base_path}", f"--monitoring_config_file={tmp_path / 'monitoring.config'}"]
+    for version in (1, 2):
+        shutil.copytree(exported / "half_plus_1", tmp_path / str(version))
+        log = prediction_log_pb2.PredictionLog()
+        log.predict_log.request.CopyFrom(predict_request())
+        saved_models.write_warmup(tmp_path / str(version), log.SerializeToString())
+    saved_models.publish(tmp_path / "1", base_path, 1)
+    with serving(tmp_path, *flags, rest_port=free_port()) as running:
+
+        def shown(version: int) -> set[str]:
+            ends = (f'version="{version}"', f'model_path="{base_path / str(version)}"')
+            return {name.partition("{")[0] for name in metrics(running) if any(end in name for end in ends)}
+
+        names = shown(1)
+        assert {":dpsr:serving:version_memory_bytes", ":tensorflow:cc:saved_model:load_attempt_count"} <= names
+        saved_models.publish(tmp_path / "2", base_path, 2)
+        eventually(lambda: shown(2) == names and not shown(1), "only the new version has metrics")
+
+
 def test_metrics_elsewhere_or_nowhere(exported: Path, base_path: Path, tmp_path: Path) -> None:
     saved_models.publish(exported / "half_plus_1", base_path, 1)
     config = tmp_path / "monitoring.config"
@@ -612,7 +635,9 @@ def test_cors_where_asked(exported: Path, base_path: Path, tmp_path: Path, rest:
 
 def test_time_limit_and_full_queue(exported: Path, base_path: Path, tmp_path: Path) -> None:
     saved_models.publish(exported / "signatures", base_path, 1)
+    (tmp_path / "monitoring.config").write_text("prometheus_config { enable: true }")
     flags = ["--grpc_max_threads=1", "--rest_api_num_threads=1", "--max_queued_requests=1"]
+    flags.append(f"--monitoring_config_file={tmp_path / 'monitoring.config'}")
     with serving(
         tmp_path, f"--model_base_path={base_path}", *flags, "--rest_api_timeout_in_ms=1000", rest_port=free_port()
     ) as running:
@@ -622,6 +647,8 @@ def test_time_limit_and_full_queue(exported: Path, base_path: Path, tmp_path: Pa
         eventually(begun.exists, "the request runs")
         asked = [running.prediction.Predict.future(predict_request(), timeout=PATIENCE_S) for _ in range(3)]
         eventually(lambda: sum(call.done() for call in asked) == 2, "two are refused")
+        refusals = ':tensorflow:serving:request_count{model_name="default",status="RESOURCE_EXHAUSTED"}'
+        assert metrics(running)[refusals] == 2
         for call in asked:
             if call.done():
                 code, message = error_of(call.result)
@@ -638,6 +665,7 @@ def test_time_limit_and_full_queue(exported: Path, base_path: Path, tmp_path: Pa
             refused = [reply.result() for reply in replies if reply not in late]
             assert [reply.status for reply in refused] == [429, 429]
             assert "--max_queued_requests" in refused[0].text
+            assert metrics(running)[refusals] == 4
             time.sleep(1.2)  # longer than the time limit of both, which began when they arrived
             Path(gate["release"]).touch()
             assert [reply.result().status for reply in late] == [504, 504]

@@ -316,11 +316,15 @@ def test_reload_config_goes_to_a_sole_backend_only(
     method = "/tensorflow.serving.ModelService/HandleReloadConfigRequest"
     backends = [start_backend(), start_backend()]
     config = tmp_path / "proxy.yaml"
-    config.write_text(f"default: {{backends: {[backend.target for backend in backends]}}}")
+    config.write_text(f"default: {{backends: {[backend.target for backend in backends]}}}\nforward_reloads: true\n")
     code, details, *_ = call(start_proxy(f"--config={config}").target, method, b"\x0a\x00")
     assert code is grpc.StatusCode.FAILED_PRECONDITION and "2 backends" in details
+    # Without the key, nobody who reaches the proxy can replace the models of a server.
+    code, details, *_ = call(start_proxy(f"--backend={backends[0].target}").target, method, b"\x0a\x00")
+    assert code is grpc.StatusCode.PERMISSION_DENIED and "forward_reloads" in details
     assert [backend.calls for backend in backends] == [[], []]
-    assert call(start_proxy(f"--backend={backends[0].target}").target, method, b"\x0a\x00")[2] == b"\x0a\x00"
+    config.write_text(f"default: {{backends: [{backends[0].target!r}]}}\nforward_reloads: true\n")
+    assert call(start_proxy(f"--config={config}").target, method, b"\x0a\x00")[2] == b"\x0a\x00"
 
 
 def test_sigterm_drains(start_backend: Callable[[], RecordingBackend], start_proxy: StartProxy) -> None:

@@ -189,7 +189,12 @@ class AccessLogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProxyConfig:
-    """The whole configuration. `max_outstanding` is the number of unanswered requests that one backend may have."""
+    """The whole configuration.
+
+    Attributes:
+        max_outstanding: number of unanswered requests that one backend may have.
+        forward_reloads: whether clients may replace the list of models of a sole backend (HandleReloadConfigRequest).
+    """
 
     models: Mapping[str, ModelConfig]
     default: PoolConfig | None = None
@@ -201,6 +206,7 @@ class ProxyConfig:
     listen_tls: TlsConfig | None = None
     backend_tls: TlsConfig | None = None
     access_log: AccessLogConfig | None = None
+    forward_reloads: bool = False
 
 
 def load_config(path: Path) -> ProxyConfig:
@@ -213,7 +219,10 @@ def parse_config(text: str) -> ProxyConfig:
     top = Section(
         "",
         load_yaml(text),
-        ("models", "default", "max_outstanding", "health", "retries", "hedge", "limits", "tls", "access_log"),
+        (
+            "models", "default", "max_outstanding", "health", "retries", "hedge", "limits", "tls", "access_log",
+            "forward_reloads",
+        ),  # fmt: skip
     )
     models = top.tree.get("models", {})
     if not isinstance(models, dict):
@@ -243,6 +252,7 @@ def parse_config(text: str) -> ProxyConfig:
         listen_tls=_tls(tls, "listen", ("certificate", "key", "ca")),
         backend_tls=_tls(tls, "backends", ("certificate", "key", "ca", "server_name")),
         access_log=_access_log(top),
+        forward_reloads=top.flag("forward_reloads", False),
     )
 
 

@@ -80,7 +80,8 @@ class ProxyServer:
     - UNAVAILABLE: no backend of the model can be reached (the message names model and addresses), or a shard is
       missing and the configuration demands all;
     - RESOURCE_EXHAUSTED: all backends of the model have `max_outstanding` requests under way;
-    - FAILED_PRECONDITION: HandleReloadConfigRequest, which names no model, if there are several backends.
+    - PERMISSION_DENIED: HandleReloadConfigRequest, unless the configuration has `forward_reloads`;
+    - FAILED_PRECONDITION: the same, which names no model, if there are several backends.
 
     Raises:
         OSError: a certificate cannot be read, or the access log cannot be opened.
@@ -360,6 +361,12 @@ class ProxyServer:
         return Reply(Code.OK, "", body, first.initial, (*first.trailing, *count), first.backend, attempts)
 
     async def _ask_sole(self, path: str, request: bytes, deadline: float | None, metadata: Metadata) -> Reply:
+        if not self._config.forward_reloads:
+            return Reply(
+                Code.PERMISSION_DENIED,
+                f"this proxy does not forward {path}; send it to a model server directly, or configure "
+                "forward_reloads: true",
+            )
         if len(self._backends) > 1:
             return Reply(
                 Code.FAILED_PRECONDITION,
