@@ -9,16 +9,18 @@ import os
 import shutil
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import faiss
+import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import Job, dpsr
 from tensorflow.core.protobuf import saved_model_pb2
-from tensorflow_serving.apis import prediction_log_pb2
+from tensorflow_serving.apis import predict_pb2, prediction_log_pb2, prediction_service_pb2_grpc
 
 from dpsr_common.command_line import main
 from dpsr_common.errors import CommandError
@@ -34,7 +36,7 @@ from dpsr_tf.data.user_requests import UserRequests
 from dpsr_tokenizer import TokenizerConfig, VocabularyBuilder
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "serving"))
-from processes import ProxyProcess
+from processes import ProxyProcess, free_port
 
 pytestmark = pytest.mark.slow
 QUERIES = ["phone case", "苹果 手机", "kids keybaord", "red shoes", ""]
@@ -98,6 +100,41 @@ def test_warmup_requests_that_batching_allows(personal: Job, tmp_path: Path) -> 
         asked.append((request.model_spec.signature_name, inputs["query"][0]))
     assert {signature for signature, _ in asked} == {"serving_default", "query_embedding"}
     assert len(set(asked)) > 20
+
+
+def test_a_search_stops_when_its_client_cancels(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "monitoring").write_text("prometheus_config { enable: true }")
+    port = free_port()
+    flags = [
+        f"--rest_api_port={port}",
+        f"--monitoring_config_file={tmp_path / 'monitoring'}",
+        "--max_results_per_request=500000",
+    ]
+
+    def metric(name: str) -> float:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/monitoring/prometheus/metrics", timeout=60) as reply:
+            lines = reply.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name, request.model_spec.signature_name = "shop", "search"
+    request.inputs["query"].CopyFrom(tf.make_tensor_proto(["red shoes"] * 100_000))
+    request.inputs["k"].CopyFrom(tf.make_tensor_proto(6))
+    with (
+        start_model_server(job.servable, "shop", arguments=flags) as server,
+        grpc.insecure_channel(server.target) as channel,
+    ):
+        stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+        with pytest.raises(grpc.RpcError, match=r"100000 \* 6, expected at most 500000 results"):
+            stub.Predict(request, timeout=60)
+        request.inputs["k"].CopyFrom(tf.make_tensor_proto(5))
+        call = stub.Predict.future(request, timeout=60)
+        while metric(":dpsr:serving:requests_running") < 1:
+            assert not call.done(), "the request ended too early for this test"
+        call.cancel()
+        count = ':tensorflow:serving:request_count{model_name="shop",status='
+        while metric(f'{count}"CANCELLED"') < 1:
+            assert metric(f'{count}"OK"') == 0, "the search was not stopped"
 
 
 def test_the_servable_has_the_averaged_weights(personal: Job) -> None:

@@ -247,6 +247,17 @@ def test_k_out_of_range(files: Files, k: int) -> None:
         files.table().search(vectors(1, seed=13)[:, None], k)
 
 
+def test_the_results_of_a_call_are_limited(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, queries = files.table(), vectors(101, seed=13)[:, None]
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"batch \* k is 101 \* 10000, expected at most 1000000"):
+        table.search(queries, 10_000)
+    assert table.search(queries[:100], 10_000)[0].shape == [100, 10_000]
+    monkeypatch.setenv("DPSR_MAX_RESULTS", "505")
+    assert table.search(queries, 5)[0].shape == [101, 5]
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"at most 505 .*--max_results_per_request"):
+        table.search(queries, 6)
+
+
 @pytest.mark.parametrize(
     ("queries", "message"),
     [

@@ -439,7 +439,7 @@ def test_metrics_of_versions_that_are_gone_are_gone(exported: Path, base_path: P
     with serving(tmp_path, *flags, rest_port=free_port()) as running:
 
         def shown(version: int) -> set[str]:
-            ends = (f'version="{version}"', f'model_path="{base_path / str(version)}"')
+            ends = (f',version="{version}"', f'model_path="{base_path / str(version)}"')
             return {name.partition("{")[0] for name in metrics(running) if any(end in name for end in ends)}
 
         names = shown(1)

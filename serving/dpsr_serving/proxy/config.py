@@ -219,10 +219,7 @@ def parse_config(text: str) -> ProxyConfig:
     top = Section(
         "",
         load_yaml(text),
-        (
-            "models", "default", "max_outstanding", "health", "retries", "hedge", "limits", "tls", "access_log",
-            "forward_reloads",
-        ),  # fmt: skip
+        _TOP_KEYS,
     )
     models = top.tree.get("models", {})
     if not isinstance(models, dict):
@@ -256,6 +253,10 @@ def parse_config(text: str) -> ProxyConfig:
     )
 
 
+_TOP_KEYS = (
+    "models", "default", "max_outstanding", "health", "retries", "hedge", "limits", "tls", "forward_reloads",
+    "access_log",
+)  # fmt: skip
 _POOL_KEYS = ("backends", "shards", "discover", "missing_shards", "shard_timeout_s")
 _ADDRESSES = "a list of at least one host:port"
 
