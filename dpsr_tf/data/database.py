@@ -154,7 +154,23 @@ class Database:
             label: label of the progress bar.
             group: a column with numbers from 0 to `num_groups` - 1, by which the result is sorted first.
             num_groups: the number of groups.
+
+        Raises:
+            duckdb.OutOfMemoryException: one thread cannot sort the rows within the given memory either.
         """
+        try:
+            return self._sorted_columns(columns, source, order, label, group, num_groups)
+        except duckdb.OutOfMemoryException:
+            # Each of DuckDB's threads needs memory of its own to sort. One needs least.
+            self._connection.execute("SET threads = 1")
+        try:
+            return self._sorted_columns(columns, source, order, label, group, num_groups)
+        finally:
+            self._connection.execute(f"SET threads = {self._workers.threads}")
+
+    def _sorted_columns(
+        self, columns: Sequence[str], source: str, order: Sequence[str], label: str, group: str | None, num_groups: int
+    ) -> SortedColumns:
         names = [column.rpartition(" AS ")[2] for column in columns]
         empty = self.arrays(f"SELECT {', '.join(columns)} {source} LIMIT 0")
         files = [ColumnFile(self.folder, empty[name].dtype) for name in names]
