@@ -1,10 +1,13 @@
 """Compares the model server under load with a gRPC server in Python, on the same SavedModels in the same run.
 
-    python benchmarks/model_server.py --json [--servable=DIR] [--quick]
+    python benchmarks/model_server.py --json [--servable=DIR] [--quick] [--tensorflow_model_server=PATH]
 
 Models: `12kb` looks up 1000 ids and scores for each query, an answer of 12 KB, so that the server's own cost stands
 out. `fused` is a servable of `dpsr export` (tokenizer, query tower and index in one graph): the one of --servable, or a
 small one that the benchmark makes.
+
+With --tensorflow_model_server, TensorFlow Serving's own server takes its turns as well. It must have our ops
+(docs/tensorflow_serving.md). Its bars are those of `fused`.
 
 Loads: closed loops of 1, 8 and 32 requests, and open loops at half the rate that the closed loop of 32 reached.
 Latencies of an open loop count from when a request was due. Both servers run all the time and take turns under load;
@@ -34,7 +37,8 @@ from absl import app, flags
 from dpsr_common import command_line
 
 CONCURRENCIES = (1, 8, 32)
-IMPLS = ("dpsr", "python")
+IMPLS = ["dpsr", "python"]
+PEER = "tensorflow_serving"
 
 
 class Model(NamedTuple):
@@ -49,6 +53,10 @@ class Model(NamedTuple):
 def serving(impl: str, model: Model) -> Iterator[servers.Server]:
     if impl == "python":
         with servers.python_server(model.version, model.op_libraries) as server:
+            yield server
+        return
+    if impl == PEER:
+        with servers.tensorflow_server(flags.FLAGS.tensorflow_model_server, model.version.parent) as server:
             yield server
         return
     libraries = [f"--op_library={','.join(model.op_libraries)}"] if model.op_libraries else []
@@ -148,11 +156,12 @@ def measure(result: report.Report, workload: str, model: Model, repeat: int, sec
             add_loads(result, impl, workload, loads[impl, concurrency], **more)
         result.add(impl, workload, "answer", loads[impl, 1][0]["response_bytes"], "bytes")
     for concurrency in CONCURRENCIES:
-        pairs = list(zip(*(loads[impl, concurrency] for impl in IMPLS), strict=True))
-        if any(theirs["qps"] == 0 for _, theirs in pairs):
-            raise SystemExit(f"{workload}: the Python server completed no request; run again with less other load")
-        ratios = [ours["qps"] / theirs["qps"] for ours, theirs in pairs]
-        result.add_samples("dpsr_over_python", workload, f"closed_{concurrency}_qps", ratios, "ratio")
+        for peer in IMPLS[1:]:
+            pairs = list(zip(loads["dpsr", concurrency], loads[peer, concurrency], strict=True))
+            if any(theirs["qps"] == 0 for _, theirs in pairs):
+                raise SystemExit(f"{workload}: {peer} completed no request; run again with less other load")
+            ratios = [ours["qps"] / theirs["qps"] for ours, theirs in pairs]
+            result.add_samples(f"dpsr_over_{peer}", workload, f"closed_{concurrency}_qps", ratios, "ratio")
 
 
 def bars(result: report.Report) -> dict[str, float]:
@@ -166,7 +175,14 @@ def bars(result: report.Report) -> dict[str, float]:
     def qps_ratio(concurrency: int) -> float:
         return min(result.value("dpsr_over_python", each, f"closed_{concurrency}_qps") for each in workloads)
 
-    return {
+    found = {}
+    if PEER in IMPLS:
+        ours, theirs = (result.value(impl, "fused", "closed_8_cpu") for impl in ("dpsr", PEER))
+        found = {
+            "qps_ratio_to_tensorflow_serving_c8": result.value(f"dpsr_over_{PEER}", "fused", "closed_8_qps"),
+            "cpu_ratio_to_tensorflow_serving": ours / theirs,
+        }
+    return found | {
         "qps_ratio_to_python_c8": qps_ratio(8),
         "qps_ratio_to_python_c32": qps_ratio(32),
         "core_us_ratio_to_python": max(ours / theirs for ours, theirs in zip(cpu("dpsr"), cpu("python"), strict=True)),
@@ -181,6 +197,7 @@ def _define_flags() -> None:
     flags.DEFINE_string(
         "servable", None, "base path of a servable of `dpsr export`; the default is to make a small one"
     )
+    flags.DEFINE_string("tensorflow_model_server", None, "path of TensorFlow Serving's server, to measure it as well")
     flags.DEFINE_integer("repeat", 3, "number of measurements of each server", lower_bound=1)
     flags.DEFINE_float("seconds", 5, "seconds of each load", lower_bound=0.1)
     flags.DEFINE_boolean("quick", False, "make one short measurement, to check that the benchmark works")
@@ -192,6 +209,8 @@ def main(arguments: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected argument '{arguments[1]}'")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     repeat, seconds = (1, 0.4) if values.quick else (values.repeat, values.seconds)
+    if values.tensorflow_model_server:
+        IMPLS.append(PEER)
     result = report.Report("model_server", 1, servers.hardware())
     with tempfile.TemporaryDirectory() as folder:
         for workload, model in models(Path(folder), values.servable).items():

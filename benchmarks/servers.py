@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -93,6 +94,24 @@ def python_server(version: Path, op_libraries: Sequence[str] = ()) -> Iterator[S
     script = Path(__file__).with_name("python_server.py")
     command = [sys.executable, str(script), str(version), *op_libraries]
     server = Server(command, "listening on ", {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"})
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def tensorflow_server(binary: str, base_path: Path) -> Iterator[Server]:
+    """Runs TensorFlow Serving's server on the versions below `base_path`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # With its default of 4 threads for each core, it refuses requests of 32 callers.
+    command = [binary, f"--port={port}", f"--model_name={MODEL}", f"--model_base_path={base_path}"]
+    # It writes "Running gRPC ModelServer at 0.0.0.0:PORT ..." into its log, among other lines.
+    script = 'exec 3>&1; exec "$@" 2> >(grep --line-buffered -o "Running gRPC ModelServer at .*" >&3)'
+    server = Server(["bash", "-c", script, "bash", *command, "--grpc_max_threads=64"], "Running gRPC ModelServer at ")
+    server.target = f"127.0.0.1:{port}"
     try:
         yield server
     finally:

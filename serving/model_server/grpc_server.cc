@@ -34,6 +34,10 @@ constexpr char kEntrypoint[] = "GRPC";
 // gRPC sends the text of an error in a header, and clients limit the size of headers.
 constexpr size_t kMaxErrorBytes = 1024;
 
+// Number of calls that a connection may have at the same time. Without a limit, calls with large headers take the memory
+// of the server: gigabytes in seconds.
+constexpr int kMaxStreams = 1024;
+
 // Number of reloads that may wait for models at the same time. A reload whose models do not load must not block the
 // next reload, which may correct it.
 constexpr int kReloads = 8;
@@ -208,7 +212,9 @@ class GrpcServerImpl final : public GrpcServer {
     const std::string address = ServerAddress(options.host, options.port);
     grpc::EnableDefaultHealthCheckService(options.health_service);
     grpc::ServerBuilder builder;
+    bool limits_streams = false;
     for (const auto& [name, value] : options.channel_arguments) {
+      limits_streams |= name == GRPC_ARG_MAX_CONCURRENT_STREAMS;
       int number = 0;
       if (ParseNumber(value, &number)) {
         builder.AddChannelArgument(name, number);
@@ -216,6 +222,7 @@ class GrpcServerImpl final : public GrpcServer {
         builder.AddChannelArgument(name, value);
       }
     }
+    if (!limits_streams) builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kMaxStreams);
     // Without this, a second server on the port would start, and share the requests of the first one.
     builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
     builder.AddListeningPort(address, options.use_tls ? TlsCredentials(options.tls) : grpc::InsecureServerCredentials(),

@@ -3,6 +3,7 @@
 #include <malloc.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -82,6 +83,15 @@ int NumCpus() { return static_cast<int>(std::max(1u, std::thread::hardware_concu
 void BoundHeaps() {
   if (std::getenv("MALLOC_ARENA_MAX") != nullptr) return;
   mallopt(M_ARENA_MAX, std::max(2, NumCpus()));
+}
+
+// Raises the limit of open files as far as the system allows. gRPC 1.51 stops to accept connections for ever once it has
+// met the limit, even if connections are closed again (CVE-2023-4785).
+void RaiseFileLimit() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  limit.rlim_cur = limit.rlim_max;
+  setrlimit(RLIMIT_NOFILE, &limit);
 }
 
 int FailToStart(const std::string& error) {
@@ -408,6 +418,7 @@ int Main(int argc, char** argv) {
   if (!version.ok()) return FailToStart(version.message());
 
   BoundHeaps();
+  RaiseFileLimit();
   // This must come before the first thread, because threads inherit the mask.
   sigset_t signals;
   sigemptyset(&signals);

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import resource
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
@@ -450,3 +453,23 @@ def test_help_and_version() -> None:
 
     assert "--model_base_path=" in output("--help")
     assert f"TensorFlow Library: {tf.__version__}" in output("--version")
+
+
+def test_many_connections_do_not_end_listening(exported: Path, base_path: Path, tmp_path: Path) -> None:
+    # gRPC stops listening for ever when it has met the limit of open files, so the server raises the soft one.
+    saved_models.publish(exported / "half_plus_1", base_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    try:
+        server = Server(tmp_path / "server.log", f"--model_base_path={base_path}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with contextlib.ExitStack() as opened:
+        opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        opened.callback(server.process.wait)
+        opened.callback(server.process.kill)
+        for _ in range(700):
+            opened.enter_context(socket.create_connection(("127.0.0.1", server.port), PATIENCE_S))
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}", [("dpsr.client", 1)]) as channel:
+            stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+            assert stub.Predict(predict_request(), timeout=PATIENCE_S).model_spec.version.value == 1
