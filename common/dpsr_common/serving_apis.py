@@ -1,4 +1,4 @@
-"""Message classes and method names of TensorFlow Serving's API, without TensorFlow.
+"""Message classes and method names of TensorFlow Serving's API, and tf.train.Example, without TensorFlow.
 
 The generated module `tensorflow_serving.apis.predict_pb2` imports all of TensorFlow. Here the same messages are built
 from the descriptors that common/dump_apis.py takes out of the `tensorflow-serving-api` wheel. They live in a descriptor
@@ -62,6 +62,7 @@ def _message(name: str) -> Any:
 
 
 TensorProto = _message("tensorflow.TensorProto")
+Example = _message("tensorflow.Example")
 ModelSpec = _message("tensorflow.serving.ModelSpec")
 PredictRequest = _message("tensorflow.serving.PredictRequest")
 PredictResponse = _message("tensorflow.serving.PredictResponse")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dpsr_common.packed_file import PackedFileWriter, checksum
 from dpsr_export import op_library_path
 
-__all__ = ["FaissIndexTable", "load", "op_library_path", "write_item_ids"]
+__all__ = ["FaissIndexTable", "load", "op_library_path", "read_item_changes", "write_item_ids"]
 
 v1 = tf.compat.v1
 
@@ -60,6 +60,28 @@ def write_item_ids(path: str | Path, item_ids: NDArray[np.int64], index_path: st
         file.add("index.checksum", np.array([checksum(index)], np.uint64))
         if entries > 1:
             file.add("index.entries", np.array([entries], np.uint64))
+
+
+def read_item_changes(path: tf.Tensor | str, offset: tf.Tensor | int, max_changes: tf.Tensor | int, up: int = 0) -> Any:
+    """Reads changes of items from a log (dpsr_export/item_changes.py).
+
+    Args:
+        path: [] string, the directory of the log or, if `up` is not 0, an asset of a servable. The log of a servable is
+            beside its versions. A servable whose version is not a whole number, or on a file system other than the
+            local ones, has no log.
+        offset: [] int64, the first change to read.
+        max_changes: [] int32, the largest number of changes to read, at least 1.
+        up: number of levels from the asset to the directory that holds the log.
+
+    Returns:
+        A named tuple of kinds int32 [n], item_ids int64 [n], versions int64 [n], times float64 [n], keys string [n]
+        ("" where item ids are numbers), examples string [n], and next_offset int64 [], of the change after the last.
+        n is 0 at the end of the log, and if there is no log.
+
+    Raises:
+        tf.errors.DataLossError: the segment with `offset` is damaged or missing. The message names the file.
+    """
+    return load().dpsr_item_changes_read(path, tf.cast(offset, tf.int64), tf.cast(max_changes, tf.int32), up=up)
 
 
 class FaissIndexTable:
