@@ -453,6 +453,17 @@ def measure_settings(
     return found
 
 
+def measure_again(
+    index: faiss.Index, exact: Exact, queries: np.ndarray, k: int, parameters: Sequence[str], entries: int = 1
+) -> list[Setting]:
+    """Measures an index at given search parameters. The arguments are those of measure_settings."""
+    found = []
+    for setting in parameters:
+        set_parameters(index, setting)
+        found.append(_measured(index, exact, queries, k, setting, entries, None))
+    return found
+
+
 def choose(settings: Sequence[Setting], k: int, recall_target: float) -> Setting:
     """Returns the fastest setting whose ann_recall@k reaches the target, or else the one with the highest recall."""
     good = [setting for setting in settings if setting.ann_recall[k] >= recall_target]

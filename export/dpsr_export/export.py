@@ -127,7 +127,7 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
             # All shards appear together, after the last one is complete.
             out = made.enter_context(new_directory(path / str(version)))
             with index.part(number, values.shards, out.parent) as part:
-                measured = export(model, part, out) if model is not None else renew_index(_newest(path), part, out)
+                measured = export(model, part, out) if model is not None else renew_index(newest(path), part, out)
                 _select_warmup(values, out)
             print(f"servable {path / str(version)}: {part.manifest['items']:,} items; {_figures(measured)}")
 
@@ -159,8 +159,8 @@ def _export_ranker(values: flags.FlagValues) -> None:
         if model is not None:
             measured = ranker.export(model, store, values.max_items, out)
         else:
-            old = _newest(base)
-            measured = ranker.renew(old, _manifest(old, "ranker"), store, out)
+            old = newest(base)
+            measured = ranker.renew(old, manifest_of(old, "ranker"), store, out)
         _select_warmup(values, out)
     shown = "not measured, because the log has no requests"
     if measured["requests"]:
@@ -187,8 +187,8 @@ def _export_rewriter(values: flags.FlagValues) -> None:
             measured = rewriter.export(model, table, values.max_rewrites, out)
         else:
             assert table is not None
-            old = _newest(base)
-            measured = rewriter.renew(old, _manifest(old, "rewriter"), table, out)
+            old = newest(base)
+            measured = rewriter.renew(old, manifest_of(old, "rewriter"), table, out)
         _select_warmup(values, out)
     shown = [
         f"{what} p50 {measured[f'{key}_p50_ms']:.2f} ms, p99 {measured[f'{key}_p99_ms']:.2f} ms"
@@ -211,14 +211,15 @@ def versions(base: Path) -> list[int]:
     return sorted(int(path.name) for path in base.glob("*") if path.name.isdigit())
 
 
-def _newest(base: Path) -> Path:
+def newest(base: Path) -> Path:
+    """Returns the highest version in a base path. Raises CommandError if there is none."""
     there = versions(base)
     if not there:
         raise CommandError(f"{base}: holds no servable; leave out --index_only and give --model")
     return base / str(there[-1])
 
 
-def _manifest(servable: Path, kind: str) -> dict[str, Any]:
+def manifest_of(servable: Path, kind: str) -> dict[str, Any]:
     """Returns the manifest of a servable. Raises CommandError if it is not of this kind, as model.kind has them."""
     manifest = read_manifest(
         servable / "assets.extra" / "dpsr_manifest.json",
@@ -261,6 +262,16 @@ class Index:
             return PackedFile(str(self.path / "item_ids.dpsr"), "item_ids")["id"]
         except (FormatError, FileNotFoundError) as error:
             raise CommandError(f"{error}; run `dpsr index` again") from None
+
+    def item_versions(self) -> dict[int, int]:
+        """Returns the last versions of items that have one (docs/fresh_items.md), deleted ones included."""
+        file = PackedFile(str(self.path / "item_ids.dpsr"), "item_ids")
+        if "version" not in file:
+            return {}
+        rows = np.flatnonzero(file["version"])
+        ids = np.concatenate([file["id"][rows], file["hidden.id"]])
+        versions = np.concatenate([file["version"][rows], file["hidden.version"]])
+        return dict(zip(ids.tolist(), versions.tolist(), strict=True))
 
     def vectors(self) -> np.ndarray:
         """Returns the embeddings that the index was made from, by position: float32 [items, dim], memory-mapped."""
@@ -310,9 +321,13 @@ class Index:
         with tempfile.TemporaryDirectory(prefix=".shard-", dir=work) as name:
             path = Path(name)
             vectors = self.vectors()
-            faiss.write_index(self._index_of(positions), str(path / "items.faiss"))
+            faiss.write_index(self.filled(vectors[positions])[0], str(path / "items.faiss"))
             write_item_ids(
-                path / "item_ids.dpsr", ids[positions], path / "items.faiss", self.manifest.get("entries", 1)
+                path / "item_ids.dpsr",
+                ids[positions],
+                path / "items.faiss",
+                self.manifest.get("entries", 1),
+                self.item_versions(),
             )
             with PackedFileWriter(str(path / "item_embeddings.dpsr"), "item_embeddings") as file:
                 file.add("id", ids[positions])
@@ -325,26 +340,30 @@ class Index:
             for same in (servable_assets.REQUESTS, "recall.json", *self.manifest["serving_files"]):
                 link_or_copy(self.path / same, path / same)
             files = {name: file_record(path / name) for name in self.manifest["files"]}
-            manifest = self.manifest | {"items": len(positions), "files": files}
+            manifest = self.manifest | {"items": len(positions), "files": files, "shard": [number, shards]}
             yield Index(path, manifest, (number, shards))
 
-    def _index_of(self, positions: np.ndarray) -> faiss.Index:
-        """Returns the index of these positions only, as it is trained, with its search parameters."""
+    def filled(self, vectors: np.ndarray) -> tuple[faiss.Index, tuple[np.ndarray, np.ndarray] | None]:
+        """Fills the trained index with other vectors, float32 [n, dim], and sets its search parameters.
+
+        Returns:
+            The index; and lists and codes of the vectors if the index is that of a model's quantizer, otherwise None.
+        """
         index = faiss.read_index(str(self.path / "items.faiss"))
-        vectors, second_list = self.vectors(), self.manifest["config"].get("second_list", 0.0)
+        second_list = self.manifest["config"].get("second_list", 0.0)
         if self.manifest.get("quantizer"):
             quantizer, factory = product_codes.quantizer_of(index), self.manifest["config"]["factory"]
-            index, _, _ = product_codes.build(quantizer, factory, vectors[positions], second_list)
+            index, lists, codes = product_codes.build(quantizer, factory, vectors, second_list)
             set_parameters(index, self.manifest["parameters"])
-            return index
+            return index, (lists, codes)
         index.reset()  # removes the vectors, keeps the trained parts and the search parameters
-        for begin in range(0, len(positions), _BLOCK):
-            part = np.ascontiguousarray(vectors[positions[begin : begin + _BLOCK]])
+        for begin in range(0, len(vectors), _BLOCK):
+            part = np.ascontiguousarray(vectors[begin : begin + _BLOCK])
             if second_list:
                 product_codes.add_in_two_lists(index, part, second_list)
             else:
                 index.add(part)
-        return index
+        return index, None
 
 
 def _copy_titles(source: Path, item_ids: set[int], target: Path) -> None:
@@ -441,11 +460,11 @@ def renew_index(old: Path, index: Index, out: Path) -> dict[str, Any]:
     Raises:
         CommandError: `old` is not a servable, the index was made from another model, or the servable does not answer.
     """
-    manifest = _manifest(old, "retrieval")
+    manifest = manifest_of(old, "retrieval")
     if tuple(manifest["shard"]) != index.shard:
         raise CommandError(f"{old}: is shard {manifest['shard']}, expected {list(index.shard)}; give the same --shards")
     _check_quantizer(index, manifest.get("quantizer"), f"the servable {old}")
-    difference = _difference(manifest["index"], index.manifest)
+    difference = difference_of(manifest["index"], index.manifest)
     if difference:
         raise CommandError(
             f"{index.path}: {difference}, so it is not of the model in {old}; build the index from that model, or "
@@ -468,7 +487,7 @@ def renew_index(old: Path, index: Index, out: Path) -> dict[str, Any]:
     return _finish(index, manifest, out)
 
 
-def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+def difference_of(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     """Compares the index.json of two indexes. Returns why they are not from the same model, or None if they are."""
     for key in (
         "vocabulary_fingerprint", "embedding_dim", "checkpoint_fingerprint", "metric", "string_ids", "features",
@@ -489,6 +508,7 @@ def _finish(index: Index, manifest: dict[str, Any], out: Path) -> dict[str, Any]
     extra = out / "assets.extra"
     shutil.copyfile(index.path / "item_titles.tsv.gz", extra / "item_titles.tsv.gz")
     queries = index.requests()
+    # The name of `out` is not a number yet, so the changes of its log are not applied.
     servable = warmup.LoadedServable(out)
     try:
         requests = warmup.warmup_requests(servable, queries, manifest["k"])

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import uuid
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,13 @@ def load() -> Any:
     return tf.load_op_library(op_library_path())
 
 
-def write_item_ids(path: str | Path, item_ids: NDArray[np.int64], index_path: str | Path, entries: int = 1) -> None:
+def write_item_ids(
+    path: str | Path,
+    item_ids: NDArray[np.int64],
+    index_path: str | Path,
+    entries: int = 1,
+    versions: Mapping[int, int] | None = None,
+) -> None:
     """Writes the item ids of the positions of an index.
 
     The file also holds the size and checksum of the index file, so that it is refused with another or a damaged index.
@@ -52,6 +59,9 @@ def write_item_ids(path: str | Path, item_ids: NDArray[np.int64], index_path: st
         item_ids: int64 [ntotal / entries], all at least 0.
         index_path: the index file, which must be complete.
         entries: number of times that the index holds each position: 2 if each is in two lists.
+        versions: the last version of items that had changes with a version, by id (docs/fresh_items.md). It may have
+            ids that are not in the index. The file then has the sections `version`, int64 [items], with 0 for none;
+            `hidden.id` and `hidden.version`, int64 [those that are not in the index].
     """
     index = np.memmap(index_path, np.uint8, "r")
     with PackedFileWriter(str(path), "item_ids") as file:
@@ -60,6 +70,16 @@ def write_item_ids(path: str | Path, item_ids: NDArray[np.int64], index_path: st
         file.add("index.checksum", np.array([checksum(index)], np.uint64))
         if entries > 1:
             file.add("index.entries", np.array([entries], np.uint64))
+        if versions:
+            known = np.array(sorted(versions.items()), np.int64)
+            order = np.argsort(item_ids, kind="stable")
+            places = order[np.minimum(np.searchsorted(item_ids, known[:, 0], sorter=order), len(item_ids) - 1)]
+            there = item_ids[places] == known[:, 0]
+            of_items = np.zeros(len(item_ids), np.int64)
+            of_items[places[there]] = known[there, 1]
+            file.add("version", of_items)
+            file.add("hidden.id", np.ascontiguousarray(known[~there, 0]))
+            file.add("hidden.version", np.ascontiguousarray(known[~there, 1]))
 
 
 def read_item_changes(path: tf.Tensor | str, offset: tf.Tensor | int, max_changes: tf.Tensor | int, up: int = 0) -> Any:

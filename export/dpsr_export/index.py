@@ -54,6 +54,7 @@ from dpsr_tf.training.train import config_from_flags
 
 USAGE = """
 Usage: dpsr index --model=MODEL --store=STORE --out=INDEX [--set=index.factory=FACTORY ...]
+       dpsr index --merge --index=INDEX --servable=BASE --out=NEW
        dpsr index --inverted --store=STORE --out=INVERTED [--analysis=OPTIONS]
 
 Computes the embeddings of all items with the last checkpoint of a model, and builds a FAISS index over them. The config
@@ -62,6 +63,10 @@ quantizer, the index is made of it, with its codes, and nothing is trained; a FA
 another index of the float embeddings, to compare. Then the command measures which
 share of the exact results the index finds (ann_recall) at several search parameters, and keeps the fastest that reach
 index.recall_target. If a run is killed, the next run continues where it stopped.
+
+With --merge the command takes the index that a servable was exported with, and writes a new one that has the changes
+of items in the servable's log (docs/fresh_items.md). Only new items are embedded, and nothing is trained.
+`dpsr export --index_only --index=NEW --out=BASE` then makes the next version.
 
 With --inverted the command needs no model: it writes an inverted index of the texts of all items, and the catalogue
 that `dpsr search` filters, counts and groups items by.
@@ -72,7 +77,7 @@ FORMAT_VERSION = 3
 # Number of query vectors that the recall report is measured with.
 _RECALL_QUERIES = 1000
 
-REQUIRED_FLAGS = ("store", "out")
+REQUIRED_FLAGS = ("out",)
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -83,6 +88,18 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_string("out", None, "directory to write the index to", flag_values=values)
     flags.DEFINE_boolean("overwrite", False, "replace an index that is already in the directory", flag_values=values)
+    flags.DEFINE_integer(
+        "changes_offset",
+        0,
+        "number of changes in the servable's log that the store has already; the servable applies the later ones",
+        0,
+        flag_values=values,
+    )
+    flags.DEFINE_boolean("merge", False, "write an index with the changes of a servable's log", flag_values=values)
+    flags.DEFINE_string("index", None, "with --merge, index directory to start from", flag_values=values)
+    flags.DEFINE_string(
+        "servable", None, "with --merge, base path of the servable: it has the model and the log", flag_values=values
+    )
     flags.DEFINE_boolean(
         "inverted",
         False,
@@ -124,6 +141,14 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
     """Runs `dpsr index`."""
+    if values.merge:
+        _run_merge(values)
+        return
+    for name in ("index", "servable"):
+        if values[name].present:
+            raise UsageError(f"--{name} is for merges; give --merge, or leave it out")
+    if values.store is None:
+        raise UsageError(f"--store is missing ({values['store'].help})")
     if values.inverted:
         _run_inverted(values)
         return
@@ -140,7 +165,15 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         judged = judgments.read_flags(values, corpus.item_keys).sample(_RECALL_QUERIES, seed=1)
         judged.check_items(corpus.item_ids)
     manifest = build_index(
-        model, store, Path(values.out), config, values.overwrite, values.device, values.min_ann_recall, judged
+        model,
+        store,
+        Path(values.out),
+        config,
+        values.overwrite,
+        values.device,
+        values.min_ann_recall,
+        judged,
+        values.changes_offset,
     )
     left_out = ", ".join(
         f"{manifest[key]:,} items not indexed ({why})"
@@ -151,6 +184,29 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         f"index {values.out}: {manifest['items']:,} items, {manifest['factory']}, "
         f"ann_recall@100 {manifest['ann_recall@100']:.4f}, {manifest['bytes'] / 1e6:.1f} MB"
         f"{'; ' + left_out if left_out else ''}"
+    )
+
+
+def _run_merge(values: flags.FlagValues) -> None:
+    others = ("model", "store", "set", "device", "judgments", "inverted", "analysis", "opensearch", "changes_offset")
+    for name in others:
+        if values[name].present:
+            raise UsageError(f"--{name} cannot be combined with --merge, which takes the model from the servable")
+    for name in ("index", "servable"):
+        if values[name].value is None:
+            raise UsageError(f"--{name} is missing ({values[name].help})")
+    # Imports the export, which imports this module.
+    from dpsr_export import merge
+
+    manifest = merge.merge_index(
+        Path(values.index), Path(values.servable), Path(values.out), values.overwrite, values.min_ann_recall
+    )
+    merged = manifest["merged"]
+    print(
+        f"index {values.out}: {manifest['items']:,} items, {manifest['factory']}, ann_recall@100 "
+        f"{manifest['ann_recall@100']:.4f}, {manifest['bytes'] / 1e6:.1f} MB; {merged['changes']:,} changes: "
+        f"{merged['put']:,} items put, {merged['updated']:,} updated, {merged['removed']:,} removed, "
+        f"{merged['ignored']:,} changes ignored; the next version applies changes from {manifest['changes_offset']}"
     )
 
 
@@ -180,6 +236,7 @@ def build_index(
     device: str = "cpu",
     min_ann_recall: float = 0.0,
     judgments: Judgments | None = None,
+    changes_offset: int = 0,
 ) -> dict[str, Any]:
     """Writes the index directory `out`. If it fails, no directory is written, and an earlier one stays.
 
@@ -192,6 +249,7 @@ def build_index(
         device: "cpu" or "gpu", where FAISS builds the index and computes the exact result.
         min_ann_recall: lowest ann_recall@k that is accepted, with the k of section `serving`.
         judgments: queries with relevant items. If given, the report has the recall of relevant items, too.
+        changes_offset: number of changes of the servable's log that the store has already (docs/fresh_items.md).
 
     Returns:
         The content of index.json.
@@ -216,7 +274,7 @@ def build_index(
         items = embeddings.ItemEmbeddings(path, model.config.model.embedding_dim)
         source_of = _Source(model, store, checkpoint, items)
         measured = _build_and_report(source_of, config, device, directory, quantizer, judgments)
-        _check_recall(measured, min_ann_recall)
+        check_recall(measured, min_ann_recall)
         files = _write_files(source_of, measured, directory, config.serving.graph_queries)
         manifest = {
             "format": FORMAT,
@@ -226,6 +284,7 @@ def build_index(
             "checkpoint_fingerprint": embeddings.checkpoint_fingerprint(checkpoint),
             "vocabulary_fingerprint": f"{model.vocabulary.fingerprint:016x}",
             "embeddings_source": source,
+            "changes_offset": changes_offset,
             "items": len(items.ids),
             "empty_items": items.num_empty,
             "not_finite_items": items.num_not_finite,
@@ -354,7 +413,7 @@ def _relevant(source: _Source, judgments: Judgments, config: Config) -> ann.Rele
     return ann.Relevant(source.items.vectors, heads, positions, sorted({*ann.RECALL_AT, config.serving.k}))
 
 
-def _check_recall(measured: MeasuredIndex, min_ann_recall: float) -> None:
+def check_recall(measured: MeasuredIndex, min_ann_recall: float) -> None:
     """Raises CommandError if the index finds less than --min_ann_recall."""
     recall = measured.chosen.ann_recall[measured.k]
     if recall < min_ann_recall:

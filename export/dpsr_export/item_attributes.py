@@ -94,7 +94,7 @@ def copy_positions(source: Path, directory: Path, positions: NDArray[np.int64]) 
         for section in attributes:
             kind, _, name = section.partition(".")
             if kind == "value" and f"splits.{name}" in attributes:
-                splits, places = _select_rows(attributes[f"splits.{name}"], positions)
+                splits, places = select_rows(attributes[f"splits.{name}"], positions)
                 file.add(section, attributes[section][places])
                 file.add(f"splits.{name}", splits)
             elif kind == "value":
@@ -123,7 +123,7 @@ def columns(store: Store, rows: NDArray[np.int64]) -> Iterator[Column]:
             continue
         texts = unpack_strings(filters, f"values.{name}")
         if attribute.kind == "multi":
-            splits, places = _select_rows(filters[f"filter.{name}.splits"], rows)
+            splits, places = select_rows(filters[f"filter.{name}.splits"], rows)
             yield Column(name, filters[f"filter.{name}.values"][places], texts, splits)
         else:
             yield Column(name, filters[f"filter.{name}"][rows], texts)
@@ -145,7 +145,7 @@ def _narrow(values: NDArray[np.float64]) -> NDArray[np.float32 | np.float64]:
     return narrow if np.array_equal(narrow, values, equal_nan=True) else values
 
 
-def _select_rows(splits: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def select_rows(splits: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Selects rows of a ragged array. Returns their splits, int64 [rows + 1], and the positions of their values."""
     lengths = np.diff(splits)[rows]
     taken = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
