@@ -576,7 +576,7 @@ def _merged_column(file: PackedFile, name: str, rows: _Rows, given: Mapping[int,
     def code_of(text: str) -> int:
         return codes.setdefault(text, len(codes) + 1)
 
-    new = [list(dict.fromkeys(code_of(value) for value in map(str, values) if value)) for values in changed.values()]
+    new = [[code_of(value) for value in map(str, values) if value] for values in changed.values()]
     if f"splits.{name}" not in file:
         found = np.zeros(len(rows.ids), np.int64)
         found[from_base] = file[f"value.{name}"][rows.old[from_base]]
