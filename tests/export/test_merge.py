@@ -68,9 +68,8 @@ def test_a_put_that_cannot_be_found_hides_the_item() -> None:
 def test_a_replay_in_two_parts_is_that_of_the_whole() -> None:
     rng = np.random.default_rng(1)
     for _ in range(200):
-        changes = list(
-            zip(rng.integers(0, 3, 30).tolist(), rng.integers(1, 8, 30).tolist(), rng.integers(0, 4, 30).tolist())
-        )
+        columns = (rng.integers(*bounds, 30).tolist() for bounds in ((0, 3), (1, 8), (0, 4)))
+        changes = list(zip(*columns, strict=True))
         whole, first = replayed(changes), replayed(changes[:15])
         between = np.array(sorted((set(BASE.tolist()) | set(first.items)) - first.hidden))
         second = replay(between, *zip(*changes[15:], strict=True), base_versions=first.versions)  # type: ignore[arg-type]
