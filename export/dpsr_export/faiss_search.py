@@ -82,7 +82,9 @@ def write_item_ids(
             file.add("hidden.version", np.ascontiguousarray(known[~there, 1]))
 
 
-def read_item_changes(path: tf.Tensor | str, offset: tf.Tensor | int, max_changes: tf.Tensor | int, up: int = 0) -> Any:
+def read_item_changes(
+    path: tf.Tensor | str, offset: tf.Tensor | int, max_changes: tf.Tensor | int, up: int = 0, log_errors: bool = False
+) -> Any:
     """Reads changes of items from a log (dpsr_export/item_changes.py).
 
     Args:
@@ -92,6 +94,7 @@ def read_item_changes(path: tf.Tensor | str, offset: tf.Tensor | int, max_change
         offset: [] int64, the first change to read.
         max_changes: [] int32, the largest number of changes to read, at least 1.
         up: number of levels from the asset to the directory that holds the log.
+        log_errors: logs that a segment cannot be read, and returns no changes, instead of raising an error.
 
     Returns:
         A named tuple of kinds int32 [n], item_ids int64 [n], versions int64 [n], times float64 [n], keys string [n]
@@ -101,7 +104,9 @@ def read_item_changes(path: tf.Tensor | str, offset: tf.Tensor | int, max_change
     Raises:
         tf.errors.DataLossError: the segment with `offset` is damaged or missing. The message names the file.
     """
-    return load().dpsr_item_changes_read(path, tf.cast(offset, tf.int64), tf.cast(max_changes, tf.int32), up=up)
+    return load().dpsr_item_changes_read(
+        path, tf.cast(offset, tf.int64), tf.cast(max_changes, tf.int32), up=up, log_errors=log_errors
+    )
 
 
 class FaissIndexTable:
@@ -152,6 +157,7 @@ class FaissIndexTable:
             # Each table needs its own name, because in eager mode all tables of a process share one resource manager.
             self._handle = ops.dpsr_faiss_index_handle(shared_name=f"faiss_index_{uuid.uuid4().hex}")
             paths = [tf.constant(str(path or "")) for path in (index_path, item_ids_path, attributes_path)]
+            self.item_ids_path = paths[1]
             loaded = ops.dpsr_faiss_index_load(
                 self._handle, *paths, parameters=parameters, max_parameters=max_parameters, dim=dim, mmap=mmap
             )

@@ -1,8 +1,8 @@
 """The log of item changes beside the versions of a servable: how it is written, read and trimmed. No TensorFlow.
 
-BASE/item_changes holds immutable packed files of kind "item_changes" (segments), and the file `lock`. A segment is named
-FIRST-END.dpsr, both with 20 digits, and holds the changes [FIRST, END). Offsets count changes from 0 on. Each segment
-begins where the one before it ends, and the oldest ones may have been trimmed. With n changes:
+BASE/item_changes holds immutable packed files of kind "item_changes" (segments), and the file `lock`. A segment is
+named FIRST-END.dpsr, both with 20 digits, and holds the changes [FIRST, END). Offsets count changes from 0 on. Each
+segment begins where the one before it ends, and the oldest ones may have been trimmed. With n changes:
 
     kind             uint8 [n]      PUT, UPDATE or DELETE
     id               int64 [n]      item id; for text ids their hash
@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import os
 import re
 import time
@@ -77,13 +78,12 @@ class Changes:
     def concatenated(cls, parts: Sequence[Changes]) -> Changes:
         """Joins changes that are not acknowledged yet, in order. Either all of them have keys or none has."""
         keyed = any(part.keys is not None for part in parts)
+        versions = [np.zeros(len(part), np.int64) if part.versions is None else part.versions for part in parts]
         return cls(
             np.concatenate([part.kinds for part in parts]),
             np.concatenate([part.ids for part in parts]),
             [example for part in parts for example in part.examples],
-            np.concatenate(
-                [np.zeros(len(part), np.int64) if part.versions is None else part.versions for part in parts]
-            ),
+            np.concatenate(versions),
             [key for part in parts for key in part.keys or ()] if keyed else None,
         )
 
@@ -288,7 +288,7 @@ def _read(segment: Segment) -> Changes:
 
 def _bytes(file: PackedFile, name: str) -> list[bytes]:
     splits, data = file[f"{name}.splits"].tolist(), file[f"{name}.bytes"].tobytes()
-    return [data[begin:end] for begin, end in zip(splits[:-1], splits[1:], strict=True)]
+    return [data[begin:end] for begin, end in itertools.pairwise(splits)]
 
 
 def _sync(directory: Path) -> None:

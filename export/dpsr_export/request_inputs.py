@@ -13,7 +13,7 @@ from dpsr_export.servable_assets import FEATURE_VALUES
 from dpsr_tf.data.examples_dataset import Features, Tokens
 from dpsr_tf.data.store import vocabulary_name
 from dpsr_tf.data.user_requests import USER
-from dpsr_tf.models.features import CODED_KINDS, FIXED_KINDS
+from dpsr_tf.models.features import CODED_KINDS, FIXED_KINDS, Feature
 from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tokenizer import tf_ops
 
@@ -55,29 +55,43 @@ class RequestInputs:
 
     def features(self, side: str, texts: tf.Tensor, inputs: dict[str, tf.Tensor]) -> Features | None:
         """Returns the features that a tower reads beside `texts`, and adds their placeholders to `inputs`."""
-        chosen = self._spec.user if side == "user" else self._spec.item
+        inputs |= self.placeholders(side)
+        return self.encoded(side, texts, inputs)
+
+    def placeholders(self, side: str) -> dict[str, tf.Tensor]:
+        """Makes the inputs with the values of the features of a side."""
+        made = {}
+        for feature in getattr(self._spec, side):
+            dtype = tf.float32 if feature.kind in ("number", "vector") else tf.string
+            name = input_name(side, feature)
+            made[name] = absent(dtype, 2 if feature.kind in ("multi", "vector") else 1, name)
+        return made
+
+    def encoded(self, side: str, texts: tf.Tensor, inputs: Mapping[str, tf.Tensor]) -> Features | None:
+        """Returns the features that a tower reads beside `texts` [batch], from the values of the inputs."""
+        chosen = getattr(self._spec, side)
         if not chosen:
             return None
-        prefix = USER if side == "user" else "item_"
-        for feature in chosen:
-            dtype = tf.float32 if feature.kind in ("number", "vector") else tf.string
-            name = f"{prefix}{feature.name}"
-            inputs[name] = absent(dtype, 2 if feature.kind in ("multi", "vector") else 1, name)
         coded = [feature for feature in chosen if feature.kind in CODED_KINDS]
         codes: tf.Tensor = tf.zeros([tf.shape(texts)[0], 0], tf.int32)
         lists: dict[str, Tokens] = {}
         if coded:
             assert self._values is not None
             boundaries = {feature["name"]: feature["boundaries"] for feature in self._described[side]}
-            values = [inputs[f"{prefix}{feature.name}"] for feature in coded]
+            values = [inputs[input_name(side, feature)] for feature in coded]
             codes, lists = self._values.feature_codes(side, coded, boundaries, texts, values)
         for feature in chosen:
-            name = f"{prefix}{feature.name}"
+            name = input_name(side, feature)
             if feature.kind == "vector":
                 lists[feature.name] = _vectors(name, inputs[name], feature.num_ids, texts)
             if feature.kind == "text":
                 lists[feature.name] = self.tokens(_padded(name, inputs[name], texts), feature.vocabulary)
         return Features(codes, tuple(lists[f.name] for f in chosen if f.kind not in FIXED_KINDS))
+
+
+def input_name(side: str, feature: Feature) -> str:
+    """Returns the name of the input with the values of a feature of "user" or "item"."""
+    return f"{USER if side == 'user' else 'item_'}{feature.name}"
 
 
 def absent(dtype: tf.DType, rank: int, name: str) -> tf.Tensor:

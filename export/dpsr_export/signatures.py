@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from dpsr_export import faiss_search, item_attributes, query_table, request_tables
+from dpsr_export import faiss_search, fresh_items, item_attributes, query_table, request_tables
 from dpsr_export.request_inputs import RequestInputs, absent, save_model, signature
 from dpsr_export.servable_assets import ITEMS
 from dpsr_tf.data.examples_dataset import Features, History, Tokens
@@ -40,9 +41,10 @@ def write_saved_model(
         graph = _Graph(model, index, index_dir, max_parameters)
         signatures = graph.signatures()
         request_tables.check_assets()
+        initializer = graph.changes.initializer(v1.tables_initializer())
         with v1.Session() as session:
             weights_saver(model.config.train.average_decay > 0).restore(session, checkpoint)
-            return save_model(session, signatures, v1.tables_initializer(), out)
+            return save_model(session, signatures, initializer, out)
 
 
 class _Graph:
@@ -50,6 +52,7 @@ class _Graph:
 
     def __init__(self, model: ModelDirectory, index: dict[str, Any], index_dir: Path, max_parameters: str):
         self._model, self._index, self._dir = model, index, index_dir
+        shard, num_shards = index.get("shard", (0, 1))
         self._config = model.config.model
         self._inputs = RequestInputs(model, index["features"], index_dir)
         self._keys = request_tables.KeyTable(index_dir / ITEMS) if index["string_ids"] else None
@@ -61,8 +64,12 @@ class _Graph:
             parameters=index.get("parameters", ""),
             max_parameters=max_parameters,
             dim=self._config.embedding_dim,
+            changes_offset=index.get("changes_offset", 0),
+            shard=shard,
+            num_shards=num_shards,
         )
         self._towers = TwoTower(self._config, model.features)
+        self.changes = fresh_items.ItemChanges(self._items, model.features.item, self._embed, num_shards)
         self._graph = (
             query_table.QueryTable(index_dir / query_table.FILE, self._config.token_dim)
             if query_table.FILE in index["serving_files"]
@@ -90,7 +97,8 @@ class _Graph:
         }
         if self._keys is not None:
             search["excluded_item_keys"] = absent(tf.string, 2, "excluded_item_keys")
-            excluded = self._keys.item_ids(search["excluded_item_keys"])
+            keys = search["excluded_item_keys"]
+            excluded = self._items.changed_item_ids(keys, self._keys.item_ids(keys))
         else:
             search["excluded_item_ids"] = excluded = absent(tf.int64, 2, "excluded_item_ids")
         item_ids, scores, heads = self._items.search(
@@ -98,11 +106,9 @@ class _Graph:
         )
         found = {"item_ids": item_ids, "scores": scores, "heads": heads}
         if self._keys is not None:
-            found["item_keys"] = self._keys.item_keys(item_ids)
-        item: dict[str, tf.Tensor] = {"item_text": v1.placeholder(tf.string, [None], "item_text")}
-        items = self._towers.item_embedding(
-            ItemFeatures(self._inputs.tokens(item["item_text"]), self._inputs.features("item", item["item_text"], item))
-        )
+            found["item_keys"] = self._items.changed_item_keys(item_ids, self._keys.item_keys(item_ids))
+        item = {"item_text": v1.placeholder(tf.string, [None], "item_text"), **self._inputs.placeholders("item")}
+        items = self._embed(item["item_text"], item)
         score = self._towers.pair_scores(query_embedding, items)
 
         texts = {"query": query}
@@ -110,11 +116,19 @@ class _Graph:
             "serving_default": signature(texts, found),
             "search": signature(texts | search | user, found),
             "query_embedding": signature(texts | user, {"query_embedding": query_embedding}),
+            "item_embedding": signature(item, {"item_embedding": items}),
             "score": signature(texts | user | item, {"score": score}),
+            "apply_changes": self.changes.signature(),
         }
         for info in made["serving_default"].outputs.values():
             info.tensor_shape.dim[1].size = serving_k
         return made
+
+    def _embed(self, texts: tf.Tensor, inputs: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        """Returns the embeddings [n, dim] of items with texts [n] and these feature inputs."""
+        return self._towers.item_embedding(
+            ItemFeatures(self._inputs.tokens(texts), self._inputs.encoded("item", texts, inputs))
+        )
 
     def _history(self, query: tf.Tensor, inputs: dict[str, tf.Tensor]) -> History | None:
         """Returns the history that the query tower reads, if it reads one, and adds its placeholders to `inputs`."""

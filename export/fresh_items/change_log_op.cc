@@ -8,6 +8,7 @@
 
 #include "common/tf_op.h"
 #include "export/fresh_items/change_log.h"
+#include "tensorflow/core/platform/logging.h"
 #include "tensorflow/core/platform/mutex.h"
 
 namespace dpsr {
@@ -19,7 +20,10 @@ constexpr const char* kInputNames[] = {"directory", "offset", "max_changes"};
 
 class ItemChangesReadOp : public OpKernel {
  public:
-  explicit ItemChangesReadOp(OpKernelConstruction* c) : OpKernel(c) { OP_REQUIRES_OK(c, c->GetAttr("up", &up_)); }
+  explicit ItemChangesReadOp(OpKernelConstruction* c) : OpKernel(c) {
+    OP_REQUIRES_OK(c, c->GetAttr("up", &up_));
+    OP_REQUIRES_OK(c, c->GetAttr("log_errors", &log_errors_));
+  }
 
   void Compute(OpKernelContext* c) override {
     for (const int input : {kDirectory, kOffset, kMaxChanges}) {
@@ -30,8 +34,15 @@ class ItemChangesReadOp : public OpKernel {
     const std::string path = c->input(kDirectory).scalar<tstring>()();
     const std::shared_ptr<ChangeLogReader> reader = Reader(up_ == 0 ? path : ChangeLogDirectory(path, up_));
     ItemChanges changes;
-    OP_REQUIRES_OK(c, ToTensorFlow(reader->Read(c->input(kOffset).scalar<tensorflow::int64>()(),
-                                                c->input(kMaxChanges).scalar<int32>()(), &changes)));
+    const int64_t offset = c->input(kOffset).scalar<tensorflow::int64>()();
+    const Status status = reader->Read(offset, c->input(kMaxChanges).scalar<int32>()(), &changes);
+    if (!status.ok() && log_errors_ && status.code() != StatusCode::kInvalidArgument) {
+      LOG(ERROR) << "item changes: " << status.message() << "; no change from " << offset << " on is applied";
+      changes = ItemChanges();
+      changes.next_offset = offset;
+    } else {
+      OP_REQUIRES_OK(c, ToTensorFlow(status));
+    }
     Set(c, kKinds, changes.kinds);
     Set(c, kItemIds, changes.item_ids);
     Set(c, kVersions, changes.versions);
@@ -66,6 +77,7 @@ class ItemChangesReadOp : public OpKernel {
   }
 
   int up_ = 0;
+  bool log_errors_ = false;
   tensorflow::mutex mutex_;
   std::shared_ptr<ChangeLogReader> reader_ TF_GUARDED_BY(mutex_);
 };
@@ -75,6 +87,7 @@ REGISTER_OP("DpsrItemChangesRead")
     .Input("offset: int64")
     .Input("max_changes: int32")
     .Attr("up: int >= 0 = 0")
+    .Attr("log_errors: bool = false")
     .Output("kinds: int32")
     .Output("item_ids: int64")
     .Output("versions: int64")
@@ -100,6 +113,7 @@ directory: The log. If `up` is not 0, the path of an asset of a servable instead
 offset: The number of the first change to read.
 max_changes: The largest number of changes to read, at least 1.
 up: The number of levels from the asset to the directory that has the log: 3, or more for shards.
+log_errors: Whether to log that a segment cannot be read, and to return no changes, instead of an error.
 kinds: [n] 0 for a whole item, 1 for new attributes, 2 for a deletion. n is 0 at the end of the log.
 versions: [n] numbers that the shop gave, or 0.
 times: [n] when the changes were acknowledged, in seconds since 1970.
