@@ -128,6 +128,9 @@ class FaissIndexTable:
         max_parameters: str = "",
         dim: int = 0,
         mmap: bool = True,
+        changes_offset: int = 0,
+        shard: int = 0,
+        num_shards: int = 1,
     ):
         """Loads an index or, in a graph, adds the op that loads it.
 
@@ -142,6 +145,9 @@ class FaissIndexTable:
                 obeys it; if it is named here, up to this value.
             dim: dimension of the queries. An index of another dimension is refused. 0 accepts any dimension.
             mmap: maps the index instead of copying it, so that processes share its memory.
+            changes_offset: the index has all changes of its items before this one.
+            shard: number of this index among the shards that split the items.
+            num_shards: number of these shards.
 
         Raises:
             tf.errors.NotFoundError: a file does not exist. All errors are raised here in eager mode, and otherwise when
@@ -159,7 +165,15 @@ class FaissIndexTable:
             paths = [tf.constant(str(path or "")) for path in (index_path, item_ids_path, attributes_path)]
             self.item_ids_path = paths[1]
             loaded = ops.dpsr_faiss_index_load(
-                self._handle, *paths, parameters=parameters, max_parameters=max_parameters, dim=dim, mmap=mmap
+                self._handle,
+                *paths,
+                parameters=parameters,
+                max_parameters=max_parameters,
+                dim=dim,
+                mmap=mmap,
+                changes_offset=changes_offset,
+                shard=shard,
+                num_shards=num_shards,
             )
         if tf.executing_eagerly():
             weakref.finalize(self, _destroy, self._handle).atexit = False
@@ -213,6 +227,78 @@ class FaissIndexTable:
             excluded_item_ids=_absent(tf.int64) if excluded_item_ids is None else excluded_item_ids,
         )
         return item_ids, scores, heads
+
+    def apply_changes(self, offset: tf.Tensor | int, changes: Any, vectors: tf.Tensor) -> tf.Tensor:
+        """Applies a batch of changes of items. Searches see all of them, or none.
+
+        A put adds or replaces an item. An update changes attributes for filters. A deletion hides an item. Updates and
+        deletions of unknown ids are ignored, and so are changes with a lower version than the last one of their item.
+        With several shards, a put adds the item to one shard, and hides it in the others.
+
+        Args:
+            offset: [] int64, of the first change. If it is not the offset of changes_state, nothing happens.
+            changes: what read_item_changes returns: kinds int32 [n] (0 put, 1 update, 2 delete), item_ids int64 [n],
+                versions int64 [n] (0 if not given), times float64 [n], keys string [n], examples string [n] (serialized
+                tf.train.Example with features "attribute.NAME"), and next_offset int64 [].
+            vectors: [puts, dim] float32, the embeddings of the items that are put. An item whose embedding is zero or
+                not finite is hidden.
+
+        Returns:
+            [] bool, whether the changes were applied.
+
+        Raises:
+            tf.errors.InvalidArgumentError: a wrong shape, an unknown kind, a negative id, or an example that cannot be
+                parsed. Nothing has then changed.
+            tf.errors.FailedPreconditionError: the load op has not run.
+        """
+        return load().dpsr_item_changes_apply(
+            self._handle,
+            tf.cast(offset, tf.int64),
+            changes.next_offset,
+            changes.kinds,
+            changes.item_ids,
+            changes.versions,
+            changes.times,
+            changes.keys,
+            changes.examples,
+            vectors,
+        )
+
+    def changes_state(self) -> Any:
+        """Returns what the changes have done.
+
+        Returns:
+            A named tuple of offset int64 [], the first change that has not been applied; counts int64 [8]: visible
+            items, those in the open segment, those in sealed segments, sealed segments, hidden entries of the index,
+            ignored changes, puts that were not indexed (their embedding is zero or not finite), updates; last_time
+            float64 [], the time of the last change, or 0; and drift float32 [], the mean squared distance of new
+            vectors to what their codes stand for, over that of the items of the index, or NaN if it is not known.
+        """
+        return load().dpsr_item_changes_state(self._handle)
+
+    def changed_item_keys(self, item_ids: tf.Tensor, keys: tf.Tensor) -> tf.Tensor:
+        """Fills in the shop's own ids of items that changes have put.
+
+        Args:
+            item_ids: int64, in any shape.
+            keys: string, in the same shape, the keys that are known already, or "".
+
+        Returns:
+            string, in the same shape: the keys. "" where they are not known.
+        """
+        return load().dpsr_changed_item_keys(self._handle, item_ids, keys)
+
+    def changed_item_ids(self, keys: tf.Tensor, item_ids: tf.Tensor) -> tf.Tensor:
+        """Fills in the item ids of items that changes have put.
+
+        Args:
+            keys: string, in any shape, the shop's own ids.
+            item_ids: int64, in the same shape, the ids that are known already, or -1.
+
+        Returns:
+            int64, in the same shape: the item ids. -1 where they are not known.
+        """
+        return load().dpsr_changed_item_ids(self._handle, keys, item_ids)
 
 
 def _absent(dtype: tf.DType) -> tf.Tensor:

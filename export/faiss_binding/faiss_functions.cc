@@ -126,6 +126,10 @@ Status FaissFunctions::FindListSlots() {
         name, "get_InvertedListScanner()",
         "_ZNK5faiss" + Mangled(name) + "23get_InvertedListScannerEbPKNS_10IDSelectorEPKNS_19SearchParametersIVFE",
         &new_list_scanner_slot_));
+    DPSR_RETURN_IF_ERROR(FindSameSlot(
+        name, "encode_vectors()", "_ZNK5faiss" + Mangled(name) + "14encode_vectorsElPKfPKlPhb", &encode_slot_));
+    DPSR_RETURN_IF_ERROR(FindSameSlot(
+        name, "decode_vectors()", "_ZNK5faiss" + Mangled(name) + "14decode_vectorsElPKhPKlPf", &decode_slot_));
   }
   const std::string lists = "ArrayInvertedLists";
   const std::string in_lists = "_ZNK5faiss" + Mangled(lists);
@@ -234,6 +238,18 @@ faiss::InvertedListScanner* FaissFunctions::NewListScanner(const faiss::Index* i
   using Function = faiss::InvertedListScanner*(const faiss::Index*, bool store_pairs, const faiss::IDSelector*,
                                                const faiss::SearchParametersIVF*);
   return VirtualFunction<Function>(ivf, new_list_scanner_slot_)(ivf, /*store_pairs=*/false, nullptr, nullptr);
+}
+
+void FaissFunctions::EncodeVectors(const faiss::Index* ivf, int64_t n, const float* x, const int64_t* lists,
+                                   uint8_t* codes) const {
+  using Function = void(const faiss::Index*, int64_t, const float*, const int64_t*, uint8_t*, bool include_lists);
+  VirtualFunction<Function>(ivf, encode_slot_)(ivf, n, x, lists, codes, /*include_lists=*/false);
+}
+
+void FaissFunctions::DecodeVectors(const faiss::Index* ivf, int64_t n, const uint8_t* codes, const int64_t* lists,
+                                   float* x) const {
+  using Function = void(const faiss::Index*, int64_t, const uint8_t*, const int64_t*, float*);
+  VirtualFunction<Function>(ivf, decode_slot_)(ivf, n, codes, lists, x);
 }
 
 size_t FaissFunctions::ListSize(const faiss::InvertedLists* lists, size_t list) const {

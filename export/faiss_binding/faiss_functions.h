@@ -114,6 +114,9 @@ class FaissFunctions {
   void Delete(faiss::Index* index) const;
   // IndexIVF::get_InvertedListScanner.
   faiss::InvertedListScanner* NewListScanner(const faiss::Index* ivf) const;
+  // IndexIVF::encode_vectors and decode_vectors, without the numbers of the lists in the codes.
+  void EncodeVectors(const faiss::Index* ivf, int64_t n, const float* x, const int64_t* lists, uint8_t* codes) const;
+  void DecodeVectors(const faiss::Index* ivf, int64_t n, const uint8_t* codes, const int64_t* lists, float* x) const;
   // Virtual functions of InvertedLists: list_size, get_codes and get_ids.
   size_t ListSize(const faiss::InvertedLists* lists, size_t list) const;
   const uint8_t* ListCodes(const faiss::InvertedLists* lists, size_t list) const;
@@ -146,6 +149,8 @@ class FaissFunctions {
   int reconstruct_slot_ = -1;
   int delete_slot_ = -1;
   int new_list_scanner_slot_ = -1;
+  int encode_slot_ = -1;
+  int decode_slot_ = -1;
   int list_size_slot_ = -1;
   int list_codes_slot_ = -1;
   int list_ids_slot_ = -1;

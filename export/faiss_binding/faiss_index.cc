@@ -239,17 +239,40 @@ const uint8_t* FaissIndex::list_codes(int64_t list) const { return faiss_.ListCo
 int64_t FaissIndex::code_size() const { return ReadField<int64_t>(lists_, faiss_layout::kInvertedListsCodeSize); }
 int64_t FaissIndex::list_dim() const { return ReadField<int32_t>(ivf_, faiss_layout::kIndexD); }
 
-Status FaissIndex::Transform(const float* x, float* y) const {
+Status FaissIndex::Transform(const float* x, float* y, int64_t n) const {
   if (transform_ == nullptr) {
-    std::copy_n(x, d(), y);
+    std::copy_n(x, n * d(), y);
     return Status();
   }
   return CatchExceptions(StatusCode::kInternal, "FAISS cannot transform a vector", [&] {
     const OmpThreads one_thread(faiss_, 1);
     // FAISS returns x itself, or a new array.
-    const float* const transformed = faiss_.apply_chain(transform_, 1, x);
-    std::copy_n(transformed, list_dim(), y);
+    const float* const transformed = faiss_.apply_chain(transform_, n, x);
+    std::copy_n(transformed, n * list_dim(), y);
     if (transformed != x) delete[] transformed;
+  });
+}
+
+Status FaissIndex::NearestLists(int64_t n, const float* y, int64_t k, int64_t* lists, float* scores) const {
+  if (n == 0) return Status();
+  return CatchExceptions(StatusCode::kInternal, "FAISS cannot find the nearest lists", [&] {
+    const OmpThreads one_thread(faiss_, 1);
+    const auto* const quantizer = ReadField<const faiss::Index*>(ivf_, faiss_layout::kIvfQuantizer);
+    faiss_.Search(quantizer, n, y, k, scores, lists);
+  });
+}
+
+Status FaissIndex::Encode(int64_t n, const float* y, const int64_t* lists, uint8_t* codes) const {
+  return CatchExceptions(StatusCode::kInternal, "FAISS cannot encode vectors", [&] {
+    const OmpThreads one_thread(faiss_, 1);
+    faiss_.EncodeVectors(ivf_, n, y, lists, codes);
+  });
+}
+
+Status FaissIndex::Decode(int64_t n, const uint8_t* codes, const int64_t* lists, float* y) const {
+  return CatchExceptions(StatusCode::kInternal, "FAISS cannot decode codes", [&] {
+    const OmpThreads one_thread(faiss_, 1);
+    faiss_.DecodeVectors(ivf_, n, codes, lists, y);
   });
 }
 

@@ -85,6 +85,8 @@ class FaissIndex {
   // Inverted lists. All of the following but is_ivf need has_lists(). FastScan lists, whose codes are interleaved, cannot be read; neither
   // are the lists below a refinement, because their codes do not decide the final score.
   bool has_lists() const { return lists_ != nullptr; }
+  // Returns whether CopyToGpu has succeeded.
+  bool is_on_gpu() const { return gpu_ != nullptr; }
   // Returns whether there are inverted lists of any kind.
   bool is_ivf() const { return ivf_ != nullptr; }
   int64_t num_lists() const;
@@ -97,8 +99,16 @@ class FaissIndex {
   // Returns the dimension of the vectors in the lists. It is d(), unless a transform such as PCA comes before the
   // lists.
   int64_t list_dim() const;
-  // Applies the transforms before the lists, if there are any: x [d] -> y [list_dim].
-  Status Transform(const float* x, float* y) const;
+  // Applies the transforms before the lists, if there are any: x [n, d] -> y [n, list_dim].
+  Status Transform(const float* x, float* y, int64_t n = 1) const;
+  // Finds the k lists whose centroids have the largest inner products with each vector, as a search or an addition
+  // does: y [n, list_dim] -> lists [n, k], scores [n, k], best first. A missing list is -1.
+  Status NearestLists(int64_t n, const float* y, int64_t k, int64_t* lists, float* scores) const;
+  // Computes the codes that the vectors would have in the given lists: y [n, list_dim], lists [n] -> codes [n,
+  // code_size]. The list -1 gives an unspecified code.
+  Status Encode(int64_t n, const float* y, const int64_t* lists, uint8_t* codes) const;
+  // Computes the vectors that codes stand for: codes [n, code_size], lists [n] -> y [n, list_dim].
+  Status Decode(int64_t n, const uint8_t* codes, const int64_t* lists, float* y) const;
   // Copies the centroids of the lists to centroids [num_lists, list_dim]. To be called at most once, before any search.
   // Errors: Internal (FAISS failed).
   Status ReadCentroids(float* centroids);

@@ -14,10 +14,7 @@
 #include "common/current_request.h"
 #include "common/packed_file.h"
 #include "common/tf_op.h"
-#include "export/faiss_binding/faiss_index.h"
-#include "export/faiss_search/filtered_search.h"
-#include "export/faiss_search/item_filter.h"
-#include "export/faiss_search/retrieval.h"
+#include "export/faiss_search/tf_index_resource.h"
 #include "tensorflow/core/framework/resource_op_kernel.h"
 #include "tensorflow/core/lib/core/threadpool.h"
 #include "tensorflow/core/platform/logging.h"
@@ -32,6 +29,12 @@ constexpr char kItemIdsSection[] = "id";
 constexpr char kIndexBytesSection[] = "index.bytes";
 constexpr char kIndexChecksumSection[] = "index.checksum";
 constexpr char kIndexEntriesSection[] = "index.entries";  // may be absent
+// These may be absent too: the mean squared distance of the vectors to what their codes stand for; the last versions of
+// changes, of the items and of ids that are not in the index.
+constexpr char kIndexResidualSection[] = "index.residual";
+constexpr char kVersionSection[] = "version";
+constexpr char kHiddenIdSection[] = "hidden.id";
+constexpr char kHiddenVersionSection[] = "hidden.version";
 
 constexpr char kDeviceVariable[] = "DPSR_FAISS_DEVICE";
 
@@ -89,44 +92,6 @@ tensorflow::Status CheckK(int64_t k) {
   return errors::InvalidArgument("k is ", k, ", expected 1 to ", kMaxResults);
 }
 
-// The files and options that an index is loaded with.
-struct LoadArguments {
-  std::string index_filename;
-  std::string item_ids_filename;
-  std::string attributes_filename;  // may be empty
-  std::string parameters;
-  std::string max_parameters;
-  int64_t dim = 0;  // 0 accepts any dimension
-  bool mmap = true;
-
-  bool operator==(const LoadArguments& other) const {
-    return index_filename == other.index_filename && item_ids_filename == other.item_ids_filename &&
-           attributes_filename == other.attributes_filename && parameters == other.parameters &&
-           max_parameters == other.max_parameters;
-  }
-};
-
-// A loaded index with the ids and attributes of its items. Immutable and thread-safe.
-struct ItemIndex {
-  LoadArguments arguments;
-  SearchParameters max_parameters;
-  std::unique_ptr<FaissIndex> index;
-  std::unique_ptr<FilteredSearch> filtered;
-  std::unique_ptr<PackedFile> item_ids_file;
-  std::unique_ptr<ItemFilters> filters;
-  ItemIds item_ids;
-
-  // Returns the search among all items, or among those in `mask`, which may change between searches.
-  HeadSearch Search(const SearchParameters& parameters, const std::shared_ptr<const ItemMask>* mask = nullptr) const {
-    return [this, parameters, mask](const float* query, int64_t k, float* scores, int64_t* labels) {
-      if (mask == nullptr || *mask == nullptr) {
-        return index->Search(1, query, k, scores, labels, /*nthreads=*/1, parameters);
-      }
-      return filtered->Search(query, k, **mask, parameters, scores, labels);
-    };
-  }
-};
-
 // Searches for one vector, so that an error that would fail every request shows when the index is loaded.
 Status Probe(const ItemIndex& items) {
   const int64_t dim = items.index->d();
@@ -135,7 +100,10 @@ Status Probe(const ItemIndex& items) {
   std::vector<int64_t> ids(kResults);
   std::vector<float> scores(kResults);
   std::vector<int32_t> heads(kResults);
-  Retriever retriever(items.item_ids, items.Search({}));
+  const auto search = [&](const float* x, int64_t k, float* found_scores, int64_t* labels) {
+    return items.index->Search(1, x, k, found_scores, labels);
+  };
+  Retriever retriever(items.item_ids, search);
   const Status status = retriever.Retrieve(query.data(), 1, dim, kResults, ids.data(), scores.data(), heads.data());
   if (status.ok()) return status;
   return MakeStatus(StatusCode::kDataLoss, "the FAISS index ", items.arguments.index_filename,
@@ -202,6 +170,40 @@ Status UseDevice(FaissIndex* index) {
   return Status();
 }
 
+// Creates what takes changes of the items.
+Status MakeFreshIndex(ItemIndex* items) {
+  const LoadArguments& arguments = items->arguments;
+  const PackedFile& file = *items->item_ids_file;
+  FreshIndex::Options options;
+  options.offset = arguments.changes_offset;
+  options.shard = arguments.shard;
+  options.num_shards = arguments.num_shards;
+  if (file.Find(kIndexResidualSection) != nullptr) {
+    Span<const double> residual;
+    DPSR_RETURN_IF_ERROR(file.Get(kIndexResidualSection, &residual));
+    if (residual.size() == 1 && residual[0] > 0) options.base_residual = residual[0];
+  }
+  items->fresh = std::make_unique<FreshIndex>(items->index.get(), items->filtered.get(), items->item_ids,
+                                              items->filters.get(), options);
+  const auto set_versions = [&](const char* section, Span<const int64_t> ids) -> Status {
+    Span<const int64_t> versions;
+    DPSR_RETURN_IF_ERROR(file.Get(section, &versions));
+    if (versions.size() != ids.size()) {
+      return MakeStatus(StatusCode::kDataLoss, arguments.item_ids_filename, ": ", section, " has ", versions.size(),
+                        " values, expected ", ids.size());
+    }
+    for (size_t i = 0; i < ids.size(); ++i) {
+      if (versions[i] > 0) items->fresh->SetVersion(ids[i], versions[i]);
+    }
+    return Status();
+  };
+  if (file.Find(kVersionSection) != nullptr) DPSR_RETURN_IF_ERROR(set_versions(kVersionSection, items->item_ids.ids));
+  if (file.Find(kHiddenIdSection) == nullptr) return Status();
+  Span<const int64_t> hidden;
+  DPSR_RETURN_IF_ERROR(file.Get(kHiddenIdSection, &hidden));
+  return set_versions(kHiddenVersionSection, hidden);
+}
+
 Status LoadItemIndex(const LoadArguments& arguments, std::shared_ptr<const ItemIndex>* loaded) {
   const FaissLibrary* faiss = nullptr;
   DPSR_RETURN_IF_ERROR(FaissLibrary::Get(&faiss));
@@ -245,41 +247,30 @@ Status LoadItemIndex(const LoadArguments& arguments, std::shared_ptr<const ItemI
                                          &items->filters));
   DPSR_RETURN_IF_ERROR(UseDevice(&index));
   DPSR_RETURN_IF_ERROR(Probe(*items));
+  DPSR_RETURN_IF_ERROR(MakeFreshIndex(items.get()));
   *loaded = std::move(items);
   return Status();
 }
 
-// The resource behind a handle. All sessions that use the same name in one resource manager share it.
-class FaissIndexResource : public tensorflow::ResourceBase {
- public:
-  std::string DebugString() const override {
-    const std::shared_ptr<const ItemIndex> items = Get();
-    return items == nullptr ? "FAISS index, not loaded" : StrCat("FAISS index ", items->arguments.index_filename);
-  }
+}  // namespace
 
-  // Returns null before Load has succeeded.
-  std::shared_ptr<const ItemIndex> Get() const {
-    const tensorflow::tf_shared_lock lock(mutex_);
-    return items_;
-  }
+std::string FaissIndexResource::DebugString() const {
+  const std::shared_ptr<const ItemIndex> items = Get();
+  return items == nullptr ? "FAISS index, not loaded" : StrCat("FAISS index ", items->arguments.index_filename);
+}
 
-  // Loads an index. Loading the same files again does nothing. Other files are refused: searches may be running, and
-  // two exports that share a name by mistake would return each other's items.
-  Status Load(const LoadArguments& arguments) {
-    const tensorflow::mutex_lock lock(mutex_);
-    if (items_ == nullptr) return LoadItemIndex(arguments, &items_);
-    const LoadArguments& here = items_->arguments;
-    if (here == arguments) return Status();
-    return MakeStatus(StatusCode::kFailedPrecondition, "cannot load the FAISS index ", arguments.index_filename,
-                      " (item ids ", arguments.item_ids_filename, ", parameters \"", arguments.parameters,
-                      "\"): this handle holds ", here.index_filename, " (", here.item_ids_filename, ", \"",
-                      here.parameters, "\") already; give each index a handle with its own shared_name");
-  }
+Status FaissIndexResource::Load(const LoadArguments& arguments) {
+  const tensorflow::mutex_lock lock(mutex_);
+  if (items_ == nullptr) return LoadItemIndex(arguments, &items_);
+  const LoadArguments& here = items_->arguments;
+  if (here == arguments) return Status();
+  return MakeStatus(StatusCode::kFailedPrecondition, "cannot load the FAISS index ", arguments.index_filename,
+                    " (item ids ", arguments.item_ids_filename, ", parameters \"", arguments.parameters,
+                    "\"): this handle holds ", here.index_filename, " (", here.item_ids_filename, ", \"",
+                    here.parameters, "\") already; give each index a handle with its own shared_name");
+}
 
- private:
-  mutable tensorflow::mutex mutex_;
-  std::shared_ptr<const ItemIndex> items_ TF_GUARDED_BY(mutex_);
-};
+namespace {
 
 class FaissIndexHandleOp : public tensorflow::ResourceOpKernel<FaissIndexResource> {
  public:
@@ -301,6 +292,18 @@ class FaissIndexLoadOp : public OpKernel {
     OP_REQUIRES_OK(context, context->GetAttr("dim", &dim));
     arguments_.dim = dim;
     OP_REQUIRES_OK(context, context->GetAttr("mmap", &arguments_.mmap));
+    tensorflow::int64 changes_offset = 0;
+    OP_REQUIRES_OK(context, context->GetAttr("changes_offset", &changes_offset));
+    int shard = 0;
+    OP_REQUIRES_OK(context, context->GetAttr("shard", &shard));
+    int num_shards = 1;
+    OP_REQUIRES_OK(context, context->GetAttr("num_shards", &num_shards));
+    OP_REQUIRES(context, changes_offset >= 0 && num_shards >= 1 && shard >= 0 && shard < num_shards,
+                errors::InvalidArgument("changes_offset is ", changes_offset, ", shard ", shard, ", num_shards ",
+                                        num_shards, ", expected an offset >= 0 and a shard from 0 to num_shards - 1"));
+    arguments_.changes_offset = changes_offset;
+    arguments_.shard = shard;
+    arguments_.num_shards = num_shards;
   }
 
   void Compute(OpKernelContext* context) override {
@@ -329,12 +332,8 @@ class FaissSearchOp : public OpKernel {
   using OpKernel::OpKernel;
 
   void Compute(OpKernelContext* context) override {
-    tensorflow::core::RefCountPtr<FaissIndexResource> resource;
-    OP_REQUIRES_OK(context, LookupResource(context, HandleFromInput(context, kSearchHandle), &resource));
-    const std::shared_ptr<const ItemIndex> items = resource->Get();
-    OP_REQUIRES(context, items != nullptr,
-                errors::FailedPrecondition("the FAISS index is not loaded: run the initialization op of the graph "
-                                           "(tf.compat.v1.tables_initializer()) first"));
+    std::shared_ptr<const ItemIndex> items;
+    OP_REQUIRES_OK(context, LoadedIndex(context, &items));
 
     const Tensor& query_embedding = context->input(kSearchQueryEmbedding);
     const Tensor& k_tensor = context->input(kSearchK);
@@ -407,18 +406,42 @@ class FaissSearchOp : public OpKernel {
     return expressions;
   }
 
-  // Computes the items that pass the filters of a row (null if it has none), and passes its excluded ids to
-  // `retriever`.
-  static Status ReadFilters(OpKernelContext* context, const ItemIndex& items, int64_t row,
-                            std::shared_ptr<const ItemMask>* mask, Retriever* retriever) {
+  // What one row of the batch is searched among.
+  struct RowFilter {
+    std::shared_ptr<const ItemMask> mask;  // null if there is no filter
+    FreshRowMasks added;                   // with a filter, the added items that pass
+  };
+
+  // Computes the items that pass the filters of a row, and passes its excluded ids to `retriever`.
+  static Status ReadFilters(OpKernelContext* context, const ItemIndex& items, const FreshItems* fresh, int64_t row,
+                            RowFilter* filter, Retriever* retriever) {
     const auto include = Expressions(context->input(kSearchInclude), row);
     const auto exclude = Expressions(context->input(kSearchExclude), row);
-    mask->reset();
-    if (!include.empty() || !exclude.empty()) DPSR_RETURN_IF_ERROR(items.filters->Apply(include, exclude, mask));
+    filter->mask.reset();
+    if (!include.empty() || !exclude.empty()) {
+      DPSR_RETURN_IF_ERROR(items.filters->Apply(include, exclude, &filter->mask,
+                                                fresh == nullptr ? nullptr : fresh->attributes()));
+      if (fresh != nullptr && fresh->has_added()) {
+        std::shared_ptr<const ItemFilters::Predicates> predicates;
+        DPSR_RETURN_IF_ERROR(items.filters->Compile(include, exclude, &predicates));
+        filter->added = fresh->FindRows(*predicates);
+      }
+    }
     const Tensor& excluded = context->input(kSearchExcludedItemIds);
     if (IsAbsent(excluded)) return Status();
     const int64_t count = excluded.dim_size(1);
     return retriever->Exclude({static_cast<const int64_t*>(excluded.data()) + row * count, static_cast<size_t>(count)});
+  }
+
+  // Says once that the CPU searches an index that is on a GPU, because a GPU cannot leave out hidden items.
+  static void WarnIfNotOnGpu(const ItemIndex& items, const FreshItems* fresh) {
+    if (fresh == nullptr || fresh->num_hidden() == 0 || !items.index->is_on_gpu()) return;
+    static const bool warned = [] {
+      LOG(WARNING) << kDeviceVariable << ": items have been replaced or deleted, so the CPU searches; merge the changes "
+                   << "into the index to search on the GPU again";
+      return true;
+    }();
+    static_cast<void>(warned);
   }
 
   // Each row is searched separately, on one FAISS thread. So a result does not depend on the rest of the batch: for
@@ -435,12 +458,24 @@ class FaissSearchOp : public OpKernel {
     float* scores_out = scores->flat<float>().data();
     int32_t* heads_out = heads->flat<int32_t>().data();
 
+    // All rows see the same changes.
+    const std::shared_ptr<const FreshItems> fresh = items.fresh->items();
+    WarnIfNotOnGpu(items, fresh.get());
     const auto search_rows = [&](int64_t begin, int64_t end) {
-      std::shared_ptr<const ItemMask> mask;
-      Retriever retriever(items.item_ids, items.Search(parameters, &mask));
+      RowFilter filter;
+      const auto search = [&](const float* query, int64_t wanted, float* found_scores, int64_t* labels) {
+        const ItemMask* const mask = filter.mask.get();
+        if (fresh != nullptr) {
+          return fresh->Search(query, wanted, parameters, mask, mask == nullptr ? nullptr : &filter.added, found_scores,
+                               labels);
+        }
+        if (mask != nullptr) return items.filtered->Search(query, wanted, *mask, parameters, found_scores, labels);
+        return items.index->Search(1, query, wanted, found_scores, labels, /*nthreads=*/1, parameters);
+      };
+      Retriever retriever(fresh != nullptr ? fresh->item_ids() : items.item_ids, search);
       for (int64_t row = begin; row < end; ++row) {
         if (request.IsOver()) return Status(StatusCode::kInternal, kRequestIsOver);
-        DPSR_RETURN_IF_ERROR(ReadFilters(context, items, row, &mask, &retriever));
+        DPSR_RETURN_IF_ERROR(ReadFilters(context, items, fresh.get(), row, &filter, &retriever));
         DPSR_RETURN_IF_ERROR(retriever.Retrieve(queries + row * num_heads * dim, num_heads, dim, k, ids_out + row * k,
                                                 scores_out + row * k, heads_out + row * k));
       }
@@ -483,6 +518,9 @@ REGISTER_OP("DpsrFaissIndexLoad")
     .Attr("max_parameters: string = ''")
     .Attr("dim: int = 0")
     .Attr("mmap: bool = true")
+    .Attr("changes_offset: int = 0")
+    .Attr("shard: int = 0")
+    .Attr("num_shards: int = 1")
     .SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
       ShapeHandle scalar;
@@ -508,6 +546,10 @@ max_parameters: The parameters that a request may set (nprobe, max_codes, efSear
   values; empty means none. max_codes may always be set if the index has lists that obey it.
 dim: The dimension of the queries. An index with another dimension is refused. 0 accepts any dimension.
 mmap: Map the index instead of reading it into memory.
+changes_offset: The index has all changes before this one: the first DpsrItemChangesApply has this offset.
+shard: The number of this index among the shards that split the items.
+num_shards: The number of these shards. With several, an item that changes put is added to the shard
+  Mix64(id) % num_shards, and hidden in the others.
 )doc");
 
 REGISTER_OP("DpsrFaissSearch")

@@ -5,16 +5,13 @@
 #include <limits>
 #include <utility>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include "export/faiss_binding/faiss_list_scanner.h"
+#include "export/faiss_search/best_items.h"
+#include "export/faiss_search/inner_product.h"
 
 namespace dpsr {
 namespace {
 
-constexpr int64_t kBits = 64;
 // A code is prefetched from memory this many codes before it is scored.
 constexpr size_t kAhead = 16;
 // Scores that differ by a smaller share are equal: the sums were computed in another order.
@@ -26,107 +23,7 @@ constexpr int64_t kMostTimes = 4;
 // With a filter, a graph search takes about k * ntotal / passing steps. One step takes as long as scoring 40 items.
 constexpr double kStepOverScore = 40;
 
-float InnerProduct(const float* a, const float* b, int64_t dim) {
-  // The sums are independent, so the compiler can use vector instructions without reordering additions.
-  float sums[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= dim; i += 8) {
-    for (int j = 0; j < 8; ++j) sums[j] += a[i + j] * b[i + j];
-  }
-  float sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-  for (; i < dim; ++i) sum += a[i] * b[i];
-  return sum;
-}
-
-#if defined(__x86_64__)
-__attribute__((target("avx2,fma"))) float InnerProductAvx2(const float* a, const float* b, int64_t dim) {
-  __m256 sums[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-  int64_t i = 0;
-  for (; i + 16 <= dim; i += 16) {
-    sums[0] = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i), sums[0]);
-    sums[1] = _mm256_fmadd_ps(_mm256_loadu_ps(a + i + 8), _mm256_loadu_ps(b + i + 8), sums[1]);
-  }
-  alignas(32) float parts[8];
-  _mm256_store_ps(parts, _mm256_add_ps(sums[0], sums[1]));
-  float sum = ((parts[0] + parts[1]) + (parts[2] + parts[3])) + ((parts[4] + parts[5]) + (parts[6] + parts[7]));
-  for (; i < dim; ++i) sum += a[i] * b[i];
-  return sum;
-}
-#endif
-
-// Returns the fastest function for this processor, for one query and many vectors, such as all centroids.
-auto* FastInnerProduct() {
-#if defined(__x86_64__)
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx2) return InnerProductAvx2;
-#endif
-  return InnerProduct;
-}
-
-// Calls use(slot) for each bit in [begin, end) that is 1.
-template <typename Use>
-void ForEachBit(const uint64_t* words, int64_t begin, int64_t end, const Use& use) {
-  if (begin >= end) return;
-  for (int64_t word = begin / kBits; word <= (end - 1) / kBits; ++word) {
-    uint64_t bits = words[word];
-    if (word == begin / kBits) bits &= ~uint64_t{0} << (begin % kBits);
-    if (word == (end - 1) / kBits) bits &= ~uint64_t{0} >> (kBits - 1 - (end - 1) % kBits);
-    for (; bits != 0; bits &= bits - 1) use(word * kBits + __builtin_ctzll(bits));
-  }
-}
-
 }  // namespace
-
-// Collects the k best of the items that are added. When its buffer of 2k items is full, the worse half is dropped.
-class FilteredSearch::BestItems {
- public:
-  explicit BestItems(int64_t k) : k_(static_cast<size_t>(k)) { found_.reserve(std::max<size_t>(2 * k_, 64)); }
-
-  int64_t k() const { return static_cast<int64_t>(k_); }
-
-  // Adds an item, unless its score is NaN. The items between two calls of EndPortion are a portion.
-  void Add(float score, int64_t slot) {
-    if (!(score > floor_)) return;
-    found_.push_back({score, portion_, slot});
-    if (found_.size() == found_.capacity()) Halve();
-  }
-
-  // Ends a portion. Returns how many of the k best so far come from it.
-  int64_t EndPortion() {
-    if (found_.size() > k_) Halve();
-    const int32_t portion = portion_++;
-    return std::count_if(found_.begin(), found_.end(), [portion](const Found& found) { return found.portion == portion; });
-  }
-
-  // Writes scores and positions of the best items in descending order, and pads them to k.
-  void Write(const std::vector<int32_t>& order, int64_t k, float* scores, int64_t* positions) {
-    if (found_.size() > k_) Halve();
-    std::sort(found_.begin(), found_.end(), Higher);
-    for (int64_t i = 0; i < k; ++i) {
-      const bool there = i < static_cast<int64_t>(found_.size());
-      scores[i] = there ? found_[i].score : -std::numeric_limits<float>::infinity();
-      positions[i] = !there ? -1 : order.empty() ? found_[i].slot : order[found_[i].slot];
-    }
-  }
-
- private:
-  struct Found {
-    float score;
-    int32_t portion;
-    int64_t slot;
-  };
-  static bool Higher(const Found& a, const Found& b) { return a.score > b.score; }
-  void Halve() {
-    std::nth_element(found_.begin(), found_.begin() + (k_ - 1), found_.end(), Higher);
-    found_.resize(k_);
-    floor_ = found_.back().score;
-  }
-
-  const size_t k_;
-  std::vector<Found> found_;
-  int32_t portion_ = 0;
-  float floor_ = -std::numeric_limits<float>::infinity();
-};
 
 Status FilteredSearch::Create(FaissIndex* index, std::unique_ptr<FilteredSearch>* search, int64_t entries) {
   if (index->ntotal() > std::numeric_limits<int32_t>::max()) {
@@ -232,8 +129,20 @@ Status FilteredSearch::CompareScores() const {
   return Status();
 }
 
+float FilteredSearch::CentroidScore(const float* query, int64_t list) const {
+  return FastInnerProduct()(query, centroids_.data() + list * index_.list_dim(), index_.list_dim());
+}
+
 Status FilteredSearch::Search(const float* x, int64_t k, const ItemMask& mask, const SearchParameters& parameters,
-                              float* scores, int64_t* positions) const {
+                              float* scores, int64_t* positions, const ItemMask* visible) const {
+  if (visible != nullptr && !index_.has_lists()) {
+    // Here the masks of both always have words.
+    ItemMask both;
+    both.words.resize(mask.words.size());
+    for (size_t i = 0; i < both.words.size(); ++i) both.words[i] = mask.words[i] & visible->words[i];
+    both.count = CountBits({both.words.data(), both.words.size()}, 0, num_items());
+    return Search(x, k, both, parameters, scores, positions);
+  }
   // Without lists that can be read, a mask has one bit for all entries of an item.
   const int64_t passing_entries = index_.has_lists() ? mask.count : mask.count * entries_;
   const int64_t wanted = mask.keep ? k : std::min(k, passing_entries);
@@ -246,7 +155,7 @@ Status FilteredSearch::Search(const float* x, int64_t k, const ItemMask& mask, c
     SearchParameters effort = parameters;
     if (effort.nprobe == 0) effort.nprobe = index_.parameters().nprobe;
     if (effort.max_codes == 0) effort.max_codes = index_.parameters().max_codes;
-    DPSR_RETURN_IF_ERROR(SearchLists(x, mask, effort, &best));
+    DPSR_RETURN_IF_ERROR(SearchLists(x, mask, visible, effort, &best));
     best.Write(order_.positions, k, scores, positions);
     return Status();
   }
@@ -290,8 +199,8 @@ Status FilteredSearch::SearchSelected(const float* x, int64_t k, const ItemMask&
   return index_.Search(1, x, k, scores, positions, /*nthreads=*/1, effort, &allowed);
 }
 
-Status FilteredSearch::SearchLists(const float* x, const ItemMask& mask, const SearchParameters& parameters,
-                                   BestItems* best) const {
+Status FilteredSearch::SearchLists(const float* x, const ItemMask& mask, const ItemMask* visible,
+                                   const SearchParameters& parameters, BestItems* best) const {
   const int64_t dim = index_.list_dim();
   const int64_t code_size = index_.code_size();
   std::vector<float> query(dim);
@@ -318,7 +227,7 @@ Status FilteredSearch::SearchLists(const float* x, const ItemMask& mask, const S
     ends.clear();
     const double most = std::min(enough, static_cast<double>(budget));
     for (auto list = *begin; list != end && static_cast<double>(passing.codes.size()) < most; ++list) {
-      FindPassing(list->list, mask, &passing);
+      FindPassing(list->list, mask, visible, &passing);
       if (static_cast<int64_t>(passing.codes.size()) > budget) passing.codes.resize(budget);
       ends.push_back(passing.codes.size());
     }
@@ -385,17 +294,26 @@ FilteredSearch::Lists FilteredSearch::ListsOf(const float* query, const ItemMask
 }
 
 // Adds the items of a list that pass to `passing`.
-void FilteredSearch::FindPassing(int32_t list, const ItemMask& mask, PassingItems* passing) const {
+void FilteredSearch::FindPassing(int32_t list, const ItemMask& mask, const ItemMask* visible,
+                                 PassingItems* passing) const {
   const int64_t begin = order_.group_begins[list];
   const int64_t end = order_.group_begins[list + 1];
   const int64_t code_size = index_.code_size();
   const uint64_t* words = mask.words.data();
   int64_t words_begin = 0;  // slot of the first bit in `words`
-  if (mask.keep) {
+  if (mask.keep || visible != nullptr) {
     words_begin = begin / kBits * kBits;
-    passing->words.assign((end - words_begin + kBits - 1) / kBits, ~uint64_t{0});
+    const int64_t count = (end - words_begin + kBits - 1) / kBits;
+    if (mask.keep) {
+      passing->words.assign(count, ~uint64_t{0});
+      mask.keep(words_begin, end, passing->words.data());
+    } else {
+      passing->words.assign(words + words_begin / kBits, words + words_begin / kBits + count);
+    }
     words = passing->words.data();
-    mask.keep(words_begin, end, passing->words.data());
+    for (int64_t i = 0; visible != nullptr && i < count; ++i) {
+      passing->words[i] &= visible->words[words_begin / kBits + i];
+    }
   }
   ForEachBit(words, begin - words_begin, end - words_begin, [&](int64_t bit) {
     const int64_t slot = words_begin + bit;

@@ -28,6 +28,8 @@
 
 namespace dpsr {
 
+class BestItems;
+
 // In an index with lists, an item has one entry, or one in each of several lists. All numbers of items below are then
 // numbers of entries, and a search finds the same item several times.
 //
@@ -47,20 +49,23 @@ class FilteredSearch {
   // Returns how masks number the items.
   const ItemOrder& order() const { return order_; }
 
+  // Returns the inner product of a transformed query [list_dim] and the centroid of a list.
+  float CentroidScore(const float* query, int64_t list) const;
+
   // Searches like FaissIndex::Search, with one query and one thread, among the items of `mask`. Finds min(k,
   // mask.count) items, in any order. The rest of scores [k] and positions [k] is padded with position -1. With a
-  // max_codes, a search of lists scores at most so many items, or k if that is more.
+  // max_codes, a search of lists scores at most so many items, or k if that is more. With `visible`, whose words are
+  // known, only items that are in both masks are found: as many of them as there are, up to k.
   Status Search(const float* x, int64_t k, const ItemMask& mask, const SearchParameters& parameters, float* scores,
-                int64_t* positions) const;
+                int64_t* positions, const ItemMask* visible = nullptr) const;
 
  private:
-  class BestItems;
-
   FilteredSearch(const FaissIndex& index, int64_t entries) : index_(index), entries_(entries) {}
   int64_t num_items() const { return index_.ntotal() / entries_; }
   Status ReadLists(FaissIndex* index);
   Status CompareScores() const;
-  Status SearchLists(const float* x, const ItemMask& mask, const SearchParameters& parameters, BestItems* best) const;
+  Status SearchLists(const float* x, const ItemMask& mask, const ItemMask* visible, const SearchParameters& parameters,
+                     BestItems* best) const;
   Status SearchSelected(const float* x, int64_t k, const ItemMask& mask, const SearchParameters& parameters,
                         float* scores, int64_t* positions) const;
   Status ScoreAll(const float* x, const ItemMask& mask, BestItems* best) const;
@@ -79,7 +84,7 @@ class FilteredSearch {
     std::vector<uint64_t> words;  // working memory for the bits of one list
   };
   Lists ListsOf(const float* query, const ItemMask& mask) const;
-  void FindPassing(int32_t list, const ItemMask& mask, PassingItems* passing) const;
+  void FindPassing(int32_t list, const ItemMask& mask, const ItemMask* visible, PassingItems* passing) const;
   static Lists::iterator Nearest(double wanted, Lists::iterator begin, Lists::iterator end);
 
   const FaissIndex& index_;

@@ -7,6 +7,7 @@
 #include <limits>
 #include <set>
 #include <type_traits>
+#include <unordered_map>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -295,6 +296,8 @@ struct ItemFilters::Column {
   // [code_begins[c], code_begins[c + 1]). Numbers are in ascending order, without NaN.
   std::vector<int32_t> by_value;
   std::vector<int64_t> code_begins;
+  // Texts that only changes have, with their codes: num_codes, num_codes + 1, ... Guarded by texts_mutex_.
+  std::unordered_map<std::string, int32_t> new_texts;
   // Memory that the spans point into if slots are not positions.
   std::vector<char> own_values;
   std::vector<int64_t> own_splits;
@@ -304,21 +307,31 @@ struct ItemFilters::Column {
             static_cast<size_t>(text_splits[code] - text_splits[code - 1])};
   }
 
-  // Returns the codes of those of the given values that exist, ascending.
+  bool is_number() const { return num_codes == 0; }
+  bool is_multi() const { return !splits.empty(); }
+
+  // Returns the code of a text, or 0 if no item of the file has it.
+  uint32_t CodeInFile(const std::string& text) const {
+    size_t low = 1;
+    size_t high = num_codes;
+    while (low < high) {
+      const size_t middle = low + (high - low) / 2;
+      if (Text(middle) < text) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low < num_codes && Text(low) == text ? static_cast<uint32_t>(low) : 0;
+  }
+
+  // Returns the codes of those of the given values that exist, ascending. The caller holds texts_mutex_.
   std::vector<uint32_t> Codes(const std::vector<std::string>& values) const {
     std::vector<uint32_t> codes;
     for (const std::string& value : values) {
-      size_t low = 1;
-      size_t high = num_codes;
-      while (low < high) {
-        const size_t middle = low + (high - low) / 2;
-        if (Text(middle) < value) {
-          low = middle + 1;
-        } else {
-          high = middle;
-        }
-      }
-      if (low < num_codes && Text(low) == value) codes.push_back(static_cast<uint32_t>(low));
+      const uint32_t code = CodeInFile(value);
+      const auto found = code == 0 ? new_texts.find(value) : new_texts.end();
+      if (code != 0 || found != new_texts.end()) codes.push_back(code != 0 ? code : found->second);
     }
     std::sort(codes.begin(), codes.end());
     return codes;
@@ -405,10 +418,76 @@ struct ItemFilters::Predicate {
   std::vector<Span<const int32_t>> slots;
   int64_t num_slots = 0;  // sum of the sizes of `slots`
 
-  bool IsFew(int64_t items) const { return !column->by_value.empty() && num_slots <= items / kOverFew; }
+  size_t number = 0;                        // of the column
+  const ChangedColumn* changed = nullptr;   // values that count instead of those of the file; may be null
+
+  bool has_changes() const { return changed != nullptr && !changed->pages.empty(); }
+
+  // Returns whether `slots` tells which slots meet the expression, and these are few.
+  bool IsFew(int64_t items) const { return is_listed() && num_slots <= items / kOverFew; }
+  bool is_listed() const { return !column->by_value.empty() && !(has_changes() && changed->many_slots); }
 
   // Clears the bits of the slots [begin, end) that do not pass.
   void Keep(int64_t begin, int64_t end, uint64_t* words) const {
+    if (!has_changes()) {
+      KeepInFile(begin, end, words);
+      return;
+    }
+    ForEachPage(begin, end, [&](const AttributePage* page, int64_t page_begin, int64_t first, int64_t last) {
+      uint64_t* const from = words + (first - begin) / kBits;
+      if (page == nullptr) {
+        KeepInFile(first, last, from);
+      } else {
+        KeepInPage(*page, first - page_begin, last - page_begin, from);
+      }
+    });
+  }
+
+  // The same for rows of a segment, whose attributes are `rows`.
+  void KeepRows(const ChangedColumn& rows, int64_t end, uint64_t* words) const {
+    for (int64_t first = 0; first < end; first += AttributePage::kPageSlots) {
+      const int64_t last = std::min(first + AttributePage::kPageSlots, end);
+      KeepInPage(*rows.Page(first), 0, last - first, words + first / kBits);
+    }
+  }
+
+  // Clears the bits of all slots that do not pass, from the slots that meet the expression.
+  void KeepFew(std::vector<uint64_t>* words) const {
+    std::vector<uint64_t> before;
+    if (!exclude) {
+      before.assign(words->size(), 0);
+      before.swap(*words);
+    }
+    const auto keep = [&](int32_t slot) {
+      const uint64_t bit = uint64_t{1} << (slot % kBits);
+      uint64_t& word = (*words)[slot / kBits];
+      word = exclude ? word & ~bit : word | (before[slot / kBits] & bit);
+    };
+    const bool any_changes = has_changes();
+    for (const auto& part : slots) {
+      for (const int32_t slot : part) {
+        if (any_changes && changed->Page(slot) != nullptr && !MeetsInPage(slot)) continue;
+        keep(slot);
+      }
+    }
+    if (!any_changes || changed->slots == nullptr) return;
+    for (const int32_t slot : *changed->slots) {
+      if (MeetsInPage(slot)) keep(slot);
+    }
+  }
+
+ private:
+  template <typename Use>
+  void ForEachPage(int64_t begin, int64_t end, const Use& use) const {
+    for (int64_t first = begin; first < end;) {
+      const int64_t page_begin = first / AttributePage::kPageSlots * AttributePage::kPageSlots;
+      const int64_t last = std::min(page_begin + AttributePage::kPageSlots, end);
+      use(changed->Page(first), page_begin, first, last);
+      first = last;
+    }
+  }
+
+  void KeepInFile(int64_t begin, int64_t end, uint64_t* words) const {
     const Slots asked = {begin, end, exclude, words};
     if (column->floats.data() != nullptr) {
       KeepRanges(column->floats, ranges, asked);
@@ -425,20 +504,29 @@ struct ItemFilters::Predicate {
     }
   }
 
-  // Clears the bits of all slots that do not pass, from the slots that meet the expression.
-  void KeepFew(std::vector<uint64_t>* words) const {
-    std::vector<uint64_t> before;
-    if (!exclude) {
-      before.assign(words->size(), 0);
-      before.swap(*words);
+  // The slots count from the start of the page.
+  void KeepInPage(const AttributePage& page, int64_t begin, int64_t end, uint64_t* words) const {
+    const Slots asked = {begin, end, exclude, words};
+    if (column->is_number()) {
+      KeepRanges(Span<const double>(page.numbers.data(), page.numbers.size()), ranges, asked);
+      return;
     }
-    for (const auto& part : slots) {
-      for (const int32_t slot : part) {
-        const uint64_t bit = uint64_t{1} << (slot % kBits);
-        uint64_t& word = (*words)[slot / kBits];
-        word = exclude ? word & ~bit : word | (before[slot / kBits] & bit);
-      }
+    const Span<const int32_t> values(page.codes.data(), page.codes.size());
+    if (column->is_multi()) {
+      KeepAnyCode(Span<const int64_t>(page.splits.data(), page.splits.size()), values, wanted, asked);
+    } else {
+      KeepCodes(values, codes, wanted, asked);
     }
+  }
+
+  // Returns whether a slot in a changed page meets the expression. Not for multi-valued attributes.
+  bool MeetsInPage(int64_t slot) const {
+    const AttributePage& page = *changed->Page(slot);
+    const int64_t place = slot % AttributePage::kPageSlots;
+    if (!column->is_number()) return wanted[page.codes[place]] != 0;
+    const double value = page.numbers[place];
+    return std::any_of(ranges.begin(), ranges.end(),
+                       [value](const Range& range) { return value >= range.low && value <= range.high; });
   }
 };
 
@@ -523,31 +611,42 @@ Status ItemFilters::AddColumn(const std::string& name, int64_t items, const std:
   return Status();
 }
 
+namespace {
+
+// Puts the distinct expressions of each side in order.
+Status Distinct(const std::vector<std::string_view>& include, const std::vector<std::string_view>& exclude,
+                std::set<std::string_view> (*sides)[2]) {
+  for (const int side : {0, 1}) {
+    std::set<std::string_view>& distinct = (*sides)[side];
+    for (const std::string_view text : side == 0 ? include : exclude) {
+      if (!text.empty()) distinct.insert(text);
+    }
+    if (distinct.size() > kMaxExpressions) {
+      return MakeStatus(StatusCode::kInvalidArgument, "there are ", distinct.size(), " filters to ",
+                        side == 0 ? "include" : "exclude", ", expected at most ", kMaxExpressions);
+    }
+  }
+  return Status();
+}
+
+}  // namespace
+
 Status ItemFilters::Apply(const std::vector<std::string_view>& include, const std::vector<std::string_view>& exclude,
-                          std::shared_ptr<const ItemMask>* mask) const {
+                          std::shared_ptr<const ItemMask>* mask,
+                          const std::shared_ptr<const ChangedAttributes>& changes) const {
   // Equal filters have equal keys: the distinct expressions of each side in order, with their lengths.
   std::string key;
   std::set<std::string_view> sides[2];
-  for (const int side : {0, 1}) {
-    for (const std::string_view text : side == 0 ? include : exclude) {
-      if (!text.empty()) sides[side].insert(text);
-    }
-    if (sides[side].size() > kMaxExpressions) {
-      return MakeStatus(StatusCode::kInvalidArgument, "there are ", sides[side].size(), " filters to ",
-                        side == 0 ? "include" : "exclude", ", expected at most ", kMaxExpressions);
-    }
-    for (const std::string_view text : sides[side]) key += StrCat(text.size(), ':', text);
+  DPSR_RETURN_IF_ERROR(Distinct(include, exclude, &sides));
+  for (const auto& side : sides) {
+    for (const std::string_view text : side) key += StrCat(text.size(), ':', text);
     key += ';';
   }
-  *mask = FindInCache(key);
+  *mask = FindInCache(key, changes.get());
   if (*mask != nullptr) return Status();
 
   std::vector<Predicate> predicates;
-  for (const int side : {0, 1}) {
-    for (const std::string_view text : sides[side]) {
-      DPSR_RETURN_IF_ERROR(Compile(text, /*exclude=*/side == 1, &predicates.emplace_back()));
-    }
-  }
+  DPSR_RETURN_IF_ERROR(CompileSides(sides, changes.get(), &predicates));
   // The predicates that leave the fewest items come first, so that the others have little to clear.
   std::stable_sort(predicates.begin(), predicates.end(), [this](const Predicate& a, const Predicate& b) {
     const auto left = [this](const Predicate& predicate) {
@@ -558,7 +657,7 @@ Status ItemFilters::Apply(const std::vector<std::string_view>& include, const st
   });
   if (WasAsked(key)) {
     *mask = Evaluate(predicates);
-    AddToCache(key, *mask);
+    AddToCache(key, predicates, *mask);
     return Status();
   }
   if (!group_begins_.empty() && slots_ >= kManyItems) {
@@ -566,7 +665,8 @@ Status ItemFilters::Apply(const std::vector<std::string_view>& include, const st
     if (count >= slots_ / kOverMany) {
       auto unknown = std::make_shared<ItemMask>();
       unknown->count = count;
-      unknown->keep = [predicates = std::move(predicates)](int64_t begin, int64_t end, uint64_t* words) {
+      // The changes are captured because the predicates point into them.
+      unknown->keep = [predicates = std::move(predicates), changes](int64_t begin, int64_t end, uint64_t* words) {
         for (const Predicate& predicate : predicates) predicate.Keep(begin, end, words);
       };
       *mask = std::move(unknown);
@@ -575,6 +675,23 @@ Status ItemFilters::Apply(const std::vector<std::string_view>& include, const st
   }
   *mask = Evaluate(predicates);
   return Status();
+}
+
+Status ItemFilters::Compile(const std::vector<std::string_view>& include, const std::vector<std::string_view>& exclude,
+                            std::shared_ptr<const Predicates>* predicates) const {
+  std::set<std::string_view> sides[2];
+  DPSR_RETURN_IF_ERROR(Distinct(include, exclude, &sides));
+  auto compiled = std::make_shared<Predicates>();
+  DPSR_RETURN_IF_ERROR(CompileSides(sides, nullptr, compiled.get()));
+  *predicates = std::move(compiled);
+  return Status();
+}
+
+void ItemFilters::FindRows(const Predicates& predicates, const ChangedAttributes& attributes, int64_t rows,
+                           std::vector<uint64_t>* words) {
+  words->assign((rows + kBits - 1) / kBits, ~uint64_t{0});
+  if (rows % kBits != 0) words->back() = (uint64_t{1} << (rows % kBits)) - 1;
+  for (const Predicate& predicate : predicates) predicate.KeepRows(attributes[predicate.number], rows, words->data());
 }
 
 bool ItemFilters::WasAsked(const std::string& key) const {
@@ -611,7 +728,7 @@ std::shared_ptr<ItemMask> ItemFilters::Evaluate(const std::vector<Predicate>& pr
 // Estimates the number of items that pass from evenly spread words. Returns 0 if few are known to meet an expression.
 int64_t ItemFilters::EstimateCount(const std::vector<Predicate>& predicates) const {
   for (const Predicate& predicate : predicates) {
-    if (!predicate.exclude && !predicate.column->by_value.empty() && predicate.num_slots < slots_ / kOverMany) return 0;
+    if (!predicate.exclude && predicate.is_listed() && predicate.num_slots < slots_ / kOverMany) return 0;
   }
   int64_t passing = 0;
   for (int64_t i = 0; i < kSampledWords; ++i) {
@@ -623,7 +740,25 @@ int64_t ItemFilters::EstimateCount(const std::vector<Predicate>& predicates) con
   return passing * slots_ / (kSampledWords * kBits);
 }
 
-Status ItemFilters::Compile(std::string_view text, bool exclude, Predicate* predicate) const {
+Status ItemFilters::CompileSides(const std::set<std::string_view> (&sides)[2], const ChangedAttributes* changes,
+                                 Predicates* predicates) const {
+  // Texts that changes bring later do not matter: nothing that the caller has holds their codes.
+  const std::shared_lock<std::shared_mutex> lock(texts_mutex_);
+  for (const int side : {0, 1}) {
+    for (const std::string_view text : sides[side]) {
+      Predicate& predicate = predicates->emplace_back();
+      DPSR_RETURN_IF_ERROR(CompileOne(text, /*exclude=*/side == 1, &predicate));
+      if (changes == nullptr) continue;
+      predicate.changed = &(*changes)[predicate.number];
+      if (predicate.changed->slots != nullptr) {
+        predicate.num_slots += static_cast<int64_t>(predicate.changed->slots->size());
+      }
+    }
+  }
+  return Status();
+}
+
+Status ItemFilters::CompileOne(std::string_view text, bool exclude, Predicate* predicate) const {
   FilterExpression expression;
   DPSR_RETURN_IF_ERROR(FilterExpression::Parse(text, &expression));
   const auto found = std::find_if(columns_.begin(), columns_.end(),
@@ -631,6 +766,7 @@ Status ItemFilters::Compile(std::string_view text, bool exclude, Predicate* pred
   if (found == columns_.end()) return UnknownName(expression.name);
   const Column& column = **found;
   predicate->column = &column;
+  predicate->number = static_cast<size_t>(found - columns_.begin());
   predicate->exclude = exclude;
   if (column.num_codes == 0) {
     predicate->ranges.resize(expression.values.size());
@@ -646,10 +782,10 @@ Status ItemFilters::Compile(std::string_view text, bool exclude, Predicate* pred
     }
   } else {
     predicate->codes = column.Codes(expression.values);
-    predicate->wanted.assign(column.num_codes, 0);
+    predicate->wanted.assign(column.num_codes + column.new_texts.size(), 0);
     for (const uint32_t code : predicate->codes) {
       predicate->wanted[code] = 1;
-      if (column.by_value.empty()) continue;
+      if (column.by_value.empty() || code >= column.num_codes) continue;
       const int64_t begin = column.code_begins[code];
       const auto size = static_cast<size_t>(column.code_begins[code + 1] - begin);
       predicate->slots.emplace_back(column.by_value.data() + begin, size);
@@ -671,26 +807,44 @@ Status ItemFilters::UnknownName(const std::string& name) const {
                     ": there is no such attribute, expected one of: ", known);
 }
 
-std::shared_ptr<const ItemMask> ItemFilters::FindInCache(const std::string& key) const {
+std::shared_ptr<const ItemMask> ItemFilters::FindInCache(const std::string& key,
+                                                         const ChangedAttributes* changes) const {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto found = by_key_.find(key);
   if (found == by_key_.end()) return nullptr;
+  for (const auto& [column, generation] : found->second->generations) {
+    if (generation != (changes == nullptr ? 0 : (*changes)[column].generation)) return nullptr;
+  }
   cached_.splice(cached_.begin(), cached_, found->second);
   return found->second->mask;
 }
 
-void ItemFilters::AddToCache(const std::string& key, const std::shared_ptr<const ItemMask>& mask) const {
+void ItemFilters::AddToCache(const std::string& key, const Predicates& predicates,
+                             const std::shared_ptr<const ItemMask>& mask) const {
+  std::vector<std::pair<size_t, uint64_t>> generations;
+  uint64_t age = 0;  // the sum of the generations, which never fall
+  for (const Predicate& predicate : predicates) {
+    generations.emplace_back(predicate.number, predicate.changed == nullptr ? 0 : predicate.changed->generation);
+    age += generations.back().second;
+  }
   const size_t bytes = key.size() + mask->words.size() * sizeof(uint64_t) +
                        mask->group_counts.size() * sizeof(int32_t) + sizeof(CachedMask) + sizeof(ItemMask);
   if (bytes > cache_bytes_) return;
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (by_key_.count(key) != 0) return;  // another thread has added it
-  while (cached_bytes_ + bytes > cache_bytes_) {
-    by_key_.erase(cached_.back().key);
-    cached_bytes_ -= cached_.back().bytes;
-    cached_.pop_back();
+  const auto remove = [this](std::list<CachedMask>::iterator cached) {
+    by_key_.erase(cached->key);
+    cached_bytes_ -= cached->bytes;
+    cached_.erase(cached);
+  };
+  const auto found = by_key_.find(key);
+  if (found != by_key_.end()) {
+    // Another thread has added it, or it is from before some change.
+    for (const auto& [column, generation] : found->second->generations) age -= generation;
+    if (static_cast<int64_t>(age) <= 0) return;
+    remove(found->second);
   }
-  cached_.push_front({key, mask, bytes});
+  while (cached_bytes_ + bytes > cache_bytes_) remove(std::prev(cached_.end()));
+  cached_.push_front({key, mask, bytes, std::move(generations)});
   by_key_.emplace(cached_.front().key, cached_.begin());
   cached_bytes_ += bytes;
 }
@@ -698,6 +852,168 @@ void ItemFilters::AddToCache(const std::string& key, const std::shared_ptr<const
 size_t ItemFilters::cached_bytes() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return cached_bytes_;
+}
+
+// The share of the slots of an index, one in this many, of which a column lists the changed ones.
+constexpr int64_t kOverManyChanged = 64;
+
+AttributeEditor::AttributeEditor(ItemFilters* filters, const std::shared_ptr<const ChangedAttributes>& before,
+                                 bool rows, uint64_t generation)
+    : filters_(filters),
+      rows_(rows),
+      generation_(generation),
+      before_(before),
+      edited_(filters->columns_.size()),
+      changed_slots_(filters->columns_.size()) {}
+
+// Returns a page that belongs to this editor: a copy of the one before, or of the values of the file.
+AttributePage* AttributeEditor::EditPage(size_t column, int64_t page) {
+  AttributePage*& edited = edited_[column][page];
+  if (edited != nullptr) return edited;
+  if (after_ == nullptr) {
+    after_ = before_ != nullptr ? std::make_shared<ChangedAttributes>(*before_)
+                                : std::make_shared<ChangedAttributes>(filters_->columns_.size());
+  }
+  const ItemFilters::Column& in_file = *filters_->columns_[column];
+  auto& pages = (*after_)[column].pages;
+  if (pages.empty() && !rows_) {
+    pages.resize((filters_->slots_ + AttributePage::kPageSlots - 1) / AttributePage::kPageSlots);
+  }
+  if (rows_ && page == static_cast<int64_t>(pages.size())) pages.emplace_back();
+  auto copy = pages[page] != nullptr ? std::make_shared<AttributePage>(*pages[page]) : std::make_shared<AttributePage>();
+  if (pages[page] == nullptr && !rows_) {
+    const int64_t begin = page * AttributePage::kPageSlots;
+    const int64_t end = std::min(begin + AttributePage::kPageSlots, filters_->slots_);
+    if (in_file.floats.data() != nullptr) {
+      copy->numbers.assign(in_file.floats.data() + begin, in_file.floats.data() + end);
+    } else if (in_file.doubles.data() != nullptr) {
+      copy->numbers.assign(in_file.doubles.data() + begin, in_file.doubles.data() + end);
+    } else {
+      in_file.WithCodes([&](const auto& values) {
+        int64_t first = begin, last = end;
+        if (in_file.is_multi()) {
+          first = in_file.splits[begin];
+          last = in_file.splits[end];
+          for (int64_t slot = begin; slot <= end; ++slot) copy->splits.push_back(in_file.splits[slot] - first);
+        }
+        copy->codes.assign(values.data() + first, values.data() + last);
+      });
+    }
+  }
+  if (in_file.is_multi() && copy->splits.empty()) copy->splits.push_back(0);
+  edited = copy.get();
+  pages[page] = std::move(copy);
+  return edited;
+}
+
+void AttributeEditor::Set(int64_t slot, const std::vector<AttributeValue>& values) {
+  for (const AttributeValue& value : values) {
+    for (size_t column = 0; column < filters_->columns_.size(); ++column) {
+      if (filters_->columns_[column]->name == value.name) SetOne(column, slot, value);
+    }
+  }
+}
+
+void AttributeEditor::SetOne(size_t column, int64_t slot, const AttributeValue& value) {
+  ItemFilters::Column& in_file = *filters_->columns_[column];
+  AttributePage* const page = EditPage(column, slot / AttributePage::kPageSlots);
+  const int64_t place = slot % AttributePage::kPageSlots;
+  if (!rows_) changed_slots_[column].push_back(static_cast<int32_t>(slot));
+  if (in_file.is_number()) {
+    double number = std::numeric_limits<double>::quiet_NaN();
+    if (!value.numbers.empty()) {
+      number = value.numbers[0];
+    } else if (!value.texts.empty()) {
+      const std::string& text = value.texts[0];
+      const auto read = std::from_chars(text.data(), text.data() + text.size(), number);
+      if (read.ec != std::errc() || read.ptr != text.data() + text.size()) {
+        number = std::numeric_limits<double>::quiet_NaN();
+      }
+    }
+    page->numbers[place] = std::isfinite(number) ? number : std::numeric_limits<double>::quiet_NaN();
+    return;
+  }
+  std::vector<int32_t> codes;
+  for (const std::string& text : value.texts) {
+    if (text.empty()) continue;
+    auto code = static_cast<int32_t>(in_file.CodeInFile(text));
+    if (code == 0) {
+      const std::unique_lock<std::shared_mutex> lock(filters_->texts_mutex_);
+      const auto next = static_cast<int32_t>(in_file.num_codes + in_file.new_texts.size());
+      code = in_file.new_texts.emplace(text, next).first->second;
+    }
+    codes.push_back(code);
+    if (!in_file.is_multi()) break;
+  }
+  if (!in_file.is_multi()) {
+    page->codes[place] = codes.empty() ? 0 : codes[0];
+    return;
+  }
+  const auto begin = page->codes.begin() + page->splits[place];
+  const int64_t before = page->splits[place + 1] - page->splits[place];
+  page->codes.insert(page->codes.erase(begin, begin + before), codes.begin(), codes.end());
+  const int64_t more = static_cast<int64_t>(codes.size()) - before;
+  for (size_t next = place + 1; next < page->splits.size(); ++next) page->splits[next] += more;
+}
+
+void AttributeEditor::AddRow() {
+  for (size_t column = 0; column < filters_->columns_.size(); ++column) {
+    const ItemFilters::Column& in_file = *filters_->columns_[column];
+    const auto* const pages = after_ != nullptr ? &(*after_)[column].pages
+                              : before_ != nullptr ? &(*before_)[column].pages : nullptr;
+    int64_t last = pages == nullptr ? 0 : static_cast<int64_t>(pages->size()) - 1;
+    const auto rows_in = [&](const AttributePage& page) {
+      return static_cast<int64_t>(in_file.is_number()  ? page.numbers.size()
+                                  : in_file.is_multi() ? page.splits.size() - 1
+                                                       : page.codes.size());
+    };
+    if (last < 0) last = 0;
+    if (pages != nullptr && !pages->empty() && rows_in(*pages->back()) == AttributePage::kPageSlots) ++last;
+    AttributePage* const page = EditPage(column, last);
+    if (in_file.is_number()) {
+      page->numbers.push_back(std::numeric_limits<double>::quiet_NaN());
+    } else if (in_file.is_multi()) {
+      page->splits.push_back(page->splits.back());
+    } else {
+      page->codes.push_back(0);
+    }
+  }
+}
+
+void AttributeEditor::CopyRow(const ChangedAttributes& from, int64_t row) {
+  AddRow();
+  const int64_t place = row % AttributePage::kPageSlots;
+  for (size_t column = 0; column < filters_->columns_.size(); ++column) {
+    const ItemFilters::Column& in_file = *filters_->columns_[column];
+    const AttributePage& source = *from[column].Page(row);
+    const auto last = static_cast<int64_t>((*after_)[column].pages.size()) - 1;
+    AttributePage* const page = EditPage(column, last);
+    if (in_file.is_number()) {
+      page->numbers.back() = source.numbers[place];
+    } else if (in_file.is_multi()) {
+      page->codes.insert(page->codes.end(), source.codes.begin() + source.splits[place],
+                         source.codes.begin() + source.splits[place + 1]);
+      page->splits.back() = static_cast<int64_t>(page->codes.size());
+    } else {
+      page->codes.back() = source.codes[place];
+    }
+  }
+}
+
+std::shared_ptr<const ChangedAttributes> AttributeEditor::Finish() {
+  if (after_ == nullptr) return before_;
+  for (size_t column = 0; column < changed_slots_.size(); ++column) {
+    if (edited_[column].empty()) continue;
+    ChangedColumn& changed = (*after_)[column];
+    changed.generation = generation_;
+    if (rows_ || changed.many_slots) continue;
+    auto slots = changed.slots != nullptr ? std::make_shared<std::vector<int32_t>>(*changed.slots)
+                                          : std::make_shared<std::vector<int32_t>>();
+    slots->insert(slots->end(), changed_slots_[column].begin(), changed_slots_[column].end());
+    changed.many_slots = static_cast<int64_t>(slots->size()) > filters_->slots_ / kOverManyChanged;
+    changed.slots = changed.many_slots ? nullptr : std::move(slots);
+  }
+  return std::move(after_);
 }
 
 }  // namespace dpsr

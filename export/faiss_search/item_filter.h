@@ -18,13 +18,17 @@
 #include <list>
 #include <memory>
 #include <mutex>
+#include <set>
+#include <shared_mutex>
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "common/packed_file.h"
 #include "common/status.h"
+#include "export/faiss_search/changed_attributes.h"
 
 namespace dpsr {
 
@@ -62,9 +66,16 @@ struct FilterExpression {
   static Status Parse(std::string_view text, FilterExpression* expression);
 };
 
-// The attributes of the items of an index. Thread-safe: only its cache changes.
+// The attributes of the items of an index. Thread-safe: only its cache changes, and the texts that changes bring.
 class ItemFilters {
+ private:
+  struct Column;
+  struct Predicate;
+
  public:
+  // A compiled filter: expressions to include and to exclude. It is valid as long as the ItemFilters.
+  using Predicates = std::vector<Predicate>;
+
   // Default size of the cache of results.
   static constexpr size_t kCacheBytes = size_t{64} << 20;
   // With at least this many items, of which at least one in kOverMany passes, bits are computed group by group.
@@ -85,36 +96,54 @@ class ItemFilters {
   // Finds the items that meet all expressions of `include` and none of `exclude`. Empty expressions are ignored.
   // Errors: InvalidArgument (malformed, an unknown name, a text where a number is needed, too many or too long), with
   // the given and the allowed value.
+  // With `changes`, the values that they have count. The caller must have got `changes` before the call.
   Status Apply(const std::vector<std::string_view>& include, const std::vector<std::string_view>& exclude,
-               std::shared_ptr<const ItemMask>* mask) const;
+               std::shared_ptr<const ItemMask>* mask,
+               const std::shared_ptr<const ChangedAttributes>& changes = nullptr) const;
+
+  // Finds the rows of a segment of added items that meet the same filter: bit i of `words` is row i of [0, rows). The
+  // pages of `attributes` have all rows. Errors as for Apply.
+  Status Compile(const std::vector<std::string_view>& include, const std::vector<std::string_view>& exclude,
+                 std::shared_ptr<const Predicates>* predicates) const;
+  static void FindRows(const Predicates& predicates, const ChangedAttributes& attributes, int64_t rows,
+                       std::vector<uint64_t>* words);
+
+  size_t num_columns() const { return columns_.size(); }
+  int64_t num_slots() const { return slots_; }
 
   // Returns the bytes of results that are in the cache now.
   size_t cached_bytes() const;
 
  private:
-  struct Column;
-  struct Predicate;
+  friend class AttributeEditor;
   struct CachedMask {
     std::string key;
     std::shared_ptr<const ItemMask> mask;
     size_t bytes;
+    // Generations of the columns that it was computed from.
+    std::vector<std::pair<size_t, uint64_t>> generations;
   };
 
   ItemFilters(int64_t slots, std::vector<int64_t> group_begins, size_t cache_bytes);
   Status AddColumn(const std::string& name, int64_t items, const std::vector<int32_t>& positions);
-  Status Compile(std::string_view text, bool exclude, Predicate* predicate) const;
+  Status CompileSides(const std::set<std::string_view> (&sides)[2], const ChangedAttributes* changes,
+                      Predicates* predicates) const;
+  Status CompileOne(std::string_view text, bool exclude, Predicate* predicate) const;
   std::shared_ptr<ItemMask> Evaluate(const std::vector<Predicate>& predicates) const;
   int64_t EstimateCount(const std::vector<Predicate>& predicates) const;
   Status UnknownName(const std::string& name) const;
-  std::shared_ptr<const ItemMask> FindInCache(const std::string& key) const;
+  std::shared_ptr<const ItemMask> FindInCache(const std::string& key, const ChangedAttributes* changes) const;
   bool WasAsked(const std::string& key) const;
-  void AddToCache(const std::string& key, const std::shared_ptr<const ItemMask>& mask) const;
+  void AddToCache(const std::string& key, const Predicates& predicates,
+                  const std::shared_ptr<const ItemMask>& mask) const;
 
   const int64_t slots_;  // as many as items, or more
   const std::vector<int64_t> group_begins_;
   const size_t cache_bytes_;
   std::unique_ptr<PackedFile> file_;
   std::vector<std::unique_ptr<Column>> columns_;
+
+  mutable std::shared_mutex texts_mutex_;  // of the new texts of all columns
 
   mutable std::mutex mutex_;
   mutable std::list<CachedMask> cached_;  // the most recently used first
@@ -123,6 +152,40 @@ class ItemFilters {
   // Hashes of the keys that were asked for. A filter that is asked for only once is not cached, so it displaces
   // nothing.
   mutable std::array<size_t, 4096> asked_ = {};
+};
+
+// Changes attributes of the items of an index, or adds rows of attributes to a segment of added items. What it has
+// returned never changes again. For one thread at a time.
+class AttributeEditor {
+ public:
+  // Goes on from `before`, or from the values of the file if it is null. With `rows`, it edits a segment instead: no
+  // page is there at first. `generation` is that of the changes, larger than any before.
+  AttributeEditor(ItemFilters* filters, const std::shared_ptr<const ChangedAttributes>& before, bool rows,
+                  uint64_t generation);
+
+  // Sets the values of a slot. Attributes that the index does not have are ignored; texts that no item has had get a
+  // code.
+  void Set(int64_t slot, const std::vector<AttributeValue>& values);
+  // Adds a row behind the last one to a segment, in which all attributes are missing.
+  void AddRow();
+  // Adds a row of another segment.
+  void CopyRow(const ChangedAttributes& from, int64_t row);
+
+  // Returns the attributes with all changes, or what it began with if there were none.
+  std::shared_ptr<const ChangedAttributes> Finish();
+
+ private:
+  AttributePage* EditPage(size_t column, int64_t page);
+  void SetOne(size_t column, int64_t slot, const AttributeValue& value);
+
+  ItemFilters* const filters_;
+  const bool rows_;
+  const uint64_t generation_;
+  std::shared_ptr<const ChangedAttributes> before_;
+  std::shared_ptr<ChangedAttributes> after_;  // null until something changes
+  // [columns], the pages that this editor has made, by number.
+  std::vector<std::unordered_map<int64_t, AttributePage*>> edited_;
+  std::vector<std::vector<int32_t>> changed_slots_;  // [columns]
 };
 
 }  // namespace dpsr

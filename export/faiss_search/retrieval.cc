@@ -20,7 +20,7 @@ Status ItemIds::Check(Span<const int64_t> ids, ItemIds* item_ids) {
 }
 
 Retriever::Retriever(const ItemIds& item_ids, HeadSearch search)
-    : item_ids_(item_ids.ids), distinct_ids_(item_ids.distinct), entries_(item_ids.entries), search_(std::move(search)) {}
+    : item_ids_(item_ids), search_(std::move(search)) {}
 
 Status Retriever::Retrieve(const float* query_embedding, int64_t heads, int64_t dim, int64_t k, int64_t* ids,
                            float* scores, int32_t* heads_out) {
@@ -34,7 +34,7 @@ Status Retriever::Retrieve(const float* query_embedding, int64_t heads, int64_t 
   heads_.clear();
   int64_t found = 0;
   if (std::all_of(query_embedding, query_embedding + heads * dim, is_finite)) {
-    const bool alone = heads == 1 && distinct_ids_ && entries_ == 1 && num_excluded_ == 0;
+    const bool alone = heads == 1 && item_ids_.distinct && item_ids_.entries == 1 && num_excluded_ == 0;
     for (int64_t head = 0; head < heads; ++head) {
       const float* query = query_embedding + head * dim;
       if (std::all_of(query, query + dim, is_zero)) continue;
@@ -73,7 +73,7 @@ Status Retriever::PositionOutOfRange(int64_t position) const {
 }
 
 Status Retriever::SearchAlone(const float* query, int64_t k, int64_t* ids, float* scores, int64_t* found) {
-  const auto ntotal = static_cast<int64_t>(item_ids_.size());
+  const auto ntotal = item_ids_.size();
   const int64_t wanted = std::min(k, ntotal);
   if (wanted == 0) return Status();
   DPSR_RETURN_IF_ERROR(search_(query, wanted, scores, ids));
@@ -98,9 +98,9 @@ Status Retriever::SearchAlone(const float* query, int64_t k, int64_t* ids, float
 
 Status Retriever::SearchHead(const float* query, int32_t head, int64_t k) {
   // At most all entries can be found. An empty index is not searched.
-  const auto ntotal = static_cast<int64_t>(item_ids_.size());
+  const auto ntotal = item_ids_.size();
   const size_t begin = candidates_.size();
-  for (int64_t wanted = entries_ * std::min(k + num_excluded_, ntotal); wanted > 0;) {
+  for (int64_t wanted = item_ids_.entries * std::min(k + num_excluded_, ntotal); wanted > 0;) {
     scores_.resize(wanted);
     labels_.resize(wanted);
     DPSR_RETURN_IF_ERROR(search_(query, wanted, scores_.data(), labels_.data()));
@@ -111,7 +111,7 @@ Status Retriever::SearchHead(const float* query, int32_t head, int64_t k) {
       ids_[i] = labels_[i] >= 0 && labels_[i] < ntotal ? item_ids_[labels_[i]] : kNoItem;
     }
     candidates_.resize(begin);
-    bool exhausted = wanted == entries_ * ntotal;
+    bool exhausted = wanted == item_ids_.entries * ntotal;
     int64_t dropped = 0;
     for (int64_t i = 0; i < wanted; ++i) {
       if (labels_[i] == -1) exhausted = true;
@@ -125,15 +125,15 @@ Status Retriever::SearchHead(const float* query, int32_t head, int64_t k) {
       candidates_.push_back({scores_[i], id});
     }
     // If ids repeat, more positions than ids may have been dropped. Then the search is repeated with more results.
-    if (exhausted || dropped <= entries_ * num_excluded_) break;
-    wanted = std::min(2 * wanted, entries_ * ntotal);
+    if (exhausted || dropped <= item_ids_.entries * num_excluded_) break;
+    wanted = std::min(2 * wanted, item_ids_.entries * ntotal);
   }
   for (size_t i = begin + 1; i < candidates_.size(); ++i) {
     for (size_t j = i; j > begin && Better(candidates_[j], candidates_[j - 1]); --j) {
       std::swap(candidates_[j], candidates_[j - 1]);
     }
   }
-  candidates_.resize(std::min(candidates_.size(), begin + static_cast<size_t>(entries_ * k)));
+  candidates_.resize(std::min(candidates_.size(), begin + static_cast<size_t>(item_ids_.entries * k)));
   heads_.push_back({head, begin, candidates_.size()});
   return Status();
 }

@@ -47,6 +47,26 @@ struct ItemIds {
   bool distinct = false;  // whether they are known to be distinct; otherwise results with equal ids are joined
   int64_t entries = 1;    // number of times that a search may return the same position
 
+  // Ids of the labels behind the positions of the index, from `begin` on: those of items that were added later.
+  struct Added {
+    int64_t begin;
+    Span<const int64_t> ids;
+  };
+  std::vector<Added> added;  // one after the other, without gaps
+
+  // Returns the number of labels.
+  int64_t size() const {
+    return added.empty() ? static_cast<int64_t>(ids.size())
+                         : added.back().begin + static_cast<int64_t>(added.back().ids.size());
+  }
+  // Returns the id of a label in [0, size).
+  int64_t operator[](int64_t label) const {
+    if (label < static_cast<int64_t>(ids.size())) return ids[label];
+    size_t part = added.size() - 1;
+    while (added[part].begin > label) --part;
+    return added[part].ids[label - added[part].begin];
+  }
+
   // Checks ids. They are known to be distinct if they ascend, as `dpsr index` writes them.
   // Errors: FailedPrecondition for a negative id, which would look like padding, with its position.
   static Status Check(Span<const int64_t> ids, ItemIds* item_ids);
@@ -109,9 +129,7 @@ class Retriever {
   Status PositionOutOfRange(int64_t position) const;
   int64_t Merge(int64_t k, int64_t* ids, float* scores, int32_t* heads_out);
 
-  const Span<const int64_t> item_ids_;
-  const bool distinct_ids_;
-  const int64_t entries_;
+  const ItemIds item_ids_;
   const HeadSearch search_;
   std::vector<float> scores_;
   std::vector<int64_t> labels_;
