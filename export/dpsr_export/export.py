@@ -451,8 +451,8 @@ def _check_quantizer(index: Index, expected: str | None, where: str) -> None:
 def renew_index(old: Path, index: Index, out: Path) -> dict[str, Any]:
     """Copies a servable into the directory `out` with another index, and lets it answer its warm-up requests.
 
-    The variables stay. The graph changes only in what it says about the index: search parameters, their bounds, and
-    which files it accepts.
+    The variables stay. The graph changes only in what it says about the index: search parameters, their bounds, which
+    changes of items it has, and which files it accepts.
 
     Returns:
         ann_recall and latency, as warmup.measure returns them.
@@ -480,8 +480,9 @@ def renew_index(old: Path, index: Index, out: Path) -> dict[str, Any]:
         if node.op == "DpsrFaissIndexLoad":
             node.attr["parameters"].s = index.manifest["parameters"].encode()
             node.attr["max_parameters"].s = index.max_parameters().encode()
+            node.attr["changes_offset"].i = index.manifest.get("changes_offset", 0)
 
-    # The graph says search parameters, their bounds, and the accepted files.
+    # The graph says search parameters, their bounds, which changes the index has, and the accepted files.
     request_tables.accept_assets(out, renewed, set_parameters_of)
     (out / "assets.extra").mkdir()
     return _finish(index, manifest, out)

@@ -20,6 +20,7 @@ from dpsr_common.packed_file import PackedFile
 from dpsr_export import merge
 from dpsr_export.item_changes import DELETE, PUT, UPDATE, Changes, ItemChangeLog
 from dpsr_export.merge import Changed, replay
+from dpsr_export.warmup import LoadedServable
 from dpsr_tf.data.column_values import ids_of
 
 BASE = np.array([1, 3, 5, 7])
@@ -206,6 +207,48 @@ def test_merges_in_two_steps_and_the_next_version(text_shop: TextShop, copied: P
     assert (versions["hidden.id"].tolist(), versions["hidden.version"].tolist()) == ([item_id(rows[4][0])], [9])
     titles = gzip.decompress((tmp_path / "two" / "item_titles.tsv.gz").read_bytes()).decode()
     assert f"{item_id('new-1')}\tgreen hat 帽子\n" in titles and str(item_id(rows[4][0])) not in titles
+
+
+def found(servable: LoadedServable, query: str, include: str = "") -> dict[str, float]:
+    """Key -> score of all items that a search finds."""
+    inputs = servable.search_inputs([{"query": query}], 1000) | {"include": np.array([[include]], object)}
+    answer = servable("search", inputs)
+    scores = answer["scores"][0][answer["item_ids"][0] >= 0].tolist()
+    keys = [key.decode() for key in answer["item_keys"][0].tolist() if key]
+    assert len(keys) == len(set(keys)) == len(scores)
+    return dict(zip(keys, scores, strict=True))
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_servable_and_a_merge_agree(text_shop: TextShop, copied: Path, tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows, keys = list(text_shop.items.values()), [*list(text_shop.items)[:8], "new-1", "new-2", "new-3"]
+    changes = []
+    for _ in range(80):
+        kind, key, version = int(rng.integers(0, 3)), str(rng.choice(keys)), int(rng.choice([0, 0, 1, 2, 3]))
+        row = rows[int(rng.integers(0, len(rows)))] | {"brand": str(rng.choice(["Acme", "Neu", ""]))}
+        if rng.random() < 0.1:
+            row = dict.fromkeys(row) | {"title": "", "brand": "", "tags": [], "details": ""}  # has no vector
+        update = {"attribute.price": [[], ["0.1"], [5.0]][rng.integers(0, 3)], "attribute.tags": ["sale", "rare"]}
+        changes.append((kind, key, put(row) if kind == PUT else example(update) if kind == UPDATE else b"", version))
+    append(copied, changes[:50])
+    append(copied, changes[50:])
+    online = LoadedServable(copied / "1")
+    index = merged(text_shop.job.index, copied, tmp_path / "index")
+    dpsr("export", "--index_only", f"--index={tmp_path / 'index'}", f"--out={copied}")
+    folded = LoadedServable(copied / "2")
+    before = LoadedServable(text_shop.job.servable / "1")
+    states = [servable("apply_changes", {}) for servable in (online, folded)]
+    assert [state["offset"] for state in states] == [80, 80] and [state["changes"] for state in states] == [0, 0]
+    assert states[0]["items"] == states[1]["items"] == index["items"] and states[1]["hidden"] == 0
+    assert states[0]["ignored"] >= index["merged"]["ignored"] > 0
+    for query in ("red shoes", "手机"):
+        for include in ("", "brand=Neu", "price=0.1", "price=..50", "tags=rare", "brand=Acme|阿克梅"):
+            one, other = found(online, query, include), found(folded, query, include)
+            assert one.keys() == other.keys(), (query, include)
+            for key, score in one.items():
+                assert score == pytest.approx(other[key], abs=1e-5)
+        assert one and found(before, query) != found(online, query)
 
 
 def test_an_interrupted_merge_leaves_nothing(
