@@ -38,7 +38,7 @@ GROUP = "dpsr.commands"
 # The order of the commands in `dpsr --help` follows the work. Commands that are not named here come last.
 _ORDER = (
     *("demo", "generate", "tokenize", "ingest"),
-    *("train", "launch", "index", "rewrite", "export"),
+    *("train", "launch", "index", "rewrite", "export", "items"),
     *("serve", "proxy", "place", "query", "search"),
     *("evaluate", "report"),
 )

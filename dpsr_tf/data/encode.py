@@ -143,6 +143,23 @@ def encode_items(batch: pa.RecordBatch, schema: ItemsSchema, string_ids: bool) -
     return rows.encoded(columns | _features(rows, schema.features) | _features(rows, schema.filters, "filter"))
 
 
+def encode_item_attributes(
+    batch: pa.RecordBatch, schema: ItemsSchema, filters: Sequence[Filter], string_ids: bool
+) -> Encoded:
+    """Encodes new attributes of items like encode_items, but with columns `id`, [`key`] and `filter.NAME` only.
+
+    Args:
+        batch: rows with the column of the id and those of `filters`.
+        schema: describes the id.
+        filters: the attributes, some of those of the schema or none.
+        string_ids: whether the shop's item ids are text.
+    """
+    rows = _Rows(batch)
+    ids = rows.ids("item", schema.id, string_ids)
+    rows.reject_ids("item", schema.id, ids)
+    return rows.encoded(_id_columns(ids) | _features(rows, filters, "filter"))
+
+
 def encode_users(batch: pa.RecordBatch, schema: UsersSchema, string_ids: bool) -> Encoded:
     """Encodes rows of the user table like encode_items, but with columns `id`, [`key`] and `feature.NAME` only.
 

@@ -7,13 +7,14 @@ into numbers, ids and times. Text stays bytes until then, so that bad UTF-8 conc
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import functools
 import glob
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,20 +123,61 @@ def read_batches(
     """
     columns = list(dict.fromkeys([*texts, *others]))
     for path in files:
-        try:
+        with _readable(path):
             if path.stat().st_size == 0:
                 raise CommandError(f"{path}: is empty, expected a table with columns {', '.join(columns)}")
             first_row = 0
-            for batch in _read(path, columns, batch_rows, mend):
+            check = functools.partial(_check_columns, path, columns, mend=mend)
+            for batch in _read_with(check, path, columns, batch_rows):
                 for begin in range(0, len(batch), batch_rows):
                     rows = _plain(path, batch.slice(begin, batch_rows))
                     yield Source(path, first_row, rows)
                     first_row += len(rows)
-        except UnicodeError:
-            raise CommandError(f"{path}: the name of a column is not UTF-8; convert the file to UTF-8") from None
-        except (pa.ArrowException, OSError, csv.Error) as error:
-            reason = " ".join(str(error).split())
-            raise CommandError(f"{path}: cannot be read as {_kind(path)[1:]}: {reason[:500]}") from None
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns the errors of reading a file into a CommandError that names it."""
+    try:
+        yield
+    except UnicodeError:
+        raise CommandError(f"{path}: the name of a column is not UTF-8; convert the file to UTF-8") from None
+    except (pa.ArrowException, OSError, csv.Error) as error:
+        reason = " ".join(str(error).split())
+        raise CommandError(f"{path}: cannot be read as {_kind(path)[1:]}: {reason[:500]}") from None
+
+
+def column_names(path: Path) -> list[str]:
+    """Returns the names of the columns of a file that is not JSON lines. Raises CommandError as read_batches."""
+    found: list[str] = []
+
+    def keep(names: Sequence[str]) -> None:
+        found.extend(names)
+        raise _Enough
+
+    with _readable(path), contextlib.suppress(_Enough):
+        next(_read_with(keep, path, [], 1), None)
+    return found
+
+
+class _Enough(Exception):
+    pass
+
+
+def read_rows(path: Path) -> Iterator[list[dict[str, Any]]]:
+    """Reads the objects of a file of JSON lines, some at a time, for rows_batch. Raises CommandError."""
+    with _readable(path):
+        yield from _json_rows(path)
+
+
+def is_json(path: Path) -> bool:
+    """Whether a file is one of JSON lines, by its name."""
+    return _kind(path) in _JSON
+
+
+def rows_batch(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pa.RecordBatch:
+    """Returns some columns of rows, as read_batches returns those of JSON lines. A column that a row lacks is null."""
+    return pa.record_batch([_json_column([row.get(column) for row in rows]) for column in columns], names=list(columns))
 
 
 class Table:
@@ -229,9 +271,9 @@ def _kind(path: Path) -> str:
     return last if last in SUFFIXES else ""
 
 
-def _read(path: Path, columns: list[str], batch_rows: int, mend: str) -> Iterator[pa.RecordBatch]:
+def _read_with(check: Any, path: Path, columns: list[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
+    """Reads columns of a file. Calls `check` with the names of all its columns first."""
     kind = _kind(path)
-    check = functools.partial(_check_columns, path, columns, mend=mend)
     if kind == ".parquet":
         return _read_parquet(path, columns, batch_rows, check)
     if kind in _ARROW:
@@ -355,7 +397,7 @@ def _read_json(path: Path, columns: list[str], check: Any) -> Iterator[pa.Record
             break
     check(list(names))
     for rows in _json_rows(path):
-        yield pa.record_batch([_json_column([row.get(column) for row in rows]) for column in columns], names=columns)
+        yield rows_batch(rows, columns)
 
 
 def _json_rows(path: Path) -> Iterator[list[dict[str, Any]]]:

@@ -289,6 +289,8 @@ def build_index(
             "empty_items": items.num_empty,
             "not_finite_items": items.num_not_finite,
             "embedding_dim": model.config.model.embedding_dim,
+            # `dpsr items` reads tables of new items by it.
+            "items_schema": to_dict(store.schema.items),
             "factory": measured.factory,
             "parameters": measured.chosen.parameters,
             "metric": "inner_product",

@@ -29,6 +29,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -71,8 +72,8 @@ class Changes:
 
     def part(self, begin: int, end: int) -> Changes:
         """Returns the changes from `begin` to before `end`."""
-        values = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return Changes(*(None if value is None else value[begin:end] for value in values))
+        given: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Changes(**{name: None if values is None else values[begin:end] for name, values in given.items()})
 
     @classmethod
     def concatenated(cls, parts: Sequence[Changes]) -> Changes:
