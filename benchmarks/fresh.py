@@ -50,13 +50,13 @@ import pyarrow.parquet as pq
 import report
 import servers
 from absl import app, flags
-from dpsr_export.item_rows import ServableItems
 from tensorflow_serving.apis import predict_pb2
 
 from dpsr_common.command_line import main as dpsr
 from dpsr_export import ann
 from dpsr_export.embeddings import ItemEmbeddings
 from dpsr_export.item_changes import DELETE, DIRECTORY, PUT, UPDATE, Changes, ItemChangeLog
+from dpsr_export.item_rows import ServableItems
 from dpsr_serving.client import SearchClient, ServingError
 from dpsr_serving.model_server import ModelServer, start_model_server
 from dpsr_tf.config import CONFIGS
