@@ -29,7 +29,6 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -72,8 +71,15 @@ class Changes:
 
     def part(self, begin: int, end: int) -> Changes:
         """Returns the changes from `begin` to before `end`."""
-        given: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Changes(**{name: None if values is None else values[begin:end] for name, values in given.items()})
+        rows = slice(begin, end)
+        return Changes(
+            self.kinds[rows],
+            self.ids[rows],
+            self.examples[rows],
+            None if self.versions is None else self.versions[rows],
+            None if self.keys is None else self.keys[rows],
+            None if self.times is None else self.times[rows],
+        )
 
     @classmethod
     def concatenated(cls, parts: Sequence[Changes]) -> Changes:

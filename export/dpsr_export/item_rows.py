@@ -186,7 +186,9 @@ class ServableItems:
     def _put_columns(self) -> list[str]:
         schema = self.schema
         columns = [schema.id, *schema.text, schema.title or schema.text[0]]
-        return list(dict.fromkeys([*columns, *(of.column for of in (*schema.features, *schema.filters))]))
+        columns += [feature.column for feature in schema.features]
+        columns += [attribute.column for attribute in schema.filters]
+        return list(dict.fromkeys(columns))
 
     def _filters(self, columns: Sequence[str], version: str | None, where: str) -> list[Filter]:
         """Returns the filters that the columns of an update have. Raises UsageError for any other column."""
