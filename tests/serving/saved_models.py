@@ -13,18 +13,23 @@ from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 v1 = tf.compat.v1
 
 
-def write_half_plus(path: Path, addend: float) -> None:
-    """A TF1 export: `serving_default`, x float [n] -> y = x / 2 + addend."""
+def write_half_plus(path: Path, addend: float, item_changes: bool = False) -> None:
+    """A TF1 export: `serving_default`, x float [n] -> y = x / 2 + addend; and `apply_changes`, to which nothing is new.
+
+    Without `item_changes` it has only the first signature.
+    """
     with tf.Graph().as_default(), v1.Session() as session:
         x = v1.placeholder(tf.float32, [None], name="x")
         y = tf.add(x / 2.0, v1.get_variable("addend", initializer=float(addend)), name="y")
         session.run(v1.global_variables_initializer())
+        signatures = {"serving_default": v1.saved_model.predict_signature_def({"x": x}, {"y": y})}
+        if item_changes:
+            counts = ("offset", "items", "open", "sealed", "segments", "hidden", "ignored", "not_indexed", "updated")
+            state = {name: tf.constant(0, tf.int64) for name in counts} | {"changes": tf.constant(0)}
+            state |= {"last_time": tf.constant(0.0, tf.float64), "drift": tf.constant(1.0)}
+            signatures["apply_changes"] = v1.saved_model.predict_signature_def({}, state)
         builder = v1.saved_model.Builder(str(path))
-        builder.add_meta_graph_and_variables(
-            session,
-            [v1.saved_model.tag_constants.SERVING],
-            {"serving_default": v1.saved_model.predict_signature_def({"x": x}, {"y": y})},
-        )
+        builder.add_meta_graph_and_variables(session, [v1.saved_model.tag_constants.SERVING], signatures)
         builder.save()
 
 

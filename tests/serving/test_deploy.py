@@ -222,13 +222,12 @@ def labels_of(expression: str, metric: str) -> set[str]:
     return {label for matcher in matchers for label in re.findall(r"(\w+)\s*[=!]", re.sub(r'"[^"]*"', "", matcher))}
 
 
-def test_every_metric_of_the_rules_exists(
-    exported: Path, base_path: Path, tmp_path: Path, start_proxy: StartProxy
-) -> None:
+def test_every_metric_of_the_rules_exists(base_path: Path, tmp_path: Path, start_proxy: StartProxy) -> None:
     """On a real server, with the monitoring file and the probes of the deployment, and a real proxy."""
     import saved_models
 
-    saved_models.publish(exported / "half_plus_1", base_path, 1)
+    saved_models.write_half_plus(tmp_path / "model", 1.0, item_changes=True)
+    saved_models.publish(tmp_path / "model", base_path, 1)
     saved_models.write_warmup(base_path / "1")
     monitoring = DEPLOY / "prometheus" / "monitoring.config"
     arguments = (f"--model_base_path={base_path}", f"--monitoring_config_file={monitoring}")
