@@ -12,6 +12,7 @@
 #include <memory>
 #include <mutex>
 #include <set>
+#include <string>
 #include <utility>
 
 #include "common/status.h"
@@ -132,7 +133,55 @@ void AppendHistogram(const std::string& name, const monitoring::Point& point, st
   *text += StrCat(name, "_count", Labels(point.labels), " ", Number(histogram.num()), "\n");
 }
 
+// TensorFlow's gauges have no fractions, and keep the labels of versions that are gone. So these are kept apart.
+std::mutex item_changes_mutex;
+std::map<std::pair<std::string, int64_t>, ItemChangeState>& ItemChangeStates() {
+  static auto* const states = new std::map<std::pair<std::string, int64_t>, ItemChangeState>;
+  return *states;
+}
+
+void AppendItemChanges(std::string* text) {
+  struct Metric {
+    const char* name;
+    const char* kind;
+    double (*value)(const ItemChangeState&);
+  };
+  constexpr Metric kMetrics[] = {
+      {"item_changes_offset", "gauge", [](const ItemChangeState& s) { return static_cast<double>(s.offset); }},
+      {"item_changes_lag_seconds", "gauge", [](const ItemChangeState& s) { return s.lag_seconds; }},
+      {"item_changes_applied", "counter", [](const ItemChangeState& s) { return static_cast<double>(s.applied); }},
+      {"item_changes_errors", "counter", [](const ItemChangeState& s) { return static_cast<double>(s.errors); }},
+      {"item_changes_ignored", "counter", [](const ItemChangeState& s) { return static_cast<double>(s.ignored); }},
+      {"items_visible", "gauge", [](const ItemChangeState& s) { return static_cast<double>(s.items); }},
+      {"items_open", "gauge", [](const ItemChangeState& s) { return static_cast<double>(s.open); }},
+      {"items_sealed", "gauge", [](const ItemChangeState& s) { return static_cast<double>(s.sealed); }},
+      {"items_hidden_share", "gauge", [](const ItemChangeState& s) { return s.hidden_share; }},
+      {"items_not_indexed", "counter", [](const ItemChangeState& s) { return static_cast<double>(s.not_indexed); }},
+      {"items_drift", "gauge", [](const ItemChangeState& s) { return s.drift; }},
+  };
+  const std::lock_guard<std::mutex> lock(item_changes_mutex);
+  if (ItemChangeStates().empty()) return;
+  for (const Metric& metric : kMetrics) {
+    const std::string name = StrCat(":dpsr:serving:", metric.name);
+    *text += StrCat("# TYPE ", name, " ", metric.kind, "\n");
+    for (const auto& [version, state] : ItemChangeStates()) {
+      *text += StrCat(name, "{model_name=\"", Escaped(version.first), "\",version=\"", version.second, "\"} ",
+                      Number(metric.value(state)), "\n");
+    }
+  }
+}
+
 }  // namespace
+
+void RecordItemChanges(const std::string& model, int64_t version, const ItemChangeState& state) {
+  const std::lock_guard<std::mutex> lock(item_changes_mutex);
+  ItemChangeStates()[{model, version}] = state;
+}
+
+void ForgetItemChanges(const std::string& model, int64_t version) {
+  const std::lock_guard<std::mutex> lock(item_changes_mutex);
+  ItemChangeStates().erase({model, version});
+}
 
 void RecordRequest(const std::string& model, const char* api, const char* entrypoint, const tensorflow::Status& status,
                    int64_t request_micros, int64_t runtime_micros) {
@@ -238,6 +287,7 @@ std::string PrometheusText() {
   for (const auto& [version, bytes] : versions.memory) {
     text += StrCat(memory, "{model_name=\"", Escaped(version.first), "\",version=\"", version.second, "\"} ", bytes, "\n");
   }
+  AppendItemChanges(&text);
   return text;
 }
 

@@ -45,6 +45,25 @@ void SetVersionMemory(const std::string& model, int64_t version, int64_t bytes);
 // Shows the metrics of the version in this folder, or hides them when the version is gone.
 void ShowVersionPath(const std::string& path, bool shown);
 
+// How far a version has applied the changes of its items (item_changes.h).
+struct ItemChangeState {
+  int64_t offset = 0;        // of the next change
+  double lag_seconds = 0;    // since the oldest change that is not applied was acknowledged; 0 if all are applied
+  int64_t applied = 0;       // changes since the version was loaded
+  int64_t errors = 0;        // calls that failed
+  int64_t items = 0;         // items that searches can find
+  int64_t open = 0;          // new items that are not in lists yet
+  int64_t sealed = 0;        // new items in lists
+  double hidden_share = 0;   // share of the entries that searches skip, because their item was replaced or deleted
+  int64_t ignored = 0;       // changes that came late, or of items that are not there
+  int64_t not_indexed = 0;   // items without a vector
+  double drift = 0;          // error of the new items' codes, divided by that of the index's own items; may be NaN
+};
+
+// Shows the state of a version in the metrics, until it is forgotten.
+void RecordItemChanges(const std::string& model, int64_t version, const ItemChangeState& state);
+void ForgetItemChanges(const std::string& model, int64_t version);
+
 // Returns all metrics of the process, including TensorFlow's own, in Prometheus' text format, where
 // `/tensorflow/serving/request_count` is written `:tensorflow:serving:request_count`.
 std::string PrometheusText();

@@ -516,6 +516,8 @@ void ModelManager::Load(const std::string& name, int64_t number, Version* versio
     if (status.ok()) {
       LogInfo("loaded model ", name, " version ", number, " in ", seconds, " s");
       version->servable = std::move(servable);
+      // Its thread has the priority of this one, not that of loads.
+      version->follower = ItemChangeFollower::Start(*version->servable);
       version->lease = std::shared_ptr<const Servable>(version->servable.get(), [this, version](const Servable*) {
         Lock release(mutex_);
         version->released = true;
@@ -547,7 +549,8 @@ void ModelManager::Unload(const std::string& name, int64_t number, Version* vers
 void ModelManager::Destroy(const std::string& name, int64_t number, Version* version) {
   version->busy = true;
   unload_threads_->Add([this, name, number, version] {
-    // No other thread uses the servable any more.
+    // No request uses the servable any more.
+    version->follower.reset();
     version->servable.reset();
     SetVersionMemory(name, number, 0);
     LogInfo("unloaded model ", name, " version ", number);

@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "serving/model_server/item_changes.h"
 #include "serving/model_server/servable.h"
 #include "serving/model_server/version_policy.h"
 #include "serving/model_server/worker_pool.h"
@@ -106,6 +107,8 @@ class ModelManager {
     bool busy = false;           // whether its load or destruction is queued or running
     Clock::time_point next_try;  // when a load that failed is tried again
     std::unique_ptr<Servable> servable;
+    // Uses the servable, and is destroyed before it.
+    std::unique_ptr<ItemChangeFollower> follower;
     // Requests copy this pointer. Its deleter does not delete the servable, but sets `released`.
     std::shared_ptr<const Servable> lease;
     bool released = false;
