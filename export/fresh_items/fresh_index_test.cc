@@ -185,9 +185,11 @@ class FreshIndexTest : public FileTest {
 
   Item RandomItem(std::mt19937* random) const {
     const auto below = [random](int n) { return static_cast<int>((*random)() % n); };
-    Item item;
-    std::normal_distribution<float> normal;
-    for (int i = 0; i < kDim; ++i) item.vector.push_back(normal(*random));
+    // Like a vector of the base, so that the codec of the base fits.
+    Item item = BaseItem(below(kItems));
+    for (float& value : item.vector) value *= 1 + static_cast<float>(below(100)) / 5000;
+    item.price = kNan;
+    item.tags.clear();
     if (below(5) != 0) item.price = below(200) / 4.0;
     const char* const brands[] = {"", "b1", "b2", "b3", "new1", "new2", "a|b"};
     item.brand = brands[below(7)];
@@ -319,7 +321,7 @@ TEST_F(FreshIndexTest, RandomChangesGiveWhatAModelHas) {
     int64_t entries;
   };
   // The second lists of the test are far from their items, so their codes are rough.
-  for (const Kind& kind : {Kind{"IVF16,SQ8", "nprobe=4", 0.3f, 1}, Kind{"IVF16,PQ8x4", "nprobe=4", 2.5f, 1},
+  for (const Kind& kind : {Kind{"IVF16,SQ8", "nprobe=4", 0.3f, 1}, Kind{"IVF16,PQ8x4", "nprobe=4", 4, 1},
                            Kind{"IVF16,PQ8x4", "nprobe=4", 10, 2},
                            Kind{"Flat", "", 1e-3f, 1}, Kind{"HNSW16", "efSearch=100", 1e-3f, 1}}) {
     SCOPED_TRACE(kind.factory);
