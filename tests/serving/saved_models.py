@@ -27,7 +27,8 @@ def write_half_plus(path: Path, addend: float, item_changes: bool = False) -> No
             counts = ("offset", "items", "open", "sealed", "segments", "hidden", "ignored", "not_indexed", "updated")
             state = {name: tf.constant(0, tf.int64) for name in counts} | {"changes": tf.constant(0)}
             state |= {"last_time": tf.constant(0.0, tf.float64), "drift": tf.constant(1.0)}
-            signatures["apply_changes"] = v1.saved_model.predict_signature_def({}, state)
+            most = {"max_changes": v1.placeholder_with_default(1024, [])}
+            signatures["apply_changes"] = v1.saved_model.predict_signature_def(most, state)
         builder = v1.saved_model.Builder(str(path))
         builder.add_meta_graph_and_variables(session, [v1.saved_model.tag_constants.SERVING], signatures)
         builder.save()
