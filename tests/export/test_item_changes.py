@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,13 @@ from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.serving_apis import Example
 from dpsr_export.item_changes import DELETE, PUT, UPDATE, Changes, ItemChangeLog
 from dpsr_export.item_rows import ItemWriter, ServableItems
+from dpsr_serving.client import SearchClient
+from dpsr_serving.model_server import start_model_server
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "serving"))
+from processes import PATIENCE_S, free_port
+
+MONITORING = Path(__file__).resolve().parents[2] / "serving" / "deploy" / "prometheus" / "monitoring.config"
 FIRST_KINDS = [PUT, UPDATE, DELETE]
 
 
@@ -507,7 +514,7 @@ def test_a_servable_applies_the_log(shop: Path, text_shop: Any) -> None:
         # Filters see new attributes, of new items and of old ones.
         assert found(servable, "red shoes", include=[["price=12345.678"]]) == [changed]
         assert found(servable, "red shoes", include=[["tags=rare"]]) == [changed]
-        assert NEW["item"] in found(servable, "red shoes", include=[["tags=eco", "price<40"]])
+        assert NEW["item"] in found(servable, "red shoes", include=[["tags=eco", "price=..40"]])
         assert NEW["item"] not in found(servable, "red shoes", excluded_item_keys=[[NEW["item"]]])
 
     check(servable)
@@ -518,23 +525,27 @@ def test_a_servable_applies_the_log(shop: Path, text_shop: Any) -> None:
     again.close()
 
 
-@pytest.mark.slow
-def test_another_model_embeds_the_changes_of_the_log_anew(
-    shop: Path, text_shop: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture(scope="module")
+def other(shop: Path, text_shop: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base path with version 2, of a model with other layers and only two of the features, and a log with NEW."""
     from conftest import Job, untrained_model
     from conftest import dpsr as run
 
-    if ItemChangeLog(shop / "item_changes").end() == 0:
-        ServableItems(shop).log.append(ServableItems(shop).put_rows([NEW])[0])
-    job = Job(text_shop.job.store, tmp_path / "model", tmp_path / "index", shop)
-    # Another width, and only two of the features.
+    root = tmp_path_factory.mktemp("other")
+    job = Job(text_shop.job.store, root / "model", root / "index", root / "base")
+    job.servable.mkdir()
+    ItemChangeLog(job.servable / "item_changes").append(ServableItems(shop).put_rows([NEW])[0])
     untrained_model(job, hidden=(), num_heads=1, item_features=("brand", "photo"))
     run("index", f"--model={job.model}", f"--store={job.store}", f"--out={job.index}")
-    # The log is not applied while the index is measured.
-    run("export", f"--model={job.model}", f"--index={job.index}", f"--out={shop}", "--version_number=2")
-    servable = loaded(shop / "2")
-    assert servable("apply_changes", {})["offset"] == ItemChangeLog(shop / "item_changes").end()
+    # The log is not applied while the servable is measured, or NEW would be an item that is not in its index.
+    run("export", f"--model={job.model}", f"--index={job.index}", f"--out={job.servable}", "--version_number=2")
+    return job.servable
+
+
+@pytest.mark.slow
+def test_another_model_embeds_the_changes_of_the_log_anew(other: Path) -> None:
+    servable = loaded(other / "2")
+    assert servable("apply_changes", {})["offset"] == 1
     embedded = servable("query_embedding", {"query": ["red shoes"]})["query_embedding"][0]
     wanted = {name: value for name, value in inputs_of(NEW).items() if name in servable.inputs["item_embedding"]}
     assert set(wanted) == {"item_text", "item_brand", "item_photo"}
@@ -543,6 +554,46 @@ def test_another_model_embeds_the_changes_of_the_log_anew(
     place = list(outputs["item_keys"][0]).index(NEW["item"].encode())
     np.testing.assert_allclose(outputs["scores"][0][place], (embedded @ item).max(), rtol=1e-5)
     servable.close()
+
+
+@pytest.mark.slow
+def test_new_indexes_of_a_model_keep_what_applies_changes(shop: Path, text_shop: Any, tmp_path: Path) -> None:
+    import shutil
+
+    from conftest import dpsr as run
+
+    base = tmp_path / "base"
+    shutil.copytree(shop / "1", base / "1")
+    run("export", "--index_only", f"--index={text_shop.job.index}", f"--out={base}")
+    with ItemWriter(base) as writer:
+        writer.add([NEW]).result()
+    assert ServableItems(base).version == base / "2"
+    servable = loaded(base / "2")
+    assert servable("apply_changes", {})["offset"] == 1 and NEW["item"] in found(servable, "red shoes")
+    servable.close()
+
+
+@pytest.mark.slow
+def test_shards_share_a_log(text_shop: Any, tmp_path: Path) -> None:
+    from conftest import dpsr as run
+
+    job, base = text_shop.job, tmp_path / "base"
+    run("export", f"--model={job.model}", f"--index={job.index}", f"--out={base}", "--shards=2")
+    with pytest.raises(CommandError, match=f"all shards share a log; give {base}"):
+        ServableItems(base / "shard-0-of-2")
+    rows = [NEW | {"item": f"new-{i}"} for i in range(20)]
+    with ItemWriter(base) as writer:
+        writer.add(rows)
+        writer.delete(["sku-1", "sku-2", "sku-3", "sku-4"]).result()
+    keys = []
+    for number in range(2):
+        servable = loaded(base / f"shard-{number}-of-2" / "1")
+        keys.append(found(servable, "red shoes"))
+        servable.close()
+    # Each new item is in one of the shards, and both have some.
+    assert all(any(key.startswith("new-") for key in of_shard) for of_shard in keys)
+    left = set(text_shop.items) - {"sku-1", "sku-2", "sku-3", "sku-4"}
+    assert sorted(keys[0] + keys[1]) == sorted(left | {row["item"] for row in rows})
 
 
 @pytest.mark.slow
@@ -571,3 +622,102 @@ def test_a_damaged_segment_stops_the_replay_and_not_the_servable(shop: Path, tmp
     assert servable("apply_changes", {})["changes"] == 1
     assert "b" in found(servable, "red shoes")
     servable.close()
+
+
+# The model server.
+
+
+def eventually(condition: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end, f"did not happen: {what}"
+        time.sleep(0.02)
+
+
+class Served:
+    """A model server of a base path, and a client of it."""
+
+    def __init__(self, base: Path):
+        self.port = free_port()
+        flags = [f"--rest_api_port={self.port}", f"--monitoring_config_file={MONITORING}"]
+        self.server = start_model_server(base, "shop", arguments=flags)
+        self.client = SearchClient(self.server.target, "shop")
+
+    def found(self, **inputs: Any) -> list[str]:
+        (result,) = self.client.search("red shoes", 60, **inputs)
+        return list(result.item_keys)
+
+    def version(self) -> int:
+        (result,) = self.client.search("red shoes", 1)
+        return result.version
+
+    def metrics(self) -> dict[str, float]:
+        """Values by name, of the metrics of item changes; each has a version in its labels."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics") as answer:
+            lines = [line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line.startswith(":dpsr")]
+        return {name.removeprefix(":dpsr:serving:"): float(value) for name, value in lines}
+
+    def close(self) -> None:
+        self.client.close()
+        self.server.stop()
+
+
+@pytest.mark.slow
+def test_a_server_shows_changes_keeps_them_and_replays_them_through_new_models(
+    shop: Path, other: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(shop / "1", base / "1")
+    of_version = '{model_name="shop",version="%d"}'
+    served = Served(base)
+    try:
+        everything = served.found()
+        gone, changed = everything[:2]
+        with ItemWriter(base) as writer:
+            writer.add([NEW]).result()
+            eventually(lambda: NEW["item"] in served.found(), "the new item is found")
+            writer.update([{"item": changed, "price": 77_777}]).result()
+            eventually(lambda: served.found(filters={"price": (70_000, None)}) == [changed], "the new price is seen")
+            writer.delete([gone]).result()
+            eventually(lambda: gone not in served.found(), "the item is gone")
+        name = of_version % 1
+        eventually(lambda: served.metrics()[f"item_changes_offset{name}"] == 3, "the metrics show the offset")
+        eventually(lambda: served.metrics()[f"item_changes_lag_seconds{name}"] == 0, "nothing is to be applied")
+        metrics = served.metrics()
+        assert metrics[f"item_changes_applied{name}"] == 3 and metrics[f"item_changes_errors{name}"] == 0
+        assert metrics[f"items_visible{name}"] == 50 and metrics[f"items_open{name}"] == 1
+        assert metrics[f"items_hidden_share{name}"] == pytest.approx(1 / 51)
+        expected = {*everything, NEW["item"]} - {gone}
+        assert set(served.found()) == expected
+
+        # Another model: it replays the log with its own item tower before it is ready, and the first one goes.
+        shutil.copytree(other / "2", tmp_path / "2")
+        os.rename(tmp_path / "2", base / "2")
+        eventually(lambda: served.version() == 2, "the new version is served")
+        assert set(served.found()) == expected and served.found(filters={"price": (70_000, None)}) == [changed]
+        eventually(lambda: f"items_visible{name}" not in served.metrics(), "the old version's metrics are gone")
+
+        # A damaged segment: the server goes on with what it has, and says so, until the segment is whole.
+        errors = f"item_changes_errors{of_version % 2}"
+        bad = base / "item_changes" / f"{3:020}-{4:020}.dpsr"
+        (tmp_path / "bad").write_bytes(b"no packed file" * 10)
+        os.rename(tmp_path / "bad", bad)
+        eventually(lambda: served.metrics().get(errors, 0) > 0, "the damage is counted")
+        assert served.server.output().count("cannot apply changes of items") == 1 and bad.name in served.server.output()
+        assert set(served.found()) == expected
+        bad.unlink()
+        with ItemWriter(base) as writer:
+            writer.delete([NEW["item"]]).result()
+        eventually(lambda: NEW["item"] not in served.found(), "the item is gone")
+        expected.remove(NEW["item"])
+        assert "applies changes of items again" in served.server.output()
+        served.server.process.kill()
+    finally:
+        served.close()
+    served = Served(base)
+    try:
+        assert set(served.found()) == expected
+    finally:
+        served.close()
