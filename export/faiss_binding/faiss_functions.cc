@@ -121,6 +121,10 @@ Status FaissFunctions::FindIndexSlots() {
 }
 
 Status FaissFunctions::FindListSlots() {
+  DPSR_RETURN_IF_ERROR(FindSameSlot("IndexIVF", "search_preassigned()",
+                                    "_ZNK5faiss8IndexIVF18search_preassignedElPKflPKlS2_PfPlbPKNS_"
+                                    "19SearchParametersIVFEPNS_13IndexIVFStatsE",
+                                    &search_lists_slot_));
   for (const std::string name : {"IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ"}) {
     DPSR_RETURN_IF_ERROR(FindSameSlot(
         name, "get_InvertedListScanner()",
@@ -238,6 +242,15 @@ faiss::InvertedListScanner* FaissFunctions::NewListScanner(const faiss::Index* i
   using Function = faiss::InvertedListScanner*(const faiss::Index*, bool store_pairs, const faiss::IDSelector*,
                                                const faiss::SearchParametersIVF*);
   return VirtualFunction<Function>(ivf, new_list_scanner_slot_)(ivf, /*store_pairs=*/false, nullptr, nullptr);
+}
+
+void FaissFunctions::SearchLists(const faiss::Index* ivf, int64_t n, const float* x, int64_t k, const int64_t* lists,
+                                 const float* list_scores, float* distances, int64_t* labels,
+                                 const faiss::SearchParametersIVF* parameters) const {
+  using Function = void(const faiss::Index*, int64_t, const float*, int64_t, const int64_t*, const float*, float*,
+                        int64_t*, bool store_pairs, const faiss::SearchParametersIVF*, void* stats);
+  VirtualFunction<Function>(ivf, search_lists_slot_)(ivf, n, x, k, lists, list_scores, distances, labels,
+                                                     /*store_pairs=*/false, parameters, nullptr);
 }
 
 void FaissFunctions::EncodeVectors(const faiss::Index* ivf, int64_t n, const float* x, const int64_t* lists,

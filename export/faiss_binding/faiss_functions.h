@@ -26,6 +26,7 @@ struct Index;
 struct IOReader;
 struct InvertedLists;
 struct InvertedListScanner;
+struct SearchParametersIVF;
 }  // namespace faiss
 
 namespace dpsr {
@@ -114,6 +115,10 @@ class FaissFunctions {
   void Delete(faiss::Index* index) const;
   // IndexIVF::get_InvertedListScanner.
   faiss::InvertedListScanner* NewListScanner(const faiss::Index* ivf) const;
+  // IndexIVF::search_preassigned: a search of the `nprobe` lists in `lists` [n, nprobe].
+  void SearchLists(const faiss::Index* ivf, int64_t n, const float* x, int64_t k, const int64_t* lists,
+                   const float* list_scores, float* distances, int64_t* labels,
+                   const faiss::SearchParametersIVF* parameters) const;
   // IndexIVF::encode_vectors and decode_vectors, without the numbers of the lists in the codes.
   void EncodeVectors(const faiss::Index* ivf, int64_t n, const float* x, const int64_t* lists, uint8_t* codes) const;
   void DecodeVectors(const faiss::Index* ivf, int64_t n, const uint8_t* codes, const int64_t* lists, float* x) const;
@@ -149,6 +154,7 @@ class FaissFunctions {
   int reconstruct_slot_ = -1;
   int delete_slot_ = -1;
   int new_list_scanner_slot_ = -1;
+  int search_lists_slot_ = -1;
   int encode_slot_ = -1;
   int decode_slot_ = -1;
   int list_size_slot_ = -1;

@@ -262,6 +262,19 @@ Status FaissIndex::NearestLists(int64_t n, const float* y, int64_t k, int64_t* l
   });
 }
 
+Status FaissIndex::SearchLists(const float* y, int64_t k, Span<const int64_t> lists, const float* list_scores,
+                               int64_t max_codes, const PositionSet* allowed, float* distances, int64_t* labels) const {
+  return CatchExceptions(StatusCode::kInternal, "FAISS search failed", [&] {
+    const OmpThreads one_thread(faiss_, 1);
+    std::optional<PositionSelector> selector;
+    faiss::SearchParametersIVF parameters;
+    if (allowed != nullptr) parameters.sel = &selector.emplace(*allowed);
+    parameters.nprobe = lists.size();
+    parameters.max_codes = static_cast<size_t>(max_codes);
+    faiss_.SearchLists(ivf_, 1, y, k, lists.data(), list_scores, distances, labels, &parameters);
+  });
+}
+
 Status FaissIndex::Encode(int64_t n, const float* y, const int64_t* lists, uint8_t* codes) const {
   return CatchExceptions(StatusCode::kInternal, "FAISS cannot encode vectors", [&] {
     const OmpThreads one_thread(faiss_, 1);

@@ -104,6 +104,10 @@ class FaissIndex {
   // Finds the k lists whose centroids have the largest inner products with each vector, as a search or an addition
   // does: y [n, list_dim] -> lists [n, k], scores [n, k], best first. A missing list is -1.
   Status NearestLists(int64_t n, const float* y, int64_t k, int64_t* lists, float* scores) const;
+  // Searches for one vector y [list_dim] in given lists, as Search does after it has found the nearest ones: lists
+  // [nprobe], list_scores [nprobe] -> distances [k], labels [k].
+  Status SearchLists(const float* y, int64_t k, Span<const int64_t> lists, const float* list_scores, int64_t max_codes,
+                     const PositionSet* allowed, float* distances, int64_t* labels) const;
   // Computes the codes that the vectors would have in the given lists: y [n, list_dim], lists [n] -> codes [n,
   // code_size]. The list -1 gives an unspecified code.
   Status Encode(int64_t n, const float* y, const int64_t* lists, uint8_t* codes) const;

@@ -54,30 +54,73 @@ FreshRowMasks FreshItems::FindRows(const ItemFilters::Predicates& predicates) co
   return masks;
 }
 
+// The nearest lists of a query. The base and all segments share them.
+struct FreshItems::ListQuery {
+  std::vector<float> y;  // [list_dim], the transformed query; empty until it is known
+  std::vector<int64_t> lists;  // the nearest first
+  std::vector<float> scores;
+};
+
+bool FreshItems::has_listed() const {
+  return std::any_of(segments_.begin(), segments_.end(),
+                     [](const FreshSegmentView& view) { return view.segment->is_listed(); });
+}
+
+int64_t FreshItems::NumProbes(const SearchParameters& parameters) const {
+  return std::min(index_->num_lists(), parameters.nprobe != 0 ? parameters.nprobe : index_->parameters().nprobe);
+}
+
+// Finds at least so many nearest lists.
+Status FreshItems::FindLists(const float* x, int64_t lists, ListQuery* query) const {
+  if (query->y.empty()) {
+    query->y.resize(index_->list_dim());
+    DPSR_RETURN_IF_ERROR(index_->Transform(x, query->y.data()));
+  }
+  if (lists <= static_cast<int64_t>(query->lists.size())) return Status();
+  query->lists.resize(lists);
+  query->scores.resize(lists);
+  return index_->NearestLists(1, query->y.data(), lists, query->lists.data(), query->scores.data());
+}
+
 Status FreshItems::Search(const float* x, int64_t k, const SearchParameters& parameters, const ItemMask* mask,
                           const FreshRowMasks* rows, float* scores, int64_t* labels) const {
-  DPSR_RETURN_IF_ERROR(SearchBase(x, k, parameters, mask, scores, labels));
+  ListQuery query;
+  DPSR_RETURN_IF_ERROR(SearchBase(x, k, parameters, mask, &query, scores, labels));
   if (segments_.empty()) return Status();
   BestItems best(k);
   for (int64_t i = 0; i < k; ++i) {
     if (labels[i] >= 0) best.Add(scores[i], labels[i]);
   }
-  DPSR_RETURN_IF_ERROR(SearchSegments(x, parameters, rows, &best));
+  DPSR_RETURN_IF_ERROR(SearchSegments(x, parameters, rows, &query, &best));
   best.Write({}, k, scores, labels);
   return Status();
 }
 
 Status FreshItems::SearchBase(const float* x, int64_t k, const SearchParameters& parameters, const ItemMask* mask,
-                              float* scores, int64_t* labels) const {
+                              ListQuery* query, float* scores, int64_t* labels) const {
   if (index_->ntotal() == 0 || (visible_ != nullptr && visible_->count == 0)) {
     std::fill(labels, labels + k, -1);
     std::fill(scores, scores + k, kNoScore);
     return Status();
   }
   if (mask != nullptr) return filtered_->Search(x, k, *mask, parameters, scores, labels, visible_.get());
-  if (visible_ == nullptr) return index_->Search(1, x, k, scores, labels, /*nthreads=*/1, parameters);
-  const PositionSet allowed(visible_positions_->data(), visible_positions_->size());
-  DPSR_RETURN_IF_ERROR(index_->Search(1, x, k, scores, labels, /*nthreads=*/1, parameters, &allowed));
+  PositionSet positions;
+  const PositionSet* allowed = nullptr;
+  if (visible_ != nullptr) {
+    positions = PositionSet(visible_positions_->data(), visible_positions_->size());
+    allowed = &positions;
+  }
+  if (has_listed() && !index_->is_on_gpu()) {
+    // The segments need the nearest lists too, and to find them takes a third of a search.
+    const int64_t nprobe = NumProbes(parameters);
+    DPSR_RETURN_IF_ERROR(FindLists(x, nprobe, query));
+    const int64_t max_codes = parameters.max_codes != 0 ? parameters.max_codes : index_->parameters().max_codes;
+    DPSR_RETURN_IF_ERROR(index_->SearchLists(query->y.data(), k, {query->lists.data(), static_cast<size_t>(nprobe)},
+                                             query->scores.data(), max_codes, allowed, scores, labels));
+  } else {
+    DPSR_RETURN_IF_ERROR(index_->Search(1, x, k, scores, labels, /*nthreads=*/1, parameters, allowed));
+  }
+  if (visible_ == nullptr) return Status();
   // Where a whole neighbourhood is hidden, FAISS finds too few.
   const int64_t found = k - std::count(labels, labels + k, -1);
   if (found >= std::min(k, visible_->count)) return Status();
@@ -95,7 +138,7 @@ void FreshItems::ScoreVectors(const float* x, const FreshSegmentView& view, cons
 }
 
 Status FreshItems::SearchSegments(const float* x, const SearchParameters& parameters, const FreshRowMasks* rows,
-                                  BestItems* best) const {
+                                  ListQuery* query, BestItems* best) const {
   // With fewer than k items in the base, the segments have to give what is missing, from wherever it is.
   const bool all = !best->is_full();
   const auto passing = [&](size_t i) -> const std::vector<uint64_t>& {
@@ -113,8 +156,7 @@ Status FreshItems::SearchSegments(const float* x, const SearchParameters& parame
 
   const int64_t num_lists = index_->num_lists();
   const int64_t code_size = index_->code_size();
-  const int64_t nprobe =
-      std::min(num_lists, parameters.nprobe != 0 ? parameters.nprobe : index_->parameters().nprobe);
+  const int64_t nprobe = NumProbes(parameters);
   // The number of nearest lists to read in each segment; 0 to score all rows that pass.
   std::vector<int64_t> lists_to_read;
   int64_t most_lists = 0;
@@ -133,16 +175,10 @@ Status FreshItems::SearchSegments(const float* x, const SearchParameters& parame
     most_lists = std::max(most_lists, lists);
   }
 
-  std::vector<float> query(index_->list_dim());
-  DPSR_RETURN_IF_ERROR(index_->Transform(x, query.data()));
+  DPSR_RETURN_IF_ERROR(FindLists(x, most_lists, query));
   std::unique_ptr<FaissListScanner> scanner;
   DPSR_RETURN_IF_ERROR(FaissListScanner::Create(*index_, &scanner));
-  DPSR_RETURN_IF_ERROR(scanner->SetQuery(query.data()));
-  std::vector<int64_t> nearest(most_lists);
-  std::vector<float> nearest_scores(most_lists);
-  if (most_lists > 0) {
-    DPSR_RETURN_IF_ERROR(index_->NearestLists(1, query.data(), most_lists, nearest.data(), nearest_scores.data()));
-  }
+  DPSR_RETURN_IF_ERROR(scanner->SetQuery(query->y.data()));
   for (size_t j = 0; j < listed.size(); ++j) {
     const FreshSegmentView& view = segments_[listed[j]];
     const FreshSegment& segment = *view.segment;
@@ -152,15 +188,15 @@ Status FreshItems::SearchSegments(const float* x, const SearchParameters& parame
       ForEachBit(words.data(), 0, view.rows, [&](int64_t row) {
         const int32_t slot = segment.row_slots[row * entries];
         const int32_t list = segment.ListOf(slot);
-        scanner->SetList(list, filtered_->CentroidScore(query.data(), list));
+        scanner->SetList(list, filtered_->CentroidScore(query->y.data(), list));
         best->Add(scanner->Score(segment.codes.data() + slot * code_size), view.label + row);
       });
       continue;
     }
     for (int64_t n = 0; n < lists_to_read[j]; ++n) {
-      const int64_t list = nearest[n];
+      const int64_t list = query->lists[n];
       if (list < 0 || segment.list_begins[list] == segment.list_begins[list + 1]) continue;
-      scanner->SetList(list, nearest_scores[n]);
+      scanner->SetList(list, query->scores[n]);
       for (int32_t slot = segment.list_begins[list]; slot < segment.list_begins[list + 1]; ++slot) {
         const int32_t row = segment.slot_rows[slot];
         if (!Bit(words, row)) continue;

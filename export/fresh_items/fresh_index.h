@@ -105,10 +105,14 @@ class FreshItems {
  private:
   friend class FreshIndex;
   FreshItems() = default;
-  Status SearchBase(const float* x, int64_t k, const SearchParameters& parameters, const ItemMask* mask, float* scores,
-                    int64_t* labels) const;
+  struct ListQuery;
+  bool has_listed() const;
+  int64_t NumProbes(const SearchParameters& parameters) const;
+  Status FindLists(const float* x, int64_t lists, ListQuery* query) const;
+  Status SearchBase(const float* x, int64_t k, const SearchParameters& parameters, const ItemMask* mask,
+                    ListQuery* query, float* scores, int64_t* labels) const;
   Status SearchSegments(const float* x, const SearchParameters& parameters, const FreshRowMasks* rows,
-                        BestItems* best) const;
+                        ListQuery* query, BestItems* best) const;
   void ScoreVectors(const float* x, const FreshSegmentView& view, const std::vector<uint64_t>& rows,
                     BestItems* best) const;
 
