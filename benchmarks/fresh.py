@@ -507,16 +507,14 @@ def swap(result: report.Report, shop: Shop, workload: str, index: Path, count: i
     return verify(shop)
 
 
-def measure(result: report.Report, out: Path, items: int, seed: int, full: bool, quick: bool) -> None:
-    """Runs all parts, and fills rows and bars."""
-    folder = out / f"fresh-{items}-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    prepare(folder, items, seed)
-    bulk, probed, turns, seconds, killed = (
-        (1000, 20, 1, 1.5, 400) if quick else (40_000, 200, 5 if full else 3, 12.0, 3000)
-    )
-    workload = f"{items:,} items"
-    queries = log_queries(Store(folder / "store"), seed)
+def measure(result: report.Report, folder: Path, seed: int, full: bool, quick: bool) -> None:
+    """Runs all parts on the shop, store, model and index in `folder`, and fills rows and bars."""
+    store = Store(folder / "store")
+    bulk, probed, turns, seconds, killed = (40_000, 200, 9 if full else 5, 8.0, 3000)
+    if quick:
+        bulk, probed, turns, seconds, killed = (500, 10, 1, 1.0, 200)
+    workload = f"{store.counts.items:,} items"
+    queries = log_queries(store, seed)
     servers.write_requests(folder / "requests", queries)
     with tempfile.TemporaryDirectory(prefix="served-", dir=folder) as served:
         base = Path(served) / "dpsr"
@@ -583,9 +581,12 @@ def main(_: list[str]) -> None:
     """Runs the benchmark and prints the results."""
     values = flags.FLAGS
     result = report.Report("fresh", values.seed, report.hardware("dpsr", "faiss-cpu", "tensorflow", "grpcio"))
+    items = 3000 if values.quick else values.items
     with tempfile.TemporaryDirectory() as temporary:
-        out = Path(values.out or temporary)
-        measure(result, out, 3000 if values.quick else values.items, values.seed, values.full, values.quick)
+        folder = Path(values.out or temporary) / f"fresh-{items}-{values.seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        prepare(folder, items, values.seed)
+        measure(result, folder, values.seed, values.full, values.quick)
     result.print(values.json)
 
 
