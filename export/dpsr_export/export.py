@@ -26,7 +26,7 @@ from dpsr_export import item_attributes, product_codes, query_table, ranker, req
 from dpsr_export.ann import set_parameters
 from dpsr_export.embeddings import ItemEmbeddings, checkpoint_fingerprint
 from dpsr_export.faiss_search import write_item_ids
-from dpsr_export.index import FORMAT, FORMAT_VERSION, check_files, file_record
+from dpsr_export.index_files import FORMAT, FORMAT_VERSION, check_files, file_record
 from dpsr_export.signatures import write_saved_model
 from dpsr_tf import __version__
 from dpsr_tf.data.store import Store, new_directory, read_manifest

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import hashlib
 import json
 import time
 from pathlib import Path
@@ -41,6 +40,7 @@ from dpsr_export import (
     recall_report,
     servable_assets,
 )
+from dpsr_export.index_files import FORMAT, FORMAT_VERSION, file_record
 from dpsr_export.recall_report import MeasuredIndex
 from dpsr_tf.config import Config, IndexConfig
 from dpsr_tf.data.store import Store, new_directory
@@ -72,8 +72,6 @@ With --inverted the command needs no model: it writes an inverted index of the t
 that `dpsr search` filters, counts and groups items by.
 """
 
-FORMAT = "dpsr-index"
-FORMAT_VERSION = 3
 # Number of query vectors that the recall report is measured with.
 _RECALL_QUERIES = 1000
 
@@ -195,7 +193,7 @@ def _run_merge(values: flags.FlagValues) -> None:
     for name in ("index", "servable"):
         if values[name].value is None:
             raise UsageError(f"--{name} is missing ({values[name].help})")
-    # Imports the export, which imports this module.
+    # Loads the ops of servables, which other indexes do not need.
     from dpsr_export import merge
 
     manifest = merge.merge_index(
@@ -274,7 +272,7 @@ def build_index(
         items = embeddings.ItemEmbeddings(path, model.config.model.embedding_dim)
         source_of = _Source(model, store, checkpoint, items)
         measured = _build_and_report(source_of, config, device, directory, quantizer, judgments)
-        check_recall(measured, min_ann_recall)
+        recall_report.check(measured, min_ann_recall)
         files = _write_files(source_of, measured, directory, config.serving.graph_queries)
         manifest = {
             "format": FORMAT,
@@ -415,17 +413,6 @@ def _relevant(source: _Source, judgments: Judgments, config: Config) -> ann.Rele
     return ann.Relevant(source.items.vectors, heads, positions, sorted({*ann.RECALL_AT, config.serving.k}))
 
 
-def check_recall(measured: MeasuredIndex, min_ann_recall: float) -> None:
-    """Raises CommandError if the index finds less than --min_ann_recall."""
-    recall = measured.chosen.ann_recall[measured.k]
-    if recall < min_ann_recall:
-        raise CommandError(
-            f"ann_recall@{measured.k} of {measured.factory} is {recall:.4f} at most ({measured.chosen.parameters}), "
-            f"below --min_ann_recall={min_ann_recall:g}; choose another index.factory or index.parameters (the "
-            f"embeddings are kept for the next run)"
-        )
-
-
 def _write_files(source: _Source, measured: MeasuredIndex, directory: Path, graph_queries: int) -> dict[str, Any]:
     """Writes the files that a servable is made from. Returns what index.json says about them."""
     model, store, items = source.model, source.store, source.items
@@ -536,37 +523,6 @@ def _candidates(config: IndexConfig, items: int, dim: int) -> list[ann.Candidate
             f"{smallest.factory}, takes about {smallest.bytes / 1e9:.3g} GB; allow more, or lower model.embedding_dim"
         )
     return fitting
-
-
-def file_record(path: Path) -> dict[str, Any]:
-    """Returns size and SHA-256 of a file, in the form of index.json."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def check_files(
-    directory: Path, manifest: dict[str, Any], name: str = "index.json", made_by: str = "dpsr index"
-) -> None:
-    """Checks sizes and checksums of the files of a directory against its manifest. Raises CommandError.
-
-    Args:
-        directory: the directory.
-        manifest: content of its manifest.
-        name: name of the manifest's file.
-        made_by: the command that makes such directories.
-    """
-    for file, expected in manifest["files"].items():
-        path = directory / file
-        try:
-            found = file_record(path)
-        except OSError as error:
-            raise CommandError(f"{path}: cannot be read: {error.strerror}; run `{made_by}` again") from None
-        for key, value in expected.items():
-            if found[key] != value:
-                raise CommandError(f"{path}: {key} is {found[key]}, but {name} says {value}; run `{made_by}` again")
 
 
 def write_titles(path: Path, item_ids: np.ndarray, titles: list[str]) -> None:

@@ -25,7 +25,7 @@ from dpsr_common.files import link_or_copy
 from dpsr_common.packed_file import PackedFile, PackedFileWriter
 from dpsr_export import ann, embeddings, export, faiss_search, item_attributes, product_codes, recall_report, warmup
 from dpsr_export import servable_assets as assets
-from dpsr_export.index import check_recall, file_record
+from dpsr_export.index_files import file_record
 from dpsr_export.item_attributes import Column, select_rows
 from dpsr_export.item_changes import DELETE, DIRECTORY, PUT, UPDATE, Changes, ItemChangeLog
 from dpsr_export.request_tables import KeyTable
@@ -207,7 +207,7 @@ class _Merge:
         rows = self._rows_of(vectors)
         found = self._write_vectors(rows, vectors)
         measured = self._build(found.vectors)
-        check_recall(measured, min_ann_recall)
+        recall_report.check(measured, min_ann_recall)
         faiss.write_index(measured.index, str(self._dir / "items.faiss"))
         faiss_search.write_item_ids(
             self._dir / "item_ids.dpsr", rows.ids, self._dir / "items.faiss", measured.entries, self._replayed.versions

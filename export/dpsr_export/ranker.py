@@ -20,7 +20,7 @@ from dpsr_common.errors import CommandError, op_message
 from dpsr_common.typed_config import from_dict, to_dict
 from dpsr_export import request_tables, servable_assets, warmup
 from dpsr_export.embeddings import checkpoint_fingerprint
-from dpsr_export.index import file_record
+from dpsr_export.index_files import file_record
 from dpsr_export.rank_table import FILE, RankNumbers, RankTable, RankWeights, write_rank_table
 from dpsr_export.request_inputs import RequestInputs, absent, save_model, signature
 from dpsr_tf import __version__

@@ -11,6 +11,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
+from dpsr_common.errors import CommandError
 from dpsr_common.quiet_matplotlib import quiet_matplotlib
 from dpsr_export import ann
 
@@ -130,3 +131,14 @@ def plot(settings: Sequence[ann.Setting], title: str) -> str:
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
     return drawn.getvalue()
+
+
+def check(measured: MeasuredIndex, min_ann_recall: float) -> None:
+    """Raises CommandError if the index finds less than --min_ann_recall."""
+    recall = measured.chosen.ann_recall[measured.k]
+    if recall < min_ann_recall:
+        raise CommandError(
+            f"ann_recall@{measured.k} of {measured.factory} is {recall:.4f} at most ({measured.chosen.parameters}), "
+            f"below --min_ann_recall={min_ann_recall:g}; choose another index.factory or index.parameters (the "
+            f"embeddings are kept for the next run)"
+        )

@@ -14,7 +14,7 @@ from dpsr_common.errors import CommandError
 from dpsr_common.packed_file import FormatError, PackedFile
 from dpsr_export import ann
 from dpsr_export.export import versions
-from dpsr_export.index import FORMAT, FORMAT_VERSION
+from dpsr_export.index_files import FORMAT, FORMAT_VERSION
 from dpsr_export.warmup import LoadedServable
 from dpsr_tf.data.store import Store, read_manifest
 from dpsr_tf.data.user_requests import HISTORY, USER, User, UserRequests

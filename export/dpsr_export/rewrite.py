@@ -17,7 +17,7 @@ from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.packed_file import FormatError, PackedFile
 from dpsr_export import rewrite_table
 from dpsr_export.embeddings import checkpoint_fingerprint
-from dpsr_export.index import check_files, file_record
+from dpsr_export.index_files import check_files, file_record
 from dpsr_export.rewrite_filters import KEPT, Candidate, Embed, Filters, Limits, frequent_queries, value_names
 from dpsr_export.rewrite_table import key_of
 from dpsr_tf import __version__

@@ -21,7 +21,7 @@ from dpsr_common.errors import CommandError, op_message
 from dpsr_common.typed_config import to_dict
 from dpsr_export import request_tables, rewrite, rewrite_table, servable_assets, warmup
 from dpsr_export.embeddings import checkpoint_fingerprint
-from dpsr_export.index import file_record
+from dpsr_export.index_files import file_record
 from dpsr_export.request_inputs import save_model, signature
 from dpsr_export.rewrite_table import Found, RewriteTable
 from dpsr_tf import __version__
