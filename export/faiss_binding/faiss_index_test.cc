@@ -162,6 +162,55 @@ TEST_F(FaissIndexTest, SearchesAmongAllowedPositions) {
   EXPECT_EQ(labels, expected);
 }
 
+// What a new vector needs to be put into the lists of an index: each part does what the index itself does.
+TEST_F(FaissIndexTest, ListsAndCodesOfNewVectors) {
+  for (const char* const factory : {"IVF8,Flat", "IVF8,SQ8", "IVF8,PQ4x4"}) {
+    WriteTestIndex(*library_, path_, factory, kDim, FaissMetric::kInnerProduct, vectors_, kVectors);
+    const auto index = Read();
+    ASSERT_TRUE(index->SetParameters("nprobe=3").ok());
+    std::vector<int64_t> lists(kVectors);
+    std::vector<float> scores(kVectors);
+    ASSERT_TRUE(index->NearestLists(kVectors, vectors_.data(), 1, lists.data(), scores.data()).ok());
+    std::vector<uint8_t> codes(kVectors * index->code_size());
+    ASSERT_TRUE(index->Encode(kVectors, vectors_.data(), lists.data(), codes.data()).ok());
+    std::vector<float> decoded(vectors_.size());
+    ASSERT_TRUE(index->Decode(kVectors, codes.data(), lists.data(), decoded.data()).ok());
+    int64_t found = 0;
+    for (int64_t list = 0; list < 8; ++list) {
+      std::vector<int64_t> ids(index->list_size(list));
+      index->ReadListIds(list, ids.data());
+      for (size_t i = 0; i < ids.size(); ++i) {
+        EXPECT_EQ(lists[ids[i]], list);
+        const uint8_t* const code = codes.data() + ids[i] * index->code_size();
+        EXPECT_TRUE(std::equal(code, code + index->code_size(), index->list_codes(list) + i * index->code_size()));
+        ++found;
+      }
+    }
+    EXPECT_EQ(found, kVectors);
+    double error = 0, size = 0;
+    for (size_t i = 0; i < decoded.size(); ++i) {
+      error += (decoded[i] - vectors_[i]) * (decoded[i] - vectors_[i]);
+      size += vectors_[i] * vectors_[i];
+    }
+    EXPECT_LT(error, size / 4);
+
+    const float* const x = vectors_.data();
+    int64_t nearest[3];
+    float nearest_scores[3];
+    ASSERT_TRUE(index->NearestLists(1, x, 3, nearest, nearest_scores).ok());
+    const std::vector<uint64_t> even(kVectors / 64 + 1, 0x5555555555555555);
+    const PositionSet allowed(even.data(), even.size());
+    for (const PositionSet* set : {static_cast<const PositionSet*>(nullptr), &allowed}) {
+      float distances[2][20];
+      int64_t labels[2][20];
+      ASSERT_TRUE(index->Search(1, x, 20, distances[0], labels[0], 1, {}, set).ok());
+      ASSERT_TRUE(index->SearchLists(x, 20, {nearest, 3}, nearest_scores, 0, set, distances[1], labels[1]).ok());
+      EXPECT_TRUE(std::equal(labels[0], labels[0] + 20, labels[1]));
+      EXPECT_TRUE(std::equal(distances[0], distances[0] + 20, distances[1]));
+    }
+  }
+}
+
 TEST_F(FaissIndexTest, WithoutAGpuItStaysOnTheCpu) {
   const auto index = Read();
   const Status status = index->CopyToGpu(0);

@@ -425,6 +425,154 @@ TEST_F(ItemFilterTest, ManyThatPassAreNotLookedForBeforehand) {
   }
 }
 
+// Changes count in every way that a filter is computed: at once, group by group, and from the lists of slots by value,
+// before and after so many slots have changed that these lists are not used any more.
+TEST_F(ItemFilterTest, ChangedValuesCount) {
+  const int64_t items = ItemFilters::kManyItems + 1001;
+  std::vector<float> price(items);
+  std::vector<uint8_t> colour(items), tags;
+  std::vector<int64_t> tag_splits = {0};
+  for (int64_t i = 0; i < items; ++i) {
+    price[i] = static_cast<float>(i % 100);
+    colour[i] = static_cast<uint8_t>(i % 3);
+    for (int64_t tag = 0; tag < i % 3; ++tag) tags.push_back(static_cast<uint8_t>(1 + tag));
+    tag_splits.push_back(static_cast<int64_t>(tags.size()));
+  }
+  PackedFileWriter writer(path_, "item_attributes");
+  ASSERT_TRUE(IsOk(writer.Open()));
+  Add(&writer, "item_ids.fingerprint", std::vector<uint64_t>{kFingerprint});
+  Add(&writer, "value.price", price);
+  Add(&writer, "value.colour", colour);
+  AddTexts(&writer, "colour", {"blue", "red"});
+  Add(&writer, "value.tags", tags);
+  Add(&writer, "splits.tags", tag_splits);
+  AddTexts(&writer, "tags", {"t0", "t1"});
+  ASSERT_TRUE(IsOk(writer.Finish()));
+  ItemOrder order;
+  order.group_begins = {0, 1000, items / 2, items};
+  std::unique_ptr<ItemFilters> filters;
+  ASSERT_TRUE(IsOk(ItemFilters::Open(path_, items, kFingerprint, order, &filters)));
+
+  std::vector<double> prices(price.begin(), price.end());
+  const std::string texts[] = {"", "blue", "red", "pink"};
+  std::vector<int> colours(colour.begin(), colour.end());
+  std::vector<std::vector<std::string>> tag_texts(items);
+  for (int64_t i = 0; i < items; ++i) {
+    for (int64_t tag = 0; tag < i % 3; ++tag) tag_texts[i].push_back("t" + std::to_string(tag));
+  }
+  struct Case {
+    Filter include;
+    Filter exclude;
+    std::function<bool(int64_t)> passes;
+  };
+  const auto has = [&](int64_t i, const char* text) {
+    return std::count(tag_texts[i].begin(), tag_texts[i].end(), text) > 0;
+  };
+  const Case cases[] = {
+      {{"price=10..60"}, {}, [&](int64_t i) { return prices[i] >= 10 && prices[i] <= 60; }},  // many
+      {{"price=7|1000.25"}, {}, [&](int64_t i) { return prices[i] == 7 || prices[i] == 1000.25; }},
+      {{"colour=pink"}, {}, [&](int64_t i) { return colours[i] == 3; }},
+      {{"colour=red|pink"}, {"price=..50"}, [&](int64_t i) { return colours[i] >= 2 && !(prices[i] <= 50); }},
+      {{"tags=t1|new"}, {"colour=pink"}, [&](int64_t i) { return (has(i, "t1") || has(i, "new")) && colours[i] != 3; }},
+      {{}, {"price=10..60"}, [&](int64_t i) { return !(prices[i] >= 10 && prices[i] <= 60); }},
+  };
+  std::mt19937 random(2);
+  std::shared_ptr<const ChangedAttributes> changes;
+  std::shared_ptr<const ChangedAttributes> before;
+  uint64_t generation = 0;
+  for (const int count : {100, 3000, 1}) {
+    before = changes;
+    AttributeEditor editor(filters.get(), changes, /*rows=*/false, ++generation);
+    for (int i = 0; i < count; ++i) {
+      const auto slot = static_cast<int64_t>(random() % items);
+      prices[slot] = random() % 4 == 0 ? kNan : random() % 2 == 0 ? 1000.25 : static_cast<double>(random() % 100);
+      colours[slot] = static_cast<int>(random() % 4);
+      tag_texts[slot].clear();
+      for (size_t tag = 0; tag < random() % 3; ++tag) tag_texts[slot].push_back(tag == 0 ? "new" : "t1");
+      std::vector<AttributeValue> values = {{"price", {}, {}}, {"colour", {}, {}}, {"tags", {}, tag_texts[slot]}};
+      if (!std::isnan(prices[slot])) values[0].texts = {std::to_string(prices[slot])};
+      if (colours[slot] != 0) values[1].texts = {texts[colours[slot]]};
+      editor.Set(slot, values);
+    }
+    changes = editor.Finish();
+    EXPECT_EQ((*changes)[0].many_slots, count != 100);
+    for (const Case& one : cases) {
+      std::shared_ptr<const ItemMask> first;
+      std::shared_ptr<const ItemMask> second;
+      ASSERT_TRUE(IsOk(filters->Apply(one.include, one.exclude, &first, changes)));
+      ASSERT_TRUE(IsOk(filters->Apply(one.include, one.exclude, &second, changes)));
+      ASSERT_EQ(second->keep, nullptr);
+      std::vector<uint64_t> words = first->words;
+      if (first->keep) {
+        words.assign((items + 63) / 64, ~uint64_t{0});
+        first->keep(0, items, words.data());
+      }
+      int64_t passing = 0;
+      for (int64_t slot = 0; slot < items; ++slot) {
+        const bool expected = one.passes(slot);
+        ASSERT_EQ(IsSet(words, slot), expected) << "slot " << slot << " of " << count;
+        ASSERT_EQ(IsSet(second->words, slot), expected) << "slot " << slot << " of " << count;
+        passing += expected ? 1 : 0;
+      }
+      EXPECT_EQ(second->count, passing);
+    }
+  }
+  // A search that began before the last changes does not see them, and does not displace what they are cached with.
+  std::shared_ptr<const ItemMask> newer, older, again;
+  ASSERT_TRUE(IsOk(filters->Apply({"colour=pink"}, {}, &newer, changes)));
+  ASSERT_TRUE(IsOk(filters->Apply({"colour=pink"}, {}, &older, before)));
+  ASSERT_TRUE(IsOk(filters->Apply({"colour=pink"}, {}, &again, changes)));
+  EXPECT_NE(older, newer);
+  EXPECT_EQ(again, newer);
+  ASSERT_TRUE(IsOk(filters->Apply({"colour=pink"}, {}, &older)));
+  EXPECT_EQ(older->count, 0);
+}
+
+// The rows of added items, which have no values in the file.
+TEST_F(ItemFilterTest, RowsOfAddedItems) {
+  const auto filters = Open();
+  constexpr int64_t kRows = 2 * AttributePage::kPageSlots + 70;
+  std::shared_ptr<const ChangedAttributes> rows;
+  for (const int64_t begin : {int64_t{0}, int64_t{100}, AttributePage::kPageSlots, kRows}) {
+    // Each editor goes on where the one before has ended.
+    static constexpr int64_t kEnds[] = {100, AttributePage::kPageSlots, kRows, kRows};
+    AttributeEditor editor(filters.get(), rows, /*rows=*/true, 1);
+    for (int64_t row = begin; row < kEnds[begin == 0 ? 0 : begin == 100 ? 1 : 2]; ++row) {
+      editor.AddRow();
+      if (row % 5 == 0) continue;
+      editor.Set(row, {{"price", {static_cast<double>(row)}, {}},
+                       {"colour", {}, {row % 2 == 0 ? "red" : "violet"}},
+                       {"tags", {}, {"t1", "x" + std::to_string(row % 7)}}});
+    }
+    rows = editor.Finish();
+  }
+  AttributeEditor copy(filters.get(), nullptr, /*rows=*/true, 2);
+  for (int64_t row = 1; row < kRows; row += 2) copy.CopyRow(*rows, row);
+  const std::shared_ptr<const ChangedAttributes> odd = copy.Finish();
+  const auto expect = [&](const Filter& include, const Filter& exclude, const std::function<bool(int64_t)>& passes) {
+    std::shared_ptr<const ItemFilters::Predicates> predicates;
+    ASSERT_TRUE(IsOk(filters->Compile(include, exclude, &predicates)));
+    std::vector<uint64_t> words;
+    ItemFilters::FindRows(*predicates, *rows, kRows, &words);
+    std::vector<uint64_t> odd_words;
+    ItemFilters::FindRows(*predicates, *odd, kRows / 2, &odd_words);
+    ASSERT_EQ(words.size(), static_cast<size_t>((kRows + 63) / 64));
+    for (int64_t row = 0; row < static_cast<int64_t>(64 * words.size()); ++row) {
+      const bool expected = row < kRows && passes(row);
+      ASSERT_EQ(IsSet(words, row), expected) << "row " << row;
+      if (row % 2 == 1 && row / 2 < kRows / 2) {
+        ASSERT_EQ(IsSet(odd_words, row / 2), expected) << "row " << row;
+      }
+    }
+  };
+  expect({"colour=violet"}, {}, [](int64_t row) { return row % 5 != 0 && row % 2 == 1; });
+  expect({"price=..50.5"}, {}, [](int64_t row) { return row % 5 != 0 && row <= 50; });
+  expect({"tags=x3"}, {"colour=red"}, [](int64_t row) { return row % 5 != 0 && row % 7 == 3 && row % 2 == 1; });
+  expect({}, {"tags=t1"}, [](int64_t row) { return row % 5 == 0; });
+  expect({"maker=m001"}, {}, [](int64_t) { return false; });
+  EXPECT_EQ(Error(*filters, {"colour=violet", "nothing=1"}).code(), StatusCode::kInvalidArgument);
+}
+
 TEST_F(ItemFilterTest, ThreadsShareOne) {
   const auto filters = Open({}, 3000);
   std::vector<std::thread> threads;
