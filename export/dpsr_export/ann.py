@@ -39,6 +39,8 @@ _SQ8_RECALL = 0.99
 _POINTS_PER_CENTROID, _SAMPLE = 64, 1 << 17
 _BLOCK = 1 << 18
 _KMEANS_ITERATIONS = 10
+# Number of vectors from which code_residual is measured.
+_RESIDUAL_SAMPLE = 10_000
 # A measurement of latency ends after this many searches or seconds.
 _LATENCY_SEARCHES, _LATENCY_SECONDS = 200, 1.0
 
@@ -153,6 +155,28 @@ def build(vectors: np.ndarray, factory: str, device: str = "cpu", second_list: f
             f"FAISS cannot build index.factory '{factory}' of {len(vectors):,} items{where}: {_last(error)}"
         ) from None
     return index
+
+
+def code_residual(index: faiss.Index, vectors: np.ndarray) -> float | None:
+    """Measures how well the codes of an index fit vectors: the drift of later ones is compared with this.
+
+    Returns:
+        The mean squared distance of a sample of `vectors` [n, dim] to what their codes stand for. None if the index has
+        no lists that can be read, or no vectors are given.
+    """
+    ivf = _ivf(index)
+    outer = faiss.downcast_index(index)
+    if not len(vectors) or ivf is None or isinstance(outer, faiss.IndexRefine):
+        return None
+    if isinstance(faiss.downcast_index(ivf), faiss.IndexIVFFastScan):
+        return None
+    z = np.ascontiguousarray(_sample(vectors, _RESIDUAL_SAMPLE), np.float32)
+    if isinstance(outer, faiss.IndexPreTransform):
+        chain: Any = outer.chain  # a std::vector, which the stub calls a list
+        for number in range(chain.size()):
+            z = chain.at(number).apply(z)
+    decoded = ivf.sa_decode(ivf.sa_encode(z))
+    return float(np.mean(np.sum((z - decoded) ** 2, axis=1)))
 
 
 def two_level_kmeans(vectors: np.ndarray, clusters: int, device: str = "cpu") -> np.ndarray:

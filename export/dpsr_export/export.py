@@ -273,6 +273,11 @@ class Index:
         versions = np.concatenate([file["version"][rows], file["hidden.version"]])
         return dict(zip(ids.tolist(), versions.tolist(), strict=True))
 
+    def code_residual(self) -> float | None:
+        """Returns what ann.code_residual returned for the index, or None."""
+        file = PackedFile(str(self.path / "item_ids.dpsr"), "item_ids")
+        return float(file["index.residual"][0]) if "index.residual" in file else None
+
     def vectors(self) -> np.ndarray:
         """Returns the embeddings that the index was made from, by position: float32 [items, dim], memory-mapped."""
         try:
@@ -328,6 +333,7 @@ class Index:
                 path / "items.faiss",
                 self.manifest.get("entries", 1),
                 self.item_versions(),
+                residual=self.code_residual(),
             )
             with PackedFileWriter(str(path / "item_embeddings.dpsr"), "item_embeddings") as file:
                 file.add("id", ids[positions])

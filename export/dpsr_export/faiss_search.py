@@ -49,6 +49,7 @@ def write_item_ids(
     index_path: str | Path,
     entries: int = 1,
     versions: Mapping[int, int] | None = None,
+    residual: float | None = None,
 ) -> None:
     """Writes the item ids of the positions of an index.
 
@@ -62,6 +63,8 @@ def write_item_ids(
         versions: the last version of items that had changes with a version, by id (docs/fresh_items.md). It may have
             ids that are not in the index. The file then has the sections `version`, int64 [items], with 0 for none;
             `hidden.id` and `hidden.version`, int64 [those that are not in the index].
+        residual: mean squared distance of the items' vectors to what their codes stand for (ann.code_residual), with
+            which that of new items is compared.
     """
     index = np.memmap(index_path, np.uint8, "r")
     with PackedFileWriter(str(path), "item_ids") as file:
@@ -80,6 +83,8 @@ def write_item_ids(
             file.add("version", of_items)
             file.add("hidden.id", np.ascontiguousarray(known[~there, 0]))
             file.add("hidden.version", np.ascontiguousarray(known[~there, 1]))
+        if residual is not None:
+            file.add("index.residual", np.array([residual], np.float64))
 
 
 def read_item_changes(

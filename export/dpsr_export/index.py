@@ -417,7 +417,13 @@ def _write_files(source: _Source, measured: MeasuredIndex, directory: Path, grap
     """Writes the files that a servable is made from. Returns what index.json says about them."""
     model, store, items = source.model, source.store, source.items
     faiss.write_index(measured.index, str(directory / "items.faiss"))
-    faiss_search.write_item_ids(directory / "item_ids.dpsr", items.ids, directory / "items.faiss", measured.entries)
+    faiss_search.write_item_ids(
+        directory / "item_ids.dpsr",
+        items.ids,
+        directory / "items.faiss",
+        measured.entries,
+        residual=ann.code_residual(measured.index, items.vectors),
+    )
     if measured.semantic_ids is not None:
         keys = store.item_keys()
         rows = np.searchsorted(store.items()["id"], items.ids).tolist()

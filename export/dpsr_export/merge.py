@@ -210,7 +210,13 @@ class _Merge:
         recall_report.check(measured, min_ann_recall)
         faiss.write_index(measured.index, str(self._dir / "items.faiss"))
         faiss_search.write_item_ids(
-            self._dir / "item_ids.dpsr", rows.ids, self._dir / "items.faiss", measured.entries, self._replayed.versions
+            self._dir / "item_ids.dpsr",
+            rows.ids,
+            self._dir / "items.faiss",
+            measured.entries,
+            self._replayed.versions,
+            # That of the items with which the index was trained, so that drift adds up over merges.
+            self._old.code_residual(),
         )
         if item_attributes.FILE in self._old.manifest["files"]:
             item_attributes.write_columns(self._dir, self._attributes(rows))
