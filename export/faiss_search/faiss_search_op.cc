@@ -437,8 +437,8 @@ class FaissSearchOp : public OpKernel {
   static void WarnIfNotOnGpu(const ItemIndex& items, const FreshItems* fresh) {
     if (fresh == nullptr || fresh->num_hidden() == 0 || !items.index->is_on_gpu()) return;
     static const bool warned = [] {
-      LOG(WARNING) << kDeviceVariable << ": items have been replaced or deleted, so the CPU searches; merge the changes "
-                   << "into the index to search on the GPU again";
+      LOG(WARNING) << kDeviceVariable << ": items have been replaced or deleted, so the CPU searches; merge the "
+                   << "changes into the index to search on the GPU again";
       return true;
     }();
     static_cast<void>(warned);

@@ -880,7 +880,8 @@ AttributePage* AttributeEditor::EditPage(size_t column, int64_t page) {
     pages.resize((filters_->slots_ + AttributePage::kPageSlots - 1) / AttributePage::kPageSlots);
   }
   if (rows_ && page == static_cast<int64_t>(pages.size())) pages.emplace_back();
-  auto copy = pages[page] != nullptr ? std::make_shared<AttributePage>(*pages[page]) : std::make_shared<AttributePage>();
+  auto copy = std::make_shared<AttributePage>();
+  if (pages[page] != nullptr) *copy = *pages[page];
   if (pages[page] == nullptr && !rows_) {
     const int64_t begin = page * AttributePage::kPageSlots;
     const int64_t end = std::min(begin + AttributePage::kPageSlots, filters_->slots_);

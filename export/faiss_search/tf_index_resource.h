@@ -76,8 +76,8 @@ inline tensorflow::Status LoadedIndex(OpKernelContext* context, std::shared_ptr<
   TF_RETURN_IF_ERROR(LookupResource(context, HandleFromInput(context, 0), &resource));
   *items = resource->Get();
   if (*items != nullptr) return tensorflow::OkStatus();
-  return errors::FailedPrecondition(
-      "the FAISS index is not loaded: run the initialization op of the graph (tf.compat.v1.tables_initializer()) first");
+  return errors::FailedPrecondition("the FAISS index is not loaded: run the initialization op of the graph "
+                                    "(tf.compat.v1.tables_initializer()) first");
 }
 
 }  // namespace dpsr

@@ -179,28 +179,34 @@ Status FreshItems::SearchSegments(const float* x, const SearchParameters& parame
   std::unique_ptr<FaissListScanner> scanner;
   DPSR_RETURN_IF_ERROR(FaissListScanner::Create(*index_, &scanner));
   DPSR_RETURN_IF_ERROR(scanner->SetQuery(query->y.data()));
+  // Of the rows that pass in a segment where they are few, each is scored by its first entry.
   for (size_t j = 0; j < listed.size(); ++j) {
+    if (lists_to_read[j] != 0) continue;
     const FreshSegmentView& view = segments_[listed[j]];
     const FreshSegment& segment = *view.segment;
-    const std::vector<uint64_t>& words = passing(listed[j]);
-    if (lists_to_read[j] == 0) {
-      const auto entries = static_cast<int64_t>(item_ids_.entries);
-      ForEachBit(words.data(), 0, view.rows, [&](int64_t row) {
-        const int32_t slot = segment.row_slots[row * entries];
-        const int32_t list = segment.ListOf(slot);
-        scanner->SetList(list, filtered_->CentroidScore(query->y.data(), list));
-        best->Add(scanner->Score(segment.codes.data() + slot * code_size), view.label + row);
-      });
-      continue;
-    }
-    for (int64_t n = 0; n < lists_to_read[j]; ++n) {
-      const int64_t list = query->lists[n];
-      if (list < 0 || segment.list_begins[list] == segment.list_begins[list + 1]) continue;
-      scanner->SetList(list, query->scores[n]);
+    ForEachBit(passing(listed[j]).data(), 0, view.rows, [&](int64_t row) {
+      const int32_t slot = segment.row_slots[row * item_ids_.entries];
+      const int32_t list = segment.ListOf(slot);
+      scanner->SetList(list, filtered_->CentroidScore(query->y.data(), list));
+      best->Add(scanner->Score(segment.codes.data() + slot * code_size), view.label + row);
+    });
+  }
+  const int64_t max_codes = parameters.max_codes != 0 ? parameters.max_codes : index_->parameters().max_codes;
+  int64_t budget = max_codes == 0 ? std::numeric_limits<int64_t>::max() : std::max(max_codes, best->k());
+  for (int64_t n = 0; n < most_lists && budget > 0; ++n) {
+    const int64_t list = query->lists[n];
+    if (list < 0) continue;
+    scanner->SetList(list, query->scores[n]);
+    for (size_t j = 0; j < listed.size(); ++j) {
+      if (n >= lists_to_read[j]) continue;
+      const FreshSegmentView& view = segments_[listed[j]];
+      const FreshSegment& segment = *view.segment;
+      const std::vector<uint64_t>& words = passing(listed[j]);
       for (int32_t slot = segment.list_begins[list]; slot < segment.list_begins[list + 1]; ++slot) {
         const int32_t row = segment.slot_rows[slot];
         if (!Bit(words, row)) continue;
         best->Add(scanner->Score(segment.codes.data() + slot * code_size), view.label + row);
+        --budget;
       }
     }
   }
@@ -335,6 +341,7 @@ Status FreshIndex::Apply(int64_t offset, int64_t next_offset, const std::vector<
     batch.state.last_time = std::max(batch.state.last_time, change.time);
   }
   FinishAttributes(&batch);
+  DropHiddenRows(&batch);
 
   if (batch.visible != nullptr) {
     next->visible_ = batch.visible;
@@ -658,6 +665,16 @@ void FreshIndex::Seal(Batch* batch) {
     while (begin > 0 && segments[begin - 1].tier == segments.back().tier) --begin;
     if (size - begin < static_cast<size_t>(kMergedAtOnce)) return;
     Replace(begin, size, segments.back().tier + 1, batch);
+  }
+}
+
+// Rewrites sealed segments in which most rows are hidden.
+void FreshIndex::DropHiddenRows(Batch* batch) {
+  std::vector<FreshSegmentView>& segments = batch->items->segments_;
+  for (size_t i = segments.size(); i-- > 0;) {
+    if (segments[i].tier >= 0 && 2 * segments[i].num_alive < segments[i].rows) {
+      Replace(i, i + 1, segments[i].tier, batch);
+    }
   }
 }
 

@@ -197,6 +197,7 @@ class FreshIndex {
   void AddRow(const ItemChange& change, int64_t put, Batch* batch);
   void FinishAttributes(Batch* batch);
   void Seal(Batch* batch);
+  void DropHiddenRows(Batch* batch);
   void Replace(size_t begin, size_t end, int tier, Batch* batch);
   FreshSegmentView MergeSegments(const FreshSegmentView* begin, const FreshSegmentView* end, int tier);
 

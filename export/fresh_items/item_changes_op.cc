@@ -75,9 +75,10 @@ class ItemChangesApplyOp : public OpKernel {
     OP_REQUIRES_OK(context, ReadChanges(context, items->index->d(), &changes));
     Tensor* applied = nullptr;
     OP_REQUIRES_OK(context, context->allocate_output(0, TensorShape({}), &applied));
-    OP_REQUIRES_OK(context, ToTensorFlow(items->fresh->Apply(context->input(kApplyOffset).scalar<tensorflow::int64>()(),
-                                                             context->input(kApplyNextOffset).scalar<tensorflow::int64>()(),
-                                                             changes, &applied->scalar<bool>()())));
+    const int64_t offset = context->input(kApplyOffset).scalar<tensorflow::int64>()();
+    const int64_t next_offset = context->input(kApplyNextOffset).scalar<tensorflow::int64>()();
+    OP_REQUIRES_OK(context,
+                   ToTensorFlow(items->fresh->Apply(offset, next_offset, changes, &applied->scalar<bool>()())));
   }
 
  private:

@@ -193,9 +193,9 @@ def test_shapes_are_known_in_a_graph(folder: Path) -> None:
         bad = changes((PUT, 3, b""), next_offset=1)
         with pytest.raises(ValueError, match="rank 2"):
             items.apply_changes(0, bad, tf.zeros([DIM]))
-        with pytest.raises(ValueError, match="[Dd]imension"):
+        with pytest.raises(ValueError, match=r"[Dd]imension"):
             items.apply_changes(0, bad._replace(keys=["", ""]), tf.zeros([1, DIM]))
-        with v1.Session() as session, pytest.raises(tf.errors.FailedPreconditionError, match="is not loaded"):
+        with v1.Session() as session, pytest.raises(tf.errors.FailedPreconditionError, match="not loaded"):
             session.run(state)
 
 
