@@ -167,6 +167,57 @@ def test_nothing_acknowledged_is_lost_when_writers_are_killed(tmp_path: Path) ->
     assert not leftover.exists() and read_ids(log) == [*ids, 5]
 
 
+# The op.
+
+
+def test_the_op_reads_what_was_written(tmp_path: Path) -> None:
+    import tensorflow as tf
+
+    from dpsr_export.faiss_search import read_item_changes
+
+    log = ItemChangeLog(tmp_path / "item_changes")
+    log.append(some([5, 6, 7], FIRST_KINDS))
+    log.append(Changes(np.array([PUT], np.uint8), np.array([9]), [b"e"], keys=["款-1"]))
+    every = read_item_changes(str(log.path), 0, 100)
+    assert every.kinds.numpy().tolist() == [*FIRST_KINDS, PUT] and every.item_ids.numpy().tolist() == [5, 6, 7, 9]
+    assert every.versions.numpy().tolist() == [10, 12, 14, 0] and every.next_offset.numpy() == 4
+    assert every.keys.numpy().tolist() == [b"", b"", b"", "款-1".encode()]
+    assert every.examples.numpy().tolist() == [b"example 5", b"example 6", b"example 7", b"e"]
+    times = [time for _, changes in log.read() for time in changes.times.tolist()]  # type: ignore[union-attr]
+    assert every.times.numpy().tolist() == times
+    some_of_them = read_item_changes(str(log.path), 1, 1)
+    assert some_of_them.item_ids.numpy().tolist() == [6] and some_of_them.next_offset.numpy() == 2
+    for path, up in ((log.path, 0), (tmp_path / "3" / "assets" / "item_ids.dpsr", 3)):
+        assert len(read_item_changes(str(path), 0, 100, up).kinds) == 4
+        end = read_item_changes(str(path), 4, 100, up)
+        assert len(end.kinds) == 0 and end.next_offset.numpy() == 4
+    # A servable that is not a version has no log.
+    assert len(read_item_changes(str(tmp_path / "copy" / "assets" / "item_ids.dpsr"), 0, 100, 3).kinds) == 0
+    with pytest.raises(tf.errors.DataLossError, match="ends at the change 4"):
+        read_item_changes(str(log.path), 5, 100)
+    quiet = read_item_changes(str(log.path), 5, 100, log_errors=True)
+    assert len(quiet.kinds) == 0 and quiet.next_offset.numpy() == 5
+    for offset, most in ((-1, 10), (0, 0)):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="expected an offset of 0 or more and at least 1"):
+            read_item_changes(str(log.path), offset, most)
+
+
+def test_the_op_knows_its_shapes(tmp_path: Path) -> None:
+    import tensorflow as tf
+
+    from dpsr_export.faiss_search import read_item_changes
+
+    with tf.Graph().as_default():
+        made = read_item_changes("x", 0, tf.compat.v1.placeholder(tf.int32, []))
+        assert [output.shape.as_list() for output in made] == [[None]] * 6 + [[]]
+        for inputs in ((["x"], 0, 1), ("x", [0], 1), ("x", 0, [1])):
+            with pytest.raises(ValueError, match="must be rank 0"):
+                read_item_changes(*inputs)
+    vector = tf.zeros([1], tf.int64)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="offset has shape"):
+        read_item_changes("x", vector, 1)
+
+
 # Rows of tables.
 
 
@@ -664,7 +715,7 @@ class Served:
 
 @pytest.mark.slow
 def test_a_server_shows_changes_keeps_them_and_replays_them_through_new_models(
-    shop: Path, other: Path, tmp_path: Path
+    shop: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import shutil
 
@@ -691,6 +742,10 @@ def test_a_server_shows_changes_keeps_them_and_replays_them_through_new_models(
         assert metrics[f"items_hidden_share{name}"] == pytest.approx(1 / 51)
         expected = {*everything, NEW["item"]} - {gone}
         assert set(served.found()) == expected
+        # The server calls the signature itself. For one that does not, `dpsr items follow` does.
+        assert dpsr("follow", f"--server={served.server.target}", "--model=shop", "--once") == 0
+        assert dpsr("follow", f"--server={served.server.target}", "--model=nope", "--once") == 1
+        assert "NOT_FOUND" in capsys.readouterr().err
 
         # Another model: it replays the log with its own item tower before it is ready, and the first one goes.
         shutil.copytree(other / "2", tmp_path / "2")
