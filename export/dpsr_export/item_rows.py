@@ -18,13 +18,14 @@ models. This module does not import TensorFlow.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -275,12 +276,21 @@ class ServableItems:
             yield example.SerializeToString(deterministic=True)
 
 
+class _Call(NamedTuple):
+    """One call of an ItemWriter. `rows` are rows, or the ids to delete."""
+
+    kind: int
+    rows: Sequence[Any]
+    version: Any
+    future: Future[tuple[int, int]]
+
+
 class ItemWriter:
-    """Writes changes from a process that goes on running. Changes of several calls become one segment of the log.
+    """Writes changes from a process that goes on running. Changes of several calls share the work, and a segment.
 
     Each method takes rows as values by column, as in the shop's tables, and returns at once with a future. The future
-    has the offset of the first change and the one after the last, as soon as they are on the disk, or the error. Rows
-    that cannot be used raise CommandError at once, and then none of the call's rows is written. Thread-safe.
+    has the offset of the first change and the one after the last, as soon as they are on the disk. If a row cannot be
+    used, it has a CommandError, and none of the call's rows is written. Thread-safe.
 
     Example:
         with ItemWriter(Path("/models/shop")) as writer:
@@ -293,14 +303,14 @@ class ItemWriter:
 
         Args:
             base: as for ServableItems.
-            wait_s: seconds that changes wait for others, which then share the work of syncing a file.
+            wait_s: seconds that changes wait for others.
 
         Raises:
             CommandError: as ServableItems.
         """
         self._items = ServableItems(base)
         self._wait_s = wait_s
-        self._queue: queue.SimpleQueue[tuple[Changes, Future[tuple[int, int]]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._lock = threading.Lock()  # nothing is queued after the end
         self._thread = threading.Thread(target=self._run, name="item-writer", daemon=True)
@@ -326,48 +336,69 @@ class ItemWriter:
 
     def add(self, rows: Rows, version: str | None = None) -> Future[tuple[int, int]]:
         """Adds or replaces items. `version` names the column with the version of each row."""
-        return self._put(*self._items.put_rows(rows, version))
+        return self._call(PUT, rows, version)
 
     def update(self, rows: Rows, version: str | None = None) -> Future[tuple[int, int]]:
         """Gives items new values of the attributes that searches filter by."""
-        return self._put(*self._items.update_rows(rows, version))
+        return self._call(UPDATE, rows, version)
 
     def delete(self, ids: Sequence[Any], version: int = 0) -> Future[tuple[int, int]]:
-        """Deletes items by the shop's own ids."""
-        return self._put(*self._items.delete_rows(ids, version))
+        """Deletes items by the shop's own ids. All of them have the same version."""
+        return self._call(DELETE, ids, version)
 
-    def _put(self, changes: Changes, rejects: Sequence[Reject]) -> Future[tuple[int, int]]:
-        if rejects:
-            raise CommandError(describe_rejects(rejects))
-        future: Future[tuple[int, int]] = Future()
+    def _call(self, kind: int, rows: Sequence[Any], version: Any) -> Future[tuple[int, int]]:
+        call = _Call(kind, list(rows), version, Future())
         with self._lock:
             if self._closed.is_set():
                 raise CommandError("the writer of item changes is closed; open another one")
-            self._queue.put((changes, future))
-        return future
+            self._queue.put(call)
+        return call.future
 
     def _run(self) -> None:
-        open_ = True
-        while open_:
+        is_open = True
+        while is_open:
             waiting = [self._queue.get()]
             if waiting[0] is not None and not self._closed.wait(self._wait_s):
                 while not self._queue.empty():
                     waiting.append(self._queue.get())
-            open_ = None not in waiting
-            self._write([given for given in waiting if given is not None])
+            is_open = None not in waiting
+            # A call that was cancelled in time is left out; later it cannot be cancelled any more.
+            self._write([call for call in waiting if call is not None and call.future.set_running_or_notify_cancel()])
 
-    def _write(self, waiting: Sequence[tuple[Changes, Future[tuple[int, int]]]]) -> None:
-        if not waiting:
+    def _write(self, calls: Sequence[_Call]) -> None:
+        parts: list[tuple[Changes, Future[tuple[int, int]]]] = []
+        for _, run in itertools.groupby(calls, key=lambda call: (call.kind, call.version)):
+            parts += self._encoded(list(run))
+        if not parts:
             return
         try:
-            offset, _ = self._items.log.append(Changes.concatenated([changes for changes, _ in waiting]))
-        except BaseException as error:
-            for _, future in waiting:
+            offset, _ = self._items.log.append(Changes.concatenated([changes for changes, _ in parts]))
+        except Exception as error:
+            for _, future in parts:
                 future.set_exception(error)
             return
-        for changes, future in waiting:
+        for changes, future in parts:
             future.set_result((offset, offset + len(changes)))
             offset += len(changes)
+
+    def _encoded(self, calls: Sequence[_Call]) -> list[tuple[Changes, Future[tuple[int, int]]]]:
+        """Encodes calls of one kind together, or one by one if some of them cannot be used."""
+        encode = {PUT: self._items.put_rows, UPDATE: self._items.update_rows, DELETE: self._items.delete_rows}
+        kind, _, version, future = calls[0]
+        try:
+            changes, rejects = encode[kind]([row for call in calls for row in call.rows], version)  # type: ignore[operator]
+            if rejects:
+                raise CommandError(describe_rejects(rejects))
+        except Exception as error:
+            if len(calls) > 1:
+                return [part for call in calls for part in self._encoded([call])]
+            future.set_exception(error)
+            return []
+        ends = list(itertools.accumulate((len(call.rows) for call in calls), initial=0))
+        return [
+            (changes.part(begin, end), call.future)
+            for call, (begin, end) in zip(calls, itertools.pairwise(ends), strict=True)
+        ]
 
 
 def collect(parts: Iterable[tuple[Changes, list[Reject]]]) -> tuple[Changes | None, list[Reject]]:

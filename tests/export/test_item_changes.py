@@ -481,10 +481,11 @@ def test_a_writer_that_runs_on_joins_the_changes_of_its_callers(tmp_path: Path) 
         futures = [writer.add([{"item": f"sku-{i}", "title": "red", "brand": "", "price": i}]) for i in range(5)]
         futures.append(writer.update([{"item": "sku-1", "price": 2.5}, {"item": "sku-2", "price": None}]))
         futures.append(writer.delete(["sku-3"], version=7))
+        bad = writer.delete([""]), writer.add([{"item": "sku-9", "title": "red", "colour": "red"}])
         with pytest.raises(CommandError, match="row 1: item id is missing"):
-            writer.delete([""])
+            bad[0].result()
         with pytest.raises(UsageError, match="column 'colour'"):
-            writer.add([{"item": "sku-9", "title": "red", "colour": "red"}])
+            bad[1].result()
         assert [future.result() for future in futures] == [*((i, i + 1) for i in range(5)), (5, 7), (7, 8)]
     log = ItemChangeLog(base / "item_changes")
     assert len(log.segments()) < 4 and log.end() == 8
