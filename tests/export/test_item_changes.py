@@ -554,32 +554,25 @@ def test_a_servable_applies_the_log(shop: Path, text_shop: Any) -> None:
     assert state["changes"] == 1 and state["offset"] == 3 and state["items"] == 50 and state["hidden"] >= 1
     assert servable("apply_changes", {})["changes"] == 0
 
-    def check(servable: Any) -> None:
-        keys = found(servable, "red shoes")
-        assert set(keys) == {*everything, NEW["item"]} - {gone}
-        # The new item has the vector that the item tower gives it, from all its features.
-        embedded = servable("query_embedding", {"query": ["red shoes"]})["query_embedding"][0]
-        item = servable("item_embedding", inputs_of(NEW))["item_embedding"][0]
-        outputs = servable("search", servable.search_inputs([{"query": "red shoes"}], 60))
-        place = list(outputs["item_keys"][0]).index(NEW["item"].encode())
-        np.testing.assert_allclose(outputs["scores"][0][place], (embedded @ item).max(), rtol=1e-5)
-        # Filters see new attributes, of new items and of old ones.
-        assert found(servable, "red shoes", include=[["price=12345.678"]]) == [changed]
-        assert found(servable, "red shoes", include=[["tags=rare"]]) == [changed]
-        assert NEW["item"] in found(servable, "red shoes", include=[["tags=eco", "price=..40"]])
-        assert NEW["item"] not in found(servable, "red shoes", excluded_item_keys=[[NEW["item"]]])
-
-    check(servable)
+    keys = found(servable, "red shoes")
+    assert set(keys) == {*everything, NEW["item"]} - {gone}
+    # The new item has the vector that the item tower gives it, from all its features.
+    embedded = servable("query_embedding", {"query": ["red shoes"]})["query_embedding"][0]
+    item = servable("item_embedding", inputs_of(NEW))["item_embedding"][0]
+    outputs = servable("search", servable.search_inputs([{"query": "red shoes"}], 60))
+    place = list(outputs["item_keys"][0]).index(NEW["item"].encode())
+    np.testing.assert_allclose(outputs["scores"][0][place], (embedded @ item).max(), rtol=1e-5)
+    # Filters see new attributes, of new items and of old ones.
+    assert found(servable, "red shoes", include=[["price=12345.678"]]) == [changed]
+    assert found(servable, "red shoes", include=[["tags=rare"]]) == [changed]
+    assert NEW["item"] in found(servable, "red shoes", include=[["tags=eco", "price=..40"]])
+    assert NEW["item"] not in found(servable, "red shoes", excluded_item_keys=[[NEW["item"]]])
     servable.close()
-    again = loaded(shop / "1")
-    assert again("apply_changes", {})["offset"] == 3
-    check(again)
-    again.close()
 
 
 @pytest.fixture(scope="module")
-def other(shop: Path, text_shop: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base path with version 2, of a model with other layers and only two of the features, and a log with NEW."""
+def other(shop: Path, text_shop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Version 2 of the shop, of a model with other layers and only two of the features, beside a log with NEW."""
     from conftest import Job, untrained_model
     from conftest import dpsr as run
 
@@ -591,12 +584,12 @@ def other(shop: Path, text_shop: Any, tmp_path_factory: pytest.TempPathFactory) 
     run("index", f"--model={job.model}", f"--store={job.store}", f"--out={job.index}")
     # The log is not applied while the servable is measured, or NEW would be an item that is not in its index.
     run("export", f"--model={job.model}", f"--index={job.index}", f"--out={job.servable}", "--version_number=2")
-    return job.servable
+    return job
 
 
 @pytest.mark.slow
-def test_another_model_embeds_the_changes_of_the_log_anew(other: Path) -> None:
-    servable = loaded(other / "2")
+def test_another_model_embeds_the_changes_of_the_log_anew(other: Any) -> None:
+    servable = loaded(other.servable / "2")
     assert servable("apply_changes", {})["offset"] == 1
     embedded = servable("query_embedding", {"query": ["red shoes"]})["query_embedding"][0]
     wanted = {name: value for name, value in inputs_of(NEW).items() if name in servable.inputs["item_embedding"]}
@@ -609,28 +602,11 @@ def test_another_model_embeds_the_changes_of_the_log_anew(other: Path) -> None:
 
 
 @pytest.mark.slow
-def test_new_indexes_of_a_model_keep_what_applies_changes(shop: Path, text_shop: Any, tmp_path: Path) -> None:
-    import shutil
-
+def test_shards_share_a_log(other: Any, text_shop: Any, tmp_path: Path) -> None:
     from conftest import dpsr as run
 
     base = tmp_path / "base"
-    shutil.copytree(shop / "1", base / "1")
-    run("export", "--index_only", f"--index={text_shop.job.index}", f"--out={base}")
-    with ItemWriter(base) as writer:
-        writer.add([NEW]).result()
-    assert ServableItems(base).version == base / "2"
-    servable = loaded(base / "2")
-    assert servable("apply_changes", {})["offset"] == 1 and NEW["item"] in found(servable, "red shoes")
-    servable.close()
-
-
-@pytest.mark.slow
-def test_shards_share_a_log(text_shop: Any, tmp_path: Path) -> None:
-    from conftest import dpsr as run
-
-    job, base = text_shop.job, tmp_path / "base"
-    run("export", f"--model={job.model}", f"--index={job.index}", f"--out={base}", "--shards=2")
+    run("export", f"--model={other.model}", f"--index={other.index}", f"--out={base}", "--shards=2")
     with pytest.raises(CommandError, match=f"all shards share a log; give {base}"):
         ServableItems(base / "shard-0-of-2")
     rows = [NEW | {"item": f"new-{i}"} for i in range(20)]
@@ -716,7 +692,7 @@ class Served:
 
 @pytest.mark.slow
 def test_a_server_shows_changes_keeps_them_and_replays_them_through_new_models(
-    shop: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shop: Path, other: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import shutil
 
@@ -749,7 +725,7 @@ def test_a_server_shows_changes_keeps_them_and_replays_them_through_new_models(
         assert "NOT_FOUND" in capsys.readouterr().err
 
         # Another model: it replays the log with its own item tower before it is ready, and the first one goes.
-        shutil.copytree(other / "2", tmp_path / "2")
+        shutil.copytree(other.servable / "2", tmp_path / "2")
         os.rename(tmp_path / "2", base / "2")
         eventually(lambda: served.version() == 2, "the new version is served")
         assert set(served.found()) == expected and served.found(filters={"price": (70_000, None)}) == [changed]
