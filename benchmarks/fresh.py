@@ -510,7 +510,7 @@ def swap(result: report.Report, shop: Shop, workload: str, index: Path, count: i
 def measure(result: report.Report, folder: Path, seed: int, full: bool, quick: bool) -> None:
     """Runs all parts on the shop, store, model and index in `folder`, and fills rows and bars."""
     store = Store(folder / "store")
-    bulk, probed, turns, seconds, killed = (40_000, 200, 9 if full else 5, 8.0, 3000)
+    bulk, probed, turns, seconds, killed = (40_000, 200, 27 if full else 9, 4.0, 3000)
     if quick:
         bulk, probed, turns, seconds, killed = (500, 10, 1, 1.0, 200)
     workload = f"{store.counts.items:,} items"

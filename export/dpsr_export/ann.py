@@ -137,7 +137,7 @@ def build(vectors: np.ndarray, factory: str, device: str = "cpu", second_list: f
         wanted = max(_SAMPLE, _POINTS_PER_CENTROID * ivf.nlist if ivf is not None else 0)
         _train(index, _sample(vectors, wanted), device)
         if second_list:
-            with _two_level_assignment(ivf):
+            with two_level_assignment(index):
                 product_codes.add_in_two_lists(index, vectors, second_list)
         elif device == "gpu":
             options = faiss.GpuClonerOptions()
@@ -147,7 +147,7 @@ def build(vectors: np.ndarray, factory: str, device: str = "cpu", second_list: f
             _add(on_gpu, vectors)
             return faiss.index_gpu_to_cpu(on_gpu)
         else:
-            with _two_level_assignment(ivf):
+            with two_level_assignment(index):
                 _add(index, vectors)
     except RuntimeError as error:
         where = " on a GPU" if device == "gpu" else ""
@@ -272,8 +272,9 @@ def _add(index: faiss.Index, vectors: np.ndarray) -> None:
 
 
 @contextlib.contextmanager
-def _two_level_assignment(ivf: faiss.IndexIVF | None) -> Iterator[None]:
+def two_level_assignment(index: faiss.Index) -> Iterator[None]:
     """Makes index.add find the list of a vector in two levels. Finding it takes most of the time of adding."""
+    ivf = _ivf(index)
     if ivf is None or ivf.nlist < _TWO_LEVEL_LISTS:
         yield
         return

@@ -23,7 +23,7 @@ from dpsr_common.files import link_or_copy
 from dpsr_common.packed_file import FormatError, PackedFile, PackedFileWriter
 from dpsr_common.typed_config import to_dict
 from dpsr_export import item_attributes, product_codes, query_table, ranker, request_tables, servable_assets, warmup
-from dpsr_export.ann import set_parameters
+from dpsr_export.ann import set_parameters, two_level_assignment
 from dpsr_export.embeddings import ItemEmbeddings, checkpoint_fingerprint
 from dpsr_export.faiss_search import write_item_ids
 from dpsr_export.index_files import FORMAT, FORMAT_VERSION, check_files, file_record
@@ -363,12 +363,12 @@ class Index:
             set_parameters(index, self.manifest["parameters"])
             return index, (lists, codes)
         index.reset()  # removes the vectors, keeps the trained parts and the search parameters
-        for begin in range(0, len(vectors), _BLOCK):
-            part = np.ascontiguousarray(vectors[begin : begin + _BLOCK])
+        with two_level_assignment(index):
             if second_list:
-                product_codes.add_in_two_lists(index, part, second_list)
+                product_codes.add_in_two_lists(index, vectors, second_list)
             else:
-                index.add(part)
+                for begin in range(0, len(vectors), _BLOCK):
+                    index.add(np.ascontiguousarray(vectors[begin : begin + _BLOCK]))
         return index, None
 
 
