@@ -35,6 +35,14 @@ struct ChangedColumn {
   std::shared_ptr<const std::vector<int32_t>> slots;
   bool many_slots = false;
   uint64_t generation = 0;  // of the last change; 0 when there is none
+  // The slots that the last batches of changes have changed, the newest last: all since `recent_since`. With them, a
+  // cached mask is brought up to date.
+  struct Batch {
+    uint64_t generation;
+    std::shared_ptr<const std::vector<int32_t>> slots;
+  };
+  std::vector<Batch> recent;
+  uint64_t recent_since = 0;
 
   const AttributePage* Page(int64_t slot) const {
     return pages.empty() ? nullptr : pages[slot / AttributePage::kPageSlots].get();

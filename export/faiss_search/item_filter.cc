@@ -642,7 +642,8 @@ Status ItemFilters::Apply(const std::vector<std::string_view>& include, const st
     for (const std::string_view text : side) key += StrCat(text.size(), ':', text);
     key += ';';
   }
-  *mask = FindInCache(key, changes.get());
+  CachedMask old;
+  *mask = FindInCache(key, changes.get(), &old);
   if (*mask != nullptr) return Status();
 
   std::vector<Predicate> predicates;
@@ -656,7 +657,8 @@ Status ItemFilters::Apply(const std::vector<std::string_view>& include, const st
     return left(a) < left(b);
   });
   if (WasAsked(key)) {
-    *mask = Evaluate(predicates);
+    if (old.mask != nullptr && changes != nullptr) *mask = BringUpToDate(old, predicates, *changes);
+    if (*mask == nullptr) *mask = Evaluate(predicates);
     AddToCache(key, predicates, *mask);
     return Status();
   }
@@ -807,13 +809,53 @@ Status ItemFilters::UnknownName(const std::string& name) const {
                     ": there is no such attribute, expected one of: ", known);
 }
 
-std::shared_ptr<const ItemMask> ItemFilters::FindInCache(const std::string& key,
-                                                         const ChangedAttributes* changes) const {
+// Computes the words in which slots have changed since a mask was cached. Returns null if these are not known, or many.
+std::shared_ptr<ItemMask> ItemFilters::BringUpToDate(const CachedMask& old, const Predicates& predicates,
+                                                     const ChangedAttributes& changes) const {
+  std::vector<int64_t> words;
+  for (const auto& [number, generation] : old.generations) {
+    const ChangedColumn& column = changes[number];
+    if (column.generation < generation || column.recent_since > generation) return nullptr;
+    for (const ChangedColumn::Batch& batch : column.recent) {
+      if (batch.generation <= generation) continue;
+      for (const int32_t slot : *batch.slots) words.push_back(slot / kBits);
+    }
+  }
+  if (static_cast<int64_t>(words.size()) > slots_ / kBits / kOverFew) return nullptr;
+  std::sort(words.begin(), words.end());
+  words.erase(std::unique(words.begin(), words.end()), words.end());
+  auto mask = std::make_shared<ItemMask>(*old.mask);
+  for (const int64_t word : words) {
+    const int64_t begin = word * kBits;
+    const int64_t end = std::min(begin + kBits, slots_);
+    uint64_t bits = ~uint64_t{0} >> (kBits - (end - begin));
+    for (const Predicate& predicate : predicates) predicate.Keep(begin, end, &bits);
+    for (uint64_t differ = bits ^ mask->words[word]; differ != 0; differ &= differ - 1) {
+      const int64_t slot = begin + __builtin_ctzll(differ);
+      const int change = (bits >> (slot - begin) & 1) != 0 ? 1 : -1;
+      if (group_begins_.empty()) {
+        mask->count += change;
+      } else if (slot < group_begins_.back()) {
+        const auto group = std::upper_bound(group_begins_.begin(), group_begins_.end(), slot) - 1;
+        mask->group_counts[group - group_begins_.begin()] += change;
+        mask->count += change;
+      }
+    }
+    mask->words[word] = bits;
+  }
+  return mask;
+}
+
+// `old` gets what is cached, but from before the last changes.
+std::shared_ptr<const ItemMask> ItemFilters::FindInCache(const std::string& key, const ChangedAttributes* changes,
+                                                         CachedMask* old) const {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto found = by_key_.find(key);
   if (found == by_key_.end()) return nullptr;
   for (const auto& [column, generation] : found->second->generations) {
-    if (generation != (changes == nullptr ? 0 : (*changes)[column].generation)) return nullptr;
+    if (generation == (changes == nullptr ? 0 : (*changes)[column].generation)) continue;
+    *old = *found->second;
+    return nullptr;
   }
   cached_.splice(cached_.begin(), cached_, found->second);
   return found->second->mask;
@@ -856,6 +898,8 @@ size_t ItemFilters::cached_bytes() const {
 
 // The share of the slots of an index, one in this many, of which a column lists the changed ones.
 constexpr int64_t kOverManyChanged = 64;
+// A column remembers the slots of so many batches of changes.
+constexpr size_t kRecentBatches = 50;
 
 AttributeEditor::AttributeEditor(ItemFilters* filters, const std::shared_ptr<const ChangedAttributes>& before,
                                  bool rows, uint64_t generation)
@@ -1007,10 +1051,18 @@ std::shared_ptr<const ChangedAttributes> AttributeEditor::Finish() {
     if (edited_[column].empty()) continue;
     ChangedColumn& changed = (*after_)[column];
     changed.generation = generation_;
-    if (rows_ || changed.many_slots) continue;
+    if (rows_) continue;
+    changed.recent.push_back(
+        {generation_, std::make_shared<const std::vector<int32_t>>(std::move(changed_slots_[column]))});
+    const std::vector<int32_t>& added = *changed.recent.back().slots;
+    while (changed.recent.size() > kRecentBatches) {
+      changed.recent_since = changed.recent.front().generation;
+      changed.recent.erase(changed.recent.begin());
+    }
+    if (changed.many_slots) continue;
     auto slots = changed.slots != nullptr ? std::make_shared<std::vector<int32_t>>(*changed.slots)
                                           : std::make_shared<std::vector<int32_t>>();
-    slots->insert(slots->end(), changed_slots_[column].begin(), changed_slots_[column].end());
+    slots->insert(slots->end(), added.begin(), added.end());
     changed.many_slots = static_cast<int64_t>(slots->size()) > filters_->slots_ / kOverManyChanged;
     changed.slots = changed.many_slots ? nullptr : std::move(slots);
   }

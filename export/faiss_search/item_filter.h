@@ -119,7 +119,7 @@ class ItemFilters {
   struct CachedMask {
     std::string key;
     std::shared_ptr<const ItemMask> mask;
-    size_t bytes;
+    size_t bytes = 0;
     // Generations of the columns that it was computed from.
     std::vector<std::pair<size_t, uint64_t>> generations;
   };
@@ -132,7 +132,10 @@ class ItemFilters {
   std::shared_ptr<ItemMask> Evaluate(const std::vector<Predicate>& predicates) const;
   int64_t EstimateCount(const std::vector<Predicate>& predicates) const;
   Status UnknownName(const std::string& name) const;
-  std::shared_ptr<const ItemMask> FindInCache(const std::string& key, const ChangedAttributes* changes) const;
+  std::shared_ptr<ItemMask> BringUpToDate(const CachedMask& old, const Predicates& predicates,
+                                          const ChangedAttributes& changes) const;
+  std::shared_ptr<const ItemMask> FindInCache(const std::string& key, const ChangedAttributes* changes,
+                                              CachedMask* old) const;
   bool WasAsked(const std::string& key) const;
   void AddToCache(const std::string& key, const Predicates& predicates,
                   const std::shared_ptr<const ItemMask>& mask) const;
