@@ -261,7 +261,7 @@ def _follow(values: flags.FlagValues, arguments: list[str]) -> None:
                 continue
             problem = ""
             if applied:
-                print(f"{values.model}: applied {applied:,} changes, all before {offset}", flush=True)
+                print(f"{values.model}: applied the changes {offset - applied} to {offset - 1}", flush=True)
             elif values.once:
                 return
             wait = 0.0 if applied else values.interval_s
