@@ -121,10 +121,13 @@ Status FaissFunctions::FindIndexSlots() {
 }
 
 Status FaissFunctions::FindListSlots() {
-  DPSR_RETURN_IF_ERROR(FindSameSlot("IndexIVF", "search_preassigned()",
-                                    "_ZNK5faiss8IndexIVF18search_preassignedElPKflPKlS2_PfPlbPKNS_"
-                                    "19SearchParametersIVFEPNS_13IndexIVFStatsE",
-                                    &search_lists_slot_));
+  // These classes inherit it.
+  for (const std::string name : {"IndexIVF", "IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ"}) {
+    DPSR_RETURN_IF_ERROR(FindSameSlot(name, "search_preassigned()",
+                                      "_ZNK5faiss8IndexIVF18search_preassignedElPKflPKlS2_PfPlbPKNS_"
+                                      "19SearchParametersIVFEPNS_13IndexIVFStatsE",
+                                      &search_lists_slot_));
+  }
   for (const std::string name : {"IndexIVFFlat", "IndexIVFScalarQuantizer", "IndexIVFPQ"}) {
     DPSR_RETURN_IF_ERROR(FindSameSlot(
         name, "get_InvertedListScanner()",

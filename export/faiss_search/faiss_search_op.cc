@@ -585,6 +585,9 @@ REGISTER_OP("DpsrFaissSearch")
     .Doc(R"doc(
 Retrieves the k items with the largest inner products for each query, over all its heads.
 
+Items that DpsrItemChangesApply has put are found too, and those that it has deleted are not. All rows of a call see the
+same changes.
+
 Each head retrieves k items, and the results are united. The score of an item is its largest inner product over the
 heads. Equal scores are ordered by ascending item id, and the best k remain. Missing results are padded with -1, -inf
 and -1. A row that holds a NaN or an infinity retrieves nothing, and neither does a head of zeros.
