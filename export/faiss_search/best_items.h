@@ -26,7 +26,9 @@ void ForEachBit(const uint64_t* words, int64_t begin, int64_t end, const Use& us
 // Collects the k best of the items that are added. When its buffer of 2k items is full, the worse half is dropped.
 class BestItems {
  public:
-  explicit BestItems(int64_t k) : k_(static_cast<size_t>(k)) { found_.reserve(std::max<size_t>(2 * k_, 64)); }
+  explicit BestItems(int64_t k) : k_(static_cast<size_t>(k)), most_(std::max<size_t>(2 * k_, 64)) {
+    found_.reserve(most_);
+  }
 
   int64_t k() const { return static_cast<int64_t>(k_); }
   // Returns whether there are k items already.
@@ -36,7 +38,7 @@ class BestItems {
   void Add(float score, int64_t slot) {
     if (!(score > floor_)) return;
     found_.push_back({score, portion_, slot});
-    if (found_.size() == found_.capacity()) Halve();
+    if (found_.size() == most_) Halve();
   }
 
   // Ends a portion. Returns how many of the k best so far come from it.
@@ -70,7 +72,8 @@ class BestItems {
     floor_ = found_.back().score;
   }
 
-  const size_t k_;
+  size_t k_;
+  size_t most_;
   std::vector<Found> found_;
   int32_t portion_ = 0;
   float floor_ = -std::numeric_limits<float>::infinity();

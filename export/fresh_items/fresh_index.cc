@@ -19,7 +19,7 @@ constexpr int64_t kMostOpenRows = 8192;
 // So many sealed segments of one tier are merged.
 constexpr int64_t kMergedAtOnce = 4;
 // If no more rows of a segment pass a filter, all of them are scored.
-constexpr int64_t kFewRows = 1024;
+constexpr int64_t kFewRows = 256;
 // With a filter, a segment's search reads so many times the lists in which as many rows pass as without one.
 constexpr double kMoreLists = 2;
 
@@ -37,10 +37,6 @@ std::vector<uint64_t> Ones(int64_t bits) {
 }
 
 }  // namespace
-
-int32_t FreshSegment::ListOf(int32_t slot) const {
-  return static_cast<int32_t>(std::upper_bound(list_begins.begin(), list_begins.end(), slot) - list_begins.begin()) - 1;
-}
 
 // Search.
 
@@ -137,43 +133,52 @@ void FreshItems::ScoreVectors(const float* x, const FreshSegmentView& view, cons
   });
 }
 
+// Returns the rows of a segment that are visible and, with a filter, pass.
+const std::vector<uint64_t>& FreshItems::RowsOf(size_t segment, const FreshRowMasks* rows) const {
+  return rows != nullptr ? (*rows)[segment] : *segments_[segment].alive;
+}
+
 Status FreshItems::SearchSegments(const float* x, const SearchParameters& parameters, const FreshRowMasks* rows,
                                   ListQuery* query, BestItems* best) const {
-  // With fewer than k items in the base, the segments have to give what is missing, from wherever it is.
-  const bool all = !best->is_full();
-  const auto passing = [&](size_t i) -> const std::vector<uint64_t>& {
-    return rows != nullptr ? (*rows)[i] : *segments_[i].alive;
-  };
-  std::vector<size_t> listed;
   for (size_t i = 0; i < segments_.size(); ++i) {
-    if (segments_[i].segment->is_listed()) {
-      listed.push_back(i);
-    } else {
-      ScoreVectors(x, segments_[i], passing(i), best);
-    }
+    if (!segments_[i].segment->is_listed()) ScoreVectors(x, segments_[i], RowsOf(i, rows), best);
   }
-  if (listed.empty()) return Status();
+  if (!has_listed()) return Status();
+  if (best->is_full()) return SearchListed(x, parameters, rows, /*all=*/false, query, best);
+  // There are fewer than k items in the base. What is missing may be far from the query.
+  BestItems found = *best;
+  DPSR_RETURN_IF_ERROR(SearchListed(x, parameters, rows, /*all=*/false, query, &found));
+  if (!found.is_full()) return SearchListed(x, parameters, rows, /*all=*/true, query, best);
+  *best = std::move(found);
+  return Status();
+}
 
+// Searches the segments that have lists: the nearest ones, or `all` rows.
+Status FreshItems::SearchListed(const float* x, const SearchParameters& parameters, const FreshRowMasks* rows, bool all,
+                                ListQuery* query, BestItems* best) const {
   const int64_t num_lists = index_->num_lists();
   const int64_t code_size = index_->code_size();
   const int64_t nprobe = NumProbes(parameters);
-  // The number of nearest lists to read in each segment; 0 to score all rows that pass.
+  // The segments, and the number of nearest lists to read in each; 0 to score all rows that pass.
+  std::vector<size_t> listed;
   std::vector<int64_t> lists_to_read;
   int64_t most_lists = 0;
-  for (const size_t i : listed) {
+  for (size_t i = 0; i < segments_.size(); ++i) {
     const FreshSegmentView& view = segments_[i];
-    int64_t lists = nprobe;
-    if (all) {
-      lists = 0;
-    } else if (rows != nullptr) {
-      const int64_t count = CountAll(passing(i), view.rows);
+    if (!view.segment->is_listed()) continue;
+    int64_t lists = all ? 0 : nprobe;
+    if (!all && rows != nullptr) {
+      const int64_t count = CountAll(RowsOf(i, rows), view.rows);
+      if (count == 0) continue;
       const double share = static_cast<double>(count) / static_cast<double>(view.rows);
-      const double wanted = share == 0 ? 0 : kMoreLists * static_cast<double>(nprobe) / share;
+      const double wanted = kMoreLists * static_cast<double>(nprobe) / share;
       lists = count <= kFewRows || wanted >= static_cast<double>(num_lists) ? 0 : static_cast<int64_t>(wanted);
     }
+    listed.push_back(i);
     lists_to_read.push_back(lists);
     most_lists = std::max(most_lists, lists);
   }
+  if (listed.empty()) return Status();
 
   DPSR_RETURN_IF_ERROR(FindLists(x, most_lists, query));
   std::unique_ptr<FaissListScanner> scanner;
@@ -184,9 +189,9 @@ Status FreshItems::SearchSegments(const float* x, const SearchParameters& parame
     if (lists_to_read[j] != 0) continue;
     const FreshSegmentView& view = segments_[listed[j]];
     const FreshSegment& segment = *view.segment;
-    ForEachBit(passing(listed[j]).data(), 0, view.rows, [&](int64_t row) {
+    ForEachBit(RowsOf(listed[j], rows).data(), 0, view.rows, [&](int64_t row) {
       const int32_t slot = segment.row_slots[row * item_ids_.entries];
-      const int32_t list = segment.ListOf(slot);
+      const int32_t list = segment.row_lists[row * item_ids_.entries];
       scanner->SetList(list, filtered_->CentroidScore(query->y.data(), list));
       best->Add(scanner->Score(segment.codes.data() + slot * code_size), view.label + row);
     });
@@ -201,7 +206,7 @@ Status FreshItems::SearchSegments(const float* x, const SearchParameters& parame
       if (n >= lists_to_read[j]) continue;
       const FreshSegmentView& view = segments_[listed[j]];
       const FreshSegment& segment = *view.segment;
-      const std::vector<uint64_t>& words = passing(listed[j]);
+      const std::vector<uint64_t>& words = RowsOf(listed[j], rows);
       for (int32_t slot = segment.list_begins[list]; slot < segment.list_begins[list + 1]; ++slot) {
         const int32_t row = segment.slot_rows[slot];
         if (!Bit(words, row)) continue;
@@ -603,7 +608,7 @@ void FreshIndex::AddRow(const ItemChange& change, int64_t put, Batch* batch) {
     open_->vectors.resize(open_rows_ * dim_);
     if (has_lists_) {
       open_->row_lists.resize(open_rows_ * entries_);
-      open_->row_codes.resize(open_rows_ * entries_ * code_size);
+      open_->codes.resize(open_rows_ * entries_ * code_size);
     }
     FreshSegmentView& view = segments.emplace_back();
     view.segment = open_;
@@ -619,7 +624,7 @@ void FreshIndex::AddRow(const ItemChange& change, int64_t put, Batch* batch) {
   }
   if (has_lists_) {
     std::copy_n(batch->codes.data() + put * entries_ * code_size, entries_ * code_size,
-                open_->row_codes.data() + row * entries_ * code_size);
+                open_->codes.data() + row * entries_ * code_size);
   }
   auto& alive = batch->alive[view.serial];
   if (alive == nullptr) {
@@ -711,10 +716,9 @@ FreshSegmentView FreshIndex::MergeSegments(const FreshSegmentView* begin, const 
       }
       for (int64_t entry = 0; entry < entries_; ++entry) {
         const int64_t at = row * entries_ + entry;
-        const int32_t slot = segment.is_listed() ? segment.row_slots[at] : static_cast<int32_t>(at);
-        lists.push_back(!segment.is_listed() ? segment.row_lists[at] : slot < 0 ? -1 : segment.ListOf(slot));
-        codes.push_back((segment.is_listed() ? segment.codes : segment.row_codes).data() +
-                        std::max(slot, 0) * code_size);
+        const int64_t slot = segment.is_listed() ? segment.row_slots[at] : at;
+        lists.push_back(segment.row_lists[at]);
+        codes.push_back(segment.codes.data() + std::max<int64_t>(slot, 0) * code_size);
       }
     });
   }
@@ -743,6 +747,7 @@ FreshSegmentView FreshIndex::MergeSegments(const FreshSegmentView* begin, const 
       merged->row_slots[at] = slot;
       std::copy_n(codes[at], code_size, merged->codes.data() + slot * code_size);
     }
+    merged->row_lists = std::move(lists);
   }
   view.segment = std::move(merged);
   return view;

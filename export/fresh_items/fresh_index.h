@@ -53,19 +53,16 @@ struct ItemChange {
 struct FreshSegment {
   std::vector<int64_t> ids;    // [rows]
   std::vector<float> vectors;  // [rows, dim]; of the open segment, and of sealed ones without lists
-  // Lists and codes of the entries of each row, if the base has lists that can be read. A list may be -1: the row has
-  // no such entry. Of the open segment:
+  // If the base has lists that can be read: lists and codes of the entries of each row. The list of a second entry may be
+  // -1: the row has no such entry.
   std::vector<int32_t> row_lists;  // [rows, entries]
-  std::vector<uint8_t> row_codes;  // [rows, entries, code_size]
+  std::vector<uint8_t> codes;      // [rows, entries, code_size]; of sealed segments [slots, code_size]
   // Of sealed ones. Slots are the entries in the order of their lists.
   std::vector<int32_t> list_begins;  // [lists + 1]
   std::vector<int32_t> slot_rows;    // [slots]
   std::vector<int32_t> row_slots;    // [rows, entries], -1 if there is none
-  std::vector<uint8_t> codes;        // [slots, code_size]
 
   bool is_listed() const { return !list_begins.empty(); }
-  // Returns the list of a slot.
-  int32_t ListOf(int32_t slot) const;
 };
 
 // A segment as one snapshot sees it.
@@ -113,6 +110,9 @@ class FreshItems {
                     ListQuery* query, float* scores, int64_t* labels) const;
   Status SearchSegments(const float* x, const SearchParameters& parameters, const FreshRowMasks* rows,
                         ListQuery* query, BestItems* best) const;
+  Status SearchListed(const float* x, const SearchParameters& parameters, const FreshRowMasks* rows, bool all,
+                      ListQuery* query, BestItems* best) const;
+  const std::vector<uint64_t>& RowsOf(size_t segment, const FreshRowMasks* rows) const;
   void ScoreVectors(const float* x, const FreshSegmentView& view, const std::vector<uint64_t>& rows,
                     BestItems* best) const;
 
