@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Job, untrained_model
+from conftest import dpsr as run
 
 from dpsr_common.command_line import main
 from dpsr_common.errors import CommandError, UsageError
@@ -500,8 +503,6 @@ def test_a_writer_that_runs_on_joins_the_changes_of_its_callers(tmp_path: Path) 
 @pytest.fixture(scope="module")
 def shop(text_shop: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The base path of a copy of a servable with text ids and features of every kind, version 1."""
-    import shutil
-
     base = tmp_path_factory.mktemp("fresh") / "base"
     shutil.copytree(text_shop.job.servable / "1", base / "1")
     yield base
@@ -573,9 +574,6 @@ def test_a_servable_applies_the_log(shop: Path, text_shop: Any) -> None:
 @pytest.fixture(scope="module")
 def other(shop: Path, text_shop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Version 2 of the shop, of a model with other layers and only two of the features, beside a log with NEW."""
-    from conftest import Job, untrained_model
-    from conftest import dpsr as run
-
     root = tmp_path_factory.mktemp("other")
     job = Job(text_shop.job.store, root / "model", root / "index", root / "base")
     job.servable.mkdir()
@@ -603,8 +601,6 @@ def test_another_model_embeds_the_changes_of_the_log_anew(other: Any) -> None:
 
 @pytest.mark.slow
 def test_shards_share_a_log(other: Any, text_shop: Any, tmp_path: Path) -> None:
-    from conftest import dpsr as run
-
     base = tmp_path / "base"
     run("export", f"--model={other.model}", f"--index={other.index}", f"--out={base}", "--shards=2")
     with pytest.raises(CommandError, match=f"all shards share a log; give {base}"):
@@ -626,8 +622,6 @@ def test_shards_share_a_log(other: Any, text_shop: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_damaged_segment_stops_the_replay_and_not_the_servable(shop: Path, tmp_path: Path) -> None:
-    import shutil
-
     import tensorflow as tf
 
     base = tmp_path / "base"
@@ -694,8 +688,6 @@ class Served:
 def test_a_server_shows_changes_keeps_them_and_replays_them_through_new_models(
     shop: Path, other: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     base = tmp_path / "base"
     shutil.copytree(shop / "1", base / "1")
     of_version = '{model_name="shop",version="%d"}'
