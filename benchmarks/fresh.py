@@ -413,16 +413,16 @@ def _load(shop: Shop, requests: Path, how: str, seconds: float) -> list[dict[str
 
 def kills(result: report.Report, shop: Shop, workload: str, rounds: int, count: int) -> tuple[int, int]:
     """Kills the writer in the middle of segments, and the server while changes arrive. Returns what verify does."""
-    chance = random.Random(2)
-    unfinished = 0
+    log, unfinished = ItemChangeLog(shop.base / DIRECTORY), 0
     for _ in range(rounds):
         begin = len(shop.acknowledged)
-        shop.write(begin + count, 0, 200)
-        while len(shop.acknowledged) < begin + 200:
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.02))
+        shop.write(begin + count, 0, count // 4)
+        while len(shop.acknowledged) < begin + count // 4:
+            time.sleep(0.0001)
+        end = time.monotonic() + 1
+        while not list(log.path.glob("*.tmp.*")) and time.monotonic() < end:
+            pass
         shop.written(kill=True)
-        log = ItemChangeLog(shop.base / DIRECTORY)
         unfinished += len(list(log.path.glob("*.tmp.*")))
         if log.end() < len(shop.acknowledged):
             return len(shop.acknowledged) - log.end(), 0
