@@ -10,9 +10,9 @@
 #include "common/tf_op.h"
 #include "export/faiss_binding/faiss_index.h"
 #include "export/faiss_search/filtered_search.h"
+#include "export/faiss_search/fresh_index.h"
 #include "export/faiss_search/item_filter.h"
 #include "export/faiss_search/retrieval.h"
-#include "export/fresh_items/fresh_index.h"
 #include "tensorflow/core/platform/mutex.h"
 
 namespace dpsr {

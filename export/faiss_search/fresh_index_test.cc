@@ -1,5 +1,5 @@
 // Runs against the FAISS library that FAISS_LIBRARY names.
-#include "export/fresh_items/fresh_index.h"
+#include "export/faiss_search/fresh_index.h"
 
 #include <algorithm>
 #include <atomic>

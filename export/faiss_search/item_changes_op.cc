@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "common/tf_op.h"
+#include "export/faiss_search/fresh_index.h"
 #include "export/faiss_search/tf_index_resource.h"
-#include "export/fresh_items/fresh_index.h"
 #include "tensorflow/core/example/example.pb.h"
 #include "tensorflow/core/example/feature.pb.h"
 #include "tensorflow/core/framework/common_shape_fns.h"

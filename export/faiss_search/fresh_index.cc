@@ -1,4 +1,4 @@
-#include "export/fresh_items/fresh_index.h"
+#include "export/faiss_search/fresh_index.h"
 
 #include <algorithm>
 #include <cmath>

@@ -8,8 +8,8 @@
 //
 // Readers never wait for a writer: they search FreshItems, an immutable snapshot, and each batch of changes makes a new
 // one. It shares with the one before whatever has not changed.
-#ifndef DPSR_EXPORT_FRESH_ITEMS_FRESH_INDEX_H_
-#define DPSR_EXPORT_FRESH_ITEMS_FRESH_INDEX_H_
+#ifndef DPSR_EXPORT_FAISS_SEARCH_FRESH_INDEX_H_
+#define DPSR_EXPORT_FAISS_SEARCH_FRESH_INDEX_H_
 
 #include <cstdint>
 #include <limits>
@@ -53,8 +53,8 @@ struct ItemChange {
 struct FreshSegment {
   std::vector<int64_t> ids;    // [rows]
   std::vector<float> vectors;  // [rows, dim]; of the open segment, and of sealed ones without lists
-  // If the base has lists that can be read: lists and codes of the entries of each row. The list of a second entry may be
-  // -1: the row has no such entry.
+  // If the base has lists that can be read: lists and codes of the entries of each row. The list of a second entry may
+  // be -1: the row has no such entry.
   std::vector<int32_t> row_lists;  // [rows, entries]
   std::vector<uint8_t> codes;      // [rows, entries, code_size]; of sealed segments [slots, code_size]
   // Of sealed ones. Slots are the entries in the order of their lists.
@@ -232,4 +232,4 @@ class FreshIndex {
 
 }  // namespace dpsr
 
-#endif  // DPSR_EXPORT_FRESH_ITEMS_FRESH_INDEX_H_
+#endif  // DPSR_EXPORT_FAISS_SEARCH_FRESH_INDEX_H_
