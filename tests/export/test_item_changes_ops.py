@@ -142,6 +142,47 @@ def test_changes_are_searched_at_once(folder: Path, vectors: NDArray[np.float32]
     assert known.numpy().tolist() == [1000, 9, -1, -1]
 
 
+@pytest.mark.parametrize(
+    ("factory", "lists"),
+    [("Flat", False), ("HNSW8", False), ("IVF8,PQ4x4fs,RFlat", False), ("IVF8,Flat", True), ("PCA6,IVF8,SQ8", True)],
+)
+def test_every_kind_of_index_takes_changes(
+    tmp_path: Path, vectors: NDArray[np.float32], factory: str, lists: bool
+) -> None:
+    index = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors)
+    index.add(vectors)
+    faiss.write_index(index, str(tmp_path / "items.faiss"))
+    residual = ann.code_residual(index, vectors)
+    assert (residual is not None) == lists
+    faiss_search.write_item_ids(
+        tmp_path / "item_ids.dpsr", np.arange(ITEMS), tmp_path / "items.faiss", residual=residual
+    )
+    items = faiss_search.FaissIndexTable(str(tmp_path / "items.faiss"), str(tmp_path / "item_ids.dpsr"))
+    # So many that the open segment is sealed.
+    puts = 8200
+    new = np.random.default_rng(2).normal(size=(puts, DIM)).astype(np.float32)
+    rows = [(PUT, ITEMS - 200 + i, b"") for i in range(puts)]
+    assert items.apply_changes(0, changes(*rows, next_offset=puts), new).numpy()
+    gone = np.arange(0, ITEMS + 1000, 2)
+    rows = [(DELETE, int(number), b"") for number in gone]
+    assert items.apply_changes(puts, changes(*rows, next_offset=puts + len(gone)), new[:0]).numpy()
+    counts = items.changes_state().counts.numpy()
+    total = puts + ITEMS - 200 - len(gone)
+    assert counts[:4].tolist() == [total, 8, total - 108, 1]
+
+    expected = np.concatenate([vectors[: ITEMS - 200], new])
+    query = vectors[0] / np.linalg.norm(vectors[0])
+    scores = expected @ query
+    scores[gone] = -np.inf
+    found_ids, found_scores, _ = items.search(query.reshape(1, 1, DIM), total + 10)
+    there = found_ids.numpy()[0, :total]
+    assert sorted(there) == [i for i in range(len(expected)) if i >= len(gone) * 2 or i % 2], "each visible item, once"
+    assert np.all(found_ids.numpy()[0, total:] == -1)
+    if not factory.startswith("PCA"):  # which loses dimensions
+        np.testing.assert_allclose(found_scores.numpy()[0, :total], scores[there], atol=0.1)
+
+
 def test_a_row_of_a_batch_has_its_own_filter(folder: Path, vectors: NDArray[np.float32]) -> None:
     items = table(folder)
     puts = [(PUT, 1000 + i, example(attribute__brand=b"new" if i % 2 else b"acme")) for i in range(40)]
