@@ -16,10 +16,11 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when TensorFlow loads
 
+import grpc
 import report
 from absl import app, flags, logging
 from tensorflow.core.framework import types_pb2
-from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
+from tensorflow_serving.apis import get_model_status_pb2, model_service_pb2_grpc, predict_pb2, prediction_log_pb2
 
 BIN = Path(__file__).resolve().parents[1] / "serving" / "dpsr_serving" / "bin"
 MODEL = "default"
@@ -100,6 +101,14 @@ def python_server(version: Path, op_libraries: Sequence[str] = ()) -> Iterator[S
         server.stop()
 
 
+def _is_available(stub: model_service_pb2_grpc.ModelServiceStub, request: Any) -> bool:
+    try:
+        found = stub.GetModelStatus(request, timeout=5).model_version_status
+    except grpc.RpcError:
+        return False
+    return any(version.state == version.AVAILABLE for version in found)
+
+
 @contextlib.contextmanager
 def tensorflow_server(binary: str, base_path: Path) -> Iterator[Server]:
     """Runs TensorFlow Serving's server on the versions below `base_path`."""
@@ -108,10 +117,24 @@ def tensorflow_server(binary: str, base_path: Path) -> Iterator[Server]:
         port = probe.getsockname()[1]
     # With its default of 4 threads for each core, it refuses requests of 32 callers.
     command = [binary, f"--port={port}", f"--model_name={MODEL}", f"--model_base_path={base_path}"]
-    # It writes "Running gRPC ModelServer at 0.0.0.0:PORT ..." into its log, among other lines.
-    script = 'exec 3>&1; exec "$@" 2> >(grep --line-buffered -o "Running gRPC ModelServer at .*" >&3)'
-    server = Server(["bash", "-c", script, "bash", *command, "--grpc_max_threads=64"], "Running gRPC ModelServer at ")
+    server = Server.__new__(Server)
+    begin = time.monotonic()
+    server.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the server
+    server.process = subprocess.Popen(
+        [*command, "--grpc_max_threads=64"], stdout=server.log, stderr=server.log, text=True
+    )
     server.target = f"127.0.0.1:{port}"
+    with grpc.insecure_channel(server.target) as channel:
+        stub = model_service_pb2_grpc.ModelServiceStub(channel)
+        request = get_model_status_pb2.GetModelStatusRequest()
+        request.model_spec.name = MODEL
+        while not _is_available(stub, request):
+            if server.process.poll() is not None or time.monotonic() > begin + 60:
+                server.process.kill()
+                server.log.seek(0)
+                raise RuntimeError(f"{binary} did not start:\n{server.log.read()[-2000:]}")
+            time.sleep(0.01)
+    server.start_seconds = time.monotonic() - begin
     try:
         yield server
     finally:
