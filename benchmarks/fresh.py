@@ -386,6 +386,7 @@ def load(result: report.Report, shop: Shop, workload: str, turns: int, seconds: 
     rate = max(10.0, round(closed["qps"] / 5))
     result.add("server", workload, "closed_loop", closed["qps"], "1/s")
     p99: dict[str, list[float]] = {"steady": [], "changing": []}
+    cpu: dict[str, list[float]] = {"steady": [], "changing": []}
     seen: list[float] = []
     failed = 0
     for turn in range(turns):
@@ -397,9 +398,11 @@ def load(result: report.Report, shop: Shop, workload: str, turns: int, seconds: 
                 (found,) = running.result()
             shop.await_applied()
             p99[name].append(found["latency_us"]["p99"] / 1000)
+            cpu[name].append(found["server_cpu_us"] * found["qps"] / 1e6)
             failed += found["failed"]
     for name, samples in p99.items():
         result.add_samples(name, workload, "p99", samples, "ms", rate=rate)
+        result.add_samples(name, workload, "server_cores", cpu[name], "cores", rate=rate)
     ratios = [b / a for a, b in zip(p99["steady"], p99["changing"], strict=True)]
     result.add_samples("changing_over_steady", workload, "p99", ratios, "ratio")
     result.add("server", workload, "failed", failed, "requests")
