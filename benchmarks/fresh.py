@@ -10,8 +10,8 @@ Of the changes 60 % put a new item, 10 % replace one of the index, 15 % update t
 that is there. Titles of new items are halves of titles of the shop. Each put or updated item has a price of its own, so
 that a search with a range of prices tells which items are there.
 
-`visible`: time from the acknowledgement of a change by the writer to the first answer that shows it, asked for all the
-time: one change after the other (`quiet`), and while 1,000 changes a second are written and queries run (`busy`).
+`visible`: time from the acknowledgement of a change by the writer to the first answer that shows it, asked for every
+20 ms: one change after the other (`quiet`), and while 1,000 changes a second are written and queries run (`busy`).
 
 `load`: an open loop of queries, without and with 1,000 changes a second, in turns.
 
@@ -70,6 +70,8 @@ PRICES = 1_000_000
 NEW_IDS = 1 << 40
 _QUERIES = 500
 _VISIBLE_S = 2.0
+# Time between two searches for a change. Searches without a pause would be a load of their own.
+_POLL_S = 0.02
 _PATIENCE_S = 60.0
 
 
@@ -343,6 +345,7 @@ def visible(shop: Shop, number: int) -> float:
             return time.time() - shop.acknowledged[number]
         if time.monotonic() > end:
             raise SystemExit(f"change {number} of item {item} is not visible after {_PATIENCE_S:g} s")
+        time.sleep(_POLL_S)
 
 
 def probes(source: Source, begin: int, end: int) -> list[int]:
@@ -372,8 +375,8 @@ def busy(shop: Shop, count: int) -> list[float]:
     found: list[float] = []
     shop.write(begin + count, RATE, BATCH)
     for probe in probes(shop.source, begin, begin + count):
-        # The next change that is not written yet, ten times a second.
-        if probe >= len(shop.acknowledged) + RATE // 10 or (not found and probe > begin):
+        # The next change that is not written yet, a few times a second.
+        if probe >= len(shop.acknowledged) + RATE // 5 or (not found and probe > begin):
             found.append(visible(shop, probe))
     shop.written()
     return found
