@@ -12,6 +12,7 @@ from notebooks import fill, run_notebook
 NOTEBOOK = Path(__file__).resolve().parents[2] / "docs" / "tutorial.ipynb"
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_tutorial(tmp_path: Path) -> None:
