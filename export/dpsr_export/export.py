@@ -85,8 +85,8 @@ def define_flags(values: flags.FlagValues) -> None:
     )  # fmt: skip
     flags.DEFINE_enum(
         "warmup", "all", ["all", "batchable"],
-        "warm-up requests: of all kinds, or only those that TensorFlow Serving can compute with --enable_batching, where "
-        "others would keep the servable from loading", flag_values=values,
+        "warm-up requests: of all kinds, or only those that TensorFlow Serving can compute with --enable_batching, "
+        "where others would keep the servable from loading", flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer("shards", 1, "number of servables to spread the items over", 1, 1000, flag_values=values)
 
