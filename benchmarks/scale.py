@@ -21,9 +21,8 @@ cluster   How the rate grows with workers and parameter servers:
 
 The model of the cluster is a closed queueing network: each worker computes a step on one core of its own, then its step
 needs CPU time of the parameter servers, which share it equally, and time on their network links in both directions.
-Workers wait for one another where these are busy. The rate is that of mean value analysis (Reiser and Lavenberg, JACM
-1980, section 3), which is exact for such networks. It knows nothing of stragglers, lost machines and other traffic, so
-it is an upper bound.
+Workers wait for one another where these are busy. The rate is that of Buzen's convolution algorithm (CACM 1973), which
+is exact for such networks. It knows nothing of stragglers, lost machines and other traffic, so it is an upper bound.
 """
 
 from __future__ import annotations
@@ -82,28 +81,24 @@ class Station:
 
 
 def rate(workers: int, thinking: float, stations: Sequence[Station]) -> float:
-    """Returns the steps a second of so many workers, by exact mean value analysis.
+    """Returns the steps a second of so many workers, by the convolution algorithm (Buzen, CACM 1973).
 
     Args:
         workers: number of workers, each of which has one step under way at any time.
         thinking: seconds of a step in which the worker needs no station.
         stations: the stations that each step visits once.
     """
-    found = 0.0
-    # For each station, the probability that it holds 0, 1, ... steps.
-    held = [[1.0] for _ in stations]
-    for population in range(1, workers + 1):
-        waits = [
-            station.demand * sum((j + 1) / min(j + 1, station.servers) * share for j, share in enumerate(held[number]))
-            for number, station in enumerate(stations)
-        ]
-        found = population / (thinking + sum(waits))
-        for number, station in enumerate(stations):
-            shares = [
-                found * station.demand / min(j + 1, station.servers) * share for j, share in enumerate(held[number])
-            ]
-            held[number] = [max(0.0, 1 - sum(shares)), *shares]
-    return found
+    places = np.arange(1, workers + 1)
+    with np.errstate(divide="ignore"):  # of what costs nothing
+        # For each place, the logarithm of the weight of 0, 1, ... steps there. Thinking has room for all.
+        weights = [np.log(np.float64(station.demand) / np.minimum(places, station.servers)) for station in stations]
+        weights.append(np.log(np.float64(thinking) / places))
+    total = np.concatenate([[0.0], np.full(workers, -np.inf)])
+    for weight in weights:
+        own = np.concatenate([[0.0], np.cumsum(weight)])
+        # All terms are positive, so nothing is lost by cancellation.
+        total = np.array([np.logaddexp.reduce(total[: n + 1] + own[n::-1]) for n in range(workers + 1)])
+    return float(np.exp(total[workers - 1] - total[workers]))
 
 
 def of_cluster(costs: Costs, workers: int, servers: int = MACHINES) -> float:

@@ -54,6 +54,13 @@ def test_the_slowest_station_bounds_the_rate():
     assert rate(2, 0.0, [Station(0.5, 2)]) == pytest.approx(4)
 
 
+def test_more_workers_are_never_slower():
+    stations = [Station(0.0009, 16), Station(0.0002), Station(0.0001)] * 5
+    rates = [rate(workers, 0.005, stations) for workers in range(1, 201)]
+    assert np.all(np.diff(rates) > 0)
+    assert 0.95 / 0.0002 < rates[-1] < 1 / 0.0002, "the five slowest stations are nearly always busy"
+
+
 def test_a_cluster_is_bound_by_what_is_full():
     little = Costs(worker=0.01, ps=0.0, up=0.0, down=0.0)
     assert benchmark.of_cluster(little, 40) == pytest.approx(4000)
