@@ -31,6 +31,7 @@ def test_zipf_is_skewed_and_uniform_is_not():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_benchmark_runs():
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, SCRIPT, "--quick", "--json"]

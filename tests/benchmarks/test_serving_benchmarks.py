@@ -29,6 +29,7 @@ def values(found: dict[str, Any], metric: str) -> dict[tuple[str, str], float]:
     return {(row["workload"], row["impl"]): row["value"] for row in found["rows"] if row["metric"] == metric}
 
 
+@pytest.mark.long
 def test_model_server() -> None:
     found = run("model_server")
     bars = ["qps_ratio_to_python_c8", "qps_ratio_to_python_c32", "core_us_ratio_to_python", "core_us_over_session_run"]
