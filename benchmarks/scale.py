@@ -74,7 +74,12 @@ class Costs:
 
 @dataclasses.dataclass(frozen=True)
 class Station:
-    """A place where steps queue: seconds that a step needs of it, and how many it serves at a time."""
+    """A resource that steps queue for, such as the cores of a parameter server or a network link.
+
+    Attributes:
+        demand: seconds of the resource that one step needs.
+        servers: number of steps that it serves at the same time.
+    """
 
     demand: float
     servers: int = 1
@@ -86,7 +91,7 @@ def rate(workers: int, thinking: float, stations: Sequence[Station]) -> float:
     Args:
         workers: number of workers, each of which has one step under way at any time.
         thinking: seconds of a step in which the worker needs no station.
-        stations: the stations that each step visits once.
+        stations: what each step uses once.
     """
     places = np.arange(1, workers + 1)
     with np.errstate(divide="ignore"):  # of what costs nothing

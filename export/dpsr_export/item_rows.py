@@ -87,7 +87,7 @@ class ServableItems:
             base: the directory that holds the versions or, of a servable with shards, the shards.
 
         Raises:
-            CommandError: there is no version, or it was exported before item changes were known.
+            CommandError: there is no version, or an older dpsr exported it, whose servables cannot take item changes.
         """
         self.version = _newest(base)
         manifest = read_manifest(self.version / _MANIFEST, _FORMAT, _FORMAT_VERSION, "dpsr export")
@@ -119,7 +119,8 @@ class ServableItems:
     def update_tables(self, files: Sequence[Path], version: str | None) -> Iterator[tuple[Changes, list[Reject]]]:
         """Reads tables with ids and new values of attributes.
 
-        A row of JSON lines changes the attributes that it names; a row of another table changes all columns of it.
+        In JSON lines, a row changes only the attributes that it has. In other tables, each row changes all attributes
+        that have a column; an empty cell makes the attribute missing.
         """
         for path in files:
             if is_json(path):

@@ -114,7 +114,8 @@ offset: The number of the first change to read.
 max_changes: The largest number of changes to read, at least 1.
 up: The number of levels from the asset to the directory that has the log: 3, or more for shards.
 log_errors: Whether to log that a segment cannot be read, and to return no changes, instead of an error.
-kinds: [n] 0 for a whole item, 1 for new attributes, 2 for a deletion. n is 0 at the end of the log.
+kinds: [n] 0 for a whole item, 1 for new attributes, 2 for a deletion. n is 0 if there are no
+  changes from `offset` on.
 versions: [n] numbers that the shop gave, or 0.
 times: [n] when the changes were acknowledged, in seconds since 1970.
 keys: [n] the shop's own text ids, or empty texts.
