@@ -26,7 +26,15 @@ from dpsr_export import item_attributes, product_codes, query_table, ranker, req
 from dpsr_export.ann import set_parameters, two_level_assignment
 from dpsr_export.embeddings import ItemEmbeddings, checkpoint_fingerprint
 from dpsr_export.faiss_search import write_item_ids
-from dpsr_export.index_files import FORMAT, FORMAT_VERSION, check_files, file_record
+from dpsr_export.index_files import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    MANIFEST_FORMAT,
+    MANIFEST_VERSION,
+    check_files,
+    file_record,
+)
 from dpsr_export.signatures import write_saved_model
 from dpsr_tf import __version__
 from dpsr_tf.data.store import Store, new_directory, read_manifest
@@ -222,9 +230,9 @@ def newest(base: Path) -> Path:
 def manifest_of(servable: Path, kind: str) -> dict[str, Any]:
     """Returns the manifest of a servable. Raises CommandError if it is not of this kind, as model.kind has them."""
     manifest = read_manifest(
-        servable / "assets.extra" / "dpsr_manifest.json",
-        servable_assets.MANIFEST_FORMAT,
-        servable_assets.MANIFEST_VERSION,
+        servable / MANIFEST,
+        MANIFEST_FORMAT,
+        MANIFEST_VERSION,
         "dpsr export",
     )
     found = manifest.get("kind", "retrieval")
@@ -392,8 +400,8 @@ def export(model: ModelDirectory, index: Index, out: Path) -> dict[str, Any]:
     shutil.rmtree(out)  # the builder fails if the directory exists
     inputs = write_saved_model(model, index.manifest, index.path, index.max_parameters(), str(checkpoint), out)
     manifest = {
-        "format": servable_assets.MANIFEST_FORMAT,
-        "version": servable_assets.MANIFEST_VERSION,
+        "format": MANIFEST_FORMAT,
+        "version": MANIFEST_VERSION,
         "tensorflow_version": tf.__version__,
         "faiss_version": faiss.__version__,
         "op_libraries": ["libdpsr_tokenizer_ops.so", "libdpsr_retrieval_ops.so"],

@@ -1,4 +1,4 @@
-"""Checksums of the files in a directory, which its manifest holds; and the format of index.json."""
+"""Manifests of indexes and servables: their formats, and the checksums of files that they hold. No TensorFlow."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import Any
 
 from dpsr_common.errors import CommandError
 
+# Of index.json.
 FORMAT = "dpsr-index"
 FORMAT_VERSION = 3
+# Of a servable: path in the directory of a version, and format.
+MANIFEST = "assets.extra/dpsr_manifest.json"
+MANIFEST_FORMAT, MANIFEST_VERSION = "dpsr-servable", 2
 
 
 def file_record(path: Path) -> dict[str, Any]:

@@ -33,6 +33,7 @@ import pyarrow as pa
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.serving_apis import Example
 from dpsr_common.typed_config import from_dict
+from dpsr_export.index_files import MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION
 from dpsr_export.item_changes import DELETE, DIRECTORY, PUT, UPDATE, Changes, ItemChangeLog
 from dpsr_tf.data.column_values import ids_of
 from dpsr_tf.data.encode import Encoded, encode_item_attributes, encode_items
@@ -40,8 +41,6 @@ from dpsr_tf.data.schema import Feature, Filter, ItemsSchema
 from dpsr_tf.data.store import read_manifest
 from dpsr_tf.data.tables import column_names, find_files, is_json, read_batches, read_rows, rows_batch
 
-# The manifest of a servable, as dpsr_export.servable_assets has it. That module would import TensorFlow.
-_MANIFEST, _FORMAT, _FORMAT_VERSION = "assets.extra/dpsr_manifest.json", "dpsr-servable", 2
 _MEND = "correct the table; its columns are those of the schema that the servable was made with"
 Rows = Sequence[Mapping[str, Any]]
 
@@ -89,8 +88,8 @@ class ServableItems:
         Raises:
             CommandError: there is no version, or an older dpsr exported it, whose servables cannot take item changes.
         """
-        self.version = _newest(base)
-        manifest = read_manifest(self.version / _MANIFEST, _FORMAT, _FORMAT_VERSION, "dpsr export")
+        self.version = newest_version(base)
+        manifest = read_manifest(self.version / MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION, "dpsr export")
         kind = manifest.get("kind", "retrieval")
         if kind != "retrieval":
             raise CommandError(
@@ -102,7 +101,7 @@ class ServableItems:
                 f"{self.version}: was exported by a version of DPSR that did not know changes of items; run "
                 f"`dpsr index` and `dpsr export` again"
             )
-        schema = from_dict(ItemsSchema, index["items_schema"], f"{self.version / _MANIFEST}: items_schema")
+        schema = from_dict(ItemsSchema, index["items_schema"], f"{self.version / MANIFEST}: items_schema")
         # These columns are not in servables.
         self.schema = dataclasses.replace(schema, popularity=None, searched=(), identifiers=(), group=None)
         self.string_ids: bool = index["string_ids"]
@@ -424,7 +423,15 @@ def tables(patterns: Sequence[str]) -> list[Path]:
     return find_files(patterns, Path())
 
 
-def _newest(base: Path) -> Path:
+def newest_version(base: Path) -> Path:
+    """Returns the newest version of a servable or, if it has shards, that of the first shard.
+
+    Args:
+        base: as for ServableItems.
+
+    Raises:
+        CommandError: there is no version, or `base` is one shard of several.
+    """
     versions = [path for path in base.glob("*") if path.name.isdigit()]
     if not versions:
         # Each shard has a base path of its own; all of them were exported together.

@@ -1,7 +1,7 @@
 """`dpsr index --merge`: an index directory with the changes of a servable's log in it.
 
-`replay` says what a sequence of changes makes of items. The op of a servable (export/item_changes) follows the same
-rules, one batch after the other, and the tests compare the two. docs/fresh_items.md describes the rules.
+`replay` says what a sequence of changes makes of items. A servable follows the same rules, one batch after the other
+(export/faiss_search/fresh_index.h), and the tests compare the two. docs/fresh_items.md describes the rules.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dpsr_export import servable_assets as assets
 from dpsr_export.index_files import file_record
 from dpsr_export.item_attributes import Column, select_rows
 from dpsr_export.item_changes import DELETE, DIRECTORY, PUT, UPDATE, Changes, ItemChangeLog
+from dpsr_export.item_rows import newest_version
 from dpsr_export.request_tables import KeyTable
 from dpsr_tf.data.id_index import id_index
 from dpsr_tf.data.schema import CODED_KINDS, FIXED_KINDS
@@ -154,7 +155,7 @@ def merge_index(
     if begin + sum(map(len, parts)) != end:
         raise CommandError(f"{log.path}: ends at the change {end}, but {index_path} has those before {begin}")
     changes = Changes.concatenated(parts) if parts else _NO_CHANGES
-    version = _newest(servable)
+    version = newest_version(servable)
     difference = export.difference_of(export.manifest_of(version, "retrieval")["index"], old.manifest)
     if difference:
         raise CommandError(f"{index_path}: {difference}; merge into the index that {version} was exported with")
@@ -169,12 +170,6 @@ def merge_index(
             model.close()
             alone.unlink()
     return manifest
-
-
-def _newest(servable: Path) -> Path:
-    """Returns the newest version of a servable or, if it has shards, of the first one."""
-    shards = sorted(servable.glob("shard-0-of-*"))
-    return export.newest(shards[0] if shards else servable)
 
 
 class _Merge:

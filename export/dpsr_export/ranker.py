@@ -20,7 +20,7 @@ from dpsr_common.errors import CommandError, op_message
 from dpsr_common.typed_config import from_dict, to_dict
 from dpsr_export import request_tables, servable_assets, warmup
 from dpsr_export.embeddings import checkpoint_fingerprint
-from dpsr_export.index_files import file_record
+from dpsr_export.index_files import MANIFEST_FORMAT, MANIFEST_VERSION, file_record
 from dpsr_export.rank_table import FILE, RankNumbers, RankTable, RankWeights, write_rank_table
 from dpsr_export.request_inputs import RequestInputs, absent, save_model, signature
 from dpsr_tf import __version__
@@ -71,8 +71,8 @@ def export(model: ModelDirectory, store: Store, max_items: int, out: Path) -> di
         servable_assets.write_feature_files(model, store, assets, ["user"])
         inputs = _write_saved_model(source, checkpoint, max_items, assets, out)
     manifest = {
-        "format": servable_assets.MANIFEST_FORMAT,
-        "version": servable_assets.MANIFEST_VERSION,
+        "format": MANIFEST_FORMAT,
+        "version": MANIFEST_VERSION,
         "kind": "ranker",
         "tensorflow_version": tf.__version__,
         "op_libraries": ["libdpsr_tokenizer_ops.so", "libdpsr_retrieval_ops.so"],

@@ -14,7 +14,7 @@ from dpsr_common.errors import CommandError
 from dpsr_common.packed_file import FormatError, PackedFile
 from dpsr_export import ann
 from dpsr_export.export import versions
-from dpsr_export.index_files import FORMAT, FORMAT_VERSION
+from dpsr_export.index_files import FORMAT, FORMAT_VERSION, MANIFEST
 from dpsr_export.warmup import LoadedServable
 from dpsr_tf.data.store import Store, read_manifest
 from dpsr_tf.data.user_requests import HISTORY, USER, User, UserRequests
@@ -109,7 +109,7 @@ class _Servable:
         names = self._servable.inputs["search"]
         self.personal = any(name.startswith(USER) or name in HISTORY for name in names)
         self._users = UserRequests(store, names) if self.personal else None
-        manifest = path / "assets.extra" / "dpsr_manifest.json"
+        manifest = path / MANIFEST
         config = json.loads(manifest.read_text())["config"] if manifest.is_file() else {}
         self.validated = config.get("validation", {}).get("queries", 0) > 0
 

@@ -19,9 +19,9 @@ import tensorflow as tf
 
 from dpsr_common.errors import CommandError, op_message
 from dpsr_common.typed_config import to_dict
-from dpsr_export import request_tables, rewrite, rewrite_table, servable_assets, warmup
+from dpsr_export import request_tables, rewrite, rewrite_table, warmup
 from dpsr_export.embeddings import checkpoint_fingerprint
-from dpsr_export.index_files import file_record
+from dpsr_export.index_files import MANIFEST_FORMAT, MANIFEST_VERSION, file_record
 from dpsr_export.request_inputs import save_model, signature
 from dpsr_export.rewrite_table import Found, RewriteTable
 from dpsr_tf import __version__
@@ -63,8 +63,8 @@ def export(model: ModelDirectory, table: Path | None, most: int, out: Path) -> d
         _copy_table(table, assets)
         inputs = _write_saved_model(model, checkpoint, most, assets / rewrite_table.FILE, out)
     manifest = {
-        "format": servable_assets.MANIFEST_FORMAT,
-        "version": servable_assets.MANIFEST_VERSION,
+        "format": MANIFEST_FORMAT,
+        "version": MANIFEST_VERSION,
         "kind": "rewriter",
         "tensorflow_version": tf.__version__,
         "op_libraries": ["libdpsr_tokenizer_ops.so", "libdpsr_retrieval_ops.so"],

@@ -31,8 +31,6 @@ from dpsr_tf.data.store import Store, unpack_strings, vocabulary_name
 from dpsr_tf.data.user_requests import User, UserRequests
 from dpsr_tf.models.model_directory import ModelDirectory
 
-# Of the manifest of a servable.
-MANIFEST_FORMAT, MANIFEST_VERSION = "dpsr-servable", 2
 ITEMS, FEATURE_VALUES, REQUESTS = "items.dpsr", "feature_values.dpsr", "requests.json"
 # Number of requests that are kept for warm-up and for the measurements of `dpsr export`.
 NUM_REQUESTS = 100
