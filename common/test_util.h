@@ -5,12 +5,15 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <cstdint>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <string>
 #include <string_view>
+#include <vector>
 
+#include "common/packed_file.h"
 #include "common/status.h"
 
 namespace dpsr {
@@ -47,6 +50,23 @@ class FileTest : public ::testing::Test {
     std::ofstream out(path_, std::ios::binary | std::ios::trunc);
     out.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
   }
+  // Adds a section to a packed file.
+  template <typename T>
+  static void Add(PackedFileWriter* writer, const std::string& name, const std::vector<T>& values) {
+    ASSERT_TRUE(IsOk(writer->Add(name, DataTypeOf<T>::value, values.data(), values.size() * sizeof(T))));
+  }
+  // Adds the sections NAME.splits and NAME.bytes of texts to a packed file.
+  static void AddTexts(PackedFileWriter* writer, const std::string& name, const std::vector<std::string>& texts) {
+    std::vector<int64_t> splits = {0};
+    std::vector<uint8_t> bytes;
+    for (const std::string& text : texts) {
+      bytes.insert(bytes.end(), text.begin(), text.end());
+      splits.push_back(static_cast<int64_t>(bytes.size()));
+    }
+    Add(writer, name + ".splits", splits);
+    Add(writer, name + ".bytes", bytes);
+  }
+
   size_t FilesInDirectory() const {
     return std::distance(std::filesystem::directory_iterator(directory_), std::filesystem::directory_iterator());
   }

@@ -17,7 +17,6 @@
 #include "export/faiss_search/tf_index_resource.h"
 #include "tensorflow/core/framework/resource_op_kernel.h"
 #include "tensorflow/core/lib/core/threadpool.h"
-#include "tensorflow/core/platform/logging.h"
 #include "tensorflow/core/platform/mutex.h"
 
 namespace dpsr {
@@ -146,6 +145,12 @@ Status OpenItemIds(const LoadArguments& arguments, ItemIndex* items) {
   return ids_ok.ok() ? ids_ok : MakeStatus(ids_ok.code(), filename, ": ", ids_ok.message());
 }
 
+// Prints a warning for operators. TensorFlow's log would not show it, because the model server turns that log off.
+void Warn(const std::string& message) {
+  const std::string line = StrCat("W ", message, "\n");
+  std::fputs(line.c_str(), stderr);
+}
+
 // Copies the index to a GPU if the environment variable DPSR_FAISS_DEVICE asks for one. Its values are cpu (the
 // default), gpu, and gpu:N. If the GPU cannot be used, a warning says why, and searches run on the CPU.
 Status UseDevice(FaissIndex* index) {
@@ -162,11 +167,7 @@ Status UseDevice(FaissIndex* index) {
                       "\", expected cpu, gpu, or gpu:N, where N is the number of a device");
   }
   const Status copied = index->CopyToGpu(device == "gpu" ? 0 : number);
-  // Not in TensorFlow's log, which the model server turns off.
-  if (!copied.ok()) {
-    const std::string line = StrCat("W ", kDeviceVariable, "=", device, ": ", copied.message(), "; the CPU is used\n");
-    std::fputs(line.c_str(), stderr);
-  }
+  if (!copied.ok()) Warn(StrCat(kDeviceVariable, "=", device, ": ", copied.message(), "; the CPU is used"));
   return Status();
 }
 
@@ -437,8 +438,8 @@ class FaissSearchOp : public OpKernel {
   static void WarnIfNotOnGpu(const ItemIndex& items, const FreshItems* fresh) {
     if (fresh == nullptr || fresh->num_hidden() == 0 || !items.index->is_on_gpu()) return;
     static const bool warned = [] {
-      LOG(WARNING) << kDeviceVariable << ": items have been replaced or deleted, so the CPU searches; merge the "
-                   << "changes into the index to search on the GPU again";
+      Warn(StrCat(kDeviceVariable, ": items have been replaced or deleted, so the CPU searches; merge the changes into ",
+                  "the index to search on the GPU again"));
       return true;
     }();
     static_cast<void>(warned);

@@ -376,15 +376,9 @@ Status FreshIndex::Apply(int64_t offset, int64_t next_offset, const std::vector<
   residual_sum_ += batch.residual_sum;
   num_residuals_ += batch.num_residuals;
   if (num_residuals_ > 0) state.drift = residual_sum_ / static_cast<double>(num_residuals_) / options_.base_residual;
-  if (changes.empty()) {
-    const std::lock_guard<std::mutex> items_lock(items_mutex_);
-    state_ = state;
-    *applied = true;
-    return Status();
-  }
   {
     const std::lock_guard<std::mutex> items_lock(items_mutex_);
-    items_ = next;
+    if (!changes.empty()) items_ = next;
     state_ = state;
   }
   *applied = true;

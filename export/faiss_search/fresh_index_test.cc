@@ -123,27 +123,11 @@ class FreshIndexTest : public FileTest {
     Add(&writer, "item_ids.fingerprint", std::vector<uint64_t>{7});
     Add(&writer, "value.price", price);
     Add(&writer, "value.brand", brand);
-    AddTexts(&writer, "brand", {"b1", "b2", "b3", "b4"});
+    AddTexts(&writer, "text.brand", {"b1", "b2", "b3", "b4"});
     Add(&writer, "value.tags", tags);
     Add(&writer, "splits.tags", tag_splits);
-    AddTexts(&writer, "tags", {"t0", "t1", "t2", "t3"});
+    AddTexts(&writer, "text.tags", {"t0", "t1", "t2", "t3"});
     ASSERT_TRUE(IsOk(writer.Finish()));
-  }
-
-  template <typename T>
-  static void Add(PackedFileWriter* writer, const std::string& name, const std::vector<T>& values) {
-    ASSERT_TRUE(IsOk(writer->Add(name, DataTypeOf<T>::value, values.data(), values.size() * sizeof(T))));
-  }
-
-  static void AddTexts(PackedFileWriter* writer, const std::string& name, const std::vector<std::string>& texts) {
-    std::vector<int64_t> splits = {0};
-    std::vector<uint8_t> bytes;
-    for (const std::string& text : texts) {
-      bytes.insert(bytes.end(), text.begin(), text.end());
-      splits.push_back(static_cast<int64_t>(bytes.size()));
-    }
-    Add(writer, "text." + name + ".splits", splits);
-    Add(writer, "text." + name + ".bytes", bytes);
   }
 
   // Changes. A change holds a pointer to its vector, which lives in vectors_of_changes_.

@@ -59,33 +59,17 @@ class ItemFilterTest : public FileTest {
     ASSERT_TRUE(IsOk(writer.Open()));
     Add(&writer, "item_ids.fingerprint", std::vector<uint64_t>{fingerprint});
     Add(&writer, "value.colour", colour);
-    AddTexts(&writer, "colour", {"blue", "green", "red"});
+    AddTexts(&writer, "text.colour", {"blue", "green", "red"});
     Add(&writer, "value.shop", shop);
-    AddTexts(&writer, "shop", Numbered("s"));
+    AddTexts(&writer, "text.shop", Numbered("s"));
     Add(&writer, "value.maker", maker);
-    AddTexts(&writer, "maker", Numbered("m"));
+    AddTexts(&writer, "text.maker", Numbered("m"));
     Add(&writer, "value.price", price);
     Add(&writer, "value.weight", weight);
     Add(&writer, "value.tags", tags);
     Add(&writer, "splits.tags", tag_splits);
-    AddTexts(&writer, "tags", {"t0", "t1", "t2", "t3", "t4"});
+    AddTexts(&writer, "text.tags", {"t0", "t1", "t2", "t3", "t4"});
     ASSERT_TRUE(IsOk(writer.Finish()));
-  }
-
-  template <typename T>
-  static void Add(PackedFileWriter* writer, const std::string& name, const std::vector<T>& values) {
-    ASSERT_TRUE(IsOk(writer->Add(name, DataTypeOf<T>::value, values.data(), values.size() * sizeof(T))));
-  }
-
-  static void AddTexts(PackedFileWriter* writer, const std::string& name, const std::vector<std::string>& texts) {
-    std::vector<int64_t> splits = {0};
-    std::vector<uint8_t> bytes;
-    for (const std::string& text : texts) {
-      bytes.insert(bytes.end(), text.begin(), text.end());
-      splits.push_back(static_cast<int64_t>(bytes.size()));
-    }
-    Add(writer, "text." + name + ".splits", splits);
-    Add(writer, "text." + name + ".bytes", bytes);
   }
 
   static std::vector<std::string> Numbered(const std::string& prefix) {
@@ -353,11 +337,11 @@ TEST_F(ItemFilterTest, ManyThatPassAreNotLookedForBeforehand) {
   ASSERT_TRUE(IsOk(writer.Open()));
   Add(&writer, "item_ids.fingerprint", std::vector<uint64_t>{kFingerprint});
   Add(&writer, "value.colour", colour);
-  AddTexts(&writer, "colour", {"blue", "green", "red"});
+  AddTexts(&writer, "text.colour", {"blue", "green", "red"});
   Add(&writer, "value.price", price);
   Add(&writer, "value.tags", tags);
   Add(&writer, "splits.tags", tag_splits);
-  AddTexts(&writer, "tags", {"t0", "t1"});
+  AddTexts(&writer, "text.tags", {"t0", "t1"});
   ASSERT_TRUE(IsOk(writer.Finish()));
   struct Case {
     Filter include;
@@ -443,10 +427,10 @@ TEST_F(ItemFilterTest, ChangedValuesCount) {
   Add(&writer, "item_ids.fingerprint", std::vector<uint64_t>{kFingerprint});
   Add(&writer, "value.price", price);
   Add(&writer, "value.colour", colour);
-  AddTexts(&writer, "colour", {"blue", "red"});
+  AddTexts(&writer, "text.colour", {"blue", "red"});
   Add(&writer, "value.tags", tags);
   Add(&writer, "splits.tags", tag_splits);
-  AddTexts(&writer, "tags", {"t0", "t1"});
+  AddTexts(&writer, "text.tags", {"t0", "t1"});
   ASSERT_TRUE(IsOk(writer.Finish()));
   ItemOrder order;
   order.group_begins = {0, 1000, items / 2, items};

@@ -35,7 +35,7 @@ void AddIds(const std::vector<int64_t>& ids, std::map<std::string, Section>* sec
   *sections = {{"id", ids}, {"id_index.splits", splits}, {"id_index.rows", rows}};
 }
 
-void AddTexts(const std::string& name, const std::vector<std::string>& texts, std::map<std::string,
+void SetTexts(const std::string& name, const std::vector<std::string>& texts, std::map<std::string,
               Section>* sections) {
   std::vector<int64_t> splits{0};
   std::string bytes;
@@ -60,14 +60,14 @@ class RankTableTest : public FileTest {
     trigrams.word_unigrams = trigrams.number_parts = trigrams.char_unigrams = trigrams.char_bigrams = false;
     sections_["trigram_tokenizer"] = Bytes(trigrams.Serialize());
     // Those of drill, 12mm and shoes; brands have none.
-    AddTexts("trigram",
+    SetTexts("trigram",
              {"##dr", "#dri", "#ril", "#ill", "#ll#", "##12", "#12m", "#2mm", "#mm#", "##sh", "#sho", "#hoe", "#oes",
                            "#es#"},
              &sections_);
     sections_["word_trigrams.splits"] = std::vector<int64_t>{0, 5, 9, 14, 14, 14, 14, 14};
     sections_["word_trigrams.values"] = std::vector<int32_t>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13};
     sections_["title_trigrams"] = std::vector<int32_t>{9, 5, 0};
-    AddTexts("word", {"drill", "12mm", "shoes", "tools", "bolt", "acme", "红"}, &sections_);
+    SetTexts("word", {"drill", "12mm", "shoes", "tools", "bolt", "acme", "红"}, &sections_);
     sections_["digits"] = std::vector<int32_t>{'0', '9', 0x660, 0x669};
     sections_["text0.splits"] = std::vector<int64_t>{0, 2, 3, 3};
     sections_["text0.values"] = std::vector<int32_t>{0, 1, 2};
@@ -78,7 +78,7 @@ class RankTableTest : public FileTest {
     sections_["brand"] = std::vector<int32_t>{1, 2, 0};
     sections_["brand_words.splits"] = std::vector<int64_t>{0, 2, 3, 3};
     sections_["brand_words.values"] = std::vector<int32_t>{3, 4, 5};
-    AddTexts("query", {"shoes", "drill 12mm"}, &sections_);
+    SetTexts("query", {"shoes", "drill 12mm"}, &sections_);
     sections_["query_item.splits"] = std::vector<int64_t>{0, 1, 3};
     sections_["query_item.values"] = std::vector<int32_t>{1, 0, 2};
     sections_["query_item.numbers"] = std::vector<float>{10, 11, 20, 21, 30, 31};
