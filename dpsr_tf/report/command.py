@@ -21,20 +21,24 @@ from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.files import write_text
 from dpsr_common.typed_config import from_dict, read_assignment, to_dict
 from dpsr_tf import __version__
-from dpsr_tf.report import experiments, plots, sections
+from dpsr_tf.report import benchmarks, experiments, plots, sections
 from dpsr_tf.report.public_data import DATA_SETS
 from dpsr_tf.report.runner import ExperimentRunner, Result
-from dpsr_tf.report.shop import QUICK, Size
+from dpsr_tf.report.shop import QUICK, REPOSITORY, Size
 
 USAGE = """
-Usage: dpsr report --out=DIR [--quick] [--ablations] [--homedepot=DIR] [--movielens=DIR] [--qbqtc=DIR]
+Usage: dpsr report --out=DIR [--quick] [--parts=NAMES] [--data=DIR] [--ablations] [--homedepot=DIR] [--movielens=DIR]
+                   [--qbqtc=DIR]
 
-Runs the experiments of the DPSR paper (section 6) on generated shops, and on the public data sets that are given.
-Writes DIR/index.html, DIR/report.md and DIR/report.json. An experiment whose result is in DIR is not run again, so a
-report that was interrupted continues where it stopped. docs/report.md describes the experiments.
+Runs the experiments of the DPSR paper (section 6) on generated shops, and on the public data sets that are given; and
+the benchmarks of all parts of the system, if it runs in a checkout of the repository. Writes DIR/index.html,
+DIR/report.md, DIR/report.json, and the figures that docs quote: DIR/figures.md and DIR/figures.json. What has a result
+in DIR is not run again, so a report that was interrupted continues where it stopped. docs/report.md says more.
 """
 
 REQUIRED_FLAGS = ("out",)
+# The part of the report that is not a benchmark.
+_EXPERIMENTS = "experiments"
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
@@ -49,7 +53,20 @@ def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of `dpsr report`."""
     flags.DEFINE_string("out", None, "directory for the report, its shops, models and results", flag_values=values)
     flags.DEFINE_boolean(
-        "quick", False, "run small experiments, which take minutes instead of an hour", flag_values=values
+        "quick", False, "run small experiments, which take minutes instead of hours", flag_values=values
+    )
+    flags.DEFINE_list(
+        "parts",
+        [],
+        "what to run: experiments, and names of the benchmarks that docs/report.md lists (default: all; with --quick, "
+        "all that have a quick form)",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "data",
+        None,
+        "folder of the data sets of the benchmarks (default: $DPSR_DATA, else ../shared/data beside the checkout)",
+        flag_values=values,
     )
     flags.DEFINE_boolean(
         "ablations",
@@ -77,8 +94,10 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     # Exit through exceptions on SIGTERM, so that the trainings are ended too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     size = size_from_flags(values.quick, values["set"].value)
+    parts = parts_from_flag(values.parts, values.quick)
     data = {name: Path(values[name].value) for name in DATA_SETS if values[name].value}
-    for name, path in data.items():
+    sets = Path(values.data or os.environ.get("DPSR_DATA") or REPOSITORY.parent / "shared" / "data")
+    for name, path in [*data.items(), *([("data", sets)] if values.data else [])]:
         if not path.is_dir():
             raise UsageError(f"--{name}={path}: no such directory")
     out = Path(values.out)
@@ -89,7 +108,12 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     except OSError as error:
         raise CommandError(f"--out={out}: cannot be created: {error.strerror}") from None
     start = time.monotonic()
-    results = experiments.run(runner, size, values.ablations, data)
+    results: Result = {}
+    if _EXPERIMENTS in parts:
+        results |= experiments.run(runner, size, values.ablations, data)
+    if (REPOSITORY / "benchmarks").is_dir() and len(parts) > (_EXPERIMENTS in parts):
+        named = [name for name in parts if name != _EXPERIMENTS]
+        results["benchmarks"] = benchmarks.run(runner, named, values.quick, sets)
     results |= {
         "schema": 1,
         "mode": "quick" if values.quick else "full",
@@ -104,6 +128,18 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     print(f"report {out / 'index.html'} ({time.monotonic() - start:.0f} s)")
 
 
+def parts_from_flag(names: list[str], quick: bool) -> list[str]:
+    """Returns the parts of the report in their order: `experiments`, and names of benchmarks. Raises UsageError."""
+    known = [_EXPERIMENTS, *benchmarks.BENCHMARKS]
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"--parts={','.join(names)}: {unknown[0]!r} is unknown; expected some of {', '.join(known)}")
+    if names:
+        return [name for name in known if name in names]
+    return [
+        name for name in known if not quick or name == _EXPERIMENTS or benchmarks.BENCHMARKS[name].quick is not None
+    ]
+
+
 def size_from_flags(quick: bool, assignments: list[str]) -> Size:
     """Returns the size of a mode, overridden by `name=value` assignments. Raises UsageError."""
     data = to_dict(QUICK if quick else Size())
@@ -115,7 +151,7 @@ def size_from_flags(quick: bool, assignments: list[str]) -> Size:
 
 
 def write_report(results: Result, out: Path) -> None:
-    """Writes report.json, report.md with plots/, and index.html."""
+    """Writes report.json, report.md with plots/, index.html, and the figures that docs quote."""
     write_text(out / "report.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     page = sections.report(results)
     drawn = {name: plots.svg(figure, name) for name, figure in page.figures.items()}
@@ -123,6 +159,9 @@ def write_report(results: Result, out: Path) -> None:
     for name, text in drawn.items():
         write_text(out / "plots" / f"{name}.svg", '<?xml version="1.0" encoding="utf-8"?>\n' + text)
     write_text(out / "report.md", page.markdown)
+    quoted = benchmarks.figures(results.get("benchmarks", {}))
+    write_text(out / "figures.json", json.dumps(quoted, indent=1, ensure_ascii=False) + "\n")
+    write_text(out / "figures.md", benchmarks.figures_page(quoted))
     write_text(out / "index.html", html(page.markdown, drawn))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from dpsr_tf.report import plots
+from dpsr_tf.report.benchmarks import BENCHMARKS, bar_rows, shown
 from dpsr_tf.report.runner import Result
 from dpsr_tf.report.shop import TUNED_BM25
 
@@ -86,17 +87,29 @@ def report(results: Result) -> Report:
     """Returns the report of the results that report.json holds: experiments.run, and what the command adds."""
     page = Report()
     hardware = results["hardware"]
-    page.heading("DPSR: the paper's experiments", 1)
+    page.heading("DPSR: experiments and benchmarks", 1)
+    page.text(
+        f"Mode {results['mode']}, seed {results['seed']}, {hardware['cpu']}, {hardware['cores']} cores, "
+        f"{hardware['memory_gib']:g} GiB, {hardware['system']}, DPSR {results['versions']['dpsr']}, TensorFlow "
+        f"{results['versions']['tensorflow']}. Intervals are 95 % bootstrap intervals over the queries. The same seed "
+        "on the same machine gives the same figures, except times and rates.",
+    )
+    if "table2" in results:
+        _experiments(page, results)
+    if "benchmarks" in results:
+        _benchmarks(page, results["benchmarks"], results["mode"])
+    _files(page, results)
+    return page
+
+
+def _experiments(page: Report, results: Result) -> None:
+    """Adds what experiments.run has found."""
     counts = results["shop"]
     page.text(
         "The experiments of section 6 of *Towards Personalized and Semantic Retrieval* (SIGIR 2020), on data that "
         f"anyone can generate: a shop of {counts['items']:,} items, {counts['users']:,} users and "
         f"{counts['interactions']:,} clicks, whose right answers are known. The queries, users and items are not those "
         "of JD.com. Compare the order of the methods with the paper's, not the figures.",
-        f"Mode {results['mode']}, seed {results['seed']}, {hardware['cpu']}, {hardware['cores']} cores, "
-        f"{hardware['memory_gib']:g} GiB, {hardware['system']}, DPSR {results['versions']['dpsr']}, TensorFlow "
-        f"{results['versions']['tensorflow']}. Intervals are 95 % bootstrap intervals over the queries. The same seed "
-        "on the same machine gives the same figures, except times and rates.",
     )
     _claims(page, results)
     _table_2(page, results)
@@ -109,13 +122,13 @@ def report(results: Result) -> Report:
         _data_set(page, name, folds)
     if "ablations" in results:
         _ablations(page, results["ablations"])
-    _files(page, results)
-    return page
 
 
 def bars(results: Result) -> dict[str, float]:
     """Returns flat figures to compare runs by: those of the first shop, and how often shops keep the paper's order."""
     result: dict[str, float] = {}
+    if "table2" not in results:
+        return result
     first = results["table2"][0]
     for label in METHODS:
         key = label.lower().replace("&", "").replace(",", "").replace("-", "_").replace(" ", "_")
@@ -550,6 +563,43 @@ def _ablations(page: Report, ablations: Mapping[str, Any]) -> None:
             "popularity@100, purchases",
         )
         page.table(("variant", *columns), rows)
+
+
+def _benchmarks(page: Report, measured: Mapping[str, Any], mode: str) -> None:
+    page.heading("The whole system")
+    page.text(
+        "The scripts in `benchmarks/` measure each part. Their bars are figures that are held to an aim."
+        + (" This is quick mode: it shows that they run, and its figures mean nothing." if mode == "quick" else "")
+    )
+    done = {name: one for name, one in measured.items() if "bars" in one}
+    rows = [(BENCHMARKS[name].title, *cells) for name, one in done.items() for cells in bar_rows(name, one["bars"])]
+    page.table(("part", "bar", "aim", "measured", "met"), [row for row in rows if row[2]], texts=3)
+    for name, one in measured.items():
+        page.heading(BENCHMARKS[name].title)
+        page.text(f"{BENCHMARKS[name].text} docs/{BENCHMARKS[name].page} says more.")
+        if name in done:
+            _benchmark(page, name, one)
+        else:
+            page.text(f"Not run: the folder of the data sets has no {', '.join(one['missing'])}. Give --data.")
+
+
+def _benchmark(page: Report, name: str, one: Mapping[str, Any]) -> None:
+    """Adds the bars of a benchmark, the figures of the papers, and all of its rows."""
+    page.text(f"`{one['command']}`, {one['date']}, {_machine(one)}, seed {one['seed']}.")
+    page.table(("bar", "aim", "measured", "met"), bar_rows(name, one["bars"]), texts=2)
+    if BENCHMARKS[name].papers:
+        page.text("Figures of the papers:")
+        page.table(("figure", "paper", "setting"), BENCHMARKS[name].papers, texts=3)
+    of_workload: dict[str, dict[str, dict[str, str]]] = {}
+    for row in one["rows"]:
+        cell = shown(row["value"]) + (f" {row['unit']}" if row["unit"] else "")
+        if "interval" in row:
+            cell += " ({} to {})".format(*map(shown, row["interval"]))
+        of_workload.setdefault(row["workload"], {}).setdefault(row["impl"], {})[row["metric"]] = cell
+    for workload, of_impl in of_workload.items():
+        metrics = list(dict.fromkeys(metric for cells in of_impl.values() for metric in cells))
+        page.heading(workload, 3)
+        page.table(("", *metrics), [(impl, *(cells.get(m, "") for m in metrics)) for impl, cells in of_impl.items()])
 
 
 def _files(page: Report, results: Result) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import faiss
@@ -135,7 +135,7 @@ def build(vectors: np.ndarray, factory: str, device: str = "cpu", second_list: f
     try:
         ivf = _ivf(index)
         wanted = max(_SAMPLE, _POINTS_PER_CENTROID * ivf.nlist if ivf is not None else 0)
-        _train(index, _sample(vectors, wanted), device)
+        train(index, _sample(vectors, wanted), device)
         if second_list:
             with two_level_assignment(index):
                 product_codes.add_in_two_lists(index, vectors, second_list)
@@ -144,11 +144,11 @@ def build(vectors: np.ndarray, factory: str, device: str = "cpu", second_list: f
             options.allowCpuCoarseQuantizer = True
             resources = faiss.StandardGpuResources()
             on_gpu = faiss.index_cpu_to_gpu(resources, 0, index, options)
-            _add(on_gpu, vectors)
+            for block in _blocks(vectors):
+                on_gpu.add(block)
             return faiss.index_gpu_to_cpu(on_gpu)
         else:
-            with two_level_assignment(index):
-                _add(index, vectors)
+            add(index, lambda: _blocks(vectors))
     except RuntimeError as error:
         where = " on a GPU" if device == "gpu" else ""
         raise CommandError(
@@ -170,11 +170,7 @@ def code_residual(index: faiss.Index, vectors: np.ndarray) -> float | None:
         return None
     if isinstance(faiss.downcast_index(ivf), faiss.IndexIVFFastScan):
         return None
-    z = np.ascontiguousarray(_sample(vectors, _RESIDUAL_SAMPLE), np.float32)
-    if isinstance(outer, faiss.IndexPreTransform):
-        chain: Any = outer.chain  # a std::vector, which the stub calls a list
-        for number in range(chain.size()):
-            z = chain.at(number).apply(z)
+    z = _transformed(index, _sample(vectors, _RESIDUAL_SAMPLE))
     decoded = ivf.sa_decode(ivf.sa_encode(z))
     return float(np.mean(np.sum((z - decoded) ** 2, axis=1)))
 
@@ -210,11 +206,11 @@ def two_level_kmeans(vectors: np.ndarray, clusters: int, device: str = "cpu") ->
     return np.vstack([kmeans(vectors[part], int(n)).centroids for part, n in zip(parts, shares, strict=True) if n])
 
 
-def _train(index: faiss.Index, sample: np.ndarray, device: str) -> None:
+def train(index: faiss.Index, sample: np.ndarray, device: str = "cpu") -> None:
     """Trains an index as index.train(sample) does, but with two_level_kmeans if it has many lists."""
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexRefine):
-        _train(index.base_index, sample, device)
+        train(index.base_index, sample, device)
         index.refine_index.train(sample)
         index.is_trained = True
     elif isinstance(index, faiss.IndexPreTransform):
@@ -226,7 +222,7 @@ def _train(index: faiss.Index, sample: np.ndarray, device: str) -> None:
             if not transform.is_trained:
                 transform.train(sample)
             sample = transform.apply(sample)
-        _train(index.index, sample, device)
+        train(index.index, sample, device)
         index.is_trained = True
     else:
         if isinstance(index, faiss.IndexIVF):
@@ -266,9 +262,56 @@ def _sample(vectors: np.ndarray, count: int) -> np.ndarray:
     return vectors[np.sort(rows)]
 
 
-def _add(index: faiss.Index, vectors: np.ndarray) -> None:
+def _blocks(vectors: np.ndarray) -> Iterator[np.ndarray]:
     for begin in range(0, len(vectors), _BLOCK):
-        index.add(np.ascontiguousarray(vectors[begin : begin + _BLOCK]))
+        yield np.ascontiguousarray(vectors[begin : begin + _BLOCK])
+
+
+def add(index: faiss.Index, blocks: Callable[[], Iterable[np.ndarray]]) -> None:
+    """Adds vectors to a trained index, as index.add does, with less time and memory where there are many lists.
+
+    FAISS lets a list grow by doubling, so an index can take twice the memory of its codes. Here a first pass finds the
+    list of each vector, and lists get the memory that they need. A second pass encodes the vectors.
+
+    Args:
+        index: the index; where its lists are counted first, it must be empty.
+        blocks: returns the vectors, float32 [n, dim] each; is called once for each pass.
+    """
+    ivf = _growing_lists(index)
+    with two_level_assignment(index):
+        if ivf is None:
+            for block in blocks():
+                index.add(block)
+            return
+        chosen = [ivf.quantizer.assign(_transformed(index, block), 1)[:, 0].astype(np.int32) for block in blocks()]
+        counts = sum(np.bincount(lists, minlength=ivf.nlist) for lists in chosen)
+        for number, count in enumerate(np.asarray(counts).tolist()):
+            ivf.invlists.resize(number, count)
+            ivf.invlists.resize(number, 0)  # the memory stays
+        for block, lists in zip(blocks(), chosen, strict=True):
+            z, of_vector = _transformed(index, block), lists.astype(np.int64)
+            ivf.add_core(len(z), faiss.swig_ptr(z), None, faiss.swig_ptr(of_vector))
+        index.ntotal = ivf.ntotal
+
+
+def _growing_lists(index: faiss.Index) -> faiss.IndexIVF | None:
+    """Returns the part of an index that has lists, if they are many, and if they grow by doubling."""
+    outer = faiss.downcast_index(index)
+    ivf = _ivf(index)
+    if ivf is None or ivf.nlist < _TWO_LEVEL_LISTS or isinstance(outer, faiss.IndexRefine):
+        return None
+    ivf = faiss.downcast_index(ivf)
+    return ivf if isinstance(ivf, faiss.IndexIVFFlat | faiss.IndexIVFScalarQuantizer | faiss.IndexIVFPQ) else None
+
+
+def _transformed(index: faiss.Index, x: np.ndarray) -> np.ndarray:
+    """Returns vectors as the lists of an index see them: float32 [n, dim of the lists]."""
+    outer = faiss.downcast_index(index)
+    if isinstance(outer, faiss.IndexPreTransform):
+        chain: Any = outer.chain  # a std::vector, which the stub calls a list
+        for number in range(chain.size()):
+            x = chain.at(number).apply(x)
+    return np.ascontiguousarray(x, np.float32)
 
 
 @contextlib.contextmanager

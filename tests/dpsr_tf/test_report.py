@@ -11,17 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpsr_common.errors import CommandError
+from dpsr_common.errors import CommandError, UsageError
 from dpsr_tf.report import plots, sections
-from dpsr_tf.report.command import html, size_from_flags
+from dpsr_tf.report.benchmarks import BENCHMARKS, figures, figures_page
+from dpsr_tf.report.command import html, parts_from_flag, size_from_flags
 from dpsr_tf.report.runner import ExperimentRunner
 from dpsr_tf.report.sections import Report
-from dpsr_tf.report.shop import QUICK
+from dpsr_tf.report.shop import QUICK, REPOSITORY
 
 MODELS_OF_TABLE_2 = ("DSSM", "DSSM-our-start", "DPSR")
 # A report with a few seconds of training. Its models learn little, but every experiment runs.
 TINY = (
     "--quick",
+    "--parts=experiments,index",
     *(f"--set={value}" for value in ("items=1500", "users=30", "interactions=1500", "purchases=30", "steps=8")),
     *(f"--set={value}" for value in ("judged_queries=30", "shared_brands=1", "batch_size=32", "mixing_ratios=[0.5]")),
     *(f"--set={value}" for value in ("plotted_items=100", "index_items=0", "serving_seconds=0")),
@@ -84,6 +86,11 @@ def test_a_report_is_whole_goes_on_and_repeats(dpsr: Callable, tmp_path: Path) -
     assert vectors.shape == (1500, 64) and len(rows) == 1501
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-4)
 
+    # The benchmark and the figures that docs quote.
+    assert "build_wall_s" in found["benchmarks"]["index"]["bars"] and '<h2 id="120-million-items' in page
+    assert json.loads((out / "figures.json").read_text())["index"]["bars"] == found["benchmarks"]["index"]["bars"]
+    assert "| `build_wall_s` |" in (out / "figures.md").read_text()
+
     # No experiment runs again, except those whose results are deleted; these give the same results.
     assert "..." not in report()
     shutil.rmtree(next((out / "work").glob("model-DPSR-3-*")))
@@ -110,6 +117,56 @@ def test_bad_flags(dpsr: Callable, tmp_path: Path) -> None:
     # A wrong directory is reported before the first experiment.
     dpsr("report", out, f"--homedepot={tmp_path}").fails(1, f"--homedepot={tmp_path}: has no judgments.dev.tsv")
     dpsr("report", out, f"--qbqtc={tmp_path}").fails(1, "train.json: cannot be read")
+
+
+def test_parts_of_a_report() -> None:
+    assert parts_from_flag(["graph", "experiments"], True) == ["experiments", "graph"]
+    quick, full = parts_from_flag([], True), parts_from_flag([], False)
+    assert full == ["experiments", *BENCHMARKS] and set(full) - set(quick) == {"graph", "search"}
+    with pytest.raises(UsageError, match=r"--parts=graph,grpah: 'grpah' is unknown; expected some of experiments, "):
+        parts_from_flag(["graph", "grpah"], False)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmarks_of_the_report_exist(name: str) -> None:
+    one = BENCHMARKS[name]
+    source = (REPOSITORY / "benchmarks" / f"{one.script}.py").read_text()
+    given = [*one.flags, *(one.quick or ()), *(["--out="] if one.keeps else []), *(["--data="] if one.reads else [])]
+    for flag in given:
+        assert f'"{flag[2:].partition("=")[0]}"' in source or f'"{flag.partition("=")[0]}"' in source, flag
+    assert (REPOSITORY / "docs" / one.page).is_file()
+
+
+def test_benchmarks_in_the_report() -> None:
+    def row(impl: str, metric: str, value: float, unit: str = "", **more: list[float]) -> dict:
+        return {"impl": impl, "workload": "w 1", "metric": metric, "value": value, "unit": unit, **more}
+
+    graph = {
+        "rows": [
+            row("A", "recall", 0.51234, interval=[0.5, 0.52]),
+            row("B", "recall", 0.4),
+            row("B", "cpu", 1234.5, "us"),
+        ],
+        "bars": {"train_rate_over_dpsr": 0.2, "query_latency_over_dpsr": 1.1, "other": 12345.6},
+        "hardware": {"cpu": "a CPU", "cores": 2},
+        "date": "2026-11-23",
+        "seed": 1,
+        "command": "python benchmarks/graph.py --json",
+    }
+    page = Report()
+    sections._benchmarks(page, {"graph": graph, "search": {"missing": ["homedepot"]}}, "full")
+    assert "| SearchGCN | `train_rate_over_dpsr` | ≥ 0.25 | 0.200 | **no** |" in page.lines
+    assert "| `query_latency_over_dpsr` | ≤ 1.3 | 1.100 | yes |" in page.lines
+    assert "| `other` |  | 12,346 |  |" in page.lines
+    assert "| `gowalla_ndcg20` | ≥ 0.1517 | not measured |  |" in page.lines
+    assert "### w 1" in page.lines and "| A | 0.512 (0.500 to 0.520) |  |" in page.lines
+    assert "| B | 0.400 | 1,234 us |" in page.lines and "| Recall@20 on Gowalla | 0.1824 |" in page.markdown
+    assert "the folder of the data sets has no homedepot. Give --data." in page.markdown
+    found = figures({"graph": graph, "search": {"missing": ["homedepot"]}})
+    assert list(found) == ["graph"] and "rows" not in found["graph"]
+    text = figures_page(found)
+    assert "`python benchmarks/graph.py --json`, 2026-11-23, a CPU, 2 cores, seed 1." in text
+    assert "| `train_rate_over_dpsr` | ≥ 0.25 | 0.200 | **no** |" in text
 
 
 def test_size_of_a_mode() -> None:

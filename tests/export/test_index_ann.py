@@ -150,6 +150,46 @@ def test_assignment_in_two_levels_is_that_of_the_quantizer(
     assert same >= 0.98 * len(vectors)
 
 
+@pytest.mark.parametrize(
+    "factory", ["IVF64,Flat", "IVF64_HNSW16,SQ8", "IVF64,PQ8np", "OPQ8,IVF64,PQ8np", "IVF64,PQ8x4fs", "IVF64,SQ8,RFlat"]
+)
+def test_counted_lists_are_those_of_faiss(
+    vectors: np.ndarray, factory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ann, "_BLOCK", 1000)
+    monkeypatch.setattr(ann, "_TWO_LEVEL_LISTS", 64)
+    made = []
+    for count in (True, False):
+        if not count:
+            monkeypatch.setattr(ann, "_growing_lists", lambda _: None)
+        index = ann.build(vectors, factory)
+        faiss.write_index(index, str(tmp_path / "index"))
+        made.append((tmp_path / "index").read_bytes())
+    assert made[0] == made[1] and index.ntotal == len(vectors)
+
+
+def test_counted_lists_take_no_more_than_their_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ann, "_TWO_LEVEL_LISTS", 4)
+    many = np.tile(unit_vectors(10_000, 5), (20, 1))
+    index = ann.make("IVF4,Flat", DIM)
+    ann.train(index, many[:10_000])
+
+    def blocks() -> Iterator[np.ndarray]:
+        return (many[begin : begin + 1000] for begin in range(0, len(many), 1000))
+
+    before = resident()
+    ann.add(index, blocks)
+    # Growing by doubling takes up to twice as much: a third more here.
+    assert resident() - before < 1.1 * len(many) * (4 * DIM + 8)
+    assert index.ntotal == len(many)
+
+
+def resident() -> int:
+    """Memory that this process has allocated, in bytes."""
+    fields = Path("/proc/self/status").read_text().split()
+    return int(fields[fields.index("RssAnon:") + 1]) * 1024
+
+
 def quantizer(index: faiss.Index) -> faiss.Index:
     return faiss.downcast_index(ann._ivf(index).quantizer)
 
