@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ ITEMS_PER_TOPIC = 500
 _ZIPF_SHIFT = 50
 _DEPARTMENT, _TOPIC, _ITEM = 0.6, 0.8, 0.7
 _BLOCK = 1 << 18
+# Stream of the random numbers of samples, above those of all blocks.
+_SAMPLE_STREAM = 1 << 31
 
 
 class Vectors:
@@ -55,9 +58,20 @@ class Vectors:
         self._spectra = _ITEM * np.stack([np.roll(spectrum, turn) for turn in range(dim)])
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Yields the vectors of all items in blocks, float32 [at most 2^18, dim]."""
-        for number, begin in enumerate(range(0, self.items, _BLOCK)):
-            yield self._draw(min(_BLOCK, self.items - begin), 2 + number)[0]
+        """Yields the vectors of all items in blocks, float32 [at most 2^18, dim]. A block is drawn on each core.
+
+        Nothing is drawn while the caller works on a block.
+        """
+        sizes = [min(_BLOCK, self.items - begin) for begin in range(0, self.items, _BLOCK)]
+        together = len(os.sched_getaffinity(0))
+        with ThreadPoolExecutor(together) as pool:
+            for first in range(0, len(sizes), together):
+                numbers = range(first, min(first + together, len(sizes)))
+                yield from list(pool.map(lambda number: self._draw(sizes[number], 2 + number)[0], numbers))
+
+    def sample(self, count: int) -> np.ndarray:
+        """Returns vectors of the same distribution as the items, float32 [count, dim], to train an index on."""
+        return self._draw(count, _SAMPLE_STREAM)[0]
 
     def write(self, path: Path) -> np.ndarray:
         """Writes the vectors of all items to a .npy file and maps it: float32 [items, dim]."""

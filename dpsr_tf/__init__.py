@@ -1,3 +1,3 @@
 """DPSR: deep personalized and semantic retrieval (SIGIR 2020). Importing this package imports nothing heavy."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

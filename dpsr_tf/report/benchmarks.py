@@ -310,7 +310,7 @@ def met(aim: tuple[str, float], value: float) -> bool:
 
 
 def figures(measured: Mapping[str, Any]) -> Result:
-    """Returns what docs quote: name -> date, command, seed, hardware and bars of each benchmark that was measured."""
+    """Returns figures.json, what docs may quote: name -> date, command, seed, hardware and bars of each benchmark that was measured."""
     keys = ("date", "command", "seed", "hardware", "bars")
     return {name: {key: one[key] for key in keys} for name, one in measured.items() if "bars" in one}
 
@@ -341,8 +341,8 @@ def figures_page(found: Mapping[str, Any]) -> str:
         "# Figures",
         "",
         "This page lists the bars of all benchmarks as they were last measured for this repository, with the aims",
-        "they are held to. Read it to compare your own run, or to see which aims are missed. `dpsr report` makes this",
-        "page and `figures.json`, which [the figures in the docs](report.md#figures-in-the-docs) are checked against.",
+        "they are held to. Read it to compare your own run, or to see which aims are missed.",
+        "[`dpsr report`](report.md) makes this page.",
     ]
     for name, one in found.items():
         benchmark, machine = BENCHMARKS[name], one["hardware"]

@@ -32,8 +32,8 @@ Usage: dpsr report --out=DIR [--quick] [--parts=NAMES] [--data=DIR] [--ablations
 
 Runs the experiments of the DPSR paper (section 6) on generated shops, and on the public data sets that are given; and
 the benchmarks of all parts of the system, if it runs in a checkout of the repository. Writes DIR/index.html,
-DIR/report.md, DIR/report.json, and the figures that docs quote: DIR/figures.md and DIR/figures.json. What has a result
-in DIR is not run again, so a report that was interrupted continues where it stopped. docs/report.md says more.
+DIR/report.md, DIR/report.json, and the bars of the benchmarks as DIR/figures.md and DIR/figures.json. What has a
+result in DIR is not run again, so a report that was interrupted continues where it stopped. docs/report.md says more.
 """
 
 REQUIRED_FLAGS = ("out",)
@@ -151,7 +151,7 @@ def size_from_flags(quick: bool, assignments: list[str]) -> Size:
 
 
 def write_report(results: Result, out: Path) -> None:
-    """Writes report.json, report.md with plots/, index.html, and the figures that docs quote."""
+    """Writes report.json, report.md with plots/, index.html, and the bars in figures.json and figures.md."""
     write_text(out / "report.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     page = sections.report(results)
     drawn = {name: plots.svg(figure, name) for name, figure in page.figures.items()}

@@ -229,7 +229,9 @@ class ExperimentRunner:
     def run_script(self, name: str, path: Path, *arguments: str) -> str:
         """Runs a Python script and returns its standard output. Raises CommandError if it fails."""
         log = self.out / "runs" / f"{name}.log"
-        done = subprocess.run([sys.executable, str(path), *arguments], capture_output=True, text=True, check=False)
+        quiet = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "3")}
+        command = [sys.executable, str(path), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet)
         write_text(log, done.stdout + done.stderr)
         self._check(name, log, done.returncode)
         return done.stdout

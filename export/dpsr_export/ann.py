@@ -133,9 +133,7 @@ def build(vectors: np.ndarray, factory: str, device: str = "cpu", second_list: f
     index = make(factory, vectors.shape[1])
     product_codes.check_second_list(index, second_list)
     try:
-        ivf = _ivf(index)
-        wanted = max(_SAMPLE, _POINTS_PER_CENTROID * ivf.nlist if ivf is not None else 0)
-        train(index, _sample(vectors, wanted), device)
+        train(index, _sample(vectors, training_sample(index)), device)
         if second_list:
             with two_level_assignment(index):
                 product_codes.add_in_two_lists(index, vectors, second_list)
@@ -155,6 +153,12 @@ def build(vectors: np.ndarray, factory: str, device: str = "cpu", second_list: f
             f"FAISS cannot build index.factory '{factory}' of {len(vectors):,} items{where}: {_last(error)}"
         ) from None
     return index
+
+
+def training_sample(index: faiss.Index) -> int:
+    """Returns the number of vectors that an index is trained on."""
+    ivf = _ivf(index)
+    return max(_SAMPLE, _POINTS_PER_CENTROID * ivf.nlist if ivf is not None else 0)
 
 
 def code_residual(index: faiss.Index, vectors: np.ndarray) -> float | None:

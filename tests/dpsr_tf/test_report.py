@@ -135,6 +135,7 @@ def test_benchmarks_of_the_report_exist(name: str) -> None:
     for flag in given:
         assert f'"{flag[2:].partition("=")[0]}"' in source or f'"{flag.partition("=")[0]}"' in source, flag
     assert (REPOSITORY / "docs" / one.page).is_file()
+    assert f"`{name}`" in (REPOSITORY / "docs" / "report.md").read_text()
 
 
 def test_benchmarks_in_the_report() -> None:
