@@ -310,7 +310,7 @@ def met(aim: tuple[str, float], value: float) -> bool:
 
 
 def figures(measured: Mapping[str, Any]) -> Result:
-    """Returns figures.json, what docs may quote: name -> date, command, seed, hardware and bars of each benchmark that was measured."""
+    """Returns figures.json: name -> date, command, seed, hardware and bars of each benchmark that was measured."""
     keys = ("date", "command", "seed", "hardware", "bars")
     return {name: {key: one[key] for key in keys} for name, one in measured.items() if "bars" in one}
 

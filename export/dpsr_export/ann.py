@@ -289,9 +289,10 @@ def add(index: faiss.Index, blocks: Callable[[], Iterable[np.ndarray]]) -> None:
             return
         chosen = [ivf.quantizer.assign(_transformed(index, block), 1)[:, 0].astype(np.int32) for block in blocks()]
         counts = sum(np.bincount(lists, minlength=ivf.nlist) for lists in chosen)
+        lists_of: Any = ivf.invlists
         for number, count in enumerate(np.asarray(counts).tolist()):
-            ivf.invlists.resize(number, count)
-            ivf.invlists.resize(number, 0)  # the memory stays
+            lists_of.resize(number, count)
+            lists_of.resize(number, 0)  # the memory stays
         for block, lists in zip(blocks(), chosen, strict=True):
             z, of_vector = _transformed(index, block), lists.astype(np.int64)
             ivf.add_core(len(z), faiss.swig_ptr(z), None, faiss.swig_ptr(of_vector))
@@ -304,8 +305,8 @@ def _growing_lists(index: faiss.Index) -> faiss.IndexIVF | None:
     ivf = _ivf(index)
     if ivf is None or ivf.nlist < _TWO_LEVEL_LISTS or isinstance(outer, faiss.IndexRefine):
         return None
-    ivf = faiss.downcast_index(ivf)
-    return ivf if isinstance(ivf, faiss.IndexIVFFlat | faiss.IndexIVFScalarQuantizer | faiss.IndexIVFPQ) else None
+    inner = faiss.downcast_index(ivf)
+    return inner if isinstance(inner, faiss.IndexIVFFlat | faiss.IndexIVFScalarQuantizer | faiss.IndexIVFPQ) else None
 
 
 def _transformed(index: faiss.Index, x: np.ndarray) -> np.ndarray:
