@@ -165,9 +165,10 @@ bazel-test: debian $(VENV)/.packages build/offline.bazelrc
 	@/usr/bin/bazel --batch --output_user_root=$(CURDIR)/build/bazel --host_jvm_args=-Xmx1g \
 	  test --config=offline --repo_env=PYTHON_BIN_PATH=$(CURDIR)/$(BIN)/python --jobs=2 --noshow_progress //...
 
-# Runs the tests in two processes; all tests of a file run in the same one. `python -m pytest` alone uses one process.
-# Three processes were slower on 2 cores: not done after 12 minutes 40 seconds, against 11 minutes 50 seconds in all.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Runs the tests in two processes, in the order of tests/conftest.py: the fast tests first, so that most failures show
+# early. All fast tests of a file run in the same process, and so do its slow ones. `python -m pytest` alone uses one
+# process. Three processes were slower on 2 cores: not done after 12 minutes 40 seconds, against 11 minutes 50 in all.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 # promtool checks the alert rules. It is taken out of Debian's package and not installed, because the package would also
 # start a Prometheus server. A promtool that is on the PATH is used instead.
@@ -193,11 +194,8 @@ test-fast: native test-tools
 test-native: native
 	@$(MAKE) --no-print-directory -j2 sanitize-cores lint test-cpp sanitize-serving sanitize-thread
 
-# The fast tests run first, so that most failures show early. Files of slow tests start in the order of
-# tests/conftest.py, not by the number of their tests.
 test: test-native test-tools
-	$(PYTEST) -m "not slow"
-	$(PYTEST) --no-loadscope-reorder -m "slow and not distributed and not long"
+	$(PYTEST) -m "not distributed and not long"
 
 # Kills and stops processes of clusters, and compares them with local training. Takes minutes.
 test-distributed: native

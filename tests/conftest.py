@@ -33,7 +33,10 @@ _FIRST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the fast tests first, then the slow ones in files sorted by _FIRST. The tests of a file keep their order."""
+    """Puts the fast tests first, then the slow ones in files sorted by _FIRST. The tests of a file keep their order.
+
+    With `--dist loadgroup`, the fast tests of a file run in one process, and so do its slow ones.
+    """
 
     def place(item: pytest.Item) -> int:
         if item.get_closest_marker("slow") is None:
@@ -41,6 +44,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((at for at, name in enumerate(_FIRST) if item.path.match(name)), len(_FIRST))
 
     items.sort(key=place)
+    for item in items:
+        kind = "fast" if place(item) < 0 else "slow"
+        item.add_marker(pytest.mark.xdist_group(f"{item.location[0]}, {kind}"))
 
 
 @dataclasses.dataclass(frozen=True)

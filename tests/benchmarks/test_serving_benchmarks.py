@@ -44,6 +44,7 @@ def test_model_server() -> None:
     assert all(value > 5_000 for (workload, _), value in values(found, "answer").items() if workload == "12kb")
 
 
+@pytest.mark.long
 def test_version_swap() -> None:
     found = run("version_swap", "--server_flag=--enable_batching")
     assert list(found["bars"]) == ["failed", "p99_swap_over_steady", "rss_20_over_2"]
@@ -52,6 +53,7 @@ def test_version_swap() -> None:
     assert values(found, "versions") == {("swaps", "swaps"): 3}
 
 
+@pytest.mark.long
 def test_soak() -> None:
     found = run("soak")
     assert list(found["bars"]) == ["failed", "rss_end_over_begin"]

@@ -35,6 +35,7 @@ def weights(path):
     return {name: tf.train.load_variable(checkpoint, name) for name, _ in tf.train.list_variables(checkpoint)}
 
 
+@pytest.mark.distributed
 def test_a_cluster_begins_with_another_model(launch, shop_store, tmp_path):
     """The chief loads all tables, which lie in pieces on two parameter servers, once."""
     old = train(shop_store, config_from_flags(None, [*SMALL, "train.steps=200"]), tmp_path / "old")
@@ -330,6 +331,7 @@ def test_a_cluster_begins_a_ranker_that_reads_numbers(launch, shop_store, tmp_pa
     assert numbers and numbers == ModelDirectory.open(tmp_path / "alone").features.numbers
 
 
+@pytest.mark.distributed
 def test_a_cluster_goes_on_with_a_ranker(launch, shop_store, tmp_path):
     """A ranker that was trained alone is trained on by chief, worker and parameter server."""
     model = tmp_path / "ranker"
