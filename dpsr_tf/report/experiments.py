@@ -22,6 +22,7 @@ from dpsr_tf.evaluation.judgments import Judgments
 from dpsr_tf.models.encoders import exact_search, item_embeddings, query_encoder
 from dpsr_tf.report.ablations import ablate
 from dpsr_tf.report.ceilings import ceilings
+from dpsr_tf.report.online import online, treatments
 from dpsr_tf.report.public_data import DATA_SETS
 from dpsr_tf.report.runner import Artifact, ExperimentRunner, Result
 from dpsr_tf.report.shop import REPOSITORY, TRAINING, TUNED_BM25, Shop, Size
@@ -74,6 +75,7 @@ def run(runner: ExperimentRunner, size: Size, ablations: bool, data: Mapping[str
         "ceilings": [ceilings(shop) for shop in shops],
         "polysemy": [polysemy(shop, models[shop.number]) for shop in shops],
         "mixing": [mixing(shop, models[shop.number]) for shop in shops],
+        "online": [online(shop, treatments(models[shop.number], _with_heads(2, _usual_dim()))) for shop in shops],
         "topology": topology(first, models[0]["DPSR"]),
         "examples": polysemy_examples(first, models[0]),
         "cases": cases(first, models[0]["DPSR"]),

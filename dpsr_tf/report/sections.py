@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from dpsr_tf.report import plots
 from dpsr_tf.report.benchmarks import BENCHMARKS, bar_rows, shown
+from dpsr_tf.report.online import FIGURES, GRADES, TAIL
 from dpsr_tf.report.runner import Result
 from dpsr_tf.report.shop import TUNED_BM25
 
@@ -117,6 +118,7 @@ def _experiments(page: Report, results: Result) -> None:
     _polysemy(page, results)
     _mixing(page, results)
     _cases(page, results)
+    _online(page, results["online"])
     _efficiency(page, results)
     for name, folds in results.get("data", {}).items():
         _data_set(page, name, folds)
@@ -441,6 +443,43 @@ def _cases(page: Report, results: Result) -> None:
                 more = (case["right"], case["rank"]) if key == "bad_cases" else ()
                 rows.append((query, case["item"], *more))
         page.table(columns, rows, texts=3)
+
+
+def _online(page: Report, results: Sequence[Mapping[str, Any]]) -> None:
+    page.heading("Online tests, simulated")
+    first = results[0]
+    page.text(
+        "JD.com's online tests need JD.com's users. This is a simulation with those of the generated shop: "
+        f"{first['requests']:,} new requests, of which {first['tail_requests']:,} are in the long tail (the log has "
+        f"fewer than {TAIL} requests with the query). The control is a word search (`bm25:{TUNED_BM25}`); a treatment "
+        "unites its results with a model's by reciprocal ranks. Figures are changes against the control, with paired "
+        "intervals. UCTR and UCVR are the chances that a user clicks and orders, GMV is the price of what is ordered, "
+        "and QRR is the query rewrite rate: a user who clicks nothing asks again. AOP is the average position of what "
+        "is ordered; it falls if orders come from higher places. docs/papers.md has the papers' figures.",
+    )
+    groups = {"all": "all", "tail": "long tail"}
+    rows = [
+        (one["seed"], groups[group], name, *(_change(figures[figure]) for figure in FIGURES))
+        for one in results
+        for group, of_name in one["ab_test"].items()
+        for name, figures in of_name.items()
+    ]
+    page.table(("seed", "queries", "treatment", *FIGURES), rows, texts=3)
+    page.text(
+        f"Raters: {first['rated']['queries']} queries of the long tail. The shop's truth grades the first 10 results: "
+        "perfect has all that the query asks for, fair lacks one thing, bad is all else."
+    )
+    rows = [
+        (one["seed"], name, *(_limits(grades[g]["share"], grades[g]["interval"]) for g in GRADES))
+        for one in results
+        for name, grades in one["rated"]["systems"].items()
+    ]
+    page.table(("seed", "system", *GRADES), rows, texts=2)
+
+
+def _change(one: Mapping[str, Any]) -> str:
+    low, high = one["interval"]
+    return f"{one['change']:+.1%} ({low:+.1%} to {high:+.1%})"
 
 
 def _efficiency(page: Report, results: Result) -> None:

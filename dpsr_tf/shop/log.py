@@ -29,6 +29,8 @@ _BATCH = 32_768
 _MOST_REQUESTS = 5
 # How many items a user compares to find the one wanted.
 _CHOICES = 6
+# An item that is no answer goes into the cart less often after a click, by this factor.
+STRAY_CARTS = 0.1
 # Marks an item that was drawn a second time for the same list; larger than the key of every real place.
 _REPEATED = 1 << 24
 
@@ -126,6 +128,18 @@ class Log:
         begin = self._time(shares[0] + rng.random(sessions) * (shares[1] - shares[0]))
         return self._rows(shown, begin, rng)
 
+    def new_requests(self, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Draws the first requests of n further sessions, as those of the log, and shows them nothing.
+
+        Returns:
+            The rows of the users, of the meanings that they ask for, of the items that they want, and of the texts
+            that they type (misspelt ones follow the world's texts); int64 [n] each.
+        """
+        world = self._world
+        user, pair = world.sessions(n, rng)
+        meaning = world.pair_meaning[pair]
+        return user, meaning, self._wanted(user, meaning, rng), self._typed(world.pair_text[pair], rng)
+
     def _sessions(self, n: int, first: int, rng: np.random.Generator) -> _Shown:
         """Makes n sessions, numbered from `first` on, with the items that they are shown and click."""
         world = self._world
@@ -222,7 +236,7 @@ class Log:
         clicked, stray = np.zeros(len(item), bool), np.zeros(len(item), bool)
         seen = np.flatnonzero(rng.random(len(item), np.float32) < self.propensities[position - 1])
         request, item = request[seen], item[seen]
-        chance, right = self._chance(user[request], meaning[request], target[request], item)
+        chance, right = self.chances(user[request], meaning[request], target[request], item)
         clicked[seen] = rng.random(len(seen)) < chance
         stray[seen] = ~right
         return clicked, stray
@@ -243,17 +257,24 @@ class Log:
             float64 [n].
         """
         rng = np.random.default_rng(seed)
-        chances = (self._chance(user, meaning, self._wanted(user, meaning, rng), item)[0] for _ in range(draws))
+        chances = (self.chances(user, meaning, self._wanted(user, meaning, rng), item)[0] for _ in range(draws))
         return np.asarray(sum(chances) / draws)
 
-    def _chance(
+    def chances(
         self, user: np.ndarray, meaning: np.ndarray, wanted: np.ndarray, item: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the chance of a click once an item is looked at, and whether the item is an answer."""
+        """Returns the chance of a click once an item is looked at, and whether the item is an answer.
+
+        Args:
+            user, meaning, wanted, item: rows of the world, int64 of a common shape. The user has `wanted` in mind.
+
+        Returns:
+            float64 and bool of that shape.
+        """
         world, items, parameters = self._world, self._world.items, self._parameters
         right = world.missed(meaning, item) == 0
         same = (items.words[item] >= 0) & (items.words[item] == items.words[wanted])
-        likeness = (items.brand[item] == items.brand[wanted]) + same.mean(1)
+        likeness = (items.brand[item] == items.brand[wanted]) + same.mean(-1)
         odds = parameters.click_level + world.appeal(user, item) + parameters.intent * likeness
         return np.where(right, 1 / (1 + np.exp(-odds)), parameters.noise), right
 
@@ -275,7 +296,7 @@ class Log:
         rows = Rows(shown.text, shown.user, shown.item, event, time, session, shown.position.astype(np.int32))
 
         clicks = np.flatnonzero(shown.clicked)
-        share = self._parameters.cart_share * np.where(shown.stray[clicks], 0.1, 1)
+        share = self._parameters.cart_share * np.where(shown.stray[clicks], STRAY_CARTS, 1)
         carts = clicks[rng.random(len(clicks)) < share]
         cart = rows.take(carts)
         cart = dataclasses.replace(
