@@ -1,7 +1,7 @@
 """Measures the recall of models on public data sets, with 95 % intervals over the queries.
 
     python benchmarks/quality.py --homedepot=DIR --movielens=DIR [--seeds=1,2] [--out=DIR] --json
-    python benchmarks/quality.py --esci=DIR --icecat=DIR --json
+    python benchmarks/quality.py --esci=DIR --icecat=DIR --crowdflower=DIR --json
 
 Home Depot (DIR as for `dpsr ingest --adapter=homedepot`, with the dev folds). The systems are BM25, the best BM25 that
 benchmarks/bm25.py found on these folds, a model trained with the paper's hinge loss
@@ -14,10 +14,12 @@ validation fold, DPSR, DPSR-p and DPSR-h (dpsr_tf/configs/movielens.yaml), measu
 interactions in time, with the history that each user had at that moment, for all queries and for the most frequent ones
 (head), which have the most films to choose from.
 
-ESCI and Icecat are catalogues without clicks: a shop's first day. DIR holds products.tsv.gz (ESCI: asin, title, brand,
-category) or products.jsonl.gz (Icecat: id, title, brand), and judgments.dev.tsv (query, item, grade). The systems are
-BM25, plain and tuned, a model that is trained on the texts alone (dpsr_tf/configs/catalogue.yaml), and the sum of the
-reciprocal ranks of the last two. Relevant are grade 3 (ESCI), and grades 2 and 3 (Icecat).
+ESCI, Icecat and CrowdFlower are catalogues without clicks: a shop's first day. DIR holds products.tsv.gz (ESCI: asin,
+title, brand, category) or products.jsonl.gz (Icecat: id, title, brand), and judgments.dev.tsv (query, item, grade).
+CrowdFlower's search relevance has judged pairs and no catalogue, so judgments.dev.tsv (query, pair, grade, title,
+description) is both. The systems are BM25, plain and tuned, a model that is trained on the texts alone
+(dpsr_tf/configs/catalogue.yaml), and the sum of the reciprocal ranks of the last two. Relevant are grade 3 (ESCI), 2 and
+3 (Icecat), and 4 (CrowdFlower).
 
 Give one data set or several. With several seeds, models are trained for each seed; the value of a row is the mean over
 the seeds, its interval is that of the first seed. Models that are in `--out` are not trained again. A seed takes
@@ -174,6 +176,7 @@ class Catalogue:
     items: dict[str, Any]  # section `items` of the schema
     relevant_from: int
     bm25: str  # the best one that benchmarks/bm25.py found on the same queries
+    item_column: str = "item"  # of the judgments
 
 
 CATALOGUE_MODEL = Model("titles", "catalogue")
@@ -185,6 +188,12 @@ CATALOGUES = {
     ),
     "icecat": Catalogue(
         {"files": "products.jsonl.gz", "id": "id", "text": ["title", "brand"]}, 2, "bm25:stem+trigrams=0.1+k1=1.6+b=0.9"
+    ),
+    "crowdflower": Catalogue(
+        {"files": "judgments.dev.tsv", "id": "pair", "title": "title", "text": ["title", "description"]},
+        4,
+        "bm25:stem+trigrams=0.8+title=4+description=1",
+        "pair",
     ),
 }
 
@@ -198,7 +207,8 @@ def catalogue(result: report.Report, name: str, data: Path, seeds: Sequence[int]
     models = [trained(CATALOGUE_MODEL, store, seed, out) for seed in seeds]
     systems = {"bm25": ["bm25"], "bm25_tuned": [chosen.bm25], "titles": [f"model:{model}" for model in models]}
     systems["fused"] = [f"rrf({chosen.bm25},{spec})" for spec in systems["titles"]]
-    judged = [f"--judgments={data / 'judgments.dev.tsv'}", f"--relevant_from={chosen.relevant_from}", "--skip_unknown"]
+    judged = [f"--judgments={data / 'judgments.dev.tsv'}", f"--item_column={chosen.item_column}"]
+    judged += [f"--relevant_from={chosen.relevant_from}", "--skip_unknown"]
     measure(result, name, store, Fold("dev", judged), systems, out)
     for system in systems:
         result.bars[f"recall100_{name}_{system}"] = result.value(system, f"{name} dev", "recall@100")
@@ -209,8 +219,9 @@ def main(arguments: list[str]) -> None:
     values = flags.FLAGS
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected argument {arguments[1]!r}")
-    if not any((values.homedepot, values.movielens, values.esci, values.icecat)):
-        raise app.UsageError("no data set is given; expected --homedepot, --movielens, --esci or --icecat, with =DIR")
+    known = ("homedepot", "movielens", *CATALOGUES)
+    if not any(values[name].value for name in known):
+        raise app.UsageError(f"no data set is given; expected some of --{', --'.join(known)}, with =DIR")
     seeds = report.read_seeds(values.seeds)
     if values.homedepot:
         homedepot_folds(Path(values.homedepot))
@@ -233,6 +244,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("movielens", None, "directory of the MovieLens 100K files")
     flags.DEFINE_string("esci", None, "directory of a catalogue of ESCI and its judgments")
     flags.DEFINE_string("icecat", None, "directory of the Icecat catalogue and its judgments")
+    flags.DEFINE_string("crowdflower", None, "directory of CrowdFlower's judged pairs")
     flags.DEFINE_list("seeds", ["1"], "seeds of the trainings, separated by commas")
     flags.DEFINE_string("out", None, "directory for stores and models (default: a temporary directory)")
     flags.DEFINE_boolean("json", False, "prints the results as one JSON object on the last line")

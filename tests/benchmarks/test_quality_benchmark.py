@@ -41,7 +41,7 @@ def test_folds_of_home_depot(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no data set is given; expected --homedepot, --movielens, --esci or --icecat"),
+        ([], "no data set is given; expected some of --homedepot, --movielens, --esci"),
         (["--movielens=x", "--seeds=1,b"], "--seeds=1,b: expected whole numbers, as in --seeds=1,2"),
         (["--homedepot=none"], "--homedepot=none: has no judgments.dev.tsv, judgments.misspelt_dev.tsv, spelling"),
         (["--movielens=none", "more"], "unexpected argument 'more'"),
