@@ -18,8 +18,8 @@ ESCI, Icecat and CrowdFlower are catalogues without clicks: a shop's first day. 
 title, brand, category) or products.jsonl.gz (Icecat: id, title, brand), and judgments.dev.tsv (query, item, grade).
 CrowdFlower's search relevance has judged pairs and no catalogue, so judgments.dev.tsv (query, pair, grade, title,
 description) is both. The systems are BM25, plain and tuned, a model that is trained on the texts alone
-(dpsr_tf/configs/catalogue.yaml), and the sum of the reciprocal ranks of the last two. Relevant are grade 3 (ESCI), 2 and
-3 (Icecat), and 4 (CrowdFlower).
+(dpsr_tf/configs/catalogue.yaml), and the sum of the reciprocal ranks of the last two. Relevant are grade 3 (ESCI), 2
+and 3 (Icecat), and 4 (CrowdFlower).
 
 Give one data set or several. With several seeds, models are trained for each seed; the value of a row is the mean over
 the seeds, its interval is that of the first seed. Models that are in `--out` are not trained again. A seed takes
