@@ -6,9 +6,11 @@ rows and their gradients, of which there is one for each token, never travel.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import weakref
 from collections.abc import Callable, Container, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 from tensorflow.python.training.saving import saveable_object
@@ -27,6 +29,8 @@ INITIAL_ACCUMULATOR = 0.1
 AVERAGE_STEPS = 10
 # Graph collection of the variables of all tables.
 TABLE_VARIABLES = "embedding_table_variables"
+# Graph collection of the pieces of tables that are placed by rows.
+_PIECES = "embedding_table_pieces"
 # Graph collection of pairs: a dense variable, and its value on the worker.
 _HALF_ON_WIRE = "half_on_wire"
 
@@ -58,10 +62,11 @@ class EmbeddingTable:
             with this one, because it turns lookups into copies of whole tables. The fused one is not affected.
 
     Placement: the table is a resource variable, which the device function in effect places like any other variable
-    (`device_function` balances the load). "whole" keeps it in one piece. "rows" splits it into `num_shards` pieces of
-    consecutive ids, each of which sends one vector for each text; it is for tables that are too large for one ps. A
-    checkpoint is the same for both, and for any number of shards: it has `<name>` and, from training, `<name>/Adagrad`,
-    as AdagradOptimizer names it. Warm start and export see the same variable too.
+    (`device_function` balances the load). "whole" keeps it in one piece. "rows" splits it into `num_shards` pieces,
+    each of which sends one vector for each text; it is for tables that are too large for one ps. Each piece gets as
+    many rows as the others, and as many look-ups (`spread_rows`). A checkpoint is the same for both, and for any number
+    of shards: it has `<name>` and, from training, `<name>/Adagrad`, as AdagradOptimizer names it, with the rows in the
+    order of ids. It takes a Saver that `saver` made. Warm start and export see the same variable too.
 
     Concurrent workers: with "fused", the AdaGrad step of a row is atomic, table and accumulator together. No update is
     lost, and a read sees the row before or after the step. With `saver`, a checkpoint that is written during training
@@ -73,7 +78,7 @@ class EmbeddingTable:
 
     Attributes:
         name, num_ids, dim: as given; `name` without the variable scope in effect.
-        variables: the pieces of the table in order of ids; one piece for "whole".
+        variables: the pieces of the table; one piece for "whole". `rows_of` says which ids they have.
         outputs: the sums that were read so far, float32 [texts, dim] each. Gradients are taken with respect to these.
     """
 
@@ -86,6 +91,7 @@ class EmbeddingTable:
         initializer: Callable[..., tf.Tensor] | None = None,
         placement: str = "whole",
         num_shards: int = 1,
+        begins: Sequence[int] = (0,),
         implementation: str = "fused",
         initial_accumulator: float = INITIAL_ACCUMULATOR,
         accumulator_decay: float = 1.0,
@@ -97,9 +103,12 @@ class EmbeddingTable:
             name: name of the variable.
             num_ids: number of rows, at least 1.
             dim: width, at least 1.
-            initializer: initializer of the table; by default uniform within +-1 / sqrt(dim).
+            initializer: initializer of the table; by default uniform within +-1 / sqrt(dim). For "rows" it is called for
+                each range of ids, and gets its first id as `partition_info.var_offset[0]`.
             placement: "whole" or "rows".
             num_shards: number of pieces for "rows", usually the number of ps; num_ids if it is larger than that.
+            begins: for "rows", the first ids of the parts of the table, ascending from 0. Within a part, ids go by
+                frequency, the most frequent first, as those of a vocabulary or of the values of a feature do.
             implementation: "fused" or "stock".
             initial_accumulator: start value of AdaGrad's sums of squared gradients.
             accumulator_decay: share of a row's sum that a step keeps, above 0 and at most 1. Below 1, the sum is a
@@ -118,22 +127,27 @@ class EmbeddingTable:
         if placement == "whole" and num_shards != 1:
             raise ValueError(f"num_shards is {num_shards}, expected 1 for placement 'whole'")
         self.name, self.num_ids, self.dim = name, num_ids, dim
-        bound = dim**-0.5
+        num_shards = min(num_shards, num_ids)
+        self._ranges = spread_rows(num_ids, num_shards, begins)
+        self.variables: list[tf.Variable] = []
         with v1.variable_scope(v1.get_variable_scope(), reuse=v1.AUTO_REUSE):
-            variable = v1.get_variable(
-                name,
-                [num_ids, dim],
-                initializer=initializer or v1.random_uniform_initializer(-bound, bound),
-                partitioner=v1.fixed_size_partitioner(min(num_shards, num_ids)) if placement == "rows" else None,
-                use_resource=True,
-                collections=[v1.GraphKeys.GLOBAL_VARIABLES, TABLE_VARIABLES],
-            )
-        self.variables: list[tf.Variable] = [variable] if placement == "whole" else list(variable)
+            for shard in range(num_shards):
+                rows = self._ranges.of_shard(shard)
+                variable = v1.get_variable(
+                    name if num_shards == 1 else f"{name}/part_{shard}",
+                    [sum(end - begin for begin, end in rows), dim],
+                    initializer=_initializer(initializer, num_ids, dim, rows),
+                    use_resource=True,
+                    collections=[v1.GraphKeys.GLOBAL_VARIABLES, TABLE_VARIABLES],
+                )
+                self.variables.append(variable)
+                if num_shards > 1:
+                    v1.add_to_collection(_PIECES, _Piece(variable.op.name, num_ids, rows))
         self.outputs: list[tf.Tensor] = []
         self._kernels: _Fused | _Stock = (
-            _Fused(self.variables, initial_accumulator, accumulator_decay, exclusive)
+            _Fused(self.variables, self._ranges, initial_accumulator, accumulator_decay, exclusive)
             if implementation == "fused"
-            else _Stock(self.variables, initial_accumulator)
+            else _Stock(self.variables, self._ranges, initial_accumulator)
         )
 
     def bag(self, tokens: Tokens, weights: tf.Tensor | None = None, combiner: str = "sum") -> tf.Tensor:
@@ -258,7 +272,7 @@ def _adagrad(
 
 
 def _accumulators(variables: Sequence[tf.Variable], initial: float) -> list[tf.Variable]:
-    """Lets TensorFlow's optimizer make the accumulators, so that they have its names, devices and slices."""
+    """Lets TensorFlow's optimizer make the accumulators, so that they have its names and devices."""
     optimizer = v1.train.AdagradOptimizer(1.0, initial)
     optimizer._create_slots(variables)
     return [optimizer.get_slot(variable, "accumulator") for variable in variables]
@@ -355,13 +369,146 @@ def saver(
     if known is not None:
         snapshots = [each for each in snapshots if all(name_in_checkpoint(part) in known for part in each.pair)]
         values = [v for v in values if not isinstance(v, tf.Variable) or name_in_checkpoint(v) in known]
+    # What is left of pieces: moving averages, and with stock ops the pieces themselves.
+    values = [_Rows(v) if isinstance(v, tf.Variable) and _piece_of(v) else v for v in values]
     return kind(snapshots + values, **{"sharded": True, "save_relative_paths": True, **arguments})
 
 
 def name_in_checkpoint(variable: tf.Variable) -> str:
     """Returns the name that a checkpoint has for a variable; pieces of a table have the same."""
-    part = variable._get_save_slice_info()
-    return part.full_name if part else variable.op.name
+    piece = _piece_of(variable)
+    if piece is None:
+        return str(variable.op.name)
+    return piece.variable.rpartition("/part_")[0] + variable.op.name.removeprefix(piece.variable)
+
+
+def rows_of(variable: tf.Variable) -> list[tuple[int, int]]:
+    """Returns the first id and the last id + 1 of each range of rows of a piece of a table, in order.
+
+    It takes what belongs to a piece too, such as its accumulator. Any other variable is one range.
+    """
+    piece = _piece_of(variable)
+    return piece.rows if piece is not None else [(0, int(variable.shape[0]))]
+
+
+def _piece_of(variable: tf.Variable) -> _Piece | None:
+    """Returns the piece that a variable is or belongs to, if there is one."""
+    name = variable.op.name
+    pieces = v1.get_collection(_PIECES)
+    return next((each for each in pieces if f"{name}/".startswith(f"{each.variable}/")), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """A piece of a table that is placed by rows.
+
+    Attributes:
+        variable: name of the variable, "<table>/part_<shard>".
+        num_ids: number of rows of the table.
+        rows: the first id and the last id + 1 of each range of rows of the piece.
+    """
+
+    variable: str
+    num_ids: int
+    rows: list[tuple[int, int]]
+
+
+class RowRanges(NamedTuple):
+    """Where the rows of a table lie.
+
+    Range r has the ids first_ids[r] to first_ids[r + 1] - 1. It lies in shard shards[r], behind the ranges before it
+    that lie there too.
+
+    Attributes:
+        first_ids: [ranges + 1], from 0 to the number of ids.
+        shards: [ranges], from 0.
+    """
+
+    first_ids: list[int]
+    shards: list[int]
+
+    def of_shard(self, shard: int) -> list[tuple[int, int]]:
+        """Returns the first id and the last id + 1 of each range of a shard, in the order of its rows."""
+        ranges = zip(itertools.pairwise(self.first_ids), self.shards, strict=True)
+        return [ids for ids, owner in ranges if owner == shard]
+
+    def shifts(self) -> list[int]:
+        """Returns the id of each range less its row in the shard, [ranges]."""
+        next_rows = dict.fromkeys(self.shards, 0)
+        shifts = []
+        for (begin, end), shard in zip(itertools.pairwise(self.first_ids), self.shards, strict=True):
+            shifts.append(begin - next_rows[shard])
+            next_rows[shard] += end - begin
+        return shifts
+
+
+def spread_rows(num_ids: int, num_shards: int, begins: Sequence[int] = (0,)) -> RowRanges:
+    """Spreads the rows of a table so that each shard has as many rows as the others, and as many look-ups.
+
+    The most frequent ids of a part of the table are dealt out one by one, the next ones by twos, then by fours, and so
+    on: `num_shards` pieces of each size, of which each shard gets one. So there are few ranges, and a checkpoint can
+    have the rows in the order of ids. Ids are taken to follow Zipf's law. Of the pieces of a size, the most frequent
+    goes to the shard with the fewest look-ups so far.
+
+    Args:
+        num_ids: number of rows.
+        num_shards: number of shards, at least 1.
+        begins: the first ids of the parts of the table, ascending from 0; ids go by frequency within each part.
+
+    Raises:
+        ValueError: `begins` does not ascend from 0, or exceeds `num_ids`.
+    """
+    if not begins or begins[0] != 0 or list(begins) != sorted(begins) or begins[-1] > num_ids:
+        raise ValueError(f"begins is {list(begins)}, expected ascending ids from 0 to {num_ids}")
+    if num_shards == 1:
+        return RowRanges([0, num_ids], [0])
+    first_ids: list[int] = []
+    shards: list[int] = []
+    # Only sums, products and quotients, which are the same on every machine.
+    loads = [0.0] * num_shards
+    for begin, end in itertools.pairwise([*begins, num_ids]):
+        sizes = [0.0] * num_shards
+        at, size = begin, 1
+        while at < end:
+            last = min(end, at + size * num_shards)
+            cuts = [at + (last - at) * i // num_shards for i in range(num_shards + 1)]
+            pieces = [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
+            least = sorted(range(num_shards), key=lambda shard: (loads[shard] + sizes[shard], shard))
+            for (a, b), shard in zip(pieces, least, strict=False):
+                first_ids.append(a)
+                shards.append(shard)
+                sizes[shard] += (b - a) / ((a + b + 1) / 2 - begin)
+            at, size = last, 2 * size
+        # A text has about as many ids of one part as of another.
+        total = sum(sizes) or 1.0
+        loads = [load + size / total for load, size in zip(loads, sizes, strict=True)]
+    return RowRanges([*first_ids, num_ids], shards)
+
+
+class _Range(NamedTuple):
+    """What TensorFlow's initializers of a part of a variable are told."""
+
+    full_shape: list[int]
+    var_offset: list[int]
+
+
+def _initializer(
+    initializer: Callable[..., tf.Tensor] | None, num_ids: int, dim: int, rows: Sequence[tuple[int, int]]
+) -> Callable[..., tf.Tensor]:
+    """Returns the initializer of a table, or of a piece that has some of its rows."""
+    if initializer is None:
+        return v1.random_uniform_initializer(-(dim**-0.5), dim**-0.5)
+    if rows == [(0, num_ids)]:
+        return initializer
+
+    def of_ranges(shape: Sequence[int], dtype: tf.DType, partition_info: None = None) -> tf.Tensor:
+        parts = [
+            initializer([end - begin, dim], dtype=dtype, partition_info=_Range([num_ids, dim], [begin, 0]))
+            for begin, end in rows
+        ]
+        return tf.concat(parts, 0)
+
+    return of_ranges
 
 
 class GreedyBySize:
@@ -438,13 +585,17 @@ def _to_ps(gradient: tf.Tensor, variable: tf.Variable) -> tf.Tensor:
 class _Fused:
     """The implementation with our ops: each call sends one packed array of ids to each shard."""
 
-    def __init__(self, variables: list[tf.Variable], initial_accumulator: float, decay: float, exclusive: bool):
+    def __init__(
+        self,
+        variables: list[tf.Variable],
+        ranges: RowRanges,
+        initial_accumulator: float,
+        decay: float,
+        exclusive: bool,
+    ):
         self._ops = ops.load()
         self._variables, self._initial_accumulator, self._exclusive = variables, initial_accumulator, exclusive
-        self._decay = decay
-        self._first_rows = [0]
-        for variable in variables:
-            self._first_rows.append(self._first_rows[-1] + int(variable.shape[0]))
+        self._ranges, self._decay = ranges, decay
         self._packed: list[list[tf.Tensor]] = []  # for each output, the packed ids for each shard
         self._accumulators: list[tf.Variable] = []
 
@@ -454,7 +605,8 @@ class _Fused:
             row_splits=[tokens.row_splits for tokens in lists],
             weights=weights or [],
             num_shards=len(self._variables),
-            first_rows=self._first_rows,
+            first_rows=self._ranges.first_ids,
+            shards=self._ranges.shards,
         )
         self._packed.append(packed)
         sums = []
@@ -497,8 +649,8 @@ class _Fused:
 class _Stock:
     """The implementation with TensorFlow's ops, which run on the tables' devices, gradients included."""
 
-    def __init__(self, variables: list[tf.Variable], initial_accumulator: float):
-        self._variables, self._initial_accumulator = variables, initial_accumulator
+    def __init__(self, variables: list[tf.Variable], ranges: RowRanges, initial_accumulator: float):
+        self._variables, self._ranges, self._initial_accumulator = variables, ranges, initial_accumulator
 
     def sums(self, lists: Sequence[Tokens], weights: Sequence[tf.Tensor] | None) -> tf.Tensor:
         values = tf.concat([tokens.values for tokens in lists], 0)
@@ -507,12 +659,14 @@ class _Stock:
         weight = None if weights is None else tf.concat(weights, 0)
         if len(self._variables) == 1:
             return self._sum(self._variables[0], values, row_splits, weight)
-        # Find the shard of each id; then, for each shard, its ids and how many of them each text has.
-        last_rows = tf.cumsum([int(variable.shape[0]) for variable in self._variables])[:-1]
-        shards = tf.searchsorted(last_rows, values, side="right")
+        # Find the shard and the row of each id; then, for each shard, its ids and how many of them each text has.
+        found = tf.searchsorted(self._ranges.first_ids, values, side="right") - 1
+        # An id that is too large is in the last range, and out of the rows of its shard.
+        found = tf.minimum(found, len(self._ranges.shards) - 1)
+        shards = tf.gather(self._ranges.shards, found)
+        rows = values - tf.gather(self._ranges.shifts(), found)
         segments = tf.ragged.row_splits_to_segment_ids(row_splits)
         sums = []
-        first_row = 0
         for i, variable in enumerate(self._variables):
             own = tf.where(tf.equal(shards, i))[:, 0]
             in_text = tf.math.unsorted_segment_sum(
@@ -521,12 +675,11 @@ class _Stock:
             sums.append(
                 self._sum(
                     variable,
-                    tf.gather(values, own) - first_row,
+                    tf.gather(rows, own),
                     tf.concat([[0], tf.cumsum(in_text)], 0),
                     None if weight is None else tf.gather(weight, own),
                 )
             )
-            first_row += int(variable.shape[0])
         return tf.add_n(sums)
 
     def _sum(
@@ -557,27 +710,48 @@ class _Stock:
         return []
 
 
-class _Snapshot(saveable_object.SaveableObject):
-    """Saves a table and its accumulator by one op, which reads both under their locks."""
+class _Rows(saveable_object.SaveableObject):
+    """Saves variables of one piece of a table, each as slices of the table in a checkpoint."""
+
+    def __init__(self, *variables: tf.Variable):
+        self._variables = variables
+        specs = []
+        with tf.device(variables[0].device):
+            for variable, value in zip(variables, self._values(), strict=True):
+                name, piece = name_in_checkpoint(variable), _piece_of(variable)
+                if piece is None:
+                    specs.append(saveable_object.SaveSpec(value, "", name, variable.dtype, variable.device))
+                    continue
+                sizes = [end - begin for begin, end in piece.rows]
+                for (begin, _), size, part in zip(piece.rows, sizes, tf.split(value, sizes), strict=True):
+                    dim = int(variable.shape[1])
+                    where = f"{piece.num_ids} {dim} {begin},{size}:0,{dim}"
+                    specs.append(saveable_object.SaveSpec(part, where, name, variable.dtype, variable.device))
+        super().__init__(variables[0].handle, specs, variables[0].op.name)
+
+    def _values(self) -> Sequence[tf.Tensor]:
+        return [variable.read_value() for variable in self._variables]
+
+    def restore(self, restored_tensors: Sequence[tf.Tensor], restored_shapes: Any) -> tf.Operation:
+        """Assigns all variables. Raises InvalidArgumentError if the checkpoint has another shape."""
+        parts = len(restored_tensors) // len(self._variables)
+        assigned = []
+        for i, variable in enumerate(self._variables):
+            with tf.device(variable.device):
+                value = tf.concat(restored_tensors[i * parts : (i + 1) * parts], 0)
+                assigned.append(variable.assign(tf.ensure_shape(value, variable.shape), read_value=False))
+        return tf.group(*assigned)
+
+
+class _Snapshot(_Rows):
+    """Saves a table, or a piece of it, and its accumulator by one op, which reads both under their locks."""
 
     def __init__(self, variable: tf.Variable, accumulator: tf.Variable):
         self.pair = (variable, accumulator)
-        with tf.device(variable.device):
-            copies = ops.load().dpsr_embedding_snapshot(variable.handle, accumulator.handle)
-        specs = []
-        for each, copy in zip(self.pair, copies, strict=True):
-            part = each._save_slice_info
-            name, slice_spec = (part.full_name, part.spec) if part else (each.op.name, "")
-            specs.append(saveable_object.SaveSpec(copy, slice_spec, name, each.dtype, each.device))
-        super().__init__(variable.handle, specs, variable.op.name)
+        super().__init__(*self.pair)
 
-    def restore(self, restored_tensors: Sequence[tf.Tensor], restored_shapes: Any) -> tf.Operation:
-        """Assigns both. Raises InvalidArgumentError if the checkpoint has another shape."""
-        assigned = []
-        for variable, value in zip(self.pair, restored_tensors, strict=True):
-            with tf.device(variable.device):
-                assigned.append(variable.assign(tf.ensure_shape(value, variable.shape), read_value=False))
-        return tf.group(*assigned)
+    def _values(self) -> Sequence[tf.Tensor]:
+        return ops.load().dpsr_embedding_snapshot(*(variable.handle for variable in self.pair))
 
 
 @tf.RegisterGradient("DpsrEmbeddingBag")

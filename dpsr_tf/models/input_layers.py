@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import tensorflow as tf
@@ -25,13 +26,13 @@ Initializer = Callable[..., tf.Tensor]
 # The tower that reads the texts of a side.
 _TOWERS = {"user": "query", "item": "item"}
 
-# Makes a table: (name, number of rows, width) -> Table.
-TableFactory = Callable[[str, int, int], Table]
+# Makes a table: (name, number of rows, width, begins=the first rows of its parts) -> Table, as EmbeddingTable does.
+TableFactory = Callable[..., Table]
 
 
-def stock_table(name: str, num_rows: int, dim: int) -> EmbeddingTable:
+def stock_table(name: str, num_rows: int, dim: int, begins: Sequence[int] = (0,)) -> EmbeddingTable:
     """Makes a table of stock ops. Its graph needs no op library, and any optimizer can train it."""
-    return EmbeddingTable(name, num_rows, dim, implementation="stock")
+    return EmbeddingTable(name, num_rows, dim, begins=begins, implementation="stock")
 
 
 class InputLayers:
@@ -68,10 +69,11 @@ class InputLayers:
             for text in (*((None,) if reads_text else ()), *(f for f in chosen if f.kind == "text")):
                 self._text_table(side, text)
                 texts.append((_TOWERS[side], None if text is None else text.name))
-            coded = sum(feature.num_ids for feature in chosen if feature.kind in CODED_KINDS)
+            coded = [feature.num_ids for feature in chosen if feature.kind in CODED_KINDS]
             if coded:
                 # All features of a side share one table, so that a batch needs one lookup, not one for each feature.
-                self._table(f"{side}_feature_embedding", coded, config.feature_dim)
+                begins = list(itertools.accumulate(coded[:-1], initial=0))
+                self._table(f"{side}_feature_embedding", sum(coded), config.feature_dim, begins)
         self._encoder = make_encoder(config, texts)
 
     def item_vector(self, item: ItemFeatures) -> tf.Tensor:
@@ -122,9 +124,9 @@ class InputLayers:
             return self._table(f"{prefix}token_embedding", self.features.num_tokens, self.config.token_dim)
         return self._table(f"{prefix}token_embedding_{feature.vocabulary}", feature.num_ids, self.config.token_dim)
 
-    def _table(self, name: str, num_rows: int, dim: int) -> Table:
+    def _table(self, name: str, num_rows: int, dim: int, begins: Sequence[int] = (0,)) -> Table:
         if name not in self.tables:
-            self.tables[name] = self._make_table(name, num_rows, dim)
+            self.tables[name] = self._make_table(name, num_rows, dim, begins=begins)
         return self.tables[name]
 
 

@@ -103,7 +103,7 @@ class Rewriter:
         config: Config,
         spec: SequenceSpec,
         pieces: np.ndarray,
-        table: Callable[[str, int, int], EmbeddingTable] = stock_table,
+        table: Callable[..., EmbeddingTable] = stock_table,
         layers: Layers = STOCK,
         step: tf.Tensor | None = None,
     ):
@@ -119,7 +119,7 @@ class Rewriter:
         """
         self.config, self.spec, self.dim = config.rewriter, spec, config.model.token_dim
         self._kernels, self._seed, self._step, self._drops = layers, config.train.seed, step, 0
-        self._table = table("word_embedding", spec.num_words + spec.num_pieces, self.dim)
+        self._table = table("word_embedding", spec.num_words + spec.num_pieces, self.dim, begins=(0, spec.num_words))
         self.tables = {"word_embedding": self._table}
         self._pieces = pieces.astype(np.int32)
 

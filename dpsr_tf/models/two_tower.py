@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -85,8 +86,8 @@ class TwoTower(InputLayers):
         self.norms: dict[str, tf.Tensor] = {}
         self._graph: GraphEncoder | None = None
         if config.graph_fan_out:
-            rows = sum(attribute.num_ids for attribute in self.features.graph)
-            values = self._table(VALUES, rows, config.token_dim) if rows else None
+            *begins, rows = itertools.accumulate((attribute.num_ids for attribute in self.features.graph), initial=0)
+            values = self._table(VALUES, rows, config.token_dim, begins) if rows else None
             self._graph = GraphEncoder(config, self.features.graph, self.encode, values, layers)
 
     def query_embedding(self, query: QueryFeatures | Tokens) -> tf.Tensor:

@@ -76,24 +76,51 @@ Status Check(const TokenLists& list, int64_t num_ids) {
 
 }  // namespace
 
-Status PackTokens(const std::vector<TokenLists>& lists, const std::vector<int64_t>& first_rows,
+Status RowRanges::Make(const std::vector<int64_t>& first_ids, const std::vector<int64_t>& shards, int num_shards,
+                       RowRanges* ranges) {
+  if (first_ids.size() < 2 || first_ids[0] != 0 || !std::is_sorted(first_ids.begin(), first_ids.end()) ||
+      first_ids.back() > std::numeric_limits<int32_t>::max()) {
+    return MakeStatus(StatusCode::kInvalidArgument, "first_rows has ", first_ids.size(),
+                      " numbers, expected ascending ones from 0 to the number of ids, at most 2^31 - 1");
+  }
+  const size_t num_ranges = first_ids.size() - 1;
+  if (shards.empty() ? static_cast<int64_t>(num_ranges) != num_shards : shards.size() != num_ranges) {
+    return MakeStatus(StatusCode::kInvalidArgument, "first_rows has ", first_ids.size(), " numbers, and shards ",
+                      shards.size(), "; expected one number more than the ", shards.empty() ? num_shards : shards.size(),
+                      " shards of the ranges");
+  }
+  *ranges = RowRanges();
+  ranges->num_shards_ = num_shards;
+  ranges->first_ids_ = first_ids;
+  std::vector<int64_t> num_rows(num_shards);
+  for (size_t range = 0; range < num_ranges; ++range) {
+    const int64_t shard = shards.empty() ? range : shards[range];
+    if (shard < 0 || shard >= num_shards) {
+      return MakeStatus(StatusCode::kInvalidArgument, "range ", range, " is in shard ", shard, ", expected 0 to ",
+                        num_shards - 1);
+    }
+    ranges->shards_.push_back(static_cast<int>(shard));
+    ranges->shifts_.push_back(static_cast<int32_t>(first_ids[range] - num_rows[shard]));
+    num_rows[shard] += first_ids[range + 1] - first_ids[range];
+  }
+  return Status();
+}
+
+Status PackTokens(const std::vector<TokenLists>& lists, const RowRanges& ranges,
                   const std::function<int32_t*(int, int64_t)>& allocate) {
-  const int num_shards = first_rows.size() - 1;
-  auto shard_of = [&](int32_t id) {
-    return num_shards == 1 ? 0 : std::upper_bound(first_rows.begin(), first_rows.end(), id) - first_rows.begin() - 1;
-  };
+  const int num_shards = ranges.num_shards();
   std::vector<int64_t> counts(num_shards);
   int64_t num_texts = 0, num_values = 0;
   bool one_per_text = num_shards == 1;
   for (const TokenLists& list : lists) {
-    DPSR_RETURN_IF_ERROR(Check(list, first_rows.back()));
+    DPSR_RETURN_IF_ERROR(Check(list, ranges.num_ids()));
     for (int64_t text = 0; one_per_text && text < list.num_texts; ++text) {
       one_per_text = list.row_splits[text + 1] == text + 1;
     }
     num_texts += list.num_texts;
     num_values += list.num_values;
     if (num_shards > 1) {
-      for (int64_t i = 0; i < list.num_values; ++i) ++counts[shard_of(list.values[i])];
+      for (int64_t i = 0; i < list.num_values; ++i) ++counts[ranges.Find(list.values[i]).shard];
     }
   }
   if (num_shards == 1) counts[0] = num_values;
@@ -119,10 +146,10 @@ Status PackTokens(const std::vector<TokenLists>& lists, const std::vector<int64_
   for (const TokenLists& list : lists) {
     for (int64_t text = 0; text < list.num_texts; ++text) {
       for (int64_t i = list.row_splits[text]; i < list.row_splits[text + 1]; ++i) {
-        const int shard = shard_of(list.values[i]);
-        Writer& writer = writers[shard];
+        const RowRanges::Place place = ranges.Find(list.values[i]);
+        Writer& writer = writers[place.shard];
         if (weighted) std::memcpy(writer.weights + writer.n, list.weights + i, sizeof(float));
-        writer.rows[writer.n++] = list.values[i] - static_cast<int32_t>(first_rows[shard]);
+        writer.rows[writer.n++] = place.row;
       }
       if (one_per_text) continue;
       for (Writer& writer : writers) *writer.ends++ = writer.n;

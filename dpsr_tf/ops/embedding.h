@@ -6,6 +6,7 @@
 #ifndef DPSR_DPSR_TF_OPS_EMBEDDING_H_
 #define DPSR_DPSR_TF_OPS_EMBEDDING_H_
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -25,20 +26,51 @@ struct TokenLists {
   const float* weights;  // [num_values]; null: every weight is 1
 };
 
-// Writes all texts of `lists`, one list after the other, into one int32 array for each shard of a table. Shard s has
-// the ids first_rows[s] to first_rows[s + 1] - 1. Its array holds every text, with those of its ids that are in the
-// shard. `allocate(shard, size)` returns memory for `size` numbers. The layout of the array:
+// Where the ids of a table lie: in one of several shards, in which row of it.
+class RowRanges {
+ public:
+  struct Place {
+    int shard;
+    int32_t row;
+  };
+
+  // Range r has the ids first_ids[r] to first_ids[r + 1] - 1. It lies in shard shards[r], behind the ranges before it
+  // that lie there too. Without `shards`, range s is shard s. InvalidArgument if the ids do not ascend from 0, if there
+  // are not as many shards as ranges, or if one of them is not 0 to num_shards - 1.
+  static Status Make(const std::vector<int64_t>& first_ids, const std::vector<int64_t>& shards, int num_shards,
+                     RowRanges* ranges);
+
+  int num_shards() const { return num_shards_; }
+  int64_t num_ids() const { return first_ids_.back(); }
+
+  // `id` must be 0 to num_ids() - 1.
+  Place Find(int32_t id) const {
+    if (num_shards_ == 1) return {0, id};
+    const int64_t range = std::upper_bound(first_ids_.begin(), first_ids_.end(), id) - first_ids_.begin() - 1;
+    return {shards_[range], id - shifts_[range]};
+  }
+
+ private:
+  int num_shards_ = 0;
+  std::vector<int64_t> first_ids_;  // [ranges + 1]
+  std::vector<int> shards_;         // [ranges]
+  std::vector<int32_t> shifts_;     // [ranges], id - row
+};
+
+// Writes all texts of `lists`, one list after the other, into one int32 array for each shard of a table. The array of a
+// shard holds every text, with those of its ids that are in the shard. `allocate(shard, size)` returns memory for
+// `size` numbers. The layout of the array:
 //
 //   [0]       number of texts; kOnePerText if each text has exactly one id, and then there is no `ends`
 //   [1]       1 if there are weights, else 0
 //   ends      [texts] position in `rows` where each text ends
-//   rows      [n] id - first_rows[s]
+//   rows      [n] row of each id in the shard
 //   weights   [n] bits of float32, if there are weights
 //
 // Either all lists have weights or none has. InvalidArgument for an id outside of the table and for row splits that do
 // not fit; nothing is allocated then.
 constexpr int32_t kOnePerText = -1;
-Status PackTokens(const std::vector<TokenLists>& lists, const std::vector<int64_t>& first_rows,
+Status PackTokens(const std::vector<TokenLists>& lists, const RowRanges& ranges,
                   const std::function<int32_t*(int shard, int64_t size)>& allocate);
 
 // A packed array that has been checked. Points into it.

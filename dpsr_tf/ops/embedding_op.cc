@@ -105,6 +105,7 @@ REGISTER_OP("DpsrPackTokens")
     .Attr("num_weights: int >= 0")
     .Attr("num_shards: int >= 1")
     .Attr("first_rows: list(int) >= 2")
+    .Attr("shards: list(int) = []")
     .SetShapeFn([](InferenceContext* c) {
       for (int i = 0; i < c->num_inputs(); ++i) {
         ShapeHandle vector;
@@ -118,15 +119,13 @@ class PackTokensOp : public OpKernel {
  public:
   explicit PackTokensOp(OpKernelConstruction* context) : OpKernel(context) {
     int num_shards, num_lists, num_weights;
-    OP_REQUIRES_OK(context, context->GetAttr("first_rows", &first_rows_));
+    std::vector<int64_t> first_rows, shards;
+    OP_REQUIRES_OK(context, context->GetAttr("first_rows", &first_rows));
+    OP_REQUIRES_OK(context, context->GetAttr("shards", &shards));
     OP_REQUIRES_OK(context, context->GetAttr("num_shards", &num_shards));
     OP_REQUIRES_OK(context, context->GetAttr("num_lists", &num_lists));
     OP_REQUIRES_OK(context, context->GetAttr("num_weights", &num_weights));
-    OP_REQUIRES(context, static_cast<int>(first_rows_.size()) == num_shards + 1,
-                errors::InvalidArgument("first_rows has ", first_rows_.size(), " numbers, expected num_shards + 1 = ",
-                                        num_shards + 1));
-    OP_REQUIRES(context, first_rows_.front() == 0 && std::is_sorted(first_rows_.begin(), first_rows_.end()),
-                errors::InvalidArgument("first_rows is not ascending from 0"));
+    OP_REQUIRES_OK(context, ToTensorFlow(RowRanges::Make(first_rows, shards, num_shards, &ranges_)));
     OP_REQUIRES(context, num_weights == 0 || num_weights == num_lists,
                 errors::InvalidArgument(num_weights, " weights for ", num_lists, " lists, expected as many or none"));
   }
@@ -154,7 +153,7 @@ class PackTokensOp : public OpKernel {
     }
     tensorflow::Status allocated;
     std::vector<int32> nowhere;
-    OP_REQUIRES_OK(context, ToTensorFlow(PackTokens(lists, first_rows_, [&](int shard, int64_t size) -> int32* {
+    OP_REQUIRES_OK(context, ToTensorFlow(PackTokens(lists, ranges_, [&](int shard, int64_t size) -> int32* {
                      Tensor* tensor = nullptr;
                      allocated.Update(packed.allocate(shard, TensorShape({size}), &tensor));
                      if (tensor != nullptr) return tensor->flat<int32>().data();
@@ -165,7 +164,7 @@ class PackTokensOp : public OpKernel {
   }
 
  private:
-  std::vector<int64_t> first_rows_;
+  RowRanges ranges_;
 };
 REGISTER_KERNEL_BUILDER(Name("DpsrPackTokens").Device(DEVICE_CPU), PackTokensOp);
 

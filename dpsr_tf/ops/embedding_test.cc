@@ -25,10 +25,14 @@ struct Lists {
 
 using Arrays = std::map<int, std::vector<int32_t>>;
 
-Status Pack(const std::vector<Lists>& lists, const std::vector<int64_t>& first_rows, Arrays* packed) {
+// `shards` is the shard of each range; each range is a shard if it is empty.
+Status Pack(const std::vector<Lists>& lists, const std::vector<int64_t>& first_rows, Arrays* packed,
+            const std::vector<int64_t>& shards = {}, int num_shards = 0) {
   std::vector<TokenLists> views;
   for (const Lists& list : lists) views.push_back(list.View());
-  return PackTokens(views, first_rows, [&](int shard, int64_t size) {
+  RowRanges ranges;
+  DPSR_RETURN_IF_ERROR(RowRanges::Make(first_rows, shards, shards.empty() ? first_rows.size() - 1 : num_shards, &ranges));
+  return PackTokens(views, ranges, [&](int shard, int64_t size) {
     (*packed)[shard].assign(size, -99);
     return (*packed)[shard].data();
   });
@@ -82,6 +86,36 @@ TEST(PackTokensTest, EachShardGetsItsIdsOfEveryText) {
   EXPECT_EQ(third.end(0), 1);
   EXPECT_EQ(third.end(1), 1);
   EXPECT_EQ(third.end(2), 3);
+}
+
+TEST(PackTokensTest, AShardHasSeveralRangesOneBehindTheOther) {
+  // Shard 0: ids 0, 1, 5, 6, 7. Shard 1: ids 4 and 8. Shard 2: ids 2 and 3. Range 3 is empty.
+  Arrays packed;
+  const std::vector<int64_t> first_rows = {0, 2, 4, 5, 5, 8, 9}, shards = {0, 2, 1, 2, 0, 1};
+  ASSERT_TRUE(Pack({{{0, 1, 2, 3, 4, 5, 6, 7, 8}, {0, 9}, {}}}, first_rows, &packed, shards, 3).ok());
+  EXPECT_EQ(packed, (Arrays{{0, {1, 0, 5, 0, 1, 2, 3, 4}}, {1, {1, 0, 2, 0, 1}}, {2, {1, 0, 2, 0, 1}}}));
+}
+
+TEST(PackTokensTest, RefusesRangesThatDoNotFit) {
+  struct Case {
+    std::string message;
+    std::vector<int64_t> first_rows, shards;
+  };
+  const std::vector<Case> cases = {
+      {"expected ascending ones from 0", {1, 4}, {0}},
+      {"expected ascending ones from 0", {0, 4, 3}, {0, 1}},
+      {"expected ascending ones from 0", {0}, {0}},
+      {"at most 2^31 - 1", {0, int64_t{1} << 31}, {0}},
+      {"first_rows has 3 numbers, and shards 1", {0, 4, 8}, {0}},
+      {"range 1 is in shard 2, expected 0 to 1", {0, 4, 8}, {0, 2}},
+      {"range 0 is in shard -1, expected 0 to 1", {0, 4, 8}, {-1, 0}},
+  };
+  for (const Case& each : cases) {
+    Arrays packed;
+    const Status status = Pack({{{}, {0}, {}}}, each.first_rows, &packed, each.shards, 2);
+    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
+    EXPECT_NE(status.message().find(each.message), std::string::npos) << status.message();
+  }
 }
 
 TEST(PackTokensTest, RefusesIdsAndSplitsThatDoNotFit) {

@@ -44,8 +44,8 @@ from dpsr_tf.training.optimizers import dense_optimizer, rate_factor
 
 v1 = tf.compat.v1
 
-# Makes a table: (name, number of rows, width).
-_Tables = Callable[[str, int, int], EmbeddingTable]
+# Makes a table: (name, number of rows, width, begins=the first rows of its parts).
+_Tables = Callable[..., EmbeddingTable]
 # Number of checkpoints that are kept.
 _CHECKPOINTS = 3
 SUMMARY_STEPS = 100

@@ -19,7 +19,7 @@ import tensorflow as tf
 from dpsr_common.errors import CommandError, UsageError, op_message
 from dpsr_tf.config import Config, ModelConfig
 from dpsr_tf.data.code_book import CodeBook
-from dpsr_tf.models.embedding import name_in_checkpoint
+from dpsr_tf.models.embedding import name_in_checkpoint, rows_of
 from dpsr_tf.models.features import CODED_KINDS, Feature, FeatureSpec
 from dpsr_tf.models.graph_encoder import VALUES
 from dpsr_tf.models.model_directory import ModelDirectory
@@ -125,7 +125,7 @@ class WarmStart:
         taken = set()
         # Pieces of a table stand together, so that each variable of the old model is read once.
         source, values = None, np.zeros(0)
-        for loader in sorted(loaders, key=lambda loader: (loader.name, loader.first_row)):
+        for loader in sorted(loaders, key=lambda loader: loader.name):
             base, name = _sources(loader.name, trained, reader, self.keeps_sums)
             if name is None or name not in shapes:
                 continue
@@ -155,21 +155,19 @@ class _Loader:
 
     Attributes:
         name: the name in a checkpoint; pieces of a table have the same.
-        first_row: the first row of a piece.
         shape: shape of the variable.
         is_trained: whether it is a weight.
     """
 
     def __init__(self, variable: tf.Variable):
-        part = variable._get_save_slice_info()
         self.name = name_in_checkpoint(variable)
-        self.first_row = part.var_offset[0] if part else 0
         self.shape = variable.shape.as_list()
         self.is_trained = any(variable is other for other in v1.trainable_variables())
         with tf.device(variable.device):
             self._value = v1.placeholder(variable.dtype, variable.shape)
             self._assign = v1.assign(variable, self._value, name="warm_start").op
             if len(self.shape) == 2:
+                self._ranges = rows_of(variable)
                 self._rows = v1.placeholder(tf.int64, [None])
                 self._values = v1.placeholder(variable.dtype, [None, self.shape[1]])
                 self._update = tf.raw_ops.ResourceScatterUpdate(
@@ -181,7 +179,7 @@ class _Loader:
         if rows is None:
             session.run(self._assign, {self._value: old})
             return
-        mine = rows[self.first_row : self.first_row + self.shape[0]]
+        mine = np.concatenate([rows[begin:end] for begin, end in self._ranges])
         known = np.flatnonzero(mine >= 0)
         for begin in range(0, len(known), _CHUNK):
             chunk = known[begin : begin + _CHUNK]

@@ -19,7 +19,16 @@ import tensorflow as tf
 
 from dpsr_tf import ops
 from dpsr_tf.data.examples_dataset import Tokens
-from dpsr_tf.models.embedding import EmbeddingTable, GreedyBySize, half_on_wire, minimize, saver
+from dpsr_tf.models.embedding import (
+    EmbeddingTable,
+    GreedyBySize,
+    average,
+    half_on_wire,
+    minimize,
+    rows_of,
+    saver,
+    spread_rows,
+)
 
 v1 = tf.compat.v1
 Texts = list[list[int]]
@@ -52,7 +61,16 @@ def values(opened: Any, suffix: str = "") -> np.ndarray:
         for variable in v1.global_variables()
         if variable.op.name.endswith("Adagrad") == bool(suffix) and variable.op.name.startswith("table")
     ]
-    return np.concatenate(opened.run(sorted(parts, key=lambda variable: variable.name)))
+    pieces = opened.run(parts)
+    whole = np.full((sum(map(len, pieces)), pieces[0].shape[1]), np.nan, np.float32)
+    for variable, piece in zip(parts, pieces, strict=True):
+        whole[ids_of(variable)] = piece
+    return whole
+
+
+def ids_of(variable: Any) -> np.ndarray:
+    """The ids of the rows of a piece of a table, in their order."""
+    return np.concatenate([np.arange(begin, end) for begin, end in rows_of(variable)])
 
 
 def pooled(table: np.ndarray, texts: Texts, weights: Sequence[float] | None, combiner: str) -> np.ndarray:
@@ -370,6 +388,7 @@ def test_checkpoints_of_a_table_in_training_are_consistent(placement, num_shards
             for thread in threads:
                 thread.join()
             final = values(opened, "/Adagrad")
+        pieces = [ids_of(variable) for variable in table.variables]
     # Adding 1 to 0.1 in float32, again and again.
     accumulators = np.cumsum(np.r_[np.float32(0.1), np.ones(len(done), np.float32)], dtype=np.float32)
     rows = np.r_[np.float32(0), -np.cumsum(1 / np.sqrt(accumulators[1:]), dtype=np.float32)]
@@ -378,7 +397,7 @@ def test_checkpoints_of_a_table_in_training_are_consistent(placement, num_shards
     for path in paths:
         reader = tf.train.load_checkpoint(path)
         table_rows, accumulator = reader.get_tensor("table"), reader.get_tensor("table/Adagrad")
-        for piece in np.array_split(np.arange(num_ids), num_shards):
+        for piece in pieces:
             done = np.unique(accumulator[piece])
             assert len(done) == 1, (path, done)
             count = int(np.abs(accumulators - done[0]).argmin())
