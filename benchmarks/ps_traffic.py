@@ -11,6 +11,7 @@ by Zipf's law (and uniformly) from two tables of 200,000 rows and 64 dimensions,
     fused    our ops (EmbeddingTable, the default)
     half     fused, with the towers' weights as 16-bit numbers on the wire (half_on_wire)
     shared   fused, with one table for both texts, as `dpsr train` has by default (model.share_text_table)
+    rows     shared, with half of the rows on each ps (cluster.placement: rows)
     dense    the towers alone, on vectors that the worker has: the traffic without embeddings
 
 Bytes are the bytes that TCP delivered on the connections between these three processes, in both directions (`ss -ti`),
@@ -55,7 +56,7 @@ v1 = tf.compat.v1
 NUM_IDS, DIM, HIDDEN, MARGIN, LEARNING_RATE = 200_000, 64, (256, 128), 0.1, 0.01
 TOKENS = (20, 30)  # of a query and of a title
 LOCAL_TOKENS, LOCAL_NEGATIVES = (10, 30), 64
-CLUSTER = ("dense", "stock", "placed", "fused", "half", "shared")
+CLUSTER = ("dense", "stock", "placed", "fused", "half", "shared", "rows")
 BATCHES = 32  # number of different batches, used in turn
 
 
@@ -161,8 +162,11 @@ def step_of(impl: str, workload: Workload, seed: int) -> tuple[tf.Operation, tf.
                    for tokens, count in zip(texts, workload.texts, strict=True)]  # fmt: skip
     else:
         kind = "stock" if impl == "placed" else "fused"
-        distinct = ("text_table",) if impl == "shared" else names
-        tables = [EmbeddingTable(name, NUM_IDS, DIM, initializer=initializer, implementation=kind) for name in distinct]
+        distinct = ("text_table",) if impl in ("shared", "rows") else names
+        layout: dict[str, Any] = {"implementation": kind, "initializer": initializer}
+        if impl == "rows":
+            layout = {"placement": "rows", "num_shards": 2}
+        tables = [EmbeddingTable(name, NUM_IDS, DIM, **layout) for name in distinct]
         vectors = [tables[at % len(tables)].bag(tokens) for at, tokens in enumerate(texts)]
     getter = half_on_wire if impl == "half" else None
     with v1.variable_scope(v1.get_variable_scope(), custom_getter=getter):
@@ -304,7 +308,7 @@ def measure_cluster(result: report.Report, cluster: Cluster, workload: Workload,
         totals[impl] = usage.up + usage.down
         for metric, value in (("to_ps", usage.up), ("to_worker", usage.down), ("total", totals[impl])):
             result.add(impl, workload.name, f"{metric}_bytes", value, "bytes/step")
-        if impl in ("stock", "placed", "fused", "shared"):
+        if impl in ("stock", "placed", "fused", "shared", "rows"):
             of_embedding = totals[impl] - totals["dense"]
             result.add(impl, workload.name, "embedding_bytes", of_embedding, "bytes/step")
         if impl != "dense":

@@ -103,8 +103,8 @@ class EmbeddingTable:
             name: name of the variable.
             num_ids: number of rows, at least 1.
             dim: width, at least 1.
-            initializer: initializer of the table; by default uniform within +-1 / sqrt(dim). For "rows" it is called for
-                each range of ids, and gets its first id as `partition_info.var_offset[0]`.
+            initializer: initializer of the table; by default uniform within +-1 / sqrt(dim). For "rows" it is called
+                for each range of ids, and gets its first id as `partition_info.var_offset[0]`.
             placement: "whole" or "rows".
             num_shards: number of pieces for "rows", usually the number of ps; num_ids if it is larger than that.
             begins: for "rows", the first ids of the parts of the table, ascending from 0. Within a part, ids go by
