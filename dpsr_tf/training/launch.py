@@ -1,4 +1,4 @@
-"""`dpsr launch`: trains on a cluster of processes on this machine.
+"""`dpsr launch`: trains on a cluster of processes, on this machine or on a list of hosts.
 
 It does the work of a cluster manager. It gives each process its TF_CONFIG and restarts processes that were killed:
 a worker continues where the others are, and a parameter server's variables come back from the last checkpoint. When the
@@ -24,14 +24,17 @@ from absl import flags
 
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_tf.models.model_directory import ModelDirectory
-from dpsr_tf.training import train
+from dpsr_tf.training import kubernetes, train
+from dpsr_tf.training.ssh_hosts import SSH_FAILED, SshHosts
 from dpsr_tf.training.validation import Validation
 
 USAGE = """
 Usage: dpsr launch --workers=N --ps=N --store=STORE --out=MODEL [--config=FILE] [--set=KEY=VALUE ...]
 
-Runs `dpsr train` as a cluster of processes on this machine: workers (the first one is the chief), parameter servers,
-and an evaluator if the config asks for validation. Processes that are killed are restarted.
+Runs `dpsr train` as a cluster of processes: workers (the first one is the chief), parameter servers, and an evaluator
+if the config asks for validation. Processes that are killed are restarted. They run on this machine; with
+--hosts=HOST,HOST,... on these hosts, over ssh. With --kubernetes it starts nothing and prints what `kubectl apply -f -`
+takes.
 """
 
 REQUIRED_FLAGS = train.REQUIRED_FLAGS
@@ -39,18 +42,46 @@ REQUIRED_FLAGS = train.REQUIRED_FLAGS
 # Seconds that a process has to end after SIGTERM.
 _GRACE = 15.0
 _POLL = 0.2
+# Seconds between two starts over ssh. A server of ssh refuses some of many that come at once.
+_BETWEEN_STARTS = 0.2
 # Seconds between the printed lines of a progress bar.
 _PROGRESS = 10.0
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Flags of `dpsr launch`: the flags of `dpsr train`, and the size of the cluster."""
+    """Flags of `dpsr launch`: the flags of `dpsr train`, the size of the cluster, and where it runs."""
     train.define_flags(values)
     flags.DEFINE_integer("workers", 2, "number of training processes, including the chief", 1, flag_values=values)
     flags.DEFINE_integer("ps", 1, "number of parameter servers", 1, flag_values=values)
     flags.DEFINE_integer(
         "max_restarts", 10, "number of restarts of killed processes, all processes together", 0, flag_values=values
     )
+    flags.DEFINE_list(
+        "hosts",
+        [],
+        "hosts that the processes run on, one after the other, as ssh takes them: HOST or USER@HOST. All of them, and "
+        "this machine, see store, config and model under the same paths; by default the processes run on this machine",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "ssh", "ssh", "for --hosts, the command that reaches a host, such as 'ssh -F FILE'", flag_values=values
+    )
+    flags.DEFINE_string(
+        "remote_python",
+        sys.executable,
+        "for --hosts, path of the Python on the hosts that DPSR is installed for; by default the path of this one",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "port",
+        2222,
+        "for --hosts, the port of the first process; each other one listens on the next. For --kubernetes, the port of "
+        "all pods",
+        1,
+        65535,
+        flag_values=values,
+    )
+    kubernetes.define_flags(values)
 
 
 def run(values: flags.FlagValues, arguments: list[str]) -> int:
@@ -59,6 +90,9 @@ def run(values: flags.FlagValues, arguments: list[str]) -> int:
         raise UsageError(
             "TF_CONFIG is set, but `dpsr launch` makes one for each process; unset it, or run `dpsr train`"
         )
+    if values.kubernetes:
+        sys.stdout.write(kubernetes.manifests(values, _command(values)))
+        return 0
     # Errors in flags, store, config or model are reported here, once, before any process starts.
     store, config, _ = train.read_flags(values)
     model = ModelDirectory.create_or_resume(values.out, config, store, train.numbers_of(store, config))
@@ -67,13 +101,21 @@ def run(values: flags.FlagValues, arguments: list[str]) -> int:
     if config.validation.queries:
         Validation(model, store, config)
         tasks.append(("evaluator", 0))
+    hosts = None
+    if values.hosts:
+        hosts = SshHosts.of_flags(values.hosts, values.ssh, values.remote_python, values.port, len(tasks))
+    with _ended_by_signals(), _Processes(tasks, _command(values), values.max_restarts, hosts) as processes:
+        return processes.run()
+
+
+def _command(values: flags.FlagValues) -> list[str]:
+    """Returns the arguments of `dpsr` in every process."""
     command = ["train", f"--store={values.store}", f"--out={values.out}", *(f"--set={value}" for value in values.set)]
     if values.config:
         command.append(f"--config={values.config}")
     if values.warm_start:
         command += [f"--warm_start={values.warm_start}", f"--warm_start_sums={values.warm_start_sums}"]
-    with _ended_by_signals(), _Processes(tasks, command, values.max_restarts) as processes:
-        return processes.run()
+    return command
 
 
 class _Failed(CommandError):
@@ -87,14 +129,19 @@ class _Failed(CommandError):
 class _Processes:
     """The processes of the cluster, as a context manager that ends all of them on leaving."""
 
-    def __init__(self, tasks: list[tuple[str, int]], arguments: list[str], max_restarts: int):
-        self._arguments, self._restarts_left = arguments, max_restarts
-        ports = free_ports(len(tasks))
+    def __init__(
+        self, tasks: list[tuple[str, int]], arguments: list[str], max_restarts: int, hosts: SshHosts | None = None
+    ):
+        self._arguments, self._restarts_left, self._hosts = arguments, max_restarts, hosts
+        if hosts is None:
+            addresses = [f"127.0.0.1:{port}" for port in free_ports(len(tasks))]
+        else:
+            addresses = [hosts.address(number) for number in range(len(tasks))]
         self._cluster: dict[str, list[str]] = {}
-        for (kind, _), port in zip(tasks, ports, strict=True):
+        for (kind, _), address in zip(tasks, addresses, strict=True):
             if kind == "evaluator":  # nobody connects to it
                 continue
-            self._cluster.setdefault(kind, []).append(f"127.0.0.1:{port}")
+            self._cluster.setdefault(kind, []).append(address)
         self._tasks = tasks
         self._running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
         self._printers: list[threading.Thread] = []
@@ -111,6 +158,7 @@ class _Processes:
         """Runs until every worker is done. Raises CommandError if one fails."""
         for task in self._tasks:
             self._start(task)
+            time.sleep(_BETWEEN_STARTS if self._hosts else 0)
         while any(kind != "ps" for kind, _ in self._running):
             time.sleep(_POLL)
             for task in list(self._running):
@@ -118,6 +166,12 @@ class _Processes:
                 if status is None:
                     continue
                 del self._running[task]
+                if self._hosts is not None and status == SSH_FAILED:
+                    self._end(list(self._running))
+                    host = self._hosts.host(self._tasks.index(task))
+                    raise _Failed(f"{_name(task)}: ssh to {host} failed; see its message above", 1)
+                if self._hosts is not None and status > 128 and status != train.LostError.status:
+                    status = 128 - status  # as the status of a process here that a signal ended
                 if status == 0 and task[0] != "ps":
                     continue
                 # A command that failed has said why and would fail again. A process that was killed, or that lost
@@ -137,14 +191,19 @@ class _Processes:
     def _start(self, task: tuple[str, int]) -> None:
         kind, index = task
         config = {"cluster": self._cluster, "task": {"type": kind, "index": index}}
-        command = [sys.executable, "-m", "dpsr_common", *self._arguments]
+        environment = dict(os.environ)
+        if self._hosts is None:
+            command = [sys.executable, "-m", "dpsr_common", *self._arguments]
+            environment["TF_CONFIG"] = json.dumps(config)
+        else:
+            command = self._hosts.command(self._tasks.index(task), config, self._arguments)
         # A launcher that is killed takes its processes along.
         if (setpriv := shutil.which("setpriv")) is not None:
             command = [setpriv, "--pdeathsig", "KILL", *command]
         process = subprocess.Popen(
             command,
-            env={**os.environ, "TF_CONFIG": json.dumps(config)},
-            stdin=subprocess.DEVNULL,
+            env=environment,
+            stdin=subprocess.DEVNULL if self._hosts is None else subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches the launcher only, which ends its processes
@@ -158,7 +217,10 @@ class _Processes:
     def _end(self, tasks: list[tuple[str, int]]) -> None:
         processes = [self._running.pop(task) for task in tasks]
         for process in processes:
-            process.terminate()
+            if process.stdin is not None:
+                process.stdin.close()  # which ends the process on its host, and then ssh
+            else:
+                process.terminate()
         deadline = time.monotonic() + _GRACE
         for process in processes:
             try:
