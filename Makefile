@@ -43,8 +43,9 @@ DEBIAN_PACKAGES := build-essential cmake ninja-build pkg-config libgrpc++-dev li
 	protobuf-compiler-grpc libnghttp2-dev libutf8proc-dev libxxhash-dev libgtest-dev libssl-dev zlib1g-dev libboost1.74-dev \
 	rapidjson-dev python3-dev python3-venv iproute2
 
-# What tests call: openssl makes certificates, systemd-analyze checks the units, Chromium shows the search page.
-TEST_PACKAGES := openssl systemd chromium chromium-driver
+# What tests call: openssl makes certificates, systemd-analyze checks the units, Chromium shows the search page, and an
+# sshd of their own is what a cluster's hosts run.
+TEST_PACKAGES := openssl systemd chromium chromium-driver openssh-server
 
 FUZZ_TARGETS := $(addprefix tokenizer_cc/,tokenizer_fuzz tokenizer_config_fuzz vocabulary_fuzz) export/item_filter_fuzz serving/session_fuzz
 SERVING_FUZZ_TARGETS := json_tensor_fuzz server_config_fuzz tensor_proto_fuzz

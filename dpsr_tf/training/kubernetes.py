@@ -62,7 +62,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def manifests(values: flags.FlagValues, arguments: list[str]) -> str:
-    """Returns a headless Service, a StatefulSet of parameter servers, and Jobs of chief, workers and evaluator, as YAML.
+    """Returns a headless Service, a StatefulSet of parameter servers, and Jobs of all others, as YAML.
 
     A pod's TF_CONFIG has the place of its index, which Kubernetes puts in. Statuses 1 and 2 of a task are final and
     end its Job; after any other failure the pod is replaced, `--max_restarts` times in each Job.
@@ -217,7 +217,7 @@ def _check(values: flags.FlagValues, arguments: list[str]) -> None:
         value = getattr(values, flag)
         if (value or flag == "name") and (not _NAME.fullmatch(value) or len(value) > _MAX_NAME):
             raise UsageError(
-                f"--{flag}={value}: expected at most {_MAX_NAME} lower-case letters, digits and '-', with a letter first"
+                f"--{flag}={value}: expected a letter, then letters, digits and '-', at most {_MAX_NAME}, all lower-case"
             )
     for flag in ("store", "out", "config", "warm_start"):
         value = getattr(values, flag)

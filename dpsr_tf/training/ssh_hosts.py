@@ -14,15 +14,16 @@ from dpsr_common.errors import UsageError
 # The status of ssh itself, where it cannot reach a host or loses it.
 SSH_FAILED = 255
 # Runs a command until it ends, or until nobody holds the other end of stdin: ssh leaves a command running when the
-# connection is lost. A command that SIGTERM does not end is killed after 15 seconds.
+# connection is lost. A command that SIGTERM does not end is killed after 15 seconds. Both outputs go one way, so that
+# their lines keep their order.
 _SCRIPT = """cd -- {directory} || exit 1
-exec 3<&0
+exec 3<&0 2>&1
 TF_CONFIG={tf_config} {command} </dev/null 3<&- &
 child=$!
 (cat <&3; kill $child; sleep 15; kill -KILL $child) >/dev/null 2>&1 &
 watcher=$!
 exec 3<&-
-wait $child
+wait $child 2>/dev/null
 status=$?
 kill $watcher 2>/dev/null
 exit $status"""

@@ -94,7 +94,7 @@ def test_schemas_of_kubernetes(objects):
         (["--image="], "--image: is missing"),
         (["--hosts=a,b"], "--hosts: cannot be combined with --kubernetes"),
         (["--overwrite"], "--overwrite: cannot be combined with --kubernetes"),
-        (["--name=Shop"], "--name=Shop: expected at most 48 lower-case letters"),
+        (["--name=Shop"], "--name=Shop: expected a letter, then"),
         (["--store=store"], "--store=store: expected a path below --mount=/data, as the pods see it"),
         (["--mount=/disk"], "--store=/data/store: expected a path below --mount=/disk"),
         (["--ps_resources=cpu=4"], "--ps_resources=cpu=4: expected cpu and memory, such as cpu=4,memory=8Gi"),
