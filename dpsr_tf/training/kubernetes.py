@@ -217,7 +217,7 @@ def _check(values: flags.FlagValues, arguments: list[str]) -> None:
         value = getattr(values, flag)
         if (value or flag == "name") and (not _NAME.fullmatch(value) or len(value) > _MAX_NAME):
             raise UsageError(
-                f"--{flag}={value}: expected a letter, then letters, digits and '-', at most {_MAX_NAME}, all lower-case"
+                f"--{flag}={value}: expected a letter, then letters, digits, '-', at most {_MAX_NAME}, lower-case"
             )
     for flag in ("store", "out", "config", "warm_start"):
         value = getattr(values, flag)
