@@ -178,8 +178,6 @@ Status TrainingStore::OpenShard(const Options& options, InteractionsShard* shard
 
 Status TrainingStore::OpenUsers(const Options& options) {
   const SectionReader reader(*users_);
-  Span<const int64_t> ids;
-  DPSR_RETURN_IF_ERROR(reader.Array("id", num_users_, &ids));
   DPSR_RETURN_IF_ERROR(reader.Features(options.user_features, num_users_, "user", &user_features_));
   if (!options.events) return Status();
   DPSR_RETURN_IF_ERROR(reader.Array("event.time", SectionReader::kAnyLength, &event_time_));

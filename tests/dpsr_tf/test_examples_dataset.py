@@ -722,7 +722,7 @@ def test_every_damage_is_detected_at_open_or_at_read(fresh, name):
 
 UNREAD = {
     "items.dpsr": ("id", "id_index.", "popularity", "values."),
-    "users.dpsr": ("id_index.", "values."),
+    "users.dpsr": ("id", "id_index.", "values."),
     "interactions.dpsr": ("query_text.",),
 }
 
