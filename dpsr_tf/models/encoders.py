@@ -5,7 +5,7 @@ Validation, evaluation and `dpsr index` use it; training and export build graphs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from dpsr_tf.data.neighbourhoods import Neighbourhoods
 from dpsr_tf.data.store import RowsById, Store
 from dpsr_tf.data.user_requests import User
 from dpsr_tf.models.embedding import weights_saver
-from dpsr_tf.models.exact_search import ExactSearch, QueryEncoder
+from dpsr_tf.models.exact_search import ExactSearch, QueryEncoder, best_of_blocks
 from dpsr_tf.models.features import FIXED_KINDS, Feature, FeatureSpec, ItemFeatures, QueryFeatures
 from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.models.quantizer import Quantizer
@@ -29,6 +29,8 @@ from dpsr_tf.models.two_tower import TwoTower
 v1 = tf.compat.v1
 
 _BATCH = 4096
+# Number of items that are searched at once.
+_BLOCK = 8 * _BATCH
 
 
 def exact_search(directory: str | Path, store: Store, quantized: bool = False) -> ExactSearch:
@@ -48,6 +50,48 @@ def exact_search(directory: str | Path, store: Store, quantized: bool = False) -
         embeddings = Quantizer.read(model.last_checkpoint())(embeddings)
     encode, personal = query_encoder(directory, store), is_personal(model.config.model)
     return ExactSearch(encode, store.items()["id"], embeddings, personal, model.validated)
+
+
+def best_items(
+    directory: str | Path,
+    store: Store,
+    queries: Sequence[str],
+    users: Sequence[User] | None,
+    k: int,
+    quantized: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Finds what `exact_search` finds, in memory for some 30,000 items, however many the store has.
+
+    Args:
+        directory, store, quantized: as for `exact_search`.
+        queries: texts [n].
+        users: who asks [n], or None.
+        k: number of items to find for each query.
+
+    Returns:
+        Item ids int64 [n, k] and scores float32 [n, k]; -1 and -inf where there are fewer.
+
+    Raises:
+        CommandError: as exact_search.
+    """
+    model = ModelDirectory.open(directory, "retrieval")
+    encode_queries = query_encoder(directory, store)
+    encode_items = item_encoder(model, store, model.last_checkpoint())
+    quantizer = Quantizer.read(model.last_checkpoint()) if quantized else None
+    heads = [
+        encode_queries(queries[begin : begin + _BATCH], users[begin : begin + _BATCH] if users else None)
+        for begin in range(0, len(queries), _BATCH)
+    ]
+    item_ids = store.items()["id"]
+
+    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for begin in range(0, len(item_ids), _BLOCK):
+            rows = np.arange(begin, min(begin + _BLOCK, len(item_ids)))
+            batches = [encode_items(rows[at : at + _BATCH]) for at in range(0, len(rows), _BATCH)]
+            embeddings = np.concatenate(batches)
+            yield item_ids[rows], embeddings if quantizer is None else quantizer(embeddings)
+
+    return best_of_blocks(np.concatenate(heads), blocks(), k)
 
 
 def item_embeddings(directory: str | Path, store: Store) -> np.ndarray:

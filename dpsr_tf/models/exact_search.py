@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -62,6 +62,35 @@ class ExactSearch:
             products = np.matmul(self._item_embeddings[rows], heads.transpose(0, 2, 1)).max(axis=2)
             result[begin : begin + _BATCH] = np.where(rows >= 0, products, np.nan)
         return result
+
+
+def best_of_blocks(
+    heads: np.ndarray, blocks: Iterable[tuple[np.ndarray, np.ndarray]], k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Finds what ExactSearch finds, over items that come in blocks and are never in memory all at once.
+
+    Args:
+        heads: embeddings of queries, float32 [n, heads, dim]; zero for a query that finds nothing.
+        blocks: ids int64 [m] and embeddings float32 [m, dim] of some items each.
+        k: number of items to find for each query.
+
+    Returns:
+        Ids int64 [n, k] and scores float32 [n, k], padded as by `no_results`.
+    """
+    ids, scores = no_results(len(heads), k)
+    for block_ids, embeddings in blocks:
+        for begin in range(0, len(heads), _BATCH):
+            part = heads[begin : begin + _BATCH]
+            products = functools.reduce(np.maximum, (part[:, head] @ embeddings.T for head in range(part.shape[1])))
+            # An item with the score of the last one may have a lower id.
+            enters = ~(products < scores[begin : begin + _BATCH, -1:])
+            for row in np.flatnonzero(enters.any(axis=1) & part.any(axis=(1, 2))):
+                new, at = np.flatnonzero(enters[row]), begin + row
+                found_ids = np.concatenate([ids[at], block_ids[new]])
+                found_scores = np.concatenate([scores[at], products[row, new]])
+                order = top_positions(found_ids, found_scores, k)
+                ids[at], scores[at] = found_ids[order], found_scores[order]
+    return ids, scores
 
 
 def top_positions(ids: np.ndarray, scores: np.ndarray, k: int) -> np.ndarray:

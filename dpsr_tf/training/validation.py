@@ -33,7 +33,7 @@ from dpsr_tf.config import Config
 from dpsr_tf.data.column_files import string_bytes
 from dpsr_tf.data.ranking_features import RankingFeatures
 from dpsr_tf.data.store import Store, unpack_strings
-from dpsr_tf.models.encoders import exact_search
+from dpsr_tf.models.encoders import best_items
 from dpsr_tf.models.model_directory import ModelDirectory, copy_model
 from dpsr_tf.models.quantizer import Quantizer
 from dpsr_tf.models.ranker_scores import ranker_scores
@@ -159,7 +159,7 @@ def _retrieval_measure(store: Store, config: Config) -> Measure:
     def measure(model: Path, quantized: bool) -> np.ndarray:
         from dpsr_tf.evaluation.metrics import ranked_metrics
 
-        ids, scores = exact_search(model, store, quantized)(judgments.queries, judgments.users, k)
+        ids, scores = best_items(model, store, judgments.queries, judgments.users, k, quantized)
         return ranked_metrics(ids, scores, judgments, [k])[f"recall@{k}"]
 
     return measure

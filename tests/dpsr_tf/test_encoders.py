@@ -15,7 +15,7 @@ from dpsr_tf.config import Config, ModelConfig
 from dpsr_tf.data.store import Store
 from dpsr_tf.data.user_requests import User
 from dpsr_tf.evaluation.retriever import ask
-from dpsr_tf.models.encoders import StoreTables, exact_search
+from dpsr_tf.models.encoders import StoreTables, best_items, exact_search
 from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.models.two_tower import TwoTower
 
@@ -139,7 +139,8 @@ def test_features_are_those_of_the_store(timed, tmp_path):
 
 
 def test_a_personal_model_is_told_who_asks_and_when(timed, tmp_path):
-    retriever = exact_search(make_model(tmp_path / "model", timed, **PERSONAL).path, timed)
+    retriever_model = make_model(tmp_path / "model", timed, **PERSONAL).path
+    retriever = exact_search(retriever_model, timed)
     assert retriever.personal
     users = [User(-1), User(5, 100), User(5, 300), User(5), User(5), User(999)]
     _, scores = ask(retriever, ["red shoes"] * 6, users, 7)
@@ -147,6 +148,10 @@ def test_a_personal_model_is_told_who_asks_and_when(timed, tmp_path):
     for row in range(4):
         for other in range(row):
             assert np.abs(scores[row] - scores[other]).max() > 1e-4, (row, other)
+    found = best_items(retriever_model, timed, ["red shoes"] * 6, users, 3)
+    expected = retriever(["red shoes"] * 6, users, 3)
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-6)
     pairs = np.tile([30, 70], (6, 1))
     alone = [retriever.score(["red shoes"], [user], pairs[:1])[0] for user in users]
     np.testing.assert_allclose(retriever.score(["red shoes"] * 6, users, pairs), alone, atol=1e-6)

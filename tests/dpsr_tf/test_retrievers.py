@@ -27,7 +27,7 @@ from dpsr_tf.evaluation.corpus import Corpus
 from dpsr_tf.evaluation.fusion import Fusion
 from dpsr_tf.evaluation.retriever import ask
 from dpsr_tf.evaluation.systems import Systems, parse
-from dpsr_tf.models.exact_search import ExactSearch, is_repeat, top_positions
+from dpsr_tf.models.exact_search import ExactSearch, best_of_blocks, is_repeat, top_positions
 from dpsr_tokenizer import Tokenizer, TokenizerConfig
 
 NAN, INF = float("nan"), float("inf")
@@ -76,6 +76,24 @@ def test_best_puts_nan_last():
     assert top_positions(ids, scores, 2).tolist() == [3, 1]
     assert top_positions(ids, scores, 4).tolist()[:3] == [3, 1, 4]
     assert top_positions(np.zeros(0, int), np.zeros(0), 3).tolist() == []
+
+
+@pytest.mark.parametrize("k", [1, 7, 300])
+@pytest.mark.parametrize("num_heads", [1, 3])
+def test_items_in_blocks_are_ranked_as_all_at_once(k, num_heads):
+    """With many ties, more queries than a batch has, a query that finds nothing, and blocks of all sizes."""
+    random = np.random.default_rng(k)
+    ids = random.permutation(1000)[:200]
+    items = random.integers(-2, 3, (200, 4)).astype(np.float32)
+    heads = random.integers(-2, 3, (70, num_heads, 4)).astype(np.float32)
+    heads[5] = 0
+    search = ExactSearch(lambda queries, users: heads[[int(query) for query in queries]], ids, items)
+    expected = search([str(query) for query in range(len(heads))], None, k)
+    parts = np.split(np.arange(200), [1, 1, 60, 199])
+    found = best_of_blocks(heads, ((ids[part], items[part]) for part in parts), k)
+    for got, want in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert (found[0][5] == -1).all()
 
 
 def test_is_repeat():
