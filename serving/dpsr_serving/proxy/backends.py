@@ -16,10 +16,11 @@ import time
 from collections.abc import Sequence
 
 from dpsr_common import serving_apis
+from dpsr_serving.proxy.admission import pushback
 from dpsr_serving.proxy.calls import Channel, Code, Metadata, Reply, client_tls
 from dpsr_serving.proxy.config import HealthConfig, HedgeConfig, LimitsConfig, PoolConfig, RetryConfig, TlsConfig
 from dpsr_serving.proxy.metrics import Metrics
-from dpsr_serving.proxy.outcomes import Outcomes, does_badly, is_silent
+from dpsr_serving.proxy.outcomes import Outcomes, does_badly, is_silent, quantile
 from dpsr_serving.proxy.routing import Spec, least_outstanding
 
 # Metadata that marks the proxy's own calls in the logs of the servers.
@@ -34,6 +35,7 @@ _SAMPLE_BYTES = 1 << 16  # the largest request that a server is checked with
 _GIVEN_UP_S = 0.1  # a call that a client gives up after this time counts as failed
 _HEDGE_S = 60.0  # time over which latencies tell when to ask a second server
 _HEDGE_RESERVE = 10  # second calls that may be made beyond the budget
+_WAIT_S = 0.1  # when to come back to busy servers, as long as none has answered
 _DEADLY = 1  # servers that may be lost with a request before it is no longer made again
 
 _NO_LIFE = (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED, Code.CANCELLED)
@@ -415,10 +417,12 @@ class Replicas:
         full = [backend for backend in holders if backend.up]
         if full:
             self._metrics.count("dpsr_proxy_rejected_total", (label,))
+            usual_s = quantile([backend.outcomes for backend in full], time.monotonic(), 0.5)
             return Reply(
                 Code.RESOURCE_EXHAUSTED,
                 f"{whose}all backends have {self._max_outstanding} requests under way: "
                 + ", ".join(backend.address for backend in full),
+                trailing=pushback(usual_s or _WAIT_S),
             )
         addresses = ", ".join(backend.address for backend in holders)
         which = f"backend {addresses}" if len(holders) == 1 else f"none of the backends {addresses}"

@@ -8,6 +8,7 @@ default: {backends: ["10.0.0.3:8500"]}     # all other models; without it they a
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,36 @@ class ShadowConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LimitConfig:
+    """Inference requests that are taken for a model by all workers of the proxy together; None: no limit.
+
+    Attributes:
+        requests_per_s: requests a second.
+        burst: requests that may come at once on top of that, after a time with fewer.
+        in_flight: requests that are not answered yet.
+    """
+
+    requests_per_s: float | None = None
+    burst: int = 1
+    in_flight: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PrioritiesConfig:
+    """The priorities of requests.
+
+    Attributes:
+        key: metadata key whose value names the priority.
+        default: priority of requests without the key, or with a value that is not configured.
+        shares: priority -> share of a model's limits that is open to its requests, above 0 and at most 1.
+    """
+
+    key: str
+    default: str
+    shares: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """How requests for one model are routed: by the first rule that matches, else to its pool (None: the default)."""
 
@@ -90,6 +121,7 @@ class ModelConfig:
     rules: tuple[RuleConfig, ...] = ()
     experiment: ExperimentConfig | None = None
     shadow: ShadowConfig | None = None
+    limit: LimitConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,12 +224,15 @@ class ProxyConfig:
     """The whole configuration.
 
     Attributes:
+        default_limit: limit of all models together that `default` serves.
         max_outstanding: number of unanswered requests that one backend may have.
         forward_reloads: whether clients may replace the list of models of a sole backend (HandleReloadConfigRequest).
     """
 
     models: Mapping[str, ModelConfig]
     default: PoolConfig | None = None
+    default_limit: LimitConfig | None = None
+    priorities: PrioritiesConfig | None = None
     max_outstanding: int = 1024
     health: HealthConfig = HealthConfig()
     retries: RetryConfig = RetryConfig()
@@ -227,10 +262,10 @@ def parse_config(text: str) -> ProxyConfig:
     for name in models:
         if not isinstance(name, str) or not name:
             raise UsageError(f"models: got the name {name!r}, expected a string that is not empty (quote it)")
-    default = None
+    default, default_limit = None, None
     if "default" in top.tree:
-        section = Section("default", top.tree["default"], _POOL_KEYS)
-        default = _pool(section)
+        section = Section("default", top.tree["default"], (*_POOL_KEYS, "limit"))
+        default, default_limit = _pool(section), _limit(section)
         if default is None:
             raise UsageError(f"default.backends: got None, expected {_ADDRESSES}")
     routes = {name: _model(f"models.{name}", value, default is not None) for name, value in models.items()}
@@ -241,6 +276,8 @@ def parse_config(text: str) -> ProxyConfig:
     return ProxyConfig(
         models=routes,
         default=default,
+        default_limit=default_limit,
+        priorities=_priorities(top),
         max_outstanding=top.integer("max_outstanding", ProxyConfig.max_outstanding, least=1),
         health=_health(top.section("health", _fields(HealthConfig))),
         retries=_retries(top.section("retries", _fields(RetryConfig))),
@@ -254,17 +291,17 @@ def parse_config(text: str) -> ProxyConfig:
 
 
 _TOP_KEYS = (
-    "models", "default", "max_outstanding", "health", "retries", "hedge", "limits", "tls", "forward_reloads",
-    "access_log",
+    "models", "default", "priorities", "max_outstanding", "health", "retries", "hedge", "limits", "tls",
+    "forward_reloads", "access_log",
 )  # fmt: skip
 _POOL_KEYS = ("backends", "shards", "discover", "missing_shards", "shard_timeout_s")
 _ADDRESSES = "a list of at least one host:port"
 
 
 def _model(key: str, value: Any, has_default: bool) -> ModelConfig:
-    section = Section(key, value, (*_POOL_KEYS, "rules", "experiment", "shadow"))
+    section = Section(key, value, (*_POOL_KEYS, "rules", "experiment", "shadow", "limit"))
     pool = _pool(section)
-    others = [name for name in ("rules", "experiment", "shadow") if name in section.tree]
+    others = [name for name in ("rules", "experiment", "shadow", "limit") if name in section.tree]
     if pool is None and not (has_default and others):
         raise UsageError(f"{key}.backends: got None, expected {_ADDRESSES}")
     rules = section.tree.get("rules", [])
@@ -277,6 +314,7 @@ def _model(key: str, value: Any, has_default: bool) -> ModelConfig:
         rules=tuple(_rule(f"{key}.rules[{index}]", rule) for index, rule in enumerate(rules)),
         experiment=_experiment(f"{key}.experiment", section.tree["experiment"]) if "experiment" in others else None,
         shadow=_shadow(f"{key}.shadow", section.tree["shadow"]) if "shadow" in others else None,
+        limit=_limit(section),
     )
 
 
@@ -389,6 +427,40 @@ def _shadow(key: str, value: Any) -> ShadowConfig:
     if target == TargetConfig():
         raise UsageError(f"{key}: got {value!r}, expected the target of the copies: backends, model, version or label")
     return ShadowConfig(target, float(section.number("share", 1.0, most=1)))
+
+
+def _limit(parent: Section) -> LimitConfig | None:
+    if "limit" not in parent.tree:
+        return None
+    section = parent.section("limit", _fields(LimitConfig))
+    if not {"requests_per_s", "in_flight"} & set(section.tree):
+        raise UsageError(f"{parent.key}limit: got {section.tree!r}, expected requests_per_s, in_flight, or both")
+    rate = section.number("requests_per_s", None)
+    if rate is None and "burst" in section.tree:
+        raise UsageError(f"{section.key}burst: cannot be given without requests_per_s; leave it out")
+    # The bucket of a tenth of a second lets requests pass that come in small groups.
+    preset = 1 if rate is None else max(math.ceil(rate / 10), 1)
+    return LimitConfig(rate, section.integer("burst", preset, 1), section.integer("in_flight", None, 1))
+
+
+def _priorities(top: Section) -> PrioritiesConfig | None:
+    if "priorities" not in top.tree:
+        return None
+    section = top.section("priorities", _fields(PrioritiesConfig))
+    key = _metadata_key(section, "key")
+    if key is None:
+        raise UsageError("priorities.key: got None, expected a metadata key: lower case, not ending in -bin")
+    names = section.tree.get("shares")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) and name for name in names):
+        raise UsageError(
+            f"priorities.shares: got {names!r}, expected a mapping of names to shares, such as {{high: 1, low: 0.5}}"
+        )
+    part = Section("priorities.shares", names, tuple(names))
+    shares = {name: float(part.number(name, 1.0, most=1)) for name in names}
+    default = section.text("default", None, shares.__contains__, f"one of {', '.join(shares)}")
+    if default is None:
+        raise UsageError(f"priorities.default: got None, expected one of {', '.join(shares)}")
+    return PrioritiesConfig(key, default, shares)
 
 
 def _check_targets(models: Mapping[str, ModelConfig], default: PoolConfig | None) -> None:

@@ -32,6 +32,11 @@ METRICS: dict[str, tuple[str, Labels, str]] = {
         ("model",),
         "Requests refused because all backends had max_outstanding calls under way.",
     ),
+    "dpsr_proxy_shed_total": (
+        "counter",
+        ("model", "priority", "limit"),
+        "Requests refused because of the model's limit, by priority and by the limit that they met.",
+    ),
     "dpsr_proxy_backend_failures_total": (
         "counter",
         ("backend", "code"),

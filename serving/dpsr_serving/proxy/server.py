@@ -17,6 +17,7 @@ from typing import Any
 from dpsr_common import serving_apis
 from dpsr_serving.addresses import join_address
 from dpsr_serving.proxy import backends, calls, routing
+from dpsr_serving.proxy.admission import Gate, priority_of
 from dpsr_serving.proxy.backends import Backend, Pool, Replicas
 from dpsr_serving.proxy.calls import Code, Metadata, Reply
 from dpsr_serving.proxy.config import AccessLogConfig, PoolConfig, ProxyConfig, TargetConfig
@@ -60,6 +61,7 @@ class _Plan:
     """How requests with one model spec are handled. Everything but `plain` is for inference only."""
 
     plain: _Destination
+    gate: Gate | None = None
     experiment: str = ""
     key: str = ""
     override: str | None = None
@@ -79,7 +81,7 @@ class ProxyServer:
     - NOT_FOUND: no backend is configured for the model, or none holds it, in TensorFlow Serving's words;
     - UNAVAILABLE: no backend of the model can be reached (the message names model and addresses), or a shard is
       missing and the configuration demands all;
-    - RESOURCE_EXHAUSTED: all backends of the model have `max_outstanding` requests under way;
+    - RESOURCE_EXHAUSTED: the model's limit is reached, or all its backends have `max_outstanding` requests under way;
     - PERMISSION_DENIED: HandleReloadConfigRequest, unless the configuration has `forward_reloads`;
     - FAILED_PRECONDITION: the same, which names no model, if there are several backends.
 
@@ -87,12 +89,15 @@ class ProxyServer:
         OSError: a certificate cannot be read, or the access log cannot be opened.
     """
 
-    def __init__(self, config: ProxyConfig, share_port: bool = False) -> None:
+    def __init__(self, config: ProxyConfig, share_port: bool = False, workers: int = 1) -> None:
+        """`workers`: processes that share the port. They divide the limits of models evenly."""
         self.metrics = Metrics()
         self._config = config
         self._backends: dict[str, Backend] = {}
         self._pools: dict[PoolConfig, Pool] = {}
         self._plans: dict[tuple[bool, bytes], _Plan] = {}
+        self._gates: dict[str, Gate] = {}  # model, or "" for all models of `default` -> its limit
+        self._workers = workers
         self._tasks: set[asyncio.Task[Any]] = set()
         self._shadows = 0
         self._draining = False
@@ -197,6 +202,22 @@ class ProxyServer:
                 from dpsr_serving.proxy import shards as _  # noqa: F401
             pools[pool] = Pool(pool, shards)
         self._config, self._backends, self._pools, self._plans = config, found, pools, {}
+        self._gates = self._make_gates(config)
+
+    def _make_gates(self, config: ProxyConfig) -> dict[str, Gate]:
+        """Returns the limits of the models. Those that stay keep count of the requests in flight."""
+        limits = {"": config.default_limit, **{name: model.limit for name, model in config.models.items()}}
+        shares = dict(config.priorities.shares) if config.priorities is not None else {}
+        gates = {}
+        for name, limit in limits.items():
+            if limit is None:
+                continue
+            if name in self._gates:
+                gates[name] = self._gates[name]
+                gates[name].set_limit(limit, shares, self._workers)
+            else:
+                gates[name] = Gate(limit, shares, self._workers, time.monotonic())
+        return gates
 
     async def _forward(
         self,
@@ -222,9 +243,17 @@ class ProxyServer:
                 if plan.arms:
                     arm = _arm(plan, metadata)
                     destination = plan.arms[arm]
-                if plan.shadow is not None and random.random() < plan.share and self._shadows < _SHADOWS:
-                    self._start(self._shadow(plan, path, spec_path, request, deadline, metadata))
-                reply = await self._ask(destination, path, spec_path, request, deadline, metadata)
+                refused = self._refused(plan, metadata, start)
+                if refused is not None:
+                    reply = refused
+                else:
+                    if plan.shadow is not None and random.random() < plan.share and self._shadows < _SHADOWS:
+                        self._start(self._shadow(plan, path, spec_path, request, deadline, metadata))
+                    try:
+                        reply = await self._ask(destination, path, spec_path, request, deadline, metadata)
+                    finally:
+                        if plan.gate is not None:
+                            plan.gate.leave(time.monotonic() - start)
                 if arm:
                     arm_header = (ARM_METADATA, f"{plan.experiment}/{arm}".encode())
                     reply = reply._replace(trailing=(*reply.trailing, arm_header))
@@ -236,6 +265,17 @@ class ProxyServer:
         if self._log.wants(reply.code is Code.OK):
             self._log.write(path, plan.plain.spec if plan else None, experiment, arm, reply, seconds, request, metadata)
         return reply
+
+    def _refused(self, plan: _Plan, metadata: Metadata, now: float) -> Reply | None:
+        """Counts a request against the limit of its model. Returns the answer to a request that is not taken."""
+        if plan.gate is None:
+            return None
+        priority = priority_of(self._config.priorities, metadata)
+        refusal = plan.gate.enter(priority, now)
+        if refusal is None:
+            return None
+        self.metrics.count("dpsr_proxy_shed_total", (plan.plain.label, priority, refusal.limit))
+        return refusal.reply(plan.plain.spec.model, priority)
 
     def _plan(self, path: str, spec_path: tuple[int, ...], inference: bool, request: bytes) -> _Plan | Reply:
         """Returns how to handle a request, or the answer to a request that cannot be routed."""
@@ -262,6 +302,8 @@ class ProxyServer:
         model = self._config.models.get(spec.model)
         pool = routing.route(self._config, spec)
         plan = _Plan(_Destination(spec, self._pools[pool] if pool else None, spec.model if model else ""))
+        if inference:
+            plan.gate = self._gates.get(spec.model if model else "")
         if model is None or not inference:
             return plan
         if model.experiment is not None:

@@ -181,7 +181,7 @@ async def _start(settings: Settings, config: ProxyConfig, share_port: bool) -> A
     from dpsr_serving.proxy.server import ProxyServer
 
     try:
-        server: Any = ProxyServer(config, share_port)
+        server: Any = ProxyServer(config, share_port, settings.workers)
     except OSError as error:
         raise CommandError(f"{error.filename}: {error.strerror}; check the path in the configuration") from error
     try:
