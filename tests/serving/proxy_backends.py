@@ -22,7 +22,7 @@ from dpsr_serving.tensors import make_tensor, to_numpy
 class RecordingBackend:
     """A gRPC server of raw bytes that records its calls, for tests that a real model server does not allow."""
 
-    def __init__(self, options: Sequence[tuple[str, Any]] = ()) -> None:
+    def __init__(self, options: Sequence[tuple[str, Any]] = (), address: str = "127.0.0.1:0") -> None:
         self.calls: list[tuple[str, bytes, dict[str, Any], float | None]] = []
         self.peers: set[str] = set()  # addresses of the client ends of the connections
         self.entered = threading.Semaphore(0)
@@ -45,7 +45,7 @@ class RecordingBackend:
                 return grpc.unary_unary_rpc_method_handler(handle)
 
         self._server.add_generic_rpc_handlers((Handlers(),))
-        self.target = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self.target = f"{address.rpartition(':')[0]}:{self._server.add_insecure_port(address)}"
         self._server.start()
 
     def stop(self) -> None:
@@ -161,7 +161,7 @@ def get(address: str, path: str) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-def metric(address: str, name: str, **labels: str) -> float:
+def metric(address: str, name: str, /, **labels: str) -> float:
     """The sum of a metric's values over the labels that are not given."""
     total = 0.0
     for line in get(address, "/metrics")[1].splitlines():

@@ -140,11 +140,13 @@ def test_kubernetes_resources_fit_together(name: str) -> None:
     assert "cpu" in container["resources"]["requests"]  # the autoscaler's utilization is a share of it
     if name == "server":
         assert controller["spec"]["serviceName"] == kinds["Service"]["metadata"]["name"]
-        # The proxy lists an address for each pod that there may be.
+        # The proxy follows the pods of the headless Service.
         config = parse_config(resources("proxy")["ConfigMap"]["data"]["proxy.yaml"])
         assert config.default is not None and config.default.discover
-        names = [f"{target['name']}-{i}.{controller['spec']['serviceName']}:8500" for i in range(scaler["maxReplicas"])]
-        assert list(config.default.shards[0]) == names
+        service = kinds["Service"]
+        port = next(port["port"] for port in service["spec"]["ports"] if port["name"] == "grpc")
+        assert service["spec"]["clusterIP"] == "None"
+        assert config.default.shards == ((f"dns:{service['metadata']['name']}:{port}",),)
         # Nobody but the proxy reaches the port on which models can be loaded.
         policy = kinds["NetworkPolicy"]["spec"]
         assert policy["podSelector"] == {"matchLabels": app} and policy["policyTypes"] == ["Ingress"]

@@ -13,7 +13,7 @@ import asyncio
 import random
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dpsr_common import serving_apis
 from dpsr_serving.proxy.admission import pushback
@@ -64,8 +64,11 @@ class Backend:
         tls: ssl.SSLContext | None,
         server_name: str,
         limits: LimitsConfig,
+        on_down: Callable[[], None],
     ) -> None:
+        """`on_down` is called whenever the server is taken out of service."""
         self.address = address
+        self._on_down = on_down
         self.outstanding = 0
         self.up = True
         self.checked = False
@@ -124,6 +127,7 @@ class Backend:
         self.up = False
         self._metrics.count("dpsr_proxy_ejections_total", (self.address,))
         self._channel.drop()
+        self._on_down()
 
     def quiet_s(self, now: float) -> float:
         """Returns for how long the server has had calls under way without ending one; 0 without calls."""
@@ -256,10 +260,16 @@ class RetryBudget:
 
 
 class Replicas:
-    """Servers that hold the same models; each request needs an answer from one of them."""
+    """Servers that hold the same models; each request needs an answer from one of them.
+
+    Attributes:
+        addresses: where they are, as the configuration says it; some may be names.
+        backends: the servers. The owner replaces the list when the addresses of a name change.
+    """
 
     def __init__(
         self,
+        addresses: Sequence[str],
         backends: Sequence[Backend],
         discover: bool,
         max_outstanding: int,
@@ -268,6 +278,7 @@ class Replicas:
         health: HealthConfig,
         metrics: Metrics,
     ) -> None:
+        self.addresses = addresses
         self.backends = list(backends)
         self._discover = discover
         self._max_outstanding = max_outstanding
@@ -309,6 +320,8 @@ class Replicas:
         reply: Reply | None = None
         while True:
             holders = self.backends
+            if not holders:
+                return reply or self._none_known(spec)
             if self._discover:
                 holders = await self._holders(spec, path)
                 if not holders:
@@ -452,6 +465,10 @@ class Replicas:
         if len(self._next_ask) > _ABSENT_LIMIT:
             self._next_ask.clear()
         self._next_ask[model] = time.monotonic() + _DISCOVER_EVERY_CHECKS * self._health.every_s
+
+    def _none_known(self, spec: Spec) -> Reply:
+        whose = f"model {spec.model!r}: " if spec.model else ""
+        return Reply(Code.UNAVAILABLE, f"{whose}no address of {', '.join(self.addresses)} is known")
 
     def _none_holds(self, spec: Spec, path: str) -> Reply:
         silent = [b.address for b in self.backends if not b.up or spec.model not in b.asked]

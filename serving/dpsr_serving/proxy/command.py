@@ -9,8 +9,9 @@ import resource
 from absl import flags
 
 from dpsr_common.errors import UsageError
-from dpsr_serving.addresses import check_address, define_listen_flags
+from dpsr_serving.addresses import define_listen_flags
 from dpsr_serving.proxy import workers
+from dpsr_serving.proxy.config import check_backend
 
 USAGE = """
 Usage: dpsr proxy --config=proxy.yaml [--host=127.0.0.1] [--port=8600] [--http_port=8601] [--workers=N]
@@ -37,7 +38,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "backend",
         None,
-        "host:port of a single model server that holds all models. Replaces --config",
+        "host:port of a single model server that holds all models, or dns:NAME:PORT for all addresses of a name. "
+        "Replaces --config",
         flag_values=values,
     )
     define_listen_flags(values, 8600)
@@ -74,7 +76,7 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     if values.unix_socket is not None and values.workers > 1:
         raise UsageError("--unix_socket cannot be combined with --workers above 1: only one process can own the socket")
     if values.backend is not None:
-        check_address("--backend", values.backend)
+        check_backend("--backend", values.backend)
     settings = workers.Settings(
         config_path=None if values.config is None else os.path.abspath(values.config),
         backend=values.backend,

@@ -8,6 +8,7 @@ default: {backends: ["10.0.0.3:8500"]}     # all other models; without it they a
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,8 @@ class PoolConfig:
     """Servers that hold a model: replicas of the whole, or replicas of each shard of its items.
 
     Attributes:
-        shards: addresses of the replicas of each shard; a single tuple if the model is not split into shards.
+        shards: addresses of the replicas of each shard; a single tuple if the model is not split into shards. An
+            address is "host:port", "unix:/path" or "dns:NAME:PORT", which stands for all addresses of the name.
         discover: whether to ask only replicas that report (GetModelStatus) that they hold the model.
         allow_partial: with shards: whether an answer may leave out shards that fail.
         shard_timeout_s: with shards: seconds that one shard may take; None means until the request's deadline.
@@ -166,6 +168,21 @@ class HedgeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DnsConfig:
+    """Lookups of names in addresses "dns:NAME:PORT".
+
+    Attributes:
+        every_s: seconds between two lookups of a name.
+        timeout_s: seconds that a lookup may take.
+        resolver: the DNS server to ask, "IP:port"; None asks the system, which also reads /etc/hosts.
+    """
+
+    every_s: float = 5.0
+    timeout_s: float = 2.0
+    resolver: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class LimitsConfig:
     """What clients may make one worker of the proxy hold, and how long they may take. Bytes and seconds.
 
@@ -237,6 +254,7 @@ class ProxyConfig:
     health: HealthConfig = HealthConfig()
     retries: RetryConfig = RetryConfig()
     hedge: HedgeConfig = HedgeConfig()
+    dns: DnsConfig = DnsConfig()
     limits: LimitsConfig = LimitsConfig()
     listen_tls: TlsConfig | None = None
     backend_tls: TlsConfig | None = None
@@ -282,6 +300,7 @@ def parse_config(text: str) -> ProxyConfig:
         health=_health(top.section("health", _fields(HealthConfig))),
         retries=_retries(top.section("retries", _fields(RetryConfig))),
         hedge=_hedge(top.section("hedge", _fields(HedgeConfig))),
+        dns=_dns(top.section("dns", _fields(DnsConfig))),
         limits=_limits(top.section("limits", _fields(LimitsConfig))),
         listen_tls=_tls(tls, "listen", ("certificate", "key", "ca")),
         backend_tls=_tls(tls, "backends", ("certificate", "key", "ca", "server_name")),
@@ -291,11 +310,12 @@ def parse_config(text: str) -> ProxyConfig:
 
 
 _TOP_KEYS = (
-    "models", "default", "priorities", "max_outstanding", "health", "retries", "hedge", "limits", "tls",
+    "models", "default", "priorities", "max_outstanding", "health", "retries", "hedge", "dns", "limits", "tls",
     "forward_reloads", "access_log",
 )  # fmt: skip
 _POOL_KEYS = ("backends", "shards", "discover", "missing_shards", "shard_timeout_s")
 _ADDRESSES = "a list of at least one host:port"
+DNS_PREFIX = "dns:"
 
 
 def _model(key: str, value: Any, has_default: bool) -> ModelConfig:
@@ -362,14 +382,21 @@ def _pool(section: Section) -> PoolConfig | None:
 def _addresses(key: str, backends: Any) -> tuple[str, ...]:
     if not isinstance(backends, list) or not backends:
         raise UsageError(f"{key}: got {backends!r}, expected {_ADDRESSES}")
-    addresses = tuple(_address(f"{key}[{index}]", item) for index, item in enumerate(backends))
+    addresses = tuple(check_backend(f"{key}[{index}]", item) for index, item in enumerate(backends))
     if len(set(addresses)) < len(addresses):
         raise UsageError(f"{key}: got {list(addresses)}, expected each address once")
     return addresses
 
 
-def _address(key: str, value: Any) -> str:
+def check_backend(key: str, value: Any) -> str:
+    """Returns `value` if it is an address of servers, else raises UsageError that names `key`."""
     if isinstance(value, str) and value.startswith("unix:/"):
+        return value
+    if isinstance(value, str) and value.startswith(DNS_PREFIX) and value.count(":") > 1:
+        try:
+            check_address(key, value.removeprefix(DNS_PREFIX))
+        except UsageError:
+            raise UsageError(f"{key}: got {value!r}, expected dns:NAME:PORT with a port from 1 to 65535") from None
         return value
     return check_address(key, value)
 
@@ -509,6 +536,20 @@ def _hedge(section: Section) -> HedgeConfig:
         section.number("budget", preset.budget, least=0, most=1),
         section.number("quantile", preset.quantile, most=1),
     )
+
+
+def _dns(section: Section) -> DnsConfig:
+    preset = DnsConfig()
+    resolver = section.text("resolver", None)
+    if resolver is not None:
+        check_address(f"{section.key}resolver", resolver)
+        try:
+            ipaddress.ip_address(resolver.rpartition(":")[0].strip("[]"))
+        except ValueError:
+            raise UsageError(
+                f"{section.key}resolver: got {resolver!r}, expected IP:port, for example 127.0.0.1:53"
+            ) from None
+    return DnsConfig(section.number("every_s", preset.every_s), section.number("timeout_s", preset.timeout_s), resolver)
 
 
 def _limits(section: Section) -> LimitsConfig:

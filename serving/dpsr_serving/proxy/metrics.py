@@ -45,6 +45,12 @@ METRICS: dict[str, tuple[str, Labels, str]] = {
     "dpsr_proxy_backend_outstanding": ("gauge", ("backend",), "Calls to the backend that are under way."),
     "dpsr_proxy_backend_up": ("gauge", ("backend",), "1 if all workers of the proxy see the backend up, else 0."),
     "dpsr_proxy_ejections_total": ("counter", ("backend",), "Times that the backend was taken out of service."),
+    "dpsr_proxy_lookups_total": (
+        "counter",
+        ("name", "result"),
+        "DNS lookups of names of backends, by result: ok or failed.",
+    ),
+    "dpsr_proxy_addresses": ("gauge", ("name",), "Addresses that a name of backends has, the smallest of all workers."),
     "dpsr_proxy_shadow_total": (
         "counter",
         ("model", "code"),
@@ -61,7 +67,10 @@ METRICS: dict[str, tuple[str, Labels, str]] = {
         "Reloads of the configuration file, by result: ok or refused.",
     ),
 }
-_SMALLEST = ("dpsr_proxy_backend_up",)  # workers are merged by the minimum; all other metrics by the sum
+_SMALLEST = (
+    "dpsr_proxy_backend_up",
+    "dpsr_proxy_addresses",
+)  # workers are merged by the minimum; all other metrics by the sum
 
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
@@ -95,6 +104,14 @@ class Metrics:
             counts = histogram[labels] = [0.0] * (len(BUCKETS) + 2)
         counts[bisect.bisect_left(BUCKETS, value)] += 1
         counts[-1] += value
+
+    def forget_backend(self, address: str) -> None:
+        """Drops the values of a backend that is gone; otherwise addresses that come and go would add up."""
+        for name, (_, labels, _) in METRICS.items():
+            if "backend" in labels:
+                place = labels.index("backend")
+                values = self._values[name]
+                self._values[name] = {key: value for key, value in values.items() if key[place] != address}
 
     def dump(self) -> str:
         """Returns all values as JSON, for merge()."""

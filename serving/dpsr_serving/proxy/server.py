@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from dpsr_common import serving_apis
+from dpsr_common.errors import CommandError
 from dpsr_serving.addresses import join_address
 from dpsr_serving.proxy import backends, calls, routing
 from dpsr_serving.proxy.admission import Gate, priority_of
@@ -23,6 +24,7 @@ from dpsr_serving.proxy.calls import Code, Metadata, Reply
 from dpsr_serving.proxy.config import AccessLogConfig, PoolConfig, ProxyConfig, TargetConfig
 from dpsr_serving.proxy.experiments import assign
 from dpsr_serving.proxy.metrics import Metrics
+from dpsr_serving.proxy.names import Names, host_of
 from dpsr_serving.proxy.routing import Spec
 
 ARM_METADATA = b"dpsr-arm"
@@ -101,6 +103,7 @@ class ProxyServer:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._shadows = 0
         self._draining = False
+        self._checked = False
         listen = config.listen_tls
         self._tls = None
         if listen is not None:
@@ -108,6 +111,7 @@ class ProxyServer:
             self._tls = calls.server_tls(listen.certificate, listen.key, listen.ca)
         self._share_port = share_port
         self._log = AccessLog(config.access_log)
+        self._names = Names(self.metrics, self._follow_names)
         self._set_up(config)
         handlers: dict[str, calls.Handler] = {}
         for path, request in serving_apis.METHODS.items():
@@ -117,7 +121,13 @@ class ProxyServer:
         self._server = calls.Server(handlers, config.limits)
 
     async def start(self, host: str, port: int, unix_socket: str | None = None) -> str:
-        """Begins to serve and returns "host:port"; port 0 chooses a free port. Raises OSError if it cannot listen."""
+        """Begins to serve and returns "host:port"; port 0 chooses a free port.
+
+        Raises:
+            OSError: it cannot listen.
+            CommandError: the configuration needs a package that is not installed.
+        """
+        await self._names.follow(self._config.dns, _addresses(self._config))
         listening = join_address(host, port)
         try:
             bound = await self._server.listen(host, port, self._tls, self._share_port)
@@ -136,73 +146,114 @@ class ProxyServer:
         await self._server.stop(grace_s)
         for task in list(self._tasks):
             task.cancel()
+        self._names.close()
         for backend in self._backends.values():
             backend.close()
         self._log.close()
 
-    def reload(self, config: ProxyConfig) -> None:
+    async def reload(self, config: ProxyConfig) -> None:
         """Routes by a new configuration from the next request on. Backends in both keep their connections and state.
 
         Raises:
             ValueError: the configuration changes `tls`, which is read only at the start. Nothing was changed.
             OSError: the access log cannot be opened. Nothing was changed.
+            CommandError: the configuration needs a package that is not installed. Nothing was changed.
         """
         if (config.listen_tls, config.backend_tls) != (self._config.listen_tls, self._config.backend_tls):
             raise ValueError("tls: it is read only when the proxy starts; restart it")
         log = AccessLog(config.access_log)
+        try:
+            # Names that are new are looked up before any request goes there.
+            await self._names.follow(config.dns, _addresses(config))
+        except CommandError:
+            log.close()
+            raise
         self._log.close()
         self._log = log
         before = self._backends
         self._set_up(config)
+        self._names.keep(_addresses(config))
         self._server.set_limits(config.limits)
-        for address, backend in before.items():
-            if address not in self._backends:
-                self._start(backend.retire())
+        self._retire(before)
         for backend in self._backends.values():
             backend.watch(config.health)
 
     def ready(self) -> bool:
-        """Returns whether all backends have been checked once, at least one is up, and the proxy is not draining."""
+        """Returns whether all first backends have been checked, at least one is up, and the proxy is not draining."""
         found = self._backends.values()
-        return not self._draining and all(b.checked for b in found) and any(b.up for b in found)
+        # Backends that join later do not count: they should not take the proxy out until their first check.
+        self._checked = self._checked or all(b.checked for b in found)
+        return not self._draining and self._checked and any(b.up for b in found)
 
     def dump(self) -> str:
         """Returns the present metrics for metrics.merge()."""
         found = self._backends.items()
         self.metrics.set("dpsr_proxy_backend_up", {(address,): float(b.up) for address, b in found})
+        self.metrics.set("dpsr_proxy_addresses", self._names.dump())
         self.metrics.set("dpsr_proxy_backend_outstanding", {(address,): float(b.outstanding) for address, b in found})
         return self.metrics.dump()
 
     def _set_up(self, config: ProxyConfig) -> None:
-        tls = backends.channel_tls(config.backend_tls)
-        name = (config.backend_tls and config.backend_tls.server_name) or ""
-        found: dict[str, Backend] = {}
+        self._backend_tls = backends.channel_tls(config.backend_tls)
+        before, self._backends = self._backends, {}
+        self._config = config
         pools: dict[PoolConfig, Pool] = {}
         for pool in _pool_configs(config):
-            shards = []
-            for addresses in pool.shards:
-                for address in addresses:
-                    if address not in found:
-                        found[address] = self._backends.get(address) or Backend(
-                            address, self.metrics, tls, name, config.limits
-                        )
-                shards.append(
-                    Replicas(
-                        [found[address] for address in addresses],
-                        pool.discover,
-                        config.max_outstanding,
-                        config.retries,
-                        config.hedge,
-                        config.health,
-                        self.metrics,
-                    )
+            shards = [
+                Replicas(
+                    addresses,
+                    self._servers(addresses, before),
+                    pool.discover,
+                    config.max_outstanding,
+                    config.retries,
+                    config.hedge,
+                    config.health,
+                    self.metrics,
                 )
+                for addresses in pool.shards
+            ]
             if len(shards) > 1:
                 # It imports NumPy, which should not happen during the first request.
                 from dpsr_serving.proxy import shards as _  # noqa: F401
             pools[pool] = Pool(pool, shards)
-        self._config, self._backends, self._pools, self._plans = config, found, pools, {}
+        self._pools, self._plans = pools, {}
         self._gates = self._make_gates(config)
+
+    def _servers(self, addresses: Sequence[str], before: Mapping[str, Backend]) -> list[Backend]:
+        """Returns the servers at some addresses, those of `before` where they are the same."""
+        tls = self._config.backend_tls
+        found: dict[str, Backend] = {}
+        for given in addresses:
+            for address in self._names.addresses(given):
+                if address not in self._backends:
+                    # A server that a name led to shows a certificate for the name.
+                    name = (tls and (tls.server_name or host_of(given))) or ""
+                    self._backends[address] = before.get(address) or Backend(
+                        address, self.metrics, self._backend_tls, name, self._config.limits, self._names.look_again
+                    )
+                found[address] = self._backends[address]
+        return list(found.values())
+
+    def _follow_names(self) -> None:
+        """Takes over the present addresses of the names. Requests that are under way also find them."""
+        before, self._backends = self._backends, {}
+        for pool in self._pools.values():
+            for shard in pool.shards:
+                shard.backends = self._servers(shard.addresses, before)
+        self._retire(before)
+        for address, backend in self._backends.items():
+            if address not in before:
+                backend.watch(self._config.health)
+
+    def _retire(self, before: Mapping[str, Backend]) -> None:
+        async def retire(address: str, backend: Backend) -> None:
+            await backend.retire()
+            if address not in self._backends:
+                self.metrics.forget_backend(address)
+
+        for address, backend in before.items():
+            if address not in self._backends:
+                self._start(retire(address, backend))
 
     def _make_gates(self, config: ProxyConfig) -> dict[str, Gate]:
         """Returns the limits of the models. Those that stay keep count of the requests in flight."""
@@ -415,7 +466,7 @@ class ProxyServer:
                 f"{path} names no model, and this proxy has {len(self._backends)} backends; send it to a model server "
                 "directly",
             )
-        (pool,) = self._pools.values()
+        pool = next(iter(self._pools.values()))
         return await pool.shards[0].ask(Spec(""), path, request, deadline, metadata, "")
 
     async def _shadow(
@@ -571,6 +622,10 @@ def _arm(plan: _Plan, metadata: Metadata) -> str:
 
 def _short(path: str) -> str:
     return path.rpartition("/")[2]
+
+
+def _addresses(config: ProxyConfig) -> list[str]:
+    return [address for pool in _pool_configs(config) for shard in pool.shards for address in shard]
 
 
 def _pool_configs(config: ProxyConfig) -> dict[PoolConfig, None]:

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.errors import CommandError
 from dpsr_serving.addresses import join_address
 from dpsr_serving.proxy.config import ProxyConfig, load_config, parse_config
 from dpsr_serving.proxy.metrics import merge
@@ -202,8 +202,8 @@ async def _serve(settings: Settings, server: Any, signals: _Signals, seen: Stamp
             continue
         seen = stamp
         try:
-            server.reload(load_config(Path(path)))
-        except (UsageError, ValueError, OSError) as error:
+            await server.reload(load_config(Path(path)))
+        except (CommandError, ValueError, OSError) as error:
             server.metrics.count("dpsr_proxy_config_reloads_total", ("refused",))
             _say(f"dpsr proxy: {error}; keeping the last good configuration")
         else:
