@@ -159,7 +159,7 @@ def test_serving_imports_no_tensorflow() -> None:
         ("dpsr_tokenizer", {"tensorflow", "dpsr_tf"}),
         ("dpsr_export", {"tensorflow", "faiss"}),
         ("dpsr_serving.client, dpsr_serving.query, dpsr_serving.model_server", {"tensorflow", "dpsr_tf"}),
-        ("dpsr_serving.proxy.server, dpsr_serving.proxy.command", {"tensorflow", "dpsr_tf", "numpy"}),
+        ("dpsr_serving.proxy.server, dpsr_serving.proxy.command", {"tensorflow", "numpy", "grpc", "opentelemetry", "dns"}),
         ("dpsr_serving.gateway.command", {"tensorflow", "dpsr_tf", "dpsr_export"}),
         ("dpsr_serving.client, dpsr_serving.query", {"aiohttp", "tantivy"}),
         ("dpsr_tf.data.ingest, dpsr_tf.evaluation.evaluate", {"tensorflow", "dpsr_export", "dpsr_serving"}),

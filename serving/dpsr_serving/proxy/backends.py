@@ -10,12 +10,14 @@ like those of clients.
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import ssl
 import time
 from collections.abc import Callable, Sequence
 
 from dpsr_common import serving_apis
+from dpsr_serving.proxy import tracing
 from dpsr_serving.proxy.admission import pushback
 from dpsr_serving.proxy.calls import Channel, Code, Metadata, Reply, client_tls
 from dpsr_serving.proxy.config import HealthConfig, HedgeConfig, LimitsConfig, PoolConfig, RetryConfig, TlsConfig
@@ -94,7 +96,12 @@ class Backend:
         key, begin = object(), time.monotonic()
         self._begun[key] = begin
         try:
-            reply = await self._channel.call(path, request, timeout_s, metadata)
+            span = tracing.current.get()
+            if span is None:
+                reply = await self._channel.call(path, request, timeout_s, metadata)
+            else:
+                make = functools.partial(self._channel.call, path, request, timeout_s)
+                reply = await span.attempt(self.address, metadata, make)
         except asyncio.CancelledError:
             now = time.monotonic()
             if now - begin > _GIVEN_UP_S:

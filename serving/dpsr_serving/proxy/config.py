@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,23 @@ class AccessLogConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TracingConfig:
+    """Spans, exported by OTLP over gRPC.
+
+    Attributes:
+        endpoint: the collector, "http://host:port", or "https://host:port" for TLS.
+        sample: share of the requests that get spans, where the client does not decide.
+        follow_clients: whether a client's trace decides by its flag `sampled`.
+        service: name of the service in the spans.
+    """
+
+    endpoint: str
+    sample: float = 0.01
+    follow_clients: bool = True
+    service: str = "dpsr-proxy"
+
+
+@dataclasses.dataclass(frozen=True)
 class ProxyConfig:
     """The whole configuration.
 
@@ -259,6 +277,7 @@ class ProxyConfig:
     listen_tls: TlsConfig | None = None
     backend_tls: TlsConfig | None = None
     access_log: AccessLogConfig | None = None
+    tracing: TracingConfig | None = None
     forward_reloads: bool = False
 
 
@@ -305,17 +324,19 @@ def parse_config(text: str) -> ProxyConfig:
         listen_tls=_tls(tls, "listen", ("certificate", "key", "ca")),
         backend_tls=_tls(tls, "backends", ("certificate", "key", "ca", "server_name")),
         access_log=_access_log(top),
+        tracing=_tracing(top),
         forward_reloads=top.flag("forward_reloads", False),
     )
 
 
 _TOP_KEYS = (
     "models", "default", "priorities", "max_outstanding", "health", "retries", "hedge", "dns", "limits", "tls",
-    "forward_reloads", "access_log",
+    "forward_reloads", "access_log", "tracing",
 )  # fmt: skip
 _POOL_KEYS = ("backends", "shards", "discover", "missing_shards", "shard_timeout_s")
 _ADDRESSES = "a list of at least one host:port"
 DNS_PREFIX = "dns:"
+_ENDPOINT = re.compile(r"https?://[^/]+:[0-9]+")
 
 
 def _model(key: str, value: Any, has_default: bool) -> ModelConfig:
@@ -594,4 +615,20 @@ def _access_log(top: Section) -> AccessLogConfig | None:
         raise UsageError(f"access_log.metadata: got {metadata!r}, expected a list of metadata keys")
     return AccessLogConfig(
         path, section.number("sample", 0.01, least=0, most=1), section.flag("errors", True), tuple(metadata)
+    )
+
+
+def _tracing(top: Section) -> TracingConfig | None:
+    if "tracing" not in top.tree:
+        return None
+    section = top.section("tracing", _fields(TracingConfig))
+    words = "http://host:port or https://host:port"
+    endpoint = section.text("endpoint", None, lambda value: bool(_ENDPOINT.fullmatch(value)), words)
+    if endpoint is None:
+        raise UsageError(f"tracing.endpoint: got None, expected {words}")
+    return TracingConfig(
+        endpoint,
+        section.number("sample", TracingConfig.sample, least=0, most=1),
+        section.flag("follow_clients", TracingConfig.follow_clients),
+        section.text("service", TracingConfig.service),
     )

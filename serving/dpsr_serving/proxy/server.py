@@ -17,7 +17,7 @@ from typing import Any
 from dpsr_common import serving_apis
 from dpsr_common.errors import CommandError
 from dpsr_serving.addresses import join_address
-from dpsr_serving.proxy import backends, calls, routing
+from dpsr_serving.proxy import backends, calls, routing, tracing
 from dpsr_serving.proxy.admission import Gate, priority_of
 from dpsr_serving.proxy.backends import Backend, Pool, Replicas
 from dpsr_serving.proxy.calls import Code, Metadata, Reply
@@ -110,6 +110,7 @@ class ProxyServer:
             assert listen.certificate is not None and listen.key is not None
             self._tls = calls.server_tls(listen.certificate, listen.key, listen.ca)
         self._share_port = share_port
+        self._tracer = None if config.tracing is None else tracing.Tracer(config.tracing)
         self._log = AccessLog(config.access_log)
         self._names = Names(self.metrics, self._follow_names)
         self._set_up(config)
@@ -149,6 +150,8 @@ class ProxyServer:
         self._names.close()
         for backend in self._backends.values():
             backend.close()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
         self._log.close()
 
     async def reload(self, config: ProxyConfig) -> None:
@@ -162,14 +165,20 @@ class ProxyServer:
         if (config.listen_tls, config.backend_tls) != (self._config.listen_tls, self._config.backend_tls):
             raise ValueError("tls: it is read only when the proxy starts; restart it")
         log = AccessLog(config.access_log)
+        old = self._tracer
         try:
+            tracer = old
+            if config.tracing != self._config.tracing:
+                tracer = None if config.tracing is None else tracing.Tracer(config.tracing)
             # Names that are new are looked up before any request goes there.
             await self._names.follow(config.dns, _addresses(config))
         except CommandError:
             log.close()
             raise
         self._log.close()
-        self._log = log
+        self._log, self._tracer = log, tracer
+        if old is not None and old is not tracer:
+            self._start(asyncio.to_thread(old.close))
         before = self._backends
         self._set_up(config)
         self._names.keep(_addresses(config))
@@ -270,7 +279,22 @@ class ProxyServer:
                 gates[name] = Gate(limit, shares, self._workers, time.monotonic())
         return gates
 
-    async def _forward(
+    def _forward(
+        self,
+        path: str,
+        spec_path: tuple[int, ...] | None,
+        inference: bool,
+        request: bytes,
+        deadline: float | None,
+        metadata: Metadata,
+    ) -> Awaitable[Reply]:
+        span = None if self._tracer is None else self._tracer.begin(path, metadata)
+        if span is None:
+            return self._answer(path, spec_path, inference, request, deadline, metadata)
+        answer = functools.partial(self._answer, path, spec_path, inference, request, deadline, metadata)
+        return _traced(span, answer)
+
+    async def _answer(
         self,
         path: str,
         spec_path: tuple[int, ...] | None,
@@ -310,6 +334,9 @@ class ProxyServer:
                     reply = reply._replace(trailing=(*reply.trailing, arm_header))
         seconds = time.monotonic() - start
         model, experiment = ("", "") if plan is None else (plan.plain.label, plan.experiment)
+        span = tracing.current.get()
+        if span is not None and plan is not None:
+            span.describe(plan.plain.spec, f"{experiment}/{arm}" if arm else "")
         self.metrics.count("dpsr_proxy_requests_total", (_short(path), model, experiment, arm, reply.code.name))
         if inference:
             self.metrics.observe("dpsr_proxy_request_seconds", (model, experiment, arm), seconds)
@@ -415,11 +442,15 @@ class ProxyServer:
         if pool.config.shard_timeout_s is not None:
             limit = min(limit or float("inf"), now + pool.config.shard_timeout_s)
 
-        async def ask(shards: Sequence[Replicas], body: bytes) -> list[Reply]:
-            label = destination.label
-            return await asyncio.gather(
-                *(shard.ask(spec, serving_apis.PREDICT, body, limit, metadata, label) for shard in shards)
+        async def ask_one(shard: Replicas, body: bytes) -> Reply:
+            answer = functools.partial(shard.ask, spec, serving_apis.PREDICT, body, limit, metadata, destination.label)
+            span = tracing.current.get()
+            return await (
+                answer() if span is None else _traced(span.part("shard", shard=pool.shards.index(shard) + 1), answer)
             )
+
+        async def ask(shards: Sequence[Replicas], body: bytes) -> list[Reply]:
+            return await asyncio.gather(*(ask_one(shard, body) for shard in shards))
 
         replies = await ask(pool.shards, request)
         try:
@@ -482,7 +513,9 @@ class ProxyServer:
         self._shadows += 1
         try:
             deadline = min(deadline or math.inf, time.monotonic() + _SHADOW_S)
-            reply = await self._ask(plan.shadow, path, spec_path, request, deadline, metadata)
+            answer = functools.partial(self._ask, plan.shadow, path, spec_path, request, deadline, metadata)
+            span = tracing.current.get()
+            reply = await (answer() if span is None else _traced(span.part("shadow"), answer))
             self.metrics.count("dpsr_proxy_shadow_total", (plan.shadow.label, reply.code.name))
         finally:
             self._shadows -= 1
@@ -491,6 +524,15 @@ class ProxyServer:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _traced(span: tracing.Span, answer: Callable[[], Awaitable[Reply]]) -> Reply:
+    """Answers a request, or a part of it, in a span."""
+    with span:
+        tracing.current.set(span)
+        reply = await answer()
+        span.finish(reply)
+        return reply
 
 
 # Codes with which a shard fails through no fault of the request.
