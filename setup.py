@@ -62,6 +62,7 @@ setup(
     include_package_data=False,
     package_data={
         "": ["py.typed", "*.pyi", "*.yaml"],
+        "dpsr_serving": ["*.proto"],
         "dpsr_serving.gateway": ["*.proto", "page/*"],
         "dpsr_tf": ["configs/*.yaml"],
         "dpsr_tf.data": ["adapters/*.yaml"],

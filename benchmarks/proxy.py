@@ -219,7 +219,7 @@ def wire_calls(count: int) -> None:
         body_s=60,
         answer_s=60,
     )
-    server = _native.server_session(limits, _native.Host([PREDICT], 2**30), 0.0)
+    server = _native.server_session(limits, _native.Host([PREDICT], [], 2**30), 0.0)
     client = _native.client_session(limits, 0.0)
     body = bytes(ANSWER_BYTES)
     for _ in range(count):

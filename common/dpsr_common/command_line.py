@@ -47,7 +47,7 @@ _ORDER = (
 _EXTRAS = (
     {"faiss": "faiss-cpu"}
     | dict.fromkeys(("markdown", "sklearn", "threadpoolctl"), "report")
-    | dict.fromkeys(("aiohttp", "grpc_reflection", "opensearchpy", "tantivy"), "gateway")
+    | dict.fromkeys(("aiohttp", "opensearchpy", "tantivy"), "gateway")
 )
 
 

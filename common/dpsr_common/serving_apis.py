@@ -54,11 +54,11 @@ def load_pool(path: Path, *more: bytes) -> descriptor_pool.DescriptorPool:
     return pool
 
 
-_POOL = load_pool(_DESCRIPTOR_SET)
+POOL = load_pool(_DESCRIPTOR_SET)
 
 
 def _message(name: str) -> Any:
-    return message_factory.GetMessageClass(_POOL.FindMessageTypeByName(name))
+    return message_factory.GetMessageClass(POOL.FindMessageTypeByName(name))
 
 
 TensorProto = _message("tensorflow.TensorProto")
@@ -88,8 +88,9 @@ GET_MODEL_STATUS = "/tensorflow.serving.ModelService/GetModelStatus"
 RELOAD_CONFIG = "/tensorflow.serving.ModelService/HandleReloadConfigRequest"
 
 # Every method of both services, as gRPC addresses it ("/package.Service/Method"), with the descriptor of its request.
+SERVICES = ("tensorflow.serving.PredictionService", "tensorflow.serving.ModelService")
 METHODS: dict[str, Any] = {
     f"/{service}/{method.name}": method.input_type
-    for service in ("tensorflow.serving.PredictionService", "tensorflow.serving.ModelService")
-    for method in _POOL.FindServiceByName(service).methods
+    for service in SERVICES
+    for method in POOL.FindServiceByName(service).methods
 }

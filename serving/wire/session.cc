@@ -85,6 +85,8 @@ struct Session::Stream {
   bool refused = false;
   int refusal = -1;  // a code, if the headers so far make the call fail
   std::string refusal_details;
+  bool is_streaming = false;
+  bool answered = false;  // streaming: its owner, or this class, has ended it
   std::string method, content_type, path, encoding, timeout;
   bool has_timeout = false;
   double timeout_s = -1;
@@ -98,7 +100,9 @@ struct Session::Stream {
   // What is sent.
   char prefix[kPrefixBytes] = {};
   Message message;
-  size_t size = 0;  // of prefix and message
+  std::string pushed;     // streaming: messages with their prefixes
+  bool has_head = false;  // streaming: whether the answer's headers are on their way
+  size_t size = 0;        // of prefix and message, or of `pushed`
   size_t sent = 0;
   bool sent_all = false;
   bool reset = false;
@@ -219,7 +223,7 @@ struct Session::Callbacks {
     const auto call = std::find_if(self->pending_.begin(), self->pending_.end(), is_call);
     if (call != self->pending_.end()) {
       self->pending_.erase(call);  // the owner never hears of a call that is given up at once
-    } else if (self->role_ == Role::kClient || stream->phase == Phase::kOwner) {
+    } else if (self->role_ == Role::kClient || (stream->is_streaming ? !stream->answered : stream->phase == Phase::kOwner)) {
       Event event{};
       event.kind = EventKind::kEnd;
       event.stream = id;
@@ -275,8 +279,10 @@ struct Session::Callbacks {
     Stream* stream = self->Find(id);
     if (stream == nullptr) return NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE;
     const size_t count = std::min(size, stream->size - stream->sent);
+    const bool may_grow = stream->is_streaming && !stream->answered;
+    if (count == 0 && may_grow) return NGHTTP2_ERR_DEFERRED;
     *flags |= NGHTTP2_DATA_FLAG_NO_COPY;
-    if (stream->sent + count == stream->size) {
+    if (stream->sent + count == stream->size && !may_grow) {
       *flags |= NGHTTP2_DATA_FLAG_EOF;
       stream->sent_all = true;
       if (!stream->trailers.empty()) {
@@ -297,6 +303,12 @@ struct Session::Callbacks {
     Stream* stream = self->Find(frame->hd.stream_id);
     if (stream == nullptr) return NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE;
     self->out_.append(reinterpret_cast<const char*>(head), 9);
+    if (stream->is_streaming) {
+      self->out_.append(stream->pushed, stream->sent, size);
+      stream->sent += size;
+      if (stream->sent == stream->size) self->OnAllSent(stream);
+      return 0;
+    }
     if (stream->sent < kPrefixBytes && size > 0) {
       const size_t count = std::min(size, kPrefixBytes - stream->sent);
       self->out_.append(stream->prefix + stream->sent, count);
@@ -341,11 +353,11 @@ struct Session::Callbacks {
   }
 };
 
-Session::Session(Role role, const SessionLimits& limits, const std::unordered_set<std::string>* paths, Budget* budget,
+Session::Session(Role role, const SessionLimits& limits, const Methods* methods, Budget* budget,
                  double now)
     : role_(role),
       limits_(limits),
-      paths_(paths),
+      methods_(methods),
       budget_(budget),
       now_(now),
       idle_since_(now),
@@ -408,9 +420,37 @@ bool Session::Hold(int32_t id, size_t bytes) {
   return true;
 }
 
+bool Session::Push(int32_t id, std::string_view message) {
+  Stream* stream = Find(id);
+  if (stream == nullptr || !stream->is_streaming || stream->answered) return false;
+  const size_t bytes = kPrefixBytes + message.size();
+  // Unlike a unary call, this one must not hold everything, because it may last for ever.
+  if (held_ + bytes > limits_.connection_bytes) {
+    BreakStreaming(stream, kGrpcResourceExhausted, HoldsTooMuch());
+    return false;
+  }
+  Charge(stream, bytes);
+  stream->pushed += '\0';
+  for (const int shift : {24, 16, 8, 0}) stream->pushed += static_cast<char>(static_cast<uint8_t>(message.size() >> shift));
+  stream->pushed += message;
+  stream->size = stream->pushed.size();
+  if (!stream->has_head) {
+    stream->has_head = true;
+    SubmitAnswer(stream, {{":status", "200"}, {"content-type", "application/grpc"}}, true);
+  } else {
+    if (stream->phase == Phase::kOwner) SetPhase(stream, Phase::kAnswer);
+    nghttp2_session_resume_data(session_, id);
+  }
+  return true;
+}
+
 bool Session::Answer(int32_t id, int code, std::string_view details, const std::vector<Header>& initial,
                      Message message, std::vector<Header> trailing) {
   Stream* stream = Find(id);
+  if (stream != nullptr && stream->is_streaming && !stream->answered) {
+    EndStreaming(stream, code, details, std::move(trailing));
+    return true;
+  }
   if (stream == nullptr || stream->phase != Phase::kOwner) return false;
   if (code == 0 && !MayCharge(*stream, message.size)) {
     Refuse(stream, kGrpcResourceExhausted, HoldsTooMuch());
@@ -530,6 +570,20 @@ void Session::Close(Stream* stream) {
   if (streams_.empty()) idle_since_ = now_;
 }
 
+void Session::Release(Stream* stream, size_t bytes) {
+  stream->charged -= bytes;
+  held_ -= bytes;
+  if (budget_ != nullptr) budget_->used -= bytes;
+}
+
+// The other side has taken all messages of a streaming call so far.
+void Session::OnAllSent(Stream* stream) {
+  Release(stream, stream->size);
+  stream->pushed.clear();
+  stream->size = stream->sent = 0;
+  if (!stream->answered) SetPhase(stream, Phase::kOwner);
+}
+
 void Session::Charge(Stream* stream, size_t bytes) {
   stream->charged += bytes;
   held_ += bytes;
@@ -615,14 +669,33 @@ void Session::OnRequestHeaders(Stream* stream) {
     SubmitRefusal(stream, {{":status", "415"}});
   } else if (stream->has_timeout && !ParseTimeout(stream->timeout, &timeout_s)) {
     Refuse(stream, kGrpcInternal, "cannot parse the header grpc-timeout: '" + stream->timeout + "'");
-  } else if (paths_ != nullptr && paths_->find(stream->path) == paths_->end()) {
-    Refuse(stream, kGrpcUnimplemented, "Method not found: " + stream->path);
+  } else if (methods_ != nullptr) {
+    const auto found = methods_->find(stream->path);
+    if (found == methods_->end()) {
+      Refuse(stream, kGrpcUnimplemented, "Method not found: " + stream->path);
+    } else {
+      stream->is_streaming = found->second == MethodKind::kStreaming;
+    }
   }
   stream->timeout_s = timeout_s;
+  if (!stream->is_streaming) return;
+  Event event{};
+  event.kind = EventKind::kCall;
+  event.stream = stream->id;
+  event.path = std::move(stream->path);
+  event.timeout_s = timeout_s;
+  event.metadata = std::move(stream->initial);
+  SetPhase(stream, Phase::kOwner);
+  credit_ = std::min(kMostCredit, credit_ + kCreditPerCall);
+  pending_.push_back(std::move(event));
 }
 
 void Session::OnData(Stream* stream, std::string_view data) {
   if (stream->refused || stream->ended) return;
+  if (stream->is_streaming) {
+    OnStreamingData(stream, data);
+    return;
+  }
   stream->data.append(data);
   // A client is refused before it has sent all that its message is going to hold.
   const bool is_announced = role_ == Role::kServer && stream->data.size() >= kPrefixBytes;
@@ -651,9 +724,76 @@ void Session::OnData(Stream* stream, std::string_view data) {
   Charge(stream, data.size());
 }
 
+void Session::OnStreamingData(Stream* stream, std::string_view data) {
+  if (stream->answered) return;
+  if (held_ + data.size() > limits_.connection_bytes) {
+    BreakStreaming(stream, kGrpcResourceExhausted, HoldsTooMuch());
+    return;
+  }
+  Charge(stream, data.size());
+  stream->data.append(data);
+  while (stream->data.size() >= kPrefixBytes) {
+    const size_t bytes = MessageBytes(stream->data);
+    if (stream->data[0] != 0) {
+      BreakStreaming(stream, kGrpcUnimplemented, "messages of a streaming method must not be compressed");
+      return;
+    }
+    if (bytes > limits_.message_bytes) {
+      BreakStreaming(stream, kGrpcResourceExhausted,
+                     "a message of more than " + std::to_string(limits_.message_bytes) + " bytes");
+      return;
+    }
+    if (stream->data.size() < kPrefixBytes + bytes) return;
+    Report(EventKind::kMessage, stream->id, stream->data.substr(0, kPrefixBytes + bytes));
+    stream->data.erase(0, kPrefixBytes + bytes);
+  }
+}
+
+void Session::Report(EventKind kind, int32_t id, std::string data) {
+  Event event{};
+  event.kind = kind;
+  event.stream = id;
+  event.has_message = !data.empty();
+  event.data = std::move(data);
+  pending_.push_back(std::move(event));
+}
+
+// Ends a streaming call after the messages that are on their way.
+void Session::EndStreaming(Stream* stream, int code, std::string_view details, std::vector<Header> trailing) {
+  stream->answered = true;
+  stream->data = std::string();
+  std::vector<Header> status = {{"grpc-status", std::to_string(code)}};
+  if (!details.empty()) status.push_back({"grpc-message", EscapeMessage(details)});
+  std::move(trailing.begin(), trailing.end(), std::back_inserter(status));
+  if (stream->has_head) {
+    stream->trailers = std::move(status);
+    SetPhase(stream, Phase::kAnswer);
+    nghttp2_session_resume_data(session_, stream->id);
+    return;
+  }
+  std::vector<Header> head = {{":status", "200"}, {"content-type", "application/grpc"}};
+  std::move(status.begin(), status.end(), std::back_inserter(head));
+  SubmitAnswer(stream, head, false);
+}
+
+// Ends a streaming call that breaks a limit, and tells its owner.
+void Session::BreakStreaming(Stream* stream, int code, std::string_view details) {
+  EndStreaming(stream, code, details.substr(0, kMostWords), {});
+  Report(EventKind::kEnd, stream->id, "");
+}
+
 void Session::OnEnd(Stream* stream) {
   stream->ended = true;
   if (stream->refused) return;
+  if (stream->is_streaming) {
+    if (stream->answered) return;
+    if (stream->data.empty()) {
+      Report(EventKind::kHalfClose, stream->id, "");
+    } else {
+      BreakStreaming(stream, kGrpcInternal, "the last message is cut off");
+    }
+    return;
+  }
   Event event{};
   event.stream = stream->id;
   event.has_message = IsOneMessage(stream->data);

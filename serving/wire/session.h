@@ -1,8 +1,13 @@
-// One side of an HTTP/2 connection that carries gRPC's unary calls, without sockets: received bytes go in, events and
-// bytes to send come out. nghttp2 keeps the protocol; this class adds what is gRPC's, and limits.
+// One side of an HTTP/2 connection that carries gRPC's calls, without sockets: received bytes go in, events and bytes to
+// send come out. nghttp2 keeps the protocol; this class adds what is gRPC's, and limits.
 //
-// A server's session collects each call and reports it once it is complete. A call that breaks a limit or a rule is
-// answered here, and its owner never hears of it. A client's session reports each answer once it is complete.
+// A server's session collects each unary call and reports it once it is complete. A call that breaks a limit or a rule
+// is answered here, and its owner never hears of it. A client's session reports each answer once it is complete; it
+// makes unary calls only.
+//
+// A server may have streaming methods too, of few and small messages (health, reflection): the owner hears of the call
+// at its headers, then of each message, and sends messages until it answers. All messages that such a call receives
+// count as held until its end.
 #ifndef DPSR_SERVING_WIRE_SESSION_H_
 #define DPSR_SERVING_WIRE_SESSION_H_
 
@@ -14,7 +19,6 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
-#include <unordered_set>
 #include <vector>
 
 #include "serving/wire/grpc_headers.h"
@@ -31,6 +35,11 @@ struct SessionLimits {
   double answer_s = 60;           // from an answer to the last byte of it that the other side takes
 };
 
+enum class MethodKind { kUnary, kStreaming };
+
+// The methods of a server, by their paths.
+using Methods = std::unordered_map<std::string, MethodKind>;
+
 // The bytes that the sessions of one process hold. Not thread-safe, like sessions: one thread has all of them.
 struct Budget {
   size_t limit = SIZE_MAX;
@@ -45,12 +54,14 @@ struct Message {
 };
 
 enum class EventKind {
-  kCall,      // server: a call is complete
+  kCall,      // server: a unary call is complete, or a streaming one has begun
   kAnswer,    // client: an answer is complete
   kEnd,       // the other side gave up a call: a server's after kCall, a client's before kAnswer
   kSettings,  // the other side sent its settings
   kGoAway,    // the other side accepts no more calls
   kDrained,   // the other side has seen Drain()
+  kMessage,   // server: a streaming call has another message
+  kHalfClose, // server: a streaming call has no more messages
 };
 
 struct Event {
@@ -73,9 +84,9 @@ struct Event {
 class Session {
  public:
   enum class Role { kClient, kServer };
-  // Calls of other `paths` are answered with UNIMPLEMENTED (server only). `budget` and `paths` must outlive the session.
-  Session(Role role, const SessionLimits& limits, const std::unordered_set<std::string>* paths, Budget* budget,
-          double now);
+  // Calls of other `methods` are answered with UNIMPLEMENTED (server only). `budget` and `methods` must outlive the
+  // session.
+  Session(Role role, const SessionLimits& limits, const Methods* methods, Budget* budget, double now);
   ~Session();
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
@@ -91,7 +102,11 @@ class Session {
   // call is gone.
   bool Hold(int32_t stream, size_t bytes);
 
-  // Answers a call. A message is sent only with code 0. Returns false if the call is gone. If the connection would hold
+  // Sends a message of a streaming call. Returns false if the call is gone, or ends because the connection would hold
+  // too much; then kEnd follows.
+  bool Push(int32_t stream, std::string_view message);
+
+  // Answers a call. A message is sent only with code 0, and not by a streaming call. Returns false if the call is gone. If the connection would hold
   // too much, because the other side does not take its answers, the answer is RESOURCE_EXHAUSTED instead.
   bool Answer(int32_t stream, int code, std::string_view details, const std::vector<Header>& initial, Message message,
               std::vector<Header> trailing);
@@ -142,8 +157,10 @@ class Session {
   Stream* Open(int32_t stream);
   void Close(Stream* stream);
   void Charge(Stream* stream, size_t bytes);
+  void Release(Stream* stream, size_t bytes);
   bool MayCharge(const Stream& stream, size_t bytes) const;
   std::string HoldsTooMuch() const;
+  void OnAllSent(Stream* stream);
   void SetPhase(Stream* stream, Phase phase);
   void SetMessage(Stream* stream, Message message);
   bool Spend(double cost);
@@ -151,14 +168,18 @@ class Session {
   void OnHeader(Stream* stream, std::string_view name, std::string_view value, bool valid);
   void OnRequestHeaders(Stream* stream);
   void OnData(Stream* stream, std::string_view data);
+  void OnStreamingData(Stream* stream, std::string_view data);
   void OnEnd(Stream* stream);
+  void EndStreaming(Stream* stream, int code, std::string_view details, std::vector<Header> trailing);
+  void BreakStreaming(Stream* stream, int code, std::string_view details);
+  void Report(EventKind kind, int32_t stream, std::string data);
   void Refuse(Stream* stream, int code, std::string_view details);
   void SubmitRefusal(Stream* stream, const std::vector<Header>& head);
   void SubmitAnswer(Stream* stream, const std::vector<Header>& head, bool with_data);
 
   const Role role_;
   const SessionLimits limits_;
-  const std::unordered_set<std::string>* const paths_;
+  const Methods* const methods_;
   Budget* const budget_;
   nghttp2_session* session_ = nullptr;
   std::unordered_map<int32_t, std::unique_ptr<Stream>> streams_;

@@ -6,7 +6,6 @@
 #include <memory>
 #include <string>
 #include <string_view>
-#include <unordered_set>
 #include <vector>
 
 #include "serving/wire/session.h"
@@ -14,7 +13,7 @@
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace dpsr::serving;  // NOLINT
   if (size == 0) return 0;
-  static const auto* const paths = new std::unordered_set<std::string>{"/p"};
+  static const auto* const methods = new Methods{{"/p", MethodKind::kUnary}, {"/w", MethodKind::kStreaming}};
   static const std::string preface = std::string("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
   const std::string empty_settings("\0\0\0\4\0\0\0\0\0", 9);
   const int choice = data[0];
@@ -29,7 +28,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     limits.header_bytes = 512;
     limits.message_bytes = 1024;
     limits.connection_bytes = 4096;
-    Session session(is_server ? Session::Role::kServer : Session::Role::kClient, limits, paths,
+    Session session(is_server ? Session::Role::kServer : Session::Role::kClient, limits, methods,
                     is_server ? &budget : nullptr, 0);
     const auto text = std::make_shared<std::string>(static_cast<size_t>(choice) * 64, 'x');
     std::vector<Event> events;
@@ -42,7 +41,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       events.clear();
       session.Receive(std::string_view(bytes).substr(begin, step), now, &events);
       for (const Event& event : events) {
-        if (event.kind != EventKind::kCall) continue;
+        if (event.kind == EventKind::kMessage) session.Push(event.stream, event.data);
+        if (event.kind == EventKind::kHalfClose) session.Answer(event.stream, 0, "", {}, {}, {{"t", "2"}});
+        if (event.kind != EventKind::kCall || event.path == "/w") continue;
         if (event.data.size() < 5) std::abort();
         session.Hold(event.stream, 100);
         session.Answer(event.stream, choice & 2 ? 0 : 5, "d", {{"i", "1"}}, {text->data(), text->size(), text},

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <string>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -14,9 +13,12 @@ namespace {
 constexpr char kPath[] = "/s/Predict";
 constexpr char kPreface[] = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-const std::unordered_set<std::string>& Paths() {
-  static const auto* const paths = new std::unordered_set<std::string>{kPath};
-  return *paths;
+constexpr char kWatch[] = "/s/Watch";
+
+const Methods& ServerMethods() {
+  static const auto* const methods =
+      new Methods{{kPath, MethodKind::kUnary}, {kWatch, MethodKind::kStreaming}};
+  return *methods;
 }
 
 Message MessageOf(const std::string& text) {
@@ -56,7 +58,7 @@ std::string Framed(const std::string& message) {
 class Server {
  public:
   explicit Server(const SessionLimits& limits = SessionLimits())
-      : session(Session::Role::kServer, limits, &Paths(), &budget, 0) {
+      : session(Session::Role::kServer, limits, &ServerMethods(), &budget, 0) {
     Receive(std::string(kPreface) + Frame(NGHTTP2_SETTINGS, 0, 0, ""));
   }
 
@@ -90,7 +92,7 @@ class Server {
 // A client and a server that are connected.
 struct Pair {
   explicit Pair(const SessionLimits& limits = SessionLimits())
-      : server(Session::Role::kServer, limits, &Paths(), &budget, 0),
+      : server(Session::Role::kServer, limits, &ServerMethods(), &budget, 0),
         client(Session::Role::kClient, SessionLimits(), nullptr, nullptr, 0) {}
 
   // Moves bytes until none are left.
@@ -350,7 +352,7 @@ TEST(SessionTest, ADrainedConnectionAnswersWhatItHasAndIgnoresWhatComesLater) {
 
 TEST(SessionTest, BytesThatAreNotHttp2AreNotAnswered) {
   Budget budget;
-  Session session(Session::Role::kServer, SessionLimits(), &Paths(), &budget, 0);
+  Session session(Session::Role::kServer, SessionLimits(), &ServerMethods(), &budget, 0);
   std::vector<Event> events;
   EXPECT_FALSE(session.Receive("GET / HTTP/1.1\r\n\r\n", 0, &events));
 }
@@ -358,7 +360,7 @@ TEST(SessionTest, BytesThatAreNotHttp2AreNotAnswered) {
 TEST(SessionTest, AnEndedSessionGivesItsBytesBack) {
   Budget budget;
   {
-    Session session(Session::Role::kServer, SessionLimits(), &Paths(), &budget, 0);
+    Session session(Session::Role::kServer, SessionLimits(), &ServerMethods(), &budget, 0);
     std::vector<Event> events;
     session.Receive(std::string(kPreface) + Frame(NGHTTP2_SETTINGS, 0, 0, "") +
                         Frame(NGHTTP2_HEADERS, NGHTTP2_FLAG_END_HEADERS, 1, Head()) +
@@ -368,6 +370,121 @@ TEST(SessionTest, AnEndedSessionGivesItsBytesBack) {
     EXPECT_GT(budget.used, 77u);
   }
   EXPECT_EQ(budget.used, 0u);
+}
+
+// Streaming methods.
+
+std::string Begin(uint32_t stream) { return Frame(NGHTTP2_HEADERS, NGHTTP2_FLAG_END_HEADERS, stream, Head(kWatch)); }
+
+size_t CountEvents(const std::vector<Event>& events, EventKind kind) {
+  return static_cast<size_t>(
+      std::count_if(events.begin(), events.end(), [kind](const Event& event) { return event.kind == kind; }));
+}
+
+TEST(SessionTest, AStreamingCallHasMessagesBothWays) {
+  Server server;
+  server.Receive(Begin(1));
+  EXPECT_EQ(server.CountCalls(), 1u);  // before any message
+  const std::string both = Framed("one") + Framed("") + Framed("two");
+  server.Receive(Frame(NGHTTP2_DATA, 0, 1, both.substr(0, 10)));
+  EXPECT_EQ(CountEvents(server.events, EventKind::kMessage), 1u);
+  server.Receive(Frame(NGHTTP2_DATA, 0, 1, both.substr(10)));
+  ASSERT_EQ(CountEvents(server.events, EventKind::kMessage), 3u);
+  EXPECT_EQ(server.events.back().data, Framed("two"));
+  EXPECT_TRUE(server.session.Push(1, "a"));
+  EXPECT_NE(server.Send().find(Framed("a")), std::string::npos);
+  EXPECT_TRUE(server.session.Push(1, "b"));
+  EXPECT_TRUE(server.session.Push(1, ""));
+  EXPECT_NE(server.Send().find(Framed("b") + Framed("")), std::string::npos);
+  EXPECT_EQ(server.Send(), "");
+  EXPECT_EQ(CountEvents(server.events, EventKind::kHalfClose), 0u);
+  server.Receive(Frame(NGHTTP2_DATA, NGHTTP2_FLAG_END_STREAM, 1, ""));
+  EXPECT_EQ(CountEvents(server.events, EventKind::kHalfClose), 1u);
+  EXPECT_TRUE(server.session.Answer(1, 0, "", {}, {}, {}));
+  EXPECT_FALSE(server.session.Push(1, "late"));
+  EXPECT_NE(server.Send(), "");
+  EXPECT_EQ(server.session.num_streams(), 0u);
+  EXPECT_EQ(server.budget.used, 0u);
+}
+
+TEST(SessionTest, AClientGetsTheMessageAndTheStatusOfAStreamingCall) {
+  for (const int code : {0, 5}) {
+    Pair pair;
+    const int32_t stream = pair.Call("q", {}, kWatch);
+    pair.Run();
+    if (code == 0) {
+      EXPECT_TRUE(pair.server.Push(stream, "answer"));
+      pair.Run();
+    }
+    pair.server.Answer(stream, code, "words", {}, {}, {{"t", "2"}});
+    pair.Run();
+    EXPECT_EQ(pair.Answer().code, code);
+    EXPECT_EQ(pair.Answer().details, "words");
+    EXPECT_EQ(pair.Answer().data, code == 0 ? Framed("answer") : "");
+    ASSERT_EQ(pair.Answer().trailing.size(), 1u);
+  }
+}
+
+TEST(SessionTest, AStreamingCallThatBreaksARuleEnds) {
+  SessionLimits limits;
+  limits.message_bytes = 100;
+  limits.connection_bytes = 500;
+  const std::string compressed = std::string("\1", 1) + Framed("m").substr(1);
+  const struct {
+    std::string data;
+    int flags;
+    const char* status;
+  } cases[] = {{compressed, 0, "12"},
+               {Framed(std::string(101, 'm')).substr(0, 20), 0, "8"},
+               {std::string(600, '\0'), 0, "8"},
+               {Framed("m").substr(0, 3), NGHTTP2_FLAG_END_STREAM, "13"}};
+  for (const auto& one : cases) {
+    Server server(limits);
+    server.Receive(Begin(1) + Frame(NGHTTP2_DATA, one.flags, 1, one.data));
+    EXPECT_EQ(CountEvents(server.events, EventKind::kEnd), 1u) << one.status;
+    EXPECT_FALSE(server.session.Push(1, "a"));
+    EXPECT_NE(server.Send().find(one.status), std::string::npos);
+    server.Receive(Frame(NGHTTP2_DATA, 0, 1, Framed("more")));
+    EXPECT_EQ(CountEvents(server.events, EventKind::kEnd), 1u);
+    EXPECT_LE(CountEvents(server.events, EventKind::kMessage), 100u);
+  }
+}
+
+TEST(SessionTest, WhatAClientDoesNotReadOfAStreamingCallIsBounded) {
+  SessionLimits limits;
+  limits.connection_bytes = 2000;
+  Server server(limits);
+  server.Receive(Frame(NGHTTP2_SETTINGS, 0, 0, std::string("\0\4\0\0\0\0", 6)) + Begin(1));  // a window of 0
+  int pushed = 0;
+  while (server.session.Push(1, std::string(100, 'x')) && pushed < 1000) ++pushed;
+  EXPECT_GT(pushed, 5);
+  EXPECT_LT(pushed, 20);
+  EXPECT_TRUE(server.session.has_events());
+  server.Send();
+  server.session.Expire(61);
+  server.Send();
+  EXPECT_EQ(server.session.num_streams(), 0u);
+  EXPECT_EQ(server.budget.used, 0u);
+  // Messages that are read do not add up.
+  Server reading(limits);
+  reading.Receive(Begin(1));
+  for (int i = 0; i < 1000; ++i) {
+    ASSERT_TRUE(reading.session.Push(1, std::string(10, 'x')));
+    reading.Send();
+  }
+  reading.session.Expire(1000);  // a call that waits may last
+  EXPECT_EQ(reading.session.num_streams(), 1u);
+}
+
+TEST(SessionTest, TheOwnerHearsOfAStreamingCallThatIsGivenUp) {
+  Server server;
+  server.Receive(Begin(1));
+  server.session.Push(1, "a");
+  server.Send();
+  server.Receive(Frame(NGHTTP2_RST_STREAM, 0, 1, Number(NGHTTP2_CANCEL)));
+  EXPECT_EQ(CountEvents(server.events, EventKind::kEnd), 1u);
+  EXPECT_FALSE(server.session.Push(1, "b"));
+  EXPECT_FALSE(server.session.Answer(1, 0, "", {}, {}, {}));
 }
 
 }  // namespace

@@ -7,7 +7,6 @@
 #include <optional>
 #include <string>
 #include <string_view>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -21,7 +20,7 @@ namespace {
 
 // What the connections of a server share: the methods that it has, and the bytes that it may hold.
 struct Host {
-  std::unordered_set<std::string> paths;
+  Methods methods;
   Budget budget;
 };
 
@@ -75,6 +74,10 @@ py::tuple ToTuple(const Event& event) {
                             ToPairs(event.metadata), ToPairs(event.trailing), event.http_status);
     case EventKind::kEnd:
       return py::make_tuple(kind, event.stream, event.error);
+    case EventKind::kMessage:
+      return py::make_tuple(kind, event.stream, MessageOf(event));
+    case EventKind::kHalfClose:
+      return py::make_tuple(kind, event.stream);
     case EventKind::kSettings:
     case EventKind::kGoAway:
     case EventKind::kDrained:
@@ -90,7 +93,7 @@ py::list ToList(const std::vector<Event>& events) {
 }
 
 std::unique_ptr<Session> MakeServerSession(const SessionLimits& limits, Host* host, double now) {
-  return std::make_unique<Session>(Session::Role::kServer, limits, &host->paths, &host->budget, now);
+  return std::make_unique<Session>(Session::Role::kServer, limits, &host->methods, &host->budget, now);
 }
 
 std::unique_ptr<Session> MakeClientSession(const SessionLimits& limits, double now) {
@@ -124,13 +127,16 @@ PYBIND11_MODULE(_native, module) {
            py::arg("connection_bytes"), py::arg("headers_s"), py::arg("body_s"), py::arg("answer_s"));
 
   py::class_<Host>(module, "Host")
-      .def(py::init([](const py::iterable& paths, size_t total_bytes) {
+      .def(py::init([](const py::iterable& paths, const py::iterable& streaming, size_t total_bytes) {
              auto host = std::make_unique<Host>();
-             for (const py::handle path : paths) host->paths.insert(py::cast<std::string>(path));
+             for (const py::handle path : paths) host->methods[py::cast<std::string>(path)] = MethodKind::kUnary;
+             for (const py::handle path : streaming) {
+               host->methods[py::cast<std::string>(path)] = MethodKind::kStreaming;
+             }
              host->budget.limit = total_bytes;
              return host;
            }),
-           py::arg("paths"), py::arg("total_bytes"))
+           py::arg("paths"), py::arg("streaming"), py::arg("total_bytes"))
       .def_property_readonly("held", [](const Host& self) { return self.budget.used; })
       .def_property_readonly("over", [](const Host& self) { return self.budget.used > self.budget.limit; })
       .def_property(
@@ -157,6 +163,7 @@ PYBIND11_MODULE(_native, module) {
           },
           py::arg("path"), py::arg("authority"), py::arg("tls"), py::arg("timeout_s"), py::arg("metadata"),
           py::arg("message"))
+      .def("push", &Session::Push, py::arg("stream"), py::arg("message"))
       .def("hold", &Session::Hold, py::arg("stream"), py::arg("bytes"))
       .def("reset", &Session::Reset, py::arg("stream"), py::arg("error"))
       .def("drain", &Session::Drain)

@@ -21,6 +21,7 @@ from gateway_shops import BRANDS, Models, Shop, call, running, write_index
 from processes import PATIENCE_S, free_port, run_command
 
 from dpsr_common.errors import CommandError, UsageError
+from dpsr_serving import grpc_services
 from dpsr_serving.gateway import cursor, search_api
 from dpsr_serving.gateway.config import parse_config
 from dpsr_serving.gateway.messages import Facet, Item, RequestError, SearchRequest, SearchResponse
@@ -779,10 +780,10 @@ def test_grpc_has_reflection_and_health(words: Shop) -> None:
         assert set(database.get_services()) >= {"dpsr.search.v1.Search", "grpc.health.v1.Health"}
         service = descriptor_pool.DescriptorPool(database).FindServiceByName("dpsr.search.v1.Search")
         assert [method.name for method in service.methods] == ["Search", "ListPipelines"]
-        health = search_api.message("grpc.health.v1.HealthCheckResponse")
+        health = grpc_services.HealthCheckResponse
         check = channel.unary_unary("/grpc.health.v1.Health/Check", response_deserializer=health.FromString)
         assert check(b"", timeout=PATIENCE_S).status == 1
-        asked = search_api.message("grpc.health.v1.HealthCheckRequest")(service="nobody")
+        asked = grpc_services.HealthCheckRequest(service="nobody")
         with pytest.raises(grpc.RpcError, match="there is no service 'nobody'"):
             check(asked.SerializeToString(), timeout=PATIENCE_S)
         watch = channel.unary_stream("/grpc.health.v1.Health/Watch", response_deserializer=health.FromString)

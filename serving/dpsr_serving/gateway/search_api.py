@@ -16,21 +16,16 @@ import grpc
 import grpc.aio
 from google.protobuf import message_factory
 from google.protobuf.message import DecodeError
-from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from dpsr_common.errors import CommandError
 from dpsr_common.serving_apis import load_pool
+from dpsr_serving import grpc_services
 from dpsr_serving.gateway.config import LimitsConfig
 from dpsr_serving.gateway.messages import Facet, Item, RequestError, SearchRequest, SearchResponse
 from dpsr_serving.gateway.pipeline import RecallError, Searcher
 
-SERVICE, HEALTH = "dpsr.search.v1.Search", "grpc.health.v1.Health"
-_DESCRIPTORS = Path(__file__).with_name("search.desc")
-_WATCH_S = 1.0
-
-
-# Reflection describes itself too.
-POOL = load_pool(_DESCRIPTORS, reflection_pb2.DESCRIPTOR.serialized_pb)
+SERVICE = "dpsr.search.v1.Search"
+POOL = load_pool(Path(__file__).with_name("search.desc"))
 
 
 def message(name: str) -> Any:
@@ -41,9 +36,6 @@ def message(name: str) -> Any:
 _SearchRequest = message("dpsr.search.v1.SearchRequest")
 _SearchResponse = message("dpsr.search.v1.SearchResponse")
 _ListPipelinesResponse = message("dpsr.search.v1.ListPipelinesResponse")
-_HealthRequest = message("grpc.health.v1.HealthCheckRequest")
-_HealthResponse = message("grpc.health.v1.HealthCheckResponse")
-_SERVING, _NOT_SERVING, _SERVICE_UNKNOWN = 1, 2, 3
 
 
 class Answers(Protocol):
@@ -86,21 +78,36 @@ def make_server(gateway: Answers, searcher: Searcher, limits: LimitsConfig) -> A
     async def list_pipelines(_: bytes, context: Any) -> Any:
         return _pipelines(searcher.describe())
 
-    async def check(body: bytes, context: Any) -> Any:
-        request = await _parsed(_HealthRequest, body, context)
-        if request.service not in ("", SERVICE):
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {request.service!r}")
-        return _HealthResponse(status=_SERVING if gateway.serving else _NOT_SERVING)
+    def status(service: str) -> int:
+        if service not in ("", SERVICE):
+            return grpc_services.SERVICE_UNKNOWN
+        return grpc_services.SERVING if gateway.serving else grpc_services.NOT_SERVING
 
-    async def watch(body: bytes, context: Any) -> AsyncIterator[Any]:
-        request, last = await _parsed(_HealthRequest, body, context), None
-        while True:
-            known = request.service in ("", SERVICE)
-            status = _SERVICE_UNKNOWN if not known else _SERVING if gateway.serving else _NOT_SERVING
-            if status != last:
-                yield _HealthResponse(status=status)
-                last = status
-            await asyncio.sleep(_WATCH_S)
+    health = grpc_services.Health(status)
+    reflection = grpc_services.Reflection((SERVICE, grpc_services.HEALTH), (POOL,))
+
+    async def check(body: bytes, context: Any) -> bytes:
+        try:
+            return health.check(body)
+        except grpc_services.UnknownServiceError as error:
+            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        raise AssertionError
+
+    async def watch(body: bytes, context: Any) -> AsyncIterator[bytes]:
+        try:
+            async for answer in health.watch(body):
+                yield answer
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+    async def reflect(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        try:
+            async for request in requests:
+                yield reflection.answer(request)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
     server.add_generic_rpc_handlers(
         (
@@ -109,15 +116,20 @@ def make_server(gateway: Answers, searcher: Searcher, limits: LimitsConfig) -> A
                 {"Search": _unary(search), "ListPipelines": _unary(list_pipelines)},
             ),
             grpc.method_handlers_generic_handler(
-                HEALTH,
+                grpc_services.HEALTH,
                 {
-                    "Check": _unary(check),
-                    "Watch": grpc.unary_stream_rpc_method_handler(watch, None, _serialize),
+                    "Check": grpc.unary_unary_rpc_method_handler(check),
+                    "Watch": grpc.unary_stream_rpc_method_handler(watch),
                 },
+            ),
+            *(
+                grpc.method_handlers_generic_handler(
+                    service, {"ServerReflectionInfo": grpc.stream_stream_rpc_method_handler(reflect)}
+                )
+                for service in (grpc_services.REFLECTION, grpc_services.REFLECTION_ALPHA)
             ),
         )
     )
-    reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), server, pool=POOL)
     return server
 
 
@@ -128,13 +140,6 @@ def _unary(handler: Any) -> Any:
 
 def _serialize(response: Any) -> bytes:
     return bytes(response.SerializeToString())
-
-
-async def _parsed(kind: Any, body: bytes, context: Any) -> Any:
-    try:
-        return kind.FromString(body)
-    except DecodeError as error:
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _not_a(kind, error))
 
 
 # Requests.

@@ -307,6 +307,10 @@ class Replicas:
         """Whether one of the servers is up."""
         return any(backend.up for backend in self.backends)
 
+    def serves(self, model: str) -> bool:
+        """Returns whether one of the servers is up and, as far as they have been asked, holds the model."""
+        return any(b.up and (not self._discover or model not in b.asked or model in b.holds) for b in self.backends)
+
     async def ask(
         self, spec: Spec, path: str, request: bytes, deadline: float | None, metadata: Metadata, label: str
     ) -> Reply:

@@ -1,4 +1,4 @@
-"""gRPC's unary calls with messages as bytes: a server, and a channel to another server.
+"""gRPC's calls with messages as bytes: a server, and a channel to another server that makes unary calls.
 
 The wire (serving/wire/, in C++ on nghttp2) keeps HTTP/2 and gRPC's headers, and enforces the limits of calls and
 connections. This module moves bytes between sockets and the wire, and decides which connections live.
@@ -21,7 +21,7 @@ import traceback
 import zlib
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ Header = tuple[bytes, bytes]
 Metadata = tuple[Header, ...]
 
 # Kinds of the wire's events (enum EventKind in serving/wire/session.h), and HTTP/2's error codes.
-_CALL, _ANSWER, _END, _SETTINGS, _GOAWAY, _DRAINED = range(6)
+_CALL, _ANSWER, _END, _SETTINGS, _GOAWAY, _DRAINED, _MESSAGE, _HALF_CLOSE = range(8)
 _NO_ERROR, _REFUSED_STREAM, _CANCEL, _ENHANCE_YOUR_CALM, _INADEQUATE_SECURITY = 0, 7, 8, 11, 12
 
 _CONNECT_S = 5.0  # time that a server has to accept a connection and to send its settings
@@ -91,6 +91,8 @@ class Reply(NamedTuple):
 
 
 Handler = Callable[[bytes, "float | None", Metadata], Awaitable[Reply]]
+# Of a streaming method: messages of the client -> messages to the client. ValueError: the client sent a wrong message.
+StreamHandler = Callable[[AsyncIterator[bytes]], AsyncIterator[bytes]]
 
 
 def readable(metadata: Metadata) -> Iterable[tuple[str, str | bytes]]:
@@ -245,6 +247,7 @@ class _Incoming(_Connection):
         self._ends = self._made + server.limits.age_s * random.uniform(1 - _AGE_JITTER, 1)
         self._hello = False  # whether the client has sent its settings
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._streaming: dict[int, asyncio.Queue[bytes | None]] = {}  # messages of streaming calls; None: no more
         self._drained: float | None = None  # when the client was asked to make no more calls
         self._settled = False  # whether it knows
 
@@ -280,6 +283,7 @@ class _Incoming(_Connection):
         for task in self._tasks.values():
             task.cancel()
         self._tasks.clear()
+        self._streaming.clear()
 
     def pause_writing(self) -> None:
         # Calls that would add to the answers that the client does not read are not read either.
@@ -303,12 +307,21 @@ class _Incoming(_Connection):
         kind, stream = event[0], event[1]
         if kind == _CALL:
             self._server.fresh.pop(self, None)
-            self._tasks[stream] = self._loop.create_task(self._answer(*event[1:]))
+            if event[2] in self._server.streaming:
+                self._streaming[stream] = asyncio.Queue()
+                self._tasks[stream] = self._loop.create_task(self._stream(stream, event[2], event[5]))
+            else:
+                self._tasks[stream] = self._loop.create_task(self._answer(*event[1:]))
         elif kind == _END:
             # A task that has not begun yet ends without a trace.
+            self._streaming.pop(stream, None)
             task = self._tasks.pop(stream, None)
             if task is not None:
                 task.cancel()
+        elif kind in (_MESSAGE, _HALF_CLOSE):
+            messages = self._streaming.get(stream)
+            if messages is not None:
+                messages.put_nowait(event[2] if kind == _MESSAGE else None)
         elif kind == _SETTINGS:
             self._hello = True
         elif kind == _DRAINED and self._drained is not None and not self._settled:
@@ -322,6 +335,9 @@ class _Incoming(_Connection):
         if self._session is None or not self._hello:
             self.end()
             return
+        # Streaming calls may last for ever, so they would keep the connection.
+        for stream in list(self._streaming):
+            self._end_stream(stream, Code.UNAVAILABLE, "the connection is about to end; call again")
         self._session.drain()
         self.schedule()
 
@@ -383,6 +399,40 @@ class _Incoming(_Connection):
             if self._server.host.over:
                 self._server.shed()
 
+    async def _stream(self, stream: int, path: str, timeout_s: float | None) -> None:
+        """Answers a streaming call."""
+        messages = self._streaming[stream]
+
+        async def received() -> AsyncIterator[bytes]:
+            while (message := await messages.get()) is not None:
+                yield message
+
+        async def answer() -> None:
+            async for message in self._server.streaming[path](received()):
+                if self._session is None or not self._session.push(stream, message):
+                    return
+                self.schedule()
+
+        code, words = Code.OK, ""
+        try:
+            await asyncio.wait_for(answer(), timeout_s)
+        except asyncio.TimeoutError:
+            code, words = Code.DEADLINE_EXCEEDED, "the deadline of the call has passed"
+        except ValueError as error:
+            code, words = Code.INVALID_ARGUMENT, str(error)
+        except Exception:
+            traceback.print_exc(file=sys.stderr)
+            code, words = Code.UNKNOWN, "the proxy failed; see its log"
+        self._end_stream(stream, code, words)
+
+    def _end_stream(self, stream: int, code: Code, words: str) -> None:
+        self._streaming.pop(stream, None)
+        task = self._tasks.pop(stream, None)
+        if task is not None and task is not asyncio.current_task():
+            task.cancel()
+        if self._session is not None and self._session.answer(stream, code, words, (), b"", ()):
+            self.schedule()
+
     async def _unpacked(self, stream: int, message: bytes, encoding: bytes) -> bytes:
         """Decompresses a message. Raises _Refused."""
         most = self._server.limits.message_bytes
@@ -440,13 +490,17 @@ class _Refused(Exception):
 
 
 class Server:
-    """Answers unary calls by `handlers`: path -> async function of message, deadline (loop time) and metadata."""
+    """Answers unary calls by `handlers`: path -> async function of message, deadline (loop time) and metadata.
 
-    def __init__(self, handlers: dict[str, Handler], limits: LimitsConfig) -> None:
+    `streaming` has the methods with many messages. Those calls are for small messages that the proxy itself answers.
+    """
+
+    def __init__(self, handlers: dict[str, Handler], streaming: dict[str, StreamHandler], limits: LimitsConfig) -> None:
         self.handlers = handlers
+        self.streaming = streaming
         self.connections: dict[_Incoming, None] = {}  # in the order in which they were made
         self.fresh: dict[_Incoming, None] = {}  # those that have not made a call yet
-        self.host = _native.Host(handlers, limits.total_bytes)
+        self.host = _native.Host(handlers, streaming, limits.total_bytes)
         # One thread, so that one message is decompressed at a time, and always into the memory of the last one.
         self.unpacking = ThreadPoolExecutor(1, "unpacking")
         self._listeners: list[asyncio.AbstractServer] = []

@@ -11,11 +11,12 @@ import math
 import os
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from dpsr_common import serving_apis
 from dpsr_common.errors import CommandError
+from dpsr_serving import grpc_services
 from dpsr_serving.addresses import join_address
 from dpsr_serving.proxy import backends, calls, routing, tracing
 from dpsr_serving.proxy.admission import Gate, priority_of
@@ -119,7 +120,15 @@ class ProxyServer:
             spec_path = routing.model_spec_path(request)
             inference = spec_path is not None and path not in _ASK_MODELS
             handlers[path] = functools.partial(self._forward, path, spec_path, inference)
-        self._server = calls.Server(handlers, config.limits)
+        health = grpc_services.Health(self._health)
+        reflection = grpc_services.Reflection((*serving_apis.SERVICES, grpc_services.HEALTH), (serving_apis.POOL,))
+        handlers[f"/{grpc_services.HEALTH}/Check"] = functools.partial(_check, health)
+        streaming: dict[str, calls.StreamHandler] = {
+            f"/{grpc_services.HEALTH}/Watch": functools.partial(_watch, health)
+        }
+        for service in (grpc_services.REFLECTION, grpc_services.REFLECTION_ALPHA):
+            streaming[f"/{service}/ServerReflectionInfo"] = functools.partial(_reflect, reflection)
+        self._server = calls.Server(handlers, streaming, config.limits)
 
     async def start(self, host: str, port: int, unix_socket: str | None = None) -> str:
         """Begins to serve and returns "host:port"; port 0 chooses a free port.
@@ -193,6 +202,21 @@ class ProxyServer:
         # Backends that join later do not count: they should not take the proxy out until their first check.
         self._checked = self._checked or all(b.checked for b in found)
         return not self._draining and self._checked and any(b.up for b in found)
+
+    def _health(self, service: str) -> int:
+        """Returns the status of a service, or of a model by its name, for grpc_services.Health."""
+        if service in ("", *serving_apis.SERVICES):
+            return _status(self.ready())
+        model = self._config.models.get(service)
+        pool = self._config.default if model is None else routing.route(self._config, Spec(service))
+        if pool is None:
+            return grpc_services.SERVICE_UNKNOWN
+        shards = self._pools[pool].shards
+        if model is None and not any(service in backend.holds for shard in shards for backend in shard.backends):
+            # Clients can invent names; a model of `default` is one that a server is known to hold.
+            return grpc_services.SERVICE_UNKNOWN
+        enough = any if self._pools[pool].config.allow_partial else all
+        return _status(not self._draining and enough(shard.serves(service) for shard in shards))
 
     def dump(self) -> str:
         """Returns the present metrics for metrics.merge()."""
@@ -533,6 +557,30 @@ async def _traced(span: tracing.Span, answer: Callable[[], Awaitable[Reply]]) ->
         reply = await answer()
         span.finish(reply)
         return reply
+
+
+def _status(good: bool) -> int:
+    return grpc_services.SERVING if good else grpc_services.NOT_SERVING
+
+
+async def _check(health: grpc_services.Health, request: bytes, deadline: float | None, metadata: Metadata) -> Reply:
+    try:
+        return Reply(Code.OK, body=health.check(request))
+    except grpc_services.UnknownServiceError as error:
+        return Reply(Code.NOT_FOUND, str(error))
+    except ValueError as error:
+        return Reply(Code.INVALID_ARGUMENT, str(error))
+
+
+async def _watch(health: grpc_services.Health, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async for request in requests:
+        async for answer in health.watch(request):
+            yield answer
+
+
+async def _reflect(reflection: grpc_services.Reflection, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async for request in requests:
+        yield reflection.answer(request)
 
 
 # Codes with which a shard fails through no fault of the request.
