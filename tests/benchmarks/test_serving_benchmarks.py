@@ -80,3 +80,14 @@ def test_faults() -> None:
     found = run("faults", "--faults=kill,reload")
     assert found["bars"] == {"failed_kill": 0, "failed_reload": 0}
     assert all(count > 100 for count in values(found, "requests").values())
+
+
+@pytest.mark.long
+def test_gray_faults() -> None:
+    found = run("faults", "--faults=gray,shard_rollout,hedge")
+    bars = found["bars"]
+    assert list(bars) == ["failed_gray", "failed_shard_rollout", "mixed_versions", "p99_hedged_over_unhedged"]
+    assert [bars[name] for name in list(bars)[:3]] == [0, 0, 0]
+    assert bars["p99_hedged_over_unhedged"] > 0
+    for version in (1, 2):
+        assert values(found, f"answers of version {version}")["shard_rollout", "proxy"] > 10
