@@ -297,7 +297,7 @@ def test_scraped_addresses_are_those_the_proxy_knows() -> None:
     cases = {
         "docker/prometheus.yaml": ("server-1:8501", "server-1:8500"),
         "prometheus/prometheus.yaml": ("10.0.0.1:8501", "10.0.0.1:8500"),
-        "prometheus/prometheus-kubernetes.yaml": ("dpsr-server-0", "dpsr-server-0.dpsr-server:8500"),
+        "prometheus/prometheus-kubernetes.yaml": ("10.1.2.3", "10.1.2.3:8500"),
     }
     for file, (source, wanted) in cases.items():
         rules = load(file)["scrape_configs"][0]["relabel_configs"]
