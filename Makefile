@@ -58,6 +58,7 @@ space := $(empty) $(empty)
 .PHONY: setup debian native demo test test-fast test-tools test-distributed test-long test-cpp test-native sanitize sanitize-cores sanitize-serving sanitize-thread fuzz bazel-test test-tensorflow-serving bench-tokenizer bench-store bench-index bench-servable bench-training bench-learned-index report ablations build/offline.bazelrc lint wheel clean
 
 setup: native
+	@$(MAKE) --no-print-directory build/nginx || echo "nginx is left out: benchmarks/proxy.py will not compare with it" >&2
 
 # $(call install_debian,PACKAGES) installs the packages that are missing, as root or with sudo. If it can be neither, it
 # prints the command that root has to run, and stops.
@@ -171,19 +172,28 @@ bazel-test: debian $(VENV)/.packages build/offline.bazelrc
 # process. Three processes were slower on 2 cores: not done after 12 minutes 40 seconds, against 11 minutes 50 in all.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-# promtool checks the alert rules. It is taken out of Debian's package and not installed, because the package would also
-# start a Prometheus server. A promtool that is on the PATH is used instead.
-build/promtool:
-	@mkdir -p build/prometheus
-	@if command -v promtool >/dev/null; then ln -sf "$$(command -v promtool)" $@; exit 0; fi; \
-	echo "downloading promtool"; \
-	download() { (cd build/prometheus && apt-get -o APT::Sandbox::User=root -qq download prometheus); }; \
+# $(call take_program,PACKAGE,FILE) takes one program out of Debian's package, which is not installed, because it would
+# also start a server. A program of that name that is on the PATH is used instead.
+define take_program
+	@mkdir -p build/debian_$(1)
+	@name=$(notdir $(2)); if command -v $$name >/dev/null; then ln -sf "$$(command -v $$name)" $@; exit 0; fi; \
+	echo "downloading $$name"; \
+	download() { (cd build/debian_$(1) && apt-get -o APT::Sandbox::User=root -qq download $(1)); }; \
 	if ! download 2>/dev/null; then \
 	  if [ $$(id -u) = 0 ]; then apt-get update -qq; elif sudo -n true 2>/dev/null; then sudo apt-get update -qq; fi; \
-	  download || { echo "promtool is missing: install it, or run apt-get update as root; then make again" >&2; exit 1; }; \
+	  download || { echo "$$name is missing: install it, or run apt-get update as root; then make again" >&2; exit 1; }; \
 	fi; \
-	dpkg --fsys-tarfile build/prometheus/prometheus_*.deb | tar -xOf - ./usr/bin/promtool >$@ && chmod +x $@
-	@rm -rf build/prometheus
+	dpkg --fsys-tarfile build/debian_$(1)/$(1)_*.deb | tar -xOf - ./$(2) >$@ && chmod +x $@
+	@rm -rf build/debian_$(1)
+endef
+
+# promtool checks the alert rules.
+build/promtool:
+	$(call take_program,prometheus,usr/bin/promtool)
+
+# benchmarks/proxy.py compares the proxy with nginx.
+build/nginx:
+	$(call take_program,nginx,usr/sbin/nginx)
 
 test-tools: build/promtool
 	$(call install_debian,$(TEST_PACKAGES))

@@ -1,10 +1,11 @@
 """Measures what the proxy adds to a request: latency compared with the server alone, and CPU time of the proxy.
 
-    python benchmarks/proxy.py --json [--seconds=S] [--turns=N] [--quick]
+    python benchmarks/proxy.py --json [--seconds=S] [--turns=N] [--nginx=PATH] [--quick]
 
 The backend is the model server with a SavedModel whose answers are 12 KB, the size of a search answer of 1,000 items.
-The load generator sends requests in turns to the server (`direct`), to the proxy in front of it (`proxy`), and to a
-proxy of grpc.aio that only forwards bytes (`grpc.aio`), which shows the cost of Python's gRPC alone.
+The load generator sends requests in turns to the server (`direct`), to the proxy in front of it (`proxy`), and to three
+that only forward bytes and choose no server: a proxy of grpc.aio (`grpc.aio`), which shows the cost of Python's gRPC
+alone, one on gRPC's C++ library (`grpc C++`), and, if it is there, nginx with one worker process (`nginx`).
 
 `open R`: R requests per second, a moderate load; latencies count from when a request was due. `closed N`: N requests
 under way all the time. The added latency is the difference of the medians in one turn; the row is the median over the
@@ -25,6 +26,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import shutil
+import socket
 import statistics
 import sys
 import tempfile
@@ -38,6 +41,7 @@ import grpc.aio
 import report
 import servers
 
+ROOT = Path(__file__).resolve().parents[1]
 CONCURRENCY = (1, 8, 32)
 RATE = 300  # requests per second, a small part of what one worker can do
 BARE = "bare pass-through on "
@@ -45,14 +49,35 @@ PREDICT = "/tensorflow.serving.PredictionService/Predict"
 ANSWER_BYTES = 12_000
 
 
+# One worker, and connections to the server that stay, as ours have them.
+NGINX = """
+daemon off; worker_processes 1; error_log stderr warn; pid {folder}/nginx.pid;
+events {{ worker_connections 1024; }}
+http {{
+  access_log off;
+  client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
+  uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+  keepalive_requests 1000000000; grpc_buffer_size 64k;
+  upstream backend {{ server {target}; keepalive 128; keepalive_requests 1000000000; }}
+  server {{
+    listen 127.0.0.1:{port} http2;
+    location / {{ grpc_pass grpc://backend; }}
+  }}
+}}
+"""
+
+
 class Proxy(servers.Server):
     """A proxy: its first process and the workers that it started."""
 
     def cpu_seconds(self) -> float:
         """Returns the CPU time (user and system) of all processes so far, in seconds."""
-        pid = self.process.pid
-        below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return sum(servers.cpu_seconds_of(process) for process in (pid, *map(int, below)))
+        return _cpu_seconds(self.process.pid)
+
+
+def _cpu_seconds(pid: int) -> float:
+    below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return servers.cpu_seconds_of(pid) + sum(_cpu_seconds(int(process)) for process in below)
 
 
 def main() -> None:
@@ -61,6 +86,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--seconds", type=float, default=2.0, help="seconds of each load in each turn")
     parser.add_argument("--turns", type=int, default=5, help="number of turns")
+    parser.add_argument(
+        "--nginx", default=str(ROOT / "build" / "nginx"), help="nginx to compare with; left out if it is not found"
+    )
     parser.add_argument("--quick", action="store_true", help="make few requests, to check that the benchmark works")
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -71,12 +99,15 @@ def main() -> None:
         arguments.seconds, arguments.turns = 0.3, 1
     result = report.Report("proxy", 1, servers.hardware())
     with tempfile.TemporaryDirectory() as folder:
-        measure(result, Path(folder), arguments.seconds, arguments.turns, (8,) if arguments.quick else CONCURRENCY)
+        concurrency = (8,) if arguments.quick else CONCURRENCY
+        measure(result, Path(folder), arguments.seconds, arguments.turns, concurrency, shutil.which(arguments.nginx))
     result.print(arguments.json)
 
 
-def measure(result: report.Report, folder: Path, seconds: float, turns: int, concurrency: Sequence[int]) -> None:
-    """Fills the report."""
+def measure(
+    result: report.Report, folder: Path, seconds: float, turns: int, concurrency: Sequence[int], nginx: str | None
+) -> None:
+    """Fills the report. `nginx`: path of nginx, if it is to be compared with."""
     servers.write_model(folder / "model" / "1")
     requests = folder / "requests"
     servers.write_requests(requests, servers.queries())
@@ -95,12 +126,16 @@ def measure(result: report.Report, folder: Path, seconds: float, turns: int, con
                 "direct": backend,
                 "proxy": Proxy(command, "proxy ready on "),
                 "grpc.aio": Proxy([sys.executable, __file__, f"--bare={backend.target}"], BARE),
+                "grpc C++": Proxy([str(servers.BIN / "dpsr_pass_through"), backend.target], "pass-through on "),
                 "2 workers": Proxy([*command, "--workers=2"], "proxy ready on "),
             }
+            if nginx is not None:
+                targets["nginx"] = start_nginx(nginx, folder, backend.target)
             started = [target for target in targets.values() if target is not backend]
+            compared = [name for name in targets if name != "2 workers"]
             loads = [(f"open {RATE}", f"--rate={RATE}"), *((f"closed {n}", f"--concurrency={n}") for n in concurrency)]
             for name, flag in loads:
-                found: dict[str, list[dict[str, Any]]] = {"direct": [], "proxy": [], "grpc.aio": []}
+                found: dict[str, list[dict[str, Any]]] = {name: [] for name in compared}
                 for turn in range(turns):
                     order = list(found)[:: 1 if turn % 2 == 0 else -1]
                     for impl in order:
@@ -132,7 +167,26 @@ def measure(result: report.Report, folder: Path, seconds: float, turns: int, con
     result.bars["added_p50_ms"] = result.value("proxy", f"open {RATE}", "added p50")
     result.bars["qps_per_core"] = 1e6 / result.value("proxy", "closed 8", "cpu proxy")
     result.bars["merge_us_4_shards_k1000"] = result.value("proxy", "4 shards of 1000", "merge")
+    if nginx is not None:
+        ours, theirs = (result.value(impl, "closed 8", "cpu proxy") for impl in ("proxy", "nginx"))
+        result.bars["cpu_ratio_to_nginx"] = ours / theirs
+    else:
+        print("nginx is not there (make build/nginx), so there is no cpu_ratio_to_nginx", file=sys.stderr)
     result.bars["workers2_over_1"] = statistics.median(ratios)
+
+
+def start_nginx(nginx: str, folder: Path, target: str) -> Proxy:
+    """Starts nginx as a gRPC proxy in front of a server."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    file = folder / "nginx.conf"
+    file.write_text(NGINX.format(folder=folder, target=target, port=port))
+    # It prints nothing once it listens, so a shell does.
+    script = f"""{nginx} -p {folder} -c {file} & child=$!; trap 'kill $child; wait' TERM
+    until (exec 3<>/dev/tcp/127.0.0.1/{port}) 2>/dev/null; do kill -0 $child || exit 1; sleep 0.05; done
+    echo 'nginx on 127.0.0.1:{port}'; wait"""
+    return Proxy(["bash", "-c", script], "nginx on ")
 
 
 def add(result: report.Report, workload: str, found: dict[str, list[dict[str, Any]]]) -> None:
