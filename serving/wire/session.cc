@@ -107,6 +107,9 @@ struct Session::Stream {
   bool sent_all = false;
   bool reset = false;
   std::vector<Header> trailers;  // server: sent after the message
+
+  // Whether the owner of a server's session has the call and has not answered it.
+  bool IsOwners() const { return is_streaming ? !answered : phase == Phase::kOwner; }
 };
 
 struct Session::Callbacks {
@@ -223,7 +226,7 @@ struct Session::Callbacks {
     const auto call = std::find_if(self->pending_.begin(), self->pending_.end(), is_call);
     if (call != self->pending_.end()) {
       self->pending_.erase(call);  // the owner never hears of a call that is given up at once
-    } else if (self->role_ == Role::kClient || (stream->is_streaming ? !stream->answered : stream->phase == Phase::kOwner)) {
+    } else if (self->role_ == Role::kClient || stream->IsOwners()) {
       Event event{};
       event.kind = EventKind::kEnd;
       event.stream = id;
@@ -431,7 +434,9 @@ bool Session::Push(int32_t id, std::string_view message) {
   }
   Charge(stream, bytes);
   stream->pushed += '\0';
-  for (const int shift : {24, 16, 8, 0}) stream->pushed += static_cast<char>(static_cast<uint8_t>(message.size() >> shift));
+  for (const int shift : {24, 16, 8, 0}) {
+    stream->pushed += static_cast<char>(static_cast<uint8_t>(message.size() >> shift));
+  }
   stream->pushed += message;
   stream->size = stream->pushed.size();
   if (!stream->has_head) {
