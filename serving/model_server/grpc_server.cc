@@ -1,5 +1,6 @@
 #include "serving/model_server/grpc_server.h"
 
+#include <grpc/grpc_security.h>
 #include <grpcpp/ext/health_check_service_server_builder_option.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
@@ -11,6 +12,7 @@
 #include <cerrno>
 #include <cstring>
 #include <limits>
+#include <mutex>
 #include <thread>
 
 #include "serving/model_server/metrics.h"
@@ -192,13 +194,50 @@ std::string BindError(const std::string& path) {
   return reason;
 }
 
-std::shared_ptr<grpc::ServerCredentials> TlsCredentials(const TlsConfig& tls) {
-  grpc::SslServerCredentialsOptions options(tls.client_verify
-                                                ? GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY
-                                                : GRPC_SSL_DONT_REQUEST_CLIENT_CERTIFICATE);
-  options.pem_root_certs = tls.custom_ca;
-  options.pem_key_cert_pairs.push_back({tls.server_key, tls.server_cert});
-  return grpc::SslServerCredentials(options);
+// Credentials that follow a TlsFile: each new connection asks for the present key and certificates. gRPC's own C++
+// credentials that can do this read separate files of their own, and keep no good certificate if a new one is broken.
+class TlsCredentials final : public grpc::ServerCredentials {
+ public:
+  explicit TlsCredentials(std::shared_ptr<TlsFile> file) : file_(std::move(file)) {
+    const auto ask = file_->Current()->config.client_verify ? GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY
+                                                            : GRPC_SSL_DONT_REQUEST_CLIENT_CERTIFICATE;
+    credentials_ = grpc_ssl_server_credentials_create_with_options(
+        grpc_ssl_server_credentials_create_options_using_config_fetcher(ask, Fetch, this));
+  }
+  ~TlsCredentials() override { grpc_server_credentials_release(credentials_); }
+
+  void SetAuthMetadataProcessor(const std::shared_ptr<grpc::AuthMetadataProcessor>&) override {}
+
+ private:
+  int AddPortToServer(const std::string& address, grpc_server* server) override {
+    return grpc_server_add_http2_port(server, address.c_str(), credentials_);
+  }
+
+  // gRPC calls this for each connection, and keeps what it has if the answer is "unchanged".
+  static grpc_ssl_certificate_config_reload_status Fetch(void* self, grpc_ssl_server_certificate_config** config) {
+    auto* const credentials = static_cast<TlsCredentials*>(self);
+    std::shared_ptr<const TlsState> state = credentials->file_->Current();
+    std::lock_guard<std::mutex> lock(credentials->mutex_);
+    if (state == credentials->given_) return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_UNCHANGED;
+    const TlsConfig& tls = state->config;
+    const grpc_ssl_pem_key_cert_pair pair{tls.server_key.c_str(), tls.server_cert.c_str()};
+    // gRPC aborts if there are no authorities, also where clients need no certificate.
+    const std::string& authorities = tls.custom_ca.empty() ? tls.server_cert : tls.custom_ca;
+    *config = grpc_ssl_server_certificate_config_create(authorities.c_str(), &pair, 1);
+    credentials->given_ = std::move(state);
+    return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_NEW;
+  }
+
+  const std::shared_ptr<TlsFile> file_;
+  std::mutex mutex_;
+  std::shared_ptr<const TlsState> given_;
+  grpc_server_credentials* credentials_ = nullptr;
+};
+
+// Returns the credentials of a port.
+std::shared_ptr<grpc::ServerCredentials> Credentials(const std::shared_ptr<TlsFile>& tls) {
+  if (tls == nullptr) return grpc::InsecureServerCredentials();
+  return std::make_shared<TlsCredentials>(tls);
 }
 
 class GrpcServerImpl final : public GrpcServer {
@@ -208,6 +247,8 @@ class GrpcServerImpl final : public GrpcServer {
 
   Status Listen(const GrpcServerOptions& options) {
     model_service_ = std::make_unique<ModelServiceImpl>(handler_, options.reload_address.empty());
+    credentials_ = Credentials(options.tls);
+    reload_credentials_ = Credentials(options.tls);
     DPSR_RETURN_IF_ERROR(ListenForReloads(options));
     const std::string address = ServerAddress(options.host, options.port);
     grpc::EnableDefaultHealthCheckService(options.health_service);
@@ -225,8 +266,7 @@ class GrpcServerImpl final : public GrpcServer {
     if (!limits_streams) builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kMaxStreams);
     // Without this, a second server on the port would start, and share the requests of the first one.
     builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
-    builder.AddListeningPort(address, options.use_tls ? TlsCredentials(options.tls) : grpc::InsecureServerCredentials(),
-                             &port_);
+    builder.AddListeningPort(address, credentials_, &port_);
     int socket_bound = 1;
     if (!options.socket_path.empty()) {
       builder.AddListeningPort("unix:" + options.socket_path, grpc::InsecureServerCredentials(), &socket_bound);
@@ -251,7 +291,7 @@ class GrpcServerImpl final : public GrpcServer {
       return MakeStatus(StatusCode::kFailedPrecondition, "cannot listen on the UNIX socket ", options.socket_path, ": ",
                         socket_error, "; choose another path with --grpc_socket_path");
     }
-    if (options.use_tls) {
+    if (options.tls != nullptr) {
       return MakeStatus(StatusCode::kFailedPrecondition,
                         "gRPC does not accept the key and certificates in --ssl_config_file; expected PEM texts of a "
                         "private key, its certificate, and the certificate of the authority for clients");
@@ -284,8 +324,7 @@ class GrpcServerImpl final : public GrpcServer {
     grpc::ServerBuilder builder;
     builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
     int bound = 0;
-    builder.AddListeningPort(options.reload_address,
-                             options.use_tls ? TlsCredentials(options.tls) : grpc::InsecureServerCredentials(), &bound);
+    builder.AddListeningPort(options.reload_address, reload_credentials_, &bound);
     builder.RegisterService(reload_service_.get());
     reload_server_ = builder.BuildAndStart();
     if (reload_server_ != nullptr && bound != 0) return {};
@@ -298,6 +337,9 @@ class GrpcServerImpl final : public GrpcServer {
   PredictionServiceImpl prediction_service_;
   std::unique_ptr<ModelServiceImpl> model_service_;
   std::unique_ptr<ModelServiceImpl> reload_service_;
+  // The servers call these for each connection, so they outlive the servers.
+  std::shared_ptr<grpc::ServerCredentials> credentials_;
+  std::shared_ptr<grpc::ServerCredentials> reload_credentials_;
   int port_ = 0;
   std::unique_ptr<grpc::Server> reload_server_;
   std::unique_ptr<grpc::Server> server_;

@@ -10,24 +10,16 @@
 
 #include "common/status.h"
 #include "serving/model_server/request_handler.h"
+#include "serving/model_server/tls.h"
 #include "serving/model_server/worker_pool.h"
 
 namespace dpsr::serving {
-
-// The content of --ssl_config_file; keys and certificates are PEM texts.
-struct TlsConfig {
-  std::string server_key;
-  std::string server_cert;
-  std::string custom_ca;       // signs the certificates of clients; empty: the system's authorities
-  bool client_verify = false;  // whether clients must show a certificate
-};
 
 struct GrpcServerOptions {
   std::string host;
   int port = 0;             // 0: the system picks a free port
   std::string socket_path;  // of a UNIX socket to listen on as well; empty: none
-  bool use_tls = false;     // on the port; a UNIX socket needs no TLS
-  TlsConfig tls;
+  std::shared_ptr<TlsFile> tls;  // of the port; null: no TLS. A UNIX socket needs none
   // Settings of the gRPC library. A value that is a number is passed as a number.
   std::vector<std::pair<std::string, std::string>> channel_arguments;
   bool health_service = false;

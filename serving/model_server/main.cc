@@ -34,6 +34,7 @@
 #include "serving/model_server/server_config.h"
 #include "serving/model_server/server_files.pb.h"
 #include "serving/model_server/server_options.h"
+#include "serving/model_server/tls.h"
 #include "serving/model_server/worker_pool.h"
 #include "tensorflow/c/c_api.h"
 #include "tensorflow/core/platform/env.h"
@@ -198,11 +199,7 @@ tensorflow::Status ReadGrpcOptions(const ServerOptions& options, GrpcServerOptio
   result->reload_address = options.reload_address;
   result->channel_arguments = options.ChannelArguments();
   if (options.ssl_config_file.empty()) return tensorflow::OkStatus();
-  SSLConfig tls;
-  TF_RETURN_IF_ERROR(ReadTextProto(options.ssl_config_file, &tls));
-  result->use_tls = true;
-  result->tls = {tls.server_key(), tls.server_cert(), tls.custom_ca(), tls.client_verify()};
-  return tensorflow::OkStatus();
+  return TlsFile::Open("--ssl_config_file", options.ssl_config_file, &result->tls);
 }
 
 // Reads the path of the metrics on the REST port. It is empty if they are not shown.
@@ -287,6 +284,7 @@ bool SignalHasCome(const sigset_t& signals) {
 struct ServerSetup {
   ModelManagerOptions manager;
   GrpcServerOptions grpc;
+  std::shared_ptr<TlsFile> rest_tls;
   std::vector<ModelConfig> models;
   std::string model_config_text;  // of --model_config_file
   std::string metrics_path;       // on the REST port; empty: the server shows no metrics
@@ -296,13 +294,17 @@ tensorflow::Status ReadSetup(const ServerOptions& options, ServerSetup* setup) {
   TF_RETURN_IF_ERROR(ReadManagerOptions(options, &setup->manager));
   TF_RETURN_IF_ERROR(ReadModels(options, &setup->model_config_text, &setup->models));
   TF_RETURN_IF_ERROR(ReadGrpcOptions(options, &setup->grpc));
+  if (!options.rest_api_ssl_config_file.empty()) {
+    TF_RETURN_IF_ERROR(
+        TlsFile::Open("--rest_api_ssl_config_file", options.rest_api_ssl_config_file, &setup->rest_tls));
+  }
   TF_RETURN_IF_ERROR(StartBatching(options, &setup->manager.servable.batch_threads));
   return ReadMetricsPath(options, &setup->metrics_path);
 }
 
 // Starts the REST server if the flags ask for one.
-Status StartRest(const ServerOptions& options, int grpc_port, const RestApi* api, WorkerPool* workers,
-                 std::unique_ptr<RestServer>* server) {
+Status StartRest(const ServerOptions& options, std::shared_ptr<TlsFile> tls, int grpc_port, const RestApi* api,
+                 WorkerPool* workers, std::unique_ptr<RestServer>* server) {
   if (options.rest_api_port == 0) return {};
   if (options.rest_api_port == grpc_port) {
     LogWarning("--rest_api_port=", grpc_port, " is the gRPC port; the server has no REST API");
@@ -314,6 +316,7 @@ Status StartRest(const ServerOptions& options, int grpc_port, const RestApi* api
   rest.num_threads = NumCpus();
   rest.timeout = std::chrono::milliseconds(options.rest_api_timeout_in_ms);
   rest.enable_cors = options.rest_api_enable_cors_support;
+  rest.tls = std::move(tls);
   return RestServer::Start(rest, api, workers, server);
 }
 
@@ -330,7 +333,8 @@ std::optional<tensorflow::Status> AwaitFirstLoads(ModelManager* models, const si
 void PrintAddresses(const ServerOptions& options, const GrpcServer& grpc, const RestServer* rest) {
   std::printf("Running gRPC ModelServer at %s ...\n", ServerAddress(options.host, grpc.port()).c_str());
   if (rest != nullptr) {
-    std::printf("Exporting HTTP/REST API at:%s ...\n", ServerAddress(options.host, rest->port()).c_str());
+    std::printf("Exporting HTTP%s/REST API at:%s ...\n", options.rest_api_ssl_config_file.empty() ? "" : "S",
+                ServerAddress(options.host, rest->port()).c_str());
   }
   std::fflush(stdout);
 }
@@ -372,7 +376,7 @@ int Serve(const ServerOptions& options, const sigset_t& signals) {
   if (!listening.ok()) return FailToStart(listening.message());
   const RestApi rest_api(&handler, {&workers, &rest_workers}, setup.metrics_path);
   std::unique_ptr<RestServer> rest;
-  const Status rest_listening = StartRest(options, grpc->port(), &rest_api, &rest_workers, &rest);
+  const Status rest_listening = StartRest(options, setup.rest_tls, grpc->port(), &rest_api, &rest_workers, &rest);
   if (!rest_listening.ok()) return FailToStart(rest_listening.message());
 
   models.Start(setup.models);

@@ -4,16 +4,19 @@
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/post.hpp>
+#include <boost/asio/ssl/context.hpp>
 #include <boost/asio/steady_timer.hpp>
 #include <boost/asio/strand.hpp>
 #include <boost/asio/write.hpp>
 #include <boost/beast/core.hpp>
 #include <boost/beast/http.hpp>
+#include <boost/beast/ssl.hpp>
 #include <condition_variable>
 #include <mutex>
 #include <optional>
 #include <string_view>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -26,9 +29,12 @@ namespace asio = boost::asio;
 namespace beast = boost::beast;
 namespace http = boost::beast::http;
 using tcp = asio::ip::tcp;
+using TlsStream = beast::ssl_stream<beast::tcp_stream>;
 
 // An open connection on which a client sends nothing for this time is closed.
 constexpr std::chrono::seconds kIdle(120);
+// The time that a client may take to agree on keys.
+constexpr std::chrono::seconds kHandshake(10);
 // How long a connection that ends still reads what the client sends.
 constexpr std::chrono::seconds kLinger(5);
 // The time between two tries to accept a connection, if the process lacks files or memory for it.
@@ -61,16 +67,36 @@ struct Shared {
 };
 
 // One connection. It reads a request, lets a worker answer it, writes the answer, and starts again. The object lives as
-// long as one of these operations is running.
-class Connection : public std::enable_shared_from_this<Connection> {
+// long as one of these operations is running. `Stream` is beast::tcp_stream, or TlsStream.
+template <typename Stream>
+class Connection : public std::enable_shared_from_this<Connection<Stream>> {
  public:
   Connection(tcp::socket socket, Shared* shared) : stream_(std::move(socket)), shared_(shared) {}
+  Connection(tcp::socket socket, const std::shared_ptr<asio::ssl::context>& tls, Shared* shared)
+      : tls_(tls), stream_(std::move(socket), *tls), shared_(shared) {}
+
+  void Start() {
+    if constexpr (kIsTls) {
+      Tcp().expires_after(kHandshake);
+      stream_.async_handshake(asio::ssl::stream_base::server, [self = Self()](beast::error_code error) {
+        if (!error) self->Read();
+      });
+    } else {
+      Read();
+    }
+  }
+
+ private:
+  static constexpr bool kIsTls = std::is_same_v<Stream, TlsStream>;
+
+  std::shared_ptr<Connection> Self() { return this->shared_from_this(); }
+  beast::tcp_stream& Tcp() { return beast::get_lowest_layer(stream_); }
 
   void Read() {
     parser_.emplace();
     parser_->body_limit(shared_->options.max_body_bytes);
-    stream_.expires_after(kIdle);
-    http::async_read_header(stream_, buffer_, *parser_, [self = shared_from_this()](beast::error_code error, size_t) {
+    Tcp().expires_after(kIdle);
+    http::async_read_header(stream_, buffer_, *parser_, [self = Self()](beast::error_code error, size_t) {
       if (error) {
         self->OnRead(error);
       } else if (beast::iequals(self->parser_->get()[http::field::expect], "100-continue")) {
@@ -81,19 +107,18 @@ class Connection : public std::enable_shared_from_this<Connection> {
     });
   }
 
- private:
   // Tells a client that waits before it sends a large body to go on.
   void WriteContinue() {
     static constexpr std::string_view kContinue = "HTTP/1.1 100 Continue\r\n\r\n";
     asio::async_write(stream_, asio::buffer(kContinue.data(), kContinue.size()),
-                      [self = shared_from_this()](beast::error_code error, size_t) {
+                      [self = Self()](beast::error_code error, size_t) {
                         if (!error) self->ReadBody();
                       });
   }
 
   void ReadBody() {
     http::async_read(stream_, buffer_, *parser_,
-                     [self = shared_from_this()](beast::error_code error, size_t) { self->OnRead(error); });
+                     [self = Self()](beast::error_code error, size_t) { self->OnRead(error); });
   }
 
   void OnRead(beast::error_code error) {
@@ -102,7 +127,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
     // If the client closed the connection or the time is up, the connection ends with this object.
     if (error && !not_http) return;
     // From here on the time limit of the request counts.
-    stream_.expires_never();
+    Tcp().expires_never();
     if (!shared_->Begin()) return;
     if (error == http::error::body_limit) {
       Write(ErrorReply(413, "the request's body is too large"), false);
@@ -132,7 +157,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
     }
     const auto arrival = std::chrono::steady_clock::now();
     const auto shared_request = std::make_shared<const RestRequest>(std::move(request));
-    auto work = [self = shared_from_this(), shared_request, keep_alive, arrival] {
+    auto work = [self = Self(), shared_request, keep_alive, arrival] {
       RecordQueueing(MicrosecondsSince(arrival));
       RestReply reply = self->shared_->api->Answer(*shared_request);
       asio::post(self->stream_.get_executor(), [self, reply = std::move(reply), keep_alive]() mutable {
@@ -159,8 +184,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
     response_->prepare_payload();
     // The answer to HEAD keeps the length of the body that it does not have.
     if (is_head_) response_->body().clear();
-    stream_.expires_after(kIdle);
-    http::async_write(stream_, *response_, [self = shared_from_this(), keep_alive](beast::error_code error, size_t) {
+    Tcp().expires_after(kIdle);
+    http::async_write(stream_, *response_, [self = Self(), keep_alive](beast::error_code error, size_t) {
       self->shared_->End();
       if (error) return;
       if (keep_alive) {
@@ -174,21 +199,27 @@ class Connection : public std::enable_shared_from_this<Connection> {
   // Closing a socket that has unread bytes resets the connection, and the client may lose the answer. So this tells the
   // client that nothing more comes, and goes on reading what it has sent, for a limited time.
   void Close() {
-    beast::error_code ignored;
-    stream_.socket().shutdown(tcp::socket::shutdown_send, ignored);
-    stream_.expires_after(kLinger);
-    Discard();
+    Tcp().expires_after(kLinger);
+    if constexpr (kIsTls) {
+      // Sends TLS's own end, and waits for the client's.
+      stream_.async_shutdown([self = Self()](beast::error_code) {});
+    } else {
+      beast::error_code ignored;
+      stream_.socket().shutdown(tcp::socket::shutdown_send, ignored);
+      Discard();
+    }
   }
 
   void Discard() {
     buffer_.clear();
     stream_.async_read_some(buffer_.prepare(size_t{64} << 10),
-                            [self = shared_from_this()](beast::error_code error, size_t) {
+                            [self = Self()](beast::error_code error, size_t) {
                               if (!error) self->Discard();
                             });
   }
 
-  beast::tcp_stream stream_;
+  const std::shared_ptr<asio::ssl::context> tls_;  // null without TLS; outlives the stream
+  Stream stream_;
   Shared* const shared_;
   beast::flat_buffer buffer_;
   std::optional<http::request_parser<http::string_body>> parser_;
@@ -266,12 +297,29 @@ class RestServerImpl final : public RestServer {
       }
       beast::error_code ignored;
       socket.set_option(tcp::no_delay(true), ignored);
-      std::make_shared<Connection>(std::move(socket), &shared_)->Read();
+      if (shared_.options.tls == nullptr) {
+        std::make_shared<Connection<beast::tcp_stream>>(std::move(socket), &shared_)->Start();
+      } else {
+        std::make_shared<Connection<TlsStream>>(std::move(socket), Tls(), &shared_)->Start();
+      }
       Accept();
     });
   }
 
+  // Returns the present key and certificates. Only Accept calls it.
+  std::shared_ptr<asio::ssl::context> Tls() {
+    std::shared_ptr<const TlsState> state = shared_.options.tls->Current();
+    if (state != tls_state_) {
+      SSL_CTX_up_ref(state->context.get());  // the context takes one over
+      tls_ = std::make_shared<asio::ssl::context>(state->context.get());
+      tls_state_ = std::move(state);
+    }
+    return tls_;
+  }
+
   Shared shared_;
+  std::shared_ptr<const TlsState> tls_state_;
+  std::shared_ptr<asio::ssl::context> tls_;  // of tls_state_
   asio::io_context io_;
   // Keeps the threads running while the only work is a request that a worker computes.
   asio::executor_work_guard<asio::io_context::executor_type> work_;

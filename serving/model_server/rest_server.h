@@ -9,6 +9,7 @@
 
 #include "common/status.h"
 #include "serving/model_server/rest_api.h"
+#include "serving/model_server/tls.h"
 #include "serving/model_server/worker_pool.h"
 
 namespace dpsr::serving {
@@ -20,6 +21,7 @@ struct RestServerOptions {
   std::chrono::milliseconds timeout{30'000};
   bool enable_cors = false;
   uint64_t max_body_bytes = uint64_t{1} << 30;
+  std::shared_ptr<TlsFile> tls;  // null: no TLS
 };
 
 class RestServer {

@@ -79,7 +79,9 @@ std::vector<Flag> Flags(ServerOptions* options) {
        "offer grpc.health.v1.Health/Check for ModelService and PredictionService"},
       {"ssl_config_file", Text{&options->ssl_config_file},
        "text file with an SSLConfig message (server_key, server_cert, custom_ca, client_verify), to encrypt the gRPC "
-       "port"},
+       "port; read again when it changes"},
+      {"rest_api_ssl_config_file", Text{&options->rest_api_ssl_config_file},
+       "the same for the REST port, which then speaks HTTPS only; may be the same file"},
       {"rest_api_port", Integer<int32_t>{&options->rest_api_port, 0, 65535},
        "port of the REST API; 0 means no REST API"},
       {"rest_api_num_threads", Integer<int32_t>{&options->rest_api_num_threads, 0, 4096},

@@ -32,6 +32,7 @@ struct ServerOptions {
   std::string grpc_channel_arguments;  // "k=v,k=v"
   bool enable_grpc_healthcheck_service = false;
   std::string ssl_config_file;
+  std::string rest_api_ssl_config_file;
   int32_t rest_api_port = 0;         // 0: no REST API
   int32_t rest_api_num_threads = 0;  // 0: the number that grpc_max_threads = 0 gives
   int32_t rest_api_timeout_in_ms = 30'000;

@@ -1,10 +1,15 @@
-"""How the model server is reached over gRPC: TLS, mutual TLS, UNIX sockets, channel arguments, health service."""
+"""How the model server is reached: TLS of gRPC and REST, renewed certificates, UNIX sockets, channel arguments, health."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import http.client
+import json
 import socket
-from collections.abc import Callable
+import ssl
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -13,7 +18,7 @@ import saved_models
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from model_servers import Server, error_of, eventually, failing_start, predict_request, serving
+from model_servers import Reply, Server, error_of, eventually, failing_start, predict_request, serving
 from processes import PATIENCE_S, free_port
 from tensorflow_serving.apis import prediction_service_pb2_grpc
 
@@ -64,14 +69,53 @@ def model(exported: Path, base_path: Path) -> str:
     return f"--model_base_path={base_path}"
 
 
-def write_tls(folder: Path, **fields: bytes | bool) -> str:
+def write_tls(folder: Path, flag: str = "ssl_config_file", **fields: bytes | bool) -> str:
     """Writes an SSLConfig; returns the flag."""
     lines = []
     for name, value in fields.items():
         text = str(value).lower() if isinstance(value, bool) else '"' + value.decode().replace("\n", "\\n") + '"'
         lines.append(f"{name}: {text}\n")
     (folder / "ssl.config").write_text("".join(lines))
-    return f"--ssl_config_file={folder / 'ssl.config'}"
+    return f"--{flag}={folder / 'ssl.config'}"
+
+
+def files_of(folder: Path, name: str, pair: tuple[bytes, bytes]) -> dict[str, bytes]:
+    """Writes a certificate and its key to files; returns the fields that name them."""
+    names = {}
+    for field, text in zip(("server_cert", "server_key"), pair, strict=True):
+        file = folder / f"{name}.{field}"
+        file.write_bytes(text)
+        names[f"{field}_file"] = str(file).encode()
+    return names
+
+
+def client_context(authority: Authority, folder: Path, pair: tuple[bytes, bytes] | None = None) -> ssl.SSLContext:
+    """A client that trusts `authority`, and shows the certificate of `pair`."""
+    context = ssl.create_default_context(cadata=authority.cert.decode())
+    if pair is not None:
+        file = folder / "client.pem"
+        file.write_bytes(b"".join(pair))
+        context.load_cert_chain(file)
+    return context
+
+
+def https(server: Server, context: ssl.SSLContext, path: str, body: object = None) -> Reply:
+    connection = http.client.HTTPSConnection("localhost", server.rest_port, timeout=PATIENCE_S, context=context)
+    with contextlib.closing(connection):
+        data = None if body is None else json.dumps(body)
+        connection.request("GET" if body is None else "POST", path, data)
+        return Reply(connection.getresponse())
+
+
+def certificate_at(port: int, context: ssl.SSLContext) -> int:
+    """The serial number of the certificate that a server shows to a new connection."""
+    with socket.create_connection(("localhost", port), PATIENCE_S) as plain:
+        with context.wrap_socket(plain, server_hostname="localhost") as secure:
+            return x509.load_der_x509_certificate(secure.getpeercert(binary_form=True)).serial_number
+
+
+def serial(certificate: bytes) -> int:
+    return x509.load_pem_x509_certificate(certificate).serial_number
 
 
 def ask(server: Server, credentials: grpc.ChannelCredentials | None) -> list[float]:
@@ -122,12 +166,133 @@ def test_bad_tls_configs_end_the_start(authority: Authority, model: str, tmp_pat
         {"server_key": key},
         {},
         {"server_key": key, "server_cert": cert, "custom_ca": b"no certificate", "client_verify": True},
+        {"server_key": key, "server_cert": cert, "client_verify": True},
+        {"server_key": key, "server_cert": cert, "server_key_file": b"/nowhere"},
+        {"server_key": key, "server_cert_file": b"/nowhere"},
     ):
-        error = failure(write_tls(tmp_path, **fields))
-        assert "--ssl_config_file" in error and "Address" not in error
+        for flag in ("ssl_config_file", "rest_api_ssl_config_file"):
+            error = failure(write_tls(tmp_path, flag, **fields))
+            assert f"--{flag}" in error and "Address" not in error
     (tmp_path / "ssl.config").write_text("what: is this")
     assert "Error parsing text-format" in failure(f"--ssl_config_file={tmp_path / 'ssl.config'}")
     assert "No such file" in failure(f"--ssl_config_file={tmp_path / 'none'}")
+
+
+def test_rest_tls(authority: Authority, model: str, tmp_path: Path) -> None:
+    cert, key = authority.issue("server")
+    flag = write_tls(tmp_path, "rest_api_ssl_config_file", server_key=key, server_cert=cert)
+    with serving(tmp_path, model, flag, rest_port=free_port()) as running:
+        context = client_context(authority, tmp_path)
+        assert https(running, context, "/readyz").status == 200
+        reply = https(running, context, "/v1/models/default:predict", {"instances": [1.0, 2.0]})
+        assert reply.json == {"predictions": [1.5, 2.0]}
+        large = [1.0] * 100_000  # many TLS records in both directions
+        reply = https(running, context, "/v1/models/default:predict", {"instances": large})
+        assert reply.json == {"predictions": [1.5] * 100_000}
+        assert ask(running, None) == [1.5, 2.0]  # gRPC has its own flag
+
+        with pytest.raises((OSError, http.client.HTTPException)):
+            running.rest("/readyz")
+        with pytest.raises(ssl.SSLError):
+            https(running, client_context(Authority(), tmp_path), "/readyz")
+        old = client_context(authority, tmp_path)
+        with pytest.warns(DeprecationWarning):
+            old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
+        old.set_ciphers("ALL:@SECLEVEL=0")
+        with pytest.raises(OSError):
+            https(running, old, "/readyz")
+        with contextlib.suppress(OSError), socket.create_connection(("localhost", running.rest_port)) as client:
+            client.sendall(bytes(range(256)) * 100)
+            assert client.recv(1) in (b"", b"\x15")  # nothing, or an alert
+
+        # HTTP/1.1 by ALPN, several requests on a connection, and TLS's own end of it.
+        context.set_alpn_protocols(["h2", "http/1.1"])
+        with socket.create_connection(("localhost", running.rest_port), PATIENCE_S) as plain:
+            with context.wrap_socket(plain, server_hostname="localhost", suppress_ragged_eofs=False) as secure:
+                assert secure.selected_alpn_protocol() == "http/1.1"
+                end = b"GET /healthz HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+                secure.sendall(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n" + end)
+                assert b"".join(iter(lambda: secure.recv(1 << 16), b"")).count(b"200 OK") == 2
+        assert running.stop() == 0
+
+
+def test_rest_mutual_tls(authority: Authority, model: str, tmp_path: Path) -> None:
+    cert, key = authority.issue("server")
+    config = {"server_key": key, "server_cert": cert, "custom_ca": authority.cert, "client_verify": True}
+    flag = write_tls(tmp_path, "rest_api_ssl_config_file", **config)
+    with serving(tmp_path, model, flag, rest_port=free_port()) as running:
+        known = client_context(authority, tmp_path, authority.issue("client"))
+        assert https(running, known, "/readyz").status == 200
+        for pair in (None, Authority().issue("client")):
+            with pytest.raises(OSError):
+                https(running, client_context(authority, tmp_path, pair), "/readyz")
+
+
+@contextlib.contextmanager
+def load(*calls: Callable[[], object]) -> Iterator[Callable[[], list[int]]]:
+    """Makes each call again and again, in a thread of its own; no call may fail. Yields the numbers of calls made."""
+    stop, made = threading.Event(), [0] * len(calls)
+    failures: list[Exception] = []
+
+    def repeat(index: int) -> None:
+        while not stop.is_set():
+            try:
+                calls[index]()
+            except Exception as error:  # whatever it is, it is a failure of the test
+                failures.append(error)
+                return
+            made[index] += 1
+            stop.wait(0.03)
+
+    threads = [threading.Thread(target=repeat, args=[index]) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    try:
+        yield lambda: list(made)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not failures and all(made), failures
+
+
+def test_certificates_are_renewed_under_load(authority: Authority, model: str, tmp_path: Path) -> None:
+    first, second, third = (authority.issue(name) for name in ("first", "second", "third"))
+    grpc_flag = write_tls(tmp_path, **files_of(tmp_path, "server", first))
+    rest_flag = grpc_flag.replace("--", "--rest_api_")
+    context = client_context(authority, tmp_path)
+    context_h2 = client_context(authority, tmp_path)
+    context_h2.set_alpn_protocols(["h2"])
+    credentials = grpc.ssl_channel_credentials(authority.cert)
+    with (
+        serving(tmp_path, model, grpc_flag, rest_flag, rest_port=free_port()) as running,
+        grpc.secure_channel(f"localhost:{running.port}", credentials) as kept,
+        load(
+            lambda: ask(running, credentials),
+            lambda: prediction_service_pb2_grpc.PredictionServiceStub(kept).Predict(predict_request()),
+            lambda: https(running, context, "/v1/models/default:predict", {"instances": [1.0]}).json["predictions"],
+        ) as made,
+    ):
+
+        def shown() -> list[int]:
+            return [certificate_at(running.port, context_h2), certificate_at(running.rest_port, context)]
+
+        assert shown() == [serial(first[0])] * 2
+        files_of(tmp_path, "server", second)
+        eventually(lambda: shown() == [serial(second[0])] * 2, "new connections see the second certificate")
+        # A certificate whose key has not come changes nothing, and is logged; once the key is there, it is used.
+        (tmp_path / "server.server_cert").write_bytes(third[0])
+        eventually(lambda: "server_key is not the key of server_cert" in running.log.read_text(), "it warns")
+        assert shown() == [serial(second[0])] * 2
+        (tmp_path / "server.server_key").write_bytes(third[1])
+        eventually(lambda: shown() == [serial(third[0])] * 2, "new connections see the third certificate")
+        # The SSLConfig itself may be replaced, too; one that is broken or gone keeps the present one.
+        (tmp_path / "ssl.config").write_text("what: is this")
+        eventually(lambda: "Error parsing text-format" in running.log.read_text(), "it warns")
+        write_tls(tmp_path, server_key=first[1], server_cert=first[0])
+        eventually(lambda: shown() == [serial(first[0])] * 2, "new connections see the first certificate again")
+        before = made()
+        eventually(lambda: all(a > b for a, b in zip(made(), before, strict=True)), "all clients go on")
 
 
 def test_unix_socket(model: str, tmp_path: Path) -> None:
