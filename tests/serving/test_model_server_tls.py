@@ -1,4 +1,4 @@
-"""How the model server is reached: TLS of gRPC and REST, renewed certificates, UNIX sockets, channel arguments, health."""
+"""How the model server is reached: TLS, renewed certificates, UNIX sockets, channel arguments, health service."""
 
 from __future__ import annotations
 
@@ -109,9 +109,11 @@ def https(server: Server, context: ssl.SSLContext, path: str, body: object = Non
 
 def certificate_at(port: int, context: ssl.SSLContext) -> int:
     """The serial number of the certificate that a server shows to a new connection."""
-    with socket.create_connection(("localhost", port), PATIENCE_S) as plain:
-        with context.wrap_socket(plain, server_hostname="localhost") as secure:
-            return x509.load_der_x509_certificate(secure.getpeercert(binary_form=True)).serial_number
+    plain = socket.create_connection(("localhost", port), PATIENCE_S)
+    with context.wrap_socket(plain, server_hostname="localhost") as secure:
+        certificate = secure.getpeercert(binary_form=True)
+        assert certificate is not None
+        return x509.load_der_x509_certificate(certificate).serial_number
 
 
 def serial(certificate: bytes) -> int:
@@ -207,12 +209,12 @@ def test_rest_tls(authority: Authority, model: str, tmp_path: Path) -> None:
 
         # HTTP/1.1 by ALPN, several requests on a connection, and TLS's own end of it.
         context.set_alpn_protocols(["h2", "http/1.1"])
-        with socket.create_connection(("localhost", running.rest_port), PATIENCE_S) as plain:
-            with context.wrap_socket(plain, server_hostname="localhost", suppress_ragged_eofs=False) as secure:
-                assert secure.selected_alpn_protocol() == "http/1.1"
-                end = b"GET /healthz HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
-                secure.sendall(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n" + end)
-                assert b"".join(iter(lambda: secure.recv(1 << 16), b"")).count(b"200 OK") == 2
+        plain = socket.create_connection(("localhost", running.rest_port), PATIENCE_S)
+        with context.wrap_socket(plain, server_hostname="localhost", suppress_ragged_eofs=False) as secure:
+            assert secure.selected_alpn_protocol() == "http/1.1"
+            end = b"GET /healthz HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+            secure.sendall(b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n" + end)
+            assert b"".join(iter(lambda: secure.recv(1 << 16), b"")).count(b"200 OK") == 2
         assert running.stop() == 0
 
 

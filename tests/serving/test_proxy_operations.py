@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import socket
+import ssl
 import threading
 from concurrent import futures
 from pathlib import Path
@@ -185,6 +187,68 @@ def test_mutual_tls_on_both_sides(
     )
     code, details, *_ = call(bare.target, serving_apis.PREDICT, predict("shop", query=["a"]))
     assert code is grpc.StatusCode.UNAVAILABLE and inner.target in details
+
+
+def test_certificates_are_renewed_under_load(
+    certificates: Path, servers: dict[str, ModelServer], start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    """The outer proxy gets the inner one's authority, and the inner one a new certificate, while clients ask."""
+    ca = certificates / "ca.pem"
+
+    def put(name: str, source: Path) -> None:
+        (tmp_path / "new").write_bytes(source.read_bytes())
+        (tmp_path / "new").rename(tmp_path / name)
+
+    put("a.pem", certificates / "server.pem")
+    put("a.key", certificates / "server.key")
+    put("ca.pem", certificates / "client.pem")  # not the authority
+    listen = f"{{certificate: {tmp_path}/a.pem, key: {tmp_path}/a.key}}"
+    text = f"default: {{backends: ['{servers['shop'].target}']}}\ntls: {{listen: {listen}}}"
+    inner = start_proxy(write_yaml(tmp_path / "a.yaml", text), "--http_port=0")
+    http = http_address(inner)
+    address = inner.target.replace("127.0.0.1", "localhost")
+    text = f"default: {{backends: ['{address}']}}\ntls: {{backends: {{ca: {tmp_path}/ca.pem}}}}"
+    outer = start_proxy(write_yaml(tmp_path / "b.yaml", text))
+    request = predict("shop", query=["a"])
+    assert call(outer.target, serving_apis.PREDICT, request)[0] is grpc.StatusCode.UNAVAILABLE
+    put("ca.pem", ca)
+    wait_until(lambda: call(outer.target, serving_apis.PREDICT, request)[0] is grpc.StatusCode.OK)
+
+    def shown() -> str:
+        """The name in the certificate that a new connection sees."""
+        host, _, port = inner.target.rpartition(":")
+        context = ssl.create_default_context(cafile=str(ca))
+        context.set_alpn_protocols(["h2"])
+        plain = socket.create_connection((host, int(port)), PATIENCE_S)
+        with context.wrap_socket(plain, server_hostname="localhost") as secure:
+            found: Any = secure.getpeercert()
+            return str(found["subject"][0][0][1])
+
+    def refused() -> bool:
+        return metric(http, "dpsr_proxy_config_reloads_total", result="refused") == 1
+
+    assert shown() == "server"
+    stop, codes = threading.Event(), []
+
+    def ask() -> None:
+        while not stop.is_set():
+            with grpc.secure_channel(address, grpc.ssl_channel_credentials(ca.read_bytes())) as channel:
+                future = channel.unary_unary(serving_apis.PREDICT).future(request, timeout=PATIENCE_S)
+                codes.extend([future.code(), call(outer.target, serving_apis.PREDICT, request)[0]])
+            stop.wait(0.03)
+
+    client = threading.Thread(target=ask)
+    client.start()
+    try:
+        put("a.pem", certificates / "client.pem")
+        wait_until(refused)  # the key is still the old one
+        assert shown() == "server"
+        put("a.key", certificates / "client.key")
+        wait_until(lambda: shown() == "client")
+    finally:
+        stop.set()
+        client.join()
+    assert set(codes) == {grpc.StatusCode.OK}
 
 
 def test_missing_certificate_is_one_clear_line(tmp_path: Path) -> None:

@@ -12,14 +12,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import random
-import ssl
 import time
 from collections.abc import Callable, Sequence
 
 from dpsr_common import serving_apis
 from dpsr_serving.proxy import tracing
 from dpsr_serving.proxy.admission import pushback
-from dpsr_serving.proxy.calls import Channel, Code, Metadata, Reply, client_tls
+from dpsr_serving.proxy.calls import Channel, Code, Metadata, Reply, Tls, client_tls
 from dpsr_serving.proxy.config import HealthConfig, HedgeConfig, LimitsConfig, PoolConfig, RetryConfig, TlsConfig
 from dpsr_serving.proxy.metrics import Metrics
 from dpsr_serving.proxy.outcomes import Outcomes, does_badly, is_silent, quantile
@@ -63,7 +62,7 @@ class Backend:
         self,
         address: str,
         metrics: Metrics,
-        tls: ssl.SSLContext | None,
+        tls: Tls | None,
         server_name: str,
         limits: LimitsConfig,
         on_down: Callable[[], None],
@@ -506,6 +505,6 @@ def not_found(path: str, spec: Spec) -> str:
     return f"Servable not found for request: {wanted}"
 
 
-def channel_tls(tls: TlsConfig | None) -> ssl.SSLContext | None:
+def channel_tls(tls: TlsConfig | None) -> Tls | None:
     """Returns the TLS settings of connections to the servers. Raises OSError if a file cannot be read."""
-    return None if tls is None else client_tls(tls.certificate, tls.key, tls.ca)
+    return None if tls is None else Tls(client_tls, tls.certificate, tls.key, tls.ca)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import enum
 import os
 import random
@@ -801,7 +802,7 @@ _OF_RESET = {_ENHANCE_YOUR_CALM: Code.RESOURCE_EXHAUSTED, _INADEQUATE_SECURITY: 
 class Channel:
     """Calls to one server, at "host:port" or "unix:/path", over one connection, which is renewed when it is lost."""
 
-    def __init__(self, address: str, tls: ssl.SSLContext | None, server_name: str, limits: LimitsConfig) -> None:
+    def __init__(self, address: str, tls: Tls | None, server_name: str, limits: LimitsConfig) -> None:
         self.address = address
         self.authority = server_name or ("localhost" if address.startswith("unix:") else address)
         self.is_tls = tls is not None
@@ -869,15 +870,16 @@ class Channel:
         connection: _Outgoing | None = None
         try:
             name: str | None = None
+            tls: ssl.SSLContext | None = None
             if self._tls is not None:
-                name = self._server_name or _host(self.address)
+                name, tls = self._server_name or _host(self.address), self._tls.context
             make = lambda: _Outgoing(self)  # noqa: E731
             if self.address.startswith("unix:"):
                 path = self.address.removeprefix("unix:")
-                opening = loop.create_unix_connection(make, path, ssl=self._tls, server_hostname=name)
+                opening = loop.create_unix_connection(make, path, ssl=tls, server_hostname=name)
             else:
                 host, port = _host(self.address), int(self.address.rpartition(":")[2])
-                opening = loop.create_connection(make, host, port, ssl=self._tls, server_hostname=name)
+                opening = loop.create_connection(make, host, port, ssl=tls, server_hostname=name)
             _, made = await asyncio.wait_for(opening, _CONNECT_S)
             connection = made
             self._connections.add(made)
@@ -911,6 +913,54 @@ def _host(address: str) -> str:
 
 
 # TLS
+
+
+class Tls:
+    """TLS settings made of PEM files that may be replaced.
+
+    Args:
+        make: one of server_tls and client_tls.
+        files: the arguments of `make`: paths of a certificate, a key and an authority; each may be None.
+
+    Attributes:
+        context: what new connections use.
+
+    Raises:
+        OSError: a file cannot be read, or is not what it must be.
+    """
+
+    def __init__(self, make: Callable[..., ssl.SSLContext], *files: str | None) -> None:
+        self._make, self._files = make, files
+        self._stamps = self._look()
+        self.context = make(*files)
+
+    def renew(self) -> bool:
+        """Reads the files again if they have changed. Returns whether they have. After OSError the old ones stay."""
+        stamps = self._look()
+        if stamps == self._stamps:
+            return False
+        self.context = self._make(*self._files)
+        self._stamps = stamps
+        return True
+
+    def listening(self) -> ssl.SSLContext:
+        """Returns settings for a listener: each new connection uses `context` as it is then."""
+
+        def use(connection: ssl.SSLObject, name: str | None, listener: ssl.SSLContext) -> None:
+            connection.context = self.context
+
+        context = self._make(*self._files)
+        context.sni_callback = use  # OpenSSL calls it for clients that send no name, too
+        return context
+
+    def _look(self) -> list[tuple[int, ...]]:
+        """Returns what changes when a file is replaced; a file that is missing is `make`'s to report."""
+        stamps: list[tuple[int, ...]] = []
+        for path in self._files:
+            with contextlib.suppress(OSError):
+                status = os.stat(path or "")
+                stamps.append((status.st_mtime_ns, status.st_ino, status.st_size))
+        return stamps
 
 
 def server_tls(certificate: str, key: str, ca: str | None) -> ssl.SSLContext:

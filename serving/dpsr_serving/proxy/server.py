@@ -106,10 +106,11 @@ class ProxyServer:
         self._draining = False
         self._checked = False
         listen = config.listen_tls
-        self._tls = None
+        self._tls: calls.Tls | None = None
         if listen is not None:
             assert listen.certificate is not None and listen.key is not None
-            self._tls = calls.server_tls(listen.certificate, listen.key, listen.ca)
+            self._tls = calls.Tls(calls.server_tls, listen.certificate, listen.key, listen.ca)
+        self._channel_tls = backends.channel_tls(config.backend_tls)
         self._share_port = share_port
         self._tracer = None if config.tracing is None else tracing.Tracer(config.tracing)
         self._log = AccessLog(config.access_log)
@@ -140,10 +141,11 @@ class ProxyServer:
         await self._names.follow(self._config.dns, _addresses(self._config))
         listening = join_address(host, port)
         try:
-            bound = await self._server.listen(host, port, self._tls, self._share_port)
+            tls = None if self._tls is None else self._tls.listening()
+            bound = await self._server.listen(host, port, tls, self._share_port)
             if unix_socket is not None:
                 listening = f"unix:{unix_socket}"
-                await self._server.listen_unix(unix_socket, self._tls)
+                await self._server.listen_unix(unix_socket, tls)
         except OSError as error:
             raise OSError(f"cannot listen on {listening}") from error
         for backend in self._backends.values():
@@ -196,6 +198,18 @@ class ProxyServer:
         for backend in self._backends.values():
             backend.watch(config.health)
 
+    def renew_certificates(self) -> list[str]:
+        """Reads the files of `tls` again if they have changed. New connections use them; all others go on.
+
+        Returns:
+            which of "tls.listen" and "tls.backends" have changed.
+
+        Raises:
+            OSError: a file cannot be read, or a certificate and its key do not fit. The old ones stay in use.
+        """
+        sides = {"tls.listen": self._tls, "tls.backends": self._channel_tls}
+        return [name for name, tls in sides.items() if tls is not None and tls.renew()]
+
     def ready(self) -> bool:
         """Returns whether all first backends have been checked, at least one is up, and the proxy is not draining."""
         found = self._backends.values()
@@ -227,7 +241,6 @@ class ProxyServer:
         return self.metrics.dump()
 
     def _set_up(self, config: ProxyConfig) -> None:
-        self._backend_tls = backends.channel_tls(config.backend_tls)
         before, self._backends = self._backends, {}
         self._config = config
         pools: dict[PoolConfig, Pool] = {}
@@ -262,7 +275,7 @@ class ProxyServer:
                     # A server that a name led to shows a certificate for the name.
                     name = (tls and (tls.server_name or host_of(given))) or ""
                     self._backends[address] = before.get(address) or Backend(
-                        address, self.metrics, self._backend_tls, name, self._config.limits, self._names.look_again
+                        address, self.metrics, self._channel_tls, name, self._config.limits, self._names.look_again
                     )
                 found[address] = self._backends[address]
         return list(found.values())

@@ -193,10 +193,12 @@ async def _start(settings: Settings, config: ProxyConfig, share_port: bool) -> A
 
 
 async def _serve(settings: Settings, server: Any, signals: _Signals, seen: Stamp) -> None:
-    """Reloads the configuration file whenever it changes, until it is time to stop; then drains."""
+    """Reloads the configuration and certificates whenever their files change, until it is time to stop; then drains."""
     path = settings.config_path
+    certificates = _Certificates(server)
     while not signals.stop.is_set():
         await signals.next(_RELOAD_EVERY_S)
+        certificates.look()
         stamp = _stamp(path)
         if path is None or not (signals.take_reload() or stamp != seen):
             continue
@@ -211,6 +213,31 @@ async def _serve(settings: Settings, server: Any, signals: _Signals, seen: Stamp
             _say(f"dpsr proxy: {path}: configuration reloaded")
     signals.forget()
     await server.stop(settings.drain_s)
+
+
+class _Certificates:
+    """Lets a server look for new certificates, and says what became of them."""
+
+    def __init__(self, server: Any) -> None:
+        self._server = server
+        self._problem = ""
+        self._said = False
+
+    def look(self) -> None:
+        """Looks once. Says a problem when it meets it again: key and certificate may be replaced one by one."""
+        problem = ""
+        try:
+            for name in self._server.renew_certificates():
+                self._server.metrics.count("dpsr_proxy_config_reloads_total", ("ok",))
+                _say(f"dpsr proxy: {name}: new connections use the renewed certificates")
+        except OSError as error:
+            problem = f"{error.filename}: {error.strerror}"
+        if problem != self._problem:
+            self._problem, self._said = problem, False
+        elif problem and not self._said:
+            self._said = True
+            self._server.metrics.count("dpsr_proxy_config_reloads_total", ("refused",))
+            _say(f"dpsr proxy: {problem}; keeping the old certificates")
 
 
 def _stamp(path: str | None) -> Stamp:
