@@ -2,6 +2,7 @@
 
 #include <grpc/grpc_security.h>
 #include <grpcpp/ext/health_check_service_server_builder_option.h>
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
 #include <netdb.h>
@@ -10,17 +11,25 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <condition_variable>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <mutex>
+#include <optional>
+#include <string_view>
 #include <thread>
 
+#include "serving/model_server/errors.h"
 #include "serving/model_server/metrics.h"
 #include "serving/model_server/parse_number.h"
 #include "serving/model_server/request_scope.h"
 #include "serving/model_server/server_options.h"
 #include "tensorflow_serving/apis/model_service.grpc.pb.h"
 #include "tensorflow_serving/apis/prediction_service.grpc.pb.h"
+
+// gRPC shows a server the compression of a request only by this function, which its own interoperability tests use.
+grpc_compression_algorithm grpc_call_test_only_get_compression_algorithm(grpc_call* call);
 
 namespace dpsr::serving {
 namespace {
@@ -52,13 +61,58 @@ grpc::Status ToGrpc(const tensorflow::Status& status) {
   return grpc::Status(static_cast<grpc::StatusCode>(status.code()), message);
 }
 
-// Answers a call on the workers, because gRPC's own threads must not block. If too many calls wait, calls `refused`.
-template <typename Answer, typename Refused>
-Reactor* OnWorkers(WorkerPool* workers, Context* context, Answer answer, Refused refused) {
+// Answers below this size are never compressed: they fit into one packet.
+constexpr size_t kMinCompressedBytes = 1024;
+
+// What all calls for inference need.
+struct Shared {
+  const RequestHandler* handler;
+  WorkerPool* workers;
+  RequestLog* log;
+};
+
+// Returns the value of the client's metadata with this key, or an empty text.
+std::string_view MetadataOf(const Context& context, const char* key) {
+  const auto& metadata = context.client_metadata();
+  const auto found = metadata.find(key);
+  return found == metadata.end() ? std::string_view() : std::string_view(found->second.data(), found->second.size());
+}
+
+// Compresses the answer as the client compressed its request, as gRPC for Go does, too. What a client accepts says less:
+// the libraries accept every compression by default, and compressing costs more than most answers.
+void CompressAsAsked(Context* context, const google::protobuf::Message& response) {
+  const grpc_compression_algorithm asked = grpc_call_test_only_get_compression_algorithm(context->c_call());
+  if (asked != GRPC_COMPRESS_NONE && response.ByteSizeLong() >= kMinCompressedBytes) {
+    context->set_compression_algorithm(asked);
+  }
+}
+
+// Ends a call that was computed: reports its times if the client's trace is kept, and logs it if it is worth it.
+void End(const Shared& shared, Context* context, const char* method, const apis::ModelSpec& spec,
+         const tensorflow::Status& status, const RequestTimes& times) {
+  const std::string_view parent = MetadataOf(*context, kTraceParent);
+  if (!parent.empty()) {
+    const std::optional<TraceParent> trace = ParseTraceParent(parent);
+    if (trace.has_value() && trace->sampled) {
+      context->AddTrailingMetadata(kQueueMicros, std::to_string(times.queue_micros));
+      context->AddTrailingMetadata(kComputeMicros, std::to_string(times.compute_micros));
+    }
+  }
+  const bool failed = IsServersFault(status);
+  if (!shared.log->Wants(failed, times)) return;
+  shared.log->Write(StrCat(method, " of model ", spec.name()), failed ? status.ToString() : "", times, parent);
+}
+
+// Answers a call on the workers, because gRPC's own threads must not block. `spec` says which model the call is for.
+template <typename Response, typename Answer>
+Reactor* OnWorkers(const Shared& shared, Context* context, const char* method, const apis::ModelSpec& spec,
+                   Response* response, Answer answer) {
   Reactor* reactor = context->DefaultReactor();
   const auto arrival = std::chrono::steady_clock::now();
-  const bool added = workers->Add([context, reactor, arrival, answer] {
-    RecordQueueing(MicrosecondsSince(arrival));
+  const bool added = shared.workers->Add([&shared, context, reactor, method, &spec, response, arrival, answer] {
+    RequestTimes times;
+    times.queue_micros = MicrosecondsSince(arrival);
+    RecordQueueing(times.queue_micros);
     // A call that was cancelled in the queue, or whose deadline passed there, needs no answer.
     if (context->IsCancelled()) {
       reactor->Finish(grpc::Status::CANCELLED);
@@ -69,10 +123,13 @@ Reactor* OnWorkers(WorkerPool* workers, Context* context, Answer answer, Refused
       const RequestScope scope(context->deadline(), [context] { return context->IsCancelled(); });
       status = answer();
     }
+    times.compute_micros = MicrosecondsSince(arrival) - times.queue_micros;
+    End(shared, context, method, spec, status, times);
+    if (status.ok()) CompressAsAsked(context, *response);
     reactor->Finish(ToGrpc(status));
   });
   if (!added) {
-    refused();
+    shared.handler->RecordRefused(spec, method, kEntrypoint);
     reactor->Finish(grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, kQueueIsFull));
   }
   return reactor;
@@ -80,47 +137,46 @@ Reactor* OnWorkers(WorkerPool* workers, Context* context, Answer answer, Refused
 
 class PredictionServiceImpl final : public PredictionService::CallbackService {
  public:
-  PredictionServiceImpl(const RequestHandler* handler, WorkerPool* workers) : handler_(handler), workers_(workers) {}
+  explicit PredictionServiceImpl(const Shared& shared) : shared_(shared) {}
 
   Reactor* Predict(Context* context, const apis::PredictRequest* request, apis::PredictResponse* response) override {
-    return OnWorkers(workers_, context, [=] {
-      return handler_->Predict(*request, context->deadline(), kEntrypoint, response);
-    }, [=] { handler_->RecordRefused(request->model_spec(), "Predict", kEntrypoint); });
+    return OnWorkers(shared_, context, "Predict", request->model_spec(), response, [=] {
+      return shared_.handler->Predict(*request, context->deadline(), kEntrypoint, response);
+    });
   }
 
   Reactor* Classify(Context* context, const apis::ClassificationRequest* request,
                     apis::ClassificationResponse* response) override {
-    return OnWorkers(workers_, context, [=] {
-      return handler_->Classify(*request, context->deadline(), kEntrypoint, response);
-    }, [=] { handler_->RecordRefused(request->model_spec(), "Classify", kEntrypoint); });
+    return OnWorkers(shared_, context, "Classify", request->model_spec(), response, [=] {
+      return shared_.handler->Classify(*request, context->deadline(), kEntrypoint, response);
+    });
   }
 
   Reactor* Regress(Context* context, const apis::RegressionRequest* request,
                    apis::RegressionResponse* response) override {
-    return OnWorkers(workers_, context, [=] {
-      return handler_->Regress(*request, context->deadline(), kEntrypoint, response);
-    }, [=] { handler_->RecordRefused(request->model_spec(), "Regress", kEntrypoint); });
+    return OnWorkers(shared_, context, "Regress", request->model_spec(), response, [=] {
+      return shared_.handler->Regress(*request, context->deadline(), kEntrypoint, response);
+    });
   }
 
   Reactor* MultiInference(Context* context, const apis::MultiInferenceRequest* request,
                           apis::MultiInferenceResponse* response) override {
-    return OnWorkers(workers_, context, [=] {
-      return handler_->MultiInference(*request, context->deadline(), kEntrypoint, response);
-    }, [=] {
-      tensorflow::Status status;
-      const apis::ModelSpec* const spec = SpecOf(*request, &status);
-      handler_->RecordRefused(spec == nullptr ? apis::ModelSpec() : *spec, "MultiInference", kEntrypoint);
-    });
+    tensorflow::Status status;
+    const apis::ModelSpec* const spec = SpecOf(*request, &status);
+    return OnWorkers(shared_, context, "MultiInference", spec == nullptr ? apis::ModelSpec::default_instance() : *spec,
+                     response, [=] {
+                       return shared_.handler->MultiInference(*request, context->deadline(), kEntrypoint, response);
+                     });
   }
 
   Reactor* GetModelMetadata(Context* context, const apis::GetModelMetadataRequest* request,
                             apis::GetModelMetadataResponse* response) override {
-    return OnWorkers(workers_, context, [=] { return handler_->GetModelMetadata(*request, response); }, [] {});
+    return OnWorkers(shared_, context, "GetModelMetadata", request->model_spec(), response,
+                     [=] { return shared_.handler->GetModelMetadata(*request, response); });
   }
 
  private:
-  const RequestHandler* const handler_;
-  WorkerPool* const workers_;
+  const Shared shared_;
 };
 
 class ModelServiceImpl final : public ModelService::CallbackService {
@@ -242,8 +298,9 @@ std::shared_ptr<grpc::ServerCredentials> Credentials(const std::shared_ptr<TlsFi
 
 class GrpcServerImpl final : public GrpcServer {
  public:
-  GrpcServerImpl(const RequestHandler* handler, WorkerPool* workers)
-      : handler_(handler), prediction_service_(handler, workers) {}
+  GrpcServerImpl(const RequestHandler* handler, WorkerPool* workers, RequestLog* log)
+      : handler_(handler), prediction_service_({handler, workers, log}) {}
+  ~GrpcServerImpl() override { EndHealth(); }
 
   Status Listen(const GrpcServerOptions& options) {
     model_service_ = std::make_unique<ModelServiceImpl>(handler_, options.reload_address.empty());
@@ -252,6 +309,8 @@ class GrpcServerImpl final : public GrpcServer {
     DPSR_RETURN_IF_ERROR(ListenForReloads(options));
     const std::string address = ServerAddress(options.host, options.port);
     grpc::EnableDefaultHealthCheckService(options.health_service);
+    // Linking gRPC's reflection adds it to every server, and this call is what links it.
+    grpc::reflection::InitProtoReflectionServerBuilderPlugin();
     grpc::ServerBuilder builder;
     bool limits_streams = false;
     for (const auto& [name, value] : options.channel_arguments) {
@@ -276,7 +335,7 @@ class GrpcServerImpl final : public GrpcServer {
     builder.RegisterService(model_service_.get());
     server_ = builder.BuildAndStart();
     if (server_ != nullptr && port_ != 0 && socket_bound != 0) {
-      SetServing(false);
+      SetServices(false);
       return {};
     }
     // gRPC only says that it failed. Find out why.
@@ -304,9 +363,13 @@ class GrpcServerImpl final : public GrpcServer {
   void SetServing(bool serving) override {
     grpc::HealthCheckServiceInterface* health = server_->GetHealthCheckService();
     if (health == nullptr) return;
-    for (const char* service : {"ModelService", "PredictionService"}) health->SetServingStatus(service, serving);
-    // The status of the server as a whole.
-    health->SetServingStatus(serving);
+    if (serving) {
+      SetServices(true);
+      health_thread_ = std::thread([this, health] { ShowModels(health); });
+    } else {
+      EndHealth();
+      health->SetServingStatus(false);  // of all models, too
+    }
   }
 
   void Shutdown(std::chrono::milliseconds drain) override {
@@ -317,6 +380,43 @@ class GrpcServerImpl final : public GrpcServer {
   }
 
  private:
+  // Keeps the statuses of the models, under their names, and of the server as a whole: serving while every model has a
+  // version that answers, as /readyz says. A model that was removed stays known, and does not serve.
+  void ShowModels(grpc::HealthCheckServiceInterface* health) {
+    constexpr std::chrono::milliseconds kLookEvery(100);
+    std::map<std::string, bool> shown;
+    std::unique_lock<std::mutex> lock(health_mutex_);
+    do {
+      std::map<std::string, bool> present = handler_->models().Available();
+      bool all = true;
+      for (const auto& [name, available] : present) all &= available;
+      for (const auto& [name, available] : shown) present.emplace(name, false);
+      // These names belong to the services, which serve from the first loads to the end.
+      for (const char* service : {"ModelService", "PredictionService"}) present.erase(service);
+      present[""] = all;
+      for (const auto& [name, available] : present) {
+        const auto before = shown.find(name);
+        if (before == shown.end() || before->second != available) health->SetServingStatus(name, available);
+      }
+      shown = std::move(present);
+    } while (!health_stop_.wait_for(lock, kLookEvery, [this] { return health_ends_; }));
+  }
+
+  void SetServices(bool serving) {
+    grpc::HealthCheckServiceInterface* health = server_->GetHealthCheckService();
+    if (health == nullptr) return;
+    for (const char* service : {"", "ModelService", "PredictionService"}) health->SetServingStatus(service, serving);
+  }
+
+  void EndHealth() {
+    {
+      std::lock_guard<std::mutex> lock(health_mutex_);
+      health_ends_ = true;
+    }
+    health_stop_.notify_all();
+    if (health_thread_.joinable()) health_thread_.join();
+  }
+
   // Serves reloads at their own address, if they have one.
   Status ListenForReloads(const GrpcServerOptions& options) {
     if (options.reload_address.empty() || options.reload_address == kNoReloads) return {};
@@ -333,7 +433,7 @@ class GrpcServerImpl final : public GrpcServer {
   }
 
   const RequestHandler* const handler_;
-  // server_ is the last member, so that it is destroyed first: then no call uses the services any more.
+  // server_ comes after all that it uses, so that it is destroyed first.
   PredictionServiceImpl prediction_service_;
   std::unique_ptr<ModelServiceImpl> model_service_;
   std::unique_ptr<ModelServiceImpl> reload_service_;
@@ -343,13 +443,17 @@ class GrpcServerImpl final : public GrpcServer {
   int port_ = 0;
   std::unique_ptr<grpc::Server> reload_server_;
   std::unique_ptr<grpc::Server> server_;
+  std::mutex health_mutex_;
+  std::condition_variable health_stop_;
+  bool health_ends_ = false;
+  std::thread health_thread_;
 };
 
 }  // namespace
 
 Status GrpcServer::Start(const GrpcServerOptions& options, RequestHandler* handler, WorkerPool* workers,
-                         std::unique_ptr<GrpcServer>* server) {
-  auto started = std::make_unique<GrpcServerImpl>(handler, workers);
+                         RequestLog* log, std::unique_ptr<GrpcServer>* server) {
+  auto started = std::make_unique<GrpcServerImpl>(handler, workers, log);
   DPSR_RETURN_IF_ERROR(started->Listen(options));
   *server = std::move(started);
   return {};

@@ -1,4 +1,4 @@
-// The gRPC server: PredictionService, ModelService and the health service.
+// The gRPC server: PredictionService, ModelService, the health service, and gRPC's reflection of all of them.
 #ifndef DPSR_SERVING_MODEL_SERVER_GRPC_SERVER_H_
 #define DPSR_SERVING_MODEL_SERVER_GRPC_SERVER_H_
 
@@ -10,6 +10,7 @@
 
 #include "common/status.h"
 #include "serving/model_server/request_handler.h"
+#include "serving/model_server/request_log.h"
 #include "serving/model_server/tls.h"
 #include "serving/model_server/worker_pool.h"
 
@@ -22,7 +23,7 @@ struct GrpcServerOptions {
   std::shared_ptr<TlsFile> tls;  // of the port; null: no TLS. A UNIX socket needs none
   // Settings of the gRPC library. A value that is a number is passed as a number.
   std::vector<std::pair<std::string, std::string>> channel_arguments;
-  bool health_service = false;
+  bool health_service = false;  // with the status of each model under its name
   // Where HandleReloadConfigRequest is taken: "" for the port above, kNoReloads, or an address of its own for the whole
   // ModelService: HOST:PORT or unix:/PATH.
   std::string reload_address;
@@ -32,13 +33,14 @@ inline constexpr char kNoReloads[] = "off";
 
 class GrpcServer {
  public:
-  // Listens. `workers` compute the requests. `handler` and `workers` must outlive the server. kFailedPrecondition says
+  // Listens. `workers` compute the requests. `handler`, `workers` and `log` must outlive the server. kFailedPrecondition says
   // why the server cannot listen.
   static Status Start(const GrpcServerOptions& options, RequestHandler* handler, WorkerPool* workers,
-                      std::unique_ptr<GrpcServer>* server);
+                      RequestLog* log, std::unique_ptr<GrpcServer>* server);
   virtual ~GrpcServer() = default;
 
-  // Sets the answer of the health service, which is "not serving" at first.
+  // Sets the answer of the health service, which is "not serving" at first. From `true` on it also follows the models;
+  // `false` ends this for ever.
   virtual void SetServing(bool serving) = 0;
 
   // Returns the port on which the server listens.

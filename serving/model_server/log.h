@@ -1,4 +1,4 @@
-// The server's log on standard error: one line for each event of the server, and none for requests.
+// The server's log on standard error: one line for each event of the server. request_log.h has the lines of requests.
 #ifndef DPSR_SERVING_MODEL_SERVER_LOG_H_
 #define DPSR_SERVING_MODEL_SERVER_LOG_H_
 

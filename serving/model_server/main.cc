@@ -28,6 +28,7 @@
 #include "serving/model_server/log.h"
 #include "serving/model_server/model_manager.h"
 #include "serving/model_server/request_handler.h"
+#include "serving/model_server/request_log.h"
 #include "serving/model_server/request_scope.h"
 #include "serving/model_server/rest_api.h"
 #include "serving/model_server/rest_server.h"
@@ -304,7 +305,7 @@ tensorflow::Status ReadSetup(const ServerOptions& options, ServerSetup* setup) {
 
 // Starts the REST server if the flags ask for one.
 Status StartRest(const ServerOptions& options, std::shared_ptr<TlsFile> tls, int grpc_port, const RestApi* api,
-                 WorkerPool* workers, std::unique_ptr<RestServer>* server) {
+                 WorkerPool* workers, RequestLog* log, std::unique_ptr<RestServer>* server) {
   if (options.rest_api_port == 0) return {};
   if (options.rest_api_port == grpc_port) {
     LogWarning("--rest_api_port=", grpc_port, " is the gRPC port; the server has no REST API");
@@ -317,7 +318,7 @@ Status StartRest(const ServerOptions& options, std::shared_ptr<TlsFile> tls, int
   rest.timeout = std::chrono::milliseconds(options.rest_api_timeout_in_ms);
   rest.enable_cors = options.rest_api_enable_cors_support;
   rest.tls = std::move(tls);
-  return RestServer::Start(rest, api, workers, server);
+  return RestServer::Start(rest, api, workers, log, server);
 }
 
 // Waits for the first loads or a signal, whichever comes first. Nothing: a signal came.
@@ -365,6 +366,7 @@ int Serve(const ServerOptions& options, const sigset_t& signals) {
   const int num_workers = NumWorkers(setup.manager.servable.batch_threads.get());
   ModelManager models(std::move(setup.manager));
   RequestHandler handler(&models);
+  RequestLog log{std::chrono::milliseconds(options.slow_request_ms)};
   // The numbers of threads limit how many requests are computed at the same time.
   WorkerPool workers(options.grpc_max_threads > 0 ? options.grpc_max_threads : num_workers,
                      options.max_queued_requests);
@@ -372,11 +374,11 @@ int Serve(const ServerOptions& options, const sigset_t& signals) {
                           options.max_queued_requests);
   // Both servers listen before any model loads: a port in use shows at once, and clients can watch the models' states.
   std::unique_ptr<GrpcServer> grpc;
-  const Status listening = GrpcServer::Start(setup.grpc, &handler, &workers, &grpc);
+  const Status listening = GrpcServer::Start(setup.grpc, &handler, &workers, &log, &grpc);
   if (!listening.ok()) return FailToStart(listening.message());
   const RestApi rest_api(&handler, {&workers, &rest_workers}, setup.metrics_path);
   std::unique_ptr<RestServer> rest;
-  const Status rest_listening = StartRest(options, setup.rest_tls, grpc->port(), &rest_api, &rest_workers, &rest);
+  const Status rest_listening = StartRest(options, setup.rest_tls, grpc->port(), &rest_api, &rest_workers, &log, &rest);
   if (!rest_listening.ok()) return FailToStart(rest_listening.message());
 
   models.Start(setup.models);

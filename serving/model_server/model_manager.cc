@@ -313,11 +313,22 @@ tensorflow::Status ModelManager::GetStatus(const ModelSpec& spec, GetModelStatus
 bool ModelManager::AllAvailable() const {
   Lock lock(mutex_);
   return first_loads_ && std::all_of(models_.begin(), models_.end(), [](const auto& entry) {
-           const auto& versions = entry.second.versions;
-           return entry.second.removed || std::any_of(versions.begin(), versions.end(), [](const auto& version) {
-                    return version.second.state == VersionState::kReady;
-                  });
+           return entry.second.removed || HasReadyVersion(entry.second);
          });
+}
+
+std::map<std::string, bool> ModelManager::Available() const {
+  Lock lock(mutex_);
+  std::map<std::string, bool> available;
+  for (const auto& [name, model] : models_) {
+    if (!model.removed) available[name] = HasReadyVersion(model);
+  }
+  return available;
+}
+
+bool ModelManager::HasReadyVersion(const Model& model) {
+  return std::any_of(model.versions.begin(), model.versions.end(),
+                     [](const auto& version) { return version.second.state == VersionState::kReady; });
 }
 
 // Called with the lock held: once the lock is released, the destructor may destroy the condition variable.

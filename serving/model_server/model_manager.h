@@ -94,6 +94,9 @@ class ModelManager {
   // Returns whether every model of the configuration has a version that is ready.
   bool AllAvailable() const;
 
+  // Returns, for each model of the configuration, whether it has a version that is ready.
+  std::map<std::string, bool> Available() const;
+
  private:
   using Clock = std::chrono::steady_clock;
   using Lock = std::unique_lock<std::mutex>;
@@ -149,6 +152,7 @@ class ModelManager {
   // still become available.
   std::optional<tensorflow::Status> LoadResult(const std::set<std::string>& names) const;
   bool IsReady(const std::string& name, int64_t version) const;
+  static bool HasReadyVersion(const Model& model);
   // Returns whether setting `label` to `version` takes it away from another version.
   static bool MovesLabel(const Model& model, const std::string& label, int64_t version);
   // Returns whether the version is ready or may still become ready.

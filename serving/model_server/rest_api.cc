@@ -124,7 +124,7 @@ int HttpStatus(const tensorflow::Status& status) {
 }
 
 RestReply ErrorReply(int status, const std::string& message) {
-  return {status, "application/json", WriteErrorJson(message)};
+  return {status, "application/json", WriteErrorJson(message), {}};
 }
 
 void RestApi::RecordRefused(const RestRequest& request) const {
@@ -146,10 +146,10 @@ RestReply RestApi::Answer(const RestRequest& request) const {
 tensorflow::Status RestApi::AnswerPath(const RestRequest& request, RestReply* reply) const {
   std::string_view path = request.path;
   if (path == "/healthz") {
-    *reply = {200, kText, "ok\n"};
+    *reply = {200, kText, "ok\n", {}};
   } else if (path == "/readyz") {
     const bool ready = handler_->models().AllAvailable();
-    *reply = {ready ? 200 : 503, kText, ready ? "ok\n" : "a model is not available\n"};
+    *reply = {ready ? 200 : 503, kText, ready ? "ok\n" : "a model is not available\n", {}};
   } else if (!metrics_path_.empty() && path == metrics_path_) {
     *reply = AnswerMetrics(request.method);
   } else if (Consume(&path, "/v1/") || EqualsIgnoringCase(path, "/v1")) {
@@ -161,14 +161,14 @@ tensorflow::Status RestApi::AnswerPath(const RestRequest& request, RestReply* re
 }
 
 RestReply RestApi::AnswerMetrics(const std::string& method) const {
-  if (method != "GET") return {405, kText, "expected GET\n"};
+  if (method != "GET") return {405, kText, "expected GET\n", {}};
   size_t running = 0, waiting = 0;
   for (const WorkerPool* workers : workers_) {
     running += workers->num_running();
     waiting += workers->num_queued();
   }
   SetInFlight(running, waiting);
-  return {200, "text/plain; version=0.0.4", PrometheusText()};
+  return {200, "text/plain; version=0.0.4", PrometheusText(), {}};
 }
 
 tensorflow::Status RestApi::AnswerModel(const RestRequest& request, std::string* body) const {

@@ -22,6 +22,7 @@ struct RestReply {
   int status = 200;
   std::string content_type = "application/json";
   std::string body;
+  std::vector<std::pair<std::string, std::string>> headers;  // further ones
 };
 
 // Returns the HTTP status for a code.

@@ -1,5 +1,7 @@
 #include "serving/model_server/rest_server.h"
 
+#include <zlib.h>
+
 #include <boost/asio/executor_work_guard.hpp>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/ip/tcp.hpp>
@@ -10,8 +12,10 @@
 #include <boost/asio/write.hpp>
 #include <boost/beast/core.hpp>
 #include <boost/beast/http.hpp>
+#include <boost/beast/http/rfc7230.hpp>
 #include <boost/beast/ssl.hpp>
 #include <condition_variable>
+#include <limits>
 #include <mutex>
 #include <optional>
 #include <string_view>
@@ -40,11 +44,48 @@ constexpr std::chrono::seconds kLinger(5);
 // The time between two tries to accept a connection, if the process lacks files or memory for it.
 constexpr std::chrono::milliseconds kAcceptAgain(50);
 
+// Answers below this size are not compressed: they fit into one packet.
+constexpr size_t kMinCompressedBytes = 1024;
+
+// Returns whether a client that sends this Accept-Encoding takes gzip.
+bool TakesGzip(beast::string_view accepted) {
+  for (const auto& [coding, parameters] : http::ext_list(accepted)) {
+    (void)parameters;
+    if (beast::iequals(coding, "gzip") || beast::iequals(coding, "x-gzip")) return true;
+  }
+  return false;
+}
+
+// Compresses a large answer. It takes the fastest level, because an answer is compressed again for each request.
+void Compress(RestReply* reply) {
+  if (reply->body.size() < kMinCompressedBytes) return;
+  constexpr int kGzip = 15 + 16, kMemory = 8;
+  z_stream stream{};
+  if (deflateInit2(&stream, Z_BEST_SPEED, Z_DEFLATED, kGzip, kMemory, Z_DEFAULT_STRATEGY) != Z_OK) return;
+  // zlib counts 32 bits at once, and larger answers are not worth the code.
+  const uLong bound = deflateBound(&stream, reply->body.size());
+  std::string packed;
+  if (bound <= std::numeric_limits<uInt>::max()) {
+    packed.resize(bound);
+    stream.next_in = reinterpret_cast<Bytef*>(reply->body.data());
+    stream.avail_in = static_cast<uInt>(reply->body.size());
+    stream.next_out = reinterpret_cast<Bytef*>(packed.data());
+    stream.avail_out = static_cast<uInt>(bound);
+    packed.resize(deflate(&stream, Z_FINISH) == Z_STREAM_END ? stream.total_out : 0);
+  }
+  deflateEnd(&stream);
+  if (packed.empty() || packed.size() >= reply->body.size()) return;
+  reply->body = std::move(packed);
+  reply->headers.emplace_back("Content-Encoding", "gzip");
+  reply->headers.emplace_back("Vary", "Accept-Encoding");
+}
+
 // The state that all connections share.
 struct Shared {
   RestServerOptions options;
   const RestApi* api;
   WorkerPool* workers;
+  RequestLog* log;
   std::mutex mutex;
   std::condition_variable idle;
   bool draining = false;
@@ -146,20 +187,29 @@ class Connection : public std::enable_shared_from_this<Connection<Stream>> {
     const bool preflight = shared_->options.enable_cors && message.method() == http::verb::options;
     version_ = message.version();
     is_head_ = message.method() == http::verb::head;
+    takes_gzip_ = TakesGzip(message[http::field::accept_encoding]);
+    trace_parent_ = std::string(message[kTraceParent]);
     request.body = std::move(parser_->get().body());
     if (preflight) {
-      Write({200, "text/plain", ""}, keep_alive);
+      Write({200, "text/plain", "", {}}, keep_alive);
       return;
     }
     if (message.method() != http::verb::post) {
-      Write(shared_->api->Answer(request), keep_alive);
+      RestReply reply = shared_->api->Answer(request);
+      if (takes_gzip_) Compress(&reply);
+      Write(std::move(reply), keep_alive);
       return;
     }
     const auto arrival = std::chrono::steady_clock::now();
     const auto shared_request = std::make_shared<const RestRequest>(std::move(request));
     auto work = [self = Self(), shared_request, keep_alive, arrival] {
-      RecordQueueing(MicrosecondsSince(arrival));
+      RequestTimes times;
+      times.queue_micros = MicrosecondsSince(arrival);
+      RecordQueueing(times.queue_micros);
       RestReply reply = self->shared_->api->Answer(*shared_request);
+      times.compute_micros = MicrosecondsSince(arrival) - times.queue_micros;
+      self->Report(*shared_request, times, &reply);
+      if (self->takes_gzip_) Compress(&reply);
       asio::post(self->stream_.get_executor(), [self, reply = std::move(reply), keep_alive]() mutable {
         self->Write(std::move(reply), keep_alive);
       });
@@ -168,6 +218,19 @@ class Connection : public std::enable_shared_from_this<Connection<Stream>> {
       shared_->api->RecordRefused(*shared_request);
       Write(ErrorReply(429, kQueueIsFull), keep_alive);
     }
+  }
+
+  // Reports the times of a request if the client's trace is kept, and logs it if it is worth it.
+  void Report(const RestRequest& request, const RequestTimes& times, RestReply* reply) const {
+    const std::optional<TraceParent> trace = ParseTraceParent(trace_parent_);
+    if (trace.has_value() && trace->sampled) {
+      reply->headers.emplace_back(kQueueMicros, std::to_string(times.queue_micros));
+      reply->headers.emplace_back(kComputeMicros, std::to_string(times.compute_micros));
+    }
+    const bool failed = reply->status == 500 || reply->status == 504;  // as IsServersFault
+    if (!shared_->log->Wants(failed, times)) return;
+    shared_->log->Write(request.method + " " + request.path, failed ? StrCat(reply->status, " ", reply->body) : "", times,
+                        trace_parent_);
   }
 
   void Write(RestReply reply, bool keep_alive) {
@@ -179,6 +242,7 @@ class Connection : public std::enable_shared_from_this<Connection<Stream>> {
       response_->set(http::field::access_control_allow_methods, "GET, POST, OPTIONS");
       response_->set(http::field::access_control_allow_headers, "Content-Type");
     }
+    for (const auto& [name, value] : reply.headers) response_->set(name, value);
     response_->keep_alive(keep_alive);
     response_->body() = std::move(reply.body);
     response_->prepare_payload();
@@ -226,11 +290,13 @@ class Connection : public std::enable_shared_from_this<Connection<Stream>> {
   std::optional<http::response<http::string_body>> response_;
   unsigned version_ = 11;
   bool is_head_ = false;
+  bool takes_gzip_ = false;
+  std::string trace_parent_;
 };
 
 class RestServerImpl final : public RestServer {
  public:
-  RestServerImpl(const RestServerOptions& options, const RestApi* api, WorkerPool* workers)
+  RestServerImpl(const RestServerOptions& options, const RestApi* api, WorkerPool* workers, RequestLog* log)
       : io_(options.num_threads),
         work_(io_.get_executor()),
         acceptor_(asio::make_strand(io_)),
@@ -238,6 +304,7 @@ class RestServerImpl final : public RestServer {
     shared_.options = options;
     shared_.api = api;
     shared_.workers = workers;
+    shared_.log = log;
   }
 
   ~RestServerImpl() override {
@@ -330,9 +397,9 @@ class RestServerImpl final : public RestServer {
 
 }  // namespace
 
-Status RestServer::Start(const RestServerOptions& options, const RestApi* api, WorkerPool* workers,
+Status RestServer::Start(const RestServerOptions& options, const RestApi* api, WorkerPool* workers, RequestLog* log,
                          std::unique_ptr<RestServer>* server) {
-  auto started = std::make_unique<RestServerImpl>(options, api, workers);
+  auto started = std::make_unique<RestServerImpl>(options, api, workers, log);
   DPSR_RETURN_IF_ERROR(started->Listen());
   *server = std::move(started);
   return {};

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "common/status.h"
+#include "serving/model_server/request_log.h"
 #include "serving/model_server/rest_api.h"
 #include "serving/model_server/tls.h"
 #include "serving/model_server/worker_pool.h"
@@ -27,8 +28,8 @@ struct RestServerOptions {
 class RestServer {
  public:
   // Listens. `workers` compute inference requests; requests for a state are answered at once, even if the workers are
-  // busy. `api` and `workers` must outlive the server. kFailedPrecondition says why the server cannot listen.
-  static Status Start(const RestServerOptions& options, const RestApi* api, WorkerPool* workers,
+  // busy. `api`, `workers` and `log` must outlive the server. kFailedPrecondition says why the server cannot listen.
+  static Status Start(const RestServerOptions& options, const RestApi* api, WorkerPool* workers, RequestLog* log,
                       std::unique_ptr<RestServer>* server);
   // Closes the connections, and waits for requests that are being computed.
   virtual ~RestServer() = default;

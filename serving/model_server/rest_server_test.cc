@@ -21,7 +21,7 @@ class RestServerTest : public testing::Test {
     RestServerOptions options;
     options.host = "127.0.0.1";
     options.max_body_bytes = 1 << 16;
-    ASSERT_TRUE(RestServer::Start(options, &api_, &workers_, &server_).ok());
+    ASSERT_TRUE(RestServer::Start(options, &api_, &workers_, &log_, &server_).ok());
   }
 
   // All that the server sends until it closes the connection; the client sends `bytes`, and then no more.
@@ -52,6 +52,7 @@ class RestServerTest : public testing::Test {
   ModelManager models_{{}};
   RequestHandler handler_{&models_};
   WorkerPool workers_{2};
+  RequestLog log_{std::chrono::milliseconds(0)};
   RestApi api_{&handler_, {&workers_}, "/metrics"};
   std::unique_ptr<RestServer> server_;
 };

@@ -76,7 +76,10 @@ std::vector<Flag> Flags(ServerOptions* options) {
       {"grpc_channel_arguments", Text{&options->grpc_channel_arguments},
        "settings of the gRPC library, as name=value,name=value"},
       {"enable_grpc_healthcheck_service", Switch{&options->enable_grpc_healthcheck_service},
-       "offer grpc.health.v1.Health/Check for ModelService and PredictionService"},
+       "offer grpc.health.v1.Health (Check and Watch) for the server, ModelService, PredictionService and each model"},
+      {"slow_request_ms", Integer<int32_t>{&options->slow_request_ms, 0},
+       "log requests for inference that take this many milliseconds or longer, at most 10 in a second; 0 logs none. "
+       "Requests that fail by the server's fault are always logged"},
       {"ssl_config_file", Text{&options->ssl_config_file},
        "text file with an SSLConfig message (server_key, server_cert, custom_ca, client_verify), to encrypt the gRPC "
        "port; read again when it changes"},

@@ -31,6 +31,7 @@ struct ServerOptions {
   std::string grpc_socket_path;
   std::string grpc_channel_arguments;  // "k=v,k=v"
   bool enable_grpc_healthcheck_service = false;
+  int32_t slow_request_ms = 0;  // 0: slow requests are not logged
   std::string ssl_config_file;
   std::string rest_api_ssl_config_file;
   int32_t rest_api_port = 0;         // 0: no REST API

@@ -4,23 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gzip
 import http.client
 import json
+import shutil
 import socket
 import ssl
 import threading
+import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 import saved_models
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from model_servers import Reply, Server, error_of, eventually, failing_start, predict_request, serving
+from model_servers import (
+    Reply,
+    Server,
+    config_list,
+    error_of,
+    eventually,
+    failing_start,
+    gate_request,
+    model_config,
+    predict_request,
+    serving,
+)
 from processes import PATIENCE_S, free_port
-from tensorflow_serving.apis import prediction_service_pb2_grpc
+from raw_http2 import DATA, END_HEADERS, END_STREAM, HEADERS, Wire, frame, head, message
+from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
@@ -331,6 +348,133 @@ def test_channel_arguments(model: str, tmp_path: Path) -> None:
         # The server ends the connection when it is old enough.
         eventually(lambda: seen[-1] != grpc.ChannelConnectivity.READY, "the connection ends")
         assert ask(running, None) == [1.5, 2.0]
+
+
+def test_health_follows_the_models(exported: Path, tmp_path: Path) -> None:
+    """Names of models, Watch, and a server as a whole that is as ready as /readyz says."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        saved_models.publish(exported / "half_plus_1", tmp_path / name, 1)
+    config = [model_config(name, tmp_path / name) for name in ("a", "b")]
+    (tmp_path / "models.config").write_text(str(config_list(*config)))
+    flags = [f"--model_config_file={tmp_path}/models.config", "--enable_grpc_healthcheck_service"]
+    with serving(tmp_path, *flags, "--file_system_poll_wait_seconds=1", rest_port=free_port()) as running:
+        check = check_health(running)
+        eventually(lambda: [check(name) for name in ("", "a", "b")] == [1, 1, 1], "all serve")
+        watched = running.channel.unary_stream("/grpc.health.v1.Health/Watch")(b"\x0a\x01b", timeout=PATIENCE_S)
+        assert next(watched)[1] == 1
+        shutil.rmtree(tmp_path / "b" / "1")
+        # A version whose folder has gone stays; a model that leaves the configuration does not.
+        running.reload(config_list(config[0]))
+        assert next(watched)[1] == 2
+        eventually(lambda: [check(name) for name in ("", "a", "b")] == [1, 1, 2], "only a serves")
+        # A new model without a version is not available, and neither is the server.
+        with pytest.raises(grpc.RpcError):
+            running.reload(config_list(config[0], model_config("c", tmp_path / "c")), timeout=0.5)
+        eventually(lambda: [check(name) for name in ("", "a", "c")] == [2, 1, 2], "c does not serve")
+        assert running.rest("/readyz").status == 503
+        services = ("ModelService", "PredictionService")
+        assert [check(name) for name in services] == [1, 1]
+        assert check("nobody") == grpc.StatusCode.NOT_FOUND
+        watched.cancel()
+        assert running.stop() == 0
+
+
+def test_reflection(model: str, tmp_path: Path) -> None:
+    from google.protobuf import descriptor_pool
+    from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+    with serving(tmp_path, model, "--enable_grpc_healthcheck_service") as running:
+        database = ProtoReflectionDescriptorDatabase(running.channel)
+        assert set(database.get_services()) == {
+            "tensorflow.serving.PredictionService",
+            "tensorflow.serving.ModelService",
+            "grpc.health.v1.Health",
+            "grpc.reflection.v1alpha.ServerReflection",
+        }
+        pool = descriptor_pool.DescriptorPool(database)
+        service = pool.FindServiceByName("tensorflow.serving.PredictionService")
+        inputs = service.methods_by_name["Predict"].input_type.fields_by_name["inputs"]
+        assert inputs.message_type.fields_by_name["value"].message_type.full_name == "tensorflow.TensorProto"
+        assert ask(running, None) == [1.5, 2.0]
+
+
+PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-0"
+
+
+def test_times_and_traces(exported: Path, base_path: Path, tmp_path: Path) -> None:
+    saved_models.publish(exported / "signatures", base_path, 1)
+    flags = [f"--model_base_path={base_path}", "--slow_request_ms=1000"]
+    with serving(tmp_path, *flags, rest_port=free_port()) as running:
+
+        def times(parent: str | None, request: predict_pb2.PredictRequest) -> dict[str, int]:
+            metadata = [("traceparent", parent)] if parent else []
+            future = running.prediction.Predict.future(request, timeout=PATIENCE_S, metadata=metadata)
+            return {key: int(value) for key, value in future.trailing_metadata() if key.startswith("dpsr-")}
+
+        def warnings() -> list[str]:
+            return [line for line in running.log.read_text().splitlines() if line.startswith("W ")]
+
+        good, bad = predict_request(), predict_request("nothing")
+        for request in (good, bad):
+            assert sorted(times(PARENT + "1", request)) == ["dpsr-compute-us", "dpsr-queue-us"]
+            assert times(PARENT + "0", request) == times("nonsense", request) == times(None, request) == {}
+        for body in ({"instances": [1.0]}, {"signature_name": "nothing", "instances": [1.0]}):
+            reply = running.rest("/v1/models/default:predict", body, headers={"traceparent": PARENT + "1"})
+            assert int(reply.headers["dpsr-queue-us"]) >= 0 and int(reply.headers["dpsr-compute-us"]) >= 0
+            assert "dpsr-queue-us" not in running.rest("/v1/models/default:predict", body).headers
+        assert warnings() == []  # errors of requests are the clients' business
+
+        # A slow request, and one that fails by the server's fault, are logged with the trace.
+        slow, begun, release = gate_request(tmp_path)
+        metadata = [("traceparent", PARENT + "0")]
+        future = running.prediction.Predict.future(slow, timeout=PATIENCE_S, metadata=metadata)
+        eventually(begun.exists, "the request begins")
+        time.sleep(1)
+        release.touch()
+        future.result()
+        eventually(lambda: len(warnings()) == 1, "it is logged")
+        [line] = warnings()
+        assert "Predict of model default took " in line and line.endswith(f" trace={PARENT[3:35]}")
+
+
+def test_compression(exported: Path, base_path: Path, tmp_path: Path) -> None:
+    """Answers are compressed if the client asks for it and they are large enough."""
+    saved_models.publish(exported / "half_plus_1", base_path, 1)
+    with serving(tmp_path, f"--model_base_path={base_path}", rest_port=free_port()) as running:
+        target = f"127.0.0.1:{running.port}"
+        for count, packed in ((10, 0), (1000, 1)):
+            request = predict_request(inputs={"x": np.zeros(count, np.float32)})
+            for encoding, flag in ((None, 0), ("gzip", packed), ("deflate", packed)):
+                headers, body = raw_call(target, request.SerializeToString(), encoding)
+                used = headers.get(b"grpc-encoding", b"identity").decode()
+                assert (body[0], used) == (flag, encoding if flag else "identity")
+            answer = running.prediction.Predict(request, compression=grpc.Compression.Gzip)
+            assert list(answer.outputs["y"].float_val) == [1.0] * count
+            data = {"instances": [0.0] * count}
+            plain = running.rest("/v1/models/default:predict", data)
+            assert "Content-Encoding" not in plain.headers
+            for accepted in ("gzip", "deflate, GZIP;q=0.5"):
+                connection = http.client.HTTPConnection("127.0.0.1", running.rest_port, timeout=PATIENCE_S)
+                with contextlib.closing(connection):
+                    headers = {"Accept-Encoding": accepted}
+                    connection.request("POST", "/v1/models/default:predict", json.dumps(data), headers)
+                    response = connection.getresponse()
+                    assert (response.headers["Content-Encoding"] == "gzip") == bool(packed)
+                    body = response.read()
+                    assert (gzip.decompress(body) if packed else body).decode() == plain.text
+
+
+def raw_call(target: str, request: bytes, encoding: str | None) -> tuple[dict[bytes, bytes], bytes]:
+    """Headers and body of the answer to a Predict that may be compressed."""
+    pack = {"gzip": gzip.compress, "deflate": zlib.compress}
+    sent = message(pack[encoding](request) if encoding else request)
+    fields = {"grpc_encoding": encoding} if encoding else {}
+    client = Wire(target)
+    with contextlib.closing(client):
+        client.send(frame(HEADERS, END_HEADERS, 1, head(grpc_accept_encoding="identity, deflate, gzip", **fields)))
+        client.send(frame(DATA, END_STREAM, 1, bytes([encoding is not None]) + sent[1:]))
+        return client.answer(1)
 
 
 def check_health(server: Server) -> Callable[[str], int | grpc.StatusCode]:
