@@ -34,7 +34,14 @@ class Session:
     def take_events(self) -> list[tuple[Any, ...]]: ...
     def send(self, most: int) -> bytes: ...
     def answer(
-        self, stream: int, code: int, details: str, initial: _Pairs, message: bytes, trailing: _Pairs
+        self,
+        stream: int,
+        code: int,
+        details: str,
+        initial: _Pairs,
+        message: bytes,
+        trailing: _Pairs,
+        encoding: str = "",
     ) -> bool: ...
     def call(
         self, path: str, authority: str, tls: bool, timeout_s: float | None, metadata: _Pairs, message: bytes

@@ -470,6 +470,7 @@ bool Session::Answer(int32_t id, int code, std::string_view details, const std::
     SubmitAnswer(stream, head, false);
     return true;
   }
+  if (code == 0 && !message.encoding.empty()) head.push_back({"grpc-encoding", message.encoding});
   head.insert(head.end(), initial.begin(), initial.end());
   stream->trailers = std::move(status);
   if (code == 0) {
@@ -610,6 +611,7 @@ void Session::SetPhase(Stream* stream, Phase phase) {
 }
 
 void Session::SetMessage(Stream* stream, Message message) {
+  stream->prefix[0] = message.encoding.empty() ? 0 : 1;
   for (size_t i = 0; i < 4; ++i) {
     stream->prefix[4 - i] = static_cast<char>(static_cast<uint8_t>(message.size >> (8 * i)));
   }
@@ -811,7 +813,8 @@ void Session::OnEnd(Stream* stream) {
     }
     event.kind = EventKind::kCall;
     event.path = std::move(stream->path);
-    if (is_compressed) event.encoding = stream->encoding.empty() ? "identity" : std::move(stream->encoding);
+    if (is_compressed) event.encoding = stream->encoding.empty() ? "identity" : stream->encoding;
+    event.asked = std::move(stream->encoding);
     event.timeout_s = stream->timeout_s;
     event.metadata = std::move(stream->initial);
     event.data = std::move(stream->data);

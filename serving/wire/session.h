@@ -51,6 +51,7 @@ struct Message {
   const char* data = nullptr;
   size_t size = 0;
   std::shared_ptr<void> owner;
+  std::string encoding = {};  // how the bytes are compressed; empty if they are not
 };
 
 enum class EventKind {
@@ -70,6 +71,7 @@ struct Event {
   uint32_t error = 0;             // kEnd: an HTTP/2 error code
   std::string path;               // kCall
   std::string encoding;           // kCall: how the message is compressed; empty if it is not
+  std::string asked;              // kCall: how the client compresses messages, also where this one is not worth it
   double timeout_s = -1;          // kCall: below 0 without a limit
   std::vector<Header> metadata;   // kCall; kAnswer: initial metadata
   std::string data;               // message with its prefix of 5 bytes

@@ -54,7 +54,7 @@ std::vector<Header> FromPairs(const py::tuple& pairs) {
 // The message keeps the bytes object alive instead of copying it.
 Message FromBytes(const py::bytes& bytes) {
   const std::string_view view = ToView(bytes);
-  return {view.data(), view.size(), std::make_shared<py::object>(bytes)};
+  return {view.data(), view.size(), std::make_shared<py::object>(bytes), {}};
 }
 
 py::object MessageOf(const Event& event) {
@@ -68,7 +68,7 @@ py::tuple ToTuple(const Event& event) {
     case EventKind::kCall:
       return py::make_tuple(kind, event.stream, ToStr(event.path), MessageOf(event), ToBytes(event.encoding),
                             event.timeout_s < 0 ? py::object(py::none()) : py::float_(event.timeout_s),
-                            ToPairs(event.metadata));
+                            ToPairs(event.metadata), ToBytes(event.asked));
     case EventKind::kAnswer:
       return py::make_tuple(kind, event.stream, event.code, ToStr(event.details), MessageOf(event),
                             ToPairs(event.metadata), ToPairs(event.trailing), event.http_status);
@@ -150,11 +150,13 @@ PYBIND11_MODULE(_native, module) {
       .def(
           "answer",
           [](Session* self, int32_t stream, int code, std::string_view details, const py::tuple& initial,
-             const py::bytes& message, const py::tuple& trailing) {
-            return self->Answer(stream, code, details, FromPairs(initial), FromBytes(message), FromPairs(trailing));
+             const py::bytes& message, const py::tuple& trailing, const std::string& encoding) {
+            Message body = FromBytes(message);
+            body.encoding = encoding;
+            return self->Answer(stream, code, details, FromPairs(initial), std::move(body), FromPairs(trailing));
           },
           py::arg("stream"), py::arg("code"), py::arg("details"), py::arg("initial"), py::arg("message"),
-          py::arg("trailing"))
+          py::arg("trailing"), py::arg("encoding") = "")
       .def(
           "call",
           [](Session* self, std::string_view path, std::string_view authority, bool tls,

@@ -162,7 +162,24 @@ def test_messages_have_a_limit_packed_and_unpacked(wire: Callable[..., Wire]) ->
     with_room = predict("m", query=["x" * 50_000])
     packed = gzip.compress(with_room)
     client.send(calls(9, block=head(grpc_encoding="gzip"), body=struct.pack(">BI", 1, len(packed)) + packed))
-    assert client.answer(9)[1] == message(with_room)
+    assert gzip.decompress(client.answer(9)[1][5:]) == with_room
+
+
+def test_answers_are_compressed_for_clients_that_ask(wire: Callable[..., Wire]) -> None:
+    """A client asks by the compression of its own messages, also where one was too short to compress."""
+    for size, packed in ((10, False), (2_000, True)):
+        data = predict("m", query=["x" * size])
+        for encoding, window, flag in (("gzip", 31, packed), ("deflate", 15, packed), ("identity", 0, False)):
+            client = wire()
+            client.send(calls(1, block=head(grpc_encoding=encoding), body=message(data)))
+            headers, body = client.answer(1)
+            assert (body[0], b"grpc-encoding" in headers) == (flag, flag)
+            assert len(body) == 5 + int.from_bytes(body[1:5], "big")
+            assert (zlib.decompress(body[5:], window) if flag else body[5:]) == data
+            assert headers.get(b"grpc-encoding", encoding.encode()) == encoding.encode()
+        client = wire()
+        client.send(calls(1, block=head(grpc_accept_encoding="gzip"), body=message(data)))
+        assert client.answer(1)[1] == message(data)
 
 
 def test_answers_that_no_one_reads_are_held_up_to_a_limit(
