@@ -272,6 +272,13 @@ class SharedBuilder {
     Count(&texts);
   }
 
+  void AddCounts(const Vocabulary& vocabulary) {
+    RunReleased([&] {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      return builder_.AddCounts(vocabulary);
+    });
+  }
+
   void Write(const std::filesystem::path& path, int64_t min_count, std::optional<int64_t> max_size,
              int64_t num_oov_buckets) const {
     RunReleased([&] {
@@ -495,6 +502,10 @@ len() returns the number of distinct tokens so far. It takes about as long as wr
           "add", &SharedBuilder::Add, py::arg("text"),
           "Counts the tokens of a text, of each text of an iterable, or of each text of an Arrow array, chunked array\n"
           "or stream of strings or binary, which is read in place. A null is an empty text.")
+      .def("add_counts", &SharedBuilder::AddCounts, py::arg("vocabulary"),
+           "Adds the counts of a Vocabulary that another builder has written, as if this one had counted its texts.\n"
+           "Write it with min_count=1 and without max_size: only tokens that it kept are added. Raises ValueError if\n"
+           "its tokenizer has other switches.")
       .def("write", &SharedBuilder::Write, py::arg("path"), py::kw_only(), py::arg("min_count") = 1,
            py::arg("max_size") = py::none(), py::arg("num_oov_buckets") = 0,
            R"(Writes the tokens that were counted at least `min_count` times, at most the `max_size` most frequent ones.

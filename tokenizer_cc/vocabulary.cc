@@ -335,6 +335,11 @@ class Counter {
     return table_.memory() > max_memory_bytes_ ? Spill() : Status();
   }
 
+  Status AddCount(std::string_view token, int64_t count) {
+    table_.Add(token, count);
+    return table_.memory() > max_memory_bytes_ ? Spill() : Status();
+  }
+
   // Appends sources with all counts so far. They refer to this object.
   void AppendSources(std::vector<std::unique_ptr<CountSource>>* sources) {
     Fold();
@@ -520,6 +525,19 @@ Status VocabularyBuilder::Add(Span<const std::string_view> texts) {
   });
   for (const Status& error : errors) {
     if (!error.ok() && impl_->error.ok()) impl_->error = error;
+  }
+  return impl_->error;
+}
+
+Status VocabularyBuilder::AddCounts(const Vocabulary& vocabulary) {
+  DPSR_RETURN_IF_ERROR(impl_->error);
+  const std::string expected = config().Serialize(), got = vocabulary.config().Serialize();
+  if (got != expected) {
+    return MakeStatus(StatusCode::kInvalidArgument, vocabulary.path(), ": was counted with the tokenizer \"", got,
+                      "\", expected \"", expected, "\"; count all texts with the same tokenizer");
+  }
+  for (int32_t id = 0; id < vocabulary.size() && impl_->error.ok(); ++id) {
+    impl_->error = impl_->counters[0]->AddCount(vocabulary.Token(id), vocabulary.Count(id));
   }
   return impl_->error;
 }

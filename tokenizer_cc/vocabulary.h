@@ -44,6 +44,8 @@
 
 namespace dpsr {
 
+class Vocabulary;
+
 // Counts tokens with several threads in limited memory. The number of threads and the memory do not change the file
 // that it writes. Not thread-safe: allows one caller at a time.
 class VocabularyBuilder {
@@ -70,6 +72,10 @@ class VocabularyBuilder {
   // Errors: NotFound, ResourceExhausted, Internal (a temporary file cannot be written; every later Add fails, too).
   Status Add(Span<const std::string_view> texts);
   Status Add(std::string_view text) { return Add(Span<const std::string_view>(&text, 1)); }
+  // Adds the counts of a vocabulary that another builder has written, as if this one had counted its texts. Only tokens
+  // that the vocabulary kept are added: write it with min_count 1 and without a limit. Errors: InvalidArgument (its
+  // tokenizer has other switches), and the errors of Add.
+  Status AddCounts(const Vocabulary& vocabulary);
   // Returns the number of distinct tokens so far. Takes about as long as Write.
   Status NumTokens(int64_t* count) const;
 

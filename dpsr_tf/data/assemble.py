@@ -15,8 +15,10 @@ docs/data_format.md describes the layout of the files.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,13 @@ from dpsr_tf.data.click_graph import write_graph
 from dpsr_tf.data.code_book import CodeBook
 from dpsr_tf.data.column_files import ColumnFile, RaggedColumnFile, string_bytes
 from dpsr_tf.data.database import TEXT_ROWS, Database
-from dpsr_tf.data.feature_table import FeatureTable, floats_of
+from dpsr_tf.data.feature_table import FeatureTable, floats_of, value_counts
 from dpsr_tf.data.interaction_log import InteractionLog
 from dpsr_tf.data.log_parts import KeptLog
 from dpsr_tf.data.parallel import Workers
 from dpsr_tf.data.query_pairs import QueryPairs
 from dpsr_tf.data.request_log import RequestLog
-from dpsr_tf.data.schema import Feature, Schema, TokenizerSchema, VocabularySchema
+from dpsr_tf.data.schema import Feature, Filter, Schema
 from dpsr_tf.data.store import Counts, Features, StoredFeature, vocabulary_name
 from dpsr_tokenizer import TokenizerConfig, Vocabulary, VocabularyBuilder
 
@@ -51,6 +53,7 @@ class Assembler:
         memory: int,
         codes: CodeBook | None = None,
         log: KeptLog | None = None,
+        folder: Path | None = None,
     ):
         """Begins a store.
 
@@ -62,10 +65,11 @@ class Assembler:
                 which is removed at the end.
             codes: token ids and feature codes that the store takes over; None makes new ones.
             log: keeps the interactions in the store, beside those of an earlier one.
+            folder: where rows wait, a folder that does not exist yet; None is one in `out`.
         """
         self._schema, self._out, self._workers, self._memory = schema, out, workers, memory
         self._codes, self._kept = codes, log
-        self._folder = out / "unfinished"
+        self._folder = folder or out / "unfinished"
         self._folder.mkdir()
         self._ids: dict[str, np.ndarray] = {}
         self._database = Database(self._folder, workers, memory)
@@ -97,18 +101,20 @@ class Assembler:
             if self._kept:
                 self._kept.add(rows)
             return
-        # Names of features may differ in case only, which SQL does not see.
-        names = itertools.count()
-        plain = [f"f{next(names)}" if name.startswith(("feature.", "filter.")) else name for name in rows.schema.names]
-        self._database.insert(table, rows.rename_columns(plain).append_column("number", pa.array(numbers, pa.int64())))
+        rows = rows.rename_columns(plain_names(rows.schema.names))
+        self._database.insert(table, rows.append_column("number", pa.array(numbers, pa.int64())))
 
     def _add_to_log(self, rows: pa.RecordBatch) -> None:
         self._log.add(rows)
         if self._requests:
             self._requests.add(rows)
 
-    def close_table(self, table: str) -> tuple[np.ndarray, list[str]]:
+    def close_table(self, table: str, is_first: bool = True) -> tuple[np.ndarray, list[str]]:
         """Ends "items" or "users": keeps the first row of each id, and adds the anonymous user as row 0 of the users.
+
+        Args:
+            table: the table.
+            is_first: whether this is the whole table or its first piece; another piece gets no anonymous user.
 
         Returns:
             The rows that repeat an id: their numbers int64 [repeated], ascending, and their ids (or keys) as text.
@@ -116,14 +122,14 @@ class Assembler:
         Raises:
             CommandError: two text ids have the same hash.
         """
+        if table == "users" and is_first:
+            self._add_anonymous_user()
         repeated = self._close(table)
         if table == "users" and self._kept:
             self._kept.begin(self._out, self._ids["items"], self._ids["users"])
         return repeated
 
     def _close(self, table: str) -> tuple[np.ndarray, list[str]]:
-        if table == "users":
-            self._add_anonymous_user()
         if table not in self._database:
             self._ids[table] = np.zeros(0, np.int64)
             return np.zeros(0, np.int64), []
@@ -167,8 +173,11 @@ class Assembler:
             self._query_pairs.find_reformulations(self._log.last_time)
         self._log.number_queries(shards)
         vocabularies = self._write_vocabularies()
-        item_features = self._write_items(vocabularies)
-        user_features, events = self._write_users(vocabularies)
+        clicks = None if self._schema.items.popularity else self._log.item_clicks(len(self._ids["items"]))
+        item_features = self.write_items(vocabularies, clicks)
+        with PackedFileWriter(self._out / "users.dpsr", "users") as file:
+            user_features = self.write_users(file, vocabularies)
+            events = self._log.write_events(file, len(self._ids["users"]))
         counts = self._log.write_interactions(self._out, shards, vocabularies[None])
         counts["held_out"] = self._log.write_held_out(self._out)
         counts |= {"users": len(self._ids["users"]), "items": len(self._ids["items"]), "events": events, "rejected": 0}
@@ -181,6 +190,12 @@ class Assembler:
         if self._requests:
             sections["ranking"] = self._requests.write(self._out, shards, vocabularies[None], len(self._ids["users"]))
         return Counts(**counts), Features(item_features, user_features), sections
+
+    # Pieces: see pieces.py, which calls these in place of `write`.
+
+    def save_value_counts(self, table: str, i: int, path: Path) -> None:
+        """Writes a Parquet file `value`, `n`: how many rows of a closed table have each value of its column `i`."""
+        self._database.save(value_counts(table, i, coded_columns(self._schema, table)[i]), path)
 
     # Tables.
 
@@ -219,50 +234,32 @@ class Assembler:
 
     def _write_vocabularies(self) -> dict[str | None, Vocabulary]:
         """Writes all vocabularies. Returns them by name; None is that of query and item text."""
-        texts = [
-            ("items", self._database.count("items"), "SELECT text FROM items"),
-            ("queries", self._database.count("queries"), "SELECT text FROM queries WHERE training"),
-        ]
-        vocabularies: dict[str | None, Vocabulary] = {}
-        vocabularies[None] = self._write_vocabulary(None, self._schema.tokenizer, self._schema.vocabulary, texts)
+        return {
+            name: write_vocabulary(
+                self._schema, name, self._out, self._codes, functools.partial(self.count_tokens, name)
+            )
+            for name in (None, *self._schema.vocabularies)
+        }
+
+    def count_tokens(self, name: str | None) -> VocabularyBuilder:
+        """Counts the tokens of a vocabulary in the tables that are there: "items", "users", the queries."""
         tables = {"items": self._schema.items.features, "users": self._user_features()}
-        for name, section in self._schema.vocabularies.items():
+        texts = [("items", "text", "items", ""), ("queries", "text", "queries", "WHERE training")]
+        if name is not None:
             texts = [
-                (
-                    f"{table} {feature.key}",
-                    self._database.count(table),
-                    f"SELECT f{i} FROM {table} WHERE f{i} IS NOT NULL",
-                )
+                (f"{table} {feature.key}", f"f{i}", table, f"WHERE f{i} IS NOT NULL")
                 for table, features in tables.items()
                 for i, feature in enumerate(features)
                 if feature.vocabulary == name
             ]
-            vocabularies[name] = self._write_vocabulary(name, section.tokenizer, section.vocabulary, texts)
-        return vocabularies
-
-    def _write_vocabulary(
-        self,
-        name: str | None,
-        tokenizer: TokenizerSchema,
-        limits: VocabularySchema,
-        texts: list[tuple[str, int, str]],
-    ) -> Vocabulary:
-        """Writes the vocabulary of some texts, each given as a label, a number of rows and a query."""
-        path = self._out / vocabulary_name(name)
-        known = self._codes.vocabulary(name) if self._codes else None
-        if known is not None:
-            shutil.copyfile(known, path)
-            return Vocabulary(path)
-        builder = VocabularyBuilder(TokenizerConfig(**dataclasses.asdict(tokenizer)), **self._counting())
-        for label, rows, query in texts:
-            for batch in self._database.batches(query, f"count {label}", rows, TEXT_ROWS):
+        builder = VocabularyBuilder(tokenizer_config(self._schema, name), **self._counting())
+        for label, column, table, which in texts:
+            if table not in self._database:
+                continue
+            query = f"SELECT {column} FROM {table} {which}"
+            for batch in self._database.batches(query, f"count {label}", self._database.count(table), TEXT_ROWS):
                 builder.add(batch.column(0))
-        try:
-            builder.write(path, **dataclasses.asdict(limits))
-        except ValueError as error:
-            # The limits leave no token that gets an id.
-            raise CommandError(f"vocabulary: {error}; lower min_count, or give num_oov_buckets") from None
-        return Vocabulary(path)
+        return builder
 
     def _counting(self) -> dict[str, Any]:
         """Returns the options of a VocabularyBuilder."""
@@ -272,8 +269,19 @@ class Assembler:
             "temporary_directory": self._folder,
         }
 
-    def _write_items(self, vocabularies: dict[str | None, Vocabulary]) -> tuple[StoredFeature, ...]:
-        """Writes items.dpsr, titles.dpsr and filters.dpsr."""
+    def write_items(
+        self,
+        vocabularies: dict[str | None, Vocabulary],
+        clicks: np.ndarray | None = None,
+        values: Sequence[Sequence[str] | None] | None = None,
+    ) -> tuple[StoredFeature, ...]:
+        """Writes items.dpsr, titles.dpsr and filters.dpsr.
+
+        Args:
+            vocabularies: by name; None is that of the item text.
+            clicks: float32 [items], the popularity where the schema names no column for it.
+            values: for a piece, see FeatureTable.
+        """
         schema, ids = self._schema.items, self._ids["items"]
         others = [name for name in schema.text_names.values() if name != "title"] + list(schema.search_names)
         tokens = RaggedColumnFile(self._folder, np.int32)
@@ -291,14 +299,14 @@ class Assembler:
 
         with PackedFileWriter(self._out / "items.dpsr", "items") as file:
             table = FeatureTable(
-                self._database, "items", ids, schema.features, vocabularies, schema.filters, self._codes
+                self._database, "items", ids, schema.features, vocabularies, schema.filters, self._codes, values
             )
             table.read([*texts, "text", "popularity"], encode, append)
             table.write_ids(file)
-            if schema.popularity:
+            if clicks is None:
                 popularity.copy(file, "popularity")
             else:
-                file.add("popularity", self._log.item_clicks(len(ids)))
+                file.add("popularity", clicks)
             tokens.copy(file, "tokens.splits", "tokens.values")
             features = table.write_features(file)
         with PackedFileWriter(self._out / "titles.dpsr", "titles") as file:
@@ -309,13 +317,59 @@ class Assembler:
                 table.write_filters(file)
         return features
 
-    def _write_users(self, vocabularies: dict[str | None, Vocabulary]) -> tuple[tuple[StoredFeature, ...], int]:
-        """Writes users.dpsr. Returns the features and the number of events."""
-        ids = self._ids["users"]
-        with PackedFileWriter(self._out / "users.dpsr", "users") as file:
-            table = FeatureTable(self._database, "users", ids, self._user_features(), vocabularies, codes=self._codes)
-            table.read([], lambda batch: None, lambda batch, encoded: None)
-            table.write_ids(file)
-            features = table.write_features(file)
-            events = self._log.write_events(file, len(ids))
-        return features, events
+    def write_users(
+        self,
+        file: PackedFileWriter,
+        vocabularies: dict[str | None, Vocabulary],
+        values: Sequence[Sequence[str] | None] | None = None,
+    ) -> tuple[StoredFeature, ...]:
+        """Writes the sections of users.dpsr, up to the events. The arguments are as in write_items."""
+        table = FeatureTable(
+            self._database,
+            "users",
+            self._ids["users"],
+            self._user_features(),
+            vocabularies,
+            codes=self._codes,
+            values=values,
+        )
+        table.read([], lambda batch: None, lambda batch, encoded: None)
+        table.write_ids(file)
+        return table.write_features(file)
+
+
+def coded_columns(schema: Schema, table: str) -> tuple[Feature | Filter, ...]:
+    """Returns the features of a table and then its filters: its columns f0, f1, ... in the database."""
+    if table == "items":
+        return (*schema.items.features, *schema.items.filters)
+    return schema.users.features if schema.users else ()
+
+
+def plain_names(names: Sequence[str]) -> list[str]:
+    """Replaces the names of features and filters by f0, f1, ...: they may differ in case only, which SQL ignores."""
+    numbers = itertools.count()
+    return [f"f{next(numbers)}" if name.startswith(("feature.", "filter.")) else name for name in names]
+
+
+def tokenizer_config(schema: Schema, name: str | None) -> TokenizerConfig:
+    """Returns the tokenizer of a vocabulary of the schema; None is that of query and item text."""
+    section = schema.tokenizer if name is None else schema.vocabularies[name].tokenizer
+    return TokenizerConfig(**dataclasses.asdict(section))
+
+
+def write_vocabulary(
+    schema: Schema, name: str | None, out: Path, codes: CodeBook | None, count: Callable[[], VocabularyBuilder]
+) -> Vocabulary:
+    """Writes a vocabulary of the store `out`: a copy of the model's, or the tokens that `count` counts."""
+    path = out / vocabulary_name(name)
+    known = codes.vocabulary(name) if codes else None
+    if known is not None:
+        shutil.copyfile(known, path)
+        return Vocabulary(path)
+    limits = schema.vocabulary if name is None else schema.vocabularies[name].vocabulary
+    try:
+        count().write(path, **dataclasses.asdict(limits))
+    except ValueError as error:
+        # The limits leave no token that gets an id.
+        raise CommandError(f"vocabulary: {error}; lower min_count, or give num_oov_buckets") from None
+    return Vocabulary(path)

@@ -81,6 +81,14 @@ class Database:
         self._connection.execute(f"CREATE TABLE {table} AS {query}")
         self._tables.add(table)
 
+    def save(self, query: str, path: Path) -> None:
+        """Writes the result of a query as a Parquet file, in no order."""
+        self._connection.execute(f"COPY ({query}) TO {_quoted(path)} (FORMAT parquet, COMPRESSION zstd)")
+
+    def load(self, table: str, *paths: Path) -> None:
+        """Creates a table from Parquet files."""
+        self.create(table, f"FROM read_parquet([{', '.join(map(_quoted, paths))}])")
+
     def drop(self, table: str) -> None:
         """Removes a table."""
         self._connection.execute(f"DROP TABLE {table}")
@@ -111,6 +119,10 @@ class Database:
     def arrays(self, query: str) -> dict[str, np.ndarray]:
         """Returns a result as one array for each column."""
         return self._connection.sql(query).fetchnumpy()
+
+    def table(self, query: str) -> pa.Table:
+        """Returns a result that fits into memory."""
+        return self._connection.sql(query).to_arrow_table()
 
     def batches(
         self, query: str, label: str, total: int | None = None, rows: int = _NUMBER_ROWS
@@ -184,3 +196,8 @@ class Database:
             for file, name in zip(files, names, strict=True):
                 file.append(batch[name].to_numpy())
         return SortedColumns(files, row_splits(counts))
+
+
+def _quoted(path: Path) -> str:
+    """Returns a path as a text of SQL."""
+    return "'" + str(path).replace("'", "''") + "'"

@@ -28,7 +28,7 @@ from dpsr_tf.data.column_values import (
     trimmed,
     vectors_of,
 )
-from dpsr_tf.data.schema import EVENT_TYPES, Feature, Filter, InteractionsSchema, ItemsSchema, UsersSchema
+from dpsr_tf.data.schema import EVENT_TYPES, Feature, Filter, InteractionsSchema, ItemsSchema, Schema, UsersSchema
 
 # The role of an interaction in training; 0 is neither.
 POSITIVE, NEGATIVE = 1, 2
@@ -88,6 +88,34 @@ class IdIndex:
         rows = np.empty(len(ids), np.int32)
         rows[order] = np.where(self._ids[places] == ordered, places, -1)
         return rows
+
+
+def columns_to_read(schema: Schema, table: str) -> tuple[list[str], list[str]]:
+    """Returns the columns of "items", "users" or "interactions": those of text, then the others. No name is twice."""
+    texts: list[str | None]
+    others: list[str | None] = []
+    features: Sequence[Feature | Filter] = ()
+    if table == "items":
+        items = schema.items
+        texts, others = [*items.text, items.title, *items.search_names.values(), items.id], [items.popularity]
+        features = (*items.features, *items.filters)
+    elif table == "users":
+        assert schema.users is not None
+        texts, features = [schema.users.id], schema.users.features
+    else:
+        s = schema.interactions
+        assert s is not None
+        texts, others = [s.query, s.item, s.user, s.type, s.session], [s.time, s.position, s.weight, s.label]
+    texts += [feature.column for feature in features if feature.kind != "number"]
+    others += [feature.column for feature in features if feature.kind == "number"]
+    distinct = list(dict.fromkeys(column for column in texts if column is not None))
+    return distinct, [column for column in dict.fromkeys(others) if column is not None and column not in distinct]
+
+
+def are_text(counts: tuple[int, int]) -> bool:
+    """Whether ids are text, given tables.count_ids: more than one in a hundred is not a usual whole number."""
+    strange, total = counts
+    return strange > 0.01 * total
 
 
 def encode_items(batch: pa.RecordBatch, schema: ItemsSchema, string_ids: bool) -> Encoded:

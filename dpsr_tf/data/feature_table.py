@@ -37,6 +37,7 @@ class FeatureTable:
         vocabularies: dict[str | None, Vocabulary],
         filters: tuple[Filter, ...] = (),
         codes: CodeBook | None = None,
+        values: Sequence[Sequence[str] | None] | None = None,
     ):
         """Gives each value of a feature its code.
 
@@ -48,6 +49,8 @@ class FeatureTable:
             vocabularies: for features of kind text; None is the vocabulary of the item text.
             filters: filters of the schema.
             codes: codes that the values of some features have already; other values of these features are unknown.
+            values: for a piece of a table, the texts of code 1, 2, ... of each feature and filter in the whole table;
+                None for kinds without codes.
         """
         self._database, self._name, self._ids = database, name, ids
         self._features, self._vocabularies = features, vocabularies
@@ -70,7 +73,7 @@ class FeatureTable:
         for i, feature in enumerate(self._all):
             if feature.kind not in VALUE_KINDS:
                 continue
-            known = codes.values(name, feature.key) if codes and isinstance(feature, Feature) else None
+            known = known_values(codes, name, feature) if values is None else values[i]
             if known is None:
                 self._number_values(i, feature)
             else:
@@ -80,16 +83,12 @@ class FeatureTable:
 
     def _number_values(self, i: int, feature: Feature | Filter) -> None:
         """Creates the table values_i of values and codes. Frequent values come first, ties in order of their bytes."""
-        value = f"unnest(f{i})" if feature.kind == "multi" else f"f{i}"
         table = f"{self._name}_values_{i}"
-        self._database.create(
-            f"{table}_all",
-            f"SELECT value, count(*) AS n FROM (SELECT {value} AS value FROM {self._name}) GROUP BY value",
-        )
+        self._database.create(f"{table}_all", value_counts(self._name, i, feature))
         self._database.create(
             table,
             f"""SELECT value, row_number() OVER (ORDER BY n DESC, value)::INTEGER AS code
-                FROM (FROM {table}_all WHERE value <> '' ORDER BY n DESC, value LIMIT {feature.max_values})""",
+                FROM ({most_frequent(f"{table}_all", feature)})""",
         )
         self._database.drop(f"{table}_all")
 
@@ -202,6 +201,22 @@ class FeatureTable:
             values.append(*string_bytes(batch["value"]))
         values.copy(file, f"{name}.splits", f"{name}.bytes")
         return values.rows
+
+
+def known_values(codes: CodeBook | None, table: str, feature: Feature | Filter) -> list[str] | None:
+    """Returns the texts of code 1, 2, ... of a feature that a model knows; None if they are to be counted."""
+    return codes.values(table, feature.key) if codes and isinstance(feature, Feature) else None
+
+
+def value_counts(table: str, i: int, feature: Feature | Filter) -> str:
+    """Returns SQL for the values of a column of a table, and how many rows have each: columns `value`, `n`."""
+    value = f"unnest(f{i})" if feature.kind == "multi" else f"f{i}"
+    return f"SELECT value, count(*) AS n FROM (SELECT {value} AS value FROM {table}) GROUP BY value"
+
+
+def most_frequent(counts: str, feature: Feature | Filter) -> str:
+    """Returns SQL for the values that get a code, in the order of their codes, from a table `value`, `n`."""
+    return f"FROM {counts} WHERE value <> '' ORDER BY n DESC, value LIMIT {feature.max_values}"
 
 
 def _codes_of(feature: Feature | Filter, values: pa.Array) -> np.ndarray:

@@ -17,22 +17,32 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from absl import flags
 from tqdm import tqdm
 
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.packed_file import PackedFile
 from dpsr_common.typed_config import to_dict
+from dpsr_tf import spark
+from dpsr_tf.data import spark_ingest
 from dpsr_tf.data.adapters import Adapter, open_adapter
 from dpsr_tf.data.assemble import Assembler
 from dpsr_tf.data.code_book import CodeBook
-from dpsr_tf.data.encode import Encoded, IdIndex, encode_interactions, encode_items, encode_users
+from dpsr_tf.data.encode import (
+    Encoded,
+    IdIndex,
+    are_text,
+    columns_to_read,
+    encode_interactions,
+    encode_items,
+    encode_users,
+)
 from dpsr_tf.data.interruption import end_on_signal, record_signals
 from dpsr_tf.data.log_parts import KeptLog
 from dpsr_tf.data.parallel import Workers
+from dpsr_tf.data.pieces import Job, whole_only
 from dpsr_tf.data.rejects import Rejects
-from dpsr_tf.data.schema import Feature, Filter, Schema, load_schema
+from dpsr_tf.data.schema import Schema, load_schema
 from dpsr_tf.data.store import (
     FORMAT,
     FORMAT_VERSION,
@@ -43,13 +53,14 @@ from dpsr_tf.data.store import (
     manifest_checksum,
     new_directory,
 )
-from dpsr_tf.data.tables import Source, find_files, read_batches
+from dpsr_tf.data.tables import Source, count_ids, find_files, read_batches
 
 USAGE = """
 Usage: dpsr ingest --schema=FILE --out=STORE
        dpsr ingest --adapter=NAME --input=DIR --out=STORE
        dpsr ingest --schema=FILE --items_only --like=MODEL --out=STORE
        dpsr ingest --schema=FILE --append=OLD_STORE --out=STORE
+       dpsr ingest --schema=FILE --shards=N --engine=spark --out=STORE
 
 Turns raw tables of items, users and interactions into a store, the input of `dpsr train`. Tables are Parquet, Arrow,
 CSV, TSV or JSON lines files; the last three may be compressed (.gz, .zst).
@@ -61,6 +72,8 @@ so that `dpsr index` can embed new items with a model that is already there. --a
 store without reading its old days again.
 
 Rows that cannot be used are left out. A file beside the store lists them, each with the reason.
+
+With --engine=spark, a cluster of Apache Spark does the work, and the store is the same, byte for byte (docs/spark.md).
 """
 
 REQUIRED_FLAGS = ("out",)
@@ -130,6 +143,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "memory for sorting and joining, such as 256MB or 4GB; data that do not fit wait on disk beside --out",
         flag_values=values,
     )
+    spark.define_flags(values, "reads, sorts and encodes the rows")
 
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:
@@ -149,6 +163,7 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         record_signals() as signals,
         new_directory(out, values.overwrite, "store", "manifest.json") as temporary,
         end_on_signal(signals),
+        spark.session_of_flags(values, "dpsr ingest") as session,
     ):
         if adapter is not None:
             base = _converted(adapter, base, temporary)
@@ -163,6 +178,7 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
             memory=memory,
             codes=codes,
             log=log,
+            session=session,
         )
         shutil.rmtree(temporary / _CONVERTED, ignore_errors=True)
     print(
@@ -190,6 +206,12 @@ def _check_flags(values: flags.FlagValues) -> int:
         raise UsageError(f"--keep_days={values.keep_days:g}: needs --append, the store whose old days are left out")
     if not 0 <= values.threads <= 1024:
         raise UsageError(f"--threads={values.threads}: expected 0 to 1024")
+    if values.engine == "spark":
+        for name in ("append", "keep_log"):
+            if values[name].value:
+                raise UsageError(f"--engine=spark: cannot be combined with --{name}; leave one of them out")
+        if values.threads:
+            raise UsageError("--threads: cannot be combined with --engine=spark, whose cluster has its own setting")
     return _memory(values.memory)
 
 
@@ -249,6 +271,7 @@ def ingest(
     batch_rows: int = _BATCH_ROWS,
     codes: CodeBook | None = None,
     log: KeptLog | None = None,
+    session: Any = None,
 ) -> Counts:
     """Writes the files of a store into the directory `out`, the manifest last.
 
@@ -270,6 +293,8 @@ def ingest(
         batch_rows: rows that are encoded at a time.
         codes: token ids and feature codes of a model, which the store takes over.
         log: keeps the interactions in the store, after those of an earlier one; None keeps nothing.
+        session: a SparkSession that does the work; None is this machine. Each of its tasks takes `memory`. `threads` is
+            not used, and `log` must be None.
 
     Returns:
         The counts of the manifest.
@@ -279,6 +304,9 @@ def ingest(
             memory do not suffice. The message names file and column, or the flag.
     """
     threads = threads or os.cpu_count() or 1
+    whole = whole_only(schema) if session is not None else None
+    if whole:
+        raise CommandError(f"--engine=spark: cannot make what {whole} asks for; leave --engine out, or {whole}")
     if codes:
         codes.check(schema)
     files = {
@@ -288,10 +316,15 @@ def ingest(
         "interactions": find_files(schema.interactions.files, base) if schema.interactions else [],
     }
     more: dict[str, Any] = {}
+    sections: dict[str, Any] = {}
     with _resource_errors(out, memory), Rejects(rejects or _rejects_path(out), max_reject_fraction) as rejected:
-        with Workers(threads) as workers, Assembler(schema, out, workers, memory, codes, log) as store:
-            _read_tables(schema, files, _TableReader(store, workers, batch_rows, rejected))
-            counts, features, sections = store.write(shards)
+        if session is not None:
+            job = Job(schema, out.resolve(), shards, memory, batch_rows, codes.path if codes else None)
+            counts, features = spark_ingest.write_store(session, job, files, rejected)
+        else:
+            with Workers(threads) as workers, Assembler(schema, out, workers, memory, codes, log) as store:
+                _read_tables(schema, files, _TableReader(store, workers, batch_rows, rejected))
+                counts, features, sections = store.write(shards)
         counts = dataclasses.replace(counts, rejected=rejected.total)
         if log:
             more["log"] = log.parts()
@@ -341,11 +374,10 @@ def _read_tables(schema: Schema, files: dict[str, list[Path]], reader: _TableRea
     if s is None:
         return
     items, users = IdIndex(reader.store.ids("items")), IdIndex(reader.store.ids("users")) if s.user else None
-    columns = _columns([s.query, s.item, s.user, s.type, s.session], [s.time, s.position, s.weight, s.label], [])
     reader.read(
         "interactions",
         files["interactions"],
-        *columns,
+        *columns_to_read(schema, "interactions"),
         lambda batch: encode_interactions(batch, s, items, users, text_items, text_users),
     )
 
@@ -353,8 +385,7 @@ def _read_tables(schema: Schema, files: dict[str, list[Path]], reader: _TableRea
 def _read_items(schema: Schema, files: Sequence[Path], reader: _TableReader) -> bool:
     """Reads the items. Returns whether their ids are text."""
     s = schema.items
-    texts = [*s.text, s.title, *s.search_names.values(), s.id]
-    columns = _columns(texts, [s.popularity], [*s.features, *s.filters])
+    columns = columns_to_read(schema, "items")
     text_ids = _ids_are_text(files, s.id, columns)
     reader.read("items", files, *columns, lambda batch: encode_items(batch, s, text_ids))
     if len(reader.store.ids("items")) == 0:
@@ -368,37 +399,17 @@ def _read_users(schema: Schema, files: Sequence[Path], reader: _TableReader) -> 
     if s is None or not files:
         reader.store.close_table("users")
         return False
-    columns = _columns([s.id], [], s.features)
+    columns = columns_to_read(schema, "users")
     text_ids = _ids_are_text(files, s.id, columns)
     reader.read("users", files, *columns, lambda batch: encode_users(batch, s, text_ids))
     return text_ids
 
 
-def _columns(
-    texts: Sequence[str | None], others: Sequence[str | None], features: Sequence[Feature | Filter]
-) -> tuple[list[str], list[str]]:
-    """Returns the columns of a table: first those of text, then the others. Each name occurs once."""
-    texts = [*texts, *(feature.column for feature in features if feature.kind != "number")]
-    others = [*others, *(feature.column for feature in features if feature.kind == "number")]
-    distinct = list(dict.fromkeys(column for column in texts if column is not None))
-    return distinct, [column for column in dict.fromkeys(others) if column is not None and column not in distinct]
-
-
 def _ids_are_text(files: Sequence[Path], column: str, columns: tuple[list[str], list[str]]) -> bool:
-    """Whether ids are text: more than one in a hundred is not a whole number as it is usually written."""
+    """Whether ids are text."""
     # A file that lacks columns is refused here, with the names of all of them.
     next(read_batches(files, *columns, 1), None)
-    strange = total = 0
-    for source in read_batches(files, [column], []):
-        ids = source.batch[column]
-        total += len(ids) - ids.null_count
-        kind = ids.type
-        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-            ids, kind = ids.cast(pa.large_binary()).view(pa.large_string()), pa.large_string()
-        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-            whole = pc.match_substring_regex(ids, r"^\s*(0|-?[1-9][0-9]{0,18})\s*$")
-            strange += pc.sum(pc.invert(whole)).as_py() or 0
-    return strange > 0.01 * total
+    return are_text(count_ids(files, column))
 
 
 class _TableReader:

@@ -24,6 +24,12 @@ from dpsr_tokenizer import Vocabulary
 
 _UNCLICKED = tuple(EVENT_TYPES.index(name) for name in ("impression", "skip"))
 _WEIGHT_UNITS = 1 << 20
+# The sections of the users' events and their columns in the database, and the columns by which events are sorted.
+EVENT_SECTIONS = {"event.time": "time", "event.item": "item_row", "event.query": "query_row", "event.type": "type"}
+EVENT_ORDER = ("user_row", "time", "query_row", "item_row", "type")
+_ITEM_CLICKS = f"SELECT item_row, count(*) AS n FROM pairs WHERE role = {POSITIVE} AND NOT held GROUP BY item_row"
+# The tables that `save` writes.
+_SAVED = ("queries", "pairs")
 # Columns whose names are keywords or functions of SQL have other names in the database.
 _SQL_NAMES = {"user": "user_row", "item": "item_row", "position": "shown_at"}
 
@@ -32,49 +38,45 @@ class InteractionLog:
     """Takes the encoded interactions into the database and writes them to the files of a store.
 
     The methods are called in this order: add, number_queries, then the others.
+
+    Attributes:
+        last_time: the time of the last row of the whole log.
     """
 
-    def __init__(self, schema: InteractionsSchema | None, database: Database):
-        """Begins an empty log. Without a schema it stays empty: the store gets items and no interactions."""
-        self._is_empty = schema is None
+    def __init__(self, schema: InteractionsSchema | None, database: Database, is_shard: bool = False):
+        """Begins an empty log.
+
+        Args:
+            schema: describes the interactions. Without a schema the log stays empty: the store gets items only.
+            database: takes the rows.
+            is_shard: whether the log gets the rows of one shard only, and so perhaps no positive pair. Its queries are
+                then numbered within the shard.
+        """
+        self._may_be_empty = schema is None or is_shard
         self._schema = schema = schema or InteractionsSchema(files=(), query="", item="")
         self._database = database
-        self._last_time = 0
-        # Whether a positive pair may have another weight than 1.
-        self._has_weights = schema.weight is not None or any(w != 1 for w in schema.type_weights.values())
-        # Whether the log may say which items were shown and not clicked. `types` does not decide that: a type with a
-        # name of EVENT_TYPES needs no entry there. Without times and sessions, nothing tells one request from another.
-        self._has_requests = schema.type is not None and bool(schema.time or schema.session)
-        if schema.type is not None and not self._has_requests:
+        self.last_time = 0
+        self._has_weights = _has_weights(schema)
+        self._has_requests = _has_requests(schema)
+        if schema.type is not None and not self._has_requests and not is_shard:
             print(
                 "interactions: the schema names neither `time` nor `session`, so unclicked impressions are not used: "
                 "nothing tells which of them belong to one request",
                 flush=True,
             )
         self._mines = self._has_requests and schema.mined_negatives > 0
-        named = {"weight": self._has_weights, "label": schema.label, "position": schema.position}
-        self._optional = [name for name, there in named.items() if there]
-
-    @property
-    def last_time(self) -> int:
-        """The time of the last row."""
-        return self._last_time
+        self._optional = _optional_columns(schema)
 
     def add(self, rows: pa.RecordBatch) -> None:
         """Adds rows as encode_interactions returns them. Rows that no file of the store needs are dropped."""
         if rows.num_rows == 0:
             return
-        self._last_time = max(self._last_time, pc.max(rows["time"]).as_py())
-        used = pc.not_equal(rows["role"], 0)
-        if self._has_requests:
-            used = pc.or_(used, pc.is_in(rows["type"], pa.array(_UNCLICKED, pa.uint8())))
-        kept = ["query", "user", "item", "time", "type", "role", *self._optional]
-        if self._schema.session:
-            kept.append("session")
-        if self._schema.label:
-            kept.append("labelled")
-        rows = rows.filter(used).select(kept)
-        self._database.insert("log", rows.rename_columns([_SQL_NAMES.get(name, name) for name in kept]))
+        self.last_time = max(self.last_time, pc.max(rows["time"]).as_py())
+        self.add_used(used_rows(rows, self._schema))
+
+    def add_used(self, rows: pa.RecordBatch) -> None:
+        """Adds rows as used_rows returns them."""
+        self._database.insert("log", rows)
 
     # Queries.
 
@@ -88,10 +90,10 @@ class InteractionLog:
             CommandError: no interaction is a positive pair for training.
         """
         if "log" not in self._database:
-            if not self._is_empty:
-                raise self._no_positive_pairs()
+            if not self._may_be_empty:
+                raise no_positive_pairs(self._schema)
             self._create_empty_log()
-        held_query, held_time = held_out_conditions(self._schema, self._last_time)
+        held_query, held_time = held_out_conditions(self._schema, self.last_time)
         self._database.create(
             "queries",
             f"""SELECT text, shard, held, training AND NOT held AS training,
@@ -139,55 +141,102 @@ class InteractionLog:
         self._database.drop("overruled")
 
     def _check_positives(self) -> None:
-        if not self._is_empty and not self._database.scalar(
-            f"SELECT count(*) FROM pairs WHERE role = {POSITIVE} AND NOT held"
-        ):
-            raise self._no_positive_pairs()
+        if not self._may_be_empty and not self.count_positives():
+            raise no_positive_pairs(self._schema)
 
-    def _no_positive_pairs(self) -> CommandError:
-        s = self._schema
-        reason = f"no label in column {s.label} is {s.positive_from:g} or more" if s.label else "there is no click"
-        kept = " that is not held out" if s.held_out else ""
-        return CommandError(f"there is no positive pair{kept}: {reason}; correct the schema or the tables")
+    def count_positives(self) -> int:
+        """Returns the number of positive pairs for training."""
+        return self._database.scalar(f"SELECT count(*) FROM pairs WHERE role = {POSITIVE} AND NOT held")
 
     # Files.
 
     def item_clicks(self, num_items: int) -> np.ndarray:
         """Counts the positive pairs of each item that are not held out, float32 [num_items]."""
         clicks = np.zeros(num_items, np.float32)
-        counts = self._database.arrays(
-            f"SELECT item_row, count(*) AS n FROM pairs WHERE role = {POSITIVE} AND NOT held GROUP BY item_row"
-        )
+        counts = self._database.arrays(_ITEM_CLICKS)
         clicks[counts["item_row"]] = counts["n"]
         return clicks
 
-    def write_events(self, file: PackedFileWriter, num_users: int) -> int:
-        """Writes the positive events of each user, in the order of time, as sections event.*. Returns their number."""
+    def save(self, folder: Path) -> None:
+        """Writes the queries and pairs of number_queries into an existing folder, for `load`."""
+        for table in _SAVED:
+            self._database.save(f"FROM {table}", folder / f"{table}.parquet")
+
+    def load(self, folder: Path) -> None:
+        """Takes the place of `add` and number_queries: reads what `save` wrote."""
+        for table in _SAVED:
+            self._database.load(table, folder / f"{table}.parquet")
+
+    def save_clicks(self, path: Path) -> None:
+        """Writes a Parquet file `item_row`, `n` with what item_clicks counts."""
+        self._database.save(_ITEM_CLICKS, path)
+
+    def save_events(self, path: Path, first_query: int) -> None:
+        """Writes a Parquet file with the columns of EVENT_ORDER: the positive events of the users, in no order.
+
+        The queries of this log are numbered from `first_query` on. Numbers are signed, as Spark wants them.
+        """
+        columns = {name: name for name in EVENT_ORDER}
+        columns |= {"time": "time::BIGINT", "query_row": f"query_row + {first_query}", "type": "type::SMALLINT"}
+        selected = ", ".join(f"({column}) AS {name}" for name, column in columns.items())
+        self._database.save(f"SELECT {selected} {self._events()}", path)
+
+    def _events(self) -> str:
         held_out = self._schema.held_out
         # Where the split goes by time, held-out events are the future, and readers look strictly before a moment. Where
         # it goes by query, they are as old as the others and would give away the answer.
         past = "TRUE" if held_out is None or held_out.query_share is None else "NOT held"
+        return f"FROM pairs WHERE role = {POSITIVE} AND user_row > 0 AND {past} AND time > 0"
+
+    def write_events(self, file: PackedFileWriter, num_users: int) -> int:
+        """Writes the positive events of each user, in the order of time, as sections event.*. Returns their number."""
         events = self._database.sorted_columns(
-            ["time", "item_row", "query_row", "type"],
-            f"FROM pairs WHERE role = {POSITIVE} AND user_row > 0 AND {past} AND time > 0",
-            ["user_row", "time", "query_row", "item_row", "type"],
+            list(EVENT_SECTIONS.values()),
+            self._events(),
+            EVENT_ORDER,
             "write events",
             group="user_row",
             num_groups=num_users,
         )
         file.add("event.splits", events.splits)
-        for name, column in zip(("time", "item", "query", "type"), events.columns, strict=True):
-            column.copy(file, f"event.{name}")
+        for section, column in zip(EVENT_SECTIONS, events.columns, strict=True):
+            column.copy(file, section)
         return int(events.splits[-1])
 
-    def write_interactions(self, out: Path, shards: int, vocabulary: Vocabulary) -> dict[str, int]:
+    def few_values(self) -> dict[str, np.ndarray | None]:
+        """Returns the distinct weights and labels of the positives, float32, ascending; None if there are over 256.
+
+        Drops clicks that labels overrule, so it comes after write_events.
+        """
+        self._overrule_clicks()
+        return self._all_few_values()
+
+    def _all_few_values(self) -> dict[str, np.ndarray | None]:
+        return {name: self._few_values(name) for name in self._optional if name != "position"}
+
+    def write_interactions(
+        self,
+        out: Path,
+        shards: int,
+        vocabulary: Vocabulary,
+        shard: int | None = None,
+        few_values: dict[str, np.ndarray | None] | None = None,
+    ) -> dict[str, int]:
         """Writes the interaction files into the directory `out`. Returns the counts of queries and pairs.
+
+        Args:
+            out: the directory.
+            shards: the number of files.
+            vocabulary: gives the tokens of queries their ids.
+            shard: the shard that this log is; None is all of them.
+            few_values: what few_values says about the log of which this is a shard.
 
         Raises:
             CommandError: labels have overruled every positive pair for training.
         """
         self._overrule_clicks()
         self._check_positives()
+        few_values = self._all_few_values() if few_values is None else few_values
         queries = self._database.count("queries")
         tokens, texts = self._encode_queries(queries, vocabulary)
         self._number_requests()
@@ -198,11 +247,12 @@ class InteractionLog:
             self._impressions(),
             self._negatives(queries),
         )
-        few_values = {name: self._few_values(name) for name in self._optional if name != "position"}
         # Queries are sorted by shard, and everything else by query: each shard is one piece of every column.
         first_query = 0
-        for shard, name in enumerate(interactions_names(shards)):
-            end_query = first_query + self._database.scalar(f"SELECT count(*) FROM queries WHERE shard = {shard}")
+        for number, name in enumerate(interactions_names(shards)):
+            if shard not in (None, number):
+                continue
+            end_query = first_query + self._database.scalar(f"SELECT count(*) FROM queries WHERE shard = {number}")
             with PackedFileWriter(out / name, "interactions") as file:
                 self._write_shard(file, columns, few_values, first_query, end_query)
             first_query = end_query
@@ -393,6 +443,46 @@ class _Columns(NamedTuple):
     positive: SortedColumns
     impression: SortedColumns
     negative: SortedColumns
+
+
+def used_rows(rows: pa.RecordBatch, schema: InteractionsSchema) -> pa.RecordBatch:
+    """Returns the rows of encode_interactions that a store needs, with the columns that it needs, named for SQL."""
+    used = pc.not_equal(rows["role"], 0)
+    if _has_requests(schema):
+        used = pc.or_(used, pc.is_in(rows["type"], pa.array(_UNCLICKED, pa.uint8())))
+    kept = ["query", "user", "item", "time", "type", "role", *_optional_columns(schema)]
+    if schema.session:
+        kept.append("session")
+    if schema.label:
+        kept.append("labelled")
+    return rows.filter(used).select(kept).rename_columns([_SQL_NAMES.get(name, name) for name in kept])
+
+
+def no_positive_pairs(schema: InteractionsSchema) -> CommandError:
+    """Returns the error of a log without a positive pair for training."""
+    s = schema
+    reason = f"no label in column {s.label} is {s.positive_from:g} or more" if s.label else "there is no click"
+    kept = " that is not held out" if s.held_out else ""
+    return CommandError(f"there is no positive pair{kept}: {reason}; correct the schema or the tables")
+
+
+def _has_weights(schema: InteractionsSchema) -> bool:
+    """Whether a positive pair may have another weight than 1."""
+    return schema.weight is not None or any(weight != 1 for weight in schema.type_weights.values())
+
+
+def _has_requests(schema: InteractionsSchema) -> bool:
+    """Whether the log may say which items were shown and not clicked.
+
+    `types` does not decide that: a type with a name of EVENT_TYPES needs no entry there. Without times and sessions,
+    nothing tells one request from another.
+    """
+    return schema.type is not None and bool(schema.time or schema.session)
+
+
+def _optional_columns(schema: InteractionsSchema) -> list[str]:
+    named = {"weight": _has_weights(schema), "label": schema.label, "position": schema.position}
+    return [name for name, there in named.items() if there]
 
 
 def _codes_in(values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

@@ -135,6 +135,21 @@ def read_batches(
                     first_row += len(rows)
 
 
+def count_ids(files: Sequence[Path], column: str) -> tuple[int, int]:
+    """Returns how many ids of a column are not whole numbers as they are usually written, and how many there are."""
+    strange = total = 0
+    for source in read_batches(files, [column], []):
+        ids = source.batch[column]
+        total += len(ids) - ids.null_count
+        kind = ids.type
+        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            ids, kind = ids.cast(pa.large_binary()).view(pa.large_string()), pa.large_string()
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            whole = pc.match_substring_regex(ids, r"^\s*(0|-?[1-9][0-9]{0,18})\s*$")
+            strange += pc.sum(pc.invert(whole)).as_py() or 0
+    return strange, total
+
+
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
     """Turns the errors of reading a file into a CommandError that names it."""
