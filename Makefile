@@ -84,7 +84,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	@echo "installing Python packages"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
 	  $$($(BIN)/python -c 'import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-	  e = p["optional-dependencies"]; print(*(d.replace(" ", "") for d in p["dependencies"] + e["train"] + e["report"] + e["gateway"] + e["dns"] + e["tracing"] + e["tune"] + e["faiss-cpu"] + e["peers"] + e["dev"]))')
+	  e = p["optional-dependencies"]; print(*(d.replace(" ", "") for d in p["dependencies"] + e["train"] + e["report"] + e["gateway"] + e["dns"] + e["tracing"] + e["tune"] + e["spark"] + e["faiss-cpu"] + e["peers"] + e["dev"]))')
 	@touch $@
 
 # Makes .venv use the packages of this checkout. An egg-info that an older `make wheel` left here would hide new commands.

@@ -60,14 +60,15 @@ def session(master: str | None, name: str) -> Iterator[Any]:
             CommandError, it is that error.
     """
     try:
+        from py4j.protocol import Py4JError
         from pyspark.errors import PySparkException
         from pyspark.sql import SparkSession
-        from py4j.protocol import Py4JError
     except ImportError as error:
         raise CommandError(f"--engine=spark: {error}; install dpsr with the extra spark") from None
     # Workers on this machine run the Python that runs this process.
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    builder = SparkSession.builder.appName(name)
+    # Tasks show no progress bars of their own.
+    builder = SparkSession.builder.appName(name).config("spark.executorEnv.TQDM_DISABLE", "1")
     if master is not None:
         builder = builder.master(master)
         if master.startswith("local"):

@@ -234,12 +234,11 @@ class Assembler:
 
     def _write_vocabularies(self) -> dict[str | None, Vocabulary]:
         """Writes all vocabularies. Returns them by name; None is that of query and item text."""
-        return {
-            name: write_vocabulary(
-                self._schema, name, self._out, self._codes, functools.partial(self.count_tokens, name)
-            )
-            for name in (None, *self._schema.vocabularies)
-        }
+        written: dict[str | None, Vocabulary] = {}
+        for name in (None, *self._schema.vocabularies):
+            count = functools.partial(self.count_tokens, name)
+            written[name] = write_vocabulary(self._schema, name, self._out, self._codes, count)
+        return written
 
     def count_tokens(self, name: str | None) -> VocabularyBuilder:
         """Counts the tokens of a vocabulary in the tables that are there: "items", "users", the queries."""

@@ -40,7 +40,7 @@ from dpsr_tf.data.encode import (
 from dpsr_tf.data.interruption import end_on_signal, record_signals
 from dpsr_tf.data.log_parts import KeptLog
 from dpsr_tf.data.parallel import Workers
-from dpsr_tf.data.pieces import Job, whole_only
+from dpsr_tf.data.pieces import Job, check_schema
 from dpsr_tf.data.rejects import Rejects
 from dpsr_tf.data.schema import Schema, load_schema
 from dpsr_tf.data.store import (
@@ -154,6 +154,8 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     schema = load_schema(schema_path)
     if values.items_only:
         schema = dataclasses.replace(schema, interactions=None, ranking=None)
+    if values.engine == "spark":
+        check_schema(schema)
     codes = CodeBook.read(values.like) if values.like else None
     log = _kept_log(values, schema)
     base = Path(values.input) if values.input else schema_path.parent
@@ -294,7 +296,7 @@ def ingest(
         codes: token ids and feature codes of a model, which the store takes over.
         log: keeps the interactions in the store, after those of an earlier one; None keeps nothing.
         session: a SparkSession that does the work; None is this machine. Each of its tasks takes `memory`. `threads` is
-            not used, and `log` must be None.
+            not used, `log` must be None, and pieces.check_schema says which schemas it can make.
 
     Returns:
         The counts of the manifest.
@@ -304,9 +306,6 @@ def ingest(
             memory do not suffice. The message names file and column, or the flag.
     """
     threads = threads or os.cpu_count() or 1
-    whole = whole_only(schema) if session is not None else None
-    if whole:
-        raise CommandError(f"--engine=spark: cannot make what {whole} asks for; leave --engine out, or {whole}")
     if codes:
         codes.check(schema)
     files = {

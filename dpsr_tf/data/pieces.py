@@ -46,7 +46,7 @@ from dpsr_tf.data.feature_table import BYTE_VALUES, known_values, most_frequent
 from dpsr_tf.data.id_index import id_index
 from dpsr_tf.data.interaction_log import EVENT_SECTIONS, InteractionLog, used_rows
 from dpsr_tf.data.parallel import Workers
-from dpsr_tf.data.schema import VALUE_KINDS, InteractionsSchema, Schema
+from dpsr_tf.data.schema import VALUE_KINDS, Schema
 from dpsr_tf.data.store import StoredFeature, interactions_names, vocabulary_name
 from dpsr_tf.data.tables import read_batches
 from dpsr_tokenizer import Vocabulary, VocabularyBuilder
@@ -95,6 +95,23 @@ class Job:
     def shard(self, number: int) -> Path:
         """The folder of a shard."""
         return self.work / "shards" / f"{number:05}"
+
+
+def check_schema(schema: Schema) -> None:
+    """Raises CommandError if a store of this schema cannot be made in pieces."""
+    log = schema.interactions
+    parts = {
+        "the section ranking": schema.ranking,
+        "the section graph": schema.graph,
+        "the section rewriting": schema.rewriting,
+        "mined_negatives of the section interactions": log.mined_negatives if log else 0,
+    }
+    for name, given in parts.items():
+        if given:
+            raise CommandError(
+                f"--engine=spark: the schema has {name}, which needs the whole log on one machine; leave it out of the "
+                f"schema, or give --engine=local"
+            )
 
 
 # Reading. A task reads and encodes some files.
@@ -339,6 +356,15 @@ def _counted_columns(job: Job, table: str) -> list[int]:
     ]
 
 
+def _builder(job: Job, name: str | None, database: Database) -> VocabularyBuilder:
+    return VocabularyBuilder(
+        tokenizer_config(job.schema, name),
+        num_threads=1,
+        max_memory_bytes=job.memory,
+        temporary_directory=database.folder,
+    )
+
+
 def _write_counts(builder: VocabularyBuilder, path: Path) -> None:
     # A vocabulary has an id at least. Without tokens, it is this bucket.
     builder.write(path, num_oov_buckets=1)
@@ -384,8 +410,7 @@ def count_shard(job: Job, number: int, files: Sequence[Path], last_time: int) ->
         log.save(folder)
         log.save_clicks(folder / "clicks.parquet")
         if None in _counted_vocabularies(job):
-            counting = {"max_memory_bytes": job.memory, "temporary_directory": database.folder}
-            builder = VocabularyBuilder(tokenizer_config(job.schema, None), num_threads=1, **counting)
+            builder = _builder(job, None, database)
             for batch in database.batches("SELECT text FROM queries WHERE training", "count queries", rows=TEXT_ROWS):
                 builder.add(batch.column(0))
             _write_counts(builder, folder / vocabulary_name())
@@ -478,12 +503,7 @@ def join_counts(job: Job, pieces: Sequence[Piece]) -> None:
 
 
 def _merged(job: Job, pieces: Sequence[Piece], name: str | None, database: Database) -> VocabularyBuilder:
-    builder = VocabularyBuilder(
-        tokenizer_config(job.schema, name),
-        num_threads=1,
-        max_memory_bytes=job.memory,
-        temporary_directory=database.folder,
-    )
+    builder = _builder(job, name, database)
     folders = [job.piece(piece.table, piece.number) for piece in pieces]
     if name is None:
         folders += [job.shard(shard) for shard in range(job.shards)]
@@ -633,15 +653,3 @@ def _new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def whole_only(schema: Schema) -> str | None:
-    """Returns the part of a schema that cannot be made in pieces, in words; None if there is none."""
-    log = schema.interactions or InteractionsSchema(files=(), query="", item="")
-    parts = {
-        "the section ranking": schema.ranking,
-        "the section graph": schema.graph,
-        "the section rewriting": schema.rewriting,
-        "interactions: mined_negatives": log.mined_negatives,
-    }
-    return next((name for name, given in parts.items() if given), None)

@@ -166,5 +166,5 @@ def _sorted_events(spark: Any, job: Job) -> list[Path]:
 
 
 def _parquet_files(folder: Path) -> list[Path]:
-    """Returns the files of a DataFrame, in the order of its partitions, which Spark numbers with five digits or more."""
+    """Returns the files of a DataFrame, in the order of its partitions."""
     return sorted(folder.glob("part-*.parquet"), key=lambda path: (int(path.name.split("-")[1]), path.name))
