@@ -130,6 +130,26 @@ TEST_F(VocabularyTest, ContentDecidesTheFile) {
   EXPECT_NE(vocabulary_->fingerprint(), fingerprint);
 }
 
+TEST_F(VocabularyTest, CountsOfPartsGiveTheWhole) {
+  WriteAndOpen(SmallBuilder(), 1, kNoLimit, 2);
+  const std::string whole = ReadBytes();
+  const VocabularyBuilder::Options little = {1, 1, ::testing::TempDir()};  // every added count makes a run
+  VocabularyBuilder merged(OnlyWords(), little);
+  for (const char* text : {"b c a", "C c b手", ""}) {
+    VocabularyBuilder part(OnlyWords());
+    ASSERT_TRUE(IsOk(part.Add(text)));
+    WriteAndOpen(part, 1, kNoLimit, 1);
+    ASSERT_TRUE(IsOk(merged.AddCounts(*vocabulary_)));
+  }
+  WriteAndOpen(merged, 1, kNoLimit, 2);
+  EXPECT_EQ(ReadBytes(), whole);
+  VocabularyBuilder other(TokenizerConfig{});
+  const Status status = other.AddCounts(*vocabulary_);
+  EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
+  EXPECT_TRUE(Contains(status.message(), "count all texts with the same tokenizer"));
+  EXPECT_TRUE(IsOk(other.Add("c"))) << "nothing was added, so the builder goes on";
+}
+
 TEST_F(VocabularyTest, ManyTokensAgainstAMap) {
   std::mt19937 random(3);
   VocabularyBuilder builder(TokenizerConfig{});

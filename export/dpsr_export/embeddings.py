@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -19,17 +20,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from dpsr_common.errors import CommandError
-from dpsr_common.files import link_or_copy
+from dpsr_common.files import link_or_copy, replaced
 from dpsr_common.packed_file import FormatError, PackedFile, PackedFileWriter
 from dpsr_tf.data.store import Store
 from dpsr_tf.data.user_requests import User
 from dpsr_tf.models.encoders import is_personal, item_encoder, query_encoder
 from dpsr_tf.models.model_directory import ModelDirectory
+from dpsr_tf.spark import run_tasks
 
 KIND = "item_embeddings"
 # If a larger share of the items has no finite embedding, training has diverged and the model is useless.
@@ -115,11 +118,19 @@ def _source_of(index_dir: Path) -> object:
         return None
 
 
-def embed_items(model: ModelDirectory, store: Store, checkpoint: str, work: Path) -> Path:
+def embed_items(model: ModelDirectory, store: Store, checkpoint: str, work: Path, session: Any = None) -> Path:
     """Embeds all items of a store, on all cores, and writes item_embeddings.dpsr in the directory `work`.
 
     Embeddings that an earlier call for the same checkpoint and store left in `work` are used again. Memory is bounded,
     because batches are read from the mapped store.
+
+    Args:
+        model: the model.
+        store: has the items.
+        checkpoint: the checkpoint, without a suffix.
+        work: an existing directory.
+        session: a SparkSession whose machines embed the items, and see model, store and `work` under the same paths;
+            None is this machine.
 
     Returns:
         The path of the file. The head of this module describes its format.
@@ -134,23 +145,19 @@ def embed_items(model: ModelDirectory, store: Store, checkpoint: str, work: Path
     ids = store.items()["id"]
     if (np.diff(ids) <= 0).any():
         raise CommandError(f"{store.path}: items.dpsr has an item id twice; ingest the log again")
-    encode: Callable[[np.ndarray], np.ndarray] | None = None
-    chunks = []
-    with (
-        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads,
-        tqdm(total=len(ids), desc=f"{'embed items':<14}", unit=" items") as bar,
-    ):
-        for begin in range(0, len(ids), CHUNK):
-            end = min(begin + CHUNK, len(ids))
-            chunk = work / f"chunk-{begin:012}.dpsr"
-            if not _is_whole(chunk):
-                batches = np.array_split(np.arange(begin, end), max(1, (end - begin) // _BATCH))
-                if encode is None:
-                    encode = item_encoder(model, store, checkpoint)
-                    encode(batches[0][:1])  # builds the graph, which only one thread may do
-                _write_chunk(chunk, ids[begin:end], np.concatenate(list(threads.map(encode, batches))))
-            chunks.append(chunk)
-            bar.update(end - begin)
+    begins = range(0, len(ids), CHUNK)
+    chunks = [_chunk_path(work, begin) for begin in begins]
+    missing = [begin for begin, chunk in zip(begins, chunks, strict=True) if not _is_whole(chunk)]
+    if session is None:
+        embed = _Embedder(model, store, checkpoint, ids)
+        with tqdm(total=len(ids), desc=f"{'embed items':<14}", unit=" items") as bar:
+            for begin in begins:
+                if begin in missing:
+                    embed.write_chunk(work, begin)
+                bar.update(min(CHUNK, len(ids) - begin))
+    else:
+        paths = [os.path.abspath(path) for path in (model.path, store.path, checkpoint, work)]
+        run_tasks(session, functools.partial(_write_chunk_of_paths, *paths), missing)
     with PackedFileWriter(str(path), KIND) as file:
         left_out = {name: np.concatenate([PackedFile(str(c), KIND)[name] for c in chunks]) for name in _LEFT_OUT}
         count, bad = sum(map(len, left_out.values())), len(left_out["not_finite"])
@@ -178,15 +185,47 @@ def embed_items(model: ModelDirectory, store: Store, checkpoint: str, work: Path
 _LEFT_OUT = ("empty", "not_finite")
 
 
-def _write_chunk(path: Path, ids: np.ndarray, embeddings: np.ndarray) -> None:
-    finite = np.isfinite(embeddings).all(axis=1)
-    empty = ~embeddings.any(axis=1)
-    kept = finite & ~empty
-    with PackedFileWriter(str(path), KIND) as file:
-        file.add("id", ids[kept])
-        file.add("embedding", np.ascontiguousarray(embeddings[kept]).reshape(-1))
-        file.add("empty", ids[empty])
-        file.add("not_finite", ids[~finite])
+class _Embedder:
+    """Embeds items with all cores of this machine."""
+
+    def __init__(self, model: ModelDirectory, store: Store, checkpoint: str, ids: np.ndarray):
+        self._open = functools.partial(item_encoder, model, store, checkpoint)
+        self._encode: Callable[[np.ndarray], np.ndarray] | None = None
+        self._ids = ids
+
+    def write_chunk(self, work: Path, begin: int) -> None:
+        """Writes the embeddings of the items from row `begin` on, CHUNK or fewer."""
+        end = min(begin + CHUNK, len(self._ids))
+        batches = np.array_split(np.arange(begin, end), max(1, (end - begin) // _BATCH))
+        if self._encode is None:
+            self._encode = self._open()
+            self._encode(batches[0][:1])  # builds the graph, which only one thread may do
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+            embeddings = np.concatenate(list(threads.map(self._encode, batches)))
+        ids, finite, empty = self._ids[begin:end], np.isfinite(embeddings).all(axis=1), ~embeddings.any(axis=1)
+        kept = finite & ~empty
+        # Spark may run a task twice at the same time.
+        with replaced(_chunk_path(work, begin)) as path, PackedFileWriter(str(path), KIND) as file:
+            file.add("id", ids[kept])
+            file.add("embedding", np.ascontiguousarray(embeddings[kept]).reshape(-1))
+            file.add("empty", ids[empty])
+            file.add("not_finite", ids[~finite])
+
+
+def _chunk_path(work: Path, begin: int) -> Path:
+    return work / f"chunk-{begin:012}.dpsr"
+
+
+def _write_chunk_of_paths(model: str, store: str, checkpoint: str, work: str, begin: int) -> None:
+    """Does what _Embedder does in a task of Spark."""
+    _embedder(model, store, checkpoint).write_chunk(Path(work), begin)
+
+
+@functools.lru_cache(maxsize=1)
+def _embedder(model: str, store_path: str, checkpoint: str) -> _Embedder:
+    """Opens model and store, which the tasks of a process share."""
+    store = Store(store_path)
+    return _Embedder(ModelDirectory.open(model), store, checkpoint, store.items()["id"])
 
 
 def _is_whole(path: Path) -> bool:

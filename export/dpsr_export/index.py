@@ -42,6 +42,7 @@ from dpsr_export import (
 )
 from dpsr_export.index_files import FORMAT, FORMAT_VERSION, file_record
 from dpsr_export.recall_report import MeasuredIndex
+from dpsr_tf import spark
 from dpsr_tf.config import Config, IndexConfig
 from dpsr_tf.data.store import Store, new_directory
 from dpsr_tf.evaluation import judgments
@@ -130,6 +131,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "min_ann_recall", 0.0, "fail if ann_recall@k is lower, with k = serving.k (0 to 1)", 0, 1, flag_values=values
     )
+    spark.define_flags(values, "embeds the items")
     judgments.define_flags(
         values,
         "table of judged query-item pairs (TSV, CSV, Parquet, JSON lines); the report then has the recall of relevant "
@@ -162,17 +164,19 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         corpus = Corpus.of_store(store)
         judged = judgments.read_flags(values, corpus.item_keys).sample(_RECALL_QUERIES, seed=1)
         judged.check_items(corpus.item_ids)
-    manifest = build_index(
-        model,
-        store,
-        Path(values.out),
-        config,
-        values.overwrite,
-        values.device,
-        values.min_ann_recall,
-        judged,
-        values.changes_offset,
-    )
+    with spark.session_of_flags(values, "dpsr index") as session:
+        manifest = build_index(
+            model,
+            store,
+            Path(values.out),
+            config,
+            values.overwrite,
+            values.device,
+            values.min_ann_recall,
+            judged,
+            values.changes_offset,
+            session,
+        )
     left_out = ", ".join(
         f"{manifest[key]:,} items not indexed ({why})"
         for key, why in (("empty_items", "no known token"), ("not_finite_items", "embedding is NaN or infinite"))
@@ -187,7 +191,7 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
 
 def _run_merge(values: flags.FlagValues) -> None:
     others = ("model", "store", "set", "device", "judgments", "inverted", "analysis", "opensearch", "changes_offset")
-    for name in others:
+    for name in (*others, "engine", "spark_master"):
         if values[name].present:
             raise UsageError(f"--{name} cannot be combined with --merge, which takes the model from the servable")
     for name in ("index", "servable"):
@@ -209,7 +213,7 @@ def _run_merge(values: flags.FlagValues) -> None:
 
 
 def _run_inverted(values: flags.FlagValues) -> None:
-    for name in ("model", "set", "judgments", "min_ann_recall"):
+    for name in ("model", "set", "judgments", "min_ann_recall", "engine", "spark_master"):
         if values[name].present:
             raise UsageError(f"--{name} cannot be combined with --inverted: an inverted index has no model")
     # Imports Tantivy, which other indexes do not need.
@@ -235,6 +239,7 @@ def build_index(
     min_ann_recall: float = 0.0,
     judgments: Judgments | None = None,
     changes_offset: int = 0,
+    session: Any = None,
 ) -> dict[str, Any]:
     """Writes the index directory `out`. If it fails, no directory is written, and an earlier one stays.
 
@@ -248,6 +253,7 @@ def build_index(
         min_ann_recall: lowest ann_recall@k that is accepted, with the k of section `serving`.
         judgments: queries with relevant items. If given, the report has the recall of relevant items, too.
         changes_offset: number of changes of the servable's log that the store has already (docs/fresh_items.md).
+        session: a SparkSession that embeds the items; None is this machine.
 
     Returns:
         The content of index.json.
@@ -266,7 +272,7 @@ def build_index(
         embeddings.kept_embeddings(out, source) as work,
     ):
         start = time.perf_counter()
-        path = embeddings.embed_items(model, store, checkpoint, work)
+        path = embeddings.embed_items(model, store, checkpoint, work, session)
         embedding_seconds = time.perf_counter() - start
         link_or_copy(path, directory / path.name)
         items = embeddings.ItemEmbeddings(path, model.config.model.embedding_dim)

@@ -159,6 +159,15 @@ def test_a_killed_run_goes_on(job: Job, tmp_path: Path, monkeypatch: pytest.Monk
     assert [p.name for p in tmp_path.iterdir()] == ["item_embeddings.dpsr"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("java") is None, reason="Spark needs Java")
+def test_spark_embeds_the_same(job: Job, tmp_path: Path) -> None:
+    dpsr(*index_arguments(job, tmp_path / "index", "--engine=spark", "--spark_master=local[1]"))
+    for name in ("item_embeddings.dpsr", "items.faiss", "item_ids.dpsr"):
+        assert (tmp_path / "index" / name).read_bytes() == (job.index / name).read_bytes()
+    assert not hidden(tmp_path)
+
+
 def test_embeddings_of_another_source_are_never_used(job: Job, tmp_path: Path) -> None:
     out, other = tmp_path / "index", tmp_path / f".index.embeddings-{'0' * 16}"
     other.mkdir()

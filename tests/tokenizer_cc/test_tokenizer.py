@@ -278,3 +278,15 @@ class TestVocabulary:
         assert results == [expected] * 4
         builder.write(tmp_path / "w")
         assert Vocabulary(tmp_path / "w").count(0) == 4 * vocabulary.count(0)
+
+
+def test_counts_of_parts_give_the_whole(tmp_path):
+    texts = ["red shoes", "blue shoes", "red"]
+    whole = write_vocabulary(tmp_path / "whole", texts, min_count=2, num_oov_buckets=3)
+    merged = VocabularyBuilder(whole.config)
+    for i, text in enumerate(texts):
+        merged.add_counts(write_vocabulary(tmp_path / f"part{i}", [text], num_oov_buckets=1))
+    merged.write(tmp_path / "merged", min_count=2, num_oov_buckets=3)
+    assert (tmp_path / "merged").read_bytes() == (tmp_path / "whole").read_bytes()
+    with pytest.raises(ValueError, match="count all texts with the same tokenizer"):
+        VocabularyBuilder().add_counts(whole)
