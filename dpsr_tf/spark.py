@@ -91,10 +91,9 @@ def session(master: str | None, name: str) -> Iterator[Any]:
         ours = re.search(r"dpsr_common\.errors\.(?:CommandError|UsageError): (.+)", str(error))
         if ours:
             raise CommandError(ours[1]) from None
-        raised = re.findall(r"^\s*(?:Caused by: )?([\w.]+(?:Error|Exception): .+)$", str(error), re.MULTILINE)
-        raise CommandError(
-            f"--engine=spark: a task failed: {raised[0] if raised else _first_line(error)}; see Spark's logs"
-        ) from error
+        raised = re.findall(r"^(?!org\.|java\.|py4j\.)[\w.]+(?:Error|Exception): .+$", str(error), re.MULTILINE)
+        reason = raised[0] if raised else _first_line(error)
+        raise CommandError(f"--engine=spark: a task failed: {reason}; see Spark's logs") from error
     finally:
         if is_new:
             spark.stop()

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,8 +156,8 @@ def embed_items(model: ModelDirectory, store: Store, checkpoint: str, work: Path
                     embed.write_chunk(work, begin)
                 bar.update(min(CHUNK, len(ids) - begin))
     else:
-        paths = [os.path.abspath(path) for path in (model.path, store.path, checkpoint, work)]
-        run_tasks(session, functools.partial(_write_chunk_of_paths, *paths), missing)
+        paths = tuple(os.path.abspath(path) for path in (model.path, store.path, checkpoint, work))
+        run_tasks(session, functools.partial(_write_chunk_of_paths, paths), missing)
     with PackedFileWriter(str(path), KIND) as file:
         left_out = {name: np.concatenate([PackedFile(str(c), KIND)[name] for c in chunks]) for name in _LEFT_OUT}
         count, bad = sum(map(len, left_out.values())), len(left_out["not_finite"])
@@ -216,8 +216,9 @@ def _chunk_path(work: Path, begin: int) -> Path:
     return work / f"chunk-{begin:012}.dpsr"
 
 
-def _write_chunk_of_paths(model: str, store: str, checkpoint: str, work: str, begin: int) -> None:
-    """Does what _Embedder does in a task of Spark."""
+def _write_chunk_of_paths(paths: Sequence[str], begin: int) -> None:
+    """Does what _Embedder does in a task of Spark. `paths` are those of model, store, checkpoint and work."""
+    model, store, checkpoint, work = paths
     _embedder(model, store, checkpoint).write_chunk(Path(work), begin)
 
 

@@ -12,11 +12,12 @@ import pytest
 from conftest import Rows, Shop, encode_table
 
 from dpsr_common import command_line
+from dpsr_common.errors import CommandError
 from dpsr_tf.data import pieces
 from dpsr_tf.data.code_book import CodeBook
 from dpsr_tf.data.pieces import ShardCounts
 from dpsr_tf.data.store import Store
-from dpsr_tf.spark import session
+from dpsr_tf.spark import run_tasks, session
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="Spark needs Java")
 SPARK = ["--engine=spark", "--spark_master=local[2]"]
@@ -139,6 +140,9 @@ def test_errors_of_tasks_are_those_of_the_command(spark: Any, tmp_path: Path, ca
     error = capsys.readouterr().err.splitlines()[-1]
     assert "items.jsonl: has no column brand; its columns are item_id, title; correct the schema" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shop"], "nothing half-written stays"
+    failed = "a task failed: ZeroDivisionError: .* by zero; see Spark's logs"
+    with pytest.raises(CommandError, match=failed), session(None, "tests"):
+        run_tasks(spark, lambda number: 1 // number, [1, 0])
 
 
 @pytest.mark.parametrize(
