@@ -7,11 +7,12 @@ A command is an entry point of the group "dpsr.commands" (pyproject.toml). Its v
     define_flags(values: absl.flags.FlagValues) -> None
     run(values, arguments: list[str]) -> int | None       returns the exit status; None is 0
 
-Three more attributes are optional:
+More attributes are optional:
 
     REQUIRED_FLAGS: names of flags without which the command does not start
     TAKES_ARGUMENTS = True: the command has arguments besides flags; without it they are an error
     PASS_UNKNOWN_FLAGS = True: unknown flags are for another program, and arrive in `arguments`
+    REMOTE_INPUTS, REMOTE_PATHS: names of flags that may be in object stores (object_store.use_local_paths)
 
 An exception with an integer attribute `status` (dpsr_common.errors) is one that the user can act on: it is printed as
 one line and gives the exit status, 1 for a failure and 2 for bad usage. A module is imported only when its command
@@ -32,6 +33,8 @@ from types import ModuleType
 
 from absl import flags
 
+from dpsr_common.object_store import use_local_paths
+
 # The entry points of this group are the commands: name -> module.
 GROUP = "dpsr.commands"
 
@@ -39,7 +42,7 @@ GROUP = "dpsr.commands"
 _ORDER = (
     *("demo", "generate", "tokenize", "ingest"),
     *("train", "launch", "index", "rewrite", "export", "items"),
-    *("serve", "proxy", "place", "query", "search"),
+    *("copy", "stage", "serve", "proxy", "place", "query", "search"),
     *("evaluate", "report"),
 )
 
@@ -93,6 +96,7 @@ def run_command(name: str, module: ModuleType, arguments: Sequence[str]) -> int:
     except flags.Error as error:
         return _fail(name, f"{error}; see `{name} --help`", 2)
     try:
+        use_local_paths(module, values)
         return _guarded(lambda: module.run(values, list(rest)))
     except Exception as error:
         status = getattr(error, "status", None)

@@ -25,6 +25,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.object_store import is_remote
 from dpsr_tf.data.column_values import ids_of, is_text, numbers_of, texts_of
 
 _ARROW = (".arrow", ".feather", ".ipc")
@@ -69,6 +70,8 @@ def find_files(patterns: Sequence[str], base: Path) -> list[Path]:
     """
     found: list[Path] = []
     for pattern in patterns:
+        if is_remote(pattern):
+            raise UsageError(f"{pattern}: tables are read from file systems of this machine; copy or mount them first")
         path = base / pattern
         try:
             if path.is_dir():

@@ -45,6 +45,7 @@ Systems with --rank: those above that can score given items (bm25, popularity, r
 """
 
 REQUIRED_FLAGS = ("store",)
+REMOTE_INPUTS = ("store",)
 
 
 def define_flags(values: flags.FlagValues) -> None:

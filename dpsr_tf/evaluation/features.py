@@ -29,6 +29,7 @@ The store must be made by `dpsr ingest` with the section `ranking` in its schema
 """
 
 REQUIRED_FLAGS = ("store", "out")
+REMOTE_INPUTS = ("store",)
 
 TRAIN = "train"
 # The key of the Parquet file's metadata with the names of the features, as JSON.

@@ -38,6 +38,7 @@ takes.
 """
 
 REQUIRED_FLAGS = train.REQUIRED_FLAGS
+REMOTE_INPUTS = train.REMOTE_INPUTS
 
 # Seconds that a process has to end after SIGTERM.
 _GRACE = 15.0

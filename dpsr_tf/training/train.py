@@ -47,6 +47,7 @@ weights of another one, whose store may have had other tokens and other values o
 """
 
 REQUIRED_FLAGS = ("store", "out")
+REMOTE_INPUTS = ("store", "warm_start")
 
 # Seconds between a worker's looks for the chief's quantizer.
 _POLL = 1.0

@@ -100,6 +100,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 REQUIRED_FLAGS = ("out",)
+REMOTE_INPUTS = ("model", "index", "store")
 
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:

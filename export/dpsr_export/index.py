@@ -77,6 +77,7 @@ that `dpsr search` filters, counts and groups items by.
 _RECALL_QUERIES = 1000
 
 REQUIRED_FLAGS = ("out",)
+REMOTE_INPUTS = ("model", "store")
 
 
 def define_flags(values: flags.FlagValues) -> None:

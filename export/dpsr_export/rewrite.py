@@ -39,6 +39,7 @@ the size of the query; if it leads to items that were clicked for the query; and
 sees the same meaning in both. --never and --always are lists that people keep: one pair a line, query<TAB>rewrite.
 """
 REQUIRED_FLAGS = ("model", "store")
+REMOTE_INPUTS = ("model", "store")
 
 FORMAT, FORMAT_VERSION = "dpsr-rewrites", 1
 MANIFEST, LIST = "table.json", "rewrites.tsv.gz"

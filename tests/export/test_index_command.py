@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import Job, dpsr
+from object_stores import BUCKET, s3_server
 
 from dpsr_common.command_line import main
 from dpsr_common.errors import CommandError
@@ -166,6 +167,17 @@ def test_spark_embeds_the_same(job: Job, tmp_path: Path) -> None:
     for name in ("item_embeddings.dpsr", "items.faiss", "item_ids.dpsr"):
         assert (tmp_path / "index" / name).read_bytes() == (job.index / name).read_bytes()
     assert not hidden(tmp_path)
+
+
+def test_model_and_store_in_an_object_store(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPSR_CACHE", str(tmp_path / "cache"))
+    with s3_server():
+        dpsr("copy", f"--from={job.model}", f"--to={BUCKET}/model")
+        dpsr("copy", f"--from={job.store}", f"--to={BUCKET}/store")
+        out = tmp_path / "index"
+        dpsr("index", f"--model={BUCKET}/model", f"--store={BUCKET}/store", f"--out={out}")
+    for name in ("item_embeddings.dpsr", "items.faiss", "item_ids.dpsr"):
+        assert (out / name).read_bytes() == (job.index / name).read_bytes()
 
 
 def test_embeddings_of_another_source_are_never_used(job: Job, tmp_path: Path) -> None:

@@ -1,0 +1,143 @@
+"""`dpsr stage`: brings the versions of a servable from an object store to this machine, for `dpsr serve`."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from absl import flags
+
+from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.object_store import RemoteFolder, download, is_remote, local_mark
+
+USAGE = """
+Usage: dpsr stage --from=s3://BUCKET/BASE --to=DIR [--keep=2] [--poll=30]
+
+Copies the newest versions of a servable from an object store (s3://, gs://) to DIR, which `dpsr serve
+--model_base_path=DIR` watches. Versions are directories named by numbers that `dpsr copy` wrote there; one that is not
+complete yet is left for the next look. Files that a version shares with one that is here already are not copied again.
+Versions that this command brought and that are older, or are gone from the object store, are removed.
+"""
+
+REQUIRED_FLAGS = ("from", "to")
+REMOTE_PATHS = ("from",)
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of `dpsr stage`."""
+    flags.DEFINE_string("from", None, "base path of the servable in an object store", flag_values=values)
+    flags.DEFINE_string("to", None, "directory for the versions", flag_values=values)
+    flags.DEFINE_integer("keep", 2, "number of versions to keep, the newest ones", 1, flag_values=values)
+    flags.DEFINE_float(
+        "poll", 0, "seconds between two looks at the object store; 0 looks once and ends", 0, flag_values=values
+    )
+
+
+def run(values: flags.FlagValues, arguments: list[str]) -> None:
+    """Runs `dpsr stage`."""
+    source, base = values["from"].value, Path(values["to"].value)
+    if not is_remote(source):
+        raise UsageError(f"--from={source}: expected a path such as s3://BUCKET/BASE or gs://BUCKET/BASE")
+    while True:
+        try:
+            for line in stage(source, base, values.keep):
+                print(line, flush=True)
+        except CommandError as error:
+            if not values.poll:
+                raise
+            # What is staged stays. The next look may succeed.
+            print(f"dpsr stage: {error}", file=sys.stderr, flush=True)
+        if not values.poll:
+            return
+        time.sleep(values.poll)
+
+
+def stage(source: str, base: Path, keep: int) -> list[str]:
+    """Brings the newest complete versions from an object store, and removes others that it brought before.
+
+    Args:
+        source: base path in the object store.
+        base: base path on this machine.
+        keep: number of versions.
+
+    Returns:
+        What was done, a line for each version.
+
+    Raises:
+        CommandError: there is no complete version, the object store cannot be read, or a version changed meanwhile.
+    """
+    with _lock(base):
+        return _stage(source, base, keep)
+
+
+def _stage(source: str, base: Path, keep: int) -> list[str]:
+    done: list[str] = []
+    for left in base.iterdir():
+        if re.fullmatch(r"\.\d+\.(unfinished-\w+|removed)", left.name):
+            shutil.rmtree(left)  # of a killed run
+    here = {int(path.name): path for path in base.iterdir() if _is_version(path.name)}
+    complete: list[int] = []
+    for version in sorted(_versions(RemoteFolder(source).folders()), reverse=True):
+        if len(complete) == keep:
+            break
+        if RemoteFolder(f"{source}/{version}").files() is None:
+            continue
+        complete.append(version)
+        if version in here:
+            continue
+        path = here[version] = base / str(version)
+        files = download(f"{source}/{version}", path, _known(set(here.values()) - {path}))
+        done.append(f"{path}: staged, {sum(record['bytes'] for record in files.values()) / 1e6:.1f} MB")
+    if not complete:
+        raise CommandError(f"{source}: has no complete version; write one with `dpsr copy --to={source}/NUMBER`")
+    for version, path in sorted(here.items()):
+        if version not in complete and local_mark(path) is not None:
+            _remove(path)
+            done.append(f"{path}: removed")
+    return done
+
+
+@contextlib.contextmanager
+def _lock(base: Path) -> Iterator[None]:
+    """Lets one process at a time stage to a directory, which is made."""
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(base, os.O_RDONLY)
+    except OSError as error:
+        raise CommandError(f"{base}: cannot be made: {error.strerror}; choose another --to") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CommandError(f"{base}: another `dpsr stage` writes there; choose another --to") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _known(versions: Iterable[Path]) -> dict[str, Path]:
+    """Returns the files of versions that `stage` brought, by their SHA-256."""
+    marks = [(path, local_mark(path) or {}) for path in versions]
+    return {record["sha256"]: path / name for path, files in marks for name, record in files.items()}
+
+
+def _remove(path: Path) -> None:
+    # Under another name first: a server never finds half of a version.
+    hidden = path.with_name(f".{path.name}.removed")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _versions(names: Iterable[str]) -> list[int]:
+    return [int(name) for name in names if _is_version(name)]
+
+
+def _is_version(name: str) -> bool:
+    return name.isascii() and name.isdigit() and name == str(int(name))

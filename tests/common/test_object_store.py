@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from object_stores import BUCKET, s3_server
+
+from dpsr_common import object_store
+from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.object_store import MARK, RemoteFolder, cached, download, is_remote, upload
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture
+def url(server: str, request: pytest.FixtureRequest) -> str:
+    return f"{BUCKET}/{request.node.name}"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("DPSR_CACHE", str(tmp_path / "cache"))
+    yield tmp_path / "cache"
+    end_of_process()
+
+
+def end_of_process() -> None:
+    """Gives up what this process reads, as its end would."""
+    for lock in object_store._locks.values():
+        os.close(lock)
+    object_store._locks.clear()
+
+
+def folder(path: Path, **files: str) -> Path:
+    """A directory with files; "__" in a name is a "/"."""
+    for name, text in files.items():
+        target = path / name.replace("__", "/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+    return path
+
+
+def contents(path: Path) -> dict[str, str]:
+    found = {str(p.relative_to(path)): p.read_text() for p in path.rglob("*") if p.is_file()}
+    return {name: text for name, text in found.items() if name != MARK}
+
+
+def files_in(cache: Path) -> int:
+    return len(list((cache / "files").iterdir()))
+
+
+def test_a_copy_is_the_directory(url: str, tmp_path: Path) -> None:
+    source = folder(tmp_path / "source", manifest="{}", log__part="rows", empty="")
+    assert upload(source, url) == 6
+    assert set(RemoteFolder(url).names()) == {"manifest", "log/part", "empty", MARK}
+    download(url, tmp_path / "copy")
+    assert contents(tmp_path / "copy") == contents(source)
+    with pytest.raises(CommandError, match="exists already"):
+        download(url, tmp_path / "copy")
+    with pytest.raises(CommandError, match="holds files already"):
+        upload(source, url)
+    upload(folder(tmp_path / "new", manifest="{1}"), url, overwrite=True)
+    assert contents(cached(url)) == {"manifest": "{1}"}, "nothing of the old one stays"
+
+
+def test_half_a_directory_is_refused(url: str, tmp_path: Path) -> None:
+    source, remote = folder(tmp_path / "source", a="one", b="two"), RemoteFolder(url)
+    remote.write("a", source / "a")
+    for take in (cached, lambda url: download(url, tmp_path / "copy")):
+        with pytest.raises(CommandError, match=rf"{url}: is not a complete directory \(no {MARK}\)"):
+            take(url)
+    upload(source, url, overwrite=True)
+    remote.write("b", b"three")
+    for take in (cached, lambda url: download(url, tmp_path / "copy")):
+        with pytest.raises(CommandError, match=rf"{url}/b: is not the file that {MARK} lists \(5 bytes, expected 3\)"):
+            take(url)
+        end_of_process()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "source"], "nothing half-written stays"
+    assert [path.name for path in (tmp_path / "cache" / "trees").iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.parametrize(
+    ("mark", "message"),
+    [
+        (b"{", "cannot be read"),
+        (b'{"format": "dpsr-complete", "version": 2, "files": {}}', "of dpsr-complete version 2"),
+        (b'{"format": "dpsr-complete", "version": 1, "files": {"a": {"bytes": 1, "sha256": "../x"}}}', "no SHA-256"),
+        (
+            json.dumps(
+                {"format": "dpsr-complete", "version": 1, "files": {"../a": {"bytes": 1, "sha256": "0" * 64}}}
+            ).encode(),
+            "../a: is not a path inside the directory",
+        ),
+    ],
+)
+def test_damaged_marks(mark: bytes, message: str, server: str, tmp_path: Path) -> None:
+    url = f"{BUCKET}/damaged"
+    RemoteFolder(url).write(MARK, mark)
+    with pytest.raises(CommandError, match=message):
+        download(url, tmp_path / "copy")
+    with pytest.raises(CommandError, match=message):
+        cached(url)
+
+
+def test_the_cache_holds_a_content_once(url: str, tmp_path: Path, cache: Path) -> None:
+    upload(folder(tmp_path / "1", same="same", model="old"), f"{url}/1")
+    upload(folder(tmp_path / "2", same="same", model="new"), f"{url}/2")
+    first, second = cached(f"{url}/1"), cached(f"{url}/2")
+    assert contents(first) == contents(tmp_path / "1") and contents(second) == contents(tmp_path / "2")
+    assert (first / "same").samefile(second / "same")
+    assert files_in(cache) == 3
+    assert cached(f"{url}/1") == first
+    part = cached(f"{url}/2", wanted=lambda name: name == "model")
+    assert contents(part) == {"model": "new"} and part != second
+
+
+def test_the_cache_is_bounded(url: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPSR_CACHE_BYTES", "25")
+    trees = {}
+    for name in "abc":
+        upload(folder(tmp_path / name, file=name * 10), f"{url}/{name}")
+    for age, name in enumerate("ab"):
+        trees[name] = cached(f"{url}/{name}")
+        os.utime(trees[name], (age, age))
+    with pytest.raises(CommandError, match=r"10 bytes more do not fit into DPSR_CACHE_BYTES=25.* use 20"):
+        cached(f"{url}/c")
+    end_of_process()
+    trees["c"] = cached(f"{url}/c")
+    assert not trees["a"].exists(), "it was used longest ago"
+    assert trees["b"].exists() and files_in(cache) == 2
+    monkeypatch.setenv("DPSR_CACHE_BYTES", "much")
+    with pytest.raises(UsageError, match="DPSR_CACHE_BYTES=much: is not a number"):
+        cached(f"{url}/a")
+
+
+def test_two_processes_fill_the_cache_once(url: str, tmp_path: Path, cache: Path) -> None:
+    upload(folder(tmp_path / "source", a="one", b="two"), url)
+    program = f"from dpsr_common.object_store import cached; print(cached({url!r}))"
+    both = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    paths = {process.communicate(timeout=60)[0].strip() for process in both}
+    assert [process.returncode for process in both] == [0, 0]
+    assert len(paths) == 1 and contents(Path(paths.pop())) == {"a": "one", "b": "two"}
+    assert files_in(cache) == 2 and not list((cache / "trees").glob(".unfinished*"))
+
+
+def test_what_an_object_store_refuses_is_an_error_in_one_line(server: str) -> None:
+    with pytest.raises(CommandError, match=r"s3://nobody/dir: cannot be written: .*; check the path, the credentials"):
+        RemoteFolder("s3://nobody/dir").write("name", b"")
+    for url in ("s3://", "s3:///", "s3://shop/dir?region=x"):
+        with pytest.raises(UsageError, match="expected a directory such as"):
+            RemoteFolder(url)
+    assert not is_remote("/s3://x") and not is_remote("http://x")
+
+
+def test_commands_take_object_stores_where_they_say_so(url: str, tmp_path: Path, dpsr) -> None:
+    source = folder(tmp_path / "source", manifest="{}")
+    dpsr("copy", f"--from={source}", f"--to={url}").succeeds()
+    dpsr("copy", f"--from={url}", f"--to={tmp_path / 'copy'}").succeeds()
+    assert contents(tmp_path / "copy") == contents(source)
+    dpsr("copy", f"--from={source}", f"--to={tmp_path / 'other'}").fails(2, "expected one of them, and only one")
+    dpsr("copy", f"--from={tmp_path / 'missing'}", f"--to={url}").fails(2, "is not a directory")
+    dpsr("generate", f"--out={url}").fails(2, f"--out={url}: must be a path of this machine; `dpsr copy` copies")
