@@ -364,6 +364,8 @@ def use_local_paths(module: ModuleType, values: flags.FlagValues) -> None:
             raise UsageError(
                 f"--{name}={remote[0]}: must be a path of this machine; `dpsr copy` copies from and to object stores"
             )
+        if "engine" in values and values["engine"].value == "spark":
+            raise UsageError(f"--{name}={value}: with --engine=spark it must be a path that all machines see")
         values[name].value = str(cached(value))
 
 
@@ -393,7 +395,7 @@ def _files_of(data: bytes, where: str) -> dict[str, dict[str, Any]]:
         content = json.loads(data)
         if (content["format"], content["version"]) != ("dpsr-complete", 1):
             raise ValueError(f"it is of {content['format']} version {content['version']}")
-        files = {
+        files: dict[str, dict[str, Any]] = {
             str(name): {"bytes": int(record["bytes"]), "sha256": str(record["sha256"])}
             for name, record in content["files"].items()
         }

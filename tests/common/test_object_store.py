@@ -169,3 +169,5 @@ def test_commands_take_object_stores_where_they_say_so(url: str, tmp_path: Path,
     dpsr("copy", f"--from={source}", f"--to={tmp_path / 'other'}").fails(2, "expected one of them, and only one")
     dpsr("copy", f"--from={tmp_path / 'missing'}", f"--to={url}").fails(2, "is not a directory")
     dpsr("generate", f"--out={url}").fails(2, f"--out={url}: must be a path of this machine; `dpsr copy` copies")
+    index = ("index", f"--model={url}", f"--store={url}", f"--out={tmp_path / 'index'}", "--engine=spark")
+    dpsr(*index).fails(2, f"{url}: with --engine=spark it must be a path that all machines see")
