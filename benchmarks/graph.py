@@ -43,19 +43,23 @@ import report
 import tensorflow as tf
 import yaml
 from absl import app, flags
+from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
+from sklearn.metrics import silhouette_samples
 from tqdm import tqdm
 
 from dpsr_export.warmup import LoadedServable
 from dpsr_tf.config import CONFIGS
+from dpsr_tf.data.adapters import open_adapter
 from dpsr_tf.data.store import Store
 from dpsr_tf.models.encoders import exact_search, item_embeddings, item_encoder
-from dpsr_tf.models.light_gcn import LightGcn, softmax_loss, user_batches
+from dpsr_tf.models.light_gcn import LightGcn, pair_batches, sampled_softmax_loss
 from dpsr_tf.models.model_directory import ModelDirectory
 
-PARTS = ("gowalla", "shop", "catalogue", "cost")
+PARTS = ("gowalla", "shop", "clusters", "catalogue", "amazon", "cost")
 SAMPLES = 1000
 # LightGCN on Gowalla.
-LAYERS, DIM, TEMPERATURE, RATE, USERS, STEPS = 3, 64, 1.0, 0.03, 1024, 600
+LAYERS, DIM, TEMPERATURE, RATE, PAIRS, NEGATIVES, EPOCHS, FULL_EPOCHS = 3, 64, 0.15, 0.003, 8192, 2048, 15, 40
 PUBLISHED = {"recall@20": 0.1824, "ndcg@20": 0.1547}
 
 SHOP = {
@@ -68,6 +72,8 @@ GRAPH = ("--set=model.graph_fan_out=[10, 5]",)
 MODELS = {"DPSR": (), "SearchGCN": GRAPH}
 ATTRIBUTES = ["brand", "shop", "category"]
 TAIL = 5
+AMAZON = ("Beauty", "Toys_and_Games")
+AMAZON_TRAINING = ("--set=train.steps=600",)
 
 
 def dpsr(*arguments: str) -> None:
@@ -131,41 +137,50 @@ def recall_and_ndcg(found: np.ndarray, wanted: list[np.ndarray]) -> tuple[np.nda
     return np.array(recall), np.array(ndcg)
 
 
-def gowalla(result: report.Report, data: Path, out: Path) -> None:
+def gowalla(result: report.Report, data: Path, out: Path, epochs: int) -> None:
     """Trains LightGCN, or takes the embeddings that --out has, and adds its figures."""
     train, test = (read_lists(data / "gowalla" / f"{name}.txt.gz") for name in ("train", "test"))
-    kept = out / "gowalla.npz"
+    kept = out / f"gowalla-{epochs}.npz"
     if not kept.exists():
-        model = LightGcn(*train, DIM, LAYERS, seed=result.seed)
-        optimizer = tf.keras.optimizers.legacy.Adam(RATE)
-
-        @tf.function(input_signature=[tf.TensorSpec([None], tf.int32)] * 3)
-        def step(batch: tf.Tensor, wanted: tf.Tensor, of: tf.Tensor) -> tf.Tensor:
-            with tf.GradientTape() as tape:
-                loss = softmax_loss(*model.final(), batch, wanted, of, TEMPERATURE)
-            variables = [model.embeddings]
-            optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
-            return loss
-
         start = report.cpu_seconds()
-        batches = user_batches(*train, USERS, seed=result.seed)
-        for number in tqdm(range(STEPS), desc="gowalla"):
-            # The rate falls to 0 at the last step.
-            optimizer.learning_rate.assign(RATE * 0.5 * (1 + np.cos(np.pi * number / STEPS)))
-            step(*next(batches))
-        users, items = (part.numpy() for part in model.final())
+        users, items = train_light_gcn(train, epochs, result.seed)
         np.savez(kept, users=users, items=items, cpu=report.cpu_seconds() - start)
     with np.load(kept) as arrays:
         users, items, cpu = arrays["users"], arrays["items"], float(arrays["cpu"])
+    # By cosines, as in training. The length of a user changes no order.
+    items /= np.linalg.norm(items, axis=1, keepdims=True)
     found = top_items(users, items, by_user(train, len(users)), 20)
     recall, ndcg = recall_and_ndcg(found, by_user(test, len(users)))
+    workload = f"gowalla, {epochs} epochs"
     for metric, values in (("recall@20", recall), ("ndcg@20", ndcg)):
         low, high = interval(values)
         note = f"published {PUBLISHED[metric]}; 95 % interval {low:.4f} to {high:.4f}"
-        result.add("LightGCN", "gowalla", metric, float(values.mean()), "", users=len(values), note=note)
+        result.add("LightGCN", workload, metric, float(values.mean()), "", users=len(values), note=note)
         result.bars[f"gowalla_{metric.replace('@', '')}"] = float(values.mean())
-    epochs = STEPS * USERS / len(users)
-    result.add("LightGCN", "gowalla", "training", cpu, "CPU s", note=f"{STEPS} steps, {epochs:.0f} epochs of users")
+    result.add("LightGCN", workload, "training", cpu, "CPU s", note=f"batches of {PAIRS:,} pairs, rate {RATE}")
+
+
+def train_light_gcn(train: tuple[np.ndarray, np.ndarray], epochs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the final embeddings of users and items, float32 [users, DIM] and [items, DIM]."""
+    model = LightGcn(*train, DIM, LAYERS, seed)
+    optimizer = tf.keras.optimizers.legacy.Adam(RATE)
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.int32)] * 3)
+    def step(users: tf.Tensor, items: tf.Tensor, negatives: tf.Tensor) -> None:
+        with tf.GradientTape() as tape:
+            final = model.propagate(tf.convert_to_tensor(model.embeddings))
+            loss = sampled_softmax_loss(final, users, items, negatives, TEMPERATURE)
+        variables = [model.embeddings]
+        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+
+    batches = pair_batches(*train, PAIRS, NEGATIVES, seed)
+    steps = epochs * (len(train[0]) // PAIRS)
+    for number in tqdm(range(steps), desc="gowalla"):
+        # The rate falls to 0 at the last step.
+        optimizer.learning_rate.assign(RATE * 0.5 * (1 + np.cos(np.pi * number / steps)))
+        step(*next(batches))
+    users, items = (part.numpy() for part in model.final())
+    return users, items
 
 
 # The shop.
@@ -271,7 +286,6 @@ def shop(result: report.Report, seeds: list[int], out: Path) -> None:
                 for name, rows in (("one word", words == 1), ("more words", words > 1)):
                     of_all.setdefault((f"{fold}, {name}", "ndcg@10", model), []).append(found["ndcg@10"][rows])
                     of_all.setdefault((f"{fold}, {name}", "recall@100", model), []).append(found["recall@100"][rows])
-            _clusters(result, model, folder / model, store) if seed == seeds[0] else None
     for (fold, metric, model), values in of_all.items():
         joined = np.concatenate(values)
         low, high = interval(joined)
@@ -290,19 +304,43 @@ def shop(result: report.Report, seeds: list[int], out: Path) -> None:
     result.bars["shop_tail_recall100_gcn_over_dpsr"] = tails("SearchGCN") / tails("DPSR")
 
 
-def _clusters(result: report.Report, model: str, path: Path, store: Store) -> None:
-    """Adds how well the embeddings of items of the same category stand together: the silhouette by cosine distance."""
-    rng = np.random.default_rng(1)
-    rows = np.sort(rng.choice(store.counts.items, min(2000, store.counts.items), replace=False))
-    vectors, category = item_embeddings(path, store)[rows], store.items()["feature.category"][rows]
-    distance = 1 - vectors @ vectors.T
-    codes, category = np.unique(category, return_inverse=True)
-    member = (category[:, np.newaxis] == np.arange(len(codes))).astype(float)
-    sums, sizes = distance @ member, member.sum(axis=0)
-    own = sums[np.arange(len(rows)), category] / np.maximum(sizes[category] - 1, 1)
-    others = np.where(member > 0, np.inf, sums / sizes).min(axis=1)
-    silhouette = np.where(sizes[category] > 1, (others - own) / np.maximum(np.maximum(own, others), 1e-9), 0)
-    result.add(model, "shop", "silhouette by category", float(silhouette.mean()), "", note=f"{len(codes)} categories")
+def clusters(result: report.Report, seeds: list[int], out: Path) -> None:
+    """Adds how well items of the same category stand together, and draws those of the first seed: clusters.png.
+
+    The silhouette is that of 2,000 items by cosine distance. The picture has their places by t-SNE.
+    """
+    of_all: dict[str, list[np.ndarray]] = {model: [] for model in MODELS}
+    for seed in seeds:
+        folder = out / f"shop-{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        make_shop(folder, seed)
+        make_models(folder, "shop.yaml", seed)
+        store = Store(folder / "store")
+        rows = np.random.default_rng(1).choice(store.counts.items, min(2000, store.counts.items), replace=False)
+        category = store.items()["feature.category"][rows]
+        vectors = {model: item_embeddings(folder / model, store)[rows] for model in MODELS}
+        for model, places in vectors.items():
+            of_all[model].append(silhouette_samples(places, category, metric="cosine"))
+        if seed == seeds[0]:
+            titles = {model: f"{model}, silhouette {of_all[model][0].mean():.3f}" for model in MODELS}
+            _draw({titles[model]: places for model, places in vectors.items()}, category, out / "clusters.png")
+    for model, values in of_all.items():
+        joined = np.concatenate(values)
+        note = "by seed " + ", ".join(f"{part.mean():.4f}" for part in values)
+        if model == "SearchGCN":
+            low, high = interval(joined - np.concatenate(of_all["DPSR"]))
+            note += f"; minus DPSR {low:+.4f} to {high:+.4f}"
+        result.add(model, "shop", "silhouette by category", float(joined.mean()), "", items=len(joined), note=note)
+
+
+def _draw(vectors: dict[str, np.ndarray], category: np.ndarray, path: Path) -> None:
+    """Draws the embeddings [n, dim] of each model beside each other, in the plane by t-SNE, a color for a category."""
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    for axes, (title, places) in zip(figure.subplots(1, len(vectors)), vectors.items(), strict=True):
+        points = TSNE(2, init="pca", metric="cosine", random_state=1).fit_transform(places)
+        axes.scatter(points[:, 0], points[:, 1], s=5, c=category, cmap="tab20", linewidths=0)
+        axes.set(title=title, xticks=[], yticks=[])
+    figure.savefig(path, dpi=100)
 
 
 # Catalogues without a log.
@@ -323,22 +361,59 @@ def catalogue(result: report.Report, data: Path, out: Path, seed: int, full: boo
             (folder / "schema.yaml").write_text(yaml.safe_dump(schema))
             dpsr("ingest", f"--schema={folder / 'schema.yaml'}", f"--input={data / name}", f"--out={folder / 'store'}")
         make_models(folder, "catalogue.yaml", seed, ())
-        store = Store(folder / "store")
-        found = {}
-        for model in MODELS:
-            file = folder / f"{model}.json"
-            columns = () if name == "esci150" else ("--query_column=search_term", "--item_column=product_uid",
-                                                     "--grade_column=relevance")  # fmt: skip
-            dpsr("evaluate", f"--store={store.path}", f"--judgments={data / name / 'judgments.dev.tsv'}",
-                 f"--system=model:{folder / model}", f"--relevant_from={relevant_from}", "--latency_queries=0",
-                 f"--json={file}", *columns)  # fmt: skip
-            read = json.loads(file.read_text())
-            found[model] = next(iter(read["systems"].values())), next(iter(read["intervals"].values()))
-        for model, (means, limits) in found.items():
-            for metric in ("recall@100", "ndcg@10"):
-                low, high = limits[metric]
-                note = f"95 % interval {low:.3f} to {high:.3f}"
-                result.add(model, name, metric, means[metric], "", interval=[low, high], note=note)
+        columns = () if name == "esci150" else ("--query_column=search_term", "--item_column=product_uid",
+                                                 "--grade_column=relevance")  # fmt: skip
+        _evaluate(result, folder, name, f"--judgments={data / name / 'judgments.dev.tsv'}",
+                  f"--relevant_from={relevant_from}", *columns)  # fmt: skip
+
+
+def _evaluate(result: report.Report, folder: Path, workload: str, *judgments: str) -> None:
+    """Adds the figures of both models of a folder on judgments, and the difference of the second from the first."""
+    file = folder / "figures.json"
+    systems = {model: f"model:{folder / model}" for model in MODELS}
+    dpsr("evaluate", f"--store={folder / 'store'}", *(f"--system={system}" for system in systems.values()),
+         "--compare", "--latency_queries=0", f"--json={file}", *judgments)  # fmt: skip
+    read = json.loads(file.read_text())
+    (compared,) = read["comparisons"]
+    for model, system in systems.items():
+        for metric in ("recall@10", "recall@100", "ndcg@10"):
+            low, high = read["intervals"][system][metric]
+            more, note = {"interval": [low, high]}, f"95 % interval {low:.4f} to {high:.4f}"
+            if system == compared["system"]:
+                low, high = compared["figures"][metric]["interval"]
+                more["difference"], note = [low, high], f"{note}; minus DPSR {low:+.4f} to {high:+.4f}"
+            result.add(model, workload, metric, read["systems"][system][metric], "", note=note, **more)
+
+
+# Amazon: purchases of items with attributes.
+
+
+def amazon(result: report.Report, data: Path, out: Path, seed: int) -> None:
+    """Adds the figures of both models on Amazon's reviews, each user's last item being right for its query.
+
+    A node has one value of an attribute, so an item's first attribute (mostly its brand) and its last (mostly its
+    narrowest category) make the edges. Both models read them as features too.
+    """
+    adapter = open_adapter("amazon_s3rec")
+    assert adapter.convert is not None
+    for name in AMAZON:
+        folder = out / f"amazon-{name}"
+        tables = folder / "tables"
+        if not (folder / "store").exists():
+            tables.mkdir(parents=True, exist_ok=True)
+            adapter.convert(data / "amazon_s3rec" / f"{name}.txt", tables)
+            items = pyarrow.parquet.read_table(tables / "items.parquet")
+            words = [cell.split() or [""] for cell in items["attributes"].to_pylist()]
+            for column, place in (("first", 0), ("last", -1)):
+                items = items.append_column(column, pa.array([cell[place] for cell in words]))
+            pyarrow.parquet.write_table(items, tables / "items.parquet")
+            schema = yaml.safe_load(adapter.schema_path.read_text())
+            schema["items"]["features"] += ["first", "last"]
+            schema["graph"] = {"attributes": ["first", "last"]}
+            (folder / "schema.yaml").write_text(yaml.safe_dump(schema, sort_keys=False))
+            dpsr("ingest", f"--schema={folder / 'schema.yaml'}", f"--input={tables}", f"--out={folder / 'store'}")
+        make_models(folder, "movielens.yaml", seed, AMAZON_TRAINING)
+        _evaluate(result, folder, f"amazon {name}", "--held_out", "--fold=test")
 
 
 # Cost.
@@ -428,11 +503,15 @@ def main(arguments: list[str]) -> None:
     result = report.Report("graph", seeds[0], report.hardware("tensorflow", "numpy"))
     with _folder(values.out) as out:
         if "gowalla" in values.parts:
-            gowalla(result, data, out)
+            gowalla(result, data, out, FULL_EPOCHS if values.full else EPOCHS)
         if "shop" in values.parts:
             shop(result, seeds, out)
+        if "clusters" in values.parts:
+            clusters(result, seeds, out)
         if "catalogue" in values.parts or values.full:
             catalogue(result, data, out, seeds[0], values.full)
+        if "amazon" in values.parts or values.full:
+            amazon(result, data, out, seeds[0])
         if "cost" in values.parts:
             cost(result, out, seeds[0])
     result.print(values.json)

@@ -74,35 +74,42 @@ class LightGcn:
         return ops.load().dpsr_propagate(x, self._splits, self._columns, self._weights)
 
 
-def softmax_loss(
-    users: tf.Tensor, items: tf.Tensor, batch: tf.Tensor, wanted: tf.Tensor, of: tf.Tensor, temperature: float
+def sampled_softmax_loss(
+    final: tf.Tensor, users: tf.Tensor, items: tf.Tensor, negatives: tf.Tensor, temperature: float
 ) -> tf.Tensor:
-    """Returns the softmax loss of some users over all items, the mean over each user's items and over users.
+    """Returns the softmax loss of pairs by cosines, the mean over pairs: an item against items that were drawn.
+
+    Published work trains LightGCN with it in the place of BPR (Wu et al., On the Effectiveness of Sampled Softmax Loss
+    for Item Recommendation, TOIS 2024). An epoch of it learns far more than one of BPR, as each pair meets all
+    negatives of the batch.
 
     Args:
-        users, items: final embeddings, [users, dim] and [items, dim].
-        batch: the users, int [b].
-        wanted: their items, int [pairs].
-        of: the place of each pair's user in `batch`, int [pairs], ascending.
-        temperature: divides the inner products.
+        final: final embeddings, [nodes, dim] float32.
+        users, items: the nodes of the pairs, int [batch].
+        negatives: nodes of items, which all pairs share, int [negatives]. A pair's own item may be among them.
+        temperature: divides the cosines.
     """
-    chosen = tf.gather(users, batch) / temperature
-    # The mean score of a user's items is the score of their mean.
-    positive = tf.reduce_sum(chosen * tf.math.segment_mean(tf.gather(items, wanted), of), axis=1)
-    return tf.reduce_mean(tf.reduce_logsumexp(tf.matmul(chosen, items, transpose_b=True), axis=1) - positive)
+    chosen, right, wrong = (tf.math.l2_normalize(tf.gather(final, nodes), 1) for nodes in (users, items, negatives))
+    positive = tf.reduce_sum(chosen * right, axis=1) / temperature
+    others = tf.reduce_logsumexp(tf.matmul(chosen / temperature, wrong, transpose_b=True), axis=1)
+    return tf.reduce_mean(tf.math.softplus(others - positive))
 
 
-def user_batches(
-    users: np.ndarray, items: np.ndarray, size: int, seed: int
+def pair_batches(
+    users: np.ndarray, items: np.ndarray, size: int, num_negatives: int, seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields `batch`, `wanted` and `of` for softmax_loss without end: each user with all of its items once an epoch."""
-    order = np.argsort(users, kind="stable")
-    items, counts = items[order], np.bincount(users)
-    splits, rng = row_splits(counts), np.random.default_rng(seed)
+    """Yields nodes for sampled_softmax_loss without end: each pair once an epoch, and items drawn uniformly.
+
+    Args:
+        users, items: the pairs, int [pairs] each, as for LightGcn.
+        size: pairs of a batch. The last pairs of an epoch that do not fill one are left out.
+        num_negatives: items that are drawn for each batch.
+        seed: seed of the order and of the items.
+    """
+    num_users, num_items, rng = int(users.max()) + 1, int(items.max()) + 1, np.random.default_rng(seed)
     while True:
-        shuffled = rng.permutation(np.flatnonzero(counts))
-        for begin in range(0, len(shuffled) - size + 1, size):
+        shuffled = rng.permutation(len(users))
+        for begin in range(0, len(users) - size + 1, size):
             batch = shuffled[begin : begin + size]
-            of = np.repeat(np.arange(size), counts[batch])
-            places = np.repeat(splits[batch] - row_splits(counts[batch])[:-1], counts[batch]) + np.arange(len(of))
-            yield batch.astype(np.int32), items[places].astype(np.int32), of.astype(np.int32)
+            nodes = users[batch], items[batch] + num_users, rng.integers(0, num_items, num_negatives) + num_users
+            yield tuple(part.astype(np.int32) for part in nodes)

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from dpsr_tf import ops
-from dpsr_tf.models.light_gcn import LightGcn, softmax_loss, user_batches
+from dpsr_tf.models.light_gcn import LightGcn, pair_batches, sampled_softmax_loss
 
 RNG = np.random.default_rng(4)
 # Every user and item has a pair, some have many.
@@ -37,22 +37,34 @@ def test_propagation_is_that_of_dense_matrices(layers):
     np.testing.assert_allclose(tape.gradient(loss, model.embeddings), dense(layers) @ upstream, rtol=1e-4, atol=1e-6)
 
 
-def test_loss_is_the_mean_over_users_of_the_mean_over_their_items():
-    users, items = (RNG.normal(size=(n, 5)).astype(np.float32) for n in (7, 9))
-    for batch, wanted, of in user_batches(*PAIRS, 3, seed=1):
-        for place, user in enumerate(batch):
-            assert sorted(wanted[of == place]) == sorted(PAIRS[1][PAIRS[0] == user])
-        logits = users[batch] @ items.T / 0.5
-        logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        expected = np.mean([-logits[place][wanted[of == place]].mean() for place in range(3)])
-        np.testing.assert_allclose(softmax_loss(users, items, batch, wanted, of, 0.5), expected, rtol=1e-5)
-        break
+def test_loss_is_that_of_a_pair_against_all_negatives_by_cosine():
+    final = RNG.normal(size=(16, 5)).astype(np.float32)
+    users, items, negatives = np.array([0, 6, 3, 3]), np.array([7, 15, 9, 8]), np.array([9, 10, 14])
+    unit = final / np.linalg.norm(final, axis=1, keepdims=True)
+    scores = np.sum(unit[users] * unit[items], axis=1, keepdims=True), unit[users] @ unit[negatives].T
+    shares = np.exp(np.concatenate(scores, axis=1) / 0.5)
+    expected = np.mean(-np.log(shares[:, 0] / shares.sum(axis=1)))
+    np.testing.assert_allclose(sampled_softmax_loss(final, users, items, negatives, 0.5), expected, rtol=1e-5)
 
 
-def test_every_user_comes_once_an_epoch():
-    batches = user_batches(*PAIRS, 7, seed=1)
-    for _ in range(3):
-        assert sorted(next(batches)[0]) == list(range(7))
+def test_every_pair_comes_once_an_epoch_with_drawn_items():
+    count = len(PAIRS[0])
+    batches = pair_batches(*PAIRS, count // 2, 400, seed=1)
+    epochs = [[next(batches), next(batches)] for _ in range(2)]
+    for epoch in epochs:
+        users, items, negatives = (np.concatenate(parts) for parts in zip(*epoch, strict=True))
+        found = set(zip(users.tolist(), (items - 7).tolist(), strict=True))
+        assert len(found) == len(users) == 2 * (count // 2)
+        assert found <= set(zip(*PAIRS.tolist(), strict=True))
+        # All items are drawn, and no user.
+        assert set(negatives.tolist()) == set(range(7, 16))
+    assert epochs[0][0][0].tolist() != epochs[1][0][0].tolist()
+
+
+def test_the_same_seed_gives_the_same_batches():
+    one, same, other = (next(pair_batches(*PAIRS, 8, 4, seed)) for seed in (1, 1, 2))
+    assert all((a == b).all() for a, b in zip(one, same, strict=True))
+    assert any((a != b).any() for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize(
