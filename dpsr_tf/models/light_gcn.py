@@ -106,10 +106,10 @@ def pair_batches(
         num_negatives: items that are drawn for each batch.
         seed: seed of the order and of the items.
     """
-    num_users, num_items, rng = int(users.max()) + 1, int(items.max()) + 1, np.random.default_rng(seed)
+    first, end, rng = int(users.max()) + 1, int(users.max()) + int(items.max()) + 2, np.random.default_rng(seed)
+    users, items = users.astype(np.int32), (items + first).astype(np.int32)
     while True:
         shuffled = rng.permutation(len(users))
         for begin in range(0, len(users) - size + 1, size):
             batch = shuffled[begin : begin + size]
-            nodes = users[batch], items[batch] + num_users, rng.integers(0, num_items, num_negatives) + num_users
-            yield tuple(part.astype(np.int32) for part in nodes)
+            yield users[batch], items[batch], rng.integers(first, end, num_negatives, np.int32)
