@@ -394,7 +394,7 @@ def _evaluate(result: report.Report, folder: Path, workload: str, *judgments: st
 def amazon(result: report.Report, data: Path, out: Path, seed: int) -> None:
     """Adds the figures of both models on Amazon's reviews, on half of the queries of users' last two items.
 
-    An edge needs a column with one value an item, so an item's first attribute (mostly its brand) and its last (mostly its
+    Edges need columns with one value an item. So an item's first attribute (mostly its brand) and its last (mostly its
     narrowest category) make the edges. Both models read them as features too.
     """
     adapter = open_adapter("amazon_s3rec")
