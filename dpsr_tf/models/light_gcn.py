@@ -62,23 +62,6 @@ class LightGcn:
         final = self.propagate(tf.convert_to_tensor(self.embeddings))
         return final[: self.num_users], final[self.num_users :]
 
-    def start_from_spectrum(self, scale: float, iterations: int, seed: int) -> None:
-        """Sets the embeddings to the leading eigenvectors of A, by subspace iteration.
-
-        These are the smoothest signals on the graph, which a training from random embeddings has to find first.
-
-        Args:
-            scale: root of the mean square of the values.
-            iterations: of two products with A + I each. The eigenvalues of A + I are not negative.
-            seed: seed of the signals that the iteration begins with.
-        """
-        x = tf.random.stateless_normal(self.embeddings.shape, [seed, 0])
-        for _ in range(iterations):
-            for _ in range(2):
-                x += self._product(x)
-            x, _ = tf.linalg.qr(x)
-        self.embeddings.assign(x * scale * np.sqrt(len(x)))
-
     def _step(self, x: tf.Tensor) -> tf.Tensor:
         @tf.custom_gradient
         def step(x: tf.Tensor) -> tuple[tf.Tensor, object]:
@@ -113,20 +96,24 @@ def sampled_softmax_loss(
 
 
 def pair_batches(
-    users: np.ndarray, items: np.ndarray, size: int, num_negatives: int, seed: int
+    users: np.ndarray, items: np.ndarray, size: int, num_negatives: int, power: float, seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields nodes for sampled_softmax_loss without end: each pair once an epoch, and items drawn uniformly.
+    """Yields nodes for sampled_softmax_loss without end: each pair once an epoch, and items that are drawn.
 
     Args:
         users, items: the pairs, int [pairs] each, as for LightGcn.
         size: pairs of a batch. The last pairs of an epoch that do not fill one are left out.
         num_negatives: items that are drawn for each batch.
+        power: an item with d pairs is drawn in proportion to d^power. The scores that are learned then lack as much of
+            its popularity: to rank items, power * temperature * log d is to be added to a cosine, or more.
         seed: seed of the order and of the items.
     """
-    first, end, rng = int(users.max()) + 1, int(users.max()) + int(items.max()) + 2, np.random.default_rng(seed)
+    first, rng = int(users.max()) + 1, np.random.default_rng(seed)
+    drawn = np.cumsum(np.bincount(items) ** power)
     users, items = users.astype(np.int32), (items + first).astype(np.int32)
     while True:
         shuffled = rng.permutation(len(users))
         for begin in range(0, len(users) - size + 1, size):
             batch = shuffled[begin : begin + size]
-            yield users[batch], items[batch], rng.integers(first, end, num_negatives, np.int32)
+            negatives = np.searchsorted(drawn, rng.uniform(0, drawn[-1], num_negatives), side="right")
+            yield users[batch], items[batch], (negatives + first).astype(np.int32)

@@ -37,16 +37,6 @@ def test_propagation_is_that_of_dense_matrices(layers):
     np.testing.assert_allclose(tape.gradient(loss, model.embeddings), dense(layers) @ upstream, rtol=1e-4, atol=1e-6)
 
 
-def test_the_start_spans_the_leading_eigenvectors():
-    model = LightGcn(*PAIRS, dim=3, layers=1, seed=1)
-    model.start_from_spectrum(scale=0.5, iterations=200, seed=1)
-    x = model.embeddings.numpy()
-    np.testing.assert_allclose(np.square(x).mean(), 0.25, rtol=1e-4)
-    # With one layer the propagation is (A + I) / 2.
-    leading = np.linalg.eigh(dense(1))[1][:, -3:]
-    np.testing.assert_allclose(leading @ (leading.T @ x), x, atol=1e-3)
-
-
 def test_loss_is_that_of_a_pair_against_all_negatives_by_cosine():
     final = RNG.normal(size=(16, 5)).astype(np.float32)
     users, items, negatives = np.array([0, 6, 3, 3]), np.array([7, 15, 9, 8]), np.array([9, 10, 14])
@@ -59,7 +49,7 @@ def test_loss_is_that_of_a_pair_against_all_negatives_by_cosine():
 
 def test_every_pair_comes_once_an_epoch_with_drawn_items():
     count = len(PAIRS[0])
-    batches = pair_batches(*PAIRS, count // 2, 400, seed=1)
+    batches = pair_batches(*PAIRS, count // 2, 400, power=0.5, seed=1)
     epochs = [[next(batches), next(batches)] for _ in range(2)]
     for epoch in epochs:
         users, items, negatives = (np.concatenate(parts) for parts in zip(*epoch, strict=True))
@@ -71,8 +61,15 @@ def test_every_pair_comes_once_an_epoch_with_drawn_items():
     assert epochs[0][0][0].tolist() != epochs[1][0][0].tolist()
 
 
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_items_are_drawn_by_a_power_of_their_pairs(power):
+    (*_, negatives) = next(pair_batches(*PAIRS, 8, 100_000, power, seed=1))
+    expected = np.bincount(PAIRS[1]) ** power
+    np.testing.assert_allclose(np.bincount(negatives - 7) / 1e5, expected / expected.sum(), atol=0.01)
+
+
 def test_the_same_seed_gives_the_same_batches():
-    one, same, other = (next(pair_batches(*PAIRS, 8, 4, seed)) for seed in (1, 1, 2))
+    one, same, other = (next(pair_batches(*PAIRS, 8, 4, 0.5, seed)) for seed in (1, 1, 2))
     assert all((a == b).all() for a, b in zip(one, same, strict=True))
     assert any((a != b).any() for a, b in zip(one, other, strict=True))
 
