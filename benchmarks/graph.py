@@ -11,8 +11,8 @@
   its log asks, some that it misspells, and some that it never asks. Their right answers come from the truth of
   the shop. An item is in the tail if its log has fewer than 5 positive pairs. The tail's recall@100 of a query is that
   of its right answers in the tail.
-- clusters: how well items of the same category stand together in the shops, and a picture of them: clusters.png under
-  --out.
+- clusters: how well items of the same category stand together in the shop of the first seed (--full: of all seeds), and
+  a picture of them: clusters.png under --out.
 - catalogue (--full): ESCI's sample, which has no log, with brand nodes, and Home Depot, which has no brands. All
   queries of the training are pieces of titles.
 - amazon (--full): purchases of items with attributes. The queries are made from attributes.
@@ -520,7 +520,7 @@ def main(arguments: list[str]) -> None:
         if "shop" in values.parts:
             shop(result, seeds, out)
         if "clusters" in values.parts:
-            clusters(result, seeds, out)
+            clusters(result, seeds if values.full else seeds[:1], out)
         if "catalogue" in values.parts or values.full:
             catalogue(result, data, out, seeds[0], values.full)
         if "amazon" in values.parts or values.full:
