@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import signal
 from collections.abc import Callable
@@ -14,6 +15,11 @@ from dpsr_common.command_line import main
 # A background job of a shell ignores SIGINT, and so would the commands that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Java would spend most of the time of a short job of Spark on optimizing its own code.
+os.environ.setdefault(
+    "PYSPARK_SUBMIT_ARGS", '--driver-java-options "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC" pyspark-shell'
+)
 
 # The files that take longest, the longest first. `make test` runs two files at a time; if one of these started last,
 # the other processor would be idle until it ended. All other files follow in the order of their paths.

@@ -318,7 +318,7 @@ def ingest(
     sections: dict[str, Any] = {}
     with _resource_errors(out, memory), Rejects(rejects or _rejects_path(out), max_reject_fraction) as rejected:
         if session is not None:
-            job = Job(schema, out.resolve(), shards, memory, batch_rows, codes.path if codes else None)
+            job = Job(schema, out.resolve(), shards, memory, batch_rows, codes.path.resolve() if codes else None)
             counts, features = spark_ingest.write_store(session, job, files, rejected)
         else:
             with Workers(threads) as workers, Assembler(schema, out, workers, memory, codes, log) as store:
