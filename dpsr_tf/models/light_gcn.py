@@ -62,6 +62,23 @@ class LightGcn:
         final = self.propagate(tf.convert_to_tensor(self.embeddings))
         return final[: self.num_users], final[self.num_users :]
 
+    def start_from_spectrum(self, scale: float, iterations: int, seed: int) -> None:
+        """Sets the embeddings to the leading eigenvectors of A, by subspace iteration.
+
+        These are the smoothest signals on the graph, which a training from random embeddings has to find first.
+
+        Args:
+            scale: root of the mean square of the values.
+            iterations: of two products with A + I each. The eigenvalues of A + I are not negative.
+            seed: seed of the signals that the iteration begins with.
+        """
+        x = tf.random.stateless_normal(self.embeddings.shape, [seed, 0])
+        for _ in range(iterations):
+            for _ in range(2):
+                x += self._product(x)
+            x, _ = tf.linalg.qr(x)
+        self.embeddings.assign(x * scale * np.sqrt(len(x)))
+
     def _step(self, x: tf.Tensor) -> tf.Tensor:
         @tf.custom_gradient
         def step(x: tf.Tensor) -> tuple[tf.Tensor, object]:

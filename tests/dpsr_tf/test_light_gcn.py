@@ -37,6 +37,16 @@ def test_propagation_is_that_of_dense_matrices(layers):
     np.testing.assert_allclose(tape.gradient(loss, model.embeddings), dense(layers) @ upstream, rtol=1e-4, atol=1e-6)
 
 
+def test_the_start_spans_the_leading_eigenvectors():
+    model = LightGcn(*PAIRS, dim=3, layers=1, seed=1)
+    model.start_from_spectrum(scale=0.5, iterations=200, seed=1)
+    x = model.embeddings.numpy()
+    np.testing.assert_allclose(np.square(x).mean(), 0.25, rtol=1e-4)
+    # With one layer the propagation is (A + I) / 2.
+    leading = np.linalg.eigh(dense(1))[1][:, -3:]
+    np.testing.assert_allclose(leading @ (leading.T @ x), x, atol=1e-3)
+
+
 def test_loss_is_that_of_a_pair_against_all_negatives_by_cosine():
     final = RNG.normal(size=(16, 5)).astype(np.float32)
     users, items, negatives = np.array([0, 6, 3, 3]), np.array([7, 15, 9, 8]), np.array([9, 10, 14])
