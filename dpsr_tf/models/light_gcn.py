@@ -1,8 +1,8 @@
 """LightGCN (He et al., SIGIR 2020): embeddings of ids that are propagated over the whole graph of users and items.
 
 It is the message passing of graph_encoder.py without texts, attention and weights, over all edges in the place of
-sampled ones, with symmetric normalisation. It shows that the message passing reaches what is published, on data that
-have ids alone (docs/graph.md); the retrieval of a shop needs texts.
+sampled ones, with symmetric normalisation. It compares the message passing with what is published, on data that have
+ids alone (docs/graph.md); the retrieval of a shop needs texts.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class LightGcn:
         return final[: self.num_users], final[self.num_users :]
 
     def start_from_spectrum(self, scale: float, iterations: int, seed: int) -> None:
-        """Sets the embeddings to the leading eigenvectors of A, by subspace iteration.
+        """Sets the embeddings to the leading eigenvectors of A, about, by subspace iteration.
 
         These are the smoothest signals on the graph, which a training from random embeddings has to find first.
 
