@@ -4,8 +4,8 @@
 
 - gowalla: LightGCN (dpsr_tf/models/light_gcn.py) with 3 layers and 64 dimensions. It is trained with a sampled softmax
   over cosines in large batches, in the place of BPR, from the spectrum of the graph. It comes near the published
-  figures and does not reach them (docs/graph.md). Settings were chosen on a tenth of each user's training items. Recall@20 and
-  NDCG@20 are over all items that a user has not in the training file, as published.
+  figures and does not reach them (docs/graph.md). Settings were chosen on a tenth of each user's training items.
+  Recall@20 and NDCG@20 are over all items that a user has not in the training file, as published.
 - shop: DPSR and the same with a graph, trained alike on the same store. Titles of the shop are cut to a third, as of
   sellers who write little: where titles say all, towers without a graph find nearly everything. Queries are some that
   its log asks, some that it misspells, and some that it never asks. Their right answers come from the truth of
