@@ -93,6 +93,22 @@ def test_watch(start_backend: StartBackend, start_proxy: StartProxy, tmp_path: P
     assert proxy.process.wait(20) == 0  # a drain may take 30 s
 
 
+def test_watchers_do_not_use_up_the_proxy(start_proxy: StartProxy, tmp_path: Path) -> None:
+    config = "default: {backends: ['127.0.0.1:1']}\nlimits: {connections: 2}\n"
+    target = start_proxy(write_yaml(tmp_path / "p.yaml", config)).target
+    options = (("grpc.use_local_subchannel_pool", 1),)  # connections of their own
+    with grpc.insecure_channel(target, options) as one, grpc.insecure_channel(target, options) as two:
+        watching = [one.unary_stream(WATCH)(b"", timeout=PATIENCE_S) for _ in range(8)]
+        assert [status_of(next(watch)) for watch in watching] == [NOT_SERVING] * 8
+        more = one.unary_stream(WATCH)(b"", timeout=PATIENCE_S)
+        assert more.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "8 calls" in more.details()
+        watching.append(two.unary_stream(WATCH)(b"", timeout=PATIENCE_S))
+        assert status_of(next(watching[-1])) == NOT_SERVING
+        # Both places are taken, by connections that only watch. A third client gets one.
+        with grpc.insecure_channel(target, options) as three:
+            assert three.unary_unary(CHECK)(b"", timeout=PATIENCE_S)
+
+
 def test_reflection_describes_all_services(start_proxy: StartProxy) -> None:
     """A client that knows nothing finds the services, and makes a request with what it found."""
     target = start_proxy("--backend=127.0.0.1:1").target

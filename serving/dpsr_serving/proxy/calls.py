@@ -48,6 +48,7 @@ _ACCEPTS = 16  # new connections that are accepted before calls have their turn 
 _BACKLOG = 1024  # connections that wait for that
 _SWEEP_S = 1.0  # time between two looks at the connections' time limits
 _AGE_JITTER = 0.1  # share of a connection's age, so that connections made together do not end together
+_STREAMING = 8  # streaming calls of a connection, which cost something as long as they last
 _ANSWER_HEADER_BYTES = 65536  # of a server, which is trusted with more than a client
 _PACKED_FROM = 1024  # bytes of an answer that is compressed if its client asks; as the model server
 _PACKED_AT_ONCE = 2**15  # bytes that are compressed on the event loop, in some 0.5 ms; more goes to a thread
@@ -268,6 +269,13 @@ class _Incoming(_Connection):
         return None if self._session.num_streams else self._session.idle_since
 
     @property
+    def spare_since(self) -> float | None:
+        """Since when the connection may end in favour of another: it has no calls, or only streaming ones."""
+        if self._session is not None and self._session.num_streams == len(self._streaming):
+            return self._session.idle_since
+        return self.idle_since
+
+    @property
     def held(self) -> int:
         """Bytes that the connection holds."""
         return 0 if self._session is None else self._session.held
@@ -311,7 +319,10 @@ class _Incoming(_Connection):
         kind, stream = event[0], event[1]
         if kind == _CALL:
             self._server.fresh.pop(self, None)
-            if event[2] in self._server.streaming:
+            if event[2] in self._server.streaming and len(self._streaming) >= _STREAMING:
+                words = f"the connection has {_STREAMING} calls of streaming methods, which is the limit"
+                self._end_stream(stream, Code.RESOURCE_EXHAUSTED, words)
+            elif event[2] in self._server.streaming:
                 self._streaming[stream] = asyncio.Queue()
                 self._tasks[stream] = self._loop.create_task(self._stream(stream, event[2], event[5]))
             else:
@@ -598,8 +609,8 @@ class Server:
         for connection in self.fresh:
             if connection.idle_since is not None:
                 return connection
-        idle = [(since, id(c), c) for c in self.connections if (since := c.idle_since) is not None]
-        return min(idle)[2] if idle else None
+        spare = [(since, id(c), c) for c in self.connections if (since := c.spare_since) is not None]
+        return min(spare)[2] if spare else None
 
     @staticmethod
     def _options(tls: ssl.SSLContext | None) -> dict[str, Any]:
