@@ -11,10 +11,11 @@ from typing import Any
 import grpc
 import pytest
 from processes import PATIENCE_S
-from proxy_backends import StartBackend, StartProxy, call, predict, wait_until, write_yaml
+from proxy_backends import StartBackend, StartProxy, ask_ids, call, predict, wait_until, write_yaml
 
 from dpsr_common import serving_apis
 from dpsr_common.errors import UsageError
+from dpsr_serving.model_server import ModelServer
 from dpsr_serving.proxy.config import TracingConfig, parse_config
 from dpsr_serving.proxy.tracing import Tracer
 from dpsr_serving.tensors import make_tensor
@@ -161,6 +162,20 @@ def test_shards_and_requests_that_are_not_sampled(
     attempts = {span.parent_span_id: span for span in receiver.spans if span.kind == CLIENT}
     ports = [attributes(attempts[part.span_id])["server.port"] for part in parts]
     assert {f"127.0.0.1:{port}" for port in ports} == {backend.target for backend in backends}
+
+
+def test_times_of_a_model_server_are_in_the_attempts_span(
+    receiver: Receiver, servers: dict[str, ModelServer], start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    tracing = f"tracing: {{endpoint: '{receiver.endpoint}', sample: 1}}"
+    config = f"default: {{backends: ['{servers['shop'].target}']}}\n{tracing}\n"
+    proxy = start_proxy(write_yaml(tmp_path / "p.yaml", config))
+    assert ask_ids(proxy.target, "shop") == [100]
+    end(proxy)
+    request, attempt = sorted(receiver.spans, key=lambda span: span.start_time_unix_nano)
+    found = attributes(attempt)
+    took_us = (request.end_time_unix_nano - request.start_time_unix_nano) / 1000
+    assert 0 <= found["dpsr.queue_us"] + found["dpsr.compute_us"] <= took_us
 
 
 def test_reload_begins_and_ends_traces_and_lost_clients_have_spans(
