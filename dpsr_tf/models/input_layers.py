@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from dpsr_tf.config import ModelConfig
 from dpsr_tf.data.examples_dataset import Tokens
-from dpsr_tf.models.embedding import EmbeddingTable
+from dpsr_tf.models.embedding import EmbeddingTable, segment_ids
 from dpsr_tf.models.features import CODED_KINDS, FIXED_KINDS, Feature, FeatureSpec, ItemFeatures
 from dpsr_tf.models.layers import STOCK, Layers
 from dpsr_tf.models.text_encoder import EncoderInput, Table, make_encoder
@@ -132,7 +132,7 @@ class InputLayers:
 
 def segment_softmax(logits: tf.Tensor, row_splits: tf.Tensor) -> tf.Tensor:
     """Computes the softmax of each segment logits[row_splits[i]:row_splits[i + 1]], float [values]."""
-    segments = tf.ragged.row_splits_to_segment_ids(row_splits)
+    segments = segment_ids(row_splits, tf.size(logits, tf.int64))
     count = tf.shape(row_splits, tf.int64)[0] - 1
     top = tf.math.unsorted_segment_max(tf.stop_gradient(logits), segments, count)
     weights = tf.exp(logits - tf.gather(top, segments))
@@ -141,7 +141,7 @@ def segment_softmax(logits: tf.Tensor, row_splits: tf.Tensor) -> tf.Tensor:
 
 def segment_sum(rows: tf.Tensor, row_splits: tf.Tensor) -> tf.Tensor:
     """Returns the sum of each segment rows[row_splits[i]:row_splits[i + 1]]: [values, width] to [segments, width]."""
-    segments = tf.ragged.row_splits_to_segment_ids(row_splits)
+    segments = segment_ids(row_splits, tf.shape(rows, tf.int64)[0])
     total = tf.math.unsorted_segment_sum(rows, segments, tf.shape(row_splits, tf.int64)[0] - 1)
     return tf.ensure_shape(total, [None, rows.shape[1]])
 

@@ -22,6 +22,9 @@ constexpr char kFinal[] = "dpsr.serving.final";
 // requested ones.
 constexpr size_t kMaxOutputSets = 64;
 
+// TensorFlow's number of the thread that calls.
+constexpr int kCallersThread = -1;
+
 std::vector<Endpoint> SortedEndpoints(const google::protobuf::Map<std::string, TensorInfo>& infos) {
   std::vector<Endpoint> endpoints;
   for (const auto& [alias, info] : infos) {
@@ -51,6 +54,19 @@ tensorflow::Status ReadFallbacks(const tensorflow::SignatureDef& definition, Sig
   return tensorflow::OkStatus();
 }
 
+tensorflow::Status TooLate() {
+  return absl::DeadlineExceededError("the deadline passed before the request was computed");
+}
+
+// Returns the status of a run. TensorFlow does not check the time while the graph runs in the caller's thread. Our ops do,
+// and then stop as if the request were cancelled.
+tensorflow::Status CheckTime(tensorflow::Status status, Deadline deadline) {
+  if ((status.ok() || absl::IsCancelled(status)) && Deadline::clock::now() >= deadline) {
+    return absl::DeadlineExceededError("the deadline passed while the request was computed");
+  }
+  return status;
+}
+
 // Returns the error of a load. If an op is missing, the error names the flag that loads op libraries.
 tensorflow::Status ExplainLoadError(const tensorflow::Status& status, const std::string& name, int64_t version) {
   const std::string message(status.message());
@@ -76,7 +92,7 @@ Servable::Servable(const ServableOptions& options, std::string name, int64_t ver
       version_(version),
       tensor_content_(options.tensor_content),
       check_method_names_(options.check_method_names) {
-  if (options.run_in_caller_thread) run_options_.set_inter_op_thread_pool(-1);
+  if (options.run_in_caller_thread) run_options_.set_inter_op_thread_pool(kCallersThread);
 }
 
 Servable::~Servable() = default;
@@ -121,11 +137,34 @@ const Signature* Servable::FindSignature(const std::string& name) const {
   return found == signatures_.end() ? nullptr : &found->second;
 }
 
-bool Servable::RunsAsRequested(const std::string& signature_name, const std::vector<size_t>& outputs) const {
-  std::lock_guard<std::mutex> lock(mutex_);
-  const auto set = std::make_pair(signature_name, outputs);
-  if (output_sets_.size() < kMaxOutputSets) output_sets_.insert(set);
-  return output_sets_.count(set) > 0;
+Servable::OutputSet Servable::FindOutputSet(const Signature& signature, const std::vector<size_t>& outputs) const {
+  const auto key = std::make_pair(signature.name, outputs);
+  {
+    std::shared_lock<std::shared_mutex> lock(mutex_);
+    const auto found = output_sets_.find(key);
+    if (found != output_sets_.end()) return found->second;
+  }
+  std::lock_guard<std::shared_mutex> lock(mutex_);
+  const auto found = output_sets_.find(key);
+  if (found != output_sets_.end()) return found->second;
+  // Signatures as a whole are never too many.
+  const bool whole = outputs.size() == signature.outputs.size();
+  if (!whole && output_sets_.size() >= kMaxOutputSets + signatures_.size()) return {};
+  return output_sets_[key] = {true, MakeCallable(signature, outputs)};
+}
+
+std::optional<tensorflow::Session::CallableHandle> Servable::MakeCallable(const Signature& signature,
+                                                                          const std::vector<size_t>& outputs) const {
+  // Elsewhere a run needs a timeout of its own, and a callable has always the same.
+  if (run_options_.inter_op_thread_pool() != kCallersThread) return std::nullopt;
+  tensorflow::CallableOptions options;
+  *options.mutable_run_options() = run_options_;
+  for (const Endpoint& input : signature.inputs) options.add_feed(input.tensor);
+  for (const size_t output : outputs) options.add_fetch(signature.outputs[output].tensor);
+  tensorflow::Session::CallableHandle handle;
+  // What cannot be made, such as two inputs with the same tensor, is left to Session::Run and its errors.
+  if (!bundle_.GetSession()->MakeCallable(options, &handle).ok()) return std::nullopt;
+  return handle;
 }
 
 tensorflow::Status Servable::Run(const Signature& signature, const Feeds& feeds, const std::vector<size_t>& outputs,
@@ -139,21 +178,25 @@ tensorflow::Status Servable::Run(const Signature& signature, const Feeds& feeds,
 tensorflow::Status Servable::RunAlone(const Signature& signature, const Feeds& feeds,
                                       const std::vector<size_t>& outputs, Deadline deadline,
                                       std::vector<tensorflow::Tensor>* results) const {
-  std::vector<size_t> computed = outputs;
-  const bool all = outputs.size() < signature.outputs.size() && !RunsAsRequested(signature.name, outputs);
-  if (all) {
-    computed.resize(signature.outputs.size());
-    std::iota(computed.begin(), computed.end(), 0);
+  const OutputSet set = FindOutputSet(signature, outputs);
+  if (!set.runs_as_requested) {
+    std::vector<size_t> all(signature.outputs.size());
+    std::iota(all.begin(), all.end(), 0);
+    std::vector<tensorflow::Tensor> computed;
+    TF_RETURN_IF_ERROR(RunAlone(signature, feeds, all, deadline, &computed));
+    for (const size_t output : outputs) results->push_back(std::move(computed[output]));
+    return tensorflow::OkStatus();
+  }
+  if (set.callable.has_value()) {
+    std::vector<tensorflow::Tensor> inputs;
+    inputs.reserve(feeds.size());
+    for (const auto& feed : feeds) inputs.push_back(feed.second);
+    if (Deadline::clock::now() >= deadline) return TooLate();
+    return CheckTime(bundle_.GetSession()->RunCallable(*set.callable, inputs, results, nullptr), deadline);
   }
   std::vector<std::string> fetches;
-  for (const size_t output : computed) fetches.push_back(signature.outputs[output].tensor);
-  TF_RETURN_IF_ERROR(Run(feeds, fetches, deadline, results));
-  if (all) {
-    std::vector<tensorflow::Tensor> asked;
-    for (const size_t output : outputs) asked.push_back((*results)[output]);
-    *results = std::move(asked);
-  }
-  return tensorflow::OkStatus();
+  for (const size_t output : outputs) fetches.push_back(signature.outputs[output].tensor);
+  return Run(feeds, fetches, deadline, results);
 }
 
 tensorflow::Status Servable::Run(const Feeds& feeds, const std::vector<std::string>& fetches, Deadline deadline,
@@ -162,16 +205,10 @@ tensorflow::Status Servable::Run(const Feeds& feeds, const std::vector<std::stri
   if (deadline != Deadline::max()) {
     const auto left =
         std::chrono::duration_cast<std::chrono::milliseconds>(deadline - std::chrono::system_clock::now()).count();
-    if (left <= 0) return absl::DeadlineExceededError("the deadline passed before the request was computed");
+    if (left <= 0) return TooLate();
     run_options.set_timeout_in_ms(left);
   }
-  const tensorflow::Status status = bundle_.GetSession()->Run(run_options, feeds, fetches, {}, results, nullptr);
-  // TensorFlow does not check the time while the graph runs in the caller's thread. Our ops do, and then stop as if the
-  // request were cancelled.
-  if ((status.ok() || absl::IsCancelled(status)) && std::chrono::system_clock::now() >= deadline) {
-    return absl::DeadlineExceededError("the deadline passed while the request was computed");
-  }
-  return status;
+  return CheckTime(bundle_.GetSession()->Run(run_options, feeds, fetches, {}, results, nullptr), deadline);
 }
 
 }  // namespace dpsr::serving

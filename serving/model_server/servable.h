@@ -6,9 +6,9 @@
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <set>
+#include <shared_mutex>
 #include <string>
 #include <unordered_set>
 #include <utility>
@@ -21,6 +21,7 @@
 #include "tensorflow/core/platform/status.h"
 #include "tensorflow/core/protobuf/config.pb.h"
 #include "tensorflow/core/protobuf/meta_graph.pb.h"
+#include "tensorflow/core/public/session.h"
 #include "tensorflow/core/public/session_options.h"
 
 namespace dpsr::serving {
@@ -121,11 +122,19 @@ class Servable {
   tensorflow::SavedModelBundleLite bundle_;
   std::map<std::string, Signature> signatures_;
 
-  // Returns whether to run exactly these outputs of a signature. A session keeps a compiled executor for every set of
-  // fetches for ever, so only a limited number of sets run as requested; for any other set, all outputs are computed.
-  bool RunsAsRequested(const std::string& signature_name, const std::vector<size_t>& outputs) const;
-  mutable std::mutex mutex_;
-  mutable std::set<std::pair<std::string, std::vector<size_t>>> output_sets_;
+  // A session keeps a compiled executor for every set of fetches for ever, so only a limited number of sets of a
+  // signature's outputs run as requested; for any other set, all outputs are computed.
+  struct OutputSet {
+    bool runs_as_requested = false;
+    // What the session made for these inputs and outputs, which spares it most of the work of a run; nothing if it
+    // cannot be used.
+    std::optional<tensorflow::Session::CallableHandle> callable;
+  };
+  OutputSet FindOutputSet(const Signature& signature, const std::vector<size_t>& outputs) const;
+  std::optional<tensorflow::Session::CallableHandle> MakeCallable(const Signature& signature,
+                                                                  const std::vector<size_t>& outputs) const;
+  mutable std::shared_mutex mutex_;
+  mutable std::map<std::pair<std::string, std::vector<size_t>>, OutputSet> output_sets_;
   // Destroyed first, because its batches run in the session.
   std::unique_ptr<BatchQueues> batch_queues_;
 };

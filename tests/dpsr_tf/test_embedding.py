@@ -27,6 +27,7 @@ from dpsr_tf.models.embedding import (
     minimize,
     rows_of,
     saver,
+    segment_ids,
     spread_rows,
 )
 
@@ -695,3 +696,20 @@ def test_a_cluster_trains_as_one_process_does(wire, tolerance, stock_model, tmp_
         moved = np.abs(warm[name] - of_stock[name]).max(axis=1)
         assert moved.max() < 0.1001 and np.count_nonzero(moved == 0) > 10
         assert np.all(warm[f"{name}/Adagrad"][moved == 0] == np.float32(0.1))
+
+
+@pytest.mark.parametrize("lengths", [[2, 0, 3, 1, 0, 0], [0, 0], [5], []])
+def test_segment_ids(lengths: list[int]) -> None:
+    splits = np.cumsum([0, *lengths], dtype=np.int64)
+    found = segment_ids(tf.constant(splits), tf.constant(splits[-1]))
+    assert found.numpy().tolist() == np.repeat(np.arange(len(lengths)), lengths).tolist()
+
+
+def test_a_table_of_stock_ops_stays_small() -> None:
+    """Each op costs a server time for each request."""
+    with tf.Graph().as_default() as graph:
+        table = EmbeddingTable("table", 10, 4, implementation="stock")
+        before = len(graph.get_operations())
+        table.bag(Tokens(tf.constant([1, 2]), tf.constant([0, 2], tf.int64)))
+        added = [op.type for op in graph.get_operations()[before:] if op.type not in ("Const", "Identity")]
+    assert len(added) <= 18, added
