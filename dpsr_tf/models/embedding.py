@@ -653,7 +653,8 @@ def segment_ids(row_splits: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
     `row_splits_to_segment_ids` takes some forty.
 
     Args:
-        row_splits: int64 [segments + 1], from 0 to `count`; segment i has the values row_splits[i] to row_splits[i + 1].
+        row_splits: int64 [segments + 1], from 0 to `count`; segment i has the values from row_splits[i] to before
+            row_splits[i + 1].
         count: number of values, int64 [].
     """
     # Value v is in segment i if i ends are not above v.
