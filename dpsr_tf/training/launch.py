@@ -60,8 +60,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list(
         "hosts",
         [],
-        "hosts that the processes run on, one after the other, as ssh takes them: HOST or USER@HOST. All of them, and "
-        "this machine, see store, config and model under the same paths; by default the processes run on this machine",
+        "hosts for the processes, as ssh takes them: HOST or USER@HOST. All see store, config and model under the "
+        "same paths, and so does this machine (default: this machine alone)",
         flag_values=values,
     )
     flags.DEFINE_string(

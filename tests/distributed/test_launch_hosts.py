@@ -80,6 +80,7 @@ def flags(ssh: str, store: Path, model: Path, *assignments: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_training_on_two_hosts(launch, ssh, shop_store, tmp_path):
