@@ -146,8 +146,9 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
             _dpsr("evaluate", f"--judgments={job.judgments}", *job.judgment_flags(), f"--store={store}", *systems)
             seconds = time.monotonic() - started
             if values.keep:
-                print(f"\nDone in {seconds:.0f} s. The search page is on {page}/. Ctrl-C ends it.", flush=True)
+                # Whoever reads the line may press Ctrl-C before the next one runs.
                 with contextlib.suppress(KeyboardInterrupt):
+                    print(f"\nDone in {seconds:.0f} s. The search page is on {page}/. Ctrl-C ends it.", flush=True)
                     signal.pause()
     # For those who start the servers themselves, as the last lines say.
     _write_pipelines(out, job, Store(store), "127.0.0.1:8500")

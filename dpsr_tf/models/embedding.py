@@ -657,8 +657,9 @@ def segment_ids(row_splits: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
             row_splits[i + 1].
         count: number of values, int64 [].
     """
-    # Value v is in segment i if i ends are not above v.
-    return tf.raw_ops.UpperBound(sorted_inputs=row_splits[tf.newaxis, 1:], values=tf.range(count)[tf.newaxis])[0]
+    # Value v is in segment i if i ends are not above v. Reshaping tells the rank, which some inputs of graphs do not.
+    ends = tf.reshape(row_splits, [1, -1])[:, 1:]
+    return tf.raw_ops.UpperBound(sorted_inputs=ends, values=tf.range(count)[tf.newaxis])[0]
 
 
 class _Stock:
