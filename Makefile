@@ -195,8 +195,9 @@ build/promtool:
 build/nginx:
 	$(call take_program,nginx,usr/sbin/nginx)
 
+# Spark's tests need Java. A Java that is on the PATH is used.
 test-tools: build/promtool
-	$(call install_debian,$(TEST_PACKAGES))
+	$(call install_debian,$(TEST_PACKAGES) $(if $(shell command -v java),,openjdk-17-jre-headless))
 
 test-fast: native test-tools
 	$(PYTEST) -m "not slow"

@@ -281,7 +281,7 @@ def shard_rollout(folder: Path, seconds: float, result: report.Report) -> None:
             for base in bases:
                 (base / "model2").rename(base / "2")
                 time.sleep(seconds / 4)
-            for base in bases:  # later version 1 is no longer kept
+            for base in bases:  # After this, the server unloads version 1.
                 shutil.rmtree(base / "1")
             time.sleep(seconds / 3)
     finally:

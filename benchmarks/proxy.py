@@ -171,7 +171,7 @@ def measure(
         ours, theirs = (result.value(impl, "closed 8", "cpu proxy") for impl in ("proxy", "nginx"))
         result.bars["cpu_ratio_to_nginx"] = ours / theirs
     else:
-        print("nginx is not there (make build/nginx), so there is no cpu_ratio_to_nginx", file=sys.stderr)
+        print("cpu_ratio_to_nginx is not measured: nginx is missing; run `make build/nginx`", file=sys.stderr)
     result.bars["workers2_over_1"] = statistics.median(ratios)
 
 

@@ -461,9 +461,9 @@ def used_rows(rows: pa.RecordBatch, schema: InteractionsSchema) -> pa.RecordBatc
 def no_positive_pairs(schema: InteractionsSchema) -> CommandError:
     """Returns the error of a log without a positive pair for training."""
     s = schema
-    reason = f"no label in column {s.label} is {s.positive_from:g} or more" if s.label else "there is no click"
-    kept = " that is not held out" if s.held_out else ""
-    return CommandError(f"there is no positive pair{kept}: {reason}; correct the schema or the tables")
+    reason = f"no label in column {s.label} is at least {s.positive_from:g}" if s.label else "the log has no clicks"
+    kept = " that are not held out" if s.held_out else ""
+    return CommandError(f"the log has no positive pairs{kept}: {reason}; correct the schema or the tables")
 
 
 def _has_weights(schema: InteractionsSchema) -> bool:

@@ -763,7 +763,7 @@ class _Rows(saveable_object.SaveableObject):
 
 
 class _Snapshot(_Rows):
-    """Saves a table, or a piece of it, and its accumulator by one op, which reads both under their locks."""
+    """Saves a table or one of its pieces, together with its accumulator. One op reads both under their locks."""
 
     def __init__(self, variable: tf.Variable, accumulator: tf.Variable):
         self.pair = (variable, accumulator)

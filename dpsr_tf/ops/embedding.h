@@ -26,7 +26,7 @@ struct TokenLists {
   const float* weights;  // [num_values]; null: every weight is 1
 };
 
-// Where the ids of a table lie: in one of several shards, in which row of it.
+// Maps an id of a table to its shard and to its row in that shard.
 class RowRanges {
  public:
   struct Place {

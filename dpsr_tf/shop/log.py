@@ -29,7 +29,7 @@ _BATCH = 32_768
 _MOST_REQUESTS = 5
 # How many items a user compares to find the one wanted.
 _CHOICES = 6
-# An item that is no answer goes into the cart less often after a click, by this factor.
+# Users put an irrelevant item into the cart less often after a click: the chance is multiplied by this.
 STRAY_CARTS = 0.1
 # Marks an item that was drawn a second time for the same list; larger than the key of every real place.
 _REPEATED = 1 << 24

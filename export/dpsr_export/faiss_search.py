@@ -104,7 +104,7 @@ def read_item_changes(
     Returns:
         A named tuple of kinds int32 [n], item_ids int64 [n], versions int64 [n], times float64 [n], keys string [n]
         ("" where item ids are numbers), examples string [n], and next_offset int64 [], of the change after the last.
-        n is 0 if there are no changes from `offset` on, or no log.
+        n is 0 if the log has no changes from `offset` on, or does not exist.
 
     Raises:
         tf.errors.DataLossError: the segment with `offset` is damaged or missing. The message names the file.

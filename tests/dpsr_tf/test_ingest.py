@@ -973,7 +973,7 @@ def test_log_without_a_row(shop, refuses, suffix):
         pyarrow.parquet.write_table(pa.Table.from_pylist(shop.log).slice(0, 0), path)
     else:
         path.write_bytes(path.read_bytes().split(b"\n")[0] + b"\n")
-    refuses(1, "there is no positive pair")
+    refuses(1, "the log has no positive pairs")
 
 
 @pytest.mark.parametrize("suffix", [".tsv", ".parquet"])
@@ -1230,7 +1230,7 @@ def test_labels_win_over_clicks(shop, tmp_path, dpsr):
 def test_labels_that_overrule_every_click(shop, refuses):
     rows = [("red", 30, 5, 1000, "click", None), ("red", 30, None, None, None, 0)]
     log_of(shop, rows, label="label", negative_to=0).write(".jsonl")
-    refuses(1, "there is no positive pair: no label in column label is 1 or more")
+    refuses(1, "the log has no positive pairs: no label in column label is at least 1")
 
 
 def test_the_most_skipped_items_are_mined(shop, tmp_path, dpsr):
@@ -1271,7 +1271,7 @@ def test_the_most_skipped_items_are_mined(shop, tmp_path, dpsr):
 def test_no_positive_pair(shop, refuses):
     shop.schema["interactions"]["positive_from"] = 3
     shop.write()
-    refuses(1, "there is no positive pair: no label in column label is 3 or more; correct the schema")
+    refuses(1, "the log has no positive pairs: no label in column label is at least 3; correct the schema")
 
 
 def test_a_long_feature_name(shop, refuses):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from dpsr_tf.data.pieces import ShardCounts
 from dpsr_tf.data.store import Store
 from dpsr_tf.spark import run_tasks, session
 
-needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="Spark needs Java")
 SPARK = ["--engine=spark", "--spark_master=local[2]"]
 
 
@@ -108,7 +106,6 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
 
 
 @pytest.mark.slow
-@needs_java
 def test_the_store_is_that_of_the_local_engine(spark: Any, shop: Shop) -> None:
     """Every file, and the list of unusable rows; also with the codes of a model, of which nothing is counted."""
     flags = ["--shards=3", "--max_reject_fraction=0.5"]
@@ -132,7 +129,6 @@ def test_the_store_is_that_of_the_local_engine(spark: Any, shop: Shop) -> None:
 
 
 @pytest.mark.slow
-@needs_java
 def test_errors_of_tasks_are_those_of_the_command(spark: Any, tmp_path: Path, capsys: Any) -> None:
     shop = Shop(tmp_path / "shop").write(".jsonl")
     (shop.path / "items.jsonl").write_text('{"item_id": 1, "title": "no brand"}\n')

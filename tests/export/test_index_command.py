@@ -161,7 +161,6 @@ def test_a_killed_run_goes_on(job: Job, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("java") is None, reason="Spark needs Java")
 def test_spark_embeds_the_same(job: Job, tmp_path: Path) -> None:
     dpsr(*index_arguments(job, tmp_path / "index", "--engine=spark", "--spark_master=local[1]"))
     for name in ("item_embeddings.dpsr", "items.faiss", "item_ids.dpsr"):
