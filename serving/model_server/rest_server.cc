@@ -89,13 +89,18 @@ struct Shared {
   std::mutex mutex;
   std::condition_variable idle;
   bool draining = false;
-  int busy = 0;  // requests that have been read and not yet answered
+  int busy = 0;  // requests that have been read and not yet answered, and connections that workers hold
 
   // Counts a request that is to be answered. Returns false if the server stops, so that it must not be answered.
   bool Begin() {
     std::lock_guard<std::mutex> lock(mutex);
     if (!draining) ++busy;
     return !draining;
+  }
+  // Counts a connection that a worker holds.
+  void Hold() {
+    std::lock_guard<std::mutex> lock(mutex);
+    ++busy;
   }
   bool IsDraining() {
     std::lock_guard<std::mutex> lock(mutex);
@@ -202,7 +207,7 @@ class Connection : public std::enable_shared_from_this<Connection<Stream>> {
     }
     const auto arrival = std::chrono::steady_clock::now();
     const auto shared_request = std::make_shared<const RestRequest>(std::move(request));
-    auto work = [self = Self(), shared_request, keep_alive, arrival] {
+    auto work = [self = Self(), shared_request, keep_alive, arrival]() mutable {
       RequestTimes times;
       times.queue_micros = MicrosecondsSince(arrival);
       RecordQueueing(times.queue_micros);
@@ -213,8 +218,14 @@ class Connection : public std::enable_shared_from_this<Connection<Stream>> {
       asio::post(self->stream_.get_executor(), [self, reply = std::move(reply), keep_alive]() mutable {
         self->Write(std::move(reply), keep_alive);
       });
+      // The server may end once the answer is out, and the connection needs the server.
+      Shared* const shared = self->shared_;
+      self = nullptr;
+      shared->End();
     };
+    shared_->Hold();
     if (!shared_->workers->Add(std::move(work))) {
+      shared_->End();
       shared_->api->RecordRefused(*shared_request);
       Write(ErrorReply(429, kQueueIsFull), keep_alive);
     }

@@ -17,7 +17,9 @@ namespace {
 // A server without models: what stands before them, HTTP and the paths, is what counts here.
 class RestServerTest : public testing::Test {
  protected:
-  void SetUp() override {
+  void SetUp() override { StartServer(); }
+
+  void StartServer() {
     RestServerOptions options;
     options.host = "127.0.0.1";
     options.max_body_bytes = 1 << 16;
@@ -113,6 +115,16 @@ TEST_F(RestServerTest, MutatedRequestsNeverEndIt) {
     EXPECT_TRUE(answer.empty() || answer.substr(0, 7) == "HTTP/1.") << answer;
   }
   EXPECT_EQ(Ask(kHealth).substr(0, 15), "HTTP/1.1 200 OK");
+}
+
+// A worker may still hold the request that it has answered when the last answer is out and the server ends.
+TEST_F(RestServerTest, EndsWhileWorkersLetGoOfTheirRequests) {
+  for (int i = 0; i < 200; ++i) {
+    EXPECT_EQ(Ask(Post("{}", "Connection: close\r\n")).substr(0, 13), "HTTP/1.1 503 ");
+    server_->Shutdown(std::chrono::seconds(10));
+    server_.reset();
+    StartServer();
+  }
 }
 
 }  // namespace
