@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -89,3 +89,20 @@ def dpsr(capfd: pytest.CaptureFixture[str]) -> Callable[..., CommandResult]:
         return CommandResult(status, out, [line for line in lines if line and not re.search(r"\[\d\d:\d\d[<,]", line)])
 
     return run
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The address of an object store that the tests of a module share."""
+    from object_stores import s3_server  # moto takes a second to import
+
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture
+def s3_url(s3: str, request: pytest.FixtureRequest) -> str:
+    """A prefix of the object store that belongs to one test."""
+    from object_stores import BUCKET
+
+    return f"{BUCKET}/{request.node.name}"

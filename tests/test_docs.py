@@ -16,6 +16,8 @@ from dpsr_common.command_line import commands
 from dpsr_common.typed_config import from_dict, to_dict
 from dpsr_tf.data.schema import Schema
 from dpsr_tf.reference import reference
+from dpsr_tf.report.benchmarks import figures_page
+from dpsr_tf.report.quotes import pages, read_figures, renewed
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -24,6 +26,15 @@ DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 def test_configuration_reference_is_that_of_the_dataclasses() -> None:
     message = "run `python -m dpsr_tf.reference > docs/configuration.md`"
     assert (ROOT / "docs" / "configuration.md").read_text() == reference(), message
+
+
+def test_quoted_figures_are_those_that_were_measured() -> None:
+    figures = read_figures()
+    message = "put figures.md of `dpsr report` beside its figures.json, in docs/"
+    assert (ROOT / "docs" / "figures.md").read_text() == figures_page(figures), message
+    for page in pages():
+        text = page.read_text()
+        assert text == renewed(text, figures), "run `python -m dpsr_tf.report.quotes`"
 
 
 def test_schema_example_is_a_schema() -> None:

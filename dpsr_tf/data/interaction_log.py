@@ -461,7 +461,11 @@ def used_rows(rows: pa.RecordBatch, schema: InteractionsSchema) -> pa.RecordBatc
 def no_positive_pairs(schema: InteractionsSchema) -> CommandError:
     """Returns the error of a log without a positive pair for training."""
     s = schema
-    reason = f"no label in column {s.label} is at least {s.positive_from:g}" if s.label else "the log has no clicks"
+    reason = "the log has no clicks"
+    if s.label:
+        reason = f"no label in column {s.label} is at least {s.positive_from:g}"
+    elif s.type:
+        reason = f"no row that counts has one of the types {', '.join(s.positive_types)} (positive_types)"
     kept = " that are not held out" if s.held_out else ""
     return CommandError(f"the log has no positive pairs{kept}: {reason}; correct the schema or the tables")
 

@@ -24,7 +24,7 @@ class Benchmark:
         page: the page of docs/ about it.
         flags: flags of a full report; `{data}` stands for the folder of the data sets.
         quick: flags of a quick report, which only shows that the benchmark works. None: a quick report leaves it out.
-        keeps: whether it has a flag --out for a directory that keeps what it makes.
+        keeps: its flag for a directory that keeps what it makes; "" if it has none.
         reads: folders of the data sets that a full report needs. A quick one needs none.
         aims: bar -> `>=` or `<=` and a figure. Bars that have no aim are shown too.
         papers: what the papers report, as rows of (figure, value, setting).
@@ -36,7 +36,7 @@ class Benchmark:
     page: str
     flags: Sequence[str] = ()
     quick: Sequence[str] | None = ("--quick",)
-    keeps: bool = False
+    keeps: str = ""
     reads: Sequence[str] = ()
     aims: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
     papers: Sequence[tuple[str, str, str]] = ()
@@ -80,7 +80,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "of those that are trained after it.",
         "learned_index",
         "learned_index.md",
-        keeps=True,
+        keeps="out",
         reads=("homedepot",),
         aims={
             "poeem_precision100": (">=", 0.985),
@@ -105,7 +105,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "graph",
         "graph.md",
         quick=None,
-        keeps=True,
+        keeps="out",
         reads=("gowalla",),
         aims={
             "shop_tail_recall100_gcn_over_dpsr": (">=", 1.03),
@@ -125,7 +125,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "rewriting",
         "rewriting.md",
         quick=("--parts=shop", "--seeds=1", "--clicks=4000", "--shop_steps=100"),
-        keeps=True,
+        keeps="out",
         reads=("homedepot",),
         aims={
             "misspelt_bm25_rewritten": (">=", 0.68),
@@ -140,7 +140,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "ranker",
         "ranking.md",
         quick=("--items=300", "--users=60", "--interactions=6000", "--seeds=1", "--steps=60", "--parts=shop"),
-        keeps=True,
+        keeps="out",
         reads=("esci150", "icecat135", "crowdflower261"),
         aims={"rank_core_us_100_items": ("<=", 300)},
         papers=(
@@ -156,7 +156,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "search",
         "search.md",
         quick=None,
-        keeps=True,
+        keeps="out",
         reads=("homedepot", "esci150", "icecat135"),
         aims={
             "homedepot_dev_recall100_hybrid": (">=", 0.85),
@@ -185,7 +185,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             "--seeds=1,2,3",
         ),
         quick=None,
-        keeps=True,
+        keeps="out",
         reads=("esci150", "icecat135", "crowdflower261"),
         aims={"recall100_esci_titles": (">=", 0.91), "recall100_icecat_titles": (">=", 0.79)},
     ),
@@ -194,7 +194,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "Items that change while a server answers, at a million items.",
         "fresh",
         "fresh_items.md",
-        keeps=True,
+        keeps="out",
         aims={
             "visible_s_p99": ("<=", 2),
             "deleted_returned": ("<=", 0),
@@ -209,6 +209,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "index",
         "index.md",
         flags=("--items=120000000",),
+        keeps="folder",
         aims={
             "build_120m_wall_s": ("<=", 3453),
             "core_ms_120m_at_ann_recall_0_90": ("<=", 5),
@@ -281,7 +282,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "A model of workers and parameter servers from measured costs.",
         "scale",
         "cluster.md",
-        keeps=True,
+        keeps="out",
         papers=(("training", "55 hours", "400 million steps, 40 workers and 5 parameter servers (2020)"),),
     ),
 }
@@ -307,7 +308,10 @@ def _run(runner: ExperimentRunner, name: str, one: Benchmark, quick: bool, data:
     def compute() -> Result:
         given = [flag.format(data=data.resolve()) for flag in flags]
         more = [f"--data={data.resolve()}"] if one.reads and given == flags and not quick else []
-        more += [f"--out={runner.out.resolve() / 'work' / name}"] if one.keeps else []
+        if one.keeps:
+            kept = runner.out.resolve() / "work" / name
+            kept.mkdir(exist_ok=True)
+            more.append(f"--{one.keeps}={kept}")
         script = REPOSITORY / "benchmarks" / f"{one.script}.py"
         out = runner.run_script(name, script, "--json", *given, *seed, *more)
         found = json.loads(out.strip().splitlines()[-1])

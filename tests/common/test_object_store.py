@@ -8,22 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from object_stores import BUCKET, s3_server
+from object_stores import BUCKET
 
 from dpsr_common import object_store
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.object_store import MARK, RemoteFolder, cached, download, is_remote, upload
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with s3_server() as address:
-        yield address
-
-
-@pytest.fixture
-def url(server: str, request: pytest.FixtureRequest) -> str:
-    return f"{BUCKET}/{request.node.name}"
 
 
 @pytest.fixture(autouse=True)
@@ -58,31 +47,31 @@ def files_in(cache: Path) -> int:
     return len(list((cache / "files").iterdir()))
 
 
-def test_a_copy_is_the_directory(url: str, tmp_path: Path) -> None:
+def test_a_copy_is_the_directory(s3_url: str, tmp_path: Path) -> None:
     source = folder(tmp_path / "source", manifest="{}", log__part="rows", empty="")
-    assert upload(source, url) == 6
-    assert set(RemoteFolder(url).names()) == {"manifest", "log/part", "empty", MARK}
-    download(url, tmp_path / "copy")
+    assert upload(source, s3_url) == 6
+    assert set(RemoteFolder(s3_url).names()) == {"manifest", "log/part", "empty", MARK}
+    download(s3_url, tmp_path / "copy")
     assert contents(tmp_path / "copy") == contents(source)
     with pytest.raises(CommandError, match="exists already"):
-        download(url, tmp_path / "copy")
+        download(s3_url, tmp_path / "copy")
     with pytest.raises(CommandError, match="holds files already"):
-        upload(source, url)
-    upload(folder(tmp_path / "new", manifest="{1}"), url, overwrite=True)
-    assert contents(cached(url)) == {"manifest": "{1}"}, "nothing of the old one stays"
+        upload(source, s3_url)
+    upload(folder(tmp_path / "new", manifest="{1}"), s3_url, overwrite=True)
+    assert contents(cached(s3_url)) == {"manifest": "{1}"}, "nothing of the old one stays"
 
 
-def test_half_a_directory_is_refused(url: str, tmp_path: Path) -> None:
-    source, remote = folder(tmp_path / "source", a="one", b="two"), RemoteFolder(url)
+def test_half_a_directory_is_refused(s3_url: str, tmp_path: Path) -> None:
+    source, remote = folder(tmp_path / "source", a="one", b="two"), RemoteFolder(s3_url)
     remote.write("a", source / "a")
-    for take in (cached, lambda url: download(url, tmp_path / "copy")):
-        with pytest.raises(CommandError, match=rf"{url}: is not a complete directory \(no {MARK}\)"):
-            take(url)
-    upload(source, url, overwrite=True)
+    for take in (cached, lambda s3_url: download(s3_url, tmp_path / "copy")):
+        with pytest.raises(CommandError, match=rf"{s3_url}: is not a complete directory \(no {MARK}\)"):
+            take(s3_url)
+    upload(source, s3_url, overwrite=True)
     remote.write("b", b"three")
     for take in (cached, lambda url: download(url, tmp_path / "copy")):
-        with pytest.raises(CommandError, match=rf"{url}/b: is not the file that {MARK} lists \(5 bytes, expected 3\)"):
-            take(url)
+        with pytest.raises(CommandError, match=rf"/b: is not the file that {MARK} lists \(5 bytes, expected 3\)"):
+            take(s3_url)
         end_of_process()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "source"], "nothing half-written stays"
     assert [path.name for path in (tmp_path / "cache" / "trees").iterdir() if path.is_dir()] == []
@@ -102,7 +91,7 @@ def test_half_a_directory_is_refused(url: str, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_damaged_marks(mark: bytes, message: str, server: str, tmp_path: Path) -> None:
+def test_damaged_marks(mark: bytes, message: str, s3: str, tmp_path: Path) -> None:
     url = f"{BUCKET}/damaged"
     RemoteFolder(url).write(MARK, mark)
     with pytest.raises(CommandError, match=message):
@@ -111,40 +100,40 @@ def test_damaged_marks(mark: bytes, message: str, server: str, tmp_path: Path) -
         cached(url)
 
 
-def test_the_cache_holds_a_content_once(url: str, tmp_path: Path, cache: Path) -> None:
-    upload(folder(tmp_path / "1", same="same", model="old"), f"{url}/1")
-    upload(folder(tmp_path / "2", same="same", model="new"), f"{url}/2")
-    first, second = cached(f"{url}/1"), cached(f"{url}/2")
+def test_the_cache_holds_a_content_once(s3_url: str, tmp_path: Path, cache: Path) -> None:
+    upload(folder(tmp_path / "1", same="same", model="old"), f"{s3_url}/1")
+    upload(folder(tmp_path / "2", same="same", model="new"), f"{s3_url}/2")
+    first, second = cached(f"{s3_url}/1"), cached(f"{s3_url}/2")
     assert contents(first) == contents(tmp_path / "1") and contents(second) == contents(tmp_path / "2")
     assert (first / "same").samefile(second / "same")
     assert files_in(cache) == 3
-    assert cached(f"{url}/1") == first
-    part = cached(f"{url}/2", wanted=lambda name: name == "model")
+    assert cached(f"{s3_url}/1") == first
+    part = cached(f"{s3_url}/2", wanted=lambda name: name == "model")
     assert contents(part) == {"model": "new"} and part != second
 
 
-def test_the_cache_is_bounded(url: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_bounded(s3_url: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DPSR_CACHE_BYTES", "25")
     trees = {}
     for name in "abc":
-        upload(folder(tmp_path / name, file=name * 10), f"{url}/{name}")
+        upload(folder(tmp_path / name, file=name * 10), f"{s3_url}/{name}")
     for age, name in enumerate("ab"):
-        trees[name] = cached(f"{url}/{name}")
+        trees[name] = cached(f"{s3_url}/{name}")
         os.utime(trees[name], (age, age))
     with pytest.raises(CommandError, match=r"10 bytes more do not fit into DPSR_CACHE_BYTES=25.* use 20"):
-        cached(f"{url}/c")
+        cached(f"{s3_url}/c")
     end_of_process()
-    trees["c"] = cached(f"{url}/c")
+    trees["c"] = cached(f"{s3_url}/c")
     assert not trees["a"].exists(), "it was used longest ago"
     assert trees["b"].exists() and files_in(cache) == 2
     monkeypatch.setenv("DPSR_CACHE_BYTES", "much")
     with pytest.raises(UsageError, match="DPSR_CACHE_BYTES=much: is not a number"):
-        cached(f"{url}/a")
+        cached(f"{s3_url}/a")
 
 
-def test_two_processes_fill_the_cache_once(url: str, tmp_path: Path, cache: Path) -> None:
-    upload(folder(tmp_path / "source", a="one", b="two"), url)
-    program = f"from dpsr_common.object_store import cached; print(cached({url!r}))"
+def test_two_processes_fill_the_cache_once(s3_url: str, tmp_path: Path, cache: Path) -> None:
+    upload(folder(tmp_path / "source", a="one", b="two"), s3_url)
+    program = f"from dpsr_common.object_store import cached; print(cached({s3_url!r}))"
     both = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     paths = {process.communicate(timeout=60)[0].strip() for process in both}
     assert [process.returncode for process in both] == [0, 0]
@@ -152,7 +141,7 @@ def test_two_processes_fill_the_cache_once(url: str, tmp_path: Path, cache: Path
     assert files_in(cache) == 2 and not list((cache / "trees").glob(".unfinished*"))
 
 
-def test_what_an_object_store_refuses_is_an_error_in_one_line(server: str) -> None:
+def test_what_an_object_store_refuses_is_an_error_in_one_line(s3: str) -> None:
     with pytest.raises(CommandError, match=r"s3://nobody/dir: cannot be written: .*; check the path, the credentials"):
         RemoteFolder("s3://nobody/dir").write("name", b"")
     for url in ("s3://", "s3:///", "s3://shop/dir?region=x"):
@@ -161,13 +150,13 @@ def test_what_an_object_store_refuses_is_an_error_in_one_line(server: str) -> No
     assert not is_remote("/s3://x") and not is_remote("http://x")
 
 
-def test_commands_take_object_stores_where_they_say_so(url: str, tmp_path: Path, dpsr) -> None:
+def test_commands_take_object_stores_where_they_say_so(s3_url: str, tmp_path: Path, dpsr) -> None:
     source = folder(tmp_path / "source", manifest="{}")
-    dpsr("copy", f"--from={source}", f"--to={url}").succeeds()
-    dpsr("copy", f"--from={url}", f"--to={tmp_path / 'copy'}").succeeds()
+    dpsr("copy", f"--from={source}", f"--to={s3_url}").succeeds()
+    dpsr("copy", f"--from={s3_url}", f"--to={tmp_path / 'copy'}").succeeds()
     assert contents(tmp_path / "copy") == contents(source)
     dpsr("copy", f"--from={source}", f"--to={tmp_path / 'other'}").fails(2, "expected one of them, and only one")
-    dpsr("copy", f"--from={tmp_path / 'missing'}", f"--to={url}").fails(2, "is not a directory")
-    dpsr("generate", f"--out={url}").fails(2, f"--out={url}: must be a path of this machine; `dpsr copy` copies")
-    index = ("index", f"--model={url}", f"--store={url}", f"--out={tmp_path / 'index'}", "--engine=spark")
-    dpsr(*index).fails(2, f"{url}: with --engine=spark it must be a path that all machines see")
+    dpsr("copy", f"--from={tmp_path / 'missing'}", f"--to={s3_url}").fails(2, "is not a directory")
+    dpsr("generate", f"--out={s3_url}").fails(2, f"--out={s3_url}: must be a path of this machine; `dpsr copy` copies")
+    index = ("index", f"--model={s3_url}", f"--store={s3_url}", f"--out={tmp_path / 'index'}", "--engine=spark")
+    dpsr(*index).fails(2, f"{s3_url}: with --engine=spark it must be a path that all machines see")

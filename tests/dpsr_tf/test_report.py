@@ -15,6 +15,7 @@ from dpsr_common.errors import CommandError, UsageError
 from dpsr_tf.report import plots, sections
 from dpsr_tf.report.benchmarks import BENCHMARKS, figures, figures_page
 from dpsr_tf.report.command import html, parts_from_flag, size_from_flags
+from dpsr_tf.report.quotes import renewed
 from dpsr_tf.report.runner import ExperimentRunner
 from dpsr_tf.report.sections import Report
 from dpsr_tf.report.shop import QUICK, REPOSITORY
@@ -277,3 +278,22 @@ def test_an_order_is_judged_by_values_and_by_intervals() -> None:
     assert judged([0.1, 0.2, 0.3, 0.4], 0.04) == (True, True)
     assert judged([0.1, 0.2, 0.3, 0.4], 0.06) == (True, False)
     assert judged([0.1, 0.3, 0.2, 0.4], 0.04) == (False, False)
+
+
+def test_quoted_figures_follow_what_was_measured() -> None:
+    measured = {"proxy": {"bars": {"added_p50_ms": 0.3149, "qps_per_core": 10960.2}}, "soak": {"bars": {"failed": 0}}}
+    page = (
+        "It adds 0.36<!--proxy.added_p50_ms--> ms at 9,999<!-- proxy.qps_per_core --> requests a second, 12 failed, "
+        "1<!--soak.failed-->; 5.0<!--proxy.qps_per_core / 1000--> thousand, +9<!--proxy.added_p50_ms * 100--> %"
+    )
+    assert renewed(page, measured) == (
+        "It adds 0.31<!--proxy.added_p50_ms--> ms at 10,960<!-- proxy.qps_per_core --> requests a second, 12 failed, "
+        "0<!--soak.failed-->; 11.0<!--proxy.qps_per_core / 1000--> thousand, +31<!--proxy.added_p50_ms * 100--> %"
+    )
+    for wrong, message in (
+        ("1<!--proxy.failed-->", "has no such figure; run `dpsr report --parts=proxy`"),
+        ("1 ms<!--soak.failed-->", "follows no figure"),
+        ("1<!--soak.failed % 3-->", "expected <!--BENCHMARK.BAR-->"),
+    ):
+        with pytest.raises(CommandError, match=message):
+            renewed(wrong, measured)

@@ -1,26 +1,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from object_stores import BUCKET, s3_server
 
 from dpsr_common.errors import CommandError
 from dpsr_common.object_store import MARK, RemoteFolder, upload
 from dpsr_serving.stage import stage
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with s3_server() as address:
-        yield address
-
-
-@pytest.fixture
-def url(server: str, request: pytest.FixtureRequest) -> str:
-    return f"{BUCKET}/{request.node.name}"
 
 
 def version(path: Path, number: int) -> Path:
@@ -35,43 +22,43 @@ def names(base: Path) -> list[str]:
     return sorted(path.name for path in base.iterdir())
 
 
-def test_the_newest_complete_versions_are_staged(url: str, tmp_path: Path) -> None:
+def test_the_newest_complete_versions_are_staged(s3_url: str, tmp_path: Path) -> None:
     base, made = tmp_path / "base", tmp_path / "made"
     with pytest.raises(CommandError, match="has no complete version"):
-        stage(url, base, 2)
+        stage(s3_url, base, 2)
     for number in (7, 9, 10):
-        upload(version(made, number), f"{url}/{number}")
-    RemoteFolder(f"{url}/11").write("saved_model.pb", b"half")
-    RemoteFolder(f"{url}/notes").write(MARK, b"{}")
-    assert stage(url, base, 2) == [f"{base / '10'}: staged, 0.0 MB", f"{base / '9'}: staged, 0.0 MB"]
+        upload(version(made, number), f"{s3_url}/{number}")
+    RemoteFolder(f"{s3_url}/11").write("saved_model.pb", b"half")
+    RemoteFolder(f"{s3_url}/notes").write(MARK, b"{}")
+    assert stage(s3_url, base, 2) == [f"{base / '10'}: staged, 0.0 MB", f"{base / '9'}: staged, 0.0 MB"]
     assert names(base) == ["10", "9"]
     assert (base / "10" / "saved_model.pb").read_text() == "graph 10"
     assert (base / "10/assets/vocabulary.dpsr").samefile(base / "9/assets/vocabulary.dpsr"), "copied once"
-    assert stage(url, base, 2) == []
+    assert stage(s3_url, base, 2) == []
 
-    upload(version(made, 11), f"{url}/11", overwrite=True)
+    upload(version(made, 11), f"{s3_url}/11", overwrite=True)
     version(base, 3)  # not of this command
     (base / ".12.unfinished-abcdefgh").mkdir()  # of a killed run
-    assert stage(url, base, 2) == [f"{base / '11'}: staged, 0.0 MB", f"{base / '9'}: removed"]
+    assert stage(s3_url, base, 2) == [f"{base / '11'}: staged, 0.0 MB", f"{base / '9'}: removed"]
     assert names(base) == ["10", "11", "3"]
 
-    RemoteFolder(f"{url}/11").delete(MARK)
-    assert f"{base / '11'}: removed" in stage(url, base, 2), "a version that is taken back"
+    RemoteFolder(f"{s3_url}/11").delete(MARK)
+    assert f"{base / '11'}: removed" in stage(s3_url, base, 2), "a version that is taken back"
 
 
-def test_a_damaged_version_is_not_staged(url: str, tmp_path: Path) -> None:
-    upload(version(tmp_path / "made", 1), f"{url}/1")
-    upload(version(tmp_path / "made", 2), f"{url}/2")
-    stage(url, tmp_path / "base", 1)
+def test_a_damaged_version_is_not_staged(s3_url: str, tmp_path: Path) -> None:
+    upload(version(tmp_path / "made", 1), f"{s3_url}/1")
+    upload(version(tmp_path / "made", 2), f"{s3_url}/2")
+    stage(s3_url, tmp_path / "base", 1)
     assert names(tmp_path / "base") == ["2"]
-    upload(version(tmp_path / "made", 3), f"{url}/3")
-    RemoteFolder(f"{url}/3").write("saved_model.pb", b"another")
+    upload(version(tmp_path / "made", 3), f"{s3_url}/3")
+    RemoteFolder(f"{s3_url}/3").write("saved_model.pb", b"another")
     with pytest.raises(CommandError, match=r"3/saved_model\.pb: is not the file"):
-        stage(url, tmp_path / "base", 1)
+        stage(s3_url, tmp_path / "base", 1)
     assert names(tmp_path / "base") == ["2"], "what is served stays"
 
 
-def test_polling_outlives_errors(url: str, tmp_path: Path, dpsr, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_polling_outlives_errors(s3_url: str, tmp_path: Path, dpsr, monkeypatch: pytest.MonkeyPatch) -> None:
     looks = []
 
     def sleep(seconds: float) -> None:
@@ -79,16 +66,16 @@ def test_polling_outlives_errors(url: str, tmp_path: Path, dpsr, monkeypatch: py
         if len(looks) == 3:
             raise KeyboardInterrupt
         if len(looks) == 2:
-            upload(version(tmp_path / "made", 1), f"{url}/1")
+            upload(version(tmp_path / "made", 1), f"{s3_url}/1")
 
     monkeypatch.setattr(time, "sleep", sleep)
-    result = dpsr("stage", f"--from={url}", f"--to={tmp_path / 'base'}", "--poll=5")
+    result = dpsr("stage", f"--from={s3_url}", f"--to={tmp_path / 'base'}", "--poll=5")
     assert result.status == 130 and looks == [5, 5, 5]
     assert f"{tmp_path / 'base' / '1'}: staged" in result.out
     assert [line for line in result.errors if "has no complete version" in line] == result.errors != []
 
 
-def test_flags_are_checked(url: str, tmp_path: Path, dpsr) -> None:
+def test_flags_are_checked(s3_url: str, tmp_path: Path, dpsr) -> None:
     dpsr("stage", "--from=/models", f"--to={tmp_path}").fails(2, "expected a path such as s3://")
-    dpsr("stage", f"--from={url}", f"--to={url}").fails(2, "--to=s3://", "must be a path of this machine")
-    dpsr("stage", f"--from={url}", f"--to={tmp_path}").fails(1, "has no complete version")
+    dpsr("stage", f"--from={s3_url}", f"--to={s3_url}").fails(2, "--to=s3://", "must be a path of this machine")
+    dpsr("stage", f"--from={s3_url}", f"--to={tmp_path}").fails(1, "has no complete version")
