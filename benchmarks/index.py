@@ -157,10 +157,12 @@ def measure(
 ) -> None:
     """Builds and measures one index, and adds its rows to the report. `items` is None for a stream."""
     workload = f"{vectors.items:,} x {DIM}"
+    print(f"{factory}: building", file=sys.stderr)
     with peak_memory() as peak:
         index, watch = build(vectors, items, factory)
         result.add(factory, workload, "build_wall", watch.wall, "s")
         result.add(factory, workload, "build_core", watch.core, "s")
+    print(f"{factory}: built in {watch.wall:.0f} s, with {peak[0]:.1f} GB", file=sys.stderr)
     result.add(factory, workload, "peak_memory", peak[0], "GB")
     path = folder / "index"
     faiss.write_index(index, str(path))
@@ -267,6 +269,7 @@ def main(_: list[str]) -> None:
             if factory not in known:
                 if exact is None:
                     stream = mapped is None
+                    print(f"exact search of {items:,} vectors", file=sys.stderr)
                     exact = (
                         StreamedExact(distribution.blocks(), queries, ks) if stream else ann.Exact(mapped, queries, ks)
                     )
