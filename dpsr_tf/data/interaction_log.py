@@ -388,7 +388,7 @@ class InteractionLog:
                 FROM shown JOIN rates USING (place) GROUP BY query_row, item_row),
             scaled AS (
                 SELECT query_row, item_row, clicked,
-                    clicks * sum(clicked) OVER query / sum(clicks) OVER query AS clicks
+                    clicks * sum(clicked) OVER query / nullif(sum(clicks) OVER query, 0) AS clicks
                 FROM expected WINDOW query AS (PARTITION BY query_row))
             SELECT query_row, item_row FROM scaled WHERE clicked = 0 AND clicks >= {self._schema.mined_from}
             QUALIFY row_number() OVER (PARTITION BY query_row ORDER BY clicks DESC, item_row)

@@ -101,7 +101,8 @@ class KeptLog:
         if self._keep_days is not None:
             newest = max([self._last, *(part.last for part in self._old)])
             earliest = max(0, newest - round(self._keep_days * _SECONDS_OF_DAY) + 1)
-            self._old = [part for part in self._old if part.last >= earliest]
+            # A part whose first time is 0 has labels without a time, which do not grow old.
+            self._old = [part for part in self._old if part.last >= earliest or part.first == 0]
         items, users = IdIndex(self._items), IdIndex(self._users)
         dropped = 0
         for part in self._old:

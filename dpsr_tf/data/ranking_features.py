@@ -266,7 +266,8 @@ class _End:
 
     def pairs(self, queries: Sequence[str], request: np.ndarray, item: np.ndarray) -> np.ndarray:
         """Returns the row of each pair, -1 for a pair without counts."""
-        query = np.array([self._queries.get(text, -1) for text in queries], np.int64)[request]
+        # The log has texts without white space at their ends. Judgments may have it.
+        query = np.array([self._queries.get(text.strip(), -1) for text in queries], np.int64)[request]
         wanted = query * _ITEMS + item
         at = np.searchsorted(self._keys, wanted)
         return np.where((query >= 0) & (np.append(self._keys, -1)[at] == wanted), at, -1)

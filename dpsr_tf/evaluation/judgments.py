@@ -310,9 +310,10 @@ def item_column(table: Table, column: str, keys: Mapping[str, int] | None) -> tu
     if keys is None:
         return table.ids(column), {}
     unknown: dict[str, int] = {}
+    # White space at the ends of an id does not count, as at ingest.
     ids = [
         keys[key] if key in keys else unknown.setdefault(key, -2 - len(unknown))
-        for key in table.text(column).to_pylist()
+        for key in map(str.strip, table.text(column).to_pylist())
     ]
     return np.array(ids, np.int64), {number: key for key, number in unknown.items()}
 
@@ -323,4 +324,4 @@ def _user_column(table: Table, column: str, keys: Mapping[str, int] | None) -> n
         return np.full(len(table), -1)
     if keys is None:
         return table.ids(column, minimum=-1)
-    return np.array([keys.get(key, -1) for key in table.text(column).to_pylist()], np.int64)
+    return np.array([keys.get(key.strip(), -1) for key in table.text(column).to_pylist()], np.int64)

@@ -398,7 +398,6 @@ def export(model: ModelDirectory, index: Index, out: Path) -> dict[str, Any]:
     """
     _check_index_of_model(model, index)
     checkpoint = model.path / index.manifest["checkpoint"]
-    shutil.rmtree(out)  # the builder fails if the directory exists
     inputs = write_saved_model(model, index.manifest, index.path, index.max_parameters(), str(checkpoint), out)
     manifest = {
         "format": MANIFEST_FORMAT,

@@ -65,7 +65,6 @@ def export(model: ModelDirectory, store: Store, max_items: int, out: Path) -> di
     """
     source = _Source.open(model, store)
     checkpoint = model.last_checkpoint()
-    shutil.rmtree(out)  # the builder fails if the directory exists
     with tempfile.TemporaryDirectory(prefix=".assets-", dir=out.parent) as name:
         assets = Path(name)
         servable_assets.write_feature_files(model, store, assets, ["user"])

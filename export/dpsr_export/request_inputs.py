@@ -120,7 +120,7 @@ def save_model(
         session: holds the weights.
         signatures: SignatureDefs by name.
         initializer: what a server runs after it has read the weights.
-        out: the directory to write. It must not exist.
+        out: the directory to write, which is empty or does not exist.
 
     Returns:
         The names of the inputs of each signature.

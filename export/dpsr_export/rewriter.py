@@ -57,7 +57,6 @@ def export(model: ModelDirectory, table: Path | None, most: int, out: Path) -> d
     checkpoint = model.last_checkpoint()
     fingerprint = checkpoint_fingerprint(checkpoint)
     about = None if table is None else rewrite.open_table(table, fingerprint)
-    shutil.rmtree(out)  # the builder fails if the directory exists
     with tempfile.TemporaryDirectory(prefix=".assets-", dir=out.parent) as name:
         assets = Path(name)
         _copy_table(table, assets)

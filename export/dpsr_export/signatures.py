@@ -32,7 +32,7 @@ def write_saved_model(
         index_dir: directory with the files of the index.
         max_parameters: the search parameters that a request may set, with their largest values.
         checkpoint: path of the weights.
-        out: the directory to write. It must not exist.
+        out: the directory to write, which is empty or does not exist.
 
     Returns:
         The names of the inputs of each signature.

@@ -328,6 +328,15 @@ def test_text_ids(tmp_path):
     assert (kept.relevant, dropped) == ([[0, 7, 2**62]], 1)
 
 
+def test_white_space_around_text_ids_does_not_count(tmp_path):
+    rows = [{"query": "a", "item": key, "grade": 1, "who": " ann\t"} for key in (" A-1", "B-2 ")]
+    keys = {"item_keys": {"A-1": 7, "B-2": 8}, "user_keys": {"ann": 5}}
+    file = judgments_file(tmp_path, rows, ".jsonl")
+    judgments = Judgments.read(file, "query", "item", "grade", 1, user="who", **keys)
+    assert judgments.relevant == [[7, 8]]
+    assert judgments.users == [User(5)]
+
+
 def test_only_known_drops_queries_that_are_left_without_a_relevant_item(tmp_path):
     kept, dropped = read(judgments_file(tmp_path), 2.5).only_known(np.array([10, 20, 50]))
     assert (kept.queries, kept.relevant, kept.grades) == (["red shoes"], [[10]], [{20: 2.0, 10: 3.0}])

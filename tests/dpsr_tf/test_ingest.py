@@ -1268,6 +1268,33 @@ def test_the_most_skipped_items_are_mined(shop, tmp_path, dpsr):
     assert len(Store(tmp_path / "strict").interactions()[0]["negative.item"]) == 0
 
 
+def test_nothing_is_mined_where_no_click_was_to_be_expected(shop, tmp_path, dpsr):
+    """Before the held-out click, "bolt" was shown at a position only at which nobody clicks anything."""
+    rows = [("bolt", 20, None, 2_000_000, "click", 50)]
+    for request in range(40):
+        time = 10_000 * (request + 1)
+        rows += [
+            ("red", 30, None, time, "click", 1),
+            ("bolt", 20, None, time, "impression", 50),
+            ("bolt", 30, None, time, "impression", 50),
+        ]
+    names = ["query", "item_id", "user_id", "time", "type", "rank"]
+    shop.log = [dict(zip(names, row, strict=True)) for row in rows]
+    shop.schema["interactions"] = {
+        "files": "log.*",
+        "query": "query",
+        "item": "item_id",
+        "time": "time",
+        "type": "type",
+        "position": "rank",
+        "mined_negatives": 5,
+        "held_out": {"after": "1000000"},
+    }
+    dpsr(*shop.write(".jsonl").flags(tmp_path / "store")).succeeds()
+    (file,) = Store(tmp_path / "store").interactions()
+    assert ragged(file, "negative.splits", "negative.item") == [[], []], "bolt, red"
+
+
 def test_no_positive_pair(shop, refuses):
     shop.schema["interactions"]["positive_from"] = 3
     shop.write()

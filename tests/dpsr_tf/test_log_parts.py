@@ -83,6 +83,28 @@ def test_old_days_expire(timed, tmp_path, dpsr):
     assert [part["file"] for part in Store(tmp_path / "two").manifest["log"]] == ["log/part-00002.parquet"]
 
 
+def test_labels_without_a_time_do_not_expire(timed, tmp_path, dpsr):
+    """A part of labels alone stays, and so do the labels of a part whose clicks are too old."""
+    timed.schema["interactions"]["label"] = "grade"
+    label = {"query": "bolt", "item_id": 10, "user_id": -1, "time": None, "type": None, "grade": 2}
+    old, new = ({**click(day, "red shoes", 30), "grade": None} for day in (1, 9))
+    for out, rows, append in (
+        ("one", [label], ["--keep_log"]),
+        ("two", [old, {**label, "query": "hex bolt"}], [f"--append={tmp_path / 'one'}", "--keep_days=2"]),
+        ("three", [new], [f"--append={tmp_path / 'two'}", "--keep_days=2"]),
+    ):
+        for path in timed.path.glob("day*"):
+            path.unlink()
+        timed.log = rows
+        timed.write(".jsonl")
+        (timed.path / "log.jsonl").rename(timed.path / "day.jsonl")
+        dpsr(*timed.flags(tmp_path / out), *append).succeeds()
+    store = Store(tmp_path / "three")
+    assert store.counts.positives == 3, "two labels and the new click"
+    assert list(store.queries()) == ["bolt", "hex bolt", "red shoes"]
+    assert [part["rows"] for part in store.manifest["log"]] == [1, 2, 1]
+
+
 def test_items_and_users_that_are_gone(timed, tmp_path, dpsr):
     write_days(timed, 1, 2)
     dpsr(*timed.flags(tmp_path / "two"), "--keep_log").succeeds()

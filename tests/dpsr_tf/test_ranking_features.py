@@ -276,6 +276,10 @@ def test_at_the_end_of_the_log_is_what_the_next_request_would_see(store, shop, t
         np.testing.assert_array_equal(found.numbers[name], expected.numbers[name], name)
     for name in features.codes:
         np.testing.assert_array_equal(found.codes[name], expected.codes[name], name)
+    spaced = [f" {text}\t" for text in expected.queries]
+    spaced_numbers = features.at_end(spaced, expected.request, expected.user, expected.item).numbers
+    for name in features.numbers:
+        np.testing.assert_array_equal(spaced_numbers[name], expected.numbers[name], name)
     assert (found.time == end).all() and not found.position.any() and not found.outcome.any()
     new = np.array([text == asked[-1] for text in found.queries])[found.request]
     for name in ("query_item.30.shown", "query_item.30.ctr", "spend.price_ratio", "brand.7.ctr"):

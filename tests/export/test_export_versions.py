@@ -27,12 +27,14 @@ from dpsr_common.errors import CommandError
 from dpsr_common.packed_file import PackedFile, PackedFileWriter
 from dpsr_export import faiss_search
 from dpsr_export.export import Index
+from dpsr_export.export import export as export_to
 from dpsr_export.warmup import LoadedServable
 from dpsr_serving.client import SearchClient, User
 from dpsr_serving.model_server import start_model_server
-from dpsr_tf.data.store import Store
+from dpsr_tf.data.store import Store, new_directory
 from dpsr_tf.data.user_requests import User as StoreUser
 from dpsr_tf.data.user_requests import UserRequests
+from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tokenizer import TokenizerConfig, VocabularyBuilder
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "serving"))
@@ -135,6 +137,15 @@ def test_a_search_stops_when_its_client_cancels(job: Job, tmp_path: Path) -> Non
         count = ':tensorflow:serving:request_count{model_name="shop",status='
         while metric(f'{count}"CANCELLED"') < 1:
             assert metric(f'{count}"OK"') == 0, "the search was not stopped"
+
+
+def test_another_export_of_the_same_version_removes_nothing(job: Job, tmp_path: Path) -> None:
+    """Its clean-up takes a directory without a lock for one that a killed process has left behind."""
+    with new_directory(tmp_path / "1") as out:
+        export_to(ModelDirectory.open(job.model), Index.open(job.index), out)
+        with contextlib.suppress(KeyboardInterrupt), new_directory(tmp_path / "1"):
+            raise KeyboardInterrupt
+    assert (tmp_path / "1" / "saved_model.pb").is_file()
 
 
 def test_the_servable_has_the_averaged_weights(personal: Job) -> None:
