@@ -63,7 +63,7 @@ def find_files(patterns: Sequence[str], base: Path) -> list[Path]:
         base: a directory.
 
     Returns:
-        The files of each pattern, sorted by name.
+        The files of each pattern, sorted by name. A file that several patterns match is there once.
 
     Raises:
         UsageError: a pattern matches no file, or a file of a kind that cannot be read.
@@ -87,7 +87,7 @@ def find_files(patterns: Sequence[str], base: Path) -> list[Path]:
         found += matches
     for path in found:
         check_kind(path)
-    return found
+    return list(dict.fromkeys(found))
 
 
 def check_kind(path: Path) -> None:

@@ -82,7 +82,7 @@ class Judgments:
 
         Raises:
             UsageError: the file does not exist.
-            CommandError: the file is unreadable, a column is missing, or no item is relevant.
+            CommandError: the file is unreadable, a column is missing, a time is not in seconds, or no item is relevant.
         """
         _check_file(path, "--judgments")
         texts: list[str] = [query, *slices]
@@ -96,7 +96,7 @@ class Judgments:
         columns = {name: table.text(name).to_pylist() for name in slices}
         items, unknown_keys = item_column(table, item, item_keys)
         users = _user_column(table, user, user_keys)
-        times = table.numbers(time, low=0) if time else np.zeros(len(table))
+        times = table.numbers(time, 0, 2**32 - 1) if time else np.zeros(len(table))
 
         # Rows of the same query and user are one entry, with the first time, the highest grade of each item, and the
         # values of the slices.

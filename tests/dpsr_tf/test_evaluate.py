@@ -309,6 +309,9 @@ def test_a_query_of_a_user_is_as_of_its_first_time(tmp_path):
     assert judgments.users == [User(2**60, 700), User(0, 800), User(-1, 600)]
     with pytest.raises(CommandError, match="column who"):
         Judgments.read(file, "query", "item", "grade", 1, user="who")
+    file = judgments_file(tmp_path, [rows[0] | {"who": 5, "when": 1_700_000_000_000}])
+    with pytest.raises(CommandError, match=r"has the number 1\.7e\+12, expected 0 to 4\.29497e\+09"):
+        Judgments.read(file, "query", "item", "grade", 1, user="who", time="when")
 
 
 def test_no_grade_column_makes_every_row_relevant(tmp_path):

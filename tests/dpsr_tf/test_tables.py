@@ -368,6 +368,7 @@ def test_find_files(tmp_path):
     assert names(".") == ["a.jsonl.zst", "b.csv", "c.tsv.gz", "d.arrow"]
     assert names("c.*", "b.csv") == ["c.tsv.gz", "b.csv"]
     assert names("?.csv") == ["b.csv"]
+    assert names("c.*", "b.csv", "?.csv", "c.tsv.gz") == ["c.tsv.gz", "b.csv"]
     for pattern in ("none.csv", "folder.csv", "*.xlsx"):
         with pytest.raises(UsageError, match=r"no such file; give --input, or correct `files`"):
             names(pattern)
