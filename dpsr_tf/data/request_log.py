@@ -117,6 +117,13 @@ class RequestLog:
         self._write_statistics(out, num_users)
         counts = self._counts()
         _report(counts, numbers)
+        schema = self._schema
+        if not (schema.user or schema.session or self._ranking.grades):
+            print(
+                "requests: the schema names neither `user` nor `session`, so searches of different people are one "
+                f"request where they have the same query and follow each other within {schema.session_gap:g} minutes; "
+                "give `session`, for example an id of each search"
+            )
         return {
             "counts": dataclasses.asdict(counts),
             "until": self._end,

@@ -386,6 +386,21 @@ def test_bad_input_is_counted_and_reported(ingested):
     }  # fmt: skip
 
 
+def test_searches_that_cannot_be_told_apart_are_reported(ingested):
+    columns = {name: column for name, column in SCHEMA["interactions"].items() if name not in ("user", "session")}
+    schema = {name: section for name, section in SCHEMA.items() if name != "users"} | {"interactions": columns}
+    log = [
+        {"query": "red", "item_id": 10 * i, "type": kind, "position": 1, "time": START + 1500 * i}
+        for i, kind in enumerate(["impression", "order", "impression", "click"], 1)
+    ]
+    store, out = ingested(log, schema)
+    assert store.manifest["ranking"]["counts"]["requests"] == 1, "a chain, although it lasts for more than an hour"
+    assert "neither `user` nor `session`" in out and "within 30 minutes" in out
+    log = [row | {"session": f"s{i}"} for i, row in enumerate(log)]
+    store, out = ingested(log, schema | {"interactions": columns | {"session": "session"}}, name="told_apart")
+    assert store.manifest["ranking"]["counts"]["requests"] == 4 and "neither" not in out
+
+
 def test_grades_alone_give_no_requests(ingested):
     log = [row | {"label": 1, "type": "", "time": None} for row in random_log(15, 20)]
     store, out = ingested(log, changed("interactions", label="label", held_out={"query_share": 0.4}))
