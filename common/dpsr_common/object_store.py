@@ -11,7 +11,8 @@ if several directories or versions have it.
 The cache is the folder $DPSR_CACHE, by default ~/.cache/dpsr, of at most $DPSR_CACHE_BYTES bytes, by default 100e9:
 
     files/SHA256      contents
-    trees/KEY/...     directories, hard links to contents; KEY.lock is locked by the processes that read the directory
+    trees/KEY/...     directories, hard links to contents; KEY.lock is locked by the processes that read the directory,
+                      KEY.fill by the one that downloads it
 
 Credentials, regions and endpoints come from the environment, as for every program of AWS (AWS_PROFILE,
 AWS_ENDPOINT_URL, ...) or Google Cloud (GOOGLE_APPLICATION_CREDENTIALS).
@@ -27,6 +28,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -35,12 +37,13 @@ from typing import Any
 from absl import flags
 
 from dpsr_common.errors import CommandError, UsageError
-from dpsr_common.files import replaced
+from dpsr_common.files import link_or_copy, replaced
 
 SCHEMES = ("s3://", "gs://")
 MARK = "dpsr_complete.json"
 _BLOCK = 1 << 22
 _DEFAULT_BYTES = "100e9"
+_LEFT_S = 86_400.0  # without a change, after which an unfinished download is one of a process that was killed
 # The directories of the cache that this process reads, and their shared locks, which last as long as the process.
 _locks: dict[Path, int] = {}
 
@@ -175,7 +178,7 @@ def download(url: str, path: Path, known: Mapping[str, Path] | None = None) -> d
     Args:
         url: a complete directory.
         path: does not exist.
-        known: files of this machine by SHA-256, which are linked in place of a download.
+        known: files of this machine by SHA-256, which are linked, or copied, in place of a download.
 
     Returns:
         The files, as RemoteFolder.files.
@@ -195,7 +198,7 @@ def download(url: str, path: Path, known: Mapping[str, Path] | None = None) -> d
             target = _inside(temporary, name)
             source = (known or {}).get(expected["sha256"])
             if source is not None:
-                os.link(source, target)
+                link_or_copy(source, target)
             else:
                 folder.download(name, expected, target)
         (temporary / MARK).write_bytes(_mark(files))
@@ -238,29 +241,41 @@ def cached(url: str, wanted: Callable[[str], bool] | None = None) -> Path:
     tree = cache / "trees" / hashlib.sha256(_mark(files)).hexdigest()[:32]
     if tree in _locks:
         return tree
-    lock = _locks[tree] = _lock_of(tree)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    if not tree.is_dir():
-        with _exclusive(cache):
-            _make_room(cache, sum(_missing(cache, files).values()))
-        temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=cache / "trees"))
-        try:
-            for name, expected in files.items():
-                content = cache / "files" / expected["sha256"]
-                target = _inside(temporary, name)
-                # Another process may remove a content that no tree holds, so the link says whether it is there.
-                while not _linked(content, target):
-                    with replaced(content) as path:
-                        folder.download(name, expected, path)
-            os.chmod(temporary, 0o755)
-            os.rename(temporary, tree)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-    os.utime(tree)
-    # Others may read it, too, and nobody removes it.
-    fcntl.flock(lock, fcntl.LOCK_SH)
+    lock = _lock_of(tree)
+    try:
+        # Shared, so that others may read it at the same time. Nobody removes it meanwhile.
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        if not tree.is_dir():
+            with _exclusive(tree.with_name(f"{tree.name}.fill")):
+                if not tree.is_dir():  # else another process was faster
+                    _fill(cache, tree, folder, files)
+        os.utime(tree)
+    except BaseException:
+        os.close(lock)
+        raise
+    _locks[tree] = lock
     return tree
+
+
+def _fill(cache: Path, tree: Path, folder: RemoteFolder, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Downloads the files that the cache does not have, and makes the directory `tree` of all."""
+    with _exclusive(cache / "lock"):
+        _remove_leftovers(cache)
+        _make_room(cache, sum(_missing(cache, files).values()))
+    temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=cache / "trees"))
+    try:
+        for name, expected in files.items():
+            content = cache / "files" / expected["sha256"]
+            target = _inside(temporary, name)
+            # Another process may remove a content that no tree holds, so the link says whether it is there.
+            while not _linked(content, target):
+                with replaced(content) as path:
+                    folder.download(name, expected, path)
+        os.chmod(temporary, 0o755)
+        os.rename(temporary, tree)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _linked(content: Path, target: Path) -> bool:
@@ -277,6 +292,18 @@ def _missing(cache: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, i
         for record in files.values()
         if not (cache / "files" / record["sha256"]).exists()
     }
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """Removes what processes that were killed began to download."""
+    for left in (*(cache / "files").glob(".*.tmp"), *(cache / "trees").glob(".unfinished-*")):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime <= _LEFT_S:
+                continue
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
 
 
 def _make_room(cache: Path, wanted: int) -> None:
@@ -330,9 +357,9 @@ def _lock_of(tree: Path) -> int:
 
 
 @contextlib.contextmanager
-def _exclusive(cache: Path) -> Iterator[None]:
-    """Lets one process at a time remove things from the cache."""
-    descriptor = os.open(cache / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+def _exclusive(path: Path) -> Iterator[None]:
+    """Lets one process at a time do something: remove things from the cache, or fill a directory of it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

@@ -141,6 +141,49 @@ def test_two_processes_fill_the_cache_once(s3_url: str, tmp_path: Path, cache: P
     assert files_in(cache) == 2 and not list((cache / "trees").glob(".unfinished*"))
 
 
+def test_a_directory_that_another_process_reads_is_read_at_once(s3_url: str, tmp_path: Path) -> None:
+    upload(folder(tmp_path / "source", a="one"), s3_url)
+    path = cached(s3_url)
+    program = f"from dpsr_common.object_store import cached; print(cached({s3_url!r}))"
+    other = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert (other.returncode, other.stdout.strip()) == (0, str(path))
+
+
+def test_a_directory_that_is_mended_is_read_by_the_same_process(s3_url: str, tmp_path: Path) -> None:
+    upload(folder(tmp_path / "source", a="one"), s3_url)
+    RemoteFolder(s3_url).write("a", b"two")
+    with pytest.raises(CommandError, match="/a: is not the file"):
+        cached(s3_url)
+    RemoteFolder(s3_url).write("a", b"one")
+    assert contents(cached(s3_url)) == {"a": "one"}
+
+
+def test_what_killed_processes_left_is_removed_after_a_day(s3_url: str, tmp_path: Path, cache: Path) -> None:
+    upload(folder(tmp_path / "source", a="one"), s3_url)
+    folder(cache / "trees" / ".unfinished-old", a="half")
+    folder(cache / "files", **{".old.tmp": "half", ".new.tmp": "half"})
+    for left in (cache / "trees" / ".unfinished-old", cache / "files" / ".old.tmp"):
+        os.utime(left, (0, 0))
+    cached(s3_url)
+    assert not (cache / "trees" / ".unfinished-old").exists()
+    assert [path.name for path in (cache / "files").glob(".*")] == [".new.tmp"], "another process may write it"
+
+
+def test_files_are_copied_where_links_are_not_possible(
+    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = folder(tmp_path / "source", a="one")
+    upload(source, s3_url)
+    digest = (RemoteFolder(s3_url).files() or {})["a"]["sha256"]
+
+    def refuse(*_: object) -> None:
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    download(s3_url, tmp_path / "copy", known={digest: source / "a"})
+    assert contents(tmp_path / "copy") == {"a": "one"} and not (tmp_path / "copy" / "a").samefile(source / "a")
+
+
 def test_what_an_object_store_refuses_is_an_error_in_one_line(s3: str) -> None:
     with pytest.raises(CommandError, match=r"s3://nobody/dir: cannot be written: .*; check the path, the credentials"):
         RemoteFolder("s3://nobody/dir").write("name", b"")
