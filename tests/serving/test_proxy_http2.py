@@ -350,3 +350,56 @@ def test_a_call_that_waits_for_a_place_keeps_its_deadline() -> None:
         assert reply.code is Code.DEADLINE_EXCEEDED and "had 1 calls under way until the deadline" in reply.details
     assert (first.body, patient.body) == (b"first", b"patient")
     assert [request for _, request, *_ in backend.calls] == [b"first", b"patient"]
+
+
+def test_connections_that_end_at_once_are_forgotten() -> None:
+    """A forwarder whose own server is down accepts connections and closes them."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                listener.accept()[0].close()
+
+    thread = threading.Thread(target=accept)
+    thread.start()
+
+    async def ask() -> tuple[list[Reply], int]:
+        channel = Channel(f"127.0.0.1:{listener.getsockname()[1]}", None, "", LimitsConfig())
+        replies = [await channel.call(serving_apis.PREDICT, b"", PATIENCE_S, ()) for _ in range(20)]
+        return replies, len(channel._connections)
+
+    try:
+        replies, left = asyncio.run(ask())
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        listener.close()
+    assert {reply.code for reply in replies} == {Code.UNAVAILABLE} and left == 0
+
+
+def test_a_host_that_no_name_can_be_is_told_at_once() -> None:
+    async def ask() -> Reply:
+        return await Channel("a..b:1", None, "", LimitsConfig()).call(serving_apis.PREDICT, b"", PATIENCE_S, ())
+
+    reply = asyncio.run(ask())
+    assert reply.code is Code.UNAVAILABLE and "backend a..b:1 cannot be reached" in reply.details
+
+
+def test_new_connections_to_a_server_have_the_new_limits() -> None:
+    backend = RecordingBackend()
+
+    async def ask() -> list[Reply]:
+        channel = Channel(backend.target, None, "", LimitsConfig(message_bytes=4000))
+        try:
+            first = await channel.call(serving_apis.PREDICT, b"x" * 5000, PATIENCE_S, ())
+            channel.set_limits(LimitsConfig())
+            channel.drop()
+            return [first, await channel.call(serving_apis.PREDICT, b"x" * 5000, PATIENCE_S, ())]
+        finally:
+            channel.drop()
+
+    try:
+        assert [reply.code for reply in asyncio.run(ask())] == [Code.RESOURCE_EXHAUSTED, Code.OK]
+    finally:
+        backend.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from proxy_backends import (
 from dpsr_common import serving_apis
 from dpsr_common.errors import UsageError
 from dpsr_serving.proxy.config import DnsConfig, parse_config
+from dpsr_serving.proxy.metrics import Metrics
+from dpsr_serving.proxy.names import _Name
 
 dns_message = pytest.importorskip("dns.message")
 import dns.flags  # noqa: E402
@@ -206,6 +209,29 @@ def test_system_looks_up_names_and_shards_have_some(
     proxy = start_proxy(write_yaml(tmp_path / "p.yaml", f"models: {{m: {{{shards}}}}}\n"))
     code, _, _, _, trailing = call(proxy.target, serving_apis.PREDICT, predict("m"))
     assert code is grpc.StatusCode.OK and dict(trailing)["dpsr-shards"] == "2/2"
+
+
+def test_a_text_that_no_name_can_be_has_no_addresses(start_proxy: StartProxy) -> None:
+    proxy = start_proxy("--backend=dns:a..b:8500")
+    code, details, *_ = call(proxy.target, serving_apis.PREDICT, predict("m"))
+    assert code is grpc.StatusCode.UNAVAILABLE and "no address of dns:a..b:8500 is known" in details
+
+
+def test_a_name_that_is_given_up_while_its_lookup_ends_is_not_followed() -> None:
+    async def is_followed() -> bool:
+        asking: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+        name = _Name("dns:a:1", Metrics(), lambda: None)
+        name.start(DnsConfig(every_s=0.01), lambda host, port: asking)
+        task = name._task
+        assert task is not None
+        await asyncio.sleep(0)  # it asks
+        asking.set_result(["127.0.0.1:1"])
+        await asyncio.sleep(0)
+        name.close()
+        await asyncio.wait({task}, timeout=5)
+        return not task.done()
+
+    assert not asyncio.run(is_followed())
 
 
 @pytest.mark.parametrize(

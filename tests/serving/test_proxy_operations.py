@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 import os
 import re
@@ -33,6 +35,8 @@ from proxy_backends import (
 from dpsr_common import serving_apis
 from dpsr_common.errors import UsageError
 from dpsr_serving.model_server import ModelServer
+from dpsr_serving.proxy import workers
+from dpsr_serving.proxy.calls import readable
 from dpsr_serving.proxy.config import (
     AccessLogConfig,
     ExperimentConfig,
@@ -48,6 +52,7 @@ from dpsr_serving.proxy.config import (
     parse_config,
 )
 from dpsr_serving.proxy.metrics import METRICS, Metrics, merge
+from dpsr_serving.proxy.workers import Settings, _Worker
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -142,6 +147,11 @@ def test_access_log_samples_and_keeps_errors(
 
 
 # TLS
+
+
+def test_metadata_that_is_not_base64_stays_as_it_is() -> None:
+    sent = ((b"a-bin", b"AP8"), (b"b-bin", b"a"), (b"c", b"\xff"))
+    assert list(readable(sent)) == [("a-bin", b"\0\xff"), ("b-bin", b"a"), ("c", "\ufffd")]
 
 
 def test_mutual_tls_on_both_sides(
@@ -335,6 +345,35 @@ def test_a_worker_that_stops_for_a_while_is_counted_again(
     finally:
         os.kill(stopped, signal.SIGCONT)
     wait_until(lambda: metric(http, "dpsr_proxy_requests_total", code="OK") == 20)
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine may lack processes or memory for a while."""
+
+    class Ended:
+        async def wait(self) -> int:
+            return 1
+
+    async def keep() -> int:
+        worker, starts, running = _Worker(Settings(None, "h:1", "h", 1, None, 0, None, 2)), 0, asyncio.Event()
+
+        async def start() -> None:
+            nonlocal starts
+            starts += 1
+            if starts < 3:
+                raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+            running.set()
+            await asyncio.sleep(PATIENCE_S)
+
+        monkeypatch.setattr(worker, "_process", Ended())
+        monkeypatch.setattr(worker, "start", start)
+        keeper = asyncio.create_task(worker.keep())
+        await asyncio.wait_for(running.wait(), PATIENCE_S)
+        keeper.cancel()
+        return starts
+
+    monkeypatch.setattr(workers, "_RESTART_S", 0.01)
+    assert asyncio.run(keep()) == 3
 
 
 def test_workers_drain(start_backend: StartBackend, start_proxy: StartProxy) -> None:

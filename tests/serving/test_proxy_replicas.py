@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import threading
 from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 from processes import PATIENCE_S
 from proxy_backends import (
     FAST,
@@ -27,8 +29,10 @@ from proxy_backends import (
 from dpsr_common import serving_apis
 from dpsr_serving.model_server import ModelServer
 from dpsr_serving.proxy import routing
-from dpsr_serving.proxy.backends import RetryBudget
-from dpsr_serving.proxy.config import RetryConfig, parse_config
+from dpsr_serving.proxy.backends import Backend, RetryBudget
+from dpsr_serving.proxy.calls import Code, Reply
+from dpsr_serving.proxy.config import LimitsConfig, RetryConfig, parse_config
+from dpsr_serving.proxy.metrics import Metrics
 
 
 def test_only_what_another_server_can_mend_is_retried(
@@ -72,6 +76,20 @@ def test_only_what_another_server_can_mend_is_retried(
         seen[2]["user-id"] == "7" and seen[3] is not None and seen[3] < 1.3 * PATIENCE_S
         for seen in backends[1].calls[1:]
     )
+
+
+def test_a_status_that_is_no_message_does_not_end_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answer(*_: Any) -> Reply:
+        return Reply(Code.OK, body=b"\xff")
+
+    async def ask() -> Backend:
+        backend = Backend("h:1", Metrics(), None, "", LimitsConfig(), lambda: None)
+        monkeypatch.setattr(backend._channel, "call", answer)
+        await backend.ask("m", 1.0)
+        return backend
+
+    backend = asyncio.run(ask())
+    assert backend.holds == {"m": frozenset()} and backend.asked == {"m"}
 
 
 def test_retry_budget_is_a_share_of_the_requests() -> None:

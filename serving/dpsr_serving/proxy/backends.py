@@ -15,6 +15,8 @@ import random
 import time
 from collections.abc import Callable, Sequence
 
+from google.protobuf.message import DecodeError
+
 from dpsr_common import serving_apis
 from dpsr_serving.proxy import tracing
 from dpsr_serving.proxy.admission import pushback
@@ -165,6 +167,10 @@ class Backend:
             self._return_s = 0.0
         return draw < max(share, 0.05)
 
+    def set_limits(self, limits: LimitsConfig) -> None:
+        """Changes the limits of connections that are made from now on."""
+        self._channel.set_limits(limits)
+
     def watch(self, health: HealthConfig) -> None:
         """Starts the health checks, or restarts them with another configuration."""
         self._unwatch()
@@ -172,7 +178,8 @@ class Backend:
 
     async def _watch(self, health: HealthConfig) -> None:
         turn = 0
-        while True:
+        # A call that ends in the turn in which the task is cancelled may hide that from it.
+        while self._watching is asyncio.current_task():
             await self.check(health)
             if self.up and turn % _DISCOVER_EVERY_CHECKS == 0:
                 for model in list(self.holds):
@@ -212,7 +219,10 @@ class Backend:
         request.model_spec.name = model
         reply = await self._own_call(request.SerializeToString(), timeout_s)
         if reply.code is Code.OK:
-            statuses = serving_apis.GetModelStatusResponse.FromString(reply.body).model_version_status
+            try:
+                statuses = serving_apis.GetModelStatusResponse.FromString(reply.body).model_version_status
+            except DecodeError:
+                statuses = ()  # an error message that is not UTF-8, for instance; health checks must go on
             available = serving_apis.ModelVersionStatus.State.Value("AVAILABLE")
             self.holds[model] = frozenset(status.version for status in statuses if status.state == available)
         elif reply.code not in _NO_LIFE:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import binascii
 import contextlib
 import enum
 import functools
@@ -104,7 +105,10 @@ def readable(metadata: Metadata) -> Iterable[tuple[str, str | bytes]]:
     """Decodes metadata: names as str, values as str, or as bytes for keys that end in "-bin"."""
     for name, value in metadata:
         if name.endswith(b"-bin"):
-            yield name.decode("latin-1"), base64.b64decode(value + b"=" * (-len(value) % 4))
+            # The wire looks at the characters only, so a client can send a number of them that stands for nothing.
+            with contextlib.suppress(binascii.Error):
+                value = base64.b64decode(value + b"=" * (-len(value) % 4))
+            yield name.decode("latin-1"), value
         else:
             yield name.decode("latin-1"), value.decode("utf-8", "replace")
 
@@ -666,7 +670,9 @@ class _Outgoing(_Connection):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.schedule()
+        if not self.closed:
+            self._channel.remember(self)
+            self.schedule()
 
     def on_event(self, event: tuple[Any, ...]) -> None:
         kind = event[0]
@@ -841,12 +847,16 @@ class Channel:
         self.address = address
         self.authority = server_name or ("localhost" if address.startswith("unix:") else address)
         self.is_tls = tls is not None
-        self.wire_limits = _wire_limits(limits, _ANSWER_HEADER_BYTES)
         self._tls, self._server_name = tls, server_name
         self._connection: _Outgoing | None = None
         self._connections: set[_Outgoing] = set()  # also those that only finish calls under way
         self._connecting: asyncio.Future[_Outgoing] | None = None
         self._task: asyncio.Task[None] | None = None
+        self.set_limits(limits)
+
+    def set_limits(self, limits: LimitsConfig) -> None:
+        """Changes the limits of connections that are made from now on."""
+        self.wire_limits = _wire_limits(limits, _ANSWER_HEADER_BYTES)
 
     async def call(self, path: str, message: bytes, timeout_s: float | None, metadata: Metadata) -> Reply:
         """Makes one call. Raises nothing but CancelledError."""
@@ -890,6 +900,10 @@ class Channel:
             self._connecting.exception()
         self._connecting = None
 
+    def remember(self, connection: _Outgoing) -> None:
+        """Notes a connection that is open. It may be lost before _connect() hears of it."""
+        self._connections.add(connection)
+
     def forget(self, connection: _Outgoing) -> None:
         """Forgets a connection that is closed."""
         self._connections.discard(connection)
@@ -917,9 +931,8 @@ class Channel:
                 opening = loop.create_connection(make, host, port, ssl=tls, server_hostname=name)
             _, made = await asyncio.wait_for(opening, _CONNECT_S)
             connection = made
-            self._connections.add(made)
             await asyncio.wait_for(asyncio.shield(made.hello), _CONNECT_S)
-        except (OSError, asyncio.TimeoutError) as error:
+        except (OSError, asyncio.TimeoutError, UnicodeError) as error:  # UnicodeError: a host that no name can be
             if connection is not None:
                 connection.abort()
             if self._connecting is connecting:
@@ -933,6 +946,9 @@ class Channel:
                 connection.abort()
             raise
         else:
+            if self._connecting is not connecting:
+                made.abort()  # drop() came in the same turn, which wait_for() does not notice
+                return
             self._connection, self._connecting, self._task = made, None, None
             if not connecting.done():
                 connecting.set_result(made)

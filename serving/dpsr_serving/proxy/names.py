@@ -106,11 +106,13 @@ class _Name:
         """Ends the lookups."""
         if self._task is not None:
             self._task.cancel()
+            self._task = None
 
     async def _follow(self, config: DnsConfig, look_up: LookUp) -> None:
         host, port = host_of(self._address), int(self._address.rpartition(":")[2])
         asking: asyncio.Future[list[str]] | None = None
-        while True:
+        # wait_for() does not notice a cancellation in the turn in which what it waits for ends.
+        while self._task is asyncio.current_task():
             self.again.clear()
             # A lookup by the system cannot be given up, so the next turn waits for it instead of starting another.
             if asking is None:
@@ -122,7 +124,7 @@ class _Name:
                 self._take(found, "it has no addresses")
             except asyncio.TimeoutError:
                 self._take((), f"no answer within {config.timeout_s:g} s")
-            except OSError as error:
+            except (OSError, UnicodeError) as error:  # UnicodeError: a text that no name can be, such as "a..b"
                 asking = None
                 self._take((), str(error))
             self.tried.set()

@@ -196,6 +196,7 @@ class ProxyServer:
         self._server.set_limits(config.limits)
         self._retire(before)
         for backend in self._backends.values():
+            backend.set_limits(config.limits)
             backend.watch(config.health)
 
     def renew_certificates(self) -> list[str]:

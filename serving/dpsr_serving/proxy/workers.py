@@ -316,7 +316,7 @@ class _Worker:
             self._reader = self._writer = None
             try:
                 await self.start()
-            except CommandError as error:
+            except (CommandError, OSError) as error:  # OSError: the machine lacks memory, processes or open files
                 _say(f"dpsr proxy: {error}")
 
     async def report(self) -> tuple[bool, str]:
