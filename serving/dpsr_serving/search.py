@@ -391,7 +391,7 @@ class Signature:
             elif name == "dpsr_score":
                 arrays[name] = scores
             elif name == _USER_ID:
-                arrays[name] = np.array([] if ranking.user_id is None else [ranking.user_id], np.int64)
+                arrays[name] = np.array([] if ranking.user_id is None else [_int64(ranking.user_id)], np.int64)
             elif name.startswith(_USER):
                 feature = name.removeprefix(_USER)
                 arrays[name] = _feature(feature, dtype, rank, [user.features.get(feature)])
@@ -416,9 +416,16 @@ class Signature:
                 raise ValueError(f"this model identifies items by key, a text; got {wrong[0]!r}")
             return keys, rows
         try:
-            return ids, [[int(item) for item in row] for row in rows]
+            return ids, [[_int64(item) for item in row] for row in rows]
         except ValueError as error:
             raise ValueError(f"this model identifies items by id, an integer: {error}") from None
+
+
+def _int64(item: Any) -> int:
+    number = int(item)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{number} is not an int64")
+    return number
 
 
 def _texts(texts: Sequence[Text]) -> NDArray[Any]:

@@ -194,6 +194,7 @@ def test_what_the_model_does_not_take_is_a_value_error_that_says_what_it_takes(
         ({"user": {"age": 3}}, "unknown user attribute 'age', expected features, clicked_items, past_queries"),
         ({"user": [None, None]}, "2 users for 1 queries"),
         ({"exclude_items": ["sku-1"]}, "identifies items by id, an integer: .*'sku-1'"),
+        ({"exclude_items": [2**63]}, "identifies items by id, an integer: 9223372036854775808 is not an int64"),
     ]
     with SearchClient(echo["echo"].target, "echo") as client:
         for arguments, words in wrong:

@@ -240,7 +240,7 @@ def test_judgments(tmp_path: Path):
     assert read_judgments(path, items, relevant_from=2)["红"] == set()
     (tmp_path / "judged.tsv.gz").write_bytes(gzip.compress(text.encode()))
     assert read_judgments(tmp_path / "judged.tsv.gz", items) == read_judgments(path, items)
-    (tmp_path / "judged.csv").write_text('q,i,g\n"a, b",3,1\n')
+    (tmp_path / "judged.csv").write_text(f'q,i,g\n"a, b",3,1\n"a, b",{2**64},1\n')
     assert read_judgments(tmp_path / "judged.csv", items, ("q", "i", "g")) == {"a, b": {3}}
     with_keys = catalogue(tmp_path, ["a", "b", "c", "d"])
     path.write_text("query\titem\tgrade\nx\tb\t1\nx\tz\t1\n")

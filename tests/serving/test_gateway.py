@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import json
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from dpsr_common.errors import CommandError, UsageError
 from dpsr_serving import grpc_services
 from dpsr_serving.gateway import cursor, search_api
 from dpsr_serving.gateway.config import parse_config
-from dpsr_serving.gateway.messages import Facet, Item, RequestError, SearchRequest, SearchResponse
+from dpsr_serving.gateway.messages import Facet, Item, RequestError, SearchRequest, SearchResponse, load_json
 from dpsr_serving.gateway.openapi import OPENAPI
 from dpsr_serving.proxy.experiments import assign
 
@@ -428,6 +431,12 @@ def test_models_are_told_what_they_read_of_a_user(shop: Shop, models: Models) ->
     assert models.requests["rank"][1]["user_id"].tolist() == []
 
 
+def test_clicked_items_that_are_no_ids_are_left_out(shop: Shop, models: Models) -> None:
+    answer = shop.search(pipeline="semantic", user={"clicked_items": ["9" * 20, "x", "101"]})
+    assert answer["degraded"] == []
+    assert models.requests["search"][0]["clicked_items"].tolist() == [[101]]
+
+
 def test_features_that_no_model_reads_are_refused(shop: Shop) -> None:
     shop.search(pipeline="fine")  # by now all models have told their inputs
     error = shop.post({"query": "red", "user": {"features": {"shoe_size": 44}}}).error
@@ -528,6 +537,19 @@ def test_cursor_returns_what_was_packed() -> None:
         cursor.unpack(cursor.pack(listed, 0, b"12345678"), b"12345678", 1000)
 
 
+def test_cursors_that_clients_make_up(words: Shop) -> None:
+    of = cursor.fingerprint(words.searcher.catalogue.manifest)
+    good, begin = cursor.unpack(words.search("red shoes", size=5)["next_cursor"], of, 40)
+    answer = words.search(None, cursor=cursor.pack(dataclasses.replace(good, arm="made/up"), begin, of))
+    assert (answer["arm"], answer["total"]) == ("", 26)
+    assert "made/up" not in words.get("/metrics").body.decode()
+    # Half of a surrogate pair, which has no form in UTF-8.
+    data = base64.urlsafe_b64decode(cursor.pack(dataclasses.replace(good, query="AAAAAA"), begin, of))[4:]
+    data = data.replace(b"AAAAAA", b"\\ud800")
+    forged = base64.urlsafe_b64encode(struct.pack("<I", zlib.crc32(data)) + data).decode()
+    assert "is damaged" in words.post({"cursor": forged}).error
+
+
 # Experiments.
 
 ARMS = """
@@ -615,6 +637,15 @@ def test_wrong_requests_are_refused(words: Shop, body: Any, words_of_error: str)
     assert words.search("red shoes")["total"] == 26
 
 
+def test_a_name_that_is_given_twice_among_many_is_found_at_once() -> None:
+    """To compare each name with each takes seconds, in which the gateway answers nobody."""
+    body = b"{" + b"".join(b'"%d":0,' % i for i in range(25_000)) + b'"24999":0}'
+    begin = time.process_time()
+    with pytest.raises(RequestError, match='"24999" is given twice'):
+        load_json(body)
+    assert time.process_time() - begin < 1
+
+
 def test_text_of_users_is_no_query_syntax(words: Shop) -> None:
     plain = ids(words.search("red shoes", size=50))
     for text in ("red AND shoes", "+red +shoes", '"red shoes"~2', "red shoes^9", "brand:acme red shoes", "red* shoes"):
@@ -646,6 +677,16 @@ def test_large_bodies_and_other_paths_are_refused(folder: Path) -> None:
         bad = _raw(shop, b"\x00\x01\x02\r\n\r\n")
         assert bad.startswith(b"HTTP/1.0 400") or bad.startswith(b"HTTP/1.1 400")
         assert shop.search()["items"]
+
+
+def test_connections_above_the_limit_are_closed(folder: Path) -> None:
+    config = "pipelines: {bm25: {recall: {inverted: {}}}}\nlimits: {connections: 1, receive_s: 600}"
+    with running(config, folder) as shop:
+        host, _, port = shop.gateway.rest_address.rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as first:
+            first.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert first.recv(65536).startswith(b"HTTP/1.1 200")
+            assert _raw(shop, b"") == b""
 
 
 def _raw(shop: Shop, data: bytes) -> bytes:
@@ -790,6 +831,16 @@ def test_grpc_has_reflection_and_health(words: Shop) -> None:
         watching = watch(b"", timeout=PATIENCE_S)
         assert next(watching).status == 1
         watching.cancel()
+
+
+def test_watching_the_health_does_not_keep_the_gateway(folder: Path) -> None:
+    with running("pipelines: {bm25: {recall: {inverted: {}}}}", folder, drain_s=PATIENCE_S) as shop:
+        channel = grpc.insecure_channel(shop.gateway.grpc_address)
+        watching = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"", timeout=2 * PATIENCE_S)
+        assert next(watching)
+        begin = time.monotonic()
+    assert time.monotonic() - begin < PATIENCE_S / 2
+    channel.close()
 
 
 # Descriptions.

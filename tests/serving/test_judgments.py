@@ -70,6 +70,15 @@ def test_what_is_no_judgment_is_refused(path: Path, query: str, grade: float, wo
     assert not path.exists()
 
 
+def test_an_item_that_would_break_the_file_is_refused(path: Path) -> None:
+    file = JudgmentFile(path)
+    for item in ("a\tb", "a\nb", "a\rb"):
+        with pytest.raises(ValueError, match="item: got"):
+            file.judge("q", item, 1)
+    file.judge("q", "a\u3000b", 1)
+    assert file.of_query("q") == {"a\u3000b": 1.0}
+
+
 def test_the_number_of_judgments_has_a_limit(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judgments_file, "MAX_JUDGMENTS", 2)
     file = JudgmentFile(path)

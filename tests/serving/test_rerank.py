@@ -268,6 +268,8 @@ def test_boost_and_bury_move_items_and_add_up(shop_of: ShopOf, tmp_path: Path) -
     assert found.reasons(5) == ["moved from 2 to 6", "a: buried"]
     both = "a:\n  boost: {items: [103], places: 2}\n  bury: {items: [103], places: 1}\n"
     assert rerank(shop, NOTHING, rules_of(tmp_path, shop, both)).ids.tolist() == [100, 101, 103, 102, 104, 105]
+    first = f"a:\n  boost: {{items: [103], places: {10**30}}}\n"
+    assert rerank(shop, NOTHING, rules_of(tmp_path, shop, first)).ids.tolist() == [103, 100, 101, 102, 104, 105]
 
 
 def test_rules_come_after_diversity(shop_of: ShopOf, tmp_path: Path) -> None:
@@ -401,3 +403,6 @@ def test_items_by_key(shop_of: ShopOf, tmp_path: Path) -> None:
 def test_items_by_id(shop_of: ShopOf) -> None:
     found = find_items(shop_of("AA"), [100, "101", 99, "-1", "1e2", "", str(2**63), 2**70])
     assert found.tolist() == [0, 1, -1, -1, -1, -1, -1, -1]
+    shop = shop_of("AA")
+    shop.ids = np.array([100, 2**63 - 1])  # 19 digits, as ids that are made of the time have
+    assert find_items(shop, [2**63 - 1, str(2**63 - 1), 10**19 - 1]).tolist() == [1, 1, -1]

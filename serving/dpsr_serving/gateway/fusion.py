@@ -424,6 +424,6 @@ def _item_finder(catalogue: Catalogue) -> Callable[[str], int | None]:
 
     def find(text: str) -> int | None:
         number = int(text)
-        return number if catalogue.rows([number])[0] >= 0 else None
+        return number if -(2**63) <= number < 2**63 and catalogue.rows([number])[0] >= 0 else None
 
     return find

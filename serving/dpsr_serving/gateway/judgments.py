@@ -54,12 +54,15 @@ class JudgmentFile:
         """Saves the grade of an item for a query, or takes it back with None. Returns the number of judgments.
 
         Raises:
-            ValueError: the query is empty or too long, the grade is not one, or there are too many judgments.
+            ValueError: the query is empty or too long, the item or the grade is not one, or there are too many
+                judgments.
             CommandError: the file cannot be written.
         """
         query = _one_line(query)
         if not 0 < len(query) <= MAX_QUERY:
             raise ValueError(f"query: has {len(query)} characters, expected 1 to {MAX_QUERY}")
+        if set(item) & set("\t\r\n"):
+            raise ValueError(f"item: got {item[:80]!r}, expected an id without tabs and ends of lines")
         if grade is not None and not 0 <= grade <= HIGHEST_GRADE:
             raise ValueError(f"grade: got {grade}, expected 0 to {HIGHEST_GRADE}, or null to take the judgment back")
         with self._locked():

@@ -280,11 +280,11 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise RequestError(f"{_shown(twice)} is given twice; give each field once")
+    tree: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in tree:
+            raise RequestError(f"{_shown(name)} is given twice; give each field once")
+        tree[name] = value
     return tree
 
 

@@ -125,6 +125,7 @@ class Searcher:
         self._lock = threading.Lock()
         self._rules: dict[str, RuleFile] = {}
         self._plans = {name: self._plan(pipeline) for name, pipeline in config.pipelines.items()}
+        self._arms = {f"{one.name}/{arm}" for one in config.experiments.values() for arm in one.pipelines}
         self._said: set[tuple[str, str]] = set()
         self._background: list[asyncio.Task[None]] = []
         self._fingerprint = cursor.fingerprint(self.catalogue.manifest)
@@ -436,9 +437,10 @@ class Searcher:
         if self.catalogue.has_keys:
             return str(item)
         try:
-            return int(item)
+            number = int(item)
         except ValueError:
             return None
+        return number if -(2**63) <= number < 2**63 else None
 
     # The stages after recall.
 
@@ -606,6 +608,9 @@ class Searcher:
                 raise RequestError(f"cursor: belongs to a search with another {name}; leave out {name} or the cursor")
         if listed.pipeline not in self._plans:
             raise RequestError("cursor: belongs to a pipeline that is not configured any more; search again")
+        if listed.arm not in self._arms:
+            # Of an experiment that has ended, or made up by the client: metrics must not get labels from requests.
+            listed = dataclasses.replace(listed, arm="")
         return self._page(listed, self._items(listed, begin, request.size), request, begin + request.size, None)
 
     def _page(

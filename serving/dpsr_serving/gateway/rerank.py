@@ -550,7 +550,7 @@ def _move(section: Section, key: str, catalogue: Catalogue) -> Move:
         filters = catalogue.conditions(read_filters("filters", part.tree.get("filters", {})))
     except ValueError as error:
         raise part.error("filters", str(error)) from None
-    places = part.integer("places", 10 if key == "boost" else _TO_THE_END, 1)
+    places = min(part.integer("places", 10 if key == "boost" else _TO_THE_END, 1), _TO_THE_END)
     return Move(_items(part, "items", catalogue), filters, places if key == "boost" else -places)
 
 
@@ -571,8 +571,8 @@ def find_items(catalogue: Catalogue, items: Sequence[int | str]) -> NDArray[np.i
     """Returns the rows of items that people name by the shop's own id, int64 [k]; -1 where an item is unknown."""
     if catalogue.has_keys:
         return catalogue.rows_of_keys([str(item) for item in items])
-    numbers = [int(item) if re.fullmatch(r"\d{1,18}", str(item)) else -1 for item in items]
-    return catalogue.rows(np.array(numbers, np.int64))
+    numbers = [int(item) if re.fullmatch(r"\d{1,19}", str(item)) else -1 for item in items]
+    return catalogue.rows(np.array([number if number < 2**63 else -1 for number in numbers], np.int64))
 
 
 def _texts(section: Section, name: str) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from dpsr_serving.proxy.metrics import merge
 _log = logging.getLogger(__name__)
 
 _SWEEP_S = 1.0
+_LAST_ANSWERS_S = 1.0  # time to send the answers of the last searches
 _JSON = "application/json"
 _RETRY_S = 1  # what a refused client should wait
 
@@ -177,7 +178,9 @@ class Gateway:
         protocol = self._runner.server()
         self._new[protocol] = time.monotonic()
         if len(self._runner.server.connections) >= self._limits.connections:
-            asyncio.get_running_loop().call_soon(protocol.force_close)
+            loop = asyncio.get_running_loop()
+            # In the turn after the next one: the protocol has nothing to close before asyncio calls connection_made().
+            loop.call_soon(lambda: loop.call_soon(protocol.force_close))
         return protocol
 
     async def _sweep(self) -> None:
@@ -240,8 +243,9 @@ class Gateway:
         stopping = asyncio.create_task(self._grpc.stop(drain_s)) if self._grpc is not None else None
         while self._under_way and time.monotonic() < end:
             await asyncio.sleep(0.01)
-        if stopping is not None:
-            await stopping
+        if self._grpc is not None and stopping is not None:
+            # Whoever watches the health of the gateway does so without an end.
+            await asyncio.gather(stopping, self._grpc.stop(min(max(end - time.monotonic(), 0.0), _LAST_ANSWERS_S)))
         if self._sweeper is not None:
             self._sweeper.cancel()
         if self._runner is not None:
