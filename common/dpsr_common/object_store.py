@@ -231,13 +231,17 @@ def cached(url: str, wanted: Callable[[str], bool] | None = None) -> Path:
         wanted: tells from its name whether a file is needed; None takes all.
 
     Raises:
-        CommandError: the directory is not complete or changes meanwhile, or what is in use fills the cache.
+        CommandError: the directory is not complete or changes meanwhile, what is in use fills the cache, or there
+            cannot be a cache.
     """
     folder = RemoteFolder(url)
     files = {name: record for name, record in _complete_files(folder).items() if wanted is None or wanted(name)}
     cache = Path(os.environ.get("DPSR_CACHE") or Path.home() / ".cache" / "dpsr")
-    (cache / "files").mkdir(parents=True, exist_ok=True)
-    (cache / "trees").mkdir(exist_ok=True)
+    try:
+        (cache / "files").mkdir(parents=True, exist_ok=True)
+        (cache / "trees").mkdir(exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"{cache}: cannot be made: {error.strerror}; give another DPSR_CACHE") from None
     tree = cache / "trees" / hashlib.sha256(_mark(files)).hexdigest()[:32]
     if tree in _locks:
         return tree

@@ -19,7 +19,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import grpc
 import grpc.aio
@@ -47,6 +47,9 @@ from dpsr_serving.search import (
     rewrites_of,
     scores_of,
 )
+
+if TYPE_CHECKING:
+    from typing import Unpack  # Python 3.10 does not have it
 
 __all__ = [
     "AsyncSearchClient",

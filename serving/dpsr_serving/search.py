@@ -6,13 +6,16 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpsr_common import serving_apis
 from dpsr_serving.tensors import make_tensor, to_numpy
+
+if TYPE_CHECKING:
+    from typing import Unpack  # Python 3.10 does not have it
 
 Text = str | bytes
 Feature = str | bytes | float | Sequence[Text] | Sequence[float] | None

@@ -131,6 +131,13 @@ def test_the_cache_is_bounded(s3_url: str, tmp_path: Path, cache: Path, monkeypa
         cached(f"{s3_url}/a")
 
 
+def test_a_cache_that_cannot_be_made(s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload(folder(tmp_path / "source", file="content"), s3_url)
+    monkeypatch.setenv("DPSR_CACHE", str(tmp_path / "source" / "file" / "cache"))
+    with pytest.raises(CommandError, match="cache: cannot be made: Not a directory; give another DPSR_CACHE"):
+        cached(s3_url)
+
+
 def test_two_processes_fill_the_cache_once(s3_url: str, tmp_path: Path, cache: Path) -> None:
     upload(folder(tmp_path / "source", a="one", b="two"), s3_url)
     program = f"from dpsr_common.object_store import cached; print(cached({s3_url!r}))"

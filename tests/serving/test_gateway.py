@@ -194,6 +194,17 @@ def test_identifiers_win(folder: Path, mode: str, first: list[int], others: bool
         assert shop.search("MX-115", filters={"brand": "nobody"})["total"] == 0
 
 
+def test_identifier_of_many_items_gives_no_longer_list_than_recall(folder: Path) -> None:
+    def wrap(index: Any) -> Faulty:
+        faulty = Faulty(index)
+        faulty.identifier = lambda text: index.catalogue.ids
+        return faulty
+
+    config = "pipelines: {bm25: {identifiers: only, recall: {inverted: {}}, coarse: {size: 7}}}"
+    with running(config, folder, wrap) as shop:
+        assert ids(shop.search("00000000")) == list(range(100, 107))
+
+
 def test_identifier_stays_first_whatever_the_ranker_says(shop: Shop, models: Models) -> None:
     models.search = lambda inputs: [(102, 0.9), (104, 0.8)]
     models.rank = lambda inputs: [-100.0 if item == 121 else 1.0 for item in inputs["item_ids"]]

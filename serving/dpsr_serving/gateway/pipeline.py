@@ -267,7 +267,8 @@ class Searcher:
         identified = np.zeros(0, np.int64)
         if config.identifiers != "off":
             identified = self._index.identifier(request.query)
-            identified = identified[self._kept(identified, conditions)]
+            # A placeholder, such as 00000000, may be the identifier of half of the items.
+            identified = identified[self._kept(identified, conditions)][: config.coarse.size]
         found: dict[str, Found] = {}
         if not (len(identified) and config.identifiers == "only"):
             found = await self._recall(request, trace, conditions, ends)
