@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -185,8 +186,10 @@ class Section:
         limit = f"above {below:g}" if least is None else f"of at least {least:g}"
 
         def valid(value: Any) -> bool:
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            return is_number and (value > below if least is None else value >= least) and value <= most
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            # math.isfinite() raises an error for an integer of 400 digits.
+            is_finite = is_number and abs(value) <= sys.float_info.max
+            return is_finite and (value > below if least is None else value >= least) and value <= most
 
         return self.value(
             name, default, valid, f"a number {limit}" if most == math.inf else f"a number {limit} and at most {most:g}"

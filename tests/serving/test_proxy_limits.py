@@ -360,6 +360,7 @@ def test_limits_are_read_again(start_proxy: StartProxy, start_backend: StartBack
     ("limits", "words"),
     [
         ("{header_bytes: 0}", "limits.header_bytes: got 0"),
+        ("{streams: 9999999999}", "limits.streams: got 9999999999, expected at most 2147483647"),
         ("{message_bytes: 9999999999}", "limits.message_bytes: got 9999999999, expected at most 2147483647"),
         ("{message_bytes: 1000, total_bytes: 999}", "limits.total_bytes: got 999, expected at least message_bytes"),
         ("{body_s: 0}", "limits.body_s: got 0"),

@@ -151,11 +151,11 @@ class LimitsConfig:
         body_bytes: of one request.
         page_size: items on one page.
         concurrent: requests under way; more are refused with status 503.
-        connections: connections of clients; more wait until others end.
+        connections: connections of clients over REST; further ones are closed.
         idle_s: seconds without a request, before a connection is ended.
         receive_s: seconds that a client may take to send one request.
         searches: threads that search the inverted index.
-        waiting_searches: searches of the inverted index that may wait for a thread; more are left out as late.
+        waiting_searches: searches of the inverted index that may wait for a thread; more are left out as busy.
     """
 
     body_bytes: int = 2**18

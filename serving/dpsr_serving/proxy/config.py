@@ -335,6 +335,7 @@ _TOP_KEYS = (
 )  # fmt: skip
 _POOL_KEYS = ("backends", "shards", "discover", "missing_shards", "shard_timeout_s")
 _ADDRESSES = "a list of at least one host:port"
+_MOST_STREAMS = 2**31 - 1  # HTTP/2 has no more numbers for them
 DNS_PREFIX = "dns:"
 _ENDPOINT = re.compile(r"https?://[^/]+:[0-9]+")
 
@@ -581,6 +582,8 @@ def _limits(section: Section) -> LimitsConfig:
         if name not in counts:
             found[name] = section.number(name, getattr(preset, name))
     limits = LimitsConfig(**found)
+    if limits.streams > _MOST_STREAMS:
+        raise UsageError(f"{section.key}streams: got {limits.streams}, expected at most {_MOST_STREAMS}")
     if limits.message_bytes > MAX_MESSAGE_BYTES:
         raise UsageError(
             f"{section.key}message_bytes: got {limits.message_bytes}, expected at most {MAX_MESSAGE_BYTES}"
