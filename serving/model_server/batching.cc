@@ -320,7 +320,8 @@ class BatchQueuesImpl final : public BatchQueues {
     }
     const std::vector<size_t> outputs(wanted.begin(), wanted.end());
     const Request& first = *parts[0]->request;
-    const bool is_whole = parts.size() == 1 && first.num_rows == num_rows;
+    // A part of a request that was split may become as large as the request when it is filled up.
+    const bool is_whole = parts.size() == 1 && parts[0]->num_rows == num_rows && first.num_rows == num_rows;
     Feeds joined;
     for (size_t input = 0; !is_whole && input < first.feeds.size(); ++input) {
       joined.emplace_back(first.feeds[input].first, ConcatRows(RowsOf(parts, input), num_rows));

@@ -312,6 +312,15 @@ def test_large_requests_are_split(start: Callable[..., Server]) -> None:
     assert outputs_of(server.predict(predict_request("text", texts)))["joined"] == [b"%d%d" % (i, i) for i in range(9)]
 
 
+def test_a_part_that_is_filled_up_to_the_size_of_its_request(start: Callable[..., Server]) -> None:
+    """One row of the second request fills the batch of the first. Its other two are filled up to three, as it has."""
+    text = "enable_large_batch_splitting { value: true } allowed_batch_sizes: [3, 4]"
+    server = start(text, max_batch_size=8, max_execution_batch_size=4, batch_timeout_micros=1_000_000)
+    answers = together(server, half_request(1, 2, 3), half_request(4, 5, 6))
+    assert [answer["y"] for answer in answers] == [[0.5, 1, 1.5], [2, 2.5, 3]]
+    assert sorted(answer["batch_rows"] for answer in answers) == [[4, 3, 3], [4, 4, 4]]
+
+
 def test_a_request_beyond_the_largest_batch(start: Callable[..., Server]) -> None:
     server = start(max_batch_size=2)
     assert error_of(lambda: server.predict(half_request(1, 2, 3)))[0] == INVALID
