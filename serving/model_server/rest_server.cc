@@ -15,8 +15,10 @@
 #include <boost/beast/http/rfc7230.hpp>
 #include <boost/beast/ssl.hpp>
 #include <condition_variable>
+#include <exception>
 #include <limits>
 #include <mutex>
+#include <new>
 #include <optional>
 #include <string_view>
 #include <thread>
@@ -66,7 +68,12 @@ void Compress(RestReply* reply) {
   const uLong bound = deflateBound(&stream, reply->body.size());
   std::string packed;
   if (bound <= std::numeric_limits<uInt>::max()) {
-    packed.resize(bound);
+    try {
+      packed.resize(bound);
+    } catch (const std::bad_alloc&) {
+      deflateEnd(&stream);
+      return;
+    }
     stream.next_in = reinterpret_cast<Bytef*>(reply->body.data());
     stream.avail_in = static_cast<uInt>(reply->body.size());
     stream.next_out = reinterpret_cast<Bytef*>(packed.data());
@@ -120,6 +127,12 @@ class Connection : public std::enable_shared_from_this<Connection<Stream>> {
   Connection(tcp::socket socket, Shared* shared) : stream_(std::move(socket)), shared_(shared) {}
   Connection(tcp::socket socket, const std::shared_ptr<asio::ssl::context>& tls, Shared* shared)
       : tls_(tls), stream_(std::move(socket), *tls), shared_(shared) {}
+  ~Connection() {
+    // An exception has ended it before its answer.
+    if (begun_) shared_->End();
+  }
+  Connection(const Connection&) = delete;
+  Connection& operator=(const Connection&) = delete;
 
   void Start() {
     if constexpr (kIsTls) {
@@ -175,6 +188,7 @@ class Connection : public std::enable_shared_from_this<Connection<Stream>> {
     // From here on the time limit of the request counts.
     Tcp().expires_never();
     if (!shared_->Begin()) return;
+    begun_ = true;
     if (error == http::error::body_limit) {
       Write(ErrorReply(413, "the request's body is too large"), false);
       return;
@@ -261,6 +275,7 @@ class Connection : public std::enable_shared_from_this<Connection<Stream>> {
     if (is_head_) response_->body().clear();
     Tcp().expires_after(kIdle);
     http::async_write(stream_, *response_, [self = Self(), keep_alive](beast::error_code error, size_t) {
+      self->begun_ = false;
       self->shared_->End();
       if (error) return;
       if (keep_alive) {
@@ -299,6 +314,7 @@ class Connection : public std::enable_shared_from_this<Connection<Stream>> {
   beast::flat_buffer buffer_;
   std::optional<http::request_parser<http::string_body>> parser_;
   std::optional<http::response<http::string_body>> response_;
+  bool begun_ = false;  // whether `shared_` counts a request of this connection
   unsigned version_ = 11;
   bool is_head_ = false;
   bool takes_gzip_ = false;
@@ -344,7 +360,7 @@ class RestServerImpl final : public RestServer {
                         " for REST: ", error.message(), "; choose another port with --rest_api_port");
     }
     Accept();
-    for (int i = 0; i < options.num_threads; ++i) threads_.emplace_back([this] { io_.run(); });
+    for (int i = 0; i < options.num_threads; ++i) threads_.emplace_back([this] { Run(); });
     return {};
   }
 
@@ -362,6 +378,19 @@ class RestServerImpl final : public RestServer {
   }
 
  private:
+  // Runs handlers until the server ends. One that throws, for example because there is no memory for a body, ends its
+  // connection; the others go on.
+  void Run() {
+    for (;;) {
+      try {
+        io_.run();
+        return;
+      } catch (const std::exception& error) {
+        shared_.log->Write("a REST connection", error.what(), {}, "");
+      }
+    }
+  }
+
   void Accept() {
     acceptor_.async_accept(asio::make_strand(io_), [this](beast::error_code error, tcp::socket socket) {
       if (error == asio::error::operation_aborted || !acceptor_.is_open()) return;
@@ -373,18 +402,27 @@ class RestServerImpl final : public RestServer {
         });
         return;
       }
-      beast::error_code ignored;
-      socket.set_option(tcp::no_delay(true), ignored);
-      if (shared_.options.tls == nullptr) {
-        std::make_shared<Connection<beast::tcp_stream>>(std::move(socket), &shared_)->Start();
-      } else {
-        std::make_shared<Connection<TlsStream>>(std::move(socket), Tls(), &shared_)->Start();
+      try {
+        StartConnection(std::move(socket));
+      } catch (const std::exception& failure) {
+        // For example no memory for OpenSSL. The next connection may find some.
+        shared_.log->Write("a REST connection", failure.what(), {}, "");
       }
       Accept();
     });
   }
 
-  // Returns the present key and certificates. Only Accept calls it.
+  void StartConnection(tcp::socket socket) {
+    beast::error_code ignored;
+    socket.set_option(tcp::no_delay(true), ignored);
+    if (shared_.options.tls == nullptr) {
+      std::make_shared<Connection<beast::tcp_stream>>(std::move(socket), &shared_)->Start();
+    } else {
+      std::make_shared<Connection<TlsStream>>(std::move(socket), Tls(), &shared_)->Start();
+    }
+  }
+
+  // Returns the present key and certificates. Only StartConnection calls it.
   std::shared_ptr<asio::ssl::context> Tls() {
     std::shared_ptr<const TlsState> state = shared_.options.tls->Current();
     if (state != tls_state_) {
