@@ -580,7 +580,11 @@ bool ModelManager::ForgetEndedVersions(Model* model) {
       ++entry;
       continue;
     }
-    // If the version has become aspired again, the next poll finds it as a new one.
+    // If the version has become aspired again, another search finds it as a new one.
+    if (version.aspired) {
+      poll_now_ = true;
+      NotifyChanged();
+    }
     auto& ended = ended_[model->config.name];
     ended[entry->first] = version.error;
     if (ended.size() > kMaxEnded) ended.erase(ended.begin());
@@ -601,7 +605,8 @@ std::optional<tensorflow::Status> ModelManager::LoadResult(const std::set<std::s
   for (const std::string& name : names) {
     const auto model = models_.find(name);
     if (model == models_.end() || model->second.removed) continue;
-    bool available = false, waiting = model->second.versions.empty();
+    // Before the search, the versions may be old ones that are being unloaded.
+    bool available = false, waiting = !model->second.polled || model->second.versions.empty();
     std::string errors;
     for (const auto& [number, version] : model->second.versions) {
       available |= version.aspired && version.state == VersionState::kReady;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -201,6 +202,26 @@ def test_a_version_is_unloaded_when_its_requests_have_ended(exported: Path, base
         release.touch()
         assert held.result().model_spec.version.value == 1
         eventually(lambda: running.states()[1] == State.END, "1 is unloaded")
+
+
+def test_a_model_that_comes_back_while_it_is_unloaded(exported: Path, base_path: Path, tmp_path: Path) -> None:
+    """Its version is loaded again, also where the server does not search for versions at intervals."""
+    saved_models.publish(exported / "signatures", base_path, 1)
+    with serving(tmp_path, f"--model_base_path={base_path}", "--file_system_poll_wait_seconds=0") as running:
+        request, begun, release = gate_request(tmp_path)
+        held = running.prediction.Predict.future(request, timeout=PATIENCE_S)
+        eventually(begun.exists, "the request runs")
+        running.reload(config_list())
+        eventually(lambda: running.states() == {1: State.UNLOADING}, "1 waits for its request")
+        back = config_list(model_config("default", base_path))
+        reload = model_management_pb2.ReloadConfigRequest(config=back)
+        waiting = running.model.HandleReloadConfigRequest.future(reload, timeout=PATIENCE_S)
+        time.sleep(0.5)  # the search for versions, which finds 1 before it is gone
+        assert not waiting.done()
+        release.touch()
+        assert held.result().model_spec.version.value == 1
+        assert waiting.result().status.error_code == 0
+        assert running.states() == {1: State.AVAILABLE}
 
 
 def test_a_broken_version_never_disturbs_the_one_that_serves(exported: Path, base_path: Path, tmp_path: Path) -> None:
