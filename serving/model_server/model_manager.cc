@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <system_error>
 #include <utility>
 
 #include "common/status.h"
@@ -505,18 +506,26 @@ void ModelManager::Load(const std::string& name, int64_t number, Version* versio
   load_threads_->Add([this, name, number, version, path = version->path] {
     LogInfo("loading model ", name, " version ", number, " from ", path);
     std::unique_ptr<Servable> servable;
+    std::unique_ptr<ItemChangeFollower> follower;
     const auto begin = Clock::now();
     const int64_t memory = ResidentBytes();
     tensorflow::Status status;
     // Loads run with low priority, so that requests go first if there are few processors. The thread is a separate one,
     // because it must never hold the lock that requests need.
-    std::thread([&] {
-      setpriority(PRIO_PROCESS, static_cast<id_t>(gettid()), kLoadNiceness);
-      status = Servable::Load(options_.servable, name, number, path, &servable);
-      if (status.ok() && options_.warmup_iterations > 0) {
-        status = ReplayWarmup(*servable, path, options_.warmup_iterations);
-      }
-    }).join();
+    try {
+      std::thread([&] {
+        setpriority(PRIO_PROCESS, static_cast<id_t>(gettid()), kLoadNiceness);
+        status = Servable::Load(options_.servable, name, number, path, &servable);
+        if (status.ok() && options_.warmup_iterations > 0) {
+          status = ReplayWarmup(*servable, path, options_.warmup_iterations);
+        }
+      }).join();
+      // Its thread has the priority of this one, not that of loads.
+      if (status.ok()) follower = ItemChangeFollower::Start(*servable);
+    } catch (const std::system_error& error) {
+      // The process may have as many threads as it is allowed.
+      status = absl::ResourceExhaustedError(StrCat("cannot start a thread: ", error.what()));
+    }
     if (options_.flush_file_system_caches) tensorflow::Env::Default()->FlushFileSystemCaches().IgnoreError();
     if (status.ok()) SetVersionMemory(name, number, std::max<int64_t>(1, ResidentBytes() - memory));
     const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
@@ -527,8 +536,7 @@ void ModelManager::Load(const std::string& name, int64_t number, Version* versio
     if (status.ok()) {
       LogInfo("loaded model ", name, " version ", number, " in ", seconds, " s");
       version->servable = std::move(servable);
-      // Its thread has the priority of this one, not that of loads.
-      version->follower = ItemChangeFollower::Start(*version->servable);
+      version->follower = std::move(follower);
       version->lease = std::shared_ptr<const Servable>(version->servable.get(), [this, version](const Servable*) {
         Lock release(mutex_);
         version->released = true;
