@@ -431,6 +431,8 @@ int Main(int argc, char** argv) {
   sigaddset(&signals, SIGTERM);
   sigaddset(&signals, SIGINT);
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  // A log that nobody reads any more, such as a pipe to a program that has ended, must not end the server.
+  signal(SIGPIPE, SIG_IGN);
   // Our log reports the errors of gRPC and protobuf. Without this, clients could fill it with lines of these libraries.
   setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);
   google::protobuf::SetLogHandler(nullptr);

@@ -400,6 +400,21 @@ def test_sigterm_lets_running_requests_end(exported: Path, base_path: Path, tmp_
         assert "unloaded model default version 1" in running.log.read_text()
 
 
+def test_a_log_that_nobody_reads_does_not_end_the_server(exported: Path, base_path: Path) -> None:
+    """As when Ctrl-C ends `tee`, which the log goes to, before the server has let its requests end."""
+    saved_models.publish(exported / "half_plus_1", base_path, 1)
+    command = [str(model_servers.BINARY), "--port=0", f"--model_base_path={base_path}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            assert process.stdout.readline().startswith(model_servers.READY.encode())
+            process.stderr.close()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE_S) == 0
+        finally:
+            process.kill()
+
+
 def test_sigint_ends_it_too_and_its_log_is_its_own(exported: Path, base_path: Path, tmp_path: Path) -> None:
     saved_models.publish(exported / "half_plus_1", base_path, 1)
     with serving(tmp_path, f"--model_base_path={base_path}", "--rest_api_portt=1", "-v") as running:
