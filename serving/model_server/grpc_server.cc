@@ -300,7 +300,14 @@ class GrpcServerImpl final : public GrpcServer {
  public:
   GrpcServerImpl(const RequestHandler* handler, WorkerPool* workers, RequestLog* log)
       : handler_(handler), prediction_service_({handler, workers, log}) {}
-  ~GrpcServerImpl() override { EndHealth(); }
+  ~GrpcServerImpl() override {
+    EndHealth();
+    // Without a deadline gRPC would wait for calls that may never end, such as those that watch the health. Nothing
+    // happens here after Shutdown.
+    for (grpc::Server* const server : {reload_server_.get(), server_.get()}) {
+      if (server != nullptr) server->Shutdown(std::chrono::system_clock::now());
+    }
+  }
 
   Status Listen(const GrpcServerOptions& options) {
     model_service_ = std::make_unique<ModelServiceImpl>(handler_, options.reload_address.empty());
