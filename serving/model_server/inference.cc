@@ -404,7 +404,8 @@ tensorflow::Status Regress(const Servable& servable, const RegressionRequest& re
   std::vector<Tensor> results;
   TF_RETURN_IF_ERROR(RunOnExamples(servable, *signature, request.input(), deadline, &examples, &results));
   SetSpec(servable, signature->name, response->mutable_model_spec());
-  return WriteValues(results[0], examples, response->mutable_result());
+  TF_RETURN_IF_ERROR(WriteValues(results[0], examples, response->mutable_result()));
+  return response->ByteSizeLong() > kMaxResponseBytes ? TooLarge() : tensorflow::OkStatus();
 }
 
 tensorflow::Status MultiInference(const Servable& servable, const MultiInferenceRequest& request, Deadline deadline,
