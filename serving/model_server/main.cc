@@ -12,12 +12,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <future>
 #include <iterator>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <set>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -344,18 +346,24 @@ void PrintAddresses(const ServerOptions& options, const GrpcServer& grpc, const 
 // time limit: a load or a request may never end.
 void ShutDown(int exit_status, const sigset_t& signals, ModelManager* models, GrpcServer* grpc, RestServer* rest) {
   pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
-  std::thread([exit_status] {
-    std::this_thread::sleep_for(kDrain + kTeardown);
-    LogWarning("some requests or loads did not end in time; stopping without them");
-    std::_Exit(exit_status);
-  }).detach();
+  try {
+    std::thread([exit_status] {
+      std::this_thread::sleep_for(kDrain + kTeardown);
+      LogWarning("some requests or loads did not end in time; stopping without them");
+      std::_Exit(exit_status);
+    }).detach();
+  } catch (const std::system_error&) {
+    // The process may have no more threads. Then a signal ends it.
+    alarm(static_cast<unsigned>((kDrain + kTeardown).count()));
+  }
   if (exit_status == 0) LogInfo("stopping: running requests have ", kDrain.count(), " s to end");
   models->EndWaits();
-  std::thread rest_drain([&] {
+  // At the same time, or one after the other if there can be no more threads.
+  const std::future<void> rest_drain = std::async(std::launch::async | std::launch::deferred, [&] {
     if (rest != nullptr) rest->Shutdown(kDrain);
   });
   grpc->Shutdown(kDrain);
-  rest_drain.join();
+  rest_drain.wait();
 }
 
 // Serves until a signal comes; returns the exit status.
