@@ -382,8 +382,9 @@ class GrpcServerImpl final : public GrpcServer {
   void Shutdown(std::chrono::milliseconds drain) override {
     SetServing(false);
     const auto deadline = std::chrono::system_clock::now() + drain;
-    if (reload_server_ != nullptr) reload_server_->Shutdown(deadline);
+    // A call that does not end on the other server must not take the time of the requests.
     server_->Shutdown(deadline);
+    if (reload_server_ != nullptr) reload_server_->Shutdown(deadline);
   }
 
  private:

@@ -120,6 +120,7 @@ std::optional<tensorflow::Status> ModelManager::AwaitFirstLoads(std::chrono::mil
 tensorflow::Status ModelManager::Configure(const std::vector<ModelConfig>& models, std::set<std::string>* fresh) {
   std::lock_guard<std::mutex> one_at_a_time(configure_mutex_);
   Lock lock(mutex_);
+  if (end_waits_) return absl::CancelledError("the server is stopping");
   for (const ModelConfig& config : models) TF_RETURN_IF_ERROR(CheckLabels(config, &lock));
   std::set<std::string> named;
   for (const ModelConfig& config : models) {

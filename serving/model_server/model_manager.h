@@ -68,17 +68,18 @@ class ModelManager {
   std::optional<tensorflow::Status> AwaitFirstLoads(std::chrono::milliseconds timeout);
 
   // Serves these models from now on, and unloads all other models. Does not wait for loads. `fresh` gets the names of
-  // the new models. FAILED_PRECONDITION: a label names a version that will not be available; then nothing changes.
+  // the new models. FAILED_PRECONDITION: a label names a version that will not be available. CANCELLED: the server
+  // stops. After an error nothing has changed.
   tensorflow::Status Configure(const std::vector<ModelConfig>& models, std::set<std::string>* fresh);
 
   // Calls Configure, and waits until the new models and the versions that labels name are available, or until
   // `cancelled` returns true. UNKNOWN: a new model did not become available; the other models are served.
   // FAILED_PRECONDITION: as Configure, or a version that a label names did not load. ABORTED: a later configuration
   // removed the model or the label. CANCELLED: `cancelled` returned true, or the server stops. The configuration stays
-  // in force after all these errors except the one of Configure.
+  // in force after all these errors except those of Configure.
   tensorflow::Status Reconfigure(const std::vector<ModelConfig>& models, const std::function<bool()>& cancelled);
 
-  // Ends all waits of Reconfigure, now and later.
+  // Ends all waits of Reconfigure, now and later. From now on configurations are refused.
   void EndWaits();
 
   // Finds the version that `spec` asks for, by default the highest version that is ready. It stays loaded as long as
