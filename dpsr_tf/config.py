@@ -90,7 +90,7 @@ class ModelConfig:
     graph_dropout: float = option(
         0.5,
         "share of the queries and items of a batch that get no neighbours by clicks, so that the towers also learn to "
-        "do without",
+        "work without neighbours",
         0,
         1,
     )
@@ -153,7 +153,7 @@ class TrainConfig:
         1 << 16,
     )
     pretrain_steps: int = option(
-        0, "number of steps at the start of training in which every pair has such a title query", 0
+        0, "number of steps at the start of training in which the query of every pair is a piece of a title", 0
     )
     title_subsampling: float = option(
         0.0,
@@ -176,15 +176,15 @@ class TrainConfig:
         choices=("adagrad", "adam", "momentum"),
     )
     dense_learning_rate: float = option(
-        0.0, "learning rate of that optimizer. 0 takes the value of learning_rate", 0, 100
+        0.0, "learning rate of dense_optimizer. 0 takes the value of learning_rate", 0, 100
     )
     initial_accumulator: float = option(
         0.1, "start value of AdaGrad's sums of squared gradients in embedding tables", 1e-30, 1e6
     )
     accumulator_decay: float = option(
         1.0,
-        "share of these sums that a step keeps, in the rows that it reads. Below 1, AdaGrad becomes RMSProp, and the "
-        "steps of frequent rows do not shrink for ever",
+        "share of AdaGrad's sums of squared gradients that a step keeps, in the rows that it reads. Below 1, AdaGrad "
+        "becomes RMSProp, and the steps of frequent rows do not shrink for ever",
         0.5,
         1,
     )
@@ -243,8 +243,9 @@ class TrainConfig:
     )
     shuffle_buffer: int = option(
         1 << 22,
-        "number of positive pairs that are shuffled together. A larger log is shuffled in blocks of 4,096 pairs, of "
-        "which so many are mixed at a time. More pairs take no memory, but read the log in more places at once",
+        "number of positive pairs that are shuffled together. A larger log is shuffled in blocks of 4,096 pairs, and "
+        "blocks with this many pairs in all are mixed at a time. More pairs take no memory, but read the log in more "
+        "places at once",
         1,
         2**40,
     )
@@ -312,7 +313,9 @@ class RankerConfig:
     """What only a ranker has (docs/ranking.md). Its sections `model` and `train` are those of a retrieval model."""
 
     texts: bool = option(True, "whether the ranker reads the words of queries and items")
-    numbers: bool = option(True, "whether the ranker reads the numbers that `dpsr features` writes, as past clicks are")
+    numbers: bool = option(
+        True, "whether the ranker reads the numbers that `dpsr features` writes, such as counts of past clicks"
+    )
     products: bool = option(
         True, "whether the first layer also reads products of vectors: of query and item, and of history and item"
     )
@@ -330,8 +333,8 @@ class RankerConfig:
     )
     gains: tuple[float, ...] = option(
         (0.0, 1.0, 2.0, 3.0),
-        "gain of each outcome: unclicked, click, cart, order. A pair of items counts by the difference of their gains, "
-        "and is left out if that is 0",
+        "gain of each outcome: unclicked, click, cart, order. The weight of a pair of items is the difference of their "
+        "gains; a pair with weight 0 is left out",
         0,
         1e6,
     )
@@ -340,10 +343,10 @@ class RankerConfig:
     )
     propensity_weights: bool = option(
         False,
-        "whether a clicked item counts by 1 / the estimated chance that its position is looked at, in relation to the "
-        "first one",
+        "whether a clicked item has the weight 1 / propensity, where the propensity is the estimated chance that users "
+        "look at its position, relative to the first one",
     )
-    most_propensity_weight: float = option(10.0, "the largest of these weights", 1, 1e6)
+    most_propensity_weight: float = option(10.0, "largest weight that propensity_weights gives", 1, 1e6)
     dropout: float = option(0.0, "share of the outputs of each ReLU layer that training leaves out", 0, 0.95)
     dpsr_model: str = option(
         "", "directory of a retrieval model. If given, the ranker reads its score of query and item, dpsr_score"
@@ -365,7 +368,7 @@ class RewriterConfig:
     """What only a rewriter has (docs/rewriting.md)."""
 
     layers: int = option(1, "number of layers of the Transformer that reads a text", 1, 24)
-    heads: int = option(4, "number of heads of its attention; a divisor of model.token_dim", 1, 64)
+    heads: int = option(4, "number of attention heads of these layers; a divisor of model.token_dim", 1, 64)
     inner_width: int = option(256, "width of the ReLU layer inside each layer", 1, 65536)
     decoder: str = option(
         "gru",
@@ -382,8 +385,8 @@ class RewriterConfig:
     click_pairs: int = option(32, "number of pairs of query and title in a batch", 1, 1 << 16)
     title_queries: float = option(
         0.3,
-        "share of these pairs whose query is a piece of the title, for items without clicks. A store without clicks "
-        "has no others",
+        "share of the click_pairs whose query is a piece of the title, for items without clicks. In a store without "
+        "clicks all of them are",
         0,
         1,
     )
@@ -437,10 +440,12 @@ class RewriterConfig:
         0,
         1e6,
     )
-    cycle_start: int = option(1_000, "number of steps at the start of training in which that weight is 0", 0)
-    cycle_queries: int = option(16, "number of queries of a batch that this loss is computed for", 1, 1 << 16)
-    cycle_titles: int = option(3, "number of titles that are drawn for each of them", 1, 64)
-    cycle_top_words: int = option(40, "a word of such a title is drawn from this many most probable ones", 1, 1 << 20)
+    cycle_start: int = option(1_000, "number of steps at the start of training in which cycle_weight counts as 0", 0)
+    cycle_queries: int = option(16, "number of queries of a batch that the cycle loss is computed for", 1, 1 << 16)
+    cycle_titles: int = option(3, "number of titles that the cycle loss draws for a query", 1, 64)
+    cycle_top_words: int = option(
+        40, "number of most probable words that each word of a title of the cycle loss is drawn from", 1, 1 << 20
+    )
     sampled_words: int = option(
         2_000,
         "number of words that are drawn at random for the softmax of a training step, beside all words that the batch "
@@ -581,14 +586,16 @@ class QuantizerConfig:
     teacher_queries: int = option(
         100_000,
         "number of the log's queries whose exact best items distillation looks up at the start. That computes "
-        "teacher_queries * items * embedding_dim products",
+        "teacher_queries * num_heads * items * embedding_dim products",
         0,
         10_000_000,
     )
-    teacher_items: int = option(200, "number of exact best items that are looked up for each of them", 1, 10_000)
+    teacher_items: int = option(
+        200, "number of exact best items that are looked up for each of the teacher_queries", 1, 10_000
+    )
     candidates: int = option(
         8,
-        "number of these items that distillation draws for each query of a batch, beside the batch's own items",
+        "number of the teacher_items that distillation draws for each query of a batch, beside the batch's own items",
         0,
         10_000,
     )

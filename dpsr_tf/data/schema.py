@@ -58,7 +58,7 @@ class Feature:
     )
     length: int | None = option(None, "for kind vector: number of values in each row", 1, 65_536)
     max_values: int = option(
-        1_000_000, "largest number of values with a code of their own; the most frequent ones get one", 1, 2**30
+        1_000_000, "largest number of values with a code of their own; the most frequent values get one", 1, 2**30
     )
     vocabulary: str | None = option(
         None, "for kind text: name of an entry of `vocabularies`; default: the vocabulary of the item text"
@@ -155,7 +155,7 @@ class ItemsSchema:
         (), "further columns with text that only the inverted index reads, such as bullet points; see docs/search.md"
     )
     identifiers: tuple[str, ...] = option(
-        (), "columns with an identifier, such as the model number: a query that is one is answered by its items"
+        (), "columns with an identifier, such as the model number: a query that equals one finds the items with it"
     )
     group: str | None = option(
         None, "column with the group of the item's variants, such as its colours; a search can show one of each group"
@@ -328,7 +328,7 @@ class RankingSchema:
         "clicks, carts and orders of all items with the same value",
     )
     brand: str | None = option(
-        None, "categorical item feature with the brand, which is looked for in queries; default: no brand is"
+        None, "categorical item feature with the brand, which is looked for in queries; default: no brand is looked for"
     )
     price: str | None = option(
         None, "item feature of kind number with the price; default: what users spend is not computed"
@@ -418,7 +418,11 @@ class RewritingSchema:
         2, "smallest number of times that a query must follow another with which they become a pair", 1, 1_000_000
     )
     min_lift: float = option(
-        10.0, "a query must follow the other this many times as often as it follows any query", 0, 1e9
+        10.0,
+        "smallest lift with which two queries become a pair: how many times as often the second query follows the "
+        "first one as it follows any query",
+        0,
+        1e9,
     )
 
 
