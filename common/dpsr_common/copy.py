@@ -26,7 +26,9 @@ def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of `dpsr copy`."""
     flags.DEFINE_string("from", None, "directory to copy", flag_values=values)
     flags.DEFINE_string("to", None, "directory that the copy makes", flag_values=values)
-    flags.DEFINE_boolean("overwrite", False, "replace what is in the object store already", flag_values=values)
+    flags.DEFINE_boolean(
+        "overwrite", False, "replace the directory of --to if the object store has it already", flag_values=values
+    )
 
 
 def run(values: flags.FlagValues, arguments: list[str]) -> None:

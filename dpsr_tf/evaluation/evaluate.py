@@ -80,7 +80,7 @@ def define_flags(values: flags.FlagValues) -> None:
     boolean(
         "rank",
         False,
-        "order the items of given lists, and retrieve nothing: the items of each request that was held out "
+        "measure the order of given lists instead of retrieval: the items of each request that was held out "
         "(--held_out), or the judged items of each query (--judgments)",
         flag_values=values,
     )

@@ -42,7 +42,9 @@ class Parameters:
     stray_share: float = option(
         0.15, "share of shown items that share words or the category with the query but do not answer it", 0, 0.9
     )
-    noise: float = option(0.04, "click probability of an item that the user looks at but that is no answer", 0, 0.5)
+    noise: float = option(
+        0.04, "click probability of an item that the user looks at and that does not answer the query", 0, 0.5
+    )
     click_level: float = option(
         -2.5, "log odds of a click on an answer that matches neither the user's taste nor the intent", -4, 4
     )

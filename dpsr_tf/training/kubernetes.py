@@ -34,8 +34,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean(
         "kubernetes",
         False,
-        "prints Kubernetes manifests of the cluster and starts nothing; --store, --out and --config are paths as the "
-        "pods see them",
+        "print Kubernetes manifests of the cluster instead of starting it; --store, --out and --config are paths as "
+        "the pods see them",
         flag_values=values,
     )
     string("image", "", "the image of all pods, in which `dpsr` with the extra `train` is installed")
@@ -46,7 +46,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean(
         "evaluator",
         False,
-        "for --kubernetes, whether an evaluator joins; the config must have validation.queries above 0",
+        "for --kubernetes, also run an evaluator; the config must have validation.queries above 0",
         flag_values=values,
     )
     for kind, what, default in (
@@ -56,7 +56,7 @@ def define_flags(values: flags.FlagValues) -> None:
         flags.DEFINE_list(
             f"{kind}_resources",
             default,
-            f"for --kubernetes, what {what} requests; memory is the limit too",
+            f"for --kubernetes, CPU and memory that {what} requests; the memory is its limit too",
             flag_values=values,
         )
 

@@ -91,11 +91,14 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "changes_offset",
         0,
-        "number of changes in the servable's log that the store has already; the servable applies the later ones",
+        "offset in the servable's log of item changes up to which the store has the changes already; the servable "
+        "applies only later ones",
         0,
         flag_values=values,
     )
-    flags.DEFINE_boolean("merge", False, "write an index with the changes of a servable's log", flag_values=values)
+    flags.DEFINE_boolean(
+        "merge", False, "write a new index from --index and the item changes in --servable's log", flag_values=values
+    )
     flags.DEFINE_string("index", None, "with --merge, index directory to start from", flag_values=values)
     flags.DEFINE_string(
         "servable", None, "with --merge, base path of the servable: it has the model and the log", flag_values=values

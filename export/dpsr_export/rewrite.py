@@ -61,12 +61,12 @@ def define_flags(values: flags.FlagValues) -> None:
     integer("max_queries", 100_000, "number of queries of the log, the most frequent ones first", 0, flag_values=values)
     integer("n", 3, "largest number of rewrites of a query", 1, 100, flag_values=values)
     integer("candidates", 10, "number of rewrites that the model writes for a query", 1, 100, flag_values=values)
-    integer("seed", 0, "seed of rewrites that are drawn by chance", flag_values=values)
+    integer("seed", 0, "seed of the random draws of a rewriter with method sampling", flag_values=values)
     text("towers", None, "model directory of a retrieval model, which compares query and rewrite", flag_values=values)
     number("min_log_probability", None, "smallest natural logarithm of the probability of a rewrite, for example -5",
            None, 0, flag_values=values)  # fmt: skip
     number("min_cosine", 0.7, "smallest cosine of a query and its rewrite; needs --towers", -1, 1, flag_values=values)
-    flags.DEFINE_list("keep", None, "features or filters of items whose values a rewrite may not lose. The default is "
+    flags.DEFINE_list("keep", None, "features or filters of items whose values a rewrite must keep. The default is "
                       "brand and size, where the store has them", flag_values=values)  # fmt: skip
     integer("min_clicks", 10, "number of clicks from which on a query's clicks tell whether a rewrite leads elsewhere",
             1, flag_values=values)  # fmt: skip

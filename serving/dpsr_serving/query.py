@@ -90,12 +90,12 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "user_id",
         None,
-        "with --rank, id of the user, by which the ranker knows what the user spends",
+        "with --rank, id of the user, whose earlier orders the ranker reads",
         flag_values=values,
     )
-    flags.DEFINE_boolean("rewrite", False, "ask a rewriter for other words for each text", flag_values=values)
+    flags.DEFINE_boolean("rewrite", False, "ask a rewriter for rewrites of each text", flag_values=values)
     flags.DEFINE_integer(
-        "seed", 0, "with --rewrite, seed of rewrites that the model draws by chance", flag_values=values
+        "seed", 0, "with --rewrite, seed of the random draws of a rewriter with method sampling", flag_values=values
     )
     flags.DEFINE_integer("version", None, "version of the model to ask. The default is the latest", flag_values=values)
     flags.DEFINE_string("label", None, "label of the version to ask, instead of --version", flag_values=values)

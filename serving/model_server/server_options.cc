@@ -84,7 +84,8 @@ std::vector<Flag> Flags(ServerOptions* options) {
        "text file with an SSLConfig message (server_key, server_cert, custom_ca, client_verify), to encrypt the gRPC "
        "port; read again when it changes"},
       {"rest_api_ssl_config_file", Text{&options->rest_api_ssl_config_file},
-       "the same for the REST port, which then speaks HTTPS only; may be the same file"},
+       "text file with an SSLConfig message, to encrypt the REST port, which then speaks HTTPS only; may be that of "
+       "ssl_config_file"},
       {"rest_api_port", Integer<int32_t>{&options->rest_api_port, 0, 65535},
        "port of the REST API; 0 means no REST API"},
       {"rest_api_num_threads", Integer<int32_t>{&options->rest_api_num_threads, 0, 4096},

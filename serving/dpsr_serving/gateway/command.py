@@ -67,15 +67,17 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "judgments",
         None,
-        "TSV file in which the page saves judgments. Without it the page has none",
+        "TSV file in which the page saves judgments. Without it nobody can judge on the page",
         flag_values=values,
     )
     flags.DEFINE_string(
         "learn", None, "TSV or CSV file of judged queries to learn the coarse ranking of --pipeline from",
         flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_string("pipeline", None, "pipeline to learn the coarse ranking of", flag_values=values)
-    flags.DEFINE_string("out", None, "file for what --learn learned", flag_values=values)
+    flags.DEFINE_string("pipeline", None, "with --learn, pipeline whose coarse ranking is learned", flag_values=values)
+    flags.DEFINE_string(
+        "out", None, "with --learn, file to write the learned weights to, such as fusion.json", flag_values=values
+    )
     flags.DEFINE_string("query_column", "query", "column of --learn with the query text", flag_values=values)
     flags.DEFINE_string("item_column", "item", "column of --learn with the item id", flag_values=values)
     flags.DEFINE_string("grade_column", "grade", "column of --learn with the grade", flag_values=values)
@@ -83,7 +85,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "keep",
         0.99,
-        "share of the relevant items found that the learned cut-off keeps. 1 cuts nothing off",
+        "with --learn, share of the relevant items that the cut-off keeps. 1 cuts nothing off",
         lower_bound=0.01,
         upper_bound=1,
         flag_values=values,
