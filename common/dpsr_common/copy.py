@@ -42,6 +42,6 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         size = upload(Path(source), target, values.overwrite)
     else:
         if values.overwrite:
-            raise UsageError(f"--overwrite: replaces nothing on this machine; remove {target}, or choose another --to")
+            raise UsageError(f"--overwrite: only for object stores; remove {target}, or choose another --to")
         size = sum(record["bytes"] for record in download(source, Path(target)).values())
     print(f"{target}: {size / 1e6:.1f} MB")

@@ -264,7 +264,7 @@ def _check_rank_flags(values: flags.FlagValues) -> None:
     if not values.rank:
         for spec in values.system:
             if rankings.is_ranker(spec):
-                raise UsageError(f"--system={spec}: ranks given items and finds none; add --rank")
+                raise UsageError(f"--system={spec}: orders given items and cannot retrieve any; add --rank")
         return
     for name in ("queries", "slice", "query_slice", "max_queries"):
         if getattr(values, name):

@@ -164,8 +164,8 @@ class Judgments:
             inside = np.array([fold_of(texts[row]) == fold for row in asked.tolist()])[row_of_asked]
             if not inside.any():
                 raise CommandError(
-                    f"{store.path}: none of the {len(asked):,} held-out queries is in the fold '{fold}', which a hash "
-                    f"gives half of the queries; hold out more of the log and ingest it again, or give --fold=all"
+                    f"{store.path}: none of the {len(asked):,} held-out queries is in the fold '{fold}': a hash "
+                    f"decides the fold of a query; hold out more of the log and ingest it again, or give --fold=all"
                 )
             query, user, item, time = query[inside], user[inside], item[inside], time[inside]
         begins = np.flatnonzero(np.r_[True, (np.diff(query) != 0) | (np.diff(user) != 0)])

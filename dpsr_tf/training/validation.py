@@ -172,7 +172,7 @@ def _ranker_measure(store: Store, config: Config) -> Measure:
     file = store.held_requests()
     if file is None:
         raise CommandError(
-            f"{store.path}: holds no requests out of training, which validation needs; add `held_out` to the section "
+            f"{store.path}: holds out no requests, which validation needs; add `held_out` to the section "
             f"interactions of the schema and ingest the log again, or set validation.queries to 0"
         )
     inside = np.array([fold_of(text) == "validation" for text in unpack_strings(file, "query_text")], bool)

@@ -209,7 +209,7 @@ def test_wrong_use(store, tmp_path, dpsr, flags, status, message):
 
 def test_a_ranker_finds_nothing_by_itself(store, dpsr):
     flags = ["evaluate", f"--store={store.path}", "--held_out", "--system=feature:item.30.ctr"]
-    dpsr(*flags).fails(2, "ranks given items and finds none; add --rank")
+    dpsr(*flags).fails(2, "orders given items and cannot retrieve any; add --rank")
 
 
 def test_a_store_without_requests_has_no_lists(shop, tmp_path, dpsr):
