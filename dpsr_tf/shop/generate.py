@@ -40,7 +40,7 @@ Writes a synthetic shop with English and Chinese items, and its search log, into
 files, byte for byte.
 
   items.parquet, users.parquet, interactions/    tables for `dpsr ingest`, described by schema.yaml
-  schema.ranking.yaml                            the same tables, described for a ranker
+  schema.ranking.yaml, schema.rewriting.yaml     the same tables, described for a ranker and for a rewriter
   judgments.dev.tsv, judgments.test.tsv          judged queries that the log does not hold, for `dpsr evaluate`
   judgments.personal.tsv                         purchases of users after the end of the log, for `dpsr evaluate`
   labels.parquet                                 pairs of queries and items with a human grade

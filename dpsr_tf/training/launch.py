@@ -32,9 +32,9 @@ USAGE = """
 Usage: dpsr launch --workers=N --ps=N --store=STORE --out=MODEL [--config=FILE] [--set=KEY=VALUE ...]
 
 Runs `dpsr train` as a cluster of processes: workers (the first one is the chief), parameter servers, and an evaluator
-if the config asks for validation. Processes that are killed are restarted. They run on this machine; with
---hosts=HOST,HOST,... on these hosts, over ssh. With --kubernetes it starts nothing and prints what `kubectl apply -f -`
-takes.
+if the config asks for validation. Processes that are killed are restarted. They run on this machine or, with
+--hosts=HOST,HOST,..., on these hosts, over ssh. With --kubernetes the command starts no process, and prints manifests
+for `kubectl apply -f -`.
 """
 
 REQUIRED_FLAGS = train.REQUIRED_FLAGS

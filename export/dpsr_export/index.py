@@ -60,13 +60,13 @@ Usage: dpsr index --model=MODEL --store=STORE --out=INDEX [--set=index.factory=F
 
 Computes the embeddings of all items with the last checkpoint of a model, and builds a FAISS index over them. The config
 value index.factory says which kind of index; "auto" chooses one by the number of items. If the model was trained with a
-quantizer, the index is made of it, with its codes, and nothing is trained; a FAISS factory string or "Flat" builds
-another index of the float embeddings, to compare. Then the command measures which
-share of the exact results the index finds (ann_recall) at several search parameters, and keeps the fastest that reach
-index.recall_target. If a run is killed, the next run continues where it stopped.
+quantizer, the index uses its centroids and codes, and nothing is trained; a FAISS factory string or "Flat" builds
+another index, of the float embeddings. Then the command measures which share of the exact results the index finds
+(ann_recall) with several search parameters, and keeps the fastest ones that reach index.recall_target. If a run is
+killed, the next run continues where it stopped.
 
-With --merge the command takes the index that a servable was exported with, and writes a new one that has the changes
-of items in the servable's log (docs/fresh_items.md). Only new items are embedded, and nothing is trained.
+With --merge the command takes the index that a servable was exported with, and writes a new one that also has the item
+changes in the servable's log (docs/fresh_items.md). Only new items are embedded, and nothing is trained.
 `dpsr export --index_only --index=NEW --out=BASE` then makes the next version.
 
 With --inverted the command needs no model: it writes an inverted index of the texts of all items, and the catalogue

@@ -30,13 +30,13 @@ USAGE = """
 Usage: dpsr rewrite --model=REWRITER --store=STORE --out=TABLE [--towers=MODEL] [--never=FILE] [--always=FILE]
        dpsr rewrite --model=REWRITER --store=STORE [--towers=MODEL] --explain="text" [--explain="text" ...]
 
-Lets a rewriter write the most frequent queries of the log in other words, and drops those words that would lead
-elsewhere. The directory TABLE is for `dpsr export --rewrites`: a servable looks up the queries that are in its table,
-and decodes all others. --explain prints the candidates of a query instead, with the reason why each one was dropped.
+Rewrites the most frequent queries of the log with a rewriter, and drops rewrites that mean something else. The
+directory TABLE is for `dpsr export --rewrites`: a servable looks up the queries that are in its table, and decodes all
+others. --explain prints the candidates of a query instead, and why each one was kept or dropped.
 
 A rewrite is kept if its words match titles that those of the query do not match; if it has the numbers, the brand and
 the size of the query; if it leads to items that were clicked for the query; and, with --towers, if a retrieval model
-sees the same meaning in both. --never and --always are lists that people keep: one pair a line, query<TAB>rewrite.
+gives both similar embeddings. --never and --always are lists that people keep: one pair a line, query<TAB>rewrite.
 """
 REQUIRED_FLAGS = ("model", "store")
 REMOTE_INPUTS = ("model", "store")

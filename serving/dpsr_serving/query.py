@@ -28,7 +28,7 @@ Searches for each text and prints a table: rank, score, item id and, with --titl
 several heads also shows the head that found the item. Put `--` before a text that starts with a dash.
 
 With --rank the model is a ranker. It sorts the given items for each text, and the table has their scores. With
---rewrite the model is a rewriter, and the table has other words for each text: rank, log-probability, rewrite.
+--rewrite the model is a rewriter, and the table has the rewrites of each text: rank, log-probability, rewrite.
 """
 TAKES_ARGUMENTS = True
 _TITLES_IN_SERVABLE = "assets.extra/item_titles.tsv.gz"

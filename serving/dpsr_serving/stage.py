@@ -21,9 +21,9 @@ USAGE = """
 Usage: dpsr stage --from=s3://BUCKET/BASE --to=DIR [--keep=2] [--poll=30]
 
 Copies the newest versions of a servable from an object store (s3://, gs://) to DIR, which `dpsr serve
---model_base_path=DIR` watches. Versions are directories named by numbers that `dpsr copy` wrote there; one that is not
-complete yet is left for the next look. Files that a version shares with one that is here already are not copied again.
-Versions that this command brought and that are older, or are gone from the object store, are removed.
+--model_base_path=DIR` watches. Versions are directories named by numbers that `dpsr copy` wrote there; incomplete ones
+wait until they are complete. Files that a version shares with a version in DIR are not copied again. Versions that this
+command copied are removed when they are no longer among the newest --keep, or are gone from the object store.
 """
 
 REQUIRED_FLAGS = ("from", "to")
