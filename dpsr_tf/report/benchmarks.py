@@ -48,6 +48,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         "Texts of a core-second, beside tokenizers of other libraries.",
         "tokenizer",
         "tokenizer.md",
+        flags=("--data={data}",),
+        reads=("multicpr_ecom", "homedepot"),
         aims={"op_over_core": (">=", 0.9)},
     ),
     "store": Benchmark(
