@@ -133,7 +133,7 @@ def test_benchmarks_of_the_report_exist(name: str) -> None:
     one = BENCHMARKS[name]
     source = (REPOSITORY / "benchmarks" / f"{one.script}.py").read_text()
     reads = ["--data="] if one.reads and "{data}" not in "".join(one.flags) else []
-    given = [*one.flags, *(one.quick or ()), *(["--out="] if one.keeps else []), *reads]
+    given = [*one.flags, *(one.quick or ()), *([f"--{one.keeps}="] if one.keeps else []), *reads]
     for flag in given:
         assert f'"{flag[2:].partition("=")[0]}"' in source or f'"{flag.partition("=")[0]}"' in source, flag
     assert (REPOSITORY / "docs" / one.page).is_file()
