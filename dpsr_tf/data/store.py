@@ -33,6 +33,7 @@ dpsr_tf/ops/training_store.h and docs/data_format.md describe the layout of each
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -398,7 +399,7 @@ def new_directory(path: Path, overwrite: bool = False, what: str = "", mark: str
             raise CommandError(f"{given}: exists already; choose another --out{replace}")
         check_replaceable(given, what, mark)
     parents = [parent for parent in path.parents if not parent.exists()]
-    temporary, locks = None, []
+    temporary, old, locks = None, None, []
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -420,6 +421,9 @@ def new_directory(path: Path, overwrite: bool = False, what: str = "", mark: str
         else:
             os.rename(temporary, path)
     except BaseException:
+        if old is not None:
+            with contextlib.suppress(OSError):  # the next run tries again
+                _discard(old, path)
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         for parent in parents:
@@ -458,12 +462,17 @@ def _clean_up(path: Path) -> None:
             # The process that makes this directory is still running.
             continue
         try:
-            if _REPLACED in left.name and (left / "old").exists() and not path.exists():
-                # The process was killed between its two renames: the old directory comes back.
-                os.rename(left / "old", path)
-            shutil.rmtree(left)
+            _discard(left, path)
         finally:
             os.close(lock)
+
+
+def _discard(left: Path, path: Path) -> None:
+    """Removes a directory that new_directory(path) made beside `path`. Raises OSError."""
+    if _REPLACED in left.name and (left / "old").exists() and not path.exists():
+        # The process was stopped between its two renames: the old directory comes back.
+        os.rename(left / "old", path)
+    shutil.rmtree(left)
 
 
 def check_replaceable(path: Path, what: str, mark: str) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -289,5 +290,26 @@ def test_what_a_run_was_killed_while_replacing_comes_back(tmp_path):
     (tmp_path / ".new.replaced-abcd1234" / "old" / "manifest.json").write_text("the old one")
     with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "new", True, "store", "manifest.json"):
         raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert (tmp_path / "new" / "manifest.json").read_text() == "the old one"
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_replacement_that_fails_keeps_the_old_directory(tmp_path, monkeypatch, failing, error):
+    """The first rename moves the old directory away, the second one brings the new one."""
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "manifest.json").write_text("the old one")
+    rename, left = os.rename, [failing]
+
+    def rename_until_it_fails(source, to):
+        left[0] -= 1
+        if left[0] == 0:
+            raise error
+        rename(source, to)
+
+    monkeypatch.setattr(os, "rename", rename_until_it_fails)
+    with pytest.raises(error), new_directory(tmp_path / "new", True, "store", "manifest.json") as temporary:
+        (temporary / "manifest.json").write_text("the new one")
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     assert (tmp_path / "new" / "manifest.json").read_text() == "the old one"
