@@ -15,6 +15,7 @@ validation/        the measurements for TensorBoard
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -108,7 +109,7 @@ class Validation:
         record = {"step": step, name: round(value, 6), "queries": len(figures)}
         if quantized:
             record["quantized"] = True
-        best = all(record[name] > other[name] for other in records)
+        best = all(_figure(record, self._config) > _figure(other, self._config) for other in records)
         if best:
             (candidate / "measured.json").write_text(json.dumps(record) + "\n")
             shutil.rmtree(self._path / _PREVIOUS, ignore_errors=True)
@@ -247,7 +248,13 @@ def _is_quantized(records: list[dict[str, Any]]) -> bool:
 
 def best_of(records: list[dict[str, Any]], config: Config) -> dict[str, Any]:
     """Returns the best measurement, the first one of equals."""
-    return max(records, key=lambda record: record[metric(config)])
+    return max(records, key=lambda record: _figure(record, config))
+
+
+def _figure(record: dict[str, Any], config: Config) -> float:
+    """Returns what a record measured. NaN, which compares with nothing, counts as lower than all numbers."""
+    value = float(record[metric(config)])
+    return -math.inf if math.isnan(value) else value
 
 
 def is_over(model_dir: Path, config: Config) -> bool:

@@ -733,6 +733,9 @@ def test_training_stops_when_it_gets_no_better(held_out_store, tmp_path, capfd):
         ([0.2, 0.1], 2, False),
         ([0.2, 0.1, 0.15], 2, True),
         ([0.2, 0.1, 0.1], 0, False),
+        ([float("nan"), 0.1], 1, False),
+        ([float("nan"), 0.1, float("nan")], 1, True),
+        ([float("nan"), float("nan")], 1, True),
     ],
 )
 def test_patience(tmp_path, recalls, patience, over):
