@@ -60,7 +60,7 @@ class Field:
     Attributes:
         texts: one text per item.
         tokenize: splits texts and queries into tokens.
-        weight: what the field's score is multiplied by.
+        weight: what the field's score is multiplied by. A field of weight 0 is left out.
     """
 
     texts: Sequence[str]
@@ -138,8 +138,8 @@ class Bm25:
         weights: list[scipy.sparse.csr_matrix] = []
         for field in fields:
             tokens = [field.tokenize(text) for text in field.texts]
-            # bm25s rejects a corpus without words.
-            if not any(tokens):
+            # A field that adds nothing to a score finds no item. bm25s rejects a corpus without words.
+            if field.weight == 0 or not any(tokens):
                 continue
             index = bm25s.BM25(k1=k1, b=b, method="lucene", backend="numpy")
             index.index(tokens, show_progress=False)

@@ -498,6 +498,7 @@ def test_bm25_reads_the_columns_that_it_is_told():
     assert found("title=1", "acme") == [], "a column that is not named is not read"
     assert found("title=1+brand=3", "red") == [2, 1] and found("title=3+brand=1", "red") == [1, 2]
     assert found("title=1+trigrams=1", "acme") == [], "nor by its trigrams"
+    assert found("title=1+brand=0", "red") == [1] and found("brand=0", "red") == [], "of weight 0 it finds nothing"
 
 
 def test_bm25_words_on_the_home_depot_folds(homedepot):
