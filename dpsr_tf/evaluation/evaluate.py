@@ -291,7 +291,6 @@ def _judgments(values: flags.FlagValues, corpus: Corpus) -> tuple[Judgments, dic
         known = corpus.store.users()["id"] if corpus.store is not None else np.zeros(0, np.int64)
         unknown = {user.id for user in judged.users or ()} - set(known.tolist())
         left_out["users that are not in the store; their queries are asked as anonymous"] = len(unknown)
-    left_out["queries without a relevant item (they count for AUC only)"] = len(judged.unanswered)
     if FREQUENCY in values.slice:
         frequencies: list[tuple[str, ...]] = [(name,) for name in corpus.frequencies(judged.queries)]
         judged = dataclasses.replace(judged, slices={FREQUENCY: frequencies, **judged.slices})
@@ -301,6 +300,7 @@ def _judgments(values: flags.FlagValues, corpus: Corpus) -> tuple[Judgments, dic
         total = len(judged.queries)
         judged = judged.sample(values.max_queries, values.seed)
         left_out["queries that --max_queries did not draw"] = total - len(judged.queries)
+    left_out["queries without a relevant item (they count for AUC only)"] = len(judged.unanswered)
     return judged, left_out
 
 

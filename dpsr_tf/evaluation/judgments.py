@@ -225,11 +225,16 @@ class Judgments:
         )
 
     def sample(self, count: int, seed: int) -> Judgments:
-        """Returns a random sample of at most `count` queries, in their order."""
+        """Returns a random sample of at most `count` queries, in their order, and the same share of `unanswered`."""
         if len(self.queries) <= count:
             return self
-        rows = np.random.default_rng([seed, 0]).choice(len(self.queries), count, replace=False)
-        return self.take(np.sort(rows).tolist())
+        rng = np.random.default_rng([seed, 0])
+        rows = rng.choice(len(self.queries), count, replace=False)
+        # The AUC counts both kinds, so their ratio must stay. Rounded up, so that some are left.
+        share = -(-len(self.unanswered) * count // len(self.queries))
+        others = np.sort(rng.choice(len(self.unanswered), share, replace=False)).tolist() if share else []
+        sampled = self.take(np.sort(rows).tolist())
+        return dataclasses.replace(sampled, unanswered=[self.unanswered[row] for row in others])
 
     def with_queries(self, path: Path, key: str, ask: str, slices: Sequence[str]) -> Judgments:
         """Joins a table with one row per query, which has other texts to ask or values to slice by.

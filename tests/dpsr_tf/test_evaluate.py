@@ -381,6 +381,12 @@ def test_sample():
     assert found.relevant == sorted(found.relevant)
     assert found == judgments.sample(20, 3) != judgments.sample(20, 4)
     assert judgments.sample(100, 3) is judgments
+    more = judged([[i] for i in range(100)], unanswered=[(f"x{i:02}", None, [i]) for i in range(31)])
+    some = more.sample(20, 3)
+    assert some.queries == found.queries, "the same ones as without others"
+    assert len(some.unanswered) == 7, "a fifth, rounded up"
+    texts = [text for text, _, _ in some.unanswered]
+    assert texts == sorted(set(texts)) and set(texts) <= {text for text, _, _ in more.unanswered}
 
 
 def test_unknown_items(tmp_path):
