@@ -15,8 +15,8 @@ More attributes are optional:
     REMOTE_INPUTS, REMOTE_PATHS: names of flags that may be in object stores (object_store.use_local_paths)
 
 An exception with an integer attribute `status` (dpsr_common.errors) is one that the user can act on: it is printed as
-one line and gives the exit status, 1 for a failure and 2 for bad usage. A module is imported only when its command
-runs, so `dpsr query` never imports TensorFlow.
+one line and gives the exit status, 1 for a failure and 2 for bad usage. So are a full disk, a read-only file system and
+too many open files. A module is imported only when its command runs, so `dpsr query` never imports TensorFlow.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from types import ModuleType
 
 from absl import flags
 
+from dpsr_common.errors import resource_error
 from dpsr_common.object_store import use_local_paths
 
 # The entry points of this group are the commands: name -> module.
@@ -100,9 +101,14 @@ def run_command(name: str, module: ModuleType, arguments: Sequence[str]) -> int:
         return _guarded(lambda: module.run(values, list(rest)))
     except Exception as error:
         status = getattr(error, "status", None)
-        if not isinstance(status, int):
+        if isinstance(status, int):
+            return _fail(name, str(error), status)
+        # An error of writing to a file that is open already does not name the file.
+        place = getattr(error, "filename", None) or (values["out"].value if "out" in values else None)
+        lacking = resource_error(error, place)
+        if lacking is None:
             raise
-        return _fail(name, str(error), status)
+        return _fail(name, str(lacking), lacking.status)
 
 
 def commands() -> dict[str, EntryPoint]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import errno
 import json
 import os
 import re
@@ -20,7 +19,7 @@ import pyarrow as pa
 from absl import flags
 from tqdm import tqdm
 
-from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.errors import CommandError, UsageError, resource_error
 from dpsr_common.packed_file import PackedFile
 from dpsr_common.typed_config import to_dict
 from dpsr_tf import spark
@@ -478,18 +477,16 @@ class _InputRows:
 
 @contextmanager
 def _resource_errors(out: Path, memory: int) -> Iterator[None]:
-    """Turns the errors of a full disk and of too little memory into a CommandError."""
+    """Turns the errors of a full disk, other missing resources and too little memory into a CommandError."""
     try:
         yield
     except (OSError, duckdb.Error) as error:
         # A DuckDB result that is read through Arrow fails with an OSError, whose text has the reason.
         text = str(error)
-        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if (
-            getattr(error, "errno", None) in full
-            or any(os.strerror(number) in text for number in full)
-            or "max_temp_directory_size" in text
-        ):
+        lacking = resource_error(error, out.parent)
+        if lacking is not None:
+            raise lacking from None
+        if "max_temp_directory_size" in text:
             raise CommandError(
                 f"{out.parent}: the disk is full ({text.splitlines()[0]}); make room, or choose an --out elsewhere"
             ) from None

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import types
@@ -123,6 +125,40 @@ def test_errors_become_one_line_and_a_status(capfd, error, status, line):
     assert command_line.run_command("dpsr x", command(fail(error)), []) == status
     out, err = capfd.readouterr()
     assert (out, err) == ("", line + "\n")
+
+
+class _ErrorOfALibrary(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "place", "problem", "advice"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/a"), "/data/a", "the disk is full", "make room"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "/data/out", "the disk is full", "make room"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS), "/data/a"), "/data/a", "the file system is read-only", "on a"),
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE), "/data/a"), "/data/a", "too many files are open", "ulimit"),
+        (_ErrorOfALibrary("IO Error: No space left on device\n(pid 7)"), "/data/out", "the disk is full", "make room"),
+    ],
+)
+def test_missing_resources_become_one_line(capfd, error, place, problem, advice):
+    def define_flags(values):
+        flags.DEFINE_string("out", None, "any path", flag_values=values)
+
+    module = command(fail(error), define_flags=define_flags)
+    assert command_line.run_command("dpsr x", module, ["--out=/data/out"]) == 1
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith(f"dpsr x: error: {place}: {problem} (") and advice in err
+    # Without a flag --out, a message that names no file begins with what is wrong.
+    if place == "/data/out":
+        assert command_line.run_command("dpsr x", command(fail(error)), []) == 1
+        assert capfd.readouterr().err.startswith(f"dpsr x: error: {problem} (")
+
+
+def test_other_errors_of_the_system_keep_their_traceback():
+    with pytest.raises(ConnectionResetError):
+        command_line.run_command("dpsr x", command(fail(ConnectionResetError(errno.ECONNRESET, "reset"))), [])
 
 
 def test_bugs_keep_their_traceback():
