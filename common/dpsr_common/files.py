@@ -1,13 +1,16 @@
-"""Files that appear whole or not at all, and links to files that never change."""
+"""Files that appear whole or not at all, links to files that never change, and locks on directories."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from dpsr_common.errors import CommandError
 
 
 @contextlib.contextmanager
@@ -32,6 +35,28 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file in UTF-8, so that it is never half written. Raises OSError."""
     with replaced(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def locked(directory: Path, otherwise: str) -> Iterator[None]:
+    """Holds a lock on a directory, which leaves no file. The lock of a process that was killed is gone.
+
+    On file systems that cannot lock directories, such as NFS, nothing is locked.
+
+    Raises:
+        CommandError: another process holds the lock; `otherwise` is the message.
+        OSError: there is no such directory.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CommandError(otherwise) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def link_or_copy(source: Path, path: Path) -> None:

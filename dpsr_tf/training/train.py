@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import time
@@ -13,6 +14,7 @@ import tensorflow as tf
 from absl import flags
 
 from dpsr_common.errors import CommandError, UsageError, op_message
+from dpsr_common.files import locked
 from dpsr_common.strict_yaml import read_yaml
 from dpsr_common.typed_config import from_dict, read_assignment, to_dict
 from dpsr_tf.config import Config
@@ -166,7 +168,13 @@ def _remove(values: flags.FlagValues) -> None:
     out = Path(values.out)
     if values.overwrite and out.exists():
         check_replaceable(out, "model", "config.yaml")
-        shutil.rmtree(out)
+        with _only_trainer(out):
+            shutil.rmtree(out)
+
+
+def _only_trainer(out: Path) -> contextlib.AbstractContextManager[None]:
+    """Locks a model directory. Raises CommandError if another process trains the model."""
+    return locked(out, f"{out}: another `dpsr train` trains this model; wait until it ends, or choose another --out")
 
 
 def numbers_of(store: Store, config: Config) -> Callable[[], tuple[Number, ...]]:
@@ -209,7 +217,8 @@ def train(
             holds a checkpoint.
 
     Raises:
-        CommandError: the model directory holds another model, or the loss became NaN or infinite.
+        CommandError: the model directory holds another model, another process trains it, or the loss became NaN or
+            infinite.
         UsageError: the config names features that the store does not have, or a text encoder that cannot be imported or
             does not return vectors.
     """
@@ -221,10 +230,25 @@ def train(
         own = (RankerExamples if config.model.kind == "ranker" else RewriterExamples)(store, config)
     numbers = own.numbers if isinstance(own, RankerExamples) else numbers_of(store, config)
     model = ModelDirectory.create_or_resume(model_dir, config, store, numbers)
+    # Only the chief writes checkpoints. The other tasks of its cluster use the same directory.
+    with _only_trainer(model.path) if cluster.task_type == "chief" else contextlib.nullcontext():
+        _train_model(model, store, config, cluster, warm_start, own)
+    return model
+
+
+def _train_model(
+    model: ModelDirectory,
+    store: Store,
+    config: Config,
+    cluster: Cluster,
+    warm_start: WarmStart | None,
+    own: RankerExamples | RewriterExamples | None,
+) -> None:
+    """Does what `train` says, in a model directory that is there."""
     if cluster.task_type in ("chief", "worker"):
         if validation.is_over(model.path, config):
             print(f"model {model.path}: {_stopped(model.path, config)}")
-            return model
+            return
         step = _global_step(model.path)  # fails here if the checkpoint cannot be read
         if warm_start and tf.train.latest_checkpoint(str(model.path)) and cluster.task_type == "chief":
             print(
@@ -235,7 +259,7 @@ def train(
         validator = validation.Validation(model, store, config)
         if cluster.task_type == "evaluator":
             validator.watch()
-            return model
+            return
         listeners.append(validation.ValidationListener(validator, model.path))
     is_chief = cluster.task_type == "chief"
     summary_dir = str(model.path) if is_chief else None
@@ -256,7 +280,6 @@ def train(
         print(f"model {model.path}: step {_global_step(model.path):,}, {made}")
         if validation.is_over(model.path, config):
             print(f"model {model.path}: {_stopped(model.path, config)}")
-    return model
 
 
 class _Training:

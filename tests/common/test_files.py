@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all, and links to files that never change."""
+"""Files that appear whole or not at all, links to files that never change, and locks on directories."""
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dpsr_common.files import link_or_copy, replaced, write_text
+from dpsr_common.errors import CommandError
+from dpsr_common.files import link_or_copy, locked, replaced, write_text
 
 
 def names(folder):
@@ -87,3 +89,40 @@ def test_a_source_that_is_gone(tmp_path):
     with pytest.raises(FileNotFoundError):
         link_or_copy(tmp_path / "gone", tmp_path / "b")
     assert names(tmp_path) == []
+
+
+def test_a_locked_directory(tmp_path):
+    with locked(tmp_path, "a: in use; wait"):
+        with pytest.raises(CommandError, match="^a: in use; wait$"), locked(tmp_path, "a: in use; wait"):
+            pass
+    with locked(tmp_path, ""):
+        assert names(tmp_path) == [], "a lock is no file"
+    with pytest.raises(FileNotFoundError), locked(tmp_path / "none", ""):
+        pass
+
+
+def test_the_lock_of_a_killed_process_is_gone(tmp_path):
+    code = f"""
+import pathlib
+from dpsr_common.files import locked
+with locked(pathlib.Path({str(tmp_path)!r}), ""):
+    print(flush=True)
+    input()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with process:
+        assert process.stdout.readline() == b"\n"
+        with pytest.raises(CommandError, match="in use"), locked(tmp_path, "in use"):
+            pass
+        process.kill()
+    with locked(tmp_path, "in use"):
+        pass
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with locked(tmp_path, "in use"):
+        pass

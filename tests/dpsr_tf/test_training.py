@@ -17,6 +17,7 @@ from checkpoints import assert_same_weights, weights, with_train
 from store_builder import queries_of
 
 from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.files import locked
 from dpsr_tf.config import (
     ClusterConfig,
     Config,
@@ -32,6 +33,7 @@ from dpsr_tf.models.embedding import TABLE_VARIABLES, weights_saver
 from dpsr_tf.models.encoders import exact_search
 from dpsr_tf.models.model_directory import ModelDirectory, feature_spec
 from dpsr_tf.models.two_tower import TwoTower
+from dpsr_tf.training.cluster import Cluster
 from dpsr_tf.training.estimator import FiniteWeights, loss_problem, model_fn
 from dpsr_tf.training.train import batch_options, config_from_flags, train
 from dpsr_tf.training.validation import is_over
@@ -744,6 +746,20 @@ def test_patience(tmp_path, recalls, patience, over):
     (tmp_path / "validation.jsonl").write_text("".join(f"{line}\n" for line in lines))
     assert is_over(tmp_path, with_validation(patience=patience)) == over
     assert not is_over(tmp_path, with_validation(queries=0, patience=patience))
+
+
+def test_two_trainings_of_one_model_at_once(dpsr, click_store, tmp_path):
+    path = tmp_path / "m"
+    path.mkdir()
+    flags = ["train", f"--store={click_store.path}", f"--out={path}"]
+    with locked(path, "taken"):
+        dpsr(*flags).fails(1, f"{path}: another `dpsr train` trains this model", "choose another --out")
+        assert (path / "config.yaml").is_file()
+        dpsr(*flags, "--overwrite").fails(1, f"{path}: another `dpsr train` trains this model")
+        assert (path / "config.yaml").is_file(), "nothing is removed"
+        # The evaluator works beside the chief, so it comes as far as to its own error.
+        with pytest.raises(CommandError, match="holds no held-out interactions"):
+            train(click_store, with_validation(Config()), path, Cluster("evaluator"))
 
 
 def test_validation_needs_something_held_out(dpsr, click_store, tmp_path):
