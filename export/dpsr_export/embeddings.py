@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dpsr_common.errors import CommandError
-from dpsr_common.files import link_or_copy, replaced
+from dpsr_common.files import link_or_copy, locked, replaced
 from dpsr_common.packed_file import FormatError, PackedFile, PackedFileWriter
 from dpsr_tf.data.store import Store
 from dpsr_tf.data.user_requests import User
@@ -88,27 +88,30 @@ def kept_embeddings(index_dir: Path, source: str) -> Iterator[Path]:
         source: source_fingerprint of the embeddings.
 
     Raises:
-        CommandError: the directory cannot be made.
+        CommandError: the directory cannot be made, or another process makes the same index.
     """
+    busy = f"{index_dir}: another `dpsr index` makes this index; wait until it ends, or choose another --out"
     stem = f".{index_dir.name}.embeddings-"
     path = index_dir.resolve().parent / f"{stem}{source}"
     try:
-        path.mkdir(exist_ok=True)
         for other in path.parent.iterdir():
             if other != path and re.fullmatch(re.escape(stem) + "[0-9a-f]{16}", other.name):
-                shutil.rmtree(other)
+                with locked(other, busy):
+                    shutil.rmtree(other)
+        path.mkdir(exist_ok=True)
     except OSError as error:
         raise CommandError(f"{path}: cannot be made: {error.strerror}; choose another --out") from None
-    before = index_dir / f"{KIND}.dpsr"
-    if before.is_file() and _source_of(index_dir) == source and not (path / before.name).exists():
-        link_or_copy(before, path / before.name)
-    try:
-        yield path
-    except BaseException:
-        if not any(path.iterdir()):
-            path.rmdir()
-        raise
-    shutil.rmtree(path)
+    with locked(path, busy):
+        before = index_dir / f"{KIND}.dpsr"
+        if before.is_file() and _source_of(index_dir) == source and not (path / before.name).exists():
+            link_or_copy(before, path / before.name)
+        try:
+            yield path
+        except BaseException:
+            if not any(path.iterdir()):
+                path.rmdir()
+            raise
+        shutil.rmtree(path)
 
 
 def _source_of(index_dir: Path) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -189,6 +190,21 @@ def test_embeddings_of_another_source_are_never_used(job: Job, tmp_path: Path) -
         assert not any(work.iterdir())
     with kept_embeddings(out, json.loads((out / "index.json").read_text())["embeddings_source"]) as work:
         assert [path.name for path in work.iterdir()] == ["item_embeddings.dpsr"]
+
+
+@pytest.mark.parametrize("source", ["1" * 16, "2" * 16])
+def test_two_runs_with_one_out_at_once(source: str, tmp_path: Path) -> None:
+    """The second one ends, also if it has another model or store, and the first one keeps its embeddings."""
+    out = tmp_path / "index"
+    with kept_embeddings(out, "1" * 16) as work:
+        (work / "chunk").write_bytes(b"made")
+        with (
+            pytest.raises(CommandError, match=f"^{re.escape(str(out))}: another `dpsr index` makes this index"),
+            kept_embeddings(out, source),
+        ):
+            pass
+        assert [path.name for path in tmp_path.iterdir()] == [work.name] and (work / "chunk").exists()
+    assert not any(tmp_path.iterdir())
 
 
 def test_items_without_a_vector_are_left_out_and_counted(
