@@ -116,7 +116,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "keep_days",
         None,
-        "with --append: leave out that store's interactions that are more than this many days older than the newest one",
+        "with --append: leave out that store's interactions that are more than this many days older than the newest",
         0,
         flag_values=values,
     )

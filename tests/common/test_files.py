@@ -92,9 +92,8 @@ def test_a_source_that_is_gone(tmp_path):
 
 
 def test_a_locked_directory(tmp_path):
-    with locked(tmp_path, "a: in use; wait"):
-        with pytest.raises(CommandError, match="^a: in use; wait$"), locked(tmp_path, "a: in use; wait"):
-            pass
+    with locked(tmp_path, ""), pytest.raises(CommandError, match="a: in use; wait"), locked(tmp_path, "a: in use; wait"):
+        pass
     with locked(tmp_path, ""):
         assert names(tmp_path) == [], "a lock is no file"
     with pytest.raises(FileNotFoundError), locked(tmp_path / "none", ""):
