@@ -102,13 +102,12 @@ class InteractionLog:
                 bool_or(NOT {held_time}) AS training FROM log WHERE role <> 0 GROUP BY query)""",
         )
         others = [name for name in self._database.columns("log") if name != "query"]
-        self._database.create(
+        create_with_asked(
+            self._database,
             "pairs",
-            with_asked(
-                f"""SELECT query_row, {", ".join(others)}, held OR {held_time} AS held
-                FROM log JOIN queries ON query = text""",
-                self._schema,
-            ),
+            f"""SELECT query_row, {", ".join(others)}, held OR {held_time} AS held
+            FROM log JOIN queries ON query = text""",
+            self._schema,
         )
         self._database.drop("log")
         self._check_positives()
@@ -516,19 +515,57 @@ def request_key(schema: InteractionsSchema) -> str:
     return ", ".join(["query_row", "user_row", *(["session"] if schema.session else [])])
 
 
-def with_asked(log: str, schema: InteractionsSchema) -> str:
-    """Returns SQL for the rows of the query `log` with a further column `asked`, when the request began.
+def create_with_asked(database: Database, table: str, log: str, schema: InteractionsSchema) -> None:
+    """Creates a table with the rows of the query `log` and a further column `asked`, when the request began.
 
     The rows of a request have the same query and user. They have the same session, too; without one, no more than
-    `session_gap` minutes lie between two of them.
+    `session_gap` minutes lie between two of them. Rows without a user and a session are of many people, and would form
+    one request for as long as somebody asks. So their requests also end `session_gap` minutes after they began.
     """
     if not schema.time:
-        return f"SELECT *, 0::UINTEGER AS asked FROM ({log})"
-    session = "AND session = 0" if schema.session else ""
-    begins = f"before IS NULL OR (time - before > {round(60 * schema.session_gap)} {session})"
+        database.create(table, f"SELECT *, 0::UINTEGER AS asked FROM ({log})")
+        return
+    gap, session = round(60 * schema.session_gap), "AND session = 0" if schema.session else ""
+    begins = f"before IS NULL OR (time - before > {gap} {session})"
     request = f"(PARTITION BY {request_key(schema)} ORDER BY time)"
-    return f"""SELECT * EXCLUDE (before), max(CASE WHEN {begins} THEN time END) OVER {request} AS asked
-        FROM (SELECT *, lag(time) OVER {request} AS before FROM ({log}))"""
+    database.create(
+        table,
+        f"""SELECT * EXCLUDE (before), max(CASE WHEN {begins} THEN time END) OVER {request} AS asked
+        FROM (SELECT *, lag(time) OVER {request} AS before FROM ({log}))""",
+    )
+    _split_long_requests(database, table, f"user_row = 0 {session}", gap)
+
+
+def _split_long_requests(database: Database, table: str, anonymous: str, gap: int) -> None:
+    """Splits the requests of the rows that are `anonymous` so that none is longer than `gap` seconds."""
+    is_long = f"SELECT DISTINCT query_row, asked FROM {table} WHERE {anonymous} AND time - asked > {gap}"
+    if not database.scalar(f"SELECT count(*) FROM ({is_long})"):
+        return
+    # Where a request ends decides where the next one begins, which takes a pass in the order of time.
+    names = ("query_row", "asked", "time")
+    moments = f"""SELECT DISTINCT {", ".join(names)} FROM {table} SEMI JOIN ({is_long}) USING (query_row, asked)
+        WHERE {anonymous} ORDER BY query_row, time"""
+    request: tuple[int, int] | None = None
+    began = 0
+    for batch in database.batches(moments, "split requests"):
+        found = []
+        for query, asked, time in zip(*(batch[name].to_pylist() for name in names), strict=True):
+            if (query, asked) != request or time - began > gap:
+                request, began = (query, asked), time
+            found.append(began)
+        columns = {name: batch[name] for name in names}
+        database.insert("moments", pa.record_batch({**columns, "began": pa.array(found, batch["asked"].type)}))
+    others = ", ".join(f"whole.{name}" for name in database.columns(table) if name != "asked")
+    database.create(
+        "split_requests",
+        f"""SELECT {others}, CASE WHEN {anonymous} THEN coalesce(began, whole.asked) ELSE whole.asked END AS asked
+        FROM {table} AS whole LEFT JOIN moments ON whole.query_row = moments.query_row
+            AND whole.asked = moments.asked AND whole.time = moments.time""",
+    )
+    database.drop("moments")
+    database.drop(table)
+    database.create(table, "FROM split_requests")
+    database.drop("split_requests")
 
 
 def shard_of_query(shards: int) -> str:

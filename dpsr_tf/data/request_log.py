@@ -33,7 +33,7 @@ from dpsr_tf.data.event_counts import (
     spending_before,
     sums_at_end,
 )
-from dpsr_tf.data.interaction_log import held_out_conditions, request_key, shard_of_query, with_asked
+from dpsr_tf.data.interaction_log import create_with_asked, held_out_conditions, request_key, shard_of_query
 from dpsr_tf.data.numbers import NumericFeature
 from dpsr_tf.data.schema import EVENT_TYPES, GRADED, Schema
 from dpsr_tf.data.store import requests_names
@@ -143,13 +143,12 @@ class RequestLog:
             FROM (SELECT DISTINCT query FROM events)""",
         )
         others = ", ".join(name for name in database.columns("events") if name != "query")
-        database.create(
+        create_with_asked(
+            database,
             "event_rows",
-            with_asked(
-                f"""SELECT query_row, {others}, shard, held OR {held_time} AS held
-                FROM events JOIN asked_queries ON query = text""",
-                self._schema,
-            ),
+            f"""SELECT query_row, {others}, shard, held OR {held_time} AS held
+            FROM events JOIN asked_queries ON query = text""",
+            self._schema,
         )
         database.drop("events")
         self._end = 1 + database.scalar("SELECT coalesce(max(time), 0) FROM event_rows")

@@ -457,10 +457,12 @@ def expected_store(schema, items, users, log, shards, store):
     for row in log:
         if row["query"] in query_row and (role(row) or is_shown(row)):
             rows_of[request_of(row)].append(row)
-    for (_, _, session), rows in rows_of.items():
+    for (_, user, session), rows in rows_of.items():
         begin = before = None
         for row in sorted(rows, key=lambda row: row["time"]):
-            if before is None or (not session and row["time"] - before > 60 * s.session_gap):
+            # The rows of nobody in particular end with the gap after the first one, too.
+            since = before if user else begin
+            if before is None or (not session and row["time"] - since > 60 * s.session_gap):
                 begin = row["time"]
             before = row["time"]
             asked[id(row)] = begin if s.time else 0
@@ -1187,6 +1189,25 @@ def test_a_session_is_one_request_and_rows_without_one_are_split_by_a_gap(shop, 
     shop.schema["interactions"]["session_gap"] = 200
     dpsr(*shop.write(".jsonl").flags(tmp_path / "wide")).succeeds()
     assert unclicked_of(Store(tmp_path / "wide")) == {("red", 30): [20], ("red", 20): [30, 70], ("red", 10): [30, 70]}
+
+
+@pytest.mark.parametrize("session", [None, "session"])
+def test_rows_without_user_and_session_are_also_split_after_a_gap_since_the_first(shop, tmp_path, dpsr, session):
+    """People who ask one after the other would else form one request for as long as somebody asks."""
+    times = [(30, 1000, "click"), (20, 2500, "impression"), (70, 4000, "impression"), (10, 5000, "click")]
+    of_session = [""] if session else []
+    people = {"red": None, "blue": 5}
+    rows = [
+        (query, item, user, time, kind, *of_session) for query, user in people.items() for item, time, kind in times
+    ]
+    more = {"session": session} if session else {}
+    dpsr(*log_of(shop, rows, **more).write(".jsonl").flags(tmp_path / "store")).succeeds()
+    assert unclicked_of(Store(tmp_path / "store")) == {
+        ("red", 30): [20],
+        ("red", 10): [70],
+        ("blue", 30): [20, 70],
+        ("blue", 10): [20, 70],
+    }
 
 
 def test_without_time_and_session_no_impression_is_used(shop, tmp_path, dpsr):
