@@ -700,6 +700,26 @@ def test_connections_above_the_limit_are_closed(folder: Path) -> None:
             assert _raw(shop, b"") == b""
 
 
+def test_connections_whose_answers_are_not_read_are_ended(folder: Path) -> None:
+    config = "pipelines: {bm25: {recall: {inverted: {}}}}\nlimits: {connections: 1, answer_s: 0.5}"
+    with running(config, folder) as shop:
+        assert shop.gateway._site is not None
+        # So that the kernel does not take all answers.
+        shop.gateway._site.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        host, _, port = shop.gateway.rest_address.rpartition(":")
+        with socket.socket() as first:
+            first.settimeout(PATIENCE_S)
+            first.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            first.connect((host, int(port)))
+            first.sendall(b"GET /v1/openapi.json HTTP/1.1\r\nHost: a\r\n\r\n" * 200)
+            # It has the only place until the gateway ends it.
+            end, answer = time.monotonic() + PATIENCE_S, b""
+            while not answer.startswith(b"HTTP/1.1 200"):
+                assert time.monotonic() < end
+                with contextlib.suppress(ConnectionError):
+                    answer = _raw(shop, b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+
+
 def _raw(shop: Shop, data: bytes) -> bytes:
     """Sends bytes, and returns all that comes back until the gateway ends the connection."""
     host, _, port = shop.gateway.rest_address.rpartition(":")

@@ -154,6 +154,7 @@ class LimitsConfig:
         connections: connections of clients over REST; further ones are closed.
         idle_s: seconds without a request, before a connection is ended.
         receive_s: seconds that a client may take to send one request.
+        answer_s: seconds that a client over REST may take to read its answers.
         searches: threads that search the inverted index.
         waiting_searches: searches of the inverted index that may wait for a thread; more are left out as busy.
     """
@@ -164,6 +165,7 @@ class LimitsConfig:
     connections: int = 1024
     idle_s: float = 75.0
     receive_s: float = 10.0
+    answer_s: float = 60.0
     searches: int = 4
     waiting_searches: int = 64
 
@@ -432,6 +434,6 @@ def _limits(section: Section) -> LimitsConfig:
     found: dict[str, Any] = {
         name: _at_most(section, name, getattr(preset, name), most) for name, most in _COUNTS.items()
     }
-    for name in ("idle_s", "receive_s"):
+    for name in ("idle_s", "receive_s", "answer_s"):
         found[name] = section.number(name, getattr(preset, name))
     return LimitsConfig(**found)

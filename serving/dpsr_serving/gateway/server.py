@@ -50,11 +50,13 @@ class Gateway:
         self._under_way = 0
         self._draining = False
         self._runner: web.AppRunner | None = None
-        self._site: asyncio.AbstractServer | None = None
+        self._site: asyncio.Server | None = None
         self._grpc: Any = None
         self._sweeper: asyncio.Task[None] | None = None
         # Connections that have not sent a whole request yet, and when they were opened.
         self._new: dict[Any, float] = {}
+        # Connections whose clients have not read all answers, with their transports, and since when.
+        self._unread: dict[Any, tuple[asyncio.Transport, float]] = {}
 
     # What both APIs do.
 
@@ -184,14 +186,28 @@ class Gateway:
         return protocol
 
     async def _sweep(self) -> None:
-        """Ends connections that do not send a request; aiohttp itself waits for the first one for ever."""
+        """Ends connections that do not send a request or do not read answers; aiohttp itself waits for ever."""
         while True:
             await asyncio.sleep(_SWEEP_S)
-            oldest = time.monotonic() - self._limits.receive_s
+            now = time.monotonic()
             for protocol, opened in list(self._new.items()):
-                if opened < oldest:
+                if now - opened > self._limits.receive_s:
                     self._new.pop(protocol, None)
                     protocol.force_close()
+            self._end_unread(now)
+
+    def _end_unread(self, now: float) -> None:
+        assert self._runner is not None and self._runner.server is not None
+        before, self._unread = self._unread, {}
+        for protocol in self._runner.server.connections:
+            # A protocol that was closed has no transport any more, but its transport still waits for the client.
+            transport, since = before.get(protocol) or (protocol.transport, now)
+            if transport is None or not transport.get_write_buffer_size():
+                continue
+            if now - since > self._limits.answer_s:
+                transport.abort()  # close() would wait for the client, too
+            else:
+                self._unread[protocol] = transport, since
 
     # Both servers.
 
