@@ -261,7 +261,12 @@ class Shop:
 
 @contextlib.contextmanager
 def running(
-    config: str, folder: Path, wrap: Callable[[InvertedIndex], Any] | None = None, drain_s: float = 1.0, **targets: str
+    config: str,
+    folder: Path,
+    wrap: Callable[[InvertedIndex], Any] | None = None,
+    drain_s: float = 1.0,
+    add_routes: Callable[[Gateway, InvertedIndex], Callable[[Any], None]] | None = None,
+    **targets: str,
 ) -> Iterator[Shop]:
     """Runs a gateway on the index below `folder`/index.
 
@@ -270,6 +275,7 @@ def running(
         folder: where relative paths begin.
         wrap: makes another index of the index.
         drain_s: time that searches under way have at the end.
+        add_routes: returns what adds routes to the gateway's REST server.
         targets: address of each model.
     """
     models = "".join(f"  {name}: {{target: '{target}'}}\n" for name, target in targets.items())
@@ -282,7 +288,7 @@ def running(
     async def serve() -> None:
         searcher = Searcher(parsed, index if wrap is None else wrap(index))
         gateway = Gateway(searcher, parsed.limits)
-        await gateway.start("127.0.0.1", 0, 0)
+        await gateway.start("127.0.0.1", 0, 0, None if add_routes is None else add_routes(gateway, index))
         searcher.start()
         done.append(asyncio.Event())
         shops.append(Shop(gateway, searcher, asyncio.get_running_loop()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import functools
 import json
 import socket
 import struct
@@ -27,8 +28,12 @@ from dpsr_common.errors import CommandError, UsageError
 from dpsr_serving import grpc_services
 from dpsr_serving.gateway import cursor, search_api
 from dpsr_serving.gateway.config import parse_config
+from dpsr_serving.gateway.inverted import InvertedIndex
+from dpsr_serving.gateway.judgments import JudgmentFile
 from dpsr_serving.gateway.messages import Facet, Item, RequestError, SearchRequest, SearchResponse, load_json
 from dpsr_serving.gateway.openapi import OPENAPI
+from dpsr_serving.gateway.page import add_page
+from dpsr_serving.gateway.server import Gateway
 from dpsr_serving.proxy.experiments import assign
 
 SearchMessage = search_api.message("dpsr.search.v1.SearchRequest")
@@ -688,6 +693,26 @@ def test_large_bodies_and_other_paths_are_refused(folder: Path) -> None:
         bad = _raw(shop, b"\x00\x01\x02\r\n\r\n")
         assert bad.startswith(b"HTTP/1.0 400") or bad.startswith(b"HTTP/1.1 400")
         assert shop.search()["items"]
+
+
+def test_judgments_that_do_not_arrive_are_refused(folder: Path, tmp_path: Path) -> None:
+    config = "pipelines: {bm25: {recall: {inverted: {}}}}\nlimits: {receive_s: 0.3}"
+    judgments = JudgmentFile(tmp_path / "judgments.tsv")
+
+    def add_routes(gateway: Gateway, index: InvertedIndex) -> Callable[[Any], None]:
+        return functools.partial(
+            add_page,
+            catalogue=index.catalogue,
+            judgments=judgments,
+            host="127.0.0.1",
+            read_body=gateway.read_body,
+        )
+
+    with running(config, folder, add_routes=add_routes) as shop:
+        late = _raw(shop, b"POST /v1/judgments HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+        assert late.startswith(b"HTTP/1.1 408")
+        body = {"query": "red shoes", "item": shop.search()["items"][0]["id"], "grade": 1}
+        assert call(shop.gateway.rest_address, "/v1/judgments", body).status == 200
 
 
 def test_connections_above_the_limit_are_closed(folder: Path) -> None:

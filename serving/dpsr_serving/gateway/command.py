@@ -143,7 +143,13 @@ async def _serve(values: flags.FlagValues, config: SearchConfig) -> None:
     routes = None
     if values.page:
         judgments = None if values.judgments is None else JudgmentFile(Path(values.judgments))
-        routes = functools.partial(add_page, catalogue=index.catalogue, judgments=judgments, host=values.host)
+        routes = functools.partial(
+            add_page,
+            catalogue=index.catalogue,
+            judgments=judgments,
+            host=values.host,
+            read_body=gateway.read_body,
+        )
     try:
         await gateway.start(values.host, values.port, values.grpc_port, routes)
         searcher.start()

@@ -137,11 +137,12 @@ class Gateway:
     async def _search(self, request: web.Request) -> web.Response:
         if request.content_type not in (_JSON, "application/x-www-form-urlencoded", "application/octet-stream"):
             return _error(415, f"Content-Type: got {request.content_type}, expected {_JSON}")
-        body = await self._body(request)
+        body = await self.read_body(request)
         response = await self.answer("rest", lambda: SearchRequest.from_json(body))
         return web.Response(body=response.to_json(), content_type=_JSON)
 
-    async def _body(self, request: web.Request) -> bytes:
+    async def read_body(self, request: web.Request) -> bytes:
+        """Returns the body of a request. Raises HTTPException if it is too large, or arrives too slowly."""
         length = request.content_length
         if length is not None and length > self._limits.body_bytes:
             raise web.HTTPRequestEntityTooLarge(self._limits.body_bytes, length)

@@ -41,7 +41,13 @@ HEADERS = {
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def add_page(app: web.Application, catalogue: Catalogue, judgments: JudgmentFile | None, host: str) -> None:
+def add_page(
+    app: web.Application,
+    catalogue: Catalogue,
+    judgments: JudgmentFile | None,
+    host: str,
+    read_body: Callable[[web.Request], Awaitable[bytes]],
+) -> None:
     """Adds the page to a server, and refuses what pages of other origins send to it.
 
     Args:
@@ -49,6 +55,7 @@ def add_page(app: web.Application, catalogue: Catalogue, judgments: JudgmentFile
         catalogue: the items that can be judged.
         judgments: where judgments are saved; None: the page has no judgments.
         host: the address that the server listens on.
+        read_body: returns the body of a request, within the server's limits.
     """
     app.middlewares.append(_refuse_other_origins(loopback=_is_loopback(host)))
     for path, (name, kind) in _FILES.items():
@@ -60,7 +67,7 @@ def add_page(app: web.Application, catalogue: Catalogue, judgments: JudgmentFile
 
     app.router.add_get("/page.json", settings)
     if judgments is not None:
-        handlers = _JudgmentHandlers(judgments, catalogue)
+        handlers = _JudgmentHandlers(judgments, catalogue, read_body)
         app.router.add_get("/v1/judgments", handlers.read)
         app.router.add_post("/v1/judgments", handlers.judge)
 
@@ -80,9 +87,12 @@ def _file(name: str, kind: str) -> _Handler:
 class _JudgmentHandlers:
     """GET and POST /v1/judgments."""
 
-    def __init__(self, judgments: JudgmentFile, catalogue: Catalogue) -> None:
+    def __init__(
+        self, judgments: JudgmentFile, catalogue: Catalogue, read_body: Callable[[web.Request], Awaitable[bytes]]
+    ) -> None:
         self._judgments = judgments
         self._catalogue = catalogue
+        self._read_body = read_body
 
     async def read(self, request: web.Request) -> web.Response:
         """Answers the grades of a query: {"query", "grades": {item: grade}, "judgments": number of all}."""
@@ -92,7 +102,7 @@ class _JudgmentHandlers:
 
     async def judge(self, request: web.Request) -> web.Response:
         """Saves {"query", "item", "grade"}, where the grade null takes a judgment back."""
-        tree = load_json(await request.read())
+        tree = load_json(await self._read_body(request))
         if not isinstance(tree, dict) or set(tree) != {"query", "item", "grade"}:
             raise RequestError("got another body, expected an object with query, item and grade")
         query, item, grade = tree["query"], tree["item"], tree["grade"]
