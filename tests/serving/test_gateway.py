@@ -889,6 +889,29 @@ def test_grpc_has_reflection_and_health(words: Shop) -> None:
         watching.cancel()
 
 
+def test_watchers_of_the_health_do_not_keep_searches_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_api, "_STREAMS", 3)
+    config = "pipelines: {bm25: {recall: {inverted: {}}}}\nlimits: {concurrent: 1}"
+    with running(config, folder) as shop, grpc.insecure_channel(shop.gateway.grpc_address) as channel:
+        watch = channel.unary_stream("/grpc.health.v1.Health/Watch")
+        watchers = [watch(b"", timeout=PATIENCE_S) for _ in range(3)]
+        assert all([next(one) for one in watchers])
+        for _ in range(2):
+            with pytest.raises(grpc.RpcError, match="3 streaming calls are under way") as refused:
+                next(watch(b"", timeout=PATIENCE_S))
+            assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert _stub(channel)(SearchMessage(query="red shoes"), timeout=PATIENCE_S).items
+        watchers.pop().cancel()
+        # The gateway hears of that a little later.
+        end, status = time.monotonic() + PATIENCE_S, b""
+        while not status:
+            assert time.monotonic() < end
+            with contextlib.suppress(grpc.RpcError):
+                status = next(watch(b"", timeout=PATIENCE_S))
+        for one in watchers:
+            one.cancel()
+
+
 def test_watching_the_health_does_not_keep_the_gateway(folder: Path) -> None:
     with running("pipelines: {bm25: {recall: {inverted: {}}}}", folder, drain_s=PATIENCE_S) as shop:
         channel = grpc.insecure_channel(shop.gateway.grpc_address)

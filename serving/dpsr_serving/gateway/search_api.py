@@ -7,8 +7,9 @@ A request becomes the same tree that a JSON body is, so both APIs accept and ref
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from dpsr_serving.gateway.messages import Facet, Item, RequestError, SearchReque
 from dpsr_serving.gateway.pipeline import RecallError, Searcher
 
 SERVICE = "dpsr.search.v1.Search"
+_STREAMS = 64  # streaming calls under way, which last as long as their clients want
 POOL = load_pool(Path(__file__).with_name("search.desc"))
 
 
@@ -57,7 +59,7 @@ def make_server(gateway: Answers, searcher: Searcher, limits: LimitsConfig) -> A
             ("grpc.max_connection_idle_ms", int(limits.idle_s * 1000)),
             ("grpc.so_reuseport", 0),
         ),
-        maximum_concurrent_rpcs=2 * limits.concurrent,
+        maximum_concurrent_rpcs=2 * limits.concurrent + _STREAMS,
     )
 
     async def search(body: bytes, context: Any) -> Any:
@@ -95,17 +97,39 @@ def make_server(gateway: Answers, searcher: Searcher, limits: LimitsConfig) -> A
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         raise AssertionError
 
+    streams = 0
+
+    @contextlib.contextmanager
+    def stream() -> Iterator[bool]:
+        """Counts a streaming call while it lasts. Gives False if there are too many."""
+        nonlocal streams
+        streams += 1
+        try:
+            yield streams <= _STREAMS
+        finally:
+            streams -= 1
+
+    async def refuse(context: Any) -> None:
+        words = f"{_STREAMS} streaming calls are under way, which is the limit; try again later"
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, words)
+
     async def watch(body: bytes, context: Any) -> AsyncIterator[bytes]:
         try:
-            async for answer in health.watch(body):
-                yield answer
+            with stream() as fits:
+                if not fits:
+                    await refuse(context)
+                async for answer in health.watch(body):
+                    yield answer
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
     async def reflect(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         try:
-            async for request in requests:
-                yield reflection.answer(request)
+            with stream() as fits:
+                if not fits:
+                    await refuse(context)
+                async for request in requests:
+                    yield reflection.answer(request)
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
