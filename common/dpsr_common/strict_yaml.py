@@ -170,13 +170,15 @@ class Section:
         """Reads true or false."""
         return bool(self.value(name, default, lambda value: isinstance(value, bool), "true or false"))
 
-    def integer(self, name: str, default: T, least: int) -> int | T:
-        """Reads an integer of at least `least`."""
+    def integer(self, name: str, default: T, least: int, most: int = 2**63 - 1) -> int | T:
+        """Reads an integer of at least `least` and at most `most`."""
+        given = self.tree.get(name)
+        is_above = isinstance(given, int) and given > most
         return self.value(
             name,
             default,
-            lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least,
-            f"an integer of at least {least}",
+            lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value <= most,
+            f"an integer of at least {least}" + (f" and at most {most}" if is_above else ""),
         )
 
     def number(

@@ -102,6 +102,16 @@ def test_a_key_that_is_not_there_has_the_default():
         ({"count": 2}, lambda s: s.integer("count", 0, 3), "models.m.count: got 2, expected an integer of at least 3"),
         ({"count": True}, lambda s: s.integer("count", 0, 0), "got True, expected an integer of at least 0"),
         ({"count": 2.0}, lambda s: s.integer("count", 0, 0), "got 2.0, expected an integer of at least 0"),
+        (
+            {"count": 10**20},
+            lambda s: s.integer("count", 0, 0),
+            f"models.m.count: got {10**20}, expected an integer of at least 0 and at most {2**63 - 1}",
+        ),
+        (
+            {"count": 6},
+            lambda s: s.integer("count", 0, 1, most=5),
+            "got 6, expected an integer of at least 1 and at most 5",
+        ),
         ({"share": 0}, lambda s: s.number("share", 1.0), "models.m.share: got 0, expected a number above 0"),
         ({"share": 2}, lambda s: s.number("share", 1.0, most=1), "got 2, expected a number above 0 and at most 1"),
         ({"share": -1}, lambda s: s.number("share", 1.0, least=0), "got -1, expected a number of at least 0"),

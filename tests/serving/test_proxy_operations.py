@@ -522,3 +522,35 @@ def test_bad_config_names_key_value_and_what_is_allowed(text: str, words: str) -
     with pytest.raises(UsageError) as raised:
         parse_config(text)
     assert words in str(raised.value)
+
+
+def test_a_reload_that_fails_in_any_way_leaves_the_proxy_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Server:
+        def __init__(self, signals: Any) -> None:
+            self.metrics, self.stopped = Metrics(), False
+            self._signals = signals
+
+        def renew_certificates(self) -> list[str]:
+            return []
+
+        async def reload(self, config: Any) -> None:
+            self._signals.stop_now()
+            raise OverflowError("a number that is too large")
+
+        async def stop(self, grace_s: float) -> None:
+            self.stopped = True
+
+    path = tmp_path / "proxy.yaml"
+    path.write_text("default: {backends: ['h:1']}\n")
+
+    async def serve() -> bool:
+        signals = workers._Signals()
+        server = Server(signals)
+        settings = Settings(str(path), None, "127.0.0.1", 0, None, 0.0, None, 1)
+        await asyncio.wait_for(workers._serve(settings, server, signals, None), PATIENCE_S)
+        return server.stopped
+
+    assert asyncio.run(serve())
+    assert "a number that is too large; keeping the last good configuration" in capsys.readouterr().err

@@ -577,7 +577,11 @@ def _dns(section: Section) -> DnsConfig:
 def _limits(section: Section) -> LimitsConfig:
     preset = LimitsConfig()
     counts = ("connections", "streams", "header_bytes", "message_bytes", "connection_bytes", "total_bytes")
-    found: dict[str, Any] = {name: section.integer(name, getattr(preset, name), 1) for name in counts}
+    # HTTP/2's settings have 32 bits.
+    most = {"header_bytes": 2**31 - 1}
+    found: dict[str, Any] = {
+        name: section.integer(name, getattr(preset, name), 1, most.get(name, 2**63 - 1)) for name in counts
+    }
     for name in _fields(LimitsConfig):
         if name not in counts:
             found[name] = section.number(name, getattr(preset, name))

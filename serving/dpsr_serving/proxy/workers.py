@@ -205,7 +205,7 @@ async def _serve(settings: Settings, server: Any, signals: _Signals, seen: Stamp
         seen = stamp
         try:
             await server.reload(load_config(Path(path)))
-        except (CommandError, ValueError, OSError) as error:
+        except Exception as error:  # whatever a file holds, the proxy goes on
             server.metrics.count("dpsr_proxy_config_reloads_total", ("refused",))
             _say(f"dpsr proxy: {error}; keeping the last good configuration")
         else:
