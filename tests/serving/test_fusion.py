@@ -80,6 +80,18 @@ def test_the_learned_score():
     assert (len(emptied.ids), emptied.cut_off) == (0, 4)
 
 
+def test_a_score_that_is_not_a_number_counts_as_not_found():
+    fusion = dataclasses.replace(FUSION, min_best=0.01)
+    others = {"b": found([1, 3], [0.5, 0.25])}
+    without = fusion.combine({"a": found([1], [8.0]), **others}, 10)
+    for scores in ([np.nan, 8.0], [8.0, np.nan]):
+        ids = [3, 1] if np.isnan(scores[0]) else [1, 3]
+        combined = fusion.combine({"a": found(ids, scores), **others}, 10)
+        assert combined.cut_off == 0 and combined.ids.tolist() == without.ids.tolist()
+        assert combined.scores.tolist() == without.scores.tolist()
+    assert len(fusion.combine({"a": found([1, 2], [np.nan, np.nan])}, 10).ids) == 2
+
+
 def test_items_beyond_the_depth_do_not_change_the_scale():
     first = FUSION.combine({"a": found([1, 2, 3], [8, 6, 4])}, 10)
     more = FUSION.combine({"a": found([1, 2, 3, 4, 5], [8, 6, 4, 3, -100])}, 10)

@@ -200,15 +200,19 @@ class _Union:
     def numbers(self, name: str, depth: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Returns the scaled score and the score of each item in a source, float64 [m] each.
 
-        Only the first `depth` items count, so that a pipeline that asks for more scales them alike.
+        Only the first `depth` items count, so that a pipeline that asks for more scales them alike. An item whose score
+        is NaN counts as not found.
         """
         places, scores = self.places[name][:depth], self._found[name].scores[:depth].astype(np.float64)
+        is_full = len(places) == depth
+        is_number = ~np.isnan(scores)
+        places, scores = places[is_number], scores[is_number]
         scaled = np.zeros(len(self.ids))
         if not len(places):
             return scaled, np.zeros(len(self.ids))
         high, low = scores[0], scores[-1]
         scaled[places] = (scores - low) / (high - low) if high > low else 1.0
-        score = np.full(len(self.ids), low if len(places) == depth else 0.0)
+        score = np.full(len(self.ids), low if is_full else 0.0)
         score[places] = scores
         return scaled, score
 
