@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent import futures
@@ -14,9 +15,10 @@ from processes import PATIENCE_S
 from proxy_backends import StartBackend, StartProxy, ask_ids, call, predict, wait_until, write_yaml
 
 from dpsr_common import serving_apis
-from dpsr_common.errors import UsageError
+from dpsr_common.errors import CommandError, UsageError
 from dpsr_serving.model_server import ModelServer
 from dpsr_serving.proxy.config import TracingConfig, parse_config
+from dpsr_serving.proxy.server import ProxyServer
 from dpsr_serving.proxy.tracing import Tracer
 from dpsr_serving.tensors import make_tensor
 
@@ -246,3 +248,31 @@ def test_wrong_settings(text: str, words: str) -> None:
     with pytest.raises(UsageError) as error:
         parse_config(f"default: {{backends: ['h:1']}}\ntracing: {text}")
     assert words in str(error.value)
+
+
+def test_a_reload_that_is_refused_ends_its_new_tracer(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[Tracer] = []
+    really_close = Tracer.close
+
+    def close(tracer: Tracer) -> None:
+        closed.append(tracer)
+        really_close(tracer)
+
+    monkeypatch.setattr(Tracer, "close", close)
+    plain = parse_config("default: {backends: ['127.0.0.1:1']}")
+    traced = parse_config("default: {backends: ['127.0.0.1:1']}\ntracing: {endpoint: 'http://127.0.0.1:1'}")
+
+    async def refuse(*_: Any) -> None:
+        raise CommandError("no resolver")
+
+    async def reload() -> None:
+        server = ProxyServer(plain)
+        monkeypatch.setattr(server._names, "follow", refuse)
+        with pytest.raises(CommandError, match="no resolver"):
+            await server.reload(traced)
+        await asyncio.gather(*server._tasks)
+        assert len(closed) == 1
+        await server.stop(0)
+        assert len(closed) == 1, "the server never had the tracer"
+
+    asyncio.run(reload())

@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from typing import Any
 
 from dpsr_common import serving_apis
-from dpsr_common.errors import CommandError
 from dpsr_serving import grpc_services
 from dpsr_serving.addresses import join_address
 from dpsr_serving.proxy import backends, calls, routing, tracing
@@ -176,15 +175,16 @@ class ProxyServer:
         if (config.listen_tls, config.backend_tls) != (self._config.listen_tls, self._config.backend_tls):
             raise ValueError("tls: it is read only when the proxy starts; restart it")
         log = AccessLog(config.access_log)
-        old = self._tracer
+        old = tracer = self._tracer
         try:
-            tracer = old
             if config.tracing != self._config.tracing:
                 tracer = None if config.tracing is None else tracing.Tracer(config.tracing)
             # Names that are new are looked up before any request goes there.
             await self._names.follow(config.dns, _addresses(config))
-        except CommandError:
+        except BaseException:
             log.close()
+            if tracer is not None and tracer is not old:
+                self._start(asyncio.to_thread(tracer.close))
             raise
         self._log.close()
         self._log, self._tracer = log, tracer
