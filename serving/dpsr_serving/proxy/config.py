@@ -290,7 +290,7 @@ def parse_config(text: str) -> ProxyConfig:
     """Reads a configuration. Raises UsageError that names the key, its value and what is allowed."""
     top = Section(
         "",
-        load_yaml(text),
+        load_yaml(text, lines=True),
         _TOP_KEYS,
     )
     models = top.tree.get("models", {})
