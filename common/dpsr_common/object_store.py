@@ -203,11 +203,24 @@ def download(url: str, path: Path, known: Mapping[str, Path] | None = None) -> d
                 folder.download(name, expected, target)
         (temporary / MARK).write_bytes(_mark(files))
         os.chmod(temporary, 0o755)
+        # A machine that loses its power must not find a complete directory without the contents of its files.
+        for part in (*temporary.rglob("*"), temporary):
+            _sync(part)
         os.rename(temporary, path)
+        _sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return files
+
+
+def _sync(path: Path) -> None:
+    """Returns when a file, or the names in a directory, are on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def local_mark(directory: Path) -> dict[str, dict[str, Any]] | None:

@@ -61,6 +61,29 @@ def test_a_copy_is_the_directory(s3_url: str, tmp_path: Path) -> None:
     assert contents(cached(s3_url)) == {"manifest": "{1}"}, "nothing of the old one stays"
 
 
+def test_a_copy_is_on_the_disk_before_it_appears(
+    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(folder(tmp_path / "source", a="one", log__part="rows"), s3_url)
+    synced: set[int] = set()
+    before: list[set[int]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def note_sync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def note_rename(source: Path, target: Path) -> None:
+        before.append({part.stat().st_ino for part in (source, *source.rglob("*"))} - synced)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "rename", note_rename)
+    download(s3_url, tmp_path / "copy")
+    assert before == [set()]
+    assert tmp_path.stat().st_ino in synced
+
+
 def test_half_a_directory_is_refused(s3_url: str, tmp_path: Path) -> None:
     source, remote = folder(tmp_path / "source", a="one", b="two"), RemoteFolder(s3_url)
     remote.write("a", source / "a")
