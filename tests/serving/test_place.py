@@ -18,7 +18,7 @@ from proxy_backends import Load, StartProxy, call, predict, write_yaml
 
 from dpsr_common import serving_apis
 from dpsr_common.command_line import main
-from dpsr_common.errors import UsageError
+from dpsr_common.errors import CommandError, UsageError
 from dpsr_serving.placement.config import parse_config
 from dpsr_serving.placement.planner import Model
 
@@ -99,6 +99,20 @@ def test_wrong_files_are_refused(text: str, words: str) -> None:
     with pytest.raises(UsageError) as raised:
         parse_config(text)
     assert words in str(raised.value)
+
+
+def test_a_version_that_is_removed_while_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m" / "3").mkdir(parents=True)
+    (tmp_path / "m" / "3" / "saved_model.pb").write_bytes(b"x")
+
+    def remove(path: Path) -> bool:
+        path.unlink()
+        return True
+
+    with monkeypatch.context() as patch, pytest.raises(CommandError, match="was the version removed meanwhile") as error:
+        patch.setattr(Path, "is_file", remove)
+        parse_config(f"{SERVERS}models: {{m: {{base_path: '{tmp_path / 'm'}'}}}}")
+    assert error.type is CommandError and "3/saved_model.pb: No such file" in str(error.value)
 
 
 def test_plan_without_servers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpsr_common.errors import UsageError
+from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.strict_yaml import Section, load_yaml
 from dpsr_serving.addresses import check_address
 from dpsr_serving.placement.planner import Model, Server
@@ -144,7 +144,12 @@ def _parse_bytes(value: Any) -> int:
 
 
 def _measure_memory(key: str, base_path: str, versions: Sequence[int], latest: int) -> int:
-    """Estimates the memory of the largest version to be served from its files. Raises UsageError if there is none."""
+    """Estimates the memory of the largest version to be served from its files.
+
+    Raises:
+        UsageError: there is none.
+        CommandError: it was removed meanwhile.
+    """
     try:
         numbers = sorted(int(child) for child in os.listdir(base_path) if child.isdecimal())
     except OSError as error:
@@ -153,10 +158,16 @@ def _measure_memory(key: str, base_path: str, versions: Sequence[int], latest: i
             "give the bytes of one version"
         ) from None
     served = [number for number in numbers if number in versions] if versions else numbers[-latest:]
-    sizes = [
-        sum(file.stat().st_size for file in (Path(base_path) / str(number)).rglob("*") if file.is_file())
-        for number in served
-    ]
+    try:
+        sizes = [
+            sum(file.stat().st_size for file in (Path(base_path) / str(number)).rglob("*") if file.is_file())
+            for number in served
+        ]
+    except OSError as error:
+        raise CommandError(
+            f"{key}: not given, and the files cannot be measured here: {error.filename}: {error.strerror}; was the "
+            "version removed meanwhile? Run the command again, or give the bytes of one version"
+        ) from None
     if not any(sizes):
         raise UsageError(f"{key}: not given, and {base_path} has no version to measure; give the bytes of one version")
     return int(max(sizes) * _MEMORY_OVER_FILES)
