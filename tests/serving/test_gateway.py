@@ -34,6 +34,7 @@ from dpsr_serving.gateway.messages import Facet, Item, RequestError, SearchReque
 from dpsr_serving.gateway.openapi import OPENAPI
 from dpsr_serving.gateway.page import add_page
 from dpsr_serving.gateway.server import Gateway
+from dpsr_serving.gateway.system import search_system
 from dpsr_serving.proxy.experiments import assign
 
 SearchMessage = search_api.message("dpsr.search.v1.SearchRequest")
@@ -486,6 +487,16 @@ def test_pages_have_every_item_once(words: Shop) -> None:
         assert (page["total"], page["facets"], page["query"]) == (26, first["facets"], "red shoes")
     sizes = every_page(words, words.search("red shoes", size=1), size=50)
     assert [len(page["items"]) for page in sizes] == [1, 25]
+
+
+def test_a_retriever_asks_for_pages_that_the_gateway_allows(folder: Path) -> None:
+    config = "pipelines: {bm25: {recall: {inverted: {}}}}\nlimits: {page_size: 7}"
+    with running(config, folder) as shop:
+        retriever = search_system(None, f"{shop.gateway.rest_address}/bm25")
+        for k in (20, 5, 30):
+            (row,), _ = retriever(["red shoes"], None, k)
+            listed = [item for item in row.tolist() if item >= 0]
+            assert len(set(listed)) == len(listed) == min(k, shop.search(size=7)["total"]) > 0
 
 
 def test_pages_stay_when_models_change(shop: Shop, models: Models) -> None:

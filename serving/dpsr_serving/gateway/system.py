@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,7 +16,8 @@ from dpsr_common.errors import CommandError, UsageError
 from dpsr_serving.addresses import check_address
 
 _TIMEOUT_S = 60.0
-_PAGE = 100  # items of one request; a cursor gets the rest
+_PAGE = 100  # items of one request, where the gateway allows as many; a cursor gets the rest
+_LARGEST_PAGE = re.compile(r": size: got \d+, expected at most (\d+)$")  # in the gateway's error
 
 
 def search_system(_: Any, operand: str) -> PipelineRetriever:
@@ -39,7 +41,7 @@ class PipelineRetriever:
     """Retrieves the items of a pipeline's list, for anonymous users, as dpsr_tf.evaluation.retriever describes it."""
 
     def __init__(self, address: str, pipeline: str) -> None:
-        self._address, self._pipeline = address, pipeline
+        self._address, self._pipeline, self._page = address, pipeline, _PAGE
         parts = urlsplit(f"//{address}")
         self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=_TIMEOUT_S)
 
@@ -66,7 +68,14 @@ class PipelineRetriever:
         body: dict[str, Any] = {"query": query, "pipeline": self._pipeline}
         found: list[int] = []
         while len(found) < k:
-            answer = self.call("POST", "/v1/search", {**body, "size": min(_PAGE, k - len(found))})
+            try:
+                answer = self.call("POST", "/v1/search", {**body, "size": min(self._page, k - len(found))})
+            except CommandError as error:
+                largest = _LARGEST_PAGE.search(str(error))
+                if largest is None or int(largest[1]) >= self._page:
+                    raise
+                self._page = int(largest[1])
+                continue
             if answer["degraded"]:
                 stages = ", ".join(answer["degraded"])
                 raise CommandError(
