@@ -62,6 +62,8 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
 def stage(source: str, base: Path, keep: int) -> list[str]:
     """Brings the newest complete versions from an object store, and removes others that it brought before.
 
+    A version that is damaged, or changes meanwhile, is left out in favour of an older one; standard error says why.
+
     Args:
         source: base path in the object store.
         base: base path on this machine.
@@ -71,10 +73,14 @@ def stage(source: str, base: Path, keep: int) -> list[str]:
         What was done, a line for each version.
 
     Raises:
-        CommandError: there is no complete version, the object store cannot be read, or a version changed meanwhile.
+        CommandError: there is no complete version, the object store cannot be read, or --to cannot be written.
     """
-    with _lock(base):
-        return _stage(source, base, keep)
+    try:
+        with _lock(base):
+            return _stage(source, base, keep)
+    except OSError as error:
+        where = error.filename or base
+        raise CommandError(f"{where}: cannot be written: {error.strerror}; check --to and its disk") from None
 
 
 def _stage(source: str, base: Path, keep: int) -> list[str]:
@@ -84,21 +90,30 @@ def _stage(source: str, base: Path, keep: int) -> list[str]:
             shutil.rmtree(left)  # of a killed run
     here = {int(path.name): path for path in base.iterdir() if _is_version(path.name)}
     complete: list[int] = []
+    problems: dict[int, str] = {}
     for version in sorted(_versions(RemoteFolder(source).folders()), reverse=True):
         if len(complete) == keep:
             break
-        if RemoteFolder(f"{source}/{version}").files() is None:
+        path = base / str(version)
+        try:
+            if RemoteFolder(f"{source}/{version}").files() is None:
+                continue
+            if version not in here:
+                files = download(f"{source}/{version}", path, _known(here.values()))
+                done.append(f"{path}: staged, {sum(record['bytes'] for record in files.values()) / 1e6:.1f} MB")
+        except CommandError as error:
+            problems[version] = str(error)
             continue
+        here[version] = path
         complete.append(version)
-        if version in here:
-            continue
-        path = here[version] = base / str(version)
-        files = download(f"{source}/{version}", path, _known(set(here.values()) - {path}))
-        done.append(f"{path}: staged, {sum(record['bytes'] for record in files.values()) / 1e6:.1f} MB")
+    if problems and not complete:
+        raise CommandError("; ".join(problems.values()))
+    for problem in problems.values():
+        print(f"dpsr stage: {problem}", file=sys.stderr, flush=True)
     if not complete:
         raise CommandError(f"{source}: has no complete version; write one with `dpsr copy --to={source}/NUMBER`")
     for version, path in sorted(here.items()):
-        if version not in complete and local_mark(path) is not None:
+        if version not in complete and version not in problems and local_mark(path) is not None:
             _remove(path)
             done.append(f"{path}: removed")
     return done

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import tempfile
 import time
 from pathlib import Path
 
@@ -46,16 +48,50 @@ def test_the_newest_complete_versions_are_staged(s3_url: str, tmp_path: Path) ->
     assert f"{base / '11'}: removed" in stage(s3_url, base, 2), "a version that is taken back"
 
 
-def test_a_damaged_version_is_not_staged(s3_url: str, tmp_path: Path) -> None:
+def test_a_damaged_version_is_not_staged(
+    s3_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     upload(version(tmp_path / "made", 1), f"{s3_url}/1")
     upload(version(tmp_path / "made", 2), f"{s3_url}/2")
     stage(s3_url, tmp_path / "base", 1)
     assert names(tmp_path / "base") == ["2"]
     upload(version(tmp_path / "made", 3), f"{s3_url}/3")
     RemoteFolder(f"{s3_url}/3").write("saved_model.pb", b"another")
-    with pytest.raises(CommandError, match=r"3/saved_model\.pb: is not the file"):
-        stage(s3_url, tmp_path / "base", 1)
+    assert stage(s3_url, tmp_path / "base", 1) == []
+    assert "3/saved_model.pb: is not the file" in capsys.readouterr().err
     assert names(tmp_path / "base") == ["2"], "what is served stays"
+    fresh = tmp_path / "fresh"
+    assert stage(s3_url, fresh, 1) == [f"{fresh / '2'}: staged, 0.0 MB"], "a new machine serves an older version"
+    assert "3/saved_model.pb: is not the file" in capsys.readouterr().err
+    RemoteFolder(f"{s3_url}/2").write(MARK, b"{")
+    assert stage(s3_url, fresh, 1) == [f"{fresh / '1'}: staged, 0.0 MB"]
+    assert names(fresh) == ["1", "2"], "a version that cannot be judged stays"
+    RemoteFolder(f"{s3_url}/1").delete(MARK)
+    with pytest.raises(CommandError, match=r"3/saved_model\.pb: is not the file"):
+        stage(s3_url, fresh, 1)
+
+
+def test_a_disk_that_refuses_is_an_error_of_that_look(
+    s3_url: str, tmp_path: Path, dpsr, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(version(tmp_path / "made", 1), f"{s3_url}/1")
+    mkdtemp, looks = tempfile.mkdtemp, []
+
+    def refuse(*_: object, **more: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device", str(more.get("dir")))
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 2:
+            raise KeyboardInterrupt
+        monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(time, "sleep", sleep)
+    result = dpsr("stage", f"--from={s3_url}", f"--to={tmp_path / 'base'}", "--poll=5")
+    assert result.status == 130 and looks == [5, 5]
+    assert f"{tmp_path / 'base'}: cannot be written: No space left on device" in "".join(result.errors)
+    assert f"{tmp_path / 'base' / '1'}: staged" in result.out
 
 
 def test_polling_outlives_errors(s3_url: str, tmp_path: Path, dpsr, monkeypatch: pytest.MonkeyPatch) -> None:
