@@ -7,7 +7,7 @@ import contextlib
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from proxy_backends import (
 from raw_http2 import RawBackend, Wire, encode, frame, good, head, message
 
 from dpsr_common import serving_apis
+from dpsr_serving.proxy import calls
 from dpsr_serving.proxy.calls import Channel, Code, Reply
 from dpsr_serving.proxy.config import LimitsConfig
 
@@ -350,6 +351,39 @@ def test_a_call_that_waits_for_a_place_keeps_its_deadline() -> None:
         assert reply.code is Code.DEADLINE_EXCEEDED and "had 1 calls under way until the deadline" in reply.details
     assert (first.body, patient.body) == (b"first", b"patient")
     assert [request for _, request, *_ in backend.calls] == [b"first", b"patient"]
+
+
+def test_a_server_that_allows_more_calls_wakes_all_that_wait() -> None:
+    async def wait() -> list[bool]:
+        connection = calls._Outgoing(Channel("h:1", None, "", LimitsConfig()))
+        waiting = [asyncio.create_task(connection._free_place(None)) for _ in range(3)]
+        await asyncio.sleep(0)
+        connection.on_event((calls._SETTINGS, 0))
+        return await asyncio.wait_for(asyncio.gather(*waiting), PATIENCE_S)
+
+    assert asyncio.run(wait()) == [True] * 3
+
+
+def test_messages_that_a_streaming_call_does_not_read_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def watch(messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        await asyncio.sleep(PATIENCE_S)
+        yield b""
+
+    async def send() -> tuple[list[tuple[int, Code]], int]:
+        ended: list[tuple[int, Code]] = []
+        connection = calls._Incoming(calls.Server({}, {"/s/Watch": watch}, LimitsConfig()))
+        monkeypatch.setattr(connection, "_end_stream", lambda stream, code, words: ended.append((stream, code)))
+        connection.on_event((calls._CALL, 1, "/s/Watch", b"", b"", None, (), b""))
+        for _ in range(calls._UNREAD_BYTES):
+            connection.on_event((calls._MESSAGE, 1, b"x"))
+            if ended:
+                break
+        held = connection._streaming[1].held
+        connection.on_closed()
+        return ended, held
+
+    ended, held = asyncio.run(send())
+    assert ended == [(1, Code.RESOURCE_EXHAUSTED)] and held < 2 * calls._UNREAD_BYTES
 
 
 def test_connections_that_end_at_once_are_forgotten() -> None:

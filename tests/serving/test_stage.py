@@ -75,7 +75,8 @@ def test_a_disk_that_refuses_is_an_error_of_that_look(
     s3_url: str, tmp_path: Path, dpsr, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upload(version(tmp_path / "made", 1), f"{s3_url}/1")
-    mkdtemp, looks = tempfile.mkdtemp, []
+    mkdtemp = tempfile.mkdtemp
+    looks = []
 
     def refuse(*_: object, **more: object) -> str:
         raise OSError(errno.ENOSPC, "No space left on device", str(more.get("dir")))

@@ -50,6 +50,8 @@ _BACKLOG = 1024  # connections that wait for that
 _SWEEP_S = 1.0  # time between two looks at the connections' time limits
 _AGE_JITTER = 0.1  # share of a connection's age, so that connections made together do not end together
 _STREAMING = 8  # streaming calls of a connection, which cost something as long as they last
+_UNREAD_BYTES = 2**16  # messages of a streaming call that are not handled yet
+_UNREAD_COST = 64  # bytes that each of them takes besides its own
 _ANSWER_HEADER_BYTES = 65536  # of a server, which is trusted with more than a client
 _PACKED_FROM = 1024  # bytes of an answer that is compressed if its client asks; as the model server
 _PACKED_AT_ONCE = 2**15  # bytes that are compressed on the event loop, in some 0.5 ms; more goes to a thread
@@ -246,6 +248,21 @@ class _Connection(asyncio.BufferedProtocol):
 # The server
 
 
+class _Messages(asyncio.Queue["bytes | None"]):
+    """Messages of a streaming call that are not handled yet; None: no more. `held` is what they take, in bytes."""
+
+    held = 0
+
+    def _put(self, item: bytes | None) -> None:
+        super()._put(item)
+        self.held += _UNREAD_COST + len(item or b"")
+
+    def _get(self) -> bytes | None:
+        item = super()._get()
+        self.held -= _UNREAD_COST + len(item or b"")
+        return item
+
+
 class _Incoming(_Connection):
     """The connection of a client."""
 
@@ -256,7 +273,7 @@ class _Incoming(_Connection):
         self._ends = self._made + server.limits.age_s * random.uniform(1 - _AGE_JITTER, 1)
         self._hello = False  # whether the client has sent its settings
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._streaming: dict[int, asyncio.Queue[bytes | None]] = {}  # messages of streaming calls; None: no more
+        self._streaming: dict[int, _Messages] = {}
         self._drained: float | None = None  # when the client was asked to make no more calls
         self._settled = False  # whether it knows
 
@@ -327,7 +344,7 @@ class _Incoming(_Connection):
                 words = f"the connection has {_STREAMING} calls of streaming methods, which is the limit"
                 self._end_stream(stream, Code.RESOURCE_EXHAUSTED, words)
             elif event[2] in self._server.streaming:
-                self._streaming[stream] = asyncio.Queue()
+                self._streaming[stream] = _Messages()
                 self._tasks[stream] = self._loop.create_task(self._stream(stream, event[2], event[5]))
             else:
                 self._tasks[stream] = self._loop.create_task(self._answer(*event[1:]))
@@ -339,7 +356,10 @@ class _Incoming(_Connection):
                 task.cancel()
         elif kind in (_MESSAGE, _HALF_CLOSE):
             messages = self._streaming.get(stream)
-            if messages is not None:
+            if messages is not None and messages.held > _UNREAD_BYTES:
+                words = f"more than {_UNREAD_BYTES} bytes of messages wait for an answer, which is the limit"
+                self._end_stream(stream, Code.RESOURCE_EXHAUSTED, words)
+            elif messages is not None:
                 messages.put_nowait(event[2] if kind == _MESSAGE else None)
         elif kind == _SETTINGS:
             self._hello = True
@@ -683,7 +703,7 @@ class _Outgoing(_Connection):
         elif kind == _SETTINGS:
             if not self.hello.done():
                 self.hello.set_result(None)
-            self._wake()
+            self._wake_all()
         elif kind == _GOAWAY:
             self.usable = False
             self._close_idle()
@@ -816,8 +836,9 @@ class _Outgoing(_Connection):
                 return
 
     def _wake_all(self) -> None:
-        """Wakes all calls that wait for a place, once the connection takes no more: they go elsewhere."""
-        for waiter in self._waiting:
+        """Wakes all calls that wait for a place. They look again: for one here, or elsewhere if there can be none."""
+        waiting, self._waiting = self._waiting, deque()
+        for waiter in waiting:
             _settle(waiter, True)
 
     def _close_idle(self) -> None:
