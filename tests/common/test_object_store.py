@@ -61,9 +61,7 @@ def test_a_copy_is_the_directory(s3_url: str, tmp_path: Path) -> None:
     assert contents(cached(s3_url)) == {"manifest": "{1}"}, "nothing of the old one stays"
 
 
-def test_a_copy_is_on_the_disk_before_it_appears(
-    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copy_is_on_the_disk_before_it_appears(s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     upload(folder(tmp_path / "source", a="one", log__part="rows"), s3_url)
     synced: set[int] = set()
     before: list[set[int]] = []

@@ -109,7 +109,10 @@ def test_a_version_that_is_removed_while_it_is_measured(tmp_path: Path, monkeypa
         path.unlink()
         return True
 
-    with monkeypatch.context() as patch, pytest.raises(CommandError, match="was the version removed meanwhile") as error:
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(CommandError, match="was the version removed meanwhile") as error,
+    ):
         patch.setattr(Path, "is_file", remove)
         parse_config(f"{SERVERS}models: {{m: {{base_path: '{tmp_path / 'm'}'}}}}")
     assert error.type is CommandError and "3/saved_model.pb: No such file" in str(error.value)

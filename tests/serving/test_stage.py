@@ -48,9 +48,7 @@ def test_the_newest_complete_versions_are_staged(s3_url: str, tmp_path: Path) ->
     assert f"{base / '11'}: removed" in stage(s3_url, base, 2), "a version that is taken back"
 
 
-def test_a_damaged_version_is_not_staged(
-    s3_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_version_is_not_staged(s3_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     upload(version(tmp_path / "made", 1), f"{s3_url}/1")
     upload(version(tmp_path / "made", 2), f"{s3_url}/2")
     stage(s3_url, tmp_path / "base", 1)
