@@ -2,9 +2,17 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <utility>
 
 namespace dpsr {
+namespace {
+
+// Results come sorted, apart from a few ties, so moving these is the fastest way to sort them. But all scores may tie.
+// After so many moves for each result, the results are sorted in another way, which never takes quadratic time.
+constexpr int64_t kMovesPerResult = 8;
+
+}  // namespace
 
 Status ItemIds::Check(Span<const int64_t> ids, ItemIds* item_ids) {
   item_ids->ids = ids;
@@ -86,10 +94,20 @@ Status Retriever::SearchAlone(const float* query, int64_t k, int64_t* ids, float
     ids[end] = item_ids_[position];
     scores[end++] = scores[i];
   }
-  for (int64_t i = 1; i < end; ++i) {
+  int64_t moves = kMovesPerResult * end;
+  for (int64_t i = 1; i < end && moves >= 0; ++i) {
     for (int64_t j = i; j > 0 && Better({scores[j], ids[j]}, {scores[j - 1], ids[j - 1]}); --j) {
       std::swap(scores[j], scores[j - 1]);
       std::swap(ids[j], ids[j - 1]);
+      --moves;
+    }
+  }
+  if (moves < 0) {
+    for (int64_t i = 0; i < end; ++i) candidates_.push_back({scores[i], ids[i]});
+    std::sort(candidates_.begin(), candidates_.end(), Better);
+    for (int64_t i = 0; i < end; ++i) {
+      scores[i] = candidates_[i].score;
+      ids[i] = candidates_[i].id;
     }
   }
   *found = end;
@@ -128,10 +146,16 @@ Status Retriever::SearchHead(const float* query, int32_t head, int64_t k) {
     if (exhausted || dropped <= item_ids_.entries * num_excluded_) break;
     wanted = std::min(2 * wanted, item_ids_.entries * ntotal);
   }
-  for (size_t i = begin + 1; i < candidates_.size(); ++i) {
+  int64_t moves = kMovesPerResult * static_cast<int64_t>(candidates_.size() - begin);
+  for (size_t i = begin + 1; i < candidates_.size() && moves >= 0; ++i) {
     for (size_t j = i; j > begin && Better(candidates_[j], candidates_[j - 1]); --j) {
       std::swap(candidates_[j], candidates_[j - 1]);
+      --moves;
     }
+  }
+  // Stable, as the moves are: 0 and -0 tie, and an item may have both.
+  if (moves < 0) {
+    std::stable_sort(candidates_.begin() + static_cast<std::ptrdiff_t>(begin), candidates_.end(), Better);
   }
   candidates_.resize(std::min(candidates_.size(), begin + static_cast<size_t>(item_ids_.entries * k)));
   heads_.push_back({head, begin, candidates_.size()});

@@ -90,6 +90,24 @@ TEST(RetrieverTest, SortsASearchThatIsOutOfOrder) {
   EXPECT_EQ(result.ids, (std::vector<int64_t>{11, 12, 10}));
 }
 
+// An index returns equal scores in any order, and there may be as many of them as results.
+TEST(RetrieverTest, OrdersManyTiesByAscendingId) {
+  constexpr int64_t kTies = 5000;
+  std::vector<int64_t> item_ids(2 * kTies);
+  std::iota(item_ids.begin(), item_ids.end(), 0);
+  const std::vector<int64_t> expected = item_ids;
+  std::vector<Hit> worst;  // the better half first, each in descending order of ids
+  for (int64_t id = kTies; id-- > 0;) worst.emplace_back(id, 1.0f);
+  for (int64_t id = 2 * kTies; id-- > kTies;) worst.emplace_back(id, id % 2 == 0 ? 0.0f : -0.0f);
+  std::vector<Hit> reversed(worst.rbegin(), worst.rend());
+  for (const std::vector<Hit>& hits : {worst, reversed}) {
+    EXPECT_EQ(Retrieve(item_ids, {hits}, 2 * kTies).ids, expected);
+    EXPECT_EQ(Retrieve(item_ids, {hits, hits}, 2 * kTies).ids, expected);
+    const Result result = Retrieve(item_ids, {hits}, 2 * kTies);
+    for (int64_t i = kTies; i < 2 * kTies; ++i) ASSERT_EQ(std::signbit(result.scores[i]), i % 2 != 0) << i;
+  }
+}
+
 TEST(RetrieverTest, UnitesHeadsByLargestScore) {
   const Result result = Retrieve({10, 11, 12, 13},
                                  {{{0, 5.0f}, {1, 4.0f}, {2, 1.0f}}, {{1, 6.0f}, {3, 4.5f}, {0, 0.5f}}}, 3);
