@@ -42,7 +42,7 @@ constexpr char kDrainPing[] = "draining";
 
 bool StartsWith(std::string_view text, std::string_view start) { return text.substr(0, start.size()) == start; }
 
-size_t MessageBytes(const std::string& data) {
+size_t MessageBytes(std::string_view data) {
   const auto byte = [&](size_t i) { return static_cast<size_t>(static_cast<uint8_t>(data[i])); };
   return byte(1) << 24 | byte(2) << 16 | byte(3) << 8 | byte(4);
 }
@@ -739,9 +739,11 @@ void Session::OnStreamingData(Stream* stream, std::string_view data) {
   }
   Charge(stream, data.size());
   stream->data.append(data);
-  while (stream->data.size() >= kPrefixBytes) {
-    const size_t bytes = MessageBytes(stream->data);
-    if (stream->data[0] != 0) {
+  size_t begin = 0;  // of the first message that was not reported
+  while (stream->data.size() - begin >= kPrefixBytes) {
+    const std::string_view rest = std::string_view(stream->data).substr(begin);
+    const size_t bytes = MessageBytes(rest);
+    if (rest[0] != 0) {
       BreakStreaming(stream, kGrpcUnimplemented, "messages of a streaming method must not be compressed");
       return;
     }
@@ -750,10 +752,11 @@ void Session::OnStreamingData(Stream* stream, std::string_view data) {
                      "a message of more than " + std::to_string(limits_.message_bytes) + " bytes");
       return;
     }
-    if (stream->data.size() < kPrefixBytes + bytes) return;
-    Report(EventKind::kMessage, stream->id, stream->data.substr(0, kPrefixBytes + bytes));
-    stream->data.erase(0, kPrefixBytes + bytes);
+    if (rest.size() < kPrefixBytes + bytes) break;
+    Report(EventKind::kMessage, stream->id, std::string(rest.substr(0, kPrefixBytes + bytes)));
+    begin += kPrefixBytes + bytes;
   }
+  stream->data.erase(0, begin);
 }
 
 void Session::Report(EventKind kind, int32_t id, std::string data) {
