@@ -96,7 +96,8 @@ struct Shared {
   std::mutex mutex;
   std::condition_variable idle;
   bool draining = false;
-  int busy = 0;  // requests that have been read and not yet answered, and connections that workers hold
+  int busy = 0;  // requests that have been read and not yet answered
+  int held = 0;  // connections that workers hold
 
   // Counts a request that is to be answered. Returns false if the server stops, so that it must not be answered.
   bool Begin() {
@@ -107,7 +108,11 @@ struct Shared {
   // Counts a connection that a worker holds.
   void Hold() {
     std::lock_guard<std::mutex> lock(mutex);
-    ++busy;
+    ++held;
+  }
+  void Release() {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (--held == 0) idle.notify_all();
   }
   bool IsDraining() {
     std::lock_guard<std::mutex> lock(mutex);
@@ -235,11 +240,11 @@ class Connection : public std::enable_shared_from_this<Connection<Stream>> {
       // The server may end once the answer is out, and the connection needs the server.
       Shared* const shared = self->shared_;
       self = nullptr;
-      shared->End();
+      shared->Release();
     };
     shared_->Hold();
     if (!shared_->workers->Add(std::move(work))) {
-      shared_->End();
+      shared_->Release();
       shared_->api->RecordRefused(*shared_request);
       Write(ErrorReply(429, kQueueIsFull), keep_alive);
     }
@@ -334,13 +339,13 @@ class RestServerImpl final : public RestServer {
     shared_.log = log;
   }
 
+  // Does not wait for clients that do not read their answers: they had the time that Shutdown gives them.
   ~RestServerImpl() override {
-    {
-      std::unique_lock<std::mutex> lock(shared_.mutex);
-      shared_.idle.wait(lock, [this] { return shared_.busy == 0; });
-    }
     io_.stop();
     for (std::thread& thread : threads_) thread.join();
+    // Nothing gives connections to workers any more.
+    std::unique_lock<std::mutex> lock(shared_.mutex);
+    shared_.idle.wait(lock, [this] { return shared_.held == 0; });
   }
 
   Status Listen() {

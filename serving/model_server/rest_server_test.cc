@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -33,14 +34,20 @@ class RestServerTest : public testing::Test {
     ASSERT_TRUE(RestServer::Start(options, &api_, &workers_, &log_, &server_).ok());
   }
 
-  // All that the server sends until it closes the connection; the client sends `bytes`, and then no more.
-  std::string Ask(const std::string& bytes, size_t piece = std::string::npos) {
+  // A new connection to the server.
+  int Connect() {
     const int fd = socket(AF_INET, SOCK_STREAM, 0);
     sockaddr_in address{};
     address.sin_family = AF_INET;
     address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     address.sin_port = htons(static_cast<uint16_t>(server_->port()));
     EXPECT_EQ(connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof(address)), 0);
+    return fd;
+  }
+
+  // All that the server sends until it closes the connection; the client sends `bytes`, and then no more.
+  std::string Ask(const std::string& bytes, size_t piece = std::string::npos) {
+    const int fd = Connect();
     for (size_t begin = 0; begin < bytes.size(); begin += std::min(piece, bytes.size())) {
       const size_t size = std::min(piece, bytes.size() - begin);
       if (send(fd, bytes.data() + begin, size, MSG_NOSIGNAL) < 0) break;  // refused before its end
@@ -144,6 +151,21 @@ TEST_F(RestServerTest, EndsWhileWorkersLetGoOfTheirRequests) {
     server_.reset();
     StartServer();
   }
+}
+
+// The client asks until its socket takes no more for a second: the server then waits for it to read.
+TEST_F(RestServerTest, EndsAlthoughAClientDoesNotReadItsAnswers) {
+  const int fd = Connect();
+  const timeval second{1, 0};
+  ASSERT_EQ(setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &second, sizeof(second)), 0);
+  std::string requests;
+  for (int i = 0; i < 1000; ++i) requests += "GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n";
+  while (send(fd, requests.data(), requests.size(), MSG_NOSIGNAL) == static_cast<ssize_t>(requests.size())) continue;
+  const auto begin = std::chrono::steady_clock::now();
+  server_->Shutdown(std::chrono::milliseconds(0));
+  server_.reset();
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(60));
+  close(fd);
 }
 
 }  // namespace
