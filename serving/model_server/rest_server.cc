@@ -243,7 +243,14 @@ class Connection : public std::enable_shared_from_this<Connection<Stream>> {
       shared->Release();
     };
     shared_->Hold();
-    if (!shared_->workers->Add(std::move(work))) {
+    bool added = false;
+    try {
+      added = shared_->workers->Add(std::move(work));
+    } catch (...) {
+      shared_->Release();
+      throw;  // the connection ends
+    }
+    if (!added) {
       shared_->Release();
       shared_->api->RecordRefused(*shared_request);
       Write(ErrorReply(429, kQueueIsFull), keep_alive);
@@ -397,23 +404,29 @@ class RestServerImpl final : public RestServer {
   }
 
   void Accept() {
-    acceptor_.async_accept(asio::make_strand(io_), [this](beast::error_code error, tcp::socket socket) {
-      if (error == asio::error::operation_aborted || !acceptor_.is_open()) return;
-      // For example too many open files.
-      if (error) {
-        accept_again_.expires_after(kAcceptAgain);
-        accept_again_.async_wait([this](beast::error_code) {
-          if (acceptor_.is_open()) Accept();
-        });
-        return;
-      }
-      try {
+    try {
+      acceptor_.async_accept(asio::make_strand(io_), [this](beast::error_code error, tcp::socket socket) {
+        if (error == asio::error::operation_aborted || !acceptor_.is_open()) return;
+        // For example too many open files.
+        if (error) {
+          AcceptAgain();
+          return;
+        }
+        // First, because starting a connection may throw, for example without memory for OpenSSL. Run logs it.
+        Accept();
         StartConnection(std::move(socket));
-      } catch (const std::exception& failure) {
-        // For example no memory for OpenSSL. The next connection may find some.
-        shared_.log->Write("a REST connection", failure.what(), {}, "");
-      }
-      Accept();
+      });
+    } catch (const std::exception&) {
+      // No memory.
+      AcceptAgain();
+    }
+  }
+
+  // Calls Accept after a short time.
+  void AcceptAgain() {
+    accept_again_.expires_after(kAcceptAgain);
+    accept_again_.async_wait([this](beast::error_code) {
+      if (acceptor_.is_open()) Accept();
     });
   }
 
