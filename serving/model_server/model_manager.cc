@@ -344,13 +344,20 @@ void ModelManager::Run() {
   // Limited, so that a huge value of the flag does not overflow the clock.
   const std::chrono::seconds wait(std::min<int64_t>(options_.poll_wait_seconds, 365 * 86400));
   auto next_poll = Clock::time_point::max();
+  bool lacks_threads = false;  // logged once
   while (!stopping_) {
     dirty_ = false;
     const bool due = poll_now_ || Clock::now() >= next_poll;
     if (due && options_.poll_wait_seconds >= 0) {
       poll_now_ = false;
       // A search that still runs since the last time may hang, and does not delay the others.
-      search_threads_->GrowTo(searched_.size() + 1);
+      try {
+        search_threads_->GrowTo(searched_.size() + 1);
+      } catch (const std::system_error& error) {
+        // The process may have as many threads as it is allowed. Those that exist go on.
+        if (!lacks_threads) LogWarning("cannot start a thread that searches for versions: ", error.what());
+        lacks_threads = true;
+      }
       for (const auto& [name, model] : models_) {
         if (!model.removed) Poll(name);
       }
