@@ -108,6 +108,7 @@ void ModelManager::Start(const std::vector<ModelConfig>& models) {
     if (options_.poll_wait_seconds >= 0) first_models_.insert(config.name);
     ApplyConfig(config);
   }
+  started_ = true;
   thread_ = std::thread([this] { Run(); });
 }
 
@@ -121,6 +122,8 @@ tensorflow::Status ModelManager::Configure(const std::vector<ModelConfig>& model
   std::lock_guard<std::mutex> one_at_a_time(configure_mutex_);
   Lock lock(mutex_);
   if (end_waits_) return absl::CancelledError("the server is stopping");
+  // Start would add its models to these.
+  if (!started_) return absl::UnavailableError("The server is starting: it has no models yet; try again");
   for (const ModelConfig& config : models) TF_RETURN_IF_ERROR(CheckLabels(config, &lock));
   std::set<std::string> named;
   for (const ModelConfig& config : models) {

@@ -68,8 +68,8 @@ class ModelManager {
   std::optional<tensorflow::Status> AwaitFirstLoads(std::chrono::milliseconds timeout);
 
   // Serves these models from now on, and unloads all other models. Does not wait for loads. `fresh` gets the names of
-  // the new models. FAILED_PRECONDITION: a label names a version that will not be available. CANCELLED: the server
-  // stops. After an error nothing has changed.
+  // the new models. FAILED_PRECONDITION: a label names a version that will not be available. UNAVAILABLE: Start was not
+  // called yet. CANCELLED: the server stops. After an error nothing has changed.
   tensorflow::Status Configure(const std::vector<ModelConfig>& models, std::set<std::string>* fresh);
 
   // Calls Configure, and waits until the new models and the versions that labels name are available, or until
@@ -168,6 +168,7 @@ class ModelManager {
   std::condition_variable changed_;
   bool dirty_ = true;  // whether the thread has something to do
   bool poll_now_ = true;
+  bool started_ = false;
   bool stopping_ = false;
   bool end_waits_ = false;
   std::map<std::string, Model> models_;  // only the thread erases models

@@ -2,6 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <set>
+#include <string>
+
 namespace dpsr::serving {
 namespace {
 
@@ -28,6 +31,11 @@ TEST_F(RestApiTest, PathsThatReachAModel) {
   }
   EXPECT_EQ(Ask("GET", "/v1/models/m").status, 404);
   EXPECT_EQ(Ask("GET", "/v1/models/m/versions/9223372036854775807").status, 404);
+}
+
+TEST_F(RestApiTest, ModelsAreNotReplacedBeforeTheFirstOnes) {
+  std::set<std::string> fresh;
+  EXPECT_EQ(models_.Configure({}, &fresh).code(), absl::StatusCode::kUnavailable);
 }
 
 TEST_F(RestApiTest, NamesAreDecoded) {
