@@ -222,7 +222,17 @@ Status FreshItems::SearchListed(const float* x, const SearchParameters& paramete
 
 // A batch of changes that is being applied. What it shares with the snapshot before is copied before it is changed.
 struct FreshIndex::Batch {
-  FreshItems* items = nullptr;  // the next snapshot
+  Batch() = default;
+  Batch(const Batch&) = delete;
+  Batch& operator=(const Batch&) = delete;
+  // Puts back what is known of the items, unless the batch was applied. Allocates nothing.
+  ~Batch() {
+    for (auto change = undo.rbegin(); change != undo.rend(); ++change) *change->first = change->second;
+  }
+
+  std::vector<std::pair<Known*, Known>> undo;
+  std::shared_ptr<FreshSegment> open;  // the open segment after the batch
+  FreshItems* items = nullptr;         // the next snapshot
   FreshIndexState state;
   uint64_t generation = 0;
   // Lists and codes of the puts, [puts, entries].
@@ -323,7 +333,9 @@ Status FreshIndex::Apply(int64_t offset, int64_t next_offset, const std::vector<
   }
   DPSR_RETURN_IF_ERROR(ComputeCodes(changes, &batch));
 
-  // From here on nothing fails.
+  // From here on only memory can run out. Until the end, nothing changes that the batch does not undo: searches do not
+  // see rows behind those of their snapshot, nor keys of items that they do not find.
+  batch.open = open_;
   const std::shared_ptr<FreshItems> next(before != nullptr ? new FreshItems(*before) : new FreshItems);
   if (before == nullptr) {
     next->index_ = &index_;
@@ -381,6 +393,8 @@ Status FreshIndex::Apply(int64_t offset, int64_t next_offset, const std::vector<
     if (!changes.empty()) items_ = next;
     state_ = state;
   }
+  open_ = std::move(batch.open);
+  batch.undo.clear();
   *applied = true;
   return Status();
 }
@@ -458,7 +472,7 @@ void FreshIndex::ApplyOne(const ItemChange& change, int64_t put, Batch* batch) {
     // holds for an update, so that all shards ignore the same puts.
     if (change.version > 0 && (several || change.kind == ItemChangeKind::kDelete)) {
       known.version = change.version;
-      known_[change.id] = known;
+      KnownOf(change.id, batch) = known;
     }
     return;
   }
@@ -483,7 +497,7 @@ void FreshIndex::ApplyOne(const ItemChange& change, int64_t put, Batch* batch) {
       }
       editor->Set(known.row, change.attributes);
     }
-    if (known.version > 0 || found != known_.end()) known_[change.id] = known;
+    if (known.version > 0 || found != known_.end()) KnownOf(change.id, batch) = known;
     return;
   }
 
@@ -495,7 +509,7 @@ void FreshIndex::ApplyOne(const ItemChange& change, int64_t put, Batch* batch) {
     }
   }
   known.serial = kNowhere;
-  known_[change.id] = known;
+  KnownOf(change.id, batch) = known;
   if (change.kind == ItemChangeKind::kDelete || !is_home) return;
   const auto is_finite = [](float value) { return std::isfinite(value); };
   const auto is_zero = [](float value) { return value == 0; };
@@ -505,6 +519,13 @@ void FreshIndex::ApplyOne(const ItemChange& change, int64_t put, Batch* batch) {
     return;
   }
   AddRow(change, put, batch);
+}
+
+// Returns what is known of an item, to be changed by the batch. A new entry says no more than none.
+FreshIndex::Known& FreshIndex::KnownOf(int64_t id, Batch* batch) {
+  Known& known = known_[id];
+  batch->undo.emplace_back(&known, known);
+  return known;
 }
 
 // Returns the positions of an item in the base.
@@ -596,29 +617,30 @@ void FreshIndex::HideRow(const Known& known, Batch* batch) {
 void FreshIndex::AddRow(const ItemChange& change, int64_t put, Batch* batch) {
   std::vector<FreshSegmentView>& segments = batch->items->segments_;
   const int64_t code_size = has_lists_ ? index_.code_size() : 0;
-  if (open_ == nullptr) {
-    open_ = std::make_shared<FreshSegment>();
-    open_->ids.resize(open_rows_);
-    open_->vectors.resize(open_rows_ * dim_);
+  std::shared_ptr<FreshSegment>& open = batch->open;
+  if (open == nullptr) {
+    open = std::make_shared<FreshSegment>();
+    open->ids.resize(open_rows_);
+    open->vectors.resize(open_rows_ * dim_);
     if (has_lists_) {
-      open_->row_lists.resize(open_rows_ * entries_);
-      open_->codes.resize(open_rows_ * entries_ * code_size);
+      open->row_lists.resize(open_rows_ * entries_);
+      open->codes.resize(open_rows_ * entries_ * code_size);
     }
     FreshSegmentView& view = segments.emplace_back();
-    view.segment = open_;
+    view.segment = open;
     view.serial = next_serial_++;
     view.alive = std::make_shared<std::vector<uint64_t>>((open_rows_ + kBits - 1) / kBits, 0);
   }
   FreshSegmentView& view = segments.back();
   const int64_t row = view.rows++;
-  open_->ids[row] = change.id;
-  std::copy_n(change.vector, dim_, open_->vectors.data() + row * dim_);
+  open->ids[row] = change.id;
+  std::copy_n(change.vector, dim_, open->vectors.data() + row * dim_);
   for (int64_t entry = 0; has_lists_ && entry < entries_; ++entry) {
-    open_->row_lists[row * entries_ + entry] = static_cast<int32_t>(batch->lists[put * entries_ + entry]);
+    open->row_lists[row * entries_ + entry] = static_cast<int32_t>(batch->lists[put * entries_ + entry]);
   }
   if (has_lists_) {
     std::copy_n(batch->codes.data() + put * entries_ * code_size, entries_ * code_size,
-                open_->codes.data() + row * entries_ * code_size);
+                open->codes.data() + row * entries_ * code_size);
   }
   auto& alive = batch->alive[view.serial];
   if (alive == nullptr) {
@@ -633,7 +655,7 @@ void FreshIndex::AddRow(const ItemChange& change, int64_t put, Batch* batch) {
   }
   editor->AddRow();
   editor->Set(row, change.attributes);
-  Known& known = known_[change.id];
+  Known& known = KnownOf(change.id, batch);
   known.serial = view.serial;
   known.row = row;
   if (view.rows == open_rows_) Seal(batch);
@@ -656,7 +678,7 @@ void FreshIndex::FinishAttributes(Batch* batch) {
 void FreshIndex::Seal(Batch* batch) {
   FinishAttributes(batch);
   std::vector<FreshSegmentView>& segments = batch->items->segments_;
-  open_.reset();
+  batch->open.reset();
   Replace(segments.size() - 1, segments.size(), 0, batch);
   while (!segments.empty()) {
     const size_t size = segments.size();
@@ -685,7 +707,7 @@ void FreshIndex::Replace(size_t begin, size_t end, int tier, Batch* batch) {
   segments.erase(segments.begin() + begin, segments.begin() + end);
   if (merged.rows == 0) return;
   for (int64_t row = 0; row < merged.rows; ++row) {
-    Known& known = known_[merged.segment->ids[row]];
+    Known& known = KnownOf(merged.segment->ids[row], batch);
     known.serial = merged.serial;
     known.row = row;
   }

@@ -190,6 +190,7 @@ class FreshIndex {
 
   Status ComputeCodes(const std::vector<ItemChange>& changes, Batch* batch) const;
   void ApplyOne(const ItemChange& change, int64_t put, Batch* batch);
+  Known& KnownOf(int64_t id, Batch* batch);
   std::vector<int64_t> BasePositions(int64_t id);
   Span<const int32_t> SlotsOf(int64_t position, int32_t* buffer);
   void HideInBase(const std::vector<int64_t>& positions, Batch* batch);
