@@ -37,8 +37,8 @@ inline constexpr float kNoScore = -std::numeric_limits<float>::infinity();
 inline constexpr int32_t kNoHead = -1;
 
 // Searches for one head. Writes the `k` positions with the largest inner products with `query` [dim] to labels [k], and
-// the inner products to scores [k]. Missing results have the label -1. Results should come best first, because then they
-// need not be sorted.
+// the inner products to scores [k]. Missing results have the label -1. Results should come best first: then they need
+// not be sorted.
 using HeadSearch = std::function<Status(const float* query, int64_t k, float* scores, int64_t* labels)>;
 
 // The item ids of the positions of an index.
