@@ -485,7 +485,10 @@ def _resource_errors(out: Path, memory: int) -> Iterator[None]:
         text = str(error)
         lacking = resource_error(error, out.parent)
         if lacking is not None:
-            raise lacking from None
+            try:
+                raise lacking from None
+            finally:
+                del lacking  # else the error would hold this frame, and with it the open files of the database
         if "max_temp_directory_size" in text:
             raise CommandError(
                 f"{out.parent}: the disk is full ({text.splitlines()[0]}); make room, or choose an --out elsewhere"

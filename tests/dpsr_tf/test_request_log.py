@@ -394,7 +394,7 @@ def test_searches_that_cannot_be_told_apart_are_reported(ingested):
         for i, kind in enumerate(["impression", "order", "impression", "click"], 1)
     ]
     store, out = ingested(log, schema)
-    assert store.manifest["ranking"]["counts"]["requests"] == 1, "a chain, although it lasts for more than an hour"
+    assert store.manifest["ranking"]["counts"]["requests"] == 2, "one for each half an hour, whoever searched"
     assert "neither `user` nor `session`" in out and "within 30 minutes" in out
     log = [row | {"session": f"s{i}"} for i, row in enumerate(log)]
     store, out = ingested(log, schema | {"interactions": columns | {"session": "session"}}, name="told_apart")
