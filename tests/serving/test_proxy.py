@@ -393,7 +393,7 @@ def test_bad_usage_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         (("--backend=b:1", "--port=70000"), "70000"),
         (("--backend=nowhere",), "--backend: got 'nowhere', expected host:port"),
         ((f"--config={tmp_path / 'missing.yaml'}",), "missing.yaml"),
-        ((f"--config={config}",), f"{config}: the configuration: unknown key 'modles', allowed: models, default, "),
+        ((f"--config={config}",), f"{config}: line 1: the configuration: unknown key 'modles', allowed: models, "),
     ):
         assert main(["proxy", *arguments]) == 2, arguments
         errors = capsys.readouterr().err
