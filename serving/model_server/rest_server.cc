@@ -379,13 +379,17 @@ class RestServerImpl final : public RestServer {
   int port() const override { return acceptor_.local_endpoint().port(); }
 
   void Shutdown(std::chrono::milliseconds drain) override {
+    // First, so that open connections take no request any more when new ones are refused.
+    {
+      std::lock_guard<std::mutex> lock(shared_.mutex);
+      shared_.draining = true;
+    }
     asio::post(acceptor_.get_executor(), [this] {
       beast::error_code ignored;
       acceptor_.close(ignored);
       accept_again_.cancel();
     });
     std::unique_lock<std::mutex> lock(shared_.mutex);
-    shared_.draining = true;
     shared_.idle.wait_for(lock, drain, [this] { return shared_.busy == 0; });
   }
 
