@@ -141,6 +141,7 @@ def build(vectors: Vectors, items: np.ndarray | None, factory: str) -> tuple[fai
         index = ann.make(factory, DIM)
         (drawn,) = watch.leave_out(vectors.sample(count) for count in [ann.training_sample(index)])
         ann.train(index, drawn)
+        del drawn  # gigabytes, if there are many lists
         ann.add(index, lambda: watch.leave_out(vectors.blocks()))
     watch.stop()
     return index, watch

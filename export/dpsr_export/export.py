@@ -23,7 +23,7 @@ from dpsr_common.files import link_or_copy
 from dpsr_common.packed_file import FormatError, PackedFile, PackedFileWriter
 from dpsr_common.typed_config import to_dict
 from dpsr_export import item_attributes, product_codes, query_table, ranker, request_tables, servable_assets, warmup
-from dpsr_export.ann import set_parameters, two_level_assignment
+from dpsr_export.ann import add, blocks_of, set_parameters, two_level_assignment
 from dpsr_export.embeddings import ItemEmbeddings, checkpoint_fingerprint
 from dpsr_export.faiss_search import write_item_ids
 from dpsr_export.index_files import (
@@ -65,8 +65,6 @@ the same model, and writes rewrites for all others. --index_only gives the newes
 
 # Serving files that come with a new index. All others belong to the model.
 _RENEWED = (servable_assets.ITEMS, query_table.FILE)
-# Number of items that one call adds to a shard.
-_BLOCK = 1 << 20
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -372,12 +370,11 @@ class Index:
             set_parameters(index, self.manifest["parameters"])
             return index, (lists, codes)
         index.reset()  # removes the vectors, keeps the trained parts and the search parameters
-        with two_level_assignment(index):
-            if second_list:
+        if second_list:
+            with two_level_assignment(index):
                 product_codes.add_in_two_lists(index, vectors, second_list)
-            else:
-                for begin in range(0, len(vectors), _BLOCK):
-                    index.add(np.ascontiguousarray(vectors[begin : begin + _BLOCK]))
+        else:
+            add(index, lambda: blocks_of(vectors))
         return index, None
 
 

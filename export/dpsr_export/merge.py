@@ -66,12 +66,16 @@ class Replayed:
         versions: the last version of each changed item that has one, deleted ones included.
         ignored: number of changes without effect: those with a lower version than the item's last one, and updates and
             deletes of items that are not there.
+        not_indexed: row of the last put of each item that is not there because this put cannot be found, by id.
+        met: rows of the puts whose item a later update or delete found, or that is there in the end.
     """
 
     items: dict[int, Changed]
     hidden: set[int]
     versions: dict[int, int]
     ignored: int
+    not_indexed: dict[int, int]
+    met: set[int]
 
 
 def replay(
@@ -81,12 +85,14 @@ def replay(
     versions: Sequence[int],
     base_versions: Mapping[int, int] | None = None,
     not_indexed: Iterable[int] = (),
+    sharded: bool = False,
 ) -> Replayed:
     """Says what changes make of items.
 
     A change without a version (0) is always in order. A change with one is ignored if it is lower than the item's last
     version, and otherwise sets it. The version of an item that is not there is kept, so that a late put does not bring
-    back what was deleted; for the same reason a delete of an unknown item sets it.
+    back what was deleted; for the same reason a delete of an unknown item sets it. With shards, an update of an unknown
+    item sets it too: a shard cannot tell whether another one has the item, and all must ignore the same puts.
 
     Args:
         base: int64 [items], the items before the first change, ascending.
@@ -96,30 +102,45 @@ def replay(
         base_versions: the last versions of items before the first change.
         not_indexed: rows of puts that cannot be found, because their vector is zero or not finite. Such a put hides the
             item.
+        sharded: whether the servable has shards.
     """
     known = set(base[np.isin(base, np.unique(np.asarray(ids, np.int64)), assume_unique=True)].tolist())
     last = dict(base_versions or {})
     changed: dict[int, Changed] = {}
     hidden: set[int] = set()
+    without: dict[int, int] = {}
+    met: set[int] = set()
     lost, ignored = set(not_indexed), 0
     for row, (kind, item, version) in enumerate(zip(kinds, ids, versions, strict=True)):
-        there = item in changed or (item in known and item not in hidden)
-        if (version and version < last.get(item, 0)) or (kind == UPDATE and not there):
+        if version and version < last.get(item, 0):
             ignored += 1
             continue
-        if version:
+        there = item in changed or (item in known and item not in hidden)
+        if kind != PUT and item in changed:
+            met.add(changed[item].put)
+        is_unknown_update = kind == UPDATE and not there
+        if version and (sharded or not is_unknown_update):
             last[item] = version
+        if is_unknown_update:
+            ignored += 1
+            continue
+        if kind == UPDATE:
+            changed.setdefault(item, Changed()).updates.append(row)
+            continue
+        without.pop(item, None)
         if kind == PUT and row not in lost:
             changed[item] = Changed(row)
             hidden.discard(item)
-        elif kind == UPDATE:
-            changed.setdefault(item, Changed()).updates.append(row)
-        else:
-            ignored += kind == DELETE and not there
-            if there or kind == PUT:
-                hidden.add(item)
-            changed.pop(item, None)
-    return Replayed(changed, hidden, last, ignored)
+            continue
+        if kind == PUT:
+            without[item] = row
+        ignored += kind == DELETE and not there
+        if there or kind == PUT:
+            hidden.add(item)
+        changed.pop(item, None)
+    met.update(change.put for change in changed.values())
+    met.discard(-1)  # of the base
+    return Replayed(changed, hidden, last, ignored, without, met)
 
 
 def merge_index(
@@ -156,7 +177,8 @@ def merge_index(
         raise CommandError(f"{log.path}: ends at the change {end}, but {index_path} has those before {begin}")
     changes = Changes.concatenated(parts) if parts else _NO_CHANGES
     version = newest_version(servable)
-    difference = export.difference_of(export.manifest_of(version, "retrieval")["index"], old.manifest)
+    served = export.manifest_of(version, "retrieval")
+    difference = export.difference_of(served["index"], old.manifest)
     if difference:
         raise CommandError(f"{index_path}: {difference}; merge into the index that {version} was exported with")
     with new_directory(out, overwrite, "index", "index.json") as directory:
@@ -165,7 +187,8 @@ def merge_index(
         alone.symlink_to(version.resolve())
         model = warmup.LoadedServable(alone)
         try:
-            manifest = _Merge(old, changes, end, model, version, directory).write(min_ann_recall)
+            sharded = served["shard"][1] > 1
+            manifest = _Merge(old, changes, end, model, version, sharded, directory).write(min_ann_recall)
         finally:
             model.close()
             alone.unlink()
@@ -182,25 +205,28 @@ class _Merge:
         end: int,
         model: warmup.LoadedServable,
         version: Path,
+        sharded: bool,
         directory: Path,
     ):
         self._old, self._changes, self._end = old, changes, end
-        self._model, self._version, self._dir = model, version, directory
+        self._model, self._version, self._sharded, self._dir = model, version, sharded, directory
         self._base = old.item_ids()
-        assert changes.versions is not None
-        kinds, ids, versions = (column.tolist() for column in (changes.kinds, changes.ids, changes.versions))
-        self._replayed = replay(self._base, kinds, ids, versions, old.item_versions())
-        self._puts = {item: changed.put for item, changed in sorted(self._replayed.items.items()) if changed.put >= 0}
-        # By ascending id, also of puts whose vector turns out to be useless.
+        start = time.perf_counter()
+        self._replayed, vectors = self._replay()
+        self._seconds = time.perf_counter() - start
+        puts = {item: changed.put for item, changed in self._replayed.items.items() if changed.put >= 0}
+        # By ascending id, also of puts that have no useful vector.
+        self._puts = dict(sorted((puts | self._replayed.not_indexed).items()))
         self._examples = {item: values_of(changes.examples[row]) for item, row in self._puts.items()}
+        # Of these items, float32 [puts, dim].
+        self._vectors = np.array([vectors[row] for row in self._puts.values()], np.float32).reshape(
+            len(self._puts), old.manifest["embedding_dim"]
+        )
 
     def write(self, min_ann_recall: float) -> dict[str, Any]:
         """Writes the files of the new index. Returns the content of index.json."""
-        start = time.perf_counter()
-        vectors = self._embed()
-        embedding_seconds = time.perf_counter() - start
-        rows = self._rows_of(vectors)
-        found = self._write_vectors(rows, vectors)
+        rows = self._rows_of(self._vectors)
+        found = self._write_vectors(rows, self._vectors)
         measured = self._build(found.vectors)
         recall_report.check(measured, min_ann_recall)
         faiss.write_index(measured.index, str(self._dir / "items.faiss"))
@@ -226,20 +252,41 @@ class _Merge:
                 rows.ids if keys is None else [keys[item] for item in rows.ids.tolist()],
                 *measured.semantic_ids,
             )
-        return self._write_manifest(measured, found, embedding_seconds)
+        return self._write_manifest(measured, found)
 
-    def _embed(self) -> np.ndarray:
-        """Returns the vectors of the items that were put, by ascending id, float32 [puts, dim]."""
+    def _replay(self) -> tuple[Replayed, dict[int, np.ndarray]]:
+        """Returns what the changes make of items, and the vectors of puts, float32 [dim], by row.
+
+        A servable embeds each put before it applies the next change, so it ignores an update of an item that cannot be
+        found. Here only puts are embedded on which later changes or the result depend. If one of them cannot be found,
+        the changes are replayed again.
+        """
+        changes, base_versions = self._changes, self._old.item_versions()
+        assert changes.versions is not None
+        kinds, ids, versions = (column.tolist() for column in (changes.kinds, changes.ids, changes.versions))
+        vectors: dict[int, np.ndarray] = {}
+        lost: set[int] = set()
+        while True:
+            replayed = replay(self._base, kinds, ids, versions, base_versions, lost, self._sharded)
+            rows = sorted(replayed.met - vectors.keys(), key=lambda row: (ids[row], row))
+            found = self._embed([changes.examples[row] for row in rows])
+            vectors |= zip(rows, found, strict=True)
+            useless = ~_is_useful(found)
+            if not useless.any():
+                return replayed, vectors
+            lost.update(np.array(rows)[useless].tolist())
+
+    def _embed(self, examples: Sequence[bytes]) -> np.ndarray:
+        """Returns the vectors of items, float32 [examples, dim]."""
         wanted = self._model.inputs.get("item_embedding")
         if wanted is None:
             raise CommandError(
                 f"{self._version}: has no signature item_embedding, because an older version of DPSR exported it; "
                 f"export the model again"
             )
-        items = list(self._examples.values())
         found = [np.zeros((0, self._old.manifest["embedding_dim"]), np.float32)]
-        for begin in range(0, len(items), _BATCH):
-            inputs = _arrays(items[begin : begin + _BATCH], wanted)
+        for begin in range(0, len(examples), _BATCH):
+            inputs = _arrays([values_of(example) for example in examples[begin : begin + _BATCH]], wanted)
             try:
                 found.append(self._model("item_embedding", inputs)["item_embedding"])
             except tf.errors.OpError as error:
@@ -247,13 +294,9 @@ class _Merge:
         return np.concatenate(found)
 
     def _rows_of(self, vectors: np.ndarray) -> _Rows:
-        """Finds what each position of the new index holds. Puts without a useful vector become hidden."""
+        """Finds what each position of the new index holds."""
         puts = np.array(list(self._examples), np.int64)
-        finite = np.isfinite(vectors).all(axis=1)
-        useful = finite & vectors.any(axis=1)
-        for item in puts[~useful].tolist():
-            del self._replayed.items[item]
-            self._replayed.hidden.add(item)
+        finite, useful = np.isfinite(vectors).all(axis=1), _is_useful(vectors)
         gone = np.union1d(puts, np.array(list(self._replayed.hidden), np.int64))
         kept, new = np.flatnonzero(~np.isin(self._base, gone)), np.flatnonzero(useful)
         ids = np.concatenate([self._base[kept], puts[new]])
@@ -390,7 +433,7 @@ class _Merge:
         return dict(zip(ids.tolist(), unpack_strings(written, "key"), strict=True))
 
     def _write_manifest(
-        self, measured: recall_report.MeasuredIndex, found: embeddings.ItemEmbeddings, embedding_seconds: float
+        self, measured: recall_report.MeasuredIndex, found: embeddings.ItemEmbeddings
     ) -> dict[str, Any]:
         old, end = self._old.manifest, self._end
         names = old["files"]
@@ -413,7 +456,7 @@ class _Merge:
             **{f"ann_recall@{at}": value for at, value in measured.chosen.ann_recall.items()},
             "p50_ms": measured.chosen.p50_ms,
             "p99_ms": measured.chosen.p99_ms,
-            "seconds": {"embeddings": round(embedding_seconds, 3), "index": round(measured.seconds, 3)},
+            "seconds": {"embeddings": round(self._seconds, 3), "index": round(measured.seconds, 3)},
             "files": {name: file_record(self._dir / name) for name in names},
         }
         (self._dir / "index.json").write_text(json.dumps(manifest, indent=2) + "\n")
@@ -492,6 +535,12 @@ class _ItemRows:
         """Returns splits, int64 [items + 1], and values of a section such as "tokens"."""
         splits, values = self._lists.get(name, (np.zeros(1, np.int64), np.zeros(0, dtype)))
         return splits, values.astype(dtype)
+
+
+def _is_useful(vectors: np.ndarray) -> np.ndarray:
+    """Returns for each of the vectors [n, dim] whether a search can find it, bool [n]."""
+    useful: np.ndarray = np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)
+    return useful
 
 
 def values_of(example: bytes) -> dict[str, list[Any]]:
