@@ -1,10 +1,8 @@
 #include "serving/model_server/grpc_server.h"
 
 #include <grpc/grpc_security.h>
-#include <grpcpp/ext/health_check_service_server_builder_option.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/grpcpp.h>
-#include <grpcpp/health_check_service_interface.h>
 #include <netdb.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -15,11 +13,14 @@
 #include <cstring>
 #include <limits>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string_view>
 #include <thread>
 
+#include "serving/dpsr_serving/health.grpc.pb.h"
 #include "serving/model_server/errors.h"
 #include "serving/model_server/metrics.h"
 #include "serving/model_server/parse_number.h"
@@ -34,6 +35,9 @@ grpc_compression_algorithm grpc_call_test_only_get_compression_algorithm(grpc_ca
 namespace dpsr::serving {
 namespace {
 
+using ::grpc::health::v1::Health;
+using ::grpc::health::v1::HealthCheckRequest;
+using ::grpc::health::v1::HealthCheckResponse;
 using ::tensorflow::serving::ModelService;
 using ::tensorflow::serving::PredictionService;
 using Context = grpc::CallbackServerContext;
@@ -118,15 +122,18 @@ Reactor* OnWorkers(const Shared& shared, Context* context, const char* method, c
       reactor->Finish(grpc::Status::CANCELLED);
       return;
     }
-    tensorflow::Status status;
-    {
-      const RequestScope scope(context->deadline(), [context] { return context->IsCancelled(); });
-      status = answer();
-    }
-    times.compute_micros = MicrosecondsSince(arrival) - times.queue_micros;
-    End(shared, context, method, spec, status, times);
-    if (status.ok()) CompressAsAsked(context, *response);
-    reactor->Finish(ToGrpc(status));
+    const tensorflow::Status answered = CatchExceptions("the request", [&] {
+      tensorflow::Status status;
+      {
+        const RequestScope scope(context->deadline(), [context] { return context->IsCancelled(); });
+        status = answer();
+      }
+      times.compute_micros = MicrosecondsSince(arrival) - times.queue_micros;
+      End(shared, context, method, spec, status, times);
+      if (status.ok()) CompressAsAsked(context, *response);
+      return status;
+    });
+    reactor->Finish(ToGrpc(answered));
   });
   if (!added) {
     shared.handler->RecordRefused(spec, method, kEntrypoint);
@@ -203,7 +210,8 @@ class ModelServiceImpl final : public ModelService::CallbackService {
     }
     reloads_.Add([=] {
       const auto cancelled = [context] { return context->IsCancelled(); };
-      reactor->Finish(ToGrpc(handler_->Reload(*request, cancelled, response)));
+      reactor->Finish(ToGrpc(
+          CatchExceptions("the reload", [&] { return handler_->Reload(*request, cancelled, response); })));
     });
     return reactor;
   }
@@ -212,6 +220,112 @@ class ModelServiceImpl final : public ModelService::CallbackService {
   const RequestHandler* const handler_;
   const bool takes_reloads_;
   WorkerPool reloads_;
+};
+
+// The health service. That of the gRPC library cannot end the calls that watch a status, so they would delay the end of
+// the server. Thread-safe.
+class HealthServiceImpl final : public Health::CallbackService {
+ public:
+  // Sets whether some services serve. A service that was never set is unknown.
+  void Set(const std::map<std::string, bool>& serving) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& [service, serves] : serving) serving_[service] = serves;
+    for (Watcher* watcher : watchers_) watcher->Update();
+  }
+
+  // From now on no service serves. Calls that watch are told so, and end.
+  void Stop() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopping_ = true;
+    for (Watcher* watcher : watchers_) watcher->Update();
+  }
+
+  Reactor* Check(Context* context, const HealthCheckRequest* request, HealthCheckResponse* response) override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      response->set_status(StatusOf(request->service()));
+    }
+    const bool known = response->status() != HealthCheckResponse::SERVICE_UNKNOWN;
+    Reactor* reactor = context->DefaultReactor();
+    reactor->Finish(
+        known ? grpc::Status::OK : ToGrpc(absl::NotFoundError(StrCat("there is no service ", request->service()))));
+    return reactor;
+  }
+
+  grpc::ServerWriteReactor<HealthCheckResponse>* Watch(Context* /*context*/,
+                                                       const HealthCheckRequest* request) override {
+    auto watcher = std::make_unique<Watcher>(this, request->service());
+    std::lock_guard<std::mutex> lock(mutex_);
+    watchers_.insert(watcher.get());
+    watcher->Update();
+    return watcher.release();  // OnDone deletes it
+  }
+
+ private:
+  // A call that watches a service. gRPC never calls back from within StartWrite or Finish, so these may hold the lock.
+  class Watcher final : public grpc::ServerWriteReactor<HealthCheckResponse> {
+   public:
+    // `service` belongs to the request, which lives until OnDone.
+    Watcher(HealthServiceImpl* health, const std::string& service) : health_(health), service_(service) {}
+
+    // Sends the status if the client does not have it, and otherwise ends the call if the server stops. Called with the
+    // lock held.
+    void Update() {
+      if (writing_ || finished_) return;
+      const HealthCheckResponse::ServingStatus status = health_->StatusOf(service_);
+      if (status != response_.status()) {
+        response_.set_status(status);
+        writing_ = true;
+        StartWrite(&response_);
+      } else if (health_->stopping_) {
+        End(grpc::Status(grpc::StatusCode::UNAVAILABLE, "the server is stopping"));
+      }
+    }
+
+    void OnWriteDone(bool /*ok*/) override {
+      std::lock_guard<std::mutex> lock(health_->mutex_);
+      writing_ = false;
+      Update();
+    }
+
+    void OnCancel() override {
+      std::lock_guard<std::mutex> lock(health_->mutex_);
+      End(grpc::Status::CANCELLED);
+    }
+
+    void OnDone() override {
+      {
+        std::lock_guard<std::mutex> lock(health_->mutex_);
+        health_->watchers_.erase(this);
+      }
+      delete this;
+    }
+
+   private:
+    void End(const grpc::Status& status) {
+      if (finished_) return;
+      finished_ = true;
+      Finish(status);
+    }
+
+    HealthServiceImpl* const health_;
+    const std::string& service_;
+    HealthCheckResponse response_;  // what was sent last; UNKNOWN at first
+    bool writing_ = false;
+    bool finished_ = false;
+  };
+
+  // Called with the lock held.
+  HealthCheckResponse::ServingStatus StatusOf(const std::string& service) const {
+    const auto found = serving_.find(service);
+    if (found == serving_.end()) return HealthCheckResponse::SERVICE_UNKNOWN;
+    return found->second && !stopping_ ? HealthCheckResponse::SERVING : HealthCheckResponse::NOT_SERVING;
+  }
+
+  std::mutex mutex_;  // of all that follows, and of the watchers
+  bool stopping_ = false;
+  std::map<std::string, bool> serving_;
+  std::set<Watcher*> watchers_;  // calls that are not done
 };
 
 // What BindError returns if the address can be bound.
@@ -315,7 +429,6 @@ class GrpcServerImpl final : public GrpcServer {
     reload_credentials_ = Credentials(options.tls);
     DPSR_RETURN_IF_ERROR(ListenForReloads(options));
     const std::string address = ServerAddress(options.host, options.port);
-    grpc::EnableDefaultHealthCheckService(options.health_service);
     // Linking gRPC's reflection adds it to every server, and this call is what links it.
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();
     grpc::ServerBuilder builder;
@@ -340,11 +453,13 @@ class GrpcServerImpl final : public GrpcServer {
     builder.SetMaxReceiveMessageSize(std::numeric_limits<int32_t>::max());
     builder.RegisterService(&prediction_service_);
     builder.RegisterService(model_service_.get());
-    server_ = builder.BuildAndStart();
-    if (server_ != nullptr && port_ != 0 && socket_bound != 0) {
+    if (options.health_service) {
+      health_ = std::make_unique<HealthServiceImpl>();
       SetServices(false);
-      return {};
+      builder.RegisterService(health_.get());
     }
+    server_ = builder.BuildAndStart();
+    if (server_ != nullptr && port_ != 0 && socket_bound != 0) return {};
     // gRPC only says that it failed. Find out why.
     const std::string port_error = port_ != 0 ? kBindable : BindError(options.host, options.port);
     if (port_error != kBindable) {
@@ -368,14 +483,13 @@ class GrpcServerImpl final : public GrpcServer {
   int port() const override { return port_; }
 
   void SetServing(bool serving) override {
-    grpc::HealthCheckServiceInterface* health = server_->GetHealthCheckService();
-    if (health == nullptr) return;
+    if (health_ == nullptr) return;
     if (serving) {
       SetServices(true);
-      health_thread_ = std::thread([this, health] { ShowModels(health); });
+      health_thread_ = std::thread([this] { ShowModels(); });
     } else {
       EndHealth();
-      health->SetServingStatus(false);  // of all models, too
+      health_->Stop();
     }
   }
 
@@ -390,7 +504,7 @@ class GrpcServerImpl final : public GrpcServer {
  private:
   // Keeps the statuses of the models, under their names, and of the server as a whole: serving while every model has a
   // version that answers, as /readyz says. A model that was removed stays known, and does not serve.
-  void ShowModels(grpc::HealthCheckServiceInterface* health) {
+  void ShowModels() {
     constexpr std::chrono::milliseconds kLookEvery(100);
     std::map<std::string, bool> shown;
     std::unique_lock<std::mutex> lock(health_mutex_);
@@ -402,18 +516,13 @@ class GrpcServerImpl final : public GrpcServer {
       // These names belong to the services, which serve from the first loads to the end.
       for (const char* service : {"ModelService", "PredictionService"}) present.erase(service);
       present[""] = all;
-      for (const auto& [name, available] : present) {
-        const auto before = shown.find(name);
-        if (before == shown.end() || before->second != available) health->SetServingStatus(name, available);
-      }
+      health_->Set(present);
       shown = std::move(present);
     } while (!health_stop_.wait_for(lock, kLookEvery, [this] { return health_ends_; }));
   }
 
   void SetServices(bool serving) {
-    grpc::HealthCheckServiceInterface* health = server_->GetHealthCheckService();
-    if (health == nullptr) return;
-    for (const char* service : {"", "ModelService", "PredictionService"}) health->SetServingStatus(service, serving);
+    health_->Set({{"", serving}, {"ModelService", serving}, {"PredictionService", serving}});
   }
 
   void EndHealth() {
@@ -445,6 +554,7 @@ class GrpcServerImpl final : public GrpcServer {
   PredictionServiceImpl prediction_service_;
   std::unique_ptr<ModelServiceImpl> model_service_;
   std::unique_ptr<ModelServiceImpl> reload_service_;
+  std::unique_ptr<HealthServiceImpl> health_;  // null if the server does not offer it
   // The servers call these for each connection, so they outlive the servers.
   std::shared_ptr<grpc::ServerCredentials> credentials_;
   std::shared_ptr<grpc::ServerCredentials> reload_credentials_;

@@ -40,7 +40,7 @@ class GrpcServer {
   virtual ~GrpcServer() = default;
 
   // Sets the answer of the health service, which is "not serving" at first. From `true` on it also follows the models;
-  // `false` ends this for ever.
+  // `false` ends this for ever, and ends the calls that watch the health.
   virtual void SetServing(bool serving) = 0;
 
   // Returns the port on which the server listens.

@@ -1,9 +1,11 @@
 // The server's log on standard error: one line for each event of the server. request_log.h has the lines of requests.
+// Its functions do not throw: a line for which there is no memory is left out.
 #ifndef DPSR_SERVING_MODEL_SERVER_LOG_H_
 #define DPSR_SERVING_MODEL_SERVER_LOG_H_
 
 #include <cstdio>
 #include <ctime>
+#include <new>
 #include <string>
 
 #include "common/status.h"
@@ -11,7 +13,14 @@
 namespace dpsr::serving {
 
 // For LogInfo and LogWarning only.
-inline void LogLine(char severity, const std::string& message) {
+template <typename... Args>
+void LogLine(char severity, const Args&... args) {
+  std::string message;
+  try {
+    message = StrCat(args...);
+  } catch (const std::bad_alloc&) {
+    return;
+  }
   const std::time_t now = std::time(nullptr);
   std::tm local{};
   localtime_r(&now, &local);
@@ -23,12 +32,12 @@ inline void LogLine(char severity, const std::string& message) {
 
 template <typename... Args>
 void LogInfo(const Args&... args) {
-  LogLine('I', StrCat(args...));
+  LogLine('I', args...);
 }
 
 template <typename... Args>
 void LogWarning(const Args&... args) {
-  LogLine('W', StrCat(args...));
+  LogLine('W', args...);
 }
 
 }  // namespace dpsr::serving

@@ -1,6 +1,7 @@
 #include "serving/model_server/request_log.h"
 
 #include <algorithm>
+#include <new>
 
 #include "common/status.h"
 #include "serving/model_server/log.h"
@@ -50,8 +51,12 @@ std::optional<TraceParent> ParseTraceParent(std::string_view text) {
 
 void RequestLog::Write(std::string_view request, std::string_view outcome, const RequestTimes& times,
                        std::string_view traceparent) {
-  const std::optional<std::string> line = Line(request, outcome, times, traceparent, Clock::now());
-  if (line.has_value()) LogWarning(*line);
+  try {
+    const std::optional<std::string> line = Line(request, outcome, times, traceparent, Clock::now());
+    if (line.has_value()) LogWarning(*line);
+  } catch (const std::bad_alloc&) {
+    // The line is left out.
+  }
 }
 
 std::optional<std::string> RequestLog::Line(std::string_view request, std::string_view outcome,

@@ -50,7 +50,7 @@ class RequestLog {
   }
 
   // Logs a request such as "Predict of model shop", unless there were kLinesPerSecond lines in this second.
-  // `outcome` is the error, or empty; `traceparent` is what the client sent, or empty.
+  // `outcome` is the error, or empty; `traceparent` is what the client sent, or empty. Does not throw.
   void Write(std::string_view request, std::string_view outcome, const RequestTimes& times,
              std::string_view traceparent);
 

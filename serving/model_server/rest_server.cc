@@ -46,6 +46,9 @@ constexpr std::chrono::seconds kLinger(5);
 // The time between two tries to accept a connection, if the process lacks files or memory for it.
 constexpr std::chrono::milliseconds kAcceptAgain(50);
 
+// What a connection that an exception ends is called in the log.
+constexpr char kLoggedConnection[] = "a REST connection";
+
 // Answers below this size are not compressed: they fit into one packet.
 constexpr size_t kMinCompressedBytes = 1024;
 
@@ -227,18 +230,14 @@ class Connection : public std::enable_shared_from_this<Connection<Stream>> {
     const auto arrival = std::chrono::steady_clock::now();
     const auto shared_request = std::make_shared<const RestRequest>(std::move(request));
     auto work = [self = Self(), shared_request, keep_alive, arrival]() mutable {
-      RequestTimes times;
-      times.queue_micros = MicrosecondsSince(arrival);
-      RecordQueueing(times.queue_micros);
-      RestReply reply = self->shared_->api->Answer(*shared_request);
-      times.compute_micros = MicrosecondsSince(arrival) - times.queue_micros;
-      self->Report(*shared_request, times, &reply);
-      if (self->takes_gzip_) Compress(&reply);
-      asio::post(self->stream_.get_executor(), [self, reply = std::move(reply), keep_alive]() mutable {
-        self->Write(std::move(reply), keep_alive);
-      });
-      // The server may end once the answer is out, and the connection needs the server.
       Shared* const shared = self->shared_;
+      try {
+        self->Compute(*shared_request, keep_alive, arrival);
+      } catch (const std::exception& exception) {
+        // For example no memory. The connection ends, as after an exception in Run.
+        shared->log->Write(kLoggedConnection, exception.what(), {}, "");
+      }
+      // The server may end once the answer is out, and the connection needs the server.
       self = nullptr;
       shared->Release();
     };
@@ -255,6 +254,20 @@ class Connection : public std::enable_shared_from_this<Connection<Stream>> {
       shared_->api->RecordRefused(*shared_request);
       Write(ErrorReply(429, kQueueIsFull), keep_alive);
     }
+  }
+
+  // Computes the answer to a request, and has it written. A worker calls it. If it throws, nothing is written.
+  void Compute(const RestRequest& request, bool keep_alive, std::chrono::steady_clock::time_point arrival) {
+    RequestTimes times;
+    times.queue_micros = MicrosecondsSince(arrival);
+    RecordQueueing(times.queue_micros);
+    RestReply reply = shared_->api->Answer(request);
+    times.compute_micros = MicrosecondsSince(arrival) - times.queue_micros;
+    Report(request, times, &reply);
+    if (takes_gzip_) Compress(&reply);
+    asio::post(stream_.get_executor(), [self = Self(), reply = std::move(reply), keep_alive]() mutable {
+      self->Write(std::move(reply), keep_alive);
+    });
   }
 
   // Reports the times of a request if the client's trace is kept, and logs it if it is worth it.
@@ -402,7 +415,7 @@ class RestServerImpl final : public RestServer {
         io_.run();
         return;
       } catch (const std::exception& error) {
-        shared_.log->Write("a REST connection", error.what(), {}, "");
+        shared_.log->Write(kLoggedConnection, error.what(), {}, "");
       }
     }
   }

@@ -164,6 +164,14 @@ def gate_request(folder: Path, version: int | None = None) -> tuple[predict_pb2.
     return predict_request("gate", {"begun": str(begun), "release": str(release)}, version=version), begun, release
 
 
+def held_request(server: Server, folder: Path, **options: Any) -> tuple[Any, Path]:
+    """Sends a gate_request and waits until it runs. Returns its future, and the file that ends it."""
+    request, begun, release = gate_request(folder)
+    call = server.prediction.Predict.future(request, timeout=PATIENCE_S, **options)
+    eventually(begun.exists, "the request runs")
+    return call, release
+
+
 def error_of(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
     with pytest.raises(grpc.RpcError) as raised:
         call()

@@ -24,6 +24,7 @@ from model_servers import (
     eventually,
     failing_start,
     gate_request,
+    held_request,
     predict_request,
     serving,
 )
@@ -321,9 +322,7 @@ def test_a_request_beyond_its_deadline_fails_and_the_server_goes_on(server: Serv
 def test_requests_beyond_the_threads_wait_their_turn(exported: Path, base_path: Path, tmp_path: Path) -> None:
     saved_models.publish(exported / "signatures", base_path, 1)
     with serving(tmp_path, f"--model_base_path={base_path}", "--grpc_max_threads=1") as running:
-        request, begun, release = gate_request(tmp_path)
-        first = running.prediction.Predict.future(request, timeout=PATIENCE_S)
-        eventually(begun.exists, "the request runs")
+        first, release = held_request(running, tmp_path)
         assert error_of(lambda: running.predict(predict_request(), timeout=0.2))[0] == grpc.StatusCode.DEADLINE_EXCEEDED
         second = running.prediction.Predict.future(predict_request(), timeout=PATIENCE_S)
         assert running.states() == {1: State.AVAILABLE}  # answered beside the busy thread
@@ -377,9 +376,7 @@ def test_a_signal_ends_a_server_that_waits_for_its_model(tmp_path: Path) -> None
 def test_sigterm_lets_running_requests_end(exported: Path, base_path: Path, tmp_path: Path) -> None:
     saved_models.publish(exported / "signatures", base_path, 1)
     with serving(tmp_path, f"--model_base_path={base_path}") as running:
-        request, begun, release = gate_request(tmp_path)
-        held = running.prediction.Predict.future(request, timeout=PATIENCE_S)
-        eventually(begun.exists, "the request runs")
+        held, release = held_request(running, tmp_path)
         running.process.send_signal(signal.SIGTERM)
         eventually(lambda: "stopping" in running.log.read_text(), "the server stops")
 

@@ -13,7 +13,7 @@ import model_servers
 import pytest
 import saved_models
 import tensorflow as tf
-from model_servers import State, error_of, eventually, failing_start, gate_request, predict_request, serving
+from model_servers import State, error_of, eventually, failing_start, held_request, predict_request, serving
 from processes import PATIENCE_S, free_port
 from tensorflow_serving.apis import prediction_log_pb2
 
@@ -131,9 +131,7 @@ def test_rest_threads_bound_the_requests_that_run(exported: Path, base_path: Pat
         # Nor do gRPC's.
         folder = tmp_path / "grpc"
         folder.mkdir()
-        request, begun, release = gate_request(folder)
-        by_grpc = running.prediction.Predict.future(request, timeout=PATIENCE_S)
-        eventually(begun.exists, "a gRPC request runs")
+        by_grpc, release = held_request(running, folder)
         assert len(list(tmp_path.glob("*.begun"))) == 1
         release.touch()
         by_grpc.result()

@@ -21,7 +21,7 @@ from model_servers import (
     error_of,
     eventually,
     failing_start,
-    gate_request,
+    held_request,
     labelled_request,
     model_config,
     predict_request,
@@ -183,9 +183,7 @@ def test_new_versions_are_swapped_in_under_load_without_a_failure(
 def test_a_version_is_unloaded_when_its_requests_have_ended(exported: Path, base_path: Path, tmp_path: Path) -> None:
     saved_models.publish(exported / "signatures", base_path, 1)
     with serving(tmp_path, f"--model_base_path={base_path}") as running:
-        request, begun, release = gate_request(tmp_path)
-        held = running.prediction.Predict.future(request, timeout=PATIENCE_S)
-        eventually(begun.exists, "the request runs")
+        held, release = held_request(running, tmp_path)
         saved_models.publish(exported / "half_plus_2", base_path, 2)
         eventually(lambda: running.states() == {1: State.UNLOADING, 2: State.AVAILABLE}, "2 serves, 1 waits")
         assert running.predict(predict_request()).model_spec.version.value == 2
@@ -208,9 +206,7 @@ def test_a_model_that_comes_back_while_it_is_unloaded(exported: Path, base_path:
     """Its version is loaded again, also where the server does not search for versions at intervals."""
     saved_models.publish(exported / "signatures", base_path, 1)
     with serving(tmp_path, f"--model_base_path={base_path}", "--file_system_poll_wait_seconds=0") as running:
-        request, begun, release = gate_request(tmp_path)
-        held = running.prediction.Predict.future(request, timeout=PATIENCE_S)
-        eventually(begun.exists, "the request runs")
+        held, release = held_request(running, tmp_path)
         running.reload(config_list())
         eventually(lambda: running.states() == {1: State.UNLOADING}, "1 waits for its request")
         back = config_list(model_config("default", base_path))

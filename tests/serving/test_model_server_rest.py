@@ -26,7 +26,7 @@ from model_servers import (
     config_list,
     error_of,
     eventually,
-    gate_request,
+    held_request,
     model_config,
     predict_request,
     serving,
@@ -642,9 +642,7 @@ def test_time_limit_and_full_queue(exported: Path, base_path: Path, tmp_path: Pa
         tmp_path, f"--model_base_path={base_path}", *flags, "--rest_api_timeout_in_ms=1000", rest_port=free_port()
     ) as running:
         # One request runs, one may wait, and others are refused at once.
-        request, begun, release = gate_request(tmp_path)
-        held = running.prediction.Predict.future(request, timeout=PATIENCE_S)
-        eventually(begun.exists, "the request runs")
+        held, release = held_request(running, tmp_path)
         asked = [running.prediction.Predict.future(predict_request(), timeout=PATIENCE_S) for _ in range(3)]
         eventually(lambda: sum(call.done() for call in asked) == 2, "two are refused")
         refusals = ':tensorflow:serving:request_count{model_name="default",status="RESOURCE_EXHAUSTED"}'

@@ -30,7 +30,7 @@ from model_servers import (
     error_of,
     eventually,
     failing_start,
-    gate_request,
+    held_request,
     model_config,
     predict_request,
     serving,
@@ -426,13 +426,10 @@ def test_times_and_traces(exported: Path, base_path: Path, tmp_path: Path) -> No
         assert warnings() == []  # errors of requests are the clients' business
 
         # A slow request, and one that fails by the server's fault, are logged with the trace.
-        slow, begun, release = gate_request(tmp_path)
-        metadata = [("traceparent", PARENT + "0")]
-        future = running.prediction.Predict.future(slow, timeout=PATIENCE_S, metadata=metadata)
-        eventually(begun.exists, "the request begins")
+        slow, release = held_request(running, tmp_path, metadata=[("traceparent", PARENT + "0")])
         time.sleep(1)
         release.touch()
-        future.result()
+        slow.result()
         eventually(lambda: len(warnings()) == 1, "it is logged")
         [line] = warnings()
         assert "Predict of model default took " in line and line.endswith(f" trace={PARENT[3:35]}")
@@ -503,6 +500,30 @@ def test_health_service(exported: Path, tmp_path: Path) -> None:
         saved_models.publish(exported / "half_plus_1", base_path, 1)
         running.wait_until_ready()
         eventually(lambda: [check(service) for service in services] == [1, 1, 1], "it serves")
+
+
+def test_watching_the_health_ends_when_the_server_stops(exported: Path, base_path: Path, tmp_path: Path) -> None:
+    """At the beginning of the shutdown: running requests go on, and the server does not wait for the watchers."""
+    saved_models.publish(exported / "signatures", base_path, 1)
+    with serving(tmp_path, f"--model_base_path={base_path}", "--enable_grpc_healthcheck_service") as running:
+        eventually(lambda: check_health(running)("") == 1, "it serves")
+        watch = running.channel.unary_stream("/grpc.health.v1.Health/Watch")
+        watched = watch(b"", timeout=PATIENCE_S)
+        unknown = watch(b"\x0a\x06nobody", timeout=PATIENCE_S)
+        cancelled = watch(b"", timeout=PATIENCE_S)
+        assert [next(one)[1] for one in (watched, unknown, cancelled)] == [1, 3, 1]
+        cancelled.cancel()
+        held, release = held_request(running, tmp_path)
+        begin = time.monotonic()
+        running.process.terminate()
+        assert next(watched)[1] == 2
+        for one in (watched, unknown):
+            assert error_of(lambda one=one: next(one)) == (UNAVAILABLE, "the server is stopping")
+        assert not held.done()
+        release.touch()
+        assert held.result().outputs["turns"].int64_val[0] >= 0
+        assert running.process.wait(PATIENCE_S) == 0
+        assert time.monotonic() - begin < 9, "the server waits for calls for 10 s"
 
 
 def test_no_health_service_unless_asked_for(model: str, tmp_path: Path) -> None:
