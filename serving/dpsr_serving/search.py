@@ -264,12 +264,19 @@ class Signature:
     Attributes:
         version: the model version that has these inputs.
         default_k: number of results of `serving_default`; None if the model does not say.
+        inputs: the names of all inputs, ascending.
+        user_features: the user features that the model reads, ascending.
     """
 
     def __init__(self, inputs: Mapping[str, tuple[int, int]], version: int = 0, default_k: int | None = None) -> None:
         self.version = version
         self.default_k = default_k
         self._inputs = dict(inputs)
+        self.inputs = sorted(inputs)
+        # The user's id in `rank` is no feature. Features are texts and floats.
+        self.user_features = [
+            name.removeprefix(_USER) for name in self.inputs if name.startswith(_USER) and inputs[name][0] != _INT64
+        ]
 
     @classmethod
     def parse(cls, response: Any, name: str = "search") -> Signature:
@@ -290,21 +297,6 @@ class Signature:
         return isinstance(other, Signature) and self._inputs == other._inputs
 
     __hash__ = None  # type: ignore[assignment]
-
-    @property
-    def inputs(self) -> list[str]:
-        """The names of all inputs."""
-        return sorted(self._inputs)
-
-    @property
-    def user_features(self) -> list[str]:
-        """The user features that the model reads."""
-        # The user's id in `rank` is no feature. Features are texts and floats.
-        return sorted(
-            name.removeprefix(_USER)
-            for name, (dtype, _) in self._inputs.items()
-            if name.startswith(_USER) and dtype != _INT64
-        )
 
     def only(self, names: Set[str]) -> Signature:
         """Returns a signature with those inputs alone, for requests that are completed with the other ones later."""
@@ -394,7 +386,7 @@ class Signature:
             elif name == "dpsr_score":
                 arrays[name] = scores
             elif name == _USER_ID:
-                arrays[name] = np.array([] if ranking.user_id is None else [_int64(ranking.user_id)], np.int64)
+                arrays[name] = np.array([] if ranking.user_id is None else _int64s([ranking.user_id]), np.int64)
             elif name.startswith(_USER):
                 feature = name.removeprefix(_USER)
                 arrays[name] = _feature(feature, dtype, rank, [user.features.get(feature)])
@@ -419,16 +411,17 @@ class Signature:
                 raise ValueError(f"this model identifies items by key, a text; got {wrong[0]!r}")
             return keys, rows
         try:
-            return ids, [[_int64(item) for item in row] for row in rows]
+            return ids, [_int64s(row) for row in rows]
         except ValueError as error:
             raise ValueError(f"this model identifies items by id, an integer: {error}") from None
 
 
-def _int64(item: Any) -> int:
-    number = int(item)
-    if not -(2**63) <= number < 2**63:
-        raise ValueError(f"{number} is not an int64")
-    return number
+def _int64s(items: Iterable[Any]) -> list[int]:
+    numbers = [int(item) for item in items]
+    if numbers and not -(2**63) <= min(numbers) <= max(numbers) < 2**63:
+        wrong = next(number for number in numbers if not -(2**63) <= number < 2**63)
+        raise ValueError(f"{wrong} is not an int64")
+    return numbers
 
 
 def _texts(texts: Sequence[Text]) -> NDArray[Any]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from absl import flags
 
 from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.files import locked
 from dpsr_common.object_store import RemoteFolder, download, is_remote, local_mark
 
 USAGE = """
@@ -76,7 +74,8 @@ def stage(source: str, base: Path, keep: int) -> list[str]:
         CommandError: there is no complete version, the object store cannot be read, or --to cannot be written.
     """
     try:
-        with _lock(base):
+        base.mkdir(parents=True, exist_ok=True)
+        with locked(base, f"{base}: another `dpsr stage` writes there; choose another --to"):
             return _stage(source, base, keep)
     except OSError as error:
         where = error.filename or base
@@ -117,24 +116,6 @@ def _stage(source: str, base: Path, keep: int) -> list[str]:
             _remove(path)
             done.append(f"{path}: removed")
     return done
-
-
-@contextlib.contextmanager
-def _lock(base: Path) -> Iterator[None]:
-    """Lets one process at a time stage to a directory, which is made."""
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(base, os.O_RDONLY)
-    except OSError as error:
-        raise CommandError(f"{base}: cannot be made: {error.strerror}; choose another --to") from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CommandError(f"{base}: another `dpsr stage` writes there; choose another --to") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _known(versions: Iterable[Path]) -> dict[str, Path]:

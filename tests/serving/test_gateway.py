@@ -24,9 +24,10 @@ import pytest
 from gateway_shops import BRANDS, Models, Shop, call, running, write_index
 from processes import PATIENCE_S, free_port, run_command
 
+from dpsr_common import serving_apis
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_serving import grpc_services
-from dpsr_serving.gateway import cursor, search_api
+from dpsr_serving.gateway import cursor, model_client, search_api
 from dpsr_serving.gateway.config import parse_config
 from dpsr_serving.gateway.inverted import InvertedIndex
 from dpsr_serving.gateway.judgments import JudgmentFile
@@ -36,6 +37,7 @@ from dpsr_serving.gateway.page import add_page
 from dpsr_serving.gateway.server import Gateway
 from dpsr_serving.gateway.system import search_system
 from dpsr_serving.proxy.experiments import assign
+from dpsr_serving.tensors import make_tensor
 
 SearchMessage = search_api.message("dpsr.search.v1.SearchRequest")
 SearchAnswer = search_api.message("dpsr.search.v1.SearchResponse")
@@ -472,6 +474,31 @@ def test_proxies_are_told_the_user(folder: Path, models: Models) -> None:
         shop.search(user={"id": "ünı"})
         shop.search()
     assert [one.get("user-id") for one in models.metadata] == ["ann", None, None]
+
+
+# Answers of models.
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("ids", [[7, 9, 5], [7, -1, 5], []])
+def test_answers_are_read_in_both_forms_of_a_tensor(packed: bool, ids: list[int]) -> None:
+    response = serving_apis.PredictResponse()
+    columns: dict[str, tuple[str, Any, list[float]]] = {
+        "item_ids": ("int64_val", np.int64, ids),
+        "scores": ("float_val", np.float32, [3.0, 2.0, 1.0][: len(ids)]),
+        "heads": ("int_val", np.int32, [1, 0, 2][: len(ids)]),
+    }
+    for name, (field, dtype, values) in columns.items():
+        response.outputs[name].CopyFrom(make_tensor(np.array([values], dtype)))
+        if not packed:
+            response.outputs[name].ClearField("tensor_content")
+            getattr(response.outputs[name], field).extend(values)
+    found = model_client._row_of(response, with_heads=True)
+    kept = [place for place, item in enumerate(ids) if item >= 0]
+    for column, (_, dtype, values) in zip(found, columns.values(), strict=True):
+        assert column is not None and column.dtype == dtype
+        assert column.tolist() == [values[place] for place in kept]
+    assert model_client._row_of(response, with_heads=False)[2] is None
 
 
 # Pages, facets.
@@ -924,13 +951,13 @@ def test_watchers_of_the_health_do_not_keep_searches_out(folder: Path, monkeypat
 
 
 def test_watching_the_health_does_not_keep_the_gateway(folder: Path) -> None:
-    with running("pipelines: {bm25: {recall: {inverted: {}}}}", folder, drain_s=PATIENCE_S) as shop:
-        channel = grpc.insecure_channel(shop.gateway.grpc_address)
-        watching = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"", timeout=2 * PATIENCE_S)
-        assert next(watching)
-        begin = time.monotonic()
-    assert time.monotonic() - begin < PATIENCE_S / 2
-    channel.close()
+    with contextlib.ExitStack() as clients:
+        with running("pipelines: {bm25: {recall: {inverted: {}}}}", folder, drain_s=PATIENCE_S) as shop:
+            channel = clients.enter_context(grpc.insecure_channel(shop.gateway.grpc_address))
+            watching = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"", timeout=2 * PATIENCE_S)
+            assert next(watching)
+            begin = time.monotonic()
+        assert time.monotonic() - begin < PATIENCE_S / 2
 
 
 # Descriptions.

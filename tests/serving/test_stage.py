@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dpsr_common.errors import CommandError
+from dpsr_common.files import locked
 from dpsr_common.object_store import MARK, RemoteFolder, upload
 from dpsr_serving.stage import stage
 
@@ -67,6 +68,18 @@ def test_a_damaged_version_is_not_staged(s3_url: str, tmp_path: Path, capsys: py
     RemoteFolder(f"{s3_url}/1").delete(MARK)
     with pytest.raises(CommandError, match=r"3/saved_model\.pb: is not the file"):
         stage(s3_url, fresh, 1)
+
+
+def test_one_process_stages_to_a_directory(s3_url: str, tmp_path: Path) -> None:
+    upload(version(tmp_path / "made", 1), f"{s3_url}/1")
+    base, file = tmp_path / "base", tmp_path / "file"
+    base.mkdir()
+    with locked(base, ""), pytest.raises(CommandError, match="base: another `dpsr stage` writes there"):
+        stage(s3_url, base, 1)
+    assert stage(s3_url, base, 1) == [f"{base / '1'}: staged, 0.0 MB"]
+    file.touch()
+    with pytest.raises(CommandError, match="file: cannot be written: File exists; check --to"):
+        stage(s3_url, file, 1)
 
 
 def test_a_disk_that_refuses_is_an_error_of_that_look(

@@ -156,14 +156,15 @@ class Attribute:
             return {"kind": NUMBER, "min": ends[0], "max": ends[1], "count": len(given)}
         assert self.texts is not None
         codes, places = self.codes_of(rows)
-        # An item that has a value twice counts once.
-        pairs = (
-            np.unique(np.stack([places, codes.astype(np.int64)]), axis=1) if self.multi else np.stack([places, codes])
-        )
-        values, counts = np.unique(pairs[1][pairs[1] > 0], return_counts=True)
+        codes = codes.astype(np.int64)
+        if self.multi:
+            # An item that has a value twice counts once.
+            codes = np.unique(np.stack([places, codes]), axis=1)[1]
+        values, counts = np.unique(codes[codes > 0], return_counts=True)
         # The most frequent first. Codes are in the order of the texts, so values of equal counts are, too.
         order = np.lexsort((values, -counts))[:limit]
-        found = [{"value": self.texts[int(values[i]) - 1], "count": int(counts[i])} for i in order]
+        texts = self.texts.several(values[order] - 1)
+        found = [{"value": text, "count": count} for text, count in zip(texts, counts[order].tolist(), strict=True)]
         return {"kind": KEYWORD, "values": found, "more": len(values) - len(order)}
 
 

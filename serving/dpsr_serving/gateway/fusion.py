@@ -23,6 +23,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import gzip
+import itertools
 import json
 import math
 import zlib
@@ -194,8 +195,8 @@ class _Union:
         lists = [one.ids for one in found.values()]
         united = np.concatenate(lists) if lists else np.zeros(0, np.int64)
         self.ids, places = np.unique(united, return_inverse=True)
-        ends = np.cumsum([len(ids) for ids in lists])
-        self.places = dict(zip(found, np.split(places, ends[:-1]), strict=True)) if lists else {}
+        ends = itertools.accumulate(map(len, lists))
+        self.places = {name: places[end - len(ids) : end] for name, ids, end in zip(found, lists, ends, strict=True)}
 
     def numbers(self, name: str, depth: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Returns the scaled score and the score of each item in a source, float64 [m] each.

@@ -23,6 +23,7 @@ from dpsr_serving.search import (
     PADDING_ID,
     Filters,
     Ranking,
+    Rewrite,
     Search,
     Signature,
     User,
@@ -30,6 +31,8 @@ from dpsr_serving.search import (
     make_ranking,
     make_request,
     results,
+    rewrite_tensors,
+    rewrites_of,
 )
 
 # Calls in a row that get no answer in time, after which the connection is renewed: its other end may be gone.
@@ -41,7 +44,12 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _NO_SPEC = serving_apis.ModelSpec()
 _PARTS = 256
 _STRING = 7  # DT_STRING of tensorflow/core/framework/types.proto
-_COLUMNS = (("item_ids", "int64_val", np.int64), ("scores", "float_val", np.float32), ("heads", "int_val", np.int32))
+# Outputs of `search`: name, number of the type in types.proto, its field in a TensorProto, its dtype.
+_COLUMNS = (
+    ("item_ids", 9, "int64_val", np.dtype("<i8")),
+    ("scores", 1, "float_val", np.dtype("<f4")),
+    ("heads", 3, "int_val", np.dtype("<i4")),
+)
 
 
 class _Joined:
@@ -64,27 +72,36 @@ def _of_query(query: Any) -> Any:
     return request
 
 
-def _row_of(response: Any) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Returns ids, scores and heads of the items found for the only query of a request.
+def _row_of(response: Any, with_heads: bool) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
+    """Returns ids, scores and, if asked for, heads of the items found for the only query of a request.
 
-    Reads the form in which servers answer in a third of the time that `results` takes, and leaves others to that.
+    Reads the forms in which servers answer in a third of the time that `results` takes, and leaves others to that.
 
     Raises:
         ValueError: the response is not that of a search servable.
     """
-    columns = []
-    for name, field, dtype in _COLUMNS:
-        output = response.outputs[name]
-        values, dims = getattr(output, field), output.tensor_shape.dim
-        if len(dims) != 2 or dims[0].size != 1 or len(values) != dims[1].size:
-            break
-        columns.append(np.array(values[:], dtype))
-    if len({len(column) for column in columns}) != 1 or len(columns) < len(_COLUMNS):
+    columns = [_values(response.outputs[name], number, field, dtype) for name, number, field, dtype in _COLUMNS]
+    if any(values is None or len(values) != len(columns[0]) for values in columns):
         (result,) = results(response, 1, ())
-        return result.item_ids, result.scores, result.heads
-    ids, scores, heads = columns
+        return result.item_ids, result.scores, result.heads if with_heads else None
+    # A slice of a field is a list, which NumPy reads faster than the field; a slice of an array is the array.
+    ids, scores = np.asarray(columns[0][:], np.int64), np.asarray(columns[1][:], np.float32)
+    heads = np.asarray(columns[2][:], np.int32) if with_heads else None
     found = ids != PADDING_ID
-    return (ids, scores, heads) if found.all() else (ids[found], scores[found], heads[found])
+    if found.all():
+        return ids, scores, heads
+    return ids[found], scores[found], None if heads is None else heads[found]
+
+
+def _values(output: Any, number: int, field: str, dtype: np.dtype[Any]) -> Any:
+    """Returns the values of a tensor [1, n] as an array or a field of the message; None if it has another form."""
+    dims, content = output.tensor_shape.dim, output.tensor_content
+    if len(dims) != 2 or dims[0].size != 1 or output.dtype != number:
+        return None
+    if not content:
+        values = getattr(output, field)
+        return values if len(values) == dims[1].size else None
+    return np.frombuffer(content, dtype) if len(content) == dims[1].size * dtype.itemsize else None
 
 
 def _names_of(user: User) -> set[str]:
@@ -110,6 +127,7 @@ class ModelClient(AsyncSearchClient):
         super().__init__(target, model)
         self.name = name
         self._encoded: dict[tuple[str, int, str], tuple[Signature, bytes]] = {}
+        self._encoded_rewrite: dict[int, bytes] = {}  # n -> the request without a query
         self._parts: dict[frozenset[str], Signature] = {}
         self._parts_of: Signature | None = None
 
@@ -125,14 +143,29 @@ class ModelClient(AsyncSearchClient):
         parameters: str,
         metadata: Mapping[str, str] | None,
         timeout_s: float,
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int32]]:
-        """Finds the best items for one query: ids, scores and heads, [n] each. Raises what `search` raises."""
+        with_heads: bool,
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int32] | None]:
+        """Finds the best items for one query: ids, scores and, if asked for, heads, [n] each.
+
+        Raises what `search` raises.
+        """
         search = Search([query], k, [user], expressions(filters), search_parameters=parameters)
         flow = self._ask(
             "search", lambda known: self._search_request(known, search), self._deadline(timeout_s), self._with(metadata)
         )
         response, _ = await self._run(flow)
-        return self._read(lambda: _row_of(response), "search")
+        return self._read(lambda: _row_of(response, with_heads), "search")
+
+    async def rewrites(self, query: str, n: int, metadata: Mapping[str, str] | None, timeout_s: float) -> list[Rewrite]:
+        """Returns the n best rewrites of one query. Raises what `rewrite` raises."""
+        known = self._encoded_rewrite.get(n)
+        if known is None:
+            anyone = make_request(self._spec, "rewrite", rewrite_tensors("", n, 0))
+            known = self._encoded_rewrite[n] = bytes(anyone.SerializeToString())
+        request = _Joined(known, _of_query(query))
+        response, _ = await self._run(self._predict(request, self._deadline(timeout_s), self._with(metadata)))
+        (found,) = self._read(lambda: rewrites_of(response, 1), "rewrite")
+        return found
 
     # A signature has a dozen inputs, of which a request gives a few. Encoding the empty ones again and again took more
     # time than everything else in a request. Now they are encoded once: protobuf reads two messages in a row as one,

@@ -125,6 +125,7 @@ class Searcher:
         self._lock = threading.Lock()
         self._rules: dict[str, RuleFile] = {}
         self._plans = {name: self._plan(pipeline) for name, pipeline in config.pipelines.items()}
+        self._reading_users = self._models_that_read_users()
         self._arms = {f"{one.name}/{arm}" for one in config.experiments.values() for arm in one.pipelines}
         self._said: set[tuple[str, str]] = set()
         self._background: list[asyncio.Task[None]] = []
@@ -240,7 +241,7 @@ class Searcher:
 
     def _check_features(self, user: User) -> None:
         """Raises RequestError for a feature that no model reads, once all models have told their inputs."""
-        if user.features and all(client.signatures for client in self._reading_users()):
+        if user.features and all(client.signatures for client in self._reading_users):
             known = self._known_features()
             for name in user.features:
                 if name not in known:
@@ -249,10 +250,10 @@ class Searcher:
 
     def _known_features(self) -> dict[str, str]:
         """Returns the user features that any model reads, as far as models have told their inputs: name -> kind."""
-        signatures = [signature for client in self._reading_users() for signature in client.signatures]
+        signatures = [signature for client in self._reading_users for signature in client.signatures]
         return dict(sorted(pair for signature in signatures for pair in signature.feature_kinds.items()))
 
-    def _reading_users(self) -> list[ModelClient]:
+    def _models_that_read_users(self) -> list[ModelClient]:
         """Returns the models that read what is known about users."""
         configs = [plan.config for plan in self._plans.values()]
         names = {source.model for config in configs for source in config.sources if source.model is not None}
@@ -267,8 +268,9 @@ class Searcher:
         identified = np.zeros(0, np.int64)
         if config.identifiers != "off":
             identified = self._index.identifier(request.query)
-            # A placeholder, such as 00000000, may be the identifier of half of the items.
-            identified = identified[self._kept(identified, conditions)][: config.coarse.size]
+            if len(identified):
+                # A placeholder, such as 00000000, may be the identifier of half of the items.
+                identified = identified[self._kept(identified, conditions)][: config.coarse.size]
         found: dict[str, Found] = {}
         if not (len(identified) and config.identifiers == "only"):
             found = await self._recall(request, trace, conditions, ends)
@@ -405,8 +407,9 @@ class Searcher:
             source.parameters,
             self._metadata(source.model, request),
             max(left_s - (time.monotonic() - start), 0.0),
+            with_heads=request.explain,
         )
-        if request.explain and len(heads):
+        if heads is not None and len(heads):
             trace.heads[source.name] = np.bincount(np.maximum(heads, 0)).tolist()
         return Found(ids, scores)
 
@@ -417,9 +420,7 @@ class Searcher:
         least = -np.inf if config.min_log_probability is None else config.min_log_probability
 
         async def ask(left_s: float) -> list[str]:
-            (rewrites,) = await client.rewrite(
-                request.query, config.n, metadata=self._metadata(config.model, request), timeout_s=left_s
-            )
+            rewrites = await client.rewrites(request.query, config.n, self._metadata(config.model, request), left_s)
             return [rewrite.text for rewrite in rewrites if rewrite.log_probability >= least]
 
         return await self._stage(trace, "rewrite", 1, config.deadline_ms, ends, ask)
@@ -735,9 +736,10 @@ class _Ranked:
         is_scored = ~np.isnan(fine)
         if not is_scored.any():
             return
-        # Items whose identifier the query is stay in front.
-        is_first = np.arange(len(fine)) < self.identified
-        order = np.lexsort((-np.where(is_scored, fine, 0), ~is_scored, ~is_first))
+        order = np.argsort(np.where(is_scored, -fine, np.inf), kind="stable")
+        if self.identified:
+            # Items whose identifier the query is stay in front.
+            order = np.concatenate([order[order < self.identified], order[order >= self.identified]])
         self._take(order)
         self.fine = fine[order]
         low, high = fine[is_scored].min(), fine[is_scored].max()

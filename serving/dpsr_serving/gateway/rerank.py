@@ -19,7 +19,7 @@ import logging
 import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,11 +189,13 @@ class Reranker:
         ids, rows = np.asarray(ids, np.int64), np.asarray(rows, np.int64)
         found = len(ids)
         pins = self._pins(rules, filters)
-        added = np.setdiff1d(np.array(list(pins), np.int64), ids)
-        if len(added):
+        if pins:
+            added = np.setdiff1d(np.array(list(pins), np.int64), ids)
             ids = np.concatenate([ids, added])
             rows = np.concatenate([rows, self._catalogue.rows(added)])
-        is_pinned = np.isin(ids, list(pins)) if pins else np.zeros(len(ids), bool)
+            is_pinned = np.isin(ids, list(pins))
+        else:
+            is_pinned = np.zeros(len(ids), bool)
 
         kept, variants = self._collapse(rows, is_pinned)
         order = kept[~is_pinned[kept]]
@@ -317,32 +319,61 @@ def _mmr(
     span = relevance[0] - relevance[-1]
     gains = ((1 - strength) / span * (relevance - relevance[-1]) if span > 0 else 0 * relevance).tolist()
     cost = strength / attributes
-    left = list(range(len(values)))
+    # A set of results is an integer with a bit for each of them.
+    left = everything = (1 << len(values)) - 1
+    holders: dict[Value, int] = {}
+    for result, of_result in enumerate(values):
+        for value in of_result:
+            holders[value] = holders.get(value, 0) | 1 << result
     order: list[int] = []
     recent: dict[Value, int] = {}  # how many of the last results have a value
+    alike = [everything, *[0] * attributes]  # results that have a recent value in 0, 1, ... attributes
     while left:
-        best_at, best_gain = 0, -math.inf
-        for at, result in enumerate(left):
-            gain = gains[result]
-            # No result after this one can be better than the best one so far, because gains only fall.
-            if gain <= best_gain:
-                break
-            alike = 0  # a bit for each attribute
-            for value in values[result]:
-                if recent.get(value):
-                    alike |= 1 << (value % attributes)
-            if alike:
-                gain -= cost * alike.bit_count()
-            if gain > best_gain:
-                best_at, best_gain = at, gain
-        best = left.pop(best_at)
+        best, best_gain = -1, -math.inf
+        for common, results in enumerate(alike):
+            results &= left
+            if results:
+                # Gains only fall, so the first result of a set is its best one.
+                first = (results & -results).bit_length() - 1
+                gain = gains[first] - cost * common
+                if gain > best_gain or (gain == best_gain and first < best):
+                    best, best_gain = first, gain
         order.append(best)
+        left ^= 1 << best
+        has_changed = False
         for value in values[best]:
+            has_changed = has_changed or value not in recent
             recent[value] = recent.get(value, 0) + 1
         if len(order) > window:
             for value in values[order[-1 - window]]:
                 recent[value] -= 1
+                if not recent[value]:
+                    del recent[value]
+                    has_changed = True
+        if has_changed:
+            alike = _alike(recent, holders, everything, attributes)
     return order
+
+
+def _alike(recent: Iterable[Value], holders: Mapping[Value, int], everything: int, attributes: int) -> list[int]:
+    """Returns the sets of results that have a recent value in 0, 1, ... of the attributes.
+
+    Args:
+        recent: the values.
+        holders: value -> set of the results that have it.
+        everything: set of all results.
+        attributes: number of attributes.
+    """
+    alike = [everything, *[0] * attributes]
+    for number in range(attributes):
+        near = 0
+        for value in recent:
+            if value % attributes == number:
+                near |= holders[value]
+        for common in range(number + 1, 0, -1):
+            alike[common] = alike[common] & ~near | alike[common - 1] & near
+        alike[0] &= ~near
+    return alike
 
 
 def _sliding_window(values: Sequence[Sequence[Value]], window: int, most: int) -> list[int]:

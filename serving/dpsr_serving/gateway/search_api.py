@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -99,25 +99,22 @@ def make_server(gateway: Answers, searcher: Searcher, limits: LimitsConfig) -> A
 
     streams = 0
 
-    @contextlib.contextmanager
-    def stream() -> Iterator[bool]:
-        """Counts a streaming call while it lasts. Gives False if there are too many."""
+    @contextlib.asynccontextmanager
+    async def counted(context: Any) -> AsyncIterator[None]:
+        """Counts a streaming call while it lasts. Refuses it if there are too many."""
         nonlocal streams
         streams += 1
         try:
-            yield streams <= _STREAMS
+            if streams > _STREAMS:
+                words = f"{_STREAMS} streaming calls are under way, which is the limit; try again later"
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, words)
+            yield
         finally:
             streams -= 1
 
-    async def refuse(context: Any) -> None:
-        words = f"{_STREAMS} streaming calls are under way, which is the limit; try again later"
-        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, words)
-
     async def watch(body: bytes, context: Any) -> AsyncIterator[bytes]:
         try:
-            with stream() as fits:
-                if not fits:
-                    await refuse(context)
+            async with counted(context):
                 async for answer in health.watch(body):
                     yield answer
         except ValueError as error:
@@ -125,9 +122,7 @@ def make_server(gateway: Answers, searcher: Searcher, limits: LimitsConfig) -> A
 
     async def reflect(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         try:
-            with stream() as fits:
-                if not fits:
-                    await refuse(context)
+            async with counted(context):
                 async for request in requests:
                     yield reflection.answer(request)
         except ValueError as error:

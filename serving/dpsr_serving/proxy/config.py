@@ -335,7 +335,6 @@ _TOP_KEYS = (
 )  # fmt: skip
 _POOL_KEYS = ("backends", "shards", "discover", "missing_shards", "shard_timeout_s")
 _ADDRESSES = "a list of at least one host:port"
-_MOST_STREAMS = 2**31 - 1  # HTTP/2 has no more numbers for them
 DNS_PREFIX = "dns:"
 _ENDPOINT = re.compile(r"https?://[^/]+:[0-9]+")
 
@@ -577,8 +576,8 @@ def _dns(section: Section) -> DnsConfig:
 def _limits(section: Section) -> LimitsConfig:
     preset = LimitsConfig()
     counts = ("connections", "streams", "header_bytes", "message_bytes", "connection_bytes", "total_bytes")
-    # HTTP/2's settings have 32 bits.
-    most = {"header_bytes": 2**31 - 1}
+    # HTTP/2's settings have 32 bits, the numbers of its streams 31.
+    most = {"header_bytes": 2**31 - 1, "streams": 2**31 - 1}
     found: dict[str, Any] = {
         name: section.integer(name, getattr(preset, name), 1, most.get(name, 2**63 - 1)) for name in counts
     }
@@ -586,8 +585,6 @@ def _limits(section: Section) -> LimitsConfig:
         if name not in counts:
             found[name] = section.number(name, getattr(preset, name))
     limits = LimitsConfig(**found)
-    if limits.streams > _MOST_STREAMS:
-        raise UsageError(f"{section.key}streams: got {limits.streams}, expected at most {_MOST_STREAMS}")
     if limits.message_bytes > MAX_MESSAGE_BYTES:
         raise UsageError(
             f"{section.key}message_bytes: got {limits.message_bytes}, expected at most {MAX_MESSAGE_BYTES}"

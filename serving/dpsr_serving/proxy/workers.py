@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -189,6 +190,9 @@ async def _start(settings: Settings, config: ProxyConfig, share_port: bool) -> A
     except OSError as error:
         await server.stop(0)
         raise CommandError(f"{error}: is the port in use, or is the host not an address of this machine?") from error
+    # Modules stay as long as the process. When the garbage collector looks at all of them, calls wait for it.
+    gc.collect()
+    gc.freeze()
     return server
 
 
