@@ -185,7 +185,14 @@ Dtypes are uint8, int8, uint16, int32, uint32, int64, uint64, float32 and float6
              for (const PackedFile::Section& section : file.sections()) names.append(ToStr(section.name));
              return names;
            })
-      .def("get", &GetSection, py::arg("name"));
+      .def("get", &GetSection, py::arg("name"))
+      .def(
+          "verify",
+          [](const PackedFile& file, const std::string& name) {
+            const PackedFile::Section* section = file.Find(name);
+            if (section != nullptr) RunReleased([&] { return file.Verify(*section); });
+          },
+          py::arg("name"));
 
   m.def("checksum", &ChecksumOf, py::arg("data"),
         "Computes the checksum of a contiguous buffer as packed files store it for their sections: XXH3 with 64 bits.");

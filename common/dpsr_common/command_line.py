@@ -96,9 +96,14 @@ def run_command(name: str, module: ModuleType, arguments: Sequence[str]) -> int:
                 raise flags.Error(f"--{required} is missing ({values[required].help})")
     except flags.Error as error:
         return _fail(name, f"{error}; see `{name} --help`", 2)
-    try:
+
+    def body() -> int | None:
         use_local_paths(module, values)
-        return _guarded(lambda: module.run(values, list(rest)))
+        result: int | None = module.run(values, list(rest))
+        return result
+
+    try:
+        return _guarded(body)
     except Exception as error:
         status = getattr(error, "status", None)
         if isinstance(status, int):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from absl import flags
 
-from dpsr_common.errors import UsageError
+from dpsr_common.errors import CommandError, UsageError, resource_error
 from dpsr_common.object_store import download, is_remote, upload
 
 USAGE = """
@@ -43,5 +43,10 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     else:
         if values.overwrite:
             raise UsageError(f"--overwrite: only for object stores; remove {target}, or choose another --to")
-        size = sum(record["bytes"] for record in download(source, Path(target)).values())
+        try:
+            size = sum(record["bytes"] for record in download(source, Path(target)).values())
+        except OSError as error:
+            raise resource_error(error, target) or CommandError(
+                f"{error.filename or target}: cannot be written: {error.strerror}; choose another --to"
+            ) from None
     print(f"{target}: {size / 1e6:.1f} MB")

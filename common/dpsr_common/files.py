@@ -45,7 +45,7 @@ def locked(directory: Path, otherwise: str) -> Iterator[None]:
 
     Raises:
         CommandError: another process holds the lock; `otherwise` is the message.
-        OSError: there is no such directory.
+        OSError: the directory does not exist.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -11,8 +11,8 @@ if several directories or versions have it.
 The cache is the folder $DPSR_CACHE, by default ~/.cache/dpsr, of at most $DPSR_CACHE_BYTES bytes, by default 100e9:
 
     files/SHA256      contents
-    trees/KEY/...     directories, hard links to contents; KEY.lock is locked by the processes that read the directory,
-                      KEY.fill by the one that downloads it
+    trees/KEY/...     directories, or parts of them, hard links to contents; KEY.lock is locked by the processes that
+                      read it. The KEY.fill of a directory is locked by the process that downloads it or a part of it
 
 Credentials, regions and endpoints come from the environment, as for every program of AWS (AWS_PROFILE,
 AWS_ENDPOINT_URL, ...) or Google Cloud (GOOGLE_APPLICATION_CREDENTIALS).
@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -36,7 +37,7 @@ from typing import Any
 
 from absl import flags
 
-from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.errors import CommandError, UsageError, resource_error
 from dpsr_common.files import link_or_copy, replaced
 
 SCHEMES = ("s3://", "gs://")
@@ -98,31 +99,26 @@ class RemoteFolder:
 
     def download(self, name: str, expected: Mapping[str, Any], path: Path) -> None:
         """Writes a file to `path`. Raises CommandError if it is not the file that the mark lists."""
-        digest, size = hashlib.sha256(), 0
         with (
-            self._errors("read"),
+            self._errors("read", path.parent),
             self._files.open_input_stream(f"{self._path}/{name}") as stream,
             open(path, "wb") as out,
         ):
-            while block := stream.read(_BLOCK):
-                digest.update(block)
-                size += len(block)
-                out.write(block)
-        if {"bytes": size, "sha256": digest.hexdigest()} != dict(expected):
+            found = _copy(stream, out)
+        if found != dict(expected):
             raise CommandError(
-                f"{self.url}/{name}: is not the file that {MARK} lists ({size:,} bytes, expected "
+                f"{self.url}/{name}: is not the file that {MARK} lists ({found['bytes']:,} bytes, expected "
                 f"{expected['bytes']:,}); copy the directory again"
             )
 
-    def write(self, name: str, source: Path | bytes) -> None:
-        """Writes a file of this machine, or bytes, to `name`."""
-        with self._errors("written"), self._files.open_output_stream(f"{self._path}/{name}") as out:
-            if isinstance(source, bytes):
-                out.write(source)
-                return
-            with open(source, "rb") as file:
-                while block := file.read(_BLOCK):
-                    out.write(block)
+    def write(self, name: str, source: Path | bytes) -> dict[str, Any]:
+        """Writes a file of this machine, or bytes, to `name`. Returns what the mark says about it."""
+        with (
+            self._errors("written"),
+            io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file,
+            self._files.open_output_stream(f"{self._path}/{name}") as out,
+        ):
+            return _copy(file, out)
 
     def delete(self, name: str) -> None:
         """Removes a file."""
@@ -130,10 +126,14 @@ class RemoteFolder:
             self._files.delete_file(f"{self._path}/{name}")
 
     @contextlib.contextmanager
-    def _errors(self, done: str) -> Iterator[None]:
+    def _errors(self, done: str, folder: Path | None = None) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:
+            # This machine may be what refuses: `folder` is on its disk.
+            lacking = resource_error(error, folder)
+            if lacking is not None:
+                raise lacking from None
             reason = " ".join(str(error).split())[:300]
             raise CommandError(
                 f"{self.url}: cannot be {done}: {reason}; check the path, the credentials and the endpoint"
@@ -157,15 +157,15 @@ def upload(directory: Path, url: str, overwrite: bool = False) -> int:
     folder, paths = RemoteFolder(url), _all_files(directory)
     if not paths:
         raise CommandError(f"{directory}: holds no files; give a directory of `dpsr ingest`, `dpsr index` and so on")
+    unreadable = [path for path in paths.values() if not os.access(path, os.R_OK)]
+    if unreadable:  # before the mark of the old directory is gone
+        raise CommandError(f"{unreadable[0]}: cannot be read; correct its permissions")
     before = folder.names()
     if before and not overwrite:
         raise CommandError(f"{url}: holds files already; choose another directory, or give --overwrite")
     if MARK in before:
         folder.delete(MARK)
-    files = {}
-    for name, path in paths.items():
-        folder.write(name, path)
-        files[name] = _record(path)
+    files = {name: folder.write(name, path) for name, path in paths.items()}
     for name in set(before) - {MARK, *files}:
         folder.delete(name)
     folder.write(MARK, _mark(files))
@@ -237,33 +237,35 @@ def local_mark(directory: Path) -> dict[str, dict[str, Any]] | None:
 def cached(url: str, wanted: Callable[[str], bool] | None = None) -> Path:
     """Returns a local copy of a directory in an object store, which must not be changed.
 
-    It stays there as long as this process runs. Two processes that ask for the same directory download it once.
+    It stays there as long as this process runs. Two processes that ask for the same directory, or for parts of it,
+    download each file once.
 
     Args:
         url: a complete directory.
-        wanted: tells from its name whether a file is needed; None takes all.
+        wanted: tells from its name whether a file is needed; None takes all. The other files are not there.
 
     Raises:
         CommandError: the directory is not complete or changes meanwhile, what is in use fills the cache, or there
             cannot be a cache.
     """
     folder = RemoteFolder(url)
-    files = {name: record for name, record in _complete_files(folder).items() if wanted is None or wanted(name)}
+    complete = _complete_files(folder)
+    files = {name: record for name, record in complete.items() if wanted is None or wanted(name)}
     cache = Path(os.environ.get("DPSR_CACHE") or Path.home() / ".cache" / "dpsr")
+    tree = cache / "trees" / _key(files)
+    if tree in _locks:
+        return tree
     try:
         (cache / "files").mkdir(parents=True, exist_ok=True)
         (cache / "trees").mkdir(exist_ok=True)
+        lock = _lock_of(tree)
     except OSError as error:
         raise CommandError(f"{cache}: cannot be made: {error.strerror}; give another DPSR_CACHE") from None
-    tree = cache / "trees" / hashlib.sha256(_mark(files)).hexdigest()[:32]
-    if tree in _locks:
-        return tree
-    lock = _lock_of(tree)
     try:
         # Shared, so that others may read it at the same time. Nobody removes it meanwhile.
         fcntl.flock(lock, fcntl.LOCK_SH)
         if not tree.is_dir():
-            with _exclusive(tree.with_name(f"{tree.name}.fill")):
+            with _exclusive(tree.with_name(f"{_key(complete)}.fill")):
                 if not tree.is_dir():  # else another process was faster
                     _fill(cache, tree, folder, files)
         os.utime(tree)
@@ -272,6 +274,11 @@ def cached(url: str, wanted: Callable[[str], bool] | None = None) -> Path:
         raise
     _locks[tree] = lock
     return tree
+
+
+def _key(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns the name in the cache of a directory with these files."""
+    return hashlib.sha256(_mark(files)).hexdigest()[:32]
 
 
 def _fill(cache: Path, tree: Path, folder: RemoteFolder, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -288,6 +295,8 @@ def _fill(cache: Path, tree: Path, folder: RemoteFolder, files: Mapping[str, Map
             while not _linked(content, target):
                 with replaced(content) as path:
                     folder.download(name, expected, path)
+                    _sync(path)  # nobody looks again whether a content is whole, not even after a loss of power
+            os.utime(temporary)  # so that _remove_leftovers of other processes leaves it alone
         os.chmod(temporary, 0o755)
         os.rename(temporary, tree)
     except BaseException:
@@ -375,7 +384,7 @@ def _lock_of(tree: Path) -> int:
 
 @contextlib.contextmanager
 def _exclusive(path: Path) -> Iterator[None]:
-    """Lets one process at a time do something: remove things from the cache, or fill a directory of it."""
+    """Holds the lock of a file. Cleaning the cache has one such file, and each directory has one for its download."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -451,12 +460,14 @@ def _files_of(data: bytes, where: str) -> dict[str, dict[str, Any]]:
         raise CommandError(f"{where}: cannot be read: {error}; copy the directory again") from None
 
 
-def _record(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+def _copy(source: Any, target: Any) -> dict[str, Any]:
+    """Copies a stream of bytes. Returns what the mark says about them."""
+    digest, size = hashlib.sha256(), 0
+    while block := source.read(_BLOCK):
+        digest.update(block)
+        size += len(block)
+        target.write(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _all_files(directory: Path) -> dict[str, Path]:

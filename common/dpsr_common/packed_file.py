@@ -48,6 +48,14 @@ class PackedFile(Mapping[str, "npt.NDArray[Any]"]):
             raise KeyError(f"{self.path}: has no section {name!r} (it has: {', '.join(self._names)})")
         return section
 
+    def __contains__(self, name: object) -> bool:
+        """Returns whether the file has a section."""
+        return name in self._names
+
+    def verify(self, name: str) -> None:
+        """Computes the checksum of a section, if the file has it. Raises FormatError if it is wrong."""
+        self._file.verify(name)
+
     def __iter__(self) -> Iterator[str]:
         """Iterates over the names of the sections in the order of the file."""
         return iter(self._names)

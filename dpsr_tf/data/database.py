@@ -94,6 +94,12 @@ class Database:
         self._connection.execute(f"DROP TABLE {table}")
         self._tables.remove(table)
 
+    def rename(self, table: str, name: str) -> None:
+        """Gives a table another name, which no table has."""
+        self._connection.execute(f"ALTER TABLE {table} RENAME TO {name}")
+        self._tables.remove(table)
+        self._tables.add(name)
+
     def execute(self, statement: str) -> None:
         """Runs a statement that changes the rows of a table."""
         self._connection.execute(statement)

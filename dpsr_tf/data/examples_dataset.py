@@ -247,8 +247,8 @@ def examples_dataset(
 
     Batch n depends on the arguments and n only. The log is shuffled anew for each epoch. The workers of a training use
     the same seed and different values of `shard_index`. If the store has at least as many interaction files as there
-    are workers, worker w reads the files w, w + num_shards, ... only. With fewer files, each worker takes its part of
-    one shuffle of all files.
+    are workers, worker w reads the pairs of the files w, w + num_shards, ... only, and opens the other files only for
+    histories of queries or a click graph. With fewer files, each worker takes its part of one shuffle of all files.
 
     Args:
         store: the files, on any file system that TensorFlow knows, and their manifest.
@@ -272,6 +272,7 @@ def examples_dataset(
         users=_path(store, "users.dpsr"),
         items=_path(store, "items.dpsr"),
         interactions=[_path(store, name) for name in interactions_names(store.manifest["shards"])],
+        queries=store.manifest.get("shard_queries", []),
         titles=_path(store, "titles.dpsr"),
         vocabulary=_path(store, vocabulary_name()),
         graph=[_path(store, name) for name in _graph_names(store.manifest)],

@@ -49,6 +49,7 @@ from dpsr_tf.data.store import (
     Features,
     Store,
     file_names,
+    interactions_names,
     manifest_checksum,
     new_directory,
 )
@@ -347,6 +348,10 @@ def _write_manifest(
         "version": FORMAT_VERSION,
         "counts": dataclasses.asdict(counts),
         "shards": shards,
+        # So a worker knows the row of a query without the files of the other workers.
+        "shard_queries": [
+            len(PackedFile(out / name, verify=False)["query.splits"]) - 1 for name in interactions_names(shards)
+        ],
         "files": {
             name: f"{PackedFile(out / name, verify=False).fingerprint:016x}" for name in file_names(schema, shards)
         },

@@ -564,8 +564,7 @@ def _split_long_requests(database: Database, table: str, anonymous: str, gap: in
     )
     database.drop("moments")
     database.drop(table)
-    database.create(table, "FROM split_requests")
-    database.drop("split_requests")
+    database.rename("split_requests", table)
 
 
 def shard_of_query(shards: int) -> str:

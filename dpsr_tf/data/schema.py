@@ -252,7 +252,8 @@ class InteractionsSchema:
     )
     session_gap: float = option(
         30.0,
-        "minutes without a row after which the same user and query begin a new request; for rows without a session",
+        "minutes without a row after which the same user and query begin a new request; for rows without a session. "
+        "A request of anonymous users also ends so many minutes after its first row",
         0,
         1e6,
     )

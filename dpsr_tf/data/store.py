@@ -43,7 +43,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,8 @@ class Features:
 class Store:
     """An open store, whose files have been checked against its manifest.
 
+    A section of a file is verified when it is first read from the opened file. CommandError says that it is damaged.
+
     Attributes:
         path: the directory.
         manifest: the content of manifest.json.
@@ -113,8 +115,17 @@ class Store:
         vocabularies: the vocabularies of text features, by name.
     """
 
-    def __init__(self, path: str | Path):
-        """Opens the store at `path`. Raises CommandError if there is no complete store of this version."""
+    def __init__(self, path: str | Path, has: Callable[[str], bool] | None = None):
+        """Opens a store.
+
+        Args:
+            path: its directory.
+            has: tells from its name whether a file is there; None: all are. The vocabularies must be there. A method
+                that opens a file which is not there raises CommandError.
+
+        Raises:
+            CommandError: there is no complete store of this version.
+        """
         self.path = Path(path)
         manifest_path = self.path / "manifest.json"
         self.manifest = read_manifest(manifest_path, FORMAT, FORMAT_VERSION, "dpsr ingest")
@@ -131,8 +142,10 @@ class Store:
                 f"ingest the log again"
             ) from None
         for name, fingerprint in fingerprints.items():
+            if has is not None and not has(name):
+                continue
             # This reads the header and the section table only. Data are checked when they are read.
-            found = f"{self._open(name, verify=False).fingerprint:016x}"
+            found = f"{self._open(name).fingerprint:016x}"
             if found != fingerprint:
                 raise CommandError(
                     f"{self.path / name}: is not the file this store was made with (its fingerprint is {found}, "
@@ -270,11 +283,33 @@ class Store:
             raise TypeError(f"shards is {shards!r}")
         return shards
 
-    def _open(self, name: str, verify: bool = True) -> PackedFile:
+    def _open(self, name: str) -> PackedFile:
         try:
-            return PackedFile(str(self.path / name), re.split("[-.]", name)[0], verify)
+            return _StoreFile(self.path / name, re.split("[-.]", name)[0])
         except (FormatError, OSError) as error:
             raise CommandError(f"{error}; ingest the log again") from None
+
+
+class _StoreFile(PackedFile):
+    """A file of a store. A section is verified when it is first read, as not every process reads all of a large file.
+
+    Reading a damaged section raises CommandError.
+    """
+
+    def __init__(self, path: Path, kind: str):
+        """Opens a file. Raises FormatError or OSError if it is not a whole file of this kind."""
+        super().__init__(path, kind, verify=False)
+        self._verified: set[str] = set()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Returns a section as an array. Raises KeyError if the file lacks the section."""
+        if name not in self._verified:
+            try:
+                self.verify(name)
+            except FormatError as error:
+                raise CommandError(f"{error}; ingest the log again") from None
+            self._verified.add(name)
+        return super().__getitem__(name)
 
 
 def vocabulary_name(name: str | None = None) -> str:

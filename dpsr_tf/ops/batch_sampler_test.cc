@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <fstream>
 #include <iterator>
@@ -727,6 +728,42 @@ TEST_F(BatchSamplerTest, SharedNegativesAreUniform) {
   }
   // 40,000 draws over 40 items: 1,000 each, five standard deviations are 156.
   for (int count : counts) EXPECT_NEAR(count, 1000, 156);
+}
+
+TEST_F(BatchSamplerTest, FilesOfOtherWorkersMayBeMissing) {
+  constexpr int kFiles = 3;
+  Make(kFiles);
+  TrainingStore::Options& files = shop_->options;
+  files.shard_index = 1;
+  files.num_shards = 2;
+  BatchOptions options;
+  options.shard_index = 1;
+  options.num_shards = 2;
+  ASSERT_TRUE(IsOk(shop_->Open(&store_)));
+  const std::vector<int> expected = Weights(*store_, options);
+  ASSERT_FALSE(expected.empty());
+  for (int f = 0; f < kFiles; ++f) files.queries.push_back((Shop::kQueries - f + kFiles - 1) / kFiles);
+  ASSERT_TRUE(IsOk(shop_->Open(&store_)));
+  for (int f : {0, 2}) ASSERT_EQ(std::remove(files.interactions[f].c_str()), 0);
+  EXPECT_EQ(shop_->Open(&store_).code(), StatusCode::kNotFound);
+  files.all_queries = false;
+  ASSERT_TRUE(IsOk(shop_->Open(&store_)));
+  EXPECT_EQ(store_->num_queries(), Shop::kQueries);
+  EXPECT_EQ(Weights(*store_, options), expected);
+
+  files.queries[0] = -1;
+  EXPECT_EQ(shop_->Open(&store_).code(), StatusCode::kInvalidArgument);
+  files.queries[0] = int64_t{1} << 31;
+  EXPECT_EQ(shop_->Open(&store_).code(), StatusCode::kInvalidArgument);
+  files.queries[0] = (int64_t{1} << 31) - 1;
+  EXPECT_EQ(shop_->Open(&store_).code(), StatusCode::kFailedPrecondition) << "too many in all";
+  files.queries[0] = 9;
+  ++files.queries[1];
+  EXPECT_EQ(shop_->Open(&store_).code(), StatusCode::kDataLoss) << "not what its own file has";
+  files.queries.pop_back();
+  EXPECT_EQ(shop_->Open(&store_).code(), StatusCode::kInvalidArgument);
+  files.queries.clear();
+  EXPECT_EQ(shop_->Open(&store_).code(), StatusCode::kNotFound);
 }
 
 TEST_F(BatchSamplerTest, MaskLeavesOutEveryClickedItemOfTheQuery) {

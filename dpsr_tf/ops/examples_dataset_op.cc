@@ -27,13 +27,15 @@ using ::tensorflow::DataTypeVector;
 using ::tensorflow::PartialTensorShape;
 
 // TensorFlow requires the name of a dataset op to end in "Dataset".
-enum Input { kUsers, kItems, kInteractions, kTitles, kVocabulary, kGraph, kFirstStep };
-constexpr const char* kInputNames[] = {"users", "items", "interactions", "titles", "vocabulary", "graph", "first_step"};
+enum Input { kUsers, kItems, kInteractions, kQueries, kTitles, kVocabulary, kGraph, kFirstStep };
+constexpr const char* kInputNames[] = {"users",      "items", "interactions", "queries", "titles",
+                                       "vocabulary", "graph", "first_step"};
 
 REGISTER_OP("DpsrExamplesDataset")
     .Input("users: string")         // files of the store
     .Input("items: string")
     .Input("interactions: string")  // [files]
+    .Input("queries: int64")        // [files], number of queries of each interactions file; [0] if it is not known
     .Input("titles: string")        // read for title queries only
     .Input("vocabulary: string")    // read for title queries and for logged queries with typing errors only
     .Input("graph: string")         // [files]; read for neighbours only
@@ -44,7 +46,8 @@ REGISTER_OP("DpsrExamplesDataset")
     .SetShapeFn([](tensorflow::shape_inference::InferenceContext* c) {
       for (int i = 0; i < c->num_inputs(); ++i) {
         tensorflow::shape_inference::ShapeHandle checked;
-        TF_RETURN_IF_ERROR(c->WithRank(c->input(i), i == kInteractions || i == kGraph ? 1 : 0, &checked));
+        const bool is_list = i == kInteractions || i == kQueries || i == kGraph;
+        TF_RETURN_IF_ERROR(c->WithRank(c->input(i), is_list ? 1 : 0, &checked));
       }
       c->set_output(0, c->Scalar());
       return tensorflow::OkStatus();
@@ -99,6 +102,7 @@ class ExamplesDataset : public data::DatasetBase {
     TF_RETURN_IF_ERROR(b->AddScalar(tstring(files.users), &nodes[kUsers]));
     TF_RETURN_IF_ERROR(b->AddScalar(tstring(files.items), &nodes[kItems]));
     TF_RETURN_IF_ERROR(b->AddVector(interactions, &nodes[kInteractions]));
+    TF_RETURN_IF_ERROR(b->AddVector(files.queries, &nodes[kQueries]));
     TF_RETURN_IF_ERROR(b->AddScalar(tstring(files.titles), &nodes[kTitles]));
     TF_RETURN_IF_ERROR(b->AddScalar(tstring(files.vocabulary), &nodes[kVocabulary]));
     TF_RETURN_IF_ERROR(b->AddVector(graph, &nodes[kGraph]));
@@ -369,10 +373,12 @@ class ExamplesDatasetOp : public data::DatasetOpKernel {
     files.has_query_texts = options_.query_typo_rate > 0;
     files.reads_log = options_.num_title_queries < options_.batch_size;
     files.events = options_.history_length > 0 || options_.query_history_length > 0;
+    files.event_queries = options_.query_history_length > 0;
     files.impressions = options_.num_own_negatives > 0 && !options_.own_labels();
     files.impressions_if_any = options_.num_own_negatives > 0 && options_.own_impressions();
     files.has_graph = !options_.graph_fan_out.empty();
     files.graph_attributes = options_.graph_attributes;
+    files.all_queries = options_.query_history_length > 0 || files.has_graph;
     files.shard_index = options_.shard_index;
     files.num_shards = options_.num_shards;
     std::unique_ptr<TrainingStore> store;
@@ -394,6 +400,7 @@ class ExamplesDatasetOp : public data::DatasetOpKernel {
       TF_RETURN_IF_ERROR(data::ParseVectorArgument<tstring>(c, kInputNames[input], &values));
       paths->assign(values.begin(), values.end());
     }
+    TF_RETURN_IF_ERROR(data::ParseVectorArgument<int64_t>(c, kInputNames[kQueries], &files.queries));
     TF_RETURN_IF_ERROR(data::ParseScalarArgument<int64_t>(c, kInputNames[kFirstStep], &arguments->first_step));
     if (arguments->first_step >= 0 && arguments->first_step <= kMaxStep) return tensorflow::OkStatus();
     return errors::InvalidArgument("first_step is ", arguments->first_step, ", expected 0 to ", kMaxStep);

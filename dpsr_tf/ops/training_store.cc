@@ -10,6 +10,8 @@ namespace {
 // With fewer positives than this, a scan is faster than a lookup.
 constexpr int64_t kHeadPositives = 128;
 constexpr size_t kItemsPerFilterWord = 4;
+// Rows of queries are int32.
+constexpr int64_t kMaxQueries = std::numeric_limits<int32_t>::max();
 
 // Checks the order of positives: the mask of clicked items searches the positives of a query.
 Status CheckPositives(const SectionReader& reader, const InteractionsShard& shard) {
@@ -82,6 +84,11 @@ Status TrainingStore::Open(const Options& options, const FileOpener& open, std::
   std::unique_ptr<TrainingStore> s(new TrainingStore);
   const size_t files = options.interactions.size();
   if (files == 0) return MakeStatus(StatusCode::kInvalidArgument, "no interactions file is given, expected one or more");
+  const bool knows_queries = !options.queries.empty();
+  if (knows_queries && options.queries.size() != files) {
+    return MakeStatus(StatusCode::kInvalidArgument, "queries has ", options.queries.size(),
+                      " numbers, expected one for each of the ", files, " interactions files");
+  }
   DPSR_RETURN_IF_ERROR(open(options.users, "users", &s->users_));
   std::unique_ptr<PackedFile> items;
   DPSR_RETURN_IF_ERROR(open(options.items, "items", &items));
@@ -95,19 +102,34 @@ Status TrainingStore::Open(const Options& options, const FileOpener& open, std::
   s->shards_.resize(files);
   s->own_rows_.push_back(0);
   int64_t positives = 0;
+  bool reads_all = true;
   for (size_t f = 0; f < files; ++f) {
     InteractionsShard& shard = s->shards_[f];
-    DPSR_RETURN_IF_ERROR(open(options.interactions[f], "interactions", &shard.file));
     shard.own = !s->sharded_by_file_ || static_cast<int64_t>(f) % options.num_shards == options.shard_index;
     shard.first_query = s->num_queries_;
     s->first_queries_.push_back(shard.first_query);
-    DPSR_RETURN_IF_ERROR(s->OpenShard(options, &shard));
-    s->num_queries_ += shard.query_tokens.rows();
-    if (s->num_queries_ > std::numeric_limits<int32_t>::max()) {
-      return MakeStatus(StatusCode::kFailedPrecondition, shard.file->path(), ": ", s->num_queries_,
-                        " queries up to here, at most 2147483647 fit one store; split the log");
+    int64_t queries = knows_queries ? options.queries[f] : 0;
+    if (queries < 0 || queries > kMaxQueries) {
+      return MakeStatus(StatusCode::kInvalidArgument, "queries has the number ", queries, ", expected 0 to ",
+                        kMaxQueries);
     }
-    if (const PackedFile::Section* rows = shard.file->Find("positive.item")) positives += rows->count;
+    if (shard.own || options.all_queries || !knows_queries) {
+      DPSR_RETURN_IF_ERROR(open(options.interactions[f], "interactions", &shard.file));
+      DPSR_RETURN_IF_ERROR(s->OpenShard(options, &shard));
+      if (knows_queries && shard.query_tokens.rows() != queries) {
+        return MakeStatus(StatusCode::kDataLoss, shard.file->path(), ": has ", shard.query_tokens.rows(),
+                          " queries, the manifest says ", queries, "; ingest the log again");
+      }
+      queries = shard.query_tokens.rows();
+      if (const PackedFile::Section* rows = shard.file->Find("positive.item")) positives += rows->count;
+    } else {
+      reads_all = false;
+    }
+    s->num_queries_ += queries;
+    if (s->num_queries_ > kMaxQueries) {
+      return MakeStatus(StatusCode::kFailedPrecondition, options.interactions[f], ": ", s->num_queries_,
+                        " queries up to here, at most ", kMaxQueries, " fit one store; split the log");
+    }
     if (!shard.own) continue;
     s->own_shards_.push_back(&shard);
     s->own_rows_.push_back(s->own_rows_.back() + static_cast<int64_t>(shard.user.size()));
@@ -115,7 +137,7 @@ Status TrainingStore::Open(const Options& options, const FileOpener& open, std::
   if (s->num_items() == 0) {
     return MakeStatus(StatusCode::kFailedPrecondition, s->items_->file().path(), ": has no items to train with");
   }
-  if (positives == 0 && options.reads_log) {
+  if (positives == 0 && reads_all && options.reads_log) {
     return MakeStatus(StatusCode::kFailedPrecondition, options.interactions[0],
                       ": has no positive interactions; ingest a log, or train on titles alone, with num_title_queries "
                       "as large as batch_size");
@@ -184,7 +206,7 @@ Status TrainingStore::OpenUsers(const Options& options) {
   const int64_t events = static_cast<int64_t>(event_time_.size());
   DPSR_RETURN_IF_ERROR(reader.Splits("event.splits", num_users_, events, &event_splits_));
   DPSR_RETURN_IF_ERROR(reader.Array("event.item", events, &event_item_));
-  DPSR_RETURN_IF_ERROR(reader.Array("event.query", events, &event_query_));
+  if (options.event_queries) DPSR_RETURN_IF_ERROR(reader.Array("event.query", events, &event_query_));
   DPSR_RETURN_IF_ERROR(reader.Array("event.type", events, &event_type_));
   DPSR_RETURN_IF_ERROR(reader.CheckRows("event.item", event_item_, num_items(), "items"));
   DPSR_RETURN_IF_ERROR(reader.CheckRows("event.query", event_query_, num_queries_, "queries"));
@@ -223,17 +245,20 @@ Status TrainingStore::OpenGraph(const Options& options, const FileOpener& open) 
 }
 
 // Checks that times ascend, because a binary search in them cuts histories, and that the anonymous user has no events.
+// The order of events at the same time is checked only if their queries are read, by which they are sorted.
 Status TrainingStore::CheckEvents(const SectionReader& reader) const {
   if (num_users_ > 0 && event_splits_[1] != 0) {
     return MakeStatus(StatusCode::kDataLoss, reader.file().path(), ": section event.splits row 1 is ",
                       event_splits_[1], ", expected 0: the anonymous user, row 0, has no events; ingest the log again");
   }
-  const auto key = [this](int64_t e) {
-    return std::make_tuple(event_time_[e], event_query_[e], event_item_[e], event_type_[e]);
+  const auto rest = [this](int64_t e) { return std::make_tuple(event_query_[e], event_item_[e], event_type_[e]); };
+  const auto is_before = [&](int64_t a, int64_t b) {
+    if (event_time_[a] != event_time_[b]) return event_time_[a] < event_time_[b];
+    return !event_query_.empty() && rest(a) < rest(b);
   };
   for (int64_t user = 0; user < num_users_; ++user) {
     for (int64_t e = event_splits_[user] + 1; e < event_splits_[user + 1]; ++e) {
-      if (key(e) < key(e - 1)) {
+      if (is_before(e, e - 1)) {
         return MakeStatus(StatusCode::kDataLoss, reader.file().path(), ": section event.time row ", e,
                           " is before row ", e - 1, " of the same user (", event_time_[e], " after ", event_time_[e - 1],
                           "), expected events in ascending order of time, query, item and type; ingest the log again");

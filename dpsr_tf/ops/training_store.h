@@ -104,7 +104,7 @@ struct TextColumn {
 
 // One interactions file. The members below `own` are set for a worker's own shards only.
 struct InteractionsShard {
-  std::unique_ptr<PackedFile> file;
+  std::unique_ptr<PackedFile> file;  // null, without query_tokens, if it is not read; see Options::all_queries
   int64_t first_query = 0;  // global row of its first query
   RaggedColumn query_tokens;
   bool own = false;
@@ -144,12 +144,17 @@ class TrainingStore {
   struct Options {
     std::string users, items;
     std::vector<std::string> interactions;
+    std::vector<int64_t> queries;  // number of queries of each interactions file; empty if it is not known
     std::string titles, vocabulary;
     bool has_titles = false, has_query_texts = false;  // whether to read these, and the vocabulary with them
     FeatureNames user_features, item_features;
     FeatureNames history_features;  // features of the items in histories
     bool reads_log = true;          // whether there must be a positive pair
+    // Whether to read the queries of other workers' files, too. Otherwise such a file may be missing if `queries` says
+    // how many it has.
+    bool all_queries = true;
     bool events = false;            // whether to read the users' events
+    bool event_queries = true;      // whether to read the queries of these events, too
     bool impressions = false;       // whether to read unclicked impressions; FailedPrecondition if there are none
     bool impressions_if_any = false;  // whether to read them if there are any
     bool has_graph = false;           // whether to read the click graph
@@ -164,7 +169,7 @@ class TrainingStore {
   // Errors: the errors of `open` (by default PackedFile::Open); DataLoss if the files do not fit together (a row that
   // refers beyond a table, splits that fall, rows in another order than above); NotFound for an unknown feature;
   // FailedPrecondition without items, or without the positive interactions that are asked for; InvalidArgument without
-  // an interactions file.
+  // an interactions file, or for wrong Options::queries.
   static Status Open(const Options& options, const FileOpener& open, std::unique_ptr<TrainingStore>* store);
   static Status OpenLocalFile(const std::string& path, const char* kind, std::unique_ptr<PackedFile>* file) {
     return PackedFile::Open(path, kind, /*verify=*/false, file);
@@ -201,6 +206,7 @@ class TrainingStore {
     *local = query - first_queries_[s];
     return shards_[s];
   }
+  // Returns the tokens of a query, which must be in a file of this worker unless Options::all_queries.
   Span<const int32_t> query_tokens(int64_t query) const {
     int64_t local;
     const InteractionsShard& shard = ShardOfQuery(query, &local);
@@ -214,7 +220,7 @@ class TrainingStore {
     __builtin_prefetch(&shard.query_tokens.splits[local]);
   }
 
-  // Events of each user; all empty unless Options::events.
+  // Events of each user; all empty unless Options::events, event_query() also unless Options::event_queries.
   Span<const int64_t> event_splits() const { return event_splits_; }
   Span<const uint32_t> event_time() const { return event_time_; }
   Span<const int32_t> event_item() const { return event_item_; }

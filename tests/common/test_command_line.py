@@ -136,7 +136,12 @@ class _ErrorOfALibrary(Exception):
     [
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/a"), "/data/a", "the disk is full", "make room"),
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "/data/out", "the disk is full", "make room"),
-        (OSError(errno.EROFS, os.strerror(errno.EROFS), "/data/a"), "/data/a", "the file system is read-only", "on a"),
+        (
+            OSError(errno.EROFS, os.strerror(errno.EROFS), "/data/a"),
+            "/data/a",
+            "the file system is read-only",
+            "choose a place on a disk that can be written",
+        ),
         (OSError(errno.EMFILE, os.strerror(errno.EMFILE), "/data/a"), "/data/a", "too many files are open", "ulimit"),
         (_ErrorOfALibrary("IO Error: No space left on device\n(pid 7)"), "/data/out", "the disk is full", "make room"),
     ],
@@ -172,6 +177,14 @@ def test_bugs_keep_their_traceback():
 
 def test_interrupt():
     assert command_line.run_command("dpsr x", command(fail(KeyboardInterrupt())), []) == 130
+
+
+def test_an_interrupt_while_an_input_is_downloaded(monkeypatch):
+    def download(module, values):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "use_local_paths", download)
+    assert command_line.run_command("dpsr x", command(fail(AssertionError("must not run"))), []) == 130
 
 
 def test_status_and_arguments():

@@ -61,6 +61,17 @@ def test_a_copy_is_the_directory(s3_url: str, tmp_path: Path) -> None:
     assert contents(cached(s3_url)) == {"manifest": "{1}"}, "nothing of the old one stays"
 
 
+def test_a_file_that_cannot_be_read_ends_no_older_copy(
+    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = folder(tmp_path / "source", a="one", b="two")
+    upload(source, s3_url)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "b")
+    with pytest.raises(CommandError, match="source/b: cannot be read; correct its permissions"):
+        upload(source, s3_url, overwrite=True)
+    assert RemoteFolder(s3_url).files() is not None, "it is complete as before"
+
+
 def test_a_copy_is_on_the_disk_before_it_appears(s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     upload(folder(tmp_path / "source", a="one", log__part="rows"), s3_url)
     synced: set[int] = set()
@@ -85,13 +96,14 @@ def test_a_copy_is_on_the_disk_before_it_appears(s3_url: str, tmp_path: Path, mo
 def test_half_a_directory_is_refused(s3_url: str, tmp_path: Path) -> None:
     source, remote = folder(tmp_path / "source", a="one", b="two"), RemoteFolder(s3_url)
     remote.write("a", source / "a")
-    for take in (cached, lambda s3_url: download(s3_url, tmp_path / "copy")):
+    for take in (cached, lambda url: download(url, tmp_path / "copy")):
         with pytest.raises(CommandError, match=rf"{s3_url}: is not a complete directory \(no {MARK}\)"):
             take(s3_url)
     upload(source, s3_url, overwrite=True)
     remote.write("b", b"three")
+    damaged = rf"{s3_url}/b: is not the file that {MARK} lists \(5 bytes, expected 3\)"
     for take in (cached, lambda url: download(url, tmp_path / "copy")):
-        with pytest.raises(CommandError, match=rf"/b: is not the file that {MARK} lists \(5 bytes, expected 3\)"):
+        with pytest.raises(CommandError, match=damaged):
             take(s3_url)
         end_of_process()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "source"], "nothing half-written stays"
@@ -159,6 +171,40 @@ def test_a_cache_that_cannot_be_made(s3_url: str, tmp_path: Path, monkeypatch: p
         cached(s3_url)
 
 
+def test_a_cache_of_another_user(s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload(folder(tmp_path / "source", file="content"), s3_url)
+
+    def refuse(tree: Path) -> int:
+        raise PermissionError(13, "Permission denied", str(tree))
+
+    monkeypatch.setattr(object_store, "_lock_of", refuse)
+    with pytest.raises(CommandError, match="cache: cannot be made: Permission denied; give another DPSR_CACHE"):
+        cached(s3_url)
+
+
+def test_a_content_of_the_cache_is_on_the_disk_before_it_has_its_name(
+    s3_url: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(folder(tmp_path / "source", a="one", log__part="rows"), s3_url)
+    synced: set[int] = set()
+    named: list[int] = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_sync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def note_replace(source: Path, target: Path) -> None:
+        named.append(source.stat().st_ino)
+        assert named[-1] in synced
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    cached(s3_url)
+    assert len(named) == files_in(cache) == 2
+
+
 def test_two_processes_fill_the_cache_once(s3_url: str, tmp_path: Path, cache: Path) -> None:
     upload(folder(tmp_path / "source", a="one", b="two"), s3_url)
     program = f"from dpsr_common.object_store import cached; print(cached({s3_url!r}))"
@@ -167,6 +213,21 @@ def test_two_processes_fill_the_cache_once(s3_url: str, tmp_path: Path, cache: P
     assert [process.returncode for process in both] == [0, 0]
     assert len(paths) == 1 and contents(Path(paths.pop())) == {"a": "one", "b": "two"}
     assert files_in(cache) == 2 and not list((cache / "trees").glob(".unfinished*"))
+
+
+def test_two_processes_with_parts_of_a_directory_download_what_both_need_once(s3_url: str, tmp_path: Path) -> None:
+    upload(folder(tmp_path / "source", both="both", one="1", two="2"), s3_url)
+    program = (
+        "import sys; from dpsr_common.object_store import cached; "
+        f"print(cached({s3_url!r}, lambda name: name in ('both', sys.argv[1])))"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program, name], stdout=subprocess.PIPE, text=True)
+        for name in ("one", "two")
+    ]
+    one, two = (Path(process.communicate(timeout=60)[0].strip()) for process in processes)
+    assert contents(one) == {"both": "both", "one": "1"} and contents(two) == {"both": "both", "two": "2"}
+    assert (one / "both").stat().st_nlink == 3, "in the cache and in both directories"
 
 
 def test_a_directory_that_another_process_reads_is_read_at_once(s3_url: str, tmp_path: Path) -> None:
@@ -221,6 +282,13 @@ def test_what_an_object_store_refuses_is_an_error_in_one_line(s3: str) -> None:
     assert not is_remote("/s3://x") and not is_remote("http://x")
 
 
+def test_a_full_disk_is_not_blamed_on_the_object_store(s3_url: str, tmp_path: Path) -> None:
+    upload(folder(tmp_path / "source", a="one"), s3_url)
+    remote = RemoteFolder(s3_url)
+    with pytest.raises(CommandError, match=r"^/dev: the disk is full \(.*No space left on device"):
+        remote.download("a", (remote.files() or {})["a"], Path("/dev/full"))
+
+
 def test_commands_take_object_stores_where_they_say_so(s3_url: str, tmp_path: Path, dpsr) -> None:
     source = folder(tmp_path / "source", manifest="{}")
     dpsr("copy", f"--from={source}", f"--to={s3_url}").succeeds()
@@ -228,6 +296,8 @@ def test_commands_take_object_stores_where_they_say_so(s3_url: str, tmp_path: Pa
     assert contents(tmp_path / "copy") == contents(source)
     dpsr("copy", f"--from={source}", f"--to={tmp_path / 'other'}").fails(2, "expected one of them, and only one")
     dpsr("copy", f"--from={tmp_path / 'missing'}", f"--to={s3_url}").fails(2, "is not a directory")
+    in_file = tmp_path / "source" / "manifest" / "copy"
+    dpsr("copy", f"--from={s3_url}", f"--to={in_file}").fails(1, "manifest: cannot be written: ", "choose another --to")
     dpsr("generate", f"--out={s3_url}").fails(2, f"--out={s3_url}: must be a path of this machine; `dpsr copy` copies")
     index = ("index", f"--model={s3_url}", f"--store={s3_url}", f"--out={tmp_path / 'index'}", "--engine=spark")
     dpsr(*index).fails(2, f"{s3_url}: with --engine=spark it must be a path that all machines see")

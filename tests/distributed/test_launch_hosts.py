@@ -15,7 +15,11 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
+from dpsr_common.command_line import main
 from dpsr_common.errors import UsageError
+from dpsr_common.object_store import upload
+from dpsr_tf.data.store import Store
+from dpsr_tf.training import launch as launch_module
 from dpsr_tf.training.launch import free_ports
 from dpsr_tf.training.ssh_hosts import SshHosts
 
@@ -78,6 +82,37 @@ def flags(ssh: str, store: Path, model: Path, *assignments: str) -> list[str]:
         f"--hosts={','.join(HOSTS)}", f"--ssh={ssh}", f"--port={first_port}", f"--store={store}", f"--out={model}",
         *(f"--set={each}" for each in (*SMALL, *assignments)),
     ]  # fmt: skip
+
+
+def test_hosts_copy_from_an_object_store_themselves(
+    shop_store: Store, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str] = []
+
+    class Processes:
+        """Takes the arguments of the processes, and starts none."""
+
+        def __init__(self, tasks: object, arguments: list[str], *_: object):
+            given[:] = arguments
+
+        def __enter__(self) -> Processes:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def run(self) -> int:
+            return 0
+
+    monkeypatch.setenv("DPSR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(launch_module, "_Processes", Processes)
+    upload(shop_store.path, s3_url)
+    arguments = ["launch", "--workers=1", f"--store={s3_url}", f"--out={tmp_path / 'model'}"]
+    assert main([*arguments, "--hosts=one,two"]) == 0
+    assert f"--store={s3_url}" in given
+    assert main(arguments) == 0
+    (store,) = [argument for argument in given if argument.startswith("--store=")]
+    assert store.startswith(f"--store={tmp_path / 'cache'}"), "one copy for all processes of this machine"
 
 
 @pytest.mark.distributed

@@ -333,6 +333,25 @@ def test_a_worker_does_not_read_what_others_read(tmp_path):
         examples_dataset(store, options(), shard_index=1, num_shards=2)
 
 
+def test_a_worker_opens_the_files_of_others_for_histories_of_queries_only(tmp_path):
+    store = random_store(tmp_path / "two", shards=2)
+    other, own = (store.path / name for name in interactions_names(2))
+
+    def dataset(**more):
+        return examples_dataset(store, options(history_length=3, **more), shard_index=1, num_shards=2)
+
+    expected = batches(dataset(), 9)
+    counts = [len(PackedFile(path, "interactions")["query.splits"]) - 1 for path in (other, own)]
+    store.manifest["shard_queries"] = counts
+    other.unlink()
+    same(batches(dataset(), 9), expected)
+    with pytest.raises(tf.errors.NotFoundError, match=str(other)):
+        dataset(query_history_length=3)
+    store.manifest["shard_queries"] = [counts[0], counts[1] + 1]
+    with pytest.raises(tf.errors.DataLossError, match=f"{own}: has {counts[1]} queries, the manifest says"):
+        dataset()
+
+
 def test_seed_and_shard_draw_negatives_of_their_own(small):
     def negatives(seed=1, **shard):
         return np.stack(
@@ -572,13 +591,14 @@ def test_serving_reads_the_history_that_training_reads(small, rows):
 # Errors.
 
 
-INPUTS = ("users", "items", "interactions", "titles", "vocabulary", "graph", "first_step")
+INPUTS = ("users", "items", "interactions", "queries", "titles", "vocabulary", "graph", "first_step")
 OPTIONS = options(
     shuffle_buffer=100,
     num_own_negatives=1,
     user_features=("profile0", "profile1", "interests"),
     item_features=("code0", "code1", "tags", "note"),
     history_length=2,
+    query_history_length=2,
 )
 
 
@@ -586,7 +606,7 @@ def create(store, **changes):
     """The op with these inputs and options instead of good ones."""
     inputs = {name: str(store.path / f"{name}.dpsr") for name in INPUTS}
     inputs["interactions"] = [str(store.path / name) for name in interactions_names(store.manifest["shards"])]
-    inputs |= {"graph": tf.zeros([0], tf.string), "first_step": 0}
+    inputs |= {"queries": tf.zeros([0], tf.int64), "graph": tf.zeros([0], tf.string), "first_step": 0}
     message = json.loads(OPTIONS.message(store.manifest, num_epochs=0, shard_index=0, num_shards=1))
     assert set(changes) <= set(inputs | message)
     inputs |= {name: changes.pop(name) for name in INPUTS if name in changes}
@@ -631,6 +651,8 @@ def create(store, **changes):
         ({"first_step": -1}, "first_step is -1, expected 0 to"),
         ({"first_step": 2**62}, "first_step is 4611686018427387904, expected "),
         ({"interactions": tf.zeros([0], tf.string)}, "no interactions file is given"),
+        ({"queries": [1, 2]}, "queries has 2 numbers, expected one for each of the 3 interactions files"),
+        ({"queries": [-1, 0, 0]}, "queries has the number -1, expected 0 to 2147483647"),
         ({"first_step": tf.constant([8], tf.int64)}, "scalar"),
     ],
 )
@@ -664,6 +686,8 @@ def test_shape_function(small):
         for name in ("interactions", "graph"):
             with pytest.raises(ValueError, match="Shape must be rank 1 but is rank 0"):
                 create(small, **{name: "a"})
+        with pytest.raises(ValueError, match="Shape must be rank 1 but is rank 0"):
+            create(small, queries=1)
         with pytest.raises(ValueError, match="Shape must be rank 0 but is rank 1"):
             create(small, first_step=[1])
 
@@ -800,6 +824,18 @@ def test_sections_that_are_missing(fresh, name, section):
     write_file(path, name, sections)
     with pytest.raises(tf.errors.DataLossError, match=f'{path}: has no section "{section}"'):
         create(fresh)
+
+
+def test_queries_of_events_are_read_for_histories_of_queries_only(fresh):
+    expected = batches(examples_dataset(fresh, options(history_length=5)), 5)
+    path = fresh.path / "users.dpsr"
+    sections = dict(PackedFile(path, "users").items())
+    sections["event.query"] = sections["event.query"][::-1] + 10
+    write_file(path, "users", sections)
+    with pytest.raises(tf.errors.DataLossError, match=r"event\.query row 0 refers to row"):
+        create(fresh)
+    assert create(fresh, query_history_length=0) is not None
+    same(batches(examples_dataset(fresh, options(history_length=5)), 5), expected)
 
 
 def test_optional_sections(tmp_path):

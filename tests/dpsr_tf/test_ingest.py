@@ -243,7 +243,7 @@ def test_a_damaged_filter_file(shop, tmp_path, dpsr):
     whole = file.read_bytes()
     file.write_bytes(whole[:70] + bytes([whole[70] ^ 1]) + whole[71:])
     with pytest.raises(CommandError, match=r"filters\.dpsr"):
-        Store(tmp_path / "store").filters()
+        dict(Store(tmp_path / "store").filters())
     file.unlink()
     with pytest.raises(CommandError, match=r"filters\.dpsr"):
         Store(tmp_path / "store")
@@ -1116,7 +1116,8 @@ def test_a_row_without_a_user_is_anonymous(shop, store, tmp_path, dpsr):
 
 def log_of(shop, rows, **schema):
     """Replaces the log by rows of (query, item, user, time, type, ...), whose further columns `schema` names."""
-    names = ["query", "item_id", "user_id", "time", "type", *(name for name in ("session", "label") if name in schema)]
+    more = (name for name in ("session", "label", "position") if name in schema)
+    names = ["query", "item_id", "user_id", "time", "type", *more]
     shop.log = [dict(zip(names, row, strict=True)) for row in rows]
     kept = {name: shop.schema["interactions"][name] for name in ("files", "query", "item", "user")}
     shop.schema["interactions"] = kept | {"time": "time", "type": "type"} | schema
@@ -1268,17 +1269,7 @@ def test_the_most_skipped_items_are_mined(shop, tmp_path, dpsr):
             ("bolt", 20, None, time, "impression", 2),
             ("bolt", 50, None, time, "impression", 50),
         ]
-    names = ["query", "item_id", "user_id", "time", "type", "rank"]
-    shop.log = [dict(zip(names, row, strict=True)) for row in rows]
-    shop.schema["interactions"] = {
-        "files": "log.*",
-        "query": "query",
-        "item": "item_id",
-        "time": "time",
-        "type": "type",
-        "position": "rank",
-        "mined_negatives": 5,
-    }
+    log_of(shop, rows, position="position", mined_negatives=5)
     dpsr(*shop.write(".jsonl").flags(tmp_path / "store")).succeeds()
     (file,) = Store(tmp_path / "store").interactions()
     negatives = ragged(file, "negative.splits", "negative.item")
@@ -1299,18 +1290,7 @@ def test_nothing_is_mined_where_no_click_was_to_be_expected(shop, tmp_path, dpsr
             ("bolt", 20, None, time, "impression", 50),
             ("bolt", 30, None, time, "impression", 50),
         ]
-    names = ["query", "item_id", "user_id", "time", "type", "rank"]
-    shop.log = [dict(zip(names, row, strict=True)) for row in rows]
-    shop.schema["interactions"] = {
-        "files": "log.*",
-        "query": "query",
-        "item": "item_id",
-        "time": "time",
-        "type": "type",
-        "position": "rank",
-        "mined_negatives": 5,
-        "held_out": {"after": "1000000"},
-    }
+    log_of(shop, rows, position="position", mined_negatives=5, held_out={"after": "1000000"})
     dpsr(*shop.write(".jsonl").flags(tmp_path / "store")).succeeds()
     (file,) = Store(tmp_path / "store").interactions()
     assert ragged(file, "negative.splits", "negative.item") == [[], []], "bolt, red"

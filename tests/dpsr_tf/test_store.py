@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -9,16 +10,30 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import Shop
 
+from dpsr_common import command_line
 from dpsr_common.errors import CommandError
+from dpsr_common.object_store import RemoteFolder, upload
 from dpsr_common.packed_file import PackedFile, PackedFileWriter
-from dpsr_tf.data.store import FORMAT, Store, manifest_checksum, new_directory, pack_strings, unpack_strings
+from dpsr_tf.data.examples_dataset import BatchOptions, examples_dataset
+from dpsr_tf.data.store import (
+    FORMAT,
+    Store,
+    interactions_names,
+    manifest_checksum,
+    new_directory,
+    pack_strings,
+    unpack_strings,
+)
+from dpsr_tf.training.cluster import Cluster
+from dpsr_tf.training.train import config_from_flags, open_store
 
 
 def read_all(path):
     """Opens a store and reads everything that Python reads."""
     store = Store(path)
-    for file in (store.items(), store.users(), *store.interactions(), store.held_out() or {}):
+    for file in (store.items(), store.users(), store.packed_texts(), *store.interactions(), store.held_out() or {}):
         for name in file:
             file[name].sum()
     assert len(list(store.queries())) == store.counts.queries
@@ -32,16 +47,30 @@ def edit_manifest(store, **changes):
     path.write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
 
 
-@pytest.fixture
-def store(shop, tmp_path, dpsr):
-    """A store with every kind of file."""
+def with_every_kind(shop):
+    """The shop, with what makes every kind of file."""
     for i, row in enumerate(shop.log):
         row["time"] = 100 * (i + 1)
     shop.schema["interactions"] |= {"time": "time", "held_out": {"after": "400"}}
     shop.schema["vocabularies"] = {"words": {"tokenizer": {"letter_trigrams": False}}}
     shop.schema["items"]["features"] = [{"column": "brand", "kind": "text", "vocabulary": "words"}, "color"]
-    dpsr(*shop.write().flags(tmp_path / "store"), "--shards=2").succeeds()
-    return Store(tmp_path / "store")
+    return shop
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The path of a store with every kind of file; it must not be changed."""
+    folder = tmp_path_factory.mktemp("made")
+    shop = with_every_kind(Shop(folder / "shop"))
+    assert command_line.main([*shop.write().flags(folder / "store"), "--shards=2"]) == 0
+    return folder / "store"
+
+
+@pytest.fixture
+def store(made, shop, tmp_path):
+    """A copy of `made`, which a test may damage; `shop` has become the shop that it was made of."""
+    with_every_kind(shop)
+    return Store(shutil.copytree(made, tmp_path / "store"))
 
 
 def test_a_whole_store_opens(store):
@@ -80,6 +109,79 @@ def test_no_store(tmp_path):
         Store(tmp_path / "file")
 
 
+CHIEF, WORKER, PS = Cluster("chief", 0, 2, 1), Cluster("worker", 0, 2, 1), Cluster("ps", 0, 2, 1)
+
+
+def test_a_task_copies_what_it_opens_of_a_store_in_an_object_store(store, s3_url, tmp_path, monkeypatch):
+    monkeypatch.setenv("DPSR_CACHE", str(tmp_path / "cache"))
+    (store.path / "log").mkdir()
+    (store.path / "log" / "part-00001.parquet").write_bytes(b"raw")
+    upload(store.path, s3_url)
+    everything = {"manifest.json", *store.manifest["files"]}
+    first, second = interactions_names(2)
+
+    def copied(cluster, *assignments):
+        opened = open_store(s3_url, config_from_flags(None, list(assignments)), cluster)
+        return {path.name for path in opened.path.iterdir()}
+
+    assert copied(CHIEF) == everything - {second, "held_out.dpsr"}
+    assert copied(WORKER) == everything - {first, "held_out.dpsr"}
+    assert copied(PS) == everything - {first, second, "held_out.dpsr"}
+    # With fewer files than workers, each worker reads a part of all of them.
+    assert copied(Cluster("worker", 1, 3, 1)) == everything - {"held_out.dpsr"}
+    for assignments in (
+        ["model.query_history_length=3"],
+        ["model.graph_fan_out=[5]"],
+        ["train.loss=softmax", "train.log_q_correction=true"],
+    ):
+        assert copied(WORKER, *assignments) == everything - {"held_out.dpsr"}, assignments
+    for cluster in (Cluster(), Cluster("evaluator", 0, 2, 1)):
+        assert copied(cluster) == everything | {"log"}
+    assert open_store(str(store.path), config_from_flags(None, []), WORKER).path == store.path
+
+
+def test_a_worker_reads_the_same_from_its_part_of_a_store(store, s3_url, tmp_path, monkeypatch):
+    monkeypatch.setenv("DPSR_CACHE", str(tmp_path / "cache"))
+    upload(store.path, s3_url)
+    sizes = []
+    for cluster in (CHIEF, WORKER):
+        found = [
+            list(
+                examples_dataset(
+                    opened, BatchOptions(4), num_epochs=8, shard_index=cluster.worker_index, num_shards=2
+                ).as_numpy_iterator()
+            )
+            for opened in (store, open_store(s3_url, config_from_flags(None, []), cluster))
+        ]
+        sizes.append(len(found[0]))
+        assert len(found[0]) == len(found[1])
+        for one, other in zip(*found, strict=True):
+            np.testing.assert_array_equal(one.query_rows, other.query_rows)
+            np.testing.assert_array_equal(one.query.values, other.query.values)
+            np.testing.assert_array_equal(one.item_rows, other.item_rows)
+    assert any(sizes)
+
+
+def test_a_file_that_changed_in_an_object_store_stops_the_task_that_needs_it(store, s3_url, tmp_path, monkeypatch):
+    monkeypatch.setenv("DPSR_CACHE", str(tmp_path / "cache"))
+    upload(store.path, s3_url)
+    first, second = interactions_names(2)
+    RemoteFolder(s3_url).write(second, (store.path / first).read_bytes())
+    config = config_from_flags(None, [])
+    assert open_store(s3_url, config, CHIEF).counts == store.counts
+    with pytest.raises(CommandError, match=f"{second}: is not the file that dpsr_complete.json lists"):
+        open_store(s3_url, config, WORKER)
+
+
+def test_a_task_copies_all_queries_of_a_store_that_does_not_count_them(store, s3_url, tmp_path, monkeypatch):
+    monkeypatch.setenv("DPSR_CACHE", str(tmp_path / "cache"))
+    edit_manifest(store, shard_queries=None)
+    upload(store.path, s3_url)
+    opened = open_store(s3_url, config_from_flags(None, []), WORKER)
+    assert {path.name for path in opened.path.iterdir()} >= set(interactions_names(2))
+    assert len(opened.interactions()) == 2
+
+
 FILES = ["vocabulary.dpsr", "vocabulary-words.dpsr", "users.dpsr", "items.dpsr", "held_out.dpsr", "titles.dpsr"]
 FILES += [f"interactions-0000{shard}-of-00002.dpsr" for shard in range(2)]
 
@@ -106,6 +208,25 @@ def test_damaged_files_are_named(store, name, damage):
         read_all(store.path)
     assert str(path) in str(caught.value) and "ingest the log again" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_section_is_verified_when_it_is_first_read(store):
+    path = store.users_path
+    sections, begin = dict(PackedFile(path)), 64
+    for name in itertools.takewhile(lambda name: name != "event.item", sections):
+        begin += -(-sections[name].nbytes // 64) * 64
+    data = bytearray(path.read_bytes())
+    assert data[begin : begin + sections["event.item"].nbytes] == sections["event.item"].tobytes() != b""
+    data[begin] ^= 1
+    path.write_bytes(data)
+    users = Store(store.path).users()
+    assert "event.item" in users and "event.items" not in users
+    assert users["id"][0] == -1
+    for _ in range(2):
+        with pytest.raises(CommandError, match=r'users\.dpsr: .* section "event.item" .*ingest the log again'):
+            users["event.item"].sum()
+    with pytest.raises(KeyError, match=r"event\.items"):
+        users["event.items"].sum()
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -214,9 +214,15 @@ CONFIG = Config(
 )
 
 
-def test_training_reads_what_evaluation_reads(store, tmp_path):
+@pytest.fixture(scope="module")
+def trained(store, tmp_path_factory):
+    """The path of a model of CONFIG; it must not be changed."""
+    return train(store, CONFIG, tmp_path_factory.mktemp("trained") / "model").path
+
+
+def test_training_reads_what_evaluation_reads(store, trained):
     """The towers on a batch of the C++ dataset and on the store's rows in NumPy, with the weights of a training."""
-    model = ModelDirectory.open(train(store, CONFIG, tmp_path / "model").path)
+    model = ModelDirectory.open(trained)
     checkpoint = model.last_checkpoint()
     with tf.Graph().as_default(), v1.Session() as session:
         dataset = examples_dataset(store, batch_options(CONFIG, model.features))
@@ -263,8 +269,7 @@ def test_a_damaged_file_is_refused(store, tmp_path, part):
         next(iter(examples_dataset(copy, options)))
 
 
-def test_another_length_is_another_model(store, tmp_path):
-    train(store, CONFIG, tmp_path / "model")
+def test_another_length_is_another_model(trained, tmp_path):
     longer = yaml.safe_load(yaml.safe_dump(SCHEMA))
     longer["items"]["features"][1]["length"] = 4
     rows = [row | {"photo": None if row["photo"] is None else [*row["photo"], 1.0]} for row in item_rows()]
@@ -275,5 +280,5 @@ def test_another_length_is_another_model(store, tmp_path):
     from dpsr_common.command_line import main
 
     assert main(["ingest", f"--schema={folder / 'schema.yaml'}", f"--out={folder / 'store'}"]) == 0
-    difference = ModelDirectory.open(tmp_path / "model").store_difference(Store(folder / "store"))
+    difference = ModelDirectory.open(trained).store_difference(Store(folder / "store"))
     assert difference is not None and "items.photo" in difference
