@@ -33,8 +33,14 @@ _FIRST = (
     "dpsr_tf/test_embedding.py",
     "serving/test_place.py",
     "dpsr_tf/test_training.py",
+    "dpsr_tf/test_quantizer_training.py",
+    "benchmarks/test_training_benchmark.py",
+    "export/test_learned_index.py",
     "export/test_export_personal.py",
     "export/test_export_versions.py",
+    "serving/test_page.py",
+    "serving/test_proxy_limits.py",
+    "tokenizer_cc/test_properties.py",
 )
 
 

@@ -137,9 +137,9 @@ class Bm25:
         self._fields: list[tuple[Tokenize, dict[str, int]]] = []
         weights: list[scipy.sparse.csr_matrix] = []
         for field in fields:
-            tokens = [field.tokenize(text) for text in field.texts]
-            # A field that adds nothing to a score finds no item. bm25s rejects a corpus without words.
-            if field.weight == 0 or not any(tokens):
+            # A field of weight 0 adds nothing to a score, so it finds no item.
+            tokens = [field.tokenize(text) for text in field.texts] if field.weight else []
+            if not any(tokens):  # bm25s rejects a corpus without words
                 continue
             index = bm25s.BM25(k1=k1, b=b, method="lucene", backend="numpy")
             index.index(tokens, show_progress=False)

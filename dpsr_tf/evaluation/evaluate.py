@@ -204,7 +204,7 @@ def _run_rank(values: flags.FlagValues, ks: Sequence[int]) -> None:
     }  # fmt: skip
     if values.held_out and fold != "test":
         for spec in values.system:
-            if spec.startswith("ranker:") and rankings.is_validated(spec):
+            if rankings.is_validated(spec):
                 report["notes"][spec].append(_warning(fold))
     print(f"{lists.path}: {report['lists']:,} lists with {report['items']:,} items, fold {fold}")
     _print_left_out(left_out)
@@ -300,7 +300,8 @@ def _judgments(values: flags.FlagValues, corpus: Corpus) -> tuple[Judgments, dic
         total = len(judged.queries)
         judged = judged.sample(values.max_queries, values.seed)
         left_out["queries that --max_queries did not draw"] = total - len(judged.queries)
-    left_out["queries without a relevant item (they count for AUC only)"] = len(judged.unanswered)
+    counted = "" if values.rank else " (they count for AUC only)"
+    left_out[f"queries without a relevant item{counted}"] = len(judged.unanswered)
     return judged, left_out
 
 

@@ -53,10 +53,13 @@ def is_ranker(spec: str) -> bool:
 
 
 def is_validated(spec: str) -> bool:
-    """Returns whether the training of `ranker:DIR` looked at the validation fold."""
+    """Returns whether a system is `ranker:DIR` or `model:DIR`, and its training looked at the validation fold."""
+    kind, _, directory = spec.strip().partition(":")
+    if kind not in ("ranker", "model"):
+        return False
     from dpsr_tf.models.model_directory import ModelDirectory
 
-    return ModelDirectory.open(spec.strip().partition(":")[2]).validated
+    return ModelDirectory.open(directory).validated
 
 
 Scorer = Callable[[Shown, np.ndarray], np.ndarray]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from dpsr_common.errors import CommandError
+from dpsr_tf.config import RankerConfig
 from dpsr_tf.data.column_files import row_splits
 from dpsr_tf.data.examples_dataset import Features, Tokens
 from dpsr_tf.data.ranking_features import RankingFeatures, Shown
@@ -126,6 +127,11 @@ def check_numbers(features: RankingFeatures, numbers: Sequence[Number], where: s
 
 def _features(found: Features | None, rows: int) -> Features:
     return Features(np.zeros((rows, 0), np.int32), ()) if found is None else found
+
+
+def scorer_of_config(ranker: RankerConfig, store: Store) -> Callable[[Shown], Shown] | None:
+    """Returns dpsr_scorer for a training of a ranker; None if the ranker does not read `dpsr_score`."""
+    return dpsr_scorer(ranker.dpsr_model, store) if ranker.dpsr_model and ranker.numbers else None
 
 
 def dpsr_scorer(directory: str, store: Store) -> Callable[[Shown], Shown]:

@@ -5,6 +5,7 @@ Validation, evaluation and benchmarks use it; training and export build graphs o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def ranker_scores(model_dir: str | Path, store: Store, checkpoint: str | None = 
     """Returns the ranker of a model directory as a function from items shown to scores, float32 [n].
 
     Items may stand in any order. Only scores of items of one request can be compared. If the ranker reads
-    `dpsr_score`, and the items have none, the retrieval model of its config computes it.
+    `dpsr_score`, and the items have none, the retrieval model of its config computes it. It is read when it is needed.
 
     Args:
         model_dir: the model.
@@ -40,7 +41,7 @@ def ranker_scores(model_dir: str | Path, store: Store, checkpoint: str | None = 
 
     Raises:
         CommandError: no ranker or checkpoint is there, the store has another vocabulary, other features or no requests,
-            or the checkpoint cannot be read.
+            or the checkpoint cannot be read. When called: the retrieval model cannot be read.
     """
     model = ModelDirectory.open(model_dir, "ranker")
     difference = model.store_difference(store)
@@ -49,12 +50,15 @@ def ranker_scores(model_dir: str | Path, store: Store, checkpoint: str | None = 
     path = str(model.path / checkpoint) if checkpoint else model.last_checkpoint()
     inputs = RankerInputs(store, model.features, model.config.model.history_length)
     reads_score = any(number.name == DPSR_SCORE for number in model.features.numbers)
-    score = dpsr_scorer(model.config.ranker.dpsr_model, store) if reads_score else None
     run = _runner(model, path)
 
+    @functools.cache
+    def scorer() -> Callable[[Shown], Shown]:
+        return dpsr_scorer(model.config.ranker.dpsr_model, store)
+
     def scores(shown: Shown) -> np.ndarray:
-        if score is not None and DPSR_SCORE not in shown.numbers:
-            shown = score(shown)
+        if reads_score and DPSR_SCORE not in shown.numbers:
+            shown = scorer()(shown)
         order = np.argsort(shown.request, kind="stable")
         found = np.empty(len(order), np.float32)
         ends = np.cumsum(np.bincount(shown.request, minlength=len(shown.queries)))

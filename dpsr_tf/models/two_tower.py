@@ -103,7 +103,7 @@ class TwoTower(InputLayers):
                 if self.config.num_heads == 1:
                     heads.append(self._layers(x))
                     continue
-                start = _kept_and_mixed if self.config.aligned_start else None
+                start = _identity_plus_noise if self.config.aligned_start else None
                 projected = dense("projection", x, self.config.token_dim, start, kernels=self.kernels)
                 heads.append(self._layers(projected))
         return self._normalised("query", tf.stack(heads, axis=1), query.text)
@@ -274,6 +274,6 @@ def _turned(seed: int, rows: int) -> Initializer:
     return kernel
 
 
-def _kept_and_mixed(shape: Sequence[int], dtype: tf.DType, partition_info: None = None) -> tf.Tensor:
-    """Initializes a kernel that keeps the first inputs and adds a random mixture of all."""
+def _identity_plus_noise(shape: Sequence[int], dtype: tf.DType, partition_info: None = None) -> tf.Tensor:
+    """Initializes a kernel with the identity plus Glorot-uniform noise, so that heads start alike but not equal."""
     return tf.eye(*shape, dtype=dtype) + v1.glorot_uniform_initializer()(shape, dtype)

@@ -23,7 +23,7 @@ from dpsr_tf.report.shop import REPOSITORY
 
 FIGURES = "docs/figures.json"
 _QUOTE = re.compile(
-    r"(?P<sign>[+-]?)(?P<figure>\d[\d,]*(?:\.\d+)?)(?P<mark><!--\s*(?P<name>\w+\.\w+)(?P<scale>[^>]*?)\s*-->)"
+    r"(?P<sign>(?<!\w)[+-]|)(?P<figure>\d[\d,]*(?:\.\d+)?)(?P<mark><!--\s*(?P<name>\w+\.\w+)(?P<scale>[^>]*?)\s*-->)"
 )
 _SCALE = re.compile(r"\s*([*/])\s*(\d+)")
 _MARK = re.compile(r"<!--\s*\w+\.\w+[^>]*-->")

@@ -18,15 +18,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 from absl import flags
 
 from dpsr_common.errors import CommandError, UsageError
+from dpsr_common.object_store import cached, is_remote
 from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.training import kubernetes, train
 from dpsr_tf.training.ssh_hosts import SSH_FAILED, SshHosts
-from dpsr_tf.training.validation import Validation
+from dpsr_tf.training.validation import measure_of
 
 USAGE = """
 Usage: dpsr launch --workers=N --ps=N --store=STORE --out=MODEL [--config=FILE] [--set=KEY=VALUE ...]
@@ -38,7 +40,7 @@ for `kubectl apply -f -`.
 """
 
 REQUIRED_FLAGS = train.REQUIRED_FLAGS
-REMOTE_INPUTS = train.REMOTE_INPUTS
+REMOTE_PATHS = ("store", "warm_start")
 
 # Seconds that a process has to end after SIGTERM.
 _GRACE = 15.0
@@ -94,19 +96,37 @@ def run(values: flags.FlagValues, arguments: list[str]) -> int:
     if values.kubernetes:
         sys.stdout.write(kubernetes.manifests(values, _command(values)))
         return 0
-    # Errors in flags, store, config or model are reported here, once, before any process starts.
+    # On other hosts, each process copies what it needs from an object store.
+    command = _command(values)
+    for name in REMOTE_PATHS:
+        if values[name].value is not None and is_remote(values[name].value):
+            values[name].value = str(cached(values[name].value))
+    if not values.hosts:
+        command = _command(values)
+    tasks, hosts = _prepare(values)
+    with _ended_by_signals(), _Processes(tasks, command, values.max_restarts, hosts) as processes:
+        return processes.run()
+
+
+def _prepare(values: flags.FlagValues) -> tuple[list[tuple[str, int]], SshHosts | None]:
+    """Makes the model directory, and returns the processes and their hosts.
+
+    Errors in flags, store, config or model are reported here, once, before any process starts.
+    """
     store, config, _ = train.read_flags(values)
-    model = ModelDirectory.create_or_resume(values.out, config, store, train.numbers_of(store, config))
+    own = train.examples_of(store, config)
     tasks = [("ps", i) for i in range(values.ps)] + [("chief", 0)]
     tasks += [("worker", i) for i in range(values.workers - 1)]
     if config.validation.queries:
-        Validation(model, store, config)
+        measure_of(store, config)
         tasks.append(("evaluator", 0))
     hosts = None
     if values.hosts:
         hosts = SshHosts.of_flags(values.hosts, values.ssh, values.remote_python, values.port, len(tasks))
-    with _ended_by_signals(), _Processes(tasks, _command(values), values.max_restarts, hosts) as processes:
-        return processes.run()
+    if values.overwrite:
+        train.remove(Path(values.out))
+    ModelDirectory.create_or_resume(values.out, config, store, train.numbers_of(store, config, own))
+    return tasks, hosts
 
 
 def _command(values: flags.FlagValues) -> list[str]:

@@ -14,7 +14,7 @@ from dpsr_tf.data.ranking_features import RankingFeatures, Shown
 from dpsr_tf.data.store import Store
 from dpsr_tf.models.features import Number, RankingBatch
 from dpsr_tf.models.model_directory import ModelDirectory
-from dpsr_tf.models.ranker_inputs import RankerInputs, check_numbers, choose_numbers, dpsr_scorer
+from dpsr_tf.models.ranker_inputs import RankerInputs, check_numbers, choose_numbers, scorer_of_config
 from dpsr_tf.training.cluster import Cluster
 from dpsr_tf.training.generated_input import generated_input
 
@@ -34,7 +34,7 @@ class RankerExamples:
         self._store, self._config = store, config
         self._features = RankingFeatures(store)
         self._batches = RankingBatches(store, self._features, config.train.seed, config.ranker.gains)
-        self._score = dpsr_scorer(config.ranker.dpsr_model, store) if config.ranker.dpsr_model else None
+        self._score = scorer_of_config(config.ranker, store)
         self.propensities = propensities(store) if config.ranker.propensity_weights else None
 
     def numbers(self) -> tuple[Number, ...]:

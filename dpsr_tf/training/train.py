@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -15,11 +17,19 @@ from absl import flags
 
 from dpsr_common.errors import CommandError, UsageError, op_message
 from dpsr_common.files import locked
+from dpsr_common.object_store import cached, is_remote
 from dpsr_common.strict_yaml import read_yaml
 from dpsr_common.typed_config import from_dict, read_assignment, to_dict
 from dpsr_tf.config import Config
 from dpsr_tf.data.examples_dataset import BatchOptions, examples_dataset, training_input
-from dpsr_tf.data.store import Store, check_replaceable
+from dpsr_tf.data.store import (
+    FORMAT,
+    FORMAT_VERSION,
+    Store,
+    check_replaceable,
+    interactions_names,
+    read_manifest,
+)
 from dpsr_tf.models.features import FeatureSpec, Number
 from dpsr_tf.models.model_directory import ModelDirectory, feature_spec
 from dpsr_tf.models.quantizer import Quantizer
@@ -49,8 +59,11 @@ weights of another one, whose store may have had other tokens and other values o
 """
 
 REQUIRED_FLAGS = ("store", "out")
-REMOTE_INPUTS = ("store", "warm_start")
+REMOTE_INPUTS = ("warm_start",)
+REMOTE_PATHS = ("store",)
 
+# Files of a store that no worker opens to train a retrieval model, by the first part of their names.
+_UNREAD = {"held_out", "filters", "requests", "held_requests", "statistics", "numbers", "sequences", "rewriting"}
 # Seconds between a worker's looks for the chief's quantizer.
 _POLL = 1.0
 
@@ -104,24 +117,29 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
             "--overwrite: cannot be combined with TF_CONFIG, because the tasks of a cluster share --out; remove the "
             "model first"
         )
-    store, config, warm_start = read_flags(values)
+    store, config, warm_start = read_flags(values, cluster)
     if cluster.task_type == "evaluator" and not config.validation.queries:
         raise UsageError(
             "TF_CONFIG: task: type is 'evaluator', but validation.queries is 0; set how many queries the evaluator asks"
         )
-    train(store, config, values.out, cluster, warm_start)
+    train(store, config, values.out, cluster, warm_start, values.overwrite)
 
 
-def read_flags(values: flags.FlagValues) -> tuple[Store, Config, WarmStart | None]:
-    """Returns store, config and warm start that the flags name, and removes what --overwrite tells to remove.
+def read_flags(values: flags.FlagValues, cluster: Cluster | None = None) -> tuple[Store, Config, WarmStart | None]:
+    """Returns store, config and warm start that the flags name.
+
+    Args:
+        values: the flags of `dpsr train`.
+        cluster: as in `train`.
 
     Raises:
         UsageError, CommandError: what is wrong with a flag, the config or the store.
     """
     config, out = config_from_flags(values.config, values.set), Path(values.out)
-    store = Store(values.store)
+    store = open_store(values.store, config, cluster or Cluster())
     if config.model.kind != "retrieval":
-        return store, _checked(store, config, values), None
+        _check_kind(store, config, values)
+        return store, config, None
     if not store.counts.positives and config.train.num_title_queries < config.train.batch_size:
         raise CommandError(
             f"{values.store}: holds no positive pair, because it was made without interactions; train on titles alone, "
@@ -129,9 +147,7 @@ def read_flags(values: flags.FlagValues) -> tuple[Store, Config, WarmStart | Non
         )
     warm_start = None
     if values.warm_start is not None:
-        old = Path(values.warm_start).resolve()
-        if values.overwrite and (out.resolve() == old or out.resolve() in old.parents):
-            raise UsageError(f"--warm_start={values.warm_start}: --overwrite removes this model; choose another --out")
+        _check_stays(values, "--warm_start", values.warm_start)
         warm_start = WarmStart.open(values.warm_start, config, values.warm_start_sums)
     quantizer_start.check(config, store)
     is_new = values.overwrite or tf.train.latest_checkpoint(str(out)) is None
@@ -140,12 +156,48 @@ def read_flags(values: flags.FlagValues) -> tuple[Store, Config, WarmStart | Non
             "quantizer.start_step is 0, so the quantizer would start from random embeddings; give the number of steps "
             "that train the towers first, or the trained model to begin with, --warm_start=MODEL"
         )
-    _remove(values)
     return store, config, warm_start
 
 
-def _checked(store: Store, config: Config, values: flags.FlagValues) -> Config:
-    """Returns the config of a ranker or rewriter when flags and store fit it, and removes what --overwrite tells to."""
+def open_store(path: str, config: Config, cluster: Cluster) -> Store:
+    """Opens a store. Of one in an object store, only the files that this process may open are copied to this machine.
+
+    Raises:
+        CommandError: as Store and object_store.cached.
+    """
+    if not is_remote(path):
+        return Store(path)
+    manifest = cached(path, lambda name: name == "manifest.json") / "manifest.json"
+    has = _files_of(read_manifest(manifest, FORMAT, FORMAT_VERSION, "dpsr ingest"), config, cluster)
+    return Store(cached(path, has), has)
+
+
+def _files_of(manifest: dict[str, Any], config: Config, cluster: Cluster) -> Callable[[str], bool] | None:
+    """Returns what tells whether a process may open a file of a store; None if it may open all of them."""
+    shards, model = manifest.get("shards"), config.model
+    is_trainer = not cluster.is_local and cluster.task_type != "evaluator"
+    if not is_trainer or model.kind != "retrieval" or not isinstance(shards, int):
+        return None
+    unread = _UNREAD if model.graph_fan_out else _UNREAD | {"graph"}
+    starts_quantizer = bool(config.quantizer.sub_spaces) and cluster.task_type == "chief"
+    reads_all_queries = bool(model.graph_fan_out or model.query_history_length)
+    others: set[str] = set()
+    if "shard_queries" in manifest and not (reads_all_queries or config.train.log_q_correction or starts_quantizer):
+        names = interactions_names(shards)
+        if cluster.task_type == "ps":
+            others = set(names)
+        elif shards >= cluster.num_workers:  # as examples_dataset deals them out
+            others = set(names) - set(names[cluster.worker_index :: cluster.num_workers])
+
+    def has(name: str) -> bool:
+        # The folder log has the raw log, for the next `dpsr ingest`.
+        return name not in others and re.split("[-.]", name)[0] not in unread and not name.startswith("log/")
+
+    return has
+
+
+def _check_kind(store: Store, config: Config, values: flags.FlagValues) -> None:
+    """Raises UsageError or CommandError if flags or store do not fit a ranker or rewriter."""
     kind = config.model.kind
     if values.warm_start is not None:
         raise UsageError(
@@ -157,19 +209,22 @@ def _checked(store: Store, config: Config, values: flags.FlagValues) -> Config:
             f"{values.store}: holds no requests, which a ranker learns from; add the section `ranking` to the schema "
             f"and ingest the log again"
         )
-    if kind == "rewriter":
-        feature_spec(config, store)  # fails here, before anything is removed
-    _remove(values)
-    return config
+    if kind == "ranker" and config.ranker.dpsr_model:
+        _check_stays(values, "ranker.dpsr_model", config.ranker.dpsr_model)
 
 
-def _remove(values: flags.FlagValues) -> None:
-    """Removes the model that --overwrite tells to remove."""
-    out = Path(values.out)
-    if values.overwrite and out.exists():
-        check_replaceable(out, "model", "config.yaml")
-        with _only_trainer(out):
-            shutil.rmtree(out)
+def _check_stays(values: flags.FlagValues, name: str, path: str) -> None:
+    """Raises UsageError if --overwrite removes the model at `path`, which the training reads."""
+    if values.overwrite and Path(path).resolve().is_relative_to(Path(values.out).resolve()):
+        raise UsageError(f"{name}={path}: --overwrite removes this model; choose another --out")
+
+
+def remove(model_dir: Path) -> None:
+    """Removes a model, if there is one. Raises CommandError if another process trains it, or if it is no model."""
+    if model_dir.exists():
+        check_replaceable(model_dir, "model", "config.yaml")
+        with _only_trainer(model_dir):
+            shutil.rmtree(model_dir)
 
 
 def _only_trainer(out: Path) -> contextlib.AbstractContextManager[None]:
@@ -177,8 +232,33 @@ def _only_trainer(out: Path) -> contextlib.AbstractContextManager[None]:
     return locked(out, f"{out}: another `dpsr train` trains this model; wait until it ends, or choose another --out")
 
 
-def numbers_of(store: Store, config: Config) -> Callable[[], tuple[Number, ...]]:
-    """Returns what chooses the numbers that a new model reads. All processes of a cluster choose the same ones."""
+def examples_of(store: Store, config: Config) -> RankerExamples | RewriterExamples | None:
+    """Returns the examples of a ranker or rewriter; None for the two towers, which read them by an op.
+
+    Called before anything is written or removed, because it finds out what cannot be trained.
+
+    Raises:
+        CommandError: the store has nothing to learn from.
+        UsageError: as train.
+    """
+    if config.model.encoder:
+        load_encoder(config.model.encoder)
+    own: RankerExamples | RewriterExamples | None = None
+    if config.model.kind != "retrieval":
+        own = (RankerExamples if config.model.kind == "ranker" else RewriterExamples)(store, config)
+    feature_spec(config, store)
+    return own
+
+
+def numbers_of(
+    store: Store, config: Config, own: RankerExamples | RewriterExamples | None
+) -> Callable[[], tuple[Number, ...]]:
+    """Returns what chooses the numbers that a new model reads. All processes of a cluster choose the same ones.
+
+    `own` is what examples_of returned, or None for a parameter server, which did not call it.
+    """
+    if isinstance(own, RankerExamples):
+        return own.numbers
     return lambda: RankerExamples(store, config).numbers() if config.model.kind == "ranker" else ()
 
 
@@ -200,6 +280,7 @@ def train(
     model_dir: str | Path,
     cluster: Cluster | None = None,
     warm_start: WarmStart | None = None,
+    overwrite: bool = False,
 ) -> ModelDirectory:
     """Trains until the global step is `config.train.steps`, from the last checkpoint if there is one.
 
@@ -215,6 +296,7 @@ def train(
             parameter server does not return.
         warm_start: the model whose weights a new training begins with. Nothing of it is read if the model directory
             holds a checkpoint.
+        overwrite: whether to remove the model of the model directory first, once it is clear that training can begin.
 
     Raises:
         CommandError: the model directory holds another model, another process trains it, or the loss became NaN or
@@ -223,16 +305,16 @@ def train(
             does not return vectors.
     """
     cluster = cluster or Cluster()
-    if config.model.encoder and cluster.task_type != "ps":
-        load_encoder(config.model.encoder)  # fails here, before anything is written
-    own: RankerExamples | RewriterExamples | None = None
-    if cluster.task_type != "ps" and config.model.kind != "retrieval":
-        own = (RankerExamples if config.model.kind == "ranker" else RewriterExamples)(store, config)
-    numbers = own.numbers if isinstance(own, RankerExamples) else numbers_of(store, config)
-    model = ModelDirectory.create_or_resume(model_dir, config, store, numbers)
+    own = None if cluster.task_type == "ps" else examples_of(store, config)
+    measure = None
+    if config.validation.queries and (cluster.is_local or cluster.task_type == "evaluator"):
+        measure = validation.measure_of(store, config)
+    if overwrite:
+        remove(Path(model_dir))
+    model = ModelDirectory.create_or_resume(model_dir, config, store, numbers_of(store, config, own))
     # Only the chief writes checkpoints. The other tasks of its cluster use the same directory.
     with _only_trainer(model.path) if cluster.task_type == "chief" else contextlib.nullcontext():
-        _train_model(model, store, config, cluster, warm_start, own)
+        _train_model(model, store, config, cluster, warm_start, own, measure)
     return model
 
 
@@ -243,6 +325,7 @@ def _train_model(
     cluster: Cluster,
     warm_start: WarmStart | None,
     own: RankerExamples | RewriterExamples | None,
+    measure: validation.Measure | None,
 ) -> None:
     """Does what `train` says, in a model directory that is there."""
     if cluster.task_type in ("chief", "worker"):
@@ -255,8 +338,8 @@ def _train_model(
                 f"model {model.path}: resumes at step {step:,}; --warm_start={warm_start.model.path} is not read again"
             )
     listeners: list[tf.estimator.CheckpointSaverListener] = [FiniteWeights()]
-    if config.validation.queries and (cluster.is_local or cluster.task_type == "evaluator"):
-        validator = validation.Validation(model, store, config)
+    if measure is not None:
+        validator = validation.Validation(model.path, config, measure)
         if cluster.task_type == "evaluator":
             validator.watch()
             return

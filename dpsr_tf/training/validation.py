@@ -14,6 +14,7 @@ validation/        the measurements for TensorBoard
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -32,11 +33,12 @@ from dpsr_common.errors import CommandError
 from dpsr_common.files import link_or_copy, write_text
 from dpsr_tf.config import Config
 from dpsr_tf.data.column_files import string_bytes
-from dpsr_tf.data.ranking_features import RankingFeatures
+from dpsr_tf.data.ranking_features import RankingFeatures, Shown
 from dpsr_tf.data.store import Store, unpack_strings
 from dpsr_tf.models.encoders import best_items
-from dpsr_tf.models.model_directory import ModelDirectory, copy_model
+from dpsr_tf.models.model_directory import copy_model
 from dpsr_tf.models.quantizer import Quantizer
+from dpsr_tf.models.ranker_inputs import scorer_of_config
 from dpsr_tf.models.ranker_scores import ranker_scores
 from dpsr_tf.models.rewriter_texts import log_probabilities
 from dpsr_tf.ops._native import shortened
@@ -59,11 +61,9 @@ _LOOK = 5.0
 class Validation:
     """Measures the checkpoints of a model directory and keeps the best. Exactly one process of a training does this."""
 
-    def __init__(self, model: ModelDirectory, store: Store, config: Config):
-        """Raises CommandError if the store has no held-out interactions in the validation fold."""
-        self._path, self._store, self._config = model.path, store, config
-        measures = {"retrieval": _retrieval_measure, "ranker": _ranker_measure, "rewriter": _rewriter_measure}
-        self._figures = measures[config.model.kind](store, config)
+    def __init__(self, model_dir: Path, config: Config, measure: Measure):
+        """`model_dir` is trained with `config`; `measure` comes from measure_of."""
+        self._path, self._config, self._figures = model_dir, config, measure
         self._writer: tf.compat.v1.summary.FileWriter | None = None
         # An earlier process may have been killed between the two renames in _measure.
         if not (self._path / BEST).exists() and (self._path / _PREVIOUS).exists():
@@ -150,6 +150,16 @@ class Validation:
 Measure = Callable[[Path, bool], np.ndarray]
 
 
+def measure_of(store: Store, config: Config) -> Measure:
+    """Returns what measures the checkpoints of a training.
+
+    Raises:
+        CommandError: the store has no held-out interactions in the validation fold.
+    """
+    measures = {"retrieval": _retrieval_measure, "ranker": _ranker_measure, "rewriter": _rewriter_measure}
+    return measures[config.model.kind](store, config)
+
+
 def _retrieval_measure(store: Store, config: Config) -> Measure:
     # Imported here so that a training without validation loads neither DuckDB nor, below, SciPy.
     from dpsr_tf.evaluation.judgments import Judgments
@@ -186,9 +196,16 @@ def _ranker_measure(store: Store, config: Config) -> Measure:
             f"set validation.queries to 0"
         )
     chosen = np.random.default_rng(_SEED).permutation(found)[: config.validation.queries]
-    shown = RankingFeatures(store).of(file, np.sort(chosen))
+
+    @functools.cache
+    def items_shown() -> Shown:
+        shown = RankingFeatures(store).of(file, np.sort(chosen))
+        # The same for all checkpoints.
+        score = scorer_of_config(config.ranker, store)
+        return score(shown) if score else shown
 
     def measure(model: Path, quantized: bool) -> np.ndarray:
+        shown = items_shown()
         return ndcg(shown.request, 2.0**shown.outcome - 1, ranker_scores(model, store)(shown), _NDCG_AT)
 
     return measure

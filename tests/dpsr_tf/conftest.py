@@ -172,11 +172,20 @@ def shop(tmp_path: Path) -> Shop:
     return Shop(tmp_path / "shop")
 
 
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The path of a store of the tiny shop; it must not be changed."""
+    shop = Shop(tmp_path_factory.mktemp("tiny") / "shop")
+    path = shop.path.parent / "store"
+    assert command_line.main(shop.write().flags(path)) == 0
+    return path
+
+
 @pytest.fixture
-def store(shop: Shop, tmp_path: Path, dpsr: Callable[..., Any]) -> Store:
-    """A store of the tiny shop."""
-    dpsr(*shop.write().flags(tmp_path / "store")).succeeds()
-    return Store(tmp_path / "store")
+def store(tiny_store: Path, shop: Shop, tmp_path: Path) -> Store:
+    """A store of the tiny shop, whose files are there too; a test may change both."""
+    shop.write()
+    return Store(shutil.copytree(tiny_store, tmp_path / "store"))
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import json
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import encode_table
+from conftest import Shop, encode_table
 
+from dpsr_common import command_line
 from dpsr_common.errors import CommandError
 from dpsr_tf.config import Config, ModelConfig
 from dpsr_tf.data.store import Store
@@ -73,9 +74,13 @@ def test_exact_search_of_a_checkpoint_equals_numpy(store, tmp_path):
         assert (np.diff(scores[row]) <= 0).all()
 
 
-@pytest.fixture
-def timed(shop, tmp_path, dpsr):
-    """A store with features, times, and a history of user 5: five clicks at 100, 200, ... 500."""
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory):
+    """A store with features, times, and a history of user 5: five clicks at 100, 200, ... 500.
+
+    It must not be changed.
+    """
+    shop = Shop(tmp_path_factory.mktemp("timed") / "shop")
     shop.items = [{**item, "tags": "a|b" if item["color"] == "red" else ""} for item in shop.items]
     clicks = [("red shoes", 30), ("red shoes", 20), ("红鞋", 70), ("red shoes", 30), ("bolt", 10)]
     shop.log = [
@@ -86,14 +91,21 @@ def timed(shop, tmp_path, dpsr):
     shop.schema["interactions"] = {
         "files": "log.*", "query": "query", "item": "item_id", "user": "user_id", "time": "time",
     }  # fmt: skip
-    dpsr(*shop.write(".jsonl").flags(tmp_path / "store")).succeeds()
-    return Store(tmp_path / "store")
+    path = shop.path.parent / "store"
+    assert command_line.main(shop.write(".jsonl").flags(path)) == 0
+    return Store(path)
 
 
 PERSONAL = {
     "token_dim": 8, "embedding_dim": 6, "feature_dim": 4, "num_heads": 2, "user_features": ("gender",),
     "item_features": ("brand", "tags"), "history_length": 3, "query_history_length": 2,
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def personal(timed, tmp_path_factory):
+    """A model that reads features and histories of `timed`; it must not be changed."""
+    return make_model(tmp_path_factory.mktemp("personal") / "model", timed, **PERSONAL)
 
 
 @pytest.mark.parametrize(
@@ -109,8 +121,8 @@ PERSONAL = {
         (User(999), [], []),
     ],
 )
-def test_history_as_of_a_time(timed, tmp_path, user, items, queries):
-    tables = StoreTables(make_model(tmp_path / "model", timed, **PERSONAL), timed)
+def test_history_as_of_a_time(timed, personal, user, items, queries):
+    tables = StoreTables(personal, timed)
     # Between two others, whose histories must not mix with it.
     found = tables.queries(["a", "b", "c"], [User(3), user, User(5)]).history
     begin, end = found.items.row_splits[1:3]
@@ -125,8 +137,8 @@ def test_history_as_of_a_time(timed, tmp_path, user, items, queries):
     assert np.diff(ours).tolist() == np.diff(splits).tolist()
 
 
-def test_features_are_those_of_the_store(timed, tmp_path):
-    tables = StoreTables(make_model(tmp_path / "model", timed, **PERSONAL), timed)
+def test_features_are_those_of_the_store(timed, personal):
+    tables = StoreTables(personal, timed)
     items = timed.items()
     rows = np.array([5, 0, 5])
     found = tables.items(rows)
@@ -138,9 +150,8 @@ def test_features_are_those_of_the_store(timed, tmp_path):
     assert users[0] == users[2] == 0 and 0 < users[1] != users[3] > 0
 
 
-def test_a_personal_model_is_told_who_asks_and_when(timed, tmp_path):
-    retriever_model = make_model(tmp_path / "model", timed, **PERSONAL).path
-    retriever = exact_search(retriever_model, timed)
+def test_a_personal_model_is_told_who_asks_and_when(timed, personal):
+    retriever = exact_search(personal.path, timed)
     assert retriever.personal
     users = [User(-1), User(5, 100), User(5, 300), User(5), User(5), User(999)]
     _, scores = ask(retriever, ["red shoes"] * 6, users, 7)
@@ -148,7 +159,7 @@ def test_a_personal_model_is_told_who_asks_and_when(timed, tmp_path):
     for row in range(4):
         for other in range(row):
             assert np.abs(scores[row] - scores[other]).max() > 1e-4, (row, other)
-    found = best_items(retriever_model, timed, ["red shoes"] * 6, users, 3)
+    found = best_items(personal.path, timed, ["red shoes"] * 6, users, 3)
     expected = retriever(["red shoes"] * 6, users, 3)
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_allclose(found[1], expected[1], atol=1e-6)
@@ -158,8 +169,7 @@ def test_a_personal_model_is_told_who_asks_and_when(timed, tmp_path):
     np.testing.assert_allclose(retriever.score(["red shoes"] * 6, None, pairs)[3], alone[0], atol=1e-6)
 
 
-def test_the_command_measures_a_personal_model(timed, tmp_path, dpsr):
-    model = make_model(tmp_path / "model", timed, **PERSONAL)
+def test_the_command_measures_a_personal_model(timed, personal, tmp_path, dpsr):
     rows = [
         {"query": "red shoes", "item": 20, "who": 5, "when": 150},
         {"query": "red shoes", "item": 30, "who": 3, "when": 60},
@@ -169,14 +179,14 @@ def test_the_command_measures_a_personal_model(timed, tmp_path, dpsr):
     out = tmp_path / "figures.json"
     dpsr(
         "evaluate", f"--store={timed.path}", f"--judgments={tmp_path / 'judgments.tsv'}", *columns, f"--json={out}",
-        "--system=bm25", f"--system=model:{model.path}", f"--system=rrf(bm25,model:{model.path})",
+        "--system=bm25", f"--system=model:{personal.path}", f"--system=rrf(bm25,model:{personal.path})",
     ).succeeds()  # fmt: skip
     found = json.loads(out.read_text())
     assert found["queries"] == 2
-    assert found["systems"][f"model:{model.path}"]["recall@7"] == 1
-    ids, _ = exact_search(model.path, timed)(["red shoes"] * 2, [User(5, 150), User(3, 60)], 1)
+    assert found["systems"][f"model:{personal.path}"]["recall@7"] == 1
+    ids, _ = exact_search(personal.path, timed)(["red shoes"] * 2, [User(5, 150), User(3, 60)], 1)
     expected = np.mean([ids[0, 0] == 20, ids[1, 0] == 30])
-    assert found["systems"][f"model:{model.path}"]["recall@1"] == expected
+    assert found["systems"][f"model:{personal.path}"]["recall@1"] == expected
 
 
 def test_models_that_cannot_be_asked(store, tmp_path):

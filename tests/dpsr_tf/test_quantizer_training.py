@@ -244,7 +244,8 @@ def test_a_killed_training_resumes_to_the_bit(click_store, tmp_path, when, start
     killed_at = start_and_kill(click_store, config, path, tmp_path, when)
     assert Quantizer.is_in(tf.train.latest_checkpoint(str(path))) == (when == "model.ckpt-30.index")
     assert (killed_at < start_step) == (when == "model.ckpt-10.index")
-    config = with_train(config, steps=max(killed_at, start_step) + 15)
+    # A checkpoint after every 10 of 2,000 steps would take most of the time. When they are due changes no weight.
+    config = with_train(config, steps=max(killed_at, start_step) + 15, checkpoint_steps=500)
     train(click_store, config, path)
     assert_same_weights(weights(path), weights(train(click_store, config, tmp_path / "reference").path))
 
@@ -384,6 +385,7 @@ def test_a_quantizer_without_a_number_stops_the_training(click_store, quantized,
         train(click_store, with_train(CONFIG, steps=50), path)
 
 
+@pytest.mark.slow
 def test_a_loss_without_a_number_changes_nothing(click_store, taught):
     """Neither a weight of the towers nor of the quantizer."""
     config = with_quantizer(
@@ -468,6 +470,7 @@ def test_what_cannot_be_quantized():
         fit(x, QuantizerConfig(sub_spaces=2, bits=4), 1)
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_items(click_store, without):
     model = dataclasses.replace(without, config=with_quantizer(warmup_items=31))
     checkpoint = tf.train.latest_checkpoint(str(without.path))
@@ -564,6 +567,7 @@ def test_a_batch_with_its_teacher(click_store, taught):
         assert (queries == -1).sum() == 2
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_config_is_none(click_store, taught):
     Teacher.write(taught, click_store, tf.train.latest_checkpoint(str(taught.path)))
     assert Teacher.open(taught, click_store) is not None
@@ -575,6 +579,7 @@ def test_a_teacher_of_another_config_is_none(click_store, taught):
     assert Teacher.open(taught, click_store) is None
 
 
+@pytest.mark.slow
 def test_more_teacher_items_than_items(click_store, taught):
     model = dataclasses.replace(taught, config=with_quantizer(teacher_items=500, teacher_queries=4))
     Teacher.write(model, click_store, tf.train.latest_checkpoint(str(taught.path)))

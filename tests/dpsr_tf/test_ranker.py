@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 import yaml
 from checkpoints import changed_config
+from test_encoders import make_model
 
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.typed_config import from_dict
@@ -19,10 +20,11 @@ from dpsr_tf.data.request_log import OUTCOMES
 from dpsr_tf.data.store import Store
 from dpsr_tf.evaluation.judgments import fold_of
 from dpsr_tf.evaluation.ranking_metrics import ndcg, session_auc
+from dpsr_tf.evaluation.rankings import is_validated
 from dpsr_tf.models.encoders import item_embeddings, placeholder
 from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.models.ranker import Ranker
-from dpsr_tf.models.ranker_inputs import RankerInputs
+from dpsr_tf.models.ranker_inputs import RankerInputs, dpsr_scorer
 from dpsr_tf.models.ranker_scores import ranker_scores
 from dpsr_tf.training.train import config_from_flags, train
 
@@ -159,6 +161,27 @@ def test_it_learns_what_only_texts_only_numbers_or_only_histories_tell(store, mo
     assert min(_auc_by_kind(store, model).values()) > 0.9, _auc_by_kind(store, model)
 
 
+def test_the_command_measures_a_ranker_on_requests_and_on_judged_lists(store, model, tmp_path, dpsr):
+    flags = ["evaluate", f"--store={store.path}", "--rank", f"--system=ranker:{model}", "--bootstrap=0"]
+    score, shown = ranker_scores(model, store), _held(store)
+
+    def measured(*more):
+        dpsr(*flags, *more, f"--json={tmp_path / 'out.json'}").succeeds()
+        return json.loads((tmp_path / "out.json").read_text())["systems"][f"ranker:{model}"]
+
+    expected = ndcg(shown.request, 2.0**shown.outcome - 1, score(shown), 10).mean()
+    assert measured("--held_out", "--fold=all")["ndcg@10"] == pytest.approx(expected, abs=1e-4)
+    # Rows of items, whose ids count from 1.
+    queries, request, item = ["winter", "summer"], np.array([0, 0, 1, 1]), np.array([1, 0, 0, 1])
+    grade = np.array([1, 0, 1, 0])
+    file = tmp_path / "judged.tsv"
+    lines = [f"{queries[r]}\t{i + 1}\t{g}\n" for r, i, g in zip(request, item, grade, strict=True)]
+    file.write_text("query\titem\tgrade\n" + "".join(lines))
+    judged = RankingFeatures(store).at_end(queries, request, np.zeros(4, int), item)
+    expected = session_auc(request, grade > 0, score(judged)).mean()
+    assert measured(f"--judgments={file}")["session_auc"] == pytest.approx(expected)
+
+
 def test_without_numbers_and_histories_only_texts_tell(store, tmp_path):
     path = tmp_path / "texts"
     train(store, _config(train__steps=60, ranker__numbers=False, model__history_length=0), path)
@@ -182,6 +205,8 @@ def test_options_train_and_score(store, tmp_path, changes):
     assert scores.dtype == np.float32 and np.isfinite(scores).all() and scores.std() > 0
     if "validation__queries" not in changes:
         return
+    assert is_validated(f" ranker:{tmp_path / 'model'}") and not is_validated("bm25")
+    assert is_validated(f"model:{tmp_path / 'model'}"), "what the config says, whatever kind of model it is"
     # The best checkpoint is measured on requests with a click of the validation fold.
     lines = [json.loads(line) for line in (tmp_path / "model" / "validation.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
@@ -192,6 +217,30 @@ def test_options_train_and_score(store, tmp_path, changes):
     assert best["queries"] == min(50, len(figures))
     if len(figures) <= 50:
         assert best["ndcg@10"] == pytest.approx(figures.mean(), abs=1e-5)
+
+
+def test_the_retrieval_model_is_read_only_when_its_score_is_needed(store, tmp_path, monkeypatch):
+    towers, opened = make_model(tmp_path / "towers", store, token_dim=4, embedding_dim=4).path, []
+
+    def counted(directory, store):
+        opened.append(directory)
+        return dpsr_scorer(directory, store)
+
+    for module in ("ranker_inputs", "ranker_scores"):
+        monkeypatch.setattr(f"dpsr_tf.models.{module}.dpsr_scorer", counted)
+    changes = {"train__checkpoint_steps": 2, "validation__queries": 50, "ranker__dpsr_model": str(towers)}
+    train(store, _config(train__steps=4, **changes), tmp_path / "model")
+    read = {number.name for number in ModelDirectory.open(tmp_path / "model").features.numbers}
+    assert "dpsr_score" in read
+    assert len(opened) == 2, "by the training, and by the validation for both checkpoints"
+    shown, score = _held(store), ranker_scores(tmp_path / "model", store)
+    scored = dpsr_scorer(str(towers), store)(shown)
+    found = score(scored)
+    assert len(opened) == 2, "these items have the score"
+    np.testing.assert_allclose(score(shown), found, rtol=1e-4, atol=1e-5)
+    assert len(opened) == 3
+    train(store, _config(train__steps=2, ranker__numbers=False, **changes), tmp_path / "texts")
+    assert len(opened) == 3, "this ranker reads no numbers"
 
 
 def test_a_resumed_training_is_the_same_training(store, tmp_path, capsys):
@@ -355,6 +404,17 @@ def test_each_kind_of_model_refuses_the_work_of_the_other(store, model, tmp_path
     ModelDirectory.create_or_resume(tmp_path / "towers", config, store)
     with pytest.raises(CommandError, match="holds a model of kind retrieval, expected ranker"):
         ranker_scores(tmp_path / "towers", store)
+
+
+def test_overwrite_keeps_the_retrieval_model_that_a_ranker_reads(dpsr, store, tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(SMALL))
+    towers = make_model(tmp_path / "towers", store, token_dim=4, embedding_dim=4)
+    flags = [f"--store={store.path}", f"--config={tmp_path / 'config.yaml'}", f"--out={towers.path}", "--overwrite"]
+    outcome = dpsr("train", *flags, f"--set=ranker.dpsr_model={towers.path}")
+    outcome.fails(2, f"ranker.dpsr_model={towers.path}: --overwrite removes this model; choose another --out")
+    missing = tmp_path / "none"
+    dpsr("train", *flags, f"--set=ranker.dpsr_model={missing}").fails(1, f"{missing}: holds no model")
+    assert towers.last_checkpoint().endswith("model.ckpt-7")
 
 
 @pytest.mark.parametrize(

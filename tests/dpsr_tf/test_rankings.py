@@ -219,6 +219,7 @@ def test_a_store_without_requests_has_no_lists(shop, tmp_path, dpsr):
     flags = ["evaluate", f"--store={tmp_path / 'store'}", "--rank", "--system=bm25"]
     dpsr(*flags, "--held_out").fails(1, "add the section `ranking` and `held_out`")
     file = tmp_path / "judged.tsv"
-    file.write_text("query\titem\tgrade\nred hat\t1\t2\nred hat\t2\t0\n")
+    file.write_text("query\titem\tgrade\nred hat\t1\t2\nred hat\t2\t0\nblue hat\t2\t0\n")
     out = dpsr(*flags, f"--judgments={file}").succeeds().out
     assert "1 lists with 2 items" in out and "no calibration" in out
+    assert "left out: 1 queries without a relevant item\n" in out

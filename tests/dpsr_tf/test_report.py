@@ -290,6 +290,7 @@ def test_quoted_figures_follow_what_was_measured() -> None:
         "It adds 0.31<!--proxy.added_p50_ms--> ms at 10,960<!-- proxy.qps_per_core --> requests a second, 12 failed, "
         "0<!--soak.failed-->; 11.0<!--proxy.qps_per_core / 1000--> thousand, +31<!--proxy.added_p50_ms * 100--> %"
     )
+    assert renewed("0.2-0.4<!--proxy.added_p50_ms-->", measured) == "0.2-0.3<!--proxy.added_p50_ms-->", "not a sign"
     for wrong, message in (
         ("1<!--proxy.failed-->", "has no such figure; run `dpsr report --parts=proxy`"),
         ("1 ms<!--soak.failed-->", "follows no figure"),

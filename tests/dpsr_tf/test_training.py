@@ -553,8 +553,15 @@ def test_overwrite_keeps_the_old_model_if_the_new_one_cannot_begin(dpsr, click_s
     shutil.copytree(uninterrupted.path, tmp_path / "m")
     before = tree(tmp_path / "m")
     flags = ["train", f"--store={click_store.path}", f"--out={tmp_path / 'm'}", "--overwrite"]
-    dpsr(*flags, "--set=train.num_title_queries=65").fails(2, "num_title_queries")
-    assert tree(tmp_path / "m") == before
+    for setting, status, fragment in (
+        ("train.num_title_queries=65", 2, "num_title_queries"),
+        ("model.item_features=[smell]", 2, "model.item_features names 'smell'"),
+        ("model.encoder=no_such_module:make", 2, "no_such_module cannot be imported"),
+        ("model.kind=rewriter", 2, "holds no sequences of words"),
+        ("validation.queries=5", 1, "holds no held-out interactions"),
+    ):
+        dpsr(*flags, f"--set={setting}").fails(status, fragment)
+        assert tree(tmp_path / "m") == before, setting
 
 
 @pytest.mark.parametrize(
@@ -630,10 +637,21 @@ def lines_of(path):
     return [json.loads(line) for line in (path / "validation.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture(scope="module")
+def validated(held_out_store, tmp_path_factory):
+    """The path of a model of CONFIG that was measured during its training; it must not be changed."""
+    return train(held_out_store, with_validation(), tmp_path_factory.mktemp("validated") / "model").path
+
+
+@pytest.fixture(scope="module")
+def not_validated(held_out_store, tmp_path_factory):
+    """The path of the same model without a measurement; it must not be changed."""
+    return train(held_out_store, CONFIG, tmp_path_factory.mktemp("not_validated") / "model").path
+
+
 @pytest.mark.slow
-def test_validation_measures_every_checkpoint_and_keeps_the_best(held_out_store, tmp_path):
-    path = tmp_path / "m"
-    train(held_out_store, with_validation(), path)
+def test_validation_measures_every_checkpoint_and_keeps_the_best(held_out_store, validated, tmp_path):
+    path = validated
     lines = lines_of(path)
     assert [line["step"] for line in lines] == [10, 20, 30]
     best = max(lines, key=lambda line: line["recall@5"])
@@ -667,10 +685,8 @@ def test_validation_measures_every_checkpoint_and_keeps_the_best(held_out_store,
 
 
 @pytest.mark.slow
-def test_evaluation_warns_of_the_fold_that_training_looked_at(held_out_store, tmp_path, dpsr):
-    train(held_out_store, with_validation(), tmp_path / "with")
-    train(held_out_store, CONFIG, tmp_path / "without")
-    systems = [f"model:{tmp_path / 'with'}", f"model:{tmp_path / 'with' / 'best'}", f"model:{tmp_path / 'without'}"]
+def test_evaluation_warns_of_the_fold_that_training_looked_at(held_out_store, validated, not_validated, tmp_path, dpsr):
+    systems = [f"model:{validated}", f"model:{validated / 'best'}", f"model:{not_validated}"]
     fused = f"rrf(bm25,{systems[0]})"
     flags = ["evaluate", f"--store={held_out_store.path}", "--held_out", "--k=5", "--bootstrap=0"]
     flags += [f"--system={name}" for name in (*systems, fused)]
@@ -685,10 +701,8 @@ def test_evaluation_warns_of_the_fold_that_training_looked_at(held_out_store, tm
 
 
 @pytest.mark.slow
-def test_validation_changes_no_weight(held_out_store, tmp_path):
-    train(held_out_store, with_validation(), tmp_path / "with")
-    train(held_out_store, CONFIG, tmp_path / "without")
-    assert_same_weights(weights(tmp_path / "with"), weights(tmp_path / "without"))
+def test_validation_changes_no_weight(validated, not_validated):
+    assert_same_weights(weights(validated), weights(not_validated))
 
 
 @pytest.mark.slow

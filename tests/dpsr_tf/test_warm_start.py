@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import Shop
 
 from dpsr_common import command_line
 from dpsr_tf.config import Config, ModelConfig, TrainConfig, save_config
@@ -65,9 +66,13 @@ def values(model, side, features):
     return rows
 
 
-@pytest.fixture
-def two_days(shop):
-    """The stores of two days. The second has more tokens, brands and colours, and its features in another order."""
+@pytest.fixture(scope="module")
+def two_days(tmp_path_factory):
+    """The stores of two days. The second has more tokens, brands and colours, and its features in another order.
+
+    They must not be changed.
+    """
+    shop = Shop(tmp_path_factory.mktemp("two_days"))
 
     def ingest(path, features, users):
         shop.schema["items"] |= {"text": "title", "features": features}
@@ -89,9 +94,14 @@ def two_days(shop):
     return one, two
 
 
-def test_rows_are_matched_by_their_text(two_days, tmp_path, capfd):
-    one, two = two_days
-    old = train(one, CONFIG, tmp_path / "old")
+@pytest.fixture(scope="module")
+def old(two_days, tmp_path_factory):
+    """A model of the first day; it must not be changed."""
+    return train(two_days[0], CONFIG, tmp_path_factory.mktemp("old") / "model")
+
+
+def test_rows_are_matched_by_their_text(two_days, old, tmp_path, capfd):
+    _, two = two_days
     plain = train(two, with_train(steps=1), tmp_path / "plain")
     for sums in ("keep", "reset"):
         capfd.readouterr()
@@ -134,10 +144,9 @@ def test_rows_are_matched_by_their_text(two_days, tmp_path, capfd):
         assert ("sums of the optimizer kept" in line) == (sums == "keep")
 
 
-def test_a_warm_start_is_read_once(two_days, tmp_path, capfd):
+def test_a_warm_start_is_read_once(two_days, old, tmp_path, capfd):
     """A resumed training continues with its own checkpoint, and says so."""
-    one, two = two_days
-    old = train(one, CONFIG, tmp_path / "old")
+    _, two = two_days
     warm = WarmStart.open(old.path, CONFIG, "keep")
     new = train(two, with_train(steps=3), tmp_path / "new", warm_start=warm)
     first = weights(new.path)
@@ -185,10 +194,9 @@ def test_state_of_another_optimizer(two_days, tmp_path):
         assert not np.array_equal(reset[name], before[name]) or not before[name].any(), name
 
 
-def test_other_layers_and_features_start_as_usual(two_days, tmp_path, capfd):
+def test_other_layers_and_features_start_as_usual(two_days, old, tmp_path, capfd):
     """Reordered features move the rows of a kernel, so it is not taken, although its shape is equal."""
-    one, two = two_days
-    old = train(one, CONFIG, tmp_path / "old")
+    _, two = two_days
     model = dataclasses.replace(CONFIG.model, item_features=("price", "blurb", "color", "brand"), embedding_dim=7)
     config = dataclasses.replace(with_train(steps=1), model=model)
     new = train(two, config, tmp_path / "new", warm_start=WarmStart.open(old.path, config, "keep"))
@@ -203,13 +211,12 @@ def test_other_layers_and_features_start_as_usual(two_days, tmp_path, capfd):
     assert 0 < taken < total
 
 
-def test_pieces_of_tables_on_parameter_servers(two_days, tmp_path):
+def test_pieces_of_tables_on_parameter_servers(two_days, old, tmp_path):
     """With tables in pieces of rows, the same rows begin with the same weights."""
     from dpsr_tf.config import ClusterConfig
     from dpsr_tf.training.estimator import model_fn
 
-    one, two = two_days
-    old = train(one, CONFIG, tmp_path / "old")
+    _, two = two_days
     warm = WarmStart.open(old.path, CONFIG, "keep")
     whole = train(two, with_train(steps=1), tmp_path / "whole", warm_start=warm)
     config = dataclasses.replace(CONFIG, cluster=ClusterConfig(placement="rows"))
@@ -236,9 +243,8 @@ def test_pieces_of_tables_on_parameter_servers(two_days, tmp_path):
         np.testing.assert_array_equal(found[rows], start[name][rows], err_msg=name)
 
 
-def test_the_command(two_days, tmp_path, capfd):
-    one, two = two_days
-    old = train(one, CONFIG, tmp_path / "old")
+def test_the_command(two_days, old, tmp_path, capfd):
+    _, two = two_days
     save_config(with_train(steps=2), tmp_path / "config.yaml")
     flags = ["train", f"--store={two.path}", f"--config={tmp_path / 'config.yaml'}", f"--out={tmp_path / 'new'}"]
     assert command_line.main([*flags, f"--warm_start={old.path}"]) == 0

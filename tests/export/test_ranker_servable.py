@@ -72,12 +72,6 @@ def servable(ranking_shop_of_texts: Store, tmp_path_factory: pytest.TempPathFact
     return ranking_shop, folder
 
 
-@pytest.fixture
-def no_scorer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets ranker_scores take the dpsr_score that is given, without a retrieval model."""
-    monkeypatch.setattr("dpsr_tf.models.ranker_scores.dpsr_scorer", lambda *_: None)
-
-
 def check_scores(model: Path, store: Store, version: Path, scored: bool) -> None:
     rng = np.random.default_rng(3)
     expected, servable = checkpoint_scores(model, store), LoadedServable(version)
@@ -93,7 +87,7 @@ def check_scores(model: Path, store: Store, version: Path, scored: bool) -> None
     servable.close()
 
 
-def test_scores_are_those_of_the_checkpoint(servable: tuple[Store, Path], no_scorer: None) -> None:
+def test_scores_are_those_of_the_checkpoint(servable: tuple[Store, Path]) -> None:
     store, folder = servable
     check_scores(folder / "model", store, folder / "servable" / "1", scored=True)
 
@@ -151,9 +145,8 @@ def test_unknown_items_and_users(servable: tuple[Store, Path]) -> None:
     loaded.close()
 
 
-@pytest.mark.slow
 def test_a_server_ranks_as_the_checkpoint_does(
-    servable: tuple[Store, Path], no_scorer: None, capsys: pytest.CaptureFixture[str]
+    servable: tuple[Store, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     store, folder = servable
     expected = checkpoint_scores(folder / "model", store)

@@ -59,13 +59,12 @@ class Made:
         assert run("export", f"--model={self.model}", f"--rewrites={self.table}", f"--out={self.servable}") == 0
 
 
-# The slow test runs after those of other files, so that a fixture of the module would be made twice.
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(tmp_path_factory.mktemp("rewriter"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def loaded(made: Made) -> LoadedServable:
     return LoadedServable(made.servable / "1")
 
@@ -211,7 +210,6 @@ def test_explain(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.count("\n  ") > 5 and shown.count("no items: its words match no other titles") > 1
 
 
-@pytest.mark.slow
 def test_a_server_rewrites(made: Made, loaded: LoadedServable) -> None:
     queries = [*QUERIES, *UNREADABLE]
     expected = rewrites(loaded, queries, 2)
