@@ -55,7 +55,7 @@ empty :=
 space := $(empty) $(empty)
 
 .DELETE_ON_ERROR:
-.PHONY: setup debian native demo test test-fast test-tools test-distributed test-long test-cpp test-native sanitize sanitize-cores sanitize-serving sanitize-thread fuzz bazel-test test-tensorflow-serving bench-tokenizer bench-store bench-index bench-servable bench-training bench-learned-index report ablations build/offline.bazelrc lint wheel clean
+.PHONY: setup debian native demo test test-fast test-tools test-distributed test-long test-cpp test-native sanitize sanitize-build sanitize-cores sanitize-serving sanitize-thread fuzz bazel-test test-tensorflow-serving bench-tokenizer bench-store bench-index bench-servable bench-training bench-learned-index report ablations build/offline.bazelrc lint wheel clean
 
 setup: native
 	@$(MAKE) --no-print-directory build/nginx || echo "nginx is left out: benchmarks/proxy.py will not compare with it" >&2
@@ -77,10 +77,12 @@ endef
 debian:
 	$(call install_debian,$(DEBIAN_PACKAGES))
 
-# Installs exactly the versions in constraints.txt, so that tomorrow's build is the same as today's.
-$(VENV)/.packages: pyproject.toml constraints.txt
+$(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.11 with venv, or give PYTHON=" >&2; exit 1; }
-	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+
+# Installs exactly the versions in constraints.txt, so that tomorrow's build is the same as today's.
+$(VENV)/.packages: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing Python packages"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
 	  $$($(BIN)/python -c 'import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
@@ -111,11 +113,14 @@ test-cpp: native
 
 sanitize: sanitize-cores sanitize-serving
 
-# Tests the C++ cores, which need neither TensorFlow nor Python, under AddressSanitizer and UndefinedBehaviorSanitizer.
-sanitize-cores: native
+# Compiles the C++ cores, which need neither TensorFlow nor Python, with AddressSanitizer and UndefinedBehaviorSanitizer.
+# Only their tests need FAISS, so this can run while pip installs it. `nice`, because pip then works on one processor alone.
+sanitize-build: debian | $(BIN)/python
 	@cmake -S . -B build/sanitize -G Ninja -DDPSR_CORE_ONLY=ON -DDPSR_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=Debug \
-	  -DDPSR_FAISS_LIBRARY=$$($(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("faiss").origin))')/libfaiss.so >/dev/null
-	@cmake --build build/sanitize
+	  -DDPSR_FAISS_LIBRARY=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/faiss/libfaiss.so >/dev/null
+	@nice cmake --build build/sanitize
+
+sanitize-cores: sanitize-build native
 	@ASAN_OPTIONS=detect_leaks=0 ctest --test-dir build/sanitize --output-on-failure --parallel 2
 
 # Tests the parts of the model server that read clients' bytes, with a short run of their fuzz targets.
@@ -187,8 +192,8 @@ define take_program
 	@rm -rf build/debian_$(1)
 endef
 
-# promtool checks the alert rules.
-build/promtool:
+# promtool checks the alert rules. Only one apt-get may run at a time.
+build/promtool: | debian
 	$(call take_program,prometheus,usr/bin/promtool)
 
 # benchmarks/proxy.py compares the proxy with nginx.
@@ -197,16 +202,17 @@ build/nginx:
 
 # Spark's tests need Java. A Java that is on the PATH is used.
 test-tools: build/promtool
-	$(call install_debian,$(TEST_PACKAGES) $(if $(shell command -v java),,openjdk-17-jre-headless))
+	$(call install_debian,$(TEST_PACKAGES) $(if $(shell command -v java 2>/dev/null),,openjdk-17-jre-headless))
 
 test-fast: native test-tools
 	$(PYTEST) -m "not slow"
 
-# Two at a time, because each of these leaves a processor idle at its end.
-test-native: native
+# Two or three at a time, because each of these leaves a processor idle for a while: pip to its end, a build at its end.
+test-native:
+	@$(MAKE) --no-print-directory -j3 native sanitize-build test-tools
 	@$(MAKE) --no-print-directory -j2 sanitize-cores lint test-cpp sanitize-serving sanitize-thread
 
-test: test-native test-tools
+test: test-native
 	$(PYTEST) -m "not distributed and not long"
 
 # Kills and stops processes of clusters, and compares them with local training. Takes minutes.

@@ -434,7 +434,7 @@ def measure(result: Any, folder: Path, names: list[str], targets: list[str], sec
 
 
 class Target:
-    """Runs what is attacked, the model server or a proxy in front of it, and restarts it if it ends."""
+    """Runs the process under attack: a model server, or a proxy. Starts the process again if it ends."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self._name, self._folder = name, folder
