@@ -30,11 +30,11 @@ def test_configuration_reference_is_that_of_the_dataclasses() -> None:
 
 def test_quoted_figures_are_those_that_were_measured() -> None:
     figures = read_figures()
-    message = "put figures.md of `dpsr report` beside its figures.json, in docs/"
+    message = "run `python -m dpsr_tf.report.quotes`"
     assert (ROOT / "docs" / "figures.md").read_text() == figures_page(figures), message
     for page in pages():
         text = page.read_text()
-        assert text == renewed(text, figures), "run `python -m dpsr_tf.report.quotes`"
+        assert text == renewed(text, figures), message
 
 
 def test_schema_example_is_a_schema() -> None:

@@ -5,23 +5,27 @@ A quoted figure of a benchmark is followed by an HTML comment that names it, whi
     The proxy adds 0.36<!--proxy.added_p50_ms--> ms.
     The model took 12<!--search.p99_ms / 1000--> seconds.
 
-`python -m dpsr_tf.report.quotes` brings all quoted figures up to date, with as many decimals as the page gives. A test
-fails as long as one is not. docs/figures.json comes from `dpsr report`.
+`python -m dpsr_tf.report.quotes` brings all quoted figures up to date, with as many decimals as the page gives, and
+docs/figures.md too. A test fails as long as one is not. `python -m dpsr_tf.report.quotes REPORT` first copies the
+figures of the directory of a `dpsr report` to docs/figures.json. Parts that this report did not run keep their figures.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpsr_common.errors import CommandError
 from dpsr_common.files import write_text
+from dpsr_tf.report.benchmarks import BENCHMARKS, figures_page
 from dpsr_tf.report.shop import REPOSITORY
 
 FIGURES = "docs/figures.json"
+FIGURES_PAGE = "docs/figures.md"
 _QUOTE = re.compile(
     r"(?P<sign>(?<!\w)[+-]|)(?P<figure>\d[\d,]*(?:\.\d+)?)(?P<mark><!--\s*(?P<name>\w+\.\w+)(?P<scale>[^>]*?)\s*-->)"
 )
@@ -74,16 +78,40 @@ def read_figures() -> Any:
     return json.loads((REPOSITORY / FIGURES).read_text())
 
 
-def main() -> None:
-    """Brings all pages up to date."""
+def take(report: Path) -> None:
+    """Copies the figures of the directory of a report to docs/figures.json. Other parts keep theirs.
+
+    Raises:
+        CommandError: the directory has no figures.json, or it names a part that there is not.
+    """
+    try:
+        found = json.loads((report / "figures.json").read_text())
+    except OSError as error:
+        raise CommandError(f"{report}: expected the directory of a `dpsr report`: {error}") from None
+    figures = read_figures() | found
+    if unknown := sorted(figures.keys() - BENCHMARKS.keys()):
+        raise CommandError(f"{report}: unknown parts {unknown}; run the report again with this version")
+    ordered = {name: figures[name] for name in BENCHMARKS if name in figures}
+    write_text(REPOSITORY / FIGURES, json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Brings all pages up to date, with the figures of a report if its directory is given."""
+    if len(arguments) > 1:
+        raise CommandError("usage: python -m dpsr_tf.report.quotes [DIRECTORY OF A REPORT]")
+    if arguments:
+        take(Path(arguments[0]))
     figures = read_figures()
-    for page in pages():
-        text = page.read_text()
-        new = renewed(text, figures)
-        if new != text:
+    new_texts = {page: renewed(page.read_text(), figures) for page in pages()}
+    new_texts[REPOSITORY / FIGURES_PAGE] = figures_page(figures)
+    for page, new in new_texts.items():
+        if new != page.read_text():
             write_text(page, new)
             print(f"{page.relative_to(REPOSITORY)}: renewed")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main(sys.argv[1:])
+    except CommandError as error:
+        sys.exit(str(error))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dpsr_common.errors import CommandError, UsageError
-from dpsr_tf.report import plots, sections
+from dpsr_tf.report import plots, quotes, sections
 from dpsr_tf.report.benchmarks import BENCHMARKS, figures, figures_page
 from dpsr_tf.report.command import html, parts_from_flag, size_from_flags
 from dpsr_tf.report.quotes import renewed
@@ -298,3 +298,30 @@ def test_quoted_figures_follow_what_was_measured() -> None:
     ):
         with pytest.raises(CommandError, match=message):
             renewed(wrong, measured)
+
+
+def test_the_pages_take_the_figures_of_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts that the report did not run keep their figures."""
+    hardware = {"cpu": "a CPU", "cores": 2}
+    old, new = (
+        {"date": date, "command": "c", "seed": 1, "hardware": hardware, "bars": {"bar": bar}}
+        for date, bar in (("2026-01-01", 1.0), ("2026-02-02", 2.0))
+    )
+    docs, report = tmp_path / "docs", tmp_path / "report"
+    docs.mkdir()
+    report.mkdir()
+    (tmp_path / "README.md").write_text("1.0<!--store.bar--> and 1<!--proxy.bar-->")
+    (docs / "figures.json").write_text(json.dumps({"proxy": old, "store": old}))
+    (docs / "figures.md").write_text("")
+    (report / "figures.json").write_text(json.dumps({"store": new}))
+    monkeypatch.setattr(quotes, "REPOSITORY", tmp_path)
+    quotes.main([str(report)])
+    assert (tmp_path / "README.md").read_text() == "2.0<!--store.bar--> and 1<!--proxy.bar-->"
+    assert json.loads((docs / "figures.json").read_text()) == {"store": new, "proxy": old}
+    assert (docs / "figures.md").read_text() == figures_page({"store": new, "proxy": old})
+
+    (report / "figures.json").write_text(json.dumps({"stores": new}))
+    for wrong, message in ((report, "unknown parts"), (tmp_path, "expected the directory of a `dpsr report`")):
+        with pytest.raises(CommandError, match=message):
+            quotes.main([str(wrong)])
+    assert json.loads((docs / "figures.json").read_text()) == {"store": new, "proxy": old}
