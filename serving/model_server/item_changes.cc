@@ -7,6 +7,7 @@
 #include "common/status.h"
 #include "serving/model_server/errors.h"
 #include "serving/model_server/log.h"
+#include "serving/model_server/priority.h"
 #include "tensorflow/core/framework/tensor.h"
 #include "tensorflow/core/framework/types.h"
 
@@ -82,6 +83,7 @@ ItemChangeFollower::~ItemChangeFollower() {
 }
 
 void ItemChangeFollower::Run() {
+  LowerThreadPriority();
   std::unique_lock<std::mutex> lock(mutex_);
   while (!stopping_) {
     lock.unlock();

@@ -1,8 +1,5 @@
 #include "serving/model_server/model_manager.h"
 
-#include <sys/resource.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <system_error>
 #include <utility>
@@ -10,6 +7,7 @@
 #include "common/status.h"
 #include "serving/model_server/log.h"
 #include "serving/model_server/metrics.h"
+#include "serving/model_server/priority.h"
 #include "serving/model_server/warmup.h"
 #include "tensorflow/core/platform/env.h"
 
@@ -19,8 +17,6 @@ namespace {
 using ::tensorflow::serving::GetModelStatusResponse;
 using ::tensorflow::serving::ModelSpec;
 using ::tensorflow::serving::ModelVersionStatus;
-
-constexpr int kLoadNiceness = 10;
 
 // Number of ended versions that are remembered for each model: a new version every minute for a week.
 constexpr size_t kMaxEnded = 10'000;
@@ -521,17 +517,15 @@ void ModelManager::Load(const std::string& name, int64_t number, Version* versio
     const auto begin = Clock::now();
     const int64_t memory = ResidentBytes();
     tensorflow::Status status;
-    // Loads run with low priority, so that requests go first if there are few processors. The thread is a separate one,
-    // because it must never hold the lock that requests need.
+    // The thread is a separate one, because it has a low priority and must never hold the lock that requests need.
     try {
       std::thread([&] {
-        setpriority(PRIO_PROCESS, static_cast<id_t>(gettid()), kLoadNiceness);
+        LowerThreadPriority();
         status = Servable::Load(options_.servable, name, number, path, &servable);
         if (status.ok() && options_.warmup_iterations > 0) {
           status = ReplayWarmup(*servable, path, options_.warmup_iterations);
         }
       }).join();
-      // Its thread has the priority of this one, not that of loads.
       if (status.ok()) follower = ItemChangeFollower::Start(*servable);
     } catch (const std::system_error& error) {
       // The process may have as many threads as it is allowed.

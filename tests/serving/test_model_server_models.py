@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import re
 import subprocess
 import threading
 import time
@@ -127,14 +129,45 @@ def test_requests_do_not_run_with_the_priority_of_loads(exported: Path, base_pat
     with serving(tmp_path, f"--model_base_path={base_path}") as running:
         running.predict(predict_request())
 
-        def low() -> int:
-            tasks = Path(f"/proc/{running.process.pid}/task").glob("*/stat")
-            niceness = [int(stat.read_text().rpartition(")")[2].split()[16]) for stat in tasks]
-            return sum(nice > min(niceness) for nice in niceness)
-
         # TensorFlow starts the threads of all sessions with the first one, which must not be that of a load. One thread
         # of each session remains, which computes constants while a graph is prepared.
-        eventually(lambda: low() <= 1, "threads have the priority of the process")
+        eventually(lambda: len(low_threads(running)) <= 1, "threads have the priority of the process")
+
+
+def test_changes_of_items_are_applied_with_a_low_priority(base_path: Path, tmp_path: Path) -> None:
+    """The thread that applies them does not keep requests waiting if there are few processors."""
+    saved_models.write_half_plus(tmp_path / "model", 1.0, item_changes=True)
+    saved_models.publish(tmp_path / "model", base_path, 1)
+    with serving(tmp_path, f"--model_base_path={base_path}") as running:
+        running.predict(predict_request())
+
+        def applies() -> bool:
+            """Whether a thread of low priority runs again and again: those of loads have ended, or wait."""
+            before = switches(running)
+            time.sleep(0.5)
+            return any(count > before.get(thread, count) for thread, count in switches(running).items())
+
+        eventually(applies, "a thread applies the changes")
+
+
+def low_threads(running: Server) -> list[Path]:
+    """Returns the threads of a server, in /proc, whose priority is below that of its first threads."""
+    niceness = {}
+    for stat in Path(f"/proc/{running.process.pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            niceness[stat.parent] = int(stat.read_text().rpartition(")")[2].split()[16])
+    return [thread for thread, nice in niceness.items() if nice > min(niceness.values())]
+
+
+def switches(running: Server) -> dict[Path, int]:
+    """Returns how often each thread of low priority has waited."""
+    found = {}
+    for thread in low_threads(running):
+        with contextlib.suppress(OSError):
+            found[thread] = int(
+                re.search(r"^voluntary_ctxt_switches:\s*(\d+)", (thread / "status").read_text(), re.M)[1]
+            )
+    return found
 
 
 # ---- versions ----
