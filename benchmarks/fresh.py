@@ -13,7 +13,8 @@ that a search with a range of prices tells which items are there.
 `visible`: time from the acknowledgement of a change by the writer to the first answer that shows it, asked for every
 20 ms: one change after the other (`quiet`), and while 1,000 changes a second are written and queries run (`busy`).
 
-`load`: an open loop of queries, without and with 1,000 changes a second, in turns.
+`load`: an open loop of queries, without and with 1,000 changes a second, in turns. Both turns also have the searches of
+`busy`.
 
 `kills`: the writer is killed (SIGKILL) while it writes segments, and the server while changes arrive. `swap`: the
 changes so far are merged into a new index, which becomes version 2 while changes arrive. After each of them, all prices
@@ -72,6 +73,8 @@ _QUERIES = 500
 _VISIBLE_S = 2.0
 # Time between two searches for a change. Searches without a pause would be a load of their own.
 _POLL_S = 0.02
+# Time between two looks whether a change is acknowledged.
+_ACKNOWLEDGED_S = 0.002
 _PATIENCE_S = 60.0
 
 
@@ -338,7 +341,7 @@ def visible(shop: Shop, number: int) -> float:
     item, kind, before = source.ids[number], source.kinds[number], source.before[number]
     end = time.monotonic() + _PATIENCE_S
     while len(shop.acknowledged) <= number:
-        time.sleep(0.0005)
+        time.sleep(_ACKNOWLEDGED_S)
     while True:
         place = before if kind == DELETE else number
         if (item in shop.at_price(place, place + 1)) == (kind != DELETE):
@@ -382,6 +385,22 @@ def busy(shop: Shop, count: int) -> list[float]:
     return found
 
 
+def unchanging(shop: Shop, seconds: float) -> None:
+    """Searches as often as `busy` does, for a change that answers show already."""
+    source = shop.source
+    number = next(n for n in probes(source, 0, len(shop.acknowledged)) if source.kinds[n] != DELETE)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        # As long as `busy` waits for the next change, and as often as it searches for it.
+        wait = time.monotonic() + 0.2
+        while time.monotonic() < wait:
+            time.sleep(_ACKNOWLEDGED_S)
+        for _ in range(5):
+            if source.ids[number] not in shop.at_price(number, number + 1):
+                raise SystemExit(f"change {number} of item {source.ids[number]} is no longer visible")
+            time.sleep(_POLL_S)
+
+
 def load(result: report.Report, shop: Shop, workload: str, turns: int, seconds: float) -> list[float]:
     """Measures queries with and without changes, in turns. Returns how long changes took to be visible."""
     requests = shop.folder / "requests"
@@ -398,6 +417,8 @@ def load(result: report.Report, shop: Shop, workload: str, turns: int, seconds: 
                 running = threads.submit(_load, shop, requests, f"--rate={rate}", seconds)
                 if name == "changing":
                     seen += busy(shop, round(RATE * (seconds + seconds / 4)))
+                else:
+                    unchanging(shop, seconds)
                 (found,) = running.result()
             shop.await_applied()
             p99[name].append(found["latency_us"]["p99"] / 1000)
