@@ -842,7 +842,7 @@ def run_part(
         runs = [(generated(f"shop_{items}", out, items)[0], "shop", 256, 20 if quick else 100)]
         if not quick:
             store = ingested("homedepot", out, "--adapter=homedepot", f"--input={data / 'homedepot'}")
-            runs.append((store, "homedepot", 1024, 40))
+            runs.append((store, "homedepot", 1024, 200))
         for store, config, batch, steps in runs:
             index_time(result, store, training_rate(result, store, config, out, batch, steps), out)
     elif part == "movielens":
