@@ -770,9 +770,11 @@ def training_rate(result: report.Report, store: Path, config: str, out: Path, ba
 
 
 def index_time(result: report.Report, store: Path, model: Path, out: Path) -> None:
-    """Measures `dpsr index` on a model with a quantizer: the embedding of all items, and the rest."""
+    """Measures `dpsr index` on a model with a quantizer: the embedding of all items, and the rest, in seconds."""
     index = out / f"{model.name}_index"
-    dpsr("index", f"--model={model}", f"--store={store}", f"--out={index}", "--overwrite")
+    # `--overwrite` would reuse the embeddings of an earlier run, and their time would be missing.
+    shutil.rmtree(index, ignore_errors=True)
+    dpsr("index", f"--model={model}", f"--store={store}", f"--out={index}")
     seconds = json.loads((index / "index.json").read_text())["seconds"]
     for part, value in seconds.items():
         result.add("dpsr index", store.name, part, value, "s")
