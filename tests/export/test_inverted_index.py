@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -428,6 +429,26 @@ def test_a_directory_without_write_access(inverted: Path, tmp_path: Path, monkey
         assert sorted(path.name for path in (copy / "tantivy").iterdir()) == before
     finally:
         (copy / "tantivy").chmod(0o755)
+
+
+def test_a_lock_file_that_appears_while_the_links_are_removed(
+    inverted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    remove, made = os.rmdir, []
+
+    def rmdir(path: Any, **how: Any) -> None:
+        # A thread of Tantivy did this in 3 of 100 openings on a busy machine.
+        if Path(path).parent == tmp_path and not made:
+            made.append(Path(path) / ".tantivy-meta.lock")
+            made[0].touch()
+        remove(path, **how)
+
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert keys(open_inverted_index(inverted), "boots") == ["3"]
+    assert made
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_servable_of_another_store_is_refused(catalogue: Catalogue, tmp_path: Path):

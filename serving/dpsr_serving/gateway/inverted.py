@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -123,11 +124,17 @@ def _with_lock_files(path: Path) -> Iterator[Path]:
     if os.access(path, os.W_OK):
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="dpsr-inverted-") as temporary:
+    temporary = Path(tempfile.mkdtemp(prefix="dpsr-inverted-"))
+    try:
         for file in path.iterdir():
             if file.suffix != ".lock":
-                (Path(temporary) / file.name).symlink_to(file.resolve())
-        yield Path(temporary)
+                (temporary / file.name).symlink_to(file.resolve())
+        yield temporary
+    finally:
+        # A thread of Tantivy may make its lock file while the directory is removed: then removing it fails once. It
+        # makes none when the list of the index's files, meta.json, is gone.
+        for _ in range(3):
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def open_inverted_index(directory: Path) -> InvertedIndex:
