@@ -841,7 +841,7 @@ def run_part(
     elif part == "costs":
         givens_over_svd(result, (64,) if quick else (64, 256, 512))
         # The measurement of the bars comes last.
-        runs = [(generated(f"shop_{items}", out, items)[0], "shop", 256, 20 if quick else 100)]
+        runs = [(generated(f"shop_{items}", out, items)[0], "shop", 256, 20 if quick else 1000)]
         if not quick:
             store = ingested("homedepot", out, "--adapter=homedepot", f"--input={data / 'homedepot'}")
             runs.append((store, "homedepot", 1024, 200))
