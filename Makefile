@@ -50,7 +50,7 @@ TEST_PACKAGES := openssl systemd chromium chromium-driver openssh-server
 FUZZ_TARGETS := $(addprefix tokenizer_cc/,tokenizer_fuzz tokenizer_config_fuzz vocabulary_fuzz) export/item_filter_fuzz serving/session_fuzz
 SERVING_FUZZ_TARGETS := json_tensor_fuzz server_config_fuzz tensor_proto_fuzz
 
-THREADED_TESTS := change_log_test embedding_test faiss_index_test filtered_search_test fresh_index_test item_filter_test product_quantizer_test rank_table_test tokenizer_test vocabulary_test worker_pool_test
+THREADED_TESTS := call_server_test change_log_test embedding_test faiss_index_test filtered_search_test fresh_index_test item_filter_test product_quantizer_test rank_table_test tokenizer_test vocabulary_test worker_pool_test
 empty :=
 space := $(empty) $(empty)
 
@@ -134,7 +134,7 @@ sanitize-thread: native
 	@cmake -S . -B build/sanitize-thread -G Ninja -DDPSR_CORE_ONLY=ON -DDPSR_SANITIZE=thread -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1 \
 	  -DDPSR_FAISS_LIBRARY=$$($(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("faiss").origin))')/libfaiss.so >/dev/null
 	@cmake --build build/sanitize-thread --target $(THREADED_TESTS)
-	@OMP_NUM_THREADS=1 GTEST_FILTER='*Thread*:*WorkerPool*' \
+	@OMP_NUM_THREADS=1 GTEST_FILTER="*Thread*:*WorkerPool*:CallServerTest*" \
 	  ctest --test-dir build/sanitize-thread --output-on-failure --parallel 2 -R '^($(subst $(space),|,$(THREADED_TESTS)))$$'
 
 # Fuzzes the tokenizer and its files, the filters, and what proxy and model server read, with both sanitizers. Leaks are not

@@ -1,319 +1,394 @@
 #include "serving/model_server/grpc_server.h"
 
-#include <grpc/grpc_security.h>
-#include <grpcpp/ext/proto_server_reflection_plugin.h>
-#include <grpcpp/grpcpp.h>
-#include <netdb.h>
-#include <sys/socket.h>
-#include <sys/un.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
-#include <cerrno>
+#include <algorithm>
 #include <condition_variable>
-#include <cstring>
 #include <limits>
+#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <set>
 #include <string_view>
 #include <thread>
+#include <unordered_map>
 
-#include "serving/dpsr_serving/health.grpc.pb.h"
+#include "serving/dpsr_serving/health.pb.h"
 #include "serving/model_server/errors.h"
+#include "serving/model_server/grpc_reflection.h"
+#include "serving/model_server/log.h"
 #include "serving/model_server/metrics.h"
 #include "serving/model_server/parse_number.h"
 #include "serving/model_server/request_scope.h"
 #include "serving/model_server/server_options.h"
-#include "tensorflow_serving/apis/model_service.grpc.pb.h"
-#include "tensorflow_serving/apis/prediction_service.grpc.pb.h"
-
-// gRPC shows a server the compression of a request only by this function, which its own interoperability tests use.
-grpc_compression_algorithm grpc_call_test_only_get_compression_algorithm(grpc_call* call);
+#include "serving/wire/call_server.h"
+#include "serving/wire/compression.h"
+#include "tensorflow_serving/apis/classification.pb.h"
+#include "tensorflow_serving/apis/get_model_metadata.pb.h"
+#include "tensorflow_serving/apis/get_model_status.pb.h"
+#include "tensorflow_serving/apis/inference.pb.h"
+#include "tensorflow_serving/apis/model_management.pb.h"
+#include "tensorflow_serving/apis/predict.pb.h"
+#include "tensorflow_serving/apis/regression.pb.h"
 
 namespace dpsr::serving {
 namespace {
 
-using ::grpc::health::v1::Health;
 using ::grpc::health::v1::HealthCheckRequest;
 using ::grpc::health::v1::HealthCheckResponse;
-using ::tensorflow::serving::ModelService;
-using ::tensorflow::serving::PredictionService;
-using Context = grpc::CallbackServerContext;
-using Reactor = grpc::ServerUnaryReactor;
 namespace apis = ::tensorflow::serving;
+using CallPtr = std::shared_ptr<Call>;
+using MethodMap = std::unordered_map<std::string, Method>;
 
 constexpr char kEntrypoint[] = "GRPC";
+constexpr char kPredictionService[] = "tensorflow.serving.PredictionService";
+constexpr char kModelService[] = "tensorflow.serving.ModelService";
+constexpr char kHealthService[] = "grpc.health.v1.Health";
+
+// gRPC's status codes are those of absl.
+constexpr int kCancelled = static_cast<int>(absl::StatusCode::kCancelled);
+constexpr int kUnavailable = static_cast<int>(absl::StatusCode::kUnavailable);
+constexpr int kPermissionDenied = static_cast<int>(absl::StatusCode::kPermissionDenied);
 
 // gRPC sends the text of an error in a header, and clients limit the size of headers.
 constexpr size_t kMaxErrorBytes = 1024;
 
-// Number of calls that a connection may have at the same time. Without a limit, calls with large headers take the memory
-// of the server: gigabytes in seconds.
-constexpr int kMaxStreams = 1024;
+constexpr size_t kMaxMessageBytes = std::numeric_limits<int32_t>::max();  // protobuf's limit
+// A packed message may become this large: a small one could otherwise take all memory.
+constexpr size_t kMaxUnpackedBytes = size_t{32} << 20;
+
+// Number of calls that a connection may have at the same time, unless --grpc_channel_arguments says another one.
+constexpr uint32_t kMaxStreams = 1024;
+constexpr size_t kMaxConnections = 10'000;
 
 // Number of reloads that may wait for models at the same time. A reload whose models do not load must not block the
 // next reload, which may correct it.
 constexpr int kReloads = 8;
 
-grpc::Status ToGrpc(const tensorflow::Status& status) {
-  if (status.ok()) return grpc::Status::OK;
-  std::string message(status.message());
-  if (message.size() > kMaxErrorBytes) message = message.substr(0, kMaxErrorBytes) + "...TRUNCATED";
-  // Both libraries use the same numbers for their codes.
-  return grpc::Status(static_cast<grpc::StatusCode>(status.code()), message);
-}
-
 // Answers below this size are never compressed: they fit into one packet.
 constexpr size_t kMinCompressedBytes = 1024;
 
-// What all calls for inference need.
+void FinishWith(const tensorflow::Status& status, Call* call, std::vector<Header> trailing = {}) {
+  std::string message(status.message());
+  if (message.size() > kMaxErrorBytes) message = message.substr(0, kMaxErrorBytes) + "...TRUNCATED";
+  call->Finish(static_cast<int>(status.code()), message, {}, std::move(trailing));
+}
+
+// What the server does with messages. Set once, before the first call.
+struct MessageOptions {
+  size_t most_unpacked = kMaxUnpackedBytes;
+  std::string compression;  // of answers to all clients that accept it; empty: of those whose requests ask for it
+};
+
+// Reads the request of a call, which may be packed.
+tensorflow::Status ReadRequest(const Call& call, const MessageOptions& options, google::protobuf::Message* request) {
+  std::string_view message = call.message();
+  std::string unpacked;
+  if (!call.encoding().empty()) {
+    if (!IsCompression(call.encoding())) {
+      return absl::UnimplementedError(
+          StrCat("the message is compressed by '", call.encoding(), "'; expected one of ", kCompressions));
+    }
+    switch (Unpack(call.encoding(), message, options.most_unpacked, &unpacked)) {
+      case UnpackResult::kOk:
+        break;
+      case UnpackResult::kBroken:
+        return absl::InternalError(StrCat("the message is not a complete text in the format ", call.encoding()));
+      case UnpackResult::kTooLarge:
+        return absl::ResourceExhaustedError(StrCat("the message has more than ", options.most_unpacked,
+                                                   " bytes when it is unpacked, which is the limit; send it unpacked"));
+    }
+    message = unpacked;
+  }
+  if (message.size() > kMaxMessageBytes || !request->ParseFromArray(message.data(), static_cast<int>(message.size()))) {
+    return absl::InternalError(StrCat("the message is not a ", request->GetTypeName()));
+  }
+  return tensorflow::OkStatus();
+}
+
+// Returns whether a list of names with commas between them has this one.
+bool Names(std::string_view list, std::string_view name) {
+  while (!list.empty()) {
+    const size_t end = std::min(list.find(','), list.size());
+    std::string_view one = list.substr(0, end);
+    one.remove_prefix(std::min(one.find_first_not_of(' '), one.size()));
+    if (one.substr(0, one.find_last_not_of(' ') + 1) == name) return true;
+    list.remove_prefix(std::min(end + 1, list.size()));
+  }
+  return false;
+}
+
+// Answers a call. Compresses the answer as the client compressed its request, as gRPC for Go does, too. What a client
+// accepts says less: the libraries accept every compression by default, and compressing costs more than most answers.
+tensorflow::Status FinishOk(const google::protobuf::Message& response, const MessageOptions& options, Call* call,
+                            std::vector<Header> trailing) {
+  const size_t size = response.ByteSizeLong();
+  if (size > kMaxMessageBytes) {
+    return absl::ResourceExhaustedError(
+        StrCat("the answer has ", size, " bytes; a message has at most ", kMaxMessageBytes));
+  }
+  auto owner = std::make_shared<std::string>();
+  response.SerializeToString(owner.get());
+  std::string compression = IsCompression(call->asked()) ? call->asked() : std::string();
+  if (!options.compression.empty() && Names(call->accepted(), options.compression)) compression = options.compression;
+  if (!compression.empty() && size >= kMinCompressedBytes) {
+    auto packed = std::make_shared<std::string>();
+    if (Pack(compression, *owner, packed.get())) {
+      owner = std::move(packed);
+    } else {
+      compression.clear();
+    }
+  } else {
+    compression.clear();
+  }
+  Message message{owner->data(), owner->size(), owner, std::move(compression)};
+  call->Finish(0, "", std::move(message), std::move(trailing));
+  return tensorflow::OkStatus();
+}
+
+// Reads the request of a call, answers it on this thread, and finishes the call.
+template <typename Request, typename Response, typename Answer>
+void AnswerHere(const MessageOptions& options, Call* call, Answer answer) {
+  const tensorflow::Status status = CatchExceptions("the request", [&]() -> tensorflow::Status {
+    Request request;
+    Response response;
+    TF_RETURN_IF_ERROR(ReadRequest(*call, options, &request));
+    TF_RETURN_IF_ERROR(answer(request, &response));
+    return FinishOk(response, options, call, {});
+  });
+  if (!status.ok()) FinishWith(status, call);
+}
+
+// What all calls for inference need. Calls may outlive the server, but not what this points to.
 struct Shared {
   const RequestHandler* handler;
   WorkerPool* workers;
   RequestLog* log;
+  std::shared_ptr<const MessageOptions> messages;
 };
 
-// Returns the value of the client's metadata with this key, or an empty text.
-std::string_view MetadataOf(const Context& context, const char* key) {
-  const auto& metadata = context.client_metadata();
-  const auto found = metadata.find(key);
-  return found == metadata.end() ? std::string_view() : std::string_view(found->second.data(), found->second.size());
-}
-
-// Compresses the answer as the client compressed its request, as gRPC for Go does, too. What a client accepts says less:
-// the libraries accept every compression by default, and compressing costs more than most answers.
-void CompressAsAsked(Context* context, const google::protobuf::Message& response) {
-  const grpc_compression_algorithm asked = grpc_call_test_only_get_compression_algorithm(context->c_call());
-  if (asked != GRPC_COMPRESS_NONE && response.ByteSizeLong() >= kMinCompressedBytes) {
-    context->set_compression_algorithm(asked);
-  }
-}
-
-// Ends a call that was computed: reports its times if the client's trace is kept, and logs it if it is worth it.
-void End(const Shared& shared, Context* context, const char* method, const apis::ModelSpec& spec,
-         const tensorflow::Status& status, const RequestTimes& times) {
-  const std::string_view parent = MetadataOf(*context, kTraceParent);
+// Logs a call that was computed, if it is worth it. Returns its times, if the client's trace is kept.
+std::vector<Header> Report(const Shared& shared, const Call& call, const char* method, const apis::ModelSpec& spec,
+                           const tensorflow::Status& status, const RequestTimes& times) {
+  std::vector<Header> trailing;
+  const std::string_view parent = call.Metadata(kTraceParent);
   if (!parent.empty()) {
     const std::optional<TraceParent> trace = ParseTraceParent(parent);
     if (trace.has_value() && trace->sampled) {
-      context->AddTrailingMetadata(kQueueMicros, std::to_string(times.queue_micros));
-      context->AddTrailingMetadata(kComputeMicros, std::to_string(times.compute_micros));
+      trailing.push_back({kQueueMicros, std::to_string(times.queue_micros)});
+      trailing.push_back({kComputeMicros, std::to_string(times.compute_micros)});
     }
   }
   const bool failed = IsServersFault(status);
-  if (!shared.log->Wants(failed, times)) return;
-  shared.log->Write(StrCat(method, " of model ", spec.name()), failed ? status.ToString() : "", times, parent);
+  if (shared.log->Wants(failed, times)) {
+    shared.log->Write(StrCat(method, " of model ", spec.name()), failed ? status.ToString() : "", times, parent);
+  }
+  return trailing;
 }
 
-// Answers a call on the workers, because gRPC's own threads must not block. `spec` says which model the call is for.
-template <typename Response, typename Answer>
-Reactor* OnWorkers(const Shared& shared, Context* context, const char* method, const apis::ModelSpec& spec,
-                   Response* response, Answer answer) {
-  Reactor* reactor = context->DefaultReactor();
-  const auto arrival = std::chrono::steady_clock::now();
-  const bool added = shared.workers->Add([&shared, context, reactor, method, &spec, response, arrival, answer] {
-    RequestTimes times;
-    times.queue_micros = MicrosecondsSince(arrival);
-    RecordQueueing(times.queue_micros);
-    // A call that was cancelled in the queue, or whose deadline passed there, needs no answer.
-    if (context->IsCancelled()) {
-      reactor->Finish(grpc::Status::CANCELLED);
-      return;
+// Returns the part of a request that says which model it is for.
+template <typename Request>
+const apis::ModelSpec& ModelSpecOf(const Request& request) {
+  return request.model_spec();
+}
+
+template <>
+const apis::ModelSpec& ModelSpecOf(const apis::MultiInferenceRequest& request) {
+  tensorflow::Status status;
+  const apis::ModelSpec* const spec = SpecOf(request, &status);
+  return spec == nullptr ? apis::ModelSpec::default_instance() : *spec;
+}
+
+// Computes the answer to a call, on a worker.
+template <typename Request, typename Response, typename Answer>
+void Compute(const Shared& shared, Call* call, const char* method, std::chrono::steady_clock::time_point arrival,
+             Answer answer) {
+  RequestTimes times;
+  times.queue_micros = MicrosecondsSince(arrival);
+  RecordQueueing(times.queue_micros);
+  // A call that was given up in the queue, or whose deadline passed there, needs no answer.
+  if (call->IsOver()) {
+    call->Finish(kCancelled, "", {}, {});
+    return;
+  }
+  std::vector<Header> trailing;
+  const tensorflow::Status status = CatchExceptions("the request", [&]() -> tensorflow::Status {
+    Request request;
+    Response response;
+    TF_RETURN_IF_ERROR(ReadRequest(*call, *shared.messages, &request));
+    tensorflow::Status answered;
+    {
+      const RequestScope scope(Deadline::max(), [call] { return call->IsOver(); });
+      answered = answer(request, call->deadline(), &response);
     }
-    const tensorflow::Status answered = CatchExceptions("the request", [&] {
-      tensorflow::Status status;
-      {
-        const RequestScope scope(context->deadline(), [context] { return context->IsCancelled(); });
-        status = answer();
-      }
-      times.compute_micros = MicrosecondsSince(arrival) - times.queue_micros;
-      End(shared, context, method, spec, status, times);
-      if (status.ok()) CompressAsAsked(context, *response);
-      return status;
-    });
-    reactor->Finish(ToGrpc(answered));
+    times.compute_micros = MicrosecondsSince(arrival) - times.queue_micros;
+    trailing = Report(shared, *call, method, ModelSpecOf(request), answered, times);
+    TF_RETURN_IF_ERROR(answered);
+    return FinishOk(response, *shared.messages, call, trailing);
   });
-  if (!added) {
-    shared.handler->RecordRefused(spec, method, kEntrypoint);
-    reactor->Finish(grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, kQueueIsFull));
-  }
-  return reactor;
+  if (!status.ok()) FinishWith(status, call, std::move(trailing));
 }
 
-class PredictionServiceImpl final : public PredictionService::CallbackService {
- public:
-  explicit PredictionServiceImpl(const Shared& shared) : shared_(shared) {}
+// A method that workers answer, because the threads of the connections must not block.
+template <typename Request, typename Response, typename Answer>
+Method OnWorkers(const Shared& shared, const char* name, Answer answer) {
+  const auto begin = [shared, name, answer](CallPtr call) {
+    const auto arrival = std::chrono::steady_clock::now();
+    // The call is not moved, because it is answered here if the queue is full.
+    const bool added = shared.workers->Add(
+        [shared, name, answer, call, arrival] { Compute<Request, Response>(shared, call.get(), name, arrival, answer); });
+    if (added) return;
+    Request request;
+    if (ReadRequest(*call, *shared.messages, &request).ok()) {
+      shared.handler->RecordRefused(ModelSpecOf(request), name, kEntrypoint);
+    }
+    FinishWith(absl::ResourceExhaustedError(kQueueIsFull), call.get());
+  };
+  return {MethodKind::kUnary, [begin](CallPtr call) {
+            Call* const kept = call.get();
+            const tensorflow::Status status = CatchExceptions("the request", [&] {
+              begin(std::move(call));
+              return tensorflow::OkStatus();
+            });
+            if (!status.ok()) FinishWith(status, kept);
+          }};
+}
 
-  Reactor* Predict(Context* context, const apis::PredictRequest* request, apis::PredictResponse* response) override {
-    return OnWorkers(shared_, context, "Predict", request->model_spec(), response, [=] {
-      return shared_.handler->Predict(*request, context->deadline(), kEntrypoint, response);
-    });
-  }
+std::string PathOf(const char* service, const char* method) { return StrCat("/", service, "/", method); }
 
-  Reactor* Classify(Context* context, const apis::ClassificationRequest* request,
-                    apis::ClassificationResponse* response) override {
-    return OnWorkers(shared_, context, "Classify", request->model_spec(), response, [=] {
-      return shared_.handler->Classify(*request, context->deadline(), kEntrypoint, response);
-    });
-  }
+void AddPredictionService(const Shared& shared, MethodMap* methods) {
+  const RequestHandler* const handler = shared.handler;
+  const auto add = [&](const char* name, Method method) {
+    methods->emplace(PathOf(kPredictionService, name), std::move(method));
+  };
+  add("Predict", OnWorkers<apis::PredictRequest, apis::PredictResponse>(
+                     shared, "Predict", [handler](const auto& request, Deadline deadline, auto* response) {
+                       return handler->Predict(request, deadline, kEntrypoint, response);
+                     }));
+  add("Classify", OnWorkers<apis::ClassificationRequest, apis::ClassificationResponse>(
+                      shared, "Classify", [handler](const auto& request, Deadline deadline, auto* response) {
+                        return handler->Classify(request, deadline, kEntrypoint, response);
+                      }));
+  add("Regress", OnWorkers<apis::RegressionRequest, apis::RegressionResponse>(
+                     shared, "Regress", [handler](const auto& request, Deadline deadline, auto* response) {
+                       return handler->Regress(request, deadline, kEntrypoint, response);
+                     }));
+  add("MultiInference", OnWorkers<apis::MultiInferenceRequest, apis::MultiInferenceResponse>(
+                            shared, "MultiInference", [handler](const auto& request, Deadline deadline, auto* response) {
+                              return handler->MultiInference(request, deadline, kEntrypoint, response);
+                            }));
+  add("GetModelMetadata", OnWorkers<apis::GetModelMetadataRequest, apis::GetModelMetadataResponse>(
+                              shared, "GetModelMetadata", [handler](const auto& request, Deadline, auto* response) {
+                                return handler->GetModelMetadata(request, response);
+                              }));
+}
 
-  Reactor* Regress(Context* context, const apis::RegressionRequest* request,
-                   apis::RegressionResponse* response) override {
-    return OnWorkers(shared_, context, "Regress", request->model_spec(), response, [=] {
-      return shared_.handler->Regress(*request, context->deadline(), kEntrypoint, response);
-    });
-  }
-
-  Reactor* MultiInference(Context* context, const apis::MultiInferenceRequest* request,
-                          apis::MultiInferenceResponse* response) override {
-    tensorflow::Status status;
-    const apis::ModelSpec* const spec = SpecOf(*request, &status);
-    return OnWorkers(shared_, context, "MultiInference", spec == nullptr ? apis::ModelSpec::default_instance() : *spec,
-                     response, [=] {
-                       return shared_.handler->MultiInference(*request, context->deadline(), kEntrypoint, response);
-                     });
-  }
-
-  Reactor* GetModelMetadata(Context* context, const apis::GetModelMetadataRequest* request,
-                            apis::GetModelMetadataResponse* response) override {
-    return OnWorkers(shared_, context, "GetModelMetadata", request->model_spec(), response,
-                     [=] { return shared_.handler->GetModelMetadata(*request, response); });
-  }
-
- private:
-  const Shared shared_;
-};
-
-class ModelServiceImpl final : public ModelService::CallbackService {
- public:
-  ModelServiceImpl(const RequestHandler* handler, bool takes_reloads)
-      : handler_(handler), takes_reloads_(takes_reloads), reloads_(takes_reloads ? kReloads : 0) {}
-
-  Reactor* GetModelStatus(Context* context, const apis::GetModelStatusRequest* request,
-                          apis::GetModelStatusResponse* response) override {
-    Reactor* reactor = context->DefaultReactor();
-    reactor->Finish(ToGrpc(handler_->GetModelStatus(*request, response)));
-    return reactor;
-  }
-
+// `reloads`: the threads on which reloads wait; null if the address takes none.
+void AddModelService(const RequestHandler* handler, std::shared_ptr<const MessageOptions> options, WorkerPool* reloads,
+                     MethodMap* methods) {
+  const auto status = [handler, options](const CallPtr& call) {
+    AnswerHere<apis::GetModelStatusRequest, apis::GetModelStatusResponse>(
+        *options, call.get(),
+        [&](const auto& request, auto* response) { return handler->GetModelStatus(request, response); });
+  };
   // Waits for models to load, on threads that are used for nothing else. The status in the response is also the status
   // of the call.
-  Reactor* HandleReloadConfigRequest(Context* context, const apis::ReloadConfigRequest* request,
-                                     apis::ReloadConfigResponse* response) override {
-    Reactor* reactor = context->DefaultReactor();
-    if (!takes_reloads_) {
-      reactor->Finish(grpc::Status(grpc::StatusCode::PERMISSION_DENIED,
-                                   "this address takes no HandleReloadConfigRequest; see --reload_address of the server"));
-      return reactor;
+  const auto reload = [handler, options, reloads](const CallPtr& call) {
+    if (reloads == nullptr) {
+      call->Finish(kPermissionDenied,
+                   "this address takes no HandleReloadConfigRequest; see --reload_address of the server", {}, {});
+      return;
     }
-    reloads_.Add([=] {
-      const auto cancelled = [context] { return context->IsCancelled(); };
-      reactor->Finish(ToGrpc(
-          CatchExceptions("the reload", [&] { return handler_->Reload(*request, cancelled, response); })));
+    reloads->Add([handler, options, call] {
+      AnswerHere<apis::ReloadConfigRequest, apis::ReloadConfigResponse>(
+          *options, call.get(), [&](const auto& request, auto* response) {
+            return handler->Reload(request, [&] { return call->IsOver(); }, response);
+          });
     });
-    return reactor;
-  }
+  };
+  methods->emplace(PathOf(kModelService, "GetModelStatus"), Method{MethodKind::kUnary, status});
+  methods->emplace(PathOf(kModelService, "HandleReloadConfigRequest"), Method{MethodKind::kUnary, reload});
+}
 
- private:
-  const RequestHandler* const handler_;
-  const bool takes_reloads_;
-  WorkerPool reloads_;
-};
-
-// The health service. That of the gRPC library cannot end the calls that watch a status, so they would delay the end of
-// the server. Thread-safe.
-class HealthServiceImpl final : public Health::CallbackService {
+// The health service. Thread-safe.
+class HealthService {
  public:
   // Sets whether some services serve. A service that was never set is unknown.
   void Set(const std::map<std::string, bool>& serving) {
     std::lock_guard<std::mutex> lock(mutex_);
     for (const auto& [service, serves] : serving) serving_[service] = serves;
-    for (Watcher* watcher : watchers_) watcher->Update();
+    watchers_.remove_if([this](Watcher& watcher) { return Update(&watcher); });
   }
 
   // From now on no service serves. Calls that watch are told so, and end.
   void Stop() {
     std::lock_guard<std::mutex> lock(mutex_);
     stopping_ = true;
-    for (Watcher* watcher : watchers_) watcher->Update();
+    watchers_.remove_if([this](Watcher& watcher) { return Update(&watcher); });
   }
 
-  Reactor* Check(Context* context, const HealthCheckRequest* request, HealthCheckResponse* response) override {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      response->set_status(StatusOf(request->service()));
-    }
-    const bool known = response->status() != HealthCheckResponse::SERVICE_UNKNOWN;
-    Reactor* reactor = context->DefaultReactor();
-    reactor->Finish(
-        known ? grpc::Status::OK : ToGrpc(absl::NotFoundError(StrCat("there is no service ", request->service()))));
-    return reactor;
-  }
-
-  grpc::ServerWriteReactor<HealthCheckResponse>* Watch(Context* /*context*/,
-                                                       const HealthCheckRequest* request) override {
-    auto watcher = std::make_unique<Watcher>(this, request->service());
-    std::lock_guard<std::mutex> lock(mutex_);
-    watchers_.insert(watcher.get());
-    watcher->Update();
-    return watcher.release();  // OnDone deletes it
+  void AddMethods(std::shared_ptr<const MessageOptions> options, MethodMap* methods) {
+    methods->emplace(PathOf(kHealthService, "Check"), Method{MethodKind::kUnary, [this, options](const CallPtr& call) {
+      AnswerHere<HealthCheckRequest, HealthCheckResponse>(
+          *options, call.get(), [this](const auto& request, auto* response) { return Check(request, response); });
+    }});
+    methods->emplace(PathOf(kHealthService, "Watch"),
+                     Method{MethodKind::kStreaming, [this](const CallPtr& call) { BeginWatch(call); }});
   }
 
  private:
-  // A call that watches a service. gRPC never calls back from within StartWrite or Finish, so these may hold the lock.
-  class Watcher final : public grpc::ServerWriteReactor<HealthCheckResponse> {
-   public:
-    // `service` belongs to the request, which lives until OnDone.
-    Watcher(HealthServiceImpl* health, const std::string& service) : health_(health), service_(service) {}
-
-    // Sends the status if the client does not have it, and otherwise ends the call if the server stops. Called with the
-    // lock held.
-    void Update() {
-      if (writing_ || finished_) return;
-      const HealthCheckResponse::ServingStatus status = health_->StatusOf(service_);
-      if (status != response_.status()) {
-        response_.set_status(status);
-        writing_ = true;
-        StartWrite(&response_);
-      } else if (health_->stopping_) {
-        End(grpc::Status(grpc::StatusCode::UNAVAILABLE, "the server is stopping"));
-      }
-    }
-
-    void OnWriteDone(bool /*ok*/) override {
-      std::lock_guard<std::mutex> lock(health_->mutex_);
-      writing_ = false;
-      Update();
-    }
-
-    void OnCancel() override {
-      std::lock_guard<std::mutex> lock(health_->mutex_);
-      End(grpc::Status::CANCELLED);
-    }
-
-    void OnDone() override {
-      {
-        std::lock_guard<std::mutex> lock(health_->mutex_);
-        health_->watchers_.erase(this);
-      }
-      delete this;
-    }
-
-   private:
-    void End(const grpc::Status& status) {
-      if (finished_) return;
-      finished_ = true;
-      Finish(status);
-    }
-
-    HealthServiceImpl* const health_;
-    const std::string& service_;
-    HealthCheckResponse response_;  // what was sent last; UNKNOWN at first
-    bool writing_ = false;
-    bool finished_ = false;
+  struct Watcher {
+    CallPtr call;
+    std::string service;
+    HealthCheckResponse::ServingStatus status = HealthCheckResponse::UNKNOWN;  // what was sent last
   };
+
+  tensorflow::Status Check(const HealthCheckRequest& request, HealthCheckResponse* response) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    response->set_status(StatusOf(request.service()));
+    if (response->status() != HealthCheckResponse::SERVICE_UNKNOWN) return tensorflow::OkStatus();
+    return absl::NotFoundError(StrCat("there is no service ", request.service()));
+  }
+
+  void BeginWatch(const CallPtr& call) {
+    Call* const raw = call.get();
+    call->on_message = [this, raw, weak = std::weak_ptr<Call>(call)](std::string_view message) {
+      HealthCheckRequest request;
+      if (!request.ParseFromArray(message.data(), static_cast<int>(message.size()))) {
+        FinishWith(absl::InternalError("the message is not a HealthCheckRequest"), raw);
+        return;
+      }
+      std::lock_guard<std::mutex> lock(mutex_);
+      Watcher watcher{weak.lock(), request.service()};
+      if (!Update(&watcher)) watchers_.push_back(std::move(watcher));
+    };
+    call->on_end = [this, raw](bool cancelled) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      const auto is_this = [raw](const Watcher& watcher) { return watcher.call.get() == raw; };
+      if (cancelled) {
+        watchers_.remove_if(is_this);
+      } else if (std::none_of(watchers_.begin(), watchers_.end(), is_this)) {
+        FinishWith(absl::InternalError("the call has no message"), raw);
+      }
+    };
+  }
+
+  // Sends the status if the client does not have it, and ends the call if the server stops. Returns whether the call is
+  // over. Called with the lock held.
+  bool Update(Watcher* watcher) {
+    const HealthCheckResponse::ServingStatus status = StatusOf(watcher->service);
+    bool alive = true;
+    if (status != watcher->status) {
+      watcher->status = status;
+      HealthCheckResponse response;
+      response.set_status(status);
+      alive = watcher->call->Write(response.SerializeAsString());
+    }
+    if (alive && stopping_) watcher->call->Finish(kUnavailable, "the server is stopping", {}, {});
+    return !alive || stopping_;
+  }
 
   // Called with the lock held.
   HealthCheckResponse::ServingStatus StatusOf(const std::string& service) const {
@@ -322,162 +397,131 @@ class HealthServiceImpl final : public Health::CallbackService {
     return found->second && !stopping_ ? HealthCheckResponse::SERVING : HealthCheckResponse::NOT_SERVING;
   }
 
-  std::mutex mutex_;  // of all that follows, and of the watchers
+  std::mutex mutex_;  // of all that follows
   bool stopping_ = false;
   std::map<std::string, bool> serving_;
-  std::set<Watcher*> watchers_;  // calls that are not done
+  std::list<Watcher> watchers_;
 };
 
-// What BindError returns if the address can be bound.
-constexpr char kBindable[] = "unknown error";
-
-// Returns the system's reason why host:port cannot be bound. gRPC only says that it cannot.
-std::string BindError(const std::string& host, int port) {
-  addrinfo hints{};
-  hints.ai_socktype = SOCK_STREAM;
-  hints.ai_flags = AI_PASSIVE;
-  addrinfo* address = nullptr;
-  const int error = getaddrinfo(host.c_str(), std::to_string(port).c_str(), &hints, &address);
-  if (error != 0) return gai_strerror(error);
-  std::string reason = kBindable;
-  const int fd = socket(address->ai_family, address->ai_socktype, 0);
-  if (fd < 0 || bind(fd, address->ai_addr, address->ai_addrlen) != 0 || listen(fd, 1) != 0) reason = strerror(errno);
-  if (fd >= 0) close(fd);
-  freeaddrinfo(address);
-  return reason;
+// Reads the settings of --grpc_channel_arguments. They have the names and meanings of the gRPC library's.
+void ReadChannelArguments(const std::vector<std::pair<std::string, std::string>>& arguments, CallServerOptions* options,
+                          MessageOptions* messages) {
+  const std::map<std::string, std::function<void(int)>> known = {
+      {"grpc.max_concurrent_streams", [&](int value) { options->limits.streams = static_cast<uint32_t>(value); }},
+      {"grpc.max_receive_message_length",
+       [&](int value) { options->limits.message_bytes = messages->most_unpacked = static_cast<size_t>(value); }},
+      {"grpc.max_metadata_size", [&](int value) { options->limits.header_bytes = static_cast<size_t>(value); }},
+      {"grpc.max_connection_idle_ms", [&](int value) { options->idle_s = value / 1e3; }},
+      {"grpc.max_connection_age_ms", [&](int value) { options->age_s = value / 1e3; }},
+      {"grpc.max_connection_age_grace_ms", [&](int value) { options->grace_s = value / 1e3; }},
+      {"grpc.default_compression_algorithm",
+       [&](int value) { messages->compression = value == 1 ? kDeflate : value == 2 ? kGzip : ""; }},
+  };
+  std::string names;
+  for (const auto& entry : known) names += (names.empty() ? "" : ", ") + entry.first;
+  for (const auto& [name, value] : arguments) {
+    const auto found = known.find(name);
+    int number = 0;
+    if (found == known.end()) {
+      LogWarning("--grpc_channel_arguments: this server has no ", name, ", and ignores it; it has ", names);
+    } else if (!ParseNumber(value, &number) || (number < 0 && number != -1)) {
+      LogWarning("--grpc_channel_arguments: ", name, "='", value, "' is ignored; expected a number, or -1 for no limit");
+    } else if (number >= 0) {
+      found->second(number);
+    }
+  }
 }
 
-// Returns the system's reason why a UNIX socket cannot be bound.
-std::string BindError(const std::string& path) {
-  sockaddr_un address{};
-  if (path.size() >= sizeof(address.sun_path)) return StrCat("longer than ", sizeof(address.sun_path) - 1, " bytes");
-  address.sun_family = AF_UNIX;
-  std::memcpy(address.sun_path, path.data(), path.size());
-  std::string reason = kBindable;
-  const int fd = socket(AF_UNIX, SOCK_STREAM, 0);
-  if (fd < 0 || bind(fd, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0) {
-    reason = strerror(errno);
-  } else {
-    unlink(path.c_str());
-  }
-  if (fd >= 0) close(fd);
-  return reason;
+// Returns how many connections there may be: each needs an open file, and models and others need some, too.
+size_t MostConnections() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return kMaxConnections;
+  return std::clamp<size_t>(limit.rlim_cur / 2, 1, kMaxConnections);
 }
 
-// Credentials that follow a TlsFile: each new connection asks for the present key and certificates. gRPC's own C++
-// credentials that can do this read separate files of their own, and keep no good certificate if a new one is broken.
-class TlsCredentials final : public grpc::ServerCredentials {
- public:
-  explicit TlsCredentials(std::shared_ptr<TlsFile> file) : file_(std::move(file)) {
-    const auto ask = file_->Current()->config.client_verify ? GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY
-                                                            : GRPC_SSL_DONT_REQUEST_CLIENT_CERTIFICATE;
-    credentials_ = grpc_ssl_server_credentials_create_with_options(
-        grpc_ssl_server_credentials_create_options_using_config_fetcher(ask, Fetch, this));
+// Returns the bytes that the calls of all connections may hold if no flag says it.
+size_t DefaultHeldBytes() {
+  constexpr size_t kLeast = size_t{256} << 20;
+  constexpr size_t kShare = 8;
+  const auto memory = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return std::max(kLeast, memory / kShare);
+}
+
+// Returns where to get the TLS context of a new connection.
+TlsSource TlsOf(const std::shared_ptr<TlsFile>& file) {
+  if (file == nullptr) return nullptr;
+  return [file] { return file->Current()->context; };
+}
+
+// Reads HOST:PORT or unix:/PATH. Returns false if it is neither.
+bool ParseAddress(const std::string& text, ListenAddress* address) {
+  constexpr std::string_view kUnix = "unix:";
+  if (text.rfind(kUnix, 0) == 0) {
+    address->path = text.substr(kUnix.size());
+    return !address->path.empty();
   }
-  ~TlsCredentials() override { grpc_server_credentials_release(credentials_); }
-
-  void SetAuthMetadataProcessor(const std::shared_ptr<grpc::AuthMetadataProcessor>&) override {}
-
- private:
-  int AddPortToServer(const std::string& address, grpc_server* server) override {
-    return grpc_server_add_http2_port(server, address.c_str(), credentials_);
+  const size_t colon = text.rfind(':');
+  if (colon == std::string::npos || !ParseNumber(text.substr(colon + 1), &address->port)) return false;
+  address->host = text.substr(0, colon);
+  if (address->host.size() > 2 && address->host.front() == '[' && address->host.back() == ']') {
+    address->host = address->host.substr(1, address->host.size() - 2);
   }
-
-  // gRPC calls this for each connection, and keeps what it has if the answer is "unchanged".
-  static grpc_ssl_certificate_config_reload_status Fetch(void* self, grpc_ssl_server_certificate_config** config) {
-    auto* const credentials = static_cast<TlsCredentials*>(self);
-    std::shared_ptr<const TlsState> state = credentials->file_->Current();
-    std::lock_guard<std::mutex> lock(credentials->mutex_);
-    if (state == credentials->given_) return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_UNCHANGED;
-    const TlsConfig& tls = state->config;
-    const grpc_ssl_pem_key_cert_pair pair{tls.server_key.c_str(), tls.server_cert.c_str()};
-    // gRPC aborts if there are no authorities, also where clients need no certificate.
-    const std::string& authorities = tls.custom_ca.empty() ? tls.server_cert : tls.custom_ca;
-    *config = grpc_ssl_server_certificate_config_create(authorities.c_str(), &pair, 1);
-    credentials->given_ = std::move(state);
-    return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_NEW;
-  }
-
-  const std::shared_ptr<TlsFile> file_;
-  std::mutex mutex_;
-  std::shared_ptr<const TlsState> given_;
-  grpc_server_credentials* credentials_ = nullptr;
-};
-
-// Returns the credentials of a port.
-std::shared_ptr<grpc::ServerCredentials> Credentials(const std::shared_ptr<TlsFile>& tls) {
-  if (tls == nullptr) return grpc::InsecureServerCredentials();
-  return std::make_shared<TlsCredentials>(tls);
+  return !address->host.empty() && address->port >= 0 && address->port < 1 << 16;
 }
 
 class GrpcServerImpl final : public GrpcServer {
  public:
   GrpcServerImpl(const RequestHandler* handler, WorkerPool* workers, RequestLog* log)
-      : handler_(handler), prediction_service_({handler, workers, log}) {}
+      : handler_(handler), workers_(workers), log_(log) {}
   ~GrpcServerImpl() override {
     EndHealth();
-    // Without a deadline gRPC would wait for calls that may never end, such as those that watch the health. Nothing
-    // happens here after Shutdown.
-    for (grpc::Server* const server : {reload_server_.get(), server_.get()}) {
-      if (server != nullptr) server->Shutdown(std::chrono::system_clock::now());
-    }
+    // Nothing begins any more. Reloads that wait end when their calls do.
+    reload_server_.reset();
+    server_.reset();
   }
 
   Status Listen(const GrpcServerOptions& options) {
-    model_service_ = std::make_unique<ModelServiceImpl>(handler_, options.reload_address.empty());
-    credentials_ = Credentials(options.tls);
-    reload_credentials_ = Credentials(options.tls);
-    DPSR_RETURN_IF_ERROR(ListenForReloads(options));
-    const std::string address = ServerAddress(options.host, options.port);
-    // Linking gRPC's reflection adds it to every server, and this call is what links it.
-    grpc::reflection::InitProtoReflectionServerBuilderPlugin();
-    grpc::ServerBuilder builder;
-    bool limits_streams = false;
-    for (const auto& [name, value] : options.channel_arguments) {
-      limits_streams |= name == GRPC_ARG_MAX_CONCURRENT_STREAMS;
-      int number = 0;
-      if (ParseNumber(value, &number)) {
-        builder.AddChannelArgument(name, number);
-      } else {
-        builder.AddChannelArgument(name, value);
-      }
-    }
-    if (!limits_streams) builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kMaxStreams);
-    // Without this, a second server on the port would start, and share the requests of the first one.
-    builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
-    builder.AddListeningPort(address, credentials_, &port_);
-    int socket_bound = 1;
-    if (!options.socket_path.empty()) {
-      builder.AddListeningPort("unix:" + options.socket_path, grpc::InsecureServerCredentials(), &socket_bound);
-    }
-    builder.SetMaxReceiveMessageSize(std::numeric_limits<int32_t>::max());
-    builder.RegisterService(&prediction_service_);
-    builder.RegisterService(model_service_.get());
+    CallServerOptions calls;
+    const auto messages = std::make_shared<MessageOptions>();
+    calls.total_bytes = options.max_held_bytes > 0 ? options.max_held_bytes : DefaultHeldBytes();
+    calls.limits.connection_bytes = calls.total_bytes;
+    calls.limits.message_bytes = kMaxMessageBytes;
+    calls.limits.streams = kMaxStreams;
+    calls.connections = MostConnections();
+    calls.threads = options.threads;
+    ReadChannelArguments(options.channel_arguments, &calls, messages.get());
+    const bool takes_reloads = options.reload_address.empty();
+    if (options.reload_address != kNoReloads) reloads_ = std::make_unique<WorkerPool>(kReloads);
+    DPSR_RETURN_IF_ERROR(ListenForReloads(options, calls, messages));
+
+    MethodMap methods;
+    AddPredictionService({handler_, workers_, log_, messages}, &methods);
+    AddModelService(handler_, messages, takes_reloads ? reloads_.get() : nullptr, &methods);
+    std::vector<std::string> services = {kPredictionService, kModelService};
     if (options.health_service) {
-      health_ = std::make_unique<HealthServiceImpl>();
+      health_ = std::make_unique<HealthService>();
       SetServices(false);
-      builder.RegisterService(health_.get());
+      health_->AddMethods(messages, &methods);
+      services.push_back(kHealthService);
     }
-    server_ = builder.BuildAndStart();
-    if (server_ != nullptr && port_ != 0 && socket_bound != 0) return {};
-    // gRPC only says that it failed. Find out why.
-    const std::string port_error = port_ != 0 ? kBindable : BindError(options.host, options.port);
-    if (port_error != kBindable) {
-      return MakeStatus(StatusCode::kFailedPrecondition, "cannot listen on ", address, ": ", port_error,
+    AddReflection(std::move(services), &methods);
+    server_ = CallServer::Make(calls, std::move(methods));
+    const Status port = server_->Listen({options.host, options.port, ""}, TlsOf(options.tls), &port_);
+    if (!port.ok()) {
+      return MakeStatus(port.code(), "cannot listen on ", ServerAddress(options.host, options.port), ": ",
+                        port.message(),
                         "; choose another address with --host and --port (--port=0 picks a free port), or stop the "
                         "program that listens there");
     }
-    const std::string socket_error = options.socket_path.empty() ? kBindable : BindError(options.socket_path);
-    if (socket_error != kBindable || socket_bound == 0) {
-      return MakeStatus(StatusCode::kFailedPrecondition, "cannot listen on the UNIX socket ", options.socket_path, ": ",
-                        socket_error, "; choose another path with --grpc_socket_path");
+    if (!options.socket_path.empty()) {
+      const Status socket = server_->Listen({"", 0, options.socket_path}, nullptr, nullptr);
+      if (!socket.ok()) {
+        return MakeStatus(socket.code(), "cannot listen on the UNIX socket ", options.socket_path, ": ",
+                          socket.message(), "; choose another path with --grpc_socket_path");
+      }
     }
-    if (options.tls != nullptr) {
-      return MakeStatus(StatusCode::kFailedPrecondition,
-                        "gRPC does not accept the key and certificates in --ssl_config_file; expected PEM texts of a "
-                        "private key, its certificate, and the certificate of the authority for clients");
-    }
-    return MakeStatus(StatusCode::kFailedPrecondition, "cannot listen on ", address, ": ", port_error);
+    if (reload_server_ != nullptr) DPSR_RETURN_IF_ERROR(reload_server_->Start());
+    return server_->Start();
   }
 
   int port() const override { return port_; }
@@ -495,10 +539,11 @@ class GrpcServerImpl final : public GrpcServer {
 
   void Shutdown(std::chrono::milliseconds drain) override {
     SetServing(false);
-    const auto deadline = std::chrono::system_clock::now() + drain;
+    const auto end = std::chrono::steady_clock::now() + drain;
+    server_->Shutdown(drain);
     // A call that does not end on the other server must not take the time of the requests.
-    server_->Shutdown(deadline);
-    if (reload_server_ != nullptr) reload_server_->Shutdown(deadline);
+    const auto rest = std::chrono::duration_cast<std::chrono::milliseconds>(end - std::chrono::steady_clock::now());
+    if (reload_server_ != nullptr) reload_server_->Shutdown(std::max(rest, std::chrono::milliseconds(0)));
   }
 
  private:
@@ -535,32 +580,33 @@ class GrpcServerImpl final : public GrpcServer {
   }
 
   // Serves reloads at their own address, if they have one.
-  Status ListenForReloads(const GrpcServerOptions& options) {
+  Status ListenForReloads(const GrpcServerOptions& options, const CallServerOptions& calls,
+                          std::shared_ptr<const MessageOptions> messages) {
     if (options.reload_address.empty() || options.reload_address == kNoReloads) return {};
-    reload_service_ = std::make_unique<ModelServiceImpl>(handler_, true);
-    grpc::ServerBuilder builder;
-    builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
-    int bound = 0;
-    builder.AddListeningPort(options.reload_address, reload_credentials_, &bound);
-    builder.RegisterService(reload_service_.get());
-    reload_server_ = builder.BuildAndStart();
-    if (reload_server_ != nullptr && bound != 0) return {};
+    MethodMap methods;
+    AddModelService(handler_, std::move(messages), reloads_.get(), &methods);
+    AddReflection({kModelService}, &methods);
+    CallServerOptions own = calls;
+    own.threads = 1;
+    reload_server_ = CallServer::Make(own, std::move(methods));
+    ListenAddress address;
+    Status listening = MakeStatus(StatusCode::kInvalidArgument, "it is not an address");
+    if (ParseAddress(options.reload_address, &address)) {
+      listening = reload_server_->Listen(address, TlsOf(options.tls), nullptr);
+    }
+    if (listening.ok()) return {};
     return MakeStatus(StatusCode::kFailedPrecondition, "cannot listen on --reload_address=", options.reload_address,
-                      "; give HOST:PORT that is free, unix:/PATH, or off");
+                      ": ", listening.message(), "; give HOST:PORT that is free, unix:/PATH, or off");
   }
 
   const RequestHandler* const handler_;
-  // server_ comes after all that it uses, so that it is destroyed first.
-  PredictionServiceImpl prediction_service_;
-  std::unique_ptr<ModelServiceImpl> model_service_;
-  std::unique_ptr<ModelServiceImpl> reload_service_;
-  std::unique_ptr<HealthServiceImpl> health_;  // null if the server does not offer it
-  // The servers call these for each connection, so they outlive the servers.
-  std::shared_ptr<grpc::ServerCredentials> credentials_;
-  std::shared_ptr<grpc::ServerCredentials> reload_credentials_;
+  WorkerPool* const workers_;
+  RequestLog* const log_;
   int port_ = 0;
-  std::unique_ptr<grpc::Server> reload_server_;
-  std::unique_ptr<grpc::Server> server_;
+  std::unique_ptr<HealthService> health_;  // null if the server does not offer it
+  std::unique_ptr<WorkerPool> reloads_;    // null if the server takes no reloads
+  std::unique_ptr<CallServer> reload_server_;
+  std::unique_ptr<CallServer> server_;
   std::mutex health_mutex_;
   std::condition_variable health_stop_;
   bool health_ends_ = false;

@@ -1,4 +1,5 @@
-// The gRPC server: PredictionService, ModelService, the health service, and gRPC's reflection of all of them.
+// The gRPC server: PredictionService, ModelService, the health service, and the reflection of all of them. The wire
+// (serving/wire/call_server.h) carries their calls.
 #ifndef DPSR_SERVING_MODEL_SERVER_GRPC_SERVER_H_
 #define DPSR_SERVING_MODEL_SERVER_GRPC_SERVER_H_
 
@@ -21,8 +22,10 @@ struct GrpcServerOptions {
   int port = 0;             // 0: the system picks a free port
   std::string socket_path;  // of a UNIX socket to listen on as well; empty: none
   std::shared_ptr<TlsFile> tls;  // of the port; null: no TLS. A UNIX socket needs none
-  // Settings of the gRPC library. A value that is a number is passed as a number.
+  // Settings by the names that they have in the gRPC library. Those that the server does not have are logged.
   std::vector<std::pair<std::string, std::string>> channel_arguments;
+  size_t max_held_bytes = 0;     // by requests that are not answered and answers that are not read; 0: by the memory
+  int threads = 1;               // for the connections; requests are computed by others
   bool health_service = false;  // with the status of each model under its name
   // Where HandleReloadConfigRequest is taken: "" for the port above, kNoReloads, or an address of its own for the whole
   // ModelService: HOST:PORT or unix:/PATH.

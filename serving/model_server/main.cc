@@ -51,6 +51,9 @@ using std::chrono::seconds;
 constexpr int kFailed = 1;
 constexpr int kBadUsage = 2;
 
+// One thread reads and writes some hundred thousand small messages in a second.
+constexpr int kMostConnectionThreads = 4;
+
 // After a signal, running requests have kDrain to end, and the whole server has kDrain + kTeardown.
 constexpr seconds kDrain(10);
 constexpr seconds kTeardown(5);
@@ -89,8 +92,7 @@ void BoundHeaps() {
   mallopt(M_ARENA_MAX, std::max(2, NumCpus()));
 }
 
-// Raises the limit of open files as far as the system allows. gRPC 1.51 stops to accept connections for ever once it has
-// met the limit, even if connections are closed again (CVE-2023-4785).
+// Raises the limit of open files as far as the system allows, because each connection takes one.
 void RaiseFileLimit() {
   rlimit limit{};
   if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
@@ -201,8 +203,10 @@ tensorflow::Status ReadGrpcOptions(const ServerOptions& options, GrpcServerOptio
   result->health_service = options.enable_grpc_healthcheck_service;
   result->reload_address = options.reload_address;
   result->channel_arguments = options.ChannelArguments();
+  result->max_held_bytes = static_cast<size_t>(options.max_held_bytes);
+  result->threads = std::min(NumCpus(), kMostConnectionThreads);
   if (options.ssl_config_file.empty()) return tensorflow::OkStatus();
-  return TlsFile::Open("--ssl_config_file", options.ssl_config_file, &result->tls);
+  return TlsFile::Open("--ssl_config_file", options.ssl_config_file, "h2", &result->tls);
 }
 
 // Reads the path of the metrics on the REST port. It is empty if they are not shown.
@@ -299,7 +303,7 @@ tensorflow::Status ReadSetup(const ServerOptions& options, ServerSetup* setup) {
   TF_RETURN_IF_ERROR(ReadGrpcOptions(options, &setup->grpc));
   if (!options.rest_api_ssl_config_file.empty()) {
     TF_RETURN_IF_ERROR(
-        TlsFile::Open("--rest_api_ssl_config_file", options.rest_api_ssl_config_file, &setup->rest_tls));
+        TlsFile::Open("--rest_api_ssl_config_file", options.rest_api_ssl_config_file, "http/1.1", &setup->rest_tls));
   }
   TF_RETURN_IF_ERROR(StartBatching(options, &setup->manager.servable.batch_threads));
   return ReadMetricsPath(options, &setup->metrics_path);
@@ -441,8 +445,7 @@ int Main(int argc, char** argv) {
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   // A log that nobody reads any more, such as a pipe to a program that has ended, must not end the server.
   signal(SIGPIPE, SIG_IGN);
-  // Our log reports the errors of gRPC and protobuf. Without this, clients could fill it with lines of these libraries.
-  setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);
+  // Our log reports the errors of protobuf. Without this, clients could fill it with its lines.
   google::protobuf::SetLogHandler(nullptr);
   // The retrieval op reads it.
   setenv("DPSR_MAX_RESULTS", std::to_string(options.max_results_per_request).c_str(), /*overwrite=*/1);

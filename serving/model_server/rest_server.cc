@@ -1,7 +1,5 @@
 #include "serving/model_server/rest_server.h"
 
-#include <zlib.h>
-
 #include <boost/asio/executor_work_guard.hpp>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/ip/tcp.hpp>
@@ -16,9 +14,7 @@
 #include <boost/beast/ssl.hpp>
 #include <condition_variable>
 #include <exception>
-#include <limits>
 #include <mutex>
-#include <new>
 #include <optional>
 #include <string_view>
 #include <thread>
@@ -27,6 +23,7 @@
 #include <vector>
 
 #include "serving/model_server/metrics.h"
+#include "serving/wire/compression.h"
 
 namespace dpsr::serving {
 namespace {
@@ -61,30 +58,11 @@ bool TakesGzip(beast::string_view accepted) {
   return false;
 }
 
-// Compresses a large answer. It takes the fastest level, because an answer is compressed again for each request.
+// Compresses a large answer.
 void Compress(RestReply* reply) {
   if (reply->body.size() < kMinCompressedBytes) return;
-  constexpr int kGzip = 15 + 16, kMemory = 8;
-  z_stream stream{};
-  if (deflateInit2(&stream, Z_BEST_SPEED, Z_DEFLATED, kGzip, kMemory, Z_DEFAULT_STRATEGY) != Z_OK) return;
-  // zlib counts 32 bits at once, and larger answers are not worth the code.
-  const uLong bound = deflateBound(&stream, reply->body.size());
   std::string packed;
-  if (bound <= std::numeric_limits<uInt>::max()) {
-    try {
-      packed.resize(bound);
-    } catch (const std::bad_alloc&) {
-      deflateEnd(&stream);
-      return;
-    }
-    stream.next_in = reinterpret_cast<Bytef*>(reply->body.data());
-    stream.avail_in = static_cast<uInt>(reply->body.size());
-    stream.next_out = reinterpret_cast<Bytef*>(packed.data());
-    stream.avail_out = static_cast<uInt>(bound);
-    packed.resize(deflate(&stream, Z_FINISH) == Z_STREAM_END ? stream.total_out : 0);
-  }
-  deflateEnd(&stream);
-  if (packed.empty() || packed.size() >= reply->body.size()) return;
+  if (!Pack(kGzip, reply->body, &packed)) return;
   reply->body = std::move(packed);
   reply->headers.emplace_back("Content-Encoding", "gzip");
   reply->headers.emplace_back("Vary", "Accept-Encoding");

@@ -67,6 +67,9 @@ std::vector<Flag> Flags(ServerOptions* options) {
        "number of requests that may wait for a thread; any further request fails with RESOURCE_EXHAUSTED"},
       {"max_results_per_request", Integer<int64_t>{&options->max_results_per_request, 1, int64_t{1} << 40},
        "largest number of results, queries times k, that a request may ask of a servable of `dpsr export`"},
+      {"max_held_bytes", Integer<int64_t>{&options->max_held_bytes, 0, int64_t{1} << 50},
+       "bytes that gRPC requests which are not answered and answers which are not read may hold; beyond it, the "
+       "connections that hold the most end. 0 means an eighth of the memory, and 256 MiB at least"},
       {"reload_address", Text{&options->reload_address},
        "where HandleReloadConfigRequest is taken, by which clients replace the list of models: HOST:PORT or unix:/PATH "
        "for an address of its own, off for nowhere; empty for the gRPC port, which is safe only if none but operators "
@@ -74,7 +77,7 @@ std::vector<Flag> Flags(ServerOptions* options) {
       {"grpc_socket_path", Text{&options->grpc_socket_path},
        "path of a UNIX socket on which the server listens as well"},
       {"grpc_channel_arguments", Text{&options->grpc_channel_arguments},
-       "settings of the gRPC library, as name=value,name=value"},
+       "settings of connections by the names that the gRPC library has for them, as name=value,name=value"},
       {"enable_grpc_healthcheck_service", Switch{&options->enable_grpc_healthcheck_service},
        "offer grpc.health.v1.Health (Check and Watch) for the server, ModelService, PredictionService and each model"},
       {"slow_request_ms", Integer<int32_t>{&options->slow_request_ms, 0},

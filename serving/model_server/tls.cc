@@ -19,9 +19,6 @@ namespace {
 
 constexpr std::chrono::seconds kLookEvery(1);
 
-// TLS's name of HTTP/1.1, after its length.
-constexpr unsigned char kHttp11[] = "\x08http/1.1";
-
 using Bio = std::unique_ptr<BIO, decltype(&BIO_free)>;
 using Certificate = std::unique_ptr<X509, decltype(&X509_free)>;
 using Key = std::unique_ptr<EVP_PKEY, decltype(&EVP_PKEY_free)>;
@@ -57,25 +54,27 @@ int ForEachCertificate(const std::string& text, Take take) {
   return count;
 }
 
-int ChooseHttp11(SSL*, const unsigned char** chosen, unsigned char* chosen_size, const unsigned char* offered,
-                 unsigned int offered_size, void*) {
+// `ours` is a string that outlives the context: the name of our protocol, after its length.
+int ChooseProtocol(SSL*, const unsigned char** chosen, unsigned char* chosen_size, const unsigned char* offered,
+                   unsigned int offered_size, void* ours) {
+  const auto* const name = static_cast<const std::string*>(ours);
   unsigned char* protocol = nullptr;
-  if (SSL_select_next_proto(&protocol, chosen_size, kHttp11, sizeof(kHttp11) - 1, offered, offered_size) !=
-      OPENSSL_NPN_NEGOTIATED) {
+  if (SSL_select_next_proto(&protocol, chosen_size, reinterpret_cast<const unsigned char*>(name->data()),
+                            static_cast<unsigned int>(name->size()), offered, offered_size) != OPENSSL_NPN_NEGOTIATED) {
     return SSL_TLSEXT_ERR_ALERT_FATAL;
   }
   *chosen = protocol;
   return SSL_TLSEXT_ERR_OK;
 }
 
-tensorflow::Status MakeContext(const TlsConfig& config, std::shared_ptr<SSL_CTX>* result) {
+tensorflow::Status MakeContext(const TlsConfig& config, const std::string& protocol, std::shared_ptr<SSL_CTX>* result) {
   ERR_clear_error();
   const std::shared_ptr<SSL_CTX> context(SSL_CTX_new(TLS_server_method()), SSL_CTX_free);
   if (context == nullptr) return Refused("OpenSSL does not start");
   SSL_CTX_set_min_proto_version(context.get(), TLS1_2_VERSION);
   SSL_CTX_set_options(context.get(), SSL_OP_NO_RENEGOTIATION | SSL_OP_CIPHER_SERVER_PREFERENCE);
   SSL_CTX_set_mode(context.get(), SSL_MODE_RELEASE_BUFFERS);
-  SSL_CTX_set_alpn_select_cb(context.get(), ChooseHttp11, nullptr);
+  SSL_CTX_set_alpn_select_cb(context.get(), ChooseProtocol, const_cast<std::string*>(&protocol));
 
   const int chain = ForEachCertificate(config.server_cert, [&](X509* certificate, int index) {
     if (index == 0) return SSL_CTX_use_certificate(context.get(), certificate) == 1;
@@ -122,7 +121,7 @@ bool Same(const TlsConfig& left, const TlsConfig& right) {
 }
 
 // Reads the file and those that it names. If they say the same as `before`, which may be null, `state` becomes `before`.
-tensorflow::Status ReadState(const std::string& flag, const std::string& path,
+tensorflow::Status ReadState(const std::string& flag, const std::string& path, const std::string& protocol,
                              const std::shared_ptr<const TlsState>& before, std::shared_ptr<const TlsState>* state) {
   SSLConfig file;
   TF_RETURN_IF_ERROR(ReadTextProto(path, &file));
@@ -136,7 +135,7 @@ tensorflow::Status ReadState(const std::string& flag, const std::string& path,
     *state = before;
     return status;
   }
-  if (status.ok()) status = MakeContext(config, &read->context);
+  if (status.ok()) status = MakeContext(config, protocol, &read->context);
   if (status.ok() && before != nullptr && config.client_verify != before->config.client_verify) {
     status = InvalidArgument("client_verify has changed; restart the server");
   }
@@ -149,15 +148,17 @@ tensorflow::Status ReadState(const std::string& flag, const std::string& path,
 
 }  // namespace
 
-tensorflow::Status TlsFile::Open(const std::string& flag, const std::string& path, std::shared_ptr<TlsFile>* file) {
-  std::shared_ptr<const TlsState> state;
-  TF_RETURN_IF_ERROR(ReadState(flag, path, nullptr, &state));
-  file->reset(new TlsFile(flag, path, std::move(state)));
+tensorflow::Status TlsFile::Open(const std::string& flag, const std::string& path, const std::string& protocol,
+                                 std::shared_ptr<TlsFile>* file) {
+  std::shared_ptr<TlsFile> opened(new TlsFile(flag, path, protocol));
+  TF_RETURN_IF_ERROR(ReadState(flag, path, opened->protocol_, nullptr, &opened->state_));
+  opened->thread_ = std::thread([raw = opened.get()] { raw->Watch(); });
+  *file = std::move(opened);
   return tensorflow::OkStatus();
 }
 
-TlsFile::TlsFile(std::string flag, std::string path, std::shared_ptr<const TlsState> state)
-    : flag_(std::move(flag)), path_(std::move(path)), state_(std::move(state)), thread_([this] { Watch(); }) {}
+TlsFile::TlsFile(std::string flag, std::string path, const std::string& protocol)
+    : flag_(std::move(flag)), path_(std::move(path)), protocol_(static_cast<char>(protocol.size()) + protocol) {}
 
 TlsFile::~TlsFile() {
   {
@@ -165,7 +166,7 @@ TlsFile::~TlsFile() {
     stopping_ = true;
   }
   stop_.notify_all();
-  thread_.join();
+  if (thread_.joinable()) thread_.join();
 }
 
 std::shared_ptr<const TlsState> TlsFile::Current() const {
@@ -185,7 +186,7 @@ void TlsFile::Watch() {
 void TlsFile::ReadAgain() {
   const std::shared_ptr<const TlsState> before = Current();
   std::shared_ptr<const TlsState> state;
-  const tensorflow::Status status = ReadState(flag_, path_, before, &state);
+  const tensorflow::Status status = ReadState(flag_, path_, protocol_, before, &state);
   const std::string problem(status.message());
   if (problem != problem_) {
     problem_ = problem;

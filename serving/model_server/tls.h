@@ -26,16 +26,18 @@ struct TlsConfig {
 // A configuration that has been checked: the key is that of the certificate.
 struct TlsState {
   TlsConfig config;
-  // The same for a server that uses OpenSSL: TLS 1.2 at least, and HTTP/1.1 by ALPN.
+  // The same for OpenSSL: TLS 1.2 at least, and the server's protocol by ALPN.
   std::shared_ptr<SSL_CTX> context;
 };
 
 // An SSLConfig file. A thread looks every second whether it, or a file that it names, has changed. Thread-safe.
 class TlsFile {
  public:
-  // Reads the file at `path`, an SSLConfig in text format. `flag` names it in errors. INVALID_ARGUMENT: not an
-  // SSLConfig, or OpenSSL does not accept its key and certificates; other codes: a file cannot be read.
-  static tensorflow::Status Open(const std::string& flag, const std::string& path, std::shared_ptr<TlsFile>* file);
+  // Reads the file at `path`, an SSLConfig in text format. `flag` names it in errors. `protocol` is ALPN's name of what
+  // the server speaks, such as "h2"; clients that offer others only are refused. INVALID_ARGUMENT: not an SSLConfig, or
+  // OpenSSL does not accept its key and certificates; other codes: a file cannot be read.
+  static tensorflow::Status Open(const std::string& flag, const std::string& path, const std::string& protocol,
+                                 std::shared_ptr<TlsFile>* file);
   ~TlsFile();
   TlsFile(const TlsFile&) = delete;
   TlsFile& operator=(const TlsFile&) = delete;
@@ -45,12 +47,13 @@ class TlsFile {
   std::shared_ptr<const TlsState> Current() const;
 
  private:
-  TlsFile(std::string flag, std::string path, std::shared_ptr<const TlsState> state);
+  TlsFile(std::string flag, std::string path, const std::string& protocol);
   void Watch();
   void ReadAgain();
 
   const std::string flag_;
   const std::string path_;
+  const std::string protocol_;  // after its length, as TLS has it; contexts refer to it
   // Of Watch only. A change is logged as refused when it is met a second time, because key and certificate may be
   // replaced one after the other.
   std::string problem_;

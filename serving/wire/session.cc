@@ -87,7 +87,7 @@ struct Session::Stream {
   std::string refusal_details;
   bool is_streaming = false;
   bool answered = false;  // streaming: its owner, or this class, has ended it
-  std::string method, content_type, path, encoding, timeout;
+  std::string method, content_type, path, encoding, accepted, timeout;
   bool has_timeout = false;
   double timeout_s = -1;
   std::vector<Header> initial, block;
@@ -644,6 +644,8 @@ void Session::OnHeader(Stream* stream, std::string_view name, std::string_view v
     stream->content_type = value;
   } else if (name == "grpc-encoding") {
     stream->encoding = value;
+  } else if (role_ == Role::kServer && name == "grpc-accept-encoding") {
+    stream->accepted = value;
   } else if (name == "grpc-timeout") {
     stream->has_timeout = true;
     stream->timeout = value;
@@ -818,6 +820,7 @@ void Session::OnEnd(Stream* stream) {
     event.path = std::move(stream->path);
     if (is_compressed) event.encoding = stream->encoding.empty() ? "identity" : stream->encoding;
     event.asked = std::move(stream->encoding);
+    event.accepted = std::move(stream->accepted);
     event.timeout_s = stream->timeout_s;
     event.metadata = std::move(stream->initial);
     event.data = std::move(stream->data);

@@ -13,6 +13,7 @@
 
 #include <nghttp2/nghttp2.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -40,10 +41,11 @@ enum class MethodKind { kUnary, kStreaming };
 // The methods of a server, by their paths.
 using Methods = std::unordered_map<std::string, MethodKind>;
 
-// The bytes that the sessions of one process hold. Not thread-safe, like sessions: one thread has all of them.
+// The bytes that the sessions of one process hold. Sessions are not thread-safe, but those of several threads may share
+// a budget.
 struct Budget {
   size_t limit = SIZE_MAX;
-  size_t used = 0;
+  std::atomic<size_t> used = 0;
 };
 
 // Bytes of somebody else. `owner` keeps them alive.
@@ -72,6 +74,7 @@ struct Event {
   std::string path;               // kCall
   std::string encoding;           // kCall: how the message is compressed; empty if it is not
   std::string asked;              // kCall: how the client compresses messages, also where this one is not worth it
+  std::string accepted;           // kCall: the compressions that the client accepts, with commas between them
   double timeout_s = -1;          // kCall: below 0 without a limit
   std::vector<Header> metadata;   // kCall; kAnswer: initial metadata
   std::string data;               // message with its prefix of 5 bytes

@@ -390,6 +390,7 @@ def test_reflection(model: str, tmp_path: Path) -> None:
             "tensorflow.serving.PredictionService",
             "tensorflow.serving.ModelService",
             "grpc.health.v1.Health",
+            "grpc.reflection.v1.ServerReflection",
             "grpc.reflection.v1alpha.ServerReflection",
         }
         pool = descriptor_pool.DescriptorPool(database)
