@@ -56,8 +56,11 @@ constexpr int kPermissionDenied = static_cast<int>(absl::StatusCode::kPermission
 constexpr size_t kMaxErrorBytes = 1024;
 
 constexpr size_t kMaxMessageBytes = std::numeric_limits<int32_t>::max();  // protobuf's limit
-// A packed message may become this large: a small one could otherwise take all memory.
+// A packed message may become this large, because a small one could otherwise take all memory. One that is packed very
+// well may become kSmallUnpackedBytes.
 constexpr size_t kMaxUnpackedBytes = size_t{32} << 20;
+constexpr size_t kSmallUnpackedBytes = size_t{4} << 20;
+constexpr size_t kMaxPackRatio = 64;
 
 // Number of calls that a connection may have at the same time, unless --grpc_channel_arguments says another one.
 constexpr uint32_t kMaxStreams = 1024;
@@ -91,14 +94,16 @@ tensorflow::Status ReadRequest(const Call& call, const MessageOptions& options, 
       return absl::UnimplementedError(
           StrCat("the message is compressed by '", call.encoding(), "'; expected one of ", kCompressions));
     }
-    switch (Unpack(call.encoding(), message, options.most_unpacked, &unpacked)) {
+    const size_t most =
+        std::min(options.most_unpacked, std::max(kSmallUnpackedBytes, kMaxPackRatio * message.size()));
+    switch (Unpack(call.encoding(), message, most, &unpacked)) {
       case UnpackResult::kOk:
         break;
       case UnpackResult::kBroken:
         return absl::InternalError(StrCat("the message is not a complete text in the format ", call.encoding()));
       case UnpackResult::kTooLarge:
-        return absl::ResourceExhaustedError(StrCat("the message has more than ", options.most_unpacked,
-                                                   " bytes when it is unpacked, which is the limit; send it unpacked"));
+        return absl::ResourceExhaustedError(StrCat("the message has more than ", most, " bytes when it is unpacked, ",
+                                                   "which is the limit; send it without compression"));
     }
     message = unpacked;
   }
@@ -442,7 +447,7 @@ size_t MostConnections() {
 // Returns the bytes that the calls of all connections may hold if no flag says it.
 size_t DefaultHeldBytes() {
   constexpr size_t kLeast = size_t{256} << 20;
-  constexpr size_t kShare = 8;
+  constexpr size_t kShare = 64;
   const auto memory = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
   return std::max(kLeast, memory / kShare);
 }

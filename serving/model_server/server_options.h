@@ -27,7 +27,7 @@ struct ServerOptions {
   bool enable_serialization_as_tensor_content = false;
   int32_t max_queued_requests = 10'000;
   int64_t max_results_per_request = 1'000'000;
-  int64_t max_held_bytes = 0;  // 0: an eighth of the memory, 256 MiB at least
+  int64_t max_held_bytes = 0;  // 0: a share of the memory
   std::string reload_address;
   std::string grpc_socket_path;
   std::string grpc_channel_arguments;  // "k=v,k=v"

@@ -51,6 +51,10 @@ bool IsOneMessage(const std::string& data) {
   return data.size() >= kPrefixBytes && MessageBytes(data) == data.size() - kPrefixBytes;
 }
 
+std::string NotOneMessage(size_t bytes) {
+  return "expected exactly one message, got " + std::to_string(bytes) + " bytes that are not one";
+}
+
 std::string_view ToView(const uint8_t* data, size_t size) {
   return std::string_view(reinterpret_cast<const char*>(data), size);
 }
@@ -726,6 +730,11 @@ void Session::OnData(Stream* stream, std::string_view data) {
     return;
   }
   if (role_ == Role::kClient) return;
+  // Without this, a message that goes on beyond its announced end could grow up to the limit.
+  if (is_announced && stream->data.size() > MessageBytes(stream->data) + kPrefixBytes) {
+    Refuse(stream, kGrpcInternal, NotOneMessage(stream->data.size()));
+    return;
+  }
   if (!MayCharge(*stream, data.size())) {
     Refuse(stream, kGrpcResourceExhausted, HoldsTooMuch());
     return;
@@ -812,8 +821,7 @@ void Session::OnEnd(Stream* stream) {
   const bool is_compressed = event.has_message && stream->data[0] != 0;
   if (role_ == Role::kServer) {
     if (!event.has_message) {
-      Refuse(stream, kGrpcInternal,
-             "expected exactly one message, got " + std::to_string(stream->data.size()) + " bytes that are not one");
+      Refuse(stream, kGrpcInternal, NotOneMessage(stream->data.size()));
       return;
     }
     event.kind = EventKind::kCall;

@@ -468,7 +468,7 @@ def test_help_and_version() -> None:
 
 
 def test_many_connections_do_not_end_listening(exported: Path, base_path: Path, tmp_path: Path) -> None:
-    # gRPC stops listening for ever when it has met the limit of open files, so the server raises the soft one.
+    # Each connection takes an open file, so the server raises the soft limit.
     saved_models.publish(exported / "half_plus_1", base_path, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
