@@ -10,21 +10,32 @@ WorkerPool::WorkerPool(int num_threads, size_t max_queued) : max_queued_(max_que
 }
 
 WorkerPool::~WorkerPool() {
+  std::vector<Waiter*> idle;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stopping_ = true;
+    idle.swap(idle_);
   }
-  changed_.notify_all();
+  for (Waiter* waiter : idle) sem_post(&waiter->ready);
   for (std::thread& thread : threads_) thread.join();
 }
 
 bool WorkerPool::Add(std::function<void()> task) {
+  Waiter* waiter = nullptr;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (tasks_.size() >= max_queued_) return false;
-    tasks_.push_back(std::move(task));
+    if (idle_.empty()) {
+      if (tasks_.size() >= max_queued_) return false;
+      tasks_.push_back(std::move(task));
+      return true;
+    }
+    waiter = idle_.back();
+    idle_.pop_back();
+    ++num_running_;
+    waiter->task = std::move(task);
   }
-  changed_.notify_one();
+  // The waiter lives until its thread has seen this.
+  sem_post(&waiter->ready);
   return true;
 }
 
@@ -43,20 +54,28 @@ size_t WorkerPool::num_running() const {
 }
 
 void WorkerPool::Work() {
+  Waiter waiter;
+  std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
     std::function<void()> task;
-    {
-      std::unique_lock<std::mutex> lock(mutex_);
-      changed_.wait(lock, [this] { return stopping_ || !tasks_.empty(); });
-      if (tasks_.empty()) return;
+    if (!tasks_.empty()) {
       task = std::move(tasks_.front());
       tasks_.pop_front();
       ++num_running_;
+      lock.unlock();
+    } else if (stopping_) {
+      return;
+    } else {
+      idle_.push_back(&waiter);
+      lock.unlock();
+      while (sem_wait(&waiter.ready) != 0) continue;  // a signal interrupted it
+      task = std::exchange(waiter.task, nullptr);
+      if (task == nullptr) return;
     }
     task();
     // Destroys what the task holds before the task counts as done.
     task = nullptr;
-    std::lock_guard<std::mutex> lock(mutex_);
+    lock.lock();
     --num_running_;
   }
 }
