@@ -137,7 +137,7 @@ PYBIND11_MODULE(_native, module) {
              return host;
            }),
            py::arg("paths"), py::arg("streaming"), py::arg("total_bytes"))
-      .def_property_readonly("held", [](const Host& self) { return self.budget.used; })
+      .def_property_readonly("held", [](const Host& self) { return self.budget.used.load(); })
       .def_property_readonly("over", [](const Host& self) { return self.budget.used > self.budget.limit; })
       .def_property(
           "total_bytes", [](const Host& self) { return self.budget.limit; },
