@@ -154,7 +154,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "search": Benchmark(
         "One search: the stages",
-        "Each stage added to the last: word search, models, both together, rewrites, and the ranker.",
+        "Each stage added to the last: word search, models, both together, rewrites, and the ranker. Quality on judged "
+        "queries; the rows `stages` have the latency and the CPU time of a request.",
         "search",
         "search.md",
         quick=None,
