@@ -17,6 +17,9 @@ benchmarks/rewriting.py measures. Queries are those of the log. Of all requests,
 half that rate; latencies count from when a request was due. `core`: requests for a second of CPU time of gateway and
 model servers together. `gateway`: CPU time of the gateway for one request, less that of the index in its threads.
 
+`stages`: latency and CPU time of a request with each stage added to the last: the inverted index, the model beside it,
+rewrites, the ranker, and diversity. The load is the same for all, a quarter of what the gateway answers with all.
+
 `failures`: at a quarter of the rate, each of the model servers is stopped (SIGSTOP), continued, killed, and started
 again. `failed` counts requests without an answer of status 200, and those that needed a stage that was well.
 """
@@ -52,6 +55,20 @@ _QUERIES, _HISTORY = 500, 20
 _MODELS = ("dpsr", "ranker", "rewriter")
 _STAGES = {"dpsr": "recall.semantic", "ranker": "fine", "rewriter": "rewrite"}
 
+_WORDS = {"recall": {"inverted": {"k": 300}}, "coarse": {"size": 300}}
+_MODELS_TOO = _WORDS | {"recall": {"inverted": {"k": 300}, "semantic": {"model": "dpsr", "k": 300}}}
+_REWRITES = {"rewrite": {"model": "rewriter", "n": 3}, "recall": {**_MODELS_TOO["recall"], "rewritten": {"k": 300}}}
+_RANKER = {"fine": {"model": "ranker", "size": 100}}
+_DIVERSITY = {"rerank": {"diversity": {"attributes": ["brand", "shop"]}}}
+# Pipelines with each stage added to the last.
+STAGES: dict[str, dict[str, Any]] = {
+    "words": _WORDS,
+    "model": _MODELS_TOO,
+    "rewrites": _MODELS_TOO | _REWRITES,
+    "ranker": _MODELS_TOO | _REWRITES | _RANKER,
+    "diversity": _MODELS_TOO | _REWRITES | _RANKER | _DIVERSITY,
+}
+
 CONFIG = """
 index: {index}
 models:
@@ -68,6 +85,8 @@ pipelines:
     coarse: {{size: 300}}
     fine: {{model: ranker, size: 100, deadline_ms: 50}}
     rerank: {{diversity: {{attributes: [brand, shop]}}}}
+{stages}
+default: full
 """
 
 
@@ -149,12 +168,13 @@ class Setup:
 
     def __init__(self, folder: Path, requests: Sequence[bytes]) -> None:
         self._folder = folder
-        self._file = folder / "requests.json"
-        self._file.write_text(json.dumps([body.decode() for body in requests]))
+        self._requests = [json.loads(body) for body in requests]
         self.models = {name: self._start(name) for name in _MODELS}
         config = folder / "search.yaml"
         targets = {name: server.target for name, server in self.models.items()}
-        config.write_text(CONFIG.format(index=folder / "inverted", **targets))
+        # JSON is YAML.
+        stages = "\n".join(f"  {name}: {json.dumps(pipeline)}" for name, pipeline in STAGES.items())
+        config.write_text(CONFIG.format(index=folder / "inverted", stages=stages, **targets))
         command = [sys.executable, "-m", "dpsr_common", "search", f"--config={config}", "--port=0"]
         self.gateway = Server(command, "search ready on http://")
 
@@ -166,15 +186,18 @@ class Setup:
         self.models[name].stop()
         self.models[name] = self._start(name, self.models[name].port)
 
-    def start_load(self, seconds: float, rate: float, seed: int) -> subprocess.Popen[str]:
+    def start_load(self, seconds: float, rate: float, seed: int, pipeline: str = "full") -> subprocess.Popen[str]:
         """Starts the load generator."""
         script = str(Path(__file__).with_name("search_load.py"))
-        command = [sys.executable, script, self.gateway.target, str(self._file), str(seconds), str(rate), str(seed)]
+        file = self._folder / f"requests.{pipeline}.json"
+        asked = [json.dumps({**request, "pipeline": pipeline}, ensure_ascii=False) for request in self._requests]
+        file.write_text(json.dumps(asked))
+        command = [sys.executable, script, self.gateway.target, str(file), str(seconds), str(rate), str(seed)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
-    def load(self, seconds: float, rate: float, seed: int) -> Load:
+    def load(self, seconds: float, rate: float, seed: int, pipeline: str = "full") -> Load:
         """Puts load on the gateway and returns what the load generator saw."""
-        return finish(self.start_load(seconds, rate, seed))
+        return finish(self.start_load(seconds, rate, seed, pipeline))
 
     def cpu_seconds(self) -> tuple[float, float, float]:
         """Returns the CPU time of the gateway, of its inverted index, and of the model servers."""
@@ -235,6 +258,28 @@ def failures(setup: Setup, rate: float, seconds: float, seed: int) -> tuple[int,
     return requests, failed, degraded
 
 
+def stages(result: report.Report, setup: Setup, workload: str, rate: float, seconds: float, seed: int) -> int:
+    """Adds latency and CPU time of a request with each stage added to the last. Returns the number of failed ones."""
+    failed = 0
+    for name in STAGES:
+        setup.load(seconds / 8, rate, seed, name)  # warms up
+        before = setup.cpu_seconds()
+        found = setup.load(seconds, rate, seed, name)
+        spent = dict(zip(("gateway", "inverted index", "model servers"), setup.cpu_seconds(), strict=True))
+        count = len(found.latencies)
+        for part, start in zip(spent, before, strict=True):
+            spent[part] = (spent[part] - start) / count * 1e6
+        spent["gateway"] -= spent["inverted index"]
+        for quantile in (50, 99):
+            value = float(np.percentile(found.latencies, quantile)) * 1000
+            result.add(name, f"stages, {workload}", f"p{quantile}", value, "ms", note=f"{rate:.0f} requests/s")
+        result.add(name, f"stages, {workload}", "cpu", sum(spent.values()), "us")
+        for part, value in spent.items():
+            result.add(name, f"stages, {workload}", f"cpu of {part}", value, "us")
+        failed += found.failed
+    return failed
+
+
 def measure(result: report.Report, out: Path, seed: int, full: bool, items: int = ITEMS, seconds: float = 8.0) -> None:
     """Adds the rows of this benchmark and the bars p50_ms, p99_ms, requests_per_core_second, gateway_cpu_us, failed.
 
@@ -274,7 +319,7 @@ def measure(result: report.Report, out: Path, seed: int, full: bool, items: int 
         result.add("model_servers", workload, "cpu", servers / count * 1e6, "us")
         result.add("gateway", workload, "memory", setup.gateway.rss_mib(), "MiB")
         requests, failed, degraded = failures(setup, rate / 4, seconds / 3, seed)
-        failed += closed.failed + opened.failed
+        failed += closed.failed + opened.failed + stages(result, setup, workload, rate / 4, seconds, seed)
         requests += len(closed.latencies) + count
         result.add("failures", workload, "failed", failed, "requests", requests=requests, left_out=degraded)
     finally:

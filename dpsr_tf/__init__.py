@@ -1,3 +1,5 @@
 """DPSR: deep personalized and semantic retrieval (SIGIR 2020). Importing this package imports nothing heavy."""
 
-__version__ = "0.2.0"
+from dpsr_common import __version__
+
+__all__ = ["__version__"]

@@ -12,6 +12,7 @@ import tomllib
 import yaml
 from absl import flags
 
+from dpsr_common import __version__
 from dpsr_common.command_line import commands
 from dpsr_common.typed_config import from_dict, to_dict
 from dpsr_tf.data.schema import Schema
@@ -77,6 +78,12 @@ def test_figures_beside_the_papers_stand_on_the_pages_they_link() -> None:
             assert figure in linked, f"{figure}: {cell}"
             checked += 1
     assert checked > 90
+
+
+def test_changelog_begins_with_this_version_and_its_breaking_changes() -> None:
+    headings = re.findall(r"^##+ .*$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert re.fullmatch(rf"## {re.escape(__version__)} \((\d{{4}}-\d\d-\d\d|not released yet)\)", headings[0])
+    assert headings[1] == "### Breaking changes"
 
 
 def test_versions_of_the_site_are_pinned() -> None:

@@ -33,6 +33,7 @@ from types import ModuleType
 
 from absl import flags
 
+from dpsr_common import __version__
 from dpsr_common.errors import resource_error
 from dpsr_common.object_store import use_local_paths
 
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("help", "--help", "-h"):
         return _guarded(lambda: print(_overview(), flush=True)) or (0 if arguments else 2)
+    if arguments == ["--version"]:
+        return _guarded(lambda: print(f"dpsr {__version__}", flush=True))
     name, known = arguments[0], commands()
     if name not in known:
         return _fail("dpsr", f"no command '{name}', expected one of: {', '.join(known)}", 2)
@@ -155,7 +158,7 @@ def _fail(name: str, message: str, status: int) -> int:
 def _overview() -> str:
     lines = ["Usage: dpsr COMMAND [flags]", "", "Deep personalized and semantic retrieval for e-commerce search.", ""]
     lines += [f"  {name:<10} {summary(entry)}" for name, entry in commands().items()]
-    return "\n".join([*lines, "", "`dpsr COMMAND --help` lists a command's flags."])
+    return "\n".join([*lines, "", "`dpsr COMMAND --help` lists a command's flags. `dpsr --version` prints the version."])
 
 
 def _help(usage: str, values: flags.FlagValues) -> str:

@@ -154,7 +154,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "search": Benchmark(
         "One search: the stages",
-        "Each stage added to the last: word search, models, both together, rewrites, and the ranker.",
+        "Each stage added to the last: word search, models, both together, rewrites, and the ranker. Quality on judged "
+        "queries; the rows `stages` have the latency and the CPU time of a request.",
         "search",
         "search.md",
         quick=None,
@@ -311,12 +312,19 @@ def run(runner: ExperimentRunner, names: Sequence[str], quick: bool, data: Path)
     return {name: _run(runner, name, BENCHMARKS[name], quick, data) for name in names}
 
 
+def command_of(name: str, quick: bool) -> str:
+    """Returns the command that a report shows for a benchmark. It leaves out folders and the seed."""
+    one = BENCHMARKS[name]
+    flags = (one.quick or ()) if quick else one.flags
+    return " ".join(["python", f"benchmarks/{one.script}.py", *(f.format(data="DATA") for f in flags), "--json"])
+
+
 def _run(runner: ExperimentRunner, name: str, one: Benchmark, quick: bool, data: Path) -> Result:
     missing = [] if quick else [folder for folder in one.reads if not (data / folder).is_dir()]
     if missing:
         return {"missing": missing}
     flags = list((one.quick or ()) if quick else one.flags)
-    command = " ".join(["python", f"benchmarks/{one.script}.py", *(f.format(data="DATA") for f in flags), "--json"])
+    command = command_of(name, quick)
     seed = [f"--seed={runner.seed}"] if runner.seed != 1 and one.script not in _WITHOUT_SEED else []
 
     def compute() -> Result:
@@ -345,9 +353,43 @@ def met(aim: tuple[str, float], value: float) -> bool:
 
 
 def figures(measured: Mapping[str, Any]) -> Result:
-    """Returns figures.json: name -> date, command, seed, hardware and bars of each benchmark that was measured."""
+    """Returns figures.json: name -> date, command, seed, hardware, bars and rows of each benchmark that was measured.
+
+    `rows` has `IMPLEMENTATION; WORKLOAD; METRIC` -> figure, and for each number beside a figure, such as the ends of
+    its interval, `IMPLEMENTATION; WORKLOAD; METRIC; low` -> number. Of rows with equal names the first counts.
+    """
     keys = ("date", "command", "seed", "hardware", "bars")
-    return {name: {key: one[key] for key in keys} for name, one in measured.items() if "bars" in one}
+    return {
+        name: {**{key: one[key] for key in keys}, "rows": _named_rows(one["rows"])}
+        for name, one in measured.items()
+        if "bars" in one
+    }
+
+
+# Fields of a row that are its name or its value, or that no page quotes.
+_NOT_QUOTED = ("impl", "workload", "metric", "value", "unit", "samples")
+
+
+def _named_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    named: dict[str, float] = {}
+    for row in rows:
+        name = "; ".join(row[key].replace(";", ",") for key in ("impl", "workload", "metric"))
+        found: dict[str, Any] = {name: row["value"]}
+        for field, value in row.items():
+            if field in ("interval", "difference"):
+                prefix = "" if field == "interval" else "difference "
+                found |= {f"{name}; {prefix}low": value[0], f"{name}; {prefix}high": value[1]}
+            elif field not in _NOT_QUOTED:
+                found[f"{name}; {field}"] = value
+        for key, value in found.items():
+            if isinstance(value, int | float):
+                named.setdefault(key, _rounded(value))
+    return named
+
+
+def _rounded(value: float) -> float:
+    """Returns a figure with six digits, more than any page shows."""
+    return float(f"{value:.6g}")
 
 
 def bar_rows(name: str, bars: Mapping[str, float]) -> list[tuple[str, str, str, str]]:

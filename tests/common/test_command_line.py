@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import types
 import pytest
 from absl import flags
 
-from dpsr_common import command_line
+from dpsr_common import __version__, command_line
 from dpsr_common.errors import CommandError, UsageError
 
 
@@ -25,6 +26,11 @@ def test_overview(dpsr, argument):
     for name, entry in command_line.commands().items():
         summary = command_line.summary(entry)
         assert summary and any(line.split(maxsplit=1) == [name, summary] for line in out.splitlines()), name
+
+
+def test_version(dpsr):
+    version = dpsr("--version").succeeds().out.split()
+    assert version == ["dpsr", importlib.metadata.version("dpsr")] == ["dpsr", __version__]
 
 
 def test_no_command_is_bad_usage_and_shows_the_overview(dpsr):

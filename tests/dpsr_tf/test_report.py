@@ -15,7 +15,7 @@ from dpsr_common.errors import CommandError, UsageError
 from dpsr_tf.report import plots, quotes, sections
 from dpsr_tf.report.benchmarks import BENCHMARKS, figures, figures_page
 from dpsr_tf.report.command import html, parts_from_flag, size_from_flags
-from dpsr_tf.report.quotes import renewed
+from dpsr_tf.report.quotes import renewed, waiting
 from dpsr_tf.report.runner import ExperimentRunner
 from dpsr_tf.report.sections import Report
 from dpsr_tf.report.shop import QUICK, REPOSITORY
@@ -166,7 +166,11 @@ def test_benchmarks_in_the_report() -> None:
     assert "| B | 0.400 | 1,234 us |" in page.lines and "| Recall@20 on Gowalla | 0.1824 |" in page.markdown
     assert "the folder of the data sets has no homedepot. Give --data." in page.markdown
     found = figures({"graph": graph, "search": {"missing": ["homedepot"]}})
-    assert list(found) == ["graph"] and "rows" not in found["graph"]
+    assert list(found) == ["graph"]
+    assert found["graph"]["rows"] == {
+        "A; w 1; recall": 0.51234, "A; w 1; recall; low": 0.5, "A; w 1; recall; high": 0.52,
+        "B; w 1; recall": 0.4, "B; w 1; cpu": 1234.5,
+    }  # fmt: skip
     text = figures_page(found)
     assert "`python benchmarks/graph.py --json`, 2026-11-23, a CPU, 2 cores, seed 1." in text
     assert "| `train_rate_over_dpsr` | ≥ 0.25 | 0.200 | **no** |" in text
@@ -300,28 +304,79 @@ def test_quoted_figures_follow_what_was_measured() -> None:
             renewed(wrong, measured)
 
 
+def test_quoted_rows_follow_what_was_measured() -> None:
+    rows = {
+        "nginx; open 300; p50": 0.28512,
+        "proxy; open 300; p50": 0.4,
+        "server; 1,000 items; restart": 4.41,
+        "server; 1,000 items; restart; low": -4.31,
+    }
+    measured = {"fresh": {"bars": {}, "rows": rows}, "proxy": {"bars": {}}}
+    page = (
+        "0.2<!--fresh: nginx; open 300; p50--> ms, 1<!-- fresh: server; *; restart / 2 --> s "
+        "(+0.5<!--fresh: server; *; restart; low-->), 285<!--fresh: *; open 300; p50--> us"
+    )
+    # One row alone has to fit.
+    with pytest.raises(
+        CommandError, match=r"2 rows of docs/figures.json .*nginx; open 300; p50 \| proxy; open 300; p50"
+    ):
+        renewed(page, measured)
+    assert renewed(page.replace("*; open", "nginx; open").replace("p50--> us", "p50 * 1000--> us"), measured) == (
+        "0.3<!--fresh: nginx; open 300; p50--> ms, 2<!-- fresh: server; *; restart / 2 --> s "
+        "(-4.3<!--fresh: server; *; restart; low-->), 285<!--fresh: nginx; open 300; p50 * 1000--> us"
+    )
+    with pytest.raises(CommandError, match=r"0 rows of docs/figures.json .*with such names: nginx; open 300; p50"):
+        renewed("0.2<!--fresh: nginx; open 30; p50--> ms", measured)
+    with pytest.raises(CommandError, match="follows no figure"):
+        renewed("0.2 ms<!--fresh: nginx; open 300; p50-->", measured)
+    with pytest.raises(CommandError, match=r"has no such figure; run `dpsr report --parts=soak`"):
+        renewed("0.2<!--soak: nginx; open 300; p50-->", measured)
+    # A benchmark whose rows are not kept yet.
+    later = "0.2<!--proxy: nginx; open 300; p50--> and 0.3<!--proxy: proxy; open 300; p50-->"
+    assert renewed(later, measured) == later
+    assert waiting(later + page, measured) == {"proxy": 2}
+
+
 def test_the_pages_take_the_figures_of_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts that the report did not run keep their figures."""
     hardware = {"cpu": "a CPU", "cores": 2}
     old, new = (
-        {"date": date, "command": "c", "seed": 1, "hardware": hardware, "bars": {"bar": bar}}
+        {
+            "date": date,
+            "command": "python benchmarks/store.py --json",
+            "seed": 1,
+            "hardware": hardware,
+            "bars": {"bar": bar},
+            "rows": [{"impl": "A", "workload": "w", "metric": "m", "value": 10 * bar, "unit": "s"}],
+        }
         for date, bar in (("2026-01-01", 1.0), ("2026-02-02", 2.0))
     )
+    kept_old, kept_new = ({**one, "rows": {"A; w; m": 10 * one["bars"]["bar"]}} for one in (old, new))
+    del kept_old["rows"]
     docs, report = tmp_path / "docs", tmp_path / "report"
     docs.mkdir()
     report.mkdir()
-    (tmp_path / "README.md").write_text("1.0<!--store.bar--> and 1<!--proxy.bar-->")
-    (docs / "figures.json").write_text(json.dumps({"proxy": old, "store": old}))
+    (tmp_path / "README.md").write_text("1.0<!--store.bar-->, 10<!--store: A; w; m--> and 1<!--proxy.bar-->")
+    (docs / "figures.json").write_text(json.dumps({"proxy": kept_old, "store": kept_old}))
     (docs / "figures.md").write_text("")
-    (report / "figures.json").write_text(json.dumps({"store": new}))
+    (report / "report.json").write_text(json.dumps({"benchmarks": {"store": new}}))
     monkeypatch.setattr(quotes, "REPOSITORY", tmp_path)
     quotes.main([str(report)])
-    assert (tmp_path / "README.md").read_text() == "2.0<!--store.bar--> and 1<!--proxy.bar-->"
-    assert json.loads((docs / "figures.json").read_text()) == {"store": new, "proxy": old}
-    assert (docs / "figures.md").read_text() == figures_page({"store": new, "proxy": old})
+    assert (tmp_path / "README.md").read_text() == "2.0<!--store.bar-->, 20<!--store: A; w; m--> and 1<!--proxy.bar-->"
+    expected = {"store": kept_new, "proxy": kept_old}
+    assert json.loads((docs / "figures.json").read_text()) == expected
+    assert (docs / "figures.md").read_text() == figures_page(expected)
 
-    (report / "figures.json").write_text(json.dumps({"stores": new}))
-    for wrong, message in ((report, "unknown parts"), (tmp_path, "expected the directory of a `dpsr report`")):
+    quick = tmp_path / "quick"
+    quick.mkdir()
+    command = "python benchmarks/store.py --quick --json"
+    (quick / "report.json").write_text(json.dumps({"benchmarks": {"store": {**new, "command": command}}}))
+    (report / "report.json").write_text(json.dumps({"benchmarks": {"stores": new}}))
+    for wrong, message in (
+        (report, "unknown parts"),
+        (tmp_path, "expected the directory of a `dpsr report`"),
+        (quick, "store ran with other flags .* without --quick"),
+    ):
         with pytest.raises(CommandError, match=message):
             quotes.main([str(wrong)])
-    assert json.loads((docs / "figures.json").read_text()) == {"store": new, "proxy": old}
+    assert json.loads((docs / "figures.json").read_text()) == expected

@@ -30,7 +30,7 @@ def run_document(name: str, folder: Path, python: str | None = None) -> str:
     if python is not None:
         (folder / python).write_text(re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[0])
     script = "\n".join(re.findall(r"^```sh\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
-    for port in ("8500", "8501"):
+    for port in ("8500", "8501", "8700"):
         script = script.replace(f"{port}", str(free_port()))
     (folder / "dpsr_tf").symlink_to(ROOT / "dpsr_tf")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -71,6 +71,11 @@ def test_bring_your_own_log(tmp_path: Path) -> None:
     assert re.search(r"boiler\n.*\n +1 .*Kettle", printed), printed
     assert re.search(r"hedset\n.*\n +1 .*Headphones", printed), printed
     assert '"item_keys"' in printed
+    # One search: words and model find the shoes, the ranker orders them, and the filter holds.
+    answer = json.loads(re.findall(r'\{"query":.*\}', printed)[-1])
+    assert answer["items"][0]["key"] == "A2" and not answer["degraded"], answer
+    assert {"inverted", "semantic", "fine"} < set(answer["items"][0]["explain"]), answer
+    assert {item["attributes"]["in_stock"] for item in answer["items"]} == {"1"}
 
 
 @pytest.mark.slow
