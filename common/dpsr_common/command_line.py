@@ -158,7 +158,8 @@ def _fail(name: str, message: str, status: int) -> int:
 def _overview() -> str:
     lines = ["Usage: dpsr COMMAND [flags]", "", "Deep personalized and semantic retrieval for e-commerce search.", ""]
     lines += [f"  {name:<10} {summary(entry)}" for name, entry in commands().items()]
-    return "\n".join([*lines, "", "`dpsr COMMAND --help` lists a command's flags. `dpsr --version` prints the version."])
+    lines += ["", "`dpsr COMMAND --help` lists a command's flags. `dpsr --version` prints the version."]
+    return "\n".join(lines)
 
 
 def _help(usage: str, values: flags.FlagValues) -> str:
