@@ -16,7 +16,6 @@ import contextlib
 import enum
 import functools
 import heapq
-import math
 import os
 import random
 import socket
