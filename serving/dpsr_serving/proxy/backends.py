@@ -362,8 +362,16 @@ class Replicas:
         self._budget.request()
         return await self._ask(_Request(spec, path, request, deadline, metadata, label), None, None)
 
+    def pick(self) -> tuple[Backend, Connection] | None:
+        """Returns a server that takes a request at once, for begin(), or None: ask() must answer it."""
+        self._judge_at_times()
+        backend = self._choose(self.backends, ())
+        connection = None if backend is None else backend.ready()
+        return None if backend is None or connection is None else (backend, connection)
+
     def begin(
         self,
+        picked: tuple[Backend, Connection],
         spec: Spec,
         path: str,
         request: bytes,
@@ -374,16 +382,10 @@ class Replicas:
     ) -> Call | None:
         """As ask(), without a task as long as no call fails. Only if is_simple.
 
-        Returns None if the request would have to wait, or if no server takes it: ask() must answer it. `done` gets the
-        answer, or None if the request is given up.
+        `done` gets the answer, or None if the request is given up. Returns None if the connection takes no more calls.
         """
-        self._judge_at_times()
-        backend = self._choose(self.backends, ())
-        connection = None if backend is None else backend.ready()
-        if backend is None or connection is None:
-            return None
         timeout_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-        call = Call(self, _Request(spec, path, request, deadline, metadata, label), backend, connection, done)
+        call = Call(self, _Request(spec, path, request, deadline, metadata, label), *picked, done)
         if not call.begin(timeout_s):
             return None
         self._budget.request()

@@ -406,10 +406,17 @@ class ProxyServer:
         plan = None if message is None else self._plans.get((True, message))
         if plan is None or plan.simple is None:
             return None
+        picked = plan.simple.pick()
         start = time.monotonic()
+        gate = plan.gate
+        # A request beyond the limit is refused by _forward().
+        if picked is None or (gate is not None and gate.enter(priority_of(self._config.priorities, metadata), start)):
+            return None
         spec, label = plan.plain.spec, plan.plain.label
         done = functools.partial(self._finish, path, plan, start, request, metadata, caller, stream)
-        call = plan.simple.begin(spec, path, request, deadline, metadata, label, done)
+        call = plan.simple.begin(picked, spec, path, request, deadline, metadata, label, done)
+        if call is None and gate is not None:
+            gate.leave(0.0)
         return call
 
     def _finish(
@@ -424,9 +431,11 @@ class ProxyServer:
         reply: Reply | None,
     ) -> None:
         """Answers a request of _begin(). `reply`: None if the client has given it up."""
+        seconds = time.monotonic() - start
+        if plan.gate is not None:
+            plan.gate.leave(seconds)
         if reply is None:
             return
-        seconds = time.monotonic() - start
         ok = reply.code is Code.OK
         caller.finish(stream, reply)
         label = plan.plain.label
@@ -474,7 +483,7 @@ class ProxyServer:
         plan = _Plan(_Destination(spec, self._pools[pool] if pool else None, spec.model if model else ""))
         if inference:
             plan.gate = self._gates.get(spec.model if model else "")
-            if pool is not None and plan.gate is None and (model is None or not (model.experiment or model.shadow)):
+            if pool is not None and (model is None or not (model.experiment or model.shadow)):
                 shards = self._pools[pool].shards
                 plan.simple = shards[0] if len(shards) == 1 and shards[0].is_simple else None
         if model is None or not inference:
