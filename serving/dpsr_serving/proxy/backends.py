@@ -622,7 +622,11 @@ class Call:
             self._backend.end_call(self, reply)
             if reply.code is Code.OK:
                 self._replicas.succeeded(self._request)
-                self._done(reply)
+                try:
+                    self._done(reply)
+                except Exception:
+                    # The connection belongs to all other calls as well.
+                    traceback.print_exc(file=sys.stderr)
                 return
         self._task = asyncio.get_running_loop().create_task(self._go_on(reply))
 

@@ -172,23 +172,30 @@ class _Outbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._waiting: list[_Connection] = []
+        self._waiting: deque[_Connection] = deque()
         self._is_scheduled = False
         self.receiving = False
 
     def add(self, connection: _Connection) -> None:
         """Lets a connection send soon."""
         self._waiting.append(connection)
-        if not self.receiving and not self._is_scheduled:
-            self._is_scheduled = True
-            self._loop.call_soon(self._flush_later)
+        if not self.receiving:
+            self._flush_soon()
 
     def flush(self) -> None:
         """Lets all connections send."""
-        while self._waiting:
-            waiting, self._waiting = self._waiting, []
-            for connection in waiting:
-                connection.flush()
+        try:
+            while self._waiting:
+                self._waiting.popleft().flush()
+        finally:
+            # One connection that fails must not keep the others from sending.
+            if self._waiting:
+                self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._loop.call_soon(self._flush_later)
 
     def _flush_later(self) -> None:
         self._is_scheduled = False
