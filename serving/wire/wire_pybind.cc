@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
@@ -101,10 +103,12 @@ std::unique_ptr<Session> MakeClientSession(const SessionLimits& limits, double n
 }
 
 py::object Receive(Session* self, const py::buffer& buffer, size_t size, double now) {
-  const py::buffer_info info = buffer.request();
-  if (info.itemsize != 1 || static_cast<size_t>(info.size) < size) throw py::value_error("the buffer is too small");
+  Py_buffer view;
+  if (PyObject_GetBuffer(buffer.ptr(), &view, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+  const std::unique_ptr<Py_buffer, decltype(&PyBuffer_Release)> release(&view, &PyBuffer_Release);
+  if (static_cast<size_t>(view.len) < size) throw py::value_error("the buffer is too small");
   std::vector<Event> events;
-  if (!self->Receive(std::string_view(static_cast<const char*>(info.ptr), size), now, &events)) return py::none();
+  if (!self->Receive(std::string_view(static_cast<const char*>(view.buf), size), now, &events)) return py::none();
   return ToList(events);
 }
 
@@ -112,6 +116,54 @@ py::list TakeEvents(Session* self) {
   std::vector<Event> events;
   self->TakeEvents(&events);
   return ToList(events);
+}
+
+// Reads the varint at `*data` and moves `*data` behind it. Returns false if it is cut off or has more than 64 bits.
+bool ReadVarint(std::string_view* data, uint64_t* value) {
+  *value = 0;
+  for (size_t i = 0; i < std::min<size_t>(10, data->size()); ++i) {
+    const auto byte = static_cast<uint8_t>((*data)[i]);
+    if (i == 9 && byte > 1) return false;  // more than 64 bits
+    *value |= static_cast<uint64_t>(byte & 0x7F) << (7 * i);
+    if (byte < 0x80) {
+      data->remove_prefix(i + 1);
+      return true;
+    }
+  }
+  return false;
+}
+
+// Returns the content of a length-delimited field of a protocol buffer message, without decoding the others. None if it
+// occurs less or more than once, or if the bytes are no message or one of more than `most` fields: routing.py knows
+// what that means.
+py::object FindField(const py::bytes& message, uint64_t wanted, size_t most) {
+  enum { kVarint = 0, kFixed64 = 1, kLengthDelimited = 2, kFixed32 = 5 };
+  std::string_view rest = ToView(message);
+  std::optional<std::string_view> found;
+  for (size_t count = 0; !rest.empty(); ++count) {
+    uint64_t tag = 0, size = 0;
+    if (count == most || !ReadVarint(&rest, &tag) || tag >> 3 == 0) return py::none();
+    switch (tag & 7) {
+      case kVarint:
+        if (!ReadVarint(&rest, &size)) return py::none();
+        size = 0;
+        break;
+      case kFixed64: size = 8; break;
+      case kFixed32: size = 4; break;
+      case kLengthDelimited:
+        if (!ReadVarint(&rest, &size)) return py::none();
+        break;
+      default:
+        return py::none();
+    }
+    if (size > rest.size()) return py::none();
+    if (tag >> 3 == wanted && (tag & 7) == kLengthDelimited) {
+      if (found) return py::none();
+      found = rest.substr(0, size);
+    }
+    rest.remove_prefix(size);
+  }
+  return found ? py::object(ToBytes(*found)) : py::none();
 }
 
 }  // namespace
@@ -184,6 +236,7 @@ PYBIND11_MODULE(_native, module) {
 
   module.def("server_session", &MakeServerSession, py::arg("limits"), py::arg("host"), py::arg("now"),
              py::keep_alive<0, 2>());
+  module.def("find_field", &FindField, py::arg("message"), py::arg("field"), py::arg("most"));
   module.def("client_session", &MakeClientSession, py::arg("limits"), py::arg("now"));
 }
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
@@ -15,11 +18,12 @@ import grpc
 import numpy as np
 import pytest
 from processes import PATIENCE_S, ProxyProcess, child_environment, run_command
-from proxy_backends import RecordingBackend, StartProxy, call, predict
+from proxy_backends import RecordingBackend, StartProxy, call, http_address, metric, predict, wait_until, write_yaml
 
 from dpsr_common import serving_apis
 from dpsr_common.command_line import main
 from dpsr_common.errors import UsageError
+from dpsr_serving import _native
 from dpsr_serving.client import SearchClient, ServingError
 from dpsr_serving.model_server import ModelServer
 from dpsr_serving.proxy import routing
@@ -261,6 +265,70 @@ def test_passes_cancellation_on(start_backend: Callable[[], RecordingBackend], s
         assert cancelled.wait(PATIENCE_S)
     proxy.process.terminate()
     assert proxy.process.communicate(timeout=PATIENCE_S)[1] == ""  # clients may cancel calls, so nothing is logged
+
+
+def test_requests_of_a_known_model_keep_deadlines_cancellation_and_retries(
+    start_backend: Callable[[], RecordingBackend], start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    """From a model's second request on, the proxy forwards without a task."""
+    backends = [start_backend(), start_backend()]
+    cancelled = threading.Event()
+    release = threading.Event()
+
+    def answer(request: bytes, context: Any) -> bytes:
+        if b"cancel" in request:
+            context.add_callback(cancelled.set)
+            cancelled.wait(PATIENCE_S)
+        if b"late" in request:
+            release.wait(PATIENCE_S)
+        if b"loading" in request and context.peer() and next(refusals) == 0:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "loading")
+        if b"wrong" in request:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "wrong")
+        return request
+
+    refusals = itertools.count()
+    for backend in backends:
+        backend.answer = answer
+    targets = [backend.target for backend in backends]
+    config = write_yaml(tmp_path / "p.yaml", f"models: {{m: {{backends: {targets}, limit: {{in_flight: 3}}}}}}")
+    proxy = start_proxy(config, "--http_port=0")
+    http = http_address(proxy)
+    with grpc.insecure_channel(proxy.target) as channel:
+        method = channel.unary_unary(serving_apis.PREDICT)
+        for _ in range(3):
+            assert method(predict("m", query=["a"]), timeout=PATIENCE_S) == predict("m", query=["a"])
+        # Deadlines end in their order, not in that of the calls. The proxy tells the client whose server was late.
+        late = predict("m", query=["late"])
+        begin = time.monotonic()
+        slow = [method.future(late, timeout=timeout) for timeout in (PATIENCE_S, 0.6, 0.2)]
+        with pytest.raises(grpc.RpcError) as refused:
+            method(predict("m", query=["a"]), timeout=PATIENCE_S)
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, "three are in flight"
+        for pending, seconds in ((slow[2], 0.2), (slow[1], 0.6)):
+            assert pending.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert seconds - 0.01 < time.monotonic() - begin
+        release.set()
+        assert slow[0].result() == late
+        # A call that is given up is given up at the server, and frees its place of the limit.
+        for _ in range(4):
+            cancelled.clear()
+            while any(backend.entered.acquire(blocking=False) for backend in backends):
+                pass
+            gone = method.future(predict("m", query=["cancel"]), timeout=PATIENCE_S)
+            wait_until(lambda: any(backend.entered.acquire(blocking=False) for backend in backends))
+            gone.cancel()
+            assert cancelled.wait(PATIENCE_S)
+        loading = predict("m", query=["loading"])
+        assert method(loading, timeout=PATIENCE_S) == loading
+        assert sum(request == loading for backend in backends for _, request, *_ in backend.calls) == 2
+        with pytest.raises(grpc.RpcError) as wrong:
+            method(predict("m", query=["wrong"]), timeout=PATIENCE_S)
+        assert (wrong.value.code(), wrong.value.details()) == (grpc.StatusCode.FAILED_PRECONDITION, "wrong")
+    assert metric(http, "dpsr_proxy_retries_total", model="m") == 1
+    assert metric(http, "dpsr_proxy_requests_total", model="m", code="OK") == 5
+    assert metric(http, "dpsr_proxy_requests_total", model="m", code="FAILED_PRECONDITION") == 1
+    wait_until(lambda: all(metric(http, "dpsr_proxy_backend_outstanding", backend=b.target) == 0 for b in backends))
 
 
 def test_least_outstanding_backend_gets_the_next_request(
@@ -526,6 +594,31 @@ def test_imports_neither_tensorflow_nor_our_other_packages_nor_numpy() -> None:
     loaded = set(eval(result.stdout))
     assert "dpsr_serving" in loaded and "grpc" not in loaded
     assert not loaded & {"tensorflow", "tensorflow_serving", "numpy", "dpsr_tf", "dpsr_export", "dpsr_tokenizer"}
+
+
+def test_a_sole_field_is_found_as_python_finds_it() -> None:
+    chance = random.Random(1)
+    # Fields 1 and 2 of all wire types, a number of 10 bytes, and what is cut off or not a message.
+    too_long = b"\x8a" + b"\x80" * 8 + b"\x02"  # a tag of more than 64 bits, whose lowest 64 are those of field 1
+    pieces = [b"\x0a\x02ab", b"\x0a\x00", b"\x12\x01c", b"\x08\x96\x01", b"\x0d1234", b"\x0912345678"]
+    pieces += [b"\x10" + b"\xff" * 9 + b"\x01", b"\x8a\x80\x00\x01z", b"\x0a\x05a", too_long, b"\x0b"]
+    found = refused = 0
+    for _ in range(5000):
+        message = b"".join(chance.choices(pieces, (9, 9, 9, 9, 9, 9, 9, 2, 1, 1, 1), k=chance.randrange(6)))
+        sole = _native.find_field(message, 1, 6)
+        try:
+            places = routing._occurrences(message, 1)
+        except ValueError:
+            assert sole is None, message
+            refused += 1
+        else:
+            contents = [message[start:end] for _, start, end in places]
+            is_sole = len(contents) == 1 and too_long not in message
+            assert sole == (contents[0] if is_sole else None), message
+            found += sole is not None
+    assert found > 300 and refused > 300
+    assert _native.find_field(b"\x0a\x01a" + b"\x10\x00" * 5, 1, 6) == b"a"
+    assert _native.find_field(b"\x0a\x01a" + b"\x10\x00" * 6, 1, 6) is None, "more than 6 fields"
 
 
 def test_two_proxies_do_not_share_a_port_silently(start_proxy: StartProxy) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import socket
 import struct
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -351,6 +352,28 @@ def test_a_call_that_waits_for_a_place_keeps_its_deadline() -> None:
         assert reply.code is Code.DEADLINE_EXCEEDED and "had 1 calls under way until the deadline" in reply.details
     assert (first.body, patient.body) == (b"first", b"patient")
     assert [request for _, request, *_ in backend.calls] == [b"first", b"patient"]
+
+
+def test_deadlines_of_calls_that_have_ended_do_not_pile_up() -> None:
+    backend = RecordingBackend()
+
+    async def ask() -> tuple[int, Reply]:
+        channel = Channel(backend.target, None, "", LimitsConfig())
+        try:
+            for _ in range(300):
+                await channel.call(serving_apis.PREDICT, b"", PATIENCE_S, ())
+            assert channel._connection is not None
+            kept = len(channel._connection._ends)
+            backend.answer = lambda request, context: (time.sleep(0.5), request)[1]
+            return kept, await channel.call(serving_apis.PREDICT, b"", 0.1, ())
+        finally:
+            channel.drop()
+
+    try:
+        kept, late = asyncio.run(ask())
+    finally:
+        backend.stop()
+    assert kept <= calls._SPARE_ENDS + 2 and late.code is Code.DEADLINE_EXCEEDED
 
 
 def test_a_server_that_allows_more_calls_wakes_all_that_wait() -> None:

@@ -12,15 +12,18 @@ from __future__ import annotations
 import asyncio
 import functools
 import random
+import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
 from dpsr_common import serving_apis
 from dpsr_serving.proxy import tracing
 from dpsr_serving.proxy.admission import pushback
-from dpsr_serving.proxy.calls import Channel, Code, Metadata, Reply, Tls, client_tls
+from dpsr_serving.proxy.calls import FAILED, Channel, Code, Connection, Metadata, Reply, Tls, client_tls
 from dpsr_serving.proxy.config import HealthConfig, HedgeConfig, LimitsConfig, PoolConfig, RetryConfig, TlsConfig
 from dpsr_serving.proxy.metrics import Metrics
 from dpsr_serving.proxy.outcomes import Outcomes, does_badly, is_silent, quantile
@@ -93,9 +96,8 @@ class Backend:
 
     async def call(self, path: str, request: bytes, timeout_s: float | None, metadata: Metadata) -> Reply:
         """Makes one call with serialized messages. UNAVAILABLE also means that the server went down meanwhile."""
-        self.outstanding += 1
-        key, begin = object(), time.monotonic()
-        self._begun[key] = begin
+        key = object()
+        self.add_call(key)
         try:
             span = tracing.current.get()
             if span is None:
@@ -103,15 +105,37 @@ class Backend:
             else:
                 make = functools.partial(self._channel.call, path, request, timeout_s)
                 reply = await span.attempt(self.address, metadata, make)
-        except asyncio.CancelledError:
-            now = time.monotonic()
-            if now - begin > _GIVEN_UP_S:
-                self.outcomes.add(now, now - begin, False)
+        except BaseException:
+            self.forget_call(key)
             raise
-        finally:
-            self.outstanding -= 1
-            del self._begun[key]
-        now = time.monotonic()
+        self.end_call(key, reply)
+        return reply
+
+    def ready(self) -> Connection | None:
+        """Returns the connection to the server if it takes a call at once."""
+        return self._channel.ready()
+
+    def add_call(self, key: object) -> None:
+        """Counts a call. Each one needs a key of its own."""
+        self.outstanding += 1
+        self._begun[key] = time.monotonic()
+
+    def forget_call(self, key: object) -> None:
+        """Ends a call that was given up."""
+        self.outstanding -= 1
+        begin, now = self._begun.pop(key), time.monotonic()
+        if now - begin > _GIVEN_UP_S:
+            self.outcomes.add(now, now - begin, False)
+
+    def end_call(self, key: object, reply: Reply) -> None:
+        """Ends a call, and learns from its answer."""
+        self.outstanding -= 1
+        begin, now = self._begun.pop(key), time.monotonic()
+        if reply.code is Code.OK:
+            self.outcomes.add(now, now - begin, True)
+            self._ended = now
+            self._failures = self._unavailable = 0
+            return
         self.outcomes.add(now, now - begin, reply.code not in _FAILED)
         if reply.code is not Code.DEADLINE_EXCEEDED:
             self._ended = now
@@ -126,7 +150,6 @@ class Backend:
             self._unavailable += 1
             if self._unavailable >= _ANSWERS_IN_A_ROW:
                 self.put_down()
-        return reply
 
     def put_down(self) -> None:
         """Takes the server out of service until a check succeeds, and gives up its calls, which hang or are lost."""
@@ -312,6 +335,11 @@ class Replicas:
         self._next_ask: dict[str, float] = {}  # model -> when all backends are asked about it again
 
     @property
+    def is_simple(self) -> bool:
+        """Whether begin() may be able to make calls."""
+        return not self._discover and self._hedges is None
+
+    @property
     def is_up(self) -> bool:
         """Whether one of the servers is up."""
         return any(backend.up for backend in self.backends)
@@ -330,15 +358,84 @@ class Replicas:
             deadline: a time of time.monotonic(), or None.
             label: the model's name in metrics.
         """
+        self._judge_at_times()
         self._budget.request()
+        return await self._ask(_Request(spec, path, request, deadline, metadata, label), None, None)
+
+    def pick(self) -> tuple[Backend, Connection] | None:
+        """Returns a server that takes a request at once, for begin(), or None: ask() must answer it."""
+        self._judge_at_times()
+        backend = self._choose(self.backends, ())
+        connection = None if backend is None else backend.ready()
+        return None if backend is None or connection is None else (backend, connection)
+
+    def begin(
+        self,
+        picked: tuple[Backend, Connection],
+        spec: Spec,
+        path: str,
+        request: bytes,
+        deadline: float | None,
+        metadata: Metadata,
+        label: str,
+        done: Callable[[Reply | None], None],
+    ) -> Call | None:
+        """As ask(), without a task as long as no call fails. Only if is_simple.
+
+        `done` gets the answer, or None if the request is given up. Returns None if the connection takes no more calls.
+        """
+        timeout_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+        call = Call(self, _Request(spec, path, request, deadline, metadata, label), *picked, done)
+        if not call.begin(timeout_s):
+            return None
+        self._budget.request()
+        return call
+
+    async def go_on(self, request: _Request, backend: Backend, reply: Reply | None) -> Reply:
+        """Goes on with a request after its first call. `reply`: the answer; None if the server refused the call."""
+        if reply is None:
+            timeout_s = None if request.deadline is None else max(request.deadline - time.monotonic(), 0.0)
+            reply = await backend.call(request.path, request.message, timeout_s, request.metadata)
+        return await self._ask(request, backend, reply)
+
+    def succeeded(self, request: _Request) -> None:
+        """Learns from a request that a server answered with OK."""
+        if request.path == serving_apis.PREDICT and len(request.message) <= _SAMPLE_BYTES:
+            self._sample = request.path, request.message
+
+    def _judge_at_times(self) -> None:
         now = time.monotonic()
         if now >= self._next_judgment:
             self._next_judgment = now + _JUDGE_S
             self._judge(now)
-        tried: list[Backend] = []
+
+    async def _ask(self, request: _Request, backend: Backend | None, reply: Reply | None) -> Reply:
+        """Makes calls until one is answered for good. `backend`, `reply`: the answer of a server that was called."""
+        spec, path, message, deadline, metadata, label = request
+        tried = [] if backend is None else [backend]
         ended = 0  # servers that were lost while they had the request
-        reply: Reply | None = None
         while True:
+            if reply is not None:
+                assert backend is not None
+                if reply.code is Code.OK:
+                    self.succeeded(request)
+                    return reply._replace(attempts=len(tried)) if len(tried) > 1 else reply
+                self._metrics.count("dpsr_proxy_backend_failures_total", (backend.address, reply.code.name))
+                ended += reply.begun
+                # Only messages that the proxy itself wrote contain the address.
+                if spec.model and backend.address in reply.details:
+                    reply = reply._replace(details=f"model {spec.model!r}: {reply.details}")
+                if reply.code is Code.NOT_FOUND and self._discover and spec.model in backend.holds:
+                    # The server no longer holds the model that it reported: the request is good and goes to another.
+                    self._next_ask.pop(spec.model, None)
+                    await backend.ask(spec.model, self._health.timeout_s)
+                elif reply.code is not Code.UNAVAILABLE:
+                    return reply._replace(attempts=len(tried))
+                if ended > _DEADLY:
+                    # Perhaps it was the request that ended them. It must not end all the others as well.
+                    return reply._replace(attempts=len(tried))
+                if len(tried) >= self._attempts or (deadline is not None and time.monotonic() >= deadline):
+                    return reply._replace(attempts=len(tried))
             holders = self.backends
             if not holders:
                 return reply or self._none_known(spec)
@@ -356,29 +453,9 @@ class Replicas:
             tried.append(backend)
             timeout_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
             if self._hedges is None or len(holders) < 2:
-                reply = await backend.call(path, request, timeout_s, metadata)
+                reply = await backend.call(path, message, timeout_s, metadata)
             else:
-                reply, backend = await self._hedged(holders, tried, path, request, timeout_s, metadata)
-            if reply.code is Code.OK:
-                if path == serving_apis.PREDICT and len(request) <= _SAMPLE_BYTES:
-                    self._sample = path, request
-                return reply._replace(attempts=len(tried)) if len(tried) > 1 else reply
-            self._metrics.count("dpsr_proxy_backend_failures_total", (backend.address, reply.code.name))
-            ended += reply.begun
-            # Only messages that the proxy itself wrote contain the address.
-            if spec.model and backend.address in reply.details:
-                reply = reply._replace(details=f"model {spec.model!r}: {reply.details}")
-            if reply.code is Code.NOT_FOUND and self._discover and spec.model in backend.holds:
-                # The server no longer holds the model that it reported: the request is good and goes to another one.
-                self._next_ask.pop(spec.model, None)
-                await backend.ask(spec.model, self._health.timeout_s)
-            elif reply.code is not Code.UNAVAILABLE:
-                return reply._replace(attempts=len(tried))
-            if ended > _DEADLY:
-                # Perhaps it was the request that ended them. It must not end all the others as well.
-                return reply._replace(attempts=len(tried))
-            if len(tried) >= self._attempts or (deadline is not None and time.monotonic() >= deadline):
-                return reply._replace(attempts=len(tried))
+                reply, backend = await self._hedged(holders, tried, path, message, timeout_s, metadata)
 
     def _judge(self, now: float) -> None:
         """Takes out servers that do worse than their peers; at most half of them all are out for their calls."""
@@ -436,6 +513,9 @@ class Replicas:
 
     def _choose(self, holders: Sequence[Backend], tried: Sequence[Backend]) -> Backend | None:
         most = self._max_outstanding
+        if len(holders) == 1:
+            only = holders[0]
+            return only if only.up and only.outstanding < most and only not in tried else None
         free = [b for b in holders if b.up and b.outstanding < most and b not in tried]
         if not free:
             return None
@@ -496,6 +576,78 @@ class Replicas:
             words = f"model {spec.model!r}: no reachable backend holds it; cannot be reached: {', '.join(silent)}"
             return Reply(Code.UNAVAILABLE, words)
         return Reply(Code.NOT_FOUND, not_found(path, spec))
+
+
+class _Request(NamedTuple):
+    spec: Spec
+    path: str
+    message: bytes
+    deadline: float | None
+    metadata: Metadata
+    label: str
+
+
+class Call:
+    """A request of Replicas.begin(). If its first call fails, a task goes on with it."""
+
+    __slots__ = ("_backend", "_connection", "_done", "_replicas", "_request", "_stream", "_task")
+
+    def __init__(
+        self,
+        replicas: Replicas,
+        request: _Request,
+        backend: Backend,
+        connection: Connection,
+        done: Callable[[Reply | None], None],
+    ) -> None:
+        self._replicas, self._request, self._done = replicas, request, done
+        self._backend, self._connection = backend, connection
+        self._stream = -1
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self, timeout_s: float | None) -> bool:
+        """Makes the first call. Returns False if the connection takes no more."""
+        request = self._request
+        self._stream = self._connection.begin(request.path, request.message, timeout_s, request.metadata, self)
+        if self._stream < 0:
+            return False
+        self._backend.add_call(self)
+        return True
+
+    def on_reply(self, reply: Reply | None) -> None:
+        """Takes the answer to the first call."""
+        if reply is None:
+            self._backend.forget_call(self)
+        else:
+            self._backend.end_call(self, reply)
+            if reply.code is Code.OK:
+                self._replicas.succeeded(self._request)
+                try:
+                    self._done(reply)
+                except Exception:
+                    # The connection belongs to all other calls as well.
+                    traceback.print_exc(file=sys.stderr)
+                return
+        self._task = asyncio.get_running_loop().create_task(self._go_on(reply))
+
+    def cancel(self) -> None:
+        """Gives the request up."""
+        if self._task is not None:
+            self._task.cancel()
+        else:
+            self._connection.give_up(self._stream)
+            self._backend.forget_call(self)
+        self._done(None)
+
+    async def _go_on(self, reply: Reply | None) -> None:
+        # The connection may have been opened for a request that had a span, and its callbacks would keep it.
+        tracing.current.set(None)
+        try:
+            reply = await self._replicas.go_on(self._request, self._backend, reply)
+        except Exception:
+            traceback.print_exc(file=sys.stderr)
+            reply = FAILED
+        self._done(reply)
 
 
 class Pool:

@@ -15,18 +15,20 @@ import binascii
 import contextlib
 import enum
 import functools
+import heapq
 import os
 import random
 import socket
 import ssl
 import sys
 import traceback
+import weakref
 import zlib
 from abc import abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from dpsr_serving import _native
 from dpsr_serving.proxy.config import LimitsConfig
@@ -56,6 +58,8 @@ _ANSWER_HEADER_BYTES = 65536  # of a server, which is trusted with more than a c
 _PACKED_FROM = 1024  # bytes of an answer that is compressed if its client asks; as the model server
 _PACKED_AT_ONCE = 2**15  # bytes that are compressed on the event loop, in some 0.5 ms; more goes to a thread
 _UNPACKED_AT_ONCE = 2**18  # bytes that are decompressed on the event loop, in some 0.5 ms; more goes to a thread
+_NOT_PACKED = (b"", b"identity")
+_SPARE_ENDS = 64  # deadlines of calls that have ended, which are kept beside one for each call
 
 
 class Code(enum.IntEnum):
@@ -98,7 +102,44 @@ class Reply(NamedTuple):
     begun: bool = False
 
 
+FAILED = Reply(Code.UNKNOWN, "the proxy failed; see its log")
+
 Handler = Callable[[bytes, "float | None", Metadata], Awaitable[Reply]]
+
+
+class Caller(Protocol):
+    """Who waits for the answer of a call."""
+
+    def finish(self, stream: int, reply: Reply) -> None:
+        """Takes the answer."""
+
+
+class Connection(Protocol):
+    """A connection to a server."""
+
+    def begin(self, path: str, message: bytes, timeout_s: float | None, metadata: Metadata, receiver: Receiver) -> int:
+        """Begins a call, and returns its stream, or a negative number if the connection takes no more."""
+
+    def give_up(self, stream: int) -> None:
+        """Ends a call that is still under way. Its receiver hears nothing."""
+
+
+class Pending(Protocol):
+    """A call under way."""
+
+    def cancel(self) -> object:
+        """Gives it up."""
+
+
+class Receiver(Protocol):
+    """Who waits for a server's answer."""
+
+    def on_reply(self, reply: Reply | None) -> None:
+        """Takes the answer; None if the server has not begun to handle the call."""
+
+
+# As a handler, but calls finish() of the caller, and returns at once: the call, or None if only the handler can answer.
+Starter = Callable[[bytes, "float | None", Metadata, Caller, int], "Pending | None"]
 # Of a streaming method: messages of the client -> messages to the client. ValueError: the client sent a wrong message.
 StreamHandler = Callable[[AsyncIterator[bytes]], AsyncIterator[bytes]]
 
@@ -120,12 +161,65 @@ def readable(metadata: Metadata) -> Iterable[tuple[str, str | bytes]]:
 _RECEIVED = memoryview(bytearray(2**16))
 
 
+class _Outbox:
+    """Connections of an event loop that have something to send.
+
+    What connections have to say because of received bytes is sent right after these were handled, without another turn
+    of the loop. Everything else waits for the next turn.
+    """
+
+    __slots__ = ("__weakref__", "_is_scheduled", "_loop", "_waiting", "receiving")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._waiting: deque[_Connection] = deque()
+        self._is_scheduled = False
+        self.receiving = False
+
+    def add(self, connection: _Connection) -> None:
+        """Lets a connection send soon."""
+        self._waiting.append(connection)
+        if not self.receiving:
+            self._flush_soon()
+
+    def flush(self) -> None:
+        """Lets all connections send."""
+        try:
+            while self._waiting:
+                self._waiting.popleft().flush()
+        finally:
+            # One connection that fails must not keep the others from sending.
+            if self._waiting:
+                self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._loop.call_soon(self._flush_later)
+
+    def _flush_later(self) -> None:
+        self._is_scheduled = False
+        self.flush()
+
+
+_outboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Outbox] = weakref.WeakKeyDictionary()
+
+
+def _outbox() -> _Outbox:
+    loop = asyncio.get_running_loop()
+    found = _outboxes.get(loop)
+    if found is None:
+        found = _outboxes[loop] = _Outbox(loop)
+    return found
+
+
 class _Connection(asyncio.BufferedProtocol):
     """One side of a connection: moves bytes between a socket and a session of the wire."""
 
     def __init__(self) -> None:
         self.closed = False
         self._loop = asyncio.get_running_loop()
+        self._outbox = _outbox()
         self._session: _native.Session | None = None
         self._transport: Any = None
         self._scheduled = False
@@ -145,10 +239,10 @@ class _Connection(asyncio.BufferedProtocol):
     # Subclasses use these.
 
     def schedule(self) -> None:
-        """Sends what the session has, in one write with everything else of this turn of the event loop."""
+        """Sends what the session has, in one write with everything else that comes up at the same time."""
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._flush)
+            self._outbox.add(self)
 
     def end(self) -> None:
         """Closes the connection, when all that the session has to say is sent or after some seconds."""
@@ -206,16 +300,28 @@ class _Connection(asyncio.BufferedProtocol):
         if events is None:
             self.abort()
             return
-        for event in events:
-            self.on_event(event)
-            if self.closed:
-                return
-        if self._session.wants_write or self._session.finished:
-            self.schedule()
+        outbox = self._outbox
+        outbox.receiving = True
+        try:
+            for event in events:
+                self.on_event(event)
+                if self.closed:
+                    break
+            else:
+                if self._session.wants_write or self._session.finished:
+                    self.schedule()
+        finally:
+            outbox.receiving = False
+            outbox.flush()
 
     def eof_received(self) -> bool:
         """The other side closed: there is nothing to wait for."""
         return False
+
+    def flush(self) -> None:
+        """Sends what the session has, if schedule() was called since the last time."""
+        if self._scheduled:
+            self._flush()
 
     def _flush(self) -> None:
         self._scheduled = False
@@ -272,7 +378,7 @@ class _Incoming(_Connection):
         self._made = self._loop.time()
         self._ends = self._made + server.limits.age_s * random.uniform(1 - _AGE_JITTER, 1)
         self._hello = False  # whether the client has sent its settings
-        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._tasks: dict[int, Pending] = {}
         self._streaming: dict[int, _Messages] = {}
         self._drained: float | None = None  # when the client was asked to make no more calls
         self._settled = False  # whether it knows
@@ -313,9 +419,9 @@ class _Incoming(_Connection):
 
     def on_closed(self) -> None:
         self._server.forget(self)
-        for task in self._tasks.values():
+        tasks, self._tasks = self._tasks, {}
+        for task in tasks.values():
             task.cancel()
-        self._tasks.clear()
         self._streaming.clear()
 
     def pause_writing(self) -> None:
@@ -347,7 +453,7 @@ class _Incoming(_Connection):
                 self._streaming[stream] = _Messages()
                 self._tasks[stream] = self._loop.create_task(self._stream(stream, event[2], event[5]))
             else:
-                self._tasks[stream] = self._loop.create_task(self._answer(*event[1:]))
+                self._begin(*event[1:])
         elif kind == _END:
             # A task that has not begun yet ends without a trace.
             self._streaming.pop(stream, None)
@@ -415,7 +521,12 @@ class _Incoming(_Connection):
         self._session.settle()
         self.schedule()
 
-    async def _answer(
+    def finish(self, stream: int, reply: Reply) -> None:
+        """Answers a call that a starter began."""
+        self._tasks.pop(stream, None)
+        self._send(stream, reply, reply.body if reply.code is Code.OK else b"", "")
+
+    def _begin(
         self,
         stream: int,
         path: str,
@@ -426,6 +537,30 @@ class _Incoming(_Connection):
         asked: bytes,
     ) -> None:
         deadline = None if timeout_s is None else self._loop.time() + timeout_s
+        start = self._server.starters.get(path)
+        if start is not None and not encoding and asked in _NOT_PACKED:
+            try:
+                call = start(message, deadline, metadata, self, stream)
+            except Exception:
+                traceback.print_exc(file=sys.stderr)
+                self.finish(stream, FAILED)
+                return
+            if call is not None:
+                self._tasks[stream] = call
+                return
+        answer = self._answer(stream, path, message, encoding, deadline, metadata, asked)
+        self._tasks[stream] = self._loop.create_task(answer)
+
+    async def _answer(
+        self,
+        stream: int,
+        path: str,
+        message: bytes,
+        encoding: bytes,
+        deadline: float | None,
+        metadata: Metadata,
+        asked: bytes,
+    ) -> None:
         try:
             if encoding:
                 message = await self._unpacked(stream, message, encoding)
@@ -434,7 +569,7 @@ class _Incoming(_Connection):
             reply = Reply(error.code, str(error))
         except Exception:
             traceback.print_exc(file=sys.stderr)
-            reply = Reply(Code.UNKNOWN, "the proxy failed; see its log")
+            reply = FAILED
         finally:
             self._tasks.pop(stream, None)
         if self._session is None:
@@ -445,7 +580,13 @@ class _Incoming(_Connection):
             body, packed_by = await self._packed(body, asked)
             if self._session is None:
                 return
-        if self._session.answer(stream, reply.code, reply.details, reply.initial, body, reply.trailing, packed_by):
+        self._send(stream, reply, body, packed_by)
+
+    def _send(self, stream: int, reply: Reply, body: bytes, packed_by: str) -> None:
+        session = self._session
+        if session is None:
+            return
+        if session.answer(stream, reply.code, reply.details, reply.initial, body, reply.trailing, packed_by):
             self.schedule()
             if self._server.host.over:
                 self._server.shed()
@@ -473,7 +614,7 @@ class _Incoming(_Connection):
             code, words = Code.INVALID_ARGUMENT, str(error)
         except Exception:
             traceback.print_exc(file=sys.stderr)
-            code, words = Code.UNKNOWN, "the proxy failed; see its log"
+            code, words = FAILED.code, FAILED.details
         self._end_stream(stream, code, words)
 
     def _end_stream(self, stream: int, code: Code, words: str) -> None:
@@ -553,11 +694,19 @@ class Server:
     """Answers unary calls by `handlers`: path -> async function of message, deadline (loop time) and metadata.
 
     `streaming` has the methods with many messages. Those calls are for small messages that the proxy itself answers.
+    `starters` may answer a call of `handlers` in its place, at a lower cost.
     """
 
-    def __init__(self, handlers: dict[str, Handler], streaming: dict[str, StreamHandler], limits: LimitsConfig) -> None:
+    def __init__(
+        self,
+        handlers: dict[str, Handler],
+        streaming: dict[str, StreamHandler],
+        limits: LimitsConfig,
+        starters: Mapping[str, Starter] | None = None,
+    ) -> None:
         self.handlers = handlers
         self.streaming = streaming
+        self.starters = starters or {}
         self.connections: dict[_Incoming, None] = {}  # in the order in which they were made
         self.fresh: dict[_Incoming, None] = {}  # those that have not made a call yet
         self.host = _native.Host(handlers, streaming, limits.total_bytes)
@@ -682,9 +831,12 @@ class _Outgoing(_Connection):
     def __init__(self, channel: Channel) -> None:
         super().__init__()
         self._channel = channel
-        self._calls: dict[int, asyncio.Future[Reply | None]] = {}
+        self._calls: dict[int, Receiver] = {}
+        self._ends: list[tuple[float, int]] = []  # a heap of deadlines with their streams, also of some that have ended
+        self._timer: asyncio.TimerHandle | None = None  # for the first of them
         self._waiting: deque[asyncio.Future[bool]] = deque()
         self._session = _native.client_session(channel.wire_limits, self._loop.time())
+        self._max_calls = self._session.max_calls
         self.hello: asyncio.Future[None] = self._loop.create_future()
         self.usable = True
 
@@ -701,6 +853,8 @@ class _Outgoing(_Connection):
         elif kind == _END:
             self._on_end(event[1], event[2])
         elif kind == _SETTINGS:
+            assert self._session is not None
+            self._max_calls = self._session.max_calls
             if not self.hello.done():
                 self.hello.set_result(None)
             self._wake_all()
@@ -715,41 +869,63 @@ class _Outgoing(_Connection):
         if not self.hello.done():
             self.hello.set_exception(ConnectionError("the connection was closed"))
             self.hello.exception()  # marks it as seen: perhaps no one waits for it any more
-        for future in self._calls.values():
-            if not future.done():
-                future.set_result(self._channel.lost("the connection was lost", begun=True))
-        self._calls.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+        calls, self._calls = self._calls, {}
+        for receiver in calls.values():
+            receiver.on_reply(self._channel.lost("the connection was lost", begun=True))
         self._wake_all()
 
     async def call(self, path: str, message: bytes, timeout_s: float | None, metadata: Metadata) -> Reply | None:
         """Makes a call. Returns None if the server has not begun to handle it."""
         ends = None if timeout_s is None else self._loop.time() + timeout_s
-        while self.usable and self._session is not None and len(self._calls) >= self._session.max_calls:
+        while self.usable and self._session is not None and len(self._calls) >= self._max_calls:
             if not await self._free_place(ends):
                 words = f"backend {self._channel.address} had {len(self._calls)} calls under way until the deadline"
                 return Reply(Code.DEADLINE_EXCEEDED, words, backend=self._channel.address)
         if ends is not None:
             timeout_s = max(ends - self._loop.time(), 0.0)
-        if not self.usable or self._session is None:
+        if not self.usable:
             return None
+        receiver = _Future(self._loop)
+        stream = self.begin(path, message, timeout_s, metadata, receiver)
+        if stream < 0:
+            return None
+        try:
+            return await receiver.future
+        except asyncio.CancelledError:
+            self.give_up(stream)
+            raise
+
+    @property
+    def has_place(self) -> bool:
+        """Whether the connection takes a call at once, before which no other waits."""
+        return self.usable and len(self._calls) < self._max_calls and not self._waiting
+
+    def begin(self, path: str, message: bytes, timeout_s: float | None, metadata: Metadata, receiver: Receiver) -> int:
+        """Begins a call, and returns its stream, or a negative number if the connection takes no more."""
         channel = self._channel
+        assert self._session is not None
         stream = self._session.call(path, channel.authority, channel.is_tls, timeout_s, metadata, message)
         if stream < 0:
             self.usable = False  # it has used up its stream numbers
             self._close_idle()
-            return None
-        future = self._calls[stream] = self._loop.create_future()
+            return stream
+        self._calls[stream] = receiver
         self.schedule()
-        timer = None if timeout_s is None else self._loop.call_later(timeout_s, self._expire, stream)
-        try:
-            return await future
-        except asyncio.CancelledError:
-            if stream in self._calls:
-                self._give_up(stream)
-            raise
-        finally:
-            if timer is not None:
-                timer.cancel()
+        if timeout_s is not None:
+            self._expire_at(self._loop.time() + timeout_s, stream)
+        return stream
+
+    def give_up(self, stream: int) -> None:
+        """Ends a call that is still under way. Its receiver hears nothing."""
+        if self._calls.pop(stream, None) is None:
+            return
+        if self._session is not None:
+            self._session.reset(stream, _CANCEL)
+            self.schedule()
+        self._wake()
+        self._close_idle()
 
     async def _free_place(self, ends: float | None) -> bool:
         """Waits until a call ends, or the connection takes no more. Returns False if that lasts until `ends`."""
@@ -804,32 +980,45 @@ class _Outgoing(_Connection):
         words = f"backend {self._channel.address} gave up the call (HTTP/2 error {error})"
         self._finish(stream, Reply(status, words, backend=self._channel.address))
 
-    def _expire(self, stream: int) -> None:
-        if stream not in self._calls:
-            return
-        words = f"backend {self._channel.address} did not answer within the deadline"
-        future = self._calls[stream]
-        self._give_up(stream)
-        if not future.done():
-            future.set_result(Reply(Code.DEADLINE_EXCEEDED, words, backend=self._channel.address))
+    def _expire_at(self, ends: float, stream: int) -> None:
+        heapq.heappush(self._ends, (ends, stream))
+        if len(self._ends) > 2 * len(self._calls) + _SPARE_ENDS:
+            self._ends = [end for end in self._ends if end[1] in self._calls]
+            heapq.heapify(self._ends)
+        if self._timer is None or ends < self._timer.when():
+            self._set_timer(ends)
 
-    def _give_up(self, stream: int) -> None:
-        del self._calls[stream]
-        if self._session is not None:
-            self._session.reset(stream, _CANCEL)
-            self.schedule()
-        self._wake()
-        self._close_idle()
+    def _set_timer(self, ends: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(ends, self._expire)
+
+    def _expire(self) -> None:
+        """Ends the calls whose deadline has passed."""
+        self._timer = None
+        now = self._loop.time()
+        while self._ends:
+            ends, stream = self._ends[0]
+            receiver = self._calls.get(stream)
+            if receiver is not None and ends > now:
+                self._set_timer(ends)
+                return
+            heapq.heappop(self._ends)
+            if receiver is not None:
+                self.give_up(stream)
+                words = f"backend {self._channel.address} did not answer within the deadline"
+                receiver.on_reply(Reply(Code.DEADLINE_EXCEEDED, words, backend=self._channel.address))
 
     def _finish(self, stream: int, reply: Reply | None) -> None:
-        future = self._calls.pop(stream, None)
-        if future is not None and not future.done():
-            future.set_result(reply)
-        self._wake()
+        receiver = self._calls.pop(stream, None)
+        if receiver is not None:
+            receiver.on_reply(reply)
+        if self._waiting:
+            self._wake()
         self._close_idle()
 
     def _wake(self) -> None:
-        while self._waiting and self._session is not None and len(self._calls) < self._session.max_calls:
+        while self._waiting and self._session is not None and len(self._calls) < self._max_calls:
             waiter = self._waiting.popleft()
             if not waiter.done():
                 waiter.set_result(True)
@@ -859,6 +1048,19 @@ _OF_HTTP = {
     504: Code.UNAVAILABLE,
 }
 _OF_RESET = {_ENHANCE_YOUR_CALM: Code.RESOURCE_EXHAUSTED, _INADEQUATE_SECURITY: Code.PERMISSION_DENIED}
+
+
+class _Future:
+    """Lets a coroutine wait for an answer."""
+
+    __slots__ = ("future",)
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.future: asyncio.Future[Reply | None] = loop.create_future()
+
+    def on_reply(self, reply: Reply | None) -> None:
+        if not self.future.done():
+            self.future.set_result(reply)
 
 
 class Channel:
@@ -902,6 +1104,11 @@ class Channel:
             if connection.usable:
                 await asyncio.sleep(min(_LONGEST_PAUSE, _FIRST_PAUSE * 4**attempt))
         return Reply(Code.UNAVAILABLE, f"backend {self.address} refuses calls", backend=self.address)
+
+    def ready(self) -> Connection | None:
+        """Returns the connection if it takes a call at once."""
+        connection = self._connection
+        return connection if connection is not None and connection.has_place else None
 
     def lost(self, why: str, begun: bool = False) -> Reply:
         """Returns the reply for a server that cannot be reached, or that was lost after a call had `begun`."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 from google.protobuf.message import DecodeError
 
 from dpsr_common import serving_apis
+from dpsr_serving import _native
 from dpsr_serving.proxy.config import PoolConfig, ProxyConfig, TargetConfig
 
 # A model spec holds a name, a version or label, and a signature. A request holds a model spec, a tensor for each input,
@@ -108,6 +109,10 @@ def find_model_spec(request: bytes, path: tuple[int, ...]) -> bytes | None:
     Raises:
         ValueError: the bytes are not a protocol buffer message.
     """
+    if len(path) == 1:
+        sole = _native.find_field(request, path[0], _MOST_FIELDS)
+        if sole is not None:
+            return sole
     message = request
     for step, field in enumerate(path):
         last = step == len(path) - 1

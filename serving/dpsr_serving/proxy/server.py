@@ -71,6 +71,7 @@ class _Plan:
     arms: Mapping[str, _Destination] = dataclasses.field(default_factory=dict)
     shadow: _Destination | None = None
     share: float = 0.0
+    simple: Replicas | None = None  # the servers, if requests need nothing but a call to one of them
 
 
 class ProxyServer:
@@ -116,10 +117,13 @@ class ProxyServer:
         self._names = Names(self.metrics, self._follow_names)
         self._set_up(config)
         handlers: dict[str, calls.Handler] = {}
+        starters: dict[str, calls.Starter] = {}
         for path, request in serving_apis.METHODS.items():
             spec_path = routing.model_spec_path(request)
             inference = spec_path is not None and path not in _ASK_MODELS
             handlers[path] = functools.partial(self._forward, path, spec_path, inference)
+            if spec_path is not None and inference:
+                starters[path] = functools.partial(self._begin, path, spec_path)
         health = grpc_services.Health(self._health)
         reflection = grpc_services.Reflection((*serving_apis.SERVICES, grpc_services.HEALTH), (serving_apis.POOL,))
         handlers[f"/{grpc_services.HEALTH}/Check"] = functools.partial(_check, health)
@@ -128,7 +132,7 @@ class ProxyServer:
         }
         for service in (grpc_services.REFLECTION, grpc_services.REFLECTION_ALPHA):
             streaming[f"/{service}/ServerReflectionInfo"] = functools.partial(_reflect, reflection)
-        self._server = calls.Server(handlers, streaming, config.limits)
+        self._server = calls.Server(handlers, streaming, config.limits, starters)
 
     async def start(self, host: str, port: int, unix_socket: str | None = None) -> str:
         """Begins to serve and returns "host:port"; port 0 chooses a free port.
@@ -382,6 +386,65 @@ class ProxyServer:
             self._log.write(path, plan.plain.spec if plan else None, experiment, arm, reply, seconds, request, metadata)
         return reply
 
+    def _begin(
+        self,
+        path: str,
+        spec_path: tuple[int, ...],
+        request: bytes,
+        deadline: float | None,
+        metadata: Metadata,
+        caller: calls.Caller,
+        stream: int,
+    ) -> calls.Pending | None:
+        """Does what _forward() does for most inference requests, without a task. Returns None for the others."""
+        if self._tracer is not None:
+            return None
+        try:
+            message = routing.find_model_spec(request, spec_path)
+        except ValueError:
+            return None
+        plan = None if message is None else self._plans.get((True, message))
+        if plan is None or plan.simple is None:
+            return None
+        picked = plan.simple.pick()
+        start = time.monotonic()
+        gate = plan.gate
+        # A request beyond the limit is refused by _forward().
+        if picked is None or (gate is not None and gate.enter(priority_of(self._config.priorities, metadata), start)):
+            return None
+        spec, label = plan.plain.spec, plan.plain.label
+        done = functools.partial(self._finish, path, plan, start, request, metadata, caller, stream)
+        call = plan.simple.begin(picked, spec, path, request, deadline, metadata, label, done)
+        if call is None and gate is not None:
+            gate.leave(0.0)
+        return call
+
+    def _finish(
+        self,
+        path: str,
+        plan: _Plan,
+        start: float,
+        request: bytes,
+        metadata: Metadata,
+        caller: calls.Caller,
+        stream: int,
+        reply: Reply | None,
+    ) -> None:
+        """Answers a request of _begin(). `reply`: None if the client has given it up."""
+        seconds = time.monotonic() - start
+        if plan.gate is not None:
+            plan.gate.leave(seconds)
+        if reply is None:
+            return
+        ok = reply.code is Code.OK
+        caller.finish(stream, reply)
+        label = plan.plain.label
+        labels = (_short(path), label, "", "", "OK" if ok else reply.code.name)
+        self.metrics.count("dpsr_proxy_requests_total", labels)
+        self.metrics.observe("dpsr_proxy_request_seconds", (label, "", ""), seconds)
+        if self._log.wants(ok):
+            self._log.write(path, plan.plain.spec, "", "", reply, seconds, request, metadata)
+
     def _refused(self, plan: _Plan, metadata: Metadata, now: float) -> Reply | None:
         """Counts a request against the limit of its model. Returns the answer to a request that is not taken."""
         if plan.gate is None:
@@ -420,6 +483,9 @@ class ProxyServer:
         plan = _Plan(_Destination(spec, self._pools[pool] if pool else None, spec.model if model else ""))
         if inference:
             plan.gate = self._gates.get(spec.model if model else "")
+            if pool is not None and (model is None or not (model.experiment or model.shadow)):
+                shards = self._pools[pool].shards
+                plan.simple = shards[0] if len(shards) == 1 and shards[0].is_simple else None
         if model is None or not inference:
             return plan
         if model.experiment is not None:
