@@ -44,7 +44,6 @@ from dpsr_common.search_index import (
     TANTIVY as TANTIVY,
 )
 
-
 _KEPT_TEXTS = 2**14  # decoded texts of an attribute that are kept
 
 
@@ -126,8 +125,7 @@ class Attribute:
             return [None if number != number else number for number in self.numbers[rows].tolist()]
         assert self.texts is not None
         codes, places = self.codes_of(rows)
-        text = self.texts.text
-        texts = [text(code - 1) if code else None for code in codes.tolist()]
+        texts = [self.texts.text(code - 1) if code else None for code in codes.tolist()]
         if not self.multi:
             return texts
         found: list[Any] = [None] * len(rows)

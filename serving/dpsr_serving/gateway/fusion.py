@@ -240,7 +240,7 @@ class _Union:
         for name, places in self.places.items():
             weights[begin : begin + len(places)] = shares[name]
             begin += len(places)
-        return np.bincount(self._places, weights, len(self.ids))
+        return np.bincount(self._places, weights, len(self.ids)).astype(np.float64, copy=False)
 
     def numbers(self, name: str, depth: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Returns the scaled score and the score of each item in a source, float64 [m] each.

@@ -16,10 +16,8 @@ import asyncio
 import dataclasses
 import functools
 import logging
-import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +45,7 @@ from dpsr_serving.gateway.messages import (
 from dpsr_serving.gateway.metrics import METRICS
 from dpsr_serving.gateway.model_client import ModelClient, fitting
 from dpsr_serving.gateway.rerank import Reranker, RuleFile
+from dpsr_serving.gateway.search_threads import SearchThreads, ThreadsBusyError
 from dpsr_serving.proxy.experiments import assign
 from dpsr_serving.proxy.metrics import Metrics
 from dpsr_serving.search import User
@@ -70,10 +69,6 @@ class RecallError(CommandError):
 
 class _Late(Exception):
     """A stage took longer than it may."""
-
-
-class _Busy(Exception):
-    """A stage has too much to do to begin with a request."""
 
 
 @dataclasses.dataclass
@@ -127,10 +122,7 @@ class Searcher:
         self._config = config
         self._index = index
         self._clients = {name: ModelClient(name, model.target, model.model) for name, model in config.models.items()}
-        self._threads = ThreadPoolExecutor(config.limits.searches, "inverted")
-        self._most_searches = config.limits.searches + config.limits.waiting_searches
-        self._searches = 0  # of the inverted index, under way or waiting for a thread
-        self._lock = threading.Lock()
+        self._threads = SearchThreads(config.limits.searches, config.limits.waiting_searches)
         self._rules: dict[str, RuleFile] = {}
         self._plans = {name: self._plan(pipeline) for name, pipeline in config.pipelines.items()}
         self._reading_users = self._models_that_read_users()
@@ -167,7 +159,7 @@ class Searcher:
             task.cancel()
         for client in self._clients.values():
             await client.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
     async def _learn(self) -> None:
         """Asks each model for its inputs, so that the first requests do not wait for them."""
@@ -379,27 +371,13 @@ class Searcher:
     async def _look_up(
         self, texts: Sequence[tuple[str, float]], k: int, conditions: tuple[Condition, ...], left_s: float
     ) -> Found:
-        """Searches the inverted index in a thread, which the engine does not hold the interpreter in."""
-        with self._lock:
-            if self._searches >= self._most_searches:
-                raise _Busy(f"{self._searches} searches of the inverted index are under way or wait for a thread")
-            self._searches += 1
-        search = self._threads.submit(self._search_index, texts, k, conditions)
-        search.add_done_callback(self._searched)
-        found, cpu_s = await asyncio.wait_for(asyncio.wrap_future(search), left_s)
-        self.metrics.count("dpsr_search_index_cpu_seconds_total", (), cpu_s)
-        return found
-
-    def _search_index(
-        self, texts: Sequence[tuple[str, float]], k: int, conditions: tuple[Condition, ...]
-    ) -> tuple[Found, float]:
+        """Searches the inverted index in a thread, in which the engine does not hold the interpreter."""
         start = time.thread_time()
-        found = self._index.search(texts, k, conditions)
-        return found, time.thread_time() - start
-
-    def _searched(self, _: Any) -> None:
-        with self._lock:
-            self._searches -= 1
+        search = self._index.prepare(texts, k, conditions)
+        self._threads.cpu_s += time.thread_time() - start
+        found = await self._threads.run(search, left_s)
+        self.metrics.set_one("dpsr_search_index_cpu_seconds_total", (), self._threads.cpu_s)
+        return found
 
     async def _ask_model(self, request: SearchRequest, trace: _Trace, source: SourceConfig, left_s: float) -> Found:
         """Asks a retrieval model."""
@@ -551,7 +529,7 @@ class Searcher:
         late = isinstance(failure, (_Late, asyncio.TimeoutError)) or (
             isinstance(failure, ServingError) and failure.code is grpc.StatusCode.DEADLINE_EXCEEDED
         )
-        reason = "late" if late else "busy" if isinstance(failure, _Busy) else "failed"
+        reason = "late" if late else "busy" if isinstance(failure, ThreadsBusyError) else "failed"
         self.metrics.count("dpsr_search_left_out_total", (trace.plan.config.name, name, reason))
         error = f"no answer within {left_s * 1000:.0f} ms" if late else self._say(trace.plan, name, failure)
         self._took(trace, name, items_in, 0, start, error)
@@ -564,7 +542,7 @@ class Searcher:
     def _say(self, plan: _Plan, stage: str, failure: Exception) -> str:
         """Returns what went wrong in a stage, and logs an error once, with its traceback where it is our own."""
         error = " ".join(str(failure).split()) or type(failure).__name__
-        expected = isinstance(failure, (ServingError, CommandError, ValueError, _Busy))
+        expected = isinstance(failure, (ServingError, CommandError, ValueError, ThreadsBusyError))
         known = (stage, type(failure).__name__)
         if known not in self._said and len(self._said) < _SAID:
             self._said.add(known)
