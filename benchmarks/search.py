@@ -18,10 +18,8 @@ on Home Depot `hybrid_two`.
 
 A learned fusion never judges a query that it has learned from. The shop's is learned on its dev fold. The others have
 five folds by query: each is judged with the weights and the cut-off that the other four have taught; Home Depot's two
-dev folds teach together. What else a fusion chooses, the number of each source's items whose scores count, it chooses
-on the same other queries; which numbers it may choose from was settled on these dev folds. The analysis of each inverted
-index was chosen on these dev queries, as the settings of the models were; among the analyses in `--full`, recall@100
-differs by 0.03 at most on ESCI and Icecat.
+dev folds teach together. The analysis of each inverted index was chosen on these dev queries, as the settings of the
+models were; among the analyses in `--full`, recall@100 differs by 0.03 at most on ESCI and Icecat.
 
 `cut_off` rows: what the learned cut-off does on queries that it has not learned from. `kept` is the share of the
 relevant items found that stay, `length` the mean number of items that stay, `emptied` the share of queries of which

@@ -165,28 +165,6 @@ def test_keep_says_what_the_cut_off_keeps():
     assert fusions[0].learned["kept"] == 1 and fusions[0].learned["emptied_others"] == 0
 
 
-def test_learning_leaves_out_the_last_items_that_spoil_the_scale():
-    rng = np.random.default_rng(1)
-
-    def lists_with_a_tail(tail: float) -> tuple[list[dict[str, Found]], list[list[int]]]:
-        """Two sources find different items. The last third of the second one has scores that tell nothing."""
-        lists, relevant = [], []
-        for _ in range(40):
-            quality = np.sort(rng.random((2, 300)))[:, ::-1].copy()
-            scores = quality + rng.normal(0, 5, (2, 1))
-            scores[1, 200:] -= np.arange(1, 101) * tail * rng.random()
-            ids = rng.permutation(600).reshape(2, 300)
-            lists.append({name: found(ids[i].tolist(), scores[i].tolist()) for i, name in enumerate(("even", "tail"))})
-            relevant.append(ids[quality > 0.85].tolist())
-        return lists, relevant
-
-    depths = {"even": 300, "tail": 300}
-    fusion = learn(*lists_with_a_tail(1.0), depths, keep=1)
-    assert fusion.sources["tail"].depth <= 200
-    fusion.check_sources(depths, "fusion.json")
-    assert learn(*lists_with_a_tail(0.0), depths, keep=1).sources["tail"].depth == 300
-
-
 def test_a_source_that_finds_nothing_and_a_number_that_never_varies():
     lists, relevant = judged(40)
     lists = [{"good": row["good"], "dead": found([])} for row in lists]

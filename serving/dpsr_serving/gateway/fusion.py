@@ -5,8 +5,7 @@ sources of weight / (60 + rank). It needs no training, and its scores mean nothi
 
 Learned: the probability that an item is relevant, by logistic regression on two numbers for each source s:
 
-    scaled_s   0 to 1: the item's score between that of the source's last and first item; 0 if s did not find it. Only
-               the first items of s count; how many is learned, too
+    scaled_s   0 to 1: the item's score between that of the source's last and first item; 0 if s did not find it
     score_s    the score itself; if s did not find the item, what it has at most: the last score of a full list, else 0
 
     probability = sigmoid(bias + sum over s of (scaled_weight_s * scaled_s + score_weight_s * score_s))
@@ -48,10 +47,6 @@ _RIDGE = 10.0
 _FOLDS = 5
 # Items that are not relevant, of each query, from which is learned: a sample that stands for all of them.
 _SAMPLE = 100
-# Shares of each source's items whose scores count. Learning tries all of them, and keeps that of the highest recall on
-# queries of other folds. The last items of a long list say little, but they stretch the scale of the others.
-_DEPTHS = (1.0, 2 / 3, 1 / 2, 1 / 3)
-_RECALL_AT = 100
 _MAKE_AGAIN = "make it with `dpsr search --learn`"
 
 
@@ -104,7 +99,7 @@ class SourceWeights:
     Attributes:
         scaled: weight of the scaled score.
         score: weight of the score itself.
-        depth: number of the source's first items whose scores count, at most as many as it was asked for.
+        depth: number of items that the source was asked for.
     """
 
     scaled: float
@@ -310,30 +305,28 @@ def learn(
         CommandError: fewer than 10 queries have a relevant item that a source found.
     """
     names = list(depths)
-    unions = [_Union({name: found.get(name, Found.nothing()) for name in names}) for found in lists]
-    answers = [np.isin(union.ids, list(wanted)) for union, wanted in zip(unions, relevant, strict=True)]
-    has_relevant = np.array([bool(labels.any()) for labels in answers])
+    rows = []
+    for found, wanted in zip(lists, relevant, strict=True):
+        union = _Union({name: found.get(name, Found.nothing()) for name in names})
+        numbers = [column for name in names for column in union.numbers(name, depths[name])]
+        rows.append((np.stack(numbers, axis=1), np.isin(union.ids, list(wanted))))
+    has_relevant = np.array([bool(labels.any()) for _, labels in rows])
     if has_relevant.sum() < 10:
         raise CommandError(
             f"{int(has_relevant.sum())} queries have a relevant item that a source finds, expected at least 10; give "
             f"more judgments"
         )
     # Folds have the same number of queries with a relevant item, and of others.
-    judged = np.flatnonzero(has_relevant)
-    fold = np.empty(len(unions), np.int64)
+    fold = np.empty(len(rows), np.int64)
     for kind in (True, False):
         of_kind = np.flatnonzero(has_relevant == kind)
         fold[of_kind] = np.random.default_rng(1).permutation(len(of_kind)) % _FOLDS
-    best_recall, rows, held_out = -1.0, [], []
-    for share in _DEPTHS:
-        tried = {name: math.ceil(share * depth) for name, depth in depths.items()}
-        numbers = [[column for name in names for column in union.numbers(name, tried[name])] for union in unions]
-        tried_rows = [(np.stack(of, axis=1), labels) for of, labels in zip(numbers, answers, strict=True)]
-        scores = _held_out(tried_rows, fold)
-        recall = _recall([scores[query] for query in judged], [answers[query] for query in judged])
-        if recall > best_recall:
-            best_recall, rows, held_out, chosen = recall, tried_rows, scores, tried
-    labels = np.concatenate(answers)
+    held_out: list[NDArray[np.float64]] = [np.zeros(0)] * len(rows)
+    for number in range(_FOLDS):
+        weights = _logistic_regression([row for row, of in zip(rows, fold, strict=True) if of != number])
+        for query in np.flatnonzero(fold == number):
+            held_out[query] = _probabilities(weights, rows[query][0])
+    labels = np.concatenate([labels for _, labels in rows])
     best = np.array([scores.max(initial=0.0) for scores in held_out])
     min_score = _threshold(np.concatenate(held_out)[labels], keep)
     min_best = _threshold(best[has_relevant], keep)
@@ -351,31 +344,10 @@ def learn(
         "emptied_others": float(emptied[~has_relevant].mean()) if not has_relevant.all() else None,
     }
     sources = {
-        name: SourceWeights(float(weights[1 + 2 * i]), float(weights[2 + 2 * i]), chosen[name])
+        name: SourceWeights(float(weights[1 + 2 * i]), float(weights[2 + 2 * i]), depths[name])
         for i, name in enumerate(names)
     }
     return LearnedFusion(sources, float(weights[0]), min_score, min_best, learned)
-
-
-def _held_out(
-    rows: Sequence[tuple[NDArray[np.float64], NDArray[np.bool_]]], fold: NDArray[np.int64]
-) -> list[NDArray[np.float64]]:
-    """Returns the probabilities of each query's items, learned from the queries of the other folds."""
-    found: list[NDArray[np.float64]] = [np.zeros(0)] * len(rows)
-    for number in range(_FOLDS):
-        weights = _logistic_regression([row for row, of in zip(rows, fold, strict=True) if of != number])
-        for query in np.flatnonzero(fold == number):
-            found[query] = _probabilities(weights, rows[query][0])
-    return found
-
-
-def _recall(scores: Sequence[NDArray[np.float64]], relevant: Sequence[NDArray[np.bool_]]) -> float:
-    """Returns the mean share of each query's relevant items that are among its first _RECALL_AT."""
-    shares = []
-    for of_query, labels in zip(scores, relevant, strict=True):
-        first = np.argsort(-of_query, kind="stable")[:_RECALL_AT]
-        shares.append(labels[first].sum() / labels.sum())
-    return float(np.mean(shares))
 
 
 def _threshold(probabilities: NDArray[np.float64], keep: float) -> float:
