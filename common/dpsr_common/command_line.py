@@ -52,7 +52,7 @@ _ORDER = (
 _EXTRAS = (
     {"faiss": "faiss-cpu"}
     | dict.fromkeys(("markdown", "sklearn", "threadpoolctl"), "report")
-    | dict.fromkeys(("aiohttp", "opensearchpy", "tantivy"), "gateway")
+    | dict.fromkeys(("aiohttp", "opensearchpy", "orjson", "tantivy"), "gateway")
 )
 
 

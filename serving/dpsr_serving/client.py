@@ -244,7 +244,7 @@ class _Client(ABC, Generic[_ChannelT]):
         response, _ = yield from self._ask(
             "rank", lambda known: self._rank_request(known, ranking), deadline, self._with(metadata)
         )
-        return self._read(lambda: scores_of(response, len(ranking.items)), "rank")
+        return self._read(lambda: self._scores(response, len(ranking.items)), "rank")
 
     def _rewrite_flow(
         self, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None, timeout_s: float | None = None
@@ -257,6 +257,9 @@ class _Client(ABC, Generic[_ChannelT]):
         request = make_request(self._spec, "rewrite", tensors)
         response, _ = yield from self._predict(request, deadline, self._with(metadata))
         return self._read(lambda: rewrites_of(response, batch), "rewrite")
+
+    def _scores(self, response: Any, items: int) -> NDArray[np.float32]:
+        return scores_of(response, items)
 
     def _search_request(self, signature: Signature, search: Search) -> Any:
         return make_request(self._spec, "search", signature.tensors(search))

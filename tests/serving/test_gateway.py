@@ -37,6 +37,7 @@ from dpsr_serving.gateway.page import add_page
 from dpsr_serving.gateway.server import Gateway
 from dpsr_serving.gateway.system import search_system
 from dpsr_serving.proxy.experiments import assign
+from dpsr_serving.search import rewrites_of
 from dpsr_serving.tensors import make_tensor
 
 SearchMessage = search_api.message("dpsr.search.v1.SearchRequest")
@@ -291,9 +292,12 @@ class Faulty:
         self.identifier, self.tokens = index.identifier, index.tokens
         self.before: Callable[[], None] = lambda: None
 
-    def search(self, *arguments: Any) -> Any:
-        self.before()
-        return self.index.search(*arguments)
+    def prepare(self, *arguments: Any) -> Callable[[], Any]:
+        def search() -> Any:
+            self.before()
+            return self.index.search(*arguments)
+
+        return search
 
 
 def test_inverted_index_that_fails_is_left_out(folder: Path, models: Models) -> None:
@@ -477,6 +481,32 @@ def test_proxies_are_told_the_user(folder: Path, models: Models) -> None:
 
 
 # Answers of models.
+
+
+@pytest.mark.parametrize("content", [False, True])
+def test_scores_and_rewrites_of_an_answer(content: bool) -> None:
+    response = serving_apis.PredictResponse()
+    scores = np.array([0.5, -1.25, 3], np.float32)
+    response.outputs["scores"].CopyFrom(make_tensor(scores) if content else _typed(scores))
+    assert model_client._scores_of(response, 3).tolist() == scores.tolist()
+    with pytest.raises(ValueError, match=r"float32 \[3\], expected float32 \[4\]"):
+        model_client._scores_of(response, 4)
+    texts = np.array([["red sneakers", "\u9152", ""]], object)
+    response.outputs["rewrites"].CopyFrom(make_tensor(texts))
+    response.outputs["log_probabilities"].CopyFrom(make_tensor(scores[None]) if content else _typed(scores[None]))
+    assert model_client._rewrites_of(response) == rewrites_of(response, 1)[0]
+    assert [one.text for one in model_client._rewrites_of(response)] == ["red sneakers", "\u9152"]
+    response.outputs["log_probabilities"].CopyFrom(make_tensor(scores[None, :2]))
+    with pytest.raises(ValueError, match="log_probabilities"):
+        model_client._rewrites_of(response)
+
+
+def _typed(values: np.ndarray) -> Any:
+    """Returns a tensor of floats whose values are in the typed field."""
+    tensor = make_tensor(values)
+    tensor.ClearField("tensor_content")
+    tensor.float_val.extend(values.ravel().tolist())
+    return tensor
 
 
 @pytest.mark.parametrize("packed", [False, True])

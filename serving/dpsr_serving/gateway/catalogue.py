@@ -17,6 +17,7 @@ for each item, in ascending order of the ids:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import numbers
@@ -42,6 +43,8 @@ from dpsr_common.search_index import (
 from dpsr_common.search_index import (
     TANTIVY as TANTIVY,
 )
+
+_KEPT_TEXTS = 2**14  # decoded texts of an attribute that are kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +125,7 @@ class Attribute:
             return [None if number != number else number for number in self.numbers[rows].tolist()]
         assert self.texts is not None
         codes, places = self.codes_of(rows)
-        texts = [
-            text if code else None
-            for code, text in zip(codes.tolist(), self.texts.several(codes.astype(np.int64) - 1), strict=True)
-        ]
+        texts = [self.texts.text(code - 1) if code else None for code in codes.tolist()]
         if not self.multi:
             return texts
         found: list[Any] = [None] * len(rows)
@@ -169,11 +169,17 @@ class Attribute:
 
 
 class _Texts(Sequence[str]):
-    """Texts in a packed file, decoded one at a time."""
+    """Texts in a packed file, decoded one at a time.
+
+    Attributes:
+        text: returns the text at a place, and keeps the last _KEPT_TEXTS of them.
+    """
 
     def __init__(self, file: PackedFile, name: str) -> None:
         self._splits, self._bytes = file[f"{name}.splits"], file[f"{name}.bytes"]
         self._view = memoryview(self._bytes.data)  # slices of it cost a fraction of NumPy's
+        # Of the texts that are asked for one by one, those of attributes, many come back with every page.
+        self.text = functools.lru_cache(_KEPT_TEXTS)(self._decoded)
 
     def __len__(self) -> int:
         return len(self._splits) - 1
@@ -188,6 +194,9 @@ class _Texts(Sequence[str]):
         return [str(view[begin:end], "utf-8", "replace") for begin, end in zip(begins, ends, strict=True)]
 
     def __getitem__(self, place: Any) -> Any:
+        return self._decoded(place)
+
+    def _decoded(self, place: int) -> str:
         return self.encoded(place).decode("utf-8", "replace")
 
     def find(self, texts: Sequence[str]) -> NDArray[np.int64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,6 +56,14 @@ class InvertedIndex(Protocol):
         Raises:
             ValueError: a filter is wrong, or k is out of range.
             CommandError: the engine does not answer.
+        """
+        ...
+
+    def prepare(self, texts: Sequence[tuple[str, float]], k: int, filters: Filters = None) -> Callable[[], Found]:
+        """Returns a function that searches, with the arguments and the errors of `search`.
+
+        What Python does before, which takes little time, is done at once: several threads of Python disturb each other.
+        The function spends its time in the engine, or waits for it.
         """
         ...
 

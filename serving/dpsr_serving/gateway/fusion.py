@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import gzip
 import itertools
 import json
@@ -49,23 +50,46 @@ _SAMPLE = 100
 _MAKE_AGAIN = "make it with `dpsr search --learn`"
 
 
-@dataclasses.dataclass(frozen=True)
 class Combined:
     """The united list, best first.
 
     Attributes:
         ids: int64 [m].
         scores: float32 [m], descending.
-        ranks: source -> int32 [m], the rank of each item in it, from 1; 0 if it did not find the item.
-        source_scores: source -> float32 [m], NaN if it did not find the item.
         cut_off: number of items that were left out because their score was too low.
     """
 
-    ids: NDArray[np.int64]
-    scores: NDArray[np.float32]
-    ranks: Mapping[str, NDArray[np.int32]]
-    source_scores: Mapping[str, NDArray[np.float32]]
-    cut_off: int = 0
+    def __init__(self, union: _Union, order: NDArray[np.int64], scores: NDArray[np.float32], cut_off: int) -> None:
+        """Takes the places of the items in the union of the sources, best first, and their scores."""
+        self.ids: NDArray[np.int64] = union.ids[order]
+        self.scores, self.cut_off = scores, cut_off
+        self._union, self._order = union, order
+
+    # Few requests ask for ranks and scores by source, so they are only computed then.
+
+    @functools.cached_property
+    def ranks(self) -> Mapping[str, NDArray[np.int32]]:
+        """Source -> int32 [m], the rank of each item in it, from 1; 0 if it did not find the item."""
+        found = {}
+        for name, places in self._union.places.items():
+            ranks = np.zeros(len(self._union.ids), np.int32)
+            ranks[places] = np.arange(1, len(places) + 1)
+            found[name] = ranks[self._order]
+        return found
+
+    @functools.cached_property
+    def source_scores(self) -> Mapping[str, NDArray[np.float32]]:
+        """Source -> float32 [m], NaN if it did not find the item."""
+        found = {}
+        for name, places in self._union.places.items():
+            scores = np.full(len(self._union.ids), np.nan, np.float32)
+            scores[places] = self._union.found[name].scores
+            found[name] = scores[self._order]
+        return found
+
+    def masks(self, bits: Mapping[str, int]) -> NDArray[np.uint16]:
+        """Returns uint16 [m], the sum of the bits of the sources that found each item. `bits`: source -> its bit."""
+        return self._union.sums(bits)[self._order].astype(np.uint16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +117,9 @@ class RankFusion:
     def combine(self, found: Mapping[str, Found], size: int) -> Combined:
         """Returns the best `size` items of all sources. A source that failed is left out of `found`."""
         union = _Union(found)
-        scores = np.zeros(len(union.ids))
-        for name, places in union.places.items():
-            ranks = np.arange(1, len(places) + 1)
-            scores[places] += self._weights.get(name, 1.0) / (RANK_CONSTANT + ranks)
-        return union.best(scores, size, self._min_score)
+        denominators = RANK_CONSTANT + np.arange(1, max(map(len, found.values()), default=0) + 1)
+        shares = {name: self._weights.get(name, 1.0) / denominators[: len(one)] for name, one in found.items()}
+        return union.best(union.sums(shares), size, self._min_score)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,17 +208,39 @@ class _Union:
     """The items of all sources.
 
     Attributes:
+        found: what each source found.
         ids: int64 [m], ascending.
         places: source -> the place in `ids` of each item that it found, in its order.
     """
 
     def __init__(self, found: Mapping[str, Found]) -> None:
-        self._found = found
+        self.found = found
         lists = [one.ids for one in found.values()]
         united = np.concatenate(lists) if lists else np.zeros(0, np.int64)
-        self.ids, places = np.unique(united, return_inverse=True)
+        # As np.unique does, which takes twice as long for some hundred items.
+        order = united.argsort(kind="stable")
+        ascending = united[order]
+        is_new = np.ones(len(united), bool)
+        np.not_equal(ascending[1:], ascending[:-1], out=is_new[1:])
+        self.ids = ascending[is_new]
+        self._places = np.empty(len(united), np.int64)
+        self._places[order] = is_new.cumsum() - 1
         ends = itertools.accumulate(map(len, lists))
-        self.places = {name: places[end - len(ids) : end] for name, ids, end in zip(found, lists, ends, strict=True)}
+        self.places = {
+            name: self._places[end - len(ids) : end] for name, ids, end in zip(found, lists, ends, strict=True)
+        }
+
+    def sums(self, shares: Mapping[str, float | NDArray[np.float64]]) -> NDArray[np.float64]:
+        """Returns the sum over the sources of each item's share, float64 [m].
+
+        `shares`: source -> the shares of the items that it found, in its order, or one number for all of them.
+        """
+        weights = np.empty(len(self._places))
+        begin = 0
+        for name, places in self.places.items():
+            weights[begin : begin + len(places)] = shares[name]
+            begin += len(places)
+        return np.bincount(self._places, weights, len(self.ids)).astype(np.float64, copy=False)
 
     def numbers(self, name: str, depth: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Returns the scaled score and the score of each item in a source, float64 [m] each.
@@ -204,7 +248,7 @@ class _Union:
         Only the first `depth` items count, so that a pipeline that asks for more scales them alike. An item whose score
         is NaN counts as not found.
         """
-        places, scores = self.places[name][:depth], self._found[name].scores[:depth].astype(np.float64)
+        places, scores = self.places[name][:depth], self.found[name].scores[:depth].astype(np.float64)
         is_full = len(places) == depth
         is_number = ~np.isnan(scores)
         places, scores = places[is_number], scores[is_number]
@@ -227,13 +271,7 @@ class _Union:
             kept = int(np.count_nonzero(single >= np.float32(min_score)))
             order, cut_off = order[:kept], len(order) - kept
         order = order[:size]
-        ranks, values = {}, {}
-        for name, places in self.places.items():
-            rank, score = np.zeros(len(self.ids), np.int32), np.full(len(self.ids), np.nan, np.float32)
-            rank[places] = np.arange(1, len(places) + 1)
-            score[places] = self._found[name].scores
-            ranks[name], values[name] = rank[order], score[order]
-        return Combined(self.ids[order], single[order], ranks, values, cut_off)
+        return Combined(self, order, single[order], cut_off)
 
 
 # Learning.

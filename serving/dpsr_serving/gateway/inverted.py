@@ -9,7 +9,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,14 @@ class TantivyIndex:
 
     def search(self, texts: Sequence[tuple[str, float]], k: int, filters: Filters = None) -> Found:
         """See InvertedIndex."""
+        return self.prepare(texts, k, filters)()
+
+    def prepare(self, texts: Sequence[tuple[str, float]], k: int, filters: Filters = None) -> Callable[[], Found]:
+        """See InvertedIndex."""
         check_k(k)
         terms = self._analysis.terms(texts, self._is_known)
         if not terms:
-            return Found.nothing()
+            return Found.nothing
         query = tantivy.Query.boolean_query(
             [
                 (
@@ -78,6 +82,9 @@ class TantivyIndex:
         if conditions:
             required = [tantivy.Query.const_score_query(self._condition(one), 0.0) for one in conditions]
             query = tantivy.Query.boolean_query([(tantivy.Occur.Must, part) for part in (query, *required)])
+        return lambda: self._find(query, k)
+
+    def _find(self, query: tantivy.Query, k: int) -> Found:
         try:
             hits = self._searcher.search(query, k, count=False).hits
             rows = self._searcher.fast_field_values("row", [address for _, address in hits])

@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import orjson
+
 from dpsr_serving.search import Filter, User
 
 T = TypeVar("T")
@@ -17,9 +19,6 @@ MAX_VALUES = 1000  # values of one filter, clicked items, past queries, numbers 
 MAX_NAMES = 64  # filters, facets and user features
 MAX_TEXT = 1000  # characters of a name or a value
 MAX_CURSOR = 2**17  # characters of a cursor, which holds up to 5,000 items
-
-
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False)
 
 
 class RequestError(ValueError):
@@ -256,7 +255,7 @@ class SearchResponse:
 
     def to_json(self) -> bytes:
         """Returns the body of the answer."""
-        return _ENCODER.encode(self.to_dict()).encode()
+        return orjson.dumps(self.to_dict())  # in a tenth of the time that json takes
 
 
 def load_json(body: bytes | str) -> Any:

@@ -33,6 +33,7 @@ from dpsr_serving.search import (
     results,
     rewrite_tensors,
     rewrites_of,
+    scores_of,
 )
 
 # Calls in a row that get no answer in time, after which the connection is renewed: its other end may be gone.
@@ -91,6 +92,37 @@ def _row_of(response: Any, with_heads: bool) -> tuple[NDArray[Any], NDArray[Any]
     if found.all():
         return ids, scores, heads
     return ids[found], scores[found], None if heads is None else heads[found]
+
+
+def _scores_of(response: Any, items: int) -> NDArray[np.float32]:
+    """Returns what `scores_of` does; it reads the forms in which servers answer in less time."""
+    if "scores" not in response.outputs:
+        return scores_of(response, items)
+    output = response.outputs["scores"]
+    dims, content = output.tensor_shape.dim, output.tensor_content
+    if output.dtype == 1 and len(dims) == 1 and dims[0].size == items:
+        if len(content) == 4 * items:
+            return np.frombuffer(content, "<f4")
+        if not content and len(output.float_val) == items:
+            return np.array(output.float_val[:], np.float32)
+    return scores_of(response, items)
+
+
+def _rewrites_of(response: Any) -> list[Rewrite]:
+    """Returns the rewrites of the only query as `rewrites_of` does; it reads the usual form in less time."""
+    if "rewrites" not in response.outputs or "log_probabilities" not in response.outputs:
+        return rewrites_of(response, 1)[0]
+    texts, scores = response.outputs["rewrites"], response.outputs["log_probabilities"]
+    found, given = texts.string_val, _values(scores, 1, "float_val", np.dtype("<f4"))
+    dims = texts.tensor_shape.dim
+    if texts.dtype != _STRING or given is None or len(dims) != 2 or dims[0].size != 1:
+        return rewrites_of(response, 1)[0]
+    if not len(found) == len(given) == dims[1].size:
+        return rewrites_of(response, 1)[0]
+    # The rows are padded with empty texts.
+    return [
+        Rewrite(text.decode("utf-8", "replace"), float(score)) for text, score in zip(found, given, strict=True) if text
+    ]
 
 
 def _values(output: Any, number: int, field: str, dtype: np.dtype[Any]) -> Any:
@@ -164,8 +196,7 @@ class ModelClient(AsyncSearchClient):
             known = self._encoded_rewrite[n] = bytes(anyone.SerializeToString())
         request = _Joined(known, _of_query(query))
         response, _ = await self._run(self._predict(request, self._deadline(timeout_s), self._with(metadata)))
-        (found,) = self._read(lambda: rewrites_of(response, 1), "rewrite")
-        return found
+        return self._read(lambda: _rewrites_of(response), "rewrite")
 
     # A signature has a dozen inputs, of which a request gives a few. Encoding the empty ones again and again took more
     # time than everything else in a request. Now they are encoded once: protobuf reads two messages in a row as one,
@@ -204,6 +235,9 @@ class ModelClient(AsyncSearchClient):
             names.add("user_id")
         given = self._part(signature, names).rank_tensors(ranking)
         return _Joined(anyone, make_request(_NO_SPEC, "rank", given))
+
+    def _scores(self, response: Any, items: int) -> NDArray[np.float32]:
+        return _scores_of(response, items)
 
     def _encoded_for(self, key: tuple[str, int, str], signature: Signature, make: Callable[[], Any]) -> bytes:
         """Returns the encoded request of an anonymous user without anything that can be left out."""
@@ -311,12 +345,10 @@ def fitting(user: User, signature: Signature, find: Callable[[int | str], int | 
     items: list[int | str] = []
     types: list[Any] = []
     if "clicked_items" in inputs or "clicked_item_keys" in inputs:
-        given = [*user.clicked_item_types, *[""] * (len(user.clicked_items) - len(user.clicked_item_types))]
-        for item, kind in zip(user.clicked_items, given, strict=False):
-            known = find(item)
-            if known is not None:
-                items.append(known)
-                types.append(kind)
+        known = [find(item) for item in user.clicked_items]
+        given = [*user.clicked_item_types, *[""] * (len(known) - len(user.clicked_item_types))]
+        items = [item for item in known if item is not None]
+        types = [kind for item, kind in zip(known, given, strict=False) if item is not None]
     reads_types = "clicked_item_types" in inputs and any(types)
     past = user.past_queries if "past_queries" in inputs else ()
     return User(features, items, past, types if reads_types else ())

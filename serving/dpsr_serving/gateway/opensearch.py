@@ -12,7 +12,7 @@ address, for example with a user and a password.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,10 +56,14 @@ class OpenSearchIndex:
 
     def search(self, texts: Sequence[tuple[str, float]], k: int, filters: Filters = None) -> Found:
         """See InvertedIndex."""
+        return self.prepare(texts, k, filters)()
+
+    def prepare(self, texts: Sequence[tuple[str, float]], k: int, filters: Filters = None) -> Callable[[], Found]:
+        """See InvertedIndex."""
         check_k(k)
         terms = self._analysis.terms(texts, lambda field, token: True)
         if not terms:
-            return Found.nothing()
+            return Found.nothing
         conditions = filters if isinstance(filters, tuple) else self.catalogue.conditions(filters)
         should = [{"term": {field: {"value": token, "boost": weight}}} for (field, token), weight in terms.items()]
         body = {
@@ -75,6 +79,9 @@ class OpenSearchIndex:
             },
             "sort": [{"_score": "desc"}, {"row": "asc"}],
         }
+        return lambda: self._find(body)
+
+    def _find(self, body: dict[str, Any]) -> Found:
         try:
             hits = self._client.search(index=self._index, body=body)["hits"]["hits"]
             rows = np.array([int(hit["_id"]) for hit in hits], np.int64)

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
-import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,6 +45,7 @@ from dpsr_serving.gateway.messages import (
 from dpsr_serving.gateway.metrics import METRICS
 from dpsr_serving.gateway.model_client import ModelClient, fitting
 from dpsr_serving.gateway.rerank import Reranker, RuleFile
+from dpsr_serving.gateway.search_threads import SearchThreads, ThreadsBusyError
 from dpsr_serving.proxy.experiments import assign
 from dpsr_serving.proxy.metrics import Metrics
 from dpsr_serving.search import User
@@ -71,20 +71,23 @@ class _Late(Exception):
     """A stage took longer than it may."""
 
 
-class _Busy(Exception):
-    """A stage has too much to do to begin with a request."""
-
-
 @dataclasses.dataclass
 class _Plan:
-    """A pipeline with what it needs. `names` are the sources of items, in the order of the bits of a mask."""
+    """A pipeline with what it needs.
+
+    `names` are the sources of items, in the order of the bits of a mask, and `bits` has the bit of each.
+    """
 
     config: PipelineConfig
     fusion: RankFusion | LearnedFusion
     reranker: Reranker | None
     names: tuple[str, ...]
 
-    @property
+    @functools.cached_property
+    def bits(self) -> dict[str, int]:
+        return {name: 1 << place for place, name in enumerate(self.names)}
+
+    @functools.cached_property
     def stages(self) -> list[str]:
         """The names of all stages, in their order."""
         config = self.config
@@ -119,10 +122,7 @@ class Searcher:
         self._config = config
         self._index = index
         self._clients = {name: ModelClient(name, model.target, model.model) for name, model in config.models.items()}
-        self._threads = ThreadPoolExecutor(config.limits.searches, "inverted")
-        self._most_searches = config.limits.searches + config.limits.waiting_searches
-        self._searches = 0  # of the inverted index, under way or waiting for a thread
-        self._lock = threading.Lock()
+        self._threads = SearchThreads(config.limits.searches, config.limits.waiting_searches)
         self._rules: dict[str, RuleFile] = {}
         self._plans = {name: self._plan(pipeline) for name, pipeline in config.pipelines.items()}
         self._reading_users = self._models_that_read_users()
@@ -159,7 +159,7 @@ class Searcher:
             task.cancel()
         for client in self._clients.values():
             await client.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
     async def _learn(self) -> None:
         """Asks each model for its inputs, so that the first requests do not wait for them."""
@@ -371,27 +371,13 @@ class Searcher:
     async def _look_up(
         self, texts: Sequence[tuple[str, float]], k: int, conditions: tuple[Condition, ...], left_s: float
     ) -> Found:
-        """Searches the inverted index in a thread, which the engine does not hold the interpreter in."""
-        with self._lock:
-            if self._searches >= self._most_searches:
-                raise _Busy(f"{self._searches} searches of the inverted index are under way or wait for a thread")
-            self._searches += 1
-        search = self._threads.submit(self._search_index, texts, k, conditions)
-        search.add_done_callback(self._searched)
-        found, cpu_s = await asyncio.wait_for(asyncio.wrap_future(search), left_s)
-        self.metrics.count("dpsr_search_index_cpu_seconds_total", (), cpu_s)
-        return found
-
-    def _search_index(
-        self, texts: Sequence[tuple[str, float]], k: int, conditions: tuple[Condition, ...]
-    ) -> tuple[Found, float]:
+        """Searches the inverted index in a thread, in which the engine does not hold the interpreter."""
         start = time.thread_time()
-        found = self._index.search(texts, k, conditions)
-        return found, time.thread_time() - start
-
-    def _searched(self, _: Any) -> None:
-        with self._lock:
-            self._searches -= 1
+        search = self._index.prepare(texts, k, conditions)
+        self._threads.cpu_s += time.thread_time() - start
+        found = await self._threads.run(search, left_s)
+        self.metrics.set_one("dpsr_search_index_cpu_seconds_total", (), self._threads.cpu_s)
+        return found
 
     async def _ask_model(self, request: SearchRequest, trace: _Trace, source: SourceConfig, left_s: float) -> Found:
         """Asks a retrieval model."""
@@ -455,9 +441,9 @@ class Searcher:
         except Exception as failure:
             error = self._failed(trace, "coarse", failure)
             combined = RankFusion().combine(found, size)
-        ranked = _Ranked(combined, self.catalogue.rows(combined.ids))
+        ranked = _Ranked(combined, self.catalogue.rows(combined.ids), plan.bits)
         if len(identified):
-            ranked.put_first(identified, self.catalogue.rows(identified))
+            ranked.put_first(identified, self.catalogue.rows(identified), plan.bits[IDENTIFIER])
         self._took(trace, "coarse", sum(map(len, found.values())), len(ranked.ids), start, error)
         return ranked
 
@@ -469,7 +455,7 @@ class Searcher:
         client, keyed = self._clients[config.model], self.catalogue.has_keys
         ids = ranked.ids[:size]
         items = self.catalogue.keys_of(ranked.rows[:size]) if keyed else ids.tolist()
-        dpsr_scores = ranked.source_scores.get(config.dpsr_source or "")
+        dpsr_scores = ranked.source_scores(config.dpsr_source, size) if config.dpsr_source else None
 
         async def ask(left_s: float) -> NDArray[np.float32]:
             start = time.monotonic()
@@ -482,7 +468,7 @@ class Searcher:
                 timeout_s=max(left_s - (time.monotonic() - start), 0.0),
                 user=user,
                 user_id=request.user_id if isinstance(request.user_id, int) else None,
-                dpsr_scores=() if dpsr_scores is None else dpsr_scores[:size].tolist(),
+                dpsr_scores=() if dpsr_scores is None else dpsr_scores.tolist(),
             )
 
         scores = await self._stage(trace, "fine", size, config.deadline_ms, ends, ask)
@@ -543,7 +529,7 @@ class Searcher:
         late = isinstance(failure, (_Late, asyncio.TimeoutError)) or (
             isinstance(failure, ServingError) and failure.code is grpc.StatusCode.DEADLINE_EXCEEDED
         )
-        reason = "late" if late else "busy" if isinstance(failure, _Busy) else "failed"
+        reason = "late" if late else "busy" if isinstance(failure, ThreadsBusyError) else "failed"
         self.metrics.count("dpsr_search_left_out_total", (trace.plan.config.name, name, reason))
         error = f"no answer within {left_s * 1000:.0f} ms" if late else self._say(trace.plan, name, failure)
         self._took(trace, name, items_in, 0, start, error)
@@ -556,7 +542,7 @@ class Searcher:
     def _say(self, plan: _Plan, stage: str, failure: Exception) -> str:
         """Returns what went wrong in a stage, and logs an error once, with its traceback where it is our own."""
         error = " ".join(str(failure).split()) or type(failure).__name__
-        expected = isinstance(failure, (ServingError, CommandError, ValueError, _Busy))
+        expected = isinstance(failure, (ServingError, CommandError, ValueError, ThreadsBusyError))
         known = (stage, type(failure).__name__)
         if known not in self._said and len(self._said) < _SAID:
             self._said.add(known)
@@ -579,7 +565,7 @@ class Searcher:
             rows=final.rows,
             scores=final.scores(),
             variants=final.variants,
-            sources=final.sources(plan.names),
+            sources=final.sources(),
         )
         items = self._items(listed, 0, size)
         explanation = None
@@ -697,69 +683,88 @@ class _Ranked:
         scores: [n] float64, of the last stage that ranked them.
         coarse: [n] float64, scores of coarse ranking.
         fine: [n] float64, the ranker's scores, NaN where it gave none; None without a ranker.
-        ranks: source -> [n] the rank of each item in it, from 1; 0 if it did not find the item.
-        source_scores: source -> [n] the score there, NaN if it did not find the item.
+        sources: [n] uint16, masks of the sources that found each item.
         identified: number of items whose identifier the query is; they are the first ones.
         cut_off: items that were left out because their score was too low.
     """
 
-    def __init__(self, combined: Combined, rows: NDArray[np.int64]) -> None:
-        """Takes the rows of the items; those that the catalogue does not have (-1) are left out."""
+    def __init__(self, combined: Combined, rows: NDArray[np.int64], bits: Mapping[str, int]) -> None:
+        """Takes the rows of the items; those that the catalogue does not have (-1) are left out.
+
+        `bits`: source -> its bit in a mask.
+        """
         self.ids, self.rows = combined.ids, rows
         self.scores = self.coarse = combined.scores.astype(np.float64)
         self.fine: NDArray[np.float64] | None = None
-        self.ranks, self.source_scores = dict(combined.ranks), dict(combined.source_scores)
+        self.sources = combined.masks(bits)
         self.identified, self.cut_off = 0, combined.cut_off
-        if (rows < 0).any():
+        self._combined = combined
+        self._places = np.arange(len(rows))  # of the items in `combined`, -1 for those that it does not have
+        if len(rows) and rows.min() < 0:
             self._take(np.flatnonzero(rows >= 0))
             self.scores = self.coarse
 
-    def put_first(self, identified: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
-        """Puts items first, whatever the scores of the others."""
+    def put_first(self, identified: NDArray[np.int64], rows: NDArray[np.int64], bit: int) -> None:
+        """Puts items first, whatever the scores of the others. `bit`: what their masks get besides."""
         rest = np.flatnonzero(~np.isin(self.ids, identified))
         place_of = {item: place for place, item in enumerate(self.ids.tolist())}
-        places = np.concatenate([np.array([place_of.get(item, -1) for item in identified.tolist()], np.int64), rest])
-        known, top = places >= 0, self.coarse.max(initial=0.0) + 1.0
-        self._take(places)
-        self.ids[: len(identified)], self.rows[: len(identified)] = identified, rows
-        self.coarse[: len(identified)] = top
-        self.scores = self.coarse
+        at = np.array([place_of.get(item, -1) for item in identified.tolist()], np.int64)
+        known, top = at >= 0, self.coarse.max(initial=0.0) + 1.0
+
+        def joined(first: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
+            return np.concatenate([first.astype(values.dtype), values[rest]])
+
+        masks, places = np.zeros(len(at), np.uint16), np.full(len(at), -1)
+        masks[known], places[known] = self.sources[at[known]], self._places[at[known]]
+        self.ids, self.rows = joined(identified, self.ids), joined(rows, self.rows)
+        self.scores = self.coarse = joined(np.full(len(at), top), self.coarse)
+        self.sources, self._places = joined(masks | np.uint16(bit), self.sources), joined(places, self._places)
         self.identified = len(identified)
-        for name in self.ranks:
-            self.ranks[name] = np.where(known, self.ranks[name], 0)
-            self.source_scores[name] = np.where(known, self.source_scores[name], np.float32("nan"))
 
     def put_fine(self, given: NDArray[np.float64]) -> None:
         """Orders the first items by the ranker's scores; the others follow in their order, with scores below."""
         fine = np.full(len(self.ids), np.nan)
-        fine[: len(given)] = np.where(np.isfinite(given), given, np.nan)
-        is_scored = ~np.isnan(fine)
-        if not is_scored.any():
+        fine[: len(given)] = given
+        is_scored = np.isfinite(fine)
+        scored = fine[is_scored]
+        if not len(scored):
             return
-        order = np.argsort(np.where(is_scored, -fine, np.inf), kind="stable")
+        fine[~is_scored] = -np.inf  # behind all others
+        order = (-fine).argsort(kind="stable")
         if self.identified:
             # Items whose identifier the query is stay in front.
             order = np.concatenate([order[order < self.identified], order[order >= self.identified]])
         self._take(order)
-        self.fine = fine[order]
-        low, high = fine[is_scored].min(), fine[is_scored].max()
-        is_left = np.isnan(self.fine)
-        scores = np.where(is_left, high, self.fine)
-        tail = is_left & (np.arange(len(order)) >= self.identified)
-        if tail.any():
-            coarse = self.coarse[tail]
-            scores[tail] = low - 1e-3 - (coarse[0] - coarse)
+        fine = fine[order]
+        is_left = fine == -np.inf
+        fine[is_left] = np.nan
+        self.fine = fine
+        # Before the tail, only items that stay in front have no score.
+        scores = np.where(is_left, scored.max(), fine)
+        is_left[: self.identified] = False
+        coarse = self.coarse[is_left]
+        if len(coarse):
+            scores[is_left] = scored.min() - 1e-3 - (coarse[0] - coarse)
         self.scores = scores
 
+    def by_source(self, place: int) -> dict[str, tuple[int, float]]:
+        """Returns rank and score of an item in each source that found it."""
+        at, combined = int(self._places[place]), self._combined
+        if at < 0:
+            return {}
+        ranks = {name: int(ranks[at]) for name, ranks in combined.ranks.items()}
+        return {name: (rank, float(combined.source_scores[name][at])) for name, rank in ranks.items() if rank}
+
+    def source_scores(self, name: str, size: int) -> NDArray[np.float32] | None:
+        """Returns the scores of the first items in a source, NaN if it did not find the item; None if it failed."""
+        found, places = self._combined.source_scores.get(name), self._places[:size]
+        if found is None or not len(found):
+            return None
+        return np.where(places >= 0, found[places], np.float32("nan"))
+
     def _take(self, places: NDArray[np.int64]) -> None:
-        if not len(self.ids):
-            self.ids, self.rows = np.zeros(len(places), np.int64), np.zeros(len(places), np.int64)
-            self.coarse = np.zeros(len(places))
-            self.ranks, self.source_scores = {}, {}
-            return
         self.ids, self.rows, self.coarse = self.ids[places], self.rows[places], self.coarse[places]
-        self.ranks = {name: ranks[places] for name, ranks in self.ranks.items()}
-        self.source_scores = {name: scores[places] for name, scores in self.source_scores.items()}
+        self.sources, self._places = self.sources[places], self._places[places]
 
 
 @dataclasses.dataclass
@@ -784,28 +789,25 @@ class _Final:
         """Returns [m] scores, NaN for items that only a rule put there."""
         return self._of(self.ranked.scores, np.nan)
 
-    def sources(self, names: Sequence[str]) -> NDArray[np.uint16]:
-        """Returns [m] masks of sources, with bits in the order of `names`; 0 for items that only a rule put there."""
-        masks = np.zeros(len(self.ranked.ids), np.uint16)
-        for bit, name in enumerate(names):
-            if name in self.ranked.ranks:
-                masks |= np.where(self.ranked.ranks[name] > 0, 1 << bit, 0).astype(np.uint16)
-        masks[: self.ranked.identified] |= np.uint16(1 << names.index(IDENTIFIER))
-        return self._of(masks, 0)
+    def sources(self) -> NDArray[np.uint16]:
+        """Returns [m] masks of sources; 0 for items that only a rule put there."""
+        return self._of(self.ranked.sources, 0)
 
     def _of(self, values: NDArray[Any], otherwise: float) -> NDArray[Any]:
         if not len(values):
             return np.full(len(self.source), otherwise, values.dtype)
-        return np.where(self.source >= 0, values[self.source], values.dtype.type(otherwise))
+        found = values[self.source]
+        if self.source.min() < 0:
+            found[self.source < 0] = otherwise
+        return found
 
     def why(self, place: int) -> dict[str, Any]:
         """Returns Item.explain: ranks and scores of an item by stage."""
         why: dict[str, Any] = {}
         at, ranked = int(self.source[place]), self.ranked
         if at >= 0:
-            for name, ranks in ranked.ranks.items():
-                if ranks[at]:
-                    why[name] = {"rank": int(ranks[at]), "score": rounded(ranked.source_scores[name][at])}
+            for name, (rank, score) in ranked.by_source(at).items():
+                why[name] = {"rank": rank, "score": rounded(score)}
             why["coarse"] = rounded(ranked.coarse[at])
             if ranked.fine is not None:
                 why["fine"] = rounded(ranked.fine[at])

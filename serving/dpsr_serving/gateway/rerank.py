@@ -19,7 +19,7 @@ import logging
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +268,8 @@ class Reranker:
         reasons: dict[int, list[str]],
     ) -> NDArray[np.int64]:
         """Returns the order after boosts and buries, whose places add up."""
+        if not rules:
+            return order
         up = np.zeros(len(order), np.int64)
         for rule in rules:
             for move in rule.moves:
@@ -320,18 +322,21 @@ def _mmr(
     gains = ((1 - strength) / span * (relevance - relevance[-1]) if span > 0 else 0 * relevance).tolist()
     cost = strength / attributes
     # A set of results is an integer with a bit for each of them.
-    left = everything = (1 << len(values)) - 1
     holders: dict[Value, int] = {}
+    any_value, several = [0] * attributes, [0] * attributes  # results that have a value in an attribute, and several
     for result, of_result in enumerate(values):
         for value in of_result:
-            holders[value] = holders.get(value, 0) | 1 << result
+            number, bit = value % attributes, 1 << result
+            holders[value] = holders.get(value, 0) | bit
+            several[number] |= any_value[number] & bit
+            any_value[number] |= bit
     order: list[int] = []
     recent: dict[Value, int] = {}  # how many of the last results have a value
-    alike = [everything, *[0] * attributes]  # results that have a recent value in 0, 1, ... attributes
-    while left:
+    near = [0] * attributes  # results that have a recent value in an attribute
+    alike = [(1 << len(values)) - 1, *near]  # results left that have a recent value in 0, 1, ... attributes
+    for _ in values:
         best, best_gain = -1, -math.inf
         for common, results in enumerate(alike):
-            results &= left
             if results:
                 # Gains only fall, so the first result of a set is its best one.
                 first = (results & -results).bit_length() - 1
@@ -339,41 +344,32 @@ def _mmr(
                 if gain > best_gain or (gain == best_gain and first < best):
                     best, best_gain = first, gain
         order.append(best)
-        left ^= 1 << best
-        has_changed = False
+        alike = [results & ~(1 << best) for results in alike]
         for value in values[best]:
-            has_changed = has_changed or value not in recent
             recent[value] = recent.get(value, 0) + 1
-        if len(order) > window:
-            for value in values[order[-1 - window]]:
-                recent[value] -= 1
-                if not recent[value]:
-                    del recent[value]
-                    has_changed = True
-        if has_changed:
-            alike = _alike(recent, holders, everything, attributes)
+            number = value % attributes
+            gained = holders[value] & ~near[number]
+            if gained:
+                near[number] |= gained
+                for common in range(attributes, 0, -1):
+                    alike[common] |= alike[common - 1] & gained
+                    alike[common - 1] &= ~gained
+        for value in values[order[-1 - window]] if len(order) > window else ():
+            recent[value] -= 1
+            if recent[value]:
+                continue
+            del recent[value]
+            number = value % attributes
+            lost = holders[value]
+            if lost & several[number]:
+                for other in recent:
+                    if other % attributes == number:
+                        lost &= ~holders[other]
+            near[number] &= ~lost
+            for common in range(attributes):
+                alike[common] |= alike[common + 1] & lost
+                alike[common + 1] &= ~lost
     return order
-
-
-def _alike(recent: Iterable[Value], holders: Mapping[Value, int], everything: int, attributes: int) -> list[int]:
-    """Returns the sets of results that have a recent value in 0, 1, ... of the attributes.
-
-    Args:
-        recent: the values.
-        holders: value -> set of the results that have it.
-        everything: set of all results.
-        attributes: number of attributes.
-    """
-    alike = [everything, *[0] * attributes]
-    for number in range(attributes):
-        near = 0
-        for value in recent:
-            if value % attributes == number:
-                near |= holders[value]
-        for common in range(number + 1, 0, -1):
-            alike[common] = alike[common] & ~near | alike[common - 1] & near
-        alike[0] &= ~near
-    return alike
 
 
 def _sliding_window(values: Sequence[Sequence[Value]], window: int, most: int) -> list[int]:
