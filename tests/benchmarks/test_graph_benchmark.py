@@ -55,12 +55,12 @@ def test_items_of_the_training_are_not_found():
     np.testing.assert_array_equal(found, [[1, 2], [1, 0]])
 
 
-@pytest.mark.parametrize("spectrum", [True, False])
-def test_a_training_finds_what_was_held_back(monkeypatch, spectrum):
-    monkeypatch.setattr(graph, "PAIRS", 128)
+@pytest.mark.parametrize("change", [{"parts": 3}, {"parts": 1}, {"parts": 3, "spectrum": False}])
+def test_a_training_finds_what_was_held_back(monkeypatch, change):
+    monkeypatch.setattr(graph, "PAIRS", 64)
     monkeypatch.setattr(graph, "NEGATIVES", 64)
     left, held = graph.hold_back(PAIRS, 0.2, seed=1)
-    users, items = graph.train_light_gcn(left, 1, replace(graph.LIGHT_GCN, spectrum=spectrum))
+    users, items = graph.train_light_gcn(left, 1, replace(graph.LIGHT_GCN, **change))
     assert users.shape == (60, graph.DIM) and items.shape == (40, graph.DIM)
     scored = graph.with_prior(users, items, graph.prior(left[1], graph.LIGHT_GCN.popularity))
     # A user has about 10 items of its kind left.
