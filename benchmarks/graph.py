@@ -87,7 +87,7 @@ class Settings:
     epochs: int = 6
     rate: float = 0.012
     temperature: float = 0.1
-    popularity: float = 0.065
+    popularity: float = 0.07
     spectrum: bool = True
     parts: int = 10
 
@@ -101,7 +101,7 @@ VARIANTS = {
     "random start": replace(LIGHT_GCN, spectrum=False),
     "whole graph": replace(LIGHT_GCN, parts=1),
 }
-POPULARITIES = (0.0, 0.05, 0.065, 0.08)
+POPULARITIES = (0.0, 0.05, 0.07, 0.09)
 PUBLISHED = {"recall@20": 0.1824, "ndcg@20": 0.1547}
 
 SHOP = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import sys
 from dataclasses import replace
@@ -57,7 +58,7 @@ def test_items_of_the_training_are_not_found():
 
 @pytest.mark.parametrize("change", [{"parts": 3}, {"parts": 1}, {"parts": 3, "spectrum": False}])
 def test_a_training_finds_what_was_held_back(monkeypatch, change):
-    monkeypatch.setattr(graph, "PAIRS", 64)
+    monkeypatch.setattr(graph, "PAIRS", 32)
     monkeypatch.setattr(graph, "NEGATIVES", 64)
     left, held = graph.hold_back(PAIRS, 0.2, seed=1)
     users, items = graph.train_light_gcn(left, 1, replace(graph.LIGHT_GCN, **change))
@@ -66,3 +67,22 @@ def test_a_training_finds_what_was_held_back(monkeypatch, change):
     # A user has about 10 items of its kind left.
     recall, _ = graph.recall_and_ndcg(graph.top_items(*scored, graph.by_user(left, 60), 12), graph.by_user(held, 60))
     assert recall.mean() > 0.95
+
+
+def test_both_parts_of_gowalla_report_what_they_measure(monkeypatch, tmp_path):
+    monkeypatch.setattr(graph, "PAIRS", 32)
+    monkeypatch.setattr(graph, "NEGATIVES", 64)
+    (tmp_path / "gowalla").mkdir()
+    for name, pairs in zip(("train", "test"), graph.hold_back(PAIRS, 0.2, seed=1), strict=True):
+        lines = [" ".join(map(str, (user, *items))) for user, items in enumerate(graph.by_user(pairs, 60))]
+        with gzip.open(tmp_path / "gowalla" / f"{name}.txt.gz", "wt") as file:
+            file.write("\n".join(lines))
+    result = graph.report.Report("graph", 1, {})
+    graph.gowalla(result, tmp_path, tmp_path)
+    assert 0.9 < result.bars["gowalla_recall20"] <= 1 and 0.5 < result.bars["gowalla_ndcg20"] <= 1
+    # The settings are compared without the test file.
+    (tmp_path / "gowalla" / "test.txt.gz").unlink()
+    graph.gowalla_settings(result, tmp_path)
+    rows = [row for row in result.rows if row["workload"] == "gowalla, held back"]
+    assert len(rows) == len(graph.VARIANTS) * len(graph.POPULARITIES) * 2
+    assert all(0.5 < row["value"] <= 1 for row in rows)
