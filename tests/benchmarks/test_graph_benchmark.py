@@ -69,6 +69,7 @@ def test_a_training_finds_what_was_held_back(monkeypatch, change):
     assert recall.mean() > 0.95
 
 
+@pytest.mark.slow
 def test_both_parts_of_gowalla_report_what_they_measure(monkeypatch, tmp_path):
     monkeypatch.setattr(graph, "PAIRS", 32)
     monkeypatch.setattr(graph, "NEGATIVES", 64)
@@ -85,4 +86,6 @@ def test_both_parts_of_gowalla_report_what_they_measure(monkeypatch, tmp_path):
     graph.gowalla_settings(result, tmp_path)
     rows = [row for row in result.rows if row["workload"] == "gowalla, held back"]
     assert len(rows) == len(graph.VARIANTS) * len(graph.POPULARITIES) * 2
-    assert all(0.5 < row["value"] <= 1 for row in rows)
+    # At random: 0.6 and 0.2.
+    least = {"recall@20": 0.9, "ndcg@20": 0.3}
+    assert [row for row in rows if not least[row["metric"]] < row["value"] <= 1] == []
