@@ -7,7 +7,7 @@ ids alone (docs/graph.md); the retrieval of a shop needs texts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -37,20 +37,47 @@ class LightGcn:
         self.num_users, self._layers = int(users.max()) + 1, layers
         ends = np.concatenate([users, items + self.num_users]), np.concatenate([items + self.num_users, users])
         nodes = self.num_users + int(items.max()) + 1
-        degree = np.maximum(np.bincount(ends[0], minlength=nodes), 1)
         order = np.lexsort((ends[1], ends[0]))
-        rows, columns = (end[order] for end in ends)
-        self._splits = tf.constant(row_splits(np.bincount(rows, minlength=nodes)))
+        self._rows, columns = (end[order] for end in ends)
+        # The pair of each value of the matrix.
+        self._pairs, self._num_pairs = order % len(users), len(users)
+        self._splits = tf.constant(row_splits(np.bincount(self._rows, minlength=nodes)))
         self._columns = tf.constant(columns, tf.int32)
-        self._weights = tf.constant(1 / np.sqrt(degree[rows] * degree[columns]), tf.float32)
+        self._weights = tf.Variable(tf.zeros(len(order)), trainable=False)
+        self.hide(np.array([], int))
         start = np.random.default_rng(seed).normal(0, 0.1, (nodes, dim))
         self.embeddings = tf.Variable(start, dtype=tf.float32)
 
+    def hide(self, pairs: np.ndarray) -> None:
+        """Takes the edges of these pairs out of the graph, as if they had never been, and all others back into it.
+
+        A pair that is predicted while the graph has its edge teaches the model to read this edge, and a pair of the
+        future has none.
+
+        Args:
+            pairs: numbers of pairs in the order of the constructor.
+        """
+        seen = np.ones(self._num_pairs, np.float32)
+        seen[pairs] = 0
+        values, columns = seen[self._pairs], self._columns.numpy()
+        degree = np.maximum(np.bincount(self._rows, values, len(self._splits) - 1), 1)
+        self._weights.assign(values / np.sqrt(degree[self._rows] * degree[columns]))
+
     def propagate(self, x: tf.Tensor) -> tf.Tensor:
         """Returns the mean of the layers of x, [nodes, dim] float32."""
+        weights = tf.convert_to_tensor(self._weights)
+
+        def product(x: tf.Tensor) -> tf.Tensor:
+            return ops.load().dpsr_propagate(x, self._splits, self._columns, weights)
+
+        @tf.custom_gradient
+        def step(x: tf.Tensor) -> tuple[tf.Tensor, object]:
+            # The adjacency is symmetric, so the gradient is the same product.
+            return product(x), product
+
         layer = total = x
         for _ in range(self._layers):
-            layer = self._step(layer)
+            layer = step(layer)
             total += layer
         return total / (self._layers + 1)
 
@@ -75,20 +102,9 @@ class LightGcn:
         x = tf.random.stateless_normal(self.embeddings.shape, [seed, 0])
         for _ in range(iterations):
             for _ in range(2):
-                x += self._product(x)
+                x += ops.load().dpsr_propagate(x, self._splits, self._columns, self._weights)
             x, _ = tf.linalg.qr(x)
         self.embeddings.assign(x * scale * np.sqrt(len(x)))
-
-    def _step(self, x: tf.Tensor) -> tf.Tensor:
-        @tf.custom_gradient
-        def step(x: tf.Tensor) -> tuple[tf.Tensor, object]:
-            # The adjacency is symmetric, so the gradient is the same product.
-            return self._product(x), self._product
-
-        return step(x)
-
-    def _product(self, x: tf.Tensor) -> tf.Tensor:
-        return ops.load().dpsr_propagate(x, self._splits, self._columns, self._weights)
 
 
 def sampled_softmax_loss(
@@ -113,24 +129,36 @@ def sampled_softmax_loss(
 
 
 def pair_batches(
-    users: np.ndarray, items: np.ndarray, size: int, num_negatives: int, power: float, seed: int
+    users: np.ndarray,
+    items: np.ndarray,
+    size: int,
+    num_negatives: int,
+    power: float,
+    seed: int,
+    hide: Callable[[np.ndarray], None] | None = None,
+    parts: int = 1,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yields nodes for sampled_softmax_loss without end: each pair once an epoch, and items that are drawn.
 
     Args:
         users, items: the pairs, int [pairs] each, as for LightGcn.
-        size: pairs of a batch. The last pairs of an epoch that do not fill one are left out.
+        size: pairs of a batch. The last pairs of a part that do not fill one are left out.
         num_negatives: items that are drawn for each batch.
         power: an item with d pairs is drawn in proportion to d^power. The scores that are learned then lack as much of
             its popularity: to rank items, power * temperature * log d is to be added to a cosine, or more.
         seed: seed of the order and of the items.
+        hide: is called with the numbers of the pairs of a part before its first batch (LightGcn.hide).
+        parts: number of parts of an epoch, of equal size. They are drawn anew in each epoch.
     """
     first, rng = int(users.max()) + 1, np.random.default_rng(seed)
     drawn = np.cumsum(np.bincount(items) ** power)
     users, items = users.astype(np.int32), (items + first).astype(np.int32)
     while True:
         shuffled = rng.permutation(len(users))
-        for begin in range(0, len(users) - size + 1, size):
-            batch = shuffled[begin : begin + size]
-            negatives = np.searchsorted(drawn, rng.uniform(0, drawn[-1], num_negatives), side="right")
-            yield users[batch], items[batch], (negatives + first).astype(np.int32)
+        for part in np.array_split(shuffled, parts):
+            if hide is not None:
+                hide(part)
+            for begin in range(0, len(part) - size + 1, size):
+                batch = part[begin : begin + size]
+                negatives = np.searchsorted(drawn, rng.uniform(0, drawn[-1], num_negatives), side="right")
+                yield users[batch], items[batch], (negatives + first).astype(np.int32)

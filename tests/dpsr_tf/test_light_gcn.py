@@ -16,12 +16,12 @@ ITEMS = np.concatenate([np.arange(7), RNG.integers(0, 9, 40), [7, 8]])
 PAIRS = np.unique(np.stack([USERS, ITEMS]), axis=1)
 
 
-def dense(layers: int) -> np.ndarray:
+def dense(layers: int, pairs: np.ndarray = PAIRS) -> np.ndarray:
     """The mean of the powers of the normalised adjacency, [16, 16]."""
     adjacency = np.zeros((16, 16))
-    adjacency[PAIRS[0], PAIRS[1] + 7] = 1
+    adjacency[pairs[0], pairs[1] + 7] = 1
     adjacency += adjacency.T
-    scale = adjacency.sum(axis=1) ** -0.5
+    scale = np.maximum(adjacency.sum(axis=1), 1) ** -0.5
     adjacency *= scale[:, np.newaxis] * scale
     return sum(np.linalg.matrix_power(adjacency, layer) for layer in range(layers + 1)) / (layers + 1)
 
@@ -35,6 +35,27 @@ def test_propagation_is_that_of_dense_matrices(layers):
     with tf.GradientTape() as tape:
         loss = tf.reduce_sum(model.propagate(tf.convert_to_tensor(model.embeddings)) * upstream)
     np.testing.assert_allclose(tape.gradient(loss, model.embeddings), dense(layers) @ upstream, rtol=1e-4, atol=1e-6)
+
+
+def test_hidden_pairs_are_not_in_the_graph():
+    model = LightGcn(*PAIRS, dim=5, layers=3, seed=1)
+    x = model.embeddings.numpy()
+    # A training step that was compiled sees it too.
+    propagate = tf.function(lambda: model.propagate(tf.convert_to_tensor(model.embeddings)))
+    for hidden in ([0, 3, 5], [1], range(len(PAIRS[0])), []):
+        model.hide(np.array(hidden, int))
+        left = dense(3, np.delete(PAIRS, np.array(hidden, int), axis=1))
+        np.testing.assert_allclose(propagate(), left @ x, rtol=1e-4, atol=1e-6)
+
+
+def test_pairs_are_hidden_while_they_are_learned():
+    hidden, count = [], len(PAIRS[0])
+    batches = pair_batches(*PAIRS, 4, 8, 0.5, 1, hidden.append, parts=3)
+    for _ in range(3 * (count // 3 // 4)):
+        users, items, _ = next(batches)
+        of_part = set(zip(*PAIRS[:, hidden[-1]].tolist(), strict=True))
+        assert set(zip(users.tolist(), (items - 7).tolist(), strict=True)) <= of_part
+    assert sorted(np.concatenate(hidden)) == list(range(count))
 
 
 def test_the_start_spans_the_leading_eigenvectors():
