@@ -27,6 +27,9 @@ _ORTHOGONAL = 1e-3
 _BLOCK, _SECOND_BLOCK = 1 << 16, 1 << 12
 # Vectors that one thread encodes at a time.
 _PART = 1 << 13
+# From this many dimensions of a sub-space on, FAISS's compute_codes takes some four times as long as a search for the
+# nearest centroid. Below it, it is faster.
+_WIDE = 16
 
 
 def make(quantizer: Quantizer) -> faiss.IndexPreTransform:
@@ -158,7 +161,7 @@ def encode(quantizer: Quantizer, vectors: np.ndarray) -> tuple[np.ndarray, np.nd
     """
     empty: Any = make(quantizer)
     ivf: Any = faiss.downcast_index(empty.index)
-    rotate, books = empty.chain.at(0), ivf.pq
+    rotate = empty.chain.at(0)
     first_list = _first_equal(quantizer.coarse)
     first_codes = [_first_equal(book).astype(np.uint8) for book in quantizer.codebooks]
     lists = np.empty(len(vectors), np.int64)
@@ -168,8 +171,8 @@ def encode(quantizer: Quantizer, vectors: np.ndarray) -> tuple[np.ndarray, np.nd
         rows = slice(begin, begin + _PART)
         z = rotate.apply(np.ascontiguousarray(vectors[rows], np.float32))
         lists[rows] = first_list[faiss.knn(z, quantizer.coarse, 1)[1][:, 0]]
-        packed = books.compute_codes(z - quantizer.coarse[lists[rows]])
-        for m, code in enumerate(_unpack(packed, len(first_codes), quantizer.bits).T):
+        found = _codes(ivf.pq, quantizer, z - quantizer.coarse[lists[rows]])
+        for m, code in enumerate(found.T):
             codes[rows, m] = first_codes[m][code]
 
     # FAISS runs on one thread in each of these threads: its own threads, and those of NumPy's matrix products, wait for
@@ -178,6 +181,18 @@ def encode(quantizer: Quantizer, vectors: np.ndarray) -> tuple[np.ndarray, np.nd
     with ThreadPoolExecutor(workers, initializer=faiss.omp_set_num_threads, initargs=(1,)) as threads:
         list(threads.map(encode_part, range(0, len(vectors), _PART)))
     return lists, codes
+
+
+def _codes(pq: Any, quantizer: Quantizer, residuals: np.ndarray) -> np.ndarray:
+    """Returns the codes of `residuals` [n, dim] by a faiss.ProductQuantizer with these codebooks: uint8 [n, M]."""
+    sub_spaces, _, width = quantizer.codebooks.shape
+    if width < _WIDE:
+        return _unpack(pq.compute_codes(residuals), sub_spaces, quantizer.bits)
+    codes = np.empty((len(residuals), sub_spaces), np.uint8)
+    for m, book in enumerate(np.ascontiguousarray(quantizer.codebooks, np.float32)):
+        part = np.ascontiguousarray(residuals[:, m * width : (m + 1) * width])
+        codes[:, m] = faiss.knn(part, book, 1)[1][:, 0]
+    return codes
 
 
 def _first_equal(centroids: np.ndarray) -> np.ndarray:

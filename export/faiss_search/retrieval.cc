@@ -84,15 +84,22 @@ Status Retriever::SearchAlone(const float* query, int64_t k, int64_t* ids, float
   const auto ntotal = item_ids_.size();
   const int64_t wanted = std::min(k, ntotal);
   if (wanted == 0) return Status();
-  DPSR_RETURN_IF_ERROR(search_(query, wanted, scores, ids));
+  // FAISS keeps its heap in the results. This memory is in the cache; that of a batch's results is not.
+  scores_.resize(wanted);
+  labels_.resize(wanted);
+  DPSR_RETURN_IF_ERROR(search_(query, wanted, scores_.data(), labels_.data()));
+  // The ids are all over a large array. After some loads a processor waits for the first one, but not after prefetches.
+  const auto indexed = static_cast<int64_t>(item_ids_.ids.size());
+  for (const int64_t position : labels_) {
+    if (position >= 0 && position < indexed) __builtin_prefetch(&item_ids_.ids[position]);
+  }
   int64_t end = 0;
   for (int64_t i = 0; i < wanted; ++i) {
-    const int64_t position = ids[i];
-    if (position == -1 || std::isnan(scores[i])) continue;
+    const int64_t position = labels_[i];
+    if (position == -1 || std::isnan(scores_[i])) continue;
     if (position < 0 || position >= ntotal) return PositionOutOfRange(position);
-    // The ids are all over a large array. The loop does not wait for them, so the processor fetches many at once.
     ids[end] = item_ids_[position];
-    scores[end++] = scores[i];
+    scores[end++] = scores_[i];
   }
   int64_t moves = kMovesPerResult * end;
   for (int64_t i = 1; i < end && moves >= 0; ++i) {

@@ -3,72 +3,108 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 namespace dpsr {
 namespace {
 
 #define DPSR_ALWAYS_INLINE inline __attribute__((always_inline))
 
-// Adds x [kRows, k] times kernel [k, kVectors * kLanes] to y. The sums stay in registers.
+// What a layer computes for some rows.
+struct LayerCall {
+  const DenseLayer& layer;
+  const float* x;
+  const float* const* start;  // null adds nothing
+  float* y;
+};
+
+// Computes rows [row, row + kRows) and columns [column, column + kVectors * kLanes). `active` are the inputs that are not
+// 0 in all of these rows, ascending. The sums stay in registers.
 template <int kLanes, int kRows, int kVectors>
-DPSR_ALWAYS_INLINE void Block(const float* x, size_t k, const float* kernel, size_t m, float* y) {
+DPSR_ALWAYS_INLINE void Block(const LayerCall& call, size_t row, size_t column, Span<const uint32_t> active) {
   typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
   // The same in memory, at any address.
   typedef float Loose __attribute__((vector_size(kLanes * sizeof(float)), aligned(alignof(float)), may_alias));
+  const size_t k = call.layer.inputs, m = call.layer.outputs;
+  const float* const x = call.x + row * k;
+  const float* const kernel = call.layer.kernel + column;
   Vector sums[kRows][kVectors];
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = *reinterpret_cast<const Loose*>(y + r * m + v * kLanes);
+  for (int v = 0; v < kVectors; ++v) {
+    const Vector bias = *reinterpret_cast<const Loose*>(call.layer.bias + column + v * kLanes);
+    for (int r = 0; r < kRows; ++r) sums[r][v] = bias;
   }
-  for (size_t p = 0; p < k; ++p) {
-    Vector row[kVectors];
-    for (int v = 0; v < kVectors; ++v) row[v] = *reinterpret_cast<const Loose*>(kernel + p * m + v * kLanes);
+  if (call.start != nullptr) {
+    for (int r = 0; r < kRows; ++r) {
+      const float* const start = call.start[row + r] + column;
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += *reinterpret_cast<const Loose*>(start + v * kLanes);
+    }
+  }
+  for (const uint32_t p : active) {
+    Vector weights[kVectors];
+    for (int v = 0; v < kVectors; ++v) weights[v] = *reinterpret_cast<const Loose*>(kernel + p * m + v * kLanes);
     for (int r = 0; r < kRows; ++r) {
       const float value = x[r * k + p];
-      for (int v = 0; v < kVectors; ++v) sums[r][v] += row[v] * value;
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += weights[v] * value;
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) *reinterpret_cast<Loose*>(y + r * m + v * kLanes) = sums[r][v];
+    float* const y = call.y + (row + r) * m + column;
+    for (int v = 0; v < kVectors; ++v) {
+      if (call.layer.relu) sums[r][v] = sums[r][v] > 0 ? sums[r][v] : Vector{};
+      *reinterpret_cast<Loose*>(y + v * kLanes) = sums[r][v];
+    }
+  }
+}
+
+// Computes kRows rows from `row` on. `active` has room for the inputs of the layer.
+template <int kLanes, int kRows, int kVectors>
+DPSR_ALWAYS_INLINE void Rows(const LayerCall& call, size_t row, uint32_t* active) {
+  const size_t k = call.layer.inputs, m = call.layer.outputs;
+  const float* const x = call.x + row * k;
+  size_t count = 0, p = 0;
+  // The bits of 0 are 0, but for its sign.
+  typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(float))));
+  typedef uint32_t LooseBits __attribute__((vector_size(kLanes * sizeof(float)), aligned(alignof(float)), may_alias));
+  for (; p + kLanes <= k; p += kLanes) {
+    Bits any{};
+    for (int r = 0; r < kRows; ++r) any |= *reinterpret_cast<const LooseBits*>(x + r * k + p);
+    uint32_t bits[kLanes];
+    *reinterpret_cast<LooseBits*>(bits) = any << 1;
+    for (uint32_t lane = 0; lane < kLanes; ++lane) {
+      active[count] = static_cast<uint32_t>(p) + lane;
+      count += bits[lane] != 0 ? 1 : 0;
+    }
+  }
+  for (; p < k; ++p) active[count++] = static_cast<uint32_t>(p);
+  const Span<const uint32_t> used{active, count};
+  size_t column = 0;
+  for (; column + kLanes * kVectors <= m; column += kLanes * kVectors) {
+    Block<kLanes, kRows, kVectors>(call, row, column, used);
+  }
+  for (; column + kLanes <= m; column += kLanes) Block<kLanes, kRows, 1>(call, row, column, used);
+  for (; column < m; ++column) {
+    for (int r = 0; r < kRows; ++r) {
+      float sum = call.layer.bias[column] + (call.start == nullptr ? 0.0f : call.start[row + r][column]);
+      for (const uint32_t at : used) sum += x[r * k + at] * call.layer.kernel[at * m + column];
+      call.y[(row + r) * m + column] = call.layer.relu ? std::max(sum, 0.0f) : sum;
+    }
   }
 }
 
 template <int kLanes, int kRows, int kVectors>
-DPSR_ALWAYS_INLINE void Product(const float* x, const float* kernel, size_t n, size_t k, size_t m, float* y) {
-  constexpr size_t kColumns = kLanes * kVectors;
-  size_t column = 0;
-  // All rows of one piece of the kernel first: it stays in the cache.
-  for (; column + kColumns <= m; column += kColumns) {
-    size_t row = 0;
-    for (; row + kRows <= n; row += kRows) {
-      Block<kLanes, kRows, kVectors>(x + row * k, k, kernel + column, m, y + row * m + column);
-    }
-    for (; row < n; ++row) Block<kLanes, 1, kVectors>(x + row * k, k, kernel + column, m, y + row * m + column);
-  }
-  for (; column < m; ++column) {
-    // Several rows at a time, because each sum waits for its last product.
-    constexpr size_t kAtOnce = 8;
-    for (size_t row = 0; row < n; row += kAtOnce) {
-      float sums[kAtOnce] = {};
-      const size_t rows = std::min(kAtOnce, n - row);
-      // The last rows are computed more than once rather than one by one.
-      for (size_t p = 0; p < k; ++p) {
-        for (size_t r = 0; r < kAtOnce; ++r) {
-          sums[r] += x[std::min(row + r, n - 1) * k + p] * kernel[p * m + column];
-        }
-      }
-      for (size_t r = 0; r < rows; ++r) y[(row + r) * m + column] += sums[r];
-    }
-  }
+DPSR_ALWAYS_INLINE void AllRows(const LayerCall& call, size_t n) {
+  std::vector<uint32_t> active(call.layer.inputs);
+  size_t row = 0;
+  for (; row + kRows <= n; row += kRows) Rows<kLanes, kRows, kVectors>(call, row, active.data());
+  for (; row < n; ++row) Rows<kLanes, 1, kVectors>(call, row, active.data());
 }
 
 #if defined(__x86_64__)
-__attribute__((target("avx512f,avx512vl,fma"))) void ProductAvx512(const float* x, const float* kernel, size_t n,
-                                                                    size_t k, size_t m, float* y) {
-  Product<16, 8, 2>(x, kernel, n, k, m, y);
+__attribute__((target("avx512f,avx512vl,fma"))) void AllRowsAvx512(const LayerCall& call, size_t n) {
+  AllRows<16, 4, 4>(call, n);
 }
-__attribute__((target("avx2,fma"))) void ProductAvx2(const float* x, const float* kernel, size_t n, size_t k, size_t m,
-                                                     float* y) {
-  Product<8, 4, 2>(x, kernel, n, k, m, y);
+__attribute__((target("avx2,fma"))) void AllRowsAvx2(const LayerCall& call, size_t n) {
+  AllRows<8, 4, 2>(call, n);
 }
 #endif
 
@@ -93,14 +129,31 @@ float Inner(const float* a, const float* b, size_t n) {
 
 }  // namespace
 
-void AddProduct(const float* x, const float* kernel, size_t n, size_t k, size_t m, float* y) {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) {
-    return ProductAvx512(x, kernel, n, k, m, y);
+void MoveCommonInputs(size_t n, size_t k, float* x, float* common) {
+  // The majority vote of Boyer and Moore: a value of more than half of the rows outlives all others.
+  std::vector<float> votes(k);
+  std::fill_n(common, k, 0.0f);
+  for (size_t i = 0; i < n; ++i) {
+    for (size_t p = 0; p < k; ++p) {
+      const float value = x[i * k + p];
+      common[p] = votes[p] == 0 ? value : common[p];
+      votes[p] += value == common[p] ? 1.0f : -1.0f;
+    }
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return ProductAvx2(x, kernel, n, k, m, y);
+  // No vote is left: no value is that of more than half of the rows.
+  for (size_t p = 0; p < k; ++p) common[p] = votes[p] > 0 ? common[p] : 0.0f;
+  for (size_t i = 0; i < n; ++i) {
+    for (size_t p = 0; p < k; ++p) x[i * k + p] -= common[p];
+  }
+}
+
+void DenseLayer::Apply(const float* x, const float* const* start, size_t n, float* y) const {
+  const LayerCall call{*this, x, start, y};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) return AllRowsAvx512(call, n);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AllRowsAvx2(call, n);
 #endif
-  Product<4, 4, 2>(x, kernel, n, k, m, y);
+  AllRows<4, 4, 2>(call, n);
 }
 
 float* Scales::Apply(const float* values, float* out) const {

@@ -114,8 +114,9 @@ class RankScoresOp : public OpKernel {
     OP_REQUIRES_OK(c, CheckShape("request_kernel", request_kernel.shape(), {num_inputs, static_cast<int64_t>(width)}));
     OP_REQUIRES_OK(c, CheckShape("the first bias", c->input(kRankedWeights).shape(), {static_cast<int64_t>(width)}));
     const Span<const float> bias = Values(c->input(kRankedWeights));
-    std::vector<float> of_request(bias.begin(), bias.end()), wanted;
-    AddProduct(inputs.data(), request_kernel.flat<float>().data(), 1, inputs.size(), width, of_request.data());
+    std::vector<float> of_request(width), wanted;
+    DenseLayer{request_kernel.flat<float>().data(), bias.data(), inputs.size(), width, false}.Apply(
+        inputs.data(), nullptr, 1, of_request.data());
     RankedRequest request;
     if (products_) {
       const int64_t offered = table->width(tables_[kOffered]);
@@ -123,10 +124,10 @@ class RankScoresOp : public OpKernel {
       OP_REQUIRES_OK(c, CheckShape("wanted_bias", c->input(kRankedWantedBias).shape(), {offered}));
       OP_REQUIRES(c, text.size() <= vector,
                   errors::InvalidArgument("text has ", text.size(), " elements, expected at most ", vector));
-      const Span<const float> wanted_bias = Values(c->input(kRankedWantedBias));
-      wanted.assign(wanted_bias.begin(), wanted_bias.end());
-      AddProduct(inputs.data(), c->input(kRankedWantedKernel).flat<float>().data(), 1, inputs.size(), wanted.size(),
-                 wanted.data());
+      wanted.resize(static_cast<size_t>(offered));
+      DenseLayer{c->input(kRankedWantedKernel).flat<float>().data(), c->input(kRankedWantedBias).flat<float>().data(),
+                 inputs.size(), wanted.size(), false}
+          .Apply(inputs.data(), nullptr, 1, wanted.data());
       request.wanted = {wanted.data(), wanted.size()};
       request.text = text;
       request.pooled = {pooled.data(), pooled.size()};
@@ -159,22 +160,28 @@ class RankScoresOp : public OpKernel {
     }
     const size_t n = known.size();
     std::vector<float> x(n * pair_inputs), y(n * width);
+    std::vector<const float*> hidden(n);
     for (size_t i = 0; i < n; ++i) {
       const int32_t row = rows[known[i]];
-      const float* hidden = table->Row(tables_[kHiddenTable], row);
-      for (size_t j = 0; j < width; ++j) y[i * width + j] = hidden[j] + of_request[j];
+      hidden[i] = table->Row(tables_[kHiddenTable], row);
       PairInputs(layout_, request, numbers + known[i] * num_numbers, table->Row(tables_[kVectors], row),
                  OptionalRow(*table, kOffered, row), OptionalRow(*table, kCodes, row), x.data() + i * pair_inputs);
     }
-    AddProduct(x.data(), c->input(kRankedPairKernel).flat<float>().data(), n, pair_inputs, width, y.data());
+    // What most items share is added once, as a part of the request.
+    const float* pair_kernel = c->input(kRankedPairKernel).flat<float>().data();
+    std::vector<float> common(pair_inputs), of_all(width);
+    MoveCommonInputs(n, pair_inputs, x.data(), common.data());
+    DenseLayer{pair_kernel, of_request.data(), pair_inputs, width, false}.Apply(common.data(), nullptr, 1, of_all.data());
+    const bool is_last = num_weights_ == 1;
+    DenseLayer{pair_kernel, of_all.data(), pair_inputs, width, !is_last}.Apply(x.data(), hidden.data(), n, y.data());
     size_t columns = width;
     for (int layer = 1; layer < num_weights_; layer += 2) {
       const Span<const float> biases = Values(c->input(kRankedWeights + layer + 1));
-      for (float& value : y) value = std::max(value, 0.0f);
       x.swap(y);
       y.resize(n * biases.size());
-      for (size_t i = 0; i < n; ++i) std::copy(biases.begin(), biases.end(), y.data() + i * biases.size());
-      AddProduct(x.data(), c->input(kRankedWeights + layer).flat<float>().data(), n, columns, biases.size(), y.data());
+      DenseLayer{c->input(kRankedWeights + layer).flat<float>().data(), biases.data(), columns, biases.size(),
+                 layer + 2 < num_weights_}
+          .Apply(x.data(), nullptr, n, y.data());
       columns = biases.size();
     }
     Tensor* scores;

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <random>
 #include <vector>
@@ -9,27 +10,63 @@
 namespace dpsr {
 namespace {
 
-TEST(AddProductTest, EqualsThePlainLoop) {
+// Every third input is 0 in the first 40 rows, as after a ReLU.
+std::vector<float> SparseRows(size_t n, size_t k, std::mt19937* random) {
+  std::normal_distribution<float> normal;
+  std::vector<float> x(n * k);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = i / k < 40 && i % k % 3 == 1 ? 0.0f : normal(*random);
+  return x;
+}
+
+TEST(DenseLayerTest, EqualsThePlainLoop) {
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
   for (const size_t n : {0, 1, 3, 8, 11, 100}) {
-    for (const size_t k : {0, 1, 5, 64}) {
-      for (const size_t m : {1, 4, 16, 31, 32, 33, 100, 128}) {
-        std::vector<float> x(n * k), kernel(k * m), y(n * m);
-        for (std::vector<float>* values : {&x, &kernel, &y}) {
+    for (const size_t k : {0, 1, 5, 16, 70}) {
+      for (const size_t m : {1, 4, 16, 31, 32, 33, 64, 100, 128}) {
+        const std::vector<float> x = SparseRows(n, k, &random);
+        std::vector<float> kernel(k * m), bias(m), rows(n * m);
+        for (std::vector<float>* values : {&kernel, &bias, &rows}) {
           for (float& value : *values) value = normal(random);
         }
-        std::vector<double> expected(y.begin(), y.end());
-        for (size_t r = 0; r < n; ++r) {
-          for (size_t c = 0; c < m; ++c) {
-            for (size_t p = 0; p < k; ++p) expected[r * m + c] += double{x[r * k + p]} * kernel[p * m + c];
+        std::vector<const float*> start;
+        for (size_t r = 0; r < n; ++r) start.push_back(rows.data() + r * m);
+        for (const bool has_start : {false, true}) {
+          for (const bool relu : {false, true}) {
+            std::vector<float> y(n * m, -7);
+            DenseLayer{kernel.data(), bias.data(), k, m, relu}.Apply(x.data(), has_start ? start.data() : nullptr, n,
+                                                                     y.data());
+            for (size_t r = 0; r < n; ++r) {
+              for (size_t c = 0; c < m; ++c) {
+                double expected = double{bias[c]} + (has_start ? start[r][c] : 0);
+                for (size_t p = 0; p < k; ++p) expected += double{x[r * k + p]} * kernel[p * m + c];
+                if (relu) expected = std::max(expected, 0.0);
+                ASSERT_NEAR(y[r * m + c], expected, 1e-4) << n << " " << k << " " << m << " " << has_start << relu;
+              }
+            }
           }
         }
-        AddProduct(x.data(), kernel.data(), n, k, m, y.data());
-        for (size_t i = 0; i < y.size(); ++i) ASSERT_NEAR(y[i], expected[i], 1e-4) << n << " " << k << " " << m;
       }
     }
   }
+}
+
+TEST(MoveCommonInputsTest, MovesValuesOfMostRows) {
+  // The columns: one value in most rows, in all, in half of them; only different ones; 0 in most.
+  std::vector<float> x{3, 5, 2, 1, 0,  //
+                       9, 5, 2, 2, 0,  //
+                       3, 5, 4, 3, 7,  //
+                       3, 5, 4, 4, 0};
+  const std::vector<float> old = x;
+  std::vector<float> common(5, -1);
+  MoveCommonInputs(4, 5, x.data(), common.data());
+  EXPECT_EQ(common[0], 3);
+  EXPECT_EQ(common[1], 5);
+  EXPECT_EQ(common[4], 0);
+  EXPECT_EQ((std::vector<float>{x[0], x[5], x[10], x[15]}), (std::vector<float>{0, 6, 0, 0}));
+  for (size_t i = 0; i < x.size(); ++i) EXPECT_EQ(x[i] + common[i % 5], old[i]) << i;
+  MoveCommonInputs(0, 5, nullptr, common.data());
+  EXPECT_EQ(common, std::vector<float>(5, 0));
 }
 
 TEST(PairInputsTest, AllParts) {

@@ -713,3 +713,17 @@ def test_a_table_of_stock_ops_stays_small() -> None:
         table.bag(Tokens(tf.constant([1, 2]), tf.constant([0, 2], tf.int64)))
         added = [op.type for op in graph.get_operations()[before:] if op.type not in ("Const", "Identity")]
     assert len(added) <= 18, added
+
+
+@pytest.mark.parametrize("text", [[3, 1, 3], []])
+def test_one_text_of_a_stock_table(text: list[int]) -> None:
+    with tf.Graph().as_default() as graph:
+        table = EmbeddingTable("table", 4, 2, implementation="stock")
+        ids = v1.placeholder(tf.int32, [None])
+        splits = tf.stack([tf.constant(0, tf.int64), tf.size(ids, tf.int64)])
+        found = table.bag(Tokens(ids, splits), weights=tf.ones_like(ids, tf.float32))
+        assert found.shape == [1, 2]
+        assert not any(op.type == "UnsortedSegmentSum" for op in graph.get_operations())
+        with session(graph) as opened:
+            rows, vector = opened.run([table.variables[0], found], {ids: text})
+    np.testing.assert_allclose(vector, rows[text].sum(0, keepdims=True), rtol=1e-6)

@@ -77,7 +77,8 @@ def lists_of(index: Any) -> dict[int, list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("lists", "sub_spaces", "bits"), [(32, 8, 8), (1, 8, 8), (32, 12, 4), (300, 3, 4), (300, 6, 8)]
+    ("lists", "sub_spaces", "bits"),
+    [(32, 8, 8), (1, 8, 8), (32, 12, 4), (300, 3, 4), (300, 6, 8), (32, 1, 8), (32, 1, 4)],
 )
 def test_scores_are_products_with_the_quantized_vectors(tmp_path: Path, lists: int, sub_spaces: int, bits: int) -> None:
     quantizer, x, queries = made_quantizer(lists, sub_spaces, bits), unit_vectors(ITEMS, 2), unit_vectors(20, 3)
@@ -105,8 +106,9 @@ def test_scores_are_products_with_the_quantized_vectors(tmp_path: Path, lists: i
         assert set(found[found >= 0].tolist()) == set(np.flatnonzero(its_lists == coarse[row].argmax()).tolist())
 
 
-def test_of_equal_centroids_the_first_is_taken() -> None:
-    quantizer, x = made_quantizer(32, 6, 4), unit_vectors(20_000, 2)
+@pytest.mark.parametrize("sub_spaces", [1, 6])  # wide and narrow ones, which other code encodes
+def test_of_equal_centroids_the_first_is_taken(sub_spaces: int) -> None:
+    quantizer, x = made_quantizer(32, sub_spaces, 4), unit_vectors(20_000, 2)
     coarse, codebooks = quantizer.coarse.copy(), quantizer.codebooks.copy()
     coarse[20:], codebooks[:, 8:] = coarse[5:17], codebooks[:, :8]
     again = Quantizer(quantizer.rotation, coarse, codebooks)
