@@ -66,6 +66,11 @@ constexpr size_t kMaxPackRatio = 64;
 constexpr uint32_t kMaxStreams = 1024;
 constexpr size_t kMaxConnections = 10'000;
 
+// Calls that a client may give up at once, and in a second. They are many, because a proxy gives up the calls of all its
+// clients on one connection, and would lose this connection with all calls on it.
+constexpr double kMostResets = 10'000;
+constexpr double kResetsPerSecond = 5'000;
+
 // Number of reloads that may wait for models at the same time. A reload whose models do not load must not block the
 // next reload, which may correct it.
 constexpr int kReloads = 8;
@@ -492,6 +497,8 @@ class GrpcServerImpl final : public GrpcServer {
     calls.limits.connection_bytes = calls.total_bytes;
     calls.limits.message_bytes = kMaxMessageBytes;
     calls.limits.streams = kMaxStreams;
+    calls.limits.most_resets = kMostResets;
+    calls.limits.resets_per_s = kResetsPerSecond;
     calls.connections = MostConnections();
     calls.threads = options.threads;
     ReadChannelArguments(options.channel_arguments, &calls, messages.get());

@@ -33,11 +33,6 @@ constexpr double kCostOfReset = 2;
 constexpr double kCostOfSettings = 50;
 constexpr double kCostOfOurReset = 10;  // a client can make us reset streams, which then no longer count as open
 
-// Calls that a client may give up: at first so many at once, later so many a second. nghttp2 would only ask the client
-// to make no more calls.
-constexpr double kMostResets = 500;
-constexpr double kResetsPerSecond = 200;
-
 constexpr char kDrainPing[] = "draining";
 
 bool StartsWith(std::string_view text, std::string_view start) { return text.substr(0, start.size()) == start; }
@@ -197,6 +192,7 @@ struct Session::Callbacks {
         if (frame->hd.flags & NGHTTP2_FLAG_END_STREAM) End(self, frame->hd.stream_id);
         return 0;
       case NGHTTP2_RST_STREAM:
+        // nghttp2 would only ask the client to make no more calls.
         if (self->role_ == Role::kClient || --self->resets_ >= 0) return 0;
         return Fail(self, NGHTTP2_ENHANCE_YOUR_CALM);
       case NGHTTP2_SETTINGS:
@@ -369,7 +365,7 @@ Session::Session(Role role, const SessionLimits& limits, const Methods* methods,
       now_(now),
       idle_since_(now),
       credit_(kMostCredit),
-      resets_(kMostResets) {
+      resets_(limits.most_resets) {
   const auto make = role == Role::kServer ? nghttp2_session_server_new2 : nghttp2_session_client_new2;
   make(&session_, Callbacks::All(), this, Callbacks::Options());
   const auto header_bytes = static_cast<uint32_t>(std::min<size_t>(limits.header_bytes, UINT32_MAX));
@@ -393,7 +389,7 @@ Session::~Session() {
 
 bool Session::Receive(std::string_view data, double now, std::vector<Event>* events) {
   credit_ = std::min(kMostCredit, credit_ + (now - now_) * kCreditPerSecond);
-  resets_ = std::min(kMostResets, resets_ + (now - now_) * kResetsPerSecond);
+  resets_ = std::min(limits_.most_resets, resets_ + (now - now_) * limits_.resets_per_s);
   now_ = now;
   bool speaks = true;
   if (!ended_) {
