@@ -5,7 +5,7 @@ A quoted figure of a benchmark is followed by an HTML comment that names it, whi
     The proxy adds 0.36<!--proxy.added_p50_ms--> ms.
     The model took 12<!--search.p99_ms / 1000--> seconds.
 
-A figure that is no bar, such as one of a peer, names its row: implementation, workload and metric. `*` stands for a
+A figure of a peer or of another row names this row: implementation, workload and metric. `*` stands for a
 part that needs no name, because the others fit one row alone:
 
     nginx adds 0.29<!--proxy: nginx; open 300; added p50--> ms.

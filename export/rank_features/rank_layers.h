@@ -73,9 +73,9 @@ struct RankedRequest {
 void PairInputs(const PairLayout& layout, const RankedRequest& request, const float* numbers, const float* vector,
                 const float* offered, const float* codes, float* out);
 
-// Writes to common [k] the value that more than half of the rows of x [n, k] have in a column, and subtracts it. A column
-// without such a value may get any value of it, or 0. What is 0 then takes DenseLayer no time: most items of a request
-// have never been clicked for its query, and so have the same counts.
+// Writes to common [k] the value that more than half of the rows of x [n, k] have in a column, and subtracts it. For
+// other columns it writes 0 or one of their values. DenseLayer skips the zeros that result. There are many, because most
+// items of a request were never clicked for its query, and so have the same counts.
 void MoveCommonInputs(size_t n, size_t k, float* x, float* common);
 
 // A dense layer, [inputs] to [outputs]. It owns nothing.

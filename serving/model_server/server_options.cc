@@ -68,8 +68,8 @@ std::vector<Flag> Flags(ServerOptions* options) {
       {"max_results_per_request", Integer<int64_t>{&options->max_results_per_request, 1, int64_t{1} << 40},
        "largest number of results, queries times k, that a request may ask of a servable of `dpsr export`"},
       {"max_held_bytes", Integer<int64_t>{&options->max_held_bytes, 0, int64_t{1} << 50},
-       "bytes that gRPC requests which are not answered and answers which are not read may hold; beyond it, the "
-       "connections that hold the most end. 0 means 1/64 of the memory, and 256 MiB at least"},
+       "bytes that unanswered gRPC requests and unread answers may hold; beyond it, the connections that hold the most "
+       "end. 0 means 1/64 of the memory, and 256 MiB at least"},
       {"reload_address", Text{&options->reload_address},
        "where HandleReloadConfigRequest is taken, by which clients replace the list of models: HOST:PORT or unix:/PATH "
        "for an address of its own, off for nowhere; empty for the gRPC port, which is safe only if none but operators "

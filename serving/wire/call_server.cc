@@ -183,7 +183,8 @@ struct Notice {
 
 // What the connections of a server share.
 struct Shared {
-  Shared(const CallServerOptions& given, std::unordered_map<std::string, Method> of) : options(given), methods(std::move(of)) {
+  Shared(const CallServerOptions& given, std::unordered_map<std::string, Method> of)
+      : options(given), methods(std::move(of)) {
     budget.limit = options.total_bytes;
     for (const auto& [path, method] : methods) kinds.emplace(path, method.kind);
   }
@@ -448,7 +449,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
 // One thread, and the connections whose sockets it waits for.
 class Loop {
  public:
-  explicit Loop(Shared* shared) : shared_(shared), epoll_(epoll_create1(EPOLL_CLOEXEC)), wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+  explicit Loop(Shared* shared)
+      : shared_(shared), epoll_(epoll_create1(EPOLL_CLOEXEC)), wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
     Watch(wake_.get(), kWakeId, EPOLLIN);
   }
   ~Loop() { Stop(); }
@@ -707,7 +709,8 @@ void Connection::SetBlocked(bool blocked) {
 
 bool Connection::SendOut() {
   while (out_sent_ < out_.size()) {
-    const ssize_t size = send(file_.get(), out_.data() + out_sent_, out_.size() - out_sent_, MSG_NOSIGNAL | MSG_DONTWAIT);
+    const ssize_t size =
+        send(file_.get(), out_.data() + out_sent_, out_.size() - out_sent_, MSG_NOSIGNAL | MSG_DONTWAIT);
     if (size >= 0) {
       out_sent_ += static_cast<size_t>(size);
       if (blocked_since_ > 0) blocked_since_ = Now();  // it moves
@@ -822,7 +825,8 @@ class CallServerImpl final : public CallServer, private Loop::Host {
       sockaddr_storage at{};
       std::memcpy(&at, one->ai_addr, one->ai_addrlen);
       SetPort(&at, bound);
-      const bool listens = file.get() >= 0 && bind(file.get(), reinterpret_cast<sockaddr*>(&at), one->ai_addrlen) == 0 &&
+      const bool listens = file.get() >= 0 &&
+                           bind(file.get(), reinterpret_cast<sockaddr*>(&at), one->ai_addrlen) == 0 &&
                            listen(file.get(), SOMAXCONN) == 0;
       const bool is_missing = errno == EADDRNOTAVAIL || errno == EAFNOSUPPORT;
       if (!listens && (first || !is_missing)) return SystemError();
@@ -941,8 +945,8 @@ class CallServerImpl final : public CallServer, private Loop::Host {
     listener->file.Close();
   }
 
-  // Ends a connection without calls for a new one: first one that never made a call, then that which is idle for the
-  // longest time. Returns false if all connections have calls.
+  // Makes room for a new connection: ends one without calls. Takes those that never made a call first, and among them
+  // the one that has been idle longest. Returns false if all connections have calls.
   bool EndAnIdleOne() {
     std::shared_ptr<Connection> best;
     Connection::State best_state;

@@ -133,9 +133,9 @@ bool ReadVarint(std::string_view* data, uint64_t* value) {
   return false;
 }
 
-// Returns the content of a length-delimited field of a protocol buffer message, without decoding the others. None if it
-// occurs less or more than once, or if the bytes are no message or one of more than `most` fields: routing.py knows
-// what that means.
+// Returns the content of a length-delimited field of a protocol buffer message, without decoding the others. Returns
+// None if the field does not occur exactly once, if the bytes are not a message, or if it has more than `most` fields.
+// Then routing.py decides what the message means.
 py::object FindField(const py::bytes& message, uint64_t wanted, size_t most) {
   enum { kVarint = 0, kFixed64 = 1, kLengthDelimited = 2, kFixed32 = 5 };
   std::string_view rest = ToView(message);
