@@ -71,7 +71,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean(
         "ablations",
         False,
-        "also run the ablations: variants that change one part of the model or training",
+        "also run the ablations, which change one part of the model or training, and the trainings that check claims "
+        "of section 4 of the paper",
         flag_values=values,
     )
     for name, title in (("homedepot", "Home Depot"), ("movielens", "MovieLens 100K"), ("qbqtc", "QBQTC")):

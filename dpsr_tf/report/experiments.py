@@ -14,21 +14,21 @@ import pyarrow.parquet
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
+from dpsr_common.files import write_text
 from dpsr_tf.config import shipped_config
 from dpsr_tf.data.store import RowsById, new_directory
-from dpsr_tf.evaluation import metrics
 from dpsr_tf.evaluation.baselines import unigrams
 from dpsr_tf.evaluation.judgments import Judgments
 from dpsr_tf.models.encoders import exact_search, item_embeddings, query_encoder
 from dpsr_tf.report.ablations import ablate
 from dpsr_tf.report.ceilings import ceilings
+from dpsr_tf.report.claims import claims
 from dpsr_tf.report.online import online, treatments
+from dpsr_tf.report.polysemy import polysemy
 from dpsr_tf.report.public_data import DATA_SETS
 from dpsr_tf.report.runner import Artifact, ExperimentRunner, Result
 from dpsr_tf.report.shop import REPOSITORY, TRAINING, TUNED_BM25, Shop, Size
 
-# Number of bootstrap samples, the default of `dpsr evaluate`.
-_SAMPLES = 1000
 # The names of Table 2 -> the system of `dpsr evaluate`, or the file in configs/ and its changes. The options of the
 # tuned BM25 were chosen by benchmarks/bm25.py on the dev queries of the shop of seed 4, like TRAINING.
 BASELINES = {
@@ -57,7 +57,7 @@ def run(runner: ExperimentRunner, size: Size, ablations: bool, data: Mapping[str
     Args:
         runner: keeps the results.
         size: size of the experiments.
-        ablations: also runs the ablations.
+        ablations: also runs the ablations, and the trainings that check claims of section 4.
         data: `homedepot`, `movielens`, `qbqtc` -> directory of the files, for those that are given.
 
     Returns:
@@ -73,7 +73,10 @@ def run(runner: ExperimentRunner, size: Size, ablations: bool, data: Mapping[str
         "shop": json.loads((first.directory.path / "truth.json").read_text())["counts"],
         "table2": tables,
         "ceilings": [ceilings(shop) for shop in shops],
-        "polysemy": [polysemy(shop, models[shop.number]) for shop in shops],
+        "polysemy": [
+            polysemy(shop, {dim: _pair(models[shop.number], dim) for dim in (*size.widths, _usual_dim())})
+            for shop in shops
+        ],
         "mixing": [mixing(shop, models[shop.number]) for shop in shops],
         "online": [online(shop, treatments(models[shop.number], _with_heads(2, _usual_dim()))) for shop in shops],
         "topology": topology(first, models[0]["DPSR"]),
@@ -85,6 +88,7 @@ def run(runner: ExperimentRunner, size: Size, ablations: bool, data: Mapping[str
         found["efficiency"] = efficiency(first, models[0]["DPSR"])
     if ablations:
         found["ablations"] = ablate(first)
+        found["claims"] = [claims(shop) for shop in shops]
     found["data"] = {name: DATA_SETS[name].measure(runner, size, path, stores[name]) for name, path in data.items()}
     return found
 
@@ -137,7 +141,8 @@ def table2(shop: Shop, models: Mapping[str, Artifact]) -> Result:
     bought = shop.evaluate("purchases", systems, "judgments.personal.tsv", *users, "--latency_queries=0")
     flags = ("--user_column=user_id", "--relevant_from=3", "--latency_queries=0")
     graded = shop.evaluate("labels", systems, str(_labels_of_users(shop)), *flags)
-    unseen = shop.evaluate("unseen", systems, "judgments.test.tsv", "--slice=kind", "--latency_queries=0")
+    slices = ("--slice=kind", "--slice=kind_and_language")
+    unseen = shop.evaluate("unseen", systems, str(_judgments_with_languages(shop)), *slices, "--latency_queries=0")
     found = {"seed": shop.seed, "purchases": bought, "labels": graded, "unseen": unseen}
     if not shop.number:
         fast = ("--k=1000", "--max_queries=100", "--bootstrap=0")
@@ -161,6 +166,22 @@ def _labels_of_users(shop: Shop) -> Path:
     return path.resolve()
 
 
+def _judgments_with_languages(shop: Shop) -> Path:
+    """Writes the judgments of queries that are not in the log, with a column such as "typo, zh"; returns the file."""
+    queries, misspelt = shop.truth_table("queries"), shop.truth_table("misspellings")
+    languages = dict(zip(queries["query"], queries["language"], strict=True))
+    right = dict(zip(misspelt["query"], misspelt["right"], strict=True))
+    names, *rows = (shop.directory.path / "judgments.test.tsv").read_text().splitlines()
+    query, kind = names.split("\t").index("query"), names.split("\t").index("kind")
+    lines = [f"{names}\tkind_and_language"]
+    for row in rows:
+        cells = row.split("\t")
+        lines.append(f"{row}\t{cells[kind]}, {languages[right.get(cells[query], cells[query])]}")
+    path = shop.runner.out / "work" / f"{shop.experiment_name('judgments-with-languages')}.tsv"
+    write_text(path, "\n".join(lines) + "\n")
+    return path.resolve()
+
+
 def mixing(shop: Shop, models: Mapping[str, Artifact]) -> Result:
     """Figure 7: relevance and popularity of the retrieved items by the share of random negatives."""
     alphas = sorted(alpha for alpha in shop.size.mixing_ratios if f"{alpha:g}" in models)
@@ -169,71 +190,6 @@ def mixing(shop: Shop, models: Mapping[str, Artifact]) -> Result:
     bought = shop.evaluate("mixing-purchases", systems, "judgments.personal.tsv", *users, "--latency_queries=0")
     unseen = shop.evaluate("mixing-unseen", systems, "judgments.test.tsv", "--latency_queries=0")
     return {"seed": shop.seed, "alpha": alphas, "purchases": bought, "unseen": unseen}
-
-
-def polysemy(shop: Shop, models: Mapping[str, Artifact]) -> Result:
-    """Compares one head with two on all polysemous queries of the shop, in the log and held out.
-
-    `senses@10` is the share of a query's meanings that have an item among the first 10. `recall@100` is the share of
-    the relevant items among the first 100 (if there are more than 100, the share of 100). `groups` holds the figures by
-    group of queries for the usual embedding dimension, `widths` the groups for each dimension.
-    """
-    usual = _usual_dim()
-    by_width = {dim: _polysemy(shop, models, dim) for dim in (*shop.size.widths, usual)}
-    widths = {str(dim): one["groups"] for dim, one in by_width.items()}
-    return {"seed": shop.seed, **by_width[usual], "widths": widths}
-
-
-def _polysemy(shop: Shop, models: Mapping[str, Artifact], dim: int) -> Result:
-    pair = _pair(models, dim)
-
-    def compute() -> Result:
-        table = shop.truth_table("queries")
-        rows = [row for row, meanings in enumerate(table["meanings"]) if len(meanings) > 1]
-        queries = [table["query"][row] for row in rows]
-        senses = [[shop.meanings[meaning] for meaning in table["meanings"][row]] for row in rows]
-        figures = {}
-        for label, model in pair.items():
-            ids = exact_search(model.path, shop.opened_store)(queries, None, 100)[0].tolist()
-            figures[label] = np.array([_senses_and_recall(*one) for one in zip(ids, senses, strict=True)])
-        in_log = np.array([table["fold"][row] == "log" for row in rows])
-        homonyms = json.loads((shop.directory.path / "truth.json").read_text())["homonyms"]
-        homonym = np.array([not homonyms.keys().isdisjoint(query.split()) for query in queries])
-        of_type = dict(zip(*(shop.truth_table("meanings")[name] for name in ("meaning", "type")), strict=True))
-        named = [{of_type[meaning] is None for meaning in table["meanings"][row]} for row in rows]
-        # A query such as "apple", the brand and the fruit.
-        mixed = np.array([len(kinds) == 2 for kinds in named])
-        groups = {"all": np.ones(len(rows), bool), "in the log": in_log, "held out": ~in_log}
-        groups |= {"homonyms": homonym, "homonyms, held out": homonym & ~in_log, "brand and product": mixed}
-        groups["brand of several categories"] = ~mixed & ~homonym
-        return {"figures": ["senses@10", "recall@100"], "groups": {
-            name: _compared({label: values[among] for label, values in figures.items()}, shop.seed)
-            for name, among in groups.items() if among.any()
-        }}  # fmt: skip
-
-    return shop.result(f"polysemy-{dim}", pair, compute, groups=7)
-
-
-def _senses_and_recall(found: Sequence[int], senses: Sequence[set[int]]) -> tuple[float, float]:
-    first, right = set(found[:10]), set().union(*senses)
-    return sum(bool(first & items) for items in senses) / len(senses), len(right & set(found)) / min(len(right), 100)
-
-
-def _compared(figures: Mapping[str, np.ndarray], seed: int) -> Result:
-    """Returns means and intervals of both models' figures [queries, figures] and of the second minus the first."""
-    one, other = figures.values()
-    samples = metrics.bootstrap_means(np.concatenate([one, other, other - one], axis=1), _SAMPLES, seed)
-    limits = [metrics.interval(samples[:, column]) for column in range(samples.shape[1])]
-    width = one.shape[1]
-    labels = [*figures, "difference"]
-    means = [one.mean(0), other.mean(0), (other - one).mean(0)]
-    return {
-        "queries": len(one),
-        **{
-            label: {"value": mean.tolist(), "interval": limits[row * width : (row + 1) * width]}
-            for row, (label, mean) in enumerate(zip(labels, means, strict=True))
-        },
-    }
 
 
 def _plane(embeddings: np.ndarray, seed: int) -> list[list[float]]:

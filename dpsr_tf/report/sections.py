@@ -39,6 +39,7 @@ ORDERS = {"unseen": ("DSSM", "BM25"), "purchases": ("BM25", "DPSR", "DPSR-p", "D
 _NAMES = ("top-1", "top-10")
 _QUERY_GROUPS = {"homonyms": "homonyms", "all": "all polysemous queries"}
 _MEASURED_ON = {"unseen": "queries that are not in the log", "purchases": "purchases"}
+_LANGUAGES = {"en": "English", "zh": "Chinese"}
 # How the rankers of ceilings.py are shown.
 _KNOWLEDGE = {
     "what the query means": "the meaning of the query",
@@ -124,6 +125,7 @@ def _experiments(page: Report, results: Result) -> None:
         _data_set(page, name, folds)
     if "ablations" in results:
         _ablations(page, results["ablations"])
+        _training_claims(page, results["claims"])
 
 
 def bars(results: Result) -> dict[str, float]:
@@ -268,10 +270,11 @@ def _table_2_by_shop(page: Report, results: Result) -> None:
     page.text("The same figures for each generated shop:")
     rows = [
         (table["seed"], label, *(_with_interval(table["purchases"], label, figure) for figure in _NAMES),
-         _with_interval(table["purchases"], label, "recall@100"), _with_interval(table["labels"], label, "auc"))
+         *(_with_interval(table["purchases"], label, figure) for figure in ("mrr@10", "recall@100")),
+         _with_interval(table["labels"], label, "auc"))
         for table in results["table2"] for label in METHODS
     ]  # fmt: skip
-    page.table(("seed", "method", *_NAMES, "recall@100", "AUC"), rows, texts=2)
+    page.table(("seed", "method", *_NAMES, "mrr@10", "recall@100", "AUC"), rows, texts=2)
     page.text(
         "Upper limits: the same purchases, ranked with knowledge of how the shop was generated. No model can know the "
         "user's taste in full, because no log shows all of it."
@@ -296,6 +299,15 @@ def _unseen_by_kind(page: Report, unseen: Mapping[str, Any]) -> None:
     asked = unseen["queries"]
     columns = (f"{kind} ({kinds[kind]['queries']}, {kinds[kind]['queries'] / asked:.0%})" for kind in kinds)
     page.table(("method", *columns, "all"), rows)
+    page.text(
+        "The same by language, for queries that are misspelt and for those that are not: `plain` queries hold words of "
+        "the titles. A Chinese query is misspelt by a character that sounds alike."
+    )
+    parts = unseen["slices"]["kind_and_language"]
+    names = {f"{kind}, {code}": f"{kind}, {name}" for code, name in _LANGUAGES.items() for kind in ("plain", "typo")}
+    names = {part: f"{name} ({parts[part]['queries']})" for part, name in names.items() if part in parts}
+    rows = [(label, *(_with_interval(parts[part], label, "recall@100") for part in names)) for label in METHODS]
+    page.table(("method", *names.values()), rows)
 
 
 def _topology(page: Report, results: Result) -> None:
@@ -323,7 +335,9 @@ def _polysemy(page: Report, results: Result) -> None:
     page.text(
         "All polysemous queries of each shop. **senses@10** is the share of a query's meanings that have an item among "
         "the first 10. **recall@100** is the share of the relevant items among the first 100 (if there are more than "
-        "100, the share of 100). A **homonym** is a word that users, but no title, use for two types of product."
+        "100, the share of 100). A **homonym** is a word that users, but no title, use for two types of product. "
+        "**silhouette** says whether the items that a query may mean form clusters by type of product: 1 if each type "
+        "is a cluster of its own, 0 if the types overlap."
     )
     rows = []
     for shop in results["polysemy"]:
@@ -602,6 +616,58 @@ def _ablations(page: Report, ablations: Mapping[str, Any]) -> None:
             "popularity@100, purchases",
         )
         page.table(("variant", *columns), rows)
+
+
+def _training_claims(page: Report, shops: Sequence[Mapping[str, Any]]) -> None:
+    page.heading("Claims of section 4 about the training")
+    page.text(
+        "Each table compares ways to train the paper's model with its hinge loss, with the same batches and the same "
+        "number of steps. Differences are from the first row of a shop, over the same queries. CPU times are those of "
+        "one thread: of a training step, and of embedding one query. senses@10 is measured on homonyms."
+    )
+    for group in (name for name in shops[0]["groups"] if name != "steps"):
+        page.heading(group, 3)
+        rows = []
+        for shop in shops:
+            measured = shop["groups"][group]
+            for name, one in measured["variants"].items():
+                last = list(one["by_step"].values())[-1]
+                cells = [_compared(last, measured["comparisons"], on, name) for on in ("purchases", "unseen")]
+                costs = (f"{one['parameters']:,}", f"{one['step_ms']:.2f}", f"{one['query_ms']:.2f}")
+                rows.append((shop["seed"], name, *cells, f"{one['senses@10']:.3f}", *costs))
+        columns = ("top-1, purchases", "top-1, not in the log", "senses@10", "weights", "ms a step", "ms a query")
+        page.table(("seed", "variant", *columns), rows, texts=2)
+    page.heading("Batch negatives and random ones, by steps", 3)
+    page.text("α is the share of random negatives. Top-1 of purchases, and of queries that are not in the log:")
+    rows = [
+        (shop["seed"], name, *(
+            f"{of['purchases']['systems']['top-1']:.3f}, {of['unseen']['systems']['top-1']:.3f}"
+            for of in one["by_step"].values()
+        ))
+        for shop in shops for name, one in shop["groups"]["steps"]["variants"].items()
+    ]  # fmt: skip
+    marks = next(iter(shops[0]["groups"]["steps"]["variants"].values()))["by_step"]
+    page.table(("seed", "variant", *(f"{int(step):,} steps" for step in marks)), rows, texts=2)
+    page.heading("Negatives that answer the query by chance", 3)
+    page.text(
+        "Computed from the whole log and the truth: the chance that the item of another click answers the query, that "
+        "somebody clicked it for the query, and that an item drawn uniformly answers the query."
+    )
+    rows = [(one["seed"], *(f"{one['chance'][name]:.2%}" for name in ("batch", "clicked", "random"))) for one in shops]
+    page.table(("seed", "item of another click", "and was clicked for the query", "any item"), rows)
+
+
+def _compared(
+    measured: Mapping[str, Any], comparisons: Mapping[str, Sequence[Mapping[str, Any]]], on: str, name: str
+) -> str:
+    """Returns the cell of a variant's top-1, with its difference from the first variant."""
+    cell = f"{measured[on]['systems']['top-1']:.3f}"
+    for one in comparisons[on]:
+        if one["system"] == name:
+            difference = one["figures"]["top-1"]
+            low, high = difference["interval"]
+            cell += f" ({difference['difference']:+.3f}, {low:+.3f} to {high:+.3f})"
+    return cell
 
 
 def _benchmarks(page: Report, measured: Mapping[str, Any], mode: str) -> None:
