@@ -33,6 +33,7 @@ from dpsr_tf.models.features import ItemFeatures, QueryFeatures
 from dpsr_tf.models.layers import FUSED
 from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.models.objective import build_loss
+from dpsr_tf.models.text_encoder import Table
 from dpsr_tf.models.two_tower import TwoTower
 from dpsr_tf.report.ablations import PAPER
 from dpsr_tf.report.polysemy import PolysemousQueries
@@ -66,14 +67,20 @@ class EmbeddingSets(TwoTower):
 
     def start(self) -> tf.Operation:
         """Returns what lets the sets start as the projections of TwoTower would make them of the shared set."""
-        items, dim = self.tables["token_embedding"].variables[0], self.config.token_dim
+        items, dim = _variable(self.tables["token_embedding"]), self.config.token_dim
         noise = v1.glorot_uniform_initializer()
         starts = [items + tf.matmul(items, noise([dim, dim], tf.float32)) for _ in range(self.config.num_heads)]
-        return tf.group([table.variables[0].assign(start) for table, start in zip(self._sets(), starts, strict=True)])
+        return tf.group([_variable(table).assign(start) for table, start in zip(self._sets(), starts, strict=True)])
 
-    def _sets(self) -> list[EmbeddingTable]:
+    def _sets(self) -> list[Table]:
         heads, size = self.config.num_heads, self.features.num_tokens
         return [self._table(f"query_token_embedding_{head}", size, self.config.token_dim) for head in range(heads)]
+
+
+def _variable(table: Table) -> tf.Variable:
+    """Returns the variable of a table that is in one piece."""
+    assert isinstance(table, EmbeddingTable)
+    return table.variables[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +129,12 @@ def claims(shop: Shop) -> Result:
     """Trains and measures all variants.
 
     Returns:
-        `seed`; `groups`: group -> variant -> `parameters`, `step_ms` and `query_ms` (CPU time of a training step, and
-        of embedding one query), `senses@10` of homonyms, and `by_step`: number of steps -> the figures of `dpsr
-        evaluate` on `purchases` and on `unseen` queries; and `chance`, see chance_of_relevance.
+        `seed`; `groups`: group -> `variants` and `comparisons`; `chance`: see chance_of_relevance.
+
+        Each variant has `parameters`, their number; `step_ms` and `query_ms`, the CPU time of a training step and of
+        embedding one query; `senses@10` of homonyms; and `by_step`: number of steps -> the figures of `dpsr evaluate`
+        on `purchases` and on `unseen` queries. The comparisons are those of `dpsr evaluate`, with the first variant,
+        after the last step, on `purchases` and on `unseen` queries.
     """
     groups = {}
     for group, variants in GROUPS.items():
@@ -143,11 +153,9 @@ def _compared(shop: Shop, group: str, variants: Mapping[str, Variant], steps: li
             }
             for step in steps:
                 searches = {name: training.after(step) for name, training in trainings.items()}
-                measured = _measured(shop, searches)
+                measured = _measured(shop, searches, step == steps[-1])
                 for name in variants:
-                    found[name]["by_step"][str(step)] = {
-                        on: {part: of[part][name] for part in ("systems", "intervals")} for on, of in measured.items()
-                    }
+                    found[name]["by_step"][str(step)] = {on: of["systems"][name] for on, of in measured.items()}
             comparisons = {on: of["comparisons"] for on, of in measured.items()}
             queries = PolysemousQueries(shop)
             for name, training in trainings.items():
@@ -161,14 +169,15 @@ def _compared(shop: Shop, group: str, variants: Mapping[str, Variant], steps: li
     return shop.result("claim-" + group.replace(" ", "-"), {}, compute, steps=steps, variants=definition, size=size)
 
 
-def _measured(shop: Shop, searches: Mapping[str, ExactSearch]) -> Result:
-    """Returns `purchases` and `unseen` -> what measure_all returns."""
-    corpus, options = Corpus.of_store(shop.opened_store), Options(seed=shop.seed, latency_queries=0)
+def _measured(shop: Shop, searches: Mapping[str, ExactSearch], compare: bool) -> Result:
+    """Returns `purchases` and `unseen` -> what measure_all returns, without intervals unless it compares."""
+    options = Options(seed=shop.seed, latency_queries=0, bootstrap=Options.bootstrap if compare else 0)
+    corpus = Corpus.of_store(shop.opened_store)
     read = functools.partial(Judgments.read, query="query", item="item", grade="grade", relevant_from=1.0)
     directory = shop.directory.path
     purchases = read(directory / "judgments.personal.tsv", user="user_id", time="time").sample(_PURCHASES, shop.seed)
     judgments = {"purchases": purchases, "unseen": read(directory / "judgments.test.tsv")}
-    return {name: measure_all(searches, judged, corpus, options, compare=True) for name, judged in judgments.items()}
+    return {name: measure_all(searches, judged, corpus, options, compare) for name, judged in judgments.items()}
 
 
 class _Training:
@@ -229,7 +238,8 @@ class _Training:
 
     def costs(self, queries: list[str]) -> Result:
         """Returns the number of `parameters`, and the CPU time of a training step and of embedding a query in ms."""
-        self._embed(queries[:1], None)
+        for query in queries[:20]:
+            self._embed([query], None)
         begin = time.process_time()
         for query in queries:
             self._embed([query], None)
@@ -285,11 +295,12 @@ def without_mask(batch: Batch) -> Batch:
 
 
 def chance_of_relevance(shop: Shop) -> Result:
-    """Returns how often a negative answers the query by chance, computed from the log and the truth (section 4.4.2).
+    """Returns how often an item answers the query of a click, computed from the log and the truth (section 4.4).
 
     Returns:
-        Of the item of another click: `batch` is the chance that it answers the query, and `clicked` that some user
-        clicked it for the query. Of an item drawn uniformly: `random` is the chance that it answers the query.
+        `click`: the chance that the item of the click itself answers the query. `batch`: the chance that the item of
+        another click does, and `clicked`, that some user clicked that item for the query. `random`: the chance that an
+        item drawn uniformly does.
     """
 
     def compute() -> Result:
@@ -308,10 +319,13 @@ def chance_of_relevance(shop: Shop) -> Result:
         place = {item: row for row, item in enumerate(items.tolist())}
         number = shop.opened_store.counts.items
         batch, random = 0.0, 0.0
+        answers: dict[str, set[int]] = {}
         for query, share in zip(queries.tolist(), asked.tolist(), strict=True):
-            relevant = set().union(*(shop.meanings[meaning] for meaning in meanings[right.get(query, query)]))
+            relevant = answers[query] = set().union(*(shop.meanings[one] for one in meanings[right.get(query, query)]))
             batch += share * float(clicks[[place[item] for item in relevant if item in place]].sum())
             random += share * len(relevant) / number
-        return {"batch": batch, "clicked": float(asked @ clicked), "random": random}
+        rows = zip(log["query"].to_pylist(), log["item_id"].to_pylist(), strict=True)
+        click = sum(item in answers[query] for query, item in rows) / len(log)
+        return {"click": click, "batch": batch, "clicked": float(asked @ clicked), "random": random}
 
     return shop.result("claim-chance", {}, compute)

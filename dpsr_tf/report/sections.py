@@ -641,27 +641,29 @@ def _training_claims(page: Report, shops: Sequence[Mapping[str, Any]]) -> None:
     page.text("α is the share of random negatives. Top-1 of purchases, and of queries that are not in the log:")
     rows = [
         (shop["seed"], name, *(
-            f"{of['purchases']['systems']['top-1']:.3f}, {of['unseen']['systems']['top-1']:.3f}"
-            for of in one["by_step"].values()
+            f"{of['purchases']['top-1']:.3f}, {of['unseen']['top-1']:.3f}" for of in one["by_step"].values()
         ))
         for shop in shops for name, one in shop["groups"]["steps"]["variants"].items()
     ]  # fmt: skip
     marks = next(iter(shops[0]["groups"]["steps"]["variants"].values()))["by_step"]
     page.table(("seed", "variant", *(f"{int(step):,} steps" for step in marks)), rows, texts=2)
-    page.heading("Negatives that answer the query by chance", 3)
+    page.heading("Items that answer the query", 3)
     page.text(
-        "Computed from the whole log and the truth: the chance that the item of another click answers the query, that "
-        "somebody clicked it for the query, and that an item drawn uniformly answers the query."
+        "Computed from the whole log and the truth: the chance that an item answers the query of a click. It is the "
+        "item of that click, the item of another click (a batch negative), or an item drawn uniformly (a random "
+        "negative). The third column is the chance that somebody clicked a batch negative for the query."
     )
-    rows = [(one["seed"], *(f"{one['chance'][name]:.2%}" for name in ("batch", "clicked", "random"))) for one in shops]
-    page.table(("seed", "item of another click", "and was clicked for the query", "any item"), rows)
+    names = ("click", "batch", "clicked", "random")
+    rows = [(one["seed"], *(f"{one['chance'][name]:.2%}" for name in names)) for one in shops]
+    columns = ("clicked item", "batch negative", "batch negative was clicked for the query", "random negative")
+    page.table(("seed", *columns), rows)
 
 
 def _compared(
     measured: Mapping[str, Any], comparisons: Mapping[str, Sequence[Mapping[str, Any]]], on: str, name: str
 ) -> str:
     """Returns the cell of a variant's top-1, with its difference from the first variant."""
-    cell = f"{measured[on]['systems']['top-1']:.3f}"
+    cell = f"{measured[on]['top-1']:.3f}"
     for one in comparisons[on]:
         if one["system"] == name:
             difference = one["figures"]["top-1"]

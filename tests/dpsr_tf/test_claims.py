@@ -122,7 +122,8 @@ def test_the_chance_of_relevance_is_that_of_all_pairs_of_clicks(shop: Shop) -> N
         of_query = {query: sum(item in wanted for item in items) / len(items) for query, wanted in sets.items()}
         assert found[name] == pytest.approx(np.mean([of_query[query] for query, _ in clicks]))
     assert found["random"] == pytest.approx(np.mean([len(relevant[query]) for query, _ in clicks]) / SIZE.items)
-    assert 0 < found["random"] < 0.2 and 0 < found["batch"] < 0.2
+    assert found["click"] == pytest.approx(np.mean([item in relevant[query] for query, item in clicks]))
+    assert found["click"] > 0.8 and 0 < found["random"] < 0.2 and 0 < found["batch"] < 0.2
 
 
 def test_silhouettes_of_queries_with_several_meanings(shop: Shop) -> None:
