@@ -300,13 +300,13 @@ def _unseen_by_kind(page: Report, unseen: Mapping[str, Any]) -> None:
     columns = (f"{kind} ({kinds[kind]['queries']}, {kinds[kind]['queries'] / asked:.0%})" for kind in kinds)
     page.table(("method", *columns, "all"), rows)
     page.text(
-        "The same by language, for queries that are misspelt and for those that are not: `plain` queries hold words of "
-        "the titles. A Chinese query is misspelt by a character that sounds alike."
+        "mrr@10 by language, of misspelt queries and of `plain` ones, which hold words of the titles. A Chinese query is "
+        "misspelt by a character that sounds alike."
     )
     parts = unseen["slices"]["kind_and_language"]
     names = {f"{kind}, {code}": f"{kind}, {name}" for code, name in _LANGUAGES.items() for kind in ("plain", "typo")}
     names = {part: f"{name} ({parts[part]['queries']})" for part, name in names.items() if part in parts}
-    rows = [(label, *(_with_interval(parts[part], label, "recall@100") for part in names)) for label in METHODS]
+    rows = [(label, *(_with_interval(parts[part], label, "mrr@10") for part in names)) for label in METHODS]
     page.table(("method", *names.values()), rows)
 
 
