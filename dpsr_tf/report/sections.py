@@ -300,8 +300,8 @@ def _unseen_by_kind(page: Report, unseen: Mapping[str, Any]) -> None:
     columns = (f"{kind} ({kinds[kind]['queries']}, {kinds[kind]['queries'] / asked:.0%})" for kind in kinds)
     page.table(("method", *columns, "all"), rows)
     page.text(
-        "mrr@10 by language, of misspelt queries and of `plain` ones, which hold words of the titles. A Chinese query is "
-        "misspelt by a character that sounds alike."
+        "mrr@10 by language, of misspelt queries and of `plain` ones, which hold words of the titles. A Chinese query "
+        "is misspelt by a character that sounds alike."
     )
     parts = unseen["slices"]["kind_and_language"]
     names = {f"{kind}, {code}": f"{kind}, {name}" for code, name in _LANGUAGES.items() for kind in ("plain", "typo")}
