@@ -175,7 +175,7 @@ bazel-test: debian $(VENV)/.packages build/offline.bazelrc
 # Runs the tests in two processes, in the order of tests/conftest.py: the fast tests first, so that most failures show
 # early. All fast tests of a file run in the same process, and so do its slow ones. `python -m pytest` alone uses one
 # process. Three processes were slower on 2 cores: not done after 12 minutes 40 seconds, against 11 minutes 50 in all.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # $(call take_program,PACKAGE,FILE) takes one program out of Debian's package, which is not installed, because it would
 # also start a server. A program of that name that is on the PATH is used instead.
