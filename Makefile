@@ -55,7 +55,7 @@ empty :=
 space := $(empty) $(empty)
 
 .DELETE_ON_ERROR:
-.PHONY: setup debian native demo test test-fast test-tools test-distributed test-long test-cpp test-native sanitize sanitize-build sanitize-cores sanitize-serving sanitize-thread fuzz bazel-test test-tensorflow-serving bench-tokenizer bench-store bench-index bench-servable bench-training bench-learned-index report ablations build/offline.bazelrc lint wheel clean
+.PHONY: setup debian native demo test test-fast test-tools test-distributed test-long test-cpp test-native test-beside test-python sanitize sanitize-build sanitize-cores sanitize-serving sanitize-thread fuzz bazel-test test-tensorflow-serving bench-tokenizer bench-store bench-index bench-servable bench-training bench-learned-index report ablations build/offline.bazelrc lint wheel clean
 
 setup: native
 	@$(MAKE) --no-print-directory build/nginx || echo "nginx is left out: benchmarks/proxy.py will not compare with it" >&2
@@ -210,10 +210,19 @@ test-fast: native test-tools
 # Two or three at a time, because each of these leaves a processor idle for a while: pip to its end, a build at its end.
 test-native:
 	@$(MAKE) --no-print-directory -j3 native sanitize-build test-tools
-	@$(MAKE) --no-print-directory -j2 sanitize-cores lint test-cpp sanitize-serving sanitize-thread
+	@$(MAKE) --no-print-directory -j2 lint sanitize-serving
 
+# The Python tests leave processors idle while they wait for servers. Other tests use that time, with low priority; their
+# output follows when they have ended. They must not build in build/current, where Python tests build, too.
 test: test-native
-	$(PYTEST) -m "not distributed and not long"
+	@$(MAKE) --no-print-directory -j2 test-beside test-python
+
+test-beside:
+	@nice $(MAKE) --no-print-directory sanitize-cores test-cpp sanitize-thread >build/test_beside.log 2>&1; \
+	status=$$?; cat build/test_beside.log; exit $$status
+
+test-python:
+	MAKEFLAGS= $(PYTEST) -m "not distributed and not long"
 
 # Kills and stops processes of clusters, and compares them with local training. Takes minutes.
 test-distributed: native
