@@ -55,7 +55,7 @@ empty :=
 space := $(empty) $(empty)
 
 .DELETE_ON_ERROR:
-.PHONY: setup debian native demo test test-fast test-tools test-distributed test-long test-cpp test-native test-beside test-python sanitize sanitize-build sanitize-cores sanitize-serving sanitize-thread fuzz bazel-test test-tensorflow-serving bench-tokenizer bench-store bench-index bench-servable bench-training bench-learned-index report ablations build/offline.bazelrc lint wheel clean
+.PHONY: setup debian native demo test test-fast test-tools test-distributed test-long test-cpp test-beside test-python sanitize sanitize-build sanitize-cores sanitize-serving sanitize-thread fuzz bazel-test test-tensorflow-serving bench-tokenizer bench-store bench-index bench-servable bench-training bench-learned-index report ablations build/offline.bazelrc lint wheel clean
 
 setup: native
 	@$(MAKE) --no-print-directory build/nginx || echo "nginx is left out: benchmarks/proxy.py will not compare with it" >&2
@@ -114,11 +114,12 @@ test-cpp: native
 sanitize: sanitize-cores sanitize-serving
 
 # Compiles the C++ cores, which need neither TensorFlow nor Python, with AddressSanitizer and UndefinedBehaviorSanitizer.
-# Only their tests need FAISS, so this can run while pip installs it. `nice`, because pip then works on one processor alone.
+# Only their tests need FAISS, so this can run while pip installs it. `nice`, because pip then works on one processor
+# alone. Prints errors only, because `make test` runs it beside other targets.
 sanitize-build: debian | $(BIN)/python
 	@cmake -S . -B build/sanitize -G Ninja -DDPSR_CORE_ONLY=ON -DDPSR_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=Debug \
 	  -DDPSR_FAISS_LIBRARY=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/faiss/libfaiss.so >/dev/null
-	@nice cmake --build build/sanitize
+	@nice cmake --build build/sanitize -- --quiet
 
 sanitize-cores: sanitize-build native
 	@ASAN_OPTIONS=detect_leaks=0 ctest --test-dir build/sanitize --output-on-failure --parallel 2
@@ -207,22 +208,18 @@ test-tools: build/promtool
 test-fast: native test-tools
 	$(PYTEST) -m "not slow"
 
-# Two or three at a time, because each of these leaves a processor idle for a while: pip to its end, a build at its end.
-test-native:
-	@$(MAKE) --no-print-directory -j3 native sanitize-build test-tools
-	@$(MAKE) --no-print-directory -j2 lint sanitize-serving
+# The Python tests leave processors idle while they wait for servers, and so does pip. The C++ tests that need nothing of
+# them run with low priority beside both; their output follows when they have ended. They come after sanitize-serving,
+# because only one may build in build/current at a time. Some Python tests build there, too, but not at once.
+test:
+	@$(MAKE) --no-print-directory -j4 test-beside test-python
 
-# The Python tests leave processors idle while they wait for servers. Other tests use that time, with low priority; their
-# output follows when they have ended. They must not build in build/current, where Python tests build, too.
-test: test-native
-	@$(MAKE) --no-print-directory -j2 test-beside test-python
-
-test-beside:
-	@nice $(MAKE) --no-print-directory sanitize-cores test-cpp sanitize-thread >build/test_beside.log 2>&1; \
-	status=$$?; cat build/test_beside.log; exit $$status
-
-test-python:
+test-python: lint sanitize-serving test-tools
 	MAKEFLAGS= $(PYTEST) -m "not distributed and not long"
+
+test-beside: native sanitize-build sanitize-serving
+	@nice $(MAKE) --no-print-directory -j1 sanitize-cores test-cpp sanitize-thread >build/test_beside.log 2>&1; \
+	status=$$?; cat build/test_beside.log; exit $$status
 
 # Kills and stops processes of clusters, and compares them with local training. Takes minutes.
 test-distributed: native
