@@ -208,17 +208,18 @@ test-tools: build/promtool
 test-fast: native test-tools
 	$(PYTEST) -m "not slow"
 
-# The Python tests leave processors idle while they wait for servers, and so does pip. The C++ tests that need nothing of
-# them run with low priority beside both; their output follows when they have ended. They come after sanitize-serving,
-# because only one may build in build/current at a time. Some Python tests build there, too, but not at once.
+# The Python tests leave processors idle while they wait for servers, and so does pip. The C++ tests are compiled and run
+# with low priority beside both; their output follows when they have ended. None of them may build in build/current (-o),
+# because Python tests build there, too, and only one may at a time.
 test:
 	@$(MAKE) --no-print-directory -j4 test-beside test-python
 
 test-python: lint sanitize-serving test-tools
 	MAKEFLAGS= $(PYTEST) -m "not distributed and not long"
 
-test-beside: native sanitize-build sanitize-serving
-	@nice $(MAKE) --no-print-directory -j1 sanitize-cores test-cpp sanitize-thread >build/test_beside.log 2>&1; \
+test-beside: native sanitize-build
+	@nice $(MAKE) --no-print-directory -j1 -o native -o sanitize-build sanitize-cores test-cpp sanitize-thread \
+	  >build/test_beside.log 2>&1; \
 	status=$$?; cat build/test_beside.log; exit $$status
 
 # Kills and stops processes of clusters, and compares them with local training. Takes minutes.

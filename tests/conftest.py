@@ -27,9 +27,9 @@ os.environ.setdefault(
 # the other processor would be idle until it ended. All other files follow in the order of their paths.
 _FIRST = (
     "end_to_end/test_demo.py",
-    "dpsr_tf/test_report.py",
-    "end_to_end/test_wheel.py",
     "end_to_end/test_documents.py",
+    "end_to_end/test_wheel.py",
+    "dpsr_tf/test_report.py",
     "distributed/test_launch.py",
     "benchmarks/test_serving_benchmarks.py",
     "dpsr_tf/test_embedding.py",
