@@ -55,7 +55,7 @@ empty :=
 space := $(empty) $(empty)
 
 .DELETE_ON_ERROR:
-.PHONY: setup debian native demo test test-fast test-tools test-distributed test-long test-cpp test-native sanitize sanitize-build sanitize-cores sanitize-serving sanitize-thread fuzz bazel-test test-tensorflow-serving bench-tokenizer bench-store bench-index bench-servable bench-training bench-learned-index report ablations build/offline.bazelrc lint wheel clean
+.PHONY: setup debian native demo test test-fast test-tools test-distributed test-long test-cpp test-beside test-python sanitize sanitize-build sanitize-cores sanitize-serving sanitize-thread fuzz bazel-test test-tensorflow-serving bench-tokenizer bench-store bench-index bench-servable bench-training bench-learned-index report ablations build/offline.bazelrc lint wheel clean
 
 setup: native
 	@$(MAKE) --no-print-directory build/nginx || echo "nginx is left out: benchmarks/proxy.py will not compare with it" >&2
@@ -114,11 +114,12 @@ test-cpp: native
 sanitize: sanitize-cores sanitize-serving
 
 # Compiles the C++ cores, which need neither TensorFlow nor Python, with AddressSanitizer and UndefinedBehaviorSanitizer.
-# Only their tests need FAISS, so this can run while pip installs it. `nice`, because pip then works on one processor alone.
+# Only their tests need FAISS, so this can run while pip installs it. `nice`, because pip then works on one processor
+# alone. Prints errors only, because `make test` runs it beside other targets.
 sanitize-build: debian | $(BIN)/python
 	@cmake -S . -B build/sanitize -G Ninja -DDPSR_CORE_ONLY=ON -DDPSR_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=Debug \
 	  -DDPSR_FAISS_LIBRARY=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/faiss/libfaiss.so >/dev/null
-	@nice cmake --build build/sanitize
+	@nice cmake --build build/sanitize -- --quiet
 
 sanitize-cores: sanitize-build native
 	@ASAN_OPTIONS=detect_leaks=0 ctest --test-dir build/sanitize --output-on-failure --parallel 2
@@ -175,7 +176,7 @@ bazel-test: debian $(VENV)/.packages build/offline.bazelrc
 # Runs the tests in two processes, in the order of tests/conftest.py: the fast tests first, so that most failures show
 # early. All fast tests of a file run in the same process, and so do its slow ones. `python -m pytest` alone uses one
 # process. Three processes were slower on 2 cores: not done after 12 minutes 40 seconds, against 11 minutes 50 in all.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # $(call take_program,PACKAGE,FILE) takes one program out of Debian's package, which is not installed, because it would
 # also start a server. A program of that name that is on the PATH is used instead.
@@ -207,13 +208,19 @@ test-tools: build/promtool
 test-fast: native test-tools
 	$(PYTEST) -m "not slow"
 
-# Two or three at a time, because each of these leaves a processor idle for a while: pip to its end, a build at its end.
-test-native:
-	@$(MAKE) --no-print-directory -j3 native sanitize-build test-tools
-	@$(MAKE) --no-print-directory -j2 sanitize-cores lint test-cpp sanitize-serving sanitize-thread
+# The Python tests leave processors idle while they wait for servers, and so does pip. The C++ tests are compiled and run
+# with low priority beside both; their output follows when they have ended. None of them may build in build/current (-o),
+# because Python tests build there, too, and only one may at a time.
+test:
+	@$(MAKE) --no-print-directory -j4 test-beside test-python
 
-test: test-native
-	$(PYTEST) -m "not distributed and not long"
+test-python: lint sanitize-serving test-tools
+	MAKEFLAGS= $(PYTEST) -m "not distributed and not long"
+
+test-beside: native sanitize-build
+	@nice $(MAKE) --no-print-directory -j1 -o native -o sanitize-build sanitize-cores test-cpp sanitize-thread \
+	  >build/test_beside.log 2>&1; \
+	status=$$?; cat build/test_beside.log; exit $$status
 
 # Kills and stops processes of clusters, and compares them with local training. Takes minutes.
 test-distributed: native

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -25,9 +27,9 @@ os.environ.setdefault(
 # the other processor would be idle until it ended. All other files follow in the order of their paths.
 _FIRST = (
     "end_to_end/test_demo.py",
-    "dpsr_tf/test_report.py",
-    "end_to_end/test_wheel.py",
     "end_to_end/test_documents.py",
+    "end_to_end/test_wheel.py",
+    "dpsr_tf/test_report.py",
     "distributed/test_launch.py",
     "benchmarks/test_serving_benchmarks.py",
     "dpsr_tf/test_embedding.py",
@@ -45,10 +47,7 @@ _FIRST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the fast tests first, then the slow ones in files sorted by _FIRST. The tests of a file keep their order.
-
-    With `--dist loadgroup`, the fast tests of a file run in one process, and so do its slow ones.
-    """
+    """Puts the fast tests first, then the slow ones in files sorted by _FIRST. The tests of a file keep their order."""
 
     def place(item: pytest.Item) -> int:
         if item.get_closest_marker("slow") is None:
@@ -56,9 +55,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((at for at, name in enumerate(_FIRST) if item.path.match(name)), len(_FIRST))
 
     items.sort(key=place)
-    for item in items:
-        kind = "fast" if place(item) < 0 else "slow"
-        item.add_marker(pytest.mark.xdist_group(f"{item.location[0]}, {kind}"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile`, gives all fast tests of a file to one process, and all its slow tests to one.
+
+    So what the tests of a file share is made only once. The mark `xdist_group` would not do: pytest-xdist 3.8 writes it
+    into the names of the tests, where pytest 9.2 no longer reads it.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        """Tests that follow each other and are of one file are one unit of work."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            if not hasattr(self, "_units"):
+                files = itertools.groupby(self.collection, key=lambda name: name.partition("::")[0])
+                self._units = {name: f"{file} {at}" for at, (file, names) in enumerate(files) for name in names}
+            return self._units[nodeid]
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @dataclasses.dataclass(frozen=True)

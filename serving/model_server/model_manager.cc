@@ -219,6 +219,8 @@ tensorflow::Status ModelManager::CheckLabels(const ModelConfig& config, Lock* lo
 
 void ModelManager::ApplyConfig(const ModelConfig& config) {
   Model& model = models_[config.name];
+  // It comes back before the last of its old versions has ended. What is wrong with it is logged again.
+  if (model.removed) model.problem.clear();
   model.config = config;
   model.generation = ++last_generation_;
   model.removed = false;

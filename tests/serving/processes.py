@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import dpsr_serving
@@ -45,6 +47,18 @@ def alive(pid: int) -> bool:
         return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return False
+
+
+def freeze(pid: int) -> None:
+    """Stops a process by SIGSTOP, and returns when all of its threads stand still.
+
+    The signal stops the thread that takes it. Until that thread has a processor, the others run on.
+    """
+    os.kill(pid, signal.SIGSTOP)
+    end = time.monotonic() + PATIENCE_S
+    while any(") T " not in stat.read_text() for stat in Path(f"/proc/{pid}/task").glob("*/stat")):
+        assert time.monotonic() < end, f"process {pid} goes on"
+        time.sleep(0.005)
 
 
 def child_environment(**extra: str) -> dict[str, str]:

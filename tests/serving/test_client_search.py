@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import PATIENCE_S, free_port, run_command, save_search_model
+from processes import PATIENCE_S, free_port, freeze, run_command, save_search_model
 from proxy_backends import RecordingBackend, wait_until, write_yaml
 from saved_models import publish
 
@@ -407,7 +407,7 @@ def test_deadline_against_a_server_that_hangs(models: dict[str, Path], tmp_path:
     publish(models["simple"], base, 1)
     with start_model_server(base, "m", op_libraries=()) as server, SearchClient(server.target, "m", 0.3) as client:
         wait_until(lambda: found(client) == [500])
-        server.process.send_signal(signal.SIGSTOP)
+        freeze(server.process.pid)
         try:
             threads = [threading.Thread(target=found, args=(client,)) for _ in range(4)]
             for thread in threads:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from processes import PATIENCE_S, free_port, save_search_model
+from processes import PATIENCE_S, free_port, freeze, save_search_model
 from proxy_backends import (
     FAST,
     Load,
@@ -68,7 +68,7 @@ def test_hanging_backend_fails_no_request_and_comes_back(
     http = http_address(proxy)
     with Load(proxy.target, predict("shop", query=["abc"])) as load:
         load.wait_for(100)
-        pair[0].process.send_signal(signal.SIGSTOP)
+        freeze(pair[0].process.pid)
         wait_until(lambda: metric(http, "dpsr_proxy_backend_up", backend=pair[0].target) == 0)
         load.wait_for(200)
         pair[0].process.send_signal(signal.SIGCONT)

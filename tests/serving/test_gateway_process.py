@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from gateway_shops import call, write_index
-from processes import PATIENCE_S, child_environment, command_line, run_command
+from processes import PATIENCE_S, child_environment, command_line, freeze, run_command
 
 from dpsr_serving.model_server import start_model_server
 
@@ -73,7 +73,7 @@ def test_gateway_answers_degrades_and_stops(gateway: tuple[Process, int]) -> Non
     assert sorted(semantic) == [100, 101, 102]
     assert call(process.address, "/").status == 200
     # A model server that hangs, with a search under way when the gateway is told to stop.
-    os.kill(model_server, signal.SIGSTOP)
+    freeze(model_server)
     answers: list[object] = []
     ask = threading.Thread(
         target=lambda: answers.append(call(process.address, "/v1/search", {"query": "red"}).json["degraded"])

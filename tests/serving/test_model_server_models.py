@@ -253,6 +253,29 @@ def test_a_model_that_comes_back_while_it_is_unloaded(exported: Path, base_path:
         assert running.states() == {1: State.AVAILABLE}
 
 
+def test_a_model_that_comes_back_while_it_is_unloaded_is_warned_of_again(
+    exported: Path, base_path: Path, tmp_path: Path
+) -> None:
+    """What was wrong before is in a log that nobody looks at any more."""
+    saved_models.publish(exported / "signatures", base_path, 1)
+    config = model_config("default", base_path, specific=(1, 9))
+    with serving(tmp_path, write_config(tmp_path, config)) as running:
+
+        def warnings() -> int:
+            return running.log.read_text().count("version 9 of model default, which its version policy names, was not")
+
+        eventually(lambda: warnings() == 1, "a warning")
+        held, release = held_request(running, tmp_path)
+        running.reload(config_list())
+        eventually(lambda: running.states() == {1: State.UNLOADING}, "1 waits for its request")
+        reload = model_management_pb2.ReloadConfigRequest(config=config_list(config))
+        waiting = running.model.HandleReloadConfigRequest.future(reload, timeout=PATIENCE_S)
+        eventually(lambda: warnings() == 2, "a second warning")
+        release.touch()
+        assert held.result().model_spec.version.value == 1
+        assert waiting.result().status.error_code == 0
+
+
 def test_a_broken_version_never_disturbs_the_one_that_serves(exported: Path, base_path: Path, tmp_path: Path) -> None:
     saved_models.publish(exported / "half_plus_1", base_path, 1)
     with serving(tmp_path, f"--model_base_path={base_path}", "--max_num_load_retries=0") as running:

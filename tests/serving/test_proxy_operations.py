@@ -17,7 +17,7 @@ from typing import Any
 
 import grpc
 import pytest
-from processes import PATIENCE_S, alive, run_command
+from processes import PATIENCE_S, alive, freeze, run_command
 from proxy_backends import (
     Load,
     StartBackend,
@@ -339,7 +339,7 @@ def test_a_worker_that_stops_for_a_while_is_counted_again(
     for _ in range(20):
         assert ask_ids(proxy.target, "shop") == [100]
     stopped = children(proxy.process.pid)[0]
-    os.kill(stopped, signal.SIGSTOP)
+    freeze(stopped)
     try:
         assert metric(http, "dpsr_proxy_requests_total", code="OK") < 20
     finally:

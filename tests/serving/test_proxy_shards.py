@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from processes import PATIENCE_S
+from processes import PATIENCE_S, freeze
 from proxy_backends import RecordingBackend, StartProxy, call, http_address, metric, predict, wait_until, write_yaml
 
 from dpsr_common import serving_apis
@@ -159,7 +159,11 @@ def test_missing_shard_gives_the_rest_or_an_error_by_policy(
     everything = found(partial.target)[2]
     lost = found(parts[1].target)[2]
     assert len(everything) == 200 and len(lost) == 102
-    parts[1].process.send_signal(harm)
+    if harm is signal.SIGSTOP:
+        freeze(parts[1].process.pid)
+    else:
+        parts[1].process.kill()
+        parts[1].process.wait()
     for _ in range(3):
         code, _, ids, trailing = found(partial.target)
         assert code is grpc.StatusCode.OK and ids == everything - lost and trailing["dpsr-shards"] == "2/3"
