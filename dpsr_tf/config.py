@@ -349,7 +349,9 @@ class RankerConfig:
     most_propensity_weight: float = option(10.0, "largest weight that propensity_weights gives", 1, 1e6)
     dropout: float = option(0.0, "share of the outputs of each ReLU layer that training leaves out", 0, 0.95)
     dpsr_model: str = option(
-        "", "directory of a retrieval model. If given, the ranker reads its score of query and item, dpsr_score"
+        "",
+        "directory of a retrieval model. If given, the ranker reads its score of query and item, dpsr_score, and how "
+        "similar an item is to the others of its request, list_similarity",
     )
 
     def problem(self) -> str | None:
