@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -78,18 +78,25 @@ class RankerInputs:
         return matrix
 
 
-def choose_numbers(features: RankingFeatures, shown: Shown, of_model: bool) -> tuple[tuple[Number, ...], list[str]]:
+def model_numbers(ranker: RankerConfig) -> tuple[str, ...]:
+    """Returns those of MODEL_NUMBERS that a ranker reads."""
+    return MODEL_NUMBERS[: 0 if not ranker.dpsr_model else 1 + ranker.list_similarity]
+
+
+def choose_numbers(
+    features: RankingFeatures, shown: Shown, of_model: Collection[str]
+) -> tuple[tuple[Number, ...], list[str]]:
     """Chooses the numbers that tell something, and fits their scales to some items shown.
 
     Args:
         features: names the numbers and their kinds.
         shown: items of requests for training.
-        of_model: whether MODEL_NUMBERS are in `shown` too.
+        of_model: those of MODEL_NUMBERS that may be chosen too.
 
     Returns:
-        The numbers, MODEL_NUMBERS last, and for each that is left out a text that says why.
+        The numbers, those of `of_model` last, and for each that is left out a text that says why.
     """
-    kinds: Mapping[str, str] = features.kinds | (dict.fromkeys(MODEL_NUMBERS, "pair") if of_model else {})
+    kinds: Mapping[str, str] = features.kinds | dict.fromkeys(of_model, "pair")
     numbers, left_out = [], []
     for name, kind in kinds.items():
         values = shown.numbers[name].astype(np.float64)

@@ -145,21 +145,21 @@ def untrained_ranker(path: Path, store: Store, towers: Path | None = None, **sec
     from dpsr_tf.models.encoders import placeholder
     from dpsr_tf.models.model_directory import ModelDirectory
     from dpsr_tf.models.ranker import Ranker
-    from dpsr_tf.models.ranker_inputs import RankerInputs, choose_numbers, dpsr_scorer
+    from dpsr_tf.models.ranker_inputs import RankerInputs, choose_numbers, dpsr_scorer, model_numbers
 
     model = {
         "kind": "ranker", "token_dim": 6, "feature_dim": 4, "hidden": [16, 8, 4], "item_features": ["*"],
         "user_features": ["*"], "history_length": 5,
     } | sections.pop("model", {})  # fmt: skip
     if towers is not None:
-        sections["ranker"] = sections.get("ranker", {}) | {"dpsr_model": str(towers)}
+        sections["ranker"] = sections.get("ranker", {}) | {"dpsr_model": str(towers), "list_similarity": True}
     config = from_dict(Config, {"model": model, **sections}, "test")
     features = RankingFeatures(store)
     (file,) = store.requests()
     shown = features.of(file, np.arange(200))
     if towers is not None:
         shown = dpsr_scorer(str(towers), store)(shown)
-    numbers, _ = choose_numbers(features, shown, towers is not None)
+    numbers, _ = choose_numbers(features, shown, model_numbers(config.ranker))
     numbers = numbers if config.ranker.numbers else ()
     directory = ModelDirectory.create_or_resume(path, config, store, lambda: numbers)
     lists = RankerInputs(store, directory.features, config.model.history_length)(shown)
