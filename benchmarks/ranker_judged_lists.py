@@ -10,9 +10,9 @@ score of an item is the mean over five trainings with different seeds, of trees 
 numbers need no grades and are those of all lists. `bm25` is BM25 of the titles with its usual constants; `bm25 tuned`
 has stems, trigrams, weights and constants that are chosen in the same way.
 
-All trees and networks read the same numbers: matches of query and item, prices and the like, and what two
-towers say that are trained on the titles of the catalogue (dpsr_tf/configs/catalogue.yaml): their score of query and
-item, and how similar an item is to the others of its list. With 75 to 130 queries there is
+All trees and networks read the same numbers: matches of query and item, prices and the like, and the score of two
+towers that are trained on the titles of the catalogue (dpsr_tf/configs/catalogue.yaml). Settings come with and without
+`list_similarity`, by the same towers: how similar an item is to the others of its list. With 75 to 130 queries there is
 too little to learn embeddings of words from, so DPR reads numbers only, in a small network of three ReLU layers.
 """
 
