@@ -242,6 +242,11 @@ def test_index_only_renews_items_and_statistics(tmp_path: Path, capsys: pytest.C
     assert manifests[1]["kind"] == "ranker" and manifests[1]["until"] == int(second.statistics()["until"][0])
     variables = [sorted((base / name / "variables").iterdir()) for name in ("1", "2")]
     assert [path.read_bytes() for path in variables[0]] == [path.read_bytes() for path in variables[1]]
+    # The embeddings of new items need the retrieval model.
+    (tmp_path / "towers").rename(tmp_path / "moved")
+    assert main(["export", "--index_only", f"--store={second.path}", f"--out={base}"]) == 1
+    assert f"{tmp_path / 'towers'}: holds no model" in capsys.readouterr().err and not (base / "3").exists()
+    (tmp_path / "moved").rename(tmp_path / "towers")
     # A table of another version is refused.
     (base / "2" / "assets" / "rank_table.dpsr").write_bytes((base / "1" / "assets" / "rank_table.dpsr").read_bytes())
     assert main(["export", "--index_only", f"--store={second.path}", f"--out={base}"]) == 1
