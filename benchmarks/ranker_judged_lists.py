@@ -11,7 +11,8 @@ numbers need no grades and are those of all lists. `bm25` is BM25 of the titles 
 has stems, trigrams, weights and constants that are chosen in the same way.
 
 All trees and networks read the same numbers: matches of query and item, prices and the like, and the score of two
-towers that are trained on the titles of the catalogue (dpsr_tf/configs/catalogue.yaml). With 75 to 130 queries there is
+towers that are trained on the titles of the catalogue (dpsr_tf/configs/catalogue.yaml). Settings come with and without
+`list_similarity`, by the same towers: how similar an item is to the others of its list. With 75 to 130 queries there is
 too little to learn embeddings of words from, so DPR reads numbers only, in a small network of three ReLU layers.
 """
 
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 from dpsr_tf.config import CONFIGS, Config, ModelConfig, RankerConfig
 from dpsr_tf.data.ingest import ingest
-from dpsr_tf.data.ranking_features import RankingFeatures, Shown
+from dpsr_tf.data.ranking_features import MODEL_NUMBERS, RankingFeatures, Shown
 from dpsr_tf.data.schema import load_schema
 from dpsr_tf.data.store import Store, new_directory
 from dpsr_tf.evaluation import metrics
@@ -280,18 +281,27 @@ def _cross_validated(
     return _ndcg(lists, found)
 
 
+# What models read of the towers: their score alone, or how similar the items of a list are, too.
+_OF_MODEL = (MODEL_NUMBERS[:1], MODEL_NUMBERS)
+
+
+def _read(of_model: Sequence[str]) -> str:
+    return ", list_similarity" if len(of_model) > 1 else ""
+
+
 # LightGBM.
 
 
 def lightgbm_settings(features: RankingFeatures, lists: Shown, full: bool) -> list[Setting]:
-    """Returns LambdaMART, and regression of gains, with several sizes of trees."""
-    names = [number.name for number in choose_numbers(features, lists, True)[0]]
+    """Returns LambdaMART, and regression of gains, with several sizes of trees, with and without list_similarity."""
     marks = (25, 50, 100, 200)
 
-    def matrix(part: Shown) -> np.ndarray:
-        return np.stack([part.numbers[name] for name in names], axis=1)
+    def setting(of_model: Sequence[str], objective: str, leaves: int, rows: int) -> Setting:
+        names = [number.name for number in choose_numbers(features, lists, of_model)[0]]
 
-    def setting(objective: str, leaves: int, rows: int) -> Setting:
+        def matrix(part: Shown) -> np.ndarray:
+            return np.stack([part.numbers[name] for name in names], axis=1)
+
         parameters = {
             "objective": objective, "num_leaves": leaves, "min_data_in_leaf": rows, "learning_rate": 0.05,
             "feature_fraction": 0.7, "bagging_fraction": 0.8, "bagging_freq": 1, "lambda_l2": 5,
@@ -304,20 +314,25 @@ def lightgbm_settings(features: RankingFeatures, lists: Shown, full: bool) -> li
             model = lightgbm.train(parameters | {"seed": seed}, data, marks[-1])
             return lambda part: [np.asarray(model.predict(matrix(part), num_iteration=trees)) for trees in marks]
 
-        return Setting(f"{objective}, {leaves} leaves of {rows} rows", lambda lists: fit, marks)
+        return Setting(f"{objective}, {leaves} leaves of {rows} rows{_read(of_model)}", lambda lists: fit, marks)
 
     sizes = ((4, 20), (7, 20), (7, 50), (15, 50)) if full else ((4, 20), (7, 50))
-    return [setting(objective, *size) for objective in ("lambdarank", "regression") for size in sizes]
+    return [
+        setting(of_model, objective, *size)
+        for of_model in _OF_MODEL
+        for objective in ("lambdarank", "regression")
+        for size in sizes
+    ]
 
 
 # DPR.
 
 
 def dpr_settings(store: Store, features: RankingFeatures, lists: Shown, full: bool) -> list[Setting]:
-    """Returns DPR with small networks, with and without dropout."""
+    """Returns DPR with small networks, with and without dropout and list_similarity."""
     marks = (40, 80, 160)
 
-    def setting(hidden: tuple[int, ...], dropout: float, rate: float, loss: str) -> Setting:
+    def setting(of_model: Sequence[str], hidden: tuple[int, ...], dropout: float, rate: float, loss: str) -> Setting:
         config = Config(
             model=ModelConfig(kind="ranker", hidden=hidden),
             ranker=RankerConfig(
@@ -328,21 +343,30 @@ def dpr_settings(store: Store, features: RankingFeatures, lists: Shown, full: bo
 
         def make(lists: Shown) -> Callable[[Shown, int], Callable[[Shown], list[np.ndarray]]]:
             if not made:
-                made.append(_Network(store, features, lists, config, rate))
+                made.append(_Network(store, features, lists, config, rate, of_model))
             return lambda part, seed: made[0].fit(part, seed, marks)
 
-        return Setting(f"{loss} {'-'.join(map(str, hidden))}, dropout {dropout}, rate {rate}", make, marks)
+        name = f"{loss} {'-'.join(map(str, hidden))}, dropout {dropout}, rate {rate}{_read(of_model)}"
+        return Setting(name, make, marks)
 
-    chosen = [((32, 16, 8), 0.0, 0.003, "pairwise"), ((64, 32, 16), 0.2, 0.003, "pairwise")]
+    chosen = [((32, 16, 8), 0.0, 0.003, "pairwise"), ((64, 32, 16), 0.5, 0.003, "pairwise")]
     more = [((64, 32, 16), 0.0, 0.003, "pairwise"), ((64, 32, 16), 0.2, 0.003, "listwise")]
-    return [setting(*values) for values in (chosen + more if full else chosen)]
+    return [setting(of_model, *values) for of_model in _OF_MODEL for values in (chosen + more if full else chosen)]
 
 
 class _Network:
     """A ranker that is trained on all lists at once in each step, by Adam."""
 
-    def __init__(self, store: Store, features: RankingFeatures, lists: Shown, config: Config, rate: float):
-        numbers, _ = choose_numbers(features, lists, True)
+    def __init__(
+        self,
+        store: Store,
+        features: RankingFeatures,
+        lists: Shown,
+        config: Config,
+        rate: float,
+        of_model: Sequence[str],
+    ):
+        numbers, _ = choose_numbers(features, lists, of_model)
         spec = dataclasses.replace(feature_spec(config, store), numbers=numbers)
         self._inputs = RankerInputs(store, spec, config.model.history_length)
         graph = tf.Graph()

@@ -351,11 +351,18 @@ class RankerConfig:
     dpsr_model: str = option(
         "", "directory of a retrieval model. If given, the ranker reads its score of query and item, dpsr_score"
     )
+    list_similarity: bool = option(
+        False,
+        "whether the ranker reads how similar an item is to the others of its request, by the embeddings of "
+        "dpsr_model. The servable then holds the embeddings of all items",
+    )
 
     def problem(self) -> str | None:
         """Returns what is wrong with values that are allowed one by one but not together."""
         if len(self.gains) != 4:
             return f"gains has {len(self.gains)} numbers, expected 4: of unclicked, click, cart and order"
+        if self.list_similarity and not self.dpsr_model:
+            return "list_similarity is on, but dpsr_model is empty; give the directory of a retrieval model"
         if not self.texts and not self.numbers:
             return "texts and numbers are both off, expected at least one of them"
         if list(self.gains) != sorted(self.gains) or self.gains[0] == self.gains[-1]:

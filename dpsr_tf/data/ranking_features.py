@@ -24,6 +24,9 @@ Kind = Literal["item", "request", "pair"]
 _GLOBAL_WINDOW = WINDOWS[-1]
 # What is derived from the counts of each entity and window, beside the counts themselves.
 RATES = ("ctr", "cvr")
+# The numbers of a pair that a retrieval model gives (models/ranker_inputs.py). They are not in RankingFeatures.
+DPSR_SCORE, LIST_SIMILARITY = "dpsr_score", "list_similarity"
+MODEL_NUMBERS = (DPSR_SCORE, LIST_SIMILARITY)
 # More than any number of items, so that a query and an item make one number.
 _ITEMS = 1 << 32
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dpsr_common.errors import CommandError
 from dpsr_common.files import replaced
 from dpsr_common.packed_file import PackedFile
-from dpsr_tf.data.ranking_features import RankingFeatures, Shown
+from dpsr_tf.data.ranking_features import MODEL_NUMBERS, RankingFeatures, Shown
 from dpsr_tf.data.store import Store, unpack_strings
 from dpsr_tf.evaluation.judgments import FOLDS, fold_of
 
@@ -52,8 +52,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "model",
         None,
-        "model whose score of query and item becomes the column dpsr_score; it must be trained on this store, or the "
-        "store made with --like=MODEL",
+        "retrieval model that gives the columns dpsr_score and list_similarity; it must be trained on this store, or "
+        "the store made with --like=MODEL",
         flag_values=values,
     )
     flags.DEFINE_boolean("overwrite", False, "replace the file if --out exists already", flag_values=values)
@@ -134,7 +134,7 @@ def request_batches(store: Store, fold: str) -> Iterator[tuple[int, PackedFile, 
 
 
 def _schema(features: RankingFeatures, scored: bool) -> pa.Schema:
-    numbers = [*features.numbers, *(["dpsr_score"] if scored else [])]
+    numbers = [*features.numbers, *(MODEL_NUMBERS if scored else ())]
     columns = [
         ("request", pa.int64()),
         ("query", pa.string()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -10,14 +10,11 @@ from dpsr_common.errors import CommandError
 from dpsr_tf.config import RankerConfig
 from dpsr_tf.data.column_files import row_splits
 from dpsr_tf.data.examples_dataset import Features, Tokens
-from dpsr_tf.data.ranking_features import RankingFeatures, Shown
+from dpsr_tf.data.ranking_features import DPSR_SCORE, LIST_SIMILARITY, MODEL_NUMBERS, RankingFeatures, Shown
 from dpsr_tf.data.store import Store
 from dpsr_tf.data.user_requests import User
 from dpsr_tf.models.encoders import features_of, item_embeddings, query_encoder, splits_of, take
 from dpsr_tf.models.features import NUMBER_KINDS, FeatureSpec, Lists, Number
-
-# The number that a retrieval model gives. It is not in RankingFeatures.
-DPSR_SCORE = "dpsr_score"
 
 
 class RankerInputs:
@@ -81,18 +78,25 @@ class RankerInputs:
         return matrix
 
 
-def choose_numbers(features: RankingFeatures, shown: Shown, dpsr_score: bool) -> tuple[tuple[Number, ...], list[str]]:
+def model_numbers(ranker: RankerConfig) -> tuple[str, ...]:
+    """Returns those of MODEL_NUMBERS that a ranker reads."""
+    return MODEL_NUMBERS[: 0 if not ranker.dpsr_model else 1 + ranker.list_similarity]
+
+
+def choose_numbers(
+    features: RankingFeatures, shown: Shown, of_model: Collection[str]
+) -> tuple[tuple[Number, ...], list[str]]:
     """Chooses the numbers that tell something, and fits their scales to some items shown.
 
     Args:
         features: names the numbers and their kinds.
         shown: items of requests for training.
-        dpsr_score: whether `dpsr_score` is in `shown` too.
+        of_model: those of MODEL_NUMBERS that may be chosen too.
 
     Returns:
-        The numbers, and for each that is left out a text that says why.
+        The numbers, those of `of_model` last, and for each that is left out a text that says why.
     """
-    kinds: Mapping[str, str] = features.kinds | ({DPSR_SCORE: "pair"} if dpsr_score else {})
+    kinds: Mapping[str, str] = features.kinds | dict.fromkeys(of_model, "pair")
     numbers, left_out = [], []
     for name, kind in kinds.items():
         values = shown.numbers[name].astype(np.float64)
@@ -117,7 +121,7 @@ def choose_numbers(features: RankingFeatures, shown: Shown, dpsr_score: bool) ->
 def check_numbers(features: RankingFeatures, numbers: Sequence[Number], where: str) -> None:
     """Raises CommandError unless the numbers of a model are those of a store."""
     for number in numbers:
-        kind = "pair" if number.name == DPSR_SCORE else features.kinds.get(number.name)
+        kind = "pair" if number.name in MODEL_NUMBERS else features.kinds.get(number.name)
         if kind != number.kind:
             raise CommandError(
                 f"{where}: reads the number {number.name}, which the store does not have; give the store that the "
@@ -130,14 +134,16 @@ def _features(found: Features | None, rows: int) -> Features:
 
 
 def scorer_of_config(ranker: RankerConfig, store: Store) -> Callable[[Shown], Shown] | None:
-    """Returns dpsr_scorer for a training of a ranker; None if the ranker does not read `dpsr_score`."""
+    """Returns dpsr_scorer for a training of a ranker; None if the ranker does not read its numbers."""
     return dpsr_scorer(ranker.dpsr_model, store) if ranker.dpsr_model and ranker.numbers else None
 
 
 def dpsr_scorer(directory: str, store: Store) -> Callable[[Shown], Shown]:
-    """Returns a function that adds the number `dpsr_score` to items shown.
+    """Returns a function that adds MODEL_NUMBERS to items shown. Both come from the embeddings of a retrieval model.
 
-    It is the product of the embeddings of query and item by a retrieval model, the largest over query heads.
+    `dpsr_score` is the product of the embeddings of query and item, the largest over query heads. `list_similarity` is
+    the cosine of the embeddings of the item and of all other items of its request together. Most items that retrieval
+    finds answer the query, so one that is unlike the others often does not (pseudo relevance feedback).
 
     Raises:
         CommandError: no model or checkpoint is there, or the model cannot read the store.
@@ -153,14 +159,25 @@ def dpsr_scorer(directory: str, store: Store) -> Callable[[Shown], Shown]:
             encode(shown.queries[begin : begin + _QUERIES], users[begin : begin + _QUERIES])
             for begin in range(0, b, _QUERIES)
         ]
-        of_request, score = np.concatenate(heads), np.empty(len(shown.item), np.float32)
-        for begin in range(0, len(score), _PAIRS):
-            piece = slice(begin, begin + _PAIRS)
-            products = np.einsum("nhd,nd->nh", of_request[shown.request[piece]], items[shown.item[piece]])
-            score[piece] = products.max(1)
-        return shown._replace(numbers=shown.numbers | {DPSR_SCORE: score})
+        of_request, n = np.concatenate(heads), len(shown.item)
+        score, similarity = np.empty(n, np.float32), np.empty(n, np.float32)
+        pieces = [slice(begin, begin + _PAIRS) for begin in range(0, n, _PAIRS)]
+        of_list = np.zeros((b, items.shape[1]), np.float32)
+        for piece in pieces:
+            np.add.at(of_list, shown.request[piece], items[shown.item[piece]])
+        for piece in pieces:
+            request, embeddings = shown.request[piece], items[shown.item[piece]]
+            score[piece] = np.einsum("nhd,nd->nh", of_request[request], embeddings).max(1)
+            similarity[piece] = _cosines(embeddings, of_list[request] - embeddings)
+        return shown._replace(numbers=shown.numbers | {DPSR_SCORE: score, LIST_SIMILARITY: similarity})
 
     return scored
+
+
+def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Returns the cosine of each row of `a` with that of `b`, both [n, d]: float32 [n], NaN where one of them is 0."""
+    lengths = np.sqrt((a * a).sum(1) * (b * b).sum(1))
+    return np.divide((a * b).sum(1), lengths, out=np.full(len(a), np.nan, np.float32), where=lengths > 0)
 
 
 # Queries that are embedded at a time, and pairs that are scored at a time.

@@ -14,13 +14,13 @@ import numpy as np
 import tensorflow as tf
 
 from dpsr_common.errors import CommandError
-from dpsr_tf.data.ranking_features import Shown
+from dpsr_tf.data.ranking_features import MODEL_NUMBERS, Shown
 from dpsr_tf.data.store import Store
 from dpsr_tf.models.encoders import placeholder, restore
 from dpsr_tf.models.features import Lists
 from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.models.ranker import Ranker
-from dpsr_tf.models.ranker_inputs import DPSR_SCORE, RankerInputs, dpsr_scorer
+from dpsr_tf.models.ranker_inputs import RankerInputs, dpsr_scorer
 
 v1 = tf.compat.v1
 
@@ -32,7 +32,8 @@ def ranker_scores(model_dir: str | Path, store: Store, checkpoint: str | None = 
     """Returns the ranker of a model directory as a function from items shown to scores, float32 [n].
 
     Items may stand in any order. Only scores of items of one request can be compared. If the ranker reads
-    `dpsr_score`, and the items have none, the retrieval model of its config computes it. It is read when it is needed.
+    MODEL_NUMBERS, and the items lack one, the retrieval model of its config computes them. The model is opened when it
+    is needed.
 
     Args:
         model_dir: the model.
@@ -49,7 +50,7 @@ def ranker_scores(model_dir: str | Path, store: Store, checkpoint: str | None = 
         raise CommandError(f"{model.path}: {difference}; give the store the model was trained on")
     path = str(model.path / checkpoint) if checkpoint else model.last_checkpoint()
     inputs = RankerInputs(store, model.features, model.config.model.history_length)
-    reads_score = any(number.name == DPSR_SCORE for number in model.features.numbers)
+    of_model = {number.name for number in model.features.numbers} & set(MODEL_NUMBERS)
     run = _runner(model, path)
 
     @functools.cache
@@ -57,7 +58,7 @@ def ranker_scores(model_dir: str | Path, store: Store, checkpoint: str | None = 
         return dpsr_scorer(model.config.ranker.dpsr_model, store)
 
     def scores(shown: Shown) -> np.ndarray:
-        if reads_score and DPSR_SCORE not in shown.numbers:
+        if of_model - shown.numbers.keys():
             shown = scorer()(shown)
         order = np.argsort(shown.request, kind="stable")
         found = np.empty(len(order), np.float32)

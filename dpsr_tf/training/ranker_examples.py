@@ -14,7 +14,13 @@ from dpsr_tf.data.ranking_features import RankingFeatures, Shown
 from dpsr_tf.data.store import Store
 from dpsr_tf.models.features import Number, RankingBatch
 from dpsr_tf.models.model_directory import ModelDirectory
-from dpsr_tf.models.ranker_inputs import RankerInputs, check_numbers, choose_numbers, scorer_of_config
+from dpsr_tf.models.ranker_inputs import (
+    RankerInputs,
+    check_numbers,
+    choose_numbers,
+    model_numbers,
+    scorer_of_config,
+)
 from dpsr_tf.training.cluster import Cluster
 from dpsr_tf.training.generated_input import generated_input
 
@@ -47,7 +53,7 @@ class RankerExamples:
         if not self._config.ranker.numbers:
             return ()
         shown = self._scored(batches.sample(_FIT_ITEMS))
-        numbers, left_out = choose_numbers(self._features, shown, self._score is not None)
+        numbers, left_out = choose_numbers(self._features, shown, model_numbers(self._config.ranker))
         print(f"ranker: reads {len(numbers)} numbers, {sum(n.may_miss for n in numbers)} of which may be missing")
         if left_out:
             print(f"ranker: leaves out {len(left_out)} numbers, which say nothing: {', '.join(left_out)}")

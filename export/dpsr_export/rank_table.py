@@ -17,10 +17,9 @@ from dpsr_common.packed_file import PackedFileWriter
 from dpsr_export.faiss_search import load
 from dpsr_export.request_tables import loaded
 from dpsr_tf.data.event_counts import SPENDING
-from dpsr_tf.data.ranking_features import RankingFeatures
+from dpsr_tf.data.ranking_features import DPSR_SCORE, RankingFeatures
 from dpsr_tf.data.schema import EVENT_TYPES
 from dpsr_tf.models.features import Number
-from dpsr_tf.models.ranker_inputs import DPSR_SCORE
 
 FILE = "rank_table.dpsr"
 
@@ -99,7 +98,7 @@ class RankTable:
             dpsr_score: float32 [n], or [0] if it is missing for all items.
             of_user: the numbers of the user that the request brings, float32 [1] or [0], by name ("user.age").
             request: names of the numbers of kind request.
-            pairs: names of the numbers of kind pair.
+            pairs: names of the numbers of kind pair, but for `list_similarity`.
             max_items: the largest n.
 
         Raises:
@@ -143,6 +142,23 @@ class RankTable:
         """Returns rows of a table, float32 [n, width]; `rows` int32 [n], -1 gives zeros."""
         found: tf.Tensor = load().dpsr_rank_rows(self._handle, rows, table=table, width=self._widths[table])
         return found
+
+    def list_similarity(self, table: int, rows: tf.Tensor) -> tf.Tensor:
+        """Returns how similar each item is to the others of a list, as dpsr_scorer of models/ranker_inputs.py does.
+
+        Args:
+            table: the table with the items' embeddings.
+            rows: int32 [n]; -1 is an unknown item, which does not count.
+
+        Returns:
+            float32 [n, 1]; NaN for an unknown item, and where the list has no other known one.
+        """
+        embeddings = self.rows(table, rows)
+        others = tf.reduce_sum(embeddings, 0, keepdims=True) - embeddings
+        product, *squares = (tf.reduce_sum(x, 1, keepdims=True) for x in
+            (embeddings * others, tf.square(embeddings), tf.square(others)))  # fmt: skip
+        # 0 / 0 is NaN.
+        return product / tf.sqrt(squares[0] * squares[1])
 
     def scores(
         self,

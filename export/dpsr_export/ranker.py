@@ -26,15 +26,15 @@ from dpsr_export.request_inputs import RequestInputs, absent, save_model, signat
 from dpsr_tf import __version__
 from dpsr_tf.config import Config
 from dpsr_tf.data.examples_dataset import Features, Tokens
-from dpsr_tf.data.ranking_features import RankingFeatures
+from dpsr_tf.data.ranking_features import DPSR_SCORE, LIST_SIMILARITY, RankingFeatures
 from dpsr_tf.data.schema import FIXED_KINDS
 from dpsr_tf.data.store import Store
 from dpsr_tf.data.user_requests import USER, User, UserRequests, input_arrays
-from dpsr_tf.models.encoders import StoreTables, restore
+from dpsr_tf.models.encoders import StoreTables, item_embeddings, restore
 from dpsr_tf.models.features import Feature, FeatureSpec, ItemFeatures
 from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.models.ranker import HALF_LIFE, Ranker
-from dpsr_tf.models.ranker_inputs import DPSR_SCORE, check_numbers
+from dpsr_tf.models.ranker_inputs import check_numbers
 from dpsr_tokenizer import Vocabulary
 
 v1 = tf.compat.v1
@@ -147,11 +147,18 @@ class _Source:
         check_numbers(features, model.features.numbers, str(model.path))
         return _Source(model, store, features, StoreTables(model, store))
 
+    @property
+    def compares(self) -> bool:
+        """Whether the ranker reads how similar the items of a list are."""
+        return any(number.name == LIST_SIMILARITY for number in self.model.features.numbers)
+
     def item_tables(self, run: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]) -> list[np.ndarray]:
         """Computes the tables of all items, float32 [items, width] each; `run` is the signature for some items."""
         items = self.store.counts.items
         found = [run(self._items(np.arange(begin, min(begin + _BATCH, items)))) for begin in range(0, items, _BATCH)]
-        return [np.concatenate([tables[name] for tables in found]) for name in sorted(found[0])]
+        tables = [np.concatenate([tables[name] for tables in found]) for name in sorted(found[0])]
+        # The last table has embeddings of the retrieval model, which are no variables of the ranker.
+        return [*tables, item_embeddings(self.model.config.ranker.dpsr_model, self.store)] if self.compares else tables
 
     def _items(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Returns what describes some items: the inputs of `item_tables`."""
@@ -196,7 +203,7 @@ def _write_saved_model(
     with tf.Graph().as_default(), v1.Session() as session:
         ranker = Ranker(model.config, model.features)
         inputs, tables = _items(model.features, ranker)
-        rank = _rank(source, ranker, tables, max_items, assets)
+        rank = _rank(source, ranker, tables, [of_items.shape[1] for of_items in found], max_items, assets)
         request_tables.check_assets()
         # All ops are made before the session runs one.
         initializer = v1.tables_initializer()
@@ -277,9 +284,9 @@ def _has_products(ranker: Ranker, vectors: tf.Tensor) -> bool:
 
 
 def _rank(
-    source: _Source, ranker: Ranker, tables: _Tables, max_items: int, assets: Path
+    source: _Source, ranker: Ranker, tables: _Tables, widths: Sequence[int], max_items: int, assets: Path
 ) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
-    """Returns the inputs and outputs of the signature `rank`."""
+    """Returns the inputs and outputs of the signature `rank`; `widths` are those of `source.item_tables`."""
     model, store = source.model, source.store
     config, spec = model.config.model, model.features
     # The fixed shape tells servers not to batch requests, which have any number of items.
@@ -304,11 +311,13 @@ def _rank(
         feature = f"{USER}{name.removeprefix('user.')}"
         if name.startswith("user."):
             of_user[name] = inputs.setdefault(feature, absent(tf.float32, 1, feature))
-    widths = [int(of_items.shape[1]) for of_items in tables.named().values()]
     table = RankTable(assets / FILE, source.features, widths)
-    numbers = table.numbers(
-        query, inputs[USER_ID], item_ids, score, of_user, names["request"], names["pair"], max_items
-    )
+    pairs = [name for name in names["pair"] if name != LIST_SIMILARITY]
+    numbers = table.numbers(query, inputs[USER_ID], item_ids, score, of_user, names["request"], pairs, max_items)
+    if source.compares:
+        # choose_numbers puts it last.
+        similarity = table.list_similarity(len(widths) - 1, numbers.rows)
+        numbers = numbers._replace(pairs=tf.concat([numbers.pairs, similarity], 1))
     rows, types, past = None, tf.zeros([0], tf.int32), None
     if config.history_length:
         clicked = items("clicked_items", "clicked_item_keys", 2)

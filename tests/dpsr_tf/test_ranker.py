@@ -24,7 +24,7 @@ from dpsr_tf.evaluation.rankings import is_validated
 from dpsr_tf.models.encoders import item_embeddings, placeholder
 from dpsr_tf.models.model_directory import ModelDirectory
 from dpsr_tf.models.ranker import Ranker
-from dpsr_tf.models.ranker_inputs import RankerInputs, dpsr_scorer
+from dpsr_tf.models.ranker_inputs import RankerInputs, dpsr_scorer, model_numbers
 from dpsr_tf.models.ranker_scores import ranker_scores
 from dpsr_tf.training.train import config_from_flags, train
 
@@ -229,9 +229,11 @@ def test_the_retrieval_model_is_read_only_when_its_score_is_needed(store, tmp_pa
     for module in ("ranker_inputs", "ranker_scores"):
         monkeypatch.setattr(f"dpsr_tf.models.{module}.dpsr_scorer", counted)
     changes = {"train__checkpoint_steps": 2, "validation__queries": 50, "ranker__dpsr_model": str(towers)}
+    assert model_numbers(_config(**changes).ranker) == ("dpsr_score",)
+    changes["ranker__list_similarity"] = True
     train(store, _config(train__steps=4, **changes), tmp_path / "model")
     read = {number.name for number in ModelDirectory.open(tmp_path / "model").features.numbers}
-    assert "dpsr_score" in read
+    assert read >= {"dpsr_score", "list_similarity"}
     assert len(opened) == 2, "by the training, and by the validation for both checkpoints"
     shown, score = _held(store), ranker_scores(tmp_path / "model", store)
     scored = dpsr_scorer(str(towers), store)(shown)
@@ -424,6 +426,7 @@ def test_overwrite_keeps_the_retrieval_model_that_a_ranker_reads(dpsr, store, tm
         ("model.hidden=[]", "expected at least one layer"),
         ("train.loss=softmax", "train.loss is 'softmax', which cannot be combined with model.kind ranker"),
         ("quantizer.sub_spaces=8", "expected 0, because a ranker has no index"),
+        ("ranker.list_similarity=true", "dpsr_model is empty; give the directory of a retrieval model"),
         ("ranker.gains=[0, 1]", "expected 4: of unclicked, click, cart and order"),
         ("ranker.gains=[0, 2, 1, 3]", "expected numbers that rise"),
     ],

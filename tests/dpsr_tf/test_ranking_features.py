@@ -19,7 +19,7 @@ from dpsr_tf.data.user_requests import User
 from dpsr_tf.evaluation import features
 from dpsr_tf.evaluation.baselines import Bm25, Field
 from dpsr_tf.evaluation.judgments import fold_of
-from dpsr_tf.models.encoders import exact_search
+from dpsr_tf.models.encoders import exact_search, item_embeddings
 from dpsr_tokenizer import Tokenizer, TokenizerConfig
 
 ITEMS = [
@@ -247,6 +247,16 @@ def test_the_score_is_that_of_exact_search(store, tmp_path, dpsr):
     expected = exact_search(model.path, store).score(columns["query"], asks, columns["item_id"][:, None])[:, 0]
     np.testing.assert_allclose(columns["dpsr_score"], expected, atol=1e-5)
     assert np.ptp(expected) > 0.1
+    # How similar an item is to the others that were shown with it.
+    rows = {int(item): row for row, item in enumerate(store.items()["id"])}
+    embeddings = item_embeddings(model.path, store).astype(np.float64)[[rows[int(i)] for i in columns["item_id"]]]
+    for place, (request, found) in enumerate(zip(columns["request"], columns["list_similarity"], strict=True)):
+        others = embeddings[(columns["request"] == request) & (np.arange(len(embeddings)) != place)].sum(0)
+        length = np.linalg.norm(embeddings[place]) * np.linalg.norm(others)
+        assert found == pytest.approx(
+            embeddings[place] @ others / length if length else math.nan, abs=1e-5, nan_ok=True
+        )
+    assert np.nanmax(columns["list_similarity"]) > np.nanmin(columns["list_similarity"]) + 0.1
 
 
 def test_at_the_end_of_the_log_is_what_the_next_request_would_see(store, shop, tmp_path, dpsr):

@@ -112,8 +112,32 @@ def ranking_store(folder: Path, text_ids: bool, seed: int = 5, like: Path | None
     return Store(folder / "store")
 
 
-def untrained_ranker(path: Path, store: Store, dpsr_score: bool = False, **sections: dict[str, Any]) -> None:
-    """Makes a model directory with a checkpoint of random weights of a ranker that reads all numbers and features."""
+def untrained_towers(path: Path, store: Store) -> None:
+    """Makes a model directory with a checkpoint of random weights of a retrieval model."""
+    import tensorflow as tf
+
+    from dpsr_tf.config import Config
+    from dpsr_tf.models.encoders import StoreTables, placeholder
+    from dpsr_tf.models.model_directory import ModelDirectory
+    from dpsr_tf.models.two_tower import TwoTower
+
+    config = from_dict(Config, {"model": {"token_dim": 6, "embedding_dim": 5, "hidden": []}}, "test")
+    directory = ModelDirectory.create_or_resume(path, config, store)
+    tables = StoreTables(directory, store)
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        tf.compat.v1.set_random_seed(2)
+        towers = TwoTower(config.model, tables.spec)
+        towers.query_embedding(tf.nest.map_structure(placeholder, tables.queries(["red"], None)))
+        towers.item_embedding(tf.nest.map_structure(placeholder, tables.items(np.arange(2))))
+        session.run(tf.compat.v1.global_variables_initializer())
+        tf.compat.v1.train.Saver().save(session, str(path / "model.ckpt"), global_step=3)
+
+
+def untrained_ranker(path: Path, store: Store, towers: Path | None = None, **sections: dict[str, Any]) -> None:
+    """Makes a model directory with a checkpoint of random weights of a ranker that reads all numbers and features.
+
+    If there are `towers`, the ranker reads their numbers too.
+    """
     import tensorflow as tf
 
     from dpsr_tf.config import Config
@@ -121,20 +145,21 @@ def untrained_ranker(path: Path, store: Store, dpsr_score: bool = False, **secti
     from dpsr_tf.models.encoders import placeholder
     from dpsr_tf.models.model_directory import ModelDirectory
     from dpsr_tf.models.ranker import Ranker
-    from dpsr_tf.models.ranker_inputs import DPSR_SCORE, RankerInputs, choose_numbers
+    from dpsr_tf.models.ranker_inputs import RankerInputs, choose_numbers, dpsr_scorer, model_numbers
 
     model = {
         "kind": "ranker", "token_dim": 6, "feature_dim": 4, "hidden": [16, 8, 4], "item_features": ["*"],
         "user_features": ["*"], "history_length": 5,
     } | sections.pop("model", {})  # fmt: skip
+    if towers is not None:
+        sections["ranker"] = sections.get("ranker", {}) | {"dpsr_model": str(towers), "list_similarity": True}
     config = from_dict(Config, {"model": model, **sections}, "test")
     features = RankingFeatures(store)
     (file,) = store.requests()
     shown = features.of(file, np.arange(200))
-    if dpsr_score:
-        scores = np.random.default_rng(1).normal(size=len(shown.item)).astype(np.float32)
-        shown = shown._replace(numbers=shown.numbers | {DPSR_SCORE: scores})
-    numbers, _ = choose_numbers(features, shown, dpsr_score)
+    if towers is not None:
+        shown = dpsr_scorer(str(towers), store)(shown)
+    numbers, _ = choose_numbers(features, shown, model_numbers(config.ranker))
     numbers = numbers if config.ranker.numbers else ()
     directory = ModelDirectory.create_or_resume(path, config, store, lambda: numbers)
     lists = RankerInputs(store, directory.features, config.model.history_length)(shown)

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from ranking_shops import QUERIES, ranking_store, untrained_ranker
+from ranking_shops import QUERIES, ranking_store, untrained_ranker, untrained_towers
 
 from dpsr_common.command_line import main
 from dpsr_export.ranker import rank_inputs
 from dpsr_export.warmup import LoadedServable
 from dpsr_serving.client import AsyncSearchClient, SearchClient, ServingError, User
 from dpsr_serving.model_server import start_model_server
-from dpsr_tf.data.ranking_features import RankingFeatures
+from dpsr_tf.data.ranking_features import DPSR_SCORE, RankingFeatures
 from dpsr_tf.data.store import Store
 from dpsr_tf.data.user_requests import User as StoreUser
 from dpsr_tf.data.user_requests import UserRequests, client_arguments
-from dpsr_tf.models.ranker_inputs import DPSR_SCORE
+from dpsr_tf.models.ranker_inputs import dpsr_scorer
 from dpsr_tf.models.ranker_scores import ranker_scores
 
 
@@ -33,12 +33,16 @@ def export(*arguments: object) -> None:
 def checkpoint_scores(model: Path, store: Store) -> Callable[..., np.ndarray]:
     """Returns a function from a query, rows of a user and of items, and dpsr_score to scores of the checkpoint."""
     features, score = RankingFeatures(store), ranker_scores(model, store)
+    towers = model.parent / "towers"
+    of_model = dpsr_scorer(str(towers), store) if towers.exists() else None
 
     def scores(query: str, user: int, items: np.ndarray, dpsr_score: np.ndarray | None = None) -> np.ndarray:
         n = len(items)
         shown = features.at_end([query.strip()], np.zeros(n, np.int64), np.full(n, user), items)
+        if of_model is None:
+            return score(shown)
         given = np.full(n, np.nan, np.float32) if dpsr_score is None else dpsr_score
-        return score(shown._replace(numbers=shown.numbers | {DPSR_SCORE: given}))
+        return score(shown._replace(numbers=of_model(shown).numbers | {DPSR_SCORE: given}))
 
     return scores
 
@@ -66,7 +70,8 @@ def requester(servable: LoadedServable, store: Store) -> Callable[..., np.ndarra
 def servable(ranking_shop_of_texts: Store, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Path]:
     """A ranker that reads all features and numbers, and its servable, of at most 100 items."""
     folder, ranking_shop = tmp_path_factory.mktemp("ranker"), ranking_shop_of_texts
-    untrained_ranker(folder / "model", ranking_shop, dpsr_score=True)
+    untrained_towers(folder / "towers", ranking_shop)
+    untrained_ranker(folder / "model", ranking_shop, folder / "towers")
     export(f"--model={folder / 'model'}", f"--store={ranking_shop.path}", f"--out={folder / 'servable'}",
         "--max_items=100")  # fmt: skip
     return ranking_shop, folder
@@ -105,7 +110,8 @@ def test_scores_of_other_models(
     ranking_shop_of_numbers: Store, tmp_path: Path, sections: dict[str, dict[str, Any]]
 ) -> None:
     store = ranking_shop_of_numbers
-    untrained_ranker(tmp_path / "model", store, **sections)
+    untrained_towers(tmp_path / "towers", store)
+    untrained_ranker(tmp_path / "model", store, tmp_path / "towers", **sections)
     export(f"--model={tmp_path / 'model'}", f"--store={store.path}", f"--out={tmp_path / 'servable'}")
     check_scores(tmp_path / "model", store, tmp_path / "servable" / "1", scored=False)
 
@@ -142,6 +148,17 @@ def test_unknown_items_and_users(servable: tuple[Store, Path]) -> None:
     ):
         with pytest.raises(tf.errors.InvalidArgumentError, match=next(iter(wrong))):
             loaded("rank", inputs | wrong)
+    loaded.close()
+
+
+def test_an_item_is_compared_with_the_known_items_of_its_list(servable: tuple[Store, Path]) -> None:
+    store, folder = servable
+    loaded = LoadedServable(folder / "servable" / "1")
+    rank = requester(loaded, store)
+    alone, *others = (rank("red drill", 1, np.array([7, *more])) for more in ([], [8], [9], [8, 9]))
+    assert np.isfinite(alone).all() and len(alone) == 1, "nothing to compare it with"
+    first = [alone[0], *(scores[0] for scores in others)]
+    assert len(set(np.round(first, 4).tolist())) == 4, first
     loaded.close()
 
 
@@ -203,7 +220,8 @@ def test_index_only_renews_items_and_statistics(tmp_path: Path, capsys: pytest.C
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
     first = ranking_store(tmp_path / "first", text_ids=True)
-    untrained_ranker(tmp_path / "model", first)
+    untrained_towers(tmp_path / "towers", first)
+    untrained_ranker(tmp_path / "model", first, tmp_path / "towers")
     base = tmp_path / "servable"
     export(f"--model={tmp_path / 'model'}", f"--store={first.path}", f"--out={base}")
     second = ranking_store(tmp_path / "second", text_ids=True, seed=6, like=tmp_path / "model")
@@ -224,6 +242,11 @@ def test_index_only_renews_items_and_statistics(tmp_path: Path, capsys: pytest.C
     assert manifests[1]["kind"] == "ranker" and manifests[1]["until"] == int(second.statistics()["until"][0])
     variables = [sorted((base / name / "variables").iterdir()) for name in ("1", "2")]
     assert [path.read_bytes() for path in variables[0]] == [path.read_bytes() for path in variables[1]]
+    # The embeddings of new items need the retrieval model.
+    (tmp_path / "towers").rename(tmp_path / "moved")
+    assert main(["export", "--index_only", f"--store={second.path}", f"--out={base}"]) == 1
+    assert f"{tmp_path / 'towers'}: holds no model" in capsys.readouterr().err and not (base / "3").exists()
+    (tmp_path / "moved").rename(tmp_path / "towers")
     # A table of another version is refused.
     (base / "2" / "assets" / "rank_table.dpsr").write_bytes((base / "1" / "assets" / "rank_table.dpsr").read_bytes())
     assert main(["export", "--index_only", f"--store={second.path}", f"--out={base}"]) == 1
