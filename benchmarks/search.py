@@ -6,7 +6,7 @@ Quality (this file) is that of the stages themselves, in one process: the invert
 embeddings of a model, fusion as the gateway does it. Each source is asked for 300 items.
 
 - homedepot: the folds dev and misspelt_dev as typed. The model is that of dpsr_tf/configs/homedepot.yaml, trained on
-  the train fold. `hybrid_two` has a second model, which is trained with more typing errors.
+  the train fold. `hybrid_two` has a second model, whose embeddings have 384 numbers in place of 256.
 - shop: a generated shop, judged on its test fold, by kind of query. The model is that of configs/shop.yaml.
 - esci150, icecat135: catalogues without clicks. The model is that of configs/catalogue.yaml, of titles, brands and
   categories alone; the inverted index also reads bullet points and colours (ESCI), the texts of attributes (Icecat).
@@ -142,10 +142,10 @@ def homedepot(data: Path, out: Path, seed: int) -> Workload:
     if not path.is_dir():
         dpsr("ingest", "--adapter=homedepot", f"--input={data / 'homedepot'}", f"--out={path}")
     store = Store(path)
-    typos = ("train.title_typo_rate=0.4", "train.query_typo_rate=0.4")
+    wider = ("model.token_dim=384", "model.embedding_dim=384")
     models = {
         "semantic": trained(store, "homedepot", out, seed),
-        "semantic_2": trained(store, "homedepot", out, seed + 1, *typos, name="typos"),
+        "semantic_2": trained(store, "homedepot", out, seed + 1, *wider, name="wider"),
     }
     folds = {}
     for name in ("dev", "misspelt_dev"):

@@ -1,6 +1,9 @@
 from collections.abc import Iterable
 from typing import Any, final
 
+import numpy as np
+from numpy.typing import NDArray
+
 _Pairs = tuple[tuple[bytes, bytes], ...]
 
 @final
@@ -75,3 +78,18 @@ class Session:
 def find_field(message: bytes, field: int, most: int) -> bytes | None: ...
 def server_session(limits: Limits, host: Host, now: float) -> Session: ...
 def client_session(limits: Limits, now: float) -> Session: ...
+
+# Orders of results, int64, in which neighbours differ (serving/lists/diversity.h). The result at each of `places` has
+# the value at the same place of `values`; value % attributes is the number of its attribute. Raise ValueError for a
+# place that is not that of a result, and for a negative value.
+def maximal_marginal_relevance(
+    gains: NDArray[np.float64],
+    places: NDArray[np.int64],
+    values: NDArray[np.int64],
+    attributes: int,
+    window: int,
+    cost: float,
+) -> NDArray[np.int64]: ...
+def sliding_window(
+    results: int, places: NDArray[np.int64], values: NDArray[np.int64], window: int, most: int
+) -> NDArray[np.int64]: ...

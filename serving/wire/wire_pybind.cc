@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "common/pybind_status.h"
+#include "serving/lists/lists_pybind.h"
 #include "serving/wire/session.h"
 
 namespace py = pybind11;
@@ -238,6 +239,7 @@ PYBIND11_MODULE(_native, module) {
              py::keep_alive<0, 2>());
   module.def("find_field", &FindField, py::arg("message"), py::arg("field"), py::arg("most"));
   module.def("client_session", &MakeClientSession, py::arg("limits"), py::arg("now"));
+  AddLists(module);
 }
 
 }  // namespace dpsr::serving

@@ -144,7 +144,8 @@ def test_mmr_is_the_formula(strength: float) -> None:
 
         order.append(max(left, key=lambda result: (value(result), -result)))
         left.remove(order[-1])
-    assert diversify(config, scores, values) == order
+    places = np.repeat(np.arange(n), [len(of_result) for of_result in values])
+    assert diversify(config, scores, places, np.concatenate(values)).tolist() == order
 
 
 @pytest.mark.parametrize("scores", [[1, 1, 1, 1], [np.inf, np.nan, -np.inf, -np.inf], [0.1, 0.9, 0.5, 0.2]])

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from dpsr_common.errors import UsageError
 from dpsr_common.strict_yaml import Section, load_yaml, read_file
+from dpsr_serving import _native
 from dpsr_serving.gateway.catalogue import KEYWORD, Catalogue, Condition
 from dpsr_serving.gateway.messages import read_filters
 from dpsr_serving.search import Filters
@@ -202,7 +203,7 @@ class Reranker:
         diversity = self._config.diversity
         if diversity is not None and len(order) > 2:
             first = order[: diversity.size]
-            places = diversify(diversity, np.asarray(scores, np.float64)[first], self._values(rows[first]))
+            places = diversify(diversity, np.asarray(scores, np.float64)[first], *self._values(rows[first]))
             order = np.concatenate([first[places], order[diversity.size :]])
         reasons: dict[int, list[str]] = {}
         order = self._move(rules, order, ids, rows, reasons)
@@ -210,18 +211,18 @@ class Reranker:
         source = np.where(order < found, order, -1)
         return Reranked(ids[order], rows[order], source, variants[order], reasons)
 
-    def _values(self, rows: NDArray[np.int64]) -> list[list[Value]]:
-        """Returns the values of each item in the attributes of `diversity`."""
+    def _values(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Returns the values of items in the attributes of `diversity`, as `diversify` takes them."""
         assert self._config.diversity is not None
         names = self._config.diversity.attributes
-        values: list[list[Value]] = [[] for _ in rows]
         known = np.flatnonzero(rows >= 0)
+        places, values = [], []
         for number, name in enumerate(names):
-            codes, places = self._catalogue.attributes[name].codes_of(rows[known])
-            for code, item in zip(codes.tolist(), known[places].tolist(), strict=True):
-                if code:
-                    values[item].append(code * len(names) + number)
-        return values
+            codes, items = self._catalogue.attributes[name].codes_of(rows[known])
+            has_value = codes > 0
+            places.append(known[items[has_value]])
+            values.append(codes[has_value].astype(np.int64) * len(names) + number)
+        return np.concatenate(places), np.concatenate(values)
 
     def _pins(
         self, rules: Sequence[Rule], filters: Filters | tuple[Condition, ...] | None
@@ -288,12 +289,10 @@ class Reranker:
         return order[np.lexsort((place, -up, place - up))]
 
 
-# A value of an item as one number: code * (number of attributes) + number of the attribute.
-Value = int
-
-
-def diversify(config: DiversityConfig, scores: NDArray[np.float64], values: Sequence[Sequence[Value]]) -> list[int]:
-    """Returns an order of n results in which neighbours differ.
+def diversify(
+    config: DiversityConfig, scores: NDArray[np.float64], places: NDArray[np.int64], values: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Returns an order of n results in which neighbours differ, int64 [n].
 
     The method mmr takes, place by place, the result with the largest (1 - strength) * relevance - strength * similarity
     (Carbonell and Goldstein, SIGIR 1998, section 2). The relevance is the score, scaled so that the n scores go from 0
@@ -306,87 +305,22 @@ def diversify(config: DiversityConfig, scores: NDArray[np.float64], values: Sequ
     Args:
         config: method and its parameters.
         scores: [n], best first.
-        values: [n], the values of each result.
+        places, values: [v] each: the result at this place has this value. A value is one number:
+            code * (number of attributes) + number of the attribute.
+
+    Raises:
+        ValueError: a place is not that of a result, or a value is negative.
     """
     if config.method == "window":
-        return _sliding_window(values, config.window, config.most)
-    return _mmr(values, scores, config.window, config.strength, len(config.attributes))
-
-
-def _mmr(
-    values: Sequence[Sequence[Value]], scores: NDArray[np.float64], window: int, strength: float, attributes: int
-) -> list[int]:
+        return _native.sliding_window(len(scores), places, values, config.window, config.most)
     known = np.isfinite(scores)
     relevance = np.minimum.accumulate(np.where(known, scores, scores[known].min() if known.any() else 0.0))
-    span = relevance[0] - relevance[-1]
-    gains = ((1 - strength) / span * (relevance - relevance[-1]) if span > 0 else 0 * relevance).tolist()
-    cost = strength / attributes
-    # A set of results is an integer with a bit for each of them.
-    holders: dict[Value, int] = {}
-    any_value, several = [0] * attributes, [0] * attributes  # results that have a value in an attribute, and several
-    for result, of_result in enumerate(values):
-        for value in of_result:
-            number, bit = value % attributes, 1 << result
-            holders[value] = holders.get(value, 0) | bit
-            several[number] |= any_value[number] & bit
-            any_value[number] |= bit
-    order: list[int] = []
-    recent: dict[Value, int] = {}  # how many of the last results have a value
-    near = [0] * attributes  # results that have a recent value in an attribute
-    alike = [(1 << len(values)) - 1, *near]  # results left that have a recent value in 0, 1, ... attributes
-    for _ in values:
-        best, best_gain = -1, -math.inf
-        for common, results in enumerate(alike):
-            if results:
-                # Gains only fall, so the first result of a set is its best one.
-                first = (results & -results).bit_length() - 1
-                gain = gains[first] - cost * common
-                if gain > best_gain or (gain == best_gain and first < best):
-                    best, best_gain = first, gain
-        order.append(best)
-        alike = [results & ~(1 << best) for results in alike]
-        for value in values[best]:
-            recent[value] = recent.get(value, 0) + 1
-            number = value % attributes
-            gained = holders[value] & ~near[number]
-            if gained:
-                near[number] |= gained
-                for common in range(attributes, 0, -1):
-                    alike[common] |= alike[common - 1] & gained
-                    alike[common - 1] &= ~gained
-        for value in values[order[-1 - window]] if len(order) > window else ():
-            recent[value] -= 1
-            if recent[value]:
-                continue
-            del recent[value]
-            number = value % attributes
-            lost = holders[value]
-            if lost & several[number]:
-                for other in recent:
-                    if other % attributes == number:
-                        lost &= ~holders[other]
-            near[number] &= ~lost
-            for common in range(attributes):
-                alike[common] |= alike[common + 1] & lost
-                alike[common + 1] &= ~lost
-    return order
-
-
-def _sliding_window(values: Sequence[Sequence[Value]], window: int, most: int) -> list[int]:
-    left = list(range(len(values)))
-    order: list[int] = []
-    recent: dict[Value, int] = {}  # how many of the last window - 1 results have a value
-    while left:
-        at = next(
-            (at for at, result in enumerate(left) if all(recent.get(value, 0) < most for value in values[result])), 0
-        )
-        order.append(left.pop(at))
-        for value in values[order[-1]]:
-            recent[value] = recent.get(value, 0) + 1
-        if len(order) >= window:
-            for value in values[order[-window]]:
-                recent[value] -= 1
-    return order
+    relevance -= relevance[-1]
+    span, attributes = relevance[0], len(config.attributes)
+    gains = (1 - config.strength) / span * relevance if span > 0 else relevance
+    return _native.maximal_marginal_relevance(
+        gains, places, values, attributes, config.window, config.strength / attributes
+    )
 
 
 def _insert(
