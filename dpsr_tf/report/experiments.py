@@ -65,6 +65,7 @@ def run(runner: ExperimentRunner, size: Size, ablations: bool, data: Mapping[str
     """
     stores = {name: DATA_SETS[name].store(runner, path) for name, path in data.items()}
     shops = [Shop(runner, size, number) for number in range(size.shops)]
+    widths = (*(dim for dim in size.widths if dim != _usual_dim()), _usual_dim())
     first = shops[0]
     models = _train(runner, shops, size)
     tables = [table2(shop, models[shop.number]) for shop in shops]
@@ -73,10 +74,7 @@ def run(runner: ExperimentRunner, size: Size, ablations: bool, data: Mapping[str
         "shop": json.loads((first.directory.path / "truth.json").read_text())["counts"],
         "table2": tables,
         "ceilings": [ceilings(shop) for shop in shops],
-        "polysemy": [
-            polysemy(shop, {dim: _pair(models[shop.number], dim) for dim in (*size.widths, _usual_dim())})
-            for shop in shops
-        ],
+        "polysemy": [polysemy(shop, {dim: _pair(models[shop.number], dim) for dim in widths}) for shop in shops],
         "mixing": [mixing(shop, models[shop.number]) for shop in shops],
         "online": [online(shop, treatments(models[shop.number], _with_heads(2, _usual_dim()))) for shop in shops],
         "topology": topology(first, models[0]["DPSR"]),

@@ -655,8 +655,8 @@ def _training_claims(page: Report, shops: Sequence[Mapping[str, Any]]) -> None:
     )
     names = ("click", "batch", "clicked", "random")
     rows = [(one["seed"], *(f"{one['chance'][name]:.2%}" for name in names)) for one in shops]
-    columns = ("clicked item", "batch negative", "batch negative was clicked for the query", "random negative")
-    page.table(("seed", *columns), rows)
+    chances = ("clicked item", "batch negative", "batch negative was clicked for the query", "random negative")
+    page.table(("seed", *chances), rows)
 
 
 def _compared(
