@@ -108,11 +108,12 @@ def find_model_spec(request: bytes, path: tuple[int, ...]) -> bytes | None:
     """
     # A message field may occur several times; it means the merge of all, which their concatenation parses to. The steps
     # before the last are repeated fields, whose occurrences are elements: the first one counts.
-    message: bytes | None = request
+    message = request
     for field in path[:-1]:
-        message = _native.find_field(message, field, True)
-        if message is None:
+        element = _native.find_field(message, field, True)
+        if element is None:
             return None
+        message = element
     return _native.find_field(message, path[-1])
 
 
