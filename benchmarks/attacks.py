@@ -228,7 +228,7 @@ def large_bodies(attacker: Attacker) -> None:
 
 
 def bodies_in_windows(attacker: Attacker) -> None:
-    """The same, sent only as far as the windows of HTTP/2 allow, and kept open."""
+    """Messages of which all but the end comes, as far as the windows of HTTP/2 allow; they are kept open."""
     most = 2**22  # bytes of each message
 
     def hold() -> None:
