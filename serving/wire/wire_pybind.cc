@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -14,6 +13,7 @@
 
 #include "common/pybind_status.h"
 #include "serving/lists/lists_pybind.h"
+#include "serving/wire/message_fields.h"
 #include "serving/wire/session.h"
 
 namespace py = pybind11;
@@ -119,52 +119,35 @@ py::list TakeEvents(Session* self) {
   return ToList(events);
 }
 
-// Reads the varint at `*data` and moves `*data` behind it. Returns false if it is cut off or has more than 64 bits.
-bool ReadVarint(std::string_view* data, uint64_t* value) {
-  *value = 0;
-  for (size_t i = 0; i < std::min<size_t>(10, data->size()); ++i) {
-    const auto byte = static_cast<uint8_t>((*data)[i]);
-    if (i == 9 && byte > 1) return false;  // more than 64 bits
-    *value |= static_cast<uint64_t>(byte & 0x7F) << (7 * i);
-    if (byte < 0x80) {
-      data->remove_prefix(i + 1);
-      return true;
-    }
+// Returns the content of a length-delimited field of a protocol buffer message: of all of its occurrences together, or of
+// the first one. Returns None if there is none. Raises ValueError if the bytes are not a message.
+py::object FindField(const py::bytes& message, uint64_t wanted, bool first, size_t most) {
+  const std::string_view data = ToView(message);
+  MessageFields fields(data, most);
+  std::optional<std::string_view> found;
+  std::string joined;  // empty if there is only one
+  for (MessageField field; fields.Next(&field);) {
+    if (field.number != wanted || !field.is_bytes || (found && first)) continue;
+    const std::string_view content = data.substr(field.content, field.end - field.content);
+    if (found && joined.empty()) joined = *found;
+    if (found) joined += content;
+    if (!found) found = content;
   }
-  return false;
+  if (!fields.error().empty()) throw py::value_error(fields.error());
+  if (!found) return py::none();
+  return ToBytes(joined.empty() ? *found : joined);
 }
 
-// Returns the content of a length-delimited field of a protocol buffer message, without decoding the others. Returns
-// None if the field does not occur exactly once, if the bytes are not a message, or if it has more than `most` fields.
-// Then routing.py decides what the message means.
-py::object FindField(const py::bytes& message, uint64_t wanted, size_t most) {
-  enum { kVarint = 0, kFixed64 = 1, kLengthDelimited = 2, kFixed32 = 5 };
-  std::string_view rest = ToView(message);
-  std::optional<std::string_view> found;
-  for (size_t count = 0; !rest.empty(); ++count) {
-    uint64_t tag = 0, size = 0;
-    if (count == most || !ReadVarint(&rest, &tag) || tag >> 3 == 0) return py::none();
-    switch (tag & 7) {
-      case kVarint:
-        if (!ReadVarint(&rest, &size)) return py::none();
-        size = 0;
-        break;
-      case kFixed64: size = 8; break;
-      case kFixed32: size = 4; break;
-      case kLengthDelimited:
-        if (!ReadVarint(&rest, &size)) return py::none();
-        break;
-      default:
-        return py::none();
-    }
-    if (size > rest.size()) return py::none();
-    if (tag >> 3 == wanted && (tag & 7) == kLengthDelimited) {
-      if (found) return py::none();
-      found = rest.substr(0, size);
-    }
-    rest.remove_prefix(size);
+// Returns where a length-delimited field occurs in a protocol buffer message: begin and end of each occurrence, and
+// between them the begin of its content. Raises ValueError if the bytes are not a message.
+py::list FindPlaces(const py::bytes& message, uint64_t wanted, size_t most) {
+  MessageFields fields(ToView(message), most);
+  py::list places;
+  for (MessageField field; fields.Next(&field);) {
+    if (field.number == wanted && field.is_bytes) places.append(py::make_tuple(field.begin, field.content, field.end));
   }
-  return found ? py::object(ToBytes(*found)) : py::none();
+  if (!fields.error().empty()) throw py::value_error(fields.error());
+  return places;
 }
 
 }  // namespace
@@ -237,7 +220,9 @@ PYBIND11_MODULE(_native, module) {
 
   module.def("server_session", &MakeServerSession, py::arg("limits"), py::arg("host"), py::arg("now"),
              py::keep_alive<0, 2>());
-  module.def("find_field", &FindField, py::arg("message"), py::arg("field"), py::arg("most"));
+  module.def("find_field", &FindField, py::arg("message"), py::arg("field"), py::arg("first") = false,
+             py::arg("most") = kMostFields);
+  module.def("find_places", &FindPlaces, py::arg("message"), py::arg("field"), py::arg("most") = kMostFields);
   module.def("client_session", &MakeClientSession, py::arg("limits"), py::arg("now"));
   AddLists(module);
 }

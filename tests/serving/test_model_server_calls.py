@@ -24,6 +24,7 @@ from raw_http2 import (
     HEADERS,
     PING,
     RST_STREAM,
+    WINDOW_UPDATE,
     Wire,
     frame,
     head,
@@ -150,9 +151,9 @@ def test_settings_of_connections(model: str, tmp_path: Path) -> None:
 def test_what_the_calls_of_a_connection_hold_is_bounded(model: str, tmp_path: Path) -> None:
     with serving(tmp_path, model, "--max_held_bytes=1000000") as running, wire(running) as hog:
         held, release = held_request(running, tmp_path)
-        for turn in range(30):  # parts of three messages of 16 MB
+        for turn in range(30):  # parts of three messages of 5 MB, which may come at the same time
             for stream in (1, 3, 5):
-                begin = b"" if turn else b"\0\1\0\0\0"
+                begin = b"" if turn else b"\0\0\x50\0\0"
                 hog.send(frame(HEADERS, END_HEADERS, stream, head()) if begin else b"")
                 hog.send(frame(DATA, 0, stream, begin + bytes(16000 - len(begin))))
         while (got := hog.read()) is not None and got[0] != HEADERS:
@@ -172,6 +173,37 @@ def test_a_single_message_above_the_held_bytes_passes(model: str, tmp_path: Path
         with grpc.insecure_channel(f"127.0.0.1:{running.port}", [("grpc.max_receive_message_length", -1)]) as channel:
             stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
             assert len(stub.Predict(request, timeout=PATIENCE_S).outputs["y"].float_val) == 900_000
+
+
+def test_large_messages_that_do_not_end_leave_room_for_others(server: Server) -> None:
+    with wire(server) as client:
+        client.acknowledge()
+        streams = range(1, 33, 2)
+        for stream in streams:  # the begins of messages of 4 MB
+            client.send(frame(HEADERS, END_HEADERS, stream, head()) + frame(DATA, 0, stream, b"\0\0\x40\0\0"))
+        send(client, 101, message(predict_request().SerializeToString()))
+        admitted: list[int] = []
+        while (got := client.read()) is not None and got[2] != 101:
+            if got[0] == WINDOW_UPDATE and got[2]:
+                admitted.append(got[2])
+        assert admitted == [1, 3, 5]  # 16 MB hold three of them with their prefixes
+        request = predict_request(inputs={"x": np.zeros(3_000_000, np.float32)})
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}", [("grpc.max_receive_message_length", -1)]) as channel:
+            stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+            assert len(stub.Predict(request, timeout=PATIENCE_S).outputs["y"].float_val) == 3_000_000
+        client.send(frame(RST_STREAM, 0, 1, bytes(4)))
+        while (got := client.read()) is not None and not (got[0] == WINDOW_UPDATE and got[2]):
+            pass
+        assert got is not None and got[2] == 7
+
+
+def test_a_request_of_many_fields_is_refused(server: Server) -> None:
+    for count, code in ((9_990, OK), (20_000, b"3")):
+        body = message(predict_request().SerializeToString() + b"\x7a\x00" * count)
+        with wire(server) as client:
+            send(client, 1, body)
+            headers, _ = client.answer(1)
+            assert headers[b"grpc-status"] == code, headers
 
 
 def test_a_message_that_goes_on_beyond_its_end_is_refused_at_once(server: Server) -> None:

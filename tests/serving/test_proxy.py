@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import socket
@@ -596,7 +597,37 @@ def test_imports_neither_tensorflow_nor_our_other_packages_nor_numpy() -> None:
     assert not loaded & {"tensorflow", "tensorflow_serving", "numpy", "dpsr_tf", "dpsr_export", "dpsr_tokenizer"}
 
 
-def test_a_sole_field_is_found_as_python_finds_it() -> None:
+def read_fields(message: bytes) -> list[tuple[int, int, int, int, int]]:
+    """Returns number, wire type, begin, content and end of each field. Raises ValueError."""
+
+    def read_varint(offset: int) -> tuple[int, int]:
+        value = 0
+        for shift in range(0, 70, 7):
+            if offset >= len(message):
+                raise ValueError("cut off")
+            value |= (message[offset] & 0x7F) << shift
+            offset += 1
+            if message[offset - 1] < 0x80:
+                break
+        if message[offset - 1] >= 0x80 or value >= 2**64:
+            raise ValueError("too long")
+        return value, offset
+
+    fields, offset = [], 0
+    while offset < len(message):
+        begin = offset
+        tag, offset = read_varint(offset)
+        if tag & 7 in (0, 2):
+            value, offset = read_varint(offset)
+        content = offset
+        offset += {0: 0, 1: 8, 2: value if tag & 7 == 2 else 0, 5: 4}.get(tag & 7, len(message) + 1)
+        if offset > len(message) or tag < 8:
+            raise ValueError("cut off, or not a field")
+        fields.append((tag >> 3, tag & 7, begin, content, offset))
+    return fields
+
+
+def test_fields_are_found_as_python_finds_them() -> None:
     chance = random.Random(1)
     # Fields 1 and 2 of all wire types, a number of 10 bytes, and what is cut off or not a message.
     too_long = b"\x8a" + b"\x80" * 8 + b"\x02"  # a tag of more than 64 bits, whose lowest 64 are those of field 1
@@ -605,20 +636,25 @@ def test_a_sole_field_is_found_as_python_finds_it() -> None:
     found = refused = 0
     for _ in range(5000):
         message = b"".join(chance.choices(pieces, (9, 9, 9, 9, 9, 9, 9, 2, 1, 1, 1), k=chance.randrange(6)))
-        sole = _native.find_field(message, 1, 6)
         try:
-            places = routing._occurrences(message, 1)
+            places = [field[2:] for field in read_fields(message) if field[:2] == (1, 2)]
         except ValueError:
-            assert sole is None, message
+            for find in (_native.find_field, _native.find_places):
+                with pytest.raises(ValueError, match=r"at byte|cut off"):
+                    find(message, 1)
             refused += 1
-        else:
-            contents = [message[start:end] for _, start, end in places]
-            is_sole = len(contents) == 1 and too_long not in message
-            assert sole == (contents[0] if is_sole else None), message
-            found += sole is not None
+            continue
+        contents = [message[start:end] for _, start, end in places]
+        assert _native.find_places(message, 1) == places, message
+        assert _native.find_field(message, 1) == (b"".join(contents) if contents else None), message
+        assert _native.find_field(message, 1, True) == (contents[0] if contents else None), message
+        found += len(contents) == 1
     assert found > 300 and refused > 300
-    assert _native.find_field(b"\x0a\x01a" + b"\x10\x00" * 5, 1, 6) == b"a"
-    assert _native.find_field(b"\x0a\x01a" + b"\x10\x00" * 6, 1, 6) is None, "more than 6 fields"
+    most = b"\x0a\x01a" + b"\x10\x00" * 5
+    assert _native.find_field(most, 1, False, 6) == b"a"
+    for find in (functools.partial(_native.find_field, first=False), _native.find_places):
+        with pytest.raises(ValueError, match="more than 6 fields"):
+            find(most + b"\x10\x00", 1, most=6)
 
 
 def test_two_proxies_do_not_share_a_port_silently(start_proxy: StartProxy) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gzip
 import json
@@ -35,7 +36,9 @@ from raw_http2 import RawBackend, Wire, encode, frame, head, message
 from dpsr_common import serving_apis
 from dpsr_common.errors import UsageError
 from dpsr_serving.proxy import routing
-from dpsr_serving.proxy.config import parse_config
+from dpsr_serving.proxy.calls import Caller, Metadata, Reply, Server
+from dpsr_serving.proxy.calls import Code as ReplyCode
+from dpsr_serving.proxy.config import LimitsConfig, parse_config
 
 REQUEST = predict("m", query=["a" * 300])
 WHOLE, LAST = http2.END_HEADERS, http2.END_STREAM
@@ -341,6 +344,50 @@ def test_requests_of_many_fields_or_with_a_long_model_spec_are_refused(
         assert code_ is grpc.StatusCode.INVALID_ARGUMENT, details
     with pytest.raises(ValueError, match="fields"):
         routing.find_model_spec(b"\x7a\x00" * 20_000, (1,))
+
+
+class Done:
+    """A call that has ended."""
+
+    def cancel(self) -> None:
+        pass
+
+
+def test_other_clients_are_served_between_the_calls_of_one() -> None:
+    begun: list[bytes] = []
+
+    def echo(text: bytes, deadline: float | None, metadata: Metadata, caller: Caller, stream: int) -> Done:
+        begun.append(text)
+        caller.finish(stream, Reply(ReplyCode.OK, body=text))
+        return Done()
+
+    async def ask(texts: list[list[bytes]]) -> list[list[bytes]]:
+        """Sends the texts of all connections before the server has its turn. Returns the answers of each."""
+        server = Server({serving_apis.PREDICT: unused}, {}, LimitsConfig(), {serving_apis.PREDICT: echo})
+        port = await server.listen("127.0.0.1", 0, None, False)
+        opened = [await asyncio.open_connection("127.0.0.1", port) for _ in texts]
+        for (_, writer), sent in zip(opened, texts, strict=True):
+            frames = http2.PREFACE + frame(http2.SETTINGS, 0, 0)
+            for index, text in enumerate(sent):
+                number = 2 * index + 1
+                frames += frame(http2.HEADERS, WHOLE, number, head()) + frame(http2.DATA, LAST, number, message(text))
+            writer.write(frames)
+        answers: list[list[bytes]] = [[] for _ in texts]
+        for (reader, writer), sent, got in zip(opened, texts, answers, strict=True):
+            while len(got) < len(sent):
+                header = await reader.readexactly(9)
+                payload = await reader.readexactly(int.from_bytes(header[:3], "big"))
+                got += [payload[5:]] if header[3] == http2.DATA else []
+            writer.close()
+        await server.stop(0)
+        return answers
+
+    async def unused(text: bytes, deadline: float | None, metadata: Metadata) -> Reply:
+        raise AssertionError
+
+    many = [b"%d" % number for number in range(100)]
+    assert asyncio.run(asyncio.wait_for(ask([many, [b"other"]]), PATIENCE_S)) == [many, [b"other"]]
+    assert begun.index(b"other") < 50
 
 
 def test_limits_are_read_again(start_proxy: StartProxy, start_backend: StartBackend, tmp_path: Path) -> None:

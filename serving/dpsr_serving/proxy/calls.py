@@ -49,6 +49,7 @@ _WRITE_BYTES = 2**16
 _CLOSE_S = 5.0  # time to send the last bytes of a connection that ends
 _ACCEPTS = 16  # new connections that are accepted before calls have their turn again
 _BACKLOG = 1024  # connections that wait for that
+_EVENTS = 8  # of a client's connection that are handled before other connections have their turn
 _SWEEP_S = 1.0  # time between two looks at the connections' time limits
 _AGE_JITTER = 0.1  # share of a connection's age, so that connections made together do not end together
 _STREAMING = 8  # streaming calls of a connection, which cost something as long as they last
@@ -303,13 +304,9 @@ class _Connection(asyncio.BufferedProtocol):
         outbox = self._outbox
         outbox.receiving = True
         try:
-            for event in events:
-                self.on_event(event)
-                if self.closed:
-                    break
-            else:
-                if self._session.wants_write or self._session.finished:
-                    self.schedule()
+            self._take(events)
+            if not self.closed and (self._session.wants_write or self._session.finished):
+                self.schedule()
         finally:
             outbox.receiving = False
             outbox.flush()
@@ -340,10 +337,15 @@ class _Connection(asyncio.BufferedProtocol):
             self._unsent = unsent
             session.set_unsent(unsent)
         if session.has_events:
-            for event in session.take_events():
-                self.on_event(event)
+            self._take(session.take_events())
         if not self.closed and session.finished:
             self._close()
+
+    def _take(self, events: list[tuple[Any, ...]]) -> None:
+        for event in events:
+            if self.closed:
+                return
+            self.on_event(event)
 
     def _close(self) -> None:
         self._transport.close()
@@ -380,6 +382,7 @@ class _Incoming(_Connection):
         self._hello = False  # whether the client has sent its settings
         self._tasks: dict[int, Pending] = {}
         self._streaming: dict[int, _Messages] = {}
+        self._later: deque[tuple[Any, ...]] = deque()  # events that wait for the next turn of the loop
         self._drained: float | None = None  # when the client was asked to make no more calls
         self._settled = False  # whether it knows
 
@@ -423,6 +426,7 @@ class _Incoming(_Connection):
         for task in tasks.values():
             task.cancel()
         self._streaming.clear()
+        self._later.clear()
 
     def pause_writing(self) -> None:
         # Calls that would add to the answers that the client does not read are not read either.
@@ -471,6 +475,27 @@ class _Incoming(_Connection):
             self._hello = True
         elif kind == _DRAINED and self._drained is not None and not self._settled:
             self._settle()
+
+    def _take(self, events: list[tuple[Any, ...]]) -> None:
+        # Many calls may come at once. Other clients are served between them.
+        if self._later:
+            self._later.extend(events)
+            return
+        if len(events) > _EVENTS:
+            self._later.extend(events[_EVENTS:])
+            self._loop.call_soon(self._go_on)
+        super()._take(events[:_EVENTS])
+
+    def _go_on(self) -> None:
+        outbox = self._outbox
+        outbox.receiving = True
+        try:
+            super()._take([self._later.popleft() for _ in range(min(_EVENTS, len(self._later)))])
+        finally:
+            if self._later:
+                self._loop.call_soon(self._go_on)
+            outbox.receiving = False
+            outbox.flush()
 
     def drain(self) -> None:
         """Asks the client to make no more calls. Calls that it sends before it learns of that are still answered."""

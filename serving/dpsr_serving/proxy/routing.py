@@ -15,15 +15,12 @@ from dpsr_common import serving_apis
 from dpsr_serving import _native
 from dpsr_serving.proxy.config import PoolConfig, ProxyConfig, TargetConfig
 
-# A model spec holds a name, a version or label, and a signature. A request holds a model spec, a tensor for each input,
-# and a name for each output.
-_SPEC_BYTES = 4096
-_MOST_FIELDS = 10_000
+_SPEC_BYTES = 4096  # a model spec holds a name, a version or label, and a signature
 
 # Where a PredictResponse has its model spec.
 _ANSWER_SPEC = (serving_apis.PredictResponse.DESCRIPTOR.fields_by_name["model_spec"].number,)
 
-_VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
+_LENGTH_DELIMITED = 2  # protocol buffers' number of this kind of field
 
 
 class Loaded(Protocol):
@@ -109,20 +106,15 @@ def find_model_spec(request: bytes, path: tuple[int, ...]) -> bytes | None:
     Raises:
         ValueError: the bytes are not a protocol buffer message.
     """
-    if len(path) == 1:
-        sole = _native.find_field(request, path[0], _MOST_FIELDS)
-        if sole is not None:
-            return sole
+    # A message field may occur several times; it means the merge of all, which their concatenation parses to. The steps
+    # before the last are repeated fields, whose occurrences are elements: the first one counts.
     message = request
-    for step, field in enumerate(path):
-        last = step == len(path) - 1
-        occurrences = [message[start:end] for _, start, end in _occurrences(message, field)]
-        if not occurrences:
+    for field in path[:-1]:
+        element = _native.find_field(message, field, True)
+        if element is None:
             return None
-        # A message field may occur several times; it means the merge of all, which their concatenation parses to. The
-        # steps before the last are repeated fields, whose occurrences are elements: the first one counts.
-        message = b"".join(occurrences) if last else occurrences[0]
-    return message
+        message = element
+    return _native.find_field(message, path[-1])
 
 
 def answer_versions(answers: Sequence[bytes | None]) -> list[int | None]:
@@ -145,7 +137,7 @@ def rewrite_model_spec(request: bytes, path: tuple[int, ...], spec: Spec) -> byt
         ValueError: a model spec after the first is broken.
     """
     pieces, offset = [], 0
-    found = _occurrences(request, path[0])
+    found = _native.find_places(request, path[0])
     if len(path) == 1:
         try:
             proto = serving_apis.ModelSpec.FromString(b"".join(request[start:end] for _, start, end in found))
@@ -188,47 +180,3 @@ def _varint(value: int) -> bytes:
         value >>= 7
     out.append(value)
     return bytes(out)
-
-
-def _occurrences(message: bytes, wanted: int) -> list[tuple[int, int, int]]:
-    """Finds all occurrences of a length-delimited field: offsets of tag, content and end. Raises ValueError."""
-    found = []
-    offset, size, count = 0, len(message), 0
-    while offset < size:
-        begin = offset
-        count += 1
-        if count > _MOST_FIELDS:
-            raise ValueError(f"more than {_MOST_FIELDS} fields")
-        tag, offset = _read_varint(message, offset)
-        field, wire_type = tag >> 3, tag & 7
-        start = offset
-        if wire_type == _LENGTH_DELIMITED:
-            length, start = _read_varint(message, offset)
-            offset = start + length
-        elif wire_type == _VARINT:
-            _, offset = _read_varint(message, offset)
-        elif wire_type == _FIXED64:
-            offset += 8
-        elif wire_type == _FIXED32:
-            offset += 4
-        else:
-            raise ValueError(f"wire type {wire_type} at byte {start}")
-        if field == 0 or offset > size:
-            raise ValueError(f"a field that is cut off or has the number 0 at byte {start}")
-        if field == wanted and wire_type == _LENGTH_DELIMITED:
-            found.append((begin, start, offset))
-    return found
-
-
-def _read_varint(message: bytes, offset: int) -> tuple[int, int]:
-    """Returns the varint at `offset` and the offset after it. Raises ValueError."""
-    value = 0
-    for shift in range(0, 70, 7):
-        if offset >= len(message):
-            raise ValueError("a number that is cut off")
-        byte = message[offset]
-        offset += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, offset
-    raise ValueError(f"a number of more than 10 bytes ending at byte {offset}")
