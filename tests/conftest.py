@@ -28,9 +28,9 @@ os.environ.setdefault(
 _FIRST = (
     "end_to_end/test_demo.py",
     "end_to_end/test_documents.py",
+    "distributed/test_launch.py",
     "end_to_end/test_wheel.py",
     "dpsr_tf/test_report.py",
-    "distributed/test_launch.py",
     "benchmarks/test_serving_benchmarks.py",
     "dpsr_tf/test_embedding.py",
     "serving/test_place.py",
