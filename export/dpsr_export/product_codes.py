@@ -300,13 +300,6 @@ def _add_codes(ivf: Any, lists: np.ndarray, codes: np.ndarray, positions: np.nda
     ivf.add_sa_codes(np.ascontiguousarray(np.hstack([numbers, codes])), positions)
 
 
-def _unpack(packed: np.ndarray, sub_spaces: int, bits: int) -> np.ndarray:
-    """Returns one byte for each code of [n, code_size] bytes: uint8 [n, M]."""
-    if bits == 8:
-        return packed
-    return np.stack([packed & 15, packed >> 4], axis=2).reshape(len(packed), -1)[:, :sub_spaces]
-
-
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """Returns codes, uint8 [n, M], as FAISS packs them: codes of 4 bits by two, the first one in the low half."""
     if bits == 8:
