@@ -57,7 +57,7 @@ class TeacherItems(NamedTuple):
 
     Attributes:
         rows: int64 [b, c].
-        vectors: their embeddings, float32 [b, c, d].
+        vectors: embeddings for the t queries that have valid items, in their order, float32 [t, c, d].
         valid: bool [b, c], False where a query has fewer.
     """
 
@@ -255,11 +255,9 @@ def quantizer_loss(
     vectors, num_shared = items, tf.shape(items)[0]
     if teacher is not None:
         # Queries without valid items, such as pieces of titles, have nothing to quantize.
-        counted = _first_of_query(teacher, item_rows)
-        taught = tf.where(tf.reduce_any(counted, axis=1))  # [t, 1]
-        counted = tf.gather_nd(counted, taught)
-        of_teacher = tf.reshape(tf.stop_gradient(tf.gather_nd(teacher.vectors, taught)), [-1, dim])
-        vectors = tf.concat([items, of_teacher], axis=0)
+        taught = tf.where(tf.reduce_any(teacher.valid, axis=1))  # [t, 1]
+        counted = tf.gather_nd(_first_of_query(teacher, item_rows), taught)
+        vectors = tf.concat([items, tf.reshape(tf.stop_gradient(teacher.vectors), [-1, dim])], axis=0)
     quantized = layer(vectors)
 
     tau = config.temperature or temperature

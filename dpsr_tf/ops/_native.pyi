@@ -4,6 +4,11 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 
+@final
+class NearestCodes:
+    def __init__(self, codebooks: npt.NDArray[np.float32]) -> None: ...
+    def __call__(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]: ...
+
 def shortened(
     bytes: npt.NDArray[np.uint8],
     splits: npt.NDArray[np.int64],

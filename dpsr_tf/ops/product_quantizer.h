@@ -17,19 +17,26 @@ struct CodebookShape {
   int64_t dim() const { return parts * width; }
 };
 
+class ByteCodebooks;
+
 // Codebooks in the order in which NearestCodes reads them. Threads may share them.
 class PackedCodebooks {
  public:
-  PackedCodebooks(const float* codebooks, const CodebookShape& shape);
+  // `codebooks` must outlive it. Where the CPU multiplies bytes, wide parts are compared as bytes first; `may_use_bytes`
+  // is false only in tests.
+  PackedCodebooks(const float* codebooks, const CodebookShape& shape, bool may_use_bytes = true);
+  ~PackedCodebooks();
 
   // Writes for each of the `n` rows of x the numbers of the centroids that are nearest to its parts by Euclidean
   // distance; of equally near ones the lowest number. Numbers are 0 to size - 1, also where NaN leaves none nearest.
+  // Bytes only tell which centroids may be the nearest, so they change a result at most as rounding does.
   void NearestCodes(const float* x, int64_t n, int32_t* codes) const;
 
  private:
   const CodebookShape shape_;
   const int64_t panels_;  // of a part
-  std::unique_ptr<float[]> values_;
+  std::unique_ptr<float[]> values_;             // if there are no bytes
+  std::unique_ptr<const ByteCodebooks> bytes_;  // null where floats are as good
 };
 
 // out[i] = the centroids codes[i], one after the other: [n, parts * width]. Codes must be below `size`.

@@ -20,10 +20,10 @@ std::vector<float> Random(int64_t size, int seed) {
 }
 
 std::vector<int32_t> Codes(const std::vector<float>& x, const std::vector<float>& codebooks,
-                           const CodebookShape& shape) {
+                           const CodebookShape& shape, bool may_use_bytes = true) {
   const int64_t n = x.size() / shape.dim();
   std::vector<int32_t> codes(n * shape.parts, -99);
-  PackedCodebooks(codebooks.data(), shape).NearestCodes(x.data(), n, codes.data());
+  PackedCodebooks(codebooks.data(), shape, may_use_bytes).NearestCodes(x.data(), n, codes.data());
   return codes;
 }
 
@@ -77,7 +77,46 @@ TEST_P(EverySize, LookUpAndItsGradientAreThoseOfPlainLoops) {
 INSTANTIATE_TEST_SUITE_P(Sizes, EverySize,
                          testing::Values(Case{0, {2, 4, 3}}, Case{1, {1, 1, 1}}, Case{5, {3, 16, 1}},
                                          Case{66, {2, 33, 7}}, Case{130, {4, 256, 8}}, Case{70, {1, 100, 70}},
-                                         Case{9, {1, 1000, 256}}));
+                                         Case{9, {1, 1000, 256}}, Case{67, {2, 130, 64}}, Case{70, {1, 3000, 80}}));
+
+// Where the CPU cannot multiply bytes, both are the same code.
+TEST(ProductQuantizerTest, BytesFindWhatFloatsFind) {
+  const CodebookShape shape{2, 700, 96};
+  const int64_t n = 500;
+  std::vector<float> codebooks = Random(shape.size * shape.dim(), 1), x = Random(n * shape.dim(), 2);
+  // Centroids that are nearly the same, so that their rounded scores are in another order than the exact ones.
+  for (int64_t i = shape.width; i < shape.size * shape.width; ++i) {
+    codebooks[i] = codebooks[i % shape.width] + 1e-2f * codebooks[i];
+  }
+  // Lengths that bytes round coarsely, no length, and numbers that are not finite.
+  for (int64_t k = 0; k < shape.dim(); ++k) {
+    x[k] = 0;
+    x[shape.dim() + k] *= 1e-20f;
+    x[2 * shape.dim() + k] *= 1e15f;
+  }
+  x[5 * shape.dim()] = 1e4f;
+  x[6 * shape.dim()] = NAN;
+  x[7 * shape.dim() + 100] = std::numeric_limits<float>::infinity();
+  const std::vector<int32_t> bytes = Codes(x, codebooks, shape), floats = Codes(x, codebooks, shape, false);
+  const auto distance = [&](int64_t i, int32_t code) {
+    double sum = 0;
+    for (int64_t k = 0; k < shape.width; ++k) {
+      const double centroid = codebooks[(i % shape.parts * shape.size + code) * shape.width + k];
+      sum += centroid * centroid - 2 * x[i * shape.width + k] * centroid;
+    }
+    return sum;
+  };
+  int64_t same = 0;
+  for (int64_t i = 0; i < n * shape.parts; ++i) {
+    same += bytes[i] == floats[i];
+    if (!std::isfinite(distance(i, 0)) || i / shape.parts == 2) continue;
+    ASSERT_NEAR(distance(i, bytes[i]), distance(i, floats[i]), 1e-3 * (1 + std::abs(distance(i, floats[i])))) << i;
+  }
+  EXPECT_EQ(bytes[6 * shape.parts], 0);
+  EXPECT_GE(same, n * shape.parts * 99 / 100);
+  codebooks[300 * shape.width] = NAN;  // then floats are compared
+  EXPECT_EQ(Codes(x, codebooks, shape), Codes(x, codebooks, shape, false));
+}
 
 TEST(ProductQuantizerTest, OfEquallyNearCentroidsTheLowestNumberIsTaken) {
   const CodebookShape shape{1, 200, 5};

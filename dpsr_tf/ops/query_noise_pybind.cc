@@ -1,4 +1,4 @@
-// The Python module dpsr_tf.ops._native, which adapts query_noise.h to arrays. _native.pyi has its types.
+// Adapts query_noise.h to arrays.
 #include "dpsr_tf/ops/query_noise.h"
 
 #include <pybind11/numpy.h>
@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "common/status.h"
+#include "dpsr_tf/ops/native_pybind.h"
 
 namespace py = pybind11;
 
@@ -111,10 +112,9 @@ class TitlePieces {
   std::unordered_map<std::string, double> keep_rates_;
 };
 
-PYBIND11_MODULE(_native, m) {
-  m.doc() = "Noise of training queries (query_noise.h) for arrays of texts.";
-  py::options options;
-  options.disable_function_signatures();
+}  // namespace
+
+void DefineQueryNoise(py::module_& m) {
   m.def("shortened", &ShortenedTexts, py::arg("bytes"), py::arg("splits"), py::arg("seeds"), py::kw_only(),
         py::arg("drop_rate"), py::arg("typo_rate"),
         R"(Returns texts with typing errors and without some words, as a list of bytes. See query_noise.h.
@@ -137,5 +137,4 @@ keep_rates: the probability that a word stays in a title, 0 to 1; 1 for all othe
 The arguments are those of `shortened`. A title without words has an empty piece.)");
 }
 
-}  // namespace
 }  // namespace dpsr

@@ -252,21 +252,20 @@ class Teacher:
             seed: the draw depends on it and on the place in the batch.
 
         Returns:
-            NumPy arrays: rows int64 [b, c], embeddings float32 [b, c, d], and bool [b, c], which is false for a query
-            that the teacher does not know, and where there are fewer items.
+            NumPy arrays: rows int64 [b, c], embeddings float32 [t, c, d] for the t queries that the teacher knows, and
+            bool [b, c], which is false for the other queries, and where there are fewer items.
         """
         count = min(candidates, self.items.shape[1])
-        keys = np.random.default_rng(seed).random((len(queries), self.items.shape[1]), np.float32)
-        chosen = np.argpartition(keys, count - 1, axis=1)[:, :count]
         places = np.searchsorted(self.queries, queries)
         known = np.flatnonzero(places < len(self.queries))
         known = known[self.queries[places[known]] == queries[known]]
         rows, valid = np.zeros((len(queries), candidates), np.int64), np.zeros((len(queries), candidates), bool)
-        rows[known, :count] = np.take_along_axis(self.items[places[known]], chosen[known], axis=1)
+        # For all queries, so that what a place draws does not depend on the other places.
+        keys = np.random.default_rng(seed).random((len(queries), self.items.shape[1]), np.float32)[known]
+        chosen = np.argpartition(keys, count - 1, axis=1)[:, :count]
+        rows[known, :count] = np.take_along_axis(self.items[places[known]], chosen, axis=1)
         valid[known, :count] = True
-        vectors = np.zeros((*rows.shape, self.vectors.shape[1]), np.float32)
-        vectors[valid] = self.vectors[rows[valid]]
-        return TeacherItems(rows, vectors, valid)
+        return TeacherItems(rows, self.vectors[rows[known]], valid)
 
     def join(
         self, dataset: tf.data.Dataset, config: Config, first_step: int | tf.Tensor, worker: int = 0
@@ -292,7 +291,8 @@ class Teacher:
             )
             b = batch.query_rows.shape[0]
             rows, valid = (tf.ensure_shape(part, [b, candidates]) for part in (rows, valid))
-            return {"batch": batch, "teacher": TeacherItems(rows, tf.ensure_shape(vectors, [b, candidates, d]), valid)}
+            vectors = tf.ensure_shape(vectors, [None, candidates, d])
+            return {"batch": batch, "teacher": TeacherItems(rows, vectors, valid)}
 
         # Not by Dataset.enumerate, for which TensorFlow logs a line.
         numbered = dataset.scan(tf.cast(first_step, tf.int64), lambda step, batch: (step + 1, (step, batch)))

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from dpsr_common.errors import CommandError
 from dpsr_tf.models.quantizer import Quantizer
+from dpsr_tf.ops._native import NearestCodes
 
 # Values of index.factory that take the model's quantizer: IndexIVFPQ, or IndexIVFPQFastScan with the same codes.
 FACTORIES = QUANTIZER, QUANTIZER_FAST_SCAN = "quantizer", "quantizer_fs"
@@ -25,11 +26,8 @@ FACTORIES = QUANTIZER, QUANTIZER_FAST_SCAN = "quantizer", "quantizer_fs"
 _ORTHOGONAL = 1e-3
 # Vectors that are added, and vectors that are compared with all centroids, in one step.
 _BLOCK, _SECOND_BLOCK = 1 << 16, 1 << 12
-# Vectors that one thread encodes at a time.
-_PART = 1 << 13
-# From this many dimensions of a sub-space on, FAISS's compute_codes takes some four times as long as a search for the
-# nearest centroid. Below it, it is faster.
-_WIDE = 16
+# Vectors that one thread encodes at a time: few, so that threads end at the same time, and caches hold them.
+_PART = 1 << 11
 
 
 def make(quantizer: Quantizer) -> faiss.IndexPreTransform:
@@ -148,7 +146,7 @@ def build(
 
 
 def encode(quantizer: Quantizer, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Computes what Quantizer.encode returns, with FAISS's kernels and on all cores.
+    """Computes what Quantizer.encode returns, with the kernel of training and on all cores.
 
     The results differ where two centroids are equally near but for rounding. Of equal centroids, the first is taken.
 
@@ -160,20 +158,17 @@ def encode(quantizer: Quantizer, vectors: np.ndarray) -> tuple[np.ndarray, np.nd
         Lists, int64 [n], and codes, uint8 [n, M].
     """
     empty: Any = make(quantizer)
-    ivf: Any = faiss.downcast_index(empty.index)
     rotate = empty.chain.at(0)
-    first_list = _first_equal(quantizer.coarse)
-    first_codes = [_first_equal(book).astype(np.uint8) for book in quantizer.codebooks]
+    nearest_list, nearest_codes = NearestCodes(quantizer.coarse[np.newaxis]), NearestCodes(quantizer.codebooks)
     lists = np.empty(len(vectors), np.int64)
     codes = np.empty((len(vectors), len(quantizer.codebooks)), np.uint8)
 
     def encode_part(begin: int) -> None:
         rows = slice(begin, begin + _PART)
         z = rotate.apply(np.ascontiguousarray(vectors[rows], np.float32))
-        lists[rows] = first_list[faiss.knn(z, quantizer.coarse, 1)[1][:, 0]]
-        found = _codes(ivf.pq, quantizer, z - quantizer.coarse[lists[rows]])
-        for m, code in enumerate(found.T):
-            codes[rows, m] = first_codes[m][code]
+        lists[rows] = nearest_list(z)[:, 0]
+        z -= quantizer.coarse[lists[rows]]
+        codes[rows] = nearest_codes(z)
 
     # FAISS runs on one thread in each of these threads: its own threads, and those of NumPy's matrix products, wait for
     # one another actively, which takes many times as long where other programs need the cores.
@@ -181,24 +176,6 @@ def encode(quantizer: Quantizer, vectors: np.ndarray) -> tuple[np.ndarray, np.nd
     with ThreadPoolExecutor(workers, initializer=faiss.omp_set_num_threads, initargs=(1,)) as threads:
         list(threads.map(encode_part, range(0, len(vectors), _PART)))
     return lists, codes
-
-
-def _codes(pq: Any, quantizer: Quantizer, residuals: np.ndarray) -> np.ndarray:
-    """Returns the codes of `residuals` [n, dim] by a faiss.ProductQuantizer with these codebooks: uint8 [n, M]."""
-    sub_spaces, _, width = quantizer.codebooks.shape
-    if width < _WIDE:
-        return _unpack(pq.compute_codes(residuals), sub_spaces, quantizer.bits)
-    codes = np.empty((len(residuals), sub_spaces), np.uint8)
-    for m, book in enumerate(np.ascontiguousarray(quantizer.codebooks, np.float32)):
-        part = np.ascontiguousarray(residuals[:, m * width : (m + 1) * width])
-        codes[:, m] = faiss.knn(part, book, 1)[1][:, 0]
-    return codes
-
-
-def _first_equal(centroids: np.ndarray) -> np.ndarray:
-    """Returns, for each centroid, the number of the first one that is equal to it: int64 [n]."""
-    _, first, which = np.unique(centroids, axis=0, return_index=True, return_inverse=True)
-    return first[which.reshape(-1)]
 
 
 def describe(quantizer: Quantizer, factory: str) -> str:
@@ -321,13 +298,6 @@ def _add_codes(ivf: Any, lists: np.ndarray, codes: np.ndarray, positions: np.nda
     size = ivf.coarse_code_size()
     numbers = np.ascontiguousarray(lists, "<u8").view(np.uint8).reshape(-1, 8)[:, :size]
     ivf.add_sa_codes(np.ascontiguousarray(np.hstack([numbers, codes])), positions)
-
-
-def _unpack(packed: np.ndarray, sub_spaces: int, bits: int) -> np.ndarray:
-    """Returns one byte for each code of [n, code_size] bytes: uint8 [n, M]."""
-    if bits == 8:
-        return packed
-    return np.stack([packed & 15, packed >> 4], axis=2).reshape(len(packed), -1)[:, :sub_spaces]
 
 
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -354,9 +354,9 @@ def run_quantized(**options):
         batch = make_batch(config)
         towers = TwoTower(model, FeatureSpec(NUM_TOKENS))
         layer = QuantizerLayer(quantizer, 6, values)
-        vectors = tf.constant(rng.normal(size=(8, 3, 6)).astype(np.float32))
-        rows = tf.constant(rng.integers(0, NUM_ITEMS, (8, 3)))
-        teacher = TeacherItems(rows, vectors, tf.constant(rng.random((8, 3)) < 0.8))
+        vectors = rng.normal(size=(8, 3, 6)).astype(np.float32)
+        rows, valid = rng.integers(0, NUM_ITEMS, (8, 3)), rng.random((8, 3)) < 0.8
+        teacher = TeacherItems(*map(tf.constant, (rows, vectors[valid.any(axis=1)], valid)))
         loss, metrics = build_loss(config, batch, towers, quantizer=layer, teacher=teacher)
         query, items = towers.query_embedding(QueryFeatures.of(batch)), towers.item_embedding(ItemFeatures.of(batch))
         own = tf.zeros([])

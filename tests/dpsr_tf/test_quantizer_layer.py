@@ -128,7 +128,7 @@ def numpy_distillation(values, query, items, rows, teacher, tau, beta, codes_fro
     for i, heads in enumerate(query.astype(float)):
         candidates = [items[j] for j in shared]
         seen = set() if rows is None else {rows[j] for j in shared}
-        for row, vector, valid in zip(*(part[i] for part in teacher), strict=True) if teacher is not None else ():
+        for row, vector, valid in taught(teacher, i) if teacher is not None else ():
             if valid and row not in seen:
                 seen.add(row)
                 candidates.append(vector)
@@ -140,6 +140,13 @@ def numpy_distillation(values, query, items, rows, teacher, tau, beta, codes_fro
     return total / len(query)
 
 
+def taught(teacher, query):
+    """Row, vector and validity of each of the teacher's items of a query."""
+    valid = teacher.valid[query]
+    vectors = teacher.vectors[teacher.valid[:query].any(axis=1).sum()] if valid.any() else [None] * len(valid)
+    return zip(teacher.rows[query], vectors, valid, strict=True)
+
+
 def make_teacher(items, queries, count, seed=7):
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, len(items), (queries, count))
@@ -148,7 +155,7 @@ def make_teacher(items, queries, count, seed=7):
     valid[1] = False  # a query without a teacher
     valid[0, :2] = True
     rows[~valid] = rows[0, 0]  # the row of an entry that is not valid means nothing
-    return TeacherItems(rows.astype(np.int64), items[rows], valid)
+    return TeacherItems(rows.astype(np.int64), items[rows][valid.any(axis=1)], valid)
 
 
 CASES = pytest.mark.parametrize(
@@ -171,7 +178,7 @@ def distillation(heads, beta, teacher, has_rows, values):
     query = unit(4, 6, heads, D)
     given = None if teacher is None else make_teacher(store, len(query), 5 if teacher == "some" else 3)
     if teacher == "none":
-        given = given._replace(valid=np.zeros_like(given.valid))
+        given = given._replace(valid=np.zeros_like(given.valid), vectors=given.vectors[:0])
     config = make_config(objective="distillation", rotation="givens")
     layer = QuantizerLayer(config, D, values)
     tensors = tf.constant(query), tf.constant(items)

@@ -106,7 +106,7 @@ def test_scores_are_products_with_the_quantized_vectors(tmp_path: Path, lists: i
         assert set(found[found >= 0].tolist()) == set(np.flatnonzero(its_lists == coarse[row].argmax()).tolist())
 
 
-@pytest.mark.parametrize("sub_spaces", [1, 6])  # wide and narrow ones, which other code encodes
+@pytest.mark.parametrize("sub_spaces", [1, 6])  # wide and narrow ones
 def test_of_equal_centroids_the_first_is_taken(sub_spaces: int) -> None:
     quantizer, x = made_quantizer(32, sub_spaces, 4), unit_vectors(20_000, 2)
     coarse, codebooks = quantizer.coarse.copy(), quantizer.codebooks.copy()
