@@ -22,8 +22,8 @@ constexpr std::array<const char*, kNumOutputs> kOutputs = {"changes", "offset", 
 
 // Time between two calls, and bounds of the time after an error, which doubles each time.
 constexpr std::chrono::milliseconds kInterval(100);
-// After so many changes there may be more, and the next call follows at once. After fewer, it would find nothing, and
-// cost as much as twenty changes.
+// After so many changes there may be more, and the next call follows at once. After fewer, it would find few or none, and
+// a call that finds none costs as much as ten changes.
 constexpr int64_t kManyChanges = 256;
 constexpr std::chrono::milliseconds kFirstBackoff(200);
 constexpr std::chrono::milliseconds kLongestBackoff(10'000);
