@@ -17,7 +17,7 @@
 # make bazel-test       build and test the C++ cores and the op libraries with Bazel
 # make bench-tokenizer  compare the tokenizer with others (DATA=PATH: on multicpr_ecom/ and homedepot/ there)
 # make bench-store      compare the store with flat examples
-# make bench-index      FAISS indices: build time, recall, latency (ITEMS=15000000)
+# make bench-index      FAISS indices: build time, recall, latency (ITEMS=15000000; PEERS=1: usearch, hnswlib, ScaNN, too)
 # make bench-servable   a fused servable, compared with bare FAISS and with two services; filters, heads
 # make bench-training   compare training with a plain Estimator, torch and a loop in C++
 # make bench-learned-index   compare an index learned with the model with others of its size (DATA=DIR OUT=DIR)
@@ -38,6 +38,7 @@ TENSORFLOW_MODEL_SERVER ?=
 SERVABLE ?=
 FUZZ_RUNS ?= 1000000
 ITEMS ?=
+PEERS ?=
 
 DEBIAN_PACKAGES := build-essential cmake ninja-build pkg-config libgrpc++-dev libgrpc-dev libprotobuf-dev protobuf-compiler \
 	protobuf-compiler-grpc libnghttp2-dev libutf8proc-dev libxxhash-dev libgtest-dev libssl-dev zlib1g-dev libboost1.74-dev \
@@ -249,8 +250,8 @@ bench-tokenizer: native $(VENV)/.bench
 bench-store: native
 	@$(BIN)/python benchmarks/store.py --json
 
-bench-index: native
-	@$(BIN)/python benchmarks/index.py --json $(if $(ITEMS),--items=$(ITEMS))
+bench-index: native $(if $(PEERS),$(VENV)/.bench)
+	@$(BIN)/python benchmarks/index.py --json $(if $(ITEMS),--items=$(ITEMS)) $(if $(PEERS),--peers)
 
 bench-servable: native
 	@$(BIN)/python benchmarks/servable.py --json $(if $(ITEMS),--items=$(ITEMS))

@@ -7,7 +7,8 @@ for each pass and is never on a disk or whole in memory. An index of a stream is
 distribution, and times of building leave out the drawing. Without --factories, the script measures the index that
 `auto` chooses and the other kinds of index with the same number of lists. Below two million items it also measures
 HNSW, which takes hours for more. With --folder the vectors and the figures of each factory are kept there, and later
-runs measure only what is missing.
+runs measure only what is missing. --peers also measures usearch, hnswlib and ScaNN, with the same vectors, recall and
+threads; benchmarks/index_peers.py says how they are named in --factories.
 
 ann_recall compares with exact search. p50, p99 and core_ms are measured with the top 1,000, one query at a time on one
 thread; wall_qps with all queries at once, on all cores. Building uses as many cores as OMP_NUM_THREADS says.
@@ -24,6 +25,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -32,6 +34,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import faiss
+import index_peers
 import numpy as np
 import report
 from absl import app, flags
@@ -191,6 +194,57 @@ def measure(
     print(f"{factory}: measured", file=sys.stderr)
 
 
+def measure_peer(
+    result: report.Report, items: np.ndarray, queries: np.ndarray, exact: ann.Exact, factory: str, folder: Path
+) -> None:
+    """Builds and measures an index of another project, and adds its rows to the report.
+
+    Searches for the top 1,000 and for the top 100 have settings of their own: a graph needs as many candidates as it
+    returns items.
+    """
+    workload = f"{len(items):,} x {DIM}"
+    print(f"{factory}: building", file=sys.stderr)
+    options = index_peers.options_of(factory)
+    with peak_memory() as before:
+        pass
+    with peak_memory() as peak:
+        watch = Stopwatch()
+        index = index_peers.build(factory, items, options, faiss.omp_get_max_threads())
+        watch.stop()
+    print(f"{factory}: built in {watch.wall:.0f} s", file=sys.stderr)
+    result.add(factory, workload, "build_wall", watch.wall, "s")
+    result.add(factory, workload, "build_core", watch.core, "s")
+    result.add(factory, workload, "peak_memory", peak[0] - before[0], "GB")
+    size = index.write(folder / "peer")
+    shutil.rmtree(folder / "peer") if (folder / "peer").is_dir() else (folder / "peer").unlink()
+    result.add(factory, workload, "size", size / 1e9, "GB")
+    result.add(factory, workload, "bytes_per_item", size / len(items), "bytes")
+    for k, metric in ((K, "core_ms"), (FEWER, f"core_ms@{FEWER}")):
+        found: list[tuple[str, float, float]] = []
+        for settings in index.settings(k):
+            best: list[float] = []
+            for index.setting in settings:
+                best.append(exact.ann_recall(index, k))
+                found.append((index.setting, best[-1], core_ms(index, queries, k)))
+                if best[-1] >= TARGETS[1] or (len(best) > 5 and best[-1] < best[-5] + 0.002 and best[-1] > 0.1):
+                    break
+        chosen = {cheapest_of(found, target)[0]: cheapest_of(found, target) for target in TARGETS[:2]}
+        for index.setting, recall, cost in chosen.values():
+            name = f"{workload}, {index.setting}, top {k}"
+            result.add(factory, name, f"ann_recall@{k}", recall, "")
+            result.add(factory, name, metric, cost, "ms")
+            p50, p99 = ann.latency(index, queries, k)
+            result.add(factory, name, "p50", p50, "ms")
+            result.add(factory, name, "p99", p99, "ms")
+    print(f"{factory}: measured", file=sys.stderr)
+
+
+def cheapest_of(found: Sequence[tuple[str, float, float]], target: float) -> tuple[str, float, float]:
+    """Returns the setting (name, recall, cost) that reaches the recall at the lowest cost, or the one nearest to it."""
+    good = [setting for setting in found if setting[1] >= target]
+    return min(good, key=lambda setting: setting[2]) if good else max(found, key=lambda setting: setting[1])
+
+
 def cold_start(path: Path, query: np.ndarray) -> float:
     """Returns the seconds until an index file, mapped, has answered a query, with none of it in the page cache."""
     with open(path, "rb") as file:
@@ -247,6 +301,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("items", 15_000_000, "number of vectors", 1000)
     flags.DEFINE_integer("queries", 500, "number of queries", 10)
     flags.DEFINE_string("factories", "", "FAISS factory strings, separated by semicolons")
+    flags.DEFINE_boolean("peers", False, "also measures usearch, hnswlib and ScaNN, which the extra `bench` installs")
     flags.DEFINE_integer("seed", 1, "seed of the vectors")
     flags.DEFINE_string("folder", None, "directory that keeps vectors and figures; a temporary one if left out")
     flags.DEFINE_boolean("json", False, "prints one JSON object as the last line")
@@ -257,7 +312,14 @@ def main(_: list[str]) -> None:
     """Runs the benchmark and prints the results."""
     items, asked = (20_000, 100) if FLAGS.quick else (FLAGS.items, FLAGS.queries)
     chosen = [factory for factory in FLAGS.factories.split(";") if factory] or factories(items)
-    result = report.Report("index", FLAGS.seed, report.hardware("faiss-cpu", "faiss-gpu", "numpy"))
+    chosen += index_peers.CHOSEN if FLAGS.peers else []
+    for factory in filter(index_peers.is_peer, chosen):
+        if items >= _STREAM_ITEMS:
+            raise app.UsageError(f"{factory} cannot be built from a stream; give fewer than {_STREAM_ITEMS:,} --items")
+        index_peers.options_of(factory)  # before hours of work
+    result = report.Report(
+        "index", FLAGS.seed, report.hardware("faiss-cpu", "faiss-gpu", "numpy", *index_peers.PACKAGES)
+    )
     with tempfile.TemporaryDirectory(dir=FLAGS.folder) as folder:
         kept = Path(FLAGS.folder or folder)
         distribution = Vectors(items, FLAGS.seed)
@@ -275,7 +337,10 @@ def main(_: list[str]) -> None:
                         StreamedExact(distribution.blocks(), queries, ks) if stream else ann.Exact(mapped, queries, ks)
                     )
                 alone = dataclasses.replace(result, rows=[])
-                measure(alone, distribution, mapped, queries, exact, factory, Path(folder))
+                if index_peers.is_peer(factory):
+                    measure_peer(alone, mapped, queries, exact, factory, Path(folder))
+                else:
+                    measure(alone, distribution, mapped, queries, exact, factory, Path(folder))
                 known[factory] = alone.rows
                 rows.write_text(json.dumps(known))
             result.rows += known[factory]

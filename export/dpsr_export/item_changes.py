@@ -145,8 +145,8 @@ class ItemChangeLog:
         Raises:
             CommandError: the directory cannot be written. Then the log holds the first of the changes, or none.
         """
-        with self._locked():
-            end = first = self.end()
+        with self._locked() as names:
+            end = first = self._end(names)
             if len(changes) == 0:
                 return first, end
             acknowledged = time.time()
@@ -191,22 +191,31 @@ class ItemChangeLog:
 
     def segments(self) -> list[Segment]:
         """Returns the files of the log in order. Raises CommandError if the directory cannot be read."""
-        found = []
+        matches = (_NAME.fullmatch(name) for name in sorted(self._names()))
+        return [Segment(int(match[1]), int(match[2]), self.path / match[0]) for match in matches if match]
+
+    def end(self) -> int:
+        """Returns the offset of the next change. Raises CommandError if the directory cannot be read."""
+        return self._end(self._names())
+
+    def _end(self, names: list[str]) -> int:
+        # Names have the order of their offsets. A writer does this before each segment: with thousands of them, parsing
+        # or sorting all names takes longer than writing a segment.
+        while names:
+            last = max(names)
+            if match := _NAME.fullmatch(last):
+                return int(match[2])
+            names.remove(last)
+        return self._first_offset
+
+    def _names(self) -> list[str]:
+        """Returns the names in the directory, in any order."""
         try:
-            with os.scandir(self.path) as entries:
-                for entry in entries:
-                    if match := _NAME.fullmatch(entry.name):
-                        found.append(Segment(int(match[1]), int(match[2]), self.path / entry.name))
+            return os.listdir(self.path)
         except FileNotFoundError:
             return []
         except OSError as error:
             raise CommandError(f"{self.path}: cannot be read: {error.strerror}") from None
-        return sorted(found)
-
-    def end(self) -> int:
-        """Returns the offset of the next change."""
-        segments = self.segments()
-        return segments[-1].end if segments else self._first_offset
 
     def status(self) -> LogStatus:
         """Returns what the log holds. Raises CommandError if its last segment is damaged."""
@@ -242,8 +251,12 @@ class ItemChangeLog:
             return sum(segment.end - segment.first for segment in removed)
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Makes the directory, keeps other writers out, and removes what killed writers left behind."""
+    def _locked(self) -> Iterator[list[str]]:
+        """Makes the directory, keeps other writers out, and removes what killed writers left behind.
+
+        Yields:
+            The names in the directory.
+        """
         try:
             if not self.path.is_dir():
                 self.path.mkdir(exist_ok=True)
@@ -253,9 +266,11 @@ class ItemChangeLog:
             raise CommandError(f"{self.path}: cannot be written: {error.strerror}; correct its permissions") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            for leftover in self.path.glob("*.dpsr.tmp.*"):
-                leftover.unlink(missing_ok=True)
-            yield
+            names = self._names()
+            for name in names:
+                if ".dpsr.tmp." in name:
+                    (self.path / name).unlink(missing_ok=True)
+            yield names
         finally:
             os.close(lock)
 

@@ -26,18 +26,21 @@ bool IsNumber(std::string_view text) {
   return !text.empty() && std::all_of(text.begin(), text.end(), [](char c) { return c >= '0' && c <= '9'; });
 }
 
+// Reads an offset of kOffsetDigits digits.
+bool ParseOffset(std::string_view digits, int64_t* offset) {
+  // The largest int64 has 19 digits and begins with 9.
+  if (digits[0] != '0' || digits[1] == '9' || !IsNumber(digits)) return false;
+  *offset = 0;
+  for (const char digit : digits) *offset = 10 * *offset + (digit - '0');
+  return true;
+}
+
 // Reads "FIRST-END.dpsr". Returns false for any other name, such as that of a temporary file.
 bool ParseName(std::string_view name, int64_t* first, int64_t* end) {
   if (name.size() != 2 * kOffsetDigits + 1 + std::strlen(kSuffix)) return false;
-  const std::string_view digits[] = {name.substr(0, kOffsetDigits), name.substr(kOffsetDigits + 1, kOffsetDigits)};
   if (name[kOffsetDigits] != '-' || name.substr(2 * kOffsetDigits + 1) != kSuffix) return false;
-  int64_t* const numbers[] = {first, end};
-  for (int i = 0; i < 2; ++i) {
-    // The largest int64 has 19 digits and begins with 9.
-    if (!IsNumber(digits[i]) || digits[i][0] != '0' || digits[i][1] == '9') return false;
-    *numbers[i] = std::stoll(std::string(digits[i]));
-  }
-  return *first < *end;
+  return ParseOffset(name.substr(0, kOffsetDigits), first) &&
+         ParseOffset(name.substr(kOffsetDigits + 1, kOffsetDigits), end) && *first < *end;
 }
 
 Status CheckSplits(const PackedFile& file, const char* name, Span<const int64_t> splits, size_t n, size_t bytes) {
@@ -90,9 +93,7 @@ Status ChangeLogReader::List() {
   errno = 0;
   while (const dirent* entry = readdir(listing.get())) {
     Segment segment;
-    if (!ParseName(entry->d_name, &segment.first, &segment.end)) continue;
-    segment.path = directory_ + "/" + entry->d_name;
-    segments_.push_back(std::move(segment));
+    if (ParseName(entry->d_name, &segment.first, &segment.end)) segments_.push_back(segment);
   }
   if (errno != 0) {
     return MakeStatus(StatusCode::kFailedPrecondition, directory_, ": cannot be read: ", std::strerror(errno));
@@ -102,11 +103,21 @@ Status ChangeLogReader::List() {
   return Status();
 }
 
-// Opens the segment that holds `offset`. Sets `at_end` instead if the log ends there, or is empty.
-Status ChangeLogReader::OpenAt(int64_t offset, bool* at_end) {
+std::string ChangeLogReader::PathOf(const Segment& segment) const {
+  const auto digits = [](int64_t offset) {
+    const std::string number = std::to_string(offset);
+    return std::string(kOffsetDigits - number.size(), '0') + number;
+  };
+  return directory_ + "/" + digits(segment.first) + "-" + digits(segment.end) + kSuffix;
+}
+
+// Opens the segment that holds `offset`. Sets `at_end` instead if the log ends there, or is empty. Lists the segments
+// first, unless that was `listed` before: a log may have thousands of them.
+Status ChangeLogReader::OpenAt(int64_t offset, bool* listed, bool* at_end) {
   *at_end = false;
   if (open_.segment.first <= offset && offset < open_.segment.end) return Status();
-  DPSR_RETURN_IF_ERROR(List());
+  if (!*listed) DPSR_RETURN_IF_ERROR(List());
+  *listed = true;
   if (segments_.empty()) {
     *at_end = true;
     return Status();
@@ -115,26 +126,27 @@ Status ChangeLogReader::OpenAt(int64_t offset, bool* at_end) {
                                       [](int64_t value, const Segment& segment) { return value < segment.first; });
   if (after == segments_.begin()) {
     return MakeStatus(StatusCode::kDataLoss, directory_, ": the changes ", offset, " to ", after->first - 1,
-                      " are missing, before ", after->path, "; serve a version whose index has them (`dpsr index "
+                      " are missing, before ", PathOf(*after), "; serve a version whose index has them (`dpsr index "
                       "--merge`)");
   }
   const Segment& segment = *std::prev(after);
   if (offset < segment.end) return OpenSegment(segment, &open_);
   if (after != segments_.end()) {
     return MakeStatus(StatusCode::kDataLoss, directory_, ": the changes ", offset, " to ", after->first - 1,
-                      " are missing, between ", segment.path, " and ", after->path, "; restore the missing segment");
+                      " are missing, between ", PathOf(segment), " and ", PathOf(*after), "; restore the missing segment");
   }
   *at_end = offset == segment.end;
   if (*at_end) return Status();
-  return MakeStatus(StatusCode::kDataLoss, directory_, ": ends at the change ", segment.end, " (", segment.path,
+  return MakeStatus(StatusCode::kDataLoss, directory_, ": ends at the change ", segment.end, " (", PathOf(segment),
                     "), but the changes before ", offset, " were read before or are in the index: it is another log, or "
                     "segments at its end were removed");
 }
 
-Status ChangeLogReader::OpenSegment(const Segment& segment, Open* open) {
+Status ChangeLogReader::OpenSegment(const Segment& segment, Open* open) const {
+  const std::string path = PathOf(segment);
   Open made;
   made.segment = segment;
-  const Status opened = PackedFile::Open(segment.path, kKind, /*verify=*/true, &made.file);
+  const Status opened = PackedFile::Open(path, kKind, /*verify=*/true, &made.file);
   // Whatever keeps a segment from being read, the log cannot be read past it.
   if (!opened.ok()) return Status(StatusCode::kDataLoss, opened.message());
   const PackedFile& file = *made.file;
@@ -146,13 +158,13 @@ Status ChangeLogReader::OpenSegment(const Segment& segment, Open* open) {
   DPSR_RETURN_IF_ERROR(file.Get("example.bytes", &made.example_bytes));
   const auto n = static_cast<size_t>(segment.end - segment.first);
   if (made.kinds.size() != n || made.item_ids.size() != n || made.versions.size() != n || made.times.size() != n) {
-    return MakeStatus(StatusCode::kDataLoss, segment.path, ": has ", made.kinds.size(), " kinds, ",
+    return MakeStatus(StatusCode::kDataLoss, path, ": has ", made.kinds.size(), " kinds, ",
                       made.item_ids.size(), " ids, ", made.versions.size(), " versions and ", made.times.size(),
                       " times, expected ", n, " of each by its name");
   }
   for (size_t i = 0; i < n; ++i) {
     if (made.kinds[i] < kNumItemChangeKinds && made.item_ids[i] >= 0) continue;
-    return MakeStatus(StatusCode::kDataLoss, segment.path, ": change ", segment.first + static_cast<int64_t>(i),
+    return MakeStatus(StatusCode::kDataLoss, path, ": change ", segment.first + static_cast<int64_t>(i),
                       " has the kind ", int{made.kinds[i]}, " and the item id ", made.item_ids[i],
                       ", expected a kind from 0 to ", kNumItemChangeKinds - 1, " and an id of 0 or more");
   }
@@ -175,9 +187,10 @@ Status ChangeLogReader::Read(int64_t offset, int64_t max_changes, ItemChanges* c
   changes->next_offset = offset;
   if (directory_.empty()) return Status();
   const std::lock_guard<std::mutex> lock(mutex_);
+  bool listed = false;
   while (changes->next_offset - offset < max_changes) {
     bool at_end = false;
-    const Status status = OpenAt(changes->next_offset, &at_end);
+    const Status status = OpenAt(changes->next_offset, &listed, &at_end);
     if (!status.ok() && changes->next_offset == offset) return status;
     if (!status.ok() || at_end) break;
     const auto begin = static_cast<size_t>(changes->next_offset - open_.segment.first);

@@ -72,13 +72,12 @@ class ChangeLogReader {
 
  private:
   struct Segment {
-    int64_t first;
-    int64_t end;
-    std::string path;
+    int64_t first = 0;
+    int64_t end = 0;
   };
   // A segment that is open and verified.
   struct Open {
-    Segment segment{0, 0, ""};
+    Segment segment;
     std::unique_ptr<PackedFile> file;
     Span<const uint8_t> kinds;
     Span<const int64_t> item_ids, versions, key_splits, example_splits;
@@ -87,8 +86,9 @@ class ChangeLogReader {
   };
 
   Status List();
-  Status OpenAt(int64_t offset, bool* at_end);
-  static Status OpenSegment(const Segment& segment, Open* open);
+  Status OpenAt(int64_t offset, bool* listed, bool* at_end);
+  Status OpenSegment(const Segment& segment, Open* open) const;
+  std::string PathOf(const Segment& segment) const;
 
   const std::string directory_;
   std::mutex mutex_;

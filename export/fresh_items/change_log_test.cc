@@ -112,6 +112,10 @@ TEST_F(ChangeLogTest, OtherFilesAreIgnored) {
   std::ofstream(directory_ + "/" + Name(2, 4) + ".tmp.17.0") << "half";
   std::ofstream(directory_ + "/2-4.dpsr") << "short name";
   std::ofstream(directory_ + "/" + Name(4, 4)) << "empty";
+  // Offsets that are not numbers, or that int64 does not hold.
+  std::ofstream(directory_ + "/0000000000000000000x-00000000000000000004.dpsr") << "letter";
+  std::ofstream(directory_ + "/00000000000000000002-09999999999999999999.dpsr") << "large";
+  std::ofstream(directory_ + "/00000000000000000002-10000000000000000000.dpsr") << "larger";
   ChangeLogReader reader(directory_);
   ExpectRead(&reader, 0, 100, 2);
 }

@@ -20,8 +20,11 @@ enum Output { kChanges, kOffset, kItems, kOpen, kSealed, kHidden, kIgnored, kNot
 constexpr std::array<const char*, kNumOutputs> kOutputs = {"changes", "offset",  "items",       "open",      "sealed",
                                                            "hidden",  "ignored", "not_indexed", "last_time", "drift"};
 
-// Time between two calls when nothing is new, and bounds of the time after an error, which doubles each time.
+// Time between two calls, and bounds of the time after an error, which doubles each time.
 constexpr std::chrono::milliseconds kInterval(100);
+// After so many changes there may be more, and the next call follows at once. After fewer, it would find few or none, and
+// a call that finds none costs as much as ten changes.
+constexpr int64_t kManyChanges = 256;
 constexpr std::chrono::milliseconds kFirstBackoff(200);
 constexpr std::chrono::milliseconds kLongestBackoff(10'000);
 
@@ -117,7 +120,7 @@ tensorflow::Status ItemChangeFollower::Apply(int64_t* changes) {
 }
 
 std::chrono::milliseconds ItemChangeFollower::After(const tensorflow::Status& status, int64_t changes) {
-  std::chrono::milliseconds wait = changes > 0 ? std::chrono::milliseconds(0) : kInterval;
+  std::chrono::milliseconds wait = changes >= kManyChanges ? std::chrono::milliseconds(0) : kInterval;
   if (status.ok()) {
     if (!problem_.empty()) {
       LogInfo("model ", servable_.name(), " version ", servable_.version(), " applies changes of items again");

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,12 +13,14 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
+from absl import app
 
 from dpsr_export import ann
 
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "index.py"
 sys.path.append(str(SCRIPT.parent))
 benchmark = importlib.import_module("index")
+peers = importlib.import_module("index_peers")
 report = importlib.import_module("report")
 vectors = importlib.import_module("vectors")
 
@@ -146,6 +149,102 @@ def test_peak_memory_is_what_was_held_for_a_while() -> None:
             held += 1
         del held
     assert found[0] - before[0] == pytest.approx(0.05, abs=0.02)
+
+
+class Scan(peers.Peer):
+    """A peer that scores the first `rows` of all vectors."""
+
+    MODULE, DEFAULTS = "json", {"M": "1"}
+
+    def _build(self, vectors: np.ndarray, options: dict[str, str], threads: int) -> None:
+        self.vectors = vectors
+
+    def settings(self, k: int) -> Iterator[list[str]]:
+        yield [f"rows={rows}" for rows in (2000, 2800, 3600, 3900, 4000)]
+
+    def search(self, x: np.ndarray, k: int) -> tuple[None, np.ndarray]:
+        rows = int(self.setting.removeprefix("rows="))
+        return None, np.argsort(-(x @ self.vectors[:rows].T), axis=1)[:, :k]
+
+    def write(self, path: Path) -> int:
+        path.mkdir()
+        (path / "vectors").write_bytes(self.vectors.tobytes())
+        return self.vectors.nbytes
+
+
+def measured_peer(factory: str, tmp_path: Path) -> dict[str, dict[str, float]]:
+    """Returns the rows of a peer by metric and workload."""
+    catalogue = vectors.Vectors(4000, 1)
+    items, queries = catalogue.kept(tmp_path), catalogue.queries(20)
+    result = report.Report("index", 1, {})
+    benchmark.measure_peer(result, items, queries, ann.Exact(items, queries, [100, 1000]), factory, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["4000-1.npy"], "what was written is removed"
+    found: dict[str, dict[str, float]] = {}
+    for row in result.rows:
+        assert row["impl"] == factory
+        found.setdefault(row["metric"], {})[row["workload"]] = row["value"]
+    return found
+
+
+def test_the_cheapest_setting_of_a_peer_that_reaches_the_recall_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(peers._KINDS, "scan", Scan)
+    monkeypatch.setattr(benchmark, "core_ms", lambda index, queries, k: float(index.setting.removeprefix("rows=")) + k)
+    found = measured_peer("scan:M=2", tmp_path)
+    assert found["bytes_per_item"] == {"4,000 x 64": 256}
+    # The rows are drawn at random, so the first 3,600 of 4,000 have about 0.9 of the results.
+    for k, metric in ((1000, "core_ms"), (100, "core_ms@100")):
+        recalls = found[f"ann_recall@{k}"]
+        assert {name: cost - k for name, cost in found[metric].items()} == {
+            name: float(name.split("rows=")[1].split(",")[0]) for name in recalls
+        }
+        assert f"4,000 x 64, rows=3900, top {k}" in recalls and min(recalls.values()) >= 0.9
+        assert f"4,000 x 64, rows=2800, top {k}" not in recalls
+
+
+def test_the_setting_nearest_to_a_recall_that_none_reaches() -> None:
+    found = [("a", 0.7, 1.0), ("b", 0.8, 2.0), ("c", 0.92, 4.0), ("d", 0.93, 3.0)]
+    assert benchmark.cheapest_of(found, 0.9)[0] == "d" and benchmark.cheapest_of(found, 0.95)[0] == "d"
+    assert benchmark.cheapest_of(found, 0.75)[0] == "b"
+
+
+@pytest.mark.parametrize(
+    ("factory", "fewest_bytes", "most_bytes"),
+    [
+        ("usearch:M=16,ef=64,codes=i8", 64 + 64, 300),
+        ("usearch:M=8", 256 + 64, 500),
+        ("hnswlib:M=16,ef=64", 256 + 64, 500),
+        ("scann:leaves=60,codes=int8", 64, 90),
+        ("scann:leaves=60,codes=2,reorder=int8,soar=1.5", 64 + 16, 200),
+    ],
+)
+def test_a_peer_finds_what_exact_search_finds(factory: str, fewest_bytes: int, most_bytes: int, tmp_path: Path) -> None:
+    pytest.importorskip(peers._KINDS[factory.partition(":")[0]].MODULE)
+    found = measured_peer(factory, tmp_path)
+    for k in (100, 1000):
+        assert 0.95 <= max(found[f"ann_recall@{k}"].values()) <= 1
+    assert fewest_bytes < found["bytes_per_item"]["4,000 x 64"] < most_bytes
+    assert min(*found["core_ms"].values(), *found["core_ms@100"].values()) > 0
+
+
+def test_peers_that_cannot_be_measured_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any(peers.is_peer(factory) for factory in benchmark.factories(1_000_000))
+    assert all(peers.is_peer(factory) for factory in peers.CHOSEN)
+    monkeypatch.setitem(peers._KINDS, "scan", Scan)
+    assert peers.options_of("scan") == {"M": "1"} and peers.options_of("scan:M=3") == {"M": "3"}
+    for given in ("M", "ef=3", "M="):
+        with pytest.raises(app.UsageError, match="cannot be set; scan has scan:M=1"):
+            peers.options_of(f"scan:{given}")
+    monkeypatch.setattr(Scan, "MODULE", "not_installed")
+    with pytest.raises(app.UsageError, match=r"needs scan .* install it with"):
+        peers.options_of("scan:M=3")
+
+
+def test_peers_of_a_stream_are_refused() -> None:
+    command = [sys.executable, SCRIPT, "--items=20000000", "--factories=hnswlib:M=16"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "200"})
+    assert done.returncode == 1 and "cannot be built from a stream" in done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -72,6 +72,19 @@ def test_an_empty_log_begins_where_the_index_ends(tmp_path: Path) -> None:
     assert log.append(some([])) == (41, 41)
 
 
+def test_other_files_do_not_hide_the_end(tmp_path: Path) -> None:
+    log = ItemChangeLog(tmp_path / "item_changes")
+    for number in range(12):
+        log.append(some([number]))
+    last = log.segments()[-1].path
+    for name in ("notes.txt", "9-10.dpsr", f"{last.name}.old", last.name.replace("0", "9")):
+        (log.path / name).write_text("not a segment")
+    (log.path / f"{last.name}.tmp.1.0").write_text("of a writer that was killed")
+    assert log.end() == 12 == log.status().end and log.status().segments == 12
+    assert log.append(some([12])) == (12, 13) and read_ids(log) == list(range(13))
+    assert not list(log.path.glob("*.tmp.*")) and (log.path / "notes.txt").exists()
+
+
 def test_many_changes_are_split_into_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dpsr_export.item_changes._SEGMENT_CHANGES", 4)
     log = ItemChangeLog(tmp_path / "item_changes")
