@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 from absl import app
 
-# The builds that --peers measures. More of them were tried at 200,000 items (docs/experiments.md).
+# The builds that --peers measures; docs/experiments.md has others.
 CHOSEN = (
     "usearch:M=16,ef=128,codes=i8",
     "hnswlib:M=16,ef=200",

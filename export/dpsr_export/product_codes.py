@@ -26,6 +26,8 @@ FACTORIES = QUANTIZER, QUANTIZER_FAST_SCAN = "quantizer", "quantizer_fs"
 _ORTHOGONAL = 1e-3
 # Vectors that are added, and vectors that are compared with all centroids, in one step.
 _BLOCK, _SECOND_BLOCK = 1 << 16, 1 << 12
+# Residuals as short as this are rounding errors of vectors of length 1.
+_NO_RESIDUAL = np.float32(1e-6)
 # Vectors that one thread encodes at a time: few, so that threads end at the same time, and caches hold them.
 _PART = 1 << 11
 
@@ -257,7 +259,9 @@ def second_lists(
     for begin in range(0, len(z), _SECOND_BLOCK):
         rows = slice(begin, begin + _SECOND_BLOCK)
         x, r = z[rows], residual[rows]
-        unit = r / np.maximum(np.linalg.norm(r, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        # A vector that is its list's centroid has a residual of rounding errors, and no direction.
+        length = np.linalg.norm(r, axis=1, keepdims=True)
+        unit = np.where(length > _NO_RESIDUAL, r / np.maximum(length, _NO_RESIDUAL), 0)
         # r' . r / |r| for all lists, [rows, lists].
         loss = np.einsum("nd,nd->n", x, unit)[:, np.newaxis] - unit @ centroids.T
         loss *= loss

@@ -24,12 +24,27 @@ def pair_set(pairs: tuple[np.ndarray, np.ndarray]) -> set[tuple[int, int]]:
 
 
 def test_a_share_of_the_items_of_each_user_is_held_back():
-    left, held = graph.hold_back(PAIRS, 0.25, seed=1)
+    left, held = graph.hold_back(PAIRS, 0.25, graph.chance(PAIRS, 1))
     assert pair_set(left) | pair_set(held) == pair_set(PAIRS) and not pair_set(left) & pair_set(held)
     np.testing.assert_array_equal(np.bincount(held[0]), np.round(0.25 * np.bincount(PAIRS[0])))
     # At least one is held back, and another seed holds back others.
-    assert (np.bincount(graph.hold_back(PAIRS, 0.001, seed=1)[1][0]) == 1).all()
-    assert pair_set(graph.hold_back(PAIRS, 0.25, seed=2)[1]) != pair_set(held)
+    assert (np.bincount(graph.hold_back(PAIRS, 0.001, graph.chance(PAIRS, 1))[1][0]) == 1).all()
+    assert pair_set(graph.hold_back(PAIRS, 0.25, graph.chance(PAIRS, 2))[1]) != pair_set(held)
+
+
+def test_items_that_are_alike_are_held_back_together(monkeypatch):
+    monkeypatch.setattr(graph, "DIM", 2)
+    # Users of both kinds, who also want some items of the other kind.
+    others = [(user, item) for user in range(60) for item in range((user + 1) % 2, 40, 2) if RNG.random() < 0.25]
+    own = [(user, item) for user in range(60) for item in range(user % 2, 40, 2) if RNG.random() < 0.8]
+    pairs = tuple(np.array(own + others).T)
+    left, held = graph.hold_back(pairs, 0.25, graph.likeness(pairs, 1))
+    assert pair_set(left) | pair_set(held) == pair_set(pairs) and not pair_set(left) & pair_set(held)
+    of_one_kind, by_chance = (
+        [len(set((items % 2).tolist())) == 1 for items in graph.by_user(graph.hold_back(pairs, 0.25, order)[1], 60)]
+        for order in (graph.likeness(pairs, 1), graph.chance(pairs, 1))
+    )
+    assert sum(of_one_kind) > 2 * sum(by_chance)
 
 
 def test_recall_and_ndcg_of_known_lists():
@@ -60,7 +75,7 @@ def test_items_of_the_training_are_not_found():
 def test_a_training_finds_what_was_held_back(monkeypatch, change):
     monkeypatch.setattr(graph, "PAIRS", 32)
     monkeypatch.setattr(graph, "NEGATIVES", 64)
-    left, held = graph.hold_back(PAIRS, 0.2, seed=1)
+    left, held = graph.hold_back(PAIRS, 0.2, graph.chance(PAIRS, 1))
     users, items = graph.train_light_gcn(left, 1, replace(graph.LIGHT_GCN, **change))
     assert users.shape == (60, graph.DIM) and items.shape == (40, graph.DIM)
     scored = graph.with_prior(users, items, graph.prior(left[1], graph.LIGHT_GCN.popularity))
@@ -74,7 +89,8 @@ def test_both_parts_of_gowalla_report_what_they_measure(monkeypatch, tmp_path):
     monkeypatch.setattr(graph, "PAIRS", 32)
     monkeypatch.setattr(graph, "NEGATIVES", 64)
     (tmp_path / "gowalla").mkdir()
-    for name, pairs in zip(("train", "test"), graph.hold_back(PAIRS, 0.2, seed=1), strict=True):
+    splits = graph.hold_back(PAIRS, 0.2, graph.chance(PAIRS, 1))
+    for name, pairs in zip(("train", "test"), splits, strict=True):
         lines = [" ".join(map(str, (user, *items))) for user, items in enumerate(graph.by_user(pairs, 60))]
         with gzip.open(tmp_path / "gowalla" / f"{name}.txt.gz", "wt") as file:
             file.write("\n".join(lines))
@@ -84,8 +100,9 @@ def test_both_parts_of_gowalla_report_what_they_measure(monkeypatch, tmp_path):
     # The settings are compared without the test file.
     (tmp_path / "gowalla" / "test.txt.gz").unlink()
     graph.gowalla_settings(result, tmp_path)
-    rows = [row for row in result.rows if row["workload"] == "gowalla, held back"]
+    rows = [row for row in result.rows if row["workload"] == "gowalla, held back by chance"]
     assert len(rows) == len(graph.VARIANTS) * len(graph.POPULARITIES) * 2
+    assert len([row for row in result.rows if row["workload"] == "gowalla, held back alike"]) == len(rows)
     # At random: 0.6 and 0.2.
     least = {"recall@20": 0.9, "ndcg@20": 0.3}
     assert [row for row in rows if not least[row["metric"]] < row["value"] <= 1] == []
