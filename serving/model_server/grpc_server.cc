@@ -49,7 +49,6 @@ constexpr char kModelService[] = "tensorflow.serving.ModelService";
 constexpr char kHealthService[] = "grpc.health.v1.Health";
 
 // gRPC's status codes are those of absl.
-constexpr int kCancelled = static_cast<int>(absl::StatusCode::kCancelled);
 constexpr int kUnavailable = static_cast<int>(absl::StatusCode::kUnavailable);
 constexpr int kPermissionDenied = static_cast<int>(absl::StatusCode::kPermissionDenied);
 
@@ -225,9 +224,10 @@ void Compute(const Shared& shared, Call* call, const char* method, std::chrono::
   RequestTimes times;
   times.queue_micros = MicrosecondsSince(arrival);
   RecordQueueing(times.queue_micros);
-  // A call that was given up in the queue, or whose deadline passed there, needs no answer.
+  // Nobody gets the answer to a call that was given up in the queue. If its deadline passed there, the client may not
+  // have noticed yet.
   if (call->IsOver()) {
-    call->Finish(kCancelled, "", {}, {});
+    FinishWith(absl::DeadlineExceededError("the deadline passed before the request was computed"), call);
     return;
   }
   std::vector<Header> trailing;

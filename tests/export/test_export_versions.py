@@ -130,12 +130,17 @@ def test_a_search_stops_when_its_client_cancels(job: Job, tmp_path: Path) -> Non
         with pytest.raises(grpc.RpcError, match=r"100000 \* 6, expected at most 500000 results"):
             stub.Predict(request, timeout=60)
         request.inputs["k"].CopyFrom(tf.make_tensor_proto(5))
-        call = stub.Predict.future(request, timeout=60)
-        while metric(":dpsr:serving:requests_running") < 1:
-            assert not call.done(), "the request ended too early for this test"
-        call.cancel()
-        count = ':tensorflow:serving:request_count{model_name="shop",status='
+        running, count = ":dpsr:serving:requests_running", ':tensorflow:serving:request_count{model_name="shop",status='
+        # A request that is cancelled just before its search begins is not counted: then another one is sent.
         while metric(f'{count}"CANCELLED"') < 1:
+            while metric(running) >= 1:
+                pass
+            call = stub.Predict.future(request, timeout=60)
+            while metric(running) < 1:
+                assert not call.done(), "the request ended too early for this test"
+            call.cancel()
+            while metric(running) >= 1:
+                pass
             assert metric(f'{count}"OK"') == 0, "the search was not stopped"
 
 

@@ -32,7 +32,7 @@ from raw_http2 import (
 )
 from tensorflow_serving.apis import prediction_service_pb2_grpc
 
-OK, INTERNAL, UNIMPLEMENTED, EXHAUSTED = b"0", b"13", b"12", b"8"
+OK, DEADLINE_EXCEEDED, EXHAUSTED, UNIMPLEMENTED, INTERNAL = b"0", b"4", b"8", b"12", b"13"
 
 
 @pytest.fixture
@@ -111,6 +111,15 @@ def test_answers_to_all_who_accept_it_are_compressed_if_the_operator_says_so(mod
 
 
 # ---- limits ----
+
+
+def test_a_call_whose_deadline_has_passed_when_it_begins(server: Server) -> None:
+    """The client may not have noticed: its clock is looked at later than ours."""
+    with wire(server) as client:
+        send(client, 1, message(predict_request().SerializeToString()), grpc_timeout="1n")
+        headers, data = client.answer(1)
+    assert (headers[b"grpc-status"], data) == (DEADLINE_EXCEEDED, b"")
+    assert headers[b"grpc-message"] == b"the deadline passed before the request was computed"
 
 
 def test_settings_of_connections(model: str, tmp_path: Path) -> None:
