@@ -14,6 +14,8 @@ import functools
 import glob
 import io
 import json
+import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -384,9 +386,11 @@ def _read_csv(path: Path, columns: list[str], kind: str, check: Any) -> Iterator
     )
     read = pyarrow.csv.ReadOptions(block_size=_BLOCK_BYTES)
     with _open(path) as stream:
-        yield from pyarrow.csv.open_csv(
-            _WholeLineEnds(stream), read_options=read, parse_options=parse, convert_options=convert
-        )
+        source = _WholeLineEnds(stream)
+        try:
+            yield from pyarrow.csv.open_csv(source, read_options=read, parse_options=parse, convert_options=convert)
+        finally:
+            source.wait()
 
 
 class _WholeLineEnds(io.RawIOBase):
@@ -395,14 +399,28 @@ class _WholeLineEnds(io.RawIOBase):
     def __init__(self, stream: pa.NativeFile):
         super().__init__()
         self._stream, self._held = stream, b""
+        # What Arrow has read and may still hold. A memoryview, other than bytes, can be referred to weakly.
+        self._read: list[weakref.ref[memoryview]] = []
 
     def readable(self) -> bool:
         return True
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int = -1) -> memoryview:
         data: bytes = self._held + self._stream.read(size - len(self._held))
         self._held = b"\r" if len(data) > 1 and data.endswith(b"\r") else b""
-        return data.removesuffix(self._held)
+        found = memoryview(data.removesuffix(self._held))
+        self._read = [*(held for held in self._read if held() is not None), weakref.ref(found)]
+        return found
+
+    def wait(self) -> None:
+        """Returns when Arrow's threads hold nothing of the stream any more, or after 10 seconds.
+
+        They drop the last pieces a moment after the last batch, and take Python's lock for it. If Python ends at this
+        moment, the process aborts.
+        """
+        end = time.monotonic() + 10
+        while any(held() is not None for held in self._read) and time.monotonic() < end:
+            time.sleep(0.0005)
 
 
 def _read_json(path: Path, columns: list[str], check: Any) -> Iterator[pa.RecordBatch]:

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import threading
 
 import numpy as np
 import pyarrow as pa
@@ -423,6 +424,19 @@ def test_table_errors(tmp_path, value, call, fragment):
 
 
 # Memory.
+
+
+def test_the_end_of_a_file_waits_until_arrow_holds_nothing_of_it():
+    """A process that ends while a thread of Arrow drops something of Python's aborts."""
+    source = tables._WholeLineEnds(pa.BufferReader(b"a,b\n1,2\n"))
+    held = [source.read(100)]
+    thread = threading.Thread(target=source.wait)
+    thread.start()
+    thread.join(0.05)
+    assert thread.is_alive() and bytes(held[0]) == b"a,b\n1,2\n"
+    held.clear()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl.gz", ".arrow"])
