@@ -87,7 +87,10 @@ class Validation:
         return is_over(self._path, self._config)
 
     def watch(self) -> None:
-        """Measures each new checkpoint until training ends: the work of an evaluator."""
+        """Measures each new checkpoint until one has all steps of the training: the work of an evaluator.
+
+        Workers that were on their way when that one was written can be part of one more, which is not measured.
+        """
         seen = None
         while not is_over(self._path, self._config):
             checkpoint = tf.train.latest_checkpoint(str(self._path))
