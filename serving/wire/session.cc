@@ -11,6 +11,7 @@ namespace dpsr::serving {
 namespace {
 
 constexpr size_t kPrefixBytes = 5;      // of a message: whether it is compressed, and its length
+constexpr size_t kFrameHeadBytes = 9;
 constexpr size_t kHeaderOverhead = 32;  // bytes that a header counts beyond its name and value (RFC 9113, 10.5.1)
 // Headers of this many times the limit end their connection; with less, only the call is refused.
 constexpr size_t kHeaderExcess = 4;
@@ -24,8 +25,8 @@ constexpr int32_t kConnectionWindow = 1 << 26;
 constexpr size_t kMostComing = 1 << 24;  // bytes of the large messages that may come at the same time
 constexpr uint32_t kFrameBytes = 1 << 16;
 
-// Frames that carry nothing cost a client credit: pings, settings, priorities, window updates, resets, and data in small
-// pieces. Calls and answers earn some, and a second earns the rest. A client without credit loses its connection. So
+// Frames that carry nothing cost a client credit: pings, settings, priorities, window updates, resets, data in small
+// pieces, and data of calls that are over. Calls and answers earn some, and a second earns the rest. A client without credit loses its connection. So
 // floods end after a moment, while a client that makes calls never notices.
 constexpr double kMostCredit = 10'000;
 constexpr double kCreditPerSecond = 1000;
@@ -34,6 +35,8 @@ constexpr double kCreditPerDataFrame = 4;
 constexpr size_t kSmallData = 1024;
 constexpr double kCostOfReset = 2;
 constexpr double kCostOfSettings = 50;
+constexpr int64_t kLateData = 1 << 14;  // bytes that cost as much as
+constexpr double kCostOfLateData = 4;   // this: a client that has not heard of the end yet sends a few megabytes at most
 constexpr double kCostOfOurReset = 10;  // a client can make us reset streams, which then no longer count as open
 
 constexpr char kDrainPing[] = "draining";
@@ -128,6 +131,7 @@ struct Session::Callbacks {
   static int OnBeginFrame(nghttp2_session*, const nghttp2_frame_hd* head, void* user_data) {
     Session* self = Self(user_data);
     if (self->role_ == Role::kClient) return 0;
+    self->ignored_ -= static_cast<int64_t>(kFrameHeadBytes + head->length);
     double cost = 1;
     if (head->type == NGHTTP2_DATA && (head->length >= kSmallData || head->flags & NGHTTP2_FLAG_END_STREAM)) cost = 0;
     if (head->type == NGHTTP2_RST_STREAM) cost = kCostOfReset;
@@ -267,6 +271,9 @@ struct Session::Callbacks {
     if (self->role_ == Role::kClient) return 0;
     if (frame->hd.type == NGHTTP2_DATA) {
       self->credit_ = std::min(kMostCredit, self->credit_ + kCreditPerDataFrame);
+    } else if (frame->hd.type == NGHTTP2_RST_STREAM && frame->rst_stream.error_code == NGHTTP2_FLOW_CONTROL_ERROR) {
+      // The client sends more than its windows allow. What breaks this rule once does it again on the next stream.
+      self->Terminate(NGHTTP2_FLOW_CONTROL_ERROR);
     } else if (frame->hd.type == NGHTTP2_RST_STREAM && frame->rst_stream.error_code != NGHTTP2_NO_ERROR &&
                frame->rst_stream.error_code != NGHTTP2_REFUSED_STREAM) {
       self->credit_ -= kCostOfOurReset;
@@ -435,6 +442,13 @@ bool Session::Receive(std::string_view data, double now, std::vector<Event>* eve
     if (taken == NGHTTP2_ERR_FLOODED) failure_ = NGHTTP2_ENHANCE_YOUR_CALM;
     if (taken < 0 && failure_ == NGHTTP2_NO_ERROR) failure_ = NGHTTP2_INTERNAL_ERROR;
     if (taken < 0) Terminate(failure_);
+    // nghttp2 reports all frames but those that it ignores.
+    ignored_ += static_cast<int64_t>(data.size());
+    if (role_ == Role::kServer && ignored_ >= kLateData) {
+      const int64_t times = ignored_ / kLateData;
+      ignored_ -= times * kLateData;
+      if (!Spend(kCostOfLateData * static_cast<double>(times))) Terminate(NGHTTP2_ENHANCE_YOUR_CALM);
+    }
     AdmitWaiting();
   }
   TakeEvents(events);

@@ -210,6 +210,7 @@ class Session {
   double idle_since_;
   double credit_;  // for frames that carry nothing
   double resets_;  // calls that the client may still give up
+  int64_t ignored_ = 0;  // server: bytes received, less those of reported frames and of what was paid for
   uint32_t failure_ = NGHTTP2_NO_ERROR;  // why a callback failed
   bool ended_ = false;   // takes no more bytes
   bool broken_ = false;  // has no more bytes to send

@@ -214,9 +214,27 @@ TEST(SessionTest, LargeMessagesOfAConnectionWaitForEachOther) {
   EXPECT_EQ(server.events.back().data.size(), kSize + 5);
   updates = WindowUpdates(server.Send());
   EXPECT_EQ(updates[7], kSize + 5 - kFirst);
-  // What a client sends beyond its windows is not held.
+  // What a client sends beyond its windows is not held, and ends its connection.
   for (int i = 0; i < 1000; ++i) server.Receive(Frame(NGHTTP2_DATA, 0, 9, std::string(16'000, 'x')));
   EXPECT_LT(server.session.held(), kSize + 1'000'000);
+  server.Send();
+  EXPECT_TRUE(server.session.finished());
+}
+
+TEST(SessionTest, DataOfCallsThatAreOverIsReadForAWhile) {
+  Server server;
+  const std::string late = Frame(NGHTTP2_DATA, 0, 1, std::string(16'000, 'x'));
+  const auto send = [&](int frames) {
+    for (int i = 0; i < frames; ++i) server.Receive(late);
+    server.Send();
+  };
+  server.Receive(Frame(NGHTTP2_HEADERS, NGHTTP2_FLAG_END_HEADERS, 1, Head("/s/Nothing")));
+  server.Send();
+  send(1000);  // a client that has not heard of the end sends no more than 16 MB
+  server.Call(3);
+  EXPECT_EQ(server.CountCalls(), 1u);
+  send(2000);
+  EXPECT_TRUE(server.session.finished());
 }
 
 TEST(SessionTest, OneLargeMessageOfEachConnectionGoesOn) {
