@@ -276,11 +276,11 @@ def steps(result: report.Report, out: Path, quick: bool) -> None:
     result.bars["store_gb_5600m_pairs"] = sum(sizes)
 
 
-def check(result: report.Report, out: Path, steps: int) -> None:
-    """Adds the measured and the predicted rates of 1, 2 and 4 workers on this machine, and the bars of their ratio."""
+def check(result: report.Report, out: Path, steps: int, workers_of: Sequence[int] = _LOCAL_WORKERS) -> None:
+    """Adds the measured and the predicted rates of some numbers of workers on this machine, and bars of their ratio."""
     store = shop(out, 20_000, 2_000, 200_000, result.seed)[0]
     costs, seconds = Costs(0, 0, 0, 0), 0.0
-    for workers in _LOCAL_WORKERS:
+    for workers in workers_of:
         with tempfile.TemporaryDirectory(dir=out) as folder:
             here, used = Training(store, Path(folder) / "model", workers, steps * min(workers, 2)).measure()
         workload = f"{workers} local workers"
@@ -346,7 +346,10 @@ def main(arguments: Sequence[str]) -> None:
         if "steps" in values.parts:
             steps(result, out, values.quick)
         if "cluster" in values.parts:
-            check(result, out, 400 if values.quick else 30_000 if values.full else 6_000)
+            if values.quick:
+                check(result, out, 400, _LOCAL_WORKERS[:2])
+            else:
+                check(result, out, 30_000 if values.full else 6_000)
             paper(result, not values.full)
     result.print(values.json)
 
