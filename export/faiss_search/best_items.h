@@ -41,11 +41,11 @@ class BestItems {
     if (found_.size() == most_) Halve();
   }
 
-  // Ends a portion. Returns how many of the k best so far come from it.
+  // Ends a portion. Returns how many of the k best so far come from it and the one before.
   int64_t EndPortion() {
     if (found_.size() > k_) Halve();
-    const int32_t portion = portion_++;
-    return std::count_if(found_.begin(), found_.end(), [portion](const Found& found) { return found.portion == portion; });
+    const int32_t before = portion_++ - 1;
+    return std::count_if(found_.begin(), found_.end(), [before](const Found& found) { return found.portion >= before; });
   }
 
   // Writes scores and positions of the best items in descending order, and pads them to k.

@@ -1,6 +1,7 @@
 #include "export/faiss_search/filtered_search.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -13,15 +14,32 @@ namespace dpsr {
 namespace {
 
 // A code is prefetched from memory this many codes before it is scored.
-constexpr size_t kAhead = 16;
+constexpr size_t kAhead = 32;
 // Scores that differ by a smaller share are equal: the sums were computed in another order.
 constexpr float kRounding = 1e-3f;
-// A search continues while the last portion of scored items gave more than one in this many of the results.
-constexpr int64_t kResultsOverLate = 12;
+// Items are scored in this many portions. The results of the last two of them tell whether more are worth their time.
+constexpr int64_t kPortions = 8;
+// A search continues while twice as many scored items would give more than this share of new results. Searches that
+// probe a larger share of the lists are to be more thorough, and continue longer.
+constexpr double kNewResults = 0.2;
+// A search scores at least this many times k items.
+constexpr int64_t kLeastOverK = 2;
 // A search scores at most this many times the items that it has to.
 constexpr int64_t kMostTimes = 4;
 // With a filter, a graph search takes about k * ntotal / passing steps. One step takes as long as scoring 40 items.
 constexpr double kStepOverScore = 40;
+
+// Returns the share of the passing items that a search has to score to find as much as a search without a filter that
+// scores a share `effort` of all items. `passing` is the share of the items that pass, `results` k over their number.
+//
+// If passing items are a small share, the k best of them are spread over many lists, but need not be looked for as
+// thoroughly: with the same number of scored items, a search finds more of them than without a filter. The formula was
+// fitted to filters that are independent of the vectors; where they are not, searches go on.
+double ShareToScore(double effort, double passing, double results) {
+  if (effort >= 1) return 1;
+  const double excess = 1 + 2.0 * std::pow(1 - effort, 8) * std::max(0.0, 1 - results);
+  return std::min(1.0, effort / (passing + excess * effort * (1 - std::min(1.0, passing))));
+}
 
 }  // namespace
 
@@ -210,17 +228,19 @@ Status FilteredSearch::SearchLists(const float* x, const ItemMask& mask, const I
   DPSR_RETURN_IF_ERROR(scanner->SetQuery(query.data()));
 
   Lists lists = ListsOf(query.data(), mask);
-  const double unfiltered = static_cast<double>(parameters.nprobe) * static_cast<double>(index_.ntotal()) /
-                            static_cast<double>(index_.num_lists());
+  const double effort = std::min(1.0, static_cast<double>(parameters.nprobe) / static_cast<double>(index_.num_lists()));
   // The number of items that may still be scored.
   int64_t budget = parameters.max_codes == 0 ? std::numeric_limits<int64_t>::max()
                                              : std::max(best->k(), parameters.max_codes);
-  const int64_t wanted = std::min(budget, std::max(best->k(), static_cast<int64_t>(std::min(unfiltered, 1e18))));
+  const auto count = static_cast<double>(mask.count);
+  const double needed = count * ShareToScore(effort, count / static_cast<double>(index_.ntotal()),
+                                             static_cast<double>(best->k()) / count);
+  const int64_t wanted = std::min(budget, std::max(kLeastOverK * best->k(), static_cast<int64_t>(needed)));
   PassingItems passing;
   std::vector<size_t> ends;
   // Scores the items that pass in the lists from `begin` on, until there are `enough`, the budget is spent, or the lists
-  // end. Moves `begin` behind these lists. If few items pass, their codes are far apart in memory. So all of them are collected before the
-  // first one is scored, and prefetched.
+  // end. Moves `begin` behind these lists. If few items pass, their codes are far apart in memory. So all of them are
+  // collected before the first one is scored, and prefetched.
   const auto score = [&](Lists::iterator* begin, Lists::iterator end, double enough) {
     passing.codes.clear();
     passing.slots.clear();
@@ -253,24 +273,35 @@ Status FilteredSearch::SearchLists(const float* x, const ItemMask& mask, const I
     return Status();
   }
   int64_t scored = 0;
-  const double portion = static_cast<double>(wanted) / 2;
-  double ahead = mask.keep ? static_cast<double>(wanted) : portion;
-  auto near = begin;  // the lists in [begin, near) are the nearest of those that are left
+  const double part = static_cast<double>(wanted) / kPortions;
+  double portion = static_cast<double>(wanted) - 2 * part;
+  const double enough = kNewResults * std::pow(1 - effort, 16);
+  double ahead = static_cast<double>(wanted);
+  auto far = begin;   // the lists in [begin, far) are the nearest of those that are left,
+  auto near = begin;  // and those in [begin, near) the nearest of these
   while (begin != lists.end() && budget > 0 && scored < kMostTimes * wanted) {
     double in_portion = 0;
     while (begin != lists.end() && budget > 0 && in_portion < portion) {
-      if (begin == near) {
-        near = Nearest(ahead, begin, lists.end());
+      if (begin == far) {
+        near = far = Nearest(ahead, begin, lists.end());
         if (mask.keep) {
-          std::sort(begin, near, Nearer);
+          std::sort(begin, far, Nearer);
           ahead *= 2;  // fewer items than estimated may pass here
+        } else {
+          ahead = static_cast<double>(wanted) / 2;
+          near = Nearest(portion - in_portion, begin, far);
         }
+      } else if (begin == near) {
+        near = Nearest(portion - in_portion, begin, far);
       }
-      const int64_t count = score(&begin, near, portion - in_portion);
-      in_portion += static_cast<double>(count);
-      scored += count;
+      const int64_t found = score(&begin, near, portion - in_portion);
+      in_portion += static_cast<double>(found);
+      scored += found;
     }
-    if (best->EndPortion() * kResultsOverLate <= best->k() && scored >= wanted) break;
+    portion = part;
+    const auto late = static_cast<double>(best->EndPortion());
+    const double new_results = late / static_cast<double>(best->k()) * static_cast<double>(scored) / (2 * part);
+    if (scored >= wanted && new_results <= enough) break;
   }
   return Status();
 }
@@ -323,8 +354,26 @@ void FilteredSearch::FindPassing(int32_t list, const ItemMask& mask, const ItemM
 }
 
 // Moves to the front the lists with the highest scores in which together at least `wanted` items pass, and returns
-// their end. This is a quickselect by weight.
+// their end. This is a quickselect by weight. Many lists are first put into a histogram of their scores.
 FilteredSearch::Lists::iterator FilteredSearch::Nearest(double wanted, Lists::iterator begin, Lists::iterator end) {
+  constexpr size_t kBuckets = 256;
+  if (end - begin > static_cast<int64_t>(4 * kBuckets)) {
+    const auto [lowest, highest] = std::minmax_element(
+        begin, end, [](const List& a, const List& b) { return a.centroid_score < b.centroid_score; });
+    const float high = highest->centroid_score;
+    const float scale = static_cast<float>(kBuckets - 1) / (high - std::max(lowest->centroid_score, high - 1e6f));
+    const auto bucket_of = [high, scale](const List& list) {
+      const float place = (high - list.centroid_score) * scale;
+      return place < static_cast<float>(kBuckets - 1) ? static_cast<size_t>(place) : kBuckets - 1;  // also of NaN
+    };
+    std::array<double, kBuckets> passing = {};
+    for (auto list = begin; list != end; ++list) passing[bucket_of(*list)] += list->passing;
+    size_t last = 0;  // bucket in which the end is
+    for (; last + 1 < kBuckets && passing[last] < wanted; ++last) wanted -= passing[last];
+    const auto middle = std::partition(begin, end, [&](const List& list) { return bucket_of(list) <= last; });
+    begin = std::partition(begin, middle, [&](const List& list) { return bucket_of(list) < last; });
+    end = middle;
+  }
   while (end - begin > 1) {
     const auto middle = begin + (end - begin) / 2;
     std::nth_element(begin, middle, end, Nearer);

@@ -1,15 +1,16 @@
-// Search among the items that pass a filter. Scores are FAISS's own, and a filter does not make the search more
+// Search among the items that pass a filter. Scores are FAISS's own, and a filter does not make the search much more
 // expensive.
 //
 // If the index has inverted lists, the search reads them directly. The items are numbered so that each list is a range
 // of bits of the mask. An unfiltered search scores about nprobe * ntotal / nlist items. A filtered search scores as
-// many items that pass. It goes through the lists in the order of their centroids' scores, skips lists in which nothing
-// passes, and stops when it has scored enough. So the fewer items pass, the more lists it reads.
+// many items that pass, or fewer if these would be a large part of them (ShareToScore in the .cc file). It goes through
+// the lists in the order of their centroids' scores, skips lists in which nothing passes, and stops when it has scored
+// enough. So the fewer items pass, the more lists it reads.
 //
 // The neighbours of a query may not pass, so that the items that pass are spread over many lists. Therefore the search
-// continues while the last half of the scored items gave more than a twelfth of the k results, each time by another
-// half, up to four times as many items in all. If no more items pass than it would score, or only a few, it scores all
-// of them, and the result is exact.
+// continues, an eighth more at a time, while the last two eighths gave many of the k results: so many that twice as
+// many scored items would bring a fifth of new ones. It scores at most four times as many items in all. If no more items
+// pass than it would score, or only a few, it scores all of them, and the result is exact.
 //
 // Other indexes (Flat, HNSW, refined ones) score the items that pass one by one if this is cheaper. Otherwise FAISS
 // searches with a selector, and with nprobe or efSearch divided by the share of items that pass. If FAISS then finds

@@ -216,37 +216,60 @@ bool AreSplits(Span<const int64_t> splits, size_t rows, size_t values) {
          std::is_sorted(splits.begin(), splits.end());
 }
 
-// Not all processors have the popcnt instruction. Without it, counting the bits of a word is a function call.
-#if defined(__x86_64__)
-__attribute__((target("popcnt"))) int64_t CountWordsPopcnt(const uint64_t* words, int64_t count) {
-  int64_t found = 0;
-  for (int64_t i = 0; i < count; ++i) found += __builtin_popcountll(words[i]);
-  return found;
-}
-#endif
-
-int64_t CountWords(const uint64_t* words, int64_t count) {
-#if defined(__x86_64__)
-  static const bool has_popcnt = __builtin_cpu_supports("popcnt");
-  if (has_popcnt) return CountWordsPopcnt(words, count);
-#endif
-  int64_t found = 0;
-  for (int64_t i = 0; i < count; ++i) found += __builtin_popcountll(words[i]);
-  return found;
-}
-
-}  // namespace
-
-int64_t CountBits(Span<const uint64_t> words, int64_t begin, int64_t end) {
+// Counts the bits in [begin, end) that are 1.
+inline int64_t CountRange(const uint64_t* words, int64_t begin, int64_t end) {
   if (begin >= end) return 0;
   const int64_t first = begin / kBits;
   const int64_t last = (end - 1) / kBits;
   const uint64_t head = ~uint64_t{0} << (begin % kBits);
   const uint64_t tail = ~uint64_t{0} >> (kBits - 1 - (end - 1) % kBits);
-  const uint64_t ends[] = {words[first] & head, words[last] & tail};
-  const uint64_t both = ends[0] & ends[1];
-  if (first == last) return CountWords(&both, 1);
-  return CountWords(ends, 2) + CountWords(words.data() + first + 1, last - first - 1);
+  if (first == last) return __builtin_popcountll(words[first] & head & tail);
+  int64_t found = __builtin_popcountll(words[first] & head) + __builtin_popcountll(words[last] & tail);
+  for (int64_t i = first + 1; i < last; ++i) found += __builtin_popcountll(words[i]);
+  return found;
+}
+
+// Counts the bits of each group that are 1. Returns their sum.
+inline int64_t CountRanges(const uint64_t* words, const std::vector<int64_t>& begins, int32_t* counts) {
+  int64_t sum = 0;
+  for (size_t group = 0; group + 1 < begins.size(); ++group) {
+    const int64_t count = CountRange(words, begins[group], begins[group + 1]);
+    counts[group] = static_cast<int32_t>(count);
+    sum += count;
+  }
+  return sum;
+}
+
+// Not all processors have the popcnt instruction. Without it, counting the bits of a word is a function call.
+#if defined(__x86_64__)
+__attribute__((target("popcnt"), flatten)) int64_t CountRangePopcnt(const uint64_t* words, int64_t begin, int64_t end) {
+  return CountRange(words, begin, end);
+}
+__attribute__((target("popcnt"), flatten)) int64_t CountRangesPopcnt(const uint64_t* words,
+                                                                     const std::vector<int64_t>& begins,
+                                                                     int32_t* counts) {
+  return CountRanges(words, begins, counts);
+}
+bool HasPopcnt() {
+  static const bool has = __builtin_cpu_supports("popcnt");
+  return has;
+}
+#endif
+
+int64_t CountGroups(const uint64_t* words, const std::vector<int64_t>& begins, int32_t* counts) {
+#if defined(__x86_64__)
+  if (HasPopcnt()) return CountRangesPopcnt(words, begins, counts);
+#endif
+  return CountRanges(words, begins, counts);
+}
+
+}  // namespace
+
+int64_t CountBits(Span<const uint64_t> words, int64_t begin, int64_t end) {
+#if defined(__x86_64__)
+  if (HasPopcnt()) return CountRangePopcnt(words.data(), begin, end);
+#endif
+  return CountRange(words.data(), begin, end);
 }
 
 Status FilterExpression::Parse(std::string_view text, FilterExpression* expression) {
@@ -453,30 +476,43 @@ struct ItemFilters::Predicate {
 
   // Clears the bits of all slots that do not pass, from the slots that meet the expression.
   void KeepFew(std::vector<uint64_t>* words) const {
-    std::vector<uint64_t> before;
-    if (!exclude) {
-      before.assign(words->size(), 0);
-      before.swap(*words);
+    if (exclude) {
+      ForEachFew([&](int32_t slot) { (*words)[slot / kBits] &= ~(uint64_t{1} << (slot % kBits)); });
+      return;
     }
-    const auto keep = [&](int32_t slot) {
-      const uint64_t bit = uint64_t{1} << (slot % kBits);
-      uint64_t& word = (*words)[slot / kBits];
-      word = exclude ? word & ~bit : word | (before[slot / kBits] & bit);
-    };
+    std::vector<uint64_t> before(words->size(), 0);
+    before.swap(*words);
+    ForEachFew([&](int32_t slot) {
+      (*words)[slot / kBits] |= before[slot / kBits] & (uint64_t{1} << (slot % kBits));
+    });
+  }
+
+  // Sets the bits of the slots that pass. All bits must be 0, and the expression not one that excludes.
+  void SetFew(std::vector<uint64_t>* words) const {
+    uint64_t* const bits = words->data();
+    ForEachFew([bits](int32_t slot) { bits[slot / kBits] |= uint64_t{1} << (slot % kBits); });
+  }
+
+ private:
+  // Calls use(slot) for the slots that meet the expression.
+  template <typename Use>
+  void ForEachFew(const Use& use) const {
     const bool any_changes = has_changes();
     for (const auto& part : slots) {
+      if (!any_changes) {
+        for (const int32_t slot : part) use(slot);
+        continue;
+      }
       for (const int32_t slot : part) {
-        if (any_changes && changed->Page(slot) != nullptr && !MeetsInPage(slot)) continue;
-        keep(slot);
+        if (changed->Page(slot) == nullptr || MeetsInPage(slot)) use(slot);
       }
     }
     if (!any_changes || changed->slots == nullptr) return;
     for (const int32_t slot : *changed->slots) {
-      if (MeetsInPage(slot)) keep(slot);
+      if (MeetsInPage(slot)) use(slot);
     }
   }
 
- private:
   template <typename Use>
   void ForEachPage(int64_t begin, int64_t end, const Use& use) const {
     for (int64_t first = begin; first < end;) {
@@ -704,9 +740,16 @@ bool ItemFilters::WasAsked(const std::string& key) const {
 
 std::shared_ptr<ItemMask> ItemFilters::Evaluate(const std::vector<Predicate>& predicates) const {
   auto computed = std::make_shared<ItemMask>();
-  computed->words.assign((slots_ + kBits - 1) / kBits, ~uint64_t{0});
-  if (slots_ % kBits != 0) computed->words.back() = (uint64_t{1} << (slots_ % kBits)) - 1;
-  for (const Predicate& predicate : predicates) {
+  // The first expression leaves the fewest items.
+  const bool few = !predicates.empty() && !predicates[0].exclude && predicates[0].IsFew(slots_);
+  computed->words.assign((slots_ + kBits - 1) / kBits, few ? 0 : ~uint64_t{0});
+  if (few) {
+    predicates[0].SetFew(&computed->words);
+  } else if (slots_ % kBits != 0) {
+    computed->words.back() = (uint64_t{1} << (slots_ % kBits)) - 1;
+  }
+  for (size_t i = few ? 1 : 0; i < predicates.size(); ++i) {
+    const Predicate& predicate = predicates[i];
     if (predicate.IsFew(slots_)) {
       predicate.KeepFew(&computed->words);
     } else {
@@ -718,12 +761,8 @@ std::shared_ptr<ItemMask> ItemFilters::Evaluate(const std::vector<Predicate>& pr
     computed->count = CountBits(bits, 0, slots_);
     return computed;
   }
-  computed->group_counts.reserve(group_begins_.size() - 1);
-  for (size_t group = 0; group + 1 < group_begins_.size(); ++group) {
-    const int64_t count = CountBits(bits, group_begins_[group], group_begins_[group + 1]);
-    computed->group_counts.push_back(static_cast<int32_t>(count));
-    computed->count += count;
-  }
+  computed->group_counts.resize(group_begins_.size() - 1);
+  computed->count = CountGroups(bits.data(), group_begins_, computed->group_counts.data());
   return computed;
 }
 
