@@ -39,7 +39,7 @@ struct SessionLimits {
   double headers_s = 10;          // from the first byte of a call's headers to their end
   double body_s = 60;             // from there to the end of the call's message
   double answer_s = 60;           // from an answer to the last byte of it that the other side takes
-  double most_resets = 500;       // calls that a client may give up at once
+  double most_resets = 200;       // calls that a client may give up at once
   double resets_per_s = 200;      // and those of a second more; beyond them, its connection ends
 };
 
