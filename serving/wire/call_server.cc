@@ -33,7 +33,7 @@ constexpr size_t kWriteBytes = 1 << 16;  // that are taken from a session at onc
 constexpr int kEventsPerTurn = 64;
 constexpr double kMostSweepS = 1;    // between two looks at the connections' time limits
 constexpr double kLeastSweepS = 0.02;
-constexpr double kLingerS = 2;       // how long a connection that ends still reads what the client sends
+constexpr double kLingerS = 2;       // how long a connection that ends waits for the client to end it
 constexpr double kAcceptAgainS = 0.05;  // between two tries to accept, if the process lacks files or memory for it
 constexpr double kAgeJitter = 0.1;
 constexpr auto kLookEvery = std::chrono::milliseconds(5);  // at the calls that a server which ends waits for
@@ -393,7 +393,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
   }
 
   // Whether the connection can be closed. One with nothing more to say still reads for a while, because closing a socket
-  // with unread bytes resets the connection, and the client may lose the answer.
+  // with unread bytes resets the connection, and the client may lose the answer. What a client sends that has broken a
+  // rule is not read: so a flood stops, and cannot begin anew at once.
   bool Ends() {
     if (session_ == nullptr || !session_->finished() || !out_.empty() || linger_since_ > 0) return false;
     if (tls_ != nullptr) {
@@ -403,6 +404,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
     }
     shutdown(file_.get(), SHUT_WR);
     linger_since_ = Now();
+    if (session_->has_failed()) StopReading();
     return false;
   }
 
@@ -422,6 +424,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
 
   bool IsIdle() const { return session_ == nullptr || session_->num_streams() == 0; }
   void WakeLoop();
+  void StopReading();
   void SetBlocked(bool blocked);
 
   const uint64_t id_;
@@ -517,10 +520,10 @@ class Loop {
     [[maybe_unused]] const ssize_t written = write(wake_.get(), &one, sizeof(one));
   }
 
-  // Has the thread wait until a socket takes bytes again, or no longer.
-  void WatchWrites(int fd, uint64_t id, bool writes) {
+  // Says what the thread waits for at a socket besides its end: EPOLLIN, EPOLLOUT.
+  void WatchFor(int fd, uint64_t id, uint32_t what) {
     epoll_event event{};
-    event.events = EPOLLIN | EPOLLRDHUP | (writes ? EPOLLOUT : 0u);
+    event.events = EPOLLRDHUP | what;
     event.data.u64 = id;
     epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, fd, &event);
   }
@@ -680,6 +683,8 @@ void Connection::WakeLoop() {
   if (!closed_) loop_->Look(id_);
 }
 
+void Connection::StopReading() { loop_->WatchFor(file_.get(), id_, 0); }
+
 void Connection::Read(std::vector<Notice>* notices) {
   const ssize_t size = recv(file_.get(), loop_->buffer(), kReadBytes, 0);
   if (size == 0 || (size < 0 && !IsTransient(errno))) broken_ = true;
@@ -704,7 +709,7 @@ void Connection::SetBlocked(bool blocked) {
   if (session_ != nullptr) session_->SetUnsent(out_.size() - out_sent_);
   if (blocked == (blocked_since_ > 0)) return;
   blocked_since_ = blocked ? Now() : 0;
-  loop_->WatchWrites(file_.get(), id_, blocked);
+  loop_->WatchFor(file_.get(), id_, EPOLLIN | (blocked ? EPOLLOUT : 0u));
 }
 
 bool Connection::SendOut() {

@@ -574,6 +574,7 @@ void Session::Settle() {
 void Session::Terminate(uint32_t error) {
   if (ended_) return;
   ended_ = true;
+  failed_ = error != NGHTTP2_NO_ERROR;
   nghttp2_session_terminate_session(session_, error);
 }
 

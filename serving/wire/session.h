@@ -152,6 +152,8 @@ class Session {
   bool wants_write() const { return !broken_ && nghttp2_session_want_write(session_) != 0; }
   // Whether the connection can be closed: it has nothing more to send or to receive.
   bool finished() const { return !wants_write() && (ended_ || nghttp2_session_want_read(session_) == 0); }
+  // Whether the connection ends because the other side broke a rule or a limit.
+  bool has_failed() const { return failed_; }
   size_t num_streams() const { return streams_.size(); }
   size_t held() const { return held_ + unsent_; }
   double idle_since() const { return idle_since_; }
@@ -213,6 +215,7 @@ class Session {
   int64_t ignored_ = 0;  // server: bytes received, less those of reported frames and of what was paid for
   uint32_t failure_ = NGHTTP2_NO_ERROR;  // why a callback failed
   bool ended_ = false;   // takes no more bytes
+  bool failed_ = false;  // ended with an error
   bool broken_ = false;  // has no more bytes to send
   std::vector<Event> pending_;
 };

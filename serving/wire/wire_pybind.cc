@@ -212,6 +212,7 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("has_events", &Session::has_events)
       .def_property_readonly("wants_write", &Session::wants_write)
       .def_property_readonly("finished", &Session::finished)
+      .def_property_readonly("has_failed", &Session::has_failed)
       .def_property_readonly("num_streams", &Session::num_streams)
       .def_property_readonly("held", &Session::held)
       .def_property_readonly("idle_since", &Session::idle_since)

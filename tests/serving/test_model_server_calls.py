@@ -262,6 +262,14 @@ def test_pings_that_are_not_read_end_their_connection(server: Server) -> None:
         works(server)
 
 
+def test_a_client_that_broke_a_limit_is_not_read_any_more(server: Server) -> None:
+    """The connection stays open for a while, so that a flood does not begin anew at once."""
+    with wire(server) as client:
+        client.send(frame(PING, 0, 0, bytes(8)) * 12_000)
+        assert client.goodbye() == ENHANCE_YOUR_CALM
+        assert not client.is_read()
+
+
 def test_headers_that_ended_servers_of_grpc(server: Server) -> None:
     """CVE-2023-1428 and its kin, also with more headers than the limit."""
     long = {f"long{index}": "v" * 1500 for index in range(8)}

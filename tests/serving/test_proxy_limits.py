@@ -275,6 +275,17 @@ def test_floods_of_frames_that_carry_nothing_end_their_connection(wire: Callable
         raise AssertionError("the proxy went on reading")
 
 
+def test_a_client_that_broke_a_limit_is_not_read_any_more(
+    limited: tuple[RecordingBackend, ProxyProcess], wire: Callable[..., Wire]
+) -> None:
+    """The connection stays open for a while, so that a flood does not begin anew at once."""
+    client = wire()
+    client.send(frame(http2.PING, 0, 0, bytes(8)) * 12_000)
+    assert client.goodbye() == http2.ENHANCE_YOUR_CALM
+    assert not client.is_read()
+    assert call(limited[1].target, serving_apis.PREDICT, REQUEST)[0] is grpc.StatusCode.OK
+
+
 def test_calls_that_are_given_up_at_once_end_their_connection(
     limited: tuple[RecordingBackend, ProxyProcess], wire: Callable[..., Wire]
 ) -> None:

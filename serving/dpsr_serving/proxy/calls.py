@@ -47,7 +47,10 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
 # Bytes that may wait in the transport. What is beyond waits in the wire, where the limits count it.
 _WRITE_BYTES = 2**16
 _CLOSE_S = 5.0  # time to send the last bytes of a connection that ends
-_ACCEPTS = 16  # new connections that are accepted before calls have their turn again
+# How long a connection whose client broke a rule stays open without being read, and of how many connections. So a flood
+# stops, and cannot begin anew at once.
+_LINGER_S, _LINGERING = 2.0, 256
+_ACCEPTS = 4  # new connections that are accepted before calls have their turn again
 _BACKLOG = 1024  # connections that wait for that
 _EVENTS = 8  # of a client's connection that are handled before other connections have their turn
 _SWEEP_S = 1.0  # time between two looks at the connections' time limits
@@ -420,6 +423,13 @@ class _Incoming(_Connection):
         if not self.closed and not self._server.admit(self):
             self.abort()
 
+    def _close(self) -> None:
+        assert self._session is not None
+        if self._session.has_failed and self._server.linger(self._transport):
+            self.connection_lost(None)
+        else:
+            super()._close()
+
     def on_closed(self) -> None:
         self._server.forget(self)
         tasks, self._tasks = self._tasks, {}
@@ -734,6 +744,7 @@ class Server:
         self.starters = starters or {}
         self.connections: dict[_Incoming, None] = {}  # in the order in which they were made
         self.fresh: dict[_Incoming, None] = {}  # those that have not made a call yet
+        self._lingering: dict[Any, asyncio.TimerHandle] = {}  # transport -> its end
         self.host = _native.Host(handlers, streaming, limits.total_bytes)
         # One thread, so that one message is decompressed at a time, and always into the memory of the last one.
         self.unpacking = ThreadPoolExecutor(1, "unpacking")
@@ -777,6 +788,8 @@ class Server:
             await asyncio.sleep(0.01)
         for connection in list(self.connections):
             connection.end()
+        for transport in list(self._lingering):
+            self._end(transport)
         self.unpacking.shutdown(wait=False, cancel_futures=True)
         await asyncio.sleep(0)
 
@@ -794,6 +807,20 @@ class Server:
         """Forgets a connection that is closed."""
         self.connections.pop(connection, None)
         self.fresh.pop(connection, None)
+
+    def linger(self, transport: Any) -> bool:
+        """Leaves a connection that has said all open for a while, but unread. Returns false if there are too many."""
+        if len(self._lingering) >= _LINGERING:
+            return False
+        self._lingering[transport] = asyncio.get_running_loop().call_later(_LINGER_S, self._end, transport)
+        transport.pause_reading()
+        if transport.can_write_eof():
+            transport.write_eof()
+        return True
+
+    def _end(self, transport: Any) -> None:
+        self._lingering.pop(transport).cancel()
+        transport.abort()
 
     def shed(self) -> None:
         """Ends the connections that hold the most, until all hold less than the limit; first those that stall."""
