@@ -324,6 +324,19 @@ def test_connections_end_at_their_age_and_fail_no_call(
     client.close()
 
 
+def test_the_proxy_ends_beside_a_connection_on_which_nothing_came(
+    start_proxy: StartProxy, start_backend: StartBackend, tmp_path: Path
+) -> None:
+    proxy = start(start_proxy, start_backend(), tmp_path)
+    host, _, port = proxy.target.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as silent:
+        assert call(proxy.target, serving_apis.PREDICT, REQUEST)[0] is grpc.StatusCode.OK
+        proxy.process.terminate()
+        assert silent.recv(1) == b""
+        assert proxy.process.communicate(timeout=PATIENCE_S)[1] == ""
+    assert proxy.process.returncode == 0
+
+
 def test_a_request_that_ends_servers_is_not_given_to_all_of_them(start_proxy: StartProxy, tmp_path: Path) -> None:
     asked: list[int] = []
 

@@ -424,8 +424,7 @@ class _Incoming(_Connection):
             self.abort()
 
     def _close(self) -> None:
-        assert self._session is not None
-        if self._session.has_failed and self._server.linger(self._transport):
+        if self._session is not None and self._session.has_failed and self._server.linger(self._transport):
             self.connection_lost(None)
         else:
             super()._close()
