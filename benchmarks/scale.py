@@ -276,11 +276,11 @@ def steps(result: report.Report, out: Path, quick: bool) -> None:
     result.bars["store_gb_5600m_pairs"] = sum(sizes)
 
 
-def check(result: report.Report, out: Path, steps: int, workers_of: Sequence[int] = _LOCAL_WORKERS) -> None:
-    """Adds the measured and the predicted rates of some numbers of workers on this machine, and bars of their ratio."""
+def check(result: report.Report, out: Path, steps: int, worker_counts: Sequence[int] = _LOCAL_WORKERS) -> None:
+    """Adds the measured and the predicted rates of so many workers on this machine, and the bars of their ratio."""
     store = shop(out, 20_000, 2_000, 200_000, result.seed)[0]
     costs, seconds = Costs(0, 0, 0, 0), 0.0
-    for workers in workers_of:
+    for workers in worker_counts:
         with tempfile.TemporaryDirectory(dir=out) as folder:
             here, used = Training(store, Path(folder) / "model", workers, steps * min(workers, 2)).measure()
         workload = f"{workers} local workers"
@@ -347,7 +347,7 @@ def main(arguments: Sequence[str]) -> None:
             steps(result, out, values.quick)
         if "cluster" in values.parts:
             if values.quick:
-                check(result, out, 400, _LOCAL_WORKERS[:2])
+                check(result, out, 400, worker_counts=(1, 2))
             else:
                 check(result, out, 30_000 if values.full else 6_000)
             paper(result, not values.full)

@@ -11,7 +11,7 @@ namespace dpsr::serving {
 namespace {
 
 constexpr size_t kPrefixBytes = 5;      // of a message: whether it is compressed, and its length
-constexpr size_t kFrameHeadBytes = 9;
+constexpr size_t kFrameHeadBytes = 9;   // of each frame (RFC 9113, 4.1)
 constexpr size_t kHeaderOverhead = 32;  // bytes that a header counts beyond its name and value (RFC 9113, 10.5.1)
 // Headers of this many times the limit end their connection; with less, only the call is refused.
 constexpr size_t kHeaderExcess = 4;
@@ -26,8 +26,8 @@ constexpr size_t kMostComing = 1 << 24;  // bytes of the large messages that may
 constexpr uint32_t kFrameBytes = 1 << 16;
 
 // Frames that carry nothing cost a client credit: pings, settings, priorities, window updates, resets, data in small
-// pieces, and data of calls that are over. Calls and answers earn some, and a second earns the rest. A client without credit loses its connection. So
-// floods end after a moment, while a client that makes calls never notices.
+// pieces, and data of calls that are over. Calls and answers earn some, and a second earns the rest. A client without
+// credit loses its connection. So floods end after a moment, while a client that makes calls never notices.
 constexpr double kMostCredit = 10'000;
 constexpr double kCreditPerSecond = 1000;
 constexpr double kCreditPerCall = 20;
@@ -35,8 +35,9 @@ constexpr double kCreditPerDataFrame = 4;
 constexpr size_t kSmallData = 1024;
 constexpr double kCostOfReset = 2;
 constexpr double kCostOfSettings = 50;
-constexpr int64_t kLateData = 1 << 14;  // bytes that cost as much as
-constexpr double kCostOfLateData = 4;   // this: a client that has not heard of the end yet sends a few megabytes at most
+// Of each kLateData bytes of calls that are over. A client that has not heard of the end yet sends 16 MB at most.
+constexpr int64_t kLateData = 1 << 14;
+constexpr double kCostOfLateData = 4;
 constexpr double kCostOfOurReset = 10;  // a client can make us reset streams, which then no longer count as open
 
 constexpr char kDrainPing[] = "draining";
