@@ -12,9 +12,10 @@ embeddings of a model, fusion as the gateway does it. Each source is asked for 3
   categories alone; the inverted index also reads bullet points and colours (ESCI), the texts of attributes (Icecat).
 
 Systems: `bm25` (plain BM25 of the model's texts, as a reference), `inverted` and `semantic` (the single sources),
-`hybrid_ranks` (reciprocal ranks), `hybrid_learned`, with a rewriter `hybrid_rewritten`, with a ranker `hybrid_ranker`
-(the shop, whose log a ranker needs; the first 200 items are ranked). `hybrid` in the names of bars is `hybrid_learned`,
-on Home Depot `hybrid_two`.
+`hybrid_ranks` (reciprocal ranks), `hybrid_learned`, with a rewriter `hybrid_rewritten` (Home Depot and the shop, whose
+clicks a rewriter needs; configs/rewriter.yaml), with a ranker `hybrid_ranker` (the shop, whose log a ranker needs; the
+first 200 items are ranked). `hybrid` in the names of bars is `hybrid_learned`, on Home Depot `hybrid_two`, and
+`hybrid_rewritten` adds the items of the rewrites to it.
 
 A learned fusion never judges a query that it has learned from. The shop's is learned on its dev fold. The others have
 five folds by query: each is judged with the weights and the cut-off that the other four have taught; Home Depot's two
@@ -25,8 +26,7 @@ models were; among the analyses in `--full`, recall@100 differs by 0.03 at most 
 relevant items found that stay, `length` the mean number of items that stay, `emptied` the share of queries of which
 nothing stays, `emptied_nonsense` that of 100 of the queries whose letters are shuffled, which have no answer.
 
-`--rewriter=DIR` is a rewriter of Home Depot's words (docs/rewriting.md). Without it, hybrid_rewritten is measured with
---full only, which trains one. Intervals are 95 % by bootstrap over queries; those of differences are paired.
+Intervals are 95 % by bootstrap over queries; those of differences are paired.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ DEPTH, SIZE, RANKED = 300, 500, 200
 FOLDS, SAMPLES, KEEP = 5, 1000, 0.99
 FIGURES = ("recall@10", "recall@100", "ndcg@10")
 SHOP = ("--items=10000", "--users=1500", "--interactions=60000")
+REWRITER_STEPS = {"homedepot": 4500, "shop": 1000}
 # The analyses that were compared on the dev queries; the first one of each data set is used.
 ANALYSES = {
     "homedepot": ("stem+typos=0.2", "stem+trigrams=0.3", "stem", ""),
@@ -155,12 +156,14 @@ def homedepot(data: Path, out: Path, seed: int) -> Workload:
 
 
 def shop(out: Path, seed: int) -> Workload:
-    """A generated shop with a log, and a ranker that is trained on it."""
+    """A generated shop with a log, from which its ranker and its rewriter learn."""
     folder, path = out / "shop-files", out / "shop"
     if not folder.is_dir():
         dpsr("generate", f"--out={folder}", f"--seed={seed}", *SHOP)
     if not path.is_dir():
-        dpsr("ingest", f"--schema={folder / 'schema.ranking.yaml'}", f"--out={path}")
+        schema = folder / "schema.ranking_and_rewriting.yaml"
+        schema.write_text((folder / "schema.ranking.yaml").read_text() + "rewriting: {}\n")
+        dpsr("ingest", f"--schema={schema}", f"--out={path}")
     store = Store(path)
     read = {
         name: Judgments.read(folder / f"judgments.{name}.tsv", "query", "item", "grade", 1, slices=("kind",))
@@ -356,6 +359,8 @@ def measure_workload(result: report.Report, workload: Workload, rewrite: Callabl
         for system, values in figures.items():
             add_rows(result, system, label, values)
         add_differences(result, label, best, figures, ["bm25", "inverted", "semantic"])
+        if rewrite is not None:
+            add_differences(result, label, "hybrid_rewritten", figures, [best])
         for kind in sorted({kind for kinds in judged.slices.get("kind", ()) for kind in kinds}):
             inside = np.array([kind in kinds for kinds in judged.slices["kind"]])
             for system, values in figures.items():
@@ -455,7 +460,7 @@ def rewrites_of(model: Path) -> Callable[[list[str]], list[list[tuple[str, float
     return weighted
 
 
-def quality(result: report.Report, data: Path, out: Path, seed: int, full: bool, rewriter: str | None) -> None:
+def quality(result: report.Report, data: Path, out: Path, seed: int, full: bool) -> None:
     """Measures the quality of all data sets."""
     makers: dict[str, Callable[[], Workload]] = {
         "homedepot": lambda: homedepot(data, out, seed),
@@ -466,9 +471,10 @@ def quality(result: report.Report, data: Path, out: Path, seed: int, full: bool,
     for name, make in makers.items():
         workload = make()
         rewrite = None
-        if name == "homedepot" and (rewriter or full):
-            model = Path(rewriter) if rewriter else trained(workload.store, "rewriter", out, seed)
-            rewrite = rewrites_of(model)
+        if name in REWRITER_STEPS:
+            steps = REWRITER_STEPS[name]
+            changes = (f"train.steps={steps}", f"train.checkpoint_steps={steps}")
+            rewrite = rewrites_of(trained(workload.store, "rewriter", out, seed, *changes))
         measure_workload(result, workload, rewrite)
         if full:
             compare_analyses(result, workload, out)
@@ -494,7 +500,7 @@ def main(arguments: list[str]) -> None:
         out = Path(values.out or temporary)
         out.mkdir(parents=True, exist_ok=True)
         if "quality" in values.parts:
-            quality(result, data, out, values.seed, values.full, values.rewriter)
+            quality(result, data, out, values.seed, values.full)
         if "speed" in values.parts:
             import search_speed
 
@@ -506,8 +512,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("data", None, "folder of the data sets (default: $DPSR_DATA, else ../shared/data)")
     flags.DEFINE_list("parts", list(PARTS), f"parts to run, of {', '.join(PARTS)}")
     flags.DEFINE_string("out", None, "folder that keeps stores and models (default: a temporary one)")
-    flags.DEFINE_string("rewriter", None, "directory of a rewriter that was trained on Home Depot's train fold")
     flags.DEFINE_integer("seed", 1, "seed of the shop and of the trainings")
-    flags.DEFINE_boolean("full", False, "also compares analyses of the inverted index, and trains a rewriter")
+    flags.DEFINE_boolean("full", False, "also compares analyses of the inverted index")
     flags.DEFINE_boolean("json", False, "prints the results as one JSON object on the last line")
     app.run(main)
