@@ -41,7 +41,7 @@ ITEMS ?=
 PEERS ?=
 
 DEBIAN_PACKAGES := build-essential cmake ninja-build pkg-config libgrpc++-dev libgrpc-dev libprotobuf-dev protobuf-compiler \
-	protobuf-compiler-grpc libnghttp2-dev libutf8proc-dev libxxhash-dev libgtest-dev libssl-dev zlib1g-dev libboost1.74-dev \
+	protobuf-compiler-grpc libnghttp2-dev libjemalloc-dev libutf8proc-dev libxxhash-dev libgtest-dev libssl-dev zlib1g-dev libboost1.74-dev \
 	rapidjson-dev python3-dev python3-venv iproute2
 
 # What tests call: openssl makes certificates, systemd-analyze checks the units, Chromium shows the search page, and an

@@ -1,6 +1,5 @@
 // The model server, which serves SavedModels over TensorFlow Serving's gRPC and REST APIs, and loads op libraries. See
 // --help.
-#include <malloc.h>
 #include <pthread.h>
 #include <signal.h>
 #include <sys/resource.h>
@@ -84,13 +83,6 @@ __attribute__((section(".preinit_array"), used)) void (*const kQuietTensorFlow)(
                                                                                 char**) = QuietTensorFlow;
 
 int NumCpus() { return static_cast<int>(std::max(1u, std::thread::hardware_concurrency())); }
-
-// glibc gives threads up to eight heaps for each CPU, and does not return all the memory that an unloaded version
-// leaves in them: memory grew by 9 % over 20 versions. One heap for each CPU is enough.
-void BoundHeaps() {
-  if (std::getenv("MALLOC_ARENA_MAX") != nullptr) return;
-  mallopt(M_ARENA_MAX, std::max(2, NumCpus()));
-}
 
 // Raises the limit of open files as far as the system allows, because each connection takes one.
 void RaiseFileLimit() {
@@ -435,7 +427,6 @@ int Main(int argc, char** argv) {
   const Status version = CheckTensorFlowVersion();
   if (!version.ok()) return FailToStart(version.message());
 
-  BoundHeaps();
   RaiseFileLimit();
   // This must come before the first thread, because threads inherit the mask.
   sigset_t signals;

@@ -53,6 +53,8 @@ def test_wheel_holds_the_native_parts(wheel: Path) -> None:
         "dpsr_serving/_native.",
         "dpsr_serving/libnghttp2.so.14",
         "dpsr_serving/libnghttp2.copyright",
+        "dpsr_serving/libjemalloc.so.2",
+        "dpsr_serving/libjemalloc.copyright",
         "dpsr_serving/bin/dpsr_model_server",
         "dpsr_tokenizer/py.typed",
     ):
@@ -71,11 +73,11 @@ def test_native_parts_name_no_path_of_this_machine(wheel: Path, tmp_path: Path) 
         for line in dynamic.splitlines():
             if "RUNPATH" in line or "RPATH" in line:
                 assert "[$ORIGIN" in line and str(ROOT) not in line, (binary, line)
-        # Our C++ cores are linked statically; only libraries of TensorFlow and of the system are needed, and nghttp2,
-        # which lies in the package of the module and the server.
+        # Our C++ cores are linked statically; only libraries of TensorFlow and of the system are needed, and nghttp2
+        # and jemalloc, which lie in the package of the module and the server.
         needed = {line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "NEEDED" in line}
         system = ("libc.so", "libm.so", "libstdc++", "libgcc_s", "ld-linux", "libdl", "libpthread", "libz.so", "librt")
-        bundled = ("libnghttp2.so.14",) if "dpsr_serving" in binary.parts else ()
+        bundled = ("libnghttp2.so.14", "libjemalloc.so.2") if "dpsr_serving" in binary.parts else ()
         assert not [n for n in needed if not n.startswith((*system, *bundled, "libtensorflow"))], (binary, needed)
 
 

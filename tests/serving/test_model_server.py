@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -465,6 +467,24 @@ def test_help_and_version() -> None:
 
     assert "--model_base_path=" in output("--help")
     assert f"TensorFlow Library: {tf.__version__}" in output("--version")
+
+
+def test_all_memory_comes_from_jemalloc() -> None:
+    def allocated(**environment: str) -> int:
+        run = subprocess.run(
+            [str(model_servers.BINARY), "--version"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "MALLOC_CONF": "stats_print:true", **environment},
+        )
+        found = re.search(r"^Allocated: (\d+)", run.stderr, re.MULTILINE)
+        return int(found[1]) if found else 0
+
+    # What TensorFlow allocates while it loads is most of it.
+    assert allocated() > 5e6
+    # How docs/model_server.md compares it with glibc's allocator.
+    assert allocated(LD_PRELOAD="libc.so.6") == 0
 
 
 def test_many_connections_do_not_end_listening(exported: Path, base_path: Path, tmp_path: Path) -> None:
