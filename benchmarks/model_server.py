@@ -6,12 +6,14 @@ Models: `12kb` looks up 1000 ids and scores for each query, an answer of 12 KB, 
 out. `fused` is a servable of `dpsr export` (tokenizer, query tower and index in one graph): the one of --servable, or a
 small one that the benchmark makes.
 
-With --tensorflow_model_server, TensorFlow Serving's own server takes its turns as well. It must have our ops
-(docs/tensorflow_serving.md). Its bars are those of `fused`.
+Servers: `dpsr`, ours; `dpsr_glibc`, the same with glibc's allocator in the place of jemalloc; `python`. With
+--tensorflow_model_server (default: $TENSORFLOW_MODEL_SERVER), TensorFlow Serving's own server takes its turns as well,
+as it was built (`tensorflow_serving`) and with jemalloc (`tensorflow_serving_jemalloc`). It must have our ops
+(docs/tensorflow_serving.md). Its bars are those of `fused`, and compare with the server as it was built.
 
 Loads: closed loops of 1, 8 and 32 requests, and open loops at half the rate that the closed loop of 32 reached.
-Latencies of an open loop count from when a request was due. Both servers run all the time and take turns under load;
-the bars for rates are medians of the ratios of neighbouring turns.
+Latencies of an open loop count from when a request was due. All servers run all the time and take turns under load; the
+bars for rates are medians of the ratios of neighbouring turns.
 
 `cpu` is the CPU time of the server's process for one request. `session_run` is the CPU time of the graph alone, for the
 same requests in one thread and without a server. Load generator and server share the machine's cores, so only the ratio
@@ -37,8 +39,10 @@ from absl import app, flags
 from dpsr_common import command_line
 
 CONCURRENCIES = (1, 8, 32)
-IMPLS = ["dpsr", "python"]
+GLIBC = "dpsr_glibc"
+IMPLS = ["dpsr", GLIBC, "python"]
 PEER = "tensorflow_serving"
+PEER_JEMALLOC = "tensorflow_serving_jemalloc"
 
 
 class Model(NamedTuple):
@@ -55,12 +59,15 @@ def serving(impl: str, model: Model) -> Iterator[servers.Server]:
         with servers.python_server(model.version, model.op_libraries) as server:
             yield server
         return
-    if impl == PEER:
-        with servers.tensorflow_server(flags.FLAGS.tensorflow_model_server, model.version.parent) as server:
+    if impl in (PEER, PEER_JEMALLOC):
+        preload = {"LD_PRELOAD": "libjemalloc.so.2"} if impl == PEER_JEMALLOC else {}
+        with servers.tensorflow_server(flags.FLAGS.tensorflow_model_server, model.version.parent, preload) as server:
             yield server
         return
     libraries = [f"--op_library={','.join(model.op_libraries)}"] if model.op_libraries else []
-    with servers.model_server(model.version.parent, *libraries) as server:
+    # The names of these libraries are then found before those of jemalloc.
+    preload = {"LD_PRELOAD": "libc.so.6 libstdc++.so.6"} if impl == GLIBC else {}
+    with servers.model_server(model.version.parent, *libraries, environment=preload) as server:
         yield server
 
 
@@ -197,7 +204,11 @@ def _define_flags() -> None:
     flags.DEFINE_string(
         "servable", None, "base path of a servable of `dpsr export`; the default is to make a small one"
     )
-    flags.DEFINE_string("tensorflow_model_server", None, "path of TensorFlow Serving's server, to measure it as well")
+    flags.DEFINE_string(
+        "tensorflow_model_server",
+        os.environ.get("TENSORFLOW_MODEL_SERVER"),
+        "path of TensorFlow Serving's server, to measure it as well",
+    )
     flags.DEFINE_integer("repeat", 3, "number of measurements of each server", lower_bound=1)
     flags.DEFINE_float("seconds", 5, "seconds of each load", lower_bound=0.1)
     flags.DEFINE_boolean("quick", False, "make one short measurement, to check that the benchmark works")
@@ -210,7 +221,7 @@ def main(arguments: Sequence[str]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     repeat, seconds = (1, 0.4) if values.quick else (values.repeat, values.seconds)
     if values.tensorflow_model_server:
-        IMPLS.append(PEER)
+        IMPLS.extend([PEER, PEER_JEMALLOC])
     result = report.Report("model_server", 1, servers.hardware())
     with tempfile.TemporaryDirectory() as folder:
         for workload, model in models(Path(folder), values.servable).items():

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Server:
         start_seconds: seconds from its start until it answered.
     """
 
-    def __init__(self, command: Sequence[str], ready: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, command: Sequence[str], ready: str, environment: Mapping[str, str] | None = None) -> None:
         begin = time.monotonic()
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the server
         self.process = subprocess.Popen(
@@ -79,10 +79,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def model_server(base_path: Path, *arguments: str) -> Iterator[Server]:
+def model_server(base_path: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
     """Runs our model server on the versions below `base_path`, without op libraries unless `arguments` name some."""
     command = [str(BIN / "dpsr_model_server"), "--port=0", f"--model_name={MODEL}", f"--model_base_path={base_path}"]
-    server = Server([*command, *arguments], "Running gRPC ModelServer at ")
+    server = Server([*command, *arguments], "Running gRPC ModelServer at ", environment)
     try:
         yield server
     finally:
@@ -110,7 +110,7 @@ def _is_available(stub: model_service_pb2_grpc.ModelServiceStub, request: Any) -
 
 
 @contextlib.contextmanager
-def tensorflow_server(binary: str, base_path: Path) -> Iterator[Server]:
+def tensorflow_server(binary: str, base_path: Path, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
     """Runs TensorFlow Serving's server on the versions below `base_path`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -121,7 +121,11 @@ def tensorflow_server(binary: str, base_path: Path) -> Iterator[Server]:
     begin = time.monotonic()
     server.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the server
     server.process = subprocess.Popen(
-        [*command, "--grpc_max_threads=64"], stdout=server.log, stderr=server.log, text=True
+        [*command, "--grpc_max_threads=64"],
+        stdout=server.log,
+        stderr=server.log,
+        text=True,
+        env={**os.environ, **(environment or {})},
     )
     server.target = f"127.0.0.1:{port}"
     with grpc.insecure_channel(server.target) as channel:

@@ -236,6 +236,20 @@ BENCHMARKS: dict[str, Benchmark] = {
             "head2_over_head1": ("<=", 2.1),
         },
     ),
+    "model_server": Benchmark(
+        "Model server",
+        "The model server compared with a server in Python, and with TensorFlow Serving where the variable "
+        "TENSORFLOW_MODEL_SERVER has its path.",
+        "model_server",
+        "model_server.md",
+        flags=("--repeat=2", "--seconds=3"),
+        quick=None,
+        aims={
+            "core_us_over_session_run": ("<=", 100),
+            "qps_ratio_to_tensorflow_serving_c8": (">=", 1.3),
+            "cpu_ratio_to_tensorflow_serving": ("<=", 0.7),
+        },
+    ),
     "version_swap": Benchmark(
         "Swap of versions",
         "New versions under load.",
@@ -343,7 +357,7 @@ def _run(runner: ExperimentRunner, name: str, one: Benchmark, quick: bool, data:
 
 
 # Their requests do not depend on a seed, or they have a list of seeds of their own.
-_WITHOUT_SEED = ("quality", "graph", "rewriting", "version_swap", "soak", "proxy", "faults", "attacks")
+_WITHOUT_SEED = ("quality", "graph", "rewriting", "model_server", "version_swap", "soak", "proxy", "faults", "attacks")
 
 
 def met(aim: tuple[str, float], value: float) -> bool:

@@ -1,8 +1,8 @@
 #include "serving/wire/compression.h"
 
+#include <sched.h>
 #include <zlib.h>
 
-#include <algorithm>
 #include <limits>
 #include <new>
 
@@ -13,6 +13,7 @@ constexpr int kWindowBits = 15;
 constexpr int kGzipFormat = 16;  // added to the window's bits
 constexpr int kMemoryLevel = 8;
 constexpr size_t kStepBytes = 1 << 16;
+constexpr size_t kMostRatio = 1032;  // of deflate
 
 int FormatOf(std::string_view compression) { return kWindowBits + (compression == kGzip ? kGzipFormat : 0); }
 
@@ -30,15 +31,18 @@ UnpackResult Unpack(std::string_view compression, std::string_view packed, size_
   UnpackResult result = UnpackResult::kOk;
   int status = Z_OK;
   try {
+    // The system gives memory page by page as the text grows, and nothing is copied.
+    const size_t possible = packed.size() > most / kMostRatio ? most : packed.size() * kMostRatio;
+    out->reserve(possible + kStepBytes);
     size_t size = 0;
     while (status == Z_OK && result == UnpackResult::kOk) {
-      // Grows with what is there, so that a small message that claims much takes little.
-      out->resize(size + std::max(kStepBytes, size));
+      // Other threads have their turn between two steps, so that a bomb delays their requests little.
+      if (size > 0) sched_yield();
+      out->resize(size + kStepBytes);
       stream.next_out = reinterpret_cast<Bytef*>(out->data() + size);
-      const size_t room = std::min<size_t>(out->size() - size, std::numeric_limits<uInt>::max());
-      stream.avail_out = static_cast<uInt>(room);
+      stream.avail_out = kStepBytes;
       status = inflate(&stream, Z_NO_FLUSH);
-      size += room - stream.avail_out;
+      size += kStepBytes - stream.avail_out;
       if (size > most) result = UnpackResult::kTooLarge;
     }
     out->resize(size);
