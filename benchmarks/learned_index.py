@@ -304,7 +304,7 @@ def of_factory(data: Workload, codec: str, start: Quantizer) -> Search:
     # RaBitQ wants vectors that are rotated at random; the rotation that OPQ found is one as good as another.
     vectors, centroids = data.items @ start.rotation, start.coarse
     coarse.add(np.ascontiguousarray(centroids))
-    ivf.quantizer = coarse
+    ivf.quantizer, ivf.own_fields = coarse, False
     index.train(vectors[:: -(-len(vectors) // _SAMPLE)])
     lists = faiss.knn(vectors, centroids, 1)[1][:, 0]
     add_in_lists(ivf, vectors, lists)
