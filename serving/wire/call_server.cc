@@ -28,7 +28,7 @@
 namespace dpsr::serving {
 namespace {
 
-constexpr size_t kReadBytes = 1 << 14;   // that one turn of a connection reads: a thousand short calls may be in them
+constexpr size_t kReadBytes = 1 << 16;   // that one turn of a connection reads
 constexpr size_t kWriteBytes = 1 << 16;  // that are taken from a session at once
 constexpr int kEventsPerTurn = 64;
 constexpr double kMostSweepS = 1;    // between two looks at the connections' time limits
