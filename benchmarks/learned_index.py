@@ -304,13 +304,13 @@ def of_factory(data: Workload, codec: str, start: Quantizer) -> Search:
     # RaBitQ wants vectors that are rotated at random; the rotation that OPQ found is one as good as another.
     vectors, centroids = data.items @ start.rotation, start.coarse
     coarse.add(np.ascontiguousarray(centroids))
-    ivf.quantizer, ivf.own_fields = coarse, False
+    ivf.quantizer, ivf.own_fields = coarse, False  # another index may use `coarse` after this one has ended
     index.train(vectors[:: -(-len(vectors) // _SAMPLE)])
     lists = faiss.knn(vectors, centroids, 1)[1][:, 0]
     add_in_lists(ivf, vectors, lists)
     if codec != "RaBitQ":
-        # FAISS computes its tables of an additive quantizer anew for each list of each query, which takes minutes with
-        # thousands of lists. An index of what the codes stand for finds the same items.
+        # With an additive quantizer, FAISS computes a table of scores for each list of each query. With thousands of
+        # lists this takes minutes. An index of the decoded vectors finds the same items in seconds.
         ivf.make_direct_map()
         decoded = ivf.reconstruct_n(0, len(vectors))
         index = faiss.IndexIVFFlat(coarse, d, data.lists, faiss.METRIC_INNER_PRODUCT)

@@ -65,7 +65,7 @@ def serving(impl: str, model: Model) -> Iterator[servers.Server]:
             yield server
         return
     libraries = [f"--op_library={','.join(model.op_libraries)}"] if model.op_libraries else []
-    # The names of these libraries are then found before those of jemalloc.
+    # The loader then finds malloc and operator new in these libraries, before jemalloc's.
     preload = {"LD_PRELOAD": "libc.so.6 libstdc++.so.6"} if impl == GLIBC else {}
     with servers.model_server(model.version.parent, *libraries, environment=preload) as server:
         yield server

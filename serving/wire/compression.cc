@@ -13,7 +13,7 @@ constexpr int kWindowBits = 15;
 constexpr int kGzipFormat = 16;  // added to the window's bits
 constexpr int kMemoryLevel = 8;
 constexpr size_t kStepBytes = 1 << 16;
-constexpr size_t kMostRatio = 1032;  // of deflate
+constexpr size_t kMostRatio = 1032;  // the largest that deflate reaches
 
 int FormatOf(std::string_view compression) { return kWindowBits + (compression == kGzip ? kGzipFormat : 0); }
 
@@ -31,12 +31,12 @@ UnpackResult Unpack(std::string_view compression, std::string_view packed, size_
   UnpackResult result = UnpackResult::kOk;
   int status = Z_OK;
   try {
-    // The system gives memory page by page as the text grows, and nothing is copied.
+    // Reserves the address space at once, so that growing copies nothing. Memory is used page by page, as it is filled.
     const size_t possible = packed.size() > most / kMostRatio ? most : packed.size() * kMostRatio;
     out->reserve(possible + kStepBytes);
     size_t size = 0;
     while (status == Z_OK && result == UnpackResult::kOk) {
-      // Other threads have their turn between two steps, so that a bomb delays their requests little.
+      // Lets other threads run between two steps. Otherwise a gzip bomb delays their requests.
       if (size > 0) sched_yield();
       out->resize(size + kStepBytes);
       stream.next_out = reinterpret_cast<Bytef*>(out->data() + size);

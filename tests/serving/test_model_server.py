@@ -481,9 +481,9 @@ def test_all_memory_comes_from_jemalloc() -> None:
         found = re.search(r"^Allocated: (\d+)", run.stderr, re.MULTILINE)
         return int(found[1]) if found else 0
 
-    # What TensorFlow allocates while it loads is most of it.
+    # TensorFlow allocates more than 10 MB while its libraries load.
     assert allocated() > 5e6
-    # How docs/model_server.md compares it with glibc's allocator.
+    # docs/model_server.md tells users to go back to glibc's allocator like this. jemalloc then holds only its own data.
     assert allocated(LD_PRELOAD="libc.so.6 libstdc++.so.6") < 1e6
 
 
