@@ -130,16 +130,15 @@ def test_approximate_index_reports_the_recall_it_has(job: Job, tmp_path: Path, c
     model = tmp_path / "model"
     shutil.copytree(job.model, model)
     config = (model / "config.yaml").read_text()
-    (model / "config.yaml").write_text(config.replace("factory: ''", "factory: IVF16,Flat"))
     arguments = ["index", f"--model={model}", f"--store={job.store}", f"--out={tmp_path / 'index'}"]
-    assert main(arguments) == 0
-    narrow = json.loads((tmp_path / "index" / "index.json").read_text())["ann_recall@100"]
-    (model / "config.yaml").write_text(
-        config.replace("factory: ''", "factory: IVF16,Flat").replace("parameters: ''", "parameters: nprobe=16")
-    )
-    assert main([*arguments, "--overwrite"]) == 0
-    assert narrow < 0.99 and json.loads((tmp_path / "index" / "index.json").read_text())["ann_recall@100"] == 1.0
-    (model / "config.yaml").write_text(config.replace("factory: ''", "factory: Flatt"))
+    config = config.replace("factory: ''", "factory: IVF16,Flat")
+    recall = []
+    for nprobe in (1, 16):  # given, not chosen: the choice among settings goes by their times
+        (model / "config.yaml").write_text(config.replace("parameters: ''", f"parameters: nprobe={nprobe}"))
+        assert main([*arguments, "--overwrite"]) == 0
+        recall.append(json.loads((tmp_path / "index" / "index.json").read_text())["ann_recall@100"])
+    assert recall[0] < 0.9 and recall[1] == 1.0
+    (model / "config.yaml").write_text(config.replace("factory: IVF16,Flat", "factory: Flatt"))
     capsys.readouterr()
     assert main([*arguments, "--overwrite"]) == 1
     error = capsys.readouterr().err
