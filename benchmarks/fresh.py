@@ -51,16 +51,15 @@ import pyarrow.parquet as pq
 import report
 import servers
 from absl import app, flags
+from shop_load import QUICK_ITEMS, log_queries, prepare, run
 from tensorflow_serving.apis import predict_pb2
 
-from dpsr_common.command_line import main as dpsr
 from dpsr_export import ann
 from dpsr_export.embeddings import ItemEmbeddings
 from dpsr_export.item_changes import DELETE, DIRECTORY, PUT, UPDATE, Changes, ItemChangeLog
 from dpsr_export.item_rows import ServableItems
 from dpsr_serving.client import SearchClient, ServingError
 from dpsr_serving.model_server import ModelServer, start_model_server
-from dpsr_tf.config import CONFIGS
 from dpsr_tf.data.store import Store
 
 ITEMS = 1_000_000
@@ -76,27 +75,6 @@ _POLL_S = 0.02
 # Time between two looks whether a change is acknowledged.
 _ACKNOWLEDGED_S = 0.002
 _PATIENCE_S = 60.0
-
-
-def _run(*arguments: str) -> None:
-    if dpsr(list(arguments)):
-        raise SystemExit(f"dpsr {' '.join(arguments)} has failed")
-
-
-def prepare(folder: Path, items: int, seed: int) -> None:
-    """Makes shop, store, model and index in `folder`, unless they are there."""
-    shop, store, model, index = (folder / name for name in ("shop", "store", "model", "index"))
-    if not (store / "manifest.json").exists():
-        sizes = [f"--items={items}", "--users=300", "--interactions=30000", "--set=judged_queries=20"]
-        _run("generate", f"--out={shop}", f"--seed={seed}", *sizes)
-        _run("ingest", f"--schema={shop / 'schema.yaml'}", f"--out={store}")
-    few = ["--set=train.steps=20", "--set=train.checkpoint_steps=20", "--set=train.batch_size=64"]
-    if not (model / "checkpoint").exists():
-        lists = 2 ** max(2, round(np.log2(4 * items**0.5)))
-        shape = [f"--set=index.factory=IVF{lists},SQ8", "--set=serving.k=300"]
-        _run("train", f"--store={store}", f"--config={CONFIGS / 'shop.yaml'}", f"--out={model}", *few, *shape)
-    if not (index / "index.json").exists():
-        _run("index", f"--model={model}", f"--store={store}", f"--out={index}")
 
 
 class Source:
@@ -473,7 +451,7 @@ def merged(result: report.Report, shop: Shop, workload: str) -> Path:
     """Merges all changes into a new index. Returns its directory."""
     out = shop.folder / "merged"
     start = time.perf_counter()
-    _run(
+    run(
         "index", "--merge", "--overwrite", f"--index={shop.folder / 'index'}", f"--servable={shop.base}", f"--out={out}"
     )
     result.add("merge", workload, "wall", time.perf_counter() - start, "s", changes=len(shop.acknowledged))
@@ -523,7 +501,7 @@ def swap(result: report.Report, shop: Shop, workload: str, index: Path, count: i
     begin = len(shop.acknowledged)
     shop.write(begin + count, RATE / 5, BATCH)
     start = time.perf_counter()
-    _run("export", "--index_only", f"--index={index}", f"--out={shop.base}")
+    run("export", "--index_only", f"--index={index}", f"--out={shop.base}")
     result.add("export", workload, "wall", time.perf_counter() - start, "s")
     end = time.monotonic() + _PATIENCE_S
     while shop.client.search("shoes", 1)[0].version != 2:
@@ -545,7 +523,7 @@ def measure(result: report.Report, folder: Path, seed: int, full: bool, quick: b
     servers.write_requests(folder / "requests", queries)
     with tempfile.TemporaryDirectory(prefix="served-", dir=folder) as served:
         base = Path(served) / "dpsr"
-        _run("export", f"--model={folder / 'model'}", f"--index={folder / 'index'}", f"--out={base}")
+        run("export", f"--model={folder / 'model'}", f"--index={folder / 'index'}", f"--out={base}")
         count = bulk + 8 * probed + round(turns * RATE * seconds * 1.25) + 10 * killed
         source = Source(folder, base, count, seed)
         with contextlib.closing(Shop(folder, base, source)) as shop:
@@ -589,12 +567,6 @@ def rss_mib(server: ModelServer) -> float:
     return int(fields[fields.index("VmRSS:") + 1]) / 1024
 
 
-def log_queries(store: Store, seed: int) -> list[str]:
-    """Returns different queries of the log."""
-    found = sorted(set(store.queries()))
-    return random.Random(seed).sample(found, min(_QUERIES, len(found)))
-
-
 def _define_flags() -> None:
     flags.DEFINE_string("out", None, "folder that keeps the shop and the models; a temporary one if left out")
     flags.DEFINE_integer("items", ITEMS, "number of items", 1000)
@@ -608,7 +580,7 @@ def main(_: list[str]) -> None:
     """Runs the benchmark and prints the results."""
     values = flags.FLAGS
     result = report.Report("fresh", values.seed, report.hardware("dpsr", "faiss-cpu", "tensorflow", "grpcio"))
-    items = 3000 if values.quick else values.items
+    items = QUICK_ITEMS if values.quick else values.items
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(values.out or temporary) / f"fresh-{items}-{values.seed}"
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,25 +1,30 @@
 """Measures the model server under steady load while it loads new versions of its model and unloads old ones.
 
-    python benchmarks/version_swap.py --json [--quick]
+    python benchmarks/version_swap.py --json [--items=1000000] [--out=DIR] [--quick]
 
-An open loop of requests (latencies count from when a request was due) runs first on one version, then through
---versions swaps: a new version is published, the server loads it and unloads the previous one. `failed` counts the
-requests of both phases that did not succeed. Memory is read when a version has been unloaded: after the first swap and
-after the last.
+The model is a fused servable of a generated shop with a million items. Open loops of searches, most of them with
+filters, come over gRPC, through the proxy, and over REST (benchmarks/shop_load.py); latencies count from when a request
+was due. They run first on one version, then through --versions swaps: a new version is published, the server loads it
+and unloads the previous one. `failed` counts the requests of both phases that did not succeed. `p99_swap_over_steady`
+is that of the way with the largest. Memory is read when a version has been unloaded: after the first swap and after the
+last.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import shutil
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
 import grpc
 import report
 import servers
+import shop_load
 from absl import flags
 from tensorflow_serving.apis import get_model_status_pb2, model_service_pb2_grpc
 
@@ -54,73 +59,57 @@ def await_swap(target: str, version: int) -> None:
 
 def measure(result: report.Report, folder: Path, server_flags: list[str]) -> None:
     values = flags.FLAGS
-    versions, interval, megabytes = (
-        (3, 0.8, 1.0) if values.quick else (values.versions, values.interval, values.megabytes)
-    )
-    rate = 200.0 if values.quick else values.rate
-    saved, base_path, requests = folder / "saved", folder / "model", folder / "requests"
-    base_path.mkdir()
-    servers.write_model(saved, megabytes=megabytes)
-    servers.write_requests(requests, servers.queries())
-    publish(saved, base_path, 1)
-    load = [f"--rate={rate}", f"--seconds={versions * interval}"]
+    versions, interval, rate = (3, 0.8, 50.0) if values.quick else (values.versions, values.interval, values.rate)
+    saved = shop_load.servable(folder)
     memory: dict[int, float] = {}
     durations = []
-    with servers.model_server(base_path, *server_flags) as server, concurrent.futures.ThreadPoolExecutor(1) as threads:
-        (steady,) = servers.load(
-            server,
-            requests,
-            load[0],
-            f"--seconds={min(10.0, versions * interval)}",
-            f"--warmup_seconds={0.5 if values.quick else 2}",
-        )
+    with contextlib.ExitStack() as stack:
+        # Hard links need the same file system.
+        base_path = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=saved.parent.parent)))
+        publish(saved, base_path, 1)
+        front = stack.enter_context(shop_load.front(saved, base_path, server_flags))
+        threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
+        front.load(0.5 if values.quick else 2, rate)
+        steady = front.load(min(20.0, versions * interval), rate)
         begin = time.monotonic()
-        running = threads.submit(servers.load, server, requests, *load, "--warmup_seconds=0")
+        running = threads.submit(front.load, versions * interval, rate)
         for swap in range(1, versions + 1):
             time.sleep(max(0.0, begin + (swap - 1) * interval - time.monotonic()))
             published = time.monotonic()
             publish(saved, base_path, swap + 1)
-            await_swap(server.target, swap + 1)
+            await_swap(front.server.target, swap + 1)
             durations.append(time.monotonic() - published)
             shutil.rmtree(base_path / str(swap))
             time.sleep(interval / 4)
-            memory[swap + 1] = server.rss_mib()
-        (swaps,) = running.result()
-        after = server.rss_mib()
-    for name, found in (("steady", steady), ("swaps", swaps)):
-        servers.add_load(result, name, WORKLOAD, found, found["failed"] + found["unsent"])
-    result.add(
-        "swaps",
-        WORKLOAD,
-        "versions",
-        versions,
-        "versions",
-        rate=rate,
-        memory_mib=[round(m, 1) for m in memory.values()],
-    )
+            memory[swap + 1] = front.server.rss_mib()
+        swaps = running.result()
+        after = front.server.rss_mib()
+    failed = sum(shop_load.add_loads(result, name, loads) for name, loads in (("steady", steady), ("swaps", swaps)))
+    found = [round(m, 1) for m in memory.values()]
+    result.add("swaps", WORKLOAD, "versions", versions, "versions", rate=rate, memory_mib=found)
     result.add("swaps", WORKLOAD, "rss_first", memory[2], "MiB")
     result.add("swaps", WORKLOAD, "rss_last", memory[versions + 1], "MiB")
-    result.add("swaps", WORKLOAD, "rss_peak", swaps["server_peak_rss_mib"], "MiB")
+    result.add("swaps", WORKLOAD, "rss_peak", swaps[shop_load.GRPC]["server_peak_rss_mib"], "MiB")
     result.add("swaps", WORKLOAD, "rss_after", after, "MiB")
-    result.add(
-        "swaps",
-        WORKLOAD,
-        "duration",
-        statistics.median(durations),
-        "s",
-        note="from publishing to unloaded, polling included",
-    )
+    median = statistics.median(durations)
+    result.add("swaps", WORKLOAD, "duration", median, "s", note="from publishing to unloaded, polling included")
+    for way in shop_load.WAYS:
+        ratio = result.value("swaps", way, "p99") / result.value("steady", way, "p99")
+        result.add("swaps_over_steady", way, "p99", ratio, "ratio")
     result.bars = {
-        "failed": result.value("steady", WORKLOAD, "failed") + result.value("swaps", WORKLOAD, "failed"),
-        "p99_swap_over_steady": swaps["latency_us"]["p99"] / steady["latency_us"]["p99"],
+        "failed": failed,
+        "p99_swap_over_steady": max(result.value("swaps_over_steady", way, "p99") for way in shop_load.WAYS),
         "rss_20_over_2": memory[versions + 1] / memory[2],
     }
 
 
 if __name__ == "__main__":
     flags.DEFINE_integer("versions", 20, "number of versions to swap in", lower_bound=1)
-    flags.DEFINE_float("rate", 1000, "requests per second", lower_bound=1)
-    flags.DEFINE_float("interval", 2, "seconds from one version to the next", lower_bound=0.1)
-    flags.DEFINE_float("megabytes", 50, "size of the variables in each version, in MB", lower_bound=0)
-    flags.DEFINE_boolean("quick", False, "swap three versions in, to check that the benchmark works")
+    flags.DEFINE_float(
+        "rate", 300, "requests per second over gRPC, and as many through the proxy; REST has a tenth", lower_bound=10
+    )
+    flags.DEFINE_float("interval", 3, "seconds from one version to the next", lower_bound=0.1)
+    flags.DEFINE_boolean("quick", False, "swap three versions of a small shop in, to check that the benchmark works")
+    flags.DEFINE_integer("items", 1_000_000, "number of items", lower_bound=1000)
+    flags.DEFINE_string("out", None, "folder that keeps shop, model and servable; a temporary one if left out")
     servers.run("version_swap", measure)

@@ -69,11 +69,15 @@ std::unique_ptr<ItemChangeFollower> ItemChangeFollower::Start(const Servable& se
     if (output == signature->outputs.end()) return nullptr;
     fetches.push_back(output->tensor);
   }
-  return std::unique_ptr<ItemChangeFollower>(new ItemChangeFollower(servable, std::move(fetches)));
+  std::unique_ptr<ItemChangeFollower> follower(new ItemChangeFollower(servable, std::move(fetches)));
+  // For the first call the session makes an executor, which takes tens of milliseconds. Requests would wait meanwhile.
+  const std::chrono::milliseconds wait = follower->Call();
+  follower->thread_ = std::thread([started = follower.get(), wait] { started->Run(wait); });
+  return follower;
 }
 
 ItemChangeFollower::ItemChangeFollower(const Servable& servable, std::vector<std::string> fetches)
-    : servable_(servable), fetches_(std::move(fetches)), thread_([this] { Run(); }) {}
+    : servable_(servable), fetches_(std::move(fetches)) {}
 
 ItemChangeFollower::~ItemChangeFollower() {
   {
@@ -81,21 +85,24 @@ ItemChangeFollower::~ItemChangeFollower() {
     stopping_ = true;
   }
   wake_.notify_all();
-  thread_.join();
+  if (thread_.joinable()) thread_.join();
   ForgetItemChanges(servable_.name(), servable_.version());
 }
 
-void ItemChangeFollower::Run() {
+void ItemChangeFollower::Run(std::chrono::milliseconds wait) {
   LowerThreadPriority();
   std::unique_lock<std::mutex> lock(mutex_);
-  while (!stopping_) {
+  while (!wake_.wait_for(lock, wait, [this] { return stopping_; })) {
     lock.unlock();
-    int64_t changes = 0;
-    const tensorflow::Status status = CatchExceptions(kSignature, [&] { return Apply(&changes); });
-    const std::chrono::milliseconds wait = After(status, changes);
+    wait = Call();
     lock.lock();
-    wake_.wait_for(lock, wait, [this] { return stopping_; });
   }
+}
+
+std::chrono::milliseconds ItemChangeFollower::Call() {
+  int64_t changes = 0;
+  const tensorflow::Status status = CatchExceptions(kSignature, [&] { return Apply(&changes); });
+  return After(status, changes);
 }
 
 tensorflow::Status ItemChangeFollower::Apply(int64_t* changes) {

@@ -21,8 +21,9 @@ namespace dpsr::serving {
 // Runs from its construction to its destruction.
 class ItemChangeFollower {
  public:
-  // Returns null if the servable has no signature `apply_changes` with outputs of a follower. `servable` must outlive
-  // the follower.
+  // Calls the signature once, and then again and again in a thread of its own. Returns null if the servable has no
+  // signature `apply_changes` with outputs of a follower. `servable` must outlive the follower, and no request should use
+  // it yet. Throws std::system_error if no thread can be started.
   static std::unique_ptr<ItemChangeFollower> Start(const Servable& servable);
   // Waits for the call that runs.
   ~ItemChangeFollower();
@@ -31,7 +32,9 @@ class ItemChangeFollower {
 
  private:
   ItemChangeFollower(const Servable& servable, std::vector<std::string> fetches);
-  void Run();
+  void Run(std::chrono::milliseconds wait);
+  // Calls the signature once, and returns how long to wait before the next call.
+  std::chrono::milliseconds Call();
   // Calls the signature once. Fills `state_`, and `changes` with the number of changes that were applied.
   tensorflow::Status Apply(int64_t* changes);
   // Records a call, and returns how long to wait before the next one.

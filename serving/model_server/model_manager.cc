@@ -519,20 +519,24 @@ void ModelManager::Load(const std::string& name, int64_t number, Version* versio
     const auto begin = Clock::now();
     const int64_t memory = ResidentBytes();
     tensorflow::Status status;
-    // The thread is a separate one, because it has a low priority and must never hold the lock that requests need.
-    try {
-      std::thread([&] {
-        LowerThreadPriority();
-        status = Servable::Load(options_.servable, name, number, path, &servable);
-        if (status.ok() && options_.warmup_iterations > 0) {
-          status = ReplayWarmup(*servable, path, options_.warmup_iterations);
-        }
-      }).join();
+    const auto load = [&] {
+      LowerThreadPriority();
+      status = Servable::Load(options_.servable, name, number, path, &servable);
+      if (status.ok() && options_.warmup_iterations > 0) {
+        status = ReplayWarmup(*servable, path, options_.warmup_iterations);
+      }
       if (status.ok()) follower = ItemChangeFollower::Start(*servable);
-    } catch (const std::system_error& error) {
-      // The process may have as many threads as it is allowed.
-      status = absl::ResourceExhaustedError(StrCat("cannot start a thread: ", error.what()));
-    }
+    };
+    // The process may have as many threads as it is allowed.
+    const auto with_threads = [&status](const auto& work) {
+      try {
+        work();
+      } catch (const std::system_error& error) {
+        status = absl::ResourceExhaustedError(StrCat("cannot start a thread: ", error.what()));
+      }
+    };
+    // The thread is a separate one, because it has a low priority and must never hold the lock that requests need.
+    with_threads([&] { std::thread([&] { with_threads(load); }).join(); });
     if (options_.flush_file_system_caches) tensorflow::Env::Default()->FlushFileSystemCaches().IgnoreError();
     if (status.ok()) SetVersionMemory(name, number, std::max<int64_t>(1, ResidentBytes() - memory));
     const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();

@@ -59,7 +59,7 @@ def test_soak() -> None:
     assert list(found["bars"]) == ["failed", "rss_end_over_begin"]
     assert found["bars"]["failed"] == 0
     assert 0.5 < found["bars"]["rss_end_over_begin"] < 1.5
-    assert values(found, "requests")["full_load", "dpsr"] > 0
+    assert all(values(found, "requests")[way, "dpsr"] > 0 for way in ("grpc", "proxy", "rest"))
 
 
 def test_proxy() -> None:
@@ -73,7 +73,8 @@ def test_proxy() -> None:
     assert 0 < transport["transport", "wire"] < transport["transport", "h2"]
     cpu = values(found, "cpu proxy")
     assert {impl for _, impl in cpu} - {"nginx"} == {"proxy", "grpc.aio", "grpc C++", "1 worker", "2 workers"}
-    assert all(value > 0 for value in cpu.values())
+    # The few requests of the open loop may take less CPU time than the kernel counts.
+    assert all(value > 0 for (workload, _), value in cpu.items() if workload != "open 300")
     for workload in ("open 300", "closed 8"):
         p50, p99 = values(found, "p50"), values(found, "p99")
         assert all(

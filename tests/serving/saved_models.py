@@ -13,20 +13,28 @@ from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 v1 = tf.compat.v1
 
 
-def write_half_plus(path: Path, addend: float, item_changes: bool = False) -> None:
+def write_half_plus(path: Path, addend: float, item_changes: bool = False, slow_calls: bool = False) -> None:
     """A TF1 export: `serving_default`, x float [n] -> y = x / 2 + addend; and `apply_changes`, to which nothing is new.
 
-    Without `item_changes` it has only the first signature.
+    Without `item_changes` it has only the first signature. With `slow_calls`, a call of the second one takes
+    tenths of a second, and the first one also returns how often that was called.
     """
     with tf.Graph().as_default(), v1.Session() as session:
         x = v1.placeholder(tf.float32, [None], name="x")
         y = tf.add(x / 2.0, v1.get_variable("addend", initializer=float(addend)), name="y")
+        calls = v1.get_variable("calls", initializer=0, use_resource=True)
         session.run(v1.global_variables_initializer())
-        signatures = {"serving_default": v1.saved_model.predict_signature_def({"x": x}, {"y": y})}
+        answers = {"y": y} | ({"calls": calls.read_value()} if slow_calls else {})
+        signatures = {"serving_default": v1.saved_model.predict_signature_def({"x": x}, answers)}
         if item_changes:
             counts = ("offset", "items", "open", "sealed", "segments", "hidden", "ignored", "not_indexed", "updated")
             state = {name: tf.constant(0, tf.int64) for name in counts} | {"changes": tf.constant(0)}
             state |= {"last_time": tf.constant(0.0, tf.float64), "drift": tf.constant(1.0)}
+            if slow_calls:
+                with tf.control_dependencies([tf.reduce_sum(tf.random.uniform([30_000_000]))]):
+                    called = calls.assign_add(1, read_value=False)
+                with tf.control_dependencies([called]):
+                    state["changes"] = tf.constant(0)
             most = {"max_changes": v1.placeholder_with_default(1024, [])}
             signatures["apply_changes"] = v1.saved_model.predict_signature_def(most, state)
         builder = v1.saved_model.Builder(str(path))

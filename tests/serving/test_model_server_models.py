@@ -150,6 +150,14 @@ def test_changes_of_items_are_applied_with_a_low_priority(base_path: Path, tmp_p
         eventually(applies, "a thread applies the changes")
 
 
+def test_a_version_is_available_after_its_first_call_for_changes(base_path: Path, tmp_path: Path) -> None:
+    """For that call the session makes an executor, and requests would have to wait meanwhile."""
+    saved_models.write_half_plus(tmp_path / "model", 1.0, item_changes=True, slow_calls=True)
+    saved_models.publish(tmp_path / "model", base_path, 1)
+    with serving(tmp_path, f"--model_base_path={base_path}") as running:
+        assert running.predict(predict_request()).outputs["calls"].int_val[0] >= 1
+
+
 def low_threads(running: Server) -> list[Path]:
     """Returns the threads of a server, in /proc, whose priority is below that of its first threads."""
     niceness = {}
