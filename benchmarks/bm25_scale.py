@@ -8,7 +8,7 @@ generated, and the index of its titles and brands is asked queries of its log fo
 a search, without server; `growth` is the exponent of its power law over the sizes: 1 is proportional to the number of
 items. The last rows are no measurement. They extrapolate the largest size to 15 million items, `by growth` and
 `in proportion` to the number of items; the first is likely too low, because lists of 1,000 results stop growing and
-lists of words do not. Shops and indexes are kept in --out.
+lists of words do not. Shops and indexes are kept in --out. Bars: `growth`, and the two extrapolations, of `unigrams`.
 """
 
 from __future__ import annotations
@@ -90,6 +90,10 @@ def measure(result: report.Report, folder: Path, sizes: Sequence[int], seconds: 
         for how, exponent in (("by growth", growth), ("in proportion", 1.0)):
             estimate = of_size[-1] * (TARGET / sizes[-1]) ** exponent
             result.add(name, f"{TARGET:,} items, extrapolated {how}", "core_ms", estimate, "ms")
+    result.bars = {"growth": result.value("unigrams", "all sizes", "growth")}
+    for how in ("by growth", "in proportion"):
+        workload = f"{TARGET:,} items, extrapolated {how}"
+        result.bars[f"core_ms_15m_{how.replace(' ', '_')}"] = result.value("unigrams", workload, "core_ms")
 
 
 def _define_flags() -> None:

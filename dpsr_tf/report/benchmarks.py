@@ -250,6 +250,13 @@ BENCHMARKS: dict[str, Benchmark] = {
             "cpu_ratio_to_tensorflow_serving": ("<=", 0.7),
         },
     ),
+    "bm25_scale": Benchmark(
+        "BM25 by the number of items",
+        "CPU time of a word search for 1,000 items, and an extrapolation to the 15 million of the paper.",
+        "bm25_scale",
+        "papers.md",
+        keeps="out",
+    ),
     "version_swap": Benchmark(
         "Swap of versions",
         "New versions of a servable of a million items, under load over gRPC, REST and the proxy.",
@@ -313,6 +320,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "A model of workers and parameter servers from measured costs.",
         "scale",
         "cluster.md",
+        quick=None,
         keeps="out",
         papers=(("training", "55 hours", "400 million steps, 40 workers and 5 parameter servers (2020)"),),
     ),

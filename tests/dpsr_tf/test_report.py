@@ -124,7 +124,7 @@ def test_parts_of_a_report() -> None:
     assert parts_from_flag(["graph", "experiments"], True) == ["experiments", "graph"]
     quick, full = parts_from_flag([], True), parts_from_flag([], False)
     assert full == ["experiments", *BENCHMARKS]
-    assert set(full) - set(quick) == {"graph", "model_server", "search", "transfer"}
+    assert set(full) - set(quick) == {"graph", "model_server", "scale", "search", "transfer"}
     with pytest.raises(UsageError, match=r"--parts=graph,grpah: 'grpah' is unknown; expected some of experiments, "):
         parts_from_flag(["graph", "grpah"], False)
 
