@@ -140,7 +140,7 @@ class Front:
                 with connection.getresponse() as answer:
                     body = answer.read()
                 problem = "" if answer.status == 200 and b'"item_ids"' in body else f"{answer.status}: {body[:200]!r}"
-            except OSError as error:
+            except (OSError, http.client.HTTPException) as error:
                 connection.close()
                 problem = repr(error)
             number += 1
@@ -149,6 +149,8 @@ class Front:
             else:
                 took.append(time.perf_counter() - due)
         connection.close()
+        if not took:
+            raise RuntimeError(f"no request over REST was answered: {errors}")
         quantiles = {"p50": 50, "p99": 99, "p99.9": 99.9, "max": 100}
         return {
             "succeeded": len(took),
