@@ -51,7 +51,8 @@ import pyarrow.parquet as pq
 import report
 import servers
 from absl import app, flags
-from shop_load import QUICK_ITEMS, log_queries, prepare, run
+from quality import dpsr
+from shop_load import QUICK_ITEMS, log_queries, prepare
 from tensorflow_serving.apis import predict_pb2
 
 from dpsr_export import ann
@@ -451,7 +452,7 @@ def merged(result: report.Report, shop: Shop, workload: str) -> Path:
     """Merges all changes into a new index. Returns its directory."""
     out = shop.folder / "merged"
     start = time.perf_counter()
-    run(
+    dpsr(
         "index", "--merge", "--overwrite", f"--index={shop.folder / 'index'}", f"--servable={shop.base}", f"--out={out}"
     )
     result.add("merge", workload, "wall", time.perf_counter() - start, "s", changes=len(shop.acknowledged))
@@ -501,7 +502,7 @@ def swap(result: report.Report, shop: Shop, workload: str, index: Path, count: i
     begin = len(shop.acknowledged)
     shop.write(begin + count, RATE / 5, BATCH)
     start = time.perf_counter()
-    run("export", "--index_only", f"--index={index}", f"--out={shop.base}")
+    dpsr("export", "--index_only", f"--index={index}", f"--out={shop.base}")
     result.add("export", workload, "wall", time.perf_counter() - start, "s")
     end = time.monotonic() + _PATIENCE_S
     while shop.client.search("shoes", 1)[0].version != 2:
@@ -523,7 +524,7 @@ def measure(result: report.Report, folder: Path, seed: int, full: bool, quick: b
     servers.write_requests(folder / "requests", queries)
     with tempfile.TemporaryDirectory(prefix="served-", dir=folder) as served:
         base = Path(served) / "dpsr"
-        run("export", f"--model={folder / 'model'}", f"--index={folder / 'index'}", f"--out={base}")
+        dpsr("export", f"--model={folder / 'model'}", f"--index={folder / 'index'}", f"--out={base}")
         count = bulk + 8 * probed + round(turns * RATE * seconds * 1.25) + 10 * killed
         source = Source(folder, base, count, seed)
         with contextlib.closing(Shop(folder, base, source)) as shop:

@@ -23,11 +23,11 @@ import pyarrow.parquet as pq
 import report
 import servers
 from absl import flags
+from quality import dpsr
 
 import dpsr_export
 import dpsr_tokenizer
 from dpsr_common import serving_apis
-from dpsr_common.command_line import main as dpsr
 from dpsr_serving.client import SearchClient
 from dpsr_serving.search import Signature, make_request, make_search
 from dpsr_tf.config import CONFIGS
@@ -41,13 +41,6 @@ _RESULTS = 100
 _TIMEOUT_S = 10.0
 
 
-def run(*arguments: str) -> None:
-    """Runs a `dpsr` command that has to succeed; what it prints goes to standard error."""
-    with contextlib.redirect_stdout(sys.stderr):
-        if dpsr(list(arguments)):
-            raise SystemExit(f"dpsr {' '.join(arguments)} has failed")
-
-
 def prepare(folder: Path, items: int, seed: int) -> None:
     """Makes shop, store, model and index in `folder`, unless they are there.
 
@@ -56,15 +49,15 @@ def prepare(folder: Path, items: int, seed: int) -> None:
     shop, store, model, index = (folder / name for name in ("shop", "store", "model", "index"))
     if not (store / "manifest.json").exists():
         sizes = [f"--items={items}", "--users=300", "--interactions=30000", "--set=judged_queries=20"]
-        run("generate", f"--out={shop}", f"--seed={seed}", *sizes)
-        run("ingest", f"--schema={shop / 'schema.yaml'}", f"--out={store}")
+        dpsr("generate", f"--out={shop}", f"--seed={seed}", *sizes)
+        dpsr("ingest", f"--schema={shop / 'schema.yaml'}", f"--out={store}")
     few = ["--set=train.steps=20", "--set=train.checkpoint_steps=20", "--set=train.batch_size=64"]
     if not (model / "checkpoint").exists():
         lists = 2 ** max(2, round(np.log2(4 * items**0.5)))
         shape = [f"--set=index.factory=IVF{lists},SQ8", "--set=serving.k=300"]
-        run("train", f"--store={store}", f"--config={CONFIGS / 'shop.yaml'}", f"--out={model}", *few, *shape)
+        dpsr("train", f"--store={store}", f"--config={CONFIGS / 'shop.yaml'}", f"--out={model}", *few, *shape)
     if not (index / "index.json").exists():
-        run("index", f"--model={model}", f"--store={store}", f"--out={index}")
+        dpsr("index", f"--model={model}", f"--store={store}", f"--out={index}")
 
 
 def servable(temporary: Path) -> Path:
@@ -78,7 +71,7 @@ def servable(temporary: Path) -> Path:
     prepare(folder, items, SEED)
     made = folder / "servable"
     if not (made / "1").exists():
-        run("export", f"--model={folder / 'model'}", f"--index={folder / 'index'}", f"--out={made}")
+        dpsr("export", f"--model={folder / 'model'}", f"--index={folder / 'index'}", f"--out={made}")
     return made / "1"
 
 

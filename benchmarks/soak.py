@@ -35,13 +35,14 @@ def measure(result: report.Report, folder: Path, server_flags: list[str]) -> Non
             memory["proxy"].append(front.proxy.rss_mib())
             time.sleep(min(1.0, seconds / 50))
         loads = running.result()
-    result.bars = {"failed": shop_load.add_loads(result, "dpsr", loads), "rss_end_over_begin": 0.0}
+    failed, ratios = shop_load.add_loads(result, "dpsr", loads), []
     for process, found in memory.items():
         tenth = max(1, len(found) // 10)
         begin, end = statistics.median(found[tenth : 2 * tenth]), statistics.median(found[-tenth:])
         result.add(process, "memory", "rss_begin", begin, "MiB")
         result.add(process, "memory", "rss_end", end, "MiB", max=max(found), min=min(found))
-        result.bars["rss_end_over_begin"] = max(result.bars["rss_end_over_begin"], end / begin)
+        ratios.append(end / begin)
+    result.bars = {"failed": failed, "rss_end_over_begin": max(ratios)}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@
 
 namespace dpsr::serving {
 
-// Runs from its construction to its destruction.
+// Runs from Start() to its destruction.
 class ItemChangeFollower {
  public:
   // Calls the signature once, and then again and again in a thread of its own. Returns null if the servable has no

@@ -16,15 +16,17 @@ v1 = tf.compat.v1
 def write_half_plus(path: Path, addend: float, item_changes: bool = False, slow_calls: bool = False) -> None:
     """A TF1 export: `serving_default`, x float [n] -> y = x / 2 + addend; and `apply_changes`, to which nothing is new.
 
-    Without `item_changes` it has only the first signature. With `slow_calls`, a call of the second one takes
-    tenths of a second, and the first one also returns how often that was called.
+    Without `item_changes` it has only the first signature. With `slow_calls` as well, a call of the second one takes
+    tenths of a second, and the first one also returns `calls`, int32 []: how often that was called.
     """
     with tf.Graph().as_default(), v1.Session() as session:
         x = v1.placeholder(tf.float32, [None], name="x")
         y = tf.add(x / 2.0, v1.get_variable("addend", initializer=float(addend)), name="y")
-        calls = v1.get_variable("calls", initializer=0, use_resource=True)
+        answers = {"y": y}
+        if slow_calls:
+            calls = v1.get_variable("calls", initializer=0, use_resource=True)
+            answers["calls"] = calls.read_value()
         session.run(v1.global_variables_initializer())
-        answers = {"y": y} | ({"calls": calls.read_value()} if slow_calls else {})
         signatures = {"serving_default": v1.saved_model.predict_signature_def({"x": x}, answers)}
         if item_changes:
             counts = ("offset", "items", "open", "sealed", "segments", "hidden", "ignored", "not_indexed", "updated")
