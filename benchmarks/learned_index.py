@@ -71,6 +71,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # Vectors that rotation and codebooks start from.
 _SAMPLE = 32_768
 _BATCH = 128
+# Held-out queries that are asked of one data set.
+_MOST_QUERIES = 10_000
+# Cells of the largest table that tells which items a query has found.
+_CELLS = 1 << 26
 
 FLAGS = flags.FLAGS
 
@@ -369,7 +373,18 @@ def methods(data: Workload, code_bytes: int, seed: int, full: bool, how: Learnin
 
 def share_found(found: np.ndarray, wanted: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
     """Returns the share of the wanted rows of each query that are in its row of `found` [q, K]: float64 [q]."""
-    return np.array([np.isin(rows, hits).mean() for rows, hits in zip(wanted, found, strict=True)])
+    counts = np.array([len(rows) for rows in wanted])
+    ends, rows = np.cumsum(counts), np.concatenate(wanted)
+    query = np.repeat(np.arange(len(counts)), counts)
+    hits = np.empty(len(rows), bool)
+    width = int(max(found.max(), rows.max())) + 2  # the last column is that of -1, nothing found
+    block = max(1, _CELLS // width)
+    for begin in range(0, len(found), block):
+        marks = np.zeros((len(found[begin : begin + block]), width), bool)
+        np.put_along_axis(marks, found[begin : begin + block], True, axis=1)
+        part = slice(ends[begin] - counts[begin], ends[min(begin + block, len(ends)) - 1])
+        hits[part] = marks[query[part] - begin, rows[part]]
+    return np.bincount(query, hits, len(counts)) / counts
 
 
 def interval(values: np.ndarray, seed: int = 1) -> list[float]:
@@ -677,10 +692,17 @@ def shop_data(out: Path, items: int, lists: int, steps: int, seed: int) -> Workl
 def held_out_data(
     name: str, adapter: str, source: Path, out: Path, lists: int, changes: Sequence[str], seed: int
 ) -> Workload:
-    """Returns the vectors of a data set whose held-out interactions are what is relevant."""
+    """Returns the vectors of a data set whose held-out interactions are what is relevant.
+
+    Of more queries than _MOST_QUERIES a sample is asked, the same for all seeds.
+    """
     store = ingested(name, out, f"--adapter={adapter}", f"--input={source}")
     model = trained(store, "movielens", out, seed, *changes)
-    return workload(name, store, model, Judgments.of_held_out(Store(store), "all"), lists, 0.1)
+    judgments = Judgments.of_held_out(Store(store), "all")
+    if len(judgments.queries) > _MOST_QUERIES:
+        chosen = np.random.default_rng(0).choice(len(judgments.queries), _MOST_QUERIES, replace=False)
+        judgments = judgments.take(np.sort(chosen).tolist())
+    return workload(name, store, model, judgments, lists, 0.1)
 
 
 def many_items(

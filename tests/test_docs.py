@@ -17,7 +17,7 @@ from dpsr_common.command_line import commands
 from dpsr_common.typed_config import from_dict, to_dict
 from dpsr_tf.data.schema import Schema
 from dpsr_tf.reference import reference
-from dpsr_tf.report.benchmarks import figures_page
+from dpsr_tf.report.figures import figures_page
 from dpsr_tf.report.quotes import pages, read_figures, renewed
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,6 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from dpsr_tf.report.runner import ExperimentRunner, Result
 from dpsr_tf.report.shop import REPOSITORY
@@ -222,6 +221,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         papers=(
             ("build", "3,453 s", "120 million items, 64 cores (2019); the 2020 paper has the same for 15 million"),
             ("first 1,000 items", "9.92 ms", "the same"),
+            ("queries a second", "100", "the same"),
         ),
     ),
     "servable": Benchmark(
@@ -249,6 +249,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             "qps_ratio_to_tensorflow_serving_c8": (">=", 1.3),
             "cpu_ratio_to_tensorflow_serving": ("<=", 0.7),
         },
+        papers=(("queries a second at 20 ms", "4,000", "DPSR, 64 cores (2020)"),),
     ),
     "bm25_scale": Benchmark(
         "BM25 by the number of items",
@@ -376,46 +377,6 @@ def met(aim: tuple[str, float], value: float) -> bool:
     return value >= limit if sign == ">=" else value <= limit
 
 
-def figures(measured: Mapping[str, Any]) -> Result:
-    """Returns figures.json: name -> date, command, seed, hardware, bars and rows of each benchmark that was measured.
-
-    `rows` has `IMPLEMENTATION; WORKLOAD; METRIC` -> figure, and for each number beside a figure, such as the ends of
-    its interval, `IMPLEMENTATION; WORKLOAD; METRIC; low` -> number. Of rows with equal names the first counts.
-    """
-    keys = ("date", "command", "seed", "hardware", "bars")
-    return {
-        name: {**{key: one[key] for key in keys}, "rows": _named_rows(one["rows"])}
-        for name, one in measured.items()
-        if "bars" in one
-    }
-
-
-# Fields of a row that are its name or its value, or that no page quotes.
-_NOT_QUOTED = ("impl", "workload", "metric", "value", "unit", "samples")
-
-
-def _named_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    named: dict[str, float] = {}
-    for row in rows:
-        name = "; ".join(row[key].replace(";", ",") for key in ("impl", "workload", "metric"))
-        found: dict[str, Any] = {name: row["value"]}
-        for field, value in row.items():
-            if field in ("interval", "difference"):
-                prefix = "" if field == "interval" else "difference "
-                found |= {f"{name}; {prefix}low": value[0], f"{name}; {prefix}high": value[1]}
-            elif field not in _NOT_QUOTED:
-                found[f"{name}; {field}"] = value
-        for key, value in found.items():
-            if isinstance(value, int | float):
-                named.setdefault(key, _rounded(value))
-    return named
-
-
-def _rounded(value: float) -> float:
-    """Returns a figure with six digits, more than any page shows."""
-    return float(f"{value:.6g}")
-
-
 def bar_rows(name: str, bars: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
     """Returns the cells of a table of bars: bar, aim, figure, and whether the aim is met.
 
@@ -434,34 +395,3 @@ def bar_rows(name: str, bars: Mapping[str, float]) -> list[tuple[str, str, str, 
 def shown(value: float) -> str:
     """Returns a figure as reports show it: three decimals, or none from 100 on."""
     return f"{value:,.0f}" if abs(value) >= 100 or value == round(value) else f"{value:.3f}"
-
-
-def figures_page(found: Mapping[str, Any]) -> str:
-    """Returns docs/figures.md, the Markdown of what `figures` returned."""
-    lines = [
-        "# Figures",
-        "",
-        "This page lists the main figures (bars) of the benchmarks, as they were last measured for this repository,",
-        "and their aims. Read it to compare your own run, or to see which aims are missed.",
-        "[`dpsr report`](report.md) writes this page:",
-        "",
-        "```",
-        "dpsr report --out=report --data=DATA",
-        "```",
-    ]
-    for name, one in found.items():
-        benchmark, machine = BENCHMARKS[name], one["hardware"]
-        lines += [
-            "",
-            f"## {benchmark.title}",
-            "",
-            f"{benchmark.text} See [{benchmark.page[:-3]}]({benchmark.page}).",
-            "",
-        ]
-        lines += [
-            f"`{one['command']}`, {one['date']}, {machine['cpu']}, {machine['cores']} cores, seed {one['seed']}.",
-            "",
-        ]
-        lines += ["| bar | aim | measured | met |", "|---|---|---|---|"]
-        lines += [f"| {' | '.join(cells)} |" for cells in bar_rows(name, one["bars"])]
-    return "\n".join(lines) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import json
 import os
@@ -22,6 +23,7 @@ from dpsr_common.files import write_text
 from dpsr_common.typed_config import from_dict, read_assignment, to_dict
 from dpsr_tf import __version__
 from dpsr_tf.report import benchmarks, experiments, plots, sections
+from dpsr_tf.report.figures import EXPERIMENTS, figures, figures_page
 from dpsr_tf.report.public_data import DATA_SETS
 from dpsr_tf.report.runner import ExperimentRunner, Result
 from dpsr_tf.report.shop import QUICK, REPOSITORY, Size
@@ -37,8 +39,6 @@ result in DIR is not run again, so a report that was interrupted continues where
 """
 
 REQUIRED_FLAGS = ("out",)
-# The part of the report that is not a benchmark.
-_EXPERIMENTS = "experiments"
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
@@ -110,13 +110,14 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
         raise CommandError(f"--out={out}: cannot be created: {error.strerror}") from None
     start = time.monotonic()
     results: Result = {}
-    if _EXPERIMENTS in parts:
+    if EXPERIMENTS in parts:
         results |= experiments.run(runner, size, values.ablations, data)
-    if (REPOSITORY / "benchmarks").is_dir() and len(parts) > (_EXPERIMENTS in parts):
-        named = [name for name in parts if name != _EXPERIMENTS]
+    if (REPOSITORY / "benchmarks").is_dir() and len(parts) > (EXPERIMENTS in parts):
+        named = [name for name in parts if name != EXPERIMENTS]
         results["benchmarks"] = benchmarks.run(runner, named, values.quick, sets)
     results |= {
         "schema": 1,
+        "date": datetime.date.today().isoformat(),
         "mode": "quick" if values.quick else "full",
         "seed": values.seed,
         "size": to_dict(size),
@@ -131,14 +132,12 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
 
 def parts_from_flag(names: list[str], quick: bool) -> list[str]:
     """Returns the parts of the report in their order: `experiments`, and names of benchmarks. Raises UsageError."""
-    known = [_EXPERIMENTS, *benchmarks.BENCHMARKS]
+    known = [EXPERIMENTS, *benchmarks.BENCHMARKS]
     if unknown := [name for name in names if name not in known]:
         raise UsageError(f"--parts={','.join(names)}: {unknown[0]!r} is unknown; expected some of {', '.join(known)}")
     if names:
         return [name for name in known if name in names]
-    return [
-        name for name in known if not quick or name == _EXPERIMENTS or benchmarks.BENCHMARKS[name].quick is not None
-    ]
+    return [name for name in known if not quick or name == EXPERIMENTS or benchmarks.BENCHMARKS[name].quick is not None]
 
 
 def size_from_flags(quick: bool, assignments: list[str]) -> Size:
@@ -160,9 +159,9 @@ def write_report(results: Result, out: Path) -> None:
     for name, text in drawn.items():
         write_text(out / "plots" / f"{name}.svg", '<?xml version="1.0" encoding="utf-8"?>\n' + text)
     write_text(out / "report.md", page.markdown)
-    quoted = benchmarks.figures(results.get("benchmarks", {}))
+    quoted = figures(results, page.tables)
     write_text(out / "figures.json", json.dumps(quoted, indent=1, ensure_ascii=False) + "\n")
-    write_text(out / "figures.md", benchmarks.figures_page(quoted))
+    write_text(out / "figures.md", figures_page(quoted))
     write_text(out / "index.html", html(page.markdown, drawn))
 
 

@@ -27,7 +27,7 @@ from dpsr_tf.report.online import online, treatments
 from dpsr_tf.report.polysemy import polysemy
 from dpsr_tf.report.public_data import DATA_SETS
 from dpsr_tf.report.runner import Artifact, ExperimentRunner, Result
-from dpsr_tf.report.shop import REPOSITORY, TRAINING, TUNED_BM25, Shop, Size
+from dpsr_tf.report.shop import TRAINING, TUNED_BM25, Shop, Size
 
 # The names of Table 2 -> the system of `dpsr evaluate`, or the file in configs/ and its changes. The options of the
 # tuned BM25 were chosen by benchmarks/bm25.py on the dev queries of the shop of seed 4, like TRAINING.
@@ -82,8 +82,6 @@ def run(runner: ExperimentRunner, size: Size, ablations: bool, data: Mapping[str
         "cases": cases(first, models[0]["DPSR"]),
         "projector": projector(first, models[0]["DPSR"]),
     }
-    if size.index_items or size.serving_seconds:
-        found["efficiency"] = efficiency(first, models[0]["DPSR"])
     if ablations:
         found["ablations"] = ablate(first)
         found["claims"] = [claims(shop) for shop in shops]
@@ -381,44 +379,3 @@ def projector(shop: Shop, model: Artifact) -> Result:
     if not (shop.runner.out / "projector").is_dir():
         (shop.runner.out / "runs" / f"{shop.experiment_name('projector')}.json").unlink(missing_ok=True)
     return shop.result("projector", {"model": model}, compute)
-
-
-def efficiency(shop: Shop, model: Artifact) -> Result:
-    """Tables 5 and 6, by the benchmarks of the checkout. `index` and `serving` are None if they are not run."""
-    runner, size = shop.runner, shop.size
-    found: Result = {"index": None, "serving": None}
-    if not (REPOSITORY / "benchmarks").is_dir():
-        return found
-    if size.index_items:
-        found["index"] = _benchmark(runner, "index", f"--items={size.index_items}", f"--seed={runner.seed}")
-    if size.serving_seconds:
-        index = runner.artifact(
-            shop.experiment_name("index"),
-            {"index": model.digest},
-            lambda path: [
-                "index",
-                f"--model={model.path}",
-                f"--store={shop.store.path}",
-                f"--out={path}",
-                "--overwrite",
-            ],
-        )
-        servable = runner.artifact(
-            shop.experiment_name("servable"),
-            {"export": index.digest},
-            lambda path: ["export", f"--model={model.path}", f"--index={index.path}", f"--out={path}"],
-        )
-        seconds = f"--seconds={size.serving_seconds:g}"
-        found["serving"] = _benchmark(runner, "model_server", f"--servable={servable.path}", seconds, "--repeat=1")
-    return found
-
-
-def _benchmark(runner: ExperimentRunner, name: str, *flags: str) -> Result:
-    """Runs a script of benchmarks/ and returns its JSON object."""
-    script = REPOSITORY / "benchmarks" / f"{name}.py"
-
-    def compute() -> Result:
-        out = runner.run_script(f"benchmark-{name}", script, "--json", *flags)
-        return dict(json.loads(out.strip().splitlines()[-1]))
-
-    return runner.result(f"benchmark-{name}", {"benchmark": name, "flags": flags}, compute)

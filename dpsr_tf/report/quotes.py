@@ -11,6 +11,11 @@ part that needs no name, because the others fit one row alone:
     nginx adds 0.29<!--proxy: nginx; open 300; added p50--> ms.
     The server replays all changes in 4.4<!--fresh: server; *; restart--> s.
 
+A table of the report stands between two comments. What is between them is written anew:
+
+    <!--table experiments: top-1, purchases-->
+    <!--end-->
+
 `python -m dpsr_tf.report.quotes` brings all quoted figures up to date, with as many decimals as the page gives, and
 docs/figures.md too. A test fails as long as one is not. `python -m dpsr_tf.report.quotes REPORT` first copies the
 figures of the directory of a `dpsr report` to docs/figures.json. Parts that this report did not run keep their figures.
@@ -32,8 +37,8 @@ from typing import Any
 
 from dpsr_common.errors import CommandError
 from dpsr_common.files import write_text
-from dpsr_tf.report.benchmarks import BENCHMARKS, command_of, figures_page
-from dpsr_tf.report.benchmarks import figures as measured_figures
+from dpsr_tf.report.benchmarks import BENCHMARKS
+from dpsr_tf.report.figures import EXPERIMENTS, figures_page, full_command
 from dpsr_tf.report.shop import REPOSITORY
 
 FIGURES = "docs/figures.json"
@@ -43,6 +48,10 @@ _BAR = r"(?P<benchmark>\w+)\.(?P<bar>\w+)(?P<scale>[^>]*?)"
 _ROW = r"(?P<of_rows>\w+): (?P<row>[^;>]+;[^>]+?)(?P<row_scale> [*/] \d+)?"
 _QUOTE = re.compile(rf"(?P<sign>(?<!\w)[+-]|)(?P<figure>\d[\d,]*(?:\.\d+)?)(?P<mark><!--\s*(?:{_BAR}|{_ROW})\s*-->)")
 _SCALE = re.compile(r"\s*([*/])\s*(\d+)")
+_TABLE = re.compile(
+    r"^(?P<mark><!--table (?P<part>\w+): (?P<name>[^>\n]+)-->)\n(?:(?!<!--table).)*?<!--end-->$",
+    re.DOTALL | re.MULTILINE,
+)
 _MARK = re.compile(r"<!--\s*(?:\w+\.\w|\w+: [^;>]+;)[^>]*-->")
 
 
@@ -52,7 +61,7 @@ def renewed(text: str, figures: Mapping[str, Any]) -> str:
     A figure of a row stays as it is if `figures` has the bars of that benchmark, but no rows.
 
     Raises:
-        CommandError: a comment names a bar or a row that was not measured, or follows no figure.
+        CommandError: a comment names a bar, a row or a table that was not measured, or follows no figure.
     """
 
     def figure(match: re.Match[str]) -> str:
@@ -70,6 +79,18 @@ def renewed(text: str, figures: Mapping[str, Any]) -> str:
         sign = "+" if match["sign"] == "+" else ""
         return f"{value:{sign},.{decimals}f}{match['mark']}"
 
+    def table(match: re.Match[str]) -> str:
+        tables = figures.get(match["part"], {}).get("tables", {})
+        if match["name"] not in tables:
+            near = difflib.get_close_matches(match["name"], tables, 3, 0)
+            raise CommandError(
+                f"{match['mark']}: {FIGURES} has no such table; tables with such names: {' | '.join(near)}"
+            )
+        return "\n".join([match["mark"], "", *tables[match["name"]], "", "<!--end-->"])
+
+    if len(re.findall(r"^<!--table [^>]*-->$", text, re.MULTILINE)) != len(_TABLE.findall(text)):
+        raise CommandError("expected <!--end--> after each <!--table PART: NAME-->")
+    text = _TABLE.sub(table, text)
     found = _QUOTE.sub(figure, text)
     if len(_MARK.findall(text)) != len(_QUOTE.findall(text)):
         lost = next(
@@ -129,22 +150,21 @@ def take(report: Path) -> None:
     """Copies the figures of the directory of a report to docs/figures.json. Other parts keep theirs.
 
     Raises:
-        CommandError: the directory has no report.json, or it has figures of a part that does not exist, or figures
+        CommandError: the directory has no figures.json, or it has figures of a part that does not exist, or figures
             that were measured by another command than that of a full report.
     """
     try:
-        found = measured_figures(json.loads((report / "report.json").read_text()).get("benchmarks", {}))
+        found = json.loads((report / "figures.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise CommandError(f"{report}: expected the directory of a `dpsr report`: {error}") from None
     figures = read_figures() | found
-    if unknown := sorted(figures.keys() - BENCHMARKS.keys()):
+    known = [EXPERIMENTS, *BENCHMARKS]
+    if unknown := sorted(figures.keys() - set(known)):
         raise CommandError(f"{report}: unknown parts {unknown}; run the report again with this version")
-    if quick := sorted(name for name, one in found.items() if one["command"] != command_of(name, False)):
-        raise CommandError(
-            f"{report}: {', '.join(quick)} ran with other flags than those of a full report; run `dpsr report "
-            f"--parts={','.join(quick)}` without --quick"
-        )
-    ordered = {name: figures[name] for name in BENCHMARKS if name in figures}
+    for name, one in found.items():
+        if one["command"] != full_command(name):
+            raise CommandError(f"{report}: {name} ran as `{one['command']}`; expected `{full_command(name)}`")
+    ordered = {name: figures[name] for name in known if name in figures}
     write_text(REPOSITORY / FIGURES, json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -38,7 +38,21 @@ _PAPER_ORDERS = {
 ORDERS = {"unseen": ("DSSM", "BM25"), "purchases": ("BM25", "DPSR", "DPSR-p", "DPSR-h")}
 _NAMES = ("top-1", "top-10")
 _QUERY_GROUPS = {"homonyms": "homonyms", "all": "all polysemous queries"}
-_MEASURED_ON = {"unseen": "queries that are not in the log", "purchases": "purchases"}
+_MEASURED_ON = {
+    "unseen": "queries that are not in the log",
+    "purchases": "purchases",
+    "labels": "graded pairs",
+}
+# What Table 2 shows for each shop.
+_BY_SHOP = (
+    ("purchases", "top-1"),
+    ("purchases", "top-10"),
+    ("labels", "auc"),
+    ("unseen", "top-1"),
+    ("unseen", "recall@100"),
+    ("unseen", "mrr@10"),
+)
+_GROUPS = {"all": "all", "tail": "long tail"}
 _LANGUAGES = {"en": "English", "zh": "Chinese"}
 # How the rankers of ceilings.py are shown.
 _KNOWLEDGE = {
@@ -49,11 +63,12 @@ _KNOWLEDGE = {
 
 
 class Report:
-    """A page of Markdown, and the figures that it names."""
+    """A page of Markdown, the figures that it names, and by name the tables that pages of docs/ show."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.figures: dict[str, Figure] = {}
+        self.tables: dict[str, list[str]] = {}
 
     def heading(self, text: str, level: int = 2) -> None:
         """Adds a heading."""
@@ -64,15 +79,19 @@ class Report:
         for paragraph in paragraphs:
             self.lines += [paragraph, ""]
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], texts: int = 1) -> None:
+    def table(
+        self, columns: Sequence[str], rows: Sequence[Sequence[object]], texts: int = 1, name: str | None = None
+    ) -> None:
         """Adds a table. The first `texts` columns are aligned to the left, the others, numbers, to the right."""
         if not rows:
             self.text("None.")
             return
         marks = [":--" if column < texts else "--:" for column in range(len(columns))]
-        for cells in [columns, marks] + [list(map(_escaped, row)) for row in rows]:
-            self.lines.append("| " + " | ".join(map(str, cells)) + " |")
-        self.lines.append("")
+        cells_of_rows = [columns, marks] + [list(map(_escaped, row)) for row in rows]
+        lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in cells_of_rows]
+        if name is not None:
+            self.tables[name] = lines
+        self.lines += [*lines, ""]
 
     def figure(self, name: str, caption: str, figure: Figure) -> None:
         """Adds a figure, which is shown as `plots/NAME.svg`."""
@@ -120,7 +139,6 @@ def _experiments(page: Report, results: Result) -> None:
     _mixing(page, results)
     _cases(page, results)
     _online(page, results["online"])
-    _efficiency(page, results)
     for name, folds in results.get("data", {}).items():
         _data_set(page, name, folds)
     if "ablations" in results:
@@ -216,7 +234,7 @@ def _table_2(page: Report, results: Result) -> None:
         "errors, gave the grades. Each query is asked by a random user of the shop, with the history that the log ends "
         "with, because DPSR-p and DPSR-h are trained to read a user.",
         f"**Time** is the median time of one query for its first 1,000 of {bought['items']:,} items by exact search on "
-        "this machine. Table 5 measures the index that searches millions of items.",
+        "this machine.",
         "The paper's columns were measured on JD.com's log with 15 million items and are shown for orientation. All "
         "DPSR models here have the same training: softmax with log Q correction over the batch, 512 random items and 4 "
         "unclicked items. Figure 7 uses the paper's hinge loss.",
@@ -267,23 +285,27 @@ def _orders_of_the_paper(tables: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _table_2_by_shop(page: Report, results: Result) -> None:
     """Table 2 of each generated shop, and what rankers reach that know the shop's truth."""
-    page.text("The same figures for each generated shop:")
-    rows = [
-        (table["seed"], label, *(_with_interval(table["purchases"], label, figure) for figure in _NAMES),
-         *(_with_interval(table["purchases"], label, figure) for figure in ("mrr@10", "recall@100")),
-         _with_interval(table["labels"], label, "auc"))
-        for table in results["table2"] for label in METHODS
-    ]  # fmt: skip
-    page.table(("seed", "method", *_NAMES, "mrr@10", "recall@100", "AUC"), rows, texts=2)
+    tables = results["table2"]
+    seeds = _seeds(tables)
+    page.text("The same figures for each generated shop, and those of queries that are not in the log:")
+    for measured, figure in _BY_SHOP:
+        rows = [
+            (label, *(_with_interval(table[measured], label, figure) for table in tables))
+            for label in (*METHODS, "popularity")
+        ]
+        page.table((f"{figure}, {_MEASURED_ON[measured]}", *seeds), rows, name=f"{figure}, {measured}")
     page.text(
         "Upper limits: the same purchases, ranked with knowledge of how the shop was generated. No model can know the "
         "user's taste in full, because no log shows all of it."
     )
     rows = [
-        (one["seed"], _KNOWLEDGE[name], *(_limits(of[figure]["value"], of[figure]["interval"]) for figure in _NAMES))
-        for one in results["ceilings"] for name, of in one["rankers"].items()
+        (_KNOWLEDGE[name], figure, *(
+            _limits(one["rankers"][name][figure]["value"], one["rankers"][name][figure]["interval"])
+            for one in results["ceilings"]
+        ))
+        for figure in _NAMES for name in results["ceilings"][0]["rankers"]
     ]  # fmt: skip
-    page.table(("seed", "the ranker knows", *_NAMES), rows, texts=2)
+    page.table(("the ranker knows", "figure", *seeds), rows, texts=2, name="upper limits")
 
 
 def _unseen_by_kind(page: Report, unseen: Mapping[str, Any]) -> None:
@@ -298,7 +320,7 @@ def _unseen_by_kind(page: Report, unseen: Mapping[str, Any]) -> None:
     ]
     asked = unseen["queries"]
     columns = (f"{kind} ({kinds[kind]['queries']}, {kinds[kind]['queries'] / asked:.0%})" for kind in kinds)
-    page.table(("method", *columns, "all"), rows)
+    page.table(("method", *columns, "all"), rows, name="kinds of query")
     page.text(
         "mrr@10 by language, of misspelt queries and of `plain` ones, which hold words of the titles. A Chinese query "
         "is misspelt by a character that sounds alike."
@@ -307,7 +329,7 @@ def _unseen_by_kind(page: Report, unseen: Mapping[str, Any]) -> None:
     names = {f"{kind}, {code}": f"{kind}, {name}" for code, name in _LANGUAGES.items() for kind in ("plain", "typo")}
     names = {part: f"{name} ({parts[part]['queries']})" for part, name in names.items() if part in parts}
     rows = [(label, *(_with_interval(parts[part], label, "mrr@10") for part in names)) for label in METHODS]
-    page.table(("method", *names.values()), rows)
+    page.table(("method", *names.values()), rows, name="languages")
 
 
 def _topology(page: Report, results: Result) -> None:
@@ -339,26 +361,22 @@ def _polysemy(page: Report, results: Result) -> None:
         "**silhouette** says whether the items that a query may mean form clusters by type of product: 1 if each type "
         "is a cluster of its own, 0 if the types overlap."
     )
-    rows = []
-    for shop in results["polysemy"]:
-        for group, one in shop["groups"].items():
-            for column, figure in enumerate(shop["figures"]):
-                rows.append((shop["seed"], f"{group} ({one['queries']})", figure, *_one_and_two_heads(one, column)))
-    page.table(("seed", "queries", "figure", "1 head", "2 heads", "difference"), rows, texts=3)
     page.text(
-        "The same by the dimension d of the embeddings. With few dimensions there is little room for one vector that "
-        "is close to two meanings."
+        "By the dimension d of the embeddings: with one head, with two, and in brackets the interval of the "
+        "difference. With few dimensions there is little room for one vector that is close to two meanings."
     )
-    rows = []
-    for shop in results["polysemy"]:
-        for dim, groups in sorted(shop["widths"].items(), key=lambda item: int(item[0])):
-            for group in _QUERY_GROUPS.keys() & groups.keys():
-                one = groups[group]
-                for column, figure in enumerate(shop["figures"]):
-                    queries = f"{_QUERY_GROUPS[group]} ({one['queries']})"
-                    rows.append((shop["seed"], queries, figure, dim, *_one_and_two_heads(one, column)))
-    rows.sort(key=lambda row: (row[0], row[1], row[2]))
-    page.table(("seed", "queries", "figure", "d", "1 head", "2 heads", "difference"), rows, texts=3)
+    shops = results["polysemy"]
+    for column, figure in enumerate(shops[0]["figures"]):
+        rows = [
+            (
+                _QUERY_GROUPS[group],
+                f"{dim}",
+                *(_one_and_two_heads(shop["widths"][dim].get(group), column) for shop in shops),
+            )
+            for group in _QUERY_GROUPS
+            for dim in sorted(shops[0]["widths"], key=int)
+        ]
+        page.table((f"{figure}, queries", "d", *_seeds(shops)), rows, texts=2, name=f"heads: {figure}")
 
 
 def _polysemy_examples(page: Report, examples: Result) -> None:
@@ -378,12 +396,18 @@ def _polysemy_examples(page: Report, examples: Result) -> None:
     page.table(("query", "model", "head", "item found", "meaning of the item"), rows, texts=5)
 
 
-def _one_and_two_heads(one: Mapping[str, Any], column: int) -> list[str]:
-    """Returns the cells of one figure: with one head, with two, and the difference."""
-    return [
-        _limits(one[label]["value"][column], one[label]["interval"][column], form)
-        for label, form in (("1 head", ".3f"), ("2 heads", ".3f"), ("difference", "+.3f"))
-    ]
+def _one_and_two_heads(one: Mapping[str, Any] | None, column: int) -> str:
+    """Returns the cell of one figure: with one head, with two, and the interval of the difference."""
+    if one is None:
+        return ""
+    values = ", ".join(f"{one[label]['value'][column]:.3f}" for label in ("1 head", "2 heads"))
+    low, high = one["difference"]["interval"][column]
+    return f"{values} ({low:+.3f} to {high:+.3f})"
+
+
+def _seeds(shops: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the heads of columns of generated shops."""
+    return [f"seed {shop['seed']}" for shop in shops]
 
 
 def _mixing(page: Report, results: Result) -> None:
@@ -414,8 +438,9 @@ def _mixing(page: Report, results: Result) -> None:
         for name in (f"{alpha:g}" for alpha in shop["alpha"]):
             bought, unseen = shop["purchases"], shop["unseen"]
             popular = [f"{one['systems'][name]['popularity@10']:.3f}" for one in (bought, unseen)]
-            cells = [_with_interval(bought, name, "top-1"), _with_interval(bought, name, "top-10")]
-            rows.append((shop["seed"], name, *popular, *cells, _with_interval(unseen, name, "recall@100")))
+            cells = [_with_interval(bought, name, figure) for figure in _NAMES]
+            cells += [_with_interval(unseen, name, figure) for figure in ("top-1", "recall@100")]
+            rows.append((shop["seed"], name, *popular, *cells))
     page.table(
         (
             "seed",
@@ -424,10 +449,12 @@ def _mixing(page: Report, results: Result) -> None:
             "popularity@10, queries not in the log",
             "top-1, purchases",
             "top-10, purchases",
+            "top-1, queries not in the log",
             "recall@100, queries not in the log",
         ),
         rows,
         texts=2,
+        name="alpha",
     )
 
 
@@ -471,96 +498,45 @@ def _online(page: Report, results: Sequence[Mapping[str, Any]]) -> None:
         "and QRR is the query rewrite rate: a user who clicks nothing asks again. AOP is the average position of what "
         "is ordered; it falls if orders come from higher places. docs/papers.md has the papers' figures.",
     )
-    groups = {"all": "all", "tail": "long tail"}
+    widest = {
+        figure: max(
+            abs(limit - changes[figure]["change"])
+            for one in results for of_name in one["ab_test"].values() for changes in of_name.values()
+            for limit in changes[figure]["interval"]
+        )
+        for figure in FIGURES
+    }  # fmt: skip
+    page.text(
+        f"Changes in percent on {_and(_seeds(results))}. The 95 % intervals reach at most "
+        + ", ".join(f"{100 * width:.1f} points ({figure})" for figure, width in widest.items())
+        + " to one side."
+    )
     rows = [
-        (one["seed"], groups[group], name, *(_change(figures[figure]) for figure in FIGURES))
-        for one in results
-        for group, of_name in one["ab_test"].items()
-        for name, figures in of_name.items()
+        (
+            name,
+            _GROUPS[group],
+            *(
+                ", ".join(f"{100 * one['ab_test'][group][name][figure]['change']:+.1f}" for one in results)
+                for figure in FIGURES
+            ),
+        )
+        for group, of_name in first["ab_test"].items()
+        for name in of_name
     ]
-    page.table(("seed", "queries", "treatment", *FIGURES), rows, texts=3)
+    page.table(("treatment", "queries", *FIGURES), rows, texts=2, name="online tests")
     page.text(
         f"Raters: {first['rated']['queries']} queries of the long tail. The shop's truth grades the first 10 results: "
-        "perfect has all that the query asks for, fair lacks one thing, bad is all else."
+        "perfect has all that the query asks for, fair lacks one thing, bad is all else. Shares:"
     )
     rows = [
-        (one["seed"], name, *(_limits(grades[g]["share"], grades[g]["interval"]) for g in GRADES))
-        for one in results
-        for name, grades in one["rated"]["systems"].items()
+        (name, *(", ".join(f"{one['rated']['systems'][name][g]['share']:.3f}" for one in results) for g in GRADES))
+        for name in first["rated"]["systems"]
     ]
-    page.table(("seed", "system", *GRADES), rows, texts=2)
-
-
-def _change(one: Mapping[str, Any]) -> str:
-    low, high = one["interval"]
-    return f"{one['change']:+.1%} ({low:+.1%} to {high:+.1%})"
-
-
-def _efficiency(page: Report, results: Result) -> None:
-    page.heading("Tables 5 and 6: index and serving")
-    result = results.get("efficiency") or {}
-    index, serving = result.get("index"), result.get("serving")
-    if index:
-        _index_benchmark(page, index)
-    if serving:
-        _serving_benchmark(page, serving, results["shop"]["items"])
-    if not index and not serving:
-        page.text("Not run: the benchmarks need a checkout of the repository and a size above 0.")
-
-
-def _index_benchmark(page: Report, index: Mapping[str, Any]) -> None:
-    page.text(
-        f"`benchmarks/index.py`: clustered vectors of 64 dimensions, first 1,000 neighbours, on {_machine(index)}. The "
-        "latencies are those of one query at a time on one thread; QPS is measured on all cores. Read a latency "
-        "together with the recall beside it. The paper reports, for 15 million items and without a recall, 3,453 s to "
-        "build the index, 9.92 ms, and 100 QPS on 64 CPU cores."
-    )
-    rows = []
-    for workload, one in _by_workload(index).items():
-        if "ann_recall@1000" in one:
-            cores = index["hardware"]["cores"]
-            rows.append((workload, *(f"{one[name]:.3f}" for name in ("ann_recall@1000", "p50", "p99", "core_ms")),
-                         f"{one['wall_qps']:,.0f}", f"{one['wall_qps'] / cores:,.0f}"))  # fmt: skip
-    built = {row["impl"]: row["value"] for row in index["rows"] if row["metric"] == "build_wall"}
-    page.text("Time to build: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in built.items()) + ".")
-    columns = ("ann_recall@1000", "p50 ms", "p99 ms", "core ms", "QPS", "QPS per core")
-    page.table(("index, search parameters", *columns), rows)
-
-
-def _serving_benchmark(page: Report, serving: Mapping[str, Any], num_items: int) -> None:
-    page.text(
-        f"`benchmarks/model_server.py`: from query text to items, with the servable of DPSR above ({num_items:,} "
-        f"items) on our model server, on {_machine(serving)}, which the load generator shares. Core time is the CPU "
-        "time of the server per request; QPS per core is its inverse. The paper reports 4,000 QPS at 20 ms on 64 CPU "
-        "cores."
-    )
-    rows = []
-    for row in serving["rows"]:
-        if row["impl"] == "dpsr" and row["workload"].startswith("fused") and row["metric"].endswith("_qps"):
-            load = row["metric"].removesuffix("_qps")
-            figures = {
-                r["metric"]: r["value"]
-                for r in serving["rows"]
-                if r["impl"] == "dpsr" and r["workload"] == row["workload"]
-            }
-            cpu = figures.get(f"{load}_cpu")
-            cells = [f"{figures[name]:,.2f}" if name in figures else "" for name in (f"{load}_p50", f"{load}_p99")]
-            per_core = f"{1e6 / cpu:,.0f}" if cpu else ""
-            rows.append(
-                (load.replace("_", " "), f"{row['value']:,.0f}", *cells, f"{cpu:,.0f}" if cpu else "", per_core)
-            )
-    page.table(("load", "QPS", "p50 ms", "p99 ms", "core µs per request", "QPS per core"), rows)
+    page.table(("system", *GRADES), rows, name="raters")
 
 
 def _machine(benchmark: Mapping[str, Any]) -> str:
     return f"{benchmark['hardware']['cpu']}, {benchmark['hardware']['cores']} cores"
-
-
-def _by_workload(benchmark: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {}
-    for row in benchmark["rows"]:
-        found.setdefault(f"{row['impl']}, {row['workload']}", {})[row["metric"]] = row["value"]
-    return found
 
 
 _DATA_SETS = {
@@ -579,43 +555,29 @@ def _data_set(page: Report, name: str, folds: Mapping[str, Any]) -> None:
     for fold, table in folds.items():
         page.text(f"{fold}: {table['queries']:,} queries, {table['items']:,} items.")
         rows = [(label, *(_with_interval(table, label, figure) for figure in figures)) for label in table["systems"]]
-        page.table(("method", *figures), rows)
+        page.table(("method", *figures), rows, name=f"{name}, {fold}")
 
 
 def _ablations(page: Report, ablations: Mapping[str, Any]) -> None:
     page.heading("Ablations")
     page.text(
         "Each variant changes one part of DPSR (`dpsr_tf/configs/dpsr.yaml` with the steps, batch size and learning "
-        "rate of this report). Differences are from the first row of each table, over the same queries, with their "
-        "95 % intervals; even without any effect, one interval in twenty does not contain 0. The variants are measured "
-        "on purchases and on queries that are not in the log."
+        "rate of this report). In brackets are the difference from the first row of a group, over the same queries, "
+        "and its 95 % interval; even without any effect, one interval in twenty does not contain 0. The last three "
+        "columns are measured on queries that are not in the log, and the misspelt ones among them."
     )
+    rows = []
     for group, measured in ablations.items():
         bought, unseen = measured["purchases"], measured["unseen"]
-        page.heading(group, 3)
-        rows = []
+        typo = unseen["slices"]["kind"].get("typo")
         for label in bought["systems"]:
-            cells = []
-            for table, figure in ((bought, "top-10"), (unseen, "top-10"), (unseen, "recall@100")):
-                compared = [one for one in table["comparisons"] if one["system"] == label]
-                cells.append(f"{table['systems'][label][figure]:.3f}")
-                if compared:
-                    one = compared[0]["figures"][figure]
-                    cells[-1] += f" ({one['difference']:+.3f}, {one['interval'][0]:+.3f} to {one['interval'][1]:+.3f})"
-            typo = unseen["slices"]["kind"].get("typo")
-            cells.append(_with_interval(typo, label, "recall@100") if typo else "")
-            cells.append(f"{unseen['systems'][label]['auc']:.3f}")
-            cells.append(f"{bought['systems'][label]['popularity@100']:.3f}")
-            rows.append((label, *cells))
-        columns = (
-            "top-10, purchases",
-            "top-10, not in the log",
-            "recall@100, not in the log",
-            "recall@100, misspelt",
-            "AUC, not in the log",
-            "popularity@100, purchases",
-        )
-        page.table(("variant", *columns), rows)
+            cells = [
+                _compared(table["systems"][label], table["comparisons"], label, figure)
+                for table, figure in ((bought, "top-1"), (unseen, "top-1"), (unseen, "recall@100"))
+            ]
+            rows.append((group, label, *cells, f"{typo['systems'][label]['top-1']:.3f}" if typo else ""))
+    columns = ("top-1, purchases", "top-1, not in the log", "recall@100, not in the log", "top-1, misspelt")
+    page.table(("group", "variant", *columns), rows, texts=2, name="ablations")
 
 
 def _training_claims(page: Report, shops: Sequence[Mapping[str, Any]]) -> None:
@@ -632,11 +594,13 @@ def _training_claims(page: Report, shops: Sequence[Mapping[str, Any]]) -> None:
             measured = shop["groups"][group]
             for name, one in measured["variants"].items():
                 last = list(one["by_step"].values())[-1]
-                cells = [_compared(last, measured["comparisons"], on, name) for on in ("purchases", "unseen")]
+                cells = [
+                    _compared(last[on], measured["comparisons"][on], name, "top-1") for on in ("purchases", "unseen")
+                ]
                 costs = (f"{one['parameters']:,}", f"{one['step_ms']:.2f}", f"{one['query_ms']:.2f}")
                 rows.append((shop["seed"], name, *cells, f"{one['senses@10']:.3f}", *costs))
         columns = ("top-1, purchases", "top-1, not in the log", "senses@10", "weights", "ms a step", "ms a query")
-        page.table(("seed", "variant", *columns), rows, texts=2)
+        page.table(("seed", "variant", *columns), rows, texts=2, name=f"claim: {group}")
     page.heading("Batch negatives and random ones, by steps", 3)
     page.text("α is the share of random negatives. Top-1 of purchases, and of queries that are not in the log:")
     rows = [
@@ -646,7 +610,8 @@ def _training_claims(page: Report, shops: Sequence[Mapping[str, Any]]) -> None:
         for shop in shops for name, one in shop["groups"]["steps"]["variants"].items()
     ]  # fmt: skip
     marks = next(iter(shops[0]["groups"]["steps"]["variants"].values()))["by_step"]
-    page.table(("seed", "variant", *(f"{int(step):,} steps" for step in marks)), rows, texts=2)
+    after = (f"{int(step):,} steps" for step in marks)
+    page.table(("seed", "variant", *after), rows, texts=2, name="claim: steps")
     page.heading("Items that answer the query", 3)
     page.text(
         "Computed from the whole log and the truth: the chance that an item answers the query of a click. It is the "
@@ -656,19 +621,16 @@ def _training_claims(page: Report, shops: Sequence[Mapping[str, Any]]) -> None:
     names = ("click", "batch", "clicked", "random")
     rows = [(one["seed"], *(f"{one['chance'][name]:.2%}" for name in names)) for one in shops]
     chances = ("clicked item", "batch negative", "batch negative was clicked for the query", "random negative")
-    page.table(("seed", *chances), rows)
+    page.table(("seed", *chances), rows, name="claim: chance")
 
 
-def _compared(
-    measured: Mapping[str, Any], comparisons: Mapping[str, Sequence[Mapping[str, Any]]], on: str, name: str
-) -> str:
-    """Returns the cell of a variant's top-1, with its difference from the first variant."""
-    cell = f"{measured[on]['top-1']:.3f}"
-    for one in comparisons[on]:
+def _compared(figures: Mapping[str, float], comparisons: Sequence[Mapping[str, Any]], name: str, figure: str) -> str:
+    """Returns the cell of a variant's figure, with its difference from the first variant."""
+    cell = f"{figures[figure]:.3f}"
+    for one in comparisons:
         if one["system"] == name:
-            difference = one["figures"]["top-1"]
-            low, high = difference["interval"]
-            cell += f" ({difference['difference']:+.3f}, {low:+.3f} to {high:+.3f})"
+            low, high = one["figures"][figure]["interval"]
+            cell += f" ({one['figures'][figure]['difference']:+.3f}, {low:+.3f} to {high:+.3f})"
     return cell
 
 
@@ -716,6 +678,11 @@ def _files(page: Report, results: Result) -> None:
         f"each experiment. The experiments took {results['seconds'] / 60:.0f} minutes in total, if they are counted "
         "one after the other. docs/report.md says how to run them again."
     )
+
+
+def _and(words: Sequence[str]) -> str:
+    """Returns "a, b and c"."""
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
 
 def _with_interval(table: Mapping[str, Any], label: str, figure: str) -> str:

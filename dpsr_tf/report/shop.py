@@ -76,10 +76,6 @@ class Size:
         (0.0, 0.25, 0.5, 0.75, 1.0), "shares of random negatives (alpha) in figure 7", 0, 1
     )
     plotted_items: int = option(1_500, "number of items in figure 5", 100, 100_000)
-    index_items: int = option(300_000, "number of vectors in the index benchmark; 0 skips the benchmark", 0, 10**9)
-    serving_seconds: float = option(
-        3.0, "seconds of each load in the model server benchmark; 0 skips the benchmark", 0, 3600
-    )
     data_steps: int = option(1_500, "largest number of training steps on a public data set", 1, 10**9)
 
     def config(
@@ -118,8 +114,6 @@ QUICK = Size(
     widths=(16,),
     mixing_ratios=(0.0, 0.5, 1.0),
     plotted_items=800,
-    index_items=20_000,
-    serving_seconds=1.0,
     data_steps=100,
 )
 

@@ -13,8 +13,9 @@ import pytest
 
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_tf.report import plots, quotes, sections
-from dpsr_tf.report.benchmarks import BENCHMARKS, figures, figures_page
+from dpsr_tf.report.benchmarks import BENCHMARKS
 from dpsr_tf.report.command import html, parts_from_flag, size_from_flags
+from dpsr_tf.report.figures import EXPERIMENTS, figures, figures_page, full_command
 from dpsr_tf.report.quotes import renewed, waiting
 from dpsr_tf.report.runner import ExperimentRunner
 from dpsr_tf.report.sections import Report
@@ -27,8 +28,7 @@ TINY = (
     "--parts=experiments,index",
     *(f"--set={value}" for value in ("items=1500", "users=30", "interactions=1500", "purchases=30", "steps=8")),
     *(f"--set={value}" for value in ("judged_queries=30", "shared_brands=1", "batch_size=32", "mixing_ratios=[0.5]")),
-    *(f"--set={value}" for value in ("plotted_items=100", "index_items=0", "serving_seconds=0")),
-    *(f"--set={value}" for value in ("widths=[64]",)),
+    *(f"--set={value}" for value in ("plotted_items=100", "widths=[64]")),
 )
 
 
@@ -91,6 +91,13 @@ def test_a_report_is_whole_goes_on_and_repeats(dpsr: Callable, tmp_path: Path) -
     assert "build_wall_s" in found["benchmarks"]["index"]["bars"] and '<h2 id="120-million-items' in page
     assert json.loads((out / "figures.json").read_text())["index"]["bars"] == found["benchmarks"]["index"]["bars"]
     assert "| `build_wall_s` |" in (out / "figures.md").read_text()
+    quoted = json.loads((out / "figures.json").read_text())["experiments"]
+    assert quoted["command"].startswith("dpsr report --parts=experiments --quick --set=items=1500")
+    assert quoted["rows"]["DPSR; purchases, seed 3; top-1"] == pytest.approx(
+        found["table2"][0]["purchases"]["systems"]["DPSR"]["top-1"], rel=1e-5
+    )
+    table = quoted["tables"]["top-1, purchases"]
+    assert table[0] == "| top-1, purchases | seed 3 |" and "\n".join(table) in text
 
     # No experiment runs again, except those whose results are deleted; these give the same results.
     assert "..." not in report()
@@ -166,7 +173,7 @@ def test_benchmarks_in_the_report() -> None:
     assert "### w 1" in page.lines and "| A | 0.512 (0.500 to 0.520) |  |" in page.lines
     assert "| B | 0.400 | 1,234 us |" in page.lines and "| Recall@20 on Gowalla | 0.1824 |" in page.markdown
     assert "the folder of the data sets has no homedepot. Give --data." in page.markdown
-    found = figures({"graph": graph, "search": {"missing": ["homedepot"]}})
+    found = figures({"benchmarks": {"graph": graph, "search": {"missing": ["homedepot"]}}}, {})
     assert list(found) == ["graph"]
     assert found["graph"]["rows"] == {
         "A; w 1; recall": 0.51234, "A; w 1; recall; low": 0.5, "A; w 1; recall; high": 0.52,
@@ -338,6 +345,20 @@ def test_quoted_rows_follow_what_was_measured() -> None:
     assert waiting(later + page, measured) == {"proxy": 2}
 
 
+def test_tables_of_the_report_follow_what_was_measured() -> None:
+    measured = {"experiments": {"bars": {}, "tables": {"alpha": ["| a |", "|---|", "| 1 |"]}}}
+    page = "1\n<!--table experiments: alpha-->\n<!--end-->\n2"
+    shown = "1\n<!--table experiments: alpha-->\n\n| a |\n|---|\n| 1 |\n\n<!--end-->\n2"
+    assert renewed(page, measured) == shown == renewed(shown, measured)
+    for wrong, message in (
+        (page.replace("alpha", "beta"), "has no such table; tables with such names: alpha"),
+        (page.replace("experiments", "proxy"), "has no such table"),
+        (page.replace("<!--end-->", ""), "expected <!--end--> after each"),
+    ):
+        with pytest.raises(CommandError, match=message):
+            renewed(wrong, measured)
+
+
 def test_the_pages_take_the_figures_of_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts that the report did not run keep their figures."""
     hardware = {"cpu": "a CPU", "cores": 2}
@@ -354,29 +375,39 @@ def test_the_pages_take_the_figures_of_a_report(tmp_path: Path, monkeypatch: pyt
     )
     kept_old, kept_new = ({**one, "rows": {"A; w; m": 10 * one["bars"]["bar"]}} for one in (old, new))
     del kept_old["rows"]
+    own = {**new, "command": full_command(EXPERIMENTS), "rows": {"DPSR; purchases, seed 1; top-1": 0.3251}}
+    own["tables"] = {"top-1, purchases": ["| method | seed 1 |", "| :-- | --: |", "| DPSR | 0.325 |"]}
     docs, report = tmp_path / "docs", tmp_path / "report"
     docs.mkdir()
     report.mkdir()
     (tmp_path / "README.md").write_text("1.0<!--store.bar-->, 10<!--store: A; w; m--> and 1<!--proxy.bar-->")
+    (docs / "report.md").write_text(
+        "a\n\n<!--table experiments: top-1, purchases-->\n| old |\n<!--end-->\n\n"
+        "0.1<!--experiments: DPSR; purchases, seed 1; top-1-->\n"
+    )
     (docs / "figures.json").write_text(json.dumps({"proxy": kept_old, "store": kept_old}))
     (docs / "figures.md").write_text("")
-    (report / "report.json").write_text(json.dumps({"benchmarks": {"store": new}}))
+    (report / "figures.json").write_text(json.dumps({"store": kept_new, "experiments": own}))
     monkeypatch.setattr(quotes, "REPOSITORY", tmp_path)
     quotes.main([str(report)])
     assert (tmp_path / "README.md").read_text() == "2.0<!--store.bar-->, 20<!--store: A; w; m--> and 1<!--proxy.bar-->"
-    expected = {"store": kept_new, "proxy": kept_old}
+    assert (docs / "report.md").read_text() == (
+        "a\n\n<!--table experiments: top-1, purchases-->\n\n| method | seed 1 |\n| :-- | --: |\n| DPSR | 0.325 |\n\n"
+        "<!--end-->\n\n0.3<!--experiments: DPSR; purchases, seed 1; top-1-->\n"
+    )
+    expected = {"experiments": own, "store": kept_new, "proxy": kept_old}
     assert json.loads((docs / "figures.json").read_text()) == expected
     assert (docs / "figures.md").read_text() == figures_page(expected)
 
     quick = tmp_path / "quick"
     quick.mkdir()
     command = "python benchmarks/store.py --quick --json"
-    (quick / "report.json").write_text(json.dumps({"benchmarks": {"store": {**new, "command": command}}}))
-    (report / "report.json").write_text(json.dumps({"benchmarks": {"stores": new}}))
+    (quick / "figures.json").write_text(json.dumps({"store": {**new, "command": command}}))
+    (report / "figures.json").write_text(json.dumps({"stores": new}))
     for wrong, message in (
         (report, "unknown parts"),
         (tmp_path, "expected the directory of a `dpsr report`"),
-        (quick, "store ran with other flags .* without --quick"),
+        (quick, "store ran as `.*--quick --json`; expected `python benchmarks/store.py --json`"),
     ):
         with pytest.raises(CommandError, match=message):
             quotes.main([str(wrong)])
