@@ -121,6 +121,8 @@ GROUPS: dict[str, dict[str, Variant]] = {
     },
     "steps": _ALPHA,
 }
+# A Transformer takes minutes for each shop.
+_FIRST_SHOP_ONLY = ("text encoder",)
 # The shares of a training at which the group `steps` is measured.
 _MARKS = (0.125, 0.25, 0.5, 1.0)
 
@@ -129,7 +131,8 @@ def claims(shop: Shop) -> Result:
     """Trains and measures all variants.
 
     Returns:
-        `seed`; `groups`: group -> `variants` and `comparisons`; `chance`: see chance_of_relevance.
+        `seed`; `groups`: group -> `variants` and `comparisons`, the group of text encoders for the first shop only;
+        `chance`: see chance_of_relevance.
 
         Each variant has `parameters`, their number; `step_ms` and `query_ms`, the CPU time of a training step and of
         embedding one query; `senses@10` of homonyms; and `by_step`: number of steps -> the figures of `dpsr evaluate`
@@ -138,6 +141,8 @@ def claims(shop: Shop) -> Result:
     """
     groups = {}
     for group, variants in GROUPS.items():
+        if group in _FIRST_SHOP_ONLY and shop.number:
+            continue
         marks = _MARKS if group == "steps" else _MARKS[-1:]
         steps = sorted({max(1, round(mark * shop.size.steps)) for mark in marks})
         groups[group] = _compared(shop, group, variants, steps)

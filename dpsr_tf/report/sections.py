@@ -591,7 +591,9 @@ def _training_claims(page: Report, shops: Sequence[Mapping[str, Any]]) -> None:
         page.heading(group, 3)
         rows = []
         for shop in shops:
-            measured = shop["groups"][group]
+            measured = shop["groups"].get(group)
+            if measured is None:
+                continue
             for name, one in measured["variants"].items():
                 last = list(one["by_step"].values())[-1]
                 cells = [
