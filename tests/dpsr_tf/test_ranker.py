@@ -186,7 +186,8 @@ def test_without_numbers_and_histories_only_texts_tell(store, tmp_path):
     path = tmp_path / "texts"
     train(store, _config(train__steps=60, ranker__numbers=False, model__history_length=0), path)
     found = _auc_by_kind(store, path)
-    assert found["text"] > 0.9 and found["number"] == 0.5
+    # Items that differ in their price alone tie, but for rounding.
+    assert found["text"] > 0.9 and 0.45 < found["number"] < 0.55
     assert 0.3 < found["history"] < 0.7
 
 

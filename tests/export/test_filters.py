@@ -172,7 +172,7 @@ def test_a_filter_that_all_items_pass_changes_nothing(shop: Callable[[str], Shop
     plain = search(table, x, 50, parameters="nprobe=64")
     filtered = search(table, x, 50, exclude=np.full((8, 1), "shop=no such"), parameters="nprobe=64")
     np.testing.assert_array_equal(plain[0], filtered[0])
-    np.testing.assert_allclose(plain[1], filtered[1], rtol=1e-5)
+    np.testing.assert_allclose(plain[1], filtered[1], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(plain[2], filtered[2])
 
 

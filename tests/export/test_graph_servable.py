@@ -83,7 +83,7 @@ def test_a_servable_embeds_queries_as_the_model_does(made):
         servable.close()
     expected = query_encoder(made / "model", Store(made / "store"))(QUERIES, None)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(one[0], found[0], rtol=1e-5)
+    np.testing.assert_allclose(one[0], found[0], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(found[0], found[1])
     items = item_embeddings(made / "model", Store(made / "store"))
     best = (expected[0] @ items.T).argsort(axis=1)[0, ::-1][:5]

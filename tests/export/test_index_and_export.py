@@ -93,7 +93,7 @@ def test_score_signature_is_the_inner_product(job: Job, servable: Loaded) -> Non
     title_of = dict(zip(store.items()["id"].tolist(), store.titles(), strict=True))
     titles = [title_of[item] for item in found["item_ids"][0]]
     scores = servable("score", query=["phone case"] * 5, item_text=titles)["score"]
-    np.testing.assert_allclose(scores, found["scores"][0], rtol=1e-5)
+    np.testing.assert_allclose(scores, found["scores"][0], rtol=1e-5, atol=1e-6)
 
 
 def test_k_beyond_the_corpus_is_padded_and_bad_k_is_refused(job: Job, servable: Loaded) -> None:
