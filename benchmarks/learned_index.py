@@ -59,8 +59,8 @@ from dpsr_tf.config import CONFIGS, QuantizerConfig
 from dpsr_tf.data.store import RowsById, Store
 from dpsr_tf.evaluation.judgments import Judgments
 from dpsr_tf.models import encoders
-from dpsr_tf.models.quantizer import Quantizer
-from dpsr_tf.models.quantizer_layer import QuantizerLayer, TeacherItems, quantizer_loss
+from dpsr_tf.models.quantizer import Encoder, Quantizer
+from dpsr_tf.models.quantizer_layer import ItemCodes, QuantizerLayer, TeacherItems, quantizer_loss
 from dpsr_tf.training import quantizer_start
 
 v1 = tf.compat.v1
@@ -178,20 +178,24 @@ def kept_quantizer(
         return make(data, code_bytes, name, seed, *more)
     path = data.folder / f"quantizer_{data.lists}_{code_bytes}_{name}_{seed}.npz"
     if not path.exists():
-        found = make(data, code_bytes, name, seed, *more)
+        found = make(data, code_bytes, name.partition(" ")[0], seed, *more)
         partial = path.with_suffix(".part.npz")
-        np.savez(partial, rotation=found.rotation, coarse=found.coarse, codebooks=found.codebooks)
+        np.savez(partial, *found.arrays)
         os.replace(partial, path)
     with np.load(path) as file:
-        return Quantizer(file["rotation"], file["coarse"], file["codebooks"])
+        rotation, coarse, codebooks, *encoder = file.values()
+    return Quantizer(rotation, coarse, codebooks, Encoder(*encoder) if encoder else None)
 
 
-def start_of(data: Workload, code_bytes: int, rotation: str, seed: int) -> Quantizer:
-    """Returns the quantizer before training: lists from all vectors, rotation and codebooks from a sample."""
+def start_of(data: Workload, code_bytes: int, kind: str, seed: int) -> Quantizer:
+    """Returns the quantizer before training: lists from all vectors, rotation and codebooks from a sample.
+
+    `kind` is the rotation of product codes, or "residual" for residual codes.
+    """
     generator = np.random.default_rng(seed)
     rows = generator.permutation(len(data.items))[: max(_SAMPLE, 32 * data.lists)]
-    config = dataclasses.replace(config_of(data, code_bytes, "reconstruction"), rotation=rotation)
-    return quantizer_start.fit(data.items[rows], config, seed)
+    changes = {"codes": kind, "rotation": "none"} if kind == "residual" else {"rotation": kind}
+    return quantizer_start.fit(data.items[rows], config_of(data, code_bytes, "reconstruction", **changes), seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +231,9 @@ def learn(
     over the items of the batch, on pairs of the log, for T(items) and for the coarse centroids. Reconstruction sees
     random items. No judgment of a measured query is read.
     """
-    config = config_of(data, code_bytes, objective, learning_rate=how.rate, coarse_learning_rate=how.rate)
+    changes: dict[str, Any] = {"codes": "residual", "rotation": "none"} if start.encoder else {}
+    config = config_of(data, code_bytes, objective, learning_rate=how.rate, coarse_learning_rate=how.rate, **changes)
+    codes = ItemCodes(*product_codes.encode(start, data.items)) if start.encoder else None
     generator = np.random.default_rng(seed)
     teacher = best(data.log, data.items, 200) if objective == "distillation" else np.zeros((0, 0), np.int64)
     tau = data.temperature * (how.temperature if objective == "distillation" else 1)
@@ -255,9 +261,9 @@ def learn(
         rows, taught_rows = (v1.placeholder(tf.int64, [None] * rank) for rank in (1, 2))
         taught = v1.placeholder(tf.float32, [None, None, d])
         factor = v1.placeholder(tf.float32, [])
-        layer = QuantizerLayer(config, d, start)
+        layer = QuantizerLayer(config, d, start, codes)
         if objective == "ranking":
-            quantized, labels = layer(items), tf.range(tf.shape(query)[0])
+            quantized, labels = layer(items, rows), tf.range(tf.shape(query)[0])
             scores = [tf.matmul(query, each, transpose_b=True) / tau for each in (quantized.full, quantized.coarse)]
             losses = [tf.nn.sparse_softmax_cross_entropy_with_logits(labels, of_one) for of_one in scores]
             loss = tf.reduce_mean(tf.add_n(losses))
@@ -355,6 +361,15 @@ def methods(data: Workload, code_bytes: int, seed: int, full: bool, how: Learnin
     yield "opq", of_quantizer(data, opq)
     for objective in reversed(OBJECTIVES):
         yield objective, of_quantizer(data, kept_quantizer(learn, data, code_bytes, objective, seed, opq, how))
+    residual = kept_quantizer(start_of, data, code_bytes, "residual", seed)
+    yield "residual_codes", of_quantizer(data, residual)
+    name = "distillation of residual codes"
+    # More codes leave smaller errors, which the larger rate would only add to.
+    slowly = dataclasses.replace(how, rate=1e-4) if code_bytes > 8 else how
+    yield (
+        "distillation_residual",
+        of_quantizer(data, kept_quantizer(learn, data, code_bytes, name, seed, residual, slowly)),
+    )
     if full:
         yield "pq", of_quantizer(data, kept_quantizer(start_of, data, code_bytes, "none", seed))
         yield "residual_quantizer", of_factory(data, f"RQ{code_bytes}x8", opq)
@@ -670,7 +685,7 @@ def homedepot(result: report.Report, data: Path, out: Path, seeds: Sequence[int]
     exact = result.value("exact", "homedepot float", "recall@100")
     for size in (8, 32):
         name = f"homedepot {size} bytes, all lists"
-        best_one = max(result.value(objective, name, "recall@100") for objective in OBJECTIVES)
+        best_one = max(result.value(each, name, "recall@100") for each in (*OBJECTIVES, "distillation_residual"))
         result.bars[f"homedepot_recall100_{size}_bytes_over_float"] = best_one / exact
         result.bars[f"homedepot_recall100_{size}_bytes_over_float_opq"] = (
             result.value("opq", name, "recall@100") / exact

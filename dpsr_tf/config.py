@@ -541,8 +541,12 @@ class ClusterConfig:
 class QuantizerConfig:
     """The quantizer that is trained with the towers and becomes the index (docs/learned_index.md)."""
 
-    sub_spaces: int = option(
-        0, "M, the number of parts of an item's vector, each with a code of its own. 0 trains no quantizer", 0, 4096
+    sub_spaces: int = option(0, "M, the number of codes of an item. 0 trains no quantizer", 0, 4096)
+    codes: str = option(
+        "product",
+        "what a code stands for: a part of an item's vector (product), or a whole vector, where the vectors of an "
+        "item's codes are added (residual)",
+        choices=("product", "residual"),
     )
     bits: int = option(8, "bits of a code: 4 or 8", 4, 8)
     lists: int = option(1, "number of coarse centroids, which become the inverted lists of the index", 1, 1 << 20)
@@ -570,7 +574,13 @@ class QuantizerConfig:
     tower_rate: float = option(
         0.1, "the learning rates of towers that go on training are multiplied by this number", 1e-6, 1
     )
-    learning_rate: float = option(1e-3, "learning rate of Adam, which trains the codebooks", 1e-8, 10)
+    learning_rate: float = option(
+        1e-3,
+        "learning rate of Adam, which trains the codebooks. With residual codes it is divided by the square root of "
+        "sub_spaces, because the vectors of so many codes are added",
+        1e-8,
+        10,
+    )
     coarse_learning_rate: float = option(1e-3, "learning rate of Adam for the coarse centroids", 1e-8, 10)
     schedule: str = option(
         "cosine",
@@ -616,6 +626,13 @@ class QuantizerConfig:
             return None
         if self.bits not in (4, 8):
             return f"bits is {self.bits}, expected 4 or 8"
+        if self.codes == "residual":
+            for name, expected, why in (
+                ("rotation", "none", "whole vectors are added, which is the same in all rotations"),
+                ("towers", "frozen", "each item gets them once, at the start"),
+            ):
+                if getattr(self, name) != expected:
+                    return f"{name} is {getattr(self, name)}, expected {expected} for codes residual: {why}"
         for name, centroids in (("lists", self.lists), ("bits", 1 << self.bits)):
             if centroids > self.warmup_items:
                 return (
@@ -691,7 +708,7 @@ class Config:
         quantizer, d = self.quantizer, self.model.embedding_dim
         if not quantizer.sub_spaces:
             return None
-        if d % quantizer.sub_spaces:
+        if quantizer.codes == "product" and d % quantizer.sub_spaces:
             fits = ", ".join(str(m) for m in range(1, d + 1) if d % m == 0)
             return (
                 f"quantizer.sub_spaces is {quantizer.sub_spaces}, expected a divisor of model.embedding_dim, {d}: one "

@@ -69,7 +69,7 @@ def build_loss(
         if config.quantizer.towers != "both":
             items = tf.stop_gradient(items)
         if config.quantizer.objective == "ranking":
-            quantized = quantizer(items)
+            quantized = quantizer(items, batch.item_rows)
             of_quantizer = tf.constant(0.0), quantizer_metrics(quantizer, quantized)
             if config.quantizer.lists > 1:
                 # The lists that a search probes are those whose centroids score best, so these are to rank, too. Their

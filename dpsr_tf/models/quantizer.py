@@ -4,12 +4,19 @@ It is section 4 of JD's talk on search retrieval, and the layer of Poeem: z = x 
 residual split into M parts, each replaced by the nearest centroid of its codebook. T(x) = (coarse + product code) R^T
 is what an index scores in the place of x. Training learns it (models/quantizer_layer.py), a checkpoint holds it, and
 `dpsr index` makes a FAISS index of it.
+
+With residual codes (Chen et al., Approximate nearest neighbor search by residual vector quantization, Sensors 2010) the
+centroids of all M codebooks have d dimensions, and T(x) = (coarse + sum of M centroids) R^T. Centroids that were moved
+to rank well are no longer those to look for the nearest of, so list and codes come from the centroids that training
+began with.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -18,8 +25,23 @@ from dpsr_common.errors import CommandError
 
 # Names of the variables in a checkpoint.
 ROTATION, COARSE, CODEBOOKS = "quantizer/rotation", "quantizer/coarse", "quantizer/codebooks"
+ENCODER_COARSE, ENCODER_CODEBOOKS = "quantizer/encoder_coarse", "quantizer/encoder_codebooks"
+# Combinations of residual codes that are kept while codes are chosen one after the other.
+BEAM = 16
 # Rows whose distances to all centroids are in memory at the same time.
 _BLOCK = 4096
+
+
+class Encoder(NamedTuple):
+    """The centroids by which residual codes are chosen: those that training began with.
+
+    Attributes:
+        coarse: float32 [lists, d].
+        codebooks: float32 [M, 2^bits, d].
+    """
+
+    coarse: np.ndarray
+    codebooks: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +51,15 @@ class Quantizer:
     Attributes:
         rotation: R, float32 [d, d], orthogonal.
         coarse: coarse centroids in the rotated space, float32 [lists, d].
-        codebooks: centroids of the residual's parts, float32 [M, 2^bits, d / M].
+        codebooks: centroids of the residual's parts, float32 [M, 2^bits, d / M]; for residual codes
+            [M, 2^bits, d].
+        encoder: for residual codes only.
     """
 
     rotation: np.ndarray
     coarse: np.ndarray
     codebooks: np.ndarray
+    encoder: Encoder | None = None
 
     @staticmethod
     def read(checkpoint: str) -> Quantizer:
@@ -45,12 +70,21 @@ class Quantizer:
                 f"{checkpoint}: has no trained quantizer, because it is of a step before quantizer.start_step; run "
                 f"`dpsr train` to a later checkpoint"
             )
-        return Quantizer(*(reader.get_tensor(name) for name in (ROTATION, COARSE, CODEBOOKS)))
+        values = Quantizer(*(reader.get_tensor(name) for name in (ROTATION, COARSE, CODEBOOKS)))
+        if not reader.has_tensor(ENCODER_CODEBOOKS):
+            return values
+        encoder = Encoder(*(reader.get_tensor(name) for name in (ENCODER_COARSE, ENCODER_CODEBOOKS)))
+        return dataclasses.replace(values, encoder=encoder)
 
     @staticmethod
     def is_in(checkpoint: str | None) -> bool:
         """Returns whether a checkpoint has a quantizer; False for None."""
         return checkpoint is not None and tf.train.load_checkpoint(checkpoint).has_tensor(CODEBOOKS)
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """All values: rotation, coarse centroids, codebooks, and the encoder's."""
+        return (self.rotation, self.coarse, self.codebooks, *(self.encoder or ()))
 
     @property
     def bits(self) -> int:
@@ -66,7 +100,7 @@ class Quantizer:
     def fingerprint(self) -> str:
         """16 hex digits that identify the values."""
         digest = hashlib.sha256()
-        for values in (self.rotation, self.coarse, self.codebooks):
+        for values in self.arrays:
             digest.update(f"{values.shape}".encode())
             digest.update(np.ascontiguousarray(values, np.float32).tobytes())
         return digest.hexdigest()[:16]
@@ -79,15 +113,21 @@ class Quantizer:
 
         Returns:
             Numbers of the coarse centroids, int64 [n], and codes, uint8 [n, M]. Of equally near centroids, the one with
-            the lower number.
+            the lower number. Residual codes need FAISS.
         """
         lists = np.empty(len(vectors), np.int64)
         codes = np.empty((len(vectors), len(self.codebooks)), np.uint8)
+        coarse, coder = self.coarse, None
+        if self.encoder:
+            coarse, coder = self.encoder.coarse, residual_coder(self.encoder.codebooks)
         for begin in range(0, len(vectors), _BLOCK):
             end = begin + _BLOCK
             z = np.asarray(vectors[begin:end], np.float32) @ self.rotation
-            lists[begin:end] = nearest(z, self.coarse)
-            residual = z - self.coarse[lists[begin:end]]
+            lists[begin:end] = nearest(z, coarse)
+            residual = z - coarse[lists[begin:end]]
+            if coder:
+                codes[begin:end] = coder(residual)
+                continue
             for m, part in enumerate(np.split(residual, len(self.codebooks), axis=1)):
                 codes[begin:end, m] = nearest(part, self.codebooks[m])
         return lists, codes
@@ -95,7 +135,8 @@ class Quantizer:
     def decode(self, lists: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Returns T of each item from its list, int64 [n], and its codes, uint8 [n, M]: float32 [n, d]."""
         parts = [codebook[codes[:, m]] for m, codebook in enumerate(self.codebooks)]
-        return (self.coarse[lists] + np.concatenate(parts, axis=1)) @ self.rotation.T
+        coded = np.sum(parts, axis=0) if self.encoder else np.concatenate(parts, axis=1)
+        return (self.coarse[lists] + coded) @ self.rotation.T
 
     def __call__(self, vectors: np.ndarray) -> np.ndarray:
         """Returns T(x) of vectors, float32 [n, d] to float32 [n, d]."""
@@ -105,3 +146,32 @@ class Quantizer:
 def nearest(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """Returns the number of the centroid nearest to each row of x: [n, d] and [k, d] to int64 [n]."""
     return np.argmin((centroids**2).sum(axis=1) - 2 * (x @ centroids.T), axis=1)
+
+
+def residual_coder(codebooks: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns what chooses residual codes by beam search, for a small squared error.
+
+    FAISS does the work, on all cores. The same vectors get the same codes.
+
+    Args:
+        codebooks: float32 [M, 2^bits, d].
+
+    Returns:
+        A function of residuals, float32 [n, d], that returns codes, uint8 [n, M]. Threads may share it.
+    """
+    import faiss
+
+    m, size, d = codebooks.shape
+    bits = size.bit_length() - 1
+    quantizer: Any = faiss.ResidualQuantizer(d, m, bits)
+    quantizer.max_beam_size, quantizer.is_trained = BEAM, True
+    faiss.copy_array_to_vector(np.ravel(codebooks).astype(np.float32), quantizer.codebooks)
+    # Products of all pairs of centroids, instead of the residuals of all combinations: a sixth of the time.
+    quantizer.use_beam_LUT = 1
+    quantizer.compute_codebook_tables()
+
+    def encode(residual: np.ndarray) -> np.ndarray:
+        packed = quantizer.compute_codes(np.ascontiguousarray(residual, np.float32))
+        return faiss.unpack_bitstrings(packed, m, bits).astype(np.uint8)
+
+    return encode

@@ -17,7 +17,15 @@ import tensorflow as tf
 from dpsr_common.errors import UsageError
 from dpsr_tf import ops
 from dpsr_tf.config import QuantizerConfig
-from dpsr_tf.models.quantizer import COARSE, CODEBOOKS, ROTATION, Quantizer
+from dpsr_tf.models.quantizer import (
+    COARSE,
+    CODEBOOKS,
+    ENCODER_COARSE,
+    ENCODER_CODEBOOKS,
+    ROTATION,
+    Encoder,
+    Quantizer,
+)
 from dpsr_tf.models.two_tower import soft_dot_product
 
 v1 = tf.compat.v1
@@ -66,6 +74,18 @@ class TeacherItems(NamedTuple):
     valid: tf.Tensor
 
 
+class ItemCodes(NamedTuple):
+    """The lists and residual codes of all items, which stay the same while a quantizer is trained.
+
+    Attributes:
+        lists: int32 [items].
+        codes: uint8 [items, M].
+    """
+
+    lists: np.ndarray
+    codes: np.ndarray
+
+
 class QuantizerLayer:
     """The quantizer of a training graph.
 
@@ -74,37 +94,46 @@ class QuantizerLayer:
 
     Attributes:
         config: what it was made with.
-        variables: rotation [d, d], coarse [lists, d], codebooks [M, 2^bits, d / M], float32.
+        variables: rotation [d, d], coarse [lists, d], codebooks [M, 2^bits, d / M], float32. With residual codes
+            codebooks [M, 2^bits, d], and the encoder's coarse centroids and codebooks, which are never trained.
     """
 
-    def __init__(self, config: QuantizerConfig, dim: int, values: Quantizer | None = None):
+    def __init__(
+        self, config: QuantizerConfig, dim: int, values: Quantizer | None = None, items: ItemCodes | None = None
+    ):
         """Makes the variables.
 
         Args:
             config: its `sub_spaces` must not be 0.
             dim: d, the embedding_dim of the model.
             values: initial values; by default the identity and zeros, to be restored from a checkpoint.
+            items: needed for residual codes only.
 
         Raises:
             UsageError: the parts do not divide d.
             ValueError: the shapes of `values` are not those of the config, or the rotation is not orthogonal, or not
-                the identity with rotation `none`.
+                the identity with rotation `none`, or `items` are missing.
         """
-        if config.sub_spaces < 1 or dim % config.sub_spaces:
+        self._is_residual = config.codes == "residual"
+        if self._is_residual and items is None:
+            raise ValueError("residual codes are looked up, but no codes of items are given")
+        self._items = items
+        if config.sub_spaces < 1 or (dim % config.sub_spaces and not self._is_residual):
             fits = ", ".join(str(m) for m in range(1, dim + 1) if dim % m == 0)
             raise UsageError(
                 f"quantizer.sub_spaces is {config.sub_spaces}, which does not divide embedding_dim {dim}; give one of "
                 f"{fits}"
             )
         self.config = config
+        width = dim if self._is_residual else dim // config.sub_spaces
         shapes = {
             ROTATION: (dim, dim),
             COARSE: (config.lists, dim),
-            CODEBOOKS: (config.sub_spaces, 1 << config.bits, dim // config.sub_spaces),
+            CODEBOOKS: (config.sub_spaces, 1 << config.bits, width),
         }
-        given = (
-            {} if values is None else {ROTATION: values.rotation, COARSE: values.coarse, CODEBOOKS: values.codebooks}
-        )
+        if self._is_residual:
+            shapes |= {ENCODER_COARSE: shapes[COARSE], ENCODER_CODEBOOKS: shapes[CODEBOOKS]}
+        given = {} if values is None else dict(zip(shapes, values.arrays, strict=True))
         for name, value in given.items():
             if value.shape != shapes[name]:
                 raise ValueError(f"the {name} given has shape {value.shape}, the config expects {shapes[name]}")
@@ -117,29 +146,35 @@ class QuantizerLayer:
                     f"{'the identity' if config.rotation == 'none' else 'an orthogonal matrix'}, expected less than "
                     f"{_ORTHOGONAL:g}"
                 )
-        default = {
-            ROTATION: v1.initializers.identity(),
-            COARSE: v1.zeros_initializer(),
-            CODEBOOKS: v1.zeros_initializer(),
-        }
         self.variables = [
             v1.get_variable(
                 name,
                 shape,
                 tf.float32,
-                v1.constant_initializer(given[name]) if given else default[name],
+                v1.constant_initializer(given[name]) if given else _default_of(name),
                 trainable=False,
                 use_resource=True,
             )
             for name, shape in shapes.items()
         ]
-        self._rotation, self._coarse, self._codebooks = (variable.read_value() for variable in self.variables)
+        self._rotation, self._coarse, self._codebooks = (variable.read_value() for variable in self.variables[:3])
 
-    def __call__(self, x: tf.Tensor) -> Quantized:
-        """Quantizes x, float32 [n, d]."""
+    def __call__(self, x: tf.Tensor, rows: tf.Tensor | None = None) -> Quantized:
+        """Quantizes the items x, float32 [n, d]. `rows` are theirs, int64 [n], needed for residual codes only."""
         z = self._rotate(x, tf.stop_gradient(self._rotation))
-        lists, coarse = _quantize(z, self._coarse[tf.newaxis])
-        codes, parts = _quantize(z - coarse, self._codebooks)
+        if self._items is None:
+            lists, coarse = _quantize(z, self._coarse[tf.newaxis])
+            codes, parts = _quantize(z - coarse, self._codebooks)
+        else:
+            # Looked up outside of the graph, which may have 2 GiB in all.
+            lists, codes = tf.numpy_function(self._items_of, [rows], [tf.int32, tf.int32])
+            lists = tf.ensure_shape(lists, [x.shape[0], 1])
+            codes = tf.ensure_shape(codes, [x.shape[0], self.config.sub_spaces])
+            look_up = ops.load().dpsr_look_up_codes
+            coarse = look_up(lists, self._coarse[tf.newaxis])
+            books = tf.split(self._codebooks, self.config.sub_spaces)
+            of_books = tf.split(codes, self.config.sub_spaces, axis=1)
+            parts = tf.add_n([look_up(chosen, book) for chosen, book in zip(of_books, books, strict=True)])
         full = _straight_through(coarse + parts, z)
         return Quantized(
             full=self._rotate(full, self._rotation, back=True),
@@ -162,11 +197,12 @@ class QuantizerLayer:
             loss: float32 [].
             factor: multiplies all learning rates.
         """
-        of_rotation, of_coarse, of_codebooks = tf.gradients(loss, self.variables)
+        of_rotation, of_coarse, of_codebooks = tf.gradients(loss, self.variables[:3])
+        added = self.config.sub_spaces if self._is_residual else 1
         steps = []
         for variable, gradient, rate in (
             (self.variables[1], of_coarse, self.config.coarse_learning_rate),
-            (self.variables[2], of_codebooks, self.config.learning_rate),
+            (self.variables[2], of_codebooks, self.config.learning_rate / math.sqrt(added)),
         ):
             if gradient is not None:
                 # The names of Adam's variables must not depend on what else the graph has.
@@ -178,7 +214,13 @@ class QuantizerLayer:
 
     def quantizer(self, session: tf.compat.v1.Session) -> Quantizer:
         """Returns the values that the variables have in a session."""
-        return Quantizer(*session.run(self.variables))
+        rotation, coarse, codebooks, *encoder = session.run(self.variables)
+        return Quantizer(rotation, coarse, codebooks, Encoder(*encoder) if encoder else None)
+
+    def _items_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns lists, int32 [n, 1], and codes, int32 [n, M], of items."""
+        assert self._items is not None
+        return self._items.lists[rows, np.newaxis].astype(np.int32), self._items.codes[rows].astype(np.int32)
 
     def _givens_step(self, gradient: tf.Tensor, learning_rate: float | tf.Tensor) -> tf.Operation:
         """Returns the step of the rotation, which also counts the steps: the seed of random pairs."""
@@ -224,7 +266,8 @@ def quantizer_loss(
         items: unit vectors, float32 [n, d].
         teacher: items for each query, or None.
         temperature: tau, if `config.temperature` is 0.
-        item_rows: rows of `items`, int [n]; None: all are different, and the teacher has none of them.
+        item_rows: rows of `items`, int [n], which residual codes need; None: all are different, and the teacher has
+            none of them.
         head_temperature: beta of the soft dot product over heads, `model.temperature`.
 
     Returns:
@@ -241,7 +284,7 @@ def quantizer_loss(
     if config.objective == "ranking":
         raise ValueError("the loss of the objective ranking is the model's own; build_loss makes it")
     if config.objective == "reconstruction":
-        quantized = layer(items)
+        quantized = layer(items, item_rows)
         difference = quantized.full - tf.stop_gradient(items)
         return tf.reduce_mean(tf.reduce_sum(difference**2, axis=1)), quantizer_metrics(layer, quantized)
 
@@ -252,13 +295,15 @@ def quantizer_loss(
         first = tf.where(_first(item_rows))[:, 0]
         items, item_rows = tf.gather(items, first), tf.gather(item_rows, first)
     heads, dim = query.shape[1:]
-    vectors, num_shared = items, tf.shape(items)[0]
+    vectors, rows, num_shared = items, item_rows, tf.shape(items)[0]
     if teacher is not None:
         # Queries without valid items, such as pieces of titles, have nothing to quantize.
         taught = tf.where(tf.reduce_any(teacher.valid, axis=1))  # [t, 1]
         counted = tf.gather_nd(_first_of_query(teacher, item_rows), taught)
         vectors = tf.concat([items, tf.reshape(tf.stop_gradient(teacher.vectors), [-1, dim])], axis=0)
-    quantized = layer(vectors)
+        taught_rows = tf.reshape(tf.cast(tf.gather_nd(teacher.rows, taught), tf.int64), [-1])
+        rows = taught_rows if item_rows is None else tf.concat([item_rows, taught_rows], axis=0)
+    quantized = layer(vectors, rows)
 
     tau = config.temperature or temperature
     query /= tau
@@ -305,6 +350,11 @@ def quantizer_metrics(layer: QuantizerLayer, quantized: Quantized) -> dict[str, 
         "quantizer/imbalance": config.lists * tf.math.divide_no_nan(pairs, n * (n - 1)),
         "quantizer/orthogonality_error": tf.reduce_max(tf.abs(product - tf.eye(rotation.shape[0]))),
     }
+
+
+def _default_of(name: str) -> Callable[..., tf.Tensor]:
+    """Returns the initial values of a variable that will be restored."""
+    return v1.initializers.identity() if name == ROTATION else v1.zeros_initializer()
 
 
 @tf.custom_gradient

@@ -17,12 +17,12 @@
 namespace dpsr {
 namespace {
 
-// As many numbers as the widest register holds. Compilers split them for narrower ones.
+// As many numbers as the widest register holds.
 using Floats = float __attribute__((vector_size(kLanes * sizeof(float))));
 using Ints = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
 // A panel holds kPanel centroids: minus half their squared lengths [kPanel], then [width, kPanel] with a column for each.
-// The inner loop scores kRows vectors with a panel and keeps the scores in registers.
+// The inner loop scores kRows vectors with kVectors registers of a panel's centroids and keeps the scores in registers.
 constexpr int64_t kVectors = 2, kPanel = kVectors * kLanes;
 constexpr int64_t kRows = 4;
 // Vectors that are scored with the same panels, one after the other, while the panels are in the first cache.
@@ -33,41 +33,71 @@ constexpr int64_t kSlice = 64;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// For each lane, the highest score so far and the number of its centroid.
-struct Highest {
-  Floats score;
-  Ints number;
+template <typename T>
+DPSR_INLINE void Load(const float* from, T* to) {
+  std::memcpy(to, from, sizeof(*to));
+}
+
+// Registers of kWide numbers. Compilers also split wider vectors for narrower registers, but then the scores of the
+// inner loop are in memory, which takes thirty times as long.
+template <int64_t kWide>
+struct Registers;
+template <>
+struct Registers<16> {
+  using Numbers = Floats;
+  using Integers = Ints;
+};
+template <>
+struct Registers<8> {
+  using Numbers = float __attribute__((vector_size(32)));
+  using Integers = int32_t __attribute__((vector_size(32)));
+};
+template <>
+struct Registers<4> {
+  using Numbers = float __attribute__((vector_size(16)));
+  using Integers = int32_t __attribute__((vector_size(16)));
 };
 
-DPSR_INLINE void Load(const float* from, Floats* to) { std::memcpy(to, from, sizeof(*to)); }
+// For each lane of a register, the highest score so far and the number of its centroid.
+template <int64_t kWide>
+struct Highest {
+  typename Registers<kWide>::Numbers score;
+  typename Registers<kWide>::Integers number;
+};
 
 // Scores kRows vectors with `count` panels, the first of which begins with the centroid `first`. The score, the inner
 // product minus half of the centroid's squared length, falls as the distance grows.
-template <typename Width>
+template <int64_t kWide, typename Width>
 DPSR_INLINE void ScorePanels(const float* const (&x)[kRows], const float* panel, int64_t count, Width width,
-                             int32_t first, Highest* highest) {
-  Ints numbers;
-  for (int64_t lane = 0; lane < kLanes; ++lane) numbers[lane] = first + lane;
-  Highest found[kRows];
+                             int32_t first, Highest<kWide>* highest) {
+  using Numbers = typename Registers<kWide>::Numbers;
+  using Integers = typename Registers<kWide>::Integers;
+  constexpr int64_t kTogether = kVectors * kWide;
+  Integers numbers;
+  for (int64_t lane = 0; lane < kWide; ++lane) numbers[lane] = first + static_cast<int32_t>(lane);
+  Highest<kWide> found[kRows];
   for (int64_t row = 0; row < kRows; ++row) found[row] = highest[row];
-  for (int64_t p = 0; p < count; ++p) {
-    Floats scores[kRows][kVectors];
-    for (int64_t row = 0; row < kRows; ++row) {
-      for (int64_t v = 0; v < kVectors; ++v) Load(panel + v * kLanes, &scores[row][v]);
-    }
-    panel += kPanel;
-    for (int64_t k = 0; k < width; ++k, panel += kPanel) {
-      Floats centroids[kVectors];
-      for (int64_t v = 0; v < kVectors; ++v) Load(panel + v * kLanes, &centroids[v]);
+  for (int64_t p = 0; p < count; ++p, panel += kPanel * (1 + width)) {
+    for (int64_t column = 0; column < kPanel; column += kTogether) {
+      const float* from = panel + column;
+      Numbers scores[kRows][kVectors];
       for (int64_t row = 0; row < kRows; ++row) {
-        for (int64_t v = 0; v < kVectors; ++v) scores[row][v] += x[row][k] * centroids[v];
+        for (int64_t v = 0; v < kVectors; ++v) Load(from + v * kWide, &scores[row][v]);
       }
-    }
-    for (int64_t v = 0; v < kVectors; ++v, numbers += static_cast<int32_t>(kLanes)) {
-      for (int64_t row = 0; row < kRows; ++row) {
-        const Ints higher = scores[row][v] > found[row].score;
-        found[row].score = higher ? scores[row][v] : found[row].score;
-        found[row].number = higher ? numbers : found[row].number;
+      from += kPanel;
+      for (int64_t k = 0; k < width; ++k, from += kPanel) {
+        Numbers centroids[kVectors];
+        for (int64_t v = 0; v < kVectors; ++v) Load(from + v * kWide, &centroids[v]);
+        for (int64_t row = 0; row < kRows; ++row) {
+          for (int64_t v = 0; v < kVectors; ++v) scores[row][v] += x[row][k] * centroids[v];
+        }
+      }
+      for (int64_t v = 0; v < kVectors; ++v, numbers += static_cast<int32_t>(kWide)) {
+        for (int64_t row = 0; row < kRows; ++row) {
+          const Integers higher = scores[row][v] > found[row].score;
+          found[row].score = higher ? scores[row][v] : found[row].score;
+          found[row].number = higher ? numbers : found[row].number;
+        }
       }
     }
   }
@@ -76,41 +106,42 @@ DPSR_INLINE void ScorePanels(const float* const (&x)[kRows], const float* panel,
 
 // Returns the number of the highest score, the lowest number of equal ones. Without branches, which would be
 // mispredicted.
-DPSR_INLINE int32_t HighestNumber(const Highest& highest) {
-  float scores[kLanes];
-  int32_t numbers[kLanes];
+template <int64_t kWide>
+DPSR_INLINE int32_t HighestNumber(const Highest<kWide>& highest) {
+  float scores[kWide];
+  int32_t numbers[kWide];
   std::memcpy(scores, &highest.score, sizeof(scores));
   std::memcpy(numbers, &highest.number, sizeof(numbers));
   float most = scores[0];
-  for (int64_t lane = 1; lane < kLanes; ++lane) most = scores[lane] > most ? scores[lane] : most;
+  for (int64_t lane = 1; lane < kWide; ++lane) most = scores[lane] > most ? scores[lane] : most;
   int32_t number = std::numeric_limits<int32_t>::max();
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
+  for (int64_t lane = 0; lane < kWide; ++lane) {
     const int32_t candidate = scores[lane] == most ? numbers[lane] : std::numeric_limits<int32_t>::max();
     number = candidate < number ? candidate : number;
   }
   return number;
 }
 
-template <typename Width>
+template <int64_t kWide, typename Width>
 DPSR_INLINE void FindNearestOf(const float* x, int64_t n, const CodebookShape& shape, Width width, const float* panels,
                                int64_t num_panels, int32_t* codes) {
   const int64_t dim = shape.parts * width, panel_size = kPanel * (1 + width);
   const int64_t together = std::max<int64_t>(1, kPanelBytes / (panel_size * sizeof(float)));
-  Highest highest[kBlock];
+  Highest<kWide> highest[kBlock];
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t rows = std::min(kBlock, n - begin);
     for (int64_t part = 0; part < shape.parts; ++part) {
       const float* of_part = panels + part * num_panels * panel_size;
       // Where all scores are NaN, the number stays 0.
-      for (Highest& each : highest) each = {Floats{} - kInfinity, Ints{}};
+      for (Highest<kWide>& each : highest) each = {decltype(each.score){} - kInfinity, decltype(each.number){}};
       for (int64_t p = 0; p < num_panels; p += together) {
         for (int64_t row = 0; row < rows; row += kRows) {
           const float* of_rows[kRows];
           for (int64_t i = 0; i < kRows; ++i) {
             of_rows[i] = x + (begin + std::min(row + i, rows - 1)) * dim + part * width;
           }
-          ScorePanels(of_rows, of_part + p * panel_size, std::min(together, num_panels - p), width, p * kPanel,
-                      highest + row);
+          ScorePanels<kWide>(of_rows, of_part + p * panel_size, std::min(together, num_panels - p), width,
+                             static_cast<int32_t>(p * kPanel), highest + row);
         }
       }
       for (int64_t row = 0; row < rows; ++row) codes[(begin + row) * shape.parts + part] = HighestNumber(highest[row]);
@@ -122,16 +153,43 @@ DPSR_INLINE void FindNearestOf(const float* x, int64_t n, const CodebookShape& s
 template <int64_t kWidth>
 using Fixed = std::integral_constant<int64_t, kWidth>;
 
-DPSR_FOR_EACH_CPU void FindNearest(const float* x, int64_t n, const CodebookShape& shape, const float* panels,
-                                   int64_t num_panels, int32_t* codes) {
+template <int64_t kWide>
+DPSR_INLINE void FindNearestBy(const float* x, int64_t n, const CodebookShape& shape, const float* panels,
+                               int64_t num_panels, int32_t* codes) {
   if (shape.width == 4) {
-    FindNearestOf(x, n, shape, Fixed<4>(), panels, num_panels, codes);
+    FindNearestOf<kWide>(x, n, shape, Fixed<4>(), panels, num_panels, codes);
   } else if (shape.width == 8) {
-    FindNearestOf(x, n, shape, Fixed<8>(), panels, num_panels, codes);
+    FindNearestOf<kWide>(x, n, shape, Fixed<8>(), panels, num_panels, codes);
   } else {
-    FindNearestOf(x, n, shape, shape.width, panels, num_panels, codes);
+    FindNearestOf<kWide>(x, n, shape, shape.width, panels, num_panels, codes);
   }
 }
+
+using FindFunction = void(const float* x, int64_t n, const CodebookShape& shape, const float* panels,
+                          int64_t num_panels, int32_t* codes);
+
+void FindNearestOnAny(const float* x, int64_t n, const CodebookShape& shape, const float* panels, int64_t num_panels,
+                      int32_t* codes) {
+  FindNearestBy<4>(x, n, shape, panels, num_panels, codes);
+}
+
+#ifdef DPSR_FOR_BYTES
+__attribute__((target("avx512f"))) void FindNearestOnAvx512(const float* x, int64_t n, const CodebookShape& shape,
+                                                            const float* panels, int64_t num_panels, int32_t* codes) {
+  FindNearestBy<16>(x, n, shape, panels, num_panels, codes);
+}
+__attribute__((target("avx2,fma"))) void FindNearestOnAvx2(const float* x, int64_t n, const CodebookShape& shape,
+                                                           const float* panels, int64_t num_panels, int32_t* codes) {
+  FindNearestBy<8>(x, n, shape, panels, num_panels, codes);
+}
+
+FindFunction* ForThisCpu() {
+  if (__builtin_cpu_supports("avx512f")) return FindNearestOnAvx512;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? FindNearestOnAvx2 : FindNearestOnAny;
+}
+#else
+FindFunction* ForThisCpu() { return FindNearestOnAny; }
+#endif
 
 // Parts of a unit of the gradient if parts are narrow, and units of a part if parts are wide.
 int64_t PartsOfUnit(const CodebookShape& shape) { return std::max<int64_t>(1, kSlice / shape.width); }
@@ -430,7 +488,8 @@ PackedCodebooks::PackedCodebooks(const float* codebooks, const CodebookShape& sh
 
 void PackedCodebooks::NearestCodes(const float* x, int64_t n, int32_t* codes) const {
   if (bytes_ != nullptr) return bytes_->NearestCodes(x, n, codes);
-  FindNearest(x, n, shape_, values_.get(), panels_, codes);
+  static FindFunction* const find_nearest = ForThisCpu();
+  find_nearest(x, n, shape_, values_.get(), panels_, codes);
 }
 
 void LookUpCodes(const int32_t* codes, int64_t n, const float* codebooks, const CodebookShape& shape, float* out) {

@@ -33,7 +33,7 @@ from dpsr_tf.models.layers import FUSED
 from dpsr_tf.models.losses import log_q
 from dpsr_tf.models.objective import build_loss
 from dpsr_tf.models.quantizer import Quantizer
-from dpsr_tf.models.quantizer_layer import QuantizerLayer, TeacherItems
+from dpsr_tf.models.quantizer_layer import ItemCodes, QuantizerLayer, TeacherItems
 from dpsr_tf.models.ranker import Ranker
 from dpsr_tf.models.ranking_losses import ranker_loss
 from dpsr_tf.models.rewriter import Rewriter
@@ -64,10 +64,12 @@ class QuantizerPhase:
         values: what the quantizer begins with; None in a process that does not begin it: a worker of a cluster, and a
             training that resumes from a checkpoint with a quantizer.
         known: names of the variables in the checkpoint that it begins from, if there are values.
+        items: the codes of all items, for residual codes.
     """
 
     values: Quantizer | None = None
     known: frozenset[str] = frozenset()
+    items: ItemCodes | None = None
 
 
 class _Built(NamedTuple):
@@ -198,7 +200,7 @@ def _build_towers(
     quantizer = None
     if phase is not None:
         # Outside, because the getter would give away values in the place of variables.
-        quantizer = QuantizerLayer(config.quantizer, config.model.embedding_dim)
+        quantizer = QuantizerLayer(config.quantizer, config.model.embedding_dim, items=phase.items)
         with _weights_on_wire(config):
             loss, metrics = build_loss(config, batch, towers, item_log_q, quantizer, teacher)
     rows = {"query_rows": batch.query_rows, "item_rows": batch.item_rows, "user_rows": batch.user_rows}
@@ -251,7 +253,7 @@ def _saver(
     """Returns the Saver of a graph. Where a quantizer begins, it restores checkpoints without one too."""
     if layer is None or phase is None or phase.values is None:
         return saver(tables, max_to_keep=_CHECKPOINTS)
-    values = (phase.values.rotation, phase.values.coarse, phase.values.codebooks)
+    values = phase.values.arrays
     before = saver(tables, phase.known)
     averages = take_averages() if has_averages else tf.no_op()
     own = {id(variable) for variable in layer.variables}

@@ -33,6 +33,7 @@ from dpsr_tf.data.store import (
 from dpsr_tf.models.features import FeatureSpec, Number
 from dpsr_tf.models.model_directory import ModelDirectory, feature_spec
 from dpsr_tf.models.quantizer import Quantizer
+from dpsr_tf.models.quantizer_layer import ItemCodes
 from dpsr_tf.models.text_encoder import load_encoder
 from dpsr_tf.training import quantizer_start, validation
 from dpsr_tf.training.cluster import Cluster
@@ -403,17 +404,35 @@ class _Training:
             print("waits until the chief has started the quantizer", flush=True)
             while not _has_quantizer(model) or (is_needed and Teacher.open(model, self._store) is None):
                 time.sleep(_POLL)
-            return QuantizerPhase()
+            return QuantizerPhase(items=self._item_codes(model.last_checkpoint()))
         checkpoint, begins = tf.train.latest_checkpoint(str(model.path)), not model.has_quantizer
         # A resumed training has the teacher already, unless it is a copy of the best checkpoint alone.
         if is_needed and (begins or Teacher.open(model, self._store) is None):
             Teacher.write(model, self._store, checkpoint)
         if not begins:
-            return QuantizerPhase()
+            return QuantizerPhase(items=self._item_codes(checkpoint))
         values, line = quantizer_start.start(model, self._store, checkpoint)
         print(line, flush=True)
         known = tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map()
-        return QuantizerPhase(values, frozenset(known))
+        return QuantizerPhase(values, frozenset(known), self._item_codes(checkpoint, values))
+
+    def _item_codes(self, checkpoint: str, quantizer: Quantizer | None = None) -> ItemCodes | None:
+        """Returns the codes of all items, if the quantizer has residual codes.
+
+        The chief chooses them when the quantizer begins, before it writes a checkpoint with it, and again if their file
+        was lost. The workers of a cluster wait for that.
+        """
+        if self._config.quantizer.codes != "residual":
+            return None
+        quantizer = quantizer or Quantizer.read(checkpoint)
+        while True:
+            found = quantizer_start.open_item_codes(self._model, self._store, quantizer)
+            if found is not None:
+                return found
+            if self._cluster.task_type == "chief":
+                quantizer_start.write_item_codes(self._model, self._store, checkpoint, quantizer)
+            else:
+                time.sleep(_POLL)
 
     def _train(self, last_step: int, phase: QuantizerPhase | None = None) -> None:
         """Trains until the global step is `last_step`, without a quantizer or with one."""

@@ -176,6 +176,8 @@ def code_residual(index: faiss.Index, vectors: np.ndarray) -> float | None:
         return None
     if isinstance(faiss.downcast_index(ivf), faiss.IndexIVFFastScan):
         return None
+    if ivf.d > outer.d:  # residual codes, which FAISS cannot choose
+        return None
     z = _transformed(index, _sample(vectors, _RESIDUAL_SAMPLE))
     decoded = ivf.sa_decode(ivf.sa_encode(z))
     return float(np.mean(np.sum((z - decoded) ** 2, axis=1)))

@@ -350,7 +350,8 @@ class Index:
             if item_attributes.FILE in self.manifest["files"]:
                 item_attributes.copy_positions(self.path, path, positions)
             _copy_titles(self.path / "item_titles.tsv.gz", set(ids[positions].tolist()), path / "item_titles.tsv.gz")
-            for same in (servable_assets.REQUESTS, "recall.json", *self.manifest["serving_files"]):
+            encoder = {product_codes.ENCODER} & set(self.manifest["files"])
+            for same in (servable_assets.REQUESTS, "recall.json", *encoder, *self.manifest["serving_files"]):
                 link_or_copy(self.path / same, path / same)
             files = {name: file_record(path / name) for name in self.manifest["files"]}
             manifest = self.manifest | {"items": len(positions), "files": files, "shard": [number, shards]}
@@ -365,7 +366,8 @@ class Index:
         index = faiss.read_index(str(self.path / "items.faiss"))
         second_list = self.manifest["config"].get("second_list", 0.0)
         if self.manifest.get("quantizer"):
-            quantizer, factory = product_codes.quantizer_of(index), self.manifest["config"]["factory"]
+            quantizer = product_codes.quantizer_of(index, product_codes.read_encoder(self.path))
+            factory = self.manifest["config"]["factory"]
             index, lists, codes = product_codes.build(quantizer, factory, vectors, second_list)
             set_parameters(index, self.manifest["parameters"])
             return index, (lists, codes)

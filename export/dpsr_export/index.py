@@ -283,7 +283,7 @@ def build_index(
         source_of = _Source(model, store, checkpoint, items)
         measured = _build_and_report(source_of, config, device, directory, quantizer, judgments)
         recall_report.check(measured, min_ann_recall)
-        files = _write_files(source_of, measured, directory, config.serving.graph_queries)
+        files = _write_files(source_of, measured, directory, config.serving.graph_queries, quantizer)
         manifest = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -343,6 +343,7 @@ def _identity(quantizer: Quantizer) -> dict[str, Any]:
         "fingerprint": quantizer.fingerprint,
         "lists": len(quantizer.coarse),
         "sub_spaces": len(quantizer.codebooks),
+        "codes": "residual" if quantizer.encoder else "product",
         "bits": quantizer.bits,
     }
 
@@ -423,7 +424,9 @@ def _relevant(source: _Source, judgments: Judgments, config: Config) -> ann.Rele
     return ann.Relevant(source.items.vectors, heads, positions, sorted({*ann.RECALL_AT, config.serving.k}))
 
 
-def _write_files(source: _Source, measured: MeasuredIndex, directory: Path, graph_queries: int) -> dict[str, Any]:
+def _write_files(
+    source: _Source, measured: MeasuredIndex, directory: Path, graph_queries: int, quantizer: Quantizer | None
+) -> dict[str, Any]:
     """Writes the files that a servable is made from. Returns what index.json says about them."""
     model, store, items = source.model, source.store, source.items
     faiss.write_index(measured.index, str(directory / "items.faiss"))
@@ -449,6 +452,9 @@ def _write_files(source: _Source, measured: MeasuredIndex, directory: Path, grap
     if serving["graph"]:
         print(_graph_line(serving["graph"]))
     names = ["items.faiss", "item_ids.dpsr", *filtered_by, servable_assets.REQUESTS, *serving["serving_files"]]
+    if quantizer is not None and quantizer.encoder:
+        product_codes.write_encoder(directory, quantizer.encoder)
+        names.append(product_codes.ENCODER)
     return {**serving, "files": {name: file_record(directory / name) for name in names}}
 
 

@@ -1,6 +1,11 @@
 """Inverted lists with product codes: an index of a trained quantizer, and a second list for each vector.
 
 Vectors are float32 [n, dim]. Labels are the positions 0 to n - 1. With a second list, an index holds each label twice.
+
+FAISS's indexes of residual codes compute a table of scores for each list that a search probes. But scores of residual
+codes are scores of product codes if a query is repeated: q . (c + b_1 + ... + b_M) = (q, ..., q) . (c + b_1, ..., b_M),
+and product codes have one table for all lists. So an index of residual codes is one of product codes of M dim
+dimensions, whose parts are whole vectors. FAISS can search it, but it cannot choose codes with it.
 """
 
 from __future__ import annotations
@@ -17,11 +22,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dpsr_common.errors import CommandError
-from dpsr_tf.models.quantizer import Quantizer
+from dpsr_common.packed_file import FormatError, PackedFile, PackedFileWriter
+from dpsr_tf.models.quantizer import Encoder, Quantizer, residual_coder
 from dpsr_tf.ops._native import NearestCodes
 
 # Values of index.factory that take the model's quantizer: IndexIVFPQ, or IndexIVFPQFastScan with the same codes.
 FACTORIES = QUANTIZER, QUANTIZER_FAST_SCAN = "quantizer", "quantizer_fs"
+# The centroids by which residual codes are chosen, in an index directory.
+ENCODER = "encoder.dpsr"
 # R^T R of a rotation may differ from the identity by this much.
 _ORTHOGONAL = 1e-3
 # Vectors that are added, and vectors that are compared with all centroids, in one step.
@@ -36,24 +44,42 @@ def make(quantizer: Quantizer) -> faiss.IndexPreTransform:
     """Makes an empty index whose scores are the products of queries and T(x), in which nothing is left to train.
 
     Returns:
-        An IndexPreTransform: a LinearTransform by the transposed rotation, over an IndexIVFPQ.
+        An IndexPreTransform: a LinearTransform by the transposed rotation, over an IndexIVFPQ. With residual codes a
+        RemapDimensionsTransform that repeats the vector, and the IndexIVFPQ's coarse quantizer reads the first copy.
 
     Raises:
         CommandError: the quantizer has wrong shapes, values that are not finite, or a rotation that is not orthogonal.
     """
     dim = _check(quantizer)
-    lists = faiss.IndexFlatIP(dim)
+    lists: faiss.Index = faiss.IndexFlatIP(dim)
     lists.add(np.ascontiguousarray(quantizer.coarse, np.float32))
     sub_spaces = len(quantizer.codebooks)
-    ivf = faiss.IndexIVFPQ(lists, dim, len(quantizer.coarse), sub_spaces, quantizer.bits, faiss.METRIC_INNER_PRODUCT)
+    # FAISS multiplies the matrix with a vector, so it is the transpose of the one that vectors are multiplied with.
+    transform: faiss.VectorTransform = _linear(quantizer.rotation.T)
+    width = dim
+    if quantizer.encoder:
+        width = sub_spaces * dim
+        transform = _remap(dim, np.arange(width) % dim)
+        lists = faiss.IndexPreTransform(_remap(width, np.arange(dim)), lists)
+    ivf = faiss.IndexIVFPQ(lists, width, len(quantizer.coarse), sub_spaces, quantizer.bits, faiss.METRIC_INNER_PRODUCT)
     faiss.copy_array_to_vector(np.ravel(quantizer.codebooks).astype(np.float32), ivf.pq.centroids)
     ivf.is_trained = True
-    rotate = faiss.LinearTransform(dim, dim, False)
-    # FAISS multiplies the matrix with a vector, so it is the transpose of the one that vectors are multiplied with.
-    faiss.copy_array_to_vector(np.ravel(quantizer.rotation.T).astype(np.float32), rotate.A)
-    rotate.is_trained = True
-    rotate.set_is_orthonormal()
-    return faiss.IndexPreTransform(rotate, ivf)
+    return faiss.IndexPreTransform(transform, ivf)
+
+
+def _linear(matrix: np.ndarray) -> faiss.LinearTransform:
+    """Returns the transform of a vector by an orthogonal matrix."""
+    transform = faiss.LinearTransform(len(matrix), len(matrix), False)
+    faiss.copy_array_to_vector(np.ravel(matrix).astype(np.float32), transform.A)
+    transform.is_trained = True
+    transform.set_is_orthonormal()
+    return transform
+
+
+def _remap(dim: int, of: np.ndarray) -> faiss.RemapDimensionsTransform:
+    """Returns the transform of a vector of `dim` dimensions to those that are named, int [n]."""
+    numbers = of.astype(np.int32)  # swig_ptr does not keep it
+    return faiss.RemapDimensionsTransform(dim, len(numbers), faiss.swig_ptr(numbers))
 
 
 def _check(quantizer: Quantizer) -> int:
@@ -61,9 +87,11 @@ def _check(quantizer: Quantizer) -> int:
     rotation, coarse, codebooks = quantizer.rotation, quantizer.coarse, quantizer.codebooks
     dim = rotation.shape[1]
     sub_spaces, codes = codebooks.shape[:2]
-    expected = ((dim, dim), (len(coarse), dim), (sub_spaces, codes, dim // sub_spaces))
-    given = (rotation.shape, coarse.shape, codebooks.shape)
-    if given != expected or dim % sub_spaces or codes not in (16, 256):
+    width = dim if quantizer.encoder else dim // sub_spaces
+    expected: tuple[tuple[int, ...], ...] = ((dim, dim), (len(coarse), dim), (sub_spaces, codes, width))
+    expected += expected[1:] if quantizer.encoder else ()
+    given = tuple(values.shape for values in quantizer.arrays)
+    if given != expected or (dim % sub_spaces and not quantizer.encoder) or codes not in (16, 256):
         raise CommandError(
             f"the checkpoint has a quantizer with rotation {list(given[0])}, coarse centroids {list(given[1])} and "
             f"codebooks {list(given[2])}, expected [d, d], [lists, d] and [M, 16 or 256, d / M]; train the model again"
@@ -74,6 +102,8 @@ def _check(quantizer: Quantizer) -> int:
                 f"the checkpoint has a quantizer with a NaN or an infinity in its {name}; train it again with a lower "
                 f"quantizer.learning_rate"
             )
+    if quantizer.encoder and (rotation != np.eye(dim)).any():
+        raise CommandError("the checkpoint has a quantizer with residual codes and a rotation, which none has")
     error = float(np.abs(rotation.astype(np.float64).T @ rotation - np.eye(dim)).max())
     if error > _ORTHOGONAL:
         raise CommandError(
@@ -84,17 +114,38 @@ def _check(quantizer: Quantizer) -> int:
     return dim
 
 
-def quantizer_of(index: faiss.Index) -> Quantizer:
-    """Returns the quantizer that an index of `build` was made from."""
+def quantizer_of(index: faiss.Index, encoder: Encoder | None = None) -> Quantizer:
+    """Returns the quantizer that an index of `build` was made from. That of residual codes had this encoder."""
     outer: Any = faiss.downcast_index(index)
-    rotate: Any = faiss.downcast_VectorTransform(outer.chain.at(0))
+    transform: Any = faiss.downcast_VectorTransform(outer.chain.at(0))
     ivf: Any = faiss.downcast_index(outer.index)
-    dim, sub_spaces = ivf.d, ivf.pq.M
-    return Quantizer(
-        np.ascontiguousarray(faiss.vector_to_array(rotate.A).reshape(dim, dim).T),
-        ivf.quantizer.reconstruct_n(0, ivf.nlist),
-        faiss.vector_to_array(ivf.pq.centroids).reshape(sub_spaces, ivf.pq.ksub, dim // sub_spaces),
-    )
+    dim, sub_spaces = outer.d, ivf.pq.M
+    rotation = np.eye(dim, dtype=np.float32)
+    if isinstance(transform, faiss.LinearTransform):
+        rotation = np.ascontiguousarray(faiss.vector_to_array(transform.A).reshape(dim, dim).T)
+    coarse = ivf.quantizer.reconstruct_n(0, ivf.nlist)[:, :dim]
+    codebooks = faiss.vector_to_array(ivf.pq.centroids).reshape(sub_spaces, ivf.pq.ksub, ivf.d // sub_spaces)
+    return Quantizer(rotation, np.ascontiguousarray(coarse), codebooks, encoder)
+
+
+def write_encoder(directory: Path, encoder: Encoder) -> None:
+    """Writes the file ENCODER."""
+    with PackedFileWriter(str(directory / ENCODER), "encoder") as file:
+        for name, values in encoder._asdict().items():
+            file.add(f"{name}.shape", np.array(values.shape, np.int64))
+            file.add(name, np.ravel(values).astype(np.float32))
+
+
+def read_encoder(directory: Path) -> Encoder | None:
+    """Reads the file ENCODER; None if there is none. Raises CommandError if it is damaged."""
+    path = directory / ENCODER
+    if not path.exists():
+        return None
+    try:
+        file = PackedFile(str(path), "encoder")
+    except FormatError as error:
+        raise CommandError(f"{error}; run `dpsr index` again") from None
+    return Encoder(*(np.array(file[name]).reshape(file[f"{name}.shape"]) for name in Encoder._fields))
 
 
 def build(
@@ -120,6 +171,11 @@ def build(
         raise CommandError(
             f"the checkpoint has a quantizer for vectors of {len(quantizer.rotation)} dimensions, but the embeddings "
             f"have {vectors.shape[1]} (model.embedding_dim); train the model again"
+        )
+    if quantizer.encoder and second_list:
+        raise CommandError(
+            f"index.second_list is {second_list:g}, but quantizer.codes is residual, and such codes stand in one list; "
+            f"set index.second_list=0"
         )
     if factory == QUANTIZER_FAST_SCAN and quantizer.bits != 4:
         raise CommandError(
@@ -159,17 +215,18 @@ def encode(quantizer: Quantizer, vectors: np.ndarray) -> tuple[np.ndarray, np.nd
     Returns:
         Lists, int64 [n], and codes, uint8 [n, M].
     """
-    empty: Any = make(quantizer)
-    rotate = empty.chain.at(0)
-    nearest_list, nearest_codes = NearestCodes(quantizer.coarse[np.newaxis]), NearestCodes(quantizer.codebooks)
+    coarse, codebooks = quantizer.encoder or (quantizer.coarse, quantizer.codebooks)
+    rotate = _linear(quantizer.rotation.T)
+    nearest_list = NearestCodes(coarse[np.newaxis])
+    nearest_codes = residual_coder(codebooks) if quantizer.encoder else NearestCodes(codebooks)
     lists = np.empty(len(vectors), np.int64)
-    codes = np.empty((len(vectors), len(quantizer.codebooks)), np.uint8)
+    codes = np.empty((len(vectors), len(codebooks)), np.uint8)
 
     def encode_part(begin: int) -> None:
         rows = slice(begin, begin + _PART)
         z = rotate.apply(np.ascontiguousarray(vectors[rows], np.float32))
         lists[rows] = nearest_list(z)[:, 0]
-        z -= quantizer.coarse[lists[rows]]
+        z -= coarse[lists[rows]]
         codes[rows] = nearest_codes(z)
 
     # FAISS runs on one thread in each of these threads: its own threads, and those of NumPy's matrix products, wait for
@@ -183,7 +240,8 @@ def encode(quantizer: Quantizer, vectors: np.ndarray) -> tuple[np.ndarray, np.nd
 def describe(quantizer: Quantizer, factory: str) -> str:
     """Returns a name of the index, such as "quantizer (IVF1024,PQ16x8)"."""
     fast_scan = "fs" if factory == QUANTIZER_FAST_SCAN else ""
-    return f"{factory} (IVF{len(quantizer.coarse)},PQ{len(quantizer.codebooks)}x{quantizer.bits}{fast_scan})"
+    kind = "RQ" if quantizer.encoder else "PQ"
+    return f"{factory} (IVF{len(quantizer.coarse)},{kind}{len(quantizer.codebooks)}x{quantizer.bits}{fast_scan})"
 
 
 def check_second_list(index: faiss.Index, second_list: float) -> None:

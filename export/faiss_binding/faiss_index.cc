@@ -84,7 +84,9 @@ void FaissIndex::FindParts() {
   if (faiss_.IsA(part, faiss_.hnsw_type)) hnsw_ = part;
   if (!faiss_.IsA(part, faiss_.ivf_type)) return;
   ivf_ = part;
-  if (refine_ == nullptr && !faiss_.IsA(part, faiss_.fast_scan_type)) {
+  // Where the transform repeats a vector, the codes are residual codes, which FAISS cannot choose for other vectors.
+  const bool repeats = transform_ != nullptr && list_dim() > d();
+  if (refine_ == nullptr && !faiss_.IsA(part, faiss_.fast_scan_type) && !repeats) {
     lists_ = ReadField<const faiss::InvertedLists*>(part, faiss_layout::kIvfInvlists);
   }
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -10,8 +12,8 @@ from dpsr_common.errors import UsageError
 from dpsr_tf import ops
 from dpsr_tf.config import QuantizerConfig
 from dpsr_tf.models import quantizer_layer
-from dpsr_tf.models.quantizer import Quantizer
-from dpsr_tf.models.quantizer_layer import QuantizerLayer, TeacherItems, quantizer_loss
+from dpsr_tf.models.quantizer import Encoder, Quantizer
+from dpsr_tf.models.quantizer_layer import ItemCodes, QuantizerLayer, TeacherItems, quantizer_loss
 
 v1 = tf.compat.v1
 
@@ -92,6 +94,105 @@ def test_the_gradient_passes_straight_through_and_to_the_chosen_centroids():
     coarse, full = parts_of(values, x, lists, codes)
     np.testing.assert_allclose(of_rotation, upstream.T @ full, atol=1e-5)
     np.testing.assert_allclose(coarse_rotation, upstream.T @ coarse, atol=1e-5)
+
+
+# Residual codes.
+
+
+def make_residual(seed=0, dim=D, books=M, bits=4, lists=LISTS):
+    """Values that have moved away from those of the encoder."""
+    encoder = Encoder(0.3 * normal(seed, lists, dim), 0.2 * normal(seed + 1, books, 1 << bits, dim))
+    moved = [values + 0.05 * normal(seed + 2 + i, *values.shape) for i, values in enumerate(encoder)]
+    return Quantizer(np.eye(dim, dtype=np.float32), *moved, encoder)
+
+
+def test_residual_codes_are_those_with_a_small_error():
+    values, x = make_residual(), unit(5, 200, D)
+    lists, codes = values.encode(x)
+    encoder = values.encoder
+    np.testing.assert_array_equal(lists, ((x[:, np.newaxis] - encoder.coarse) ** 2).sum(axis=2).argmin(axis=1))
+    sums = [book[codes[:, m]] for m, book in enumerate(encoder.codebooks)]
+    residual = x - encoder.coarse[lists]
+    # As good as the best of all 16^3 combinations, or nearly.
+    every = np.stack(np.meshgrid(*[np.arange(16)] * M), axis=-1).reshape(-1, M)
+    combined = sum(book[every[:, m]] for m, book in enumerate(encoder.codebooks))
+    least = ((residual[:, np.newaxis] - combined) ** 2).sum(axis=2).min(axis=1)
+    found = ((residual - sum(sums)) ** 2).sum(axis=1)
+    assert (found >= least - 1e-6).all() and found.mean() < 1.02 * least.mean()
+    # What an item is scored with are the values that were trained.
+    trained = values.coarse[lists] + sum(book[codes[:, m]] for m, book in enumerate(values.codebooks))
+    np.testing.assert_allclose(values(x), trained, atol=1e-6)
+    assert values.code_bytes == 2 and values.encode(x)[1].tolist() == codes.tolist()
+    assert (
+        dataclasses.replace(values, encoder=Encoder(encoder.coarse, values.codebooks)).fingerprint != values.fingerprint
+    )
+
+
+def test_the_layer_looks_residual_codes_up():
+    values, x, upstream = make_residual(), unit(5, 50, D), normal(6, 30, D)
+    codes = ItemCodes(*values.encode(x))
+    rows = np.random.default_rng(1).integers(0, 50, 30)
+    with tf.Graph().as_default(), v1.Session() as session:
+        config = make_config(codes="residual", rotation="none")
+        layer = QuantizerLayer(config, D, values, codes)
+        given = tf.constant(x[rows])
+        quantized = layer(given, tf.constant(rows))
+        gradients = tf.gradients(quantized.full, [given, layer.variables[1], layer.variables[2]], upstream)
+        step = layer.minimize(tf.reduce_sum(quantized.full * upstream))
+        session.run(v1.global_variables_initializer())
+        got, (of_x, of_centroids, of_codebooks) = session.run((quantized, gradients))
+        session.run(step)
+        after = layer.quantizer(session)
+    lists, chosen = codes.lists[rows], codes.codes[rows]
+    np.testing.assert_array_equal(got.lists, lists)
+    np.testing.assert_array_equal(got.codes, chosen)
+    np.testing.assert_allclose(got.full, values(x)[rows], atol=1e-6)
+    np.testing.assert_allclose(got.coarse, values.coarse[lists], atol=1e-6)
+    np.testing.assert_allclose(of_x, upstream, atol=1e-6)
+    expected = np.zeros_like(values.coarse)
+    np.add.at(expected, lists, upstream)
+    np.testing.assert_allclose(of_centroids, expected, atol=1e-5)
+    expected = np.zeros_like(values.codebooks)
+    for m in range(M):
+        np.add.at(expected[m], chosen[:, m], upstream)
+    np.testing.assert_allclose(of_codebooks, expected, atol=1e-5)
+    # Adam's first step has the size of the rate, for codebooks over the root of their number.
+    for name, size in (("coarse", config.coarse_learning_rate), ("codebooks", config.learning_rate / np.sqrt(M))):
+        moved = np.abs(getattr(after, name) - getattr(values, name)).max()
+        assert moved == pytest.approx(size, rel=1e-3), name
+    for before, now in zip(values.encoder, after.encoder, strict=True):
+        np.testing.assert_array_equal(before, now)
+
+
+def test_residual_codes_are_needed():
+    with pytest.raises(ValueError, match="no codes of items are given"):
+        QuantizerLayer(make_config(codes="residual", rotation="none"), D)
+
+
+@pytest.mark.parametrize("item_rows", [False, True])
+def test_distillation_of_residual_codes(item_rows):
+    """Every candidate has the codes of its own row."""
+    values, x, query = make_residual(), unit(5, 40, D), unit(6, 3, 1, D)
+    codes, taught = ItemCodes(*values.encode(x)), np.array([[7, 8], [9, 7], [20, 21]])
+    config = make_config(codes="residual", rotation="none")
+    batch = np.arange(5 if item_rows else 0)
+    with tf.Graph().as_default(), v1.Session() as session:
+        layer = QuantizerLayer(config, D, values, codes)
+        teacher = TeacherItems(tf.constant(taught), tf.constant(x[taught]), tf.ones_like(taught, tf.bool))
+        loss, _ = quantizer_loss(
+            config, layer, tf.constant(query), tf.constant(x[batch]), teacher, 0.1, tf.constant(batch)
+        )
+        session.run(v1.global_variables_initializer())
+        loss = session.run(loss)
+    expected = []
+    for row, own in zip(query[:, 0], taught, strict=True):
+        candidates = [*batch, *own]
+        target = np.exp(row @ x[candidates].T / 0.1)
+        target /= target.sum()
+        for student in (values.coarse[codes.lists[candidates]], values(x[candidates])):
+            logits = row @ student.T / 0.1
+            expected.append(-(target * (logits - np.log(np.exp(logits).sum()))).sum())
+    assert loss == pytest.approx(sum(expected) / 3, rel=1e-5)
 
 
 def test_reconstruction_is_the_mean_distortion_and_its_slopes_are_those_of_procrustes():

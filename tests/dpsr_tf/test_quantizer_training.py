@@ -326,6 +326,11 @@ def test_a_start_at_step_0_needs_a_warm_start(dpsr, click_store, tmp_path):
         (["warmup_items=100"], ["warmup_items is 100, expected at least 256", "bits is 8"]),
         (["lists=1000", "warmup_items=999"], ["warmup_items is 999, expected at least 1000", "lists is 1000"]),
         (["candidates=201"], ["candidates is 201, expected at most teacher_items, 200"]),
+        (["codes=residual"], ["rotation is opq, expected none for codes residual"]),
+        (
+            ["codes=residual", "rotation=none", "towers=query"],
+            ["towers is query, expected frozen", "once, at the start"],
+        ),
         (["objective=best"], ["objective is 'best', expected one of reconstruction, ranking, distillation"]),
     ],
 )
@@ -468,6 +473,50 @@ def test_what_cannot_be_quantized():
     x[7, 3], x[9, 0] = np.nan, np.inf
     with pytest.raises(CommandError, match="2 of 50 item embeddings are NaN or infinite, and no rotation of them"):
         fit(x, QuantizerConfig(sub_spaces=2, bits=4), 1)
+
+
+@pytest.mark.parametrize("lists", [1, 8])
+def test_fit_of_residual_codes(lists):
+    x = unit(np.random.default_rng(1), 2000, 16)
+    config = QuantizerConfig(sub_spaces=5, bits=4, lists=lists, codes="residual", rotation="none")
+    found = fit(x, config, seed=7)
+    assert found.coarse.shape == (lists, 16) and found.codebooks.shape == (5, 16, 16) and found.code_bytes == 3
+    np.testing.assert_array_equal(found.rotation, np.eye(16))
+    for values, of_encoder in zip((found.coarse, found.codebooks), found.encoder, strict=True):
+        np.testing.assert_array_equal(values, of_encoder)
+    assert fit(x, config, seed=7).fingerprint == found.fingerprint != fit(x, config, seed=8).fingerprint
+    # Each codebook takes off a part of the error, and at the same size it is less than that of product codes without
+    # the right rotation.
+    errors = [
+        reconstruction_error(fit(x, dataclasses.replace(config, sub_spaces=number), 7), x) for number in (1, 2, 4)
+    ]
+    product = fit(x, dataclasses.replace(config, sub_spaces=4, codes="product"), 7)
+    assert errors[0] > errors[1] > errors[2] and errors[2] < reconstruction_error(product, x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["reconstruction", "ranking", "distillation"])
+def test_residual_codes(click_store, without, tmp_path, objective):
+    config = with_quantizer(codes="residual", rotation="none", objective=objective)
+    path = copy_of(without, tmp_path / "model")
+    train(click_store, config, path)
+    first, last = quantizer_of(path, 20), quantizer_of(path)
+    for before, after in zip(first.encoder, last.encoder, strict=True):
+        np.testing.assert_array_equal(before, after)
+    assert np.abs(first.coarse - last.coarse).max() > 1e-3 or objective == "reconstruction"
+    assert np.abs(first.codebooks - last.codebooks).max() > 1e-3
+    # All items have the codes of the start.
+    codes = quantizer_start.open_item_codes(ModelDirectory.open(path), click_store, last)
+    lists, chosen = last.encode(item_embeddings(path, click_store))
+    np.testing.assert_array_equal(codes.lists, lists)
+    np.testing.assert_array_equal(codes.codes, chosen)
+    # A training that goes on looks the codes up, or chooses them again if their file is lost or of another store.
+    for damage in (lambda file: file, lambda file: file.unlink(), lambda file: file.write_bytes(b"other")):
+        again = copy_of(ModelDirectory.open(path), tmp_path / f"again_{objective}", 30)
+        damage(again / quantizer_start.ITEM_CODES)
+        train(click_store, config, again)
+        assert_same_weights(weights(again), weights(path))
+        shutil.rmtree(again)
 
 
 @pytest.mark.slow

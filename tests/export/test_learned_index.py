@@ -19,12 +19,13 @@ from conftest import Job, dpsr
 from dpsr_common.command_line import main
 from dpsr_export.embeddings import ItemEmbeddings
 from dpsr_export.export import Index
+from dpsr_export.item_rows import ItemWriter
 from dpsr_export.warmup import LoadedServable
 from dpsr_tf.data.store import Store
 from dpsr_tf.evaluation.corpus import Corpus
 from dpsr_tf.evaluation.retriever import ask
 from dpsr_tf.evaluation.systems import Systems
-from dpsr_tf.models.quantizer import COARSE, CODEBOOKS, ROTATION, Quantizer
+from dpsr_tf.models.quantizer import COARSE, CODEBOOKS, ENCODER_COARSE, ENCODER_CODEBOOKS, ROTATION, Quantizer
 
 pytestmark = pytest.mark.slow
 
@@ -37,18 +38,24 @@ def one_thread() -> None:
     faiss.omp_set_num_threads(1)
 
 
-def add_quantizer(model: Path, vectors: np.ndarray, bits: int, seed: int = 1) -> Quantizer:
+def add_quantizer(model: Path, vectors: np.ndarray, bits: int, seed: int = 1, codes: str = "product") -> Quantizer:
     """Gives the last checkpoint of a model a quantizer, as training would, and the config its section."""
     rng = np.random.default_rng(seed)
     rotation = np.linalg.qr(rng.normal(size=(DIM, DIM)))[0].astype(np.float32)
+    rotation = np.eye(DIM, dtype=np.float32) if codes == "residual" else rotation
     z = vectors @ rotation
     coarse = z[rng.choice(len(z), LISTS, replace=False)]
     residual = np.split(z - coarse[faiss.knn(z, coarse, 1)[1][:, 0]], SUB_SPACES, axis=1)
     codebooks = np.stack([part[rng.choice(len(z), 1 << bits, replace=False)] for part in residual])
+    values = {ROTATION: rotation, COARSE: coarse, CODEBOOKS: codebooks}
+    if codes == "residual":
+        books = rng.normal(size=(SUB_SPACES, 1 << bits, DIM)).astype(np.float32) * 0.1
+        values |= {ENCODER_COARSE: coarse, ENCODER_CODEBOOKS: books}
+        values |= {CODEBOOKS: books + rng.normal(size=books.shape).astype(np.float32) * 0.01}
     checkpoint = tf.train.latest_checkpoint(str(model))
     reader = tf.train.load_checkpoint(checkpoint)
     tensors = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
-    tensors |= {ROTATION: rotation, COARSE: coarse, CODEBOOKS: codebooks}
+    tensors |= values
     for path in model.glob(f"{Path(checkpoint).name}.*"):
         path.unlink()
     names = sorted(tensors)
@@ -56,7 +63,8 @@ def add_quantizer(model: Path, vectors: np.ndarray, bits: int, seed: int = 1) ->
         prefix=checkpoint, tensor_names=names, shape_and_slices=[""] * len(names), tensors=[tensors[n] for n in names]
     )
     config = yaml.safe_load((model / "config.yaml").read_text())
-    config["quantizer"] |= {"sub_spaces": SUB_SPACES, "bits": bits, "lists": LISTS}
+    config["quantizer"] |= {"sub_spaces": SUB_SPACES, "bits": bits, "lists": LISTS, "codes": codes}
+    config["quantizer"] |= {"rotation": "none"} if codes == "residual" else {}
     (model / "config.yaml").write_text(yaml.safe_dump(config))
     return Quantizer.read(checkpoint)
 
@@ -70,11 +78,11 @@ class Learned:
     vectors: np.ndarray
 
 
-def make_learned(job: Job, root: Path, bits: int) -> Learned:
+def make_learned(job: Job, root: Path, bits: int, codes: str = "product") -> Learned:
     made = dataclasses.replace(job, model=root / "model", index=root / "index", servable=root / "servable")
     shutil.copytree(job.model, made.model)
     vectors = np.array(ItemEmbeddings(job.index / "item_embeddings.dpsr", DIM).vectors)
-    quantizer = add_quantizer(made.model, vectors, bits)
+    quantizer = add_quantizer(made.model, vectors, bits, codes=codes)
     dpsr(*index_arguments(made, made.index))
     dpsr("export", f"--model={made.model}", f"--index={made.index}", f"--out={made.servable}")
     return Learned(made, quantizer, vectors)
@@ -95,6 +103,11 @@ def learned_4_bits(personal: Job, tmp_path_factory: pytest.TempPathFactory) -> L
     return make_learned(personal, tmp_path_factory.mktemp("learned_4_bits"), 4)
 
 
+@pytest.fixture(scope="module")
+def learned_residual(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Learned:
+    return make_learned(job, tmp_path_factory.mktemp("learned_residual"), 8, "residual")
+
+
 def manifest_of(index: Path) -> dict:
     return json.loads((index / "index.json").read_text())
 
@@ -113,12 +126,16 @@ def stock(index: Path, nprobe: int = LISTS) -> faiss.Index:
     return held
 
 
-def test_the_index_is_that_of_the_checkpoint(learned: Learned, learned_4_bits: Learned) -> None:
-    for made, bits in ((learned, 8), (learned_4_bits, 4)):
+def test_the_index_is_that_of_the_checkpoint(
+    learned: Learned, learned_4_bits: Learned, learned_residual: Learned
+) -> None:
+    for made, bits, kind in ((learned, 8, "PQ"), (learned_4_bits, 4, "PQ"), (learned_residual, 8, "RQ")):
         manifest, quantizer = manifest_of(made.job.index), made.quantizer
-        assert manifest["factory"] == f"quantizer (IVF16,PQ8x{bits})" and manifest["config"]["factory"] == "quantizer"
+        codes = "residual" if kind == "RQ" else "product"
+        assert manifest["factory"] == f"quantizer (IVF16,{kind}8x{bits})"
+        assert manifest["config"]["factory"] == "quantizer"
         assert manifest["quantizer"] == {
-            "fingerprint": quantizer.fingerprint, "lists": LISTS, "sub_spaces": SUB_SPACES, "bits": bits
+            "fingerprint": quantizer.fingerprint, "lists": LISTS, "sub_spaces": SUB_SPACES, "bits": bits, "codes": codes
         }  # fmt: skip
         assert manifest["entries"] == 1 and manifest["seconds"].keys() == {"embeddings", "index"}
         queries = np.random.default_rng(3).normal(size=(20, DIM)).astype(np.float32)
@@ -130,8 +147,10 @@ def test_the_index_is_that_of_the_checkpoint(learned: Learned, learned_4_bits: L
         assert "nprobe=1" in nprobes and manifest["parameters"] in nprobes
 
 
-def test_servable_finds_what_stock_faiss_finds(learned: Learned, learned_4_bits: Learned) -> None:
-    for made in (learned, learned_4_bits):
+def test_servable_finds_what_stock_faiss_finds(
+    learned: Learned, learned_4_bits: Learned, learned_residual: Learned
+) -> None:
+    for made in (learned, learned_4_bits, learned_residual):
         version = made.job.servable / "1"
         servable, manifest = (
             LoadedServable(version),
@@ -259,6 +278,53 @@ def test_new_items_get_codes_of_the_frozen_layer(learned: Learned, tmp_path: Pat
     products = -np.sort(-(query @ learned.quantizer(vectors).T), axis=1)
     np.testing.assert_allclose(found["scores"], products[:, :50], atol=1e-4)
     servable.close()
+
+
+def test_new_items_among_residual_codes(learned_residual: Learned, tmp_path: Path) -> None:
+    """Items of the log of changes keep their vectors until the next index, which encodes them as the layer does."""
+    made, base = learned_residual, tmp_path / "base"
+    shutil.copytree(made.job.servable / "1", base / "1")
+    servable = LoadedServable(base / "1")
+    query = servable("query_embedding", {"query": np.array(["phone case"], object)})["query_embedding"][:, 0]
+    request = servable.search_inputs([{"query": "phone case"}], 500, "nprobe=16")
+    gone = int(servable("search", request)["item_ids"][0, 0])
+    servable.close()
+    new = {"brand": "Acme", "category": "cases", "shop": "one", "in_stock": "yes"}
+    with ItemWriter(base) as writer:
+        writer.add(
+            [new | {"item_id": 1 + i, "title": f"phone case {i}", "price": 10.0 + i} for i in range(40)]
+        ).result()
+        writer.delete([gone]).result()
+    servable = LoadedServable(base / "1")
+    servable("apply_changes", {})
+    found = servable("search", request)
+    ids = found["item_ids"][0].tolist()
+    assert gone not in ids and set(range(1, 41)) <= set(ids)
+    cheap = servable("search", request | {"include": np.array([[b"price=..15"]], object)})["item_ids"][0]
+    assert set(range(1, 7)) <= set(cheap.tolist())
+    servable.close()
+    dpsr("index", "--merge", f"--index={made.job.index}", f"--servable={base}", f"--out={tmp_path / 'merged'}")
+    merged = Index.open(tmp_path / "merged")
+    vectors, merged_ids = np.array(merged.vectors()), merged.item_ids().tolist()
+    scores, positions = stock(merged.path).search(query, len(vectors))
+    expected = query @ made.quantizer(vectors).T
+    np.testing.assert_allclose(scores, np.take_along_axis(expected, positions, axis=1), rtol=0, atol=1e-4)
+    # Before, a new item had the score of its own vector.
+    for item in (1, 20, 40):
+        vector = vectors[merged_ids.index(item)]
+        assert found["scores"][0, ids.index(item)] == pytest.approx(float(vector @ query[0]), abs=1e-5)
+
+
+def test_shards_of_residual_codes(learned_residual: Learned, tmp_path: Path) -> None:
+    whole, queries = stock(learned_residual.job.index), learned_residual.vectors[::37]
+    scores, positions = whole.search(queries, whole.ntotal)
+    by_position = np.take_along_axis(scores, positions.argsort(axis=1), axis=1)
+    for number in range(3):
+        with Index.open(learned_residual.job.index).part(number, 3, tmp_path) as part:
+            scores, positions = stock(part.path).search(queries, whole.ntotal // 3 + 1)
+            count = part.manifest["items"]
+            found = np.take_along_axis(scores[:, :count], positions[:, :count].argsort(axis=1), axis=1)
+            np.testing.assert_allclose(found, by_position[:, number::3], atol=1e-5)
 
 
 @pytest.mark.parametrize("factory", ["quantizer", "quantizer_fs", "IVF8,PQ8x4np"])

@@ -18,7 +18,7 @@ from dpsr_common.errors import CommandError
 from dpsr_common.packed_file import PackedFile, PackedFileWriter
 from dpsr_export import ann, faiss_search, item_attributes, product_codes
 from dpsr_export.item_attributes import Column
-from dpsr_tf.models.quantizer import Quantizer
+from dpsr_tf.models.quantizer import Encoder, Quantizer
 
 ITEMS, DIM = 3000, 24
 
@@ -114,8 +114,10 @@ def test_of_equal_centroids_the_first_is_taken(sub_spaces: int) -> None:
     again = Quantizer(quantizer.rotation, coarse, codebooks)
     lists, codes = product_codes.encode(again, x)
     assert lists.max() == 19 and codes.max() == 7
-    for got, want in zip((lists, codes), again.encode(x), strict=True):
-        assert (got == want).mean() > 0.9999
+    # NumPy may take the second of two equal centroids, because it rounds products by their place in a matrix.
+    of_layer, codes_of_layer = again.encode(x)
+    assert (lists == np.where(of_layer >= 20, of_layer - 15, of_layer)).mean() > 0.9999
+    assert (codes == codes_of_layer % 8).mean() > 0.9999
 
 
 def fast_scan_bound(quantizer: Quantizer, query: NDArray[np.float32]) -> float:
@@ -145,6 +147,71 @@ def test_fast_scan_scores_are_within_their_rounding(tmp_path: Path, sub_spaces: 
         error = np.abs(scores[0] - products[row, positions[0]]).max()
         assert error <= fast_scan_bound(quantizer, query)
     assert product_codes.quantizer_of(index).fingerprint == quantizer.fingerprint
+
+
+def residual_quantizer(lists: int = 32, number: int = 5, bits: int = 8) -> Quantizer:
+    """A quantizer of residual codes that has moved away from its encoder."""
+    rng = np.random.default_rng(lists + number + bits)
+    books = (0.12 * rng.normal(size=(number, 1 << bits, DIM))).astype(np.float32)
+    encoder = Encoder(unit_vectors(lists, 1), books)
+    moved = [(values + 0.03 * rng.normal(size=values.shape)).astype(np.float32) for values in encoder]
+    return Quantizer(np.eye(DIM, dtype=np.float32), moved[0], moved[1], encoder)
+
+
+@pytest.mark.parametrize(("lists", "number", "bits"), [(32, 5, 8), (1, 7, 8), (32, 5, 4), (32, 1, 8)])
+def test_scores_of_residual_codes(tmp_path: Path, lists: int, number: int, bits: int) -> None:
+    quantizer, x, queries = residual_quantizer(lists, number, bits), unit_vectors(ITEMS, 2), unit_vectors(20, 3)
+    built, its_lists, its_codes = product_codes.build(quantizer, "quantizer", x)
+    lists_of_layer, codes_of_layer = quantizer.encode(x)
+    np.testing.assert_array_equal(its_lists, lists_of_layer)
+    assert (its_codes == codes_of_layer).mean() > 0.99, "but for rounding"
+    index = reread(built, tmp_path, lists)
+    assert faiss.extract_index_ivf(index).code_size == quantizer.code_bytes == -(-number * bits // 8)
+    scores, positions = index.search(queries, ITEMS)
+    assert (np.sort(positions, axis=1) == np.arange(ITEMS)).all(), "each item is found once"
+    expected = np.take_along_axis(queries @ quantizer.decode(its_lists, its_codes).T, positions, axis=1)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
+    # Lists are probed in the order of the trained centroids.
+    index = reread(built, tmp_path, 1)
+    coarse = queries @ quantizer.coarse.T
+    for row, found in enumerate(index.search(queries, ITEMS)[1]):
+        assert set(found[found >= 0].tolist()) == set(np.flatnonzero(its_lists == coarse[row].argmax()).tolist())
+    # Nothing of the quantizer is lost, with the file of its encoder.
+    assert product_codes.read_encoder(tmp_path) is None
+    product_codes.write_encoder(tmp_path, quantizer.encoder)
+    again = product_codes.quantizer_of(index, product_codes.read_encoder(tmp_path))
+    assert again.fingerprint == quantizer.fingerprint
+    assert (ann.code_residual(index, x) is None) == (number > 1)
+    assert product_codes.describe(quantizer, "quantizer") == f"quantizer (IVF{lists},RQ{number}x{bits})"
+
+
+def test_what_residual_codes_cannot_have(tmp_path: Path) -> None:
+    quantizer, x = residual_quantizer(), unit_vectors(3, 1)
+    with pytest.raises(CommandError, match=r"second_list is 1.5, but quantizer.codes is residual, and such codes"):
+        product_codes.build(quantizer, "quantizer", x, 1.5)
+    with pytest.raises(CommandError, match=r"'quantizer_fs' needs codes of 4 bits, but quantizer.bits is 8"):
+        product_codes.build(quantizer, "quantizer_fs", x)
+    encoder = Encoder(quantizer.encoder.coarse[:, :-1], quantizer.encoder.codebooks)
+    with pytest.raises(CommandError, match="train the model again"):
+        product_codes.build(dataclasses.replace(quantizer, encoder=encoder), "quantizer", x)
+    product_codes.write_encoder(tmp_path, quantizer.encoder)
+    path = tmp_path / product_codes.ENCODER
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CommandError, match="run `dpsr index` again"):
+        product_codes.read_encoder(tmp_path)
+
+
+def test_fast_scan_of_residual_codes(tmp_path: Path) -> None:
+    quantizer, x, queries = residual_quantizer(32, 6, 4), unit_vectors(ITEMS, 2), unit_vectors(20, 3)
+    built, lists, codes = product_codes.build(quantizer, "quantizer_fs", x)
+    index = reread(built, tmp_path, 32)
+    products = queries @ quantizer.decode(lists, codes).T
+    for row, query in enumerate(queries):
+        scores, positions = index.search(query[np.newaxis], ITEMS)
+        assert sorted(positions[0].tolist()) == list(range(ITEMS))
+        tables = quantizer.codebooks @ query
+        bound = 6 * np.ptp(tables, axis=1).max() / 255
+        assert np.abs(scores[0] - products[row, positions[0]]).max() <= bound + 1e-5
 
 
 def test_a_quantizer_that_no_index_can_have() -> None:
