@@ -14,6 +14,7 @@ began with.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -105,6 +106,12 @@ class Quantizer:
             digest.update(np.ascontiguousarray(values, np.float32).tobytes())
         return digest.hexdigest()[:16]
 
+    @functools.cached_property
+    def coder(self) -> Callable[[np.ndarray], np.ndarray]:
+        """What chooses residual codes: see residual_coder."""
+        assert self.encoder is not None
+        return residual_coder(self.encoder.codebooks)
+
     def encode(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Quantizes vectors, as the layer does in training: the nearest centroid by Euclidean distance.
 
@@ -117,16 +124,14 @@ class Quantizer:
         """
         lists = np.empty(len(vectors), np.int64)
         codes = np.empty((len(vectors), len(self.codebooks)), np.uint8)
-        coarse, coder = self.coarse, None
-        if self.encoder:
-            coarse, coder = self.encoder.coarse, residual_coder(self.encoder.codebooks)
+        coarse = self.encoder.coarse if self.encoder else self.coarse
         for begin in range(0, len(vectors), _BLOCK):
             end = begin + _BLOCK
             z = np.asarray(vectors[begin:end], np.float32) @ self.rotation
             lists[begin:end] = nearest(z, coarse)
             residual = z - coarse[lists[begin:end]]
-            if coder:
-                codes[begin:end] = coder(residual)
+            if self.encoder:
+                codes[begin:end] = self.coder(residual)
                 continue
             for m, part in enumerate(np.split(residual, len(self.codebooks), axis=1)):
                 codes[begin:end, m] = nearest(part, self.codebooks[m])

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from dpsr_common.errors import CommandError
 from dpsr_common.packed_file import FormatError, PackedFile, PackedFileWriter
-from dpsr_tf.models.quantizer import Encoder, Quantizer, residual_coder
+from dpsr_tf.models.quantizer import Encoder, Quantizer
 from dpsr_tf.ops._native import NearestCodes
 
 # Values of index.factory that take the model's quantizer: IndexIVFPQ, or IndexIVFPQFastScan with the same codes.
@@ -218,7 +218,7 @@ def encode(quantizer: Quantizer, vectors: np.ndarray) -> tuple[np.ndarray, np.nd
     coarse, codebooks = quantizer.encoder or (quantizer.coarse, quantizer.codebooks)
     rotate = _linear(quantizer.rotation.T)
     nearest_list = NearestCodes(coarse[np.newaxis])
-    nearest_codes = residual_coder(codebooks) if quantizer.encoder else NearestCodes(codebooks)
+    nearest_codes = quantizer.coder if quantizer.encoder else NearestCodes(codebooks)
     lists = np.empty(len(vectors), np.int64)
     codes = np.empty((len(vectors), len(codebooks)), np.uint8)
 
