@@ -73,7 +73,7 @@ DPSR_INLINE void ScorePanels(const float* const (&x)[kRows], const float* panel,
   using Numbers = typename Registers<kWide>::Numbers;
   using Integers = typename Registers<kWide>::Integers;
   constexpr int64_t kTogether = kVectors * kWide;
-  Integers numbers;
+  Integers numbers{};
   for (int64_t lane = 0; lane < kWide; ++lane) numbers[lane] = first + static_cast<int32_t>(lane);
   Highest<kWide> found[kRows];
   for (int64_t row = 0; row < kRows; ++row) found[row] = highest[row];
