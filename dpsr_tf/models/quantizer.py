@@ -6,9 +6,9 @@ is what an index scores in the place of x. Training learns it (models/quantizer_
 `dpsr index` makes a FAISS index of it.
 
 With residual codes (Chen et al., Approximate nearest neighbor search by residual vector quantization, Sensors 2010) the
-centroids of all M codebooks have d dimensions, and T(x) = (coarse + sum of M centroids) R^T. Centroids that were moved
-to rank well are no longer those to look for the nearest of, so list and codes come from the centroids that training
-began with.
+centroids of all M codebooks have d dimensions, and T(x) = coarse + sum of M centroids. R is the identity. Training moves
+the centroids, so that items rank well. List and codes of an item do not follow: the encoder chooses them, and it keeps
+the centroids that training began with.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Quantizer:
 
         Returns:
             Numbers of the coarse centroids, int64 [n], and codes, uint8 [n, M]. Of equally near centroids, the one with
-            the lower number. Residual codes need FAISS.
+            the lower number. Residual codes: see residual_coder.
         """
         lists = np.empty(len(vectors), np.int64)
         codes = np.empty((len(vectors), len(self.codebooks)), np.uint8)

@@ -39,7 +39,7 @@ DPSR_INLINE void Load(const float* from, T* to) {
 }
 
 // Registers of kWide numbers. Compilers also split wider vectors for narrower registers, but then the scores of the
-// inner loop are in memory, which takes thirty times as long.
+// inner loop are in memory, which takes up to fifty times as long.
 template <int64_t kWide>
 struct Registers;
 template <>
