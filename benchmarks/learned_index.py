@@ -59,7 +59,7 @@ from dpsr_tf.config import CONFIGS, QuantizerConfig
 from dpsr_tf.data.store import RowsById, Store
 from dpsr_tf.evaluation.judgments import Judgments
 from dpsr_tf.models import encoders
-from dpsr_tf.models.quantizer import Encoder, Quantizer
+from dpsr_tf.models.quantizer import Quantizer
 from dpsr_tf.models.quantizer_layer import ItemCodes, QuantizerLayer, TeacherItems, quantizer_loss
 from dpsr_tf.training import quantizer_start
 
@@ -183,8 +183,7 @@ def kept_quantizer(
         np.savez(partial, *found.arrays)
         os.replace(partial, path)
     with np.load(path) as file:
-        rotation, coarse, codebooks, *encoder = file.values()
-    return Quantizer(rotation, coarse, codebooks, Encoder(*encoder) if encoder else None)
+        return Quantizer.of_arrays(file.values())
 
 
 def start_of(data: Workload, code_bytes: int, kind: str, seed: int) -> Quantizer:

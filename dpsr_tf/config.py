@@ -627,6 +627,8 @@ class QuantizerConfig:
         if self.bits not in (4, 8):
             return f"bits is {self.bits}, expected 4 or 8"
         if self.codes == "residual":
+            if self.sub_spaces < 2:
+                return "sub_spaces is 1, expected at least 2 for codes residual: one code is the same in both ways"
             for name, expected, why in (
                 ("rotation", "none", "whole vectors are added, which is the same in all rotations"),
                 ("towers", "frozen", "each item gets them once, at the start"),

@@ -6,9 +6,9 @@ is what an index scores in the place of x. Training learns it (models/quantizer_
 `dpsr index` makes a FAISS index of it.
 
 With residual codes (Chen et al., Approximate nearest neighbor search by residual vector quantization, Sensors 2010) the
-centroids of all M codebooks have d dimensions, and T(x) = coarse + sum of M centroids. R is the identity. Training moves
-the centroids, so that items rank well. List and codes of an item do not follow: the encoder chooses them, and it keeps
-the centroids that training began with.
+centroids of all M codebooks have d dimensions, and T(x) = coarse + sum of M centroids. R is the identity. Training
+moves the centroids, so that items rank well. List and codes of an item do not follow: the encoder chooses them, and it
+keeps the centroids that training began with.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,9 +24,15 @@ import tensorflow as tf
 
 from dpsr_common.errors import CommandError
 
-# Names of the variables in a checkpoint.
-ROTATION, COARSE, CODEBOOKS = "quantizer/rotation", "quantizer/coarse", "quantizer/codebooks"
-ENCODER_COARSE, ENCODER_CODEBOOKS = "quantizer/encoder_coarse", "quantizer/encoder_codebooks"
+# Names of the variables in a checkpoint, in the order of Quantizer.arrays. Those of the encoder are for
+# residual codes only.
+VARIABLES = ROTATION, COARSE, CODEBOOKS, ENCODER_COARSE, ENCODER_CODEBOOKS = (
+    "quantizer/rotation",
+    "quantizer/coarse",
+    "quantizer/codebooks",
+    "quantizer/encoder_coarse",
+    "quantizer/encoder_codebooks",
+)
 # Combinations of residual codes that are kept while codes are chosen one after the other.
 BEAM = 16
 # Rows whose distances to all centroids are in memory at the same time.
@@ -71,16 +77,18 @@ class Quantizer:
                 f"{checkpoint}: has no trained quantizer, because it is of a step before quantizer.start_step; run "
                 f"`dpsr train` to a later checkpoint"
             )
-        values = Quantizer(*(reader.get_tensor(name) for name in (ROTATION, COARSE, CODEBOOKS)))
-        if not reader.has_tensor(ENCODER_CODEBOOKS):
-            return values
-        encoder = Encoder(*(reader.get_tensor(name) for name in (ENCODER_COARSE, ENCODER_CODEBOOKS)))
-        return dataclasses.replace(values, encoder=encoder)
+        return Quantizer.of_arrays([reader.get_tensor(name) for name in VARIABLES if reader.has_tensor(name)])
 
     @staticmethod
     def is_in(checkpoint: str | None) -> bool:
         """Returns whether a checkpoint has a quantizer; False for None."""
         return checkpoint is not None and tf.train.load_checkpoint(checkpoint).has_tensor(CODEBOOKS)
+
+    @staticmethod
+    def of_arrays(arrays: Iterable[np.ndarray]) -> Quantizer:
+        """Returns the quantizer that has these `arrays`."""
+        rotation, coarse, codebooks, *encoder = arrays
+        return Quantizer(rotation, coarse, codebooks, Encoder(*encoder) if encoder else None)
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:

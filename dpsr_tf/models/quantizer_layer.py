@@ -17,15 +17,7 @@ import tensorflow as tf
 from dpsr_common.errors import UsageError
 from dpsr_tf import ops
 from dpsr_tf.config import QuantizerConfig
-from dpsr_tf.models.quantizer import (
-    COARSE,
-    CODEBOOKS,
-    ENCODER_COARSE,
-    ENCODER_CODEBOOKS,
-    ROTATION,
-    Encoder,
-    Quantizer,
-)
+from dpsr_tf.models.quantizer import ROTATION, VARIABLES, Quantizer
 from dpsr_tf.models.two_tower import soft_dot_product
 
 v1 = tf.compat.v1
@@ -126,13 +118,9 @@ class QuantizerLayer:
             )
         self.config = config
         width = dim if self._is_residual else dim // config.sub_spaces
-        shapes = {
-            ROTATION: (dim, dim),
-            COARSE: (config.lists, dim),
-            CODEBOOKS: (config.sub_spaces, 1 << config.bits, width),
-        }
-        if self._is_residual:
-            shapes |= {ENCODER_COARSE: shapes[COARSE], ENCODER_CODEBOOKS: shapes[CODEBOOKS]}
+        centroids = [(config.lists, dim), (config.sub_spaces, 1 << config.bits, width)]
+        of_arrays = [(dim, dim), *centroids, *(centroids if self._is_residual else ())]
+        shapes = dict(zip(VARIABLES, of_arrays, strict=False))
         given = {} if values is None else dict(zip(shapes, values.arrays, strict=True))
         for name, value in given.items():
             if value.shape != shapes[name]:
@@ -214,8 +202,7 @@ class QuantizerLayer:
 
     def quantizer(self, session: tf.compat.v1.Session) -> Quantizer:
         """Returns the values that the variables have in a session."""
-        rotation, coarse, codebooks, *encoder = session.run(self.variables)
-        return Quantizer(rotation, coarse, codebooks, Encoder(*encoder) if encoder else None)
+        return Quantizer.of_arrays(session.run(self.variables))
 
     def _items_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns lists, int32 [n, 1], and codes, int32 [n, M], of items."""

@@ -9,7 +9,8 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
-#define DPSR_FOR_BYTES __attribute__((target("avx512f,avx512vnni")))
+#define DPSR_TARGET(features) __attribute__((target(features)))
+#define DPSR_FOR_BYTES DPSR_TARGET("avx512f,avx512vnni")
 #endif
 
 #include "dpsr_tf/ops/for_each_cpu.h"
@@ -173,13 +174,13 @@ void FindNearestOnAny(const float* x, int64_t n, const CodebookShape& shape, con
   FindNearestBy<4>(x, n, shape, panels, num_panels, codes);
 }
 
-#ifdef DPSR_FOR_BYTES
-__attribute__((target("avx512f"))) void FindNearestOnAvx512(const float* x, int64_t n, const CodebookShape& shape,
-                                                            const float* panels, int64_t num_panels, int32_t* codes) {
+#ifdef DPSR_TARGET
+DPSR_TARGET("avx512f") void FindNearestOnAvx512(const float* x, int64_t n, const CodebookShape& shape,
+                                                const float* panels, int64_t num_panels, int32_t* codes) {
   FindNearestBy<16>(x, n, shape, panels, num_panels, codes);
 }
-__attribute__((target("avx2,fma"))) void FindNearestOnAvx2(const float* x, int64_t n, const CodebookShape& shape,
-                                                           const float* panels, int64_t num_panels, int32_t* codes) {
+DPSR_TARGET("avx2,fma") void FindNearestOnAvx2(const float* x, int64_t n, const CodebookShape& shape,
+                                               const float* panels, int64_t num_panels, int32_t* codes) {
   FindNearestBy<8>(x, n, shape, panels, num_panels, codes);
 }
 
@@ -288,7 +289,7 @@ class ByteCodebooks {
   std::vector<Part> parts_;
 };
 
-#ifdef DPSR_FOR_BYTES
+#ifdef DPSR_TARGET
 
 std::unique_ptr<const ByteCodebooks> ByteCodebooks::Make(const float* codebooks, const CodebookShape& shape) {
   const bool fits = shape.width >= kLeastWidth && shape.width % kLanes == 0 && shape.size >= kLeastSize;

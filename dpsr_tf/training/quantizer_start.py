@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +43,6 @@ _ITERATIONS = 25
 # Iterations of OPQ, and of k-means before the first one. Each moves the rotation and then the centroids once, which on
 # Home Depot (256 dimensions, 8 parts) leaves a smaller error in the same time than FAISS's 4 moves of the centroids.
 _OPQ_ITERATIONS, _OPQ_FIRST = 30, 10
-
-
 # Codebooks of residual codes are trained with fewer items and a smaller beam than codes are chosen with. On Home Depot
 # (256 dimensions, 8 codes, 14,000 items) FAISS took 6 s with a beam of 1, 22 s with 4, for errors of 0.216 and 0.206.
 _RESIDUAL_ITEMS, _RESIDUAL_BEAM = 32_768, 4
@@ -87,7 +85,7 @@ def start(model: ModelDirectory, store: Store, checkpoint: str) -> tuple[Quantiz
     generator = np.random.default_rng(model.config.train.seed)
     rows = _sample(generator, store.counts.items, config.warmup_items)
     encode = item_encoder(model, store, checkpoint)
-    vectors = np.concatenate([encode(rows[begin : begin + _BATCH]) for begin in range(0, len(rows), _BATCH)])
+    vectors = _embed(encode, rows)
     found = fit(vectors, config, model.config.train.seed)
     step = int(checkpoint.rpartition("-")[2])
     return found, (
@@ -193,6 +191,11 @@ def _too_few(config: QuantizerConfig, count: int) -> str | None:
     return None
 
 
+def _embed(encode: Callable[[np.ndarray], np.ndarray], rows: np.ndarray) -> np.ndarray:
+    """Returns the embeddings of items by their rows [n]: float32 [n, d]."""
+    return np.concatenate([encode(rows[begin : begin + _BATCH]) for begin in range(0, len(rows), _BATCH)])
+
+
 def _sample(generator: np.random.Generator, count: int, wanted: int) -> np.ndarray:
     """Returns at most `wanted` of the numbers 0 to count - 1, ascending, int64."""
     return np.arange(count) if wanted >= count else np.sort(generator.choice(count, wanted, replace=False))
@@ -205,8 +208,7 @@ def write_item_codes(model: ModelDirectory, store: Store, checkpoint: str, quant
         file.add("about", np.frombuffer(_about_codes(store, quantizer).encode(), np.uint8))
         for begin in range(0, store.counts.items, _ITEMS):
             rows = np.arange(begin, min(begin + _ITEMS, store.counts.items))
-            parts = [encode(rows[first : first + _BATCH]) for first in range(0, len(rows), _BATCH)]
-            lists, codes = quantizer.encode(np.concatenate(parts))
+            lists, codes = quantizer.encode(_embed(encode, rows))
             file.append("lists", lists.astype(np.int32))
             file.append("codes", codes.reshape(-1))
             bar.update(len(rows))
@@ -259,16 +261,14 @@ class Teacher:
         """
         config = model.config.quantizer
         rows, vectors = _queries(model, store, checkpoint)
-        num_items, d = store.counts.items, model.config.model.embedding_dim
+        num_items = store.counts.items
         search = _Search(vectors, min(config.teacher_items, num_items))
         encode = item_encoder(model, store, checkpoint)
         with PackedFileWriter(model.path / TEACHER, "teacher") as file, _bar(num_items) as bar:
             file.add("about", np.frombuffer(_about(model, store).encode(), np.uint8))
             for begin in range(0, num_items, _ITEMS):
                 block = np.arange(begin, min(begin + _ITEMS, num_items))
-                found = np.empty((len(block), d), np.float32)
-                for first in range(0, len(block), _BATCH):
-                    found[first : first + _BATCH] = encode(block[first : first + _BATCH])
+                found = _embed(encode, block)
                 file.append("vectors", found.reshape(-1))
                 search.add(begin, found)
                 bar.update(len(block))

@@ -263,6 +263,11 @@ class Index:
         check_files(path, manifest)
         return Index(path, manifest)
 
+    def files_of_model(self) -> list[str]:
+        """Returns the names of files that stay the same for other items of the same model, and the table of items."""
+        encoder = {product_codes.ENCODER} & set(self.manifest["files"])
+        return [servable_assets.REQUESTS, *encoder, *self.manifest["serving_files"]]
+
     def item_ids(self) -> np.ndarray:
         """Returns the item id of each position, int64 [items]."""
         try:
@@ -350,8 +355,7 @@ class Index:
             if item_attributes.FILE in self.manifest["files"]:
                 item_attributes.copy_positions(self.path, path, positions)
             _copy_titles(self.path / "item_titles.tsv.gz", set(ids[positions].tolist()), path / "item_titles.tsv.gz")
-            encoder = {product_codes.ENCODER} & set(self.manifest["files"])
-            for same in (servable_assets.REQUESTS, "recall.json", *encoder, *self.manifest["serving_files"]):
+            for same in ("recall.json", *self.files_of_model()):
                 link_or_copy(self.path / same, path / same)
             files = {name: file_record(path / name) for name in self.manifest["files"]}
             manifest = self.manifest | {"items": len(positions), "files": files, "shard": [number, shards]}

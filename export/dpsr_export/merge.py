@@ -242,8 +242,7 @@ class _Merge:
         if item_attributes.FILE in self._old.manifest["files"]:
             item_attributes.write_columns(self._dir, self._attributes(rows))
         self._write_titles()
-        encoder = {product_codes.ENCODER} & set(self._old.manifest["files"])
-        for name in (assets.REQUESTS, *encoder, *self._old.manifest["serving_files"]):
+        for name in self._old.files_of_model():
             if name != assets.ITEMS:
                 link_or_copy(self._old.path / name, self._dir / name)
         keys = self._write_items() if assets.ITEMS in self._old.manifest["serving_files"] else None
