@@ -3,9 +3,9 @@
     python benchmarks/learned_index.py --json [--data=DIR] [--out=DIR] [--only=poeem,homedepot,...] [--full]
 
 All methods get the same vectors, the same number of inverted lists and the same bytes an item, and FAISS searches all
-of them but ScaNN's. After training: PQ, OPQ+PQ, a residual quantizer, LSQ, RaBitQ, ScaNN. Learned
-(docs/learned_index.md): reconstruction, ranking, distillation. Bytes are those of an item's code; the number of its
-list is not counted.
+of them but ScaNN's. After training: PQ, OPQ+PQ, residual codes, LSQ, RaBitQ, ScaNN. Learned (docs/learned_index.md):
+reconstruction, ranking, distillation, distillation of residual codes. Bytes are those of an item's code; the number of
+its list is not counted.
 
 Parts of the comparison, by the names that --only takes:
 
@@ -170,20 +170,30 @@ def config_of(data: Workload, code_bytes: int, objective: str, **changes: Any) -
     )
 
 
-def kept_quantizer(
-    make: Callable[..., Quantizer], data: Workload, code_bytes: int, name: str, seed: int, *more: Any
-) -> Quantizer:
-    """Returns make(data, code_bytes, name, seed, *more), or reads it from the workload's folder."""
+def kept_quantizer(data: Workload, name: str, make: Callable[[], Quantizer]) -> Quantizer:
+    """Returns make(), or reads the quantizer of this name from the workload's folder."""
     if data.folder is None:
-        return make(data, code_bytes, name, seed, *more)
-    path = data.folder / f"quantizer_{data.lists}_{code_bytes}_{name}_{seed}.npz"
+        return make()
+    path = data.folder / f"quantizer_{data.lists}_{name}.npz"
     if not path.exists():
-        found = make(data, code_bytes, name.partition(" ")[0], seed, *more)
         partial = path.with_suffix(".part.npz")
-        np.savez(partial, *found.arrays)
+        np.savez(partial, *make().arrays)
         os.replace(partial, path)
     with np.load(path) as file:
         return Quantizer.of_arrays(file.values())
+
+
+def kept_start(data: Workload, code_bytes: int, kind: str, seed: int) -> Quantizer:
+    """Returns start_of(...), or reads it from the workload's folder."""
+    return kept_quantizer(data, f"{code_bytes}_{kind}_{seed}", lambda: start_of(data, code_bytes, kind, seed))
+
+
+def kept_learned(
+    data: Workload, code_bytes: int, objective: str, seed: int, start: Quantizer, how: Learning
+) -> Quantizer:
+    """Returns learn(...), or reads it from the workload's folder."""
+    name = f"{code_bytes}_{'residual_' if start.encoder else ''}{objective}_{seed}"
+    return kept_quantizer(data, name, lambda: learn(data, code_bytes, objective, seed, start, how))
 
 
 def start_of(data: Workload, code_bytes: int, kind: str, seed: int) -> Quantizer:
@@ -356,21 +366,18 @@ def of_scann(data: Workload, code_bytes: int) -> Search | None:
 
 def methods(data: Workload, code_bytes: int, seed: int, full: bool, how: Learning) -> Iterator[tuple[str, Search]]:
     """Yields the indexes of one size by name."""
-    opq = kept_quantizer(start_of, data, code_bytes, "opq", seed)
+    opq = kept_start(data, code_bytes, "opq", seed)
     yield "opq", of_quantizer(data, opq)
     for objective in reversed(OBJECTIVES):
-        yield objective, of_quantizer(data, kept_quantizer(learn, data, code_bytes, objective, seed, opq, how))
-    residual = kept_quantizer(start_of, data, code_bytes, "residual", seed)
+        yield objective, of_quantizer(data, kept_learned(data, code_bytes, objective, seed, opq, how))
+    residual = kept_start(data, code_bytes, "residual", seed)
     yield "residual_codes", of_quantizer(data, residual)
-    name = "distillation of residual codes"
     # More codes leave smaller errors, which the larger rate would only add to.
     slowly = dataclasses.replace(how, rate=1e-4) if code_bytes > 8 else how
-    yield (
-        "distillation_residual",
-        of_quantizer(data, kept_quantizer(learn, data, code_bytes, name, seed, residual, slowly)),
-    )
+    learned = kept_learned(data, code_bytes, "distillation", seed, residual, slowly)
+    yield "distillation_residual", of_quantizer(data, learned)
     if full:
-        yield "pq", of_quantizer(data, kept_quantizer(start_of, data, code_bytes, "none", seed))
+        yield "pq", of_quantizer(data, kept_start(data, code_bytes, "none", seed))
         yield "residual_quantizer", of_factory(data, f"RQ{code_bytes}x8", opq)
         if code_bytes <= 8:
             yield "lsq", of_factory(data, f"LSQ{code_bytes}x8", opq)
@@ -676,11 +683,32 @@ def homedepot_data(data: Path, out: Path, lists: int, seed: int) -> Workload:
     return workload("homedepot", store, model, judged, lists, 0.07)
 
 
+def cost_of_codes(result: report.Report, data: Workload, code_bytes: int, seed: int) -> None:
+    """Measures what product codes and residual codes cost in CPU time: an item, and a search of 10 lists."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)  # others would wait actively
+    for impl, kind in (("opq", "opq"), ("residual_codes", "residual")):
+        quantizer = kept_start(data, code_bytes, kind, seed)
+        begin = time.process_time()
+        product_codes.encode(quantizer, data.items)
+        of_item = (time.process_time() - begin) / len(data.items)
+        search, queries = of_quantizer(data, quantizer), data.asked[:200]
+        begin = time.process_time()
+        for query in queries:
+            search(query[np.newaxis], 10)
+        of_search = (time.process_time() - begin) / len(queries)
+        name = f"{data.name} {code_bytes} bytes"
+        result.add(impl, name, "encode_ms", 1000 * of_item, "ms")
+        result.add(impl, f"{name}, 10 of {data.lists} lists", "core_ms", 1000 * of_search, "ms")
+    faiss.omp_set_num_threads(threads)
+
+
 def homedepot(result: report.Report, data: Path, out: Path, seeds: Sequence[int], full: bool) -> None:
     """Measures Home Depot."""
     make = functools.partial(homedepot_data, data, out, HOMEDEPOT_LISTS)
     for size in (4, 8, 16, 32) if full else (8, 32):
         compare(result, make, [size], seeds, full)
+    cost_of_codes(result, make(seeds[0]), 8, seeds[0])
     exact = result.value("exact", "homedepot float", "recall@100")
     for size in (8, 32):
         name = f"homedepot {size} bytes, all lists"
@@ -728,8 +756,8 @@ def many_items(
     ratios: dict[str, list[float]] = {"recall@100": [], "ann_recall@100": []}
     for seed in seeds:
         data = shop_data(out, items, lists, steps, seed)
-        start = kept_quantizer(start_of, data, size, "opq", seed)
-        learned = kept_quantizer(learn, data, size, "distillation", seed, start, how)
+        start = kept_start(data, size, "opq", seed)
+        learned = kept_learned(data, size, "distillation", seed, start, how)
         recalls: dict[tuple[str, str], dict[int, float]] = {}
         for impl, quantizer in (("opq", start), ("distillation", learned)):
             search = of_quantizer(data, quantizer)
