@@ -27,8 +27,8 @@ from dpsr_tf.shop.world import World, make_world
 CONTROL = "word search"
 FIGURES = ("UCTR", "UCVR", "GMV", "QRR", "AOP")
 GRADES = ("bad", "fair", "perfect")
-# Requests of the test, queries that raters grade, and the items of each that they see.
-_REQUESTS, _RATED_QUERIES, _RATED_ITEMS = 8_000, 500, 10
+# Queries that raters grade, and the items of each that they see.
+_RATED_QUERIES, _RATED_ITEMS = 500, 10
 # A query is in the long tail if the log has fewer requests with it.
 TAIL = 5
 _SAMPLES = 1000
@@ -54,7 +54,7 @@ def online(shop: Shop, models: Mapping[str, Artifact]) -> Result:
         # The first model in the place of the word search, too.
         name, model = next(iter(models.items()))
         specs[f"{name}, alone"] = f"model:{model.path}"
-        simulation = Simulation(shop)
+        simulation = Simulation(shop, shop.size.requests)
         systems = Systems(Corpus.of_store(shop.opened_store), shop.seed)
         pages = {name: simulation.pages(systems.make(spec)) for name, spec in specs.items()}
         groups = {"all": np.ones(len(simulation.tail), bool), "tail": simulation.tail}
@@ -65,7 +65,7 @@ def online(shop: Shop, models: Mapping[str, Artifact]) -> Result:
             "rated": rated(simulation, pages, shop.seed),
         }
 
-    return {"seed": shop.seed, **shop.result("online", models, compute, requests=_REQUESTS)}
+    return {"seed": shop.seed, **shop.result("online", models, compute, requests=shop.size.requests)}
 
 
 class Simulation:
@@ -76,7 +76,7 @@ class Simulation:
         tail: whether a request is in the long tail, bool [requests].
     """
 
-    def __init__(self, shop: Shop, requests: int = _REQUESTS):
+    def __init__(self, shop: Shop, requests: int):
         """Draws the requests."""
         self.world: World = make_world(from_dict(Parameters, shop.parameters, "parameters", check=False))
         self._log = Log(self.world)

@@ -65,6 +65,7 @@ class Size:
     purchases: int = option(
         10_000, "number of purchases after the end of the log on which Table 2 is measured", 10, 10**5
     )
+    requests: int = option(8_000, "number of new requests in the simulation of the online tests", 100, 10**6)
     judged_queries: int = option(1_000, "largest number of judged queries that are not in the log", 10, 10**6)
     steps: int = option(1_500, "training steps of each model on a generated shop", 1, 10**9)
     batch_size: int = option(256, "positive pairs per training step", 2, 1 << 16)

@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "ranker.py"
 BARS = [f"{metric}_{impl}" for metric in ("session_auc", "ndcg5") for impl in ("dpr", "xgboost", "lightgbm")]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command(tmp_path):
     pytest.importorskip("xgboost")
     pytest.importorskip("lightgbm")

@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "ranker.py"
 COLOURS = ["red", "blue", "green", "black", "white", "pink"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_query_is_scored_by_models_that_have_not_seen_it(tmp_path):
     pytest.importorskip("lightgbm")
     rng = np.random.default_rng(1)

@@ -12,7 +12,7 @@ import pytest
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "second_list.py"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_quick_run() -> None:
     run = subprocess.run([sys.executable, str(SCRIPT), "--json", "--quick"], capture_output=True, text=True, check=True)
     report = json.loads(run.stdout.strip().splitlines()[-1])

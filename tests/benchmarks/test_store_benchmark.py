@@ -118,7 +118,7 @@ def test_compressed_bytes(tmp_path):
     assert 100_000 < benchmark.compressed_bytes([tmp_path / "a", tmp_path / "b"]) < 102_000
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_json_line():
     run = subprocess.run([sys.executable, SCRIPT, "--json", "--quick"], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

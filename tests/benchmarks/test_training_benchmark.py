@@ -35,7 +35,7 @@ def test_a_start_survives_its_file(tmp_path):
         np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_benchmark_runs(tmp_path):
     """Ours beside two others, which compute the same; without torch that is said, and its bar is left out."""
     no_torch = tmp_path / "python"

@@ -104,6 +104,8 @@ QUANTIZER = [
     "train.average_decay=0.9",
 ]
 
+RESIDUAL = [*QUANTIZER, "quantizer.codes=residual", "quantizer.rotation=none"]
+
 GRAPH = ["model.graph_fan_out=[4,2]"]
 
 REWRITER = [
@@ -123,6 +125,7 @@ REWRITER = [
     [
         pytest.param("ps", [], id="ps"),
         pytest.param("ps", QUANTIZER, id="ps, with a quantizer", marks=pytest.mark.distributed),
+        pytest.param("ps", RESIDUAL, id="ps, with residual codes", marks=pytest.mark.distributed),
         pytest.param("chief", [], id="chief", marks=pytest.mark.distributed),
         pytest.param("ps", GRAPH, id="ps, with a graph", marks=pytest.mark.distributed),
         pytest.param("ps", REWRITER, id="ps, a rewriter", marks=pytest.mark.distributed),
@@ -173,9 +176,13 @@ def test_training_goes_on_without_a_killed_worker(launch, shop_store, tmp_path):
 
 
 @pytest.mark.distributed
-def test_a_quantizer_is_trained_without_a_killed_worker(launch, shop_store, tmp_path):
+@pytest.mark.parametrize(
+    ("quantizer", "shape"),
+    [pytest.param(QUANTIZER, (4, 16, 8), id="product codes"), pytest.param(RESIDUAL, (4, 16, 32), id="residual codes")],
+)
+def test_a_quantizer_is_trained_without_a_killed_worker(launch, shop_store, tmp_path, quantizer, shape):
     """The chief starts it, all train it, and the frozen towers stay as they were."""
-    model, options = tmp_path / "model", ["train.steps=4000", "train.checkpoint_steps=100", *QUANTIZER]
+    model, options = tmp_path / "model", ["train.steps=4000", "train.checkpoint_steps=100", *quantizer]
     options.append("cluster.half_on_wire=true")
     cluster = launch("--ps=2", "--workers=2", f"--store={shop_store.path}", f"--out={model}", *sets(*options))
     cluster.until(
@@ -198,7 +205,7 @@ def test_a_quantizer_is_trained_without_a_killed_worker(launch, shop_store, tmp_
         assert np.isfinite(value).all(), name
         if f"{name}/ExponentialMovingAverage" in found:
             np.testing.assert_array_equal(value, found[f"{name}/ExponentialMovingAverage"], err_msg=name)
-    assert found["quantizer/codebooks"].shape == (4, 16, 8) and np.abs(found["quantizer/codebooks/Adam"]).max() > 0
+    assert found["quantizer/codebooks"].shape == shape and np.abs(found["quantizer/codebooks/Adam"]).max() > 0
 
 
 @pytest.mark.distributed

@@ -28,7 +28,7 @@ TINY = (
     "--parts=experiments,index",
     *(f"--set={value}" for value in ("items=1500", "users=30", "interactions=1500", "purchases=30", "steps=8")),
     *(f"--set={value}" for value in ("judged_queries=30", "shared_brands=1", "batch_size=32", "mixing_ratios=[0.5]")),
-    *(f"--set={value}" for value in ("plotted_items=100", "widths=[64]")),
+    *(f"--set={value}" for value in ("plotted_items=100", "widths=[64]", "requests=400")),
 )
 
 

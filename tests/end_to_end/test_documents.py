@@ -94,7 +94,7 @@ def test_a_text_encoder_of_ones_own(tmp_path: Path) -> None:
     assert float(of_model[0][0]) > 0.5, printed
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_hyperparameter_search(tmp_path: Path) -> None:
     printed = run_document("hyperparameter_search.md", tmp_path, "search.py")
