@@ -6,7 +6,7 @@
 # make test             everything that CI checks, from an empty checkout on
 # make test-fast        the Python tests that are not slow
 # make test-distributed the long tests of clusters
-# make test-long        other tests that take minutes
+# make test-long        other tests that take minutes: whole benchmarks in a quick form, the tutorial, further variants
 # make test-tensorflow-serving  compare our model server with TensorFlow Serving's (TENSORFLOW_MODEL_SERVER=PATH;
 #                       SERVABLE=BASE: on a servable of `dpsr export`, too)
 # make test-cpp         the C++ unit tests
@@ -177,7 +177,8 @@ bazel-test: debian $(VENV)/.packages build/offline.bazelrc
 # Runs the tests in two processes, in the order of tests/conftest.py: the fast tests first, so that most failures show
 # early. All fast tests of a file run in the same process, and so do its slow ones. `python -m pytest` alone uses one
 # process. Three processes were slower on 2 cores: not done after 12 minutes 40 seconds, against 11 minutes 50 in all.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Threads of FAISS that wait sleep: two processes have twice as many threads as there are cores.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # $(call take_program,PACKAGE,FILE) takes one program out of Debian's package, which is not installed, because it would
 # also start a server. A program of that name that is on the PATH is used instead.
@@ -207,7 +208,7 @@ test-tools: build/promtool
 	$(call install_debian,$(TEST_PACKAGES) $(if $(shell command -v java 2>/dev/null),,openjdk-17-jre-headless))
 
 test-fast: native test-tools
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not distributed and not long"
 
 # The Python tests leave processors idle while they wait for servers, and so does pip. The C++ tests are compiled and run
 # with low priority beside both; their output follows when they have ended. None of them may build in build/current (-o),
@@ -227,7 +228,7 @@ test-beside: native sanitize-build
 test-distributed: native
 	$(BIN)/python -m pytest -m distributed
 
-# Whole benchmarks in a quick form.
+# Whole benchmarks in a quick form, the tutorial, the demo on a real log, further variants of long tests.
 test-long: native
 	$(BIN)/python -m pytest -m long
 

@@ -36,7 +36,6 @@ _FIRST = (
     "serving/test_place.py",
     "dpsr_tf/test_training.py",
     "dpsr_tf/test_quantizer_training.py",
-    "benchmarks/test_training_benchmark.py",
     "export/test_learned_index.py",
     "export/test_export_personal.py",
     "export/test_export_versions.py",

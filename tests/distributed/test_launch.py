@@ -163,6 +163,7 @@ def kill_the_worker(cluster):
     os.kill(chief, signal.SIGCONT)
 
 
+@pytest.mark.distributed
 def test_training_goes_on_without_a_killed_worker(launch, shop_store, tmp_path):
     model, options = tmp_path / "model", ["train.steps=1500", "train.checkpoint_steps=100"]
     cluster = launch("--ps=1", "--workers=2", f"--store={shop_store.path}", f"--out={model}", *sets(*options))
@@ -329,6 +330,7 @@ def test_recall_is_that_of_local_training(launch, shop_store, tmp_path):
     assert min(recalls["local"]) > 0.3, "chance is 0.005"
 
 
+@pytest.mark.distributed
 def test_a_cluster_begins_a_ranker_that_reads_numbers(launch, shop_store, tmp_path):
     options = ["model.kind=ranker", "model.hidden=[16]", "model.token_dim=8", "train.batch_size=16", "train.steps=8"]
     cluster = launch(

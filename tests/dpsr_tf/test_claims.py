@@ -150,7 +150,7 @@ def test_judgments_with_the_language_of_each_query(shop: Shop) -> None:
     assert {"zh", "en"} == {row[-1].split(", ")[1] for row in rows[1:]}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_variants_are_trained_and_shown(shop: Shop, capfd: pytest.CaptureFixture) -> None:
     found = claims.claims(shop)
     for group, variants in claims.GROUPS.items():

@@ -235,8 +235,11 @@ def start_and_kill(store, config, path, tmp_path, when):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("when", "start_step"),
-    [("model.ckpt-10.index", 2000), ("teacher.dpsr", 20), ("model.ckpt-30.index", 20)],
-    ids=["first phase", "between the phases", "second phase"],
+    [
+        pytest.param("model.ckpt-10.index", 2000, id="first phase", marks=pytest.mark.long),
+        pytest.param("teacher.dpsr", 20, id="between the phases", marks=pytest.mark.long),
+        pytest.param("model.ckpt-30.index", 20, id="second phase"),
+    ],
 )
 def test_a_killed_training_resumes_to_the_bit(click_store, tmp_path, when, start_step):
     path = tmp_path / "model"
@@ -495,7 +498,10 @@ def test_fit_of_residual_codes(lists):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["reconstruction", "ranking", "distillation"])
+@pytest.mark.parametrize(
+    "objective",
+    [pytest.param(name, marks=pytest.mark.long) for name in ("reconstruction", "ranking")] + ["distillation"],
+)
 def test_residual_codes(click_store, without, tmp_path, objective):
     config = with_quantizer(codes="residual", rotation="none", objective=objective)
     path = copy_of(without, tmp_path / "model")

@@ -161,6 +161,7 @@ def test_options_train_and_decode_as_they_score(store, tmp_path, changes):
         assert ModelDirectory.open(path / "best", "rewriter").last_checkpoint().endswith("-4")
 
 
+@pytest.mark.long
 def test_a_resumed_training_is_the_same_training(store, model, tmp_path):
     shutil.copytree(model, tmp_path / "model")
     (tmp_path / "model" / "checkpoint").write_text('model_checkpoint_path: "model.ckpt-60"\n')

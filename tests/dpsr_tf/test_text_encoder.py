@@ -225,7 +225,10 @@ def test_a_convolution_is_trained_and_resumed(click_store, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [8, 150], ids=["one thread", "several threads"])
+@pytest.mark.parametrize(
+    "batch_size",
+    [pytest.param(8, id="one thread", marks=pytest.mark.long), pytest.param(150, id="several threads")],
+)
 def test_a_recurrent_layer_is_trained_and_resumed(click_store, tmp_path, batch_size):
     config = training_config("Gru", average_decay=0.9, batch_size=batch_size)
     assert_resumes(click_store, config, tmp_path, "text_encoder/gru/gru_cell/recurrent_kernel")

@@ -222,6 +222,7 @@ def test_demo_without_the_files_says_which(dpsr: Callable, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not HOMEDEPOT.is_dir(), reason="the Home Depot files are not beside the repository")
 def test_home_depot_path(tmp_path: Path) -> None:
     """The demo on a real log. With few steps it only has to show that the model learns."""

@@ -78,7 +78,7 @@ def test_bring_your_own_log(tmp_path: Path) -> None:
     assert {item["attributes"]["in_stock"] for item in answer["items"]} == {"1"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_text_encoder_of_ones_own(tmp_path: Path) -> None:
     """The module is importable for training, evaluation, index and export only."""
