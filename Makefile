@@ -51,7 +51,7 @@ TEST_PACKAGES := openssl systemd chromium chromium-driver openssh-server
 FUZZ_TARGETS := $(addprefix tokenizer_cc/,tokenizer_fuzz tokenizer_config_fuzz vocabulary_fuzz) export/item_filter_fuzz serving/session_fuzz
 SERVING_FUZZ_TARGETS := json_tensor_fuzz server_config_fuzz tensor_proto_fuzz
 
-THREADED_TESTS := call_server_test change_log_test embedding_test faiss_index_test filtered_search_test fresh_index_test item_filter_test product_quantizer_test rank_table_test tokenizer_test vocabulary_test worker_pool_test
+THREADED_TESTS := call_server_test change_log_test combined_searches_test embedding_test faiss_index_test filtered_search_test fresh_index_test item_filter_test product_quantizer_test rank_table_test tokenizer_test vocabulary_test worker_pool_test
 empty :=
 space := $(empty) $(empty)
 

@@ -6,18 +6,23 @@ It needs the package faiss-gpu in place of faiss-cpu, and a card. Without them o
 and the bars of the GPU are missing. The vectors are those of benchmarks/vectors.py. For each number of items the index
 is the one that `dpsr index` chooses, with the setting that reaches an ann_recall@1000 of 0.90 on the CPU; the GPU then
 searches the same index with the same setting. Numbers of items that do not fit into the card's memory are left out, and
-a row says so; `--items=fit` adds the largest number that fits, doubling from 30 million.
+a row says so; `--items=fit` adds the largest number that fits there, in main memory and in the folder, doubling from 30
+million. Above 30 million only the GPU builds: `benchmarks/index.py` has the CPU's time.
 
 build     wall time of `dpsr index --device=gpu` and without it: training and adding, not the embedding
+exact     wall time of an exact search for 200 queries, as `dpsr index` does it to measure recall
 search    milliseconds of a call with so many queries for the top 1,000, wall time; on the CPU with all cores
 same      share of the CPU's results that the GPU also returns, and the largest difference of the scores of equal items
 op        the same with the lookup op of a servable (DPSR_FAISS_DEVICE), one query a row, batch by batch
+callers   queries a second of the op for so many callers at once, each with one query at a time; on a GPU, those that
+          wait are put together
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,6 +36,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read when TensorFlow loads
 import faiss
 import numpy as np
 import report
+import tensorflow as tf
 from absl import app, flags
 from index import factories
 from vectors import DIM, Vectors
@@ -40,9 +46,13 @@ from dpsr_export import ann
 from dpsr_export.faiss_search import FaissIndexTable, write_item_ids
 
 K, RECALL = 1000, 0.90
+_CPU_BUILDS_TO = 30_000_000  # items; the CPU takes an hour for 120 million
+_CALLERS, _CALLS = (1, 16, 64), 256
+_COMPARED = 200  # queries
 # Share of the card's free memory that an index may take; FAISS needs the rest for searches.
 _MEMORY_SHARE = 0.7
 _SECONDS = 2.0  # that each search is measured for
+v1 = tf.compat.v1
 FLAGS = flags.FLAGS
 
 
@@ -55,10 +65,10 @@ def problem() -> str:
     return ""
 
 
-def free_bytes() -> int:
-    """Returns the free memory of the first card, as nvidia-smi says it."""
-    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits", "--id=0"]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]) << 20
+def card(field: str) -> str:
+    """Returns what nvidia-smi says of the first card: its name, or its memory.free in MiB."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", "--id=0"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def milliseconds(search: Callable[[], object]) -> float:
@@ -97,19 +107,51 @@ def on_gpu(index: faiss.Index) -> Any:
     return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index, options)
 
 
-def add_op(
-    result: report.Report, impl: str, workload: str, index: faiss.Index, queries: np.ndarray, batches: Sequence[int]
+def many_calls(table: FaissIndexTable, queries: np.ndarray, callers: int) -> tf.Operation:
+    """Adds the op _CALLS times to the graph, one query each, in so many chains that do not wait for one another."""
+    ends: list[tf.Tensor] = []
+    for number in range(_CALLS):
+        with tf.control_dependencies([ends[-callers]] if number >= callers else []):
+            query = tf.constant(queries[number % len(queries)][np.newaxis, np.newaxis])
+            ends.append(table.search(query, K)[0])
+    return tf.group(*ends[-callers:])
+
+
+def measure_op(
+    result: report.Report, devices: Sequence[str], index: faiss.Index, queries: np.ndarray, batches: Sequence[int]
 ) -> None:
-    """Adds the times of the lookup op, on the device that DPSR_FAISS_DEVICE names now."""
-    with tempfile.TemporaryDirectory() as name:
+    """Adds the rows of the lookup op on each device."""
+    items = index.ntotal
+    workload = f"{items:,} x {DIM}"
+    answers = {}
+    config = v1.ConfigProto(inter_op_parallelism_threads=max(_CALLERS))
+    with tempfile.TemporaryDirectory(dir=FLAGS.folder) as name:
         path, ids = Path(name) / "items.faiss", Path(name) / "item_ids.dpsr"
         faiss.write_index(index, str(path))
-        write_item_ids(ids, np.arange(index.ntotal), path)
-        table = FaissIndexTable(str(path), str(ids))
-        for batch in batches:
-            asked = np.ascontiguousarray(queries[:batch, np.newaxis])
-            spent = milliseconds(functools.partial(table.search, asked, K))
-            result.add(impl, f"{workload}, batch {batch}", "op_ms", spent, "ms")
+        write_item_ids(ids, np.arange(items), path)
+        for device in devices:
+            os.environ["DPSR_FAISS_DEVICE"] = device
+            with tf.Graph().as_default(), v1.Session(config=config) as session:
+                table = FaissIndexTable(str(path), str(ids))
+                given = v1.placeholder(tf.float32, [None, 1, DIM])
+                found, scores, _ = table.search(given, K)
+                calls = {callers: many_calls(table, queries, callers) for callers in _CALLERS}
+                session.run(v1.tables_initializer())
+                for batch in batches:
+                    asked = {given: queries[:batch, np.newaxis]}
+                    spent = milliseconds(functools.partial(session.run, [found, scores], asked))
+                    result.add(device, f"{workload}, batch {batch}", "op_ms", spent, "ms")
+                for callers, together in calls.items():
+                    rate = 1000 * _CALLS / milliseconds(functools.partial(session.run, together))
+                    result.add(device, f"{workload}, {callers} callers", "op_qps", rate, "1/s")
+                answers[device] = session.run([scores, found], {given: queries[:_COMPARED, np.newaxis]})
+    if "gpu" in devices:
+        share, most = difference(answers["cpu"], answers["gpu"])
+        result.add("gpu", workload, "op_same_results", share, "share")
+        result.add("gpu", workload, "op_score_difference", most, "")
+        qps = [result.value("gpu", f"{workload}, {callers} callers", "op_qps") for callers in _CALLERS]
+        result.bars[f"gpu_op_same_results_{items}"] = share
+        result.bars[f"gpu_op_callers_over_one_{items}"] = qps[-1] / qps[0]
 
 
 def measure(result: report.Report, items: int, batches: Sequence[int], has_gpu: bool, folder: Path) -> None:
@@ -120,13 +162,19 @@ def measure(result: report.Report, items: int, batches: Sequence[int], has_gpu: 
     queries = np.resize(distribution.queries(min(max(batches), 4096)), (max(batches), DIM))
     factory = factories(items)[0]
     devices = ["cpu", "gpu"] if has_gpu else ["cpu"]
-    built = {}
+    compared = queries[:_COMPARED]
+    for device in reversed(devices):  # the index of the CPU is kept, if it builds one
+        if device == "cpu" and has_gpu and items > _CPU_BUILDS_TO:
+            continue
+        start = time.perf_counter()
+        index = ann.build(vectors, factory, device)
+        result.add(device, workload, "build", time.perf_counter() - start, "s", note=factory)
+        print(f"{workload}: built on the {device}", file=sys.stderr, flush=True)
     for device in devices:
         start = time.perf_counter()
-        built[device] = ann.build(vectors, factory, device)
-        result.add(device, workload, "build", time.perf_counter() - start, "s", note=factory)
-    index = built["cpu"]
-    settings = ann.measure_settings(index, ann.Exact(vectors, queries[:200], [K]), queries[:200], K)
+        exact = ann.Exact(vectors, compared, [K], device)
+        result.add(device, workload, "exact", time.perf_counter() - start, "s")
+    settings = ann.measure_settings(index, exact, compared, K)
     chosen = ann.choose(settings, K, RECALL)
     ann.set_parameters(index, chosen.parameters)
     note = f"{chosen.parameters or '-'}, ann_recall@{K} {chosen.ann_recall[K]:.3f}"
@@ -137,29 +185,33 @@ def measure(result: report.Report, items: int, batches: Sequence[int], has_gpu: 
             spent = milliseconds(functools.partial(each.search, asked, K))
             result.add(device, f"{workload}, batch {batch}", "search", spent, "ms", note=note)
     if has_gpu:
-        share, most = difference(index.search(queries[:200], K), searched["gpu"].search(queries[:200], K))
+        share, most = difference(index.search(compared, K), searched["gpu"].search(compared, K))
         result.add("gpu", workload, "same_results", share, "share")
         result.add("gpu", workload, "score_difference", most, "")
-        result.bars[f"gpu_build_ratio_{items}"] = result.value("gpu", workload, "build") / result.value(
-            "cpu", workload, "build"
-        )
+        if items <= _CPU_BUILDS_TO:
+            result.bars[f"gpu_build_ratio_{items}"] = result.value("gpu", workload, "build") / result.value(
+                "cpu", workload, "build"
+            )
         for batch in batches:
             at = f"{workload}, batch {batch}"
             result.bars[f"gpu_search_ratio_{items}_b{batch}"] = result.value("gpu", at, "search") / result.value(
                 "cpu", at, "search"
             )
         result.bars[f"gpu_same_results_{items}"] = share
-    for device in devices:
-        os.environ["DPSR_FAISS_DEVICE"] = device
-        add_op(result, device, workload, index, queries, [batch for batch in batches if batch <= 256])
+    del searched
+    measure_op(result, devices, index, queries, batches)
 
 
 def sizes(asked: str, has_gpu: bool, result: report.Report) -> list[int]:
     """Returns the numbers of items that are measured. Those that do not fit on the card get a row that says so."""
-    fit = int(free_bytes() * _MEMORY_SHARE / (DIM + 12)) if has_gpu else sys.maxsize
+    fit = int((int(card("memory.free")) << 20) * _MEMORY_SHARE / (DIM + 12)) if has_gpu else sys.maxsize
+    # The vectors are a file of the folder, which should fit into main memory as well.
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    room = min(memory, shutil.disk_usage(FLAGS.folder or tempfile.gettempdir()).free)
+    held = min(fit, int(room * _MEMORY_SHARE / (5 * DIM + 8)))
     wanted = [int(number) for number in asked.split(",") if number != "fit"]
     if has_gpu and "fit" in asked.split(","):
-        wanted += [30_000_000 << shift for shift in range(8) if 30_000_000 << shift <= fit][-1:]
+        wanted += [30_000_000 << shift for shift in range(8) if 30_000_000 << shift <= held][-1:]
     for items in wanted:
         if items > fit:
             result.add(
@@ -172,7 +224,9 @@ def main(_: list[str]) -> None:
     """Runs the benchmark and prints the results."""
     result = report.Report("gpu", FLAGS.seed, report.hardware("faiss-cpu", "faiss-gpu", "tensorflow", "numpy"))
     why = problem()
-    if why:
+    if not why:
+        result.hardware["gpu"] = card("name")
+    else:
         result.add("gpu", "-", "missing", 1, "", note=why)
     asked, batches = FLAGS.items, [int(batch) for batch in FLAGS.batches]
     if FLAGS.quick:

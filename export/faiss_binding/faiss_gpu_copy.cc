@@ -5,7 +5,7 @@
 
 namespace dpsr {
 
-Status FaissGpuCopy::Create(const FaissFunctions& faiss, const faiss::Index* index, int device,
+Status FaissGpuCopy::Create(const FaissFunctions& faiss, const faiss::Index* index, int64_t d, int device,
                             std::unique_ptr<FaissGpuCopy>* copy) {
   if (!faiss.has_gpu()) {
     return MakeStatus(StatusCode::kFailedPrecondition, "the FAISS library ", faiss.path(),
@@ -14,7 +14,7 @@ Status FaissGpuCopy::Create(const FaissFunctions& faiss, const faiss::Index* ind
   return CatchExceptions(StatusCode::kFailedPrecondition, StrCat("cannot copy the index to GPU ", device), [&] {
     const int devices = faiss.num_gpus();
     if (device < 0 || device >= devices) throw std::out_of_range(StrCat("there are ", devices, " GPUs"));
-    std::unique_ptr<FaissGpuCopy> created(new FaissGpuCopy(faiss));
+    std::unique_ptr<FaissGpuCopy> created(new FaissGpuCopy(faiss, d));
     if (created->resources_.back() != kUntouched) {
       throw std::length_error("StandardGpuResources is larger than expected");
     }
@@ -23,7 +23,11 @@ Status FaissGpuCopy::Create(const FaissFunctions& faiss, const faiss::Index* ind
   });
 }
 
-FaissGpuCopy::FaissGpuCopy(const FaissFunctions& faiss) : faiss_(faiss) {
+FaissGpuCopy::FaissGpuCopy(const FaissFunctions& faiss, int64_t d)
+    : faiss_(faiss),
+      searches_(d, [this](int64_t n, const float* x, int64_t k, float* distances, int64_t* labels) {
+        faiss_.Search(index_, n, x, k, distances, labels);
+      }) {
   resources_.fill(kUntouched);
   faiss_.construct_gpu_resources(resources_.data());
 }
@@ -31,11 +35,6 @@ FaissGpuCopy::FaissGpuCopy(const FaissFunctions& faiss) : faiss_(faiss) {
 FaissGpuCopy::~FaissGpuCopy() {
   if (index_ != nullptr) faiss_.Delete(index_);
   faiss_.destroy_gpu_resources(resources_.data());
-}
-
-void FaissGpuCopy::Search(int64_t n, const float* x, int64_t k, float* distances, int64_t* labels) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  faiss_.Search(index_, n, x, k, distances, labels);
 }
 
 }  // namespace dpsr

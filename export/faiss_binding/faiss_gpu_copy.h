@@ -5,9 +5,9 @@
 #include <array>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 
 #include "common/status.h"
+#include "export/faiss_binding/combined_searches.h"
 #include "export/faiss_binding/faiss_functions.h"
 
 namespace dpsr {
@@ -16,24 +16,26 @@ class FaissGpuCopy {
  public:
   // Errors: FailedPrecondition (the library is faiss-cpu, there is no such device, no memory, FAISS has no such index
   // on a GPU).
-  static Status Create(const FaissFunctions& faiss, const faiss::Index* index, int device,
+  static Status Create(const FaissFunctions& faiss, const faiss::Index* index, int64_t d, int device,
                        std::unique_ptr<FaissGpuCopy>* copy);
   ~FaissGpuCopy();
   FaissGpuCopy(const FaissGpuCopy&) = delete;
   FaissGpuCopy& operator=(const FaissGpuCopy&) = delete;
 
-  // As FaissFunctions::Search. Thread-safe: FAISS's GPU resources serve one search at a time, so calls wait for one
-  // another. Throws what FAISS throws.
-  void Search(int64_t n, const float* x, int64_t k, float* distances, int64_t* labels);
+  // As FaissFunctions::Search. Thread-safe: FAISS's GPU resources serve one search at a time, so calls that come
+  // meanwhile are put together in the next one. Throws what FAISS throws.
+  void Search(int64_t n, const float* x, int64_t k, float* distances, int64_t* labels) {
+    searches_.Search(n, x, k, distances, labels);
+  }
 
  private:
-  explicit FaissGpuCopy(const FaissFunctions& faiss);
+  FaissGpuCopy(const FaissFunctions& faiss, int64_t d);
 
   const FaissFunctions& faiss_;
   // A faiss::gpu::StandardGpuResources, which holds one pointer.
   alignas(64) std::array<unsigned char, 1024> resources_;
   faiss::Index* index_ = nullptr;
-  std::mutex mutex_;
+  CombinedSearches searches_;
 };
 
 }  // namespace dpsr

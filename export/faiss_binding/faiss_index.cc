@@ -208,7 +208,7 @@ Status FaissIndex::CopyToGpu(int device) {
     return MakeStatus(StatusCode::kFailedPrecondition, "the index has the search parameter max_codes=",
                       parameters().max_codes, ", which a search on a GPU does not obey");
   }
-  return FaissGpuCopy::Create(faiss_, index_, device, &gpu_);
+  return FaissGpuCopy::Create(faiss_, index_, d(), device, &gpu_);
 }
 
 Status FaissIndex::Reconstruct(Span<const int64_t> positions,

@@ -60,11 +60,11 @@ class FaissIndex {
   // Returns OK when the index has each parameter that is set. Errors: InvalidArgument, with the names that it has.
   Status CheckParameters(const SearchParameters& parameters) const;
 
-  // Copies the index to a GPU. From then on it is searched there, one call at a time. Searches that the GPU does not
-  // support still run on the CPU: among allowed positions, with parameters for one call, or for more than
-  // kMaxGpuResults results. To be called at most once, before any search. Errors: FailedPrecondition (a FAISS without
-  // GPUs, no such device, an index of a kind that GPUs do not have, no memory, a max_codes of the index, which a GPU
-  // does not obey); the index is then as before.
+  // Copies the index to a GPU. From then on it is searched there, one call at a time; calls that come meanwhile are put
+  // together. Searches that the GPU does not support still run on the CPU: among allowed positions, with parameters for
+  // one call, or for more than kMaxGpuResults results. To be called at most once, before any search. Errors:
+  // FailedPrecondition (a FAISS without GPUs, no such device, an index of a kind that GPUs do not have, no memory, a
+  // max_codes of the index, which a GPU does not obey); the index is then as before.
   static constexpr int64_t kMaxGpuResults = 2048;
   Status CopyToGpu(int device);
 

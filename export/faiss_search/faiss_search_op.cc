@@ -445,8 +445,36 @@ class FaissSearchOp : public OpKernel {
     static_cast<void>(warned);
   }
 
+  // What a GPU found for all heads of a batch in one search: row `i` of the embeddings [batch * heads, dim] has
+  // scores[i * k] and labels[i * k] onwards.
+  struct GpuResults {
+    int64_t k = 0;  // 0: nothing was searched
+    std::vector<float> scores;
+    std::vector<int64_t> labels;
+  };
+
+  // Searches on the GPU for all heads, if the index is there and no row has filters or excluded ids. Only then does each
+  // head want the same number of results.
+  static Status SearchOnGpu(OpKernelContext* context, const ItemIndex& items, int64_t k,
+                            const SearchParameters& parameters, GpuResults* results) {
+    const Tensor& query_embedding = context->input(kSearchQueryEmbedding);
+    const int64_t searches = query_embedding.dim_size(0) * query_embedding.dim_size(1);
+    const int64_t wanted = items.item_ids.entries * std::min(k, items.item_ids.size());
+    if (!items.index->is_on_gpu() || searches < 2 || wanted < 1 || wanted > FaissIndex::kMaxGpuResults ||
+        !parameters.empty() || !IsAbsent(context->input(kSearchInclude)) ||
+        !IsAbsent(context->input(kSearchExclude)) || !IsAbsent(context->input(kSearchExcludedItemIds))) {
+      return Status();
+    }
+    results->k = wanted;
+    results->scores.resize(searches * wanted);
+    results->labels.resize(searches * wanted);
+    return items.index->Search(searches, query_embedding.flat<float>().data(), wanted, results->scores.data(),
+                               results->labels.data());
+  }
+
   // Each row is searched separately, on one FAISS thread. So a result does not depend on the rest of the batch: for
-  // many queries at once FAISS uses other code, which rounds differently.
+  // many queries at once FAISS uses other code, which rounds differently. Only a GPU searches for all rows at once: it
+  // takes hardly longer than for one.
   static Status SearchBatch(OpKernelContext* context, const RequestState& request, const ItemIndex& items, int64_t k,
                             const SearchParameters& parameters, Tensor* item_ids, Tensor* scores, Tensor* heads) {
     const Tensor& query_embedding = context->input(kSearchQueryEmbedding);
@@ -462,6 +490,8 @@ class FaissSearchOp : public OpKernel {
     // All rows see the same changes.
     const std::shared_ptr<const FreshItems> fresh = items.fresh->items();
     WarnIfNotOnGpu(items, fresh.get());
+    GpuResults on_gpu;
+    if (fresh == nullptr) DPSR_RETURN_IF_ERROR(SearchOnGpu(context, items, k, parameters, &on_gpu));
     const auto search_rows = [&](int64_t begin, int64_t end) {
       RowFilter filter;
       const auto search = [&](const float* query, int64_t wanted, float* found_scores, int64_t* labels) {
@@ -471,6 +501,12 @@ class FaissSearchOp : public OpKernel {
                                labels);
         }
         if (mask != nullptr) return items.filtered->Search(query, wanted, *mask, parameters, found_scores, labels);
+        if (wanted == on_gpu.k) {
+          const int64_t first = (query - queries) / dim * wanted;
+          std::copy_n(&on_gpu.scores[first], wanted, found_scores);
+          std::copy_n(&on_gpu.labels[first], wanted, labels);
+          return Status();
+        }
         return items.index->Search(1, query, wanted, found_scores, labels, /*nthreads=*/1, parameters);
       };
       Retriever retriever(fresh != nullptr ? fresh->item_ids() : items.item_ids, search);
