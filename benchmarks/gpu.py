@@ -4,14 +4,15 @@
 
 It needs the package faiss-gpu in place of faiss-cpu, and a card. Without them only the CPU is measured; a row says why,
 and the bars of the GPU are missing. The vectors are those of benchmarks/vectors.py. For each number of items the index
-is the one that `dpsr index` chooses, with the setting that reaches an ann_recall@1000 of 0.90 on the CPU; the GPU then
-searches the same index with the same setting. Numbers of items that do not fit into the card's memory are left out, and
-a row says so; `--items=fit` adds the largest number that fits there, in main memory and in the folder, doubling from 30
-million. Above 30 million only the GPU builds: `benchmarks/index.py` has the CPU's time.
+has the lists that `dpsr index` chooses, with codes of 16-bit floats, because a GPU finds at most 512 results with SQ8.
+The setting is the one that reaches an ann_recall@1000 of 0.90 on the CPU; the GPU then searches the same index with it.
+Numbers of items that do not fit into the card's memory are left out, and a row says so; `--items=fit` adds the largest
+number that fits there, in main memory and in the folder, doubling from 30 million. Above 30 million only the GPU
+builds: `benchmarks/index.py` has the CPU's time.
 
 build     wall time of `dpsr index --device=gpu` and without it: training and adding, not the embedding
 exact     wall time of an exact search for 200 queries, as `dpsr index` does it to measure recall
-search    milliseconds of a call with so many queries for the top 1,000, wall time; on the CPU with all cores
+search    milliseconds of a call with so many queries for the top 1,000 or 100, wall time; on the CPU with all cores
 same      share of the CPU's results that the GPU also returns, and the largest difference of the scores of equal items
 op        the same with the lookup op of a servable (DPSR_FAISS_DEVICE), one query a row, batch by batch
 callers   queries a second of the op for so many callers at once, each with one query at a time; on a GPU, those that
@@ -46,12 +47,13 @@ from dpsr_export import ann
 from dpsr_export.faiss_search import FaissIndexTable, write_item_ids
 
 K, RECALL = 1000, 0.90
+_FEWER = 100
 _CPU_BUILDS_TO = 30_000_000  # items; the CPU takes an hour for 120 million
 _CALLERS, _CALLS = (1, 16, 64), 256
 _COMPARED = 200  # queries
 # Share of the card's free memory that an index may take; FAISS needs the rest for searches.
 _MEMORY_SHARE = 0.7
-_SECONDS = 2.0  # that each search is measured for
+_SECONDS = 1.0  # that each search is measured for
 v1 = tf.compat.v1
 FLAGS = flags.FLAGS
 
@@ -160,7 +162,7 @@ def measure(result: report.Report, items: int, batches: Sequence[int], has_gpu: 
     distribution = Vectors(items, result.seed)
     vectors = distribution.kept(folder)
     queries = np.resize(distribution.queries(min(max(batches), 4096)), (max(batches), DIM))
-    factory = factories(items)[0]
+    factory = factories(items)[0].replace("SQ8", "SQfp16")
     devices = ["cpu", "gpu"] if has_gpu else ["cpu"]
     compared = queries[:_COMPARED]
     for device in reversed(devices):  # the index of the CPU is kept, if it builds one
@@ -182,8 +184,10 @@ def measure(result: report.Report, items: int, batches: Sequence[int], has_gpu: 
     for batch in batches:
         asked = np.ascontiguousarray(queries[:batch])
         for device, each in searched.items():
-            spent = milliseconds(functools.partial(each.search, asked, K))
-            result.add(device, f"{workload}, batch {batch}", "search", spent, "ms", note=note)
+            for k in (K, _FEWER):
+                spent = milliseconds(functools.partial(each.search, asked, k))
+                metric = "search" if k == K else f"search_top_{k}"
+                result.add(device, f"{workload}, batch {batch}", metric, spent, "ms", note=note)
     if has_gpu:
         share, most = difference(index.search(compared, K), searched["gpu"].search(compared, K))
         result.add("gpu", workload, "same_results", share, "share")

@@ -77,8 +77,9 @@ Status FaissFunctions::LookUpFunctions() {
 
 Status FaissFunctions::LookUpTypes() {
   for (const auto& [name, type] : {std::pair{"Index", &index_type_}, std::pair{"IndexIVF", &ivf_type},
-                                   std::pair{"IndexIVFFastScan", &fast_scan_type}, std::pair{"IndexHNSW", &hnsw_type},
-                                   std::pair{"IndexRefine", &refine_type},
+                                   std::pair{"IndexIVFFastScan", &fast_scan_type},
+                                   std::pair{"IndexIVFScalarQuantizer", &ivf_scalar_type},
+                                   std::pair{"IndexHNSW", &hnsw_type}, std::pair{"IndexRefine", &refine_type},
                                    std::pair{"IndexPreTransform", &pre_transform_type}}) {
     const std::string symbol = "_ZTIN5faiss" + Mangled(name) + "E";
     *type = dlsym(handle_, symbol.c_str());

@@ -99,6 +99,7 @@ class FaissFunctions {
   // Type infos, for IsA.
   const void* ivf_type = nullptr;  // IndexIVF
   const void* fast_scan_type = nullptr;
+  const void* ivf_scalar_type = nullptr;  // IndexIVFScalarQuantizer
   const void* hnsw_type = nullptr;
   const void* refine_type = nullptr;
   const void* pre_transform_type = nullptr;

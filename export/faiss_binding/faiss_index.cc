@@ -194,7 +194,7 @@ Status FaissIndex::Search(int64_t n, const float* x, int64_t k, float* distances
   if (n == 0) return Status();
   return CatchExceptions(StatusCode::kInternal, "FAISS search failed", [&] {
     const OmpThreads threads(faiss_, nthreads);
-    if (gpu_ != nullptr && allowed == nullptr && parameters.empty() && k <= kMaxGpuResults) {
+    if (gpu_ != nullptr && allowed == nullptr && parameters.empty() && k <= max_gpu_results()) {
       gpu_->Search(n, x, k, distances, labels);
       return;
     }
@@ -203,7 +203,19 @@ Status FaissIndex::Search(int64_t n, const float* x, int64_t k, float* distances
   });
 }
 
+int64_t FaissIndex::max_gpu_results() const {
+  constexpr int64_t kMostWithScales = 512;
+  if (ivf_ == nullptr || !faiss_.IsA(ivf_, faiss_.ivf_scalar_type)) return kMaxGpuResults;
+  const auto* lists = ReadField<const faiss::InvertedLists*>(ivf_, faiss_layout::kIvfInvlists);
+  // Codes of 16-bit floats have no scales.
+  const bool has_scales = ReadField<int64_t>(lists, faiss_layout::kInvertedListsCodeSize) < 2 * list_dim();
+  return has_scales ? kMostWithScales : kMaxGpuResults;
+}
+
 Status FaissIndex::CopyToGpu(int device) {
+  if (refine_ != nullptr) {
+    return MakeStatus(StatusCode::kFailedPrecondition, "the index has a refinement, which a GPU does not search with");
+  }
   if (parameters().max_codes != 0) {
     return MakeStatus(StatusCode::kFailedPrecondition, "the index has the search parameter max_codes=",
                       parameters().max_codes, ", which a search on a GPU does not obey");

@@ -62,11 +62,15 @@ class FaissIndex {
 
   // Copies the index to a GPU. From then on it is searched there, one call at a time; calls that come meanwhile are put
   // together. Searches that the GPU does not support still run on the CPU: among allowed positions, with parameters for
-  // one call, or for more than kMaxGpuResults results. To be called at most once, before any search. Errors:
-  // FailedPrecondition (a FAISS without GPUs, no such device, an index of a kind that GPUs do not have, no memory, a
-  // max_codes of the index, which a GPU does not obey); the index is then as before.
-  static constexpr int64_t kMaxGpuResults = 2048;
+  // one call, or for more than max_gpu_results() results. To be called at most once, before any search. Errors:
+  // FailedPrecondition (a FAISS without GPUs, no such device, an index of a kind that GPUs do not have, a refinement, no
+  // memory, a max_codes of the index, which a GPU does not obey); the index is then as before.
   Status CopyToGpu(int device);
+  // Returns the largest k of a search on a GPU: kMaxGpuResults, or 512 for lists with codes like SQ8. Those have a scale for each
+  // dimension, which does not fit into a GPU's shared memory beside more results, and FAISS then ends the process:
+  // https://github.com/facebookresearch/faiss/issues/3207
+  static constexpr int64_t kMaxGpuResults = 2048;
+  int64_t max_gpu_results() const;
 
   // Searches for the k best vectors for each query: x [n, d] -> distances [n, k], labels [n, k]. Uses `nthreads` OpenMP
   // threads, and leaves the calling thread's own setting as it was. `parameters` hold for this call; those that the

@@ -223,23 +223,35 @@ TEST_F(FaissIndexTest, WithoutAGpuItStaysOnTheCpu) {
   EXPECT_EQ(labels, Exact({vectors_.begin(), vectors_.begin() + kDim}, 3));
 }
 
+TEST_F(FaissIndexTest, AGpuCannotFindAsManyResultsWithSomeCodes) {
+  for (const auto& [description, most] : {std::pair<std::string, int64_t>{"Flat", 2048},
+                                          {"IVF4,Flat", 2048},
+                                          {"IVF4,SQ8", 512},
+                                          {"IVF4,SQ4", 512},
+                                          {"IVF4,SQfp16", 2048}}) {
+    WriteTestIndex(*library_, path_, description, kDim, FaissMetric::kInnerProduct, vectors_, kVectors);
+    EXPECT_EQ(Read()->max_gpu_results(), most) << description;
+  }
+}
+
 // Needs faiss-gpu and a GPU.
 TEST_F(FaissIndexTest, AGpuFindsWhatTheCpuFinds) {
   const std::vector<float> queries = RandomVectors(64, kDim, 2);
   std::vector<uint64_t> even((kVectors + 63) / 64, 0x5555555555555555);
   const PositionSet allowed(even.data(), even.size());
-  for (const std::string description : {"Flat", "IVF4,Flat", "IVF4,SQ8", "IVF4,PQ4"}) {
+  for (const std::string description : {"Flat", "IVF4,Flat", "IVF4,SQ8", "IVF4,SQ4", "IVF4,SQfp16", "IVF4,PQ4"}) {
     SCOPED_TRACE(description);
     WriteTestIndex(*library_, path_, description, kDim, FaissMetric::kInnerProduct, vectors_, kVectors);
     const auto cpu = Read(), gpu = Read();
     const Status status = gpu->CopyToGpu(0);
     if (!status.ok()) GTEST_SKIP() << status.message();
     EXPECT_EQ(Read()->CopyToGpu(1000).code(), StatusCode::kFailedPrecondition);  // there are not that many
-    // Above 2,048 results, and with a filter, the CPU searches.
+    // For more results, and with a filter, the CPU searches.
+    const int64_t most = gpu->max_gpu_results();
     for (const auto& [k, filter] : {std::pair<int64_t, const PositionSet*>{1, nullptr},
                                     {50, nullptr},
-                                    {FaissIndex::kMaxGpuResults, nullptr},
-                                    {FaissIndex::kMaxGpuResults + 1, nullptr},
+                                    {most, nullptr},
+                                    {most + 1, nullptr},
                                     {20, &allowed}}) {
       std::vector<float> expected(64 * k), distances(64 * k);
       std::vector<int64_t> expected_labels(64 * k), labels(64 * k);

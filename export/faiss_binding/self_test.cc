@@ -109,7 +109,8 @@ std::string TestIvfFields(const FaissFunctions& faiss) {
   const OwnedIndex index = MakeIndex(faiss, 4, "IVF3,SQ8");
   faiss.SetIndexParameters(index.get(), "nprobe=77,max_codes=78");
   const bool types = faiss.IsA(index.get(), faiss.ivf_type) && !faiss.IsA(index.get(), faiss.hnsw_type) &&
-                     !faiss.IsA(index.get(), faiss.fast_scan_type);
+                     !faiss.IsA(index.get(), faiss.fast_scan_type) &&
+                     faiss.IsA(index.get(), faiss.ivf_scalar_type);
   if (!types || ReadField<int64_t>(index.get(), faiss_layout::kIvfNlist) != 3 ||
       ReadField<int64_t>(index.get(), faiss_layout::kIvfNprobe) != kParameter ||
       ReadField<int64_t>(index.get(), faiss_layout::kIvfMaxCodes) != kParameter + 1) {

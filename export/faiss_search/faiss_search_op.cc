@@ -167,7 +167,13 @@ Status UseDevice(FaissIndex* index) {
                       "\", expected cpu, gpu, or gpu:N, where N is the number of a device");
   }
   const Status copied = index->CopyToGpu(device == "gpu" ? 0 : number);
-  if (!copied.ok()) Warn(StrCat(kDeviceVariable, "=", device, ": ", copied.message(), "; the CPU is used"));
+  if (!copied.ok()) {
+    Warn(StrCat(kDeviceVariable, "=", device, ": ", copied.message(), "; the CPU is used"));
+  } else if (index->max_gpu_results() < FaissIndex::kMaxGpuResults) {
+    Warn(StrCat(kDeviceVariable, "=", device, ": with the codes of this index, a search for more than ",
+                index->max_gpu_results(), " results runs on the CPU; IVF with SQfp16 or Flat allows ",
+                FaissIndex::kMaxGpuResults));
+  }
   return Status();
 }
 
@@ -460,7 +466,7 @@ class FaissSearchOp : public OpKernel {
     const Tensor& query_embedding = context->input(kSearchQueryEmbedding);
     const int64_t searches = query_embedding.dim_size(0) * query_embedding.dim_size(1);
     const int64_t wanted = items.item_ids.entries * std::min(k, items.item_ids.size());
-    if (!items.index->is_on_gpu() || searches < 2 || wanted < 1 || wanted > FaissIndex::kMaxGpuResults ||
+    if (!items.index->is_on_gpu() || searches < 2 || wanted < 1 || wanted > items.index->max_gpu_results() ||
         !parameters.empty() || !IsAbsent(context->input(kSearchInclude)) ||
         !IsAbsent(context->input(kSearchExclude)) || !IsAbsent(context->input(kSearchExcludedItemIds))) {
       return Status();
