@@ -22,6 +22,7 @@ callers   queries a second of the op for so many callers at once, each with one 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import subprocess
@@ -235,9 +236,15 @@ def main(_: list[str]) -> None:
     asked, batches = FLAGS.items, [int(batch) for batch in FLAGS.batches]
     if FLAGS.quick:
         asked, batches = "20000", [1, 16]
+    os.environ["DPSR_MAX_RESULTS"] = str(max(batches) * K)  # the op's default is a million
     with tempfile.TemporaryDirectory(dir=FLAGS.folder) as folder:
         for items in sizes(asked, not why, result):
-            measure(result, items, batches, not why, Path(FLAGS.folder or folder))
+            shown = len(result.rows)
+            try:
+                measure(result, items, batches, not why, Path(FLAGS.folder or folder))
+            finally:
+                # A rented machine may go, and later sizes may fail.
+                print(*map(json.dumps, result.rows[shown:]), sep="\n", file=sys.stderr, flush=True)
     result.print(FLAGS.json)
 
 
