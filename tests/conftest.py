@@ -27,21 +27,16 @@ os.environ.setdefault(
 # the other processor would be idle until it ended. All other files follow in the order of their paths.
 _FIRST = (
     "end_to_end/test_demo.py",
-    "end_to_end/test_documents.py",
-    "distributed/test_launch.py",
-    "end_to_end/test_wheel.py",
-    "dpsr_tf/test_report.py",
-    "benchmarks/test_serving_benchmarks.py",
-    "dpsr_tf/test_embedding.py",
-    "serving/test_place.py",
-    "dpsr_tf/test_training.py",
     "dpsr_tf/test_quantizer_training.py",
+    "end_to_end/test_wheel.py",
     "export/test_learned_index.py",
-    "export/test_export_personal.py",
+    "dpsr_tf/test_training.py",
+    "distributed/test_launch.py",
+    "end_to_end/test_documents.py",
     "export/test_export_versions.py",
-    "serving/test_page.py",
-    "serving/test_proxy_limits.py",
-    "tokenizer_cc/test_properties.py",
+    "export/test_fresh_items_life.py",
+    "dpsr_tf/test_spark_ingest.py",
+    "export/test_export_personal.py",
 )
 
 

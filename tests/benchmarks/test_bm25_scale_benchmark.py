@@ -16,6 +16,7 @@ sys.path.append(str(SCRIPT.parent))
 benchmark = importlib.import_module("bm25_scale")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_extrapolation_follows_from_the_sizes(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--quick", "--json", f"--out={tmp_path}"]

@@ -84,6 +84,7 @@ def test_a_training_finds_what_was_held_back(monkeypatch, change):
     assert recall.mean() > 0.95
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_both_parts_of_gowalla_report_what_they_measure(monkeypatch, tmp_path):
     monkeypatch.setattr(graph, "PAIRS", 32)

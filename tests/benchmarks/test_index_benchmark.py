@@ -247,6 +247,7 @@ def test_peers_of_a_stream_are_refused() -> None:
     assert done.returncode == 1 and "cannot be built from a stream" in done.stdout + done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_json_line(tmp_path: Path) -> None:
     command = [sys.executable, SCRIPT, "--json", "--quick", f"--folder={tmp_path}"]

@@ -65,6 +65,7 @@ def test_a_learned_index_finds_items(workload, objective):
     assert np.allclose(again.codebooks, learned.codebooks, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("codec", ["RQ2x8", "LSQ2x8", "RaBitQ"])
 def test_other_codecs_use_the_lists_of_the_start(workload, codec):
     start = benchmark.start_of(workload, 4, "opq", 1)
@@ -87,8 +88,12 @@ def test_shares_and_intervals():
     ("arguments", "message"),
     [
         (["--only=none"], "--only=none: 'none' is unknown; expected some of poeem, homedepot"),
-        (["--only=homedepot", "--data=none"], "--data=none: has no homedepot; give the folder of the data sets"),
-        (["more"], "unexpected argument 'more'"),
+        pytest.param(
+            ["--only=homedepot", "--data=none"],
+            "--data=none: has no homedepot; give the folder of the data sets",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(["more"], "unexpected argument 'more'", marks=pytest.mark.long),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -143,9 +143,9 @@ def test_f1_counts_repeated_words():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--parts=everything"], "everything"),
+        pytest.param(["--parts=everything"], "everything", marks=pytest.mark.long),
         (["--seeds=1,b"], "--seeds=1,b: expected whole numbers"),
-        (["more"], "unexpected argument 'more'"),
+        pytest.param(["more"], "unexpected argument 'more'", marks=pytest.mark.long),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -12,6 +12,7 @@ import pytest
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "servable.py"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_json_line() -> None:
     done = subprocess.run([sys.executable, SCRIPT, "--json", "--quick"], capture_output=True, text=True, check=False)

@@ -62,6 +62,7 @@ def test_soak() -> None:
     assert all(values(found, "requests")[way, "dpsr"] > 0 for way in ("grpc", "proxy", "rest"))
 
 
+@pytest.mark.long
 def test_proxy() -> None:
     found = run("proxy")
     bars = ["added_p50_ms", "qps_per_core", "merge_us_4_shards_k1000", "cpu_ratio_to_nginx", "workers2_over_1"]
@@ -82,6 +83,7 @@ def test_proxy() -> None:
         )
 
 
+@pytest.mark.long
 def test_faults() -> None:
     found = run("faults", "--faults=kill,reload")
     assert found["bars"] == {"failed_kill": 0, "failed_reload": 0}

@@ -31,6 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_the_log_is_as_large_as_said(tmp_path):
     benchmark.generate(SIZES, 1, tmp_path / "log")
     tables = {
@@ -61,6 +62,7 @@ def test_histories_are_the_last_events_before():
     assert (last - first).max() == 20
 
 
+@pytest.mark.long
 def test_both_sides_hold_the_same(folder):
     """Every example of the flat file is one of the op's, field by field, and the other way round."""
     n = SIZES.interactions

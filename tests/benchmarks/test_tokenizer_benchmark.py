@@ -84,6 +84,7 @@ def test_rates_count_work_and_take_turns():
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("generated", [False, True])
 def test_the_json_line(generated, tmp_path):

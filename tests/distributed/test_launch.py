@@ -120,16 +120,17 @@ REWRITER = [
 ]
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("killed", "more"),
     [
         pytest.param("ps", [], id="ps"),
-        pytest.param("ps", QUANTIZER, id="ps, with a quantizer", marks=pytest.mark.distributed),
-        pytest.param("ps", RESIDUAL, id="ps, with residual codes", marks=pytest.mark.distributed),
-        pytest.param("chief", [], id="chief", marks=pytest.mark.distributed),
-        pytest.param("ps", GRAPH, id="ps, with a graph", marks=pytest.mark.distributed),
-        pytest.param("ps", REWRITER, id="ps, a rewriter", marks=pytest.mark.distributed),
-        pytest.param("ps", OWN, id="ps, with an own encoder, Adam and a schedule", marks=pytest.mark.distributed),
+        pytest.param("ps", QUANTIZER, id="ps, with a quantizer"),
+        pytest.param("ps", RESIDUAL, id="ps, with residual codes"),
+        pytest.param("chief", [], id="chief"),
+        pytest.param("ps", GRAPH, id="ps, with a graph"),
+        pytest.param("ps", REWRITER, id="ps, a rewriter"),
+        pytest.param("ps", OWN, id="ps, with an own encoder, Adam and a schedule"),
     ],
 )
 def test_one_worker_and_a_kill_are_the_training_of_one_process(launch, shop_store, tmp_path, monkeypatch, killed, more):

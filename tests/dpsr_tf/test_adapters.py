@@ -278,6 +278,7 @@ def test_movielens_1m(ingest, dpsr, tmp_path):
     )
 
 
+@pytest.mark.long
 def test_movielens_1m_lightgcn(ingest):
     source = real("movielens/ml-1m-lightgcn")
     store = ingest("movielens_1m_lightgcn", source)

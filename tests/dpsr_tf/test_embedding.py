@@ -661,6 +661,7 @@ def stock_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize("wire,tolerance", [("float", 1e-5), ("half", 2e-2)])
 def test_a_cluster_trains_as_one_process_does(wire, tolerance, stock_model, tmp_path):

@@ -631,6 +631,7 @@ def test_corpus_of_a_store(store):
     assert Systems(found).make("popularity")(["x"], None, 1)[0].tolist() == [[30]]
 
 
+@pytest.mark.long
 def test_bm25_on_the_home_depot_dev_fold(dpsr, homedepot, tmp_path):
     dpsr("ingest", "--adapter=homedepot", f"--input={homedepot}", f"--out={tmp_path / 'store'}").succeeds()
     out = tmp_path / "figures.json"

@@ -280,6 +280,7 @@ def test_the_log_in_batches(tmp_path: Path) -> None:
     assert length.max() < 3600
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
     peak = []
     for clicks in (33_000, 330_000):
@@ -436,6 +437,7 @@ def hard(tmp_path_factory: pytest.TempPathFactory) -> Written:
     return Written(out)
 
 
+@pytest.mark.long
 def test_number_of_types() -> None:
     counts = {types: len(worlds(types=types).catalogue.types) for types in (58, 300, 560)}
     assert counts == {58: 58, 300: 300, 560: 560}

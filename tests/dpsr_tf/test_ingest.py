@@ -1603,6 +1603,7 @@ def test_a_full_disk(shop, megabytes, tmp_path, dpsr):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_log(shop, tmp_path):
     def peak(rows):
         big_shop(shop, rows)

@@ -187,6 +187,7 @@ def test_towers_that_rest_keep_the_state_of_their_optimizer(click_store, tmp_pat
         np.testing.assert_array_equal(last[name], first[name], err_msg=name)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_small_rate_for_the_towers(click_store, without, tmp_path):
     """The steps of AdaGrad are in proportion to its rate."""
@@ -200,6 +201,7 @@ def test_a_small_rate_for_the_towers(click_store, without, tmp_path):
     np.testing.assert_allclose(moved[0], 100 * moved[1], atol=0.05 * np.abs(moved[0]).max())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_rates_of_the_quantizer_fall(click_store, without, tmp_path):
     """From start_step to the last step. Adam's first step is as long as its rate, and so is the sum of all."""
@@ -253,6 +255,7 @@ def test_a_killed_training_resumes_to_the_bit(click_store, tmp_path, when, start
     assert_same_weights(weights(path), weights(train(click_store, config, tmp_path / "reference").path))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_more_steps_and_another_order_of_starts(click_store, quantized, tmp_path):
     path = tmp_path / "model"
@@ -289,6 +292,7 @@ def test_a_trained_model_gets_a_quantizer_later(click_store, without, quantized,
 # A warm start.
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_warm_start_quantizes_at_once(click_store, without, tmp_path, capfd):
     """With start_step 0, the towers are those of the old model."""
@@ -497,11 +501,9 @@ def test_fit_of_residual_codes(lists):
     assert errors[0] > errors[1] > errors[2] and errors[2] < reconstruction_error(product, x)
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "objective",
-    [pytest.param(name, marks=pytest.mark.long) for name in ("reconstruction", "ranking")] + ["distillation"],
-)
+@pytest.mark.parametrize("objective", ["reconstruction", "ranking", "distillation"])
 def test_residual_codes(click_store, without, tmp_path, objective):
     config = with_quantizer(codes="residual", rotation="none", objective=objective)
     path = copy_of(without, tmp_path / "model")
@@ -680,6 +682,7 @@ def test_when_a_teacher_is_needed(options, needed):
 # Validation.
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_validation_measures_quantized_items(held_out_store, tmp_path):
     config = dataclasses.replace(CONFIG, validation=ValidationConfig(queries=100, recall_at=5, patience=1))

@@ -220,6 +220,7 @@ def test_options_train_and_score(store, tmp_path, changes):
         assert best["ndcg@10"] == pytest.approx(figures.mean(), abs=1e-5)
 
 
+@pytest.mark.long
 def test_the_retrieval_model_is_read_only_when_its_score_is_needed(store, tmp_path, monkeypatch):
     towers, opened = make_model(tmp_path / "towers", store, token_dim=4, embedding_dim=4).path, []
 
@@ -246,6 +247,7 @@ def test_the_retrieval_model_is_read_only_when_its_score_is_needed(store, tmp_pa
     assert len(opened) == 3, "this ranker reads no numbers"
 
 
+@pytest.mark.long
 def test_a_resumed_training_is_the_same_training(store, tmp_path, capsys):
     config = _config(train__steps=12, train__checkpoint_steps=6, train__average_decay=0.9)
     train(store, config, tmp_path / "whole")

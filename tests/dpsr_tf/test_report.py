@@ -32,6 +32,7 @@ TINY = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_report_is_whole_goes_on_and_repeats(dpsr: Callable, tmp_path: Path) -> None:

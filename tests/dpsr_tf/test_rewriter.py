@@ -136,17 +136,15 @@ def check_scores(store, path, found) -> None:
             assert log == pytest.approx(float(mean) * np.count_nonzero(target), abs=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
         {"rewriter__decoder": "transformer", "rewriter__forward_weight": 0.0, "rewriter__backward_weight": 0.0},
-        pytest.param(
-            {"rewriter__shared": False, "rewriter__sampled_words": 0, "rewriter__path": "titles",
-             "validation__queries": 5, "train__average_decay": 0.9, "rewriter__cycle_weight": 0.5,
-             "rewriter__cycle_start": 1, "rewriter__cycle_queries": 4, "rewriter__cycle_titles": 2},
-            marks=pytest.mark.long,
-        ),
+        {"rewriter__shared": False, "rewriter__sampled_words": 0, "rewriter__path": "titles",
+         "validation__queries": 5, "train__average_decay": 0.9, "rewriter__cycle_weight": 0.5,
+         "rewriter__cycle_start": 1, "rewriter__cycle_queries": 4, "rewriter__cycle_titles": 2},
     ],
 )  # fmt: skip
 def test_options_train_and_decode_as_they_score(store, tmp_path, changes):

@@ -224,10 +224,11 @@ def test_a_convolution_is_trained_and_resumed(click_store, tmp_path):
     assert_resumes(click_store, config, tmp_path, "text_encoder/conv1d/kernel")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "batch_size",
-    [pytest.param(8, id="one thread", marks=pytest.mark.long), pytest.param(150, id="several threads")],
+    [pytest.param(8, id="one thread"), pytest.param(150, id="several threads")],
 )
 def test_a_recurrent_layer_is_trained_and_resumed(click_store, tmp_path, batch_size):
     config = training_config("Gru", average_decay=0.9, batch_size=batch_size)

@@ -174,6 +174,7 @@ def test_demo_can_be_interrupted_and_run_again(demo: Demo) -> None:
     assert left_by(demo.out) == demo.left
 
 
+@pytest.mark.long
 def test_demo_trains_anew_when_the_settings_have_changed(demo: Demo, tmp_path: Path) -> None:
     out = tmp_path / "demo"
     shutil.copytree(demo.out / "model", out / "model")

@@ -61,6 +61,7 @@ def test_quickstart(tmp_path: Path) -> None:
     assert recall["index:quick/index"] > recall["bm25"], printed
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_bring_your_own_log(tmp_path: Path) -> None:

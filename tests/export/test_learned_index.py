@@ -327,7 +327,9 @@ def test_shards_of_residual_codes(learned_residual: Learned, tmp_path: Path) -> 
             np.testing.assert_allclose(found, by_position[:, number::3], atol=1e-5)
 
 
-@pytest.mark.parametrize("factory", ["quantizer", pytest.param("quantizer_fs", marks=pytest.mark.long), "IVF8,PQ8x4np"])
+@pytest.mark.parametrize(
+    "factory", ["quantizer", *(pytest.param(name, marks=pytest.mark.long) for name in ("quantizer_fs", "IVF8,PQ8x4np"))]
+)
 def test_two_lists_and_shards(learned_4_bits: Learned, tmp_path: Path, factory: str) -> None:
     """Shards have the whole index's codes, in both lists; a servable finds each item once."""
     job, out = learned_4_bits.job, tmp_path / "index"

@@ -212,6 +212,7 @@ def start_fleet(exported: Path, tmp_path: Path) -> Iterator[Callable[[int, int],
         yield start
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_200_models_move_between_4_servers_without_a_failed_request(
     start_fleet: Callable[[int, int], Fleet], start_proxy: StartProxy, tmp_path: Path

@@ -446,6 +446,7 @@ def test_wrong_limits_are_refused(limits: str, words: str) -> None:
     assert words in str(error.value)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_client_goes_on_while_the_proxy_is_attacked() -> None:
     benchmark = Path(__file__).parents[2] / "benchmarks" / "attacks.py"

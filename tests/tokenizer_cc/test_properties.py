@@ -103,6 +103,7 @@ def homedepot() -> list[bytes]:
     return sorted({field for path in files for line in path.read_bytes().splitlines() for field in line.split(b"\t")})
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("folder", "read", "at_least"), [("multicpr_ecom", multicpr, 101_000), ("homedepot", homedepot, 60_000)]
