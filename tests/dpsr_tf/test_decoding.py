@@ -133,6 +133,7 @@ def test_the_number_of_beams_may_be_a_tensor():
     assert all(len(row) == 5 for row in found)
 
 
+@pytest.mark.long
 def test_samples_follow_the_probabilities_of_the_model():
     model, count = Model(3), 20_000
     with tf.Graph().as_default():

@@ -207,6 +207,7 @@ def train(folder, out: str, *more: str, store: str = "store", **changes) -> int:
     return command_line.main(["train", f"--store={folder / store}", f"--out={folder / out}", *flags, *more])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_resumed_training_gives_the_same_weights(shop):
     folder, _ = shop

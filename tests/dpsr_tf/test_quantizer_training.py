@@ -173,6 +173,7 @@ def test_which_weights_each_choice_of_towers_trains(click_store, without, tmp_pa
     assert np.abs(quantizer_of(path).codebooks - quantizer_of(path, 20).codebooks).max() > 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
 def test_towers_that_rest_keep_the_state_of_their_optimizer(click_store, tmp_path, optimizer):

@@ -191,6 +191,7 @@ def test_without_numbers_and_histories_only_texts_tell(store, tmp_path):
     assert 0.3 < found["history"] < 0.7
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "changes",
     [

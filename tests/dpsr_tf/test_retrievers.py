@@ -501,6 +501,7 @@ def test_bm25_reads_the_columns_that_it_is_told():
     assert found("title=1+brand=0", "red") == [1] and found("brand=0", "red") == [], "of weight 0 it finds nothing"
 
 
+@pytest.mark.long
 def test_bm25_words_on_the_home_depot_folds(homedepot):
     """The published figures of textbook BM25 on these files, by its words."""
     from dpsr_tf.evaluation.judgments import Judgments

@@ -219,6 +219,7 @@ def assert_resumes(store, config, path, kernel):
     exact_search(path / "whole", store)  # reads the averages
 
 
+@pytest.mark.long
 def test_a_convolution_is_trained_and_resumed(click_store, tmp_path):
     config = training_config("Convolution", average_decay=0.9)
     assert_resumes(click_store, config, tmp_path, "text_encoder/conv1d/kernel")

@@ -290,6 +290,7 @@ def test_what_a_model_directory_holds(click_store, uninterrupted):
     assert not [path.name for path in uninterrupted.path.iterdir() if path.name.endswith(".tmp")]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_same_seed_same_weights_another_seed_others(click_store, uninterrupted, tmp_path):
     again = train(click_store, CONFIG, tmp_path / "again")
@@ -304,6 +305,7 @@ def test_same_seed_same_weights_another_seed_others(click_store, uninterrupted, 
     assert np.abs(initial[0]["token_embedding"] - initial[1]["token_embedding"]).max() > 0.01
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_longer_training_equals_an_uninterrupted_one(click_store, uninterrupted, tmp_path, capfd):
     """13 steps, then up to 30: weights, optimizer state and position in the log go on where they were."""

@@ -81,6 +81,7 @@ def test_native_parts_name_no_path_of_this_machine(wheel: Path, tmp_path: Path) 
         assert not [n for n in needed if not n.startswith((*system, *bundled, "libtensorflow"))], (binary, needed)
 
 
+@pytest.mark.long
 def test_the_whole_path_runs_from_the_wheel(environment: Path, tmp_path: Path) -> None:
     clean = {
         key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL", "FAISS", "LD_"))

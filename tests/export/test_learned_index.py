@@ -165,6 +165,7 @@ def test_servable_finds_what_stock_faiss_finds(
         servable.close()
 
 
+@pytest.mark.long
 def test_other_indexes_of_the_same_model(
     learned: Learned, learned_4_bits: Learned, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
