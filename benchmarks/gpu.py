@@ -2,21 +2,20 @@
 
     python benchmarks/gpu.py --json [--items=1000000,15000000] [--batches=1,16,256,4096] [--quick]
 
-It needs the package faiss-gpu in place of faiss-cpu, and a card. Without them only the CPU is measured; a row says why,
-and the bars of the GPU are missing. The vectors are those of benchmarks/vectors.py. For each number of items the index
-has the lists that `dpsr index` chooses, with codes of 16-bit floats, because a GPU finds at most 512 results with SQ8.
-The setting is the one that reaches an ann_recall@1000 of 0.90 on the CPU; the GPU then searches the same index with it.
-Numbers of items that do not fit into the card's memory are left out, and a row says so; `--items=fit` adds the largest
-number that fits there, in main memory and in the folder, doubling from 30 million. Above 30 million only the GPU
-builds: `benchmarks/index.py` has the CPU's time.
+It needs the package faiss-gpu in place of faiss-cpu, and a card. Without them only the CPU is measured; a row says
+why, and the bars of the GPU are missing. The vectors are those of benchmarks/vectors.py. For each number of items the
+index has the lists that `dpsr index` chooses, with codes of 16-bit floats, because a GPU finds at most 512 results
+with SQ8. The search parameters are those that reach an ann_recall@1000 of 0.90 on the CPU. The GPU searches the same
+index with them. Numbers of items that do not fit into the card's memory are left out, and a row says so;
+`--items=fit` adds the largest number that fits there, in main memory and in the folder, doubling from 30 million.
+Above 30 million only the GPU builds: `benchmarks/index.py` has the CPU's time.
 
 build     wall time of `dpsr index --device=gpu` and without it: training and adding, not the embedding
 exact     wall time of an exact search for 200 queries, as `dpsr index` does it to measure recall
-search    milliseconds of a call with so many queries for the top 1,000 or 100, wall time; on the CPU with all cores
+search    wall milliseconds of a call for the top 1,000 or top 100 of a batch of queries; on the CPU with all cores
 same      share of the CPU's results that the GPU also returns, and the largest difference of the scores of equal items
 op        the same with the lookup op of a servable (DPSR_FAISS_DEVICE), one query a row, batch by batch
-callers   queries a second of the op for so many callers at once, each with one query at a time; on a GPU, those that
-          wait are put together
+callers   queries a second of the op, for 1, 16 and 64 callers that each send one query at a time
 """
 
 from __future__ import annotations
@@ -52,6 +51,7 @@ _FEWER = 100
 _CPU_BUILDS_TO = 30_000_000  # items; the CPU takes an hour for 120 million
 _CALLERS, _CALLS = (1, 16, 64), 256
 _COMPARED = 200  # queries
+_CODE_BYTES = 2 * DIM  # of a vector, as 16-bit floats
 # Share of the card's free memory that an index may take; FAISS needs the rest for searches.
 _MEMORY_SHARE = 0.7
 _SECONDS = 1.0  # that each search is measured for
@@ -111,7 +111,10 @@ def on_gpu(index: faiss.Index) -> Any:
 
 
 def many_calls(table: FaissIndexTable, queries: np.ndarray, callers: int) -> tf.Operation:
-    """Adds the op _CALLS times to the graph, one query each, in so many chains that do not wait for one another."""
+    """Adds _CALLS calls of the op to the graph, with one query each. Returns the op that runs all of them.
+
+    They form one chain for each caller. In a chain, each call waits for the one before.
+    """
     ends: list[tf.Tensor] = []
     for number in range(_CALLS):
         with tf.control_dependencies([ends[-callers]] if number >= callers else []):
@@ -209,11 +212,11 @@ def measure(result: report.Report, items: int, batches: Sequence[int], has_gpu: 
 
 def sizes(asked: str, has_gpu: bool, result: report.Report) -> list[int]:
     """Returns the numbers of items that are measured. Those that do not fit on the card get a row that says so."""
-    fit = int((int(card("memory.free")) << 20) * _MEMORY_SHARE / (DIM + 12)) if has_gpu else sys.maxsize
-    # The vectors are a file of the folder, which should fit into main memory as well.
+    fit = int((int(card("memory.free")) << 20) * _MEMORY_SHARE / (_CODE_BYTES + 12)) if has_gpu else sys.maxsize
+    # The folder holds the vectors and the index, and main memory should hold both as well.
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     room = min(memory, shutil.disk_usage(FLAGS.folder or tempfile.gettempdir()).free)
-    held = min(fit, int(room * _MEMORY_SHARE / (5 * DIM + 8)))
+    held = min(fit, int(room * _MEMORY_SHARE / (4 * DIM + _CODE_BYTES + 8)))
     wanted = [int(number) for number in asked.split(",") if number != "fit"]
     if has_gpu and "fit" in asked.split(","):
         wanted += [30_000_000 << shift for shift in range(8) if 30_000_000 << shift <= held][-1:]
@@ -243,7 +246,7 @@ def main(_: list[str]) -> None:
             try:
                 measure(result, items, batches, not why, Path(FLAGS.folder or folder))
             finally:
-                # A rented machine may go, and later sizes may fail.
+                # If a later size fails or the machine goes away, these figures are not lost.
                 print(*map(json.dumps, result.rows[shown:]), sep="\n", file=sys.stderr, flush=True)
     result.print(FLAGS.json)
 

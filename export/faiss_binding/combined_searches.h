@@ -1,4 +1,4 @@
-// Internal to export/faiss_binding/. Searches that wait for one another are done together.
+// Internal to export/faiss_binding/. Puts searches of several threads together into one.
 #ifndef DPSR_EXPORT_FAISS_BINDING_COMBINED_SEARCHES_H_
 #define DPSR_EXPORT_FAISS_BINDING_COMBINED_SEARCHES_H_
 
@@ -12,23 +12,23 @@
 
 namespace dpsr {
 
-// For a device that does one search at a time, and takes hardly longer for many queries than for one. While it searches,
-// the callers that come wait. Then one of them searches for all that want as many results as the one that waits longest.
+// For a device that runs one search at a time, and takes hardly longer for many queries than for one. Callers wait
+// while a search runs. Then one of them searches for the caller that has waited longest, and for others with its k.
 class CombinedSearches {
  public:
   // x [n, d] -> distances [n, k], labels [n, k].
   using Function = std::function<void(int64_t n, const float* x, int64_t k, float* distances, int64_t* labels)>;
-  // At most so many queries are put together. A caller's own are never split.
+  // Callers share a search of at most so many queries. A caller with more queries searches alone.
   static constexpr int64_t kMaxQueries = 1024;
 
   CombinedSearches(int64_t d, Function search) : d_(d), search_(std::move(search)) {}
   CombinedSearches(const CombinedSearches&) = delete;
   CombinedSearches& operator=(const CombinedSearches&) = delete;
 
-  // Thread-safe. Throws what the search throws; an exception of a search for several callers goes to all of them.
+  // Thread-safe. Throws what the search throws. If callers share a search that throws, each of them gets the exception.
   void Search(int64_t n, const float* x, int64_t k, float* distances, int64_t* labels);
 
-  // Returns how many callers wait, without the one that searches.
+  // Returns the number of callers whose search has not begun.
   int64_t num_waiting() const {
     const std::lock_guard<std::mutex> lock(mutex_);
     return static_cast<int64_t>(waiting_.size());
@@ -45,7 +45,7 @@ class CombinedSearches {
     std::exception_ptr error;
   };
 
-  // Takes the request that waits longest out of waiting_, and those that go with it. Needs the lock.
+  // Removes from waiting_ the oldest request and those that share its search, and returns them. Needs the lock.
   std::vector<Request*> TakeGroup();
   void SearchFor(const std::vector<Request*>& group) const;
 

@@ -1,17 +1,9 @@
 #include "export/faiss_binding/faiss_gpu_copy.h"
 
-#include <algorithm>
 #include <stdexcept>
 #include <utility>
 
 namespace dpsr {
-namespace {
-
-// Queries of one search. A grid of a GPU has room for 65,535.
-constexpr int64_t kMostAtOnce = 32768;
-
-}  // namespace
-
 Status FaissGpuCopy::Create(const FaissFunctions& faiss, const faiss::Index* index, int64_t d, int device,
                             std::unique_ptr<FaissGpuCopy>* copy) {
   if (!faiss.has_gpu()) {
@@ -32,11 +24,8 @@ Status FaissGpuCopy::Create(const FaissFunctions& faiss, const faiss::Index* ind
 
 FaissGpuCopy::FaissGpuCopy(const FaissFunctions& faiss, int64_t d)
     : faiss_(faiss),
-      searches_(d, [this, d](int64_t n, const float* x, int64_t k, float* distances, int64_t* labels) {
-        for (int64_t begin = 0; begin < n; begin += kMostAtOnce) {
-          faiss_.Search(index_, std::min(kMostAtOnce, n - begin), x + begin * d, k, distances + begin * k,
-                        labels + begin * k);
-        }
+      searches_(d, [this](int64_t n, const float* x, int64_t k, float* distances, int64_t* labels) {
+        faiss_.Search(index_, n, x, k, distances, labels);
       }) {
   resources_.fill(kUntouched);
   faiss_.construct_gpu_resources(resources_.data());

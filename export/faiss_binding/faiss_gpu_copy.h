@@ -14,16 +14,16 @@ namespace dpsr {
 
 class FaissGpuCopy {
  public:
-  // Errors: FailedPrecondition (the library is faiss-cpu, there is no such device, no memory, FAISS has no such index
-  // on a GPU).
+  // Copies an index of vectors [d]. Errors: FailedPrecondition (the library is faiss-cpu, there is no such device, no
+  // memory, FAISS has no such index on a GPU).
   static Status Create(const FaissFunctions& faiss, const faiss::Index* index, int64_t d, int device,
                        std::unique_ptr<FaissGpuCopy>* copy);
   ~FaissGpuCopy();
   FaissGpuCopy(const FaissGpuCopy&) = delete;
   FaissGpuCopy& operator=(const FaissGpuCopy&) = delete;
 
-  // As FaissFunctions::Search. Thread-safe: FAISS's GPU resources serve one search at a time, so calls that come
-  // meanwhile are put together in the next one. Throws what FAISS throws.
+  // As FaissFunctions::Search. Thread-safe: FAISS's GPU resources run one search at a time. Callers that wait for it
+  // share the next one. Throws what FAISS throws.
   void Search(int64_t n, const float* x, int64_t k, float* distances, int64_t* labels) {
     searches_.Search(n, x, k, distances, labels);
   }

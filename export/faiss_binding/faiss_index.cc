@@ -207,7 +207,7 @@ int64_t FaissIndex::max_gpu_results() const {
   constexpr int64_t kMostWithScales = 512;
   if (ivf_ == nullptr || !faiss_.IsA(ivf_, faiss_.ivf_scalar_type)) return kMaxGpuResults;
   const auto* lists = ReadField<const faiss::InvertedLists*>(ivf_, faiss_layout::kIvfInvlists);
-  // Codes of 16-bit floats have no scales.
+  // Codes of 16-bit floats have no scales, others have one for each dimension.
   const bool has_scales = ReadField<int64_t>(lists, faiss_layout::kInvertedListsCodeSize) < 2 * list_dim();
   return has_scales ? kMostWithScales : kMaxGpuResults;
 }

@@ -60,16 +60,17 @@ class FaissIndex {
   // Returns OK when the index has each parameter that is set. Errors: InvalidArgument, with the names that it has.
   Status CheckParameters(const SearchParameters& parameters) const;
 
-  // Copies the index to a GPU. From then on it is searched there, one call at a time; calls that come meanwhile are put
-  // together. Searches that the GPU does not support still run on the CPU: among allowed positions, with parameters for
-  // one call, or for more than max_gpu_results() results. To be called at most once, before any search. Errors:
-  // FailedPrecondition (a FAISS without GPUs, no such device, an index of a kind that GPUs do not have, a refinement, no
-  // memory, a max_codes of the index, which a GPU does not obey); the index is then as before.
+  // Copies the index to a GPU, which then searches it. The GPU runs one search at a time, and callers that wait share
+  // the next one. The CPU still searches among allowed positions, with parameters for one call, and for more than
+  // max_gpu_results() results. To be called at most once, before any search. Errors: FailedPrecondition (a FAISS
+  // without GPUs, no such device, no memory, an index with a refinement or of a kind that GPUs do not have, a max_codes
+  // of the index, which a GPU does not obey); the index is then as before.
   Status CopyToGpu(int device);
-  // Returns the largest k of a search on a GPU: kMaxGpuResults, or 512 for lists with codes like SQ8. Those have a scale for each
-  // dimension, which does not fit into a GPU's shared memory beside more results, and FAISS then ends the process:
-  // https://github.com/facebookresearch/faiss/issues/3207
+  // The largest k of a search on a GPU, for any index.
   static constexpr int64_t kMaxGpuResults = 2048;
+  // Returns the largest k of a search of this index on a GPU. It is 512 for lists with the codes SQ8, SQ6 and SQ4, and
+  // otherwise kMaxGpuResults. FAISS keeps the scales of these codes in the GPU's shared memory. With a larger k this
+  // memory is too small, and FAISS ends the process: https://github.com/facebookresearch/faiss/issues/3207
   int64_t max_gpu_results() const;
 
   // Searches for the k best vectors for each query: x [n, d] -> distances [n, k], labels [n, k]. Uses `nthreads` OpenMP

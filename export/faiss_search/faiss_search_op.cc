@@ -2,6 +2,7 @@
 // searches it. Python: dpsr_export.faiss_search.FaissIndexTable.
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -170,9 +171,9 @@ Status UseDevice(FaissIndex* index) {
   if (!copied.ok()) {
     Warn(StrCat(kDeviceVariable, "=", device, ": ", copied.message(), "; the CPU is used"));
   } else if (index->max_gpu_results() < FaissIndex::kMaxGpuResults) {
-    Warn(StrCat(kDeviceVariable, "=", device, ": with the codes of this index, a search for more than ",
-                index->max_gpu_results(), " results runs on the CPU; IVF with SQfp16 or Flat allows ",
-                FaissIndex::kMaxGpuResults));
+    Warn(StrCat(kDeviceVariable, "=", device, ": the codes of this index allow at most ", index->max_gpu_results(),
+                " results on the GPU; the CPU searches for more. To get up to ", FaissIndex::kMaxGpuResults,
+                " on the GPU, build the index with SQfp16 or Flat codes"));
   }
   return Status();
 }
@@ -451,36 +452,36 @@ class FaissSearchOp : public OpKernel {
     static_cast<void>(warned);
   }
 
-  // What a GPU found for all heads of a batch in one search: row `i` of the embeddings [batch * heads, dim] has
-  // scores[i * k] and labels[i * k] onwards.
+  // The results of one GPU search for all heads of a batch.
   struct GpuResults {
-    int64_t k = 0;  // 0: nothing was searched
-    std::vector<float> scores;
-    std::vector<int64_t> labels;
+    int64_t k = 0;                // 0 if there was no search
+    std::vector<float> scores;    // [batch * heads, k]
+    std::vector<int64_t> labels;  // [batch * heads, k]
   };
 
-  // Searches on the GPU for all heads, if the index is there and no row has filters or excluded ids. Only then does each
-  // head want the same number of results.
+  // Searches for all heads of a batch at once, if the index is on a GPU and the GPU can search for all of them: no row
+  // has filters or excluded ids, and all numbers are finite.
   static Status SearchOnGpu(OpKernelContext* context, const ItemIndex& items, int64_t k,
                             const SearchParameters& parameters, GpuResults* results) {
     const Tensor& query_embedding = context->input(kSearchQueryEmbedding);
+    const auto queries = query_embedding.flat<float>();
     const int64_t searches = query_embedding.dim_size(0) * query_embedding.dim_size(1);
     const int64_t wanted = items.item_ids.entries * std::min(k, items.item_ids.size());
     if (!items.index->is_on_gpu() || searches < 2 || wanted < 1 || wanted > items.index->max_gpu_results() ||
         !parameters.empty() || !IsAbsent(context->input(kSearchInclude)) ||
-        !IsAbsent(context->input(kSearchExclude)) || !IsAbsent(context->input(kSearchExcludedItemIds))) {
+        !IsAbsent(context->input(kSearchExclude)) || !IsAbsent(context->input(kSearchExcludedItemIds)) ||
+        !std::all_of(queries.data(), queries.data() + queries.size(), [](float x) { return std::isfinite(x); })) {
       return Status();
     }
     results->k = wanted;
     results->scores.resize(searches * wanted);
     results->labels.resize(searches * wanted);
-    return items.index->Search(searches, query_embedding.flat<float>().data(), wanted, results->scores.data(),
-                               results->labels.data());
+    return items.index->Search(searches, queries.data(), wanted, results->scores.data(), results->labels.data());
   }
 
   // Each row is searched separately, on one FAISS thread. So a result does not depend on the rest of the batch: for
-  // many queries at once FAISS uses other code, which rounds differently. Only a GPU searches for all rows at once: it
-  // takes hardly longer than for one.
+  // many queries at once FAISS uses other code, which rounds differently. A GPU searches for all rows at once, because
+  // this takes hardly longer than for one.
   static Status SearchBatch(OpKernelContext* context, const RequestState& request, const ItemIndex& items, int64_t k,
                             const SearchParameters& parameters, Tensor* item_ids, Tensor* scores, Tensor* heads) {
     const Tensor& query_embedding = context->input(kSearchQueryEmbedding);
