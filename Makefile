@@ -6,7 +6,7 @@
 # make test             everything that CI checks, from an empty checkout on
 # make test-fast        the Python tests that are not slow
 # make test-distributed the long tests of clusters
-# make test-long        other tests that take minutes: whole benchmarks in a quick form, the tutorial, further variants
+# make test-long        other tests that take minutes: ThreadSanitizer, benchmarks in a quick form, tutorials, variants
 # make test-tensorflow-serving  compare our model server with TensorFlow Serving's (TENSORFLOW_MODEL_SERVER=PATH;
 #                       SERVABLE=BASE: on a servable of `dpsr export`, too)
 # make test-cpp         the C++ unit tests
@@ -82,10 +82,11 @@ $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.11 with venv, or give PYTHON=" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 
-# Installs exactly the versions in constraints.txt, so that tomorrow's build is the same as today's.
+# Installs exactly the versions in constraints.txt, so that tomorrow's build is the same as today's. Python compiles the
+# modules that it imports; to compile all of them takes 40 s of a core.
 $(VENV)/.packages: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing Python packages"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+	@$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt \
 	  $$($(BIN)/python -c 'import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	  e = p["optional-dependencies"]; print(*(d.replace(" ", "") for d in p["dependencies"] + e["train"] + e["report"] + e["gateway"] + e["dns"] + e["tracing"] + e["tune"] + e["spark"] + e["faiss-cpu"] + e["peers"] + e["dev"]))')
 	@touch $@
@@ -220,7 +221,7 @@ test-python: lint sanitize-serving test-tools
 	MAKEFLAGS= $(PYTEST) -m "not distributed and not long"
 
 test-beside: native sanitize-build
-	@nice $(MAKE) --no-print-directory -j1 -o native -o sanitize-build sanitize-cores test-cpp sanitize-thread \
+	@nice $(MAKE) --no-print-directory -j1 -o native -o sanitize-build sanitize-cores test-cpp \
 	  >build/test_beside.log 2>&1; \
 	status=$$?; cat build/test_beside.log; exit $$status
 
@@ -228,8 +229,8 @@ test-beside: native sanitize-build
 test-distributed: native
 	$(BIN)/python -m pytest -m distributed
 
-# Whole benchmarks in a quick form, the tutorial, the demo on a real log, further variants of long tests.
-test-long: native
+# ThreadSanitizer, whole benchmarks in a quick form, the tutorial, the demo on a real log, further variants of long tests.
+test-long: sanitize-thread
 	$(BIN)/python -m pytest -m long
 
 # Sends the same requests to our model server and to TensorFlow Serving's.

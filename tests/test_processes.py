@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Its fixture takes so long that the other process is free meanwhile. Each test tells its kind and its process.
@@ -29,6 +31,7 @@ def test_it(shared, kind, number):
 """
 
 
+@pytest.mark.long
 def test_what_a_file_shares_is_made_once_for_its_fast_and_once_for_its_slow_tests(tmp_path: Path) -> None:
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")

@@ -717,7 +717,10 @@ def test_files_in_the_wrong_place(fresh):
         create(fresh)
 
 
-@pytest.mark.parametrize("name", ["users.dpsr", "items.dpsr", "interactions.dpsr"])
+@pytest.mark.parametrize(
+    "name",
+    ["users.dpsr", *(pytest.param(name, marks=pytest.mark.long) for name in ("items.dpsr", "interactions.dpsr"))],
+)
 def test_every_damage_is_detected_at_open_or_at_read(fresh, name):
     """Flips of single bits and truncations anywhere: found by the op, or, in sections it does not read, by whoever
     reads them."""

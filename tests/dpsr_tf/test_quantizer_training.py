@@ -154,8 +154,20 @@ def test_two_runs_are_equal_to_the_bit(click_store, quantized, tmp_path, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["reconstruction", "ranking", "distillation"])
-@pytest.mark.parametrize("towers", ["frozen", "query", "both"])
+@pytest.mark.parametrize(
+    ("towers", "objective"),
+    [
+        ("frozen", "reconstruction"),
+        ("query", "ranking"),
+        ("both", "distillation"),
+        pytest.param("frozen", "ranking", marks=pytest.mark.long),
+        pytest.param("frozen", "distillation", marks=pytest.mark.long),
+        pytest.param("query", "reconstruction", marks=pytest.mark.long),
+        pytest.param("query", "distillation", marks=pytest.mark.long),
+        pytest.param("both", "reconstruction", marks=pytest.mark.long),
+        pytest.param("both", "ranking", marks=pytest.mark.long),
+    ],
+)
 def test_which_weights_each_choice_of_towers_trains(click_store, without, tmp_path, towers, objective):
     path = copy_of(without, tmp_path / "model")
     train(click_store, with_quantizer(with_train(CONFIG, steps=35), towers=towers, objective=objective), path)
@@ -241,7 +253,7 @@ def start_and_kill(store, config, path, tmp_path, when):
     [
         pytest.param("model.ckpt-10.index", 2000, id="first phase", marks=pytest.mark.long),
         pytest.param("teacher.dpsr", 20, id="between the phases", marks=pytest.mark.long),
-        pytest.param("model.ckpt-30.index", 20, id="second phase"),
+        pytest.param("model.ckpt-30.index", 20, id="second phase", marks=pytest.mark.long),
     ],
 )
 def test_a_killed_training_resumes_to_the_bit(click_store, tmp_path, when, start_step):

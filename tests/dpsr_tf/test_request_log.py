@@ -192,7 +192,7 @@ def stored(file: PackedFile, store: Store):
     return found
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [*range(2), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 6))])
 def test_requests_and_counts_are_those_of_brute_force(ingested, seed):
     log = random_log(seed, sessions=seed % 2 == 0)
     schema = SCHEMA if seed % 2 == 0 else changed("interactions", session=None)

@@ -158,7 +158,7 @@ def test_a_warm_start_is_read_once(two_days, old, tmp_path, capfd):
         np.testing.assert_array_equal(value, first[name], err_msg=name)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.9])
+@pytest.mark.parametrize("decay", [pytest.param(0.0, marks=pytest.mark.long), 0.9])
 def test_it_begins_with_the_averages_that_the_old_model_serves(two_days, tmp_path, decay):
     one, two = two_days
     old = train(one, with_train(average_decay=0.9), tmp_path / "old")

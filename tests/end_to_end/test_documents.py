@@ -48,6 +48,7 @@ def run_document(name: str, folder: Path, python: str | None = None) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_quickstart(tmp_path: Path) -> None:

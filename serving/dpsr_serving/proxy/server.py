@@ -397,7 +397,8 @@ class ProxyServer:
         stream: int,
     ) -> calls.Pending | None:
         """Does what _forward() does for most inference requests, without a task. Returns None for the others."""
-        if self._tracer is not None:
+        start = time.monotonic()
+        if self._tracer is not None or (deadline is not None and deadline <= start):
             return None
         try:
             message = routing.find_model_spec(request, spec_path)
@@ -407,7 +408,6 @@ class ProxyServer:
         if plan is None or plan.simple is None:
             return None
         picked = plan.simple.pick()
-        start = time.monotonic()
         gate = plan.gate
         # A request beyond the limit is refused by _forward().
         if picked is None or (gate is not None and gate.enter(priority_of(self._config.priorities, metadata), start)):
@@ -513,6 +513,9 @@ class ProxyServer:
         spec, pool = destination.spec, destination.pool
         if pool is None:
             return Reply(Code.NOT_FOUND, backends.not_found(path, spec))
+        if deadline is not None and deadline <= time.monotonic():
+            # A fast server could answer before the timer of the call rings.
+            return Reply(Code.DEADLINE_EXCEEDED, "the deadline of the call had passed before a server was asked")
         if destination.rewrite:
             try:
                 request = routing.rewrite_model_spec(request, spec_path, spec)
