@@ -96,6 +96,7 @@ class Workload:
         lists: number of inverted lists.
         temperature: the temperature that the model was trained with.
         folder: keeps quantizers of the vectors, if there is one.
+        centroids: the coarse centroids that all starts of a seed share. K-means of 4,096 lists takes a minute.
     """
 
     name: str
@@ -107,11 +108,17 @@ class Workload:
     lists: int
     temperature: float
     folder: Path | None = None
+    centroids: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def exact(self) -> np.ndarray:
         """The K best items of each judged query by exact search, int64 [q, K]."""
         return best(self.asked, self.items, K)
+
+    @functools.cached_property
+    def teacher(self) -> np.ndarray:
+        """The 200 best items of each query of the log by exact search, int64 [t, 200]."""
+        return best(self.log, self.items, 200)
 
 
 def best(queries: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
@@ -202,9 +209,12 @@ def start_of(data: Workload, code_bytes: int, kind: str, seed: int) -> Quantizer
     `kind` is the rotation of product codes, or "residual" for residual codes.
     """
     generator = np.random.default_rng(seed)
-    rows = generator.permutation(len(data.items))[: max(_SAMPLE, 32 * data.lists)]
+    vectors = data.items[generator.permutation(len(data.items))[: max(_SAMPLE, 32 * data.lists)]]
+    if seed not in data.centroids:
+        data.centroids[seed] = quantizer_start.coarse_centroids(vectors, data.lists, seed)
     changes = {"codes": kind, "rotation": "none"} if kind == "residual" else {"rotation": kind}
-    return quantizer_start.fit(data.items[rows], config_of(data, code_bytes, "reconstruction", **changes), seed)
+    config = config_of(data, code_bytes, "reconstruction", **changes)
+    return quantizer_start.fit(vectors, config, seed, data.centroids[seed])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +254,6 @@ def learn(
     config = config_of(data, code_bytes, objective, learning_rate=how.rate, coarse_learning_rate=how.rate, **changes)
     codes = ItemCodes(*product_codes.encode(start, data.items)) if start.encoder else None
     generator = np.random.default_rng(seed)
-    teacher = best(data.log, data.items, 200) if objective == "distillation" else np.zeros((0, 0), np.int64)
     tau = data.temperature * (how.temperature if objective == "distillation" else 1)
 
     def batch() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -254,8 +263,8 @@ def learn(
             return data.log[pairs[:, 0]], pairs[:, 1], nothing
         rows = generator.integers(0, len(data.log), how.queries)
         if objective == "distillation":
-            places = generator.random((how.queries, teacher.shape[1])).argsort(axis=1)[:, : how.candidates]
-            drawn = np.take_along_axis(teacher[rows], places, axis=1)
+            places = generator.random((how.queries, data.teacher.shape[1])).argsort(axis=1)[:, : how.candidates]
+            drawn = np.take_along_axis(data.teacher[rows], places, axis=1)
             # Items of other queries are harder than random ones. quantizer_loss takes all of fewer than 512.
             of_others = generator.permutation(np.unique(drawn))[: how.shared_items]
             chosen = generator.integers(0, len(data.items), how.random_items)
@@ -706,7 +715,7 @@ def cost_of_codes(result: report.Report, data: Workload, code_bytes: int, seed: 
 
 def homedepot(result: report.Report, data: Path, out: Path, seeds: Sequence[int], full: bool) -> None:
     """Measures Home Depot."""
-    make = functools.partial(homedepot_data, data, out, HOMEDEPOT_LISTS)
+    make = functools.cache(functools.partial(homedepot_data, data, out, HOMEDEPOT_LISTS))
     for size in (4, 8, 16, 32) if full else (8, 32):
         compare(result, make, [size], seeds, full)
     cost_of_codes(result, make(seeds[0]), 8, seeds[0])

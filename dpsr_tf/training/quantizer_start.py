@@ -94,7 +94,21 @@ def start(model: ModelDirectory, store: Store, checkpoint: str) -> tuple[Quantiz
     )
 
 
-def fit(vectors: np.ndarray, config: QuantizerConfig, seed: int) -> Quantizer:
+def coarse_centroids(vectors: np.ndarray, lists: int, seed: int) -> np.ndarray:
+    """Computes the coarse centroids of fit() by k-means: float32 [lists, d], of vectors float32 [n, d]."""
+    import faiss
+
+    count, d = vectors.shape
+    if lists == 1:
+        return vectors.mean(axis=0, keepdims=True)
+    means = faiss.Kmeans(
+        d, lists, niter=_ITERATIONS, seed=seed, min_points_per_centroid=1, max_points_per_centroid=count
+    )
+    means.train(vectors)
+    return means.centroids
+
+
+def fit(vectors: np.ndarray, config: QuantizerConfig, seed: int, coarse: np.ndarray | None = None) -> Quantizer:
     """Computes a quantizer of vectors without training: k-means, OPQ, and k-means of the residual's parts.
 
     The coarse centroids are those of k-means over the vectors. OPQ (Ge et al., 2013) finds the rotation for the
@@ -106,6 +120,7 @@ def fit(vectors: np.ndarray, config: QuantizerConfig, seed: int) -> Quantizer:
         vectors: float32 [n, d].
         config: says how many centroids, parts and bits there are, and which rotation.
         seed: seed of all k-means. The same seed on the same machine gives the same values.
+        coarse: the coarse centroids of these vectors and this seed, if they are known from another call.
 
     Returns:
         The quantizer. Its rotation is orthogonal to 1e-6, the identity for `rotation: none` and for
@@ -127,13 +142,8 @@ def fit(vectors: np.ndarray, config: QuantizerConfig, seed: int) -> Quantizer:
             f"the towers with a lower train.learning_rate"
         )
     vectors = np.ascontiguousarray(vectors, np.float32)
-    coarse = vectors.mean(axis=0, keepdims=True)
-    if config.lists > 1:
-        means = faiss.Kmeans(
-            d, config.lists, niter=_ITERATIONS, seed=seed, min_points_per_centroid=1, max_points_per_centroid=count
-        )
-        means.train(vectors)
-        coarse = means.centroids
+    if coarse is None:
+        coarse = coarse_centroids(vectors, config.lists, seed)
     nearest = faiss.knn(vectors, coarse, 1)[1][:, 0]
     residual = vectors - coarse[nearest]
     rotation = np.eye(d, dtype=np.float32)
