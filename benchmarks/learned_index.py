@@ -22,7 +22,8 @@ movielens, amazon, shop: with --full only. MovieLens 1M and Amazon Beauty, of wh
 In all but poeem the towers are frozen: the quantizer learns from fixed vectors, with the layer and the losses of
 `dpsr train`. recall@100 is the share of the relevant items among the first 100, ann_recall@100 the share of the exact
 first 100 that the index finds (the talk's precision@100 for a list of 100 results). Intervals are 95 % intervals over
-the queries. --full adds sizes, methods that encode slowly, more probes, three seeds, and a million items.
+the queries. --full adds sizes, methods that encode slowly, all objectives for 32 bytes, more probes, three seeds, a
+million items, and costs of the shop.
 
 DIR holds homedepot/, movielens/ml-1m-lightgcn/ and amazon_s3rec/ (docs/adapters.md). It is $DPSR_DATA by default, or
 else ../shared/data beside the repository. Stores, models and vectors are kept in --out, and not made again.
@@ -375,11 +376,12 @@ def of_scann(data: Workload, code_bytes: int) -> Search | None:
 
 def methods(data: Workload, code_bytes: int, seed: int, full: bool, how: Learning) -> Iterator[tuple[str, Search]]:
     """Yields the indexes of one size by name."""
+    all_methods = full or code_bytes <= 8  # more codes take longer
     opq = kept_start(data, code_bytes, "opq", seed)
     yield "opq", of_quantizer(data, opq)
-    for objective in reversed(OBJECTIVES):
+    for objective in reversed(OBJECTIVES) if all_methods else ("distillation",):
         yield objective, of_quantizer(data, kept_learned(data, code_bytes, objective, seed, opq, how))
-    if full or code_bytes <= 8:  # the start of more codes takes minutes
+    if all_methods:
         residual = kept_start(data, code_bytes, "residual", seed)
         yield "residual_codes", of_quantizer(data, residual)
         # More codes leave smaller errors, which the larger rate would only add to.
@@ -394,7 +396,7 @@ def methods(data: Workload, code_bytes: int, seed: int, full: bool, how: Learnin
         # One bit for each dimension and two numbers of 4 bytes.
         if code_bytes == data.items.shape[1] // 8 + 8:
             yield "rabitq", of_factory(data, "RaBitQ", opq)
-    scann = of_scann(data, code_bytes)
+    scann = of_scann(data, code_bytes) if all_methods else None
     if scann:
         yield "scann", scann
 
@@ -824,13 +826,16 @@ def training_rate(result: report.Report, store: Path, config: str, out: Path, ba
     Both go on from the same number of steps. A second run of each takes more steps, so that the difference of the CPU
     times is that of the steps alone. Returns the directory of the model with a quantizer.
     """
-    changes: dict[str, list[str]] = {"plain": [], "quantizer": ["sub_spaces=8", "lists=1024", f"start_step={steps}"]}
+    changes: dict[str, list[str]] = {
+        "plain": [],
+        "quantizer": ["sub_spaces=8", "lists=1024", f"start_step={steps // 4}"],
+    }
     rates: dict[str, list[float]] = {name: [] for name in changes}
     for name, values in changes.items():
         path = out / f"{store.name}_rate_{name}"
         shutil.rmtree(path, ignore_errors=True)
         seconds = []
-        for last in (2 * steps, 3 * steps, 6 * steps):
+        for last in (steps // 2, steps, 3 * steps):
             start = report.cpu_seconds()
             dpsr(
                 "train",
@@ -924,7 +929,9 @@ def run_part(
     elif part == "costs":
         givens_over_svd(result, (64,) if quick else (64, 256, 512))
         # The measurement of the bars comes last.
-        runs = [(generated(f"shop_{items}", out, items)[0], "shop", 256, 20 if quick else 500)]
+        runs: list[tuple[Path, str, int, int]] = []
+        if full or quick:
+            runs.append((generated(f"shop_{items}", out, items)[0], "shop", 256, 20 if quick else 500))
         if not quick:
             store = ingested("homedepot", out, "--adapter=homedepot", f"--input={data / 'homedepot'}")
             runs.append((store, "homedepot", 1024, 200))
