@@ -105,6 +105,7 @@ def coarse_centroids(vectors: np.ndarray, lists: int, seed: int) -> np.ndarray:
         d, lists, niter=_ITERATIONS, seed=seed, min_points_per_centroid=1, max_points_per_centroid=count
     )
     means.train(vectors)
+    assert means.centroids is not None
     return means.centroids
 
 
