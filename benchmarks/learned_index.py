@@ -835,7 +835,7 @@ def training_rate(result: report.Report, store: Path, config: str, out: Path, ba
         path = out / f"{store.name}_rate_{name}"
         shutil.rmtree(path, ignore_errors=True)
         seconds = []
-        for last in (steps // 2, steps, 3 * steps):
+        for last in (steps // 2, steps, 3 * steps + steps // 2):
             start = report.cpu_seconds()
             dpsr(
                 "train",
