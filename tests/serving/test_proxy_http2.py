@@ -200,14 +200,19 @@ def test_bytes_that_are_not_http2_are_not_answered(echo: tuple[RecordingBackend,
     ],
 )
 def test_invalid_calls_are_refused_and_the_connection_goes_on(
-    wire: Callable[..., Wire], headers: bytes, body: bytes, expected: dict[bytes, bytes]
+    echo: tuple[RecordingBackend, ProxyProcess],
+    wire: Callable[..., Wire],
+    headers: bytes,
+    body: bytes,
+    expected: dict[bytes, bytes],
 ) -> None:
-    client = wire()
+    client, before = wire(), len(echo[0].calls)
     client.send(frame(http2.HEADERS, WHOLE, 1, headers) + frame(http2.DATA, LAST, 1, body))
     got, _ = client.answer(1)
     assert got.items() >= expected.items()
     client.send(frame(http2.HEADERS, WHOLE, 3, head()) + frame(http2.DATA, LAST, 3, message(REQUEST)))
     assert client.answer(3)[1] == message(REQUEST)
+    assert len(echo[0].calls) == before + 1, "the backend gets good calls only"
 
 
 def test_frames_at_random_end_their_connection_at_most(

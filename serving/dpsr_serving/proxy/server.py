@@ -38,6 +38,7 @@ _SHADOW_S = 60.0  # time limit of one shadow copy
 _MARGIN = 0.9
 _ASK_MODELS = (serving_apis.GET_MODEL_STATUS, serving_apis.GET_MODEL_METADATA)
 _SEARCHES = ("", "serving_default", "search")
+_LATE = Reply(Code.DEADLINE_EXCEEDED, "the deadline of the call had passed before a server was asked")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,8 +349,10 @@ class ProxyServer:
         start = time.monotonic()
         plan: _Plan | None = None
         arm = ""
+        # It ends here, because a fast server could answer before the timer of the call rings.
+        late = _LATE if deadline is not None and deadline <= start else None
         if spec_path is None:
-            reply = await self._ask_sole(path, request, deadline, metadata)
+            reply = late or await self._ask_sole(path, request, deadline, metadata)
         else:
             found = self._plan(path, spec_path, inference, request)
             if isinstance(found, Reply):
@@ -360,7 +363,7 @@ class ProxyServer:
                 if plan.arms:
                     arm = _arm(plan, metadata)
                     destination = plan.arms[arm]
-                refused = self._refused(plan, metadata, start)
+                refused = late or self._refused(plan, metadata, start)
                 if refused is not None:
                     reply = refused
                 else:
@@ -513,9 +516,6 @@ class ProxyServer:
         spec, pool = destination.spec, destination.pool
         if pool is None:
             return Reply(Code.NOT_FOUND, backends.not_found(path, spec))
-        if deadline is not None and deadline <= time.monotonic():
-            # A fast server could answer before the timer of the call rings.
-            return Reply(Code.DEADLINE_EXCEEDED, "the deadline of the call had passed before a server was asked")
         if destination.rewrite:
             try:
                 request = routing.rewrite_model_spec(request, spec_path, spec)
