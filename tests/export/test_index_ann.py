@@ -200,6 +200,23 @@ def lists(index: faiss.Index, number: int) -> np.ndarray:
     return faiss.rev_swig_ptr(found.get_ids(number), found.list_size(number)).copy()
 
 
+@pytest.mark.parametrize("factory", ["IVF16384,SQ8", "IVF16384,PQ4x4fs"])
+def test_many_threads_find_the_lists_of_few_queries(factory: str) -> None:
+    # index.search finds 2 of 100 results that one thread finds.
+    vectors = unit_vectors(40_000, 1)[:, :8].copy()
+    index = ann.make(factory, 8)
+    faiss.extract_index_ivf(index).quantizer.add(vectors[:16_384])
+    index.train(vectors)
+    index.add(vectors)
+    ann.set_parameters(index, "nprobe=32")
+    found = []
+    for threads in (1, 16):
+        faiss.omp_set_num_threads(threads)
+        found.append(ann.search(index, vectors[:15], 10)[1])
+        assert faiss.omp_get_max_threads() == threads
+    np.testing.assert_array_equal(found[0], found[1])
+
+
 def test_two_level_kmeans_is_about_as_good_as_one_level(vectors: np.ndarray) -> None:
     def mean_product(centroids: np.ndarray) -> float:
         return float((vectors @ centroids.T).max(axis=1).mean())
