@@ -85,7 +85,7 @@ def find_files(patterns: Sequence[str], base: Path) -> list[Path]:
         except OSError as error:
             raise UsageError(f"{path}: cannot be read: {error.strerror}; correct its permissions") from None
         if not matches:
-            raise UsageError(f"{path}: no such file; give --input, or correct `files` in the schema")
+            raise UsageError(f"{path}: no such file; correct the path, --input, or `files` in the schema")
         found += matches
     for path in found:
         check_kind(path)

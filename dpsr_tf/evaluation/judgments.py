@@ -152,8 +152,8 @@ class Judgments:
         file = store.held_out()
         if file is None or not len(file["query"]):
             raise CommandError(
-                f"{store.path}: holds no held-out interactions; set `held_out` in the schema and ingest the log again, "
-                f"or give --judgments"
+                f"{store.path}: holds no held-out interactions; set `held_out` in the schema and ingest the log again "
+                f"(`dpsr evaluate` also takes judged queries, --judgments)"
             )
         query, user, item, time = (np.asarray(file[name], np.int64) for name in ("query", "user", "item", "time"))
         order = np.lexsort((item, user, query))

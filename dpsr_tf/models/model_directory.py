@@ -38,9 +38,11 @@ from dpsr_tokenizer import Vocabulary, WordSequences
 
 # The files that make a directory of checkpoints a model.
 _FILES = ("vocabulary.dpsr", "features.json", "config.yaml")
+# What a directory that is to become a model may hold: what a killed training wrote, and what file systems put there.
+_BEGINNINGS = {*_FILES, CODES, WORDS, "lost+found"}
 # What each kind of model is for, in errors about the other one.
 _MADE_FOR = {
-    "retrieval": "it finds items; train a ranker with model.kind=ranker",
+    "retrieval": "it finds items; for a ranker or rewriter, train with dpsr_tf/configs/ranker.yaml or rewriter.yaml",
     "ranker": "it orders items that were found; give it to `dpsr evaluate` or `dpsr export` as a ranker",
     "rewriter": "it writes other words for a query; give it to `dpsr rewrite` or `dpsr export` as a rewriter",
 }
@@ -201,7 +203,7 @@ class ModelDirectory:
             numbers: returns the numbers that a new ranker reads.
 
         Raises:
-            CommandError: another model is there; the message names what differs.
+            CommandError: another model is there, and the message names what differs; or other files are there.
             UsageError: the config names features that the store does not have.
         """
         directory = Path(path)
@@ -213,6 +215,11 @@ class ModelDirectory:
                 raise CommandError(f"{path}: {difference}; choose another --out, or give --overwrite")
             spec = model.features
         else:
+            if others := _other_files(directory):
+                raise CommandError(
+                    f"{path}: holds no model, but other files, such as {others[0]}; choose another --out, or an empty "
+                    f"directory"
+                )
             spec = dataclasses.replace(spec, numbers=numbers())
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -230,6 +237,14 @@ class ModelDirectory:
         with replaced(directory / "config.yaml") as temporary:
             save_config(config, temporary)
         return ModelDirectory.open(directory)
+
+
+def _other_files(directory: Path) -> list[str]:
+    """Returns the names of what is in a directory and does not begin a model, without hidden files."""
+    if not directory.is_dir():
+        return []
+    names = sorted(path.name for path in directory.iterdir())
+    return [name for name in names if name not in _BEGINNINGS and not name.startswith(".")]
 
 
 def copy_model(source: Path, to: Path) -> None:

@@ -123,7 +123,7 @@ def _prepare(values: flags.FlagValues) -> tuple[list[tuple[str, int]], SshHosts 
     hosts = None
     if values.hosts:
         hosts = SshHosts.of_flags(values.hosts, values.ssh, values.remote_python, values.port, len(tasks))
-    if values.overwrite:
+    if values.overwrite or train.is_untrained(Path(values.out)):
         train.remove(Path(values.out))
     ModelDirectory.create_or_resume(values.out, config, store, train.numbers_of(store, config, own))
     return tasks, hosts

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -220,6 +221,11 @@ def _check_stays(values: flags.FlagValues, name: str, path: str) -> None:
         raise UsageError(f"{name}={path}: --overwrite removes this model; choose another --out")
 
 
+def is_untrained(model_dir: Path) -> bool:
+    """Returns whether a directory holds the beginnings of a model without a checkpoint: nothing is lost with it."""
+    return (model_dir / "config.yaml").is_file() and tf.train.latest_checkpoint(str(model_dir)) is None
+
+
 def remove(model_dir: Path) -> None:
     """Removes a model, if there is one. Raises CommandError if another process trains it, or if it is no model."""
     if model_dir.exists():
@@ -310,7 +316,8 @@ def train(
     measure = None
     if config.validation.queries and (cluster.is_local or cluster.task_type == "evaluator"):
         measure = validation.measure_of(store, config)
-    if overwrite:
+    # The tasks of a cluster share the directory, so none of them may remove what another one has begun.
+    if overwrite or (cluster.is_local and is_untrained(Path(model_dir))):
         remove(Path(model_dir))
     model = ModelDirectory.create_or_resume(model_dir, config, store, numbers_of(store, config, own))
     # Only the chief writes checkpoints. The other tasks of its cluster use the same directory.
@@ -329,15 +336,18 @@ def _train_model(
     measure: validation.Measure | None,
 ) -> None:
     """Does what `train` says, in a model directory that is there."""
+    is_chief = cluster.task_type == "chief"
     if cluster.task_type in ("chief", "worker"):
         if validation.is_over(model.path, config):
             print(f"model {model.path}: {_stopped(model.path, config)}")
             return
         step = _global_step(model.path)  # fails here if the checkpoint cannot be read
-        if warm_start and tf.train.latest_checkpoint(str(model.path)) and cluster.task_type == "chief":
+        if warm_start and tf.train.latest_checkpoint(str(model.path)) and is_chief:
             print(
                 f"model {model.path}: resumes at step {step:,}; --warm_start={warm_start.model.path} is not read again"
             )
+        if step >= config.train.steps and is_chief:
+            print(f"model {model.path}: is at step {step:,} already; to train on, give a larger train.steps")
     listeners: list[tf.estimator.CheckpointSaverListener] = [FiniteWeights()]
     if measure is not None:
         validator = validation.Validation(model.path, config, measure)
@@ -345,7 +355,6 @@ def _train_model(
             validator.watch()
             return
         listeners.append(validation.ValidationListener(validator, model.path))
-    is_chief = cluster.task_type == "chief"
     summary_dir = str(model.path) if is_chief else None
     bar = ProgressBar(config.train.steps, config.train.batch_size, summary_dir, says_start=not cluster.is_local)
     training = _Training(model, store, config, cluster, warm_start, bar, listeners, own)
@@ -353,6 +362,16 @@ def _train_model(
         training.run()
     except tf.errors.OpError as error:
         raise _explained(error, model.path, config, cluster) from None
+    except KeyboardInterrupt:
+        bar.close()
+        step = _global_step(model.path)
+        if cluster.is_local:
+            print(
+                f"model {model.path}: interrupted; its last checkpoint is of step {step:,}, where `dpsr train` goes on",
+                file=sys.stderr,
+                flush=True,
+            )
+        raise
     finally:
         bar.close()
     if not cluster.is_local:

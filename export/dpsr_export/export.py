@@ -126,7 +126,7 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     bases = [base]
     if values.shards > 1:
         bases = [base / f"shard-{number}-of-{values.shards}" for number in range(values.shards)]
-    version = _version(values, bases)
+    version = _version(values, bases, "retrieval")
     index = Index.open(Path(values.index))
     model = None if values.index_only else ModelDirectory.open(values.model, "retrieval")
     with contextlib.ExitStack() as made:
@@ -139,7 +139,25 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
             print(f"servable {path / str(version)}: {part.manifest['items']:,} items; {_figures(measured)}")
 
 
-def _version(values: flags.FlagValues, bases: Sequence[Path]) -> int:
+def _version(values: flags.FlagValues, bases: Sequence[Path], kind: str) -> int:
+    """Returns the number of the version to write.
+
+    Raises:
+        CommandError: the base path has servables of another kind. A server would answer with the newest version, and so
+            no longer to those who ask for the others.
+    """
+    for base in bases:
+        for there in versions(base)[-1:]:
+            found = kind
+            # A servable without a manifest that can be read is not ours, or of an older version.
+            with contextlib.suppress(CommandError):
+                manifest = read_manifest(base / str(there) / MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION, "dpsr export")
+                found = manifest.get("kind", "retrieval")
+            if found != kind and not values.index_only:
+                raise CommandError(
+                    f"{base}: its version {there} is a {found} servable, and this would be a {kind} servable; choose "
+                    f"another --out"
+                )
     if values.version_number is not None:
         return int(values.version_number)
     return 1 + max((number for path in bases for number in versions(path)), default=0)
@@ -161,7 +179,7 @@ def _export_ranker(values: flags.FlagValues) -> None:
     base = Path(values.out)
     model = None if values.index_only else ModelDirectory.open(values.model, "ranker")
     store = Store(values.store)
-    path = base / str(_version(values, [base]))
+    path = base / str(_version(values, [base], "ranker"))
     with new_directory(path) as out:
         if model is not None:
             measured = ranker.export(model, store, values.max_items, out)
@@ -188,7 +206,7 @@ def _export_rewriter(values: flags.FlagValues) -> None:
     base = Path(values.out)
     model = None if values.index_only else ModelDirectory.open(values.model, "rewriter")
     table = None if values.rewrites is None else Path(values.rewrites)
-    path = base / str(_version(values, [base]))
+    path = base / str(_version(values, [base], "rewriter"))
     with new_directory(path) as out:
         if model is not None:
             measured = rewriter.export(model, table, values.max_rewrites, out)
@@ -222,7 +240,9 @@ def newest(base: Path) -> Path:
     """Returns the highest version in a base path. Raises CommandError if there is none."""
     there = versions(base)
     if not there:
-        raise CommandError(f"{base}: holds no servable; leave out --index_only and give --model")
+        shards = {path.name.rpartition("-")[2] for path in base.glob("shard-0-of-*")}
+        advice = f"give --shards={min(shards)}" if shards else "leave out --index_only and give --model"
+        raise CommandError(f"{base}: holds no servable{' without shards' if shards else ''}; {advice}")
     return base / str(there[-1])
 
 

@@ -17,6 +17,7 @@ models. This module does not import TensorFlow.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import queue
@@ -441,6 +442,21 @@ def newest_version(base: Path) -> Path:
     if base.name.startswith("shard-") and not (base / DIRECTORY).is_dir():
         raise CommandError(f"{base}: is one shard of a servable, and all shards share a log; give {base.parent}")
     return max(versions, key=lambda path: int(path.name))
+
+
+def changes_offsets(base: Path) -> list[tuple[Path, int]]:
+    """Returns each version of a servable, lowest first, and the offset of the first change that its index lacks.
+
+    A version whose manifest cannot be read, or of a DPSR that did not know changes of items, is left out.
+    """
+    paths = [path for pattern in ("*", "shard-0-of-*/*") for path in base.glob(pattern) if path.name.isdigit()]
+    found: list[tuple[Path, int]] = []
+    for path in sorted(paths, key=lambda path: int(path.name)):
+        with contextlib.suppress(CommandError):
+            manifest = read_manifest(path / MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION, "dpsr export")
+            if "apply_changes" in manifest.get("inputs", {}):
+                found.append((path, manifest["index"].get("changes_offset", 0)))
+    return found
 
 
 def _taken(changes: Changes, order: np.ndarray) -> Changes:

@@ -19,7 +19,7 @@ from absl import flags
 from dpsr_common.errors import CommandError, UsageError
 from dpsr_common.files import write_text
 from dpsr_export.item_changes import Changes
-from dpsr_export.item_rows import Reject, ServableItems, collect, describe_rejects, tables
+from dpsr_export.item_rows import Reject, ServableItems, changes_offsets, collect, describe_rejects, tables
 
 USAGE = """
 Usage: dpsr items add --servable=BASE TABLE...
@@ -163,6 +163,12 @@ def _trim(values: flags.FlagValues, arguments: list[str]) -> None:
             f"--before={values.before}: the index of the newest version, {items.version}, has only the changes before "
             f"{items.changes_offset}, so that a server could not load it any more; run `dpsr index --merge` first"
         )
+    for path, offset in changes_offsets(Path(values.servable)):
+        if values.before > offset:
+            raise UsageError(
+                f"--before={values.before}: {path} needs the changes from {offset} on; remove this version if it will "
+                f"not be served again, or give --before={offset}"
+            )
     removed = items.log.trim(values.before)
     status = items.log.status()
     print(

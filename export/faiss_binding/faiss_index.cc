@@ -135,8 +135,12 @@ Status FaissIndex::CheckParameters(const SearchParameters& parameters) const {
   }
   for (const Parameter& parameter : all) {
     if (!parameter.is_set || parameter.index_has_it) continue;
+    if (names.empty()) {
+      return MakeStatus(StatusCode::kInvalidArgument, "search parameters: this index takes none; leave out ",
+                        parameter.name);
+    }
     return MakeStatus(StatusCode::kInvalidArgument, "search parameters: this index has no ", parameter.name, ", only ",
-                      names.empty() ? "none" : names);
+                      names);
   }
   return Status();
 }

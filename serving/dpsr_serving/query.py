@@ -136,6 +136,8 @@ def run(values: flags.FlagValues, texts: list[str]) -> None:
         raise UsageError('nothing to search for; give at least one text: dpsr query --model=NAME "red shoes"')
     if not values.target or not values.model:
         raise UsageError("--target and --model must not be empty")
+    if ":" not in values.target:
+        raise UsageError(f"--target={values.target}: has no port; expected host:port")
     for text in texts:
         # The server would accept any bytes, but on a command line they mean that the terminal has another encoding.
         try:
@@ -197,6 +199,8 @@ def run(values: flags.FlagValues, texts: list[str]) -> None:
             print(json.dumps(line, ensure_ascii=False))
         else:
             print(_table(text, rows))
+            if result.shards is not None and result.shards[0] < result.shards[1]:
+                print(f"incomplete: {result.shards[0]} of {result.shards[1]} shards answered")
     sys.stdout.flush()
 
 

@@ -413,14 +413,19 @@ class Signature:
         try:
             return ids, [_int64s(row) for row in rows]
         except ValueError as error:
-            raise ValueError(f"this model identifies items by id, an integer: {error}") from None
+            raise ValueError(f"this model identifies items by id, an integer; {error}") from None
 
 
 def _int64s(items: Iterable[Any]) -> list[int]:
-    numbers = [int(item) for item in items]
+    numbers: list[int] = []
+    for item in items:
+        try:
+            numbers.append(int(item))
+        except ValueError:
+            raise ValueError(f"got {item!r}") from None
     if numbers and not -(2**63) <= min(numbers) <= max(numbers) < 2**63:
         wrong = next(number for number in numbers if not -(2**63) <= number < 2**63)
-        raise ValueError(f"{wrong} is not an int64")
+        raise ValueError(f"got {wrong}, which does not fit into 64 bits")
     return numbers
 
 

@@ -371,7 +371,7 @@ def test_find_files(tmp_path):
     assert names("?.csv") == ["b.csv"]
     assert names("c.*", "b.csv", "?.csv", "c.tsv.gz") == ["c.tsv.gz", "b.csv"]
     for pattern in ("none.csv", "folder.csv", "*.xlsx"):
-        with pytest.raises(UsageError, match=r"no such file; give --input, or correct `files`"):
+        with pytest.raises(UsageError, match=r"no such file; correct the path, --input, or `files`"):
             names(pattern)
     for pattern in ("notes.txt", "x.parquet.gz"):
         with pytest.raises(UsageError, match=r"unknown kind of file, expected \.parquet, \.csv, \.tsv, \.jsonl"):

@@ -339,7 +339,8 @@ def test_a_model_directory_may_be_moved(click_store, uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes(click_store, uninterrupted, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_run_resumes(click_store, uninterrupted, tmp_path, number):
     path = tmp_path / "model"
     save_config(with_train(CONFIG, steps=1_000_000), tmp_path / "config.yaml")
     command = [
@@ -357,10 +358,14 @@ def test_a_killed_run_resumes(click_store, uninterrupted, tmp_path):
                 assert process.poll() is None, (tmp_path / "log").read_text()
                 time.sleep(0.01)
         finally:
-            process.send_signal(signal.SIGKILL)
+            process.send_signal(number)
             process.wait()
     killed_at = int(weights(path)["global_step"])
     assert killed_at % 10 == 0
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        last = (tmp_path / "log").read_text().splitlines()[-1]
+        assert last.startswith(f"model {path}: interrupted; its last checkpoint is of step {killed_at:,}, where")
     steps = killed_at + 15
     train(click_store, with_train(CONFIG, steps=steps), path)
     reference = train(click_store, with_train(CONFIG, steps=steps), tmp_path / "reference")
@@ -776,6 +781,26 @@ def test_two_trainings_of_one_model_at_once(dpsr, click_store, tmp_path):
         # The evaluator works beside the chief, so it comes as far as to its own error.
         with pytest.raises(CommandError, match="holds no held-out interactions"):
             train(click_store, with_validation(Config()), path, Cluster("evaluator"))
+
+
+def test_a_directory_of_something_else_is_refused(dpsr, click_store, tmp_path):
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "items.parquet").write_bytes(b"PAR1")
+    flags = ["train", f"--store={click_store.path}", "--set=train.steps=1"]
+    dpsr(*flags, f"--out={tmp_path / 'shop'}").fails(1, "holds no model, but other files, such as items.parquet")
+    assert [path.name for path in (tmp_path / "shop").iterdir()] == ["items.parquet"]
+
+
+def test_what_never_began_is_not_in_the_way(dpsr, click_store, tmp_path):
+    """A training that failed before its first checkpoint leaves a directory, which another config may use."""
+    ModelDirectory.create_or_resume(tmp_path / "m", Config(), click_store)
+    flags = ["train", f"--store={click_store.path}", f"--out={tmp_path / 'm'}"]
+    flags += ["--set=train.steps=2", "--set=train.batch_size=16", "--set=train.margin=0.2"]
+    outcome = dpsr(*flags)
+    assert outcome.status == 0, outcome
+    dpsr(*flags, "--set=train.margin=0.3").fails(1, "train.margin was 0.2 and is 0.3")
+    again = dpsr(*flags)
+    assert again.status == 0 and "is at step 2 already; to train on, give a larger train.steps" in again.out
 
 
 def test_validation_needs_something_held_out(dpsr, click_store, tmp_path):

@@ -313,6 +313,8 @@ def test_index_only_keeps_the_model(job: Job, ivf: Path, tmp_path: Path, capsys:
     # Only what is of this model, and a servable that is there.
     arguments = ["export", "--index_only", f"--index={ivf}"]
     assert "holds no servable" in failed(capsys, *arguments, f"--out={tmp_path / 'none'}")
+    shutil.copytree(old, tmp_path / "shards" / "shard-0-of-2" / "1")
+    assert "without shards; give --shards=2" in failed(capsys, *arguments, f"--out={tmp_path / 'shards'}")
     assert "--index_only, which keeps" in failed(capsys, *arguments, f"--out={base}", f"--model={job.model}")
     assert "--model is missing" in failed(capsys, "export", f"--index={ivf}", f"--out={base}")
     assert sorted(path.name for path in base.iterdir()) == ["4", "5"]

@@ -449,6 +449,15 @@ def test_the_log_is_not_trimmed_beyond_the_index(tmp_path: Path, capsys: pytest.
     assert "offsets 2 to 5, 4 in all" in shown and "to apply         4" in shown
     assert dpsr("trim", f"--servable={base}", "--before=3") == 2
     assert "has only the changes before 2" in capsys.readouterr().err
+    # An older version may be served again.
+    older = base / "1" / "assets.extra" / "dpsr_manifest.json"
+    shutil.copytree(base / "3", base / "1")
+    manifest = json.loads(older.read_text())
+    manifest["index"]["changes_offset"] = 1
+    older.write_text(json.dumps(manifest))
+    assert dpsr("trim", f"--servable={base}", "--before=2") == 2
+    assert f"{base / '1'} needs the changes from 1 on; remove this version" in capsys.readouterr().err
+    shutil.rmtree(base / "1")
     assert dpsr("trim", f"--servable={base}", "--before=2") == 0
 
 

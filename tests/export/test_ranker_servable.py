@@ -269,6 +269,7 @@ def test_wrong_use(
         (("--index_only", f"--store={store.path}", out), 1, "holds no servable"),
         (("--index_only", f"--store={store.path}", f"--out={job.servable}"), 1, "is a retrieval servable, expected"),
         ((model, f"--store={store.path}", "--max_items=0", out), 2, "max_items"),
+        ((model, f"--store={store.path}", f"--out={job.servable}"), 1, "this would be a ranker servable"),
     ):
         assert main(["export", *arguments]) == status, arguments
         assert message in capsys.readouterr().err, arguments

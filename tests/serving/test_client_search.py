@@ -193,8 +193,8 @@ def test_what_the_model_does_not_take_is_a_value_error_that_says_what_it_takes(
         ({"user": User(past_queries="red")}, "past_queries: expected a sequence of texts, got 'red'"),
         ({"user": {"age": 3}}, "unknown user attribute 'age', expected features, clicked_items, past_queries"),
         ({"user": [None, None]}, "2 users for 1 queries"),
-        ({"exclude_items": ["sku-1"]}, "identifies items by id, an integer: .*'sku-1'"),
-        ({"exclude_items": [2**63]}, "identifies items by id, an integer: 9223372036854775808 is not an int64"),
+        ({"exclude_items": ["sku-1"]}, "identifies items by id, an integer; got 'sku-1'"),
+        ({"exclude_items": [2**63]}, "an integer; got 9223372036854775808, which does not fit"),
     ]
     with SearchClient(echo["echo"].target, "echo") as client:
         for arguments, words in wrong:

@@ -84,6 +84,10 @@ def test_the_guides_file_is_one() -> None:
             "models.m.memory: not given, and the files cannot be measured",
         ),
         (SERVERS + "models: {m: {base_path: /proc/self/fd}}", "has no version to measure"),
+        (
+            SERVERS + "models: {m: {base_path: /proc/self/fd, versions: [7777, 8888]}}",
+            "has none of the versions 7777, 8888 to measure (versions there: 0, 1, 2",
+        ),
         (SERVERS + "models: {m: {base_path: /m, memory: 1, replicas: 0}}", "models.m.replicas: got 0, expected an int"),
         (SERVERS + "models: {m: {base_path: /m, memory: 1, versions: [x]}}", "models.m.versions: got ['x'], expected"),
         (

@@ -428,9 +428,15 @@ def check_same_store(catalogue: Catalogue, servable: Path) -> None:
     path = servable / "assets.extra" / "dpsr_manifest.json"
     try:
         manifest = json.loads(path.read_text("utf-8"))
-        found = (manifest.get("index") or manifest)["vocabulary_fingerprint"]
+        kind = manifest.get("kind", "retrieval")
+        found = (manifest.get("index") or manifest)["vocabulary_fingerprint"] if kind == "retrieval" else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CommandError(f"{path}: cannot be read: {error}; give a version directory of a servable") from None
+    if found is None:
+        raise CommandError(
+            f"{servable}: is a {kind} servable, which has no vocabulary to compare with the index; leave `servable` "
+            f"out for this model"
+        )
     expected = catalogue.manifest["store"]["vocabulary_fingerprint"]
     if found != expected:
         raise CommandError(

@@ -169,5 +169,9 @@ def _measure_memory(key: str, base_path: str, versions: Sequence[int], latest: i
             "version removed meanwhile? Run the command again, or give the bytes of one version"
         ) from None
     if not any(sizes):
-        raise UsageError(f"{key}: not given, and {base_path} has no version to measure; give the bytes of one version")
+        wanted = f"none of the versions {', '.join(map(str, versions))}" if versions else "no version"
+        there = f" (versions there: {', '.join(map(str, numbers))})" if numbers else ""
+        raise UsageError(
+            f"{key}: not given, and {base_path} has {wanted} to measure{there}; give the bytes of one version"
+        )
     return int(max(sizes) * _MEMORY_OVER_FILES)

@@ -70,7 +70,12 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     if arguments:
         raise UsageError(f"unexpected argument {arguments[0]!r}")
     if (values.config is None) == (values.backend is None):
-        raise UsageError("give either --config or --backend")
+        missing = values.config is None
+        raise UsageError(
+            "neither --config nor --backend is given; give one of them"
+            if missing
+            else "--config and --backend cannot be combined; give one of them"
+        )
     if not values.host:
         raise UsageError("--host must not be empty")
     if values.unix_socket is not None and values.workers > 1:
