@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import report
 from absl import app, flags, logging
 from tqdm import tqdm
 
+from dpsr_common.errors import CommandError, UsageError
 from dpsr_tf.data.store import Store
 from dpsr_tf.evaluation import metrics
 from dpsr_tf.evaluation.corpus import Corpus
@@ -150,4 +152,7 @@ if __name__ == "__main__":
     flags.DEFINE_float("relevant_from", 1.0, "lowest grade that counts as relevant")
     flags.DEFINE_integer("seed", 1, "seed of the bootstrap samples")
     flags.DEFINE_boolean("json", False, "prints the results as one JSON object on the last line")
-    app.run(main)
+    try:
+        app.run(main)
+    except (CommandError, UsageError) as error:
+        sys.exit(f"bm25.py: error: {error}")

@@ -40,7 +40,7 @@ def read_file(path: str | Path, parse: Callable[[str], T]) -> T:
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file, expected a YAML file") from None
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UsageError(f"{path}: cannot be read: {error.strerror}; expected a YAML file") from None
     try:
         return parse(_decode(data))
     except UsageError as error:

@@ -45,7 +45,7 @@ def test_what_is_wrong_in_a_file_is_said_with_its_name(tmp_path, data, message):
 def test_files_that_cannot_be_read(tmp_path, read):
     with pytest.raises(UsageError, match=r"none\.yaml: no such file, expected a YAML file$"):
         read(tmp_path / "none.yaml")
-    with pytest.raises(UsageError, match=r": cannot be read: Is a directory$"):
+    with pytest.raises(UsageError, match=r": cannot be read: Is a directory; expected a YAML file$"):
         read(tmp_path)
 
 
