@@ -457,8 +457,8 @@ def test_bad_usage_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     config = tmp_path / "proxy.yaml"
     config.write_text("modles: {}")
     for arguments, words in (
-        ((), "either --config or --backend"),
-        (("--config=a", "--backend=b:1"), "either --config or --backend"),
+        ((), "neither --config nor --backend is given"),
+        (("--config=a", "--backend=b:1"), "--config and --backend cannot be combined"),
         (("--backend=b:1", "stray"), "'stray'"),
         (("--backend=b:1", "--potr=1"), "potr"),
         (("--backend=b:1", "--port=70000"), "70000"),
