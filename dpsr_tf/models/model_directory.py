@@ -215,7 +215,7 @@ class ModelDirectory:
                 raise CommandError(f"{path}: {difference}; choose another --out, or give --overwrite")
             spec = model.features
         else:
-            if others := _other_files(directory):
+            if others := other_files(directory):
                 raise CommandError(
                     f"{path}: holds no model, but other files, such as {others[0]}; choose another --out, or an empty "
                     f"directory"
@@ -239,7 +239,7 @@ class ModelDirectory:
         return ModelDirectory.open(directory)
 
 
-def _other_files(directory: Path) -> list[str]:
+def other_files(directory: Path) -> list[str]:
     """Returns the names of what is in a directory and does not begin a model, without hidden files."""
     if not directory.is_dir():
         return []

@@ -32,7 +32,7 @@ from dpsr_tf.data.store import (
     read_manifest,
 )
 from dpsr_tf.models.features import FeatureSpec, Number
-from dpsr_tf.models.model_directory import ModelDirectory, feature_spec
+from dpsr_tf.models.model_directory import ModelDirectory, feature_spec, other_files
 from dpsr_tf.models.quantizer import Quantizer
 from dpsr_tf.models.quantizer_layer import ItemCodes
 from dpsr_tf.models.text_encoder import load_encoder
@@ -222,14 +222,14 @@ def _check_stays(values: flags.FlagValues, name: str, path: str) -> None:
 
 
 def is_untrained(model_dir: Path) -> bool:
-    """Returns whether a directory holds the beginnings of a model without a checkpoint: nothing is lost with it."""
-    return (model_dir / "config.yaml").is_file() and tf.train.latest_checkpoint(str(model_dir)) is None
+    """Returns whether a directory holds the beginnings of a model and nothing else: nothing is lost with it."""
+    return (model_dir / "features.json").is_file() and not other_files(model_dir)
 
 
 def remove(model_dir: Path) -> None:
     """Removes a model, if there is one. Raises CommandError if another process trains it, or if it is no model."""
     if model_dir.exists():
-        check_replaceable(model_dir, "model", "config.yaml")
+        check_replaceable(model_dir, "model", "features.json")
         with _only_trainer(model_dir):
             shutil.rmtree(model_dir)
 

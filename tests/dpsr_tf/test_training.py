@@ -791,6 +791,16 @@ def test_a_directory_of_something_else_is_refused(dpsr, click_store, tmp_path):
     assert [path.name for path in (tmp_path / "shop").iterdir()] == ["items.parquet"]
 
 
+def test_a_config_does_not_make_a_model(dpsr, click_store, tmp_path):
+    """A folder with a config of one's own is neither taken for a model nor removed."""
+    save_config(Config(), tmp_path / "config.yaml")
+    (tmp_path / "notes.txt").write_text("mine")
+    flags = ["train", f"--store={click_store.path}", f"--out={tmp_path}", "--set=train.steps=1"]
+    for more, status in (([], 1), (["--overwrite"], 1), (["--set=train.margin=0.2"], 1)):
+        dpsr(*flags, *more).fails(status, str(tmp_path))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "notes.txt"]
+
+
 def test_what_never_began_is_not_in_the_way(dpsr, click_store, tmp_path):
     """A training that failed before its first checkpoint leaves a directory, which another config may use."""
     ModelDirectory.create_or_resume(tmp_path / "m", Config(), click_store)
