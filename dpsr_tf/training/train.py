@@ -363,13 +363,12 @@ def _train_model(
     except tf.errors.OpError as error:
         raise _explained(error, model.path, config, cluster) from None
     except KeyboardInterrupt:
-        bar.close()
-        step = _global_step(model.path)
+        bar.close()  # so that the next line stands alone
         if cluster.is_local:
+            step = _global_step(model.path)
             print(
                 f"model {model.path}: interrupted; its last checkpoint is of step {step:,}, where `dpsr train` goes on",
                 file=sys.stderr,
-                flush=True,
             )
         raise
     finally:

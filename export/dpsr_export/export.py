@@ -126,9 +126,11 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
     bases = [base]
     if values.shards > 1:
         bases = [base / f"shard-{number}-of-{values.shards}" for number in range(values.shards)]
-    version = _version(values, bases, "retrieval")
+    version = _version(values, bases)
     index = Index.open(Path(values.index))
     model = None if values.index_only else ModelDirectory.open(values.model, "retrieval")
+    if model is not None:
+        _check_kind(bases, "retrieval")
     with contextlib.ExitStack() as made:
         for number, path in enumerate(bases):
             # All shards appear together, after the last one is complete.
@@ -139,28 +141,31 @@ def run(values: flags.FlagValues, arguments: list[str]) -> None:
             print(f"servable {path / str(version)}: {part.manifest['items']:,} items; {_figures(measured)}")
 
 
-def _version(values: flags.FlagValues, bases: Sequence[Path], kind: str) -> int:
-    """Returns the number of the version to write.
-
-    Raises:
-        CommandError: the base path has servables of another kind. A server would answer with the newest version, and so
-            no longer to those who ask for the others.
-    """
-    for base in bases:
-        for there in versions(base)[-1:]:
-            found = kind
-            # A servable without a manifest that can be read is not ours, or of an older version.
-            with contextlib.suppress(CommandError):
-                manifest = read_manifest(base / str(there) / MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION, "dpsr export")
-                found = manifest.get("kind", "retrieval")
-            if found != kind and not values.index_only:
-                raise CommandError(
-                    f"{base}: its version {there} is a {found} servable, and this would be a {kind} servable; choose "
-                    f"another --out"
-                )
+def _version(values: flags.FlagValues, bases: Sequence[Path]) -> int:
     if values.version_number is not None:
         return int(values.version_number)
     return 1 + max((number for path in bases for number in versions(path)), default=0)
+
+
+def _check_kind(bases: Sequence[Path], kind: str) -> None:
+    """Raises CommandError if a base path has servables of another kind: a server would load this one in their place."""
+    for base in bases:
+        there = versions(base)
+        if not there:
+            continue
+        try:
+            found = _read_manifest(base / str(there[-1])).get("kind", "retrieval")
+        except CommandError:  # not ours, or of an older version
+            continue
+        if found != kind:
+            raise CommandError(
+                f"{base}: its version {there[-1]} is a {found} servable, and this would be a {kind} servable; choose "
+                f"another --out"
+            )
+
+
+def _read_manifest(servable: Path) -> dict[str, Any]:
+    return read_manifest(servable / MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION, "dpsr export")
 
 
 def _select_warmup(values: flags.FlagValues, version: Path) -> None:
@@ -178,8 +183,10 @@ def _export_ranker(values: flags.FlagValues) -> None:
         raise UsageError(f"--shards={values.shards}: cannot be combined with --store, because a ranker has no shards")
     base = Path(values.out)
     model = None if values.index_only else ModelDirectory.open(values.model, "ranker")
+    if model is not None:
+        _check_kind([base], "ranker")
     store = Store(values.store)
-    path = base / str(_version(values, [base], "ranker"))
+    path = base / str(_version(values, [base]))
     with new_directory(path) as out:
         if model is not None:
             measured = ranker.export(model, store, values.max_items, out)
@@ -205,8 +212,10 @@ def _export_rewriter(values: flags.FlagValues) -> None:
         raise UsageError(f"--shards={values.shards}: cannot be combined with a rewriter, which has no items")
     base = Path(values.out)
     model = None if values.index_only else ModelDirectory.open(values.model, "rewriter")
+    if model is not None:
+        _check_kind([base], "rewriter")
     table = None if values.rewrites is None else Path(values.rewrites)
-    path = base / str(_version(values, [base], "rewriter"))
+    path = base / str(_version(values, [base]))
     with new_directory(path) as out:
         if model is not None:
             measured = rewriter.export(model, table, values.max_rewrites, out)
@@ -248,12 +257,7 @@ def newest(base: Path) -> Path:
 
 def manifest_of(servable: Path, kind: str) -> dict[str, Any]:
     """Returns the manifest of a servable. Raises CommandError if it is not of this kind, as model.kind has them."""
-    manifest = read_manifest(
-        servable / MANIFEST,
-        MANIFEST_FORMAT,
-        MANIFEST_VERSION,
-        "dpsr export",
-    )
+    manifest = _read_manifest(servable)
     found = manifest.get("kind", "retrieval")
     if found != kind:
         needs = {"retrieval": "--index", "ranker": "--store", "rewriter": "--rewrites"}

@@ -433,15 +433,12 @@ def newest_version(base: Path) -> Path:
     Raises:
         CommandError: there is no version, or `base` is one shard of several.
     """
-    versions = [path for path in base.glob("*") if path.name.isdigit()]
-    if not versions:
-        # Each shard has a base path of its own; all of them were exported together.
-        versions = [path for path in base.glob("shard-0-of-*/*") if path.name.isdigit()]
+    versions = _versions(base)
     if not versions:
         raise CommandError(f"{base}: holds no servable; give the directory that `dpsr export --out` wrote")
     if base.name.startswith("shard-") and not (base / DIRECTORY).is_dir():
         raise CommandError(f"{base}: is one shard of a servable, and all shards share a log; give {base.parent}")
-    return max(versions, key=lambda path: int(path.name))
+    return versions[-1]
 
 
 def changes_offsets(base: Path) -> list[tuple[Path, int]]:
@@ -449,14 +446,22 @@ def changes_offsets(base: Path) -> list[tuple[Path, int]]:
 
     A version whose manifest cannot be read, or of a DPSR that did not know changes of items, is left out.
     """
-    paths = [path for pattern in ("*", "shard-0-of-*/*") for path in base.glob(pattern) if path.name.isdigit()]
     found: list[tuple[Path, int]] = []
-    for path in sorted(paths, key=lambda path: int(path.name)):
+    for path in _versions(base):
         with contextlib.suppress(CommandError):
             manifest = read_manifest(path / MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION, "dpsr export")
             if "apply_changes" in manifest.get("inputs", {}):
                 found.append((path, manifest["index"].get("changes_offset", 0)))
     return found
+
+
+def _versions(base: Path) -> list[Path]:
+    """Returns the versions of a servable, lowest first; of one with shards, those of the first shard."""
+    # Each shard has a base path of its own; all of them were exported together.
+    for pattern in ("*", "shard-0-of-*/*"):
+        if found := [path for path in base.glob(pattern) if path.name.isdigit()]:
+            return sorted(found, key=lambda path: int(path.name))
+    return []
 
 
 def _taken(changes: Changes, order: np.ndarray) -> Changes:

@@ -360,6 +360,7 @@ def test_query_failures_are_one_line(
         (1, (target, "--model=shop", f"--titles={damaged}", "a"), "cannot read titles"),
         (2, (target,), "nothing to search for"),
         (2, (target, "--model=", "a"), "must not be empty"),
+        (2, ("--target=127.0.0.1", "--model=shop", "a"), "--target=127.0.0.1: has no port; expected host:port"),
         (2, (target, "--k=0", "a"), "k=0"),
         (2, (target, "--kk=1", "a"), "kk"),
         (2, (target, "--model=shop", "--user_features={", "a"), "JSON object such as"),

@@ -1145,6 +1145,12 @@ def test_servables_of_another_store_are_refused(folder: Path, tmp_path: Path) ->
     refused = run_command("search", f"--config={config}", "--port=0")
     assert refused.returncode == 1
     assert "its vocabulary is 00ff, that of the inverted index is 0; make both from one store" in refused.stderr
+    manifest.write_text(json.dumps({"kind": "ranker"}))
+    refused = run_command("search", f"--config={config}", "--port=0")
+    assert refused.returncode == 1
+    assert "is a ranker servable, which has no vocabulary to compare with the index; leave `servable` out" in (
+        refused.stderr
+    )
 
 
 def test_rules_are_read_again(folder: Path) -> None:

@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from processes import PATIENCE_S, freeze
+from processes import PATIENCE_S, freeze, run_command
 from proxy_backends import RecordingBackend, StartProxy, call, http_address, metric, predict, wait_until, write_yaml
 
 from dpsr_common import serving_apis
@@ -172,6 +172,8 @@ def test_missing_shard_gives_the_rest_or_an_error_by_policy(
         if code is grpc.StatusCode.UNAVAILABLE:
             assert "model 'shop': shard 2 of 3" in details and trailing["dpsr-shards"] == "2/3"
     assert metric(http, "dpsr_proxy_shards_missing_total", model="shop", shard="1") == 3
+    shown = run_command("query", f"--target={partial.target}", "--model=shop", "--k=5", "abc")
+    assert shown.returncode == 0 and "incomplete: 2 of 3 shards answered" in shown.stdout.splitlines(), shown
     # What concerns no items goes to a shard that is there: at random, a third of these would fail.
     status = serving_apis.GetModelStatusRequest()
     status.model_spec.name = "shop"
